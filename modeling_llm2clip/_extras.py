@@ -63,7 +63,6 @@ SERVE = tuple(
 )
 PAGE = Need("gradio", "serve", "shows the page at / (--no-page leaves it out)")
 ANN = Need("faiss", "ann", "searches the nearest of more than 20,000 groups of captions")
-FAISS = Need("faiss", "ann", "writes an index for FAISS")
 LANCEDB = Need("lancedb", "search", "the index of images is a LanceDB database")
 PLOTS = Need("matplotlib", "plots", "draws plots")
 

@@ -32,7 +32,8 @@ _REGISTRATIONS = (
     (f"{_AUTO}.image_processing_auto", "image_cropping_llm2clip",
      ("LLM2CLIPImageProcessor", "LLM2CLIPImageProcessorPil"), ("AutoImageProcessor",)),
 )  # fmt: skip
-_WATCHED = {auto for auto, *_ in _REGISTRATIONS} | {
+_BASE = f"{__package__}.base_llm2clip"  # which our modules of several rows import
+_WATCHED = {_BASE, *(auto for auto, *_ in _REGISTRATIONS)} | {
     f"{__package__}.{ours}" for _, ours, *_ in _REGISTRATIONS
 }
 _running: set[str] = set()
@@ -46,7 +47,7 @@ def _register_ready_classes() -> None:
     """
     for auto_name, ours_name, class_names, auto_classes in _REGISTRATIONS:
         ours_full_name = f"{__package__}.{ours_name}"
-        if auto_name not in sys.modules or _running & {auto_name, ours_full_name}:
+        if auto_name not in sys.modules or _running & {auto_name, ours_full_name, _BASE}:
             continue
         classes = tuple(getattr(import_module(ours_full_name), name) for name in class_names)
         if auto_classes == ("AutoImageProcessor",):

@@ -17,7 +17,7 @@ import re
 import struct
 import time
 import urllib.request
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -90,8 +90,11 @@ class ImageLimits:
                 raise ValueError(f"{name}={value!r} must be a number above 0.")
 
 
-def get_image_limits() -> ImageLimits:
+def get_image_limits(**changes: Any) -> ImageLimits:
     """Return the limits of this process: its own, or those it inherited, or the default ones.
+
+    Args:
+        **changes: Fields of `ImageLimits` that replace those of the process in the result.
 
     Raises:
         ValueError: The environment variable `LLM2CLIP_IMAGE_LIMITS` is not a JSON object of fields
@@ -101,7 +104,7 @@ def get_image_limits() -> ImageLimits:
         >>> get_image_limits().max_jpeg_scans
         100
     """
-    return _parse_limits(os.environ.get(LIMITS_VARIABLE, "{}"))
+    return replace(_parse_limits(os.environ.get(LIMITS_VARIABLE, "{}")), **changes)
 
 
 def set_image_limits(limits: ImageLimits) -> None:
@@ -111,8 +114,7 @@ def set_image_limits(limits: ImageLimits) -> None:
         limits: The new ones, in place of those of `get_image_limits`.
 
     Examples:
-        >>> from dataclasses import replace
-        >>> set_image_limits(replace(get_image_limits(), max_megapixels=160))
+        >>> set_image_limits(get_image_limits(max_megapixels=160))
     """
     os.environ[LIMITS_VARIABLE] = json.dumps(asdict(limits))
 

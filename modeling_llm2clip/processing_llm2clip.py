@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -228,7 +227,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
         Raises:
             ValueError: It is not an image, or is beyond the limits.
         """
-        return read_image_header(source, name=name, limits=replace(get_image_limits(), **limits))
+        return read_image_header(source, name=name, limits=get_image_limits(**limits))
 
     def list_ids(self, texts: Iterable[str]) -> tuple[list[list[int]], list[bool]]:
         """Return the same token ids of each text as a call, without padding.

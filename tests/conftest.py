@@ -36,6 +36,18 @@ hypothesis.settings.register_profile("the same", deadline=None, derandomize=True
 hypothesis.settings.load_profile("the same")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--kills", type=int, default=3, help="how often a test kills a run at random moments"
+    )
+
+
+@pytest.fixture
+def kills(request: pytest.FixtureRequest) -> int:
+    """Number of random kills, after each of which a run must go on with the same bytes."""
+    return int(request.config.getoption("--kills"))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Give the processes of a run, which inherit the environment, a folder for what they share."""
     if RUN_FOLDER not in os.environ:

@@ -513,7 +513,7 @@ def test_a_compiled_model_rejects_what_a_plain_one_does(complaint: str) -> None:
             encode(ids, mask)
 
 
-@pytest.mark.parametrize("has_mask", [True, False])
+@pytest.mark.parametrize("has_mask", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_compiled_model_is_one_graph_for_texts_that_pass(has_mask: bool) -> None:
     model, processor = shared_model()
     torch.compiler.reset()
@@ -537,7 +537,7 @@ def test_an_exported_graph_has_no_operator_of_ours() -> None:
     assert names and not {name for name in names if "llm2clip" in name}
 
 
-@pytest.mark.parametrize("family", ["dinov3_vit", "aimv2"])
+@pytest.mark.parametrize("family", ["dinov3_vit", pytest.param("aimv2", marks=pytest.mark.slow)])
 def test_images_are_compiled_as_one_graph(family: str) -> None:
     model, _ = tiny_model(family)
     torch.compiler.reset()

@@ -446,7 +446,13 @@ def train_with_sentence_transformers(folder: Path, output: Path) -> Any:
     return encoder[0].model
 
 
-@pytest.mark.parametrize("train", [train_with_transformers, train_with_sentence_transformers])
+@pytest.mark.parametrize(
+    "train",
+    [
+        train_with_transformers,
+        pytest.param(train_with_sentence_transformers, marks=pytest.mark.slow),
+    ],
+)
 def test_a_checkpoint_of_a_trainer_loads_everywhere(
     train: Any, folder: Path, tmp_path: Path
 ) -> None:

@@ -30,7 +30,6 @@ from modeling_llm2clip.embedding.extract import extract
 from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.publishing.export_model import export_model, plan_export
 from modeling_llm2clip.recipes.train import train
-from modeling_llm2clip.search.faiss_export import export_faiss
 from modeling_llm2clip.search.image_index import ImageIndex
 from modeling_llm2clip.search.tag_images import tag_folder
 from modeling_llm2clip.training.alignment.align import align
@@ -44,7 +43,6 @@ COMMANDS = {
     "embed": ["embed", "MODEL", "DATA", "OUT", "--modality", "image", "--dtype", "int8"],
     "extract": ["extract", "MODEL", "DATA", "OUT", "--modality", "text"],
     "index": ["index", "MODEL", "DATA", "OUT"],
-    "index --faiss": ["index", "MODEL", "DATA", "NEW", "--faiss", "OUT/images.faiss"],
     "search": ["search", "DATA", "a dog", "--output", "OUT"],
     "tag": [*TAG, "--output", "OUT/tags.csv"],
     "tag --index": [*TAG, "--index", "OUT"],
@@ -65,7 +63,6 @@ FUNCTIONS: dict[str, Callable[[Path], object]] = {
     "embed": lambda out: embed(NO_MODEL, [], out, modality="image"),
     "extract": lambda out: extract(NO_MODEL, [], out, modality="text"),
     "index": lambda out: ImageIndex.build(NO_MODEL, NO_DATA, out),
-    "export_faiss": lambda out: export_faiss(NO_INDEX, NO_DATA, out / "images.faiss"),
     "tag_folder": lambda out: tag_folder(
         NO_MODEL, NO_DATA, [], top_k=1, threshold=None, config=TagConfig(index=str(out)),
         report=print,

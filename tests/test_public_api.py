@@ -87,3 +87,10 @@ def test_the_whole_method_is_one_script(tmp_path: Path) -> None:
         )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "me/my-model" in done.stdout
+
+
+@pytest.mark.parametrize("module", ["base_llm2clip", "embedding.extract"])
+def test_a_module_that_imports_the_base_first_can_be_imported(module: str) -> None:
+    """Registering with the Auto classes must wait until the base has been executed."""
+    code = f"import modeling_llm2clip.{module}, transformers; transformers.AutoModel"
+    subprocess.run([sys.executable, "-c", code], check=True)

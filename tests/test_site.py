@@ -200,7 +200,9 @@ def find_identifiers(page: Path) -> set[str]:
 
 # Names in the code of other libraries, and of a file.
 OF_OTHERS = {
-    "OpenAIEmbedding", "OpenAIEmbeddings", "concatenate_datasets", "train_test_split", "id_rsa",
+    "OpenAIEmbedding", "OpenAIEmbeddings", "HuggingFaceEmbedding", "HuggingFaceEmbeddings",
+    "SentenceTransformersTextEmbedder", "query_embeddings", "concatenate_datasets",
+    "train_test_split", "id_rsa",
     "LlamaFlashAttention2", "MistralFlashAttention2", "GemmaFlashAttention2",
     "Qwen2FlashAttention2", "Phi3FlashAttention2", "_update_causal_mask", "ModuleNotFoundError",
 }  # fmt: skip

@@ -479,6 +479,6 @@ def require_loadable(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None
     ]
     if errors:
         raise ValueError(
-            f"The model would load as another one: {' and '.join(errors)} (allowed {most:.0e}). "
+            f"The model would load as another one: {' and '.join(errors)} (allowed {most:.2g}). "
             f"Its configuration does not describe the network. {_OWN_TOWERS}"
         )

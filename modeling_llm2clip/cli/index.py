@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .._extras import FAISS, list_needs_of_index
+from .._extras import list_needs_of_index
 from .._suggestions import counted
 from ..configs.data_config import ImageLimitsConfig
 from ..configs.encoding_config import IndexConfig
@@ -25,7 +25,6 @@ def index(
     db: str,
     /,
     *,
-    faiss: Path | None = None,
     limits: ImageLimitsConfig,
     config: IndexConfig,
 ) -> int:
@@ -35,16 +34,10 @@ def index(
         model: Hub id or folder of an LLM2CLIP model.
         images: Folder of images; subfolders are included.
         db: Folder of the database, new or from an earlier call, or a URI such as s3://bucket/index.
-        faiss: New file for the same embeddings in FAISS, with a JSON file of their paths beside it.
-            Default: none.
         limits: Which images are decoded.
         config: How to encode the images, and when to build an approximate index.
     """
-    require_model(model, *list_needs_of_index(db), *([FAISS] if faiss is not None else []))
-    if faiss is not None:
-        from ..search.faiss_export import require_new_files
-
-        require_new_files(faiss)
+    require_model(model, *list_needs_of_index(db))
     require_image_folder(images)
     use_image_limits(limits)
     use_device(config.device)
@@ -52,7 +45,4 @@ def index(
 
     built = ImageIndex.build(model, images, db, config, report=report)
     report(f'{counted(len(built), "image")} in {db}. Search: llm2clip search {db} "a dog"')
-    if faiss is not None:
-        paths = built.export_faiss(faiss)
-        report(f"Wrote {faiss} for FAISS, and the paths of its ids to {paths}.")
     return 0

@@ -15,7 +15,6 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -246,7 +245,7 @@ def use_image_limits(config: ImageLimitsConfig) -> None:
         return
     from ..image_loading_llm2clip import get_image_limits, set_image_limits
 
-    set_image_limits(replace(get_image_limits(), **limits))  # type: ignore[arg-type]
+    set_image_limits(get_image_limits(**limits))
 
 
 def refuse_foreign_options(config: EncodingConfig, modality: str) -> None:

@@ -34,9 +34,12 @@ def score(
     use_device(config.device)
     from ..embedding.score_file import score_file
 
-    found = score_file(model, pairs, output, config)
-    report_truncated(found.num_truncated, found.num_pairs, "text", longest=found.max_text_length)
-    earlier = f", {found.num_continued:,} of them in an earlier run" if found.num_continued else ""
-    report(f"Wrote the scores of {counted(found.num_pairs, 'pair')}{earlier} to {output}.")
-    print(f"mean {found.mean:.4f}")
+    summary = score_file(model, pairs, output, config)
+    longest = summary.max_text_length
+    report_truncated(summary.num_truncated, summary.num_pairs, "text", longest=longest)
+    earlier = ""
+    if summary.num_continued:
+        earlier = f", {summary.num_continued:,} of them in an earlier run"
+    report(f"Wrote the scores of {counted(summary.num_pairs, 'pair')}{earlier} to {output}.")
+    print(f"mean {summary.mean:.4f}")
     return 0

@@ -73,7 +73,6 @@ def search(
         config: Where the model runs.
     """
     use_image_limits(limits)
-    _require_database(db, queries)
     require(*list_needs_of_index(db))
     _require_queries(queries, image)
     if output is not None:
@@ -98,15 +97,15 @@ def search(
         )
         parts: list[str | Path] = [*queries, *image]
         asked: list[Query] = [parts] if combine else [*parts]
-        found = index.search(asked, top_k=top_k, where=where, exact=exact)
+        results = index.search(asked, top_k=top_k, where=where, exact=exact)
     if count := index.encoder.num_truncated:
         longest = index.encoder.max_text_length
         report_truncated(count, len(queries), "sentence", longest=longest)
-    found = [_shorten_paths(result) for result in found]
-    print(render_search_results(found, format))
-    _report_missing(found)
+    results = [_shorten_paths(result) for result in results]
+    print(render_search_results(results, format))
+    _report_missing(results)
     if output is not None:
-        _write(found, output)
+        _write(results, output)
     return 0
 
 
@@ -131,17 +130,6 @@ def _opening(db: str, where: str | None, *, apart: bool) -> Iterator[Callable[[]
     yield lambda: database
 
 
-def _require_database(db: str, queries: Sequence[str]) -> None:
-    """Explain a model in place of a database, which was the first argument before."""
-    if not (Path(db) / "config.json").is_file():
-        return
-    images = next((text for text in queries[:1] if Path(text).is_dir()), "IMAGES")
-    raise ValueError(
-        f"{db} is a model, and search takes the database of an index. Make one with "
-        f'`llm2clip index {db} {images} my-index`; then `llm2clip search my-index "a dog"`.'
-    )
-
-
 def _require_page_folder(folder: Path) -> None:
     """Refuse a folder that cannot be written, or has files that no earlier search wrote."""
     from ..data.atomic_files import require_writable
@@ -158,6 +146,9 @@ def _require_queries(queries: Sequence[str], images: Sequence[Path]) -> None:
     """Raise ValueError where no query or no such file is given, before anything is imported."""
     if not queries and not images:
         raise ValueError("There is nothing to search for. Give a sentence, or --image FILE.")
+    for text in queries:
+        if Path(text).suffix and Path(text).is_file():
+            report(f"{text!r} is searched as a sentence. To search with the image: --image {text}")
     if missing := [file for file in images if not file.exists()]:
         raise ValueError("\n".join(f"--image {file}: no such image." for file in missing))
 
@@ -188,8 +179,8 @@ def _shorten_paths(result: SearchResult) -> SearchResult:
     return replace(result, hits=hits)
 
 
-def _report_missing(found: Sequence[SearchResult]) -> None:
-    paths = dict.fromkeys(path for result in found for path, _ in result.hits)
+def _report_missing(results: Sequence[SearchResult]) -> None:
+    paths = dict.fromkeys(path for result in results for path, _ in result.hits)
     if missing := [str(path) for path in paths if not path.exists()]:
         report(
             f"{counted(len(missing), 'image')} found but no longer there: {', '.join(missing)}. "
@@ -197,13 +188,13 @@ def _report_missing(found: Sequence[SearchResult]) -> None:
         )
 
 
-def _write(found: list[SearchResult], output: Path) -> None:
+def _write(results: list[SearchResult], output: Path) -> None:
     from ..data.images.image_sources import register_heif_reader
     from ..search.results_page import write_results_page, write_results_sheet
 
     register_heif_reader()
     output.mkdir(parents=True, exist_ok=True)
     sheet, page = (output / name for name in _PAGE_FILES)
-    write_results_sheet(found, sheet)
-    write_results_page(found, page, title="Images by query", note=_NOTE)
+    write_results_sheet(results, sheet)
+    write_results_page(results, page, title="Images by query", note=_NOTE)
     report(f"Wrote {sheet} and {page}.")

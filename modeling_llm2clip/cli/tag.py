@@ -69,7 +69,7 @@ def tag(
     from ..search.tag_labels import read_labels
 
     _check_output(output)  # before what takes long
-    found = read_labels(labels, templates=list(template))
+    label_list = read_labels(labels, templates=list(template))
     require_image_folder(image_dir)
     require_own_model(model)
     use_image_limits(limits)
@@ -77,9 +77,9 @@ def tag(
     from ..search.tag_images import tag_folder
 
     tagged = tag_folder(
-        model, image_dir, found, top_k=top_k, threshold=threshold, config=config, report=report
+        model, image_dir, label_list, top_k=top_k, threshold=threshold, config=config, report=report
     )
-    num_prompts = sum(len(label.prompts) for label in found)
+    num_prompts = sum(len(label.prompts) for label in label_list)
     report_truncated(tagged.num_truncated, num_prompts, "prompt", longest=tagged.max_text_length)
     _write(tagged.images, output, threshold=threshold)
     return 0

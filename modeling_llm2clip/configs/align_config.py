@@ -23,7 +23,7 @@ class ChoiceConfig(DeviceConfig):
     for classification, such as image-folder=FOLDER. Default: none."""
     choose_by: ChooseBy = "loss"
     """Score that chooses the weights: the lowest loss on the images that choose, or the highest
-    accuracy on `zero_shot`."""
+    accuracy on the labeled ones."""
 
     def _find_conflicts(self) -> Iterator[str]:
         yield from super()._find_conflicts()

@@ -127,6 +127,9 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     """Read a YAML file with one mapping; its scalars are strings, or None for `null`."""
     try:
         values = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=_YamlLoader)
+    except OSError as error:
+        shown = f"{file} cannot be read: {error.strerror}. Give a YAML file of options."
+        raise ValueError(shown) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         message = " ".join(str(error).split())
         raise ValueError(f"{file} cannot be read as YAML: {message}") from None

@@ -151,6 +151,7 @@ class TagConfig(EncodingConfig):
 
     index: str | None = None
     """Database of the images' embeddings, updated as by `llm2clip index`, so that the next call
-    encodes only new images. Default: none, and all images are encoded."""
+    encodes only new images; an approximate index stays as it is. Default: none, and all images are
+    encoded."""
     skip_invalid: bool = False
     """Skip images that cannot be read and report their number, instead of stopping."""

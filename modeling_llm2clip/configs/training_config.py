@@ -29,7 +29,7 @@ class TrainingConfig(DeviceConfig):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the computation; auto is bfloat16 on GPUs that support it, and otherwise the dtype
     in which each weight is stored. Trained weights stay float32. float32 also computes towers
-    stored in half precision in float32."""
+    stored in half precision in float32. A launcher's mixed precision changes nothing."""
     save_steps: Annotated[int, Interval(ge=1)] = 500
     """Steps between checkpoints; the last step has one too."""
     logging_steps: Annotated[int, Interval(ge=1)] | None = None

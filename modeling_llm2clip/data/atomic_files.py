@@ -174,12 +174,12 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def list_differences(found: Mapping[str, object], wanted: Mapping[str, object]) -> list[str]:
-    """List every entry in which a store and what is wanted of it differ, with both values."""
+def list_differences(stored: Mapping[str, object], planned: Mapping[str, object]) -> list[str]:
+    """List every entry in which a store differs from the planned one, with both values."""
     return [
-        f"{name}: {found.get(name)!r} in the store, {wanted.get(name)!r} now"
-        for name in sorted(set(found) | set(wanted))
-        if found.get(name) != wanted.get(name)
+        f"{name}: {stored.get(name)!r} in the store, {planned.get(name)!r} now"
+        for name in sorted(set(stored) | set(planned))
+        if stored.get(name) != planned.get(name)
     ]
 
 

@@ -42,7 +42,7 @@ class NamedEmbeddings:
         if not self.embeddings.is_floating_point():
             raise ValueError(f"embeddings are {self.embeddings.dtype}; give floating-point ones.")
         if twice := sorted(name for name, count in Counter(self.names).items() if count > 1):
-            shown = f"{counted(len(twice), 'repeated name')}: {list_first(map(repr, twice))}"
+            shown = f"{counted(len(twice), 'repeated name')}: {list_first(twice)}"
             raise ValueError(f"{shown}. Keep one row of each.")
         broken = (~self.embeddings.isfinite()).any(dim=1).nonzero().flatten().tolist()
         if broken:
@@ -65,8 +65,8 @@ def read_named_embeddings(file: Path) -> NamedEmbeddings:
             if "names" not in metadata or "embeddings" not in opened.keys():
                 raise ValueError(
                     f"{file} must hold a tensor 'embeddings' and, as metadata, 'names': a JSON "
-                    f"list. It holds {list_first(map(repr, sorted(opened.keys())))} and, as "
-                    f"metadata, {list_first(map(repr, sorted(metadata))) or 'nothing'}."
+                    f"list. It holds {list_first(sorted(opened.keys())) or 'nothing'} and, as "
+                    f"metadata, {list_first(sorted(metadata)) or 'nothing'}."
                 )
             names = json.loads(metadata.pop("names"))
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

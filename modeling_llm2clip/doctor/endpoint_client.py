@@ -1,23 +1,22 @@
-"""A client of embedding endpoints in the common request schemas, on the standard library alone."""
+"""A client of embedding endpoints in the common request schemas."""
 
 from __future__ import annotations
 
 import base64
-import http.client
 import io
 import json
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from .._suggestions import counted
 from ..configs.serve_config import ServerCheckConfig, ServerSchema
 
 _PATHS: dict[ServerSchema, tuple[str, ...]] = {
@@ -44,13 +43,6 @@ class EndpointError(ValueError):
         self.status = status
 
 
-class _RefuseRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect: it would turn a POST into a GET, and leak the API key."""
-
-    def redirect_request(self, *_: Any) -> None:
-        """Return no request, so that the reply becomes an error."""
-
-
 class EndpointClient:
     """Sends texts and images to an endpoint and reads the embeddings of its replies.
 
@@ -69,8 +61,11 @@ class EndpointClient:
         self.schema = config.schema
         self.timeout_s = config.timeout_s
         self.model_name = model_name
-        self._api_key = api_key
-        self._opener = urllib.request.build_opener(_RefuseRedirects)
+        headers = {"User-Agent": "llm2clip-doctor"}
+        if api_key:
+            headers["Authorization"] = f"Bearer {api_key}"
+        # It follows no redirect: that would turn a POST into a GET, and leak the API key.
+        self._client = httpx.Client(headers=headers, timeout=config.timeout_s)
         address = urlsplit(config.server or "")
         if not address.hostname:
             raise ValueError(f"server={config.server!r} has no host. Give http://HOST:PORT.")
@@ -90,30 +85,23 @@ class EndpointClient:
     def takes_images(self) -> bool:
         return self.schema != "openai"
 
-    @property
-    def batches_images(self) -> bool:
-        """True if one request may hold several images."""
-        return self.schema in ("cohere", "jina")
-
     def connect(self, text: str) -> Tensor:
         """Embed one text, (1, width), and keep the first path that the server knows."""
         *others, last = self.urls
         for url in others:
+            self.urls = [url]
             try:
-                embeds = self.embed_texts([text], url=url)
+                return self.embed([text])
             except EndpointError as error:
                 if error.status != 404:
                     raise
-            else:
-                self.urls = [url]
-                return embeds
         self.urls = [last]
-        return self.embed_texts([text])
+        return self.embed([text])
 
     def find_model_name(self) -> str | None:
         """Return the name of the only model in the server's list; None without such a list."""
         try:
-            content = self._load(self._send(f"{self.base}/v1/models", None))
+            content = self._send(f"{self.base}/v1/models", None)
         except EndpointError:
             return None
         models = content.get("data") if isinstance(content, dict) else None
@@ -122,69 +110,61 @@ class EndpointClient:
         name = models[0].get("id")
         return name if isinstance(name, str) else None
 
-    def embed_texts(
-        self, texts: Sequence[str], *, url: str | None = None, **options: Any
-    ) -> Tensor:
-        """Embed N texts in one request, (N, width) float32 as they came."""
-        body: dict[str, Any] = {"input": list(texts)}
-        if self.schema == "cohere":
-            body = {"texts": list(texts), "embedding_types": ["float"]}
-        elif self.schema == "jina":
-            body = {"input": [{"text": text} for text in texts]}
-        return self._embed({**body, **options}, count=len(texts), url=url)
+    def embed(self, inputs: Sequence[str | Image.Image], **options: Any) -> Tensor:
+        """Embed N texts or images, jina also both, (N, width) float32 as they came.
 
-    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Embed N images, (N, width), in one request if the schema has batches."""
-        addresses = [_to_data_url(image) for image in images]
-        if self.schema == "chat":
-            parts = [{"type": "image_url", "image_url": {"url": one}} for one in addresses]
-            bodies = [{"messages": [{"role": "user", "content": [part]}]} for part in parts]
-            return torch.cat([self._embed(body, count=1) for body in bodies])
-        body: dict[str, Any] = {"input": [{"image": one} for one in addresses]}
-        if self.schema == "cohere":
-            body = {"images": addresses, "embedding_types": ["float"]}
-        return self._embed(body, count=len(images))
-
-    def _embed(self, body: dict[str, Any], *, count: int, url: str | None = None) -> Tensor:
-        body = {"model": self.model_name, **body}
-        if self.schema != "cohere":
-            body = {"encoding_format": "float", **body}
-        content = self._load(self._send(url or self.urls[0], body))
-        rows = _find_rows(content)
-        if len(rows) != count:
-            raise EndpointError(f"The reply has {len(rows)} embeddings for {count} inputs.")
+        They are in one request, except that chat has one image per request.
+        """
+        values = [one if isinstance(one, str) else _to_data_url(one) for one in inputs]
+        are_images = [not isinstance(one, str) for one in inputs]
+        body: dict[str, Any] = {"model": self.model_name, "encoding_format": "float"}
+        if self.schema == "jina":
+            names = ["image" if is_image else "text" for is_image in are_images]
+            body["input"] = [{name: one} for name, one in zip(names, values, strict=True)]
+        elif self.schema == "cohere":
+            name = "images" if any(are_images) else "texts"
+            body = {"model": self.model_name, "embedding_types": ["float"], name: values}
+        elif not any(are_images):
+            body["input"] = values
+        elif len(values) > 1:
+            return torch.cat([self.embed([one], **options) for one in inputs])
+        else:
+            part = {"type": "image_url", "image_url": {"url": values[0]}}
+            body["messages"] = [{"role": "user", "content": [part]}]
+        rows = _find_rows(self._send(self.urls[0], {**body, **options}))
+        if len(rows) != len(inputs):
+            count = counted(len(inputs), "input")
+            raise EndpointError(f"The reply has {len(rows)} embeddings for {count}.")
         return _to_tensor(rows)
 
-    def _send(self, url: str, body: dict[str, Any] | None) -> bytes:
-        """Send a request, a GET without a body, and repeat it where the server asks to wait."""
-        headers = {"Accept": "application/json", "User-Agent": "llm2clip-doctor"}
-        if self._api_key:
-            headers["Authorization"] = f"Bearer {self._api_key}"
-        data = None
-        if body is not None:
-            headers["Content-Type"] = "application/json"
-            data = json.dumps(body, ensure_ascii=False).encode()
-        number = 0
-        while True:
-            number += 1
-            request = urllib.request.Request(url, data=data, headers=headers)
-            try:
-                with self._opener.open(request, timeout=self.timeout_s) as reply:
-                    return _read(reply, timeout_s=self.timeout_s)
-            except urllib.error.HTTPError as error:
-                with error:
-                    if error.code not in (429, 503) or number == _MAX_TRIES:
-                        raise _describe_status(url, error) from None
-                try:
-                    seconds = float(error.headers.get("Retry-After") or "")
-                except ValueError:  # none, or a date
-                    seconds = 0.2 * 2**number
-                time.sleep(min(max(seconds, 0.1), _MAX_WAIT_S))
-            except (OSError, http.client.HTTPException) as error:
-                raise _describe_failure(url, error, self.timeout_s) from error
+    def _send(self, url: str, body: dict[str, Any] | None) -> Any:
+        """Send a request, a GET without a body, and repeat it where the server asks to wait.
 
-    @staticmethod
-    def _load(content: bytes) -> Any:
+        Returns the JSON of the reply.
+        """
+        for number in range(1, _MAX_TRIES + 1):
+            try:
+                with self._client.stream(
+                    "GET" if body is None else "POST", url, json=body
+                ) as reply:
+                    content = _read(reply, timeout_s=self.timeout_s)
+            except httpx.TimeoutException as error:
+                raise EndpointError(
+                    f"{url} gave no whole reply within {self.timeout_s:g} seconds. Give a larger "
+                    "--timeout-s, or see what the server waits for."
+                ) from error
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                text = str(error) or type(error).__name__
+                raise EndpointError(
+                    f"{url} cannot be reached ({text}). Start the server, or correct it."
+                ) from error
+            if reply.status_code not in (429, 503) or number == _MAX_TRIES:
+                break
+            seconds = reply.headers.get("Retry-After", "")
+            delay = float(seconds) if seconds.isdecimal() else 0.2 * 2**number
+            time.sleep(min(max(delay, 0.1), _MAX_WAIT_S))
+        if not reply.is_success:
+            raise _describe_status(url, reply, content)
         try:
             return json.loads(content)
         except (ValueError, RecursionError):  # of JSON, of the encoding, or of its depth
@@ -194,24 +174,19 @@ class EndpointClient:
             ) from None
 
 
-def _read(reply: Any, *, timeout_s: float) -> bytes:
+def _read(reply: httpx.Response, *, timeout_s: float) -> bytes:
     """Read a reply, within the limits on seconds and bytes."""
-    end, parts, size = time.monotonic() + timeout_s, [], 0
-    while part := reply.read1(2**16):
-        parts.append(part)
-        size += len(part)
-        if size > _MAX_REPLY:
+    end, content = time.monotonic() + timeout_s, bytearray()
+    for part in reply.iter_bytes():
+        content += part
+        if len(content) > _MAX_REPLY:
             raise EndpointError(f"The reply is larger than {_MAX_REPLY:,} bytes.")
         if time.monotonic() > end:
-            raise TimeoutError
-    return b"".join(parts)
+            raise httpx.ReadTimeout("")
+    return bytes(content)
 
 
-def _describe_status(url: str, error: urllib.error.HTTPError) -> EndpointError:
-    try:
-        found = error.read(2**16).decode(errors="replace")
-    except (OSError, http.client.HTTPException) as failure:
-        found = f"({failure})"
+def _describe_status(url: str, reply: httpx.Response, content: bytes) -> EndpointError:
     by_key = " Put the server's API key into the environment variable of --api-key-env."
     by_address = " Give the address of the endpoint for embeddings, and its --schema."
     by_waiting = f" It did so {_MAX_TRIES} times: it is overloaded or not ready."
@@ -219,12 +194,13 @@ def _describe_status(url: str, error: urllib.error.HTTPError) -> EndpointError:
         401: by_key, 403: by_key, 404: by_address, 405: by_address,
         429: by_waiting, 503: by_waiting,
     }  # fmt: skip
-    remedy = remedies.get(error.code, "")
-    if 300 <= error.code < 400:
-        remedy = f" It redirects to {error.headers.get('Location')!r}: give that address."
-    shown = " ".join(_find_message(found).split())[:_SHOWN]
+    remedy = remedies.get(reply.status_code, "")
+    if reply.has_redirect_location:
+        remedy = f" It redirects to {reply.headers['Location']!r}: give that address."
+    message = " ".join(_find_message(content.decode(errors="replace")).split())[:_SHOWN]
     return EndpointError(
-        f"{url} answered {error.code} {error.reason}: {shown!r}.{remedy}", status=error.code
+        f"{url} answered {reply.status_code} {reply.reason_phrase}: {message!r}.{remedy}",
+        status=reply.status_code,
     )
 
 
@@ -240,17 +216,6 @@ def _find_message(text: str) -> str:
             found = found["message"]
         return str(found)
     return text
-
-
-def _describe_failure(url: str, error: Exception, timeout_s: float) -> EndpointError:
-    reason = getattr(error, "reason", error)
-    if isinstance(reason, TimeoutError):
-        return EndpointError(
-            f"{url} gave no whole reply within {timeout_s:g} seconds. Give a larger --timeout-s, "
-            "or see what the server waits for."
-        )
-    text = str(reason) or type(reason).__name__
-    return EndpointError(f"{url} cannot be reached ({text}). Start the server, or correct it.")
 
 
 def _find_rows(content: Any) -> list[Any]:

@@ -24,7 +24,8 @@ from ..model_folders.golden_embeddings import (
     measure_distances,
     render_golden_images,
 )
-from .model_report import NotApplicableError
+from ..model_folders.model_writing import explain_incomplete
+from .model_report import ConcernError, NotApplicableError
 from .model_under_test import SHORT_TEXTS, ModelUnderTest
 
 # Long enough that half-precision sums overflow if they ever do, short enough for one core.
@@ -160,7 +161,7 @@ def check_padding_invariance(tested: ModelUnderTest) -> str:
 def check_golden_embeddings(tested: ModelUnderTest) -> str:
     """Require the embeddings that were recorded when the folder was written."""
     if not (tested.folder / GOLDEN_FILE).is_file():
-        raise NotApplicableError(f"the folder has no {GOLDEN_FILE} to compare with")
+        raise ConcernError(str(explain_incomplete(tested.folder)))
     if tested.processor is None:
         raise NotApplicableError("there is no processor to prepare the recorded inputs with")
     compared = compare_golden(tested.folder, tested.model, tested.processor)
@@ -204,7 +205,7 @@ def check_sentence_transformers(tested: ModelUnderTest) -> str:
     if errors:
         raise ValueError(
             f"sentence-transformers gives other embeddings than AutoModel: {', '.join(errors)} "
-            f"(allowed in {dtype}: {tolerance:.0e}). Export the folder again."
+            f"(allowed in {dtype}: {tolerance:.2g}). Export the folder again."
         )
     left_out = (
         f"; not offered: {', '.join(set(wanted) - set(found))}" if len(found) < len(wanted) else ""
@@ -225,11 +226,11 @@ def _require_equal(
     ]
     if errors:
         raise ValueError(
-            f"{'; '.join(errors)} (allowed in {tested.model.dtype}: {tolerance:.0e}). {advice}; "
+            f"{'; '.join(errors)} (allowed in {tested.model.dtype}: {tolerance:.2g}). {advice}; "
             "load with attn_implementation='eager', and report the tower's family."
         )
     largest = max(float(distance.max()) for distance in distances.values())
-    return f"{', '.join(distances)}: at most {largest:.1e} apart (allowed {tolerance:.0e})"
+    return f"{', '.join(distances)}: at most {largest:.1e} apart (allowed {tolerance:.2g})"
 
 
 def _find_bad_rows(embeds: Tensor) -> list[int]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
+import re
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from ..model_folders.golden_embeddings import render_golden_images
+from .served_causes import REWRITINGS
 
 # Each has something that libraries and gateways rewrite: line breaks, several spaces, no-break and
 # zero-width ones, ligatures and other compatibility characters, accents in two characters and in
@@ -34,6 +36,27 @@ _EXIF_ORIENTATION, _ROTATED = 0x0112, 6
 _PATCH = 24  # pixels of the two patches by which the near copy of a photograph differs
 _CELLS = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 _COLORED = 16  # smallest cell that has colors of its own: like JPEG, eyes see these coarsely
+
+
+def list_exact_texts() -> list[str]:
+    """List each text, and beside it the texts that rewriting makes of it.
+
+    A cache that is keyed by a rewritten text gives one the embedding of the other.
+    """
+    changes: list[Callable[[str], str]] = [*REWRITINGS.values(), partial(re.sub, r"[^\w\s]", "")]
+    return list(
+        dict.fromkeys(
+            changed
+            for text in EXACT_TEXTS
+            for changed in (text, *(change(text) for change in changes))
+        )
+    )
+
+
+@cache
+def render_small() -> tuple[Image.Image, ...]:
+    """Render as many different images as one request has, small ones."""
+    return tuple(render_photograph(48, 32, seed=seed) for seed in range(20))
 
 
 @cache

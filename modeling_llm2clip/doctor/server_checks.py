@@ -7,17 +7,15 @@ import random
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from .._suggestions import counted
 from ..configs.serve_config import ServerCheckConfig
-from ..encoding.encode import encode_images, encode_texts
 from ..model_folders.golden_embeddings import (
     GOLDEN_TEXTS,
     compare_golden,
@@ -36,9 +34,9 @@ from .model_report import (
     run_checks,
 )
 from .model_under_test import SHORT_TEXTS, ModelUnderTest
-from .served_difference import Comparison, find_rounding
-from .served_inputs import EXACT_TEXTS, render_odd_images, render_photographs
-from .served_variants import TextVariants, list_image_variants
+from .served_causes import embed_inputs, read_instructed
+from .served_difference import Comparison, encode, find_rounding
+from .served_inputs import list_exact_texts, render_odd_images, render_photographs, render_small
 
 _REQUESTS_PER_THREAD = 4
 _TEXTS_PER_REQUEST = 3
@@ -46,7 +44,14 @@ _WORDS = "a dog and two red apples lie on a wooden table beside an open window a
 # Words of one token or a few, by which texts differ that have all else in common.
 _ENDS, _TOKENS_OF_ENDS = ("cats", "dogs"), 8
 _TEXTS = list(dict.fromkeys([*GOLDEN_TEXTS, *SHORT_TEXTS]))
+# Beyond ten, numbers that are sorted as strings are in another order.
+_MANY = 100
+_FEWER = 32  # as servers that limit their batches allow
+_MANY_TEXTS = [*_TEXTS, *(f"{text} {n}" for n in range(_MANY) for text in SHORT_TEXTS)][:_MANY]
 _BLANK_REQUESTS: tuple[list[str], ...] = ([""], ["   "], [], [GOLDEN_TEXTS[0], ""])
+_REFUSED = (400, 413, 422)  # statuses
+# What Cohere's schema calls the two commonest instructions.
+_COHERE_TYPES = {"query": "search_query", "document": "search_document"}
 
 
 @dataclass
@@ -56,18 +61,11 @@ class _Served:
     client: EndpointClient
     tested: ModelUnderTest
     config: ServerCheckConfig
-    tolerance: float
+    dtype: torch.dtype
 
-    @cached_property
-    def in_half_precision(self) -> dict[str, ModelUnderTest]:
-        """The model, by the name of each half-precision dtype."""
-        found = {}
-        for dtype in (torch.float16, torch.bfloat16):
-            model, _ = load_model(self.tested.folder, device=self.tested.device, dtype=dtype)
-            found[str(dtype).removeprefix("torch.")] = replace(
-                self.tested, config=model.config, model=model
-            )
-        return found
+    @property
+    def tolerance(self) -> float:
+        return find_tolerance(self.dtype, other_machine=True)
 
     def write_text(self, num_tokens: int, *, first: int = 0) -> str:
         """Write the longest text of whole words within this number of tokens."""
@@ -81,60 +79,61 @@ class _Served:
         num_words = bisect_right(range(1, len(words) + 1), num_tokens, key=count)
         return " ".join(words[: max(num_words, 1)])
 
-    def embed(self, inputs: Sequence[Any]) -> Tensor:
-        """Send texts or images, in one request where the schema allows it."""
-        embed = self.client.embed_texts if isinstance(inputs[0], str) else self.client.embed_images
-        return embed(inputs)
-
-    def embed_at_once(self, requests: Sequence[Sequence[Any]]) -> Tensor:
-        """Send many requests at once, each with texts or images alone."""
-        with ThreadPoolExecutor(self.config.concurrency) as pool:
-            return torch.cat(list(pool.map(self.embed, requests)))
-
     def require_equal(
         self, served: Tensor, inputs: Sequence[Any], *, where: str, in_sequence: bool = False
     ) -> float:
-        """Raise ValueError with the cause if embeddings differ; return their distance."""
-        compared = Comparison(
-            served=served,
-            wanted=_encode(self.tested, inputs),
-            inputs=inputs,
-            tolerance=self.tolerance,
-            list_variants=lambda: (
-                TextVariants(self.tested).list_variants(inputs)
-                if isinstance(inputs[0], str)
-                else list_image_variants(self.tested, inputs)
-            ),
-            encode_in_half=lambda: {
-                name: _encode(tested, inputs) for name, tested in self.in_half_precision.items()
-            },
-            in_sequence=in_sequence,
-        )
-        if (text := compared.explain()) is not None:
-            raise ValueError(f"{where}: {text}")
-        return compared.measure()
+        """Raise ValueError with the cause if embeddings differ; return their distance.
 
-    def require_equal_alone(self, inputs: Sequence[Any]) -> tuple[Tensor, float]:
-        """Send each input alone, and compare them thoroughly; return embeddings and distance."""
-        served = torch.cat([self.embed([one]) for one in inputs])
-        return served, self.require_equal(served, inputs, where="one at a time", in_sequence=True)
+        Texts and images are compared apart.
+        """
+        distances = []
+        for is_text in (True, False):
+            rows = [row for row, one in enumerate(inputs) if isinstance(one, str) == is_text]
+            if not rows:
+                continue
+            part = [inputs[row] for row in rows]
+            compared = Comparison(
+                self.tested, part, served[rows], encode(self.tested, part), self.tolerance,
+                in_sequence,
+            )  # fmt: skip
+            if (text := compared.explain()) is not None:
+                raise ValueError(f"{where}: {text}")
+            distances.append(float(compared.measure(compared.expected).max()))
+        return max(distances)
 
-    def check_together(self, *batches: Sequence[Any], where: Sequence[str]) -> str:
-        distances = [
-            self.require_equal(self.embed(batch), batch, where=name)
-            for batch, name in zip(batches, where, strict=True)
-        ]
-        return self.describe(sum(map(len, batches)), max(distances))
+    def send_together(self, inputs: Sequence[Any]) -> str:
+        """Send many inputs in one request, or fewer to a server that refuses so many."""
+        random.Random(0).shuffle(inputs := [*inputs, inputs[0]])
+        refused = ""
+        try:
+            embeds = self.client.embed(inputs)
+        except EndpointError as error:
+            if error.status not in _REFUSED or len(inputs) <= _FEWER:
+                raise
+            refused = f"; {len(inputs)} are refused with {error.status}"
+            inputs = inputs[:_FEWER]
+            embeds = self.client.embed(inputs)
+        where = f"{len(inputs)} in one request"
+        return self.describe(inputs, self.require_equal(embeds, inputs, where=where)) + refused
 
-    def describe(self, count: int, distance: float) -> str:
-        return f"{count} embeddings at most {distance:.1e} off (allowed {self.tolerance:.0e})"
+    def send_at_once(self, requests: Sequence[Sequence[Any]]) -> str:
+        """Send many requests at once."""
+        with ThreadPoolExecutor(self.config.concurrency) as pool:
+            embeds = torch.cat(list(pool.map(self.client.embed, requests)))
+        inputs = [one for request in requests for one in request]
+        count = counted(len(requests), "request")
+        distance = self.require_equal(embeds, inputs, where=f"{count} at once")
+        return f"{count}: {self.describe(inputs, distance)}"
 
+    def describe(self, inputs: Sequence[Any], distance: float) -> str:
+        count = counted(len(inputs), "embedding")
+        return f"{count} at most {distance:.1e} off (allowed {self.tolerance:.2g})"
 
-def _encode(tested: ModelUnderTest, inputs: Sequence[Any]) -> Tensor:
-    """Encode texts or images with the model itself; (N, P) float32 of unit length."""
-    if isinstance(inputs[0], str):
-        return encode_texts(tested.model, tested.processor, list(inputs))
-    return encode_images(tested.model, tested.processor, list(inputs))
+    def warn_of_rounding(self, embeds: Tensor, message: str) -> None:
+        """Raise ConcernError if the values are rounded to less than the model's precision."""
+        rounding = find_rounding(embeds)
+        if rounding is not None and (self.dtype == torch.float32 or "float" not in rounding):
+            raise ConcernError(f"{message}, but the values are rounded to {rounding}")
 
 
 def _check_model(served: _Served) -> str:
@@ -156,37 +155,66 @@ def _check_connection(served: _Served) -> str:
     return f"{served.client.urls[0]} embeds as {served.client.model_name!r}, width {first.shape[1]}"
 
 
-def _check_texts(served: _Served) -> str:
-    embeds, distance = served.require_equal_alone(_TEXTS)
-    rounding = find_rounding(embeds)
-    if rounding is not None and served.config.served_dtype in (None, "float32"):
-        raise ConcernError(
-            f"{len(_TEXTS)} embeddings at most {distance:.1e} from the model's, but their values "
-            f"are rounded to {rounding}"
-        )
-    return served.describe(len(_TEXTS), distance)
-
-
-def _alone(list_inputs: Callable[[_Served], Sequence[Any]]) -> Callable[[_Served], str]:
+def _alone(
+    list_inputs: Callable[[_Served], Sequence[Any]], *, warns: bool = False
+) -> Callable[[_Served], str]:
     """Make a check that sends each of these inputs in a request of its own."""
 
     def check(served: _Served) -> str:
         inputs = list_inputs(served)
-        return served.describe(len(inputs), served.require_equal_alone(inputs)[1])
+        embeds = torch.cat([served.client.embed([one]) for one in inputs])
+        distance = served.require_equal(embeds, inputs, where="one at a time", in_sequence=True)
+        if warns:
+            served.warn_of_rounding(embeds, served.describe(inputs, distance))
+        return served.describe(inputs, distance)
 
     return check
 
 
 def _list_exact_texts(served: _Served) -> list[str]:
-    """Texts that servers rewrite, and pairs that a cache keyed by part of a text mixes up."""
-    shared = served.write_text(max(served.tested.room - _TOKENS_OF_ENDS, 1))
-    pairs = [*(f"{shared} {end}" for end in _ENDS), *(f"{end} {shared}" for end in _ENDS)]
-    return [*EXACT_TEXTS, *pairs]
+    """Texts that servers rewrite, and texts that a cache keyed by part of them mixes up."""
+    words = served.write_text(max(served.tested.room - _TOKENS_OF_ENDS, 1)).split()
+    places = (0, len(words) // 2, len(words))
+    alike = [" ".join((*words[:n], end, *words[n:])) for n in places for end in _ENDS]
+    return [*list_exact_texts(), *alike]
 
 
-def _check_batched_texts(served: _Served) -> str:
-    backwards = [_TEXTS[0], *reversed(_TEXTS)]  # the first one twice
-    return served.check_together(_TEXTS, backwards, where=("in one request", "in reverse order"))
+def _check_instructions(served: _Served) -> str:
+    """Ask for each instruction by its name, as `encode_query` and `encode_document` apply it."""
+    names = [name for name, text in served.tested.config.instructions.items() if text.strip()]
+    if not names:
+        raise NotApplicableError("the model has no instructions")
+    distances, dropped = [0.0], []
+    for name in names:
+        field, value = "prompt_name", name
+        if served.client.schema == "cohere" and name in _COHERE_TYPES:
+            field, value = "input_type", _COHERE_TYPES[name]
+        embeds = _embed_with(served, field, value)
+        instruction = served.tested.config.instructions[name]
+        expected = embed_inputs(served.tested, read_instructed(served.tested, _TEXTS, instruction))
+        distance = _measure(embeds, expected)
+        if distance <= served.tolerance:
+            distances.append(distance)
+        elif _measure(embeds, encode(served.tested, _TEXTS)) <= served.tolerance:
+            dropped.append(f"{field}={value!r}")
+        else:
+            raise ValueError(
+                f"{field}={value!r} gives embeddings {distance:.1e} from the model's (allowed "
+                f"{served.tolerance:.2g}). An instruction is attended to, and pooled only if the "
+                "model pools its prompt."
+            )
+    if dropped:
+        raise ConcernError(
+            f"the server ignores {', '.join(dropped)}: it embeds without the instruction. Encode "
+            "such texts elsewhere"
+        )
+    return f"{', '.join(names)}: {served.describe(names * len(_TEXTS), max(distances))}"
+
+
+def _measure(served: Tensor, expected: Tensor) -> float:
+    if served.shape != expected.shape:
+        return torch.inf
+    return float(measure_distances(served, expected).max())
 
 
 def _check_mixed_lengths(served: _Served) -> str:
@@ -195,20 +223,24 @@ def _check_mixed_lengths(served: _Served) -> str:
     counts = sorted({1, 4, room // 8, room // 4, room // 2, room - room // 8, room})
     # Each begins with another word, so that none equals another that is truncated.
     texts = [served.write_text(count, first=number) for number, count in enumerate(counts)]
-    texts = [*texts[::2], *texts[1::2], GOLDEN_TEXTS[0]]
-    return served.check_together(texts, where=["short and long texts in one request"])
+    return served.send_together([GOLDEN_TEXTS[0], *texts])
 
 
 def _check_concurrent_texts(served: _Served) -> str:
     """Send many requests at once, each with other texts, which shows cross-talk."""
-    count = served.config.concurrency * _REQUESTS_PER_THREAD
     chooser = random.Random(0)
-    pool = [*_TEXTS, *(f"{text} {n}" for n in range(8) for text in SHORT_TEXTS)]
-    requests = [chooser.sample(pool, chooser.randint(1, _TEXTS_PER_REQUEST)) for _ in range(count)]
-    texts = [text for request in requests for text in request]
-    found = served.embed_at_once(requests)
-    distance = served.require_equal(found, texts, where=f"{count} requests at once")
-    return f"{count} requests: {served.describe(len(texts), distance)}"
+    sizes = range(served.config.concurrency * _REQUESTS_PER_THREAD)
+    return served.send_at_once(
+        [chooser.sample(_MANY_TEXTS, chooser.randint(1, _TEXTS_PER_REQUEST)) for _ in sizes]
+    )
+
+
+def _check_concurrent_inputs(served: _Served) -> str:
+    known = [*render_golden_images(), *render_odd_images(), *_TEXTS]
+    count = served.config.concurrency * _REQUESTS_PER_THREAD
+    requests = [[known[row % len(known)]] for row in range(count)]
+    random.Random(0).shuffle(requests)
+    return served.send_at_once(requests)
 
 
 def _check_long_text(served: _Served) -> str:
@@ -216,12 +248,12 @@ def _check_long_text(served: _Served) -> str:
     limit = served.tested.config.max_text_length
     long = f"{_WORDS * (limit // len(_WORDS.split()) + 2)}and an owl"
     try:
-        found = served.client.embed_texts([long])
+        embeds = served.client.embed([long])
     except EndpointError as error:
         if error.status is None or not 400 <= error.status < 500:
             raise
         return f"a text beyond {limit} tokens is refused with {error.status}"
-    distance = served.require_equal(found, [long], where=f"a text beyond {limit} tokens")
+    distance = served.require_equal(embeds, [long], where=f"a text beyond {limit} tokens")
     return f"truncated as the model does, {distance:.1e} from it"
 
 
@@ -230,7 +262,7 @@ def _check_empty_text(served: _Served) -> str:
     errors, statuses = [], set()
     for texts in _BLANK_REQUESTS:
         try:
-            served.client.embed_texts(texts)
+            served.client.embed(texts)
         except EndpointError as error:
             if error.status is None or error.status >= 500:
                 errors.append(f"{texts!r}: {error}")
@@ -245,89 +277,93 @@ def _check_empty_text(served: _Served) -> str:
 
 def _embed_with(served: _Served, name: str, value: Any) -> Tensor:
     """Embed the texts with an option that a server may refuse."""
-    if served.client.schema == "cohere":
-        raise NotApplicableError(f"the schema cohere has no {name}")
     try:
-        return served.client.embed_texts(_TEXTS, **{name: value})
+        return served.client.embed(_TEXTS, **{name: value})
     except EndpointError as error:
-        if error.status not in (400, 422):
+        if error.status not in _REFUSED:
             raise
         raise NotApplicableError(f"{name}={value!r} is refused: {error}") from None
 
 
+def _refuse_cohere(served: _Served, name: str) -> None:
+    if served.client.schema == "cohere":
+        raise NotApplicableError(f"the schema cohere has no {name}")
+
+
 def _check_base64(served: _Served) -> str:
     """Check base64, which OpenAI's client asks for by default."""
-    found = _embed_with(served, "encoding_format", "base64")
-    wanted = served.client.embed_texts(_TEXTS)
+    _refuse_cohere(served, "encoding_format")
+    embeds = _embed_with(served, "encoding_format", "base64")
+    as_numbers = served.client.embed(_TEXTS)
     # The same numbers, once in decimals; a served model may round once more between two requests.
-    if found.shape != wanted.shape or not float(
-        measure_distances(found, wanted).max()
-    ) <= served.tolerance * float(wanted.norm(dim=-1).max()):
+    length = float(as_numbers.norm(dim=-1).max())
+    if not _measure(embeds, as_numbers) <= served.tolerance * length:
         raise ValueError(
             "base64 and float give different embeddings; wanted base64 of little-endian float32."
         )
-    return f"{len(_TEXTS)} embeddings equal those in decimals"
+    message = f"{len(_TEXTS)} embeddings equal those in decimals"
+    served.warn_of_rounding(embeds, message)
+    return message
 
 
 def _check_dimensions(served: _Served) -> str:
     """Check that fewer dimensions are the first ones, at unit length."""
+    _refuse_cohere(served, "dimensions")
     count = max(served.tested.config.projection_dim // 2, 1)
-    found = _embed_with(served, "dimensions", count)
-    if found.shape[1] != count:
-        raise ValueError(f"dimensions={count} gives {found.shape[1]} dimensions.")
-    wanted = torch.nn.functional.normalize(_encode(served.tested, _TEXTS)[:, :count], dim=-1)
-    distance = float(measure_distances(found, wanted).max())
+    embeds = _embed_with(served, "dimensions", count)
+    if embeds.shape[1] != count:
+        raise ValueError(f"dimensions={count} gives {embeds.shape[1]} dimensions.")
+    expected = torch.nn.functional.normalize(encode(served.tested, _TEXTS)[:, :count], dim=-1)
+    distance = _measure(embeds, expected)
     # Half of the dimensions have less than the whole length, by which rounding is divided.
     if not distance <= 4 * served.tolerance:
-        lengths = found.norm(dim=-1)
+        lengths = embeds.norm(dim=-1)
         raise ValueError(
             f"dimensions={count} gives embeddings {distance:.1e} from the model's first {count} "
             f"at unit length; their lengths are {lengths.min():.3g} to {lengths.max():.3g}."
         )
-    return f"dimensions={count}: {served.describe(len(_TEXTS), distance)}"
+    return f"dimensions={count}: {served.describe(_TEXTS, distance)}"
 
 
 def _check_batched_images(served: _Served) -> str:
-    if not served.client.batches_images:
+    if served.client.schema == "chat":
         raise NotApplicableError("the schema has one image per request")
-    images = [*render_golden_images(), *render_odd_images()]
-    return served.check_together([*images, images[0]], where=["in one request"])
+    images = [*render_golden_images(), *render_odd_images(), *render_small()]
+    return served.send_together(images)
 
 
-def _check_concurrent_inputs(served: _Served) -> str:
-    known = [*render_golden_images(), *render_odd_images(), *_TEXTS]
-    count = served.config.concurrency * _REQUESTS_PER_THREAD
-    inputs = [known[row % len(known)] for row in range(count)]
-    random.Random(0).shuffle(inputs)
-    found = served.embed_at_once([[one] for one in inputs])
-    distances = []
-    for kind in (str, Image.Image):
-        rows = [row for row, one in enumerate(inputs) if isinstance(one, kind)]
-        part = [inputs[row] for row in rows]
-        where = f"{count} requests at once"
-        distances.append(served.require_equal(found[rows], part, where=where))
-    return served.describe(count, max(distances))
+def _check_mixed_inputs(served: _Served) -> str:
+    if served.client.schema != "jina":
+        raise NotApplicableError("the schema has texts and images in separate requests")
+    images = [*render_golden_images(), *render_odd_images(), *render_small()]
+    return served.send_together([*images, *_MANY_TEXTS[: _MANY - 1 - len(images)]])
 
 
 _IMAGE = "image"
 _PLANNED: tuple[PlannedCheck[_Served], ...] = (
     PlannedCheck("model", _check_model),
     PlannedCheck("connection", _check_connection),
-    PlannedCheck("texts", _check_texts, ("connection",)),
+    PlannedCheck("texts", _alone(lambda _: _TEXTS, warns=True), ("connection",)),
     PlannedCheck("exact texts", _alone(_list_exact_texts), ("texts",)),
-    PlannedCheck("batched texts", _check_batched_texts, ("texts",)),
+    PlannedCheck("instructions", _check_instructions, ("texts",)),
+    PlannedCheck(
+        "batched texts", lambda served: served.send_together(_MANY_TEXTS[:-1]), ("texts",)
+    ),
     PlannedCheck("mixed lengths", _check_mixed_lengths, ("texts",)),
     PlannedCheck("concurrent texts", _check_concurrent_texts, ("texts",)),
     PlannedCheck("long text", _check_long_text, ("texts",)),
     PlannedCheck("empty text", _check_empty_text, ("connection",)),
     PlannedCheck("base64", _check_base64, ("connection",)),
     PlannedCheck("dimensions", _check_dimensions, ("texts",)),
-    PlannedCheck("images", _alone(lambda _: render_golden_images()), ("connection",), _IMAGE),
+    PlannedCheck(
+        "images", _alone(lambda _: render_golden_images(), warns=True), ("connection",), _IMAGE
+    ),
     # Of the sizes and the detail of photographs, which servers shrink and compress.
     PlannedCheck("photographs", _alone(lambda _: render_photographs()), ("images",), _IMAGE),
     # Libraries decode them differently.
     PlannedCheck("image decoding", _alone(lambda _: render_odd_images()), ("images",), _IMAGE),
     PlannedCheck("batched images", _check_batched_images, ("image decoding",), _IMAGE),
+    PlannedCheck("mixed inputs", _check_mixed_inputs, ("texts", "image decoding"), _IMAGE),
     PlannedCheck(
         "concurrent inputs", _check_concurrent_inputs, ("texts", "image decoding"), _IMAGE
     ),
@@ -339,8 +375,8 @@ def check_server(
 ) -> ModelReport:
     """Check that an endpoint gives the embeddings of a model, and name what differs.
 
-    The model runs here too: it says what was wanted, and what an error, such as a lost prompt,
-    would give.
+    The model runs here too: it computes the correct embeddings, and those of the commonest errors,
+    such as a lost prompt.
 
     Args:
         source: Folder or Hub id of the LLM2CLIP model that is served, with a text tower.
@@ -364,7 +400,7 @@ def check_server(
     folder = find_model_folder(source, revision=revision)
     model, processor = load_model(folder, device=config.device)
     if not hasattr(model, "text_model"):
-        raise ValueError(f"{folder} has no text tower, and texts are what an endpoint is asked.")
+        raise ValueError(f"{folder} has no text tower. Give a model that encodes texts.")
     tested = ModelUnderTest(
         folder,
         str(model.device),
@@ -386,5 +422,5 @@ def check_server(
             return "the schema openai has no images; give --schema chat, cohere or jina"
         return None if tested.encodes_images else "the folder has no vision tower"
 
-    served = _Served(client, tested, config, find_tolerance(dtype, other_machine=True))
+    served = _Served(client, tested, config, dtype)
     return ModelReport(config.server, list(run_checks(_PLANNED, served, find_obstacle)))

@@ -172,8 +172,8 @@ def run_embed(
 def _report_far(encoder: ShardEncoder, folder: Path, report: Callable[[str], object]) -> None:
     """Report images of all processes that are unlike those that the model was trained on."""
     tally = ImageTally()
-    for of_process in gather_object([encoder.tally]):
-        tally.join(of_process)
+    for part in gather_object([encoder.tally]):
+        tally.join(part)
     far = describe_far_images(folder, tally)
     if far and PartialState().is_main_process:
         report(far)

@@ -169,8 +169,6 @@ class SharedStoreWriter(EmbeddingStoreWriter):
     ) -> SharedStoreWriter:
         """Begin a store, or continue the same one, here and in the storage."""
         is_begun = _pull_plan(folder, storage)
-        if not is_begun:
-            _require_no_shards(storage)
         writer = cls(
             folder, EmbeddingStoreWriter.open(folder, planned, list_items).manifest, storage
         )
@@ -233,17 +231,6 @@ class SharedStoreWriter(EmbeddingStoreWriter):
     def _list_files(self, shard: int) -> tuple[str, ...]:
         """Name the files of a complete shard, the record last: it says that the other is whole."""
         return self.manifest.name_shard(shard), self.manifest.name_record(shard)
-
-
-def _require_no_shards(storage: ObjectStorage) -> None:
-    """Refuse to begin where there are shards without a manifest of their store."""
-    names = storage.list_sizes().keys()
-    shards = sorted(name for name in names if name.startswith("shard-"))
-    if shards and MANIFEST_FILE not in names:  # another machine may just have begun
-        raise FileExistsError(
-            f"{storage.url} has no {MANIFEST_FILE}, and holds shards of some store: "
-            f"{list_first(shards)}. Name another place, put the manifest back, or remove them."
-        )
 
 
 def _pull_plan(folder: Path, storage: ObjectStorage) -> bool:

@@ -373,8 +373,8 @@ def list_caption_items(records: RecordTable, scratch: Path, *, num_views: int = 
     )
     numbers = TextNumbers(scratch, num_captions * (1 + num_views))
     suspicious: list[str] = []
-    for own in records.iterate_columns((*CAPTION_COLUMNS, "text_keys")):
-        batch = add_views(own, num_views)
+    for captions in records.iterate_columns((*CAPTION_COLUMNS, "text_keys")):
+        batch = add_views(captions, num_views)
         keys = np.asarray(batch.column("text_keys").flatten())
         distinct = numbers.add(flatten_captions(batch).texts, keys)
         # Arrow passes those with a letter, and Python looks at the others.

@@ -97,17 +97,17 @@ class TextRows:
 
     def read(self, rows: range) -> pa.Table:
         """Read `id` and the columns of a shard."""
-        wanted = [*dict.fromkeys(("name", "lang", *self._columns))]
-        wanted = [column for column in wanted if column != "text"]
-        names = [*dict.fromkeys((*wanted, *CAPTION_COLUMNS))]
+        fields = [*dict.fromkeys(("name", "lang", *self._columns))]
+        fields = [column for column in fields if column != "text"]
+        names = [*dict.fromkeys((*fields, *CAPTION_COLUMNS))]
         parts = []
         for batch, texts, items, numbers in self._iterate(rows, names):
-            of_rows = batch.select(wanted).take(pa.array(items))
-            words = map(of_rows.column, ("name", "lang") if self._num_langs > 1 else ("name",))
+            taken = batch.select(fields).take(pa.array(items))
+            words = map(taken.column, ("name", "lang") if self._num_langs > 1 else ("name",))
             number = pa.array(numbers).cast(pa.string())
             columns = {"id": pc.binary_join_element_wise(*words, number, _SEPARATOR)}
             for column in self._columns:
-                columns[column] = texts if column == "text" else of_rows.column(column)
+                columns[column] = texts if column == "text" else taken.column(column)
             parts.append(pa.table(columns))
         return pa.concat_tables(parts).combine_chunks()
 

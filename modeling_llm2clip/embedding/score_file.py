@@ -93,32 +93,32 @@ def score_file(
     """
     config, pairs, output = config or EncodingConfig(), Path(pairs), Path(output)
     require_new_file(output)
-    found = read_pairs(pairs)
+    scored = read_pairs(pairs)
     folder = find_model_folder(source)
     model, processor = load_model(folder, device=config.device)
     require_trained(model, purpose="scoring", source=source)
     if not isinstance(model, LLM2CLIPModel):
         raise ValueError(f"{source} has one tower alone. Scores need a whole model.")
-    hashes = {name: hash_file(pairs.parent / name) for name in {pair.image for pair in found}}
+    hashes = {name: hash_file(pairs.parent / name) for name in {pair.image for pair in scored}}
     plan = {
-        "pairs": hash_json([found, hashes]),
+        "pairs": hash_json([scored, hashes]),
         "model": hash_json([fingerprint_embeddings(folder, side) for side in ("text", "image")]),
         "device": model.device.type,
     }
     unfinished = output.with_name(f".{output.name}.part")
     output.parent.mkdir(parents=True, exist_ok=True)
-    tokens = TokenizedTexts(processor, [pair.text for pair in found])
-    images = [str(pairs.parent / pair.image) for pair in found]
+    tokens = TokenizedTexts(processor, [pair.text for pair in scored])
+    images = [str(pairs.parent / pair.image) for pair in scored]
     with unfinished.open("a+b") as file:
         if not lock_unless_held(unfinished, file):
             raise ValueError(f"Another run writes {unfinished}. Wait, or name another output.")
         scores = _begin_or_continue(file, unfinished, plan)
         num_continued = len(scores)
         _score_rest((model, processor), images, tokens, scores, file, config)
-        _write(output, found, scores)
+        _write(output, scored, scores)
         unfinished.unlink()
     mean, longest = sum(scores) / len(scores), processor.longest_text
-    return PairScores(len(found), num_continued, tokens.num_truncated, longest, mean)
+    return PairScores(len(scored), num_continued, tokens.num_truncated, longest, mean)
 
 
 def _score_rest(
@@ -135,15 +135,15 @@ def _score_rest(
     ) as progress:
         while len(scores) < len(images):
             rows = range(len(images))[len(scores) : len(scores) + _PAIRS_AT_ONCE]
-            found = score_pairs(
+            new = score_pairs(
                 *model, [images[row] for row in rows], [texts[row] for row in rows],
                 batch_size=config.batch_size, num_workers=config.num_workers,
             ).tolist()  # fmt: skip
-            file.write(json.dumps(found).encode() + b"\n")
+            file.write(json.dumps(new).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-            scores += found
-            progress.update(len(found))
+            scores += new
+            progress.update(len(new))
 
 
 def _begin_or_continue(file: IO[bytes], name: Path, plan: dict[str, str]) -> list[float]:
@@ -155,8 +155,8 @@ def _begin_or_continue(file: IO[bytes], name: Path, plan: dict[str, str]) -> lis
         file.write(json.dumps(plan).encode() + b"\n")
         return []
     try:
-        found, *scores = map(json.loads, lines)
-        differences = list_differences(found, plan)
+        earlier, *scores = map(json.loads, lines)
+        differences = list_differences(earlier, plan)
     except (ValueError, TypeError):
         differences = ["it cannot be read"]
     if differences:
@@ -164,7 +164,7 @@ def _begin_or_continue(file: IO[bytes], name: Path, plan: dict[str, str]) -> lis
             f"{name} has scores of another run: {'; '.join(differences)}. Give the same pairs, "
             "model and device, or remove it."
         )
-    return [score for of_rows in scores for score in of_rows]
+    return [score for part in scores for score in part]
 
 
 def _write(output: Path, pairs: list[ScoredPair], scores: list[float]) -> None:
@@ -179,7 +179,7 @@ def read_pairs(file: Path) -> list[ScoredPair]:
     """Read all pairs of a file, and check that the images are there."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file. Give JSON lines with image and text.")
-    errors, found = ErrorCollector(), []
+    errors, scored = ErrorCollector(), []
     for raw in read_json_lines(file, errors):
         image, text = (raw.fields.get(name) for name in _FIELDS)
         if set(raw.fields) != set(_FIELDS) or not (
@@ -191,12 +191,12 @@ def read_pairs(file: Path) -> list[ScoredPair]:
         elif not _is_file(file.parent / image):
             errors.add("image missing", f"{raw.place} ({image[:_CHARACTERS_SHOWN]})")
         else:
-            found.append(ScoredPair(image, text))
+            scored.append(ScoredPair(image, text))
     if errors.total:
         raise DataValidationError(str(file), errors.counts, errors.places)
-    if not found:
+    if not scored:
         raise ValueError(f'{file} has no pairs. A line is {{"image": "a.png", "text": "a dog"}}.')
-    return found
+    return scored
 
 
 def _is_file(path: Path) -> bool:

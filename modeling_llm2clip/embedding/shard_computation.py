@@ -28,8 +28,8 @@ from tqdm import tqdm
 from .._extras import RAY, require
 from ..configs.encoding_config import EmbedConfig, ExtractConfig
 from ..data.records.records import Modality
-from ..data.remote.file_places import list_described, use_described
-from ..data.remote.remote_files import RemoteFile
+from ..data.remote.file_places import FilePlace, list_states, use_states
+from ..data.remote.remote_files import FileInfo
 from ..data.store.store_manifest import ShardedManifest
 from ..encoding.devices import find_device
 from ..image_loading_llm2clip import ImageLimits, get_image_limits, set_image_limits
@@ -140,13 +140,14 @@ class ShardWork:
         with self.writer.hold(shard):
             if self.writer.is_done(shard):
                 return True
-            batches, encode = prepared.batches, self.encoder.encode(prepared)
-            embeds = torch.empty(len(prepared.inputs), self.encoder.dim)
-            with closing(encode) as encoded:  # type: ignore[type-var]
-                for number, batch in enumerate(encoded):
-                    embeds[batches[number]] = batch.float()
-                    bar.update(len(batches[number]))
-                    if stop.signal and number < len(batches) - 1:
+            num_left = len(prepared.inputs)
+            embeds = torch.empty(num_left, self.encoder.dim)
+            with closing(self.encoder.encode(prepared)) as encoded:  # type: ignore[type-var]
+                for numbers, batch in zip(prepared.batches, encoded, strict=True):
+                    embeds[numbers] = batch.float()
+                    bar.update(len(numbers))
+                    num_left -= len(numbers)
+                    if stop.signal and num_left:
                         return False
             self.writer.write(shard, embeds[prepared.rows], prepared.num_truncated)
             bar.update(len(prepared.rows) - len(embeds))  # texts that occur again
@@ -253,7 +254,7 @@ def compute_with_ray(
         rows = [{"shard": shard} for shard in shards]
         computed = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Actor,
-            fn_constructor_args=(open_work, threads, get_image_limits(), list_described()),
+            fn_constructor_args=(open_work, threads, get_image_limits(), list_states()),
             compute=pool,
             batch_size=1,
             max_restarts=-1,
@@ -297,9 +298,9 @@ class _Actor:
         open_work: Callable[[], ShardWork],
         threads: int,
         limits: ImageLimits,
-        described: dict[str, RemoteFile],
+        states: dict[FilePlace, FileInfo],
     ) -> None:
-        use_described(described)
+        use_states(states)
         set_image_limits(limits)  # its node does not have this process's environment
         torch.set_num_threads(threads)  # another number gives other last bits
         self._work = open_work()

@@ -179,9 +179,9 @@ class ShardedWriter(ABC, Generic[_Manifest]):
 
     def _publish(self) -> None:
         file = self.folder / self.manifest.FILE
-        own = _write_beside(file, self.manifest.to_json().encode())
+        unfinished = _write_beside(file, self.manifest.to_json().encode())
         try:
-            own.replace(file)
+            unfinished.replace(file)
         except FileNotFoundError:  # another process ended just now, and removed all leftovers
             if not self.manifest.read(self.folder).complete:
                 raise
@@ -192,15 +192,15 @@ def begin_output(folder: Path, manifest: ShardedManifest) -> None:
     """Write the manifest of an output, unless another process has."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / manifest.FILE
-    own = _write_beside(file, manifest.to_json().encode())
+    unfinished = _write_beside(file, manifest.to_json().encode())
     try:
-        os.link(own, file)
+        os.link(unfinished, file)
     except FileExistsError:  # int8 ranges may differ from its own in a last bit
         return
     except OSError:  # a file system without hard links
-        own.replace(file)
+        unfinished.replace(file)
     finally:
-        own.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     sync_folder(folder)
 
 
@@ -237,7 +237,7 @@ def _require_finite(stored: Tensor, embeds: Tensor, rows: range) -> None:
 
 def _write_beside(file: Path, content: bytes) -> Path:
     """Write what may become a file; several processes may do so at the same time."""
-    own = file.with_name(f"{file.name}.{uuid4().hex}.tmp")
+    unfinished = file.with_name(f"{file.name}.{uuid4().hex}.tmp")
     with explain_full_output(file.parent, "its manifest"):
-        write_atomically(own, content)
-    return own
+        write_atomically(unfinished, content)
+    return unfinished

@@ -186,13 +186,19 @@ class TorchEncoder(Encoder):
         head = getattr(self._models.get("text"), "logit_head", None)
         return None if head is None else head.plain_rule()
 
-    def encode_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def encode_tokens(
+        self, input_ids: Tensor, attention_mask: Tensor, *, num_unpooled: int | None = None
+    ) -> Tensor:
         """Run the LLM on one batch, (B, L) int64 each, padded; returns (B, D)."""
         model = self._find_model("text")
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        options: dict[str, Any] = {name: ids.to(self.device) for name, ids in inputs.items()}
+        if num_unpooled is not None:  # the model counts as sentence-transformers does
+            config = model.config
+            num_suffix = len(config.prompt_suffix_ids) - bool(config.prompt_suffix_ends_special)
+            options["prompt_length"] = num_unpooled + num_suffix
         with _require_eval_mode(model):
-            embeds: Tensor = model.get_caption_embeds(
-                input_ids=input_ids.to(self.device), attention_mask=attention_mask.to(self.device)
-            )
+            embeds: Tensor = model.get_caption_embeds(**options)
         return embeds
 
     def encode_pixels(self, pixel_values: Tensor, **others: Tensor) -> Tensor:

@@ -127,8 +127,13 @@ class Encoder(ABC):
         token_budget: int | None = None,
         show_progress: bool = False,
         on_batch: OnBatch | None = None,
+        num_unpooled: int | None = None,
     ) -> Tensor:
-        """Encode texts, tokenized already or not; see the function `encode_texts`."""
+        """Encode texts, tokenized already or not; see the function `encode_texts`.
+
+        `num_unpooled` counts the tokens of prompt and instruction that are not pooled, for models
+        of this package; None for those of the prompt alone.
+        """
         self._require("text", project=project)
         first = texts[0] if isinstance(texts, list) and texts else None
         if not isinstance(texts, TokenizedTexts) and not isinstance(first, TokenizedText):
@@ -139,6 +144,7 @@ class Encoder(ABC):
             raise ValueError(f"{token_budget=} holds no token; give a positive one, or None.")
 
         lengths = [len(one.ids) for one in tokens]
+        options: Any = {} if num_unpooled is None else {"num_unpooled": num_unpooled}
         return self._encode(
             "text",
             tokens,
@@ -147,7 +153,7 @@ class Encoder(ABC):
                 [lengths[row] for row in rows], token_budget=budget
             ),
             prepare=self.prepare_texts,
-            encode=lambda inputs: self.encode_tokens(**inputs),
+            encode=lambda inputs: self.encode_tokens(**inputs, **options),
             on_batch=on_batch,
             sizes=lengths,  # tokens cost about the same each, and the longest texts come first
             unit=" tokens",
@@ -204,7 +210,7 @@ class Encoder(ABC):
         """Yield the embeddings of each batch of a plan, which has the rows of its texts."""
         self._require("text", project=project)
 
-        def encode(inputs: dict[str, Tensor]) -> Tensor:
+        def encode(inputs: Any) -> Tensor:
             embeds = self.encode_tokens(**inputs)
             return self.project("text", embeds) if project else embeds
 

@@ -62,9 +62,13 @@ class OnnxEncoder(Encoder):
         first = next(iter(self._sessions.values()))
         self.embedding_dim = int(first.get_outputs()[0].shape[1])
 
-    def encode_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def encode_tokens(
+        self, input_ids: Tensor, attention_mask: Tensor, *, num_unpooled: int | None = None
+    ) -> Tensor:
         """Run the text graph on one batch, (B, L) int64 each, padded; returns (B, P)."""
         inputs = dict(zip(TEXT_INPUTS, (input_ids.numpy(), attention_mask.numpy()), strict=True))
+        if num_unpooled is not None:
+            inputs[NUM_UNPOOLED] = torch.tensor(num_unpooled).numpy()
         return _run(self._sessions["text"], TEXT_OUTPUT, inputs)
 
     def encode_pixels(self, pixel_values: Tensor, **_: Tensor) -> Tensor:

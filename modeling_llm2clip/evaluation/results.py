@@ -21,7 +21,7 @@ from typing import Any
 from .._environment import list_versions
 from ..data.atomic_files import hash_json, write_atomically
 from ..data.images.image_sources import EncodedImage, ImageSource, TarImage
-from ..data.remote.file_places import FilePlace, find_version
+from ..data.remote.file_places import FilePlace, find_state
 from .datasets.dataset_spec import EvaluationDataset
 from .encoders.encoder import EncoderDescription
 from .tasks.task import Task
@@ -245,7 +245,7 @@ def _hash_image(image: ImageSource) -> str:
         file: FilePlace = image
     else:
         file = image.shard if isinstance(image, TarImage) else image.file
-    return _hash_unchanged(image, find_version(file))
+    return _hash_unchanged(image, find_state(file))
 
 
 @cache

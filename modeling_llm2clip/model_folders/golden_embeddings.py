@@ -176,11 +176,11 @@ def compare_golden(
         errors.append(f"caption_embeds {tuple(llm.shape)} has NaN, or not a row for each text")
     if errors:
         raise ValueError(
-            f"{'; '.join(errors)}; allowed in {dtype or model.dtype}: {tolerance:.0e}. Weights, "
+            f"{'; '.join(errors)}; allowed in {dtype or model.dtype}: {tolerance:.2g}. Weights, "
             "settings or code are not those the folder was written with: restore it."
         )
     count = sum(map(len, found.values()))
-    return f"{count} embeddings at most {largest:.1e} from those recorded (allowed {tolerance:.0e})"
+    return f"{count} embeddings at most {largest:.1e} from those recorded (allowed {tolerance:.2g})"
 
 
 def require_golden(

@@ -81,8 +81,10 @@ class CardData:
     """The statements of a card about a model.
 
     `license` is an identifier of the Hub, or "other" with name and address of another one; the
-    towers have those of their own cards. `results` were measured with these very weights. `caution`
-    is a warning that a user must see first, for example that the model is near chance.
+    towers have those of their own cards. `text_training_data` names the data among `training_data`
+    on whose captions the language model was fine-tuned. `results` were measured with these very
+    weights. `caution` is a warning that a user must see first, for example that the model is near
+    chance.
     """
 
     license: str | None = None
@@ -91,6 +93,7 @@ class CardData:
     vision_license: str | None = None
     text_license: str | None = None
     training_data: tuple[str, ...] = ()
+    text_training_data: tuple[str, ...] = ()
     results: tuple[CardResult, ...] = ()
     caution: str | None = None
 
@@ -108,7 +111,8 @@ class CardData:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        stated = {**vars(self), "training_data": list(self.training_data) or None}
+        lists = {n: list(value) or None for n, value in vars(self).items() if type(value) is tuple}
+        stated = {**vars(self), **lists}
         return {n: value for n, value in stated.items() if n != "results" and value is not None}
 
     @property
@@ -143,6 +147,7 @@ def read_card_data(folder: Path) -> CardData:
         vision_license=data.get("vision_license"),
         text_license=data.get("text_license"),
         training_data=tuple(data.get("training_data") or ()),
+        text_training_data=tuple(data.get("text_training_data") or ()),
         results=tuple(CardResult(*task, found) for task, found in scores.items()),
         caution=data.get("caution"),
     )

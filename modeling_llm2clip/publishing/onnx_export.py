@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -42,7 +42,6 @@ from ..model_folders.onnx_folder import (
 from ..processing_llm2clip import LLM2CLIPProcessor
 from ..vision_llm2clip import find_fixed_size
 from .onnx_checks import (
-    MIN_COSINE_8_BITS,
     Reference,
     check_images,
     check_script,
@@ -53,8 +52,6 @@ from .onnx_checks import (
     require_recall,
 )
 from .onnx_graphs import (
-    choose_exact_layers,
-    measure_layers,
     name_vision_tower,
     write_image_graph,
     write_rounded_graph,
@@ -63,9 +60,6 @@ from .onnx_graphs import (
 
 SCRIPT = "encode.py"
 _RECORD_FORMAT = 1
-_NUM_MEASURED = 16  # captions on which the effect of each layer is measured
-# The captions that errors are measured on are not those with the largest.
-_MARGINS = (0.85, 0.65, 0.5)
 _TOWERS = {"text": "text", "image": "vision"}
 _SCRIPT_USE = f"""\
 `python {SCRIPT} "a dog" dog.jpg` encodes a text and an image with `onnxruntime`, `tokenizers`,
@@ -178,51 +172,20 @@ class _OnnxWriter:
 
     def _write_rounded(self, source: Path, weights: TextWeights) -> None:
         file = graph_file(self.folder, "text", weights)
+        num_rounded = write_rounded_graph(source, file, bits=8 if weights == "int8" else 4)
+        check = compare_rounded_texts(self._encoder(text=file), self.reference)
         if weights == "int8":
-            described = self._write_eight_bits(source, file)
+            require_near_texts(check)
         else:
-            described = self._round(source, file, bits=4)
             max_loss = self.config.max_recall_loss
-            require_recall(described["check"], self.reference.inputs, max_loss=max_loss)
+            require_recall(check, self.reference.inputs, max_loss=max_loss)
         self.graphs[_name(file)] = {
             **self.graphs[_name(source)],
-            **described,
             "weights": weights,
+            "rounded_layers": num_rounded,
+            "check": check,
             "size_mb": _measure_mb(file),
         }
-
-    def _write_eight_bits(self, source: Path, file: Path) -> dict[str, Any]:
-        """Round all layers, or else as many as leave every text near the model's embedding."""
-        described = self._round(source, file, bits=8)
-        error = 1 - described["check"]["min_cosine"]
-        if not described["check"]["texts_below_0.999"]:
-            return described
-        reference = self.reference
-        texts = reference.inputs.captions[:_NUM_MEASURED]
-        errors = measure_layers(reference.model, reference.processor, texts, bits=8)
-        for margin in _MARGINS:
-            share = margin * (1 - MIN_COSINE_8_BITS) / error
-            exact = choose_exact_layers(errors, share=share)
-            if 2 * len(exact) > len(errors):
-                break
-            described = self._round(source, file, bits=8, exact_layers=exact)
-            if not described["check"]["texts_below_0.999"]:
-                return described
-        require_near_texts(described["check"])
-        return described
-
-    def _round(
-        self, source: Path, file: Path, *, bits: int, exact_layers: Sequence[str] = ()
-    ) -> dict[str, Any]:
-        for old in (file, data_file(file)):
-            old.unlink(missing_ok=True)
-        num_rounded = write_rounded_graph(source, file, bits=bits, exact_layers=exact_layers)
-        check = compare_rounded_texts(
-            self._encoder(text=file),
-            self.reference,
-            with_recall=hasattr(self.reference.model, "vision_model"),
-        )
-        return {"rounded_layers": num_rounded, "float32_layers": [*exact_layers], "check": check}
 
     def write_image_graph(self) -> None:
         """Write the vision tower, for images of any size if that passes its check."""

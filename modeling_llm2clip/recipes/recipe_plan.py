@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from huggingface_hub import get_safetensors_metadata
 from huggingface_hub.errors import NotASafetensorsRepoError
@@ -32,8 +33,9 @@ from ..configs.train_config import TrainConfig
 from ..data.captions.caption_groups import count_groups
 from ..data.captions.sentence_views import with_views
 from ..data.records.record_loading import find_example_data, load_records
+from ..data.records.record_table import RecordTable
 from ..data.records.records import CaptionedImage
-from ..data.records.splits import split_records
+from ..data.records.splits import list_text_keys, split_records
 from ..data.safetensors_files import read_shapes
 from ..data.store.store_manifest import MANIFEST_FILE, StoreManifest
 from ..encoding.devices import find_device
@@ -102,6 +104,7 @@ class RecipePlan:
     output: Path
     stages: tuple[PlannedStage, ...]
     num_images: tuple[int, int]
+    num_shared_captions: int
     device: str
     flops_per_second: float
 
@@ -126,11 +129,15 @@ class RecipePlan:
         is_open = math.isnan(seconds)
         time_left = "a time" if is_open else f"about {show_seconds(seconds)}"
         known = [stage.num_bytes for stage in left if not math.isnan(stage.num_bytes)]
+        captions = counted(self.num_shared_captions, "caption")
+        shared = f"; {captions} to train on are also captions of the latter" * bool(
+            self.num_shared_captions
+        )
         least = "at least " if len(known) < len(left) else ""
         later = " that is known once the towers are downloaded (?)" if is_open else ""
         return (
             f"{counted(self.num_images[0], 'image')} to train on, {self.num_images[1]:,} to "
-            "evaluate on. "
+            f"evaluate on{shared}. "
             f"Everything is written to {self.output}.\n"
             f"{tabulate(rows, heads, tablefmt='github', disable_numparse=True)}\n"
             f"Left: {time_left} on {self.device}{later} and {least}{show_bytes(sum(known))}. "
@@ -148,7 +155,9 @@ def read_split(config: TrainConfig) -> Split:
         records = read_data(config.data, config, require_images=True)
     if not config.test_size:
         return records, []
-    return split_records(records, test_size=config.test_size, seed=config.seed)
+    return split_records(
+        records, test_size=config.test_size, seed=config.seed, allow_shared_captions=True
+    )
 
 
 def plan_recipe(config: TrainConfig, split: Split) -> RecipePlan:
@@ -160,6 +169,7 @@ def plan_recipe(config: TrainConfig, split: Split) -> RecipePlan:
         output=config.output,
         stages=tuple(_Planner(config, *split).list_stages()),
         num_images=(_count_images(split[0]), _count_images(split[1])),
+        num_shared_captions=_count_shared_captions(*split),
         device=str(device),
         flops_per_second=_UTILIZATION * speed,
     )
@@ -404,6 +414,12 @@ def _count_flops_per_token(tower: TowerSize, *, passes: int) -> float:
 
 def _count_images(records: Sequence[CaptionedImage]) -> int:
     return len({record.name for record in records})
+
+
+def _count_shared_captions(train: Sequence[CaptionedImage], test: Sequence[CaptionedImage]) -> int:
+    """Count the captions to train on that an image to evaluate on has, too."""
+    ours, theirs = (list_text_keys(RecordTable.from_records(part)) for part in (train, test))
+    return int(np.isin(ours, theirs).sum())
 
 
 def _count_tokens(text: str) -> int:

@@ -96,9 +96,9 @@ def tune_ann(
     best = ann
     for refine_factor, nprobes in product(_REFINE_FACTORS, _list_nprobes(ann.num_partitions)):
         tried = replace(ann, nprobes=nprobes, refine_factor=refine_factor)
-        found = search_all(database, queries, ann=tried)
-        tried = replace(tried, recall_at_10=round(measure_recall(found, greatest), 4))
-        best = max(best, tried, key=lambda one: one.recall_at_10)
+        cosines = search_all(database, queries, ann=tried)
+        tried = replace(tried, recall_at_10=round(measure_recall(cosines, greatest), 4))
+        best = max(best, tried, key=lambda candidate: candidate.recall_at_10)
         if best.recall_at_10 >= min_recall:
             break
     return replace(
@@ -144,7 +144,7 @@ def find_greatest_cosines(
     return -np.sort(-best, axis=1)
 
 
-def measure_recall(found: Sequence[Sequence[float]], greatest: np.ndarray[Any, Any]) -> float:
+def measure_recall(results: Sequence[Sequence[float]], greatest: np.ndarray[Any, Any]) -> float:
     """Measure the share of the nearest images that a search has found.
 
     An image counts if its cosine is at least the smallest of the exact results, so that images of
@@ -152,7 +152,7 @@ def measure_recall(found: Sequence[Sequence[float]], greatest: np.ndarray[Any, A
     """
     hits = [
         min(sum(cosine >= row[-1] - _ROUNDING for cosine in cosines), len(row)) / len(row)
-        for cosines, row in zip(found, greatest, strict=True)
+        for cosines, row in zip(results, greatest, strict=True)
     ]
     return float(np.mean(hits))
 

@@ -21,7 +21,7 @@ from ..encoding.encoder_interface import Encoder
 from ..image_loading_llm2clip import DECODER_ERRORS, load_images, read_image_header
 from ..model_folders.training_images import ImageTally
 
-_EXIF, _TAKEN, _CHANGED = 0x8769, 36867, 306  # of the EXIF standard
+_EXIF, _TAKEN = 0x8769, 36867  # of the EXIF standard
 _TIME_FORMAT = "%Y:%m:%d %H:%M:%S"
 _UNNAMED = "image number 1: "  # what `load_images` calls an image without a name
 
@@ -121,8 +121,7 @@ class _Reader:
 def find_time_taken(image: Image.Image) -> datetime | None:
     """Read from EXIF when an image was taken, by its camera's clock; None if it does not say."""
     try:
-        exif = image.getexif()
-        text = exif.get_ifd(_EXIF).get(_TAKEN) or exif.get(_CHANGED)
+        text = image.getexif().get_ifd(_EXIF).get(_TAKEN)
         return datetime.strptime(str(text).strip("\0 "), _TIME_FORMAT) if text else None
     except (*DECODER_ERRORS, AttributeError):
         return None

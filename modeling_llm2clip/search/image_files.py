@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
 
-from .._suggestions import counted
+from .._suggestions import counted, list_first
 from ..data.images.image_sources import (
     OPTIONAL_IMAGE_SUFFIXES,
     find_unreadable_images,
@@ -21,7 +21,6 @@ from ..data.records.records import CaptionedImage
 from ..data.remote.remote_access import raise_disk_failure
 from ..data.validation_errors import ErrorCollector
 
-_SHOWN = 8
 _UNREADABLE = "image unreadable"  # kind of error
 _REMEDIES = {
     "pip install pillow-heif": {"heic", "heif", "hif"},
@@ -62,7 +61,7 @@ class ImageFiles:
         ):
             if paths:
                 count = counted(len(paths), noun)
-                lines.append(f"Skipped {count} {which}: {list_some(paths)}. {remedy}")
+                lines.append(f"Skipped {count} {which}: {list_first(paths)}. {remedy}")
         return "\n".join(lines)
 
     def _describe_formats(self) -> str:
@@ -77,7 +76,7 @@ class ImageFiles:
             remedies.append(f"Convert {_list(others)} to JPEG or PNG.")
         return (
             f"Skipped {counted(len(self.skipped), 'image file')} that Pillow cannot read here "
-            f"({shares}): {list_some(self.skipped)}. {' '.join(remedies)}"
+            f"({shares}): {list_first(self.skipped)}. {' '.join(remedies)}"
         )
 
 
@@ -91,32 +90,32 @@ def list_images(image_dir: str | Path) -> ImageFiles:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder. Give one that holds images.")
     readable = list_readable_suffixes()
-    found = ImageFiles([], [])
+    files = ImageFiles([], [])
     closed: list[OSError] = []
     looked_at = readable | OPTIONAL_IMAGE_SUFFIXES | {""}
-    for root, folders, files in os.walk(folder, onerror=closed.append):
+    for root, folders, names in os.walk(folder, onerror=closed.append):
         paths = [Path(root, name) for name in folders]
-        found.linked_folders.extend(path for path in paths if path.is_symlink())
-        for path in (Path(root, name) for name in files):
+        files.linked_folders.extend(path for path in paths if path.is_symlink())
+        for path in (Path(root, name) for name in names):
             suffix = _suffix(path)
             if suffix not in looked_at:
                 continue
             if _is_file(path):
                 if suffix:
-                    (found.readable if suffix in readable else found.skipped).append(path)
+                    (files.readable if suffix in readable else files.skipped).append(path)
             elif path.is_symlink():
-                found.dangling.append(path)
+                files.dangling.append(path)
     for error in closed:
         raise_disk_failure(error, error.filename)
-    found.closed_folders.extend(Path(os.fsdecode(error.filename)) for error in closed)
-    for paths in vars(found).values():
+    files.closed_folders.extend(Path(os.fsdecode(error.filename)) for error in closed)
+    for paths in vars(files).values():
         paths.sort()
-    if not found.readable:
+    if not files.readable:
         suffixes = ", ".join(f".{suffix}" for suffix in sorted(readable))
         raise ValueError(
-            f"{folder}: no image in it or below it ({suffixes}). {found.describe_skipped()}"
+            f"{folder}: no image in it or below it ({suffixes}). {files.describe_skipped()}"
         )
-    return found
+    return files
 
 
 def records_from_images(
@@ -159,7 +158,7 @@ def records_from_images(
     errors = ErrorCollector()
     if skip_invalid and unnamed:
         count = counted(len(unnamed), "image")
-        report(f"Skipped {count} without a Unicode name: {list_some(unnamed)}. Rename.")
+        report(f"Skipped {count} without a Unicode name: {list_first(unnamed)}. Rename.")
     elif unnamed:
         for name in unnamed:
             errors.add(_UNREADABLE, f"{name}: its name is not Unicode. Rename it.")
@@ -192,10 +191,6 @@ def _is_file(path: Path) -> bool:
 
 def _suffix(path: Path) -> str:
     return path.suffix.lower().removeprefix(".")
-
-
-def list_some(names: Sequence[object], separator: str = ", ") -> str:
-    return separator.join([*map(str, names[:_SHOWN]), *["…"] * (len(names) > _SHOWN)])
 
 
 def _list(suffixes: set[str]) -> str:

@@ -289,17 +289,17 @@ class ImageIndex:
             named = name_queries(query)
             embeds = self.encoder.encode(named)
         ann, most = self._choose_ann(where, exact, num_rows), min(top_k, num_rows)
-        found = []
-        for one, embedding in zip(named, embeds, strict=True):
+        results = []
+        for entry, embedding in zip(named, embeds, strict=True):
             find = partial(self._database.search, embedding, top_k=most, where=where)
             rows = find(ann=ann) if most else []
             if ann is not None and len(rows) < most:  # the visited partitions have no more
                 rows = find()
             hits = [(self._image_dir / row["path"], row["cosine"]) for row in rows]
             columns = [{name: row[name] for name in COLUMNS} for row in rows]
-            found.append(SearchResult(one.name, hits, one.image, columns))
+            results.append(SearchResult(entry.name, hits, entry.image, columns))
         self._require_same_model()  # it may have been replaced meanwhile
-        return found
+        return results
 
     def iterate_embeddings(self) -> Iterator[tuple[list[Path], np.ndarray[Any, Any]]]:
         """Read all images and their embeddings in parts.
@@ -309,23 +309,6 @@ class ImageIndex:
         """
         for names, embeds in self._database.iterate_embeddings():
             yield [self._image_dir / name for name in names], embeds
-
-    def export_faiss(self, file: str | Path) -> Path:
-        """Write the same images as an index that FAISS reads, and their paths beside it.
-
-        Args:
-            file: New file; the paths go to a file of the same name with `.json` at its end.
-
-        Returns:
-            The file of the paths, in the order of FAISS's ids.
-
-        Raises:
-            FileExistsError: One of the files exists.
-            MissingExtraError: FAISS is not installed.
-        """
-        from .faiss_export import export_faiss
-
-        return export_faiss(self._database, self._image_dir, Path(file))
 
     @property
     def _image_dir(self) -> Path:

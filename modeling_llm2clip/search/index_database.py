@@ -162,13 +162,12 @@ class IndexDatabase:
 
     def count(self, where: str | None = None) -> int:
         """Count the images that pass a filter; ValueError if it is not valid."""
-        if where is not None:
-            check_filter(where, COLUMNS)
+        checked = None if where is None else check_filter(where, COLUMNS)
         self.refresh()
         if where is None:
             return self._read(lambda table: table.count())
         try:
-            return self._read(lambda table: table.count(where))
+            return self._read(lambda table: table.count(checked))
         except IndexUnavailableError as error:
             self.count_readable()
             problem = _shorten(error.__cause__ or error)
@@ -192,15 +191,15 @@ class IndexDatabase:
 
     def find_by_digest(self, digests: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Map the SHA-256 of image files that are there to `FACTS` and `embedding`, (P,)."""
-        found: dict[str, dict[str, Any]] = {}
+        images: dict[str, dict[str, Any]] = {}
         for condition in _list_conditions("sha256", digests):
             for batch in self.iterate(["sha256", *FACTS, "embedding"], condition):
                 rows, embeds = batch.select(FACTS).to_pylist(), _to_matrix(batch["embedding"])
                 for digest, row, embed in zip(
                     batch["sha256"].to_pylist(), rows, embeds, strict=True
                 ):
-                    found[digest] = {**row, "embedding": embed}
-        return found
+                    images[digest] = {**row, "embedding": embed}
+        return images
 
     def write(
         self, rows: Mapping[str, Any], embeddings: np.ndarray[Any, Any] | None = None
@@ -235,9 +234,10 @@ class IndexDatabase:
         Returns columns and `cosine`, best first, ties by path. Without `ann` every image is
         compared.
         """
-        if where is not None:
-            check_filter(where, COLUMNS)
-        rows = self._read(lambda table: table.search(embedding, top_k=top_k, where=where, ann=ann))
+        checked = None if where is None else check_filter(where, COLUMNS)
+        rows = self._read(
+            lambda table: table.search(embedding, top_k=top_k, where=checked, ann=ann)
+        )
         return sorted(rows, key=lambda row: (-row["cosine"], row["path"]))
 
     def require_same_fingerprint(
@@ -343,19 +343,19 @@ def _write_about(table: VectorTable, about: About) -> None:
 
 def _read_about(location: str, table: VectorTable) -> About:
     with _explained(location, "read"):
-        found = table.read_about() if ABOUT in table.list_tables() else pa.table({})
-    if not {"format_version", "content"} <= set(found.column_names) or len(found) != 1:
+        stored = table.read_about() if ABOUT in table.list_tables() else pa.table({})
+    if not {"format_version", "content"} <= set(stored.column_names) or len(stored) != 1:
         raise IndexUnavailableError(
             f"{location} is not a database of llm2clip index. {HOW_TO_INDEX}"
         )
-    version = found["format_version"][0].as_py()
+    version = stored["format_version"][0].as_py()
     if version != FORMAT_VERSION:
         raise IndexUnavailableError(
             f"{location} has format_version {version}, and this package reads {FORMAT_VERSION}. "
             "Index the images again into a new database, or use the version that wrote it."
         )
     try:
-        values = json.loads(found["content"][0].as_py())
+        values = json.loads(stored["content"][0].as_py())
         ann, tally = values.pop("ann"), values.get("tally")
         if tally is not None and tally.keys() != {"num_images", "total"}:
             raise ValueError(f"tally has {sorted(tally)}")

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from .._suggestions import counted
+from .._suggestions import counted, list_first
 from ..configs.encoding_config import IndexConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.records.record_loading import find_example_data
@@ -31,7 +31,7 @@ from ..encoding.devices import find_device
 from ..model_folders.training_images import ImageTally, describe_far_images
 from .ann_index import FEWEST_ROWS, describe_ann, needs_training, train_ann, tune_ann
 from .image_encoding import encode_readable_images
-from .image_files import list_images, list_some
+from .image_files import list_images
 from .index_database import FACTS, About, IndexDatabase, join_fingerprints, require_place
 from .model_identity import (
     find_whole_model,
@@ -58,9 +58,13 @@ def build_index(
     location: str,
     config: IndexConfig,
     *,
+    updates_ann: bool = True,
     report: Report | None = None,
 ) -> tuple[IndexDatabase, QueryEncoder]:
-    """Index a folder, or update its index; return the database and the encoder of its queries."""
+    """Index a folder, or update its index; return the database and the encoder of its queries.
+
+    Without `updates_ann`, an approximate index stays as it is.
+    """
     find_device(config.device)  # before what takes long
     require_place(location, is_new=True)
     files = list_images(image_dir)
@@ -96,7 +100,8 @@ def build_index(
         if update.errors:
             warn(update.describe_errors())
         has_changed = update.added + update.changed + update.removed > 0
-        _update_ann(database, encoder, config, has_changed=has_changed, report=say)
+        if updates_ann:
+            _update_ann(database, encoder, config, has_changed=has_changed, report=say)
         note_place()
     if far := describe_far_images(folder, tally):
         warn(far)
@@ -205,7 +210,7 @@ class FolderUpdate:
         )
 
     def describe_errors(self) -> str:
-        lines = list_some([*self.errors.values()], "\n")
+        lines = list_first(self.errors.values(), "\n")
         return f"Not in the index: {counted(len(self.errors), 'unreadable image')}:\n{lines}"
 
     def run(self, paths: Sequence[Path]) -> None:
@@ -252,7 +257,7 @@ class FolderUpdate:
             self.errors[path] = f"{path}: cannot be read ({error.strerror or error})."
 
     def _write_part(self, part: dict[str, Path], progress: tqdm[Any]) -> None:
-        digests, found = self._read(part, progress)
+        digests, contents = self._read(part, progress)
         for name, path in part.items():
             if path not in self.errors and not self._is_same(name, path):
                 self.errors[path] = f"{path}: {_WRITTEN}"
@@ -264,7 +269,7 @@ class FolderUpdate:
             self.database.write(self._describe_files(touched))
             self.unchanged += len(touched)
         if written := [name for name in kept if name not in touched]:
-            self._write(written, digests, found)
+            self._write(written, digests, contents)
 
     def _is_same(self, name: str, path: Path) -> bool:
         """Return False for a file that was written since its size and times were read."""
@@ -275,9 +280,9 @@ class FolderUpdate:
             return False
 
     def _write(
-        self, names: list[str], digests: dict[str, str], found: dict[str, dict[str, Any]]
+        self, names: list[str], digests: dict[str, str], contents: dict[str, dict[str, Any]]
     ) -> None:
-        images = [found[digests[name]] for name in names]
+        images = [contents[digests[name]] for name in names]
         rows = {
             **self._describe_files(names),
             "sha256": [digests[name] for name in names],
@@ -322,17 +327,17 @@ class FolderUpdate:
         self.encoded += len(read.paths)
         self.errors |= read.errors
         digests = {name: read.digests[path] for name, path in part.items() if path in read.digests}
-        found = self.database.find_by_digest(
+        contents = self.database.find_by_digest(
             [digest for digest in set(digests.values()) if digest in self._digests]
         )
         for path, facts, embed in zip(read.paths, read.facts, read.embeds.numpy(), strict=True):
-            found[read.digests[path]] = {**facts, "embedding": embed}
+            contents[read.digests[path]] = {**facts, "embedding": embed}
         broken = {read.digests[path]: path for path in read.errors if path in read.digests}
         for name, digest in digests.items():
             if digest in broken:  # and so is every copy of it
                 error = read.errors[broken[digest]]
                 self.errors[part[name]] = error.replace(str(broken[digest]), str(part[name]), 1)
-        return digests, found
+        return digests, contents
 
 
 def describe_stat(stat: os.stat_result) -> str:

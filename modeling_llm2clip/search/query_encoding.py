@@ -164,13 +164,13 @@ class OnnxQueryEncoder(QueryEncoder):
 
 def check_embeddings(embeddings: Any, *, width: int) -> np.ndarray[Any, Any]:
     """Check embeddings that were computed elsewhere, and bring them to unit length."""
-    found = np.asarray(embeddings, dtype=np.float32)
-    if found.ndim != 2 or found.shape[1] != width or not len(found):
+    embeds = np.asarray(embeddings, dtype=np.float32)
+    if embeds.ndim != 2 or embeds.shape[1] != width or not len(embeds):
         raise ValueError(
-            f"Query embeddings have shape {found.shape}; give (queries, {width}), at least one."
+            f"Query embeddings have shape {embeds.shape}; give (queries, {width}), at least one."
         )
-    lengths = np.linalg.norm(found, axis=1)
+    lengths = np.linalg.norm(embeds, axis=1)
     broken = [int(row) for row in np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))]
     if broken:
         raise ValueError(f"Query embeddings {broken} are zero, NaN or infinite.")
-    return (found / lengths[:, None]).astype(np.float32)  # type: ignore[no-any-return]
+    return (embeds / lengths[:, None]).astype(np.float32)  # type: ignore[no-any-return]

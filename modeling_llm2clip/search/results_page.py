@@ -78,7 +78,7 @@ section {{ margin-top: 1.5rem; padding-top: 1.25rem;
 """
 
 
-class Hit(NamedTuple):
+class PageImage(NamedTuple):
     """An image that was found, as a page shows it.
 
     Attributes:
@@ -98,7 +98,7 @@ def note_rank(rank: int, cosine: float) -> str:
     return f'<span class="rank">{rank}.</span> <span class="cosine">{cosine:.3f}</span>'
 
 
-def write_hits(hits: Iterable[Hit]) -> str:
+def write_hits(hits: Iterable[PageImage]) -> str:
     """Return an HTML list of linked images with rank and path, styled by `HITS_CSS`."""
     return f'<ol class="hits">{"".join(map(_write_hit, hits))}</ol>'
 
@@ -210,7 +210,7 @@ def _write_section(result: SearchResult, folder: Path) -> str:
     return f"<section>{heading}{write_hits(hits) if hits else _NOTHING_FOUND}</section>"
 
 
-def _write_hit(hit: Hit) -> str:
+def _write_hit(hit: PageImage) -> str:
     path = hit.path.encode("utf-8", errors="replace").decode()  # a path may not be Unicode
     cut = max(path.rfind("/"), path.rfind(os.sep)) + 1
     folder, name = html.escape(path[:cut]), html.escape(path[cut:])
@@ -223,12 +223,12 @@ def _write_hit(hit: Hit) -> str:
     )
 
 
-def _make_hit(image: Path, note: str, folder: Path) -> Hit:
+def _make_hit(image: Path, note: str, folder: Path) -> PageImage:
     note += "" if image.exists() else " no longer there"
     buffer = io.BytesIO()
     _shrink(image, _PAGE_SIDE).save(buffer, format="JPEG", quality=85)
     address = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return Hit(path=str(image), image=address, link=_find_address(image, folder), note=note)
+    return PageImage(path=str(image), image=address, link=_find_address(image, folder), note=note)
 
 
 def _find_address(file: Path, folder: Path) -> str:

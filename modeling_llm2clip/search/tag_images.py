@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .._suggestions import counted
+from .._suggestions import counted, list_first
 from ..configs.encoding_config import IndexConfig, TagConfig
 from ..data.images.image_sources import find_unreadable_images
 from ..encoding.encode import TorchEncoder
@@ -22,9 +22,10 @@ from ..encoding.tokenized_texts import TokenizedTexts
 from ..model_folders.model_loading import load_model
 from ..model_folders.training_images import ImageTally, describe_far_images
 from .image_encoding import encode_readable_images
-from .image_files import list_images, list_some
+from .image_files import list_images
 from .image_index import ImageIndex
 from .index_database import require_place
+from .index_update import build_index
 from .label_ranking import Tag, average_prompts, rank_labels
 from .model_identity import find_whole_model
 from .tag_labels import Label
@@ -77,7 +78,10 @@ def tag_folder(
             device=config.device, batch_size=config.batch_size, num_workers=config.num_workers,
             show_progress=config.show_progress,
         )  # fmt: skip
-        index = ImageIndex.build(model, image_dir, config.index, index_config, report=report)
+        database, _ = build_index(
+            model, image_dir, config.index, index_config, updates_ann=False, report=report
+        )
+        index = ImageIndex(database)
         parts = ((paths, torch.tensor(embeds)) for paths, embeds in index.iterate_embeddings())
 
     @torch.inference_mode()
@@ -86,8 +90,8 @@ def tag_folder(
         rule = encoder.logit_rule
         assert rule is not None  # a whole model has one
         for paths, embeds in parts:
-            found = rank_labels(embeds, label_embeds, labels, rule=rule, top_k=top_k)
-            for path, tags in zip(paths, found, strict=True):
+            ranked = rank_labels(embeds, label_embeds, labels, rule=rule, top_k=top_k)
+            for path, tags in zip(paths, ranked, strict=True):
                 yield path, [tag for tag in tags if threshold is None or tag.cosine >= threshold]
 
     return TaggedFolder(label_images(), prompts.num_truncated, processor.longest_text)
@@ -108,13 +112,14 @@ def _encode(
         )  # fmt: skip
     if encoded.errors:
         find_unreadable_images(encoded.errors)  # ends the run where it is the disk that fails
-        shown = list_some([*encoded.errors.values()], "\n")
-        found = f"{len(encoded.errors)} of {counted(len(paths), 'image')}:\n{shown}"
+        listed = list_first(encoded.errors.values(), "\n")
+        broken = f"{len(encoded.errors)} of {counted(len(paths), 'image')}:\n{listed}"
         if not config.skip_invalid:
             raise ValueError(
-                f"Cannot read {found}\nRepair or remove what is named, or skip it (--skip-invalid)."
+                f"Cannot read {broken}\nRepair or remove these files, or skip them "
+                "(--skip-invalid)."
             )
-        report(f"Skipped {found}")
+        report(f"Skipped {broken}")
     if not encoded.paths:
         raise ValueError(f"No image of {len(paths)} can be read.")
     return encoded.paths, encoded.embeds

@@ -87,16 +87,16 @@ def _parse(file: Path) -> list[tuple[str, list[str]]]:
 
 
 def _parse_json(text: str) -> list[tuple[str, list[str]]]:
-    found = json.loads(text)
-    if isinstance(found, list):
-        return [(_require_text(name), []) for name in found]
-    if isinstance(found, dict):
-        found = parse_object(text.encode())  # which also notices a repeated label
-        if isinstance(found, str):
-            raise ValueError(f"{found}. Keep one of each.")
-        return [(name.strip(), _list_prompts(prompts)) for name, prompts in found.items()]
+    content = json.loads(text)
+    if isinstance(content, list):
+        return [(_require_text(name), []) for name in content]
+    if isinstance(content, dict):
+        content = parse_object(text.encode())  # which also notices a repeated label
+        if isinstance(content, str):
+            raise ValueError(f"{content}. Keep one of each.")
+        return [(name.strip(), _list_prompts(prompts)) for name, prompts in content.items()]
     raise ValueError(
-        f"found {type(found).__name__}; write a list of labels, or an object: label to prompts."
+        f"found {type(content).__name__}; write a list of labels, or an object: label to prompts."
     )
 
 

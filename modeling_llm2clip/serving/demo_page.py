@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import hashlib
 import html
 import os
 import re
@@ -23,14 +24,15 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 from fastapi import FastAPI
-from PIL import Image
+from PIL.Image import Resampling
 from starlette.routing import Match, Mount
 
 from .._suggestions import counted
-from ..image_loading_llm2clip import load_images
-from ..search.results_page import HITS_CSS, Hit, note_rank, write_hits
+from ..image_loading_llm2clip import get_image_limits
+from ..search.results_page import HITS_CSS, PageImage, note_rank, write_hits
 from ..search.search_results import SearchResult
 from .errors import RequestError
+from .image_inputs import decode_image
 from .service import EmbeddingService, Input
 
 T = TypeVar("T")
@@ -94,16 +96,19 @@ class Thumbnails:
         self._used: OrderedDict[str, None] = OrderedDict()
 
     def find(self, image: Path, sha256: str) -> Path | None:
-        """Return the thumbnail of an image with this SHA-256; None if the image cannot be read."""
+        """Return the thumbnail of the image with this SHA-256; None if the file has another now."""
         if not re.fullmatch(r"[0-9a-f]{64}", sha256):
             raise ValueError(f"sha256={sha256!r} is not a digest of 64 hexadecimal digits.")
         file = self._folder / f"{sha256}.jpg"
         if not file.is_file():
             try:
-                small: Image.Image = load_images(str(image))
-            except ValueError:
+                content = image.read_bytes()
+                if hashlib.sha256(content).hexdigest() != sha256:
+                    return None
+                small = decode_image(content, get_image_limits())
+            except (OSError, RequestError):
                 return None
-            small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+            small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Resampling.LANCZOS)
             # A reader sees the whole file or none; several writers write the same bytes.
             part = file.with_suffix(f".{threading.get_ident()}.part")
             small.save(part, format="JPEG", quality=_THUMBNAIL_QUALITY)
@@ -137,7 +142,10 @@ class DemoPage:
 
         async def find() -> tuple[str, str]:
             found = await self.service.search([queries], top_k=count, where=condition)
-            return await asyncio.to_thread(self._list_hits, found.results[0])
+            hits, summary = await asyncio.to_thread(self._list_hits, found.results[0])
+            limit = self.service.encoder.max_text_length
+            note = f" The text was truncated to the {limit} tokens that the model reads."
+            return hits, summary + note * len(found.truncated)
 
         return await self._await(find())
 
@@ -152,7 +160,7 @@ class DemoPage:
             raise _show(str(error)) from error
 
     def _list_hits(self, result: SearchResult) -> tuple[str, str]:
-        shown: list[Hit] = []
+        shown: list[PageImage] = []
         num_gone = 0
         ranked = zip(result.hits, result.columns, strict=True)
         for rank, ((path, cosine), columns) in enumerate(ranked, start=1):
@@ -162,7 +170,7 @@ class DemoPage:
             else:
                 address = f"gradio_api/file={quote(file.as_posix())}"
                 note = note_rank(rank, cosine)
-                shown.append(Hit(columns["path"], image=address, link=address, note=note))
+                shown.append(PageImage(columns["path"], image=address, link=address, note=note))
         assert self.service.index is not None
         total = counted(len(self.service.index), "image")
         summary = f"{len(result.hits)} of {total}, the best first."
@@ -185,6 +193,11 @@ class DemoPage:
                 templates=[(template or "").strip() or "{}"],
             )
         )
+        if found.truncated:
+            raise _show(
+                f"With the prompt, {names[found.truncated[0]].strip()!r} is longer than the "
+                f"{self.service.encoder.max_text_length} tokens that the model reads. Shorten it."
+            )
         return {tag.label: tag.probability for tag in found.tags[0]}
 
 

@@ -7,7 +7,6 @@ import base64
 import binascii
 import io
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from PIL import Image
@@ -36,7 +35,7 @@ class ImageInputs:
     """Reads the images of requests within the limits of a server."""
 
     def __init__(self, config: ServeConfig) -> None:
-        limits = replace(get_image_limits(), **config.list_limits())  # type: ignore[arg-type]
+        limits = get_image_limits(**config.list_limits())
         self._max_bytes = int(limits.max_image_mb * 1e6)
         self._max_total = int(config.max_request_mb * 1e6)
         self._fetcher: UrlFetcher | None = None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import html
 import json
 import sys
 import uuid
@@ -145,10 +147,17 @@ class JsonResponse(JSONResponse):
     """JSON in ASCII, so that any string can be sent; NaN and infinity are errors."""
 
     def render(self, content: Any) -> bytes:
-        text = json.dumps(
-            content, allow_nan=False, separators=(",", ":"), default=datetime.isoformat
-        )
-        return text.encode("ascii")
+        return _dump(content).encode("ascii")
+
+
+def _dump(content: Any, depth: int = 3) -> str:
+    """Serialize row by row, because other threads run between two calls of `json.dumps`."""
+    if depth and isinstance(content, dict):
+        parts = (f"{json.dumps(name)}:{_dump(part, depth - 1)}" for name, part in content.items())
+        return f"{{{','.join(parts)}}}"
+    if depth and isinstance(content, list):
+        return f"[{','.join(_dump(part, depth - 1) for part in content)}]"
+    return json.dumps(content, allow_nan=False, separators=(",", ":"), default=datetime.isoformat)
 
 
 def make_web_app(service: EmbeddingService, config: ServeConfig, metrics: ServerMetrics) -> FastAPI:
@@ -165,6 +174,8 @@ def make_web_app(service: EmbeddingService, config: ServeConfig, metrics: Server
         description=f"Embeddings, zero-shot classification and search by {service.model_name}.",
         lifespan=close_at_end,
         default_response_class=JsonResponse,
+        docs_url=None,  # FastAPI's pages load their scripts from another site
+        redoc_url=None,
     )
     app.include_router(make_router(service, ImageInputs(config)))
     _add_monitoring(app, service, metrics)
@@ -196,13 +207,22 @@ def _add_embeddings(router: APIRouter, service: EmbeddingService, images: ImageI
         """Embed texts and images; a body has exactly one of the five fields for them."""
         _require_model(service, body.model)
         inputs = await _read_inputs(_list_items(body), images)
-        found = await service.embed(inputs, dimensions=body.dimensions, truncate=body.truncate)
-        rows = _encode(found.embeds, body.encoding_format or "float")
-        data = [
-            {"object": "embedding", "index": index, "embedding": row}
-            for index, row in enumerate(rows)
-        ]
-        return JsonResponse(_make_list(service, data, found))
+        found = await service.embed(
+            inputs,
+            dimensions=body.dimensions,
+            truncate=body.truncate,
+            prompt_name=body.prompt_name,
+        )
+
+        def make_response() -> Response:
+            rows = _encode(found.embeds, body.encoding_format or "float")
+            data = [
+                {"object": "embedding", "index": index, "embedding": row}
+                for index, row in enumerate(rows)
+            ]
+            return JsonResponse(_make_list(service, data, found))
+
+        return await asyncio.to_thread(make_response)  # thousands of rows would stop every route
 
     @router.post("/v2/embed", tags=["Cohere"], response_model=schemas.CohereResponse)
     async def embed(
@@ -212,20 +232,25 @@ def _add_embeddings(router: APIRouter, service: EmbeddingService, images: ImageI
         _require_model(service, body.model)
         inputs = await _read_inputs(_list_items(body), images)
         found = await service.embed(
-            inputs, dimensions=body.output_dimension, truncate=body.truncate == "END"
+            inputs,
+            dimensions=body.output_dimension,
+            truncate=body.truncate == "END",
+            prompt_name=body.prompt_name,
         )
-        num_images = sum(not isinstance(one, str) for one in inputs)
-        response = {
-            "id": str(uuid.uuid4()),
-            "response_type": "embeddings_by_type",
-            "embeddings": {form: _encode(found.embeds, form) for form in body.embedding_types},
-            "texts": [one for one in inputs if isinstance(one, str)],
-            "meta": {
-                "api_version": {"version": "2"},
-                "billed_units": {"input_tokens": found.num_tokens, "images": num_images},
-            },
-        }
-        return JsonResponse(response)
+        texts = [text for text in inputs if isinstance(text, str)]
+        units = {"input_tokens": found.num_tokens, "images": len(inputs) - len(texts)}
+
+        def make_response() -> Response:
+            response = {
+                "id": str(uuid.uuid4()),
+                "response_type": "embeddings_by_type",
+                "embeddings": {form: _encode(found.embeds, form) for form in body.embedding_types},
+                "texts": texts,
+                "meta": {"api_version": {"version": "2"}, "billed_units": units},
+            }
+            return JsonResponse(response)
+
+        return await asyncio.to_thread(make_response)
 
 
 def _add_uses(router: APIRouter, service: EmbeddingService, images: ImageInputs) -> None:
@@ -260,19 +285,25 @@ def _add_uses(router: APIRouter, service: EmbeddingService, images: ImageInputs)
         lists = [query if isinstance(query, list) else [query] for query in body.queries]
         inputs = iter(await _read_inputs([item for items in lists for item in items], images))
         queries = [[next(inputs) for _ in items] for items in lists]
-        found = await service.search(queries, top_k=body.top_k, where=body.where)
-        data = [
-            {
-                "object": "search_result",
-                "index": index,
-                "hits": [  # paths are below the folder of the index
-                    {"cosine": cosine, **columns}
-                    for (_, cosine), columns in zip(result.hits, result.columns, strict=True)
-                ],
-            }
-            for index, result in enumerate(found.results)
-        ]
-        return JsonResponse(_make_list(service, data, found))
+        found = await service.search(
+            queries, top_k=body.top_k, where=body.where, prompt_name=body.prompt_name
+        )
+
+        def make_response() -> Response:
+            data = [
+                {
+                    "object": "search_result",
+                    "index": index,
+                    "hits": [  # paths are below the folder of the index
+                        {"cosine": cosine, **columns}
+                        for (_, cosine), columns in zip(result.hits, result.columns, strict=True)
+                    ],
+                }
+                for index, result in enumerate(found.results)
+            ]
+            return JsonResponse(_make_list(service, data, found))
+
+        return await asyncio.to_thread(make_response)
 
 
 def _require_model(service: EmbeddingService, name: str | None) -> None:
@@ -357,6 +388,11 @@ def _add_monitoring(app: FastAPI, service: EmbeddingService, metrics: ServerMetr
         }
         return JsonResponse(state, status_code=200 if service.is_alive else 503)
 
+    @app.get("/docs", include_in_schema=False)
+    def show_docs() -> Response:
+        """Describe every route on a page without scripts."""
+        return Response(_describe_api(app.openapi()), media_type="text/html")
+
     @app.get(
         "/metrics", tags=["Operation"], response_class=Response,
         responses={200: {"content": {CONTENT_TYPE: {"schema": {"type": "string"}}}}},
@@ -364,6 +400,25 @@ def _add_monitoring(app: FastAPI, service: EmbeddingService, metrics: ServerMetr
     def show_metrics() -> Response:
         """Return the metrics for Prometheus."""
         return Response(metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+
+
+def _describe_api(schema: dict[str, Any]) -> str:
+    """Write the routes of an OpenAPI schema as HTML, with their examples as commands."""
+    parts = [f"<h1>{html.escape(schema['info']['description'])}</h1>"]
+    parts.append('<p><a href="openapi.json">OpenAPI</a> has the fields of every request.</p>')
+    for path, methods in schema["paths"].items():
+        for method, route in methods.items():
+            parts.append(f"<h2><code>{method.upper()} {path}</code></h2>")
+            parts.append(f"<p>{html.escape(route['description'])}</p>")
+            body = route.get("requestBody", {"content": {}})["content"].get("application/json", {})
+            for name, example in body.get("examples", {}).items():
+                command = (
+                    f"curl http://HOST:PORT{path} -H 'Content-Type: application/json' \\\n  "
+                    f"-d '{json.dumps(example['value'])}'"
+                )
+                parts.append(f"<h3>{html.escape(name)}</h3><pre>{html.escape(command)}</pre>")
+    style = "body{font-family:sans-serif;max-width:60rem;margin:auto}pre{overflow:auto}"
+    return f"<!doctype html><title>LLM2CLIP</title><style>{style}</style>{''.join(parts)}"
 
 
 def _add_error_handlers(app: FastAPI) -> None:

@@ -13,7 +13,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
+from typing_extensions import Self
+
+from .._suggestions import counted
 
 MOST_INPUTS = 2048
 """Maximum texts and images per request, as OpenAI's."""
@@ -21,6 +32,8 @@ MOST_CHARACTERS = 100_000
 """Maximum length of a text: no model reads as much, and tokenizing more takes seconds."""
 MOST_HITS = 1000
 """Maximum images per query of a search."""
+MOST_RESULTS = 20_000
+"""Maximum images of all queries of a search: the response has a line of columns for each."""
 
 
 def _require_text(text: str) -> str:
@@ -139,7 +152,16 @@ class _Options(_Strict):
     model: str | None = Field(None, description="Name of the served model; it may be left out.")
 
 
-class _OpenAIOptions(_Options):
+class _TextOptions(_Options):
+    prompt_name: str | None = Field(
+        None,
+        max_length=100,
+        description="Name of the model's instruction that texts get, such as query, as with "
+        "`encode_query` of sentence-transformers.",
+    )
+
+
+class _OpenAIOptions(_TextOptions):
     dimensions: int | None = Field(
         None, ge=1, description="Keep the first numbers of an embedding, of unit length again."
     )
@@ -150,13 +172,24 @@ class _OpenAIOptions(_Options):
     truncate: bool = Field(True, description="false refuses texts that would be truncated.")
 
 
-class _CohereOptions(_Options):
-    input_type: str | None = Field(None, description="Changes nothing.")
+class _CohereOptions(_TextOptions):
+    input_type: str | None = Field(
+        None,
+        description="search_query and search_document are the instructions query and document "
+        "without `prompt_name`; other types change nothing.",
+    )
     output_dimension: int | None = Field(None, ge=1)
     embedding_types: Annotated[
         list[Literal["float", "base64"]], Field(min_length=1, max_length=2)
     ] = Field(["float"])
     truncate: Literal["NONE", "END"] = "END"
+
+    @model_validator(mode="after")
+    def _name_prompt(self) -> Self:
+        if self.prompt_name is None:
+            names = {"search_query": "query", "search_document": "document"}
+            self.prompt_name = names.get(self.input_type or "")
+        return self
 
 
 class _HasTexts(_Strict):
@@ -260,7 +293,7 @@ class ClassifyRequest(_Options):
     top_k: int | None = Field(None, ge=1, description="Labels per image; all by default.")
 
 
-class SearchRequest(_Options):
+class SearchRequest(_TextOptions):
     """Texts and images to find images for."""
 
     queries: Annotated[list[ItemOrItems], Field(min_length=1, max_length=MOST_INPUTS)] = Field(
@@ -270,6 +303,16 @@ class SearchRequest(_Options):
     where: str | None = Field(
         None, min_length=1, description="Comparisons of columns, as in SQL, joined by AND and OR."
     )
+
+    @model_validator(mode="after")
+    def _require_few_results(self) -> Self:
+        count = len(self.queries) * self.top_k
+        if count > MOST_RESULTS:
+            raise ValueError(
+                f"{counted(len(self.queries), 'query')} with top_k={self.top_k} ask for {count:,} "
+                f"images, the maximum is {MOST_RESULTS:,}. Send fewer queries, or a smaller top_k"
+            )
+        return self
 
 
 class Usage(BaseModel):

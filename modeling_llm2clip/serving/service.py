@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -106,6 +106,7 @@ class EmbeddingService:
         encoder: The model.
         config: Limits, and how inputs are batched.
         model_name: What requests and responses call the model.
+        model_config: Configuration of the model, with its instructions; None if there are none.
         index: Images to search, of the same model.
         training_data: Names of the datasets that the model was trained on.
         training_images: Which images the model was trained on; None where that is not known.
@@ -131,6 +132,7 @@ class EmbeddingService:
         config: ServeConfig | None = None,
         *,
         model_name: str,
+        model_config: LLM2CLIPConfig | None = None,
         index: ImageIndex | None = None,
         training_data: Sequence[str] = (),
         training_images: TrainingImages | None = None,
@@ -138,7 +140,7 @@ class EmbeddingService:
     ) -> None:
         self.encoder = encoder
         self.config = config = config or ServeConfig()
-        self._limits = replace(get_image_limits(), **config.list_limits())  # type: ignore[arg-type]
+        self._limits = get_image_limits(**config.list_limits())
         self.model_name = model_name
         self.index = index
         self.training_data = tuple(training_data)
@@ -150,13 +152,22 @@ class EmbeddingService:
             count = None if encoder.projects_at_once else lambda _, embeds: self._tally.add(embeds)
             return encoder.encode_images(images, num_workers=1, on_batch=count).numpy()
 
-        encode = {"text": lambda texts: encoder.encode_texts(texts).numpy(), "image": encode_images}
+        def encode_texts(texts: Sequence[Any], lane: str) -> NDArray[np.float32]:
+            options = {} if lane == "text" else {"num_unpooled": unpooled[lane]}
+            return encoder.encode_texts(texts, **options).numpy()  # type: ignore[arg-type]
+
+        # Texts share batches if the same number of tokens is not pooled.
+        self._instructions, unpooled = _list_instructions(encoder, model_config)
         self._image_batch = config.batch_size or encoder.batch_size
-        budgets = {"text": config.token_budget or encoder.token_budget, "image": self._image_batch}
+        token_budget = config.token_budget or encoder.token_budget
+        lanes = [Lane(name, partial(encode_texts, lane=name), token_budget) for name in unpooled]
+        lanes.append(Lane("image", encode_images, self._image_batch))
         self._worker = BatchWorker(
-            [Lane(name, encode[name], budgets[name]) for name in encoder.modalities],
+            lanes,
             max_wait_s=config.max_wait_ms / 1000,
-            on_batch=lambda *counts: self.on_batch and self.on_batch(*counts),
+            on_batch=lambda lane, *counts: (
+                self.on_batch and self.on_batch(lane.partition(" ")[0], *counts)
+            ),
         )
         # Apart, so that images that are slow to decode hold up neither texts nor searches.
         self._text_threads = WorkerThreads(config.num_workers, "llm2clip-text")
@@ -191,13 +202,14 @@ class EmbeddingService:
         else:
             loaded, processor = load_model(model, device=config.device)
             require_trained(loaded, purpose="serving", source=model)
-            encoder = TorchEncoder(loaded, processor)
+            saved, encoder = loaded.config, TorchEncoder(loaded, processor)
         images = None if index is None else ImageIndex.open(index, model=source)
         folder = find_model_folder(source)
         return cls(
             encoder,
             config,
             model_name=config.model_name or Path(model).resolve().name,
+            model_config=saved,
             index=images,
             training_data=read_card_data(folder).training_data,
             training_images=read_training_images(folder),
@@ -219,7 +231,12 @@ class EmbeddingService:
             threads.close(wait_s=_CLOSE_WAIT_S)
 
     async def embed(
-        self, inputs: Sequence[Input], *, dimensions: int | None = None, truncate: bool = True
+        self,
+        inputs: Sequence[Input],
+        *,
+        dimensions: int | None = None,
+        truncate: bool = True,
+        prompt_name: str | None = None,
     ) -> EmbeddedInputs:
         """Embed texts and images, in one order.
 
@@ -227,18 +244,21 @@ class EmbeddingService:
             inputs: Texts and images, at least one.
             dimensions: Keep the first numbers of an embedding, of unit length again; None for all.
             truncate: Truncate texts that are longer than the model reads, instead of refusing them.
+            prompt_name: Name of the instruction that texts get, as with `encode_query` of
+                sentence-transformers; None for none.
 
         Raises:
             RequestError: An input cannot be embedded, or the queue is full.
         """
         self._check(inputs, dimensions)
+        instruction, lane = self._find_instruction(prompt_name)
         texts = [place for place, one in enumerate(inputs) if isinstance(one, str)]
         images = [place for place, one in enumerate(inputs) if not isinstance(one, str)]
         work: dict[str, Any] = {}
         with self._admit(len(inputs)):
             if texts:
                 given = [str(inputs[place]) for place in texts]
-                work["text"] = self._embed_texts(given, truncate=truncate)
+                work["text"] = self._embed_texts(given, instruction, lane, truncate=truncate)
             if images:
                 work["image"] = self._embed_images([inputs[place] for place in images])
             done = dict(zip(work, await await_all_or_none(work.values()), strict=True))
@@ -294,7 +314,12 @@ class EmbeddingService:
         return ClassifiedImages(tags=tags, num_tokens=embedded.num_tokens, truncated=truncated)
 
     async def search(
-        self, queries: Sequence[Query], *, top_k: int = 6, where: str | None = None
+        self,
+        queries: Sequence[Query],
+        *,
+        top_k: int = 6,
+        where: str | None = None,
+        prompt_name: str | None = None,
     ) -> FoundImages:
         """Find the images of the index that fit texts and images best.
 
@@ -302,6 +327,7 @@ class EmbeddingService:
             queries: Texts and images; a list among them is one query, the mean of its embeddings.
             top_k: Images per query.
             where: Filter over the columns of the index, as `ImageIndex.search` takes it.
+            prompt_name: Name of the instruction that texts get; None for none.
 
         Raises:
             RequestError: There is no index, or it is gone or of another model by now, a query or
@@ -319,7 +345,8 @@ class EmbeddingService:
         if empty := [number for number, parts in enumerate(parts_of) if not parts]:
             raise RequestError(400, f"Query number {empty[0]} is empty; give a text or an image.")
         query_of = [number for number, parts in enumerate(parts_of) for _ in parts]
-        embedded = await self.embed([part for parts in parts_of for part in parts])
+        inputs = [part for parts in parts_of for part in parts]
+        embedded = await self.embed(inputs, prompt_name=prompt_name)
         starts = np.searchsorted(query_of, np.arange(1, len(parts_of)))
         means = np.stack([rows.mean(axis=0) for rows in np.split(embedded.embeds, starts)])
         with _refusing():
@@ -411,16 +438,32 @@ class EmbeddingService:
         finally:
             self._add_pending(-count)
 
+    def _find_instruction(self, name: str | None) -> tuple[str, str]:
+        """Return the text of an instruction, and the lane of texts that have it."""
+        if name is None:
+            return "", "text"
+        if name not in self._instructions:
+            known = ", ".join(map(repr, self._instructions))
+            raise RequestError(
+                400,
+                f"The model has no instruction {name!r}. Give one of {known}, or none.",
+                param="prompt_name",
+                code="unknown_prompt",
+            )
+        return self._instructions[name]
+
     async def _embed_texts(
-        self, texts: list[str], *, truncate: bool
+        self, texts: list[str], instruction: str, lane: str, *, truncate: bool
     ) -> tuple[NDArray[np.float32], int, list[int]]:
         """Return (N, P), the number of tokens, and which texts are truncated."""
         tokens: list[TokenizedText] = []
         truncated: list[int] = []
         tokenize = partial(TokenizedTexts, self.encoder.processor)
         with _refusing(code="invalid_text"):
-            if len(texts) > _TOKENIZED_AT_ONCE:  # names a blank text by its number in the request
+            if instruction or len(texts) > _TOKENIZED_AT_ONCE:
+                # Names a blank text by its number in the request.
                 await self._run(self._text_threads, partial(clean_list, texts))
+            texts = [instruction + text for text in texts]
             # Part by part, because nobody else's texts are tokenized meanwhile.
             for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
                 part = texts[start : start + _TOKENIZED_AT_ONCE]
@@ -436,7 +479,7 @@ class EmbeddingService:
                 code="text_too_long",
             )
         lengths = [len(one.ids) for one in tokens]
-        embeds = await asyncio.wrap_future(self._worker.submit("text", tokens, lengths))
+        embeds = await asyncio.wrap_future(self._worker.submit(lane, tokens, lengths))
         return embeds, sum(lengths), truncated
 
     async def _embed_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
@@ -478,6 +521,27 @@ class EmbeddingService:
     def _add_pending(self, count: int) -> None:
         with self._lock:
             self.num_pending += count
+
+
+def _list_instructions(
+    encoder: Encoder, config: LLM2CLIPConfig | None
+) -> tuple[dict[str, tuple[str, str]], dict[str, int | None]]:
+    """Return each instruction and its lane by name, and the number of unpooled tokens by lane.
+
+    Every model has the names that sentence-transformers gives to queries and documents.
+    """
+    lanes: dict[str, int | None] = {"text": None}
+    instructions = {"query": ("", "text"), "document": ("", "text")}
+    if config is None:
+        return instructions, lanes
+    for name, text in config.instructions.items():
+        lane = "text"
+        if config.num_unpooled == len(config.prompt_prefix_ids):  # the prompt is not pooled
+            ids = encoder.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+            lane = f"text {name}"
+            lanes[lane] = config.num_unpooled + len(ids)
+        instructions[name] = (text, lane)
+    return instructions, lanes
 
 
 @contextmanager

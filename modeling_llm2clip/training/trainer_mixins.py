@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -100,10 +101,13 @@ def training_arguments_on(
     **options: Any,
 ) -> Arguments:
     """Make a Trainer's arguments for a run on one device; by default it takes the first GPU."""
+    in_bfloat16 = computes_in_bfloat16(config.precision, on_gpu=device.type == "cuda")
+    # A launcher writes its own choice here, and accelerate follows it where a Trainer makes none.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if in_bfloat16 else "no"
     arguments = arguments_class(
         use_cpu=device.type == "cpu",
         output_dir=str(output / CHECKPOINTS),
-        bf16=computes_in_bfloat16(config.precision, on_gpu=device.type == "cuda"),
+        bf16=in_bfloat16,
         save_strategy="steps",
         save_steps=config.save_steps,
         ddp_find_unused_parameters=False,  # what gets no gradient is frozen, or refused
@@ -121,10 +125,7 @@ def training_arguments_on(
 
 
 class CheckpointMarkMixin:
-    """Marks a checkpoint when all of it is written, and stops before a gradient that is not finite.
-
-    A step with it would make every weight NaN, since the gradient is clipped as a whole.
-    """
+    """Marks a checkpoint once it is written as a whole; stops at a gradient that is not finite."""
 
     state: Any
     args: Any
@@ -146,10 +147,9 @@ class CheckpointMarkMixin:
 
 
 class ResumedMetricsMixin:
-    """Keeps numbers of the whole run out of a Trainer's log if it ran only a part of it.
+    """Keeps mean loss and speed out of the log of a resumed run.
 
-    These are the mean loss and the speed: some versions of transformers divide the sums of the
-    part by the steps of the whole.
+    Some versions of transformers divide the sums of the part by the steps of the whole.
     """
 
     state: Any
@@ -359,10 +359,7 @@ def computes_in_bfloat16(precision: str, *, on_gpu: bool) -> bool:
 
 
 def find_pooler(text_model: nn.Module) -> str | None:
-    """Return the pattern of the modules of an encoder's pooler, which nothing reads; None for none.
-
-    BERT has one, and a LoRA in it would get no gradient.
-    """
+    """Return the pattern of an encoder's pooler, such as BERT's, whose LoRA gets no gradient."""
     has_pooler = any("pooler" in name.split(".") for name, _ in text_model.named_modules())
     return r"(.*\.)?pooler\..*" if has_pooler else None
 

@@ -203,7 +203,6 @@ BLOCKED_RUNS = [
     (["timm"], "train RECIPE", "demo"),
     (["timm"], "index TIMM DATA new", "timm"),
     (["lancedb"], "index PLAIN DATA new", "search"),
-    (["faiss"], "index PLAIN DATA new --faiss file", "ann"),
     (["lancedb"], "search DATA sentence", "search"),
     (["lancedb"], "tag PLAIN DATA --labels gone --index new", "search"),
     (["timm"], "tag TIMM DATA --labels gone", "timm"),

@@ -199,6 +199,12 @@ def test_a_file_that_is_wrong_is_refused_by_its_name(
     assert message in str(refused.value) and str(file) in str(refused.value)
 
 
+def test_a_file_that_cannot_be_opened_is_refused_with_what_to_give(tmp_path: Path) -> None:
+    for file in (tmp_path / "nothing.yaml", tmp_path):
+        with pytest.raises(ValueError, match=f"{file} cannot be read: .*Give a YAML file"):
+            read_yaml(file)
+
+
 def test_a_scalar_of_yaml_is_what_its_field_is(tmp_path: Path) -> None:
     file = tmp_path / "scalars.yaml"
     file.write_text("a: 1e-4\nb: no\nc: 010\nd: 1:30\ne: ~\nf: null\ng: 'null'\nh:\ni: [yes, 3]\n")

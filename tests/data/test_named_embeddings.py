@@ -24,8 +24,8 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "embeddings", "message"),
     [
-        (["a", "b"], torch.tensor([[1.0], [float("nan")]]), r"infinity in 1 embedding.*b"),
-        (["a", "a"], torch.ones(2, 3), r"1 repeated name: 'a'"),
+        (["a", "b"], torch.tensor([[1.0], [float("nan")]]), r"infinity in 1 embedding: b"),
+        (["a", "a"], torch.ones(2, 3), r"1 repeated name: a"),
         (["a"], torch.ones(2, 3), r"shape \(2, 3\) must have one row for each of the 1 names"),
         (["a"], torch.ones(1, 3, dtype=torch.int64), r"torch\.int64; give floating-point"),
     ],
@@ -42,7 +42,7 @@ def test_broken_embeddings_are_refused(
 def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
     file = side_file(tmp_path, "texts")
     save_file({"weight": torch.ones(2)}, file)
-    with pytest.raises(ValueError, match=r"must hold a tensor 'embeddings'.*It holds 'weight' and"):
+    with pytest.raises(ValueError, match=r"must hold a tensor 'embeddings'.*It holds weight and"):
         read_named_embeddings(file)
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(ValueError, match=r"truncated or damaged"):
@@ -53,6 +53,6 @@ def test_a_file_with_the_weights_of_a_model_is_described_in_a_few_words(tmp_path
     file = tmp_path / "model.safetensors"
     names = [f"text_model.layers.{number}.mlp.weight" for number in range(700)]
     save_file({name: torch.ones(1) for name in names}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"mlp.weight' and 695 more") as caught:
+    with pytest.raises(ValueError, match=r"mlp.weight and 695 more") as caught:
         read_named_embeddings(file)
     assert len(str(caught.value)) < 500 + len(str(file))

@@ -311,7 +311,7 @@ def test_a_folder_that_was_saved_and_not_exported_is_healthy(good: Path, tmp_pat
     report = check_model(tmp_path)
     assert report.healthy, str(report)
     skipped = [check.name for check in report.checks if check.skipped]
-    assert skipped == ["recorded files", "golden embeddings"]
+    assert skipped == ["recorded files"]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from breaking import find
 from endpoints import (
+    BadRequestError,
     Break,
     Endpoint,
     cut_suffix_off,
@@ -45,6 +46,7 @@ from modeling_llm2clip.doctor.endpoint_client import (
     _to_tensor,
 )
 from modeling_llm2clip.doctor.server_checks import check_server
+from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.model_folders.model_writing import save_model
 
 SCHEMAS = ("openai", "chat", "cohere", "jina")
@@ -71,22 +73,14 @@ def test_a_good_endpoint_passes_every_check(folder: Path, schema: Any) -> None:
         report = check(folder, endpoint, schema=schema)
     assert report.healthy, str(report)
     assert [one.name for one in report.checks] == [plan.name for plan in server_checks._PLANNED]
-    skipped = {one.name for one in report.checks if one.skipped}
-    assert (
-        skipped
-        == {
-            "openai": {
-                "images",
-                "photographs",
-                "image decoding",
-                "batched images",
-                "concurrent inputs",
-            },
-            "chat": {"batched images"},
-            "cohere": {"base64", "dimensions"},
-            "jina": set(),
-        }[schema]
-    )
+    images = {plan.name for plan in server_checks._PLANNED if plan.about == "image"}
+    assert {one.name for one in report.checks if one.skipped} == {
+        "openai": images,
+        "chat": {"batched images", "mixed inputs"},
+        "cohere": {"base64", "dimensions", "mixed inputs"},
+        "jina": set(),
+    }[schema]
+    assert not any(one.concern for one in report.checks), str(report)
     assert {body["model"] for body in endpoint.seen} == {"tiny"}  # as /v1/models calls it
 
 
@@ -106,6 +100,11 @@ def set_pooling(endpoint: Endpoint) -> None:
     endpoint.model.config.text_pooling = "last_token"
 
 
+def answer_first(endpoint: Endpoint) -> None:
+    honest = endpoint.embed_texts
+    endpoint.embed_texts = lambda texts: honest(["a dog"]).expand(len(texts), -1)
+
+
 def set_causal(endpoint: Endpoint) -> None:
     set_attention_direction(endpoint.model.text_model, bidirectional=False)
 
@@ -114,8 +113,10 @@ def set_dtype(dtype: torch.dtype) -> Break:
     return lambda endpoint: endpoint.model.to(dtype)
 
 
-def leave_adapter_out(endpoint: Endpoint) -> None:
-    endpoint.model.text_adapter = torch.nn.Identity().eval()
+def serve_tower(endpoint: Endpoint) -> None:
+    endpoint.embed_texts = lambda texts: F.normalize(
+        encode_texts(endpoint.model, endpoint.processor, texts, project=False), dim=-1
+    )
 
 
 def skip_instruction(endpoint: Endpoint) -> None:
@@ -163,11 +164,11 @@ def refuse_long(endpoint: Endpoint) -> None:
 
 
 CASES = {
-    "last-token pooling": Case(set_pooling, "texts", "last-token pooling instead of the mean"),
+    "last-token pooling": Case(set_pooling, "texts", "'last_token' pooling instead of 'mean'"),
     "prompt lost": Case(lose_prompt, "texts", "the prompt is lost"),
     "prefix pooled": Case(pool_prefix, "texts", "the prompt's prefix is pooled too"),
     "causal attention": Case(set_causal, "texts", "attention is causal"),
-    "adapter left out": Case(leave_adapter_out, "texts", "the text adapter is left out"),
+    "LLM alone": Case(serve_tower, "texts", "text adapter and projection are left out"),
     "not normalized": Case(keep_lengths, "texts", r"not normalized: lengths are .* not 1"),
     "instruction added": Case(skip_instruction, "texts", "texts get the instruction 'query'"),
     "lowercased": Case(lowercase, "texts", "texts are lowercased"),
@@ -243,6 +244,64 @@ def test_a_half_precision_that_is_meant_passes(dtype: str, folder: Path) -> None
     assert report.healthy, str(report)
 
 
+@pytest.fixture(scope="module", params=["float16", "bfloat16"])
+def half_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model, processor = tiny_model(max_text_length=128)
+    return save_model(
+        model.to(getattr(torch, request.param)),
+        processor,
+        tmp_path_factory.mktemp("half") / "model",
+        instructions={"query": "Find an image: "},
+    )
+
+
+@pytest.mark.parametrize("computed", ["the folder's dtype", "float32"])
+def test_a_folder_in_half_precision_certifies_a_good_server(
+    computed: str, half_folder: Path
+) -> None:
+    break_it = set_dtype(torch.float32) if computed == "float32" else set_attributes()
+    with Endpoint(half_folder, break_it) as endpoint:
+        report = check(half_folder, endpoint, schema="jina")
+    assert report.healthy, str(report)
+
+
+HALF_CASES = {
+    "prompt lost": (lose_prompt, "the prompt is lost"),
+    "last-token pooling": (set_pooling, "'last_token' pooling instead of 'mean'"),
+    "causal attention": (set_causal, "attention is causal"),
+    "LLM alone": (serve_tower, "text adapter and projection are left out"),
+    "one row for all": (answer_first, "inputs have one embedding"),
+}
+
+
+@pytest.mark.parametrize("name", HALF_CASES)
+@pytest.mark.parametrize("computed", ["half", "float32"])
+def test_an_error_is_named_in_half_precision(
+    computed: str, name: str, half_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server computes as its folder says, or in float32: the cause is the same."""
+    break_it, says = HALF_CASES[name]
+    run_alone(monkeypatch, "texts")
+    with Endpoint(half_folder, break_it) as endpoint:
+        if computed == "float32":
+            endpoint.model.float()
+        report = check(half_folder, endpoint)
+    assert says in find(report, "texts").message, str(report)
+
+
+def test_what_half_precision_changes_is_explained_by_no_error(
+    half_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounding moves a text that no error changes: errors without an effect explain nothing."""
+    run_alone(monkeypatch, "texts")
+    noise = set_attributes(
+        finish=lambda embeds: embeds + 0.4 * torch.ones(embeds.shape[1]) / embeds.shape[1] ** 0.5
+    )
+    with Endpoint(half_folder, noise) as endpoint:
+        report = check(half_folder, endpoint)
+    assert "No known error gives them" in find(report, "texts").message, str(report)
+
+
 def normalize_as_imagenet(pixels: torch.Tensor) -> torch.Tensor:
     """Replace CLIP's mean and std, with which the tiny tower's pixels come, by ImageNet's."""
     statistics = [
@@ -262,7 +321,7 @@ def test_an_error_that_half_precision_would_allow_is_found_all_the_same(
     with Endpoint(folder, set_attributes(pixels=normalize_as_imagenet)) as endpoint:
         report = check(folder, endpoint, schema="jina", served_dtype="bfloat16")
     assert re.search(
-        "which 2e-01 allows, but pixels are normalized by ImageNet's",
+        "which is allowed, but pixels are normalized by ImageNet's",
         find(report, "images").message,
     ), str(report)
 
@@ -275,6 +334,63 @@ def test_rounded_values_are_a_warning(folder: Path, monkeypatch: pytest.MonkeyPa
     assert report.healthy
     assert "rounded to float16" in find(report, "texts").message
     assert find(report, "texts").concern
+
+
+@pytest.mark.parametrize("name", ["images", "base64"])
+def test_rounded_images_and_base64_are_a_warning(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_alone(monkeypatch, name)
+    rounded = set_attributes(finish=lambda embeds: embeds.half().float())
+    with Endpoint(folder, rounded) as endpoint:
+        report = check(folder, endpoint, schema="jina")
+    assert find(report, name).concern and "float16" in find(report, name).message, str(report)
+
+
+def ignore_instruction(endpoint: Endpoint) -> None:
+    endpoint.embed_with = lambda _, texts: endpoint.embed_texts(texts)
+
+
+def pool_instruction(endpoint: Endpoint) -> None:
+    endpoint.embed_with = lambda _, texts: endpoint.embed_texts(
+        ["Find an image: " + t for t in texts]
+    )
+
+
+@pytest.mark.parametrize(
+    ("break_it", "verdict", "says"),
+    [
+        (ignore_instruction, "warning", "the server ignores prompt_name='query'"),
+        (pool_instruction, "FAILED", "pooled only if the model pools its prompt"),
+    ],
+)
+def test_a_server_that_applies_an_instruction_otherwise_is_found(
+    break_it: Break, verdict: str, says: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_alone(monkeypatch, "instructions")
+    with Endpoint(folder, break_it) as endpoint:
+        found = find(check(folder, endpoint), "instructions")
+    assert found.verdict == verdict and says in found.message, found.message
+
+
+def limit_batches(endpoint: Endpoint) -> None:
+    honest = endpoint.embed
+
+    def embed(body: dict[str, Any]) -> torch.Tensor:
+        if len(body.get("input", [])) > 32:
+            raise BadRequestError("at most 32 inputs")
+        return honest(body)
+
+    endpoint.embed = embed  # type: ignore[method-assign]
+
+
+def test_a_server_with_small_batches_is_checked_with_those(folder: Path) -> None:
+    with Endpoint(folder, limit_batches) as endpoint:
+        report = check(folder, endpoint, schema="jina")
+    assert report.healthy, str(report)
+    for name in ("batched texts", "mixed inputs"):
+        message = find(report, name).message
+        assert message.startswith("32 embeddings") and "100 are refused with 400" in message
 
 
 def test_a_long_text_may_be_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +438,7 @@ FAILURES = {
     "HTML": (reply_with(200, b"<html>Hello</html>"), r"not JSON: b'<html>"),
     "no embeddings": (reply_with(200, {"id": 1}), r"neither `data` nor `embeddings`.*\['id'\]"),
     "a list": (reply_with(200, [1]), "neither `data` nor `embeddings`, but list"),
-    "too few": (reply_with(200, {"data": []}), "0 embeddings for 1 inputs"),
+    "too few": (reply_with(200, {"data": []}), "0 embeddings for 1 input"),
     "no embedding": (reply_with(200, {"data": [{}]}), "has no `embedding`"),
     "null": (reply_with(200, {"data": [{"embedding": [None]}]}), "not a list of numbers"),
     "order": (
@@ -415,7 +531,7 @@ def test_the_command_prints_the_report_and_its_exit_code(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--schema", "jina"], "--schema needs --server"),
+        (["--schema", "jina"], "`schema` needs `server`"),
         (["--server", "127.0.0.1:8000"], "an http or https address"),
         (["--server", "ftp://host"], "an http or https address"),
         (["--server", "http://"], "an http or https address"),

@@ -239,19 +239,20 @@ def make_other_model(folder: Path) -> Path:
     return save_model(model, processor, folder)
 
 
-def test_shards_of_a_storage_without_manifest_are_not_taken_over(
-    model: Path, records: RecordTable, tmp_path: Path
+def test_shards_of_a_storage_without_manifest_are_those_of_the_same_plan_alone(
+    model: Path, records: RecordTable, tmp_path: Path, written: list[int]
 ) -> None:
     storage = tmp_path / "storage"
     options = {"config": CONFIG, "modality": "text", "storage": f"file://{storage}"}
-    extract(model, records, tmp_path / "a", **options)  # type: ignore[arg-type]
+    alone = extract(model, records, tmp_path / "a", **options)  # type: ignore[arg-type]
     (storage / "manifest.json").unlink()
-    there = read_files(storage)
+    written.clear()
     other = make_other_model(tmp_path / "other")
-    for source in (other, model):  # nothing says that it was the same model
-        with pytest.raises(FileExistsError, match=r"no manifest\.json, and holds shards of some"):
-            extract(source, records, tmp_path / "b", **options)  # type: ignore[arg-type]
-    assert read_files(storage) == there
+    with pytest.raises(ValueError, match=r"5 damaged files: .*it is of another store"):
+        extract(other, records, tmp_path / "b", **options)  # type: ignore[arg-type]
+    (storage / "manifest.json").unlink()
+    found = extract(model, records, tmp_path / "c", **options)  # type: ignore[arg-type]
+    assert read_files(found) == read_files(alone) and not written
 
 
 def test_shards_of_another_model_are_never_merged(

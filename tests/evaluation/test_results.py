@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from modeling_llm2clip.data.images.image_sources import ParquetImage
+from modeling_llm2clip.data.remote.file_places import describe_states
 from modeling_llm2clip.evaluation.datasets.dataset_registry import load_dataset
 from modeling_llm2clip.evaluation.datasets.retrieval_dataset import RetrievalDataset
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
@@ -38,9 +39,12 @@ def test_another_image_in_a_row_of_a_parquet_file_is_another_dataset(tmp_path: P
         encoded = io.BytesIO()
         Image.new("RGB", (8, 8), color).save(encoded, "PNG")
         rows = {"image": [{"bytes": encoded.getvalue(), "path": None}], "caption": ["a color"]}
-        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "data.parquet")
+        file = tmp_path / color / "data.parquet"
+        file.parent.mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(rows).to_parquet(file)
+        describe_states([file])  # as whoever reads the records of a file does
         own = Correspondence.from_image_of_text([0], 1)
-        image = ParquetImage(tmp_path / "data.parquet", "image", 0)
+        image = ParquetImage(file, "image", 0)
         return RetrievalDataset(
             name="tiny", images=(image,), image_names=("0",), captions=("a color",),
             correspondence=own, lang="en",

@@ -50,6 +50,7 @@ class Endpoint(ThreadingHTTPServer):
         self.keys: list[str | None] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.embed_texts: Callable[[list[str]], Tensor] = self._embed_texts
+        self.embed_with: Callable[[str, list[str]], Tensor] = self._embed_with
         self.decode: Callable[[bytes], Any] = lambda content: Image.open(io.BytesIO(content))
         self.pixels: Callable[[Tensor], Tensor] | None = None
         self.respond: Callable[[BaseHTTPRequestHandler], bool] = lambda _: False
@@ -92,16 +93,37 @@ class Endpoint(ThreadingHTTPServer):
             return self.embed_images([part["image_url"]["url"]])
         if "images" in body:
             return self.embed_images(body["images"])
+        name = body.get("prompt_name")
+        if body.get("input_type") is not None:
+            name = {"search_query": "query", "search_document": "document"}[body["input_type"]]
         inputs = body.get("texts", body.get("input"))
         if not isinstance(inputs, list):
             raise BadRequestError("give a list")
         if inputs and isinstance(inputs[0], dict):
-            if "image" in inputs[0]:
-                return self.embed_images([one["image"] for one in inputs])
+            embeds = {
+                key: iter(embed([one[key] for one in inputs if key in one]))
+                for key, embed in (("image", self.embed_images), ("text", self.embed_texts))
+                if any("image" in one for one in inputs) and any(key in one for one in inputs)
+            }
+            if "image" in embeds:
+                return torch.stack([next(embeds[next(iter(one))]) for one in inputs])
             inputs = [one["text"] for one in inputs]
         if self.refuses_blank and (not inputs or not all(text.strip() for text in inputs)):
             raise BadRequestError("an input is blank")
-        return self.embed_texts(inputs)
+        return self.embed_texts(inputs) if name is None else self.embed_with(name, inputs)
+
+    def _embed_with(self, name: str, texts: list[str]) -> Tensor:
+        """Embed texts with an instruction, which is attended to and not pooled."""
+        instruction = self.model.config.instructions[name]
+        start = len(self.model.config.prompt_prefix_ids) + len(tokenize_bare(self, instruction))
+        return torch.cat(
+            [
+                pool(
+                    self, run_llm(self, self.processor.list_ids([instruction + text])[0][0])[start:]
+                )
+                for text in texts
+            ]
+        )
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         """Answer a request."""

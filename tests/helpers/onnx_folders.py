@@ -31,7 +31,7 @@ def shared_source() -> Path:
             with torch.no_grad():
                 for parameter in model.text_model.layers.parameters():
                     parameter.mul_(0.5)
-            save_model(model, processor, folder)
+            save_model(model, processor, folder, instructions={"query": "Find an image: "})
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 import sys
 import threading
@@ -20,8 +21,9 @@ class ShardServer(ThreadingHTTPServer):
     `drop_every` closes the connection in the middle of every n-th reply with a body; `status` of a
     path answers it so; `requests` counts replies by path. `stall_every` sends half of every n-th
     reply and is silent for `stall_seconds` then. Without `tags` nothing shows that a file has
-    changed; "varying" ones are of each reply, those of two "mirrors" of a connection, which lasts
-    until a body came. After `deny_after` requests all are denied.
+    changed; "weak" ones are not compared, and "varying" ones are of each reply. After `deny_after`
+    requests all are denied. `packs` compresses replies: for clients that say they are "willing", or
+    "always".
     """
 
     daemon_threads = False
@@ -36,7 +38,7 @@ class ShardServer(ThreadingHTTPServer):
         self.drop_every = drop_every
         self.tags = tags
         self.replies = count()
-        self.mirrors: dict[Any, int] = {}
+        self.packs = ""
         self.status: dict[str, int] = {}
         self.requests: Counter[str] = Counter()
         self.dropped = 0
@@ -66,11 +68,6 @@ class _Handler(BaseHTTPRequestHandler):
     server: ShardServer
     timeout = 1
 
-    @property
-    def protocol_version(self) -> str:  # type: ignore[override]
-        """Keep connections where they count."""
-        return "HTTP/1.1" if self.server.tags == "mirrors" else "HTTP/1.0"
-
     def do_GET(self) -> None:
         """Send a file, a part of it, or an error."""
         name = unquote(self.path.partition("?")[0]).lstrip("/")
@@ -86,15 +83,14 @@ class _Handler(BaseHTTPRequestHandler):
             return
         content = file.read_bytes()
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        source: Any = ""
-        if server.tags == "varying":
-            source = next(server.replies)
-        elif server.tags == "mirrors":
-            seen = server.mirrors.setdefault(self.client_address, len(server.mirrors))
-            source = "0110"[seen % 4]
-            self.close_connection = self.command == "GET"
-        headers = {"ETag": f'"{file.stat().st_mtime_ns}{source}"'} if server.tags else {}
+        varying = next(server.replies) if server.tags in ("varying", "weak") else ""
+        weak = "W/" if server.tags == "weak" else ""
+        headers = {"ETag": f'{weak}"{file.stat().st_mtime_ns}{varying}"'} if server.tags else {}
         status = 200
+        is_willing = server.packs and "gzip" in self.headers.get("Accept-Encoding", "")
+        if (server.packs == "always" and self.command == "GET") or is_willing:
+            content = gzip.compress(content)
+            headers["Content-Encoding"] = "gzip"
         if wanted and server.ranges:
             begin = int(wanted[1])
             end = min(len(content), int(wanted[2] or len(content)) + 1)

@@ -1,32 +1,41 @@
-"""Runs that train on a loss with a parameter of its own, on one process and on two."""
+"""Runs of one process and of two, on a loss with a parameter or on one without a temperature."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from aligning import SHORT_RUN
+from torch import Tensor
 
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.training.alignment.align import align
+from modeling_llm2clip.training.losses.loss import LossInputs
 
 LONG = {"max_steps": 8, "save_steps": 4, "held_out_ratio": 0.2, "eval_steps": 2, "loss": "sigmoid"}
 BIAS = "loss.logit_bias"
 
 
+def cosine(inputs: LossInputs) -> Tensor:
+    """The loss of docs/contributing/add-a-loss.md, which uses no temperature."""
+    return (1 - (inputs.image_embeds * inputs.text_embeds).sum(dim=-1)).mean()
+
+
 def train(prepared: Path, output: Path, *, resume: bool = False, **options: Any) -> None:
-    """Align on the data of `prepare` by this loss."""
+    """Align on the data of `prepare` by the sigmoid loss, or with `by_cosine` by that."""
     from modeling_llm2clip.data.records.record_loading import load_records
 
     callbacks = options.pop("callbacks", ())
+    loss = cosine if options.pop("by_cosine", False) else None
     config = AlignConfig(**{**SHORT_RUN, **LONG, **options})
     align(
         prepared / "exported", load_records(prepared / "data"), output, config,
         caption_store=prepared / "captions", image_store=prepared / "images",
-        resume=resume, callbacks=callbacks,
+        loss=loss, resume=resume, callbacks=callbacks,
     )  # fmt: skip
 
 
 if __name__ == "__main__":
-    train(Path(sys.argv[1]), Path(sys.argv[2]))
+    train(Path(sys.argv[1]), Path(sys.argv[2]), **json.loads(sys.argv[3]))

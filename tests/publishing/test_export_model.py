@@ -192,7 +192,7 @@ def test_one_tower_has_no_other_to_export(part: tuple[str, Path], tmp_path: Path
             ["SOURCE", "new", "--license", "Apache 2"],
             "must be an identifier of the Hub, like apache-2.0",
         ),
-        (["SOURCE", "new", "--license", "other"], "needs --license-name and --license-link"),
+        (["SOURCE", "new", "--license", "other"], "needs license_name and license_link"),
         (["SOURCE", "new", "--results", "full/kept.txt"], r"kept.txt: .*Wanted: JSON with 'task'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -136,8 +136,8 @@ def test_the_card_of_a_space_is_one(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--handler", "--components", "vision-tower"], "--handler serves models of this package"),
-        (["--space", "--components", "text"], "--space needs both towers"),
+        (["--handler", "--components", "vision-tower"], "handler=True serves models of this pack"),
+        (["--space", "--components", "text"], "space=True needs both towers"),
     ],
 )
 def test_a_host_that_cannot_serve_it_is_refused(
@@ -170,6 +170,17 @@ def test_texts_and_images_keep_their_order(handler: Any, model: Any) -> None:
     of_text = encode_texts(*model, ["a dog"])
     wanted = torch.cat([of_images[:1], of_text, of_images[1:2], of_text, of_images[2:]])
     torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
+
+
+def test_a_text_about_data_is_a_text(handler: Any, model: Any) -> None:
+    texts = ["data: the new oil, 1999", "data:text"]
+    found = torch.tensor(handler({"inputs": [texts[0], {"text": texts[1]}]}))
+    torch.testing.assert_close(found, encode_texts(*model, texts), atol=TOLERANCE, rtol=0)
+    url = f"data:image/png;base64,{to_base64(draw_noise())}"
+    (found,) = torch.tensor(handler({"inputs": [{"text": url}]}))
+    torch.testing.assert_close(found, encode_texts(*model, [url])[0], atol=TOLERANCE, rtol=0)
+    with pytest.raises(ValueError, match="not base64"):
+        handler({"inputs": "data:image/svg+xml,<svg/>"})
 
 
 def test_the_body_of_an_image_request_is_an_image(handler: Any, model: Any) -> None:

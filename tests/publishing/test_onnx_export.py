@@ -281,14 +281,15 @@ def test_rounding_reaches_the_language_models_linear_layers_and_nothing_else(
         return onnx.load(graph_file(exported, "text", weights)).graph
 
     exact = {tensor.name: tensor for tensor in read("float32").initializer}
-    num_layers = 7 * LLM2CLIPConfig.from_pretrained(source).text_config.num_hidden_layers
-    for weights, bits in (("int8", 8), ("int4", 4)):
+    num_layers = LLM2CLIPConfig.from_pretrained(source).text_config.num_hidden_layers
+    # In 8 bits those of the MLP, in 4 bits those of attention, too.
+    for weights, bits, num_linear in (("int8", 8, 3 * num_layers), ("int4", 4, 7 * num_layers)):
         graph = read(weights)
         rounded = [node for node in graph.node if node.op_type == "MatMulNBits"]
-        assert len(rounded) == num_layers
+        assert len(rounded) == num_linear
         assert {a.i for node in rounded for a in node.attribute if a.name == "bits"} == {bits}
         kept = [tensor for tensor in graph.initializer if tensor.name in exact]
-        assert len(kept) == len(exact) - num_layers
+        assert len(kept) == len(exact) - num_linear
         assert all(tensor == exact[tensor.name] for tensor in kept)
     sizes = [graph_file(exported, "text", weights).stat().st_size for weights in ALL_WEIGHTS]
     assert sizes == sorted(sizes, reverse=True)
@@ -454,11 +455,11 @@ def test_an_output_that_exists_is_refused_before_anything_is_read(tmp_path: Path
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--onnx", "--dtype", "bfloat16"], "--dtype: not with --onnx."),
-        (["--onnx", "--components", "vision-tower"], "--components full, text or vision"),
-        (["--onnx", "--onnx-weights", "int8", "int8"], "--onnx-weights must name"),
-        (["--onnx", "--dry-run"], "--dry-run cannot check ONNX graphs"),
-        (["--onnx-weights", "int8"], "--onnx-weights: only with --onnx."),
+        (["--onnx", "--dtype", "bfloat16"], "`dtype`: not with onnx=True."),
+        (["--onnx", "--components", "vision-tower"], "the `components` full, text or vision"),
+        (["--onnx", "--onnx-weights", "int8", "int8"], "`onnx_weights` must name"),
+        (["--onnx", "--dry-run"], "`dry_run` cannot check ONNX graphs"),
+        (["--onnx-weights", "int8"], "`onnx_weights`: only with onnx=True."),
     ],
 )
 def test_options_that_exclude_each_other_are_refused(

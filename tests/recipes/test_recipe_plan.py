@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from tiny_recipe import make_recipe, prepare_proclip, read_files, write_recipe
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.building.pretrained_towers import EFFICIENTNET
 from modeling_llm2clip.configs.train_config import TrainConfig
+from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.records.splits import split_records
 from modeling_llm2clip.recipes.recipe_plan import (
     RecipePlan,
     TowerSize,
@@ -276,6 +279,23 @@ def test_a_recipe_names_datasets_as_every_stage_does(sources: Path, tmp_path: Pa
     assert len({record.lang for record in emoji}) > 1 and held_out
     embedded, _ = read_split(make_recipe(sources, tmp_path / "run", data="embedded"))
     assert {record.lang for record in embedded} == {"en"}
+
+
+def test_captions_on_both_sides_of_the_split_are_counted_and_not_refused(
+    sources: Path, tmp_path: Path
+) -> None:
+    records = [
+        replace(r, captions=(*r.captions, "the same")) for r in load_records(sources / "data")
+    ]
+    train, test = split_records(records, test_size=0.1, seed=0, allow_shared_captions=True)
+    plan = plan_recipe(make_recipe(sources, tmp_path / "run"), (train, test))
+    assert plan.num_shared_captions == len(train)
+    assert "27 captions to train on are also captions of the latter" in str(plan)
+    data = shutil.copytree(sources / "data", tmp_path / "data")
+    lines = [json.loads(line) for line in (data / "captions.jsonl").read_text().splitlines()]
+    lines = [json.dumps({**line, "captions": ["the same"]}) for line in lines]
+    (data / "captions.jsonl").write_text("\n".join(lines))
+    assert len(read_split(make_recipe(sources, tmp_path / "again", data=str(data)))[1]) == 3
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(

@@ -501,18 +501,18 @@ MOMENTS = (
 
 @pytest.mark.slow
 def test_kills_in_every_stage_and_at_random_moments_lose_nothing(
-    sources: Path, done: Done, tmp_path: Path
+    sources: Path, done: Done, tmp_path: Path, kills: int
 ) -> None:
     recipe = write_recipe(sources, tmp_path / "recipe.yaml", output="{output}")
     killed = subprocess.run(
-        [sys.executable, str(ROOT / "tests/helpers/kill_repeatedly.py"), "--times", "6",
+        [sys.executable, str(ROOT / "tests/helpers/kill_repeatedly.py"), "--times", str(kills),
          *(f"--at={moment}" for moment in MOMENTS), str(tmp_path / "runs"), "--", "train",
          str(recipe)],
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert killed.returncode == 0, killed.stderr[-3000:]
     report = json.loads((tmp_path / "runs" / "report.json").read_text())
-    assert len(report["kills"]) == 6 and set(report["kills_at"]) == set(MOMENTS)
+    assert len(report["kills"]) == kills and set(report["kills_at"]) == set(MOMENTS)
     for folder in map(Path, report["folders"]):
         assert names_that_differ(folder, done.config.output) == []
         assert read_scores(folder) == read_scores(done.config.output)

@@ -19,7 +19,7 @@ from modeling_llm2clip.encoding.encode import TorchEncoder, encode_images
 from modeling_llm2clip.search import image_encoding
 from modeling_llm2clip.search.image_encoding import encode_readable_images, find_time_taken
 
-_TAKEN, _ORIENTATION = 306, 274
+_EXIF, _TAKEN, _CHANGED, _ORIENTATION = 0x8769, 36867, 306, 274
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def paths(tmp_path: Path) -> list[Path]:
         draw_noise(40, 56, seed=number).save(file)
     exif = Image.Exif()
     exif[_ORIENTATION] = 6
-    exif[_TAKEN] = "2024:02:29 23:59:58"
+    exif.get_ifd(_EXIF)[_TAKEN] = "2024:02:29 23:59:58"
     draw_noise(40, 56, seed=9).save(files[1], exif=exif)
     files[2].write_bytes(b"no image")
     return files
@@ -146,15 +146,24 @@ def test_the_time_is_that_of_exif_or_unknown(
     text: str, time: datetime | None, tmp_path: Path
 ) -> None:
     exif = Image.Exif()
-    exif[_TAKEN] = text
+    exif.get_ifd(_EXIF)[_TAKEN] = text
     Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg", exif=exif)
     with Image.open(tmp_path / "a.jpg") as image:
         assert find_time_taken(image) == time
 
 
+def test_the_time_of_a_change_is_not_the_time_when_an_image_was_taken(tmp_path: Path) -> None:
+    """Editors and scanners write it."""
+    exif = Image.Exif()
+    exif[_CHANGED] = "2024:02:29 23:59:58"
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg", exif=exif)
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert find_time_taken(image) is None
+
+
 def test_damaged_exif_is_no_error(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[_TAKEN] = "2024:02:29 23:59:58"
+    exif.get_ifd(_EXIF)[_TAKEN] = "2024:02:29 23:59:58"
     Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg", exif=exif)
     content = (tmp_path / "a.jpg").read_bytes()
     start = content.index(b"Exif\0\0") + 6

@@ -42,6 +42,7 @@ def db(images: Path) -> Path:
     return images.parent / "db"
 
 
+@pytest.mark.slow
 def test_a_sentence_finds_what_it_finds_with_the_model(db: Path) -> None:
     found, wanted = (
         ImageIndex.open(db, model=model).search("a dog") for model in (shared_graphs(), None)

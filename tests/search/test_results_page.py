@@ -216,6 +216,15 @@ def test_a_file_of_someone_else_is_not_replaced_whatever_its_name(
     assert file.read_bytes() == b"mine" and len(list(file.parent.iterdir())) == 1
 
 
+def test_an_image_among_the_sentences_is_searched_as_one_and_the_flag_is_named(
+    index: str, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["search", index, str(images / "a.png"), "a.png"]) == 0
+    hint = f"is searched as a sentence. To search with the image: --image {images / 'a.png'}\n"
+    shown = capsys.readouterr().err
+    assert hint in shown and shown.count("is searched as") == 1  # no file has the other name
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [
@@ -258,13 +267,11 @@ def test_from_the_shell_another_process_searches_the_database_and_finds_the_same
     assert "Traceback" not in refused.stderr
 
 
-def test_the_former_command_is_answered_with_the_two_of_today(
+def test_a_model_in_place_of_an_index_is_answered_with_the_command_that_makes_one(
     images: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["search", str(model_folder), str(images), "a dog"]) == 2
-    shown = capsys.readouterr().err
-    assert f"llm2clip index {model_folder} {images} my-index" in shown
-    assert 'llm2clip search my-index "a dog"' in shown
+    assert "llm2clip index MODEL IMAGES DB" in capsys.readouterr().err
 
 
 def test_a_folder_of_images_in_place_of_a_model_is_called_that(

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from failing_disk import make_failing_file
+from indexes import build
 from shared_models import ROUNDING, shared_model
 from tiny import draw_noise
 from tokenizing import note_tokenized
@@ -19,6 +20,7 @@ from transformers import pipeline
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.encoding.encode import encode_texts
+from modeling_llm2clip.search.index_database import IndexDatabase
 from modeling_llm2clip.search.label_ranking import average_prompts
 from modeling_llm2clip.search.tag_labels import Label, read_labels
 
@@ -140,6 +142,19 @@ def test_tags_with_an_index_are_those_without_and_encode_new_images_alone(
         ]
         cosines = [float(row["cosine"]) for row in found]
         assert cosines == pytest.approx([float(r["cosine"]) for r in without], abs=2e-6)  # 6 digits
+
+
+def test_tags_with_an_index_leave_its_approximate_index_as_it_is(
+    model_folder: str, images: Path, labels: Path, tmp_path: Path
+) -> None:
+    folder, index = Path(shutil.copytree(images, tmp_path / "images")), tmp_path / "index"
+    build(Path(model_folder), folder, index, ann="always")
+    trained = IndexDatabase.open(index).about.ann
+    assert trained is not None
+    shutil.copy(folder / "a.png", folder / "new.png")
+    assert tag(model_folder, folder, labels, "--index", str(index)) == 0
+    database = IndexDatabase.open(index)
+    assert database.count() == 4 and database.about.ann == trained
 
 
 def test_broken_images_are_named_or_left_out_and_counted(

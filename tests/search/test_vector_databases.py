@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from tiny_folders import export_tiny_model
 
+import modeling_llm2clip as llm2clip
 from modeling_llm2clip.__main__ import main
 
 PAGE = Path(__file__).parents[2] / "docs" / "vector-databases.md"
@@ -88,6 +89,23 @@ def test_every_database_finds_what_brute_force_finds(
     # Compared by cosine, because two images may be equally near; float32 in another order.
     np.testing.assert_allclose(found, np.sort(cosines)[::-1][:5], atol=1e-6)
     assert len(set(namespace["found"])) == 5
+
+
+def test_an_index_goes_to_faiss_with_its_paths(
+    reader: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faiss = pytest.importorskip("faiss")
+    monkeypatch.chdir(reader)
+    assert main(["index", "aligned/model", "my-images", "my-index", "--device", "cpu"]) == 0
+    page = PAGE.with_name("encode-and-search.md").read_text("utf-8")
+    [block] = [
+        text for text in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "faiss" in text
+    ]
+    namespace: dict[str, Any] = {"llm2clip": llm2clip}
+    exec(compile(block, "encode-and-search.md", "exec"), namespace)
+    for path, embeddings in namespace["index"].iterate_embeddings():
+        _, rows = faiss.read_index("my-images.faiss").search(embeddings, 1)
+        assert [namespace["paths"][row] for row in rows[:, 0]] == path
 
 
 def test_the_page_loads_every_database_in_five_lines_and_searches_it_in_two() -> None:

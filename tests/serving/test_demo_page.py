@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import re
 import threading
@@ -443,23 +444,48 @@ def test_small_copies_are_made_once_and_kept_in_number(tmp_path: Path) -> None:
         draw_noise(1000, 800, seed=number).save(files[-1])
     (tmp_path / "small").mkdir()
     thumbnails = Thumbnails(tmp_path / "small", max_files=2)
-    first = thumbnails.find(files[0], "0" * 64)
+    names = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    first = thumbnails.find(files[0], names[0])
     assert first is not None
     with Image.open(first) as image:
         assert image.size == (410, 512)
     made = first.stat().st_mtime_ns
-    thumbnails.find(files[1], "1" * 64)
+    thumbnails.find(files[1], names[1])
     files[0].unlink()
-    assert thumbnails.find(files[0], "0" * 64) == first  # and is now the one used last
+    assert thumbnails.find(files[0], names[0]) == first  # and is now the one used last
     assert first.stat().st_mtime_ns == made
-    thumbnails.find(files[2], "2" * 64)
-    assert sorted(file.stem[0] for file in (tmp_path / "small").iterdir()) == ["0", "2"]
+    thumbnails.find(files[2], names[2])
+    assert {file.stem for file in (tmp_path / "small").iterdir()} == {names[0], names[2]}
 
 
 def test_an_image_that_is_gone_or_broken_has_no_small_copy(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"nothing")
     thumbnails = Thumbnails(tmp_path)
     assert thumbnails.find(tmp_path / "gone.png", "0" * 64) is None
-    assert thumbnails.find(tmp_path / "broken.png", "0" * 64) is None
+    digest = hashlib.sha256(b"nothing").hexdigest()
+    assert thumbnails.find(tmp_path / "broken.png", digest) is None
     with pytest.raises(ValueError, match="not a digest"):
         thumbnails.find(tmp_path / "broken.png", "../" * 20)
+
+
+def test_a_file_that_changed_since_it_was_indexed_is_not_shown_as_the_hit(tmp_path: Path) -> None:
+    file = tmp_path / "image.png"
+    draw_noise(seed=0).save(file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    draw_noise(seed=1).save(file)
+    assert Thumbnails(tmp_path).find(file, digest) is None
+    assert not (tmp_path / f"{digest}.jpg").exists()
+
+
+def test_the_page_says_that_a_text_was_truncated(url: str) -> None:
+    found = call(url, SEARCH, ["a red apple " * 40, None, 3, None])
+    assert "was truncated to the 128 tokens" in found["output"]["data"][1]
+    assert "truncated" not in call(url, SEARCH, ["a dog", None, 3, None])["output"]["data"][1]
+
+
+def test_the_page_of_the_api_loads_nothing_and_shows_the_examples(url: str) -> None:
+    status, content = fetch(f"{url}/docs")
+    page = content.decode()
+    assert status == 200 and "<script" not in page
+    assert not re.search(r'(src|href)="(https?:)?//', page)
+    assert "POST /v1/embeddings" in page and "two red apples" in page

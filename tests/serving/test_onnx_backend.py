@@ -31,11 +31,14 @@ def test_onnx_and_torch_give_the_same_embeddings_labels_and_token_counts() -> No
     for source, config in ((shared_source(), ServeConfig()), (shared_graphs(), ONNX)):
         service = EmbeddingService.open(source, config)
         embedded = asyncio.run(service.embed(inputs))
+        queries = asyncio.run(service.embed(inputs, prompt_name="query"))
         classified = asyncio.run(service.classify(inputs[-1:], ["a dog", "noise"]))  # type: ignore[arg-type]
-        found.append((embedded, classified))
+        found.append((embedded, queries, classified))
         service.close()
-    (wanted, wanted_labels), (given, labels) = found
+    (wanted, wanted_queries, wanted_labels), (given, queries, labels) = found
     assert np.allclose(given.embeds, wanted.embeds, atol=ROUNDING)
+    assert np.allclose(queries.embeds, wanted_queries.embeds, atol=ROUNDING)
+    assert not np.allclose(queries.embeds, given.embeds, atol=100 * ROUNDING)
     assert (given.num_tokens, given.truncated) == (wanted.num_tokens, wanted.truncated)
     assert [t.label for t in labels.tags[0]] == [t.label for t in wanted_labels.tags[0]]
     # The temperature is recorded with six digits behind the point.
@@ -60,7 +63,7 @@ def test_a_model_and_its_graphs_are_not_taken_for_each_other(
     assert main(["serve", str(shared_source()), "--port", "0", "--backend", "onnx"]) == 2
     assert "is not a folder of ONNX graphs" in capsys.readouterr().err
     assert main(["serve", str(shared_source()), "--text-weights", "int8"]) == 2
-    assert "--text-weights int8 needs --backend" in capsys.readouterr().err
+    assert "text_weights=int8 needs backend=" in capsys.readouterr().err
 
 
 @pytest.mark.slow

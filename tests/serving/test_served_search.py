@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import urllib.error
@@ -20,6 +21,7 @@ from modeling_llm2clip import ImageIndex
 from modeling_llm2clip.configs.encoding_config import IndexConfig
 from modeling_llm2clip.configs.serve_config import ServeConfig
 from modeling_llm2clip.serving.app import create_app
+from modeling_llm2clip.serving.routes import JsonResponse
 from modeling_llm2clip.serving.service import EmbeddingService
 
 pytest.importorskip("lancedb")
@@ -45,9 +47,9 @@ def url(folder: Path) -> Iterator[str]:
         yield address
 
 
-def search(url: str, body: Any) -> tuple[int, Any]:
+def search(url: str, body: Any, route: str = "/v1/search") -> tuple[int, Any]:
     request = urllib.request.Request(
-        f"{url}/v1/search", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"{url}{route}", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     try:
         with urllib.request.urlopen(request, timeout=20) as response:
@@ -185,3 +187,30 @@ def test_an_index_of_another_model_is_refused(folder: Path, tmp_path: Path) -> N
     other = export_tiny_model(tmp_path / "other", vision="siglip")
     with pytest.raises(ValueError, match="gives other embeddings"):
         EmbeddingService.open(other, ServeConfig(device="cpu"), index=str(folder / "db"))
+
+
+def test_a_search_asks_for_a_bounded_number_of_images(url: str) -> None:
+    status, answer = search(url, {"queries": ["a dog"] * 400, "top_k": 800})
+    assert status == 400
+    assert "400 queries with top_k=800 ask for 320,000 images" in answer["error"]["message"]
+
+
+def test_responses_are_written_outside_of_the_event_loop(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    render, threads = JsonResponse.render, []
+
+    def note_thread(response: JsonResponse, content: Any) -> bytes:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            threads.append("worker")
+        else:
+            threads.append("event loop")
+        return render(response, content)
+
+    monkeypatch.setattr(JsonResponse, "render", note_thread)
+    assert search(url, {"queries": ["a dog"]})[0] == 200
+    assert search(url, {"input": ["a dog"]}, "/v1/embeddings")[0] == 200
+    assert search(url, {"texts": ["a dog"]}, "/v2/embed")[0] == 200
+    assert threads == ["worker"] * 3

@@ -7,6 +7,7 @@ import io
 import random
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,15 +20,18 @@ from tiny import draw_noise, tiny_images, tiny_model
 from tokenizing import note_tokenized
 
 from modeling_llm2clip import encode_images, encode_texts
+from modeling_llm2clip.configs.serve_config import ServeConfig
 from modeling_llm2clip.encoding.encode import TorchEncoder
 from modeling_llm2clip.model_folders.golden_embeddings import (
     GOLDEN_TEXTS,
     compute_golden,
     render_golden_images,
 )
+from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.search.label_ranking import average_prompts, rank_labels
 from modeling_llm2clip.search.tag_labels import make_labels
 from modeling_llm2clip.serving.errors import RequestError
+from modeling_llm2clip.serving.service import EmbeddingService
 
 IMAGES = [*tiny_images(3), draw_noise(90, 30), draw_noise(20, 70, seed=1)]
 
@@ -314,3 +318,37 @@ def test_an_image_with_transparency_is_the_one_that_the_model_sees() -> None:
         found = run(service.embed([buffer.getvalue()])).embeds[0]
     np.testing.assert_allclose(found, embed_alone(image), atol=ROUNDING)
     assert torch.is_inference_mode_enabled() is False
+
+
+INSTRUCTIONS = {"query": "Find an image: ", "topic": "Name the topic: "}
+
+
+@pytest.mark.parametrize("pools_prompt", [False, True])
+def test_an_instruction_by_name_gives_the_embeddings_of_sentence_transformers(
+    pools_prompt: bool, tmp_path: Path
+) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    model, processor = tiny_model()
+    if pools_prompt:
+        model.config.text_pooling = "full_mean"
+    folder = save_model(model, processor, tmp_path / "model", instructions=INSTRUCTIONS)
+    library = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+    texts = ["a dog", "two red apples on a table"]
+    service = EmbeddingService.open(folder, ServeConfig(device="cpu"))
+
+    async def embed_all() -> list[Any]:  # at once, so that texts of all names wait together
+        names = [None, "query", "topic", "document"]
+        return await asyncio.gather(*(service.embed(texts, prompt_name=name) for name in names))
+
+    try:
+        embedded = run(embed_all())
+        with pytest.raises(RequestError, match="no instruction 'other'"):
+            run(service.embed(texts, prompt_name="other"))
+        with pytest.raises(RequestError, match="blank"):
+            run(service.embed(["a dog", " "], prompt_name="query"))
+    finally:
+        service.close()
+    for name, found in zip((None, "query", "topic", None), embedded, strict=True):
+        expected = library.encode(texts, prompt_name=name)
+        np.testing.assert_allclose(found.embeds, expected, atol=ROUNDING)
+    assert np.abs(embedded[0].embeds - embedded[1].embeds).max() > 100 * ROUNDING

@@ -20,6 +20,7 @@ variants, or as below; others are not read.
 | `key`, `Image Path`, `file_name`, `image` | joined by key: the name without folder and suffix |
 | `raw_caption`, `org_caption` | a caption |
 | `re_caption` | a long caption, as Recap-DataComp-1B has it |
+| `lang` | language of the captions; rows in another one than the join's are counted and not used |
 """
 
 from __future__ import annotations
@@ -59,16 +60,18 @@ _SHORT = (*SHORT_CAPTION_FIELDS, "raw_caption", "org_caption")
 _LONG = (*LONG_CAPTION_FIELDS, "re_caption")
 _ROWS_AT_ONCE = 8192
 _NO_ROW, _NO_RECORD, _REPEATED = "record without a row", "row without a record", "row repeated"
+_OTHER_LANGUAGE = "row in another language"
 _TEXTS = pa.list_(pa.string())
 _SPOOL = pa.schema([("key", pa.string()), ("captions", _TEXTS), ("long_captions", _TEXTS)])
 
 
 class CaptionRow(NamedTuple):
-    """Cleaned captions of one image, none of them blank; the key is None if the row has none."""
+    """Cleaned captions of one image, none of them blank; None for a key or language it lacks."""
 
     key: str | None
     captions: list[str]
     long_captions: list[str]
+    lang: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class CaptionJoin:
         unmatched_rows: Rows of captions without a record.
         first_unmatched_rows: URLs or keys of the first of them.
         repeated_rows: Rows of an image that an earlier row had already; they are not used.
+        other_language_rows: Rows in another language, which are not used.
     """
 
     records: RecordTable
@@ -92,6 +96,7 @@ class CaptionJoin:
     unmatched_rows: int
     first_unmatched_rows: tuple[str, ...]
     repeated_rows: int
+    other_language_rows: int
 
     def __str__(self) -> str:
         return (
@@ -99,7 +104,8 @@ class CaptionJoin:
             f"{_show(self.first_unmatched_records, self.unmatched_records)}; "
             f"{counted(self.unmatched_rows, 'row')} without a record"
             f"{_show(self.first_unmatched_rows, self.unmatched_rows)}; "
-            f"{counted(self.repeated_rows, 'row')} for an image that has one."
+            f"{counted(self.repeated_rows, 'row')} for an image that has one; "
+            f"{counted(self.other_language_rows, 'row')} in another language."
         )
 
 
@@ -148,15 +154,16 @@ def join_captions(
     with tempfile.TemporaryDirectory(dir=temporary_folder()) as folder, ExitStack() as stack:
         with _explain_full_disk(Path(folder)):
             counts = ErrorCollector()
-            spool = _Spool(Path(folder) / "captions.arrow", keys, counts)
+            spool = _Spool(Path(folder) / "captions.arrow", keys, counts, lang)
             for rows in read_caption_rows(captions_from, on, key_column=key_column):
                 spool.add(rows)
             spool.map(stack)
         if not spool.num_rows:
             shown = _show(counts.places.get(_NO_RECORD, ()), counts.counts[_NO_RECORD])
             raise ValueError(
-                f"No record of {len(records)} matches a row of {captions_from} by {on}{shown}. "
-                "Correct the file, or what it is joined by."
+                f"No record of {len(records)} matches a row of {captions_from} by {on}{shown}; "
+                f"{counted(counts.counts[_OTHER_LANGUAGE], 'row')} in another language than "
+                f"{lang!r}. Correct the file, or what it is joined by."
             )
         join = _Join(on, lang, spool, replace, keep_unmatched)
         table = _collect(map(join.fill, records.iterate_columns(SCHEMA.names)), output)
@@ -169,6 +176,7 @@ def join_captions(
         unmatched_rows=counts.counts[_NO_RECORD],
         first_unmatched_rows=tuple(counts.places.get(_NO_RECORD, ())),
         repeated_rows=counts.counts[_REPEATED],
+        other_language_rows=counts.counts[_OTHER_LANGUAGE],
     )
 
 
@@ -179,8 +187,8 @@ class _Spool:
     equal ones, or -1.
     """
 
-    def __init__(self, file: Path, keys: Array, counts: ErrorCollector) -> None:
-        self._file, self._keys, self.counts = file, keys, counts
+    def __init__(self, file: Path, keys: Array, counts: ErrorCollector, lang: str) -> None:
+        self._file, self._keys, self.counts, self._lang = file, keys, counts, lang
         self._places = np.full(len(keys), -1, np.int32)
         self._writer = pa.ipc.new_file(str(file), _SPOOL)
         self._starts = [0]
@@ -195,7 +203,9 @@ class _Spool:
         found, is_match = self._locate([row.key for row in named])
         kept: list[CaptionRow] = []
         for row, place, matches in zip(named, found.tolist(), is_match.tolist(), strict=True):
-            if not matches:
+            if row.lang not in (None, self._lang):
+                self.counts.add(_OTHER_LANGUAGE, str(row.key))
+            elif not matches:
                 self.counts.add(_NO_RECORD, str(row.key))
             elif self._places[place] >= 0:
                 self.counts.add(_REPEATED, str(row.key))
@@ -203,7 +213,7 @@ class _Spool:
                 self._places[place] = self.num_rows + len(kept)
                 kept.append(row)
         if kept:
-            columns = zip(zip(*kept, strict=True), _SPOOL, strict=True)
+            columns = zip(list(zip(*kept, strict=True))[:-1], _SPOOL, strict=True)
             arrays = [pa.array(column, field.type) for column, field in columns]
             self._writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=_SPOOL))
             self._starts.append(self.num_rows + len(kept))
@@ -365,11 +375,11 @@ def read_caption_rows(
 ) -> Iterator[list[CaptionRow]]:
     """Yield the rows of a file of captions, some thousands at a time."""
     for file in _find_files(Path(source)):
-        rows, column = _read(file, key_column), None
+        rows, column = enumerate(_read(file, key_column)), None
         while part := list(islice(rows, _ROWS_AT_ONCE)):
             if column is None:
-                column = _choose_column(file, part[0], on, key_column)
-            yield [_make_row(row, column, on) for row in part]
+                column = _choose_column(file, part[0][1], on, key_column)
+            yield [_make_row(row, column, on, f"{file} row {number}") for number, row in part]
 
 
 def make_key(name: str) -> str:
@@ -377,22 +387,29 @@ def make_key(name: str) -> str:
     return PurePosixPath(name).name.partition(".")[0]
 
 
-def _make_row(row: dict[str, Any], column: str, on: JoinColumn) -> CaptionRow:
-    value = row.get(column)
+def _make_row(row: dict[str, Any], column: str, on: JoinColumn, place: str) -> CaptionRow:
+    value, lang = row.get(column), row.get("lang")
     key = None if value is None or not str(value).strip() else str(value).strip()
     if key is not None and on == "key":
         key = make_key(key)
-    return CaptionRow(key, _list_texts(row, _SHORT), _list_texts(row, _LONG))
+    if not isinstance(lang, str | None):
+        raise ValueError(f"{place}: 'lang' is {lang!r}, not a text. Correct it.")
+    lang = (lang or "").strip() or None
+    return CaptionRow(key, _list_texts(row, _SHORT, place), _list_texts(row, _LONG, place), lang)
 
 
-def _list_texts(row: dict[str, Any], names: Sequence[str]) -> list[str]:
-    found: dict[str, None] = {}
+def _list_texts(row: dict[str, Any], names: Sequence[str], place: str) -> list[str]:
+    texts: dict[str, None] = {}
     for name in names:
         value = row.get(name)
-        for text in [value] if isinstance(value, str) else value or ():
-            if isinstance(text, str) and (cleaned := clean_text(text)):
-                found[cleaned] = None
-    return list(found)
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(text, str | None) for text in values):
+            raise ValueError(
+                f"{place}: {name!r} is a {type(value).__name__}, not a text or a list of texts. "
+                "Correct it."
+            )
+        texts |= dict.fromkeys(cleaned for text in values if text and (cleaned := clean_text(text)))
+    return list(texts)
 
 
 def _choose_column(file: Path, row: dict[str, Any], on: JoinColumn, given: str | None) -> str:
@@ -424,12 +441,12 @@ def _find_files(source: Path) -> list[Path]:
 
 
 def _read(file: Path, key_column: str | None) -> Iterator[dict[str, Any]]:
-    wanted = {*_SHORT, *_LONG, *_KEY_COLUMNS["url"], *_KEY_COLUMNS["key"], key_column}
+    known = {*_SHORT, *_LONG, *_KEY_COLUMNS["url"], *_KEY_COLUMNS["key"], key_column, "lang"}
 
     def choose(names: Sequence[str]) -> list[str]:
         """Choose the columns to read: all of them, for the error, if none can be joined by."""
-        chosen = [name for name in names if name in wanted]
-        return chosen if set(chosen) - {*_SHORT, *_LONG} else list(names)
+        chosen = [name for name in names if name in known]
+        return chosen if set(chosen) - {*_SHORT, *_LONG, "lang"} else list(names)
 
     name = file.name.lower().removesuffix(".gz")
     try:

@@ -20,8 +20,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from ...image_loading_llm2clip import load_images, read_image_header
-from ..remote.file_places import FilePlace, read_range
+from ..remote.file_places import FilePlace, read_range, require_unchanged
 from ..remote.remote_access import INVALID_OFFSETS, describe, find_reading_failure
+from ..remote.remote_files import FileInfo
 
 # Suffixes of image files, in lower case and without the dot.
 IMAGE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))
@@ -87,7 +88,7 @@ class ArrowImage:
 
     def read_bytes(self) -> bytes:
         """Read the encoded image."""
-        table = _map_arrow_file(self.file, self.file.stat().st_mtime_ns)
+        table = _map_arrow_file(self.file, require_unchanged(self.file))
         if not 0 <= self.row < len(table):
             raise ValueError(f"{self.file} has no row {self.row}.")
         if self.column not in table.column_names:
@@ -100,7 +101,7 @@ class ArrowImage:
 
 
 @lru_cache(maxsize=1024)
-def _map_arrow_file(file: Path, changed_ns: int) -> Any:  # noqa: ARG001
+def _map_arrow_file(file: Path, state: FileInfo) -> Any:  # noqa: ARG001
     import pyarrow as pa  # type: ignore[import-untyped]
 
     mapped = pa.memory_map(str(file))

@@ -12,6 +12,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from ..images.image_sources import ArrowImage
+from ..remote.file_places import describe_states
 from ..sources.parquet import has_field, is_image_type
 from ..validation_errors import ErrorCollector
 from .record_index import find_repeated
@@ -133,6 +134,7 @@ class _Images:
                 break
             self._parts.append(part)
             self._first_rows.append(first + part.num_rows)
+        describe_states(list({part.file: None for part in self._parts if part.file is not None}))
         if self._first_rows[-1] != len(table):
             raise ValueError(
                 "Images of the dataset are in memory, or its files cannot be read as they are. "

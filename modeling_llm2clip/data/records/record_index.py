@@ -6,17 +6,9 @@ modification times of the source's files, or what their server has in place of a
 file is read again. Every index that is built has a file of its own, which is not removed while a
 process uses it: a table reads its file again and again.
 
-Everything is read again, too, if images that are files of their own have changed:
-
-| records | what is looked at when the index is found |
-| --- | --- |
-| up to 100,000 | the size of every image |
-| more | the sizes of 32 images, and the modification times of up to 20,000 folders of images |
-
-The time of a folder changes when a file in it is added, removed or replaced by another of its name,
-and not when a file is written anew in its place. If one has changed, the size of every image
-is looked at. Modification times of images are not: an index has nothing that depends on the content
-of an image but its size.
+Everything is read again, too, if images that are files of their own are gone or have another size:
+of up to 100,000 records all images are looked at, of more 10,000 that are spread evenly. The
+content of images is not: an index has nothing that depends on it but the size.
 """
 
 from __future__ import annotations
@@ -27,8 +19,7 @@ import math
 import os
 import shutil
 import tempfile
-import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass, replace
@@ -53,13 +44,13 @@ from ..atomic_files import (
 )
 from ..record_fields import Modality
 from ..remote.file_places import (
-    FileState,
+    FilePlace,
     describe_states,
-    list_described,
+    list_states,
     name_place,
-    use_described,
+    use_states,
 )
-from ..remote.remote_files import RemoteFile
+from ..remote.remote_files import FileInfo
 from ..validation_errors import ErrorCollector
 from .record_columns import IMAGE_FILE, ROWS_PER_BATCH, SCHEMA, make_batches, rebatch
 from .record_table import Array, RecordTable, skipped_file
@@ -75,12 +66,9 @@ _MOST_ROWS_IN_MEMORY = 20_000
 _LEAST_BYTES_FOR_PROCESSES = 2**25
 # Of images that are files, when an index is found.
 _MOST_IMAGES = 100_000
-_MOST_FOLDERS = 20_000
-_IMAGES_SAMPLED = 32
+_IMAGES_SAMPLED = 10_000
 _THREADS = 8  # which a network's file system needs
 _CHUNK = 1024  # files that a thread looks at in turn
-_UNKNOWN_TIME = 0  # in place of a time: the folder counts as changed
-_CLOCK_STEP = 2 * 10**9  # ns: a file system's clock may be behind, by ticks of up to 2 s in FAT
 _UNFINISHED, _PARTS = ".tmp", ".parts"
 _FREE_CACHE = "Free some space, or name another folder for the cache by the variable XDG_CACHE_HOME"
 
@@ -122,10 +110,8 @@ def open_index(
             found = _find(name)
             if found is None:
                 _remove_leftovers(name)
-                started = time.time_ns()
                 table, errors = _build(job, name_build(name), show_progress, states)
                 if table.file is not None:
-                    _note_folders(table, since=started)
                     _remove_others(table.file)
                 return table, errors
     return found, ErrorCollector()
@@ -153,7 +139,7 @@ def _find(name: Path) -> RecordTable | None:
 
 
 def _build(
-    job: IndexJob, file: Path, show_progress: bool, states: list[FileState | None]
+    job: IndexJob, file: Path, show_progress: bool, states: Sequence[FileInfo | None]
 ) -> tuple[RecordTable, ErrorCollector]:
     errors = ErrorCollector()
     is_cache = file.is_relative_to(default_cache_folder())
@@ -183,11 +169,11 @@ def _read(
     file: Path,
     errors: ErrorCollector,
     show_progress: bool,
-    states: list[FileState | None],
+    states: Sequence[FileInfo | None],
 ) -> Generator[pa.RecordBatch, None, None]:
     """Read all parts, those of a large source in processes, which write beside the index."""
     # A server that does not say how long a file is, is taken to have a long one.
-    num_bytes = sum(math.inf if state is None else state[1] for state in states)
+    num_bytes = sum(math.inf if state is None else state.size or 0 for state in states)
     parts = job.source.split()
     num_processes = min(len(parts), os.cpu_count() or 1)
     shown = show_progress and len(parts) > 1
@@ -222,9 +208,7 @@ def _read_in_processes(
     from loky import ProcessPoolExecutor  # type: ignore[import-untyped]
 
     job = replace(job, source=replace(job.source, files=[]))  # a part has its file
-    pool = ProcessPoolExecutor(
-        num_processes, initializer=_start_process, initargs=(list_described(),)
-    )
+    pool = ProcessPoolExecutor(num_processes, initializer=_start_process, initargs=(list_states(),))
     try:
         files = [folder / f"part-{number:06d}.arrow" for number in range(len(parts))]
         written = pool.map(_write_part, repeat(job), parts, files)
@@ -238,10 +222,10 @@ def _read_in_processes(
         pool.shutdown(kill_workers=True)
 
 
-def _start_process(described: dict[str, RemoteFile]) -> None:
+def _start_process(states: dict[FilePlace, FileInfo]) -> None:
     # Without a garbage collection: it looks at every text of a batch, and there are no cycles.
     gc.disable()
-    use_described(described)
+    use_states(states)
 
 
 def _write_part(job: IndexJob, part: SourcePart, file: Path) -> ErrorCollector:
@@ -303,14 +287,15 @@ def _require_same(one: tuple[str, ...], other: tuple[str, ...], what: str) -> No
         )
 
 
-def _name_index(job: IndexJob, states: list[FileState | None]) -> Path:
+def _name_index(job: IndexJob, states: Sequence[FileInfo | None]) -> Path:
     """Return what the names of an index's files begin with: its source, and its files' state."""
     base, names = job.source.base, [name_place(file) for file in job.source.files[:1]]
     folders = [folder for folder in (base, job.rules.image_dir) if isinstance(folder, Path)]
     # An index has the paths of images as they were given: from this folder, if they are relative.
     start = None if all(folder.is_absolute() for folder in folders) else os.getcwd()  # noqa: PTH109
     source = hash_json([base, start, names, job.source.suffix, job.rules])[:16]
-    state = hash_json([_FORMAT_VERSION, states])[:16]
+    files = [file.resolve() if isinstance(file, Path) else file for file in job.source.files]
+    state = hash_json([_FORMAT_VERSION, files, states])[:16]
     return default_cache_folder() / "records" / f"{source}-{state}"
 
 
@@ -355,55 +340,14 @@ def _lock(name: Path) -> AbstractContextManager[Any]:
 
 
 def _has_same_images(table: RecordTable) -> bool:
-    """Tell whether images that are files are as they were when their index was built."""
-    assert table.file is not None
-    if len(table) <= _MOST_IMAGES:
-        return _has_same_sizes(table)
-    rows = np.linspace(0, len(table) - 1, _IMAGES_SAMPLED).astype(np.int64)
-    if not _has_same_sizes(table.select(np.unique(rows))):
-        return False
-    noted = _read_times(_folder_times_file(table.file))
-    if noted is not None and _find_times(list(noted)) == noted:
-        return True
-    started = time.time_ns()
-    if not _has_same_sizes(table):
-        return False
-    _note_folders(table, since=started)
-    return True
-
-
-def _note_folders(table: RecordTable, *, since: int) -> None:
-    """Note the modification times of the folders of images, beside a large index.
-
-    A folder that may have changed at or after `since`, in nanoseconds, counts as changed next time.
-    """
-    if table.file is None or len(table) <= _MOST_IMAGES:
-        return
-    folders = sorted(_list_folders(table))
-    chosen = np.unique(np.linspace(0, len(folders) - 1, _MOST_FOLDERS).astype(np.int64))
-    found = _find_times([folders[number] for number in chosen.tolist()] if folders else [])
-    latest = since - _CLOCK_STEP
-    times = {folder: ns if ns < latest else _UNKNOWN_TIME for folder, ns in found.items()}
-    file = _folder_times_file(table.file)
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    with suppress(OSError):  # without it, every image is looked at
-        try:
-            unfinished.write_text(json.dumps(times), encoding="utf-8")
-            unfinished.replace(file)
-        finally:
-            unfinished.unlink(missing_ok=True)
-
-
-def _folder_times_file(file: Path) -> Path:
-    """Name the file beside an index that has the modification times of folders of images."""
-    return file.with_suffix(".folders.json")
-
-
-def _has_same_sizes(table: RecordTable) -> bool:
+    """Tell whether images that are files are there, in the sizes that their index has."""
+    if len(table) > _MOST_IMAGES:
+        rows = np.linspace(0, len(table) - 1, _IMAGES_SAMPLED).astype(np.int64)
+        table = table.select(rows)
     with ThreadPoolExecutor(_THREADS) as pool:
         for batch in table.iterate_columns(("image_kind", "image_file", "image_size")):
-            found = batch.filter(pc.equal(batch.column("image_kind"), IMAGE_FILE))
-            parts = (found.slice(start, _CHUNK) for start in range(0, len(found), _CHUNK))
+            files = batch.filter(pc.equal(batch.column("image_kind"), IMAGE_FILE))
+            parts = (files.slice(start, _CHUNK) for start in range(0, len(files), _CHUNK))
             if not all(pool.map(_are_of_size, parts)):
                 return False
     return True
@@ -416,34 +360,3 @@ def _are_of_size(part: pa.RecordBatch) -> bool:
         return all(os.stat(f).st_size == size for f, size in zip(files, sizes, strict=True))  # noqa: PTH116
     except OSError:
         return False
-
-
-def _list_folders(table: RecordTable) -> set[str]:
-    folders: set[str] = set()
-    for batch in table.iterate_columns(("image_kind", "image_file")):
-        files = batch.column("image_file").filter(pc.equal(batch.column("image_kind"), IMAGE_FILE))
-        folders |= {os.path.dirname(file) for file in files.unique().to_pylist()}  # noqa: PTH120
-    return folders
-
-
-def _find_times(folders: Sequence[str]) -> dict[str, int]:
-    parts = [folders[start : start + _CHUNK] for start in range(0, len(folders), _CHUNK)]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        times = chain.from_iterable(pool.map(lambda part: list(map(_find_time, part)), parts))
-        return dict(zip(folders, times, strict=True))
-
-
-def _find_time(folder: str) -> int:
-    try:
-        return os.stat(folder).st_mtime_ns  # noqa: PTH116
-    except OSError:
-        return _UNKNOWN_TIME
-
-
-def _read_times(file: Path) -> Mapping[str, int] | None:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    is_whole = isinstance(found, dict) and _UNKNOWN_TIME not in found.values()
-    return found if is_whole else None

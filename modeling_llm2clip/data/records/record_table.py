@@ -19,6 +19,8 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from ..atomic_files import FileHold
 from ..images.image_sources import ImageSource
 from ..key_arrays import Array, find_first_rows
+from ..remote.file_places import FilePlace, list_states, use_states
+from ..remote.remote_files import FileInfo
 from .record_columns import (
     IMAGE_COLUMNS,
     PLAIN_COLUMNS,
@@ -106,7 +108,8 @@ class RecordTable(Sequence[CaptionedImage]):
 
     def __reduce__(self) -> tuple[Callable[..., RecordTable], tuple[Any, ...]]:
         batches = list(self._batches) if self.file is None else []
-        return _unpickle, (batches, self.file, self.rows, self.skipped)
+        # Images are read in the states that their files had when the records were read.
+        return _unpickle, (batches, self.file, self.rows, self.skipped, list_states())
 
     def __len__(self) -> int:
         return self._length
@@ -371,7 +374,9 @@ def _unpickle(
     file: Path | None,
     rows: Array | None,
     skipped: Mapping[str, int],
+    states: dict[FilePlace, FileInfo],
 ) -> RecordTable:
+    use_states(states)
     hold = None
     if file is not None:
         opened = RecordTable.open(file)

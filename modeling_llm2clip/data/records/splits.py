@@ -17,7 +17,11 @@ _SHOWN = 5
 
 
 def split_records(
-    records: Sequence[CaptionedImage], *, test_size: float, seed: int
+    records: Sequence[CaptionedImage],
+    *,
+    test_size: float,
+    seed: int,
+    allow_shared_captions: bool = False,
 ) -> tuple[RecordTable, RecordTable]:
     """Split records at random, by group: all images and languages of a group are on one side.
 
@@ -25,12 +29,14 @@ def split_records(
         records: Records of a dataset; their order does not matter to the split.
         test_size: Share of the groups to test on, below 1, or their number.
         seed: Another seed gives another split.
+        allow_shared_captions: Accept captions that are on both sides.
 
     Returns:
         Records to train on and records to test on, each in the order of `records`.
 
     Raises:
-        ValueError: A side would have fewer than two groups, or both have the same caption.
+        ValueError: A side would have fewer than two groups, or both have the same caption and may
+            not.
 
     Examples:
         >>> records = load_records("my-images")
@@ -50,11 +56,11 @@ def split_records(
     random.Random(seed).shuffle(groups)  # type: ignore[arg-type]
     is_test = np.isin(keys, groups[:count])
     train, test = table.select(np.flatnonzero(~is_test)), table.select(np.flatnonzero(is_test))
-    if shared := sorted(_find_shared_texts(train, test)):
+    if not allow_shared_captions and (shared := sorted(_find_shared_texts(train, test))):
         raise ValueError(
             f"{counted(len(shared), 'caption')} on both sides of the split, such as "
             f"{shared[:_SHOWN]}. Give images that show the same thing the same group_id, "
-            "or remove them."
+            "remove them, or give allow_shared_captions=True."
         )
     return train, test
 

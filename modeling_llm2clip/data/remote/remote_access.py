@@ -1,7 +1,7 @@
 """Tries requests again where that can help, and says at once where it cannot.
 
-What a storage service or its client raises is sorted by status and class name, since every protocol
-of fsspec has clients of its own, and later versions have others.
+What a storage service or its client raises is sorted by the status of its reply, and by the error
+of Python or the operating system that caused it: every protocol of fsspec has classes of its own.
 """
 
 from __future__ import annotations
@@ -9,23 +9,15 @@ from __future__ import annotations
 import errno
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 T = TypeVar("T")
 Failure = Literal["denied", "missing", "unreachable", "passing"]
-_DENIED, _MISSING, _PASSING = (401, 403), (404, 410), (408, 409, 425, 429)
+# S3 answers expired credentials by 400.
+_DENIED, _PASSING = (400, 401, 403, 407), (408, 409, 425, 429)
 _UNREACHABLE = (errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN)
-# Of aiohttp, httpx, botocore; each wraps the operating system's error in its own way.
-_UNREACHABLE_NAMES = frozenset(
-    ("ClientConnectorError", "ClientConnectorDNSError", "ConnectError", "EndpointConnectionError")
-)
-_DENIED_NAMES = frozenset(
-    ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError", "GatedRepoError",
-     "UnauthorizedSSOTokenError", "RefreshError", "DefaultCredentialsError")
-)  # fmt: skip
-_EXPIRED = ("ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken")
 # Kinds of errors of files that could not be read, which say nothing of their content.
 READING_ERRORS = ("file missing, or its requests fail", "file may not be read", "file missing",
                   "file cannot be read: its disk fails")  # fmt: skip
@@ -74,7 +66,9 @@ def try_request(
         except Exception as error:
             kind, reason = sort_failure(error), describe(error)
             is_last = attempt + 1 >= policy.attempts
-            if kind == "denied":
+            # Clients that find no credentials make no request, and raise what only they know.
+            is_unsent = is_first and kind == "passing" and not _is_of_a_request(error)
+            if kind == "denied" or is_unsent:
                 raise AccessError(
                     f"{url}: access denied ({reason}). Check the credentials, whether they have "
                     "expired, and whether the file is there: some services deny what is missing."
@@ -98,27 +92,28 @@ def try_request(
 
 def sort_failure(error: BaseException) -> Failure:
     """Sort an error and its causes into a kind of failure."""
-    chain = list(_list_causes(error))
-    statuses = [status for one in chain if (status := _find_status(one)) is not None]
-    for status in statuses:
-        if status in _DENIED:
-            return "denied"
-        if status in _MISSING:
-            return "missing"
-        if status >= 500 or status in _PASSING:
-            return "passing"
-    if any(type(one).__name__ in _DENIED_NAMES for one in chain) or any(
-        word in str(one) for one in chain for word in _EXPIRED
-    ):
+    causes = list(_list_causes(error))
+    statuses = _list_statuses(causes)
+    if isinstance(error, PermissionError) or any(status in _DENIED for status in statuses):
         return "denied"
-    if any(_is_unreachable(one) for one in chain):
-        return "unreachable"
-    if isinstance(error, PermissionError):
-        return "denied"
-    # fsspec reports whatever went wrong with a file's size as a missing file, and names the cause.
-    if isinstance(chain[-1], FileNotFoundError) or any(400 <= status < 500 for status in statuses):
+    if any(status >= 500 or status in _PASSING for status in statuses):
+        return "passing"
+    if any(status >= 400 for status in statuses):
         return "missing"
-    return "passing"
+    if any(
+        isinstance(cause, ConnectionRefusedError | socket.gaierror)
+        or (isinstance(cause, OSError) and cause.errno in _UNREACHABLE)
+        for cause in causes
+    ):
+        return "unreachable"
+    # fsspec reports whatever went wrong with a file's size as a missing file, and names the cause.
+    return "missing" if isinstance(causes[-1], FileNotFoundError) else "passing"
+
+
+def _is_of_a_request(error: BaseException) -> bool:
+    """Tell whether a server or the network has a part in an error."""
+    causes = list(_list_causes(error))
+    return bool(_list_statuses(causes)) or any(isinstance(cause, OSError) for cause in causes)
 
 
 def find_reading_failure(error: BaseException) -> OSError | None:
@@ -181,20 +176,12 @@ def _list_causes(error: BaseException) -> Iterator[BaseException]:
         )
 
 
-def _find_status(error: BaseException) -> int | None:
-    response = getattr(error, "response", None)
-    if isinstance(response, dict):  # botocore
-        response = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        return response if isinstance(response, int) else None
-    for status in (getattr(error, "status", None), getattr(response, "status_code", None)):
-        if isinstance(status, int):
-            return status
-    return None
-
-
-def _is_unreachable(error: BaseException) -> bool:
-    if isinstance(error, ConnectionRefusedError | socket.gaierror):
-        return True
-    if isinstance(error, OSError) and error.errno in _UNREACHABLE:
-        return True
-    return type(error).__name__ in _UNREACHABLE_NAMES
+def _list_statuses(causes: Sequence[BaseException]) -> list[int]:
+    """List the statuses of replies, as clients of web servers, the Hub and S3 have them."""
+    statuses = []
+    for error in causes:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            statuses.append(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
+        statuses += [getattr(error, "status", None), getattr(response, "status_code", None)]
+    return [status for status in statuses if isinstance(status, int)]

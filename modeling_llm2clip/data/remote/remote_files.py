@@ -2,6 +2,10 @@
 
 A file is a local path, a URL that fsspec opens (`https://`, `s3://`, `gs://`, `hf://datasets/…`),
 or `pipe:` and a shell command whose output is the file.
+
+Size and tag of a file are asked for once, and compared at each open and, of a web server, with
+each reply; a change is an error. The tag is a strong ETag, or else a time. A service that gives
+neither, and a change that keeps both, such as one within a second under a time alone, go unseen.
 """
 
 from __future__ import annotations
@@ -9,47 +13,50 @@ from __future__ import annotations
 import io
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import KW_ONLY, dataclass, field, replace
-from functools import partial
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, NamedTuple
 
 from ..._extras import WEB_SERVERS, MissingExtraError, require
 from .remote_access import AccessError, LostFileError, RetryPolicy, try_request
 
 PIPE = "pipe:"
-_BLOCK_BYTES = 2**23
+_BLOCK_BYTES = 2**22
 _READ_AT_ONCE = 2**20
 _SILENT_SECONDS = 60.0
 _HTTP = ("http://", "https://")
-# Of web servers, S3 and Google, the Hub, and other services of fsspec.
-_TAGS = ("ETag", "etag", "Last-Modified", "LastModified", "Content-MD5", "blob_id", "mtime",
-         "updated", "last_modified")  # fmt: skip
-_REPLY_TAGS = ("ETag", "Last-Modified")  # of the whole file, in a reply with a part of it too
-_LATER = 1.1  # seconds: HTTP's times have no parts of a second
-_NUM_SAME = 8  # replies in a row with one tag, after which it is taken to stay
-_MOST_TAGS = 3  # that a file may have got while that is asked; more are of replies or mirrors
+# Of web servers, S3 and Google, the Hub, and other services of fsspec; the first one counts.
+_TAGS = ("ETag", "etag", "blob_id", "Last-Modified", "LastModified", "last_modified", "updated",
+         "mtime", "created")  # fmt: skip
 
 
-class NoRangesError(Exception):
+class NoRangesError(AccessError):
     """The server sends files from their beginning only."""
 
 
 class ChangedFileError(LostFileError):
-    """A reply has another tag than the file was described with."""
+    """A file is in another state than it was described in."""
 
-    def __init__(self, url: str, name: str, wanted: str, found: str) -> None:
+    def __init__(self, place: object, known: object, now: object) -> None:
+        remedy = "Load the data again"
+        if is_remote(str(place)):
+            remedy += "; copy files here whose server gives each reply another tag"
         super().__init__(
-            f"{url}: the file has changed while it was used ({name} was {wanted} and is {found}). "
-            "Load the data again"
+            f"{place}: the file has changed while it was used (was {known}, is {now}). {remedy}"
         )
-        self.url, self.name, self.wanted, self.found = url, name, wanted, found
+        self._arguments = place, known, now
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.url, self.name, self.wanted, self.found)
+        return type(self), self._arguments
+
+
+class FileInfo(NamedTuple):
+    """Size in bytes and tag of a file, which changes with it; None where a server does not say."""
+
+    size: int | None
+    tag: str | None
 
 
 def is_remote(source: str) -> bool:
@@ -57,18 +64,15 @@ def is_remote(source: str) -> bool:
     return source.startswith(PIPE) or "://" in source
 
 
-def open_filesystem(url: str, *, is_shared: bool = True) -> tuple[Any, str]:
-    """Return fsspec's file system for a URL, and the path in it.
-
-    One that is not shared has connections of its own.
-    """
+def open_filesystem(url: str) -> tuple[Any, str]:
+    """Return fsspec's file system for a URL, and the path in it."""
     import fsspec  # type: ignore[import-untyped]
 
+    options: dict[str, Any] = {}
+    if url.startswith("file://"):
+        options = {"auto_mkdir": True}  # object storage has no folders to make
     try:
-        options: dict[str, Any] = {}
-        if url.startswith("file://"):
-            options = {"auto_mkdir": True}  # object storage has no folders to make
-        elif url.startswith(_HTTP):
+        if url.startswith(_HTTP):
             require(WEB_SERVERS)
             import aiohttp
 
@@ -76,9 +80,10 @@ def open_filesystem(url: str, *, is_shared: bool = True) -> tuple[Any, str]:
             limit = aiohttp.ClientTimeout(
                 total=None, sock_connect=_SILENT_SECONDS, sock_read=_SILENT_SECONDS
             )
-            options = {"client_kwargs": {"timeout": limit}}
-        options["skip_instance_cache"] = not is_shared
-        found: tuple[Any, str] = fsspec.core.url_to_fs(url, **options)
+            # Packed on the way, a file has another length than the server says.
+            headers = {"Accept-Encoding": "identity"}
+            options = {"client_kwargs": {"timeout": limit, "headers": headers}}
+        filesystem, path = fsspec.core.url_to_fs(url, **options)
     except MissingExtraError:
         raise
     except ImportError as error:
@@ -88,7 +93,7 @@ def open_filesystem(url: str, *, is_shared: bool = True) -> tuple[Any, str]:
         ) from error
     except ValueError as error:
         raise AccessError(f"{url}: {error}. Give a path, or a URL that fsspec knows.") from error
-    return found
+    return filesystem, path
 
 
 @dataclass(eq=False)
@@ -99,6 +104,7 @@ class RemoteFile:
         on_retry: Called with the URL and the reason before each further attempt.
         is_first: Whether nothing came from this source before, so that an unreachable host is not
             waited for.
+        info: The state that the file is read in. Default: the one that it has at the first access.
     """
 
     url: str
@@ -106,186 +112,137 @@ class RemoteFile:
     _: KW_ONLY
     on_retry: Callable[[str, str], None] | None = None
     is_first: bool = False
+    info: FileInfo | None = None
     _opened: Any = field(default=None, init=False)
-    _info: dict[str, Any] | None = field(default=None, init=False)
+    _reading: Any = field(default_factory=Lock, init=False)
 
     def try_(self, request: Callable[[], Any]) -> Any:
         """Make a request of this file, by its policy."""
-        ask = partial(
-            try_request,
-            self.url, request, self.policy, on_retry=self.on_retry, is_first=self.is_first,
-        )  # fmt: skip
-        for _ in _REPLY_TAGS:
-            try:
-                return ask()
-            except ChangedFileError as error:
-                if self._has_changed(error):
-                    raise
-                self._forget_tag(error.name)
-        return ask()
-
-    def has_changed_to(self, later: RemoteFile) -> bool | None:
-        """Tell whether the file was in another state when a later access described it.
-
-        None if no tag shows it.
-        """
-        if self.find_size() != later.find_size():
-            return True
-        for name, wanted, found in _pair_tags(self._describe(), later._describe(), _TAGS):
-            if wanted == found:
-                return False
-            if self._has_changed(ChangedFileError(self.url, name, wanted, found)):
-                return True
-            self._forget_tag(name)
-        return None
-
-    def _has_changed(self, error: ChangedFileError) -> bool:
-        """Ask until a tag stays, unless earlier ones come again: those of mirrors or replies."""
-        tags, num_same = [error.found], 0
-        while num_same < _NUM_SAME:
-            time.sleep(_LATER)
-            found = try_request(self.url, partial(self._ask, is_shared=False), self.policy)
-            if found.get("size") != self.find_size():
-                return True
-            tag = _clean_tag(found, error.name)
-            if tag == tags[-1]:
-                num_same += 1
-                continue
-            if tag in (error.wanted, *tags) or len(tags) == _MOST_TAGS:
-                return False
-            tags.append(tag)
-            num_same = 0
-        return True
-
-    def _forget_tag(self, name: str) -> None:
-        """Forget a tag that says nothing; all accesses to the file share these facts."""
-        self._describe().pop(name, None)
+        return try_request(
+            self.url, request, self.policy, on_retry=self.on_retry, is_first=self.is_first
+        )
 
     def require_access(self) -> None:
         """Check that the file can be opened."""
         if self.url.startswith(PIPE):
             return
         if is_remote(self.url):
-            self.find_size()
+            self.describe()
         else:
             self.open_stream().close()
 
-    def find_size(self) -> int | None:
-        """Return the size in bytes; None if the server does not say."""
-        size = self._describe().get("size")
-        return None if size is None else int(size)
+    def describe(self) -> FileInfo:
+        """Return the state of the file, which is asked for once; a command has none."""
+        if self.info is None:
+            is_command = self.url.startswith(PIPE)
+            self.info = FileInfo(None, None) if is_command else self.try_(self._ask)
+        return self.info
 
-    def find_tag(self) -> str | None:
-        """Return the tag that changes with the file; None if the server has none."""
-        found = self._describe()
-        tags = [f"{name}={tag}" for name in _TAGS if (tag := found.get(name))]
-        return " ".join(tags) or None
-
-    def _describe(self) -> dict[str, Any]:
-        """Ask the service once; empty for a command."""
-        if self._info is None:
-            self._info = {} if self.url.startswith(PIPE) else self.try_(self._ask)
-        return self._info
-
-    def _ask(self, *, is_shared: bool = True) -> dict[str, Any]:
-        filesystem, path = open_filesystem(self.url, is_shared=is_shared)
+    def _ask(self) -> FileInfo:
+        filesystem, path = open_filesystem(self.url)
         filesystem.invalidate_cache()
-        return dict(filesystem.info(path))
+        facts = filesystem.info(path)
+        return FileInfo(facts.get("size"), _find_tag(facts))
 
-    def open_again(self) -> RemoteFile:
-        """Return another access to the file, in the state that this one was described in."""
-        again = replace(self, is_first=False)
-        again._info = self._describe()
-        return again
+    def _open(self, block_size: int | None, **options: Any) -> Any:
+        """Open the file at its service, if it is in the state that was described.
 
-    def _choose_options(self, **options: Any) -> dict[str, Any]:
-        """Return the options of a web server's requests; a reply of another state is an error."""
-        known = self._info or {}
+        A block size of 0 is a response of a web server, which cannot seek.
+        """
+        known = self.describe()
+        filesystem, path = open_filesystem(self.url)
+        if self.url.startswith(_HTTP):
+            options |= {"size": known.size or 1, "raise_for_status": self._check_reply}
+        else:
+            require_same(self.url, known, self._ask())
+            block_size = block_size or None
+        return filesystem.open(path, "rb", block_size=block_size, **options)
 
-        async def check(reply: Any) -> None:
-            if reply.status not in (200, 206) or "Content-Encoding" in reply.headers:
-                return  # an error, or packed on the way, which has tags of its own
-            for name, wanted, found in _pair_tags(known, reply.headers, _REPLY_TAGS):
-                if wanted != found:
-                    reply.close()
-                    raise ChangedFileError(self.url, name, wanted, found)
-                return
+    async def _check_reply(self, reply: Any) -> None:
+        """Raise for a reply of another state; errors of a server are raised behind it."""
+        if reply.status not in (200, 206):
+            return
+        headers = reply.headers
+        if "Content-Encoding" in headers:  # its length and tag are those of what was packed
+            if "Range" in reply.request_info.headers:
+                reply.close()
+                raise self._explain_no_ranges()
+            return
+        name = "Content-Range" if reply.status == 206 else "Content-Length"
+        size = headers.get(name, "").rpartition("/")[2]
+        now = FileInfo(int(size) if size.isdigit() else None, _find_tag(headers))
+        try:
+            require_same(self.url, self.describe(), now)
+        except ChangedFileError:
+            reply.close()
+            raise
 
-        return {**options, "raise_for_status": check} if self.url.startswith(_HTTP) else {}
+    def _explain_no_ranges(self) -> NoRangesError:
+        return NoRangesError(
+            f"{self.url}: its server sends files from their beginning only. Stream the data (align "
+            "does), or copy them here."
+        )
 
     def read_range(self, start: int, stop: int) -> bytes:
         """Read bytes from the middle of the file."""
-        size = self.find_size()
-        if size is None:
-            raise NoRangesError
+        if self.describe().size is None:
+            raise self._explain_no_ranges()
 
-        def read() -> bytes | None:
-            try:
-                if self._opened is None:
-                    filesystem, path = open_filesystem(self.url)
-                    options = self._choose_options(size=size)
-                    self._opened = filesystem.open(path, "rb", cache_type="none", **options)
-                self._opened.seek(start)
-                content: bytes = self._opened.read(stop - start)
-            except BaseException as error:
-                self._opened = None
-                if isinstance(error, ValueError) and "range" in str(error):
-                    return None
-                raise
-            if len(content) != stop - start:
-                self._opened = None
-                raise OSError(f"{len(content)} of {stop - start} bytes came")
-            return content
+        def read() -> bytes:
+            with self._reading:  # an open file is at one place at a time
+                try:
+                    if self._opened is None:
+                        self._opened = self._open(
+                            _BLOCK_BYTES,
+                            cache_type="blockcache",  # "background" can wait for itself
+                            cache_options={"maxblocks": 3},
+                        )
+                    self._opened.seek(start)
+                    content: bytes = self._opened.read(stop - start)
+                    if len(content) != stop - start:
+                        raise OSError(f"{len(content)} of {stop - start} bytes came")
+                except BaseException as error:
+                    self._opened = None
+                    if isinstance(error, ValueError) and "range" in str(error):
+                        raise self._explain_no_ranges() from error
+                    raise
+                return content
 
-        found: bytes | None = self.try_(read)
-        if found is None:
-            raise NoRangesError
-        return found
+        return self.try_(read)  # type: ignore[no-any-return]
 
     def open_stream(self) -> io.BufferedReader:
         """Open the file to be read once, from its beginning to its end."""
         if not is_remote(self.url):
             return self.try_(lambda: Path(self.url).open("rb"))  # type: ignore[no-any-return]
-        has_ranges = not self.url.startswith(PIPE) and self.find_size() is not None
-        parts = self._read_ahead() if has_ranges else self._read_on()
-        return io.BufferedReader(_PartsReader(parts))
+        has_ranges = self.describe().size is not None
+        return io.BufferedReader(
+            _PartsReader(self._read_parts() if has_ranges else self._read_on())
+        )
 
     def open_seekable(self) -> Any:
         """Open the file to be read in any order; copied to a temporary one where it has to be."""
         if not is_remote(self.url):
             return self.try_(lambda: Path(self.url).open("rb"))
-        size = None if self.url.startswith(PIPE) else self.find_size()
         try:
-            if size is None:
-                raise NoRangesError
-            if size > 1:
-                self.read_range(size - 1, size)
-            return SeekableFile(self, size)
+            size = self.describe().size
+            self.read_range(max(0, (size or 0) - 1), size or 0)
+            return SeekableFile(self)
         except NoRangesError:
             copy = tempfile.TemporaryFile()
             copy.writelines(self._read_on())
             copy.seek(0)
             return copy
 
-    def _read_ahead(self) -> Generator[bytes, None, None]:
-        """Yield the file block by block; the next one comes while the last one is used."""
-        size = self.find_size() or 0
-        with ThreadPoolExecutor(1) as pool:
-
-            def request(start: int) -> Future[bytes]:
-                return pool.submit(self.read_range, start, min(start + _BLOCK_BYTES, size))
-
-            coming = request(0) if size else None
-            for start in range(0, size, _BLOCK_BYTES):
-                assert coming is not None
-                try:
-                    block = coming.result()
-                except NoRangesError:
-                    yield from self._read_on(start)
-                    return
-                if start + _BLOCK_BYTES < size:
-                    coming = request(start + _BLOCK_BYTES)
-                yield block
+    def _read_parts(self) -> Generator[bytes, None, None]:
+        """Yield the file in parts, several of which come with one request."""
+        size, step = self.describe().size or 0, _BLOCK_BYTES // 4
+        for start in range(0, size, step):
+            try:
+                part = self.read_range(start, min(start + step, size))
+            except NoRangesError:
+                yield from self._read_on(start)
+                return
+            yield part
 
     def _read_on(self, position: int = 0) -> Generator[bytes, None, None]:
         """Yield the file from its beginning; after a failure, what came before is skipped."""
@@ -319,23 +276,25 @@ class RemoteFile:
         """Open the file for one try at reading it from its beginning."""
         if self.url.startswith(PIPE):
             return _PartsReader(_run_command(self.url.removeprefix(PIPE)))
-        filesystem, path = open_filesystem(self.url)
-        # Of a web server, block_size=0 opens one response, which cannot seek.
-        return filesystem.open(path, "rb", **self._choose_options(block_size=0, size=1))
+        return self._open(block_size=0)
 
 
-def _clean_tag(tags: Mapping[str, Any], name: str) -> str:
-    return str(tags.get(name) or "").removeprefix("W/")
+def require_same(place: object, known: FileInfo, now: FileInfo) -> None:
+    """Raise ChangedFileError if size or tag differ, where both states have one of the same name."""
+    has_size = known.size is not None and now.size is not None
+    names = {(tag or "").partition("=")[0] for tag in (known.tag, now.tag)}
+    has_tag = len(names) == 1 and names != {""}
+    if (has_size and known.size != now.size) or (has_tag and known.tag != now.tag):
+        raise ChangedFileError(place, tuple(known), tuple(now))
 
 
-def _pair_tags(
-    known: Mapping[str, Any], others: Mapping[str, Any], names: tuple[str, ...]
-) -> Iterator[tuple[str, str, str]]:
-    """Yield the names and values of tags that both have."""
-    for name in names:
-        one, other = _clean_tag(known, name), _clean_tag(others, name)
-        if one and other:
-            yield name, one, other
+def _find_tag(facts: Mapping[str, Any]) -> str | None:
+    """Find the tag of a file in what a service says; a weak ETag may stay when bytes change."""
+    for name in _TAGS:
+        value = facts.get(name)
+        if value and not str(value).startswith("W/"):
+            return f"{name}={value}"
+    return None
 
 
 def _run_command(command: str) -> Generator[bytes, None, None]:
@@ -386,12 +345,12 @@ class _PartsReader(io.RawIOBase):
 
 
 class SeekableFile(io.RawIOBase):
-    """Reads a file of a known size in ranges, as Python's files are read."""
+    """Reads a file in ranges, as Python's files are read."""
 
-    def __init__(self, file: RemoteFile, size: int) -> None:
+    def __init__(self, file: RemoteFile) -> None:
         super().__init__()
         self._file = file
-        self._size = size
+        self._size = file.describe().size or 0
         self._position = 0
 
     def readable(self) -> bool:
@@ -409,15 +368,12 @@ class SeekableFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any, /) -> int:
-        wanted = memoryview(buffer).cast("B")
-        first, stop = self._position, min(self._position + len(wanted), self._size)
+        target = memoryview(buffer).cast("B")
+        first, stop = self._position, min(self._position + len(target), self._size)
         while self._position < stop:
-            part = self._read_some(self._position, stop)
-            start = self._position - first
-            wanted[start : start + len(part)] = part
-            self._position += len(part)
+            # In parts, so that what came before a lost connection need not come again.
+            end = min(self._position + _BLOCK_BYTES // 4, stop)
+            part = self._file.read_range(self._position, end)
+            target[self._position - first : end - first] = part
+            self._position = end
         return max(0, stop - first)
-
-    def _read_some(self, start: int, stop: int) -> bytes:
-        # In blocks, so that what came before a lost connection need not come again.
-        return self._file.read_range(start, min(start + _BLOCK_BYTES, stop))

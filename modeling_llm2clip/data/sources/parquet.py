@@ -7,19 +7,17 @@ writes is read as it is; see `download_notes.py`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from ..images.image_sources import ParquetImage
-from ..images.parquet_images import find_layout, read_group_column
+from ..images.parquet_images import find_layout, mark_images
 from ..record_fields import RawRecord, list_fields_read
-from ..remote.file_places import FilePlace, find_version, open_place
+from ..remote.file_places import FilePlace, describe_states, open_place, require_unchanged
 from ..remote.remote_access import AccessError, name_reading_error
 from ..validation_errors import ErrorCollector
 from .download_notes import (
@@ -45,6 +43,7 @@ def read_parquet(
 
     `columns` maps fields of a record to the columns that are read, such as `{"image": "img"}`; by
     default all are, by their names. `only` maps columns to the value that a row must have."""
+    describe_states(files)
     for file in files:
         name = file.relative_to(base).as_posix()
         yield from read_parquet_file(file, name, errors, columns=columns, only=only)
@@ -99,6 +98,7 @@ def iterate_rows(
     """Yield place and columns of rows that are not records, such as pairs of images.
 
     An image whose bytes are in the file is a `ParquetImage`."""
+    describe_states(files)
     for file in files:
         name = file.relative_to(base).as_posix()
         opened = _open(file, name, errors)
@@ -169,29 +169,17 @@ def _read_rows(file: FilePlace, opened: Any, columns: Collection[str]) -> Iterat
 
 def _find_addresses(file: FilePlace, column: str, start: int, paths: list[Any]) -> list[Any]:
     """Return the addresses of the images of some rows, or their paths where there are no bytes."""
-    version = find_version(file)
-    layout = find_layout(file, column, version)
-    found, row = list(paths), start
+    state = require_unchanged(file)
+    layout = find_layout(file, column, state)
+    addresses, row = list(paths), start
     while row < start + len(paths):
         number = layout.find_group(row)
-        group = layout.groups[number]
-        end = min(start + len(paths), layout.first_rows[number + 1])
-        there = _find_bytes(file, column, version, number)
-        for one in range(row, end):
-            if there[one - group.first_row]:
-                found[one - start] = ParquetImage(file, column, one, group.stored_size)
-        row = end
-    return found
-
-
-@lru_cache(maxsize=4)  # columns of one row group
-def _find_bytes(file: FilePlace, column: str, version: Hashable, number: int) -> Any:
-    """Find which rows of a group have bytes."""
-    layout = find_layout(file, column, version)
-    group = layout.groups[number]
-    if group.may_have_nulls and not group.has_only_nulls:  # only by reading the bytes
-        return np.asarray(read_group_column(file, layout.leaf, number).is_valid())
-    return np.full(layout.first_rows[number + 1] - group.first_row, not group.has_only_nulls)
+        has_bytes = mark_images(file, column, state, number)[row - layout.first_rows[number] :]
+        for is_image in has_bytes[: start + len(paths) - row]:
+            if is_image:
+                addresses[row - start] = ParquetImage(file, column, row, layout.sizes[number])
+            row += 1
+    return addresses
 
 
 def is_image_type(kind: Any) -> bool:

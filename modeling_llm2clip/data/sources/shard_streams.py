@@ -235,7 +235,7 @@ def _read_lines(stream: BinaryIO, file: RemoteFile, name: str) -> Iterator[Strea
         if isinstance(path, str) and path.strip():
             url = name_beside(file.url, posixpath.normpath(path.strip()))
             try:
-                with replace(file, url=url).open_stream() as opened:
+                with replace(file, url=url, info=None).open_stream() as opened:
                     image = EncodedImage(url, opened.read())
             except LostFileError as error:
                 yield StreamedSample(number, f"{place} ({error})", None, "image missing")

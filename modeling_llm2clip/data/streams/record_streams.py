@@ -38,7 +38,7 @@ from .stream_run import PartEnd, Prepare, ShardReader, StreamRun
 _FIRST_SHARDS = 2  # of which one may be missing
 
 
-class UrlShards:
+class UrlShards(ShardReader):
     """Shards at paths, URLs or commands, of which one of the first two can be opened."""
 
     def __init__(self, shards: Sequence[str], policy: RetryPolicy) -> None:
@@ -49,7 +49,11 @@ class UrlShards:
         self._columns = self._read_first_columns()
 
     def read(
-        self, shard: int, first: int, on_retry: Callable[[str, str], None]
+        self,
+        shard: int,
+        first: int,
+        on_retry: Callable[[str, str], None],
+        position: Any = None,  # noqa: ARG002
     ) -> Iterator[StreamedSample]:
         """Yield the samples of a shard."""
         file = RemoteFile(self.shards[shard], self._policy, on_retry=on_retry)
@@ -203,8 +207,9 @@ class RecordStream(IterableDataset[CaptionedImage]):
     def read_shard(self, number: int) -> list[CaptionedImage]:
         """Read the valid samples of one shard, in its order."""
         found = []
+        reader = self.reader.divide(len(self.reader.shards), self.epoch)
         with suppress(BrokenShardError):  # which is counted where the stream comes to it
-            for sample in self.reader.read(number, 0, lambda _url, _reason: None):
+            for sample in reader.read(number, 0, lambda _url, _reason: None):
                 record = None if sample.is_skipped else self.check(sample)[0]
                 if record is not None:
                     found.append(record)

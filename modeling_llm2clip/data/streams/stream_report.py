@@ -23,6 +23,8 @@ class StreamReport:
         skipped_samples: Rows of images that were never downloaded, which are not samples.
         excluded_samples: Samples of groups that are held out.
         dropped_samples: Samples read, but dropped with a last batch that was smaller.
+        not_resumed_samples: Samples of a `datasets` object that were in a shuffle buffer when a
+            state was saved, and did not come again.
         lost_shards: Shards that are missing or ended early.
     """
 
@@ -31,6 +33,7 @@ class StreamReport:
     skipped_samples: int = 0
     excluded_samples: int = 0
     dropped_samples: int = 0
+    not_resumed_samples: int = 0
     shards: int = 0
     lost_shards: int = 0
     retries: int = 0
@@ -59,6 +62,8 @@ class StreamReport:
             f"{self.dropped_samples:,} of smaller last batches dropped",
             f"{self.lost_shards:,} of {self.shards + self.lost_shards:,} shards lost",
         ]
+        if self.not_resumed_samples:
+            parts.append(f"{self.not_resumed_samples:,} of a shuffle buffer not resumed")
         return ", ".join(parts)
 
     def describe(self) -> str:

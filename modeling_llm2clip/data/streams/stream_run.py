@@ -24,15 +24,34 @@ _LEAST_SAMPLES = 1000
 Prepare = Callable[[CaptionedImage], Any]
 
 
-class ShardReader(Protocol):
-    """Shards whose samples can be read one after the other, always in the same order."""
+class ShardReader:
+    """Shards whose samples are read one after the other, in the same order each time.
+
+    Attributes:
+        shards: Names of the shards.
+        has_addresses: Whether any sample can be read again by its shard and number.
+    """
 
     shards: list[str]
+    has_addresses = True
+
+    def divide(self, num_readers: int, epoch: int) -> ShardReader:  # noqa: ARG002
+        """Return the shards that so many readers deal among each other in an epoch."""
+        return self
 
     def read(
-        self, shard: int, first: int, on_retry: Callable[[str, str], None]
+        self,
+        shard: int,
+        first: int,
+        on_retry: Callable[[str, str], None],
+        position: Any = None,
     ) -> Iterator[StreamedSample]:
-        """Yield the samples of a shard."""
+        """Yield the samples of a shard from the number `first` on, whose position was saved."""
+        raise NotImplementedError
+
+    def save(self, shard: int) -> Any:  # noqa: ARG002
+        """Return the position in a shard, as plain values; None if `first` says enough."""
+        return None
 
 
 class Stream(Protocol):
@@ -68,11 +87,12 @@ class StreamRun:
         prepare: Prepare | None = None,
     ) -> None:
         self._stream = stream
+        self._reader = stream.reader.divide(num_readers, epoch)
         self._prepare = prepare
         self._epoch = epoch
         self._number = number
         self._num_readers = num_readers
-        order = np.random.default_rng([stream.seed, epoch]).permutation(len(stream.reader.shards))
+        order = np.random.default_rng([stream.seed, epoch]).permutation(len(self._reader.shards))
         self._order: list[int] = order[number::num_readers].tolist()
         self._place = 0  # in the order
         self._next_sample = 0  # in that shard
@@ -81,6 +101,7 @@ class StreamRun:
         self._draws: list[int] = []
         self._buffer: list[tuple[int, int, CaptionedImage]] = []
         self._rest: Iterator[StreamedSample] | None = None
+        self._position: Any = None  # in a state, until something is read
         self.report = StreamReport()
 
     def iterate(self) -> Iterator[Any]:
@@ -144,7 +165,7 @@ class StreamRun:
             return False
         shard = self._order[self._place]
         if self._rest is None:
-            self._rest = self._stream.reader.read(shard, self._next_sample, self._note_retry)
+            self._rest = self._reader.read(shard, self._next_sample, self._note_retry)
         try:
             sample = next(self._rest)
         except StopIteration:
@@ -152,12 +173,13 @@ class StreamRun:
             self._go_to_next_shard()
             return True
         except (BrokenShardError, LostFileError) as error:
-            place = f"{self._stream.reader.shards[shard]} before sample {self._next_sample}"
+            place = f"{self._reader.shards[shard]} before sample {self._next_sample}"
             self.report.add_lost_shard(place, str(error))
             self._go_to_next_shard()
             self._require_most()
             return True
         self._next_sample = sample.number + 1
+        self._position = None
         self._take(shard, sample)
         return True
 
@@ -202,10 +224,15 @@ class StreamRun:
 
     def save(self) -> dict[str, Any]:
         """Return the state as plain values."""
+        is_reading = self._place < len(self._order) and self._next_sample > 0
+        position = self._position
+        if is_reading and position is None:
+            position = self._reader.save(self._order[self._place])
         return {
             **self._identity,
             "epoch": self._epoch,
             "place": [self._place, self._next_sample],
+            "position": position,
             "num_drawn": self._num_drawn,
             "buffer": [number for shard, sample, _ in self._buffer for number in (shard, sample)],
             "report": self.report.to_state(),
@@ -218,12 +245,12 @@ class StreamRun:
             "stream_version": _STATE_VERSION,
             "seed": self._stream.seed,
             "buffer_size": self._stream.buffer_size,
-            "shards": hash_shards(self._stream.reader.shards),
+            "shards": hash_shards(self._reader.shards),
             "reader": [self._number, self._num_readers],
         }
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on from a state: read the samples of the buffer again."""
+        """Go on from a state: read the samples of the buffer again, or count them."""
         differing = [name for name, now in self._identity.items() if state.get(name) != now]
         if differing:
             raise ValueError(
@@ -233,8 +260,17 @@ class StreamRun:
         self._place, self._next_sample = state["place"]
         self._num_drawn = state["num_drawn"]
         self.report = StreamReport.from_state(state["report"])
-        numbers = state["buffer"]
-        self._refill(list(zip(numbers[::2], numbers[1::2], strict=True)))
+        numbers, self._position = state["buffer"], state["position"]
+        if self._reader.has_addresses:
+            self._refill(list(zip(numbers[::2], numbers[1::2], strict=True)))
+            return
+        self.report.samples -= len(numbers) // 2
+        self.report.not_resumed_samples += len(numbers) // 2
+        if self._position is not None:
+            shard = self._order[self._place]
+            self._rest = self._reader.read(
+                shard, self._next_sample, self._note_retry, self._position
+            )
 
     def _refill(self, addresses: list[tuple[int, int]]) -> None:
         found: dict[tuple[int, int], CaptionedImage] = {}
@@ -244,7 +280,7 @@ class StreamRun:
             wanted.setdefault(shard, set()).add(number)
         for shard, samples in wanted.items():
             last = self._next_sample - 1 if shard == current else max(samples)
-            rest = self._stream.reader.read(shard, min(samples), self._note_retry)
+            rest = self._reader.read(shard, min(samples), self._note_retry)
             try:
                 for sample in rest:
                     if sample.number in samples:
@@ -254,7 +290,7 @@ class StreamRun:
                     if sample.number >= last:
                         break
             except (BrokenShardError, LostFileError) as error:
-                place = f"{self._stream.reader.shards[shard]} of the buffer"
+                place = f"{self._reader.shards[shard]} of the buffer"
                 self.report.add_lost_shard(place, str(error))
                 continue
             if shard == current:
@@ -263,7 +299,7 @@ class StreamRun:
             if address in found:
                 self._buffer.append((*address, found[address]))
             else:
-                place = f"{self._stream.reader.shards[address[0]]} sample {address[1]}"
+                place = f"{self._reader.shards[address[0]]} sample {address[1]}"
                 self.report.samples -= 1
                 self.report.add_lost_sample("not found again after a restart", place)
         self._require_most()

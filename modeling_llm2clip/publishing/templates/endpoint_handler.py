@@ -8,7 +8,8 @@ every request. A ValueError becomes a reply with its text and status 400.
     {"inputs": {"image": "<base64>"}, "parameters": {"candidate_labels": ["cat", "dog"]}}
 
 An image is base64 of its file, with or without `data:image/…;base64,` before it, or the body of a
-request of the type `image/…`. With `candidate_labels`, a string in `inputs` is an image too.
+request of the type `image/…`. A string in `inputs` is an image if it begins so, or with
+`candidate_labels`.
 Addresses of images are not fetched.
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +33,7 @@ MAX_MEGAPIXELS = 50
 BATCH_SIZE = 16
 HYPOTHESIS_TEMPLATE = "a photo of a {}."
 _PARAMETERS = {"candidate_labels", "hypothesis_template", "dimensions"}
+_DATA_URL = re.compile(r"data:(image/|[^,\s]*;base64,)", re.IGNORECASE)
 _SHOWN = 40  # characters of an input in an error
 
 
@@ -141,18 +144,19 @@ class EndpointHandler:
         """Return the modality of an input, and the text or image."""
         if isinstance(one, Image.Image):
             return "image", self._open(one)
+        is_text = False
         if isinstance(one, dict) and len(one) == 1:
             (name, one) = next(iter(one.items()))
             if name not in ("text", "image") or (is_image and name == "text"):
                 raise ValueError(
                     f"inputs: got {name!r}; give an image{'' if is_image else ' or a text'}."
                 )
-            is_image = name == "image"
+            is_image, is_text = name == "image", name == "text"
         if not isinstance(one, str) or not one.strip():
             raise ValueError(
                 f"inputs: got {str(one)[:_SHOWN]!r}; give a text, or base64 of an image."
             )
-        if is_image or one.startswith("data:"):
+        if is_image or (not is_text and _DATA_URL.match(one)):
             return "image", self._open(_decode(one))
         return "text", one
 
@@ -194,7 +198,7 @@ def _decode(text: str) -> io.BytesIO:
     """Decode base64 of an image file."""
     if text[:8].lower().startswith(("http://", "https://")):
         raise ValueError("Addresses of images are not fetched. Send base64 of the file.")
-    content = text.partition(",")[2] if text.startswith("data:") else text
+    content = text.partition(",")[2] if _DATA_URL.match(text) else text
     try:
         return io.BytesIO(base64.b64decode("".join(content.split()), validate=True))
     except (binascii.Error, ValueError):

@@ -269,6 +269,7 @@ def _choose(
     is_refitted = fit.data.is_stored if config.refit is None else config.refit
     if is_refitted and not is_source:
         return choice, None
+    PartialState().wait_for_everyone()  # one process writes the file
     return choice, collect_weights(trainer, adapted, output, best=load_file(best.file))
 
 

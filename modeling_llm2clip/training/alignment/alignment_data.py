@@ -40,6 +40,8 @@ INPUT_SECONDS = "input_seconds"
 """Name in a batch of the seconds that its parts took where it was made."""
 _PARTS = ("read", "decode", "tokenize")
 _NAMES_SHOWN = 5
+# Numbers that keep the noise of one side apart from that of the other.
+_IMAGE_NOISE, _CAPTION_NOISE = 2, 3
 
 
 class InputTimes:
@@ -130,14 +132,12 @@ class AlignmentDataset(Dataset[Any]):
         times = InputTimes()
         batch = self.read_pairs(items, numbers, times)
         for name, noise, side in (
-            ("vision", self.image_noise, 2),
-            ("caption", self.caption_noise, 3),
+            ("vision", self.image_noise, _IMAGE_NOISE),
+            ("caption", self.caption_noise, _CAPTION_NOISE),
         ):
             if noise and f"{name}_embeds" in batch:
                 embeds = batch[f"{name}_embeds"]
-                normal = sample_normal(self.seed, epochs, items, side, width=embeds.shape[1])
-                share = noise * embeds.shape[1] ** -0.5 * embeds.norm(dim=1, keepdim=True)
-                batch[f"{name}_noise"] = normal.mul_(share)
+                batch[f"{name}_noise"] = _make_noise(embeds, noise, self.seed, epochs, items, side)
         return {
             "group_ids": self.read_group_ids(items),
             "text_keys": self.read_text_keys(items, numbers),
@@ -263,6 +263,7 @@ class AlignmentStream:
     _: KW_ONLY
     caption_store: EmbeddingStore | None = None
     long_caption_ratio: float = 0.5
+    caption_noise: float = 0.0
     sentence_views: int = 0
     seed: int = 0
 
@@ -280,12 +281,13 @@ class AlignmentStream:
             viewed = (with_views(record.long_captions, num_views) for record in records)
             records = [replace(r, long_captions=v) for r, v in zip(records, viewed, strict=True)]
         keys = np.array([hash_identity(record.name, record.lang) for record in records])
+        epochs = np.full(len(records), self.stream.epoch)
         counts = np.array([(len(r.captions), len(r.long_captions)) for r in records]).T
         numbers = sample_captions(
             *counts,
             long_caption_ratio=self.long_caption_ratio,
             seed=self.seed,
-            epochs=np.full(len(records), self.stream.epoch),
+            epochs=epochs,
             items=keys,
         )
         texts = [
@@ -304,6 +306,10 @@ class AlignmentStream:
                     lambda zeros: [(records[n].name, records[n].lang) for n in zeros.tolist()],
                 )
                 captions = {"caption_embeds": embeds}
+                if noise := self.caption_noise:
+                    captions["caption_noise"] = _make_noise(
+                        embeds, noise, self.seed, epochs, keys, _CAPTION_NOISE
+                    )
         with times.measure("decode"):
             images = dict(self.processor(images=[sample.image for sample in samples]))
         times.add("decode", sum(sample.seconds for sample in samples))
@@ -314,6 +320,11 @@ class AlignmentStream:
             **captions,
             **images,
         }
+
+    @property
+    def has_noise(self) -> bool:
+        """True where batches have noise on stored captions."""
+        return bool(self.caption_noise and self.caption_store is not None)
 
     def find_group_names(self, group_ids: Tensor) -> list[str]:
         """Name groups by their hashes: a stream is not read again for the sake of an error."""
@@ -335,6 +346,14 @@ class AlignmentStream:
                 "the store of these records, or text_training=frozen-online."
             )
         return items
+
+
+def _make_noise(
+    embeds: Tensor, share: float, seed: int, epochs: Array, items: Array, side: int
+) -> Tensor:
+    """Sample noise on embeddings (B, D), whose standard deviation is a share of their length."""
+    normal = sample_normal(seed, epochs, items, side, width=embeds.shape[1])
+    return normal.mul_(share * embeds.shape[1] ** -0.5 * embeds.norm(dim=1, keepdim=True))
 
 
 def list_pairs(counts: Array, items: Array) -> tuple[Array, Array]:

@@ -104,7 +104,10 @@ class AlignmentModel(PartialModel):
             return None, inputs
         # An enclosing autocast would round the products of a loss; held-out images have none.
         with torch.autocast(inputs.image_embeds.device.type, enabled=False):
-            return self.loss(inputs), inputs
+            # Several processes need a gradient of every weight, also of one that a loss does not
+            # use, such as the temperature.
+            outputs = (inputs.image_embeds, inputs.text_embeds, *inputs.logits)
+            return self.loss(inputs) + 0 * sum(output.sum() for output in outputs), inputs
 
     @property
     def head(self) -> dict[str, nn.Parameter]:

@@ -19,6 +19,7 @@ from .run_data import RunData
 CHOSE = ", which chose the weights"
 # On the card, in place of the digest of the held-out groups.
 SEEN = ", on which the model may have been trained before"
+TUNED_ON = ", on whose captions the language model may have been fine-tuned"
 REFITTED = ", measured before the model was fitted once more on all images, these too"
 NEAR_CHANCE = (
     "Warning: on held-out images this model is near chance, or they are too few to tell. Do not "
@@ -61,9 +62,13 @@ def note_held_out(data: RunData, source: Path) -> dict[str, Any]:
     if data.held_out is None:
         return {}
     groups, config = data.held_out.groups, LLM2CLIPConfig.from_pretrained(source)
-    results = read_card_data(source).results
-    was_held_out = any(result.dataset.endswith(_name_groups(groups)) for result in results)
-    return {"groups": groups, "maybe_trained_on": config.projections_trained and not was_held_out}
+    card = read_card_data(source)
+    was_held_out = any(result.dataset.endswith(_name_groups(groups)) for result in card.results)
+    return {
+        "groups": groups,
+        "maybe_trained_on": config.projections_trained and not was_held_out,
+        "text_training_data": list(card.text_training_data),
+    }
 
 
 def describe_alignment(output: Path) -> list[str]:
@@ -113,6 +118,8 @@ def make_card_results(results: Mapping[str, Any], data_name: str | None) -> tupl
     notes = results["held_out"]
     if notes["maybe_trained_on"]:
         held_out += SEEN
+    if notes["text_training_data"]:
+        held_out += TUNED_ON
     if "refit" in results:
         held_out += REFITTED
     elif not notes["maybe_trained_on"]:
@@ -218,6 +225,11 @@ def _describe_held_out(results: Mapping[str, Any]) -> list[str]:
             "  The model may have been trained on these images before, so that these scores may be "
             "too high: it was trained when this run began, and its card does not say that the same "
             "images were held out (same data, seed and held_out_ratio)."
+        )
+    if tuned_on := notes["text_training_data"]:
+        lines.append(
+            f"  The language model was fine-tuned on captions of {', '.join(tuned_on)}. If those "
+            "of the held-out images were among them, these scores may be too high."
         )
     if shared := notes["num_shared_captions"]:
         what = "drawn in training" if "stream" in results else "to train on"

@@ -52,11 +52,7 @@ _MIN_WARMUP_STEPS = 20
 
 
 def make_training_arguments(output: Path, config: AlignConfig) -> TrainingArguments:
-    """Make the Trainer's arguments; joins the process group of a launcher.
-
-    Batch size, number of steps and learning rate depend on the data and on where the projections
-    start: see `RunLength`.
-    """
+    """Make the Trainer's arguments but those of `RunLength`; joins a launcher's process group."""
     arguments = training_arguments_on(
         choose_device(config.device),
         TrainingArguments,
@@ -222,10 +218,7 @@ class AlignmentTrainer(ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
         return self._input_times.take(partial(super().get_batch_samples, *args, **kwargs))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Group parameters by when they begin, by learning rate, and by whether they decay.
-
-        Norms, biases and the temperature do not decay (arXiv:2103.00020).
-        """
+        """Group parameters by start, rate and decay; matrices alone decay (arXiv:2103.00020)."""
         if self.optimizer is None:
             grouped: dict[tuple[int, float, bool], list[nn.Parameter]] = {}
             for name, parameter in (model or self.alignment_model).named_parameters():
@@ -337,11 +330,7 @@ class ClampTemperatureCallback(TrainerCallback):
 
 
 class InputTimesCallback(TrainerCallback):
-    """Writes lines to stderr at ends of epochs, each after twice the time, and one at the end.
-
-    So a run of ten minutes has about six of them, and one of a day 13. Each is about the time since
-    the one before, and says what share of it the process waited for batches, never for a GPU.
-    """
+    """Writes which share of time batches were waited for, at ends of epochs, ever more rarely."""
 
     def __init__(self, *, epoch_at: Callable[[int], float], shown: bool) -> None:
         self._epoch_at = epoch_at

@@ -7,16 +7,18 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..._suggestions import counted
+from ...configuration_llm2clip import LOGIT_SCALE_INIT
 from ...data.key_arrays import count_distinct, is_among
 from ...data.records.record_table import Array, RecordTable
 from ...data.records.records import CaptionedImage
@@ -38,7 +40,9 @@ _ROWS_PER_BATCH = 512
 # These many pairs determine a single number.
 _MAX_ROWS_OF_TEMPERATURE = 2_000
 _TEMPERATURE_STEPS = 16
-_ROUNDS_OF_START = 4
+# The loss is convex in the inverse temperature and a bias: a few steps come to float32's rounding.
+_FIT_STEPS = 100
+_FIT_TOLERANCE = 1e-6
 # A score is near chance unless it is above this multiple of chance with 95 % confidence.
 _TIMES_CHANCE = 3
 _NORMAL_QUANTILE = 1.96
@@ -86,6 +90,14 @@ class HeldOutScores:
         The images and texts of a group succeed and fail together, so that groups are counted.
         """
         return find_interval(score, self.num_groups)
+
+
+class LossFit(NamedTuple):
+    """The lowest loss of some pairs, and the temperature and the loss's parameters that give it."""
+
+    log_scale: float | None  # of the inverse temperature; None where it was kept
+    loss: float
+    parameters: dict[str, list[float]]
 
 
 def find_interval(score: float, count: int) -> tuple[float, float]:
@@ -297,9 +309,7 @@ def fit_temperature(loss: Loss, inputs: LossInputs) -> tuple[float, float]:
     Golden-section search: the losses are convex in the inverse temperature. Returned are its
     logarithm, and the loss of all pairs at it.
     """
-    if isinstance(loss, nn.Module):  # one with parameters or buffers has a device
-        tensors = itertools.chain(loss.parameters(), loss.buffers())
-        inputs = inputs.to(next((t.device for t in tensors), inputs.image_embeds.device))
+    inputs = _move_beside(loss, inputs)
     few = inputs.take(slice(_MAX_ROWS_OF_TEMPERATURE))
 
     def measure_at(log_scale: float, pairs: LossInputs = few) -> float:
@@ -324,16 +334,43 @@ def fit_temperature(loss: Loss, inputs: LossInputs) -> tuple[float, float]:
     return log_scale, lowest
 
 
-def fit_start(loss: Loss, inputs: LossInputs) -> tuple[float, float]:
-    """Find the temperature as `fit_temperature` does, in turns with what a loss fits itself."""
-    few = inputs.take(slice(_MAX_ROWS_OF_TEMPERATURE))
-    for part in list_fitted(loss) * _ROUNDS_OF_START:
-        log_scale, _ = fit_temperature(loss, few)
-        part.fit(few.at_scale(math.exp(log_scale)))
-    return fit_temperature(loss, inputs)
+def fit_start(loss: Loss, inputs: LossInputs, *, keep_scale: bool = False) -> LossFit:
+    """Fit temperature and parameters of a loss to pairs, from `embed_batches`; changes neither.
+
+    Every fit starts from the same numbers, so that the losses of different models compare.
+    """
+    loss = deepcopy(loss)
+    fitted = list_fitted(loss)
+    if fitted:
+        few = _move_beside(loss, inputs.take(slice(_MAX_ROWS_OF_TEMPERATURE)))
+        # The logarithm of the scale as a share of its range, from no bound to the other.
+        share = torch.full_like(few.logit_scale, LOGIT_SCALE_INIT / MAX_LOG_SCALE)
+        free = share.logit().requires_grad_()
+        optimizer = torch.optim.LBFGS(
+            [*fitted.values(), *([] if keep_scale else [free])],
+            max_iter=_FIT_STEPS,
+            tolerance_grad=_FIT_TOLERANCE,
+            tolerance_change=_FIT_TOLERANCE,
+            line_search_fn="strong_wolfe",
+        )
+
+        def measure() -> Tensor:
+            optimizer.zero_grad()
+            scale = few.logit_scale if keep_scale else (MAX_LOG_SCALE * free.sigmoid()).exp()
+            value = loss(few.at_scale(scale))
+            value.backward()
+            return value
+
+        with torch.enable_grad():
+            optimizer.step(measure)
+    log_scale, lowest = fit_temperature(loss, inputs)
+    found = {name: parameter.tolist() for name, parameter in fitted.items()}
+    return LossFit(None if keep_scale else log_scale, lowest, found)
 
 
-def fit_loss(loss: Loss, inputs: LossInputs) -> None:
-    """Let a loss fit its parameters at the temperature that pairs have."""
-    for part in list_fitted(loss):
-        part.fit(inputs.take(slice(_MAX_ROWS_OF_TEMPERATURE)))
+def _move_beside(loss: Loss, inputs: LossInputs) -> LossInputs:
+    """Move pairs to the device of a loss that has parameters or buffers."""
+    if not isinstance(loss, nn.Module):
+        return inputs
+    tensors = itertools.chain(loss.parameters(), loss.buffers())
+    return inputs.to(next((t.device for t in tensors), inputs.image_embeds.device))

@@ -97,7 +97,8 @@ def interpolate(
         The scores of all shares. Those of the written folder are on its card.
 
     Raises:
-        ValueError: The models have other LLMs, networks or image processors, or equal weights.
+        ValueError: The models have other LLMs, networks, image processors or statistics of batch
+            normalization, or equal weights.
         FileExistsError: The output exists.
 
     Examples:
@@ -213,6 +214,12 @@ def _list_ends(
     start: AlignmentModel, end: AlignmentModel, *, only_tower: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """List the weights that differ, at both ends of the way."""
+    settings = [model.config.normalize_text_before_adapter for model in (start, end)]
+    if settings[0] != settings[1]:
+        raise ValueError(
+            f"The models differ in normalize_text_before_adapter ({settings[0]} before, "
+            f"{settings[1]} after), and nothing is between them."
+        )
     first, last = dict(start.named_parameters()), dict(end.named_parameters())
     shapes = [{name: p.shape for name, p in of.items()} for of in (first, last)]
     if shapes[0] != shapes[1]:
@@ -220,6 +227,13 @@ def _list_ends(
         raise ValueError(
             f"The models are different networks. Other by name or shape: "
             f"{counted(len(differing), 'weight')}, such as {differing[0]}."
+        )
+    statistics = dict(start.named_buffers())
+    if changed := [n for n, b in end.named_buffers() if not torch.equal(b, statistics[n])]:
+        raise ValueError(
+            f"The models differ in {counted(len(changed), 'buffer')}, such as {changed[0]}. The "
+            "statistics of weights between two others are unknown: train with batch normalization "
+            "in evaluation mode, as align does."
         )
     names = [
         name

@@ -23,8 +23,8 @@ from ...configs.align_config import AlignConfig
 from ...modeling_llm2clip import LLM2CLIPModel
 from ..losses.loss import LossInputs, list_fitted
 from .alignment_data import list_pairs
-from .alignment_model import LOSS, AlignmentModel
-from .held_out import HeldOutImages, embed_batches, fit_loss, fit_start
+from .alignment_model import AlignmentModel
+from .held_out import HeldOutImages, embed_batches, fit_start
 from .run_data import RecordData, RunData
 
 # These many pairs determine a linear fit of embeddings of a few thousand elements, and fit memory.
@@ -53,7 +53,8 @@ class ProjectionInit:
         log_scale: Logarithm of the inverse temperature that suits held-out images; None where it
             was not fitted.
         inheritance: How the text side learned a teacher's embeddings; None where it did not.
-        loss_parameters: Parameters of the loss that were fitted with the temperature, by name.
+        loss_parameters: Parameters of the loss that were fitted with the temperature, by their
+            names in it.
     """
 
     method: str
@@ -84,28 +85,33 @@ def init_projections(
         start = ProjectionInit(
             "inherited", None, is_trained=True, has_new_adapter=is_new, inheritance=inheritance
         )
-        if data.held_out is not None:
-            log_scale, _ = fit_start(model.loss, _embed(model, data.held_out))
-            model.logit_head.log_scale.fill_(log_scale)
-            start = replace(start, log_scale=log_scale)
-    if data.held_out is None or not list_fitted(model.loss):
+    if data.held_out is None or (start.method == "model" and not list_fitted(model.loss)):
         return start
-    if start.cca is None:  # otherwise it was fitted with the temperature
-        fit_loss(model.loss, _embed(model, data.held_out))
-    fitted = {n: value.tolist() for n, value in model.named_parameters() if n.startswith(LOSS)}
-    return replace(start, loss_parameters=fitted)
+    # No temperature suits random projections, and the lowest loss is where nothing is learned.
+    fit = fit_start(model.loss, _embed(model, data.held_out), keep_scale=not start.is_trained)
+    start = replace(start, log_scale=fit.log_scale, loss_parameters=fit.parameters)
+    _set_loss_fit(model, start)
+    return start
+
+
+def _set_loss_fit(model: AlignmentModel, start: ProjectionInit) -> None:
+    fitted = list_fitted(model.loss)
+    for name, values in start.loss_parameters.items():
+        fitted[name].copy_(torch.tensor(values))
+    if start.log_scale is not None:
+        model.logit_head.log_scale.fill_(start.log_scale)
 
 
 def _choose_start(model: AlignmentModel, data: RunData, config: AlignConfig) -> ProjectionInit:
     held_out, trained = data.held_out, model.config.projections_trained
     unchanged = ProjectionInit("model", None, trained, has_new_adapter=False)
-    wanted: str = config.projection_init
-    if wanted == "auto":
+    method: str = config.projection_init
+    if method == "auto":
         has_bias = model.visual_projection.bias is not None
         is_possible = data.is_stored and has_bias and not config.lock_text
-        is_wanted = not trained or held_out is not None or config.max_steps == 0
-        wanted = "cca" if is_possible and is_wanted else "model"
-    if wanted == "model":
+        is_of_use = not trained or held_out is not None or config.max_steps == 0
+        method = "cca" if is_possible and is_of_use else "model"
+    if method == "model":
         if config.max_steps == 0:
             raise ValueError(
                 "max_steps=0 writes the closed form, and this model's projections cannot have it: "
@@ -114,26 +120,17 @@ def _choose_start(model: AlignmentModel, data: RunData, config: AlignConfig) -> 
                 "its CLIP (keep_projection) give inherit_from."
             )
         return unchanged
-    before: dict[str, Tensor] = {}
-    loss_before = None
+    before = None
     if config.projection_init == "auto" and trained and held_out is not None:
         before = {name: value.detach().clone() for name, value in model.head.items()}
-        loss_before = fit_start(model.loss, _embed(model, held_out))[1]
+        loss_before = fit_start(model.loss, _embed(model, held_out)).loss
     fitted = _fit_cca(model, data, config)
-    log_scale = loss = None
-    if held_out is not None:
-        log_scale, loss = fit_start(model.loss, _embed(model, held_out))
-        model.logit_head.log_scale.fill_(log_scale)
-    if loss is not None and loss_before is not None and loss_before <= loss:
-        model.load_state_dict(before, strict=False)
-        return unchanged
-    return ProjectionInit(
-        "cca",
-        fitted,
-        is_trained=True,
-        has_new_adapter=not model.config.text_adapter_trained,
-        log_scale=log_scale,
-    )
+    if before is not None and held_out is not None:
+        if loss_before <= fit_start(model.loss, _embed(model, held_out)).loss:
+            model.load_state_dict(before, strict=False)
+            return unchanged
+    has_new_adapter = not model.config.text_adapter_trained
+    return ProjectionInit("cca", fitted, is_trained=True, has_new_adapter=has_new_adapter)
 
 
 @torch.no_grad()
@@ -146,10 +143,7 @@ def repeat_init(
     """
     if chosen.inheritance is not None:
         model.load_state_dict(load_file(run / INHERITED_FILE), strict=False)
-    parameters = {name: torch.tensor(value) for name, value in chosen.loss_parameters.items()}
-    model.load_state_dict(parameters, strict=False)
-    if chosen.log_scale is not None:
-        model.logit_head.log_scale.fill_(chosen.log_scale)
+    _set_loss_fit(model, chosen)
     if chosen.cca is None:
         return chosen
     shrinkages = (chosen.cca["text_shrinkage"], chosen.cca["image_shrinkage"])
@@ -321,10 +315,8 @@ class Side:
 
 
 def _split_by_correlation(whitened: Tensor, num_directions: int) -> tuple[Tensor, Tensor]:
-    """Singular directions of both sides, each times its singular value, largest first.
-
-    From the smaller Gram matrix: several times as fast as a singular value decomposition.
-    """
+    """Singular directions of both sides, each times its singular value, largest first."""
+    # The smaller Gram matrix is several times as fast as a singular value decomposition.
     if whitened.shape[0] > whitened.shape[1]:
         right, left = _split_by_correlation(whitened.T, num_directions)
         return left, right

@@ -28,8 +28,8 @@ from ...data.key_arrays import is_among
 from ...data.records.data_hashes import describe_images, hash_records
 from ...data.records.record_table import Array, RecordTable
 from ...data.records.splits import list_text_keys
-from ...data.remote.file_places import list_described, use_described
-from ...data.remote.remote_files import RemoteFile
+from ...data.remote.file_places import FilePlace, list_states, use_states
+from ...data.remote.remote_files import FileInfo
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.streams.record_streams import RecordStream, make_loader, read_report
 from ...data.streams.stream_report import StreamReport
@@ -91,7 +91,7 @@ class RecordData:
             num_workers=count_workers(self.config, arguments, decodes=self.reads_images),
             pin_memory=arguments.device.type == "cuda",
             generator=torch.Generator().manual_seed(self.config.seed),
-            worker_init_fn=partial(_start_worker, list_described()),
+            worker_init_fn=partial(_start_worker, list_states()),
         )
 
     def epoch_at(self, step: int) -> float:
@@ -138,7 +138,12 @@ class StreamData:
 
     def identify(self) -> dict[str, Any]:
         digest = hash_shards(self.dataset.stream.reader.shards)
-        return {"num_records": None, "data": digest, "images": None}
+        return {
+            "num_records": None,
+            "data": digest,
+            "images": None,
+            **({"noise_sampling": NOISE_SAMPLING} if self.dataset.has_noise else {}),
+        }
 
     def make_loader(
         self,
@@ -248,9 +253,9 @@ class StreamData:
         return f"stream-{self._process}.pt"
 
 
-def _start_worker(described: dict[str, RemoteFile], _: int) -> None:
+def _start_worker(states: dict[FilePlace, FileInfo], _: int) -> None:
     """Let a process that makes batches read remote files in the states that are known here."""
-    use_described(described)
+    use_states(states)
 
 
 RunData = RecordData | StreamData
@@ -316,6 +321,7 @@ def open_stream(
         processor,
         caption_store=caption_store,
         long_caption_ratio=config.long_caption_ratio,
+        caption_noise=config.caption_noise,
         sentence_views=config.sentence_views,
         seed=config.seed,
     )

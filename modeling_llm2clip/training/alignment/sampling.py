@@ -82,10 +82,8 @@ def sample_captions(
 
 
 def sample_normal(seed: int, epochs: Array, items: Array, side: int, *, width: int) -> Tensor:
-    """Sample standard normal numbers; each row depends on its own integers alone.
-
-    splitmix64 counts through a row, and each quarter of a word chooses one of the quantiles.
-    """
+    """Sample standard normal numbers; each row depends on its own integers alone."""
+    # splitmix64 counts through a row, and each quarter of a word chooses one of the quantiles.
     states = mix(seed, epochs, items, side)
     counts = np.arange(1, -(-width // 4) + 1, dtype=np.uint64) * _GOLDEN
     normal = np.empty((len(states), width), np.float32)

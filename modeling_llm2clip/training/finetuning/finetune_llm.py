@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -92,6 +93,7 @@ WORSE_BY_MERGING = (
     "Warning: merging rounds the weights, and made this accuracy lower than it was at the start. "
     "Merge into a model in float32 (llm2clip export --dtype float32)."
 )
+UNNAMED = "unnamed data"
 LORA_FOLDER = "lora"
 MODEL_FOLDER = "model"
 _NEAREST_FILE = "nearest_groups.npy"
@@ -408,12 +410,14 @@ def _write_merged(
             share_changed_by_merging=share_changed,
         )
 
+    card = read_card_of_trained(source, [] if data_name is None else [data_name])
+    tuned_on = dict.fromkeys((*card.text_training_data, data_name or UNNAMED))
     save_model(
         model,
         processor,
         output / MODEL_FOLDER,
         instructions=read_instructions(source),
-        card=read_card_of_trained(source, [] if data_name is None else [data_name]),
+        card=replace(card, text_training_data=tuple(tuned_on)),
         files=find_carried_files(source, trained_since=True),
         verify=measure,
     )

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .gathering import gather_rows
+from .gathering import gather_rows, iterate_chunks
 from .loss import LossInputs
 
 
@@ -45,17 +45,18 @@ def distill(student: Tensor, teacher: Tensor, inputs: LossInputs | None = None) 
     are all rows.
     """
     student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
-    of_rows = (student - teacher).square().sum(dim=-1)
     students, teachers = student, teacher
     if inputs is not None:
         (students, teachers), _ = gather_rows(inputs, student, teacher)
-    differences = F.smooth_l1_loss(
-        _measure_distances(student, students),
-        _measure_distances(teacher, teachers),
-        reduction="none",
-    )
-    # Each pair is met twice.
-    return (of_rows + differences.sum(dim=-1) / 2).mean()
+    total = (student - teacher).square().sum()
+    for rows in iterate_chunks(len(student)):
+        differences = F.smooth_l1_loss(
+            _measure_distances(student[rows], students),
+            _measure_distances(teacher[rows], teachers),
+            reduction="sum",
+        )
+        total = total + differences / 2  # each pair is met twice
+    return total / len(student)
 
 
 def _measure_distances(rows: Tensor, others: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ training takes, is exactly that of one process with the whole batch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .loss import LossInputs
+
+_ROWS_WITHOUT_GRADIENT = 512
+
+
+def iterate_chunks(num_rows: int, size: int | None = None) -> Iterator[slice]:
+    """Yield the rows that a loss compares at a time: by default all, or some without gradients."""
+    size = size or (num_rows if torch.is_grad_enabled() else _ROWS_WITHOUT_GRADIENT)
+    for start in range(0, num_rows, size):
+        yield slice(start, min(start + size, num_rows))
 
 
 def gather_rows(inputs: LossInputs, *parts: Tensor) -> tuple[list[Tensor], int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import is_dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -68,13 +69,14 @@ class LossInputs(NamedTuple):
         """
         return self._change(lambda part: part.to(device))._replace(logits=self.logits.to(device))
 
-    def at_scale(self, scale: float) -> LossInputs:
+    def at_scale(self, scale: float | Tensor) -> LossInputs:
         """Return the same batch at another inverse temperature.
 
         Args:
-            scale: Inverse temperature, in place of that of the head.
+            scale: Inverse temperature, in place of that of the head; (1,) if it is a tensor.
         """
-        other = torch.tensor([scale], device=self.image_embeds.device)
+        device = self.image_embeds.device
+        other = scale if isinstance(scale, Tensor) else torch.tensor([scale], device=device)
         return self._replace(logits=self.logits._replace(scale=other))
 
     def _change(self, function: Callable[[Tensor], Tensor]) -> LossInputs:
@@ -98,16 +100,32 @@ def load_loss(name: str, *, chunk_size: int | None = None) -> nn.Module:
     return loss
 
 
-def list_fitted(loss: Loss) -> list[Any]:
-    """List the parts of a loss whose parameters a method `fit(inputs)` sets by some pairs."""
+def list_fitted(loss: Loss) -> dict[str, nn.Parameter]:
+    """List the parameters of a loss that are fitted with the temperature, by their names in it.
+
+    A module names its own in an attribute `fitted_with_temperature`.
+    """
     modules = loss.modules() if isinstance(loss, nn.Module) else ()
-    return [module for module in modules if hasattr(module, "fit")]
+    fitted = {
+        id(getattr(module, name))
+        for module in modules
+        for name in getattr(module, "fitted_with_temperature", ())
+    }
+    named = loss.named_parameters() if isinstance(loss, nn.Module) else ()
+    return {name: parameter for name, parameter in named if id(parameter) in fitted}
 
 
-def identify_loss(loss: Loss) -> str:
-    """Name the class of a loss, and its settings if it shows them, for the record of a run."""
+def identify_loss(loss: Any) -> str:
+    """Name a loss for the record of a run: its class or function, its settings and its parts."""
     if is_dataclass(loss):
         return repr(loss)
-    name = type(loss).__qualname__
-    settings = loss.extra_repr() if isinstance(loss, nn.Module) else ""
-    return f"{name}({settings})" if settings else name
+    if isinstance(loss, partial):
+        settings = [identify_loss(loss.func), *map(repr, loss.args)]
+        settings += [f"{name}={value!r}" for name, value in sorted(loss.keywords.items())]
+        return f"partial({', '.join(settings)})"
+    name = getattr(loss, "__qualname__", type(loss).__qualname__)
+    settings = [loss.extra_repr()] if isinstance(loss, nn.Module) else []
+    if callable(part := getattr(loss, "loss", None)):
+        settings.append(f"loss={identify_loss(part)}")
+    shown = ", ".join(filter(None, settings))
+    return f"{name}({shown})" if shown else name

@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...heads_llm2clip import LogitRule
-from .gathering import gather_ids, gather_rows
+from .gathering import gather_ids, gather_rows, iterate_chunks
 from .loss import LossInputs
-
-_ROWS_WITHOUT_GRADIENT = 512
 
 
 class Chunk(NamedTuple):
@@ -80,14 +78,12 @@ class PairLoss(nn.Module):
         (images, texts), first = gather_rows(inputs, image_embeds, text_embeds)
         all_ids, num_rows = gather_ids(inputs, ids), len(ids)
         total = torch.zeros((), device=image_embeds.device)
-        size = self.chunk_size or (num_rows if torch.is_grad_enabled() else _ROWS_WITHOUT_GRADIENT)
-        for start in range(0, num_rows, size):
-            rows = slice(start, min(start + size, num_rows))
+        for rows in iterate_chunks(num_rows, self.chunk_size):
             arguments = (
                 image_embeds[rows], text_embeds[rows], images, texts, inputs.logits,
-                ids[rows], all_ids, first + start,
+                ids[rows], all_ids, first + rows.start,
             )  # fmt: skip
-            if size < num_rows:
+            if rows.stop - rows.start < num_rows:
                 total = total + checkpoint(self._sum_rows, *arguments, use_reentrant=False)
             else:
                 total = total + self._sum_rows(*arguments)

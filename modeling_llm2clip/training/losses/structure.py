@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .gathering import gather_rows
+from .gathering import gather_rows, iterate_chunks
 from .loss import LossInputs
 
 _TEMPERATURE = 0.07
@@ -31,21 +31,20 @@ class StructureLoss(nn.Module):
             inputs.vision_embeds, inputs.image_embeds, inputs.caption_embeds, inputs.text_embeds,
         )  # fmt: skip
         gathered, first = gather_rows(inputs, *(F.normalize(side, dim=-1) for side in sides))
-        rows = slice(first, first + len(inputs.image_embeds))
-        image, projected_image, text, projected_text = (
-            _list_neighbors(embeds, rows) for embeds in gathered
-        )
-        return (_diverge(image, projected_image) + _diverge(text, projected_text)) / 2
+        centered = [embeds - embeds.mean(dim=0) for embeds in gathered]
+        num_rows = len(inputs.image_embeds)
+        total = torch.zeros((), device=inputs.image_embeds.device)
+        for chunk in iterate_chunks(num_rows):
+            rows = slice(first + chunk.start, first + chunk.stop)
+            image, projected_image, text, projected_text = (
+                F.log_softmax(side[rows] @ side.T / _TEMPERATURE, dim=-1) for side in centered
+            )
+            total = total + _sum_divergences(image, projected_image)
+            total = total + _sum_divergences(text, projected_text)
+        return total / (2 * num_rows)
 
 
-def _list_neighbors(embeds: Tensor, rows: slice) -> Tensor:
-    """Return the logarithm of some rows' neighborhoods among all, (B, A)."""
-    centered = embeds - embeds.mean(dim=0)
-    return F.log_softmax(centered[rows] @ centered.T / _TEMPERATURE, dim=-1)
-
-
-def _diverge(one: Tensor, other: Tensor) -> Tensor:
-    """Compute the mean divergence of rows of log-probabilities, ()."""
-    middle = torch.logaddexp(one, other) - math.log(2)
-    of_rows = (one.exp() * (one - middle) + other.exp() * (other - middle)).sum(dim=-1)
-    return of_rows.mean() / 2
+def _sum_divergences(before: Tensor, after: Tensor) -> Tensor:
+    """Add up the divergences of rows of log-probabilities, (b, A) each, to ()."""
+    middle = torch.logaddexp(before, after) - math.log(2)
+    return (before.exp() * (before - middle) + after.exp() * (after - middle)).sum() / 2

@@ -328,3 +328,39 @@ def test_a_repeated_column_of_parquet_is_refused(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "c.parquet")
     with pytest.raises(ValueError, match="two columns named 'caption'"):
         join_captions(make_records(3), tmp_path / "c.parquet", on="url")
+
+
+@pytest.mark.parametrize("write", [write_csv, write_lines, write_parquet])
+def test_rows_in_another_language_are_counted_and_not_used(
+    write: Callable[[Path, Any], Path], tmp_path: Path
+) -> None:
+    langs = ["de", "en", "", "de"]
+    rows = [{**row, "lang": lang} for row, lang in zip(make_rows(range(4)), langs, strict=True)]
+    joined = join_captions(make_records(4), write(tmp_path / "c.csv", rows), on="url")
+    assert texts(joined.records) == wanted(range(4), lambda n: n in (1, 2))  # a blank cell: none
+    assert (joined.matched, joined.unmatched_rows, joined.other_language_rows) == (2, 0, 2)
+    assert "2 rows in another language" in str(joined)
+    for row in rows:
+        row["lang"] = "de"
+    (tmp_path / "again").mkdir()
+    with pytest.raises(ValueError, match="4 rows in another language than 'en'"):
+        join_captions(make_records(4), write(tmp_path / "again" / "c.csv", rows), on="url")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"captions": {"en": "a cat"}}, "'captions' is a dict, not a text or a list"),
+        ({"captions": ["a cat", 3]}, "'captions' is a list, not a text or a list"),
+        ({"long_captions": 3}, "'long_captions' is a int"),
+        ({"captions": "a cat", "lang": 3}, "'lang' is 3, not a text"),
+    ],
+)
+def test_values_that_are_no_texts_are_named(
+    fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    lines = [{"url": "https://x.example/0", "captions": "a"}, {"url": "x", **fields}]
+    file = tmp_path / "c.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"c\.jsonl row 1: {message}"):
+        join_captions(make_records(2), file, on="url")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +17,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from modeling_llm2clip.data.byte_cache import ByteCache
 from modeling_llm2clip.data.images import parquet_images
 from modeling_llm2clip.data.images.parquet_images import (
-    ByteCache,
-    UnknownLayoutError,
     count_group_bytes,
     find_layout,
     read_image_bytes,
-    read_struct,
 )
+from modeling_llm2clip.data.remote import file_places
 
 
 def write_images(
@@ -81,69 +84,30 @@ def test_every_image_is_what_was_written(data: st.DataObject, tmp_path: Path) ->
 
 
 def clear_caches() -> None:
-    """Files are written faster here than the clock of a file system ticks."""
+    """Files are written anew here, as if in another process."""
     find_layout.cache_clear()
-    for name in ("_pages", "_values", "_tables"):
-        cache = getattr(parquet_images, name)
-        cache._values.clear()
-        cache._total = 0
+    parquet_images._columns = ByteCache(2**20)
+    file_places._states.clear()
 
 
-PLAIN = {"compression": "none", "use_dictionary": False}
-
-
-@pytest.mark.parametrize("options", [{}, {"data_page_version": "2.0"}])
-def test_pages_are_read_without_arrow(
-    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_large_row_group_is_named_once_with_the_command_that_rewrites_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise the law above would hold while every image decoded its row group."""
-    images = make_images(50)
-    file = write_images(tmp_path / "0.parquet", images, **PLAIN, **options)
-    monkeypatch.delattr(parquet_images, "_read_with_arrow")
-    for row, image in enumerate(images):
-        assert read_image_bytes(file, "image", row) == image
-
-
-@pytest.mark.parametrize(
-    ("options", "nulls", "reason"),
-    [
-        ({}, 0, "compressed with SNAPPY"),
-        ({"compression": "none"}, 0, "written with a dictionary"),
-        (PLAIN, 0.3, "rows without an image"),
-        ({**PLAIN, "write_statistics": False}, 0, "no statistics"),
-    ],
-)
-def test_slow_reads_are_named_once_with_the_remedy(
-    options: dict[str, Any],
-    nulls: float,
-    reason: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(parquet_images, "_warned", set())
-    images = make_images(50, nulls=nulls)
-    file = write_images(tmp_path / "0.parquet", images, **options)
-    rows = [row for row, image in enumerate(images) if image is not None]
+    monkeypatch.setattr(parquet_images, "_LARGE_GROUP", 2 * 10**5)
+    images = make_images(200)  # 300 kB
+    file = write_images(tmp_path / "old.parquet", images)
     with pytest.warns(UserWarning) as caught:
-        assert [read_image_bytes(file, "image", row) for row in rows] == [images[r] for r in rows]
+        assert [read_image_bytes(file, "image", row) for row in range(200)] == images
     [message] = [str(warning.message) for warning in caught]
-    assert message.startswith(f"{file}: ") and reason in message
-    assert "compression='none' and use_dictionary=False" in message
-
-
-@pytest.mark.parametrize("encoding", ["DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"])
-def test_encodings_that_are_not_read_here_are_left_to_arrow(encoding: str, tmp_path: Path) -> None:
-    images = make_images(30, nulls=0.2)
-    file = write_images(
-        tmp_path / "0.parquet",
-        images,
-        is_struct=False,
-        use_dictionary=False,
-        column_encoding={"image": encoding},
-    )
-    for row, image in enumerate(images):
-        if image is not None:
-            assert read_image_bytes(file, "image", row) == image
+    assert message.startswith(f"{file}: a row group has ")
+    python, _, program = shlex.split(message.partition("100 rows: ")[2])
+    assert python == "python"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
+    new = tmp_path / "new.parquet"
+    assert pq.read_metadata(new).num_row_groups == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [read_image_bytes(new, "image", row) for row in range(200)] == images
 
 
 def test_images_of_one_length_are_read(tmp_path: Path) -> None:
@@ -172,7 +136,7 @@ def test_threads_read_what_one_thread_reads(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compression", ["none", "snappy"])
 def test_no_damage_gives_another_image_unnoticed(compression: str, tmp_path: Path) -> None:
-    """Damage in the lengths or headers is an error, or Arrow finds the image all the same."""
+    """Damage in headers is an error, or Arrow finds the image all the same."""
     images = [b"image %d" % number for number in range(6)]
     file = write_images(
         tmp_path / "0.parquet", images, compression=compression, use_dictionary=False
@@ -226,11 +190,3 @@ def test_a_cache_keeps_what_was_used_last_and_no_more_than_its_limit() -> None:
         assert cache._total <= 10
     assert made == [1, 2, 3, 2]
     assert cache.find(9, lambda: make(9, 99)) == 9 and cache._total == 99
-
-
-def test_a_struct_that_is_cut_or_of_another_type_is_refused() -> None:
-    assert read_struct(b"\x15\x04\x00") == ({1: 2}, 3)
-    with pytest.raises(IndexError):
-        read_struct(b"\x15\x04")
-    with pytest.raises(UnknownLayoutError, match="type 11"):
-        read_struct(b"\x1b\x00")

@@ -31,6 +31,7 @@ from modeling_llm2clip.data.records.record_index import IndexJob
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.records.source_files import find_source
+from modeling_llm2clip.data.remote import file_places
 from modeling_llm2clip.data.remote.remote_access import AccessError, LostFileError
 from modeling_llm2clip.data.validation_errors import DataValidationError
 
@@ -325,10 +326,14 @@ def test_keys_that_collide_are_an_error(tmp_path: Path, monkeypatch: pytest.Monk
         load_records(write(tmp_path / "data", LINES[:50]), require_images=False)
 
 
-def test_a_table_of_an_index_is_mapped_again_where_it_is_unpickled(tmp_path: Path) -> None:
+def test_a_table_of_an_index_is_mapped_again_where_it_is_unpickled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_places, "_states", {})
     records = load_records(write(tmp_path / "data", LINES), require_images=False)
     content = pickle.dumps(records.select([3, 1]))
-    assert len(content) < 2_000  # bytes: the path and two numbers, and no text
+    # Bytes: the path and two numbers, the state of the source, and no text.
+    assert len(content) < 2_000
     again: RecordTable = pickle.loads(content)
     assert list(again) == [records[3], records[1]]
 

@@ -53,6 +53,8 @@ def test_a_caption_on_both_sides_of_the_split_is_refused() -> None:
     same = [make_record(str(number), "a", "the same") for number in range(40)]
     with pytest.raises(ValueError, match=r"1 caption on both sides .*'the same'"):
         split_records(same, test_size=0.2, seed=0)
+    train, test = split_records(same, test_size=0.2, seed=0, allow_shared_captions=True)
+    assert (len(train), len(test)) == (32, 8)
     # A long caption of one image is a leak too where it is a short one of another.
     crossed = [
         make_record(str(n), "a", *(("shared",) if n % 2 else ()), long="" if n % 2 else "shared")

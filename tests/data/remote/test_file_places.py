@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import warnings
+import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -56,10 +56,8 @@ CONTENT = bytes(range(256)) * 100
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test starts with no block, and does not wait before it asks again."""
-    monkeypatch.setattr(file_places, "_blocks", file_places.ByteCache(10**6))
-    for module in (remote_access, remote_files):
-        monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda _: None))
-    monkeypatch.setattr(file_places, "_described", {})
+    monkeypatch.setattr(remote_access, "time", SimpleNamespace(sleep=lambda _: None))
+    monkeypatch.setattr(file_places, "_states", {})
     file_places._open_remote.cache_clear()
 
 
@@ -172,17 +170,8 @@ def test_a_changed_file_is_not_read_from_earlier_blocks(
         with warned if tags else nullcontext():
             now = list_captions(url)
         assert now == list_captions(folder) != before
-        file_places._blocks = file_places.ByteCache(10**6)  # as in a new process
+        file_places._open_remote.cache_clear()  # as in a new process
         assert list_captions(url) == now
-
-
-@pytest.mark.parametrize("tags", ["varying", "mirrors"])
-def test_a_file_of_mirrors_is_not_said_to_have_changed(tags: str, tmp_path: Path) -> None:
-    folder = write_lines(tmp_path / "data", LINES)
-    with ShardServer(folder, tags=tags) as server, warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        for _ in range(4):
-            assert list_captions(f"{server.url}/captions.jsonl") == list_captions(folder)
 
 
 def pack(folder: Path, images: list[bytes], kind: str) -> Path:
@@ -213,7 +202,7 @@ def test_images_of_a_changed_file_are_those_that_it_has_now(kind: str, tmp_path:
 def test_a_file_that_changes_while_it_is_read_is_not_mixed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_places, "_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(remote_files, "_BLOCK_BYTES", 1000)
     file = tmp_path / "file"
     file.write_bytes(CONTENT)
     with ShardServer(tmp_path) as server:
@@ -225,6 +214,45 @@ def test_a_file_that_changes_while_it_is_read_is_not_mixed(
                 opened.read(1000)
         describe_states([url])
         assert read_range(url, 0, 3000) == CONTENT[::-1][:3000]
+
+
+@pytest.mark.parametrize("kind", ["tar", "none", "snappy"])
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_an_image_is_not_read_from_a_local_file_that_was_written_anew(
+    scheme: str, kind: str, tmp_path: Path
+) -> None:
+    """It has the same size and rows, and would show another image beside the old captions."""
+    image = encode("images/red.png")
+    states = [[image + bytes([number]) for number in order] for order in ((1, 2, 3), (3, 2, 1))]
+    file = pack(tmp_path / "data", states[0], kind)
+    records = load_records(f"{scheme}{file}")
+    assert [r.image.read_bytes() for r in records if r.image is not None] == states[0]
+    copied = pickle.loads(pickle.dumps(records))
+    size, time = file.stat().st_size, file.stat().st_mtime_ns
+    pack(tmp_path / "data", states[1], kind)
+    assert file.stat().st_size == size
+    os.utime(file, ns=(time + 10**9, time + 10**9))
+    for table in (records, copied):
+        for record in table:
+            with pytest.raises(LostFileError, match="has changed while it was used"):
+                assert record.image is not None
+                record.image.read_bytes()
+    with pytest.warns(UserWarning, match="In another state than before"):
+        now = load_records(f"{scheme}{file}")
+    assert [r.image.read_bytes() for r in now if r.image is not None] == states[1]
+
+
+def test_the_states_of_files_are_pickled_with_their_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is started later would take a changed file for the one that was read."""
+    file = pack(tmp_path / "data", [encode("images/red.png")], "tar")
+    content = pickle.dumps(load_records(file))
+    os.utime(file, ns=(1, 1))
+    monkeypatch.setattr(file_places, "_states", {})  # as in another process
+    (record,) = pickle.loads(content)
+    with pytest.raises(LostFileError, match="has changed while it was used"):
+        record.image.read_bytes()
 
 
 def change_when_described(monkeypatch: pytest.MonkeyPatch, *files: Path) -> None:
@@ -270,7 +298,7 @@ def test_images_side_by_side_come_in_one_request(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "data")
     with ShardServer(folder) as server:
         records = load_records(f"{server.url}/{{00000..00001}}.tar")
-        file_places._blocks = file_places.ByteCache(10**6)
+        file_places._open_remote.cache_clear()
         server.requests.clear()
         with ThreadPoolExecutor(8) as pool:
             images = list(pool.map(lambda r: open_image(r.image).tobytes(), list(records) * 9))
@@ -278,12 +306,12 @@ def test_images_side_by_side_come_in_one_request(tmp_path: Path) -> None:
         assert server.requests.total() == 2  # one block a shard, whichever thread came first
 
 
-@pytest.mark.parametrize("block_bytes", [1, 999, 10**6])
+@pytest.mark.parametrize("block_bytes", [4, 999, 10**6])
 def test_any_part_of_a_file_is_read(
     block_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_places, "_BLOCK_BYTES", block_bytes)
-    content = CONTENT[:300] if block_bytes == 1 else CONTENT  # a request a byte
+    monkeypatch.setattr(remote_files, "_BLOCK_BYTES", block_bytes)
+    content = CONTENT[:300] if block_bytes == 4 else CONTENT  # a request for four bytes
     (tmp_path / "file").write_bytes(content)
     with ShardServer(tmp_path) as server:
         for place in (tmp_path / "file", f"{server.url}/file"):
@@ -303,7 +331,7 @@ def test_any_part_of_a_file_is_read(
 
 
 def test_a_server_without_ranges_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_places, "_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(remote_files, "_BLOCK_BYTES", 1000)
     folder = write_shards(tmp_path / "data")
     with ShardServer(folder, ranges=False) as server:
         with pytest.raises(AccessError, match=r"from their beginning only\. Stream"):

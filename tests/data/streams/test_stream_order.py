@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -18,22 +18,26 @@ from modeling_llm2clip.data.records.records import RawRecord
 from modeling_llm2clip.data.sources.shard_streams import BrokenShardError, StreamedSample
 from modeling_llm2clip.data.streams.record_streams import RecordStream
 from modeling_llm2clip.data.streams.stream_report import TooManyLostError
+from modeling_llm2clip.data.streams.stream_run import ShardReader
 
 GOOD, BROKEN, SKIPPED, END = range(4)
 
 
 @dataclass
-class ListedShards:
+class ListedShards(ShardReader):
     """Shards in memory: of each sample what it is; `END` ends a shard early."""
 
     content: list[list[int]]
 
-    @property
-    def shards(self) -> Sequence[str]:
-        return [f"shard {number}" for number in range(len(self.content))]
+    def __post_init__(self) -> None:
+        self.shards = [f"shard {number}" for number in range(len(self.content))]
 
     def read(
-        self, shard: int, first: int, on_retry: Callable[[str, str], None]
+        self,
+        shard: int,
+        first: int,
+        on_retry: Callable[[str, str], None],
+        position: Any = None,  # noqa: ARG002
     ) -> Iterator[StreamedSample]:
         assert callable(on_retry)
         for number, kind in enumerate(self.content[shard]):

@@ -114,12 +114,11 @@ def test_a_stopped_run_goes_on_and_leaves_the_same_bytes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("times", [3, 20])
 def test_killed_at_random_moments_it_leaves_the_same_bytes(
-    model: Path, data: Path, tmp_path: Path, times: int
+    model: Path, data: Path, tmp_path: Path, kills: int
 ) -> None:
     command = shorten(["extract", str(model), str(data), "{output}"])
-    require_same_bytes_when_killed(tmp_path, command, times=times)
+    require_same_bytes_when_killed(tmp_path, command, times=kills)
 
 
 @pytest.mark.slow
@@ -164,16 +163,15 @@ def test_partitions_leave_the_same_bytes_as_one_run_once_they_are_merged(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("times", [4])
 def test_partitions_that_are_killed_and_run_at_once_leave_the_same_bytes(
-    model: Path, data: Path, tmp_path: Path, times: int
+    model: Path, data: Path, tmp_path: Path, kills: int
 ) -> None:
     alone, together = tmp_path / "alone", tmp_path / "together"
     assert main(shorten(["extract", str(model), str(data), str(alone)])) == 0
     command = [sys.executable, "-m", "modeling_llm2clip",
                *shorten(["extract", str(model), str(data), str(together)])]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for _ in range(times):
+    for _ in range(kills):
         runs = [
             subprocess.Popen([*command, "--partition", f"{n}/2"], env=environment, cwd=ROOT)
             for n in (1, 2)

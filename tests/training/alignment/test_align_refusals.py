@@ -252,18 +252,17 @@ def test_a_store_of_another_model_is_refused_with_both_values(
     refuse(prepared, tmp_path / "run", r"another model.*weights: '\w+' in the", caption_store=store)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("num_processes", 2), ("is_sharded", True), ("in_bfloat16", True)]
-)
 def test_a_run_is_not_continued_by_other_processes_or_in_another_precision(
-    prepared: Prepared, tmp_path: Path, name: str, value: Any
+    prepared: Prepared, tmp_path: Path
 ) -> None:
     shutil.rmtree(prepared.align(tmp_path / "run", max_steps=1).model)
     file = tmp_path / "run" / "run.json"
     record = json.loads(file.read_text())
-    file.write_text(json.dumps({**record, "inputs": {**record["inputs"], name: value}}))
-    with pytest.raises(ValueError, match=rf"another run: {name}: {value} then, \w+ now\. Choose"):
-        prepared.align(tmp_path / "run", max_steps=1, resume=True)
+    for name, value in {"num_processes": 2, "is_sharded": True, "in_bfloat16": True}.items():
+        file.write_text(json.dumps({**record, "inputs": {**record["inputs"], name: value}}))
+        message = rf"another run: {name}: {value} then, \w+ now\. Choose"
+        with pytest.raises(ValueError, match=message):
+            prepared.align(tmp_path / "run", max_steps=1, resume=True)
 
 
 @pytest.mark.slow

@@ -74,19 +74,19 @@ def test_a_killed_and_resumed_run_has_the_losses_and_weights_of_one_never_killed
 WORST_MOMENTS = ("run.json*", "checkpoints/checkpoint-*", ".model-*")
 
 
-def test_kills_at_the_worst_and_at_five_random_moments_lose_nothing(
-    prepared: Prepared, tmp_path: Path
+def test_kills_at_the_worst_and_at_random_moments_lose_nothing(
+    prepared: Prepared, tmp_path: Path, kills: int
 ) -> None:
     command = command_of(prepared, Path("{output}"))
     moments = [f"--at={pattern}" for pattern in WORST_MOMENTS]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/helpers/kill_repeatedly.py"), "--times", "5", *moments,
-         "--again=--resume", str(tmp_path), "--", *command],
+        [sys.executable, str(ROOT / "tests/helpers/kill_repeatedly.py"), "--times", str(kills),
+         *moments, "--again=--resume", str(tmp_path), "--", *command],
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "report.json").read_text())
-    assert len(report["kills"]) == 5 and set(report["kills_at"]) == set(WORST_MOMENTS)
+    assert len(report["kills"]) == kills and set(report["kills_at"]) == set(WORST_MOMENTS)
     whole = tmp_path / "undisturbed"
     assert len(read_losses(whole)) == LONG_RUN["max_steps"]
     for folder in map(Path, report["folders"]):

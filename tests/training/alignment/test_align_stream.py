@@ -36,7 +36,7 @@ from modeling_llm2clip.training.alignment.alignment_data import (
 from modeling_llm2clip.training.alignment.alignment_report import NOT_JUDGED, describe_alignment
 from modeling_llm2clip.training.alignment.alignment_trainer import make_training_arguments
 from modeling_llm2clip.training.alignment.held_out import hold_out_of_stream
-from modeling_llm2clip.training.run_folder import read_results
+from modeling_llm2clip.training.run_folder import read_results, read_run_record
 
 pytest.importorskip("torchdata")
 OPTIONS: dict[str, Any] = {**SHORT_RUN, "global_batch_size": 4, "num_workers": 0}
@@ -383,6 +383,36 @@ def test_a_stream_trains_on_stored_captions(
     align(prepared.model, stream, tmp_path, config, caption_store=prepared.caption_store)
     assert len(read_losses(tmp_path)) == 6
     assert read_results(tmp_path)["held_out"]["best"]["num_texts"] > 4
+
+
+def test_stored_captions_of_a_stream_have_the_noise_that_is_asked_for(
+    prepared: Prepared, shards: Path, tmp_path: Path
+) -> None:
+    losses = []
+    for noise in (0.0, 0.5):
+        config = AlignConfig(**{**OPTIONS, "max_steps": 2, "caption_noise": noise})
+        output = tmp_path / str(noise)
+        align(
+            prepared.model, stream_records(shards), output, config,
+            caption_store=prepared.caption_store,
+        )  # fmt: skip
+        losses.append(read_losses(output))
+        assert ("noise_sampling" in read_run_record(output)["inputs"]) == bool(noise)
+    assert losses[0] != losses[1]
+    dataset = AlignmentStream(
+        stream_records(shards), LLM2CLIPProcessor.from_pretrained(prepared.model),
+        caption_store=prepared.caption_store, caption_noise=0.5,
+    )  # fmt: skip
+    samples = [decode_sample(record) for record in stream_records(shards)]
+    drawn = []
+    for epoch in (0, 0, 1):
+        dataset.stream.set_epoch(epoch)
+        drawn.append(dataset.collate(samples))
+    # The root of the mean square of 32 numbers for each of 24 captions: four standard errors.
+    shares = drawn[0]["caption_noise"].norm(dim=1) / drawn[0]["caption_embeds"].norm(dim=1)
+    assert abs(float(shares.square().mean().sqrt()) - 0.5) < 4 * 0.5 * (2 * 24 * 32) ** -0.5
+    first, again, later = (batch["caption_noise"] for batch in drawn)
+    assert torch.equal(first, again) and not torch.equal(first, later)
 
 
 def test_a_record_that_the_store_lacks_is_named(prepared: Prepared, shards: Path) -> None:

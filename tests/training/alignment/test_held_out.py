@@ -14,6 +14,9 @@ from aligning import SHORT_RUN, Prepared, prepare, weights_of
 
 from modeling_llm2clip._suggestions import counted
 from modeling_llm2clip.configs.align_config import AlignConfig
+from modeling_llm2clip.configs.encoding_config import ExtractConfig
+from modeling_llm2clip.configs.finetune_config import FinetuneConfig
+from modeling_llm2clip.embedding.extract import extract
 from modeling_llm2clip.heads_llm2clip import LogitRule
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.training.alignment import held_out as held_out_module
@@ -24,6 +27,7 @@ from modeling_llm2clip.training.alignment.alignment_report import (
     LOWER,
     NEAR_CHANCE,
     SEEN,
+    TUNED_ON,
     describe_alignment,
     make_caution,
 )
@@ -32,7 +36,8 @@ from modeling_llm2clip.training.alignment.held_out import (
     HeldOutScores,
     choose_held_out,
 )
-from modeling_llm2clip.training.losses import pairs
+from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
+from modeling_llm2clip.training.losses import gathering
 from modeling_llm2clip.training.losses.contrastive import ContrastiveLoss
 from modeling_llm2clip.training.losses.loss import LossInputs
 from modeling_llm2clip.training.run_folder import add_results, read_results
@@ -255,6 +260,27 @@ def test_images_that_the_model_may_have_been_trained_on_are_said_to_be(
     assert run.results["held_out"]["maybe_trained_on"]
 
 
+@pytest.mark.slow
+def test_held_out_captions_that_the_llm_may_have_been_tuned_on_are_said_to_be(
+    few: Prepared, tmp_path: Path
+) -> None:
+    config = FinetuneConfig(max_steps=1, per_device_train_batch_size=4, device="cpu")
+    tuned = finetune_llm(few.model, few.records, tmp_path / "tuned", config, data_name="mine")
+    extract(tuned, few.records, tmp_path / "captions", ExtractConfig(device="cpu"), modality="text")
+    prepared = dataclasses.replace(few, model=tuned, captions=tmp_path / "captions")
+    run = prepared.align_stored(tmp_path / "run", max_steps=1, refit=False)
+    line = "The language model was fine-tuned on captions of mine."
+    assert any(line in shown for shown in describe_alignment(run.output))
+    assert TUNED_ON in (run.model / "README.md").read_text(encoding="utf-8")
+    # An alignment that holds the same images out again does not make them unseen.
+    again = dataclasses.replace(prepared, model=run.model)
+    run = again.align_stored(tmp_path / "again", max_steps=1, refit=False)
+    assert run.results["held_out"]["text_training_data"] == ["mine"]
+    assert not few.align_stored(tmp_path / "untuned", max_steps=1).results["held_out"][
+        "text_training_data"
+    ]
+
+
 @dataclasses.dataclass(frozen=True)
 class FarthestLoss:
     """Pairs apart from each other: the contrary of what the contrastive loss wants."""
@@ -295,7 +321,7 @@ def test_many_rows_without_gradients_are_compared_a_few_at_a_time(
     generator = torch.Generator().manual_seed(0)
     images, texts = (F.normalize(torch.randn(9, 8, generator=generator), dim=-1) for _ in range(2))
     inputs = LossInputs(images, texts, LogitRule(torch.ones(1)), torch.arange(9))
-    monkeypatch.setattr(pairs, "_ROWS_WITHOUT_GRADIENT", 4)
+    monkeypatch.setattr(gathering, "_ROWS_WITHOUT_GRADIENT", 4)
     seen: list[int] = []
     compute = ContrastiveLoss.sum_rows
     monkeypatch.setattr(

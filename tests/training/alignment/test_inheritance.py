@@ -198,6 +198,7 @@ def test_views_of_held_out_captions_are_held_out_and_the_start_is_written_as_it_
     assert result.counts["texts"] == 120
 
 
+@pytest.mark.slow
 def test_the_contrast_starts_from_there_and_a_resumed_run_does_too(
     inheriting: Inheriting, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -147,4 +148,22 @@ def test_models_that_have_nothing_between_them_are_refused(
     longer = prepare(tmp_path / "longer", num_colored=20, text_pooling="last_token")
     with pytest.raises(ValueError, match="differ in pooling of the text tower"):
         interpolate(colored.model, longer.model, colored.records, tmp_path / "model", CPU)
+    assert not (tmp_path / "model").exists()
+
+
+def test_models_with_other_statistics_or_settings_are_refused(tmp_path: Path) -> None:
+    """Batch normalization that another training has updated, and a setting of the text adapter."""
+    before = prepare(tmp_path / "before", num_colored=20, vision="timm with batch norm")
+    after = shutil.copytree(before.model, tmp_path / "after")
+    weights = weights_of(after)
+    name = next(name for name in weights if name.endswith("running_mean"))
+    weights[name] += 1
+    save_file(weights, after / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"differ in 1 buffer, such as .*running_mean"):
+        interpolate(before.model, after, before.records, tmp_path / "model", CPU)
+    setting = LLM2CLIPConfig.from_pretrained(before.model)
+    setting.normalize_text_before_adapter = not setting.normalize_text_before_adapter
+    setting.save_pretrained(after)
+    with pytest.raises(ValueError, match="differ in normalize_text_before_adapter"):
+        interpolate(before.model, after, before.records, tmp_path / "model", CPU)
     assert not (tmp_path / "model").exists()

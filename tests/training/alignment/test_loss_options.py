@@ -82,6 +82,7 @@ def test_self_distillation_keeps_a_trained_tower_near_its_frozen_self(
     assert moved[100.0] < moved[0.0] / 2
 
 
+@pytest.mark.slow
 def test_a_frozen_tower_beside_the_trained_one_teaches_as_its_stored_embeddings_do(
     prepared: Prepared, tmp_path: Path
 ) -> None:

@@ -8,25 +8,33 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from aligning import Prepared, read_losses
+from aligning import Prepared, prepare, read_losses
 from gloo_workers import find_free_port
 from safetensors.torch import load_file
 from sigmoid_loss import BIAS, train
 from transformers import TrainerCallback
 
+from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.heads_llm2clip import LogitRule
 from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
-from modeling_llm2clip.training.alignment.held_out import fit_temperature
-from modeling_llm2clip.training.losses.loss import LossInputs
+from modeling_llm2clip.training.alignment.held_out import fit_start, fit_temperature
+from modeling_llm2clip.training.losses.choose_loss import build_loss
+from modeling_llm2clip.training.losses.loss import LossInputs, list_fitted
 from modeling_llm2clip.training.losses.sigmoid import SigmoidLoss
 from modeling_llm2clip.training.run_folder import read_results, read_run_record
 
 ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def colored(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return prepare(tmp_path_factory.mktemp("colored"), num_colored=100, trained=False)
 
 
 class SignalAfter(TrainerCallback):
@@ -46,7 +54,7 @@ def read_checkpoint(output: Path, step: int) -> dict[str, torch.Tensor]:
 
 def read_start(output: Path) -> float:
     """The bias at the start, which is fitted to held-out images."""
-    (bias,) = read_results(output)["start"]["loss_parameters"][BIAS]
+    ((bias,),) = read_results(output)["start"]["loss_parameters"].values()
     return float(bias)
 
 
@@ -94,17 +102,14 @@ def test_each_fit_begins_with_the_parameter_that_suits_held_out_images(
     assert 0 < abs(bias - read_start(tmp_path / "run")) < 1.1e-3 * step
 
 
-@pytest.mark.slow
-def test_two_processes_train_the_parameter_as_one_does(prepared: Prepared, tmp_path: Path) -> None:
-    folder = prepared.data.parent
-    train(folder, tmp_path / "one", refit=False)
+def train_on_two_processes(prepared: Prepared, output: Path, **options: Any) -> None:
     done = subprocess.run(
         [
             sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
             "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
             "--dynamo_backend", "no",
             "--main_process_port", str(find_free_port()), "tests/helpers/sigmoid_loss.py",
-            str(folder), str(tmp_path / "two"),
+            str(prepared.data.parent), str(output), json.dumps(options),
         ],
         cwd=ROOT, capture_output=True, text=True, timeout=400,
         env={
@@ -113,12 +118,73 @@ def test_two_processes_train_the_parameter_as_one_does(prepared: Prepared, tmp_p
         },
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_parameter_as_one_does(prepared: Prepared, tmp_path: Path) -> None:
+    train(prepared.data.parent, tmp_path / "one", refit=False)
+    train_on_two_processes(prepared, tmp_path / "two", refit=False)
     one, two = (read_checkpoint(tmp_path / name, 8)[BIAS] for name in ("one", "two"))
     assert abs(float(one) - read_start(tmp_path / "one")) > 5e-4
     # Eight steps carry the rounding of sums in another order on.
     torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
     losses = [read_losses(tmp_path / name) for name in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], abs=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{"by_cosine": True}, {"max_steps": 0, "projection_init": "auto"}]
+)
+def test_two_processes_also_train_without_a_temperature_and_write_a_closed_form(
+    prepared: Prepared, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    train(prepared.data.parent, tmp_path / "one", refit=False, **options)
+    train_on_two_processes(prepared, tmp_path / "two", refit=False, **options)
+    one, two = (load_file(tmp_path / name / "model/model.safetensors") for name in ("one", "two"))
+    for name, value in one.items():
+        # Eight steps carry the rounding of sums in another order on.
+        torch.testing.assert_close(two[name], value, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("noise", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("dims", [(), (2, 4)])
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_temperature_and_bias_start_where_the_loss_that_is_trained_is_lowest(
+    noise: float, dims: tuple[int, ...], scale: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(48, 8, generator=generator)
+    texts = images + noise * torch.randn(48, 8, generator=generator)
+    sides = (torch.nn.functional.normalize(side, dim=-1) for side in (images, texts))
+    inputs = LossInputs(*sides, LogitRule(torch.tensor([scale])), torch.arange(48), is_whole=True)
+    loss = build_loss(AlignConfig(loss="sigmoid", matryoshka_dims=dims))
+    (bias,) = loss.parameters()  # type: ignore[attr-defined]
+    given = float(bias.detach())
+    fit = fit_start(loss, inputs)
+    assert float(bias.detach()) == given and [*fit.parameters] == [*list_fitted(loss)]
+    with torch.no_grad():
+        bias.copy_(torch.tensor(next(iter(fit.parameters.values()))))
+        assert float(loss(inputs.at_scale(math.exp(fit.log_scale or 0)))) == fit.loss
+        # A grid of both finds nothing lower.
+        for log_scale in torch.arange(0, math.log(100), 0.1).tolist():
+            for ratio in torch.arange(0.2, 1.5, 0.1).tolist():
+                bias.fill_(-4 - ratio * math.exp(log_scale))
+                assert fit.loss < float(loss(inputs.at_scale(math.exp(log_scale)))) + 1e-3
+
+
+@pytest.mark.slow
+def test_a_model_that_is_as_good_as_the_closed_form_is_kept(
+    colored: Prepared, tmp_path: Path
+) -> None:
+    options = {"loss": "sigmoid", "max_steps": 0, "refit": False}
+    first = colored.align_stored(tmp_path / "first", **options)
+    again = replace(colored, model=first.model).align_stored(tmp_path / "again", **options)
+    starts = [run.results["start"] for run in (first, again)]
+    assert [start["method"] for start in starts] == ["cca", "model"]
+    # The fit ends where float32 sees no slope.
+    assert again.before.loss == pytest.approx(first.before.loss, rel=1e-4)
+    assert starts[1]["log_scale"] == pytest.approx(starts[0]["log_scale"], rel=1e-2)
 
 
 def test_the_temperature_is_fitted_at_the_bias_of_the_loss() -> None:

@@ -52,6 +52,7 @@ def test_auto_keeps_a_trained_model_that_is_better_than_cca(few: Prepared, tmp_p
     assert start["method"] == "cca"
 
 
+@pytest.mark.slow
 def test_no_steps_are_the_closed_form_also_of_a_trained_model(
     few: Prepared, tmp_path: Path
 ) -> None:

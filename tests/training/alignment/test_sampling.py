@@ -41,7 +41,7 @@ def test_processes_that_make_batches_read_files_in_the_states_that_were_loaded(
     tmp_path: Path, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where they are not forked, as on macOS."""
-    monkeypatch.setattr(file_places, "_described", {})
+    monkeypatch.setattr(file_places, "_states", {})
     image = io.BytesIO()
     Image.new("RGB", (9, 6), "red").save(image, "png")
     members = {f"{n}.png": image.getvalue() for n in range(4)}

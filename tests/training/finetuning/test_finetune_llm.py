@@ -166,7 +166,9 @@ def test_merging_keeps_instructions_and_the_record_of_a_conversion(tmp_path):
     (source / "conversion.json").write_text("{}")
     config = replace(SHORT, max_steps=1, merge=True)
     merged = finetune_llm(source, RECORDS, tmp_path / "run", config, data_name="second")
-    assert read_card_data(merged) == CardData(training_data=("first", "second"))
+    assert read_card_data(merged) == CardData(
+        training_data=("first", "second"), text_training_data=("second",)
+    )
     assert read_instructions(merged) == instructions
     assert LLM2CLIPConfig.from_pretrained(merged).instructions == instructions
     assert (merged / "conversion_before_training.json").read_text() == "{}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +15,15 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from gloo_workers import find_free_port
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.heads_llm2clip import LogitRule
+from modeling_llm2clip.training.losses import gathering
 from modeling_llm2clip.training.losses.choose_loss import WeightedSum, build_loss
 from modeling_llm2clip.training.losses.contrastive import ContrastiveLoss
 from modeling_llm2clip.training.losses.distillation import SelfDistillationLoss
-from modeling_llm2clip.training.losses.loss import LossInputs
+from modeling_llm2clip.training.losses.loss import LossInputs, identify_loss
 from modeling_llm2clip.training.losses.matryoshka import MatryoshkaLoss
 from modeling_llm2clip.training.losses.sigmoid import SigmoidLoss
 from modeling_llm2clip.training.losses.structure import StructureLoss
@@ -185,16 +189,42 @@ def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path: Path) -> Non
             torch.testing.assert_close(whole, wanted, **ROUNDING, msg=lambda m, n=name: n + m)
 
 
-@pytest.mark.parametrize("scale", [1.0, 20.0])
-def test_the_bias_is_fitted_where_the_loss_is_lowest(scale: float) -> None:
-    inputs = make_inputs()[0].at_scale(scale)
-    loss = SigmoidLoss()
-    with torch.no_grad():
-        loss.fit(inputs)
-        fitted = float(loss.logit_bias.detach())
-        lowest = float(loss(inputs))
-        around = [SigmoidLoss(logit_bias=fitted + step)(inputs) for step in (-0.01, 0.01)]
-    assert lowest < min(map(float, around))
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_of_many_rows_without_gradients_is_computed_a_few_at_a_time(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gathering, "_ROWS_WITHOUT_GRADIENT", 3)
+    shapes: set[tuple[int, ...]] = set()
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                shapes.add(tuple(result.shape))
+            return result
+
+    inputs, _ = make_inputs()
+    with torch.no_grad(), Watch():
+        value = LOSSES[name][0](None)(inputs)
+    assert {(3, NUM_ROWS), (2, NUM_ROWS)} <= shapes and (NUM_ROWS, NUM_ROWS) not in shapes
+    torch.testing.assert_close(value, LOSSES[name][1](inputs), **ROUNDING)
+
+
+def test_the_record_of_a_run_names_a_loss_and_its_parts() -> None:
+    def own_loss(inputs: LossInputs, weight: float = 1.0) -> Tensor:
+        return weight * inputs.image_embeds.sum()
+
+    name = own_loss.__qualname__
+    assert identify_loss(own_loss) == name
+    assert identify_loss(partial(own_loss, weight=2.0)) == f"partial({name}, weight=2.0)"
+    assert identify_loss(build_loss(AlignConfig(matryoshka_dims=(2,)), own_loss)) == (
+        f"MatryoshkaLoss(dims=(2,), loss={name})"
+    )
+    assert identify_loss(build_loss(AlignConfig(structure_weight=2.0))) == (
+        "WeightedSum(structure=2.0, loss=ContrastiveLoss(chunk_size=None))"
+    )
 
 
 def test_a_tower_that_did_not_change_costs_nothing() -> None:
