@@ -48,18 +48,18 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2370,
+    ".": 2364,
     "building": 1470,
     "cli": 1465,
     "configs": 1054,
-    "conversion": 655,
+    "conversion": 636,
     "data": 5626,
     "demo": 107,
     "doctor": 1421,
     "embedding": 1465,
     "encoding": 712,
     "evaluation": 3458,
-    "model_folders": 1433,
+    "model_folders": 1414,
     "publishing": 1222,
     "recipes": 543,
     "scheduling": 118,
