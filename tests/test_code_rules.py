@@ -61,11 +61,11 @@ BUDGETS = {
     "evaluation": 3458,
     "model_folders": 1414,
     "publishing": 1222,
-    "recipes": 543,
+    "recipes": 470,
     "scheduling": 118,
     "search": 1776,
     "serving": 1710,
-    "training": 4260,
+    "training": 4257,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 295, 8410
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")

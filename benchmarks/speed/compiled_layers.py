@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from modeling_llm2clip.building.tower_checks import find_layers
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
-from modeling_llm2clip.training.alignment.alignment_model import find_layers
 
 _Forward: TypeAlias = Callable[..., Any]
 

@@ -291,10 +291,26 @@ def _move_between(first: Any, second: Any, residual: Tensor | None) -> float:
 
 def list_layers(text_model: nn.Module) -> nn.ModuleList:
     """Find the decoder's layers, under any name; empty where there is no such list."""
-    config: Any = text_model.config
-    count = getattr(config, "num_hidden_layers", None)
-    lists = [module for module in text_model.modules() if isinstance(module, nn.ModuleList)]
+    count = getattr(text_model.config, "num_hidden_layers", None)
+    lists = (module for module in text_model.modules() if isinstance(module, nn.ModuleList))
     return next((layers for layers in lists if len(layers) == count), nn.ModuleList())
+
+
+def find_layers(tower: nn.Module) -> tuple[str, nn.Module]:
+    # The lowest layer is first; several lists may have a usual name, such as those of stages.
+    lists = [
+        (name, module)
+        for name, module in tower.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+        and name.split(".")[-1] in ("blocks", "layer", "layers", "stages")
+        and len(module) > 1
+    ]
+    if not lists:
+        raise ValueError(
+            f"{type(tower).__name__} has no list of layers named blocks, layer, layers or "
+            "stages, so its layers cannot be treated one by one. Set layer_decay to 1."
+        )
+    return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
 
 
 def take_hidden(output: Any) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .._extras import LORA, require
 from ..configs.align_config import AlignConfig
@@ -100,23 +100,8 @@ def align(
     """
     uses_lora = "lora" in (config.vision_training, config.text_training)
     require(*([LORA] if uses_lora else []), *list_needs_of_model(model, extra="train"))
-    from ..model_folders.atomic_folder import clear_leftovers, require_new_folder
     from ..model_folders.model_folder import require_own_model
-    from ..training.run_folder import require_fresh_or_resumed
 
-    folder = output / "model"
-    stores: dict[str, Any] = {"caption_store": caption_store, "image_store": image_store}
-    stores["inherit_from"] = inherit_from
-    config.require_stores(**stores)
-    for name, store in stores.items():
-        if store is not None and not store.is_dir():
-            raise ValueError(
-                f"--{name.replace('_', '-')} {store}: no such folder. Give one that llm2clip "
-                "extract wrote."
-            )
-    clear_leftovers(folder)
-    require_new_folder(folder)
-    require_fresh_or_resumed(output, resume=resume)
     require_own_model(model)
     streamed = is_streamed(data, streaming)
     if not streamed:
@@ -126,12 +111,18 @@ def align(
     from accelerate import PartialState
 
     from ..model_folders.model_folder import find_model_folder
-    from ..training.alignment.align import align as run
-    from ..training.alignment.align_checks import check_align
+    from ..training.alignment.align import plan_align, run_alignment
     from ..training.alignment.alignment_report import describe_alignment
 
     find_model_folder(model)  # reading the data may take long
-    stores = dict(zip(stores, check_align(config, **stores), strict=True))
+    plan = plan_align(
+        output,
+        config,
+        caption_store=caption_store,
+        image_store=image_store,
+        inherit_from=inherit_from,
+        resume=resume,
+    )
     records: Sequence[CaptionedImage] | RecordStream
     if streamed:
         records = stream_captioned_images(data, reading, streaming)
@@ -139,7 +130,7 @@ def align(
         reads_images = image_store is None or config.distillation_weight > 0
         records = read_captioned_images(data, reading, require_images=reads_images, resume=resume)
     name = name_data(data, is_elsewhere=streamed)
-    folder = run(model, records, output, config, **stores, data_name=name, resume=resume)
+    folder = run_alignment(plan, model, records, data_name=name)
     if PartialState().is_main_process:
         print("\n".join([*describe_alignment(output), f"Next: llm2clip doctor {folder}"]))
     return 0

@@ -198,6 +198,15 @@ def fingerprint_model(folder: Path) -> dict[str, str]:
     return {**fingerprint_weights(list_model_files(folder)), _ADAPTER_SETTING: setting}
 
 
+def fingerprint_head(folder: Path) -> dict[str, str]:
+    """Identify what of a model is in neither tower, as `fingerprint_model` does the whole."""
+    files = list_model_files(folder)
+    parts = ("logit_scale.", "text_adapter.", "text_projection.", "visual_projection.")
+    tensors = chain.from_iterable(iterate_tensors(files, prefix=part) for part in parts)
+    setting = str(getattr(LLM2CLIPConfig.from_pretrained(folder), _ADAPTER_SETTING))
+    return {**_describe_weights(tensors), _ADAPTER_SETTING: setting}
+
+
 def fingerprint_weights(files: Iterable[Path], *, base: Path | None = None) -> dict[str, str]:
     """Hash all tensors of safetensors files, however they are distributed over files.
 

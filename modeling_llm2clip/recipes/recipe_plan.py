@@ -1,4 +1,4 @@
-"""The plan of `train`: stages in order, with sizes, an estimate, and which are finished.
+"""The plan of `train`: stages in order, with sizes, steps, disk, and which are finished.
 
 Sizes of towers are read from their files without loading them. NaN is a number that is unknown.
 """
@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import torch
 from huggingface_hub import get_safetensors_metadata
 from huggingface_hub.errors import NotASafetensorsRepoError
 from tabulate import tabulate
@@ -38,7 +36,6 @@ from ..data.records.records import CaptionedImage
 from ..data.records.splits import list_text_keys, split_records
 from ..data.safetensors_files import read_shapes
 from ..data.store.store_manifest import MANIFEST_FILE, StoreManifest
-from ..encoding.devices import find_device
 from ..evaluation.datasets.catalog.custom_folder import make_records_spec
 from ..evaluation.datasets.dataset_registry import read_data
 from ..model_folders.model_folder import explain_missing, fetch_hub_file, is_hub_id
@@ -46,19 +43,13 @@ from ..training.alignment.alignment_trainer import choose_batch_size, count_step
 from ..training.alignment.held_out import count_held_out
 from ..training.finetuning.finetune_data import count_held_out as count_tuning_held_out
 from ..training.run_folder import RUN_FILE, read_results
-from ..training.trainer_mixins import computes_in_bfloat16
 
 Split: TypeAlias = tuple[Sequence[CaptionedImage], Sequence[CaptionedImage]]
 State: TypeAlias = Literal["to do", "stopped", "finished", "repeated"]
 
-_UTILIZATION = 0.4  # of the speed of a matrix product, as training and encoding reach it
-_CHARACTERS_PER_TOKEN = 4
-_PROMPT_TOKENS = 10
 _NUM_CHECKPOINTS = 2
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _ADAM_BYTES = 12  # of a trained weight: itself and two moments in float32
-# Where the configuration says neither image nor patch size, as of a convolutional network.
-_DEFAULT_TOKENS_PER_IMAGE = 200
 _WIDTHS = {
     "vision": ("hidden_size", "num_features"),
     "text": ("projection_size", "projection_dim", "hidden_size"),
@@ -81,16 +72,12 @@ class RecipePaths:
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One stage of a recipe; its FLOPs are 0 where they do not matter.
-
-    An evaluation is repeated, and keeps results that are finished.
-    """
+    """One stage of a recipe; an evaluation is repeated, and keeps results that are finished."""
 
     name: str
     size: str
     output: Path
     state: State
-    flops: float = 0.0
     num_bytes: float = 0.0
 
 
@@ -105,44 +92,38 @@ class RecipePlan:
     stages: tuple[PlannedStage, ...]
     num_images: tuple[int, int]
     num_shared_captions: int
-    device: str
-    flops_per_second: float
 
     def __str__(self) -> str:
+        left = [stage.num_bytes for stage in self.stages if stage.state != "finished"]
+        known = [num_bytes for num_bytes in left if not math.isnan(num_bytes)]
         rows = [
             (
                 stage.name,
                 stage.size,
                 stage.state,
-                _show(
-                    show_seconds,
-                    stage.flops / self.flops_per_second * (stage.state != "finished"),
-                ),
-                _show(show_bytes, stage.num_bytes),
+                _show(stage.num_bytes),
                 stage.output.relative_to(self.output),
             )
             for stage in self.stages
         ]
-        heads = ("stage", "size", "state", "time", "disk", "output")
-        left = [stage for stage in self.stages if stage.state != "finished"]
-        seconds = sum(stage.flops for stage in left) / self.flops_per_second
-        is_open = math.isnan(seconds)
-        time_left = "a time" if is_open else f"about {show_seconds(seconds)}"
-        known = [stage.num_bytes for stage in left if not math.isnan(stage.num_bytes)]
-        captions = counted(self.num_shared_captions, "caption")
-        shared = f"; {captions} to train on are also captions of the latter" * bool(
-            self.num_shared_captions
+        table = tabulate(
+            rows,
+            ("stage", "size", "state", "disk", "output"),
+            tablefmt="github",
+            disable_numparse=True,
         )
-        least = "at least " if len(known) < len(left) else ""
-        later = " that is known once the towers are downloaded (?)" if is_open else ""
+        shared = counted(self.num_shared_captions, "caption")
         return (
             f"{counted(self.num_images[0], 'image')} to train on, {self.num_images[1]:,} to "
-            f"evaluate on{shared}. "
-            f"Everything is written to {self.output}.\n"
-            f"{tabulate(rows, heads, tablefmt='github', disable_numparse=True)}\n"
-            f"Left: {time_left} on {self.device}{later} and {least}{show_bytes(sum(known))}. "
-            "Estimated from the speed of a matrix product just now; loading, decoding of images "
-            "and evaluation come on top."
+            "evaluate on"
+            + (
+                f"; {shared} to train on are also captions of these"
+                if self.num_shared_captions
+                else ""
+            )
+            + f". Everything is written to {self.output}.\n{table}\n"
+            f"Left to write: {'at least ' if len(known) < len(left) else ''}"
+            f"{show_bytes(sum(known))}. How long a stage takes is shown by its first steps."
         )
 
 
@@ -162,16 +143,11 @@ def read_split(config: TrainConfig) -> Split:
 
 def plan_recipe(config: TrainConfig, split: Split) -> RecipePlan:
     """Plan what `train` will do with a recipe; writes nothing and loads no model."""
-    device = find_device(config.device)
-    in_bfloat16 = computes_in_bfloat16(config.align.precision, on_gpu=device.type == "cuda")
-    speed = _measure_speed(device, torch.bfloat16 if in_bfloat16 else torch.float32)
     return RecipePlan(
         output=config.output,
         stages=tuple(_Planner(config, *split).list_stages()),
         num_images=(_count_images(split[0]), _count_images(split[1])),
         num_shared_captions=_count_shared_captions(*split),
-        device=str(device),
-        flops_per_second=_UTILIZATION * speed,
     )
 
 
@@ -187,13 +163,6 @@ def list_eval_data(config: TrainConfig, test: Sequence[CaptionedImage]) -> list[
     return [*held_out, *config.eval_datasets]
 
 
-def show_seconds(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
 def show_bytes(num_bytes: float) -> str:
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if num_bytes >= size:
@@ -201,18 +170,17 @@ def show_bytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e3:.0f} KB"
 
 
-def _show(show: Callable[[float], str], number: float) -> str:
+def _show(num_bytes: float) -> str:
     """Show an estimate; nothing for 0."""
-    return "?" if math.isnan(number) else show(number) if number else ""
+    return "?" if math.isnan(num_bytes) else show_bytes(num_bytes) if num_bytes else ""
 
 
 @dataclass(frozen=True)
 class TowerSize:
-    """Numbers of a tower; a convolutional network counts as about as many tokens as it is worth."""
+    """Number of parameters and width of a tower, NaN where they are unknown."""
 
     num_parameters: float = math.nan
     width: float = math.nan
-    tokens_per_image: int = _DEFAULT_TOKENS_PER_IMAGE
 
     def __str__(self) -> str:
         if math.isnan(self.num_parameters):
@@ -260,11 +228,7 @@ def _read_config(file: Path | None, num_parameters: float, part: str) -> TowerSi
     # The width of the shared space at the top is the one that holds.
     config = {**config, **own} if part == "vision" else {**own, **config}
     width = next((config[name] for name in _WIDTHS[part] if config.get(name)), None)
-    image, patch = config.get("image_size"), config.get("patch_size")
-    tokens = _DEFAULT_TOKENS_PER_IMAGE
-    if isinstance(image, int) and isinstance(patch, int):
-        tokens = (image // patch) ** 2 + 1
-    return TowerSize(num_parameters, width if isinstance(width, int) else math.nan, tokens)
+    return TowerSize(num_parameters, width if isinstance(width, int) else math.nan)
 
 
 class _Planner:
@@ -284,7 +248,6 @@ class _Planner:
         num_views = config.extract.sentence_views or config.align.sentence_views
         texts = {t for r in train for t in (*r.captions, *with_views(r.long_captions, num_views))}
         self.num_texts = len(texts)
-        self.num_tokens = sum(map(_count_tokens, texts))
 
     def list_stages(self) -> list[PlannedStage]:
         config, paths = self.config, self.paths
@@ -340,30 +303,23 @@ class _Planner:
         num_steps = config.max_steps or max(
             1, round(config.num_train_epochs * (num_pairs // batch_size))
         )
-        recomputes = config.gradient_checkpointing or config.mini_batch_size is not None
-        per_token = _count_flops_per_token(self.text, passes=3 if recomputes else 2)
-        tokens_per_text = self.num_tokens / max(1, self.num_texts)
         return PlannedStage(
             "finetune-llm",
             f"{counted(num_steps, 'step')} of {counted(batch_size, 'pair')}",
             self.paths.fine_tuned / "model",
             _find_state(self.paths.fine_tuned / "model", run=self.paths.fine_tuned),
-            flops=per_token * 2 * batch_size * num_steps * tokens_per_text,
             num_bytes=self._count_model_bytes(self.config.build.dtype),
         )
 
     def _plan_extraction(
         self, modality: str, store: Path, num_rows: int, tower: TowerSize
     ) -> PlannedStage:
-        reads_images = modality == "image"
-        tokens = num_rows * tower.tokens_per_image if reads_images else self.num_tokens
         width = _BYTES[self.config.extract.store_dtype]
         return PlannedStage(
             f"extract {modality}",
-            counted(num_rows, "image" if reads_images else "caption"),
+            counted(num_rows, "image" if modality == "image" else "caption"),
             store,
             _find_store_state(store),
-            flops=_count_flops_per_token(tower, passes=1) * tokens,
             num_bytes=num_rows * tower.width * width,
         )
 
@@ -374,17 +330,6 @@ class _Planner:
         num_items = round(len(self.train) * (1 - num_held_out / num_groups))
         batch_size = choose_batch_size(config, num_items, 1)
         num_steps = count_steps(config, num_items, batch_size)
-        num_shown = batch_size * num_steps * (2 if config.refit else 1)
-        flops = 0.0
-        if trained != "frozen":
-            passes = (3 if trained == "full" else 2) + config.gradient_checkpointing
-            per_token = _count_flops_per_token(self.vision, passes=passes)
-            flops += per_token * num_shown * self.vision.tokens_per_image
-        if config.text_training != "stored":
-            is_frozen = config.text_training == "frozen-online"
-            passes = 1 if is_frozen else 2 + config.gradient_checkpointing
-            per_token = _count_flops_per_token(self.text, passes=passes)
-            flops += per_token * num_shown * self.num_tokens / max(1, self.num_texts)
         num_bytes = self._count_model_bytes(self.config.build.dtype)
         if trained == "full":
             num_bytes += _NUM_CHECKPOINTS * _ADAM_BYTES * self.vision.num_parameters
@@ -394,22 +339,12 @@ class _Planner:
             f"{trained}",
             self.paths.aligned / "model",
             _find_state(self.paths.aligned / "model", run=self.paths.aligned),
-            flops=flops,
             num_bytes=num_bytes,
         )
 
     def _count_model_bytes(self, dtype: str | None) -> float:
         num_parameters = self.text.num_parameters + self.vision.num_parameters
         return num_parameters * _BYTES[dtype or self.config.build.dtype]
-
-
-def _count_flops_per_token(tower: TowerSize, *, passes: int) -> float:
-    """Count two operations per weight and pass.
-
-    Passes are forward, backward, the gradients of the weights if they are trained themselves,
-    and forward again where activations are recomputed.
-    """
-    return 2.0 * passes * tower.num_parameters
 
 
 def _count_images(records: Sequence[CaptionedImage]) -> int:
@@ -420,10 +355,6 @@ def _count_shared_captions(train: Sequence[CaptionedImage], test: Sequence[Capti
     """Count the captions to train on that an image to evaluate on has, too."""
     ours, theirs = (list_text_keys(RecordTable.from_records(part)) for part in (train, test))
     return int(np.isin(ours, theirs).sum())
-
-
-def _count_tokens(text: str) -> int:
-    return _PROMPT_TOKENS + len(text) // _CHARACTERS_PER_TOKEN
 
 
 def is_complete(folder: Path) -> bool:
@@ -445,15 +376,3 @@ def _find_store_state(store: Path) -> State:
     if is_complete_store(store):
         return "finished"
     return "stopped" if (store / MANIFEST_FILE).is_file() else "to do"
-
-
-def _measure_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a matrix product."""
-    size = 512 if device.type == "cpu" else 4096
-    matrix = torch.ones(size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        float((matrix @ matrix)[0, 0])  # waits for the device
-        seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / min(seconds)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from .._environment import describe_hardware, list_versions, read_commit
+from .._suggestions import MAX_LISTED
 from ..data.atomic_files import is_unfinished, lock_unless_held, require_writable, write_atomically
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ _COMPLETE = "complete"
 # compared by their content, wherever they are.
 _MAY_DIFFER = {"num_workers", "report_to", "source", "folder"}
 _CHECKPOINTS_KEPT = 2
-_NAMES_SHOWN = 5
 _ATTEMPTS = 100
 _HELD: set[IO[str]] = set()
 
@@ -160,7 +160,7 @@ def require_finite(weights: Mapping[str, Tensor], *, step: int) -> None:
     if broken:
         raise FloatingPointError(
             f"{len(broken)} of {len(weights)} trained weights are not finite after step {step}: "
-            f"{broken[:_NAMES_SHOWN]}. Nothing was written. Lower the learning rate, or train in "
+            f"{broken[:MAX_LISTED]}. Nothing was written. Lower the learning rate, or train in "
             "float32."
         )
 

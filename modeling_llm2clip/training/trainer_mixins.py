@@ -29,7 +29,7 @@ from transformers.integrations.integration_utils import (
 )
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
-from .._suggestions import counted
+from .._suggestions import MAX_LISTED, counted, list_first
 from ..configs.training_config import TrainingConfig
 from ..scheduling.graceful_stop import StopRequest
 from .run_folder import CHECKPOINTS, list_trained, mark_complete, require_finite
@@ -38,7 +38,6 @@ Arguments = TypeVar("Arguments", bound=TrainingArguments)
 Result = TypeVar("Result")
 
 _WEIGHTS = "trained.safetensors"
-_NAMES_SHOWN = 5
 _SECONDS_BETWEEN_UPDATES = 10.0  # where every update of a bar stays visible, as in a file
 # Logged numbers that the progress bar shows, and under which name.
 _SHOWN = {
@@ -202,8 +201,8 @@ class TrainedCheckpointMixin(CheckpointMarkMixin):
         if names != saved.keys():
             raise ValueError(
                 f"{resume_from_checkpoint} has other weights than those that are trained now: "
-                f"missing {sorted(names - saved.keys())[:_NAMES_SHOWN]}, unexpected "
-                f"{sorted(saved.keys() - names)[:_NAMES_SHOWN]}."
+                f"missing {sorted(names - saved.keys())[:MAX_LISTED]}, unexpected "
+                f"{sorted(saved.keys() - names)[:MAX_LISTED]}."
             )
         self.model.load_state_dict(saved, strict=False)
 
@@ -397,7 +396,7 @@ def require_gradients(without: Iterable[str], *, cause: str, remedy: str) -> Non
     """Refuse a run of which some parameters would never be trained."""
     layers = list(dict.fromkeys(name.partition(".lora_")[0] for name in without))
     if layers:
-        shown = ", ".join(layers[:_NAMES_SHOWN]) + (", …" if len(layers) > _NAMES_SHOWN else "")
+        shown = list_first(layers)
         raise ValueError(
             f"{cause}: {counted(len(layers), 'layer')} would get no gradient and never be trained, "
             f"since the network passes the LoRA by, or the output has no effect: {shown}. {remedy}"

@@ -29,7 +29,6 @@ from modeling_llm2clip.recipes.recipe_plan import (
     plan_recipe,
     read_split,
     show_bytes,
-    show_seconds,
 )
 from modeling_llm2clip.recipes.train import plan_train, train
 from modeling_llm2clip.training.run_folder import read_results
@@ -76,7 +75,7 @@ def test_stages_are_listed_in_order_with_their_sizes(sources: Path, tmp_path: Pa
     lines = text.splitlines()
     assert lines[0].startswith("27 images to train on, 3 to evaluate on. Everything is written to")
     assert [line.split("|")[1].strip() for line in lines[3:-1]] == list(sizes)
-    assert "Left: about 0 s on cpu and " in lines[-1]
+    assert re.match(r"Left to write: [0-9.]+ [KM]B\.", lines[-1])
 
 
 @pytest.mark.parametrize(
@@ -114,10 +113,10 @@ def test_a_teacher_is_planned_and_what_has_none_is_refused_before_the_first_stag
         "evaluate",
     ]  # fmt: skip
     text, teacher = stages["extract text"], stages["extract teacher"]
-    # Half as wide as the LLM, and the captions are the same; the checksums are 8 bytes per row.
-    assert text.size == teacher.size and 0 < teacher.flops < text.flops
+    # The captions are the same; a row has two bytes a number.
+    assert text.size == teacher.size
     config = json.loads((tmp_path / "clip" / "config.json").read_text())
-    assert teacher.num_bytes == int(text.size.split()[0]) * (2 * config["projection_dim"] + 8)
+    assert teacher.num_bytes == int(text.size.split()[0]) * 2 * config["projection_dim"]
 
     def refuse(message: str, **changed: Any) -> None:
         changed = {**recipe, **changed}
@@ -203,41 +202,20 @@ def test_the_plan_is_what_was_done(finished: TrainConfig) -> None:
         shards = list(stage.output.glob("shard-*"))
         written = sum(file.stat().st_size for file in shards)
         assert shards
-        # Header and checksums fill whole pages; the checksums alone are planned.
+        # A header fills whole pages, and is not planned.
         assert stage.num_bytes < written <= stage.num_bytes + 4096 * len(shards)
     weights = (finished.output / "built" / "model.safetensors").stat().st_size
     # Adapter and projections are not counted, which are small beside real towers.
     assert planned["build"].num_bytes < weights
 
 
-def count_flops(sources: Path, tmp_path: Path, name: str, **align: Any) -> float:
-    config = make_recipe(sources, tmp_path / "run", align=align)
-    stage = next(stage for stage in plan_of(config).stages if stage.name == name)
-    return stage.flops
-
-
-def test_the_estimate_counts_passes_through_what_is_trained(sources: Path, tmp_path: Path) -> None:
-    def count(**align: Any) -> float:
-        return count_flops(sources, tmp_path, "align", **align)
-
-    assert count() == 0  # both towers are read from stores
-    lora = count(vision_training="lora")
-    assert lora > 0
-    assert count(vision_training="lora", gradient_checkpointing=True) == lora * 3 / 2
-    assert count(vision_training="full") == lora * 3 / 2
-    assert count(vision_training="full", gradient_checkpointing=True) == lora * 2
-    assert count(vision_training="lora", max_steps=60) == lora * 10
-    online = count(text_training="frozen-online")
-    assert count(text_training="lora") == 2 * online > 0
-
-
 def test_a_dual_encoder_counts_its_vision_tower_alone(tmp_path: Path) -> None:
     weights = {"vision_model.a": torch.ones(3, 5), "text_model.a": torch.ones(7)}
     save_file(weights, tmp_path / "model.safetensors")
-    vision = {"hidden_size": 8, "image_size": 32, "patch_size": 8}
+    vision = {"hidden_size": 8}
     (tmp_path / "config.json").write_text(json.dumps({"vision_config": vision}))
     found = measure_tower(str(tmp_path), embedded=EFFICIENTNET)
-    assert found == TowerSize(num_parameters=15, width=8, tokens_per_image=17)
+    assert found == TowerSize(num_parameters=15, width=8)
 
 
 @pytest.mark.parametrize("source", ["owner/name", "nobody/has/this", "missing.gguf"])
@@ -249,16 +227,7 @@ def test_a_tower_that_cannot_be_read_leaves_its_size_open(
     plan = plan_of(make_recipe(sources, tmp_path / "run", text_model=source))
     stages = {stage.name: stage for stage in plan.stages}
     assert stages["build"].size.endswith("(?)") and isnan(stages["build"].num_bytes)
-    assert isnan(stages["extract text"].flops)
-    assert str(plan).count(" ? ") == 7 and "Left: a time on cpu that is known once" in str(plan)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "shown"),
-    [(1, "1 s"), (119, "119 s"), (121, "2 min"), (7300, "2 h"), (2e5, "2 days")],
-)
-def test_durations_are_shown_in_their_largest_unit(seconds: float, shown: str) -> None:
-    assert show_seconds(seconds) == shown
+    assert str(plan).count(" ? ") == 5 and "Left to write: at least " in str(plan)
 
 
 @pytest.mark.parametrize(
@@ -290,7 +259,7 @@ def test_captions_on_both_sides_of_the_split_are_counted_and_not_refused(
     train, test = split_records(records, test_size=0.1, seed=0, allow_shared_captions=True)
     plan = plan_recipe(make_recipe(sources, tmp_path / "run"), (train, test))
     assert plan.num_shared_captions == len(train)
-    assert "27 captions to train on are also captions of the latter" in str(plan)
+    assert "27 captions to train on are also captions of these" in str(plan)
     data = shutil.copytree(sources / "data", tmp_path / "data")
     lines = [json.loads(line) for line in (data / "captions.jsonl").read_text().splitlines()]
     lines = [json.dumps({**line, "captions": ["the same"]}) for line in lines]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,8 +27,9 @@ from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import MANIFEST_FILE, EmbeddingStore
 from ...data.streams.record_streams import RecordStream
 from ...encoding.float32 import float32_as_such
+from ...evaluation.datasets.classification_dataset import ClassificationDataset
 from ...model_folders.atomic_folder import clear_leftovers, require_new_folder
-from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
+from ...model_folders.fingerprint import fingerprint_head, fingerprint_text, fingerprint_vision
 from ...model_folders.golden_embeddings import GOLDEN_FILE
 from ...model_folders.model_card import CardResult
 from ...model_folders.model_writing import Source, open_source, require_intact, save_trained_model
@@ -49,11 +50,11 @@ from ..run_folder import (
 )
 from ..trainer_mixins import computes_in_bfloat16, count_warmup_steps, is_sharded, raise_if_stopped
 from .align_checks import (
-    check_align,
     check_batch,
     check_data,
     check_processes,
     check_stream,
+    open_stores,
     require_same_space,
 )
 from .alignment_fit import AlignmentFit, Choice, collect_weights, refit
@@ -137,40 +138,92 @@ def align(
         >>> model = align("tuned/model", records, "aligned",
         ...               caption_store="captions")  # doctest: +SKIP
     """
-    config, output = config or AlignConfig(), Path(output)
-    captions, images, teacher = check_align(
-        config, caption_store=caption_store, image_store=image_store, inherit_from=inherit_from
+    plan = plan_align(
+        output,
+        config,
+        caption_store=caption_store,
+        image_store=image_store,
+        inherit_from=inherit_from,
+        loss=loss,
+        resume=resume,
     )
-    loss = _choose_loss(loss, config)
+    return run_alignment(plan, source, data, data_name=data_name, callbacks=callbacks)
+
+
+@dataclass(frozen=True)
+class AlignPlan:
+    """The output, the options, the stores and the loss of an alignment, checked with each other."""
+
+    output: Path
+    config: AlignConfig
+    loss: Loss
+    resume: bool
+    captions: EmbeddingStore | None
+    images: EmbeddingStore | None
+    teacher: EmbeddingStore | None
+    labeled: ClassificationDataset | None
+
+
+def plan_align(
+    output: str | Path,
+    config: AlignConfig | None = None,
+    *,
+    caption_store: str | Path | EmbeddingStore | None = None,
+    image_store: str | Path | EmbeddingStore | None = None,
+    inherit_from: str | Path | EmbeddingStore | None = None,
+    loss: Loss | None = None,
+    resume: bool = False,
+) -> AlignPlan:
+    """Make every check of an alignment that needs neither its data nor its model."""
+    config, output = config or AlignConfig(), Path(output)
+    stores = open_stores(config, caption_store, image_store, inherit_from)
+    chosen = _choose_loss(loss, config)
     clear_leftovers(output / MODEL_FOLDER)
     require_new_folder(output / MODEL_FOLDER)
+    require_fresh_or_resumed(output, resume=resume)
+    labeled = None if config.zero_shot is None else load_labeled_images(config.zero_shot)
+    return AlignPlan(output, config, chosen, resume, *stores, labeled)
+
+
+def run_alignment(
+    plan: AlignPlan,
+    source: Source,
+    data: Sequence[CaptionedImage] | RecordStream,
+    *,
+    data_name: str | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Path:
+    """Do what a plan says, as `align` does."""
+    config, output = plan.config, plan.output
     if isinstance(data, RecordStream):
-        check_stream(config, has_image_store=images is not None, has_teacher=teacher is not None)
+        is_given = (store is not None for store in (plan.images, plan.teacher))
+        check_stream(config, *is_given)
     else:
         data = RecordTable.from_records(data)
         check_data(data, batch_size=config.global_batch_size)
-    require_fresh_or_resumed(output, resume=resume)  # before weights are read, which takes a while
-    labeled = None if config.zero_shot is None else load_labeled_images(config.zero_shot)
     device = choose_device(config.device)
-    with lock_run(output), open_source(source, output) as found, TemporaryDirectory() as temporary:
-        fingerprint = _require_fitting(found.folder, config, captions, images, teacher)
-        processor = LLM2CLIPProcessor.from_pretrained(found.folder)
-        run_data = open_data(data, processor, config, captions, images, Path(temporary))
-        zero_shot = None if labeled is None else ZeroShotImages(labeled, found.folder, processor)
+    with lock_run(output), open_source(source, output) as model, TemporaryDirectory() as temporary:
+        fingerprint = _require_fitting(model.folder, plan)
+        processor = LLM2CLIPProcessor.from_pretrained(model.folder)
+        run_data = open_data(data, processor, config, plan.captions, plan.images, Path(temporary))
+        zero_shot = None
+        if plan.labeled is not None:
+            zero_shot = ZeroShotImages(plan.labeled, model.folder, processor)
         fit = AlignmentFit(
-            found.folder, run_data, output, config, loss, resume, callbacks, zero_shot, teacher
-        )
+            model.folder, run_data, output, config, plan.loss, plan.resume, callbacks, zero_shot,
+            plan.teacher,
+        )  # fmt: skip
         inputs = {
-            "source": found.name,
+            "source": model.name,
             "fingerprint": fingerprint,
-            "caption_store": _identify_store(captions),
-            "image_store": _identify_store(images),
-            "inherit_from": _identify_store(teacher),
+            "caption_store": _identify_store(plan.captions),
+            "image_store": _identify_store(plan.images),
+            "inherit_from": _identify_store(plan.teacher),
             **_identify(fit, on_gpu=device.type == "cuda"),
         }
-        require_same_run(output, config, inputs, resume=resume)
+        require_same_run(output, config, inputs, resume=plan.resume)
         if PartialState().is_main_process:  # now, not after hours of training
-            require_intact(found.folder, with_llm=config.text_training != "stored")
+            require_intact(model.folder, with_llm=config.text_training != "stored")
         with float32_as_such(), stop_on_signals() as stop:
             choice, trained = _choose(fit, inputs, stop)
             if trained is None:
@@ -193,20 +246,14 @@ def _choose_loss(loss: Loss | None, config: AlignConfig) -> Loss:
     return chosen
 
 
-def _require_fitting(
-    folder: Path,
-    config: AlignConfig,
-    caption_store: EmbeddingStore | None,
-    image_store: EmbeddingStore | None,
-    teacher: EmbeddingStore | None,
-) -> dict[str, Any]:
+def _require_fitting(folder: Path, plan: AlignPlan) -> dict[str, Any]:
     """Refuse stores and options that do not fit the model; return its fingerprint."""
-    text, vision = fingerprint_text(folder), fingerprint_vision(folder)
-    for store, fingerprint in ((caption_store, text), (image_store, vision)):
+    config, text, vision = plan.config, fingerprint_text(folder), fingerprint_vision(folder)
+    for store, fingerprint in ((plan.captions, text), (plan.images, vision)):
         if store is not None:
             store.require_fingerprint(fingerprint)
-    if teacher is not None:
-        require_same_space(teacher, folder)
+    if plan.teacher is not None:
+        require_same_space(plan.teacher, folder)
     of_model = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True)
     require_dims(config.matryoshka_dims, width=of_model.projection_dim)
     if config.lock_text and not (of_model.projections_trained or of_model.text_adapter_trained):
@@ -219,7 +266,7 @@ def _require_fitting(
             "The model keeps an embedder's own embeddings (build --keep-embeddings), and this "
             "alignment would change them. Give lock_text=True."
         )
-    return {"text": text, "vision": vision, "all": fingerprint_model(folder)}
+    return {"text": text, "vision": vision, "head": fingerprint_head(folder)}
 
 
 def _choose(
@@ -258,7 +305,7 @@ def _choose(
     best = _make_best_weights(fit, length, start, model)
     objective = None if best else fit.make_objective(length, output, "objective")
     trainer = fit.train(model, arguments, length, stop, best_weights=best, objective=objective)
-    _record_end(trainer, output, start, stop, notes)
+    _record_end(trainer, best, output, start, stop, notes)
     if objective is not None:
         objective.record_end()
     if best is None:
@@ -310,14 +357,14 @@ def _make_best_weights(
 
 def _record_end(
     trainer: AlignmentTrainer,
+    best: BestWeightsCallback | None,
     output: Path,
     start: ProjectionInit,
     stop: StopRequest,
     notes: dict[str, Any],
 ) -> None:
     """Record the results of a finished run; raise StageInterrupt for a stopped one."""
-    state, best = trainer.state, trainer.best_weights
-    report = trainer.data.collect_report()
+    state, report = trainer.state, trainer.data.collect_report()
     if best is not None:
         notes = {**notes, "num_shared_captions": trainer.data.count_shared_captions()}
     if report is not None and trainer.args.should_save:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from ..._suggestions import counted
+from ..._suggestions import MAX_LISTED, counted, list_first
 from ...configs.align_config import AlignConfig
 from ...data.captions.sentence_views import read_num_views
 from ...data.key_arrays import find_first_rows
@@ -17,6 +17,7 @@ from ...data.records.data_hashes import are_of_same_images, hash_images, hash_ow
 from ...data.records.record_columns import NO_IMAGE, ROWS_PER_BATCH
 from ...data.records.record_table import CAPTION_COLUMNS, Array, RecordTable, count_captions
 from ...data.records.records import CaptionedImage
+from ...data.records.shared_images import require_images
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.store.store_manifest import (
     CAPTION_EMBEDS,
@@ -29,23 +30,17 @@ from ...model_folders.fingerprint import fingerprint_image_side
 from ..trainer_mixins import refuse_fsdp_for_lora
 
 _EXTRACT_TEACHER = "llm2clip extract CLIP DATA STORE --modality text"
-_NAMES_SHOWN = 5
 _MOST_READ = 100
 _IDENTITY = ("name", "lang")
 
 
-def check_align(
-    config: AlignConfig,
-    *,
-    caption_store: str | Path | EmbeddingStore | None,
-    image_store: str | Path | EmbeddingStore | None,
-    inherit_from: str | Path | EmbeddingStore | None = None,
+def open_stores(
+    config: AlignConfig, *places: str | Path | EmbeddingStore | None
 ) -> tuple[EmbeddingStore | None, EmbeddingStore | None, EmbeddingStore | None]:
-    """Refuse options and stores that contradict each other, and open the stores; reads no data."""
-    given = (caption_store, image_store, inherit_from)
-    config.require_stores(*given)
+    """Open the stores of captions, images and a teacher, where options do not contradict them."""
+    config.require_stores(*places)
     captions, images, teacher = stores = [
-        EmbeddingStore.open(store) if isinstance(store, str | Path) else store for store in given
+        EmbeddingStore.open(place) if isinstance(place, str | Path) else place for place in places
     ]
     contents = (CAPTION_EMBEDS, VISION_EMBEDS, TEACHER_TEXT_EMBEDS)
     errors = [
@@ -61,17 +56,17 @@ def check_align(
 
 
 def _check_teacher(teacher: EmbeddingStore, captions: EmbeddingStore) -> None:
-    """Refuse a teacher of other captions, whose rows would be others, or one that read none."""
-    found, wanted = (
+    """Refuse a teacher of other captions than the caption store has, or that could read none."""
+    taught, stored = (
         (store.manifest.plan["data"], read_num_views(store.manifest.plan))
         for store in (teacher, captions)
     )
-    if found != wanted:
+    if taught != stored:
         raise ValueError(
             f"{teacher.folder} has the teacher's embeddings of other captions than "
             f"{captions.folder}, in another order, or with another number of sentence views (data "
-            f"{found[0]}, {found[1]} views; wanted {wanted[0]}, {wanted[1]}). Extract both from "
-            f"the same data ({_EXTRACT_TEACHER})."
+            f"{taught[0]}, {taught[1]} views; expected {stored[0]}, {stored[1]}). Extract both "
+            f"from the same data ({_EXTRACT_TEACHER})."
         )
     if teacher.manifest.counts[TOO_LONG] == teacher.manifest.num_rows:
         raise ValueError(
@@ -130,7 +125,7 @@ def check_processes(config: AlignConfig, batch_size: int, num_processes: int) ->
         refuse_fsdp_for_lora()
 
 
-def check_stream(config: AlignConfig, *, has_image_store: bool, has_teacher: bool = False) -> None:
+def check_stream(config: AlignConfig, has_image_store: bool, has_teacher: bool) -> None:
     """Refuse what a stream cannot do, before anything is read."""
     errors = []  # of what `AlignConfig.require_stores` allows
     if config.max_steps is None:
@@ -164,28 +159,18 @@ def pair_items(
     extra = np.flatnonzero(~np.isin(stored, wanted) & (not is_part))
     errors = []
     if len(lacking):
-        names = records.take(lacking[: _NAMES_SHOWN + 1], _IDENTITY)
-        errors.append(f"the store lacks {counted(len(lacking), 'record')}: {_show(names)}")
+        names = _list_names(records.take(lacking[:MAX_LISTED], _IDENTITY), len(lacking))
+        errors.append(f"the store lacks {counted(len(lacking), 'record')}: {names}")
     if len(extra):
-        names = [(store.names[i], store.langs[i]) for i in extra[: _NAMES_SHOWN + 1].tolist()]
-        errors.append(f"the data lack {counted(len(extra), 'item')} of the store: {_show(names)}")
+        some = [(store.names[i], store.langs[i]) for i in extra[:MAX_LISTED].tolist()]
+        names = _list_names(some, len(extra))
+        errors.append(f"the data lack {counted(len(extra), 'item')} of the store: {names}")
     if errors:
         raise ValueError(
             f"{store.folder} is of other data: {'; '.join(errors)}. Extract this data again."
         )
     numbers: Array = items.astype(np.int32 if len(items) < 2**31 else np.int64)
     return numbers
-
-
-def require_images(records: RecordTable) -> None:
-    """Require that all records have their image."""
-    lacking = np.flatnonzero(_lacks_image(records))
-    if len(lacking):
-        names = records.take(lacking[: _NAMES_SHOWN + 1], _IDENTITY)
-        raise ValueError(
-            f"{counted(len(lacking), 'record')} without an image: {_show(names)}. Give the folder "
-            "of images, or a store of image embeddings."
-        )
 
 
 def require_same_texts(records: RecordTable, store: EmbeddingStore, items: Array | None) -> None:
@@ -200,11 +185,10 @@ def require_same_texts(records: RecordTable, store: EmbeddingStore, items: Array
         differs = np.concatenate([*hashes]) != stored[items]
     differing = np.flatnonzero(differs)
     if len(differing):
-        names = records.take(differing[: _NAMES_SHOWN + 1], _IDENTITY)
+        names = _list_names(records.take(differing[:MAX_LISTED], _IDENTITY), len(differing))
         raise ValueError(
             f"{counted(len(differing), 'record')} with other captions than in {store.folder}: "
-            f"{_show(names)}. Extract these again, or give the captions that the store was made "
-            "from."
+            f"{names}. Extract these again, or give the captions that the store was made from."
         )
 
 
@@ -214,7 +198,7 @@ def require_same_images(records: RecordTable, store: EmbeddingStore, items: Arra
     Where the images are not there, only the hash of the captions is left.
     """
     stored = store.manifest.plan.get("images")
-    if stored is not None and not _lacks_image(records).all():
+    if stored is not None and (records.read_numbers("image_kind") != NO_IMAGE).any():
         require_images(records)
         compared, now = "images", hash_images(records)
         is_same = are_of_same_images(now, stored)
@@ -239,7 +223,7 @@ def require_directions(
         names = list(dict.fromkeys(identify(zeros[:_MOST_READ])))
         raise ValueError(
             f"{store.folder}: {len(zeros)} of {len(embeds)} embeddings that were read are all "
-            f"zeros, those of {_show(names)}. Check the model that "
+            f"zeros, those of {_list_names(names, len(names))}. Check the model that "
             "made the store (llm2clip doctor), and extract again."
         )
     return embeds
@@ -259,8 +243,9 @@ def _check_group_ids(records: RecordTable) -> None:
         group_ids: dict[str, set[str]] = {}
         for name, group_id in records.take(torn[:ROWS_PER_BATCH], ("name", "group_id")):
             group_ids.setdefault(name, set()).add(group_id)
-        shown = "; ".join(f"{k} {sorted(ids)}" for k, ids in [*group_ids.items()][:_NAMES_SHOWN])
         num_torn = len(np.unique(records.read_numbers("name_key", torn)))
+        named = [f"{name} {sorted(ids)}" for name, ids in group_ids.items()]
+        shown = list_first(named, "; ", total=num_torn)
         raise ValueError(
             f"{counted(num_torn, 'image')} with several group_ids over the languages, a negative "
             f"of itself: {shown}. Give all records of an image one group_id."
@@ -278,16 +263,9 @@ def _find_torn(records: RecordTable) -> Array:
     return np.union1d(differing, first[differing])
 
 
-def _lacks_image(records: RecordTable) -> Array:
-    """Mark records without an image, (N,) bool."""
-    kinds = records.iterate_numbers("image_kind")
-    return np.concatenate([np.empty(0, np.bool_), *(kind == NO_IMAGE for kind in kinds)])
-
-
 def _in_order(records: RecordTable, items: Array | None) -> RecordTable:
     return records if items is None else records.select(np.argsort(items))
 
 
-def _show(pairs: Sequence[tuple[str, ...]]) -> str:
-    shown = ", ".join(f"{name} ({lang})" for name, lang in pairs[:_NAMES_SHOWN])
-    return shown + (", …" if len(pairs) > _NAMES_SHOWN else "")
+def _list_names(pairs: Sequence[tuple[str, ...]], total: int) -> str:
+    return list_first([f"{name} ({lang})" for name, lang in pairs], total=total)

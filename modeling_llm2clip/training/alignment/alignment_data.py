@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..._suggestions import list_first
 from ...data.captions.sentence_views import read_num_views, require_views, with_views
 from ...data.images.image_sources import open_image
 from ...data.records.data_hashes import hash_own_texts
 from ...data.records.record_columns import hash_identity, hash_text, make_text_keys
 from ...data.records.record_table import CAPTION_COLUMNS, Array, RecordTable
 from ...data.records.records import CaptionedImage
+from ...data.records.shared_images import require_images
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.streams.record_streams import RecordStream
 from ...image_loading_llm2clip import load_images
@@ -30,7 +32,6 @@ from ...processing_llm2clip import LLM2CLIPProcessor
 from .align_checks import (
     pair_items,
     require_directions,
-    require_images,
     require_same_images,
     require_same_texts,
 )
@@ -39,7 +40,6 @@ from .sampling import sample_captions, sample_normal
 INPUT_SECONDS = "input_seconds"
 """Name in a batch of the seconds that its parts took where it was made."""
 _PARTS = ("read", "decode", "tokenize")
-_NAMES_SHOWN = 5
 # Numbers that keep the noise of one side apart from that of the other.
 _IMAGE_NOISE, _CAPTION_NOISE = 2, 3
 
@@ -339,7 +339,7 @@ class AlignmentStream:
         differs = (self._keys[places] != keys) | (self._text_keys[items] != hashes)
         if differs.any():
             lacking = [records[row] for row in np.flatnonzero(differs).tolist()]
-            names = ", ".join(f"{r.name} ({r.lang})" for r in lacking[:_NAMES_SHOWN])
+            names = list_first(f"{record.name} ({record.lang})" for record in lacking)
             raise ValueError(
                 f"{len(lacking)} of {len(records)} records of a batch are not in "
                 f"{self.caption_store.folder}, or with other captions: {names}. Give "

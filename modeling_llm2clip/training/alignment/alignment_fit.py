@@ -12,7 +12,8 @@ from typing import Any
 from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ...configs.align_config import AlignConfig
 from ...data.store.embedding_store import EmbeddingStore
@@ -123,13 +124,39 @@ class AlignmentFit:
             length=length,
             training_arguments=arguments,
             callbacks=callbacks,
-            best_weights=best_weights,
         )
         if objective is not None:
             objective.trainer = trainer
+        if best_weights is not None:
+            best_weights.trainer = trainer
+            trainer.add_callback(best_weights)
         show_progress(trainer, name)
-        trainer.run(checkpoint)
+        self._run(trainer, checkpoint, best_weights)
         return trainer
+
+    def _run(
+        self,
+        trainer: AlignmentTrainer,
+        checkpoint: Path | None,
+        best_weights: BestWeightsCallback | None,
+    ) -> None:
+        """Train from the beginning or from a checkpoint; a run of no steps is evaluated alone."""
+        if not trainer.length.num_trained:
+            trainer.state.max_steps = 0
+            if best_weights is not None:
+                best_weights.on_train_begin(trainer.args, trainer.state, trainer.control)
+            return
+        if checkpoint is None:
+            trainer.train()
+            return
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        self.data.load(checkpoint)
+        if best_weights is not None:
+            best_weights.read_earlier(state.global_step)
+            if best_weights.has_stopped_early and state.global_step < state.max_steps:
+                trainer.state = state  # a step more would be one that the run never had
+                return
+        trainer.train(resume_from_checkpoint=str(checkpoint))
 
     def make_objective(
         self, length: RunLength, output: Path, name: str

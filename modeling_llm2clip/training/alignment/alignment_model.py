@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ...building.tower_checks import find_layers
 from ...configs.align_config import AlignConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...model_folders.model_loading import PartialModel
@@ -27,7 +28,6 @@ from ..trainer_mixins import (
 )
 
 TOWERS = ("text_model", "vision_model")
-_LAYER_LISTS = ("blocks", "layer", "layers", "stages")
 _ATTENTION_NAMES = {"attention", "attn", "self_attention", "self_attn"}
 TEACHER = "teacher_model"
 """Name of the frozen vision tower that runs beside the trained one, where nothing is stored."""
@@ -256,23 +256,6 @@ def find_attention_linears(tower: nn.Module) -> list[str]:
             "Choose vision_training=frozen or vision_training=full."
         )
     return names
-
-
-def find_layers(tower: nn.Module) -> tuple[str, nn.Module]:
-    """Find the name and the list of a tower's layers, the lowest first."""
-    found = [
-        (name, module)
-        for name, module in tower.named_modules()
-        if isinstance(module, nn.ModuleList | nn.Sequential)
-        and name.split(".")[-1] in _LAYER_LISTS
-        and len(module) > 1
-    ]
-    if not found:
-        raise ValueError(
-            f"{type(tower).__name__} has no list of layers named {' or '.join(_LAYER_LISTS)}, so "
-            "its layers cannot be treated one by one. Set layer_decay to 1."
-        )
-    return max(found, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
 
 
 def scale_by_layer(tower: nn.Module, decay: float) -> dict[str, float]:

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ...configs.align_config import AlignConfig
 from ...modeling_llm2clip import LLM2CLIPModel
@@ -33,7 +32,6 @@ from ..trainer_mixins import (
 )
 from .alignment_data import INPUT_SECONDS, InputTimes
 from .alignment_model import AlignmentModel, find_learning_rates
-from .best_weights import BestWeightsCallback
 from .held_out import embed_batches
 from .run_data import RunData
 
@@ -147,11 +145,9 @@ class AlignmentTrainer(ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
         length: RunLength,
         training_arguments: TrainingArguments,
         callbacks: Sequence[TrainerCallback] = (),
-        best_weights: BestWeightsCallback | None = None,
     ) -> None:
         self.config = config
         self.alignment_model = model
-        self.best_weights = best_weights
         self.length = length
         training_arguments.max_steps = length.num_trained
         training_arguments.learning_rate = length.learning_rate
@@ -171,7 +167,7 @@ class AlignmentTrainer(ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
         super().__init__(
             model=model,
             args=training_arguments,
-            train_dataset=getattr(data.dataset, "stream", data.dataset),
+            train_dataset=data.dataset,
             callbacks=[
                 ClampTemperatureCallback(),
                 LogLastStepCallback(),
@@ -179,28 +175,6 @@ class AlignmentTrainer(ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
                 *callbacks,
             ],
         )
-        if best_weights is not None:
-            best_weights.trainer = self
-            self.add_callback(best_weights)
-
-    def run(self, checkpoint: Path | None) -> None:
-        """Train from the beginning or from a checkpoint; a run of no steps is evaluated alone."""
-        if not self.length.num_trained:
-            self.state.max_steps = 0
-            if self.best_weights is not None:
-                self.best_weights.on_train_begin(self.args, self.state, self.control)
-            return
-        if checkpoint is None:
-            self.train()
-            return
-        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        self.data.load(checkpoint)
-        if self.best_weights is not None:
-            self.best_weights.read_earlier(state.global_step)
-            if self.best_weights.has_stopped_early and state.global_step < state.max_steps:
-                self.state = state  # a step more would be one that the run never had
-                return
-        self.train(resume_from_checkpoint=str(checkpoint))
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ...data.atomic_files import write_atomically
 from ...data.records.record_table import Array
 from ..run_folder import add_results, list_trained, read_results
 from .alignment_data import INPUT_SECONDS, AlignmentDataset
+from .alignment_trainer import AlignmentTrainer
 from .held_out import HeldOutImages, HeldOutScores, fit_temperature
 from .sampling import mix
 from .zero_shot import ZeroShotImages
@@ -95,6 +96,7 @@ class BestWeightsCallback(TrainerCallback):
     start: Mapping[str, Tensor] | None = None
     zero_shot: ZeroShotImages | None = None
     chooses_zero_shot: bool = False
+    trainer: AlignmentTrainer = field(init=False)
 
     def __post_init__(self) -> None:
         self.file = self.output / BEST_FILE
@@ -103,7 +105,6 @@ class BestWeightsCallback(TrainerCallback):
         self.best_step = 0
         self.best_share = 1.0
         self.has_stopped_early = False
-        self.trainer: Any = None  # an AlignmentTrainer, whose module imports this one
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         if self.before is None:
@@ -207,12 +208,13 @@ class TrainingObjective(TrainerCallback):
     The batch has `size` of the items, and `run.json` in the output gets both losses by a name.
     """
 
+    trainer: AlignmentTrainer
+
     def __init__(
         self, dataset: AlignmentDataset, items: Array, *, size: int, output: Path, name: str
     ) -> None:
         order = np.argsort(mix(dataset.seed, items), kind="stable")
         chosen = np.sort(items[order[:size]])
-        self.trainer: Any = None  # an AlignmentTrainer, whose module imports this one
         self._dataset = dataset
         self._samples = np.stack([np.full_like(chosen, _EPOCH), chosen], axis=1)
         self._output = output

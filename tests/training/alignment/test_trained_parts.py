@@ -20,6 +20,7 @@ from shared_models import every_vision
 from tiny import draw_noise, tiny_images, tiny_model
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+from modeling_llm2clip.building.tower_checks import find_layers
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.heads_llm2clip import MAX_LOG_SCALE
 from modeling_llm2clip.publishing.export_model import save_model
@@ -28,7 +29,6 @@ from modeling_llm2clip.training.alignment.alignment_model import (
     AlignmentModel,
     choose_trained_parts,
     find_attention_linears,
-    find_layers,
     freeze_unused,
     merge_loras,
     scale_by_layer,
