@@ -49,7 +49,7 @@ MOST_FUNCTION_LINES = 60
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
     ".": 2364,
-    "building": 1470,
+    "building": 1476,
     "cli": 1465,
     "configs": 1054,
     "conversion": 636,
@@ -59,7 +59,7 @@ BUDGETS = {
     "embedding": 1465,
     "encoding": 712,
     "evaluation": 3458,
-    "model_folders": 1414,
+    "model_folders": 1424,
     "publishing": 1222,
     "recipes": 470,
     "scheduling": 118,
