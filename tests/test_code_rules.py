@@ -52,8 +52,8 @@ BUDGETS = {
     "building": 1476,
     "cli": 1465,
     "configs": 1054,
-    "conversion": 636,
-    "data": 5626,
+    "conversion": 645,
+    "data": 5150,
     "demo": 107,
     "doctor": 1421,
     "embedding": 1465,
@@ -294,6 +294,8 @@ FIRST_IMPORTS = (
     "from modeling_llm2clip import LLM2CLIPConfig",
     "from modeling_llm2clip import LLM2CLIPProcessor",
     "import modeling_llm2clip.building.build_model",
+    "import modeling_llm2clip.base_llm2clip",
+    "import modeling_llm2clip.model_folders.model_loading",
     "from transformers import AutoModel; import modeling_llm2clip",
 )
 # Each order needs a fresh process; forks of one that has torch already save seconds.

@@ -100,21 +100,9 @@ def align(
     """
     uses_lora = "lora" in (config.vision_training, config.text_training)
     require(*([LORA] if uses_lora else []), *list_needs_of_model(model, extra="train"))
-    from ..model_folders.model_folder import require_own_model
-
-    require_own_model(model)
-    streamed = is_streamed(data, streaming)
-    if not streamed:
-        require_data(data, reading)
-    use_image_limits(limits)
-    use_device(config.device)
-    from accelerate import PartialState
-
-    from ..model_folders.model_folder import find_model_folder
+    from ..model_folders.model_folder import find_model_folder, require_own_model
     from ..training.alignment.align import plan_align, run_alignment
-    from ..training.alignment.alignment_report import describe_alignment
 
-    find_model_folder(model)  # reading the data may take long
     plan = plan_align(
         output,
         config,
@@ -123,6 +111,17 @@ def align(
         inherit_from=inherit_from,
         resume=resume,
     )
+    require_own_model(model)
+    streamed = is_streamed(data, streaming)
+    if not streamed:
+        require_data(data, reading)
+    use_image_limits(limits)
+    use_device(config.device)
+    from accelerate import PartialState
+
+    from ..training.alignment.alignment_report import describe_alignment
+
+    find_model_folder(model)  # reading the data may take long
     records: Sequence[CaptionedImage] | RecordStream
     if streamed:
         records = stream_captioned_images(data, reading, streaming)

@@ -195,7 +195,7 @@ def test_a_name_of_two_images_is_refused(prepared: Prepared, tmp_path: Path) -> 
     first, second = prepared.records[:2]
     twice = [first, replace(second, name=first.name, lang="de")]
     config = ExtractConfig(device="cpu")
-    with pytest.raises(ValueError, match=r"1 name shared by several images: \['00\.jpg'\]"):
+    with pytest.raises(ValueError, match=r"1 name shared by several images: 00\.jpg"):
         extract(prepared.model, twice, tmp_path / "store", config, modality="image")
     copied = tmp_path / "copy.jpg"
     shutil.copy(first.path, copied)

@@ -40,7 +40,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from ..._suggestions import counted
+from ..._suggestions import counted, list_first
 from ..atomic_files import FREE_TEMPORARY_FOLDER, explain_full_disk, temporary_folder
 from ..key_arrays import count_distinct
 from ..record_fields import LONG_CAPTION_FIELDS, SHORT_CAPTION_FIELDS, clean_text
@@ -365,9 +365,7 @@ def _explain_full_disk(folder: Path) -> AbstractContextManager[None]:
 
 
 def _show(names: Sequence[str], total: int) -> str:
-    if not names:
-        return ""
-    return f" ({', '.join(names)}{', …' if total > len(names) else ''})"
+    return f" ({list_first(names, total=total)})" if names else ""
 
 
 def read_caption_rows(

@@ -7,13 +7,11 @@ from collections.abc import Iterable
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from ..._suggestions import counted
+from ..._suggestions import MAX_LISTED, counted, list_first
 from ..images.image_sources import ImageSource, count_bytes
 from ..key_arrays import Array
 from .record_columns import IMAGE_COLUMNS, NO_IMAGE, ROWS_PER_BATCH
 from .record_table import RecordTable
-
-_NAMES_SHOWN = 5
 
 
 def require_images(records: RecordTable) -> None:
@@ -22,9 +20,10 @@ def require_images(records: RecordTable) -> None:
         raise ValueError("There are no images. Give a dataset with at least one.")
     without = np.flatnonzero(records.read_numbers("image_kind") == NO_IMAGE)
     if len(without):
-        names = [name for (name,) in records.take(without[:_NAMES_SHOWN], ("name",))]
+        names = (name for (name,) in records.take(without[:MAX_LISTED], ("name",)))
         raise ValueError(
-            f"{counted(len(without), 'record')} without an image: {names}. Read the dataset with "
+            f"{counted(len(without), 'record')} without an image: "
+            f"{list_first(names, total=len(without))}. Read the dataset with "
             "its images."
         )
 
@@ -45,7 +44,7 @@ def refuse_ambiguous_names(names: Iterable[str]) -> None:
     if ambiguous := list(names):
         raise ValueError(
             f"{counted(len(ambiguous), 'name')} shared by several images: "
-            f"{ambiguous[:_NAMES_SHOWN]}. Give every image a name of its own; several "
+            f"{list_first(ambiguous)}. Give every image a name of its own; several "
             "languages may share one."
         )
 

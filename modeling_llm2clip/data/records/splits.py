@@ -9,11 +9,9 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from pyarrow import compute
 
-from ..._suggestions import counted
+from ..._suggestions import counted, list_first
 from .record_table import Array, RecordTable
 from .records import CaptionedImage
-
-_SHOWN = 5
 
 
 def split_records(
@@ -59,8 +57,8 @@ def split_records(
     if not allow_shared_captions and (shared := sorted(_find_shared_texts(train, test))):
         raise ValueError(
             f"{counted(len(shared), 'caption')} on both sides of the split, such as "
-            f"{shared[:_SHOWN]}. Give images that show the same thing the same group_id, "
-            "remove them, or give allow_shared_captions=True."
+            f"{list_first(map(repr, shared))}. Give images that show the same thing the same "
+            "group_id, remove them, or give allow_shared_captions=True."
         )
     return train, test
 

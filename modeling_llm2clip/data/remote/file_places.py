@@ -22,6 +22,7 @@ from typing import TypeAlias
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from ..._suggestions import list_first
 from .remote_access import LostFileError, RetryPolicy
 from .remote_files import (
     ChangedFileError,
@@ -34,7 +35,6 @@ from .remote_files import (
 
 FilePlace: TypeAlias = Path | str  # a text is a URL
 _FILES_OPEN = 32
-_FILES_NAMED = 3  # in a warning
 _REQUESTS_AT_ONCE = 16
 _states: dict[FilePlace, FileInfo] = {}  # in which files were described last
 
@@ -110,9 +110,8 @@ def describe_states(places: Sequence[FilePlace]) -> list[FileInfo | None]:
             changed.append(str(place))
         _states[place] = state
     if changed:
-        names = ", ".join(changed[:_FILES_NAMED]) + ", …" * (len(changed) > _FILES_NAMED)
         warnings.warn(
-            f"In another state than before in this process: {names} (files: {len(changed)}). "
+            f"In another state than before in this process: {list_first(changed)}. "
             "Load again what was loaded from there: images of earlier records would be read from "
             "the new state.",
             stacklevel=2,

@@ -252,5 +252,5 @@ def test_records_without_images_are_refused_before_the_model_is_loaded(
     records: list[CaptionedImage], tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"30 records without an image: \['0\.png'"):
+    with pytest.raises(ValueError, match=r"30 records without an image: 0\.png"):
         extract(tmp_path / "empty", records, tmp_path / "store", EXACT, modality="image")
