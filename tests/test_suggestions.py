@@ -35,7 +35,6 @@ NEVER_ONE = {
     "doctor/server_checks.py: _TEXTS",
     "evaluation/datasets/classification_dataset.py: found.class_keys",
     "evaluation/datasets/dataset_spec.py: self.languages",
-    "evaluation/encoders/open_clip_models.py: tags",
     "evaluation/report.py: data",
     "evaluation/report.py: templates",
     "model_folders/training_images.py: datasets",

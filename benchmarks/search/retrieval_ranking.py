@@ -7,7 +7,7 @@ the queries find their positive first. Where the noise drowns the images ("unrel
 are anywhere, which is the worst case: every tile has something before every positive.
 
 Both computations alternate in one process, so that a load on the machine meets them alike; the
-ratio is that of neighbors. The bare products are `torch.mm` of the tiles of `choose_tile_shape`
+ratio is that of neighbors. The bare products are `torch.mm` of the tiles of `TILE_OF_CPU`
 into one piece of memory, with nothing normalized, compared or kept. Resident memory is the
 process's highest so far: Python, torch, all embeddings and everything computed. `llm2clip evaluate`
 ranks all positives; `large` is what hit rates alone would take.
@@ -33,10 +33,9 @@ from benchmarks.shared.provenance import describe_run, read_peak_bytes, write_re
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import (
     TIE_TOLERANCE,
+    TILE_OF_CPU,
     RetrievalRanks,
-    choose_tile_shape,
     rank_retrieval,
-    ranking_memory,
 )
 from modeling_llm2clip.evaluation.metrics.scores import summarize
 
@@ -53,7 +52,6 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         **describe_run("torch", threads=arguments.threads),
         "width": arguments.width,
-        "max_memory_mb": arguments.max_memory_mb,
         "repeats": arguments.repeats,
     }
     fifth = arguments.images // 5, arguments.texts // 5
@@ -76,7 +74,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3, help="pairs of runs of each case")
-    parser.add_argument("--max-memory-mb", type=float, default=256)
     results = Path(__file__).parents[1] / "results"
     parser.add_argument("--output", type=Path, default=results / "retrieval_ranking.json")
     return parser.parse_args()
@@ -110,14 +107,11 @@ def _measure(
     rankings: list[RetrievalRanks] = []
 
     def rank() -> None:
-        with ranking_memory(arguments.max_memory_mb):
-            found = rank_retrieval(images, texts, correspondence, all_positives=all_positives)
-        rankings[:] = [found]
+        rankings[:] = [rank_retrieval(images, texts, correspondence, all_positives=all_positives)]
 
-    _multiply(images[:4096], texts[:4096], arguments.max_memory_mb)  # threads and memory warm up
+    _multiply(images[:4096], texts[:4096])  # threads and memory warm up
     pairs = [
-        (_time(lambda: _multiply(images, texts, arguments.max_memory_mb)), _time(rank))
-        for _ in range(arguments.repeats)
+        (_time(lambda: _multiply(images, texts)), _time(rank)) for _ in range(arguments.repeats)
     ]
     ratios = [ranked / bare for bare, ranked in pairs]
     return {
@@ -132,9 +126,9 @@ def _measure(
     }
 
 
-def _multiply(images: Tensor, texts: Tensor, max_memory_mb: float) -> None:
+def _multiply(images: Tensor, texts: Tensor) -> None:
     """Compute the same tiles and nothing else."""
-    shape = choose_tile_shape(images.shape[1], max_memory_mb=max_memory_mb)
+    shape = TILE_OF_CPU
     memory = torch.empty(shape.images * shape.texts)
     for image_rows in images.split(shape.images):
         for text_rows in texts.split(shape.texts):

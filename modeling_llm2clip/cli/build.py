@@ -77,13 +77,13 @@ def _require_order(vision_model: str, text_model: str) -> None:
     from ..model_folders.model_folder import find_model_type
 
     for place, source in (("VISION_MODEL", vision_model), ("TEXT_MODEL", text_model)):
-        found = find_model_type(source)
-        if found is None:
+        model_type = find_model_type(source)
+        if model_type is None:
             continue
-        if what := _SWAPPED.get((place, found.content)):
+        if what := _SWAPPED.get((place, model_type.content)):
             raise ValueError(
                 f"{source} is {what}, in the place of {place}. The order is: llm2clip build "
                 "VISION_MODEL TEXT_MODEL OUTPUT."
             )
-        if found.content in ("above", "lora", "store"):
-            raise ValueError(f"{found.advice} It cannot be {place}.")
+        if model_type.content in ("above", "lora", "store"):
+            raise ValueError(f"{model_type.advice} It cannot be {place}.")

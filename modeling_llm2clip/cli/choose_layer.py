@@ -61,15 +61,16 @@ def choose_layer(
     use_device(config.device)
     from ..building.choose_layer import choose_layer as run
 
-    found = run(text_model, read_captioned_images(data, reading, require_images=False), config)
+    scores = run(text_model, read_captioned_images(data, reading, require_images=False), config)
     longest = config.max_text_length or DEFAULT_TEXT_LENGTH
-    report_truncated(found.num_truncated, found.num_texts, "text", longest=longest)
-    report(f"Images compared, by language: {dict(found.num_pairs)}.")
-    best, alike = found.best, found.lowest_alike
-    print(f"{found}\nThe best layer is {best.layer}, of {best.compute:.0%} of the work. The lowest "
+    report_truncated(scores.num_truncated, scores.num_texts, "text", longest=longest)
+    report(f"Images compared, by language: {dict(scores.num_pairs)}.")
+    best, alike = scores.best, scores.lowest_alike
+    print(scores)
+    print(f"The best layer is {best.layer}, of {best.compute:.0%} of the work. The lowest "
           f"that does not differ from it is {alike.layer}, of {alike.compute:.0%}.")  # fmt: skip
     if output is not None:
-        content = {"text_model": text_model, **asdict(config), "best": best.layer, **asdict(found)}
+        content = {"text_model": text_model, **asdict(config), "best": best.layer, **asdict(scores)}
         write_atomically(output, json.dumps(content, indent=2).encode())
     print(f"Next: {_suggest_build(text_model, best.layer, config)}")
     return 0

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import cyclopts
 from cyclopts import (
@@ -25,13 +25,14 @@ from cyclopts import (
     Parameter,
     ValidationError,
 )
-from cyclopts.config import Dict
-from cyclopts.help import HelpPanel
 from rich.console import Console, ConsoleOptions
 from rich.table import Column, Table
 from rich.text import Text
 
 from ..configs.config_fields import Config, DeviceConfig, get_reason, read_yaml
+
+if TYPE_CHECKING:
+    from cyclopts.help import HelpPanel
 
 # In a flag's annotation: one value each time it is given, so that arguments may follow.
 Repeated = Parameter(consume_multiple=False)
@@ -141,6 +142,10 @@ def make_line(
 
 def parse(line: App, words: Sequence[str]) -> partial[int | None]:
     """Read a command line, without the name of the program; return the call of its command."""
+    for name in line:  # cyclopts would parse every docstring to list the commands
+        summary = str(line[name].default_command.__doc__).partition("\n")[0]
+        if not name.startswith("-"):
+            line[name].help = None if name in words[:1] else summary
     try:
         function, bound, _ = line.parse_args(
             words,
@@ -218,6 +223,8 @@ def _prepare(app: App, commands: tuple[str, ...], arguments: ArgumentCollection)
             hints = get_type_hints(config_type, include_extras=True)
             config_type.__init__.__annotations__ = hints
         if argument.name == "--config" and argument.tokens:
+            from cyclopts.config import Dict
+
             file = argument.tokens[0].value
             values = read_yaml(file)
             if "config" in values:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from .._extras import CLIP_TOKENS, PLOTS, require
 from .._suggestions import counted
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 # What models and embeddings without a config.json of transformers have.
 _OTHERS = ("open_clip_config.json", "modules.json", "texts.safetensors", "images.safetensors")
-_OF_FILES = ("architecture", "activation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +37,6 @@ class ModelsConfig(Config):
     """Type of all models, or one for each. Default: detected from their files."""
     revision: str | None = None
     """Branch, tag or commit of every model on the Hub. Default: its main branch."""
-    architecture: tuple[str, ...] = ()
-    """open_clip's name of the architecture of a weights file, one for all such files or one for
-    each. No default; required for such files."""
-    activation: tuple[Literal["gelu", "quick_gelu"], ...] = ()
-    """Activation of a weights file whose architecture is published with both activations, one for
-    all such files or one for each. Default: the architecture's own."""
-    head: str | None = None
-    """Model whose projections to apply to stored embeddings. Default: none."""
-    extracted_from: str | None = None
-    """Captioned data from which the stores were extracted. No default; required for stores."""
 
 
 @command(
@@ -207,61 +196,26 @@ def _choose_datasets(datasets: Sequence[str], image_dir: Sequence[str]) -> list[
 
 def _choose_models(models: Sequence[str], of_models: ModelsConfig) -> list[EvaluatedModel]:
     named = [_read_model(text) for text in models]
-    files = [number for number, (_, source) in enumerate(named) if Path(source).is_file()]
-    types = _spread(of_models, "model_type", range(len(named)), "model")
-    of_files = {name: _spread(of_models, name, files, "weights file") for name in _OF_FILES}
-    chosen = []
-    for number, (name, source) in enumerate(named):
-        flags = _choose_flags(of_models, source, types.get(number))
-        flags |= {flag: values.get(number) for flag, values in of_files.items()}
-        model = EvaluatedModel(source=source, name=name, model_type=types.get(number), **flags)
-        chosen.append(model)
-    _refuse_unused_flags(of_models, chosen)
-    return chosen
-
-
-def _choose_flags(of_models: ModelsConfig, source: str, model_type: str | None) -> dict[str, Any]:
-    """The flags that suit one model; what a mixture of models is given is for some of them."""
-    from ..evaluation.encoders.auto import detect_model_type
-
-    path = Path(source)
-    if model_type is None and path.is_dir():
-        model_type = detect_model_type(path)
-    suits = {
-        "revision": not path.exists(),
-        "head": model_type == "embeddings",
-        "extracted_from": model_type == "embeddings",
-    }
-    return {name: getattr(of_models, name) for name, is_for_it in suits.items() if is_for_it}
-
-
-def _spread(of_models: ModelsConfig, name: str, models: Sequence[int], what: str) -> dict[int, Any]:
-    """Give each of some models its value of a flag, which has one for all or one for each."""
-    values = getattr(of_models, name)
-    if len(values) not in (0, 1, len(models)):
+    values, revision = of_models.model_type, of_models.revision
+    if len(values) not in (0, 1, len(named)):
         raise ValueError(
-            f"--{name.replace('_', '-')} has {len(values)} values for {counted(len(models), what)}"
-            "; give one, or one for each, in their order."
+            f"--model-type has {len(values)} values for {counted(len(named), 'model')}; give one, "
+            "or one for each, in their order."
         )
-    return dict(zip(models, values * len(models) if len(values) == 1 else values, strict=False))
-
-
-def _refuse_unused_flags(of_models: ModelsConfig, models: Sequence[EvaluatedModel]) -> None:
-    wanted = {
-        "revision": "a model on the Hub",
-        "architecture": "a weights file",
-        "activation": "a weights file",
-        "head": "a folder of embeddings",
-        "extracted_from": "a folder of embeddings",
-    }
-    given = of_models.list_given()
-    for name, what in wanted.items():
-        is_used = any(getattr(model, name) is not None for model in models)
-        if name in given and not is_used:
-            raise ValueError(
-                f"`{name}` is for {what}, and none of the models is one: "
-                f"{[model.source for model in models]}. Leave it out."
-            )
+    is_local = [Path(source).exists() for _, source in named]
+    if revision is not None and all(is_local):
+        raise ValueError(
+            f"`revision` is for a model on the Hub, and none of the models is one: "
+            f"{[source for _, source in named]}. Leave it out."
+        )
+    return [
+        EvaluatedModel(
+            source=source, name=name, model_type=model_type, revision=None if local else revision
+        )
+        for (name, source), model_type, local in zip(
+            named, cycle(values or [None]), is_local, strict=False
+        )
+    ]
 
 
 def _read_model(text: str) -> tuple[str, str]:

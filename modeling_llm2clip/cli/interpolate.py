@@ -56,6 +56,6 @@ def interpolate(
     from ..training.alignment.interpolate import interpolate as run
 
     records = read_captioned_images(data, reading, require_images=True)
-    found = run(before, after, records, output, config, caption_store=caption_store)
-    print(f"{found}\nWrote {output}, {found.chosen:.0%} of the way from {before} to {after}.")
+    result = run(before, after, records, output, config, caption_store=caption_store)
+    print(f"{result}\nWrote {output}, {result.chosen:.0%} of the way from {before} to {after}.")
     return 0

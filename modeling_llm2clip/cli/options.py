@@ -101,8 +101,6 @@ def list_needs_of_evaluated(
 
 def _guess_model_type(source: str, revision: str | None) -> str | None:
     """Guess the model type where it needs an extra; `detect_model_type` has the last word."""
-    if Path(source).is_file():
-        return "open_clip"
     config = _fetch_json(source, "config.json", revision)
     if (config or {}).get("model_type") == "llm2clip":
         return None

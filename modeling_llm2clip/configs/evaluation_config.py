@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-
-from annotated_types import Interval
+from typing import Literal
 
 from .config_fields import Config
 from .encoding_config import EncodingConfig
@@ -20,23 +18,13 @@ class EvaluatedModel(Config):
     """One model to evaluate."""
 
     source: str
-    """Folder, Hub id, or weights file of open_clip."""
+    """Folder or Hub id."""
     name: str = ""
     """Name in tables and of the results folder. Default: the last part of the source."""
     model_type: ModelType | None = None
     """Type of the model. Default: detected from its files."""
     revision: str | None = None
     """Branch, tag or commit of a Hub repository. Default: its main branch."""
-    architecture: str | None = None
-    """open_clip's name of the architecture of a weights file. No default; required for such
-    files."""
-    activation: Literal["gelu", "quick_gelu"] | None = None
-    """Activation of a weights file whose architecture is published with both activations. Default:
-    the architecture's own."""
-    head: str | None = None
-    """Model whose projections to apply to stored embeddings. Default: none."""
-    extracted_from: str | None = None
-    """Captioned data from which stores were extracted. No default; required for stores."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,8 +86,6 @@ class EvaluationConfig(EncoderConfig):
     """Other fields in the data to ignore. Default: none."""
     cache: bool = True
     """Store the record table of your own large data in the user's cache, and reuse it."""
-    max_memory_mb: Annotated[float, Interval(gt=0)] = 256.0
-    """Working memory of the ranking beyond the embeddings, in 10^6 bytes; changes no score."""
 
     def _find_conflicts(self) -> Iterator[str]:
         if self.skip_invalid and not (self.check_images or self.captions_only):

@@ -77,7 +77,7 @@ class EndpointClient:
         self.base = f"{address.scheme}://{address.netloc}"
         path = address.path.rstrip("/")
         is_base = path in ("", "/v1", "/v2")
-        self.urls = [self.base + one for one in _PATHS[self.schema]]
+        self.urls = [self.base + path for path in _PATHS[self.schema]]
         if not is_base:
             self.urls = [self.base + path + (f"?{address.query}" if address.query else "")]
 
@@ -115,19 +115,19 @@ class EndpointClient:
 
         They are in one request, except that chat has one image per request.
         """
-        values = [one if isinstance(one, str) else _to_data_url(one) for one in inputs]
-        are_images = [not isinstance(one, str) for one in inputs]
+        values = [value if isinstance(value, str) else _to_data_url(value) for value in inputs]
+        are_images = [not isinstance(value, str) for value in inputs]
         body: dict[str, Any] = {"model": self.model_name, "encoding_format": "float"}
         if self.schema == "jina":
             names = ["image" if is_image else "text" for is_image in are_images]
-            body["input"] = [{name: one} for name, one in zip(names, values, strict=True)]
+            body["input"] = [{name: value} for name, value in zip(names, values, strict=True)]
         elif self.schema == "cohere":
             name = "images" if any(are_images) else "texts"
             body = {"model": self.model_name, "embedding_types": ["float"], name: values}
         elif not any(are_images):
             body["input"] = values
         elif len(values) > 1:
-            return torch.cat([self.embed([one], **options) for one in inputs])
+            return torch.cat([self.embed([value], **options) for value in inputs])
         else:
             part = {"type": "image_url", "image_url": {"url": values[0]}}
             body["messages"] = [{"role": "user", "content": [part]}]
@@ -165,13 +165,17 @@ class EndpointClient:
             time.sleep(min(max(delay, 0.1), _MAX_WAIT_S))
         if not reply.is_success:
             raise _describe_status(url, reply, content)
-        try:
-            return json.loads(content)
-        except (ValueError, RecursionError):  # of JSON, of the encoding, or of its depth
-            raise EndpointError(
-                f"The reply is not JSON: {content[:_SHOWN]!r}. Give the address of an endpoint for "
-                "embeddings."
-            ) from None
+        return _parse_json(content)
+
+
+def _parse_json(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):  # of JSON, of the encoding, or of its depth
+        raise EndpointError(
+            f"The reply is not JSON: {content[:_SHOWN]!r}. Give the address of an endpoint for "
+            "embeddings."
+        ) from None
 
 
 def _read(reply: httpx.Response, *, timeout_s: float) -> bytes:
@@ -211,10 +215,8 @@ def _find_message(text: str) -> str:
     except ValueError:
         return text
     if isinstance(content, dict):
-        found = content.get("error") or content.get("detail") or content.get("message") or content
-        if isinstance(found, dict) and "message" in found:
-            found = found["message"]
-        return str(found)
+        error = content.get("error") or content.get("detail") or content.get("message") or content
+        return str(error.get("message", error) if isinstance(error, dict) else error)
     return text
 
 
@@ -231,11 +233,11 @@ def _find_rows(content: Any) -> list[Any]:
                 f"{places[:8]}. Clients take the rows as they come."
             )
         return [row["embedding"] for row in rows]
-    found = content.get("embeddings") if isinstance(content, dict) else None
-    if isinstance(found, dict):
-        found = found.get("float", found.get("float_"))
-    if isinstance(found, list):
-        return found
+    rows = content.get("embeddings") if isinstance(content, dict) else None
+    if isinstance(rows, dict):
+        rows = rows.get("float", rows.get("float_"))
+    if isinstance(rows, list):
+        return rows
     keys = sorted(content) if isinstance(content, dict) else type(content).__name__
     raise EndpointError(f"The reply has neither `data` nor `embeddings`, but {keys}.")
 

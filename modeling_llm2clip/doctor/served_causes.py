@@ -116,7 +116,7 @@ def embed_inputs(tested: ModelUnderTest, inputs: Sequence[ModelInput]) -> Tensor
 
     The width is `projection_dim`, or the LLM's if the inputs are not projected.
     """
-    return torch.cat([_embed(tested, one) for one in inputs])
+    return torch.cat([_embed(tested, model_input) for model_input in inputs])
 
 
 def _embed(tested: ModelUnderTest, read: ModelInput) -> Tensor:
@@ -156,23 +156,23 @@ def _list_text_causes(tested: ModelUnderTest, texts: Sequence[str]) -> Iterator[
     yield "", right
     yield (
         "the prompt is lost",
-        [one._replace(ids=ids[:limit], start=0) for one, ids in zip(right, bare, strict=True)],
+        [text._replace(ids=ids[:limit], start=0) for text, ids in zip(right, bare, strict=True)],
     )
     start, change = (0, "pooled too") if config.num_unpooled else (len(prefix), "not pooled")
-    yield f"the prompt's prefix is {change}", [one._replace(start=start) for one in right]
+    yield f"the prompt's prefix is {change}", [text._replace(start=start) for text in right]
     right_pooling = config.text_pooling.removeprefix("full_")
     for pooling in sorted({"mean", "last_token", "cls"} - {right_pooling}):
         start = 0 if pooling == "cls" else config.num_unpooled
         name = f"{pooling!r} pooling instead of {config.text_pooling!r}"
-        yield name, [one._replace(pooling=pooling, start=start) for one in right]
+        yield name, [text._replace(pooling=pooling, start=start) for text in right]
     direction = not config.bidirectional
     yield (
         f"attention is {'bidirectional' if direction else 'causal'}",
-        [one._replace(bidirectional=direction) for one in right],
+        [text._replace(bidirectional=direction) for text in right],
     )
     yield (
         "text adapter and projection are left out",
-        [one._replace(projected=False) for one in right],
+        [text._replace(projected=False) for text in right],
     )
     for name, instruction in (config.instructions or {}).items():
         yield f"texts get the instruction {name!r}", read_changed(instruction.__add__)
@@ -186,16 +186,16 @@ def _list_text_causes(tested: ModelUnderTest, texts: Sequence[str]) -> Iterator[
     cut = [(*prefix, *ids, *suffix)[:limit] for ids in bare]
     yield (
         "truncation cuts off the prompt's suffix",
-        [one._replace(ids=ids) for one, ids in zip(right, cut, strict=True)],
+        [text._replace(ids=ids) for text, ids in zip(right, cut, strict=True)],
     )
-    longest, pad = max(len(one.ids) for one in right), tested.tokenizer.pad_token_id
-    padding = [(pad,) * (longest - len(one.ids)) for one in right]
+    longest, pad = max(len(text.ids) for text in right), tested.tokenizer.pad_token_id
+    padding = [(pad,) * (longest - len(text.ids)) for text in right]
     for side in ("right", "left"):
         yield (
             f"padding on the {side} is attended to and pooled",
             [
-                one._replace(ids=one.ids + pads if side == "right" else pads + one.ids)
-                for one, pads in zip(right, padding, strict=True)
+                text._replace(ids=text.ids + pads if side == "right" else pads + text.ids)
+                for text, pads in zip(right, padding, strict=True)
             ],
         )
 

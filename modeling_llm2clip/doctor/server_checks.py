@@ -88,7 +88,7 @@ class _Served:
         """
         distances = []
         for is_text in (True, False):
-            rows = [row for row, one in enumerate(inputs) if isinstance(one, str) == is_text]
+            rows = [row for row, value in enumerate(inputs) if isinstance(value, str) == is_text]
             if not rows:
                 continue
             part = [inputs[row] for row in rows]
@@ -120,7 +120,7 @@ class _Served:
         """Send many requests at once."""
         with ThreadPoolExecutor(self.config.concurrency) as pool:
             embeds = torch.cat(list(pool.map(self.client.embed, requests)))
-        inputs = [one for request in requests for one in request]
+        inputs = [value for request in requests for value in request]
         count = counted(len(requests), "request")
         distance = self.require_equal(embeds, inputs, where=f"{count} at once")
         return f"{count}: {self.describe(inputs, distance)}"
@@ -162,7 +162,7 @@ def _alone(
 
     def check(served: _Served) -> str:
         inputs = list_inputs(served)
-        embeds = torch.cat([served.client.embed([one]) for one in inputs])
+        embeds = torch.cat([served.client.embed([value]) for value in inputs])
         distance = served.require_equal(embeds, inputs, where="one at a time", in_sequence=True)
         if warns:
             served.warn_of_rounding(embeds, served.describe(inputs, distance))

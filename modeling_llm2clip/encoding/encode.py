@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..configuration_llm2clip import LLM2CLIPConfig
@@ -142,6 +143,15 @@ def project_stored(model: Model, embeds: Tensor, modality: str) -> Tensor:
     return projected
 
 
+def average_prompts(embeds: Tensor, num_prompts: Sequence[int]) -> Tensor:
+    """Average the unit embeddings of the prompts of each class; (classes, P) of unit length.
+
+    `num_prompts` has the number of each class's prompts, which are adjacent in `embeds`, (N, P).
+    """
+    means = [part.mean(dim=0) for part in F.normalize(embeds, dim=-1).split(list(num_prompts))]
+    return F.normalize(torch.stack(means), dim=-1)
+
+
 class TorchEncoder(Encoder):
     """A model of this package and its processor.
 
@@ -175,10 +185,9 @@ class TorchEncoder(Encoder):
             self._models = {name: model for name, tower in towers.items() if hasattr(model, tower)}
             self.modalities = tuple(self._models)
         self.embedding_dim = int(config.projection_dim)
-        on_cpu = self.device.type == "cpu"
         self.token_budget, self.batch_size = choose_batches(self.device)
         # On a CPU the model packs texts of any lengths, and batches of few tokens are slow.
-        self._plan_texts = plan_packs if on_cpu else plan_token_batches
+        self._plan_texts = plan_packs if self.device.type == "cpu" else plan_token_batches
 
     @property
     def logit_rule(self) -> LogitRule | None:

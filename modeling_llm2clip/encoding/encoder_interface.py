@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..data.images.image_sources import open_image
 from ..heads_llm2clip import LogitRule
@@ -36,10 +37,12 @@ _TOKENS_PER_TEXT = 64  # where a batch size is given
 
 def choose_batches(device: torch.device, batch_size: int | None = None) -> tuple[int, int]:
     """Choose the most tokens and the most images of a batch, where one is not given by device."""
-    if batch_size is not None:
-        return batch_size * _TOKENS_PER_TEXT, batch_size
     # A CPU divides a batch further, and larger batches of images overflow its caches.
-    return (4096, 8) if device.type == "cpu" else (16384, 64)
+    return (
+        (batch_size * _TOKENS_PER_TEXT, batch_size)
+        if batch_size is not None
+        else ((4096, 8) if device.type == "cpu" else (16384, 64))
+    )
 
 
 class EncodedImages(NamedTuple):
@@ -95,12 +98,11 @@ class Encoder(ABC):
 
     def prepare_texts(self, texts: Sequence[TokenizedText]) -> dict[str, Any]:
         """Prepare a batch of texts for `encode_tokens`, in a thread: ids and mask, both (B, L)."""
-        longest = max(len(text.ids) for text in texts)
-        input_ids = torch.full((len(texts), longest), self.processor.tokenizer.pad_token_id)
-        attention_mask = torch.zeros(len(texts), longest, dtype=torch.long)
-        for row, text in enumerate(texts):
-            input_ids[row, : len(text.ids)] = torch.from_numpy(text.ids)
-            attention_mask[row, : len(text.ids)] = 1
+        ids = [torch.from_numpy(text.ids).long() for text in texts]
+        input_ids = pad_sequence(
+            ids, batch_first=True, padding_value=self.processor.tokenizer.pad_token_id
+        )
+        attention_mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def prepare_images(self, images: Sequence[Any]) -> PreparedImages:

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from .._extras import PLOTS, is_installed, require
+from .._extras import require
 from ..configs.evaluation_config import EvaluatedDataset, EvaluatedModel, EvaluationConfig
 from ..data.atomic_files import require_writable
 from ..data.records.records import CaptionedImage
@@ -22,8 +22,6 @@ from .datasets.dataset_registry import DatasetSource, find_languages, load_datas
 from .datasets.dataset_spec import DatasetSpec, ReadingCache, read_lines
 from .encoders.auto import load_encoder
 from .encoders.encoder import EncoderDescription, EvaluationEncoder
-from .metrics.ranking import ranking_memory
-from .plots import plot_confusion
 from .report import EvaluationResults
 from .results import Result, build_protocol, find_finished, find_result_file, write_result
 from .tasks.task import Datasets, Task
@@ -44,7 +42,7 @@ def evaluate(
     """Run every task that suits a dataset for every model; finished results are not repeated.
 
     Args:
-        models: One or several: folder, Hub id, weights file, or an `EvaluatedModel`, which has
+        models: One or several: folder, Hub id, or an `EvaluatedModel`, which has
             further options. Models of one name are refused.
         data: One or several: name of a dataset, as `NAME=FOLDER` if it needs a folder; a folder of
             captioned images; records; or an `EvaluatedDataset`.
@@ -105,8 +103,7 @@ def evaluate(
         encoder = encoders.pop(name)  # so that a model is freed after its turn
         for job, plan in zip(jobs, planned[name], strict=True):
             file = find_result_file(config.output, plan)
-            with ranking_memory(config.max_memory_mb):
-                result = finished.get(file) or _run(encoder, job, plan, file)
+            result = finished.get(file) or _run(encoder, job, plan, file)
             results[name].append(result)
             if on_result is not None:
                 on_result(result)
@@ -333,9 +330,5 @@ def _run(encoder: EvaluationEncoder, job: _Job, planned: Result, file: Path) -> 
         },
         seconds=round(seconds, 2),
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # The scores come last: if they exist, so does the plot.
-    if found.confusion is not None and is_installed(PLOTS.module):
-        plot_confusion(*found.confusion, file.with_suffix(".confusion.png"))
     write_result(file, result)
     return result

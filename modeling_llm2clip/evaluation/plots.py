@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from .._extras import PLOTS, require
 from ..data.atomic_files import require_writable
@@ -15,8 +12,6 @@ from .results import Result
 from .tasks.text_length import CLIP_TEXT_TOKENS
 
 _SUFFIXES = (".png", ".svg", ".pdf")
-_MAX_NAMED = 60
-_INCHES_PER_CLASS = 0.25
 
 
 def plot_lengths(results: Sequence[Result], file: Path) -> None:
@@ -30,7 +25,12 @@ def plot_lengths(results: Sequence[Result], file: Path) -> None:
         )
     results = list_comparable(results)
     require_plot_file(file)
-    plt = _import_pyplot()
+    require(PLOTS)
+    import matplotlib
+
+    matplotlib.use("agg")  # draws into files, with or without a screen
+    from matplotlib import pyplot as plt
+
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for result in results:
         buckets = result.scores["buckets"]
@@ -53,39 +53,9 @@ def plot_lengths(results: Sequence[Result], file: Path) -> None:
     plt.close(figure)
 
 
-def plot_confusion(confusion: Tensor, names: Sequence[str], file: Path) -> None:
-    """Plot a (C, C) confusion matrix: rows are the images' own classes, columns the predicted ones.
-
-    Each row is scaled to its number of images; up to 60 names of classes are written.
-    """
-    plt = _import_pyplot()
-    number = len(confusion)
-    side = max(4.0, min(10.0, 2 + _INCHES_PER_CLASS * number))
-    figure, axes = plt.subplots(figsize=(side, side), layout="constrained")
-    shares = confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
-    axes.imshow(shares.numpy(), cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("class")
-    if number <= _MAX_NAMED:
-        axes.set_xticks(range(number), names, rotation=90)
-        axes.set_yticks(range(number), names)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
-
-
 def require_plot_file(file: Path) -> None:
     if file.suffix.lower() not in _SUFFIXES:
         raise ValueError(f"{file} must end in one of {', '.join(_SUFFIXES)}.")
     if not file.parent.is_dir():
         raise ValueError(f"{file.parent} is not a folder. Make it, or name the plot elsewhere.")
     require_writable(file.parent)
-
-
-def _import_pyplot() -> Any:
-    require(PLOTS)
-    import matplotlib
-
-    matplotlib.use("agg")  # draws into files, with or without a screen
-    from matplotlib import pyplot
-
-    return pyplot

@@ -24,7 +24,6 @@ from .tasks.task_registry import find_task
 
 _NOTE = f"[low, high]: {CONFIDENCE_LEVEL:.0%} confidence interval, by bootstrap over the test set."
 _GAP = 2  # characters between columns
-_MIN_CELL = 20  # characters; narrower cells are hard to read
 ABSENT = "–"
 _SHOWN_OF_DIGEST = 8
 _SHOWN_LANGUAGES = 3
@@ -58,8 +57,8 @@ def render_results(
     """Render a table per question with intervals and chance, and tables of languages and lengths.
 
     A text that is wider than `width` characters is transposed, and if that is too wide as well, its
-    cells are wrapped and its columns put into several blocks. Results that cannot be compared, such
-    as those of two models of one name, raise ValueError.
+    cells are wrapped. Results that cannot be compared, such as those of two models of one name,
+    raise ValueError.
     """
     results = list_comparable(results)
     tables = [*_list_scores(results), *(list_details(results) if details else ())]
@@ -241,23 +240,13 @@ def _draw(table: Table, style: str, width: int | None) -> str:
     if width is None:
         return f"{title}\n\n{_draw_lines(lines)}"
     turned = [list(line) for line in zip(*lines, strict=True)]
-    for shape in (lines, turned):
-        drawn = _draw_lines(shape)
+    narrow = min(lines, turned, key=lambda shape: len(shape[0]))
+    fitting = max(1, (width + _GAP) // len(narrow[0]) - _GAP)  # characters of a cell
+    for shape, cell_width in ((lines, None), (turned, None), (narrow, fitting)):
+        drawn = _draw_lines(shape, cell_width)
         if max(map(len, drawn.splitlines())) <= width:
             break
-    else:
-        drawn = _draw_blocks(turned, width)
     return f"{textwrap.fill(title, width)}\n\n{drawn}"
-
-
-def _draw_blocks(lines: Sequence[list[str]], width: int) -> str:
-    """Wrap cells, and split the columns into blocks that each begin with the first column."""
-    num_columns = max(1, (width + _GAP) // (_MIN_CELL + _GAP) - 1)
-    drawn = []
-    for start in range(1, len(lines[0]), num_columns):
-        block = [[line[0], *line[start : start + num_columns]] for line in lines]
-        drawn.append(_draw_lines(block, (width + _GAP) // len(block[0]) - _GAP))
-    return "\n".join(drawn)
 
 
 def _draw_lines(lines: Sequence[list[str]], cell_width: int | None = None) -> str:
@@ -347,7 +336,7 @@ def _describe_model(result: Result) -> list[str]:
     truncated = [count.get("texts_truncated") for count in counts]
     num_texts = sum(count["texts"] for count in counts)
     run, case, batches = result.run, text.get("lower_case"), ABSENT
-    if "device" in run:
+    if "images_per_batch" in run:
         batches = f"{run['device']}, {run['images_per_batch']} images or "
         batches += f"{run['tokens_per_batch']:,} tokens at a time"
     return [

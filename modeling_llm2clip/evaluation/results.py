@@ -15,10 +15,12 @@ import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from .._environment import list_versions
+from .._suggestions import list_first
 from ..data.atomic_files import hash_json, write_atomically
 from ..data.images.image_sources import EncodedImage, ImageSource, TarImage
 from ..data.remote.file_places import FilePlace, find_state
@@ -37,7 +39,6 @@ _PACKAGES = (
 )  # fmt: skip
 # Fields of an encoder's description that change a score.
 _OF_MODEL = ("model_type", "text", "images", "dtype")
-_SHOWN = 8
 _SHOWN_OF_VALUE = 60  # characters
 _SHOWN_BEFORE = 15  # of what two values have in common
 
@@ -203,7 +204,13 @@ def find_differences(then: Any, now: Any, path: str = "") -> Iterator[str]:
             below = f"{path}.{name}" if path else name
             yield from find_differences(then.get(name), now.get(name), below)
     elif then != now and not _MAY_DIFFER.fullmatch(path):
-        was, now_is = _shorten(repr(then), repr(now))
+        values = repr(then), repr(now)
+        # Of long values, the part where they begin to differ.
+        equal = (a == b for a, b in zip_longest(*values))
+        start = max(0, next(i for i, is_equal in enumerate(equal) if not is_equal) - _SHOWN_BEFORE)
+        start *= max(map(len, values)) > _SHOWN_OF_VALUE  # a short value is shown whole
+        stop = start + _SHOWN_OF_VALUE
+        was, now_is = ("…" * (start > 0) + v[start:stop] + "…" * (len(v) > stop) for v in values)
         yield f"{path} was {was} and is {now_is}"
 
 
@@ -215,26 +222,10 @@ def select_comparable(protocol: Mapping[str, Any]) -> dict[str, Any]:
 def _require_no_difference(file: Path, what: str, then: Any, now: Any) -> None:
     differences = list(find_differences(then, now))
     if differences:
-        more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
         raise ValueError(
-            f"{file} is of another {what}: {'; '.join(differences[:_SHOWN])}{more}. Name another "
+            f"{file} is of another {what}: {list_first(differences, '; ')}. Name another "
             "output folder or another name for the model, or remove the file."
         )
-
-
-def _shorten(*texts: str) -> list[str]:
-    """Shorten long texts so that the first place where they differ is seen."""
-    if max(map(len, texts)) <= _SHOWN_OF_VALUE:
-        return list(texts)
-    differ = (i for i, signs in enumerate(zip(*texts, strict=False)) if len(set(signs)) > 1)
-    same = next(differ, min(map(len, texts)))
-    start = same - _SHOWN_BEFORE if same > _SHOWN_OF_VALUE // 2 else 0
-    return [
-        "…" * (start > 0)
-        + text[start : start + _SHOWN_OF_VALUE]
-        + "…" * (len(text) > start + _SHOWN_OF_VALUE)
-        for text in texts
-    ]
 
 
 def _hash_image(image: ImageSource) -> str:

@@ -59,11 +59,11 @@ def require_own_results(results: Sequence[CardResult], folder: Path) -> None:
     stated = [result for result in results if result.fingerprint is not None]
     if not stated:
         return
-    wanted = fingerprint_model(folder)
+    fingerprint = fingerprint_model(folder)
     foreign = []
     for result in stated:
-        measured = {"dtype": result.dtype or wanted["dtype"], **(result.fingerprint or {})}
-        differing = [name for name, value in wanted.items() if measured.get(name) != value]
+        measured = {"dtype": result.dtype or fingerprint["dtype"], **(result.fingerprint or {})}
+        differing = [name for name, value in fingerprint.items() if measured.get(name) != value]
         if differing:
             foreign.append(f"{result.task} on {result.dataset} ({', '.join(differing)})")
     if foreign:
@@ -96,19 +96,19 @@ def _read_result(entry: Any, file: Path) -> CardResult:
     absent = [name for name, value in (("task", task), ("dataset", dataset)) if not value]
     if absent:
         raise ValueError(f"has no {absent}")
-    found = dict(_iterate_scores(entry.get("scores"), ""))
-    if not found:
+    scores = dict(_iterate_scores(entry.get("scores"), ""))
+    if not scores:
         raise ValueError("has no scores")
     # By their exact types, because True is an int.
-    wrong = sorted(n for n, v in found.items() if type(v) not in (int, float) or not isfinite(v))
+    wrong = sorted(n for n, v in scores.items() if type(v) not in (int, float) or not isfinite(v))
     if wrong:
         raise ValueError(f"has scores that are not finite numbers: {wrong}")
     if not is_result(entry):
-        return CardResult(str(task), str(dataset), found, entry.get("fingerprint"))
+        return CardResult(str(task), str(dataset), scores, entry.get("fingerprint"))
     result = parse_result(entry, file)
     dtype = result.protocol["model"]["dtype"]
     label = label_dataset(result, with_languages=True)
-    return CardResult(result.task, label, found, result.fingerprint, dtype)
+    return CardResult(result.task, label, scores, result.fingerprint, dtype)
 
 
 def _iterate_scores(scores: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -89,9 +89,12 @@ class Reference:
         golden = read_golden(self.folder)
         if golden is None or f"{kind}_embeds" not in golden[1]:
             return {}
-        found, wanted = encode(golden[0] if inputs is None else inputs), golden[1][f"{kind}_embeds"]
+        embeds, expected = (
+            encode(golden[0] if inputs is None else inputs),
+            golden[1][f"{kind}_embeds"],
+        )
         limit = find_tolerance(self.dtype, other_machine=True)  # another machine computed them
-        largest = _compare(f"golden {kind}s", found, wanted, limit)
+        largest = _compare(f"golden {kind}s", embeds, expected, limit)
         return {"max_distance_from_golden": largest}
 
 
@@ -124,31 +127,31 @@ def load_check_inputs(data: str | None) -> CheckInputs:
 
 def check_texts(encoder: OnnxEncoder, reference: Reference) -> dict[str, Any]:
     """Compare a float32 text graph with the model, and with its golden embeddings."""
-    wanted = reference.text_embeds
+    expected = reference.text_embeds
     texts = reference.inputs.texts
-    found = encoder.encode_texts(texts)
+    embeds = encoder.encode_texts(texts)
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
     alone = [order[0], order[len(order) // 2], order[-1]]
     one_by_one = torch.cat([encoder.encode_texts([texts[row]]) for row in alone])
     return {
         "texts": len(texts),
-        "max_distance": _compare("texts", found, wanted),
-        "max_distance_alone": _compare("single texts", one_by_one, wanted[alone]),
-        "min_cosine": _round(measure_cosines(found, wanted).min()),
+        "max_distance": _compare("texts", embeds, expected),
+        "max_distance_alone": _compare("single texts", one_by_one, expected[alone]),
+        "min_cosine": _round(measure_cosines(embeds, expected).min()),
         **reference.compare_golden("text", encoder.encode_texts),
     }
 
 
 def check_images(encoder: OnnxEncoder, reference: Reference, *, any_size: bool) -> dict[str, Any]:
     """Compare a vision graph with the model, and with its golden embeddings."""
-    wanted = reference.image_embeds[:NUM_IMAGES]
+    expected = reference.image_embeds[:NUM_IMAGES]
     images = list(reference.inputs.images[:NUM_IMAGES])
-    found = encoder.encode_images(images)
+    embeds = encoder.encode_images(images)
     alone = encoder.encode_images(images[:1])
     figures = {
         "images": len(images),
-        "max_distance": _compare("images", found, wanted),
-        "max_distance_alone": _compare("a single image", alone, wanted[:1]),
+        "max_distance": _compare("images", embeds, expected),
+        "max_distance_alone": _compare("a single image", alone, expected[:1]),
     }
     if any_size:
         figures["max_distance_at_other_sizes"] = _check_other_sizes(encoder, reference, images[:2])
@@ -158,8 +161,8 @@ def check_images(encoder: OnnxEncoder, reference: Reference, *, any_size: bool) 
 
 def compare_rounded_texts(encoder: OnnxEncoder, reference: Reference) -> dict[str, Any]:
     """Measure how far a text graph with rounded weights is from the model, and from its recall."""
-    found = encoder.encode_texts(reference.inputs.texts)
-    cosines = measure_cosines(found, reference.text_embeds)
+    embeds = encoder.encode_texts(reference.inputs.texts)
+    cosines = measure_cosines(embeds, reference.text_embeds)
     figures = {
         "texts": len(cosines),
         "texts_below_0.999": int((cosines < MIN_COSINE_8_BITS).sum()),
@@ -168,7 +171,7 @@ def compare_rounded_texts(encoder: OnnxEncoder, reference: Reference) -> dict[st
     }
     if hasattr(reference.model, "vision_model"):
         images, count = reference.image_embeds, len(reference.inputs.captions)
-        figures["recall_at_1"] = measure_recall(found[:count], images)
+        figures["recall_at_1"] = measure_recall(embeds[:count], images)
         figures["recall_at_1_of_the_model"] = measure_recall(reference.text_embeds[:count], images)
     return figures
 
@@ -203,17 +206,17 @@ def check_script(folder: Path, encoder: OnnxEncoder, text_graph: Path | None) ->
     from ..encoding import encode_onnx  # imports onnxruntime
 
     if text_graph is not None:
-        found = encode_onnx.encode_texts(list(GOLDEN_TEXTS), text_graph.stem, folder)
-        wanted = encoder.encode_texts(GOLDEN_TEXTS)
-        _compare("the script's texts", torch.from_numpy(found), wanted)
+        embeds = encode_onnx.encode_texts(list(GOLDEN_TEXTS), text_graph.stem, folder)
+        expected = encoder.encode_texts(GOLDEN_TEXTS)
+        _compare("the script's texts", torch.from_numpy(embeds), expected)
     if "image" not in encoder.modalities:
         return None
     images = render_golden_images()
     try:
-        found = torch.from_numpy(encode_onnx.encode_images(images, folder))
+        embeds = torch.from_numpy(encode_onnx.encode_images(images, folder))
     except Exception as error:  # of NumPy, or of ONNX Runtime, whose errors have no common class
         return f"its image processor has other settings ({error!r})"
-    lowest = float(measure_cosines(found, encoder.encode_images(images)).min())
+    lowest = float(measure_cosines(embeds, encoder.encode_images(images)).min())
     if lowest < MIN_COSINE_OF_SCRIPT:
         return f"it prepares images otherwise than the image processor (cosine {lowest:.4f})"
     return None
@@ -226,9 +229,9 @@ def measure_recall(text_embeds: Tensor, image_embeds: Tensor) -> float:
     return _round(hit_rate_at(ranks.t2i, k=1))
 
 
-def measure_cosines(found: Tensor, wanted: Tensor) -> Tensor:
+def measure_cosines(embeds: Tensor, expected: Tensor) -> Tensor:
     """Return the cosine of each row with its counterpart, (N,) float64."""
-    return torch.nn.functional.cosine_similarity(found.double(), wanted.double())
+    return torch.nn.functional.cosine_similarity(embeds.double(), expected.double())
 
 
 @torch.no_grad()
@@ -238,17 +241,17 @@ def _check_other_sizes(encoder: OnnxEncoder, reference: Reference, images: list[
     largest = 0.0
     for repeats in ((1, 1, 1, 2), (1, 1, 2, 1)):
         other = pixels.repeat(*repeats)
-        wanted = model.to_image_embeds(model.get_vision_embeds(other))
+        expected = model.to_image_embeds(model.get_vision_embeds(other))
         what = f"images of {other.shape[2]} × {other.shape[3]} pixels"
-        largest = max(largest, _compare(what, encoder.encode_pixels(other), wanted))
+        largest = max(largest, _compare(what, encoder.encode_pixels(other), expected))
     return largest
 
 
 def _compare(
-    what: str, found: Tensor, wanted: Tensor, limit: float = find_tolerance(torch.float32)
+    what: str, embeds: Tensor, expected: Tensor, limit: float = find_tolerance(torch.float32)
 ) -> float:
     """Return the largest distance of two rows, or raise ValueError if it is above the limit."""
-    distances = measure_distances(found, wanted)
+    distances = measure_distances(embeds, expected)
     largest = float(distances.max())
     if largest > limit:
         worst = int(distances.argmax())

@@ -98,8 +98,8 @@ def export_onnx(folder: Path, output: str | Path, config: ExportConfig) -> Path:
 
 def _require_parts(folder: Path, config: ExportConfig) -> None:
     """Refuse a quantized model, and a part that the model does not have."""
-    found = read_json_object(folder / "config.json") or {}
-    parts = (found, found.get("text_config") or {}, found.get("vision_config") or {})
+    settings = read_json_object(folder / "config.json") or {}
+    parts = (settings, settings.get("text_config") or {}, settings.get("vision_config") or {})
     quantized = [part["quantization_config"] for part in parts if "quantization_config" in part]
     if quantized:
         method = quantized[0].get("quant_method", "an unknown method")
@@ -108,14 +108,14 @@ def _require_parts(folder: Path, config: ExportConfig) -> None:
             "graph. Export the model that it was made from; onnx_weights rounds it."
         )
     there = find_model_class(folder).input_modalities
-    wanted = _list_modalities(config)
-    if missing := [modality for modality in wanted if modality not in there]:
+    modalities = _list_modalities(config)
+    if missing := [modality for modality in modalities if modality not in there]:
         has, lacks = (_TOWERS[modality] for modality in (there[0], missing[0]))
         raise ValueError(
             f"{folder} is a {has}-only model without a {lacks} tower. Export it with "
             f"components={has}."
         )
-    if "text" not in wanted:
+    if "text" not in modalities:
         if config.onnx_weights != ("float32",):
             raise ValueError(
                 "`onnx_weights` rounds the language model, which components=vision leaves out. "
@@ -382,8 +382,8 @@ def describe_check(check: dict[str, Any]) -> str:
     count = counted(check[f"{kind}s"], kind)
     if "max_distance" in check:
         return f"{count}, at most {check['max_distance']:g} from the model's embeddings"
-    found = f"{count}, cosine at least {check['min_cosine']:.4f}"
+    description = f"{count}, cosine at least {check['min_cosine']:.4f}"
     if "recall_at_1" in check:
         before, after = check["recall_at_1_of_the_model"], check["recall_at_1"]
-        found += f", text to image R@1 {100 * after:.1f} % (model: {100 * before:.1f} %)"
-    return found
+        description += f", text to image R@1 {100 * after:.1f} % (model: {100 * before:.1f} %)"
+    return description

@@ -208,13 +208,13 @@ def require_repo_id(repo_id: str) -> None:
 
 def _prepare_repository(api: HfApi, repo_id: str, *, private: bool, revision: str) -> None:
     api.create_repo(repo_id, private=private, exist_ok=True)
-    found = bool(api.model_info(repo_id).private)
-    if found != private:
+    is_private = bool(api.model_info(repo_id).private)
+    if is_private != private:
         names = {True: "private", False: "public"}
         raise ValueError(
-            f"{repo_id} exists and is {names[found]}, but {names[private]} was wanted. Change it "
-            "in its settings on the Hub, "
-            f"{'leave out' if found else 'pass'} --no-private, or name another."
+            f"{repo_id} exists and is {names[is_private]}, but {names[private]} was wanted. Change "
+            "it in its settings on the Hub, "
+            f"{'leave out' if is_private else 'pass'} --no-private, or name another."
         )
     if revision != "main":
         api.create_branch(repo_id, branch=revision, exist_ok=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..heads_llm2clip import LogitRule
@@ -27,12 +25,6 @@ class Tag:
     label: str
     cosine: float
     probability: float
-
-
-def average_prompts(embeds: Tensor, labels: Sequence[Label]) -> Tensor:
-    """Average the unit embeddings of each label's prompts; (labels, P) of unit length again."""
-    means = [part.mean(dim=0) for part in embeds.split([len(label.prompts) for label in labels])]
-    return F.normalize(torch.stack(means), dim=-1)
 
 
 def rank_labels(

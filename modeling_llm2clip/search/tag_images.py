@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .._suggestions import counted, list_first
 from ..configs.encoding_config import IndexConfig, TagConfig
 from ..data.images.image_sources import find_unreadable_images
-from ..encoding.encode import TorchEncoder
+from ..encoding.encode import TorchEncoder, average_prompts
 from ..encoding.encoder_interface import Encoder
 from ..encoding.tokenized_texts import TokenizedTexts
 from ..model_folders.model_loading import load_model
@@ -26,7 +26,7 @@ from .image_files import list_images
 from .image_index import ImageIndex
 from .index_database import require_place
 from .index_update import build_index
-from .label_ranking import Tag, average_prompts, rank_labels
+from .label_ranking import Tag, rank_labels
 from .model_identity import find_whole_model
 from .tag_labels import Label
 
@@ -86,7 +86,8 @@ def tag_folder(
 
     @torch.inference_mode()
     def label_images() -> Iterator[TaggedImage]:
-        label_embeds = average_prompts(encoder.encode_texts(prompts), labels)
+        num_prompts = [len(label.prompts) for label in labels]
+        label_embeds = average_prompts(encoder.encode_texts(prompts), num_prompts)
         rule = encoder.logit_rule
         assert rule is not None  # a whole model has one
         for paths, embeds in parts:

@@ -269,19 +269,13 @@ class WorkerThreads:
     def _work(self) -> None:
         use_one_core()
         while (job := self._waiting.get()) is not None:
-            _call(*job)
-            del job  # while the thread waits, it holds no image
-
-
-def _call(future: Future[Any], function: Callable[[], Any]) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        result = function()
-    except BaseException as error:
-        future.set_exception(error)
-    else:
-        future.set_result(result)
+            future, function = job
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except BaseException as error:
+                    future.set_exception(error)
+            del job, future, function  # while the thread waits, it holds no image
 
 
 async def await_all_or_none(awaitables: Iterable[Awaitable[Any]]) -> list[Any]:

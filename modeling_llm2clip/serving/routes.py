@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 
 from .._environment import list_versions
+from .._suggestions import list_first
 from ..configs.serve_config import ServeConfig
 from . import schemas
 from .errors import RequestError
@@ -91,7 +92,6 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 _SHOWN = 100  # characters of a name in an error
-_SHOWN_ERRORS = 3
 _PACKAGE = "modeling_llm2clip"
 _Embeds: TypeAlias = "NDArray[np.float32]"
 
@@ -435,10 +435,9 @@ def _add_error_handlers(app: FastAPI) -> None:
                 RequestError(400, "The body is read as JSON; send Content-Type: application/json.")
             )
         found = error.errors()
-        described = "; ".join(map(_describe, found[:_SHOWN_ERRORS]))
-        more = f"; and {len(found) - _SHOWN_ERRORS} more" if len(found) > _SHOWN_ERRORS else ""
+        described = list_first(map(_describe, found), "; ")
         param = _name_field(found[0]) or None
-        return respond(RequestError(400, described + more, param=param, code="invalid_request"))
+        return respond(RequestError(400, described, param=param, code="invalid_request"))
 
     @app.exception_handler(HTTPException)
     async def refuse_route(request: Request, error: HTTPException) -> Response:

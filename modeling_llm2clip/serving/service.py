@@ -21,7 +21,7 @@ from PIL import Image
 from .._suggestions import counted
 from ..configs.serve_config import ServeConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
-from ..encoding.encode import TorchEncoder
+from ..encoding.encode import TorchEncoder, average_prompts
 from ..encoding.encoder_interface import Encoder
 from ..encoding.tokenized_texts import TokenizedText, TokenizedTexts
 from ..image_loading_llm2clip import get_image_limits
@@ -33,7 +33,7 @@ from ..model_folders.training_images import ImageTally, TrainingImages, read_tra
 from ..processing_llm2clip import clean_list
 from ..search.filters import check_filter
 from ..search.image_index import ImageIndex
-from ..search.label_ranking import Tag, average_prompts, rank_labels
+from ..search.label_ranking import Tag, rank_labels
 from ..search.model_identity import restore_tally
 from ..search.search_results import SearchResult
 from ..search.tag_labels import check_templates, make_labels
@@ -305,7 +305,8 @@ class EmbeddingService:
 
         def rank() -> list[list[Tag]]:
             rows = torch.from_numpy(embedded.embeds)
-            label_embeds = average_prompts(rows[: len(prompts)], candidates)
+            num_prompts = [len(label.prompts) for label in candidates]
+            label_embeds = average_prompts(rows[: len(prompts)], num_prompts)
             image_embeds, most = rows[len(prompts) :], top_k or len(candidates)
             return rank_labels(image_embeds, label_embeds, candidates, rule=rule, top_k=most)
 

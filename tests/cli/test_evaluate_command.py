@@ -65,11 +65,6 @@ def test_the_command_lists_datasets_and_tasks(capsys: pytest.CaptureFixture[str]
             "2 values for 1 model",
         ),
         (
-            ["o/m", "--datasets", "emoji", "--architecture", "ViT-B-32"],
-            "is for a weights file, and none",
-        ),
-        (["o/m", "--datasets", "emoji", "--head", ""], "is for a folder of embeddings, and none"),
-        (
             ["o/m", "--datasets", "emoji", "--templates", __file__],
             "`templates` is only for classif",
         ),
@@ -112,35 +107,14 @@ def choose_models(words: list[str]) -> list[EvaluatedModel]:
     return _choose_models(call.args, call.keywords["of_models"])
 
 
-def test_a_flag_goes_to_the_models_that_it_suits(sources: Any, tmp_path: Path) -> None:
-    weights = tmp_path / "eva02.pt"
-    weights.touch()
-    words = [
-        "evaluate",
-        sources("clip"),
-        f"eva={weights}",
-        "owner/hub-model",
-        "--datasets",
-        "emoji",
-    ]
-    words += ["--architecture", "EVA02-B-16", "--revision", "main"]
-    chosen = choose_models(words)
-    assert [model.architecture for model in chosen] == [None, "EVA02-B-16", None]
-    assert [model.revision for model in chosen] == [None, None, "main"]
-
-
-def test_each_weights_file_has_its_own_architecture_and_activation(tmp_path: Path) -> None:
-    first, second = tmp_path / "one.pt", tmp_path / "two.pt"
-    first.touch()
-    second.touch()
-    words = ["evaluate", str(first), "owner/hub-model", str(second), "--datasets", "emoji"]
-    words += ["--architecture", "EVA02-B-16", "RN50", "--activation", "quick_gelu"]
-    chosen = choose_models(words)
-    assert [model.architecture for model in chosen] == ["EVA02-B-16", None, "RN50"]
-    assert [model.activation for model in chosen] == ["quick_gelu", None, "quick_gelu"]
-    words[words.index("RN50") + 1 : words.index("RN50") + 1] = ["RN101"]
-    with pytest.raises(ValueError, match="--architecture has 3 values for 2 weights files"):
-        choose_models(words)
+def test_a_flag_goes_to_the_models_that_it_suits(sources: Any) -> None:
+    words = ["evaluate", sources("clip"), "owner/hub-model", "--datasets", "emoji"]
+    chosen = choose_models([*words, "--revision", "main"])
+    assert [model.revision for model in chosen] == [None, "main"]
+    chosen = choose_models([*words, "--model-type", "transformers", "open_clip"])
+    assert [model.model_type for model in chosen] == ["transformers", "open_clip"]
+    with pytest.raises(ValueError, match=r"`revision` is for a model on the Hub"):
+        choose_models(["evaluate", sources("clip"), "--datasets", "emoji", "--revision", "main"])
 
 
 def test_the_name_of_a_dataset_is_never_a_folder_of_that_name(

@@ -43,6 +43,7 @@ from modeling_llm2clip.doctor.endpoint_client import (
     EndpointClient,
     EndpointError,
     _find_rows,
+    _parse_json,
     _to_tensor,
 )
 from modeling_llm2clip.doctor.server_checks import check_server
@@ -589,7 +590,7 @@ JSON = st.recursive(
 @example({"embeddings": [["1"]]})
 def test_whatever_a_server_replies_is_embeddings_or_a_clear_error(content: Any) -> None:
     try:
-        rows = _find_rows(EndpointClient._load(json.dumps(content).encode()))
+        rows = _find_rows(_parse_json(json.dumps(content).encode()))
         embeds = _to_tensor(rows) if rows else torch.zeros(0, 1)
     except EndpointError as error:
         assert str(error)
@@ -599,4 +600,4 @@ def test_whatever_a_server_replies_is_embeddings_or_a_clear_error(content: Any) 
 
 def test_a_reply_too_deep_to_read_is_not_json() -> None:
     with pytest.raises(EndpointError, match="not JSON"):
-        EndpointClient._load(b"[" * 200_000)
+        _parse_json(b"[" * 200_000)

@@ -6,10 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
-from modeling_llm2clip.evaluation.plots import plot_confusion, plot_lengths
+from modeling_llm2clip.evaluation.plots import plot_lengths
 from modeling_llm2clip.evaluation.results import (
     read_evaluation_results,
 )
@@ -38,12 +37,3 @@ def test_results_on_different_data_or_of_different_scoring_share_no_plot(
     other = replace(siglip, protocol={**siglip.protocol, "data": data})
     with pytest.raises(ValueError, match=r"cannot be compared .*data\.lang was 'en' and is 'de'"):
         plot_lengths([clip, other], tmp_path / "lengths.png")
-
-
-@pytest.mark.parametrize("number", [3, 1000])
-def test_a_confusion_matrix_of_any_size_is_plotted(number: int, tmp_path: Path) -> None:
-    names = [f"class {row}" for row in range(number)]
-    plot_confusion(torch.eye(number).long(), names, tmp_path / "confusion.png")
-    image = Image.open(tmp_path / "confusion.png").convert("L")
-    darkest, lightest = image.getextrema()
-    assert (darkest, lightest) == (0, 255)

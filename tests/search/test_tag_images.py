@@ -19,10 +19,9 @@ from tokenizing import note_tokenized
 from transformers import pipeline
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.encoding.encode import encode_texts
+from modeling_llm2clip.encoding.encode import average_prompts, encode_texts
 from modeling_llm2clip.search.index_database import IndexDatabase
-from modeling_llm2clip.search.label_ranking import average_prompts
-from modeling_llm2clip.search.tag_labels import Label, read_labels
+from modeling_llm2clip.search.tag_labels import read_labels
 
 LABELS = ["a dog", "Katze", "ripe, red apples"]
 
@@ -119,8 +118,7 @@ def test_a_label_is_the_mean_of_its_prompts() -> None:
     with torch.no_grad():
         embeds = model(**processor(text=[*prompts], images=[draw_noise()])).text_embeds
     found = average_prompts(
-        encode_texts(model, processor, [*prompts[2:], *prompts]),
-        [Label("x", prompts[2:]), Label("dog", prompts)],
+        encode_texts(model, processor, [*prompts[2:], *prompts]), num_prompts=[1, 3]
     )
     wanted = torch.stack([embeds[2], F.normalize(embeds.mean(dim=0), dim=-1)])
     assert torch.allclose(found, wanted, atol=ROUNDING)

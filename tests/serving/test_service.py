@@ -21,14 +21,14 @@ from tokenizing import note_tokenized
 
 from modeling_llm2clip import encode_images, encode_texts
 from modeling_llm2clip.configs.serve_config import ServeConfig
-from modeling_llm2clip.encoding.encode import TorchEncoder
+from modeling_llm2clip.encoding.encode import TorchEncoder, average_prompts
 from modeling_llm2clip.model_folders.golden_embeddings import (
     GOLDEN_TEXTS,
     compute_golden,
     render_golden_images,
 )
 from modeling_llm2clip.model_folders.model_writing import save_model
-from modeling_llm2clip.search.label_ranking import average_prompts, rank_labels
+from modeling_llm2clip.search.label_ranking import rank_labels
 from modeling_llm2clip.search.tag_labels import make_labels
 from modeling_llm2clip.serving.errors import RequestError
 from modeling_llm2clip.serving.service import EmbeddingService
@@ -236,7 +236,7 @@ def test_classification_equals_that_of_tag() -> None:
     prompts = [prompt for label in labels for prompt in label.prompts]
     expected = rank_labels(
         encode_images(model, processor, IMAGES),
-        average_prompts(encode_texts(model, processor, prompts), labels),
+        average_prompts(encode_texts(model, processor, prompts), [len(templates)] * len(names)),
         labels,
         rule=model.logit_head.plain_rule(),
         top_k=2,

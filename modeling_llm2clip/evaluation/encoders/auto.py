@@ -6,7 +6,7 @@
 | `modules.json` | `sentence-transformers` |
 | `config.json` with a `model_type` in `DUAL_ENCODERS`, such as `clip` | `transformers` |
 | `open_clip_config.json` | `open_clip` |
-| `texts.safetensors`, `images.safetensors`, or a store of `llm2clip extract` | `embeddings` |
+| `texts.safetensors`, `images.safetensors` | `embeddings` |
 
 The first line that fits decides, unless a type is given.
 """
@@ -35,48 +35,35 @@ _ENCODERS: dict[str, Callable[..., EvaluationEncoder]] = {
     "open_clip": OpenClipEncoder,
     "embeddings": StoredEmbeddingsEncoder,
 }
-# Fields of `EvaluatedModel` that one type of model takes.
-_OPTIONS = {
-    "architecture": "open_clip",
-    "activation": "open_clip",
-    "extracted_from": "embeddings",
-    "head": "embeddings",
-}
 
 
 def load_encoder(
     model: str | Path | EvaluatedModel, config: EncoderConfig | None = None
 ) -> EvaluationEncoder:
-    """Open a model for evaluation; its weights are loaded when they are needed.
-
-    The source is a folder, a Hub id, or, of open_clip alone, a weights file with the name of its
-    architecture.
-    """
+    """Open a folder or a Hub id for evaluation; its weights are loaded when they are needed."""
     config = config or EncoderConfig()
     if not isinstance(model, EvaluatedModel):
         model = EvaluatedModel(source=str(model))
     source = model.source
-    is_file = Path(source).is_file()
-    path = Path(source) if is_file else find_model_folder(source, revision=model.revision)
-    model_type = model.model_type or ("open_clip" if is_file else detect_model_type(path))
-    if model_type == "open_clip" and not (is_file or Path(source).is_dir() or find_weights(path)):
+    if Path(source).is_file():
+        raise ValueError(
+            f"{source} is a file, which does not say how its model is run. Give a folder or a Hub "
+            "id; for weights of open_clip, a folder with open_clip_config.json, which open_clip's "
+            "`save_for_hf` writes."
+        )
+    path = find_model_folder(source, revision=model.revision)
+    model_type = model.model_type or detect_model_type(path)
+    if model_type == "open_clip" and not (Path(source).is_dir() or find_weights(path)):
         # Older repositories have them in another format only, which nothing else reads. A snapshot
         # is named by its commit, so that configuration and weights are of one.
         path = find_model_folder(source, revision=path.name, only=WEIGHT_FILES)
-    if is_file and model_type != "open_clip":
-        raise ValueError(f"{source} is a file; {model_type} takes a folder or a Hub id.")
-    options = {name: getattr(model, name) for name in _OPTIONS if getattr(model, name) is not None}
-    for name in options:
-        if model_type != _OPTIONS[name]:
-            raise ValueError(
-                f"{name} is only for a model of type {_OPTIONS[name]}, and this one has type "
-                f"{model_type}. Leave it out."
-            )
-    return _ENCODERS[model_type](path, config, source=source, **options)
+    return _ENCODERS[model_type](path, config, source=source)
 
 
 def detect_model_type(folder: Path) -> str:
-    model_type = _read_model_type(folder)
+    file = folder / "config.json"
+    content = read_json(file) if file.is_file() else None
+    model_type = str(content.get("model_type")) if isinstance(content, dict) else None
     if model_type == "llm2clip":
         return "llm2clip"
     if (folder / "modules.json").is_file():
@@ -92,11 +79,3 @@ def detect_model_type(folder: Path) -> str:
         f"Cannot detect the model type of {folder}, which has {found}. Pass --model-type if it is "
         f"one of {', '.join(_ENCODERS)}."
     )
-
-
-def _read_model_type(folder: Path) -> str | None:
-    file = folder / "config.json"
-    if not file.is_file():
-        return None
-    content = read_json(file)
-    return str(content.get("model_type")) if isinstance(content, dict) else None

@@ -24,7 +24,6 @@ from ...encoding.encoder_interface import choose_batches
 from ...encoding.tokenized_texts import TokenizedTexts
 from ...model_folders.model_loading import find_untrained_parts
 
-_ROWS_COPIED_AT_ONCE = 2**16
 # transformers' families name the same things differently; null is what a model does not do.
 _PATCH_FIELDS = ("patch_size", "max_num_patches")
 # How `load_images` opens an image, for every model type. The plain `convert("RGB")` of the
@@ -176,38 +175,25 @@ def describe_untrained(config: LLM2CLIPConfig) -> dict[str, Any]:
 
 
 class KnownRows:
-    """Embeddings of inputs, in the blocks in which they were encoded."""
+    """Embeddings of inputs that were encoded already."""
+
+    _embeds: Tensor
 
     def __init__(self) -> None:
         self._row_of: dict[Hashable, int] = {}
-        self._blocks: list[Tensor] = []
 
     def list_new(self, inputs: Sequence[Any]) -> list[Any]:
         return [item for item in dict.fromkeys(inputs) if item not in self._row_of]
 
     def add(self, inputs: Sequence[Any], embeds: Tensor) -> None:
-        """Add embeddings, which are not copied."""
-        first = len(self._row_of)
-        self._row_of.update(zip(inputs, range(first, first + len(embeds)), strict=True))
-        self._blocks.append(embeds)
+        self._embeds = torch.cat([self._embeds, embeds]) if self._row_of else embeds
+        self._row_of.update(zip(inputs, range(len(self._row_of), len(self._embeds)), strict=True))
 
     def take(self, inputs: Sequence[Any]) -> Tensor:
-        """Return the embeddings of inputs, (N, D) in any order; a whole block is not copied."""
+        """Return the embeddings of inputs, (N, D); all of them, in their order, are not copied."""
         rows = torch.tensor([self._row_of[item] for item in inputs])
-        found: Tensor | None = None
-        start = 0
-        for block in self._blocks:
-            stop = start + len(block)
-            if len(rows) == len(block) and torch.equal(rows, torch.arange(start, stop)):
-                return block
-            if found is None:
-                found = block.new_empty(len(rows), block.shape[1])
-            inside = ((rows >= start) & (rows < stop)).nonzero().flatten()
-            for part in inside.split(_ROWS_COPIED_AT_ONCE):
-                found[part] = block[rows[part] - start]
-            start = stop
-        assert found is not None
-        return found
+        is_whole = torch.equal(rows, torch.arange(len(self._embeds)))
+        return self._embeds if is_whole else self._embeds[rows]
 
 
 def describe_image_processor(image_processor: Any) -> dict[str, Any]:

@@ -1,17 +1,13 @@
 """Dual encoders of open_clip, EVA02-CLIP among them; needs `open_clip_torch`.
 
-A model is a folder as its Hub repository has it (`open_clip_config.json` beside the weights), or
-a weights file together with the name of one of open_clip's own architectures.
-
-A weights file does not say how images are prepared nor what the activation is, and a wrong choice
-lowers the scores without an error. So each is taken from the published models of the architecture,
-and only if all of them agree.
+A model is a folder as its Hub repository has it: `open_clip_config.json` beside the weights. A
+weights file alone is refused: it says neither how images are prepared nor what the activation is,
+and a wrong choice lowers the scores without an error.
 """
 
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..._extras import OPEN_CLIP, Need, require
+from ..._suggestions import list_first
 from ...configs.evaluation_config import EncoderConfig
 from ...data.atomic_files import hash_file
 from ...encoding.encoder_interface import Encoder
@@ -36,11 +33,7 @@ WEIGHT_FILES = (
     "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth",
 )  # fmt: skip
-_WEIGHT_SUFFIXES = {Path(name).suffix for name in WEIGHT_FILES} | {".pt"}
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-_PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
-_QUICK_GELU_SUFFIX = "-quickgelu"
-_SHOWN = 4
 
 
 class _OpenClipProcessor:
@@ -100,68 +93,21 @@ class _OpenClipModel(Encoder):
 
 
 class OpenClipEncoder(EvaluationEncoder):
-    """An open_clip model with its own tokenizer and preprocessing.
+    """A folder with `open_clip_config.json`, with its own tokenizer and preprocessing."""
 
-    A weights file, unlike a folder with `open_clip_config.json`, needs open_clip's name of its
-    architecture, such as `EVA02-B-16`, and its activation if the architecture does not say it; see
-    `_find_activation`.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        config: EncoderConfig,
-        *,
-        source: str,
-        architecture: str | None = None,
-        activation: str | None = None,
-    ) -> None:
-        super().__init__(path, config, source=source)
+    def __init__(self, folder: Path, config: EncoderConfig, *, source: str) -> None:
+        super().__init__(folder, config, source=source)
         self._open_clip = import_open_clip()
-        given = {"architecture": architecture, "activation": activation}
-        for argument, value in given.items():
-            if path.is_dir() and value is not None:
-                raise ValueError(
-                    f"{source} is a folder, whose {CONFIG_FILE} says how it is run; leave "
-                    f"{argument}={value!r} out."
-                )
-        weights = path if path.is_file() else find_weights(path)
+        weights = find_weights(folder)
         if weights is None:
             raise ValueError(
-                f"{path} has {CONFIG_FILE} but none of {', '.join(WEIGHT_FILES)}; the model would "
-                "be random. Get the weights."
+                f"{folder} has {CONFIG_FILE} but none of {list_first(WEIGHT_FILES)}; the model "
+                "would be random. Get the weights."
             )
         self._weights = weights
-        self._name = f"local-dir:{path}"
-        self._pretrained: str | None = None
-        if path.is_dir():
-            self._written = _read_config(path)
-        else:
-            self._pretrained = str(path)
-            self._name = self._check_architecture(architecture)
-            preprocessing = _find_preprocessing(self._name, source=source)
-            chosen = _find_activation(self._name, given=activation, source=source)
-            model_config = self._open_clip.get_model_config(self._name)
-            self._written = {  # as a folder would have it
-                "model_cfg": {**model_config, "quick_gelu": chosen == "quick_gelu"},
-                "preprocess_cfg": preprocessing,
-            }
+        self._name = f"local-dir:{folder}"
+        self._written = _read_config(folder)
         self._processor = _OpenClipProcessor(self._open_clip.get_tokenizer(self._name))
-
-    def _check_architecture(self, architecture: str | None) -> str:
-        if self._path.suffix not in _WEIGHT_SUFFIXES:
-            raise ValueError(
-                f"{self._source} is not a weights file: its suffix must be one of "
-                f"{', '.join(sorted(_WEIGHT_SUFFIXES))}."
-            )
-        _refuse_torchscript(self._path, source=self._source)
-        known = self._open_clip.list_models()
-        if architecture is None or architecture not in known:
-            raise ValueError(
-                f"{self._source} is a weights file, which does not say what it contains, and "
-                f"architecture is {architecture!r}. Name one of open_clip's: {sorted(known)}."
-            )
-        return architecture
 
     @cached_property
     def _model(self) -> _OpenClipModel:
@@ -169,7 +115,6 @@ class OpenClipEncoder(EvaluationEncoder):
 
         model = self._open_clip.create_model(
             self._name,
-            pretrained=self._pretrained,
             force_quick_gelu=bool(self._written["model_cfg"].get("quick_gelu")),
             precision=_PRECISIONS[self.description.dtype],
             device=self._device,
@@ -195,10 +140,7 @@ class OpenClipEncoder(EvaluationEncoder):
             found = fingerprint_weights([self._weights])
         else:
             found = {"weights": hash_file(self._weights), "dtype": "unknown"}
-        if self._path.is_dir():
-            files = hash_model_files(self._path, ("*.json", "*.txt", "*.model"))
-        else:
-            files = json.dumps(self._written, sort_keys=True)
+        files = hash_model_files(self._path, ("*.json", "*.txt", "*.model"))
         chosen, model_config = self._preprocessing, self._written["model_cfg"]
         own = ACTIVATIONS[bool(model_config.get("quick_gelu"))]
         # Towers of timm and transformers have one of their own, which `quick_gelu` does not reach.
@@ -248,72 +190,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def find_weights(folder: Path) -> Path | None:
     return next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-
-
-def _find_preprocessing(architecture: str, *, source: str) -> dict[str, Any]:
-    """Find how images are prepared for every published model of an architecture."""
-    open_clip = import_open_clip()
-    tags = open_clip.list_pretrained_tags_by_model(architecture)
-    known = [open_clip.get_pretrained_cfg(architecture, tag) for tag in tags]
-    found = [{key: cfg[key] for key in _PREPROCESSING if key in cfg} for cfg in known]
-    if not found or any(other != found[0] for other in found):
-        raise ValueError(
-            f"{source} is a weights file, which does not say how its images are prepared, and "
-            f"open_clip's {len(tags)} published models of {architecture} do not "
-            f"{'agree on it' if tags else 'say it either'}. Get the repository's folder, with "
-            "open_clip_config.json."
-        )
-    return found[0]
-
-
-def _find_activation(architecture: str, *, given: str | None, source: str) -> str:
-    """Find the activation of a weights file: `gelu` or `quick_gelu`, which have the same weights.
-
-    An architecture that has QuickGELU in its own configuration says it; the plain name of one that
-    is published with both does not, and the user has to say it.
-    """
-    if given is not None and given not in ACTIVATIONS:
-        raise ValueError(f"activation={given!r} must be one of {', '.join(ACTIVATIONS)}.")
-    open_clip = import_open_clip()
-    if open_clip.get_model_config(architecture).get("quick_gelu", False):
-        if given == "gelu":
-            raise ValueError(
-                f"{architecture} has quick_gelu, and activation is 'gelu'. Name the architecture "
-                f"without it: {architecture.removesuffix(_QUICK_GELU_SUFFIX)}."
-            )
-        return "quick_gelu"
-    if given is not None:
-        return given
-    tags: dict[str, list[str]] = {name: [] for name in ACTIVATIONS}
-    for tag in open_clip.list_pretrained_tags_by_model(architecture):
-        is_quick = bool(open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu"))
-        tags[ACTIVATIONS[is_quick]].append(tag)
-    if not tags["quick_gelu"]:
-        return "gelu"
-    shown = "; ".join(
-        f"{name}: {', '.join(of_it[:_SHOWN])}{', …' if len(of_it) > _SHOWN else ''}"
-        for name, of_it in tags.items()
-        if of_it
-    )
-    agree = "all have quick_gelu" if not tags["gelu"] else "have either"
-    raise ValueError(
-        f"{source} is a weights file, which does not say its activation; {architecture} means "
-        f"gelu, and open_clip's published models of it {agree} ({shown}). Name "
-        f"{architecture}{_QUICK_GELU_SUFFIX}, or the activation (--activation gelu or quick_gelu)."
-    )
-
-
-def _refuse_torchscript(file: Path, *, source: str) -> None:
-    """Raise ValueError for a TorchScript archive, as OpenAI published CLIP: it contains code."""
-    if not zipfile.is_zipfile(file):
-        return
-    with zipfile.ZipFile(file) as archive:
-        if not any(name.endswith("/constants.pkl") for name in archive.namelist()):
-            return
-    raise ValueError(
-        f"{source} is a TorchScript archive, which contains code that is never run here. Take the "
-        "same weights as a folder, such as openai/clip-vit-base-patch32, or as safetensors."
-    )
 
 
 def import_open_clip(need: Need = OPEN_CLIP) -> Any:

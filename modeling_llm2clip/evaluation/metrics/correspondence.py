@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..._suggestions import counted
-
-_NAMED_AT_MOST = 5
+from ..._suggestions import counted, list_first
 
 
 @dataclass(frozen=True)
@@ -103,9 +101,9 @@ class Correspondence:
             for side, counts in (("images", of_group.counts), ("texts", num_images))
         ]
         errors = [
-            f"{counted(len(found), 'group id')} only among the {side}: {_name_some(found)}"
-            for side, found in lonely
-            if found
+            f"{counted(len(ids), 'group id')} only among the {side}: {list_first(map(repr, ids))}"
+            for side, ids in lonely
+            if ids
         ]
         if errors and not allows_distractors:
             raise ValueError("Images and texts do not correspond: " + "; ".join(errors) + ".")
@@ -161,7 +159,7 @@ class Correspondence:
         distinct, counts = codes.unique(return_counts=True)
         repeated = distinct[counts > 1].tolist()
         named = [divmod(code, self.num_texts) for code in repeated]
-        return [f"{counted(len(named), 'repeated pair')}: {_name_some(named)}"] if named else []
+        return [f"{counted(len(named), 'repeated pair')}: {list_first(named)}"] if named else []
 
 
 def _list_positives(queries: Tensor, members: Tensor, num_queries: int) -> PositiveLists:
@@ -176,18 +174,11 @@ def _find_errors(side: str, rows: Tensor, num_rows: int) -> list[str]:
     if num_rows < 1:
         return [f"there is no {side}"]
     outside = rows[(rows < 0) | (rows >= num_rows)]
-    if len(outside):
-        named = _name_some(outside.unique().tolist())
-        return [f"{side} rows outside 0 … {num_rows - 1}: {named}"]
-    return []
+    listed = list_first(outside.unique().tolist())
+    return [f"{side} rows outside 0 … {num_rows - 1}: {listed}"] if listed else []
 
 
 def _find_lonely(side: str, rows: Tensor, num_rows: int, *, other: str) -> list[str]:
     lonely = (torch.bincount(rows, minlength=num_rows) == 0).nonzero().flatten().tolist()
     count = counted(len(lonely), side)
-    return [f"{count} without {other}: rows {_name_some(lonely)}"] if lonely else []
-
-
-def _name_some(names: Sequence[object]) -> str:
-    shown = ", ".join(map(repr, names[:_NAMED_AT_MOST]))
-    return shown + (", …" if len(names) > _NAMED_AT_MOST else "")
+    return [f"{count} without {other}: rows {list_first(lonely)}"] if lonely else []

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,16 +19,8 @@ TIE_RULE = (
     "ties count against the model: a wrong candidate whose cosine is no more than "
     f"{TIE_TOLERANCE:g} below that of the right one is ranked before it"
 )
-_DEFAULT_MEMORY_MB = 256.0
-_memory_mb = ContextVar("_memory_mb", default=_DEFAULT_MEMORY_MB)
 # Their float64 rows should fit into the cache of a CPU.
 _PAIRS_AT_A_TIME = 64
-# A tile of float32 scores should fit into the cache of a CPU; a GPU works best on large ones.
-_MAX_TEXTS_CPU = 512
-_MAX_TEXTS_GPU = 2048
-# A block of images is normalized once, the texts for every block anew.
-_IMAGES_PER_TEXT = 4
-_MB = 1e6
 # Shorter embeddings keep their direction and get a length below 1, as in F.normalize.
 _MIN_LENGTH = 1e-12
 
@@ -72,17 +62,17 @@ class RetrievalRanks:
     t2i: Ranking
 
 
-@contextmanager
-def ranking_memory(max_memory_mb: float) -> Iterator[None]:
-    """Set the working memory of rankings inside, in 10^6 bytes; it changes no rank.
+class TileShape(NamedTuple):
+    """Most images and texts of a tile."""
 
-    It is beyond the embeddings and some numbers for each image, text and pair.
-    """
-    token = _memory_mb.set(max_memory_mb)
-    try:
-        yield
-    finally:
-        _memory_mb.reset(token)
+    images: int
+    texts: int
+
+
+# A tile of float32 scores should fit into the cache of a CPU; a GPU works best on large ones. A
+# block of images is normalized once, the texts for every block anew.
+TILE_OF_CPU = TileShape(2048, 512)
+_TILE_OF_GPU = TileShape(4096, 1024)
 
 
 @torch.no_grad()
@@ -92,6 +82,7 @@ def rank_retrieval(
     correspondence: Correspondence,
     *,
     all_positives: bool = False,
+    shape: TileShape | None = None,
 ) -> RetrievalRanks:
     """Rank the positives of every image and of every text by cosine, exactly, in one pass.
 
@@ -107,13 +98,13 @@ def rank_retrieval(
     Positives are scored first, in float64. Then tiles of the score matrix are computed in float32,
     compared with the thresholds of both directions and dropped; the few scores that are too near to
     a threshold to trust float32 are computed again in float64. So the ranks are those of the whole
-    matrix in float64, whatever the tiles and the device are.
+    matrix in float64, whatever the device and the `shape` of the tiles are, by default that which
+    is fast on the device. The working memory does not grow with the number of rows, but for some
+    numbers per row and pair.
     """
     _require_fit(image_embeds, text_embeds, correspondence)
     device = image_embeds.device
-    shape = choose_tile_shape(
-        image_embeds.shape[1], max_memory_mb=_memory_mb.get(), device_type=device.type
-    )
+    shape = shape or (TILE_OF_CPU if device.type == "cpu" else _TILE_OF_GPU)
     images = UnitRows("image_embeds", image_embeds, device=device, rows_at_a_time=shape.texts)
     texts = UnitRows("text_embeds", text_embeds, device=device, rows_at_a_time=shape.texts)
     # No TF32, no bfloat16, no autocast: with 10 bits of mantissa or fewer, candidates with nearly
@@ -132,7 +123,7 @@ def rank_retrieval(
                 positives,
                 scores,
                 margin=bound_float32_error(image_embeds.shape[1]),
-                all_levels=all_positives,
+                all_positives=all_positives,
                 device=device,
             )
             for positives in (correspondence.texts_of_images(), correspondence.images_of_texts())
@@ -167,10 +158,9 @@ def _require_fit(image_embeds: Tensor, text_embeds: Tensor, correspondence: Corr
 class _NegativeCounts:
     """Counts of negatives ranked before each positive, in one direction, summed over tiles.
 
-    A query's positives are its levels, best first. Level k is compared for the queries that have
-    one, so that a query with many positives costs the others nothing. `scores` are those of every
-    pair, (num_pairs,) float64; a float32 score of a tile is off by `margin` at most, and those that
-    are nearer to a threshold are computed again.
+    `scores` are those of every pair, (num_pairs,) float64; of them the best one of each query is a
+    threshold, or each. A float32 score of a tile is off by `margin` at most, and those that are
+    nearer to a threshold are computed again.
     """
 
     def __init__(
@@ -179,62 +169,49 @@ class _NegativeCounts:
         scores: Tensor,
         *,
         margin: float,
-        all_levels: bool,
+        all_positives: bool,
         device: torch.device,
     ) -> None:
-        is_query = positives.counts > 0
-        levels = positives.counts if all_levels else is_query.long()
-        self._is_query = is_query
-        self._num_positives = positives.counts[is_query]
-        self._all_levels = all_levels
-        self._num_levels = levels
-        self._first = levels.cumsum(0) - levels  # (rows,), position of the first level of a query
-        # The scores of the positives of every query, best first; or of the best ones alone.
-        by_pair = scores.cpu()[positives.pairs]
         queries = torch.arange(len(positives.counts)).repeat_interleave(positives.counts)
+        by_pair = scores[positives.pairs]
         by_score = by_pair.argsort(descending=True, stable=True)
         ordered = by_pair[by_score[queries[by_score].argsort(stable=True)]]
-        if not all_levels:
-            ordered = ordered[positives.offsets[:-1][is_query]]
-        self._thresholds = (ordered - TIE_TOLERANCE).to(device)
-        self._margin = margin
+        if not all_positives:
+            first = positives.offsets[:-1][positives.counts > 0]
+            ordered, queries = ordered[first], queries[first]
+        self._positives, self._all_positives, self._margin = positives, all_positives, margin
+        self._queries = queries  # (thresholds,) ascending
+        self._thresholds = (ordered - TIE_TOLERANCE).to(device)  # best first within a query
         self._counts = torch.zeros(len(ordered), dtype=torch.int64, device=device)
-        self._queries_of_level = [
-            (levels > level).nonzero().flatten() for level in range(int(levels.max()))
-        ]
 
     def add(self, tile: Tile) -> None:
-        """Count the negatives of a tile that are ranked before each level of its queries."""
-        start, stop = tile.query_start, tile.query_start + len(tile.scores)
-        best_negatives = tile.scores.amax(dim=1)
-        for level, queries in enumerate(self._queries_of_level):
-            low, high = torch.searchsorted(queries, torch.tensor([start, stop])).tolist()
-            if low < high:
-                self._add_level(tile, queries[low:high], best_negatives, level=level)
+        """Count the negatives of a tile that are ranked before each positive of its queries."""
+        ends = torch.tensor([tile.query_start, tile.query_start + len(tile.scores)])
+        low, high = torch.searchsorted(self._queries, ends).tolist()
+        rows = (self._queries[low:high] - tile.query_start).to(tile.scores.device)
+        # For most queries, no negative of a tile comes near to their positive.
+        lowest = (self._thresholds[low:high] - self._margin).float()
+        concerned = (tile.scores.amax(dim=1)[rows] >= lowest).nonzero().flatten()
+        for part in concerned.split(len(tile.scores)):  # the memory of a tile has no more rows
+            if len(part):
+                scores, places = _select_rows(tile.scores, rows[part]), low + part
+                thresholds = self._thresholds[places, None]
+                self._counts[places] += self._count(tile, rows[part], scores, thresholds)
 
     def to_ranking(self, num_candidates: int) -> Ranking:
-        levels = torch.arange(len(self._counts)) - self._first.repeat_interleave(self._num_levels)
-        ranks = 1 + levels + self._counts.cpu()
+        is_query = self._positives.counts > 0
+        num_positives = self._positives.counts[is_query]
+        num_ranks = num_positives if self._all_positives else torch.ones_like(num_positives)
+        first = num_ranks.cumsum(0) - num_ranks
+        places = torch.arange(len(self._counts)) - first.repeat_interleave(num_ranks)
+        ranks = 1 + places + self._counts.cpu()
         return Ranking(
             num_candidates=num_candidates,
-            num_positives=self._num_positives,
-            best_ranks=ranks[self._first[self._is_query]],
-            positive_ranks=ranks if self._all_levels else None,
-            queries=None if self._is_query.all() else self._is_query.nonzero().flatten(),
+            num_positives=num_positives,
+            best_ranks=ranks[first],
+            positive_ranks=ranks if self._all_positives else None,
+            queries=None if is_query.all() else is_query.nonzero().flatten(),
         )
-
-    def _add_level(
-        self, tile: Tile, queries: Tensor, best_negatives: Tensor, *, level: int
-    ) -> None:
-        device = tile.scores.device
-        rows, places = (queries - tile.query_start).to(device), self._first[queries].to(device)
-        lowest = (self._thresholds[places + level] - self._margin).float()
-        # For most queries, no negative of a tile comes near to their positive.
-        concerned = best_negatives[rows] >= lowest
-        rows, places = rows[concerned], places[concerned] + level
-        if len(rows):
-            scores = _select_rows(tile.scores, rows)
-            self._counts[places] += self._count(tile, rows, scores, self._thresholds[places, None])
 
     def _count(self, tile: Tile, rows: Tensor, scores: Tensor, thresholds: Tensor) -> Tensor:
         """Count the scores of some rows of a tile that reach the thresholds, (q,) int64."""
@@ -254,8 +231,6 @@ class _NegativeCounts:
 
 
 def _select_rows(scores: Tensor, rows: Tensor) -> Tensor:
-    if len(rows) == len(scores):
-        return scores
     if scores.is_contiguous():
         return scores.index_select(0, rows)
     # In the transpose of a tile rows are columns; this way they are read line by line.
@@ -267,31 +242,6 @@ def _count_above(scores: Tensor, thresholds: Tensor, memory: Tensor) -> Tensor:
     above = memory.as_strided(scores.shape, scores.stride())
     torch.ge(scores, thresholds, out=above)
     return above.sum(dim=1).long()
-
-
-class TileShape(NamedTuple):
-    """Most images and texts of a tile."""
-
-    images: int
-    texts: int
-
-
-def choose_tile_shape(width: int, *, max_memory_mb: float, device_type: str = "cpu") -> TileShape:
-    """Choose as many rows as the memory holds, but no more than is fast."""
-    # Bytes per score: itself and its comparison, both once more for some queries, and, if all were
-    # too near to a threshold, selection, masks and float64. Bytes per row: float32 and as it is
-    # stored, and, in that case, as it is stored and float64 twice.
-    per_score, per_row = 40, 28 * width
-    squared, linear = per_score * _IMAGES_PER_TEXT, per_row * (1 + _IMAGES_PER_TEXT)
-    root = math.sqrt(linear**2 + 4 * squared * max_memory_mb * _MB)
-    texts = int((root - linear) / (2 * squared))
-    if texts < 1:
-        raise ValueError(
-            f"max_memory_mb={max_memory_mb:g} is too little for a tile of {_IMAGES_PER_TEXT} "
-            f"images and a text of width {width}, which takes {(squared + linear) / _MB:.2g}."
-        )
-    texts = min(texts, _MAX_TEXTS_CPU if device_type == "cpu" else _MAX_TEXTS_GPU)
-    return TileShape(_IMAGES_PER_TEXT * texts, texts)
 
 
 class UnitRows:

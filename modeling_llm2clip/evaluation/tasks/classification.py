@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...encoding.encode import average_prompts
 from ..datasets.classification_dataset import ClassificationDataset
 from ..encoders.encoder import EvaluationEncoder
 from ..metrics.ranking import TIE_TOLERANCE
@@ -24,7 +25,8 @@ def _run_classification(encoder: EvaluationEncoder, datasets: Datasets) -> TaskS
     [dataset] = datasets
     assert isinstance(dataset, ClassificationDataset)
     texts = encoder.encode_texts(list_prompts(dataset))
-    classes = average_prompts(texts.embeds, len(dataset.class_names))
+    num_prompts = [len(dataset.templates)] * len(dataset.class_names)
+    classes = average_prompts(texts.embeds, num_prompts)
     images = F.normalize(encoder.encode_images(dataset.images, names=dataset.image_names), dim=-1)
     if images.shape[1] != classes.shape[1]:
         raise ValueError(
@@ -41,7 +43,6 @@ def _run_classification(encoder: EvaluationEncoder, datasets: Datasets) -> TaskS
     return TaskScores(
         scores={**scores, "classes_with_tied_embeddings": tied},
         counts={"images": len(images), "classes": num_classes, **count_texts(texts)},
-        confusion=(confusion, dataset.class_names),
     )
 
 
@@ -52,12 +53,6 @@ def list_prompts(dataset: ClassificationDataset) -> list[str]:
         for name in dataset.class_names
         for template in dataset.templates
     ]
-
-
-def average_prompts(embeds: Tensor, num_classes: int) -> Tensor:
-    """Return the mean of the unit embeddings of each class's prompts, (C, D) of unit length."""
-    of_class = F.normalize(embeds, dim=-1).unflatten(0, (num_classes, -1))
-    return F.normalize(of_class.mean(dim=1), dim=-1)
 
 
 def rank_classes(images: Tensor, classes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

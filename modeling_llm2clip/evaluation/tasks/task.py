@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from torch import Tensor
-
 from ..._extras import Need
 from ..datasets.dataset_spec import DatasetType, EvaluationDataset
 from ..encoders.encoder import EncodedTexts, EvaluationEncoder
@@ -22,15 +20,10 @@ Datasets: TypeAlias = tuple[EvaluationDataset, ...]
 
 @dataclass(frozen=True)
 class TaskScores:
-    """Scores by name, nested at will, and counts of texts and images, as JSON values.
-
-    Of a classification, `confusion` has the (C, C) int64 numbers of images of each class by
-    predicted class, and the names of the classes.
-    """
+    """Scores by name, nested at will, and counts of texts and images, as JSON values."""
 
     scores: Mapping[str, Any]
     counts: Mapping[str, Any]
-    confusion: tuple[Tensor, tuple[str, ...]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

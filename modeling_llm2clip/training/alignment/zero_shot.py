@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...encoding.encode import TorchEncoder, project_stored
+from ...encoding.encode import TorchEncoder, average_prompts, project_stored
 from ...evaluation.datasets.classification_dataset import ClassificationDataset
 from ...evaluation.datasets.dataset_registry import load_dataset
 from ...evaluation.results import hash_dataset
-from ...evaluation.tasks.classification import average_prompts, list_prompts, rank_classes
+from ...evaluation.tasks.classification import list_prompts, rank_classes
 from ...processing_llm2clip import LLM2CLIPProcessor
 from .alignment_model import AlignmentModel
 
@@ -71,7 +71,9 @@ class ZeroShotImages:
             )
         finally:
             model.train(was_training)
-        classes = average_prompts(texts, len(self._dataset.class_names))
+        classes = average_prompts(
+            texts, [len(self._dataset.templates)] * len(self._dataset.class_names)
+        )
         ranks, _ = rank_classes(images, classes, self._labels)
         return float((ranks == 1).double().mean())
 

@@ -60,7 +60,7 @@ def make(images, texts, num_images=2, num_texts=2):
         ),
         (
             lambda: Correspondence.from_group_ids(range(9), "a"),
-            r"9 group ids only among the images: 0, 1, 2, 3, 4, …",
+            r"9 group ids only among the images: 0, 1, 2, 3, 4 and 4 more",
         ),
         (lambda: Correspondence.from_image_of_text([0, 2], 2), r"image rows outside 0 … 1: 2"),
     ],

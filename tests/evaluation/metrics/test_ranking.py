@@ -14,13 +14,11 @@ from torch.utils._pytree import tree_leaves
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import (
     TIE_TOLERANCE,
-    choose_tile_shape,
+    TileShape,
     rank_retrieval,
-    ranking_memory,
 )
 
-ONE_TILE_MB = 256
-SMALL_TILES_MB = 0.02
+SMALL_TILES = TileShape(7, 3)
 
 
 def make_embeddings():
@@ -69,14 +67,13 @@ def rank_whole_matrix(scores, positive):
     return ranks
 
 
-def require_ranks_of_whole_matrix(images, texts, correspondence, memory_mb=256):
+def require_ranks_of_whole_matrix(images, texts, correspondence, shape=None):
     unit_images, unit_texts = (F.normalize(side.double(), dim=-1) for side in (images, texts))
     scores = unit_images @ unit_texts.T
     positive = torch.zeros(scores.shape, dtype=torch.bool)
     positive[correspondence.image_of_pair, correspondence.text_of_pair] = True
-    with ranking_memory(memory_mb):
-        ranking = rank_retrieval(images, texts, correspondence, all_positives=True)
-        best_alone = rank_retrieval(images, texts, correspondence)
+    ranking = rank_retrieval(images, texts, correspondence, all_positives=True, shape=shape)
+    best_alone = rank_retrieval(images, texts, correspondence, shape=shape)
     for side, alone, wanted in (
         (ranking.i2t, best_alone.i2t, rank_whole_matrix(scores, positive)),
         (ranking.t2i, best_alone.t2i, rank_whole_matrix(scores.T, positive.T)),
@@ -109,12 +106,12 @@ def correspondences(draw):
 @settings(deadline=None, max_examples=80)
 @given(
     correspondence=correspondences(),
-    memory_mb=st.sampled_from([0.002, 0.004, 0.01, 0.03, ONE_TILE_MB]),
+    shape=st.sampled_from([TileShape(1, 1), TileShape(4, 1), TileShape(3, 5), SMALL_TILES, None]),
     highest=st.integers(0, 3),
     seed=st.integers(0, 2**20),
 )
 def test_ranks_equal_brute_force_with_ties_duplicates_and_tiles_of_any_size(
-    correspondence, memory_mb, highest, seed
+    correspondence, shape, highest, seed
 ):
     # Few small integers make equal scores and equal embeddings, up to all of them zero.
     generator = torch.Generator().manual_seed(seed)
@@ -122,7 +119,7 @@ def test_ranks_equal_brute_force_with_ties_duplicates_and_tiles_of_any_size(
         torch.randint(-highest, highest + 1, (number, 5), generator=generator).float()
         for number in (correspondence.num_images, correspondence.num_texts)
     )
-    require_ranks_of_whole_matrix(images, texts, correspondence, memory_mb)
+    require_ranks_of_whole_matrix(images, texts, correspondence, shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -154,15 +151,14 @@ def test_equal_embeddings_everywhere_rank_last():
     assert ranking.t2i.best_ranks.tolist() == [5] * 5
 
 
-@pytest.mark.parametrize("memory_mb", [0.06, 1, ONE_TILE_MB])
-def test_equal_embeddings_tie_in_whichever_tiles_they_are(memory_mb):
+@pytest.mark.parametrize("shape", [SMALL_TILES, TileShape(80, 20), None])
+def test_equal_embeddings_tie_in_whichever_tiles_they_are(shape):
     # Every text occurs three times, with three images; sums in tiles differ in the last bits.
     generator = torch.Generator().manual_seed(2)
     texts = torch.randn(30, 200, generator=generator).repeat(3, 1)
     images = texts + 0.01 * torch.randn(90, 200, generator=generator)
     correspondence = Correspondence.from_image_of_text(range(90), 90)
-    with ranking_memory(memory_mb):
-        ranking = rank_retrieval(images, texts, correspondence)
+    ranking = rank_retrieval(images, texts, correspondence, shape=shape)
     assert ranking.i2t.best_ranks.tolist() == [3] * 90
 
 
@@ -207,17 +203,24 @@ class LiveMemory(TorchDispatchMode):
     [(torch.float32, 0.0), (torch.bfloat16, 1.0)],
     ids=["all too near for float32", "random"],
 )
-def test_working_memory_stays_within_what_is_given(dtype, spread):
+def test_working_memory_does_not_grow_with_the_rows(dtype, spread):
     generator = torch.Generator().manual_seed(7)
-    images, texts = (
-        (1 + spread * torch.randn(n, 128, generator=generator)).to(dtype) for n in (600, 1200)
-    )
-    correspondence = Correspondence.from_image_of_text(torch.arange(1200) % 600, 600)
-    given_mb = 1  # the whole matrix has 2.9 MB, the embeddings in float64 1.8 MB
-    with ranking_memory(given_mb), LiveMemory(images, texts) as memory:
-        rank_retrieval(images, texts, correspondence, all_positives=True)
-    # Well below, because the shape of a tile allows for everything to be held at once.
-    assert 0.25 * given_mb * 1e6 < memory.most_bytes < given_mb * 1e6
+    peaks = []
+    for number in (600, 2400):
+        images, texts = (
+            (1 + spread * torch.randn(n, 128, generator=generator)).to(dtype)
+            for n in (number, 2 * number)
+        )
+        image_of_text = torch.arange(2 * number) % number
+        correspondence = Correspondence.from_image_of_text(image_of_text, number)
+        with LiveMemory(images, texts) as memory:
+            shape = TileShape(200, 50)
+            rank_retrieval(images, texts, correspondence, all_positives=True, shape=shape)
+        peaks.append(memory.most_bytes)
+    # A tile of 200 × 50 with its rows takes at most 40 bytes a score and 28 a number of a row. The
+    # rest is some numbers for each of 9,600 more images, texts and pairs.
+    assert peaks[0] < 40 * 200 * 50 + 28 * 128 * 250 + 2400 * 150
+    assert peaks[1] - peaks[0] < 7200 * 150
 
 
 @pytest.mark.parametrize(
@@ -240,33 +243,12 @@ def test_broken_embeddings_are_refused(change, message):
         rank_retrieval(images, texts, Correspondence.from_image_of_text([0, 1, 1], 2))
 
 
-def test_too_little_memory_is_refused_with_what_it_takes():
-    correspondence = Correspondence.from_image_of_text([0], 1)
-    message = r"4 images and a text of width 64, which takes 0\.0091"
-    with ranking_memory(0.009), pytest.raises(ValueError, match=message):
-        rank_retrieval(torch.ones(1, 64), torch.ones(1, 64), correspondence)
-
-
 @pytest.mark.gpu
 def test_ranks_of_a_gpu_are_those_of_the_cpu():
     images, texts, correspondence = make_embeddings()
-    with ranking_memory(SMALL_TILES_MB):
-        found = [
-            list_ranks(
-                rank_retrieval(
-                    images.to(device), texts.to(device), correspondence, all_positives=True
-                )
-            )
-            for device in ("cpu", "cuda")
-        ]
+    options = {"all_positives": True, "shape": SMALL_TILES}
+    found = [
+        list_ranks(rank_retrieval(images.to(device), texts.to(device), correspondence, **options))
+        for device in ("cpu", "cuda")
+    ]
     assert all(torch.equal(a, b.cpu()) for a, b in zip(*found, strict=True))
-
-
-@pytest.mark.parametrize("width", [1, 64, 1280, 4096])
-@pytest.mark.parametrize("memory_mb", [2, 64, 256, 1024])
-def test_a_tile_grows_with_memory_and_fits_it(width, memory_mb):
-    shape = choose_tile_shape(width, max_memory_mb=memory_mb, device_type="cuda")
-    needed = 40 * shape.images * shape.texts + 28 * width * (shape.images + shape.texts)
-    assert needed <= memory_mb * 1e6
-    more = choose_tile_shape(width, max_memory_mb=2 * memory_mb, device_type="cuda")
-    assert more.texts > shape.texts or shape.texts == 2048
