@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModel,
@@ -37,6 +36,7 @@ from .loading_llm2clip import (
     bounded_by_weights,
     build_tower,
     list_loaded_files,
+    naming_damage,
     read_file_state,
     refuse_unaccounted_keys,
     remove_old_layout,
@@ -44,7 +44,6 @@ from .loading_llm2clip import (
 )
 from .vision_llm2clip import find_width, has_class_token, require_restored_buffers
 
-_CLASS_NAMES = ("LLM2CLIPModel", "LLM2CLIPTextModel", "LLM2CLIPVisionModel")
 SETTINGS_FILE = "config_sentence_transformers.json"
 _NORMALIZE_FOLDER = "1_Normalize"
 _MODULES = [
@@ -235,20 +234,18 @@ def require_restorable(model: nn.Module) -> None:
         )
     # In the first pass on a CPU, bitsandbytes reorders 4-bit weights and rounds their scales to
     # bfloat16. Saving does not fully undo that.
-    reordered = [name for name, module in quantized.items() if _was_reordered(module)]
+    states = {name: getattr(m.weight, "quant_state", None) for name, m in quantized.items()}
+    reordered = [
+        name
+        for name, state in states.items()
+        if getattr(state, "packing_format_for_cpu", False) or hasattr(state, "original_qshape")
+    ]
     if reordered:
         raise ValueError(
             f"{len(reordered)} 4-bit layers have run on a CPU (first: {reordered[0]}), where "
             "bitsandbytes reorders their weights, so it would save other weights than it loaded. "
             "Load the model again and save it before its first pass, or run it on a GPU."
         )
-
-
-def _was_reordered(module: nn.Module) -> bool:
-    state = getattr(module.weight, "quant_state", None)
-    return bool(getattr(state, "packing_format_for_cpu", False)) or hasattr(
-        state, "original_qshape"
-    )
 
 
 _CODE_OF_EVERY_FOLDER = {
@@ -329,21 +326,18 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         if isinstance(kwargs.get("config"), PreTrainedConfig):
             # Auto classes would give each later folder of one name the class of the first.
             module = sys.modules[__name__.replace("base_llm2clip", "modeling_llm2clip")]
-            classes = tuple(getattr(module, name) for name in _CLASS_NAMES)
+            classes = (module.LLM2CLIPModel, module.LLM2CLIPTextModel, module.LLM2CLIPVisionModel)
             AutoModel.register(type(kwargs["config"]), classes, exist_ok=True)
         wants_info = kwargs.pop("output_loading_info", False)
         allow_misshapen = kwargs.pop("ignore_mismatched_sizes", False)
         source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-        try:
-            with bounded_by_weights(lambda: list_loaded_files(source, kwargs)):
-                loaded: Any = super().from_pretrained(
-                    *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-                )
-        except SafetensorError as error:
-            raise ValueError(
-                f"{source}: a weight file is truncated or damaged ({error}). Download or save it "
-                "again."
-            ) from error
+        with (
+            naming_damage(source),
+            bounded_by_weights(lambda: list_loaded_files(source, kwargs)),
+        ):
+            loaded: Any = super().from_pretrained(
+                *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
         model, info = loaded
         if hasattr(model, "vision_model"):
             require_restored_buffers(model.vision_model)

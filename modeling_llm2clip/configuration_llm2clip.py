@@ -19,11 +19,10 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .pooling_llm2clip import TEXT_POOLINGS
+
 FORMAT_VERSION = 3
 LOGIT_SCALE_INIT = math.log(1 / 0.07)  # arXiv:2103.00020, section 2.5
-TEXT_POOLINGS = ("mean", "last_token", "cls", "full_mean", "weighted_mean")
-# As sentence-transformers pools by default.
-_POOL_PROMPT = ("cls", "full_mean", "weighted_mean")
 VISION_POOLINGS = ("pooler", "cls", "mean", "patch_mean")
 
 # Fields that transformers, also in JavaScript, reads from or writes into any config.json; other
@@ -211,7 +210,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
     @property
     def num_unpooled(self) -> int:
         """Number of tokens at the beginning of each text that are not pooled."""
-        return 0 if self.text_pooling in _POOL_PROMPT else len(self.prompt_prefix_ids)
+        return 0 if TEXT_POOLINGS[self.text_pooling].pools_prompt else len(self.prompt_prefix_ids)
 
     def require_loadable(self) -> None:
         """Refuse a configuration that `save_pretrained` would refuse, before anything is written.
@@ -236,7 +235,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         if self.max_text_length > _MOST_TOKENS:
             errors.append(f"max_text_length={self.max_text_length} must be at most {_MOST_TOKENS}")
         if self.text_pooling not in TEXT_POOLINGS:
-            errors.append(f"text_pooling={self.text_pooling!r} must be one of {TEXT_POOLINGS}")
+            errors.append(f"text_pooling={self.text_pooling!r} must be one of {[*TEXT_POOLINGS]}")
         if self.vision_pooling not in VISION_POOLINGS:
             errors.append(
                 f"vision_pooling={self.vision_pooling!r} must be one of {VISION_POOLINGS}"

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .pooling_llm2clip import TEXT_POOLINGS
+
 # The package and its copy from the Hub may both be loaded, so each needs its own name.
 _MODULE = re.sub(r"\W", "_", __name__)
 _UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)  # unknown to older versions
 _TAKES_TAGS = "tags" in inspect.signature(torch.library.custom_op).parameters
 _TAGS: dict[str, Any] = {"tags": (_UNSAFE,)} if _UNSAFE and _TAKES_TAGS else {}
-_MEANS = ("mean", "full_mean", "weighted_mean")
 
 
 def build_position_ids(attention_mask: Tensor, *, first: int = 0) -> Tensor:
@@ -99,23 +100,8 @@ def build_pooling_mask(attention_mask: Tensor, *, num_unpooled: int) -> Tensor:
 
 def pool_tokens(hidden_states: Tensor, pooling_mask: Tensor, *, pooling: str) -> Tensor:
     """Pool the marked tokens, (B, L, D) to (B, D) float32, as `text_pooling` describes."""
-    if pooling == "cls":
-        first = pooling_mask.long().argmax(dim=1)  # (B,)
-        return hidden_states[torch.arange(first.shape[0], device=first.device), first].float()
-    if pooling == "last_token":
-        positions = torch.arange(pooling_mask.shape[1], device=pooling_mask.device)
-        last = (positions * pooling_mask).argmax(dim=1)  # (B,)
-        return hidden_states[torch.arange(last.shape[0], device=last.device), last].float()
-    if pooling not in _MEANS:
-        raise ValueError(f"pooling={pooling!r} must be 'cls', 'last_token' or one of {_MEANS}.")
-    weights = pooling_mask.to(torch.float32)
-    if pooling == "weighted_mean":
-        weights = weights * weights.cumsum(dim=1)
-    # One matrix product per row computes the masked sum without a (B, L, D) float32 copy. It runs
-    # in float32 even under autocast.
     with torch.autocast(hidden_states.device.type, enabled=False):
-        summed = torch.bmm(weights.unsqueeze(1), hidden_states.float()).squeeze(1)  # (B, D)
-    return summed / weights.sum(dim=1, keepdim=True)
+        return TEXT_POOLINGS[pooling].padded(hidden_states, pooling_mask)
 
 
 def mask_unpadded(

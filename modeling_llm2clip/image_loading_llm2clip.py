@@ -1,7 +1,8 @@
 """Loads images from any source as upright RGB on white. No other module decodes pixels.
 
-Every image is decoded in full. So it has the same pixels in training, extraction, evaluation and
-search, and in a pipeline or sentence-transformers.
+Every image is decoded in full. So it has the same pixels in training, extraction, evaluation,
+search and serving, and through the saved processor. A pipeline decodes images itself: it drops the
+alpha channel and clips 16 bits.
 
 Uploaded with the weights.
 """

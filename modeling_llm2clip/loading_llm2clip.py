@@ -185,6 +185,24 @@ def require_own_names(folder: Path, parts: Sequence[str]) -> None:
         )
 
 
+@contextmanager
+def naming_damage(source: Any) -> Iterator[None]:
+    """Explain the error of a damaged safetensors file."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"{source}: a safetensors file is truncated or damaged ({error}). Save or download it "
+            "again, and compare its size and SHA-256 with the source's."
+        ) from error
+
+
+@contextmanager
+def open_safetensors(file: Path) -> Iterator[Any]:
+    with naming_damage(file), safe_open(file, framework="pt") as opened:
+        yield opened
+
+
 def read_weight_shapes(files: Sequence[Path]) -> dict[str, tuple[tuple[int, ...], str]]:
     """Read name, shape and dtype, as safetensors names it, of every tensor in safetensors files.
 
@@ -192,15 +210,9 @@ def read_weight_shapes(files: Sequence[Path]) -> dict[str, tuple[tuple[int, ...]
     """
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                parts = {name: opened.get_slice(name) for name in opened.keys()}
-                heads = {n: (tuple(p.get_shape()), str(p.get_dtype())) for n, p in parts.items()}
-        except SafetensorError as error:
-            raise ValueError(
-                f"{file}: a weight file is truncated or damaged ({error}). Download or save it "
-                "again."
-            ) from error
+        with open_safetensors(file) as opened:
+            parts = {name: opened.get_slice(name) for name in opened.keys()}
+            heads = {n: (tuple(p.get_shape()), str(p.get_dtype())) for n, p in parts.items()}
         if twice := sorted(set(found) & set(heads)):
             raise ValueError(
                 f"{file} repeats the weights {twice[:_NAMES_SHOWN]} of another file beside it. "

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from .image_cropping_llm2clip import LLM2CLIPImageProcessor  # noqa: F401
     from .image_loading_llm2clip import load_images  # noqa: F401
     from .loading_llm2clip import build_tower  # noqa: F401
+    from .pooling_llm2clip import TEXT_POOLINGS  # noqa: F401
     from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
 
 # Arguments of transformers' models, and the fields of an output that they fill.

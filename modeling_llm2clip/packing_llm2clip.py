@@ -29,6 +29,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .pooling_llm2clip import TEXT_POOLINGS
+
 CPU_TOKEN_BUDGET = 2048
 # Reading the weights once costs as much as about this many tokens. Merging two small batches is
 # faster if it adds less padding than that.
@@ -133,15 +135,8 @@ def _pool_pack(
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """Return the pooled texts, (B, D), and the hidden states of each text, (L_i, D)."""
     of_texts = run_packed(text_model, texts).split([len(text) for text in texts])
-    parts = [states[num_unpooled:].float() for states in of_texts]
-    if pooling in ("cls", "last_token"):
-        pooled = [states[0 if pooling == "cls" else -1] for states in parts]
-    elif pooling == "weighted_mean":
-        weights = [torch.arange(1.0, len(states) + 1, device=states.device) for states in parts]
-        pooled = [w @ states / w.sum() for w, states in zip(weights, parts, strict=True)]
-    else:
-        pooled = [states.mean(dim=0) for states in parts]
-    return torch.stack(pooled), of_texts
+    pool = TEXT_POOLINGS[pooling].packed
+    return torch.stack([pool(states[num_unpooled:].float()) for states in of_texts]), of_texts
 
 
 def _pool_token_batch(

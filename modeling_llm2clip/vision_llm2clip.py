@@ -100,7 +100,7 @@ def _has_fixed_table(vision_model: nn.Module, size: tuple[int, ...]) -> bool:
     """
     kinds = {*map(type, vision_model.modules())}
     # An argument that the tower itself does not take is never passed (GraniteDocling).
-    asked = any([_takes_interpolation(module) for module in vision_model.modules()])
+    asked = any([can_interpolate(module) for module in vision_model.modules()])
     if not asked and any("interpolat" in method for kind in kinds for method in vars(kind)):
         return False
     patch = find_patch_size(vision_model)
@@ -169,8 +169,15 @@ def choose_interpolation(
     if pixel_values.ndim != 4 or found == own:
         return {}
     what = f"Got images of {found[0]} × {found[1]} pixels"
-    if own is not None:
-        _require_interpolation(vision_model, what, own, wanted=wanted)
+    interpolates = can_interpolate(vision_model)
+    if own is not None and not (interpolates and wanted):
+        raise ValueError(
+            f"{what}; this vision tower has positions for {own[0]} × {own[1]}"
+            f"{'' if interpolates else ' and cannot interpolate them'}. Prepare the images with "
+            "the model's processor, "
+            f"{'pass interpolate_pos_encoding=True, ' if interpolates else ''}or build the model "
+            "with image_size (llm2clip build --image-size)."
+        )
     patch = find_patch_size(vision_model)
     if patch and any(side % patch or not side for side in found):
         raise ValueError(
@@ -178,20 +185,6 @@ def choose_interpolation(
             "tower would ignore the rest. Resize the images."
         )
     return {} if own is None else {"interpolate_pos_encoding": True}
-
-
-def _require_interpolation(
-    vision_model: nn.Module, what: str, own: tuple[int, int], *, wanted: bool
-) -> None:
-    tower = f"this vision tower has positions for {own[0]} × {own[1]}"
-    size = "Prepare the images with the model's processor"
-    build = "build the model with image_size (llm2clip build --image-size)"
-    if not can_interpolate(vision_model):
-        raise ValueError(f"{what}; {tower} and cannot interpolate them. {size}, or {build}.")
-    if not wanted:
-        raise ValueError(
-            f"{what}; {tower}. {size}, pass interpolate_pos_encoding=True, or {build}."
-        )
 
 
 def count_prefix_tokens(vision_model: nn.Module) -> int:
@@ -283,12 +276,8 @@ def pool_vision(
     return (hidden_states.float() * weights).sum(dim=1) / weights.sum(dim=1)
 
 
-def can_interpolate(vision_model: nn.Module) -> bool:
-    """Return whether the tower takes the argument, and passes it on to its positions."""
-    return _takes_interpolation(vision_model)
-
-
-def _takes_interpolation(module: nn.Module) -> bool:
+def can_interpolate(module: nn.Module) -> bool:
+    """Return whether a tower, or a part of one, takes the argument."""
     return "interpolate_pos_encoding" in inspect.signature(module.forward).parameters
 
 

@@ -48,18 +48,18 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2370,
-    "building": 1470,
+    ".": 2364,
+    "building": 1476,
     "cli": 1465,
     "configs": 1054,
-    "conversion": 655,
+    "conversion": 645,
     "data": 5150,
     "demo": 107,
     "doctor": 1414,
     "embedding": 1465,
     "encoding": 712,
     "evaluation": 3458,
-    "model_folders": 1433,
+    "model_folders": 1424,
     "publishing": 1222,
     "recipes": 470,
     "scheduling": 118,

@@ -26,6 +26,7 @@ from ..model_folders.atomic_folder import require_new_folder
 from ..model_folders.model_card import (
     CardData,
     find_license,
+    read_card_data,
     set_base_models,
     update_card_data,
 )
@@ -35,6 +36,7 @@ from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .image_settings import set_image_size, set_normalization
 from .lora_merging import merge_lora
+from .pretrained_towers import find_origin
 from .prompts import derive_own_prompt, derive_prompt, resolve_template, write_prompt
 from .text_embedders import TextEmbedder, read_embedder
 from .text_layers import cut_layers
@@ -90,10 +92,14 @@ def build_model(
     require_new_folder(Path(output))
     model, processor = join_towers(vision, text, config)
     card = card or CardConfig()
+    lora = CardData() if config.lora is None else read_card_data(Path(config.lora))
     stated = CardData(
         vision_license=card.vision_license or _find_license(vision),
         text_license=card.text_license or _find_license(text),
+        training_data=lora.training_data,
     )
+    for tower in (model.config.vision_config, model.config.text_config):
+        tower._name_or_path = find_origin(tower._name_or_path or "")
     set_base_models(model.config, card.base_models)
     model.to(find_device(config.device))  # type: ignore[arg-type]
 

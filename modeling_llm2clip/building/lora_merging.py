@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
+from .._suggestions import list_first
+from ..data.safetensors_files import read_metadata
 from ..loading_llm2clip import build_tower
 from ..model_folders.model_folder import LORA_CONFIG, find_model_folder
 from ..model_folders.weights import LazyTensor, count_changed, open_weights, warn_of_rounding
@@ -189,8 +190,9 @@ def _load_factors(adapted: Any, factors: Mapping[str, Tensor], folder: Path) -> 
     if missing or strange:
         raise ValueError(
             f"The LoRA {folder} does not fit this LLM, so nothing is merged: {len(strange)} of "
-            f"{len(factors)} weights have no place in it {strange[:3]}, {len(missing)} are "
-            f"missing {missing[:3]}. Give the LLM that it was trained on."
+            f"{len(factors)} weights have no place in it ({list_first(strange)}), "
+            f"{len(missing)} are missing ({list_first(missing)}). Give the LLM that it was trained "
+            "on."
         )
 
 
@@ -227,8 +229,8 @@ def _require_places(
     if lost or misshapen:
         raise ValueError(
             f"The LoRA {lora} is for another base than {base or 'the LLM'}: {len(lost)} of "
-            f"{len(shapes)} weights are not there {lost[:5]}, {len(misshapen)} have another shape "
-            f"{misshapen[:5]}. Give the LLM that it was trained on."
+            f"{len(shapes)} weights are not there ({list_first(lost)}), {len(misshapen)} have "
+            f"another shape ({list_first(misshapen)}). Give the LLM that it was trained on."
         )
 
 
@@ -248,7 +250,7 @@ def _require_changes(layers: Mapping[str, Any], lora: str | Path) -> None:
     if bad:
         raise ValueError(
             f"The LoRA {lora} cannot be merged: {len(bad)} of {len(layers)} parts have NaN or "
-            f"infinity ({', '.join(bad[:4])}). Take its last weights without them."
+            f"infinity ({list_first(bad)}). Take its last weights without them."
         )
     changes = (all(factor.any() for factor in _list_factors(x)) for x in layers.values())
     if not variants and not any(changes):
@@ -308,8 +310,7 @@ def require_base_weights(file: Path, weights: str) -> None:
     The name does not show it: an LLM that a LoRA was merged into keeps its name. LoRAs that another
     package wrote state no weights.
     """
-    with safe_open(file, framework="pt") as opened:
-        trained_on = (opened.metadata() or {}).get(BASE_WEIGHTS)
+    trained_on = read_metadata(file).get(BASE_WEIGHTS)
     if trained_on is not None and trained_on != weights:
         raise ValueError(
             f"{file.parent} was trained on an LLM with other weights ({trained_on} then, {weights} "

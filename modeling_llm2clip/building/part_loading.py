@@ -13,18 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .._suggestions import counted
-from ..loading_llm2clip import build_tower, find_tower_class, load_without_code
+from .._suggestions import counted, list_first
+from ..loading_llm2clip import build_tower, find_tower_class, load_without_code, naming_damage
 from .text_layers import KEEP_ALL
 from .tower_checks import list_layers
 
 # Causal masks, which older checkpoints hold beside the weights.
 _MASKS = ("attn.bias", "attention.bias")
-_NAMES_SHOWN = 8
 
 
 @contextmanager
@@ -46,13 +44,10 @@ def _load_with_account(
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(_is_needed)
     try:
-        loaded: tuple[PreTrainedModel, dict[str, Any]] = load_without_code(
-            model_class, name, output_loading_info=True, **settings
-        )
-    except SafetensorError as error:
-        raise ValueError(
-            f"{name}: a weight file is truncated or damaged ({error}). Download or save it again."
-        ) from error
+        with naming_damage(name):
+            loaded: tuple[PreTrainedModel, dict[str, Any]] = load_without_code(
+                model_class, name, output_loading_info=True, **settings
+            )
     finally:
         logger.removeFilter(_is_needed)
     return loaded
@@ -80,7 +75,7 @@ def load_part(
     whole, info = _load_with_account(find_tower_class(config), name, config=config, **settings)
     if misshapen := sorted(key for key, *_ in info["mismatched_keys"]):
         raise ValueError(
-            f"{source} cannot be cut to {above.start} layers: {misshapen[:_NAMES_SHOWN]} would be "
+            f"{source} cannot be cut to {above.start} layers: {list_first(misshapen)} would be "
             f"of another shape, as weights that have a part for each layer. {KEEP_ALL}"
         )
     part, prefix = whole, ""
@@ -145,7 +140,7 @@ def _refuse_unread_weights(
     if unread:
         raise ValueError(
             f"{source} has {counted(len(unread), 'weight')} that {type(tower).__name__} does not "
-            f"read, so it would give other hidden states: {unread[:_NAMES_SHOWN]}. Correct "
+            f"read, so it would give other hidden states: {list_first(unread)}. Correct "
             "config.json, or take the transformers version that the checkpoint names."
         )
 

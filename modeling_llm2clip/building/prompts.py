@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .._suggestions import counted
+from .._suggestions import counted, list_first
 from ..configs.build_config import CHAT_TEMPLATE, PROMPT_NAMES, PROMPT_PRESETS
 
 # Captions of several forms on which the prompt's ids must come out the same.
@@ -85,21 +85,19 @@ def derive_prompt(tokenizer: PreTrainedTokenizerBase, template: str) -> Prompt:
             f"The prompt has {unknown}, which this tokenizer does not know as special tokens: "
             "the prompt belongs to another family of models. Choose another prompt."
         )
-    pieces = set()
-    for caption in _SAMPLE_CAPTIONS:
-        piece = _split_around_caption(tokenizer, template, caption)
-        if piece is None:
-            raise ValueError(
-                f"With the template {template!r} this tokenizer merges the caption {caption!r} "
-                "with its prompt. Put a special token or a newline next to {text}."
-            )
-        pieces.add(piece)
-    if len(pieces) != 1:
+    splits = {c: _split_around_caption(tokenizer, template, c) for c in _SAMPLE_CAPTIONS}
+    if merged := [caption for caption, found in splits.items() if not found]:
+        raise ValueError(
+            f"With the template {template!r} this tokenizer merges the caption {merged[0]!r} with "
+            "its prompt. Put a special token or a newline next to {text}."
+        )
+    if not (common := set.intersection(*splits.values())):
         raise ValueError(
             f"With the template {template!r} this tokenizer gives no fixed ids around a caption, "
-            f"but {sorted(pieces)[:3]}. Put a special token or a newline next to {{text}}."
+            f"but {list_first(sorted(set.union(*splits.values())))}. Put a special token or a "
+            "newline next to {text}."
         )
-    return Prompt(*pieces.pop())
+    return Prompt(*min(common))
 
 
 def derive_own_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, is_pooled: bool) -> Prompt:
@@ -108,23 +106,22 @@ def derive_own_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, is_poole
     Its last word stays text, because a caption may share a token with it, such as " a" after a
     space; but not if the prompt is not pooled, because the model counts the ids before a caption.
     """
-    for start in (*_find_last_words(text), 0) if is_pooled else (len(text),):
+    # Where the words after the first begin, with the space before them; the last first.
+    words = [match.start() for match in re.finditer(r"(?<=\S)\s+(?=\S)", text)][::-1]
+    for start in (*words, 0) if is_pooled else (len(text),):
         joined = text[start:]
-        pieces = {
-            _split_around_caption(tokenizer, f"{text}{{text}}", caption, joined=joined)
-            for caption in (*_SAMPLE_CAPTIONS, *_OWN_SAMPLES)
-        }
-        if len(pieces) == 1 and (found := pieces.pop()) is not None:
-            return Prompt(*found, joined=joined)
+        common = set.intersection(
+            *(
+                _split_around_caption(tokenizer, f"{text}{{text}}", caption, joined=joined)
+                for caption in (*_SAMPLE_CAPTIONS, *_OWN_SAMPLES)
+            )
+        )
+        if common:
+            return Prompt(*min(common), joined=joined)
     raise ValueError(
         f"With the prompt {text!r} this tokenizer puts no fixed tokens around a caption, so the "
         "prompt cannot be saved in a tokenizer. Choose another prompt of the embedder."
     )
-
-
-def _find_last_words(text: str) -> list[int]:
-    """Return where the words after the first begin, with the space before them; the last first."""
-    return [found.start() for found in re.finditer(r"(?<=\S)\s+(?=\S)", text)][::-1]
 
 
 def write_prompt(
@@ -227,16 +224,20 @@ def _named_special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 def _split_around_caption(
     tokenizer: PreTrainedTokenizerBase, template: str, caption: str, *, joined: str = ""
-) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Return the ids before and after a caption; None where it is merged with its prompt."""
+) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return the ids before and after a caption; nothing where it is merged with its prompt.
+
+    A caption that the prompt repeats, such as "-", splits it in several places.
+    """
     whole = tokenizer(template.replace("{text}", caption), verbose=False)["input_ids"]
     if len(whole) > 1 and whole[0] == whole[1] == tokenizer.bos_token_id:
         whole = whole[1:]  # the template's own beginning token doubled the tokenizer's
     inner = tokenizer(joined + caption, add_special_tokens=False)["input_ids"]
-    for start in range(len(whole) - len(inner) + 1):
-        if whole[start : start + len(inner)] == inner:
-            return tuple(whole[:start]), tuple(whole[start + len(inner) :])
-    return None
+    return {
+        (tuple(whole[:start]), tuple(whole[start + len(inner) :]))
+        for start in range(len(whole) - len(inner) + 1)
+        if whole[start : start + len(inner)] == inner
+    }
 
 
 def _render_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:

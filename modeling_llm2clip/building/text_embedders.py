@@ -26,6 +26,7 @@ from ..loading_llm2clip import load_without_code, naming_code
 from ..model_folders.golden_embeddings import GOLDEN_TEXTS, find_tolerance
 from ..model_folders.model_folder import fetch_hub_file
 from ..modeling_llm2clip import LLM2CLIPModel
+from ..pooling_llm2clip import TEXT_POOLINGS
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .part_loading import naming
 from .text_towers import require_decoder
@@ -33,10 +34,7 @@ from .tower_checks import find_direction_errors
 
 # sentence-transformers' names of poolings, and ours where the prompt is pooled too.
 _POOLINGS = {
-    "mean": "full_mean",
-    "cls": "cls",
-    "lasttoken": "last_token",
-    "weightedmean": "weighted_mean",
+    p.sentence_transformers: name for name, p in TEXT_POOLINGS.items() if p.sentence_transformers
 }
 _TEXTS = (*GOLDEN_TEXTS, "x", '"(1) it\'s 7 p.m.", she said', " ".join(["a dog on a mat"] * 150))
 _WAY_OUT = (

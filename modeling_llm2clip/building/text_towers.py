@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from .._suggestions import list_first
 from ..configs.encoding_config import DUAL_ENCODERS
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..loading_llm2clip import load_without_code, naming_code
@@ -37,7 +38,6 @@ _MARKS = ("bos_token_id", "eos_token_id")
 _NOT_LLMS = {*DUAL_ENCODERS, *(f"{name}_text_model" for name in DUAL_ENCODERS)}
 _ENCODERS = {"bert", "roberta"}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_NAMES_SHOWN = 8
 _REMEDY = (
     "If its network is one of transformers and only the tokenizer needs the code, read it and pass "
     "the commit that you read (--tokenizer-code COMMIT, of a Hub repository). Otherwise take an "
@@ -215,7 +215,7 @@ def _load_decoder(
         above = range(num_layers, uncut.num_hidden_layers)
     decoder, _, missing = load_part(name, config, text_config, source, above=above, **settings)
     if lost := [key for key in missing if not (is_embedder and "pooler" in key)]:
-        raise ValueError(f"{source} lacks weights of its LLM: {lost[:_NAMES_SHOWN]}.")
+        raise ValueError(f"{source} lacks weights of its LLM: {list_first(lost)}.")
     for own_name, parameter in decoder.named_parameters():
         if any(key.endswith(own_name) for key in missing):  # the same in every build
             parameter.data.zero_()

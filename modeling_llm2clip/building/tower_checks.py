@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..base_llm2clip import set_attention_direction
 from ..configuration_llm2clip import LLM2CLIPConfig, parse_config
 from ..heads_llm2clip import build_position_ids
 from ..model_folders.golden_embeddings import (
@@ -169,14 +170,23 @@ def require_direction(text_model: PreTrainedModel, *, bidirectional: bool) -> No
     except MODEL_ERRORS as error:  # of a family that relies on its causal mask
         errors = [f"its forward pass fails ({type(error).__name__}: {error})"]
     if errors:
-        # The other direction does not help an LLM that reads padding.
-        reads_padding = all(error.startswith("with padding on") for error in errors)
-        other = "" if reads_padding else f", or build with bidirectional={not bidirectional}"
+        works = _takes_direction(text_model, bidirectional=not bidirectional)
+        other = f", or build with bidirectional={not bidirectional}" if works else ""
         raise ValueError(
             f"The {text_model.config.model_type!r} family cannot be "
             f"{'made bidirectional' if bidirectional else 'kept causal'} here: "
             f"{'; '.join(errors)}. Take another LLM or another attention implementation{other}."
         )
+
+
+def _takes_direction(text_model: PreTrainedModel, *, bidirectional: bool) -> bool:
+    set_attention_direction(text_model, bidirectional=bidirectional)
+    try:
+        return not find_direction_errors(text_model, bidirectional=bidirectional)
+    except MODEL_ERRORS:
+        return False
+    finally:
+        set_attention_direction(text_model, bidirectional=not bidirectional)
 
 
 def make_texts(text_model: PreTrainedModel) -> tuple[Tensor, Tensor]:

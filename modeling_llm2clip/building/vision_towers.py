@@ -16,14 +16,13 @@ from transformers import (
 )
 from transformers.image_utils import PILImageResampling
 
-from .._suggestions import counted
+from .._suggestions import counted, list_first
 from ..encoding.dual_encoder import require_dual_encoder
 from ..image_cropping_llm2clip import LLM2CLIPImageProcessor
 from ..loading_llm2clip import build_tower, load_without_code
 from .part_loading import forget_code, forget_origin, load_part, naming
 from .tower_checks import require_pixels_alone
 
-_NAMES_SHOWN = 8
 _CROP_MODES = ("center", "squash")
 # torchvision takes other pixels for the nearest one than Pillow does, and lacks the rest.
 _INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")
@@ -66,7 +65,7 @@ def load_vision_tower(
     if missing:
         raise ValueError(
             f"{source} lacks {counted(len(missing), 'weight')} of its vision tower, which would "
-            f"stay random: {missing[:_NAMES_SHOWN]}. If only the pooler is missing, choose "
+            f"stay random: {list_first(missing)}. If only the pooler is missing, choose "
             "vision_pooling 'cls', 'mean' or 'patch_mean'."
         )
     kept = None

@@ -11,9 +11,10 @@ from ..building.build_model import build_model
 from ..configs.build_config import BuildConfig
 from ..configs.export_config import CardConfig
 from ..model_folders.model_folder import LORA_CONFIG
+from ..pooling_llm2clip import TEXT_POOLINGS
 
 SETTINGS_FILE = "llm2vec_config.json"
-_POOLINGS = {"mean": "mean", "eos_token": "last_token", "last_token": "last_token"}
+_POOLINGS = {mode: name for name, pooling in TEXT_POOLINGS.items() for mode in pooling.llm2vec}
 
 
 def build_from_llm2vec(

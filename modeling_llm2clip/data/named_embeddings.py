@@ -17,10 +17,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .._suggestions import counted, list_first
+from ..loading_llm2clip import open_safetensors
 
 SIDES = ("texts", "images")
 
@@ -60,7 +60,7 @@ def read_named_embeddings(file: Path) -> NamedEmbeddings:
     if not file.is_file():
         raise ValueError(f"{file} does not exist. Give a safetensors file of named embeddings.")
     try:
-        with safe_open(file, framework="pt") as opened:
+        with open_safetensors(file) as opened:
             metadata = opened.metadata() or {}
             if "names" not in metadata or "embeddings" not in opened.keys():
                 raise ValueError(
@@ -74,7 +74,5 @@ def read_named_embeddings(file: Path) -> NamedEmbeddings:
                     "the names are not a JSON list of texts. Write each name as a text."
                 )
             return NamedEmbeddings(tuple(names), opened.get_tensor("embeddings"), metadata)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is truncated or not a safetensors file ({error}).") from error
     except ValueError as error:
         raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from error

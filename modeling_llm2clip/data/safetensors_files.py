@@ -5,22 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from ..loading_llm2clip import open_safetensors
 
 
 def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Read the shapes of all tensors from the header of a safetensors file."""
-    with _open(file) as opened:
+    with open_safetensors(file) as opened:
         return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
 
 
 def read_metadata(file: Path) -> dict[str, str]:
     """Read the metadata of a safetensors file."""
-    with _open(file) as opened:
+    with open_safetensors(file) as opened:
         return opened.metadata() or {}
 
 
@@ -45,7 +45,7 @@ def iterate_tensors(
     places: dict[str, tuple[Path, str]] = {}
     for file in files:
         folder = Path() if base is None else file.parent.relative_to(base)
-        with _open(file) as opened:
+        with open_safetensors(file) as opened:
             names = list(opened.keys())
         for name in names:
             full_name = str(folder / name)
@@ -57,14 +57,5 @@ def iterate_tensors(
                 places[full_name] = (file, name)
     for full_name, (file, name) in sorted(places.items()):
         # Opened anew for each tensor, so that the memory of those before is given back.
-        with _open(file) as opened:
+        with open_safetensors(file) as opened:
             yield full_name, opened.get_tensor(name)
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file} is truncated or damaged ({error}). Save or download it again."
-        ) from error

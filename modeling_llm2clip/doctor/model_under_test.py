@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..encoding.devices import to_float64
+from ..pooling_llm2clip import TEXT_POOLINGS
 
 SHORT_TEXTS = (
     "a dog",
@@ -110,14 +111,8 @@ class ModelUnderTest:
         hidden: Tensor = self.model.text_model(
             input_ids=row, attention_mask=torch.ones_like(row), use_cache=False
         ).last_hidden_state[:, num_unpooled:]  # (1, pooled, width)
-        exact, pooling = to_float64(hidden), self.config.text_pooling
-        if pooling in ("cls", "last_token"):
-            pooled = exact[:, 0 if pooling == "cls" else -1]
-        elif pooling == "weighted_mean":
-            weights = torch.arange(1, exact.shape[1] + 1, dtype=exact.dtype, device=exact.device)
-            pooled = (weights / weights.sum()) @ exact
-        else:
-            pooled = exact.mean(1)
+        # As a packed text, which shares nothing with the padded batches of the model.
+        pooled = TEXT_POOLINGS[self.config.text_pooling].packed(to_float64(hidden)[0])[None]
         if self.config.text_dense_width is not None:
             dense = self.model.text_model.pooled_dense
             pooled = pooled @ to_float64(dense.weight).T + to_float64(dense.bias)

@@ -24,6 +24,7 @@ from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
+from .._suggestions import list_first
 from ..configs.build_config import EMBEDDED
 from ..configs.encoding_config import DUAL_ENCODERS
 
@@ -42,11 +43,9 @@ _NOT_DOWNLOADED = [
 ]  # fmt: skip
 _NAME = r"\w[\w.-]*"
 _SECONDS = 5.0
-_NAMES_SHOWN = 6
 # Of a folder of ONNX graphs: what was exported, how it was checked, and with what result.
 ONNX_RECORD = "onnx_export.json"
 _VISION_FIELDS = ("image_size", "patch_size", "num_channels", "hidden_sizes")
-_FOLDERS_SHOWN = 4
 
 
 def find_model_folder(
@@ -147,8 +146,7 @@ def explain_missing(source: str | Path, *, may_lack_owner: bool = False) -> str 
     if above in (Path(), Path("/")):
         return "no such folder, and no Hub id like 'owner/name'"
     names = sorted(path.name for path in above.iterdir() if path.is_dir())
-    more = ", …" if len(names) > _NAMES_SHOWN else ""
-    shown = f"the folders {', '.join(names[:_NAMES_SHOWN])}{more}" if names else "no folder"
+    shown = f"the folders {list_first(names)}" if names else "no folder"
     return f"no such folder, and no Hub id: {above} is here, and has {shown}"
 
 
@@ -362,9 +360,8 @@ def _judge_other_files(folder: Path) -> FoundModel | None:
     inside = sorted(path.parent for path in folder.glob("*/config.json"))
     if not inside:
         return None
-    shown = ", ".join(map(str, inside[:_FOLDERS_SHOWN]))
-    more = f" and {len(inside) - _FOLDERS_SHOWN} more" if len(inside) > _FOLDERS_SHOWN else ""
     return FoundModel(
         "above",
-        f"{folder} has no config.json; it is the parent folder of {shown}{more}. Give that one.",
+        f"{folder} has no config.json; it is the parent folder of {list_first(inside)}. Give that "
+        "one.",
     )

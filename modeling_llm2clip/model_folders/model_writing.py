@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .._suggestions import counted
+from .._suggestions import counted, list_first
 from ..base_llm2clip import (
     _CODE_OF_EVERY_FOLDER,
     check_instructions,
@@ -47,7 +47,6 @@ from .weights import LazyTensor, open_model_weights, require_disk_space, write_w
 # As transformers has it; the Hub takes files up to 50 GB.
 SHARD_SIZE = "50GB"
 _LEGAL_FILE = re.compile(r"(licen[cs]e|notice|use_policy|copying|copyright)\b.*", re.IGNORECASE)
-_NAMES_SHOWN = 5
 
 SavedModel: TypeAlias = LLM2CLIPModel | LLM2CLIPTextModel | LLM2CLIPVisionModel
 LoadedModel: TypeAlias = tuple[SavedModel, LLM2CLIPProcessor]
@@ -299,8 +298,8 @@ def _require_places(
     if unknown or misshapen:
         raise ValueError(
             f"{source} has no place for {counted(len(unknown), 'trained weight')} "
-            f"{unknown[:_NAMES_SHOWN]}, and another shape (trained, there) for {len(misshapen)}: "
-            f"{dict(list(misshapen.items())[:_NAMES_SHOWN])}. Give the folder that was trained."
+            f"({list_first(unknown)}), and another shape (trained, there) for {len(misshapen)}: "
+            f"{list_first(misshapen.items())}. Give the folder that was trained."
         )
 
 

@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .._suggestions import counted
-from ..loading_llm2clip import list_model_files, list_weight_files
+from .._suggestions import counted, list_first
+from ..loading_llm2clip import list_model_files, list_weight_files, read_weight_shapes
 
 _INDEX = "model.safetensors.index.json"
 # Where the official training code and DeepSpeed put the weights, in its order.
@@ -101,7 +101,8 @@ def open_weight_files(files: Iterable[Path]) -> dict[str, LazyTensor]:
             opened = {name: LazyTensor.of(value) for name, value in state.items()}
         if twice := sorted(set(opened) & set(tensors)):
             raise ValueError(
-                f"{file} repeats the weights {twice[:8]} of another file beside it. Keep one copy."
+                f"{file} repeats the weights {list_first(twice)} of another file beside it. Keep "
+                "one copy."
             )
         tensors |= opened
     return tensors
@@ -198,15 +199,7 @@ def _write_shard(weights: Mapping[str, LazyTensor], file: Path) -> None:
 
 
 def _open_safetensors(file: Path) -> dict[str, LazyTensor]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}
-            heads = {n: (tuple(part.get_shape()), part.get_dtype()) for n, part in slices.items()}
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file} is truncated or damaged ({error}). Download it again and compare its size "
-            "and SHA-256 with the source's."
-        ) from error
+    heads = read_weight_shapes([file])
     unknown = sorted({dtype for _, dtype in heads.values()} - set(_DTYPES))
     if unknown:
         raise ValueError(f"{file} has weights of the dtypes {unknown}, wanted {list(_DTYPES)}.")

@@ -15,11 +15,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny_folders import save_tiny_llm, save_tiny_vision
 
+from modeling_llm2clip.building.build_model import build_model
 from modeling_llm2clip.building.pretrained_towers import (
+    SMOLLM2,
+    SMOLLM2_BASE,
     PretrainedTower,
     fetch_tower,
+    find_tower,
 )
+from modeling_llm2clip.configs.build_config import BuildConfig
+from modeling_llm2clip.data.records.record_loading import find_example_data
+from modeling_llm2clip.model_folders.model_card import read_card_data
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "llm2clip_test_part"
@@ -81,6 +89,7 @@ def test_a_part_that_cannot_be_fetched_says_what_to_do_and_what_pip_said(part, t
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from modeling_llm2clip.building.build_model import build_model
 from modeling_llm2clip.building.pretrained_towers import PretrainedTower, fetch_tower
 
 def die(source, folder):
@@ -102,3 +111,18 @@ def test_a_fetch_killed_half_way_is_repeated_as_if_it_had_never_been(part, tmp_p
     assert killed.returncode == -signal.SIGKILL
     assert not [path for path in cache.iterdir() if not path.name.startswith(".")]
     assert (fetch_tower(part, cache=cache) / "weights").read_bytes() == CONTENT
+
+
+def test_a_card_names_the_repositories_of_embedded_towers(tmp_path: Path) -> None:
+    """Whose folders are in a cache, under names of their own."""
+    text, vision = save_tiny_llm(find_tower(SMOLLM2, cache=tmp_path)), tmp_path / "my-tower"
+    save_tiny_vision(vision)
+    config = BuildConfig(prompt="llama-3", max_text_length=32)
+    folder = build_model(vision, text, tmp_path / "model", config)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"language model `{SMOLLM2_BASE}`" in card and "vision tower `my-tower`" in card
+
+
+def test_a_card_names_the_captions_that_a_lora_was_trained_on() -> None:
+    stated = read_card_data(find_example_data() / "caption_lora")
+    assert stated.training_data == ("COCO val2017 captions (CC BY 4.0)",)

@@ -18,6 +18,7 @@ from modeling_llm2clip.building.build_model import join_towers
 from modeling_llm2clip.building.prompts import (
     PROMPT_PRESETS,
     Prompt,
+    derive_own_prompt,
     derive_prompt,
     resolve_template,
     write_prompt,
@@ -384,3 +385,11 @@ def test_added_tokens_of_whitespace_do_not_tear_texts_apart() -> None:
     for caption in ("a dog", "two red apples", "Édouard, 1862"):
         own = tokenizer(caption, add_special_tokens=False)["input_ids"]
         assert written(caption)["input_ids"] == [5, *own, 6]
+
+
+@pytest.mark.parametrize("text", ["query - ", "doc-", "x 's y - "])
+def test_a_prompt_that_repeats_a_caption_is_found_in_front_of_every_caption(text: str) -> None:
+    tokenizer = tiny_tokenizer()
+    prompt = derive_own_prompt(tokenizer, text, is_pooled=False)
+    ids = tokenizer(f"{text}-", verbose=False)["input_ids"]
+    assert [*prompt.prefix_ids, *tokenizer("-", add_special_tokens=False)["input_ids"]] == ids

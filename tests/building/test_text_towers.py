@@ -185,7 +185,7 @@ def test_what_is_not_a_decoder_is_refused_by_its_model_type(
 def test_weights_that_an_llm_lacks_are_named(tmp_path: Path) -> None:
     save_tiny_llm(tmp_path)
     drop_weights(tmp_path, "layers.1.mlp.up_proj")
-    with pytest.raises(ValueError, match=r"lacks weights of its LLM: \['layers.1.mlp.up_proj"):
+    with pytest.raises(ValueError, match=r"lacks weights of its LLM: layers.1.mlp.up_proj"):
         load_text_tower(tmp_path)
 
 
@@ -231,9 +231,7 @@ def test_of_a_model_that_also_takes_images_the_language_model_is_taken(tmp_path:
 def test_weights_that_the_language_model_of_a_larger_one_lacks_are_named(tmp_path: Path) -> None:
     save_gemma3(tmp_path)
     drop_weights(tmp_path, "layers.1.mlp.up_proj")
-    with pytest.raises(
-        ValueError, match=r"lacks weights of its LLM: \['language_model.layers.1.mlp"
-    ):
+    with pytest.raises(ValueError, match=r"lacks weights of its LLM: language_model.layers.1.mlp"):
         load_text_tower(tmp_path)
 
 

@@ -31,6 +31,8 @@ def test_a_prompt_is_never_guessed() -> None:
 
 
 def test_the_choices_are_those_of_the_model() -> None:
-    assert get_args(TextPooling) == configuration_llm2clip.TEXT_POOLINGS[:2]  # others: embedders
+    assert (
+        get_args(TextPooling) == tuple(configuration_llm2clip.TEXT_POOLINGS)[:2]
+    )  # others: embedders
     assert get_args(VisionPooling) == configuration_llm2clip.VISION_POOLINGS
     assert PROMPT_NAMES == (*PROMPT_PRESETS, CHAT_TEMPLATE)

@@ -62,7 +62,7 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     write_sharded(tmp_path)
     damaged = tmp_path / "model-00002-of-00002.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-3])
-    with pytest.raises(ValueError, match=r"00002\.safetensors is truncated or damaged"):
+    with pytest.raises(ValueError, match=r"00002\.safetensors: a safetensors file is truncated"):
         list(iterate_tensors([damaged]))
 
 
@@ -87,7 +87,7 @@ def test_a_damaged_file_is_refused(damage: Callable[[bytes], bytes], tmp_path: P
     file = tmp_path / "weights.safetensors"
     save_file({"a": torch.ones(3)}, file)
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(ValueError, match=r"weights\.safetensors is truncated or damaged"):
+    with pytest.raises(ValueError, match=r"weights\.safetensors: a safetensors file is truncated"):
         read_shapes(file)
 
 
