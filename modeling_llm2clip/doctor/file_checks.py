@@ -297,8 +297,9 @@ def check_tokenizer_path(tested: ModelUnderTest) -> str:
     for name in ("input_ids", "attention_mask"):
         if not torch.equal(bare[name], processed[name]):
             raise ValueError(
-                f"AutoTokenizer and AutoProcessor give different {name}, so a pipeline and the "
-                "processor give different embeddings. Save the processor again into the folder."
+                f"AutoTokenizer and AutoProcessor give different {name} (shapes "
+                f"{tuple(bare[name].shape)} and {tuple(processed[name].shape)}), so a pipeline and "
+                "the processor give different embeddings. Save the processor again into the folder."
             )
     return f"AutoTokenizer and AutoProcessor give the same ids for {len(SHORT_TEXTS)} texts"
 

@@ -295,11 +295,16 @@ def _require_places(
         for name, value in trained.items()
         if name in weights and tuple(value.shape) != weights[name].shape
     }
-    if unknown or misshapen:
+    if unknown:
         raise ValueError(
             f"{source} has no place for {counted(len(unknown), 'trained weight')} "
-            f"({list_first(unknown)}), and another shape (trained, there) for {len(misshapen)}: "
-            f"{list_first(misshapen.items())}. Give the folder that was trained."
+            f"({list_first(unknown)}). Give the folder that was trained."
+        )
+    if misshapen:
+        raise ValueError(
+            f"{source} has another shape (trained, there) for "
+            f"{counted(len(misshapen), 'trained weight')}: {list_first(misshapen.items())}. Give "
+            "the folder that was trained."
         )
 
 

@@ -350,7 +350,8 @@ class EmbeddingService:
         embedded = await self.embed(inputs, prompt_name=prompt_name)
         starts = np.searchsorted(query_of, np.arange(1, len(parts_of)))
         means = np.stack([rows.mean(axis=0) for rows in np.split(embedded.embeds, starts)])
-        with _refusing():
+        param, code = (None, None) if where is None else ("where", "invalid_filter")
+        with _refusing(param, code=code):
             try:
                 found = await self._run(
                     self._search_threads, lambda: index.search(means, top_k=top_k, where=where)

@@ -146,7 +146,6 @@ def test_a_name_takes_values_of_one_type_in_all_commands() -> None:
     several = {name for name, found in types.items() if len(found) > 1}
     assert several == {
         "--image-dir",  # evaluate has several datasets: NAME=FOLDER
-        "--activation",  # and several models
     }
 
 

@@ -32,8 +32,8 @@ DISTRIBUTIONS = {"faiss": "faiss-cpu", "open_clip": "open_clip_torch",
 # transformers the third, pydantic the next three; fastapi the next, onnxscript the last.
 INDIRECT = {"fsspec", "rich", "tokenizers", "annotated_types", "pydantic_core", "typing_extensions",
             "starlette", "onnx_ir"}  # fmt: skip
-REQUIRED = {"PIL", "accelerate", "cyclopts", "filelock", "huggingface_hub", "loky", "numpy",
-            "pyarrow", "pydantic", "safetensors", "tabulate", "threadpoolctl", "torch",
+REQUIRED = {"PIL", "accelerate", "cyclopts", "filelock", "httpx", "huggingface_hub", "loky",
+            "numpy", "pyarrow", "pydantic", "safetensors", "tabulate", "threadpoolctl", "torch",
             "torchvision", "tqdm",
             "transformers", "yaml"}  # fmt: skip
 # Extras whose packages a command imports before it looks at what it was given.

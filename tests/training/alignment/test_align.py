@@ -187,9 +187,9 @@ def test_callbacks_of_the_user_are_called(prepared: Prepared, tmp_path: Path) ->
 
 
 def test_weights_without_a_place_are_refused(prepared: Prepared, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no place for 1 trained weight \['elsewhere'\]"):
+    with pytest.raises(ValueError, match=r"no place for 1 trained weight \(elsewhere\)"):
         save_trained_model(prepared.model, {"elsewhere": torch.zeros(1)}, tmp_path / "model")
-    with pytest.raises(ValueError, match=r"another shape .* for 1: .*\(2,\), \(1,\)"):
+    with pytest.raises(ValueError, match=r"another shape .* for 1 .*: .*\(2,\), \(1,\)"):
         save_trained_model(
             prepared.model, {"logit_scale.log_scale": torch.zeros(2)}, tmp_path / "model"
         )

@@ -103,7 +103,7 @@ def test_bad_data_is_refused_before_a_tower_is_loaded(prepared: Prepared, tmp_pa
     )  # fmt: skip
     refuse(prepared, out, "report_to='unknown' must be one of", report_to=("unknown",))
     without = [dataclasses.replace(record, image=None) for record in prepared.records]
-    refuse(prepared, out, r"24 records without an image: \['00.jpg'", records=without)
+    refuse(prepared, out, r"24 records without an image: 00.jpg, ", records=without)
     fewer = prepared.records[:-2]
     refuse(prepared, out, r"the data lack 2 items of the store: 22.jpg \(en\)", records=fewer)
 
