@@ -19,7 +19,6 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm import tqdm
 
-from .._suggestions import counted
 from ..data.images.image_sources import ArrowImage, ParquetImage, TarImage, open_image
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .float32 import float32_as_such
@@ -125,8 +124,8 @@ def iterate_batches(
             embeds = encode(batch).float().cpu()
             if embeds.ndim != 2 or len(embeds) != len(rows):
                 raise ValueError(
-                    f"The model gives embeddings of shape {tuple(embeds.shape)} for "
-                    f"{counted(len(rows), 'input')}; a row per input is expected. Take another vision tower or encoder."
+                    f"The model gives embeddings of shape {tuple(embeds.shape)} for a batch of "
+                    f"{len(rows)}; a row per input is expected. Take another vision tower or encoder."
                 )
             require_finite(embeds, rows, inputs)
             yield rows, embeds
