@@ -125,7 +125,8 @@ def iterate_batches(
             if embeds.ndim != 2 or len(embeds) != len(rows):
                 raise ValueError(
                     f"The model gives embeddings of shape {tuple(embeds.shape)} for a batch of "
-                    f"{len(rows)}; a row per input is expected. Take another vision tower or encoder."
+                    f"{len(rows)}; a row per input is expected. Take another vision tower or "
+                    "encoder."
                 )
             require_finite(embeds, rows, inputs)
             yield rows, embeds
