@@ -90,7 +90,8 @@ def measure_vision_width(
     Image processors that cut a large image into several, or that a tower needs more of, are
     refused.
     """
-    images = image_processor([Image.new("RGB", _LARGE_IMAGE)] * 2, return_tensors="pt")
+    with _naming_failure(vision_model.config):
+        images = image_processor([Image.new("RGB", _LARGE_IMAGE)] * 2, return_tensors="pt")
     rows = {name: len(value) for name, value in images.items()}
     if set(rows) - _VISION_INPUTS or rows["pixel_values"] != 2:
         raise ValueError(
@@ -175,7 +176,7 @@ def require_direction(text_model: PreTrainedModel, *, bidirectional: bool) -> No
         raise ValueError(
             f"The {text_model.config.model_type!r} family cannot be "
             f"{'made bidirectional' if bidirectional else 'kept causal'} here: "
-            f"{'; '.join(errors)}. Take another LLM or another attention implementation{other}."
+            f"{'; '.join(errors)}. Take another LLM{other}."
         )
 
 
@@ -364,8 +365,9 @@ def _naming_failure(config: PreTrainedConfig) -> Iterator[None]:
         yield
     except MODEL_ERRORS as error:
         raise ValueError(
-            f"The {config.model_type!r} tower cannot be used as it is built here: its forward pass "
-            f"fails ({type(error).__name__}: {error}). Take another vision tower."
+            f"The {config.model_type!r} tower cannot be used as it is built here: preparing or "
+            f"encoding an image fails ({type(error).__name__}: {error}). Take another vision "
+            "tower, or an image processor of the size that the tower takes."
         ) from error
 
 

@@ -92,7 +92,8 @@ class ShardedWriter(ABC, Generic[_Manifest]):
         rows = self.manifest.rows_of_shard(shard)
         if len(embeds) != len(rows):
             raise ValueError(
-                f"{self._name(shard)} has {len(rows)} rows, got {len(embeds)} embeddings."
+                f"{self._name(shard)} has {counted(len(rows), 'row')}, got "
+                f"{counted(len(embeds), 'embedding')}."
             )
         stored = embeds.to(self.stored_dtype)
         _require_finite(stored, embeds, rows)

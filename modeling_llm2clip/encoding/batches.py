@@ -124,8 +124,9 @@ def iterate_batches(
             embeds = encode(batch).float().cpu()
             if embeds.ndim != 2 or len(embeds) != len(rows):
                 raise ValueError(
-                    f"The model gives embeddings of shape {tuple(embeds.shape)} for {len(rows)} "
-                    "inputs; a row per input is expected. Take another vision tower or encoder."
+                    f"The model gives embeddings of shape {tuple(embeds.shape)} for a batch of "
+                    f"{len(rows)}; a row per input is expected. Take another vision tower or "
+                    "encoder."
                 )
             require_finite(embeds, rows, inputs)
             yield rows, embeds

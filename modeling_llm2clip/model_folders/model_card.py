@@ -27,6 +27,8 @@ from .model_folder import fetch_hub_file
 from .model_loading import describe_untrained
 from .weights import open_model_weights
 
+# Arguments of a dataset and of a metric in the Hub's `model-index`.
+_COUNT, _INTERVAL = "count", "interval_95"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -66,7 +68,9 @@ _SNIPPETS = {
 class CardResult:
     """The scores of one evaluation, by name; the dataset's name has its language.
 
-    A card does not keep fingerprint and dtype of the measured model.
+    `intervals` are those of 95 % confidence, low and high, by the name of their score. `count` says
+    how much was measured, such as "1,000 images, 5,000 texts". A card does not keep fingerprint and
+    dtype of the measured model.
     """
 
     task: str
@@ -74,6 +78,8 @@ class CardResult:
     scores: Mapping[str, float]
     fingerprint: Mapping[str, str] | None = field(default=None, compare=False)
     dtype: str | None = field(default=None, compare=False)
+    intervals: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    count: str | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,10 @@ class CardData:
                 dataset_name=result.dataset,
                 metric_type=name,
                 metric_value=value,
+                dataset_args={_COUNT: result.count} if result.count else None,
+                metric_args=(
+                    {_INTERVAL: list(result.intervals[name])} if name in result.intervals else None
+                ),
             )
             for result in self.results
             for name, value in result.scores.items()
@@ -136,10 +146,9 @@ def read_card_data(folder: Path) -> CardData:
     if not path.is_file():
         return CardData()
     data = _read_metadata(path)
-    scores: dict[tuple[str, str], dict[str, float]] = {}
+    entries: dict[tuple[str, str], list[EvalResult]] = {}
     for entry in data.eval_results or []:
-        task = (entry.task_type, entry.dataset_name)
-        scores.setdefault(task, {})[entry.metric_type] = entry.metric_value
+        entries.setdefault((entry.task_type, entry.dataset_name), []).append(entry)
     return CardData(
         license=data.license if isinstance(data.license, str) else None,
         license_name=data.license_name,
@@ -148,7 +157,19 @@ def read_card_data(folder: Path) -> CardData:
         text_license=data.get("text_license"),
         training_data=tuple(data.get("training_data") or ()),
         text_training_data=tuple(data.get("text_training_data") or ()),
-        results=tuple(CardResult(*task, found) for task, found in scores.items()),
+        results=tuple(
+            CardResult(
+                *task,
+                {score.metric_type: score.metric_value for score in scores},
+                intervals={
+                    score.metric_type: tuple(score.metric_args[_INTERVAL])
+                    for score in scores
+                    if _INTERVAL in (score.metric_args or {})
+                },
+                count=(scores[0].dataset_args or {}).get(_COUNT),
+            )
+            for task, scores in entries.items()
+        ),
         caution=data.get("caution"),
     )
 
@@ -360,11 +381,12 @@ def _describe_scores(card: CardData) -> str:
     if not card.results:
         return "None recorded."
     rows = [
-        (result.task, result.dataset, name, f"{value:.4g}")
+        (result.task, result.dataset, result.count or "not stated", name, f"{value:.4g}",
+         " to ".join(f"{bound:.4g}" for bound in result.intervals.get(name, ())))
         for result in card.results
         for name, value in result.scores.items()
-    ]
-    head = "| task | data | score | value |\n| --- | --- | --- | --- |"
+    ]  # fmt: skip
+    head = "| task | data | count | score | value | 95 % interval |\n|" + " --- |" * 6
     return f"{head}\n{format_rows(rows)}"
 
 

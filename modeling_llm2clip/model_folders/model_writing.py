@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -246,11 +247,11 @@ def explain_incomplete(folder: Path) -> str | None:
     """Name what a trainer's checkpoint lacks and what completes it; None for a complete folder."""
     if (folder / GOLDEN_FILE).is_file():
         return None
-    command = f"llm2clip export {folder} COMPLETE --license LICENSE --training-data NAME"
     return (
         f"{folder} has no golden embeddings ({GOLDEN_FILE}): a trainer or `save_pretrained` wrote "
         "it, without the licenses, the training data and the summary of the training images. "
-        f"Write a complete folder with `{command}`."
+        f"Write a complete folder with `llm2clip export {shlex.quote(str(folder))} COMPLETE "
+        "--license LICENSE --training-data NAME`."
     )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from .._suggestions import counted
 from ..evaluation.report import label_dataset
 from ..evaluation.results import is_result, parse_result
 from ..model_folders.fingerprint import fingerprint_model
@@ -23,10 +24,11 @@ def read_card_results(files: Sequence[Path]) -> tuple[CardResult, ...]:
     """Read recorded evaluation results from JSON files with an object each, or a list of them.
 
     An object has `task`, `dataset` and `scores`: numbers by name, nested to any depth, with an
-    interval as `{"value", "low", "high"}`. A nested score is named by its path, such as
-    `t2i.hit_rate_at_1`. Scores per language, class or category, and everything else, are left to
-    the file. For results of `llm2clip evaluate`, the dataset's name states its language and what
-    was left out. All errors are named at once.
+    interval of 95 % confidence as `{"value", "low", "high"}`. A nested score is named by its path,
+    such as `t2i.hit_rate_at_1`. `count` may say how much was measured, such as "1,000 images".
+    Scores per language, class or category, and everything else, are left to the file. For results
+    of `llm2clip evaluate`, the dataset's name states its language and what was left out. All errors
+    are named at once.
     """
     results: dict[tuple[str, str], CardResult] = {}
     errors = []
@@ -96,29 +98,63 @@ def _read_result(entry: Any, file: Path) -> CardResult:
     absent = [name for name, value in (("task", task), ("dataset", dataset)) if not value]
     if absent:
         raise ValueError(f"has no {absent}")
-    scores = dict(_iterate_scores(entry.get("scores"), ""))
-    if not scores:
+    measured = dict(_iterate_scores(entry.get("scores"), ""))
+    if not measured:
         raise ValueError("has no scores")
     # By their exact types, because True is an int.
-    wrong = sorted(n for n, v in scores.items() if type(v) not in (int, float) or not isfinite(v))
+    wrong = sorted(
+        name
+        for name, numbers in measured.items()
+        if any(type(number) not in (int, float) or not isfinite(number) for number in numbers)
+    )
     if wrong:
         raise ValueError(f"has scores that are not finite numbers: {wrong}")
-    if not is_result(entry):
-        return CardResult(str(task), str(dataset), scores, entry.get("fingerprint"))
-    result = parse_result(entry, file)
-    dtype = result.protocol["model"]["dtype"]
-    label = label_dataset(result, with_languages=True)
-    return CardResult(result.task, label, scores, result.fingerprint, dtype)
+    facts = {"fingerprint": entry.get("fingerprint"), "count": entry.get("count")}
+    if not isinstance(facts["count"], str | None):
+        raise ValueError(f"has count={facts['count']!r}, wanted a text")
+    if is_result(entry):
+        result = parse_result(entry, file)
+        dataset = label_dataset(result, with_languages=True)
+        facts |= {
+            "dtype": result.protocol["model"]["dtype"],
+            "count": _describe_counts(result.counts),
+        }
+    return CardResult(
+        str(task),
+        str(dataset),
+        {name: numbers[0] for name, numbers in measured.items()},
+        **facts,
+        intervals={name: numbers[1:] for name, numbers in measured.items() if numbers[1:]},
+    )
 
 
-def _iterate_scores(scores: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Yield path and value of every score, without None, lists and details."""
+def _describe_counts(counts: Mapping[str, Any]) -> str:
+    if "languages" in counts:  # whose images may be the same
+        parts = counts["languages"].values()
+        shown = {"language": len(parts), "text": sum(part["texts"] for part in parts)}
+    else:
+        nouns = ("item", "image") if "classes" in counts else ("item", "image", "text")
+        shown = {noun: counts.get(f"{noun}s") for noun in nouns}
+    return ", ".join(counted(count, noun) for noun, count in shown.items() if count)
+
+
+def _iterate_scores(
+    scores: Any, path: str, interval: Any = None
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Yield the path of every score, without None, lists and details, and its value and interval.
+
+    `interval` is that of the score, where it is beside it.
+    """
     if isinstance(scores, dict):
+        intervals = scores.get("intervals") or {}
         if _INTERVAL <= set(scores):
             others = {name: score for name, score in scores.items() if name not in _INTERVAL}
-            scores = {"": scores["value"], **others}
+            intervals, scores = {"": scores}, {"": scores["value"], **others}
         for name, value in scores.items():
             if name not in _DETAILS:
-                yield from _iterate_scores(value, f"{path}.{name}".strip("."))
+                place = f"{path}.{name}".strip(".")
+                interval = intervals.get(name) if isinstance(intervals, dict) else None
+                yield from _iterate_scores(value, place, interval)
     elif scores is not None and not isinstance(scores, list):
-        yield path, scores
+        is_stated = isinstance(interval, dict) and _INTERVAL <= set(interval)
+        yield path, (scores, *((interval["low"], interval["high"]) if is_stated else ()))

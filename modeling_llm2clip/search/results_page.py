@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import hashlib
 import html
 import io
 import json
@@ -23,7 +24,7 @@ from urllib.parse import quote
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from ..image_loading_llm2clip import load_images
+from ..image_loading_llm2clip import load_images, read_image_header
 from .search_results import SearchResult
 
 ResultFormat: TypeAlias = Literal["table", "json", "csv"]
@@ -165,12 +166,14 @@ def _draw_row(result: SearchResult, number: int, width: int) -> Image.Image:
     draw = ImageDraw.Draw(row)
     place = (_GAP, max(0, (_SIDE - text_height) // 2))
     draw.multiline_text(place, text, fill="#222222", font=font, spacing=8)
-    for column, (image, cosine) in enumerate(result.hits):
+    hits = zip(result.hits, _list_digests(result), strict=True)
+    for column, ((image, cosine), sha256) in enumerate(hits):
         left = _TEXT_WIDTH + column * (_SIDE + _GAP)
-        thumbnail = _shrink(image)
+        thumbnail, state = _shrink(image, sha256)
         row.paste(
             thumbnail, (left + (_SIDE - thumbnail.width) // 2, (_SIDE - thumbnail.height) // 2)
         )
+        draw.text((left + 8, _SIDE // 2), state, fill="#222222", font=small)
         draw.text((left + _SIDE // 2 - 12, _SIDE + 3), f"{cosine:.2f}", fill="#777777", font=small)
     return row
 
@@ -201,11 +204,13 @@ def _draw_letter(font: _Font, letter: str) -> tuple[tuple[int, int], bytes]:
 def _write_section(result: SearchResult, folder: Path) -> str:
     heading = f"<h2>{html.escape(result.query)}</h2>"
     if result.query_image is not None:
-        shown = write_hits([_make_hit(result.query_image, "Query", folder)])
+        shown = write_hits([_make_hit(result.query_image, None, "Query", folder)])
         heading += f'<div class="query">{shown}</div>'
     hits = [
-        _make_hit(image, note_rank(rank, cosine), folder)
-        for rank, (image, cosine) in enumerate(result.hits, start=1)
+        _make_hit(image, sha256, note_rank(rank, cosine), folder)
+        for rank, ((image, cosine), sha256) in enumerate(
+            zip(result.hits, _list_digests(result), strict=True), start=1
+        )
     ]
     return f"<section>{heading}{write_hits(hits) if hits else _NOTHING_FOUND}</section>"
 
@@ -223,10 +228,16 @@ def _write_hit(hit: PageImage) -> str:
     )
 
 
-def _make_hit(image: Path, note: str, folder: Path) -> PageImage:
-    note += "" if image.exists() else " no longer there"
+def _list_digests(result: SearchResult) -> list[str | None]:
+    """List the SHA-256 of each hit as it was indexed; None for images that come from no index."""
+    return [row["sha256"] for row in result.columns] or [None] * len(result.hits)
+
+
+def _make_hit(image: Path, sha256: str | None, note: str, folder: Path) -> PageImage:
+    thumbnail, state = _shrink(image, sha256, _PAGE_SIDE)
+    note = f"{note} {state}".rstrip()
     buffer = io.BytesIO()
-    _shrink(image, _PAGE_SIDE).save(buffer, format="JPEG", quality=85)
+    thumbnail.save(buffer, format="JPEG", quality=85)
     address = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
     return PageImage(path=str(image), image=address, link=_find_address(image, folder), note=note)
 
@@ -239,14 +250,19 @@ def _find_address(file: Path, folder: Path) -> str:
         return file.resolve().as_uri()
 
 
-def _shrink(image: Path, side: int = _SIDE) -> Image.Image:
-    """Decode and shrink an image; a missing one becomes a gray square."""
+def _shrink(image: Path, sha256: str | None, side: int = _SIDE) -> tuple[Image.Image, str]:
+    """Decode and shrink an image, and tell its state; one that cannot be shown is a gray square."""
+    state = "changed since indexed"
     try:
-        thumbnail: Image.Image = load_images(str(image))
-    except ValueError:
-        return Image.new("RGB", (side, side), _GONE)
-    thumbnail.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return thumbnail
+        content = image.read_bytes()
+        if sha256 in (None, hashlib.sha256(content).hexdigest()):
+            with read_image_header(io.BytesIO(content), name=str(image)) as opened:
+                thumbnail: Image.Image = load_images(opened)
+            thumbnail.thumbnail((side, side), Image.Resampling.LANCZOS)
+            return thumbnail, ""
+    except (OSError, ValueError):
+        state = "cannot be read" if image.exists() else "no longer there"
+    return Image.new("RGB", (side, side), _GONE), state
 
 
 def _wrap(text: str, font: _Font, width: int) -> str:

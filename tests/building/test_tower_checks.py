@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import LLM_FAMILIES, tiny_llm, tiny_tokenizer, tiny_vision
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, CLIPImageProcessorPil, PreTrainedModel
 
 from modeling_llm2clip import LLM2CLIPConfig
 from modeling_llm2clip.base_llm2clip import set_attention_direction
@@ -166,9 +166,28 @@ def test_building_refuses_a_causal_llm_that_reads_padding_on_the_left(family: st
     arguments = BuildConfig(prompt="llama-3", text_adapter_layers=0, bidirectional=False)
     with pytest.raises(
         ValueError,
-        match=r"here: with padding on the left, .* another attention implementation\.",
+        match=r"here: with padding on the left, .*\. Take another LLM\.$",
     ):
         join_towers(tiny_vision(), (decoder, tiny_tokenizer()), arguments)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_an_llm_that_neither_direction_takes_is_told_neither(bidirectional: bool) -> None:
+    encoder = build_decoder("albert", {"embedding_size": 16})  # its layers share one module
+    arguments = BuildConfig(prompt="none", text_adapter_layers=0, bidirectional=bidirectional)
+    with pytest.raises(ValueError, match=r"'albert' family cannot be .*\. Take another LLM\.$"):
+        join_towers(tiny_vision(), (encoder, tiny_tokenizer()), arguments)
+
+
+@pytest.mark.parametrize(("width", "side"), [(16, 0), (0, 32)])
+def test_a_convolutional_tower_with_a_size_of_0_is_named(width: int, side: int) -> None:
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, width], "depths": [1, 1]}
+    config = AutoConfig.for_model("resnet", layer_type="basic", **sizes)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": side}, do_center_crop=False)
+    parts = AutoModel.from_config(config), processor
+    arguments = BuildConfig(prompt="none", text_adapter_layers=0)
+    with pytest.raises(ValueError, match=r"'resnet' tower .* or an image processor of the size"):
+        join_towers(parts, (tiny_llm(), tiny_tokenizer()), arguments)
 
 
 @pytest.mark.parametrize("family", REFUSED)

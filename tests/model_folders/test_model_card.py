@@ -26,13 +26,20 @@ from modeling_llm2clip.model_folders.model_card import (
 )
 from modeling_llm2clip.model_folders.model_writing import save_model
 
+COUNT = {"count": "8 images, 16 texts"}
 STATED = CardData(
     license="cc-by-nc-4.0",
     vision_license="mit",
     text_license="llama3.2",
     training_data=("owner/images", "my own photographs"),
     results=(
-        CardResult("retrieval", "COCO", {"t2i_r1": 0.5, "i2t_r1": 0.625}),
+        CardResult(
+            "retrieval",
+            "COCO",
+            {"t2i_r1": 0.5, "i2t_r1": 0.625},
+            intervals={"t2i_r1": (0.25, 0.75)},
+            count=COUNT["count"],
+        ),
         CardResult("zero-shot", "ImageNet", {"top1": 0.75}),
     ),
 )
@@ -55,11 +62,11 @@ def card(folder: Path) -> ModelCard:
 
 def test_the_hubs_parser_gives_the_same_results_back(card: ModelCard) -> None:
     wanted = [
-        EvalResult(task, data, data, name, value)
-        for task, data, name, value in (
-            ("retrieval", "COCO", "t2i_r1", 0.5),
-            ("retrieval", "COCO", "i2t_r1", 0.625),
-            ("zero-shot", "ImageNet", "top1", 0.75),
+        EvalResult(task, data, data, name, value, dataset_args=count, metric_args=interval)
+        for task, data, name, value, count, interval in (
+            ("retrieval", "COCO", "t2i_r1", 0.5, COUNT, {"interval_95": [0.25, 0.75]}),
+            ("retrieval", "COCO", "i2t_r1", 0.625, COUNT, None),
+            ("zero-shot", "ImageNet", "top1", 0.75, None, None),
         )
     ]
     assert card.data.eval_results == wanted
@@ -90,7 +97,9 @@ def test_the_card_describes_what_is_in_the_folder(card: ModelCard) -> None:
         r"| prompt | `'<\|begin\|><\|start_header_id\|>user<\|end_header_id\|>\n\n'` text ",
         "| texts | at most 32 tokens, prompt included |",
         f"| weights | {count / 1000:.1f} k parameters, float32 |",
-        "| zero-shot | ImageNet | top1 | 0.75 |",
+        "| retrieval | COCO | 8 images, 16 texts | t2i_r1 | 0.5 | 0.25 to 0.75 |",
+        "| retrieval | COCO | 8 images, 16 texts | i2t_r1 | 0.625 |  |",
+        "| zero-shot | ImageNet | not stated | top1 | 0.75 |  |",
         'SentenceTransformer("owner/name")',
         "`llm2clip doctor owner/name`",
     ):

@@ -30,6 +30,10 @@ def test_a_card_takes_results_of_its_own_model_in_its_own_dtype_alone(tmp_path: 
     file = tmp_path / "out" / "ours" / "folder.retrieval.json"
     (result,) = read_card_results([file])
     assert result.dataset == "folder [de]"  # a language other than English is named
+    scores, counts = (json.loads(file.read_text("utf-8"))[name] for name in ("scores", "counts"))
+    of_i2t = scores["i2t"]["intervals"]["hit_rate_at_1"]
+    assert result.intervals["i2t.hit_rate_at_1"] == (of_i2t["low"], of_i2t["high"])
+    assert result.count == f"{counts['images']} images, {counts['texts']} texts"
     written = export_model(model, tmp_path / "new", ExportConfig(results=(file,)))
     assert read_card_data(written).results == (result,)
     with pytest.raises(ValueError, match=r"\(weights, dtype\): not measured with the model"):
@@ -57,6 +61,7 @@ def test_scores_that_llm2clip_evaluate_nests_are_named_by_their_path(tmp_path: P
     interval = {"value": 0.5, "low": 0.25, "high": 0.75}
     written = {
         "model": "m", "task": "retrieval", "dataset": "coco", "format_version": 1, "seconds": 1.5,
+        "count": "1,000 images",
         "scores": {
             "t2i": {"hit_rate_at_1": 0.5, "intervals": {"hit_rate_at_1": interval}},
             "accuracy": {**interval, "chance": 0.125},
@@ -70,6 +75,8 @@ def test_scores_that_llm2clip_evaluate_nests_are_named_by_their_path(tmp_path: P
         "retrieval",
         "coco",
         {"t2i.hit_rate_at_1": 0.5, "accuracy": 0.5, "accuracy.chance": 0.125},
+        intervals={"t2i.hit_rate_at_1": (0.25, 0.75), "accuracy": (0.25, 0.75)},
+        count="1,000 images",
     )
 
 
@@ -81,6 +88,12 @@ def test_every_error_of_the_results_is_named_at_once(tmp_path: Path) -> None:
         "unscored": {"task": "t", "dataset": "d", "scores": {}},
         "endless": {"task": "t", "dataset": "e", "scores": {"r1": float("nan"), "r5": True}},
         "twice": [good, good],
+        "uncounted": {**good, "dataset": "f", "count": 7},
+        "unbounded": {
+            **good,
+            "dataset": "g",
+            "scores": {"r1": {"value": 1, "low": None, "high": 1}},
+        },
     }
     paths = [write_json(tmp_path / f"{name}.json", value) for name, value in contents.items()]
     (tmp_path / "broken.json").write_text("{", encoding="utf-8")
@@ -93,6 +106,8 @@ def test_every_error_of_the_results_is_named_at_once(tmp_path: Path) -> None:
         "unscored.json: has no scores",
         "endless.json: has scores that are not finite numbers: ['r1', 'r5']",
         "twice.json: t on d is given twice",
+        "uncounted.json: has count=7, wanted a text",
+        "unbounded.json: has scores that are not finite numbers: ['r1']",
         "broken.json: Expecting",
         "absent.json: [Errno 2]",
     ):

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 import yaml
 from packaging.requirements import Requirement
 from PIL import Image
-from tiny import draw_noise
+from sentence_transformers import SentenceTransformer
+from tiny import draw_noise, tiny_model
 from tiny_folders import export_tiny_model
 
 from modeling_llm2clip.__main__ import main
@@ -33,6 +34,7 @@ from modeling_llm2clip.configuration_llm2clip import LLM2CLIPConfig
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.model_folders.model_loading import load_model
+from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.publishing import export_model as export_model_module
 from modeling_llm2clip.publishing.export_model import (
     export_model,
@@ -212,6 +214,22 @@ def test_fewer_dimensions_are_the_first_at_unit_length(handler: Any, model: Any)
     torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
 
 
+def test_an_instruction_by_name_gives_the_embeddings_of_sentence_transformers(
+    tmp_path: Path,
+) -> None:
+    instructions = {"query": "Find an image: ", "topic": "Name the topic: "}
+    parts = tiny_model(max_text_length=128)
+    source = save_model(*parts, tmp_path / "source", instructions=instructions)
+    written = export_model(source, tmp_path / "model", ExportConfig(handler=True))
+    handler, library = load_handler(written), SentenceTransformer(str(written), device="cpu")
+    for name in ("query", "topic", "document", None):
+        found = handler({"inputs": TEXTS, "parameters": {"prompt_name": name}})
+        expected = library.encode(TEXTS, prompt_name=name, convert_to_tensor=True)
+        torch.testing.assert_close(torch.tensor(found), expected, atol=TOLERANCE, rtol=0)
+        is_plain = torch.allclose(expected, library.encode(TEXTS, convert_to_tensor=True), atol=0.1)
+        assert is_plain == (name in ("document", None))
+
+
 def make_bomb() -> str:
     """A PNG whose header says that it has more pixels than memory holds."""
     file = io.BytesIO()
@@ -244,6 +262,16 @@ BAD = {
     "parameters of another type": ({"inputs": "a dog", "parameters": [1]}, "parameters: got"),
     "dimensions": ({"inputs": "a", "parameters": {"dimensions": 99}}, "got 99; the model has 32"),
     "no dimensions": ({"inputs": "a", "parameters": {"dimensions": 0}}, "a positive integer"),
+    "an unknown instruction": (
+        {"inputs": "a", "parameters": {"prompt_name": "other"}}, "got 'other'; known are"
+    ),
+    "an instruction of another type": (
+        {"inputs": "a", "parameters": {"prompt_name": ["query"]}}, "known are"
+    ),
+    "an instruction for labels": (
+        {"inputs": IMAGE, "parameters": {"candidate_labels": ["a"], "prompt_name": "query"}},
+        "leave out",
+    ),
     "no labels": ({"inputs": IMAGE, "parameters": {"candidate_labels": []}}, "1 to 1000 different"),
     "equal labels": (
         {"inputs": IMAGE, "parameters": {"candidate_labels": ["a", "a"]}}, "1 to 1000 different"

@@ -269,17 +269,32 @@ def test_a_missing_license_stops_an_upload_before_anything_is_loaded(
     assert "states no license" in capsys.readouterr().err
 
 
-def test_a_checkpoint_of_a_trainer_is_refused_with_the_command_that_completes_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def save_parts(folder: Path, _source: Path) -> None:
     for part in shared_model():  # as transformers' and sentence-transformers' trainers save them
-        part.save_pretrained(tmp_path / "checkpoint-9")
+        part.save_pretrained(folder)
+
+
+def save_encoder(folder: Path, source: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    SentenceTransformer(str(source), device="cpu").save(str(folder))
+
+
+@pytest.mark.parametrize("save", [save_parts, save_encoder])
+def test_a_checkpoint_of_a_trainer_is_refused_with_the_command_that_completes_it(
+    save: Any, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    save(tmp_path / "checkpoint 9", source)
     monkeypatch.chdir(tmp_path)
-    assert main(["push", "checkpoint-9", NAME, "--license", "mit", "--dry-run"]) == 2
-    refusal = capsys.readouterr().err
+    assert main(["push", "checkpoint 9", NAME, "--license", "mit", "--dry-run"]) == 2
+    [refusal] = re.findall("llm2clip push: (.*)", capsys.readouterr().err)
     assert "golden embeddings" in refusal and "licenses" in refusal
     [command] = re.findall(r"`llm2clip (export .*)`", refusal)
-    words = [{"LICENSE": "mit", "NAME": "my-images"}.get(word, word) for word in command.split()]
+    assert main(["doctor", "checkpoint 9"]) == 0
+    assert refusal in capsys.readouterr().out
+    stand_ins = {"LICENSE": "mit", "NAME": "my-images"}
+    words = [stand_ins.get(word, word) for word in shlex.split(command)]
     with pytest.warns(UserWarning, match="has no golden embeddings"):
         assert main(words) == 0
     assert main(["push", "COMPLETE", NAME, "--dry-run"]) == 0

@@ -135,6 +135,29 @@ def test_a_query_image_finds_itself_first_and_the_others_by_their_cosines(
         assert cosines[0] == pytest.approx(1, abs=ROUNDING)
 
 
+def test_a_file_that_changed_since_it_was_indexed_is_named_and_not_shown(
+    images: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    folder, output, red = tmp_path / "images", tmp_path / "found", (200, 0, 0)
+    shutil.copytree(images, folder)
+    build(model_folder, folder, tmp_path / "index")
+    Image.new("RGB", (300, 300), red).save(folder / "a.png")
+    assert main(["search", str(tmp_path / "index"), "a dog", "--output", str(output)]) == 0
+    page = (output / "search.html").read_text(encoding="utf-8")
+    notes = re.findall(r'<span class="caption">(.*?)</li>', page)
+    assert [note for note in notes if "changed since indexed" in note] == [
+        note for note in notes if '<span class="name">a.png</span>' in note
+    ]
+    shown = [io.BytesIO(base64.b64decode(text)) for text in re.findall('base64,([^"]+)', page)]
+    assert len(shown) == len(notes) == 4
+    for picture in (*shown, output / "search.png"):
+        with Image.open(picture) as opened:
+            pixels = np.asarray(opened.convert("RGB"), dtype=int)
+        # JPEG moves the red by a few levels; one pixel in ten thousand of noise is as near to it.
+        near_red = (np.abs(pixels - red) < 16).all(axis=-1)
+        assert near_red.mean() < 0.01
+
+
 def test_sentences_and_images_can_be_one_query(
     images: Path, index: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -77,6 +77,11 @@ def test_the_client_of_openai_works_unmodified(url: str) -> None:
         )
         with pytest.raises(openai.NotFoundError, match="no model 'other'"):
             client.embeddings.create(model="other", input="a")
+        # As LangChain and LlamaIndex send it.
+        with pytest.raises(openai.BadRequestError, match="no instruction 'other'"):
+            client.embeddings.create(
+                model=MODEL_NAME, input="a", extra_body={"prompt_name": "other"}
+            )
         with pytest.raises(openai.BadRequestError, match="token ids are not taken"):
             client.embeddings.create(model=MODEL_NAME, input=[[1, 2, 3]])
     expected = expect(*MIXED_TEXTS)

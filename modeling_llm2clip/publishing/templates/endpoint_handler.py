@@ -5,6 +5,7 @@ every request. A ValueError becomes a reply with its text and status 400.
 
     {"inputs": "two red apples"}
     {"inputs": ["two red apples", {"text": "a dog"}, {"image": "<base64>"}]}
+    {"inputs": "two red apples", "parameters": {"prompt_name": "query", "dimensions": 256}}
     {"inputs": {"image": "<base64>"}, "parameters": {"candidate_labels": ["cat", "dog"]}}
 
 An image is base64 of its file, with or without `data:image/…;base64,` before it, or the body of a
@@ -32,7 +33,8 @@ MAX_LABELS = 1000
 MAX_MEGAPIXELS = 50
 BATCH_SIZE = 16
 HYPOTHESIS_TEMPLATE = "a photo of a {}."
-_PARAMETERS = {"candidate_labels", "hypothesis_template", "dimensions"}
+_OF_EMBEDDINGS = {"dimensions", "prompt_name"}
+_PARAMETERS = {"candidate_labels", "hypothesis_template", *_OF_EMBEDDINGS}
 _DATA_URL = re.compile(r"data:(image/|[^,\s]*;base64,)", re.IGNORECASE)
 _SHOWN = 40  # characters of an input in an error
 
@@ -62,7 +64,8 @@ class EndpointHandler:
         Args:
             data: `inputs`, a text, an image or a list of both, and `parameters`:
                 `candidate_labels` asks for labels of images, `hypothesis_template` is the sentence
-                around a label, `dimensions` the length of embeddings.
+                around a label, `dimensions` the length of embeddings, and `prompt_name` the
+                instruction that texts get, as with `encode` of sentence-transformers.
 
         Returns:
             For one input, its embedding of unit length as a list of numbers, or its labels as
@@ -81,13 +84,25 @@ class EndpointHandler:
             raise ValueError(f"inputs: got {len(several)}; give 1 to {MAX_INPUTS}.")
         labels = _read_labels(parameters.get("candidate_labels"))
         if labels is None:
-            results = self._embed(several, _read_dimensions(parameters.get("dimensions")))
+            instruction = self._find_instruction(parameters.get("prompt_name"))
+            dimensions = _read_dimensions(parameters.get("dimensions"))
+            results = self._embed(several, dimensions, instruction)
         else:
+            if any(parameters.get(name) is not None for name in _OF_EMBEDDINGS):
+                raise ValueError(f"candidate_labels: leave out {sorted(_OF_EMBEDDINGS)}.")
             template = _read_template(parameters.get("hypothesis_template", HYPOTHESIS_TEMPLATE))
             results = self._classify(several, labels, template)
         return results if isinstance(inputs, list) else results[0]
 
-    def _embed(self, inputs: Sequence[Any], dimensions: int | None) -> list[Any]:
+    def _find_instruction(self, name: Any) -> str:
+        instructions = {"query": "", "document": "", **self.model.config.instructions}
+        if name is None:
+            return ""
+        if name not in list(instructions):  # a list compares what has no hash, too
+            raise ValueError(f"prompt_name: got {name!r}; known are {list(instructions)}.")
+        return str(instructions[name])
+
+    def _embed(self, inputs: Sequence[Any], dimensions: int | None, instruction: str) -> list[Any]:
         """Embed texts and images in batches, and return them in their order."""
         read = [self._read_input(one) for one in inputs]
         rows: dict[int, list[float]] = {}
@@ -97,7 +112,7 @@ class EndpointHandler:
                 raise ValueError(f"This model encodes no {modality}s.")
             for start in range(0, len(places), BATCH_SIZE):
                 batch = places[start : start + BATCH_SIZE]
-                embeds = self._encode(modality, [read[place][1] for place in batch])
+                embeds = self._encode(modality, [read[place][1] for place in batch], instruction)
                 if dimensions is not None:
                     if dimensions > embeds.shape[1]:
                         raise ValueError(
@@ -108,9 +123,14 @@ class EndpointHandler:
         return [rows[place] for place in range(len(read))]
 
     @torch.inference_mode()
-    def _encode(self, modality: str, batch: list[Any]) -> torch.Tensor:
+    def _encode(self, modality: str, batch: list[Any], instruction: str = "") -> torch.Tensor:
         if modality == "text":
-            inputs = self.processor(text=batch).to(self.model.device)
+            texts = [instruction + text.strip() for text in batch]
+            inputs = self.processor(text=texts).to(self.model.device)
+            if instruction:  # counted as sentence-transformers does
+                ids = self.processor.tokenizer(instruction)["input_ids"]
+                ends_special = bool(self.model.config.prompt_suffix_ends_special)
+                inputs["prompt_length"] = len(ids) - ends_special
             features = self.model.get_text_features(**inputs)
         else:
             inputs = self.processor(images=batch).to(self.model.device)

@@ -20,6 +20,7 @@ CHOSE = ", which chose the weights"
 # On the card, in place of the digest of the held-out groups.
 SEEN = ", on which the model may have been trained before"
 TUNED_ON = ", on whose captions the language model may have been fine-tuned"
+_GROUPS = ", groups "
 REFITTED = ", measured before the model was fitted once more on all images, these too"
 NEAR_CHANCE = (
     "Warning: on held-out images this model is near chance, or they are too few to tell. Do not "
@@ -63,7 +64,7 @@ def note_held_out(data: RunData, source: Path) -> dict[str, Any]:
         return {}
     groups, config = data.held_out.groups, LLM2CLIPConfig.from_pretrained(source)
     card = read_card_data(source)
-    was_held_out = any(result.dataset.endswith(_name_groups(groups)) for result in card.results)
+    was_held_out = any(result.dataset.endswith(_GROUPS + groups) for result in card.results)
     return {
         "groups": groups,
         "maybe_trained_on": config.projections_trained and not was_held_out,
@@ -111,9 +112,8 @@ def make_card_results(results: Mapping[str, Any], data_name: str | None) -> tupl
         ()
         if labeled is None
         else (make_accuracy(labeled["dataset"], labeled["accuracy"], labeled["num_classes"],
-                            has_chosen=by_accuracy),)
+                            num_images=labeled["num_images"], has_chosen=by_accuracy),)
     )  # fmt: skip
-    shown = {name: value for name, value in asdict(scores).items() if name.endswith("_r1")}
     held_out = f"{scores.num_images} images held out of the alignment"
     notes = results["held_out"]
     if notes["maybe_trained_on"]:
@@ -123,21 +123,34 @@ def make_card_results(results: Mapping[str, Any], data_name: str | None) -> tupl
     if "refit" in results:
         held_out += REFITTED
     elif not notes["maybe_trained_on"]:
-        held_out += _name_groups(notes["groups"])
+        held_out += _GROUPS + notes["groups"]
     dataset = held_out if data_name is None else f"{data_name}, {held_out}"
-    return (CardResult("retrieval", dataset, shown), *accuracy)
+    return (make_recalls(scores, dataset), *accuracy)
+
+
+def make_recalls(scores: HeldOutScores, dataset: str) -> CardResult:
+    """Make the R@1 of captions and images for a card."""
+    shown = {name: value for name, value in asdict(scores).items() if name.endswith("_r1")}
+    return CardResult(
+        "retrieval",
+        dataset,
+        shown,
+        intervals={name: scores.find_interval(shown[name]) for name in ("t2i_r1", "i2t_r1")},
+        count=f"{counted(scores.num_images, 'image')}, {counted(scores.num_texts, 'text')}",
+    )
 
 
 def make_accuracy(
-    dataset: str, accuracy: float, num_classes: int, *, has_chosen: bool
+    dataset: str, accuracy: float, num_classes: int, *, num_images: int, has_chosen: bool
 ) -> CardResult:
     """Make the accuracy on labeled images for a card."""
-    scores = {"top_1": accuracy, "chance_top_1": 1 / num_classes}
-    return CardResult("classification", dataset + CHOSE * has_chosen, scores)
-
-
-def _name_groups(groups: str) -> str:
-    return f", groups {groups}"
+    return CardResult(
+        "classification",
+        dataset + CHOSE * has_chosen,
+        {"top_1": accuracy, "chance_top_1": 1 / num_classes},
+        intervals={"top_1": find_interval(accuracy, num_images)},
+        count=counted(num_images, "image"),
+    )
 
 
 def _describe_weights(results: Mapping[str, Any]) -> str:

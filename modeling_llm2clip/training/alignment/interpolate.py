@@ -7,7 +7,7 @@ share of the way often keeps most of both. Nothing is trained here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -35,7 +35,7 @@ from .align_checks import check_data
 from .alignment_data import AlignmentDataset
 from .alignment_fit import name_as_saved
 from .alignment_model import AlignmentModel
-from .alignment_report import CHOSE, make_accuracy
+from .alignment_report import CHOSE, make_accuracy, make_recalls
 from .best_weights import rank_scores, set_between
 from .held_out import HeldOutImages, HeldOutScores, embed_batches
 from .zero_shot import ZeroShotImages, load_labeled_images
@@ -157,12 +157,17 @@ def _list_card_results(
     scores: HeldOutScores, labeled: ClassificationDataset | None, by_accuracy: bool
 ) -> list[CardResult]:
     dataset = counted(scores.num_images, "image") + ("" if by_accuracy else CHOSE)
-    recalls = {name: value for name, value in asdict(scores).items() if name.endswith("_r1")}
-    results = [CardResult("retrieval", dataset, recalls)]
+    results = [make_recalls(scores, dataset)]
     if labeled is not None and scores.zero_shot is not None:
         num_classes = len(labeled.class_names)
         results.append(
-            make_accuracy(labeled.name, scores.zero_shot, num_classes, has_chosen=by_accuracy)
+            make_accuracy(
+                labeled.name,
+                scores.zero_shot,
+                num_classes,
+                num_images=len(labeled.labels),
+                has_chosen=by_accuracy,
+            )
         )
     return results
 

@@ -237,3 +237,5 @@ def test_scores_of_a_folder_in_half_precision_are_those_of_its_written_weights(
     assert run.results["held_out"]["in_training"]["loss"] != scores.loss
     (shown,) = read_card_data(run.model).results
     assert shown.scores["t2i_r1"] == pytest.approx(scores.t2i_r1)
+    assert shown.intervals["t2i_r1"] == pytest.approx(scores.find_interval(scores.t2i_r1))
+    assert shown.count == f"{scores.num_images} images, {scores.num_texts} texts"

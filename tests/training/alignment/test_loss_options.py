@@ -27,6 +27,7 @@ from modeling_llm2clip.modeling_llm2clip import LLM2CLIPVisionModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.alignment_report import describe_alignment
+from modeling_llm2clip.training.alignment.held_out import find_interval
 from modeling_llm2clip.training.alignment.zero_shot import ZeroShotImages, load_labeled_images
 
 
@@ -152,9 +153,11 @@ def test_the_zero_shot_accuracy_is_that_of_evaluate(
     lines = "\n".join(describe_alignment(run.output))
     assert f"Zero-shot accuracy on {3 * len(COLORS)} images" in lines
     card = read_card_data(run.model).results
-    assert [r.scores["top_1"] for r in card if r.task == "classification"] == [
-        pytest.approx(labeled["accuracy"])
-    ]
+    [classified] = [result for result in card if result.task == "classification"]
+    assert classified.scores["top_1"] == pytest.approx(labeled["accuracy"])
+    interval = find_interval(labeled["accuracy"], 3 * len(COLORS))
+    assert classified.intervals["top_1"] == pytest.approx(interval)
+    assert classified.count == f"{3 * len(COLORS)} images"
 
 
 @pytest.mark.slow
