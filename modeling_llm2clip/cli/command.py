@@ -239,8 +239,10 @@ def _convert(hint: Any, tokens: Any) -> Any:
     """Convert words as cyclopts does, but refuse 3.5 for an integer, which it would round."""
     import pydantic  # noqa: F401  # with which cyclopts then checks values by their annotations
 
-    if int in (hint, *get_args(hint)) and any("." in token.value for token in tokens):
-        raise ValueError(f"{tokens[0].value} is not an integer.")
+    types = (hint, *get_args(hint))
+    decimals = [token.value for token in tokens if "." in token.value]
+    if decimals and int in (*types, *chain(*map(get_args, types))):  # of a list, too
+        raise ValueError(f"{decimals[0]} is not an integer.")
     return cyclopts.convert(hint, tokens)
 
 

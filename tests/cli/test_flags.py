@@ -35,6 +35,8 @@ class StageConfig(DeviceConfig):
     """Names."""
     mode: Literal["frozen", "lora"] = "frozen"
     """Mode."""
+    sizes: tuple[Annotated[int, Interval(ge=1)], ...] = ()
+    """Sizes. Default: none."""
 
 
 CALLS: list[Any] = []
@@ -156,6 +158,7 @@ def test_underscores_are_hyphens() -> None:
         ("stage m --labels l --mode Lora", 'Did you mean "lora"?'),
         ("stage m --labels l --device gpu", "--device 'gpu': must be one of auto, cpu, "),
         ("stage m --labels l --max-steps 3.5", "--max-steps: 3.5 is not an integer."),
+        ("stage m --labels l --sizes 3 3.5", "3.5 is not an integer."),
         ("stage m --labels l --max-steps 0", "--max-steps 0: Input should be greater than or "),
         ("stage m --labels l --learning-rate x", 'unable to convert "x" into float'),
         ("stage m --labels l --learning-rate nan", "--learning-rate nan: Input should be "),
@@ -204,6 +207,7 @@ def test_flags_win_over_the_file_of_options(tmp_path: Path) -> None:
         ("max_step: 3", '"[max_step]"'),
         ("config: other.yaml", "config is not an option."),
         ("max_steps: 3.5", "3.5 is not an integer."),
+        ("sizes: [3, 3.5]", "3.5 is not an integer."),
         ("learning_rate: 1\nlearning_rate: 2", "given twice"),
         ("top_k: 0", "Input should be greater than or equal to 1."),
     ],
