@@ -229,10 +229,14 @@ def _prepare(app: App, commands: tuple[str, ...], arguments: ArgumentCollection)
             values = read_yaml(file)
             if "config" in values:
                 raise ValueError(f"{file}: config is not an option. Give all options in one file.")
+            negatives = {name for flag in arguments for name in flag.negatives}
             for name, value in values.items():
+                if f"--{str(name).replace('_', '-')}" in negatives:
+                    raise ValueError(f"{file}: {name} is not an option. Give {name[3:]}: false.")
                 if isinstance(value, list) and all(isinstance(item, list) for item in value):
                     values[name] = [*chain(*value)]  # pairs, as words are in a command line
-            Dict(values, use_commands_as_keys=False, source=file)(app, commands, arguments)
+            # Under the name of the command: at the top, names of commands are no options.
+            Dict({commands[0]: values}, source=file)(app, commands, arguments)
 
 
 def _convert(hint: Any, tokens: Any) -> Any:

@@ -37,6 +37,8 @@ class StageConfig(DeviceConfig):
     """Mode."""
     sizes: tuple[Annotated[int, Interval(ge=1)], ...] = ()
     """Sizes. Default: none."""
+    find_images: str | None = None
+    """An option with the name of a command. Default: none."""
 
 
 CALLS: list[Any] = []
@@ -208,6 +210,9 @@ def test_flags_win_over_the_file_of_options(tmp_path: Path) -> None:
         ("config: other.yaml", "config is not an option."),
         ("max_steps: 3.5", "3.5 is not an integer."),
         ("sizes: [3, 3.5]", "3.5 is not an integer."),
+        ("no_is_merged: true", "no_is_merged is not an option. Give is_merged: false."),
+        ("stage: m", '"[stage]"'),
+        ("~: 3", "must hold `option: value` lines."),
         ("learning_rate: 1\nlearning_rate: 2", "given twice"),
         ("top_k: 0", "Input should be greater than or equal to 1."),
     ],
@@ -216,6 +221,13 @@ def test_a_wrong_file_of_options_is_refused(text: str, message: str, tmp_path: P
     file = tmp_path / "options.yaml"
     file.write_text(text)
     assert message in refuse("stage", "m", "--labels", "l", "--config", str(file))
+
+
+def test_a_file_may_have_an_option_with_the_name_of_a_command(tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text("find-images: f")
+    _, _, config, _, _ = run("stage", "m", "--labels", "l", "--config", str(file))
+    assert config == StageConfig(find_images="f")
 
 
 def test_a_file_of_options_that_is_not_there_is_named() -> None:
