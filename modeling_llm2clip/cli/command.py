@@ -229,18 +229,24 @@ def _prepare(app: App, commands: tuple[str, ...], arguments: ArgumentCollection)
             values = read_yaml(file)
             if "config" in values:
                 raise ValueError(f"{file}: config is not an option. Give all options in one file.")
+            negatives = {name for flag in arguments for name in flag.negatives}
             for name, value in values.items():
+                if f"--{str(name).replace('_', '-')}" in negatives:
+                    raise ValueError(f"{file}: {name} is not an option. Give {name[3:]}: false.")
                 if isinstance(value, list) and all(isinstance(item, list) for item in value):
                     values[name] = [*chain(*value)]  # pairs, as words are in a command line
-            Dict(values, use_commands_as_keys=False, source=file)(app, commands, arguments)
+            # Under the name of the command: at the top, names of commands are no options.
+            Dict({commands[0]: values}, source=file)(app, commands, arguments)
 
 
 def _convert(hint: Any, tokens: Any) -> Any:
     """Convert words as cyclopts does, but refuse 3.5 for an integer, which it would round."""
     import pydantic  # noqa: F401  # with which cyclopts then checks values by their annotations
 
-    if int in (hint, *get_args(hint)) and any("." in token.value for token in tokens):
-        raise ValueError(f"{tokens[0].value} is not an integer.")
+    types = (hint, *get_args(hint))
+    decimals = [token.value for token in tokens if "." in token.value]
+    if decimals and int in (*types, *chain(*map(get_args, types))):  # of a list, too
+        raise ValueError(f"{decimals[0]} is not an integer.")
     return cyclopts.convert(hint, tokens)
 
 

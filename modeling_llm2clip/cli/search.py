@@ -180,12 +180,22 @@ def _shorten_paths(result: SearchResult) -> SearchResult:
 
 
 def _report_missing(results: Sequence[SearchResult]) -> None:
-    paths = dict.fromkeys(path for result in results for path, _ in result.hits)
-    if missing := [str(path) for path in paths if not path.exists()]:
-        report(
-            f"{counted(len(missing), 'image')} found but no longer there: {', '.join(missing)}. "
-            "Update the index with llm2clip index. If the folder was moved, give --image-dir."
-        )
+    from ..data.atomic_files import hash_file
+
+    hits = {path: row["sha256"] for result in results
+            for (path, _), row in zip(result.hits, result.columns, strict=True)}  # fmt: skip
+    missing = [path for path in hits if not path.is_file()]
+    changed = [path for path in hits.keys() - missing if hash_file(path) != hits[path]]
+    for paths, problem in (
+        (missing, "no longer there"),
+        (sorted(changed), "changed since it was indexed"),
+    ):
+        if paths:
+            report(
+                f"{counted(len(paths), 'image')} found but {problem}: "
+                f"{', '.join(map(str, paths))}. Update the index with llm2clip index. If the "
+                "folder was moved, give --image-dir."
+            )
 
 
 def _write(results: list[SearchResult], output: Path) -> None:

@@ -135,7 +135,7 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
         raise ValueError(f"{file} cannot be read as YAML: {message}") from None
     if values is None:  # an empty file
         return {}
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or None in values:
         raise ValueError(f"{file} must hold `option: value` lines.")
     return values
 

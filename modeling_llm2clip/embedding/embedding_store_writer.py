@@ -35,7 +35,7 @@ from ..data.store.store_manifest import (
     ShardRecord,
     StoreManifest,
 )
-from ..data.store.store_shards import PLAN, check_size
+from ..data.store.store_shards import PLAN, check_file, check_size
 from .sharded_writer import ShardedWriter, begin_output, explain_full_output, read_begun
 
 _COPIED_AT_ONCE = 4
@@ -221,12 +221,16 @@ class SharedStoreWriter(EmbeddingStoreWriter):
     def _fetch(self, shard: int) -> None:
         for name in self._list_files(shard):
             self.storage.pull(name, self.folder)
-        if not super().is_done(shard):
+        record = self._read_record(shard)
+        assert record is not None  # it has just come
+        try:
+            check_file(self.folder, record)
+        except ValueError as error:
+            (self.folder / self.manifest.name_record(shard)).unlink()
             raise ValueError(
-                f"{self.storage.url}/{self.manifest.name_shard(shard)} is damaged: its size is not "
-                "that of its record. Delete it and the .json file beside it there, and extract "
-                "again."
-            )
+                f"{self.storage.url} has a damaged shard ({error}). Delete it and the .json file "
+                "beside it there, and extract again."
+            ) from error
 
     def _list_files(self, shard: int) -> tuple[str, ...]:
         """Name the files of a complete shard, the record last: it says that the other is whole."""

@@ -63,6 +63,8 @@ def make_labels(names: Sequence[str], *, templates: Sequence[str] = ("{}",)) -> 
 
 
 def check_templates(templates: Sequence[str]) -> None:
+    if not templates:
+        raise ValueError("There is no template. Give at least one, such as {}.")
     broken = [text[:_SHOWN_CHARACTERS] for text in templates if text.count("{}") != 1][:_SHOWN]
     if broken:
         raise ValueError(f"Templates without exactly one {{}}: {broken}. Put it where labels go.")

@@ -266,11 +266,15 @@ def _add_uses(router: APIRouter, service: EmbeddingService, images: ImageInputs)
             templates=body.templates,
             top_k=body.top_k,
         )
-        data = [
-            {"object": "classification", "index": index, "labels": list(map(asdict, tags))}
-            for index, tags in enumerate(found.tags)
-        ]
-        return JsonResponse(_make_list(service, data, found))
+
+        def make_response() -> Response:
+            data = [
+                {"object": "classification", "index": index, "labels": list(map(asdict, tags))}
+                for index, tags in enumerate(found.tags)
+            ]
+            return JsonResponse(_make_list(service, data, found))
+
+        return await asyncio.to_thread(make_response)
 
     @router.post("/v1/search", tags=["LLM2CLIP"], response_model=schemas.SearchResponse)
     async def search(

@@ -33,7 +33,7 @@ MOST_CHARACTERS = 100_000
 MOST_HITS = 1000
 """Maximum images per query of a search."""
 MOST_RESULTS = 20_000
-"""Maximum images of all queries of a search: the response has a line of columns for each."""
+"""Maximum images of all queries of a search, and labels of all images of a classification."""
 
 
 def _require_text(text: str) -> str:
@@ -291,6 +291,17 @@ class ClassifyRequest(_Options):
         ["{}"], description="Prompts with {} for the label; several are averaged."
     )
     top_k: int | None = Field(None, ge=1, description="Labels per image; all by default.")
+
+    @model_validator(mode="after")
+    def _require_few_results(self) -> Self:
+        most = min(self.top_k or MOST_INPUTS, len(self.candidate_labels))
+        if (count := len(self.images) * most) > MOST_RESULTS:
+            raise ValueError(
+                f"{counted(len(self.images), 'image')} with {counted(most, 'label')} each ask for "
+                f"{count:,} labels, the maximum is {MOST_RESULTS:,}. Send fewer images, or a "
+                "smaller top_k"
+            )
+        return self
 
 
 class SearchRequest(_TextOptions):

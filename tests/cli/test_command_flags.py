@@ -144,9 +144,7 @@ def test_a_name_takes_values_of_one_type_in_all_commands() -> None:
             found = re.sub(r"typing\.|Optional|[][]| \| None|<class '|pathlib\.|'>", "", found)
             types.setdefault(flag.name, set()).add(re.sub(r"Literal.*", "Literal", found))
     several = {name for name, found in types.items() if len(found) > 1}
-    assert several == {
-        "--image-dir",  # evaluate has several datasets: NAME=FOLDER
-    }
+    assert several == {"--image-dir"}  # evaluate has several datasets: NAME=FOLDER
 
 
 def refuse(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -35,6 +35,10 @@ class StageConfig(DeviceConfig):
     """Names."""
     mode: Literal["frozen", "lora"] = "frozen"
     """Mode."""
+    sizes: tuple[Annotated[int, Interval(ge=1)], ...] = ()
+    """Sizes. Default: none."""
+    find_images: str | None = None
+    """An option with the name of a command. Default: none."""
 
 
 CALLS: list[Any] = []
@@ -156,6 +160,7 @@ def test_underscores_are_hyphens() -> None:
         ("stage m --labels l --mode Lora", 'Did you mean "lora"?'),
         ("stage m --labels l --device gpu", "--device 'gpu': must be one of auto, cpu, "),
         ("stage m --labels l --max-steps 3.5", "--max-steps: 3.5 is not an integer."),
+        ("stage m --labels l --sizes 3 3.5", "3.5 is not an integer."),
         ("stage m --labels l --max-steps 0", "--max-steps 0: Input should be greater than or "),
         ("stage m --labels l --learning-rate x", 'unable to convert "x" into float'),
         ("stage m --labels l --learning-rate nan", "--learning-rate nan: Input should be "),
@@ -204,6 +209,10 @@ def test_flags_win_over_the_file_of_options(tmp_path: Path) -> None:
         ("max_step: 3", '"[max_step]"'),
         ("config: other.yaml", "config is not an option."),
         ("max_steps: 3.5", "3.5 is not an integer."),
+        ("sizes: [3, 3.5]", "3.5 is not an integer."),
+        ("no_is_merged: true", "no_is_merged is not an option. Give is_merged: false."),
+        ("stage: m", '"[stage]"'),
+        ("~: 3", "must hold `option: value` lines."),
         ("learning_rate: 1\nlearning_rate: 2", "given twice"),
         ("top_k: 0", "Input should be greater than or equal to 1."),
     ],
@@ -212,6 +221,13 @@ def test_a_wrong_file_of_options_is_refused(text: str, message: str, tmp_path: P
     file = tmp_path / "options.yaml"
     file.write_text(text)
     assert message in refuse("stage", "m", "--labels", "l", "--config", str(file))
+
+
+def test_a_file_may_have_an_option_with_the_name_of_a_command(tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text("find-images: f")
+    _, _, config, _, _ = run("stage", "m", "--labels", "l", "--config", str(file))
+    assert config == StageConfig(find_images="f")
 
 
 def test_a_file_of_options_that_is_not_there_is_named() -> None:

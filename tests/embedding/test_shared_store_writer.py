@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,15 +129,19 @@ def test_a_complete_store_is_not_taken_for_one_that_is_in_the_storage(
     assert read_files(tmp_path / "new") == read_files(tmp_path / "complete")
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda content: content[:-1], lambda content: content[:-1] + b"x"]
+)
 def test_a_damaged_shard_in_the_storage_is_named(
-    model: Path, records: RecordTable, tmp_path: Path
+    damage: Callable[[bytes], bytes], model: Path, records: RecordTable, tmp_path: Path
 ) -> None:
     url = f"file://{tmp_path}/storage"
     extract(model, records, tmp_path / "one", CONFIG, modality="text", storage=url, partition="1/1")
     shard = sorted((tmp_path / "storage").glob("*.safetensors"))[1]
-    shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=shard.name):
-        merge_store(tmp_path / "merged", storage=url)
+    shard.write_bytes(damage(shard.read_bytes()))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=shard.name):
+            merge_store(tmp_path / "merged", storage=url)
 
 
 def test_a_file_that_is_not_there_is_lost_and_leaves_nothing(tmp_path: Path) -> None:

@@ -186,6 +186,18 @@ def test_a_filter_narrows_what_is_found(index: str, capsys: pytest.CaptureFixtur
     assert "where='color = 1'" in shown and "The columns are path, sha256" in shown
 
 
+def test_an_image_that_is_another_than_the_one_found_is_reported(
+    images: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(images, tmp_path / "images"))
+    build(model_folder, folder, tmp_path / "index")
+    assert main(["search", str(tmp_path / "index"), "a dog"]) == 0
+    assert "found but" not in capsys.readouterr().err
+    Image.new("RGB", (9, 9), "lime").save(folder / "a.png")
+    assert main(["search", str(tmp_path / "index"), "a dog"]) == 0
+    assert "1 image found but changed since it was indexed: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("where", [None, "height > 9999"])
 def test_a_page_is_written_even_if_nothing_is_found_and_if_an_image_is_gone(
     where: str | None, images: Path, model_folder: Path, tmp_path: Path,

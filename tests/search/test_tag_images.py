@@ -248,6 +248,7 @@ def test_invalid_labels_are_refused_before_the_model_is_looked_at(
     ("flags", "error"),
     [
         (("--template", "a dog"), "without exactly one {}"),
+        (("--template",), "There is no template."),
         (("--top-k", "0"), "--top-k 0: Input should be greater than or equal to 1."),
         (("--threshold", "30"), "--threshold 30.0: Input should be less than or equal to 1."),
         (("--output", "tags.txt"), "must end in .csv or .jsonl"),

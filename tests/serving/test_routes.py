@@ -246,6 +246,16 @@ def test_what_a_template_lacks_is_reported_of_the_templates(url: str) -> None:
     assert (status, answer["error"]["param"]) == (400, "candidate_labels")
 
 
+def test_a_classification_asks_for_a_bounded_number_of_labels(url: str) -> None:
+    body = {"images": ["AAAA"] * 201, "candidate_labels": [f"label {n}" for n in range(101)]}
+    for top_k in (None, 100):
+        status, answer, _ = send(f"{url}/v1/classify", {**body, "top_k": top_k})
+        assert status == 400
+        labels = top_k or 101
+        expected = f"201 images with {labels} labels each ask for {201 * labels:,} labels"
+        assert expected in answer["error"]["message"]
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b"[" * 10_000, b'{"input": NaN}'])
 def test_rubbish_is_refused(url: str, body: bytes) -> None:
     status, answer, _ = send(f"{url}/v1/embeddings", body)
