@@ -140,14 +140,17 @@ def read_card_data(folder: Path) -> CardData:
     for entry in data.eval_results or []:
         task = (entry.task_type, entry.dataset_name)
         scores.setdefault(task, {})[entry.metric_type] = entry.metric_value
+    # The card of a LoRA may be another package's, and name one without a list.
+    stated = (data.get(name) or () for name in ("training_data", "text_training_data"))
+    trained, text = ((one,) if isinstance(one, str) else tuple(one) for one in stated)
     return CardData(
         license=data.license if isinstance(data.license, str) else None,
         license_name=data.license_name,
         license_link=data.license_link,
         vision_license=data.get("vision_license"),
         text_license=data.get("text_license"),
-        training_data=tuple(data.get("training_data") or ()),
-        text_training_data=tuple(data.get("text_training_data") or ()),
+        training_data=trained,
+        text_training_data=text,
         results=tuple(CardResult(*task, found) for task, found in scores.items()),
         caution=data.get("caution"),
     )
