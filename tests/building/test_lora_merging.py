@@ -257,7 +257,7 @@ def test_the_command_refuses_a_lora_of_another_base_unless_accepted(
     built = load_file(output / "model.safetensors")["text_model.layers.0.self_attn.q_proj.weight"]
     assert not torch.equal(built, tiny_llm().layers[0].self_attn.q_proj.weight)
     card = read_card_data(output)
-    assert card.training_data == ("my captions",)
+    assert card.training_data == card.text_training_data == ("my captions",)
     # Owners, and the case of letters, are no difference between Hub ids.
     merge_lora(named(tiny_llm(), "mirror/other-7b"), folder)
 
