@@ -20,13 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModel,
-    BitsAndBytesConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModel, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import initialization as init
 
 from .configuration_llm2clip import LLM2CLIPConfig
@@ -323,9 +317,9 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
                 class_name=cls.__name__,
                 has_llm="text" in cls.input_modalities,
             )
-        if isinstance(kwargs.get("config"), PreTrainedConfig):
+        if getattr(kwargs.get("config"), "model_type", None) == LLM2CLIPConfig.model_type:
             # Auto classes would give each later folder of one name the class of the first.
-            module = sys.modules[__name__.replace("base_llm2clip", "modeling_llm2clip")]
+            module = sys.modules[f"{__name__.rpartition('.')[0]}.modeling_llm2clip"]
             classes = (module.LLM2CLIPModel, module.LLM2CLIPTextModel, module.LLM2CLIPVisionModel)
             AutoModel.register(type(kwargs["config"]), classes, exist_ok=True)
         wants_info = kwargs.pop("output_loading_info", False)

@@ -45,6 +45,7 @@ from transformers import (
     AutoProcessor,
     Trainer,
     TrainingArguments,
+    ViTConfig,
 )
 from transformers.models.llama import modeling_llama
 
@@ -589,7 +590,7 @@ def test_sentence_transformers_saves_over_a_folder_too(folder: Path, tmp_path: P
     assert torch.equal(loaded.text_projection.weight, encoder[0].model.text_projection.weight)
 
 
-LOAD_TWO_FOLDERS = """
+LOAD_FOLDERS = """
 import sys
 sys.modules["modeling_llm2clip"] = None  # importing the package raises from here on
 from transformers import AutoModel
@@ -601,13 +602,22 @@ for folder in sys.argv[1:]:
 def test_folders_of_one_name_load_with_the_class_that_each_of_them_states(tmp_path: Path) -> None:
     """By the folders' code, whose modules transformers names by the last part of a path."""
     both, text = tmp_path / "both" / "model", tmp_path / "text" / "model"
+    named_alike = tmp_path / "base_llm2clip"  # as one of the modules is
     shared_model()[0].save_pretrained(both)
     LLM2CLIPTextModel.from_pretrained(both).save_pretrained(text)
+    shutil.copytree(both, named_alike)
     done = subprocess.run(
-        [sys.executable, "-c", LOAD_TWO_FOLDERS, text, both, text], capture_output=True, text=True,
+        [sys.executable, "-c", LOAD_FOLDERS, text, both, text, named_alike],
+        capture_output=True, text=True,
         env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}, cwd=tmp_path,
         check=False, timeout=300,
     )  # fmt: skip
-    assert done.stdout.split() == ["LLM2CLIPTextModel", "LLM2CLIPModel", "LLM2CLIPTextModel"], (
-        done.stderr[-2000:]
-    )
+    names = ["LLM2CLIPTextModel", "LLM2CLIPModel", "LLM2CLIPTextModel", "LLM2CLIPModel"]
+    assert done.stdout.split() == names, done.stderr[-2000:]
+
+
+def test_a_configuration_of_another_model_keeps_its_class(tmp_path: Path) -> None:
+    shared_model()[0].save_pretrained(tmp_path)
+    with pytest.raises(AttributeError, match="vision_config"):
+        LLM2CLIPModel.from_pretrained(tmp_path, config=ViTConfig())
+    assert not isinstance(AutoModel.from_config(ViTConfig(num_hidden_layers=1)), LLM2CLIPModel)

@@ -338,6 +338,19 @@ def test_a_tower_that_joins_the_images_of_a_batch_is_rejected(pooling: str) -> N
         )
 
 
+def test_a_backbone_is_refused_as_a_vision_tower() -> None:
+    """It returns feature maps, and no `last_hidden_state`."""
+    config = AutoConfig.for_model(
+        "hgnet_v2", embedding_size=8, depths=[1], hidden_sizes=[16], stem_channels=[3, 8, 8],
+        stage_in_channels=[8], stage_mid_channels=[8], stage_out_channels=[16],
+        stage_num_blocks=[1], stage_downsample=[False], stage_light_block=[False],
+        stage_kernel_size=[3], stage_numb_of_layers=[1],
+    )  # fmt: skip
+    tower = (AutoModel.from_config(config), tiny_vision()[1])
+    with pytest.raises(ValueError, match=r"'hgnet_v2' tower .* Take another vision tower\."):
+        join_towers(tower, (tiny_llm(), tiny_tokenizer()), BuildConfig(prompt="llama-3"))
+
+
 class _Mixing(torch.nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens + tokens.mean(dim=0, keepdim=True)

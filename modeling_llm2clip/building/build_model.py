@@ -97,6 +97,7 @@ def build_model(
         vision_license=card.vision_license or _find_license(vision),
         text_license=card.text_license or _find_license(text),
         training_data=lora.training_data,
+        text_training_data=lora.training_data,
     )
     for tower in (model.config.vision_config, model.config.text_config):
         tower._name_or_path = find_origin(tower._name_or_path or "")

@@ -104,6 +104,7 @@ def measure_vision_width(
     images["pixel_values"] = images["pixel_values"].to(vision_model.dtype)
     with _naming_failure(vision_model.config):
         output = vision_model(**images)
+        output.last_hidden_state  # noqa: B018  # a backbone has none
     pooled = pool_vision(
         output,
         pooling,

@@ -149,14 +149,17 @@ def read_card_data(folder: Path) -> CardData:
     entries: dict[tuple[str, str], list[EvalResult]] = {}
     for entry in data.eval_results or []:
         entries.setdefault((entry.task_type, entry.dataset_name), []).append(entry)
+    # The card of a LoRA may be another package's, and name one without a list.
+    stated = (data.get(name) or () for name in ("training_data", "text_training_data"))
+    trained, text = ((one,) if isinstance(one, str) else tuple(one) for one in stated)
     return CardData(
         license=data.license if isinstance(data.license, str) else None,
         license_name=data.license_name,
         license_link=data.license_link,
         vision_license=data.get("vision_license"),
         text_license=data.get("text_license"),
-        training_data=tuple(data.get("training_data") or ()),
-        text_training_data=tuple(data.get("text_training_data") or ()),
+        training_data=trained,
+        text_training_data=text,
         results=tuple(
             CardResult(
                 *task,

@@ -21,6 +21,7 @@ from modeling_llm2clip.building.lora_merging import merge_lora, merge_lora_weigh
 from modeling_llm2clip.building.pretrained_towers import SMOLLM2_BASE, fetch_embedded
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.data.records.record_loading import find_example_data
+from modeling_llm2clip.model_folders.model_card import read_card_data
 from modeling_llm2clip.model_folders.weights import open_weights
 
 NUM_MATRICES = 2 * 7  # two layers of seven linear ones
@@ -251,9 +252,12 @@ def test_the_command_refuses_a_lora_of_another_base_unless_accepted(
     error = capsys.readouterr().err
     assert "is for the base 'owner/Other-7B', but the LLM is 'llm'" in error
     assert not output.exists()
+    (folder / "README.md").write_text("---\ntraining_data: my captions\n---\n", encoding="utf-8")
     assert main([*command, "--accept-lora-base", "owner/Other-7B"]) == 0
     built = load_file(output / "model.safetensors")["text_model.layers.0.self_attn.q_proj.weight"]
     assert not torch.equal(built, tiny_llm().layers[0].self_attn.q_proj.weight)
+    card = read_card_data(output)
+    assert card.training_data == card.text_training_data == ("my captions",)
     # Owners, and the case of letters, are no difference between Hub ids.
     merge_lora(named(tiny_llm(), "mirror/other-7b"), folder)
 
