@@ -165,9 +165,9 @@ def read_card_data(folder: Path) -> CardData:
                 *task,
                 {score.metric_type: score.metric_value for score in scores},
                 intervals={
-                    score.metric_type: tuple(score.metric_args[_INTERVAL])
+                    score.metric_type: tuple(args[_INTERVAL])
                     for score in scores
-                    if _INTERVAL in (score.metric_args or {})
+                    if (args := score.metric_args) and _INTERVAL in args
                 },
                 count=(scores[0].dataset_args or {}).get(_COUNT),
             )

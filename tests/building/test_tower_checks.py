@@ -172,7 +172,9 @@ def test_building_refuses_a_causal_llm_that_reads_padding_on_the_left(family: st
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
-def test_an_llm_that_neither_direction_takes_is_told_neither(bidirectional: bool) -> None:
+def test_an_llm_refused_in_both_directions_is_not_advised_to_take_another(
+    bidirectional: bool,
+) -> None:
     encoder = build_decoder("albert", {"embedding_size": 16})  # its layers share one module
     arguments = BuildConfig(prompt="none", text_adapter_layers=0, bidirectional=bidirectional)
     with pytest.raises(ValueError, match=r"'albert' family cannot be .*\. Take another LLM\.$"):

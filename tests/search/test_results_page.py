@@ -150,8 +150,8 @@ def test_a_file_that_changed_since_it_was_indexed_is_named_and_not_shown(
     ]
     shown = [io.BytesIO(base64.b64decode(text)) for text in re.findall('base64,([^"]+)', page)]
     assert len(shown) == len(notes) == 4
-    for picture in (*shown, output / "search.png"):
-        with Image.open(picture) as opened:
+    for drawing in (*shown, output / "search.png"):
+        with Image.open(drawing) as opened:
             pixels = np.asarray(opened.convert("RGB"), dtype=int)
         # JPEG moves the red by a few levels; one pixel in ten thousand of noise is as near to it.
         near_red = (np.abs(pixels - red) < 16).all(axis=-1)
