@@ -21,8 +21,11 @@ _POOLING_PARTS = {"head", "pooler", "attn_pool"}
 
 def check_pixels(vision_model: nn.Module, pixel_values: Tensor) -> None:
     """Require floats, (B, 3, H, W), or (B, patches, values) for SigLIP2's own layout."""
-    takes_patches = "spatial_shapes" in inspect.signature(vision_model.forward).parameters
+    parameters = inspect.signature(vision_model.forward).parameters
+    takes_patches = "spatial_shapes" in parameters
     fits = pixel_values.ndim == 3 if takes_patches else pixel_values.shape[1:-2] == (3,)
+    if "pixel_values" not in parameters:  # a compiled or adapted tower takes what that within does
+        fits = fits or pixel_values.ndim == 3
     if not pixel_values.is_floating_point() or not fits:
         shape = "(B, patches, values)" if takes_patches else "(B, 3, H, W)"
         raise ValueError(

@@ -338,6 +338,16 @@ def test_a_tower_that_joins_the_images_of_a_batch_is_rejected(pooling: str) -> N
         )
 
 
+def test_a_compiled_tower_of_patches_takes_them() -> None:
+    model, processor = tiny_model("siglip2")
+    inputs = processor(images=tiny_images(2))
+    with torch.no_grad():
+        expected = model.get_image_features(**inputs).pooler_output
+        model.vision_model = torch.compile(model.vision_model, backend="eager")
+        found = model.get_image_features(**inputs).pooler_output
+    torch.testing.assert_close(found, expected, rtol=ROUNDING, atol=ROUNDING)
+
+
 def test_a_backbone_is_refused_as_a_vision_tower() -> None:
     """It returns feature maps, and no `last_hidden_state`."""
     config = AutoConfig.for_model(
