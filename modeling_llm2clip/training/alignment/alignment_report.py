@@ -241,7 +241,7 @@ def _describe_held_out(results: Mapping[str, Any]) -> list[str]:
         )
     if tuned_on := notes["text_training_data"]:
         lines.append(
-            f"  The language model was fine-tuned on captions of {', '.join(tuned_on)}. If those "
+            f"  The language model was fine-tuned on captions ({', '.join(tuned_on)}). If those "
             "of the held-out images were among them, these scores may be too high."
         )
     if shared := notes["num_shared_captions"]:

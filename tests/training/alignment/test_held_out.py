@@ -269,7 +269,7 @@ def test_held_out_captions_that_the_llm_may_have_been_tuned_on_are_said_to_be(
     extract(tuned, few.records, tmp_path / "captions", ExtractConfig(device="cpu"), modality="text")
     prepared = dataclasses.replace(few, model=tuned, captions=tmp_path / "captions")
     run = prepared.align_stored(tmp_path / "run", max_steps=1, refit=False)
-    line = "The language model was fine-tuned on captions of mine."
+    line = "The language model was fine-tuned on captions (mine)."
     assert any(line in shown for shown in describe_alignment(run.output))
     assert TUNED_ON in (run.model / "README.md").read_text(encoding="utf-8")
     # An alignment that holds the same images out again does not make them unseen.
