@@ -50,24 +50,24 @@ MOST_FUNCTION_LINES = 60
 BUDGETS = {
     ".": 2367,
     "building": 1476,
-    "cli": 1465,
-    "configs": 1054,
-    "conversion": 645,
-    "data": 5150,
-    "demo": 107,
-    "doctor": 1414,
-    "embedding": 1465,
+    "cli": 1256,
+    "configs": 954,
+    "conversion": 636,
+    "data": 5116,
+    "demo": 87,
+    "doctor": 1389,
+    "embedding": 1304,
     "encoding": 712,
-    "evaluation": 3458,
-    "model_folders": 1424,
-    "publishing": 1222,
-    "recipes": 470,
-    "scheduling": 118,
-    "search": 1776,
-    "serving": 1706,
+    "evaluation": 3154,
+    "model_folders": 1427,
+    "publishing": 1172,
+    "recipes": 469,
+    "scheduling": 98,
+    "search": 1600,
+    "serving": 1695,
     "training": 4257,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 295, 8410
+MOST_FILES, MOST_DOCSTRING_LINES = 295, 8300
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(

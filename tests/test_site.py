@@ -200,7 +200,8 @@ def find_identifiers(page: Path) -> set[str]:
 
 # Names in the code of other libraries, and of a file.
 OF_OTHERS = {
-    "OpenAIEmbedding", "OpenAIEmbeddings", "HuggingFaceEmbedding", "HuggingFaceEmbeddings",
+    "OpenAIEmbeddings", "OpenAILikeEmbedding", "HuggingFaceEmbedding", "HuggingFaceEmbeddings",
+    "OpenAIEmbedding", "query_instruction",
     "SentenceTransformersTextEmbedder", "query_embeddings", "concatenate_datasets",
     "train_test_split", "id_rsa",
     "LlamaFlashAttention2", "MistralFlashAttention2", "GemmaFlashAttention2",
