@@ -75,7 +75,7 @@ def store_in_another_dtype(here: Prepared) -> Prepared:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (move_head, "fingerprint.all.weights"),
+        (move_head, "fingerprint.head.weights"),
         (replace_image, "images.content"),
         (change_bytes, "images.content"),
         (move_images, "images.first"),
