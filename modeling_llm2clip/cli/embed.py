@@ -64,7 +64,10 @@ def embed(
         limits: Which images are decoded.
         config: How to compute and store embeddings.
     """
+    from ..embedding.embedding_manifest import EmbeddingManifest
+
     refuse_foreign_options(config, modality)
+    EmbeddingManifest.require_folder(output)  # as the plan does, but before torch is imported
     if config.skip_invalid and reading.check_images:
         raise ValueError("--check-images stops at what --skip-invalid leaves out. Give only one.")
     needs = [RAY] if engine == "ray" else []
@@ -81,7 +84,6 @@ def embed(
     from accelerate import PartialState
 
     from ..embedding.embed import describe_embeddings, plan_embed, run_embed
-    from ..embedding.embedding_manifest import EmbeddingManifest
 
     plan = plan_embed(model, output, config, modality=modality, partition=partition, engine=engine)
     # A run that continues has checked the images, and one that skips checks each as it comes.

@@ -63,7 +63,10 @@ def extract(
         limits: Which images are decoded.
         config: How to compute and store embeddings.
     """
+    from ..data.store.store_manifest import StoreManifest
+
     refuse_foreign_options(config, modality)
+    StoreManifest.require_folder(output)  # as the plan does, but before torch is imported
     needs = [RAY] if engine == "ray" else []
     require_model(model, *needs, extra="train", or_teacher=modality == "text")
     require_data(data, reading)
@@ -71,7 +74,6 @@ def extract(
     use_device(config.device)
     from accelerate import PartialState
 
-    from ..data.store.store_manifest import StoreManifest
     from ..embedding.extract import describe_extraction, plan_extract, run_extract
 
     plan = plan_extract(

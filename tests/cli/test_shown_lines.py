@@ -106,7 +106,7 @@ def test_no_command_prints_a_dictionary_or_a_warning(prepared: Prepared, tmp_pat
         held_out = "held-out CRA=" if name == "finetune-llm" else "held-out loss="
         assert held_out in bars[-1][0]
     extracted = [err for name, _, err in shown if name == "extract"]
-    assert " captions/s" in extracted[0] and " images/s" in extracted[1]
+    assert " texts/s" in extracted[0] and " images/s" in extracted[1]
 
 
 def test_a_run_is_one_line_with_its_latest_numbers(capsys: pytest.CaptureFixture[str]) -> None:
