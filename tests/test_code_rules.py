@@ -50,7 +50,7 @@ MOST_FUNCTION_LINES = 60
 BUDGETS = {
     ".": 2367,
     "building": 1476,
-    "cli": 1258,
+    "cli": 1267,
     "configs": 954,
     "conversion": 636,
     "data": 5116,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from .._extras import LORA, require
 from ..configs.align_config import AlignConfig
@@ -101,20 +101,24 @@ def align(
     uses_lora = "lora" in (config.vision_training, config.text_training)
     require(*([LORA] if uses_lora else []), *list_needs_of_model(model, extra="train"))
     from ..model_folders.model_folder import find_model_folder, require_own_model
-    from ..training.alignment.align import plan_align, run_alignment
+    from ..training.run_folder import require_fresh_or_resumed
 
-    plan = plan_align(
-        output,
-        config,
-        caption_store=caption_store,
-        image_store=image_store,
-        inherit_from=inherit_from,
-        resume=resume,
-    )
+    stores: dict[str, Any] = {
+        "caption_store": caption_store, "image_store": image_store, "inherit_from": inherit_from
+    }  # fmt: skip
+    config.require_stores(**stores)  # the plan refuses the same, but imports torch first
+    for name, store in stores.items():
+        if store is not None and not store.is_dir():
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} {store}: no such folder. Give a store of llm2clip extract.")
+    require_fresh_or_resumed(output, resume=resume)
     require_own_model(model)
     streamed = is_streamed(data, streaming)
     if not streamed:
         require_data(data, reading)
+    from ..training.alignment.align import plan_align, run_alignment
+
+    plan = plan_align(output, config, **stores, resume=resume)
     use_image_limits(limits)
     use_device(config.device)
     from accelerate import PartialState
@@ -128,8 +132,8 @@ def align(
     else:
         reads_images = image_store is None or config.distillation_weight > 0
         records = read_captioned_images(data, reading, require_images=reads_images, resume=resume)
-    name = name_data(data, is_elsewhere=streamed)
-    folder = run_alignment(plan, model, records, data_name=name)
+    data_name = name_data(data, is_elsewhere=streamed)
+    folder = run_alignment(plan, model, records, data_name=data_name)
     if PartialState().is_main_process:
         print("\n".join([*describe_alignment(output), f"Next: llm2clip doctor {folder}"]))
     return 0
