@@ -392,8 +392,9 @@ def test_eight_bits_are_refused_where_they_change_the_model(
     model, processor = tiny_model()
     with torch.no_grad():
         for layer in model.text_model.layers:
-            layer.self_attn.v_proj.weight[:, 0] *= 1e4
-            layer.input_layernorm.weight[0] = 0.0  # so that the outlier itself has no effect
+            for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                linear.weight[:, 0] *= 1e4
+            layer.post_attention_layernorm.weight[0] = 0.0  # the outlier itself has no effect
     source = save_model(model, processor, tmp_path / "model")
     refuse(
         source, tmp_path, r"8-bit weights .* cosine below 0\.999 .* the smallest 0\.\d+",
