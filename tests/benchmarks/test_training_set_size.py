@@ -30,9 +30,8 @@ def test_the_store_of_a_part_is_that_of_its_extraction_and_is_trained_on(tmp_pat
     sources: dict[Modality, EmbeddingStore]
     sources = {"text": made.caption_store, "image": made.image_store}
     for modality, store in sources.items():
-        copies[modality] = training_set_size.copy_rows(
-            store, rows, part, training_set_size.LIST_ITEMS[modality], tmp_path / f"part-{modality}"
-        )
+        folder = tmp_path / f"part-{modality}"
+        copies[modality] = training_set_size.copy_rows(store, rows, part, folder)
         copy = EmbeddingStore.open(copies[modality], check="full")
         again = tmp_path / f"wanted-{modality}"
         wanted = EmbeddingStore.open(extract(made.model, part, again, exact, modality=modality))
