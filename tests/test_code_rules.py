@@ -50,7 +50,7 @@ MOST_FUNCTION_LINES = 60
 BUDGETS = {
     ".": 2367,
     "building": 1476,
-    "cli": 1267,
+    "cli": 1262,
     "configs": 954,
     "conversion": 636,
     "data": 5116,
@@ -61,11 +61,11 @@ BUDGETS = {
     "evaluation": 3154,
     "model_folders": 1427,
     "publishing": 1172,
-    "recipes": 469,
+    "recipes": 452,
     "scheduling": 98,
     "search": 1600,
     "serving": 1695,
-    "training": 4257,
+    "training": 4000,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 295, 8300
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")

@@ -138,7 +138,7 @@ def test_a_fine_tuning_is_not_continued_on_another_llm(tmp_path: Path, capsys: A
         ("half", "run.json cannot be read"),
         (
             '{"config": {"max_steps": 2}, "inputs": {}}',
-            "has no caption_noise, .*fingerprint, .*another version",
+            "another run: .*caption_noise: None then, 0.0 now",
         ),
     ],
 )

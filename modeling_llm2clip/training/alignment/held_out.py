@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -178,23 +178,22 @@ def hold_out_of_stream(
     groups: dict[str, None] = {}
     broken: set[str] = set()
     others: set[str] = set()
-    wanted = None
     for number in range(len(stream.reader.shards)):
-        found = stream.read_shard(number)
-        if wanted is None:
-            total = len({record.group_id for record in found}) * len(stream.reader.shards)
-            wanted = count_held_out(total, ratio)
-            if wanted < 2:
+        read = stream.read_shard(number)
+        if not number:
+            total = len({record.group_id for record in read}) * len(stream.reader.shards)
+            count = count_held_out(total, ratio)
+            if count < 2:
                 raise ValueError(
                     f"The stream has about {counted(total, 'group')}, too few to hold out two. "
                     "Give more images, or held_out_ratio=0."
                 )
-            require_negatives(total - wanted, wanted)
-        for record in found:
+            require_negatives(total - count, count)
+        for record in read:
             group = record.group_id
             if group in broken:
                 continue
-            if group not in groups and len(groups) >= wanted:
+            if group not in groups and len(groups) >= count:
                 others.add(group)
                 continue
             try:
@@ -205,7 +204,7 @@ def hold_out_of_stream(
             else:
                 groups[group] = None
                 records.append(record)
-        if len(groups) >= wanted and len(others) > 1:
+        if len(groups) >= count and len(others) > 1:
             break
     else:
         require_negatives(len(others), len(groups))
@@ -312,26 +311,22 @@ def fit_temperature(loss: Loss, inputs: LossInputs) -> tuple[float, float]:
     inputs = _move_beside(loss, inputs)
     few = inputs.take(slice(_MAX_ROWS_OF_TEMPERATURE))
 
-    def measure_at(log_scale: float, pairs: LossInputs = few) -> float:
-        return float(loss(pairs.at_scale(math.exp(log_scale))))
+    @cache
+    def measure_at(log_scale: float) -> float:
+        return float(loss(few.at_scale(math.exp(log_scale))))
 
     ratio = (math.sqrt(5) - 1) / 2
     low, high = 0.0, MAX_LOG_SCALE
     left, right = high - ratio * (high - low), low + ratio * (high - low)
-    at_left, at_right = measure_at(left), measure_at(right)
     for _ in range(_TEMPERATURE_STEPS):
-        if at_left < at_right:
-            high, right, at_right = right, left, at_left
-            left = high - ratio * (high - low)
-            at_left = measure_at(left)
+        if measure_at(left) < measure_at(right):
+            high, right, left = right, left, right - ratio * (right - low)
         else:
-            low, left, at_left = left, right, at_right
-            right = low + ratio * (high - low)
-            at_right = measure_at(right)
-    log_scale, lowest = (left, at_left) if at_left < at_right else (right, at_right)
-    if len(inputs.image_embeds) > _MAX_ROWS_OF_TEMPERATURE:
-        lowest = measure_at(log_scale, inputs)
-    return log_scale, lowest
+            low, left, right = left, right, left + ratio * (high - left)
+    log_scale = min(left, right, key=measure_at)
+    if len(inputs.image_embeds) <= _MAX_ROWS_OF_TEMPERATURE:
+        return log_scale, measure_at(log_scale)
+    return log_scale, float(loss(inputs.at_scale(math.exp(log_scale))))
 
 
 def fit_start(loss: Loss, inputs: LossInputs, *, keep_scale: bool = False) -> LossFit:

@@ -76,7 +76,7 @@ def _summarize(
     is_first_part = choose_first_part(dataset.records, items)
     if min(is_first_part.sum(), (~is_first_part).sum()) < FEWEST_JUDGED:
         return None
-    if dataset.image_store is not None and not dataset.is_teacher:
+    if dataset.image_store is not None and not dataset.reads_images:
         vision_embeds = dataset.image_store.read(dataset.image_rows(items))
     else:
         model = LLM2CLIPVisionModel.from_pretrained(folder, local_files_only=True).eval()

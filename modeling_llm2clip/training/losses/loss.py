@@ -120,12 +120,9 @@ def identify_loss(loss: Any) -> str:
     if is_dataclass(loss):
         return repr(loss)
     if isinstance(loss, partial):
-        settings = [identify_loss(loss.func), *map(repr, loss.args)]
-        settings += [f"{name}={value!r}" for name, value in sorted(loss.keywords.items())]
-        return f"partial({', '.join(settings)})"
+        return f"partial({identify_loss(loss.func)}, {loss.args}, {sorted(loss.keywords.items())})"
     name = getattr(loss, "__qualname__", type(loss).__qualname__)
-    settings = [loss.extra_repr()] if isinstance(loss, nn.Module) else []
-    if callable(part := getattr(loss, "loss", None)):
-        settings.append(f"loss={identify_loss(part)}")
-    shown = ", ".join(filter(None, settings))
-    return f"{name}({shown})" if shown else name
+    settings = loss.extra_repr() if isinstance(loss, nn.Module) else ""
+    part = getattr(loss, "loss", None)
+    shown = [settings, f"loss={identify_loss(part)}" if callable(part) else ""]
+    return f"{name}({', '.join(filter(None, shown))})" if any(shown) else name

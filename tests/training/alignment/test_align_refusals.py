@@ -101,7 +101,12 @@ def test_bad_data_is_refused_before_a_tower_is_loaded(prepared: Prepared, tmp_pa
         distillation_weight=1.0, vision_training="full", projection_init="cca",
         image_store=prepared.image_store,
     )  # fmt: skip
-    refuse(prepared, out, "report_to='unknown' must be one of", report_to=("unknown",))
+    refuse(
+        prepared,
+        out,
+        "report_to=unknown must be among those that are installed",
+        report_to=("unknown",),
+    )
     without = [dataclasses.replace(record, image=None) for record in prepared.records]
     refuse(prepared, out, r"24 records without an image: 00.jpg, ", records=without)
     fewer = prepared.records[:-2]
@@ -133,7 +138,7 @@ def test_stored_embeddings_of_zeros_are_refused_by_name(prepared: Prepared, tmp_
     config = AlignConfig(max_steps=1, device="cpu", held_out_ratio=0.0, projection_init="cca")
     # Row 7: the second record has the captions 2 to 4, the third 5 to 7.
     message = (
-        r"captions: 1 of 71 embeddings .* all zeros, those of 02\.jpg \(en\)\. Check the model"
+        r"captions: 1 of 71 embeddings .* all zeros: those of 02\.jpg \(en\)\. Check the model"
     )
     with pytest.raises(ValueError, match=message):
         align(
@@ -153,13 +158,13 @@ def test_an_image_that_would_be_its_own_negative_is_refused(
 ) -> None:
     first = prepared.records[0]
     both = [*prepared.records, dataclasses.replace(first, lang="de", group_id=first.name)]
-    message = r"1 image with several group_ids .*: 00\.jpg \['00\.jpg', '1'\]\. Give all"
+    message = r"1 image with several group_ids .*: 00\.jpg\. Give all"
     refuse(prepared, tmp_path / "run", message, records=both)
 
 
 @pytest.mark.parametrize(
     ("batch_size", "num_processes", "message"),
-    [(2, 3, "smaller than the number of processes"), (8, 3, "cannot be shared evenly by 3")],
+    [(2, 3, "3 processes cannot share it evenly"), (8, 3, "3 processes cannot share it evenly")],
 )
 def test_a_batch_that_the_processes_cannot_share_is_refused(
     batch_size: int, num_processes: int, message: str
@@ -263,21 +268,6 @@ def test_a_run_is_not_continued_by_other_processes_or_in_another_precision(
         message = rf"another run: {name}: {value} then, \w+ now\. Choose"
         with pytest.raises(ValueError, match=message):
             prepared.align(tmp_path / "run", max_steps=1, resume=True)
-
-
-@pytest.mark.slow
-def test_a_run_with_noise_is_not_continued_where_noise_was_sampled_otherwise(
-    prepared: Prepared, tmp_path: Path
-) -> None:
-    for noise in (0.0, 0.5):
-        output = tmp_path / f"noise-{noise}"
-        shutil.rmtree(prepared.align(output, max_steps=1, caption_noise=noise).model)
-        record = json.loads((output / "run.json").read_text())
-        record["inputs"].pop("noise_sampling", None)  # as versions before it wrote the record
-        (output / "run.json").write_text(json.dumps(record))
-    prepared.align(tmp_path / "noise-0.0", max_steps=1, caption_noise=0.0, resume=True)
-    with pytest.raises(ValueError, match=r"has no noise_sampling: another version of this package"):
-        prepared.align(tmp_path / "noise-0.5", max_steps=1, caption_noise=0.5, resume=True)
 
 
 @pytest.mark.slow

@@ -218,7 +218,7 @@ def test_the_record_of_a_run_names_a_loss_and_its_parts() -> None:
 
     name = own_loss.__qualname__
     assert identify_loss(own_loss) == name
-    assert identify_loss(partial(own_loss, weight=2.0)) == f"partial({name}, weight=2.0)"
+    assert identify_loss(partial(own_loss, weight=2.0)) == f"partial({name}, (), [('weight', 2.0)])"
     assert identify_loss(build_loss(AlignConfig(matryoshka_dims=(2,)), own_loss)) == (
         f"MatryoshkaLoss(dims=(2,), loss={name})"
     )
