@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from tabulate import tabulate
 from torch import Tensor
 
 from ..._suggestions import counted, list_first
@@ -57,14 +58,15 @@ class Interpolation:
 
     def __str__(self) -> str:
         """Show a line per share."""
-        has_labeled = self.scores[0].zero_shot is not None
-        lines = [f"{'share':>6} {'loss':>7} {'t2i R@1':>8} {'i2t R@1':>8}"]
-        lines[0] += " zero-shot" * has_labeled
-        for share, scores in self.scores.items():
-            line = f"{share:6.0%} {scores.loss:7.3f} {scores.t2i_r1:8.1%} {scores.i2t_r1:8.1%}"
-            line += "" if scores.zero_shot is None else f" {scores.zero_shot:9.1%}"
-            lines.append(line + "  chosen" * (share == self.chosen))
-        return "\n".join(lines)
+        rows = [
+            (f"{share:.0%}", f"{scores.loss:.3f}", f"{scores.t2i_r1:.1%}", f"{scores.i2t_r1:.1%}",
+             "" if scores.zero_shot is None else f"{scores.zero_shot:.1%}",
+             "chosen" if share == self.chosen else "")
+            for share, scores in self.scores.items()
+        ]  # fmt: skip
+        headers = ("share", "loss", "t2i R@1", "i2t R@1", "zero-shot", "")
+        table: str = tabulate(rows, headers, tablefmt="plain", disable_numparse=True)
+        return table
 
 
 def interpolate(
