@@ -43,10 +43,9 @@ from ..scheduling.processes import choose_device
 from ..training.alignment.align import align
 from ..training.alignment.align_checks import check_data
 from ..training.alignment.alignment_report import describe_alignment
-from ..training.alignment.zero_shot import load_labeled_images
+from ..training.alignment.held_out import load_labeled_images
 from ..training.finetuning.finetune_llm import check_finetuning, describe_finetuning, finetune_llm
-from ..training.losses.choose_loss import build_loss
-from ..training.losses.matryoshka import require_dims
+from ..training.losses.choose_loss import build_loss, require_dims
 from ..training.run_folder import (
     RUN_FILE,
     add_results,

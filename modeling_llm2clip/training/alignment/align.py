@@ -36,9 +36,8 @@ from ...model_folders.weights import open_model_weights, warn_of_rounding
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ...scheduling.graceful_stop import StopRequest, stop_on_signals
 from ...scheduling.processes import choose_device
-from ..losses.choose_loss import build_loss
+from ..losses.choose_loss import build_loss, require_dims
 from ..losses.loss import Loss, identify_loss
-from ..losses.matryoshka import require_dims
 from ..run_folder import (
     add_results,
     lock_run,
@@ -67,12 +66,11 @@ from .alignment_trainer import (
     make_training_arguments,
 )
 from .best_weights import BEST_FILE, BestWeightsCallback, TrainingObjective, copy_trained
-from .held_out import embed_batches
+from .held_out import ZeroShotImages, embed_batches, load_labeled_images
 from .image_summary import write_image_summary
 from .inheritance import inherit, save_inherited
 from .projection_init import ProjectionInit, init_projections, repeat_init
 from .run_data import RecordData, RunData, StreamData, open_records, open_stream
-from .zero_shot import ZeroShotImages, load_labeled_images
 
 MODEL_FOLDER = "model"
 _NUM_EVALUATIONS = 20

@@ -38,9 +38,9 @@ from ..trainer_mixins import (
 from .alignment_model import LOSS, AlignmentModel, choose_trained_parts, freeze_unused, merge_loras
 from .alignment_trainer import AlignmentTrainer, RunLength, make_training_arguments
 from .best_weights import BestWeightsCallback, TrainingObjective, copy_trained, set_between
+from .held_out import ZeroShotImages
 from .projection_init import ProjectionInit, repeat_init
 from .run_data import RecordData, RunData, StreamData
-from .zero_shot import ZeroShotImages
 
 REFIT_FOLDER = "refit"
 

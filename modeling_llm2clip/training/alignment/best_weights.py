@@ -26,10 +26,9 @@ from transformers import TrainerCallback
 from ...data.atomic_files import write_atomically
 from ..run_folder import add_results, list_trained, read_results
 from .alignment_trainer import AlignmentTrainer
-from .held_out import HeldOutImages, HeldOutScores, fit_temperature
+from .held_out import HeldOutImages, HeldOutScores, ZeroShotImages, fit_temperature
 from .run_data import RecordData
 from .sampling import mix
-from .zero_shot import ZeroShotImages
 
 BEST_FILE = "best.safetensors"
 # Tried beside all of the way from the start to the trained weights.

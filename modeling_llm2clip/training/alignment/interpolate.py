@@ -30,15 +30,20 @@ from ...model_folders.model_writing import save_trained_model
 from ...model_folders.training_images import TRAINING_IMAGES_FILE
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ...scheduling.processes import choose_device
-from ..losses.contrastive import ContrastiveLoss
+from ..losses.pairs import ContrastiveLoss
 from .align_checks import check_data
 from .alignment_data import AlignmentDataset
 from .alignment_fit import name_as_saved
 from .alignment_model import AlignmentModel
 from .alignment_report import CHOSE, NEAR_CHANCE_ON_CARD, make_accuracy, make_recalls
 from .best_weights import rank_scores, set_between
-from .held_out import HeldOutImages, HeldOutScores, embed_batches
-from .zero_shot import ZeroShotImages, load_labeled_images
+from .held_out import (
+    HeldOutImages,
+    HeldOutScores,
+    ZeroShotImages,
+    embed_batches,
+    load_labeled_images,
+)
 
 _TOWER = "vision_model."
 _OF_IMAGES = ("architecture", "image_processor", "pooling")

@@ -37,8 +37,8 @@ from modeling_llm2clip.training.alignment.held_out import (
 )
 from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
 from modeling_llm2clip.training.losses import gathering
-from modeling_llm2clip.training.losses.contrastive import ContrastiveLoss
 from modeling_llm2clip.training.losses.loss import LossInputs
+from modeling_llm2clip.training.losses.pairs import ContrastiveLoss
 from modeling_llm2clip.training.run_folder import add_results, read_results
 
 
