@@ -235,7 +235,7 @@ def test_images_that_map_decoded_are_refused_by_name(
 
 
 def test_a_stream_that_lost_every_sample_ends_with_an_error() -> None:
-    """Three samples are few to lose, and all that there are; a path is no image in a row."""
+    """Three samples are few to lose, and all that there are; a row of a path has none."""
     rows = datasets.Dataset.from_dict({"image": ["a.png"] * 3, "text": ["a", "b", "c"]})
     with pytest.raises(TooManyLostError, match="lost 3 samples"):
         list(stream_dataset(rows.to_iterable_dataset(), max_lost_share=0.5))
