@@ -58,7 +58,7 @@ BUDGETS = {
     "doctor": 1389,
     "embedding": 1304,
     "encoding": 712,
-    "evaluation": 2886,
+    "evaluation": 2888,
     "model_folders": 1427,
     "publishing": 1093,
     "recipes": 469,
