@@ -50,24 +50,24 @@ MOST_FUNCTION_LINES = 60
 BUDGETS = {
     ".": 2389,
     "building": 1481,
-    "cli": 1272,
-    "configs": 954,
+    "cli": 1237,
+    "configs": 848,
     "conversion": 636,
-    "data": 5118,
+    "data": 5116,
     "demo": 87,
     "doctor": 1389,
     "embedding": 1305,
     "encoding": 712,
-    "evaluation": 3154,
+    "evaluation": 2888,
     "model_folders": 1428,
-    "publishing": 1172,
+    "publishing": 1093,
     "recipes": 469,
     "scheduling": 98,
     "search": 1604,
     "serving": 1695,
     "training": 4257,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 295, 8300
+MOST_FILES, MOST_DOCSTRING_LINES = 294, 8300
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(
