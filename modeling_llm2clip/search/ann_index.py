@@ -18,7 +18,7 @@ import numpy as np
 
 from .._suggestions import counted
 from .index_database import IndexDatabase
-from .vector_table import AnnIndex
+from .lancedb_table import AnnIndex
 
 # Below, a query that is compared with every image takes less than about 50 ms.
 FEWEST_ROWS = 20_000

@@ -26,9 +26,8 @@ from .image_files import list_images
 from .image_index import ImageIndex
 from .index_database import require_place
 from .index_update import build_index
-from .label_ranking import Tag, rank_labels
 from .model_identity import find_whole_model
-from .tag_labels import Label
+from .tag_labels import Label, Tag, rank_labels
 
 EmbeddedImages: TypeAlias = tuple[Sequence[Path], Tensor]
 TaggedImage: TypeAlias = tuple[Path, Sequence[Tag]]

@@ -33,11 +33,10 @@ from ..model_folders.training_images import ImageTally, TrainingImages, read_tra
 from ..processing_llm2clip import clean_list
 from ..search.filters import check_filter
 from ..search.image_index import ImageIndex
-from ..search.label_ranking import Tag, rank_labels
+from ..search.lancedb_table import IndexUnavailableError
 from ..search.model_identity import restore_tally
 from ..search.search_results import SearchResult
-from ..search.tag_labels import check_templates, make_labels
-from ..search.vector_table import IndexUnavailableError
+from ..search.tag_labels import Tag, check_templates, make_labels, rank_labels
 from .batching import BatchWorker, Lane, OnBatch, WorkerThreads, await_all_or_none
 from .errors import RequestError
 from .image_inputs import decode_image

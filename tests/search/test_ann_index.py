@@ -31,7 +31,7 @@ from modeling_llm2clip.search.ann_index import (
 from modeling_llm2clip.search.image_index import ImageIndex
 from modeling_llm2clip.search.index_database import IndexDatabase
 from modeling_llm2clip.search.index_update import choose_texts
-from modeling_llm2clip.search.vector_table import AnnIndex
+from modeling_llm2clip.search.lancedb_table import AnnIndex
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 # LanceDB draws the first centers of its partitions anew each time, and takes no seed.

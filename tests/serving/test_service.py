@@ -28,8 +28,7 @@ from modeling_llm2clip.model_folders.golden_embeddings import (
     render_golden_images,
 )
 from modeling_llm2clip.model_folders.model_writing import save_model
-from modeling_llm2clip.search.label_ranking import rank_labels
-from modeling_llm2clip.search.tag_labels import make_labels
+from modeling_llm2clip.search.tag_labels import make_labels, rank_labels
 from modeling_llm2clip.serving.errors import RequestError
 from modeling_llm2clip.serving.service import EmbeddingService
 
