@@ -398,9 +398,9 @@ def test_image_files_that_cannot_be_read_are_counted_and_named(
     assert main(command) == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "Skipped" in line]
     assert line == (
-        "Skipped 3 image files that Pillow cannot read here (1 .cr2, 2 .heic): "
+        "Skipped 3 image files of formats that Pillow cannot read here: "
         f"{folder / 'IMG_1.HEIC'}, {folder / 'below' / 'IMG_2.heic'}, {folder / 'raw.cr2'}. "
-        "To read .heic: pip install pillow-heif. Convert .cr2 to JPEG or PNG."
+        "Install pillow-heif for HEIC, or Pillow 11.3 for AVIF; convert others to JPEG or PNG."
     )
 
 
