@@ -58,7 +58,7 @@ def serve(
         if page:
             from ..serving.demo_page import add_demo_page  # imports gradio, which takes seconds
         app = create_app(service, page=add_demo_page if page else None)
-        run_server(app, bound, config, on_start=partial(_report_start, service.model_name, page))
+        run_server(app, bound, config, on_listen=partial(_report_start, service.model_name, page))
     return 0
 
 

@@ -201,20 +201,15 @@ class IndexDatabase:
                     images[digest] = {**row, "embedding": embed}
         return images
 
-    def write(
-        self, rows: Mapping[str, Any], embeddings: np.ndarray[Any, Any] | None = None
-    ) -> None:
+    def write(self, rows: Mapping[str, Any], embeddings: np.ndarray[Any, Any]) -> None:
         """Add images, and replace those of the same path, in one commit.
 
-        Rows hold all columns and `stat`; embeddings are (rows, P). Without embeddings, some columns
-        are replaced of images that are there.
+        Rows hold all columns and `stat`; embeddings are (rows, P).
         """
-        if embeddings is not None:
-            flat = pa.array(embeddings.astype(np.float32).ravel())
-            lists = pa.FixedSizeListArray.from_arrays(flat, self.about.width)
-            rows = {**rows, "embedding": lists}
+        flat = pa.array(embeddings.astype(np.float32).ravel())
+        lists = pa.FixedSizeListArray.from_arrays(flat, self.about.width)
         with self.changing() as table:
-            table.write(rows, adds=embeddings is not None)
+            table.write({**rows, "embedding": lists})
 
     def remove(self, paths: Sequence[str]) -> None:
         with self.changing() as table:

@@ -139,13 +139,11 @@ class LanceTable:
             query = query.where(where)
         yield from query.to_batches(_READ_AT_ONCE)
 
-    def write(self, rows: Mapping[str, Any], *, adds: bool) -> None:
-        """Replace columns of the images with these `path`, in one commit; `adds` adds others."""
-        fields = [self._table.schema.field(name) for name in rows]
+    def write(self, rows: Mapping[str, Any]) -> None:
+        """Add images, and replace those of the same path, in one commit."""
         merge = self._table.merge_insert("path").when_matched_update_all()
-        if adds:
-            merge = merge.when_not_matched_insert_all()
-        merge.execute(pa.table(dict(rows), schema=pa.schema(fields)))
+        fields = [self._table.schema.field(name) for name in rows]
+        merge.when_not_matched_insert_all().execute(pa.table(dict(rows), schema=pa.schema(fields)))
 
     def delete(self, where: str) -> None:
         self._table.delete(where)

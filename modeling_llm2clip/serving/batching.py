@@ -56,8 +56,6 @@ class Lane:
         name: Name of the modality.
         encode: Embeds a batch, (B, P) float32; row i belongs to input i.
         budget: Maximum cost of a batch; a single input may cost more.
-        busy_s: Seconds that batches took so far.
-        num_done: Inputs that were embedded so far.
         last_count: Inputs of the last batch.
         last_wait_until: Time up to which the next batch waits for as many.
     """
@@ -65,8 +63,6 @@ class Lane:
     name: str
     encode: Callable[[list[Any]], Rows]
     budget: int
-    busy_s: float = 0.0
-    num_done: int = 0
     last_count: int = 0
     last_wait_until: float = 0.0
     jobs: deque[_Job] = field(default_factory=deque, repr=False)
@@ -103,8 +99,6 @@ class Lane:
         return waits_until
 
     def note_batch(self, count: int, seconds: float) -> None:
-        self.busy_s += seconds
-        self.num_done += count
         self.last_count = count
         self.last_wait_until = time.monotonic() + _WAITED_SHARE * seconds
 
@@ -136,12 +130,6 @@ class BatchWorker:
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive()
-
-    def estimate_s(self, count: int) -> float:
-        """Estimate the seconds that so many inputs take, from the speed so far."""
-        lanes = self.lanes.values()
-        num_done = sum(lane.num_done for lane in lanes)
-        return sum(lane.busy_s for lane in lanes) / max(num_done, 1) * count
 
     def submit(self, name: str, inputs: Sequence[Any], costs: Sequence[int]) -> Future[Rows]:
         """Queue the inputs of one request, which cost so much each, such as their tokens.

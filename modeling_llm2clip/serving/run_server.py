@@ -15,7 +15,7 @@ _KEEP_ALIVE_S = 75  # longer than load balancers keep theirs
 
 
 def bind_socket(config: ServeConfig) -> socket.socket:
-    """Bind the address before anything costly; connections are refused until the server runs."""
+    """Bind the address before anything costly; connections are refused until the server listens."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -36,14 +36,13 @@ def bind_socket(config: ServeConfig) -> socket.socket:
 
 
 def run_server(
-    app: Any,
-    bound: socket.socket,
-    config: ServeConfig,
-    *,
-    on_start: Callable[[str], object] | None = None,
+    app: Any, bound: socket.socket, config: ServeConfig, *, on_listen: Callable[[str], object]
 ) -> None:
-    """Serve until SIGINT or SIGTERM, finish the requests in work, and raise the signal again."""
-    server = _Server(
+    """Serve until SIGINT or SIGTERM, finish the requests in work, and raise the signal again.
+
+    `on_listen` gets the URL, at which connections wait until the server has started.
+    """
+    server = uvicorn.Server(
         uvicorn.Config(
             app,
             log_level="warning",
@@ -53,18 +52,7 @@ def run_server(
             server_header=False,
         )
     )
+    bound.listen(_BACKLOG)
     host, port = bound.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    server.on_start = None if on_start is None else lambda: on_start(url)
+    on_listen(f"http://{f'[{host}]' if ':' in host else host}:{port}")
     server.run(sockets=[bound])
-
-
-class _Server(uvicorn.Server):
-    """Calls `on_start` once it answers."""
-
-    on_start: Callable[[], object] | None = None
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=sockets)
-        if self.on_start is not None and self.started:
-            self.on_start()

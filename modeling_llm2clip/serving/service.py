@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -46,7 +45,6 @@ Query: TypeAlias = Input | list[Input]
 """Inputs of one search; several are combined by the mean of their embeddings."""
 T = TypeVar("T")
 
-_LONGEST_RETRY_S = 60
 _TOKENIZED_AT_ONCE = 64  # texts
 _CLOSE_WAIT_S = 1  # that an image in work gets to be decoded at the end
 
@@ -425,13 +423,12 @@ class EmbeddingService:
             if self._is_closed:
                 raise RequestError(503, "The server is stopping.", retry_after_s=1)
             if self.num_pending + count > self.config.max_queue:
-                wait_s = math.ceil(self._worker.estimate_s(self.num_pending))
                 raise RequestError(
                     429,
                     f"{self.num_pending} texts and images are waiting, and {count} more do not "
                     "fit into the queue. Try again later.",
                     code="queue_full",
-                    retry_after_s=min(max(wait_s, 1), _LONGEST_RETRY_S),
+                    retry_after_s=1,
                 )
             self.num_pending += count
         try:
@@ -461,9 +458,8 @@ class EmbeddingService:
         truncated: list[int] = []
         tokenize = partial(TokenizedTexts, self.encoder.processor)
         with _refusing(code="invalid_text"):
-            if instruction or len(texts) > _TOKENIZED_AT_ONCE:
-                # Names a blank text by its number in the request.
-                await self._run(self._text_threads, partial(clean_list, texts))
+            # Names a blank text by its number in the request.
+            await self._run(self._text_threads, partial(clean_list, texts))
             texts = [instruction + text for text in texts]
             # Part by part, because nobody else's texts are tokenized meanwhile.
             for start in range(0, len(texts), _TOKENIZED_AT_ONCE):

@@ -164,7 +164,7 @@ CASES = {
     ),
     "padding side": Case(
         edit_json("tokenizer_config.json", lambda t: t.update(padding_side="left")),
-        "padding side", r"pads on the left, wanted right",
+        "tokenizer", r"pads on the left",
     ),
     "tokenizer length": Case(
         edit_json("tokenizer_config.json", lambda t: t.update(model_max_length=64)),
