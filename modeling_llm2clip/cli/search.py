@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -81,16 +79,16 @@ def search(
         from ..search.index_database import require_place
 
         require_place(db)
+    from ..data.images.image_sources import register_heif_reader
     from ..model_folders.model_folder import holds_graphs
     from ..search.image_index import ImageIndex
     from ..search.results_page import render_search_results
 
     uses_torch = not holds_graphs(model)
     with _opening(db, where, apart=uses_torch and "torch" not in sys.modules) as wait:
-        _require_readable(image)
+        register_heif_reader()
         if uses_torch:
-            _clean(queries)  # imports torch meanwhile
-            use_device(config.device)
+            use_device(config.device)  # imports torch meanwhile
         database = wait()
         index = ImageIndex.from_database(
             database, model=model, image_dir=image_dir, device=config.device
@@ -101,7 +99,6 @@ def search(
     if count := index.encoder.num_truncated:
         longest = index.encoder.max_text_length
         report_truncated(count, len(queries), "sentence", longest=longest)
-    results = [_shorten_paths(result) for result in results]
     print(render_search_results(results, format))
     _report_missing(results)
     if output is not None:
@@ -153,32 +150,6 @@ def _require_queries(queries: Sequence[str], images: Sequence[Path]) -> None:
         raise ValueError("\n".join(f"--image {file}: no such image." for file in missing))
 
 
-def _clean(queries: Sequence[str]) -> None:
-    from ..processing_llm2clip import clean_list
-
-    if queries:
-        clean_list(list(queries))
-
-
-def _require_readable(images: Sequence[Path]) -> None:
-    from ..data.images.image_sources import find_unreadable_images, register_heif_reader
-
-    if images:
-        register_heif_reader()
-    if unreadable := find_unreadable_images(list(images)):
-        raise ValueError("\n".join(f"--image {error}" for error in unreadable.values()))
-
-
-def _shorten_paths(result: SearchResult) -> SearchResult:
-    """Name images below the working directory as a user there would."""
-    here = Path.cwd()
-    hits = [
-        (Path(os.path.relpath(path, here)) if path.is_relative_to(here) else path, cosine)
-        for path, cosine in result.hits
-    ]
-    return replace(result, hits=hits)
-
-
 def _report_missing(results: Sequence[SearchResult]) -> None:
     from ..data.atomic_files import hash_file
 
@@ -199,10 +170,8 @@ def _report_missing(results: Sequence[SearchResult]) -> None:
 
 
 def _write(results: list[SearchResult], output: Path) -> None:
-    from ..data.images.image_sources import register_heif_reader
     from ..search.results_page import write_results_page, write_results_sheet
 
-    register_heif_reader()
     output.mkdir(parents=True, exist_ok=True)
     sheet, page = (output / name for name in _PAGE_FILES)
     write_results_sheet(results, sheet)

@@ -42,10 +42,6 @@ def serve(
         require_model(model, *needs)
     from ..serving.run_server import bind_socket, run_server
 
-    if index is not None:
-        from ..search.image_index import ImageIndex
-
-        ImageIndex.open(index)  # before what takes long; once more when the model is there
     with bind_socket(config) as bound:
         use_device(config.device)
         from ..serving.app import API_KEY_VARIABLE, create_app

@@ -378,8 +378,8 @@ class Health(BaseModel):
     num_images: int | None = Field(description="Images of the index.")
     index_error: str | None = Field(description="Why the index cannot be searched.")
     far_images: bool = Field(
-        description="Whether the images of the index, or those embedded since the start, are "
-        "unlike all that the model was trained on; false also where that is not known."
+        description="Whether the images of the index are unlike all that the model was trained on; "
+        "false also where that is not known."
     )
 
 

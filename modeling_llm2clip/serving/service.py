@@ -28,7 +28,7 @@ from ..model_folders.model_card import read_card_data
 from ..model_folders.model_folder import find_model_folder
 from ..model_folders.model_loading import load_model, require_trained
 from ..model_folders.onnx_folder import find_onnx_folder, load_onnx_encoder
-from ..model_folders.training_images import ImageTally, TrainingImages, read_training_images
+from ..model_folders.training_images import TrainingImages, read_training_images
 from ..processing_llm2clip import clean_list
 from ..search.filters import check_filter
 from ..search.image_index import ImageIndex
@@ -143,11 +143,9 @@ class EmbeddingService:
         self.training_data = tuple(training_data)
         self.training_images = training_images
         self.on_batch = on_batch
-        self._tally = ImageTally()  # of the images that were embedded so far
 
         def encode_images(images: Sequence[Any]) -> NDArray[np.float32]:
-            count = None if encoder.projects_at_once else lambda _, embeds: self._tally.add(embeds)
-            return encoder.encode_images(images, num_workers=1, on_batch=count).numpy()
+            return encoder.encode_images(images, num_workers=1).numpy()
 
         def encode_texts(texts: Sequence[Any], lane: str) -> NDArray[np.float32]:
             options = {} if lane == "text" else {"num_unpooled": unpooled[lane]}
@@ -190,26 +188,25 @@ class EmbeddingService:
                 model.
         """
         config = config or ServeConfig()
-        source: str | Path = model
-        if config.backend == "onnx":
-            source = find_onnx_folder(model)
+        is_onnx = config.backend == "onnx"
+        source = find_onnx_folder(model) if is_onnx else find_model_folder(model)
+        images = None if index is None else ImageIndex.open(index, model=source)
+        if is_onnx:
             saved = LLM2CLIPConfig.from_pretrained(source, local_files_only=True)
             require_trained(saved, purpose="serving", source=source)
             encoder: Encoder = load_onnx_encoder(source, weights=config.text_weights)
         else:
-            loaded, processor = load_model(model, device=config.device)
+            loaded, processor = load_model(source, device=config.device)
             require_trained(loaded, purpose="serving", source=model)
             saved, encoder = loaded.config, TorchEncoder(loaded, processor)
-        images = None if index is None else ImageIndex.open(index, model=source)
-        folder = find_model_folder(source)
         return cls(
             encoder,
             config,
             model_name=config.model_name or Path(model).resolve().name,
             model_config=saved,
             index=images,
-            training_data=read_card_data(folder).training_data,
-            training_images=read_training_images(folder),
+            training_data=read_card_data(source).training_data,
+            training_images=read_training_images(source),
         )
 
     @property
@@ -359,16 +356,14 @@ class EmbeddingService:
         return FoundImages(results=found, num_tokens=embedded.num_tokens, truncated=truncated)
 
     def describe_far_images(self) -> str | None:
-        """Describe the images of the index, or else those that were embedded since the start.
+        """Describe the images of the index.
 
         Returns:
             None where the model was trained on such images, or that cannot be judged.
         """
-        if self.training_images is None:
+        if self.training_images is None or self.index is None:
             return None
-        tallies = [] if self.index is None else [restore_tally(self.index.about)]
-        tallies.append(self._tally)
-        return next(filter(None, map(self.training_images.describe_far, tallies)), None)
+        return self.training_images.describe_far(restore_tally(self.index.about))
 
     async def find_index_error(self) -> tuple[int | None, str | None]:
         """Look whether the index can be searched.
