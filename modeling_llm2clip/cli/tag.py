@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Interval
 
-from .._extras import list_needs_of_index
+from .._extras import list_needs_of_index, require
 from .._suggestions import counted
 from ..configs.data_config import ImageLimitsConfig
 from ..configs.encoding_config import TagConfig
@@ -64,12 +64,13 @@ def tag(
         limits: Which images are decoded.
         config: How to encode the folder, and where to store its embeddings.
     """
-    require_model(model, *list_needs_of_index(config.index))
+    require(*list_needs_of_index(config.index))
     from ..search.tag_labels import read_labels
 
     _check_output(output)  # before what takes long
     label_list = read_labels(labels, templates=list(template))
     require_image_folder(image_dir)
+    require_model(model)
     use_image_limits(limits)
     use_device(config.device)
     from ..search.tag_images import tag_folder

@@ -82,15 +82,15 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": schemas.ErrorResponse, "description": description}
     for status, description in {
         "4XX": "The request is refused.",  # without it FastAPI adds 422, which is never sent
-        400: "The request is not valid.",
-        401: "The API key is missing or wrong.",
-        404: "There is no such model, or no index.",
-        408: "The request did not arrive in time.",
-        413: "The request, an image, or the number of inputs is too large.",
-        429: "The queue is full; Retry-After says when to try again.",
-        500: "The model failed.",
-        503: "The server is stopping, or the index cannot be searched.",
-        504: "The request took too long.",
+        "400": "The request is not valid.",
+        "401": "The API key is missing or wrong.",
+        "404": "There is no such model, or no index.",
+        "408": "The request did not arrive in time.",
+        "413": "The request, an image, or the number of inputs is too large.",
+        "429": "The queue is full; Retry-After says when to try again.",
+        "500": "The model failed.",
+        "503": "The server is stopping, or the index cannot be searched.",
+        "504": "The request took too long.",
     }.items()
 }
 _SHOWN = 100  # characters of a name in an error
@@ -287,7 +287,7 @@ def _add_uses(router: APIRouter, service: EmbeddingService, images: ImageInputs)
             service, result, "search_result", "hits", lambda: [*map(_list_hits, result.results)]
         )
 
-    @router.get("/v1/models", tags=["OpenAI"], response_model=schemas.ModelList)
+    @router.get("/v1/models", tags=["OpenAI"], response_model=dict[str, Any])
     async def list_models() -> Response:
         """List the served model."""
         card = {"id": service.model_name, "object": "model", "owned_by": "llm2clip", "created": 0}

@@ -292,13 +292,6 @@ class SearchRequest(_TextOptions):
         return self
 
 
-class Usage(BaseModel):
-    """Tokens of the texts as the model read them, prompts included; images have none."""
-
-    prompt_tokens: int
-    total_tokens: int
-
-
 class Embedding(BaseModel):
     """One embedding."""
 
@@ -313,7 +306,9 @@ class ListResponse(BaseModel, Generic[T]):
     object: Literal["list"]
     data: list[T]
     model: str
-    usage: Usage
+    usage: dict[Literal["prompt_tokens", "total_tokens"], int] = Field(
+        description="Tokens of the texts as the model read them, prompts included."
+    )
     truncated: list[int] = Field(
         description="Places of truncated texts; of candidate labels with a truncated prompt; or of "
         "queries with a truncated text."
@@ -381,22 +376,6 @@ class Health(BaseModel):
         description="Whether the images of the index are unlike all that the model was trained on; "
         "false also where that is not known."
     )
-
-
-class ModelCard(BaseModel):
-    """A served model."""
-
-    id: str
-    object: Literal["model"]
-    owned_by: str
-    created: int
-
-
-class ModelList(BaseModel):
-    """The served models."""
-
-    object: Literal["list"]
-    data: list[ModelCard]
 
 
 class ErrorDetail(BaseModel):

@@ -159,7 +159,6 @@ class EmbeddingService:
         lanes.append(Lane("image", encode_images, self._image_batch))
         self._worker = BatchWorker(
             lanes,
-            max_wait_s=config.max_wait_ms / 1000,
             on_batch=lambda lane, *counts: (
                 self.on_batch and self.on_batch(lane.partition(" ")[0], *counts)
             ),
