@@ -86,7 +86,7 @@ class Lane:
         return batch
 
     def find_wait(self) -> float:
-        """Time up to which the next batch waits for more; past if it is full or as long as before."""
+        """Time up to which the next batch waits; past if it is full, or as long as the last one."""
         waiting = sum(len(job.inputs) - job.taken for job in self.jobs)
         cost = sum(sum(job.costs[job.taken :]) for job in self.jobs)
         return 0 if cost >= self.budget or waiting >= self.last_count else self.last_wait_until
