@@ -12,8 +12,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Callable, MutableMapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -197,22 +196,13 @@ def suggest_align(model: str, data: str, store: Path, content: str) -> str:
     return shlex.join([*words, *(["--inherit-from", str(store)] if is_teacher else [])])
 
 
-def wants_no_bars(run: Callable[[], object]) -> bool:
+def hide_library_bars(run: Callable[[], object]) -> None:
+    """Hide the bars of transformers, too, where a command is to show none."""
     configs = run.keywords.values() if isinstance(run, partial) else ()
-    return any(getattr(config, "show_progress", True) is False for config in configs)
+    if any(getattr(config, "show_progress", True) is False for config in configs):
+        from transformers.utils import logging
 
-
-@contextmanager
-def library_bars_hidden() -> Iterator[None]:
-    from transformers.utils import logging
-
-    were_shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if were_shown:
-            logging.enable_progress_bar()
+        logging.disable_progress_bar()
 
 
 def bound_spinning(environment: MutableMapping[str, str] = os.environ) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,7 +18,6 @@ from .command import Repeated, command
 from .options import report, report_truncated, use_device, use_image_limits
 
 if TYPE_CHECKING:
-    from ..search.index_database import IndexDatabase
     from ..search.query_encoding import Query
     from ..search.search_results import SearchResult
 
@@ -75,21 +74,20 @@ def search(
     _require_queries(queries, image)
     if output is not None:
         _require_page_folder(output)
-    if "://" not in db:
-        from ..search.index_database import require_place
+    from ..search.index_database import DatabaseProcess, IndexDatabase, require_place
 
-        require_place(db)
+    require_place(db)
     from ..data.images.image_sources import register_heif_reader
     from ..model_folders.model_folder import holds_graphs
     from ..search.image_index import ImageIndex
     from ..search.results_page import render_search_results
 
     uses_torch = not holds_graphs(model)
-    with _opening(db, where, apart=uses_torch and "torch" not in sys.modules) as wait:
+    apart = uses_torch and "torch" not in sys.modules
+    with DatabaseProcess(db) if apart else nullcontext(IndexDatabase.open(db)) as database:
         register_heif_reader()
         if uses_torch:
             use_device(config.device)  # imports torch meanwhile
-        database = wait()
         index = ImageIndex.from_database(
             database, model=model, image_dir=image_dir, device=config.device
         )
@@ -104,27 +102,6 @@ def search(
     if output is not None:
         _write(results, output)
     return 0
-
-
-@contextmanager
-def _opening(db: str, where: str | None, *, apart: bool) -> Iterator[Callable[[], IndexDatabase]]:
-    """Open a database and try a filter, in a process of its own if this one has much to import.
-
-    Yields:
-        What waits for the database.
-    """
-    if apart:
-        from ..search.index_database import DatabaseProcess
-
-        with DatabaseProcess(db, where) as process:
-            yield process.wait
-        return
-    from ..search.index_database import IndexDatabase
-
-    database = IndexDatabase.open(db)
-    if where is not None:
-        database.count(where)
-    yield lambda: database
 
 
 def _require_page_folder(folder: Path) -> None:

@@ -97,13 +97,10 @@ class EndpointClient:
     def find_model_name(self) -> str | None:
         """Return the name of the only model in the server's list; None without such a list."""
         try:
-            content = self._send(f"{self.base}/v1/models", None)
-        except EndpointError:
+            [model] = self._send(f"{self.base}/v1/models", None)["data"]
+            return str(model["id"])
+        except (LookupError, TypeError, ValueError):  # an EndpointError is one
             return None
-        models = content.get("data") if isinstance(content, dict) else None
-        if not isinstance(models, list) or len(models) != 1 or not isinstance(models[0], dict):
-            return None
-        return str(models[0].get("id") or "") or None
 
     def embed(self, inputs: Sequence[str | Image.Image], **options: Any) -> Tensor:
         """Embed N texts or images, jina also both, (N, width) float32 as they came.

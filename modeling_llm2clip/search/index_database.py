@@ -260,14 +260,13 @@ class DatabaseProcess(IndexDatabase):
 
     From the shell, a search is mostly imports: about two seconds of LanceDB, five of torch and
     transformers. Python imports one module at a time, so only another process does both at once.
-    A filter is tried as soon as the database is open.
     """
 
-    def __init__(self, location: str, where: str | None = None) -> None:
+    def __init__(self, location: str) -> None:
         self.location = location
         # Not forked: this process may have threads by now.
         self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-        self._opening: Future[About] = self._pool.submit(_open_here, location, where)
+        self._opening: Future[About] = self._pool.submit(_open_here, location)
 
     def __enter__(self) -> DatabaseProcess:
         return self
@@ -275,29 +274,27 @@ class DatabaseProcess(IndexDatabase):
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def wait(self) -> DatabaseProcess:
-        self.about = self._opening.result()
-        return self
+    @property
+    def about(self) -> About:  # type: ignore[override]
+        """That of the database as it was opened; waits for it."""
+        return self._opening.result()
 
     def count(self, where: str | None = None) -> int:
         num_rows: int = self._pool.submit(_call, "count", where).result()
         return num_rows
 
     def search(self, embedding: np.ndarray[Any, Any], **options: Any) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = self._pool.submit(
-            _call, "search", embedding, **options
-        ).result()
+        found = self._pool.submit(_call, "search", embedding, **options)
+        rows: list[dict[str, Any]] = found.result()
         return rows
 
 
 _opened: IndexDatabase | None = None  # in the other process
 
 
-def _open_here(location: str, where: str | None) -> About:
+def _open_here(location: str) -> About:
     global _opened
     _opened = IndexDatabase.open(location)
-    if where is not None:
-        _opened.count(where)
     return _opened.about
 
 

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from .._suggestions import counted, list_first
 from ..configs.encoding_config import IndexConfig, TagConfig
-from ..data.images.image_sources import find_unreadable_images
 from ..encoding.encode import TorchEncoder, average_prompts
 from ..encoding.encoder_interface import Encoder
 from ..encoding.tokenized_texts import TokenizedTexts
@@ -111,7 +110,6 @@ def _encode(
             batch_size=config.batch_size, num_workers=config.num_workers, tally=tally,
         )  # fmt: skip
     if encoded.errors:
-        find_unreadable_images(encoded.errors)  # ends the run where it is the disk that fails
         listed = list_first(encoded.errors.values(), "\n")
         broken = f"{len(encoded.errors)} of {counted(len(paths), 'image')}:\n{listed}"
         if not config.skip_invalid:
