@@ -40,11 +40,13 @@ def serve(
         require(*needs, ONNX_RUNTIME)
     else:
         require_model(model, *needs)
-    from ..serving.run_server import bind_socket, run_server
+    from ..search.index_database import require_place
+    from ..serving.app import API_KEY_VARIABLE, bind_socket, create_app, run_server
 
+    if index is not None:
+        require_place(index)
     with bind_socket(config) as bound:
         use_device(config.device)
-        from ..serving.app import API_KEY_VARIABLE, create_app
         from ..serving.service import EmbeddingService
 
         _warn_if_open(config.host, API_KEY_VARIABLE)
