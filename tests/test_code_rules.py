@@ -48,14 +48,14 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2367,
+    ".": 2366,
     "building": 1476,
-    "cli": 1267,
-    "configs": 954,
+    "cli": 1155,
+    "configs": 952,
     "conversion": 636,
     "data": 5116,
     "demo": 87,
-    "doctor": 1389,
+    "doctor": 1348,
     "embedding": 1304,
     "encoding": 712,
     "evaluation": 3154,
@@ -63,11 +63,11 @@ BUDGETS = {
     "publishing": 1172,
     "recipes": 469,
     "scheduling": 98,
-    "search": 1600,
-    "serving": 1695,
+    "search": 1469,
+    "serving": 1540,
     "training": 4257,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 295, 8300
+MOST_FILES, MOST_DOCSTRING_LINES = 292, 8300
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(
