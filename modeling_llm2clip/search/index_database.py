@@ -161,7 +161,7 @@ class IndexDatabase:
         self.about = about
 
     def count(self, where: str | None = None) -> int:
-        """Count the images that pass a filter; ValueError if it is not valid."""
+        """Count the images that pass a filter; FilterError if it is not valid."""
         checked = None if where is None else check_filter(where, COLUMNS)
         self.refresh()
         if where is None:
@@ -171,7 +171,7 @@ class IndexDatabase:
         except IndexUnavailableError as error:
             self.count_readable()
             problem = _shorten(error.__cause__ or error)
-            raise ValueError(explain_filter(where, problem, COLUMNS)) from error
+            raise explain_filter(where, problem, COLUMNS) from error
 
     def count_readable(self) -> int:
         """Count images by reading values; `count` without a filter reads no file."""

@@ -58,11 +58,13 @@ def build_index(
     config: IndexConfig,
     *,
     updates_ann: bool = True,
+    skip_invalid: bool = True,
     report: Report | None = None,
 ) -> tuple[IndexDatabase, QueryEncoder]:
     """Index a folder, or update its index; return the database and the encoder of its queries.
 
-    Without `updates_ann`, an approximate index stays as it is.
+    Without `updates_ann`, an approximate index stays as it is. Without `skip_invalid`, unreadable
+    images are an error after the others are indexed.
     """
     find_device(config.device)  # before what takes long
     require_place(location, is_new=True)
@@ -102,6 +104,8 @@ def build_index(
         if updates_ann:
             _update_ann(database, encoder, config, has_changed=has_changed, report=say)
         note_place()
+    if update.errors and not skip_invalid:
+        raise ValueError("Repair or remove the unreadable images, or skip them (--skip-invalid).")
     if far := describe_far_images(folder, tally):
         warn(far)
     return database, encoder

@@ -77,8 +77,9 @@ def tag_folder(
             show_progress=config.show_progress,
         )  # fmt: skip
         database, _ = build_index(
-            model, image_dir, config.index, index_config, updates_ann=False, report=report
-        )
+            model, image_dir, config.index, index_config,
+            updates_ann=False, skip_invalid=config.skip_invalid, report=report,
+        )  # fmt: skip
         index = ImageIndex(database)
         parts = ((paths, torch.tensor(embeds)) for paths, embeds in index.iterate_embeddings())
 

@@ -30,7 +30,7 @@ from ..model_folders.model_loading import load_model, require_trained
 from ..model_folders.onnx_folder import find_onnx_folder, load_onnx_encoder
 from ..model_folders.training_images import TrainingImages, read_training_images
 from ..processing_llm2clip import clean_list
-from ..search.filters import check_filter
+from ..search.filters import FilterError, check_filter
 from ..search.image_index import ImageIndex
 from ..search.lancedb_table import IndexUnavailableError
 from ..search.model_identity import restore_tally
@@ -333,7 +333,7 @@ class EmbeddingService:
                 404, "This server has no index. Start it with --index DB.", code="no_index"
             )
         if where is not None:  # before anything is encoded
-            with _refusing("where", code="invalid_filter"):
+            with _refusing():
                 check_filter(where, index.columns)
         parts_of = [query if isinstance(query, list) else [query] for query in queries]
         if empty := [number for number, parts in enumerate(parts_of) if not parts]:
@@ -343,8 +343,7 @@ class EmbeddingService:
         embedded = await self.embed(inputs, prompt_name=prompt_name)
         starts = np.searchsorted(query_of, np.arange(1, len(parts_of)))
         means = np.stack([rows.mean(axis=0) for rows in np.split(embedded.embeds, starts)])
-        param, code = (None, None) if where is None else ("where", "invalid_filter")
-        with _refusing(param, code=code):
+        with _refusing():
             try:
                 found = await self._run(
                     self._search_threads, lambda: index.search(means, top_k=top_k, where=where)
@@ -537,8 +536,10 @@ def _list_instructions(
 
 @contextmanager
 def _refusing(param: str | None = None, *, code: str | None = None) -> Iterator[None]:
-    """Answer a ValueError with status 400."""
+    """Answer a ValueError with status 400, and one of a filter as such."""
     try:
         yield
+    except FilterError as error:
+        raise RequestError(400, str(error), param="where", code="invalid_filter") from None
     except ValueError as error:
         raise RequestError(400, str(error), param=param, code=code) from None

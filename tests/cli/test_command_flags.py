@@ -414,7 +414,6 @@ REFUSED_AT_ONCE = [
     (["export", "OWN", "FULL"], "is not empty"),
     (["export", "OWN"], "OUTPUT requires an argument"),
     (["export", "OWN", "NEW", "--components", "vision-tower", "--dtype", "float16"], "`dtype`"),
-    (["export", "OWN", "NEW", "--components", "vision-tower", "--dry-run"], "no use for `dry_run`"),
     (["push", "FULL"], "REPO_ID requires an argument"),
     (["push", "CLIP", "owner/name"], "An LLM2CLIP model is needed here."),
     (["doctor", "CLIP"], "is a 'clip'"),

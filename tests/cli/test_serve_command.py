@@ -105,7 +105,7 @@ def test_a_socket_that_is_bound_refuses_until_the_server_runs() -> None:
     ("flags", "message"),
     [
         (["--image-networks", "10.0.0.0/8"], "needs image_urls=True"),
-        (["--image-urls", "--image-networks", "nowhere"], "is not a network"),
+        (["--image-urls", "--image-networks", "nowhere"], "must be a network"),
         (["--max-image-mb", "50"], "does not fit"),
         (["--max-request-mb", "1000"], "does not fit"),
         (["--port", "70000"], "equal to 65535"),
