@@ -230,7 +230,7 @@ def _to_tensor(rows: list[Any]) -> Tensor:
             is_text = isinstance(row, str)
             values = np.frombuffer(b64decode(row, validate=True), "<f4") if is_text else row
             array = np.asarray(values)
-        except ValueError:  # not base64 of whole numbers, or lists of different lengths
+        except ValueError:  # neither base64 of float32 nor a plain list
             array = np.empty(0)
         if array.ndim != 1 or not array.size or array.dtype.kind not in "if":
             raise EndpointError(

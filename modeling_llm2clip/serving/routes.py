@@ -22,7 +22,7 @@ from fastapi.routing import APIRoute
 from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 
-from .. import __version__
+from .._environment import list_versions
 from .._suggestions import list_first
 from ..configs.serve_config import ServeConfig
 from ..search.search_results import SearchResult
@@ -94,6 +94,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 _SHOWN = 100  # characters of a name in an error
+_PACKAGE = "modeling_llm2clip"
 _Embeds: TypeAlias = "NDArray[np.float32]"
 
 
@@ -171,7 +172,7 @@ def make_web_app(service: EmbeddingService, config: ServeConfig, metrics: Server
 
     app = FastAPI(
         title="LLM2CLIP",
-        version=__version__,
+        version=list_versions((_PACKAGE,))[_PACKAGE],
         description=f"Embeddings, zero-shot classification and search by {service.model_name}.",
         lifespan=close_at_end,
         default_response_class=JsonResponse,
