@@ -48,26 +48,26 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2367,
-    "building": 1476,
-    "cli": 1262,
-    "configs": 954,
+    ".": 2389,
+    "building": 1481,
+    "cli": 1121,
+    "configs": 848,
     "conversion": 636,
     "data": 5116,
     "demo": 87,
     "doctor": 1389,
-    "embedding": 1304,
+    "embedding": 1305,
     "encoding": 712,
-    "evaluation": 3154,
-    "model_folders": 1427,
-    "publishing": 1172,
+    "evaluation": 2888,
+    "model_folders": 1428,
+    "publishing": 1093,
     "recipes": 451,
     "scheduling": 83,
-    "search": 1600,
+    "search": 1604,
     "serving": 1695,
     "training": 3960,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 290, 8300
+MOST_FILES, MOST_DOCSTRING_LINES = 286, 8300
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(
