@@ -251,7 +251,6 @@ def open_llm_weights(
         folder = find_model_folder(name, revision=revision)
         merged, counted = merge_lora_weights(
             {key.removeprefix(_PREFIX): value for key, value in renamed.weights.items()},
-            language.config,
             folder,
             base=str(source.name),
             accepted_base=source.accept_lora_base,
