@@ -48,7 +48,6 @@ from .tower_checks import (
     require_direction,
     require_loadable,
     require_pixels_alone,
-    require_pooled_tokens,
     require_positions,
 )
 from .vision_towers import load_vision_tower
@@ -324,7 +323,6 @@ def _join(
     processor = LLM2CLIPProcessor(image_processor, tokenizer, model_config.max_text_length)
     require_deterministic(model, processor)
     require_positions(model, processor)
-    require_pooled_tokens(model, processor)
     require_loadable(model, processor)
     if embedder is not None:
         embedder.require_same_embeddings(model, processor)

@@ -50,7 +50,6 @@ from .source_checkpoint import (
     LanguageModel,
     LLMSource,
     find_commit,
-    find_published_hash,
     open_checkpoint,
     open_language_model,
     open_llm_weights,
@@ -129,14 +128,13 @@ def convert_checkpoint(
         name: What the card calls the model; None for the folder's last name.
 
     Returns:
-        The folder. Its `conversion.json` records the sources, whether each file was compared with
-            the Hub's SHA-256 (`as_published`), the keys that were left out, and which share of
-            the entries that each LoRA changes rounding leaves (`share_changed_by_merging`).
+        The folder. Its `conversion.json` records the sources, the SHA-256 of each file, the keys
+            that were left out, and which share of the entries that each LoRA changes rounding
+            leaves (`share_changed_by_merging`).
 
     Raises:
         FileExistsError: The folder exists and is not empty.
-        ValueError: The sources do not fit each other or the source format, see `plan_conversion`;
-            or a file that was downloaded from the Hub has not the SHA-256 that it had there.
+        ValueError: The sources do not fit each other or the source format, see `plan_conversion`.
         OSError: There is too little disk space.
         RuntimeError: The written model is not healthy; nothing is left of it.
 
@@ -223,24 +221,14 @@ def _make_record(
             ],
         },
         "num_parameters": sum(tensor.num_elements for tensor in plan.weights.values()),
-        "files": [_describe_file(path) for path in plan.files],
+        "files": [
+            {"name": path.name, "bytes": path.stat().st_size, "sha256": hash_file(path)}
+            for path in plan.files
+        ],
         "source_format": asdict(source_format),
         "pixels": {"mean": mean, "std": std},
         "dropped": {reason: sorted(keys) for reason, keys in by_reason.items()},
     }
-
-
-def _describe_file(path: Path) -> dict[str, Any]:
-    """Hash a file, which has to be the one that the Hub published where that is known."""
-    found, published = hash_file(path), find_published_hash(path)
-    if published not in (None, found):
-        raise ValueError(
-            f"{path} is damaged: its SHA-256 is {found}, the Hub's was {published}. Delete it, and "
-            "download it again."
-        )
-    checked = published is not None
-    size = path.stat().st_size
-    return {"name": path.name, "bytes": size, "sha256": found, "as_published": checked}
 
 
 def plan_conversion(

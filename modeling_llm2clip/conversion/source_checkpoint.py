@@ -22,9 +22,6 @@ from .layouts import LAYOUTS
 from .layouts.layout import Drop, Layout, RenamedWeights, apply_rules, rename
 
 _KEYS_SHOWN = 6
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-# Where huggingface_hub notes what it downloaded into a folder that a user named.
-_NOTES = Path(".cache") / "huggingface" / "download"
 _RULES = (rename(r"(?:model\.)?((?:embed_tokens|layers|norm)\..*)", r"text_model.\1"),)
 _FREQUENCIES = r"(?:model\.)?(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 _DROPS = (
@@ -149,23 +146,6 @@ def find_commit(source: str | Path, paths: Iterable[Path]) -> str | None:
             folder, *rest = parts[parts.index(cache) + 1 :]
             if folder == "snapshots" and rest:
                 return rest[0]
-    return None
-
-
-def find_published_hash(file: Path) -> str | None:
-    """Find the SHA-256 that the Hub had for a file when it was downloaded; None where unknown.
-
-    huggingface_hub's cache names large contents by their hashes; `hf download --local-dir` notes
-    them beside the files.
-    """
-    content = file.resolve()
-    if content.parent.name == "blobs":
-        return content.name if _SHA256.fullmatch(content.name) else None
-    for folder in file.absolute().parents:
-        notes = folder / _NOTES / f"{file.absolute().relative_to(folder)}.metadata"
-        if notes.is_file():  # commit, hash and time, a line each
-            lines = notes.read_text(encoding="utf-8").splitlines()
-            return next((line for line in lines[1:2] if _SHA256.fullmatch(line)), None)
     return None
 
 
