@@ -203,7 +203,14 @@ class LLM2CLIPProcessor(ProcessorMixin):
         batch = BatchFeature()
         if images is not None:
             batch.update(super().__call__(images=images, **filled))
-            _check_rows(batch["pixel_values"], images)
+            count = len(images) if isinstance(images, list) else 1
+            if len(batch["pixel_values"]) != count:
+                raise ValueError(
+                    f"The image processor made another number of rows than there are images "
+                    f"({count} given, {len(batch['pixel_values'])} made), as those that cut an "
+                    "image into tiles do. Restore processor_config.json from the original model "
+                    "folder."
+                )
         if text is not None:
             limit = filled["text_kwargs"]["max_length"]
             with _tokenizing:
@@ -314,16 +321,6 @@ class LLM2CLIPProcessor(ProcessorMixin):
                 f"{long[0] + 1}). Shorten them, or pass on_long_text='truncate'."
             )
         self.num_truncated_texts += sum(length_of[i] > lengths[i] for i in full)
-
-
-def _check_rows(pixel_values: Any, images: Any) -> None:
-    count = len(images) if isinstance(images, list) else 1
-    if len(pixel_values) != count:
-        raise ValueError(
-            f"The image processor made another number of rows than there are images ({count} "
-            f"given, {len(pixel_values)} made), as those that cut an image into tiles do. Restore "
-            "processor_config.json from the original model folder."
-        )
 
 
 def _unpack(image: Any) -> Any:

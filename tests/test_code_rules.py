@@ -48,24 +48,24 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2367,
-    "building": 1476,
-    "cli": 1267,
+    ".": 2288,
+    "building": 1374,
+    "cli": 1263,
     "configs": 954,
-    "conversion": 636,
+    "conversion": 601,
     "data": 5116,
     "demo": 87,
     "doctor": 1389,
     "embedding": 1304,
-    "encoding": 712,
+    "encoding": 704,
     "evaluation": 3154,
-    "model_folders": 1427,
+    "model_folders": 1382,
     "publishing": 1172,
     "recipes": 469,
     "scheduling": 98,
     "search": 1600,
     "serving": 1695,
-    "training": 4257,
+    "training": 4251,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 295, 8300
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")

@@ -13,6 +13,7 @@ from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers import initialization as init
 
+from .._suggestions import list_first
 from ..building.lora_merging import merge_lora_weights
 from ..building.text_towers import require_decoder, require_own_tokenizer
 from ..loading_llm2clip import build_tower, list_weight_files, load_without_code
@@ -21,7 +22,6 @@ from ..model_folders.weights import WEIGHT_NAMES, LazyTensor, is_lora_alone, ope
 from .layouts import LAYOUTS
 from .layouts.layout import Drop, Layout, RenamedWeights, apply_rules, rename
 
-_KEYS_SHOWN = 6
 _RULES = (rename(r"(?:model\.)?((?:embed_tokens|layers|norm)\..*)", r"text_model.\1"),)
 _FREQUENCIES = r"(?:model\.)?(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 _DROPS = (
@@ -95,14 +95,11 @@ def require_layout(checkpoint: Checkpoint, layout: Layout) -> None:
             f"{source} has keys of the family {fitting[0].name!r}, the source format is for "
             f"{layout.name!r}. Choose the source format {fitting[0].choice!r}."
         )
-    shown, families = (
-        sorted(checkpoint.tensors)[:_KEYS_SHOWN],
-        sorted(one.name for one in LAYOUTS.values()),
-    )
     raise ValueError(
-        f"{source} has keys of {len(fitting)} known families, wanted one of {families}. Its first "
-        f"keys: {shown}. A checkpoint of plain CLIP or of another code base cannot be converted; "
-        "build a new model from its tower instead (llm2clip build)."
+        f"{source} has keys of {len(fitting)} known families, wanted one of "
+        f"{sorted(one.name for one in LAYOUTS.values())}. Its keys: "
+        f"{list_first(sorted(checkpoint.tensors))}. A checkpoint of plain CLIP or of another code "
+        "base cannot be converted; build a new model from its tower instead (llm2clip build)."
     )
 
 

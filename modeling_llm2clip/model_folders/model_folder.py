@@ -12,7 +12,6 @@ import os
 import re
 import socket
 from collections.abc import Sequence
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -214,16 +213,9 @@ def _find_error(what: str, source: str | Path, *, file: str) -> str | None:
     if path.is_dir():
         if (path / file).is_file():
             return None
-        if what == "language model" and (path / "modules.json").is_file():
-            return (
-                f"{source}: a sentence-transformers model of an old layout, with its network in a "
-                f"folder within. Save it again: SentenceTransformer({str(source)!r}).save(FOLDER)"
-            )
         return f"{source}: the folder has no {file}, so it does not hold a {what}"
     if path.exists():
         return f"{source}: a file; the {what} must be a folder or a Hub id"
-    if str(source) != EMBEDDED and get_close_matches(str(source), [EMBEDDED], cutoff=0.8):
-        return f"{source}: no such {what} (did you mean {EMBEDDED}?)"
     missing = explain_missing(source, may_lack_owner=True)
     return f"{source}: no such {what}: {missing}" if missing else None
 

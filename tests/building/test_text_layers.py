@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel
 
 from modeling_llm2clip.building.build_model import build_model, join_towers
-from modeling_llm2clip.building.text_layers import cut_layers
+from modeling_llm2clip.building.part_loading import cut_layers
 from modeling_llm2clip.building.text_towers import load_text_tower
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.doctor.check_model import check_model

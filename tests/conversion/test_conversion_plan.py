@@ -306,12 +306,9 @@ def test_rotary_tables_that_the_tower_computes_are_accepted_in_any_dtype(dtype, 
 
 
 @pytest.mark.parametrize("reference", [3, 5, 16])
-def test_rotary_tables_of_another_reference_size_are_refused_and_it_is_named(
-    reference: int, tmp_path
-) -> None:
+def test_rotary_tables_of_another_reference_size_are_refused(reference: int, tmp_path) -> None:
     state = replace_rotary_tables(read_checkpoint("eva02"), reference=reference)
-    refuse("eva02", tmp_path, rf"reference size 4.*\(--rope-reference-size {reference}\)",
-           state=state)  # fmt: skip
+    refuse("eva02", tmp_path, r"reference size 4.*\(--rope-reference-size\)", state=state)
     right = replace(FORMAT_OF["eva02"], rope_reference_size=reference)
     planned = plan(tmp_path / "source" / "epoch_3.pt", source_format=right)
     assert planned.config.vision_config.model_args["ref_feat_shape"] == [reference] * 2
@@ -335,7 +332,12 @@ def test_a_checkpoint_without_rotary_tables_is_refused(kept: tuple[str, ...], tm
 def test_one_block_with_rotary_tables_of_its_own_is_refused(tmp_path) -> None:
     state = read_checkpoint("eva02")
     state["visual.blocks.1.attn.rope.freqs_sin"] = torch.rand(36, 12)
-    refuse("eva02", tmp_path, r"blocks\.1\.attn\.rope\.freqs_sin.*No reference size", state=state)
+    refuse(
+        "eva02",
+        tmp_path,
+        r"blocks\.1\.attn\.rope\.freqs_sin has other rotary positions",
+        state=state,
+    )
 
 
 @pytest.mark.parametrize("theta", [10_000.0, 1_000_000.0])
