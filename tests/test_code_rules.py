@@ -49,7 +49,7 @@ MOST_FUNCTION_LINES = 60
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
     ".": 2288,
-    "building": 1374,
+    "building": 1345,
     "cli": 1263,
     "configs": 954,
     "conversion": 601,
@@ -57,9 +57,9 @@ BUDGETS = {
     "demo": 87,
     "doctor": 1389,
     "embedding": 1304,
-    "encoding": 704,
+    "encoding": 703,
     "evaluation": 3154,
-    "model_folders": 1382,
+    "model_folders": 1377,
     "publishing": 1172,
     "recipes": 469,
     "scheduling": 98,
