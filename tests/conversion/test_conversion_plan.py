@@ -153,7 +153,7 @@ def test_a_lora_for_another_base_by_shape(tmp_path) -> None:
     name = next(name for name in factors if name.endswith("q_proj.lora_A.weight"))
     factors[name] = torch.ones(4, 48)
     save_file(factors, adapter / "adapter_model.safetensors")
-    refuse("openai", tmp_path, r"is for another LLM.* have another shape .*q_proj.*Give the LLM that the LoRA was",
+    refuse("openai", tmp_path, r"is for another LLM.* have another shape .*q_proj.*Give the LLM",
            llm=LLMSource(LLM, loras=(adapter,)))  # fmt: skip
 
 
