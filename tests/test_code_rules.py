@@ -49,7 +49,7 @@ MOST_FUNCTION_LINES = 60
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
     ".": 2308,
-    "building": 1350,
+    "building": 1364,
     "cli": 1123,
     "configs": 846,
     "conversion": 601,

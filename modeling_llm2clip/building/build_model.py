@@ -47,6 +47,7 @@ from .tower_checks import (
     require_direction,
     require_loadable,
     require_pixels_alone,
+    require_positions,
 )
 from .vision_towers import load_vision_tower, set_image_size, set_normalization
 
@@ -323,6 +324,7 @@ def _join(
     require_direction(model.text_model, bidirectional=model_config.bidirectional)
     processor = LLM2CLIPProcessor(image_processor, tokenizer, model_config.max_text_length)
     require_deterministic(model, processor)
+    require_positions(model, processor)
     require_loadable(model, processor)
     if embedder is not None:
         embedder.require_same_embeddings(model, processor)

@@ -27,6 +27,8 @@ from ..modeling_llm2clip import LLM2CLIPModel
 from ..packing_llm2clip import find_first_position
 from ..processing_llm2clip import LLM2CLIPProcessor
 from ..vision_llm2clip import (
+    find_fixed_size,
+    find_patch_size,
     find_width,
     pool_vision,
     require_restored_buffers,
@@ -366,6 +368,34 @@ def require_deterministic(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) ->
                 f"embedding {when} (they differ by {difference:.0%}): it samples at random when it "
                 "encodes, mixes the images of a batch, or gives NaN. Take another vision tower."
             )
+
+
+@torch.inference_mode()
+def require_positions(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None:
+    """Refuse a tower that silently gives an image of another shape the positions of its own.
+
+    Such a tower gives the same states where the same patches are one below the other.
+    """
+    side = find_patch_size(model.vision_model)
+    pixels = processor(images=render_golden_images()[:1]).to(model.device)["pixel_values"]
+    if not side or pixels.ndim != 4 or find_fixed_size(model.vision_model) is not None:
+        return
+    # (1, 3, rows, columns, side, side)
+    patches = pixels.unfold(2, side, side).unfold(3, side, side)
+    column = patches.flatten(2, 3).flatten(2, 3)
+    try:
+        own, other = (
+            model.get_image_features(images).last_hidden_state for images in (pixels, column)
+        )
+    except (AssertionError, *MODEL_ERRORS):  # then it says so by itself
+        return
+    if patches.shape[3] > 1 and own.shape == other.shape and _relative(own, other) < _LEAST_MOVE:
+        raise ValueError(
+            f"The {model.config.vision_config.model_type!r} tower takes images of another shape, "
+            f"such as {column.shape[2]} × {column.shape[3]} pixels, and silently gives them the "
+            f"positions of {pixels.shape[2]} × {pixels.shape[3]}, or none. Take another vision "
+            "tower."
+        )
 
 
 @torch.inference_mode()
