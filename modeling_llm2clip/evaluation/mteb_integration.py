@@ -29,7 +29,7 @@ from sentence_transformers import SentenceTransformer
 
 from .._suggestions import counted
 from ..configuration_llm2clip import LLM2CLIPConfig
-from ..data.images.image_sources import EncodedImage, ImageSource, decode_image
+from ..data.images.image_sources import EncodedImage, decode_image
 from ..loading_llm2clip import list_model_files
 from ..model_folders.fingerprint import fingerprint_weights, hash_model_files
 from ..model_folders.model_loading import warn_of_untrained
@@ -153,9 +153,20 @@ class RetrievalTask(AbsTaskRetrieval):  # type: ignore[misc]
         if self.data_loaded:
             return
         pairs = self._data.correspondence
-        captions = list(self._data.captions)
-        texts = Dataset.from_dict({"id": _name_rows("text", len(captions)), "text": captions})
-        images = _tabulate_images(self._data.images)
+        captions, sources = list(self._data.captions), self._data.images
+        text_ids, image_ids = (
+            [f"{side}-{row}" for row in range(len(rows))]
+            for side, rows in (("text", captions), ("image", sources))
+        )
+        texts = Dataset.from_dict({"id": text_ids, "text": captions})
+        rows = [
+            {"bytes": None if isinstance(image, Path) else image.read_bytes(), "path": str(image)}
+            for image in sources
+        ]
+        images = Dataset.from_dict(
+            {"id": image_ids, "image": rows},
+            features=Features({"id": Value("string"), "image": _Image()}),
+        )
         if self._from_images:
             split = _make_split(images, texts, pairs.texts_of_images())
         else:
@@ -232,17 +243,6 @@ class _Image(Image):  # type: ignore[misc]
         return decode_image(Path(path) if content is None else EncodedImage(path, content))
 
 
-def _tabulate_images(images: tuple[ImageSource, ...]) -> Dataset:
-    rows = [
-        {"bytes": None if isinstance(image, Path) else image.read_bytes(), "path": str(image)}
-        for image in images
-    ]
-    return Dataset.from_dict(
-        {"id": _name_rows("image", len(rows)), "image": rows},
-        features=Features({"id": Value("string"), "image": _Image()}),
-    )
-
-
 def _make_split(queries: Dataset, corpus: Dataset, positives: PositiveLists) -> RetrievalSplitData:
     asked = positives.counts.nonzero().flatten().tolist()
     if len(asked) < len(queries):  # the others are distractors
@@ -255,7 +255,3 @@ def _make_split(queries: Dataset, corpus: Dataset, positives: PositiveLists) -> 
     return RetrievalSplitData(
         queries=queries, corpus=corpus, relevant_docs=relevant, top_ranked=None
     )
-
-
-def _name_rows(side: str, count: int) -> list[str]:
-    return [f"{side}-{row}" for row in range(count)]

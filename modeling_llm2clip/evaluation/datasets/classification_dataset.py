@@ -266,15 +266,11 @@ def _walk_class_folders(
     root: Path, reading: DatasetReading
 ) -> tuple[tuple[tuple[str, Path, str], ...], tuple[str, ...]]:
     """List every image of the class folders, and the folders' names, both in their order."""
-    if not root.is_dir():
-        raise ValueError(
-            f"{reading.source}: {root} is not a folder. Give the folder of class folders."
-        )
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+    folders = sorted(path for path in root.glob("[!.]*") if path.is_dir())
     if not folders:
         raise ValueError(
-            f"{reading.source}: {root} has no class folders. Put the images of each class into "
-            "a folder."
+            f"{reading.source}: {root} is not a folder with class folders. Put the images of each "
+            "class into a folder."
         )
     for file in sorted(path for path in root.iterdir() if path.is_file()):
         if is_image(file) and not file.name.startswith("."):

@@ -14,7 +14,7 @@ from ...model_folders.fingerprint import (
     fingerprint_text,
     fingerprint_vision,
 )
-from ...model_folders.model_loading import warn_of_untrained
+from ...model_folders.model_loading import find_untrained_parts, warn_of_untrained
 from ...model_folders.training_images import ImageTally, read_training_images
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...processing_llm2clip import LLM2CLIPProcessor
@@ -24,7 +24,6 @@ from .encoder import (
     choose_dtype,
     describe_activation,
     describe_image_processor,
-    describe_untrained,
     is_uncased,
 )
 
@@ -55,6 +54,7 @@ class LLM2CLIPEncoder(EvaluationEncoder):
     @cached_property
     def description(self) -> EncoderDescription:
         config = self._config
+        parts = find_untrained_parts(config)
         text, vision = fingerprint_text(self._path), fingerprint_vision(self._path)
         model = fingerprint_model(self._path)
         saved = model.pop("dtype")
@@ -86,5 +86,5 @@ class LLM2CLIPEncoder(EvaluationEncoder):
                 "activation": describe_activation(config.vision_config),
             },
             dtype=choose_dtype(self._run_config, saved),
-            run=self._describe_run() | describe_untrained(config),
+            run=self._describe_run() | ({"untrained_parts": list(parts)} if parts else {}),
         )

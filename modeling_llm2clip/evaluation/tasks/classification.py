@@ -28,11 +28,6 @@ def _run_classification(encoder: EvaluationEncoder, datasets: Datasets) -> TaskS
     num_prompts = [len(dataset.templates)] * len(dataset.class_names)
     classes = average_prompts(texts.embeds, num_prompts)
     images = F.normalize(encoder.encode_images(dataset.images, names=dataset.image_names), dim=-1)
-    if images.shape[1] != classes.shape[1]:
-        raise ValueError(
-            f"Images have width {images.shape[1]}, texts {classes.shape[1]}; they must come from "
-            "one model."
-        )
     labels = torch.tensor(dataset.labels)
     ranks, predicted = rank_classes(images, classes, labels)
     num_classes = len(classes)

@@ -91,17 +91,13 @@ class EndpointHandler:
             results = self._classify(several, **{name: parameters[name] for name in given})
         return results if isinstance(inputs, list) else results[0]
 
-    def _find_instruction(self, name: Any) -> str:
-        instructions = {"query": "", "document": "", **self.model.config.instructions}
-        if name is None:
-            return ""
-        if name not in list(instructions):  # a list compares what has no hash, too
-            raise ValueError(f"prompt_name: got {name!r}; known are {list(instructions)}.")
-        return str(instructions[name])
-
     def _embed(self, inputs: Sequence[Any], parameters: dict[str, Any]) -> list[Any]:
         """Embed texts and images in batches, and return them in their order."""
-        instruction = self._find_instruction(parameters.get("prompt_name"))
+        instructions = {None: "", "query": "", "document": "", **self.model.config.instructions}
+        name = parameters.get("prompt_name")
+        if name not in list(instructions):  # a list compares what has no hash, too
+            raise ValueError(f"prompt_name: got {name!r}; known are {list(instructions)[1:]}.")
+        instruction = str(instructions[name])
         width = self.model.config.projection_dim
         dimensions = parameters.get("dimensions")
         dimensions = width if dimensions is None else dimensions
