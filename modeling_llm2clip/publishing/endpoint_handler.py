@@ -53,10 +53,6 @@ class EndpointHandler:
         model = AutoModel.from_pretrained(path or ".", dtype="auto", **options)
         self.model = model.to(device).eval()
         self.processor = AutoProcessor.from_pretrained(path or ".", **options)
-        self.encodes = {
-            "text": hasattr(model, "get_text_features"),
-            "image": hasattr(model, "get_image_features"),
-        }
 
     def __call__(self, data: dict[str, Any]) -> list[Any]:
         """Answer one request.
@@ -107,7 +103,7 @@ class EndpointHandler:
         rows: dict[int, list[float]] = {}
         for modality in ("text", "image"):
             places = [place for place, (kind, _) in enumerate(read) if kind == modality]
-            if places and not self.encodes[modality]:
+            if places and not hasattr(self.model, f"get_{modality}_features"):
                 raise ValueError(f"This model encodes no {modality}s.")
             for start in range(0, len(places), BATCH_SIZE):
                 batch = places[start : start + BATCH_SIZE]
@@ -139,7 +135,7 @@ class EndpointHandler:
         hypothesis_template: Any = HYPOTHESIS_TEMPLATE,
     ) -> list[list[dict[str, Any]]]:
         """Compare each image with the sentences of all labels."""
-        if not all(self.encodes.values()):
+        if not hasattr(self.model, "compare"):
             raise ValueError("This model has one tower; labels need texts and images.")
         given = candidate_labels if isinstance(candidate_labels, list) else []
         labels = [label.strip() for label in given if isinstance(label, str)]
