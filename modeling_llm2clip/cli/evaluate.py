@@ -20,7 +20,7 @@ from ..configs.evaluation_config import (
     ModelType,
 )
 from .command import command
-from .options import list_needs_of_evaluated, use_device, use_image_limits
+from .options import use_device, use_image_limits
 
 if TYPE_CHECKING:
     from ..evaluation.results import Result
@@ -85,7 +85,7 @@ def evaluate(
     if list:
         _print_lists()
         return 0
-    _require_extras(models, tasks, plot, of_models)
+    require(*([PLOTS] if plot is not None else []), *([CLIP_TOKENS] if "length" in tasks else []))
     if plot is not None:
         from ..evaluation.report import require_plot_file
 
@@ -122,19 +122,6 @@ def _show_results(
     if not details:
         again = f"llm2clip evaluate --table text --details --output {output}"
         print(f"What the scores depend on: {again}", file=sys.stderr)
-
-
-def _require_extras(
-    models: Sequence[str],
-    tasks: Sequence[str],
-    plot: Path | None,
-    of_models: ModelsConfig,
-) -> None:
-    """Raise MissingExtraError for what models and tasks need, before anything is read."""
-    require(*([PLOTS] if plot is not None else []), *([CLIP_TOKENS] if "length" in tasks else []))
-    for source, model_type in zip(models, cycle(of_models.model_type or [None]), strict=False):
-        revision = of_models.revision
-        require(*list_needs_of_evaluated(source, model_type=model_type, revision=revision))
 
 
 def _require_models(

@@ -68,7 +68,7 @@ def extract(
     refuse_foreign_options(config, modality)
     StoreManifest.require_folder(output)  # as the plan does, but before torch is imported
     needs = [RAY] if engine == "ray" else []
-    require_model(model, *needs, extra="train", or_teacher=modality == "text")
+    require_model(model, *needs, or_teacher=modality == "text")
     require_data(data, reading)
     use_image_limits(limits)
     use_device(config.device)

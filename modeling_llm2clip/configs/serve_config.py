@@ -32,9 +32,6 @@ class ServeConfig(BackendConfig, ImageLimitsConfig):
     """Maximum tokens per batch of texts, over all requests. Default: by device."""
     batch_size: Annotated[int, Interval(ge=1)] | None = None
     """Maximum images per batch, over all requests. Default: by device."""
-    max_wait_ms: Annotated[float, Interval(ge=0, le=1000)] = 0
-    """Milliseconds that an incomplete batch waits for more requests. Under load it always waits for
-    as many inputs as the last batch had, up to a twentieth of that batch's time."""
     num_workers: Annotated[int, Interval(ge=1)] = 2
     """Threads that decode images, and the same number each for tokenizing and searching."""
     max_queue: Annotated[int, Interval(ge=1)] = 4096

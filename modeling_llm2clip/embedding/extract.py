@@ -168,6 +168,7 @@ def run_extract(plan: EncodingPlan[ExtractConfig], data: Sequence[CaptionedImage
         planned = plan_store(model.folder, table, encoder, config, modality)
         with PartialState().main_process_first():
             writer = _open_writer(plan, planned, table)
+        was_complete = writer.manifest.complete
         open_work = None
         if plan.engine == "ray":
             is_found_anywhere = plan.storage is not None and isinstance(plan.source, str | Path)
@@ -178,10 +179,10 @@ def run_extract(plan: EncodingPlan[ExtractConfig], data: Sequence[CaptionedImage
             ShardWork(writer, encoder, StoreInputs(writer, table)),
             open_work,
             stop=stop,
-            finish=plan.num_parts == 1 or writer.manifest.complete,
+            finish=plan.num_parts == 1 or was_complete,
         )
-    if plan.num_parts == 1:
-        EmbeddingStore.open(plan.output)
+    if plan.num_parts == 1 or was_complete:
+        EmbeddingStore.open(plan.output, check="full" if was_complete else "fast")
     return plan.output
 
 

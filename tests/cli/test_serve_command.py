@@ -24,7 +24,7 @@ from tiny_folders import export_tiny_model
 from modeling_llm2clip import encode_texts, load_model
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.serve_config import ServeConfig
-from modeling_llm2clip.serving.run_server import bind_socket
+from modeling_llm2clip.serving.app import bind_socket
 
 
 @contextmanager
