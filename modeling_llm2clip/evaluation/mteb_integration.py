@@ -24,7 +24,7 @@ from mteb.abstasks import AbsTaskRetrieval
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.languages.iso_mappings import _hf_langs_to_iso_lang_scripts
-from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
+from mteb.models import SentenceTransformerEncoderWrapper
 from sentence_transformers import SentenceTransformer
 
 from .._suggestions import counted
@@ -81,36 +81,23 @@ def load_for_mteb(
         str(folder), device=device, trust_remote_code=False, local_files_only=True
     )
     wrapper = SentenceTransformerEncoderWrapper(model)
-    wrapper.mteb_model_meta = _describe_model(wrapper.mteb_model_meta, model, folder, name=name)
-    return wrapper
-
-
-def _describe_model(
-    found: ModelMeta, model: SentenceTransformer, folder: Path, *, name: str
-) -> ModelMeta:
-    """Complete what mteb finds by itself: widths, longest text, similarity, framework."""
     network = model[0].auto_model
-    embedding = network.text_model.get_input_embeddings()
-    described: ModelMeta = found.model_copy(
+    weights = fingerprint_weights(list_model_files(folder))["weights"]
+    files = hash_model_files(folder, ["**/*.json"])
+    wrapper.mteb_model_meta = wrapper.mteb_model_meta.model_copy(
         update={
             "name": name,
-            "revision": _hash_folder(folder),
+            # Forty hexadecimal digits, as a commit has.
+            "revision": hashlib.sha256(f"{weights} {files}".encode()).hexdigest()[:40],
             "modalities": sorted(model.modalities),
             "n_parameters": sum(weight.numel() for weight in network.parameters()),
             # mteb multiplies the vocabulary by the width of the shared space.
-            "n_embedding_parameters": embedding.weight.numel(),
+            "n_embedding_parameters": network.text_model.get_input_embeddings().weight.numel(),
             "memory_usage_mb": sum(w.nbytes for w in network.parameters()) / 2**20,
             "use_instructions": any(prompt for prompt in model.prompts.values()),
         }
     )
-    return described
-
-
-def _hash_folder(folder: Path) -> str:
-    """Return forty hexadecimal digits, as a commit has."""
-    weights = fingerprint_weights(list_model_files(folder))["weights"]
-    files = hash_model_files(folder, ["**/*.json"])
-    return hashlib.sha256(f"{weights} {files}".encode()).hexdigest()[:40]
+    return wrapper
 
 
 class RetrievalTask(AbsTaskRetrieval):  # type: ignore[misc]

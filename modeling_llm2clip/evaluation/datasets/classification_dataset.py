@@ -180,13 +180,13 @@ def _describe_names(
     found: LabeledImages, reading: DatasetReading, names: tuple[str, ...]
 ) -> dict[str, str]:
     """Say where class names are from, and hash those in use, one per line, by their labels."""
-    used = {"names_sha256": hashlib.sha256("\n".join(names).encode()).hexdigest()}
     if reading.class_names is not None:
-        return {"from": "given", **used}
-    if found.names_file is None:
-        return {"from": "names of the folders", **used}
-    file_sha256 = hash_file(found.names_file)
-    return {"from": found.names_file.name, "file_sha256": file_sha256, **used}
+        source = {"from": "given"}
+    elif found.names_file is None:
+        source = {"from": "names of the folders"}
+    else:
+        source = {"from": found.names_file.name, "file_sha256": hash_file(found.names_file)}
+    return {**source, "names_sha256": hashlib.sha256("\n".join(names).encode()).hexdigest()}
 
 
 def _choose_templates(reading: DatasetReading) -> tuple[str, ...]:
