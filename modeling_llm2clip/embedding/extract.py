@@ -39,8 +39,7 @@ from ..data.records.data_hashes import hash_images, hash_texts
 from ..data.records.record_table import CAPTION_COLUMNS, RecordTable
 from ..data.records.records import CaptionedImage, Modality
 from ..data.records.shared_images import (
-    find_ambiguous_names,
-    refuse_ambiguous_names,
+    find_first_records,
     require_images,
 )
 from ..data.store.embedding_store import EmbeddingStore
@@ -299,10 +298,8 @@ def _iterate_caption_items(
 
 def list_image_items(records: RecordTable) -> StoreItems:
     """Number the images of a dataset, by the first records of their names."""
-    firsts = records.find_first_rows("name_key")
+    firsts = find_first_records(records)
     is_first = firsts == np.arange(len(records))
-    again = np.flatnonzero(~is_first)
-    refuse_ambiguous_names(find_ambiguous_names(records, again, firsts[again]))
     numbers = (np.cumsum(is_first, dtype=firsts.dtype) - 1)[firsts]
     num_distinct = int(is_first.sum())
     counts = {"images": len(records), "distinct": num_distinct}
