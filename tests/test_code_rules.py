@@ -50,13 +50,13 @@ MOST_FUNCTION_LINES = 60
 BUDGETS = {
     ".": 2367,
     "building": 1476,
-    "cli": 1266,
+    "cli": 1263,
     "configs": 954,
     "conversion": 636,
-    "data": 4866,
+    "data": 4642,
     "demo": 87,
     "doctor": 1389,
-    "embedding": 1177,
+    "embedding": 1131,
     "encoding": 712,
     "evaluation": 3154,
     "model_folders": 1427,
@@ -67,7 +67,7 @@ BUDGETS = {
     "serving": 1695,
     "training": 4257,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 295, 8300
+MOST_FILES, MOST_DOCSTRING_LINES = 294, 8300
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(

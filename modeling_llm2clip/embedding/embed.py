@@ -10,6 +10,7 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
@@ -140,7 +141,7 @@ def run_embed(
             finish=True,
         )
         if modality == "image":
-            _report_far(encoder, model.folder, report or _warn)
+            _report_far(encoder, model.folder, report or partial(warnings.warn, stacklevel=4))
     return output
 
 
@@ -267,10 +268,6 @@ def _read_ranges(folder: Path) -> tuple[tuple[float, ...], ...]:
     if ranges is None:
         raise ValueError(f"int8_ranges={folder} has no int8 ranges: it was not written as int8.")
     return ranges
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=4)
 
 
 def _write_prompt(folder: Path) -> str:

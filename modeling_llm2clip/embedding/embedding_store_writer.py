@@ -14,7 +14,6 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
-from .._suggestions import list_first
 from ..data.safetensors_files import read_metadata, serialize_tensors
 from ..data.store.store_index import write_index
 from ..data.store.store_manifest import (
@@ -93,16 +92,6 @@ class EmbeddingStoreWriter(ShardedWriter[StoreManifest]):
             name = "truncated" if manifest.content == CAPTION_EMBEDS else TOO_LONG
             counts[name] = sum(record.num_truncated for record in shards)
         return super().complete_manifest(replace(manifest, counts=counts), shards)
-
-    def require_complete(self) -> None:
-        """Complete the manifest; every shard must be there."""
-        if not self.finish():
-            missing = self.list_missing()
-            raise ValueError(
-                f"{self.folder} is not complete: {len(missing)} of {self.manifest.num_shards} "
-                f"shards are missing: {list_first(missing)}. Run the same extraction again, or "
-                "the partitions that did not end; they continue."
-            )
 
 
 def _write_index(

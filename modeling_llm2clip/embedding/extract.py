@@ -18,7 +18,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 from accelerate import PartialState
 
-from .._suggestions import counted
+from .._suggestions import counted, list_first
 from ..configs.encoding_config import ExtractConfig
 from ..data.captions.caption_columns import (
     FirstOccurrences,
@@ -164,7 +164,14 @@ def merge_store(folder: str | Path) -> Path:
         >>> store = merge_store("captions")  # which is complete already
     """
     folder = Path(folder)
-    EmbeddingStoreWriter(folder, StoreManifest.read(folder)).require_complete()
+    writer = EmbeddingStoreWriter(folder, StoreManifest.read(folder))
+    if not writer.finish():
+        missing = writer.list_missing()
+        raise ValueError(
+            f"{folder} is not complete: {len(missing)} of {writer.manifest.num_shards} shards are "
+            f"missing: {list_first(missing)}. Run the same extraction again, or the partitions "
+            "that did not end; they continue."
+        )
     EmbeddingStore.open(folder)
     return folder
 

@@ -129,7 +129,11 @@ def decode_image(image: ImageSource) -> Image.Image:
     except ValueError as error:
         failure = find_reading_failure(error)
         if isinstance(image, Path) and (failure is None or failure.errno in INVALID_OFFSETS):
-            failure = _find_missing(image)
+            try:
+                image.stat()
+                failure = None
+            except OSError as missing:
+                failure = missing
         if failure is None:
             raise
         raise explain_reading_failure(image, failure) from error
@@ -142,14 +146,6 @@ def explain_reading_failure(image: ImageSource, failure: OSError) -> OSError:
         "and it is not taken for an invalid one. Run the same command again when its disk or "
         "server works."
     )
-
-
-def _find_missing(file: Path) -> OSError | None:
-    try:
-        file.stat()
-    except OSError as error:
-        return error
-    return None
 
 
 def find_unreadable_images(

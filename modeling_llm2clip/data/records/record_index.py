@@ -152,7 +152,7 @@ def _build(
             find_repeated(table, errors, modality=job.rules.modality)
             errors.compare_columns()
             if table.file is not None and errors.total:
-                table = table.without_file()  # what is mapped stays readable
+                table = RecordTable(table._batches)  # what is mapped stays readable
             elif table.file is not None:
                 if errors.skipped:
                     skipped_file(file).write_text(json.dumps(errors.skipped), encoding="utf-8")

@@ -136,10 +136,6 @@ class RecordTable(Sequence[CaptionedImage]):
 
     __hash__ = None  # type: ignore[assignment]
 
-    def without_file(self) -> RecordTable:
-        """Return the records as they are mapped, for a file that is about to lose its name."""
-        return RecordTable(self._batches, rows=self.rows, skipped=self.skipped)
-
     def select(self, rows: Sequence[int] | Array) -> RecordTable:
         """Return a table of some of the records; nothing is copied but their numbers.
 

@@ -228,9 +228,10 @@ def test_a_file_that_changes_between_two_opens_is_an_error(place: str, tmp_path:
 @pytest.mark.parametrize("packs", ["willing", "always"])
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_file_that_comes_from_its_beginning_only_is_refused_with_a_remedy(
-    ranges: bool, packs: str, tmp_path: Path
+    ranges: bool, packs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server has no ranges, or packs the file although the client wants it as it is."""
+    monkeypatch.setattr(remote_files, "_BLOCK_BYTES", 1000)  # less than the file has
     content = b"compressible " * 5000
     (tmp_path / "file").write_bytes(content)
     with ShardServer(tmp_path, ranges=ranges) as server:

@@ -357,22 +357,6 @@ def test_a_request_that_fails_within_parquet_is_not_taken_for_damage(
         assert "not a Parquet file" not in str(raised.value)
 
 
-def test_a_disk_that_is_full_while_a_shard_is_copied_ends_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # A file of unknown size is copied before it is read in any order.
-    unknown = remote_files.FileInfo(None, None)
-    monkeypatch.setattr(remote_files.RemoteFile, "describe", lambda _: unknown)
-    with ShardServer(write_parquets(tmp_path / "data")) as server:
-        stream = stream_records(spell(server, "parquet"), retry=FAST, max_lost_share=1)
-        shards = iter(stream)
-        monkeypatch.setattr(
-            remote_files.tempfile, "TemporaryFile", lambda: Path("/dev/full").open("w+b")
-        )
-        with pytest.raises(OSError, match="No space left on device"):
-            list(shards)
-
-
 def prepare_most(record: CaptionedImage) -> str:
     """In place of decoding: the third sample of each shard is broken."""
     if record.name.endswith("/0002.png"):
