@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 from safetensors import SafetensorError
 
@@ -28,7 +27,7 @@ from .cli.finetune_llm import finetune_llm
 from .cli.index import index
 from .cli.interpolate import interpolate
 from .cli.merge_store import merge_store
-from .cli.options import bound_spinning, library_bars_hidden, wants_no_bars
+from .cli.options import bound_spinning, hide_library_bars
 from .cli.push import push
 from .cli.score import score
 from .cli.search import search
@@ -87,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = parse(LINE, words)
         bound_spinning()
         hide_known_warnings()
-        with library_bars_hidden() if wants_no_bars(run) else nullcontext():
-            return run() or 0
+        hide_library_bars(run)
+        return run() or 0
     except StageInterrupt as error:
         if message := str(error):  # only the main process has one
             print(f"llm2clip: {message}", file=sys.stderr)

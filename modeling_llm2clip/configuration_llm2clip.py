@@ -288,7 +288,8 @@ def _is_number(value: Any) -> bool:
 def _is_text_by_name(value: Any) -> bool:
     if not isinstance(value, Mapping):
         return value is None
-    return all(isinstance(part, str) for part in (*value.keys(), *value.values()))
+    texts = (*value.keys(), *value.values())
+    return all(isinstance(part, str) and (part.strip() or not part) for part in texts)
 
 
 # Types are never converted: in Python, "false" is true and "32" sorts before "4".
@@ -309,7 +310,7 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "prompt_suffix_ids": _IDS,
     "prompt_suffix_ends_special": _BOOLEAN,
     "max_text_length": _INTEGER,
-    "instructions": ("a dictionary of strings, or None", _is_text_by_name),
+    "instructions": ("a dictionary of strings, none of whitespace alone", _is_text_by_name),
     "normalize_text_before_adapter": _BOOLEAN,
     "text_adapter_layers": _OPTIONAL,
     "text_adapter_expansion": _INTEGER,

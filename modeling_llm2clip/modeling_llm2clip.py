@@ -42,7 +42,12 @@ from .packing_llm2clip import (
     splits_batches,
     text_forward_lock,
 )
-from .vision_llm2clip import check_pixels, choose_interpolation, pool_vision
+from .vision_llm2clip import (
+    check_pixels,
+    choose_interpolation,
+    pool_vision,
+    require_size_taken,
+)
 
 if TYPE_CHECKING:
     # Some versions of transformers copy only the files that the loaded file itself names. The
@@ -459,11 +464,13 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
         if pixel_values.ndim == 4 and pixel_values.device.type == "cpu":
             # On a CPU, convolutions are two to three times faster in this layout.
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        output = self.vision_model(
-            pixel_values=pixel_values,
-            **{name: value for name, value in extra.items() if value is not None},
-            **name_requests(self.vision_model, requested),
-        )
+        extra |= name_requests(self.vision_model, requested)
+        given = {name: value for name, value in extra.items() if value is not None}
+        try:
+            output = self.vision_model(pixel_values=pixel_values, **given)
+        except RuntimeError as error:
+            require_size_taken(self.vision_model, pixel_values, error)
+            raise
         pooled = pool_vision(
             output,
             self.config.vision_pooling,

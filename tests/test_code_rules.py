@@ -48,26 +48,26 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2367,
-    "building": 1476,
-    "cli": 1263,
-    "configs": 954,
+    ".": 2388,
+    "building": 1481,
+    "cli": 1123,
+    "configs": 846,
     "conversion": 636,
     "data": 4642,
     "demo": 87,
-    "doctor": 1389,
-    "embedding": 1131,
+    "doctor": 1348,
+    "embedding": 1132,
     "encoding": 712,
-    "evaluation": 3154,
-    "model_folders": 1427,
-    "publishing": 1172,
+    "evaluation": 2888,
+    "model_folders": 1428,
+    "publishing": 1093,
     "recipes": 469,
     "scheduling": 98,
-    "search": 1600,
-    "serving": 1695,
+    "search": 1473,
+    "serving": 1541,
     "training": 4257,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 294, 8300
+MOST_FILES, MOST_DOCSTRING_LINES = 290, 8300
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(

@@ -202,6 +202,7 @@ def test_all_invalid_values_are_named_at_once() -> None:
         ("prompt_suffix_ids", "72", "a list of token ids"),
         ("prompt_suffix_ids", [7, "2"], "a list of token ids"),
         ("prompt_suffix_ids", [-1], "a list of token ids"),
+        ("instructions", {"query": " \n"}, "a dictionary of strings, none of whitespace alone"),
         ("logit_scale_init_value", "1.5", "a finite number"),
         ("logit_scale_init_value", float("nan"), "a finite number"),
         ("text_pooling", None, "one of"),

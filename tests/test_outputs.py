@@ -28,7 +28,7 @@ from modeling_llm2clip.demo.run_demo import make_demo_config, run_demo
 from modeling_llm2clip.embedding.embed import embed
 from modeling_llm2clip.embedding.extract import extract
 from modeling_llm2clip.evaluation.evaluate import evaluate
-from modeling_llm2clip.publishing.export_model import export_model, plan_export
+from modeling_llm2clip.publishing.export_model import export_model
 from modeling_llm2clip.recipes.train import train
 from modeling_llm2clip.search.image_index import ImageIndex
 from modeling_llm2clip.search.tag_images import tag_folder
@@ -73,7 +73,6 @@ FUNCTIONS: dict[str, Callable[[Path], object]] = {
     ),
     "export_model": lambda out: export_model(NO_MODEL, out),
     "export_model, ONNX": lambda out: export_model(NO_MODEL, out, ExportConfig(onnx=True)),
-    "plan_export": lambda out: plan_export(NO_MODEL, out),
     "align": lambda out: align(NO_MODEL, [], out, AlignConfig(text_training="frozen-online")),
     "finetune_llm": lambda out: finetune_llm(NO_MODEL, [], out),
     "train": lambda out: train(make_demo_config(out)),

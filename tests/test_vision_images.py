@@ -18,6 +18,7 @@ from tiny import (
     tiny_images,
     tiny_llm,
     tiny_model,
+    tiny_timm,
     tiny_tokenizer,
     tiny_vision,
 )
@@ -355,6 +356,29 @@ def test_a_tower_that_silently_takes_other_shapes_is_rejected_by_a_measurement()
     tower.embeddings.interpolate_pos_encoding = lambda *_: table
     with pytest.raises(ValueError, match=r"'dinov2' tower takes .* 128 × 8 pixels, and silently"):
         build_with(tower, IMAGE_SIZE)
+
+
+def test_a_tower_with_a_number_per_pair_of_patches_takes_its_own_size_alone() -> None:
+    """Its 16 × 256 pixels have as many patches as 64 × 64, and other pairs of them."""
+    sizes = {"hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1]}
+    ratios = {"key_dim": [8, 8, 8], "mlp_ratio": [2, 2, 2], "attention_ratio": [2, 2, 2]}
+    config = AutoConfig.for_model("levit", image_size=64, **sizes, **ratios)
+    for tower in (AutoModel.from_config(config), tiny_timm("levit_128s", {"img_size": 64})[0]):
+        model = build_with(tower.eval(), 64)
+        assert model.get_vision_embeds(torch.rand(1, 3, 64, 64)).shape[0] == 1
+        with pytest.raises(ValueError, match=r"16 × 256 pixels; .* 64 × 64 and cannot interpolate"):
+            model.get_vision_embeds(torch.rand(1, 3, 16, 256))
+
+
+@pytest.mark.parametrize("model_type", ["dinov3_convnext", "pvt"])
+def test_a_size_at_which_a_tower_fails_is_named(model_type: str) -> None:
+    settings: dict[str, Any] = {"image_size": 64, "hidden_sizes": [8] * 4, "depths": [1] * 4}
+    settings |= {"num_attention_heads": [1] * 4} if model_type == "pvt" else {}
+    tower = AutoModel.from_config(AutoConfig.for_model(model_type, **settings)).eval()
+    model = build_with(tower, 64, vision_pooling="mean")
+    assert model.get_vision_embeds(torch.rand(1, 3, 64, 64)).shape == (1, 8)
+    with pytest.raises(ValueError, match=rf"16 × 64 pixels, at which this '{model_type}' tower"):
+        model.get_vision_embeds(torch.rand(1, 3, 16, 64))
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,6 @@ def _read(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, A
             folder,
             lang=lang,
             check_images=not arguments.images_by_name,
-            allow_repeated_class_names=True,  # ImageNet's own
             **shared,
         ).protocol
         counts.update({what: protocol[what] for what in _COUNTED if what in protocol})

@@ -80,7 +80,7 @@ from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.serving.service import EmbeddingService
 folder, texts = Path(sys.argv[1]), json.load(open(sys.argv[2]))
 service = EmbeddingService.open(
-    folder, ServeConfig(device="cpu", max_wait_ms=0, max_queue=len(texts))
+    folder, ServeConfig(device="cpu", max_queue=len(texts))
 )
 processor = LLM2CLIPProcessor.from_pretrained(folder)
 evaluated = TorchEncoder(folder, processor, device=torch.device("cpu"))

@@ -25,9 +25,8 @@ from playwright.sync_api import sync_playwright
 from modeling_llm2clip import ImageIndex
 from modeling_llm2clip.configs.serve_config import ServeConfig
 from modeling_llm2clip.data.records.record_loading import find_example_data
-from modeling_llm2clip.serving.app import create_app
+from modeling_llm2clip.serving.app import bind_socket, create_app
 from modeling_llm2clip.serving.demo_page import add_demo_page
-from modeling_llm2clip.serving.run_server import bind_socket
 from modeling_llm2clip.serving.service import EmbeddingService
 
 _QUERY = "a drink in a white cup with a spoon"

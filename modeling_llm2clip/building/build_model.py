@@ -30,7 +30,7 @@ from ..model_folders.model_card import (
     set_base_models,
     update_card_data,
 )
-from ..model_folders.model_folder import require_sources
+from ..model_folders.model_folder import find_model_folder, require_sources
 from ..model_folders.model_writing import require_as_written, save_model
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
@@ -90,9 +90,12 @@ def build_model(
         >>> build_model(vision, text, "base", BuildConfig(prompt="chatml"))  # doctest: +SKIP
     """
     require_new_folder(Path(output))
+    lora = CardData()
+    if config.lora is not None:
+        require_sources(lora=config.lora)
+        lora = read_card_data(find_model_folder(config.lora))
     model, processor = join_towers(vision, text, config)
     card = card or CardConfig()
-    lora = CardData() if config.lora is None else read_card_data(Path(config.lora))
     stated = CardData(
         vision_license=card.vision_license or _find_license(vision),
         text_license=card.text_license or _find_license(text),

@@ -90,6 +90,11 @@ def measure_vision_width(
     Image processors that cut a large image into several, or that a tower needs more of, are
     refused.
     """
+    if 1 in (settings := image_processor.to_dict().get("size") or {}).values():
+        raise ValueError(
+            f"{type(image_processor).__name__} has size={settings}: an image of one pixel shows "
+            "nothing. Give an image processor of the size that the tower takes."
+        )
     with _naming_failure(vision_model.config):
         images = image_processor([Image.new("RGB", _LARGE_IMAGE)] * 2, return_tensors="pt")
     rows = {name: len(value) for name, value in images.items()}

@@ -12,7 +12,6 @@ from ..configs.data_config import DataConfig, ImageLimitsConfig, StreamConfig
 from .command import command
 from .options import (
     is_streamed,
-    list_needs_of_model,
     name_data,
     read_captioned_images,
     require_data,
@@ -99,7 +98,7 @@ def align(
         config: What to train, and how.
     """
     uses_lora = "lora" in (config.vision_training, config.text_training)
-    require(*([LORA] if uses_lora else []), *list_needs_of_model(model, extra="train"))
+    require(*([LORA] if uses_lora else []))
     from ..model_folders.model_folder import find_model_folder, require_own_model
     from ..training.run_folder import require_fresh_or_resumed
 

@@ -9,7 +9,7 @@ from .._extras import DEMO, EMBEDDER, require
 from ..configs.build_config import EMBEDDED, OWN_PROMPT, BuildConfig
 from ..configs.export_config import CardConfig
 from .command import command
-from .options import list_needs_of_towers, use_device
+from .options import require_text_tower, use_device
 
 # A model given in place of the other tower: (argument, modality) → what it is.
 _SWAPPED = {
@@ -50,7 +50,7 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
         from ..building.pretrained_towers import fetch_embedded
 
         vision_model, text_model, config = fetch_embedded(vision_model, text_model, config)
-    require(*list_needs_of_towers(vision_model, text_model, config.lora))
+    require_text_tower(text_model, config.lora)
     config.require_prompt()
     _require_order(vision_model, text_model)
     require_sources(vision=vision_model, text=text_model, lora=config.lora)

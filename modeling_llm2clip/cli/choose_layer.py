@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import shlex
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
-from .._extras import require
-from ..configs.build_config import DEFAULT_TEXT_LENGTH, ChooseLayerConfig, TextTowerConfig
+from ..configs.build_config import DEFAULT_TEXT_LENGTH, ChooseLayerConfig
 from ..configs.data_config import DataConfig
 from .command import command
 from .options import (
-    list_needs_of_towers,
     read_captioned_images,
     report,
     report_truncated,
     require_data,
+    require_text_tower,
     use_device,
 )
 
@@ -54,7 +52,7 @@ def choose_layer(
 
     if output is not None:
         require_new_file(output)
-    require(*list_needs_of_towers(None, text_model, None))
+    require_text_tower(text_model)
     config.require_prompt()
     require_sources(text=text_model)
     require_data(data, reading)
@@ -72,17 +70,6 @@ def choose_layer(
     if output is not None:
         content = {"text_model": text_model, **asdict(config), "best": best.layer, **asdict(scores)}
         write_atomically(output, json.dumps(content, indent=2).encode())
-    print(f"Next: {_suggest_build(text_model, best.layer, config)}")
+    print(f"Next, with the same options: llm2clip build VISION_MODEL {text_model} OUTPUT "
+          f"--text-layers {best.layer}")  # fmt: skip
     return 0
-
-
-def _suggest_build(text_model: str, layer: int, config: ChooseLayerConfig) -> str:
-    """Return the command that builds a model with a layer as the last one."""
-    words = ["llm2clip", "build", "VISION_MODEL", text_model, "OUTPUT", "--text-layers", str(layer)]
-    for field in fields(TextTowerConfig):
-        flag, value = f"--{field.name.replace('_', '-')}", getattr(config, field.name)
-        if value is False:
-            words.append(flag.replace("--", "--no-", 1))
-        elif value != field.default:
-            words += [flag, str(value)]
-    return shlex.join(words)

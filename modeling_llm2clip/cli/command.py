@@ -11,7 +11,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
@@ -153,6 +153,10 @@ def parse(line: App, words: Sequence[str]) -> partial[int | None]:
             exit_on_error=False,
             print_error=False,
         )
+        for flag, word in pairwise(words):
+            is_value = flag[:2] == "--" != flag and word.lower() in ("true", "false")
+            if is_value and word in bound.args:
+                raise ValueError(f"{flag} takes no value, and {word} would be an argument.")
     except (CycloptsError, OSError, ValueError) as error:
         app = line[words[0]] if words and words[0] in line else line
         example = str(app.help_epilogue).splitlines()[1].strip()
@@ -240,13 +244,18 @@ def _prepare(app: App, commands: tuple[str, ...], arguments: ArgumentCollection)
 
 
 def _convert(hint: Any, tokens: Any) -> Any:
-    """Convert words as cyclopts does, but refuse 3.5 for an integer, which it would round."""
+    """Convert words as cyclopts does, but refuse 3.5 for an integer, which it would round.
+
+    An empty path, which would be the working directory, is refused as well.
+    """
     import pydantic  # noqa: F401  # with which cyclopts then checks values by their annotations
 
     types = (hint, *get_args(hint))
     decimals = [token.value for token in tokens if "." in token.value]
     if decimals and int in (*types, *chain(*map(get_args, types))):  # of a list, too
         raise ValueError(f"{decimals[0]} is not an integer.")
+    if Path in types and any(not token.value.strip() for token in tokens):
+        raise ValueError("the path is empty. The working directory is given as a dot.")
     return cyclopts.convert(hint, tokens)
 
 

@@ -16,7 +16,7 @@ from ..configs.export_config import ConvertConfig
 from ..configs.source_format import SourceFormat
 from ..conversion.layouts import LAYOUTS, require_options
 from .command import Repeated, command
-from .options import list_needs_of_towers, use_device
+from .options import use_device
 
 _LLM2VEC = "llm2vec"
 _NOT_FOR_LLM2VEC = ("file", "revision", "text_revision", "llm_lora", "components", "max_shard_size")
@@ -143,7 +143,6 @@ def convert(
 def _build(
     folder: str, output: Path, source: SourceConfig, changes: dict[str, Any], config: ConvertConfig
 ) -> int:
-    require(*list_needs_of_towers(source.vision_model, source.text_model, folder))
     if source.vision_model is None:
         raise ValueError("An LLM2Vec folder becomes the text tower of a new model: give "
                          "--vision-model.")  # fmt: skip

@@ -16,6 +16,7 @@ def env() -> int:
     The lines are Markdown to copy into the report.
     """
     import torch
+    from transformers.utils import is_flash_attn_2_available
 
     from ..encoding.devices import describe_device, find_device
 
@@ -29,24 +30,8 @@ def env() -> int:
         "GPU": ", ".join(hardware["gpus"]) or "none",
         "CUDA of torch": torch.version.cuda or "none",
         "Device (auto)": describe_device(find_device("auto")),
-        "Attention (auto)": _find_attention(),
+        "flash_attention_2": "installed" if is_flash_attn_2_available() else "not installed",
     }
     for name, value in lines.items():
         print(f"- {name}: {value}")
     return 0
-
-
-def _find_attention() -> str:
-    from transformers import LlamaConfig, LlamaModel
-    from transformers.utils import is_flash_attn_2_available
-
-    tiny = LlamaConfig(
-        vocab_size=8,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-    )
-    chosen = LlamaModel(tiny).config._attn_implementation
-    there = "installed" if is_flash_attn_2_available() else "not installed"
-    return f"{chosen}; flash_attention_2 {there}"

@@ -20,7 +20,7 @@ from ..configs.evaluation_config import (
     ModelType,
 )
 from .command import command
-from .options import list_needs_of_evaluated, use_device, use_image_limits
+from .options import use_device, use_image_limits
 
 if TYPE_CHECKING:
     from ..evaluation.results import Result
@@ -85,9 +85,9 @@ def evaluate(
     if list:
         _print_lists()
         return 0
-    _require_extras(models, tasks, plot, of_models)
+    require(*([PLOTS] if plot is not None else []), *([CLIP_TOKENS] if "length" in tasks else []))
     if plot is not None:
-        from ..evaluation.plots import require_plot_file
+        from ..evaluation.report import require_plot_file
 
         require_plot_file(plot)
     if models:
@@ -97,8 +97,6 @@ def evaluate(
         from ..evaluation.evaluate import evaluate as run
 
         chosen = _choose_datasets(datasets, image_dir)
-        if plot is not None:
-            _require_lengths(config.output, chosen, tasks)
         scored = _choose_models(models, of_models)
         run(scored, chosen, config, tasks=tasks, on_result=_print_result)
     elif table is None and plot is None:
@@ -114,29 +112,16 @@ def _show_results(
     from ..evaluation.results import read_evaluation_results
 
     results = read_evaluation_results(output)
+    print()
+    print(render_results(results, style=table, width=find_width(), details=details))
     if plot is not None:
-        from ..evaluation.plots import plot_lengths
+        from ..evaluation.report import plot_lengths
 
         plot_lengths([result for result in results if result.task == "length"], plot)
         print(f"Wrote {plot}.", file=sys.stderr)
-    print()
-    print(render_results(results, style=table, width=find_width(), details=details))
     if not details:
         again = f"llm2clip evaluate --table text --details --output {output}"
         print(f"What the scores depend on: {again}", file=sys.stderr)
-
-
-def _require_extras(
-    models: Sequence[str],
-    tasks: Sequence[str],
-    plot: Path | None,
-    of_models: ModelsConfig,
-) -> None:
-    """Raise MissingExtraError for what models and tasks need, before anything is read."""
-    require(*([PLOTS] if plot is not None else []), *([CLIP_TOKENS] if "length" in tasks else []))
-    for source, model_type in zip(models, cycle(of_models.model_type or [None]), strict=False):
-        revision = of_models.revision
-        require(*list_needs_of_evaluated(source, model_type=model_type, revision=revision))
 
 
 def _require_models(
@@ -157,27 +142,6 @@ def _require_models(
         found = find_model_type(path)
         if found is not None and found.content in ("above", "lora", "text", "vision"):
             raise ValueError(f"{found.advice} There is nothing in it to evaluate.")
-
-
-def _require_lengths(
-    output: Path, datasets: Sequence[EvaluatedDataset], tasks: Sequence[str]
-) -> None:
-    """Raise ValueError when the results to come, with those there, make no plot of lengths."""
-    from ..evaluation.datasets.dataset_registry import resolve_dataset
-    from ..evaluation.results import read_evaluation_results
-    from ..evaluation.tasks.task_registry import find_task
-
-    there = read_evaluation_results(output) if any(output.glob("*/*.length.json")) else []
-    names = {result.dataset for result in there if result.task == "length"}
-    if "length" in tasks:
-        types = find_task("length").dataset_types
-        names |= {one.name for one in datasets if resolve_dataset(one)[0].dataset_type in types}
-    if len(names) != 1:
-        raise ValueError(
-            "--plot shows results of the task length (--tasks length) on one dataset; with those "
-            f"in {output} there would be results on {sorted(names) or 'none'}. Evaluate "
-            "other datasets into another --output."
-        )
 
 
 def _choose_datasets(datasets: Sequence[str], image_dir: Sequence[str]) -> list[EvaluatedDataset]:

@@ -65,7 +65,7 @@ def extract(
 
     refuse_foreign_options(config, modality)
     needs = [RAY] if engine == "ray" else []
-    require_model(model, *needs, extra="train", or_teacher=modality == "text")
+    require_model(model, *needs, or_teacher=modality == "text")
     require_data(data, reading)
     use_image_limits(limits)
     plan = plan_encoding(

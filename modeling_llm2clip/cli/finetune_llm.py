@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .._extras import CAPTION_TUNING, require
+from .._extras import CAPTION_TUNING
 from ..configs.data_config import DataConfig, ImageLimitsConfig
 from ..configs.finetune_config import FinetuneConfig
 from .command import command
@@ -44,8 +44,7 @@ def finetune_llm(
         config: How to train the LLM.
         resume: Continue an interrupted run.
     """
-    require(*CAPTION_TUNING)  # before the Hub is asked what the model needs
-    require_model(model, extra="train")
+    require_model(model, *CAPTION_TUNING)
     from ..model_folders.atomic_folder import clear_leftovers, require_new_folder
     from ..training.run_folder import require_fresh_or_resumed
 

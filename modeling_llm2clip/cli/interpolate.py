@@ -46,7 +46,7 @@ def interpolate(
         config: Which weights are tried, and what chooses.
     """
     for model in (before, after):
-        require_model(model, extra="train")
+        require_model(model)
     from ..model_folders.atomic_folder import require_new_folder
 
     require_new_folder(output)

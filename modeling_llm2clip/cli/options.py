@@ -1,8 +1,7 @@
 """Steps that several commands share: what they need, check and report, and settings of libraries.
 
-Optional packages are named before anything else: only file names and `config.json` are read, and
-neither torch nor transformers is imported. Needs that cannot be detected in this way, such as those
-of a model that is not downloaded yet, are reported with the same words where they first arise.
+Optional packages that follow from the command line are named before anything else: neither torch
+nor transformers is imported. The libraries name those that a model's files need when they load it.
 
 The results of `index`, `search` and `tag` go to stdout, everything else to stderr.
 """
@@ -13,13 +12,12 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Callable, MutableMapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .._extras import GGUF, LORA, OPEN_CLIP, SENTENCE_TRANSFORMERS, TIMM_TOWER, Need, require
+from .._extras import GGUF, LORA, Need, require
 from .._suggestions import counted
 from ..configs.data_config import DataConfig, ImageLimitsConfig, StreamConfig
 from ..configs.encoding_config import EncodingConfig
@@ -48,85 +46,19 @@ _SPIN_COUNT = 10_000
 
 
 def require_model(
-    source: str | Path,
-    *needs: Need,
-    revision: str | None = None,
-    extra: str | None = None,
-    or_teacher: bool = False,
+    source: str | Path, *needs: Need, revision: str | None = None, or_teacher: bool = False
 ) -> None:
     """Raise an error for packages that are missing, and for what is not an LLM2CLIP model."""
-    require(*needs, *list_needs_of_model(source, revision=revision, extra=extra))
-    from ..model_folders.model_folder import require_own_model
+    require(*needs)
+    from ..model_folders.model_folder import require_own_model  # imports huggingface_hub
 
     require_own_model(source, revision=revision, or_teacher=or_teacher)
 
 
-def list_needs_of_model(
-    source: str | Path, *, revision: str | None = None, extra: str | None = None
-) -> Iterator[Need]:
-    """List what a vision tower, or a model that has one, needs."""
-    config = _fetch_json(source, "config.json", revision) or {}
-    tower = config.get("vision_config") or config
-    # transformers' name for every network of timm; what timm itself publishes has no model type.
-    if tower.get("model_type") == "timm_wrapper" or "pretrained_cfg" in tower:
-        yield TIMM_TOWER if extra is None else TIMM_TOWER._replace(extra=extra)
-
-
-def list_needs_of_towers(
-    vision: str | None, text: str | None, lora: str | Path | None
-) -> Iterator[Need]:
-    """List what towers and merging a LoRA need; a folder without a LoRA needs nothing."""
-    if vision is not None:
-        yield from list_needs_of_model(vision)
-    if text is not None and Path(text).suffix == ".gguf":
-        yield GGUF
-    if lora is not None and (not Path(lora).is_dir() or _find(lora, "adapter_config.json")):
-        yield LORA
-
-
-def list_needs_of_evaluated(
-    source: str, *, model_type: str | None, revision: str | None
-) -> Iterator[Need]:
-    if not Path(source).exists() and "=" in source:
-        source = source.partition("=")[2]
-    if model_type is None:
-        model_type = _guess_model_type(source, revision)
-    if model_type == "open_clip":
-        yield OPEN_CLIP
-    elif model_type == "sentence-transformers":
-        yield SENTENCE_TRANSFORMERS
-    else:
-        yield from list_needs_of_model(source, revision=revision)
-
-
-def _guess_model_type(source: str, revision: str | None) -> str | None:
-    """Guess the model type where it needs an extra; `detect_model_type` has the last word."""
-    config = _fetch_json(source, "config.json", revision)
-    if (config or {}).get("model_type") == "llm2clip":
-        return None
-    if _find(source, "modules.json", revision) is not None:
-        return "sentence-transformers"
-    if config is None and _find(source, "open_clip_config.json", revision) is not None:
-        return "open_clip"
-    return None
-
-
-def _fetch_json(source: str | Path, name: str, revision: str | None) -> dict[str, Any] | None:
-    file = _find(source, name, revision)
-    if file is None:
-        return None
-    from ..model_folders.model_folder import read_json_object  # imports huggingface_hub
-
-    return read_json_object(file)
-
-
-def _find(source: str | Path, name: str, revision: str | None = None) -> Path | None:
-    if Path(source).exists():
-        file = Path(source) / name
-        return file if file.is_file() else None
-    from ..model_folders.model_folder import fetch_hub_file, is_hub_id  # imports huggingface_hub
-
-    return fetch_hub_file(source, name, revision=revision) if is_hub_id(source) else None
+def require_text_tower(text: str | None, lora: object = None) -> None:
+    """Raise MissingExtraError for the packages of a .gguf file and of a LoRA."""
+    is_gguf = text is not None and Path(text).suffix == ".gguf"
+    require(*([GGUF] if is_gguf else []), *([LORA] if lora else []))
 
 
 def use_device(name: str) -> torch.device:
@@ -264,22 +196,13 @@ def suggest_align(model: str, data: str, store: Path, content: str) -> str:
     return shlex.join([*words, *(["--inherit-from", str(store)] if is_teacher else [])])
 
 
-def wants_no_bars(run: Callable[[], object]) -> bool:
+def hide_library_bars(run: Callable[[], object]) -> None:
+    """Hide the bars of transformers, too, where a command is to show none."""
     configs = run.keywords.values() if isinstance(run, partial) else ()
-    return any(getattr(config, "show_progress", True) is False for config in configs)
+    if any(getattr(config, "show_progress", True) is False for config in configs):
+        from transformers.utils import logging
 
-
-@contextmanager
-def library_bars_hidden() -> Iterator[None]:
-    from transformers.utils import logging
-
-    were_shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if were_shown:
-            logging.enable_progress_bar()
+        logging.disable_progress_bar()
 
 
 def bound_spinning(environment: MutableMapping[str, str] = os.environ) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -20,7 +18,6 @@ from .command import Repeated, command
 from .options import report, report_truncated, use_device, use_image_limits
 
 if TYPE_CHECKING:
-    from ..search.index_database import IndexDatabase
     from ..search.query_encoding import Query
     from ..search.search_results import SearchResult
 
@@ -77,21 +74,20 @@ def search(
     _require_queries(queries, image)
     if output is not None:
         _require_page_folder(output)
-    if "://" not in db:
-        from ..search.index_database import require_place
+    from ..search.index_database import DatabaseProcess, IndexDatabase, require_place
 
-        require_place(db)
+    require_place(db)
+    from ..data.images.image_sources import register_heif_reader
     from ..model_folders.model_folder import holds_graphs
     from ..search.image_index import ImageIndex
     from ..search.results_page import render_search_results
 
     uses_torch = not holds_graphs(model)
-    with _opening(db, where, apart=uses_torch and "torch" not in sys.modules) as wait:
-        _require_readable(image)
+    apart = uses_torch and "torch" not in sys.modules
+    with DatabaseProcess(db) if apart else nullcontext(IndexDatabase.open(db)) as database:
+        register_heif_reader()
         if uses_torch:
-            _clean(queries)  # imports torch meanwhile
-            use_device(config.device)
-        database = wait()
+            use_device(config.device)  # imports torch meanwhile
         index = ImageIndex.from_database(
             database, model=model, image_dir=image_dir, device=config.device
         )
@@ -101,33 +97,11 @@ def search(
     if count := index.encoder.num_truncated:
         longest = index.encoder.max_text_length
         report_truncated(count, len(queries), "sentence", longest=longest)
-    results = [_shorten_paths(result) for result in results]
     print(render_search_results(results, format))
     _report_missing(results)
     if output is not None:
         _write(results, output)
     return 0
-
-
-@contextmanager
-def _opening(db: str, where: str | None, *, apart: bool) -> Iterator[Callable[[], IndexDatabase]]:
-    """Open a database and try a filter, in a process of its own if this one has much to import.
-
-    Yields:
-        What waits for the database.
-    """
-    if apart:
-        from ..search.index_database import DatabaseProcess
-
-        with DatabaseProcess(db, where) as process:
-            yield process.wait
-        return
-    from ..search.index_database import IndexDatabase
-
-    database = IndexDatabase.open(db)
-    if where is not None:
-        database.count(where)
-    yield lambda: database
 
 
 def _require_page_folder(folder: Path) -> None:
@@ -153,32 +127,6 @@ def _require_queries(queries: Sequence[str], images: Sequence[Path]) -> None:
         raise ValueError("\n".join(f"--image {file}: no such image." for file in missing))
 
 
-def _clean(queries: Sequence[str]) -> None:
-    from ..processing_llm2clip import clean_list
-
-    if queries:
-        clean_list(list(queries))
-
-
-def _require_readable(images: Sequence[Path]) -> None:
-    from ..data.images.image_sources import find_unreadable_images, register_heif_reader
-
-    if images:
-        register_heif_reader()
-    if unreadable := find_unreadable_images(list(images)):
-        raise ValueError("\n".join(f"--image {error}" for error in unreadable.values()))
-
-
-def _shorten_paths(result: SearchResult) -> SearchResult:
-    """Name images below the working directory as a user there would."""
-    here = Path.cwd()
-    hits = [
-        (Path(os.path.relpath(path, here)) if path.is_relative_to(here) else path, cosine)
-        for path, cosine in result.hits
-    ]
-    return replace(result, hits=hits)
-
-
 def _report_missing(results: Sequence[SearchResult]) -> None:
     from ..data.atomic_files import hash_file
 
@@ -199,10 +147,8 @@ def _report_missing(results: Sequence[SearchResult]) -> None:
 
 
 def _write(results: list[SearchResult], output: Path) -> None:
-    from ..data.images.image_sources import register_heif_reader
     from ..search.results_page import write_results_page, write_results_sheet
 
-    register_heif_reader()
     output.mkdir(parents=True, exist_ok=True)
     sheet, page = (output / name for name in _PAGE_FILES)
     write_results_sheet(results, sheet)

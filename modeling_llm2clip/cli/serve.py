@@ -40,15 +40,13 @@ def serve(
         require(*needs, ONNX_RUNTIME)
     else:
         require_model(model, *needs)
-    from ..serving.run_server import bind_socket, run_server
+    from ..search.index_database import require_place
+    from ..serving.app import API_KEY_VARIABLE, bind_socket, create_app, run_server
 
     if index is not None:
-        from ..search.image_index import ImageIndex
-
-        ImageIndex.open(index)  # before what takes long; once more when the model is there
+        require_place(index)
     with bind_socket(config) as bound:
         use_device(config.device)
-        from ..serving.app import API_KEY_VARIABLE, create_app
         from ..serving.service import EmbeddingService
 
         _warn_if_open(config.host, API_KEY_VARIABLE)
@@ -58,7 +56,7 @@ def serve(
         if page:
             from ..serving.demo_page import add_demo_page  # imports gradio, which takes seconds
         app = create_app(service, page=add_demo_page if page else None)
-        run_server(app, bound, config, on_start=partial(_report_start, service.model_name, page))
+        run_server(app, bound, config, on_listen=partial(_report_start, service.model_name, page))
     return 0
 
 

@@ -16,10 +16,10 @@ from ..configs.encoding_config import TagConfig
 from ..data.atomic_files import require_new_file
 from .command import command
 from .options import (
-    list_needs_of_model,
     report,
     report_truncated,
     require_image_folder,
+    require_model,
     use_device,
     use_image_limits,
 )
@@ -64,14 +64,13 @@ def tag(
         limits: Which images are decoded.
         config: How to encode the folder, and where to store its embeddings.
     """
-    require(*list_needs_of_model(model), *list_needs_of_index(config.index))
-    from ..model_folders.model_folder import require_own_model
+    require(*list_needs_of_index(config.index))
     from ..search.tag_labels import read_labels
 
     _check_output(output)  # before what takes long
     label_list = read_labels(labels, templates=list(template))
     require_image_folder(image_dir)
-    require_own_model(model)
+    require_model(model)
     use_image_limits(limits)
     use_device(config.device)
     from ..search.tag_images import tag_folder

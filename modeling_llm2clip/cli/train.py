@@ -10,7 +10,7 @@ from ..configs.config_fields import read_config
 from ..configs.data_config import ImageLimitsConfig
 from ..configs.train_config import TrainConfig
 from .command import command
-from .options import list_needs_of_towers, require_data, use_device, use_image_limits
+from .options import require_data, require_text_tower, use_device, use_image_limits
 
 
 @command(
@@ -31,9 +31,8 @@ def train(recipe: Path, /, *, dry_run: bool = False, limits: ImageLimitsConfig) 
     towers = (config.vision_model, config.text_model)
     if "/" in (folder := _find_folder(config.data)):  # before the Hub is asked for the towers
         require_data(folder, config)
-    require(*(DEMO if EMBEDDED in towers else ()))
-    require(*CAPTION_TUNING)  # before the Hub is asked what the towers need
-    require(*list_needs_of_towers(*towers, config.build.lora))
+    require(*CAPTION_TUNING, *(DEMO if EMBEDDED in towers else ()))
+    require_text_tower(towers[1], config.build.lora)
     use_image_limits(limits)
     use_device(config.device)
     if dry_run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
@@ -25,10 +24,13 @@ class ChoiceConfig(DeviceConfig):
     """Score that chooses the weights: the lowest loss on the images that choose, or the highest
     accuracy on the labeled ones."""
 
-    def _find_conflicts(self) -> Iterator[str]:
-        yield from super()._find_conflicts()
-        if self.choose_by == "zero_shot" and not self.zero_shot:
-            yield "choose_by=zero_shot needs labeled images: zero_shot=NAME=FOLDER."
+    def _list_conflicts(self) -> dict[str, object]:
+        return {
+            **super()._list_conflicts(),
+            "choose_by=zero_shot needs labeled images: zero_shot=NAME=FOLDER.": (
+                self.choose_by == "zero_shot" and not self.zero_shot
+            ),
+        }
 
 
 # Options of one way of training, and of no use in others.
@@ -129,35 +131,44 @@ class AlignConfig(TrainingConfig, ChoiceConfig):
     logging_steps: Annotated[int, Interval(ge=1)] = 10
     """Steps between lines of metrics."""
 
-    def _find_conflicts(self) -> Iterator[str]:
-        yield from super()._find_conflicts()
-        if self.max_steps == 0 and (self.lock_text or self.projection_init == "model"):
-            name = "lock_text" if self.lock_text else "projection_init=model"
-            yield f"max_steps=0 with {name} writes the model as it is. Train it."
-        if len(set(self.matryoshka_dims)) < len(self.matryoshka_dims):
-            yield f"matryoshka_dims has a size twice: {self.matryoshka_dims}. Give each once."
-        if self.lock_text and self.text_training == "lora":
-            yield "lock_text keeps texts as they are, and text_training=lora trains the LLM."
-        if self.lock_text and self.projection_init == "cca":
-            yield "lock_text keeps the text projection, and projection_init=cca fits a new one."
-        if self.sentence_views and self.text_training == "stored":
-            yield (
-                f"sentence_views={self.sentence_views} is for text_training=frozen-online or lora. "
-                "Give sentence_views to llm2clip extract, and the store has the views."
-            )
-        if self.distillation_weight and self.vision_training == "frozen":
-            yield (
-                "distillation_weight keeps a trained vision tower near its frozen self, and "
-                "vision_training=frozen trains none. Choose vision_training=lora or full."
-            )
+    def _list_conflicts(self) -> dict[str, object]:
         ways = (f"vision_training={self.vision_training}", f"text_training={self.text_training}")
-        for way, names in _OF_WAYS.items():
-            if way not in ways and (given := sorted(names.intersection(self.list_given()))):
-                yield f"Only {way} uses {', '.join(given)}, and this is {' and '.join(ways)}."
-        if self.zero_shot and not self.held_out_ratio:
-            yield "zero_shot is measured with held-out images, and held_out_ratio=0 has none."
-        if self.refit and not self.held_out_ratio:
-            yield "refit=True needs held-out images to choose by, and held_out_ratio=0 has none."
+        unused = {way: sorted(names.intersection(self.list_given()))
+                  for way, names in _OF_WAYS.items() if way not in ways}  # fmt: skip
+        kept = "lock_text" if self.lock_text else "projection_init=model"
+        return {
+            **super()._list_conflicts(),
+            f"max_steps=0 with {kept} writes the model as it is. Train it.": (
+                self.max_steps == 0 and (self.lock_text or self.projection_init == "model")
+            ),
+            f"matryoshka_dims has a size twice: {self.matryoshka_dims}. Give each once.": (
+                len(set(self.matryoshka_dims)) < len(self.matryoshka_dims)
+            ),
+            "lock_text keeps texts as they are, and text_training=lora trains the LLM.": (
+                self.lock_text and self.text_training == "lora"
+            ),
+            "lock_text keeps the text projection, and projection_init=cca fits a new one.": (
+                self.lock_text and self.projection_init == "cca"
+            ),
+            f"sentence_views={self.sentence_views} is for text_training=frozen-online or lora. "
+            "Give sentence_views to llm2clip extract, and the store has the views.": (
+                self.sentence_views and self.text_training == "stored"
+            ),
+            "distillation_weight keeps a trained vision tower near its frozen self, and "
+            "vision_training=frozen trains none. Choose vision_training=lora or full.": (
+                self.distillation_weight and self.vision_training == "frozen"
+            ),
+            **{
+                f"Only {way} uses {', '.join(given)}, and this is {' and '.join(ways)}.": given
+                for way, given in unused.items()
+            },
+            "zero_shot is measured with held-out images, and held_out_ratio=0 has none.": (
+                self.zero_shot and not self.held_out_ratio
+            ),
+            "refit=True needs held-out images to choose by, and held_out_ratio=0 has none.": (
+                self.refit and not self.held_out_ratio
+            ),
+        }
 
     def require_stores(
         self, caption_store: object, image_store: object, inherit_from: object = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -69,9 +68,14 @@ class TextTowerConfig(DeviceConfig):
     dtype: WeightDtype = "float32"
     """Dtype of the weights."""
 
-    def _find_conflicts(self) -> Iterator[str]:
-        if self.prompt is not None and (self.prompt_prefix, self.prompt_suffix) != (None, None):
-            yield f"prompt={self.prompt} excludes prompt_prefix and prompt_suffix. Give one choice."
+    def _list_conflicts(self) -> dict[str, object]:
+        parts = (self.prompt_prefix, self.prompt_suffix)
+        return {
+            **super()._list_conflicts(),
+            f"prompt={self.prompt} excludes prompt_prefix and prompt_suffix. Give one choice.": (
+                self.prompt not in (None, OWN_PROMPT) and parts != (None, None)
+            ),
+        }
 
     def require_prompt(self) -> None:
         """Raise ValueError where no prompt is chosen."""
@@ -127,33 +131,37 @@ class BuildConfig(TextTowerConfig):
     seed: Seed = 0
     """Seed of the text adapter and the projections, which are initialized at random."""
 
-    def _find_conflicts(self) -> Iterator[str]:
-        if self.prompt == OWN_PROMPT:
-            if given := [name for name in self.list_given() if name in _OF_LLMS]:
-                yield f"prompt=own keeps the embedder as it is. Leave out {', '.join(given)}."
-            given = [name for name in self.list_given() if name in _OF_TEXT_SIDE]
-            if self.keep_embeddings and given:
-                yield f"keep_embeddings leaves nothing to choose of these: {', '.join(given)}."
-            if self.prompt_name is not None and self.prompt_prefix is not None:
-                yield "prompt_name and prompt_prefix are two prompts. Give one."
-        else:
-            yield from super()._find_conflicts()
-            if given := [name for name in _OF_EMBEDDERS if getattr(self, name)]:
-                yield f"Only a sentence-transformers model (prompt=own) takes {', '.join(given)}."
-        if not self.keep_projection:
-            return
-        if self.vision_pooling != "pooler":
-            yield (
-                "keep_projection keeps what follows the tower's pooler, and "
-                f"vision_pooling={self.vision_pooling} takes another embedding. Choose pooler."
-            )
-        if self.normalization != "own":
-            yield (
-                "keep_projection keeps images where the tower's CLIP puts them, and "
-                f"normalization={self.normalization} moves them. Choose own."
-            )
-        if self.dtype == "float16":  # in which weights are not rounded as a teacher's are
-            yield "keep_projection takes dtype=float32 or bfloat16, not float16."
+    def _list_conflicts(self) -> dict[str, object]:
+        is_own = self.prompt == OWN_PROMPT
+        of_llms, of_embedders, of_text_side = (
+            ", ".join(name for name in self.list_given() if name in options)
+            for options in (_OF_LLMS, _OF_EMBEDDERS, _OF_TEXT_SIDE)
+        )
+        return {
+            **super()._list_conflicts(),
+            f"prompt=own keeps the embedder as it is. Leave out {of_llms}.": is_own and of_llms,
+            f"keep_embeddings leaves nothing to choose of these: {of_text_side}.": (
+                is_own and self.keep_embeddings and of_text_side
+            ),
+            "prompt_name and prompt_prefix are two prompts. Give one.": (
+                is_own and None not in (self.prompt_name, self.prompt_prefix)
+            ),
+            f"Only a sentence-transformers model (prompt=own) takes {of_embedders}.": (
+                of_embedders and not is_own
+            ),
+            "keep_projection keeps what follows the tower's pooler, and "
+            f"vision_pooling={self.vision_pooling} takes another embedding. Choose pooler.": (
+                self.keep_projection and self.vision_pooling != "pooler"
+            ),
+            "keep_projection keeps images where the tower's CLIP puts them, and "
+            f"normalization={self.normalization} moves them. Choose own.": (
+                self.keep_projection and self.normalization != "own"
+            ),
+            # In float16, weights are not rounded as a teacher's are.
+            "keep_projection takes dtype=float32 or bfloat16, not float16.": (
+                self.keep_projection and self.dtype == "float16"
+            ),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

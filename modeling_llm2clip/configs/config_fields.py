@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
@@ -80,12 +80,12 @@ class Config:
         if values:
             for name, value in _check(type(self), values).items():
                 object.__setattr__(self, name, value)
-        if conflicts := list(self._find_conflicts()):
+        if conflicts := [sentence for sentence, holds in self._list_conflicts().items() if holds]:
             raise ValueError(" ".join(conflicts))
 
-    def _find_conflicts(self) -> Iterator[str]:
-        """Yield a sentence for each contradiction between fields that are fine by themselves."""
-        yield from ()
+    def _list_conflicts(self) -> dict[str, object]:
+        """Map each contradiction that fields can have, as a sentence, to whether they have it."""
+        return {}
 
     def list_given(self) -> list[str]:
         """List the options that differ from their defaults."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
@@ -59,12 +58,17 @@ class BackendConfig(DeviceConfig):
     """With `backend` onnx, weights of the language model's linear layers. Default: the most precise
     in the folder."""
 
-    def _find_conflicts(self) -> Iterator[str]:
-        yield from super()._find_conflicts()
-        if self.backend == "torch" and self.text_weights is not None:
-            yield f"text_weights={self.text_weights} needs backend='onnx'."
-        if self.backend == "onnx" and self.device not in ("auto", "cpu"):
-            yield f"device={self.device}: backend='onnx' runs on the CPU. Leave the device out."
+    def _list_conflicts(self) -> dict[str, object]:
+        is_onnx = self.backend == "onnx"
+        return {
+            **super()._list_conflicts(),
+            f"text_weights={self.text_weights} needs backend='onnx'.": (
+                self.text_weights is not None and not is_onnx
+            ),
+            f"device={self.device}: backend='onnx' runs on the CPU. Leave the device out.": (
+                is_onnx and self.device not in ("auto", "cpu")
+            ),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,12 +130,16 @@ class EmbedConfig(EncodingConfig, BackendConfig):
     calibration_size: Annotated[int, Interval(ge=1)] = 1024
     """Number of records in the sample that measures int8 ranges."""
 
-    def _find_conflicts(self) -> Iterator[str]:
-        yield from super()._find_conflicts()
-        if len(set(self.columns)) < len(self.columns):
-            yield f"columns={self.columns} names a column twice. Name each once."
-        if self.int8_ranges is not None and self.dtype != "int8":
-            yield f"int8_ranges={self.int8_ranges} needs dtype='int8', not {self.dtype!r}."
+    def _list_conflicts(self) -> dict[str, object]:
+        return {
+            **super()._list_conflicts(),
+            f"columns={self.columns} names a column twice. Name each once.": (
+                len(set(self.columns)) < len(self.columns)
+            ),
+            f"int8_ranges={self.int8_ranges} needs dtype='int8', not {self.dtype!r}.": (
+                self.int8_ranges is not None and self.dtype != "int8"
+            ),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

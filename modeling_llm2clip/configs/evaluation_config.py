@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -77,8 +77,6 @@ class EvaluationConfig(EncoderConfig):
     templates: Path | tuple[str, ...] | None = None
     """Prompts of classes: FILE with one per line and {} for the name; in Python also the prompts.
     Default: the dataset's own."""
-    allow_repeated_class_names: bool = False
-    """Keep classes with the same name, as in ImageNet; their images count as wrong."""
     allow_distractors: bool = False
     """In your own data, use images without captions and captions without images as candidates
     without a query, and count them, instead of stopping."""
@@ -87,13 +85,17 @@ class EvaluationConfig(EncoderConfig):
     cache: bool = True
     """Store the record table of your own large data in the user's cache, and reuse it."""
 
-    def _find_conflicts(self) -> Iterator[str]:
-        if self.skip_invalid and not (self.check_images or self.captions_only):
-            yield (
-                "skip_invalid=True needs check_images=True: a broken image would be found while a "
-                "model waits for it, too late to leave it out."
-            )
-        if self.allow_distractors and self.captions_only:
-            yield "allow_distractors=True needs images. Leave captions_only=True out."
-        if len(set(self.languages)) < len(self.languages):
-            yield f"languages has a name twice: {', '.join(self.languages)}. Give each once."
+    def _list_conflicts(self) -> dict[str, object]:
+        return {
+            **super()._list_conflicts(),
+            "skip_invalid=True needs check_images=True: a broken image would be found while a "
+            "model waits for it, too late to leave it out.": (
+                self.skip_invalid and not (self.check_images or self.captions_only)
+            ),
+            "allow_distractors=True needs images. Leave captions_only=True out.": (
+                self.allow_distractors and self.captions_only
+            ),
+            f"languages has a name twice: {', '.join(self.languages)}. Give each once.": (
+                len(set(self.languages)) < len(self.languages)
+            ),
+        }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -42,11 +41,17 @@ class CardConfig(Config):
     """JSON files of `llm2clip evaluate` on these weights. Default: those on the source's card, if
     the weights stay the same."""
 
-    def _find_conflicts(self) -> Iterator[str]:
-        if self.license == "other" and not (self.license_name and self.license_link):
-            yield "license=other needs license_name and license_link."
-        if self.license != "other" and (self.license_name or self.license_link):
-            yield "license_name and license_link need license=other."
+    def _list_conflicts(self) -> dict[str, object]:
+        is_other = self.license == "other"
+        return {
+            **super()._list_conflicts(),
+            "license=other needs license_name and license_link.": (
+                is_other and not (self.license_name and self.license_link)
+            ),
+            "license_name and license_link need license=other.": (
+                not is_other and (self.license_name or self.license_link)
+            ),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,26 +79,24 @@ class ExportConfig(CardConfig, DeviceConfig):
     max_recall_loss: Annotated[float, Interval(ge=0, le=1)] = 0.0
     """Largest loss of text to image R@1 with int4 weights, as a share: 0.02 for two points."""
 
-    def _find_conflicts(self) -> Iterator[str]:
-        yield from super()._find_conflicts()
-        if self.handler and self.components == "vision-tower":
-            yield "handler=True serves models of this package, not components=vision-tower."
-        if self.space and self.components != "full":
-            yield "space=True needs both towers: components=full."
-        yield from self._find_conflicts_of_onnx()
+    def _list_conflicts(self) -> dict[str, object]:
+        def name_given(*options: str, others: bool = False) -> str:
+            given = [name for name in self.list_given() if (name in options) is not others]
+            return ", ".join(f"`{name}`" for name in given)
 
-    def _find_conflicts_of_onnx(self) -> Iterator[str]:
-        """Yield a sentence for each option that ONNX has no use for, or that only ONNX has."""
-        refused = _NOT_FOR_ONNX if self.onnx else _FOR_ONNX
-        if names := ", ".join(f"`{name}`" for name in self.list_given() if name in refused):
-            yield f"{names}: not with onnx=True." if self.onnx else f"{names}: only with onnx=True."
-        if self.onnx and self.components == "vision-tower":
-            yield (
-                "onnx=True writes towers with their projections: choose the `components` full, "
-                "text or vision."
-            )
-        if len(set(self.onnx_weights)) != len(self.onnx_weights) or not self.onnx_weights:
-            yield "`onnx_weights` must name at least one kind of weights, and each once."
+        is_tower = self.components == "vision-tower"
+        of_tower = name_given("components", "license", "device", others=True)
+        for_onnx, not_for_onnx = name_given(*_FOR_ONNX), name_given(*_NOT_FOR_ONNX)
+        return {
+            **super()._list_conflicts(),
+            f"{of_tower}: not with components=vision-tower.": is_tower and of_tower,
+            "`space`: only with components=full.": self.space and self.components != "full",
+            f"{not_for_onnx}: not with onnx=True.": self.onnx and not_for_onnx,
+            f"{for_onnx}: only with onnx=True.": for_onnx and not self.onnx,
+            "`onnx_weights` must name at least one kind of weights, and each once.": (
+                len(set(self.onnx_weights)) != len(self.onnx_weights) or not self.onnx_weights
+            ),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -64,7 +63,10 @@ class FinetuneConfig(TrainingConfig):
     eval_steps: Annotated[int, Interval(ge=0)] = 0
     """Steps between measurements; 0 measures only before and after the run."""
 
-    def _find_conflicts(self) -> Iterator[str]:
-        yield from super()._find_conflicts()
-        if not self.lora_target_modules:
-            yield "lora_target_modules is empty. Name linear layers, or all-linear."
+    def _list_conflicts(self) -> dict[str, object]:
+        return {
+            **super()._list_conflicts(),
+            "lora_target_modules is empty. Name linear layers, or all-linear.": (
+                not self.lora_target_modules
+            ),
+        }

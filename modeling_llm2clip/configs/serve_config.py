@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -13,6 +11,9 @@ from .config_fields import DeviceConfig, Matches, WeightDtype
 from .data_config import ImageLimitsConfig
 from .encoding_config import BackendConfig
 
+Network = Annotated[
+    str, Matches(pattern=r"[\da-fA-F.:]+(/\d+)?", wanted="a network, like 10.1.0.0/16")
+]
 Port = Annotated[int, Interval(ge=0, le=65535)]
 ServerSchema = Literal["openai", "chat", "cohere", "jina"]
 
@@ -31,9 +32,6 @@ class ServeConfig(BackendConfig, ImageLimitsConfig):
     """Maximum tokens per batch of texts, over all requests. Default: by device."""
     batch_size: Annotated[int, Interval(ge=1)] | None = None
     """Maximum images per batch, over all requests. Default: by device."""
-    max_wait_ms: Annotated[float, Interval(ge=0, le=1000)] = 0
-    """Milliseconds that an incomplete batch waits for more requests. Under load it always waits for
-    as many inputs as the last batch had, up to a twentieth of that batch's time."""
     num_workers: Annotated[int, Interval(ge=1)] = 2
     """Threads that decode images, and the same number each for tokenizing and searching."""
     max_queue: Annotated[int, Interval(ge=1)] = 4096
@@ -54,32 +52,23 @@ class ServeConfig(BackendConfig, ImageLimitsConfig):
     """Seconds that running requests have to finish after SIGTERM; the rest is abandoned."""
     image_urls: bool = False
     """Fetch images from http and https URLs; data URLs always work."""
-    image_networks: tuple[str, ...] = ()
+    image_networks: tuple[Network, ...] = ()
     """Networks that are not public but may be fetched from, such as 10.1.0.0/16. Default: none."""
 
     def list_limits(self) -> dict[str, float]:
         """Return the limits of images by their names; a download ends with its request."""
         return {**super().list_limits(), "max_download_s": self.timeout_s}
 
-    def _find_conflicts(self) -> Iterator[str]:
-        yield from super()._find_conflicts()
-        if self.image_networks and not self.image_urls:
-            yield "image_networks needs image_urls=True."
-        if self.max_image_mb > self.max_request_mb and not self.image_urls:
-            yield (
-                f"max_image_mb={self.max_image_mb:g} does not fit into "
-                f"max_request_mb={self.max_request_mb:g}. Raise the latter."
-            )
-        if self.max_request_mb > self.max_pending_mb:
-            yield (
-                f"max_request_mb={self.max_request_mb:g} does not fit into "
-                f"max_pending_mb={self.max_pending_mb:g}. Raise the latter."
-            )
-        for network in self.image_networks:
-            try:
-                ipaddress.ip_network(network)
-            except ValueError as error:
-                yield f"image_networks={network!r} is not a network such as 10.1.0.0/16 ({error})."
+    def _list_conflicts(self) -> dict[str, object]:
+        image, request, pending = self.max_image_mb, self.max_request_mb, self.max_pending_mb
+        return {
+            **super()._list_conflicts(),
+            "image_networks needs image_urls=True.": self.image_networks and not self.image_urls,
+            f"max_image_mb={image:g} does not fit into max_request_mb={request:g}. Raise the "
+            "latter.": image > request and not self.image_urls,
+            f"max_request_mb={request:g} does not fit into max_pending_mb={pending:g}. Raise the "
+            "latter.": request > pending,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +93,13 @@ class RayServeConfig(ServeConfig):
     num_gpus: Annotated[float, Interval(ge=0)] = 0
     """GPUs that Ray reserves per replica."""
 
-    def _find_conflicts(self) -> Iterator[str]:
-        yield from super()._find_conflicts()
-        if self.min_replicas > self.max_replicas:
-            yield f"min_replicas={self.min_replicas} exceeds max_replicas={self.max_replicas}."
+    def _list_conflicts(self) -> dict[str, object]:
+        return {
+            **super()._list_conflicts(),
+            f"min_replicas={self.min_replicas} exceeds max_replicas={self.max_replicas}.": (
+                self.min_replicas > self.max_replicas
+            ),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +129,8 @@ class ServerCheckConfig(DeviceConfig):
     concurrency: Annotated[int, Interval(ge=1, le=256)] = 8
     """Number of concurrent requests in the check for cross-talk."""
 
-    def _find_conflicts(self) -> Iterator[str]:
-        given = [name for name in self.list_given() if name not in ("server", "device")]
-        if self.server is None and given:
-            yield f"{', '.join(f'`{name}`' for name in given)} needs `server`. Give its address."
+    def _list_conflicts(self) -> dict[str, object]:
+        given = [f"`{name}`" for name in self.list_given() if name not in ("server", "device")]
+        return {
+            f"{', '.join(given)} needs `server`. Give its address.": self.server is None and given
+        }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -44,6 +43,9 @@ class SourceFormat(Config):
     rope_reference_size: Annotated[int, Interval(ge=1)] = 16
     """Side, in patches, that EVA02's rotary positions are scaled to."""
 
-    def _find_conflicts(self) -> Iterator[str]:
-        if self.prompt is not None and (self.prompt_prefix, self.prompt_suffix) != (None, None):
-            yield f"prompt={self.prompt} excludes prompt_prefix and prompt_suffix. Give one choice."
+    def _list_conflicts(self) -> dict[str, object]:
+        return {
+            f"prompt={self.prompt} excludes prompt_prefix and prompt_suffix. Give one choice.": (
+                self.prompt is not None and (self.prompt_prefix, self.prompt_suffix) != (None, None)
+            )
+        }

@@ -82,40 +82,48 @@ class TrainConfig(DataConfig):
                 if (config := getattr(self, stage)) is not None:
                     yield name, stage, config
 
-    def _find_conflicts(self) -> Iterator[str]:
-        if self.build.prompt == OWN_PROMPT and self.finetune not in (None, FinetuneConfig()):
-            yield "build.prompt=own keeps the embedder as it is. Leave finetune out."
-        if self.inherit and not (self.build.keep_projection and self.build.image_size is None):
-            yield (
-                "inherit=True needs images in the space of the vision model's own text encoder. "
-                "Give build.keep_projection=True, and leave build.image_size out."
-            )
-        if self.inherit and self.align.text_training != "stored":
-            yield "inherit=True teaches stored captions: leave align.text_training out."
-        if self.build.keep_embeddings and not self.align.lock_text:
-            yield (
-                "build.keep_embeddings=True keeps an embedder's own embeddings, and the alignment "
-                "would change them. Give align.lock_text=True."
-            )
-        if self.build.keep_projection and self.vision_model == EMBEDDED:
-            yield "vision_model=embedded has no text encoder: leave build.keep_projection out."
-        if self.finetune is not None and not self.finetune.merge:
-            yield "finetune.merge=False leaves no model for the next stages. Leave it out."
-        if self.export is not None and self.export.components != "full":
-            yield (
-                f"export.components={self.export.components} cannot be evaluated. Export a part "
-                "of the finished model with llm2clip export."
-            )
-        if self.export is not None and self.export.onnx:
-            yield "export.onnx=True: export the finished model with llm2clip export --onnx."
-        if self.extract.sentence_views and self.align.text_training != "stored":
-            yield (
-                f"extract.sentence_views={self.extract.sentence_views} is for stored captions, and "
-                f"align.text_training={self.align.text_training}. Give align.sentence_views."
-            )
-        if self.evaluate.output != EvaluationConfig().output:
-            yield f"evaluate.output={self.evaluate.output}: results are written under output."
-        for name, stage, config in self._list_shared():
-            shared, own = getattr(self, name), getattr(config, name)
-            if own != shared and name in config.list_given():
-                yield f"{stage}.{name}={own} differs from {name}={shared}. Give it once."
+    def _list_conflicts(self) -> dict[str, object]:
+        build, export, align = self.build, self.export, self.align
+        views = self.extract.sentence_views
+        return {
+            **super()._list_conflicts(),
+            "build.prompt=own keeps the embedder as it is. Leave finetune out.": (
+                build.prompt == OWN_PROMPT and self.finetune not in (None, FinetuneConfig())
+            ),
+            "inherit=True needs images in the space of the vision model's own text encoder. Give "
+            "build.keep_projection=True, and leave build.image_size out.": (
+                self.inherit and not (build.keep_projection and build.image_size is None)
+            ),
+            "inherit=True teaches stored captions: leave align.text_training out.": (
+                self.inherit and align.text_training != "stored"
+            ),
+            "build.keep_embeddings=True keeps an embedder's own embeddings, and the alignment "
+            "would change them. Give align.lock_text=True.": (
+                build.keep_embeddings and not align.lock_text
+            ),
+            "vision_model=embedded has no text encoder: leave build.keep_projection out.": (
+                build.keep_projection and self.vision_model == EMBEDDED
+            ),
+            "finetune.merge=False leaves no model for the next stages. Leave it out.": (
+                self.finetune is not None and not self.finetune.merge
+            ),
+            "export.components: a part cannot be evaluated. Export a part of the finished model "
+            "with llm2clip export.": export is not None and export.components != "full",
+            "export.onnx=True: export the finished model with llm2clip export --onnx.": (
+                export is not None and export.onnx
+            ),
+            f"extract.sentence_views={views} is for stored captions, and "
+            f"align.text_training={align.text_training}. Give align.sentence_views.": (
+                views and align.text_training != "stored"
+            ),
+            f"evaluate.output={self.evaluate.output}: results are written under output.": (
+                self.evaluate.output != EvaluationConfig().output
+            ),
+            **{
+                f"{stage}.{name}={getattr(config, name)} differs from "
+                f"{name}={getattr(self, name)}. Give it once.": (
+                    getattr(config, name) != getattr(self, name) and name in config.list_given()
+                )
+                for name, stage, config in self._list_shared()
+            },
+        }

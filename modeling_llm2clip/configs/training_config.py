@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -40,7 +39,10 @@ class TrainingConfig(DeviceConfig):
     seed: Seed = 0
     """Seed of all random numbers."""
 
-    def _find_conflicts(self) -> Iterator[str]:
-        yield from super()._find_conflicts()
-        if self.warmup_steps > 1 and self.warmup_steps % 1:
-            yield f"warmup_steps={self.warmup_steps} must be a share below 1 or an integer."
+    def _list_conflicts(self) -> dict[str, object]:
+        return {
+            **super()._list_conflicts(),
+            f"warmup_steps={self.warmup_steps} must be a share below 1 or an integer.": (
+                self.warmup_steps > 1 and self.warmup_steps % 1
+            ),
+        }

@@ -49,11 +49,6 @@ class DataValidationError(ValueError):
             lines.append(
                 "Write the columns into those files too; null says that a record has no such field."
             )
-        if "class name repeated" in self.counts:
-            lines.append(
-                "Give each class a name of its own (class_names), or let images of these count as "
-                "wrong (allow_repeated_class_names)."
-            )
         if advice:
             lines.append(advice)
         super().__init__("\n".join(lines))

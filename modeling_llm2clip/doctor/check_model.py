@@ -24,7 +24,6 @@ _PLANNED_CHECKS: tuple[PlannedCheck[ModelUnderTest], ...] = (
     PlannedCheck("weights", forward_checks.check_loading, ("config",)),
     PlannedCheck("tokenizer", file_checks.check_tokenizer, ("config",), _TEXT),
     PlannedCheck("processor", file_checks.check_processor, ("config",)),
-    PlannedCheck("padding side", file_checks.check_padding_side, ("tokenizer",), _TEXT),
     PlannedCheck("text length", file_checks.check_text_length, ("tokenizer",), _TEXT),
     PlannedCheck("prompt", file_checks.check_prompt, ("tokenizer",), _TEXT),
     PlannedCheck(

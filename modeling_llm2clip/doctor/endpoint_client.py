@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import time
+from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -81,10 +81,6 @@ class EndpointClient:
         if not is_base:
             self.urls = [self.base + path + (f"?{address.query}" if address.query else "")]
 
-    @property
-    def takes_images(self) -> bool:
-        return self.schema != "openai"
-
     def connect(self, text: str) -> Tensor:
         """Embed one text, (1, width), and keep the first path that the server knows."""
         *others, last = self.urls
@@ -101,14 +97,10 @@ class EndpointClient:
     def find_model_name(self) -> str | None:
         """Return the name of the only model in the server's list; None without such a list."""
         try:
-            content = self._send(f"{self.base}/v1/models", None)
-        except EndpointError:
+            [model] = self._send(f"{self.base}/v1/models", None)["data"]
+            return str(model["id"])
+        except (LookupError, TypeError, ValueError):  # an EndpointError is one
             return None
-        models = content.get("data") if isinstance(content, dict) else None
-        if not isinstance(models, list) or len(models) != 1 or not isinstance(models[0], dict):
-            return None
-        name = models[0].get("id")
-        return name if isinstance(name, str) else None
 
     def embed(self, inputs: Sequence[str | Image.Image], **options: Any) -> Tensor:
         """Embed N texts or images, jina also both, (N, width) float32 as they came.
@@ -201,23 +193,11 @@ def _describe_status(url: str, reply: httpx.Response, content: bytes) -> Endpoin
     remedy = remedies.get(reply.status_code, "")
     if reply.has_redirect_location:
         remedy = f" It redirects to {reply.headers['Location']!r}: give that address."
-    message = " ".join(_find_message(content.decode(errors="replace")).split())[:_SHOWN]
+    message = " ".join(content.decode(errors="replace").split())[:_SHOWN]
     return EndpointError(
-        f"{url} answered {reply.status_code} {reply.reason_phrase}: {message!r}.{remedy}",
+        f"{url} answered {reply.status_code} {reply.reason_phrase}: {message}.{remedy}",
         status=reply.status_code,
     )
-
-
-def _find_message(text: str) -> str:
-    """Return the message in an error of OpenAI's or FastAPI's shape, or else the whole text."""
-    try:
-        content = json.loads(text)
-    except ValueError:
-        return text
-    if isinstance(content, dict):
-        error = content.get("error") or content.get("detail") or content.get("message") or content
-        return str(error.get("message", error) if isinstance(error, dict) else error)
-    return text
 
 
 def _find_rows(content: Any) -> list[Any]:
@@ -243,36 +223,24 @@ def _find_rows(content: Any) -> list[Any]:
 
 
 def _to_tensor(rows: list[Any]) -> Tensor:
-    """Turn rows of numbers, or of base64, into (N, width) float32."""
-    arrays = [_decode(row) if isinstance(row, str) else _check(row) for row in rows]
-    widths = sorted({len(array) for array in arrays})
-    if len(widths) > 1:
-        raise EndpointError(f"The reply's embeddings have different widths: {widths}.")
+    """Turn rows of numbers, or of base64 of little-endian float32, into (N, width) float32."""
+    arrays = []
+    for row in rows:
+        try:
+            is_text = isinstance(row, str)
+            values = np.frombuffer(b64decode(row, validate=True), "<f4") if is_text else row
+            array = np.asarray(values)
+        except ValueError:  # neither base64 of float32 nor a plain list
+            array = np.empty(0)
+        if array.ndim != 1 or not array.size or array.dtype.kind not in "if":
+            raise EndpointError(
+                f"An embedding is not a list of numbers, or base64 of float32: {str(row)[:_SHOWN]}."
+            )
+        with np.errstate(over="ignore"):  # becomes infinite, and is reported as such
+            arrays.append(array.astype(np.float32))
+    if len(widths := {len(array) for array in arrays}) > 1:
+        raise EndpointError(f"The reply's embeddings have different widths: {sorted(widths)}.")
     return torch.from_numpy(np.stack(arrays))
-
-
-def _check(row: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
-    is_number = isinstance(row, list) and all(
-        isinstance(value, int | float) and not isinstance(value, bool) for value in row
-    )
-    if not is_number or not row:
-        raise EndpointError(f"An embedding is not a list of numbers: {str(row)[:_SHOWN]}.")
-    try:
-        values = np.asarray(row, dtype=np.float64)
-    except OverflowError:  # an integer beyond all floats
-        raise EndpointError(f"An embedding is not finite: {str(row)[:_SHOWN]}.") from None
-    with np.errstate(over="ignore"):  # becomes infinite, and is reported as such
-        return values.astype(np.float32)
-
-
-def _decode(text: str) -> np.ndarray[Any, np.dtype[np.float32]]:
-    try:
-        content = base64.b64decode(text, validate=True)
-    except ValueError:
-        raise EndpointError(f"An embedding is not base64: {text[:_SHOWN]!r}.") from None
-    if not content or len(content) % 4:
-        raise EndpointError(f"An embedding has {len(content)} bytes, not 4 per float32.")
-    return np.frombuffer(content, dtype="<f4").copy()
 
 
 def _to_data_url(image: Image.Image) -> str:
@@ -281,4 +249,4 @@ def _to_data_url(image: Image.Image) -> str:
     exif = image.getexif()
     # Noise, as in photographs, is not made smaller by trying harder.
     image.save(file, format="PNG", compress_level=1, **({"exif": exif} if exif else {}))
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return f"data:image/png;base64,{b64encode(file.getvalue()).decode()}"

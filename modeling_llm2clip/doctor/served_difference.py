@@ -5,8 +5,9 @@ Shapes: N texts or images, P `projection_dim`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,9 +36,19 @@ _AS_MUCH = 3.0
 _SAME_ERROR = 0.4
 # int8 of unit embeddings; other inputs and other errors are further off.
 _QUANTIZED = 0.05
-_MOST_DECIMALS, _DECIMALS = 5, " decimals"
 # Most values of bfloat16 are values of float16, too.
 _HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+# How values may be rounded, and how far they are from that at most: float32 holds 7 digits, less
+# than a hundredth of the last decimal.
+_ROUNDINGS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    "integers": (torch.round, 0),
+    "bfloat16": (lambda values: values.bfloat16().to(values.dtype), 0),
+    "float16": (lambda values: values.half().to(values.dtype), 0),
+    **{
+        f"{decimals} decimals": (partial(torch.round, decimals=decimals), 0.01 * 10**-decimals)
+        for decimals in range(1, 6)
+    },
+}
 
 
 def encode(tested: ModelUnderTest, inputs: Sequence[Any]) -> Tensor:
@@ -126,8 +137,10 @@ class Comparison:
                 f"embeddings are not normalized: lengths are {float(lengths.min()):.3g} to "
                 f"{float(lengths.max()):.3g}, not 1. Their directions are right."
             )
+        rounded = self.expected if rounding is None else _ROUNDINGS[rounding][0](self.expected)
+        moved = float(measure_distances(rounded, self.expected).max()) + _ROUNDING
         # Values near the middle of two steps may be rounded to the other one.
-        if rounding and direction <= 1.5 * _measure_rounding(self.expected, rounding):
+        if rounding not in (None, "integers") and direction <= 1.5 * moved:
             return f"embeddings differ by {direction:.1e}: the values are rounded to {rounding}."
         return None
 
@@ -222,26 +235,8 @@ class Comparison:
 
 def find_rounding(served: Tensor) -> str | None:
     """Return what values, (N, width) float32, are rounded to; None if they have all digits."""
-    values = served[served.isfinite()]
-    if bool((values == values.round()).all()):
-        return "integers"
-    for name, dtype in _HALF.items():
-        if bool((values == values.to(dtype).float()).all()):
+    values = served[served.isfinite()].double()
+    for name, (round_values, most) in _ROUNDINGS.items():
+        if bool(((values - round_values(values)).abs() <= most).all()):
             return name
-    for decimals in range(1, _MOST_DECIMALS + 1):
-        scaled = values.double() * 10**decimals
-        # float32 holds 7 digits: less than a hundredth of the last decimal.
-        if bool(((scaled - scaled.round()).abs() < 0.01).all()):
-            return f"{decimals}{_DECIMALS}"
     return None
-
-
-def _measure_rounding(expected: Tensor, rounding: str) -> float:
-    """Return how far rounding to a dtype or to decimals moves these embeddings, and no less."""
-    if rounding in _HALF:
-        rounded = expected.to(_HALF[rounding]).float()
-    elif rounding == "integers":
-        return 0.0
-    else:
-        rounded = expected.round(decimals=int(rounding.removesuffix(_DECIMALS)))
-    return float(measure_distances(rounded, expected).max()) + _ROUNDING

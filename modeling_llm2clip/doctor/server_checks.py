@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .._suggestions import counted
@@ -293,14 +294,8 @@ def _embed_with(served: _Served, name: str, value: Any) -> Tensor:
         raise NotApplicableError(f"{name}={value!r} is refused: {error}") from None
 
 
-def _refuse_cohere(served: _Served, name: str) -> None:
-    if served.client.schema == "cohere":
-        raise NotApplicableError(f"the schema cohere has no {name}")
-
-
 def _check_base64(served: _Served) -> str:
     """Check base64, which OpenAI's client asks for by default."""
-    _refuse_cohere(served, "encoding_format")
     embeds = _embed_with(served, "encoding_format", "base64")
     as_numbers = served.client.embed(_TEXTS)
     # The same numbers, once in decimals; a served model may round once more between two requests.
@@ -316,7 +311,6 @@ def _check_base64(served: _Served) -> str:
 
 def _check_dimensions(served: _Served) -> str:
     """Check that fewer dimensions are the first ones, at unit length."""
-    _refuse_cohere(served, "dimensions")
     count = max(served.tested.config.projection_dim // 2, 1)
     embeds = _embed_with(served, "dimensions", count)
     if embeds.shape[1] != count:
@@ -333,21 +327,17 @@ def _check_dimensions(served: _Served) -> str:
     return f"dimensions={count}: {served.describe(_TEXTS, distance)}"
 
 
-def _check_batched_images(served: _Served) -> str:
-    if served.client.schema == "chat":
-        raise NotApplicableError("the schema has one image per request")
-    images = [*render_golden_images(), *render_odd_images(), *render_small()]
-    return served.send_together(images)
+def _list_small_images() -> list[Image.Image]:
+    return [*render_golden_images(), *render_odd_images(), *render_small()]
 
 
 def _check_mixed_inputs(served: _Served) -> str:
-    if served.client.schema != "jina":
-        raise NotApplicableError("the schema has texts and images in separate requests")
-    images = [*render_golden_images(), *render_odd_images(), *render_small()]
+    images = _list_small_images()
     return served.send_together([*images, *_MANY_TEXTS[: _MANY - 1 - len(images)]])
 
 
-_IMAGE = "image"
+# What a check needs of the schema, and for images of the folder.
+_OPTION, _IMAGE, _IMAGES, _MIXED = "option", "image", "images", "mixed"
 _PLANNED: tuple[PlannedCheck[_Served], ...] = (
     PlannedCheck("model", _check_model),
     PlannedCheck("connection", _check_connection),
@@ -361,8 +351,8 @@ _PLANNED: tuple[PlannedCheck[_Served], ...] = (
     PlannedCheck("concurrent texts", _check_concurrent_texts, ("texts",)),
     PlannedCheck("long text", _check_long_text, ("texts",)),
     PlannedCheck("empty text", _check_empty_text, ("connection",)),
-    PlannedCheck("base64", _check_base64, ("connection",)),
-    PlannedCheck("dimensions", _check_dimensions, ("texts",)),
+    PlannedCheck("base64", _check_base64, ("connection",), _OPTION),
+    PlannedCheck("dimensions", _check_dimensions, ("texts",), _OPTION),
     PlannedCheck(
         "images", _alone(lambda _: render_golden_images(), warns=True), ("connection",), _IMAGE
     ),
@@ -370,8 +360,13 @@ _PLANNED: tuple[PlannedCheck[_Served], ...] = (
     PlannedCheck("photographs", _alone(lambda _: render_photographs()), ("images",), _IMAGE),
     # Libraries decode them differently.
     PlannedCheck("image decoding", _alone(lambda _: render_odd_images()), ("images",), _IMAGE),
-    PlannedCheck("batched images", _check_batched_images, ("image decoding",), _IMAGE),
-    PlannedCheck("mixed inputs", _check_mixed_inputs, ("texts", "image decoding"), _IMAGE),
+    PlannedCheck(
+        "batched images",
+        lambda served: served.send_together(_list_small_images()),
+        ("image decoding",),
+        _IMAGES,
+    ),
+    PlannedCheck("mixed inputs", _check_mixed_inputs, ("texts", "image decoding"), _MIXED),
     PlannedCheck(
         "concurrent inputs", _check_concurrent_inputs, ("texts", "image decoding"), _IMAGE
     ),
@@ -424,11 +419,18 @@ def check_server(
     dtype = getattr(torch, config.served_dtype) if config.served_dtype else model.dtype
 
     def find_obstacle(about: str | None) -> str | None:
-        if about is None:
-            return None
-        if not client.takes_images:
+        if about is None or about == _OPTION:
+            return "the schema cohere has no such option" if about and schema == "cohere" else None
+        if schema == "openai":
             return "the schema openai has no images; give --schema chat, cohere or jina"
-        return None if tested.encodes_images else "the folder has no vision tower"
+        if not tested.encodes_images:
+            return "the folder has no vision tower"
+        if about == _IMAGES and schema == "chat":
+            return "the schema has one image per request"
+        if about == _MIXED and schema != "jina":
+            return "the schema has texts and images in separate requests"
+        return None
 
+    schema = config.schema
     served = _Served(client, tested, config, dtype)
     return ModelReport(config.server, list(run_checks(_PLANNED, served, find_obstacle)))

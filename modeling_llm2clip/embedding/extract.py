@@ -135,15 +135,16 @@ def run_extract(plan: EncodingPlan[ExtractConfig], data: Sequence[CaptionedImage
             writer = EmbeddingStoreWriter.open(
                 plan.output, planned, partial(list_items, table, planned)
             )
+        was_complete = writer.manifest.complete
         compute_partition(
             plan,
             ShardWork(writer, encoder, StoreInputs(writer, table)),
             model.folder,
             stop=stop,
-            finish=plan.num_parts == 1 or writer.manifest.complete,
+            finish=plan.num_parts == 1 or was_complete,
         )
-    if plan.num_parts == 1:
-        EmbeddingStore.open(plan.output)
+    if plan.num_parts == 1 or was_complete:
+        EmbeddingStore.open(plan.output, check="full" if was_complete else "fast")
     return plan.output
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from .._extras import require
 from ..configs.evaluation_config import EvaluatedDataset, EvaluatedModel, EvaluationConfig
@@ -21,7 +21,7 @@ from ..encoding.devices import find_device
 from .datasets.dataset_registry import DatasetSource, find_languages, load_dataset, resolve_dataset
 from .datasets.dataset_spec import DatasetSpec, ReadingCache, read_lines
 from .encoders.auto import load_encoder
-from .encoders.encoder import EncoderDescription, EvaluationEncoder
+from .encoders.encoder import EvaluationEncoder
 from .report import EvaluationResults
 from .results import Result, build_protocol, find_finished, find_result_file, write_result
 from .tasks.task import Datasets, Task
@@ -29,6 +29,7 @@ from .tasks.task_registry import DEFAULT_TASKS, find_task
 
 ModelSource: TypeAlias = str | Path | EvaluatedModel
 DataSource: TypeAlias = DatasetSource | EvaluatedDataset
+_OF_CLASSES = ("class_names", "templates")  # options of a classification
 
 
 def evaluate(
@@ -76,30 +77,15 @@ def evaluate(
             require_writable(folder)
     jobs = _read_jobs(data, tasks, config)
     encoders = {model.name: load_encoder(model, config) for model in chosen}
-    descriptions = {name: encoder.description for name, encoder in encoders.items()}
-    for job in jobs:
-        for description in descriptions.values():
-            _require_abilities(description, job)
-    planned = {
-        name: [
-            Result(
-                model=name,
-                task=job.task.name,
-                dataset=job.dataset,
-                protocol=build_protocol(job.task, job.datasets, description),
-                fingerprint=description.fingerprint,
-            )
-            for job in jobs
-        ]
-        for name, description in descriptions.items()
-    }
+    planned = {name: [_plan(name, encoder, job) for job in jobs]
+               for name, encoder in encoders.items()}  # fmt: skip
     finished = find_finished(config.output, chain(*planned.values()))
     for name, plans in planned.items():
         if not all(find_result_file(config.output, plan) in finished for plan in plans):
             require_writable(config.output / name)
     results: dict[str, list[Result]] = {name: [] for name in encoders}
     # Stored embeddings first: a missing one is reported before any model is loaded.
-    for name in sorted(encoders, key=lambda name: descriptions[name].model_type != "embeddings"):
+    for name in sorted(encoders, key=lambda n: encoders[n].description.model_type != "embeddings"):
         encoder = encoders.pop(name)  # so that a model is freed after its turn
         for job, plan in zip(jobs, planned[name], strict=True):
             file = find_result_file(config.output, plan)
@@ -120,8 +106,7 @@ def check_data(
     _read_jobs(data, tasks, config or EvaluationConfig())
 
 
-@dataclass(frozen=True)
-class _Source:
+class _Source(NamedTuple):
     """A dataset that is not read yet."""
 
     spec: DatasetSpec
@@ -129,8 +114,7 @@ class _Source:
     image_dir: str | Path | None
 
 
-@dataclass(frozen=True)
-class _Job:
+class _Job(NamedTuple):
     """One task on one dataset, which was read once per language."""
 
     task: Task
@@ -160,87 +144,71 @@ def _list_datasets(data: DataSource | Sequence[DataSource]) -> list[_Source]:
     is_records = isinstance(data, Sequence) and data and isinstance(data[0], CaptionedImage)
     if isinstance(data, str | Path | DatasetSpec | EvaluatedDataset) or is_records:
         several = [data]
-    found = []
-    for item in several:
-        spec, folder = resolve_dataset(item)
-        image_dir = item.image_dir if isinstance(item, EvaluatedDataset) else None
-        found.append(_Source(spec, folder, image_dir))
-    names = [source.spec.name for source in found]
-    if not found:
+    sources = [
+        _Source(*resolve_dataset(item), getattr(item, "image_dir", None)) for item in several
+    ]
+    if not sources:
         raise ValueError("Got no datasets to evaluate on; give at least one.")
-    same = [source for source in found if names.count(source.spec.name) > 1]
-    if same:
-        listed = ", ".join(f"{one.spec.name} ({one.folder or 'records'})" for one in same)
+    names = [source.spec.name for source in sources]
+    if same := [source for source in sources if names.count(source.spec.name) > 1]:
+        listed = ", ".join(f"{source.spec.name} ({source.folder or 'records'})" for source in same)
         raise ValueError(
             f"Two datasets have one name, and their results would be mixed up: {listed}. Give your "
             "own images names of their own (NAME=FOLDER); evaluate on others in two runs, with two "
             "output folders."
         )
-    return found
+    return sources
 
 
 def _read_jobs(
     data: DataSource | Sequence[DataSource], names: Sequence[str], config: EvaluationConfig
 ) -> list[_Job]:
     sources = _list_datasets(data)
-    if len(set(names)) < len(names):
-        raise ValueError(f"tasks has a name twice: {', '.join(names)}. Give each once.")
-    tasks = [find_task(name) for name in names]
+    tasks = [find_task(name) for name in dict.fromkeys(names)]
     config = _read_prompt_files(config)
-    chosen = {
-        source.spec.name: [
-            task
-            for task in tasks or [DEFAULT_TASKS[source.spec.dataset_type]]
-            if source.spec.dataset_type in task.dataset_types
-        ]
+    chosen = [
+        (source, task)
         for source in sources
-    }
-    used = {task.name for of_dataset in chosen.values() for task in of_dataset}
-    if idle := {task.name: task.dataset_types for task in tasks if task.name not in used}:
-        wanted = "; ".join(f"{name} ({' or '.join(types)})" for name, types in idle.items())
-        raise ValueError(f"None of the datasets has the type that a task takes: {wanted}.")
-    if unused := [name for name, of_dataset in chosen.items() if not of_dataset]:
+        for task in tasks or [DEFAULT_TASKS[source.spec.dataset_type]]
+        if source.spec.dataset_type in task.dataset_types
+    ]
+    if idle := [task for task in tasks if task not in (used for _, used in chosen)]:
+        listed = "; ".join(f"{task.name} ({' or '.join(task.dataset_types)})" for task in idle)
+        raise ValueError(f"None of the datasets has the type that a task takes: {listed}.")
+    types = {source.spec.name: source.spec.dataset_type for source in sources}
+    if unused := types.keys() - {source.spec.name for source, _ in chosen}:
         raise ValueError(
-            f"None of the tasks {', '.join(names)} suits the datasets {', '.join(unused)}."
+            f"None of the tasks {', '.join(names)} suits the datasets {', '.join(sorted(unused))}."
         )
-    require(*(need for of_dataset in chosen.values() for task in of_dataset for need in task.needs))
-    _refuse_unused(sources, config)
+    given = [f"`{name}`" for name in _OF_CLASSES if getattr(config, name) is not None]
+    if given and "classification" not in types.values():
+        raise ValueError(
+            f"{', '.join(given)} is only for classification, and the datasets are "
+            f"{', '.join(f'{name} ({kind})' for name, kind in types.items())}. Leave it out."
+        )
+    require(*(need for _, task in chosen for need in task.needs))
     jobs = []
-    for source in sources:
-        cache = ReadingCache(keeps_indexes=config.cache)
-        read: dict[tuple[bool, bool], Datasets] = {}
-        for task in chosen[source.spec.name]:
-            how = (task.all_languages, _wants_images(task, source, config))
-            if how not in read:
-                read[how] = _read_datasets(source, task, config, cache, require_images=how[1])
-            task.check(read[how])
-            jobs.append(_Job(task, source.spec.name, read[how]))
+    read: dict[tuple[str, bool, bool], Datasets] = {}
+    caches = {name: ReadingCache(keeps_indexes=config.cache) for name in types}
+    for source, task in chosen:
+        name, images = source.spec.name, _wants_images(task, source, config)
+        if (how := (name, task.all_languages, images)) not in read:
+            read[how] = _read_datasets(source, task, config, caches[name], require_images=images)
+        task.check(read[how])
+        jobs.append(_Job(task, name, read[how]))
     return jobs
 
 
 def _read_prompt_files(config: EvaluationConfig) -> EvaluationConfig:
     """Replace files of class names and templates by their lines."""
     read: dict[str, Any] = {}
-    for name in ("class_names", "templates"):
+    for name in _OF_CLASSES:
         file = getattr(config, name)
         if isinstance(file, Path):
             if not file.is_file():
                 raise ValueError(f"{name}={file} is not a text file. Correct the path.")
             read[name] = tuple(line.strip() for line in read_lines(file) if line.strip())
     return replace(config, **read)
-
-
-def _refuse_unused(sources: Sequence[_Source], config: EvaluationConfig) -> None:
-    """Raise ValueError for options that only a classification takes, if there is none."""
-    types = {source.spec.name: source.spec.dataset_type for source in sources}
-    names = ("class_names", "templates", "allow_repeated_class_names")
-    given = [f"`{name}`" for name in names if getattr(config, name) not in (None, False)]
-    if given and "classification" not in types.values():
-        listed = ", ".join(f"{name} ({of_dataset})" for name, of_dataset in types.items())
-        raise ValueError(
-            f"{', '.join(given)} is only for classification, and the datasets are {listed}. Leave "
-            "it out."
-        )
 
 
 def _wants_images(task: Task, source: _Source, config: EvaluationConfig) -> bool:
@@ -266,15 +234,10 @@ def _read_datasets(
     }
     languages = config.languages or find_languages(source.spec, source.folder, **shared)
     if len(languages) > 1 and not task.all_languages:
-        listed = ", ".join(languages)
-        if config.languages:
-            raise ValueError(
-                f"The task {task.name} takes one language at a time, got {listed}. Run it once for "
-                "each, or take cross-lingual."
-            )
         raise ValueError(
-            f"{source.spec.name} has several languages ({listed}), and {task.name} takes one: "
-            f"languages={languages[0]}. The task cross-lingual takes all."
+            f"{task.name} takes one language at a time, got {', '.join(languages)} of "
+            f"{source.spec.name}. Choose one, such as languages={languages[0]}, or take the task "
+            "cross-lingual."
         )
     is_classification = source.spec.dataset_type == "classification"
     assert not isinstance(config.class_names, Path) and not isinstance(config.templates, Path)
@@ -287,7 +250,6 @@ def _read_datasets(
             check_images=config.check_images,
             class_names=config.class_names if is_classification else None,
             templates=config.templates if is_classification else None,
-            allow_repeated_class_names=config.allow_repeated_class_names,
             allow_distractors=config.allow_distractors,
             show_progress=config.show_progress,
             **shared,
@@ -296,7 +258,9 @@ def _read_datasets(
     )
 
 
-def _require_abilities(description: EncoderDescription, job: _Job) -> None:
+def _plan(name: str, encoder: EvaluationEncoder, job: _Job) -> Result:
+    """Plan a result; raise ValueError if the model encodes nothing of a kind that the job needs."""
+    description = encoder.description
     lacking = [] if description.text is not None else ["texts"]
     if job.datasets[0].has_images and job.task.needs_images is not False:
         lacking += [] if description.images is not None else ["images"]
@@ -305,6 +269,13 @@ def _require_abilities(description: EncoderDescription, job: _Job) -> None:
             f"{description.source} encodes no {' and no '.join(lacking)}, which "
             f"{job.task.name} on {job.dataset} needs. Leave out one of them."
         )
+    return Result(
+        model=name,
+        task=job.task.name,
+        dataset=job.dataset,
+        protocol=build_protocol(job.task, job.datasets, description),
+        fingerprint=description.fingerprint,
+    )
 
 
 def _run(encoder: EvaluationEncoder, job: _Job, planned: Result, file: Path) -> Result:

@@ -1,8 +1,8 @@
 """A saved model as mteb takes it, and a retrieval dataset as two tasks of mteb.
 
-A published model needs this only for tasks that join an image and a text in one input:
-`mteb.get_model("owner/model")` reads from the repository that it is a sentence-transformers model
-for texts and images (`trust_remote_code=True` where this package is not imported).
+A published model does not need this: `mteb.get_model("owner/model")` reads from the repository that
+it is a sentence-transformers model for texts and images (`trust_remote_code=True` where this
+package is not imported).
 
 A local folder needs it always. mteb reads no file of it: it looks up the path as a name, first in
 its registry, then on the Hub, and raises "No model implementation is available for this model". It
@@ -15,18 +15,16 @@ Datasets are found by their names in the registry, as in `llm2clip evaluate`.
 from __future__ import annotations
 
 import hashlib
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset, Features, Image, Value
 from mteb.abstasks import AbsTaskRetrieval
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.languages.iso_mappings import _hf_langs_to_iso_lang_scripts
 from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
-from mteb.models.model_implementations import MODEL_REGISTRY
 from sentence_transformers import SentenceTransformer
 
 from .._suggestions import counted
@@ -40,7 +38,6 @@ from .datasets.retrieval_dataset import RetrievalDataset
 from .metrics.correspondence import PositiveLists
 from .results import hash_dataset
 
-_FUSED = ("image", "text")
 _SPLIT = "test"
 _SHOWN_OF_DIGEST = 8
 # R@1 of CLIP papers.
@@ -53,38 +50,14 @@ _SCRIPT_OF_REGION = {
 }  # fmt: skip
 
 
-class FusingWrapper(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
-    """mteb's wrapper, which also takes inputs of an image and a text together.
-
-    Their embeddings are added up, as in mteb's own wrapper of CLIP; here both have unit length.
-    """
-
-    mteb_model_meta: ModelMeta
-
-    def encode(self, inputs: Any, **options: Any) -> Any:
-        """Encode batches of texts, of images, or of both; see mteb's `EncoderProtocol`."""
-        if not set(_FUSED) <= set(inputs.dataset.features):
-            return super().encode(inputs, **options)
-        whole = self.mteb_model_meta
-        try:
-            return sum(self._encode_one(whole, name, inputs, options) for name in _FUSED)
-        finally:
-            self.mteb_model_meta = whole
-
-    def _encode_one(self, meta: ModelMeta, modality: str, inputs: Any, options: Any) -> Any:
-        """Encode one modality; of a row mteb's wrapper takes those that the description names."""
-        self.mteb_model_meta = meta.model_copy(update={"modalities": [modality]})
-        return torch.as_tensor(super().encode(inputs, **options)).float()
-
-
 def load_for_mteb(
     folder: str | Path, *, name: str | None = None, device: str | None = None
 ) -> SentenceTransformerEncoderWrapper:
     """Load a model folder for `mteb.evaluate`, texts and images alike.
 
     The revision is a digest of weights and configuration, so that mteb's store of results cannot
-    give one model's scores for another of the same name. From then on mteb knows the model:
-    `mteb.get_model(str(folder))` and `mteb.get_model(name)` load it too, in this process alone.
+    give one model's scores for another of the same name. Tasks whose inputs join an image and a
+    text are not supported.
 
     Args:
         folder: A model folder of this package.
@@ -107,21 +80,9 @@ def load_for_mteb(
     model = SentenceTransformer(
         str(folder), device=device, trust_remote_code=False, local_files_only=True
     )
-    wrapper = FusingWrapper(model)
+    wrapper = SentenceTransformerEncoderWrapper(model)
     wrapper.mteb_model_meta = _describe_model(wrapper.mteb_model_meta, model, folder, name=name)
-    MODEL_REGISTRY[name] = MODEL_REGISTRY[str(folder)] = wrapper.mteb_model_meta
     return wrapper
-
-
-def _load_again(
-    name: str, *, folder: Path, revision: str, device: str | None = None
-) -> SentenceTransformerEncoderWrapper:
-    """Load a folder that was loaded before; raise ValueError if its files changed."""
-    if _hash_folder(folder) != revision:
-        raise ValueError(
-            f"{folder} changed since it was loaded as {name}. Load it again with load_for_mteb."
-        )
-    return load_for_mteb(folder, name=name, device=device)
 
 
 def _describe_model(
@@ -133,7 +94,6 @@ def _describe_model(
     described: ModelMeta = found.model_copy(
         update={
             "name": name,
-            "loader": partial(_load_again, folder=folder),
             "revision": _hash_folder(folder),
             "modalities": sorted(model.modalities),
             "n_parameters": sum(weight.numel() for weight in network.parameters()),

@@ -1,4 +1,4 @@
-"""The report on results: tables for a terminal or Markdown, and what scores depend on.
+"""The report on results: tables, what scores depend on, and a plot by text length.
 
 There is a table for each question: a task, and for some tasks what is compared with what. A column
 has the scores on one dataset, a row those of one model. Results that cannot be compared share no
@@ -7,25 +7,32 @@ table: they are refused.
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import textwrap
 from collections import UserList
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from tabulate import tabulate
 
-from .._suggestions import counted
-from ..data.atomic_files import hash_json
+from .._extras import PLOTS, require
+from .._suggestions import list_first
+from ..data.atomic_files import hash_json, require_writable
 from .metrics.scores import CONFIDENCE_LEVEL
-from .results import OWN_PACKAGE, Result, find_differences, select_comparable
+from .results import OWN_PACKAGE, Result, find_conflict
 from .tasks.task_registry import find_task
+from .tasks.text_length import CLIP_TEXT_TOKENS
 
 _NOTE = f"[low, high]: {CONFIDENCE_LEVEL:.0%} confidence interval, by bootstrap over the test set."
 _GAP = 2  # characters between columns
 ABSENT = "–"
+_DIGEST = re.compile(r"[0-9a-f]{40,}")
 _SHOWN_OF_DIGEST = 8
+_PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+_WORDS = {"None": "none", "{}": "none", "True": "yes", "False": "no"}
 _SHOWN_LANGUAGES = 3
 _UNITS = ("images", "items", "captions", "classes")
 # Choices of a task that are part of its title.
@@ -90,32 +97,19 @@ def describe_scores(result: Result) -> str:
 
 def list_comparable(results: Sequence[Result]) -> list[Result]:
     """List the results, each once; raise ValueError if some cannot be compared."""
-    models: dict[str, Result] = {}
-    columns: dict[tuple[str, str], Result] = {}
     cells: dict[tuple[str, str, str], Result] = {}
     for result in results:
-        first = models.setdefault(result.model, result)
-        if differences := list(find_differences(first.fingerprint, result.fingerprint)):
-            raise ValueError(
-                f"Two models are named {result.model}: {differences[0]}. Give each a name of its "
-                "own (NAME=SOURCE) when you evaluate it."
-            )
-        first = columns.setdefault((result.task, result.dataset), result)
-        then, now = map(select_comparable, (first.protocol, result.protocol))
-        if differences := list(find_differences(then, now)):
-            raise ValueError(
-                f"{first.model} and {result.model} cannot be compared in {result.task} on "
-                f"{result.dataset}: {differences[0]}. Evaluate both on the same data and in the "
-                "same way."
-            )
-        first = cells.setdefault((result.model, result.task, result.dataset), result)
-        for what in ("protocol", "scores"):
-            then, now = getattr(first, what), getattr(result, what)
-            if differences := list(find_differences(then, now, what)):
+        name = f"{result.model}, {result.task} on {result.dataset}"
+        for other in cells.values():
+            if conflict := find_conflict(other, result):
                 raise ValueError(
-                    f"Two results of {result.model} for {result.task} on {result.dataset} differ: "
-                    f"{differences[0]}. Leave one out."
+                    f"{name}, is {conflict} ({other.model}, {other.task} on {other.dataset}). Give "
+                    "each model a name of its own (NAME=SOURCE), and evaluate all on the same data "
+                    "in the same way."
                 )
+        first = cells.setdefault((result.model, result.task, result.dataset), result)
+        if first.scores != result.scores:
+            raise ValueError(f"Two results of {name}, have other scores. Leave one out.")
     return list(cells.values())
 
 
@@ -279,7 +273,9 @@ def label_dataset(result: Result, *, with_languages: bool = False) -> str:
         parts.append("files differ")
     label = f"{result.dataset} ({', '.join(parts)})" if parts else result.dataset
     is_english = set(data) <= {"en", "None"}
-    return label if is_english or not with_languages else f"{label} [{_list_languages(data)}]"
+    many = len(data) > _SHOWN_LANGUAGES
+    languages = f"{len(data)} languages" if many else "+".join(data)
+    return label if is_english or not with_languages else f"{label} [{languages}]"
 
 
 def list_data(result: Result) -> dict[str, Mapping[str, Any]]:
@@ -295,105 +291,65 @@ def list_sides(result: Result) -> list[str]:
 
 
 def list_details(results: Sequence[Result]) -> list[Table]:
-    """Make the tables of everything that scores depend on."""
-    heads = ["model type", "prompt", "max tokens", "padding", "case", "texts truncated", "images",
-             "activation", "dtype", "run on", "fingerprint"]  # fmt: skip
-    is_mixed = len({result.versions.get(OWN_PACKAGE) for result in results}) > 1
-
-    def describe(result: Result) -> list[str]:
-        version = [str(result.versions.get(OWN_PACKAGE))] if is_mixed else []
-        return [*_describe_model(result), *version]
-
-    models = _merge_tasks(results, lambda r: [r.model, label_dataset(r)], describe)
-    # Another version may score otherwise; one version of all needs no column.
-    heads += ["scored by version"] if is_mixed else []
-    data_heads = ["languages", "split", "samples", "skipped", "files", "digest"]
-    data = _merge_tasks(results, lambda r: [label_dataset(r)], _describe_data)
+    """List everything that scores depend on, each value once for all that share it."""
     return [
-        Table("what the scores depend on", ["model", "dataset", "tasks", *heads], models),
-        Table("the data", ["dataset", "tasks", *data_heads], data),
-        _list_choices(results),
+        _list_facts("what the scores depend on", "model", results, _iterate_model_facts),
+        _list_facts("the data", "dataset", results, _iterate_data_facts),
+        _list_facts(
+            "how they were scored", "task", results, lambda r: _flatten(r.protocol["task"])
+        ),
     ]
 
 
-def _merge_tasks(
+def _list_facts(
+    title: str,
+    subject: Literal["model", "dataset", "task"],
     results: Sequence[Result],
-    name: Callable[[Result], list[str]],
-    describe: Callable[[Result], list[str]],
-) -> list[list[str]]:
-    """Make one row for all tasks that have the same description."""
-    tasks_of: dict[tuple[tuple[str, ...], tuple[str, ...]], dict[str, None]] = {}
+    iterate: Callable[[Result], Iterable[tuple[str, str]]],
+) -> Table:
+    subjects_of: dict[tuple[str, str], dict[str, None]] = {}
     for result in results:
-        row = (tuple(name(result)), tuple(describe(result)))
-        tasks_of.setdefault(row, {})[result.task] = None
-    return [[*names, ", ".join(tasks), *cells] for (names, cells), tasks in tasks_of.items()]
+        for fact in iterate(result):
+            subjects_of.setdefault(fact, {})[getattr(result, subject)] = None
+    rows = [[*fact, ", ".join(subjects)] for fact, subjects in sorted(subjects_of.items())]
+    return Table(title, ["choice", "value", f"{subject}s"], rows)
 
 
-def _describe_model(result: Result) -> list[str]:
-    model = result.protocol["model"]
-    text, images = model["text"] or {}, model["images"] or {}
+def _iterate_model_facts(result: Result) -> Iterator[tuple[str, str]]:
     counts = result.counts.get("languages", {"": result.counts}).values()
     truncated = [count.get("texts_truncated") for count in counts]
-    num_texts = sum(count["texts"] for count in counts)
-    run, case, batches = result.run, text.get("lower_case"), ABSENT
-    if "images_per_batch" in run:
-        batches = f"{run['device']}, {run['images_per_batch']} images or "
-        batches += f"{run['tokens_per_batch']:,} tokens at a time"
-    return [
-        model["model_type"],
-        _format_prompt(text.get("prompt"), result),
-        str(text.get("max_tokens", ABSENT)),
-        str(text.get("padding", ABSENT)),
-        {True: "lower", False: "as written", None: ABSENT}.get(case, str(case)),
-        ABSENT if None in truncated else f"{sum(truncated)} of {num_texts}",
-        _format_images(images),
-        # That of texts and of images, once if they are the same.
-        ", ".join(dict.fromkeys(s["activation"] for s in (text, images) if s.get("activation")))
-        or ABSENT,
-        model["dtype"],
-        batches,
-        hash_json(result.fingerprint)[:_SHOWN_OF_DIGEST],
-    ]
+    if None not in truncated:
+        num_texts = sum(count["texts"] for count in counts)
+        place = f"{result.task} on {result.dataset}"
+        yield f"texts truncated, {place}", f"{sum(truncated)} of {num_texts}"
+    yield "fingerprint", hash_json(result.fingerprint)[:_SHOWN_OF_DIGEST]
+    yield "scored by version", str(result.versions.get(OWN_PACKAGE))
+    yield "run on", str(result.run.get("device", ABSENT))
+    yield from _flatten(result.protocol["model"])
 
 
-def _describe_data(result: Result) -> list[str]:
+def _iterate_data_facts(result: Result) -> Iterator[tuple[str, str]]:
+    """Yield the facts of a dataset; what differs between its languages is one value."""
     data = list_data(result)
-    parts = list(data.values())
-    digests = [str(part["digest"]) for part in parts]
-    if len(digests) > _SHOWN_LANGUAGES:
-        digests = [hash_json(digests)]
-    return [
-        _list_languages(data),
-        ", ".join(dict.fromkeys(str(part.get("split", ABSENT)) for part in parts)),
-        _describe_amounts(data),
-        str(sum(int(part["skipped_samples"]) for part in parts)),
-        _describe_files(parts),
-        "+".join(digest[:_SHOWN_OF_DIGEST] for digest in digests),
-    ]
+    yield "languages", list_first(data)
+    values: dict[str, dict[str, None]] = {}
+    for part in data.values():
+        for name, value in _flatten(part):
+            values.setdefault(name, {})[value] = None
+    for name, different in values.items():
+        yield name, list_first(different)
 
 
-def _list_choices(results: Sequence[Result]) -> Table:
-    """List every choice of how a task is scored, once for all tasks that share it."""
-    rows: dict[tuple[str, str], dict[str, None]] = {}
-    for result in results:
-        for name, value in _iterate_choices(result):
-            others = [other for other in results if other.task == result.task]
-            is_shared = all(dict(_iterate_choices(o)).get(name, value) == value for o in others)
-            task = result.task if is_shared else f"{result.task} on {result.dataset}"
-            rows.setdefault((name, value), {})[task] = None
-    table = [[name, value, ", ".join(tasks)] for (name, value), tasks in sorted(rows.items())]
-    return Table("how they were scored", ["choice", "taken", "tasks"], table)
-
-
-def _iterate_choices(result: Result) -> Iterator[tuple[str, str]]:
-    for name, value in result.protocol["task"].items():
-        if name not in _SIDES:
-            written = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-            yield name.replace("_", " "), written
-
-
-def _list_languages(data: Mapping[str, Any]) -> str:
-    return f"{len(data)} languages" if len(data) > _SHOWN_LANGUAGES else "+".join(data)
+def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Yield a name and a text for every value of a protocol; digests are shortened."""
+    if isinstance(value, Mapping) and value:
+        for inner, content in value.items():
+            yield from _flatten(content, f"{name} {inner}".replace("_", " ").strip())
+    else:
+        texts = map(str, value if isinstance(value, list) else [value])
+        shown = list_first(_WORDS.get(text, text) for text in texts) or "none"
+        is_digest = _DIGEST.fullmatch(shown) is not None
+        yield name, shown[:_SHOWN_OF_DIGEST] if is_digest else shown
 
 
 def _list_amounts(data: Mapping[str, Any]) -> list[str]:
@@ -408,51 +364,51 @@ def _list_amounts(data: Mapping[str, Any]) -> list[str]:
     return amounts
 
 
-def _describe_amounts(languages: Mapping[str, Mapping[str, Any]]) -> str:
-    amounts = {}
-    for lang, data in languages.items():
-        amount = ", ".join(_list_amounts(data)) or ABSENT
-        if shared := data.get("captions_of_several_images"):
-            amount += f"; {counted(shared, 'text')} of several images"
-        is_captions_only = data.get("with_images") is False
-        amounts[lang] = f"{amount}; only captions were read" if is_captions_only else amount
-    lang, first = next(iter(amounts.items()))
-    is_same = len(set(amounts.values())) == 1
-    return first if is_same else f"{first} ({lang}; other languages have other numbers)"
-
-
 def _list_differing_files(data: Mapping[str, Any]) -> list[str]:
     return [name for name, state in (data.get("checksums") or {}).items() if state != "published"]
 
 
-def _describe_files(parts: Sequence[Mapping[str, Any]]) -> str:
-    differing = dict.fromkeys(name for part in parts for name in _list_differing_files(part))
-    if differing:
-        return f"{', '.join(differing)}: not as published"
-    return "as published" if all(part.get("checksums") for part in parts) else "not compared"
+def plot_lengths(results: Sequence[Result], file: Path) -> None:
+    """Plot R@1 against the length of the text, with intervals, one line per model."""
+    if not results or any("buckets" not in result.scores for result in results):
+        raise ValueError("This plot takes results of the task 'length'.")
+    if len(names := {result.dataset for result in results}) > 1:
+        raise ValueError(
+            f"The results are on different datasets: {', '.join(sorted(names))}. Plot each by "
+            "itself."
+        )
+    results = list_comparable(results)
+    require(PLOTS)
+    import matplotlib
+
+    matplotlib.use("agg")  # draws into files, with or without a screen
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for result in results:
+        buckets = result.scores["buckets"]
+        lengths = [bucket["mean_clip_tokens"] for bucket in buckets]
+        rates = [100 * bucket["hit_rate_at_1"]["value"] for bucket in buckets]
+        errors = [
+            [100 * abs(bucket["hit_rate_at_1"]["value"] - bucket["hit_rate_at_1"][end])
+             for bucket in buckets]
+            for end in ("low", "high")
+        ]  # fmt: skip
+        axes.errorbar(lengths, rates, yerr=errors, marker="o", capsize=3, label=result.model)
+    axes.axvline(CLIP_TEXT_TOKENS, color="0.6", linestyle=":", label="end of a 77-token encoder")
+    axes.axhline(100 * results[0].scores["chance"], color="0.6", linewidth=0.8, label="chance")
+    axes.set_xlabel("length of the text, tokens of CLIP's vocabulary")
+    axes.set_ylabel("R@1, %")
+    axes.set_ylim(bottom=0)
+    axes.set_title("\n".join([label_dataset(results[0]), *list_sides(results[0])]))
+    axes.legend()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
 
 
-def _format_prompt(prompt: Any, result: Result) -> str:
-    templates = [text for part in list_data(result).values() for text in part.get("templates", ())]
-    parts = []
-    if isinstance(prompt, Mapping):
-        parts.append(f"{prompt['before']!r} … {prompt['after']!r}")
-    elif prompt is not None:
-        parts.append(repr(prompt))
-    if len(templates) > 1:
-        parts.append(f"{len(templates)} templates, {templates[0]!r} …")
-    elif templates:
-        parts.append(repr(templates[0]))
-    return ", with ".join(parts) or "none"
-
-
-def _format_images(images: Mapping[str, Any]) -> str:
-    size = images.get("crop") or images.get("resize")
-    if isinstance(size, Mapping):
-        numbers = [value for value in size.values() if isinstance(value, int)]
-        size = "x".join(map(str, numbers)) or size.get("size")
-    if size is None and "max_num_patches" in images:
-        size = f"{images['max_num_patches']} patches"
-    parts = [size, images.get("interpolation"), images.get("mean") and
-             f"mean {images['mean'][0]:.3g}"]  # fmt: skip
-    return " ".join(str(part) for part in parts if part) or ABSENT
+def require_plot_file(file: Path) -> None:
+    if file.suffix.lower() not in _PLOT_SUFFIXES:
+        raise ValueError(f"{file} must end in one of {', '.join(_PLOT_SUFFIXES)}.")
+    if not file.parent.is_dir():
+        raise ValueError(f"{file.parent} is not a folder. Make it, or name the plot elsewhere.")
+    require_writable(file.parent)

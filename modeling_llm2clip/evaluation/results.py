@@ -108,25 +108,15 @@ def read_result(file: Path) -> Result:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # not UTF-8, or not JSON
         raise ValueError(f"{file} is damaged ({error}). Delete it and evaluate again.") from error
-    return parse_result(content, file)
-
-
-def is_result(content: Any) -> bool:
-    """Return whether a JSON value was written by an evaluation, in any version of the format."""
-    return isinstance(content, dict) and {_DIGEST, "format_version"} <= set(content)
-
-
-def parse_result(content: Any, file: Path) -> Result:
     if not isinstance(content, dict) or "format_version" not in content:
-        raise ValueError(f"{file} is not a result of an evaluation. Name another folder.")
+        raise ValueError(f"{file} is not a result of an evaluation. Name another.")
     if content["format_version"] != FORMAT_VERSION:
         raise ValueError(
             f"{file} has format_version {content['format_version']!r}, this code reads "
             f"{FORMAT_VERSION}. Evaluate again into another folder."
         )
-    content = {**content}
     digest = content.pop(_DIGEST, None)
-    if set(content) != {one.name for one in fields(Result)} or digest != hash_json(content):
+    if set(content) != {entry.name for entry in fields(Result)} or digest != hash_json(content):
         raise ValueError(f"{file} was changed after it was written. Delete it and evaluate again.")
     return Result(**content)
 
@@ -145,49 +135,58 @@ def read_evaluation_results(folder: Path) -> list[Result]:
 def find_finished(folder: Path, planned: Iterable[Result]) -> dict[Path, Result]:
     """Find the results in a folder, by file; raise ValueError with every reason not to add to them.
 
-    Refused are a name that is already the name of another model, and scores that would be in one
-    column of a table with scores that differ in meaning. Another version of this package may score
-    otherwise, and is another run. Another version of a package that it calls causes a warning.
+    Another version of a package that this one calls causes a warning.
     """
-    errors: list[str] = []
+    errors: dict[str, None] = {}  # one file may fail in the same way for several plans
     found: dict[Path, Result] = {}
     for file in list_result_files(folder):
         try:
             found[file] = read_result(file)
         except ValueError as error:
-            errors.append(str(error))
+            errors[str(error)] = None
     for plan in planned:
-        try:
-            for file, result in found.items():
-                if result.model == plan.model:
-                    then, now = ({"fingerprint": one.fingerprint} for one in (result, plan))
-                    _require_no_difference(file, "model", then, now)
-            own = find_result_file(folder, plan)
-            if own in found:
-                _require_same_run(own, found[own], plan)
-            for file, result in found.items():
-                if file != own and (result.task, result.dataset) == (plan.task, plan.dataset):
-                    then, now = map(select_comparable, (result.protocol, plan.protocol))
-                    _require_no_difference(file, "data or in another way", then, now)
-        except ValueError as error:
-            errors.append(str(error))
+        for file, result in found.items():
+            if conflict := find_conflict(result, plan):
+                advice = "Name another output folder or another name for the model, or remove it."
+                errors[f"{file} is {conflict}. {advice}"] = None
+        if (finished := found.get(find_result_file(folder, plan))) is not None:
+            if differences := list(find_differences(finished.versions, plan.versions)):
+                warnings.warn(
+                    f"{find_result_file(folder, plan)} is taken as it is, though it was computed "
+                    f"with other packages: {'; '.join(differences)}. Remove it to have it computed "
+                    "again.",
+                    stacklevel=2,
+                )
     if errors:
-        raise ValueError("\n".join(dict.fromkeys(errors)))  # one file may fail in several ways
+        raise ValueError("\n".join(errors))
     return found
 
 
-def _require_same_run(file: Path, found: Result, planned: Result) -> None:
+def find_conflict(first: Result, second: Result) -> str | None:
+    """Say why two results cannot be in one folder or table; None if they can.
+
+    All results of a name are of one model, and all scores of a task on a dataset have one meaning.
+    Another version of this package may score otherwise, and is another run.
+    """
     then, now = (
-        {"protocol": one.protocol, "versions": {OWN_PACKAGE: one.versions.get(OWN_PACKAGE)}}
-        for one in (found, planned)
+        {
+            "model": {"fingerprint": result.fingerprint},
+            "data or in another way": {name: result.protocol[name] for name in ("data", "task")},
+            "run": {
+                "protocol": result.protocol,
+                "versions": {OWN_PACKAGE: result.versions.get(OWN_PACKAGE)},
+            },
+        }
+        for result in (first, second)
     )
-    _require_no_difference(file, "run", then, now)
-    if differences := list(find_differences(found.versions, planned.versions)):
-        warnings.warn(
-            f"{file} is taken as it is, though it was computed with other packages: "
-            f"{'; '.join(differences)}. Remove it to have it computed again.",
-            stacklevel=2,
-        )
+    is_one_model = first.model == second.model
+    compared = ["model"] if is_one_model else []
+    if (first.task, first.dataset) == (second.task, second.dataset):
+        compared.append("run" if is_one_model else "data or in another way")
+    for what in compared:
+        if differences := list(find_differences(then[what], now[what])):
+            return f"of another {what}: {list_first(differences, '; ')}"
+    return None
 
 
 def write_result(file: Path, result: Result) -> None:
@@ -206,26 +205,12 @@ def find_differences(then: Any, now: Any, path: str = "") -> Iterator[str]:
     elif then != now and not _MAY_DIFFER.fullmatch(path):
         values = repr(then), repr(now)
         # Of long values, the part where they begin to differ.
-        equal = (a == b for a, b in zip_longest(*values))
-        start = max(0, next(i for i, is_equal in enumerate(equal) if not is_equal) - _SHOWN_BEFORE)
+        equal = next(i for i, (a, b) in enumerate(zip_longest(*values)) if a != b)
+        start = max(0, equal - _SHOWN_BEFORE)
         start *= max(map(len, values)) > _SHOWN_OF_VALUE  # a short value is shown whole
         stop = start + _SHOWN_OF_VALUE
         was, now_is = ("…" * (start > 0) + v[start:stop] + "…" * (len(v) > stop) for v in values)
         yield f"{path} was {was} and is {now_is}"
-
-
-def select_comparable(protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """Select what two models' scores must share to be compared."""
-    return {"data": protocol["data"], "task": protocol["task"]}
-
-
-def _require_no_difference(file: Path, what: str, then: Any, now: Any) -> None:
-    differences = list(find_differences(then, now))
-    if differences:
-        raise ValueError(
-            f"{file} is of another {what}: {list_first(differences, '; ')}. Name another "
-            "output folder or another name for the model, or remove the file."
-        )
 
 
 def _hash_image(image: ImageSource) -> str:

@@ -254,6 +254,11 @@ def _read_metadata(card: Path) -> Any:
         ) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{card} is not UTF-8 ({error}). Save it in this encoding.") from error
+    except ValueError as error:  # of huggingface_hub, whose remedy is an option of its own
+        raise ValueError(
+            f"{card}: its metadata cannot be used ({str(error).partition(' Pass ')[0]}). Correct "
+            "the lines between the '---'."
+        ) from error
 
 
 def write_model_card(folder: Path, card: CardData, *, name: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -33,15 +32,12 @@ from ..model_folders.model_card import (
 )
 from ..model_folders.model_folder import find_model_folder
 from ..model_folders.model_loading import CLASS_OF_COMPONENTS, MODEL_CLASSES, find_model_class
-from ..model_folders.model_writing import cast_weights, find_carried_files, save_model
-from ..model_folders.weights import open_model_weights, plan_shards
+from ..model_folders.model_writing import find_carried_files, save_model
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .card_results import read_card_results, require_own_results
 from .onnx_export import export_onnx
-from .push_to_hub import list_own_files, require_healthy
 
-_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 _VISION_TOWER_CARD = """
 # {title}
 
@@ -159,49 +155,6 @@ def plan_card(folder: Path, config: ExportConfig) -> CardData:
     if not (keeps_dtype and find_model_class(folder).__name__ == name):
         card = replace(card, results=())
     return update_card_data(card, config)
-
-
-def plan_export(
-    source: str | Path,
-    output: str | Path,
-    config: ExportConfig | None = None,
-    *,
-    revision: str | None = None,
-) -> dict[str, int]:
-    """Make the checks of `export_model` and `push_to_hub` that need no written folder.
-
-    Returns path → bytes of the files that would be written: of weights those of their tensors, of
-    other files those of the source's.
-    """
-    config = config or ExportConfig()
-    require_new_folder(Path(output))
-    folder = find_model_folder(source, revision=revision)
-    card = plan_card(folder, config)
-    if config.components == "full" and config.dtype is None:
-        require_own_results(card.results, folder)
-    find_carried_files(folder)
-    require_healthy(folder, device=config.device)
-    hosting = render_hosting_files(
-        config, LLM2CLIPConfig.from_pretrained(folder), name=Path(output).name
-    )
-    files = {path: n for path, n in list_own_files(folder).items() if not _WEIGHTS.fullmatch(path)}
-    files |= {path: len(content.encode()) for path, content in hosting.items()}
-    return dict(sorted({**files, **_plan_weights(folder, config)}.items()))
-
-
-def _plan_weights(folder: Path, config: ExportConfig) -> dict[str, int]:
-    """Distribute the weights as saving them would, from the headers of their files alone."""
-    model_class = MODEL_CLASSES[CLASS_OF_COMPONENTS[config.components]]
-    left_out = getattr(model_class, "_keys_to_ignore_on_load_unexpected", None) or ()
-    weights = {
-        name: tensor
-        for name, tensor in open_model_weights(folder).items()
-        if not any(re.search(pattern, name) for pattern in left_out)
-    }
-    if config.dtype is not None:
-        weights = cast_weights(weights, getattr(torch, config.dtype), model_class)
-    shards = plan_shards(weights, max_shard_size=config.max_shard_size)
-    return {file: sum(weights[n].num_bytes for n in names) for file, names in shards.items()}
 
 
 def render_hosting_files(

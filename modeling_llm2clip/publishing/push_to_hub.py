@@ -186,11 +186,6 @@ def check_publishable(
             f"{folder} holds files that can carry code: {pickles[:8]}. Remove them from it."
         )
     require_no_credentials(folder, files, allowed=allow_files)
-    require_healthy(folder, device=device)
-    return files
-
-
-def require_healthy(folder: Path, *, device: str = "auto") -> None:
     report = check_model(folder, device=device)
     if not report.healthy:
         failed = "; ".join(f"{check.name}: {check.message}" for check in report.failed)
@@ -198,6 +193,7 @@ def require_healthy(folder: Path, *, device: str = "auto") -> None:
             f"{folder} is not published, because it is not healthy, and an unhealthy folder never "
             f"is. {failed} Repair it until `llm2clip doctor {folder}` passes."
         )
+    return files
 
 
 def require_repo_id(repo_id: str) -> None:
@@ -260,12 +256,6 @@ def list_files(folder: Path) -> dict[str, int]:
     return dict(sorted(files.items()))
 
 
-def list_own_files(folder: Path) -> dict[str, int]:
-    """List the files that are part of a model folder, without others that somebody put there."""
-    files = {path.relative_to(folder).as_posix(): path for path in _walk(folder) if path.is_file()}
-    return {name: files[name].stat().st_size for name in sorted(files) if _is_own(name)}
-
-
 def require_no_credentials(
     folder: Path, files: Mapping[str, int], *, allowed: Sequence[str] = ()
 ) -> None:
@@ -299,6 +289,7 @@ def describe_files(files: Mapping[str, int]) -> str:
 
 def _walk(folder: Path) -> Iterator[Path]:
     """Yield every file and every link that is not hidden; links to folders are not followed."""
+
     for parent, folders, files in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in [*folders, *files]:

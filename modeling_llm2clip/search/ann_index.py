@@ -18,7 +18,7 @@ import numpy as np
 
 from .._suggestions import counted
 from .index_database import IndexDatabase
-from .vector_table import AnnIndex
+from .lancedb_table import AnnIndex
 
 # Below, a query that is compared with every image takes less than about 50 ms.
 FEWEST_ROWS = 20_000
@@ -32,7 +32,6 @@ _SHARES_VISITED = (
 _REFINE_FACTORS = (50, 200)
 # Its partitions fit images of today as long as not many more have come.
 _MOST_GROWTH = 1.25
-_TIMED = 20
 # Two ways to add up a cosine in float32 differ by less.
 _ROUNDING = 1e-5
 
@@ -96,40 +95,30 @@ def tune_ann(
     best = ann
     for refine_factor, nprobes in product(_REFINE_FACTORS, _list_nprobes(ann.num_partitions)):
         tried = replace(ann, nprobes=nprobes, refine_factor=refine_factor)
-        cosines = search_all(database, queries, ann=tried)
-        tried = replace(tried, recall_at_10=round(measure_recall(cosines, greatest), 4))
-        best = max(best, tried, key=lambda candidate: candidate.recall_at_10)
+        cosines, query_ms = measure_search(database, queries, ann=tried)
+        recall = round(measure_recall(cosines, greatest), 4)
+        best = max(
+            best,
+            replace(tried, recall_at_10=recall, query_ms=query_ms),
+            key=lambda candidate: candidate.recall_at_10,
+        )
         if best.recall_at_10 >= min_recall:
             break
-    return replace(
-        best,
-        num_queries=len(queries),
-        query_ms=time_search(database, queries[:_TIMED], ann=best),
-        exact_query_ms=time_search(database, queries[:3], ann=None),
-    )
+    _, exact_query_ms = measure_search(database, queries[:3], ann=None)
+    return replace(best, num_queries=len(queries), exact_query_ms=exact_query_ms)
 
 
-def search_all(
+def measure_search(
     database: IndexDatabase, queries: np.ndarray[Any, Any], *, ann: AnnIndex | None
-) -> list[Sequence[float]]:
-    """Return the cosines that each query, (Q, P), finds."""
-    return [
-        [row["cosine"] for row in database.search(query, top_k=_TOP_K, ann=ann)]
-        for query in queries
-    ]
-
-
-def time_search(
-    database: IndexDatabase, queries: np.ndarray[Any, Any], *, ann: AnnIndex | None
-) -> float:
-    """Measure the median milliseconds of a query, after a warm-up."""
-    search_all(database, queries[:1], ann=ann)
-    seconds = []
+) -> tuple[list[list[float]], float]:
+    """Return the cosines that each query, (Q, P), finds, and the median milliseconds of a query."""
+    cosines, seconds = [], []
     for query in queries:
         started = time.perf_counter()
-        database.search(query, top_k=_TOP_K, ann=ann)
+        rows = database.search(query, top_k=_TOP_K, ann=ann)
         seconds.append(time.perf_counter() - started)
-    return round(1000 * statistics.median(seconds), 2)
+        cosines.append([row["cosine"] for row in rows])
+    return cosines, round(1000 * statistics.median(seconds), 2)
 
 
 def find_greatest_cosines(

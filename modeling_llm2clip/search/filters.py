@@ -29,8 +29,12 @@ _KEYWORDS = (
 )  # fmt: skip
 
 
+class FilterError(ValueError):
+    """A filter cannot be used; the message names it, and what a filter may have."""
+
+
 def check_filter(where: str, columns: Iterable[str]) -> str:
-    """Return a filter as the database takes it; ValueError for one with other words, or too many.
+    """Return a filter as the database takes it; FilterError for one with other words, or too many.
 
     The database compares integers with decimal numbers only where these are cast. It ignores all
     that follows a condition, so that a filter is put in parentheses, and its own must match.
@@ -44,7 +48,7 @@ def check_filter(where: str, columns: Iterable[str]) -> str:
         depth += token is not None and {"(": 1, ")": -1}.get(token.group(), 0)
         if token is None or depth < 0 or (token["word"] and token["word"].upper() not in words):
             problem = f"{where[place : place + 20]!r} at character {place + 1} is not allowed"
-            raise ValueError(explain_filter(where, problem, columns))
+            raise explain_filter(where, problem, columns)
         number, separator = token["number"] or "", token["next"] or ""
         is_decimal = not f"0{number.lstrip('-')}".isdecimal()
         parts.append(f"{separator}CAST({number} AS DOUBLE)" if is_decimal else token.group())
@@ -54,15 +58,15 @@ def check_filter(where: str, columns: Iterable[str]) -> str:
         problem = (
             f"it has {num_words} words, {len(where):,} characters and {depth} open parentheses"
         )
-        raise ValueError(explain_filter(where, problem, columns))
+        raise explain_filter(where, problem, columns)
     return f"({''.join(parts)})"
 
 
-def explain_filter(where: str, problem: str, columns: Iterable[str]) -> str:
-    """Describe what is wrong with a filter, and what a filter may have."""
+def explain_filter(where: str, problem: str, columns: Iterable[str]) -> FilterError:
+    """Make the error that names what is wrong with a filter, and what a filter may have."""
     most = _MAX_CHARACTERS_IN_MESSAGE
     shown = where if len(where) <= most else where[: most - 1] + "…"
-    return (
+    return FilterError(
         f"where={shown!r} cannot be used: {problem}. The columns are {', '.join(columns)}; compare "
         "them by =, !=, <, <=, >, >=, LIKE, IN (…), BETWEEN … AND …, IS NULL, and join comparisons "
         f"by AND, OR, NOT and parentheses, at most {MOST_WORDS} words in all. Write texts as "

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
 
@@ -22,10 +21,19 @@ from ..data.remote.remote_access import raise_disk_failure
 from ..data.validation_errors import ErrorCollector
 
 _UNREADABLE = "image unreadable"  # kind of error
-_REMEDIES = {
-    "pip install pillow-heif": {"heic", "heif", "hif"},
-    "pip install --upgrade pillow (11.3 or later)": {"avif"},
-}
+# Reasons to leave files out, in the order of their report: a noun, what is wrong, and the remedy.
+_FORMAT = (
+    "image file",
+    "of formats that Pillow cannot read here",
+    "Install pillow-heif for HEIC, or Pillow 11.3 for AVIF; convert others to JPEG or PNG.",
+)
+_DANGLING = ("symbolic link", "to no file", "Correct or remove what is named.")
+_LINKED_FOLDER = (
+    "symbolic link",
+    "to a folder, not followed",
+    "Move the images into the folder, or name the other folders themselves.",
+)
+_CLOSED_FOLDER = ("folder", "that cannot be listed", "Check who may read it.")
 
 
 @dataclass(frozen=True)
@@ -34,49 +42,19 @@ class ImageFiles:
 
     Attributes:
         readable: Files of a format that can be decoded here, in order.
-        skipped: Image files of any other format, in order.
-        dangling: Symbolic links that lead to no file, of the names of images or without a suffix.
-        linked_folders: Symbolic links to folders, which are not followed.
-        closed_folders: Folders that cannot be listed, such as those of other users.
+        skipped: What is left out, in order, by noun, reason and remedy: image files of any other
+            format, symbolic links to no file or to a folder, and folders that cannot be listed.
     """
 
     readable: list[Path]
-    skipped: list[Path]
-    dangling: list[Path] = field(default_factory=list)
-    linked_folders: list[Path] = field(default_factory=list)
-    closed_folders: list[Path] = field(default_factory=list)
+    skipped: dict[tuple[str, str, str], list[Path]]
 
     def describe_skipped(self) -> str:
         """Return a line with names and a remedy for each reason to leave files out."""
-        lines = [self._describe_formats()] if self.skipped else []
-        for paths, noun, which, remedy in (
-            (self.dangling, "symbolic link", "to no file", "Correct or remove what is named."),
-            (
-                self.linked_folders,
-                "symbolic link",
-                "to a folder, not followed",
-                "Move the images into the folder, or name the other folders themselves.",
-            ),
-            (self.closed_folders, "folder", "that cannot be listed", "Check who may read it."),
-        ):
-            if paths:
-                count = counted(len(paths), noun)
-                lines.append(f"Skipped {count} {which}: {list_first(paths)}. {remedy}")
-        return "\n".join(lines)
-
-    def _describe_formats(self) -> str:
-        counts = Counter(map(_suffix, self.skipped))
-        shares = ", ".join(f"{count:,} .{suffix}" for suffix, count in sorted(counts.items()))
-        remedies = [
-            f"To read {_list(counts.keys() & suffixes)}: {remedy}."
-            for remedy, suffixes in _REMEDIES.items()
-            if counts.keys() & suffixes
-        ]
-        if others := set(counts).difference(*_REMEDIES.values()):
-            remedies.append(f"Convert {_list(others)} to JPEG or PNG.")
-        return (
-            f"Skipped {counted(len(self.skipped), 'image file')} that Pillow cannot read here "
-            f"({shares}): {list_first(self.skipped)}. {' '.join(remedies)}"
+        return "\n".join(
+            f"Skipped {counted(len(paths), noun)} {reason}: {list_first(paths)}. {remedy}"
+            for (noun, reason, remedy), paths in self.skipped.items()
+            if paths
         )
 
 
@@ -90,25 +68,25 @@ def list_images(image_dir: str | Path) -> ImageFiles:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder. Give one that holds images.")
     readable = list_readable_suffixes()
-    files = ImageFiles([], [])
+    files = ImageFiles([], {_FORMAT: [], _DANGLING: [], _LINKED_FOLDER: [], _CLOSED_FOLDER: []})
     closed: list[OSError] = []
     looked_at = readable | OPTIONAL_IMAGE_SUFFIXES | {""}
     for root, folders, names in os.walk(folder, onerror=closed.append):
         paths = [Path(root, name) for name in folders]
-        files.linked_folders.extend(path for path in paths if path.is_symlink())
+        files.skipped[_LINKED_FOLDER].extend(path for path in paths if path.is_symlink())
         for path in (Path(root, name) for name in names):
-            suffix = _suffix(path)
+            suffix = path.suffix.lower().removeprefix(".")
             if suffix not in looked_at:
                 continue
             if _is_file(path):
                 if suffix:
-                    (files.readable if suffix in readable else files.skipped).append(path)
+                    (files.readable if suffix in readable else files.skipped[_FORMAT]).append(path)
             elif path.is_symlink():
-                files.dangling.append(path)
+                files.skipped[_DANGLING].append(path)
     for error in closed:
         raise_disk_failure(error, error.filename)
-    files.closed_folders.extend(Path(os.fsdecode(error.filename)) for error in closed)
-    for paths in vars(files).values():
+        files.skipped[_CLOSED_FOLDER].append(Path(os.fsdecode(error.filename)))
+    for paths in (files.readable, *files.skipped.values()):
         paths.sort()
     if not files.readable:
         suffixes = ", ".join(f".{suffix}" for suffix in sorted(readable))
@@ -187,14 +165,6 @@ def _is_file(path: Path) -> bool:
     except OSError as error:
         raise_disk_failure(error, path)
         return False
-
-
-def _suffix(path: Path) -> str:
-    return path.suffix.lower().removeprefix(".")
-
-
-def _list(suffixes: set[str]) -> str:
-    return ", ".join(f".{suffix}" for suffix in sorted(suffixes))
 
 
 def _is_unicode(path: Path) -> bool:

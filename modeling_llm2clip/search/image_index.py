@@ -19,6 +19,7 @@ from ..data.atomic_files import list_differences
 from ..model_folders.model_folder import holds_graphs
 from ..model_folders.onnx_folder import read_onnx_record
 from .index_database import About, IndexDatabase
+from .lancedb_table import COLUMNS, AnnIndex, IndexUnavailableError
 from .query_encoding import (
     NamedQuery,
     OnnxQueryEncoder,
@@ -29,7 +30,6 @@ from .query_encoding import (
     name_queries,
 )
 from .search_results import SearchResult, require_top_k
-from .vector_table import COLUMNS, AnnIndex, IndexUnavailableError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -22,8 +22,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..data.atomic_files import list_differences, lock_file
 from .filters import check_filter, explain_filter
-from .lancedb_table import LanceTable, require_database_folder
-from .vector_table import (
+from .lancedb_table import (
     ABOUT,
     COLUMNS,
     ERRORS,
@@ -32,14 +31,15 @@ from .vector_table import (
     LOCK,
     AnnIndex,
     IndexUnavailableError,
-    VectorTable,
+    LanceTable,
+    require_database_folder,
 )
 
 T = TypeVar("T")
 
 FORMAT_VERSION = 2
+# Columns that are read from the content of an image: upright pixels, and when it was taken.
 FACTS = ("width", "height", "taken")
-"""Columns that are read from the content of an image: upright pixels, and when it was taken."""
 _EVERY_IMAGE = "bytes >= 0"  # a filter that all pass
 _VALUES_AT_ONCE = 500  # in a filter
 # How soon an open index sees what another process has written.
@@ -75,7 +75,7 @@ class About:
 class IndexDatabase:
     """An open database of images; searches of several threads may run at once."""
 
-    def __init__(self, location: str, table: VectorTable, about: About) -> None:
+    def __init__(self, location: str, table: LanceTable, about: About) -> None:
         self.location = location
         self.about = about
         self._table = table
@@ -127,7 +127,7 @@ class IndexDatabase:
             self.about = _read_about(self.location, self._table)
             self._looked_at = time.monotonic()
 
-    def _read(self, function: Callable[[VectorTable], T]) -> T:
+    def _read(self, function: Callable[[LanceTable], T]) -> T:
         """Read the table, and retry once after a refresh: files go when a database is replaced."""
         with _explained(self.location, "read"):
             try:
@@ -151,7 +151,7 @@ class IndexDatabase:
             yield
 
     @contextmanager
-    def changing(self) -> Iterator[VectorTable]:
+    def changing(self) -> Iterator[LanceTable]:
         with _explained(self.location, "written"):
             yield self._table
 
@@ -161,7 +161,7 @@ class IndexDatabase:
         self.about = about
 
     def count(self, where: str | None = None) -> int:
-        """Count the images that pass a filter; ValueError if it is not valid."""
+        """Count the images that pass a filter; FilterError if it is not valid."""
         checked = None if where is None else check_filter(where, COLUMNS)
         self.refresh()
         if where is None:
@@ -171,7 +171,7 @@ class IndexDatabase:
         except IndexUnavailableError as error:
             self.count_readable()
             problem = _shorten(error.__cause__ or error)
-            raise ValueError(explain_filter(where, problem, COLUMNS)) from error
+            raise explain_filter(where, problem, COLUMNS) from error
 
     def count_readable(self) -> int:
         """Count images by reading values; `count` without a filter reads no file."""
@@ -201,20 +201,15 @@ class IndexDatabase:
                     images[digest] = {**row, "embedding": embed}
         return images
 
-    def write(
-        self, rows: Mapping[str, Any], embeddings: np.ndarray[Any, Any] | None = None
-    ) -> None:
+    def write(self, rows: Mapping[str, Any], embeddings: np.ndarray[Any, Any]) -> None:
         """Add images, and replace those of the same path, in one commit.
 
-        Rows hold all columns and `stat`; embeddings are (rows, P). Without embeddings, some columns
-        are replaced of images that are there.
+        Rows hold all columns and `stat`; embeddings are (rows, P).
         """
-        if embeddings is not None:
-            flat = pa.array(embeddings.astype(np.float32).ravel())
-            lists = pa.FixedSizeListArray.from_arrays(flat, self.about.width)
-            rows = {**rows, "embedding": lists}
+        flat = pa.array(embeddings.astype(np.float32).ravel())
+        lists = pa.FixedSizeListArray.from_arrays(flat, self.about.width)
         with self.changing() as table:
-            table.write(rows, adds=embeddings is not None)
+            table.write({**rows, "embedding": lists})
 
     def remove(self, paths: Sequence[str]) -> None:
         with self.changing() as table:
@@ -265,14 +260,13 @@ class DatabaseProcess(IndexDatabase):
 
     From the shell, a search is mostly imports: about two seconds of LanceDB, five of torch and
     transformers. Python imports one module at a time, so only another process does both at once.
-    A filter is tried as soon as the database is open.
     """
 
-    def __init__(self, location: str, where: str | None = None) -> None:
+    def __init__(self, location: str) -> None:
         self.location = location
         # Not forked: this process may have threads by now.
         self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-        self._opening: Future[About] = self._pool.submit(_open_here, location, where)
+        self._opening: Future[About] = self._pool.submit(_open_here, location)
 
     def __enter__(self) -> DatabaseProcess:
         return self
@@ -280,29 +274,27 @@ class DatabaseProcess(IndexDatabase):
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def wait(self) -> DatabaseProcess:
-        self.about = self._opening.result()
-        return self
+    @property
+    def about(self) -> About:  # type: ignore[override]
+        """That of the database as it was opened; waits for it."""
+        return self._opening.result()
 
     def count(self, where: str | None = None) -> int:
         num_rows: int = self._pool.submit(_call, "count", where).result()
         return num_rows
 
     def search(self, embedding: np.ndarray[Any, Any], **options: Any) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = self._pool.submit(
-            _call, "search", embedding, **options
-        ).result()
+        found = self._pool.submit(_call, "search", embedding, **options)
+        rows: list[dict[str, Any]] = found.result()
         return rows
 
 
 _opened: IndexDatabase | None = None  # in the other process
 
 
-def _open_here(location: str, where: str | None) -> About:
+def _open_here(location: str) -> About:
     global _opened
     _opened = IndexDatabase.open(location)
-    if where is not None:
-        _opened.count(where)
     return _opened.about
 
 
@@ -319,29 +311,24 @@ def join_fingerprints(by_modality: Mapping[str, Mapping[str, str]]) -> dict[str,
     }
 
 
-def open_table(location: str) -> VectorTable:
-    """Connect to the database in a folder, or at a URI."""
-    return LanceTable(location)
-
-
 def require_place(location: str, *, is_new: bool = False) -> None:
     """Raise IndexUnavailableError for a place without a database; a new one may be empty."""
     if "://" not in location:
         require_database_folder(Path(location), is_new=is_new)
 
 
-def _connect(location: str, *, is_new: bool = False) -> VectorTable:
+def _connect(location: str, *, is_new: bool = False) -> LanceTable:
     require_place(location, is_new=is_new)
     with _explained(location, "opened"):
-        return open_table(location)
+        return LanceTable(location)
 
 
-def _write_about(table: VectorTable, about: About) -> None:
+def _write_about(table: LanceTable, about: About) -> None:
     content = json.dumps(dataclasses.asdict(about))
     table.write_about(pa.table({"format_version": [FORMAT_VERSION], "content": [content]}))
 
 
-def _read_about(location: str, table: VectorTable) -> About:
+def _read_about(location: str, table: LanceTable) -> About:
     with _explained(location, "read"):
         stored = table.read_about() if ABOUT in table.list_tables() else pa.table({})
     if not {"format_version", "content"} <= set(stored.column_names) or len(stored) != 1:

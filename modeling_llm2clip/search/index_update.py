@@ -47,7 +47,6 @@ from .query_encoding import QueryEncoder
 # Texts of everyday things, among which recall is measured: more change its mean by less than 0.01.
 _NUM_QUERIES = 200
 _COMMITTED_AT_ONCE = 512
-_WRITTEN = "was written while it was read. Index again."
 
 Report = Callable[[str], object]
 
@@ -59,11 +58,13 @@ def build_index(
     config: IndexConfig,
     *,
     updates_ann: bool = True,
+    skip_invalid: bool = True,
     report: Report | None = None,
 ) -> tuple[IndexDatabase, QueryEncoder]:
     """Index a folder, or update its index; return the database and the encoder of its queries.
 
-    Without `updates_ann`, an approximate index stays as it is.
+    Without `updates_ann`, an approximate index stays as it is. Without `skip_invalid`, unreadable
+    images are an error after the others are indexed.
     """
     find_device(config.device)  # before what takes long
     require_place(location, is_new=True)
@@ -103,6 +104,8 @@ def build_index(
         if updates_ann:
             _update_ann(database, encoder, config, has_changed=has_changed, report=say)
         note_place()
+    if update.errors and not skip_invalid:
+        raise ValueError("Repair or remove the unreadable images, or skip them (--skip-invalid).")
     if far := describe_far_images(folder, tally):
         warn(far)
     return database, encoder
@@ -258,55 +261,28 @@ class FolderUpdate:
 
     def _write_part(self, part: dict[str, Path], progress: tqdm[Any]) -> None:
         digests, contents = self._read(part, progress)
-        for name, path in part.items():
-            if path not in self.errors and not self._is_same(name, path):
-                self.errors[path] = f"{path}: {_WRITTEN}"
-        kept = [name for name in digests if part[name] not in self.errors]
-        touched = [
-            name for name in kept if name in self._known and self._known[name][1] == digests[name]
-        ]
-        if touched:
-            self.database.write(self._describe_files(touched))
-            self.unchanged += len(touched)
-        if written := [name for name in kept if name not in touched]:
-            self._write(written, digests, contents)
-
-    def _is_same(self, name: str, path: Path) -> bool:
-        """Return False for a file that was written since its size and times were read."""
-        try:
-            return describe_stat(path.stat()) == describe_stat(self._stats[name])
-        except OSError as error:
-            raise_disk_failure(error, path)
-            return False
-
-    def _write(
-        self, names: list[str], digests: dict[str, str], contents: dict[str, dict[str, Any]]
-    ) -> None:
+        names = [name for name in digests if part[name] not in self.errors]
+        if not names:
+            return
+        stats = [self._stats[name] for name in names]
         images = [contents[digests[name]] for name in names]
         rows = {
-            **self._describe_files(names),
-            "sha256": [digests[name] for name in names],
-            "bytes": [self._stats[name].st_size for name in names],
-            **{column: [image[column] for image in images] for column in FACTS},
-        }
-        self.database.write(rows, np.stack([image["embedding"] for image in images]))
-        changed = [self._known[name][1] for name in names if name in self._known]
-        self._digests.update(digests[name] for name in names)
-        for digest in changed:
-            self._digests[digest] -= 1
-            if not self._digests[digest]:
-                del self._digests[digest]
-        self.changed += len(changed)
-        self.added += len(names) - len(changed)
-
-    def _describe_files(self, names: list[str]) -> dict[str, list[Any]]:
-        """Return the columns that depend on the file and not on its content."""
-        stats = [self._stats[name] for name in names]
-        return {
             "path": names,
             "modified": [datetime.fromtimestamp(s.st_mtime, timezone.utc) for s in stats],
             "stat": [describe_stat(stat) for stat in stats],
+            "sha256": [digests[name] for name in names],
+            "bytes": [stat.st_size for stat in stats],
+            **{column: [image[column] for image in images] for column in FACTS},
         }
+        self.database.write(rows, np.stack([image["embedding"] for image in images]))
+        earlier = [self._known[name][1] for name in names if name in self._known]
+        same = sum(name in self._known and self._known[name][1] == digests[name] for name in names)
+        self._digests.update(digests[name] for name in names)
+        self._digests.subtract(earlier)
+        self._digests += Counter()  # keeps those that a row has
+        self.unchanged += same  # touched, or copied from a backup
+        self.changed += len(earlier) - same
+        self.added += len(names) - len(earlier)
 
     def _read(
         self, part: dict[str, Path], progress: tqdm[Any]

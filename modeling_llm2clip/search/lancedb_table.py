@@ -8,8 +8,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,17 +21,25 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from .._extras import LANCEDB, require
 from ..data.atomic_files import require_writable
-from .vector_table import (
-    ABOUT,
-    COLUMNS,
-    HOW_TO_INDEX,
-    IMAGES,
-    LOCK,
-    AnnIndex,
-    IndexUnavailableError,
-    make_schema,
-)
 
+# The columns that a filter may use; `stat` and `embedding` come after them.
+COLUMNS = {
+    "path": pa.string(),
+    "sha256": pa.string(),
+    "bytes": pa.int64(),
+    "modified": pa.timestamp("us", tz="UTC"),
+    "width": pa.int32(),
+    "height": pa.int32(),
+    "taken": pa.timestamp("us"),
+}
+IMAGES, ABOUT = "images", "about"  # names of the tables
+LOCK = ".llm2clip-lock"  # file in the folder of a database, which the one that writes it locks
+# Errors of LanceDB, which the index explains.
+ERRORS = (RuntimeError, ValueError, OSError, KeyError)
+HOW_TO_INDEX = "Make one: llm2clip index MODEL IMAGES DB."
+# Candidates per result with a filter, against without: in the worst case that was measured, images
+# of 24 topics and queries about 36 others, recall@10 is 0.945 with as many, and 0.992 with these.
+_REFINED_MORE = 4
 _READ_AT_ONCE = 8192
 # Readers that opened the table before may still read the versions of this time.
 _KEPT_FOR = timedelta(hours=1)
@@ -39,8 +49,58 @@ _TRAINED_ON_PER_PARTITION, _MAX_ITERATIONS = 64, 15
 _DISTANCE = "dot"
 
 
+class IndexUnavailableError(ValueError):
+    """An index that no query can search: gone, damaged or of another model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnIndex:
+    """An approximate index, and what was measured when it was built.
+
+    Attributes:
+        num_rows: Images when its partitions were trained.
+        num_partitions: Partitions of the images.
+        nprobes: Partitions that a query visits.
+        refine_factor: Candidates per result that are compared exactly.
+        recall_at_10: Share of the ten nearest images that it finds, over `num_queries` texts.
+        num_queries: Texts that it was measured with.
+        query_ms: Median milliseconds of a query.
+        exact_query_ms: Median milliseconds of a query without the index.
+        build_s: Seconds that training took.
+        is_used: True if searches use it: it finds enough, and is faster than no index.
+    """
+
+    num_rows: int
+    num_partitions: int
+    nprobes: int
+    refine_factor: int
+    recall_at_10: float
+    num_queries: int
+    query_ms: float
+    exact_query_ms: float
+    build_s: float
+    is_used: bool
+
+    def widen(self) -> AnnIndex:
+        """Return the settings of a search with a filter: all partitions, and more candidates.
+
+        Partitions were counted without one. Images that pass a filter are often alike, such as
+        those of one folder, and may be in none of the partitions that are nearest to the query; and
+        among images that are alike, one bit per dimension misses more.
+        """
+        return dataclasses.replace(
+            self,
+            nprobes=self.num_partitions,
+            refine_factor=_REFINED_MORE * self.refine_factor,
+        )
+
+
 class LanceTable:
-    """A `VectorTable` in a folder or on object storage."""
+    """A table of images, and a table `about` with one row, in a folder or on object storage.
+
+    Several threads may search at once. Methods raise `ERRORS`. Another database needs a class with
+    these methods.
+    """
 
     def __init__(self, location: str) -> None:
         require(LANCEDB)
@@ -62,13 +122,15 @@ class LanceTable:
         self._connection.create_table(ABOUT, data=rows, mode=mode)
 
     def create(self, width: int) -> None:
-        self._connection.create_table(IMAGES, schema=make_schema(width))
+        fields = {**COLUMNS, "stat": pa.string(), "embedding": pa.list_(pa.float32(), width)}
+        self._connection.create_table(IMAGES, schema=pa.schema(fields))
 
     def reopen(self) -> None:
         """Open the table anew: an open one stays at its version if that of a new one is lower."""
         self._table = self._connection.open_table(IMAGES)
 
     def count(self, where: str | None = None) -> int:
+        """Count images; with a filter, values are read, so that missing files are noticed."""
         return int(self._table.count_rows(where))
 
     def read(self, columns: Sequence[str], where: str | None = None) -> Iterator[pa.RecordBatch]:
@@ -77,12 +139,11 @@ class LanceTable:
             query = query.where(where)
         yield from query.to_batches(_READ_AT_ONCE)
 
-    def write(self, rows: Mapping[str, Any], *, adds: bool) -> None:
-        fields = [self._table.schema.field(name) for name in rows]
+    def write(self, rows: Mapping[str, Any]) -> None:
+        """Add images, and replace those of the same path, in one commit."""
         merge = self._table.merge_insert("path").when_matched_update_all()
-        if adds:
-            merge = merge.when_not_matched_insert_all()
-        merge.execute(pa.table(dict(rows), schema=pa.schema(fields)))
+        fields = [self._table.schema.field(name) for name in rows]
+        merge.when_not_matched_insert_all().execute(pa.table(dict(rows), schema=pa.schema(fields)))
 
     def delete(self, where: str) -> None:
         self._table.delete(where)

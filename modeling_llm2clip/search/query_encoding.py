@@ -16,8 +16,7 @@ import numpy as np
 from PIL import Image
 
 from .._extras import ONNX_RUNTIME, require
-from ..image_loading_llm2clip import load_images
-from ..model_folders.onnx_folder import choose_graph, read_onnx_record
+from ..model_folders.onnx_folder import choose_graph
 
 if TYPE_CHECKING:
     from ..encoding.encode import TorchEncoder
@@ -123,12 +122,11 @@ class QueryEncoder:
 
 
 class OnnxQueryEncoder(QueryEncoder):
-    """Encodes queries with ONNX Runtime, without torch, which takes seconds to import."""
+    """Encodes sentences with ONNX Runtime, without torch, which takes seconds to import."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, "cpu")
         require(ONNX_RUNTIME)
-        self._record = read_onnx_record(folder)
 
     @property
     def max_text_length(self) -> int:
@@ -149,17 +147,10 @@ class OnnxQueryEncoder(QueryEncoder):
         return encode_rows(rows, graph.stem, self._folder)
 
     def _encode_images(self, images: Sequence[Path | Image.Image]) -> Any:
-        from ..data.images.image_sources import register_heif_reader
-        from ..encoding.encode_onnx import encode_images
-
-        register_heif_reader()
-        if "image" not in self._record["source"] or self._record["script"] is not None:
-            reason = self._record["script"] or "there is no graph for images"
-            raise ValueError(
-                f"{self._folder} cannot encode images without torch: {reason}. Leave --model out, "
-                "to search with the model of the index."
-            )
-        return encode_images(load_images(list(images)), self._folder)
+        raise ValueError(
+            f"{self._folder} encodes sentences alone without torch, and {len(images)} of the "
+            "queries are images. Leave --model out, to search with the model of the index."
+        )
 
 
 def check_embeddings(embeddings: Any, *, width: int) -> np.ndarray[Any, Any]:

@@ -1,8 +1,7 @@
 """Renders search results: an HTML page with links to the files, a PNG sheet, or text.
 
-The sheet is drawn with Pillow's own font, which has the letters of ASCII and few others, or, where
-matplotlib is installed, with its DejaVu Sans: Latin, Greek, Cyrillic, Hebrew, Arabic. A query in
-other letters is named by its number there; the page and the text show every query.
+The sheet is drawn with Pillow's own font, which has few letters beside those of ASCII. There, a
+query in other letters is named by its number; the page and the text show every query.
 """
 
 from __future__ import annotations
@@ -14,9 +13,8 @@ import html
 import io
 import json
 import os
-from bisect import bisect_right
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 from urllib.parse import quote
@@ -29,13 +27,11 @@ from .search_results import SearchResult
 
 ResultFormat: TypeAlias = Literal["table", "json", "csv"]
 _COLUMNS = ("query", "rank", "cosine", "image")
-_Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
-_NO_LETTER = "\U0010fffd"  # no font has it, so it looks like every missing letter
 _SIDE = 160
-_PAGE_SIDE = 320
+PAGE_SIDE = 320
 _GONE = "#dddddd"
 _GAP = 12
-_TEXT_WIDTH = 330
+_TEXT_WIDTH, _CHARACTERS_PER_LINE = 330, 32
 # The list is as wide as its page. A caption is below its image: the end of the folder in one line,
 # the name in as many as it takes. Colors are mixed from that of the text, for light and dark pages.
 HITS_CSS = """
@@ -85,14 +81,14 @@ class PageImage(NamedTuple):
     Attributes:
         path: Path, as a user reads it.
         image: Address of the image that is shown.
-        link: Address that it leads to.
         note: HTML before the path; see `note_rank`.
+        link: Address that it leads to; empty for none.
     """
 
     path: str
     image: str
-    link: str
     note: str
+    link: str = ""
 
 
 def note_rank(rank: int, cosine: float) -> str:
@@ -100,7 +96,7 @@ def note_rank(rank: int, cosine: float) -> str:
 
 
 def write_hits(hits: Iterable[PageImage]) -> str:
-    """Return an HTML list of linked images with rank and path, styled by `HITS_CSS`."""
+    """Return an HTML list of images with rank and path, styled by `HITS_CSS`."""
     return f'<ol class="hits">{"".join(map(_write_hit, hits))}</ol>'
 
 
@@ -157,48 +153,26 @@ def _list_records(results: Sequence[SearchResult]) -> Iterator[dict[str, Any]]:
 
 
 def _draw_row(result: SearchResult, number: int, width: int) -> Image.Image:
-    font, small = _find_font(result.query, size=18), ImageFont.load_default(12)
-    query = result.query if font else f"query {number}"
-    font = font or ImageFont.load_default(18)
-    text = _wrap(query, font, _TEXT_WIDTH - 2 * _GAP)
-    text_height = 26 * (text.count("\n") + 1)
+    font, small = ImageFont.load_default(18), ImageFont.load_default(12)
+    query = result.query if result.query.isascii() else f"query {number}"
+    lines = textwrap.wrap(query, _CHARACTERS_PER_LINE)
+    text_height = 26 * len(lines)
     row = Image.new("RGB", (width, max(_SIDE + 14, text_height) + 2 * _GAP), "white")
     draw = ImageDraw.Draw(row)
     place = (_GAP, max(0, (_SIDE - text_height) // 2))
-    draw.multiline_text(place, text, fill="#222222", font=font, spacing=8)
+    draw.multiline_text(place, "\n".join(lines), fill="#222222", font=font, spacing=8)
+    # A line of the widest letters is longer than its place.
+    draw.rectangle((_TEXT_WIDTH - _GAP, 0, *row.size), fill="white")
     hits = zip(result.hits, _list_digests(result), strict=True)
     for column, ((image, cosine), sha256) in enumerate(hits):
         left = _TEXT_WIDTH + column * (_SIDE + _GAP)
-        thumbnail, state = _shrink(image, sha256)
+        thumbnail, state = _shrink(image, sha256, _SIDE)
         row.paste(
             thumbnail, (left + (_SIDE - thumbnail.width) // 2, (_SIDE - thumbnail.height) // 2)
         )
         draw.text((left + 8, _SIDE // 2), state, fill="#222222", font=small)
         draw.text((left + _SIDE // 2 - 12, _SIDE + 3), f"{cosine:.2f}", fill="#777777", font=small)
     return row
-
-
-def _find_font(text: str, *, size: int) -> _Font | None:
-    """Return a font of Pillow or matplotlib with every letter of a text, if there is one."""
-    letters = {letter for letter in text if not letter.isspace()}
-    if _has_letters(font := ImageFont.load_default(size), letters):
-        return font
-    if find_spec("matplotlib") is None:
-        return None
-    from matplotlib import get_data_path
-
-    font = ImageFont.truetype(str(Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)
-    return font if _has_letters(font, letters) else None
-
-
-def _has_letters(font: _Font, letters: set[str]) -> bool:
-    missing = _draw_letter(font, _NO_LETTER)
-    return all(_draw_letter(font, letter) != missing for letter in letters)
-
-
-def _draw_letter(font: _Font, letter: str) -> tuple[tuple[int, int], bytes]:
-    mask = font.getmask(letter)
-    return mask.size, bytes(mask)
 
 
 def _write_section(result: SearchResult, folder: Path) -> str:
@@ -219,9 +193,10 @@ def _write_hit(hit: PageImage) -> str:
     path = hit.path.encode("utf-8", errors="replace").decode()  # a path may not be Unicode
     cut = max(path.rfind("/"), path.rfind(os.sep)) + 1
     folder, name = html.escape(path[:cut]), html.escape(path[cut:])
+    link = f' href="{html.escape(hit.link)}" target="_blank"' if hit.link else ""
     # The text beside it names the image, so that its own description is blank.
     return (
-        f'<li><a href="{html.escape(hit.link)}" target="_blank" title="{html.escape(path)}">'
+        f'<li><a{link} title="{html.escape(path)}">'
         f'<img alt="" src="{html.escape(hit.image)}">'
         f'<span class="caption">{hit.note} <span class="folder"><bdi>{folder}</bdi></span>'
         f'<span class="name">{name}</span></span></a></li>'
@@ -234,12 +209,16 @@ def _list_digests(result: SearchResult) -> list[str | None]:
 
 
 def _make_hit(image: Path, sha256: str | None, note: str, folder: Path) -> PageImage:
-    thumbnail, state = _shrink(image, sha256, _PAGE_SIDE)
+    thumbnail, state = _shrink(image, sha256, PAGE_SIDE)
     note = f"{note} {state}".rstrip()
+    return PageImage(str(image), to_data_url(thumbnail), note, _find_address(image, folder))
+
+
+def to_data_url(image: Image.Image) -> str:
+    """Encode an image as JPEG in the address of an image on a page."""
     buffer = io.BytesIO()
-    thumbnail.save(buffer, format="JPEG", quality=85)
-    address = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return PageImage(path=str(image), image=address, link=_find_address(image, folder), note=note)
+    image.save(buffer, format="JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _find_address(file: Path, folder: Path) -> str:
@@ -250,39 +229,29 @@ def _find_address(file: Path, folder: Path) -> str:
         return file.resolve().as_uri()
 
 
-def _shrink(image: Path, sha256: str | None, side: int = _SIDE) -> tuple[Image.Image, str]:
-    """Decode and shrink an image, and tell its state; one that cannot be shown is a gray square."""
-    state = "changed since indexed"
+def _shrink(image: Path, sha256: str | None, side: int) -> tuple[Image.Image, str]:
+    """Return a thumbnail and "", or a gray square and why the image cannot be shown."""
+    try:
+        return read_thumbnail(image, sha256, side), ""
+    except ValueError as error:
+        return Image.new("RGB", (side, side), _GONE), str(error)
+
+
+def read_thumbnail(image: Path, sha256: str | None, side: int) -> Image.Image:
+    """Decode and shrink an image file; ValueError says why it cannot be shown.
+
+    Args:
+        image: The file.
+        sha256: Digest that it must have; None for any.
+        side: Longest side of the thumbnail in pixels.
+    """
     try:
         content = image.read_bytes()
         if sha256 in (None, hashlib.sha256(content).hexdigest()):
             with read_image_header(io.BytesIO(content), name=str(image)) as opened:
                 thumbnail: Image.Image = load_images(opened)
             thumbnail.thumbnail((side, side), Image.Resampling.LANCZOS)
-            return thumbnail, ""
+            return thumbnail
     except (OSError, ValueError):
-        state = "cannot be read" if image.exists() else "no longer there"
-    return Image.new("RGB", (side, side), _GONE), state
-
-
-def _wrap(text: str, font: _Font, width: int) -> str:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) > width and lines[-1]:
-            lines.append("")
-            longer = word
-        while font.getlength(longer) > width and len(longer) > 1:  # no whitespace in Japanese
-            fitting = _count_fitting(longer, font, width)
-            lines[-1:] = [longer[:fitting], ""]
-            longer = longer[fitting:]
-        lines[-1] = longer
-    return "\n".join(lines)
-
-
-def _count_fitting(word: str, font: _Font, width: int) -> int:
-    """Return how many letters of a word fit into a line, at least one."""
-    lengths = range(2, len(word) + 1)
-    return 1 + bisect_right(
-        lengths, float(width), key=lambda length: float(font.getlength(word[:length]))
-    )
+        raise ValueError("cannot be read" if image.exists() else "no longer there") from None
+    raise ValueError("changed since indexed")

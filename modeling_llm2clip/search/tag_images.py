@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from .._suggestions import counted, list_first
 from ..configs.encoding_config import IndexConfig, TagConfig
-from ..data.images.image_sources import find_unreadable_images
 from ..encoding.encode import TorchEncoder, average_prompts
 from ..encoding.encoder_interface import Encoder
 from ..encoding.tokenized_texts import TokenizedTexts
@@ -26,9 +25,8 @@ from .image_files import list_images
 from .image_index import ImageIndex
 from .index_database import require_place
 from .index_update import build_index
-from .label_ranking import Tag, rank_labels
 from .model_identity import find_whole_model
-from .tag_labels import Label
+from .tag_labels import Label, Tag, rank_labels
 
 EmbeddedImages: TypeAlias = tuple[Sequence[Path], Tensor]
 TaggedImage: TypeAlias = tuple[Path, Sequence[Tag]]
@@ -79,8 +77,9 @@ def tag_folder(
             show_progress=config.show_progress,
         )  # fmt: skip
         database, _ = build_index(
-            model, image_dir, config.index, index_config, updates_ann=False, report=report
-        )
+            model, image_dir, config.index, index_config,
+            updates_ann=False, skip_invalid=config.skip_invalid, report=report,
+        )  # fmt: skip
         index = ImageIndex(database)
         parts = ((paths, torch.tensor(embeds)) for paths, embeds in index.iterate_embeddings())
 
@@ -112,7 +111,6 @@ def _encode(
             batch_size=config.batch_size, num_workers=config.num_workers, tally=tally,
         )  # fmt: skip
     if encoded.errors:
-        find_unreadable_images(encoded.errors)  # ends the run where it is the disk that fails
         listed = list_first(encoded.errors.values(), "\n")
         broken = f"{len(encoded.errors)} of {counted(len(paths), 'image')}:\n{listed}"
         if not config.skip_invalid:

@@ -1,4 +1,4 @@
-"""Reads labels for tagging, and their prompts.
+"""Reads labels for tagging, and their prompts; ranks labels by their cosines.
 
 Imports no torch, so that an invalid file is reported at once.
 
@@ -18,11 +18,16 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._suggestions import counted
 from ..data.sources.csv_files import iterate_csv
 from ..data.sources.json_files import parse_object
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..heads_llm2clip import LogitRule
 
 _SHOWN = 5
 _SHOWN_CHARACTERS = 100  # of a template
@@ -39,6 +44,22 @@ class Label:
 
     name: str
     prompts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Tag:
+    """One label of an image.
+
+    Attributes:
+        label: Name of the label.
+        cosine: Cosine of image and label.
+        probability: Softmax of the scaled cosines over all labels, as the pipeline
+            `zero-shot-image-classification` gives it.
+    """
+
+    label: str
+    cosine: float
+    probability: float
 
 
 def read_labels(file: Path, *, templates: Sequence[str] = ("{}",)) -> list[Label]:
@@ -143,3 +164,33 @@ def _check(prompts_of: Sequence[tuple[str, Iterable[str]]]) -> None:
         if not all((name, *prompts)):
             what = f"a prompt of {name!r}" if name else f"label number {number}"
             raise ValueError(f"{what} is blank. Fill it in, or leave it out.")
+
+
+def rank_labels(
+    image_embeds: Tensor,
+    label_embeds: Tensor,
+    labels: Sequence[Label],
+    *,
+    rule: LogitRule,
+    top_k: int,
+) -> list[list[Tag]]:
+    """List the labels of the greatest cosine for each image, best first.
+
+    Embeddings have unit length; `rule` turns cosines into the logits of a softmax. Where there are
+    fewer than `top_k` labels, an image has all of them.
+    """
+    cosines = image_embeds @ label_embeds.T
+    probabilities = rule.from_cosines(cosines).softmax(dim=-1)
+    best = cosines.topk(min(top_k, len(labels)))
+    return [
+        [
+            Tag(labels[number].name, cosine, probability)
+            for number, cosine, probability in zip(numbers, scores, shares, strict=True)
+        ]
+        for numbers, scores, shares in zip(
+            best.indices.tolist(),
+            best.values.tolist(),
+            probabilities.gather(1, best.indices).tolist(),
+            strict=True,
+        )
+    ]

@@ -42,7 +42,6 @@ class _Job:
     future: Future[Rows] = field(default_factory=Future)
     rows: list[Rows] = field(default_factory=list)
     taken: int = 0
-    arrived: float = field(default_factory=time.monotonic)
 
 
 _Taken: TypeAlias = tuple[_Job, int]
@@ -56,8 +55,6 @@ class Lane:
         name: Name of the modality.
         encode: Embeds a batch, (B, P) float32; row i belongs to input i.
         budget: Maximum cost of a batch; a single input may cost more.
-        busy_s: Seconds that batches took so far.
-        num_done: Inputs that were embedded so far.
         last_count: Inputs of the last batch.
         last_wait_until: Time up to which the next batch waits for as many.
     """
@@ -65,8 +62,6 @@ class Lane:
     name: str
     encode: Callable[[list[Any]], Rows]
     budget: int
-    busy_s: float = 0.0
-    num_done: int = 0
     last_count: int = 0
     last_wait_until: float = 0.0
     jobs: deque[_Job] = field(default_factory=deque, repr=False)
@@ -90,21 +85,13 @@ class Lane:
                 self.jobs.append(job)
         return batch
 
-    def find_wait(self, max_wait_s: float) -> float:
-        """Time up to which what waits should wait for more, `max_wait_s` from its arrival on.
-
-        It is past if a batch is full.
-        """
-        if sum(sum(job.costs[job.taken :]) for job in self.jobs) >= self.budget:
-            return 0.0
-        waits_until = self.jobs[0].arrived + max_wait_s
-        if sum(len(job.inputs) - job.taken for job in self.jobs) < self.last_count:
-            waits_until = max(waits_until, self.last_wait_until)
-        return waits_until
+    def find_wait(self) -> float:
+        """Time up to which the next batch waits; past if it is full, or as long as the last one."""
+        waiting = sum(len(job.inputs) - job.taken for job in self.jobs)
+        cost = sum(sum(job.costs[job.taken :]) for job in self.jobs)
+        return 0 if cost >= self.budget or waiting >= self.last_count else self.last_wait_until
 
     def note_batch(self, count: int, seconds: float) -> None:
-        self.busy_s += seconds
-        self.num_done += count
         self.last_count = count
         self.last_wait_until = time.monotonic() + _WAITED_SHARE * seconds
 
@@ -114,19 +101,15 @@ class BatchWorker:
 
     Args:
         lanes: Modalities.
-        max_wait_s: Seconds that a batch which is not full waits for further requests.
         on_batch: Called after each batch.
 
     Attributes:
         lanes: Modalities by name.
     """
 
-    def __init__(
-        self, lanes: Sequence[Lane], *, max_wait_s: float = 0.0, on_batch: OnBatch | None = None
-    ) -> None:
+    def __init__(self, lanes: Sequence[Lane], *, on_batch: OnBatch | None = None) -> None:
         self.lanes = {lane.name: lane for lane in lanes}
         self._turns = deque(lanes)
-        self._max_wait_s = max_wait_s
         self._on_batch = on_batch
         self._changed = threading.Condition()
         self._closed = False
@@ -136,12 +119,6 @@ class BatchWorker:
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive()
-
-    def estimate_s(self, count: int) -> float:
-        """Estimate the seconds that so many inputs take, from the speed so far."""
-        lanes = self.lanes.values()
-        num_done = sum(lane.num_done for lane in lanes)
-        return sum(lane.busy_s for lane in lanes) / max(num_done, 1) * count
 
     def submit(self, name: str, inputs: Sequence[Any], costs: Sequence[int]) -> Future[Rows]:
         """Queue the inputs of one request, which cost so much each, such as their tokens.
@@ -191,7 +168,7 @@ class BatchWorker:
 
     def _await_more(self, lane: Lane) -> None:
         while lane.jobs and not self._closed:
-            left = lane.find_wait(self._max_wait_s) - time.monotonic()
+            left = lane.find_wait() - time.monotonic()
             if left <= 0 or any(other.jobs for other in self._turns if other is not lane):
                 break
             self._changed.wait(left)

@@ -4,35 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import hashlib
 import html
 import os
 import re
 import shutil
 import tempfile
-import threading
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote
 
 # Gradio reads these when it is imported; with analytics it would look up hosts elsewhere.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 from fastapi import FastAPI
-from PIL.Image import Resampling
 from starlette.routing import Match, Mount
 
 from .._suggestions import counted
-from ..image_loading_llm2clip import get_image_limits
-from ..search.results_page import HITS_CSS, PageImage, note_rank, write_hits
+from ..data.images.image_sources import register_heif_reader
+from ..search.results_page import (
+    HITS_CSS,
+    PAGE_SIDE,
+    PageImage,
+    note_rank,
+    read_thumbnail,
+    to_data_url,
+    write_hits,
+)
 from ..search.search_results import SearchResult
 from .errors import RequestError
-from .image_inputs import decode_image
 from .service import EmbeddingService, Input
 
 T = TypeVar("T")
@@ -42,8 +44,6 @@ _living: list[FastAPI] = []  # applications that serve the page now
 _API_PREFIXES = ("/v1/", "/v2/")
 _MAX_TOP_K, _TOP_K = 48, 12
 _MAX_LABELS = 200
-_THUMBNAILS = "thumbnails"
-_THUMBNAIL_SIDE, _THUMBNAIL_QUALITY = 512, 85  # pixels, of JPEG
 _RUNNING, _WAITING = 16, 64  # requests of the page
 _CLEANED_EVERY_S, _KEPT_S = 600, 3600  # uploads
 _TEMPLATE = "a photo of a {}"
@@ -86,47 +86,17 @@ client.embeddings.create(model={model!r}, input=["two red apples"])
 """
 
 
-class Thumbnails:
-    """JPEG files of shrunken images, of which the most recently used are kept; thread-safe."""
-
-    def __init__(self, folder: Path, *, max_files: int = 4096) -> None:
-        self._folder = folder
-        self._max_files = max_files
-        self._lock = threading.Lock()
-        self._used: OrderedDict[str, None] = OrderedDict()
-
-    def find(self, image: Path, sha256: str) -> Path | None:
-        """Return the thumbnail of the image with this SHA-256; None if the file has another now."""
-        if not re.fullmatch(r"[0-9a-f]{64}", sha256):
-            raise ValueError(f"sha256={sha256!r} is not a digest of 64 hexadecimal digits.")
-        file = self._folder / f"{sha256}.jpg"
-        if not file.is_file():
-            try:
-                content = image.read_bytes()
-                if hashlib.sha256(content).hexdigest() != sha256:
-                    return None
-                small = decode_image(content, get_image_limits())
-            except (OSError, RequestError):
-                return None
-            small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Resampling.LANCZOS)
-            # A reader sees the whole file or none; several writers write the same bytes.
-            part = file.with_suffix(f".{threading.get_ident()}.part")
-            small.save(part, format="JPEG", quality=_THUMBNAIL_QUALITY)
-            part.replace(file)
-        with self._lock:
-            self._used[file.name] = None
-            self._used.move_to_end(file.name)
-            while len(self._used) > self._max_files:
-                (self._folder / self._used.popitem(last=False)[0]).unlink(missing_ok=True)
-        return file
+@lru_cache(maxsize=1024)
+def encode_thumbnail(image: Path, sha256: str) -> str:
+    """Encode a small copy of an image as a data URL; ValueError if the file has another content."""
+    return to_data_url(read_thumbnail(image, sha256, PAGE_SIDE))
 
 
 class DemoPage:
     """Passes requests of the page to a service, and renders the answers."""
 
-    def __init__(self, service: EmbeddingService, thumbnails: Thumbnails) -> None:
+    def __init__(self, service: EmbeddingService) -> None:
         self.service = service
-        self.thumbnails = thumbnails
 
     async def search(
         self, text: str | None, image: str | None, top_k: float | None, where: str | None
@@ -164,13 +134,12 @@ class DemoPage:
         num_gone = 0
         ranked = zip(result.hits, result.columns, strict=True)
         for rank, ((path, cosine), columns) in enumerate(ranked, start=1):
-            file = self.thumbnails.find(path, columns["sha256"])
-            if file is None:
+            try:
+                address = encode_thumbnail(path, columns["sha256"])
+            except ValueError:
                 num_gone += 1
-            else:
-                address = f"gradio_api/file={quote(file.as_posix())}"
-                note = note_rank(rank, cosine)
-                shown.append(PageImage(columns["path"], image=address, link=address, note=note))
+                continue
+            shown.append(PageImage(columns["path"], address, note_rank(rank, cosine)))
         assert self.service.index is not None
         total = counted(len(self.service.index), "image")
         summary = f"{len(result.hits)} of {total}, the best first."
@@ -203,10 +172,11 @@ class DemoPage:
 
 def add_demo_page(app: FastAPI, service: EmbeddingService) -> None:
     """Add the page to an application at `/`, behind all of its routes."""
+    register_heif_reader()
     folder = _make_upload_folder()
     gr.mount_gradio_app(
         app,
-        _build_page(DemoPage(service, Thumbnails(folder / _THUMBNAILS))),
+        _build_page(DemoPage(service)),
         path="/",
         theme=_make_theme(),
         css=_CSS,
@@ -239,7 +209,7 @@ class _PageMount(Mount):
         await super().handle(scope, receive, send)
 
     def _require_room(self) -> None:
-        uploads = (file for file in self._folder.glob("*/*") if file.parent.name != _THUMBNAILS)
+        uploads = self._folder.glob("*/*")
         if sum(file.stat().st_size for file in uploads if file.is_file()) > self._max_bytes:
             raise RequestError(
                 429,
@@ -256,7 +226,7 @@ class _PageMount(Mount):
 
 @cache
 def _make_upload_folder() -> Path:
-    """Make a private folder for the uploads and thumbnails of this process."""
+    """Make a private folder for the uploads of this process."""
     folder = Path(tempfile.mkdtemp(prefix="llm2clip-page-"))
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -271,8 +241,7 @@ def _remove_uploads_after(lifespan: Any, folder: Path) -> Any:
 
     @asynccontextmanager
     async def live(app: Any) -> AsyncIterator[Any]:
-        (folder / _THUMBNAILS).mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o700)
+        folder.mkdir(mode=0o700, exist_ok=True)
         _living.append(app)
         try:
             async with lifespan(app) as state:
@@ -418,7 +387,7 @@ def _make_image(label: str, *, height: int, elem_id: str) -> gr.Image:
 
 
 async def _take_upload(block: Any, path: str | Path | None) -> str | None:
-    """Register an upload or thumbnail, so that Gradio removes it in time; refuse other files."""
+    """Register an upload, so that Gradio removes it in time; refuse other files."""
     if path is None:
         return None
     file = _require_upload(path, block.GRADIO_CACHE)

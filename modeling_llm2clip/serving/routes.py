@@ -25,6 +25,7 @@ from starlette.exceptions import HTTPException
 from .._environment import list_versions
 from .._suggestions import list_first
 from ..configs.serve_config import ServeConfig
+from ..search.search_results import SearchResult
 from . import schemas
 from .errors import RequestError
 from .image_inputs import ImageInputs
@@ -80,15 +81,16 @@ _SEARCH_EXAMPLES: dict[str, Any] = {
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": schemas.ErrorResponse, "description": description}
     for status, description in {
-        400: "The request is not valid.",
-        401: "The API key is missing or wrong.",
-        404: "There is no such model, or no index.",
-        408: "The request did not arrive in time.",
-        413: "The request, an image, or the number of inputs is too large.",
-        429: "The queue is full; Retry-After says when to try again.",
-        500: "The model failed.",
-        503: "The server is stopping, or the index cannot be searched.",
-        504: "The request took too long.",
+        "4XX": "The request is refused.",  # without it FastAPI adds 422, which is never sent
+        "400": "The request is not valid.",
+        "401": "The API key is missing or wrong.",
+        "404": "There is no such model, or no index.",
+        "408": "The request did not arrive in time.",
+        "413": "The request, an image, or the number of inputs is too large.",
+        "429": "The queue is full; Retry-After says when to try again.",
+        "500": "The model failed.",
+        "503": "The server is stopping, or the index cannot be searched.",
+        "504": "The request took too long.",
     }.items()
 }
 _SHOWN = 100  # characters of a name in an error
@@ -168,7 +170,7 @@ def make_web_app(service: EmbeddingService, config: ServeConfig, metrics: Server
         yield
         service.close()
 
-    app = _App(
+    app = FastAPI(
         title="LLM2CLIP",
         version=list_versions((_PACKAGE,))[_PACKAGE],
         description=f"Embeddings, zero-shot classification and search by {service.model_name}.",
@@ -177,52 +179,37 @@ def make_web_app(service: EmbeddingService, config: ServeConfig, metrics: Server
         docs_url=None,  # FastAPI's pages load their scripts from another site
         redoc_url=None,
     )
-    app.include_router(make_router(service, ImageInputs(config)))
+    router = APIRouter(
+        responses=_ERRORS, default_response_class=JsonResponse, route_class=JsonRoute
+    )
+    images = ImageInputs(config)
+    _add_embeddings(router, service, images)
+    _add_uses(router, service, images)
+    app.include_router(router)
     _add_monitoring(app, service, metrics)
     _add_error_handlers(app)
     return app
 
 
-def make_router(service: EmbeddingService, images: ImageInputs) -> APIRouter:
-    router = APIRouter(
-        responses=_ERRORS, default_response_class=JsonResponse, route_class=JsonRoute
-    )
-    _add_embeddings(router, service, images)
-    _add_uses(router, service, images)
-
-    @router.get("/v1/models", tags=["OpenAI"], response_model=schemas.ModelList)
-    async def list_models() -> Response:
-        """List the served model."""
-        card = {"id": service.model_name, "object": "model", "owned_by": "llm2clip", "created": 0}
-        return JsonResponse({"object": "list", "data": [card]})
-
-    return router
-
-
 def _add_embeddings(router: APIRouter, service: EmbeddingService, images: ImageInputs) -> None:
-    @router.post("/v1/embeddings", tags=["OpenAI"], response_model=schemas.EmbeddingResponse)
+    @router.post(
+        "/v1/embeddings", tags=["OpenAI"], response_model=schemas.ListResponse[schemas.Embedding]
+    )
     async def create_embeddings(
         body: Annotated[schemas.EmbeddingRequest, Body(openapi_examples=_EMBEDDING_EXAMPLES)],
     ) -> Response:
         """Embed texts and images; a body has exactly one of the five fields for them."""
         _require_model(service, body.model)
-        inputs = await _read_inputs(_list_items(body), images)
-        found = await service.embed(
-            inputs,
+        result = await service.embed(
+            await _read_inputs(body.list_items(), images),
             dimensions=body.dimensions,
             truncate=body.truncate,
             prompt_name=body.prompt_name,
         )
-
-        def make_response() -> Response:
-            rows = _encode(found.embeds, body.encoding_format or "float")
-            data = [
-                {"object": "embedding", "index": index, "embedding": row}
-                for index, row in enumerate(rows)
-            ]
-            return JsonResponse(_make_list(service, data, found))
-
-        return await asyncio.to_thread(make_response)  # thousands of rows would stop every route
+        form = body.encoding_format or "float"
+        return await _answer(
+            service, result, "embedding", "embedding", lambda: _encode(result.embeds, form)
+        )
 
     @router.post("/v2/embed", tags=["Cohere"], response_model=schemas.CohereResponse)
     async def embed(
@@ -230,53 +217,56 @@ def _add_embeddings(router: APIRouter, service: EmbeddingService, images: ImageI
     ) -> Response:
         """Embed texts and images as Cohere's API does."""
         _require_model(service, body.model)
-        inputs = await _read_inputs(_list_items(body), images)
-        found = await service.embed(
+        inputs = await _read_inputs(body.list_items(), images)
+        result = await service.embed(
             inputs,
             dimensions=body.output_dimension,
             truncate=body.truncate == "END",
             prompt_name=body.prompt_name,
         )
         texts = [text for text in inputs if isinstance(text, str)]
-        units = {"input_tokens": found.num_tokens, "images": len(inputs) - len(texts)}
-
-        def make_response() -> Response:
-            response = {
-                "id": str(uuid.uuid4()),
-                "response_type": "embeddings_by_type",
-                "embeddings": {form: _encode(found.embeds, form) for form in body.embedding_types},
-                "texts": texts,
-                "meta": {"api_version": {"version": "2"}, "billed_units": units},
-            }
-            return JsonResponse(response)
-
-        return await asyncio.to_thread(make_response)
+        units = {"input_tokens": result.num_tokens, "images": len(inputs) - len(texts)}
+        return await asyncio.to_thread(
+            lambda: JsonResponse(
+                {
+                    "id": str(uuid.uuid4()),
+                    "response_type": "embeddings_by_type",
+                    "embeddings": {
+                        form: _encode(result.embeds, form) for form in body.embedding_types
+                    },
+                    "texts": texts,
+                    "meta": {"api_version": {"version": "2"}, "billed_units": units},
+                }
+            )
+        )
 
 
 def _add_uses(router: APIRouter, service: EmbeddingService, images: ImageInputs) -> None:
-    @router.post("/v1/classify", tags=["LLM2CLIP"], response_model=schemas.ClassifyResponse)
+    @router.post(
+        "/v1/classify", tags=["LLM2CLIP"], response_model=schemas.ListResponse[schemas.ImageLabels]
+    )
     async def classify(
         body: Annotated[schemas.ClassifyRequest, Body(openapi_examples=_CLASSIFY_EXAMPLES)],
     ) -> Response:
         """Classify images by labels that the model was not trained for."""
         _require_model(service, body.model)
-        found = await service.classify(
+        result = await service.classify(
             await images.read(body.images),
             body.candidate_labels,
             templates=body.templates,
             top_k=body.top_k,
         )
+        return await _answer(
+            service,
+            result,
+            "classification",
+            "labels",
+            lambda: [list(map(asdict, tags)) for tags in result.tags],
+        )
 
-        def make_response() -> Response:
-            data = [
-                {"object": "classification", "index": index, "labels": list(map(asdict, tags))}
-                for index, tags in enumerate(found.tags)
-            ]
-            return JsonResponse(_make_list(service, data, found))
-
-        return await asyncio.to_thread(make_response)
-
-    @router.post("/v1/search", tags=["LLM2CLIP"], response_model=schemas.SearchResponse)
+    @router.post(
+        "/v1/search", tags=["LLM2CLIP"], response_model=schemas.ListResponse[schemas.QueryHits]
+    )
     async def search(
         body: Annotated[schemas.SearchRequest, Body(openapi_examples=_SEARCH_EXAMPLES)],
     ) -> Response:
@@ -288,26 +278,29 @@ def _add_uses(router: APIRouter, service: EmbeddingService, images: ImageInputs)
         _require_model(service, body.model)
         lists = [query if isinstance(query, list) else [query] for query in body.queries]
         inputs = iter(await _read_inputs([item for items in lists for item in items], images))
-        queries = [[next(inputs) for _ in items] for items in lists]
-        found = await service.search(
-            queries, top_k=body.top_k, where=body.where, prompt_name=body.prompt_name
+        result = await service.search(
+            [[next(inputs) for _ in items] for items in lists],
+            top_k=body.top_k,
+            where=body.where,
+            prompt_name=body.prompt_name,
+        )
+        return await _answer(
+            service, result, "search_result", "hits", lambda: [*map(_list_hits, result.results)]
         )
 
-        def make_response() -> Response:
-            data = [
-                {
-                    "object": "search_result",
-                    "index": index,
-                    "hits": [  # paths are below the folder of the index
-                        {"cosine": cosine, **columns}
-                        for (_, cosine), columns in zip(result.hits, result.columns, strict=True)
-                    ],
-                }
-                for index, result in enumerate(found.results)
-            ]
-            return JsonResponse(_make_list(service, data, found))
+    @router.get("/v1/models", tags=["OpenAI"], response_model=dict[str, Any])
+    async def list_models() -> Response:
+        """List the served model."""
+        card = {"id": service.model_name, "object": "model", "owned_by": "llm2clip", "created": 0}
+        return JsonResponse({"object": "list", "data": [card]})
 
-        return await asyncio.to_thread(make_response)
+
+def _list_hits(result: SearchResult) -> list[dict[str, Any]]:
+    """List the columns of each hit, whose paths are below the folder of the index."""
+    return [
+        {"cosine": cosine, **columns}
+        for (_, cosine), columns in zip(result.hits, result.columns, strict=True)
+    ]
 
 
 def _require_model(service: EmbeddingService, name: str | None) -> None:
@@ -318,23 +311,6 @@ def _require_model(service: EmbeddingService, name: str | None) -> None:
             param="model",
             code="model_not_found",
         )
-
-
-def _list_items(body: Any) -> list[Any]:
-    """Return the texts and images of a request of any form, in order."""
-    match body:
-        case schemas.InputRequest():
-            return body.input if isinstance(body.input, list) else [body.input]
-        case schemas.MessagesRequest():
-            content = body.messages[0].content
-            return [content] if isinstance(content, str) else list(content)
-        case schemas.TextsRequest() | schemas.CohereTextsRequest():
-            return list(body.texts)
-        case schemas.ImagesRequest() | schemas.CohereImagesRequest():
-            return [schemas.ImageInput.model_construct(image=image) for image in body.images]
-        case schemas.InputsRequest() | schemas.CohereInputsRequest():
-            return [part for content in body.inputs for part in content.content]
-    raise TypeError(f"{type(body).__name__} is not a request for embeddings.")
 
 
 async def _read_inputs(items: Sequence[Any], images: ImageInputs) -> list[Input]:
@@ -354,14 +330,32 @@ def _encode(embeds: _Embeds, form: str) -> list[Any]:
     return rows
 
 
-def _make_list(service: EmbeddingService, data: list[Any], found: ServiceResult) -> dict[str, Any]:
-    return {
-        "object": "list",
-        "data": data,
-        "model": service.model_name,
-        "usage": {"prompt_tokens": found.num_tokens, "total_tokens": found.num_tokens},
-        "truncated": found.truncated,
-    }
+async def _answer(
+    service: EmbeddingService,
+    result: ServiceResult,
+    kind: str,
+    field: str,
+    list_values: Callable[[], list[Any]],
+) -> Response:
+    """Answer with a list of numbered objects of one kind, each with its value in one field.
+
+    A thread writes it: thousands of rows would stop every route.
+    """
+
+    def write() -> Response:
+        content = {
+            "object": "list",
+            "data": [
+                {"object": kind, "index": index, field: value}
+                for index, value in enumerate(list_values())
+            ],
+            "model": service.model_name,
+            "usage": {"prompt_tokens": result.num_tokens, "total_tokens": result.num_tokens},
+            "truncated": result.truncated,
+        }
+        return JsonResponse(content)
+
+    return await asyncio.to_thread(write)
 
 
 def _add_monitoring(app: FastAPI, service: EmbeddingService, metrics: ServerMetrics) -> None:
@@ -471,16 +465,3 @@ def _name_field(error: dict[str, Any]) -> str:
     place = [part for part in place if not part.startswith("[")]
     before = [None, *place]
     return ".".join(n for n, last in zip(place, before, strict=False) if n != last or n.isdigit())
-
-
-class _App(FastAPI):
-    """Omits status 422 from its OpenAPI, because invalid requests get 400, as at OpenAI."""
-
-    def openapi(self) -> dict[str, Any]:
-        schema = super().openapi()
-        for path in schema["paths"].values():
-            for operation in path.values():
-                operation["responses"].pop("422", None)
-        for name in ("HTTPValidationError", "ValidationError"):
-            schema["components"]["schemas"].pop(name, None)
-        return schema

@@ -11,7 +11,7 @@ A field that is not known is refused, since leaving it out could change what is 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -26,14 +26,12 @@ from typing_extensions import Self
 
 from .._suggestions import counted
 
-MOST_INPUTS = 2048
-"""Maximum texts and images per request, as OpenAI's."""
-MOST_CHARACTERS = 100_000
-"""Maximum length of a text: no model reads as much, and tokenizing more takes seconds."""
-MOST_HITS = 1000
-"""Maximum images per query of a search."""
-MOST_RESULTS = 20_000
-"""Maximum images of all queries of a search, and labels of all images of a classification."""
+T = TypeVar("T")
+
+MOST_INPUTS = 2048  # texts and images per request, as OpenAI's
+MOST_CHARACTERS = 100_000  # of a text: no model reads as much, and tokenizing more takes seconds
+MOST_HITS = 1000  # images per query of a search
+MOST_RESULTS = 20_000  # images of all queries of a search, and labels of all images
 
 
 def _require_text(text: str) -> str:
@@ -148,6 +146,10 @@ class Content(_Strict):
     content: Annotated[list[Part], Field(min_length=1, max_length=1)]
 
 
+# A field that is left out; without a default in the OpenAPI, where null is refused.
+_ABSENT: Any = Field(default_factory=lambda: None)
+
+
 class _Options(_Strict):
     model: str | None = Field(None, description="Name of the served model; it may be left out.")
 
@@ -161,7 +163,53 @@ class _TextOptions(_Options):
     )
 
 
-class _OpenAIOptions(_TextOptions):
+def _require_one(messages: list[Message]) -> list[Message]:
+    count = sum(1 if isinstance(m.content, str) else len(m.content) for m in messages)
+    if count != 1:
+        raise ValueError(
+            f"a conversation gives one embedding, of one text or one image; got {count}. Send "
+            "several in `input`, or a request for each."
+        )
+    return messages
+
+
+def _require_one_form(schema: dict[str, Any], model: Any) -> None:
+    schema["oneOf"] = [{"required": [name]} for name in model.forms]
+
+
+class _InputsRequest(_TextOptions):
+    """Texts and images in exactly one of the fields that `forms` names."""
+
+    model_config = ConfigDict(json_schema_extra=_require_one_form)
+    forms: ClassVar[tuple[str, ...]] = ("texts", "images", "inputs")
+
+    texts: Texts = _ABSENT
+    images: Images = _ABSENT
+    inputs: Annotated[list[Content], Field(min_length=1, max_length=MOST_INPUTS)] = _ABSENT
+
+    @model_validator(mode="before")
+    @classmethod
+    def _find_form(cls, body: Any) -> Any:
+        if not isinstance(body, dict) or sum(name in body for name in cls.forms) != 1:
+            raise ValueError(f"Give a JSON object with exactly one of {', '.join(cls.forms)}.")
+        return body
+
+    def list_items(self) -> list[Any]:
+        """List the texts and images in order: strings, or objects with `text` or `image`."""
+        if self.images:
+            return [ImageInput.model_construct(image=image) for image in self.images]
+        return self.texts or [part for content in self.inputs for part in content.content]
+
+
+class EmbeddingRequest(_InputsRequest):
+    """A request of OpenAI's, vLLM's or Cohere's clients."""
+
+    forms = ("input", "messages", *_InputsRequest.forms)
+
+    input: ItemOrItems = _ABSENT
+    messages: Annotated[
+        list[Message], Field(min_length=1, max_length=MOST_INPUTS), AfterValidator(_require_one)
+    ] = _ABSENT
     dimensions: int | None = Field(
         None, ge=1, description="Keep the first numbers of an embedding, of unit length again."
     )
@@ -171,8 +219,16 @@ class _OpenAIOptions(_TextOptions):
     user: str | None = Field(None, description="Changes nothing.")
     truncate: bool = Field(True, description="false refuses texts that would be truncated.")
 
+    def list_items(self) -> list[Any]:
+        content: Any = self.messages[0].content if self.messages else self.input
+        if content is None:
+            return super().list_items()
+        return content if isinstance(content, list) else [content]
 
-class _CohereOptions(_TextOptions):
+
+class CohereRequest(_InputsRequest):
+    """A request of Cohere's API."""
+
     input_type: str | None = Field(
         None,
         description="search_query and search_document are the instructions query and document "
@@ -190,96 +246,6 @@ class _CohereOptions(_TextOptions):
             names = {"search_query": "query", "search_document": "document"}
             self.prompt_name = names.get(self.input_type or "")
         return self
-
-
-class _HasTexts(_Strict):
-    texts: Texts
-
-
-class _HasImages(_Strict):
-    images: Images
-
-
-class _HasInputs(_Strict):
-    inputs: Annotated[list[Content], Field(min_length=1, max_length=MOST_INPUTS)]
-
-
-class InputRequest(_OpenAIOptions):
-    """OpenAI's request; objects in `input` are texts or images."""
-
-    input: ItemOrItems
-
-
-def _require_one(messages: list[Message]) -> list[Message]:
-    count = sum(1 if isinstance(m.content, str) else len(m.content) for m in messages)
-    if count != 1:
-        raise ValueError(
-            f"a conversation gives one embedding, of one text or one image; got {count}. Send "
-            "several in `input`, or a request for each."
-        )
-    return messages
-
-
-class MessagesRequest(_OpenAIOptions):
-    """vLLM's request: a conversation gives one embedding, of one text or one image."""
-
-    messages: Annotated[
-        list[Message], Field(min_length=1, max_length=MOST_INPUTS), AfterValidator(_require_one)
-    ]
-
-
-class TextsRequest(_OpenAIOptions, _HasTexts):
-    """Cohere's texts, answered as OpenAI does."""
-
-
-class ImagesRequest(_OpenAIOptions, _HasImages):
-    """Cohere's images, answered as OpenAI does."""
-
-
-class InputsRequest(_OpenAIOptions, _HasInputs):
-    """Cohere's texts and images in one order, answered as OpenAI does."""
-
-
-class CohereTextsRequest(_CohereOptions, _HasTexts):
-    """Cohere's texts."""
-
-
-class CohereImagesRequest(_CohereOptions, _HasImages):
-    """Cohere's images."""
-
-
-class CohereInputsRequest(_CohereOptions, _HasInputs):
-    """Cohere's texts and images in one order."""
-
-
-def _one_of(*names: str) -> Discriminator:
-    """Choose the request that has exactly one of these fields."""
-
-    def find(body: Any) -> str:
-        given = [n for n in names if (n in body if isinstance(body, dict) else hasattr(body, n))]
-        return f"[{given[0]}]" if len(given) == 1 else ""
-
-    return Discriminator(
-        find,
-        custom_error_type="form",
-        custom_error_message=f"Give a JSON object with exactly one of {', '.join(names)}.",
-    )
-
-
-EmbeddingRequest: TypeAlias = Annotated[
-    Annotated[InputRequest, Tag("[input]")]
-    | Annotated[MessagesRequest, Tag("[messages]")]
-    | Annotated[TextsRequest, Tag("[texts]")]
-    | Annotated[ImagesRequest, Tag("[images]")]
-    | Annotated[InputsRequest, Tag("[inputs]")],
-    _one_of("input", "messages", "texts", "images", "inputs"),
-]
-CohereRequest: TypeAlias = Annotated[
-    Annotated[CohereTextsRequest, Tag("[texts]")]
-    | Annotated[CohereImagesRequest, Tag("[images]")]
-    | Annotated[CohereInputsRequest, Tag("[inputs]")],
-    _one_of("texts", "images", "inputs"),
-]
 
 
 class ClassifyRequest(_Options):
@@ -326,13 +292,6 @@ class SearchRequest(_TextOptions):
         return self
 
 
-class Usage(BaseModel):
-    """Tokens of the texts as the model read them, prompts included; images have none."""
-
-    prompt_tokens: int
-    total_tokens: int
-
-
 class Embedding(BaseModel):
     """One embedding."""
 
@@ -341,22 +300,19 @@ class Embedding(BaseModel):
     embedding: list[float] | str
 
 
-class EmbeddingResponse(BaseModel):
-    """Embeddings in the order of the inputs."""
+class ListResponse(BaseModel, Generic[T]):
+    """Results in the order of the inputs, images or queries."""
 
     object: Literal["list"]
-    data: list[Embedding]
+    data: list[T]
     model: str
-    usage: Usage
-    truncated: list[int] = Field(description="Places of the texts that were truncated.")
-
-
-class CohereEmbeddings(BaseModel):
-    """Embeddings by type."""
-
-    # Named otherwise than its key, which would hide the type.
-    floats: list[list[float]] | None = Field(None, alias="float")
-    base64: list[str] | None = None
+    usage: dict[Literal["prompt_tokens", "total_tokens"], int] = Field(
+        description="Tokens of the texts as the model read them, prompts included."
+    )
+    truncated: list[int] = Field(
+        description="Places of truncated texts; of candidate labels with a truncated prompt; or of "
+        "queries with a truncated text."
+    )
 
 
 class CohereResponse(BaseModel):
@@ -364,7 +320,7 @@ class CohereResponse(BaseModel):
 
     id: str
     response_type: Literal["embeddings_by_type"]
-    embeddings: CohereEmbeddings
+    embeddings: dict[Literal["float", "base64"], list[list[float]] | list[str]]
     texts: list[str]
     meta: dict[str, Any]
 
@@ -385,18 +341,6 @@ class ImageLabels(BaseModel):
     labels: list[LabelScore]
 
 
-class ClassifyResponse(BaseModel):
-    """Labels in the order of the images."""
-
-    object: Literal["list"]
-    data: list[ImageLabels]
-    model: str
-    usage: Usage
-    truncated: list[int] = Field(
-        description="Places of the candidate labels of which a prompt was truncated."
-    )
-
-
 class Hit(BaseModel):
     """An image that was found, and its columns of the index."""
 
@@ -414,16 +358,6 @@ class QueryHits(BaseModel):
     hits: list[Hit]
 
 
-class SearchResponse(BaseModel):
-    """Results in the order of the queries."""
-
-    object: Literal["list"]
-    data: list[QueryHits]
-    model: str
-    usage: Usage
-    truncated: list[int] = Field(description="Places of the queries of which a text was truncated.")
-
-
 class Health(BaseModel):
     """State of the server."""
 
@@ -439,25 +373,9 @@ class Health(BaseModel):
     num_images: int | None = Field(description="Images of the index.")
     index_error: str | None = Field(description="Why the index cannot be searched.")
     far_images: bool = Field(
-        description="Whether the images of the index, or those embedded since the start, are "
-        "unlike all that the model was trained on; false also where that is not known."
+        description="Whether the images of the index are unlike all that the model was trained on; "
+        "false also where that is not known."
     )
-
-
-class ModelCard(BaseModel):
-    """A served model."""
-
-    id: str
-    object: Literal["model"]
-    owned_by: str
-    created: int
-
-
-class ModelList(BaseModel):
-    """The served models."""
-
-    object: Literal["list"]
-    data: list[ModelCard]
 
 
 class ErrorDetail(BaseModel):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -29,15 +28,14 @@ from ..model_folders.model_card import read_card_data
 from ..model_folders.model_folder import find_model_folder
 from ..model_folders.model_loading import load_model, require_trained
 from ..model_folders.onnx_folder import find_onnx_folder, load_onnx_encoder
-from ..model_folders.training_images import ImageTally, TrainingImages, read_training_images
+from ..model_folders.training_images import TrainingImages, read_training_images
 from ..processing_llm2clip import clean_list
-from ..search.filters import check_filter
+from ..search.filters import FilterError, check_filter
 from ..search.image_index import ImageIndex
-from ..search.label_ranking import Tag, rank_labels
+from ..search.lancedb_table import IndexUnavailableError
 from ..search.model_identity import restore_tally
 from ..search.search_results import SearchResult
-from ..search.tag_labels import check_templates, make_labels
-from ..search.vector_table import IndexUnavailableError
+from ..search.tag_labels import Tag, check_templates, make_labels, rank_labels
 from .batching import BatchWorker, Lane, OnBatch, WorkerThreads, await_all_or_none
 from .errors import RequestError
 from .image_inputs import decode_image
@@ -47,7 +45,6 @@ Query: TypeAlias = Input | list[Input]
 """Inputs of one search; several are combined by the mean of their embeddings."""
 T = TypeVar("T")
 
-_LONGEST_RETRY_S = 60
 _TOKENIZED_AT_ONCE = 64  # texts
 _CLOSE_WAIT_S = 1  # that an image in work gets to be decoded at the end
 
@@ -146,11 +143,9 @@ class EmbeddingService:
         self.training_data = tuple(training_data)
         self.training_images = training_images
         self.on_batch = on_batch
-        self._tally = ImageTally()  # of the images that were embedded so far
 
         def encode_images(images: Sequence[Any]) -> NDArray[np.float32]:
-            count = None if encoder.projects_at_once else lambda _, embeds: self._tally.add(embeds)
-            return encoder.encode_images(images, num_workers=1, on_batch=count).numpy()
+            return encoder.encode_images(images, num_workers=1).numpy()
 
         def encode_texts(texts: Sequence[Any], lane: str) -> NDArray[np.float32]:
             options = {} if lane == "text" else {"num_unpooled": unpooled[lane]}
@@ -164,7 +159,6 @@ class EmbeddingService:
         lanes.append(Lane("image", encode_images, self._image_batch))
         self._worker = BatchWorker(
             lanes,
-            max_wait_s=config.max_wait_ms / 1000,
             on_batch=lambda lane, *counts: (
                 self.on_batch and self.on_batch(lane.partition(" ")[0], *counts)
             ),
@@ -193,26 +187,25 @@ class EmbeddingService:
                 model.
         """
         config = config or ServeConfig()
-        source: str | Path = model
-        if config.backend == "onnx":
-            source = find_onnx_folder(model)
+        is_onnx = config.backend == "onnx"
+        source = find_onnx_folder(model) if is_onnx else find_model_folder(model)
+        images = None if index is None else ImageIndex.open(index, model=source)
+        if is_onnx:
             saved = LLM2CLIPConfig.from_pretrained(source, local_files_only=True)
             require_trained(saved, purpose="serving", source=source)
             encoder: Encoder = load_onnx_encoder(source, weights=config.text_weights)
         else:
-            loaded, processor = load_model(model, device=config.device)
+            loaded, processor = load_model(source, device=config.device)
             require_trained(loaded, purpose="serving", source=model)
             saved, encoder = loaded.config, TorchEncoder(loaded, processor)
-        images = None if index is None else ImageIndex.open(index, model=source)
-        folder = find_model_folder(source)
         return cls(
             encoder,
             config,
             model_name=config.model_name or Path(model).resolve().name,
             model_config=saved,
             index=images,
-            training_data=read_card_data(folder).training_data,
-            training_images=read_training_images(folder),
+            training_data=read_card_data(source).training_data,
+            training_images=read_training_images(source),
         )
 
     @property
@@ -340,7 +333,7 @@ class EmbeddingService:
                 404, "This server has no index. Start it with --index DB.", code="no_index"
             )
         if where is not None:  # before anything is encoded
-            with _refusing("where", code="invalid_filter"):
+            with _refusing():
                 check_filter(where, index.columns)
         parts_of = [query if isinstance(query, list) else [query] for query in queries]
         if empty := [number for number, parts in enumerate(parts_of) if not parts]:
@@ -350,8 +343,7 @@ class EmbeddingService:
         embedded = await self.embed(inputs, prompt_name=prompt_name)
         starts = np.searchsorted(query_of, np.arange(1, len(parts_of)))
         means = np.stack([rows.mean(axis=0) for rows in np.split(embedded.embeds, starts)])
-        param, code = (None, None) if where is None else ("where", "invalid_filter")
-        with _refusing(param, code=code):
+        with _refusing():
             try:
                 found = await self._run(
                     self._search_threads, lambda: index.search(means, top_k=top_k, where=where)
@@ -362,16 +354,14 @@ class EmbeddingService:
         return FoundImages(results=found, num_tokens=embedded.num_tokens, truncated=truncated)
 
     def describe_far_images(self) -> str | None:
-        """Describe the images of the index, or else those that were embedded since the start.
+        """Describe the images of the index.
 
         Returns:
             None where the model was trained on such images, or that cannot be judged.
         """
-        if self.training_images is None:
+        if self.training_images is None or self.index is None:
             return None
-        tallies = [] if self.index is None else [restore_tally(self.index.about)]
-        tallies.append(self._tally)
-        return next(filter(None, map(self.training_images.describe_far, tallies)), None)
+        return self.training_images.describe_far(restore_tally(self.index.about))
 
     async def find_index_error(self) -> tuple[int | None, str | None]:
         """Look whether the index can be searched.
@@ -426,13 +416,12 @@ class EmbeddingService:
             if self._is_closed:
                 raise RequestError(503, "The server is stopping.", retry_after_s=1)
             if self.num_pending + count > self.config.max_queue:
-                wait_s = math.ceil(self._worker.estimate_s(self.num_pending))
                 raise RequestError(
                     429,
                     f"{self.num_pending} texts and images are waiting, and {count} more do not "
                     "fit into the queue. Try again later.",
                     code="queue_full",
-                    retry_after_s=min(max(wait_s, 1), _LONGEST_RETRY_S),
+                    retry_after_s=1,
                 )
             self.num_pending += count
         try:
@@ -462,9 +451,8 @@ class EmbeddingService:
         truncated: list[int] = []
         tokenize = partial(TokenizedTexts, self.encoder.processor)
         with _refusing(code="invalid_text"):
-            if instruction or len(texts) > _TOKENIZED_AT_ONCE:
-                # Names a blank text by its number in the request.
-                await self._run(self._text_threads, partial(clean_list, texts))
+            # Names a blank text by its number in the request.
+            await self._run(self._text_threads, partial(clean_list, texts))
             texts = [instruction + text for text in texts]
             # Part by part, because nobody else's texts are tokenized meanwhile.
             for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
@@ -548,8 +536,10 @@ def _list_instructions(
 
 @contextmanager
 def _refusing(param: str | None = None, *, code: str | None = None) -> Iterator[None]:
-    """Answer a ValueError with status 400."""
+    """Answer a ValueError with status 400, and one of a filter as such."""
     try:
         yield
+    except FilterError as error:
+        raise RequestError(400, str(error), param="where", code="invalid_filter") from None
     except ValueError as error:
         raise RequestError(400, str(error), param=param, code=code) from None

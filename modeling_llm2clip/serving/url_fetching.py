@@ -27,9 +27,8 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _SHOWN = 100  # characters of a URL in an error
 _SCHEMES = ("http", "https")
 _FAILURES = (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException)
-# IPv6 addresses that routers translate to the IPv4 address in their last 32 bits (RFC 6052).
-_TRANSLATED = ipaddress.IPv6Network("64:ff9b::/96")
-# What Python's `is_global` lets through, or does in some versions.
+# What Python's `is_global` lets through, or does in some versions; and IPv6 addresses that stand
+# for an IPv4 address, which may be a private one.
 _NEVER_PUBLIC = tuple(
     map(
         ipaddress.ip_network,
@@ -38,7 +37,10 @@ _NEVER_PUBLIC = tuple(
             "192.88.99.0/24",  # relays of 6to4 (RFC 7526)
             "::/96",  # IPv4-compatible (RFC 4291)
             "::ffff:0:0:0/96",  # IPv4-translated (RFC 2765)
+            "::ffff:0:0/96",  # IPv4-mapped (RFC 4291)
+            "64:ff9b::/96",  # translated by routers (RFC 6052)
             "64:ff9b:1::/48",  # translated within a network (RFC 8215)
+            "2002::/16",  # 6to4 (RFC 3056)
             "2001::/32",  # Teredo (RFC 4380)
             "fec0::/10",  # site-local (RFC 3879)
         ),
@@ -122,8 +124,6 @@ class UrlFetcher:
     def _is_allowed(self, address: _Address) -> bool:
         if any(address in network for network in self._networks):
             return True
-        if (embedded := _find_embedded(address)) is not None:
-            return self._is_allowed(embedded)
         if any(address in network for network in _NEVER_PUBLIC):
             return False
         return address.is_global and not (address.is_multicast or address.is_unspecified)
@@ -137,15 +137,6 @@ class _CheckedBackend(httpcore.AnyIOBackend):
 
     async def connect_tcp(self, host: str, port: int, *args: Any, **options: Any) -> Any:
         return await super().connect_tcp(await self._resolve(host, port), port, *args, **options)
-
-
-def _find_embedded(address: _Address) -> ipaddress.IPv4Address | None:
-    """Return the IPv4 address that an IPv6 address leads to, by routers or the system itself."""
-    if isinstance(address, ipaddress.IPv4Address):
-        return None
-    if address in _TRANSLATED:
-        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-    return address.ipv4_mapped or address.sixtofour
 
 
 def _parse(url: str) -> SplitResult:

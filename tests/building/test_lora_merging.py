@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.building.build_model import build_model
 from modeling_llm2clip.building.lora_merging import merge_lora, merge_lora_weights
 from modeling_llm2clip.building.pretrained_towers import SMOLLM2_BASE, fetch_embedded
 from modeling_llm2clip.configs.build_config import BuildConfig
@@ -260,6 +261,24 @@ def test_the_command_refuses_a_lora_of_another_base_unless_accepted(
     assert card.training_data == card.text_training_data == ("my captions",)
     # Owners, and the case of letters, are no difference between Hub ids.
     merge_lora(named(tiny_llm(), "mirror/other-7b"), folder)
+
+
+def test_the_card_of_a_lora_on_the_hub_is_read_and_a_broken_one_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tests are offline, so that the repository is in the Hub's cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--me--lora"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    card = save_lora(tiny_llm(), repository / "snapshots" / "abc") / "README.md"
+    towers = save_tiny_vision(tmp_path / "vision"), save_tiny_llm(tmp_path / "llm")
+    config = BuildConfig(prompt="llama-3", max_text_length=64, lora="me/lora")
+    card.write_text("---\nmodel-index:\n- name: x\n---\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"README\.md: its metadata cannot be used \(Invalid `mod"):
+        build_model(*towers, tmp_path / "broken", config)
+    card.write_text("---\ntraining_data: theirs\n---\n", encoding="utf-8")
+    assert read_card_data(build_model(*towers, tmp_path / "m", config)).training_data == ("theirs",)
 
 
 def named(model: PreTrainedModel, name: str) -> PreTrainedModel:

@@ -18,7 +18,7 @@ from cyclopts import Argument
 
 from modeling_llm2clip.__main__ import LINE, main
 from modeling_llm2clip.cli.align import SECTIONS
-from modeling_llm2clip.cli.command import UsageError, parse
+from modeling_llm2clip.cli.command import parse
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.conversion.layouts import LAYOUTS
 from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
@@ -152,12 +152,6 @@ def refuse(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", WITH_DEVICE)
-def test_no_flag_can_be_abbreviated(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    shown = refuse([name, "--devic", "cpu"], capsys)
-    assert shown.startswith(f"llm2clip {name}: Unknown option: --devic. Did you mean --device?")
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -186,12 +180,6 @@ def test_these_devices_can_be_named(device: str) -> None:
     assert call.keywords["config"].device == device
 
 
-def test_a_value_that_looks_like_a_flag_can_be_given() -> None:
-    words = ["build", "v", "l", "o", "--prompt-prefix=--query: ", "--prompt-suffix=-- end"]
-    config = parse(LINE, words).keywords["config"]
-    assert (config.prompt_prefix, config.prompt_suffix) == ("--query: ", "-- end")
-
-
 def test_choices_that_a_command_repeats_are_those_of_their_owner() -> None:
     source_format = list_arguments("convert", flags=True)["source_format"]
     assert get_args(source_format.hint) == (*LAYOUTS, "llm2vec")
@@ -215,12 +203,6 @@ def test_misspelt_names_of_the_evaluation_are_answered_too(
     (model / "config.json").write_text('{"model_type": "llm2clip"}', encoding="utf-8")
     assert main(["evaluate", str(model), *words[1:]]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_the_command_prints_an_error_of_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["build", "owner/vision", "owner/llm", "new", "--prompt", "none"]
-    assert main([*words, "--projection-dim", "0"]) == 2
-    assert "--projection-dim 0: Input should be greater" in capsys.readouterr().err
 
 
 class OutOfMemoryError(RuntimeError):
@@ -432,7 +414,6 @@ REFUSED_AT_ONCE = [
     (["export", "OWN", "FULL"], "is not empty"),
     (["export", "OWN"], "OUTPUT requires an argument"),
     (["export", "OWN", "NEW", "--components", "vision-tower", "--dtype", "float16"], "`dtype`"),
-    (["export", "OWN", "NEW", "--components", "vision-tower", "--dry-run"], "no use for `dry_run`"),
     (["push", "FULL"], "REPO_ID requires an argument"),
     (["push", "CLIP", "owner/name"], "An LLM2CLIP model is needed here."),
     (["doctor", "CLIP"], "is a 'clip'"),
@@ -514,9 +495,3 @@ print([name for name in costly if name in sys.modules],
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.stdout.strip() == "[] True", done.stderr
-
-
-def test_a_wrong_command_line_is_one_line_that_shows_a_right_one() -> None:
-    for words in (["serach"], ["doctor"], ["doctor", "m", "--device", "x"]):
-        with pytest.raises(UsageError, match=r"^[^\n]* For example: llm2clip [^\n]*$"):
-            parse(LINE, words)

@@ -38,14 +38,6 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out.strip() == modeling_llm2clip.__version__
 
 
-@pytest.mark.parametrize("arguments", [["no-such-command"], ["doctor"]])
-def test_an_unknown_command_exits_with_2_and_shows_one(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(arguments) == 2
-    assert re.search(r"^llm2clip.* For example: llm2clip d(octor|emo)", capsys.readouterr().err)
-
-
 def test_what_build_writes_loads_and_has_the_chosen_settings(built: Path) -> None:
     model = AutoModel.from_pretrained(built)
     inputs = AutoProcessor.from_pretrained(built)(text=["a dog"], images=tiny_images(1))
@@ -153,13 +145,6 @@ def test_doctor_exits_with_1_for_a_broken_folder(
     assert "healthy" not in report
 
 
-def test_doctor_exits_with_2_for_a_folder_that_is_not_there(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["doctor", str(tmp_path / "nothing")]) == 2
-    assert "nothing: no such folder" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     "command",
     [["extract", "MODEL", "DATA", "OUTPUT", "--modality", "image"],
@@ -193,40 +178,6 @@ def test_images_are_not_decoded_first_where_it_is_not_wanted_or_not_needed(
     assert main(["extract", str(model), str(data), str(tmp_path / "output"), *options]) == 2
     message = capsys.readouterr().err
     assert "unreadable" not in message and str(model) in message  # which is empty
-
-
-def test_a_request_that_cannot_be_met_is_refused_before_an_image_is_decoded(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data, full = write_broken_images(tmp_path / "data"), tmp_path / "full"
-    for folder in (tmp_path / "model", full):
-        folder.mkdir()
-    (full / "thesis.txt").write_text("mine", encoding="utf-8")
-    align = ["align", str(tmp_path / "model"), str(data)]
-    assert main([*align, str(tmp_path / "new")]) == 2
-    assert "needs a caption_store" in capsys.readouterr().err
-    assert main([*align, str(full), "--text-training", "frozen-online"]) == 2
-    assert "is not empty and has no run.json" in capsys.readouterr().err
-    assert main(["extract", "no-model", str(data), "new", "--modality", "image"]) == 2
-    assert "no-model: no such folder" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [([], "prompt.*never guessed"), (["--prompt", "llama-3"], "not empty")],
-    ids=["no prompt", "something in the folder"],
-)
-def test_build_refuses_bad_input_before_it_loads_a_tower(
-    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "kept.txt").write_text("mine", encoding="utf-8")
-    output = tmp_path / ("full" if options else "new")
-    # No such towers: whatever is refused only after loading them would show another message.
-    towers = [str(tmp_path / "no-vision"), str(tmp_path / "no-llm")]
-    assert main(["build", *towers, str(output), *options]) == 2
-    assert re.search(f"^llm2clip build: .*{message}", capsys.readouterr().err)
-    assert [path.name for path in tmp_path.rglob("*")] == ["full", "kept.txt"]
 
 
 ABSENT = "/nowhere"
@@ -358,12 +309,3 @@ def test_the_demo_names_the_model_of_an_earlier_demo(
     assert main(["demo", "--output", str(tmp_path)]) == 2
     shown = capsys.readouterr().err
     assert str(tmp_path / "model") in shown and "--output NEW_FOLDER" in shown
-
-
-def test_the_demo_refuses_a_folder_that_is_not_empty(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "earlier.txt").write_text("mine", encoding="utf-8")
-    assert main(["demo", "--output", str(tmp_path)]) == 2
-    assert f"{tmp_path} exists and is not empty" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["earlier.txt"]

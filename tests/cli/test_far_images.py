@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shutil
 import urllib.request
@@ -116,18 +115,6 @@ def test_the_server_says_it_of_its_index(root: Path, tmp_path: Path) -> None:
             health = read_health(url)
         assert health["status"] == "ok"
         assert health["far_images"] == (images == "noise")
-
-
-def test_the_server_says_it_of_the_images_that_it_embedded_once_they_are_enough(
-    root: Path,
-) -> None:
-    service = EmbeddingService.open(root / "model", ServeConfig(device="cpu"))
-    contents = [(root / "noise" / f"{number}.png").read_bytes() for number in range(COUNT)]
-    asyncio.run(service.embed(contents[:1]))  # of one image nothing is known
-    assert service.describe_far_images() is None
-    asyncio.run(service.embed([*contents[1:], "a text"]))
-    assert SAID in str(service.describe_far_images())
-    service.close()
 
 
 @pytest.mark.slow

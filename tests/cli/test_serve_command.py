@@ -24,7 +24,7 @@ from tiny_folders import export_tiny_model
 from modeling_llm2clip import encode_texts, load_model
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.serve_config import ServeConfig
-from modeling_llm2clip.serving.run_server import bind_socket
+from modeling_llm2clip.serving.app import bind_socket
 
 
 @contextmanager
@@ -105,7 +105,7 @@ def test_a_socket_that_is_bound_refuses_until_the_server_runs() -> None:
     ("flags", "message"),
     [
         (["--image-networks", "10.0.0.0/8"], "needs image_urls=True"),
-        (["--image-urls", "--image-networks", "nowhere"], "is not a network"),
+        (["--image-urls", "--image-networks", "nowhere"], "must be a network"),
         (["--max-image-mb", "50"], "does not fit"),
         (["--max-request-mb", "1000"], "does not fit"),
         (["--port", "70000"], "equal to 65535"),

@@ -74,7 +74,7 @@ def test_a_good_endpoint_passes_every_check(folder: Path, schema: Any) -> None:
         report = check(folder, endpoint, schema=schema)
     assert report.healthy, str(report)
     assert [one.name for one in report.checks] == [plan.name for plan in server_checks._PLANNED]
-    images = {plan.name for plan in server_checks._PLANNED if plan.about == "image"}
+    images = {plan.name for plan in server_checks._PLANNED if plan.about not in (None, "option")}
     assert {one.name for one in report.checks if one.skipped} == {
         "openai": images,
         "chat": {"batched images", "mixed inputs"},
@@ -327,25 +327,16 @@ def test_an_error_that_half_precision_would_allow_is_found_all_the_same(
     ), str(report)
 
 
-def test_rounded_values_are_a_warning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_alone(monkeypatch, "texts")
-    rounded = set_attributes(finish=lambda embeds: embeds.half().float())
-    with Endpoint(folder, rounded) as endpoint:
-        report = check(folder, endpoint)
-    assert report.healthy
-    assert "rounded to float16" in find(report, "texts").message
-    assert find(report, "texts").concern
-
-
-@pytest.mark.parametrize("name", ["images", "base64"])
-def test_rounded_images_and_base64_are_a_warning(
+@pytest.mark.parametrize("name", ["texts", "images", "base64"])
+def test_rounded_values_are_a_warning(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_alone(monkeypatch, name)
     rounded = set_attributes(finish=lambda embeds: embeds.half().float())
     with Endpoint(folder, rounded) as endpoint:
         report = check(folder, endpoint, schema="jina")
-    assert find(report, name).concern and "float16" in find(report, name).message, str(report)
+    assert report.healthy and find(report, name).concern
+    assert "rounded to float16" in find(report, name).message, str(report)
 
 
 def ignore_instruction(endpoint: Endpoint) -> None:
@@ -449,10 +440,10 @@ FAILURES = {
     "order": (
         reply_with(200, {"data": [{"index": 1, "embedding": [0.5]}]}), "not in the order of the"
     ),
-    "odd base64": (reply_with(200, {"data": [{"embedding": "AAA="}]}), "2 bytes, not 4 per"),
+    "odd base64": (reply_with(200, {"data": [{"embedding": "AAA="}]}), "of float32: AAA="),
     "403": (reply_with(403, b"no"), "answered 403 .*--api-key-env"),
-    "404": (reply_with(404, {"detail": "Not Found"}), "answered 404 .*'Not Found'.*--schema"),
-    "500": (reply_with(500, {"error": {"message": "out of memory"}}), "500 .*'out of memory'"),
+    "404": (reply_with(404, {"detail": "Not Found"}), "answered 404 .*Not Found.*--schema"),
+    "500": (reply_with(500, {"error": {"message": "out of memory"}}), "500 .*out of memory"),
     "redirect": (reply_with(307, b"", Location="http://example.org/"), "redirects to 'http://exa"),
     "overloaded": (reply_with(429, b"", Retry_After="0"), "did so 5 times"),
     "stalled": (set_attributes(respond=stall), "no whole reply within 0.3 seconds"),
@@ -485,7 +476,7 @@ def test_a_key_comes_from_the_environment_and_goes_nowhere_else(
     with Endpoint(folder, set_attributes(api_key="secret")) as endpoint:
         report = check(folder, endpoint)
         connection = find(report, "connection").message
-        assert re.search("answered 401 .*'Incorrect API key provided'.*--api-key", connection)
+        assert re.search("answered 401 .*Incorrect API key provided.*--api-key", connection)
         monkeypatch.setenv("MY_KEY", "secret")
         report = check(folder, endpoint, api_key_env="MY_KEY")
     assert report.healthy, str(report)
@@ -556,21 +547,6 @@ def test_a_folder_without_texts_is_refused(tmp_path: Path, capsys: Any) -> None:
     assert main(["export", str(whole), str(tmp_path / "v"), "--components", "vision"]) == 0
     assert main(["doctor", str(tmp_path / "v"), "--server", "http://127.0.0.1:1"]) == 2
     assert "has no text tower" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("body", "wanted"),
-    [
-        ({"error": "plain"}, "plain"),
-        ({"detail": [{"msg": "field required"}]}, "field required"),
-        ({"message": "of cohere"}, "of cohere"),
-        (json.dumps("text").encode(), "text"),
-    ],
-)
-def test_the_api_error_shapes_are_read(body: Any, wanted: str, folder: Path) -> None:
-    with Endpoint(folder, reply_with(422, body)) as endpoint:
-        with pytest.raises(EndpointError, match=f"answered 422 .*{wanted}"):
-            make_client(endpoint.url).connect("a dog")
 
 
 JSON = st.recursive(

@@ -224,7 +224,7 @@ def run_until(monkeypatch: pytest.MonkeyPatch, name: str, of_images: bool) -> No
     kept = [
         plan
         for plan in server_checks._PLANNED[: names.index(name) + 1]
-        if (plan.about == "image") == of_images or plan.name == "connection"
+        if (plan.about not in (None, "option")) == of_images or plan.name == "connection"
     ]
     monkeypatch.setattr(server_checks, "_PLANNED", tuple(kept))
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import mteb
 import pytest
 import torch
-from datasets import Dataset
 from hub_server import HubServer
 from mteb.mocks import mock_tasks
 from mteb.models.models_protocols import EncoderProtocol
@@ -21,7 +20,6 @@ from PIL import Image
 from published_datasets import write_coco_test, write_docci, write_sharegpt4v, write_urban1k
 from shared_models import ROUNDING, shared_model
 from tiny import draw_noise
-from torch.utils.data import DataLoader
 
 import modeling_llm2clip
 from modeling_llm2clip.configs.evaluation_config import EvaluationConfig
@@ -41,7 +39,7 @@ from modeling_llm2clip.model_folders.model_writing import save_model
 
 TASKS = (
     "MockRetrievalTask", "MockSTSTask", "MockAny2AnyRetrievalI2TTask",
-    "MockAny2AnyRetrievalT2ITask", "MockZeroShotClassificationTask", "MockMultiChoiceTask",
+    "MockAny2AnyRetrievalT2ITask", "MockZeroShotClassificationTask",
 )  # fmt: skip
 MORE_TASKS = (
     "MockClassificationTask", "MockPairClassificationTask", "MockRerankingTask",
@@ -100,37 +98,9 @@ def test_every_kind_of_task_runs_to_a_score(model, name):
     assert 0 <= result.get_score() <= 1 + 1e-6  # a correlation may round above one
 
 
-def test_an_image_with_a_text_is_the_sum_of_their_embeddings(model):
-    dataset = Dataset.from_dict({"image": [Image.new("RGB", (32, 32), c) for c in COLORS]})
-    dataset = dataset.add_column("text", [f"a {color} thing" for color in COLORS])
-    loader = DataLoader(dataset, batch_size=3, collate_fn=_collate)
-    task = mock_tasks.MockMultiChoiceTask()
-    where = {"task_metadata": task.metadata, "hf_split": "test", "hf_subset": "default"}
-    fused = model.encode(loader, **where, show_progress_bar=False)
-    texts, images = (torch.from_numpy(model.model.encode(dataset[k][:])) for k in ("text", "image"))
-    # Batches of three or seven rows add up in another order.
-    torch.testing.assert_close(fused, texts + images, atol=ROUNDING, rtol=0)
-    assert model.mteb_model_meta.modalities == ["image", "text"]
-
-
-def _collate(rows):
-    return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-def test_mteb_gets_a_model_that_was_opened_by_its_name_and_by_its_folder(model, folder):
-    for name in (model.mteb_model_meta.name, str(folder)):
-        found = mteb.get_model(name, device="cpu")
-        assert found.mteb_model_meta.revision == model.mteb_model_meta.revision
-        assert found.mteb_model_meta.modalities == ["image", "text"]
-        assert torch.equal(*(torch.from_numpy(m.model.encode(["a"])) for m in (model, found)))
-
-
-def test_a_folder_that_changed_is_not_got_under_the_old_revision(folder, tmp_path):
-    moved = shutil.copytree(folder, tmp_path / "changing")
-    load_for_mteb(moved, device="cpu")
-    (moved / "more.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(ValueError, match="changed since it was loaded as local/changing"):
-        mteb.get_model(str(moved))
+def test_an_input_that_joins_an_image_and_a_text_is_refused(model):
+    with pytest.raises(ValueError, match="cannot combine them in a single input"):
+        evaluate(model, mock_tasks.MockMultiChoiceTask())
 
 
 def test_another_setting_or_weight_is_another_revision_and_the_same_model_the_same(

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluating import arguments, read_table, write_data
+from evaluating import arguments, read_table
+from PIL import Image
 from published_datasets import write_coco_test
 
 from modeling_llm2clip.__main__ import main
@@ -18,7 +19,7 @@ from modeling_llm2clip.configs.evaluation_config import (
     EvaluationConfig,
 )
 from modeling_llm2clip.evaluation.evaluate import evaluate
-from modeling_llm2clip.evaluation.report import render_results
+from modeling_llm2clip.evaluation.report import plot_lengths, render_results
 from modeling_llm2clip.evaluation.results import (
     read_evaluation_results,
 )
@@ -44,10 +45,6 @@ def test_models_are_side_by_side_in_a_table(results: Path) -> None:
         interval = score[direction]["intervals"]["hit_rate_at_1"]
         shown = f"{100 * interval['value']:.1f} % [{100 * interval['low']:.1f}, "
         assert rows[0][f"folder: {title} R@1"].startswith(shown)
-    of_models = read_table(table, "what the scores depend on")
-    wanted = {"model": "siglip", "dataset": "folder", "tasks": "cra, length, retrieval",
-              "model type": "siglip", "prompt": "none", "max tokens": "64"}  # fmt: skip
-    assert wanted.items() <= of_models[1].items()
     assert render_results(found).count("siglip") >= 3
 
 
@@ -60,21 +57,41 @@ def test_the_table_of_lengths_shows_what_77_tokens_lose(results: Path) -> None:
     assert rows[0]["tokens"] == "1 to 20" and rows[0]["beyond 77"] == "0.0 %"
 
 
-def test_the_table_has_activations_and_skipped_samples(
-    sources: Any, data: str, tmp_path: Path
-) -> None:
-    chosen = arguments(tmp_path, data, sources("clip"), sources("siglip"), tasks=("retrieval",))
+def test_details_have_every_value_once_with_all_that_share_it(results: Path) -> None:
+    found = read_evaluation_results(results)
+    found[-1] = replace(found[-1], versions={"modeling_llm2clip": "0.0.1"})
+    table = render_results(found, style="markdown", details=True)
+    titles = {
+        "what the scores depend on": "models", "the data": "datasets",
+        "how they were scored": "tasks",
+    }  # fmt: skip
+    facts = {
+        (row["choice"], row[subjects]): row["value"]
+        for title, subjects in titles.items()
+        for row in read_table(table, title)
+    }
+    assert facts["text max tokens", "siglip"] == "64"
+    assert facts["text prompt", "clip, siglip"] == "none"
+    assert facts["text activation", "clip"] == "quick_gelu"
+    assert facts["text activation", "siglip"] == "gelu_pytorch_tanh"
+    assert facts["texts truncated, cra on folder", "clip, siglip"] == "0 of 16"
+    assert facts["fingerprint", "clip"] != facts["fingerprint", "siglip"]
+    assert facts["scored by version", "siglip"] == "0.0.1"
+    data = found[0].protocol["data"]
+    assert facts["digest", "folder"] == data["digest"][:8]
+    for name in ("split", "images", "captions", "skipped_samples", "captions_of_several_images"):
+        assert facts[name.replace("_", " "), "folder"] == str(data[name])
+    assert "ties count against the model" in facts["ties", "cra, length, retrieval"]
+    assert "queries: every caption; candidates: all images" in table  # a question, in its title
+
+
+def test_details_name_the_values_of_all_languages(sources: Any, data: str, tmp_path: Path) -> None:
+    chosen = arguments(tmp_path, data, sources("clip"), tasks=("cross-lingual",), languages=())
     results = evaluate(**chosen)
-    wanted = {"clip": "quick_gelu", "siglip": "gelu_pytorch_tanh"}
-    models = read_table(
-        render_results(results, style="markdown", details=True), "what the scores depend on"
-    )
-    assert {row["model"]: row["activation"] for row in models} == wanted
-    errors = {"blank caption": 2, "image missing": 1}  # of two images
-    for result in results:
-        result.protocol["data"] |= {"excluded": errors, "skipped_samples": 2}
-    (row,) = read_table(render_results(results, style="markdown", details=True), "the data")
-    assert row["skipped"] == "2"
+    rows = read_table(render_results(results, style="markdown", details=True), "the data")
+    facts = {row["choice"]: row["value"] for row in rows}
+    digests = [p["digest"][:8] for p in results[0].protocol["data"]["languages"].values()]
+    assert facts["languages"] == "de, en" and sorted(facts["digest"].split(", ")) == sorted(digests)
 
 
 def test_scores_come_with_interval_and_chance_and_what_they_depend_on_is_optional(
@@ -127,20 +144,16 @@ def test_a_mean_over_languages_has_the_interval_of_its_images(
 def test_results_that_cannot_be_compared_share_no_table(results: Path) -> None:
     found = {(r.model, r.task): r for r in read_evaluation_results(results)}
     clip, siglip = found["clip", "retrieval"], found["siglip", "retrieval"]
-    with pytest.raises(
-        ValueError, match=r"Two models are named clip: .*Give each a name of its own"
-    ):
+    with pytest.raises(ValueError, match=r"of another model: .*Give each model a name of its own"):
         render_results([clip, replace(siglip, model="clip")])
     data = {**siglip.protocol["data"], "digest": "0" * 64}
     other = replace(siglip, protocol={**siglip.protocol, "data": data})
-    message = (
-        r"clip and siglip cannot be compared in retrieval on folder: data\.digest was .* and is '0"
-    )
+    message = r"siglip, retrieval on folder, is of another data .*: data\.digest was .* and is '0"
     with pytest.raises(ValueError, match=message):
         render_results([clip, other])
     task = {**siglip.protocol["task"], "ties": "ties count for the model"}
     other = replace(siglip, protocol={**siglip.protocol, "task": task})
-    with pytest.raises(ValueError, match=r"cannot be compared .*task\.ties was 'ties count"):
+    with pytest.raises(ValueError, match=r"in another way: task\.ties was 'ties count"):
         render_results([clip, other])
     # What is stored elsewhere is the same data.
     data = {**siglip.protocol["data"], "source": "hub:owner/name@commit"}
@@ -148,32 +161,13 @@ def test_results_that_cannot_be_compared_share_no_table(results: Path) -> None:
     assert render_results([clip, moved]) == render_results([clip, siglip])
 
 
-def test_the_choices_of_the_scoring_are_listed_once(results: Path) -> None:
-    lengths = [r for r in read_evaluation_results(results) if r.task == "length"]
-    table = render_results(lengths, style="markdown", details=True)
-    (ties,) = (row for row in read_table(table, "how they were scored") if row["choice"] == "ties")
-    assert ties["tasks"] == "length" and "ties count against the model" in ties["taken"]
-    (title,) = (line.strip("*") for line in table.splitlines() if "queries: every caption" in line)
-    assert title.endswith("; queries: every caption; candidates: all images")
-
-
-def test_scores_of_two_versions_of_the_package_are_marked(results: Path) -> None:
-    first, second = (r for r in read_evaluation_results(results) if r.task == "cra")
-    older = replace(second, versions={**second.versions, "modeling_llm2clip": "0.0.1"})
-    title = "what the scores depend on"
-    rows = read_table(render_results([first, older], style="markdown", details=True), title)
-    assert [row["scored by version"] for row in rows] == [
-        first.versions["modeling_llm2clip"], "0.0.1",
-    ]  # fmt: skip
-    alike = read_table(render_results([first, second], style="markdown", details=True), title)
-    assert "scored by version" not in alike[0]
-
-
 def test_two_results_that_differ_where_they_must_not_make_no_table(results: Path) -> None:
     (found,) = (r for r in read_evaluation_results(results) if (r.model, r.task) == ("clip", "cra"))
     assert render_results([found, found]) == render_results([found])
     protocol = {**found.protocol, "model": {**found.protocol["model"], "dtype": "bfloat16"}}
-    with pytest.raises(ValueError, match=r"Two results of clip for cra .*dtype was 'float32' and"):
+    with pytest.raises(
+        ValueError, match=r"cra on folder, is of another run: .*dtype was 'float32' and"
+    ):
         render_results([found, replace(found, protocol=protocol)])
 
 
@@ -184,23 +178,10 @@ def test_a_part_of_a_published_dataset_is_labeled_as_such(sources: Any, tmp_path
     table = render_results(found, style="markdown", details=True)
     scored, _ = read_table(table, "images by caption, and captions by image")
     assert list(scored)[1] == "coco (3 of 5,000 images, files differ): text to image R@1"
-    (row,) = read_table(table, "the data")
-    assert row["samples"] == "3 of 5,000 images, 15 of 25,000 captions"
-    assert row["files"] == "coco_karpathy_test.json: not as published"
-    assert row["split"] == "test (Karpathy)" and row["skipped"] == "0"
-
-
-def test_texts_of_several_images_are_counted_beside_the_samples(
-    sources: Any, tmp_path: Path
-) -> None:
-    folder = write_data(tmp_path / "data")
-    captions = folder / "captions.jsonl"
-    captions.write_text(captions.read_text("utf-8").replace("again night", "again a dog"))
-    config = EvaluationConfig(output=tmp_path / "out", languages=("en",))
-    results = evaluate(sources("clip"), str(folder), config, tasks=["retrieval"])
-    shared = results[0].protocol["data"]["captions_of_several_images"]
-    (row,) = read_table(render_results(results, style="markdown", details=True), "the data")
-    assert shared == 1 and row["samples"].endswith("; 1 text of several images")
+    facts = {row["choice"]: row["value"] for row in read_table(table, "the data")}
+    assert (facts["images"], facts["published images"]) == ("3", "5000")
+    assert facts["checksums coco karpathy test.json"] == "differs"
+    assert facts["split"] == "test (Karpathy)" and facts["skipped samples"] == "0"
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
@@ -237,3 +218,28 @@ def test_the_command_fits_its_tables_to_a_terminal_and_not_to_a_file(
         monkeypatch.setattr(sys.stdout, "isatty", lambda is_terminal=is_terminal: is_terminal)
         assert main(["evaluate", "--table", "text", "--output", str(results)]) == 0
         assert render_results(found, width=wanted) in capsys.readouterr().out
+
+
+def test_the_plot_has_a_line_per_model(results: Path, tmp_path: Path) -> None:
+    found = [result for result in read_evaluation_results(results) if result.task == "length"]
+    plot_lengths(found, tmp_path / "lengths.png")
+    assert Image.open(tmp_path / "lengths.png").size[0] > 400
+    with pytest.raises(ValueError, match=r"takes results of the task 'length'"):
+        plot_lengths(read_evaluation_results(results), tmp_path / "other.png")
+    other = replace(found[0], dataset="another")
+    with pytest.raises(ValueError, match=r"different datasets: another, folder"):
+        plot_lengths([found[1], other], tmp_path / "other.png")
+
+
+def test_results_on_different_data_or_of_different_scoring_share_no_plot(
+    results: Path, tmp_path: Path
+) -> None:
+    clip, siglip = (r for r in read_evaluation_results(results) if r.task == "length")
+    task = {**siglip.protocol["task"], "ties": "ties count for the model"}
+    other = replace(siglip, protocol={**siglip.protocol, "task": task})
+    with pytest.raises(ValueError, match=r"in another way: .*ties was 'ties count"):
+        plot_lengths([clip, other], tmp_path / "lengths.png")
+    data = {**siglip.protocol["data"], "lang": "de"}
+    other = replace(siglip, protocol={**siglip.protocol, "data": data})
+    with pytest.raises(ValueError, match=r"of another data .*data\.lang was 'en' and is 'de'"):
+        plot_lengths([clip, other], tmp_path / "lengths.png")

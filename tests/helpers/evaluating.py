@@ -10,6 +10,8 @@ from typing import Any
 from tiny_encoders import TEXTS, save_tiny_images
 
 from modeling_llm2clip.configs.evaluation_config import EvaluatedDataset, EvaluationConfig
+from modeling_llm2clip.evaluation.results import Result, write_result
+from modeling_llm2clip.model_folders.fingerprint import fingerprint_model
 
 TASKS = ("retrieval", "cra", "length")
 
@@ -48,3 +50,15 @@ def change(chosen: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """Change models, data, tasks, or options of the config."""
     of_call = {name: changes.pop(name) for name in ("models", "data", "tasks") if name in changes}
     return {**chosen, **of_call, "config": replace(chosen["config"], **changes)}
+
+
+def save_scores(file: Path, scores: dict[str, Any], folder: Path, **fingerprint: str) -> Path:
+    """A result on COCO of the model in a folder, unless its fingerprint is to change."""
+    found = {**fingerprint_model(folder), **fingerprint}
+    protocol = {"data": {"lang": "en"}, "model": {"dtype": found.pop("dtype")}, "task": {}}
+    result = Result(
+        model="m", task="retrieval", dataset="COCO", scores=scores, protocol=protocol,
+        counts={"images": 8, "texts": 40}, fingerprint=found,
+    )  # fmt: skip
+    write_result(file, result)
+    return file

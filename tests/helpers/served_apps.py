@@ -16,8 +16,7 @@ from shared_models import shared_model
 
 from modeling_llm2clip.configs.serve_config import ServeConfig
 from modeling_llm2clip.encoding.encode import TorchEncoder
-from modeling_llm2clip.serving.app import create_app
-from modeling_llm2clip.serving.run_server import bind_socket
+from modeling_llm2clip.serving.app import bind_socket, create_app
 from modeling_llm2clip.serving.service import EmbeddingService
 
 MODEL_NAME = "tiny"

@@ -29,7 +29,7 @@ from modeling_llm2clip.model_folders.golden_embeddings import (
 )
 from modeling_llm2clip.model_folders.model_loading import load_model, load_partial_model
 from modeling_llm2clip.model_folders.model_writing import save_model, save_trained_model
-from modeling_llm2clip.publishing.export_model import export_model, plan_export
+from modeling_llm2clip.publishing.export_model import export_model
 
 
 def add_a_token(content: dict[str, Any]) -> None:
@@ -231,7 +231,6 @@ WAYS: dict[str, tuple[Callable[[Path, Path], object], tuple[str, ...]]] = {
     "vision": (export(components="vision"), ("vision tower", "projection")),
     "vision tower": (export(components="vision-tower"), ("vision tower",)),
     "ONNX": (export(onnx=True), ("llm", "vision tower", "temperature")),
-    "dry run": (plan_export, ("llm", "vision tower")),
     "trained": (train(TRAINED), ("llm", "vision tower", "projection", "temperature")),
     "trained LLM": (train(TRAINED_LLM), ("llm", "vision tower")),
 }  # fmt: skip

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from modeling_llm2clip.cli.options import list_needs_of_model
 from modeling_llm2clip.model_folders import model_folder
 from modeling_llm2clip.model_folders.model_folder import (
     explain_missing,
@@ -55,7 +54,6 @@ def test_a_model_that_may_be_a_folder_or_on_the_hub_is_refused_by_both_names(
 
 
 def test_the_hub_is_tried_once_in_a_process(tries: list[Any]) -> None:
-    assert list(list_needs_of_model("owner/absent")) == []
     assert find_model_type("owner/absent") is None
     assert fetch_hub_file("owner/absent", "config.json") is None
     for refuse in (require_own_model, find_model_folder):

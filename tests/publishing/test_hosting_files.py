@@ -38,7 +38,6 @@ from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.publishing import export_model as export_model_module
 from modeling_llm2clip.publishing.export_model import (
     export_model,
-    plan_export,
     render_hosting_files,
 )
 
@@ -93,12 +92,6 @@ def test_files_for_hosts_are_written_on_request_alone(folder: Path, tmp_path: Pa
     assert check_model(folder).healthy
 
 
-def test_the_plan_of_an_export_has_them_with_their_sizes(folder: Path, tmp_path: Path) -> None:
-    plan = plan_export(folder, tmp_path / "out", ExportConfig(handler=True, space=True))
-    assert set(plan) == list_files(folder)
-    assert plan["handler.py"] == (folder / "handler.py").stat().st_size
-
-
 @pytest.mark.parametrize("pillow", ["12.1.0", "13.0.0"])
 @pytest.mark.parametrize("file", ["requirements.txt", "space/requirements.txt"])
 def test_requirements_are_pinned_to_what_is_installed_here(
@@ -138,8 +131,11 @@ def test_the_card_of_a_space_is_one(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--handler", "--components", "vision-tower"], "handler=True serves models of this pack"),
-        (["--space", "--components", "text"], "space=True needs both towers"),
+        (
+            ["--handler", "--components", "vision-tower"],
+            "`handler`: not with components=vision-tower",
+        ),
+        (["--space", "--components", "text"], "`space`: only with components=full"),
     ],
 )
 def test_a_host_that_cannot_serve_it_is_refused(
@@ -192,10 +188,9 @@ def test_the_body_of_an_image_request_is_an_image(handler: Any, model: Any) -> N
     torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("labels", [["cat", "dog", "owl"], "cat, dog,owl"], ids=["list", "string"])
-def test_labels_are_those_of_the_forward_pass(labels: Any, handler: Any, model: Any) -> None:
+def test_labels_are_those_of_the_forward_pass(handler: Any, model: Any) -> None:
     image, names = draw_noise(), ["cat", "dog", "owl"]
-    parameters = {"candidate_labels": labels, "hypothesis_template": "the {} sits"}
+    parameters = {"candidate_labels": names, "hypothesis_template": "the {} sits"}
     found = handler({"inputs": to_base64(image), "parameters": parameters})
     batch = model[1](images=[image], text=[f"the {name} sits" for name in names])
     with torch.no_grad():
@@ -257,11 +252,11 @@ BAD = {
     "a bomb": ({"inputs": {"image": make_bomb()}}, "400000000 pixels|20000 x 20000 pixels"),
     "cut off": ({"inputs": {"image": to_base64(draw_noise())[:400]}}, "truncated|corrupt|broken"),
     "unknown parameter": (
-        {"inputs": "a dog", "parameters": {"truncate": 1}}, r"got \['truncate'\]; known are"
+        {"inputs": "a dog", "parameters": {"truncate": 1}}, "got .*truncate.*; known are"
     ),
     "parameters of another type": ({"inputs": "a dog", "parameters": [1]}, "parameters: got"),
-    "dimensions": ({"inputs": "a", "parameters": {"dimensions": 99}}, "got 99; the model has 32"),
-    "no dimensions": ({"inputs": "a", "parameters": {"dimensions": 0}}, "a positive integer"),
+    "dimensions": ({"inputs": "a", "parameters": {"dimensions": 99}}, "99; give an integer from 1"),
+    "no dimensions": ({"inputs": "a", "parameters": {"dimensions": 0}}, "an integer from 1 to 32"),
     "an unknown instruction": (
         {"inputs": "a", "parameters": {"prompt_name": "other"}}, "got 'other'; known are"
     ),

@@ -457,9 +457,8 @@ def test_an_output_that_exists_is_refused_before_anything_is_read(tmp_path: Path
     ("flags", "message"),
     [
         (["--onnx", "--dtype", "bfloat16"], "`dtype`: not with onnx=True."),
-        (["--onnx", "--components", "vision-tower"], "the `components` full, text or vision"),
+        (["--onnx", "--components", "vision-tower"], "`onnx`: not with components=vision-tower."),
         (["--onnx", "--onnx-weights", "int8", "int8"], "`onnx_weights` must name"),
-        (["--onnx", "--dry-run"], "`dry_run` cannot check ONNX graphs"),
         (["--onnx-weights", "int8"], "`onnx_weights`: only with onnx=True."),
     ],
 )

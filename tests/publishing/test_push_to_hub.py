@@ -29,10 +29,8 @@ from tiny import tiny_model
 import modeling_llm2clip
 from modeling_llm2clip.__main__ import LINE, main
 from modeling_llm2clip.cli.command import parse
-from modeling_llm2clip.configs.export_config import ExportConfig
 from modeling_llm2clip.model_folders.model_card import CardData, read_card_data
 from modeling_llm2clip.model_folders.model_writing import save_model
-from modeling_llm2clip.publishing.export_model import export_model, plan_export
 from modeling_llm2clip.publishing.push_to_hub import (
     check_publishable,
     list_files,
@@ -401,72 +399,3 @@ def test_a_private_repository_loads_with_a_token_at_its_newest_or_pinned_revisio
     assert newest[1] != pytest.approx(pinned[1], abs=1e-3)
     assert "private" in refused and "token" in refused
     assert "0" * 40 in unknown
-
-
-# A dry run of an export
-
-
-def list_everything(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
-def test_a_dry_run_of_an_export_writes_nothing_and_does_not_block_the_real_one(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = list_everything(source)
-    command = ["export", str(source), str(tmp_path / "new"), "--dtype", "bfloat16"]
-    assert main([*command, "--dry-run"]) == 0
-    assert list(tmp_path.iterdir()) == [] and list_everything(source) == before
-    printed = capsys.readouterr().out
-    assert f"Nothing was written to {tmp_path / 'new'}." in printed
-    listed = re.findall(r"^ *[\d,]+  (\S+)$", printed, re.MULTILINE)
-    assert main(command) == 0
-    assert sorted(listed) == list(list_files(tmp_path / "new"))
-
-
-def test_a_dry_run_of_an_export_refuses_an_unhealthy_model(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = Path(shutil.copytree(source, tmp_path / "model"))
-    break_golden_embeddings(folder)
-    assert main(["export", str(folder), str(tmp_path / "new"), "--dry-run"]) == 2
-    assert "is not healthy" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-@pytest.mark.parametrize("components", ["full", "text", "vision"])
-@pytest.mark.parametrize("dtype", [None, "float16"])
-@pytest.mark.parametrize("max_shard_size", ["50GB", "100KB"])
-def test_a_dry_run_knows_the_weight_files_before_they_are_written(
-    components: str, dtype: str | None, max_shard_size: str, source: Path, tmp_path: Path
-) -> None:
-    config = ExportConfig(components=components, dtype=dtype, max_shard_size=max_shard_size)
-    compare_weight_files(source, tmp_path, config)
-
-
-@pytest.mark.parametrize("dtype", [None, "float16"])
-def test_a_dry_run_knows_the_weight_files_of_a_tower_with_batch_norm(
-    dtype: str | None, tmp_path: Path
-) -> None:
-    # It counts its batches in an integer, and keeps statistics beside its parameters.
-    model, processor = tiny_model("timm with batch norm")
-    source = save_model(model, processor, tmp_path / "source", card=STATED)
-    compare_weight_files(source, tmp_path, ExportConfig(dtype=dtype))
-
-
-def compare_weight_files(source: Path, tmp_path: Path, config: ExportConfig) -> None:
-    planned = plan_export(source, tmp_path / "new", config)
-    written = export_model(source, tmp_path / "new", config)
-    tensors = {}
-    for file in sorted(written.glob("*.safetensors")):
-        if file.name.startswith("model"):
-            header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
-            tensors[file.name] = file.stat().st_size - header
-    found = {
-        path: num_bytes
-        for path, num_bytes in planned.items()
-        if re.fullmatch(r"model.*\.safetensors", path)
-    }
-    assert sum(found.values()) == sum(tensors.values())
-    # The names of the tensors decide how they are split, not their order in the model.
-    assert abs(len(found) - len(tensors)) <= 1

@@ -24,14 +24,14 @@ from modeling_llm2clip.search import ann_index, image_index, index_update
 from modeling_llm2clip.search.ann_index import (
     find_greatest_cosines,
     measure_recall,
+    measure_search,
     needs_training,
-    search_all,
     train_ann,
 )
 from modeling_llm2clip.search.image_index import ImageIndex
 from modeling_llm2clip.search.index_database import IndexDatabase
 from modeling_llm2clip.search.index_update import choose_texts
-from modeling_llm2clip.search.vector_table import AnnIndex
+from modeling_llm2clip.search.lancedb_table import AnnIndex
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 # LanceDB draws the first centers of its partitions anew each time, and takes no seed.
@@ -62,13 +62,13 @@ def test_as_few_partitions_are_visited_as_find_enough(
     ann = train(database, queries)
     assert ann.num_partitions == 30 and ann.num_rows == 3000
     greatest = find_greatest_cosines(queries, [make_embeddings(3000)], top_k=10)
-    found = search_all(database, queries, ann=ann)
+    found = measure_search(database, queries, ann=ann)[0]
     assert measure_recall(found, greatest) == pytest.approx(ann.recall_at_10, abs=1e-3)
     assert ann.recall_at_10 >= 0.97
     fewer = [n for n in ann_index._list_nprobes(30) if n < ann.nprobes]
     for nprobes in fewer:
         tried = dataclasses.replace(ann, nprobes=nprobes)
-        assert measure_recall(search_all(database, queries, ann=tried), greatest) < 0.97
+        assert measure_recall(measure_search(database, queries, ann=tried)[0], greatest) < 0.97
 
 
 def test_images_as_queries_would_have_seemed_to_need_fewer_partitions(
@@ -83,7 +83,7 @@ def test_images_as_queries_would_have_seemed_to_need_fewer_partitions(
     for _ in range(_CLUSTERINGS):
         with database.changing() as table:
             table.build_ann(30)
-        found = (search_all(database, of, ann=ONE_PARTITION) for of in (texts, near))
+        found = (measure_search(database, of, ann=ONE_PARTITION)[0] for of in (texts, near))
         of_texts, of_images = map(measure_recall, found, greatest)
         differences.append(of_images - of_texts)
     # Of 80 clusterings, 0.14 to 0.63, on the average 0.34 with a deviation of 0.12: the mean of
@@ -156,8 +156,12 @@ def test_it_is_kept_if_it_finds_enough_and_is_faster(
     query_ms: float, min_recall: float, reason: str | None,
 ) -> None:  # fmt: skip
     """With times that are given: how long a query takes here decides nothing."""
-    times = iter([query_ms, 5.0])
-    monkeypatch.setattr(ann_index, "time_search", lambda *_, **__: next(times))
+    measure = ann_index.measure_search
+
+    def measure_here(*args: Any, ann: Any) -> Any:
+        return measure(*args, ann=ann)[0], 5.0 if ann is None else query_ms
+
+    monkeypatch.setattr(ann_index, "measure_search", measure_here)
     database, queries = trained
     lines: list[str] = []
     ann = train(database, queries, always=False, min_recall=min_recall, report=lines.append)

@@ -9,7 +9,7 @@ from indexes import make_database, make_embeddings
 
 from modeling_llm2clip.search.filters import MOST_WORDS, check_filter
 from modeling_llm2clip.search.index_database import IndexDatabase
-from modeling_llm2clip.search.vector_table import COLUMNS
+from modeling_llm2clip.search.lancedb_table import COLUMNS
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from modeling_llm2clip import LLM2CLIPProcessor, LLM2CLIPVisionModel
 from modeling_llm2clip.search.image_files import list_images
 from modeling_llm2clip.search.image_index import ImageIndex
 from modeling_llm2clip.search.index_database import IndexDatabase
-from modeling_llm2clip.search.vector_table import AnnIndex
+from modeling_llm2clip.search.lancedb_table import AnnIndex
 
 SENTENCES = ["a dog", "two red apples on a wooden table"]
 

@@ -12,7 +12,7 @@ from indexes import add_rows, make_database, make_embeddings
 
 from modeling_llm2clip.search.image_index import ImageIndex
 from modeling_llm2clip.search.index_database import IndexDatabase
-from modeling_llm2clip.search.vector_table import AnnIndex, IndexUnavailableError
+from modeling_llm2clip.search.lancedb_table import AnnIndex, IndexUnavailableError
 
 IMAGES = make_embeddings(20)
 ANN = AnnIndex(

@@ -398,9 +398,9 @@ def test_image_files_that_cannot_be_read_are_counted_and_named(
     assert main(command) == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "Skipped" in line]
     assert line == (
-        "Skipped 3 image files that Pillow cannot read here (1 .cr2, 2 .heic): "
+        "Skipped 3 image files of formats that Pillow cannot read here: "
         f"{folder / 'IMG_1.HEIC'}, {folder / 'below' / 'IMG_2.heic'}, {folder / 'raw.cr2'}. "
-        "To read .heic: pip install pillow-heif. Convert .cr2 to JPEG or PNG."
+        "Install pillow-heif for HEIC, or Pillow 11.3 for AVIF; convert others to JPEG or PNG."
     )
 
 
@@ -424,11 +424,10 @@ def test_heic_is_indexed_and_shown_where_pillow_heif_is_installed(
     assert main(["search", str(tmp_path / "index"), *flags]) == 0
 
 
-@pytest.mark.parametrize("text", ["a dog", "a word " * 60, "犬" * 200, "x" * 300])
+@pytest.mark.parametrize("text", ["a dog", "a word " * 60, "x" * 300, "W" * 300])
 def test_a_sentence_keeps_within_its_place_on_the_sheet(
-    text: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text: str, images: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(results_page, "_has_letters", lambda *_: True)
     found = [(path, 0.5) for path in list_images(images).readable[:2]]
     write_results_sheet([SearchResult(text, found)] * 2, tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as sheet:
@@ -440,15 +439,15 @@ def test_a_sentence_keeps_within_its_place_on_the_sheet(
     assert imaged.any()
 
 
-def test_letters_that_the_fonts_lack_are_not_drawn_as_boxes(images: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")  # its font has the umlaut
+def test_letters_that_the_font_may_lack_are_not_drawn_as_boxes(
+    images: Path, tmp_path: Path
+) -> None:
     found = [(list_images(images).readable[0], 0.5)]
-    queries = {"a": "ネコ", "b": "イヌ", "c": "a dog, 1862", "d": "ein Käfig", "e": "ein Kofig"}
+    queries = {"a": "ネコ", "b": "イヌ", "c": "a dog, 1862"}
     for name, query in queries.items():
         write_results_sheet([SearchResult(query, found)], tmp_path / f"{name}.png")
-    drawn = [(tmp_path / f"{name}.png").read_bytes() for name in "abcde"]
-    assert drawn[0] == drawn[1]  # both are named by their number
-    assert len(set(drawn)) == 4
+    drawn = [(tmp_path / f"{name}.png").read_bytes() for name in queries]
+    assert drawn[0] == drawn[1] != drawn[2]  # the first two are named by their number
 
 
 def test_broken_cosines_are_never_the_best() -> None:

@@ -167,6 +167,13 @@ def test_broken_images_are_named_or_left_out_and_counted(
     assert tag(model_folder, folder, labels, "--skip-invalid") == 0
     shown = capsys.readouterr()
     assert "Skipped 1 of 4 images" in shown.err and shown.out.count("a.png") == 3
+    index = ("--index", str(tmp_path / "index"))
+    assert tag(model_folder, folder, labels, *index) == 2
+    shown = capsys.readouterr()
+    assert "broken.png" in shown.err and "--skip-invalid" in shown.err and not shown.out
+    assert tag(model_folder, folder, labels, *index, "--skip-invalid") == 0
+    shown = capsys.readouterr()
+    assert "broken.png" in shown.err and shown.out.count("a.png") == 3
     for file in images.iterdir():
         (folder / file.name).unlink()
     assert tag(model_folder, folder, labels, "--skip-invalid") == 2

@@ -156,15 +156,6 @@ def test_lanes_take_turns_and_never_share_a_batch() -> None:
     assert seen[1:] == [("image", [5, 6]), ("text", [1, 2]), ("text", [3, 4])]
 
 
-def test_a_batch_waits_for_more_only_as_long_as_it_may() -> None:
-    worker, recorder = open_worker(budget=2, max_wait_s=10)
-    first = submit(worker, 1)
-    second = submit(worker, 2)  # fills the batch, so that nobody waits for ten seconds
-    wait([first, second], 5)
-    assert recorder.batches == [[1, 2]]
-    worker.close()
-
-
 def test_after_a_batch_the_next_one_waits_for_as_many_inputs() -> None:
     worker, recorder = open_worker(budget=100)
     lane = worker.lanes["text"]

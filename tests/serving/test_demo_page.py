@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 from browsing import WIDTHS, Visit, measure_hits, needs_browser, open_browser
-from PIL import Image
 from served_apps import run_app
 from tiny import draw_noise
 from tiny_folders import export_tiny_model
@@ -29,7 +28,7 @@ from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.search.image_index import ImageIndex
 from modeling_llm2clip.serving import demo_page
 from modeling_llm2clip.serving.app import API_KEY_VARIABLE, create_app
-from modeling_llm2clip.serving.demo_page import Thumbnails, add_demo_page
+from modeling_llm2clip.serving.demo_page import add_demo_page, encode_thumbnail
 from modeling_llm2clip.serving.service import EmbeddingService
 
 NUM_IMAGES = 15
@@ -326,10 +325,10 @@ def test_the_functions_of_the_page_answer_over_http(url: str, folder: Path) -> N
     assert found["success"], found
     hits = found["output"]["data"][0]
     assert re.sub("<[^>]+>", "", hits).split()[:2] == ["1.", "1.000"]
-    # What the page shows of a hit is the small copy that this server made.
-    (address,) = re.findall('<img alt="" src="([^"]+)"', hits)[:1]
-    status, thumbnail = fetch(f"{url}/{address}")
-    assert (status, thumbnail[:3]) == (200, b"\xff\xd8\xff")
+    # The page shows a small copy of a hit, and names no file of the machine.
+    copies = re.findall('<img alt="" src="data:image/jpeg;base64,([^"]+)"', hits)
+    assert [base64.b64decode(copy)[:3] for copy in copies] == [b"\xff\xd8\xff"] * 3
+    assert "file=" not in hits
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "images/number 2.png", "model_1/config.json"])
@@ -437,44 +436,18 @@ def test_uploads_are_gone_after_the_server(folder: Path) -> None:
         assert not uploads.exists()
 
 
-def test_small_copies_are_made_once_and_kept_in_number(tmp_path: Path) -> None:
-    files = []
-    for number in range(3):
-        files.append(tmp_path / f"{number}.png")
-        draw_noise(1000, 800, seed=number).save(files[-1])
-    (tmp_path / "small").mkdir()
-    thumbnails = Thumbnails(tmp_path / "small", max_files=2)
-    names = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    first = thumbnails.find(files[0], names[0])
-    assert first is not None
-    with Image.open(first) as image:
-        assert image.size == (410, 512)
-    made = first.stat().st_mtime_ns
-    thumbnails.find(files[1], names[1])
-    files[0].unlink()
-    assert thumbnails.find(files[0], names[0]) == first  # and is now the one used last
-    assert first.stat().st_mtime_ns == made
-    thumbnails.find(files[2], names[2])
-    assert {file.stem for file in (tmp_path / "small").iterdir()} == {names[0], names[2]}
-
-
-def test_an_image_that_is_gone_or_broken_has_no_small_copy(tmp_path: Path) -> None:
-    (tmp_path / "broken.png").write_bytes(b"nothing")
-    thumbnails = Thumbnails(tmp_path)
-    assert thumbnails.find(tmp_path / "gone.png", "0" * 64) is None
-    digest = hashlib.sha256(b"nothing").hexdigest()
-    assert thumbnails.find(tmp_path / "broken.png", digest) is None
-    with pytest.raises(ValueError, match="not a digest"):
-        thumbnails.find(tmp_path / "broken.png", "../" * 20)
-
-
-def test_a_file_that_changed_since_it_was_indexed_is_not_shown_as_the_hit(tmp_path: Path) -> None:
-    file = tmp_path / "image.png"
-    draw_noise(seed=0).save(file)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    draw_noise(seed=1).save(file)
-    assert Thumbnails(tmp_path).find(file, digest) is None
-    assert not (tmp_path / f"{digest}.jpg").exists()
+def test_an_image_that_is_gone_changed_or_broken_has_no_small_copy(tmp_path: Path) -> None:
+    broken, changed, gone = (tmp_path / f"{name}.png" for name in ("broken", "changed", "gone"))
+    broken.write_bytes(b"nothing")
+    draw_noise(seed=0).save(changed)
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in (broken, changed)]
+    draw_noise(seed=1).save(changed)
+    for file, digest in zip((broken, changed, gone), [*digests, "0" * 64], strict=True):
+        for _ in range(2):  # an error is not kept
+            with pytest.raises(ValueError, match=r"cannot be read|changed since|no longer there"):
+                encode_thumbnail(file, digest)
+    draw_noise(seed=0).save(changed)
+    assert encode_thumbnail(changed, digests[1]).startswith("data:image/jpeg;base64,")
 
 
 def test_the_page_says_that_a_text_was_truncated(url: str) -> None:

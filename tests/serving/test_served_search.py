@@ -21,6 +21,7 @@ from modeling_llm2clip import ImageIndex
 from modeling_llm2clip.configs.encoding_config import IndexConfig
 from modeling_llm2clip.configs.serve_config import ServeConfig
 from modeling_llm2clip.serving.app import create_app
+from modeling_llm2clip.serving.errors import RequestError
 from modeling_llm2clip.serving.routes import JsonResponse
 from modeling_llm2clip.serving.service import EmbeddingService
 
@@ -106,6 +107,19 @@ def test_a_filter_is_applied_and_a_broken_one_refused(url: str) -> None:
         assert status == 400, answer
         assert "The columns are path" in answer["error"]["message"]
         assert answer["error"]["param"] == "where"
+
+
+def test_only_the_error_of_a_filter_is_named_as_such(folder: Path) -> None:
+    service = EmbeddingService.open(
+        folder / "model", ServeConfig(device="cpu"), index=str(folder / "db")
+    )
+    try:
+        for top_k, where, param in ((0, "height > 3", None), (1, "height >", "where")):
+            with pytest.raises(RequestError) as refused:
+                asyncio.run(service.search(["a dog"], top_k=top_k, where=where))
+            assert refused.value.param == param
+    finally:
+        service.close()
 
 
 def read_health(url: str) -> Any:

@@ -147,7 +147,8 @@ def check_record(
     if has_identity and image is None and not is_text:
         image = _find_file(name, image_dir, found, required=require_images)
     group_id = _read_word(raw.fields, "group_id", found)
-    name = name or raw.default_name or (raw.text_name if is_text else None) or group_id
+    # A group may have several texts, so that it names none of them.
+    name = name or raw.default_name or (raw.text_name if is_text or group_id else None)
     if name is None and not require_images:
         found.append("no 'file_name', 'image' or 'group_id' to name it by")
     captions = _read_captions(raw.fields, given, found, required=modality != "image")

@@ -204,7 +204,9 @@ class StreamRun:
         least = _LEAST_SAMPLES // self._num_readers if at_end else _LEAST_SAMPLES
         share, report = self._stream.max_lost_share, self.report
         seen = max(report.samples + report.lost_samples, least)
-        if report.lost_samples > share * seen or report.lost_shards > share * len(self._order):
+        nothing_left = at_end and share < 1 and report.lost_samples and not report.samples
+        too_many = report.lost_samples > share * seen
+        if nothing_left or too_many or report.lost_shards > share * len(self._order):
             raise TooManyLostError(
                 f"The stream lost {report.lost_samples} samples (of {report.samples} read) and "
                 f"{report.lost_shards} of {len(self._order)} shards that this worker reads, more "

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..._suggestions import counted
 from ...data.images.image_sources import ImageSource, ParquetImage
 from ...data.records.records import clean_text
 from ...data.sources.coco import read_coco
@@ -16,7 +15,6 @@ from ...data.sources.parquet import iterate_rows
 from .catalog.caption_readers import COCO_ADVICE, COCO_FILES
 from .dataset_spec import ChoiceForm, DatasetReading, EvaluationDataset, find_image
 
-_NUM_IMAGES: Mapping[ChoiceForm, int] = {"image": 1, "images": 2, "text": 0}
 _SUGARCREPE_CATEGORIES = (
     "add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj",
 )  # fmt: skip
@@ -63,16 +61,6 @@ class ChoiceDataset(EvaluationDataset):
 
     form: ChoiceForm
     items: tuple[ChoiceItem, ...]
-
-    def __post_init__(self) -> None:
-        wanted = (_NUM_IMAGES[self.form], self.form == "text")
-        for item in self.items:
-            if (len(item.images), item.anchor is not None) != wanted:
-                raise ValueError(
-                    f"{self.name}: item {item.name} has {counted(len(item.images), 'image')} and "
-                    f"anchor {item.anchor!r}; form {self.form!r} has {counted(wanted[0], 'image')} "
-                    f"and {'an' if wanted[1] else 'no'} anchor."
-                )
 
     @property
     def has_images(self) -> bool:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections import Counter
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..._suggestions import counted
+from ..._suggestions import counted, list_first
 from ...data.atomic_files import hash_file
 from ...data.images.image_sources import ImageSource
 from ...data.sources.csv_files import iterate_csv
@@ -29,7 +29,6 @@ from .dataset_spec import (
 # Errors that belong to no image: what they cost is the images of the classes.
 _ERRORS_OF_CLASSES = (
     "class without a name",
-    "class name repeated",
     "class name for a class that does not exist",
     "class folder without images",
     "class named twice",
@@ -88,9 +87,8 @@ class LabeledImages:
 def build_classification_dataset(reading: DatasetReading) -> ClassificationDataset:
     """Read the images, name the classes, and keep what has no error.
 
-    A class whose name another class also has, perhaps in another case, is an error, because no
-    prompt distinguishes them, unless the reading allows it: its images then tie, and count as
-    wrong.
+    No prompt distinguishes classes of one name, perhaps in another case: their images tie and count
+    as wrong. A warning and the protocol name them.
     """
     spec = reading.spec
     templates = _choose_templates(reading)
@@ -132,6 +130,11 @@ def build_classification_dataset(reading: DatasetReading) -> ClassificationDatas
     }
     if repeated := _find_repeated(class_names):
         protocol["repeated_class_names"] = repeated
+        warnings.warn(
+            f"{reading.source}: several classes are named {list_first(repeated)}; their images "
+            "count as wrong. Give each class a name of its own (class_names).",
+            stacklevel=2,
+        )
     return ClassificationDataset(
         name=spec.name,
         images=tuple(file for _, file, _ in kept),
@@ -145,7 +148,7 @@ def build_classification_dataset(reading: DatasetReading) -> ClassificationDatas
 
 
 def _check_images(found: LabeledImages, errors: ErrorCollector) -> list[tuple[str, Path, str]]:
-    """Return the images with a class and a name of their own: embeddings are stored by name."""
+    """List the images with a class and a name of their own: embeddings are stored by name."""
     valid, seen, classes = [], set(), set(found.class_keys)
     for name, file, key in found.images:
         if name in seen:
@@ -158,20 +161,15 @@ def _check_images(found: LabeledImages, errors: ErrorCollector) -> list[tuple[st
     return valid
 
 
-def _normalize(name: str) -> str:
-    """Normalize a name as the least sensitive model reads it: NFC, lower case, single spaces.
-
-    CLIP and SigLIP ignore case, so `Cat` and `cat` are one class to them.
-    """
-    return " ".join(unicodedata.normalize("NFC", name).lower().split())
-
-
 def _find_repeated(names: Iterable[str]) -> list[str]:
-    """List the names that distinguish no class, each once, in their order."""
+    """List the names that distinguish no class, each once, in their order.
+
+    Names are compared as the least sensitive model reads them: CLIP and SigLIP ignore case.
+    """
     seen: set[str] = set()
     repeated: dict[str, str] = {}
     for name in names:
-        normalized = _normalize(name)
+        normalized = " ".join(unicodedata.normalize("NFC", name).lower().split())
         if normalized in seen:
             repeated.setdefault(normalized, name)
         seen.add(normalized)
@@ -211,19 +209,13 @@ def _choose_templates(reading: DatasetReading) -> tuple[str, ...]:
 
 
 def _name_classes(found: LabeledImages, reading: DatasetReading) -> dict[str, str]:
-    """Map classes to names, without those that have none or share theirs, which are errors."""
+    """Map classes to names, without those that have none, which are errors."""
     given = _find_names(found, reading)
     names = {key: given.get(key, "").strip() for key in found.class_keys}
-    counts = Counter(map(_normalize, names.values()))
-    shared = {name for name in names.values() if counts[_normalize(name)] > 1}
     for key, name in names.items():
         if not name:
             reading.errors.add("class without a name", key)
-        elif name in shared and not reading.allow_repeated_class_names:
-            reading.errors.add("class name repeated", f"{key}: {name}")
-    if reading.allow_repeated_class_names:
-        return {key: name for key, name in names.items() if name}
-    return {key: name for key, name in names.items() if name and name not in shared}
+    return {key: name for key, name in names.items() if name}
 
 
 def _find_names(found: LabeledImages, reading: DatasetReading) -> Mapping[str, str]:
@@ -324,7 +316,6 @@ def _read_solution(
 ) -> tuple[tuple[tuple[str, Path, str], ...], tuple[str, ...]]:
     image_dir = reading.image_dir or reading.data_folder / _KAGGLE_IMAGES
     images: list[tuple[str, Path, str]] = []
-    seen: set[str] = set()
     file = reading.note_file(reading.data_folder / _SOLUTION)
     for number, row in iterate_csv(file):
         place = f"{_SOLUTION} line {number}"
@@ -333,13 +324,10 @@ def _read_solution(
             reading.errors.add("no 'ImageId' and 'PredictionString'", place)
             continue
         image = image_dir / f"{name}.JPEG"
-        if name in seen:
-            reading.errors.add("image repeated", f"{place}: {image.name}")
-        elif image.is_file():
+        if image.is_file():
             images.append((image.name, image, label[0]))
         else:
             reading.errors.add("image missing", f"{place}: {image.name}")
-        seen.add(name)
     given = reading.class_names if isinstance(reading.class_names, Mapping) else names
     # Labels are the positions of the sorted synsets, as in the publisher's list.
     return tuple(sorted(images)), tuple(sorted({*given, *(label for _, _, label in images)}))

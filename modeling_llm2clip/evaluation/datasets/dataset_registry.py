@@ -179,7 +179,7 @@ def find_languages(
     spec, folder = resolve_dataset(source, folder)
     if spec.find_languages is None:  # no folder is needed
         return spec.languages
-    return _open(spec, folder, **options).find_languages()
+    return spec.find_languages(_open(spec, folder, **options))
 
 
 def load_dataset(
@@ -193,7 +193,6 @@ def load_dataset(
     check_images: bool = True,
     class_names: Mapping[str, str] | Sequence[str] | None = None,
     templates: Sequence[str] | None = None,
-    allow_repeated_class_names: bool = False,
     allow_distractors: bool = False,
     ignore_fields: Collection[str] = (),
     show_progress: bool = False,
@@ -213,11 +212,9 @@ def load_dataset(
         require_images: Read images. If not, only captions are read, and `images` is empty.
         check_images: Decode every image now, before a model waits for it.
         class_names: Of a classification: class to name, or names in the order of the classes.
-            Default: those of the dataset.
+            Default: those of the dataset. Names that repeat, as some of ImageNet do, are in
+            `protocol["repeated_class_names"]`, and their images count as wrong.
         templates: Of a classification: prompts with one `{}`. Default: those of the dataset.
-        allow_repeated_class_names: Of a classification: keep classes that share a name and list
-            them in `protocol["repeated_class_names"]`; their images count as wrong. Some of the
-            published names of ImageNet repeat.
         allow_distractors: Of one's own data: images without captions and captions without images
             are candidates that no query asks for, counted in `protocol["distractors"]`. Such an
             image has `captions: []`, such a caption a `group_id` and no image.
@@ -254,7 +251,6 @@ def load_dataset(
         check_images=check_images,
         class_names=class_names,
         templates=templates,
-        allow_repeated_class_names=allow_repeated_class_names,
         allow_distractors=allow_distractors,
         ignore_fields=ignore_fields,
         show_progress=show_progress,
@@ -354,11 +350,12 @@ def _open(
 
 def _choose_language(reading: DatasetReading, lang: str | None) -> str:
     """Choose the language, which may only be left open if there is one."""
-    name, languages = reading.spec.name, reading.find_languages()
+    spec = reading.spec
+    languages = spec.languages if spec.find_languages is None else spec.find_languages(reading)
     if lang is None and len(languages) > 1:
-        raise ValueError(f"{name} has several languages. Choose one: {', '.join(languages)}.")
+        raise ValueError(f"{spec.name} has several languages. Choose one: {', '.join(languages)}.")
     # Class names may be given in any language.
     is_free = reading.class_names is not None
     if languages and lang is not None and lang not in languages and not is_free:
-        raise ValueError(f"{name} has no language {lang!r}. It has {', '.join(languages)}.")
+        raise ValueError(f"{spec.name} has no language {lang!r}. It has {', '.join(languages)}.")
     return lang or (languages or ("en",))[0]

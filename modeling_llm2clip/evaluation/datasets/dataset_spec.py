@@ -17,8 +17,8 @@ protocol has:
 
 Where they apply there are also `texts`, how a text was taken from its field; `checksums`, whether
 the files are the published ones; `differences_from_published`, differing counts that were accepted
-because invalid samples were to be skipped; `images_without_a_record`, files in a folder of one's
-own that are not used; `rows_skipped`, why rows of one's own data are not records, to how many.
+because invalid samples were to be skipped; `rows_skipped`, why rows of one's own data are not
+records, to how many.
 
 By default an error stops the reading, and all errors are reported at once. On request invalid
 samples are skipped instead, and every skipped one is counted in the dataset's protocol.
@@ -183,7 +183,6 @@ class DatasetReading:
     check_images: bool = True
     class_names: Mapping[str, str] | Sequence[str] | None = None
     templates: Sequence[str] | None = None
-    allow_repeated_class_names: bool = False
     allow_distractors: bool = False
     ignore_fields: Collection[str] = ()
     show_progress: bool = False
@@ -208,12 +207,6 @@ class DatasetReading:
                 ".parquet shards, are read from elsewhere. Copy the folder here."
             )
         return self.folder
-
-    def find_languages(self) -> tuple[str, ...]:
-        """Find the languages: those of the spec, or those of the folder."""
-        if self.spec.find_languages is None:
-            return self.spec.languages
-        return self.spec.find_languages(self)
 
     def list_parquet_files(self, pattern: str = "**/*.parquet") -> list[Path]:
         """List the Parquet files below the folder, by path; `{lang}` is the language."""

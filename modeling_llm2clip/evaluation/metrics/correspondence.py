@@ -55,29 +55,29 @@ class Correspondence:
 
     def __post_init__(self) -> None:
         image, text = self.image_of_pair, self.text_of_pair
-        if image.shape != text.shape or image.ndim != 1:
+        for side, rows, num_rows in (
+            ("image", image, self.num_images), ("text", text, self.num_texts),
+        ):  # fmt: skip
+            if rows.dtype != torch.int64 or rows.ndim != 1 or rows.shape != image.shape:
+                raise ValueError(
+                    f"{side}_of_pair is {rows.dtype} {tuple(rows.shape)}; it must have one "
+                    "torch.int64 row number for each pair."
+                )
+            if not len(rows) or int(rows.min()) < 0 or int(rows.max()) >= num_rows:
+                raise ValueError(
+                    f"{side}_of_pair must have rows from 0 to {num_rows - 1}, at least one; got "
+                    f"{list_first(rows.unique().tolist()) or 'none'}."
+                )
+        pairs, counts = (image * self.num_texts + text).unique(return_counts=True)
+        if len(repeated := pairs[counts > 1].tolist()):
+            named = [divmod(pair, self.num_texts) for pair in repeated]
+            raise ValueError(f"{counted(len(named), 'repeated pair')}: {list_first(named)}.")
+        images, texts = (list_first(rows.tolist()) or "none" for rows in self.list_distractors())
+        if (images, texts) != ("none", "none") and not self.allows_distractors:
             raise ValueError(
-                f"image_of_pair {tuple(image.shape)} and text_of_pair {tuple(text.shape)} must be "
-                "two lists of equal length, with one number for each pair."
+                "Images and texts do not correspond. Rows of images without a text: "
+                f"{images}; rows of texts without an image: {texts}."
             )
-        for name, rows in (("image_of_pair", image), ("text_of_pair", text)):
-            if rows.dtype != torch.int64:
-                raise ValueError(f"{name} is {rows.dtype}; row numbers must be torch.int64.")
-        errors = [
-            *_find_errors("image", image, self.num_images),
-            *_find_errors("text", text, self.num_texts),
-        ]
-        if not errors and not len(image):
-            errors = ["no image has a text"]
-        if not errors and not self.allows_distractors:
-            errors = [
-                *_find_lonely("image", image, self.num_images, other="text"),
-                *_find_lonely("text", text, self.num_texts, other="image"),
-            ]
-        # Numbers out of range would make two pairs look like one.
-        errors = errors or self._find_repeated_pairs()
-        if errors:
-            raise ValueError("Images and texts do not correspond: " + "; ".join(errors) + ".")
 
     @classmethod
     def from_group_ids(
@@ -93,20 +93,7 @@ class Correspondence:
             torch.tensor([number_of.setdefault(g, len(number_of)) for g in ids], dtype=torch.int64)
             for ids in (image_group_ids, text_group_ids)
         )
-        groups = [*number_of]
-        of_group = _list_positives(texts, torch.arange(len(texts)), len(groups))
-        num_images = torch.bincount(images, minlength=len(groups))
-        lonely = [
-            (side, [groups[number] for number in (counts == 0).nonzero().flatten().tolist()])
-            for side, counts in (("images", of_group.counts), ("texts", num_images))
-        ]
-        errors = [
-            f"{counted(len(ids), 'group id')} only among the {side}: {list_first(map(repr, ids))}"
-            for side, ids in lonely
-            if ids
-        ]
-        if errors and not allows_distractors:
-            raise ValueError("Images and texts do not correspond: " + "; ".join(errors) + ".")
+        of_group = _list_positives(texts, torch.arange(len(texts)), len(number_of))
         # Images by group; each with all texts of its group.
         by_group = images.argsort(stable=True)
         counts = of_group.counts[images[by_group]]
@@ -154,13 +141,6 @@ class Correspondence:
         """List the images of every text: the positives of t2i retrieval."""
         return _list_positives(self.text_of_pair, self.image_of_pair, self.num_texts)
 
-    def _find_repeated_pairs(self) -> list[str]:
-        codes = self.image_of_pair * self.num_texts + self.text_of_pair
-        distinct, counts = codes.unique(return_counts=True)
-        repeated = distinct[counts > 1].tolist()
-        named = [divmod(code, self.num_texts) for code in repeated]
-        return [f"{counted(len(named), 'repeated pair')}: {list_first(named)}"] if named else []
-
 
 def _list_positives(queries: Tensor, members: Tensor, num_queries: int) -> PositiveLists:
     by_member = members.argsort(stable=True)
@@ -168,17 +148,3 @@ def _list_positives(queries: Tensor, members: Tensor, num_queries: int) -> Posit
     offsets = torch.zeros(num_queries + 1, dtype=torch.int64)
     offsets[1:] = torch.bincount(queries, minlength=num_queries).cumsum(0)
     return PositiveLists(offsets, members[pairs], pairs)
-
-
-def _find_errors(side: str, rows: Tensor, num_rows: int) -> list[str]:
-    if num_rows < 1:
-        return [f"there is no {side}"]
-    outside = rows[(rows < 0) | (rows >= num_rows)]
-    listed = list_first(outside.unique().tolist())
-    return [f"{side} rows outside 0 … {num_rows - 1}: {listed}"] if listed else []
-
-
-def _find_lonely(side: str, rows: Tensor, num_rows: int, *, other: str) -> list[str]:
-    lonely = (torch.bincount(rows, minlength=num_rows) == 0).nonzero().flatten().tolist()
-    count = counted(len(lonely), side)
-    return [f"{count} without {other}: rows {list_first(lonely)}"] if lonely else []

@@ -141,18 +141,12 @@ def _require_fit(image_embeds: Tensor, text_embeds: Tensor, correspondence: Corr
         ("image", image_embeds, correspondence.num_images),
         ("text", text_embeds, correspondence.num_texts),
     ):
-        if embeds.ndim != 2 or len(embeds) != num_rows:
+        if not embeds.dtype.is_floating_point or embeds.shape != (num_rows, image_embeds.shape[-1]):
             raise ValueError(
-                f"{name}_embeds {tuple(embeds.shape)} must have one row for each of the "
-                f"{num_rows} {name}s of the correspondence."
+                f"{name}_embeds are {embeds.dtype} {tuple(embeds.shape)}; they must have a float "
+                f"dtype, one row for each of the {num_rows} {name}s of the correspondence, and the "
+                "width of the other side's."
             )
-        if not embeds.dtype.is_floating_point:
-            raise ValueError(f"{name}_embeds are {embeds.dtype}; they must have a float dtype.")
-    if image_embeds.shape[1] != text_embeds.shape[1]:
-        raise ValueError(
-            f"Images have width {image_embeds.shape[1]}, texts {text_embeds.shape[1]}; they must "
-            "come from one model."
-        )
 
 
 class _NegativeCounts:

@@ -91,18 +91,7 @@ def mean_with_interval(values: Tensor, *, clusters: Tensor | None = None) -> dic
     """
     if clusters is None:
         clusters = torch.arange(len(values))
-    numbers, sizes = clusters.unique(return_inverse=True, return_counts=True)[1:]
-    sums = torch.zeros(len(sizes), dtype=torch.float64)
-    sums.index_add_(0, numbers, values.double().cpu())
-    of_equal_size = bool((sizes == sizes[0]).all())
-    means = []
-    for count, pieces in _sample_clusters(len(sizes)):
-        total, size = torch.zeros(2, count, dtype=torch.float64)
-        for sampled in pieces:
-            total += sums[sampled].sum(dim=1)
-            size += sizes[0] * sampled.shape[1] if of_equal_size else sizes[sampled].sum(dim=1)
-        means.append(total / size)
-    return {"value": float(values.double().mean()), **_find_interval(means)}
+    return mean_of_means_with_interval([(values, clusters)])
 
 
 def mean_of_means_with_interval(groups: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:

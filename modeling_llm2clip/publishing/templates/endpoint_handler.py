@@ -75,23 +75,20 @@ class EndpointHandler:
             ValueError: There is nothing to encode, too much, or something that cannot be read.
         """
         parameters = data.get("parameters") or {}
-        if not isinstance(parameters, dict) or (unknown := set(parameters) - _PARAMETERS):
-            named = sorted(unknown) if isinstance(parameters, dict) else parameters
-            raise ValueError(f"parameters: got {named}; known are {sorted(_PARAMETERS)}.")
+        if not isinstance(parameters, dict) or not set(parameters) <= _PARAMETERS:
+            shown = str(parameters)[:_SHOWN]
+            raise ValueError(f"parameters: got {shown}; known are {sorted(_PARAMETERS)}.")
         inputs = data.get("inputs")
         several = inputs if isinstance(inputs, list) else [inputs]
         if not 0 < len(several) <= MAX_INPUTS:
             raise ValueError(f"inputs: got {len(several)}; give 1 to {MAX_INPUTS}.")
-        labels = _read_labels(parameters.get("candidate_labels"))
-        if labels is None:
-            instruction = self._find_instruction(parameters.get("prompt_name"))
-            dimensions = _read_dimensions(parameters.get("dimensions"))
-            results = self._embed(several, dimensions, instruction)
+        given = {name for name, value in parameters.items() if value is not None}
+        if "candidate_labels" not in given:
+            results = self._embed(several, parameters)
+        elif given & _OF_EMBEDDINGS:
+            raise ValueError(f"candidate_labels: leave out {sorted(_OF_EMBEDDINGS)}.")
         else:
-            if any(parameters.get(name) is not None for name in _OF_EMBEDDINGS):
-                raise ValueError(f"candidate_labels: leave out {sorted(_OF_EMBEDDINGS)}.")
-            template = _read_template(parameters.get("hypothesis_template", HYPOTHESIS_TEMPLATE))
-            results = self._classify(several, labels, template)
+            results = self._classify(several, **{name: parameters[name] for name in given})
         return results if isinstance(inputs, list) else results[0]
 
     def _find_instruction(self, name: Any) -> str:
@@ -102,24 +99,25 @@ class EndpointHandler:
             raise ValueError(f"prompt_name: got {name!r}; known are {list(instructions)}.")
         return str(instructions[name])
 
-    def _embed(self, inputs: Sequence[Any], dimensions: int | None, instruction: str) -> list[Any]:
+    def _embed(self, inputs: Sequence[Any], parameters: dict[str, Any]) -> list[Any]:
         """Embed texts and images in batches, and return them in their order."""
-        read = [self._read_input(one) for one in inputs]
+        instruction = self._find_instruction(parameters.get("prompt_name"))
+        width = self.model.config.projection_dim
+        dimensions = parameters.get("dimensions")
+        dimensions = width if dimensions is None else dimensions
+        if type(dimensions) is not int or not 0 < dimensions <= width:  # True is an int, too
+            raise ValueError(f"dimensions: got {dimensions!r}; give an integer from 1 to {width}.")
+        read = [self._read_input(content) for content in inputs]
         rows: dict[int, list[float]] = {}
         for modality in ("text", "image"):
-            places = [place for place, (found, _) in enumerate(read) if found == modality]
+            places = [place for place, (kind, _) in enumerate(read) if kind == modality]
             if places and not self.encodes[modality]:
                 raise ValueError(f"This model encodes no {modality}s.")
             for start in range(0, len(places), BATCH_SIZE):
                 batch = places[start : start + BATCH_SIZE]
                 embeds = self._encode(modality, [read[place][1] for place in batch], instruction)
-                if dimensions is not None:
-                    if dimensions > embeds.shape[1]:
-                        raise ValueError(
-                            f"dimensions: got {dimensions}; the model has {embeds.shape[1]}."
-                        )
-                    embeds = F.normalize(embeds[:, :dimensions], dim=-1)
-                rows |= dict(zip(batch, embeds.tolist(), strict=True))
+                shortened = F.normalize(embeds[:, :dimensions], dim=-1).tolist()
+                rows |= dict(zip(batch, shortened, strict=True))
         return [rows[place] for place in range(len(read))]
 
     @torch.inference_mode()
@@ -139,12 +137,24 @@ class EndpointHandler:
 
     @torch.inference_mode()
     def _classify(
-        self, inputs: Sequence[Any], labels: list[str], template: str
+        self,
+        inputs: Sequence[Any],
+        candidate_labels: Any,
+        hypothesis_template: Any = HYPOTHESIS_TEMPLATE,
     ) -> list[list[dict[str, Any]]]:
         """Compare each image with the sentences of all labels."""
         if not all(self.encodes.values()):
             raise ValueError("This model has one tower; labels need texts and images.")
-        images = [self._read_input(one, is_image=True)[1] for one in inputs]
+        given = candidate_labels if isinstance(candidate_labels, list) else []
+        labels = [label.strip() for label in given if isinstance(label, str)]
+        if not 0 < len(set(labels) - {""}) == len(given) <= MAX_LABELS:
+            raise ValueError(
+                f"candidate_labels: give a list of 1 to {MAX_LABELS} different labels, none blank."
+            )
+        template = str(hypothesis_template)
+        if template.count("{}") != 1 or template.count("{") != 1:
+            raise ValueError("hypothesis_template: give a sentence with {} where the label goes.")
+        images = [self._read_input(content, is_image=True)[1] for content in inputs]
         sentences = [template.format(label) for label in labels]
         texts = torch.cat(
             [
@@ -160,58 +170,25 @@ class EndpointHandler:
             results.append([{"label": label, "score": score} for label, score in pairs])
         return results
 
-    def _read_input(self, one: Any, *, is_image: bool = False) -> tuple[str, Any]:
+    def _read_input(self, content: Any, *, is_image: bool = False) -> tuple[str, Any]:
         """Return the modality of an input, and the text or image."""
-        if isinstance(one, Image.Image):
-            return "image", self._open(one)
-        is_text = False
-        if isinstance(one, dict) and len(one) == 1:
-            (name, one) = next(iter(one.items()))
-            if name not in ("text", "image") or (is_image and name == "text"):
-                raise ValueError(
-                    f"inputs: got {name!r}; give an image{'' if is_image else ' or a text'}."
-                )
-            is_image, is_text = name == "image", name == "text"
-        if not isinstance(one, str) or not one.strip():
+        if isinstance(content, Image.Image):
+            return "image", self._open(content)
+        kind = "image" if is_image or _DATA_URL.match(str(content)) else "text"
+        if isinstance(content, dict) and len(content) == 1:
+            ((kind, content),) = content.items()
+        if kind not in ("text", "image") or (is_image and kind == "text"):
+            wanted = "an image" if is_image else "an image or a text"
+            raise ValueError(f"inputs: got {kind!r}; give {wanted}.")
+        if not isinstance(content, str) or not content.strip():
             raise ValueError(
-                f"inputs: got {str(one)[:_SHOWN]!r}; give a text, or base64 of an image."
+                f"inputs: got {str(content)[:_SHOWN]!r}; give a text, or base64 of an image."
             )
-        if is_image or (not is_text and _DATA_URL.match(one)):
-            return "image", self._open(_decode(one))
-        return "text", one
+        return kind, content if kind == "text" else self._open(_decode(content))
 
     def _open(self, image: Any) -> Any:
         """Refuse an image by its header, before its pixels fill the memory."""
         return self.processor.open_image(image, name="An image", max_megapixels=MAX_MEGAPIXELS)
-
-
-def _read_labels(labels: Any) -> list[str] | None:
-    if labels is None:
-        return None
-    if isinstance(labels, str):  # as a query string has them
-        labels = labels.split(",")
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise ValueError("candidate_labels: give a list of strings.")
-    names: list[str] = [label.strip() for label in labels]
-    if not 0 < len(names) <= MAX_LABELS or not all(names) or len(set(names)) < len(names):
-        raise ValueError(
-            f"candidate_labels: give 1 to {MAX_LABELS} different labels, none of them blank."
-        )
-    return names
-
-
-def _read_template(template: Any) -> str:
-    if not isinstance(template, str) or template.count("{}") != 1 or template.count("{") != 1:
-        raise ValueError("hypothesis_template: give a sentence with {} where the label goes.")
-    return template
-
-
-def _read_dimensions(dimensions: Any) -> int | None:
-    if dimensions is None:
-        return None
-    if not isinstance(dimensions, int) or isinstance(dimensions, bool) or dimensions < 1:
-        raise ValueError(f"dimensions: got {dimensions!r}; give a positive integer.")
-    return dimensions
 
 
 def _decode(text: str) -> io.BytesIO:

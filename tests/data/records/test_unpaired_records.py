@@ -254,7 +254,9 @@ def test_texts_of_one_group_are_texts_of_their_own_in_every_format(
         file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     else:
         pq.write_table(pa.Table.from_pylist(rows), file)
+    pairs = load_records(file, require_images=False)
     records = load_records(file, modality="text")
+    assert [record.name for record in pairs] == [record.name for record in records]
     first = 1 if suffix == ".jsonl" else 0  # lines count from 1, rows from 0
     assert [record.name for record in records] == [f"{file.name}/{first + n}" for n in range(3)]
     assert {record.group_id for record in records} == {"g"}

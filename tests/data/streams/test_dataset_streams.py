@@ -15,6 +15,7 @@ from packaging.version import Version
 
 from modeling_llm2clip.data.streams.dataset_streams import stream_dataset
 from modeling_llm2clip.data.streams.record_streams import RecordStream, make_loader, read_report
+from modeling_llm2clip.data.streams.stream_report import TooManyLostError
 
 COLUMNS = {"image": "img", "captions": "texts", "group_id": "label"}
 
@@ -231,3 +232,10 @@ def test_images_that_map_decoded_are_refused_by_name(
         pytest.skip("datasets 3.2 encodes anew what map returned; versions between were not tried")
     with pytest.raises(ValueError, match=r"row 0: the image is a .*decoded.*decode=False"):
         list(stream_dataset(decoded, columns=COLUMNS))
+
+
+def test_a_stream_that_lost_every_sample_ends_with_an_error() -> None:
+    """Three samples are few to lose, and all that there are; a row of a path has none."""
+    rows = datasets.Dataset.from_dict({"image": ["a.png"] * 3, "text": ["a", "b", "c"]})
+    with pytest.raises(TooManyLostError, match="lost 3 samples"):
+        list(stream_dataset(rows.to_iterable_dataset(), max_lost_share=0.5))

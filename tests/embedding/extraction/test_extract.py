@@ -157,6 +157,10 @@ def test_a_complete_store_that_is_read_only_is_taken_as_it_is(
     with read_only(folder):
         extract_captions(model, records[:2], folder)
     assert read_bytes(folder) == before
+    [shard] = folder.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match=r"1 damaged file: shard-00000.*SHA-256"):
+        extract_captions(model, records[:2], folder)
 
 
 def test_another_model_prompt_pooling_length_dtype_or_data_is_refused_with_both_values(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from published_datasets import (
@@ -55,11 +54,3 @@ def test_choices_with_images_cannot_be_read_without_them(tmp_path: Path) -> None
     folder = write_sugarcrepe(tmp_path)
     with pytest.raises(ValueError, match="sugarcrepe-text"):
         load_dataset(tiny_spec("sugarcrepe", items=7), folder, require_images=False)
-
-
-def test_a_choice_dataset_refuses_items_of_another_form() -> None:
-    item = ChoiceItem(name="1", category="all", captions=("one", "two"), anchor="three")
-    good: dict[str, Any] = {"name": "own", "lang": "en", "form": "text", "items": (item,)}
-    ChoiceDataset(**good)
-    with pytest.raises(ValueError, match="0 images and anchor 'three'; form 'image' has 1"):
-        ChoiceDataset(**{**good, "form": "image"})

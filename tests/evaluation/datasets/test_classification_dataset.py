@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from published_datasets import (
     write_images,
 )
 
-from modeling_llm2clip.data.validation_errors import DataValidationError
 from modeling_llm2clip.evaluation.datasets.classification_dataset import (
     ClassificationDataset,
     LabeledImages,
@@ -48,34 +46,36 @@ def test_a_protocol_says_which_class_names_were_in_the_prompts(tmp_path: Path) -
     assert stated[3]["templates"] == ["a photo of a {}."]
 
 
-def test_repeated_class_names_are_reported_or_their_classes_skipped(tmp_path: Path) -> None:
+def test_classes_of_one_name_are_kept_and_listed(tmp_path: Path) -> None:
     folder = write_imagenet(tmp_path / "imagenet")
-    (folder / "LOC_synset_mapping.txt").write_text(
-        "n01440764 crane\nn01443537 crane\nn01484850 tench, Tinca tinca\n", encoding="utf-8"
-    )
+    mapping = "n01440764 crane\nn01443537 crane\nn01484850 tench, Tinca tinca\n"
+    (folder / "LOC_synset_mapping.txt").write_text(mapping, encoding="utf-8")
     spec = tiny_spec("imagenet", images=6, classes=3)
-    assert errors_of(spec, folder) == {"class name repeated": 2}
+    with pytest.warns(UserWarning, match=r"several classes are named crane; .*count as wrong"):
+        found = load_dataset(spec, folder)
+    assert isinstance(found, ClassificationDataset)
+    assert found.class_names == ("crane", "crane", "tench")
+    assert found.protocol["repeated_class_names"] == ["crane"]
+    assert found.protocol["skipped"] == {} and len(found.images) == 6
+
+
+def test_images_of_classes_without_a_name_are_skipped_and_counted(tmp_path: Path) -> None:
+    folder = write_imagenet(tmp_path / "imagenet")
+    mapping = "n01440764 goldfish\nn01484850 tench, Tinca tinca\n"
+    (folder / "LOC_synset_mapping.txt").write_text(mapping, encoding="utf-8")
+    (folder / "val" / "n01440764" / "notes.txt").touch()
+    spec = tiny_spec("imagenet", images=6, classes=3)
+    assert errors_of(spec, folder) == {"class without a name": 1, "not an image": 1}
+    found = load_dataset(spec, folder, skip_invalid=True)
+    assert isinstance(found, ClassificationDataset)
+    assert (found.class_names, found.labels) == (("goldfish", "tench"), (0, 0, 1, 1))
+    assert found.protocol["skipped"] == {"class without a name": 1, "not an image": 1}
+    assert found.protocol["images_of_skipped_classes"] == 2
+    assert found.protocol["skipped_samples"] == 3  # those two, and the file that is not an image
     # The one class that is left would be right whatever a model says.
+    (folder / "LOC_synset_mapping.txt").write_text("n01440764 goldfish\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"left are 2 images and 1 of the classes.*at least two"):
         load_dataset(spec, folder, skip_invalid=True)
-    write_images(folder / "val" / "n99", ["a.JPEG"])
-    with (folder / "LOC_synset_mapping.txt").open("a", encoding="utf-8") as lines:
-        lines.write("n99 goldfish\n")
-    (folder / "val" / "n99" / "notes.txt").touch()
-    larger = tiny_spec("imagenet", images=7, classes=4)
-    found = load_dataset(larger, folder, skip_invalid=True)
-    assert isinstance(found, ClassificationDataset)
-    assert (found.class_names, found.labels) == (("tench", "goldfish"), (0, 0, 1))
-    assert found.protocol["skipped"] == {"class name repeated": 2, "not an image": 1}
-    assert found.protocol["images_of_skipped_classes"] == 4
-    assert found.protocol["skipped_samples"] == 5  # those four, and the file that is not an image
-    shutil.rmtree(folder / "val" / "n99")
-    mapping = (folder / "LOC_synset_mapping.txt").read_text(encoding="utf-8")
-    (folder / "LOC_synset_mapping.txt").write_text(mapping.replace("n99 goldfish\n", ""), "utf-8")
-    names = {"n01440764": "crane (bird)", "n01443537": "crane (machine)", "n01484850": "tench"}
-    named = load_dataset(spec, folder, class_names=names)
-    assert isinstance(named, ClassificationDataset)
-    assert named.labels == (0, 0, 1, 1, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -91,30 +91,13 @@ def test_class_names_that_some_model_cannot_distinguish_are_repeats(
 ) -> None:
     folder = write_imagenet(tmp_path / "imagenet")
     spec = tiny_spec("imagenet", images=6, classes=3)
-    assert errors_of(spec, folder, class_names=names) == {"class name repeated": 2}
-    found = load_dataset(spec, folder, class_names=names, allow_repeated_class_names=True)
+    with pytest.warns(UserWarning, match="several classes are named"):
+        found = load_dataset(spec, folder, class_names=names)
     assert isinstance(found, ClassificationDataset)
     assert found.class_names == tuple(names)
     assert found.protocol["repeated_class_names"] == [names[2]]
     # Other words: a model that does not lower-case has two classes.
     assert load_dataset(spec, folder, class_names=["Maße", "dog", "Masse"])
-
-
-def test_classes_of_one_name_are_kept_and_listed_if_that_is_allowed(tmp_path: Path) -> None:
-    folder = write_imagenet(tmp_path / "imagenet")
-    (folder / "LOC_synset_mapping.txt").write_text(
-        "n01440764 crane\nn01443537 crane\nn01484850 tench, Tinca tinca\n", encoding="utf-8"
-    )
-    spec = tiny_spec("imagenet", images=6, classes=3)
-    with pytest.raises(
-        DataValidationError, match=r"n01443537: crane(?s:.)*allow_repeated_class_names"
-    ):
-        load_dataset(spec, folder)
-    found = load_dataset(spec, folder, allow_repeated_class_names=True)
-    assert isinstance(found, ClassificationDataset)
-    assert found.class_names == ("crane", "crane", "tench")
-    assert found.protocol["repeated_class_names"] == ["crane"]
-    assert found.protocol["skipped"] == {} and len(found.images) == 6
 
 
 def test_class_names_in_order_must_be_as_many_as_classes(tmp_path: Path) -> None:

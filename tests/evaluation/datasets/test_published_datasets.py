@@ -37,7 +37,6 @@ def test_a_published_dataset_has_the_counts_and_checksums_of_its_spec(
             image_dir=images,
             lang=lang,
             require_images=not has_only_texts,
-            allow_repeated_class_names=True,  # ImageNet's own: crane, maillot, cardigan
             cache=cache,
         )
         assert found.protocol["skipped"] == {}

@@ -1,4 +1,4 @@
-"""Models of sentence-transformers, and what is read of them without their weights."""
+"""Models of sentence-transformers, described as the library runs them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from tiny_encoders import encode, unit
 from transformers import AutoProcessor
 
 from modeling_llm2clip.configs.evaluation_config import EvaluatedModel
+from modeling_llm2clip.configs.export_config import ExportConfig
 from modeling_llm2clip.evaluation.encoders.auto import load_encoder
-from modeling_llm2clip.evaluation.encoders.sentence_transformers_models import _read_files
+from modeling_llm2clip.publishing.export_model import export_model
 
 
 def test_a_sentence_transformer_without_images_says_so(models: Any) -> None:
@@ -37,20 +38,6 @@ def test_our_folder_is_a_sentence_transformer_if_that_is_requested(
         torch.testing.assert_close(unit(found), unit(wanted), rtol=0, atol=ROUNDING)
 
 
-@pytest.mark.parametrize("model_type", ["sentence-transformers", "llm2clip"])
-def test_files_say_of_a_sentence_transformer_what_it_says_itself(
-    model_type: str, models: Any
-) -> None:
-    from sentence_transformers import SentenceTransformer
-
-    loaded = SentenceTransformer(str(models(model_type)), device="cpu")
-    found = _read_files(models(model_type))
-    assert found.modules == tuple(type(module).__name__ for module in loaded)
-    assert (found.images is not None) == ("image" in loaded.modalities)
-    assert found.longest_text == loaded.max_seq_length
-    assert found.default_prompt == loaded.prompts.get(loaded.default_prompt_name)
-
-
 @pytest.mark.parametrize(
     ("written", "max_tokens"),
     [
@@ -59,23 +46,23 @@ def test_files_say_of_a_sentence_transformer_what_it_says_itself(
         ({}, 24),
     ],
 )
-def test_older_files_of_a_sentence_transformer_are_read_as_it_reads_them(
+def test_a_sentence_transformer_is_described_as_it_reads_its_files(
     written: dict[str, Any], max_tokens: int, models: Any, tmp_path: Path
 ) -> None:
-    from sentence_transformers import SentenceTransformer
-
     folder = tmp_path / "old"
     shutil.copytree(models("sentence-transformers"), folder)
     (folder / "sentence_bert_config.json").write_text(json.dumps(written), encoding="utf-8")
     (folder / "config_sentence_transformers.json").write_text(
         '{"prompts": {"query": "find: "}, "default_prompt_name": "query"}', encoding="utf-8"
     )
-    found = _read_files(folder)
-    loaded = SentenceTransformer(str(folder), device="cpu")
-    assert found.longest_text == loaded.max_seq_length == max_tokens
-    assert tuple(loaded.modalities) == ("text",) and found.images is None
-    assert found.default_prompt == "find: "
-    assert found.lower_case is bool(written.get("do_lower_case"))
+    encoder = load_encoder(folder)
+    described = encoder.description
+    assert described.images is None and described.text is not None
+    assert (described.text["prompt"], described.text["max_tokens"]) == ("find: ", max_tokens)
+    assert described.text["lower_case"] is bool(written.get("do_lower_case"))
+    assert described.text["modules"][0] == "Transformer"
+    long = encoder.encode_texts(["a dog", "a dog and a cat " * 60])
+    assert long.is_truncated is not None and long.is_truncated.tolist() == [False, True]
 
 
 def test_a_sentence_transformer_of_static_embeddings_has_no_limit_and_truncates_nothing(
@@ -95,14 +82,8 @@ def test_a_sentence_transformer_of_static_embeddings_has_no_limit_and_truncates_
 
 
 def test_a_sentence_transformer_without_texts_is_refused(models: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "blind"
-    shutil.copytree(models("sentence-transformers"), folder)
-    (folder / "sentence_bert_config.json").write_text('{"modality_config": {"audio": {}}}', "utf-8")
-    with pytest.raises(ValueError, match=r"\('audio',\) and no texts"):
-        assert load_encoder(folder).description
-
-
-def test_a_damaged_list_of_modules_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "modules.json").write_text("[{", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"modules\.json is missing or damaged"):
-        load_encoder(tmp_path)
+    config = ExportConfig(components="vision")
+    folder = export_model(models("llm2clip"), tmp_path / "vision", config)
+    model = EvaluatedModel(source=str(folder), model_type="sentence-transformers")
+    with pytest.raises(ValueError, match=r"encodes \['image'\] and no texts"):
+        assert load_encoder(model).description

@@ -44,28 +44,19 @@ def make(images, texts, num_images=2, num_texts=2):
     ("build", "message"),
     [
         (lambda: make([0, 1, 0], [0, 1, 0]), r"1 repeated pair: \(0, 0\)"),
-        (lambda: make([0, 1, 2], [0, 1, 0]), r"image rows outside 0 … 1: 2"),
-        (lambda: make([0, 1], [-1, 1]), r"text rows outside 0 … 1: -1"),
-        (lambda: make([0, 1], [0, 0]), r"1 text without image: rows 1"),
-        (lambda: make([0, 0], [0, 1]), r"1 image without text: rows 1"),
-        (lambda: make([0, 0], [0, 0]), r"image without text: rows 1; 1 text without image"),
-        (lambda: make([0, 1, 1], [0, 1]), r"\(3,\) and text_of_pair \(2,\) must be two lists"),
+        (lambda: make([0, 1, 2], [0, 1, 0]), r"image_of_pair must have rows from 0 to 1.* 2\."),
+        (lambda: make([0, 1], [-1, 1]), r"text_of_pair must have rows from 0 to 1.*got -1, 1"),
+        (lambda: make([0, 1], [0, 0]), r"images without a text: none; .* without an image: 1\."),
+        (lambda: make([0, 0], [0, 1]), r"images without a text: 1; .* without an image: none\."),
+        (lambda: make([0, 0], [0, 0]), r"repeated pair: \(0, 0\)"),
+        (lambda: make([0, 1, 1], [0, 1]), r"text_of_pair is torch.int64 \(2,\); it must have one"),
         (lambda: make([0.0, 1.0], [0, 1]), r"image_of_pair is torch.float32"),
-        (lambda: make([], [], 0, 0), r"torch.float32; row numbers must be torch.int64"),
-        (lambda: Correspondence.from_group_ids([], []), r"there is no image; there is no text"),
-        (
-            lambda: Correspondence.from_group_ids("ab", "bc"),
-            r"1 group id only among the images: 'a'; "
-            r"1 group id only among the texts: 'c'",
-        ),
-        (
-            lambda: Correspondence.from_group_ids(range(9), "a"),
-            r"9 group ids only among the images: 0, 1, 2, 3, 4 and 4 more",
-        ),
-        (lambda: Correspondence.from_image_of_text([0, 2], 2), r"image rows outside 0 … 1: 2"),
+        (lambda: Correspondence.from_group_ids([], []), r"at least one; got none"),
+        (lambda: Correspondence.from_group_ids("ab", "bc"), r"images without a text: 0; .*: 1\."),
+        (lambda: Correspondence.from_image_of_text([0, 2], 2), r"rows from 0 to 1.*got 0, 2"),
     ],
 )
-def test_incomplete_or_repeated_pairs_are_refused_with_all_errors(build, message):
+def test_incomplete_or_repeated_pairs_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
 
@@ -75,5 +66,5 @@ def test_distractors_are_rows_without_a_counterpart_where_they_are_allowed():
     images, texts = found.list_distractors()
     assert (images.tolist(), texts.tolist()) == ([2], [2, 3])
     assert found.texts_of_images().counts.tolist() == [1, 1, 0, 1]
-    with pytest.raises(ValueError, match="no image has a text"):
+    with pytest.raises(ValueError, match="at least one; got none"):
         Correspondence.from_group_ids("ab", "cd", allows_distractors=True)

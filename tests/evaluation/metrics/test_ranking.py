@@ -226,14 +226,14 @@ def test_working_memory_does_not_grow_with_the_rows(dtype, spread):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda i, t: (i[:, :2], t), r"width 2, texts 3"),
+        (lambda i, t: (i[:, :2], t), r"text_embeds are .*width of the other"),
         (lambda i, t: (i, t / torch.tensor([[1], [0], [1.0]])), r"text_embeds row 1 has a NaN"),
         (lambda i, t: (i * torch.tensor([[1.0], [torch.nan]]), t), r"image_embeds row 1 has a NaN"),
-        (lambda i, t: (i[:1], t), r"image_embeds \(1, 3\) must have one row for each of the 2 im"),
-        (lambda i, t: (i, t[0]), r"text_embeds \(3,\) must have one row for each of the 3 texts"),
+        (lambda i, t: (i[:1], t), r"image_embeds are .*one row for each of the 2 im"),
+        (lambda i, t: (i, t[0]), r"text_embeds are .*one row for each of the 3 te"),
         (
             lambda i, t: (i, t.long()),
-            r"text_embeds are torch.int64; they must have a float dtype",
+            r"text_embeds are torch.int64 \(3, 3\); they must have a float dtype",
         ),
     ],
 )

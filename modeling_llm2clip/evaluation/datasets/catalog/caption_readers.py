@@ -7,7 +7,7 @@ in these formats needs no code.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -50,7 +50,7 @@ class JsonCaptions:
         items: Field of the list of records, unless the file itself is a list.
         parent: Field of the folder of the image.
         name: The image's name, from `{name}` and `{folder}`, which is that of the file.
-        subfolder: Folder of the images, unless the reading names another.
+        subfolder: Folder of the images, if it exists and the reading names no other.
         other_splits: Values of `split` besides `test`; empty if there are no splits. A file that
             is a list has only the test split.
         first: How many records are read, of a list that is too large for memory.
@@ -74,6 +74,8 @@ class JsonCaptions:
     def __call__(self, reading: DatasetReading) -> Iterator[PublishedRecord]:
         """Yield a record per image, in the order of the files."""
         paths = [path.format(lang=reading.lang).split(".") for path in self.captions]
+        if reading.image_dir is None and (reading.data_folder / self.subfolder).is_dir():
+            reading.image_dir = reading.data_folder / self.subfolder
         for names in self.files:
             file = reading.find_file(*names, advice=self.advice)
             folder = "".join(names[0].rpartition("/")[:2])
@@ -89,8 +91,7 @@ class JsonCaptions:
                     if parent := fields.get(self.parent):
                         name = f"{parent}/{name}"
                     name = self.name.format(name=name, folder=folder)
-                    image = self._find_image(reading, name)
-                    yield PublishedRecord(f"{folder}{place}", name, tuple(captions), image)
+                    yield PublishedRecord(f"{folder}{place}", name, tuple(captions))
 
     def _iterate(
         self, file: Path, reading: DatasetReading
@@ -117,12 +118,6 @@ class JsonCaptions:
                 yield place, fields
             elif fields.get("split") not in self.other_splits:
                 reading.errors.add("no split, or an unknown one", place)
-
-    def _find_image(self, reading: DatasetReading, name: str) -> Path | None:
-        if not self.subfolder or reading.image_dir is not None:
-            return None
-        image = reading.data_folder / self.subfolder / name
-        return image if image.is_file() else None
 
 
 def _find_values(fields: Mapping[str, Any], path: list[str]) -> list[Any]:
@@ -197,32 +192,18 @@ def read_urban1k(reading: DatasetReading) -> Iterator[PublishedRecord]:
             "'caption' and 'image'."
         )
     captions = {file.stem: file for file in (root / "caption").glob("*.txt")}
-    images: dict[str, list[Path]] = {}
+    images: dict[str, list[Path | None]] = {}
     for file in sorted((reading.image_dir or root / "image").glob("*")):
         if is_image(file):
             images.setdefault(file.stem, []).append(file)
     num_longer = 0
-    for name in sorted(
-        captions.keys() | images.keys(),
-        key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name),
-    ):
-        place, lines, errors = f"caption/{name}.txt", [], []
-        if name in captions:
-            try:
-                lines = read_lines(captions[name])
-            except ValueError:
-                errors.append(("not UTF-8", place))
-        if len(found := images.get(name, [])) > 1:
-            shown = ", ".join(file.name for file in found)
-            errors.append(("several images of one name", f"{place}: {shown}"))
-        for error in errors:
-            reading.errors.add(*error)
-        reading.num_errors_of_yielded += len(errors)
+    for name in sorted(captions.keys() | images.keys(), key=lambda name: name.zfill(9)):
+        lines = read_lines(captions[name]) if name in captions else []
         num_longer += any(line.strip() for line in lines[1:])
-        image = found[0] if found else None
-        yield PublishedRecord(
-            place, f"{name}.jpg", tuple(lines[:1]), image=image, is_valid=not errors
-        )
+        for image in images.get(name, [None]):
+            yield PublishedRecord(
+                f"caption/{name}.txt", f"{name}.jpg", tuple(lines[:1]), image=image
+            )
     reading.notes["captions_truncated_to_first_line"] = num_longer
 
 
@@ -266,26 +247,15 @@ def read_flickr30k_cn(reading: DatasetReading) -> Iterator[PublishedRecord]:
         advice="Get it from the folder `test` of Flickr30k-CNA, zero.so.com/download.html.",
     )
     for stem, lines in _group_lines(file, reading).items():
-        errors = list(_find_errors(lines))
-        for error, place in errors:
-            reading.errors.add(error, place)
-        reading.num_errors_of_yielded += len(errors)
-        ordered = lines if errors else sorted(lines, key=lambda line: int(line.number))
-        captions = tuple(line.text for line in ordered)
-        yield PublishedRecord(lines[0].place, f"{stem}.jpg", captions, is_valid=not errors)
-
-
-def _find_errors(lines: Iterable[_Line]) -> Iterator[tuple[str, str]]:
-    seen: set[int] = set()
-    for line in lines:
-        if not line.number.isdecimal():
-            yield "caption without a number", line.place
-        elif int(line.number) in seen:
-            yield "number of a caption repeated", line.place
+        place = lines[0].place
+        texts = {int(line.number): line.text for line in lines}
+        if len(texts) < len(lines):
+            reading.errors.add("number of a caption repeated", place)
+        elif any(map(_SPLIT_INTO_WORDS.fullmatch, texts.values())):
+            reading.errors.add("caption split into words with parts of speech", place)
         else:
-            seen.add(int(line.number))
-        if _SPLIT_INTO_WORDS.fullmatch(line.text):
-            yield "caption split into words with parts of speech", line.place
+            captions = tuple(texts[number] for number in sorted(texts))
+            yield PublishedRecord(place, f"{stem}.jpg", captions)
 
 
 def read_coco_cn(reading: DatasetReading) -> Iterator[PublishedRecord]:
@@ -318,11 +288,12 @@ def _group_lines(file: Path, reading: DatasetReading) -> dict[str, list[_Line]]:
     for row, line in enumerate(read_lines(file), start=1):
         place = f"{file.name} line {row}"
         label, *text = line.split(maxsplit=1)
-        stem, mark, rest = label.partition("#")
-        if not mark or not stem:
+        stem, _, rest = label.partition("#")
+        number = rest.rpartition("#")[2]
+        if not stem or not number.isdecimal():
             reading.errors.add("no 'image#number' at the start of the line", place)
             continue
-        found = _Line(place, rest.rpartition("#")[2], text[0] if text else "")
+        found = _Line(place, number, text[0] if text else "")
         lines.setdefault(stem.removesuffix(".jpg"), []).append(found)
     return lines
 

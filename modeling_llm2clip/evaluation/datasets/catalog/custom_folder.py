@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -11,9 +10,7 @@ import numpy as np
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from ....data.records.data_hashes import hash_records
-from ....data.records.record_columns import IMAGE_FILE
 from ....data.records.record_loading import CollectedRecords, collect_records
-from ....data.records.record_table import RecordTable
 from ....data.records.records import CaptionedImage
 from ....data.validation_errors import ErrorCollector
 from ..dataset_spec import (
@@ -21,7 +18,6 @@ from ..dataset_spec import (
     OF_DISTRACTORS,
     DatasetReading,
     DatasetSpec,
-    is_image,
 )
 from ..retrieval_dataset import PublishedRecord
 
@@ -41,10 +37,8 @@ def read_custom_folder(reading: DatasetReading, *, long: bool = False) -> Iterat
     Errors of other languages stop the reading too, but nothing of this language is skipped for
     them.
     """
-    collected, num_unused = _collect(reading)
+    collected = _collect(reading)
     records = collected.records
-    if num_unused:
-        reading.notes["images_without_a_record"] = num_unused
     if records.skipped:
         reading.notes["rows_skipped"] = records.skipped
     reading.errors.extend(collected.stray)
@@ -73,7 +67,7 @@ def read_custom_folder(reading: DatasetReading, *, long: bool = False) -> Iterat
 
 def _find_languages(reading: DatasetReading) -> tuple[str, ...]:
     """List the languages of a folder by first occurrence; errors are reported later."""
-    collected, _ = _collect(reading)
+    collected = _collect(reading)
     batches = collected.records.iterate_columns(("lang",))
     languages = dict.fromkeys(lang for b in batches for lang in b.column(0).unique().to_pylist())
     if not languages:
@@ -85,41 +79,20 @@ def _find_languages(reading: DatasetReading) -> tuple[str, ...]:
     return tuple(languages)
 
 
-def _collect(reading: DatasetReading) -> tuple[CollectedRecords, int]:
-    """Read the folder once for all languages, and count the images that no record names."""
+def _collect(reading: DatasetReading) -> CollectedRecords:
+    """Read the folder, once for all languages."""
     fields = tuple(reading.ignore_fields)
     how = (reading.folder, reading.image_dir, reading.require_images, fields)
     if how not in reading.cache.records:
-        collected = collect_records(
+        reading.cache.records[how] = collect_records(
             str(reading.folder),
             image_dir=reading.image_dir,
             require_images=reading.require_images,
             ignore_fields=reading.ignore_fields,
             cache=reading.cache.keeps_indexes,
         )
-        num_unused = _count_unused(reading, collected.records)
-        reading.cache.records[how] = collected, num_unused
-    found: tuple[CollectedRecords, int] = reading.cache.records[how]
-    return found
-
-
-def _count_unused(reading: DatasetReading, records: RecordTable) -> int:
-    if not reading.require_images:
-        return 0
-    used = {
-        os.path.normpath(file)
-        for batch in records.iterate_columns(("image_file", "image_kind"))
-        for file, kind in zip(*(column.to_pylist() for column in batch.columns), strict=True)
-        if kind == IMAGE_FILE
-    }
-    if not used:
-        return 0
-    given = reading.data_folder
-    folder = given if given.is_dir() else given.parent
-    return sum(
-        is_image(file) and os.path.normpath(file) not in used
-        for file in (reading.image_dir or folder).rglob("*")
-    )
+    collected: CollectedRecords = reading.cache.records[how]
+    return collected
 
 
 def _publish(

@@ -159,9 +159,9 @@ def test_the_first_captions_of_flickr30k_cn_are_those_of_the_lowest_numbers(
     assert isinstance(whole, RetrievalDataset) and isinstance(shuffled, RetrievalDataset)
     assert set(shuffled.captions) == set(whole.captions)
     file.write_text("\n".join([lines[1], *lines, "1009434119#zhm#x 无"]), encoding="utf-8")
-    assert errors_of(spec, folder, **options) == {
+    assert errors_of(tiny_spec("flickr30k-cn"), folder, **options) == {
         "number of a caption repeated": 1,
-        "caption without a number": 1,
+        "no 'image#number' at the start of the line": 1,
     }
 
 
@@ -174,7 +174,7 @@ def test_captions_of_flickr30k_cn_that_are_split_into_words_are_errors(tmp_path:
     lines[0] = "1007129816#zhm#0 一个:m 男人:n ，:wd 戴:v 帽子:n "
     lines[1] = "1007129816#zhm#1 时间 12:30 的:钟"  # a caption with colons
     file.write_text("\n".join(lines), encoding="utf-8")
-    assert errors_of(spec, folder, **options) == {
+    assert errors_of(tiny_spec("flickr30k-cn"), folder, **options) == {
         "caption split into words with parts of speech": 1
     }
     found = load_dataset(spec, folder, skip_invalid=True, **options)

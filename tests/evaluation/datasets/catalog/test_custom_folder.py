@@ -88,15 +88,6 @@ def test_a_repeated_image_is_reported_with_its_line(tmp_path: Path) -> None:
     assert found["skipped_samples"] == 1
 
 
-def test_images_of_a_folder_that_no_record_names_are_counted(tmp_path: Path) -> None:
-    folder = write_own_folder(tmp_path)
-    assert "images_without_a_record" not in load_dataset("folder", folder, lang="en").protocol
-    write_images(folder / "more", ["extra.jpg", "another.jpg"])
-    for lang in ("en", "de"):
-        protocol = load_dataset("folder", folder, lang=lang).protocol
-        assert protocol["images_without_a_record"] == 2
-
-
 def test_errors_of_another_language_are_not_skipped_samples_of_this_one(
     tmp_path: Path,
 ) -> None:

@@ -115,4 +115,4 @@ def test_an_image_that_kaggles_list_has_twice_is_an_error(tmp_path: Path) -> Non
     folder = write_imagenet_of_kaggle(tmp_path / "imagenet")
     lines = (folder / "LOC_val_solution.csv").read_text().splitlines()
     (folder / "LOC_val_solution.csv").write_text("\n".join([*lines, lines[1]]) + "\n")
-    assert errors_of(tiny_spec("imagenet", images=2, classes=3), folder) == {"image repeated": 1}
+    assert errors_of(tiny_spec("imagenet", classes=3), folder) == {"image repeated": 1}
