@@ -53,7 +53,7 @@ BUDGETS = {
     "cli": 1123,
     "configs": 846,
     "conversion": 636,
-    "data": 4642,
+    "data": 4649,
     "demo": 87,
     "doctor": 1348,
     "embedding": 1132,

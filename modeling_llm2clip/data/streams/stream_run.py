@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,9 +14,6 @@ from ..remote.remote_access import LostFileError
 from ..remote.shard_urls import drop_signatures
 from ..sources.shard_streams import BrokenShardError, StreamedSample
 from .stream_report import StreamReport, TooManyLostError
-
-if TYPE_CHECKING:
-    from .record_streams import RecordStream
 
 _STATE_VERSION = 2
 _DRAWS_AT_ONCE = 4096
@@ -57,6 +54,19 @@ class ShardReader:
         return None
 
 
+class Stream(Protocol):
+    """The stream that a run is a part of."""
+
+    reader: ShardReader
+    seed: int
+    buffer_size: int
+    max_lost_share: float
+    excluded_groups: frozenset[str]
+
+    def check(self, sample: StreamedSample) -> tuple[CaptionedImage | None, str]:
+        """Check the fields of a sample."""
+
+
 class PartEnd:
     """Comes behind the last batch of a worker."""
 
@@ -69,7 +79,7 @@ class StreamRun:
 
     def __init__(
         self,
-        stream: RecordStream,
+        stream: Stream,
         epoch: int,
         number: int,
         num_readers: int,
