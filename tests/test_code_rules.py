@@ -50,7 +50,7 @@ MOST_FUNCTION_LINES = 60
 BUDGETS = {
     ".": 2308,
     "building": 1364,
-    "cli": 1120,
+    "cli": 1115,
     "configs": 846,
     "conversion": 601,
     "data": 4649,
@@ -61,13 +61,13 @@ BUDGETS = {
     "evaluation": 2888,
     "model_folders": 1378,
     "publishing": 1093,
-    "recipes": 469,
-    "scheduling": 98,
+    "recipes": 451,
+    "scheduling": 83,
     "search": 1473,
     "serving": 1541,
-    "training": 4251,
+    "training": 3954,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 287, 8300
+MOST_FILES, MOST_DOCSTRING_LINES = 282, 8300
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(
