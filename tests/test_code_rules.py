@@ -60,13 +60,8 @@ BUDGETS = {
     "encoding": 703,
     "evaluation": 2846,
     "model_folders": 1378,
-<<<<<<< HEAD
-    "publishing": 1093,
-    "recipes": 445,
-=======
     "publishing": 954,
-    "recipes": 451,
->>>>>>> main
+    "recipes": 445,
     "scheduling": 83,
     "search": 1473,
     "serving": 1541,
