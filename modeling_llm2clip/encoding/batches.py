@@ -19,7 +19,8 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.images.image_sources import ArrowImage, ParquetImage, TarImage, open_image
+from .._suggestions import list_first
+from ..data.images.image_sources import ParquetImage, TarImage, open_image
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .float32 import float32_as_such
 from .tokenized_texts import TokenizedText
@@ -35,7 +36,6 @@ embeddings where a graph projects.
 
 _MOST_WORKERS = 8
 _PIXELS_AT_ONCE = 2**22
-_SHOWN = 5  # inputs that an error names
 
 
 class PreparedImages(NamedTuple):
@@ -269,12 +269,11 @@ def require_finite(
         return
     named = [
         f"number {row + 1}" + ("" if inputs is None else f" ({str(inputs[row])[:80]!r})")
-        for row in (rows[place] for place in broken[:_SHOWN])
+        for row in (rows[place] for place in broken)
     ]
-    more = f" and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
     raise ValueError(
         f"The model gives NaN or infinity for {len(broken)} of {len(rows)} inputs: "
-        f"{', '.join(named)}{more}. Run it in float32 (--dtype float32); if they remain, its "
+        f"{list_first(named)}. Run it in float32 (--dtype float32); if they remain, its "
         "weights are damaged: check its folder with llm2clip doctor."
     )
 
@@ -287,7 +286,7 @@ def list_keys(inputs: Sequence[Any]) -> list[Hashable]:
     """
     if not isinstance(inputs, list | tuple):
         return list(range(len(inputs)))
-    by_value = (str, os.PathLike, TarImage, ParquetImage, ArrowImage)
+    by_value = (str, os.PathLike, TarImage, ParquetImage)
     shared = [one.text if isinstance(one, TokenizedText) else one for one in inputs]
     keys: list[Any] = [one if isinstance(one, by_value) else ("id", id(one)) for one in shared]
     return keys
