@@ -27,7 +27,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from .._suggestions import MAX_LISTED, counted, list_first
-from ..configs.training_config import TrainingConfig
+from ..configs.config_fields import TrainingConfig
 from ..scheduling.graceful_stop import StopRequest
 from .run_folder import CHECKPOINTS, list_trained, mark_complete, require_finite
 

@@ -440,13 +440,6 @@ def test_siglip2s_own_layout_is_refused_by_name(small_data: str, tmp_path: Path)
            components="vision", onnx_data=small_data)  # fmt: skip
 
 
-def test_an_output_that_exists_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    (tmp_path / "output").mkdir()
-    (tmp_path / "output" / "file").touch()
-    with pytest.raises(FileExistsError, match="exists and is not empty"):
-        export_model("no-such-model", tmp_path / "output", ExportConfig(onnx=True))
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -511,13 +504,3 @@ def test_every_llm_family_is_exported(
     texts = ["x", "an owl " * 20]
     wanted = encode_texts(model, processor, texts)
     assert torch.allclose(load_onnx_encoder(folder).encode_texts(texts), wanted, atol=ROUNDING)
-
-
-def test_sentence_transformers_own_backend_gives_the_same(source: Path) -> None:
-    """Skipped until its backend can be installed beside transformers 5."""
-    pytest.importorskip("optimum.onnxruntime", reason="optimum-onnx wants transformers 4")
-    from sentence_transformers import SentenceTransformer
-
-    wanted = SentenceTransformer(str(source)).encode(CAPTIONS)
-    found = SentenceTransformer(str(source), backend="onnx").encode(CAPTIONS)
-    assert np.allclose(found, wanted, atol=ROUNDING)
