@@ -61,11 +61,11 @@ BUDGETS = {
     "evaluation": 2846,
     "model_folders": 1378,
     "publishing": 954,
-    "recipes": 451,
+    "recipes": 445,
     "scheduling": 83,
     "search": 1473,
     "serving": 1541,
-    "training": 3954,
+    "training": 3937,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 278, 8300
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
