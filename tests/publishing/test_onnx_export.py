@@ -38,7 +38,6 @@ from modeling_llm2clip.model_folders.onnx_folder import graph_file, open_session
 from modeling_llm2clip.publishing import onnx_graphs
 from modeling_llm2clip.publishing.onnx_checks import check_script
 
-ROOT = Path(__file__).parents[2]
 WITHOUT_TORCH = """
 import json, os, runpy, sys
 for name in ("torch", "transformers", "modeling_llm2clip"):
@@ -244,11 +243,6 @@ def run_script(folder: Path, texts: list[str], images: list[str]) -> list[np.nda
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return [np.array(embeds) for embeds in json.loads(done.stdout)]
-
-
-def test_the_page_shows_the_script_that_is_written(exported: Path) -> None:
-    page = (ROOT / "docs" / "onnx.md").read_text(encoding="utf-8")
-    assert (exported / "encode.py").read_text(encoding="utf-8") in page
 
 
 def test_the_record_states_what_the_files_are(exported: Path) -> None:
