@@ -65,7 +65,7 @@ BUDGETS = {
     "scheduling": 83,
     "search": 1473,
     "serving": 1541,
-    "training": 3937,
+    "training": 3941,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 278, 8300
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
