@@ -88,9 +88,7 @@ def search(
         register_heif_reader()
         if uses_torch:
             use_device(config.device)  # imports torch meanwhile
-        index = ImageIndex.from_database(
-            database, model=model, image_dir=image_dir, device=config.device
-        )
+        index = ImageIndex.open(database, model=model, image_dir=image_dir, device=config.device)
         parts: list[str | Path] = [*queries, *image]
         asked: list[Query] = [parts] if combine else [*parts]
         results = index.search(asked, top_k=top_k, where=where, exact=exact)
