@@ -64,7 +64,7 @@ def search(
         output: Folder for search.png and search.html; those of an earlier search are replaced.
             Default: none.
         model: Folder of the model if it was moved, or of its ONNX graphs, which start in half the
-            time. Default: as indexed.
+            time and take sentences alone. Default: as indexed.
         image_dir: Folder of the images if it was moved. Default: as indexed.
         limits: Which images are decoded.
         config: Where the model runs.
