@@ -42,8 +42,7 @@ if TYPE_CHECKING:
     from .embedding.embed import embed
     from .embedding.extract import extract, merge_store
     from .embedding.score_file import score_file
-    from .encoding.encode import encode_images, encode_texts
-    from .encoding.score_pairs import score_pairs
+    from .encoding.encode import encode_images, encode_texts, score_pairs
     from .evaluation.datasets.dataset_registry import load_dataset
     from .evaluation.evaluate import evaluate
     from .image_loading_llm2clip import (
@@ -103,8 +102,7 @@ _HOMES = {
     "data.validation_errors": ("DataValidationError",),
     "doctor.check_model": ("check_model",),
     "doctor.server_checks": ("check_server",),
-    "encoding.encode": ("encode_images", "encode_texts"),
-    "encoding.score_pairs": ("score_pairs",),
+    "encoding.encode": ("encode_images", "encode_texts", "score_pairs"),
     "evaluation.datasets.dataset_registry": ("load_dataset",),
     "evaluation.evaluate": ("evaluate",),
     "image_loading_llm2clip": (

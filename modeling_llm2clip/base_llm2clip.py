@@ -206,39 +206,18 @@ def quantize_llm_only(quantization_config: Any, *, class_name: str, has_llm: boo
     return config
 
 
-def require_restorable(model: nn.Module) -> None:
-    """Check that bitsandbytes would load the same weights that it saves.
-
-    It would not if the model was not loaded with its quantization, or has run 4-bit layers on a
-    CPU.
-    """
-    quantized = {
-        name: module
+def _require_full_precision(model: nn.Module) -> None:
+    """Refuse to save layers that bitsandbytes quantized, which it may not restore as they were."""
+    quantized = [
+        name
         for name, module in model.named_modules()
         if type(getattr(module, "weight", None)).__name__ in _QUANTIZED_WEIGHTS
-    }
-    if not quantized:
-        return
-    if getattr(model, "hf_quantizer", None) is None:
-        raise ValueError(
-            f"bitsandbytes quantized layers of it (first of {len(quantized)}: "
-            f"{next(iter(quantized))}), but the model was not loaded with a quantization_config, "
-            "so config.json would not record how to load them. Save the model with an LLM in full "
-            "precision, and quantize it while loading that folder."
-        )
-    # In the first pass on a CPU, bitsandbytes reorders 4-bit weights and rounds their scales to
-    # bfloat16. Saving does not fully undo that.
-    states = {name: getattr(m.weight, "quant_state", None) for name, m in quantized.items()}
-    reordered = [
-        name
-        for name, state in states.items()
-        if getattr(state, "packing_format_for_cpu", False) or hasattr(state, "original_qshape")
     ]
-    if reordered:
+    if quantized:
         raise ValueError(
-            f"{len(reordered)} 4-bit layers have run on a CPU (first: {reordered[0]}), where "
-            "bitsandbytes reorders their weights, so it would save other weights than it loaded. "
-            "Load the model again and save it before its first pass, or run it on a GPU."
+            f"bitsandbytes quantized layers of the model (first of {len(quantized)}: "
+            f"{quantized[0]}), which is not saved. Save it in full precision, and quantize it "
+            "while loading that folder (quantization_config)."
         )
 
 
@@ -341,7 +320,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             warnings.warn(
                 f"llm_int8_threshold={quantized.llm_int8_threshold}: bitsandbytes looks for "
                 "outliers in a whole batch, so a text's embedding depends on the other texts. Set "
-                "it to 0.0 in the BitsAndBytesConfig, or in the folder's config.json.",
+                "it to 0.0 in the BitsAndBytesConfig.",
                 stacklevel=2,
             )
         return (model, info) if wants_info else model
@@ -363,13 +342,13 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             **kwargs: Further arguments of transformers' `save_pretrained` and `push_to_hub`.
 
         Raises:
-            ValueError: The configuration would not load, `bitsandbytes` would load other weights
-                than it saves, or a LoRA is not merged: nothing is written. Or transformers saved
-                weights under names that do not load.
+            ValueError: The configuration would not load, bitsandbytes quantized the LLM, or a LoRA
+                is not merged: nothing is written. Or transformers saved weights under names that do
+                not load.
         """
         folder = Path(save_directory)
         self.config.require_loadable()
-        require_restorable(self)
+        _require_full_precision(self)
         _require_merged(self)
         towers = {n: m.dtype for n, m in self.named_children() if isinstance(m, PreTrainedModel)}
         if len(set(towers.values())) > 1:

@@ -35,7 +35,6 @@ DECODER_ERRORS = (
 # Errors of urllib, http and sockets; ValueError is for an invalid URL.
 _FETCH_ERRORS = (OSError, http.client.HTTPException, ValueError)
 _ORIENTATION = 0x0112  # of the EXIF standard; 1 is upright
-_UNSCALED = "do_rescale=False requires floats in [0, 1]; give those, or leave it out."
 _MOST_SHOWN = 200  # characters of a path in an error message
 _READ_AS_CHANNELS = (1, 2, 4)
 _PILLOWS_OWN = 2**30 // 4 // 3  # pixels, of which it warns
@@ -130,9 +129,7 @@ def _parse_limits(text: str) -> ImageLimits:
         ) from None
 
 
-def load_images(
-    images: Any, *, rescales: bool | None = True, limits: ImageLimits | None = None
-) -> Any:
+def load_images(images: Any, *, limits: ImageLimits | None = None) -> Any:
     """Load one image or a list of images as RGB.
 
     PIL images, paths and URLs become PIL images; arrays and tensors keep their type. Transparency
@@ -143,8 +140,6 @@ def load_images(
     Args:
         images: One image or a list: PIL images, paths, URLs, or RGB arrays and tensors of shape
             (H, W, 3) or (3, H, W). A 4-dimensional batch of these is read as a list.
-        rescales: Whether the image processor divides pixels by 255. True accepts integers, False
-            floats in [0, 1]. None is for an image processor that never does, and accepts both.
         limits: Which encoded images are decoded. Default: `get_image_limits()`.
 
     Returns:
@@ -169,13 +164,13 @@ def load_images(
     if len(getattr(images, "shape", ())) == 4:
         images = list(images)
     if not isinstance(images, list | tuple):
-        return _load_image(images, 1, rescales=rescales, limits=limits)
+        return _load_image(images, 1, limits=limits)
     if not images:
         raise ValueError("images is an empty list; give at least one image.")
     loaded, errors = [], []
     for number, image in enumerate(images, start=1):
         try:
-            loaded.append(_load_image(image, number, rescales=rescales, limits=limits))
+            loaded.append(_load_image(image, number, limits=limits))
         except ValueError as error:
             errors.append(str(error))
     if errors:
@@ -196,28 +191,20 @@ def unpack_pixels(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return pixels
 
 
-def _load_image(image: Any, number: int, *, rescales: bool | None, limits: ImageLimits) -> Any:
+def _load_image(image: Any, number: int, *, limits: ImageLimits) -> Any:
     if hasattr(image, "shape") and hasattr(image, "dtype"):
-        name = f"image number {number}"
-        return _check_array(image, name, rescales=rescales, limits=limits)
+        return _check_array(image, f"image number {number}", limits)
     if isinstance(image, str | os.PathLike):
-        loaded = _open_image(os.fspath(image), limits)
-    elif isinstance(image, Image.Image):
-        name = getattr(image, "filename", "") or f"image number {number}"
-        loaded = _decode(image, name, limits)
-    else:
-        in_memory = isinstance(image, bytes | memoryview | io.IOBase)
-        remedy = " Open it with PIL.Image.open, bytes as io.BytesIO." if in_memory else ""
-        raise ValueError(
-            f"Image number {number} is {type(image).__name__}; give a PIL image, a path, a URL, "
-            f"an array or a tensor.{remedy}"
-        )
-    if rescales is False:
-        raise ValueError(f"Image number {number} has 8 bits per channel. {_UNSCALED}")
-    return loaded
+        return _open_image(os.fspath(image), limits)
+    if isinstance(image, Image.Image):
+        return _decode(image, getattr(image, "filename", "") or f"image number {number}", limits)
+    raise ValueError(
+        f"Image number {number} is {type(image).__name__}; give a PIL image, a path, a URL, an "
+        "array or a tensor. PIL.Image.open opens files, and bytes as io.BytesIO."
+    )
 
 
-def _check_array(image: Any, name: str, *, rescales: bool | None, limits: ImageLimits) -> Any:
+def _check_array(image: Any, name: str, limits: ImageLimits) -> Any:
     """Reject pixels of unknown layout or range, and scale 16 bits to 8.
 
     The values of floats do not reveal their range: a dark image in [0, 255] is a bright one in
@@ -230,14 +217,12 @@ def _check_array(image: Any, name: str, *, rescales: bool | None, limits: ImageL
             "grayscale or transparent pixels with PIL.Image.fromarray first."
         )
     _require_no_strip(*(shape[1:] if shape[0] == 3 else shape[:2]), name, limits)
-    image = image.detach() if hasattr(image, "detach") else image
     dtype = getattr(image.dtype, "name", str(image.dtype).removeprefix("torch."))
-    if dtype in ("uint8", "uint16") and rescales is False:
-        raise ValueError(f"{name} has {dtype} pixels. {_UNSCALED}")
     if dtype not in ("uint8", "uint16"):
-        _check_floats(image, dtype, name, rescales=rescales)
-    if dtype == "bfloat16":  # NumPy lacks it
-        image = image.float()
+        raise ValueError(
+            f"{name} has {dtype} pixels, whose range is unknown. Give uint8 (0 to 255) or uint16 "
+            "(0 to 65535); of floats in [0, 1], (image * 255).round() as uint8."
+        )
     if dtype == "uint16":
         pixels = np.asarray(image.cpu() if hasattr(image, "cpu") else image)
         image = (pixels // 257).astype(np.uint8)
@@ -251,20 +236,6 @@ def _require_no_strip(width: int, height: int, name: str, limits: ImageLimits) -
         raise ValueError(
             f"{name}: one side of {width} × {height} pixels is more than "
             f"{limits.max_aspect_ratio:g} times longer than the other. Crop the image."
-        )
-
-
-def _check_floats(image: Any, dtype: str, name: str, *, rescales: bool | None) -> None:
-    if "float" not in dtype or rescales:
-        raise ValueError(
-            f"{name} has {dtype} pixels, whose range is unknown. Give uint8 (0 to 255), uint16 "
-            "(0 to 65535), or floats in [0, 1] together with do_rescale=False."
-        )
-    low, high = float(image.min()), float(image.max())
-    if not (low >= 0 and high <= 1):  # NaN fails both
-        raise ValueError(
-            f"{name} has pixels from {low:g} to {high:g}; with do_rescale=False they must be in "
-            "[0, 1]."
         )
 
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple
 
@@ -58,9 +58,6 @@ if TYPE_CHECKING:
     from .pooling_llm2clip import TEXT_POOLINGS  # noqa: F401
     from .processing_llm2clip import LLM2CLIPProcessor  # noqa: F401
 
-# Arguments of transformers' models, and the fields of an output that they fill.
-_STATES = {"output_hidden_states": "hidden_states", "output_attentions": "attentions"}
-
 
 @dataclass
 class LLM2CLIPOutput(ModelOutput):
@@ -93,64 +90,6 @@ class LLM2CLIPOutput(ModelOutput):
         )
 
 
-def find_requested_states(
-    config: PreTrainedConfig,
-    tower: nn.Module,
-    output_attentions: bool | None,
-    output_hidden_states: bool | None,
-) -> tuple[str, ...]:
-    """Return the names of the arguments that request states from a tower.
-
-    The configurations of model and tower apply where the caller gave None. ValueError for a request
-    that selects layers.
-    """
-    given = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-    requested = []
-    for name, value in given.items():
-        stated = [getattr(c, name, None) for c in (config, tower.config)]
-        values = stated if value is None else [value]
-        for one in values:
-            # Newer versions of transformers take indices of layers, older ones return all.
-            if not (one is None or isinstance(one, bool)):
-                raise ValueError(
-                    f"{name}={one!r} must be True or False. Request all layers, and select from "
-                    f"the {_STATES[name]} that are returned."
-                )
-        if any(values):
-            requested.append(name)
-    return tuple(requested)
-
-
-def name_requests(tower: nn.Module, requested: tuple[str, ...]) -> dict[str, bool]:
-    """Return the requests as keyword arguments, if the tower's forward accepts them."""
-    parameters = inspect.signature(tower.forward).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return {name: True for name in requested if takes_any or name in parameters}
-
-
-def keep_states(
-    output: Any, tower: nn.Module, requested: tuple[str, ...], *, pooled: Tensor
-) -> BaseModelOutputWithPooling:
-    """Return a tower's output with the requested states, and with `pooled`, (B, D) float32.
-
-    ValueError where the tower did not return a requested state, or None for some layers.
-    """
-    states = {}
-    for name in requested:
-        found = getattr(output, _STATES[name], None)
-        if not found or any(state is None for state in found):
-            config: Any = tower.config
-            raise ValueError(
-                f"{name}=True, but this {config.model_type!r} tower does not return its "
-                f"{_STATES[name]} with attn_implementation={config._attn_implementation!r}. Load "
-                f"the model with attn_implementation='eager', or leave {name} out."
-            )
-        states[_STATES[name]] = tuple(found)
-    return BaseModelOutputWithPooling(
-        last_hidden_state=output.last_hidden_state, pooler_output=pooled, **states
-    )
-
-
 class _TextMixin(LLM2CLIPPreTrainedModel):
     """Encodes texts; shared by the two-tower and the text-only model."""
 
@@ -162,8 +101,6 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         prompt_length: int | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
     ) -> BaseModelOutputWithPooling:
         """Encode texts and project them, without normalizing the result.
 
@@ -173,9 +110,6 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
             prompt_length: Number of tokens of the tokenized instruction alone, as
                 sentence-transformers counts them. The instruction is attended to, not pooled,
                 unless the pooling includes the prompt.
-            output_attentions: Whether to return the LLM's `attentions`. On a CPU the texts then run
-                as one padded batch.
-            output_hidden_states: Whether to return the LLM's `hidden_states`, with the same effect.
 
         Returns:
             `pooler_output` (B, P) float32, projected and not normalized, and `last_hidden_state`
@@ -184,15 +118,9 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
 
         Raises:
             ValueError: The ids lack the model's prompt, a text is too long or empty, padding has no
-                mask, a request selects layers, or the LLM as it was loaded does not return the
-                requested states. A compiled model checks the same; an exported graph does not.
+                mask. A compiled model checks the same; an exported graph does not.
         """
-        requested = find_requested_states(
-            self.config, self.text_model, output_attentions, output_hidden_states
-        )
-        output = self._encode_texts(
-            input_ids, attention_mask, prompt_length, requested=requested, keep_tokens=True
-        )
+        output = self._encode_texts(input_ids, attention_mask, prompt_length, keep_tokens=True)
         output.pooler_output = self.project_caption_embeds(output.pooler_output)  # type: ignore[arg-type]
         return output
 
@@ -260,7 +188,6 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         attention_mask: Tensor | None,
         prompt_length: int | None,
         *,
-        requested: tuple[str, ...] = (),
         keep_tokens: bool = False,
     ) -> BaseModelOutputWithPooling:
         """Run the LLM and pool its output; `keep_tokens` also returns its last hidden states."""
@@ -287,14 +214,12 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
                 config.text_config.vocab_size,
                 num_unpooled,
             )
-        splits = (
-            input_ids.device.type == "cpu"
-            and not requested
-            and splits_batches(self.text_model, packs_in_training=self.packs_in_training)
+        splits = input_ids.device.type == "cpu" and splits_batches(
+            self.text_model, packs_in_training=self.packs_in_training
         )
         pool_padded = partial(self._pool_batch, num_unpooled=num_unpooled)
         if not splits:
-            output = pool_padded(input_ids, mask, requested=requested)
+            output = pool_padded(input_ids, mask)
         else:
             output = pool_on_cpu(
                 self.text_model,
@@ -321,7 +246,6 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         attention_mask: Tensor,
         *,
         num_unpooled: int,
-        requested: tuple[str, ...] = (),
     ) -> BaseModelOutputWithPooling:
         """Run one padded batch through the LLM and pool its output."""
         takes_positions = "position_ids" in inspect.signature(self.text_model.forward).parameters
@@ -334,13 +258,12 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
                 attention_mask=attention_mask,
                 use_cache=False,
                 **inputs,
-                **name_requests(self.text_model, requested),
             )
         hidden_states = output.last_hidden_state  # (B, L, D)
         mask = build_pooling_mask(attention_mask, num_unpooled=num_unpooled)
         mask = mask.to(hidden_states.device)
         pooled = pool_tokens(hidden_states, mask, pooling=self.config.text_pooling)
-        return keep_states(output, self.text_model, requested, pooled=pooled)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
 
 class _VisionMixin(LLM2CLIPPreTrainedModel):
@@ -353,8 +276,6 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
     ) -> BaseModelOutputWithPooling:
         """Encode images and project them, without normalizing the result.
 
@@ -364,22 +285,16 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
             spatial_shapes: (B, 2), height and width in patches; from SigLIP2's image processor.
             interpolate_pos_encoding: Whether to allow another image size than the tower's own.
                 Towers that take any size (DINO, convolutional networks) do not need it.
-            output_attentions: Whether to return the vision tower's `attentions`.
-            output_hidden_states: Whether to return the vision tower's `hidden_states`.
 
         Returns:
             `pooler_output` (B, P) float32, projected and not normalized, and the tower's
             `last_hidden_state`: (B, L, D), or (B, D, H, W) of a convolutional network.
 
         Raises:
-            ValueError: The pixels are integers, the tower has no positions for their size, or the
-                tower as it was loaded does not return the requested states.
+            ValueError: The pixels are integers, or the tower has no positions for their size.
         """
-        requested = find_requested_states(
-            self.config, self.vision_model, output_attentions, output_hidden_states
-        )
         output = self._encode_images(
-            pixel_values, pixel_attention_mask, spatial_shapes, interpolate_pos_encoding, requested
+            pixel_values, pixel_attention_mask, spatial_shapes, interpolate_pos_encoding
         )
         output.pooler_output = self.project_vision_embeds(output.pooler_output)  # type: ignore[arg-type]
         return output
@@ -447,7 +362,6 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
         pixel_attention_mask: Tensor | None,
         spatial_shapes: Tensor | None,
         interpolate_pos_encoding: bool,
-        requested: tuple[str, ...] = (),
     ) -> BaseModelOutputWithPooling:
         """Run the vision tower and pool its output."""
         check_pixels(self.vision_model, pixel_values)
@@ -464,7 +378,6 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
         if pixel_values.ndim == 4 and pixel_values.device.type == "cpu":
             # On a CPU, convolutions are two to three times faster in this layout.
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        extra |= name_requests(self.vision_model, requested)
         given = {name: value for name, value in extra.items() if value is not None}
         try:
             output = self.vision_model(pixel_values=pixel_values, **given)
@@ -478,7 +391,9 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
             pixel_values=pixel_values,
             patch_mask=pixel_attention_mask,
         )
-        return keep_states(output, self.vision_model, requested, pooled=pooled.float())
+        return BaseModelOutputWithPooling(
+            last_hidden_state=output.last_hidden_state, pooler_output=pooled.float()
+        )
 
 
 class LLM2CLIPModel(_TextMixin, _VisionMixin):
@@ -536,8 +451,6 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
     ) -> LLM2CLIPOutput:
         """Encode images, texts, or both. Given both, compare every image with every text.
 
@@ -552,8 +465,6 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
             pixel_attention_mask: As in `get_image_features`.
             spatial_shapes: As in `get_image_features`.
             interpolate_pos_encoding: As in `get_image_features`.
-            output_attentions: Whether to return both towers' `attentions`.
-            output_hidden_states: Whether to return both towers' `hidden_states`.
 
         Returns:
             Embeddings of unit length, `logits_per_image`, and the towers' outputs.
@@ -565,11 +476,6 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
         if return_loss and self.training and torch.is_grad_enabled():
             # A training step. Reading the fields would add a guard to a compiled graph.
             self.config.text_adapter_trained = self.config.projections_trained = True
-        want = {  # from both towers
-            "output_attentions": output_attentions,
-            "output_hidden_states": output_hidden_states,
-            "return_dict": True,
-        }
         images = texts = image_embeds = text_embeds = None
         if pixel_values is not None:
             images = self.get_image_features(
@@ -577,11 +483,13 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
                 pixel_attention_mask,
                 spatial_shapes,
                 interpolate_pos_encoding,
-                **want,
+                return_dict=True,
             )
             image_embeds = _to_unit_length(images.pooler_output)
         if input_ids is not None:
-            texts = self.get_text_features(input_ids, attention_mask, prompt_length, **want)
+            texts = self.get_text_features(
+                input_ids, attention_mask, prompt_length, return_dict=True
+            )
             text_embeds = _to_unit_length(texts.pooler_output)
         output = self.compare(image_embeds, text_embeds, return_loss=bool(return_loss))
         output.text_model_output, output.vision_model_output = texts, images
@@ -647,8 +555,6 @@ class LLM2CLIPTextModel(_TextMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         prompt_length: int | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
     ) -> LLM2CLIPOutput:
         """Encode texts.
 
@@ -656,8 +562,6 @@ class LLM2CLIPTextModel(_TextMixin):
             input_ids: As in `get_text_features`.
             attention_mask: As in `get_text_features`.
             prompt_length: As in `get_text_features`.
-            output_attentions: As in `get_text_features`.
-            output_hidden_states: As in `get_text_features`.
 
         Returns:
             `text_embeds` (B, P) float32 of unit length; `pooler_output` is the same tensor.
@@ -666,8 +570,6 @@ class LLM2CLIPTextModel(_TextMixin):
             input_ids,
             attention_mask,
             prompt_length,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
             return_dict=True,
         )
         text_embeds = _to_unit_length(features.pooler_output)
@@ -698,8 +600,6 @@ class LLM2CLIPVisionModel(_VisionMixin):
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
     ) -> LLM2CLIPOutput:
         """Encode images.
 
@@ -708,8 +608,6 @@ class LLM2CLIPVisionModel(_VisionMixin):
             pixel_attention_mask: As in `get_image_features`.
             spatial_shapes: As in `get_image_features`.
             interpolate_pos_encoding: As in `get_image_features`.
-            output_attentions: As in `get_image_features`.
-            output_hidden_states: As in `get_image_features`.
 
         Returns:
             `image_embeds` (B, P) float32 of unit length; `pooler_output` is the same tensor.
@@ -719,8 +617,6 @@ class LLM2CLIPVisionModel(_VisionMixin):
             pixel_attention_mask,
             spatial_shapes,
             interpolate_pos_encoding,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
             return_dict=True,
         )
         image_embeds = _to_unit_length(features.pooler_output)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,10 @@ _NOT_TAKEN = {
     "text_pair", "text_target", "text_pair_target", "is_split_into_words",
     "return_overflowing_tokens", "audio", "videos",
 }  # fmt: skip
+_NOT_FALSE = {
+    "return_attention_mask": "the model needs the mask",
+    "do_rescale": "pixels are integers of 8 bits, which the image processor scales as it states",
+}
 _NOT_READ = ("audio_kwargs", "videos_kwargs")  # sentence-transformers always passes both
 # Options that say where to look for the files of a model.
 _LOCATION_OPTIONS = (
@@ -165,8 +169,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
 
         Args:
             images: One image or a list: PIL images, paths, URLs, or RGB arrays and tensors of shape
-                (H, W, 3) or (3, H, W). Arrays are uint8, uint16 (scaled to 8 bits), or floats in
-                [0, 1] with `do_rescale=False`, which are rounded to the 8 bits of all others; a
+                (H, W, 3) or (3, H, W). Arrays are uint8, or uint16, which is scaled to 8 bits; a
                 4-dimensional batch is read as a list. See `load_images` for transparency, EXIF
                 rotation and animations.
             text: One caption or a list. By default texts are padded, truncated before the prompt's
@@ -191,20 +194,23 @@ class LLM2CLIPProcessor(ProcessorMixin):
         if text is not None:
             text = clean_texts(text)
         if images is not None:
-            rescales = self._rescales(kwargs)
-            images = load_images(images, rescales=rescales)
-            if rescales is False:
-                images = _map(_round_to_8_bits, images)
-                kwargs = _without_do_rescale(kwargs)
+            images = load_images(images)
             if self._unpacks_images():
-                images = _map(_unpack, images)
+                images = [*map(_unpack, images)] if isinstance(images, list) else _unpack(images)
         filled = self._fill_defaults(kwargs)
         if text is not None:
             self._require_room(filled["text_kwargs"])
         batch = BatchFeature()
         if images is not None:
             batch.update(super().__call__(images=images, **filled))
-            _check_rows(batch["pixel_values"], images)
+            count = len(images) if isinstance(images, list) else 1
+            if len(batch["pixel_values"]) != count:
+                raise ValueError(
+                    f"The image processor made another number of rows than there are images "
+                    f"({count} given, {len(batch['pixel_values'])} made), as those that cut an "
+                    "image into tiles do. Restore processor_config.json from the original model "
+                    "folder."
+                )
         if text is not None:
             limit = filled["text_kwargs"]["max_length"]
             with _tokenizing:
@@ -255,15 +261,6 @@ class LLM2CLIPProcessor(ProcessorMixin):
         """Maximum number of tokens per text: `max_text_length` or the tokenizer's own maximum."""
         # sentence-transformers' max_seq_length sets the latter.
         return min(self.max_text_length, int(self.tokenizer.model_max_length))
-
-    def _rescales(self, kwargs: dict[str, Any]) -> bool | None:
-        """Tell whether pixels are divided by 255 in this call; None if they never are."""
-        nested = [kwargs.get(name) or {} for name in ("images_kwargs", "common_kwargs")]
-        given = next((p["do_rescale"] for p in (kwargs, *nested) if "do_rescale" in p), None)
-        if given:
-            return True
-        own = getattr(self.image_processor, "do_rescale", True)
-        return (True if given is None else False) if own else None
 
     def _unpacks_images(self) -> bool:
         """Tell whether the image processor makes arrays of PIL images, slowly."""
@@ -326,38 +323,6 @@ class LLM2CLIPProcessor(ProcessorMixin):
         self.num_truncated_texts += sum(length_of[i] > lengths[i] for i in full)
 
 
-def _check_rows(pixel_values: Any, images: Any) -> None:
-    count = len(images) if isinstance(images, list) else 1
-    if len(pixel_values) != count:
-        raise ValueError(
-            f"The image processor made another number of rows than there are images ({count} "
-            f"given, {len(pixel_values)} made), as those that cut an image into tiles do. Restore "
-            "processor_config.json from the original model folder."
-        )
-
-
-def _map(change: Callable[[Any], Any], images: Any) -> Any:
-    return [change(image) for image in images] if isinstance(images, list) else change(images)
-
-
-def _round_to_8_bits(image: Any) -> Any:
-    """Make of floats in [0, 1] what every other image is.
-
-    torchvision clamps to 0 and 255 while it resizes 8 bits, and lets floats leave [0, 1].
-    """
-    if isinstance(image, np.ndarray):
-        return (image.astype(np.float32) * 255).round().astype(np.uint8)
-    return (image.float() * 255).round().byte()
-
-
-def _without_do_rescale(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: _without_do_rescale(value) if isinstance(value, Mapping) else value
-        for name, value in options.items()
-        if name != "do_rescale"
-    }
-
-
 def _unpack(image: Any) -> Any:
     # A dimension of up to 4 could be read as the channels.
     is_clear = isinstance(image, Image.Image) and min(image.size) > 4
@@ -392,8 +357,9 @@ def _refuse_options(kwargs: Mapping[str, Any], image_processor: Any) -> None:
         )
     if refused:
         raise ValueError(f"{refused}: a row is one caption or one image. Leave them out.")
-    if any(options.get("return_attention_mask") is False for options in places.values()):
-        raise ValueError("return_attention_mask=False: the model needs the mask. Leave it out.")
+    for option, reason in _NOT_FALSE.items():
+        if any(options.get(option) is False for options in places.values()):
+            raise ValueError(f"{option}=False: {reason}. Leave it out.")
 
 
 def _check_image_size(image_processor: Any) -> None:

@@ -48,24 +48,24 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2389,
-    "building": 1481,
-    "cli": 1237,
-    "configs": 848,
-    "conversion": 636,
+    ".": 2308,
+    "building": 1364,
+    "cli": 1123,
+    "configs": 846,
+    "conversion": 601,
     "data": 5116,
     "demo": 87,
-    "doctor": 1389,
+    "doctor": 1348,
     "embedding": 1305,
-    "encoding": 712,
+    "encoding": 703,
     "evaluation": 2888,
-    "model_folders": 1428,
+    "model_folders": 1378,
     "publishing": 1093,
     "recipes": 469,
     "scheduling": 98,
-    "search": 1604,
-    "serving": 1695,
-    "training": 4257,
+    "search": 1473,
+    "serving": 1541,
+    "training": 4251,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 294, 8300
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")

@@ -34,7 +34,7 @@ from transformers import (
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.building.build_model import join_towers
-from modeling_llm2clip.building.image_settings import set_image_size, set_normalization
+from modeling_llm2clip.building.vision_towers import set_image_size, set_normalization
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.vision_llm2clip import (
     choose_interpolation,

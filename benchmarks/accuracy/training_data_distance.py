@@ -38,6 +38,7 @@ from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.encoding.encode import encode_images
 from modeling_llm2clip.model_folders.training_images import (
+    FAR,
     FEWEST_JUDGED,
     DatasetSummary,
     ImageTally,
@@ -46,7 +47,7 @@ from modeling_llm2clip.model_folders.training_images import (
 )
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPVisionModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
-from modeling_llm2clip.training.alignment.image_summary import choose_first_part, sample_images
+from modeling_llm2clip.training.alignment.image_summary import sample_images
 
 NUM_SETS = 500
 SET_ASIDE = 1 / 3
@@ -58,14 +59,11 @@ class Kind:
 
     name: str
     trained: Tensor
-    is_first_part: np.ndarray[Any, Any]
     held_out: Tensor
 
     def summarize(self) -> DatasetSummary:
         """Summarize the images to train on."""
-        return summarize_images(
-            self.trained, self.is_first_part, name=self.name, num_images=len(self.trained)
-        )
+        return summarize_images(self.trained, name=self.name, num_images=len(self.trained))
 
 
 def main() -> int:
@@ -115,7 +113,7 @@ def encode_kinds(
         folders.setdefault(name, []).append(source)
     kinds = []
     for name, sources in folders.items():
-        embeds, groups, parts = [], [], []
+        embeds, groups = [], []
         for number, source in enumerate(sources):
             records = RecordTable.from_records(load_records(source, ignore_fields=ignore_fields))
             items = sample_images(records, max_images)
@@ -123,10 +121,9 @@ def encode_kinds(
             embeds.append(encode_images(model, processor, images, project=False))
             keys = records.read_numbers("group_key", items)
             groups += [(number, key) for key in keys.tolist()]
-            parts.append(choose_first_part(records, items))
         held_out = set_aside(groups)
-        joined, parts_of = torch.cat(embeds), np.concatenate(parts)
-        kinds.append(Kind(name, joined[~held_out], parts_of[~held_out], joined[held_out]))
+        joined = torch.cat(embeds)
+        kinds.append(Kind(name, joined[~held_out], joined[held_out]))
         print(name, len(joined), "images", flush=True)
     return kinds
 
@@ -169,7 +166,7 @@ def measure_one(kind: Kind, kinds: list[Kind]) -> dict[str, Any]:
     return {
         "num_images": len(kind.trained),
         "num_held_out": len(kind.held_out),
-        "threshold": round(summary.threshold, 3),
+        "threshold": FAR,
         "own": own,
         "others": others,
     }
@@ -204,7 +201,7 @@ def judge_all(summary: TrainingImages, embeds: Tensor) -> dict[str, Any]:
     tally.add(embeds)
     distance = summary.measure(tally)
     assert distance is not None
-    return {"distance": round(distance, 3), "is_far": distance > summary.threshold}
+    return {"distance": round(distance, 3), "is_far": distance > FAR}
 
 
 def judge_sets(summary: TrainingImages, sets: Iterator[Tensor]) -> float:

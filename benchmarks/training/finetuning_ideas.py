@@ -38,8 +38,8 @@ from torch import Tensor
 from benchmarks.shared.provenance import describe_run
 from benchmarks.training.finetune_llm import SECOND_ROUND, build, load_in_order
 from modeling_llm2clip.building.lora_merging import merge_lora
+from modeling_llm2clip.building.part_loading import all_layers
 from modeling_llm2clip.building.pretrained_towers import MINILM, SMOLLM2_BASE, fetch_tower
-from modeling_llm2clip.building.text_layers import all_layers
 from modeling_llm2clip.configs.finetune_config import FinetuneConfig
 from modeling_llm2clip.data.captions import caption_groups
 from modeling_llm2clip.data.records.record_loading import find_example_data

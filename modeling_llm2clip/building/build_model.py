@@ -34,12 +34,11 @@ from ..model_folders.model_folder import find_model_folder, require_sources
 from ..model_folders.model_writing import require_as_written, save_model
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
-from .image_settings import set_image_size, set_normalization
 from .lora_merging import merge_lora
+from .part_loading import cut_layers
 from .pretrained_towers import find_origin
 from .prompts import derive_own_prompt, derive_prompt, resolve_template, write_prompt
 from .text_embedders import TextEmbedder, read_embedder
-from .text_layers import cut_layers
 from .text_towers import load_text_tower, require_own_tokenizer, require_pinned
 from .tower_checks import (
     measure_text_width,
@@ -48,10 +47,9 @@ from .tower_checks import (
     require_direction,
     require_loadable,
     require_pixels_alone,
-    require_pooled_tokens,
     require_positions,
 )
-from .vision_towers import load_vision_tower
+from .vision_towers import load_vision_tower, set_image_size, set_normalization
 
 # A Hub id or folder, or a loaded tower with its image processor.
 VisionSource: TypeAlias = str | Path | tuple[PreTrainedModel, Any]
@@ -327,7 +325,6 @@ def _join(
     processor = LLM2CLIPProcessor(image_processor, tokenizer, model_config.max_text_length)
     require_deterministic(model, processor)
     require_positions(model, processor)
-    require_pooled_tokens(model, processor)
     require_loadable(model, processor)
     if embedder is not None:
         embedder.require_same_embeddings(model, processor)

@@ -29,7 +29,7 @@ from ..evaluation.tasks.retrieval import rank_pairs
 from ..modeling_llm2clip import LLM2CLIPTextModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .build_model import TextSource, configure_model, take_text_tower
-from .text_layers import all_layers
+from .part_loading import all_layers
 from .tower_checks import list_layers, measure_text_width, require_direction
 
 # Language → number of an image → a text in it and another one, in the first language.

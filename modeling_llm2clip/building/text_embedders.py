@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from .._extras import EMBEDDER, require
 from ..configs.build_config import DEFAULT_TEXT_LENGTH, BuildConfig
@@ -147,13 +147,7 @@ def read_embedder(source: str | Path, config: BuildConfig) -> TextEmbedder:
 
 
 def _require_modules(source: str | Path) -> None:
-    """Refuse what is not a sentence-transformers model, and NV-Embed."""
-    settings, _ = PreTrainedConfig.get_config_dict(source)
-    if "latent_attention_config" in settings:
-        raise ValueError(
-            f"{source} pools by latent attention, as NV-Embed does, which no module of "
-            f"sentence-transformers repeats. {_WAY_OUT}"
-        )
+    """Refuse a source that is not a sentence-transformers model."""
     is_folder = Path(source).is_dir()
     file = Path(source) / "modules.json" if is_folder else fetch_hub_file(source, "modules.json")
     if file is None or not file.is_file():

@@ -29,8 +29,7 @@ from .._suggestions import list_first
 from ..configs.encoding_config import DUAL_ENCODERS
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..loading_llm2clip import load_without_code, naming_code
-from .part_loading import forget_origin, load_part, naming
-from .text_layers import cut_config, require_same_states
+from .part_loading import cut_config, forget_origin, load_part, naming, require_same_states
 from .vision_towers import takes_images
 
 _MARKS = ("bos_token_id", "eos_token_id")
@@ -118,8 +117,7 @@ def require_own_tokenizer(
     """Refuse an LLM and a tokenizer that are plainly of different models.
 
     They are when the tokenizer has more ids than the embedding table has rows, or lacks an id at
-    which the LLM begins or ends texts. Where that id exists as an ordinary piece of text, this only
-    warns: an LLM's configuration may have kept its class's defaults.
+    which the LLM begins or ends texts.
     """
     rows = config.vocab_size
     ids = set(tokenizer.get_vocab().values())
@@ -140,15 +138,6 @@ def require_own_tokenizer(
             f"{source}: the LLM's configuration has {lost}, which the tokenizer (ids up to "
             f"{largest}) lacks. They belong to different models; take the tokenizer that came with "
             "the LLM."
-        )
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    plain = [i for found in marks.values() for i in found if i not in special]
-    if plain:
-        pieces = tokenizer.convert_ids_to_tokens(plain)
-        warnings.warn(
-            f"{source}: by its configuration the LLM begins or ends texts at {plain}, which are "
-            f"the plain tokens {pieces} of this tokenizer. Make sure that it came with the LLM.",
-            stacklevel=2,
         )
 
 

@@ -11,13 +11,11 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..base_llm2clip import set_attention_direction
 from ..configuration_llm2clip import LLM2CLIPConfig, parse_config
 from ..heads_llm2clip import build_position_ids
 from ..model_folders.golden_embeddings import (
@@ -31,7 +29,6 @@ from ..processing_llm2clip import LLM2CLIPProcessor
 from ..vision_llm2clip import (
     find_fixed_size,
     find_patch_size,
-    find_patches,
     find_width,
     pool_vision,
     require_restored_buffers,
@@ -145,7 +142,7 @@ def find_direction_errors(text_model: PreTrainedModel, *, bidirectional: bool) -
             errors.append(
                 f"{name}, the first token does not see the last (moved by {moved[0]:.1e})"
             )
-        elif causal := check.list_causal():
+        elif causal := [n for n, looks_ahead in check.looks_ahead.items() if not looks_ahead]:
             errors.append(
                 f"{name}, {len(causal)} of its {len(layers)} layers do not look ahead (the first: "
                 f"number {causal[0]})"
@@ -177,23 +174,11 @@ def require_direction(text_model: PreTrainedModel, *, bidirectional: bool) -> No
     except MODEL_ERRORS as error:  # of a family that relies on its causal mask
         errors = [f"its forward pass fails ({type(error).__name__}: {error})"]
     if errors:
-        works = _takes_direction(text_model, bidirectional=not bidirectional)
-        other = f", or build with bidirectional={not bidirectional}" if works else ""
         raise ValueError(
             f"The {text_model.config.model_type!r} family cannot be "
             f"{'made bidirectional' if bidirectional else 'kept causal'} here: "
-            f"{'; '.join(errors)}. Take another LLM{other}."
+            f"{'; '.join(errors)}. Take another LLM, or try bidirectional={not bidirectional}."
         )
-
-
-def _takes_direction(text_model: PreTrainedModel, *, bidirectional: bool) -> bool:
-    set_attention_direction(text_model, bidirectional=bidirectional)
-    try:
-        return not find_direction_errors(text_model, bidirectional=bidirectional)
-    except MODEL_ERRORS:
-        return False
-    finally:
-        set_attention_direction(text_model, bidirectional=not bidirectional)
 
 
 def make_texts(text_model: PreTrainedModel) -> tuple[Tensor, Tensor]:
@@ -214,7 +199,7 @@ class _LayerCheck:
 
     def __init__(self, layers: nn.ModuleList) -> None:
         self._layers = layers
-        self._looks_ahead: dict[int, bool] = {}
+        self.looks_ahead = dict.fromkeys(range(len(layers)), False)  # a layer may never run
         # Parts of any layer that look back but not ahead, by name; a dictionary keeps their order.
         self.causal_parts: dict[str, None] = {}
         self._is_running_again = False
@@ -233,10 +218,6 @@ class _LayerCheck:
         for handle in self._handles:
             handle.remove()
 
-    def list_causal(self) -> list[int]:
-        """List the layers that look back but not ahead, by number, or that never ran."""
-        return [n for n in range(len(self._layers)) if not self._looks_ahead.get(n, False)]
-
     def _watch(self, module: nn.Module, name: int | str) -> None:
         hook = partial(self._compare, name)
         self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
@@ -251,29 +232,31 @@ class _LayerCheck:
             self._is_running_again or not (_is_of_tokens(own) and _is_of_tokens(output))
         ):
             return
-        residual = None if is_part else own
+        # A layer's residual is subtracted first: large numbers in it would hide a change.
+        residual = 0.0 if is_part else own.float()
         self._is_running_again = True
-        ahead, back = (
-            _move_between(output, _run_changed(module, own, args, kwargs, position), residual)
-            for position in (_LENGTH - 1, 0)
-        )
+        moves = []
+        for position in (_LENGTH - 1, 0):
+            hidden = own.clone()
+            hidden[..., position, :] = -hidden[..., position, :].flip(-1)
+            changed = (
+                module.forward(hidden, *args[1:], **kwargs)
+                if args
+                else module.forward(**{**kwargs, "hidden_states": hidden})
+            )
+            before, after = (
+                (take_hidden(states).float() - residual)[..., 1 : _LENGTH - 1, :].unbind(-2)
+                for states in (output, changed)
+            )
+            moves.append(max(map(_relative, before, after)))
         self._is_running_again = False
+        ahead, back = moves
         is_rounding = is_part and back <= _ROUNDING_OF_PARTS.get(own.dtype, 1e-4)
         looks_ahead = is_rounding or ahead >= _LEAST_SHARE_AHEAD * back
         if isinstance(name, int):
-            self._looks_ahead[name] = looks_ahead
+            self.looks_ahead[name] = looks_ahead
         elif not looks_ahead:
             self.causal_parts[name] = None
-
-
-def _run_changed(
-    layer: nn.Module, own: Tensor, args: Any, kwargs: dict[str, Any], position: int
-) -> Any:
-    hidden = own.clone()
-    hidden[..., position, :] = -hidden[..., position, :].flip(-1)
-    if args:
-        return layer.forward(hidden, *args[1:], **kwargs)
-    return layer.forward(**{**kwargs, "hidden_states": hidden})
 
 
 def _is_of_tokens(value: Any) -> bool:
@@ -281,19 +264,6 @@ def _is_of_tokens(value: Any) -> bool:
     hidden = take_hidden(value)
     is_tensor = isinstance(hidden, Tensor) and hidden.is_floating_point() and hidden.ndim >= 2
     return is_tensor and hidden.shape[-2] >= _LENGTH
-
-
-def _move_between(first: Any, second: Any, residual: Tensor | None) -> float:
-    """Return how far the tokens between the ends move at most, relative to their own size.
-
-    A layer's residual is subtracted first: large numbers in it would hide a change.
-    """
-    base = 0.0 if residual is None else residual.float()
-    before, after = (
-        (take_hidden(output).float() - base)[..., 1 : _LENGTH - 1, :].unbind(-2)
-        for output in (first, second)
-    )
-    return max(map(_relative, before, after))
 
 
 def list_layers(text_model: nn.Module) -> nn.ModuleList:
@@ -426,49 +396,6 @@ def require_positions(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> Non
             f"positions of {pixels.shape[2]} × {pixels.shape[3]}, or none. Take another vision "
             "tower."
         )
-
-
-@torch.inference_mode()
-def require_pooled_tokens(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None:
-    """Refuse a pooling that takes other tokens of a vision tower than its name says.
-
-    Where tokens enter the layers, a class token, a register or another special token is the same
-    for every image, and a patch is not. That is measured, because no name is common to all towers.
-    """
-    pooling, tower = model.config.vision_pooling, model.vision_model
-    if pooling not in ("cls", "patch_mean"):
-        return
-    noise = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
-    inputs = processor(images=list(map(Image.fromarray, noise))).to(model.device)
-    sequences: list[Tensor] = []  # (L,) True where a token is the same in both images
-
-    def note(_module: nn.Module, _args: Any, output: Any) -> None:
-        tokens = output[0] if isinstance(output, tuple) and output else output
-        if isinstance(tokens, Tensor) and tokens.ndim == 3 and len(tokens) == 2:
-            sequences.append((tokens[0] == tokens[1]).all(dim=-1).cpu())
-
-    handles = [module.register_forward_hook(note) for module in tower.modules()]
-    try:
-        length = model.get_image_features(**inputs).last_hidden_state.shape[1]
-    finally:
-        for handle in handles:
-            handle.remove()
-    entering = [same for same in sequences if len(same) >= length and not same.all()]
-    name = f"vision_pooling={pooling!r}, but this {tower.config.model_type!r} tower"
-    if pooling == "cls" and not any(same[0] for same in entering):
-        raise ValueError(
-            f"{name} has no class token in the first place: its first token is a patch. Use "
-            "'pooler', 'mean' or 'patch_mean'."
-        )
-    exact = next((same for same in entering if len(same) == length), None)
-    if pooling == "patch_mean" and exact is not None:
-        is_real = inputs.get("pixel_attention_mask", torch.ones(1, length))[0].bool().cpu()
-        pooled = find_patches(tower, exact[None, :, None], inputs["pixel_values"])[0, :, 0]
-        if others := int((pooled & is_real[-len(pooled) :]).sum()):
-            raise ValueError(
-                f"{name} has {others} tokens behind its prefix that are the same for every image, "
-                "so they are no patches. Use 'pooler', 'cls' or 'mean'."
-            )
 
 
 @torch.inference_mode()

@@ -1,12 +1,18 @@
-"""Loads the vision tower that a new model is built from, and its image processor."""
+"""Loads the vision tower that a new model is built from, and its image processor.
+
+Also sets how large its images are and how their colors are scaled. Both become plain numbers in the
+configuration of the tower and in the image processor, so that loading the folder needs no options.
+"""
 
 from __future__ import annotations
 
+import copy
+import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -14,15 +20,30 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.image_utils import PILImageResampling
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    PILImageResampling,
+)
 
 from .._suggestions import counted, list_first
+from ..configs.build_config import Normalization
 from ..encoding.dual_encoder import require_dual_encoder
 from ..image_cropping_llm2clip import LLM2CLIPImageProcessor
 from ..loading_llm2clip import build_tower, load_without_code
+from ..vision_llm2clip import can_interpolate, find_fixed_size, find_patch_size
 from .part_loading import forget_code, forget_origin, load_part, naming
 from .tower_checks import require_pixels_alone
 
+MEAN_AND_STD = {
+    "openai": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "half": ([0.5] * 3, [0.5] * 3),
+    "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+}
+# Of a processor whose images keep their shape and become a number of patches (SigLIP2 NaFlex).
+_COUNTS_PATCHES = "max_num_patches"
 _CROP_MODES = ("center", "squash")
 # torchvision takes other pixels for the nearest one than Pillow does, and lacks the rest.
 _INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")
@@ -121,3 +142,132 @@ def takes_images(config: PreTrainedConfig) -> bool:
     """Return whether a configuration is a vision tower's."""
     fields = ("image_size", "num_channels", "patch_size", "architecture")
     return config.model_type == "timm_wrapper" or any(hasattr(config, field) for field in fields)
+
+
+def set_normalization(image_processor: Any, normalization: Normalization) -> Any:
+    """Return the image processor with another mean and std; 0 and 1 where it has none (TIPSv2)."""
+    if normalization == "own" and getattr(image_processor, "do_normalize", True):
+        return image_processor
+    mean, std = MEAN_AND_STD.get(normalization, ([0.0] * 3, [1.0] * 3))
+    return _change(image_processor, image_mean=list(mean), image_std=list(std), do_normalize=True)
+
+
+@torch.no_grad()
+def set_image_size(
+    vision_model: PreTrainedModel, image_processor: Any, image_size: int
+) -> tuple[PreTrainedModel, Any]:
+    """Make tower and image processor take square images of another size, in pixels.
+
+    Position embeddings for one size alone are interpolated once and for all, as the tower itself
+    does when it runs. A tower that takes any size is left as it is. A timm network is changed in
+    place, another one is not; the image processor stays as it is.
+    """
+    own = find_fixed_size(vision_model)
+    patch = find_patch_size(vision_model)
+    # A tower may have been trained with a remainder (SigLIP: 384 pixels in patches of 14).
+    if patch and image_size % patch and own != (image_size, image_size):
+        raise ValueError(
+            f"image_size={image_size} is not a multiple of the tower's patch of {patch} pixels: "
+            "the remainder would be cropped. Take "
+            f"{max(image_size // patch, 1) * patch}, for instance."
+        )
+    timm_model: Any = getattr(vision_model, "timm_model", None)
+    if own is not None and own != (image_size, image_size):
+        if timm_model is None and can_interpolate(vision_model):
+            vision_model = _resize_positions(vision_model, image_size, patch=patch)
+        elif hasattr(timm_model, "set_input_size"):
+            _resize_network(timm_model, vision_model.config, image_size)
+        else:
+            reason = f"it has positions for {own[0]} × {own[1]} alone"
+            _refuse_size(vision_model, image_size, reason)
+    if not hasattr(image_processor, _COUNTS_PATCHES):
+        image = torch.zeros(1, 3, image_size, image_size, dtype=vision_model.dtype)
+        try:
+            vision_model(pixel_values=image.to(vision_model.device))
+        except (AssertionError, RuntimeError, ValueError, LookupError) as error:
+            reason = f"it fails with {type(error).__name__} ({error})"
+            _refuse_size(vision_model, image_size, reason)
+    return vision_model, _resize_images(image_processor, image_size, patch)
+
+
+def _refuse_size(vision_model: PreTrainedModel, image_size: int, reason: str) -> NoReturn:
+    config: Any = vision_model.config
+    name = getattr(config, "architecture", config.model_type)
+    raise ValueError(
+        f"The tower {name} does not take images of image_size={image_size} pixels: {reason}. Leave "
+        "image_size out, or take a tower that was trained at this size."
+    )
+
+
+def _resize_network(timm_model: Any, config: Any, image_size: int) -> None:
+    """Resize positions and windows of a timm network, and state both in its configuration."""
+    resize = timm_model.set_input_size
+    changed: dict[str, Any] = {"img_size": image_size}
+    if "window_size" in inspect.signature(resize).parameters:
+        # Windows grow with the image. Versions of timm differ in how; and a network that is built
+        # from its configuration would have those of its architecture.
+        windows = (m.window_size for m in timm_model.modules() if hasattr(m, "window_size"))
+        sides = zip(next(windows), timm_model.patch_embed.img_size, strict=True)
+        height, width = (max(1, side * image_size // own) for side, own in sides)
+        changed["window_size"] = height if height == width else (height, width)
+    resize(**{**changed, "img_size": (image_size, image_size)})
+    config.model_args = {**(config.model_args or {}), **changed}
+
+
+def _resize_positions(
+    vision_model: PreTrainedModel, image_size: int, *, patch: int
+) -> PreTrainedModel:
+    config = copy.deepcopy(vision_model.config)
+    if not isinstance(config.image_size, int):
+        _refuse_size(vision_model, image_size, "its configuration states two sides")
+    config.image_size = image_size
+    resized: Any = build_tower(config)
+    resized.to(vision_model.dtype)
+    weights, shapes = vision_model.state_dict(), resized.state_dict()
+    changed = [name for name in weights if weights[name].shape != shapes[name].shape]
+    if len(changed) != 1 or ".position_embedding" not in changed[0]:
+        raise ValueError(
+            f"In this {config.model_type!r} tower more than the positions depends on the "
+            f"image size: {changed}. Leave image_size out, and pass interpolate_pos_encoding=True."
+        )
+    num_patches = (vision_model.config.image_size // patch) ** 2
+    num_others = weights[changed[0]].shape[-2] - num_patches  # a class token, or none
+    positions = _interpolate_positions(vision_model, image_size, patch, num_others)
+    weights[changed[0]] = positions.reshape(shapes[changed[0]].shape)
+    resized.load_state_dict(weights)
+    return resized.train(vision_model.training)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _interpolate_positions(
+    vision_model: nn.Module, image_size: int, patch: int, num_others: int
+) -> Tensor:
+    """Interpolate positions as the tower itself does, (1, L, D) float32."""
+    found: Any = next(
+        module for module in vision_model.modules() if hasattr(module, "interpolate_pos_encoding")
+    )
+    embeddings = copy.deepcopy(found).float()  # in half precision the positions would shift
+    config: Any = vision_model.config
+    tokens = torch.empty(1, num_others + (image_size // patch) ** 2, config.hidden_size)
+    positions: Tensor = embeddings.interpolate_pos_encoding(tokens, image_size, image_size)
+    return positions
+
+
+def _resize_images(image_processor: Any, image_size: int, patch: int) -> Any:
+    if hasattr(image_processor, _COUNTS_PATCHES):
+        return _change(image_processor, max_num_patches=(image_size // patch) ** 2)
+    settings = image_processor.to_dict()
+    size = {name: value for name, value in settings["size"].items() if value}
+    crops = bool(settings.get("do_center_crop") and settings.get("crop_size"))
+    old = settings["crop_size"]["height"] if crops else next(iter(size.values()))
+    # The cropped margin keeps its ratio.
+    changes: dict[str, Any] = {
+        "size": {name: round(value * image_size / old) for name, value in size.items()}
+    }
+    if crops:
+        changes["crop_size"] = {"height": image_size, "width": image_size}
+    return _change(image_processor, **changes)
+
+
+def _change(image_processor: Any, **changes: Any) -> Any:
+    return type(image_processor).from_dict({**image_processor.to_dict(), **changes})

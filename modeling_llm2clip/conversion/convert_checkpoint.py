@@ -20,7 +20,7 @@ from transformers.image_utils import PILImageResampling
 
 from .._environment import list_versions
 from ..building.build_model import configure_model
-from ..building.image_settings import MEAN_AND_STD
+from ..building.vision_towers import MEAN_AND_STD
 from ..configs.build_config import BuildConfig
 from ..configs.export_config import ConvertConfig
 from ..configs.source_format import SourceFormat
@@ -43,14 +43,13 @@ from ..model_folders.weights import LazyTensor, warn_of_rounding
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .layouts import find_layout
-from .layouts.layout import Layout, RenamedWeights, Rule, apply_rules, rename
+from .layouts.layout import Layout, RenamedWeights, Rule, apply_rules, count_blocks, rename
 from .source_checkpoint import (
     Checkpoint,
     CheckpointSource,
     LanguageModel,
     LLMSource,
     find_commit,
-    find_published_hash,
     open_checkpoint,
     open_language_model,
     open_llm_weights,
@@ -94,16 +93,6 @@ class ConversionPlan:
     lora_counts: list[dict[str, tuple[int, int]]]
 
 
-@dataclass(frozen=True)
-class _AdapterSizes:
-    """Sizes of a text adapter, read off its weights."""
-
-    llm_width: int
-    projection_dim: int
-    num_layers: int
-    expansion: int
-
-
 def convert_checkpoint(
     source: str | Path | CheckpointSource,
     text_model: str | Path | LLMSource,
@@ -129,14 +118,13 @@ def convert_checkpoint(
         name: What the card calls the model; None for the folder's last name.
 
     Returns:
-        The folder. Its `conversion.json` records the sources, whether each file was compared with
-            the Hub's SHA-256 (`as_published`), the keys that were left out, and which share of
-            the entries that each LoRA changes rounding leaves (`share_changed_by_merging`).
+        The folder. Its `conversion.json` records the sources, the SHA-256 of each file, the keys
+            that were left out, and which share of the entries that each LoRA changes rounding
+            leaves (`share_changed_by_merging`).
 
     Raises:
         FileExistsError: The folder exists and is not empty.
-        ValueError: The sources do not fit each other or the source format, see `plan_conversion`;
-            or a file that was downloaded from the Hub has not the SHA-256 that it had there.
+        ValueError: The sources do not fit each other or the source format, see `plan_conversion`.
         OSError: There is too little disk space.
         RuntimeError: The written model is not healthy; nothing is left of it.
 
@@ -223,24 +211,14 @@ def _make_record(
             ],
         },
         "num_parameters": sum(tensor.num_elements for tensor in plan.weights.values()),
-        "files": [_describe_file(path) for path in plan.files],
+        "files": [
+            {"name": path.name, "bytes": path.stat().st_size, "sha256": hash_file(path)}
+            for path in plan.files
+        ],
         "source_format": asdict(source_format),
         "pixels": {"mean": mean, "std": std},
         "dropped": {reason: sorted(keys) for reason, keys in by_reason.items()},
     }
-
-
-def _describe_file(path: Path) -> dict[str, Any]:
-    """Hash a file, which has to be the one that the Hub published where that is known."""
-    found, published = hash_file(path), find_published_hash(path)
-    if published not in (None, found):
-        raise ValueError(
-            f"{path} is damaged: its SHA-256 is {found}, the Hub's was {published}. Delete it, and "
-            "download it again."
-        )
-    checked = published is not None
-    size = path.stat().st_size
-    return {"name": path.name, "bytes": size, "sha256": found, "as_published": checked}
 
 
 def plan_conversion(
@@ -254,13 +232,13 @@ def plan_conversion(
     source = str(checkpoint.source.name)
     require_layout(checkpoint, layout)
     sizes = _read_adapter_sizes(layout.adapter_prefix, checkpoint.tensors, source=source)
-    width = language.config.hidden_size
-    if width != sizes.llm_width:
-        fitting = _LLMS_BY_WIDTH.get(sizes.llm_width, "the one it was trained with")
+    width, taken = language.config.hidden_size, sizes["width"]
+    if width != taken:
+        fitting = _LLMS_BY_WIDTH.get(taken, "the one it was trained with")
         raise ValueError(
-            f"The text adapter of {source} takes embeddings of {sizes.llm_width}, but "
-            f"{language.source.name} gives {width}. LLMs of {sizes.llm_width}: {fitting}. Give the "
-            "LLM that the checkpoint was trained with."
+            f"The text adapter of {source} takes embeddings of {taken}, but {language.source.name} "
+            f"gives {width}. LLMs of {taken}: {fitting}. Give the LLM that the checkpoint was "
+            "trained with."
         )
     model_config, tokenizer = _configure(checkpoint, layout, sizes, language, source_format)
     vision: Any = model_config.vision_config
@@ -271,7 +249,7 @@ def plan_conversion(
     inside = {key: t for key, t in checkpoint.tensors.items() if prefix and key.startswith(prefix)}
     renamed = _rename_checkpoint(checkpoint, layout, leave_out=set(inside), source=source)
     if not layout.has_projection:
-        width = sizes.projection_dim
+        width = sizes["projection_dim"]
         identity = LazyTensor((width, width), torch.float32, lambda: torch.eye(width))
         renamed.weights["visual_projection.weight"] = identity
     files, counts = list(checkpoint.files), list[dict[str, tuple[int, int]]]()
@@ -324,7 +302,7 @@ def make_image_processor(source_format: SourceFormat, size: int) -> LLM2CLIPImag
 def _configure(
     checkpoint: Checkpoint,
     layout: Layout,
-    sizes: _AdapterSizes,
+    sizes: Mapping[str, int],
     language: LanguageModel,
     source_format: SourceFormat,
 ) -> tuple[LLM2CLIPConfig, PreTrainedTokenizerBase]:
@@ -336,15 +314,15 @@ def _configure(
         prompt=source_format.prompt,
         prompt_prefix=source_format.prompt_prefix,
         prompt_suffix=source_format.prompt_suffix,
-        projection_dim=sizes.projection_dim,
+        projection_dim=sizes["projection_dim"],
         max_text_length=source_format.max_text_length,
         text_pooling=source_format.text_pooling,
-        text_adapter_layers=sizes.num_layers,
+        text_adapter_layers=sizes["num_layers"],
         normalize_text_before_adapter=source_format.normalize_text_before_adapter,
         visual_projection_bias=layout.projection_bias,
     )
     config, tokenizer = configure_model(vision_config, language.config, language.tokenizer, chosen)
-    config.text_adapter_expansion = sizes.expansion
+    config.text_adapter_expansion = sizes["expansion"]
     config.text_adapter_trained = config.projections_trained = True
     return config, tokenizer
 
@@ -370,7 +348,7 @@ def _list_adapter_rules(prefix: str, tensors: Mapping[str, LazyTensor]) -> list[
     The text adapter is `Sequential(block, …, LayerNorm, Linear)`; a block is `Sequential(Linear,
     GELU, Dropout, Linear)` as `fn`, and a LayerNorm as `ln`.
     """
-    start, num_layers = re.escape(prefix), _count_blocks(prefix, tensors)
+    start, num_layers = re.escape(prefix), count_blocks(tensors, prefix + "{}.fn.0.weight")
     part = r"(weight|bias)"
     return [
         rename(rf"{start}(\d+)\.fn\.0\.{part}", r"text_adapter.blocks.\1.up.\2"),
@@ -388,8 +366,9 @@ def _list_adapter_rules(prefix: str, tensors: Mapping[str, LazyTensor]) -> list[
 
 def _read_adapter_sizes(
     prefix: str, tensors: Mapping[str, LazyTensor], *, source: str
-) -> _AdapterSizes:
-    num_layers = _count_blocks(prefix, tensors)
+) -> dict[str, int]:
+    """Read the sizes of a text adapter off its weights."""
+    num_layers = count_blocks(tensors, prefix + "{}.fn.0.weight")
     last = tensors.get(f"{prefix}{num_layers + 1}.weight")
     found = sorted(key for key in tensors if key.startswith(prefix))
     if not found:
@@ -401,12 +380,12 @@ def _read_adapter_sizes(
     if last is None or f"{prefix}0.fn.0.weight" not in tensors:
         raise ValueError(f"{source} has a part of a text adapter alone: {', '.join(found)}.")
     inner, width = tensors[f"{prefix}0.fn.0.weight"].shape
-    return _AdapterSizes(width, last.shape[0], num_layers, inner // width)
-
-
-def _count_blocks(prefix: str, tensors: Mapping[str, LazyTensor]) -> int:
-    pattern = re.compile(re.escape(prefix) + r"(\d+)\.fn\.0\.weight")
-    return sum(1 for key in tensors if pattern.fullmatch(key))
+    return {
+        "width": width,
+        "projection_dim": last.shape[0],
+        "num_layers": num_layers,
+        "expansion": inner // width,
+    }
 
 
 def _fit(

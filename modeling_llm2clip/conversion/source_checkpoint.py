@@ -13,6 +13,7 @@ from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers import initialization as init
 
+from .._suggestions import list_first
 from ..building.lora_merging import merge_lora_weights
 from ..building.text_towers import require_decoder, require_own_tokenizer
 from ..loading_llm2clip import build_tower, list_weight_files, load_without_code
@@ -21,10 +22,6 @@ from ..model_folders.weights import WEIGHT_NAMES, LazyTensor, is_lora_alone, ope
 from .layouts import LAYOUTS
 from .layouts.layout import Drop, Layout, RenamedWeights, apply_rules, rename
 
-_KEYS_SHOWN = 6
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-# Where huggingface_hub notes what it downloaded into a folder that a user named.
-_NOTES = Path(".cache") / "huggingface" / "download"
 _RULES = (rename(r"(?:model\.)?((?:embed_tokens|layers|norm)\..*)", r"text_model.\1"),)
 _FREQUENCIES = r"(?:model\.)?(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 _DROPS = (
@@ -98,14 +95,11 @@ def require_layout(checkpoint: Checkpoint, layout: Layout) -> None:
             f"{source} has keys of the family {fitting[0].name!r}, the source format is for "
             f"{layout.name!r}. Choose the source format {fitting[0].choice!r}."
         )
-    shown, families = (
-        sorted(checkpoint.tensors)[:_KEYS_SHOWN],
-        sorted(one.name for one in LAYOUTS.values()),
-    )
     raise ValueError(
-        f"{source} has keys of {len(fitting)} known families, wanted one of {families}. Its first "
-        f"keys: {shown}. A checkpoint of plain CLIP or of another code base cannot be converted; "
-        "build a new model from its tower instead (llm2clip build)."
+        f"{source} has keys of {len(fitting)} known families, wanted one of "
+        f"{sorted(one.name for one in LAYOUTS.values())}. Its keys: "
+        f"{list_first(sorted(checkpoint.tensors))}. A checkpoint of plain CLIP or of another code "
+        "base cannot be converted; build a new model from its tower instead (llm2clip build)."
     )
 
 
@@ -149,23 +143,6 @@ def find_commit(source: str | Path, paths: Iterable[Path]) -> str | None:
             folder, *rest = parts[parts.index(cache) + 1 :]
             if folder == "snapshots" and rest:
                 return rest[0]
-    return None
-
-
-def find_published_hash(file: Path) -> str | None:
-    """Find the SHA-256 that the Hub had for a file when it was downloaded; None where unknown.
-
-    huggingface_hub's cache names large contents by their hashes; `hf download --local-dir` notes
-    them beside the files.
-    """
-    content = file.resolve()
-    if content.parent.name == "blobs":
-        return content.name if _SHA256.fullmatch(content.name) else None
-    for folder in file.absolute().parents:
-        notes = folder / _NOTES / f"{file.absolute().relative_to(folder)}.metadata"
-        if notes.is_file():  # commit, hash and time, a line each
-            lines = notes.read_text(encoding="utf-8").splitlines()
-            return next((line for line in lines[1:2] if _SHA256.fullmatch(line)), None)
     return None
 
 
@@ -251,7 +228,6 @@ def open_llm_weights(
         folder = find_model_folder(name, revision=revision)
         merged, counted = merge_lora_weights(
             {key.removeprefix(_PREFIX): value for key, value in renamed.weights.items()},
-            language.config,
             folder,
             base=str(source.name),
             accepted_base=source.accept_lora_base,

@@ -70,11 +70,8 @@ def check_training_images(tested: ModelUnderTest) -> str:
     if summary is None:
         return f"there is no {TRAINING_IMAGES_FILE}, and images unlike them are not noticed"
     projection = open_model_weights(tested.folder).get("visual_projection.weight")
-    if projection is not None and projection.shape[1] != summary.width:
-        raise ValueError(
-            f"{TRAINING_IMAGES_FILE} is of a tower of {summary.width} dimensions, and this one has "
-            f"{projection.shape[1]}. Remove the file, or restore that of this model."
-        )
+    if projection is not None:
+        summary.require_width(projection.shape[1])
     return ", ".join(f"{data.name} ({data.num_images:,} images)" for data in summary.datasets)
 
 

@@ -23,7 +23,7 @@ from ..data.atomic_files import (
 )
 from ..data.sources.json_files import read_json_lines
 from ..data.validation_errors import DataValidationError, ErrorCollector
-from ..encoding.score_pairs import score_pairs
+from ..encoding.encode import score_pairs
 from ..encoding.tokenized_texts import TokenizedTexts
 from ..model_folders.fingerprint import fingerprint_embeddings
 from ..model_folders.model_folder import find_model_folder

@@ -19,6 +19,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm import tqdm
 
+from .._suggestions import list_first
 from ..data.images.image_sources import ArrowImage, ParquetImage, TarImage, open_image
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .float32 import float32_as_such
@@ -35,7 +36,6 @@ embeddings where a graph projects.
 
 _MOST_WORKERS = 8
 _PIXELS_AT_ONCE = 2**22
-_SHOWN = 5  # inputs that an error names
 
 
 class PreparedImages(NamedTuple):
@@ -269,12 +269,11 @@ def require_finite(
         return
     named = [
         f"number {row + 1}" + ("" if inputs is None else f" ({str(inputs[row])[:80]!r})")
-        for row in (rows[place] for place in broken[:_SHOWN])
+        for row in (rows[place] for place in broken)
     ]
-    more = f" and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
     raise ValueError(
         f"The model gives NaN or infinity for {len(broken)} of {len(rows)} inputs: "
-        f"{', '.join(named)}{more}. Run it in float32 (--dtype float32); if they remain, its "
+        f"{list_first(named)}. Run it in float32 (--dtype float32); if they remain, its "
         "weights are damaged: check its folder with llm2clip doctor."
     )
 

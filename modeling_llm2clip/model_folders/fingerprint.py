@@ -187,21 +187,15 @@ def fingerprint_embeddings(folder: Path, modality: Literal["text", "image"]) -> 
     }
 
 
-def fingerprint_model(folder: Path) -> dict[str, str]:
-    """Identify the whole model in a folder.
+def fingerprint_model(folder: Path, *, without_towers: bool = False) -> dict[str, str]:
+    """Identify the model in a folder, or the parts of it that are in neither tower.
 
     `weights` (SHA-256 of all of them), `dtype`, and the one setting that changes embeddings and
     that neither weights nor the fingerprints of the towers show.
     """
-    config = LLM2CLIPConfig.from_pretrained(folder)
-    setting = str(getattr(config, _ADAPTER_SETTING))
-    return {**fingerprint_weights(list_model_files(folder)), _ADAPTER_SETTING: setting}
-
-
-def fingerprint_head(folder: Path) -> dict[str, str]:
-    """Identify what of a model is in neither tower, as `fingerprint_model` does the whole."""
-    files = list_model_files(folder)
-    parts = ("logit_scale.", "text_adapter.", "text_projection.", "visual_projection.")
+    files, parts = list_model_files(folder), tuple[str, ...]([""])
+    if without_towers:
+        parts = ("logit_scale.", "text_adapter.", "text_projection.", "visual_projection.")
     tensors = chain.from_iterable(iterate_tensors(files, prefix=part) for part in parts)
     setting = str(getattr(LLM2CLIPConfig.from_pretrained(folder), _ADAPTER_SETTING))
     return {**_describe_weights(tensors), _ADAPTER_SETTING: setting}
@@ -249,10 +243,9 @@ def _read_tower(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _hash_tokenizer(tokenizer: Any) -> str:
-    written = json.loads(tokenizer.backend_tokenizer.to_str())
     return hash_json(
         {
-            **written,
+            **json.loads(tokenizer.backend_tokenizer.to_str()),
             # State of the last call, which these settings determine.
             "truncation": tokenizer.truncation_side,
             "padding": None,

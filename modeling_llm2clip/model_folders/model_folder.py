@@ -12,11 +12,9 @@ import os
 import re
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -215,53 +213,94 @@ def _find_error(what: str, source: str | Path, *, file: str) -> str | None:
     if path.is_dir():
         if (path / file).is_file():
             return None
-        if what == "language model" and (path / "modules.json").is_file():
-            return (
-                f"{source}: a sentence-transformers model of an old layout, with its network in a "
-                f"folder within. Save it again: SentenceTransformer({str(source)!r}).save(FOLDER)"
-            )
         return f"{source}: the folder has no {file}, so it does not hold a {what}"
     if path.exists():
         return f"{source}: a file; the {what} must be a folder or a Hub id"
-    if str(source) != EMBEDDED and get_close_matches(str(source), [EMBEDDED], cutoff=0.8):
-        return f"{source}: no such {what} (did you mean {EMBEDDED}?)"
     missing = explain_missing(source, may_lack_owner=True)
     return f"{source}: no such {what}: {missing}" if missing else None
 
 
-@dataclass(frozen=True)
-class FoundModel:
-    """The content of a folder or Hub repository, and a sentence with the command that takes it."""
+# What a folder or repository may hold, in a word, and a sentence with the command that takes it.
+_ADVICE = {
+    "llm2clip": "",
+    "onnx": (
+        "{name} is a folder of ONNX graphs, for `llm2clip serve` and `llm2clip embed` with "
+        "--backend onnx, for `llm2clip search` with --model, and for load_onnx_encoder."
+    ),
+    "sentence-transformers": (
+        "{name} is a sentence-transformers model. `llm2clip evaluate {name}` measures it as it is."
+    ),
+    "official": (
+        "{name} is an official LLM2CLIP checkpoint. `llm2clip convert {name} OUTPUT "
+        "--source-format NAME --text-model TEXT_MODEL` makes a model of it."
+    ),
+    "clip": (
+        "{name} is a {type!r}, which has a text encoder of its own. `llm2clip build {name} "
+        "TEXT_MODEL OUTPUT` makes an LLM2CLIP model of its vision tower, `llm2clip evaluate "
+        "{name}` measures it as it is."
+    ),
+    "text": (
+        "{name} is a language model ({type!r}). `llm2clip build VISION_MODEL {name} OUTPUT` makes "
+        "an LLM2CLIP model of it and a vision tower."
+    ),
+    "vision": (
+        "{name} is a vision tower ({type!r}). `llm2clip build {name} TEXT_MODEL OUTPUT` makes an "
+        "LLM2CLIP model of it and a language model."
+    ),
+    "other": "{name} is a {type!r}, which no command takes as a model.",
+    "lora": (
+        "{name} is a LoRA. `llm2clip build VISION_MODEL TEXT_MODEL OUTPUT --lora {name}` merges it "
+        "into its LLM, `llm2clip finetune-llm MODEL DATA OUTPUT --init-lora {name}` continues "
+        "from it."
+    ),
+    "store": (
+        "{name} is an embedding store. `llm2clip align MODEL DATA OUTPUT --caption-store {name}` "
+        "trains on it (--image-store for one of images)."
+    ),
+    "above": ("{name} has no config.json; it is the parent folder of {inside}. Give that one."),
+}
 
-    content: str  # in a word; "above" is the parent folder of models
-    advice: str = ""
+
+class FoundModel(NamedTuple):
+    """The content of a folder or Hub repository, a key of `_ADVICE`, and the advice."""
+
+    content: str
+    advice: str
 
 
 def find_model_type(source: str | Path, *, revision: str | None = None) -> FoundModel | None:
     """Look at the small files of a folder or Hub repository; None where they show nothing."""
     folder = Path(source)
+    file: Path | None = folder / "config.json"
     if not folder.is_dir():
-        file = is_hub_id(source) and fetch_hub_file(source, "config.json", revision=revision)
-        config = read_json_object(file) if file else None
-        return None if config is None else _judge_config(str(source), config)
-    if holds_graphs(folder):
-        return FoundModel(
-            "onnx",
-            f"{folder} is a folder of ONNX graphs, for `llm2clip serve` and `llm2clip embed` with "
-            "--backend onnx, for `llm2clip search` with --model, and for load_onnx_encoder.",
+        file = (
+            fetch_hub_file(source, "config.json", revision=revision) if is_hub_id(source) else None
         )
-    has_config = (folder / "config.json").is_file()
-    config = read_json_object(folder / "config.json") if has_config else None
-    is_own = config is not None and config.get("model_type") == "llm2clip"
-    if (folder / "modules.json").is_file() and not is_own:
-        return FoundModel(
-            "sentence-transformers",
-            f"{folder} is a sentence-transformers model. `llm2clip evaluate {folder}` measures it "
-            "as it is.",
-        )
-    if has_config:
-        return None if config is None else _judge_config(str(folder), config)
-    return _judge_other_files(folder)
+    config = read_json_object(file) if file and file.is_file() else {}
+    if config is None:  # damaged
+        return None
+    inside = sorted(path.parent for path in folder.glob("*/config.json"))
+    model_type = config.get("model_type")
+    architectures = [str(item) for item in config.get("architectures") or []]
+    writes = any(item.endswith(("ForCausalLM", "ConditionalGeneration")) for item in architectures)
+    content = {  # the first that holds
+        "onnx": holds_graphs(folder),
+        "llm2clip": model_type == "llm2clip",
+        "sentence-transformers": (folder / "modules.json").is_file(),
+        "official": any(item.startswith("LLM2CLIP") for item in architectures),
+        "clip": model_type in DUAL_ENCODERS,
+        "text": writes or "vocab_size" in config,
+        "vision": model_type == "timm_wrapper" or any(name in config for name in _VISION_FIELDS),
+        "other": model_type is not None,
+        "lora": not config and (folder / LORA_CONFIG).is_file(),
+        "store": not config and (folder / "manifest.json").is_file(),
+        "above": not config and bool(inside),
+    }
+    kind = next((kind for kind, holds in content.items() if holds), None)
+    if kind is None:
+        return None
+    advice = _ADVICE[kind].format(name=source, type=model_type, inside=list_first(inside))
+    return FoundModel(kind, advice)
 
 
 def holds_graphs(source: str | Path | None) -> bool:
@@ -303,65 +342,3 @@ def read_json_object(file: Path) -> dict[str, Any] | None:
     except ValueError:  # damaged, which loading the model reports
         return None
     return content if isinstance(content, dict) else None
-
-
-def _judge_config(name: str, config: dict[str, Any]) -> FoundModel | None:
-    """Judge by `config.json`; None where it does not show the model type."""
-    model_type = config.get("model_type")
-    if model_type == "llm2clip":
-        return FoundModel("llm2clip")
-    architectures = [str(item) for item in config.get("architectures") or []]
-    if any(item.startswith("LLM2CLIP") for item in architectures):
-        return FoundModel(
-            "official",
-            f"{name} is an official LLM2CLIP checkpoint. `llm2clip convert {name} OUTPUT "
-            "--source-format NAME --text-model TEXT_MODEL` makes a model of it.",
-        )
-    if model_type in DUAL_ENCODERS:
-        return FoundModel(
-            "clip",
-            f"{name} is a {model_type!r}, which has a text encoder of its own. `llm2clip build "
-            f"{name} TEXT_MODEL OUTPUT` makes an LLM2CLIP model of its vision tower, `llm2clip "
-            f"evaluate {name}` measures it as it is.",
-        )
-    writes = any(item.endswith(("ForCausalLM", "ConditionalGeneration")) for item in architectures)
-    if writes or "vocab_size" in config:
-        return FoundModel(
-            "text",
-            f"{name} is a language model ({model_type!r}). `llm2clip build VISION_MODEL "
-            f"{name} OUTPUT` makes an LLM2CLIP model of it and a vision tower.",
-        )
-    if model_type == "timm_wrapper" or any(field in config for field in _VISION_FIELDS):
-        return FoundModel(
-            "vision",
-            f"{name} is a vision tower ({model_type!r}). `llm2clip build {name} TEXT_MODEL "
-            "OUTPUT` makes an LLM2CLIP model of it and a language model.",
-        )
-    if model_type is None:
-        return None
-    return FoundModel("other", f"{name} is a {model_type!r}, which no command takes as a model.")
-
-
-def _judge_other_files(folder: Path) -> FoundModel | None:
-    """Judge a folder without `config.json`."""
-    if (folder / LORA_CONFIG).is_file():
-        return FoundModel(
-            "lora",
-            f"{folder} is a LoRA. `llm2clip build VISION_MODEL TEXT_MODEL OUTPUT "
-            f"--lora {folder}` merges it into its LLM, `llm2clip finetune-llm MODEL DATA OUTPUT "
-            f"--init-lora {folder}` continues from it.",
-        )
-    if (folder / "manifest.json").is_file():
-        return FoundModel(
-            "store",
-            f"{folder} is an embedding store. `llm2clip align MODEL DATA OUTPUT --caption-store "
-            f"{folder}` trains on it (--image-store for one of images).",
-        )
-    inside = sorted(path.parent for path in folder.glob("*/config.json"))
-    if not inside:
-        return None
-    return FoundModel(
-        "above",
-        f"{folder} has no config.json; it is the parent folder of {list_first(inside)}. Give that "
-        "one.",
-    )

@@ -12,7 +12,6 @@ D is the width of the tower's embeddings, K the number of clusters, N of images.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,16 +25,15 @@ from ..data.safetensors_files import serialize_tensors
 
 TRAINING_IMAGES_FILE = "training_images.safetensors"
 FEWEST_JUDGED = 20
-_FORMAT = 1
+_FORMAT = 2
 _MAX_CLUSTERS = 128
 _IMAGES_PER_CLUSTER = 8
 _FEWEST_IN_CLUSTER = 3
 _ITERATIONS = 10
-# Shares of the spread of the training images. Of emoji, drawings and photographs no set of held-out
-# images reaches it, random or as alike as can be, and each kind is farther from another; cut-out
-# photographs and drawings are not: see `benchmarks/accuracy/training_data_distance.py`.
-_FAR = 0.1
-_TIMES_OWN = 2
+# As a share of the spread of the training images. Of emoji, drawings and photographs no set of
+# held-out images reaches it, random or as alike as can be, and each kind is farther from another;
+# cut-out photographs and drawings are not: see `benchmarks/accuracy/training_data_distance.py`.
+FAR = 0.1
 _MIXING_STEPS = 300
 _METADATA = "training_images"
 
@@ -46,36 +44,26 @@ Array: TypeAlias = np.ndarray[Any, Any]
 class DatasetSummary:
     """The images of one dataset, by a sample of `num_measured` of them.
 
-    `spread` is the sample's variance, summed over the dimensions; `own_distance` is that of one
-    part of it from the clusters of the other; `clusters` (K, D) float32 are means of at least three
-    images.
+    `spread` is the sample's variance, summed over the dimensions; `clusters` (K, D) float32 are
+    means of at least three images.
     """
 
     name: str
     num_images: int
     num_measured: int
     spread: float
-    own_distance: float
     clusters: Tensor
 
 
-def summarize_images(
-    vision_embeds: Tensor, is_first_part: Array, *, name: str, num_images: int
-) -> DatasetSummary:
+def summarize_images(vision_embeds: Tensor, *, name: str, num_images: int) -> DatasetSummary:
     """Summarize a sample of the images of a dataset, (N, D) of the tower.
 
-    Its order is random and does not depend on that of the dataset. `is_first_part` (N,) bool
-    divides it into parts that share no group of images, each of at least `FEWEST_JUDGED`.
+    Its order is random and does not depend on that of the dataset.
     """
     rows = _to_unit_rows(vision_embeds)
-    parts = rows[is_first_part], rows[~is_first_part]
-    spread = round(float(rows.var(axis=0).sum()), 6)
-    own = max(
-        _measure(part.mean(axis=0), len(part), _find_clusters(other), spread)
-        for part, other in (parts, parts[::-1])
-    )
     clusters = torch.from_numpy(_find_clusters(rows).astype(np.float32))
-    return DatasetSummary(name, num_images, len(rows), spread, round(own, 6), clusters)
+    spread = round(float(rows.var(axis=0).sum()), 6)
+    return DatasetSummary(name, num_images, len(rows), spread, clusters)
 
 
 @dataclass(frozen=True)
@@ -87,10 +75,6 @@ class TrainingImages:
 
     datasets: tuple[DatasetSummary, ...]
     not_summarized: tuple[str, ...] = ()
-
-    @property
-    def width(self) -> int:
-        return int(self.datasets[0].clusters.shape[1])
 
     def add(self, dataset: DatasetSummary) -> TrainingImages:
         """Return the summary with one more dataset; the same one is not added again."""
@@ -113,20 +97,19 @@ class TrainingImages:
         """
         if tally.num_images < FEWEST_JUDGED:
             return None
-        if len(tally.total) != self.width:
-            raise ValueError(
-                f"{TRAINING_IMAGES_FILE} of the model is of a tower of {self.width} dimensions, "
-                f"and its tower has {len(tally.total)}. Remove the file, or restore that of this "
-                "model."
-            )
-        clusters = np.concatenate([dataset.clusters.numpy() for dataset in self.datasets])
+        self.require_width(len(tally.total))
+        clusters = torch.cat([dataset.clusters for dataset in self.datasets]).double().numpy()
         spread = float(np.mean([dataset.spread for dataset in self.datasets]))
-        mean = tally.total / tally.num_images
-        return _measure(mean, tally.num_images, clusters.astype(np.float64), spread)
+        return _measure(tally.total / tally.num_images, tally.num_images, clusters, spread)
 
-    @property
-    def threshold(self) -> float:
-        return max(_FAR, *(_TIMES_OWN * dataset.own_distance for dataset in self.datasets))
+    def require_width(self, width: int) -> None:
+        """Refuse a summary of another tower than the model's, whose embeddings are this wide."""
+        stated = self.datasets[0].clusters.shape[1]
+        if stated != width:
+            raise ValueError(
+                f"{TRAINING_IMAGES_FILE} of the model is of a tower of {stated} dimensions, and "
+                f"its tower has {width}. Remove the file, or restore that of this model."
+            )
 
     def describe_far(self, tally: ImageTally) -> str | None:
         """Describe what images are far from, and what to do.
@@ -134,13 +117,13 @@ class TrainingImages:
         None where they are not far, or too few.
         """
         distance = self.measure(tally)
-        if distance is None or distance <= self.threshold:
+        if distance is None or distance <= FAR:
             return None
         names = ", ".join(f"{data.name} ({data.num_images:,} images)" for data in self.datasets)
         earlier = ", ".join(self.not_summarized)
         return (
             f"These images ({tally.num_images:,}) are unlike all images that this model was "
-            f"trained on, {names}: distance {distance:.2f}, at most {self.threshold:.2f} for "
+            f"trained on, {names}: distance {distance:.2f}, at most {FAR:.2f} for "
             "images of their kind. Expect poor results, and train it on captioned images like "
             "these (llm2clip extract, then llm2clip align)."
             + (f" Not compared: {earlier}, of an earlier vision tower." if earlier else "")
@@ -171,10 +154,16 @@ def read_training_images(folder: Path) -> TrainingImages | None:
         return None
     try:
         with safe_open(file, framework="pt") as opened:
-            found = json.loads((opened.metadata() or {})[_METADATA])
-            clusters = [opened.get_tensor(f"clusters.{n}") for n in range(len(found["datasets"]))]
-        return _parse(found, clusters)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            content = json.loads((opened.metadata() or {})[_METADATA])
+            datasets = tuple(
+                DatasetSummary(**fields, clusters=opened.get_tensor(f"clusters.{number}"))
+                for number, fields in enumerate(content["datasets"])
+            )
+        clusters = torch.cat([dataset.clusters for dataset in datasets])  # refuses other widths
+        if content["format"] != _FORMAT or not clusters.isfinite().all():
+            raise ValueError(f"format {content['format']}, or NaN")
+        return TrainingImages(datasets, tuple(content["not_summarized"]))
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{file} is damaged or of another version ({error}). Restore it; or remove it, and "
             "images unlike those of the training are no longer noticed."
@@ -203,19 +192,6 @@ def write_training_images(folder: Path, summary: TrainingImages) -> None:
     }
     metadata = {_METADATA: json.dumps(content, ensure_ascii=False)}
     (folder / TRAINING_IMAGES_FILE).write_bytes(serialize_tensors(tensors, metadata))
-
-
-def _parse(found: Mapping[str, Any], clusters: Sequence[Tensor]) -> TrainingImages:
-    datasets = tuple(
-        DatasetSummary(**fields, clusters=means)
-        for fields, means in zip(found["datasets"], clusters, strict=True)
-    )
-    if found["format"] != _FORMAT or not datasets:
-        raise ValueError(f"format {found['format']}, {len(datasets)} datasets")
-    shapes = {tuple(means.shape[1:]) for means in clusters}
-    if len(shapes) > 1 or not all(means.isfinite().all() for means in clusters):
-        raise ValueError("its clusters have several widths, or NaN")
-    return TrainingImages(datasets, tuple(found["not_summarized"]))
 
 
 def _to_unit_rows(vision_embeds: Tensor) -> Array:

@@ -199,20 +199,19 @@ def _write_shard(weights: Mapping[str, LazyTensor], file: Path) -> None:
 
 
 def _open_safetensors(file: Path) -> dict[str, LazyTensor]:
+    def read(name: str) -> Tensor:
+        # Opened anew for each tensor, so that the pages of earlier ones are freed.
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(name)  # type: ignore[no-any-return]
+
     heads = read_weight_shapes([file])
     unknown = sorted({dtype for _, dtype in heads.values()} - set(_DTYPES))
     if unknown:
         raise ValueError(f"{file} has weights of the dtypes {unknown}, wanted {list(_DTYPES)}.")
     return {
-        name: LazyTensor(shape, _DTYPES[dtype], partial(_read_safetensor, file, name))
+        name: LazyTensor(shape, _DTYPES[dtype], partial(read, name))
         for name, (shape, dtype) in heads.items()
     }
-
-
-def _read_safetensor(file: Path, name: str) -> Tensor:
-    # Opened anew for each tensor, so that the pages of earlier ones are freed.
-    with safe_open(file, framework="pt") as opened:
-        return opened.get_tensor(name)  # type: ignore[no-any-return]
 
 
 def _load_pickle(file: Path) -> Any:
@@ -225,12 +224,9 @@ def _load_pickle(file: Path) -> Any:
             "again (with git lfs, where the repository uses it) and compare its SHA-256."
         )
     try:
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):
-                raise
-            return torch.load(file, map_location="cpu", weights_only=True)
+        # Files of torch before 1.6 cannot be mapped.
+        mapped = beginning.startswith(_BEGINNINGS[0])
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{file} holds more than weights ({_first_line(error)}), and unpickling that would run "

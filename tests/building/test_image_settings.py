@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_timm
 from transformers import AutoModel
 
-from modeling_llm2clip.building.image_settings import set_image_size
+from modeling_llm2clip.building.vision_towers import set_image_size
 
 LARGER = 96
 _WINDOWS = {"img_size": 64, "embed_dim": 16, "depths": [1, 2], "num_heads": [2, 4]}

@@ -153,7 +153,7 @@ def test_a_lora_for_another_base_by_shape(tmp_path) -> None:
     name = next(name for name in factors if name.endswith("q_proj.lora_A.weight"))
     factors[name] = torch.ones(4, 48)
     save_file(factors, adapter / "adapter_model.safetensors")
-    refuse("openai", tmp_path, r"is for another LLM: .*q_proj\.lora_A.*Give the LLM that it was",
+    refuse("openai", tmp_path, r"is for another LLM.* have another shape .*q_proj.*Give the LLM",
            llm=LLMSource(LLM, loras=(adapter,)))  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def test_a_lora_that_is_more_than_a_lora(tmp_path, setting, value) -> None:
     adapter = Path(shutil.copytree(LLM2VEC / "llama_lora", tmp_path / "lora"))
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), setting: value}))
-    refuse("openai", tmp_path, f"more than the low-rank matrices of a LoRA .*{setting}",
+    refuse("openai", tmp_path, f"more than the low-rank matrices of linear layers .*{setting}",
            llm=LLMSource(LLM, loras=(adapter,)))  # fmt: skip
 
 
@@ -306,12 +306,9 @@ def test_rotary_tables_that_the_tower_computes_are_accepted_in_any_dtype(dtype, 
 
 
 @pytest.mark.parametrize("reference", [3, 5, 16])
-def test_rotary_tables_of_another_reference_size_are_refused_and_it_is_named(
-    reference: int, tmp_path
-) -> None:
+def test_rotary_tables_of_another_reference_size_are_refused(reference: int, tmp_path) -> None:
     state = replace_rotary_tables(read_checkpoint("eva02"), reference=reference)
-    refuse("eva02", tmp_path, rf"reference size 4.*\(--rope-reference-size {reference}\)",
-           state=state)  # fmt: skip
+    refuse("eva02", tmp_path, r"reference size 4.*\(--rope-reference-size\)", state=state)
     right = replace(FORMAT_OF["eva02"], rope_reference_size=reference)
     planned = plan(tmp_path / "source" / "epoch_3.pt", source_format=right)
     assert planned.config.vision_config.model_args["ref_feat_shape"] == [reference] * 2
@@ -335,7 +332,12 @@ def test_a_checkpoint_without_rotary_tables_is_refused(kept: tuple[str, ...], tm
 def test_one_block_with_rotary_tables_of_its_own_is_refused(tmp_path) -> None:
     state = read_checkpoint("eva02")
     state["visual.blocks.1.attn.rope.freqs_sin"] = torch.rand(36, 12)
-    refuse("eva02", tmp_path, r"blocks\.1\.attn\.rope\.freqs_sin.*No reference size", state=state)
+    refuse(
+        "eva02",
+        tmp_path,
+        r"blocks\.1\.attn\.rope\.freqs_sin has other rotary positions",
+        state=state,
+    )
 
 
 @pytest.mark.parametrize("theta", [10_000.0, 1_000_000.0])

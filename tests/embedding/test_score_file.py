@@ -17,8 +17,7 @@ from modeling_llm2clip.configs.encoding_config import EncodingConfig
 from modeling_llm2clip.data.validation_errors import DataValidationError
 from modeling_llm2clip.embedding import score_file as stage
 from modeling_llm2clip.embedding.score_file import score_file
-from modeling_llm2clip.encoding.encode import TorchEncoder
-from modeling_llm2clip.encoding.score_pairs import score_pairs
+from modeling_llm2clip.encoding.encode import TorchEncoder, score_pairs
 from modeling_llm2clip.model_folders.model_loading import load_model
 
 QUIET = EncodingConfig(device="cpu", show_progress=False)

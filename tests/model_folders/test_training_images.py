@@ -46,8 +46,7 @@ def make_kind(
 
 def summarize(kind: int, *, count: int = 400, name: str | None = None) -> DatasetSummary:
     embeds = make_kind(kind, count, seed=kind)
-    is_first = np.arange(count) % 2 == 0
-    return summarize_images(embeds, is_first, name=name or f"kind {kind}", num_images=10 * count)
+    return summarize_images(embeds, name=name or f"kind {kind}", num_images=10 * count)
 
 
 def tally_of(*embeds: Tensor) -> ImageTally:
@@ -76,7 +75,7 @@ def test_one_of_many_topics_raises_no_alarm() -> None:
     """Clusters that each hold several topics would leave most of them outside every mixture."""
     many = {"num_topics": 100}
     embeds = make_kind(0, 4_000, seed=0, **many)
-    data = summarize_images(embeds, np.arange(4_000) % 2 == 0, name="broad", num_images=4_000)
+    data = summarize_images(embeds, name="broad", num_images=4_000)
     summary = TrainingImages((data,))
     of_topics = [tally_of(make_kind(0, 100, seed=90, topic=t, **many)) for t in range(100)]
     # 11 of 100 by 128 clusters, 72 by 32.
@@ -104,7 +103,7 @@ def test_noise_raises_an_alarm(trained: TrainingImages) -> None:
 def test_images_that_are_all_alike_judge_nothing(value: float) -> None:
     """A tower that collapsed, or copies of one image."""
     alike = torch.eye(WIDTH)[:1].expand(48, -1) if value == 1 else torch.full((48, WIDTH), value)
-    data = summarize_images(alike, np.arange(48) % 2 == 0, name="copies", num_images=48)
+    data = summarize_images(alike, name="copies", num_images=48)
     assert TrainingImages((data,)).describe_far(tally_of(make_kind(0, 100, seed=1))) is None
 
 
@@ -148,7 +147,7 @@ def test_the_length_of_an_embedding_does_not_count(trained: TrainingImages) -> N
 def test_no_cluster_is_a_single_image(trained: TrainingImages) -> None:
     images = torch.nn.functional.normalize(make_kind(0, 400, seed=0), dim=1)
     odd = torch.cat([images, 3 * torch.eye(WIDTH)[:1]])  # one image unlike all others
-    summary = summarize_images(odd, np.arange(401) % 2 == 0, name="odd", num_images=401)
+    summary = summarize_images(odd, name="odd", num_images=401)
     unit = torch.nn.functional.normalize(odd, dim=1)
     for clusters in (trained.datasets[0].clusters, summary.clusters):
         assert float(torch.cdist(clusters, unit).min()) > 0.01

@@ -31,7 +31,6 @@ _ROTARY_TABLE = r"visual\.(?:blocks\.\d+\.attn\.)?rope\.freqs_(cos|sin)"
 # Between two tables of one rule: rounding to the dtype that they are saved in. With another
 # reference size or head width they differ by 0.1 and more.
 _MOST_DIFFERENCE = 0.01
-_REFERENCE_SIZES_TRIED = range(1, 129)
 
 
 def _make_vision_config(
@@ -83,23 +82,12 @@ def _require_rotary_tables(tensors: Tensors, source_format: SourceFormat, side: 
                 f"with heads of {heads} has {(side * side, heads)}. Give the head width that it "
                 f"was trained with (--head-width {table.shape[-1]})."
             )
-        if _are_close(table, _compute_rotary_table(part, side, heads, reference)):
-            continue
-        fitting = (
-            size
-            for size in _REFERENCE_SIZES_TRIED
-            if _are_close(table, _compute_rotary_table(part, side, heads, size))
-        )
-        found = next(fitting, None)
-        raise ValueError(
-            f"{key} has other rotary positions than the tower would have with the reference size "
-            f"{reference}. "
-            + (
-                f"It is a table of the reference size {found} (--rope-reference-size {found})."
-                if found
-                else "No reference size gives this table, so the tower is not converted."
+        computed = _compute_rotary_table(part, side, heads, reference)
+        if not table.allclose(computed, atol=_MOST_DIFFERENCE, rtol=0):
+            raise ValueError(
+                f"{key} has other rotary positions than the tower would have with the reference "
+                f"size {reference}. Give the one that it was trained with (--rope-reference-size)."
             )
-        )
 
 
 def _compute_rotary_table(part: str, side: int, head_width: int, reference: int) -> Tensor:
@@ -111,10 +99,6 @@ def _compute_rotary_table(part: str, side: int, head_width: int, reference: int)
     )
     table: Tensor = cosine if part == "cos" else sine
     return table
-
-
-def _are_close(table: Tensor, computed: Tensor) -> bool:
-    return table.allclose(computed, atol=_MOST_DIFFERENCE, rtol=0)
 
 
 # The activation is the gate of its SwiGLU.

@@ -29,7 +29,7 @@ from ...data.streams.record_streams import RecordStream
 from ...encoding.float32 import float32_as_such
 from ...evaluation.datasets.classification_dataset import ClassificationDataset
 from ...model_folders.atomic_folder import clear_leftovers, require_new_folder
-from ...model_folders.fingerprint import fingerprint_head, fingerprint_text, fingerprint_vision
+from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
 from ...model_folders.golden_embeddings import GOLDEN_FILE
 from ...model_folders.model_card import CardResult
 from ...model_folders.model_writing import Source, open_source, require_intact, save_trained_model
@@ -266,7 +266,7 @@ def _require_fitting(folder: Path, plan: AlignPlan) -> dict[str, Any]:
             "The model keeps an embedder's own embeddings (build --keep-embeddings), and this "
             "alignment would change them. Give lock_text=True."
         )
-    return {"text": text, "vision": vision, "head": fingerprint_head(folder)}
+    return {"text": text, "vision": vision, "head": fingerprint_model(folder, without_towers=True)}
 
 
 def _choose(

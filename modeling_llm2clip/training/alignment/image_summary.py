@@ -31,7 +31,7 @@ from .sampling import mix
 _STORED_SAMPLE = 4_096
 # Each costs a pass of the vision tower.
 _ENCODED_SAMPLE = 1_024
-_OF_ORDER, _OF_PARTS = 0, 1  # what the keys of images and groups are mixed with
+_OF_ORDER = 0  # what the keys of images are mixed with
 _UNNAMED = "unnamed data"
 
 
@@ -73,8 +73,7 @@ def _summarize(
         return None
     sample = _ENCODED_SAMPLE if dataset.reads_images else _STORED_SAMPLE
     items = sample_images(dataset.records, sample)
-    is_first_part = choose_first_part(dataset.records, items)
-    if min(is_first_part.sum(), (~is_first_part).sum()) < FEWEST_JUDGED:
+    if len(items) < 2 * FEWEST_JUDGED:
         return None
     if dataset.image_store is not None and not dataset.is_teacher:
         vision_embeds = dataset.image_store.read(dataset.image_rows(items))
@@ -83,9 +82,7 @@ def _summarize(
         model.to(choose_device(config.device))
         images = list(dataset.records.select(items).iterate_images())
         vision_embeds = encode_images(model, dataset.processor, images, project=False)
-    return summarize_images(
-        vision_embeds, is_first_part, name=name, num_images=count_images(dataset.records)
-    )
+    return summarize_images(vision_embeds, name=name, num_images=count_images(dataset.records))
 
 
 def sample_images(records: RecordTable, size: int) -> Array:
@@ -103,13 +100,6 @@ def sample_images(records: RecordTable, size: int) -> Array:
         )
         chosen, items = chosen[:size], np.concatenate([items, rows])[firsts[:size]]
     return items
-
-
-def choose_first_part(records: RecordTable, items: Array) -> Array:
-    """Choose about half of the groups of some images, whatever the order of the records."""
-    groups = mix(_OF_PARTS, records.read_numbers("group_key", items))
-    chosen: Array = groups % np.uint64(2) == 0
-    return chosen
 
 
 def count_images(records: RecordTable) -> int:
