@@ -50,12 +50,12 @@ MOST_FUNCTION_LINES = 60
 BUDGETS = {
     ".": 2308,
     "building": 1364,
-    "cli": 1123,
+    "cli": 1121,
     "configs": 846,
     "conversion": 601,
     "data": 5116,
     "demo": 87,
-    "doctor": 1348,
+    "doctor": 1344,
     "embedding": 1305,
     "encoding": 703,
     "evaluation": 2888,
@@ -63,11 +63,11 @@ BUDGETS = {
     "publishing": 1093,
     "recipes": 469,
     "scheduling": 98,
-    "search": 1473,
+    "search": 1467,
     "serving": 1541,
     "training": 4251,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 294, 8300
+MOST_FILES, MOST_DOCSTRING_LINES = 288, 8300
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(
