@@ -599,6 +599,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_folders_of_one_name_load_with_the_class_that_each_of_them_states(tmp_path: Path) -> None:
     """By the folders' code, whose modules transformers names by the last part of a path."""
     both, text = tmp_path / "both" / "model", tmp_path / "text" / "model"

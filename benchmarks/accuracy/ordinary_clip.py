@@ -26,8 +26,8 @@ from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.heads_llm2clip import LogitRule
 from modeling_llm2clip.image_loading_llm2clip import load_images
 from modeling_llm2clip.training.alignment.alignment_trainer import warm_up_then_cosine
-from modeling_llm2clip.training.losses.contrastive import ContrastiveLoss
 from modeling_llm2clip.training.losses.loss import LossInputs
+from modeling_llm2clip.training.losses.pairs import ContrastiveLoss
 
 _LARGEST_SCALE = 100.0
 _TEXTS_AT_A_TIME = 64

@@ -125,10 +125,9 @@ def search_once(number: int, folder: Path) -> dict[str, Any]:
     for _ in nearest_groups._search_exactly(embeddings, sample, _TOP_K, "cpu"):
         pass
     exact = (time.perf_counter() - begin) / len(sample) * number
-    out = np.lib.format.open_memmap(folder / "found.npy", "w+", np.int32, (number, _TOP_K))
     with _PeakMemory() as memory:
         begin = time.perf_counter()
-        _, report = nearest_groups.find_nearest_groups(embeddings, _TOP_K, out=out)
+        _, report = nearest_groups.find_nearest_groups(embeddings, _TOP_K)
         seconds = time.perf_counter() - begin
     return {
         "seconds": round(seconds, 1),

@@ -34,6 +34,7 @@ _QUESTIONS = tuple(f"{size} {noise}" for size in (512, 4096) for noise in ("off"
 _BATCHES = """
 import sys, time, numpy as np
 from pathlib import Path
+from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
@@ -41,8 +42,11 @@ folder, count = Path(sys.argv[1]), int(sys.argv[2])
 records = load_records(folder / str(count), require_images=False)
 stores = {f"{n}_store": EmbeddingStore.open(folder / f"{n}s-{count}") for n in ("caption", "image")}
 datasets = {
-    "off": AlignmentDataset(records, None, **stores),
-    "on": AlignmentDataset(records, None, image_noise=1.0, caption_noise=0.5, **stores),
+    name: AlignmentDataset(records, None, AlignConfig(**noise), **stores)
+    for name, noise in (
+        ("off", {"image_noise": 0.0, "caption_noise": 0.0}),
+        ("on", {"image_noise": 1.0, "caption_noise": 0.5}),
+    )
 }
 order = np.random.default_rng(0)
 def read(size, noise, times):

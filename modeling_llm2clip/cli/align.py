@@ -100,7 +100,7 @@ def align(
     uses_lora = "lora" in (config.vision_training, config.text_training)
     require(*([LORA] if uses_lora else []))
     from ..model_folders.model_folder import find_model_folder, require_own_model
-    from ..training.run_folder import require_fresh_or_resumed
+    from ..training.run_folder import require_output
 
     stores: dict[str, Any] = {
         "caption_store": caption_store, "image_store": image_store, "inherit_from": inherit_from
@@ -110,7 +110,7 @@ def align(
         if store is not None and not store.is_dir():
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag} {store}: no such folder. Give a store of llm2clip extract.")
-    require_fresh_or_resumed(output, resume=resume)
+    require_output(output, resume=resume, model=output / "model")
     require_own_model(model)
     streamed = is_streamed(data, streaming)
     if not streamed:

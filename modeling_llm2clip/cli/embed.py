@@ -65,9 +65,9 @@ def embed(
         config: How to compute and store embeddings.
     """
     from ..embedding.embedding_manifest import EmbeddingManifest
+    from ..embedding.encoding_plan import plan_encoding
 
     refuse_foreign_options(config, modality)
-    EmbeddingManifest.require_folder(output)  # as the plan does, but before torch is imported
     if config.skip_invalid and reading.check_images:
         raise ValueError("--check-images stops at what --skip-invalid leaves out. Give only one.")
     needs = [RAY] if engine == "ray" else []
@@ -80,12 +80,15 @@ def embed(
         require_model(model, *needs)
     require_data(data, reading)
     use_image_limits(limits)
+    plan = plan_encoding(
+        EmbeddingManifest, model, output, config,
+        modality=modality, partition=partition, engine=engine,
+    )  # fmt: skip
     use_device(config.device)
     from accelerate import PartialState
 
-    from ..embedding.embed import describe_embeddings, plan_embed, run_embed
+    from ..embedding.embed import describe_embeddings, run_embed
 
-    plan = plan_embed(model, output, config, modality=modality, partition=partition, engine=engine)
     # A run that continues has checked the images, and one that skips checks each as it comes.
     is_checked = config.skip_invalid or EmbeddingManifest.is_begun(output)
     records = _read_records(data, reading, config, modality, is_checked=is_checked)

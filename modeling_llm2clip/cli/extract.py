@@ -37,7 +37,6 @@ def extract(
     modality: Literal["text", "image"],
     partition: str | None = None,
     engine: Literal["local", "ray"] = "local",
-    storage: str | None = None,
     reading: DataConfig,
     limits: ImageLimitsConfig,
     config: ExtractConfig,
@@ -57,36 +56,34 @@ def extract(
             at the same time on machines that share the folder; llm2clip merge-store completes the
             store after all have finished. Default: all.
         engine: Where to compute: in the processes of this run, or in the actors of a Ray cluster.
-        storage: URL of object storage, such as s3://bucket/captions, for the shards of machines
-            without a shared folder. Default: they share the folder of the store.
         reading: How the data are read.
         limits: Which images are decoded.
         config: How to compute and store embeddings.
     """
     from ..data.store.store_manifest import StoreManifest
+    from ..embedding.encoding_plan import plan_encoding
 
     refuse_foreign_options(config, modality)
-    StoreManifest.require_folder(output)  # as the plan does, but before torch is imported
     needs = [RAY] if engine == "ray" else []
     require_model(model, *needs, or_teacher=modality == "text")
     require_data(data, reading)
     use_image_limits(limits)
+    plan = plan_encoding(
+        StoreManifest, model, output, config,
+        modality=modality, partition=partition, engine=engine,
+    )  # fmt: skip
     use_device(config.device)
     from accelerate import PartialState
 
-    from ..embedding.extract import describe_extraction, plan_extract, run_extract
+    from ..embedding.extract import describe_extraction, run_extract
 
-    plan = plan_extract(
-        model, output, config,
-        modality=modality, partition=partition, engine=engine, storage=storage,
-    )  # fmt: skip
     records = read_captioned_images(
         data, reading, require_images=modality == "image", show_progress=config.show_progress
     )
     run_extract(plan, records)
     state = PartialState()
     if state.is_main_process:
-        print("\n".join(describe_extraction(output, storage=storage)))
+        print("\n".join(describe_extraction(output)))
         if plan.num_parts == 1:
             content = StoreManifest.read(output).content
             print(f"Align a model on it: {suggest_align(model, data, output, content)}")

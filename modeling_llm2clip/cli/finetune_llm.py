@@ -45,14 +45,9 @@ def finetune_llm(
         resume: Continue an interrupted run.
     """
     require_model(model, *CAPTION_TUNING)
-    from ..model_folders.atomic_folder import clear_leftovers, require_new_folder
-    from ..training.run_folder import require_fresh_or_resumed
+    from ..training.run_folder import require_output
 
-    merged = output / "model"
-    if config.merge:
-        clear_leftovers(merged)
-        require_new_folder(merged)
-    require_fresh_or_resumed(output, resume=resume)
+    require_output(output, resume=resume, model=output / "model" if config.merge else None)
     require_data(data, reading)
     use_image_limits(limits)
     use_device(config.device)

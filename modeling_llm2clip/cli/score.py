@@ -17,7 +17,7 @@ def score(
 ) -> int:
     """Scores how well texts describe images, pair by pair, and writes CSV.
 
-    The score is the cosine of image and text. An interrupted run is continued by the same command.
+    The score is the cosine of image and text.
 
     Args:
         model: Hub id or folder of an LLM2CLIP model.
@@ -37,9 +37,6 @@ def score(
     summary = score_file(model, pairs, output, config)
     longest = summary.max_text_length
     report_truncated(summary.num_truncated, summary.num_pairs, "text", longest=longest)
-    earlier = ""
-    if summary.num_continued:
-        earlier = f", {summary.num_continued:,} of them in an earlier run"
-    report(f"Wrote the scores of {counted(summary.num_pairs, 'pair')}{earlier} to {output}.")
+    report(f"Wrote the scores of {counted(summary.num_pairs, 'pair')} to {output}.")
     print(f"mean {summary.mean:.4f}")
     return 0

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import tempfile
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -131,32 +130,6 @@ def lock_unless_held(file: Path, opened: IO[Any] | int) -> bool:
         )
     except FileNotFoundError:
         return False
-
-
-class FileHold:
-    """Keeps an existing file from `remove_unless_held` of any process, while this object lives."""
-
-    def __init__(self, file: Path) -> None:
-        opened = file.open("rb")
-        weakref.finalize(self, opened.close)
-        with suppress(OSError):  # no such locks here: then nothing can be kept
-            lock_file(opened, shared=True)
-        if os.fstat(opened.fileno()).st_ino != file.stat().st_ino:
-            raise FileNotFoundError(errno.ENOENT, "The file was replaced just now", str(file))
-
-
-def remove_unless_held(file: Path) -> bool:
-    """Remove a file that nobody holds."""
-    try:
-        # For writing: NFS grants no exclusive lock otherwise, and would seem to have no locks.
-        with file.open("r+b") as opened:
-            if lock_unless_held(file, opened):
-                file.unlink(missing_ok=True)
-    except PermissionError:  # another user's
-        return False
-    except FileNotFoundError:
-        return True
-    return not file.exists()
 
 
 def hash_file(file: Path, algorithm: str = "sha256") -> str:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from uuid import uuid4
 
 from tqdm import tqdm
 
 from .._suggestions import counted
 from ..configs.data_config import DataConfig
-from .atomic_files import temporary_folder
 from .captions.caption_joins import join_captions
 from .record_fields import Modality
 from .records.record_loading import load_records
@@ -46,7 +44,6 @@ def read_configured_records(
         config.captions_from,
         on=config.join_on,
         lang=config.captions_lang,
-        output=temporary_folder() / f"{uuid4().hex}.arrow",
     )
     tqdm.write(f"{config.captions_from}: {joined}", file=sys.stderr)
     return joined.records

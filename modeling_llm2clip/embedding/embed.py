@@ -32,6 +32,7 @@ from ..model_folders.training_images import ImageTally, describe_far_images
 from ..processing_llm2clip import LLM2CLIPProcessor
 from ..scheduling.processes import choose_device
 from .embedding_manifest import EmbeddingManifest
+from .encoding_plan import EncodingPlan, Engine, plan_encoding
 from .parquet_writer import (
     ImageRows,
     ParquetWriter,
@@ -40,14 +41,7 @@ from .parquet_writer import (
     measure_ranges,
     truncate_embeddings,
 )
-from .shard_computation import (
-    EncodingPlan,
-    Engine,
-    ShardWork,
-    compute_partition,
-    open_stops,
-    plan_encoding,
-)
+from .shard_computation import ShardWork, compute_partition, open_stops
 from .shard_encoding import ShardEncoder, load_shard_encoder
 from .sharded_writer import begin_output, read_begun
 
@@ -107,29 +101,11 @@ def embed(
         >>> config = EmbedConfig(dtype="float16", columns=("image_file",))
         >>> folder = embed("my-model", records, "embeddings", config, modality="image")
     """
-    plan = plan_embed(
-        source, output, config or EmbedConfig(),
+    plan = plan_encoding(
+        EmbeddingManifest, source, output, config or EmbedConfig(),
         modality=modality, partition=partition, engine=engine,
     )  # fmt: skip
     return run_embed(plan, data, report=report)
-
-
-def plan_embed(
-    source: Source,
-    output: str | Path,
-    config: EmbedConfig,
-    *,
-    modality: Modality,
-    partition: str | None,
-    engine: Engine,
-) -> EncodingPlan[EmbedConfig]:
-    """Check everything but the data."""
-    if modality == "image" and "text" in config.columns:
-        raise ValueError("columns: text is for modality text alone. Give captions.")
-    return plan_encoding(
-        EmbeddingManifest, source, output, config,
-        modality=modality, partition=partition, engine=engine,
-    )  # fmt: skip
 
 
 def run_embed(
@@ -160,12 +136,12 @@ def run_embed(
         compute_partition(
             plan,
             ShardWork(writer, encoder, rows),
-            partial(_open_work, model.folder, writer, config) if plan.engine == "ray" else None,
+            model.folder,
             stop=stop,
             finish=True,
         )
         if modality == "image":
-            _report_far(encoder, model.folder, report or _warn)
+            _report_far(encoder, model.folder, report or partial(warnings.warn, stacklevel=4))
     return output
 
 
@@ -223,13 +199,6 @@ def _plan_output(
         rows_per_shard=config.rows_per_shard,
         plan=plan,
     )
-
-
-def _open_work(folder: Path, writer: ParquetWriter, config: EmbedConfig) -> ShardWork:
-    """Load the tower that is needed in an actor of Ray."""
-    device = choose_device(config.device)
-    encoder = load_shard_encoder(folder, writer.manifest.modality, config, device)
-    return ShardWork(writer, encoder, writer.rows)
 
 
 def describe_embeddings(output: Path) -> list[str]:
@@ -299,10 +268,6 @@ def _read_ranges(folder: Path) -> tuple[tuple[float, ...], ...]:
     if ranges is None:
         raise ValueError(f"int8_ranges={folder} has no int8 ranges: it was not written as int8.")
     return ranges
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=4)
 
 
 def _write_prompt(folder: Path) -> str:

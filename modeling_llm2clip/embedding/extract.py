@@ -10,19 +10,16 @@ that was never interrupted, on the same kind of machine.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 from accelerate import PartialState
 
-from .._suggestions import counted
+from .._suggestions import counted, list_first
 from ..configs.encoding_config import ExtractConfig
-from ..data.atomic_files import temporary_folder
 from ..data.captions.caption_columns import (
     FirstOccurrences,
     flatten_captions,
@@ -42,11 +39,9 @@ from ..data.records.data_hashes import hash_images, hash_texts
 from ..data.records.record_table import CAPTION_COLUMNS, RecordTable
 from ..data.records.records import CaptionedImage, Modality
 from ..data.records.shared_images import (
-    find_ambiguous_names,
-    refuse_ambiguous_names,
+    find_first_records,
     require_images,
 )
-from ..data.remote.object_storage import ObjectStorage
 from ..data.store.embedding_store import EmbeddingStore
 from ..data.store.store_index import StoreIndex, make_batch
 from ..data.store.store_manifest import (
@@ -61,19 +56,13 @@ from ..model_folders.fingerprint import (
     fingerprint_text,
     fingerprint_vision,
 )
-from ..model_folders.model_folder import find_model_folder, require_own_model
+from ..model_folders.model_folder import require_own_model
 from ..model_folders.model_writing import Source, open_source
 from ..processing_llm2clip import check_texts
 from ..scheduling.processes import choose_device
-from .embedding_store_writer import EmbeddingStoreWriter, SharedStoreWriter, StoreItems
-from .shard_computation import (
-    EncodingPlan,
-    Engine,
-    ShardWork,
-    compute_partition,
-    open_stops,
-    plan_encoding,
-)
+from .embedding_store_writer import EmbeddingStoreWriter, StoreItems
+from .encoding_plan import EncodingPlan, Engine, plan_encoding
+from .shard_computation import ShardWork, compute_partition, open_stops
 from .shard_encoding import ShardEncoder, is_teaching, load_shard_encoder
 
 _ITEM_COLUMNS = ("name", "group_id", "lang", "key", "group_key", "text_keys")
@@ -88,7 +77,6 @@ def extract(
     modality: Modality,
     partition: str | None = None,
     engine: Engine = "local",
-    storage: str | None = None,
 ) -> Path:
     """Compute the embeddings of all captions or images into a store, or continue one.
 
@@ -107,21 +95,18 @@ def extract(
         partition: Which part of the store to compute, such as 2/8 for the second of eight; the
             store is complete after `merge_store`. None for all of it.
         engine: What computes the shards: the processes of this run, or the actors of a Ray cluster.
-            Its machines see the same files, or share a `storage`; then the model is a Hub id, or
-            at the same path on each.
-        storage: URL of object storage in which machines that share no folder put their shards, such
-            as `s3://bucket/captions`. A store that is complete is copied to `output`.
+            Its machines see the same files.
 
     Returns:
         `output`.
 
     Raises:
-        ValueError: No captions or images, or broken ones; or `output` or `storage` is a store of
+        ValueError: No captions or images, or broken ones; or `output` is a store of
             another model, prompt, dataset or option, with both values; or there is no such
             partition.
         FileExistsError: `output` holds other files.
-        OSError: `output` cannot be written, before anything is read; the disk is full, or the
-            storage cannot be reached, and what is written stays.
+        OSError: `output` cannot be written, before anything is read; the disk is full, and
+            what is written stays.
         StageInterrupt: SIGINT or SIGTERM stopped the extraction after a batch.
         RuntimeError: An actor of Ray failed again and again.
 
@@ -129,31 +114,11 @@ def extract(
         >>> records = load_records("my-images")
         >>> store = extract("my-model", records, "images", modality="image")
     """
-    config = config or ExtractConfig()
-    plan = plan_extract(
-        source, output, config,
-        modality=modality, partition=partition, engine=engine, storage=storage,
+    plan = plan_encoding(
+        StoreManifest, source, output, config or ExtractConfig(),
+        modality=modality, partition=partition, engine=engine,
     )  # fmt: skip
     return run_extract(plan, data)
-
-
-def plan_extract(
-    source: Source,
-    output: str | Path,
-    config: ExtractConfig,
-    *,
-    modality: Modality,
-    partition: str | None,
-    engine: Engine,
-    storage: str | None,
-) -> EncodingPlan[ExtractConfig]:
-    """Check everything but the data."""
-    if storage is not None:
-        ObjectStorage(storage)  # refuses other URLs
-    return plan_encoding(
-        StoreManifest, source, output, config,
-        modality=modality, partition=partition, engine=engine, storage=storage,
-    )  # fmt: skip
 
 
 def run_extract(plan: EncodingPlan[ExtractConfig], data: Sequence[CaptionedImage]) -> Path:
@@ -167,17 +132,14 @@ def run_extract(plan: EncodingPlan[ExtractConfig], data: Sequence[CaptionedImage
         encoder = load_shard_encoder(model.folder, modality, config, device)
         planned = plan_store(model.folder, table, encoder, config, modality)
         with PartialState().main_process_first():
-            writer = _open_writer(plan, planned, table)
+            writer = EmbeddingStoreWriter.open(
+                plan.output, planned, partial(list_items, table, planned)
+            )
         was_complete = writer.manifest.complete
-        open_work = None
-        if plan.engine == "ray":
-            is_found_anywhere = plan.storage is not None and isinstance(plan.source, str | Path)
-            name = model.name if is_found_anywhere else model.folder
-            open_work = _RayWork.describe(name, config, modality, writer, table)
         compute_partition(
             plan,
             ShardWork(writer, encoder, StoreInputs(writer, table)),
-            open_work,
+            model.folder,
             stop=stop,
             finish=plan.num_parts == 1 or was_complete,
         )
@@ -186,103 +148,44 @@ def run_extract(plan: EncodingPlan[ExtractConfig], data: Sequence[CaptionedImage
     return plan.output
 
 
-def _open_writer(
-    plan: EncodingPlan[ExtractConfig], planned: StoreManifest, table: RecordTable
-) -> EmbeddingStoreWriter:
-    items = partial(list_items, table, planned)
-    if plan.storage is None:
-        return EmbeddingStoreWriter.open(plan.output, planned, items)
-    return SharedStoreWriter.begin(plan.output, ObjectStorage(plan.storage), planned, items)
-
-
-@dataclass(frozen=True)
-class _RayWork:
-    """Opens the work in an actor of Ray, from what its machine can read.
-
-    With a storage, the actor has a folder of its own, and finds a mapped table in the storage.
-    """
-
-    model: str | Path
-    config: ExtractConfig
-    modality: Modality
-    writer: EmbeddingStoreWriter
-    table: RecordTable | str
-    rows: Array | None
-
-    @classmethod
-    def describe(
-        cls,
-        model: str | Path,
-        config: ExtractConfig,
-        modality: Modality,
-        writer: EmbeddingStoreWriter,
-        table: RecordTable,
-    ) -> _RayWork:
-        """Put a mapped table into the storage, if there is one."""
-        if table.file is None or not isinstance(writer, SharedStoreWriter):
-            return cls(model, config, modality, writer, table, None)
-        writer.storage.push(table.file)
-        return cls(model, config, modality, writer, table.file.name, table.rows)
-
-    def __call__(self) -> ShardWork:
-        device = choose_device(self.config.device)
-        folder = find_model_folder(self.model)
-        encoder = load_shard_encoder(folder, self.modality, self.config, device)
-        writer, table = self.join()
-        return ShardWork(writer, encoder, StoreInputs(writer, table))
-
-    def join(self) -> tuple[EmbeddingStoreWriter, RecordTable]:
-        """Open the store and the records on this machine."""
-        writer, table = self.writer, self.table
-        if isinstance(writer, SharedStoreWriter):
-            writer = SharedStoreWriter.join(temporary_folder() / uuid4().hex, writer.storage)
-            if isinstance(table, str):
-                table = RecordTable.open(writer.storage.pull(table, writer.folder))
-                table = table if self.rows is None else table.select(self.rows)
-        assert isinstance(table, RecordTable)
-        return writer, table
-
-
-def merge_store(folder: str | Path, *, storage: str | None = None) -> Path:
+def merge_store(folder: str | Path) -> Path:
     """Complete a store whose partitions have all been extracted.
 
     Args:
-        folder: Folder of the store. With a storage it may be new.
-        storage: URL of the object storage that has the shards.
+        folder: Folder of the store.
 
     Returns:
         `folder`.
 
     Raises:
         ValueError: It holds no store, or shards are missing or damaged; they are named.
-        OSError: The disk is full, or the storage cannot be reached.
+        OSError: The disk is full.
 
     Examples:
         >>> store = merge_store("captions")  # which is complete already
     """
     folder = Path(folder)
-    if storage is None:
-        writer = EmbeddingStoreWriter(folder, StoreManifest.read(folder))
-    else:
-        writer = SharedStoreWriter.join(folder, ObjectStorage(storage))
-    writer.require_complete()
+    writer = EmbeddingStoreWriter(folder, StoreManifest.read(folder))
+    if not writer.finish():
+        missing = writer.list_missing()
+        raise ValueError(
+            f"{folder} is not complete: {len(missing)} of {writer.manifest.num_shards} shards are "
+            f"missing: {list_first(missing)}. Run the same extraction again, or the partitions "
+            "that did not end; they continue."
+        )
     EmbeddingStore.open(folder)
     return folder
 
 
-def describe_extraction(store: Path, *, storage: str | None = None) -> list[str]:
-    """Describe a store in lines for a terminal; `storage` is the object storage of its shards."""
+def describe_extraction(store: Path) -> list[str]:
+    """Describe a store in lines for a terminal."""
     manifest = StoreManifest.read(store)
-    writer = EmbeddingStoreWriter(store, manifest)
-    if storage is not None and not manifest.complete:
-        writer = SharedStoreWriter(store, manifest, ObjectStorage(storage))
-    missing = writer.list_missing()
+    missing = EmbeddingStoreWriter(store, manifest).list_missing()
     if missing or not manifest.complete:
         done = manifest.num_shards - len(missing)
-        where = "" if storage is None else f" --storage {storage}"
         return [
             f"{done} of {manifest.num_shards} shards are complete.",
-            f"When all partitions have ended: llm2clip merge-store {store}{where}",
+            f"When all partitions have ended: llm2clip merge-store {store}",
         ]
     counts = ", ".join(
         counted(number, name[:-1]) if name.endswith("s") else f"{number:,} {name}"
@@ -403,10 +306,8 @@ def _iterate_caption_items(
 
 def list_image_items(records: RecordTable) -> StoreItems:
     """Number the images of a dataset, by the first records of their names."""
-    firsts = records.find_first_rows("name_key")
+    firsts = find_first_records(records)
     is_first = firsts == np.arange(len(records))
-    again = np.flatnonzero(~is_first)
-    refuse_ambiguous_names(find_ambiguous_names(records, again, firsts[again]))
     numbers = (np.cumsum(is_first, dtype=firsts.dtype) - 1)[firsts]
     num_distinct = int(is_first.sum())
     counts = {"images": len(records), "distinct": num_distinct}

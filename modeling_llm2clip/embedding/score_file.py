@@ -1,23 +1,17 @@
-"""Scores of the pairs in a file, into a CSV that an interrupted run continues."""
+"""Scores of the pairs in a file, into a CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from ..configs.encoding_config import EncodingConfig
 from ..data.atomic_files import (
-    hash_file,
-    hash_json,
-    list_differences,
-    lock_unless_held,
     require_new_file,
     write_atomically,
 )
@@ -25,11 +19,9 @@ from ..data.sources.json_files import read_json_lines
 from ..data.validation_errors import DataValidationError, ErrorCollector
 from ..encoding.encode import score_pairs
 from ..encoding.tokenized_texts import TokenizedTexts
-from ..model_folders.fingerprint import fingerprint_embeddings
 from ..model_folders.model_folder import find_model_folder
 from ..model_folders.model_loading import load_model, require_trained
 from ..modeling_llm2clip import LLM2CLIPModel
-from ..processing_llm2clip import LLM2CLIPProcessor
 
 _FIELDS = ("image", "text")
 _PAIRS_AT_ONCE = 256
@@ -49,14 +41,12 @@ class PairScores:
 
     Attributes:
         num_pairs: Pairs in all.
-        num_continued: Pairs that an earlier, interrupted run had scored.
         num_truncated: Pairs whose text is longer than the model reads.
         max_text_length: Tokens of a text that it reads.
         mean: Mean of all scores.
     """
 
     num_pairs: int
-    num_continued: int
     num_truncated: int
     max_text_length: int
     mean: float
@@ -67,8 +57,7 @@ def score_file(
 ) -> PairScores:
     """Score the pairs of a file as `score_pairs` does, and write them as CSV.
 
-    Until all pairs are scored, the scores are in `.NAME.part` beside the CSV, which the same call
-    continues.
+    The CSV is written when all pairs are scored.
 
     Args:
         source: Folder or Hub id of a whole LLM2CLIP model.
@@ -84,9 +73,7 @@ def score_file(
             loaded.
         FileExistsError: The output exists.
         FileNotFoundError: There is no such file of pairs.
-        ValueError: Another run writes this output, the model has random parts or one tower alone,
-            an image cannot be decoded, or the unfinished scores are of other pairs, another model
-            or device.
+        ValueError: The model has random parts or one tower alone, or an image cannot be decoded.
 
     Examples:
         >>> score_file("my-model", "pairs.jsonl", "scores.csv")  # doctest: +SKIP
@@ -99,72 +86,24 @@ def score_file(
     require_trained(model, purpose="scoring", source=source)
     if not isinstance(model, LLM2CLIPModel):
         raise ValueError(f"{source} has one tower alone. Scores need a whole model.")
-    hashes = {name: hash_file(pairs.parent / name) for name in {pair.image for pair in scored}}
-    plan = {
-        "pairs": hash_json([scored, hashes]),
-        "model": hash_json([fingerprint_embeddings(folder, side) for side in ("text", "image")]),
-        "device": model.device.type,
-    }
-    unfinished = output.with_name(f".{output.name}.part")
-    output.parent.mkdir(parents=True, exist_ok=True)
     tokens = TokenizedTexts(processor, [pair.text for pair in scored])
-    images = [str(pairs.parent / pair.image) for pair in scored]
-    with unfinished.open("a+b") as file:
-        if not lock_unless_held(unfinished, file):
-            raise ValueError(f"Another run writes {unfinished}. Wait, or name another output.")
-        scores = _begin_or_continue(file, unfinished, plan)
-        num_continued = len(scores)
-        _score_rest((model, processor), images, tokens, scores, file, config)
-        _write(output, scored, scores)
-        unfinished.unlink()
+    scores: list[float] = []
+    with tqdm(total=len(scored), unit=" pairs", disable=not config.show_progress) as progress:
+        for start in range(0, len(scored), _PAIRS_AT_ONCE):
+            rows = range(len(scored))[start : start + _PAIRS_AT_ONCE]
+            scores += score_pairs(
+                model,
+                processor,
+                [str(pairs.parent / scored[row].image) for row in rows],
+                [tokens[row] for row in rows],
+                batch_size=config.batch_size,
+                num_workers=config.num_workers,
+            ).tolist()
+            progress.update(len(rows))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _write(output, scored, scores)
     mean, longest = sum(scores) / len(scores), processor.longest_text
-    return PairScores(len(scored), num_continued, tokens.num_truncated, longest, mean)
-
-
-def _score_rest(
-    model: tuple[LLM2CLIPModel, LLM2CLIPProcessor],
-    images: list[str],
-    texts: TokenizedTexts,
-    scores: list[float],
-    file: IO[bytes],
-    config: EncodingConfig,
-) -> None:
-    """Score the pairs that have no score yet, and keep some hundred scores at a time in a file."""
-    with tqdm(
-        total=len(images), initial=len(scores), unit=" pairs", disable=not config.show_progress
-    ) as progress:
-        while len(scores) < len(images):
-            rows = range(len(images))[len(scores) : len(scores) + _PAIRS_AT_ONCE]
-            new = score_pairs(
-                *model, [images[row] for row in rows], [texts[row] for row in rows],
-                batch_size=config.batch_size, num_workers=config.num_workers,
-            ).tolist()  # fmt: skip
-            file.write(json.dumps(new).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-            scores += new
-            progress.update(len(new))
-
-
-def _begin_or_continue(file: IO[bytes], name: Path, plan: dict[str, str]) -> list[float]:
-    """Return the scores of an interrupted run of the same plan; a line cut short is removed."""
-    file.seek(0)
-    lines = [line for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
-    file.truncate(sum(map(len, lines)))
-    if not lines:
-        file.write(json.dumps(plan).encode() + b"\n")
-        return []
-    try:
-        earlier, *scores = map(json.loads, lines)
-        differences = list_differences(earlier, plan)
-    except (ValueError, TypeError):
-        differences = ["it cannot be read"]
-    if differences:
-        raise ValueError(
-            f"{name} has scores of another run: {'; '.join(differences)}. Give the same pairs, "
-            "model and device, or remove it."
-        )
-    return [score for part in scores for score in part]
+    return PairScores(len(scored), tokens.num_truncated, longest, mean)
 
 
 def _write(output: Path, pairs: list[ScoredPair], scores: list[float]) -> None:

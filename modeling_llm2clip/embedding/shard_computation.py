@@ -5,9 +5,9 @@ in turn; partitions, which any scheduler may start on any machine, do the same b
 shard that another process writes is refused.
 
 The actors of a Ray cluster load the tower once each. Ray Data hands them the numbers of the shards,
-and starts a lost actor again. The embeddings go to the output's folder, which all machines see, or
-to object storage, and not through Ray: so the bytes are those of one process, in whatever order the
-shards are computed.
+and starts a lost actor again. The embeddings go to the output's folder, which all machines see,
+and not through Ray: so the bytes are those of one process, in whatever order the shards are
+computed.
 """
 
 from __future__ import annotations
@@ -17,84 +17,28 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol
 
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
 from .._extras import RAY, require
-from ..configs.encoding_config import EmbedConfig, ExtractConfig
-from ..data.records.records import Modality
 from ..data.remote.file_places import FilePlace, list_states, use_states
 from ..data.remote.remote_files import FileInfo
-from ..data.store.store_manifest import ShardedManifest
 from ..encoding.devices import find_device
 from ..image_loading_llm2clip import ImageLimits, get_image_limits, set_image_limits
-from ..model_folders.model_folder import find_model_folder
-from ..model_folders.model_writing import Source
 from ..scheduling.graceful_stop import StopRequest, stop_on_signals
-from .shard_encoding import PreparedShard, ShardEncoder
+from ..scheduling.processes import choose_device
+from .encoding_plan import EncodingPlan, Engine
+from .shard_encoding import PreparedShard, ShardEncoder, load_shard_encoder
 from .sharded_writer import ShardedWriter
 
-Engine: TypeAlias = Literal["local", "ray"]
 _NAMES_AN_ERROR = re.compile(r"[\w.]+(Error|Exception): ")  # the first line of a traceback's end
 _OBJECT_STORE_BYTES = 256 * 2**20  # numbers of shards go through it, and records in memory
-
-
-_Config = TypeVar("_Config", EmbedConfig, ExtractConfig)
-
-
-@dataclass(frozen=True)
-class EncodingPlan(Generic[_Config]):
-    """A run of `extract` or `embed` whose options were checked, before its data are read.
-
-    Attributes:
-        source: Model folder, Hub id, or a loaded pair.
-        output: Folder of the output.
-        config: Options.
-        modality: Inputs to embed.
-        part: Which part of the shards to compute, from 1.
-        num_parts: Number of the parts.
-        engine: What computes the shards.
-        storage: URL of object storage for the shards.
-    """
-
-    source: Source
-    output: Path
-    config: _Config
-    modality: Modality
-    part: int
-    num_parts: int
-    engine: Engine
-    storage: str | None = None
-
-
-def plan_encoding(
-    manifest: type[ShardedManifest],
-    source: Source,
-    output: str | Path,
-    config: _Config,
-    *,
-    modality: Modality,
-    partition: str | None,
-    engine: Engine,
-    storage: str | None = None,
-) -> EncodingPlan[_Config]:
-    """Check the options of a run; `manifest` is the class of its output's."""
-    if modality not in ("text", "image"):
-        raise ValueError(f"modality={modality!r} must be text or image.")
-    part, slash, count = ("1/1" if partition is None else partition).partition("/")
-    if not (slash and part.isdecimal() and count.isdecimal() and 1 <= int(part) <= int(count)):
-        raise ValueError(f"partition={partition!r} must be such as 2/8, the second of eight.")
-    manifest.require_folder(Path(output))
-    if isinstance(source, str | Path):
-        find_model_folder(source)
-    return EncodingPlan(
-        source, Path(output), config, modality, int(part), int(count), engine, storage
-    )
 
 
 class ShardInputs(Protocol):
@@ -166,24 +110,29 @@ def open_stops(engine: Engine) -> AbstractContextManager[StopRequest]:
 def compute_partition(
     plan: EncodingPlan[Any],
     work: ShardWork,
-    open_work: Callable[[], ShardWork] | None,
+    folder: Path,
     *,
     stop: StopRequest,
     finish: bool,
 ) -> None:
-    """Compute the missing shards of a partition, in all processes of the run.
+    """Compute the missing shards of a partition, in all processes of the run or with Ray.
 
-    `open_work` opens the work in an actor of Ray, and can be pickled; None where the processes of
-    this run compute. With `finish`, the main process completes the output if all shards are there,
-    while the others wait.
+    Ray's actors load the model of `folder`. With `finish`, the main process completes the output if
+    all shards are there, while the others wait.
     """
     state, writer, config = PartialState(), work.writer, plan.config
     shards = range(writer.manifest.num_shards)[plan.part - 1 :: plan.num_parts]
-    if open_work is None:
+    if plan.engine == "local":
         shards = shards[state.process_index :: state.num_processes]
     missing = sorted(set(shards) & set(writer.list_missing()))
-    if open_work is not None:
-        compute_with_ray(open_work, missing, config.device, show_progress=config.show_progress)
+    if plan.engine == "ray":
+        task = replace(plan, source=folder)  # a loaded model would be sent to each actor
+        compute_with_ray(
+            partial(_open_work, task, writer, work.inputs),
+            missing,
+            config.device,
+            show_progress=config.show_progress,
+        )
     elif missing:
         shown = config.show_progress and state.is_local_main_process
         name = f"{writer.manifest.COMMAND} {plan.modality}"
@@ -198,6 +147,15 @@ def compute_partition(
     if finish and state.is_main_process:
         writer.finish()
     state.wait_for_everyone()
+
+
+def _open_work(
+    plan: EncodingPlan[Any], writer: ShardedWriter[Any], inputs: ShardInputs
+) -> ShardWork:
+    """Load the tower that is needed in an actor of Ray."""
+    device = choose_device(plan.config.device)
+    encoder = load_shard_encoder(Path(str(plan.source)), plan.modality, plan.config, device)
+    return ShardWork(writer, encoder, inputs)
 
 
 def open_bar(

@@ -153,7 +153,12 @@ class ImageShardEncoder(ShardEncoder):
         )
         for numbers, batch in zip(batches, encoded, strict=True):
             if batch.errors and not self.config.skip_invalid:
-                raise ValueError(_describe_unreadable(images) or "\n".join(batch.errors.values()))
+                errors = find_unreadable_images(images).values() or batch.errors.values()
+                raise ValueError(
+                    f"{len(errors)} of {counted(len(images), 'image')} cannot be decoded:\n"
+                    f"{list_first(errors, chr(10))}\nRepair or remove what is named, or skip it "
+                    "(--skip-invalid)."
+                )
             yield self._place(batch, numbers)
 
     def _place(self, batch: EncodedImages, numbers: Sequence[int]) -> Tensor:
@@ -194,14 +199,3 @@ def load_shard_encoder(
 def is_teaching(folder: Path, modality: Modality, config: EmbedConfig | ExtractConfig) -> bool:
     """Tell whether texts are extracted by the text encoder of a dual encoder, as a teacher's."""
     return modality == "text" and isinstance(config, ExtractConfig) and is_dual_encoder(folder)
-
-
-def _describe_unreadable(images: Sequence[ImageSource]) -> str:
-    errors = list(find_unreadable_images(list(images)).values())
-    if not errors:
-        return ""
-    return (
-        f"{len(errors)} of {counted(len(images), 'image')} cannot be decoded:\n"
-        f"{list_first(errors, chr(10))}\nRepair or remove what is named, or skip it "
-        "(--skip-invalid)."
-    )

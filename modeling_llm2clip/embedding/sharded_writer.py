@@ -53,7 +53,6 @@ class ShardedWriter(ABC, Generic[_Manifest]):
     def __init__(self, folder: Path, manifest: _Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._places = str(folder)  # of shards, in messages
 
     @property
     @abstractmethod
@@ -140,8 +139,8 @@ class ShardedWriter(ABC, Generic[_Manifest]):
         if errors := list_errors(self.check_file, shards):
             raise ValueError(
                 f"{self.folder}: {counted(len(errors), 'damaged file')}: "
-                f"{list_first(errors, '; ')}. Delete each and the .json file beside it in "
-                f"{self._places}, and {self.manifest.COMMAND} again, which computes them anew."
+                f"{list_first(errors, '; ')}. Delete each and the .json file beside it, and "
+                f"{self.manifest.COMMAND} again, which computes them anew."
             )
         manifest = self.manifest.read(self.folder)
         self.manifest = self.complete_manifest(manifest, shards)

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .._suggestions import list_first
-from ..data.images.image_sources import ArrowImage, ParquetImage, TarImage, open_image
+from ..data.images.image_sources import ParquetImage, TarImage, open_image
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .float32 import float32_as_such
 from .tokenized_texts import TokenizedText
@@ -286,7 +286,7 @@ def list_keys(inputs: Sequence[Any]) -> list[Hashable]:
     """
     if not isinstance(inputs, list | tuple):
         return list(range(len(inputs)))
-    by_value = (str, os.PathLike, TarImage, ParquetImage, ArrowImage)
+    by_value = (str, os.PathLike, TarImage, ParquetImage)
     shared = [one.text if isinstance(one, TokenizedText) else one for one in inputs]
     keys: list[Any] = [one if isinstance(one, by_value) else ("id", id(one)) for one in shared]
     return keys

@@ -16,6 +16,7 @@ import numpy as np
 from huggingface_hub import get_safetensors_metadata
 from huggingface_hub.errors import NotASafetensorsRepoError
 from tabulate import tabulate
+from tqdm import tqdm
 
 from .._suggestions import counted
 from ..building.pretrained_towers import (
@@ -123,7 +124,8 @@ class RecipePlan:
             )
             + f". Everything is written to {self.output}.\n{table}\n"
             f"Left to write: {'at least ' if len(known) < len(left) else ''}"
-            f"{show_bytes(sum(known))}. How long a stage takes is shown by its first steps."
+            f"{tqdm.format_sizeof(sum(known), 'B')}. How long a stage takes is shown by its first "
+            "steps."
         )
 
 
@@ -163,16 +165,9 @@ def list_eval_data(config: TrainConfig, test: Sequence[CaptionedImage]) -> list[
     return [*held_out, *config.eval_datasets]
 
 
-def show_bytes(num_bytes: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.1f} {unit}"
-    return f"{num_bytes / 1e3:.0f} KB"
-
-
 def _show(num_bytes: float) -> str:
     """Show an estimate; nothing for 0."""
-    return "?" if math.isnan(num_bytes) else show_bytes(num_bytes) if num_bytes else ""
+    return "?" if math.isnan(num_bytes) else tqdm.format_sizeof(num_bytes, "B") if num_bytes else ""
 
 
 @dataclass(frozen=True)

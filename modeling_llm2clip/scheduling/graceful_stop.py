@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
-import shlex
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 _log = logging.getLogger(__name__)
-_PROGRAM = "llm2clip"
 
 
 class StageInterrupt(KeyboardInterrupt):
@@ -25,11 +20,12 @@ class StageInterrupt(KeyboardInterrupt):
         stopped: Sentence that says what was stopped, and where its files are; empty in all
             processes of a launcher but the main one, whose message is empty too.
         signal: The signal.
-        resume: Whether the command continues with `--resume`, or as it is.
+        resume: Whether the call continues with `--resume`, or as it is.
     """
 
     def __init__(self, stopped: str, signal: signal.Signals, *, resume: bool) -> None:
-        super().__init__(f"{stopped} {_describe_continuation(resume=resume)}" if stopped else "")
+        how = " and --resume ('resume=True' in Python)" if resume else ""
+        super().__init__(f"{stopped} Continue with the same call{how}." if stopped else "")
         self.stopped = stopped
         self.signal = signal
 
@@ -69,23 +65,10 @@ def stop_on_signals() -> Iterator[StopRequest]:
         _log.warning("%s: stopping after the current step or batch.", request.signal.name)
 
     if threading.current_thread() is threading.main_thread():
-        for wanted in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM):
             # None means a handler that was not installed by Python and cannot be restored.
-            before[wanted] = signal.signal(wanted, note) or signal.SIG_DFL
+            before[number] = signal.signal(number, note) or signal.SIG_DFL
     try:
         yield request
     finally:
         restore()
-
-
-def _describe_continuation(*, resume: bool) -> str:
-    """Name the command line that continues, or the call where no command line started this."""
-    program = Path(sys.argv[0])
-    package = __name__.partition(".")[0]  # `python -m` runs its __main__.py
-    if program.stem != _PROGRAM and program.parent.name != package:
-        return f"Continue with the same call{' and resume=True' if resume else ''}."
-    words = [_PROGRAM, *sys.argv[1:]]
-    if resume and "--resume" not in words:
-        words.append("--resume")
-    launched = " under the same launcher" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-    return f"Continue{launched} with: {shlex.join(words)}"

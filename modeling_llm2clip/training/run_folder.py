@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 from .._environment import describe_hardware, list_versions, read_commit
 from .._suggestions import MAX_LISTED
 from ..data.atomic_files import is_unfinished, lock_unless_held, require_writable, write_atomically
+from ..model_folders.atomic_folder import clear_leftovers, require_new_folder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -83,6 +84,14 @@ def read_run_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+def require_output(output: Path, *, resume: bool, model: Path | None) -> None:
+    """Require a folder for a run, and that the model which it writes is not there yet."""
+    if model is not None:
+        clear_leftovers(model)
+        require_new_folder(model)
+    require_fresh_or_resumed(output, resume=resume)
+
+
 def require_fresh_or_resumed(folder: Path, *, resume: bool) -> None:
     """Require an empty folder, or one of a run that is resumed."""
     require_writable(folder)
@@ -119,11 +128,6 @@ def require_same_run(
     earlier = {**record["config"], **record["inputs"]}
     now = {**_to_json(asdict(config)), **_to_json(inputs)}
     ignored = _MAY_DIFFER | set(may_differ)
-    if unknown := sorted(set(now) - set(earlier) - ignored):
-        raise ValueError(
-            f"{folder / RUN_FILE} has no {', '.join(unknown)}: another version of this package "
-            "began the run, and may have begun it differently. Choose a new folder."
-        )
     earlier, now = _flatten(earlier), _flatten(now)
     different = [
         f"{name}: {earlier.get(name)!r} then, {now.get(name)!r} now"

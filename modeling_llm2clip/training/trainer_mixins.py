@@ -23,10 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations.integration_utils import (
-    INTEGRATION_TO_CALLBACK,
-    get_available_reporting_integrations,
-)
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from .._suggestions import MAX_LISTED, counted, list_first
@@ -39,18 +36,17 @@ Result = TypeVar("Result")
 
 _WEIGHTS = "trained.safetensors"
 _SECONDS_BETWEEN_UPDATES = 10.0  # where every update of a bar stays visible, as in a file
-# Logged numbers that the progress bar shows, and under which name.
+# Logged numbers that the progress bar shows: under which name, and in which format.
 _SHOWN = {
-    "loss": "loss",
-    "learning_rate": "lr",
-    "eval_cra": "held-out CRA",
-    "held_out_loss": "held-out loss",
-    "held_out_t2i_r1": "t2i R@1",
-    "held_out_i2t_r1": "i2t R@1",
-    "zero_shot": "zero-shot",
+    "loss": ("loss", ".4g"),
+    "learning_rate": ("lr", ".4g"),
+    "eval_cra": ("held-out CRA", ".1%"),
+    "held_out_loss": ("held-out loss", ".4g"),
+    "held_out_t2i_r1": ("t2i R@1", ".1%"),
+    "held_out_i2t_r1": ("i2t R@1", ".1%"),
+    "zero_shot": ("zero-shot", ".1%"),
 }
 _OF_WHOLE_RUN = re.compile("train_loss|train_.*_per_second")
-_PERCENTAGES = {"eval_cra", "held_out_t2i_r1", "held_out_i2t_r1", "zero_shot"}
 
 
 def run_once_per_machine(function: Callable[[], Result]) -> Result:
@@ -123,11 +119,19 @@ def training_arguments_on(
     return arguments
 
 
-class CheckpointMarkMixin:
-    """Marks a checkpoint once it is written as a whole; stops at a gradient that is not finite."""
+class StageTrainerMixin:
+    """Marks a checkpoint once it is written as a whole; stops at a gradient that is not finite.
+
+    Mean loss and speed of the whole run are not logged: a resumed run does not know them.
+    """
 
     state: Any
     args: Any
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log metrics, without those of the whole run."""
+        kept = {name: value for name, value in logs.items() if not _OF_WHOLE_RUN.fullmatch(name)}
+        super().log(kept, *args, **kwargs)  # type: ignore[misc]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
@@ -145,30 +149,7 @@ class CheckpointMarkMixin:
         return norm
 
 
-class ResumedMetricsMixin:
-    """Keeps mean loss and speed out of the log of a resumed run.
-
-    Some versions of transformers divide the sums of the part by the steps of the whole.
-    """
-
-    state: Any
-    _is_resumed = False
-
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, and note whether the run is resumed."""
-        self._is_resumed = resume_from_checkpoint is not None
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log metrics, without those of the whole run where the run was resumed."""
-        if self._is_resumed or self.state.global_step < self.state.max_steps:
-            logs = {
-                name: value for name, value in logs.items() if not _OF_WHOLE_RUN.fullmatch(name)
-            }
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
-
-
-class TrainedCheckpointMixin(CheckpointMarkMixin):
+class TrainedCheckpointMixin(StageTrainerMixin):
     """Makes a Trainer save and load the trained weights alone; the others are in the model folder.
 
     Nothing is saved if a weight is not finite.
@@ -291,8 +272,8 @@ def raise_if_stopped(trainer: Trainer, output: Path, stop: StopRequest, *, of: s
 def describe_numbers(logs: Mapping[str, Any]) -> dict[str, str]:
     """Choose what a progress bar shows of a log, as numbers of four digits or percentages."""
     return {
-        name: f"{logs[key]:.1%}" if key in _PERCENTAGES else f"{logs[key]:.4g}"
-        for key, name in _SHOWN.items()
+        name: format(logs[key], format_of_number)
+        for key, (name, format_of_number) in _SHOWN.items()
         if key in logs
     }
 
@@ -311,14 +292,11 @@ def choose_reports(report_to: Sequence[str] | None) -> list[str]:
         return [name for name in ("tensorboard",) if name in available]
     if list(report_to) in (["all"], ["none"]):
         return list(report_to)
-    for name in report_to:
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise ValueError(
-                f"report_to={name!r} must be one of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}; "
-                "or all or none, alone."
-            )
-        if name not in available:
-            raise ValueError(f"report_to={name!r} needs its package: pip install {name}.")
+    if unknown := [name for name in report_to if name not in available]:
+        raise ValueError(
+            f"report_to={' '.join(unknown)} must be among those that are installed "
+            f"({', '.join(available)}; pip install adds others), or all or none, alone."
+        )
     return list(report_to)
 
 
@@ -370,22 +348,16 @@ def find_without_gradient(module: nn.Module, compute: Callable[[], Tensor]) -> l
     LoRA in that layer's place is then never run: it would be counted, saved and merged, and never
     train.
 
-    A gradient of zero is one: the first matrix of a new LoRA has no other. The pass is one of
-    training, but no layer is left out at random, as an LLM with `layerdrop` does. Afterwards
-    gradients, modes and random generators are as they were.
+    A gradient of zero is one: the first matrix of a new LoRA has no other. In training mode, an LLM
+    with `layerdrop` would leave out layers at random. Afterwards gradients, modes and random
+    generators are as they were.
     """
     devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
     was_training = module.training
-    module.train()
-    dropping: list[Any] = [part for part in module.modules() if "layerdrop" in vars(part)]
-    shares = [part.layerdrop for part in dropping]
-    for part in dropping:
-        part.layerdrop = 0.0
+    module.eval()
     with torch.random.fork_rng(devices=[*devices]), torch.enable_grad():
         compute().backward()
     module.train(was_training)
-    for part, share in zip(dropping, shares, strict=True):
-        part.layerdrop = share
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     missing = [name for name, parameter in trained if parameter.grad is None]
     module.zero_grad(set_to_none=True)

@@ -10,13 +10,11 @@ from pathlib import Path
 import pytest
 
 from modeling_llm2clip.data.atomic_files import (
-    FileHold,
     hash_file,
     hash_json,
     is_unfinished,
     list_differences,
     lock_file,
-    remove_unless_held,
     write_atomically,
 )
 
@@ -89,18 +87,3 @@ def test_differences_name_both_values_and_what_only_one_side_has() -> None:
         "c: None in the store, 4 now",
     ]
     assert list_differences({"a": 1}, {"a": 1}) == []
-
-
-def test_a_file_that_is_held_is_not_removed(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.write_bytes(b"x")
-    one, other = FileHold(file), FileHold(file)
-    del one
-    assert not remove_unless_held(file)
-    assert file.exists()
-    del other
-    assert remove_unless_held(file)
-    assert not file.exists()
-    assert remove_unless_held(file)  # it is gone
-    with pytest.raises(FileNotFoundError):
-        FileHold(file)

@@ -214,8 +214,13 @@ IMAGES = {
     ),
 }  # fmt: skip
 CASES = {**TEXTS, **IMAGES}
-# Each makes a second of work, and others of its kind are in the default suite.
-SLOW = {"sharpened", "cache by size"}
+# Each makes a second of work, and another of its kind is in the default suite.
+SLOW = {
+    "sharpened", "cache by size", "cache by the end", "cache without case",
+    "cache without whitespace", "cache by NFKC", "cache without punctuation", "cache by both ends",
+    "all kinds of spaces", "space separators", "escaped", "no markup", "cut at 100",
+    "cut at an odd length", "NFC", "NFD", "case-folded", "question marks", "3 decimals",
+}  # fmt: skip
 
 
 def run_until(monkeypatch: pytest.MonkeyPatch, name: str, of_images: bool) -> None:

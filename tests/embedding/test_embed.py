@@ -117,7 +117,7 @@ def test_a_folder_of_images_alone_gives_the_embeddings_of_its_images(
     command = ["embed", str(model), str(photos), str(tmp_path / "out"), "--device", "cpu",
                "--batch-size", "2", "--modality"]  # fmt: skip
     assert main([*command, "image"]) == 0
-    assert "Skipped 1 image file that Pillow cannot read" in capsys.readouterr().err
+    assert "Skipped 1 image file of formats that Pillow cannot read" in capsys.readouterr().err
     ids, embeddings = read_embeddings(tmp_path / "out")
     assert ids == ["below/0.png", "below/1.png"]
     whole = LLM2CLIPModel.from_pretrained(model), LLM2CLIPProcessor.from_pretrained(model)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers.utils import logging
 
 from modeling_llm2clip.__main__ import main
 
@@ -90,6 +91,7 @@ def test_no_progress_bar_is_shown_where_none_is_wanted(
     flags = ["--device", "cpu", *([] if command == "index" else ["--modality", "image"])]
     assert main([*words, str(tmp_path / "silent"), *flags, "--no-show-progress"]) == 0
     assert "it/s" not in (error := capsys.readouterr().err) and " images/s" not in error
+    logging.enable_progress_bar()  # as in a new process
     assert main([*words, str(tmp_path / "shown"), *flags]) == 0
     assert "Loading weights" in (error := capsys.readouterr().err) and " images/s" in error
 

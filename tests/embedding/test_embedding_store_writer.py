@@ -28,6 +28,7 @@ from stores import (
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.store.store_manifest import ShardRecord, StoreManifest, write_sealed
 from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter, StoreItems
+from modeling_llm2clip.embedding.extract import merge_store
 
 
 def test_an_incomplete_store_is_refused_and_keeps_its_complete_shards(tmp_path: Path) -> None:
@@ -79,7 +80,7 @@ def test_a_complete_store_that_lost_a_shard_computes_it_again(store: Path) -> No
     writer = open_writer(store)
     assert writer.list_missing() == [1] and not writer.finish()
     with pytest.raises(ValueError, match=r"1 of 3 shards are missing: 1\."):
-        writer.require_complete()
+        merge_store(store)
     write_store(store, make_embeddings(), shards=(1,))
     assert {file.name: file.read_bytes() for file in store.iterdir()} == before
 
@@ -87,7 +88,7 @@ def test_a_complete_store_that_lost_a_shard_computes_it_again(store: Path) -> No
 def test_a_store_with_missing_or_damaged_shards_is_not_completed(tmp_path: Path) -> None:
     folder = write_store(tmp_path / "store", make_embeddings(), shards=(0, 1))
     with pytest.raises(ValueError, match=r"1 of 3 shards are missing: 2\."):
-        open_writer(folder).require_complete()
+        merge_store(folder)
     write_shard(open_writer(folder), 2, make_embeddings())
     for name in ("shard-00001.safetensors", "shard-00002.safetensors"):
         flip_byte(folder / name, 40)  # in the header

@@ -46,6 +46,7 @@ def read(folder: Path) -> np.ndarray:
     return np.array(rows, np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modality", ["text", "image"])
 def test_both_backends_write_the_same_embeddings(modality: str, data: Path, tmp_path: Path) -> None:
     records = load_records(data)

@@ -1,11 +1,10 @@
-"""Scores of pairs are cosines; a file of them is continued where it was interrupted."""
+"""Scores of pairs are cosines."""
 
 from __future__ import annotations
 
 import csv
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from modeling_llm2clip.configs.encoding_config import EncodingConfig
 from modeling_llm2clip.data.validation_errors import DataValidationError
 from modeling_llm2clip.embedding import score_file as stage
 from modeling_llm2clip.embedding.score_file import score_file
-from modeling_llm2clip.encoding.encode import TorchEncoder, score_pairs
+from modeling_llm2clip.encoding.encode import score_pairs
 from modeling_llm2clip.model_folders.model_loading import load_model
 
 QUIET = EncodingConfig(device="cpu", show_progress=False)
@@ -59,61 +58,25 @@ def test_a_score_is_the_cosine_of_what_the_model_returns(model: Path, pairs: Pat
         score_pairs(loaded, processor, images, TEXTS[:1])  # type: ignore[arg-type]
 
 
-def test_a_file_of_scores_is_that_of_an_uninterrupted_run(
+def test_a_file_of_scores_has_those_of_its_pairs_in_their_order(
     model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = score_file(str(model), pairs, tmp_path / "whole.csv", QUIET)
-    rows = read_rows(tmp_path / "whole.csv")
-    assert [row["text"] for row in rows] == TEXTS
-    assert whole.mean == pytest.approx(sum(float(r["score"]) for r in rows) / 5, abs=1e-6)
     monkeypatch.setattr(stage, "_PAIRS_AT_ONCE", 2)
-    compute = TorchEncoder.encode_images
-    calls: list[int] = []
     output = tmp_path / "new" / "scores.csv"
-
-    def stop_at_second(*given: Any, **options: Any) -> torch.Tensor:
-        calls.append(1)
-        if len(calls) == 1:  # meanwhile nobody else may write there
-            with pytest.raises(ValueError, match="Another run writes"):
-                score_file(str(model), pairs, output, QUIET)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return compute(*given, **options)
-
-    monkeypatch.setattr(TorchEncoder, "encode_images", stop_at_second)
-    with pytest.raises(KeyboardInterrupt):
-        score_file(str(model), pairs, output, QUIET)
-    unfinished = output.parent / ".scores.csv.part"
-    with unfinished.open("a") as file:
-        file.write("[0.5, 0")  # a line that a killed run did not finish
     found = score_file(str(model), pairs, output, QUIET)
-    assert (found.num_pairs, found.num_continued, found.num_truncated) == (5, 2, 0)
-    assert list(output.parent.iterdir()) == [output]
-    for one, other in zip(read_rows(output), rows, strict=True):
-        # Other batches; six digits are written.
-        assert float(one.pop("score")) == pytest.approx(float(other.pop("score")), abs=1e-5)
-        assert one == other
+    assert (found.num_pairs, found.num_truncated) == (5, 0)
+    rows = read_rows(output)
+    assert [(row["image"], row["text"]) for row in rows] == [
+        (f"images/{n % 3}.png", text) for n, text in enumerate(TEXTS)
+    ]
+    assert found.mean == pytest.approx(sum(float(row["score"]) for row in rows) / 5, abs=1e-6)
+    loaded, processor = load_model(model, device="cpu")
+    images = [str(pairs.parent / row["image"]) for row in rows]
+    expected = score_pairs(loaded, processor, images, TEXTS)  # type: ignore[arg-type]
+    # Batches differ, and six digits are written.
+    assert [float(row["score"]) for row in rows] == pytest.approx(expected.tolist(), abs=1e-5)
     with pytest.raises(FileExistsError, match="exists"):
         score_file(str(model), pairs, output, QUIET)
-
-
-def test_scores_of_other_pairs_are_not_continued(
-    model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr(stage, "_write", lambda *_: (_ for _ in ()).throw(OSError("full")))
-        with pytest.raises(OSError, match="full"):
-            score_file(str(model), pairs, tmp_path / "scores.csv", QUIET)
-    image = pairs.parent / "images/0.png"
-    content = image.read_bytes()
-    # Another image of another size, and of the same.
-    for other in (content + b"more", content[:-1] + bytes([content[-1] ^ 1])):
-        image.write_bytes(other)
-        with pytest.raises(ValueError, match=r"has scores of another run: pairs: .*or remove it"):
-            score_file(str(model), pairs, tmp_path / "scores.csv", QUIET)
-    (tmp_path / ".scores.csv.part").write_text("not ours\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"\.part has .*: it cannot be read"):
-        score_file(str(model), pairs, tmp_path / "scores.csv", QUIET)
 
 
 BAD = [

@@ -23,9 +23,8 @@ from modeling_llm2clip.training.alignment.alignment_model import (
     choose_trained_parts,
 )
 from modeling_llm2clip.training.alignment.alignment_trainer import ClampTemperatureCallback
-from modeling_llm2clip.training.losses.contrastive import ContrastiveLoss
-from modeling_llm2clip.training.losses.gathering import gather_with_gradient
-from modeling_llm2clip.training.losses.loss import LossInputs
+from modeling_llm2clip.training.losses.loss import LossInputs, gather_with_gradient
+from modeling_llm2clip.training.losses.pairs import ContrastiveLoss
 
 NUM_ROWS = 8
 

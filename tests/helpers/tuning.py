@@ -53,6 +53,22 @@ class Tuned:
         return read_results(self.output)
 
 
+# Of the command, for a run of one step.
+FLAGS = [
+    "--max-steps", "1", "--per-device-train-batch-size", "4", "--num-held-out", "4", "--device",
+    "cpu",
+]  # fmt: skip
+
+
+def write_captions(file: Path, *singles: str) -> Path:
+    """Write the captions of `GROUPS` as the command reads them, and images of one caption each."""
+    groups = [*((g.group_id, g.captions) for g in GROUPS), *((name, [name]) for name in singles)]
+    lines = [json.dumps({"group_id": name, "captions": captions}) for name, captions in groups]
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return file
+
+
 def write_pairs(file: Path, pairs: Iterable[TextPair]) -> Path:
     """Write text pairs as `text_pairs` takes them."""
     lines = [

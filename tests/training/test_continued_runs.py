@@ -13,7 +13,7 @@ import pytest
 from aligning import NUM_RECORDS, Prepared
 from safetensors.torch import load_file, save_file
 from tiny import draw_noise, tiny_model
-from tuning import GROUPS, SHORT, tune
+from tuning import FLAGS, SHORT, tune, write_captions
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.encoding_config import ExtractConfig
@@ -108,22 +108,9 @@ def test_a_fine_tuning_is_not_continued_by_other_processes_or_in_another_precisi
 
 def test_a_fine_tuning_is_not_continued_on_another_llm(tmp_path: Path, capsys: Any) -> None:
     folder = save_model(*tiny_model(), tmp_path / "base")
-    data = tmp_path / "captions.jsonl"
-    data.write_text(
-        "\n".join(json.dumps({"group_id": g.group_id, "captions": g.captions}) for g in GROUPS)
-    )
-    flags = [
-        "--max-steps",
-        "1",
-        "--per-device-train-batch-size",
-        "4",
-        "--num-held-out",
-        "4",
-        "--device",
-        "cpu",
-        "--no-merge",
-    ]
-    command = ["finetune-llm", str(folder), str(data), str(tmp_path / "run"), *flags]
+    data = write_captions(tmp_path / "captions.jsonl")
+    run = str(tmp_path / "run")
+    command = ["finetune-llm", str(folder), str(data), run, *FLAGS, "--no-merge"]
     assert main(command) == 0
     move_weight(folder, "text_model.norm.weight")
     assert main([*command, "--resume"]) == 2
@@ -138,7 +125,7 @@ def test_a_fine_tuning_is_not_continued_on_another_llm(tmp_path: Path, capsys: A
         ("half", "run.json cannot be read"),
         (
             '{"config": {"max_steps": 2}, "inputs": {}}',
-            "has no caption_noise, .*fingerprint, .*another version",
+            "another run: .*caption_noise: None then, 0.0 now",
         ),
     ],
 )

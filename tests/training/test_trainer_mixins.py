@@ -1,4 +1,4 @@
-"""What both training stages add to a Trainer: precision, reports, warm-up, progress."""
+"""Additions of both training stages to a Trainer: precision, reports, warm-up, gradients."""
 
 from __future__ import annotations
 
@@ -9,35 +9,39 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from sentence_transformers import SentenceTransformerTrainingArguments
-from transformers import TrainingArguments
+from transformers import AutoConfig, AutoModel, TrainingArguments
 
 from modeling_llm2clip.configs.training_config import TrainingConfig
 from modeling_llm2clip.training.trainer_mixins import (
     computes_in_bfloat16,
+    find_without_gradient,
     training_arguments_on,
 )
 
 
-@pytest.mark.parametrize("on_gpu", [True, False])
-@pytest.mark.parametrize(("precision", "wanted"), [("bfloat16", True), ("float32", False)])
-def test_a_given_precision_is_used_everywhere(precision: str, wanted: bool, on_gpu: bool) -> None:
-    assert computes_in_bfloat16(precision, on_gpu=on_gpu) is wanted
-
-
-def test_precision_auto_is_float32_on_a_cpu() -> None:
-    assert not computes_in_bfloat16("auto", on_gpu=False)
-
-
-@pytest.mark.parametrize("has_instructions", [True, False])
-def test_precision_auto_is_float32_on_a_gpu_that_only_emulates_bfloat16(
-    monkeypatch: pytest.MonkeyPatch, has_instructions: bool
+@pytest.mark.parametrize(
+    ("precision", "on_gpu", "has_instructions", "in_bfloat16"),
+    [
+        ("bfloat16", False, False, True),
+        ("float32", True, True, False),
+        ("auto", False, True, False),
+        ("auto", True, False, False),  # a GPU that only emulates it
+        ("auto", True, True, True),
+    ],
+)
+def test_a_run_computes_in_bfloat16_where_it_is_asked_to_or_a_gpu_has_the_instructions(
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    on_gpu: bool,
+    has_instructions: bool,
+    in_bfloat16: bool,
 ) -> None:
     monkeypatch.setattr(
         torch.cuda,
         "is_bf16_supported",
         lambda including_emulation=True: including_emulation or has_instructions,
     )
-    assert computes_in_bfloat16("auto", on_gpu=True) is has_instructions
+    assert computes_in_bfloat16(precision, on_gpu=on_gpu) is in_bfloat16
 
 
 @pytest.mark.parametrize("launched", ["no", "bf16", "fp16"])
@@ -62,3 +66,20 @@ def test_the_precision_of_a_run_is_not_that_of_its_launcher(
         assert chosen.mixed_precision == computed
     finally:
         AcceleratorState._reset_state(reset_partial_state=False)
+
+
+@pytest.mark.parametrize("family", ["opt", "biogpt", "xglm"])
+def test_a_layer_that_is_dropped_at_random_is_trained(family: str) -> None:
+    """Its parameters get no gradient in a pass that leaves it out, here nearly every one."""
+    sizes = {
+        "vocab_size": 20, "hidden_size": 16, "d_model": 16, "num_hidden_layers": 2,
+        "num_layers": 2, "num_attention_heads": 2, "attention_heads": 2, "intermediate_size": 32,
+        "ffn_dim": 32, "word_embed_proj_dim": 16, "layerdrop": 0.999,
+    }  # fmt: skip
+    model = AutoModel.from_config(AutoConfig.for_model(family, **sizes))
+    frozen = model.get_input_embeddings().requires_grad_(False)
+    ids = torch.tensor([[3, 4, 5]])
+    missing = find_without_gradient(model, lambda: model(input_ids=ids).last_hidden_state.sum())
+    assert missing == []
+    assert {m.layerdrop for m in model.modules() if hasattr(m, "layerdrop")} == {0.999}
+    assert frozen.weight.grad is None

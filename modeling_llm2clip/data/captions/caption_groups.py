@@ -9,7 +9,6 @@ from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
-from pyarrow import compute
 
 from ..._suggestions import counted
 from ..key_arrays import Array, is_among, sort_rows
@@ -216,7 +215,6 @@ def count_groups(data: Sequence[CaptionedImage]) -> tuple[CaptionGroups, int, li
     num_groups, num_pairs, num_single, start = 0, 0, 0, 0
     shown: list[str] = []
     for batch in iterate_whole_groups(records):
-        _require_different_keys(batch)
         rows = _find_starts(np.asarray(batch.column(0)))
         counts = np.bincount(list_distinct_texts(batch)[0], minlength=len(rows))
         single = (counts < 2).nonzero()[0]
@@ -228,20 +226,6 @@ def count_groups(data: Sequence[CaptionedImage]) -> tuple[CaptionGroups, int, li
             shown.append(f"{record.group_id} ({record.place})")
         start += batch.num_rows
     return CaptionGroups(records, num_groups, num_pairs), num_single, shown
-
-
-def _require_different_keys(batch: pa.RecordBatch) -> None:
-    """Raise ValueError for different group ids of the same key: their captions would be pairs."""
-    keys, ids = np.asarray(batch.column(0)), batch.column("group_id")
-    same = ~_mark_starts(keys)[1:]
-    if not same.any():
-        return
-    differs = np.asarray(compute.not_equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False))
-    for row in (same & differs).nonzero()[0][:1].tolist():
-        raise ValueError(
-            f"The group ids {ids[row].as_py()!r} and {ids[row + 1].as_py()!r} have the same "
-            "64-bit key, so their captions cannot be kept apart. Rename one of them."
-        )
 
 
 def _shuffle(number: int, seed: int) -> Array:

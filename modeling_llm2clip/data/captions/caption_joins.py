@@ -1,8 +1,7 @@
 """Joins captions that others published to records, by the URL or the key of their images.
 
-Memory holds 12 bytes a record: the hashes of all keys in order, and where the captions of each are
-in a temporary file. Both sides are read in batches, whatever their order. A hash finds a match, and
-then the texts themselves must be equal.
+The keys of the records and the captions of their rows are in a temporary SQLite table, so memory
+does not grow with either side. Both sides are read in batches, in any order.
 
 | file | what |
 | --- | --- |
@@ -25,16 +24,18 @@ variants, or as below; others are not read.
 
 from __future__ import annotations
 
+import errno
 import gzip
-import tempfile
+import json
+import sqlite3
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -44,8 +45,9 @@ from ..._suggestions import counted, list_first
 from ..atomic_files import FREE_TEMPORARY_FOLDER, explain_full_disk, temporary_folder
 from ..key_arrays import count_distinct
 from ..record_fields import LONG_CAPTION_FIELDS, SHORT_CAPTION_FIELDS, clean_text
-from ..records.record_columns import SCHEMA, hash_text, rebatch
-from ..records.record_table import Array, RecordTable
+from ..records.record_columns import SCHEMA, TEXTS, make_text_keys
+from ..records.record_index import write_index
+from ..records.record_table import CAPTION_COLUMNS, RecordTable
 from ..sources.csv_files import iterate_csv, require_distinct
 from ..sources.json_files import iterate_lines, parse_object
 from ..validation_errors import ErrorCollector
@@ -61,8 +63,13 @@ _LONG = (*LONG_CAPTION_FIELDS, "re_caption")
 _ROWS_AT_ONCE = 8192
 _NO_ROW, _NO_RECORD, _REPEATED = "record without a row", "row without a record", "row repeated"
 _OTHER_LANGUAGE = "row in another language"
-_TEXTS = pa.list_(pa.string())
-_SPOOL = pa.schema([("key", pa.string()), ("captions", _TEXTS), ("long_captions", _TEXTS)])
+# A cache of 64 MiB; the table is lost with its process anyway, so it needs no journal.
+_CREATE = """
+PRAGMA cache_size = -65536;
+PRAGMA journal_mode = OFF;
+PRAGMA synchronous = OFF;
+CREATE TABLE rows (key TEXT PRIMARY KEY, captions TEXT, long_captions TEXT) WITHOUT ROWID;
+"""
 
 
 class CaptionRow(NamedTuple):
@@ -71,7 +78,7 @@ class CaptionRow(NamedTuple):
     key: str | None
     captions: list[str]
     long_captions: list[str]
-    lang: str | None = None
+    lang: str | None
 
 
 @dataclass(frozen=True)
@@ -115,10 +122,7 @@ def join_captions(
     *,
     on: JoinColumn,
     lang: str | None = None,
-    key_column: str | None = None,
     replace: bool = False,
-    keep_unmatched: bool = True,
-    output: Path | None = None,
 ) -> CaptionJoin:
     """Add published captions to records.
 
@@ -128,256 +132,176 @@ def join_captions(
         on: `url`, or `key`, which is the name of an image without folder and suffix.
         lang: Language of the captions; records in others count as without a row. Default: that of
             all records.
-        key_column: Column that holds it. Default: one of the usual names.
         replace: Whether the joined captions replace a record's own, those of each length that the
             row has. Default: they come after them, without repeating one.
-        keep_unmatched: Whether records without a row stay, with their own captions.
-        output: Arrow file for the joined records, which is then mapped; None keeps them in memory.
 
     Returns:
-        The joined records, in their order, and counts of both sides.
+        The joined records, in their order, and counts of both sides. A large table is in the
+        temporary folder while this process runs.
 
     Raises:
         ValueError: No record matches, records carry no URL or are in several languages of which
             none is named, a key is that of several images, or the file cannot be read.
-        OSError: The temporary folder or the disk of `output` is full.
+        OSError: The temporary folder is full.
 
     Examples:
         >>> images = load_records("cc3m")  # doctest: +SKIP
         >>> joined = join_captions(images, "cc3m_captions.csv", on="url")  # doctest: +SKIP
         >>> print(joined)  # doctest: +SKIP
     """
-    lang = _choose_language(records, lang)
-    langs = (batch.column(0) for batch in records.iterate_columns(("lang",)))
-    is_lang = np.concatenate([pa.compute.equal(found, lang) for found in langs])
-    keys = _sort_keys(records.select(np.flatnonzero(is_lang)), on)
-    with tempfile.TemporaryDirectory(dir=temporary_folder()) as folder, ExitStack() as stack:
-        with _explain_full_disk(Path(folder)):
-            counts = ErrorCollector()
-            spool = _Spool(Path(folder) / "captions.arrow", keys, counts, lang)
-            for rows in read_caption_rows(captions_from, on, key_column=key_column):
-                spool.add(rows)
-            spool.map(stack)
-        if not spool.num_rows:
-            shown = _show(counts.places.get(_NO_RECORD, ()), counts.counts[_NO_RECORD])
-            raise ValueError(
-                f"No record of {len(records)} matches a row of {captions_from} by {on}{shown}; "
-                f"{counted(counts.counts[_OTHER_LANGUAGE], 'row')} in another language than "
-                f"{lang!r}. Correct the file, or what it is joined by."
-            )
-        join = _Join(on, lang, spool, replace, keep_unmatched)
-        table = _collect(map(join.fill, records.iterate_columns(SCHEMA.names)), output)
+    folder = temporary_folder()
+    database, output = folder / f"{uuid4().hex}.sqlite", folder / f"{uuid4().hex}.arrow"
+    try:
+        with _explain_full_disk(folder), closing(sqlite3.connect(database)) as connection:
+            join = _Join(on, _choose_language(records, lang), replace, connection)
+            join.add_keys(records)
+            for row in read_caption_rows(captions_from, on):
+                join.add_row(row)
+            counts, places = join.counts.counts, join.counts.places
+            if not join.num_matching:
+                raise ValueError(
+                    f"No record of {len(records)} matches a row of {captions_from} by {on}"
+                    f"{_show(places.get(_NO_RECORD, ()), counts[_NO_RECORD])}; "
+                    f"{counted(counts[_OTHER_LANGUAGE], 'row')} in another language than "
+                    f"{join.lang!r}. Correct the file, or what it is joined by."
+                )
+            table = write_index(map(join.fill, records.iterate_columns(SCHEMA.names)), output)
+    finally:
+        database.unlink(missing_ok=True)
     table.skipped = dict(records.skipped)
     return CaptionJoin(
         records=table,
-        matched=len(records) - counts.counts[_NO_ROW],
-        unmatched_records=counts.counts[_NO_ROW],
-        first_unmatched_records=tuple(counts.places.get(_NO_ROW, ())),
-        unmatched_rows=counts.counts[_NO_RECORD],
-        first_unmatched_rows=tuple(counts.places.get(_NO_RECORD, ())),
-        repeated_rows=counts.counts[_REPEATED],
-        other_language_rows=counts.counts[_OTHER_LANGUAGE],
+        matched=len(records) - counts[_NO_ROW],
+        unmatched_records=counts[_NO_ROW],
+        first_unmatched_records=tuple(places.get(_NO_ROW, ())),
+        unmatched_rows=counts[_NO_RECORD],
+        first_unmatched_rows=tuple(places.get(_NO_RECORD, ())),
+        repeated_rows=counts[_REPEATED],
+        other_language_rows=counts[_OTHER_LANGUAGE],
     )
 
 
-class _Spool:
-    """Rows that match, in a file, found by the hash of their key.
-
-    `keys` are the (N,) sorted hashes of the records' keys; `_places` has the row of the first of
-    equal ones, or -1.
-    """
-
-    def __init__(self, file: Path, keys: Array, counts: ErrorCollector, lang: str) -> None:
-        self._file, self._keys, self.counts, self._lang = file, keys, counts, lang
-        self._places = np.full(len(keys), -1, np.int32)
-        self._writer = pa.ipc.new_file(str(file), _SPOOL)
-        self._starts = [0]
-
-    @property
-    def num_rows(self) -> int:
-        return self._starts[-1]
-
-    def add(self, rows: list[CaptionRow]) -> None:
-        """Write the rows that match, one of each key."""
-        named = [row for row in rows if row.key is not None and (row.captions or row.long_captions)]
-        found, is_match = self._locate([row.key for row in named])
-        kept: list[CaptionRow] = []
-        for row, place, matches in zip(named, found.tolist(), is_match.tolist(), strict=True):
-            if row.lang not in (None, self._lang):
-                self.counts.add(_OTHER_LANGUAGE, str(row.key))
-            elif not matches:
-                self.counts.add(_NO_RECORD, str(row.key))
-            elif self._places[place] >= 0:
-                self.counts.add(_REPEATED, str(row.key))
-            else:
-                self._places[place] = self.num_rows + len(kept)
-                kept.append(row)
-        if kept:
-            columns = zip(list(zip(*kept, strict=True))[:-1], _SPOOL, strict=True)
-            arrays = [pa.array(column, field.type) for column, field in columns]
-            self._writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=_SPOOL))
-            self._starts.append(self.num_rows + len(kept))
-
-    def map(self, stack: ExitStack) -> None:
-        """Map the file, until the stack ends."""
-        self._writer.close()
-        reader = pa.ipc.open_file(stack.enter_context(pa.memory_map(str(self._file))))
-        self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-
-    def _locate(self, keys: Sequence[str | None]) -> tuple[Array, Array]:
-        """Return the place of each key among those of the records, and whether it is there."""
-        hashes = np.array([hash_text(key or "") for key in keys], np.int64)
-        found = np.minimum(np.searchsorted(self._keys, hashes), len(self._keys) - 1)
-        is_given = np.array([key is not None for key in keys], np.bool_)
-        return found, (self._keys[found] == hashes) & is_given
-
-    def find(self, keys: Sequence[str | None]) -> list[CaptionRow | None]:
-        """Find the row of each key."""
-        places, is_match = self._locate(keys)
-        numbers = np.where(is_match, self._places[places], -1)
-        found: list[CaptionRow | None] = [None] * len(keys)
-        batches = np.searchsorted(self._starts, numbers, side="right") - 1
-        for batch in np.unique(batches[numbers >= 0]).tolist():
-            items = np.flatnonzero(batches == batch)
-            rows = self._batches[batch].take(pa.array(numbers[items] - self._starts[batch]))
-            columns = (column.to_pylist() for column in rows.columns)
-            for item, row in zip(items.tolist(), map(CaptionRow, *columns), strict=True):
-                found[item] = row
-        return found
+@contextmanager
+def _explain_full_disk(folder: Path) -> Iterator[None]:
+    with explain_full_disk(folder, "for the joined captions", FREE_TEMPORARY_FOLDER):
+        try:
+            yield
+        except sqlite3.OperationalError as error:  # without a number of the operating system
+            raise OSError(errno.ENOSPC, str(error)) from error
 
 
-def _choose_language(records: RecordTable, lang: str | None) -> str:
-    """Return the language of the captions: as it is given, or that of all records."""
-    batches = records.iterate_columns(("lang",))
-    found = sorted({one for batch in batches for one in batch.column(0).unique().to_pylist()})
-    if lang is None and len(found) == 1:
-        return str(found[0])
-    if lang is None or lang not in found:
-        given = "" if lang is None else f", and not in {lang!r}"
-        raise ValueError(
-            f"The records are in {', '.join(map(repr, found))}{given}. Name the language of the "
-            "captions by lang (--captions-lang): records in other languages do not get them."
+@dataclass
+class _Join:
+    """Brings rows to the records of one language by their keys, and counts what has no match."""
+
+    on: JoinColumn
+    lang: str
+    replace: bool
+    database: sqlite3.Connection
+    counts: ErrorCollector = field(default_factory=ErrorCollector)
+    num_matching: int = 0
+
+    def add_keys(self, records: RecordTable) -> None:
+        """Add the keys of the records."""
+        self.database.executescript(_CREATE)
+        num_records = 0
+        for batch in records.iterate_columns((_COLUMNS[self.on], "lang")):
+            keys = [(key,) for key in self._list_keys(batch) if key is not None]
+            num_records += len(keys)
+            self.database.executemany("INSERT OR IGNORE INTO rows (key) VALUES (?)", sorted(keys))
+        if not num_records:
+            raise ValueError(
+                f"None of {len(records)} records has a {self.on}. Join by the other, or load a "
+                "source whose records have one."
+            )
+        if self.on == "key":
+            self._require_distinct(records)
+
+    def _require_distinct(self, records: RecordTable) -> None:
+        """Refuse keys that are those of several images."""
+        (num_keys,) = self.database.execute("SELECT count(*) FROM rows").fetchone()
+        is_lang = (
+            pa.compute.equal(b.column(0), self.lang) for b in records.iterate_columns(("lang",))
         )
-    return lang
-
-
-def _sort_keys(records: RecordTable, on: JoinColumn) -> Array:
-    """Return the hashes of all keys in order; (N,) int64, equal ones included."""
-    keys, stop = np.empty(len(records), np.int64), 0
-    for batch in records.iterate_columns([_COLUMNS[on]]):
-        found = [key for key in _list_keys(batch, on) if key is not None]
-        start, stop = stop, stop + len(found)
-        keys[start:stop] = [hash_text(key) for key in found]
-    if stop == 0:
-        raise ValueError(
-            f"None of {len(records)} records has a {on}. Join by the other, or load a source whose "
-            "records have one."
-        )
-    keys = keys[:stop]
-    keys.sort()
-    if on == "key":
-        num_keys = 1 + int((keys[1:] != keys[:-1]).sum())
+        records = records.select(np.concatenate(list(is_lang)))
         num_names = count_distinct(partial(records.iterate_numbers, "name_key"), len(records))
         if num_keys < num_names:
             raise ValueError(
                 f"{num_names} images have {num_keys} keys: some are those of several images, as "
                 "happens with several datasets. Load each dataset alone, or join by url."
             )
-    return keys
 
-
-def _list_keys(batch: Any, on: JoinColumn) -> list[str | None]:
-    values = batch.column(_COLUMNS[on]).to_pylist()
-    if on == "url":
-        return [None if value is None else value.strip() for value in values]
-    return [make_key(value) for value in values]
-
-
-@dataclass
-class _Join:
-    """Adds the rows of a spool to records, and counts those without one."""
-
-    on: JoinColumn
-    lang: str
-    spool: _Spool
-    replace: bool
-    keep_unmatched: bool
+    def add_row(self, row: CaptionRow) -> None:
+        """Add a row, unless its image has one already or no record."""
+        if row.key is None or not (row.captions or row.long_captions):
+            return
+        if row.lang not in (None, self.lang):
+            self.counts.add(_OTHER_LANGUAGE, row.key)
+            return
+        texts = json.dumps(row.captions), json.dumps(row.long_captions)
+        updated = self.database.execute(
+            "UPDATE rows SET captions = ?, long_captions = ? WHERE key = ? AND captions IS NULL",
+            (*texts, row.key),
+        )
+        self.num_matching += updated.rowcount
+        if not updated.rowcount:
+            query = self.database.execute("SELECT 1 FROM rows WHERE key = ?", (row.key,))
+            self.counts.add(_REPEATED if query.fetchone() else _NO_RECORD, row.key)
 
     def fill(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """Return a batch of records with the captions of their rows."""
-        langs = batch.column("lang").to_pylist()
-        keys = [
-            key if one == self.lang else None
-            for key, one in zip(_list_keys(batch, self.on), langs, strict=True)
-        ]
-        rows = self.spool.find(keys)
-        columns = {name: batch.column(name).to_pylist() for name in ("captions", "long_captions")}
-        for item, (row, key) in enumerate(zip(rows, keys, strict=True)):
+        columns = [batch.column(name).to_pylist() for name in CAPTION_COLUMNS]
+        query = "SELECT captions, long_captions FROM rows WHERE key = ? AND captions NOT NULL"
+        for item, key in enumerate(self._list_keys(batch)):
+            row = self.database.execute(query, (key,)).fetchone()
             if row is None:
-                self.spool.counts.add(_NO_ROW, batch.column("name")[item].as_py())
+                self.counts.add(_NO_ROW, batch.column("name")[item].as_py())
                 continue
-            if row.key != key:
-                raise ValueError(
-                    f"The {self.on}s {key} and {row.key} have the same hash of 64 bits. Remove the "
-                    "row of the second one."
-                )
-            for name, new in (("captions", row.captions), ("long_captions", row.long_captions)):
+            for column, new in zip(columns, map(json.loads, row), strict=True):
                 if new:
-                    own = [] if self.replace else columns[name][item]
-                    columns[name][item] = list(dict.fromkeys([*own, *new]))
-        joined = _replace_texts(batch, columns)
-        if self.keep_unmatched:
-            return joined
-        return joined.filter(pa.array([row is not None for row in rows]))
+                    old = [] if self.replace else column[item]
+                    column[item] = list(dict.fromkeys([*old, *new]))
+        for name, column in zip(CAPTION_COLUMNS, columns, strict=True):
+            batch = batch.set_column(SCHEMA.get_field_index(name), name, pa.array(column, TEXTS))
+        keys = make_text_keys([(*short, *long) for short, long in zip(*columns, strict=True)])
+        return batch.set_column(SCHEMA.get_field_index("text_keys"), "text_keys", keys)
+
+    def _list_keys(self, batch: pa.RecordBatch) -> list[str | None]:
+        """List the keys of records; None for those without one, and in other languages."""
+        names = batch.column(_COLUMNS[self.on]).to_pylist()
+        clean = str.strip if self.on == "url" else make_key
+        return [
+            None if name is None or lang != self.lang else clean(name)
+            for name, lang in zip(names, batch.column("lang").to_pylist(), strict=True)
+        ]
 
 
-def _replace_texts(batch: Any, columns: dict[str, list[list[str]]]) -> pa.RecordBatch:
-    texts = zip(columns["captions"], columns["long_captions"], strict=True)
-    new = {
-        **columns,
-        "text_keys": [[hash_text(text) for text in (*short, *long)] for short, long in texts],
-    }
-    arrays = [
-        pa.array(new[field.name], field.type) if field.name in new else batch.column(field.name)
-        for field in SCHEMA
-    ]
-    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
-
-
-def _collect(batches: Iterator[pa.RecordBatch], output: Path | None) -> RecordTable:
-    """Make a table of batches of any length."""
-    if output is None:
-        return RecordTable(list(rebatch(batches)))
-    unfinished = output.with_name(f"{output.name}.tmp")
-    try:
-        with _explain_full_disk(output.parent), pa.OSFile(str(unfinished), "wb") as opened:
-            with pa.ipc.new_file(opened, SCHEMA) as writer:
-                for batch in rebatch(batches):
-                    writer.write_batch(batch)
-        unfinished.replace(output)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return RecordTable.open(output)
-
-
-def _explain_full_disk(folder: Path) -> AbstractContextManager[None]:
-    return explain_full_disk(folder, "for the joined captions", FREE_TEMPORARY_FOLDER)
+def _choose_language(records: RecordTable, lang: str | None) -> str:
+    """Return the language of the captions: as it is given, or that of all records."""
+    batches = records.iterate_columns(("lang",))
+    langs = sorted({name for batch in batches for name in batch.column(0).unique().to_pylist()})
+    if lang is None and len(langs) == 1:
+        return str(langs[0])
+    if lang is None or lang not in langs:
+        other = "" if lang is None else f", and not in {lang!r}"
+        raise ValueError(
+            f"The records are in {', '.join(map(repr, langs))}{other}. Name the language of the "
+            "captions by lang (--captions-lang): records in other languages do not get them."
+        )
+    return lang
 
 
 def _show(names: Sequence[str], total: int) -> str:
     return f" ({list_first(names, total=total)})" if names else ""
 
 
-def read_caption_rows(
-    source: str | Path, on: JoinColumn, *, key_column: str | None = None
-) -> Iterator[list[CaptionRow]]:
-    """Yield the rows of a file of captions, some thousands at a time."""
+def read_caption_rows(source: str | Path, on: JoinColumn) -> Iterator[CaptionRow]:
+    """Yield the rows of a file of captions."""
     for file in _find_files(Path(source)):
-        rows, column = enumerate(_read(file, key_column)), None
-        while part := list(islice(rows, _ROWS_AT_ONCE)):
-            if column is None:
-                column = _choose_column(file, part[0][1], on, key_column)
-            yield [_make_row(row, column, on, f"{file} row {number}") for number, row in part]
+        column = None
+        for number, row in enumerate(_read(file)):
+            column = column or _choose_column(file, row, on)
+            yield _make_row(row, column, on, f"{file} row {number}")
 
 
 def make_key(name: str) -> str:
@@ -410,13 +334,12 @@ def _list_texts(row: dict[str, Any], names: Sequence[str], place: str) -> list[s
     return list(texts)
 
 
-def _choose_column(file: Path, row: dict[str, Any], on: JoinColumn, given: str | None) -> str:
-    candidates = _KEY_COLUMNS[on] if given is None else (given,)
-    column = next((name for name in candidates if name in row), None)
+def _choose_column(file: Path, row: dict[str, Any], on: JoinColumn) -> str:
+    column = next((name for name in _KEY_COLUMNS[on] if name in row), None)
     if column is None:
         raise ValueError(
-            f"{file} has none of the columns {', '.join(candidates)}, but {', '.join(row)}. Name "
-            f"the one that holds the {on} by key_column."
+            f"{file} has none of the columns {', '.join(_KEY_COLUMNS[on])}, but {', '.join(row)}. "
+            f"Rename the one that holds the {on}."
         )
     if not set(row) & {*_SHORT, *_LONG}:
         raise ValueError(
@@ -438,8 +361,8 @@ def _find_files(source: Path) -> list[Path]:
     return files
 
 
-def _read(file: Path, key_column: str | None) -> Iterator[dict[str, Any]]:
-    known = {*_SHORT, *_LONG, *_KEY_COLUMNS["url"], *_KEY_COLUMNS["key"], key_column, "lang"}
+def _read(file: Path) -> Iterator[dict[str, Any]]:
+    known = {*_SHORT, *_LONG, *_KEY_COLUMNS["url"], *_KEY_COLUMNS["key"], "lang"}
 
     def choose(names: Sequence[str]) -> list[str]:
         """Choose the columns to read: all of them, for the error, if none can be joined by."""

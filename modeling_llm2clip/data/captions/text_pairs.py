@@ -6,11 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..._suggestions import counted
 from ..record_fields import clean_text
 from ..sources.json_files import iterate_lines, parse_object
-
-_ERRORS_SHOWN = 5
+from ..validation_errors import ErrorCollector
 
 
 @dataclass(frozen=True)
@@ -38,25 +36,23 @@ def read_text_pairs(file: str | Path) -> Iterator[TextPair]:
     one group. Texts are cleaned like captions, so that equal texts are recognized.
     """
     path = Path(file)
-    num_errors, first = 0, list[str]()
-    counts: set[int] = set()
+    errors, counts = ErrorCollector(), set[int]()
     for number, line in iterate_lines(path):
         pair = _parse_pair(line)
         if isinstance(pair, str):
-            num_errors += 1
-            first += [f"line {number}: {pair}"][: max(0, _ERRORS_SHOWN - len(first))]
+            errors.add(pair, f"line {number}")
             continue
         counts.add(len(pair.negatives))
-        if len(counts) == 1 and not num_errors:
+        if len(counts) == 1 and not errors.total:
             yield pair
     if len(counts) > 1:
-        num_errors += 1
-        first.append(
-            f"between {min(counts)} and {max(counts)} negatives per line; give the same number"
+        errors.add(
+            f"between {min(counts)} and {max(counts)} negatives per line; give the same number",
+            path.name,
         )
-    if num_errors or not counts:
-        errors = "; ".join(first) or "no lines"
-        raise ValueError(f"{path}: {counted(num_errors, 'error')}: {errors}.")
+    if not counts and not errors.total:
+        raise ValueError(f"{path} has no pairs. Write a line for each.")
+    errors.raise_if_any(str(path))
 
 
 def _parse_pair(line: bytes) -> TextPair | str:

@@ -1,4 +1,4 @@
-"""Where an image is: a file of its own, or packed into a tar shard, a Parquet or an Arrow file.
+"""Where an image is: a file of its own, or packed into a tar shard or a Parquet file.
 
 A packed image is an address without an open file, so it can be pickled and sent to the worker
 processes of a data loader. Its bytes are read when the image is opened; its neighbors' are not.
@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,9 +19,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ...image_loading_llm2clip import load_images, read_image_header
-from ..remote.file_places import FilePlace, read_range, require_unchanged
+from ..remote.file_places import FilePlace, read_range
 from ..remote.remote_access import INVALID_OFFSETS, describe, find_reading_failure
-from ..remote.remote_files import FileInfo
 
 # Suffixes of image files, in lower case and without the dot.
 IMAGE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))
@@ -75,46 +73,6 @@ class ParquetImage:
 
 
 @dataclass(frozen=True, slots=True)
-class ArrowImage:
-    """A row of an Arrow file, a stream or not, such as `datasets` keeps, with encoded images."""
-
-    file: Path
-    column: str
-    row: int
-    size: int
-
-    def __str__(self) -> str:
-        return f"{self.file}: row {self.row}"
-
-    def read_bytes(self) -> bytes:
-        """Read the encoded image."""
-        table = _map_arrow_file(self.file, require_unchanged(self.file))
-        if not 0 <= self.row < len(table):
-            raise ValueError(f"{self.file} has no row {self.row}.")
-        if self.column not in table.column_names:
-            raise ValueError(f"{self.file} has no column {self.column!r}.")
-        value = table.column(self.column)[self.row].as_py()
-        content = value["bytes"] if isinstance(value, dict) else value
-        if content is None:
-            raise ValueError(f"{self} has no image in {self.column!r}.")
-        return bytes(content)
-
-
-@lru_cache(maxsize=1024)
-def _map_arrow_file(file: Path, state: FileInfo) -> Any:  # noqa: ARG001
-    import pyarrow as pa  # type: ignore[import-untyped]
-
-    mapped = pa.memory_map(str(file))
-    try:
-        try:
-            return pa.ipc.open_stream(mapped).read_all()
-        except pa.ArrowInvalid:
-            return pa.ipc.open_file(mapped).read_all()
-    except pa.ArrowException as error:
-        raise ValueError(f"{file}: not an Arrow file, or broken ({error}).") from error
-
-
-@dataclass(frozen=True, slots=True)
 class EncodedImage:
     """An encoded image in memory; the name says in errors where it came from."""
 
@@ -129,7 +87,7 @@ class EncodedImage:
         return self.content
 
 
-PackedImage: TypeAlias = TarImage | ParquetImage | ArrowImage | EncodedImage
+PackedImage: TypeAlias = TarImage | ParquetImage | EncodedImage
 ImageSource: TypeAlias = Path | PackedImage
 
 
@@ -138,7 +96,7 @@ def count_bytes(image: ImageSource | None) -> int:
 
     For a row of Parquet these are the stored bytes of its column in its row group."""
     assert image is not None
-    if isinstance(image, TarImage | ArrowImage):
+    if isinstance(image, TarImage):
         return image.size
     if isinstance(image, EncodedImage):
         return len(image.content)
@@ -171,7 +129,11 @@ def decode_image(image: ImageSource) -> Image.Image:
     except ValueError as error:
         failure = find_reading_failure(error)
         if isinstance(image, Path) and (failure is None or failure.errno in INVALID_OFFSETS):
-            failure = _find_missing(image)
+            try:
+                image.stat()
+                failure = None
+            except OSError as missing:
+                failure = missing
         if failure is None:
             raise
         raise explain_reading_failure(image, failure) from error
@@ -184,14 +146,6 @@ def explain_reading_failure(image: ImageSource, failure: OSError) -> OSError:
         "and it is not taken for an invalid one. Run the same command again when its disk or "
         "server works."
     )
-
-
-def _find_missing(file: Path) -> OSError | None:
-    try:
-        file.stat()
-    except OSError as error:
-        return error
-    return None
 
 
 def find_unreadable_images(

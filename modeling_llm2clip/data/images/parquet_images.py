@@ -10,18 +10,18 @@ from __future__ import annotations
 import warnings
 from bisect import bisect_right
 from functools import lru_cache
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from ..byte_cache import ByteCache
 from ..remote.file_places import FilePlace, open_place, require_unchanged
 from ..remote.remote_files import FileInfo
 
 _FILES_KEPT = 2**14  # about 2 kB each
-_BYTES_KEPT = 2**27
+_GROUPS_KEPT = 4  # images in their order, which threads decode, are in one or two
 _LARGE_GROUP = 2**26  # bytes of images, which take some 20 ms to decode
 
 
@@ -47,7 +47,7 @@ class ColumnLayout(NamedTuple):
         return bisect_right(self.first_rows, row) - 1
 
 
-_columns: ByteCache[Any] = ByteCache(_BYTES_KEPT)
+_LOCKS = [Lock() for _ in range(64)]
 _warned: set[FilePlace] = set()
 
 
@@ -107,38 +107,34 @@ def find_layout(file: FilePlace, column: str, state: FileInfo) -> ColumnLayout: 
 
 def read_group_column(file: FilePlace, column: str, state: FileInfo, group: int) -> Any:
     """Read the bytes of a column in one row group; those that were read last are kept."""
-
-    def decode() -> tuple[Any, int]:
-        layout = find_layout(file, column, state)
-        try:
-            with (
-                open_place(file) as source,
-                pq.ParquetFile(source, metadata=layout.footer) as opened,
-            ):
-                table = opened.read_row_group(group, columns=[layout.leaf], use_threads=False)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{file}: row group {group} cannot be read ({error}).") from error
-        values = table.column(0)
-        # Arrow takes some damaged page headers for the end of the group.
-        if len(values) != layout.first_rows[group + 1] - layout.first_rows[group]:
-            raise ValueError(f"{file}: row group {group} is broken. Download the file again.")
-        if pa.types.is_struct(values.type):
-            values = pa.chunked_array([chunk.flatten()[0] for chunk in values.chunks])
-        if values.nbytes > _LARGE_GROUP:
-            _warn_once(file, values.nbytes)
-        return values, values.nbytes
-
-    return _columns.find((file, column, state, group), decode)
+    with _LOCKS[hash((file, group)) % len(_LOCKS)]:  # threads that want the same group wait for it
+        return _read_group_column(file, column, state, group)
 
 
-def _warn_once(file: FilePlace, num_bytes: int) -> None:
-    if file in _warned:
-        return
-    _warned.add(file)
-    warnings.warn(
-        f"{file}: a row group has {num_bytes / 2**20:,.0f} MiB of images, all of which are read "
-        "for an image at random. Write the file anew in row groups of 100 rows: python -c "
-        f"\"import pyarrow.parquet as pq; pq.write_table(pq.read_table('{file}'), 'new.parquet', "
-        'row_group_size=100)"',
-        stacklevel=2,
-    )
+@lru_cache(maxsize=_GROUPS_KEPT)
+def _read_group_column(file: FilePlace, column: str, state: FileInfo, group: int) -> Any:
+    layout = find_layout(file, column, state)
+    try:
+        with (
+            open_place(file) as source,
+            pq.ParquetFile(source, metadata=layout.footer) as opened,
+        ):
+            table = opened.read_row_group(group, columns=[layout.leaf], use_threads=False)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{file}: row group {group} cannot be read ({error}).") from error
+    values = table.column(0)
+    # Arrow takes some damaged page headers for the end of the group.
+    if len(values) != layout.first_rows[group + 1] - layout.first_rows[group]:
+        raise ValueError(f"{file}: row group {group} is broken. Download the file again.")
+    if pa.types.is_struct(values.type):
+        values = pa.chunked_array([chunk.flatten()[0] for chunk in values.chunks])
+    if values.nbytes > _LARGE_GROUP and file not in _warned:
+        _warned.add(file)
+        warnings.warn(
+            f"{file}: a row group has {values.nbytes / 2**20:,.0f} MiB of images, all of which are "
+            "read for an image at random. Write the file anew in row groups of 100 rows: python "
+            f"-c \"import pyarrow.parquet as pq; pq.write_table(pq.read_table('{file}'), "
+            "'new.parquet', row_group_size=100)\"",
+            stacklevel=2,
+        )
+    return values

@@ -4,7 +4,7 @@
 | --- | --- |
 | `name`, `group_id`, `lang`, `captions`, `long_captions`, `keywords` | of the record |
 | `place`, `url` | of the record |
-| `image_kind` | 0 for no image, 1 a file, 2 a tar member, 3 a row of Parquet, 4 of an Arrow file |
+| `image_kind` | 0 for no image, 1 a file, 2 a tar member, 3 a row of Parquet |
 | `image_file` | the image's file, or the one that holds it |
 | `image_member` | name of the member, or of the column |
 | `image_offset` | first byte of the member, or number of the row |
@@ -29,7 +29,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from ..images.image_sources import ArrowImage, EncodedImage, ImageSource, ParquetImage, TarImage
+from ..images.image_sources import EncodedImage, ImageSource, ParquetImage, TarImage
 from ..remote.file_places import parse_place
 from .records import CaptionedImage, CheckedRecord, FoundFile
 
@@ -61,7 +61,7 @@ SCHEMA = pa.schema(
 PLAIN_COLUMNS = tuple(SCHEMA.names[: SCHEMA.names.index("image_kind")])
 # In the order of the arguments of `make_image`.
 IMAGE_COLUMNS = ("image_kind", "image_file", "image_member", "image_offset", "image_size")
-NO_IMAGE, IMAGE_FILE, TAR_IMAGE, PARQUET_IMAGE, ARROW_IMAGE = range(5)
+NO_IMAGE, IMAGE_FILE, TAR_IMAGE, PARQUET_IMAGE = range(4)
 
 
 def make_batches(records: Iterable[CaptionedImage | CheckedRecord]) -> Iterator[pa.RecordBatch]:
@@ -126,8 +126,6 @@ def make_image(
     if kind == PARQUET_IMAGE:
         return ParquetImage(parse_place(file), member, offset, size)
     assert size is not None
-    if kind == ARROW_IMAGE:
-        return ArrowImage(Path(file), member, offset, size)
     return TarImage(parse_place(file), member, offset, size)
 
 
@@ -143,8 +141,6 @@ def _locate(
         return TAR_IMAGE, str(image.shard), image.member, image.offset, image.size
     if isinstance(image, ParquetImage):
         return PARQUET_IMAGE, str(image.file), image.column, image.row, image.group_size
-    if isinstance(image, ArrowImage):
-        return ARROW_IMAGE, str(image.file), image.column, image.row, image.size
     if isinstance(image, EncodedImage):
         raise TypeError(f"{image} is in memory; an index has only addresses. Write it to a file.")
     return IMAGE_FILE, str(image), None, None, None

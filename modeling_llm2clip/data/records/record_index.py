@@ -3,8 +3,8 @@
 The parts of a source are read one by one, those of a large source by several processes, so that
 memory does not grow with it. The index is kept in the user's cache under the names, sizes and
 modification times of the source's files, or what their server has in place of a time: a changed
-file is read again. Every index that is built has a file of its own, which is not removed while a
-process uses it: a table reads its file again and again.
+file is read again. Every index that is built has a file of its own, because a table reads its file
+again and again. Indexes of a source that no run has opened for 30 days are removed.
 
 Everything is read again, too, if images that are files of their own are gone or have another size:
 of up to 100,000 records all images are looked at, of more 10,000 that are spread evenly. The
@@ -19,6 +19,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, suppress
@@ -39,7 +40,6 @@ from ..atomic_files import (
     default_cache_folder,
     explain_full_disk,
     hash_json,
-    remove_unless_held,
     temporary_folder,
 )
 from ..record_fields import Modality
@@ -70,6 +70,7 @@ _IMAGES_SAMPLED = 10_000
 _THREADS = 8  # which a network's file system needs
 _CHUNK = 1024  # files that a thread looks at in turn
 _UNFINISHED, _PARTS = ".tmp", ".parts"
+_SECONDS_KEPT = 30 * 24 * 3600
 _FREE_CACHE = "Free some space, or name another folder for the cache by the variable XDG_CACHE_HOME"
 
 
@@ -103,18 +104,14 @@ def open_index(
     name = _name_index(job, states)
     # An index of pairs has no errors, so it is the same whatever is read alone.
     of_pairs = replace(job, rules=job.rules._replace(modality=None))
-    names = dict.fromkeys((_name_index(of_pairs, states), name))
-    found = next(filter(None, map(_find, names)), None)
-    if found is None:
+    table = _find(_name_index(of_pairs, states)) or _find(name)
+    if table is None:
         with _lock(name):  # of several processes, the first one builds it
-            found = _find(name)
-            if found is None:
-                _remove_leftovers(name)
-                table, errors = _build(job, name_build(name), show_progress, states)
-                if table.file is not None:
-                    _remove_others(table.file)
-                return table, errors
-    return found, ErrorCollector()
+            table = _find(name)
+            if table is None:
+                _remove_old(name)
+                return _build(job, name_build(name), show_progress, states)
+    return table, ErrorCollector()
 
 
 def name_build(name: Path) -> Path:
@@ -134,6 +131,8 @@ def _find(name: Path) -> RecordTable | None:
         except (OSError, ValueError):  # removed just now, or incomplete or damaged
             continue
         if _has_same_images(table):
+            with suppress(OSError):  # another user's
+                os.utime(file, ns=(time.time_ns(), times[file]))
             return table
     return None
 
@@ -153,7 +152,7 @@ def _build(
             find_repeated(table, errors, modality=job.rules.modality)
             errors.compare_columns()
             if table.file is not None and errors.total:
-                table = table.without_file()  # what is mapped stays readable
+                table = RecordTable(table._batches)  # what is mapped stays readable
             elif table.file is not None:
                 if errors.skipped:
                     skipped_file(file).write_text(json.dumps(errors.skipped), encoding="utf-8")
@@ -299,30 +298,19 @@ def _name_index(job: IndexJob, states: Sequence[FileInfo | None]) -> Path:
     return default_cache_folder() / "records" / f"{source}-{state}"
 
 
-def _list_files(name: Path) -> list[Path]:
-    """List what belongs to the indexes of a source, finished or not, of any state of its files."""
-    return [*name.parent.glob(f"{name.name.partition('-')[0]}-*")]
-
-
-def _remove_leftovers(name: Path) -> None:
-    """Remove what processes that were killed have left of a source's indexes."""
-    for file in _list_files(name):
-        if file.suffix == _PARTS or file.is_dir():
-            shutil.rmtree(file, ignore_errors=True)
-        elif file.suffix == _UNFINISHED:
-            file.unlink(missing_ok=True)
-
-
-def _remove_others(index: Path) -> None:
-    """Remove a source's other indexes that no process uses, and the notes beside them."""
-    used = {index.stem}
-    files = _list_files(index)
+def _remove_old(name: Path) -> None:
+    """Remove indexes of a source that nobody uses, and everything that killed processes left."""
+    files = list(name.parent.glob(f"{name.name.partition('-')[0]}-*"))
+    oldest = time.time() - _SECONDS_KEPT
+    indexes = [file for file in files if file.suffix == ".arrow"]
+    kept = {index.stem for index in indexes if index.stat().st_atime >= oldest}
     for file in files:
-        if file.suffix == index.suffix and file != index and not remove_unless_held(file):
-            used.add(file.stem)
-    for file in files:
-        if file.suffix != index.suffix and file.name.partition(".")[0] not in used:
-            file.unlink(missing_ok=True)
+        if file.name.partition(".")[0] not in kept:
+            with suppress(OSError):  # another user's
+                if file.is_dir():
+                    shutil.rmtree(file)
+                else:
+                    file.unlink()
 
 
 def _lock(name: Path) -> AbstractContextManager[Any]:

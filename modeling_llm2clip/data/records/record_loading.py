@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,8 +134,12 @@ def decode_images(
     """
     process = int(os.environ.get("LOCAL_RANK", "0"))
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    index = _identify(records.file)
-    if index is not None and _is_noted(index, {(process, num_processes), (0, 1)}):
+    notes = [
+        records.file.with_suffix(f".checked-{part}-of-{count}")
+        for part, count in ((process, num_processes), (0, 1))
+        if records.file is not None
+    ]
+    if any(note.is_file() for note in notes):  # no other build of an index has its name
         return
     part = records
     if num_processes > 1:  # records that share an image are next to each other
@@ -143,10 +147,9 @@ def decode_images(
         part = records.select(range(*ends))
     before = errors.total
     _decode(part, errors, show_progress=show_progress)
-    if index is not None and errors.total == before:
-        file, built = index
+    if notes and errors.total == before:
         with suppress(OSError):  # as of a cache that may only be read: then it is done again
-            _note_file(file, process, num_processes).write_text(built, encoding="utf-8")
+            notes[0].touch()
 
 
 def _decode(records: RecordTable, errors: ErrorCollector, *, show_progress: bool) -> None:
@@ -158,24 +161,6 @@ def _decode(records: RecordTable, errors: ErrorCollector, *, show_progress: bool
         images = (image for image in part.iterate_images() if image is not None)
         for error in find_unreadable_images(images, show_progress=show_progress).values():
             errors.add("image unreadable", error)
-
-
-def _identify(file: Path | None) -> tuple[Path, str] | None:
-    """Return the file of an index and when it was built: another build may have other images."""
-    with suppress(FileNotFoundError):  # of an earlier state of the source, removed meanwhile
-        return None if file is None else (file, str(file.stat().st_mtime_ns))
-    return None
-
-
-def _is_noted(index: tuple[Path, str], parts: Iterable[tuple[int, int]]) -> bool:
-    """Tell whether another run has decoded all images of one of these parts."""
-    file, built = index
-    notes = (_note_file(file, *part) for part in parts)
-    return any(note.is_file() and note.read_text(encoding="utf-8") == built for note in notes)
-
-
-def _note_file(file: Path, process: int, num_processes: int) -> Path:
-    return file.with_suffix(f".checked-{process}-of-{num_processes}")
 
 
 def collect_records(

@@ -16,7 +16,6 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from ..atomic_files import FileHold
 from ..images.image_sources import ImageSource
 from ..key_arrays import Array, find_first_rows
 from ..remote.file_places import FilePlace, list_states, use_states
@@ -46,7 +45,6 @@ class RecordTable(Sequence[CaptionedImage]):
         file: File that they are mapped from; None for memory.
         rows: Rows of the batches that the table has, in its order; None for all.
         skipped: Reason why rows of the source are not records → number of such rows.
-        hold: Keeps the file from being removed while the table lives; None in memory.
 
     Examples:
         >>> records = load_records("my-images")
@@ -61,11 +59,9 @@ class RecordTable(Sequence[CaptionedImage]):
         file: Path | None = None,
         rows: Array | None = None,
         skipped: Mapping[str, int] | None = None,
-        hold: FileHold | None = None,
     ) -> None:
         self._batches = batches
         self.file = file
-        self._hold = hold
         self.rows = rows
         self.skipped = dict(skipped or {})
         total = sum(batch.num_rows for batch in batches)
@@ -96,7 +92,6 @@ class RecordTable(Sequence[CaptionedImage]):
             OSError: The file cannot be read.
             ValueError: The file is damaged, or has other columns.
         """
-        hold = FileHold(file)  # first: all of it is to be of one file
         with pa.memory_map(str(file)) as mapped:
             reader = pa.ipc.open_file(mapped)
             if reader.schema != SCHEMA:
@@ -104,7 +99,7 @@ class RecordTable(Sequence[CaptionedImage]):
             batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
         notes = skipped_file(file)
         skipped = json.loads(notes.read_text("utf-8")) if notes.is_file() else None
-        return cls(batches, file=file, skipped=skipped, hold=hold)
+        return cls(batches, file=file, skipped=skipped)
 
     def __reduce__(self) -> tuple[Callable[..., RecordTable], tuple[Any, ...]]:
         batches = list(self._batches) if self.file is None else []
@@ -141,10 +136,6 @@ class RecordTable(Sequence[CaptionedImage]):
 
     __hash__ = None  # type: ignore[assignment]
 
-    def without_file(self) -> RecordTable:
-        """Return the records as they are mapped, for a file that is about to lose its name."""
-        return RecordTable(self._batches, rows=self.rows, skipped=self.skipped)
-
     def select(self, rows: Sequence[int] | Array) -> RecordTable:
         """Return a table of some of the records; nothing is copied but their numbers.
 
@@ -155,7 +146,7 @@ class RecordTable(Sequence[CaptionedImage]):
             IndexError: A number is not that of a record, or a mask has another length.
         """
         chosen = _shrink(self._locate(rows))
-        return RecordTable(self._batches, file=self.file, rows=chosen, hold=self._hold)
+        return RecordTable(self._batches, file=self.file, rows=chosen)
 
     def _locate(self, rows: Sequence[int] | Array) -> Array:
         """Return the rows that records have in the batches."""
@@ -377,8 +368,6 @@ def _unpickle(
     states: dict[FilePlace, FileInfo],
 ) -> RecordTable:
     use_states(states)
-    hold = None
     if file is not None:
-        opened = RecordTable.open(file)
-        batches, hold = opened._batches, opened._hold
-    return RecordTable(batches, file=file, rows=rows, skipped=skipped, hold=hold)
+        batches = RecordTable.open(file)._batches
+    return RecordTable(batches, file=file, rows=rows, skipped=skipped)

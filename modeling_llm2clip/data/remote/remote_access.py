@@ -67,7 +67,9 @@ def try_request(
             kind, reason = sort_failure(error), describe(error)
             is_last = attempt + 1 >= policy.attempts
             # Clients that find no credentials make no request, and raise what only they know.
-            is_unsent = is_first and kind == "passing" and not _is_of_a_request(error)
+            causes = list(_list_causes(error))
+            is_sent = _list_statuses(causes) or any(isinstance(c, OSError) for c in causes)
+            is_unsent = is_first and kind == "passing" and not is_sent
             if kind == "denied" or is_unsent:
                 raise AccessError(
                     f"{url}: access denied ({reason}). Check the credentials, whether they have "
@@ -108,12 +110,6 @@ def sort_failure(error: BaseException) -> Failure:
         return "unreachable"
     # fsspec reports whatever went wrong with a file's size as a missing file, and names the cause.
     return "missing" if isinstance(causes[-1], FileNotFoundError) else "passing"
-
-
-def _is_of_a_request(error: BaseException) -> bool:
-    """Tell whether a server or the network has a part in an error."""
-    causes = list(_list_causes(error))
-    return bool(_list_statuses(causes)) or any(isinstance(cause, OSError) for cause in causes)
 
 
 def find_reading_failure(error: BaseException) -> OSError | None:

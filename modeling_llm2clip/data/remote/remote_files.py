@@ -1,4 +1,4 @@
-"""Reads files that are not on this machine: in ranges where a server can, else from the front.
+"""Reads files that are not on this machine, in ranges.
 
 A file is a local path, a URL that fsspec opens (`https://`, `s3://`, `gs://`, `hf://datasets/…`),
 or `pipe:` and a shell command whose output is the file.
@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import io
 import subprocess
-import tempfile
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -24,16 +23,11 @@ from .remote_access import AccessError, LostFileError, RetryPolicy, try_request
 
 PIPE = "pipe:"
 _BLOCK_BYTES = 2**22
-_READ_AT_ONCE = 2**20
 _SILENT_SECONDS = 60.0
 _HTTP = ("http://", "https://")
 # Of web servers, S3 and Google, the Hub, and other services of fsspec; the first one counts.
 _TAGS = ("ETag", "etag", "blob_id", "Last-Modified", "LastModified", "last_modified", "updated",
          "mtime", "created")  # fmt: skip
-
-
-class NoRangesError(AccessError):
-    """The server sends files from their beginning only."""
 
 
 class ChangedFileError(LostFileError):
@@ -144,59 +138,53 @@ class RemoteFile:
         facts = filesystem.info(path)
         return FileInfo(facts.get("size"), _find_tag(facts))
 
-    def _open(self, block_size: int | None, **options: Any) -> Any:
-        """Open the file at its service, if it is in the state that was described.
-
-        A block size of 0 is a response of a web server, which cannot seek.
-        """
-        known = self.describe()
+    def _open(self) -> Any:
+        """Open the file at its service, if it is in the state that was described."""
+        known, options = self.describe(), {}
         filesystem, path = open_filesystem(self.url)
         if self.url.startswith(_HTTP):
-            options |= {"size": known.size or 1, "raise_for_status": self._check_reply}
+            options = {"size": known.size or 1, "raise_for_status": self._check_reply}
         else:
             require_same(self.url, known, self._ask())
-            block_size = block_size or None
-        return filesystem.open(path, "rb", block_size=block_size, **options)
+        return filesystem.open(
+            path,
+            "rb",
+            block_size=_BLOCK_BYTES,
+            cache_type="blockcache",  # "background" can wait for itself
+            cache_options={"maxblocks": 3},
+            **options,
+        )
 
     async def _check_reply(self, reply: Any) -> None:
         """Raise for a reply of another state; errors of a server are raised behind it."""
         if reply.status not in (200, 206):
             return
-        headers = reply.headers
-        if "Content-Encoding" in headers:  # its length and tag are those of what was packed
-            if "Range" in reply.request_info.headers:
-                reply.close()
-                raise self._explain_no_ranges()
-            return
         name = "Content-Range" if reply.status == 206 else "Content-Length"
-        size = headers.get(name, "").rpartition("/")[2]
-        now = FileInfo(int(size) if size.isdigit() else None, _find_tag(headers))
+        size = reply.headers.get(name, "").rpartition("/")[2]
+        now = FileInfo(int(size) if size.isdigit() else None, _find_tag(reply.headers))
         try:
+            if "Content-Encoding" in reply.headers:  # packed, it has no ranges
+                raise self.explain_no_ranges()
             require_same(self.url, self.describe(), now)
-        except ChangedFileError:
+        except (AccessError, ChangedFileError):
             reply.close()
             raise
 
-    def _explain_no_ranges(self) -> NoRangesError:
-        return NoRangesError(
-            f"{self.url}: its server sends files from their beginning only. Stream the data (align "
-            "does), or copy them here."
+    def explain_no_ranges(self) -> AccessError:
+        """Make the error for a server that sends files from their beginning only."""
+        return AccessError(
+            f"{self.url}: its server sends files from their beginning only. Copy them here; or "
+            f"stream tar shards (align does) by a command, {PIPE}curl -sf {self.url}."
         )
 
     def read_range(self, start: int, stop: int) -> bytes:
         """Read bytes from the middle of the file."""
-        if self.describe().size is None:
-            raise self._explain_no_ranges()
 
         def read() -> bytes:
             with self._reading:  # an open file is at one place at a time
                 try:
                     if self._opened is None:
-                        self._opened = self._open(
-                            _BLOCK_BYTES,
-                            cache_type="blockcache",  # "background" can wait for itself
-                            cache_options={"maxblocks": 3},
-                        )
+                        self._opened = self._open()
                     self._opened.seek(start)
                     content: bytes = self._opened.read(stop - start)
                     if len(content) != stop - start:
@@ -204,7 +192,7 @@ class RemoteFile:
                 except BaseException as error:
                     self._opened = None
                     if isinstance(error, ValueError) and "range" in str(error):
-                        raise self._explain_no_ranges() from error
+                        raise self.explain_no_ranges() from error
                     raise
                 return content
 
@@ -212,71 +200,16 @@ class RemoteFile:
 
     def open_stream(self) -> io.BufferedReader:
         """Open the file to be read once, from its beginning to its end."""
-        if not is_remote(self.url):
-            return self.try_(lambda: Path(self.url).open("rb"))  # type: ignore[no-any-return]
-        has_ranges = self.describe().size is not None
-        return io.BufferedReader(
-            _PartsReader(self._read_parts() if has_ranges else self._read_on())
-        )
+        if self.url.startswith(PIPE):
+            return io.BufferedReader(_CommandOutput(self.url))
+        opened: io.BufferedReader = self.open_seekable()
+        return opened
 
     def open_seekable(self) -> Any:
-        """Open the file to be read in any order; copied to a temporary one where it has to be."""
-        if not is_remote(self.url):
-            return self.try_(lambda: Path(self.url).open("rb"))
-        try:
-            size = self.describe().size
-            self.read_range(max(0, (size or 0) - 1), size or 0)
-            return SeekableFile(self)
-        except NoRangesError:
-            copy = tempfile.TemporaryFile()
-            copy.writelines(self._read_on())
-            copy.seek(0)
-            return copy
-
-    def _read_parts(self) -> Generator[bytes, None, None]:
-        """Yield the file in parts, several of which come with one request."""
-        size, step = self.describe().size or 0, _BLOCK_BYTES // 4
-        for start in range(0, size, step):
-            try:
-                part = self.read_range(start, min(start + step, size))
-            except NoRangesError:
-                yield from self._read_on(start)
-                return
-            yield part
-
-    def _read_on(self, position: int = 0) -> Generator[bytes, None, None]:
-        """Yield the file from its beginning; after a failure, what came before is skipped."""
-        opened: Any = None
-
-        def read() -> bytes:
-            nonlocal opened
-            try:
-                if opened is None:
-                    opened = self.start_again()
-                    _skip(opened, position)
-                return opened.read(_READ_AT_ONCE)  # type: ignore[no-any-return]
-            except BaseException:
-                close()
-                raise
-
-        def close() -> None:
-            nonlocal opened
-            if opened is not None:
-                opened.close()
-            opened = None
-
-        try:
-            while part := self.try_(read):
-                position += len(part)
-                yield part
-        finally:
-            close()
-
-    def start_again(self) -> Any:
-        """Open the file for one try at reading it from its beginning."""
-        if self.url.startswith(PIPE):
-            return _PartsReader(_run_command(self.url.removeprefix(PIPE)))
-        return self._open(block_size=0)
+        """Open the file to be read in any order."""
+        if is_remote(self.url):
+            return io.BufferedReader(SeekableFile(self), _BLOCK_BYTES // 4)
+        return self.try_(lambda: Path(self.url).open("rb"))
 
 
 def require_same(place: object, known: FileInfo, now: FileInfo) -> None:
@@ -297,50 +230,31 @@ def _find_tag(facts: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _run_command(command: str) -> Generator[bytes, None, None]:
-    """Yield the output of a shell command, which has to end well."""
-    # The command is the user's own, as in webdataset's sources.
-    process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    try:
-        while part := process.stdout.read(_READ_AT_ONCE):
-            yield part
-        if code := process.wait():
-            raise OSError(f"the command ended with code {code}")
-    finally:
-        process.stdout.close()
-        process.terminate()
-        process.wait()
+class _CommandOutput(io.RawIOBase):
+    """Reads the output of a shell command, which has to end well."""
 
-
-def _skip(opened: Any, size: int) -> None:
-    while size:
-        part = opened.read(min(size, _READ_AT_ONCE))
-        if not part:
-            raise OSError("the file is shorter than before")
-        size -= len(part)
-
-
-class _PartsReader(io.RawIOBase):
-    """Reads what a generator yields as a file, from front to back."""
-
-    def __init__(self, parts: Generator[bytes, None, None]) -> None:
+    def __init__(self, url: str) -> None:
         super().__init__()
-        self._parts = parts
-        self._part = memoryview(b"")
+        self._url = url
+        # The command is the user's own, as in webdataset's sources.
+        self._process = subprocess.Popen(
+            url.removeprefix(PIPE), shell=True, stdout=subprocess.PIPE, bufsize=0
+        )
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        self._part = self._part or memoryview(next(self._parts, b""))
-        size = min(len(buffer), len(self._part))
-        buffer[:size] = self._part[:size]
-        self._part = self._part[size:]
-        return size
+        assert self._process.stdout is not None
+        size = self._process.stdout.readinto(buffer)  # type: ignore[attr-defined]
+        if not size and (code := self._process.wait()):
+            raise LostFileError(f"{self._url}: the command ended with code {code}")
+        return int(size)
 
     def close(self) -> None:
-        self._parts.close()
+        if not self.closed:
+            self._process.terminate()
+            self._process.communicate()
         super().close()
 
 
@@ -350,7 +264,10 @@ class SeekableFile(io.RawIOBase):
     def __init__(self, file: RemoteFile) -> None:
         super().__init__()
         self._file = file
-        self._size = file.describe().size or 0
+        size = file.describe().size
+        if size is None:
+            raise file.explain_no_ranges()
+        self._size = size
         self._position = 0
 
     def readable(self) -> bool:

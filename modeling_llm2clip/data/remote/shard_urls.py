@@ -29,16 +29,12 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _WILDCARD = re.compile(r"[*?\[]")  # of local patterns; in a URL, ? begins a query
 _HTTP = ("http://", "https://")
-# Parameters of signed URLs: of S3 and Google's storage, of CloudFront, and of Azure.
-_SIGNATURE_PREFIXES = ("x-amz-", "x-goog-")
-_SIGNATURE = frozenset(
-    ("signature", "expires", "awsaccesskeyid", "googleaccessid", "key-pair-id", "policy", "token",
-     "sig")
-)  # fmt: skip
-_SHARED_ACCESS = frozenset(
-    ("sv", "ss", "srt", "sr", "sp", "se", "st", "sip", "spr", "sdd", "skoid", "sktid", "skt", "ske",
-     "sks", "skv")
-)  # fmt: skip
+# Parameters of signed URLs: of S3 and Google's storage, of CloudFront, and of Azure with `sig`.
+_SIGNATURE = (
+    r"x-amz-[^&=]*|x-goog-[^&=]*|signature|expires|awsaccesskeyid|googleaccessid|key-pair-id|policy"
+    "|token|sig"
+)
+_SHARED_ACCESS = "sv|ss|srt|sr|sp|se|st|sip|spr|sdd|skoid|sktid|skt|ske|sks|skv"
 
 
 def list_shards(source: str | Path | Sequence[str], policy: RetryPolicy) -> list[str]:
@@ -99,18 +95,12 @@ def name_shards(shards: Sequence[str]) -> list[str]:
 
 def drop_signature(url: str) -> str:
     """Drop the parameters of a URL that give access for a while and do not identify its file."""
-    base, _, query = url.partition("?")
-    if not query or not url.startswith(_HTTP):
+    if not url.startswith(_HTTP):
         return url
-    parameters = query.split("&")
-    names = [parameter.partition("=")[0].lower() for parameter in parameters]
-    dropped = _SIGNATURE | (_SHARED_ACCESS if "sig" in names else frozenset())
-    kept = [
-        parameter
-        for parameter, name in zip(parameters, names, strict=True)
-        if name not in dropped and not name.startswith(_SIGNATURE_PREFIXES)
-    ]
-    return f"{base}?{'&'.join(kept)}" if kept else base
+    names = _SIGNATURE
+    if re.search("[?&]sig=", url, re.IGNORECASE):
+        names += f"|{_SHARED_ACCESS}"
+    return re.sub(f"(?<=[?&])(?:{names})(?:=[^&]*)?(?:&|$)", "", url, flags=re.I).rstrip("?&")
 
 
 def drop_signatures(urls: Sequence[str]) -> list[str]:

@@ -68,7 +68,8 @@ class StoreShards:
         within = rows - shards * manifest.rows_per_shard
         addresses = starts[places] + within * manifest.row_bytes
         if self._reads_ahead:
-            _read_ahead(addresses, manifest.row_bytes)
+            for address in np.unique(addresses).tolist():  # from the disk in parallel
+                _advise(address, manifest.row_bytes, _READ_AHEAD)
         lowest = int(addresses.argmin())
         row = self._views[int(shards[lowest])][within[lowest]]
         count = (int(addresses.max()) - row.ctypes.data) // row.itemsize + 1
@@ -137,12 +138,6 @@ def describe_damage(folder: Path, errors: Sequence[str]) -> str:
         "what is damaged from a copy; or delete these files and run the same extraction again, "
         "which computes missing shards; or delete the store and extract it again."
     )
-
-
-def _read_ahead(addresses: Array, size: int) -> None:
-    """Let the kernel read mapped rows from the disk in parallel."""
-    for address in np.unique(addresses).tolist():
-        _advise(address, size, _READ_AHEAD)
 
 
 def _advise(address: int, size: int, advice: int) -> None:

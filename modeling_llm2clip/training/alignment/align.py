@@ -28,7 +28,6 @@ from ...data.store.embedding_store import MANIFEST_FILE, EmbeddingStore
 from ...data.streams.record_streams import RecordStream
 from ...encoding.float32 import float32_as_such
 from ...evaluation.datasets.classification_dataset import ClassificationDataset
-from ...model_folders.atomic_folder import clear_leftovers, require_new_folder
 from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
 from ...model_folders.golden_embeddings import GOLDEN_FILE
 from ...model_folders.model_card import CardResult
@@ -37,14 +36,13 @@ from ...model_folders.weights import open_model_weights, warn_of_rounding
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ...scheduling.graceful_stop import StopRequest, stop_on_signals
 from ...scheduling.processes import choose_device
-from ..losses.choose_loss import build_loss
+from ..losses.choose_loss import build_loss, require_dims
 from ..losses.loss import Loss, identify_loss
-from ..losses.matryoshka import require_dims
 from ..run_folder import (
     add_results,
     lock_run,
     read_results,
-    require_fresh_or_resumed,
+    require_output,
     require_same_run,
     write_run_record,
 )
@@ -58,7 +56,7 @@ from .align_checks import (
     require_same_space,
 )
 from .alignment_fit import AlignmentFit, Choice, collect_weights, refit
-from .alignment_model import LOSS, TOWERS, AlignmentModel, merge_loras
+from .alignment_model import LOSS, TOWERS, AlignmentModel
 from .alignment_report import make_card_results, make_caution, note_held_out
 from .alignment_trainer import (
     AlignmentTrainer,
@@ -67,13 +65,12 @@ from .alignment_trainer import (
     count_steps,
     make_training_arguments,
 )
-from .best_weights import BEST_FILE, BestWeightsCallback, copy_trained
-from .held_out import embed_batches
+from .best_weights import BEST_FILE, BestWeightsCallback, TrainingObjective, copy_trained
+from .held_out import ZeroShotImages, embed_batches, load_labeled_images
 from .image_summary import write_image_summary
 from .inheritance import inherit, save_inherited
 from .projection_init import ProjectionInit, init_projections, repeat_init
-from .run_data import RunData, open_data
-from .zero_shot import ZeroShotImages, load_labeled_images
+from .run_data import RecordData, RunData, StreamData, open_records, open_stream
 
 MODEL_FOLDER = "model"
 _NUM_EVALUATIONS = 20
@@ -178,9 +175,7 @@ def plan_align(
     config, output = config or AlignConfig(), Path(output)
     stores = open_stores(config, caption_store, image_store, inherit_from)
     chosen = _choose_loss(loss, config)
-    clear_leftovers(output / MODEL_FOLDER)
-    require_new_folder(output / MODEL_FOLDER)
-    require_fresh_or_resumed(output, resume=resume)
+    require_output(output, resume=resume, model=output / MODEL_FOLDER)
     labeled = None if config.zero_shot is None else load_labeled_images(config.zero_shot)
     return AlignPlan(output, config, chosen, resume, *stores, labeled)
 
@@ -205,7 +200,11 @@ def run_alignment(
     with lock_run(output), open_source(source, output) as model, TemporaryDirectory() as temporary:
         fingerprint = _require_fitting(model.folder, plan)
         processor = LLM2CLIPProcessor.from_pretrained(model.folder)
-        run_data = open_data(data, processor, config, plan.captions, plan.images, Path(temporary))
+        run_data: RunData
+        if isinstance(data, RecordStream):
+            run_data = open_stream(data, processor, config, plan.captions, Path(temporary))
+        else:
+            run_data = open_records(data, processor, config, plan.captions, plan.images)
         zero_shot = None
         if plan.labeled is not None:
             zero_shot = ZeroShotImages(plan.labeled, model.folder, processor)
@@ -303,17 +302,19 @@ def _choose(
         if start.inheritance is not None and last is None:
             save_inherited(model, output)
     best = _make_best_weights(fit, length, start, model)
-    objective = None if best else fit.make_objective(length, output, "objective")
+    objective = None
+    if best is None and length.num_trained and isinstance(fit.data, RecordData):
+        objective = TrainingObjective(fit.data, size=length.batch_size, output=output)
     trainer = fit.train(model, arguments, length, stop, best_weights=best, objective=objective)
     _record_end(trainer, best, output, start, stop, notes)
     if objective is not None:
-        objective.record_end()
+        objective.record("after")
     if best is None:
         choice = Choice(start, length, length.num_trained, 1.0)
         return choice, collect_weights(trainer, adapted, output)
     choice = Choice(start, length, best.best_step, best.best_share)
     is_source = best.best_step == 0 and start.cca is None  # nothing was better
-    is_refitted = fit.data.is_stored if config.refit is None else config.refit
+    is_refitted = fit.data.dataset.is_stored if config.refit is None else config.refit
     if is_refitted and not is_source:
         return choice, None
     PartialState().wait_for_everyone()  # one process writes the file
@@ -342,7 +343,7 @@ def _make_best_weights(
     """
     if fit.data.held_out is None:
         return None
-    is_tried = fit.data.is_stored and start.is_trained and not is_sharded()
+    is_tried = fit.data.dataset.is_stored and start.is_trained and not is_sharded()
     return BestWeightsCallback(
         fit.data.held_out,
         fit.output,
@@ -364,11 +365,13 @@ def _record_end(
     notes: dict[str, Any],
 ) -> None:
     """Record the results of a finished run; raise StageInterrupt for a stopped one."""
-    state, report = trainer.state, trainer.data.collect_report()
+    state, data = trainer.state, trainer.data
     if best is not None:
-        notes = {**notes, "num_shared_captions": trainer.data.count_shared_captions()}
-    if report is not None and trainer.args.should_save:
-        add_results(output, stream=report)
+        notes = {**notes, "num_shared_captions": data.count_shared_captions()}
+    if isinstance(data, StreamData):
+        report = data.collect_report()
+        if trainer.args.should_save:
+            add_results(output, stream=report)
     if best is None or not best.has_stopped_early:
         raise_if_stopped(trainer, output, stop)
     losses = [line["loss"] for line in state.log_history if "loss" in line]
@@ -400,13 +403,13 @@ def _measure_written(
 ) -> tuple[Sequence[CardResult], str | None]:
     """Measure a written folder, with its rounded weights if it is in half precision.
 
-    A model that was fitted once more has seen the held-out images: then those weights are measured
-    that they chose, rounded in the same way.
+    A model that was fitted once more has seen the held-out images: the scores of the weights that
+    they chose stay its estimate.
     """
     output, held_out, device = fit.output, fit.data.held_out, choose_device(fit.config.device)
+    written = fit.load_parts(folder)
+    written.to(device)  # type: ignore[arg-type]
     if fit.zero_shot is not None:
-        written = fit.load_parts(folder)
-        written.to(device)  # type: ignore[arg-type]
         written.trains_vision = fit.config.vision_training != "frozen"
         written.trains_text = fit.config.text_training == "lora"
         accuracy = fit.zero_shot.measure(written)
@@ -414,23 +417,15 @@ def _measure_written(
     summary = write_image_summary(fit.source, folder, fit.data, fit.config, name=data_name)
     add_results(output, training_images=summary)
     results = read_results(output)
-    dtype = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True).dtype
-    if held_out is not None and dtype != torch.float32:
-        model, best = fit.load_parts(folder), load_file(output / BEST_FILE)
-        if "refit" in results:
-            chosen, adapted = fit.load()
-            chosen.load_state_dict(best, strict=False)
-            model.load_state_dict(merge_loras(chosen, adapted), strict=False)
-            del chosen, adapted
+    is_rounded = LLM2CLIPConfig.from_pretrained(folder).dtype != torch.float32
+    if held_out is not None and is_rounded and "refit" not in results:
+        best = load_file(output / BEST_FILE)
         of_loss = {name: best[name] for name in best if name.startswith(f"{LOSS}.")}
-        model.load_state_dict(of_loss, strict=False)
-        model.to(device)  # type: ignore[arg-type]
-        inputs = embed_batches(model, held_out.iterate_batches(), device)
-        record = results["held_out"]
-        scores = asdict(held_out.score(model.loss, inputs))
-        record = {**record, "best": scores, "in_training": record["best"]}
-        add_results(output, held_out=record)
-        results = read_results(output)
+        written.load_state_dict(of_loss, strict=False)
+        inputs = embed_batches(written, held_out.iterate_batches(), device)
+        record, scores = results["held_out"], held_out.score(written.loss, inputs)
+        results["held_out"] = {**record, "best": asdict(scores), "in_training": record["best"]}
+        add_results(output, held_out=results["held_out"])
     return make_card_results(results, data_name), make_caution(results)
 
 

@@ -111,15 +111,10 @@ def check_batch(batch_size: int, num_records: int, num_held_out: int = 0) -> Non
 
 def check_processes(config: AlignConfig, batch_size: int, num_processes: int) -> None:
     """Refuse processes that cannot share a batch, or the work."""
-    if batch_size < num_processes:
-        raise ValueError(
-            f"global_batch_size={batch_size} is smaller than the number of processes "
-            f"({num_processes}). It counts the images of all processes together."
-        )
     if batch_size % num_processes:
         raise ValueError(
-            f"global_batch_size={batch_size} cannot be shared evenly by {num_processes} "
-            "processes. Choose a multiple of their number."
+            f"global_batch_size={batch_size} counts the images of all processes together, and "
+            f"{num_processes} processes cannot share it evenly. Choose a multiple of their number."
         )
     if "lora" in (config.vision_training, config.text_training):
         refuse_fsdp_for_lora()
@@ -127,16 +122,13 @@ def check_processes(config: AlignConfig, batch_size: int, num_processes: int) ->
 
 def check_stream(config: AlignConfig, has_image_store: bool, has_teacher: bool) -> None:
     """Refuse what a stream cannot do, before anything is read."""
-    errors = []  # of what `AlignConfig.require_stores` allows
-    if config.max_steps is None:
-        errors.append("a stream has no known length: give max_steps")
-    if has_image_store:
-        errors.append("a stream brings its images: leave image_store out")
-    if has_teacher:
-        errors.append("a stream does not say which captions it has: leave inherit_from out")
-    if config.refit:
-        errors.append("a stream is not read twice: leave refit out")
-    if errors:
+    refused = {  # beside what `AlignConfig.require_stores` refuses
+        "a stream has no known length: give max_steps": config.max_steps is None,
+        "a stream brings its images: leave image_store out": has_image_store,
+        "a stream does not say which captions it has: leave inherit_from out": has_teacher,
+        "a stream is not read twice: leave refit out": config.refit,
+    }
+    if errors := [message for message, is_refused in refused.items() if is_refused]:
         raise ValueError("; ".join(errors) + ".")
 
 
@@ -204,7 +196,7 @@ def require_same_images(records: RecordTable, store: EmbeddingStore, items: Arra
         is_same = are_of_same_images(now, stored)
     else:
         compared, stored = "data", store.manifest.plan.get("data")
-        now = hash_texts(_in_order(records, items))
+        now = hash_texts(records if items is None else records.select(np.argsort(items)))
         is_same = now == stored
     if not is_same:
         raise ValueError(
@@ -217,14 +209,15 @@ def require_same_images(records: RecordTable, store: EmbeddingStore, items: Arra
 def require_directions(
     embeds: Tensor, store: EmbeddingStore, identify: Callable[[Array], Sequence[tuple[str, ...]]]
 ) -> Tensor:
-    """Refuse stored embeddings of zeros, which are similar to nothing."""
-    zeros = np.flatnonzero((embeds == 0).all(dim=1).numpy())
-    if len(zeros):
-        names = list(dict.fromkeys(identify(zeros[:_MOST_READ])))
+    """Refuse stored embeddings that are not finite, or all zeros: these are similar to nothing."""
+    sums = embeds.abs().sum(dim=1)
+    broken = np.flatnonzero(~(sums.isfinite() & (sums > 0)).numpy())
+    if len(broken):
+        names = list(dict.fromkeys(identify(broken[:_MOST_READ])))
         raise ValueError(
-            f"{store.folder}: {len(zeros)} of {len(embeds)} embeddings that were read are all "
-            f"zeros, those of {_list_names(names, len(names))}. Check the model that "
-            "made the store (llm2clip doctor), and extract again."
+            f"{store.folder}: {len(broken)} of {len(embeds)} embeddings that were read are not "
+            f"finite, or all zeros: those of {_list_names(names, len(names))}. Check the model "
+            "that made the store (llm2clip doctor), and extract again."
         )
     return embeds
 
@@ -240,15 +233,12 @@ def _check_group_ids(records: RecordTable) -> None:
         )
     torn = _find_torn(records)
     if len(torn):
-        group_ids: dict[str, set[str]] = {}
-        for name, group_id in records.take(torn[:ROWS_PER_BATCH], ("name", "group_id")):
-            group_ids.setdefault(name, set()).add(group_id)
         num_torn = len(np.unique(records.read_numbers("name_key", torn)))
-        named = [f"{name} {sorted(ids)}" for name, ids in group_ids.items()]
-        shown = list_first(named, "; ", total=num_torn)
+        names = dict.fromkeys(name for (name,) in records.take(torn[:ROWS_PER_BATCH], ("name",)))
         raise ValueError(
             f"{counted(num_torn, 'image')} with several group_ids over the languages, a negative "
-            f"of itself: {shown}. Give all records of an image one group_id."
+            f"of itself: {list_first(names, total=num_torn)}. Give all records of an image one "
+            "group_id."
         )
 
 
@@ -261,10 +251,6 @@ def _find_torn(records: RecordTable) -> Array:
         start += len(keys)
     differing = np.concatenate(parts)
     return np.union1d(differing, first[differing])
-
-
-def _in_order(records: RecordTable, items: Array | None) -> RecordTable:
-    return records if items is None else records.select(np.argsort(items))
 
 
 def _list_names(pairs: Sequence[tuple[str, ...]], total: int) -> str:

@@ -38,9 +38,9 @@ from ..trainer_mixins import (
 from .alignment_model import LOSS, AlignmentModel, choose_trained_parts, freeze_unused, merge_loras
 from .alignment_trainer import AlignmentTrainer, RunLength, make_training_arguments
 from .best_weights import BestWeightsCallback, TrainingObjective, copy_trained, set_between
+from .held_out import ZeroShotImages
 from .projection_init import ProjectionInit, repeat_init
-from .run_data import RecordData, RunData
-from .zero_shot import ZeroShotImages
+from .run_data import RecordData, RunData, StreamData
 
 REFIT_FOLDER = "refit"
 
@@ -79,10 +79,10 @@ class AlignmentFit:
         model: AlignmentModel = AlignmentModel.from_pretrained(
             folder,
             with_llm=self.config.text_training != "stored",
-            with_vision_tower=self.data.reads_images,
+            with_vision_tower=self.data.dataset.reads_images,
         )
         model.loss = deepcopy(self.loss)
-        if self.config.distillation_weight and not self.data.has_image_store:
+        if self.config.distillation_weight and self.data.dataset.image_store is None:
             model.teacher_model = LLM2CLIPVisionModel.from_pretrained(
                 self.source, local_files_only=True
             )
@@ -92,7 +92,7 @@ class AlignmentFit:
         """Move a model to where it is trained, once its start is set."""
         if not is_sharded() or not length.num_trained:  # otherwise the Trainer moves it
             model.to(device)
-        freeze_unused(model, self.data.processor, self.config)
+        freeze_unused(model, self.data.dataset.processor, self.config)
 
     def train(
         self,
@@ -111,25 +111,19 @@ class AlignmentFit:
             self.output.mkdir(parents=True, exist_ok=True)
             discard_later_steps(self.output, checkpoint)
         state.wait_for_everyone()
-        callbacks = [
-            JsonLinesCallback(self.output / METRICS_FILE),
-            StopCallback(stop),
-            *([objective] if objective else []),
-            *self.callbacks,
-        ]
+        recorded = JsonLinesCallback(self.output / METRICS_FILE)
         trainer = AlignmentTrainer(
             model,
             self.data,
             config=self.config,
             length=length,
             training_arguments=arguments,
-            callbacks=callbacks,
+            callbacks=[recorded, StopCallback(stop), *self.callbacks],
         )
-        if objective is not None:
-            objective.trainer = trainer
-        if best_weights is not None:
-            best_weights.trainer = trainer
-            trainer.add_callback(best_weights)
+        watching = [callback for callback in (objective, best_weights) if callback is not None]
+        for callback in watching:
+            callback.trainer = trainer
+            trainer.add_callback(callback)
         show_progress(trainer, name)
         self._run(trainer, checkpoint, best_weights)
         return trainer
@@ -150,25 +144,14 @@ class AlignmentFit:
             trainer.train()
             return
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        self.data.load(checkpoint)
+        if isinstance(self.data, StreamData):
+            self.data.load(checkpoint)
         if best_weights is not None:
             best_weights.read_earlier(state.global_step)
             if best_weights.has_stopped_early and state.global_step < state.max_steps:
                 trainer.state = state  # a step more would be one that the run never had
                 return
         trainer.train(resume_from_checkpoint=str(checkpoint))
-
-    def make_objective(
-        self, length: RunLength, output: Path, name: str
-    ) -> TrainingObjective | None:
-        """Make the callback that measures the loss of a training batch.
-
-        None for a stream, which is not read twice, and where no step is trained.
-        """
-        if not length.num_trained or not isinstance(self.data, RecordData):
-            return None
-        dataset, items = self.data.dataset, self.data.items
-        return TrainingObjective(dataset, items, size=length.batch_size, output=output, name=name)
 
 
 @dataclass(frozen=True)
@@ -198,15 +181,10 @@ def refit(fit: AlignmentFit, choice: Choice, stop: StopRequest) -> dict[str, Ten
     start = repeat_init(model, again.data, again.config, choice.start, fit.output)
     again.make_ready(model, length, arguments.device)
     before = copy_trained(model) if choice.share < 1 else {}
-    objective = again.make_objective(length, fit.output, "refit_objective")
-    trainer = again.train(
-        model, arguments, length, stop, name="align, all images", objective=objective
-    )
+    trainer = again.train(model, arguments, length, stop, name="align, all images")
     raise_if_stopped(trainer, again.output, stop, of=" of the fit on all images")
     if before:
         set_between(model, before, copy_trained(model), choice.share)
-    if objective is not None:
-        objective.record_end()
     if arguments.should_save:
         num_records = again.data.num_items
         add_results(

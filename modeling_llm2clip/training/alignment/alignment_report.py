@@ -37,10 +37,7 @@ NOT_JUDGED = (
     "nothing shows whether the training helped. Hold out images (--held-out-ratio) to know."
 )
 
-LOWER = (
-    "Its R@1 is lower than at the start by less than so few images can tell: it is within the "
-    "intervals. The loss shows more."
-)
+NEAR_CHANCE_ON_CARD = "On held-out images this model is near chance, or they were too few to tell."
 CLEARLY_LOWER = (
     "Warning: its R@1 is clearly lower than at the start, although its loss is lower. Where R@1 is "
     "what counts, keep the start: --max-steps 0 writes it if it is the closed form."
@@ -76,9 +73,8 @@ def describe_alignment(output: Path) -> list[str]:
     record = read_run_record(output)
     results, model = record["results"], output / "model"
     lines = [f"Start: {_describe_start(results['start'])}.", *_describe_held_out(results)]
-    dtype = str(LLM2CLIPConfig.from_pretrained(model, local_files_only=True).dtype)
     lines += _describe_zero_shot(results, record["config"])
-    lines += [*_describe_objective(results, dtype), *_describe_stream(results)]
+    lines += [*_describe_objective(results), *_describe_stream(results)]
     lines.append(f"Wrote {model} {_describe_weights(results)}.")
     if not results["has_golden_embeddings"]:
         source = record["inputs"]["source"]
@@ -96,7 +92,7 @@ def make_caution(results: Mapping[str, Any]) -> str | None:
     """Make the warning on the model card; None if no warning is needed."""
     scores = _read_best(results)
     if scores is not None and scores.is_near_chance:
-        return "On held-out images this model is near chance, or they were too few to tell."
+        return NEAR_CHANCE_ON_CARD
     if _got_worse(results):
         return "The training raised the loss of the images that it trained on."
     return None
@@ -106,16 +102,10 @@ def make_card_results(results: Mapping[str, Any], data_name: str | None) -> tupl
     scores = _read_best(results)
     if scores is None:
         return ()
-    labeled = results.get("zero_shot")
-    by_accuracy = results["held_out"]["chosen_by"] == "zero_shot"
-    accuracy = (
-        ()
-        if labeled is None
-        else (make_accuracy(labeled["dataset"], labeled["accuracy"], labeled["num_classes"],
-                            num_images=labeled["num_images"], has_chosen=by_accuracy),)
-    )  # fmt: skip
+    labeled, notes = results.get("zero_shot"), results["held_out"]
+    by_accuracy = notes["chosen_by"] == "zero_shot"
+    accuracy = () if labeled is None else (make_accuracy(labeled, has_chosen=by_accuracy),)
     held_out = f"{scores.num_images} images held out of the alignment"
-    notes = results["held_out"]
     if notes["maybe_trained_on"]:
         held_out += SEEN
     if notes["text_training_data"]:
@@ -140,14 +130,13 @@ def make_recalls(scores: HeldOutScores, dataset: str) -> CardResult:
     )
 
 
-def make_accuracy(
-    dataset: str, accuracy: float, num_classes: int, *, num_images: int, has_chosen: bool
-) -> CardResult:
-    """Make the accuracy on labeled images for a card."""
+def make_accuracy(labeled: Mapping[str, Any], *, has_chosen: bool) -> CardResult:
+    """Make the accuracy on labeled images for a card, from their description with `accuracy`."""
+    accuracy, num_images = labeled["accuracy"], labeled["num_images"]
     return CardResult(
         "classification",
-        dataset + CHOSE * has_chosen,
-        {"top_1": accuracy, "chance_top_1": 1 / num_classes},
+        labeled["dataset"] + CHOSE * has_chosen,
+        {"top_1": accuracy, "chance_top_1": 1 / labeled["num_classes"]},
         intervals={"top_1": find_interval(accuracy, num_images)},
         count=counted(num_images, "image"),
     )
@@ -176,27 +165,20 @@ def _name_weights(held_out: Mapping[str, Any], steps: int) -> str:
 
 
 def _got_worse(results: Mapping[str, Any]) -> bool:
-    losses = _read_objective(results)
+    losses = results.get("objective")  # measured where no images are held out
     return losses is not None and losses["after"] > (1 + _CHANCE_RISE) * losses["before"]
 
 
-def _read_objective(results: Mapping[str, Any]) -> dict[str, float] | None:
-    """Read the loss of a batch before and after the last fit; None where it was not measured."""
-    losses: dict[str, float] | None = results.get(
-        "refit_objective" if "refit" in results else "objective"
-    )
-    return losses
-
-
-def _describe_objective(results: Mapping[str, Any], dtype: str) -> list[str]:
-    losses = _read_objective(results)
+def _describe_objective(results: Mapping[str, Any]) -> list[str]:
+    losses = results.get("objective")
     if losses is None:
         is_judged = results["held_out"] is not None or not results["steps"]
         return [] if is_judged else [NOT_JUDGED]
-    line = f"Loss of a training batch: {losses['before']:.3f} at the start, {losses['after']:.3f} "
-    is_exact = dtype in ("torch.float32", "None")  # None: the folder names none
-    rounded = "" if is_exact else f", before the weights were rounded to {dtype}"
-    return [f"{line}at the end{rounded}.", *([WORSE] if _got_worse(results) else [])]
+    line = (
+        f"Loss of a training batch, with weights in float32: {losses['before']:.3f} at the start, "
+        f"{losses['after']:.3f} at the end."
+    )
+    return [line, *([WORSE] if _got_worse(results) else [])]
 
 
 def _read_best(results: Mapping[str, Any]) -> HeldOutScores | None:
@@ -221,12 +203,10 @@ def _describe_held_out(results: Mapping[str, Any]) -> list[str]:
         f"  chance        {after.chance_t2i_r1:6.1%} {'':15}{after.chance_i2t_r1:6.1%}",
         f"The {_CHOOSERS[notes['chosen_by']]} chose {_name_weights(notes, results['steps'])}.",
     ]
-    if (after.t2i_r1 + after.i2t_r1) < (before.t2i_r1 + before.i2t_r1):
-        is_within = (
-            after.t2i_r1 >= before.find_interval(before.t2i_r1)[0]
-            and after.i2t_r1 >= before.find_interval(before.i2t_r1)[0]
-        )
-        lines.append(LOWER if is_within else CLEARLY_LOWER)
+    lowest = [before.find_interval(score)[0] for score in (before.t2i_r1, before.i2t_r1)]
+    is_lower = after.t2i_r1 + after.i2t_r1 < before.t2i_r1 + before.i2t_r1
+    if is_lower and (after.t2i_r1 < lowest[0] or after.i2t_r1 < lowest[1]):
+        lines.append(CLEARLY_LOWER)
     if "refit" in results:
         lines.append(
             "Then all of it was fitted once more on all images: the scores above are of the model "
@@ -275,9 +255,9 @@ def _describe_stream(results: Mapping[str, Any]) -> list[str]:
     state = results.get("stream")
     if state is None:
         return []
-    report = StreamReport.from_state(state)
-    epochs = len(state["epochs"])
-    lines = [f"Stream, {counted(epochs, 'epoch')}: {report.describe_losses()}."]
+    counts = dict(state)
+    epochs = counted(counts.pop("epochs"), "epoch")
+    lines = [f"Stream, {epochs}: {StreamReport.from_state(counts).describe_losses()}."]
     return lines + describe_errors(state["counts"], state["places"])
 
 

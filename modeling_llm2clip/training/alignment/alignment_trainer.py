@@ -6,10 +6,9 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,17 @@ from ..losses.loss import LossInputs
 from ..run_folder import list_trained
 from ..trainer_mixins import (
     LogLastStepCallback,
-    ResumedMetricsMixin,
     TrainedCheckpointMixin,
     count_warmup_steps,
     training_arguments_on,
 )
-from .alignment_data import INPUT_SECONDS, InputTimes
 from .alignment_model import AlignmentModel, find_learning_rates
 from .held_out import embed_batches
-from .run_data import RunData
+from .run_data import RunData, StreamData
 
 _SECONDS_BEFORE_FIRST_LINE = 10.0
 _FACTOR_TO_NEXT_LINE = 2.0
 _BETAS = (0.9, 0.98)  # arXiv:2103.00020, table 18
-_GROUPS_SHOWN = 8
 _ADAPTER = "text_adapter."
 # What wrappers put into the names of parameters.
 _WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|module\.|_orig_mod\.")
@@ -130,7 +126,7 @@ def warm_up_then_cosine(
     return factor
 
 
-class AlignmentTrainer(ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
+class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
     """Trains an `AlignmentModel` whose trained parts are chosen.
 
     To the Trainer the whole run is one epoch.
@@ -178,7 +174,8 @@ class AlignmentTrainer(ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        self.data.save(Path(output_dir))
+        if isinstance(self.data, StreamData):  # batches of records depend on the step alone
+            self.data.save(Path(output_dir))
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the Accelerator, and make FSDP leave scores and temperature in float32."""
@@ -189,7 +186,8 @@ class AlignmentTrainer(ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
         return self._loader
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        return self._input_times.take(partial(super().get_batch_samples, *args, **kwargs))
+        with self._input_times.measure():
+            return super().get_batch_samples(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Group parameters by start, rate and decay; matrices alone decay (arXiv:2103.00020)."""
@@ -239,7 +237,7 @@ class AlignmentTrainer(ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
     def embed(self, batches: Iterable[dict[str, Tensor]]) -> LossInputs:
         """Encode batches by the model that is trained, as `embed_batches` does."""
         model = self.model_wrapped if self.is_fsdp_enabled else self.alignment_model
-        context = nullcontext if self.data.is_stored else self.compute_loss_context_manager
+        context = nullcontext if self.data.dataset.is_stored else self.compute_loss_context_manager
         return embed_batches(model, batches, self.args.device, context)
 
     def collect_trained(self) -> dict[str, Tensor]:
@@ -267,27 +265,12 @@ class AlignmentTrainer(ResumedMetricsMixin, TrainedCheckpointMixin, Trainer):
             sides = (outputs.image_embeds, outputs.text_embeds)
             broken = ~torch.stack([side.isfinite().all(dim=1) for side in sides]).all(dim=0)
             raise FloatingPointError(
-                f"The loss is {loss.item()} at step {self.state.global_step}. "
-                f"{self._describe_broken(inputs['group_ids'], broken)} or lower the learning rate "
-                f"({self.length.learning_rate})."
+                f"The loss is {loss.item()} at step {self.state.global_step}, and "
+                f"{int(broken.sum())} of the {len(broken)} pairs of this process have embeddings "
+                "that are not finite. Check the model (llm2clip doctor), or lower the learning "
+                f"rate ({self.length.learning_rate})."
             )
         return (loss, outputs) if return_outputs else loss
-
-    def _describe_broken(self, group_ids: Tensor, broken: Tensor) -> str:
-        """Name the pairs whose rows, (B,) bool, are broken; all of the batch if none is."""
-        shown = group_ids[broken] if broken.any() else group_ids
-        names = self.data.dataset.find_group_names(shown[:_GROUPS_SHOWN].cpu())
-        listed = f"{names}{' …' if len(shown) > _GROUPS_SHOWN else ''}"
-        if broken.any():
-            return (
-                f"{len(shown)} of {len(group_ids)} pairs have embeddings that are not finite, with "
-                f"the group_ids {listed}. Check their data,"
-            )
-        return (
-            f"The embeddings of this process's {len(group_ids)} pairs are finite, with the "
-            f"group_ids {listed}. "
-            "Check the other processes' messages,"
-        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log passes over the data as the epoch, since the Trainer's own is the whole run."""
@@ -313,16 +296,13 @@ class InputTimesCallback(TrainerCallback):
         self._begin = self._last = time.perf_counter()
         self._due = _SECONDS_BEFORE_FIRST_LINE
         self._waited = 0.0
-        self._made = InputTimes()
 
-    def take(self, read: Callable[[], Any]) -> Any:
-        """Wait for the batches that a Trainer reads, and take out how long making them took."""
+    @contextmanager
+    def measure(self) -> Iterator[None]:
+        """Count the time in the block as waiting for input."""
         begin = time.perf_counter()
-        found = read()
+        yield
         self._waited += time.perf_counter() - begin
-        for batch in found[0]:
-            self._made.seconds += batch.pop(INPUT_SECONDS)
-        return found
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         now = time.perf_counter()
@@ -333,13 +313,12 @@ class InputTimesCallback(TrainerCallback):
         share = self._waited / (now - self._last)
         if self._shown:
             tqdm.write(
-                f"step {state.global_step}: input {share:.0%} of the time "
-                f"({self._made.describe()}), training {1 - share:.0%}",
+                f"step {state.global_step}: input {share:.0%} of the time, "
+                f"training {1 - share:.0%}",
                 file=sys.stderr,
             )
         self._epoch, self._last, self._waited = epoch, now, 0.0
         self._due = _FACTOR_TO_NEXT_LINE * (now - self._begin)
-        self._made.seconds.zero_()
 
 
 def keep_scores_in_float32(accelerator: Any, model: LLM2CLIPModel) -> None:

@@ -24,13 +24,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ...data.atomic_files import write_atomically
-from ...data.records.record_table import Array
 from ..run_folder import add_results, list_trained, read_results
-from .alignment_data import INPUT_SECONDS, AlignmentDataset
 from .alignment_trainer import AlignmentTrainer
-from .held_out import HeldOutImages, HeldOutScores, fit_temperature
+from .held_out import HeldOutImages, HeldOutScores, ZeroShotImages, fit_temperature
+from .run_data import RecordData
 from .sampling import mix
-from .zero_shot import ZeroShotImages
 
 BEST_FILE = "best.safetensors"
 # Tried beside all of the way from the start to the trained weights.
@@ -205,38 +203,32 @@ class BestWeightsCallback(TrainerCallback):
 class TrainingObjective(TrainerCallback):
     """Measures the loss of a batch as it is trained on, noise included, at the best temperature.
 
-    The batch has `size` of the items, and `run.json` in the output gets both losses by a name.
+    `run.json` in the output gets the loss before and after the training, as `objective`.
+
+    Args:
+        data: The records that are trained on.
+        size: Number of items in the batch.
+        output: Folder of the run.
     """
 
     trainer: AlignmentTrainer
 
-    def __init__(
-        self, dataset: AlignmentDataset, items: Array, *, size: int, output: Path, name: str
-    ) -> None:
-        order = np.argsort(mix(dataset.seed, items), kind="stable")
-        chosen = np.sort(items[order[:size]])
-        self._dataset = dataset
+    def __init__(self, data: RecordData, *, size: int, output: Path) -> None:
+        order = np.argsort(mix(data.config.seed, data.items), kind="stable")
+        chosen = np.sort(data.items[order[:size]])
+        self._dataset = data.dataset
         self._samples = np.stack([np.full_like(chosen, _EPOCH), chosen], axis=1)
         self._output = output
-        self._name = name
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         if not state.global_step:
-            self._record(before=self._measure())
+            self.record("before")
 
-    def record_end(self) -> None:
+    def record(self, name: str) -> None:
         """Measure the weights that the model has now; every process calls it."""
-        self._record(after=self._measure())
-
-    def _measure(self) -> float:
-        batch = self._dataset.__getitems__(self._samples)
-        del batch[INPUT_SECONDS]
-        inputs = self.trainer.embed([batch])
-        found = [fit_temperature(self.trainer.alignment_model.loss, inputs)[1]]
-        broadcast_object_list(found)
-        return found[0]
-
-    def _record(self, **losses: float) -> None:
+        inputs = self.trainer.embed([self._dataset.__getitems__(self._samples)])
+        measured = [fit_temperature(self.trainer.alignment_model.loss, inputs)[1]]
+        broadcast_object_list(measured)
         if self.trainer.args.should_save:
-            earlier = read_results(self._output).get(self._name, {})
-            add_results(self._output, **{self._name: {**earlier, **losses}})
+            earlier = read_results(self._output).get("objective", {})
+            add_results(self._output, objective={**earlier, name: measured[0]})

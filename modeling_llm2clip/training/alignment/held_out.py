@@ -1,4 +1,9 @@
-"""Images that training never sees: they choose the weights of a run, and stop it."""
+"""Images that training never sees: they choose the weights of a run, and stop it.
+
+Labeled images show what an alignment costs. Retrieval does not show it: a vision tower that is
+aligned with captions gets better at them, and forgets classes that it knew (ProCLIP,
+arXiv:2510.18795, table 2).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +29,19 @@ from ...data.records.record_table import Array, RecordTable
 from ...data.records.records import CaptionedImage
 from ...data.records.splits import list_text_keys
 from ...data.streams.record_streams import RecordStream
+from ...encoding.encode import TorchEncoder, average_prompts, project_stored
+from ...evaluation.datasets.classification_dataset import ClassificationDataset
+from ...evaluation.datasets.dataset_registry import load_dataset
 from ...evaluation.metrics.correspondence import Correspondence
 from ...evaluation.metrics.ranking import rank_retrieval
 from ...evaluation.metrics.scores import hits_at
+from ...evaluation.results import hash_dataset
+from ...evaluation.tasks.classification import list_prompts, rank_classes
 from ...heads_llm2clip import MAX_LOG_SCALE
+from ...processing_llm2clip import LLM2CLIPProcessor
 from ..losses.loss import Loss, LossInputs, list_fitted
 from .alignment_data import AlignmentDataset, decode_sample, list_pairs
+from .alignment_model import AlignmentModel
 from .sampling import mix
 
 _MAX_HELD_OUT = 1_000
@@ -178,23 +190,22 @@ def hold_out_of_stream(
     groups: dict[str, None] = {}
     broken: set[str] = set()
     others: set[str] = set()
-    wanted = None
     for number in range(len(stream.reader.shards)):
-        found = stream.read_shard(number)
-        if wanted is None:
-            total = len({record.group_id for record in found}) * len(stream.reader.shards)
-            wanted = count_held_out(total, ratio)
-            if wanted < 2:
+        read = stream.read_shard(number)
+        if not number:
+            total = len({record.group_id for record in read}) * len(stream.reader.shards)
+            count = count_held_out(total, ratio)
+            if count < 2:
                 raise ValueError(
                     f"The stream has about {counted(total, 'group')}, too few to hold out two. "
                     "Give more images, or held_out_ratio=0."
                 )
-            require_negatives(total - wanted, wanted)
-        for record in found:
+            require_negatives(total - count, count)
+        for record in read:
             group = record.group_id
             if group in broken:
                 continue
-            if group not in groups and len(groups) >= wanted:
+            if group not in groups and len(groups) >= count:
                 others.add(group)
                 continue
             try:
@@ -205,7 +216,7 @@ def hold_out_of_stream(
             else:
                 groups[group] = None
                 records.append(record)
-        if len(groups) >= wanted and len(others) > 1:
+        if len(groups) >= count and len(others) > 1:
             break
     else:
         require_negatives(len(others), len(groups))
@@ -312,26 +323,22 @@ def fit_temperature(loss: Loss, inputs: LossInputs) -> tuple[float, float]:
     inputs = _move_beside(loss, inputs)
     few = inputs.take(slice(_MAX_ROWS_OF_TEMPERATURE))
 
-    def measure_at(log_scale: float, pairs: LossInputs = few) -> float:
-        return float(loss(pairs.at_scale(math.exp(log_scale))))
+    @cache
+    def measure_at(log_scale: float) -> float:
+        return float(loss(few.at_scale(math.exp(log_scale))))
 
     ratio = (math.sqrt(5) - 1) / 2
     low, high = 0.0, MAX_LOG_SCALE
     left, right = high - ratio * (high - low), low + ratio * (high - low)
-    at_left, at_right = measure_at(left), measure_at(right)
     for _ in range(_TEMPERATURE_STEPS):
-        if at_left < at_right:
-            high, right, at_right = right, left, at_left
-            left = high - ratio * (high - low)
-            at_left = measure_at(left)
+        if measure_at(left) < measure_at(right):
+            high, right, left = right, left, right - ratio * (right - low)
         else:
-            low, left, at_left = left, right, at_right
-            right = low + ratio * (high - low)
-            at_right = measure_at(right)
-    log_scale, lowest = (left, at_left) if at_left < at_right else (right, at_right)
-    if len(inputs.image_embeds) > _MAX_ROWS_OF_TEMPERATURE:
-        lowest = measure_at(log_scale, inputs)
-    return log_scale, lowest
+            low, left, right = left, right, left + ratio * (high - left)
+    log_scale = min(left, right, key=measure_at)
+    if len(inputs.image_embeds) <= _MAX_ROWS_OF_TEMPERATURE:
+        return log_scale, measure_at(log_scale)
+    return log_scale, float(loss(inputs.at_scale(math.exp(log_scale))))
 
 
 def fit_start(loss: Loss, inputs: LossInputs, *, keep_scale: bool = False) -> LossFit:
@@ -374,3 +381,76 @@ def _move_beside(loss: Loss, inputs: LossInputs) -> LossInputs:
         return inputs
     tensors = itertools.chain(loss.parameters(), loss.buffers())
     return inputs.to(next((t.device for t in tensors), inputs.image_embeds.device))
+
+
+def load_labeled_images(source: str) -> ClassificationDataset:
+    """Load labeled images, with the prompts of their dataset."""
+    dataset = load_dataset(source)
+    if not isinstance(dataset, ClassificationDataset):
+        raise ValueError(
+            f"zero_shot={source}: these images have captions and no classes. Give labeled images, "
+            "such as image-folder=FOLDER with a folder per class, or imagenet=FOLDER."
+        )
+    return dataset
+
+
+class ZeroShotImages:
+    """Classifies labeled images by their prompts, with the weights that a model has now.
+
+    What does not change in a run is encoded once, by the towers of its source.
+
+    Args:
+        dataset: The labeled images.
+        source: Folder of the model that the run starts from.
+        processor: Its processor.
+    """
+
+    def __init__(
+        self, dataset: ClassificationDataset, source: Path, processor: LLM2CLIPProcessor
+    ) -> None:
+        self._dataset, self._source, self._processor = dataset, source, processor
+        self._labels = torch.tensor(dataset.labels)
+        self._known: dict[str, Tensor] = {}
+
+    def identify(self) -> dict[str, Any]:
+        """Describe the images for the record of a run."""
+        dataset = self._dataset
+        return {
+            "dataset": dataset.name,
+            "num_images": len(dataset.labels),
+            "num_classes": len(dataset.class_names),
+            "digest": hash_dataset(dataset),
+        }
+
+    def measure(self, model: AlignmentModel) -> float:
+        """Return the share of images whose nearest class is their own, as `evaluate` does."""
+        was_training = model.training
+        model.train(False)
+        try:
+            texts, images = (
+                project_stored(model, self._find_embeds(model, modality), modality)
+                for modality in ("text", "image")
+            )
+        finally:
+            model.train(was_training)
+        classes = average_prompts(
+            texts, [len(self._dataset.templates)] * len(self._dataset.class_names)
+        )
+        ranks, _ = rank_classes(images, classes, self._labels)
+        return float((ranks == 1).double().mean())
+
+    def _find_embeds(self, model: AlignmentModel, modality: str) -> Tensor:
+        """Return what a tower makes of the prompts or of the images, before projection."""
+        if modality in self._known:
+            return self._known[modality]
+        is_trained = model.trains_text if modality == "text" else model.trains_vision
+        encoder = TorchEncoder(
+            model if is_trained else self._source, self._processor, device=model.device
+        )
+        if modality == "text":
+            embeds = encoder.encode_texts(list_prompts(self._dataset), project=False)
+        else:
+            embeds = encoder.encode_images(list(self._dataset.images), project=False)
+        if not is_trained:
+            self._known[modality] = embeds
+        return embeds

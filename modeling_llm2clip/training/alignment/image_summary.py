@@ -75,7 +75,7 @@ def _summarize(
     items = sample_images(dataset.records, sample)
     if len(items) < 2 * FEWEST_JUDGED:
         return None
-    if dataset.image_store is not None and not dataset.is_teacher:
+    if dataset.image_store is not None and not dataset.reads_images:
         vision_embeds = dataset.image_store.read(dataset.image_rows(items))
     else:
         model = LLM2CLIPVisionModel.from_pretrained(folder, local_files_only=True).eval()

@@ -13,15 +13,15 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from tabulate import tabulate
 from torch import Tensor
 
-from ..._suggestions import counted
+from ..._suggestions import counted, list_first
 from ...configs.align_config import InterpolateConfig
 from ...data.records.record_table import RecordTable
 from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import EmbeddingStore
 from ...encoding.float32 import float32_as_such
-from ...evaluation.datasets.classification_dataset import ClassificationDataset
 from ...model_folders.atomic_folder import require_new_folder
 from ...model_folders.fingerprint import fingerprint_text, fingerprint_vision
 from ...model_folders.model_card import CardResult
@@ -30,15 +30,20 @@ from ...model_folders.model_writing import save_trained_model
 from ...model_folders.training_images import TRAINING_IMAGES_FILE
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ...scheduling.processes import choose_device
-from ..losses.contrastive import ContrastiveLoss
+from ..losses.pairs import ContrastiveLoss
 from .align_checks import check_data
 from .alignment_data import AlignmentDataset
 from .alignment_fit import name_as_saved
 from .alignment_model import AlignmentModel
-from .alignment_report import CHOSE, make_accuracy, make_recalls
+from .alignment_report import CHOSE, NEAR_CHANCE_ON_CARD, make_accuracy, make_recalls
 from .best_weights import rank_scores, set_between
-from .held_out import HeldOutImages, HeldOutScores, embed_batches
-from .zero_shot import ZeroShotImages, load_labeled_images
+from .held_out import (
+    HeldOutImages,
+    HeldOutScores,
+    ZeroShotImages,
+    embed_batches,
+    load_labeled_images,
+)
 
 _TOWER = "vision_model."
 _OF_IMAGES = ("architecture", "image_processor", "pooling")
@@ -58,14 +63,15 @@ class Interpolation:
 
     def __str__(self) -> str:
         """Show a line per share."""
-        has_labeled = self.scores[0].zero_shot is not None
-        lines = [f"{'share':>6} {'loss':>7} {'t2i R@1':>8} {'i2t R@1':>8}"]
-        lines[0] += " zero-shot" * has_labeled
-        for share, scores in self.scores.items():
-            line = f"{share:6.0%} {scores.loss:7.3f} {scores.t2i_r1:8.1%} {scores.i2t_r1:8.1%}"
-            line += "" if scores.zero_shot is None else f" {scores.zero_shot:9.1%}"
-            lines.append(line + "  chosen" * (share == self.chosen))
-        return "\n".join(lines)
+        rows = [
+            (f"{share:.0%}", f"{scores.loss:.3f}", f"{scores.t2i_r1:.1%}", f"{scores.i2t_r1:.1%}",
+             "" if scores.zero_shot is None else f"{scores.zero_shot:.1%}",
+             "chosen" if share == self.chosen else "")
+            for share, scores in self.scores.items()
+        ]  # fmt: skip
+        headers = ("share", "loss", "t2i R@1", "i2t R@1", "zero-shot", "")
+        table: str = tabulate(rows, headers, tablefmt="plain", disable_numparse=True)
+        return table
 
 
 def interpolate(
@@ -139,8 +145,13 @@ def interpolate(
         written = _load(folder, with_llm=caption_store is None)
         written.to(model.device)  # type: ignore[arg-type]
         with float32_as_such():
-            found = _measure(written, held_out, zero_shot)
-        return _list_card_results(found, labeled, by_accuracy), _find_caution(found)
+            measured = _measure(written, held_out, zero_shot)
+        dataset = counted(measured.num_images, "image") + ("" if by_accuracy else CHOSE)
+        results = [make_recalls(measured, dataset)]
+        if zero_shot is not None:
+            labels = {**zero_shot.identify(), "accuracy": measured.zero_shot}
+            results.append(make_accuracy(labels, has_chosen=by_accuracy))
+        return results, NEAR_CHANCE_ON_CARD if measured.is_near_chance else None
 
     save_trained_model(
         last,
@@ -151,31 +162,6 @@ def interpolate(
         measure=measure,
     )
     return Interpolation(scores, chosen)
-
-
-def _list_card_results(
-    scores: HeldOutScores, labeled: ClassificationDataset | None, by_accuracy: bool
-) -> list[CardResult]:
-    dataset = counted(scores.num_images, "image") + ("" if by_accuracy else CHOSE)
-    results = [make_recalls(scores, dataset)]
-    if labeled is not None and scores.zero_shot is not None:
-        num_classes = len(labeled.class_names)
-        results.append(
-            make_accuracy(
-                labeled.name,
-                scores.zero_shot,
-                num_classes,
-                num_images=len(labeled.labels),
-                has_chosen=by_accuracy,
-            )
-        )
-    return results
-
-
-def _find_caution(scores: HeldOutScores) -> str | None:
-    if not scores.is_near_chance:
-        return None
-    return "On the images that it was measured on this model is near chance, or they were too few."
 
 
 def _require_same_parts(first: Path, last: Path, store: EmbeddingStore | None) -> dict[str, str]:
@@ -219,26 +205,22 @@ def _list_ends(
     start: AlignmentModel, end: AlignmentModel, *, only_tower: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """List the weights that differ, at both ends of the way."""
-    settings = [model.config.normalize_text_before_adapter for model in (start, end)]
-    if settings[0] != settings[1]:
-        raise ValueError(
-            f"The models differ in normalize_text_before_adapter ({settings[0]} before, "
-            f"{settings[1]} after), and nothing is between them."
-        )
     first, last = dict(start.named_parameters()), dict(end.named_parameters())
-    shapes = [{name: p.shape for name, p in of.items()} for of in (first, last)]
-    if shapes[0] != shapes[1]:
-        differing = sorted(n for n in {*first, *last} if shapes[0].get(n) != shapes[1].get(n))
-        raise ValueError(
-            f"The models are different networks. Other by name or shape: "
-            f"{counted(len(differing), 'weight')}, such as {differing[0]}."
-        )
     statistics = dict(start.named_buffers())
-    if changed := [n for n, b in end.named_buffers() if not torch.equal(b, statistics[n])]:
+    setting = "normalize_text_before_adapter"
+    differing = sorted(
+        name
+        for name in {*first, *last}
+        if name not in first or name not in last or first[name].shape != last[name].shape
+    )
+    differing += [n for n, b in end.named_buffers() if not torch.equal(b, statistics.get(n, b[:0]))]
+    if getattr(start.config, setting) != getattr(end.config, setting):
+        differing.append(setting)
+    if differing:
         raise ValueError(
-            f"The models differ in {counted(len(changed), 'buffer')}, such as {changed[0]}. The "
-            "statistics of weights between two others are unknown: train with batch normalization "
-            "in evaluation mode, as align does."
+            f"The models differ in {list_first(differing)}, and nothing is between them. "
+            "Interpolate models of one network and its settings, with the same statistics of batch "
+            "normalization, which align does not change."
         )
     names = [
         name
@@ -253,9 +235,6 @@ def _list_ends(
 def _measure(
     model: AlignmentModel, held_out: HeldOutImages, zero_shot: ZeroShotImages | None
 ) -> HeldOutScores:
-    scores = held_out.score(
-        model.loss, embed_batches(model, held_out.iterate_batches(), model.device)
-    )
-    if zero_shot is None:
-        return scores
-    return replace(scores, zero_shot=zero_shot.measure(model))
+    inputs = embed_batches(model, held_out.iterate_batches(), model.device)
+    accuracy = None if zero_shot is None else zero_shot.measure(model)
+    return replace(held_out.score(model.loss, inputs), zero_shot=accuracy)

@@ -7,7 +7,7 @@ cross-validation. Two sides with a thousand elements each take seconds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -105,13 +105,11 @@ def _set_loss_fit(model: AlignmentModel, start: ProjectionInit) -> None:
 def _choose_start(model: AlignmentModel, data: RunData, config: AlignConfig) -> ProjectionInit:
     held_out, trained = data.held_out, model.config.projections_trained
     unchanged = ProjectionInit("model", None, trained, has_new_adapter=False)
-    method: str = config.projection_init
-    if method == "auto":
-        has_bias = model.visual_projection.bias is not None
-        is_possible = data.is_stored and has_bias and not config.lock_text
-        is_of_use = not trained or held_out is not None or config.max_steps == 0
-        method = "cca" if is_possible and is_of_use else "model"
-    if method == "model":
+    has_bias = model.visual_projection.bias is not None
+    is_possible = data.dataset.is_stored and has_bias and not config.lock_text
+    is_of_use = not trained or held_out is not None or config.max_steps == 0
+    is_auto = config.projection_init == "auto"
+    if config.projection_init == "model" or (is_auto and not (is_possible and is_of_use)):
         if config.max_steps == 0:
             raise ValueError(
                 "max_steps=0 writes the closed form, and this model's projections cannot have it: "
@@ -120,13 +118,13 @@ def _choose_start(model: AlignmentModel, data: RunData, config: AlignConfig) -> 
                 "its CLIP (keep_projection) give inherit_from."
             )
         return unchanged
-    before = None
-    if config.projection_init == "auto" and trained and held_out is not None:
-        before = {name: value.detach().clone() for name, value in model.head.items()}
-        loss_before = fit_start(model.loss, _embed(model, held_out)).loss
+    before = {name: value.detach().clone() for name, value in model.head.items()}
+    losses = []
+    if is_auto and trained and held_out is not None:
+        losses = [fit_start(model.loss, _embed(model, held_out)).loss]
     fitted = _fit_cca(model, data, config)
-    if before is not None and held_out is not None:
-        if loss_before <= fit_start(model.loss, _embed(model, held_out)).loss:
+    if losses and held_out is not None:
+        if losses[0] <= fit_start(model.loss, _embed(model, held_out)).loss:
             model.load_state_dict(before, strict=False)
             return unchanged
     has_new_adapter = not model.config.text_adapter_trained
@@ -333,14 +331,14 @@ def _choose_shrinkages(
 
     Not to the lowest loss, which wants more shrinkage than retrieval does.
     """
-    folds = _make_folds(text, vision, ids)
+    folds = list(_make_folds(text, vision, ids))
     ranks: dict[tuple[int, int], float] = {}
 
     def measure(place: tuple[int, int]) -> float:
         if place not in ranks:
-            chosen = (SHRINKAGES[place[0]], SHRINKAGES[place[1]])
-            found = [fold.measure(*chosen, num_directions) for fold in folds]
-            ranks[place] = sum(found) / len(found)
+            shrinkages = SHRINKAGES[place[0]], SHRINKAGES[place[1]]
+            ranks[place] = sum(_measure_fold(*fold, shrinkages, num_directions) for fold in folds)
+            ranks[place] /= len(folds)
         return ranks[place]
 
     best = _FIRST_TRIED
@@ -354,20 +352,18 @@ def _choose_shrinkages(
         best = highest
 
 
-@dataclass(frozen=True)
-class _Fold:
-    """Pairs that are fitted, and pairs of other groups, rotated, that are measured."""
-
-    fitted: _Correlation
-    text: Tensor
-    vision: Tensor
-    ids: Tensor
-
-    def measure(self, text_shrinkage: float, image_shrinkage: float, num_directions: int) -> float:
-        text, vision = self.fitted.solve(text_shrinkage, image_shrinkage, num_directions)
-        text_embeds = F.normalize(self.text @ text.float(), dim=-1)
-        image_embeds = F.normalize(self.vision @ vision.float(), dim=-1)
-        return _mean_reciprocal_rank(image_embeds @ text_embeds.T, self.ids)
+def _measure_fold(
+    fitted: _Correlation,
+    text: Tensor,
+    vision: Tensor,
+    ids: Tensor,
+    shrinkages: tuple[float, float],
+    num_directions: int,
+) -> float:
+    text_weight, vision_weight = fitted.solve(*shrinkages, num_directions)
+    text_embeds = F.normalize(text @ text_weight.float(), dim=-1)
+    image_embeds = F.normalize(vision @ vision_weight.float(), dim=-1)
+    return _mean_reciprocal_rank(image_embeds @ text_embeds.T, ids)
 
 
 def _mean_reciprocal_rank(similarities: Tensor, ids: Tensor) -> float:
@@ -382,25 +378,19 @@ def _mean_reciprocal_rank(similarities: Tensor, ids: Tensor) -> float:
     return sum(reciprocals) / 2
 
 
-def _make_folds(text: Tensor, vision: Tensor, ids: Tensor) -> list[_Fold]:
+def _make_folds(
+    text: Tensor, vision: Tensor, ids: Tensor
+) -> Iterator[tuple[_Correlation, Tensor, Tensor, Tensor]]:
+    """Yield pairs that are fitted, and pairs of other groups, rotated, that are measured."""
     numbers = ids[:, 0].unique(return_inverse=True)[1]
     num_groups = int(numbers.max()) + 1
     num_folds = min(_NUM_FOLDS, num_groups)
     generator = torch.Generator().manual_seed(0)  # only who is measured with whom depends on it
     order = torch.randperm(num_groups, generator=generator).to(ids.device)
     fold_of_row = (order % num_folds)[numbers]
-    folds = []
     for number in range(num_folds):
         rows = (fold_of_row == number).nonzero().flatten()
         chosen = torch.randperm(len(rows), generator=generator)[:_MAX_PAIRS_COMPARED]
         rows, others = rows[chosen.to(rows.device)], fold_of_row != number
         fitted = _Correlation(text[others], vision[others])
-        folds.append(
-            _Fold(
-                fitted,
-                fitted.text.rotate(text[rows]),
-                fitted.vision.rotate(vision[rows]),
-                ids[rows],
-            )
-        )
-    return folds
+        yield fitted, fitted.text.rotate(text[rows]), fitted.vision.rotate(vision[rows]), ids[rows]

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from ...encoding.batches import default_num_workers
 from ...processing_llm2clip import LLM2CLIPProcessor
 from .alignment_data import AlignmentDataset, AlignmentStream, decode_sample
 from .held_out import HeldOutImages, choose_held_out, count_shared_captions, hold_out_of_stream
-from .sampling import NOISE_SAMPLING, ResumableBatchSampler
+from .sampling import ResumableBatchSampler
 
 
 @dataclass(eq=False)
@@ -52,10 +51,6 @@ class RecordData:
 
     def __post_init__(self) -> None:
         self.num_items = len(self.items)
-        self.is_stored = self.dataset.is_stored
-        self.has_image_store = self.dataset.image_store is not None
-        self.reads_images = self.dataset.reads_images
-        self.processor = self.dataset.processor
         self._steps_per_epoch = 1
 
     def with_held_out(self) -> RecordData:
@@ -67,8 +62,7 @@ class RecordData:
         return {
             "num_records": len(records),
             "data": hash_records(records),
-            "images": describe_images(records) if self.reads_images else None,
-            **({"noise_sampling": NOISE_SAMPLING} if self.dataset.has_noise else {}),
+            "images": describe_images(records) if self.dataset.reads_images else None,
         }
 
     def make_loader(
@@ -88,7 +82,7 @@ class RecordData:
             self.dataset,
             batch_sampler=sampler,  # type: ignore[arg-type]  # arrays, not lists
             collate_fn=dict,  # the dataset returns whole batches
-            num_workers=count_workers(self.config, arguments, decodes=self.reads_images),
+            num_workers=count_workers(self.config, arguments, decodes=self.dataset.reads_images),
             pin_memory=arguments.device.type == "cuda",
             generator=torch.Generator().manual_seed(self.config.seed),
             worker_init_fn=partial(_start_worker, list_states()),
@@ -98,27 +92,16 @@ class RecordData:
         """Return the passes over the data after a number of steps."""
         return step / self._steps_per_epoch
 
-    def save(self, folder: Path) -> None:
-        """Save nothing: the Trainer skips the batches before a checkpoint."""
-
-    def load(self, checkpoint: Path) -> None:
-        """Load nothing."""
-
     def count_shared_captions(self) -> int:
         """Count the captions to train on that held-out images have, too."""
         assert self.held_out is not None
         return count_shared_captions(self.dataset.records, self.held_out.items)
-
-    def collect_report(self) -> None:
-        """Report nothing: records of an index are checked before the run."""
 
 
 @dataclass(eq=False)
 class StreamData:
     """A stream of records, epoch after epoch."""
 
-    is_stored = has_image_store = False
-    reads_images = True
     num_items = None  # which is not known
 
     dataset: AlignmentStream
@@ -126,11 +109,10 @@ class StreamData:
     held_out: HeldOutImages | None = None
 
     def __post_init__(self) -> None:
-        self.processor = self.dataset.processor
         self._epoch = 0
         self._is_resumed = False
         self._resumed_state: Any = None  # of the loader, until it has given a batch
-        self._ended: list[StreamReport] = []  # of the epochs before
+        self._ended = StreamReport()  # of all epochs before
         held = self.held_out
         keys = np.empty(0, np.int64) if held is None else list_text_keys(held.dataset.records)
         self._held_keys = np.unique(keys)
@@ -138,12 +120,7 @@ class StreamData:
 
     def identify(self) -> dict[str, Any]:
         digest = hash_shards(self.dataset.stream.reader.shards)
-        return {
-            "num_records": None,
-            "data": digest,
-            "images": None,
-            **({"noise_sampling": NOISE_SAMPLING} if self.dataset.has_noise else {}),
-        }
+        return {"num_records": None, "data": digest, "images": None}
 
     def make_loader(
         self,
@@ -184,10 +161,10 @@ class StreamData:
                 )
 
     def _end_epoch(self) -> None:
-        """Keep the report of an epoch, and say what this process lost in it."""
+        """Add up the report of an epoch, and print the samples that this process lost in it."""
         self._resumed_state = None  # there may have been nothing left behind the checkpoint
         report = self._read_current()
-        self._ended.append(report)
+        self._ended.merge(report)
         if report.lost_samples or report.lost_shards:
             of_process = f" of process {self._process}" if self._num_processes > 1 else ""
             tqdm.write(
@@ -209,7 +186,7 @@ class StreamData:
         folder.mkdir(parents=True, exist_ok=True)
         state = {
             "epoch": self._epoch,
-            "ended": [report.to_state() for report in self._ended],
+            "ended": self._ended.to_state(),
             "loader": self._loader.state_dict(),
             "num_shared": self._num_shared,
         }
@@ -218,13 +195,8 @@ class StreamData:
     def load(self, checkpoint: Path) -> None:
         """Let the batches go on where a checkpoint was saved."""
         state = torch.load(checkpoint / self._name_file(), weights_only=True)
-        if "num_shared" not in state:
-            raise ValueError(
-                f"Another version of this package wrote {checkpoint}, without the number of "
-                "captions drawn that held-out images have. Name a new output folder."
-            )
         self._epoch = state["epoch"]
-        self._ended = [StreamReport.from_state(report) for report in state["ended"]]
+        self._ended = StreamReport.from_state(state["ended"])
         self._loader.load_state_dict(state["loader"])
         self._num_shared = state["num_shared"]
         self._is_resumed = True
@@ -236,18 +208,12 @@ class StreamData:
 
     def collect_report(self) -> dict[str, Any]:
         """Return what all processes read and lost in the whole run; all of them call it."""
-        own = [report.to_state() for report in (*self._ended, self._read_current())]
-        total, epochs = StreamReport(), []
-        for states in zip_longest(*gather_object([own])):
-            report = StreamReport()
-            for state in states:
-                if state is not None:  # of a process that is in an earlier epoch
-                    report.merge(StreamReport.from_state(state))
-            epochs.append(report.numbers)
-            total.merge(report)
-        # What is broken is so in every epoch.
+        total = StreamReport()
+        for state in gather_object([self._ended.to_state(), self._read_current().to_state()]):
+            total.merge(StreamReport.from_state(state))
+        # A sample that is broken is so in every epoch.
         places = {kind: list(dict.fromkeys(where)) for kind, where in total.problems.places.items()}
-        return {**total.to_state(), "places": places, "epochs": epochs}
+        return {**total.to_state(), "places": places, "epochs": self._epoch + 1}
 
     def _name_file(self) -> str:
         return f"stream-{self._process}.pt"
@@ -261,20 +227,6 @@ def _start_worker(states: dict[FilePlace, FileInfo], _: int) -> None:
 RunData = RecordData | StreamData
 
 
-def open_data(
-    data: RecordTable | RecordStream,
-    processor: LLM2CLIPProcessor,
-    config: AlignConfig,
-    caption_store: EmbeddingStore | None,
-    image_store: EmbeddingStore | None,
-    folder: Path,
-) -> RunData:
-    """Prepare records or a stream, whose held-out images are written to a folder."""
-    if isinstance(data, RecordStream):
-        return open_stream(data, processor, config, caption_store, folder)
-    return open_records(data, processor, config, caption_store, image_store)
-
-
 def open_records(
     records: RecordTable,
     processor: LLM2CLIPProcessor,
@@ -283,16 +235,7 @@ def open_records(
     image_store: EmbeddingStore | None,
 ) -> RecordData:
     dataset = AlignmentDataset(
-        records,
-        processor,
-        caption_store=caption_store,
-        image_store=image_store,
-        long_caption_ratio=config.long_caption_ratio,
-        sentence_views=config.sentence_views,
-        image_noise=config.image_noise,
-        caption_noise=config.caption_noise,
-        seed=config.seed,
-        is_teacher=config.vision_training != "frozen",
+        records, processor, config, caption_store=caption_store, image_store=image_store
     )
     items, held_items = choose_held_out(dataset, config.held_out_ratio, seed=config.seed)
     held_out = HeldOutImages(dataset, held_items) if len(held_items) else None
@@ -309,22 +252,14 @@ def open_stream(
     """Prepare a stream, deal its shards to the processes, and write held-out images to a folder."""
     state = PartialState()
     held, groups = hold_out_of_stream(stream, config.held_out_ratio, folder)
-    own = replace(
+    part = replace(
         stream,
         process_index=state.process_index,
         num_processes=state.num_processes,
         seed=config.seed,
         excluded_groups=groups,
     )
-    dataset = AlignmentStream(
-        own,
-        processor,
-        caption_store=caption_store,
-        long_caption_ratio=config.long_caption_ratio,
-        caption_noise=config.caption_noise,
-        sentence_views=config.sentence_views,
-        seed=config.seed,
-    )
+    dataset = AlignmentStream(part, processor, config, caption_store=caption_store)
     held_out = None
     if held:
         measured = AlignmentDataset(held, processor, caption_store=caption_store, is_part=True)

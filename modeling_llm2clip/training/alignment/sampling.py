@@ -17,8 +17,6 @@ from torch.utils.data import Sampler
 
 from ...data.key_arrays import Array
 
-NOISE_SAMPLING = "65536 quantiles"
-"""Name of the method of `sample_normal`, for the record of a run."""
 _ROWS_AT_ONCE = 64
 
 

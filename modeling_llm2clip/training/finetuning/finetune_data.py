@@ -5,28 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa  # type: ignore[import-untyped]
-from datasets import Dataset, DatasetDict
-from pyarrow import compute
+from datasets import DatasetDict
 from tqdm import tqdm
 
 from ...configs.finetune_config import FinetuneConfig
 from ...data.captions.caption_groups import CaptionGroup, CaptionGroups
 from ...data.captions.text_pairs import read_text_pairs
-from ...data.key_arrays import Array, count_distinct
 from ...data.records.record_columns import hash_text
 from ...encoding.tokenized_texts import TokenizedTexts
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ..trainer_mixins import run_once_per_machine
 from .pair_sampling import (
     GROUP_COLUMN,
-    KEY_SUFFIX,
     NoDuplicateGroupsBatchSampler,
-    iterate_numbers,
     list_key_columns,
     list_text_columns,
     open_table,
@@ -37,7 +32,6 @@ from .pair_sampling import (
 _MAX_HELD_OUT = 1000
 _CAPTIONS = "captions"
 _ROWS_AT_ONCE = 2**13
-_SAMPLE = 500
 _TOKENS_TO_SPARE = 8  # a tokenizer may add spaces at the ends
 
 
@@ -75,6 +69,15 @@ class FinetuneData:
                     number, captions = group, {}
                 captions.update(zip(pair[: len(keys)], pair[len(keys) :], strict=True))
         yield [*captions.values()]
+
+    def iterate_texts(self) -> Iterator[str]:
+        """Yield the captions of all images, those held out too, and the texts of other pairs."""
+        yield from chain.from_iterable(self.iterate_groups())
+        yield from chain.from_iterable(group.captions for group in self.held_out)
+        for table in list(self.tables.values())[1:]:
+            for name in list_text_columns(table):
+                for chunk in table.data.column(name).chunks:
+                    yield from chunk.to_pylist()
 
 
 def prepare_data(
@@ -118,28 +121,20 @@ def count_held_out(num_groups: int, config: FinetuneConfig) -> int:
 def count_truncated(
     processor: LLM2CLIPProcessor, data: FinetuneData, *, show_progress: bool = False
 ) -> dict[str, int]:
-    """Count all different texts, trained on and measured on, and those that are truncated.
+    """Count the texts, trained on and measured on, and those of them that are truncated.
 
-    Texts are tokenized in pieces, but for those that are too short to be truncated: an ASCII text
-    has at most one token per character beside the prompt, and some to spare. Where the first texts
-    have more, all are tokenized. Texts count as equal if their 64-bit keys are.
+    A text that several images or pairs have counts for each. Texts are tokenized, but for those
+    that are too short to be truncated: an ASCII text has at most one token per character beside the
+    prompt, and some to spare.
     """
-    max_characters = _bound_characters(processor, data)
-    columns = [
-        (table, name, data.num_first_pairs if number == 0 else len(table))
-        for number, table in enumerate(data.tables.values())
-        for name in list_text_columns(table)
-    ]
-    held_out = [*{text for group in data.held_out for text in group.captions}]
-    total = sum(num_rows for *_, num_rows in columns)
-    num_truncated = TokenizedTexts(processor, held_out).num_truncated
-    with tqdm(total=total, desc="measure", disable=not show_progress) as bar:
-        marks = [
-            _mark_truncated(processor, table, name, num_rows, max_characters, bar)
-            for table, name, num_rows in columns
-        ]
-    num_truncated += count_distinct(partial(_iterate_keys, columns, marks), total)
-    num_texts = len(held_out) + count_distinct(partial(_iterate_keys, columns, None), total)
+    overhead = int(TokenizedTexts(processor, ["a"]).lengths[0]) + _TOKENS_TO_SPARE
+    max_characters = processor.longest_text - overhead
+    texts = iter(tqdm(data.iterate_texts(), "measure", unit=" texts", disable=not show_progress))
+    num_texts = num_truncated = 0
+    while some := list(islice(texts, _ROWS_AT_ONCE)):
+        num_texts += len(some)
+        if long := [t for t in some if not t.isascii() or len(t) > max_characters]:
+            num_truncated += TokenizedTexts(processor, long).num_truncated
     return {"num_texts": num_texts, "num_truncated": num_truncated}
 
 
@@ -164,52 +159,3 @@ def _write_tables(
             )
         total += num_lost
     return total
-
-
-def _bound_characters(processor: LLM2CLIPProcessor, data: FinetuneData) -> int:
-    """Return a number of ASCII characters that are too few to be truncated; -1 for none."""
-    overhead = int(TokenizedTexts(processor, ["a"]).lengths[0]) + _TOKENS_TO_SPARE
-    first = data.tables[_CAPTIONS].data.slice(0, _SAMPLE)
-    texts = [text for name in ("anchor", "positive") for text in first.column(name).to_pylist()]
-    tokens = TokenizedTexts(processor, texts)
-    lengths = tokens.lengths.tolist()
-    for text, length, truncated in zip(texts, lengths, tokens.is_truncated, strict=True):
-        if text.isascii() and not truncated and length > len(text) + overhead:
-            return -1
-    return processor.longest_text - overhead
-
-
-def _mark_truncated(
-    processor: LLM2CLIPProcessor,
-    table: Dataset,
-    name: str,
-    num_rows: int,
-    max_characters: int,
-    bar: Any,
-) -> Array:
-    """Mark the rows whose text is truncated, (num_rows,) bool."""
-    is_truncated = np.zeros(num_rows, np.bool_)
-    for start in range(0, num_rows, _ROWS_AT_ONCE):
-        texts = table.data.column(name).slice(start, min(_ROWS_AT_ONCE, num_rows - start))
-        is_short = compute.and_(
-            compute.string_is_ascii(texts),
-            compute.less_equal(compute.binary_length(texts), max_characters),
-        )
-        rows = (~is_short.to_numpy()).nonzero()[0]
-        if len(rows):
-            tokens = TokenizedTexts(processor, texts.take(pa.array(rows)).to_pylist())
-            is_truncated[start + rows] = tokens.is_truncated
-        bar.update(len(texts))
-    return is_truncated
-
-
-def _iterate_keys(
-    columns: Sequence[tuple[Dataset, str, int]], marks: Sequence[Array] | None
-) -> Iterator[Array]:
-    """Yield the keys of the texts of columns, all or those that are marked."""
-    for number, (table, name, num_rows) in enumerate(columns):
-        start = 0
-        for keys in iterate_numbers(table, name + KEY_SUFFIX):
-            keys = keys[: max(0, num_rows - start)]
-            yield keys if marks is None else keys[marks[number][start : start + len(keys)]]
-            start += len(keys)

@@ -33,7 +33,6 @@ from ...data.records.record_table import RecordTable
 from ...data.records.records import CaptionedImage
 from ...encoding.encode import encode_texts
 from ...evaluation.tasks.retrieval import measure_caption_retrieval
-from ...model_folders.atomic_folder import clear_leftovers, require_new_folder
 from ...model_folders.fingerprint import fingerprint_text
 from ...model_folders.golden_embeddings import compare_golden, require_golden
 from ...model_folders.model_card import read_card_of_trained
@@ -57,7 +56,7 @@ from ..run_folder import (
     read_results,
     read_run_record,
     require_finite,
-    require_fresh_or_resumed,
+    require_output,
     require_same_run,
     write_run_record,
 )
@@ -143,10 +142,7 @@ def finetune_llm(
     config, output = config or FinetuneConfig(), Path(output)
     refuse_fsdp_for_lora()
     model_folder = output / MODEL_FOLDER
-    if config.merge:
-        clear_leftovers(model_folder)
-        require_new_folder(model_folder)
-    require_fresh_or_resumed(output, resume=resume)
+    require_output(output, resume=resume, model=model_folder if config.merge else None)
     choose_reports(config.report_to)
     device = choose_device(config.device)
     with lock_run(output), open_source(source, output) as found:

@@ -41,10 +41,9 @@ from ...modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ...processing_llm2clip import LLM2CLIPProcessor, check_texts
 from ..run_folder import METRICS_FILE, require_finite
 from ..trainer_mixins import (
-    CheckpointMarkMixin,
     JsonLinesCallback,
     LogLastStepCallback,
-    ResumedMetricsMixin,
+    StageTrainerMixin,
     count_warmup_steps,
     find_pooler,
     training_arguments_on,
@@ -232,8 +231,7 @@ def _require_same_base(folder: Path, base: str) -> None:
 
 
 class FinetuneTrainer(
-    ResumedMetricsMixin,
-    CheckpointMarkMixin,
+    StageTrainerMixin,
     SentenceTransformerTrainer,  # type: ignore[misc]
 ):
     """Saves and loads a LoRA where sentence-transformers has a whole model; stops at NaN.

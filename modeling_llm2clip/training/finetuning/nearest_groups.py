@@ -1,6 +1,6 @@
 """The nearest groups of each group by cosine, for hard batches: groups that a model still confuses.
 
-Few groups are compared with all. From `EXACT_UP_TO` groups on, an inverted file of FAISS
+Few groups are compared with all. Above `EXACT_UP_TO` groups, an inverted file of FAISS
 is searched instead: groups are sorted into clusters, and a group is compared with those of the
 nearest clusters. How many clusters are searched is chosen by the recall on a sample of groups,
 which is searched exactly, too.
@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import gather
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -39,30 +40,24 @@ _ITERATIONS = 5
 _FIRST_SEARCHED = 4
 _COMPARED_AGAIN = 4.0  # times as many as are wanted
 _LEAST_DIM_OF_PARTS = 128
-_SMALL_GAIN = 0.01
 
 
 def find_nearest_groups(
-    embeddings: Array, top_k: int, *, device: torch.device | str = "cpu", out: Array | None = None
+    embeddings: Array, top_k: int, *, device: torch.device | str = "cpu"
 ) -> tuple[Array, dict[str, Any]]:
     """Find the nearest other rows of each row, nearest first, and report how they were found.
 
-    They are (N, top_k) integers, in `out` if it is given. The embeddings may be mapped.
+    They are (N, top_k) integers. The embeddings may be mapped.
     """
-    found = np.empty((len(embeddings), top_k), np.int32) if out is None else out
+    rows = np.arange(len(embeddings))
     report: dict[str, Any] = {"method": "exact"}
     if len(embeddings) <= EXACT_UP_TO:
-        blocks = _search_exactly(embeddings, np.arange(len(embeddings)), top_k, device)
+        blocks = _search_exactly(embeddings, rows, top_k, device)
     else:
         require_search(len(embeddings))
-        index = _ClusteredIndex(embeddings)
-        report = index.choose_clusters(embeddings, top_k, device)
-        blocks = index.search(embeddings, np.arange(len(embeddings)), top_k)
-    start = 0
-    for block in blocks:
-        found[start : start + len(block)] = block
-        start += len(block)
-    return found, report
+        index, report = _build_index(embeddings, top_k, device)
+        blocks = _search_index(index, embeddings, rows, top_k)
+    return np.concatenate([block.astype(np.int32) for block in blocks]), report
 
 
 def require_search(num_groups: int) -> None:
@@ -98,92 +93,65 @@ def _take_units(embeddings: Array, rows: Array | slice, device: torch.device | s
     return F.normalize(taken.to(device), dim=-1)
 
 
-class _ClusteredIndex:
-    """An inverted file of FAISS, in a byte and an eighth a number of all embeddings.
+def _build_index(
+    embeddings: Array, top_k: int, device: torch.device | str
+) -> tuple[Any, dict[str, Any]]:
+    """Build an inverted file of FAISS; search ever more clusters until the recall is as wanted.
 
-    Clusters are scanned by product quantization of 4 bits for 4 numbers; the best are compared
-    again in 8 bits a number. Measured with 50,000 embeddings of 384 numbers on two threads, for the
-    same recall: 9 seconds, 26 with 8 bits alone, 39 in float16 or float32.
-
-    Args:
-        embeddings: (N, D), N at least a few hundred.
+    It takes a byte and an eighth a number of all embeddings. Clusters are scanned by product
+    quantization of 4 bits for 4 numbers; the best are compared again in 8 bits a number. Measured
+    with 50,000 embeddings of 384 numbers on two threads, for the same recall: 9 seconds, 26 with 8
+    bits alone, 39 in float16 or float32.
     """
+    import faiss
 
-    def __init__(self, embeddings: Array) -> None:
-        import faiss
+    number, dim = embeddings.shape
+    num_clusters = int(4 * math.sqrt(number))
+    # Fast scans take an even number of parts; few parts tell too little apart.
+    is_refined = dim >= _LEAST_DIM_OF_PARTS and dim % 8 == 0
+    codes = f"PQ{dim // 4}x4fs,Refine(SQ8)" if is_refined else "SQ8"
+    index: Any = faiss.index_factory(dim, f"IVF{num_clusters},{codes}", faiss.METRIC_INNER_PRODUCT)
+    if is_refined:
+        index.k_factor = _COMPARED_AGAIN
+    clusters = faiss.extract_index_ivf(index)
+    clusters.cp.niter, clusters.cp.seed = _ITERATIONS, _SEED
+    clusters.cp.min_points_per_centroid = 1
+    points, sample = (
+        np.sort(np.random.default_rng(_SEED).choice(number, min(number, size), replace=False))
+        for size in (_POINTS_PER_CLUSTER * num_clusters, _SAMPLE)
+    )
+    with _all_threads():
+        index.train(_take_units(embeddings, points, "cpu").numpy())
+        for start in range(0, number, _ROWS_AT_ONCE):
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            index.add(_take_units(embeddings, rows, "cpu").numpy())
+    nearest = np.concatenate([*_search_exactly(embeddings, sample, top_k, device)])
+    clusters.nprobe, recall = _FIRST_SEARCHED // 2, 0.0
+    while recall < WANTED_RECALL and clusters.nprobe < num_clusters:
+        clusters.nprobe = min(2 * clusters.nprobe, num_clusters)
+        approximate = np.concatenate([*_search_index(index, embeddings, sample, top_k)])
+        recall = float((approximate[:, :, None] == nearest[:, None]).any(2).mean())
+    return index, {
+        "method": f"faiss IVF,{codes}",
+        "clusters": num_clusters,
+        "clusters_searched": clusters.nprobe,
+        "recall": recall,
+        "recall_sample": len(sample),
+    }
 
-        number, dim = embeddings.shape
-        self.num_clusters = int(4 * math.sqrt(number))
-        # Fast scans take an even number of parts; few parts tell too little apart.
-        is_refined = dim >= _LEAST_DIM_OF_PARTS and dim % 8 == 0
-        self.codes = f"PQ{dim // 4}x4fs" if is_refined else "SQ8"
-        self.index: Any = faiss.index_factory(
-            dim, f"IVF{self.num_clusters},{self.codes}", faiss.METRIC_INNER_PRODUCT
-        )
-        self.clusters = faiss.extract_index_ivf(self.index)
-        self.clusters.cp.niter = _ITERATIONS
-        self.clusters.cp.seed = _SEED
-        self.clusters.cp.min_points_per_centroid = 1
-        if is_refined:
-            self._exact = faiss.IndexScalarQuantizer(
-                dim, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
-            )
-            self._scan = self.index
-            self.index = faiss.IndexRefine(self._scan, self._exact)
-            self.index.k_factor = _COMPARED_AGAIN
-        wanted = min(number, _POINTS_PER_CLUSTER * self.num_clusters)
-        sample = np.random.default_rng(_SEED).choice(number, wanted, replace=False)
+
+def _search_index(index: Any, embeddings: Array, rows: Array, top_k: int) -> Iterator[Array]:
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        tile = rows[start : start + _ROWS_AT_ONCE]
         with _all_threads():
-            self.index.train(_take_units(embeddings, np.sort(sample), "cpu").numpy())
-            for start in range(0, number, _ROWS_AT_ONCE):
-                rows = slice(start, start + _ROWS_AT_ONCE)
-                self.index.add(_take_units(embeddings, rows, "cpu").numpy())
-
-    def choose_clusters(
-        self, embeddings: Array, top_k: int, device: torch.device | str
-    ) -> dict[str, Any]:
-        """Search ever more clusters until the recall on a sample is as wanted."""
-        number = len(embeddings)
-        generator = np.random.default_rng(_SEED)
-        sample = np.sort(generator.choice(number, min(number, _SAMPLE), replace=False))
-        wanted = np.concatenate([*_search_exactly(embeddings, sample, top_k, device)])
-        num_searched, recall = _FIRST_SEARCHED, 0.0
-        while True:
-            self.clusters.nprobe = min(num_searched, self.num_clusters)
-            found = np.concatenate([*self.search(embeddings, sample, top_k)])
-            before, recall = recall, float((found[:, :, None] == wanted[:, None]).any(2).mean())
-            if recall >= WANTED_RECALL or num_searched >= self.num_clusters:
-                break
-            if recall - before < _SMALL_GAIN and self.codes != "SQ8":
-                self.index.k_factor *= 4  # more clusters do not help
-            num_searched *= 2
-        return {
-            "method": f"faiss IVF,{self.codes}",
-            "clusters": self.num_clusters,
-            "clusters_searched": self.clusters.nprobe,
-            "recall": recall,
-            "recall_sample": len(sample),
-        }
-
-    def search(self, embeddings: Array, rows: Array, top_k: int) -> Iterator[Array]:
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            tile = rows[start : start + _ROWS_AT_ONCE]
-            with _all_threads():
-                queries = _take_units(embeddings, tile, "cpu").numpy()
-                found = self.index.search(queries, top_k + 1)[1]
-            # A row finds itself first, or not at all beside many equal ones.
-            is_other = found != tile[:, None]
-            is_other[is_other.all(axis=1), -1] = False
-            yield _fill_gaps(found[is_other].reshape(len(tile), top_k), tile, len(embeddings))
-
-
-def _fill_gaps(found: Array, rows: Array, number: int) -> Array:
-    """Replace what clusters with too few groups leave open, -1, by rows that follow."""
-    gaps = found < 0
-    if gaps.any():
-        following = (rows[:, None] + 1 + np.arange(found.shape[1])) % number
-        found = np.where(gaps, following, found)
-    return found
+            near = index.search(_take_units(embeddings, tile, "cpu").numpy(), top_k + 1)[1]
+        # A row finds itself first, or not at all beside many equal ones.
+        is_other = near != tile[:, None]
+        is_other[is_other.all(axis=1), -1] = False
+        near = near[is_other].reshape(len(tile), top_k)
+        # Clusters with too few groups leave places open, -1: the rows that follow fill them.
+        following = (tile[:, None] + 1 + np.arange(top_k)) % len(embeddings)
+        yield np.where(near < 0, following, near)
 
 
 @contextmanager
@@ -213,16 +181,12 @@ def encode_groups_together(
     state, remaining = PartialState(), iter(groups)
     while some := list(islice(remaining, _GROUPS_AT_ONCE * state.num_processes)):
         # With fewer groups than processes, some encode the last one for nothing.
-        own = some[state.process_index :: state.num_processes] or some[-1:]
-        encoded = encode_groups(encode, own).to(state.device)
-        if state.num_processes > 1:
-            longest = -(-len(some) // state.num_processes)
-            padded = torch.zeros(longest, encoded.shape[1], device=state.device)
-            padded[: len(own)] = encoded
-            shares = [torch.empty_like(padded) for _ in range(state.num_processes)]
-            dist.all_gather(shares, padded)
-            encoded = torch.stack(shares, dim=1).flatten(0, 1)[: len(some)]
-        yield encoded
+        share = some[state.process_index :: state.num_processes] or some[-1:]
+        encoded = encode_groups(encode, share).to(state.device)
+        longest = -(-len(some) // state.num_processes)
+        gathered: Tensor = gather(F.pad(encoded, (0, 0, 0, longest - len(encoded))))
+        in_turn = gathered.unflatten(0, (state.num_processes, longest)).transpose(0, 1)
+        yield in_turn.flatten(0, 1)[: len(some)]
 
 
 def write_nearest_groups(
@@ -238,28 +202,15 @@ def write_nearest_groups(
     beside the target, in float16 if they are not compared exactly.
     """
     state = PartialState()
-    scratch, unfinished = (file.with_name(f".{file.name}.{n}") for n in ("embeddings", "tmp"))
-    embeddings: Array | None = None
-    report: dict[str, Any] = {}
-    start = 0
-    try:
+    dtype = np.float32 if num_groups <= EXACT_UP_TO else np.float16
+    with TemporaryFile(dir=file.parent) as scratch:
         for encoded in encode_groups_together(encode, groups):
-            if not state.is_main_process:
-                continue
-            if embeddings is None:
-                dtype = np.float32 if num_groups <= EXACT_UP_TO else np.float16
-                shape = (num_groups, encoded.shape[1])
-                embeddings = np.memmap(scratch, dtype, "w+", shape=shape)
-            # Unit length, so that float16 holds them.
-            embeddings[start : start + len(encoded)] = F.normalize(encoded, dim=-1).cpu().numpy()
-            start += len(encoded)
-        if embeddings is not None:
-            out = np.lib.format.open_memmap(unfinished, "w+", np.int32, (num_groups, top_k))
-            report = find_nearest_groups(embeddings, top_k, device=state.device, out=out)[1]
-            out.flush()
-            unfinished.replace(file)
-    finally:
-        if state.is_main_process:
-            scratch.unlink(missing_ok=True)
-            unfinished.unlink(missing_ok=True)
+            if state.is_main_process:  # unit length, so that float16 holds them
+                F.normalize(encoded, dim=-1).cpu().numpy().astype(dtype).tofile(scratch)
+        if not state.is_main_process:
+            return {}
+        scratch.flush()
+        embeddings = np.memmap(scratch, dtype, "r").reshape(num_groups, -1)
+        nearest, report = find_nearest_groups(embeddings, top_k, device=state.device)
+    np.save(file, nearest)
     return report

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .gathering import gather_rows, iterate_chunks
-from .loss import LossInputs
+from .loss import LossInputs, gather_rows, iterate_chunks
 
 
 class SelfDistillationLoss(nn.Module):

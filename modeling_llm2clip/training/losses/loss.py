@@ -1,21 +1,27 @@
-"""The losses of the alignment, and the batch that they get."""
+"""The losses of the alignment, the batch that they get, and the rows of all processes.
+
+Gathered rows let gradients flow back to each process. The mean over the processes of a loss that is
+computed so, and of its gradients, which distributed training takes, is exactly that of one process
+with the whole batch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
 from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...heads_llm2clip import LogitRule
 
 # Name in `AlignConfig.loss` → file of this folder and class, imported when it is used. Every class
 # is an `nn.Module` that takes `chunk_size`: rows of the logits computed at a time, or None for all.
-LOSSES = {"contrastive": ("contrastive", "ContrastiveLoss"), "sigmoid": ("sigmoid", "SigmoidLoss")}
+LOSSES = {"contrastive": ("pairs", "ContrastiveLoss"), "sigmoid": ("pairs", "SigmoidLoss")}
 
 
 class LossInputs(NamedTuple):
@@ -120,12 +126,73 @@ def identify_loss(loss: Any) -> str:
     if is_dataclass(loss):
         return repr(loss)
     if isinstance(loss, partial):
-        settings = [identify_loss(loss.func), *map(repr, loss.args)]
-        settings += [f"{name}={value!r}" for name, value in sorted(loss.keywords.items())]
-        return f"partial({', '.join(settings)})"
+        return f"partial({identify_loss(loss.func)}, {loss.args}, {sorted(loss.keywords.items())})"
     name = getattr(loss, "__qualname__", type(loss).__qualname__)
-    settings = [loss.extra_repr()] if isinstance(loss, nn.Module) else []
-    if callable(part := getattr(loss, "loss", None)):
-        settings.append(f"loss={identify_loss(part)}")
-    shown = ", ".join(filter(None, settings))
-    return f"{name}({shown})" if shown else name
+    settings = loss.extra_repr() if isinstance(loss, nn.Module) else ""
+    part = getattr(loss, "loss", None)
+    shown = [settings, f"loss={identify_loss(part)}" if callable(part) else ""]
+    return f"{name}({', '.join(filter(None, shown))})" if any(shown) else name
+
+
+_ROWS_WITHOUT_GRADIENT = 512
+
+
+def iterate_chunks(num_rows: int, size: int | None = None) -> Iterator[slice]:
+    """Yield the rows that a loss compares at a time: by default all, or some without gradients."""
+    size = size or (num_rows if torch.is_grad_enabled() else _ROWS_WITHOUT_GRADIENT)
+    for start in range(0, num_rows, size):
+        yield slice(start, min(start + size, num_rows))
+
+
+def gather_rows(inputs: LossInputs, *parts: Tensor) -> tuple[list[Tensor], int]:
+    """Return each part of a batch, (B, width), with the rows of all processes, (A, width).
+
+    Also returned is the number of this process's first row among them. All parts go in one
+    collective, so that their order cannot differ between processes.
+    """
+    if not _is_shared(inputs):
+        return list(parts), 0
+    gathered = gather_with_gradient(torch.cat(parts, dim=1))
+    widths = [part.shape[1] for part in parts]
+    return list(gathered.split(widths, dim=1)), dist.get_rank() * len(parts[0])
+
+
+def gather_ids(inputs: LossInputs, ids: Tensor) -> Tensor:
+    """Return the ids of all processes' rows, (A, columns) int64."""
+    return _gather(ids) if _is_shared(inputs) else ids
+
+
+def _gather(rows: Tensor) -> Tensor:
+    gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, rows.contiguous())
+    return torch.cat(gathered)
+
+
+def _is_shared(inputs: LossInputs) -> bool:
+    return not inputs.is_whole and dist.is_initialized() and dist.get_world_size() > 1
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    """Forward: rows of all processes. Backward: the sum of all processes' gradients for our rows.
+
+    `torch.distributed.nn.functional.all_gather` gives the same gradients, and is deprecated in
+    favor of a private function that torch 2.6 lacks.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.num_rows = len(rows)
+        return _gather(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        start = dist.get_rank() * ctx.num_rows
+        return total[start : start + ctx.num_rows]
+
+
+def gather_with_gradient(rows: Tensor) -> Tensor:
+    """Concatenate the rows of all processes in the order of their ranks, differentiably."""
+    gathered: Tensor = _GatherWithGradient.apply(rows)  # type: ignore[no-untyped-call]
+    return gathered

@@ -1,4 +1,4 @@
-"""Every image against every text of all processes, in chunks: what losses of pairs share.
+"""Losses that compare every image with every text of all processes, in chunks: CLIP's and SigLIP's.
 
 B rows of one process, A rows of all processes, P width of the shared space.
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...heads_llm2clip import LogitRule
-from .gathering import gather_ids, gather_rows, iterate_chunks
-from .loss import LossInputs
+from .loss import LossInputs, gather_ids, gather_rows, iterate_chunks
 
 
 class Chunk(NamedTuple):
@@ -122,3 +122,52 @@ def _list_ids(inputs: LossInputs) -> Tensor:
             "by row."
         )
     return torch.stack(columns, dim=1)
+
+
+class ContrastiveLoss(PairLoss):
+    """Symmetric cross-entropy: each image chooses its text among all, and each text its image.
+
+    The loss of CLIP (arXiv:2103.00020, figure 3), without false negatives.
+
+    If all groups and captions differ, it equals `heads_llm2clip.contrastive_loss`.
+    """
+
+    def sum_rows(self, chunk: Chunk) -> Tensor:
+        """Add up the mean of both directions."""
+        per_image = chunk.logits(chunk.image_rows, chunk.texts)  # (b, A)
+        # If all rows are here, the other direction is the transpose and is not computed again.
+        per_text = per_image.T if chunk.is_whole else chunk.logits(chunk.text_rows, chunk.images)
+        losses = [
+            F.cross_entropy(
+                logits.masked_fill(chunk.same, -torch.inf), chunk.labels, reduction="sum"
+            )
+            for logits in (per_image, per_text)
+        ]
+        return (losses[0] + losses[1]) / 2
+
+
+class SigmoidLoss(PairLoss):
+    """Binary cross-entropy of each pair: whether this image and this text belong together.
+
+    The loss of SigLIP (arXiv:2303.15343, algorithm 1), without false negatives.
+
+    Every image is compared with the texts of all processes; the sum is divided by the number of
+    images, as in the paper. The learned bias shifts all logits alike. It changes no ranking and no
+    softmax, so that no model folder has it.
+
+    Args:
+        chunk_size: Images compared at a time; see `PairLoss`.
+        logit_bias: Start of the bias, from which it is fitted with the temperature.
+    """
+
+    fitted_with_temperature = ("logit_bias",)
+
+    def __init__(self, chunk_size: int | None = None, *, logit_bias: float = -10.0) -> None:
+        super().__init__(chunk_size)
+        self.logit_bias = nn.Parameter(torch.tensor([logit_bias]))
+
+    def sum_rows(self, chunk: Chunk) -> Tensor:
+        """Add up the losses of all pairs of the chunk's images."""
+        logits = chunk.logits(chunk.image_rows, chunk.texts) + self.logit_bias  # (b, A)
+        signs = torch.full_like(logits, -1.0).scatter_(1, chunk.labels[:, None], 1.0)
+        return -F.logsigmoid(signs * logits).masked_fill(chunk.same, 0.0).sum()

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .gathering import gather_rows, iterate_chunks
-from .loss import LossInputs
+from .loss import LossInputs, gather_rows, iterate_chunks
 
 _TEMPERATURE = 0.07
 

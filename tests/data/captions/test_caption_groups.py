@@ -85,15 +85,6 @@ def test_images_with_one_caption_are_skipped_by_group_and_counted() -> None:
         skip_single_captions(records[2:3])
 
 
-def test_group_ids_of_the_same_key_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    digest = record_columns._digest
-    monkeypatch.setattr(
-        record_columns, "_digest", lambda text: b"7" * 8 if text.endswith(".jpg") else digest(text)
-    )
-    with pytest.raises(ValueError, match=r"'0\.jpg' and '1\.jpg' have the same 64-bit key"):
-        group_captions(make_records([("a", "b"), ("c", "d")]))
-
-
 def test_held_out_captions_are_never_trained_on() -> None:
     records = [
         CaptionedImage(None, str(n), str(n), ("shared", f"{n} one", f"{n} two")) for n in range(10)

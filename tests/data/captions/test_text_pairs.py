@@ -31,10 +31,10 @@ def test_broken_text_pairs_are_named_by_line(tmp_path: Path, line: str, error: s
 def test_all_errors_are_counted_and_the_first_are_named(tmp_path: Path) -> None:
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"query": "a", "positive": "b"}\n' + "{\n" * 7)
-    with pytest.raises(ValueError, match=r"7 errors: line 2: .*; line 6: [^;]*$"):
+    with pytest.raises(ValueError, match=r"(?s)7 errors.*not JSON: 7 \(line 2, .*line 6, …\)"):
         list(read_text_pairs(file))
     file.write_text("\n")
-    with pytest.raises(ValueError, match="no lines"):
+    with pytest.raises(ValueError, match="no pairs"):
         list(read_text_pairs(file))
 
 

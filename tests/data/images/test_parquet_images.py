@@ -17,7 +17,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from modeling_llm2clip.data.byte_cache import ByteCache
 from modeling_llm2clip.data.images import parquet_images
 from modeling_llm2clip.data.images.parquet_images import (
     count_group_bytes,
@@ -86,7 +85,7 @@ def test_every_image_is_what_was_written(data: st.DataObject, tmp_path: Path) ->
 def clear_caches() -> None:
     """Files are written anew here, as if in another process."""
     find_layout.cache_clear()
-    parquet_images._columns = ByteCache(2**20)
+    parquet_images._read_group_column.cache_clear()
     file_places._states.clear()
 
 
@@ -175,18 +174,3 @@ def test_group_bytes_come_from_the_footer(tmp_path: Path) -> None:
     footer = pq.read_metadata(file)
     wanted = [footer.row_group(row // 4).column(0).total_compressed_size for row in range(9)]
     assert [count_group_bytes(file, "image", row) for row in range(9)] == wanted
-
-
-def test_a_cache_keeps_what_was_used_last_and_no_more_than_its_limit() -> None:
-    cache: ByteCache[int] = ByteCache(10)
-    made = []
-
-    def make(value: int, size: int) -> tuple[int, int]:
-        made.append(value)
-        return value, size
-
-    for value in (1, 2, 1, 3, 1, 2):  # 3 takes the place of 2, which was used longer ago
-        assert cache.find(value, lambda value=value: make(value, 4)) == value  # type: ignore[misc]
-        assert cache._total <= 10
-    assert made == [1, 2, 3, 2]
-    assert cache.find(9, lambda: make(9, 99)) == 9 and cache._total == 99

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modeling_llm2clip.data.images.image_sources import ParquetImage, TarImage
+from modeling_llm2clip.data.images.image_sources import EncodedImage, ParquetImage, TarImage
 from modeling_llm2clip.data.records import record_columns, record_table
 from modeling_llm2clip.data.records.record_columns import SCHEMA, hash_identity, hash_text
 from modeling_llm2clip.data.records.record_table import RecordTable
@@ -125,3 +125,9 @@ def test_every_column_is_documented() -> None:
 
     assert record_columns.__doc__ is not None
     assert [name for name in SCHEMA.names if f"`{name}`" not in record_columns.__doc__] == []
+
+
+def test_an_image_in_memory_is_no_address() -> None:
+    record = CaptionedImage(EncodedImage("a.tar: 1.png", b"x"), "a", "a", ("a text",))
+    with pytest.raises(TypeError, match=r"a\.tar: 1\.png is in memory"):
+        RecordTable.from_records([record])

@@ -334,7 +334,7 @@ def test_a_server_without_ranges_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(remote_files, "_BLOCK_BYTES", 1000)
     folder = write_shards(tmp_path / "data")
     with ShardServer(folder, ranges=False) as server:
-        with pytest.raises(AccessError, match=r"from their beginning only\. Stream"):
+        with pytest.raises(AccessError, match=r"from their beginning only\. Copy"):
             load_records(f"{server.url}/00000.tar")
 
 

@@ -143,18 +143,16 @@ def test_shards_are_named_in_a_text_file_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_local", [True, False])
-@pytest.mark.parametrize("ranges", [True, False])
 @pytest.mark.parametrize("drop_every", [0, 3])
 def test_bytes_come_in_any_pieces(
     is_local: bool,
-    ranges: bool,
     drop_every: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(remote_files, "_BLOCK_BYTES", 1000)
     (tmp_path / "file").write_bytes(CONTENT)
-    with ShardServer(tmp_path, ranges=ranges, drop_every=drop_every) as server:
+    with ShardServer(tmp_path, drop_every=drop_every) as server:
         url = str(tmp_path / "file") if is_local else f"{server.url}/file"
         for size in (1, 333, 1000, 2500, 10**6):
             stream = RemoteFile(url, FAST).open_stream()
@@ -172,14 +170,11 @@ def test_bytes_come_in_any_pieces(
             assert opened.read() == CONTENT[-10:]
 
 
-@pytest.mark.parametrize("ranges", [True, False])
-def test_a_silent_server_is_asked_again(
-    ranges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_silent_server_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_files, "_SILENT_SECONDS", 0.2)
     (tmp_path / "file").write_bytes(CONTENT)
     retries: list[str] = []
-    with ShardServer(tmp_path, ranges=ranges) as server:
+    with ShardServer(tmp_path) as server:
         server.stall_every = 3
         for _ in range(4):
             file = RemoteFile(
@@ -189,14 +184,6 @@ def test_a_silent_server_is_asked_again(
             assert stream.read(len(CONTENT) + 1) == CONTENT
             stream.close()
     assert retries
-
-
-def test_a_response_may_take_as_long_as_it_is_read(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(CONTENT)
-    with ShardServer(tmp_path, ranges=False) as server:
-        opened: Any = RemoteFile(f"{server.url}/file", FAST).start_again()
-        assert opened.session.timeout.total is None
-        opened.close()
 
 
 def test_a_file_that_got_shorter_is_not_taken_for_whole(tmp_path: Path) -> None:
@@ -239,16 +226,23 @@ def test_a_file_that_changes_between_two_opens_is_an_error(place: str, tmp_path:
 
 
 @pytest.mark.parametrize("packs", ["willing", "always"])
-def test_a_server_without_ranges_that_packs_loses_nothing(packs: str, tmp_path: Path) -> None:
-    """It packs what a client takes packed, or whatever the client takes."""
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_file_that_comes_from_its_beginning_only_is_refused_with_a_remedy(
+    ranges: bool, packs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server has no ranges, or packs the file although the client wants it as it is."""
+    monkeypatch.setattr(remote_files, "_BLOCK_BYTES", 1000)  # less than the file has
     content = b"compressible " * 5000
     (tmp_path / "file").write_bytes(content)
-    with ShardServer(tmp_path, ranges=False) as server:
+    with ShardServer(tmp_path, ranges=ranges) as server:
         server.packs = packs
-        assert RemoteFile(f"{server.url}/file", FAST).open_stream().read() == content
-        with RemoteFile(f"{server.url}/file", FAST).open_seekable() as opened:
-            opened.seek(40_000)
-            assert opened.read(99) == content[40_000:40_099]
+        url = f"{server.url}/file"
+        if ranges and packs == "willing":
+            assert RemoteFile(url, FAST).open_stream().read() == content
+            return
+        with pytest.raises(AccessError, match=rf"stream tar shards .*pipe:curl -sf {url}"):
+            RemoteFile(url, FAST).open_stream().read()
+        assert RemoteFile(f"pipe:curl -sf --compressed {url}", FAST).open_stream().read() == content
 
 
 def test_a_changed_file_is_reported_by_other_processes() -> None:
@@ -257,15 +251,13 @@ def test_a_changed_file_is_reported_by_other_processes() -> None:
     assert (type(again), str(again), vars(again)) == (ChangedFileError, str(error), vars(error))
 
 
-@pytest.mark.parametrize("ranges", [True, False])
 def test_a_stream_of_a_file_that_changes_is_not_mixed(
-    ranges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the rest comes by another request: the next block, or again after a lost connection."""
+    """The rest comes by another request, for the next block."""
     monkeypatch.setattr(remote_files, "_BLOCK_BYTES", 1000)
-    monkeypatch.setattr(remote_files, "_READ_AT_ONCE", 1000)
     (tmp_path / "file").write_bytes(CONTENT)
-    with ShardServer(tmp_path, ranges=ranges, drop_every=0 if ranges else 1) as server:
+    with ShardServer(tmp_path) as server:
         opened = RemoteFile(f"{server.url}/file", FAST).open_stream()
         assert opened.read(250) == CONTENT[:250]
         (tmp_path / "file").write_bytes(CONTENT[::-1])

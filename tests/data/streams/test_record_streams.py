@@ -133,15 +133,14 @@ def flatten(batches: Any) -> list[str]:
     return [record.name for batch in batches for record in batch]
 
 
-@pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no-ranges"])
 @pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
 def test_a_stream_has_the_samples_of_the_local_source(
-    write: Callable[[Path], Path], ranges: bool, tmp_path: Path
+    write: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     folder = write(tmp_path / "data")
     files = sorted(file for file in folder.iterdir() if file.is_file())
     local = sorted((read(r) for f in files for r in load_records(f)), key=str)
-    with ShardServer(folder, ranges=ranges) as server:
+    with ShardServer(folder) as server:
         stream = stream_records(spell(server, files[0].suffix[1:]), buffer_size=5, retry=FAST)
         streamed = list(stream)
     assert sorted(map(read, streamed), key=str) == local
@@ -285,13 +284,10 @@ def test_a_state_of_another_stream_is_refused(tars: Path) -> None:
 
 
 @pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
-@pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no-ranges"])
-def test_dropped_connections_lose_nothing(
-    write: Callable[[Path], Path], ranges: bool, tmp_path: Path
-) -> None:
+def test_dropped_connections_lose_nothing(write: Callable[[Path], Path], tmp_path: Path) -> None:
     folder = write(tmp_path / "data")
     suffix = next(file.suffix for file in folder.iterdir() if file.is_file())
-    with ShardServer(folder, ranges=ranges) as server:
+    with ShardServer(folder) as server:
         source = spell(server, suffix[1:])
         wanted = list(stream_records(source, buffer_size=5, retry=FAST))
         server.drop_every = 3
@@ -359,22 +355,6 @@ def test_a_request_that_fails_within_parquet_is_not_taken_for_damage(
         with pytest.raises(error) as raised:
             list(iterator)
         assert "not a Parquet file" not in str(raised.value)
-
-
-def test_a_disk_that_is_full_while_a_shard_is_copied_ends_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # A file of unknown size is copied before it is read in any order.
-    unknown = remote_files.FileInfo(None, None)
-    monkeypatch.setattr(remote_files.RemoteFile, "describe", lambda _: unknown)
-    with ShardServer(write_parquets(tmp_path / "data")) as server:
-        stream = stream_records(spell(server, "parquet"), retry=FAST, max_lost_share=1)
-        shards = iter(stream)
-        monkeypatch.setattr(
-            remote_files.tempfile, "TemporaryFile", lambda: Path("/dev/full").open("w+b")
-        )
-        with pytest.raises(OSError, match="No space left on device"):
-            list(shards)
 
 
 def prepare_most(record: CaptionedImage) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,6 +87,17 @@ def test_a_complete_store_is_found_complete_and_one_that_lost_a_file_is_not(
         assert read_bytes(tmp_path / "store") == whole
         assert len(written) == 1
         written.clear()
+
+
+def test_partitions_of_machines_without_a_shared_folder_become_the_store_of_one(
+    model: Path, records: list[CaptionedImage], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    for part in (1, 2):
+        folder = tmp_path / f"machine-{part}"
+        extract(model, records, folder, EXACT, modality="text", partition=f"{part}/2")
+        assert not StoreManifest.read(folder).complete
+        shutil.copytree(folder, tmp_path / "synced", dirs_exist_ok=True)
+    assert read_bytes(merge_store(tmp_path / "synced")) == undisturbed
 
 
 @pytest.mark.slow

@@ -198,6 +198,7 @@ class LiveMemory(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "spread"),
     [(torch.float32, 0.0), (torch.bfloat16, 1.0)],

@@ -157,24 +157,14 @@ def test_an_incomplete_checkpoint_is_ignored(prepared: Prepared, tmp_path: Path)
     assert read_losses(tmp_path / "run") == wanted
 
 
-def test_only_an_uninterrupted_run_logs_numbers_of_the_whole(
+def test_no_run_logs_numbers_of_the_whole_which_a_resumed_one_does_not_know(
     prepared: Prepared, tmp_path: Path
 ) -> None:
-    def read_summary(output: Path) -> dict[str, float]:
-        last: dict[str, float] = json.loads((output / "metrics.jsonl").read_text().split("\n")[-2])
-        return {name: value for name, value in last.items() if name.startswith("train_")}
-
-    shutil.rmtree(prepared.align(tmp_path / "run").model)
-    whole = read_summary(tmp_path / "run")
-    losses = read_losses(tmp_path / "run").values()
-    # Losses are added up in float32.
-    assert whole["train_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
-    assert whole["train_steps_per_second"] > 0
-    for last in ("checkpoint-6", None):  # resumed in the middle, and where nothing is left
-        if last:
-            shutil.rmtree(tmp_path / "run" / "checkpoints" / last)
-        shutil.rmtree(prepared.align(tmp_path / "run", resume=True).model)
-        assert set(read_summary(tmp_path / "run")) == {"train_runtime"}
+    for resume in (False, True):
+        shutil.rmtree(prepared.align(tmp_path / "run", resume=resume).model)
+        last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().split("\n")[-2])
+        assert {name for name in last if name.startswith("train_")} == {"train_runtime"}
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-6")
 
 
 def test_a_write_that_breaks_off_leaves_the_earlier_file_whole(

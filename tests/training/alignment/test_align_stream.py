@@ -36,7 +36,7 @@ from modeling_llm2clip.training.alignment.alignment_data import (
 from modeling_llm2clip.training.alignment.alignment_report import NOT_JUDGED, describe_alignment
 from modeling_llm2clip.training.alignment.alignment_trainer import make_training_arguments
 from modeling_llm2clip.training.alignment.held_out import hold_out_of_stream
-from modeling_llm2clip.training.run_folder import read_results, read_run_record
+from modeling_llm2clip.training.run_folder import read_results
 
 pytest.importorskip("torchdata")
 OPTIONS: dict[str, Any] = {**SHORT_RUN, "global_batch_size": 4, "num_workers": 0}
@@ -203,12 +203,10 @@ def test_the_record_of_a_run_has_the_losses_of_all_epochs(
     align(prepared.model, stream_records(damaged), parts, config, resume=True)
     report = read_results(whole)["stream"]
     assert read_results(parts)["stream"] == report
-    first, second, third = report["epochs"]
-    for epoch in (first, second):
-        assert (epoch["samples"], epoch["lost_samples"], epoch["shards"]) == (22, 2, 4)
-        assert epoch["dropped_samples"] in ((2, 6) if num_workers else (2,))
-    for name in first:
-        assert report[name] == first[name] + second[name] + third[name]
+    assert report["epochs"] == 3
+    # Two whole epochs, and the last one as far as it was read.
+    assert 44 <= report["samples"] <= 66 and 4 <= report["lost_samples"] <= 6
+    assert 8 <= report["shards"] <= 12
     assert report["counts"] == {"image unreadable": report["lost_samples"]}
     assert len(report["places"]["image unreadable"]) == 2  # each once
     described = "\n".join(describe_alignment(parts))
@@ -218,7 +216,7 @@ def test_the_record_of_a_run_has_the_losses_of_all_epochs(
     assert "image unreadable: " in described and ".jpg: the image is truncated" in described
 
 
-def test_losses_of_all_processes_are_added_by_epoch(
+def test_losses_of_all_epochs_and_processes_are_added(
     prepared: Prepared, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process is still in its first epoch when this one, of six batches, is in its next."""
@@ -230,14 +228,11 @@ def test_losses_of_all_processes_are_added_by_epoch(
     batches = data.make_loader(make_training_arguments(tmp_path, config), batch_size=4, num_steps=7)
     assert len(list(islice(batches, 7))) == 7
     other = StreamReport(samples=10, lost_samples=3, shards=1, lost_shards=1)
-    monkeypatch.setattr(run_data, "gather_object", lambda own: [*own, [other.to_state()]])
+    monkeypatch.setattr(run_data, "gather_object", lambda own: [*own, other.to_state()])
     report = batches.collect_report()
-    first, second = report["epochs"]
-    assert (first["samples"], first["lost_samples"], first["lost_shards"]) == (34, 3, 1)
-    # Four samples, and one in the buffer.
-    assert 4 <= second["samples"] <= 5 and not second["lost_samples"]
-    assert report["samples"] == first["samples"] + second["samples"]
-    assert report["lost_shards"] == 1
+    # 24 samples of the first epoch and four of the second, whose buffer has one more.
+    assert 24 + 4 + 10 <= report["samples"] <= 24 + 5 + 10
+    assert (report["lost_samples"], report["lost_shards"], report["epochs"]) == (3, 1, 2)
 
 
 def test_a_run_that_is_stopped_has_its_losses_so_far(
@@ -250,7 +245,7 @@ def test_a_run_that_is_stopped_has_its_losses_so_far(
             callbacks=[Interrupt(6)],
         )  # fmt: skip
     report = read_results(tmp_path)["stream"]
-    assert report["epochs"][0]["lost_samples"] == 2
+    assert report["lost_samples"] >= 2
 
 
 def test_batches_are_full_although_images_are_lost(prepared: Prepared, damaged: Path) -> None:
@@ -333,12 +328,6 @@ def test_captions_drawn_that_held_out_images_have_too_are_counted_over_resumes(
     config = AlignConfig(**{**ONLINE, "held_out_ratio": 0.2, "max_steps": 6, "save_steps": 4})
     with pytest.raises(KilledError):
         align(prepared.model, stream_records(shards), tmp_path / "run", config, callbacks=[Kill(5)])
-    (file,) = (tmp_path / "run").rglob("stream-*.pt")
-    saved = torch.load(file, weights_only=True)
-    torch.save({name: saved[name] for name in saved if name != "num_shared"}, file)
-    with pytest.raises(ValueError, match=r"Another version of this package wrote .*checkpoint"):
-        align(prepared.model, stream_records(shards), tmp_path / "run", config, resume=True)
-    torch.save(saved, file)
     align(prepared.model, stream_records(shards), tmp_path / "run", config, resume=True)
     # Six batches of four images.
     assert read_results(tmp_path / "run")["held_out"]["num_shared_captions"] == 24
@@ -359,10 +348,10 @@ def test_a_stream_without_held_out_images_is_said_not_to_be_judged(
 def test_captions_of_a_store_are_joined_by_name(prepared: Prepared, shards: Path) -> None:
     processor = LLM2CLIPProcessor.from_pretrained(prepared.model)
     joined = AlignmentStream(
-        stream_records(shards, buffer_size=1), processor, caption_store=prepared.caption_store,
-        seed=3,
+        stream_records(shards, buffer_size=1), processor, AlignConfig(seed=3),
+        caption_store=prepared.caption_store,
     )  # fmt: skip
-    online = AlignmentStream(stream_records(shards, buffer_size=1), processor, seed=3)
+    online = AlignmentStream(stream_records(shards, buffer_size=1), processor, AlignConfig(seed=3))
     records = list(stream_records(shards, buffer_size=1))
     samples = [decode_sample(record) for record in records]
     stored, tokens = joined.collate(samples), online.collate(samples)
@@ -397,11 +386,10 @@ def test_stored_captions_of_a_stream_have_the_noise_that_is_asked_for(
             caption_store=prepared.caption_store,
         )  # fmt: skip
         losses.append(read_losses(output))
-        assert ("noise_sampling" in read_run_record(output)["inputs"]) == bool(noise)
     assert losses[0] != losses[1]
     dataset = AlignmentStream(
         stream_records(shards), LLM2CLIPProcessor.from_pretrained(prepared.model),
-        caption_store=prepared.caption_store, caption_noise=0.5,
+        AlignConfig(caption_noise=0.5), caption_store=prepared.caption_store,
     )  # fmt: skip
     samples = [decode_sample(record) for record in stream_records(shards)]
     drawn = []

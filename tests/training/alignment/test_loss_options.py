@@ -27,8 +27,11 @@ from modeling_llm2clip.modeling_llm2clip import LLM2CLIPVisionModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.alignment_report import describe_alignment
-from modeling_llm2clip.training.alignment.held_out import find_interval
-from modeling_llm2clip.training.alignment.zero_shot import ZeroShotImages, load_labeled_images
+from modeling_llm2clip.training.alignment.held_out import (
+    ZeroShotImages,
+    find_interval,
+    load_labeled_images,
+)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
 from modeling_llm2clip.training.alignment.held_out import fit_start, fit_temperature
 from modeling_llm2clip.training.losses.choose_loss import build_loss
 from modeling_llm2clip.training.losses.loss import LossInputs, list_fitted
-from modeling_llm2clip.training.losses.sigmoid import SigmoidLoss
+from modeling_llm2clip.training.losses.pairs import SigmoidLoss
 from modeling_llm2clip.training.run_folder import read_results, read_run_record
 
 ROOT = Path(__file__).parents[3]

@@ -25,7 +25,7 @@ from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.data.records.record_columns import hash_text
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.remote import file_places
-from modeling_llm2clip.training.alignment.alignment_data import INPUT_SECONDS, AlignmentDataset
+from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.run_data import RecordData, count_workers
 from modeling_llm2clip.training.alignment.sampling import (
@@ -131,8 +131,10 @@ def test_processes_share_the_batches_of_one() -> None:
 
 def test_stored_and_online_captions_are_the_same_samples(prepared: Prepared) -> None:
     records, processor = prepared.records, LLM2CLIPProcessor.from_pretrained(prepared.model)
-    online = AlignmentDataset(records, processor, seed=5)
-    stored = AlignmentDataset(records, processor, seed=5, caption_store=prepared.caption_store)
+    online = AlignmentDataset(records, processor, AlignConfig(seed=5))
+    stored = AlignmentDataset(
+        records, processor, AlignConfig(seed=5), caption_store=prepared.caption_store
+    )
     samples = np.array([(3, item) for item in range(NUM_RECORDS)])
     model = LLM2CLIPModel.from_pretrained(prepared.model)
     tokens, embeddings = (
@@ -152,13 +154,14 @@ def test_noise_is_projected_and_a_loss_gets_embeddings_without_it(prepared: Prep
     samples = np.array([(3, item) for item in range(NUM_RECORDS)])
     clean, noisy = (
         AlignmentDataset(
-            prepared.records, processor, seed=5, image_noise=noise, caption_noise=noise, **stores
+            prepared.records,
+            processor,
+            AlignConfig(seed=5, image_noise=noise, caption_noise=noise),
+            **stores,
         ).__getitems__(samples)
         for noise in (0.0, 1.0)
     )
     model = AlignmentModel.from_pretrained(prepared.model, with_llm=False, with_vision_tower=False)
-    for batch in (clean, noisy):
-        del batch[INPUT_SECONDS]
     with torch.no_grad():
         (_, wanted), (_, found) = (model.eval()(**batch) for batch in (clean, noisy))
         moved = model.to_image_embeds(noisy["vision_embeds"] + noisy["vision_noise"])

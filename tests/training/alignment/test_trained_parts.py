@@ -40,7 +40,7 @@ from modeling_llm2clip.training.alignment.alignment_trainer import (
     warm_up_then_cosine,
 )
 from modeling_llm2clip.training.alignment.run_data import RecordData
-from modeling_llm2clip.training.losses.contrastive import ContrastiveLoss
+from modeling_llm2clip.training.losses.pairs import ContrastiveLoss
 from modeling_llm2clip.training.run_folder import count_parameters
 
 

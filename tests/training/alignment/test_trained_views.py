@@ -89,9 +89,13 @@ def test_a_store_has_the_views_after_the_long_captions(
 
 
 def test_stored_and_online_views_are_the_same_samples(prepared: Prepared, viewed: Viewed) -> None:
-    online = AlignmentDataset(viewed.records, viewed.processor, seed=5, sentence_views=NUM_VIEWS)
+    online = AlignmentDataset(
+        viewed.records, viewed.processor, AlignConfig(**ONLINE, sentence_views=NUM_VIEWS, seed=5)
+    )
     store = EmbeddingStore.open(viewed.store)
-    stored = AlignmentDataset(viewed.records, viewed.processor, seed=5, caption_store=store)
+    stored = AlignmentDataset(
+        viewed.records, viewed.processor, AlignConfig(seed=5), caption_store=store
+    )
     samples = np.array([(epoch, item) for epoch in range(12) for item in range(24)])
     tokens, embeds = online.__getitems__(samples), stored.__getitems__(samples)
     model = LLM2CLIPModel.from_pretrained(prepared.model)
@@ -110,8 +114,10 @@ def test_stored_and_online_views_are_the_same_samples(prepared: Prepared, viewed
 def test_a_stream_samples_views_too(prepared: Prepared, viewed: Viewed) -> None:
     stream = stream_records(prepared.data)
     store = EmbeddingStore.open(viewed.store)
-    joined = AlignmentStream(stream, viewed.processor, caption_store=store, seed=3)
-    online = AlignmentStream(stream, viewed.processor, sentence_views=NUM_VIEWS, seed=3)
+    joined = AlignmentStream(stream, viewed.processor, AlignConfig(seed=3), caption_store=store)
+    online = AlignmentStream(
+        stream, viewed.processor, AlignConfig(**ONLINE, sentence_views=NUM_VIEWS, seed=3)
+    )
     samples = [decode_sample(record) for record in viewed.records]
     stored, tokens = joined.collate(samples), online.collate(samples)
     model = LLM2CLIPModel.from_pretrained(prepared.model)

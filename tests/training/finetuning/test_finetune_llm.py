@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from aligning import read_losses, read_tensorboard_losses
+from aligning import read_losses
 from safetensors.torch import load_file
 from tiny import tiny_model
-from tuning import GROUPS, RECORDS, SHORT, hold_out_short, tune
+from tuning import FLAGS, RECORDS, SHORT, hold_out_short, tune, write_captions
 
 from modeling_llm2clip import LLM2CLIPConfig
 from modeling_llm2clip.__main__ import main
@@ -69,18 +69,6 @@ def test_an_accuracy_that_fell_is_warned_of(after, is_worse, run, tmp_path):
     add_results(output, cra_unmerged=0.4)  # and merging may also help
     lines = describe_finetuning(output)
     assert WORSE_BY_MERGING not in lines and (WORSE in lines) == is_worse
-
-
-def test_tensorboard_shows_the_losses_of_the_metrics(run):
-    pytest.importorskip("tensorboard")
-    output, _ = run
-    # An event holds a float32, of 24 bits.
-    assert read_tensorboard_losses(output) == pytest.approx(read_losses(output), rel=1e-7)
-
-
-def test_precision_auto_is_float32_on_a_cpu(run, tmp_path):
-    tune(tmp_path / "run", replace(SHORT, precision="auto"))
-    assert read_losses(tmp_path / "run") == read_losses(run[0])
 
 
 def test_a_run_continued_from_its_checkpoint_ends_bit_for_bit_the_same(run, tmp_path):
@@ -179,21 +167,9 @@ def test_merging_keeps_instructions_and_the_record_of_a_conversion(tmp_path):
 
 def test_skipped_images_with_one_caption_are_reported_and_recorded(tmp_path, capsys):
     folder = save_model(*tiny_model(), tmp_path / "base")
-    data = tmp_path / "captions.jsonl"
-    lines = [json.dumps({"group_id": g.group_id, "captions": g.captions}) for g in GROUPS]
-    lines += [json.dumps({"group_id": name, "captions": [name]}) for name in ("lone", "lonely")]
-    data.write_text("\n".join(lines))
+    data = write_captions(tmp_path / "captions.jsonl", "lone", "lonely")
     output = tmp_path / "tuned"
-    command = ["finetune-llm", str(folder), str(data), str(output), "--max-steps", "1"]
-    command += [
-        "--per-device-train-batch-size",
-        "4",
-        "--num-held-out",
-        "4",
-        "--device",
-        "cpu",
-        "--no-merge",
-    ]
+    command = ["finetune-llm", str(folder), str(data), str(output), *FLAGS, "--no-merge"]
     assert main(command) == 2
     assert "2 of 26 images" in (shown := capsys.readouterr().err) and "--skip-single" in shown
     assert main([*command, "--skip-single-captions"]) == 0
@@ -204,19 +180,15 @@ def test_skipped_images_with_one_caption_are_reported_and_recorded(tmp_path, cap
 
 def test_the_command_merges_and_refuses_images_with_one_caption(tmp_path, capsys):
     folder = save_model(*tiny_model(), tmp_path / "base")
-    data = tmp_path / "data" / "captions.jsonl"
-    data.parent.mkdir()
-    lines = [json.dumps({"group_id": g.group_id, "captions": g.captions}) for g in GROUPS]
-    data.write_text("\n".join(lines))
+    data = write_captions(tmp_path / "data" / "captions.jsonl")
     output = tmp_path / "tuned"
-    flags = ["--max-steps", "2", "--per-device-train-batch-size", "4", "--num-held-out", "4"]
-    assert main(["finetune-llm", str(folder), str(data), str(output), *flags]) == 0
+    assert main(["finetune-llm", str(folder), str(data), str(output), *FLAGS]) == 0
     assert "Next: llm2clip extract" in capsys.readouterr().out
     assert (output / "model" / "model.safetensors").is_file()
     data.write_text(
         '{"group_id": "a", "captions": ["one"]}\n{"group_id": "b", "captions": ["two"]}'
     )
-    assert main(["finetune-llm", str(folder), str(data), str(tmp_path / "other"), *flags]) == 2
+    assert main(["finetune-llm", str(folder), str(data), str(tmp_path / "other"), *FLAGS]) == 2
     error = capsys.readouterr().err
     assert "2 of 2 images have one caption only" in error
     assert "b (captions.jsonl line 2)" in error
@@ -232,18 +204,8 @@ def test_truncated_texts_are_counted_and_reported(tmp_path, capsys):
     others = [{"query": f"q{n}", "positive": f"p{n}"} for n in range(4)]
     pairs.write_text("\n".join(map(json.dumps, [*others, {"query": "q", "positive": long * 2}])))
     output = tmp_path / "run"
-    flags = [
-        "--max-steps",
-        "1",
-        "--per-device-train-batch-size",
-        "4",
-        "--num-held-out",
-        "4",
-        "--no-merge",
-        "--text-pairs",
-        str(pairs),
-    ]
-    command = ["finetune-llm", str(folder), str(data), str(output), *flags, "1"]
+    command = ["finetune-llm", str(folder), str(data), str(output), *FLAGS, "--no-merge"]
+    command += ["--text-pairs", str(pairs), "1"]
     assert main(command) == 0
     saved = json.loads((output / "run.json").read_text())["results"]
     # Two captions of each of 24 images, and five other pairs.

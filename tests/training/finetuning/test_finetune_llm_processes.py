@@ -147,6 +147,6 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_its_code(tmp_path):
         process.send_signal(signal.SIGTERM)
         shown = process.communicate(timeout=120)[0]
         assert process.returncode == 143
-    assert "Continue with the same call and resume=True." in shown
+    assert "Continue with the same call and --resume" in shown
     assert len(list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))) == 1
     assert not (tmp_path / "run" / "lora").exists()

@@ -1,25 +1,30 @@
-"""Stage 1, what is refused before anything runs, and what is not finite stops a run."""
+"""Stage 1, refusals before the LLM is loaded: data, options, folders, and LoRAs to start from."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from packaging.version import Version
+from safetensors import safe_open
 from tiny import tiny_model, tiny_tokenizer, tiny_vision
 from transformers import AutoConfig, AutoModel
 from transformers import __version__ as transformers_version
-from tuning import GROUPS, RECORDS, SHORT, hold_out_short, tune, write_pairs
+from tuning import FLAGS, RECORDS, SHORT, hold_out_short, tune, write_captions, write_pairs
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.building.build_model import join_towers
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.configs.export_config import ExportConfig
 from modeling_llm2clip.data.captions.text_pairs import TextPair
+from modeling_llm2clip.model_folders.fingerprint import fingerprint_text
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPTextModel
 from modeling_llm2clip.publishing.export_model import export_model
@@ -29,9 +34,21 @@ from modeling_llm2clip.training.finetuning.finetune_trainer import FinetuneTrain
 from modeling_llm2clip.training.run_folder import find_last_checkpoint
 
 
-def test_too_few_images_for_a_batch_are_refused_before_anything_runs(tmp_path):
-    with pytest.raises(ValueError, match=r"Too few different images \(20\) for a batch of 64"):
-        tune(tmp_path / "run", replace(SHORT, per_device_train_batch_size=64))
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (
+            {"per_device_train_batch_size": 64},
+            r"Too few different images \(20\) for a batch of 64",
+        ),
+        ({"warmup_steps": 6}, r"warmup_steps=6 in a run of 6 steps.*max_steps"),
+    ],
+)
+def test_options_that_the_data_do_not_allow_are_refused_before_anything_runs(
+    tmp_path, options, error
+):
+    with pytest.raises(ValueError, match=error):
+        tune(tmp_path / "run", replace(SHORT, **options))
     assert not (tmp_path / "run").exists()
 
 
@@ -80,11 +97,7 @@ def test_weights_that_are_not_finite_are_in_no_checkpoint(tmp_path):
 def test_the_command_refuses_folder_and_batch_before_it_loads_the_llm(
     tmp_path, capsys, monkeypatch
 ):
-    data = tmp_path / "data" / "captions.jsonl"
-    data.parent.mkdir()
-    data.write_text(
-        "\n".join(json.dumps({"group_id": g.group_id, "captions": g.captions}) for g in GROUPS)
-    )
+    data = write_captions(tmp_path / "data" / "captions.jsonl")
     monkeypatch.setattr(
         LLM2CLIPTextModel, "from_pretrained", lambda *_, **__: pytest.fail("the LLM was loaded")
     )
@@ -97,12 +110,6 @@ def test_the_command_refuses_folder_and_batch_before_it_loads_the_llm(
     assert main([*command, str(data.parent), "--per-device-train-batch-size", "4"]) == 2
     assert "is not empty and has no run.json" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
-
-
-def test_a_rate_that_would_never_reach_its_peak_is_refused_before_anything_runs(tmp_path):
-    with pytest.raises(ValueError, match=r"warmup_steps=6 in a run of 6 steps.*max_steps"):
-        tune(tmp_path / "run", replace(SHORT, warmup_steps=6))
-    assert not (tmp_path / "run").exists()
 
 
 def test_fsdp_is_refused_before_anything_runs(tmp_path, monkeypatch):
@@ -163,3 +170,80 @@ def test_a_lora_that_the_llm_passes_by_is_refused_by_name(tmp_path):
     others = replace(SHORT, max_steps=1, lora_target_modules=("in_proj", "x_proj", "q_proj"))
     lora = finetune_llm((model, processor), RECORDS, tmp_path / "others", others)
     assert (lora / "adapter_model.safetensors").is_file()
+
+
+ONE_STEP = replace(SHORT, max_steps=1)
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tune(tmp_path_factory.mktemp("tuned") / "run", ONE_STEP).lora
+
+
+def edit_config(lora: Path, copy: Path, **changed: Any) -> Path:
+    shutil.copytree(lora, copy)
+    file = copy / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+    return copy
+
+
+def test_a_lora_of_another_scale_is_refused(lora: Path, tmp_path: Path) -> None:
+    other = replace(ONE_STEP, lora_rank=8, lora_alpha=16, init_lora=lora)
+    with pytest.raises(ValueError, match=r"r=16, in this run 8; lora_alpha=32, in this run 16"):
+        tune(tmp_path / "run", other)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("use_rslora", True),
+        ("use_dora", True),
+        ("rank_pattern", {"q_proj": 4}),
+        ("alpha_pattern", {"q_proj": 64}),
+        ("bias", "all"),
+        ("modules_to_save", ["norm"]),
+        ("init_lora_weights", "pissa"),
+    ],
+)
+def test_a_lora_whose_weights_mean_something_else_is_refused(
+    lora: Path, tmp_path: Path, name: str, value: Any
+) -> None:
+    other = edit_config(lora, tmp_path / "lora", **{name: value})
+    with pytest.raises(ValueError, match=rf"lora has {name}="):
+        tune(tmp_path / "run", replace(ONE_STEP, init_lora=other))
+
+
+def test_a_folder_without_a_lora_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothing has no adapter_config\.json\. Give the folder"):
+        tune(tmp_path / "run", replace(ONE_STEP, init_lora=tmp_path / "nothing"))
+
+
+def test_a_lora_of_another_base_is_refused(lora: Path, tmp_path: Path) -> None:
+    other = edit_config(lora, tmp_path / "lora", base_model_name_or_path="someone/Another-LLM")
+    config = replace(ONE_STEP, init_lora=other)
+    model, processor = tiny_model()
+    model.text_model.config._name_or_path = "owner/tiny-llm"
+    with pytest.raises(ValueError, match=r"base 'someone/Another-LLM', but the LLM is 'owner/tiny"):
+        finetune_llm((model, processor), RECORDS, tmp_path / "run", config)
+    model, processor = tiny_model()
+    model.text_model.config._name_or_path = "a-mirror/another-llm"  # as for merging
+    finetune_llm((model, processor), RECORDS, tmp_path / "other", config)
+
+
+@pytest.mark.slow
+def test_a_model_that_a_lora_is_merged_into_is_not_fine_tuned_from_it_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_model(*tiny_model(), tmp_path / "base")
+    data = write_captions(tmp_path / "captions.jsonl")
+    first = tmp_path / "first"
+    assert main(["finetune-llm", str(folder), str(data), str(first), *FLAGS]) == 0
+    with safe_open(first / "lora" / "adapter_model.safetensors", framework="pt") as opened:
+        assert opened.metadata()["base_weights"] == fingerprint_text(folder)["weights"]
+    flags = [*FLAGS, "--init-lora", str(first / "lora"), "--no-merge"]
+    command = ["finetune-llm", str(first / "model"), str(data), str(tmp_path / "twice"), *flags]
+    assert main(command) == 2
+    assert "trained on an LLM with other weights" in capsys.readouterr().err
+    assert not (tmp_path / "twice").exists()
+    assert main(["finetune-llm", str(folder), str(data), str(tmp_path / "second"), *flags]) == 0

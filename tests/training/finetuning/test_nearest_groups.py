@@ -41,7 +41,7 @@ def test_the_nearest_rows_are_those_of_the_whole_matrix_of_cosines(monkeypatch, 
 
 @pytest.mark.parametrize(
     ("dim", "codes"),
-    [(16, "SQ8"), pytest.param(128, "PQ32x4fs", marks=pytest.mark.slow), (129, "SQ8")],
+    [(16, "SQ8"), pytest.param(128, "PQ32x4fs,Refine(SQ8)", marks=pytest.mark.slow), (129, "SQ8")],
 )
 def test_the_approximate_search_has_the_recall_that_it_reports(monkeypatch, dim, codes):
     pytest.importorskip("faiss")

@@ -20,12 +20,10 @@ from torch.overrides import TorchFunctionMode
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.heads_llm2clip import LogitRule
 from modeling_llm2clip.training.losses import gathering
-from modeling_llm2clip.training.losses.choose_loss import WeightedSum, build_loss
-from modeling_llm2clip.training.losses.contrastive import ContrastiveLoss
+from modeling_llm2clip.training.losses.choose_loss import MatryoshkaLoss, WeightedSum, build_loss
 from modeling_llm2clip.training.losses.distillation import SelfDistillationLoss
 from modeling_llm2clip.training.losses.loss import LossInputs, identify_loss
-from modeling_llm2clip.training.losses.matryoshka import MatryoshkaLoss
-from modeling_llm2clip.training.losses.sigmoid import SigmoidLoss
+from modeling_llm2clip.training.losses.pairs import ContrastiveLoss, SigmoidLoss
 from modeling_llm2clip.training.losses.structure import StructureLoss
 
 NUM_ROWS = 8
@@ -218,7 +216,7 @@ def test_the_record_of_a_run_names_a_loss_and_its_parts() -> None:
 
     name = own_loss.__qualname__
     assert identify_loss(own_loss) == name
-    assert identify_loss(partial(own_loss, weight=2.0)) == f"partial({name}, weight=2.0)"
+    assert identify_loss(partial(own_loss, weight=2.0)) == f"partial({name}, (), [('weight', 2.0)])"
     assert identify_loss(build_loss(AlignConfig(matryoshka_dims=(2,)), own_loss)) == (
         f"MatryoshkaLoss(dims=(2,), loss={name})"
     )

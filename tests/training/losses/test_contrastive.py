@@ -23,8 +23,8 @@ from tiny import tiny_model
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.heads_llm2clip import MAX_LOG_SCALE, LogitRule, contrastive_loss
 from modeling_llm2clip.publishing.export_model import save_model
-from modeling_llm2clip.training.losses.contrastive import ContrastiveLoss
 from modeling_llm2clip.training.losses.loss import LossInputs
+from modeling_llm2clip.training.losses.pairs import ContrastiveLoss
 
 WHOLE = slice(0, NUM_ROWS)
 # Sums of a few float32 numbers in another order.
