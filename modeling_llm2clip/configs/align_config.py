@@ -7,8 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from annotated_types import Interval
 
-from .config_fields import DeviceConfig
-from .training_config import TrainingConfig
+from .config_fields import DeviceConfig, TrainingConfig
 
 ChooseBy: TypeAlias = Literal["loss", "zero_shot"]
 

@@ -68,8 +68,6 @@ class ExportConfig(CardConfig, DeviceConfig):
     handler: bool = False
     """Also write handler.py and requirements.txt, with which Inference Endpoints serve the folder.
     """
-    space: bool = False
-    """Also write the folder space with app.py, requirements.txt and README.md of a Gradio Space."""
     onnx: bool = False
     """Write graphs for ONNX Runtime instead of weights for torch."""
     onnx_weights: tuple[TextWeights, ...] = ("float32",)
@@ -90,7 +88,6 @@ class ExportConfig(CardConfig, DeviceConfig):
         return {
             **super()._list_conflicts(),
             f"{of_tower}: not with components=vision-tower.": is_tower and of_tower,
-            "`space`: only with components=full.": self.space and self.components != "full",
             f"{not_for_onnx}: not with onnx=True.": self.onnx and not_for_onnx,
             f"{for_onnx}: only with onnx=True.": for_onnx and not self.onnx,
             "`onnx_weights` must name at least one kind of weights, and each once.": (
@@ -114,6 +111,6 @@ class ConvertConfig(CardConfig, DeviceConfig):
 _FOR_ONNX = ("onnx_weights", "onnx_data", "max_recall_loss")
 # A graph is float32 and computed on the CPU; its card is a short one.
 _NOT_FOR_ONNX = (
-    "handler", "space", "dtype", "max_shard_size", "device", "results", "base_models",
+    "handler", "dtype", "max_shard_size", "device", "results", "base_models",
     "vision_license", "text_license", "training_data",
 )  # fmt: skip

@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from .config_fields import WeightDtype
-from .training_config import TrainingConfig
+from .config_fields import TrainingConfig, WeightDtype
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,12 +24,12 @@ from mteb.abstasks import AbsTaskRetrieval
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.languages.iso_mappings import _hf_langs_to_iso_lang_scripts
-from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
+from mteb.models import SentenceTransformerEncoderWrapper
 from sentence_transformers import SentenceTransformer
 
 from .._suggestions import counted
 from ..configuration_llm2clip import LLM2CLIPConfig
-from ..data.images.image_sources import EncodedImage, ImageSource, decode_image
+from ..data.images.image_sources import EncodedImage, decode_image
 from ..loading_llm2clip import list_model_files
 from ..model_folders.fingerprint import fingerprint_weights, hash_model_files
 from ..model_folders.model_loading import warn_of_untrained
@@ -81,36 +81,23 @@ def load_for_mteb(
         str(folder), device=device, trust_remote_code=False, local_files_only=True
     )
     wrapper = SentenceTransformerEncoderWrapper(model)
-    wrapper.mteb_model_meta = _describe_model(wrapper.mteb_model_meta, model, folder, name=name)
-    return wrapper
-
-
-def _describe_model(
-    found: ModelMeta, model: SentenceTransformer, folder: Path, *, name: str
-) -> ModelMeta:
-    """Complete what mteb finds by itself: widths, longest text, similarity, framework."""
     network = model[0].auto_model
-    embedding = network.text_model.get_input_embeddings()
-    described: ModelMeta = found.model_copy(
+    weights = fingerprint_weights(list_model_files(folder))["weights"]
+    files = hash_model_files(folder, ["**/*.json"])
+    wrapper.mteb_model_meta = wrapper.mteb_model_meta.model_copy(
         update={
             "name": name,
-            "revision": _hash_folder(folder),
+            # Forty hexadecimal digits, as a commit has.
+            "revision": hashlib.sha256(f"{weights} {files}".encode()).hexdigest()[:40],
             "modalities": sorted(model.modalities),
             "n_parameters": sum(weight.numel() for weight in network.parameters()),
             # mteb multiplies the vocabulary by the width of the shared space.
-            "n_embedding_parameters": embedding.weight.numel(),
+            "n_embedding_parameters": network.text_model.get_input_embeddings().weight.numel(),
             "memory_usage_mb": sum(w.nbytes for w in network.parameters()) / 2**20,
             "use_instructions": any(prompt for prompt in model.prompts.values()),
         }
     )
-    return described
-
-
-def _hash_folder(folder: Path) -> str:
-    """Return forty hexadecimal digits, as a commit has."""
-    weights = fingerprint_weights(list_model_files(folder))["weights"]
-    files = hash_model_files(folder, ["**/*.json"])
-    return hashlib.sha256(f"{weights} {files}".encode()).hexdigest()[:40]
+    return wrapper
 
 
 class RetrievalTask(AbsTaskRetrieval):  # type: ignore[misc]
@@ -153,9 +140,20 @@ class RetrievalTask(AbsTaskRetrieval):  # type: ignore[misc]
         if self.data_loaded:
             return
         pairs = self._data.correspondence
-        captions = list(self._data.captions)
-        texts = Dataset.from_dict({"id": _name_rows("text", len(captions)), "text": captions})
-        images = _tabulate_images(self._data.images)
+        captions, sources = list(self._data.captions), self._data.images
+        text_ids, image_ids = (
+            [f"{side}-{row}" for row in range(len(rows))]
+            for side, rows in (("text", captions), ("image", sources))
+        )
+        texts = Dataset.from_dict({"id": text_ids, "text": captions})
+        rows = [
+            {"bytes": None if isinstance(image, Path) else image.read_bytes(), "path": str(image)}
+            for image in sources
+        ]
+        images = Dataset.from_dict(
+            {"id": image_ids, "image": rows},
+            features=Features({"id": Value("string"), "image": _Image()}),
+        )
         if self._from_images:
             split = _make_split(images, texts, pairs.texts_of_images())
         else:
@@ -232,17 +230,6 @@ class _Image(Image):  # type: ignore[misc]
         return decode_image(Path(path) if content is None else EncodedImage(path, content))
 
 
-def _tabulate_images(images: tuple[ImageSource, ...]) -> Dataset:
-    rows = [
-        {"bytes": None if isinstance(image, Path) else image.read_bytes(), "path": str(image)}
-        for image in images
-    ]
-    return Dataset.from_dict(
-        {"id": _name_rows("image", len(rows)), "image": rows},
-        features=Features({"id": Value("string"), "image": _Image()}),
-    )
-
-
 def _make_split(queries: Dataset, corpus: Dataset, positives: PositiveLists) -> RetrievalSplitData:
     asked = positives.counts.nonzero().flatten().tolist()
     if len(asked) < len(queries):  # the others are distractors
@@ -255,7 +242,3 @@ def _make_split(queries: Dataset, corpus: Dataset, positives: PositiveLists) -> 
     return RetrievalSplitData(
         queries=queries, corpus=corpus, relevant_docs=relevant, top_ranked=None
     )
-
-
-def _name_rows(side: str, count: int) -> list[str]:
-    return [f"{side}-{row}" for row in range(count)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +13,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel, PreTrainedTokenizerFast
 
-from .._extras import is_installed
 from ..base_llm2clip import read_instructions
 from ..building.part_loading import forget_code
 from ..configs.export_config import ExportConfig
@@ -49,26 +46,10 @@ _PLAIN = "`AutoImageProcessor` does so too."
 _CROPS = """`AutoImageProcessor` needs `trust_remote_code=True`, or `import modeling_llm2clip`
 before: this tower takes images that are cropped as torchvision does, which transformers' own
 classes miss by a pixel."""
-_TEMPLATES = Path(__file__).parent / "templates"
 # What the model's code needs on a host.
 _NEEDED_PACKAGES = (
     "accelerate", "numpy", "pillow", "safetensors", "torch", "torchvision", "transformers",
 )  # fmt: skip
-# The oldest that the page was written for; another is pinned where it is installed.
-_GRADIO = "6.31.0"
-_SPACE_CARD = """---
-title: {title}
-sdk: gradio
-sdk_version: {gradio}
-app_file: app.py
-python_version: "3.11"
----
-
-A page for {name}, an LLM2CLIP model: labels of an image, and search in a few images.
-
-The model is found where this Space's variables say, `MODEL_ID` (its repository) and
-`MODEL_REVISION` (a commit there), or else beside `app.py`.
-"""
 
 
 def export_model(
@@ -114,7 +95,7 @@ def export_model(
     processor = LLM2CLIPProcessor.from_pretrained(folder)
     model = _load_checked(folder, processor, config)
     set_base_models(model.config, config.base_models)
-    hosting = render_hosting_files(config, model.config, name=name or Path(output).name)
+    hosting = render_hosting_files(config, model.config)
     return save_model(
         model,
         processor,
@@ -157,43 +138,21 @@ def plan_card(folder: Path, config: ExportConfig) -> CardData:
     return update_card_data(card, config)
 
 
-def render_hosting_files(
-    config: ExportConfig, model_config: LLM2CLIPConfig, *, name: str
-) -> dict[str, str]:
-    """Render what a host needs beside the weights (Inference Endpoints, Spaces): path → content.
+def render_hosting_files(config: ExportConfig, model_config: LLM2CLIPConfig) -> dict[str, str]:
+    """Render the files that Inference Endpoints need beside the weights: path → content.
 
     The versions of packages are those of this environment, in which the embeddings of the folder
     are recorded.
     """
-    files = {}
-    needed = {package: f"=={_find_version(package)}" for package in _NEEDED_PACKAGES}
-    if getattr(model_config.vision_config, "model_type", None) == "timm_wrapper":
-        needed["timm"] = f"=={_find_version('timm')}"
-    if config.handler:
-        files["handler.py"] = (_TEMPLATES / "endpoint_handler.py").read_text(encoding="utf-8")
-        files["requirements.txt"] = _render_requirements(needed)
-    if config.space:
-        page = (_TEMPLATES / "space_app.py").read_text(encoding="utf-8")
-        files["space/app.py"] = page.replace('TITLE = "LLM2CLIP"', f"TITLE = {name!r}")
-        # Gradio takes no later pillow, beside which pip would install a gradio of years ago.
-        is_later = not needed["pillow"].startswith("==12.")
-        files["space/requirements.txt"] = _render_requirements(
-            {**needed, "pillow": ">=12,<13"} if is_later else needed
-        )
-        gradio = _find_version("gradio") if is_installed("gradio") else _GRADIO
-        files["space/README.md"] = _SPACE_CARD.format(
-            name=name, title=json.dumps(name), gradio=gradio
-        )
-    return files
-
-
-def _render_requirements(needed: Mapping[str, str]) -> str:
-    return "".join(f"{package}{needed[package]}\n" for package in sorted(needed))
-
-
-def _find_version(name: str) -> str:
-    """Return the installed version, without what names a build, such as `+cpu`."""
-    return version(name).partition("+")[0]
+    if not config.handler:
+        return {}
+    is_timm = getattr(model_config.vision_config, "model_type", None) == "timm_wrapper"
+    packages = sorted([*_NEEDED_PACKAGES, *(["timm"] if is_timm else [])])
+    return {
+        "handler.py": Path(__file__).with_name("endpoint_handler.py").read_text(encoding="utf-8"),
+        # Without the part that names a build, such as `+cpu`.
+        "requirements.txt": "".join(f"{p}=={version(p).partition('+')[0]}\n" for p in packages),
+    }
 
 
 def export_vision_tower(folder: Path, output: str | Path, *, license: str | None = None) -> Path:

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -46,27 +47,23 @@ _LLM_SCOPE = "model.text_model."
 _ATTENTION = ("attn", "attention")  # in the names of its modules, in transformers
 
 
-class _TextGraph(nn.Module):
-    """The text tower as a graph: token ids and mask to unit embeddings."""
+class _TowerGraph(nn.Module):
+    """A tower as a graph: tokens or pixels to unit embeddings."""
 
-    def __init__(self, model: LLM2CLIPModel | LLM2CLIPTextModel) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, num_unpooled: Any) -> Tensor:
+
+class _TextGraph(_TowerGraph):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, num_unpooled: Any) -> Any:
         # Not `get_text_features`: its count of unpooled tokens would become a constant.
         output = self.model._pool_batch(input_ids, attention_mask, num_unpooled=num_unpooled)
-        return self.model.to_text_embeds(self.model._apply_dense(output.pooler_output))  # type: ignore[arg-type]
+        return self.model.to_text_embeds(self.model._apply_dense(output.pooler_output))
 
 
-class _ImageGraph(nn.Module):
-    """The vision tower as a graph: pixels to unit embeddings."""
-
-    def __init__(self, model: LLM2CLIPModel | LLM2CLIPVisionModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
+class _ImageGraph(_TowerGraph):
+    def forward(self, pixel_values: Tensor) -> Any:
         return self.model.to_image_embeds(self.model.get_vision_embeds(pixel_values))
 
 
@@ -81,22 +78,15 @@ def write_text_graph(
     batch = torch.export.Dim("batch_size", max=_LARGEST_BATCH)
     length = torch.export.Dim("sequence_length", min=2, max=config.max_text_length)
     num_unpooled = torch.tensor(config.num_unpooled)
-    tower = f"language model {config.text_config.model_type!r}"
-    with _explaining(tower, other="vision"):
-        program = torch.onnx.export(
-            _TextGraph(model).eval(),
-            (*(inputs[name] for name in TEXT_INPUTS), num_unpooled),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[*TEXT_INPUTS, NUM_UNPOOLED],
-            output_names=[TEXT_OUTPUT],
-            dynamic_shapes={
-                **{name: {0: batch, 1: length} for name in TEXT_INPUTS},
-                NUM_UNPOOLED: {},
-            },
-            verbose=False,
+    with _explaining(f"language model {config.text_config.model_type!r}", other="vision"):
+        return _export(
+            _TextGraph(model),
+            {**{name: inputs[name] for name in TEXT_INPUTS}, NUM_UNPOOLED: num_unpooled},
+            file,
+            output=TEXT_OUTPUT,
+            shapes={**{name: {0: batch, 1: length} for name in TEXT_INPUTS}, NUM_UNPOOLED: {}},
+            defaults={NUM_UNPOOLED: num_unpooled},
         )
-        return _save(program, file, defaults={NUM_UNPOOLED: num_unpooled})
 
 
 def write_image_graph(
@@ -119,17 +109,8 @@ def write_image_graph(
             )
             shape[axis] = sides if patch == 1 else patch * sides
     with _explaining(name_vision_tower(model), other="text"):
-        program = torch.onnx.export(
-            _ImageGraph(model).eval(),
-            (pixel_values,),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[IMAGE_INPUT],
-            output_names=[IMAGE_OUTPUT],
-            dynamic_shapes={IMAGE_INPUT: shape},
-            verbose=False,
-        )
-        return _save(program, file, defaults={})
+        inputs, shapes = {IMAGE_INPUT: pixel_values}, {IMAGE_INPUT: shape}
+        return _export(_ImageGraph(model), inputs, file, output=IMAGE_OUTPUT, shapes=shapes)
 
 
 def name_vision_tower(model: LLM2CLIPModel | LLM2CLIPVisionModel) -> str:
@@ -156,13 +137,31 @@ def _explaining(tower: str, *, other: str) -> Iterator[None]:
         ) from error
 
 
-def _save(program: Any, file: Path, *, defaults: Mapping[str, Tensor]) -> dict[str, Any]:
+def _export(
+    graph: nn.Module,
+    inputs: Mapping[str, Tensor],
+    file: Path,
+    *,
+    output: str,
+    shapes: Mapping[str, Any],
+    defaults: Mapping[str, Tensor] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Write the graph, and describe it: versions, and name → shape of inputs and outputs.
 
     Names stand for dimensions that may vary. Inputs with a default may be left out when it is run.
     """
     import onnx_ir
 
+    program: Any = torch.onnx.export(
+        graph.eval(),
+        tuple(inputs.values()),
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=[*inputs],
+        output_names=[output],
+        dynamic_shapes=dict(shapes),
+        verbose=False,
+    )
     model = program.model
     for value in model.graph.inputs:
         if value.name in defaults:

@@ -40,7 +40,7 @@ _OWN_FILES = (
     "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*",
     "processor_config.json", "preprocessor_config.json", "modules.json",
     "config_sentence_transformers.json", "sentence_*_config.json", "[0-9]_*/*",
-    "conversion*.json", "handler.py", "requirements.txt", "space/*",
+    "conversion*.json", "handler.py", "requirements.txt",
 )  # fmt: skip
 _CREDENTIAL_NAME = re.compile(
     r"id_(rsa|dsa|ecdsa|ed25519)(_sk)?|.*\.(pem|key|p12|pfx|ppk|jks|keystore|kdbx|env)"
@@ -282,7 +282,12 @@ def describe_files(files: Mapping[str, int]) -> str:
     """List files with their sizes, the sum, and what is not part of a model folder."""
     lines = [f"{num_bytes:>15,}  {path}" for path, num_bytes in files.items()]
     lines.append(f"{sum(files.values()):>15,}  bytes in {counted(len(files), 'file')}.")
-    if others := [path for path in files if not _is_own(path)]:
+    others = [
+        path
+        for path in files
+        if not is_legal_file(path) and not any(fnmatch(path, pattern) for pattern in _OWN_FILES)
+    ]
+    if others:
         lines.append(f"Not of the model, but in its folder: {', '.join(others)}.")
     return "\n".join(lines)
 
@@ -318,10 +323,6 @@ def _find_wrong_link(path: Path, folder: Path) -> str | None:
         if any(part.startswith(".") for part in content.relative_to(root).parts):
             return f"links to {target}, which is hidden"
     return None
-
-
-def _is_own(path: str) -> bool:
-    return is_legal_file(path) or any(fnmatch(path, pattern) for pattern in _OWN_FILES)
 
 
 def _find_credential(file: Path) -> str | None:

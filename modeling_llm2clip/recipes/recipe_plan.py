@@ -145,11 +145,13 @@ def read_split(config: TrainConfig) -> Split:
 
 def plan_recipe(config: TrainConfig, split: Split) -> RecipePlan:
     """Plan what `train` will do with a recipe; writes nothing and loads no model."""
+    # The captions to train on that an image to evaluate on has, too.
+    ours, theirs = (list_text_keys(RecordTable.from_records(part)) for part in split)
     return RecipePlan(
         output=config.output,
         stages=tuple(_Planner(config, *split).list_stages()),
         num_images=(_count_images(split[0]), _count_images(split[1])),
-        num_shared_captions=_count_shared_captions(*split),
+        num_shared_captions=int(np.isin(ours, theirs).sum()),
     )
 
 
@@ -310,11 +312,14 @@ class _Planner:
         self, modality: str, store: Path, num_rows: int, tower: TowerSize
     ) -> PlannedStage:
         width = _BYTES[self.config.extract.store_dtype]
+        state: State = "stopped" if (store / MANIFEST_FILE).is_file() else "to do"
+        if is_complete_store(store):
+            state = "finished"
         return PlannedStage(
             f"extract {modality}",
             counted(num_rows, "image" if modality == "image" else "caption"),
             store,
-            _find_store_state(store),
+            state,
             num_bytes=num_rows * tower.width * width,
         )
 
@@ -346,12 +351,6 @@ def _count_images(records: Sequence[CaptionedImage]) -> int:
     return len({record.name for record in records})
 
 
-def _count_shared_captions(train: Sequence[CaptionedImage], test: Sequence[CaptionedImage]) -> int:
-    """Count the captions to train on that an image to evaluate on has, too."""
-    ours, theirs = (list_text_keys(RecordTable.from_records(part)) for part in (train, test))
-    return int(np.isin(ours, theirs).sum())
-
-
 def is_complete(folder: Path) -> bool:
     """Tell whether a folder that appears by renaming is there."""
     return folder.is_dir() and any(folder.iterdir())
@@ -365,9 +364,3 @@ def _find_state(folder: Path, *, run: Path | None = None) -> State:
     if is_complete(folder):
         return "finished"
     return "stopped" if run is not None and (run / RUN_FILE).is_file() else "to do"
-
-
-def _find_store_state(store: Path) -> State:
-    if is_complete_store(store):
-        return "finished"
-    return "stopped" if (store / MANIFEST_FILE).is_file() else "to do"

@@ -260,7 +260,16 @@ class _Recipe:
         model = self._export(self._align(model))
         self._check_model(model)
         self._evaluate(model)
-        self.say(self._list_outputs(model))
+        outputs = {
+            "model": model,
+            "results": self.paths.evaluation,
+            "fine-tuned": self.paths.fine_tuned,
+            "captions": self.paths.captions,
+            "images": self.paths.images,
+            "teacher": self.paths.teacher,
+            "aligned": self.paths.aligned,
+        }
+        self.say("\n".join(f"{name:<12} {f}" for name, f in outputs.items() if f.exists()))
         return model
 
     def _build(self) -> Path:
@@ -351,18 +360,6 @@ class _Recipe:
     def _say_lines(self, describe: Callable[[Path], list[str]], folder: Path) -> None:
         if self.is_main_process:
             self.say("\n".join(describe(folder)))
-
-    def _list_outputs(self, model: Path) -> str:
-        named = {
-            "model": model,
-            "results": self.paths.evaluation,
-            "fine-tuned": self.paths.fine_tuned,
-            "captions": self.paths.captions,
-            "images": self.paths.images,
-            "teacher": self.paths.teacher,
-            "aligned": self.paths.aligned,
-        }
-        return "\n".join(f"{name:<12} {path}" for name, path in named.items() if path.exists())
 
 
 def _build_towers(config: TrainConfig, folder: Path) -> None:

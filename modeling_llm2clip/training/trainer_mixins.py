@@ -27,7 +27,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from .._suggestions import MAX_LISTED, counted, list_first
-from ..configs.training_config import TrainingConfig
+from ..configs.config_fields import TrainingConfig
 from ..scheduling.graceful_stop import StopRequest
 from .run_folder import CHECKPOINTS, list_trained, mark_complete, require_finite
 
@@ -189,24 +189,23 @@ class TrainedCheckpointMixin(StageTrainerMixin):
 
 
 class JsonLinesCallback(TrainerCallback):
-    """Appends every log of a Trainer to a file, one JSON object per line, with its step."""
+    """Appends every log of a Trainer to a file, one JSON object per line, with its step.
+
+    The last step is logged too, whatever the number of steps between two logs.
+    """
 
     def __init__(self, file: Path) -> None:
         self.file = file
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
         if state.is_world_process_zero and given.get("logs"):
             line = json.dumps({"step": state.global_step, **given["logs"]})
             with self.file.open("a", encoding="utf-8") as stream:
                 stream.write(line + "\n")
-
-
-class LogLastStepCallback(TrainerCallback):
-    """Logs the last step too, whatever the number of steps between two logs."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        if state.global_step >= state.max_steps:
-            control.should_log = True
 
 
 class StopCallback(TrainerCallback):

@@ -154,15 +154,6 @@ def test_mteb_gets_a_published_model_by_its_name(model, folder, tmp_path, way):
     torch.testing.assert_close(torch.load(tmp_path / "out"), wanted, atol=ROUNDING, rtol=0)
 
 
-def test_mteb_reads_nothing_of_a_folder_that_was_not_loaded(folder, tmp_path):
-    not_loaded = shutil.copytree(folder, tmp_path / "not_loaded")
-    with (
-        pytest.warns(UserWarning, match="Could not find model"),
-        pytest.raises(NotImplementedError, match="No model implementation is available"),
-    ):
-        mteb.get_model(str(not_loaded))
-
-
 def test_a_folder_that_was_not_exported_or_a_name_mteb_cannot_file_is_refused(tmp_path, folder):
     with pytest.raises(ValueError, match=r"has no modules.json.*export"):
         load_for_mteb(tmp_path)

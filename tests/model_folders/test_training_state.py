@@ -19,7 +19,7 @@ from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.configs.evaluation_config import EncoderConfig
 from modeling_llm2clip.configs.export_config import ExportConfig
 from modeling_llm2clip.doctor.check_model import check_model
-from modeling_llm2clip.evaluation.encoders.llm2clip import LLM2CLIPEncoder
+from modeling_llm2clip.evaluation.encoders.transformers_models import LLM2CLIPEncoder
 from modeling_llm2clip.model_folders.model_card import CardData
 from modeling_llm2clip.model_folders.model_loading import find_untrained_parts, require_trained
 from modeling_llm2clip.model_folders.model_writing import save_model, save_trained_model

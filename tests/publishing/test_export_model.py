@@ -158,20 +158,6 @@ def test_base_models_are_stated_anew_in_card_and_configuration(
     assert "base_model:\n- owner/vision\n- owner/llm\n" in (folder / "README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"components": "tokenizer"}, "components='tokenizer': Input should be 'full'"),
-        ({"dtype": "int8"}, "dtype='int8': Input should be 'float32'"),
-    ],
-)
-def test_unknown_settings_are_refused_with_the_known_ones(
-    settings: dict[str, str], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        ExportConfig(**settings)
-
-
 def test_one_tower_has_no_other_to_export(part: tuple[str, Path], tmp_path: Path) -> None:
     components, folder = part
     other = {"text": "vision", "vision": "text"}[components]

@@ -1,4 +1,4 @@
-"""What an export writes for hosts, run as Inference Endpoints and Spaces run it."""
+"""What an export writes for a host, run as Inference Endpoints run it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ import importlib.util
 import io
 import json
 import os
-import re
-import socket
 import subprocess
 import sys
-import time
 import zlib
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from packaging.requirements import Requirement
 from PIL import Image
 from sentence_transformers import SentenceTransformer
@@ -30,20 +25,14 @@ from tiny_folders import export_tiny_model
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.export_config import ExportConfig
-from modeling_llm2clip.configuration_llm2clip import LLM2CLIPConfig
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.model_folders.model_writing import save_model
-from modeling_llm2clip.publishing import export_model as export_model_module
 from modeling_llm2clip.publishing.export_model import (
     export_model,
-    render_hosting_files,
 )
 
-HOSTING = {
-    "handler.py", "requirements.txt", "space/app.py", "space/requirements.txt", "space/README.md",
-}  # fmt: skip
 TEXTS = ["two red apples", "a dog"]
 # Both sides run one code on one machine; batches differ, and with them the order of sums.
 TOLERANCE = 1e-5
@@ -51,10 +40,10 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder for both hosts."""
+    """A model folder for the host."""
     root = tmp_path_factory.mktemp("hosted")
     source = export_tiny_model(root / "source")
-    return export_model(source, root / "my: model", ExportConfig(handler=True, space=True))
+    return export_model(source, root / "my: model", ExportConfig(handler=True))
 
 
 @pytest.fixture(scope="module")
@@ -88,61 +77,31 @@ def list_files(folder: Path) -> set[str]:
 
 def test_files_for_hosts_are_written_on_request_alone(folder: Path, tmp_path: Path) -> None:
     plain = export_model(folder, tmp_path / "plain", ExportConfig())
-    assert list_files(folder) - list_files(plain) == HOSTING
+    assert list_files(folder) - list_files(plain) == {"handler.py", "requirements.txt"}
     assert check_model(folder).healthy
 
 
-@pytest.mark.parametrize("pillow", ["12.1.0", "13.0.0"])
-@pytest.mark.parametrize("file", ["requirements.txt", "space/requirements.txt"])
-def test_requirements_are_pinned_to_what_is_installed_here(
-    file: str, pillow: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def find_version(name: str) -> str:
-        return pillow if name == "pillow" else version(name)
-
-    monkeypatch.setattr(export_model_module, "version", find_version)
-    config = LLM2CLIPConfig.from_pretrained(folder)
-    files = render_hosting_files(ExportConfig(handler=True, space=True), config, name="model")
-    lines = files[file].splitlines()
+def test_requirements_are_pinned_to_what_is_installed_here(folder: Path) -> None:
+    lines = (folder / "requirements.txt").read_text("utf-8").splitlines()
     requirements = {requirement.name: requirement for requirement in map(Requirement, lines)}
     assert {"torch", "transformers", "pillow", "torchvision"} <= set(requirements)
     assert lines == sorted(lines)
-    if file.startswith("space/") and pillow == "13.0.0":  # which gradio does not take
-        assert str(requirements.pop("pillow").specifier) == "<13,>=12"
     for name, requirement in requirements.items():
-        assert str(requirement.specifier) == f"=={find_version(name).partition('+')[0]}"
+        assert str(requirement.specifier) == f"=={version(name).partition('+')[0]}"
 
 
 def test_a_timm_tower_brings_its_requirement(tmp_path: Path) -> None:
     source = export_tiny_model(tmp_path / "source", vision="timm")
     written = export_model(source, tmp_path / "out", ExportConfig(handler=True))
     assert "timm==" in (written / "requirements.txt").read_text("utf-8")
-    assert not (written / "space").exists()
 
 
-def test_the_card_of_a_space_is_one(folder: Path) -> None:
-    _, front, _ = (folder / "space" / "README.md").read_text("utf-8").split("---\n")
-    card = yaml.safe_load(front)
-    assert (card["sdk"], card["app_file"], card["title"]) == ("gradio", "app.py", "my: model")
-    assert re.fullmatch(r"6\.\d+\.\d+", card["sdk_version"])
-    assert "TITLE = 'my: model'\n" in (folder / "space" / "app.py").read_text("utf-8")
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (
-            ["--handler", "--components", "vision-tower"],
-            "`handler`: not with components=vision-tower",
-        ),
-        (["--space", "--components", "text"], "`space`: only with components=full"),
-    ],
-)
-def test_a_host_that_cannot_serve_it_is_refused(
-    words: list[str], says: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_vision_tower_without_this_package_has_no_handler(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    words = ["--handler", "--components", "vision-tower"]
     assert main(["export", str(folder), str(tmp_path / "out"), *words]) == 2
-    assert says in capsys.readouterr().err
+    assert "`handler`: not with components=vision-tower" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -353,81 +312,3 @@ def test_the_handler_needs_nothing_but_the_folder(
     )
     wanted = {one["label"]: one["score"] for one in handler(requests[2])}
     assert {one["label"]: one["score"] for one in labels} == pytest.approx(wanted, abs=1e-4)
-
-
-def find_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
-@pytest.fixture
-def space(folder: Path, tmp_path: Path) -> Iterator[str]:
-    """The address of the app, launched as a Space launches it."""
-    port = find_port()
-    arguments = run_without_package([sys.executable, "app.py"], tmp_path)
-    arguments["cwd"] = folder / "space"
-    # As a Space sets them, but on loopback.
-    arguments["env"] |= {
-        "GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port), "SYSTEM": "spaces",
-    }  # fmt: skip
-    log = (tmp_path / "log").open("w")
-    process = subprocess.Popen(**arguments, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        for _ in range(600):
-            with socket.socket() as client:
-                if client.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert process.poll() is None, (tmp_path / "log").read_text("utf-8")
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(30)
-        log.close()
-
-
-@pytest.mark.slow
-def test_the_space_labels_and_searches(space: str, model: Any, tmp_path: Path) -> None:
-    from gradio_client import Client, handle_file
-
-    images = [draw_noise(seed=seed) for seed in range(3)]
-    files = []
-    for number, image in enumerate(images):
-        files.append(str(tmp_path / f"{number}.png"))
-        image.save(files[-1])
-    client = Client(space, verbose=False)
-    found = client.predict(handle_file(files[0]), "cat, dog", "a {}", api_name="/classify")
-    with torch.no_grad():
-        batch = model[1](images=images[:1], text=["a cat", "a dog"])
-        wanted = model[0](**batch).logits_per_image.softmax(-1)[0].tolist()
-    scores = {one["label"]: one["confidence"] for one in found["confidences"]}
-    assert scores == pytest.approx({"cat": wanted[0], "dog": wanted[1]}, abs=1e-4)
-
-    hits = client.predict([handle_file(file) for file in files], "a dog", api_name="/search")
-    cosines = (encode_texts(*model, ["a dog"]) @ encode_images(*model, images).T)[0]
-    assert [hit["caption"] for hit in hits] == [
-        f"{cosine:.3f}" for cosine in sorted(cosines.tolist(), reverse=True)
-    ]
-    with pytest.raises(Exception, match="Give 2 to 100 labels"):
-        client.predict(handle_file(files[0]), "cat", "a {}", api_name="/classify")
-    with pytest.raises(Exception, match="Write what to look for"):
-        client.predict([handle_file(files[0])], " ", api_name="/search")
-
-
-@pytest.mark.parametrize(
-    ("variables", "says"),
-    [({"MODEL_ID": "me/model"}, "needs MODEL_REVISION"),
-     ({"MODEL_ID": "me/model", "MODEL_REVISION": "main"}, "the 40 digits of a commit"),
-     ({}, "There is no model")],
-)  # fmt: skip
-def test_a_space_runs_no_code_of_a_commit_that_is_not_named(
-    variables: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from modeling_llm2clip.publishing.templates import space_app
-
-    for name in ("MODEL_ID", "MODEL_REVISION"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=says):
-        space_app.find_model()

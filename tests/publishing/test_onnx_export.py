@@ -38,7 +38,6 @@ from modeling_llm2clip.model_folders.onnx_folder import graph_file, open_session
 from modeling_llm2clip.publishing import onnx_graphs
 from modeling_llm2clip.publishing.onnx_checks import check_script
 
-ROOT = Path(__file__).parents[2]
 WITHOUT_TORCH = """
 import json, os, runpy, sys
 for name in ("torch", "transformers", "modeling_llm2clip"):
@@ -246,11 +245,6 @@ def run_script(folder: Path, texts: list[str], images: list[str]) -> list[np.nda
     return [np.array(embeds) for embeds in json.loads(done.stdout)]
 
 
-def test_the_page_shows_the_script_that_is_written(exported: Path) -> None:
-    page = (ROOT / "docs" / "onnx.md").read_text(encoding="utf-8")
-    assert (exported / "encode.py").read_text(encoding="utf-8") in page
-
-
 def test_the_record_states_what_the_files_are(exported: Path) -> None:
     import onnx
 
@@ -446,13 +440,6 @@ def test_siglip2s_own_layout_is_refused_by_name(small_data: str, tmp_path: Path)
            components="vision", onnx_data=small_data)  # fmt: skip
 
 
-def test_an_output_that_exists_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    (tmp_path / "output").mkdir()
-    (tmp_path / "output" / "file").touch()
-    with pytest.raises(FileExistsError, match="exists and is not empty"):
-        export_model("no-such-model", tmp_path / "output", ExportConfig(onnx=True))
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -517,13 +504,3 @@ def test_every_llm_family_is_exported(
     texts = ["x", "an owl " * 20]
     wanted = encode_texts(model, processor, texts)
     assert torch.allclose(load_onnx_encoder(folder).encode_texts(texts), wanted, atol=ROUNDING)
-
-
-def test_sentence_transformers_own_backend_gives_the_same(source: Path) -> None:
-    """Skipped until its backend can be installed beside transformers 5."""
-    pytest.importorskip("optimum.onnxruntime", reason="optimum-onnx wants transformers 4")
-    from sentence_transformers import SentenceTransformer
-
-    wanted = SentenceTransformer(str(source)).encode(CAPTIONS)
-    found = SentenceTransformer(str(source), backend="onnx").encode(CAPTIONS)
-    assert np.allclose(found, wanted, atol=ROUNDING)

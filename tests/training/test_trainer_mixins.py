@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import AutoConfig, AutoModel, TrainingArguments
 
-from modeling_llm2clip.configs.training_config import TrainingConfig
+from modeling_llm2clip.configs.config_fields import TrainingConfig
 from modeling_llm2clip.training.trainer_mixins import (
     computes_in_bfloat16,
     find_without_gradient,

@@ -45,11 +45,6 @@ class ChoiceItem:
     image_names: tuple[str, ...] = ()
     place: str = ""
 
-    @property
-    def shown(self) -> tuple[object, ...]:
-        """Identify the images that the question is about; several questions may share them."""
-        return self.image_names or self.images or (self.name,)
-
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceDataset(EvaluationDataset):

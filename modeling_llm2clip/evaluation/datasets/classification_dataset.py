@@ -180,13 +180,13 @@ def _describe_names(
     found: LabeledImages, reading: DatasetReading, names: tuple[str, ...]
 ) -> dict[str, str]:
     """Say where class names are from, and hash those in use, one per line, by their labels."""
-    used = {"names_sha256": hashlib.sha256("\n".join(names).encode()).hexdigest()}
     if reading.class_names is not None:
-        return {"from": "given", **used}
-    if found.names_file is None:
-        return {"from": "names of the folders", **used}
-    file_sha256 = hash_file(found.names_file)
-    return {"from": found.names_file.name, "file_sha256": file_sha256, **used}
+        source = {"from": "given"}
+    elif found.names_file is None:
+        source = {"from": "names of the folders"}
+    else:
+        source = {"from": found.names_file.name, "file_sha256": hash_file(found.names_file)}
+    return {**source, "names_sha256": hashlib.sha256("\n".join(names).encode()).hexdigest()}
 
 
 def _choose_templates(reading: DatasetReading) -> tuple[str, ...]:
@@ -266,15 +266,11 @@ def _walk_class_folders(
     root: Path, reading: DatasetReading
 ) -> tuple[tuple[tuple[str, Path, str], ...], tuple[str, ...]]:
     """List every image of the class folders, and the folders' names, both in their order."""
-    if not root.is_dir():
-        raise ValueError(
-            f"{reading.source}: {root} is not a folder. Give the folder of class folders."
-        )
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+    folders = sorted(path for path in root.glob("[!.]*") if path.is_dir())
     if not folders:
         raise ValueError(
-            f"{reading.source}: {root} has no class folders. Put the images of each class into "
-            "a folder."
+            f"{reading.source}: {root} is not a folder with class folders. Put the images of each "
+            "class into a folder."
         )
     for file in sorted(path for path in root.iterdir() if path.is_file()):
         if is_image(file) and not file.name.startswith("."):

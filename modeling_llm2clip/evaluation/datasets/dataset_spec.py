@@ -218,8 +218,6 @@ class DatasetReading:
         for name in names:
             if (folder / name).is_file():
                 return self.note_file(folder / name)
-        if not folder.exists():
-            raise ValueError(f"{self.source}: {folder} does not exist. {advice}")
         raise ValueError(f"{self.source}: {folder} has no {' and no '.join(names)}. {advice}")
 
     def note_file(self, file: Path) -> Path:

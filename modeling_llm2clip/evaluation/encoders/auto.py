@@ -21,12 +21,11 @@ from ...configs.evaluation_config import EncoderConfig, EvaluatedModel
 from ...data.sources.json_files import read_json
 from ...model_folders.model_folder import find_model_folder
 from .encoder import EvaluationEncoder
-from .llm2clip import LLM2CLIPEncoder
 from .open_clip_models import CONFIG_FILE as OPEN_CLIP_CONFIG
 from .open_clip_models import WEIGHT_FILES, OpenClipEncoder, find_weights
 from .sentence_transformers_models import SentenceTransformerEncoder
 from .stored_embeddings import StoredEmbeddingsEncoder, holds_embeddings
-from .transformers_models import TransformersEncoder
+from .transformers_models import LLM2CLIPEncoder, TransformersEncoder
 
 _ENCODERS: dict[str, Callable[..., EvaluationEncoder]] = {
     "llm2clip": LLM2CLIPEncoder,

@@ -17,12 +17,10 @@ from PIL.Image import Resampling
 from torch import Tensor
 
 from ...configs.evaluation_config import EncoderConfig
-from ...configuration_llm2clip import LLM2CLIPConfig
 from ...encoding.batches import OnBatch, list_keys
 from ...encoding.devices import find_device
 from ...encoding.encoder_interface import choose_batches
 from ...encoding.tokenized_texts import TokenizedTexts
-from ...model_folders.model_loading import find_untrained_parts
 
 # transformers' families name the same things differently; null is what a model does not do.
 _PATCH_FIELDS = ("patch_size", "max_num_patches")
@@ -168,12 +166,6 @@ def choose_dtype(config: EncoderConfig, saved: str) -> str:
     return saved if config.dtype == "saved" else config.dtype
 
 
-def describe_untrained(config: LLM2CLIPConfig) -> dict[str, Any]:
-    """Name the parts with random weights, for `EncoderDescription.run`."""
-    parts = find_untrained_parts(config)
-    return {"untrained_parts": list(parts)} if parts else {}
-
-
 class KnownRows:
     """Embeddings of inputs that were encoded already."""
 
@@ -200,21 +192,22 @@ def describe_image_processor(image_processor: Any) -> dict[str, Any]:
     fields: dict[str, Any] = image_processor.to_dict()
     resample = fields.get("resample")
     normalizes = fields.get("do_normalize", True)
+    moments = (
+        [round(float(value), 8) for value in fields[name]]
+        if normalizes and fields.get(name) is not None
+        else None
+        for name in ("image_mean", "image_std")
+    )
     described = {
         **OPENING,
         "processor": type(image_processor).__name__,
         "resize": fields.get("size") if fields.get("do_resize", True) else None,
         "crop": fields.get("crop_size") if fields.get("do_center_crop") else None,
         "interpolation": None if resample is None else Resampling(int(resample)).name.lower(),
-        "mean": _round(fields.get("image_mean")) if normalizes else None,
-        "std": _round(fields.get("image_std")) if normalizes else None,
+        **dict(zip(("mean", "std"), moments, strict=True)),
         "scale": fields.get("rescale_factor") if fields.get("do_rescale", True) else None,
     }
     return described | {name: fields[name] for name in _PATCH_FIELDS if name in fields}
-
-
-def _round(values: Any) -> list[float] | None:
-    return None if values is None else [round(float(value), 8) for value in values]
 
 
 def describe_activation(config: Any) -> str:

@@ -1,6 +1,8 @@
-"""The dual encoders of transformers, such as CLIP and SigLIP, with their own text encoders.
+"""Models of transformers: those of this package, and dual encoders such as CLIP and SigLIP.
 
-`encoding/dual_encoder.py` has the form of texts that each family was trained with.
+A model of this package gives the embeddings that `AutoModel` returns, computed on the fast paths.
+The others have their own text encoders; `encoding/dual_encoder.py` has the form of texts that each
+family was trained with.
 """
 
 from __future__ import annotations
@@ -10,9 +12,22 @@ from functools import cached_property
 from pathlib import Path
 
 from ...configs.evaluation_config import EncoderConfig
+from ...configuration_llm2clip import LLM2CLIPConfig
 from ...encoding.dual_encoder import DualEncoder, DualEncoderProcessor
+from ...encoding.encode import TorchEncoder
 from ...loading_llm2clip import list_weight_files
-from ...model_folders.fingerprint import fingerprint_weights, hash_model_files
+from ...model_folders.fingerprint import (
+    describe_prompt,
+    fingerprint_model,
+    fingerprint_text,
+    fingerprint_vision,
+    fingerprint_weights,
+    hash_model_files,
+)
+from ...model_folders.model_loading import find_untrained_parts, warn_of_untrained
+from ...model_folders.training_images import ImageTally, read_training_images
+from ...modeling_llm2clip import LLM2CLIPModel
+from ...processing_llm2clip import LLM2CLIPProcessor
 from .encoder import (
     EncodedTexts,
     EncoderDescription,
@@ -22,6 +37,68 @@ from .encoder import (
     describe_image_processor,
     is_uncased,
 )
+
+
+class LLM2CLIPEncoder(EvaluationEncoder):
+    """A model folder of this package."""
+
+    def __init__(self, folder: Path, config: EncoderConfig, *, source: str) -> None:
+        super().__init__(folder, config, source=source)
+        self._processor = LLM2CLIPProcessor.from_pretrained(folder)
+        self._config = LLM2CLIPConfig.from_pretrained(folder)
+        self._training_images = read_training_images(folder)
+        self._tally = ImageTally()
+        self._on_batch = lambda _, tower_embeds: self._tally.add(tower_embeds)
+        warn_of_untrained(self._config, source)
+
+    def take_far_images(self) -> str | None:
+        tally, self._tally = self._tally, ImageTally()
+        return None if self._training_images is None else self._training_images.describe_far(tally)
+
+    @cached_property
+    def _model(self) -> TorchEncoder:
+        model = LLM2CLIPModel.from_pretrained(
+            self._path, dtype=choose_dtype(self._run_config, "auto")
+        )
+        return TorchEncoder(model.to(self._device).eval(), self._processor)
+
+    @cached_property
+    def description(self) -> EncoderDescription:
+        config = self._config
+        parts = find_untrained_parts(config)
+        text, vision = fingerprint_text(self._path), fingerprint_vision(self._path)
+        model = fingerprint_model(self._path)
+        saved = model.pop("dtype")
+        fingerprint = {
+            **model,
+            "tokenizer": text["tokenizer"],
+            "text_architecture": text["architecture"],
+            "vision_architecture": vision["architecture"],
+            "image_processor": vision["image_processor"],
+        }
+        tokenizer = self._processor.tokenizer
+        prompt = describe_prompt(tokenizer.backend_tokenizer, config)
+        return EncoderDescription(
+            model_type="llm2clip",
+            source=self._source,
+            fingerprint=fingerprint,
+            text={
+                "prompt": dict(zip(("before", "after"), prompt, strict=True)),
+                "max_tokens": self._processor.longest_text,
+                "padding": "none that is pooled",
+                "lower_case": is_uncased(tokenizer),
+                "pooling": text["pooling"],
+                "direction": text["direction"],
+                "activation": describe_activation(config.text_config),
+            },
+            images={
+                **describe_image_processor(self._processor.image_processor),
+                "pooling": vision["pooling"],
+                "activation": describe_activation(config.vision_config),
+            },
+            dtype=choose_dtype(self._run_config, saved),
+            run=self._describe_run() | ({"untrained_parts": list(parts)} if parts else {}),
+        )
 
 
 class TransformersEncoder(EvaluationEncoder):

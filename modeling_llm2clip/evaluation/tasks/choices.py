@@ -72,7 +72,8 @@ def _score(dataset: ChoiceDataset, answers: Mapping[str, Tensor]) -> dict[str, A
     categories = [item.category for item in dataset.items]
     numbers: dict[tuple[object, ...], int] = {}
     # Questions about one image succeed and fail together.
-    images = torch.tensor([numbers.setdefault(i.shown, len(numbers)) for i in dataset.items])
+    shown = [item.image_names or item.images or (item.name,) for item in dataset.items]
+    images = torch.tensor([numbers.setdefault(names, len(numbers)) for names in shown])
     scores: dict[str, Any] = {
         name: {**mean_with_interval(right.double(), clusters=images), "chance": _CHANCES[name]}
         for name, right in answers.items()

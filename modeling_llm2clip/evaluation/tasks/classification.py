@@ -17,7 +17,6 @@ from .task import BY_COSINE, Datasets, Task, TaskScores, count_texts, describe_i
 
 _KS = (1, 5)
 _NUM_CONFUSED = 20
-_ROWS_AT_ONCE = 1024
 _NEAR = 1e-4  # of a cosine in float32, far above its rounding error
 
 
@@ -28,11 +27,6 @@ def _run_classification(encoder: EvaluationEncoder, datasets: Datasets) -> TaskS
     num_prompts = [len(dataset.templates)] * len(dataset.class_names)
     classes = average_prompts(texts.embeds, num_prompts)
     images = F.normalize(encoder.encode_images(dataset.images, names=dataset.image_names), dim=-1)
-    if images.shape[1] != classes.shape[1]:
-        raise ValueError(
-            f"Images have width {images.shape[1]}, texts {classes.shape[1]}; they must come from "
-            "one model."
-        )
     labels = torch.tensor(dataset.labels)
     ranks, predicted = rank_classes(images, classes, labels)
     num_classes = len(classes)
@@ -74,15 +68,11 @@ def find_tied_classes(classes: Tensor) -> list[int]:
     A model may not distinguish names that a reader does: they differ in case, or after the last
     token that it reads.
     """
-    tied: set[int] = set()
-    for start in range(0, len(classes), _ROWS_AT_ONCE):
-        # A product finds candidates among all pairs; only their difference is exact enough.
-        near = classes[start : start + _ROWS_AT_ONCE] @ classes.T > 1 - _NEAR
-        first, second = near.nonzero().T
-        first = first + start
-        distances = (classes[first].double() - classes[second].double()).norm(dim=1)
-        tied.update(first[(first != second) & (distances <= TIE_TOLERANCE)].tolist())
-    return sorted(tied)
+    # A product finds candidates among all pairs; only their difference is exact enough.
+    first, second = (classes @ classes.T > 1 - _NEAR).nonzero().T
+    distances = (classes[first].double() - classes[second].double()).norm(dim=1)
+    rows: list[int] = first[(first != second) & (distances <= TIE_TOLERANCE)].unique().tolist()
+    return rows
 
 
 def _score(

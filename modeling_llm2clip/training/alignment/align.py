@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -68,8 +68,8 @@ from .alignment_trainer import (
 from .best_weights import BEST_FILE, BestWeightsCallback, TrainingObjective, copy_trained
 from .held_out import ZeroShotImages, embed_batches, load_labeled_images
 from .image_summary import write_image_summary
-from .inheritance import inherit, save_inherited
-from .projection_init import ProjectionInit, init_projections, repeat_init
+from .inheritance import copy_text_side, inherit
+from .projection_init import INHERITED_FILE, ProjectionInit, init_projections, repeat_init
 from .run_data import RecordData, RunData, StreamData, open_records, open_stream
 
 MODEL_FOLDER = "model"
@@ -174,7 +174,13 @@ def plan_align(
     """Make every check of an alignment that needs neither its data nor its model."""
     config, output = config or AlignConfig(), Path(output)
     stores = open_stores(config, caption_store, image_store, inherit_from)
-    chosen = _choose_loss(loss, config)
+    chosen = build_loss(config, loss)
+    parameters = chosen.parameters() if isinstance(chosen, nn.Module) else ()
+    if is_sharded() and any(parameter.requires_grad for parameter in parameters):
+        raise ValueError(
+            f"{type(chosen).__name__} has parameters, which are not trained under FSDP. Use the "
+            "configuration for DDP."
+        )
     require_output(output, resume=resume, model=output / MODEL_FOLDER)
     labeled = None if config.zero_shot is None else load_labeled_images(config.zero_shot)
     return AlignPlan(output, config, chosen, resume, *stores, labeled)
@@ -234,17 +240,6 @@ def run_alignment(
     return output / MODEL_FOLDER
 
 
-def _choose_loss(loss: Loss | None, config: AlignConfig) -> Loss:
-    chosen = build_loss(config, loss)
-    parameters = chosen.parameters() if isinstance(chosen, nn.Module) else ()
-    if is_sharded() and any(parameter.requires_grad for parameter in parameters):
-        raise ValueError(
-            f"{type(chosen).__name__} has parameters, which are not trained under FSDP. Use the "
-            "configuration for DDP."
-        )
-    return chosen
-
-
 def _require_fitting(folder: Path, plan: AlignPlan) -> dict[str, Any]:
     """Refuse stores and options that do not fit the model; return its fingerprint."""
     config, text, vision = plan.config, fingerprint_text(folder), fingerprint_vision(folder)
@@ -300,7 +295,8 @@ def _choose(
         write_run_record(output, config, inputs, model=model)
         add_results(output, start=asdict(start))
         if start.inheritance is not None and last is None:
-            save_inherited(model, output)
+            # From here, a resumed run and the last fit start, too.
+            save_file(copy_text_side(model), output / INHERITED_FILE)
     best = _make_best_weights(fit, length, start, model)
     objective = None
     if best is None and length.num_trained and isinstance(fit.data, RecordData):
@@ -394,7 +390,7 @@ def _record_end(
         text_adapter_trained=was_trained
         or start.has_new_adapter
         or start.inheritance is not None
-        or (best_step > 0 and not trainer.config.lock_text),
+        or (best_step > 0 and not trainer.data.config.lock_text),
     )
 
 

@@ -115,7 +115,6 @@ class AlignmentFit:
         trainer = AlignmentTrainer(
             model,
             self.data,
-            config=self.config,
             length=length,
             training_arguments=arguments,
             callbacks=[recorded, StopCallback(stop), *self.callbacks],

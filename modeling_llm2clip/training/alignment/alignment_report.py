@@ -264,25 +264,21 @@ def _describe_stream(results: Mapping[str, Any]) -> list[str]:
 def _describe_start(start: Mapping[str, Any]) -> str:
     cca, inherited = start["cca"], start["inheritance"]
     if inherited is not None:
-        return _describe_inheritance(inherited)
+        distance = inherited["distance"]
+        kind = "held-out" if inherited["is_held_out"] else "training"
+        return (
+            f"the text side inherited {counted(inherited['num_captions'], 'caption')} from the "
+            f"text encoder of the vision tower, {inherited['num_too_long']:,} more are longer than "
+            f"that reads; distance on {counted(inherited['num_measured'], kind + ' caption')}: "
+            f"{distance['before']:.3f} before, {distance['closed_form']:.3f} by the closed form, "
+            f"{distance['after']:.3f} after {inherited['best_step']} of {inherited['steps']} steps"
+        )
     if cca is not None:
         return (
             f"canonical correlation of {cca['num_pairs']:,} pairs, shrinkage "
             f"{cca['text_shrinkage']:g} for texts and {cca['image_shrinkage']:g} for images"
         )
     return "the model's projections" if start["is_trained"] else "random projections"
-
-
-def _describe_inheritance(inherited: Mapping[str, Any]) -> str:
-    distance = inherited["distance"]
-    of_whom = "held-out" if inherited["is_held_out"] else "training"
-    return (
-        f"the text side inherited {counted(inherited['num_captions'], 'caption')} from the text "
-        f"encoder of the vision tower, {inherited['num_too_long']:,} more are longer than that "
-        f"reads; distance on {counted(inherited['num_measured'], of_whom + ' caption')}: "
-        f"{distance['before']:.3f} before, {distance['closed_form']:.3f} by the closed form, "
-        f"{distance['after']:.3f} after {inherited['best_step']} of {inherited['steps']} steps"
-    )
 
 
 def _show(scores: HeldOutScores) -> str:

@@ -23,7 +23,6 @@ from ...scheduling.processes import choose_device, require_all_processes
 from ..losses.loss import LossInputs
 from ..run_folder import list_trained
 from ..trainer_mixins import (
-    LogLastStepCallback,
     TrainedCheckpointMixin,
     count_warmup_steps,
     training_arguments_on,
@@ -137,12 +136,10 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         model: AlignmentModel,
         data: RunData,
         *,
-        config: AlignConfig,
         length: RunLength,
         training_arguments: TrainingArguments,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        self.config = config
         self.alignment_model = model
         self.length = length
         training_arguments.max_steps = length.num_trained
@@ -158,7 +155,7 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         self._input_times = InputTimesCallback(
             epoch_at=data.epoch_at, shown=training_arguments.should_log
         )
-        self._rates = find_learning_rates(model, config, learning_rate=length.learning_rate)
+        self._rates = find_learning_rates(model, data.config, learning_rate=length.learning_rate)
         self._inverse_temperature = model.logit_head().detach()
         super().__init__(
             model=model,
@@ -166,7 +163,6 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
             train_dataset=data.dataset,
             callbacks=[
                 ClampTemperatureCallback(),
-                LogLastStepCallback(),
                 self._input_times,
                 *callbacks,
             ],
@@ -202,7 +198,7 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
             groups = [
                 {
                     "params": grouped[key],
-                    "weight_decay": 0.0 if key[2] else self.config.weight_decay,
+                    "weight_decay": 0.0 if key[2] else self.data.config.weight_decay,
                     "lr": -key[1],
                     "begin": key[0],
                 }
@@ -225,7 +221,7 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
                 [
                     warm_up_then_cosine(
                         self.length.num_steps,
-                        warmup_steps=self.config.warmup_steps,
+                        warmup_steps=self.data.config.warmup_steps,
                         begin=group["begin"],
                     )
                     for group in chosen.param_groups

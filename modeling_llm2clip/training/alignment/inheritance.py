@@ -13,12 +13,10 @@ a batch is of any captions. Its sums over a process's batch are divided by the n
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
@@ -32,7 +30,6 @@ from .alignment_data import list_pairs
 from .alignment_fit import AlignmentFit
 from .alignment_model import AlignmentModel
 from .projection_init import (
-    INHERITED_FILE,
     RATE_FROM_TRAINED,
     SHRINKAGES,
     Side,
@@ -124,11 +121,6 @@ def copy_text_side(model: AlignmentModel) -> dict[str, Tensor]:
         for name, value in model.state_dict().items()
         if name.startswith(("text_adapter.", "text_projection."))
     }
-
-
-def save_inherited(model: AlignmentModel, output: Path) -> None:
-    """Keep the text side, from which a resumed run and the last fit start, too."""
-    save_file(copy_text_side(model), output / INHERITED_FILE)
 
 
 class _Captions:

@@ -7,7 +7,7 @@ trainer and the losses of sentence-transformers.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -195,13 +195,15 @@ def check_finetuning(
 def describe_finetuning(output: Path) -> list[str]:
     record = read_run_record(output)
     results, inputs = record["results"], record["inputs"]
+    before, after = results["cra_before"], results["cra_after"]
+    warning = WORSE if results.get("cra_unmerged", after) < before else WORSE_BY_MERGING
     lines = []
     if skipped := inputs["num_single_captions_skipped"]:
         lines.append(f"Skipped {counted(skipped, 'image')} with one caption only.")
     lines += [
         f"Wrote {output / LORA_FOLDER}. Caption retrieval accuracy on {results['num_held_out']} "
-        f"held-out images: {results['cra_before']:.1%} -> {results['cra_after']:.1%}.",
-        *_describe_loss_of_accuracy(results),
+        f"held-out images: {before:.1%} -> {after:.1%}.",
+        *([warning] if after < before else []),
         f"Truncated {results['num_truncated']:,} of {counted(results['num_texts'], 'text')}, to "
         f"{inputs['fingerprint']['max_text_length']} tokens.",
     ]
@@ -218,13 +220,6 @@ def describe_finetuning(output: Path) -> list[str]:
             f"changes, and without it the accuracy was {results['cra_unmerged']:.1%}."
         )
     return lines
-
-
-def _describe_loss_of_accuracy(results: Mapping[str, Any]) -> list[str]:
-    before, after = results["cra_before"], results["cra_after"]
-    if after >= before:
-        return []
-    return [WORSE if results.get("cra_unmerged", after) < before else WORSE_BY_MERGING]
 
 
 def _prepare(

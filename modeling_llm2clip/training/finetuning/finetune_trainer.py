@@ -42,7 +42,6 @@ from ...processing_llm2clip import LLM2CLIPProcessor, check_texts
 from ..run_folder import METRICS_FILE, require_finite
 from ..trainer_mixins import (
     JsonLinesCallback,
-    LogLastStepCallback,
     StageTrainerMixin,
     count_warmup_steps,
     find_pooler,
@@ -134,7 +133,13 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
 
     def load_lora(self, folder: Path) -> None:
         require_same_meaning(folder, self.adapted.peft_config["default"])
-        _require_same_base(folder, str(self.llm2clip.text_model.config._name_or_path or ""))
+        base = str(self.llm2clip.text_model.config._name_or_path or "")
+        stated = str(LoraConfig.from_pretrained(str(folder)).base_model_name_or_path or "")
+        if stated and base and not is_same_base(stated, base):  # both have a name to compare
+            raise ValueError(
+                f"{folder} is for the base {stated!r}, but the LLM is {base!r}. Begin from a LoRA "
+                "of this LLM, or leave init_lora out."
+            )
         weights = load_file(folder / LORA_WEIGHTS)
         result = set_peft_model_state_dict(self.adapted, weights)
         missing = [key for key in result.missing_keys if "lora_" in key]
@@ -218,15 +223,6 @@ def require_same_meaning(folder: Path, wanted: LoraConfig) -> None:
         raise ValueError(
             f"{folder} has {'; '.join(errors)}. Give this run the same lora_rank and lora_alpha; "
             "other differences are not supported."
-        )
-
-
-def _require_same_base(folder: Path, base: str) -> None:
-    stated = str(LoraConfig.from_pretrained(str(folder)).base_model_name_or_path or "")
-    if stated and base and not is_same_base(stated, base):  # both have a name to compare
-        raise ValueError(
-            f"{folder} is for the base {stated!r}, but the LLM is {base!r}. Begin from a LoRA of "
-            "this LLM, or leave init_lora out."
         )
 
 
@@ -333,7 +329,7 @@ def make_trainer(
         loss=_make_loss(wrapped, config),
         evaluator=_CaptionRetrieval(encoder, data.held_out) if config.eval_steps else None,
         data_collator=PairCollator(wrapped.preprocess),
-        callbacks=[LogLastStepCallback(), JsonLinesCallback(output / METRICS_FILE), *callbacks],
+        callbacks=[JsonLinesCallback(output / METRICS_FILE), *callbacks],
     )
     trainer.encoder, trainer.steps_per_epoch = encoder, steps_per_epoch
     return trainer

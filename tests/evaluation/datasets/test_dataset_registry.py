@@ -85,7 +85,7 @@ def test_the_captions_of_xm3600_are_as_many_as_its_paper_counts() -> None:
         ("sugarcrepe", "github.com/RAIVNLab/sugar-crepe"),
         ("winoground", "datasets/facebook/winoground"),
         ("imagenet", "LOC_synset_mapping.txt"),
-        ("image-folder", "no class folders"),
+        ("image-folder", "is not a folder with class folders"),
         ("folder", "captions.jsonl"),
     ],
 )

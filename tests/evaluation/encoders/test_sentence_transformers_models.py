@@ -19,10 +19,6 @@ from modeling_llm2clip.evaluation.encoders.auto import load_encoder
 from modeling_llm2clip.publishing.export_model import export_model
 
 
-def test_a_sentence_transformer_without_images_says_so(models: Any) -> None:
-    assert load_encoder(models("sentence-transformers")).description.images is None
-
-
 def test_our_folder_is_a_sentence_transformer_if_that_is_requested(
     models: Any, images: list[Path]
 ) -> None:

@@ -36,7 +36,7 @@ from modeling_llm2clip.training.alignment.held_out import (
     choose_held_out,
 )
 from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
-from modeling_llm2clip.training.losses import gathering
+from modeling_llm2clip.training.losses import loss as loss_module
 from modeling_llm2clip.training.losses.loss import LossInputs
 from modeling_llm2clip.training.losses.pairs import ContrastiveLoss
 from modeling_llm2clip.training.run_folder import add_results, read_results
@@ -320,7 +320,7 @@ def test_many_rows_without_gradients_are_compared_a_few_at_a_time(
     generator = torch.Generator().manual_seed(0)
     images, texts = (F.normalize(torch.randn(9, 8, generator=generator), dim=-1) for _ in range(2))
     inputs = LossInputs(images, texts, LogitRule(torch.ones(1)), torch.arange(9))
-    monkeypatch.setattr(gathering, "_ROWS_WITHOUT_GRADIENT", 4)
+    monkeypatch.setattr(loss_module, "_ROWS_WITHOUT_GRADIENT", 4)
     seen: list[int] = []
     compute = ContrastiveLoss.sum_rows
     monkeypatch.setattr(

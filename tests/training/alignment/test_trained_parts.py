@@ -190,7 +190,7 @@ def test_parameter_groups_are_by_layer_and_by_decay(prepared: Prepared, tmp_path
     )  # fmt: skip
     arguments = make_training_arguments(tmp_path, config)
     trainer = AlignmentTrainer(
-        model, RecordData(dataset, np.arange(len(dataset)), config), config=config,
+        model, RecordData(dataset, np.arange(len(dataset)), config),
         length=RunLength(num_steps=40, batch_size=8, learning_rate=1e-3, adapter_begin=10),
         training_arguments=arguments,
     )  # fmt: skip

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.heads_llm2clip import LogitRule
-from modeling_llm2clip.training.losses import gathering
+from modeling_llm2clip.training.losses import loss as loss_module
 from modeling_llm2clip.training.losses.choose_loss import MatryoshkaLoss, WeightedSum, build_loss
 from modeling_llm2clip.training.losses.distillation import SelfDistillationLoss
 from modeling_llm2clip.training.losses.loss import LossInputs, identify_loss
@@ -191,7 +191,7 @@ def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path: Path) -> Non
 def test_a_loss_of_many_rows_without_gradients_is_computed_a_few_at_a_time(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gathering, "_ROWS_WITHOUT_GRADIENT", 3)
+    monkeypatch.setattr(loss_module, "_ROWS_WITHOUT_GRADIENT", 3)
     shapes: set[tuple[int, ...]] = set()
 
     class Watch(TorchFunctionMode):

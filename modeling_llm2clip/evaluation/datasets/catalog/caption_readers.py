@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 from ...._suggestions import counted
 from ....data.records.record_loading import find_example_data, load_records
-from ....data.records.records import CaptionedImage
 from ....data.records.splits import choose_test_rows, split_records
 from ....data.sources.coco import read_coco
 from ....data.sources.json_files import iterate_json_list, read_json, read_json_lines
@@ -301,7 +300,12 @@ def _group_lines(file: Path, reading: DatasetReading) -> dict[str, list[_Line]]:
 def read_emoji(reading: DatasetReading) -> Iterator[PublishedRecord]:
     """Yield one image of each emoji of the test split, with its name in one language."""
     if "emoji" not in reading.cache.records:
-        reading.cache.records["emoji"] = _choose_emoji()
+        records = load_records(find_example_data() / "emoji")
+        english = [record for record in records if record.lang == "en"]
+        _, held_out = split_records(english, test_size=NUM_TEST_GROUPS, seed=EMOJI_SEED)
+        rows = choose_test_rows(english, {record.group_id for record in held_out})
+        captions = {(record.name, record.lang): record.captions[:1] for record in records}
+        reading.cache.records["emoji"] = [english[row] for row in rows], captions
     tested, captions = reading.cache.records["emoji"]
     reading.notes["seed"] = EMOJI_SEED
     for record in tested:
@@ -312,12 +316,3 @@ def read_emoji(reading: DatasetReading) -> Iterator[PublishedRecord]:
             image=record.image,
             group_id=record.group_id,
         )
-
-
-def _choose_emoji() -> tuple[list[CaptionedImage], dict[tuple[str, str], tuple[str, ...]]]:
-    records = load_records(find_example_data() / "emoji")
-    english = [record for record in records if record.lang == "en"]
-    _, held_out = split_records(english, test_size=NUM_TEST_GROUPS, seed=EMOJI_SEED)
-    groups = {record.group_id for record in held_out}
-    tested = [english[row] for row in choose_test_rows(english, groups)]
-    return tested, {(record.name, record.lang): record.captions[:1] for record in records}

@@ -36,7 +36,7 @@ def test_sugarcrepe_has_an_image_or_another_caption_of_it(tmp_path: Path) -> Non
     assert [item.category for item in seen.items][:2] == ["add_att", "add_obj"]
     assert seen.items[1].captions == ("image 0, caption 1", "image 1, caption 1")
     assert seen.items[1].images == (folder / "val2017" / "000000000139.jpg",)
-    assert [item.shown for item in read.items] == [item.shown for item in seen.items]
+    assert [item.image_names for item in read.items] == [item.image_names for item in seen.items]
     # The anchor is another caption than the true one, which in the first item is caption 0.
     assert [item.anchor for item in read.items][:2] == [
         "image 0, caption 1",

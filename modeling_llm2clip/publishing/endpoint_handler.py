@@ -53,10 +53,6 @@ class EndpointHandler:
         model = AutoModel.from_pretrained(path or ".", dtype="auto", **options)
         self.model = model.to(device).eval()
         self.processor = AutoProcessor.from_pretrained(path or ".", **options)
-        self.encodes = {
-            "text": hasattr(model, "get_text_features"),
-            "image": hasattr(model, "get_image_features"),
-        }
 
     def __call__(self, data: dict[str, Any]) -> list[Any]:
         """Answer one request.
@@ -91,17 +87,13 @@ class EndpointHandler:
             results = self._classify(several, **{name: parameters[name] for name in given})
         return results if isinstance(inputs, list) else results[0]
 
-    def _find_instruction(self, name: Any) -> str:
-        instructions = {"query": "", "document": "", **self.model.config.instructions}
-        if name is None:
-            return ""
-        if name not in list(instructions):  # a list compares what has no hash, too
-            raise ValueError(f"prompt_name: got {name!r}; known are {list(instructions)}.")
-        return str(instructions[name])
-
     def _embed(self, inputs: Sequence[Any], parameters: dict[str, Any]) -> list[Any]:
         """Embed texts and images in batches, and return them in their order."""
-        instruction = self._find_instruction(parameters.get("prompt_name"))
+        instructions = {None: "", "query": "", "document": "", **self.model.config.instructions}
+        name = parameters.get("prompt_name")
+        if name not in list(instructions):  # a list compares what has no hash, too
+            raise ValueError(f"prompt_name: got {name!r}; known are {list(instructions)[1:]}.")
+        instruction = str(instructions[name])
         width = self.model.config.projection_dim
         dimensions = parameters.get("dimensions")
         dimensions = width if dimensions is None else dimensions
@@ -111,7 +103,7 @@ class EndpointHandler:
         rows: dict[int, list[float]] = {}
         for modality in ("text", "image"):
             places = [place for place, (kind, _) in enumerate(read) if kind == modality]
-            if places and not self.encodes[modality]:
+            if places and not hasattr(self.model, f"get_{modality}_features"):
                 raise ValueError(f"This model encodes no {modality}s.")
             for start in range(0, len(places), BATCH_SIZE):
                 batch = places[start : start + BATCH_SIZE]
@@ -143,7 +135,7 @@ class EndpointHandler:
         hypothesis_template: Any = HYPOTHESIS_TEMPLATE,
     ) -> list[list[dict[str, Any]]]:
         """Compare each image with the sentences of all labels."""
-        if not all(self.encodes.values()):
+        if not hasattr(self.model, "compare"):
             raise ValueError("This model has one tower; labels need texts and images.")
         given = candidate_labels if isinstance(candidate_labels, list) else []
         labels = [label.strip() for label in given if isinstance(label, str)]

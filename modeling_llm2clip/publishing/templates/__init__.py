@@ -1,1 +1,0 @@
-"""Files that an export writes for hosts; each runs there without this package."""

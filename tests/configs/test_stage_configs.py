@@ -1,0 +1,126 @@
+"""Options of the stages: what excludes what, what is given once, and what has no default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from modeling_llm2clip import configuration_llm2clip
+from modeling_llm2clip.configs.build_config import (
+    CHAT_TEMPLATE,
+    PROMPT_NAMES,
+    PROMPT_PRESETS,
+    BuildConfig,
+    TextPooling,
+    VisionPooling,
+)
+from modeling_llm2clip.configs.config_fields import Config, make_config
+from modeling_llm2clip.configs.evaluation_config import EvaluatedModel, EvaluationConfig
+from modeling_llm2clip.configs.export_config import CardConfig, ExportConfig
+from modeling_llm2clip.configs.source_format import SourceFormat
+from modeling_llm2clip.configs.train_config import TrainConfig
+from modeling_llm2clip.conversion.convert_checkpoint import convert_checkpoint
+from modeling_llm2clip.conversion.layouts import LAYOUTS, find_layout
+
+LEAST = {"vision_model": "embedded", "text_model": "embedded", "data": "images", "output": "runs"}
+OTHER = {"license": "other", "license_name": "Mine", "license_link": "https://example.org"}
+_PROMPT = "prompt=none excludes prompt_prefix"
+_LICENSE = "license_name and license_link need license=other"
+
+
+@pytest.mark.parametrize(
+    ("config_type", "values", "message"),
+    [
+        (BuildConfig, {"prompt": "none", "prompt_prefix": ""}, _PROMPT),
+        (BuildConfig, {"prompt": "none", "prompt_suffix": "x"}, _PROMPT),
+        (SourceFormat, {"layout": "openai", "prompt_prefix": "x"}, "excludes prompt_prefix"),
+        (CardConfig, {**OTHER, "license_link": None}, "license=other needs license_name and"),
+        (CardConfig, {**OTHER, "license": None}, _LICENSE),
+        # A name would stand beside the address of another license.
+        (CardConfig, {**OTHER, "license": "apache-2.0", "license_link": None}, _LICENSE),
+        (CardConfig, {**OTHER, "license": "apache-2.0", "license_name": None}, _LICENSE),
+        (CardConfig, {"license": "Apache 2.0"}, r"an identifier of the Hub, like apache-2\.0"),
+        (CardConfig, {"license": ""}, r"an identifier of the Hub, like apache-2\.0"),
+        (CardConfig, {"license": "MIT!"}, r"an identifier of the Hub, like apache-2\.0"),
+        (ExportConfig, {"max_shard_size": "5"}, "must be a size, like 5GB or 500MB"),
+        (ExportConfig, {"max_shard_size": "0GB"}, "must be a size, like 5GB or 500MB"),
+        (ExportConfig, {"max_shard_size": "5 GB"}, "must be a size, like 5GB or 500MB"),
+        (ExportConfig, {"max_shard_size": "-1MB"}, "must be a size, like 5GB or 500MB"),
+        (EvaluatedModel, {"source": "model", "name": "a/b"}, r"Name it: NAME=model\."),
+        (EvaluatedModel, {"source": "model", "name": ".hidden"}, r"Name it: NAME=model\."),
+        (
+            EvaluationConfig,
+            {"skip_invalid": True, "check_images": False},
+            "needs check_images=True",
+        ),
+        (EvaluationConfig, {"languages": ("de", "de")}, "languages has a name twice: de, de"),
+        (TrainConfig, {**LEAST, "align": {"seed": 3}}, r"align\.seed=3 differs from seed=0\. Give"),
+        (TrainConfig, {**LEAST, "align": {"max_step": 5}}, r"align: max_step is not an option\. D"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(
+    config_type: type[Config], values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_config(config_type, values)
+
+
+def test_options_that_go_together_are_taken() -> None:
+    CardConfig(**OTHER)
+    SourceFormat(layout="openai", prompt=None, prompt_prefix="x")
+    EvaluationConfig(skip_invalid=True, check_images=False, captions_only=True)
+    assert EvaluatedModel(source="openai/clip-vit-base-patch16").name == "clip-vit-base-patch16"
+    assert EvaluatedModel(source="a/b", name="ours").name == "ours"
+
+
+def test_a_prompt_is_never_guessed() -> None:
+    with pytest.raises(ValueError, match=r"Choose a prompt, one of llama-3, .*never guessed"):
+        BuildConfig().require_prompt()
+    BuildConfig(prompt="none").require_prompt()
+    BuildConfig(prompt_suffix="").require_prompt()
+
+
+def test_the_choices_are_those_of_the_model() -> None:
+    # The other poolings of texts are those of embedders.
+    assert get_args(TextPooling) == tuple(configuration_llm2clip.TEXT_POOLINGS)[:2]
+    assert get_args(VisionPooling) == configuration_llm2clip.VISION_POOLINGS
+    assert PROMPT_NAMES == (*PROMPT_PRESETS, CHAT_TEMPLATE)
+
+
+def test_class_names_are_a_file_names_or_a_mapping() -> None:
+    assert EvaluationConfig(class_names="names.txt").class_names == Path("names.txt")  # type: ignore[arg-type]
+    assert EvaluationConfig(class_names=["a", "b"]).class_names == ("a", "b")  # type: ignore[arg-type]
+    assert EvaluationConfig(class_names={"n1": "a"}).class_names == {"n1": "a"}
+
+
+def test_device_and_seed_of_a_recipe_are_those_of_all_stages() -> None:
+    values = {"device": "cpu", "seed": 7, "build": {"prompt": "chatml"}, "align": {"max_steps": 5}}
+    config = make_config(TrainConfig, {**LEAST, **values})
+    assert config.finetune is not None and config.export is not None
+    stages = (config.build, config.finetune, config.extract, config.align, config.export)
+    assert {stage.device for stage in (*stages, config.evaluate)} == {"cpu"}
+    assert config.build.seed == config.finetune.seed == config.align.seed == 7
+    assert config.build.prompt == "chatml" and config.align.max_steps == 5
+    fewer = make_config(TrainConfig, {**LEAST, "finetune": None, "export": None})
+    assert fewer.finetune is None and fewer.export is None and fewer.output == Path("runs")
+
+
+@pytest.mark.parametrize("layout", ["openai", "hub_clip", "eva02"])
+@pytest.mark.parametrize("option", [{"activation": "gelu_tanh"}, {"image_size": 384}])
+def test_what_siglip2_alone_leaves_open_is_refused_elsewhere_before_anything_is_read(
+    layout: str, option: Any, tmp_path: Path
+) -> None:
+    source_format = SourceFormat(layout=layout, **option)
+    with pytest.raises(ValueError, match=r"go(es)? with the source format.*Leave it out"):
+        convert_checkpoint(tmp_path / "none.pt", tmp_path / "llm", tmp_path / "new", source_format)
+
+
+def test_every_layout_takes_its_own_source_format_and_others_are_refused(tmp_path: Path) -> None:
+    for source_format in (layout.source_format for layout in LAYOUTS.values()):
+        assert find_layout(source_format).source_format == source_format
+    assert LAYOUTS["siglip2"].source_format.preprocessing is None
+    source_format = SourceFormat(layout="open_clip")
+    with pytest.raises(ValueError, match=r"must be one of.*'siglip2'"):
+        convert_checkpoint(tmp_path / "none.pt", tmp_path / "llm", tmp_path / "new", source_format)
