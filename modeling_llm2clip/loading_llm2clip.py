@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -231,58 +232,45 @@ def bounded_by_weights(list_files: Callable[[], Sequence[Path]]) -> Iterator[Non
     the first weight is registered, which is after transformers has downloaded them; without any,
     nothing is bounded.
     """
-    bound = _Bound(list_files)
+    thread, seen, counts = threading.get_ident(), set[tuple[int, str]](), Counter[str]()
+
+    @cache
+    def find_limits() -> tuple[int, int]:
+        shapes = read_weight_shapes(list_files()).values()
+        return len(shapes), sum(
+            prod(shape) * _PACKED_DTYPES.get(dtype, 1) for shape, dtype in shapes
+        )
+
+    def count(kind: str, module: nn.Module, name: str, value: Tensor | None) -> None:
+        # torch calls hooks in every thread, and weights are registered again when they are loaded.
+        key = (id(module), name)
+        if threading.get_ident() != thread or value is None or key in seen:
+            return
+        seen.add(key)
+        counts.update({kind: 1, f"numbers in {kind}": value.numel()})
+        tensors, numbers = find_limits()
+        if tensors and (
+            counts["weights"] > _REGISTERED_PER_TENSOR * tensors + _MORE_TENSORS
+            or counts["numbers in weights"] > _REGISTERED_PER_NUMBER * numbers + _MORE_NUMBERS
+            or counts["numbers in buffers"] > numbers + _UNSAVED_NUMBERS
+        ):
+            raise ValueError(
+                f"config.json describes a larger model than the weight files hold: {tensors} "
+                f"tensors with {numbers:,} numbers. It was still being built at {name!r} of shape "
+                f"{tuple(value.shape)} in a {type(module).__name__}, after {counts['weights']} "
+                f"weights with {counts['numbers in weights']:,} numbers. Use the class that saved "
+                "the folder, or restore config.json or the weights that belong to it."
+            )
+
     hooks = (
-        torch_module.register_module_parameter_registration_hook(partial(bound.count, False)),
-        torch_module.register_module_buffer_registration_hook(partial(bound.count, True)),
+        torch_module.register_module_parameter_registration_hook(partial(count, "weights")),
+        torch_module.register_module_buffer_registration_hook(partial(count, "buffers")),
     )
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-
-
-class _Bound:
-    """Counts what the calling thread registers; torch calls its hooks in every thread."""
-
-    def __init__(self, list_files: Callable[[], Sequence[Path]]) -> None:
-        self.list_files = list_files
-        self.thread = threading.get_ident()
-        self.limits: tuple[int, int] | None = None
-        self.seen: set[tuple[int, str]] = set()
-        self.num_parameters = self.num_numbers = self.num_in_buffers = 0
-
-    def count(self, is_buffer: bool, module: nn.Module, name: str, value: Tensor | None) -> None:
-        # Weights are registered again when they are loaded.
-        key = (id(module), name)
-        if threading.get_ident() != self.thread or value is None or key in self.seen:
-            return
-        self.seen.add(key)
-        if is_buffer:
-            self.num_in_buffers += value.numel()
-        else:
-            self.num_parameters += 1
-            self.num_numbers += value.numel()
-        if self.limits is None:
-            shapes = read_weight_shapes(self.list_files())
-            self.limits = (
-                len(shapes),
-                sum(prod(shape) * _PACKED_DTYPES.get(dtype, 1) for shape, dtype in shapes.values()),
-            )
-        tensors, numbers = self.limits
-        if tensors and (
-            self.num_parameters > _REGISTERED_PER_TENSOR * tensors + _MORE_TENSORS
-            or self.num_numbers > _REGISTERED_PER_NUMBER * numbers + _MORE_NUMBERS
-            or self.num_in_buffers > numbers + _UNSAVED_NUMBERS
-        ):
-            raise ValueError(
-                f"config.json describes a larger model than the weight files hold: {tensors} "
-                f"tensors with {numbers:,} numbers. It was still being built at {name!r} of shape "
-                f"{tuple(value.shape)} in a {type(module).__name__}, after {self.num_parameters} "
-                f"weights with {self.num_numbers:,} numbers. Use the class that saved the folder, "
-                "or restore config.json or the weights that belong to it."
-            )
 
 
 def load_without_code(loader: Any, source: str | Path, **settings: Any) -> Any:

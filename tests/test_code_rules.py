@@ -48,8 +48,8 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2308,
-    "building": 1364,
+    ".": 2298,
+    "building": 1356,
     "cli": 1113,
     "configs": 836,
     "conversion": 601,
@@ -59,7 +59,7 @@ BUDGETS = {
     "embedding": 1132,
     "encoding": 703,
     "evaluation": 2846,
-    "model_folders": 1378,
+    "model_folders": 1377,
     "publishing": 954,
     "recipes": 445,
     "scheduling": 83,

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,37 +108,24 @@ def merge_lora_weights(
         module, rank = inside + name.removesuffix(".weight"), len(pair["A"])
         alpha_key = get_pattern_key(list(config.alpha_pattern), module)
         alpha = config.alpha_pattern.get(alpha_key, config.lora_alpha)
-        change = _Change(
-            pair["A"],
-            pair["B"],
-            scale=alpha / (rank**0.5 if config.use_rslora else rank),
-            transposes=bool(config.fan_in_fan_out),
-        )
-        if change.shape != weights[name].shape:
-            misshapen.append(f"{name}: {change.shape} for {weights[name].shape}")
+        scale = alpha / (rank**0.5 if config.use_rslora else rank)
+        fits = rank == pair["B"].shape[1]
+        shape: tuple[int, ...] = (len(pair["B"]), pair["A"].shape[1]) if fits else ()
+        shape = shape[::-1] if config.fan_in_fan_out else shape
+        if shape != weights[name].shape:
+            misshapen.append(f"{name}: {shape} for {weights[name].shape}")
+        multiply = partial(_multiply, pair, scale, transposes=bool(config.fan_in_fan_out))
+        change = LazyTensor(shape, torch.float32, multiply)
         read = partial(_merge, weights[name], change, f"{lora}: {name}", counts, dtype=dtype)
         merged[name] = LazyTensor(weights[name].shape, torch.float32, read)
     _refuse({"have another shape": misshapen}, f"The LoRA {lora} is for another LLM", len(factors))
     return merged, counts
 
 
-class _Change(NamedTuple):
-    """The change of one weight by its low-rank matrices, down (R, in) and up (out, R)."""
-
-    down: Tensor
-    up: Tensor
-    scale: float
-    transposes: bool  # for layers that hold their weight as (in, out), as in GPT-2
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight; empty where the matrices do not fit each other."""
-        sides = (len(self.up), self.down.shape[1]) if len(self.down) == self.up.shape[1] else ()
-        return sides[::-1] if self.transposes else sides
-
-    def compute(self) -> Tensor:
-        change = (self.up @ self.down) * self.scale
-        return change.T if self.transposes else change
+def _multiply(pair: Mapping[str, Tensor], scale: float, *, transposes: bool) -> Tensor:
+    """Multiply the matrices; layers as GPT-2's hold their weight as (in, out), transposed."""
+    change = (pair["B"] @ pair["A"]) * scale
+    return change.T if transposes else change
 
 
 def _require_plain(folder: Path, lora: str | Path, *, base: str, accepted_base: str | None) -> None:
@@ -206,14 +193,14 @@ def _refuse(errors: Mapping[str, list[str]], what: str, total: int) -> None:
 @torch.no_grad()
 def _merge(
     weight: LazyTensor,
-    change: _Change,
+    change: LazyTensor,
     name: str,
     counts: dict[str, tuple[int, int]],
     *,
     dtype: torch.dtype,
 ) -> Tensor:
     """Merge one weight, in float32, and count what changes in a dtype."""
-    before, difference = weight.read(), change.compute()
+    before, difference = weight.read(), change.read()
     merged = before.float() + difference
     if not merged.isfinite().all():
         raise ValueError(f"{name}: the sum is not finite. The LoRA cannot be merged.")

@@ -91,7 +91,12 @@ def load_part(
         prefix, part = _find_part(whole, wanted, source)
         part.config._name_or_path = whole.config._name_or_path
     if above:
-        _account_for_layers(whole, part, above, info)
+        layers = list_layers(part)
+        places = [name for name, module in whole.named_modules() if module is layers]
+        left_out = tuple(f".{place}.{number}." for place in places for number in above)
+        info["unexpected_keys"] = {
+            key for key in info["unexpected_keys"] if not any(n in f".{key}" for n in left_out)
+        }
     if part_config.model_type != "timm_wrapper":  # in which a head left out is still a module
         _refuse_unread_weights(whole, part, info, source)
     needed = (prefix, *beside)
@@ -108,17 +113,6 @@ def _find_part(
         f"{source} is a {whole.config.model_type!r} without a {wanted.__name__}, which its "
         "configuration promises. Give the tower alone."
     )
-
-
-def _account_for_layers(
-    whole: PreTrainedModel, part: PreTrainedModel, above: range, info: dict[str, Any]
-) -> None:
-    """Remove the weights of layers that a part leaves out from the unexpected keys, in place."""
-    layers = list_layers(part)
-    places = [name for name, module in whole.named_modules() if module is layers]
-    left_out = [f".{place}.{number}." for place in places for number in above]
-    unread = info["unexpected_keys"]
-    info["unexpected_keys"] = {k for k in unread if not any(one in f".{k}" for one in left_out)}
 
 
 def _refuse_unread_weights(

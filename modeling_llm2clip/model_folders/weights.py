@@ -162,7 +162,17 @@ def write_weights(
 ) -> None:
     shards = plan_shards(weights, max_shard_size=max_shard_size)
     for file, names in shards.items():
-        _write_shard({name: weights[name] for name in names}, folder / file)
+        # Cloned: thirds of one matrix, and pieces of one mapped file, share their storage.
+        tensors = {n: weights[n].read().clone(memory_format=torch.contiguous_format) for n in names}
+        try:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        except (SafetensorError, OSError) as error:
+            raise OSError(
+                f"{file} could not be written ({error}). Nothing is left behind; free space or "
+                "choose another disk, and try again."
+            ) from error
+        (folder / file).chmod(0o644)  # safetensors writes for its owner alone
+        del tensors  # before the next file is read
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(tensor.num_bytes for tensor in weights.values())},
@@ -180,22 +190,6 @@ def require_disk_space(weights: Mapping[str, LazyTensor], folder: Path) -> None:
             f"{folder} has {free / 1e9:.2f} GB free, the model takes {needed / 1e9:.2f} GB. Free "
             "space, choose another disk, or a dtype of half the size (bfloat16)."
         )
-
-
-def _write_shard(weights: Mapping[str, LazyTensor], file: Path) -> None:
-    # Cloned: thirds of one matrix, and pieces of one mapped file, share their storage.
-    tensors = {
-        name: tensor.read().clone(memory_format=torch.contiguous_format)
-        for name, tensor in weights.items()
-    }
-    try:
-        save_file(tensors, file, metadata={"format": "pt"})
-    except (SafetensorError, OSError) as error:
-        raise OSError(
-            f"{file.name} could not be written ({error}). Nothing is left behind; free space or "
-            "choose another disk, and try again."
-        ) from error
-    file.chmod(0o644)  # safetensors writes for its owner alone
 
 
 def _open_safetensors(file: Path) -> dict[str, LazyTensor]:
