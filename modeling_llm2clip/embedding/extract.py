@@ -143,7 +143,7 @@ def run_extract(plan: EncodingPlan[ExtractConfig], data: Sequence[CaptionedImage
             stop=stop,
             finish=plan.num_parts == 1 or was_complete,
         )
-    if plan.num_parts == 1 or was_complete:
+    if plan.num_parts == 1 or (was_complete and not writer.list_missing()):
         EmbeddingStore.open(plan.output, check="full" if was_complete else "fast")
     return plan.output
 

@@ -148,9 +148,9 @@ def test_the_command_prints_how_to_build_with_the_best_layer(
     assert written["num_pairs"] == {"en": len(THINGS)} and len(written["scores"]) == 2
     *shown, following = capsys.readouterr().out.splitlines()
     assert "These texts chose the best layer, so expect a lower score of it on others." in shown
-    words = shlex.split(following.removeprefix("Next: llm2clip "))
+    words = shlex.split(following.removeprefix("Next, with the same options: llm2clip "))
     places = {"VISION_MODEL": str(tmp_path / "vision"), "OUTPUT": str(tmp_path / "built")}
-    assert main([places.get(word, word) for word in words]) == 0
+    assert main([*(places.get(word, word) for word in words), *options]) == 0
     built = AutoConfig.from_pretrained(tmp_path / "built")
     assert built.text_config.num_hidden_layers == written["best"]
     assert (built.bidirectional, built.max_text_length) == (False, 32)

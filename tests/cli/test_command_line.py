@@ -194,7 +194,6 @@ def make_tower(folder: Path) -> str:
     ("command", "message"),
     [
         (["build", ABSENT, "LLM", "--prompt", "llama-3"], f"{ABSENT}: no such vision tower: no"),
-        (["build", "xembedded", "LLM", "--prompt", "none"], r"mean embedded\?\)\. Correct the"),
         (["build", "VISION", "a/b/c", "--prompt", "llama-3"], "a/b/c: no such language model"),
         (["build", "VISION", "EMPTY", "--prompt", "llama-3"], "empty: the folder has no config.js"),
         (["build", "VISION", "FILE", "--prompt", "llama-3"], "file: a file; the language model mu"),
