@@ -64,6 +64,7 @@ def test_the_shell_searches_without_torch_and_reports_truncated_sentences(
         assert "Truncated 1 of 1 sentence to the 128 tokens" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_graphs_of_another_model_are_refused(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

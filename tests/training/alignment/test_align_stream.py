@@ -316,6 +316,7 @@ def test_held_out_images_are_never_trained_on(
     assert counts["excluded_samples"] > 0
 
 
+@pytest.mark.slow
 def test_captions_drawn_that_held_out_images_have_too_are_counted_over_resumes(
     prepared: Prepared, tmp_path: Path
 ) -> None:
@@ -374,6 +375,7 @@ def test_a_stream_trains_on_stored_captions(
     assert read_results(tmp_path)["held_out"]["best"]["num_texts"] > 4
 
 
+@pytest.mark.slow
 def test_stored_captions_of_a_stream_have_the_noise_that_is_asked_for(
     prepared: Prepared, shards: Path, tmp_path: Path
 ) -> None:

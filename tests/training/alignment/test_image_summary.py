@@ -121,6 +121,7 @@ def test_two_processes_write_the_summary_of_one(
     assert two.spread == one.spread
 
 
+@pytest.mark.slow
 def test_export_keeps_the_summary_and_the_doctor_reads_it(aligned: Run, tmp_path: Path) -> None:
     exported = export_model(aligned.model, tmp_path / "exported")
     assert read_bytes(exported) == read_bytes(aligned.model)
