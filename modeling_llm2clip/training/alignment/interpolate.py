@@ -213,7 +213,11 @@ def _list_ends(
         for name in {*first, *last}
         if name not in first or name not in last or first[name].shape != last[name].shape
     )
-    differing += [n for n, b in end.named_buffers() if not torch.equal(b, statistics.get(n, b[:0]))]
+    differing += [
+        name
+        for name, buffer in end.named_buffers()
+        if name not in statistics or not torch.equal(buffer, statistics[name])
+    ]
     if getattr(start.config, setting) != getattr(end.config, setting):
         differing.append(setting)
     if differing:
