@@ -210,8 +210,8 @@ class AlignConfig(TrainingConfig, ChoiceConfig):
             "image_store is of no use without distillation_weight": (
                 images and not (is_frozen or self.distillation_weight)
             ),
-            f"image_noise={self.image_noise} is noise on stored embeddings: give an image_store and "
-            "vision_training=frozen, or leave it out": (
+            f"image_noise={self.image_noise} is noise on stored embeddings: give an image_store "
+            "and vision_training=frozen, or leave it out": (
                 self.image_noise != 0
                 and "image_noise" in self.list_given()
                 and not (images and is_frozen)

@@ -164,6 +164,6 @@ def test_models_with_other_statistics_or_settings_are_refused(tmp_path: Path) ->
     setting = LLM2CLIPConfig.from_pretrained(before.model)
     setting.normalize_text_before_adapter = not setting.normalize_text_before_adapter
     setting.save_pretrained(after)
-    with pytest.raises(ValueError, match="differ in .*normalize_text_before_adapter"):
+    with pytest.raises(ValueError, match=r"differ in .*normalize_text_before_adapter"):
         interpolate(before.model, after, before.records, tmp_path / "model", CPU)
     assert not (tmp_path / "model").exists()
