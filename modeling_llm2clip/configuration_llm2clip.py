@@ -154,6 +154,15 @@ class LLM2CLIPConfig(PreTrainedConfig):
         if attn_implementation is not None:
             self._attn_implementation = attn_implementation
 
+    def __setattr__(self, key: str, value: Any) -> None:
+        """Set a field; requests of states, which the model does not return, are refused."""
+        if value and key.lstrip("_") in ("output_hidden_states", "output_attentions"):
+            raise ValueError(
+                f"{key.lstrip('_')}={value!r}: the model returns its towers' last hidden states "
+                "alone. Leave it out, and call model.text_model or model.vision_model for more."
+            )
+        super().__setattr__(key, value)  # type: ignore[no-untyped-call]
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> LLM2CLIPConfig:
         """Build from the dictionary of a saved `config.json`, which must have every field.

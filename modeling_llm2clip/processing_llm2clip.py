@@ -358,8 +358,9 @@ def _refuse_options(kwargs: Mapping[str, Any], image_processor: Any) -> None:
     if refused:
         raise ValueError(f"{refused}: a row is one caption or one image. Leave them out.")
     for option, reason in _NOT_FALSE.items():
-        if any(options.get(option) is False for options in places.values()):
-            raise ValueError(f"{option}=False: {reason}. Leave it out.")
+        for options in places.values():
+            if not options.get(option, True):
+                raise ValueError(f"{option}={options[option]!r}: {reason}. Leave it out.")
 
 
 def _check_image_size(image_processor: Any) -> None:

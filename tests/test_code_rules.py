@@ -48,7 +48,7 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2298,
+    ".": 2304,
     "building": 1356,
     "cli": 1113,
     "configs": 836,

@@ -358,3 +358,17 @@ def test_an_extra_field_of_a_tower_is_saved_and_loaded(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     loaded = LLM2CLIPConfig.from_pretrained(tmp_path)
     assert (loaded.text_config.my_note, loaded.vision_config.my_note) == ("a", "b")
+
+
+@pytest.mark.parametrize("request_", ["output_hidden_states", "output_attentions"])
+def test_states_that_the_model_does_not_return_cannot_be_requested(
+    request_: str, saved: dict[str, Any]
+) -> None:
+    """Transformers sets them while it loads; an ignored one would give an output without them."""
+    with pytest.raises(ValueError, match=rf"{request_}=True: .*last hidden states alone"):
+        LLM2CLIPConfig.from_dict(saved, **{request_: True})
+    with pytest.raises(ValueError, match=request_):
+        LLM2CLIPConfig.from_dict({**saved, request_: True})
+    config = LLM2CLIPConfig.from_dict(saved, **{request_: False})
+    with pytest.raises(ValueError, match=request_):
+        setattr(config, request_, True)

@@ -393,12 +393,13 @@ def test_an_array_of_unknown_range_or_layout_is_rejected_by_its_number(
         processor(images=[np.zeros((8, 9, 3), dtype=np.uint8), array])
 
 
+@pytest.mark.parametrize("value", [False, None, 0])
 @pytest.mark.parametrize("nested", [None, "images_kwargs", "common_kwargs"])
 def test_pixels_that_would_not_be_scaled_are_rejected(
-    processor: LLM2CLIPProcessor, nested: str | None
+    processor: LLM2CLIPProcessor, nested: str | None, value: object
 ) -> None:
-    options: dict[str, Any] = {"do_rescale": False}
-    with pytest.raises(ValueError, match=r"do_rescale=False: pixels are integers of 8 bits"):
+    options: dict[str, Any] = {"do_rescale": value}
+    with pytest.raises(ValueError, match=rf"do_rescale={value}: pixels are integers of 8 bits"):
         processor(images=draw_noise(), **({nested: options} if nested else options))
 
 

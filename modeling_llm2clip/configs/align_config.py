@@ -210,6 +210,16 @@ class AlignConfig(TrainingConfig, ChoiceConfig):
             "image_store is of no use without distillation_weight": (
                 images and not (is_frozen or self.distillation_weight)
             ),
+            f"image_noise={self.image_noise} is noise on stored embeddings: give an image_store "
+            "and vision_training=frozen, or leave it out": (
+                self.image_noise != 0
+                and "image_noise" in self.list_given()
+                and not (images and is_frozen)
+            ),
+            f"caption_noise={self.caption_noise} is noise on stored embeddings: give a "
+            "caption_store, or leave it out": (
+                self.caption_noise != 0 and "caption_noise" in self.list_given() and not captions
+            ),
             f"projection_init=cca {needs_both}": self.projection_init == "cca" and not is_stored,
             f"max_steps=0 writes the closed form, which {needs_both}": (
                 self.max_steps == 0 and not is_stored

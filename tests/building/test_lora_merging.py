@@ -198,6 +198,8 @@ def test_a_sum_that_rounding_swallows_is_refused(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a whole module": ("llama", {"modules_to_save": ["embed_tokens"]}, "embed_tokens"),
     "DoRA": ("llama", {"use_dora": True}, "use_dora"),
+    "aLoRA": ("llama", {"alora_invocation_tokens": [3, 4]}, "alora_invocation_tokens"),
+    "VeLoRA": ("llama", {"velora_config": {}}, "velora_config"),
     "a start out of the base": ("llama", {"init_lora_weights": "pissa"}, "pissa"),
     "an embedding table": ("llama", {"target_modules": ["embed_tokens"]}, "lora_embedding_A"),
     "expert tensors": (

@@ -86,6 +86,25 @@ def refuse(prepared: Prepared, output: Path, message: str, **given: Any) -> None
     assert not (output / "run.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "stores", "named"),
+    [
+        ({"image_noise": 2.0}, ("captions", None), "image_noise=2.0 .*image_store"),
+        ({"image_noise": 2.0, "vision_training": "full", "distillation_weight": 1.0},
+         ("captions", "images"), "image_noise=2.0"),
+        ({"caption_noise": 0.3, "text_training": "frozen-online"}, (None, "images"),
+         "caption_noise=0.3 .*caption_store"),
+    ],
+)  # fmt: skip
+def test_noise_on_embeddings_that_are_not_stored_is_refused(
+    options: dict[str, Any], stores: tuple[object, object], named: str
+) -> None:
+    with pytest.raises(ValueError, match=named):
+        AlignConfig(**options).require_stores(*stores)
+    off = dict.fromkeys(options.keys() & {"image_noise", "caption_noise"}, 0.0)
+    AlignConfig(**{**options, **off}).require_stores(*stores)
+
+
 def test_bad_data_is_refused_before_a_tower_is_loaded(prepared: Prepared, tmp_path: Path) -> None:
     out = tmp_path / "run"
     refuse(prepared, out, "There are no images", records=[])
