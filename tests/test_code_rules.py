@@ -53,7 +53,7 @@ BUDGETS = {
     "cli": 1115,
     "configs": 836,
     "conversion": 601,
-    "data": 4654,
+    "data": 4655,
     "demo": 87,
     "doctor": 1348,
     "embedding": 1132,
