@@ -64,7 +64,7 @@ def search(
         output: Folder for search.png and search.html; those of an earlier search are replaced.
             Default: none.
         model: Folder of the model if it was moved, or of its ONNX graphs, which start in half the
-            time. Default: as indexed.
+            time and take sentences alone. Default: as indexed.
         image_dir: Folder of the images if it was moved. Default: as indexed.
         limits: Which images are decoded.
         config: Where the model runs.
@@ -88,9 +88,7 @@ def search(
         register_heif_reader()
         if uses_torch:
             use_device(config.device)  # imports torch meanwhile
-        index = ImageIndex.from_database(
-            database, model=model, image_dir=image_dir, device=config.device
-        )
+        index = ImageIndex.open(database, model=model, image_dir=image_dir, device=config.device)
         parts: list[str | Path] = [*queries, *image]
         asked: list[Query] = [parts] if combine else [*parts]
         results = index.search(asked, top_k=top_k, where=where, exact=exact)

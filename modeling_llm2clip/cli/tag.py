@@ -17,7 +17,6 @@ from ..data.atomic_files import require_new_file
 from .command import command
 from .options import (
     report,
-    report_truncated,
     require_image_folder,
     require_model,
     use_device,
@@ -78,9 +77,7 @@ def tag(
     tagged = tag_folder(
         model, image_dir, label_list, top_k=top_k, threshold=threshold, config=config, report=report
     )
-    num_prompts = sum(len(label.prompts) for label in label_list)
-    report_truncated(tagged.num_truncated, num_prompts, "prompt", longest=tagged.max_text_length)
-    _write(tagged.images, output, threshold=threshold)
+    _write(tagged, output, threshold=threshold)
     return 0
 
 

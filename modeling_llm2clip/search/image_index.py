@@ -168,7 +168,7 @@ class ImageIndex:
     @classmethod
     def open(
         cls,
-        path: str | Path,
+        path: str | Path | IndexDatabase,
         *,
         model: str | Path | None = None,
         image_dir: str | Path | None = None,
@@ -177,7 +177,7 @@ class ImageIndex:
         """Open an index that `build` wrote, without loading its model.
 
         Args:
-            path: Folder or URI of the database.
+            path: Folder or URI of the database, or the open database.
             model: Folder or Hub id of the model, if it is no longer where it was. It must give the
                 same embeddings. A folder of ONNX graphs of that model needs no torch.
             image_dir: Folder of the images, if it is no longer where it was.
@@ -189,38 +189,12 @@ class ImageIndex:
 
         Raises:
             ValueError: The database is missing, something else, damaged, of another version or of
-                another model.
-        """
-        return cls.from_database(
-            IndexDatabase.open(path), model=model, image_dir=image_dir, device=device
-        )
-
-    @classmethod
-    def from_database(
-        cls,
-        database: IndexDatabase,
-        *,
-        model: str | Path | None = None,
-        image_dir: str | Path | None = None,
-        device: str = "auto",
-    ) -> ImageIndex:
-        """Make an index of a database that is open.
-
-        Args:
-            database: The open database.
-            model: As in `open`.
-            image_dir: As in `open`.
-            device: As in `open`.
-
-        Returns:
-            The index.
-
-        Raises:
-            ValueError: There is no such folder, or the model is another one.
+                another model; or there is no such folder.
         """
         folder = None if image_dir is None else Path(image_dir).resolve()
         if folder is not None and not folder.is_dir():
             raise ValueError(f"image_dir={str(image_dir)!r}: no such folder.")
+        database = path if isinstance(path, IndexDatabase) else IndexDatabase.open(path)
         encoder = None if model is None else _open_encoder(database, model, device)
         return cls(database, folder, encoder, device=device)
 

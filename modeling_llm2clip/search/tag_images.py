@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeAlias
 
@@ -36,15 +35,6 @@ Report: TypeAlias = Callable[[str], object]
 _COLUMNS = ("image", "rank", "label", "cosine", "probability")
 
 
-@dataclass(frozen=True)
-class TaggedFolder:
-    """The images of a folder, labeled as they are taken, and how many prompts were truncated."""
-
-    images: Iterator[TaggedImage]
-    num_truncated: int
-    max_text_length: int
-
-
 def tag_folder(
     model: str | Path,
     image_dir: Path,
@@ -54,7 +44,7 @@ def tag_folder(
     threshold: float | None,
     config: TagConfig,
     report: Report,
-) -> TaggedFolder:
+) -> Iterator[TaggedImage]:
     """Label the images of a folder, in order, as they are taken from the result."""
     if config.index is not None:
         require_place(config.index, is_new=True)
@@ -94,7 +84,12 @@ def tag_folder(
             for path, tags in zip(paths, ranked, strict=True):
                 yield path, [tag for tag in tags if threshold is None or tag.cosine >= threshold]
 
-    return TaggedFolder(label_images(), prompts.num_truncated, processor.longest_text)
+    if num_truncated := prompts.num_truncated:
+        report(
+            f"Truncated {num_truncated:,} of {counted(len(prompts), 'prompt')} to the "
+            f"{processor.longest_text} tokens that the model reads."
+        )
+    return label_images()
 
 
 def _encode(

@@ -300,7 +300,7 @@ def test_every_error_of_a_recipe_is_named_at_once(
 
 def test_contradictions_between_stages_are_named_at_once(sources: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"finetune\.merge=False.*export\.components=text.*align\.se"
+        ValueError, match=r"finetune\.merge=False.*export\.components: a part.*align\.se"
     ):
         make_recipe(
             sources,

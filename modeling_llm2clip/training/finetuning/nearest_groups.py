@@ -40,6 +40,7 @@ _ITERATIONS = 5
 _FIRST_SEARCHED = 4
 _COMPARED_AGAIN = 4.0  # times as many as are wanted
 _LEAST_DIM_OF_PARTS = 128
+_SMALL_GAIN = 0.01
 
 
 def find_nearest_groups(
@@ -126,11 +127,14 @@ def _build_index(
             rows = slice(start, start + _ROWS_AT_ONCE)
             index.add(_take_units(embeddings, rows, "cpu").numpy())
     nearest = np.concatenate([*_search_exactly(embeddings, sample, top_k, device)])
-    clusters.nprobe, recall = _FIRST_SEARCHED // 2, 0.0
+    clusters.nprobe, recall, gain = _FIRST_SEARCHED // 2, 0.0, 1.0
     while recall < WANTED_RECALL and clusters.nprobe < num_clusters:
+        if gain < _SMALL_GAIN and is_refined:
+            index.k_factor *= 4  # more clusters alone do not help
         clusters.nprobe = min(2 * clusters.nprobe, num_clusters)
         approximate = np.concatenate([*_search_index(index, embeddings, sample, top_k)])
-        recall = float((approximate[:, :, None] == nearest[:, None]).any(2).mean())
+        before, recall = recall, float((approximate[:, :, None] == nearest[:, None]).any(2).mean())
+        gain = recall - before
     return index, {
         "method": f"faiss IVF,{codes}",
         "clusters": num_clusters,
