@@ -154,5 +154,5 @@ def test_rows_of_img2dataset_without_an_image_are_counted_and_no_name_moves() ->
 
 def test_a_dict_of_splits_is_refused() -> None:
     splits = datasets.DatasetDict({"train": make_dataset(2)})
-    with pytest.raises(ValueError, match="DatasetDict is not a .* give one split"):
+    with pytest.raises(ValueError, match=r"DatasetDict is not a .* give one split"):
         records_from_dataset(splits)
