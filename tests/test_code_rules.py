@@ -53,7 +53,7 @@ BUDGETS = {
     "cli": 1113,
     "configs": 836,
     "conversion": 601,
-    "data": 4649,
+    "data": 4655,
     "demo": 87,
     "doctor": 1344,
     "embedding": 1132,

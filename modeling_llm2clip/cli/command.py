@@ -155,7 +155,7 @@ def parse(line: App, words: Sequence[str]) -> partial[int | None]:
         )
         for flag, word in pairwise(words):
             is_value = flag[:2] == "--" != flag and word.lower() in ("true", "false")
-            if is_value and word in bound.args:
+            if is_value and word in map(str, bound.args):  # a path, too
                 raise ValueError(f"{flag} takes no value, and {word} would be an argument.")
     except (CycloptsError, OSError, ValueError) as error:
         app = line[words[0]] if words and words[0] in line else line

@@ -173,6 +173,7 @@ def test_a_value_may_begin_with_hyphens() -> None:
         ("stage m --labels l --prompt-prefix --device", "is given as --prompt-prefix=VALUE"),
         ("stage m --labels l -x", "Unknown option: -x."),
         ("find-images f --combine false", "--combine takes no value, and false would be an arg"),
+        ("stage m --labels l --is-merged false", "--is-merged takes no value, and false would be"),
         ("find-images f --image=", "the path is empty. The working directory is given as a dot."),
         ("stage m --labels=", "the path is empty."),
     ],

@@ -22,8 +22,8 @@ class ShardServer(ThreadingHTTPServer):
     path answers it so; `requests` counts replies by path. `stall_every` sends half of every n-th
     reply and is silent for `stall_seconds` then. Without `tags` nothing shows that a file has
     changed; "weak" ones are not compared, and "varying" ones are of each reply. After `deny_after`
-    requests all are denied. `packs` compresses replies: for clients that say they are "willing", or
-    "always".
+    requests all are denied. Parts begin `shift` bytes behind the place that is asked for. `packs`
+    compresses replies: for clients that say they are "willing", or "always".
     """
 
     daemon_threads = False
@@ -39,6 +39,7 @@ class ShardServer(ThreadingHTTPServer):
         self.tags = tags
         self.replies = count()
         self.packs = ""
+        self.shift = 0
         self.status: dict[str, int] = {}
         self.requests: Counter[str] = Counter()
         self.dropped = 0
@@ -92,8 +93,8 @@ class _Handler(BaseHTTPRequestHandler):
             content = gzip.compress(content)
             headers["Content-Encoding"] = "gzip"
         if wanted and server.ranges:
-            begin = int(wanted[1])
-            end = min(len(content), int(wanted[2] or len(content)) + 1)
+            begin = int(wanted[1]) + server.shift
+            end = min(len(content), int(wanted[2] or len(content)) + server.shift + 1)
             headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(content)}"
             content, status = content[begin:end], 206
         self.send_response(status)

@@ -46,7 +46,8 @@ def records_from_dataset(
         modality: As in `load_records`.
 
     Returns:
-        The records, in the dataset's order.
+        The records, in the dataset's order; of rows as img2dataset writes them, those whose image
+        was downloaded, and `skipped` counts the others.
 
     Raises:
         DataValidationError: Records have errors.
@@ -61,10 +62,10 @@ def records_from_dataset(
         >>> len(records), records[0].captions[0]
         (20, 'Two dogs on a beach.')
     """
-    if not hasattr(dataset, "data"):
+    if isinstance(getattr(dataset, "data", {}), dict):
         raise ValueError(
             f"{type(dataset).__name__} is not a datasets.Dataset. For an IterableDataset use "
-            "stream_dataset."
+            "stream_dataset; of a DatasetDict give one split."
         )
     if dataset.format["type"] == "custom":
         raise ValueError(
@@ -81,10 +82,11 @@ def records_from_dataset(
     rules = RecordRules(Path(), require_images and modality != "text", ignore_fields, modality)
     checked = (
         # Rows are named by their numbers: many datasets have one path for all images.
-        check_record(raw._replace(default_name=f"{_NAME}/{number}"), errors, rules)
-        for number, raw in enumerate(read_parquet_file(file, _NAME, errors, columns=columns))
+        check_record(raw._replace(default_name=raw.place.replace(" row ", "/")), errors, rules)
+        for raw in read_parquet_file(file, _NAME, errors, columns=columns)
     )
     records = RecordTable.from_records(record for record in checked if record is not None)
     find_repeated(records, errors, modality=modality)
     errors.raise_if_any(_NAME)
+    records.skipped = dict(errors.skipped)
     return records

@@ -165,6 +165,13 @@ class RemoteFile:
         try:
             if "Content-Encoding" in reply.headers:  # packed, it has no ranges
                 raise self.explain_no_ranges()
+            asked = reply.request_info.headers.get("Range", "").replace("=", " ")
+            sent = reply.headers.get("Content-Range", asked)
+            if sent.partition("-")[0] != asked.partition("-")[0]:
+                raise AccessError(
+                    f"{self.url}: its server sent {sent} where {asked} was asked for. Copy the "
+                    "file here."
+                )
             require_same(self.url, self.describe(), now)
         except (AccessError, ChangedFileError):
             reply.close()
@@ -252,9 +259,10 @@ class _CommandOutput(io.RawIOBase):
         return int(size)
 
     def close(self) -> None:
-        if not self.closed:
-            self._process.terminate()
-            self._process.communicate()
+        assert self._process.stdout is not None
+        self._process.stdout.close()  # ends every command of a pipeline, not its shell alone
+        self._process.terminate()
+        self._process.wait()
         super().close()
 
 

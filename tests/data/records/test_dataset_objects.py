@@ -140,3 +140,19 @@ def test_errors_are_reported_at_once(saved: datasets.Dataset) -> None:
         records_from_dataset(saved.to_iterable_dataset(), columns=COLUMNS)
     with pytest.raises(ValueError, match="For a Dataset use records_from_dataset"):
         stream_dataset(saved)  # type: ignore[arg-type]
+
+
+def test_rows_of_img2dataset_without_an_image_are_counted_and_no_name_moves() -> None:
+    states = ["failed_to_download", "success", "failed_to_download", "success"]
+    notes = {"key": "0", "url": "u", "error_message": None}
+    rows = [{**notes, "status": state, "jpg": encode("images/red.png"), "caption": state[0]}
+            for state in states]  # fmt: skip
+    records = records_from_dataset(datasets.Dataset.from_list(rows))
+    assert [record.name for record in records] == ["dataset/1", "dataset/3"]
+    assert records.skipped == {"image not downloaded: failed_to_download": 2}
+
+
+def test_a_dict_of_splits_is_refused() -> None:
+    splits = datasets.DatasetDict({"train": make_dataset(2)})
+    with pytest.raises(ValueError, match=r"DatasetDict is not a .* give one split"):
+        records_from_dataset(splits)

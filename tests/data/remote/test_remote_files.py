@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -243,6 +244,23 @@ def test_a_file_that_comes_from_its_beginning_only_is_refused_with_a_remedy(
         with pytest.raises(AccessError, match=rf"stream tar shards .*pipe:curl -sf {url}"):
             RemoteFile(url, FAST).open_stream().read()
         assert RemoteFile(f"pipe:curl -sf --compressed {url}", FAST).open_stream().read() == content
+
+
+def test_a_server_that_sends_another_part_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(CONTENT)
+    with ShardServer(tmp_path) as server:
+        server.shift = 7
+        with pytest.raises(AccessError, match=r"sent bytes 7-\d+/25600 where bytes 0-\d+ was"):
+            RemoteFile(f"{server.url}/file", FAST).read_range(0, 100)
+
+
+def test_a_pipeline_that_is_not_read_to_its_end_is_ended() -> None:
+    """Its shell alone is a child of this process; what writes is not."""
+    stream = RemoteFile("pipe:(echo text; sleep 5) | cat", FAST).open_stream()
+    assert stream.readline() == b"text\n"
+    start = time.monotonic()
+    stream.close()
+    assert time.monotonic() - start < 2
 
 
 def test_a_changed_file_is_reported_by_other_processes() -> None:
