@@ -50,7 +50,7 @@ MOST_FUNCTION_LINES = 60
 BUDGETS = {
     ".": 2304,
     "building": 1356,
-    "cli": 1113,
+    "cli": 1115,
     "configs": 836,
     "conversion": 601,
     "data": 4655,

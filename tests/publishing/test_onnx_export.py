@@ -464,7 +464,7 @@ def test_the_command_prints_how_each_graph_was_checked(
     assert main([*words, "--onnx-data", small_data]) == 0
     shown = capsys.readouterr().out
     assert "onnx/vision_model.onnx: float32" in shown and "4 images, at most" in shown
-    assert "opset 20, IR 10" in shown
+    assert "Opset 20, IR 10" in shown
 
 
 @pytest.mark.slow
