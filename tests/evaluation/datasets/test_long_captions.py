@@ -18,7 +18,7 @@ from published_datasets import (
     write_urban1k,
 )
 
-from modeling_llm2clip.evaluation.datasets.catalog.caption_readers import JsonCaptions
+from modeling_llm2clip.evaluation.datasets.caption_readers import JsonCaptions
 from modeling_llm2clip.evaluation.datasets.dataset_registry import (
     find_dataset,
     load_dataset,
