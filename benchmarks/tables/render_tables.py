@@ -337,7 +337,6 @@ def _draw_lengths(report: dict[str, Any]) -> str:
         [
             f"{bucket['from_clip_tokens']} to {bucket['to_clip_tokens'] or '…'}",
             str(bucket["queries"]),
-            percent(bucket["share_of_tokens_beyond_clip"]),
             *(
                 percent(result["scores"]["buckets"][number]["hit_rate_at_1"]["value"])
                 for result in results
@@ -345,12 +344,11 @@ def _draw_lengths(report: dict[str, Any]) -> str:
         ]
         for number, bucket in enumerate(results[0]["scores"]["buckets"])
     ]
-    heads = ("tokens", "texts", "beyond 77", *(result["model"] for result in results))
+    heads = ("tokens", "texts", *(result["model"] for result in results))
     note = (
         f"First half of a long caption finds its second half, R@1 ({report['long_captions']}); "
         f"no image is used; chance {percent(results[0]['scores']['chance'])}. "
-        "Lengths are in CLIP's tokens; beyond 77 is the share that a 77-token encoder "
-        "would truncate."
+        "Lengths are in CLIP's tokens."
     )
     return f"\n{draw_table(heads, rows)}\n{note}\n"
 
