@@ -25,11 +25,10 @@ from ..configs.build_config import BuildConfig
 from ..configs.export_config import ConvertConfig
 from ..configs.source_format import SourceFormat
 from ..configuration_llm2clip import LLM2CLIPConfig
-from ..data.atomic_files import hash_file
+from ..data.atomic_files import hash_file, require_new_folder
 from ..doctor.check_model import check_model
 from ..heads_llm2clip import MAX_LOG_SCALE
 from ..image_cropping_llm2clip import LLM2CLIPImageProcessor
-from ..model_folders.atomic_folder import require_new_folder
 from ..model_folders.model_card import (
     CardData,
     find_license,

@@ -28,10 +28,10 @@ from ..base_llm2clip import (
     write_sentence_transformers_files,
 )
 from ..configuration_llm2clip import LLM2CLIPConfig
+from ..data.atomic_files import atomic_folder, clear_leftovers, require_new_folder
 from ..loading_llm2clip import list_model_files
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
-from .atomic_folder import atomic_folder, clear_leftovers, require_new_folder
 from .golden_embeddings import GOLDEN_FILE, compare_golden, require_golden, write_golden
 from .model_card import CardData, CardResult, read_card_data, read_card_of_trained, write_model_card
 from .model_folder import (
