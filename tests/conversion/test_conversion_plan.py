@@ -11,15 +11,7 @@ from typing import Any, TypeAlias
 
 import pytest
 import torch
-from converting import (
-    FORMAT_OF,
-    LLM,
-    LLM2VEC,
-    copy_llm,
-    plan,
-    read_checkpoint,
-    save_checkpoint,
-)
+from converting import FORMAT_OF, LLM, LLM2VEC, copy_llm, plan, read_checkpoint, save_checkpoint
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llm, tiny_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -106,9 +98,7 @@ def test_the_image_size_of_siglip2_may_be_more_than_its_patches(tmp_path: Path) 
     assert torch.equal(outputs[1], outputs[0]) and torch.equal(outputs[2], outputs[0])
     for more in (-1, 14):
         side = size + more
-        with pytest.raises(
-            ValueError, match=rf"image_size={side} is \d+ patches of 14 pixels; the"
-        ):
+        with pytest.raises(ValueError, match=rf"image_size={side} is \d+ patches of 14 pixels"):
             plan(source, source_format=replace(FORMAT_OF["siglip2"], image_size=side))
 
 
@@ -142,8 +132,8 @@ def test_gelu_tanh_of_siglip2_can_be_named(tmp_path: Path) -> None:
 # Weights
 
 
-def put(**tensors: Any) -> Callable[[State], object]:
-    return lambda state: state.update({n.replace("__", "."): v for n, v in tensors.items()})
+def put(name: str, tensor: torch.Tensor) -> Callable[[State], object]:
+    return lambda state: state.update({name: tensor})
 
 
 def mix_bias_layouts(state: State) -> None:
@@ -161,7 +151,7 @@ BROKEN: dict[str, tuple[str, Callable[[State], object], str]] = {
         r"(?s)1 missing:\s+vision_model\.post_layernorm\.bias",
     ),
     "unknown, by its own name": (
-        "siglip2", put(visual__trunk__extra=torch.ones(1)),
+        "siglip2", put("visual.trunk.extra", torch.ones(1)),
         r"(?s)1 without a place:\s+visual\.trunk\.extra",
     ),
     "both layouts of one bias": ("eva02", mix_bias_layouts, "would both become .*q_proj.bias"),
@@ -174,13 +164,13 @@ BROKEN: dict[str, tuple[str, Callable[[State], object], str]] = {
         r"(?s)1 not of real numbers.*torch\.int8",
     ),
     "a temperature that no training leaves": (
-        "openai", put(logit_scale=torch.tensor(9.0)),
+        "openai", put("logit_scale", torch.tensor(9.0)),
         "logit_scale 9, but training keeps it between 0 and ln 100",
     ),
     "no rotary tables": ("eva02", drop(".rope."), "has no tables of rotary positions"),
     "a half of them": ("eva02", drop("rope.freqs_sin"), "has no tables of rotary positions"),
     "other tables in a block": (
-        "eva02", put(visual__blocks__1__attn__rope__freqs_sin=torch.rand(36, 12)),
+        "eva02", put("visual.blocks.1.attn.rope.freqs_sin", torch.rand(36, 12)),
         r"blocks\.1\.attn\.rope\.freqs_sin has other rotary positions",
     ),
 }  # fmt: skip
@@ -299,15 +289,7 @@ def test_a_lora_for_another_base_by_shape(tmp_path: Path) -> None:
            llm=LLMSource(LLM, loras=(adapter,)))  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("setting", "value"),
-    [
-        ("lora_bias", True),
-        ("bias", "all"),
-        ("modules_to_save", ["norm"]),
-        ("init_lora_weights", "pissa_niter_4"),
-    ],
-)
+@pytest.mark.parametrize(("setting", "value"), [("lora_bias", True), ("modules_to_save", ["norm"])])
 def test_a_lora_that_is_more_than_a_lora(tmp_path: Path, setting: str, value: Any) -> None:
     adapter = Path(shutil.copytree(LLM2VEC / "llama_lora", tmp_path / "lora"))
     path = adapter / "adapter_config.json"
@@ -363,7 +345,7 @@ def test_rotary_tables_that_the_tower_computes_are_accepted_in_any_dtype(
     plan(save_checkpoint("eva02", tmp_path, state), source_format=FORMAT_OF["eva02"])
 
 
-@pytest.mark.parametrize("reference", [3, 5, 16])
+@pytest.mark.parametrize("reference", [3, 16])
 def test_rotary_tables_of_another_reference_size_are_refused(
     reference: int, tmp_path: Path
 ) -> None:
