@@ -159,7 +159,10 @@ def test_what_a_training_would_change_of_an_embedder_is_refused(
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"prompt": "own", "keep_embeddings": True, **TINY}, "of these: projection_dim, text_ad"),
+        (
+            {"prompt": "own", "keep_embeddings": True, **TINY},
+            "of these: projection_dim, text_adapter",
+        ),
         ({"prompt": "none", "keep_embeddings": True}, r"Only a sentence-tr.* keep_embeddings"),
         ({"prompt": "none", "truncate_dim": 8}, r"Only a sentence-transformers .* truncate_dim"),
         # Those of other LLMs, and what an embedder has anyway.
@@ -251,7 +254,7 @@ def test_embeddings_that_are_not_normalized_keep_their_length(tmp_path: Path) ->
 LINEAR = {"activation_function": None}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "activation": (
-        {"last": [modules.Dense(32, 8, activation_function=nn.Tanh())]}, "a Dense has the activ"
+        {"last": [modules.Dense(32, 8, activation_function=nn.Tanh())]}, "a Dense has the"
     ),
     "residual": (
         {"last": [modules.Dense(32, 32, use_residual=True, **LINEAR)]}, "a Dense is not applied to"
