@@ -132,7 +132,7 @@ def _render_languages(report: dict[str, Any]) -> str:
         for lang in report["languages"]
     ]  # fmt: skip
     means = {
-        "mean but for English": "mean_of_others",
+        "mean without English": "mean_of_others",
         "the same, each language centered": "centered_mean_of_others",
     }
     rows += [

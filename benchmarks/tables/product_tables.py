@@ -147,12 +147,11 @@ def _render_scale(report: dict[str, Any]) -> str:
 
 
 def _draw_records(part: dict[str, Any]) -> str:
-    heads = ("records", "seconds to index", "records per second", "seconds to open", "MB opened")
+    heads = ("records", "seconds to index", "seconds to open", "MB opened")
     rows = [
         (
             f"{row['records']:,}",
             f"{row['index_seconds']:.1f}",
-            f"{row['records_per_second']:,}",
             f"{row['open_seconds']:.3f}",
             f"{row['open_resident_mb']:.0f}",
         )

@@ -32,10 +32,13 @@ DOCUMENTS = (
 )
 CARD_TEMPLATE = ROOT / "modeling_llm2clip" / "model_folders" / "model_card_template.md"
 NOT_RECORDED = "not yet recorded"
-# A record keeps the words of its time; tables use those of the documents.
-_RECORDED_WORDS = {"pictures": "images"}
-# Details of a machine that stay in the record.
-_MACHINE_DETAILS = re.compile(r" \(avx[\w, ]*\)|, x86_64\b|\bx86_64, ")
+# A record keeps the words of its time and details of its machine; tables use the documents' words.
+_RECORDED_WORDS: dict[str, str | Callable[[re.Match[str]], str]] = {
+    r"\bpictures\b": "images",
+    r" \(avx[\w, ]*\)|, x86_64\b|\bx86_64, ": "",
+    r"\b1 threads\b": "1 thread",
+    r"\['([\w-]+)'(?:, '([\w-]+)')?\]": lambda names: " and ".join(filter(None, names.groups())),
+}
 # A setting that is the recipe itself, which has a column of its own.
 _RECIPE = "README's recipe"
 _SETTINGS = {_RECIPE: "the same"}
@@ -70,8 +73,8 @@ def _render(name: str, results: Path) -> str:
         return f"\n{NOT_RECORDED}\n\n"
     table = _RENDERERS[name](json.loads(file.read_text(encoding="utf-8")))
     for recorded, word in _RECORDED_WORDS.items():
-        table = re.sub(rf"\b{recorded}\b", word, table)
-    return f"\n{_MACHINE_DETAILS.sub('', table)}\n"
+        table = re.sub(recorded, word, table)
+    return f"\n{table}\n"
 
 
 def _read_card_sections() -> str:
@@ -158,14 +161,13 @@ def _render_finetuning(report: dict[str, Any]) -> str:
 
 
 def _render_alignment(report: dict[str, Any]) -> str:
-    seeds = [str(run["seed"]) for run in next(iter(report["recalls"].values()))]
-    heads = ("text encoder", *(f"seed {seed}" for seed in seeds), "mean")
     rows = [
-        [name, *(percent(run["unseen_t2i_r1"]) for run in runs),
-         percent(report["mean_t2i_r1"][name])]
+        [name, _show_range([run["unseen_t2i_r1"] for run in runs])]
         for name, runs in report["recalls"].items()
-    ]  # fmt: skip
-    return draw_table(heads, rows) + f"\nText to image R@1. {report['data']}.\n"
+    ]
+    seeds = len(next(iter(report["recalls"].values())))
+    note = f"Mean of {seeds} seeds (lowest to highest); {report['data']}."
+    return draw_table(("text encoder", "text to image R@1"), rows) + f"\n{note}\n"
 
 
 def _render_first_run(report: dict[str, Any]) -> str:
