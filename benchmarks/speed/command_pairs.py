@@ -63,14 +63,14 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         places = prepare(Path(scratch))
-        found = {
+        medians = {
             name: measure(task, places, arguments.before.resolve(), arguments.rounds)
             for name, task in TASKS.items()
         }
     frame = describe_run("torch", "transformers", "lancedb", note=arguments.note)
     before = read_commit(arguments.before)
     write_result(
-        arguments.output, frame | {"before": before, "rounds": arguments.rounds, "tasks": found}
+        arguments.output, frame | {"before": before, "rounds": arguments.rounds, "tasks": medians}
     )
 
 
@@ -115,18 +115,18 @@ def write_data(folder: Path, texts: Path) -> None:
 
 def measure(task: list[str], places: dict[str, str], before: Path, rounds: int) -> dict[str, Any]:
     """Run a task in turns."""
-    found: dict[str, list[dict[str, float]]] = {"before": [], "after": []}
+    usages: dict[str, list[dict[str, float]]] = {"before": [], "after": []}
     words = [word.format(**places) for word in task]
     for number in range(rounds):
         turns = [("before", before), ("after", ROOT)]
         for name, checkout in turns if number % 2 else reversed(turns):
             with tempfile.TemporaryDirectory() as scratch:
-                found[name].append(run(checkout, words, Path(scratch)))
+                usages[name].append(run(checkout, words, Path(scratch)))
     medians = {
-        name: {key: round(statistics.median(one[key] for one in of), 2) for key in of[0]}
-        for name, of in found.items()
+        name: {key: round(statistics.median(usage[key] for usage in of), 2) for key in of[0]}
+        for name, of in usages.items()
     }
-    pairs = zip(found["after"], found["before"], strict=True)
+    pairs = zip(usages["after"], usages["before"], strict=True)
     share = statistics.median(after["cpu_s"] / before["cpu_s"] for after, before in pairs)
     print(f"{words[:2]} {share:.3f}", file=sys.stderr)
     return {**medians, "cpu_share": round(share, 3)}

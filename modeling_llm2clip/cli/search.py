@@ -104,8 +104,7 @@ def search(
 
 def _require_page_folder(folder: Path) -> None:
     """Refuse a folder that cannot be written, or has files that no earlier search wrote."""
-    from ..data.atomic_files import require_writable
-    from ..model_folders.atomic_folder import require_new_folder
+    from ..data.atomic_files import require_new_folder, require_writable
     from ..search.search_results import is_results_file
 
     require_writable(folder)
