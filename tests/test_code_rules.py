@@ -55,7 +55,7 @@ BUDGETS = {
     "conversion": 600,
     "data": 4696,
     "demo": 87,
-    "doctor": 1344,
+    "doctor": 1349,
     "embedding": 1132,
     "encoding": 703,
     "evaluation": 2846,
@@ -63,11 +63,11 @@ BUDGETS = {
     "publishing": 947,
     "recipes": 444,
     "scheduling": 83,
-    "search": 1467,
-    "serving": 1541,
+    "search": 1461,
+    "serving": 1536,
     "training": 3940,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 276, 8300
+MOST_FILES, MOST_DOCSTRING_LINES = 274, 8300
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(

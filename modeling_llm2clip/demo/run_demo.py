@@ -30,8 +30,12 @@ from ..model_folders.model_loading import load_model
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..recipes.recipe_plan import RecipePaths
 from ..recipes.train import train
-from ..search.results_page import write_results_page, write_results_sheet
-from ..search.search_results import SearchResult, rank_images
+from ..search.search_results import (
+    SearchResult,
+    rank_images,
+    write_results_page,
+    write_results_sheet,
+)
 
 SENTENCES = (
     "a slice of pizza",
