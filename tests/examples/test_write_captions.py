@@ -46,7 +46,7 @@ Script: TypeAlias = Callable[..., Done]
 
 @pytest.fixture
 def write_captions(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
-    """Runs the script in this process, as it stands."""
+    """Runs the script in this process."""
 
     def run(*arguments: str | Path) -> Done:
         monkeypatch.setattr(sys, "argv", [SCRIPT.name, *map(str, arguments)])
