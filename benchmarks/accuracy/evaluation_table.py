@@ -183,10 +183,10 @@ def _train_baselines(arguments: argparse.Namespace, work: Path) -> Any:
     for steps in arguments.steps:
         settings = OrdinaryClipConfig(steps=steps, batch_size=arguments.batch_size)
         name, folder = f"ordinary CLIP, {steps} steps", work / f"ordinary-clip-{steps}"
-        record, wanted = folder / "training.json", {**asdict(settings), "images": len(chosen)}
+        record, expected = folder / "training.json", {**asdict(settings), "images": len(chosen)}
         if record.is_file():
             trained = json.loads(record.read_text("utf-8"))
-            if {key: trained[key] for key in wanted} != wanted:
+            if {key: trained[key] for key in expected} != expected:
                 raise ValueError(f"{folder} was trained otherwise. Name another --work.")
             yield name, folder, trained
             continue
@@ -195,7 +195,7 @@ def _train_baselines(arguments: argparse.Namespace, work: Path) -> Any:
         started = time.monotonic()
         losses = train_ordinary_clip(model, chosen, features, settings)
         trained = {
-            **wanted,
+            **expected,
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "final_loss": round(losses[-1], 4),
             "seconds": round(time.monotonic() - started),

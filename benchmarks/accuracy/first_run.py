@@ -109,8 +109,8 @@ def main() -> int:
     print(json.dumps(measured, indent=2))
     missed = [
         name
-        for name, found in measured.items()
-        if found["recipe_r1"] < LEAST_SHARE_OF_BEST * found["best_r1"]
+        for name, entry in measured.items()
+        if entry["recipe_r1"] < LEAST_SHARE_OF_BEST * entry["best_r1"]
     ]
     if missed:
         print(f"The recipe reaches less than {LEAST_SHARE_OF_BEST} of the best setting: {missed}")
@@ -127,9 +127,9 @@ def read_earlier(file: Path, record: dict[str, Any]) -> dict[str, Any]:
     """Datasets that a file has, if it was written by the same code on the same machine."""
     if not file.is_file():
         return {}
-    found = json.loads(file.read_text(encoding="utf-8"))
-    same = all(found.get(name) == value for name, value in record.items())
-    return dict(found["datasets"]) if same else {}
+    recorded = json.loads(file.read_text(encoding="utf-8"))
+    same = all(recorded.get(name) == value for name, value in record.items())
+    return dict(recorded["datasets"]) if same else {}
 
 
 class Dataset:
@@ -220,9 +220,9 @@ def summarize(splits: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
     """
     summary: dict[str, Any] = {}
     for name in splits[0]:
-        found = [scores[name] for scores in splits]
+        of_splits = [scores[name] for scores in splits]
         summary[name] = {
-            measure: describe([scores[measure] for scores in found]) for measure in found[0]
+            measure: describe([scores[measure] for scores in of_splits]) for measure in of_splits[0]
         }
         if CLOSED_FORM in splits[0] and name != CLOSED_FORM:
             summary[name]["minus_closed_form"] = describe(
@@ -297,12 +297,12 @@ def prepare_split(dataset: Dataset, folder: Path, *, seed: int) -> TestImages:
 def number_rows(records: Sequence[CaptionedImage], modality: Modality) -> dict[str, int]:
     """Row of each caption, or of the image of each name, in the store of some records."""
     if modality == "image":
-        found = dict.fromkeys(record.name for record in records)
+        keys = dict.fromkeys(record.name for record in records)
     else:
-        found = dict.fromkeys(
+        keys = dict.fromkeys(
             text for record in records for text in (*record.captions, *record.long_captions)
         )
-    return {text: row for row, text in enumerate(found)}
+    return {text: row for row, text in enumerate(keys)}
 
 
 def write_part(
@@ -319,10 +319,10 @@ def write_part(
     planned = plan_store(model, table, encoder, config, modality)
     items = partial(list_items, table, planned)
     writer = EmbeddingStoreWriter.open(folder / STORES[modality], planned, items)
-    wanted = [rows[text] for text in number_rows(records, modality)]
+    chosen_rows = [rows[text] for text in number_rows(records, modality)]
     for shard in writer.list_missing():
-        own = writer.manifest.rows_of_shard(shard)
-        writer.write(shard, store.read([wanted[row] for row in own]))
+        shard_rows = writer.manifest.rows_of_shard(shard)
+        writer.write(shard, store.read([chosen_rows[row] for row in shard_rows]))
     writer.finish()
 
 

@@ -116,20 +116,20 @@ def write_data(sources: Mapping[str, str], work: Path) -> None:
     """
     lines: dict[str, list[dict[str, Any]]] = {name: [] for name in FOLDERS if name != "labeled"}
     for name, source in sources.items():
-        found = [json.loads(line) for line in (Path(source) / "captions.jsonl").open("r")]
-        found = [line for line in found if line.get("lang", "en") == "en"]
-        random.Random(0).shuffle(found)
-        for line in found:
+        captioned = [json.loads(line) for line in (Path(source) / "captions.jsonl").open("r")]
+        captioned = [line for line in captioned if line.get("lang", "en") == "en"]
+        random.Random(0).shuffle(captioned)
+        for line in captioned:
             line["image"] = str((Path(source) / line["image"]).resolve())
-        count = min(MOST_HELD_OUT, len(found) // 5)
+        count = min(MOST_HELD_OUT, len(captioned) // 5)
         is_last = name == list(sources)[-1]
         if is_last:
-            lines["test"], lines["chosen"] = found[:count], found[count : 2 * count]
-            lines["aligned"] += found[2 * count :]
-            lines["all"] += found[2 * count :]
+            lines["test"], lines["chosen"] = captioned[:count], captioned[count : 2 * count]
+            lines["aligned"] += captioned[2 * count :]
+            lines["all"] += captioned[2 * count :]
         else:
-            link_by_category(found[:count], work / "labeled")
-            described = [add_keywords(line) for line in found[count:]]
+            link_by_category(captioned[:count], work / "labeled")
+            described = [add_keywords(line) for line in captioned[count:]]
             lines["all"] += [add_category(line) for line in described]
             lines["aligned"] += described[::2]
     for name, chosen in lines.items():
@@ -276,17 +276,17 @@ def run_condition(work: Path, condition: str, seed: int, steps: int) -> list[dic
 
 def measure(model: Path, work: Path) -> dict[str, float]:
     """Accuracy on labeled images, and R@1 of held-out captions and images."""
-    found = {}
+    scores = {}
     for task, dataset in (
         ("classification", f"image-folder={work / 'labeled'}"), ("retrieval", str(work / "test")),
     ):  # fmt: skip
         config = EvaluationConfig(output=model.parent / f"scores-{model.name}-{task}")
         [result] = evaluate(model, dataset, config, tasks=[task])
-        found[task] = result.scores
+        scores[task] = result.scores
     return {
-        "accuracy": found["classification"]["top_1"]["value"],
-        "t2i_r1": found["retrieval"]["t2i"]["hit_rate_at_1"],
-        "i2t_r1": found["retrieval"]["i2t"]["hit_rate_at_1"],
+        "accuracy": scores["classification"]["top_1"]["value"],
+        "t2i_r1": scores["retrieval"]["t2i"]["hit_rate_at_1"],
+        "i2t_r1": scores["retrieval"]["i2t"]["hit_rate_at_1"],
     }
 
 

@@ -116,9 +116,9 @@ def main() -> None:
 
 def read_earlier(file: Path, record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Runs that a file has, if it was written by the same code on the same data and machine."""
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    runs: list[dict[str, Any]] = found.pop("runs", [])
-    return runs if found == record else []
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    runs: list[dict[str, Any]] = content.pop("runs", [])
+    return runs if content == record else []
 
 
 def join_datasets(sources: Mapping[str, str], folder: Path) -> None:

@@ -93,10 +93,10 @@ def main() -> None:
         for name in arguments.towers:
             with tempfile.TemporaryDirectory(dir=arguments.work) as scratch:
                 model = arguments.work / name
-                found = images.measure(
+                scores = images.measure(
                     model, stores[name], replace(config, seed=split), Path(scratch)
                 )
-            record["runs"].append({"tower": name, "split": split, **found})
+            record["runs"].append({"tower": name, "split": split, **scores})
             print(record["runs"][-1], flush=True)
             frame = describe_run("torch", "transformers", threads=1, note="beside other work")
             written = json.dumps({**frame, **record}, indent=2)

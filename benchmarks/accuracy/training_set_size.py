@@ -73,9 +73,9 @@ def main() -> None:
     measured: dict[str, Any] = {}
     for split in range(arguments.num_splits):
         for name, dataset in datasets.items():
-            found = measured.setdefault(name, {**dataset.describe(), "runs": []})
+            entry = measured.setdefault(name, {**dataset.describe(), "runs": []})
             for run in dataset.measure(model, split, arguments.sizes):
-                found["runs"].append(run)
+                entry["runs"].append(run)
                 record = json.dumps(make_record(measured), indent=2)
                 arguments.output.write_text(f"{record}\n", "utf-8")
 

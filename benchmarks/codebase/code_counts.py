@@ -66,20 +66,20 @@ class Source:
         Imports for type checkers and those inside functions count too.
         """
         package = [_PACKAGE, *self.path.parts[:-1]]
-        found: set[str] = set()
+        names: set[str] = set()
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
-                found.update(alias.name for alias in node.names)
+                names.update(alias.name for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
                 parent = package[: len(package) - node.level + 1] if node.level else []
                 source = [*parent, *([node.module] if node.module else [])]
-                found.update(".".join([*source, alias.name]) for alias in node.names)
-        return found
+                names.update(".".join([*source, alias.name]) for alias in node.names)
+        return names
 
     def list_imported_modules(self, modules: Set[str]) -> set[str]:
         """List which of some modules the file imports, or imports something from."""
         imported = self.list_imported()
-        return (imported | {found.rpartition(".")[0] for found in imported}) & modules
+        return (imported | {name.rpartition(".")[0] for name in imported}) & modules
 
     @property
     def module(self) -> str:

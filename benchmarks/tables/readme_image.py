@@ -49,12 +49,12 @@ def read_photographs(folders: Sequence[Path]) -> dict[Path, dict[str, str]]:
     Args:
         folders: Folders with a `captions.jsonl`.
     """
-    found = {}
+    sources = {}
     for folder in folders:
         for line in (folder / "captions.jsonl").read_text("utf-8").splitlines():
             record = json.loads(line)
-            found[folder / record["image"]] = {key: record[key] for key in ("license", "source")}
-    return found
+            sources[folder / record["image"]] = {key: record[key] for key in ("license", "source")}
+    return sources
 
 
 def search(model_folder: Path, paths: list[Path]) -> list[SearchResult]:
@@ -119,14 +119,14 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="model folder of a run of llm2clip align")
     parser.add_argument("folders", type=Path, nargs="+", help="photographs to search")
     parser.add_argument("--trained-on", required=True, help="the data of the run, for the record")
-    given = parser.parse_args()
-    photographs = read_photographs(given.folders)
-    results = search(given.model, list(photographs))
+    arguments = parser.parse_args()
+    photographs = read_photographs(arguments.folders)
+    results = search(arguments.model, list(photographs))
     draw(results).save(SHEET, optimize=True)
     record: dict[str, Any] = {
         **describe_run("torch", "transformers", "sentence-transformers"),
-        "trained_on": given.trained_on,
-        "held_out": read_results(given.model.parent)["held_out"]["best"],
+        "trained_on": arguments.trained_on,
+        "held_out": read_results(arguments.model.parent)["held_out"]["best"],
         "num_photographs": len(photographs),
         "results": [
             {

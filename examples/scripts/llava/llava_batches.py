@@ -153,14 +153,14 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         """Tokenize a conversation once, and keep it or note its errors."""
         ids, labels = self.encode(conversation)
         num_images = int(conversation.image is not None)
-        found = []
+        kinds = []
         if ids.count(self.image_token_id) != num_images * self.num_image_tokens:
-            found.append(f"{PLACEHOLDER} in a text")
+            kinds.append(f"{PLACEHOLDER} in a text")
         if all(label == NOT_LEARNED for label in labels[1 : self.max_length]):
-            found.append(f"no answer within {self.max_length} tokens")
-        for kind in found:
+            kinds.append(f"no answer within {self.max_length} tokens")
+        for kind in kinds:
             errors.add(kind, conversation.name)
-        if not found:
+        if not kinds:
             self.conversations.append(conversation)
             self.num_truncated += len(ids) > self.max_length
 
