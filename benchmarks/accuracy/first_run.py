@@ -55,7 +55,7 @@ from modeling_llm2clip.training.run_folder import read_results
 
 ROOT = Path(__file__).parents[2]
 RECIPE = re.compile(r"<!-- recipe -->\n```bash\n(.*?)```", re.DOTALL)
-# What the README calls the user's images, the model that they are embedded with, and its results.
+# Names in the README: the user's images, the model that embeds them, and the results.
 IMAGES, MODEL, ALIGNED = "my-images", "my-model", "aligned"
 STORES: dict[Modality, str] = {"text": "captions", "image": "images"}
 RECIPE_NAME, CLOSED_FORM = "README's recipe", "closed form alone"
@@ -75,7 +75,7 @@ OTHER_SETTINGS = {
 
 
 def main() -> int:
-    """Run every dataset, write what was measured, and compare with the bar."""
+    """Measure every dataset, record the scores, and compare them with the bar."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("data", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--existing", type=Path, help="such as llm2clip-demo/model; default: none")
@@ -136,7 +136,7 @@ class Dataset:
     """A dataset with the model and the stores of all its images."""
 
     def __init__(self, source: Path, whole: Path) -> None:
-        """Run the commands of the recipe that train nothing; `whole` may have what they write."""
+        """Run the commands of the recipe that train nothing, unless `whole` has their outputs."""
         self.source, self.whole = source, whole
         self.lines = read_lines(source)
         is_new = not whole.exists()
@@ -214,7 +214,7 @@ def summarize_dataset(dataset: Dataset, splits: list[dict[str, Any]]) -> dict[st
 
 
 def summarize(splits: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
-    """Means over the splits with standard errors, by setting, and what each split had.
+    """Compute means and standard errors over the splits by setting, beside the splits' scores.
 
     `minus_closed_form` has the same of the differences of R@1 from the closed form alone.
     """
@@ -327,7 +327,7 @@ def write_part(
 
 
 def run(command: str, folder: Path) -> None:
-    """Run a command of the README with this package, and show what it says."""
+    """Run a command of the README with this package, and show its output."""
     print(f"$ {command}", flush=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     program = f"{sys.executable} -m modeling_llm2clip "

@@ -1,4 +1,4 @@
-"""What an alignment makes a dual encoder forget, and what keeps it: classification and retrieval.
+"""Forgetting: how alignment changes a dual encoder's classification and retrieval.
 
     python -m benchmarks.accuracy.forgetting emoji=FOLDER openclipart=FOLDER \\
         photographs=FOLDER --work WORK
@@ -10,7 +10,7 @@ first two and all of the last, whose captions name no categories: plainly, near 
 both. Beside them are the inherited text side alone, and weights between those before and after.
 Held-out images of the first two are classified by their category, those of the last one are found
 by their captions. Everything is repeated with several seeds; the dual encoder is trained once.
-`--work` keeps it, so that a second call goes on from there, and what is measured is written after
+`--work` keeps it, so that a second call goes on from there, and scores are written after
 each run.
 """
 
@@ -73,7 +73,7 @@ FOLDERS = ("all", "aligned", "chosen", "test", "labeled")
 
 
 def main() -> None:
-    """Train, align, measure, and write what was measured."""
+    """Train, align and measure; write the scores after each run."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("data", nargs=3, metavar="NAME=FOLDER")
     parser.add_argument("--work", type=Path, required=True, help="keeps data, models and stores")
@@ -154,13 +154,13 @@ def add_category(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def name_category(line: Mapping[str, Any]) -> str:
-    """Return in words what kind of thing an image shows."""
+    """Return the category of an image in words."""
     category = str(line.get("subgroup") or line["category"]).rpartition("/")[2]
     return category.replace("-", " ").replace("_", " ")
 
 
 def link_by_category(lines: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Link images into folders that are named by what they show."""
+    """Link images into a folder for each category."""
     for line in lines:
         place = folder / name_category(line)
         place.mkdir(parents=True, exist_ok=True)
@@ -224,7 +224,7 @@ def prepare_pixels(image_processor: Any, images: Sequence[Any]) -> Tensor:
 
 
 def prepare(work: Path) -> None:
-    """Build the model that is aligned, and extract what no run changes."""
+    """Build the model to align, and extract the embeddings that all runs share."""
     if not (work / "kept").exists():
         clip = str(work / "clip")
         build_untrained(work / "kept", BuildConfig(keep_projection=True), vision=clip)

@@ -52,7 +52,7 @@ ALIGNMENT = AlignConfig(max_steps=0)
 
 
 def main() -> None:
-    """Align each model on each split, and write what was measured."""
+    """Align each model on each split, and write the scores after each run."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("gemma", type=Path, help="the .gguf file")
     parser.add_argument("--num-splits", type=int, default=3)
@@ -163,7 +163,7 @@ class Emoji:
         return RecordTable.from_records(r for r in self.lines if r.group_id not in tested)
 
     def extract(self, model: Path, work: Path) -> dict[str, EmbeddingStore]:
-        """Extract what is missing: images and English names, and names in other languages."""
+        """Extract the missing stores: images, English names, and names in other languages."""
         sources = {
             "text": (self.english, f"{model.name}-en", "text"),
             "image": (self.english, "images", "image"),

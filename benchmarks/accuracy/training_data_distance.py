@@ -67,7 +67,7 @@ class Kind:
 
 
 def main() -> int:
-    """Measure all directions, and write what was measured."""
+    """Measure all directions, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("data", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--model", type=Path, help="default: the embedded towers, built anew")

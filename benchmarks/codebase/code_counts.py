@@ -1,4 +1,4 @@
-"""Counts what a reader of the package has to read, from its sources alone.
+"""Counts the code that a reader of the package has to read, from its sources alone.
 
     python -m benchmarks.codebase.code_counts
     python -m benchmarks.codebase.code_counts --checkout CHECKOUT --by folder
@@ -90,7 +90,7 @@ class Source:
 def main() -> None:
     """Print the counts of one checkout as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--checkout", type=Path, default=_ROOT, help="what to count")
+    parser.add_argument("--checkout", type=Path, default=_ROOT, help="checkout to count")
     parser.add_argument("--by", choices=["all", "folder"], default="all")
     options = parser.parse_args()
     sources = read_sources(options.checkout)

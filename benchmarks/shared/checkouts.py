@@ -20,7 +20,7 @@ def measure_in_turns(
 
     Args:
         before: The other checkout of this repository.
-        code: What the processes run: it prints "ready", and then a number for each line it reads.
+        code: Program of the processes: it prints "ready", and then a number for each line it reads.
         arguments: Of the code.
         questions: Lines that it reads.
         rounds: How often each is asked.

@@ -1,4 +1,4 @@
-"""The tables of what the parts of the method change in the scores."""
+"""Tables of effects: how each part of the method changes the scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of what a model becomes: stores and indexes at scale, embeddings, a server, graphs."""
+"""Tables of a model in use: stores and indexes at scale, embeddings, a server, graphs."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
     python -m benchmarks.tables.readme_image aligned/model examples/data/photographs MORE \
         --trained-on "1,000 photographs of Flickr8k, four captions each"
 
-The model is one that the README's recipe trained. Each folder has photographs that it was not
+The model was trained by the README's recipe. Each folder has photographs that it was not
 trained on, and a `captions.jsonl` whose lines name `image`, `license` and `source`. All of them are
 searched; the sentences were chosen among those that work. Writes `docs/search.png` and
 `benchmarks/results/readme_image.json`, which has the licenses of the photographs that are shown.
@@ -74,7 +74,7 @@ def draw(results: Sequence[SearchResult]) -> Image.Image:
     """Draw a block per sentence: the sentence, and below it the first photographs found.
 
     Args:
-        results: What was found.
+        results: The photographs found for each query.
     """
     block = (SHOWN * WIDTH + (SHOWN - 1) * GAP, TEXT + HEIGHT + CAPTION)
     rows = -(-len(results) // COLUMNS)
@@ -95,8 +95,8 @@ def draw_block(image: Image.Image, result: SearchResult, left: int, top: int) ->
     """Draw one sentence and its photographs.
 
     Args:
-        image: What to draw on.
-        result: What was found.
+        image: Canvas to draw on.
+        result: The photographs found for one query.
         left: Left edge.
         top: Top edge.
     """

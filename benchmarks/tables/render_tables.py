@@ -1,4 +1,4 @@
-"""Writes the tables of the documents from what the benchmarks recorded.
+"""Writes the tables of the documents from the records of the benchmarks.
 
 Run `python -m benchmarks.tables.render_tables` after a file in `benchmarks/results` has changed.
 Text between `<!-- table: NAME -->` and `<!-- end -->` is replaced; nothing else is touched. The
@@ -77,7 +77,7 @@ def _render(name: str, results: Path) -> str:
 
 
 def _read_card_sections() -> str:
-    """What the card of every model says, so that it is written once."""
+    """Read the sections that every model card has, so that they are written once."""
     text = CARD_TEMPLATE.read_text(encoding="utf-8")
     start, end = text.index("## Intended use"), text.index("## Check before use")
     return f"\n{text[start:end]}"

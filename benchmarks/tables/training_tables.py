@@ -77,7 +77,7 @@ def _render_first_run(report: dict[str, Any]) -> str:
         f"{dataset['num_test_images']} {name} ({_count_splits(dataset['num_splits'])})"
         for name, dataset in report["datasets"].items()
     )
-    # What no dataset has, such as settings that were not tried, has no column.
+    # A column without a number, such as a setting that was not tried, is left out.
     kept = [place for place in range(len(heads)) if any(row[place] for row in rows)]
     table = draw_table([heads[p] for p in kept], [[row[p] for p in kept] for row in rows])
     return table + (

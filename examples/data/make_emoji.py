@@ -47,7 +47,7 @@ Names = dict[str, dict[str, list[str]]]
 
 @dataclass
 class Report:
-    """What was made and what was left out, by reason."""
+    """Counts of the emoji that were made, and of those left out by reason."""
 
     images: Counter[str] = field(default_factory=Counter)
     lines: Counter[str] = field(default_factory=Counter)
@@ -335,7 +335,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Make the folder and print what was made and what was left out."""
+    """Make the folder and print both counts."""
     arguments = parse_arguments()
     output: Path = arguments.output
     if output.exists() and any(output.iterdir()):

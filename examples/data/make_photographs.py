@@ -316,7 +316,7 @@ hologram of a cell and a very small detail of a retina.
 
 
 def main() -> None:
-    """Make the folder and print what was made."""
+    """Make the folder and print its counts."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         description=__doc__,

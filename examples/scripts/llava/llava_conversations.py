@@ -1,4 +1,4 @@
-"""What a multimodal LLM is trained on: conversations about an image.
+"""Training data of a multimodal LLM: conversations about an image.
 
 Captioned images become conversations without a question; LLaVA's published instruction data are
 read as they are: a JSON list of
@@ -7,7 +7,7 @@ read as they are: a JSON list of
                                                      {"from": "gpt", "value": "A …"}, …]}
 
 `image` is absent in a conversation about no image. Such data have known errors (images that
-cannot be fetched any more), so that what is invalid can be left out, counted by kind.
+cannot be fetched any more), so that invalid entries can be left out, counted by kind.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Conversation:
 
     Attributes:
         name: for errors.
-        image: what it is about; None for a conversation in words alone.
+        image: its subject; None for a conversation in words alone.
         turns: questions and their answers. With an image, the first question holds the placeholder
             once. For a caption, the question is the placeholder alone.
     """
@@ -105,7 +105,7 @@ def read_conversations(
         skip_invalid: leave invalid conversations out and count their errors, instead of raising.
     Returns: the conversations in the file's order, at least one, and errors by kind.
     Raises:
-        DataValidationError: what is wrong, how many of each kind, and where first.
+        DataValidationError: entries are invalid; names the kinds, their counts and first places.
         ValueError: the file is not a JSON list, the folder is missing, or nothing is left.
     """
     errors, counts = ErrorCollector(), Counter[str]()

@@ -1,4 +1,4 @@
-"""A vision tower and an LLM joined in transformers' LLaVA classes, and what is trained of it."""
+"""A vision tower and an LLM joined in transformers' LLaVA classes, and the trained parts."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def build_llava(
 
 
 def load_llava(folder: str | Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Load what a step wrote, float32.
+    """Load the model that a step wrote, in float32.
 
     Raises: ValueError when a weight is missing, or has no place.
     """
@@ -91,7 +91,7 @@ def load_llava(folder: str | Path) -> tuple[LlavaForConditionalGeneration, Llava
 
 
 def find_tokens_of(model: Any, processor: LlavaProcessor) -> VisualTokens:
-    """What a LLaVA, or peft's wrapper around one, makes of an image."""
+    """Compute the image tokens of a LLaVA, or of peft's wrapper around it."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return find_visual_tokens(
         base.model.vision_tower, processor.image_processor, layer=base.config.vision_feature_layer
