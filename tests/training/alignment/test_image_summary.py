@@ -21,6 +21,7 @@ from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.doctor.check_model import check_model
+from modeling_llm2clip.doctor.model_report import Check
 from modeling_llm2clip.embedding.extract import extract
 from modeling_llm2clip.encoding.encode import encode_images
 from modeling_llm2clip.model_folders.model_loading import load_model
@@ -96,8 +97,7 @@ def test_the_summary_does_not_depend_on_the_order_of_the_records(
 def test_a_resumed_run_writes_the_summary_of_an_undisturbed_one(
     colored: Prepared, aligned: Run, tmp_path: Path
 ) -> None:
-    folder = Path(shutil.copytree(aligned.output, tmp_path / "run"))
-    shutil.rmtree(folder / "model")  # as a run leaves it that is killed after its last step
+    folder = aligned.copy_without_model(tmp_path / "run")
     resumed = colored.align_stored(folder, resume=True, **FEW_STEPS)
     assert read_bytes(resumed.model) == read_bytes(aligned.model)
     assert resumed.results["training_images"] == aligned.results["training_images"]
@@ -122,21 +122,24 @@ def test_two_processes_write_the_summary_of_one(
 
 
 @pytest.mark.slow
-def test_export_keeps_the_summary_and_the_doctor_reads_it(aligned: Run, tmp_path: Path) -> None:
-    exported = export_model(aligned.model, tmp_path / "exported")
-    assert read_bytes(exported) == read_bytes(aligned.model)
-    (check,) = [c for c in check_model(exported, device="cpu").checks if "images" in c.name]
-    assert check.passed and check.message == "unnamed data (80 images)"
+def test_export_keeps_the_summary_and_the_doctor_refuses_that_of_another_tower(
+    aligned: Run, tmp_path: Path
+) -> None:
+    folder = export_model(aligned.model, tmp_path / "exported")
+    assert read_bytes(folder) == read_bytes(aligned.model)
 
+    def check() -> Check:
+        checks = check_model(folder, device="cpu").checks
+        (result,) = [check for check in checks if "images" in check.name]
+        return result
 
-@pytest.mark.slow
-def test_the_doctor_refuses_a_summary_of_another_tower(aligned: Run, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(aligned.model, tmp_path / "model"))
+    known = check()
+    assert known.passed and known.message == "unnamed data (80 images)"
     (dataset,) = read_summary(folder).datasets
     wider = replace(dataset, clusters=torch.zeros(3, 1 + dataset.clusters.shape[1]))
     write_training_images(folder, TrainingImages((wider,)))
-    (check,) = [c for c in check_model(folder, device="cpu").checks if "images" in c.name]
-    assert not check.passed and "Remove the file" in check.message
+    refused = check()
+    assert not refused.passed and "Remove the file" in refused.message
     (folder / TRAINING_IMAGES_FILE).unlink()
     assert check_model(folder, device="cpu").healthy  # there need not be one
 
@@ -195,10 +198,9 @@ def test_a_damaged_summary_is_refused_before_the_training(
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_too_few_images_are_not_summarized(prepared: Prepared, tmp_path: Path) -> None:
-    run = prepared.align_stored(tmp_path / "run", max_steps=1, held_out_ratio=0)
-    assert run.results["training_images"] is None
-    assert not (run.model / TRAINING_IMAGES_FILE).exists()
+def test_too_few_images_are_not_summarized(finished: Run) -> None:
+    assert finished.results["training_images"] is None
+    assert not (finished.model / TRAINING_IMAGES_FILE).exists()
 
 
 def test_a_sample_has_each_image_once_and_the_same_ones_in_any_order() -> None:

@@ -186,12 +186,3 @@ def test_locked_texts_keep_their_embeddings_bit_for_bit(prepared: Prepared, tmp_
 def test_random_texts_are_not_locked(tmp_path: Path, colored: Prepared) -> None:
     with pytest.raises(ValueError, match="text projection as it is, and that of"):
         colored.align(tmp_path / "run", lock_text=True)
-
-
-def test_options_that_locked_texts_contradict_are_refused() -> None:
-    with pytest.raises(ValueError, match="max_steps=0 with lock_text writes the model as it is"):
-        AlignConfig(lock_text=True, max_steps=0)
-    with pytest.raises(ValueError, match="lock_text keeps texts as they are"):
-        AlignConfig(lock_text=True, text_training="lora")
-    with pytest.raises(ValueError, match="lock_text keeps the text projection"):
-        AlignConfig(lock_text=True, projection_init="cca")

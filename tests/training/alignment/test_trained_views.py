@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from aligning import SHORT_RUN, Prepared
+from aligning import Prepared
 from interruptions import read_bytes
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
@@ -23,14 +23,12 @@ from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.streams.record_streams import stream_records
 from modeling_llm2clip.embedding.extract import describe_extraction, extract, merge_store
 from modeling_llm2clip.encoding.encode import encode_texts
-from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.alignment_data import (
     AlignmentDataset,
     AlignmentStream,
     decode_sample,
 )
 from modeling_llm2clip.training.alignment.held_out import HeldOutImages
-from modeling_llm2clip.training.run_folder import read_results
 
 NUM_VIEWS = 3
 OPTIONS: dict[str, Any] = {
@@ -136,46 +134,32 @@ def test_a_stream_samples_views_too(prepared: Prepared, viewed: Viewed) -> None:
 
 
 def test_held_out_images_are_scored_on_their_own_captions(
-    prepared: Prepared, viewed: Viewed, tmp_path: Path
+    prepared: Prepared, viewed: Viewed
 ) -> None:
     store = EmbeddingStore.open(viewed.store)
     dataset = AlignmentDataset(
         viewed.records, viewed.processor, caption_store=store, image_store=prepared.image_store
     )
     held_out = HeldOutImages(dataset, [0, 1, 7])
-    found = torch.cat([batch["caption_embeds"] for batch in held_out.iterate_batches()])
-    own = [(item, long) for item in (0, 1, 7) for long in (False, True)]
-    num_own = [2, 0, 2, 1, 2, 2]
-    rows = [store.rows_of(i, long=n)[:count] for (i, n), count in zip(own, num_own, strict=True)]
-    assert torch.equal(found, store.read(np.concatenate(rows)))
-    config = AlignConfig(**{**SHORT_RUN, "held_out_ratio": 0.2, "refit": False})
-    align(
-        prepared.model, viewed.records, tmp_path / "run", config,
-        caption_store=viewed.store, image_store=prepared.images,
-    )  # fmt: skip
-    scores = read_results(tmp_path / "run")["held_out"]["best"]
-    assert scores["num_texts"] <= 4 * scores["num_images"]
+    embeds = torch.cat([batch["caption_embeds"] for batch in held_out.iterate_batches()])
+    parts = [(item, long) for item in (0, 1, 7) for long in (False, True)]
+    counts = [2, 0, 2, 1, 2, 2]
+    rows = [store.rows_of(i, long=n)[:count] for (i, n), count in zip(parts, counts, strict=True)]
+    assert torch.equal(embeds, store.read(np.concatenate(rows)))
 
 
 def test_views_that_cannot_be_made_are_refused(
     prepared: Prepared, viewed: Viewed, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="sentence_views=2 is for text_training=frozen-online"):
-        AlignConfig(sentence_views=2)
     towers = {"vision_model": "v", "text_model": "t", "data": "d", "output": tmp_path}
     options = {"extract": ExtractConfig(sentence_views=2), "align": AlignConfig(**ONLINE)}
     with pytest.raises(ValueError, match="sentence_views=2 is for stored captions, and"):
         TrainConfig(**towers, **options)
     short = [replace(record, long_captions=()) for record in viewed.records]
-    config = AlignConfig(**{**SHORT_RUN, **ONLINE, "sentence_views": 2})
-    for refuse in (
-        lambda: extract(
-            prepared.model, short, tmp_path / "s", ExtractConfig(**OPTIONS), modality="text"
-        ),
-        lambda: align(prepared.model, short, tmp_path / "run", config),
-    ):
-        with pytest.raises(ValueError, match="and no long caption has two sentences"):
-            refuse()
+    with pytest.raises(ValueError, match="and no long caption has two sentences"):
+        extract(prepared.model, short, tmp_path / "s", ExtractConfig(**OPTIONS), modality="text")
+    with pytest.raises(ValueError, match="and no long caption has two sentences"):
+        prepared.align(tmp_path / "run", records=short, sentence_views=2, **ONLINE)
     other = ExtractConfig(**{**OPTIONS, "sentence_views": 2})
     with pytest.raises(ValueError, match="sentence_views"):
         extract(prepared.model, viewed.records, viewed.store, other, modality="text")
