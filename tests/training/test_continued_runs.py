@@ -10,29 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aligning import NUM_RECORDS, Prepared
+from aligning import NUM_RECORDS, KillAtBegin, Prepared
 from safetensors.torch import load_file, save_file
 from tiny import draw_noise, tiny_model
-from tuning import FLAGS, SHORT, tune, write_captions
+from tuning import RECORDS, SHORT, Tuned, tune
 
-from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.encoding_config import ExtractConfig
 from modeling_llm2clip.data.store.store_manifest import StoreManifest
 from modeling_llm2clip.embedding.extract import extract
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
+from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def here(prepared: Prepared, tmp_path: Path) -> Prepared:
-    """A copy of `prepared` that a test may change, with a run on it."""
+    """A copy of `prepared` that a test may change, with a run that was begun on it."""
     root = tmp_path / "prepared"
     shutil.copytree(prepared.model.parent, root)
     copied = Prepared(root / "data", root / "exported", root / "captions", root / "images")
-    shutil.rmtree(copied.align(root / "run", max_steps=2).model)
+    copied.begin(root / "run")
     return copied
 
 
@@ -86,35 +86,31 @@ def test_an_alignment_is_not_continued_on(
     here: Prepared, change: Callable[[Prepared], Prepared], named: str
 ) -> None:
     run = here.model.parent / "run"
-    resumed = here.align(run, max_steps=2, resume=True)
-    assert resumed.results["steps"] == 2
-    shutil.rmtree(resumed.model)
+    here.begin(run, resume=True)
     changed = change(here)
     with pytest.raises(ValueError, match=rf"another run: {named}: '[^']+' then, '[^']+' now\. "):
-        changed.align(run, max_steps=2, resume=True)
+        changed.align(run, resume=True)
 
 
-@pytest.mark.parametrize(("name", "value"), [("num_processes", 2), ("in_bfloat16", True)])
 def test_a_fine_tuning_is_not_continued_by_other_processes_or_in_another_precision(
-    tmp_path: Path, name: str, value: Any
+    tuned: Tuned, tmp_path: Path
 ) -> None:
-    tune(tmp_path / "run", SHORT)
-    file = tmp_path / "run" / "run.json"
-    record = json.loads(file.read_text())
-    file.write_text(json.dumps({**record, "inputs": {**record["inputs"], name: value}}))
-    with pytest.raises(ValueError, match=rf"another run: {name}: {value} then, \w+ now\. Choose"):
-        tune(tmp_path / "run", SHORT, resume=True)
+    run = tuned.copy_unfinished(tmp_path / "run")
+    record = json.loads((run / "run.json").read_text())
+    for name, value in {"num_processes": 2, "in_bfloat16": True}.items():
+        changed = {**record, "inputs": {**record["inputs"], name: value}}
+        (run / "run.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=rf"another run: {name}: {value} then, \w+ now\. Cho"):
+            tune(run, resume=True)
 
 
-def test_a_fine_tuning_is_not_continued_on_another_llm(tmp_path: Path, capsys: Any) -> None:
+def test_a_fine_tuning_is_not_continued_on_another_llm(tmp_path: Path) -> None:
     folder = save_model(*tiny_model(), tmp_path / "base")
-    data = write_captions(tmp_path / "captions.jsonl")
-    run = str(tmp_path / "run")
-    command = ["finetune-llm", str(folder), str(data), run, *FLAGS, "--no-merge"]
-    assert main(command) == 0
+    with pytest.raises(KeyboardInterrupt):
+        finetune_llm(folder, RECORDS, tmp_path / "run", SHORT, callbacks=[KillAtBegin()])
     move_weight(folder, "text_model.norm.weight")
-    assert main([*command, "--resume"]) == 2
-    assert "another run: fingerprint.weights: '" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"another run: fingerprint\.weights: '"):
+        finetune_llm(folder, RECORDS, tmp_path / "run", SHORT, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -137,18 +133,10 @@ def test_a_record_that_is_not_ours_or_older_is_refused_as_such(
         prepared.align(tmp_path, resume=True)
 
 
-def test_an_option_that_differs_is_named_alone(tmp_path: Path) -> None:
-    config = replace(SHORT, max_steps=1)
-    tune(tmp_path / "run", config)
-    other = replace(config, lora_dropout=0.5)
-    with pytest.raises(ValueError, match=r"another run: lora_dropout: 0\.0 then, 0\.5 now\. Cho"):
-        tune(tmp_path / "run", other, resume=True)
-
-
-def test_options_that_change_no_number_may_differ(tmp_path: Path) -> None:
-    config = replace(SHORT, max_steps=1)
-    tune(tmp_path / "run", config)
-    tune(tmp_path / "run", replace(config, report_to=("none",)), resume=True)
+def test_options_that_change_no_number_may_differ(tuned: Tuned, tmp_path: Path) -> None:
+    run = tuned.copy_unfinished(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        tune(run, replace(SHORT, report_to=("none",)), resume=True, callbacks=[KillAtBegin()])
 
 
 def open_dataset(here: Prepared, records: Any) -> AlignmentDataset:

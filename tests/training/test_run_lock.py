@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aligning import Prepared, read_losses
+from aligning import Prepared, Run, read_losses
 from launches import ROOT
 from tuning import SHORT, tune
 
@@ -38,21 +38,21 @@ def list_steps(output: Path) -> list[int]:
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.slow
 def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(
-    prepared: Prepared, tmp_path: Path, resume: bool
+    prepared: Prepared, finished: Run, tmp_path: Path, resume: bool
 ) -> None:
     output = tmp_path / "run"
     if resume:
-        shutil.rmtree(prepared.align(output, max_steps=1).model)
+        finished.copy_without_model(output)
     with lock_run(output):
         before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
         with pytest.raises(ValueError, match=IN_USE):
-            prepared.align(output, max_steps=1, resume=resume)
+            prepared.align(output, resume=resume)
         with pytest.raises(ValueError, match=IN_USE):
             tune(output, SHORT, resume=resume)
         assert before == {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
         assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert not (output / LOCK_FILE).exists()
-    assert prepared.align(output, max_steps=1, resume=resume).results["steps"] == 1
+    assert prepared.align(output, resume=resume).results["steps"] == 6
     assert not (output / LOCK_FILE).exists()
 
 

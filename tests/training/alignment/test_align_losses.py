@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from aligning import (
     SHORT_RUN,
     Prepared,
+    Run,
     command_of,
     names_that_differ,
     prepare,
@@ -23,21 +23,17 @@ from aligning import (
 from gloo_workers import find_free_port
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.doctor.check_model import check_model
-from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.losses.loss import LossInputs
 
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.mark.slow
-def test_tensorboard_shows_the_losses_of_the_metrics(prepared: Prepared, tmp_path: Path) -> None:
+def test_tensorboard_shows_the_losses_of_the_metrics(finished: Run) -> None:
     pytest.importorskip("tensorboard")
-    prepared.align(tmp_path / "run")
     # An event holds a float32, of 24 bits.
-    wanted = pytest.approx(read_losses(tmp_path / "run"), rel=1e-7)
-    assert read_tensorboard_losses(tmp_path / "run") == wanted
+    expected = pytest.approx(read_losses(finished.output), rel=1e-7)
+    assert read_tensorboard_losses(finished.output) == expected
 
 
 @pytest.mark.slow
@@ -66,38 +62,24 @@ def test_a_loss_computes_in_float32_whatever_the_precision_of_the_towers(
         logits = inputs.logit_scale * cosines
         return torch.nn.functional.cross_entropy(logits, torch.arange(len(logits)))
 
-    changed = {"precision": "bfloat16", "max_steps": 1, "text_training": "frozen-online"}
-    config = AlignConfig(**SHORT_RUN | changed)
-    align(prepared.model, prepared.records, tmp_path / "run", config, loss=compare)
+    prepared.align(
+        tmp_path / "run", precision="bfloat16", max_steps=1, text_training="frozen-online",
+        loss=compare,
+    )  # fmt: skip
     assert seen == {torch.float32}
 
 
 @pytest.mark.slow
-def test_frozen_online_gives_the_losses_of_stored_captions(
-    prepared: Prepared, tmp_path: Path
+def test_towers_and_stores_give_the_same_losses(
+    prepared: Prepared, finished: Run, tmp_path: Path
 ) -> None:
-    stored = prepared.align(tmp_path / "stored")
     online = prepared.align(tmp_path / "online", text_training="frozen-online")
-    changed = [names_that_differ(prepared.model, run.model) for run in (stored, online)]
+    changed = [names_that_differ(prepared.model, run.model) for run in (finished, online)]
     assert changed[0] == changed[1]
-    wanted, found = read_losses(tmp_path / "stored"), read_losses(tmp_path / "online")
-    # The LLM sees other batches, and six steps carry the rounding on.
-    assert found == pytest.approx(wanted, abs=1e-3)
-
-
-@pytest.mark.slow
-def test_stored_images_give_the_losses_of_a_frozen_tower(
-    prepared: Prepared, tmp_path: Path
-) -> None:
-    prepared.align(tmp_path / "tower", max_steps=2)
-    config = AlignConfig(**{**SHORT_RUN, "max_steps": 2})
-    align(
-        prepared.model, prepared.records, tmp_path / "stored", config,
-        caption_store=prepared.caption_store, image_store=prepared.image_store,
-    )  # fmt: skip
-    found, wanted = read_losses(tmp_path / "stored"), read_losses(tmp_path / "tower")
-    # Small JPEGs are decoded in full, so only the order of sums differs.
-    assert found == pytest.approx(wanted, abs=1e-3)
+    stored = prepared.align_stored(tmp_path / "stored", **SHORT_RUN)
+    for run in (online, stored):
+        # The towers see other batches, and six steps carry the rounding on.
+        assert read_losses(run.output) == pytest.approx(read_losses(finished.output), abs=1e-3)
 
 
 def read_first_scale(output: Path) -> float:
@@ -105,50 +87,10 @@ def read_first_scale(output: Path) -> float:
     return float(json.loads(first)["inverse_temperature"])
 
 
-def read_command(file: Path) -> list[str]:
-    """The command in the comment at a file's top."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    shown = [line.removeprefix("#   ") for line in lines if line.startswith("#   ")]
-    return shlex.split(" ".join(line.removesuffix("\\") for line in shown))
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one_does_with_the_whole_batch(
-    prepared: Prepared, tmp_path: Path
-) -> None:
-    """Started as the configuration's comment says, on a machine without a GPU."""
-    changed = {"max_steps": 8, "save_steps": 4, "device": "auto"}
-    one = command_of(prepared, tmp_path / "one", **{**changed, "device": "cpu"})
-    assert main(one) == 0
-    accelerate, launch, *shown = read_command(ROOT / "examples/accelerate/ddp.yaml")
-    assert (accelerate, launch) == ("accelerate", "launch")
-    command = command_of(prepared, tmp_path / "two", **changed)
-    given = command[: len(shown) - shown.index("align")]  # the rest are settings of the test
-    assert shown[shown.index("align") :] == ["align", "MODEL", "DATA", "OUTPUT", given[4], "STORE"]
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "accelerate.commands.launch", "--main_process_port",
-            str(find_free_port()), *shown[: shown.index("align")], *command,
-        ],
-        cwd=ROOT, capture_output=True, text=True, timeout=400,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Wrote") == 1
-    # Eight steps carry the rounding of sums in another order on.
-    one, two = read_losses(tmp_path / "one"), read_losses(tmp_path / "two")
-    assert two == pytest.approx(one, abs=2e-3)
-    assert check_model(tmp_path / "two" / "model").healthy
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("vision", "text_training", "precision"),
-    [
-        ("siglip", "stored", "float32"),
-        ("clip", "frozen-online", "float32"),
-        ("clip", "frozen-online", "bfloat16"),
-    ],
+    [("siglip", "frozen-online", "float32"), ("clip", "stored", "bfloat16")],
 )
 def test_sharded_processes_train_as_one_does_with_the_whole_batch(
     vision: str, text_training: str, precision: str, tmp_path: Path

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from aligning import Prepared, Run, prepare, write_color_data
+from aligning import Prepared, Run, prepare, weights_of, write_color_data
 from launches import run_python
 from tiny import draw_noise
 
@@ -104,21 +104,28 @@ def test_a_resumed_run_writes_the_summary_of_an_undisturbed_one(
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_summary_of_one(
+def test_two_processes_fit_all_images_and_write_the_summary_as_one_does(
     colored: Prepared, aligned: Run, tmp_path: Path
 ) -> None:
-    options = {**FEW_STEPS, "device": "cpu"}
-    flags = [str(p) for k, v in options.items() for p in (f"--{k.replace('_', '-')}", v)]
+    flags = [str(p) for k, v in FEW_STEPS.items() for p in (f"--{k.replace('_', '-')}", v)]
     shutil.copytree(colored.data, tmp_path / "data")
     run_python(
         "-m", "modeling_llm2clip", "align", colored.model, colored.data, tmp_path / "two",
         "--caption-store", colored.captions, "--image-store", colored.images, *flags, processes=2,
     )  # fmt: skip
-    (two,) = read_summary(tmp_path / "two" / "model").datasets
-    (one,) = read_summary(aligned.model).datasets
+    run = Run(tmp_path / "two")
+    (two,), (one,) = (read_summary(folder).datasets for folder in (run.model, aligned.model))
     assert two.name == "data"  # the command names its folder
     assert two.clusters.equal(one.clusters)
     assert two.spread == one.spread
+    assert run.best_step == aligned.best_step > 0
+    assert run.results["refit"] == aligned.results["refit"]
+    shares = [each.results["held_out"]["best_share"] for each in (run, aligned)]
+    assert shares[0] == shares[1]
+    expected = weights_of(aligned.model)
+    for name, value in weights_of(run.model).items():
+        # Adam divides by gradients, which differ by the order of sums.
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow

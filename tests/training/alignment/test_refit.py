@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from aligning import Prepared, Run, names_that_differ, prepare, weights_of
-from launches import run_python
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
@@ -188,28 +187,6 @@ def test_a_run_killed_in_its_last_fit_goes_on_to_the_same_bytes(
     shutil.rmtree(killed.model)
     again = align_with(few, tmp_path / "killed", TrainerCallback(), resume=True)
     assert not names_that_differ(whole.model, again.model) and again.results == whole.results
-
-
-@pytest.mark.slow
-def test_two_processes_fit_all_images_as_one_does(few: Prepared, tmp_path: Path) -> None:
-    options = {**OPTIONS, "device": "auto", "max_steps": 4, "global_batch_size": 16}
-    flags = [
-        word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)
-    ]
-    stores = ("--caption-store", few.captions, "--image-store", few.images)
-    runs = []
-    for processes in (1, 2):
-        output = tmp_path / str(processes)
-        command = ("align", few.model, few.data, output, *stores, *flags)
-        run_python("-m", "modeling_llm2clip", *command, processes=processes)
-        runs.append(Run(output))
-    one, two = runs
-    assert one.best_step == two.best_step and one.results["refit"] == two.results["refit"]
-    assert one.results["held_out"]["best_share"] == two.results["held_out"]["best_share"]
-    wanted = weights_of(one.model)
-    for name, value in weights_of(two.model).items():
-        # Adam divides by gradients, which differ by the order of sums.
-        torch.testing.assert_close(value, wanted[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -74,14 +74,6 @@ def test_an_accuracy_that_fell_is_warned_of(after, is_worse, tuned, tmp_path):
     assert WORSE_BY_MERGING not in lines and (WORSE in lines) == is_worse
 
 
-def copy_unfinished(tuned: Tuned, output: Path) -> Path:
-    """Copy a run as a kill between its two checkpoints leaves it."""
-    shutil.copytree(tuned.output, output)
-    shutil.rmtree(output / "checkpoints" / "checkpoint-6")
-    shutil.rmtree(output / "lora")
-    return output
-
-
 def require_same_weights(first: Tuned, second: Tuned) -> None:
     ours, theirs = (load_file(run.weights) for run in (first, second))
     assert ours.keys() == theirs.keys()
@@ -89,7 +81,7 @@ def require_same_weights(first: Tuned, second: Tuned) -> None:
 
 
 def test_a_run_continued_from_its_checkpoint_ends_bit_for_bit_the_same(tuned, tmp_path):
-    continued = tune(copy_unfinished(tuned, tmp_path / "run"), resume=True)
+    continued = tune(tuned.copy_unfinished(tmp_path / "run"), resume=True)
     assert continued.results == tuned.results
     require_same_weights(continued, tuned)
 
@@ -102,7 +94,7 @@ def test_hard_batches_from_a_lora_begin_where_it_ended_and_resume_bit_for_bit(tu
     nearest = np.load(first.output / "nearest_groups.npy")
     assert nearest.shape == (20, 6)  # twice as many as are sampled, of each trained image
     assert first.results["hard_negatives"] == {"method": "exact"}
-    again = copy_unfinished(first, tmp_path / "again")
+    again = first.copy_unfinished(tmp_path / "again")
     require_same_weights(tune(again, hard, resume=True), first)
     with pytest.raises(ValueError, match="init_lora: '"):
         tune(again, replace(hard, init_lora=None), resume=True)
