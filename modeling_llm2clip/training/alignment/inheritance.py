@@ -25,7 +25,7 @@ from ..._suggestions import counted
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.store.store_manifest import TOO_LONG
 from ...scheduling.graceful_stop import StopRequest
-from ..losses.distillation import distill
+from ..losses.terms import distill
 from .alignment_data import list_pairs
 from .alignment_fit import AlignmentFit
 from .alignment_model import AlignmentModel

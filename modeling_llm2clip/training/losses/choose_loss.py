@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...configs.align_config import AlignConfig
-from .distillation import SelfDistillationLoss
 from .loss import Loss, LossInputs, load_loss
-from .structure import StructureLoss
+from .terms import SelfDistillationLoss, StructureLoss
 
 
 class WeightedSum(nn.Module):

@@ -35,7 +35,7 @@ from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.align_checks import require_same_space
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.alignment_report import describe_alignment
-from modeling_llm2clip.training.losses.distillation import distill
+from modeling_llm2clip.training.losses.terms import distill
 
 EXTRACTED = ExtractConfig(store_dtype="float32", device="cpu", show_progress=False)
 LONG = "red and green " * 60  # no teacher reads it to the end

@@ -21,10 +21,9 @@ from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.heads_llm2clip import LogitRule
 from modeling_llm2clip.training.losses import loss as loss_module
 from modeling_llm2clip.training.losses.choose_loss import MatryoshkaLoss, WeightedSum, build_loss
-from modeling_llm2clip.training.losses.distillation import SelfDistillationLoss
 from modeling_llm2clip.training.losses.loss import LossInputs, identify_loss
 from modeling_llm2clip.training.losses.pairs import ContrastiveLoss, SigmoidLoss
-from modeling_llm2clip.training.losses.structure import StructureLoss
+from modeling_llm2clip.training.losses.terms import SelfDistillationLoss, StructureLoss
 
 NUM_ROWS = 8
 TEMPERATURE = 0.07  # of STRUCTURE's neighborhoods

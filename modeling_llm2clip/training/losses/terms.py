@@ -1,0 +1,107 @@
+"""Terms beside a run's loss: nearness to a teacher (ProCLIP), and neighbors kept (STRUCTURE).
+
+ProCLIP (arXiv:2510.18795 v3) measures the distance of embeddings from a teacher's: of each embedding,
+and of the distances between embeddings. In stage 1 the text side learns the embeddings of CLIP's text
+encoder for the same captions. In stage 2 a trained vision tower stays near the embeddings of its
+frozen self for the same images.
+
+STRUCTURE (arXiv:2506.16895) lets projected embeddings keep the neighbors that they have in the
+towers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .loss import LossInputs, gather_rows, iterate_chunks
+
+_TEMPERATURE = 0.07  # of STRUCTURE's neighborhoods
+
+
+class SelfDistillationLoss(nn.Module):
+    """Squared error to the frozen tower's embeddings, and smooth L1 of their distances.
+
+    Embeddings are the tower's output before projection, at unit length. The squared error is summed
+    over dimensions. The distances are those of all pairs of images in the batch of all processes,
+    so that their share grows with the batch.
+
+    Both are divided by the number of images. The authors' code (VisionXLab/ProCLIP at 2a41f39,
+    `training/train.py`) adds them up instead, so that its weight is this one divided by that
+    number, and compares projected images of one process. The teacher of their paper is a moving
+    average; that of their code is frozen, as this one is.
+    """
+
+    def forward(self, inputs: LossInputs) -> Tensor:
+        """Compute the mean over this process's images, () float32."""
+        if inputs.vision_embeds is None or inputs.teacher_embeds is None:
+            raise ValueError(
+                "The self-distillation needs the embeddings of the frozen vision tower. Let align "
+                "make them (distillation_weight)."
+            )
+        return distill(inputs.vision_embeds, inputs.teacher_embeds, inputs)
+
+
+def distill(student: Tensor, teacher: Tensor, inputs: LossInputs | None = None) -> Tensor:
+    """Compute the mean distance of rows, (B, D) each, from a teacher's, () float32.
+
+    `inputs` are the batch that they are of, of which other processes have more; None where these
+    are all rows.
+    """
+    student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+    students, teachers = student, teacher
+    if inputs is not None:
+        (students, teachers), _ = gather_rows(inputs, student, teacher)
+    total = (student - teacher).square().sum()
+    for rows in iterate_chunks(len(student)):
+        differences = F.smooth_l1_loss(
+            _measure_distances(student[rows], students),
+            _measure_distances(teacher[rows], teachers),
+            reduction="sum",
+        )
+        total = total + differences / 2  # each pair is met twice
+    return total / len(student)
+
+
+def _measure_distances(rows: Tensor, others: Tensor) -> Tensor:
+    """Measure the distances of all pairs; a product is exact enough where they are squared."""
+    return torch.cdist(rows, others, compute_mode="use_mm_for_euclid_dist")
+
+
+class StructureLoss(nn.Module):
+    """Jensen-Shannon divergence of the neighborhoods before and after the projections.
+
+    The neighborhood of a row is the softmax of its similarities with the batch of all processes,
+    after the mean is subtracted from embeddings of unit length; the loss is the mean of both sides.
+    It is the first level of the paper's sum, as in the authors' settings (temperature 0.07). Their
+    code computes the divergence with its arguments swapped; this one is that of the paper, between
+    0 and ln 2.
+    """
+
+    def forward(self, inputs: LossInputs) -> Tensor:
+        """Compute the mean over this process's rows, () float32."""
+        assert inputs.vision_embeds is not None and inputs.caption_embeds is not None
+        sides = (
+            inputs.vision_embeds, inputs.image_embeds, inputs.caption_embeds, inputs.text_embeds,
+        )  # fmt: skip
+        gathered, first = gather_rows(inputs, *(F.normalize(side, dim=-1) for side in sides))
+        centered = [embeds - embeds.mean(dim=0) for embeds in gathered]
+        num_rows = len(inputs.image_embeds)
+        total = torch.zeros((), device=inputs.image_embeds.device)
+        for chunk in iterate_chunks(num_rows):
+            rows = slice(first + chunk.start, first + chunk.stop)
+            image, projected_image, text, projected_text = (
+                F.log_softmax(side[rows] @ side.T / _TEMPERATURE, dim=-1) for side in centered
+            )
+            total = total + _sum_divergences(image, projected_image)
+            total = total + _sum_divergences(text, projected_text)
+        return total / (2 * num_rows)
+
+
+def _sum_divergences(before: Tensor, after: Tensor) -> Tensor:
+    """Add up the divergences of rows of log-probabilities, (b, A) each, to ()."""
+    middle = torch.logaddexp(before, after) - math.log(2)
+    return (before.exp() * (before - middle) + after.exp() * (after - middle)).sum() / 2
