@@ -1,9 +1,9 @@
 """Terms beside a run's loss: nearness to a teacher (ProCLIP), and neighbors kept (STRUCTURE).
 
-ProCLIP (arXiv:2510.18795 v3) measures the distance of embeddings from a teacher's: of each embedding,
-and of the distances between embeddings. In stage 1 the text side learns the embeddings of CLIP's text
-encoder for the same captions. In stage 2 a trained vision tower stays near the embeddings of its
-frozen self for the same images.
+ProCLIP (arXiv:2510.18795 v3) measures the distance of embeddings from a teacher's, and compares the
+distances between embeddings. In stage 1 the text side learns the embeddings of CLIP's text encoder
+for the same captions. In stage 2 a trained vision tower stays near the embeddings of its frozen
+self for the same images.
 
 STRUCTURE (arXiv:2506.16895) lets projected embeddings keep the neighbors that they have in the
 towers.
