@@ -228,13 +228,16 @@ def prepare(
     return Prepared(data, folder / "exported", folder / "captions", folder / "images")
 
 
+def read_metrics(output: Path, name: str) -> dict[int, float]:
+    """A number by step, where a line of the metrics has it."""
+    lines = map(json.loads, (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    read = [(line["step"], line[name]) for line in lines if name in line]
+    assert len(read) == len(dict(read)), "a step was logged twice"
+    return dict(read)
+
+
 def read_losses(output: Path) -> dict[int, float]:
-    """Loss of each step, from the metrics of a run."""
-    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    read = [json.loads(line) for line in lines]
-    steps = [line["step"] for line in read if "loss" in line]
-    assert len(steps) == len(set(steps)), "a step was logged twice"
-    return {line["step"]: line["loss"] for line in read if "loss" in line}
+    return read_metrics(output, "loss")
 
 
 def read_tensorboard_losses(output: Path) -> dict[int, float]:

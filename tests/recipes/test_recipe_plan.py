@@ -103,9 +103,7 @@ def test_stages_that_a_recipe_does_not_need_are_not_listed(
     )
 
 
-def test_a_teacher_is_planned_and_what_has_none_is_refused_before_the_first_stage(
-    sources: Path, tmp_path: Path
-) -> None:
+def test_a_teacher_is_planned_or_refused(sources: Path, tmp_path: Path) -> None:
     recipe = prepare_proclip(tmp_path)
     stages = stages_of(make_recipe(sources, tmp_path / "run", **recipe))
     assert list(stages) == [
@@ -150,9 +148,7 @@ def test_a_plan_writes_nothing(sources: Path, tmp_path: Path, finished: TrainCon
 
 
 @pytest.mark.slow
-def test_a_stage_that_was_stopped_is_reported_as_such(
-    sources: Path, tmp_path: Path, finished: TrainConfig
-) -> None:
+def test_a_stopped_stage_is_reported(sources: Path, tmp_path: Path, finished: TrainConfig) -> None:
     config = make_recipe(sources, tmp_path / "run")
     for name, state, removed in (
         ("finetune-llm", "stopped", "fine-tuned/model"),
@@ -198,9 +194,7 @@ def test_a_dual_encoder_counts_its_vision_tower_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["owner/name", "nobody/has/this", "missing.gguf"])
-def test_a_tower_that_cannot_be_read_leaves_its_size_open(
-    sources: Path, tmp_path: Path, source: str
-) -> None:
+def test_an_unreadable_tower_has_an_open_size(sources: Path, tmp_path: Path, source: str) -> None:
     tower = measure_tower(source, embedded=EFFICIENTNET)
     assert isnan(tower.num_parameters) and isnan(tower.width)
     plan = plan_of(make_recipe(sources, tmp_path / "run", text_model=source))
@@ -221,9 +215,7 @@ def test_a_recipe_names_datasets_as_every_stage_does(sources: Path, tmp_path: Pa
     assert {record.lang for record in embedded} == {"en"} and held_out
 
 
-def test_captions_on_both_sides_of_the_split_are_counted_and_not_refused(
-    sources: Path, tmp_path: Path
-) -> None:
+def test_captions_on_both_sides_of_the_split_are_counted(sources: Path, tmp_path: Path) -> None:
     records = [
         replace(r, captions=(*r.captions, "the same")) for r in load_records(sources / "data")
     ]
@@ -260,7 +252,7 @@ finetune: {warmup_steps: 2.5}
 """
 
 
-def test_every_error_of_a_recipe_is_named_at_once(
+def test_all_errors_of_a_recipe_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "recipe.yaml"

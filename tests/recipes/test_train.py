@@ -175,7 +175,7 @@ def test_data_that_were_copied_are_the_same_data(moved: TrainConfig) -> None:
 
 
 @pytest.mark.parametrize(("part", "is_of_the_same_size"), [("train", True), ("test", False)])
-def test_images_that_were_replaced_are_refused(
+def test_replaced_images_are_refused(
     moved: TrainConfig, part: str, is_of_the_same_size: bool
 ) -> None:
     record = read_split(moved)[part == "test"][0]
@@ -270,6 +270,7 @@ def test_an_output_that_cannot_be_made_is_refused_before_the_data_are_read(
         config = replace(make_recipe(sources, tmp_path / "recipe"), output=output)
         with pytest.raises(NotADirectoryError, match=r"cannot be written: .*file is not a folder"):
             train(config)
+    monkeypatch.undo()
     config = make_recipe(sources, tmp_path / "run")
     config.output.mkdir()
     (config.output / "notes.txt").write_text("mine")
@@ -325,9 +326,7 @@ def test_a_model_that_is_not_healthy_is_an_error_until_it_is(copied: TrainConfig
     assert "model: healthy" in run(copied).text
 
 
-def test_what_a_stage_would_refuse_is_refused_before_the_first(
-    sources: Path, tmp_path: Path
-) -> None:
+def test_refusals_of_stages_come_before_the_first(sources: Path, tmp_path: Path) -> None:
     """All at once: towers, fine-tuning, alignment and evaluation."""
     records = [
         replace(record, captions=record.captions[:1], long_captions=())
@@ -374,9 +373,7 @@ def signal_at(file: Path) -> Iterator[None]:
 
 
 @pytest.mark.slow
-def test_sigterm_stops_in_good_order_and_the_same_call_continues(
-    sources: Path, tmp_path: Path
-) -> None:
+def test_sigterm_stops_and_the_same_call_continues(sources: Path, tmp_path: Path) -> None:
     long = {"max_steps": 60, "save_steps": 100, "logging_steps": 1}
     config = make_recipe(
         sources, tmp_path / "run", finetune=long,

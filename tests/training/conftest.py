@@ -23,3 +23,20 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     from tuning import tune  # here, since most tests fine-tune nothing
 
     return tune(tmp_path_factory.mktemp("tuned") / "run")
+
+
+@pytest.fixture(scope="session")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """60 images of colored squares, and a model with random projections."""
+    from aligning import prepare
+
+    return prepare(tmp_path_factory.mktemp("few"), num_colored=60, trained=False)
+
+
+@pytest.fixture(scope="session", params=[100, 800])
+def colored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """As `few`, with more images."""
+    from aligning import prepare
+
+    folder = tmp_path_factory.mktemp(f"colored-{request.param}")
+    return prepare(folder, num_colored=request.param, trained=False)

@@ -42,7 +42,7 @@ from modeling_llm2clip.training.losses.loss import load_loss
 
 
 @pytest.mark.slow
-def test_the_new_folder_loads_is_healthy_and_differs_only_in_what_was_trained(
+def test_only_what_was_trained_differs_in_the_new_folder(
     prepared: Prepared, tmp_path: Path
 ) -> None:
     run = prepared.align(tmp_path / "run", max_steps=40)
@@ -59,9 +59,7 @@ def test_the_new_folder_loads_is_healthy_and_differs_only_in_what_was_trained(
 
 @every_vision
 @pytest.mark.slow
-def test_a_wholly_trained_tower_comes_back_under_its_saved_names(
-    vision: str, tmp_path: Path
-) -> None:
+def test_a_trained_tower_comes_back_under_its_saved_names(vision: str, tmp_path: Path) -> None:
     skip_where_transformers_renames(vision)
     here = prepare(tmp_path / "parts", vision=vision)
     run = here.align(tmp_path / "run", vision_training="full", max_steps=1, learning_rate=0.05)
@@ -86,7 +84,7 @@ def require_same_dtypes(half: Prepared, run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_a_half_precision_model_is_trained_in_float32_and_saved_in_its_own_dtype(
+def test_a_model_in_bfloat16_is_trained_in_float32_and_saved(
     half: Prepared, tmp_path: Path
 ) -> None:
     run = half.align(tmp_path / "run", vision_training="full", text_training="lora")
@@ -95,7 +93,7 @@ def test_a_half_precision_model_is_trained_in_float32_and_saved_in_its_own_dtype
 
 
 @pytest.mark.parametrize("vision_training", ["full", "lora"])
-def test_what_rounding_undoes_of_a_trained_tower_is_counted(
+def test_weights_that_rounding_keeps_are_counted(
     vision_training: str, half: Prepared, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"vision_training": vision_training, "layer_decay": 1.0}
@@ -113,16 +111,14 @@ def test_what_rounding_undoes_of_a_trained_tower_is_counted(
     assert "Loss of a training batch, with weights in float32: " in lines
 
 
-def test_the_start_is_not_taken_for_a_training_that_was_rounded_away(
-    half: Prepared, tmp_path: Path
-) -> None:
+def test_the_start_is_no_training_that_was_rounded_away(half: Prepared, tmp_path: Path) -> None:
     options: dict[str, Any] = {"vision_training": "full", "held_out_ratio": 0.25, "max_steps": 1}
     run = half.align(tmp_path / "run", learning_rate=1e-12, **options)  # moves no float32 number
     assert run.best_step == 0
     assert "share_changed_by_training" not in run.results
 
 
-def test_weights_are_copied_file_by_file_and_no_golden_embeddings_are_made_up(
+def test_weights_are_copied_by_file_and_nothing_golden_is_made(
     prepared: Prepared, tmp_path: Path
 ) -> None:
     sharded, written = tmp_path / "sharded", tmp_path / "model"
@@ -146,9 +142,7 @@ def test_weights_are_copied_file_by_file_and_no_golden_embeddings_are_made_up(
 
 @pytest.mark.parametrize("training", ["vision", "text"])
 @pytest.mark.slow
-def test_a_lora_trains_and_merges_into_the_folder(
-    prepared: Prepared, tmp_path: Path, training: str
-) -> None:
+def test_a_lora_is_trained_and_merged(prepared: Prepared, tmp_path: Path, training: str) -> None:
     pytest.importorskip("peft")
     run = prepared.align(tmp_path / "run", **{f"{training}_training": "lora"}, learning_rate=0.02)
     changed = names_that_differ(prepared.model, run.model)
@@ -159,7 +153,7 @@ def test_a_lora_trains_and_merges_into_the_folder(
 
 
 @pytest.mark.slow
-def test_a_loaded_pair_is_aligned_as_its_folder_is_and_left_as_it_was(
+def test_a_loaded_pair_is_aligned_as_its_folder(
     prepared: Prepared, finished: Run, tmp_path: Path
 ) -> None:
     model = LLM2CLIPModel.from_pretrained(prepared.model)
@@ -200,7 +194,7 @@ def test_the_name_of_shards_on_a_card_gives_nobody_access() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("vision_training", ["frozen", "lora"])
-def test_scores_of_a_folder_in_half_precision_are_those_of_its_written_weights(
+def test_scores_are_of_the_weights_as_written(
     vision_training: Any, half: Prepared, tmp_path: Path
 ) -> None:
     options = {"held_out_ratio": 0.25, "vision_training": vision_training, "learning_rate": 0.01}

@@ -183,9 +183,7 @@ def test_a_lora_is_refused_under_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
         check_processes(config, 8, 1)
 
 
-def test_other_captions_than_the_stored_ones_are_refused(
-    prepared: Prepared, tmp_path: Path
-) -> None:
+def test_captions_other_than_the_stored_are_refused(prepared: Prepared, tmp_path: Path) -> None:
     out = tmp_path / "run"
     more = load_records(write_data(tmp_path / "more", count=NUM_RECORDS + 1))
     refuse(prepared, out, r"the store lacks 1 record: 24.jpg \(en\)", records=more)
@@ -239,15 +237,13 @@ def test_a_run_is_not_continued_with_other_captions(prepared: Prepared, tmp_path
         prepared.align(tmp_path / "run", records=edited, resume=True, **options)
 
 
-def test_a_store_of_another_model_is_refused_with_both_values(
-    prepared: Prepared, tmp_path: Path
-) -> None:
+def test_a_store_of_another_model_is_refused(prepared: Prepared, tmp_path: Path) -> None:
     other = prepare(tmp_path / "other", llm="qwen2")
     store = other.caption_store
     refuse(prepared, tmp_path / "run", r"another model.*weights: '\w+' in the", caption_store=store)
 
 
-def test_a_run_is_not_continued_by_other_processes_or_in_another_precision(
+def test_a_run_needs_its_processes_and_precision(
     prepared: Prepared, finished: Run, tmp_path: Path
 ) -> None:
     run = finished.copy_without_model(tmp_path / "run")
@@ -260,9 +256,7 @@ def test_a_run_is_not_continued_by_other_processes_or_in_another_precision(
             prepared.align(run, resume=True)
 
 
-def test_a_run_is_not_continued_with_a_loss_of_other_options(
-    prepared: Prepared, tmp_path: Path
-) -> None:
+def test_a_run_is_not_continued_with_another_loss(prepared: Prepared, tmp_path: Path) -> None:
     prepared.begin(tmp_path / "run", loss=MarginLoss(0.5))
     with pytest.raises(ValueError, match=r"loss_class: 'MarginLoss\(margin=0\.5\)' then, .*0\.1\)"):
         prepared.align(tmp_path / "run", loss=MarginLoss(0.1), resume=True)
@@ -289,7 +283,7 @@ def test_another_run_s_folder_is_refused(prepared: Prepared, finished: Run, tmp_
         prepared.align(tmp_path / "full")
 
 
-def test_stored_embeddings_that_are_not_finite_stop_the_run_with_their_names(
+def test_stored_embeddings_that_are_not_finite_stop_a_run(
     prepared: Prepared, tmp_path: Path
 ) -> None:
     store = prepared.caption_store
@@ -304,7 +298,7 @@ def test_stored_embeddings_that_are_not_finite_stop_the_run_with_their_names(
         )  # fmt: skip
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_step_and_the_number_of_pairs(
+def test_a_loss_that_is_not_finite_stops_a_run(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def embed(self: AlignmentModel, caption_embeds: torch.Tensor) -> torch.Tensor:
@@ -319,7 +313,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_the_number_of_pairs(
 
 
 @pytest.mark.slow
-def test_a_gradient_that_is_not_finite_stops_before_the_step_and_is_in_no_checkpoint(
+def test_a_gradient_that_is_not_finite_is_in_no_checkpoint(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def break_fourth_gradient(self: AlignmentTrainer, *args: Any) -> torch.Tensor:

@@ -20,7 +20,6 @@ from aligning import (
     Run,
     command_of,
     names_that_differ,
-    prepare,
     read_losses,
 )
 from killed_writers import leave_unfinished
@@ -59,9 +58,7 @@ def run_until(command: list[str], output: Path, *, lines: int, by: signal.Signal
 WORST_MOMENTS = ("run.json*", "checkpoints/checkpoint-*", ".model-*")
 
 
-def test_kills_at_the_worst_and_at_random_moments_lose_nothing(
-    prepared: Prepared, tmp_path: Path, kills: int
-) -> None:
+def test_kills_at_any_moment_lose_nothing(prepared: Prepared, tmp_path: Path, kills: int) -> None:
     command = [*command_of(prepared, Path("{output}")), "--num-workers", "1"]
     moments = [f"--at={pattern}" for pattern in WORST_MOMENTS]
     done = subprocess.run(
@@ -113,9 +110,7 @@ def test_what_a_kill_interrupts_is_whole_or_not_there(
     assert prepared.align(empty).results["steps"] == SHORT_RUN["max_steps"]
 
 
-def test_a_signal_stops_after_the_step_and_the_run_goes_on(
-    prepared: Prepared, tmp_path: Path
-) -> None:
+def test_a_signal_stops_a_run_after_its_step(prepared: Prepared, tmp_path: Path) -> None:
     output = tmp_path / "run"
     command = command_of(prepared, output, save_steps=1000, max_steps=100, vision_training="frozen")
     assert run_until(command, output, lines=5, by=signal.SIGTERM) == 143
@@ -154,14 +149,7 @@ def test_a_write_that_breaks_off_leaves_the_earlier_file_whole(
     assert [file.read_bytes() for file in files] == before
 
 
-@pytest.fixture(scope="module")
-def few(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    return prepare(tmp_path_factory.mktemp("few"), num_colored=60, trained=False)
-
-
-def test_a_run_that_stopped_early_and_was_killed_before_its_model_takes_no_further_step(
-    few: Prepared, tmp_path: Path
-) -> None:
+def test_a_run_that_stopped_early_takes_no_further_step(few: Prepared, tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "max_steps": 100, "learning_rate": 1.0, "eval_steps": 1, "early_stopping_patience": 3,
     }  # fmt: skip

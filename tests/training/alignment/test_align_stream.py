@@ -121,9 +121,7 @@ def read_losses(output: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_a_stream_over_http_trains_as_one_of_the_disk(
-    prepared: Prepared, shards: Path, tmp_path: Path
-) -> None:
+def test_a_stream_trains_alike_over_http(prepared: Prepared, shards: Path, tmp_path: Path) -> None:
     run(prepared, shards, tmp_path / "disk")
     with ShardServer(shards, drop_every=2) as server:
         run(prepared, f"{server.url}/{{0..3}}.tar", tmp_path / "http")
@@ -158,7 +156,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
 
 
 @pytest.mark.slow
-def test_an_image_that_cannot_be_decoded_is_a_lost_sample(
+def test_an_undecodable_image_is_a_lost_sample(
     prepared: Prepared, damaged: Path, tmp_path: Path
 ) -> None:
     """The record of the run counts the losses of all epochs; a share of them may be the limit."""
@@ -227,9 +225,7 @@ def test_losses_of_all_epochs_and_processes_are_added(
     assert (report["lost_samples"], report["lost_shards"], report["epochs"]) == (3, 1, 2)
 
 
-def test_a_run_that_is_stopped_has_its_losses_so_far(
-    prepared: Prepared, damaged: Path, tmp_path: Path
-) -> None:
+def test_a_stopped_run_has_its_losses(prepared: Prepared, damaged: Path, tmp_path: Path) -> None:
     with pytest.raises(StageInterrupt):
         run(prepared, damaged, tmp_path, max_steps=9, callbacks=[Interrupt(6)])
     assert read_results(tmp_path)["stream"]["lost_samples"] >= 2
@@ -246,7 +242,7 @@ def test_batches_are_full_although_images_are_lost(prepared: Prepared, damaged: 
     assert stream.report.dropped_samples == 2
 
 
-def test_an_image_that_cannot_be_decoded_is_not_held_out(
+def test_no_broken_image_is_held_out(
     prepared: Prepared, shards: Path, damaged: Path, tmp_path: Path
 ) -> None:
     records, groups = hold_out_of_stream(stream_records(damaged), 0.7, tmp_path)
@@ -258,9 +254,7 @@ def test_an_image_that_cannot_be_decoded_is_not_held_out(
     assert {record.group_id for record in records} == groups
 
 
-def test_a_stream_that_leaves_one_group_to_train_on_is_refused(
-    damaged: Path, tmp_path: Path
-) -> None:
+def test_a_stream_that_leaves_one_group_is_refused(damaged: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^24 groups .* leaves 0 to train on"):
         hold_out_of_stream(stream_records(damaged), 0.99, tmp_path)
     # The estimate of 24 groups leaves two; two cannot be decoded, and two records are of one.
@@ -280,7 +274,7 @@ def test_equal_captions_of_a_stream_have_one_key(prepared: Prepared) -> None:
     assert keys.tolist() == [hash_text(text) for text in ("one", "two", "one")]
 
 
-def test_held_out_images_are_never_trained_on(
+def test_held_out_images_are_not_trained_on(
     prepared: Prepared, shards: Path, tmp_path: Path
 ) -> None:
     records, groups = hold_out_of_stream(stream_records(shards), 0.2, tmp_path)
@@ -305,9 +299,7 @@ def test_held_out_images_are_never_trained_on(
 
 
 @pytest.mark.slow
-def test_captions_drawn_that_held_out_images_have_too_are_counted_over_resumes(
-    prepared: Prepared, tmp_path: Path
-) -> None:
+def test_shared_captions_are_counted_over_resumes(prepared: Prepared, tmp_path: Path) -> None:
     # The first shard has every fourth image; its first five, which are held out, have all texts.
     records = [
         replace(record, captions=(f"thing {number // 4 % 4}",), long_captions=())
@@ -344,9 +336,7 @@ def test_captions_of_a_store_are_joined_by_name(prepared: Prepared, shards: Path
     torch.testing.assert_close(stored["caption_embeds"], wanted, atol=5e-3, rtol=1e-3)
 
 
-def test_stored_captions_of_a_stream_have_the_noise_that_is_asked_for(
-    prepared: Prepared, shards: Path
-) -> None:
+def test_stored_captions_of_a_stream_have_their_noise(prepared: Prepared, shards: Path) -> None:
     dataset = AlignmentStream(
         stream_records(shards), LLM2CLIPProcessor.from_pretrained(prepared.model),
         AlignConfig(caption_noise=0.5), caption_store=prepared.caption_store,
@@ -380,9 +370,7 @@ def test_a_record_that_the_store_lacks_is_named(prepared: Prepared, shards: Path
 
 
 @pytest.mark.parametrize("is_part", [True, False])
-def test_records_whose_captions_changed_since_they_were_stored_are_named(
-    prepared: Prepared, is_part: bool
-) -> None:
+def test_records_with_changed_captions_are_named(prepared: Prepared, is_part: bool) -> None:
     """Those held out of a stream too, which are a part of the store."""
     processor = LLM2CLIPProcessor.from_pretrained(prepared.model)
     records = [*prepared.records][::-1]
@@ -408,7 +396,7 @@ def test_what_a_stream_cannot_do_is_refused(
         run(prepared, shards, tmp_path, **changed)
 
 
-def test_a_batch_larger_than_the_stream_is_an_error(
+def test_a_batch_above_the_stream_is_refused(
     prepared: Prepared, shards: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="fewer samples than a batch"):

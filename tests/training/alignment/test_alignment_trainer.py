@@ -78,9 +78,7 @@ def join_gradients(found: dict[str, Any]) -> Tensor:
 
 @pytest.mark.usefixtures("group_of_one")
 @pytest.mark.parametrize("vision", ["clip", "siglip", "dinov2"])
-def test_scores_temperature_and_gradients_are_those_of_autocast(
-    vision: str, tmp_path: Path
-) -> None:
+def test_scores_and_gradients_are_those_of_autocast(vision: str, tmp_path: Path) -> None:
     prepared = prepare(tmp_path, vision=vision, has_stores=False)
     exact = compute(prepared, sharded=False, autocast=False)
     usual = compute(prepared, sharded=False, autocast=True)

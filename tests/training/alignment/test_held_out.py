@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from aligning import Prepared, prepare, weights_of
+from aligning import Prepared, read_metrics, weights_of
 
 from modeling_llm2clip._suggestions import counted
 from modeling_llm2clip.configs.encoding_config import ExtractConfig
@@ -40,28 +39,11 @@ from modeling_llm2clip.training.losses.pairs import ContrastiveLoss
 from modeling_llm2clip.training.run_folder import add_results
 
 
-@pytest.fixture(scope="module", params=[100, 800])
-def colored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    folder = tmp_path_factory.mktemp(f"colored-{request.param}")
-    return prepare(folder, num_colored=request.param, trained=False)
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    return prepare(tmp_path_factory.mktemp("few"), num_colored=60, trained=False)
-
-
-def read_lines(output: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.slow
 def test_small_data_ends_no_lower_than_its_start(colored: Prepared, tmp_path: Path) -> None:
     run = colored.align_stored(tmp_path / "run", max_steps=40)
     assert run.after.loss <= run.before.loss
-    losses = {line["step"]: line["held_out_loss"] for line in read_lines(run.output)
-              if "held_out_loss" in line}  # fmt: skip
-    losses[0] = run.before.loss
+    losses = {0: run.before.loss, **read_metrics(run.output, "held_out_loss")}
     # Weights on the way to those of a step, which are not logged, may be better than any step's.
     if run.results["held_out"]["best_share"] == 1:
         assert run.after.loss == min(losses.values()) == losses[run.best_step]
@@ -70,9 +52,7 @@ def test_small_data_ends_no_lower_than_its_start(colored: Prepared, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_run_that_only_gets_worse_stops_and_returns_its_start(
-    few: Prepared, tmp_path: Path
-) -> None:
+def test_a_run_that_gets_worse_returns_its_start(few: Prepared, tmp_path: Path) -> None:
     # Nothing is learned before the text adapter joins, after a quarter of the run.
     run = few.align_stored(
         tmp_path / "run", max_steps=100, learning_rate=1.0, eval_steps=1, early_stopping_patience=3
@@ -95,7 +75,7 @@ def dataset(few: Prepared) -> AlignmentDataset:
     )
 
 
-def test_held_out_images_are_never_trained_on(dataset: AlignmentDataset) -> None:
+def test_held_out_images_are_not_trained_on(dataset: AlignmentDataset) -> None:
     items, held_out = (part.tolist() for part in choose_held_out(dataset, 0.1, seed=0))
     # A tenth of 60 is too few to tell models apart, and more than a fifth would be missed.
     assert len(held_out) == 12 and not set(items) & set(held_out)
@@ -199,14 +179,12 @@ def test_an_image_in_several_languages_is_one_held_out_image(prepared: Prepared)
     # 1.9 % of 240 is 4.6 images; three times chance is 3. Half of ten is two of what chance gives.
     [(0.019, 240, True), (0.3, 240, False), (0.5, 10, True), (1.0, 10, False), (0.0, 1000, True)],
 )
-def test_near_chance_is_what_does_not_exceed_three_times_chance(
-    score: float, count: int, is_near: bool
-) -> None:
+def test_near_chance_is_up_to_three_times_chance(score: float, count: int, is_near: bool) -> None:
     scores = HeldOutScores(1.0, score, score, 1 / count, 1 / count, count, count, count)
     assert scores.is_near_chance == is_near
 
 
-def test_captions_to_train_on_that_held_out_images_have_too_are_counted(
+def test_captions_shared_with_held_out_images_are_counted(
     prepared: Prepared, tmp_path: Path
 ) -> None:
     # Each image of the second half has a caption of the one before it by twelve.
@@ -230,9 +208,7 @@ def test_captions_to_train_on_that_held_out_images_have_too_are_counted(
 
 
 @pytest.mark.slow
-def test_images_that_the_model_may_have_been_trained_on_are_said_to_be(
-    few: Prepared, tmp_path: Path
-) -> None:
+def test_images_that_may_have_been_trained_on_are_named(few: Prepared, tmp_path: Path) -> None:
     first = few.align_stored(tmp_path / "first", max_steps=1, refit=False)
     assert not first.results["held_out"]["maybe_trained_on"]  # of random projections
     assert not first.results["held_out"]["text_training_data"]
@@ -251,9 +227,7 @@ def test_images_that_the_model_may_have_been_trained_on_are_said_to_be(
 
 
 @pytest.mark.slow
-def test_held_out_captions_that_the_llm_may_have_been_tuned_on_are_said_to_be(
-    few: Prepared, tmp_path: Path
-) -> None:
+def test_captions_that_may_have_been_tuned_on_are_named(few: Prepared, tmp_path: Path) -> None:
     config = FinetuneConfig(max_steps=1, per_device_train_batch_size=4, device="cpu")
     tuned = finetune_llm(few.model, few.records, tmp_path / "tuned", config, data_name="mine")
     extract(tuned, few.records, tmp_path / "captions", ExtractConfig(device="cpu"), modality="text")
@@ -280,7 +254,7 @@ class FarthestLoss:
 def test_the_loss_that_is_trained_chooses_weights_and_start(few: Prepared, tmp_path: Path) -> None:
     options = {"max_steps": 8, "eval_steps": 1, "learning_rate": 1e-2}
     run = few.align_stored(tmp_path / "run", loss=FarthestLoss(), **options)
-    losses = [line["held_out_loss"] for line in read_lines(run.output) if "held_out_loss" in line]
+    losses = [*read_metrics(run.output, "held_out_loss").values()]
     # Away from where canonical correlation puts them, pairs come apart.
     assert run.after.loss == min(losses) < run.before.loss
     assert run.best_step == 1 + losses.index(min(losses))
@@ -293,7 +267,7 @@ def test_the_loss_that_is_trained_chooses_weights_and_start(few: Prepared, tmp_p
     assert contrastive.results["start"]["method"] == "cca"
 
 
-def test_many_rows_without_gradients_are_compared_a_few_at_a_time(
+def test_rows_without_gradients_are_compared_in_chunks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -317,9 +291,7 @@ def test_many_rows_without_gradients_are_compared_a_few_at_a_time(
 
 
 @pytest.mark.slow
-def test_a_choice_that_is_clearly_worse_than_the_start_is_a_warning(
-    few: Prepared, tmp_path: Path
-) -> None:
+def test_a_choice_clearly_worse_than_its_start_is_a_warning(few: Prepared, tmp_path: Path) -> None:
     run = few.align_stored(tmp_path / "run", max_steps=0, refit=False)
     assert f"Wrote {run.model} with the weights of the start." in describe_alignment(run.output)
     before = HeldOutScores(3.0, 0.45, 0.5, 0.0125, 0.0125, 80, 90, 80)

@@ -99,9 +99,7 @@ def inheriting(tmp_path_factory: pytest.TempPathFactory) -> Inheriting:
 
 
 @pytest.mark.parametrize("family", DUAL_ENCODERS)
-def test_a_store_has_what_the_dual_encoder_gives_and_says_which_captions_are_too_long(
-    tmp_path: Path, family: str
-) -> None:
+def test_a_store_has_the_embeddings_of_the_dual_encoder(tmp_path: Path, family: str) -> None:
     found = prepare(tmp_path, family, count=8)
     store = EmbeddingStore.open(found.teacher, check="full")
     evaluated = TransformersEncoder(found.clip, EncoderConfig(device="cpu"), source="clip")
@@ -136,9 +134,7 @@ def measure(inheriting: Inheriting, folder: Path) -> float:
         return float(distill(model.to_text_embeds(embeds), wanted[has_teacher]))
 
 
-def test_the_text_side_comes_near_the_teacher_and_the_image_side_stays(
-    inheriting: Inheriting, tmp_path: Path
-) -> None:
+def test_the_text_side_comes_near_its_teacher(inheriting: Inheriting, tmp_path: Path) -> None:
     run = inheriting.align(tmp_path / "run", held_out_ratio=0.0, global_batch_size=60)
     found = run.results["start"]["inheritance"]
     distance = found["distance"]
@@ -176,9 +172,7 @@ def test_views_of_held_out_captions_are_held_out_and_the_start_is_written_as_it_
 
 
 @pytest.mark.slow
-def test_the_contrast_starts_from_there_and_a_resumed_run_does_too(
-    inheriting: Inheriting, tmp_path: Path
-) -> None:
+def test_the_contrast_starts_from_the_inheritance(inheriting: Inheriting, tmp_path: Path) -> None:
     options = {"max_steps": 6, "save_steps": 2, "global_batch_size": 16, "inherit_steps": 4}
     run = inheriting.align(tmp_path / "run", **options)
     assert run.results["start"]["method"] == "inherited"
@@ -192,9 +186,7 @@ def test_the_contrast_starts_from_there_and_a_resumed_run_does_too(
         assert (run.output / name).read_bytes() == (again.output / name).read_bytes()
 
 
-def test_what_does_not_fit_the_teacher_is_refused_before_a_tower_is_loaded(
-    inheriting: Inheriting, tmp_path: Path
-) -> None:
+def test_what_does_not_fit_the_teacher_is_refused(inheriting: Inheriting, tmp_path: Path) -> None:
     def refuse(message: str, **changed: Any) -> None:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=message):
             patch.setattr(AlignmentModel, "__init__", lambda *_, **__: pytest.fail("tower loaded"))

@@ -46,7 +46,7 @@ def test_labeled_images_have_to_be_there_to_choose() -> None:
 
 
 @pytest.mark.slow
-def test_the_written_weights_are_on_the_way_and_the_best_of_those_tried(
+def test_the_best_weights_on_the_way_are_written(
     colored: Prepared, tuned: Run, tmp_path: Path
 ) -> None:
     found = interpolate(
@@ -70,9 +70,7 @@ def test_the_written_weights_are_on_the_way_and_the_best_of_those_tried(
 
 
 @pytest.mark.slow
-def test_the_ends_have_the_scores_of_their_models(
-    colored: Prepared, tuned: Run, tmp_path: Path
-) -> None:
+def test_the_ends_score_as_their_models(colored: Prepared, tuned: Run, tmp_path: Path) -> None:
     """With labeled images, whose accuracy may choose."""
     source = f"image-folder={write_classes(tmp_path / 'classes')}"
     config = InterpolateConfig(device="cpu", num_shares=4, zero_shot=source, choose_by="zero_shot")
@@ -130,9 +128,7 @@ def test_two_untrained_models_give_an_untrained_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_models_that_have_nothing_between_them_are_refused(
-    colored: Prepared, tmp_path: Path
-) -> None:
+def test_models_with_nothing_between_are_refused(colored: Prepared, tmp_path: Path) -> None:
     def refuse(message: str, *, has_store: bool = True, **build: Any) -> None:
         model = colored.model
         if build:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from aligning import Prepared, Run, names_that_differ, prepare, weights_of
+from aligning import Prepared, names_that_differ, weights_of
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.model_folders.model_card import read_card_data
-from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.alignment_report import (
     NEAR_CHANCE,
@@ -33,21 +30,6 @@ OPTIONS: dict[str, Any] = {
     "device": "cpu", "max_steps": 8, "eval_steps": 1, "learning_rate": 2e-4, "warmup_steps": 0,
     "image_noise": 0, "caption_noise": 0, "save_steps": 1,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    return prepare(tmp_path_factory.mktemp("few"), num_colored=60, trained=False)
-
-
-def align_with(prepared: Prepared, output: Path, callback: TrainerCallback, **given: Any) -> Run:
-    resume = given.pop("resume", False)
-    align(
-        prepared.model, prepared.records, output, AlignConfig(**{**OPTIONS, **given}),
-        caption_store=prepared.captions, image_store=prepared.images, callbacks=[callback],
-        resume=resume,
-    )  # fmt: skip
-    return Run(output)
 
 
 class Watch(TrainerCallback):
@@ -110,39 +92,41 @@ def test_no_steps_are_the_closed_form_of_all_images(few: Prepared, tmp_path: Pat
     assert check_model(run.model).healthy
     apart = few.align_stored(tmp_path / "apart", max_steps=0, refit=False)
     assert "refit" not in apart.results and apart.after == run.after
-    assert describe_alignment(apart.output)[-1].endswith("with the weights of the start.")
     with pytest.raises(AssertionError):
         compare_up_to_rotation(weights_of(apart.model), fit_closed_form(few, cca))
+    # The source keeps its weights where nothing is better, and is not said to be fitted again.
+    trained = dataclasses.replace(few, model=run.model)
+    options = {**OPTIONS, "projection_init": "model", "learning_rate": 1.0}
+    kept = trained.align_stored(tmp_path / "kept", **options)
+    assert kept.best_step == 0 and "refit" not in kept.results
+    assert not names_that_differ(run.model, kept.model)
 
 
 @pytest.mark.slow
 def test_the_last_fit_repeats_the_choice_on_all_images(few: Prepared, tmp_path: Path) -> None:
     watch = Watch()
-    run = align_with(few, tmp_path / "run", watch)
+    run = few.align_stored(tmp_path / "run", callbacks=[watch], **OPTIONS)
     step, share = run.best_step, run.results["held_out"]["best_share"]
     assert 0 < step <= 8 and 0 < share <= 1
     chosen, again = watch.fits
     assert len(again) == 1 + step == 1 + run.results["refit"]["steps"]
     # As chosen: between the start and a step, in both fits.
-    for fit, found in (
+    for fit, weights in (
         (chosen, load_file(run.output / "best.safetensors")),
         (again, weights_of(run.model)),
     ):
         for name, value in fit[step].items():
-            torch.testing.assert_close(found[name], torch.lerp(fit[0][name], value, share))
+            torch.testing.assert_close(weights[name], torch.lerp(fit[0][name], value, share))
     temperatures = {float(fit[0]["logit_scale.log_scale"]) for fit in (chosen, again)}
     assert temperatures == {run.results["start"]["log_scale"]} or len(temperatures) == 1
     # The images that chose are trained on now.
-    assert names_that_differ(
-        few.align_stored(tmp_path / "apart", **{**OPTIONS, "refit": False}).model, run.model
-    )
+    apart = few.align_stored(tmp_path / "apart", **{**OPTIONS, "refit": False})
+    assert names_that_differ(apart.model, run.model)
     assert check_model(run.model).healthy
 
 
 @pytest.mark.slow
-def test_scores_are_said_to_be_of_the_model_before_the_last_fit(
-    few: Prepared, tmp_path: Path
-) -> None:
+def test_scores_are_of_the_model_before_the_last_fit(few: Prepared, tmp_path: Path) -> None:
     run = few.align_stored(tmp_path / "run", max_steps=2)
     shown = "\n".join(describe_alignment(run.output))
     assert "Then all of it was fitted once more on all images" in shown
@@ -172,40 +156,21 @@ class Die(TrainerCallback):
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_its_last_fit_goes_on_to_the_same_bytes(
-    few: Prepared, tmp_path: Path
-) -> None:
-    whole = align_with(few, tmp_path / "whole", TrainerCallback())
+def test_a_run_killed_in_its_last_fit_ends_the_same(few: Prepared, tmp_path: Path) -> None:
+    whole = few.align_stored(tmp_path / "whole", **OPTIONS)
     assert whole.best_step > 1
     with pytest.raises(KeyboardInterrupt):
-        align_with(few, tmp_path / "killed", Die())
+        few.align_stored(tmp_path / "killed", callbacks=[Die()], **OPTIONS)
     assert (tmp_path / "killed" / "refit" / "checkpoints" / "checkpoint-1").is_dir()
-    killed = align_with(few, tmp_path / "killed", TrainerCallback(), resume=True)
-    # Bit for bit.
-    assert not names_that_differ(whole.model, killed.model)
-    assert killed.results == whole.results
-    shutil.rmtree(killed.model)
-    again = align_with(few, tmp_path / "killed", TrainerCallback(), resume=True)
-    assert not names_that_differ(whole.model, again.model) and again.results == whole.results
+    for output in (tmp_path / "killed", whole.copy_without_model(tmp_path / "unwritten")):
+        resumed = few.align_stored(output, resume=True, **OPTIONS)
+        # Bit for bit.
+        assert not names_that_differ(whole.model, resumed.model)
+        assert resumed.results == whole.results
 
 
 @pytest.mark.slow
-def test_a_model_that_keeps_its_own_weights_is_not_said_to_be_fitted_again(
-    few: Prepared, tmp_path: Path
-) -> None:
-    first = few.align_stored(tmp_path / "first", max_steps=0)
-    trained = dataclasses.replace(few, model=first.model)
-    run = trained.align_stored(
-        tmp_path / "run", **{**OPTIONS, "projection_init": "model", "learning_rate": 1.0}
-    )
-    assert run.best_step == 0 and "refit" not in run.results
-    assert not names_that_differ(first.model, run.model)
-
-
-@pytest.mark.slow
-def test_nothing_is_tried_between_random_weights_and_trained_ones(
-    few: Prepared, tmp_path: Path
-) -> None:
+def test_nothing_is_tried_between_random_and_trained(few: Prepared, tmp_path: Path) -> None:
     run = few.align_stored(tmp_path / "run", **{**OPTIONS, "projection_init": "model"})
     assert run.results["held_out"]["best_share"] == 1
 

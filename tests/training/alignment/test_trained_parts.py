@@ -60,9 +60,7 @@ def test_the_llm_is_never_loaded_in_stored_mode(prepared: Prepared, finished: Ru
 
 
 @pytest.mark.parametrize("training", ["vision", "text"])
-def test_a_merged_lora_gives_the_embeddings_of_the_unmerged_one(
-    prepared: Prepared, training: str
-) -> None:
+def test_a_merged_lora_gives_the_same_embeddings(prepared: Prepared, training: str) -> None:
     pytest.importorskip("peft")
     model = AlignmentModel.from_pretrained(prepared.model, with_llm=True)
     adapted = choose_trained_parts(model, AlignConfig(**{f"{training}_training": "lora"}))
@@ -112,7 +110,7 @@ TRAINED = [
 
 
 @pytest.mark.parametrize(("vision", "training"), TRAINED)
-def test_what_is_said_to_be_trained_has_a_gradient(
+def test_trained_weights_have_gradients(
     vision: str, training: str, save_parts: Callable[[str], Path]
 ) -> None:
     pytest.importorskip("peft")
@@ -147,7 +145,7 @@ def test_weights_that_the_pooling_never_uses_do_not_count_as_trained(tmp_path: P
 
 
 @pytest.mark.parametrize("vision", ["eva", "beit", "beitv2", "swinv2"])
-def test_a_lora_that_the_tower_passes_by_is_refused_by_name(
+def test_a_lora_that_a_tower_skips_is_refused(
     vision: str, prepared: Prepared, tmp_path: Path
 ) -> None:
     pytest.importorskip("peft")
@@ -248,7 +246,7 @@ def test_parameter_groups_are_by_layer_and_by_decay(prepared: Prepared, tmp_path
     assert warm_up_then_cosine(1, warmup_steps=0)(0) == 1
 
 
-def test_batch_norm_keeps_its_statistics_and_no_image_sees_its_neighbors(
+def test_batch_norm_keeps_its_statistics(
     tmp_path: Path,
 ) -> None:
     model, processor = tiny_model("timm with batch norm")
@@ -278,7 +276,7 @@ def test_batch_norm_keeps_its_statistics_and_no_image_sees_its_neighbors(
 
 
 @every_vision
-def test_only_layers_that_are_there_are_named_for_sharding(
+def test_only_present_layers_are_to_be_sharded(
     vision: str, save_parts: Callable[[str], Path]
 ) -> None:
     skip_where_transformers_renames(vision)

@@ -207,9 +207,7 @@ def measured(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_accuracy_after_is_that_of_the_merged_folder_in_its_own_dtype(
-    in_half, tmp_path, measured
-):
+def test_the_accuracy_after_is_that_of_the_merged_folder(in_half, tmp_path, measured):
     # So small a rate that bfloat16 rounds most of the LoRA away.
     config = replace(SHORT, merge=True, learning_rate=3e-5)
     with pytest.warns(UserWarning, match=r"changes \d.*% of the entries .*bfloat16"):

@@ -49,9 +49,7 @@ from modeling_llm2clip.training.run_folder import find_last_checkpoint
         ({"warmup_steps": 6}, r"warmup_steps=6 in a run of 6 steps.*max_steps"),
     ],
 )
-def test_options_that_the_data_do_not_allow_are_refused_before_anything_runs(
-    tmp_path, options, error
-):
+def test_options_that_the_data_do_not_allow_are_refused(tmp_path, options, error):
     with pytest.raises(ValueError, match=error):
         tune(tmp_path / "run", replace(SHORT, **options))
     assert not (tmp_path / "run").exists()
@@ -99,9 +97,7 @@ def test_weights_that_are_not_finite_are_in_no_checkpoint(tmp_path):
     assert find_last_checkpoint(tmp_path / "run") is None
 
 
-def test_the_command_refuses_folder_and_batch_before_it_loads_the_llm(
-    tmp_path, capsys, monkeypatch
-):
+def test_the_command_refuses_before_it_loads_the_llm(tmp_path, capsys, monkeypatch):
     data = write_captions(tmp_path / "data" / "captions.jsonl")
     monkeypatch.setattr(
         LLM2CLIPTextModel, "from_pretrained", lambda *_, **__: pytest.fail("the LLM was loaded")
@@ -204,7 +200,7 @@ def test_a_lora_of_another_scale_is_refused(tuned: Tuned, tmp_path: Path) -> Non
         ("init_lora_weights", "pissa"),
     ],
 )
-def test_a_lora_whose_weights_mean_something_else_is_refused(
+def test_a_lora_with_another_meaning_is_refused(
     tuned: Tuned, tmp_path: Path, name: str, value: Any
 ) -> None:
     other = edit_config(tuned.lora, tmp_path / "lora", **{name: value})

@@ -1,16 +1,23 @@
-"""A run is continued with what it was begun with, and a store of images used with these."""
+"""A run is continued with what it was begun with, by one process at a time; checkpoints by step."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aligning import NUM_RECORDS, KillAtBegin, Prepared
+from aligning import NUM_RECORDS, KillAtBegin, Prepared, Run, read_losses
+from launches import ROOT
 from safetensors.torch import load_file, save_file
 from tiny import draw_noise, tiny_model
 from tuning import RECORDS, SHORT, Tuned, tune
@@ -22,8 +29,13 @@ from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
-
-pytestmark = pytest.mark.slow
+from modeling_llm2clip.training.run_folder import (
+    CHECKPOINTS,
+    LOCK_FILE,
+    _hold,
+    lock_run,
+    mark_complete,
+)
 
 
 @pytest.fixture
@@ -72,6 +84,7 @@ def store_in_another_dtype(here: Prepared) -> Prepared:
     return here
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -82,7 +95,7 @@ def store_in_another_dtype(here: Prepared) -> Prepared:
         (store_in_another_dtype, "caption_store.manifest"),
     ],
 )
-def test_an_alignment_is_not_continued_on(
+def test_an_alignment_needs_its_inputs(
     here: Prepared, change: Callable[[Prepared], Prepared], named: str
 ) -> None:
     run = here.model.parent / "run"
@@ -92,9 +105,7 @@ def test_an_alignment_is_not_continued_on(
         changed.align(run, resume=True)
 
 
-def test_a_fine_tuning_is_not_continued_by_other_processes_or_in_another_precision(
-    tuned: Tuned, tmp_path: Path
-) -> None:
+def test_a_fine_tuning_needs_its_processes_and_precision(tuned: Tuned, tmp_path: Path) -> None:
     run = tuned.copy_unfinished(tmp_path / "run")
     record = json.loads((run / "run.json").read_text())
     for name, value in {"num_processes": 2, "in_bfloat16": True}.items():
@@ -104,6 +115,7 @@ def test_a_fine_tuning_is_not_continued_by_other_processes_or_in_another_precisi
             tune(run, resume=True)
 
 
+@pytest.mark.slow
 def test_a_fine_tuning_is_not_continued_on_another_llm(tmp_path: Path) -> None:
     folder = save_model(*tiny_model(), tmp_path / "base")
     with pytest.raises(KeyboardInterrupt):
@@ -125,7 +137,7 @@ def test_a_fine_tuning_is_not_continued_on_another_llm(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_record_that_is_not_ours_or_older_is_refused_as_such(
+def test_a_foreign_or_older_record_is_refused(
     prepared: Prepared, tmp_path: Path, record: str, message: str
 ) -> None:
     (tmp_path / "run.json").write_text(record)
@@ -144,8 +156,9 @@ def open_dataset(here: Prepared, records: Any) -> AlignmentDataset:
     return AlignmentDataset(records, processor, image_store=here.image_store)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [replace_image, change_bytes])
-def test_a_store_of_other_images_of_the_same_names_is_refused(
+def test_a_store_of_other_images_is_refused(
     here: Prepared, change: Callable[[Prepared], Prepared]
 ) -> None:
     change(here)
@@ -177,3 +190,126 @@ def test_a_name_of_two_images_is_refused(prepared: Prepared, tmp_path: Path) -> 
     same = [first, replace(first, image=copied, lang="de")]
     folder = extract(prepared.model, same, tmp_path / "store", config, modality="image")
     assert StoreManifest.read(folder).num_rows == 1
+
+
+FUTURE = time.time() + 10 * 365 * 86_400
+IN_USE = "run is in use: another process trains in it now"
+
+
+def list_steps(output: Path) -> list[int]:
+    folders = (output / CHECKPOINTS).glob("checkpoint-*")
+    return sorted(int(folder.name.removeprefix("checkpoint-")) for folder in folders)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.slow
+def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(
+    prepared: Prepared, finished: Run, tmp_path: Path, resume: bool
+) -> None:
+    output = tmp_path / "run"
+    if resume:
+        finished.copy_without_model(output)
+    with lock_run(output):
+        before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+        with pytest.raises(ValueError, match=IN_USE):
+            prepared.align(output, resume=resume)
+        with pytest.raises(ValueError, match=IN_USE):
+            tune(output, SHORT, resume=resume)
+        assert before == {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert not (output / LOCK_FILE).exists()
+    assert prepared.align(output, resume=resume).results["steps"] == 6
+    assert not (output / LOCK_FILE).exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that are forked")
+def test_the_lock_ends_with_its_process_and_not_with_its_workers(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    script = (
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from modeling_llm2clip.training.run_folder import lock_run\n"
+        "with lock_run(Path(sys.argv[1])):\n"
+        "    if os.fork() == 0:\n"
+        "        os.close(1)\n"
+        "        time.sleep(5)\n"
+        "        os._exit(0)\n"
+        "    time.sleep(0.5)\n"
+        "    print('locked', flush=True)\n"
+        "    time.sleep(300)\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", script, str(output)], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match=IN_USE), lock_run(output):
+            pytest.fail("both hold it")
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate(timeout=60)
+    assert (output / LOCK_FILE).is_file()  # which locks nothing any more
+    with lock_run(output):
+        pass
+    assert not output.exists()
+
+
+def test_a_refused_run_leaves_no_folder(prepared: Prepared, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="too few for a batch"):
+        prepared.align(tmp_path / "run", global_batch_size=20, held_out_ratio=0.5)
+    assert not (tmp_path / "run").exists()
+
+
+def test_runs_that_begin_and_end_at_once_are_refused_or_run(tmp_path: Path) -> None:
+    """One removes its empty folder as another opens it, which raised in every try."""
+
+    def begin_and_end(_: int) -> int:
+        held = 0
+        for _ in range(300):
+            with _hold(tmp_path / "run") as is_held:
+                held += is_held
+        return held
+
+    with ThreadPoolExecutor(4) as pool:
+        held = list(pool.map(begin_and_end, range(4)))
+    assert sum(held) > 0
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError), _hold(tmp_path / "file"):
+        pass
+
+
+def test_the_last_two_checkpoints_are_kept_whatever_their_times(tmp_path: Path) -> None:
+    for step, seconds in ((9, FUTURE), (10, FUTURE), (100, 0.0), (11, FUTURE)):
+        folder = tmp_path / CHECKPOINTS / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        os.utime(folder, (seconds, seconds))
+    mark_complete(tmp_path, 100)
+    assert list_steps(tmp_path) == [11, 100]
+
+
+@pytest.mark.parametrize("stage", ["align", "finetune-llm"])
+@pytest.mark.slow
+def test_checkpoints_of_the_future_are_resumed(
+    stage: str, prepared: Prepared, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+
+    def run(**options: Any) -> None:
+        if stage == "align":
+            prepared.align(output, save_steps=1, max_steps=3, **options)
+        else:
+            tune(output, replace(SHORT, save_steps=1, max_steps=3, warmup_steps=1), **options)
+
+    run()
+    wanted = read_losses(output)
+    assert list_steps(output) == [2, 3]
+    checkpoints = output / CHECKPOINTS
+    shutil.rmtree(output / "model", ignore_errors=True)
+    shutil.rmtree(checkpoints / "checkpoint-3")
+    shutil.copytree(checkpoints / "checkpoint-2", checkpoints / "checkpoint-1")
+    for folder in checkpoints.iterdir():
+        os.utime(folder, (FUTURE, FUTURE))
+    run(resume=True)
+    assert list_steps(output) == [2, 3] and read_losses(output) == wanted
