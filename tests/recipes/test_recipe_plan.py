@@ -138,17 +138,9 @@ def test_a_teacher_is_planned_or_refused(sources: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_plan_writes_nothing(sources: Path, tmp_path: Path, finished: TrainConfig) -> None:
-    config = make_recipe(sources, tmp_path / "new")
-    assert set(states_of(config).values()) == {"to do", "repeated"}
-    assert not config.output.exists()
-    before = {path: path.stat().st_mtime_ns for path in finished.output.rglob("*")}
-    assert set(states_of(finished).values()) == {"finished", "repeated"}
-    assert {path: path.stat().st_mtime_ns for path in finished.output.rglob("*")} == before
-
-
-@pytest.mark.slow
-def test_a_stopped_stage_is_reported(sources: Path, tmp_path: Path, finished: TrainConfig) -> None:
+def test_a_stopped_stage_is_reported_and_nothing_written(
+    sources: Path, tmp_path: Path, finished: TrainConfig
+) -> None:
     config = make_recipe(sources, tmp_path / "run")
     for name, state, removed in (
         ("finetune-llm", "stopped", "fine-tuned/model"),
@@ -159,11 +151,14 @@ def test_a_stopped_stage_is_reported(sources: Path, tmp_path: Path, finished: Tr
         shutil.rmtree(config.output, ignore_errors=True)
         shutil.copytree(finished.output, config.output)
         whole = states_of(config)
+        assert set(whole.values()) == {"finished", "repeated"}
         if removed is None:
             change_manifest(config.output / "captions", complete=False)
         else:
             shutil.rmtree(config.output / removed)
+        before = {path: path.stat().st_mtime_ns for path in config.output.rglob("*")}
         assert states_of(config) == {**whole, name: state}
+        assert {path: path.stat().st_mtime_ns for path in config.output.rglob("*")} == before
 
 
 @pytest.mark.slow

@@ -155,10 +155,7 @@ def test_the_learning_rate_warms_up(prepared: Prepared, finished: Run, tmp_path:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "training",
-    [
-        {"text_training": "frozen-online"},
-        {"text_training": "lora", "vision_training": "lora"},
-    ],
+    [{"text_training": "frozen-online"}, {"text_training": "lora", "vision_training": "lora"}],
 )
 def test_float32_computes_a_folder_in_half_precision_in_float32(
     prepared: Prepared, tmp_path: Path, training: dict[str, str]

@@ -157,10 +157,7 @@ def test_stored_embeddings_of_zeros_are_refused_by_name(prepared: Prepared, tmp_
     config = AlignConfig(max_steps=1, device="cpu", held_out_ratio=0.0, projection_init="cca")
     # Row 7: the second record has the captions 2 to 4, the third 5 to 7.
     for name, message in (
-        (
-            "caption_store",
-            r"captions: 1 of 71 embeddings .* zeros: those of 02\.jpg \(en\)\. C",
-        ),
+        ("caption_store", r"captions: 1 of 71 embeddings .* zeros: those of 02\.jpg \(en\)\. C"),
         ("image_store", r"images: \d of \d+ .* those of 07\.jpg \(en\)"),
     ):
         broken = stores | {name: break_store(getattr(prepared, name), [7], 0.0)}

@@ -13,15 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from aligning import (
-    LONG_RUN,
-    SHORT_RUN,
-    Prepared,
-    Run,
-    command_of,
-    names_that_differ,
-    read_losses,
-)
+from aligning import LONG_RUN, SHORT_RUN, Prepared, Run, command_of, names_that_differ, read_losses
 from killed_writers import leave_unfinished
 
 from modeling_llm2clip.__main__ import main

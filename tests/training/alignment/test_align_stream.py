@@ -18,7 +18,7 @@ from aligning import SHORT_RUN, Prepared, names_that_differ
 from shard_server import ShardServer
 from transformers import TrainerCallback
 
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.data.records.record_columns import hash_text
 from modeling_llm2clip.data.records.records import CaptionedImage
@@ -315,25 +315,6 @@ def test_shared_captions_are_counted_over_resumes(prepared: Prepared, tmp_path: 
     assert "  Shared with held-out images: 24 captions drawn in training." in (
         describe_alignment(tmp_path / "run")
     )
-
-
-def test_captions_of_a_store_are_joined_by_name(prepared: Prepared, shards: Path) -> None:
-    processor = LLM2CLIPProcessor.from_pretrained(prepared.model)
-    joined = AlignmentStream(
-        stream_records(shards, buffer_size=1), processor, AlignConfig(seed=3),
-        caption_store=prepared.caption_store,
-    )  # fmt: skip
-    online = AlignmentStream(stream_records(shards, buffer_size=1), processor, AlignConfig(seed=3))
-    records = list(stream_records(shards, buffer_size=1))
-    samples = [decode_sample(record) for record in records]
-    stored, tokens = joined.collate(samples), online.collate(samples)
-    assert torch.equal(stored["pixel_values"], tokens["pixel_values"])
-    assert torch.equal(stored["group_ids"], tokens["group_ids"])
-    model = LLM2CLIPModel.from_pretrained(prepared.model)
-    with torch.no_grad():
-        wanted = model.get_caption_embeds(tokens["input_ids"], tokens["attention_mask"])
-    # Another batch, so sums in another order; embeddings of length about 5, stored in float16.
-    torch.testing.assert_close(stored["caption_embeds"], wanted, atol=5e-3, rtol=1e-3)
 
 
 def test_stored_captions_of_a_stream_have_their_noise(prepared: Prepared, shards: Path) -> None:

@@ -33,9 +33,8 @@ from modeling_llm2clip.training.alignment.held_out import (
     choose_held_out,
 )
 from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
-from modeling_llm2clip.training.losses import loss as loss_module
 from modeling_llm2clip.training.losses.loss import LossInputs
-from modeling_llm2clip.training.losses.pairs import ContrastiveLoss
+from modeling_llm2clip.training.losses.pairs import ContrastiveLoss, SigmoidLoss
 from modeling_llm2clip.training.run_folder import add_results
 
 
@@ -106,18 +105,21 @@ def test_the_held_out_loss_is_that_of_the_best_temperature(
     assert float(losses[-1]) > 1.5 * float(min(losses))
 
 
-def test_the_fitted_temperature_is_where_the_loss_is_lowest() -> None:
+@pytest.mark.parametrize("bias", [None, -2.0, -20.0])
+def test_the_fitted_temperature_is_where_the_loss_is_lowest(bias: float | None) -> None:
+    """At the bias of the loss, if it has one."""
     generator = torch.Generator().manual_seed(0)
     image = F.normalize(torch.randn(64, 8, generator=generator), dim=-1)
     text = F.normalize(image + 0.3 * torch.randn(64, 8, generator=generator), dim=-1)
-    inputs = LossInputs(image, text, LogitRule(torch.ones(1)), torch.arange(64))
+    inputs = LossInputs(image, text, LogitRule(torch.ones(1)), torch.arange(64), is_whole=True)
+    loss = ContrastiveLoss() if bias is None else SigmoidLoss(logit_bias=bias)
 
     def measure_at(log_scale: float) -> float:
-        return float(ContrastiveLoss()(inputs.at_scale(math.exp(log_scale))))
+        return float(loss(inputs.at_scale(math.exp(log_scale))).detach())
 
-    log_scale, loss = held_out_module.fit_temperature(ContrastiveLoss(), inputs)
-    assert loss == measure_at(log_scale)
-    assert min(measure_at(log_scale - 0.05), measure_at(log_scale + 0.05)) > loss
+    log_scale, lowest = held_out_module.fit_temperature(loss, inputs)
+    assert lowest == measure_at(log_scale)
+    assert min(measure_at(log_scale - 0.05), measure_at(log_scale + 0.05)) > lowest
 
 
 def test_what_shows_the_same_thing_is_held_out_together(prepared: Prepared) -> None:
@@ -265,29 +267,6 @@ def test_the_loss_that_is_trained_chooses_weights_and_start(few: Prepared, tmp_p
     assert again.results["start"]["method"] == "model"
     contrastive = aligned.align_stored(tmp_path / "contrastive", max_steps=1, refit=False)
     assert contrastive.results["start"]["method"] == "cca"
-
-
-def test_rows_without_gradients_are_compared_in_chunks(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    images, texts = (F.normalize(torch.randn(9, 8, generator=generator), dim=-1) for _ in range(2))
-    inputs = LossInputs(images, texts, LogitRule(torch.ones(1)), torch.arange(9))
-    monkeypatch.setattr(loss_module, "_ROWS_WITHOUT_GRADIENT", 4)
-    seen: list[int] = []
-    compute = ContrastiveLoss.sum_rows
-    monkeypatch.setattr(
-        ContrastiveLoss,
-        "sum_rows",
-        lambda loss, chunk: (seen.append(len(chunk.labels)), compute(loss, chunk))[1],
-    )
-    with torch.no_grad():
-        found = ContrastiveLoss()(inputs)
-        ContrastiveLoss(chunk_size=7)(inputs)
-    assert seen == [4, 4, 1, 7, 2]
-    # Sums of nine float32 numbers in another order.
-    assert float(found) == pytest.approx(float(ContrastiveLoss()(inputs)), rel=1e-6)
-    assert seen[5:] == [9]
 
 
 @pytest.mark.slow

@@ -23,9 +23,7 @@ from modeling_llm2clip.building.build_model import build_model
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.configs.encoding_config import DUAL_ENCODERS, ExtractConfig
-from modeling_llm2clip.configs.evaluation_config import (
-    EncoderConfig,
-)
+from modeling_llm2clip.configs.evaluation_config import EncoderConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore

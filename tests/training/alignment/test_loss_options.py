@@ -43,12 +43,10 @@ from modeling_llm2clip.training.alignment.held_out import (
     ZeroShotImages,
     find_interval,
     fit_start,
-    fit_temperature,
     load_labeled_images,
 )
 from modeling_llm2clip.training.losses.choose_loss import build_loss
 from modeling_llm2clip.training.losses.loss import LossInputs, list_fitted
-from modeling_llm2clip.training.losses.pairs import SigmoidLoss
 from modeling_llm2clip.training.run_folder import read_results, read_run_record
 
 FULL = {"vision_training": "full", "layer_decay": 1.0, "vision_learning_rate": 1e-3}
@@ -329,18 +327,3 @@ def test_a_model_as_good_as_the_closed_form_is_kept(few: Prepared, tmp_path: Pat
     # The fit ends where float32 sees no slope.
     assert again.before.loss == pytest.approx(first.before.loss, rel=1e-4)
     assert starts[1]["log_scale"] == pytest.approx(starts[0]["log_scale"], rel=1e-2)
-
-
-def test_the_temperature_is_fitted_at_the_bias_of_the_loss() -> None:
-    images = torch.nn.functional.normalize(
-        torch.randn(16, 8, generator=torch.Generator().manual_seed(0)), dim=-1
-    )
-    inputs = LossInputs(images, images, LogitRule(torch.ones(1)), torch.arange(16), is_whole=True)
-    for bias in (-2.0, -20.0):
-        loss = SigmoidLoss(logit_bias=bias)
-        log_scale, lowest = fit_temperature(loss, inputs)
-        losses = [
-            float(loss(inputs.at_scale(math.exp(log_scale + step))).detach())
-            for step in (-0.05, 0.0, 0.05)
-        ]
-        assert lowest == losses[1] == min(losses)

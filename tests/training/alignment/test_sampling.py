@@ -345,6 +345,8 @@ def test_a_stream_samples_views_too(prepared: Prepared, viewed: Viewed) -> None:
     )
     samples = [decode_sample(record) for record in viewed.records]
     stored, tokens = joined.collate(samples), online.collate(samples)
+    for name in ("pixel_values", "group_ids"):
+        assert torch.equal(stored[name], tokens[name])
     model = LLM2CLIPModel.from_pretrained(prepared.model)
     with torch.no_grad():
         wanted = model.get_caption_embeds(tokens["input_ids"], tokens["attention_mask"])

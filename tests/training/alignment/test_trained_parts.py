@@ -12,14 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from aligning import (
-    SHORT_RUN,
-    TOWERS,
-    Prepared,
-    Run,
-    skip_where_transformers_renames,
-    weights_of,
-)
+from aligning import SHORT_RUN, TOWERS, Prepared, Run, skip_where_transformers_renames, weights_of
 from shared_models import every_vision
 from tiny import VISION_FAMILIES, draw_noise, tiny_images, tiny_model
 
@@ -246,9 +239,7 @@ def test_parameter_groups_are_by_layer_and_by_decay(prepared: Prepared, tmp_path
     assert warm_up_then_cosine(1, warmup_steps=0)(0) == 1
 
 
-def test_batch_norm_keeps_its_statistics(
-    tmp_path: Path,
-) -> None:
+def test_batch_norm_keeps_its_statistics(tmp_path: Path) -> None:
     model, processor = tiny_model("timm with batch norm")
     save_model(model, processor, tmp_path / "exported")
     trained = AlignmentModel.from_pretrained(tmp_path / "exported")

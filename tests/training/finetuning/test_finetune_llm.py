@@ -14,16 +14,7 @@ import torch
 from aligning import read_losses
 from safetensors.torch import load_file
 from tiny import tiny_model
-from tuning import (
-    FLAGS,
-    RECORDS,
-    SHORT,
-    Tuned,
-    hold_out_short,
-    tune,
-    write_captions,
-    write_pairs,
-)
+from tuning import FLAGS, RECORDS, SHORT, Tuned, hold_out_short, tune, write_captions, write_pairs
 
 from modeling_llm2clip import LLM2CLIPConfig
 from modeling_llm2clip.__main__ import main

@@ -42,10 +42,7 @@ from modeling_llm2clip.training.run_folder import find_last_checkpoint
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        (
-            {"per_device_train_batch_size": 64},
-            r"Too few different images \(20\) for a batch of 64",
-        ),
+        ({"per_device_train_batch_size": 64}, r"Too few different images \(20\) for a batch of 64"),
         ({"warmup_steps": 6}, r"warmup_steps=6 in a run of 6 steps.*max_steps"),
     ],
 )
