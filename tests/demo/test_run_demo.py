@@ -107,7 +107,6 @@ def test_the_demo_runs_from_the_wheel_alone_on_its_embedded_images(
     assert config.text_adapter_trained and config.projections_trained
 
 
-@pytest.mark.slow
 def test_an_earlier_run_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("{}", encoding="utf-8")
     with pytest.raises(FileExistsError, match="not empty"):

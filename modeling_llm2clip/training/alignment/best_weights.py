@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ...data.atomic_files import write_atomically
-from ..run_folder import add_results, list_trained, read_results
+from ..run_folder import add_results, read_results
 from .alignment_trainer import AlignmentTrainer
 from .held_out import HeldOutImages, HeldOutScores, ZeroShotImages, fit_temperature
 from .run_data import RecordData
@@ -39,11 +39,10 @@ _EPOCH = -1
 
 
 def copy_trained(model: nn.Module) -> dict[str, Tensor]:
-    names = list_trained(model)
     return {
         name: parameter.detach().clone()
         for name, parameter in model.named_parameters()
-        if name in names
+        if parameter.requires_grad
     }
 
 
