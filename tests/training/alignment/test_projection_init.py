@@ -1,4 +1,4 @@
-"""Stage 3, where the projections start: the closed form, no steps, and the last fit on all images."""
+"""Stage 3, where projections start: the closed form, no steps, and the last fit on all images."""
 
 from __future__ import annotations
 
