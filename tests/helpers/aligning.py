@@ -80,6 +80,7 @@ class Prepared:
         records: Sequence[CaptionedImage] | None = None,
         loss: Loss | None = None,
         callbacks: Sequence[TrainerCallback] = (),
+        are_images_stored: bool = False,
         **changed: Any,
     ) -> Run:
         """Run a few steps; captions come from their store where it is read."""
@@ -88,6 +89,7 @@ class Prepared:
         align(
             self.model, self.records if records is None else records, output, config,
             caption_store=self.caption_store if stored else None,
+            image_store=self.image_store if are_images_stored else None,
             loss=loss, resume=resume, callbacks=callbacks,
         )  # fmt: skip
         return Run(output)
