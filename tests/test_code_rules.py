@@ -58,7 +58,7 @@ BUDGETS = {
     "doctor": 1349,
     "embedding": 1132,
     "encoding": 703,
-    "evaluation": 2846,
+    "evaluation": 2844,
     "model_folders": 1326,
     "publishing": 947,
     "recipes": 444,

@@ -24,7 +24,7 @@ from ..data.records.records import CaptionedImage
 from ..data.records.splits import choose_test_rows, split_records
 from ..data.store.embedding_store import EmbeddingStore
 from ..encoding.encode import encode_images, encode_texts, project_stored
-from ..evaluation.datasets.catalog.caption_readers import EMOJI_SEED, NUM_TEST_GROUPS
+from ..evaluation.datasets.caption_readers import EMOJI_SEED, NUM_TEST_GROUPS
 from ..evaluation.results import read_evaluation_results
 from ..model_folders.model_loading import load_model
 from ..modeling_llm2clip import LLM2CLIPModel
