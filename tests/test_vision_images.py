@@ -328,7 +328,8 @@ def test_patches_that_are_not_square_are_rejected() -> None:
 def test_a_tower_that_has_an_interpolation_and_never_asks_for_it_has_a_fixed_size() -> None:
     pytest.importorskip("transformers.models.granite_docling")
     tower = AutoModel.from_config(AutoConfig.for_model(
-        "granite_docling_vision", num_hidden_layers=1, image_size=32, patch_size=8
+        "granite_docling_vision", num_hidden_layers=1, image_size=32, patch_size=8, hidden_size=32,
+        intermediate_size=48, num_attention_heads=2,
     )).eval()  # fmt: skip
     model = build_with(tower, 32)
     with pytest.raises(ValueError, match=r"64 × 16 pixels; .* 32 × 32 and cannot interpolate"):
