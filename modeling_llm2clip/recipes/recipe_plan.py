@@ -37,7 +37,7 @@ from ..data.records.records import CaptionedImage
 from ..data.records.splits import list_text_keys, split_records
 from ..data.safetensors_files import read_shapes
 from ..data.store.store_manifest import MANIFEST_FILE, StoreManifest
-from ..evaluation.datasets.catalog.custom_folder import make_records_spec
+from ..evaluation.datasets.custom_folder import make_records_spec
 from ..evaluation.datasets.dataset_registry import read_data
 from ..model_folders.model_folder import explain_missing, fetch_hub_file, is_hub_id
 from ..training.alignment.alignment_trainer import choose_batch_size, count_steps
