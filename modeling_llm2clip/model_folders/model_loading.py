@@ -83,7 +83,7 @@ def find_model_class(folder: Path) -> Any:
     name = (architectures or ["nothing"])[0]
     if name not in MODEL_CLASSES:
         raise ValueError(
-            f"{folder}: config.json has architectures={architectures}, wanted one of "
+            f"{folder}: config.json has architectures={architectures}, expected one of "
             f"{sorted(MODEL_CLASSES)}. Save the model with save_pretrained."
         )
     return MODEL_CLASSES[name]

@@ -123,7 +123,7 @@ def warn_of_rounding(
 ) -> float:
     """Return which share of entries is changed after rounding, and warn if it is small.
 
-    `counts` are the changed and the wanted ones of each weight.
+    `counts` are, for each weight, the entries changed after and before rounding.
     """
     num_left, num_changed = map(sum, zip(*counts, strict=True))
     share: float = num_left / num_changed if num_changed else 1.0
@@ -201,7 +201,7 @@ def _open_safetensors(file: Path) -> dict[str, LazyTensor]:
     heads = read_weight_shapes([file])
     unknown = sorted({dtype for _, dtype in heads.values()} - set(_DTYPES))
     if unknown:
-        raise ValueError(f"{file} has weights of the dtypes {unknown}, wanted {list(_DTYPES)}.")
+        raise ValueError(f"{file} has weights of the dtypes {unknown}, expected {list(_DTYPES)}.")
     return {
         name: LazyTensor(shape, _DTYPES[dtype], partial(read, name))
         for name, (shape, dtype) in heads.items()
@@ -254,7 +254,7 @@ def _find_state_dict(content: Any, file: Path) -> dict[str, Tensor]:
     if not tensors or len(tensors) != len(state):
         others = sorted(str(name) for name, value in values if not isinstance(value, Tensor))
         raise ValueError(
-            f"{file}: wanted a state dict, at the top or under {_NESTED_UNDER}; got "
+            f"{file}: expected a state dict, at the top or under {_NESTED_UNDER}; got "
             f"{type(content).__name__} with {counted(len(tensors), 'tensor')} and the other "
             f"entries {others}. Save the state dict alone."
         )
@@ -263,7 +263,7 @@ def _find_state_dict(content: Any, file: Path) -> dict[str, Tensor]:
         return tensors
     if len(wrapped) != len(tensors):
         raise ValueError(
-            f"{file}: {len(wrapped)} of {len(tensors)} names begin with {_WRAPPER!r}, wanted "
+            f"{file}: {len(wrapped)} of {len(tensors)} names begin with {_WRAPPER!r}, expected "
             "all or none. The file is a mixture of checkpoints."
         )
     return {name.removeprefix(_WRAPPER): value for name, value in tensors.items()}
