@@ -28,8 +28,8 @@ def build_from_llm2vec(
 ) -> Path:
     """Build an untrained model whose text tower gives the embeddings that LLM2Vec gives.
 
-    `folder` is one that `LLM2Vec.save` wrote, merged or a LoRA; a LoRA needs its base LLM. Pooling
-    and length in the config give way to the folder's.
+    `folder` is one that `LLM2Vec.save` wrote, merged or a LoRA; a LoRA needs its base LLM. The
+    folder's pooling and length replace those in the config.
     """
     config = replace(config, **_read_settings(folder))
     is_lora = (folder / LORA_CONFIG).is_file()

@@ -25,7 +25,6 @@ from modeling_llm2clip.doctor.model_under_test import ModelUnderTest
 from modeling_llm2clip.model_folders.golden_embeddings import (
     GOLDEN_FILE,
     compare_golden,
-    compute_golden,
     read_golden,
     require_recorded_files,
 )
@@ -112,6 +111,8 @@ def find_changed_files(folder: Path) -> list[str] | None:
 def test_every_changed_file_is_named(
     name: str, change: Callable[[Path], object], copy: Path
 ) -> None:
+    with safe_open(copy / GOLDEN_FILE, framework="pt") as file:
+        assert {"texts", "dtype", "files"} == set(file.metadata())
     assert find_changed_files(copy) == []
     change(copy)
     assert find_changed_files(copy) == [name]
@@ -162,17 +163,6 @@ def test_a_folder_without_records_is_not_judged(copy: Path) -> None:
         check_recorded_files(ModelUnderTest(copy, "cpu"))
     (copy / GOLDEN_FILE).unlink()
     assert find_changed_files(copy) is None
-
-
-def test_the_record_is_beside_the_embeddings_of_the_folder(good: Path) -> None:
-    with safe_open(good / GOLDEN_FILE, framework="pt") as file:
-        assert {"texts", "dtype", "files"} == set(file.metadata())
-    model = LLM2CLIPModel.from_pretrained(good)
-    found = compute_golden(model, LLM2CLIPProcessor.from_pretrained(good))
-    _, recorded = read_golden(good)  # type: ignore[misc]
-    for name, embeddings in found.items():
-        # The same weights at other addresses, whose alignment selects other kernels.
-        torch.testing.assert_close(embeddings, recorded[name], atol=1e-6, rtol=0)
 
 
 # What is written from a folder

@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from breaking import edit_json
 from shared_models import every_vision, shared_model
 from tiny import draw_noise, tiny_images, tiny_model
 from tiny_folders import export_tiny_model
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 
 from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.image_cropping_llm2clip import LLM2CLIPImageProcessor
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
-from modeling_llm2clip.publishing.export_model import (
-    export_vision_tower,
-    save_vision_tower,
-)
+from modeling_llm2clip.publishing.export_model import export_vision_tower, save_vision_tower
 
 
 def hidden_states_of(tower: PreTrainedModel, inputs: dict[str, Tensor]) -> list[Tensor]:
     with torch.no_grad():
         output = tower(**inputs, output_hidden_states=True)
     return [*output.hidden_states, output.last_hidden_state]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder; tests change copies of it."""
+    return export_tiny_model(tmp_path_factory.mktemp("source") / "model")
 
 
 @every_vision
@@ -55,8 +55,9 @@ def test_the_exported_tower_gives_the_models_own_hidden_states(vision: str, tmp_
         assert torch.equal(ours, theirs)
 
 
-def test_a_whole_folder_gives_the_same_tower_and_nothing_of_ours(tmp_path: Path) -> None:
-    source = export_tiny_model(tmp_path / "model")
+def test_a_whole_folder_gives_the_same_tower_and_nothing_of_ours(
+    source: Path, tmp_path: Path
+) -> None:
     folder = export_vision_tower(source, tmp_path / "tower", license="mit")
     assert {path.name for path in folder.iterdir()} == {
         "README.md", "config.json", "model.safetensors", "preprocessor_config.json",
@@ -82,8 +83,8 @@ def change_byte(folder: Path, prefix: str) -> None:
     file.write_bytes(content)
 
 
-def test_neither_llm_nor_tokenizer_is_read(tmp_path: Path) -> None:
-    source = export_tiny_model(tmp_path / "model")
+def test_neither_llm_nor_tokenizer_is_read(source: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(source, tmp_path / "model"))
     change_byte(source, "text_model.")
     (source / "tokenizer.json").write_text("{", encoding="utf-8")
     settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
@@ -94,11 +95,10 @@ def test_neither_llm_nor_tokenizer_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", "processor_config.json", "vision_model."])
-def test_a_changed_vision_tower_is_refused(name: str, tmp_path: Path) -> None:
-    source = export_tiny_model(tmp_path / "model")
+def test_a_changed_vision_tower_is_refused(name: str, source: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(source, tmp_path / "model"))
     if name.endswith(".json"):
-        content = json.loads((source / name).read_text(encoding="utf-8"))
-        (source / name).write_text(json.dumps({**content, "max_text_length": 9}), encoding="utf-8")
+        edit_json(name, lambda content: content.update(max_text_length=9))(source)
     else:
         change_byte(source, name)
     with pytest.raises(ValueError, match="Nothing is written from"):
