@@ -135,17 +135,11 @@ def read_folder(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A healthy folder with a license; not to be changed."""
-    return save_model(*shared_model(), tmp_path_factory.mktemp("source") / "model", card=STATED)
-
-
-@pytest.fixture(scope="module")
-def published(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
+def published(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
     here = tmp_path_factory.mktemp("published")
     other = save_model(*tiny_model(seed=1), here / "other", card=STATED)
     opened = shutil.copytree(other, here / "opened")
-    pushed = shutil.copytree(source, here / "source")  # pushing names the repository on its card
+    pushed = shutil.copytree(good, here / "source")  # pushing names the repository on its card
     with HubServer() as hub:
         hub.fail_next_uploads, hub.upload_failure_status = 1, 403
         folders = (pushed, here / "sharded", other, opened)
@@ -157,22 +151,22 @@ def published(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def test_a_dry_run_lists_files_and_sizes_and_sends_nothing(
-    source: Path, capsys: pytest.CaptureFixture[str]
+    good: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # The tests are offline, so whatever asked the Hub would raise.
-    assert main(["push", str(source), NAME, "--dry-run"]) == 0
+    assert main(["push", str(good), NAME, "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert f"Nothing was uploaded to {NAME} (private, branch main)." in printed
     listed = re.findall(r"^ *([\d,]+)  (\S+)$", printed, re.MULTILINE)
     found = {path: int(size.replace(",", "")) for size, path in listed}
-    assert found == {path: len(content) for path, content in read_folder(source).items()}
+    assert found == {path: len(content) for path, content in read_folder(good).items()}
     assert {"model.safetensors", "README.md", "modeling_llm2clip.py", "modules.json"} <= set(found)
 
 
 def test_what_the_hub_calls_a_bad_request_is_explained_with_the_whole_command(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = Path(shutil.copytree(source, tmp_path / "a model"))
+    folder = Path(shutil.copytree(good, tmp_path / "a model"))
     (folder / "token.txt").write_text("<s>", encoding="utf-8")
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -217,19 +211,19 @@ break_golden_embeddings = edit_json("config.json", lambda c: c.update(text_pooli
     ids=["no license", "unhealthy", "no config"],
 )
 def test_a_folder_that_nobody_should_get_is_refused(
-    change: Any, message: str, source: Path, tmp_path: Path
+    change: Any, message: str, good: Path, tmp_path: Path
 ) -> None:
-    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    folder = Path(shutil.copytree(good, tmp_path / "model"))
     change(folder)
     with pytest.raises(ValueError, match=message):
         check_publishable(folder)
 
 
 def test_a_given_license_is_stated_on_the_card_before_the_upload(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    folder = Path(shutil.copytree(good, tmp_path / "model"))
     remove_license(folder)
     weights = (folder / "model.safetensors").rename(tmp_path / "away")
     assert main(["push", str(folder), NAME]) == 2  # before anything is loaded
@@ -248,18 +242,18 @@ def save_parts(folder: Path, _source: Path) -> None:
         part.save_pretrained(folder)
 
 
-def save_encoder(folder: Path, source: Path) -> None:
+def save_encoder(folder: Path, good: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
-    SentenceTransformer(str(source), device="cpu").save(str(folder))
+    SentenceTransformer(str(good), device="cpu").save(str(folder))
 
 
 @pytest.mark.parametrize("save", [save_parts, save_encoder])
 def test_a_checkpoint_of_a_trainer_is_refused_with_the_command_that_completes_it(
-    save: Any, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    save: Any, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    save(tmp_path / "checkpoint 9", source)
+    save(tmp_path / "checkpoint 9", good)
     monkeypatch.chdir(tmp_path)
     assert main(["push", "checkpoint 9", NAME, "--license", "mit", "--dry-run"]) == 2
     [refusal] = re.findall("llm2clip push: (.*)", capsys.readouterr().err)

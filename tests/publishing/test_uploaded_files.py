@@ -11,11 +11,9 @@ from typing import Any
 
 import pytest
 from huggingface_hub import HfApi
-from shared_models import shared_model
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.model_folders.model_card import CardData
-from modeling_llm2clip.model_folders.model_writing import save_model, save_trained_model
+from modeling_llm2clip.model_folders.model_writing import save_trained_model
 from modeling_llm2clip.publishing import push_to_hub as pushing
 from modeling_llm2clip.publishing.export_model import export_model
 from modeling_llm2clip.publishing.push_to_hub import (
@@ -68,19 +66,12 @@ HARMLESS = {
 }
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A healthy folder with a license; not to be changed."""
-    folder = tmp_path_factory.mktemp("source") / "model"
-    return save_model(*shared_model(), folder, card=CardData(license="mit"))
-
-
 @pytest.fixture
-def folder(source: Path, tmp_path: Path) -> Path:
+def folder(good: Path, tmp_path: Path) -> Path:
     """A copy of it beside a file that is nobody's business."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "passwd").write_text("root:x:0:0", encoding="utf-8")
-    return Path(shutil.copytree(source, tmp_path / "model"))
+    return Path(shutil.copytree(good, tmp_path / "model"))
 
 
 @pytest.fixture(autouse=True)

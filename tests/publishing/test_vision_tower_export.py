@@ -12,7 +12,6 @@ import torch
 from breaking import edit_json
 from shared_models import every_vision, shared_model
 from tiny import draw_noise, tiny_images, tiny_model
-from tiny_folders import export_tiny_model
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 
@@ -28,12 +27,6 @@ def hidden_states_of(tower: PreTrainedModel, inputs: dict[str, Tensor]) -> list[
     with torch.no_grad():
         output = tower(**inputs, output_hidden_states=True)
     return [*output.hidden_states, output.last_hidden_state]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder; tests change copies of it."""
-    return export_tiny_model(tmp_path_factory.mktemp("source") / "model")
 
 
 @every_vision
@@ -56,16 +49,16 @@ def test_the_exported_tower_gives_the_models_own_hidden_states(vision: str, tmp_
 
 
 def test_a_whole_folder_gives_the_same_tower_and_nothing_of_ours(
-    source: Path, tmp_path: Path
+    good: Path, tmp_path: Path
 ) -> None:
-    folder = export_vision_tower(source, tmp_path / "tower", license="mit")
+    folder = export_vision_tower(good, tmp_path / "tower", license="mit")
     assert {path.name for path in folder.iterdir()} == {
         "README.md", "config.json", "model.safetensors", "preprocessor_config.json",
     }  # fmt: skip
     for name in ("config.json", "preprocessor_config.json"):
         assert "auto_map" not in (folder / name).read_text(encoding="utf-8")
     assert "license: mit" in (folder / "README.md").read_text(encoding="utf-8")
-    model = LLM2CLIPModel.from_pretrained(source)
+    model = LLM2CLIPModel.from_pretrained(good)
     kept = AutoModel.from_pretrained(folder).state_dict()
     inside = model.vision_model.state_dict()
     assert kept.keys() == inside.keys()
@@ -83,8 +76,8 @@ def change_byte(folder: Path, prefix: str) -> None:
     file.write_bytes(content)
 
 
-def test_neither_llm_nor_tokenizer_is_read(source: Path, tmp_path: Path) -> None:
-    source = Path(shutil.copytree(source, tmp_path / "model"))
+def test_neither_llm_nor_tokenizer_is_read(good: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(good, tmp_path / "model"))
     change_byte(source, "text_model.")
     (source / "tokenizer.json").write_text("{", encoding="utf-8")
     settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
@@ -95,8 +88,8 @@ def test_neither_llm_nor_tokenizer_is_read(source: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["config.json", "processor_config.json", "vision_model."])
-def test_a_changed_vision_tower_is_refused(name: str, source: Path, tmp_path: Path) -> None:
-    source = Path(shutil.copytree(source, tmp_path / "model"))
+def test_a_changed_vision_tower_is_refused(name: str, good: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(good, tmp_path / "model"))
     if name.endswith(".json"):
         edit_json(name, lambda content: content.update(max_text_length=9))(source)
     else:
@@ -123,10 +116,9 @@ def test_a_tower_whose_images_are_cropped_brings_the_code_of_the_crop(tmp_path: 
 
 
 def test_the_command_writes_the_tower_alone_and_refuses_what_a_tower_has_not(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = export_tiny_model(tmp_path / "whole")
-    command = ["export", str(source), str(tmp_path / "tower"), "--components", "vision-tower"]
+    command = ["export", str(good), str(tmp_path / "tower"), "--components", "vision-tower"]
     assert main([*command, "--dtype", "bfloat16"]) == 2
     assert "`dtype`: not with components=vision-tower." in capsys.readouterr().err
     assert main([*command, "--max-megapixels", "5"]) == 2
