@@ -43,18 +43,19 @@ CLASS_OF = {"text": LLM2CLIPTextModel, "vision": LLM2CLIPVisionModel}
 ADDRESSES = 1e-6
 LOAD_WITHOUT_THE_PACKAGE = """
 import json, sys
-folder, components = sys.argv[1:]
 sys.modules["modeling_llm2clip"] = None  # importing the package raises from here on
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoProcessor
-model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-value = "a dog" if components == "text" else Image.new("RGB", (40, 48), "red")
-inputs = processor(**{"text" if components == "text" else "images": value})
-embedding = model(**inputs).pooler_output[0].tolist()
-other = SentenceTransformer(folder, trust_remote_code=True).encode([value])[0].tolist()
-found = {"class": type(model).__name__, "AutoModel": embedding, "SentenceTransformer": other}
+found = {}
+for name, folder in json.loads(sys.argv[1]).items():
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    value = "a dog" if name == "text" else Image.new("RGB", (40, 48), "red")
+    inputs = processor(**{"text" if name == "text" else "images": value})
+    embedding = model(**inputs).pooler_output[0].tolist()
+    other = SentenceTransformer(folder, trust_remote_code=True).encode([value])[0].tolist()
+    found[name] = type(model).__name__, embedding, other
 print(json.dumps(found))
 """
 
@@ -71,11 +72,17 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(model, processor, folder, instructions={"query": "find: "}, card=stated)
 
 
-@pytest.fixture(scope="module", params=CLASS_OF)
-def part(request: Any, source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+@pytest.fixture(scope="module")
+def parts(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The text-only and the vision-only model of the source."""
-    folder = tmp_path_factory.mktemp(request.param) / "part"
-    return request.param, export_model(source, folder, ExportConfig(components=request.param))
+    root = tmp_path_factory.mktemp("parts")
+    configs = {name: ExportConfig(components=name) for name in ("text", "vision")}
+    return {name: export_model(source, root / name, config) for name, config in configs.items()}
+
+
+@pytest.fixture(params=CLASS_OF)
+def part(request: Any, parts: dict[str, Path]) -> tuple[str, Path]:
+    return request.param, parts[request.param]
 
 
 def test_one_tower_is_healthy_and_gives_the_whole_models_embeddings(part: tuple[str, Path]) -> None:
@@ -103,18 +110,18 @@ def test_one_tower_is_healthy_and_gives_the_whole_models_embeddings(part: tuple[
 
 
 @pytest.mark.slow
-def test_one_tower_loads_without_the_package(part: tuple[str, Path], tmp_path: Path) -> None:
-    components, folder = part
+def test_one_tower_loads_without_the_package(parts: dict[str, Path], tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    folders = json.dumps({name: str(folder) for name, folder in parts.items()})
     done = subprocess.run(
-        [sys.executable, "-c", LOAD_WITHOUT_THE_PACKAGE, str(folder), components],
+        [sys.executable, "-c", LOAD_WITHOUT_THE_PACKAGE, folders],
         env=environment | {"HF_HOME": str(tmp_path)},
         cwd=tmp_path, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["class"] == CLASS_OF[components].__name__
-    assert np.allclose(found["AutoModel"], found["SentenceTransformer"], atol=ADDRESSES)
+    for name, (class_name, embeds, encoded) in json.loads(done.stdout.splitlines()[-1]).items():
+        assert class_name == CLASS_OF[name].__name__
+        assert np.allclose(embeds, encoded, atol=ADDRESSES)
 
 
 def test_an_untouched_export_keeps_weights_instructions_and_all_that_the_card_states(
