@@ -76,8 +76,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def parts(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The text-only and the vision-only model of the source."""
     root = tmp_path_factory.mktemp("parts")
-    configs = {name: ExportConfig(components=name) for name in ("text", "vision")}
-    return {name: export_model(source, root / name, config) for name, config in configs.items()}
+    names: tuple[Any, ...] = tuple(CLASS_OF)
+    return {n: export_model(source, root / n, ExportConfig(components=n)) for n in names}
 
 
 @pytest.fixture(params=CLASS_OF)
