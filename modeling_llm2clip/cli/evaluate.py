@@ -139,9 +139,9 @@ def _require_models(
         has_other = any((path / name).exists() for name in _OTHERS)
         if not path.is_dir() or of_models.model_type or has_other:
             continue
-        found = find_model_type(path)
-        if found is not None and found.content in ("above", "lora", "text", "vision"):
-            raise ValueError(f"{found.advice} There is nothing in it to evaluate.")
+        model_type = find_model_type(path)
+        if model_type is not None and model_type.content in ("above", "lora", "text", "vision"):
+            raise ValueError(f"{model_type.advice} There is nothing in it to evaluate.")
 
 
 def _choose_datasets(datasets: Sequence[str], image_dir: Sequence[str]) -> list[EvaluatedDataset]:
@@ -152,7 +152,7 @@ def _choose_datasets(datasets: Sequence[str], image_dir: Sequence[str]) -> list[
         chosen = [parse_dataset(text) for text in datasets]
     except ValueError as error:
         raise ValueError(f"--datasets {error}") from error
-    chosen = [replace(one, image_dir=images.pop(one.name, None)) for one in chosen]
+    chosen = [replace(item, image_dir=images.pop(item.name, None)) for item in chosen]
     if images:
         raise ValueError(f"--image-dir names datasets that --datasets does not: {sorted(images)}.")
     return chosen

@@ -35,11 +35,11 @@ _ADAPTERS: dict[type, TypeAdapter[Any]] = {}  # made once per type of config
 class Matches:
     """The strings that a field may have: those that match all of `pattern`.
 
-    `wanted` says in an error what the pattern means.
+    `meaning` describes such strings in an error.
     """
 
     pattern: str
-    wanted: str
+    meaning: str
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: Callable[[Any], CoreSchema]
@@ -50,16 +50,16 @@ class Matches:
 
     def _require(self, text: str) -> str:
         if not re.fullmatch(self.pattern, text):
-            raise ValueError(f"must be {self.wanted}")
+            raise ValueError(f"must be {self.meaning}")
         return text
 
 
 Device = Annotated[
     str,
-    Matches(pattern=r"auto|cpu|cuda(:\d+)?|mps", wanted="one of auto, cpu, cuda, cuda:N, mps"),
+    Matches(pattern=r"auto|cpu|cuda(:\d+)?|mps", meaning="one of auto, cpu, cuda, cuda:N, mps"),
 ]
 ShardSize = Annotated[
-    str, Matches(pattern=r"[1-9]\d*(KB|MB|GB|KiB|MiB|GiB)", wanted="a size, like 5GB or 500MB")
+    str, Matches(pattern=r"[1-9]\d*(KB|MB|GB|KiB|MiB|GiB)", meaning="a size, like 5GB or 500MB")
 ]
 
 

@@ -36,12 +36,13 @@ from ..data.captions.sentence_views import (
 from ..data.images.image_sources import ImageSource
 from ..data.key_arrays import Array
 from ..data.records.data_hashes import hash_images, hash_texts
-from ..data.records.record_table import CAPTION_COLUMNS, RecordTable
-from ..data.records.records import CaptionedImage, Modality
-from ..data.records.shared_images import (
+from ..data.records.record_table import (
+    CAPTION_COLUMNS,
+    RecordTable,
     find_first_records,
     require_images,
 )
+from ..data.records.records import CaptionedImage, Modality
 from ..data.store.embedding_store import EmbeddingStore
 from ..data.store.store_index import StoreIndex, make_batch
 from ..data.store.store_manifest import (

@@ -31,8 +31,12 @@ from ..data.atomic_files import hash_file
 from ..data.captions.caption_columns import flatten_captions
 from ..data.images.image_sources import ImageSource
 from ..data.key_arrays import Array, count_distinct
-from ..data.records.record_table import CAPTION_COLUMNS, RecordTable
-from ..data.records.shared_images import require_images, select_one_per_image
+from ..data.records.record_table import (
+    CAPTION_COLUMNS,
+    RecordTable,
+    require_images,
+    select_one_per_image,
+)
 from ..data.store.store_manifest import ShardRecord
 from .embedding_manifest import EmbeddingManifest
 from .sharded_writer import ShardedWriter

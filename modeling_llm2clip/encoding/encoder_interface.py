@@ -145,7 +145,7 @@ class Encoder(ABC):
         if budget < 1:
             raise ValueError(f"{token_budget=} holds no token; give a positive one, or None.")
 
-        lengths = [len(one.ids) for one in tokens]
+        lengths = [len(text.ids) for text in tokens]
         options: Any = {} if num_unpooled is None else {"num_unpooled": num_unpooled}
         return self._encode(
             "text",

@@ -10,7 +10,7 @@ from downloads import CAPTIONS, URLS, write_downloaded_tar
 
 from modeling_llm2clip.cli.options import read_captioned_images
 from modeling_llm2clip.configs.data_config import DataConfig
-from modeling_llm2clip.data.configured_records import read_configured_records
+from modeling_llm2clip.data.captions.caption_joins import read_configured_records
 
 
 @pytest.fixture(autouse=True)

@@ -29,11 +29,16 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(
+def embedded(
     model: Path, records: list[CaptionedImage], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, bytes]:
-    folder = tmp_path_factory.mktemp("undisturbed") / "texts"
-    return read_bytes(embed_texts(model, records, folder))
+) -> Path:
+    """The embeddings of all records, in float32."""
+    return embed_texts(model, records, tmp_path_factory.mktemp("embedded") / "texts")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(embedded: Path) -> dict[str, bytes]:
+    return read_bytes(embedded)
 
 
 @pytest.fixture

@@ -84,9 +84,9 @@ def hash_images(records: Iterable[CaptionedImage]) -> str:
     return digest.hexdigest() + _hash_content(table.select(sample))
 
 
-def are_of_same_images(one: str, other: str) -> bool:
+def are_of_same_images(content: str, other: str) -> bool:
     """Compare hashes by `hash_images`; of remote images only names and sizes count."""
-    return one.startswith(other) or other.startswith(one)
+    return content.startswith(other) or other.startswith(content)
 
 
 def describe_images(records: Iterable[CaptionedImage]) -> dict[str, str]:

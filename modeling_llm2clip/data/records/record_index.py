@@ -211,10 +211,10 @@ def _read_in_processes(
     try:
         files = [folder / f"part-{number:06d}.arrow" for number in range(len(parts))]
         written = pool.map(_write_part, repeat(job), parts, files)
-        for file, found in zip(files, written, strict=True):
+        for file, part_errors in zip(files, written, strict=True):
             with pa.memory_map(str(file)) as mapped:
                 yield from pa.ipc.open_stream(mapped)
-            errors.extend(found)
+            errors.extend(part_errors)
             file.unlink()
             progress.update()
     finally:
@@ -261,14 +261,14 @@ def iterate_repeated(table: RecordTable) -> Iterator[tuple[int, str]]:
         same, groups = pool.map(table.find_first_rows, ("key", "group_key"))
     for rows, earlier in _pair_repeated(groups):
         pairs = zip(table.take(rows, ["group_id"]), table.take(earlier, ["group_id"]), strict=True)
-        for one, other in pairs:
-            _require_same(one, other, "group ids")
+        for group_id, other in pairs:
+            _require_same(group_id, other, "group ids")
     for rows, earlier in _pair_repeated(same):
         columns = ["name", "lang", "place"]
         records = zip(rows, table.take(rows, columns), table.take(earlier, columns), strict=True)
-        for row, one, other in records:
-            _require_same(one[:2], other[:2], "names")
-            yield int(row), one[2]
+        for row, (*identity, place), other in records:
+            _require_same(tuple(identity), other[:2], "names")
+            yield int(row), place
 
 
 def _pair_repeated(first: Array) -> Iterator[tuple[Array, Array]]:
@@ -279,10 +279,10 @@ def _pair_repeated(first: Array) -> Iterator[tuple[Array, Array]]:
         yield start + repeated, part[repeated]
 
 
-def _require_same(one: tuple[str, ...], other: tuple[str, ...], what: str) -> None:
-    if one != other:
+def _require_same(identity: tuple[str, ...], other: tuple[str, ...], what: str) -> None:
+    if identity != other:
         raise ValueError(
-            f"The {what} {one} and {other} have the same hash of 64 bits. Rename one of them."
+            f"The {what} {identity} and {other} have the same hash of 64 bits. Rename one of them."
         )
 
 

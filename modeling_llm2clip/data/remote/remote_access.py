@@ -117,11 +117,11 @@ def find_reading_failure(error: BaseException) -> OSError | None:
 
     None if the content is what is wrong, which decoders also report as an OSError, but without a
     number."""
-    for one in _list_causes(error):
-        if isinstance(one, AccessError | LostFileError):
-            return one
-        if isinstance(one, OSError) and one.errno is not None:
-            return one
+    for cause in _list_causes(error):
+        if isinstance(cause, AccessError | LostFileError):
+            return cause
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return cause
     return None
 
 
@@ -155,7 +155,7 @@ def name_reading_error(error: BaseException) -> str | None:
 
 def describe(error: BaseException) -> str:
     """Describe an error in one line, by the cause that says most."""
-    said = [one for one in _list_causes(error) if str(one).strip()]
+    said = [cause for cause in _list_causes(error) if str(cause).strip()]
     innermost = said[-1] if said else error
     text = " ".join(str(innermost).split())
     return f"{type(innermost).__name__}: {text}" if text else type(innermost).__name__

@@ -202,23 +202,23 @@ def refuse_shared_paths(samples: Iterable[StreamedSample], first: int) -> Iterat
     Some writers give all images one path. Rows of the same image, one per caption, stay. A shard is
     read from its beginning, since what is broken depends on the images before `first`.
     """
-    found: dict[str, int] = {}
+    checksums: dict[str, int] = {}
     for sample in samples:
-        is_shared = _has_shared_path(sample, found)
+        is_shared = _has_shared_path(sample, checksums)
         if sample.number >= first:
             lost = StreamedSample(sample.number, sample.place, None, _SHARED_PATH)
             yield lost if is_shared else sample
 
 
-def _has_shared_path(sample: StreamedSample, found: dict[str, int]) -> bool:
-    """Tell whether another image was found at the path of this one, which is noted."""
+def _has_shared_path(sample: StreamedSample, checksums: dict[str, int]) -> bool:
+    """Tell whether the path of an image is that of another; note its checksum otherwise."""
     raw = sample.raw
     if raw is None or not raw.default_name or not isinstance(raw.packed, EncodedImage):
         return False
     if not raw.fields.keys().isdisjoint(("file_name", "group_id")):
         return False
     checksum = zlib.crc32(raw.packed.content)
-    return found.setdefault(raw.default_name, checksum) != checksum
+    return checksums.setdefault(raw.default_name, checksum) != checksum
 
 
 def _read_lines(stream: BinaryIO, file: RemoteFile, name: str) -> Iterator[StreamedSample]:

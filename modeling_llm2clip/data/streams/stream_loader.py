@@ -27,10 +27,10 @@ class StreamLoader(StatefulDataLoader):  # type: ignore[misc]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the next iteration go on from a state."""
         if state_dict:
-            found = _count_workers(state_dict)
-            if found != self.num_workers:
+            num_workers = _count_workers(state_dict)
+            if num_workers != self.num_workers:
                 raise ValueError(
-                    f"The state is of a loader with num_workers={found}, and this one has "
+                    f"The state is of a loader with num_workers={num_workers}, and this one has "
                     f"{self.num_workers}. Each worker has shards of its own: use as many."
                 )
         super().load_state_dict(state_dict)

@@ -15,7 +15,7 @@ from packaging.version import Version
 
 from modeling_llm2clip.data.streams.dataset_streams import stream_dataset
 from modeling_llm2clip.data.streams.record_streams import RecordStream, make_loader, read_report
-from modeling_llm2clip.data.streams.stream_report import TooManyLostError
+from modeling_llm2clip.data.streams.stream_run import TooManyLostError
 
 COLUMNS = {"image": "img", "captions": "texts", "group_id": "label"}
 

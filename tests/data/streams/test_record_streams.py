@@ -40,8 +40,7 @@ from modeling_llm2clip.data.streams.record_streams import (
     read_report,
     stream_records,
 )
-from modeling_llm2clip.data.streams.stream_report import TooManyLostError
-from modeling_llm2clip.data.streams.stream_run import hash_shards
+from modeling_llm2clip.data.streams.stream_run import TooManyLostError, hash_shards
 
 none_or_two_workers = pytest.mark.parametrize(
     "num_workers", [0, pytest.param(2, marks=pytest.mark.slow)]

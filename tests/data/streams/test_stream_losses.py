@@ -31,7 +31,7 @@ from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.remote.remote_access import AccessError, LostFileError, RetryPolicy
 from modeling_llm2clip.data.sources.shard_streams import ShardColumnsError
 from modeling_llm2clip.data.streams.record_streams import make_loader, read_report, stream_records
-from modeling_llm2clip.data.streams.stream_report import TooManyLostError
+from modeling_llm2clip.data.streams.stream_run import TooManyLostError
 
 SLOW = RetryPolicy(first_wait=60)  # a test that waited would not end
 

@@ -17,8 +17,7 @@ from modeling_llm2clip.data.images.image_sources import EncodedImage
 from modeling_llm2clip.data.records.records import RawRecord
 from modeling_llm2clip.data.sources.shard_streams import BrokenShardError, StreamedSample
 from modeling_llm2clip.data.streams.record_streams import RecordStream
-from modeling_llm2clip.data.streams.stream_report import TooManyLostError
-from modeling_llm2clip.data.streams.stream_run import ShardReader
+from modeling_llm2clip.data.streams.stream_run import ShardReader, TooManyLostError
 
 GOOD, BROKEN, SKIPPED, END = range(4)
 
