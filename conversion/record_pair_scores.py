@@ -100,7 +100,7 @@ def record(captions: list[str]) -> dict[str, torch.Tensor]:
     from scripts.utils.utils import split_mxn_grid
 
     images = np.stack([paint(SIDE, SIDE, seed=number) for number in range(NUM_PAIRS)])
-    found = {"images": torch.from_numpy(images)}
+    recorded = {"images": torch.from_numpy(images)}
     autocast, scorers = torch.amp.autocast, {}
     with tempfile.TemporaryDirectory() as folder:
         for name, dtype in (("scores_bfloat16", torch.bfloat16), ("scores", torch.float32)):
@@ -112,18 +112,18 @@ def record(captions: list[str]) -> dict[str, torch.Tensor]:
                 path = f"{folder}/image.png"
                 Image.fromarray(image).save(path)
                 scores += scorers[name].text_img_similarity_score([path], caption)
-            found[name] = torch.tensor(scores, dtype=torch.float64)
+            recorded[name] = torch.tensor(scores, dtype=torch.float64)
         for number, (grid, part, black, caption) in enumerate(GRIDS):
             pixels = paint_grid(grid, part, black)
             Image.fromarray(pixels).save(f"{folder}/grid.png")
             parts = split_mxn_grid(f"{folder}/grid.png", grid, folder)
             scores = scorers["scores"].text_img_similarity_score(parts, captions[caption])
-            found[f"grid.{number}.pixels"] = torch.from_numpy(pixels)
-            found[f"grid.{number}.size"] = torch.tensor(grid)
-            found[f"grid.{number}.caption"] = torch.tensor(caption)
-            found[f"grid.{number}.score"] = torch.tensor(sum(scores) / len(scores))
+            recorded[f"grid.{number}.pixels"] = torch.from_numpy(pixels)
+            recorded[f"grid.{number}.size"] = torch.tensor(grid)
+            recorded[f"grid.{number}.caption"] = torch.tensor(caption)
+            recorded[f"grid.{number}.score"] = torch.tensor(sum(scores) / len(scores))
     torch.amp.autocast = autocast
-    return found
+    return recorded
 
 
 def main() -> None:

@@ -50,24 +50,24 @@ MOST_FUNCTION_LINES = 60
 BUDGETS = {
     ".": 2304,
     "building": 1356,
-    "cli": 1115,
+    "cli": 1114,
     "configs": 836,
-    "conversion": 601,
-    "data": 4655,
+    "conversion": 600,
+    "data": 4696,
     "demo": 87,
-    "doctor": 1344,
+    "doctor": 1349,
     "embedding": 1132,
     "encoding": 703,
     "evaluation": 2846,
-    "model_folders": 1377,
-    "publishing": 954,
-    "recipes": 445,
+    "model_folders": 1326,
+    "publishing": 947,
+    "recipes": 444,
     "scheduling": 83,
-    "search": 1467,
-    "serving": 1541,
-    "training": 3941,
+    "search": 1461,
+    "serving": 1536,
+    "training": 3940,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 278, 8300
+MOST_FILES, MOST_DOCSTRING_LINES = 274, 8300
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 every_source = pytest.mark.parametrize(

@@ -30,8 +30,8 @@ from modeling_llm2clip.image_loading_llm2clip import (
     ImageTooLargeError,
     read_image_header,
 )
-from modeling_llm2clip.serving.errors import RequestError
 from modeling_llm2clip.serving.image_inputs import decode_image
+from modeling_llm2clip.serving.service_results import RequestError
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -92,16 +92,16 @@ def _encode_with_llm2vec(llm: Path, texts: Path, embeddings: Path) -> None:
         str(llm), torch_dtype=torch.float32, pooling_mode="mean", max_length=512, doc_max_length=512
     )
     model.model.config._name_or_path = _CHATML_NAME
-    found = {}
+    recorded = {}
     for name, instruction in (("plain", ""), ("instructed", _INSTRUCTION)):
         pairs = [[instruction, caption] for caption in captions]
-        found[name] = model.encode(pairs, show_progress_bar=False, convert_to_numpy=True)
+        recorded[name] = model.encode(pairs, show_progress_bar=False, convert_to_numpy=True)
         prepared = [model.prepare_for_tokenization(model._convert_to_str(*pair)) for pair in pairs]
         features = model.tokenize(prepared)
         mask = features["attention_mask"]
-        found[f"{name}_ids"] = torch.where(mask.bool(), features["input_ids"], -1).numpy()
-        found[f"{name}_spans"] = features["embed_mask"].sum(dim=1).numpy()
-    np.savez(embeddings, **found)
+        recorded[f"{name}_ids"] = torch.where(mask.bool(), features["input_ids"], -1).numpy()
+        recorded[f"{name}_spans"] = features["embed_mask"].sum(dim=1).numpy()
+    np.savez(embeddings, **recorded)
 
 
 def _compare(
@@ -131,8 +131,8 @@ def _compare(
             length = None if name == "plain" else alone - config.prompt_suffix_ends_special + extra
             with torch.inference_mode():
                 embedding = model.get_caption_embeds(torch.tensor([ids]), prompt_length=length)[0]
-            wanted = torch.from_numpy(theirs[name][row])
-            cosine = float(torch.cosine_similarity(embedding, wanted, dim=0))
+            expected = torch.from_numpy(theirs[name][row])
+            cosine = float(torch.cosine_similarity(embedding, expected, dim=0))
             (cosines_of_other_spans if extra else cosines).append(cosine)
             same_spans += not extra
         results[name] = {

@@ -90,10 +90,10 @@ def _compare_loaders(folder: Path) -> float:
     """Return how far embeddings by AutoModel and by sentence-transformers differ at most."""
     images: list[Image.Image] = tiny_images(3)
     model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-    own = llm2clip.encode_images(model, processor, images).numpy()
+    embeds = llm2clip.encode_images(model, processor, images).numpy()
     encoder = SentenceTransformer(str(folder), device="cpu")
     others = encoder.encode(images, normalize_embeddings=True)
-    return float(np.abs(own - others).max())
+    return float(np.abs(embeds - others).max())
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def main() -> None:
             for state, rounds in seconds.items()
         },
         "seconds": {
-            state: {name: [round(one, 1) for one in times] for name, times in rounds.items()}
+            state: {name: [round(value, 1) for value in times] for name, times in rounds.items()}
             for state, rounds in seconds.items()
         },
         "busy_loops": os.cpu_count(),

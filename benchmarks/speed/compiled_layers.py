@@ -43,12 +43,12 @@ def compiled_layers(
         yield
     finally:
         with model.text_forward_lock():
-            for layer, own in before:
-                _restore_forward(layer, own)
+            for layer, forward in before:
+                _restore_forward(layer, forward)
 
 
-def _restore_forward(layer: nn.Module, own: _Forward | None) -> None:
-    if own is None:
+def _restore_forward(layer: nn.Module, forward: _Forward | None) -> None:
+    if forward is None:
         layer.__dict__.pop("forward", None)  # the class's own is visible again
     else:
-        layer.forward = own
+        layer.forward = forward

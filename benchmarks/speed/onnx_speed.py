@@ -40,8 +40,8 @@ def main() -> None:
         folder = Path(temporary)
         captions = sample_captions(arguments.captions, arguments.count)
         arguments.data = arguments.data or str(_write_held_out(folder / "held_out"))
-        given = {"timed": captions, "recall": _list_recall_captions(arguments.data)}
-        (folder / "captions.json").write_text(json.dumps(given), encoding="utf-8")
+        texts = {"timed": captions, "recall": _list_recall_captions(arguments.data)}
+        (folder / "captions.json").write_text(json.dumps(texts), encoding="utf-8")
         record = _export(arguments, folder / "onnx")
         sources = {
             name: arguments.model if name == "torch" else folder / "onnx" for name in ENGINES
@@ -206,7 +206,7 @@ def _summarize(
     cosines = (embeddings[name].astype(np.float64) * embeddings["torch"]).sum(1)
     return {
         "captions_per_second": round(count / statistics.median(seconds[name]), 2),
-        "times_torch": round(statistics.median(torch / own for torch, own in pairs), 3),
+        "times_torch": round(statistics.median(torch / engine for torch, engine in pairs), 3),
         "seconds": [round(value, 2) for value in seconds[name]],
         "min_cosine": round(float(cosines.min()), 6),
     }

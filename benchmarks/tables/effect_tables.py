@@ -38,7 +38,7 @@ def _render_forgetting(report: dict[str, Any]) -> str:
 def _show_runs(scores: list[float]) -> str:
     if len(scores) == 1:
         return percent(scores[0])
-    return f"{percent(fmean(scores))} ({percent(min(scores))} to {percent(max(scores))})"
+    return f"{percent(fmean(scores))} ({100 * min(scores):.1f} to {100 * max(scores):.1f})"
 
 
 def _render_loss_effects(report: dict[str, Any]) -> str:
@@ -58,10 +58,15 @@ def _render_loss_effects(report: dict[str, Any]) -> str:
             for dim in dims
         ]
         rows.append([start, f"{num_images:,}", loss, str(len(scores)), *cells])
-    heads = ("start", "images", "loss", "splits", *(f"{dim} dimensions" for dim in dims))
+    heads = ["start", "images", "loss", "splits", *(f"{dim} dimensions" for dim in dims)]
+    counts = {row[3] for row in rows}
+    if len(counts) == 1:
+        for row in (heads, *rows):
+            del row[3]
+    splits = f"{counts.pop()} splits" if len(counts) == 1 else "the splits"
     config = report["config"]
     note = (
-        f"R@1, mean of both directions and of the splits, among {report['num_test_images']} images "
+        f"R@1, mean of both directions and of {splits}, among {report['num_test_images']} images "
         f"(chance {percent(report['chance_r1'])}), after at most {config['max_steps']} steps of "
         f"{config['global_batch_size']}. In parentheses: percentage points more than {plain} on "
         f"the same splits, and their standard error. {report['hardware']}; commit "
@@ -127,23 +132,24 @@ def _render_languages(report: dict[str, Any]) -> str:
         for lang in report["languages"]
     ]  # fmt: skip
     means = {
-        "mean but for English": "mean_of_others",
+        "mean without English": "mean_of_others",
         "the same, each language centered": "centered_mean_of_others",
     }
     rows += [
         [shown, *(_show_mean([run[name]["t2i_r1"] for run in runs]) for runs in columns.values())]
         for shown, name in means.items()
     ]
-    layers = ", ".join(
-        f"{layer} {percent(cra['value'])}" for layer, cra in report["layers"]["cra"].items()
-    )
+    found = {int(layer): cra["value"] for layer, cra in report["layers"]["cra"].items()}
+    best = sorted(found, key=lambda layer: -found[layer])[:3]
+    layers = ", ".join(f"{layer} {percent(found[layer])}" for layer in sorted({*best, max(found)}))
     splits = "; ".join(f"{name}: {len(runs)}" for name, runs in columns.items())
     note = (
         f"Text to image R@1 among {report['num_test_images']} emoji unseen in training, which was "
         f"in English; means over splits ({splits}), those of languages with standard errors; "
         f"chance {percent(report['chance_r1'])}. Translations of "
-        f"{report['layers']['num_images']} other emoji that find the English name, by layer of "
-        f"Gemma 3 270M: {layers}. {report['hardware']}; commit {report['commit']}."
+        f"{report['layers']['num_images']} other emoji that find the English name, in the best "
+        f"layers and the last of Gemma 3 270M: {layers}. {report['hardware']}; commit "
+        f"{report['commit']}."
     )
     return f"{draw_table(heads, rows)}\n{note}\n"
 
@@ -168,23 +174,22 @@ _IDEAS = {
 
 
 def _render_finetuning_ideas(report: dict[str, Any]) -> str:
-    heads = ("idea", "what is compared", "CRA", "95 %", "beyond the shipped LoRA, points", "95 %")
+    heads = ("idea", "encoder", "CRA", "beyond the shipped LoRA, points", "95 %")
     ideas = report["ideas"]
     rows = [
-        [_IDEAS[idea], name, percent(scores["cra"]["value"]), _show_interval(scores["cra"]),
-         f"{100 * scores['gain']['value']:+.1f}", _show_interval(scores["gain"], form="+.1f")]
-        for idea, found in ideas.items() for name, scores in found.get("rows", {}).items()
+        [_IDEAS[idea] if not place else "", name, percent(scores["cra"]["value"]),
+         f"{100 * scores['gain']['value']:+.1f}", _show_interval(scores["gain"])]
+        for idea, found in ideas.items()
+        for place, (name, scores) in enumerate(found.get("rows", {}).items())
     ]  # fmt: skip
     tables = [draw_table(heads, rows)]
     if "ceiling" in ideas:
         tables.append(_draw_ceiling(ideas["ceiling"]))
     if "all_images" in ideas:
         found = ideas["all_images"]
-        parts = ", ".join(percent(part) for part in found["by_part"])
         tables.append(
             f"all-MiniLM-L6-v2 on all {found['num_images']:,} images: "
-            f"{percent(found['cra']['value'])} ({_show_interval(found['cra'])}); on fifths of them "
-            f"{parts}, of which the first is the one held out.\n"
+            f"{percent(found['cra']['value'])}.\n"
         )
     missing = "; ".join(_IDEAS.get(name, name) for name in report["not_run"])
     runs = (f"{found['hardware']}; commit {found['commit']}" for found in ideas.values())
@@ -196,33 +201,30 @@ def _render_finetuning_ideas(report: dict[str, Any]) -> str:
     return "\n".join(tables)
 
 
-def _show_interval(found: dict[str, float], form: str = ".1f") -> str:
-    return f"{100 * found['low']:{form}} to {100 * found['high']:{form}}"
+def _show_interval(found: dict[str, float]) -> str:
+    return f"{100 * found['low']:+.1f} to {100 * found['high']:+.1f}"
 
 
 def _draw_ceiling(found: dict[str, Any]) -> str:
     heads = (
-        "encoder", "wrong", "fits as well", "half of the words", "same words", "right one in 5",
+        "encoder", "wrong", "of these, fit as well", "right in the first 5",
         "a caption and one other", "a caption and the mean of 3",
     )  # fmt: skip
     rows = []
     for name, errors in found["errors"].items():
         by_number = found["by_number_of_captions"].get(name)
-        shares = (percent(errors[key]) for key in ("fits_as_well", "half_of_words", "same_words"))
+        shares = (percent(errors["fits_as_well"]), percent(found["hit_at_5"][name]))
         several = (
             [percent(by_number["one"]), percent(by_number["mean_of_3"])] if by_number else ["", ""]
         )
-        rows.append(
-            [name, str(errors["errors"]), *shares, percent(found["hit_at_5"][name]), *several]
-        )
+        rows.append([name, str(errors["errors"]), *shares, *several])
     note = (
         f"{percent(found['found_by_any'])} of the images are found by at least one of the "
         f"encoders, {percent(found['found_by_all'])} by all. Where all miss, all choose the same "
         f"wrong caption in {percent(found['same_wrong_one'])}. The two captions of "
         f"{percent(found['without_a_shared_word'])} of the images share no word but stop words. "
-        "Shares are those of the wrong captions. Fits as well: of the words of both, without stop "
-        "words, it shares at least as many with the query as the right one does; half of the "
-        "words, same words: it shares them with the right one."
+        "A wrong caption fits as well if it shares at least as many words with the query as the "
+        "right one does, without stop words."
     )
     return f"{draw_table(heads, rows)}\n{note}\n"
 

@@ -46,11 +46,9 @@ def _render_onnx(report: dict[str, Any]) -> str:
         )
         for row in report["rows"]
     ]
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     note = (
         f"Captions: {report['captions']}. R@1: text to image, {report['recall_on']}, images in "
-        f"float32. Opset {report['opset']}, IR {report['ir_version']}. {report['hardware']}. "
-        f"{versions}."
+        f"float32. Opset {report['opset']}, IR {report['ir_version']}. {report['hardware']}."
     )
     return f"{draw_table(heads, rows)}\n{note}\n"
 
@@ -149,12 +147,11 @@ def _render_scale(report: dict[str, Any]) -> str:
 
 
 def _draw_records(part: dict[str, Any]) -> str:
-    heads = ("records", "seconds to index", "records per second", "seconds to open", "MB opened")
+    heads = ("records", "seconds to index", "seconds to open", "MB opened")
     rows = [
         (
             f"{row['records']:,}",
             f"{row['index_seconds']:.1f}",
-            f"{row['records_per_second']:,}",
             f"{row['open_seconds']:.3f}",
             f"{row['open_resident_mb']:.0f}",
         )
@@ -218,34 +215,21 @@ def _draw_streams(part: dict[str, Any]) -> str:
 
 
 def _draw_plan(plan: dict[str, Any]) -> str:
-    heads = (
-        f"{plan['images'] / 1e6:.0f} million images, on paper",
-        "hours",
-        "GPU hours",
-        "bound by",
-    )
+    heads = (f"{plan['images'] / 1e6:.0f} million images, on paper", "hours", "GPU hours")
     rows = [
-        (name, f"{stage['hours']:g}", str(stage.get("gpu_hours", "–")), stage["bound_by"])
+        (name, f"{stage['hours']:g}", str(stage.get("gpu_hours", "–")))
         for name, stage in plan["stages"].items()
     ]
-    rows.append(
-        (
-            "total, with a trained tower",
-            f"{plan['hours']:g}",
-            str(plan["gpu_hours"]),
-            f"{plan['dollars']:,} dollars",
-        )
+    total = f"total, with a trained tower: {plan['dollars']:,} dollars"
+    rows.append((total, f"{plan['hours']:g}", str(plan["gpu_hours"])))
+    disk = [(name.replace("_", " "), f"{size:,}") for name, size in plan["disk_gb"].items()]
+    memory = [(name, f"{size:g}") for name, size in plan["private_gb_per_machine"].items()]
+    tables = (
+        draw_table(heads, rows),
+        draw_table(("on disk", "GB"), disk),
+        draw_table(("in memory per machine, without the towers", "GB"), memory),
     )
-    disk = [
-        (name.replace("_", " "), "disk", f"{gigabytes:,}")
-        for name, gigabytes in plan["disk_gb"].items()
-    ]
-    memory = [
-        (name, "memory per machine, without the towers", f"{gigabytes:g}")
-        for name, gigabytes in plan["private_gb_per_machine"].items()
-    ]
-    sizes = draw_table(("what", "where", "GB"), [*disk, *memory])
-    return f"{draw_table(heads, rows)}\n{sizes}"
+    return "\n".join(tables)
 
 
 def _draw_engines(part: dict[str, Any]) -> str:
@@ -296,12 +280,11 @@ def _render_serving(report: dict[str, Any]) -> str:
 
 
 def _render_readme_image(report: dict[str, Any]) -> str:
-    heads = ("sentence", "photographs found", "cosine", "license", "by")
+    heads = ("sentence", "photographs found", "license", "by")
     rows = [
         (
             "" if rank else result["query"],
             hit["image"].replace("_", " "),
-            f"{hit['cosine']:.2f}",
             hit["license"],
             re.sub(r"(.+?),? (https?://\S+)", r"[\1](\2)", hit["source"]),
         )
@@ -341,11 +324,10 @@ def _render_busy_machine(report: dict[str, Any]) -> str:
 
 
 def _render_command_pairs(report: dict[str, Any]) -> str:
-    heads = ("", "CPU s before", "CPU s after", "after / before", "seconds", "peak MB")
+    heads = ("", "CPU time, after / before", "seconds", "peak MB")
     rows = [
         [
             name,
-            *(f"{task[when]['cpu_s']:.2f}" for when in ("before", "after")),
             f"{task['cpu_share']:.2f}",
             "{:.2f} → {:.2f}".format(*(task[when]["seconds"] for when in ("before", "after"))),
             "{:.0f} → {:.0f}".format(*(task[when]["peak_mb"] for when in ("before", "after"))),

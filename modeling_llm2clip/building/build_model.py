@@ -21,8 +21,8 @@ from ..configs.build_config import (
 )
 from ..configs.export_config import CardConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
+from ..data.atomic_files import require_new_folder
 from ..encoding.devices import find_device
-from ..model_folders.atomic_folder import require_new_folder
 from ..model_folders.model_card import (
     CardData,
     find_license,

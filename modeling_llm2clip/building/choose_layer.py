@@ -79,22 +79,22 @@ class LayerChoice:
     @property
     def best(self) -> LayerScore:
         """The layer with the highest score, of equal ones the lowest."""
-        return max(self.scores, key=lambda one: (one.cra["value"], -one.layer))
+        return max(self.scores, key=lambda score: (score.cra["value"], -score.layer))
 
     @property
     def lowest_alike(self) -> LayerScore:
         """The lowest layer that does not differ from the best."""
-        return next(one for one in self.scores if one.is_alike)
+        return next(score for score in self.scores if score.is_alike)
 
     def __str__(self) -> str:
         """Show a line per layer, and what the scores are of."""
         lines = [f"{'layer':>5} {'compute':>7} {'CRA':>6}  95 % interval   behind the best"]
-        for one in self.scores:
-            line = f"{one.layer:5} {one.compute:7.0%} {one.cra['value']:6.1%}  "
-            for of in (one.cra, one.behind):
+        for score in self.scores:
+            line = f"{score.layer:5} {score.compute:7.0%} {score.cra['value']:6.1%}  "
+            for of in (score.cra, score.behind):
                 line += f"{of['low']:5.1%} to {of['high']:5.1%}  "
-            alike = "no difference" if one.is_alike else ""
-            lines.append(line + ("best" if one is self.best else alike))
+            alike = "no difference" if score.is_alike else ""
+            lines.append(line + ("best" if score is self.best else alike))
         lines.append("These texts chose the best layer, so expect a lower score of it on others.")
         return "\n".join(lines)
 
@@ -168,21 +168,24 @@ def _list_pairs(records: RecordTable, config: ChooseLayerConfig) -> Pairs:
     for record in records:
         of_group = texts.setdefault(record.group_id, {})
         of_group.setdefault(record.lang, []).extend((*record.captions, *record.long_captions))
-    found = sorted({lang for group in texts.values() for lang in group})
-    first, *others = config.languages or sorted(found, key=lambda lang: lang != "en")
+    languages = sorted({lang for group in texts.values() for lang in group})
+    first, *others = config.languages or sorted(languages, key=lambda lang: lang != "en")
     pairs: Pairs = {}
     for lang in others or [first]:
         pairs[lang] = {}
         for number, group in enumerate(texts.values()):
-            own = next(iter(group.get(lang, ())), None)
-            other = next((one for one in group.get(first, ()) if one != own), None)
-            if own is not None and other is not None:
-                pairs[lang][number] = (own, other)
+            text = next(iter(group.get(lang, ())), None)
+            other = next(
+                (candidate for candidate in group.get(first, ()) if candidate != text), None
+            )
+            if text is not None and other is not None:
+                pairs[lang][number] = (text, other)
         if len(pairs[lang]) < 2:
             raise ValueError(
                 f"{counted(len(pairs[lang]), 'image')} of {len(texts)} have a text in {lang} and "
-                f"another one in {first}; two are needed. The languages are {', '.join(found)}. "
-                "Give images with two captions, or with captions in several languages."
+                f"another one in {first}; two are needed. The languages are "
+                f"{', '.join(languages)}. Give images with two captions, or with captions in "
+                "several languages."
             )
     return pairs
 
@@ -196,6 +199,6 @@ def _compare(
     scores = []
     for row, of_layer in enumerate(hits):
         pairs = zip(best, of_layer, strict=True)
-        behind = mean_of_means_with_interval([(most - own, n) for (most, n), (own, _) in pairs])
+        behind = mean_of_means_with_interval([(most - hit, n) for (most, n), (hit, _) in pairs])
         scores.append(LayerScore(row + 1, compute[row], cra[row], behind))
     return tuple(scores)

@@ -87,8 +87,8 @@ def load_part(
     part, prefix = whole, ""
     if part_config is not config:
         with torch.device("meta"):  # takes no memory; the saved model is going to be of this class
-            wanted = type(build_tower(part_config))
-        prefix, part = _find_part(whole, wanted, source)
+            tower_class = type(build_tower(part_config))
+        prefix, part = _find_part(whole, tower_class, source)
         part.config._name_or_path = whole.config._name_or_path
     if above:
         layers = list_layers(part)
@@ -104,13 +104,13 @@ def load_part(
 
 
 def _find_part(
-    whole: PreTrainedModel, wanted: type, source: str | Path
+    whole: PreTrainedModel, tower_class: type, source: str | Path
 ) -> tuple[str, PreTrainedModel]:
     for name, module in whole.named_modules():
-        if type(module) is wanted and isinstance(module, PreTrainedModel):
+        if type(module) is tower_class and isinstance(module, PreTrainedModel):
             return f"{name}.", module
     raise ValueError(
-        f"{source} is a {whole.config.model_type!r} without a {wanted.__name__}, which its "
+        f"{source} is a {whole.config.model_type!r} without a {tower_class.__name__}, which its "
         "configuration promises. Give the tower alone."
     )
 
@@ -210,11 +210,11 @@ def require_same_states(
     try:
         other = _build_on(text_model, config)
         ids, _ = make_texts(text_model)
-        found, wanted = run_texts(text_model, ids), run_texts(other, ids)
+        states, expected = run_texts(text_model, ids), run_texts(other, ids)
     except MODEL_ERRORS as error:
         reason = " ".join(str(error).split()).rstrip(". ")
     else:
-        if torch.equal(found, wanted):
+        if torch.equal(states, expected):
             return
     raise ValueError(f"{source} cannot be cut to {num_layers} layers: {reason}. {KEEP_ALL}")
 

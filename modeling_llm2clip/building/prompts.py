@@ -86,7 +86,7 @@ def derive_prompt(tokenizer: PreTrainedTokenizerBase, template: str) -> Prompt:
             "the prompt belongs to another family of models. Choose another prompt."
         )
     splits = {c: _split_around_caption(tokenizer, template, c) for c in _SAMPLE_CAPTIONS}
-    if merged := [caption for caption, found in splits.items() if not found]:
+    if merged := [caption for caption, places in splits.items() if not places]:
         raise ValueError(
             f"With the template {template!r} this tokenizer merges the caption {merged[0]!r} with "
             "its prompt. Put a special token or a newline next to {text}."
@@ -186,7 +186,7 @@ def _without_added_whitespace(backend: Tokenizer) -> Tokenizer:
     signs = set("".join(spaces))
     # Some texts would give a token of whitespace and letters, which no sample would show.
     is_mixed = any(signs & set(p) and not p.isspace() for p in plain.get_vocab())
-    samples = [f"A dog.{one}{other}two" for one in spaces for other in ("", *spaces)]
+    samples = [f"A dog.{space}{other}two" for space in spaces for other in ("", *spaces)]
     same = all(
         plain.encode(sample, add_special_tokens=False).ids
         == backend.encode(sample, add_special_tokens=False).ids

@@ -79,11 +79,11 @@ class TextEmbedder:
 
     def require_same_embeddings(self, model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None:
         """Refuse a model whose caption embeddings are not this embedder's."""
-        found = encode_texts(model, processor, _TEXTS, project=False).cpu()
+        embeds = encode_texts(model, processor, _TEXTS, project=False).cpu()
         if self.normalizes:
-            found = F.normalize(found, dim=-1)
-        wanted = F.normalize(self.embeds, dim=-1) if self.normalizes else self.embeds
-        distances = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+            embeds = F.normalize(embeds, dim=-1)
+        expected = F.normalize(self.embeds, dim=-1) if self.normalizes else self.embeds
+        distances = (embeds - expected).norm(dim=-1) / expected.norm(dim=-1)
         row = int(distances.nan_to_num(nan=torch.inf).argmax())
         if not distances[row] <= find_tolerance(model.text_model.dtype):
             raise ValueError(

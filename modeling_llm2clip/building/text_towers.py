@@ -132,7 +132,7 @@ def require_own_tokenizer(
         stated = getattr(config, name, None)
         listed = stated if isinstance(stated, list | tuple) else [stated]
         marks[name] = [i for i in listed if i is not None and i >= 0]
-    lost = {name: found for name, found in marks.items() if set(found) - ids}
+    lost = {name: token_ids for name, token_ids in marks.items() if set(token_ids) - ids}
     if lost:
         raise ValueError(
             f"{source}: the LLM's configuration has {lost}, which the tokenizer (ids up to "

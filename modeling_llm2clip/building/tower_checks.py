@@ -226,18 +226,18 @@ class _LayerCheck:
         self, name: int | str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
     ) -> None:
         """Note whether a layer or a part of one looks ahead, or neither way, without attention."""
-        own: Any = args[0] if args else kwargs.get("hidden_states")  # (…, L, D)
+        states: Any = args[0] if args else kwargs.get("hidden_states")  # (…, L, D)
         is_part = isinstance(name, str)
         if is_part and (
-            self._is_running_again or not (_is_of_tokens(own) and _is_of_tokens(output))
+            self._is_running_again or not (_is_of_tokens(states) and _is_of_tokens(output))
         ):
             return
         # A layer's residual is subtracted first: large numbers in it would hide a change.
-        residual = 0.0 if is_part else own.float()
+        residual = 0.0 if is_part else states.float()
         self._is_running_again = True
         moves = []
         for position in (_LENGTH - 1, 0):
-            hidden = own.clone()
+            hidden = states.clone()
             hidden[..., position, :] = -hidden[..., position, :].flip(-1)
             changed = (
                 module.forward(hidden, *args[1:], **kwargs)
@@ -251,7 +251,7 @@ class _LayerCheck:
             moves.append(max(map(_relative, before, after)))
         self._is_running_again = False
         ahead, back = moves
-        is_rounding = is_part and back <= _ROUNDING_OF_PARTS.get(own.dtype, 1e-4)
+        is_rounding = is_part and back <= _ROUNDING_OF_PARTS.get(states.dtype, 1e-4)
         looks_ahead = is_rounding or ahead >= _LEAST_SHARE_AHEAD * back
         if isinstance(name, int):
             self.looks_ahead[name] = looks_ahead
@@ -384,12 +384,16 @@ def require_positions(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> Non
     patches = pixels.unfold(2, side, side).unfold(3, side, side)
     column = patches.flatten(2, 3).flatten(2, 3)
     try:
-        own, other = (
+        square, other = (
             model.get_image_features(images).last_hidden_state for images in (pixels, column)
         )
     except (AssertionError, *MODEL_ERRORS):  # then it says so by itself
         return
-    if patches.shape[3] > 1 and own.shape == other.shape and _relative(own, other) < _LEAST_MOVE:
+    if (
+        patches.shape[3] > 1
+        and square.shape == other.shape
+        and _relative(square, other) < _LEAST_MOVE
+    ):
         raise ValueError(
             f"The {model.config.vision_config.model_type!r} tower takes images of another shape, "
             f"such as {column.shape[2]} × {column.shape[3]} pixels, and silently gives them the "
@@ -419,14 +423,14 @@ def require_loadable(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None
             f"describe its network. {_OWN_TOWERS}"
         ) from error
     inputs = processor(text=GOLDEN_TEXTS[1], images=render_golden_images()[0]).to(model.device)
-    found, wanted = (m(**inputs) for m in (loaded.to(model.device), model))
+    outputs, expected = (m(**inputs) for m in (loaded.to(model.device), model))
     dtypes = {parameter.dtype for parameter in model.parameters()}
     most = max(_MOST_DIFFERENCE_LOADED.get(dtype, _MOST_DIFFERENCE) for dtype in dtypes)
     towers = {"text_embeds": model.config.text_config, "image_embeds": model.config.vision_config}
     errors = [
         f"the {config.model_type!r} tower gives embeddings that are off by {off:.1e}"
         for name, config in towers.items()
-        if not (off := float(measure_distances(found[name], wanted[name]))) <= most
+        if not (off := float(measure_distances(outputs[name], expected[name]))) <= most
     ]
     if errors:
         raise ValueError(

@@ -162,23 +162,23 @@ def set_image_size(
     does when it runs. A tower that takes any size is left as it is. A timm network is changed in
     place, another one is not; the image processor stays as it is.
     """
-    own = find_fixed_size(vision_model)
+    fixed_size = find_fixed_size(vision_model)
     patch = find_patch_size(vision_model)
     # A tower may have been trained with a remainder (SigLIP: 384 pixels in patches of 14).
-    if patch and image_size % patch and own != (image_size, image_size):
+    if patch and image_size % patch and fixed_size != (image_size, image_size):
         raise ValueError(
             f"image_size={image_size} is not a multiple of the tower's patch of {patch} pixels: "
             "the remainder would be cropped. Take "
             f"{max(image_size // patch, 1) * patch}, for instance."
         )
     timm_model: Any = getattr(vision_model, "timm_model", None)
-    if own is not None and own != (image_size, image_size):
+    if fixed_size is not None and fixed_size != (image_size, image_size):
         if timm_model is None and can_interpolate(vision_model):
             vision_model = _resize_positions(vision_model, image_size, patch=patch)
         elif hasattr(timm_model, "set_input_size"):
             _resize_network(timm_model, vision_model.config, image_size)
         else:
-            reason = f"it has positions for {own[0]} × {own[1]} alone"
+            reason = f"it has positions for {fixed_size[0]} × {fixed_size[1]} alone"
             _refuse_size(vision_model, image_size, reason)
     if not hasattr(image_processor, _COUNTS_PATCHES):
         image = torch.zeros(1, 3, image_size, image_size, dtype=vision_model.dtype)
@@ -208,7 +208,7 @@ def _resize_network(timm_model: Any, config: Any, image_size: int) -> None:
         # from its configuration would have those of its architecture.
         windows = (m.window_size for m in timm_model.modules() if hasattr(m, "window_size"))
         sides = zip(next(windows), timm_model.patch_embed.img_size, strict=True)
-        height, width = (max(1, side * image_size // own) for side, own in sides)
+        height, width = (max(1, side * image_size // old_side) for side, old_side in sides)
         changed["window_size"] = height if height == width else (height, width)
     resize(**{**changed, "img_size": (image_size, image_size)})
     config.model_args = {**(config.model_args or {}), **changed}
@@ -243,10 +243,10 @@ def _interpolate_positions(
     vision_model: nn.Module, image_size: int, patch: int, num_others: int
 ) -> Tensor:
     """Interpolate positions as the tower itself does, (1, L, D) float32."""
-    found: Any = next(
+    original: Any = next(
         module for module in vision_model.modules() if hasattr(module, "interpolate_pos_encoding")
     )
-    embeddings = copy.deepcopy(found).float()  # in half precision the positions would shift
+    embeddings = copy.deepcopy(original).float()  # in half precision the positions would shift
     config: Any = vision_model.config
     tokens = torch.empty(1, num_others + (image_size // patch) ** 2, config.hidden_size)
     positions: Tensor = embeddings.interpolate_pos_encoding(tokens, image_size, image_size)

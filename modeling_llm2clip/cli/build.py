@@ -37,7 +37,7 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
         output: Folder to write.
         config: How to join them.
     """
-    from ..model_folders.atomic_folder import require_new_folder
+    from ..data.atomic_files import require_new_folder
     from ..model_folders.model_folder import require_sources
 
     require_new_folder(output)

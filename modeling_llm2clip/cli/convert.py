@@ -93,7 +93,7 @@ def convert(
         changes: Changes to the source format for this checkpoint.
         config: What to write.
     """
-    from ..model_folders.atomic_folder import require_new_folder
+    from ..data.atomic_files import require_new_folder
 
     require_new_folder(output)
     if source_format == _LLM2VEC:

@@ -10,7 +10,7 @@ from annotated_types import Interval
 from .._extras import DEMO, require
 from .._suggestions import counted
 from ..configs.config_fields import DeviceConfig, Seed
-from ..model_folders.atomic_folder import require_new_folder
+from ..data.atomic_files import require_new_folder
 from .command import command
 from .options import use_device
 

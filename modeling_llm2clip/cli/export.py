@@ -39,7 +39,7 @@ def export(
         revision: Branch, tag or commit of a Hub repository. Default: its main branch.
     """
     require_model(model, revision=revision)
-    from ..model_folders.atomic_folder import require_new_folder
+    from ..data.atomic_files import require_new_folder
 
     require_new_folder(output)
     if (unused := limits.list_given()) and not config.onnx:

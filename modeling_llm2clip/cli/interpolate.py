@@ -47,7 +47,7 @@ def interpolate(
     """
     for model in (before, after):
         require_model(model)
-    from ..model_folders.atomic_folder import require_new_folder
+    from ..data.atomic_files import require_new_folder
 
     require_new_folder(output)
     require_data(data, reading)

@@ -25,11 +25,10 @@ from ..configs.build_config import BuildConfig
 from ..configs.export_config import ConvertConfig
 from ..configs.source_format import SourceFormat
 from ..configuration_llm2clip import LLM2CLIPConfig
-from ..data.atomic_files import hash_file
+from ..data.atomic_files import hash_file, require_new_folder
 from ..doctor.check_model import check_model
 from ..heads_llm2clip import MAX_LOG_SCALE
 from ..image_cropping_llm2clip import LLM2CLIPImageProcessor
-from ..model_folders.atomic_folder import require_new_folder
 from ..model_folders.model_card import (
     CardData,
     find_license,
@@ -330,10 +329,10 @@ def _configure(
 def _rename_checkpoint(
     checkpoint: Checkpoint, layout: Layout, *, leave_out: set[str], source: str
 ) -> RenamedWeights:
-    own = {key: value for key, value in checkpoint.tensors.items() if key not in leave_out}
-    rules = [*layout.rules, *_list_adapter_rules(layout.adapter_prefix, own)]
-    renamed = apply_rules(own, rules, layout.drops, source=source)
-    log_scale = float(own["logit_scale"].read()) if "logit_scale" in own else 0.0
+    tensors = {key: value for key, value in checkpoint.tensors.items() if key not in leave_out}
+    rules = [*layout.rules, *_list_adapter_rules(layout.adapter_prefix, tensors)]
+    renamed = apply_rules(tensors, rules, layout.drops, source=source)
+    log_scale = float(tensors["logit_scale"].read()) if "logit_scale" in tensors else 0.0
     if not 0.0 <= log_scale <= _LARGEST_LOG_SCALE:
         raise ValueError(
             f"{source} has logit_scale {log_scale:.4g}, but training keeps it between 0 and ln 100 "
@@ -370,15 +369,15 @@ def _read_adapter_sizes(
     """Read the sizes of a text adapter off its weights."""
     num_layers = count_blocks(tensors, prefix + "{}.fn.0.weight")
     last = tensors.get(f"{prefix}{num_layers + 1}.weight")
-    found = sorted(key for key in tensors if key.startswith(prefix))
-    if not found:
+    keys = sorted(key for key in tensors if key.startswith(prefix))
+    if not keys:
         raise ValueError(
             f"{source} has no text adapter under {prefix!r}: it is a bare vision tower, from which "
             "no LLM2CLIP model can be converted. Give the checkpoint that has it (the official "
             "EVA02 repositories keep it in their .pt file)."
         )
     if last is None or f"{prefix}0.fn.0.weight" not in tensors:
-        raise ValueError(f"{source} has a part of a text adapter alone: {', '.join(found)}.")
+        raise ValueError(f"{source} has a part of a text adapter alone: {', '.join(keys)}.")
     inner, width = tensors[f"{prefix}0.fn.0.weight"].shape
     return {
         "width": width,
@@ -392,20 +391,20 @@ def _fit(
     renamed: RenamedWeights, model_class: Any, config: LLM2CLIPConfig, source: str
 ) -> dict[str, LazyTensor]:
     """Order the weights as the model has them; each must occur once and have its shape."""
-    wanted = _list_shapes(lambda: model_class(config))
-    whole = wanted if model_class is LLM2CLIPModel else _list_shapes(lambda: LLM2CLIPModel(config))
-    for name in sorted(set(renamed.weights) & set(whole) - set(wanted)):
+    shapes = _list_shapes(lambda: model_class(config))
+    whole = shapes if model_class is LLM2CLIPModel else _list_shapes(lambda: LLM2CLIPModel(config))
+    for name in sorted(set(renamed.weights) & set(whole) - set(shapes)):
         del renamed.weights[name]
         if name in renamed.origins:
             renamed.dropped[renamed.origins[name]] = _NOT_ASKED_FOR
-    missing = sorted(set(wanted) - set(renamed.weights))
+    missing = sorted(set(shapes) - set(renamed.weights))
     unknown = sorted(
         f"{renamed.origins.get(name, name)} (would be {name})"
-        for name in set(renamed.weights) - set(wanted)
+        for name in set(renamed.weights) - set(shapes)
     )
     misshapen = sorted(
         f"{renamed.origins.get(name, name)}: {renamed.weights[name].shape}, {name} is {shape}"
-        for name, shape in wanted.items()
+        for name, shape in shapes.items()
         if name in renamed.weights and renamed.weights[name].shape != shape
     )
     integers = sorted(
@@ -430,7 +429,7 @@ def _fit(
             f"{shown}\nGive the whole checkpoint, the LLM it was trained with, and its own source "
             "format."
         )
-    return {name: renamed.weights[name] for name in wanted}
+    return {name: renamed.weights[name] for name in shapes}
 
 
 def _list_shapes(build: Callable[[], Any]) -> Mapping[str, tuple[int, ...]]:

@@ -83,9 +83,11 @@ def open_checkpoint(source: CheckpointSource) -> Checkpoint:
 
 
 def require_layout(checkpoint: Checkpoint, layout: Layout) -> None:
-    """Refuse a checkpoint whose keys are not those of a layout, and name the one they are of."""
+    """Refuse a checkpoint with keys of another layout, which the error names."""
     fitting = [
-        one for one in LAYOUTS.values() if all(mark in checkpoint.tensors for mark in one.marks)
+        layout
+        for layout in LAYOUTS.values()
+        if all(mark in checkpoint.tensors for mark in layout.marks)
     ]
     if fitting == [layout]:
         return
@@ -96,8 +98,8 @@ def require_layout(checkpoint: Checkpoint, layout: Layout) -> None:
             f"{layout.name!r}. Choose the source format {fitting[0].choice!r}."
         )
     raise ValueError(
-        f"{source} has keys of {len(fitting)} known families, wanted one of "
-        f"{sorted(one.name for one in LAYOUTS.values())}. Its keys: "
+        f"{source} has keys of {len(fitting)} known families, expected one of "
+        f"{sorted(layout.name for layout in LAYOUTS.values())}. Its keys: "
         f"{list_first(sorted(checkpoint.tensors))}. A checkpoint of plain CLIP or of another code "
         "base cannot be converted; build a new model from its tower instead (llm2clip build)."
     )
@@ -256,14 +258,15 @@ def _require_frequencies(
     # Older versions scaled the positions instead, and saved the frequencies as they were.
     plain = getattr(rotary, "compute_default_rope_parameters", None)
     accepted = [type(rotary)(config).inv_freq, *([plain(config)[0]] if plain else [])]
-    for key, found in held.items():
+    for key, frequencies in held.items():
         # Up to the rounding of half precision.
         if not any(
-            found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-2, atol=1e-6)
-            for wanted in accepted
+            frequencies.shape == expected.shape
+            and torch.allclose(frequencies, expected, rtol=1e-2, atol=1e-6)
+            for expected in accepted
         ):
             raise ValueError(
                 f"{source} has other rotary frequencies than its configuration gives: {key} ends "
-                f"with {float(found[-1]):.3g}, wanted {float(accepted[0][-1]):.3g}. Correct "
-                "rope_theta and its scaling in the LLM's config.json."
+                f"with {float(frequencies[-1]):.3g}, expected {float(accepted[0][-1]):.3g}. "
+                "Correct rope_theta and its scaling in the LLM's config.json."
             )

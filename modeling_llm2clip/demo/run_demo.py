@@ -18,6 +18,7 @@ from .._environment import list_versions
 from ..building.pretrained_towers import EMBEDDED, fetch_embedded
 from ..configs.align_config import AlignConfig
 from ..configs.train_config import TrainConfig
+from ..data.atomic_files import require_new_folder
 from ..data.records.record_loading import find_example_data, load_records
 from ..data.records.records import CaptionedImage
 from ..data.records.splits import choose_test_rows, split_records
@@ -25,13 +26,16 @@ from ..data.store.embedding_store import EmbeddingStore
 from ..encoding.encode import encode_images, encode_texts, project_stored
 from ..evaluation.datasets.catalog.caption_readers import EMOJI_SEED, NUM_TEST_GROUPS
 from ..evaluation.results import read_evaluation_results
-from ..model_folders.atomic_folder import require_new_folder
 from ..model_folders.model_loading import load_model
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..recipes.recipe_plan import RecipePaths
 from ..recipes.train import train
-from ..search.results_page import write_results_page, write_results_sheet
-from ..search.search_results import SearchResult, rank_images
+from ..search.search_results import (
+    SearchResult,
+    rank_images,
+    write_results_page,
+    write_results_sheet,
+)
 
 SENTENCES = (
     "a slice of pizza",

@@ -79,9 +79,9 @@ def fingerprint_text(model: str | Path) -> dict[str, str]:
     and `max_text_length` are readable.
     """
     folder, config, tensors, processor = _open(model, prefix="text_model.")
-    found: Any = getattr(config, "quantization_config", None)
-    stated = found if found is None or isinstance(found, dict) else found.to_dict()
-    quantization = {} if found is None else {"quantization": stated}
+    stated: Any = getattr(config, "quantization_config", None)
+    stated = stated if stated is None or isinstance(stated, dict) else stated.to_dict()
+    quantization = {} if stated is None else {"quantization": stated}
     return {
         **_describe_weights(tensors),
         "architecture": hash_json({**_read_tower(folder, "text_config"), **quantization}),
@@ -260,7 +260,7 @@ def hash_deciding_files(folder: Path, *, of_vision_tower: bool = False) -> dict[
     JSON is hashed without what changes no embedding. For the vision tower alone, the LLM is not
     read.
     """
-    found = {
+    hashes = {
         name: hash_json(_read_deciding(folder / name))
         if name.endswith(".json")
         else hash_file(folder / name)
@@ -270,7 +270,7 @@ def hash_deciding_files(folder: Path, *, of_vision_tower: bool = False) -> dict[
     files = list_model_files(folder)
     tensors = iterate_tensors(files, prefix="vision_model." if of_vision_tower else "")
     entry = VISION_ENTRY if of_vision_tower else WEIGHTS_ENTRY
-    return {**found, entry: _describe_weights(tensors)["weights"]}
+    return {**hashes, entry: _describe_weights(tensors)["weights"]}
 
 
 def _read_deciding(file: Path) -> Any:

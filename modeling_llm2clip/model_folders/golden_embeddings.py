@@ -147,10 +147,10 @@ def compare_golden(
     texts, recorded = golden
     caption_embeds = None if runs_llm else recorded["caption_embeds"]
     with float32_as_such():
-        found = compute_golden(model, processor, texts, caption_embeds=caption_embeds)
+        computed = compute_golden(model, processor, texts, caption_embeds=caption_embeds)
     tolerance = find_tolerance(dtype or model.dtype, other_machine=True)
     errors, largest = [], 0.0
-    for name, embeddings in found.items():
+    for name, embeddings in computed.items():
         if name not in recorded or recorded[name].shape != embeddings.shape:
             errors.append(f"{name} was not recorded with shape {tuple(embeddings.shape)}")
             continue
@@ -168,7 +168,7 @@ def compare_golden(
             errors.append(f"{name} is {float(value):.4f}, recorded was {was:.4f}")
     # The LLM's part, which a later training takes over unseen.
     llm = recorded.get("caption_embeds")
-    if llm is None and "text_embeds" in found:
+    if llm is None and "text_embeds" in computed:
         errors.append("caption_embeds was not recorded")
     elif llm is not None and not (
         llm.ndim == 2 and len(llm) == len(texts) and llm.isfinite().all()
@@ -179,7 +179,7 @@ def compare_golden(
             f"{'; '.join(errors)}; allowed in {dtype or model.dtype}: {tolerance:.2g}. Weights, "
             "settings or code are not those the folder was written with: restore it."
         )
-    count = sum(map(len, found.values()))
+    count = sum(map(len, computed.values()))
     return f"{count} embeddings at most {largest:.1e} from those recorded (allowed {tolerance:.2g})"
 
 
@@ -230,9 +230,9 @@ def _require_stated_dtype(folder: Path) -> None:
         if tensor.dtype.is_floating_point and not name.startswith("logit_scale.")
     )
     total = dtypes.total()
-    for found, count in dtypes.items():
-        if found != stated:
-            names = [str(dtype).removeprefix("torch.") for dtype in (stated, found)]
+    for dtype, count in dtypes.items():
+        if dtype != stated:
+            names = [str(name).removeprefix("torch.") for name in (stated, dtype)]
             raise ValueError(
                 f"config.json states {names[0]}, and {count} of {total} weights are {names[1]}. "
                 "Correct the dtype in config.json, or load the model in one dtype and save it "
@@ -268,9 +268,9 @@ def require_recorded_files(folder: Path, *, of_vision_tower: bool = False) -> bo
         if recorded is None:
             return False
         recorded = dict(recorded)
-    found = hash_deciding_files(folder, of_vision_tower=of_vision_tower)
-    names = {*found} if of_vision_tower else {*found, *recorded} - {VISION_ENTRY}
-    if changed := sorted(name for name in names if found.get(name) != recorded.get(name)):
+    hashes = hash_deciding_files(folder, of_vision_tower=of_vision_tower)
+    names = {*hashes} if of_vision_tower else {*hashes, *recorded} - {VISION_ENTRY}
+    if changed := sorted(name for name in names if hashes.get(name) != recorded.get(name)):
         raise ValueError(
             f"{', '.join(changed)}: not as when the folder was written, so that some inputs get "
             "other embeddings. Restore these files, or, if the change is wanted, remove "

@@ -149,9 +149,9 @@ def read_card_data(folder: Path) -> CardData:
     entries: dict[tuple[str, str], list[EvalResult]] = {}
     for entry in data.eval_results or []:
         entries.setdefault((entry.task_type, entry.dataset_name), []).append(entry)
-    # The card of a LoRA may be another package's, and name one without a list.
+    # The card of a LoRA may be another package's, and name one dataset without a list.
     stated = (data.get(name) or () for name in ("training_data", "text_training_data"))
-    trained, text = ((one,) if isinstance(one, str) else tuple(one) for one in stated)
+    trained, text = ((value,) if isinstance(value, str) else tuple(value) for value in stated)
     return CardData(
         license=data.license if isinstance(data.license, str) else None,
         license_name=data.license_name,
@@ -187,14 +187,14 @@ def read_card_of_trained(folder: Path, training_data: Sequence[str]) -> CardData
 def update_card_data(
     card: CardData, config: CardConfig, *, results: Sequence[CardResult] | None = None
 ) -> CardData:
-    """Return what a card states once a config says more; fields that are given win.
+    """Return what a card states once a config says more; fields that the config states win.
 
     Results replace the card's; None keeps those.
     """
-    given = {name: getattr(config, name) for name in config.list_given() if name in _OPTIONS}
+    stated = {name: getattr(config, name) for name in config.list_given() if name in _OPTIONS}
     if results is not None:
-        given["results"] = tuple(results)
-    return relicense(card, config.license, **given)
+        stated["results"] = tuple(results)
+    return relicense(card, config.license, **stated)
 
 
 def relicense(card: CardData, license: str | None, **changes: Any) -> CardData:

@@ -198,14 +198,16 @@ def require_sources(
         errors.append(_find_error("vision tower", vision, file="config.json"))
     if text is not None and Path(text).suffix == ".gguf":
         if not Path(text).is_file() and not is_hub_id(str(Path(text).parent)):
-            wanted = "file of a Hub repository like 'owner/name/FILE'"
-            errors.append(f"{text}: no such .gguf file, and no {wanted}")
+            errors.append(
+                f"{text}: no such .gguf file, and no file of a Hub repository like "
+                "'owner/name/FILE'"
+            )
     elif text is not None and text != EMBEDDED:
         errors.append(_find_error("language model", text, file="config.json"))
     if lora is not None:
         errors.append(_find_error("LoRA", lora, file=LORA_CONFIG))
-    if found := [error for error in errors if error]:
-        raise ValueError(f"{'; '.join(found)}. Correct the path or id.")
+    if problems := [error for error in errors if error]:
+        raise ValueError(f"{'; '.join(problems)}. Correct the path or id.")
 
 
 def _find_error(what: str, source: str | Path, *, file: str) -> str | None:
@@ -309,8 +311,8 @@ def holds_graphs(source: str | Path | None) -> bool:
 
 def is_dual_encoder(source: str | Path) -> bool:
     """Tell whether a source is a model with a text encoder of its own, such as CLIP."""
-    found = find_model_type(source)
-    return found is not None and found.content == "clip"
+    description = find_model_type(source)
+    return description is not None and description.content == "clip"
 
 
 def require_own_model(
@@ -321,18 +323,18 @@ def require_own_model(
     With `or_teacher`, a dual encoder with a text encoder of its own is taken, too.
     """
     require_there(source)
-    found, folder = find_model_type(source, revision=revision), Path(source)
+    description, folder = find_model_type(source, revision=revision), Path(source)
     # Weights that have lost their config may be a model's, which `doctor` explains.
     is_model = (folder / "config.json").is_file() or any(folder.glob("*.safetensors"))
-    if found is None and folder.is_dir() and not is_model:
+    if description is None and folder.is_dir() and not is_model:
         raise ValueError(
             f"{source} is not a model folder: it has no config.json and no weights. Give the "
             "folder or Hub id of an LLM2CLIP model."
         )
     taken = ("llm2clip", "clip") if or_teacher else ("llm2clip",)
-    if found is not None and found.content not in taken:
+    if description is not None and description.content not in taken:
         teacher = ", or a CLIP or SigLIP with its own text encoder," if or_teacher else ""
-        raise ValueError(f"{found.advice} An LLM2CLIP model{teacher} is needed here.")
+        raise ValueError(f"{description.advice} An LLM2CLIP model{teacher} is needed here.")
 
 
 def read_json_object(file: Path) -> dict[str, Any] | None:

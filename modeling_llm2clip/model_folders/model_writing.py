@@ -28,10 +28,10 @@ from ..base_llm2clip import (
     write_sentence_transformers_files,
 )
 from ..configuration_llm2clip import LLM2CLIPConfig
+from ..data.atomic_files import atomic_folder, clear_leftovers, require_new_folder
 from ..loading_llm2clip import list_model_files
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
-from .atomic_folder import atomic_folder, clear_leftovers, require_new_folder
 from .golden_embeddings import GOLDEN_FILE, compare_golden, require_golden, write_golden
 from .model_card import CardData, CardResult, read_card_data, read_card_of_trained, write_model_card
 from .model_folder import (
@@ -125,14 +125,14 @@ def save_model(
                 shutil.copy2(content, place)
             else:
                 place.write_text(content, encoding="utf-8")
-        own, config.instructions = config.instructions, instructions
+        previous, config.instructions = config.instructions, instructions
         try:
             if isinstance(model, LazyModel):
                 _save_lazy_model(model, unfinished, max_shard_size=max_shard_size)
             else:
                 model.save_pretrained(unfinished, max_shard_size=max_shard_size)
         finally:
-            config.instructions = own
+            config.instructions = previous
         _write_golden(unfinished, model, processor, device=device)
         write_model_card(unfinished, card or CardData(), name=name or folder.name)
         if verify is not None:
@@ -174,8 +174,8 @@ def save_trained_model(
 
     def measure_and_state(unfinished: Path) -> None:
         if measure is not None:
-            found, warning = measure(unfinished)
-            measured = replace(card, results=tuple(found), caution=warning)
+            results, warning = measure(unfinished)
+            measured = replace(card, results=tuple(results), caution=warning)
             write_model_card(unfinished, measured, name=Path(folder).name)
 
     return save_model(
@@ -274,8 +274,8 @@ def _require_own_class(model: Any) -> None:
     """Refuse another class than the package's, whose code is the folder's."""
     if isinstance(model, LazyModel):
         return
-    found = type(model)
-    if found.__name__ in MODEL_CLASSES and found.__module__.endswith("modeling_llm2clip"):
+    actual = type(model)
+    if actual.__name__ in MODEL_CLASSES and actual.__module__.endswith("modeling_llm2clip"):
         return
     remedy = (
         "Merge the LoRA into it first (merge_and_unload)."
@@ -283,7 +283,7 @@ def _require_own_class(model: Any) -> None:
         else "A subclass must be published with code of its own (save_pretrained)."
     )
     raise ValueError(
-        f"The model is a {found.__name__}; a model folder takes {sorted(MODEL_CLASSES)}. {remedy}"
+        f"The model is a {actual.__name__}; a model folder takes {sorted(MODEL_CLASSES)}. {remedy}"
     )
 
 

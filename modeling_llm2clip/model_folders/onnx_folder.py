@@ -37,13 +37,13 @@ def data_file(graph: Path) -> Path:
 
 def read_onnx_record(folder: Path) -> dict[str, Any]:
     file = folder / ONNX_RECORD
-    found = read_json_object(file) if file.is_file() else None
-    if found is None:
+    record = read_json_object(file) if file.is_file() else None
+    if record is None:
         raise ValueError(
             f"{folder} has no readable {ONNX_RECORD}, so it is not a folder of ONNX graphs. Write "
             "one with llm2clip export MODEL OUTPUT --onnx."
         )
-    return found
+    return record
 
 
 def find_onnx_folder(source: str | Path, *, revision: str | None = None) -> Path:

@@ -78,13 +78,13 @@ class EndpointHandler:
         several = inputs if isinstance(inputs, list) else [inputs]
         if not 0 < len(several) <= MAX_INPUTS:
             raise ValueError(f"inputs: got {len(several)}; give 1 to {MAX_INPUTS}.")
-        given = {name for name, value in parameters.items() if value is not None}
-        if "candidate_labels" not in given:
+        options = {name for name, value in parameters.items() if value is not None}
+        if "candidate_labels" not in options:
             results = self._embed(several, parameters)
-        elif given & _OF_EMBEDDINGS:
+        elif options & _OF_EMBEDDINGS:
             raise ValueError(f"candidate_labels: leave out {sorted(_OF_EMBEDDINGS)}.")
         else:
-            results = self._classify(several, **{name: parameters[name] for name in given})
+            results = self._classify(several, **{name: parameters[name] for name in options})
         return results if isinstance(inputs, list) else results[0]
 
     def _embed(self, inputs: Sequence[Any], parameters: dict[str, Any]) -> list[Any]:
@@ -137,9 +137,9 @@ class EndpointHandler:
         """Compare each image with the sentences of all labels."""
         if not hasattr(self.model, "compare"):
             raise ValueError("This model has one tower; labels need texts and images.")
-        given = candidate_labels if isinstance(candidate_labels, list) else []
-        labels = [label.strip() for label in given if isinstance(label, str)]
-        if not 0 < len(set(labels) - {""}) == len(given) <= MAX_LABELS:
+        values = candidate_labels if isinstance(candidate_labels, list) else []
+        labels = [label.strip() for label in values if isinstance(label, str)]
+        if not 0 < len(set(labels) - {""}) == len(values) <= MAX_LABELS:
             raise ValueError(
                 f"candidate_labels: give a list of 1 to {MAX_LABELS} different labels, none blank."
             )
@@ -170,8 +170,8 @@ class EndpointHandler:
         if isinstance(content, dict) and len(content) == 1:
             ((kind, content),) = content.items()
         if kind not in ("text", "image") or (is_image and kind == "text"):
-            wanted = "an image" if is_image else "an image or a text"
-            raise ValueError(f"inputs: got {kind!r}; give {wanted}.")
+            expected = "an image" if is_image else "an image or a text"
+            raise ValueError(f"inputs: got {kind!r}; give {expected}.")
         if not isinstance(content, str) or not content.strip():
             raise ValueError(
                 f"inputs: got {str(content)[:_SHOWN]!r}; give a text, or base64 of an image."

@@ -1,7 +1,11 @@
-"""Writes a model folder anew: one tower, another dtype, smaller files, another card, ONNX."""
+"""Writes a model folder anew: one tower, another dtype, smaller files, another card, ONNX.
+
+The card may state results of `llm2clip evaluate`, if they are the written model's.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,26 +17,31 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel, PreTrainedTokenizerFast
 
+from .._suggestions import counted
 from ..base_llm2clip import read_instructions
 from ..building.part_loading import forget_code
 from ..configs.export_config import ExportConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
+from ..data.atomic_files import atomic_folder, require_new_folder
 from ..encoding.devices import find_device
+from ..evaluation.report import label_dataset
+from ..evaluation.results import Result, read_result
 from ..loading_llm2clip import find_tower_class, load_without_code
-from ..model_folders.atomic_folder import atomic_folder, require_new_folder
+from ..model_folders.fingerprint import fingerprint_model
 from ..model_folders.golden_embeddings import require_golden
 from ..model_folders.model_card import (
     CardData,
+    CardResult,
     read_card_data,
     set_base_models,
     update_card_data,
+    write_model_card,
 )
 from ..model_folders.model_folder import find_model_folder
 from ..model_folders.model_loading import CLASS_OF_COMPONENTS, MODEL_CLASSES, find_model_class
 from ..model_folders.model_writing import find_carried_files, save_model
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
-from .card_results import read_card_results, require_own_results
 from .onnx_export import export_onnx
 
 _VISION_TOWER_CARD = """
@@ -50,6 +59,8 @@ classes miss by a pixel."""
 _NEEDED_PACKAGES = (
     "accelerate", "numpy", "pillow", "safetensors", "torch", "torchvision", "transformers",
 )  # fmt: skip
+# Scores per language, class and category stay in the file: a card has no room for them.
+_DETAILS = {"languages", "categories", "intervals", "top_1_of_class", "value", "low", "high"}
 
 
 def export_model(
@@ -209,3 +220,99 @@ def save_vision_tower(
         )
         ModelCard(f"---\n{data.to_yaml()}\n---\n{body}").save(unfinished / "README.md")
     return folder
+
+
+def read_card_results(files: Sequence[Path]) -> tuple[CardResult, ...]:
+    """Read result files of `llm2clip evaluate`; all errors are named at once.
+
+    A nested score is named by its path, such as `t2i.hit_rate_at_1`. The dataset's name states its
+    language and what was left out.
+    """
+    results: dict[tuple[str, str], CardResult] = {}
+    errors = []
+    for file in files:
+        try:
+            result = _summarize(read_result(file))
+        except (OSError, ValueError) as error:
+            errors.append(str(error))
+            continue
+        if (task := (result.task, result.dataset)) in results:
+            errors.append(f"{file}: {result.task} on {result.dataset} is given twice.")
+        results[task] = result
+    if errors:
+        raise ValueError(" ".join(errors))
+    return tuple(results.values())
+
+
+def require_own_results(results: Sequence[CardResult], folder: Path) -> None:
+    """Refuse results of another model than a folder's; those without a fingerprint are taken."""
+    stated = [result for result in results if result.fingerprint is not None]
+    if not stated:
+        return
+    fingerprint = fingerprint_model(folder)
+    foreign = []
+    for result in stated:
+        measured = {"dtype": result.dtype or fingerprint["dtype"], **(result.fingerprint or {})}
+        differing = [name for name, value in fingerprint.items() if measured.get(name) != value]
+        if differing:
+            foreign.append(f"{result.task} on {result.dataset} ({', '.join(differing)})")
+    if foreign:
+        raise ValueError(
+            f"{'; '.join(foreign)}: not measured with the model that would be written. Export "
+            "first (another dtype makes other weights), evaluate the folder that is written, as "
+            "a model of this package and in its own dtype, and give these results."
+        )
+
+
+def add_card_results(folder: Path, files: Sequence[Path]) -> None:
+    """State further results on the card of a model folder, in place of older ones on a dataset.
+
+    A card that has them stays as it is.
+    """
+    results = read_card_results(files)
+    require_own_results(results, folder)
+    card = read_card_data(folder)
+    if all(result in card.results for result in results):
+        return
+    measured = {(result.task, result.dataset) for result in results}
+    kept = [result for result in card.results if (result.task, result.dataset) not in measured]
+    write_model_card(folder, replace(card, results=(*kept, *results)), name=folder.name)
+
+
+def _summarize(result: Result) -> CardResult:
+    measured = {name: (value, bounds) for name, value, bounds in _list_scores(result.scores)}
+    return CardResult(
+        result.task,
+        label_dataset(result, with_languages=True),
+        {name: value for name, (value, _) in measured.items()},
+        fingerprint=result.fingerprint,
+        dtype=result.protocol["model"]["dtype"],
+        count=_describe_counts(result.counts),
+        intervals={name: bounds for name, (_, bounds) in measured.items() if bounds},
+    )
+
+
+def _describe_counts(counts: Mapping[str, Any]) -> str:
+    if "languages" in counts:  # whose images may be the same
+        parts = counts["languages"].values()
+        shown = {"language": len(parts), "text": sum(part["texts"] for part in parts)}
+    else:
+        nouns = ("item", "image") if "classes" in counts else ("item", "image", "text")
+        shown = {noun: counts.get(f"{noun}s") for noun in nouns}
+    return ", ".join(counted(count, noun) for noun, count in shown.items() if count)
+
+
+def _list_scores(
+    scores: Any, path: str = "", interval: Mapping[str, float] | None = None
+) -> Iterator[tuple[str, float, tuple[float, ...]]]:
+    """Yield the path of every score, its value, and low and high of its interval if it has one."""
+    if isinstance(scores, Mapping):
+        if "value" in scores:
+            yield from _list_scores(scores["value"], path, scores)
+        intervals = scores.get("intervals", {})
+        for name, value in scores.items():
+            if name not in _DETAILS:
+                place = f"{path}.{name}".strip(".")
+                yield from _list_scores(value, place, intervals.get(name))
+    elif isinstance(scores, int | float):
+        yield path, scores, () if interval is None else (interval["low"], interval["high"])

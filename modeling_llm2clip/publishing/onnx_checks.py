@@ -224,8 +224,8 @@ def check_script(folder: Path, encoder: OnnxEncoder, text_graph: Path | None) ->
 
 def measure_recall(text_embeds: Tensor, image_embeds: Tensor) -> float:
     """Compute text to image R@1, where text i belongs to image i alone; ties count against."""
-    own = Correspondence.from_image_of_text(range(len(text_embeds)), len(text_embeds))
-    ranks = rank_retrieval(image_embeds, text_embeds, own)
+    pairing = Correspondence.from_image_of_text(range(len(text_embeds)), len(text_embeds))
+    ranks = rank_retrieval(image_embeds, text_embeds, pairing)
     return _round(hit_rate_at(ranks.t2i, k=1))
 
 

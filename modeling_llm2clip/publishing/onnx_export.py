@@ -23,9 +23,9 @@ from .._suggestions import counted
 from ..configs.encoding_config import TextWeights
 from ..configs.export_config import ExportConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
+from ..data.atomic_files import atomic_folder
 from ..encoding.onnx_encoding import IMAGE_INPUT, TEXT_INPUTS, OnnxEncoder
 from ..image_cropping_llm2clip import LLM2CLIPImageProcessor
-from ..model_folders.atomic_folder import atomic_folder
 from ..model_folders.fingerprint import fingerprint_embeddings
 from ..model_folders.golden_embeddings import GOLDEN_FILE, require_golden
 from ..model_folders.model_card import CardData, format_rows, read_card_data, update_card_data

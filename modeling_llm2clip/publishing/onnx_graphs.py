@@ -231,9 +231,9 @@ def write_rounded_graph(source: Path, file: Path, *, bits: int) -> int:
 @contextmanager
 def _quiet_quantizer() -> Iterator[None]:
     """Undo what the quantizer's module does to the root logger, which then shows every node."""
-    root, own = logging.getLogger(), logging.getLogger("onnxruntime.quantization")
+    root, logger = logging.getLogger(), logging.getLogger("onnxruntime.quantization")
     level, handlers = root.level, [*root.handlers]
-    own.setLevel(logging.WARNING)
+    logger.setLevel(logging.WARNING)
     try:
         yield
     finally:

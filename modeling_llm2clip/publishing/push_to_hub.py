@@ -265,15 +265,15 @@ def require_no_credentials(
             f"allow_files={unknown}: {folder} has no such files that would be uploaded. Give paths "
             "as they are listed."
         )
-    found = [
+    credentials = [
         f"{path} ({reason})"
         for path in sorted(set(files) - set(allowed))
         if (reason := _find_credential(folder / path)) is not None
     ]
-    if found:
-        more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    if credentials:
+        more = f"; and {len(credentials) - _SHOWN} more" if len(credentials) > _SHOWN else ""
         raise ValueError(
-            f"{folder} holds what looks like credentials: {'; '.join(found[:_SHOWN])}{more}. "
+            f"{folder} holds what looks like credentials: {'; '.join(credentials[:_SHOWN])}{more}. "
             "Remove them from it; name a file that has none with allow_files."
         )
 
@@ -333,5 +333,5 @@ def _find_credential(file: Path) -> str | None:
     with file.open("rb") as opened:
         with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
             text = content[:].replace(b"\0", b"") if _UTF_16.match(content) else content
-            found = (what for what, pattern in _CREDENTIALS.items() if re.search(pattern, text))
-            return next(found, None)
+            reasons = (what for what, pattern in _CREDENTIALS.items() if re.search(pattern, text))
+            return next(reasons, None)

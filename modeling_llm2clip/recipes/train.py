@@ -36,8 +36,7 @@ from ..evaluation.evaluate import evaluate
 from ..evaluation.results import list_result_files
 from ..loading_llm2clip import list_weight_files, load_without_code
 from ..model_folders.model_folder import LORA_WEIGHTS, find_model_type, require_sources
-from ..publishing.card_results import add_card_results
-from ..publishing.export_model import export_model
+from ..publishing.export_model import add_card_results, export_model
 from ..scheduling.graceful_stop import StageInterrupt
 from ..scheduling.processes import choose_device
 from ..training.alignment.align import align

@@ -19,8 +19,14 @@ from typing import IO, TYPE_CHECKING, Any
 
 from .._environment import describe_hardware, list_versions, read_commit
 from .._suggestions import MAX_LISTED
-from ..data.atomic_files import is_unfinished, lock_unless_held, require_writable, write_atomically
-from ..model_folders.atomic_folder import clear_leftovers, require_new_folder
+from ..data.atomic_files import (
+    clear_leftovers,
+    is_unfinished,
+    lock_unless_held,
+    require_new_folder,
+    require_writable,
+    write_atomically,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

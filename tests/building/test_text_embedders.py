@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
 import torch.nn.functional as F
 from aligning import write_color_data
+from breaking import edit_json
 from safetensors.torch import load_file, save_file
 from tiny import tiny_vision
 from tiny_embedders import EMBEDDERS, tiny_embedder
@@ -50,6 +53,28 @@ PROMPT = "task: find the image | query: "
 # Sums of float32 numbers in another order, of embeddings of unit length.
 ROUNDING = 1e-6
 TINY = {"projection_dim": 16, "text_adapter_layers": 0}
+Sources: TypeAlias = Callable[[str], Path]
+OWN = BuildConfig(prompt="own", **TINY)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> Sources:
+    """Folder of a family's embedder, which no test may change."""
+    return cache(lambda family: tiny_embedder(tmp_path_factory.mktemp("embedder"), family))
+
+
+def save_longer(source: Path, folder: Path, length: int) -> Path:
+    """Save an embedder anew that reads longer texts."""
+    encoder = sentence_transformers.SentenceTransformer(str(source), device="cpu")
+    encoder.max_seq_length = length
+    encoder.save(str(folder))
+    return folder
+
+
+def encode_built(source: Path, config: BuildConfig) -> tuple[LLM2CLIPModel, Tensor]:
+    """Build on an embedder, and encode the texts before the adapter."""
+    model, processor = join_towers(tiny_vision(), source, config)
+    return model, encode_texts(model, processor, TEXTS, project=False)
 
 
 def encode_with_library(source: Path, **settings: Any) -> Tensor:
@@ -64,26 +89,26 @@ def measure_distance(found: Tensor, wanted: Tensor) -> float:
 
 
 @pytest.mark.parametrize("family", EMBEDDERS)
-def test_embeddings_before_the_adapter_are_the_embedders_own(family: str, tmp_path: Path) -> None:
+def test_embeddings_before_the_adapter_are_the_embedders_own(
+    family: str, embedder: Sources, tmp_path: Path
+) -> None:
     model_type = EMBEDDERS[family][0].removesuffix("_text")
     pytest.importorskip(f"transformers.models.{model_type}")
-    source = tiny_embedder(tmp_path, family)
+    source = embedder(family)
     wanted = encode_with_library(source, prompt=PROMPT)
     config = BuildConfig(prompt="own", prompt_prefix=PROMPT, **TINY)
     folder = save_model(*join_towers(tiny_vision(), source, config), tmp_path / "model")
     model = LLM2CLIPModel.from_pretrained(folder)
     processor = LLM2CLIPProcessor.from_pretrained(folder)
-    batch = processor(text=TEXTS)
     alone = [processor(text=[text]) for text in TEXTS]
     with torch.no_grad():
         embeds = {
             "in a batch": encode_texts(model, processor, TEXTS, project=False),
             "alone": torch.cat([model.get_caption_embeds(**text) for text in alone]),
         }
-    # With gradients a batch is padded, without them packed.
-    embeds["padded"] = model.get_caption_embeds(**batch).detach()
-    left = processor(text=TEXTS, padding_side="left")
-    embeds["padded on the left"] = model.get_caption_embeds(**left).detach()
+    for side in ("right", "left"):  # with gradients a batch is padded, without them packed
+        inputs = processor(text=TEXTS, padding_side=side)
+        embeds[f"padded on the {side}"] = model.get_caption_embeds(**inputs).detach()
     distances = {name: measure_distance(found, wanted) for name, found in embeds.items()}
     assert max(distances.values()) < ROUNDING, distances
     prompt, _ = describe_prompt(processor.tokenizer.backend_tokenizer, model.config)
@@ -109,7 +134,18 @@ def test_texts_get_embeddings_that_are_kept_bit_for_bit(
     assert torch.equal(found, F.normalize(unprojected, dim=-1))
     assert measure_distance(found, F.normalize(encode_with_library(source), dim=-1)) < ROUNDING
     assert find_untrained_parts(model.config) == ("projections",)
-    records, run = load_records(write_color_data(tmp_path / "data", count=30)), tmp_path / "run"
+
+
+def test_what_a_training_would_change_of_an_embedder_is_refused(
+    embedder: Sources, tmp_path: Path
+) -> None:
+    source, run = embedder("EmbeddingGemma"), tmp_path / "run"
+    with_dense = save_model(*join_towers(tiny_vision(), source, OWN), tmp_path / "dense")
+    with pytest.raises(ValueError, match="Align it without fine-tuning"):
+        finetune_llm(with_dense, RECORDS, run, SHORT)
+    config = BuildConfig(prompt="own", keep_embeddings=True)
+    folder = save_model(*join_towers(tiny_vision(), source, config), tmp_path / "kept")
+    records = load_records(write_color_data(tmp_path / "data", count=30))
     online = AlignConfig(text_training="frozen-online", device="cpu", max_steps=1)
     with pytest.raises(ValueError, match=r"keeps an embedder's own.*Give lock_text=True"):
         align(folder, records, run, online)
@@ -117,24 +153,37 @@ def test_texts_get_embeddings_that_are_kept_bit_for_bit(
     with pytest.raises(ValueError, match=r"keeps an embedder's own.*Give lock_text=True"):
         align(aligned, records, run, online)
     with pytest.raises(ValueError, match="a LoRA would change embeddings that are to be kept"):
-        finetune_llm(folder, RECORDS, tmp_path / "tuned", SHORT)
+        finetune_llm(folder, RECORDS, run, SHORT)
 
 
-def test_what_does_not_go_with_kept_embeddings_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match="nothing to choose of these: projection_dim, text_adapter"
-    ):
-        BuildConfig(prompt="own", keep_embeddings=True, **TINY)
-    with pytest.raises(ValueError, match=r"Only a sentence-transformers model .* keep_embeddings"):
-        BuildConfig(prompt="none", keep_embeddings=True)
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (
+            {"prompt": "own", "keep_embeddings": True, **TINY},
+            "of these: projection_dim, text_adapter",
+        ),
+        ({"prompt": "none", "keep_embeddings": True}, r"Only a sentence-tr.* keep_embeddings"),
+        ({"prompt": "none", "truncate_dim": 8}, r"Only a sentence-transformers .* truncate_dim"),
+        # Those of other LLMs, and what an embedder has anyway.
+        ({"bidirectional": False, "text_pooling": "last_token"}, "Leave out bidirectional, text_"),
+        ({"bidirectional": True, "text_pooling": "mean"}, "Leave out bidirectional, text_pooling"),
+        ({"prompt_name": "query", "prompt_prefix": "query: "}, "are two prompts"),
+    ],
+)
+def test_options_that_an_embedder_does_not_take_are_refused(
+    options: dict[str, Any], error: str
+) -> None:
+    with pytest.raises(ValueError, match=error):
+        BuildConfig(**{"prompt": "own", **options})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["MiniLM", "gte-ModernBERT", "EmbeddingGemma", "SGPT"])
 def test_the_folder_of_an_embedder_is_healthy_and_errors_of_its_servers_differ(
-    family: str, tmp_path: Path
+    family: str, embedder: Sources, tmp_path: Path
 ) -> None:
-    source = tiny_embedder(tmp_path, family)
+    source = embedder(family)
     config = BuildConfig(prompt="own", prompt_prefix=PROMPT, **TINY)
     folder = build_model(tiny_vision(), source, tmp_path / "model", config)
     report = check_model(folder)
@@ -163,14 +212,10 @@ def test_prompts_are_found_by_name_and_by_default(tmp_path: Path) -> None:
     prompts = {"query": "find: the query: ", "document": "the passage: "}
     source = tiny_embedder(tmp_path, prompts=prompts, default_prompt_name="document")
     for name, shown in (("query", "query"), (None, "document")):
-        model, processor = join_towers(
-            tiny_vision(), source, BuildConfig(prompt="own", prompt_name=name, **TINY)
-        )
-        found = encode_texts(model, processor, TEXTS, project=False)
-        wanted = encode_with_library(source, prompt_name=shown)
-        assert measure_distance(found, wanted) < ROUNDING
+        _, embeds = encode_built(source, replace(OWN, prompt_name=name))
+        assert measure_distance(embeds, encode_with_library(source, prompt_name=shown)) < ROUNDING
     with pytest.raises(ValueError, match=r"has no prompt 'image'; it has .*'query'"):
-        join_towers(tiny_vision(), source, BuildConfig(prompt="own", prompt_name="image", **TINY))
+        join_towers(tiny_vision(), source, replace(OWN, prompt_name="image"))
 
 
 @pytest.mark.parametrize("prompt", [None, "find the image: "])
@@ -178,59 +223,47 @@ def test_a_prompt_that_is_not_pooled_is_left_out_of_the_mean(
     prompt: str | None, tmp_path: Path
 ) -> None:
     source = tiny_embedder(tmp_path, include_prompt=False)
-    config = BuildConfig(prompt="own", prompt_prefix=prompt, **TINY)
-    model, processor = join_towers(tiny_vision(), source, config)
+    model, embeds = encode_built(source, replace(OWN, prompt_prefix=prompt))
     assert model.config.num_unpooled == (
         0 if prompt is None else len(model.config.prompt_prefix_ids)
     )
-    found = encode_texts(model, processor, TEXTS, project=False)
-    wanted = encode_with_library(source, prompt=prompt or "")
-    assert measure_distance(found, wanted) < ROUNDING
+    assert measure_distance(embeds, encode_with_library(source, prompt=prompt or "")) < ROUNDING
 
 
 @pytest.mark.parametrize("family", ["MiniLM", "EmbeddingGemma"])
 def test_the_first_dimensions_point_where_those_of_the_library_do(
-    family: str, tmp_path: Path
+    family: str, embedder: Sources
 ) -> None:
-    source = tiny_embedder(tmp_path, family)
-    config = BuildConfig(prompt="own", truncate_dim=8, **TINY)
-    model, processor = join_towers(tiny_vision(), source, config)
-    found = encode_texts(model, processor, TEXTS, project=False)
-    assert found.shape[1] == model.config.text_width == 8
-    wanted = F.normalize(encode_with_library(source, truncate_dim=8), dim=-1)
+    source = embedder(family)
+    model, embeds = encode_built(source, replace(OWN, truncate_dim=8))
+    assert embeds.shape[1] == model.config.text_width == 8
+    expected = F.normalize(encode_with_library(source, truncate_dim=8), dim=-1)
     # The direction of the first dimensions, which are a part of the length.
-    assert measure_distance(found, wanted) < 3 * ROUNDING
+    assert measure_distance(embeds, expected) < 3 * ROUNDING
     with pytest.raises(ValueError, match=r"truncate_dim=99, but the embeddings .* have"):
-        join_towers(tiny_vision(), source, BuildConfig(prompt="own", truncate_dim=99, **TINY))
+        join_towers(tiny_vision(), source, replace(OWN, truncate_dim=99))
 
 
 def test_embeddings_that_are_not_normalized_keep_their_length(tmp_path: Path) -> None:
     source = tiny_embedder(tmp_path, last=[])
-    model, processor = join_towers(tiny_vision(), source, BuildConfig(prompt="own", **TINY))
-    found, wanted = (
-        encode_texts(model, processor, TEXTS, project=False),
-        encode_with_library(source),
-    )
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)  # lengths of about six
+    _, embeds = encode_built(source, OWN)
+    expected = encode_with_library(source)
+    torch.testing.assert_close(embeds, expected, rtol=1e-5, atol=1e-5)  # lengths of about six
 
 
+LINEAR = {"activation_function": None}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "activation": (
-        {"last": [modules.Dense(32, 8, activation_function=nn.Tanh())]},
-        "a Dense has the activation Tanh",
+        {"last": [modules.Dense(32, 8, activation_function=nn.Tanh())]}, "a Dense has the"
     ),
     "residual": (
-        {"last": [modules.Dense(32, 32, activation_function=None, use_residual=True)]},
-        "a Dense is not applied to the embedding alone",
+        {"last": [modules.Dense(32, 32, use_residual=True, **LINEAR)]}, "a Dense is not applied to"
     ),
     "module": ({"last": [modules.LayerNorm(32)]}, "LayerNorm is not a Dense"),
-    "order": (
-        {"last": [modules.Normalize(), modules.Dense(32, 8, activation_function=None)]},
-        "Normalize is not a Dense",
-    ),
+    "order": ({"last": [modules.Normalize(), modules.Dense(32, 8, **LINEAR)]}, "Normalize is not"),
     "pooling": ({"pooling": "max"}, "pooling_mode='max' is not one of"),
     "poolings": ({"pooling": ("cls", "mean"), "last": []}, r"pooling_mode=\('cls', 'mean'\)"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("settings", "message"), REFUSED.values(), ids=REFUSED)
@@ -238,54 +271,44 @@ def test_modules_that_cannot_be_repeated_are_refused_by_name(
     settings: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     source = tiny_embedder(tmp_path, **settings)
-    with pytest.raises(
-        ValueError, match=f"cannot be repeated exactly: {message}.*another embedder"
-    ):
-        join_towers(tiny_vision(), source, BuildConfig(prompt="own", **TINY))
+    error = f"cannot be repeated exactly: {message}.*another embedder"
+    with pytest.raises(ValueError, match=error):
+        join_towers(tiny_vision(), source, OWN)
 
 
-def test_an_embedder_keeps_its_length_and_is_the_same_in_every_build(tmp_path: Path) -> None:
-    source = tmp_path / "longer"
-    encoder = sentence_transformers.SentenceTransformer(str(tiny_embedder(tmp_path)), device="cpu")
-    encoder.max_seq_length = 600
-    encoder.save(str(source))
+def test_an_embedder_keeps_its_length_and_is_the_same_in_every_build(
+    embedder: Sources, tmp_path: Path
+) -> None:
+    source = save_longer(embedder("MiniLM"), tmp_path / "longer", 600)
     weights = load_file(source / "model.safetensors")
     kept = {name: value for name, value in weights.items() if "pooler" not in name}
     assert len(kept) < len(weights)
     save_file(kept, source / "model.safetensors", metadata={"format": "pt"})
-    config = BuildConfig(prompt="own", **TINY)
-    models = [join_towers(tiny_vision(), source, config)[0] for _ in range(2)]
+    models = [join_towers(tiny_vision(), source, OWN)[0] for _ in range(2)]
     assert [model.config.max_text_length for model in models] == [600, 600]
     with pytest.raises(ValueError, match=r"max_text_length=601, but .* reads 600 tokens"):
-        join_towers(tiny_vision(), source, replace(config, max_text_length=601))
+        join_towers(tiny_vision(), source, replace(OWN, max_text_length=601))
     first, second = (model.text_model.state_dict() for model in models)
     assert all(torch.equal(first[name], value) for name, value in second.items())
     with pytest.raises(ValueError, match="must get directions alone"):
-        join_towers(tiny_vision(), source, replace(config, normalize_text_before_adapter=False))
+        join_towers(tiny_vision(), source, replace(OWN, normalize_text_before_adapter=False))
 
 
 @pytest.mark.parametrize("family", ["EmbeddingGemma", "Qwen3-Embedding"])
 def test_an_embedder_of_long_texts_is_repeated_beyond_its_window(
-    family: str, tmp_path: Path
+    family: str, embedder: Sources, tmp_path: Path
 ) -> None:
     """The longest sample is encoded whole, and exceeds the window by far."""
-    source = tmp_path / "longer"
-    encoder = sentence_transformers.SentenceTransformer(
-        str(tiny_embedder(tmp_path, family)), device="cpu"
-    )
-    encoder.max_seq_length = 1000
-    encoder.save(str(source))
-    folder = build_model(
-        tiny_vision(), source, tmp_path / "model", BuildConfig(prompt="own", **TINY)
-    )
-    model = LLM2CLIPModel.from_pretrained(folder)
+    source = save_longer(embedder(family), tmp_path / "longer", 1000)
+    model, embeds = encode_built(source, OWN)
     assert model.config.max_text_length == 1000
-    found = encode_texts(model, LLM2CLIPProcessor.from_pretrained(folder), TEXTS, project=False)
-    assert measure_distance(found, encode_with_library(source)) < ROUNDING
+    assert measure_distance(embeds, encode_with_library(source)) < ROUNDING
 
 
-def test_a_bidirectional_network_keeps_its_window_with_a_prompt_of_ours(tmp_path: Path) -> None:
-    source = tiny_embedder(tmp_path, "EmbeddingGemma")
+def test_a_bidirectional_network_keeps_its_window_with_a_prompt_of_ours(
+    embedder: Sources, tmp_path: Path
+) -> None:
+    source = embedder("EmbeddingGemma")
     network = AutoModel.from_pretrained(source)
     ids = torch.arange(4, 44).unsqueeze(0)
     wanted = network(ids).last_hidden_state
@@ -302,16 +325,14 @@ def test_a_bidirectional_network_keeps_its_window_with_a_prompt_of_ours(tmp_path
 
 
 def test_what_is_not_an_embedder_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
-    config = BuildConfig(prompt="own", **TINY)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match=r"no modules\.json, so it is not a sentence-transformers"):
-        join_towers(tiny_vision(), tmp_path, config)
+        join_towers(tiny_vision(), tmp_path, OWN)
     with pytest.raises(ValueError, match="needs the folder or Hub id of an embedder"):
-        join_towers(tiny_vision(), tiny_vision(), config)
+        join_towers(tiny_vision(), tiny_vision(), OWN)
 
 
 def test_an_old_layout_and_t5_are_refused_with_the_way_out(tmp_path: Path) -> None:
-    config = BuildConfig(prompt="own", **TINY)
     source = tiny_embedder(tmp_path)
     old = tmp_path / "old"
     shutil.copytree(source, old / "0_Transformer")
@@ -321,41 +342,26 @@ def test_an_old_layout_and_t5_are_refused_with_the_way_out(tmp_path: Path) -> No
     first, *others = json.loads(modules_file.read_text("utf-8"))
     modules_file.write_text(json.dumps([{**first, "path": "0_Transformer"}, *others][:2]))
     with pytest.raises(ValueError, match=r"the folder has no config\.json"):
-        join_towers(tiny_vision(), old, config)
+        join_towers(tiny_vision(), old, OWN)
     assert find_model_type(old).content == "sentence-transformers"  # what `evaluate` takes
     encoder = sentence_transformers.SentenceTransformer(str(old), device="cpu")
     encoder.save(str(tmp_path / "saved again"))
-    join_towers(tiny_vision(), tmp_path / "saved again", config)
+    join_towers(tiny_vision(), tmp_path / "saved again", OWN)
     (source / "config.json").write_text('{"model_type": "t5"}')
     for prompt in ("own", "llama-3"):
         with pytest.raises(ValueError, match="is a 't5', an encoder with a decoder"):
-            join_towers(tiny_vision(), source, replace(config, prompt=prompt))
+            join_towers(tiny_vision(), source, replace(OWN, prompt=prompt))
 
 
 def test_a_network_that_gives_other_embeddings_than_the_library_is_refused(
     tmp_path: Path,
 ) -> None:
     source = tiny_embedder(tmp_path)
-    # Lowercases what the tokenizer, without a normalizer, takes as it is.
-    tokenizer = json.loads((source / "tokenizer.json").read_text("utf-8"))
-    tokenizer["normalizer"] = None
-    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
-    settings = json.loads((source / "sentence_bert_config.json").read_text("utf-8"))
-    settings["do_lower_case"] = True
-    (source / "sentence_bert_config.json").write_text(json.dumps(settings))
+    # The library lowercases what the tokenizer, without a normalizer, takes as it is.
+    edit_json("tokenizer.json", lambda content: content.update(normalizer=None))(source)
+    edit_json("sentence_bert_config.json", lambda c: c.update(do_lower_case=True))(source)
     with pytest.raises(ValueError, match="does not give the embeddings of sentence-transformers"):
-        join_towers(tiny_vision(), source, BuildConfig(prompt="own", **TINY))
-
-
-def test_options_that_would_change_an_embedder_are_refused() -> None:
-    with pytest.raises(ValueError, match="Leave out bidirectional, text_pooling"):
-        BuildConfig(prompt="own", bidirectional=False, text_pooling="last_token")
-    with pytest.raises(ValueError, match="Leave out bidirectional, text_pooling"):
-        BuildConfig(prompt="own", bidirectional=True, text_pooling="mean")  # as of other LLMs
-    with pytest.raises(ValueError, match="are two prompts"):
-        BuildConfig(prompt="own", prompt_name="query", prompt_prefix="query: ")
-    with pytest.raises(ValueError, match=r"Only a sentence-transformers model .* truncate_dim"):
-        BuildConfig(prompt="none", truncate_dim=8)
+        join_towers(tiny_vision(), source, OWN)
 
 
 def test_a_recipe_does_not_fine_tune_an_embedder(tmp_path: Path) -> None:
@@ -368,16 +374,10 @@ def test_a_recipe_does_not_fine_tune_an_embedder(tmp_path: Path) -> None:
         TrainConfig(**recipe, finetune={"num_train_epochs": 3})
 
 
-def test_an_embedder_with_dense_modules_is_not_fine_tuned(tmp_path: Path) -> None:
-    source = tiny_embedder(tmp_path, "EmbeddingGemma")
-    built = join_towers(tiny_vision(), source, BuildConfig(prompt="own", **TINY))
-    folder = save_model(*built, tmp_path / "model")
-    with pytest.raises(ValueError, match="Align it without fine-tuning"):
-        finetune_llm(folder, RECORDS, tmp_path / "run", SHORT)
-
-
-def test_a_lora_leaves_out_the_pooler_of_an_encoder_which_nothing_reads(tmp_path: Path) -> None:
-    built = join_towers(tiny_vision(), tiny_embedder(tmp_path), BuildConfig(prompt="own", **TINY))
+def test_a_lora_leaves_out_the_pooler_of_an_encoder_which_nothing_reads(
+    embedder: Sources, tmp_path: Path
+) -> None:
+    built = join_towers(tiny_vision(), embedder("MiniLM"), OWN)
     source = save_model(*built, tmp_path / "model")
     tuned = finetune_llm(source, RECORDS, tmp_path / "tuned", replace(SHORT, merge=True))
     data = write_color_data(tmp_path / "data", count=12)
@@ -402,7 +402,7 @@ def test_a_lora_leaves_out_the_pooler_of_an_encoder_which_nothing_reads(tmp_path
 def test_the_packages_own_embedder_is_all_minilm(tmp_path: Path) -> None:
     if not (source := find_tower(MINILM)).is_dir():
         pytest.skip("all-MiniLM-L6-v2 is not in the cache")
-    folder = build_model(tiny_vision(), source, tmp_path, BuildConfig(prompt="own", **TINY))
+    folder = build_model(tiny_vision(), source, tmp_path, OWN)
     model = LLM2CLIPModel.from_pretrained(folder)
     found = encode_texts(model, LLM2CLIPProcessor.from_pretrained(folder), TEXTS, project=False)
     # Six layers of real weights instead of two; about 1e-6 was measured.

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from modeling_llm2clip.building.build_model import join_towers
-from modeling_llm2clip.building.text_towers import load_text_tower
+from modeling_llm2clip.building.text_towers import load_text_tower, require_own_tokenizer
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.model_folders.model_writing import save_model
@@ -113,6 +113,10 @@ def turn_for_gguf(name: str, value: torch.Tensor, config: Any) -> np.ndarray:
     return value.contiguous().numpy()
 
 
+def require_equal_weights(loaded: PreTrainedModel, expected: dict[str, torch.Tensor]) -> None:
+    torch.testing.assert_close(dict(loaded.state_dict()), dict(expected), rtol=0, atol=0)
+
+
 # GGUF
 
 
@@ -121,11 +125,7 @@ def test_a_gguf_file_gives_the_weights_it_was_written_from(
 ) -> None:
     pytest.importorskip("gguf")
     loaded, tokenizer = load_text_tower(write_gguf(tmp_path / "tiny.gguf", llm, tiny_tokenizer()))
-    wanted = llm.state_dict()
-    assert {n: v.dtype for n, v in loaded.state_dict().items()} == {
-        name: torch.float32 for name in wanted
-    }
-    assert all(torch.equal(value, wanted[name]) for name, value in loaded.state_dict().items())
+    require_equal_weights(loaded, llm.state_dict())
     text = "two red apples on a wooden table, ñ 雪"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert ids == tiny_tokenizer()(text, add_special_tokens=False)["input_ids"]
@@ -159,10 +159,9 @@ def test_of_a_gguf_file_the_first_layers_are_kept(tmp_path: Path) -> None:
     tall = tiny_llm(vocabulary_size=len(tiny_tokenizer()), num_layers=3)
     file = write_gguf(tmp_path / "tiny.gguf", tall, tiny_tokenizer())
     loaded, _ = load_text_tower(file, num_layers=2)
-    wanted = tall.state_dict()
     assert loaded.config.num_hidden_layers == 2
-    assert set(loaded.state_dict()) == {name for name in wanted if "layers.2." not in name}
-    assert all(torch.equal(value, wanted[name]) for name, value in loaded.state_dict().items())
+    weights = tall.state_dict().items()
+    require_equal_weights(loaded, {n: v for n, v in weights if "layers.2." not in n})
 
 
 # Models without a language model
@@ -178,13 +177,6 @@ def test_what_is_not_a_decoder_is_refused_by_its_model_type(
     tiny_tokenizer().save_pretrained(tmp_path)
     # There are no weights: whatever is refused only after loading them would show another message.
     with pytest.raises(ValueError, match=f"is a '{named}'; LLM2CLIP needs a decoder"):
-        load_text_tower(tmp_path)
-
-
-def test_weights_that_an_llm_lacks_are_named(tmp_path: Path) -> None:
-    save_tiny_llm(tmp_path)
-    drop_weights(tmp_path, "layers.1.mlp.up_proj")
-    with pytest.raises(ValueError, match=r"lacks weights of its LLM: layers.1.mlp.up_proj"):
         load_text_tower(tmp_path)
 
 
@@ -216,9 +208,7 @@ def test_of_a_model_that_also_takes_images_the_language_model_is_taken(tmp_path:
     first, _ = load_text_tower(tmp_path, num_layers=1)
     assert (first.config.num_hidden_layers, len(first.config.layer_types)) == (1, 1)
     assert not any("layers.1." in name for name in first.state_dict())
-    wanted = whole.state_dict()
-    assert set(loaded.state_dict()) == set(wanted)
-    assert all(torch.equal(value, wanted[name]) for name, value in loaded.state_dict().items())
+    require_equal_weights(loaded, whole.state_dict())
     arguments = BuildConfig(prompt="llama-3", text_adapter_layers=0)
     built, processor = join_towers(tiny_vision(), (loaded, tokenizer), arguments)
     save_model(built, processor, tmp_path / "model")
@@ -227,10 +217,13 @@ def test_of_a_model_that_also_takes_images_the_language_model_is_taken(tmp_path:
     assert torch.equal(again.text_model.embed_tokens.weight, whole.embed_tokens.weight)
 
 
-def test_weights_that_the_language_model_of_a_larger_one_lacks_are_named(tmp_path: Path) -> None:
-    save_gemma3(tmp_path)
+@pytest.mark.parametrize(
+    ("save", "prefix"), [(save_tiny_llm, ""), (save_gemma3, "language_model.")]
+)
+def test_weights_that_an_llm_lacks_are_named(save: Any, prefix: str, tmp_path: Path) -> None:
+    save(tmp_path)
     drop_weights(tmp_path, "layers.1.mlp.up_proj")
-    with pytest.raises(ValueError, match=r"lacks weights of its LLM: language_model.layers.1.mlp"):
+    with pytest.raises(ValueError, match=rf"lacks weights of its LLM: {prefix}layers.1.mlp.up_pr"):
         load_text_tower(tmp_path)
 
 
@@ -261,48 +254,30 @@ def test_a_tokenizer_with_more_ids_than_the_embedding_table_is_refused(tmp_path:
         load_text_tower(tmp_path)
 
 
-def save_llm_with_marks(folder: Path, **marks: Any) -> Path:
-    """Save a decoder of 5,000 rows, and a tokenizer of 320 ids."""
-    model = tiny_llm(vocabulary_size=5000)
-    for name, value in marks.items():
-        setattr(model.config, name, value)
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize(
     ("marks", "named"),
     [
         ({"eos_token_id": 4999}, r"'eos_token_id': \[4999\]"),
         ({"bos_token_id": 4998}, r"'bos_token_id': \[4998\]"),
         ({"eos_token_id": [2, 320]}, r"'eos_token_id': \[2, 320\]"),
+        ({"bos_token_id": None, "eos_token_id": None}, None),
+        ({"bos_token_id": 1, "eos_token_id": 7}, None),  # of a chat; the tokenizer's own end is 2
+        ({"bos_token_id": 0, "eos_token_id": [2, 4, 7]}, None),
+        ({"bos_token_id": -1, "eos_token_id": 2}, None),
     ],
 )
-def test_a_tokenizer_without_the_ids_that_end_the_llms_texts_is_refused(
-    marks: dict[str, Any], named: str, tmp_path: Path
+def test_ids_that_begin_or_end_the_llms_texts_are_the_tokenizers_or_refused(
+    marks: dict[str, Any], named: str | None
 ) -> None:
-    with pytest.raises(
-        ValueError,
-        match=rf"{named}.*, which the tokenizer \(ids up to 319\) lacks.*different models",
-    ):
-        load_text_tower(save_llm_with_marks(tmp_path, **marks))
-
-
-@pytest.mark.parametrize(
-    "marks",
-    [
-        {"bos_token_id": None, "eos_token_id": None},
-        {"bos_token_id": 1, "eos_token_id": 7},  # a chat variant: the tokenizer's own end is 2
-        {"bos_token_id": 0, "eos_token_id": [2, 4, 7]},
-        {"bos_token_id": -1, "eos_token_id": 2},
-    ],
-)
-def test_an_llm_may_state_no_end_another_special_token_or_several(
-    marks: dict[str, Any], tmp_path: Path
-) -> None:
-    folder = save_llm_with_marks(tmp_path, **marks)
-    load_text_tower(folder)
+    config = tiny_llm(vocabulary_size=5000).config
+    for name, value in marks.items():
+        setattr(config, name, value)
+    if named is None:
+        require_own_tokenizer(config, tiny_tokenizer(), "The LLM")
+        return
+    error = rf"{named}.*, which the tokenizer \(ids up to 319\) lacks.*different models"
+    with pytest.raises(ValueError, match=error):
+        require_own_tokenizer(config, tiny_tokenizer(), "The LLM")
 
 
 def test_an_embedder_that_pools_its_last_token_keeps_its_embeddings() -> None:

@@ -13,46 +13,36 @@ from transformers import AutoConfig, AutoModel, CLIPImageProcessorPil, PreTraine
 from modeling_llm2clip import LLM2CLIPConfig
 from modeling_llm2clip.base_llm2clip import set_attention_direction
 from modeling_llm2clip.building.build_model import join_towers
-from modeling_llm2clip.building.tower_checks import (
-    find_direction_errors,
-    require_direction,
-)
+from modeling_llm2clip.building.tower_checks import find_direction_errors, require_direction
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.encoding.encode import encode_texts
+from modeling_llm2clip.model_folders.golden_embeddings import compare_golden
+from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 
 BLIND = r"first token does not see the last"
 SIZE: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "vocab_size": 400,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-# Families that drop the attention arguments on the way, so that the configuration alone leaves
-# them causal where nothing is padded.
-FORGETFUL = {
-    "stablelm": {"num_key_value_heads": 2},
-}
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+    "vocab_size": 400, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+# Drops the attention arguments on the way, so that the configuration alone leaves it causal where
+# nothing is padded.
+FORGETFUL = ("stablelm", {"num_key_value_heads": 2})
 # Learned positions and ALiBi.
 OTHER_POSITIONS = {"gpt2": {}, "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}, "bloom": {}}
 # Families that no flag makes bidirectional: no attention at all, attention in chunks.
 REFUSED = {
     "mamba": {"state_size": 4},
     "llama4_text": {
-        "intermediate_size_mlp": 64,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "attention_chunk_size": 4,
-        "num_local_experts": 2,
+        "intermediate_size_mlp": 64, "num_key_value_heads": 2, "head_dim": 16,
+        "attention_chunk_size": 4, "num_local_experts": 2,
     },
-}
+}  # fmt: skip
+CAUSAL = BuildConfig(prompt="llama-3", text_adapter_layers=0, bidirectional=False)
+BOTH_SIDES = BuildConfig(prompt="llama-3", text_adapter_layers=0)
 
 
 def build_decoder(family: str, extras: dict[str, Any]) -> PreTrainedModel:
@@ -64,27 +54,33 @@ def build_decoder(family: str, extras: dict[str, Any]) -> PreTrainedModel:
     return model.eval()
 
 
-@pytest.mark.parametrize("llm", LLM_FAMILIES)
-def test_a_causal_decoder_is_refused_with_and_without_padding(llm: str) -> None:
-    errors = find_direction_errors(tiny_llm(llm), bidirectional=True)
-    assert len(errors) == 2
-    assert "without padding" in errors[0] and "with padding" in errors[1]
+def list_places(model: PreTrainedModel, *, bidirectional: bool) -> list[str]:
+    """Return where a decoder does not have the direction that it should."""
+    errors = find_direction_errors(model, bidirectional=bidirectional)
+    return [error.split(",")[0] for error in errors]
+
+
+@pytest.mark.parametrize(
+    ("llm", "dtype"),
+    [*((llm, torch.float32) for llm in LLM_FAMILIES), ("llama", torch.bfloat16),
+     ("gemma2", torch.bfloat16), ("phi", torch.bfloat16)],
+)  # fmt: skip
+def test_a_decoder_has_the_direction_that_was_set(llm: str, dtype: torch.dtype) -> None:
+    model = tiny_llm(llm).to(dtype)
+    require_direction(model, bidirectional=False)
+    assert list_places(model, bidirectional=True) == ["without padding", "with padding"]
     with pytest.raises(ValueError, match=rf"'{llm}' family cannot be .*{BLIND}.*bidirectional=Fal"):
-        require_direction(tiny_llm(llm), bidirectional=True)
-
-
-@pytest.mark.parametrize("llm", LLM_FAMILIES)
-def test_a_decoder_passes_once_its_direction_is_set(llm: str) -> None:
-    model = tiny_llm(llm)
+        require_direction(model, bidirectional=True)
     set_attention_direction(model, bidirectional=True)
     require_direction(model, bidirectional=True)
+    errors = list_places(model, bidirectional=False)
+    assert errors[:2] == ["without padding", "with padding"]
     set_attention_direction(model, bidirectional=False)
-    assert len(find_direction_errors(model, bidirectional=True)) == 2
+    assert list_places(model, bidirectional=True) == ["without padding", "with padding"]
 
 
-@pytest.mark.parametrize("family", FORGETFUL)
-def test_the_configuration_alone_is_found_out_where_a_family_forgets_it(family: str) -> None:
-    model = build_decoder(family, FORGETFUL[family])
+def test_the_configuration_alone_is_found_out_where_a_family_forgets_it() -> None:
+    model = build_decoder(*FORGETFUL)
     model.config.is_causal = False
     with pytest.raises(ValueError, match=f"without padding, the {BLIND}"):
         require_direction(model, bidirectional=True)
@@ -120,36 +116,14 @@ NEVER_CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", NEVER_CAUSAL)
-def test_building_refuses_an_encoder_that_does_not_stay_causal(name: str) -> None:
+def test_an_encoder_that_does_not_stay_causal_is_built_bidirectional_alone(name: str) -> None:
     family, extras = NEVER_CAUSAL[name]
+    error = rf"{family}' family cannot be kept causal here: .* sees a later .*bidirectional=True"
+    with pytest.raises(ValueError, match=error):
+        join_towers(tiny_vision(), (build_decoder(family, extras), tiny_tokenizer()), CAUSAL)
     encoder = build_decoder(family, extras)
-    arguments = BuildConfig(prompt="llama-3", text_adapter_layers=0, bidirectional=False)
-    with pytest.raises(
-        ValueError,
-        match=rf"{family}' family cannot be kept causal here: .* sees a later .*bidirectional=True",
-    ):
-        join_towers(tiny_vision(), (encoder, tiny_tokenizer()), arguments)
-
-
-@pytest.mark.parametrize("name", NEVER_CAUSAL)
-def test_an_encoder_that_does_not_stay_causal_is_bidirectional_on_every_path(name: str) -> None:
-    family, extras = NEVER_CAUSAL[name]
-    encoder = build_decoder(family, extras)
-    arguments = BuildConfig(prompt="llama-3", text_adapter_layers=0)
-    model, _ = join_towers(tiny_vision(), (encoder, tiny_tokenizer()), arguments)
+    model, _ = join_towers(tiny_vision(), (encoder, tiny_tokenizer()), BOTH_SIDES)
     assert find_direction_errors(model.text_model, bidirectional=True) == []
-
-
-@pytest.mark.parametrize("llm", LLM_FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_decoders_pass_as_causal_until_their_direction_is_changed(
-    llm: str, dtype: torch.dtype
-) -> None:
-    model = tiny_llm(llm).to(dtype)
-    require_direction(model, bidirectional=False)
-    set_attention_direction(model, bidirectional=True)
-    errors = find_direction_errors(model, bidirectional=False)
-    assert "without padding" in errors[0] and "with padding" in errors[1]
 
 
 # Recurrences that take padding for text: on the right it comes too late to matter.
@@ -163,12 +137,9 @@ READ_PADDING: dict[str, dict[str, Any]] = {
 def test_building_refuses_a_causal_llm_that_reads_padding_on_the_left(family: str) -> None:
     pytest.importorskip(f"transformers.models.{family}")
     decoder = build_decoder(family, READ_PADDING[family])
-    arguments = BuildConfig(prompt="llama-3", text_adapter_layers=0, bidirectional=False)
-    with pytest.raises(
-        ValueError,
-        match=r"here: with padding on the left, .*\. Take another LLM, or try bidirectional",
-    ):
-        join_towers(tiny_vision(), (decoder, tiny_tokenizer()), arguments)
+    error = r"here: with padding on the left, .*\. Take another LLM, or try bidirectional"
+    with pytest.raises(ValueError, match=error):
+        join_towers(tiny_vision(), (decoder, tiny_tokenizer()), CAUSAL)
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
@@ -193,26 +164,20 @@ def test_a_convolutional_tower_with_a_size_of_0_is_named(width: int, side: int) 
 @pytest.mark.parametrize("family", REFUSED)
 def test_building_refuses_a_decoder_that_stays_causal(family: str) -> None:
     decoder = build_decoder(family, REFUSED[family])
-    arguments = BuildConfig(prompt="llama-3", text_adapter_layers=0)
     with pytest.raises(ValueError, match=rf"{family}' family cannot be made bidirectional"):
-        join_towers(tiny_vision(), (decoder, tiny_tokenizer()), arguments)
+        join_towers(tiny_vision(), (decoder, tiny_tokenizer()), BOTH_SIDES)
 
 
 # Families with causal layers among others: each passes where the first token alone is watched.
 # Convolutions, recurrent attention, state spaces.
 GATED_DELTA = {
-    "linear_num_value_heads": 2,
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-}
-RECURRENT = [*["linear_attention"] * 3, "full_attention"]
+    "linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "layer_types": [*["linear_attention"] * 3, "full_attention"],
+}  # fmt: skip
 MIXED: dict[str, tuple[int, dict[str, Any]]] = {
     "lfm2": (3, {"layer_types": ["conv", "conv", "full_attention", "conv"]}),
-    "qwen3_5_text": (3, {**GATED_DELTA, "layer_types": RECURRENT, "head_dim": 8}),
+    "qwen3_5_text": (3, {**GATED_DELTA, "head_dim": 8}),
 }
-
-
 STATE_SPACE = {
     "num_key_value_heads": 2, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8,
     "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8,
@@ -237,40 +202,33 @@ def test_causal_layers_among_others_are_counted_and_refused(family: str) -> None
         ValueError, match=f"{num_causal} of its 4 layers do not look ahead .*: numb"
     ):
         require_direction(model, bidirectional=True)
-    errors = find_direction_errors(model, bidirectional=True)
-    assert [error.split(",")[0] for error in errors] == ["without padding", "with padding"]
+    assert list_places(model, bidirectional=True) == ["without padding", "with padding"]
 
 
 def test_a_causal_part_beside_attention_is_refused_by_its_name() -> None:
     pytest.importorskip("transformers.models.falcon_h1")
     decoder = build_decoder("falcon_h1", STATE_SPACE)
-    arguments = BuildConfig(prompt="llama-3", text_adapter_layers=0)
-    with pytest.raises(
-        ValueError, match=r"'falcon_h1' family cannot .* do not look ahead: mamba \(FalconH1Mixer\)"
-    ):
-        join_towers(tiny_vision(), (decoder, tiny_tokenizer()), arguments)
+    error = r"'falcon_h1' family cannot .* do not look ahead: mamba \(FalconH1Mixer\)"
+    with pytest.raises(ValueError, match=error):
+        join_towers(tiny_vision(), (decoder, tiny_tokenizer()), BOTH_SIDES)
 
 
 def test_a_tower_with_an_infinity_in_its_configuration_is_saved_and_loaded(tmp_path: Path) -> None:
-    sizes = {"state_size": 4, "num_heads": 8, "head_dim": 8, "n_groups": 1}
+    sizes = {"state_size": 4, "num_heads": 8, "head_dim": 8, "n_groups": 1, "num_hidden_layers": 1}
     decoder = build_decoder("mamba2", sizes)
     assert decoder.config.time_step_limit[1] == float("inf")
-    arguments = BuildConfig(prompt="llama-3", max_text_length=32, bidirectional=False)
-    model, processor = join_towers(tiny_vision(), (decoder, tiny_tokenizer()), arguments)
-    folder = save_model(model, processor, tmp_path / "model")
+    built = join_towers(tiny_vision(), (decoder, tiny_tokenizer()), CAUSAL)
+    folder = save_model(*built, tmp_path / "model")
     assert LLM2CLIPConfig.from_pretrained(folder).text_config.time_step_limit[1] == float("inf")
-    report = check_model(folder)
-    assert report.healthy, str(report)
+    assert compare_golden(folder, *load_model(folder, device="cpu"))
 
 
-@pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_experts_of_which_each_sees_one_token_are_no_error(
-    dtype: torch.dtype, bidirectional: bool
-) -> None:
+def test_experts_of_which_each_sees_one_token_are_no_error(dtype: torch.dtype) -> None:
     decoder = build_decoder("mixtral", {"num_key_value_heads": 2, "num_local_experts": 4})
-    set_attention_direction(decoder, bidirectional=bidirectional)
-    require_direction(decoder.to(dtype), bidirectional=bidirectional)
+    for bidirectional in (True, False):
+        set_attention_direction(decoder, bidirectional=bidirectional)
+        require_direction(decoder.to(dtype), bidirectional=bidirectional)
 
 
 @pytest.mark.parametrize("family", OTHER_WIDTHS)
@@ -286,8 +244,7 @@ def test_an_llm_whose_states_have_another_width_than_its_layers_encodes_and_come
     before = encode_texts(model, processor, captions, project=False)
     assert before.shape == (2, 48)
     folder = save_model(model, processor, tmp_path / "model")
-    report = check_model(folder)
-    assert report.healthy, str(report)
+    assert check_model(folder).failed == []
     loaded = LLM2CLIPModel.from_pretrained(folder)
     assert torch.equal(encode_texts(loaded, processor, captions, project=False), before)
     assert AlignmentModel.from_pretrained(folder).text_projection.in_features == 48
@@ -336,10 +293,8 @@ class LeakyPadding(torch.nn.Module):
 def test_a_decoder_that_attends_to_padding_is_found_out() -> None:
     # The second layer mixes no positions, which is not an error.
     model = LeakyPadding(Mixing(), torch.nn.Linear(8, 8))
-    errors = find_direction_errors(model, bidirectional=True)  # type: ignore[arg-type]
-    assert [error.partition(", the hidden states differ by")[0] for error in errors] == [
-        "with padding on the right", "with padding on the left"
-    ]  # fmt: skip
+    places = list_places(model, bidirectional=True)  # type: ignore[arg-type]
+    assert places == ["with padding on the right", "with padding on the left"]
 
 
 def test_layers_that_cannot_be_found_are_not_taken_for_good() -> None:

@@ -17,6 +17,7 @@ from tiny import (
     tiny_dual_encoder,
     tiny_images,
     tiny_llm,
+    tiny_timm,
     tiny_tokenizer,
     tiny_vision,
 )
@@ -30,18 +31,19 @@ from transformers import (
 )
 
 from modeling_llm2clip.building.build_model import join_towers
-from modeling_llm2clip.building.vision_towers import image_processor_from_timm, load_vision_tower
+from modeling_llm2clip.building.vision_towers import (
+    image_processor_from_timm,
+    load_vision_tower,
+    set_image_size,
+)
 from modeling_llm2clip.configs.build_config import BuildConfig
-from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 
 SETTINGS: dict[str, Any] = {
-    "input_size": (3, 44, 44),
-    "mean": (0.5, 0.4, 0.3),
-    "std": (0.2, 0.3, 0.4),
+    "input_size": (3, 44, 44), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4),
     "interpolation": "bicubic",
-}
+}  # fmt: skip
 FOLLOWED: dict[str, dict[str, Any]] = {
     "center, 48.9 rounded down": {"crop_pct": 0.9, "crop_mode": "center"},
     "center, all": {"crop_pct": 1.0, "input_size": (3, 48, 48)},
@@ -50,6 +52,24 @@ FOLLOWED: dict[str, dict[str, Any]] = {
     "squash, not square": {"crop_pct": 1.0, "crop_mode": "squash", "input_size": (3, 24, 40)},
     "bilinear": {"crop_pct": 0.9, "interpolation": "bilinear"},
 }
+
+LARGER = 96
+_WINDOWS = {"img_size": 64, "embed_dim": 16, "depths": [1, 2], "num_heads": [2, 4]}
+_TOKENS = {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}
+# Architecture, settings. In the first three, attention is within windows.
+NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "swin": ("swin_tiny_patch4_window7_224", {**_WINDOWS, "window_size": 4}),
+    "swinv2": ("swinv2_tiny_window8_256", {**_WINDOWS, "window_size": 4}),
+    "swinv2_cr": ("swinv2_cr_tiny_224", {**_WINDOWS, "window_size": 4}),
+    "swin, window of the architecture": ("swin_tiny_patch4_window7_224", _WINDOWS),
+    "beit": ("beit_base_patch16_224", _TOKENS),
+    "relative positions": ("vit_relpos_small_patch16_224", _TOKENS),
+    "rotary": ("vit_small_patch16_rope_224", _TOKENS),
+}
+
+
+def make_llm() -> tuple[Any, Any]:
+    return tiny_llm(vocabulary_size=len(tiny_tokenizer())), tiny_tokenizer()
 
 
 def render(height: int, width: int) -> Image.Image:
@@ -65,7 +85,7 @@ def require_timms_images(pretrained_cfg: dict[str, Any]) -> None:
     transform = create_transform(**settings, is_training=False)
     processor = image_processor_from_timm(pretrained_cfg)
     # Among them those whose margin is 0, 1, 2 and 3 modulo 4.
-    for image in (render(96, 120), render(120, 96), *(render(96, 97 + more) for more in range(8))):
+    for image in (render(96, 120), render(120, 96), *(render(96, 97 + more) for more in range(4))):
         wanted = transform(image)
         found = processor(image, return_tensors="pt")["pixel_values"][0]
         assert found.shape == wanted.shape
@@ -93,9 +113,7 @@ def test_a_published_network_that_squashes_gets_the_whole_image() -> None:
     [
         ({"crop_mode": "border"}, r"crop_mode='border' must be one of \('center', 'squash'\)"),
         ({"input_size": (3, 24, 40)}, "needs a square input, not 24 × 40"),
-        ({"interpolation": "random"}, "interpolation='random' must be one of"),
         ({"interpolation": "nearest"}, "interpolation='nearest' must be one of .*'bicubic'"),
-        ({"interpolation": "hamming"}, "interpolation='hamming' must be one of"),
     ],
 )
 def test_settings_that_no_image_processor_follows_are_refused(
@@ -116,8 +134,7 @@ def test_a_network_that_timm_saved_with_arguments_of_its_own_is_loaded(tmp_path:
         wanted = network.forward_features(pixels[..., :32, :32])
         found = tower(pixels[..., :32, :32]).last_hidden_state
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)  # rounding
-    llm = (tiny_llm(vocabulary_size=len(tiny_tokenizer())), tiny_tokenizer())
-    built = join_towers((tower, image_processor), llm, BuildConfig(prompt="none"))
+    built = join_towers((tower, image_processor), make_llm(), BuildConfig(prompt="none"))
     folder = save_model(*built, tmp_path / "model")
     again = AutoModel.from_pretrained(folder).vision_model
     assert torch.equal(again.timm_model.norm.weight, network.norm.weight)
@@ -159,33 +176,23 @@ def test_of_a_dual_encoder_given_whole_the_vision_tower_is_taken_bit_for_bit(
     with torch.no_grad():
         wanted = whole.get_image_features(**batch).pooler_output
         assert torch.equal(loaded(**batch).pooler_output, wanted)
-    tokenizer = tiny_tokenizer()
-    text = (tiny_llm(vocabulary_size=len(tokenizer)), tokenizer)
     config = BuildConfig(prompt="llama-3", text_adapter_layers=0)
-    model, processor = join_towers(tmp_path, text, config)
-    save_model(model, processor, tmp_path / "model")  # with golden embeddings
-    assert check_model(tmp_path / "model").failed == []
+    model, processor = join_towers(tmp_path, make_llm(), config)
+    save_model(model, processor, tmp_path / "model")
     again = AutoModel.from_pretrained(tmp_path / "model").state_dict()
     assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
 
 
-def test_a_vision_part_without_a_class_of_its_own_is_refused(tmp_path: Path) -> None:
-    AutoConfig.for_model("idefics2").save_pretrained(tmp_path)
+def test_what_is_not_a_vision_tower_or_not_a_whole_one_is_refused(tmp_path: Path) -> None:
+    AutoConfig.for_model("idefics2").save_pretrained(tmp_path / "part")
     with pytest.raises(ValueError, match="no class that builds a 'idefics2_vision' tower alone"):
-        load_vision_tower(tmp_path)
-
-
-def test_a_language_model_is_refused_as_a_vision_tower(tmp_path: Path) -> None:
-    save_tiny_llm(tmp_path)
+        load_vision_tower(tmp_path / "part")
     with pytest.raises(ValueError, match="is a 'llama', not a vision tower"):
-        load_vision_tower(tmp_path)
-
-
-def test_weights_that_a_vision_tower_lacks_are_named(tmp_path: Path) -> None:
-    save_tiny_vision(tmp_path)
-    drop_weights(tmp_path, "layers.0.mlp.fc1")
+        load_vision_tower(save_tiny_llm(tmp_path / "llm"))
+    folder = save_tiny_vision(tmp_path / "damaged")
+    drop_weights(folder, "layers.0.mlp.fc1")
     with pytest.raises(ValueError, match=r"lacks 2 weights .*encoder.layers.0.mlp.fc1.bias"):
-        load_vision_tower(tmp_path, allow_missing_pooler=True)
+        load_vision_tower(folder, allow_missing_pooler=True)
 
 
 def test_weights_within_a_vision_tower_that_nobody_reads_are_named(tmp_path: Path) -> None:
@@ -197,9 +204,7 @@ def test_weights_within_a_vision_tower_that_nobody_reads_are_named(tmp_path: Pat
     load_vision_tower(tmp_path)
     norm = {"vision_model.encoder.layers.0.self_attn.q_norm.weight": torch.ones(8)}
     save_file({**load_file(file), **norm}, file, metadata={"format": "pt"})
-    with pytest.raises(
-        ValueError, match=r"has 1 weight that CLIPVisionModel does not read.*q_norm"
-    ):
+    with pytest.raises(ValueError, match=r"1 weight that CLIPVisionModel does not read.*q_norm"):
         load_vision_tower(tmp_path)
 
 
@@ -208,9 +213,7 @@ def test_a_missing_pooler_is_accepted_only_where_it_is_not_used(tmp_path: Path) 
     tower.save_pretrained(tmp_path)
     image_processor.save_pretrained(tmp_path)
     drop_weights(tmp_path, "pooler")
-    with pytest.raises(
-        ValueError, match=r"lacks 2 weights .*vision_pooling 'cls', 'mean' or 'patch_mean'"
-    ):
+    with pytest.raises(ValueError, match=r"lacks 2 .*vision_pooling 'cls', 'mean' or 'patch_m"):
         load_vision_tower(tmp_path)
     loaded, *_ = load_vision_tower(tmp_path, allow_missing_pooler=True)
     kept = {n: v for n, v in loaded.state_dict().items() if "pooler" not in n}
@@ -230,3 +233,31 @@ def test_images_that_become_several_rows_are_refused_by_a_processor_too() -> Non
     processor = LLM2CLIPProcessor(transformers.Lfm2VlImageProcessor(), tiny_tokenizer(), 32)
     with pytest.raises(ValueError, match="1 given, "):
         processor(images=[Image.new("RGB", (2048, 1024))])
+
+
+# Another image size
+
+
+def make_network(name: str) -> tuple[Any, Any]:
+    pytest.importorskip("timm")
+    architecture, settings = NETWORKS[name]
+    tower, image_processor = tiny_timm(architecture, settings)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for parameter in tower.parameters():  # tables of positions begin near 0
+            parameter += torch.randn_like(parameter) * 0.1
+    return tower, image_processor
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_built_for_larger_images_loads_as_the_same_network(
+    name: str, tmp_path: Path
+) -> None:
+    tower, _ = set_image_size(*make_network(name), LARGER)
+    tower.save_pretrained(tmp_path)
+    pixels = torch.rand(2, 3, LARGER, LARGER, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        embeds = AutoModel.from_pretrained(tmp_path)(pixels).pooler_output
+        expected = tower(pixels).pooler_output
+    # Equal weights at other addresses, whose alignment selects other kernels.
+    torch.testing.assert_close(embeds, expected, atol=1e-5, rtol=1e-5)

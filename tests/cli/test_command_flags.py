@@ -23,7 +23,7 @@ from modeling_llm2clip.cli.command import parse
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.conversion.layouts import LAYOUTS
 from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
-from modeling_llm2clip.search.results_page import ResultFormat
+from modeling_llm2clip.search.search_results import ResultFormat
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = {name: LINE[name] for name in LINE if not name.startswith("-")}

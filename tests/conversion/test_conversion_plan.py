@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
-from converting import (
-    FORMAT_OF,
-    LLM,
-    LLM2VEC,
-    copy_llm,
-    plan,
-    read_checkpoint,
-    save_checkpoint,
-)
+from converting import FORMAT_OF, LLM, LLM2VEC, copy_llm, plan, read_checkpoint, save_checkpoint
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llm, tiny_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from modeling_llm2clip.conversion.layouts import LAYOUTS
 from modeling_llm2clip.conversion.layouts.siglip2 import LAYOUT as SIGLIP2
-from modeling_llm2clip.conversion.source_checkpoint import LLMSource
+from modeling_llm2clip.conversion.source_checkpoint import (
+    CheckpointSource,
+    LLMSource,
+    open_checkpoint,
+    open_language_model,
+    split_revision,
+)
+
+State: TypeAlias = dict[str, torch.Tensor]
 
 
 def refuse(family: str, folder: Path, match: str, **settings: Any) -> None:
@@ -37,35 +38,68 @@ def refuse(family: str, folder: Path, match: str, **settings: Any) -> None:
         plan(source, **settings)
 
 
-@pytest.mark.parametrize("more", [0, 6, 13])
-def test_the_image_size_of_siglip2_may_be_more_than_its_patches(more: int, tmp_path) -> None:
+# Where a checkpoint is, and which family it belongs to
+
+
+@pytest.mark.parametrize("family", FORMAT_OF)
+def test_keys_of_another_family(tmp_path: Path, family: str) -> None:
+    source = save_checkpoint(family, tmp_path)
+    assert plan(source, source_format=FORMAT_OF[family])
+    for other in set(FORMAT_OF) - {family}:
+        with pytest.raises(ValueError, match=f"of the family '{family}', the source format is for"):
+            plan(source, source_format=FORMAT_OF[other])
+
+
+def test_a_file_that_is_not_there_and_a_local_source_with_a_revision(tmp_path: Path) -> None:
+    file = save_checkpoint("openai", tmp_path / "source")
+    for source, error in (
+        (CheckpointSource(tmp_path / "c.pt"), "no such folder, and no Hub id"),
+        (CheckpointSource(tmp_path, file="c.pt"), r"c\.pt: no such file"),
+        (CheckpointSource(tmp_path), "the weight file itself"),
+        (CheckpointSource(file, revision="deadbeef"), "has no revision 'deadbeef'"),
+        (CheckpointSource(file.parent, file.name, "deadbeef"), "has no revision 'deadbeef'"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            open_checkpoint(source)
+    with pytest.raises(ValueError, match="has no revision 'deadbeef'"):
+        open_language_model(LLMSource(LLM, "deadbeef"))
+
+
+def test_the_revision_of_a_lora_follows_its_hub_id(tmp_path: Path) -> None:
+    assert split_revision("me/lora@abc") == ("me/lora", "abc")
+    assert split_revision("me/lora") == ("me/lora", None)
+    (tmp_path / "a@b").mkdir()
+    assert split_revision(str(tmp_path / "a@b")) == (str(tmp_path / "a@b"), None)
+    with pytest.raises(ValueError, match="no revision after its '@'"):
+        split_revision("me/lora@")
+    with pytest.raises(ValueError, match="has no revision 'abc'"):
+        split_revision(f"{tmp_path}@abc")
+
+
+# Image sizes of SigLIP2
+
+
+def test_the_image_size_of_siglip2_may_be_more_than_its_patches(tmp_path: Path) -> None:
     """timm drops what is beyond the last patch, as of 384 pixels in patches of 14."""
     source = save_checkpoint("siglip2", tmp_path)
-    own = plan(source, source_format=FORMAT_OF["siglip2"])
-    size = own.config.vision_config.model_args["img_size"]
-    stated = replace(FORMAT_OF["siglip2"], image_size=size + more)
-    planned = plan(source, source_format=stated)
-    assert planned.config.vision_config.model_args["img_size"] == size + more
-    assert planned.image_processor.crop_size == {"height": size + more, "width": size + more}
-    pixels = torch.rand(2, 3, size + more, size + more)
-    models = []
-    for one in (own, planned):
-        model = one.model_class(one.config).eval()
-        weights = {name: value.read() for name, value in one.weights.items()}
+    size = plan(source, source_format=FORMAT_OF["siglip2"]).image_processor.crop_size["height"]
+    pixels = torch.rand(2, 3, size + 13, size + 13)
+    outputs = []
+    for more in (0, 6, 13):
+        side = size + more
+        planned = plan(source, source_format=replace(FORMAT_OF["siglip2"], image_size=side))
+        assert planned.config.vision_config.model_args["img_size"] == side
+        assert planned.image_processor.crop_size == {"height": side, "width": side}
+        model = planned.model_class(planned.config).eval()
+        weights = {name: value.read() for name, value in planned.weights.items()}
         model.load_state_dict(weights, strict=False)
-        models.append(model)
-    with torch.no_grad():
-        wanted = models[0].get_vision_embeds(pixels[..., :size, :size])
-        assert torch.equal(models[1].get_vision_embeds(pixels), wanted)
-
-
-@pytest.mark.parametrize("more", [-1, 14])
-def test_an_image_size_of_other_patches_is_refused(more: int, tmp_path) -> None:
-    source = save_checkpoint("siglip2", tmp_path / "own")
-    own = plan(source, source_format=FORMAT_OF["siglip2"])
-    size = own.config.vision_config.model_args["img_size"] + more
-    refuse("siglip2", tmp_path, rf"image_size={size} is \d+ patches of 14 pixels; the weights have",
-           source_format=replace(FORMAT_OF["siglip2"], image_size=size))  # fmt: skip
+        with torch.no_grad():
+            outputs.append(model.get_vision_embeds(pixels[..., :side, :side]))
+    assert torch.equal(outputs[1], outputs[0]) and torch.equal(outputs[2], outputs[0])
+    for more in (-1, 14):
+        side = size + more
+        with pytest.raises(ValueError, match=rf"image_size={side} is \d+ patches of 14 pixels"):
+            plan(source, source_format=replace(FORMAT_OF["siglip2"], image_size=side))
 
 
 def test_patches_of_two_published_image_sizes_need_the_size() -> None:
@@ -85,7 +119,7 @@ def test_patches_of_two_published_image_sizes_need_the_size() -> None:
         assert config.model_args["img_size"] == size
 
 
-def test_gelu_tanh_of_siglip2_can_be_named(tmp_path) -> None:
+def test_gelu_tanh_of_siglip2_can_be_named(tmp_path: Path) -> None:
     named = replace(FORMAT_OF["siglip2"], activation="gelu_tanh")
     planned = plan(save_checkpoint("siglip2", tmp_path), source_format=named)
     model: Any = planned.model_class(planned.config)
@@ -95,7 +129,115 @@ def test_gelu_tanh_of_siglip2_can_be_named(tmp_path) -> None:
     assert torch.equal(activation(values), wanted)
 
 
-def test_an_llm_of_another_width_than_the_adapters(tmp_path) -> None:
+# Weights
+
+
+def put(name: str, tensor: torch.Tensor) -> Callable[[State], object]:
+    return lambda state: state.update({name: tensor})
+
+
+def mix_bias_layouts(state: State) -> None:
+    state["visual.blocks.0.attn.q_bias"] = state["visual.blocks.0.attn.q_proj.bias"]
+
+
+def drop(*parts: str) -> Callable[[State], object]:
+    """Remove the keys with one of these parts."""
+    return lambda state: [state.pop(k) for k in list(state) if any(part in k for part in parts)]
+
+
+BROKEN: dict[str, tuple[str, Callable[[State], object], str]] = {
+    "missing": (
+        "openai", drop("visual.ln_post.bias"),
+        r"(?s)1 missing:\s+vision_model\.post_layernorm\.bias",
+    ),
+    "unknown, by its own name": (
+        "siglip2", put("visual.trunk.extra", torch.ones(1)),
+        r"(?s)1 without a place:\s+visual\.trunk\.extra",
+    ),
+    "both layouts of one bias": ("eva02", mix_bias_layouts, "would both become .*q_proj.bias"),
+    "no adapter": ("eva02", drop("text."), "has no text adapter .*a bare vision tower"),
+    "a part of an adapter": (
+        "eva02", drop(".0.fn.0.weight"), "has a part of a text adapter alone: text"
+    ),
+    "integers": (
+        "openai", lambda s: s.update({"visual.conv1.weight": s["visual.conv1.weight"].char()}),
+        r"(?s)1 not of real numbers.*torch\.int8",
+    ),
+    "a temperature that no training leaves": (
+        "openai", put("logit_scale", torch.tensor(9.0)),
+        "logit_scale 9, but training keeps it between 0 and ln 100",
+    ),
+    "no rotary tables": ("eva02", drop(".rope."), "has no tables of rotary positions"),
+    "a half of them": ("eva02", drop("rope.freqs_sin"), "has no tables of rotary positions"),
+    "other tables in a block": (
+        "eva02", put("visual.blocks.1.attn.rope.freqs_sin", torch.rand(36, 12)),
+        r"blocks\.1\.attn\.rope\.freqs_sin has other rotary positions",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_weights_that_do_not_make_a_model_are_named(name: str, tmp_path: Path) -> None:
+    family, change, error = BROKEN[name]
+    state = read_checkpoint(family)
+    change(state)
+    refuse(family, tmp_path, error, state=state)
+
+
+def test_keys_without_an_account_or_of_no_family_are_printed(tmp_path: Path) -> None:
+    state = {"encoder.weight": torch.ones(2)}
+    refuse("openai", tmp_path, r"0 known families.*encoder\.weight.*llm2clip build", state=state)
+    extra = {f"visual.extra_{i}": torch.ones(i) for i in range(1, 30)}
+    source = save_checkpoint("eva02", tmp_path, {**read_checkpoint("eva02"), **extra})
+    with pytest.raises(ValueError, match="29 of 114 keys that are neither used") as refused:
+        plan(source, source_format=FORMAT_OF["eva02"])
+    assert all(f"{name} ({i},)" in str(refused.value) for i, name in enumerate(extra, 1))
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "llm"])
+def test_truncated_safetensors(tmp_path: Path, where: str) -> None:
+    llm = copy_llm(tmp_path / "llama")
+    source = save_checkpoint("hub_clip", tmp_path / "source")
+    path = (source if where == "checkpoint" else llm) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors: .* is truncated .*SHA-256"):
+        plan(source, source_format=FORMAT_OF["hub_clip"], llm=LLMSource(llm))
+
+
+# Source formats
+
+FORMATS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "preprocessing that nobody chose": (
+        "siglip2", {"preprocessing": None}, "Choose the preprocessing .*'openai'.*'half'"
+    ),
+    "heads that do not divide the tower": (
+        "openai", {"head_width": 7}, "24 wide, which heads of 7 do not divide"
+    ),
+    "heads that the rotary tables contradict": (
+        "eva02", {"head_width": 8}, r"shape \(36, 12\).*\(36, 8\).*--head-width 12"
+    ),
+    "an activation that the repository contradicts": (
+        "hub_clip", {"activation": "gelu"},
+        "hidden_act='quick_gelu', the source format has activation='gelu'",
+    ),
+    "a prompt of another family": (
+        "openai", {"prompt": None, "prompt_prefix": "<|no such token|>"},
+        "does not know as special tokens",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_source_format_that_does_not_fit_is_refused(name: str, tmp_path: Path) -> None:
+    family, changes, error = FORMATS[name]
+    refuse(family, tmp_path, error, source_format=replace(FORMAT_OF[family], **changes))
+    assert LAYOUTS["siglip2"].source_format.preprocessing is None
+
+
+# The LLM and its LoRA
+
+
+def test_an_llm_of_another_width_than_the_adapters(tmp_path: Path) -> None:
     llm = tmp_path / "wide"
     tiny_llm(vocabulary_size=320).save_pretrained(llm)
     tiny_tokenizer().save_pretrained(llm)
@@ -108,7 +250,7 @@ def test_an_llm_of_another_width_than_the_adapters(tmp_path) -> None:
            state=state, llm=LLMSource(llm))  # fmt: skip
 
 
-def test_the_refusal_of_a_width_names_llms_that_have_it(tmp_path) -> None:
+def test_the_refusal_of_a_width_names_llms_that_have_it(tmp_path: Path) -> None:
     state = {f"text.text_adaptor.{k}": torch.zeros(shape) for k, shape in {
         "0.fn.0.weight": (4096, 2048), "2.weight": (20, 2048)}.items()}  # fmt: skip
     state |= {k: v for k, v in read_checkpoint("openai").items() if "text_adaptor" not in k}
@@ -117,7 +259,7 @@ def test_the_refusal_of_a_width_names_llms_that_have_it(tmp_path) -> None:
     )
 
 
-def test_a_clip_text_tower_where_an_llm_belongs(tmp_path) -> None:
+def test_a_clip_text_tower_where_an_llm_belongs(tmp_path: Path) -> None:
     config = CLIPTextConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         vocab_size=320,
@@ -128,17 +270,7 @@ def test_a_clip_text_tower_where_an_llm_belongs(tmp_path) -> None:
            llm=LLMSource(tmp_path / "text"))  # fmt: skip
 
 
-@pytest.mark.parametrize("where", ["checkpoint", "llm"])
-def test_truncated_safetensors(tmp_path, where) -> None:
-    llm = copy_llm(tmp_path / "llama")
-    source = save_checkpoint("hub_clip", tmp_path / "source")
-    path = (source if where == "checkpoint" else llm) / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"model\.safetensors: .* is truncated .*SHA-256"):
-        plan(source, source_format=FORMAT_OF["hub_clip"], llm=LLMSource(llm))
-
-
-def test_a_lora_for_another_base_by_name(tmp_path) -> None:
+def test_a_lora_for_another_base_by_name(tmp_path: Path) -> None:
     llm = copy_llm(tmp_path / "Llama-3.1-8B")
     source = LLMSource(llm, loras=(LLM2VEC / "llama_lora",))
     refuse("openai", tmp_path, r"is for the base 'llama', but the LLM is .*Llama-3\.1-8B'",
@@ -147,7 +279,7 @@ def test_a_lora_for_another_base_by_name(tmp_path) -> None:
     assert plan(tmp_path / "source" / "epoch_3.pt", source_format=FORMAT_OF["openai"], llm=accepted)
 
 
-def test_a_lora_for_another_base_by_shape(tmp_path) -> None:
+def test_a_lora_for_another_base_by_shape(tmp_path: Path) -> None:
     adapter = Path(shutil.copytree(LLM2VEC / "llama_lora", tmp_path / "lora"))
     factors = load_file(adapter / "adapter_model.safetensors")
     name = next(name for name in factors if name.endswith("q_proj.lora_A.weight"))
@@ -157,16 +289,8 @@ def test_a_lora_for_another_base_by_shape(tmp_path) -> None:
            llm=LLMSource(LLM, loras=(adapter,)))  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("setting", "value"),
-    [
-        ("lora_bias", True),
-        ("bias", "all"),
-        ("modules_to_save", ["norm"]),
-        ("init_lora_weights", "pissa_niter_4"),
-    ],
-)
-def test_a_lora_that_is_more_than_a_lora(tmp_path, setting, value) -> None:
+@pytest.mark.parametrize(("setting", "value"), [("lora_bias", True), ("modules_to_save", ["norm"])])
+def test_a_lora_that_is_more_than_a_lora(tmp_path: Path, setting: str, value: Any) -> None:
     adapter = Path(shutil.copytree(LLM2VEC / "llama_lora", tmp_path / "lora"))
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), setting: value}))
@@ -174,104 +298,18 @@ def test_a_lora_that_is_more_than_a_lora(tmp_path, setting, value) -> None:
            llm=LLMSource(LLM, loras=(adapter,)))  # fmt: skip
 
 
-def test_keys_of_no_family_are_shown(tmp_path) -> None:
-    state = {"encoder.weight": torch.ones(2)}
-    refuse("openai", tmp_path, r"0 known families.*encoder\.weight.*llm2clip build", state=state)
-
-
-def test_keys_without_an_account_are_all_printed(tmp_path) -> None:
-    extra = {f"visual.extra_{i}": torch.ones(i) for i in range(1, 30)}
-    source = save_checkpoint("eva02", tmp_path, {**read_checkpoint("eva02"), **extra})
-    with pytest.raises(ValueError, match="29 of 114 keys that are neither used") as refused:
-        plan(source, source_format=FORMAT_OF["eva02"])
-    assert all(f"{name} ({i},)" in str(refused.value) for i, name in enumerate(extra, 1))
-
-
-def test_a_missing_weight_is_named(tmp_path) -> None:
-    state = read_checkpoint("openai")
-    del state["visual.ln_post.bias"]
-    refuse("openai", tmp_path, r"(?s)1 missing:\s+vision_model\.post_layernorm\.bias", state=state)
-
-
-def test_an_unknown_weight_of_a_timm_tower_is_named_as_it_was(tmp_path) -> None:
-    state = {**read_checkpoint("siglip2"), "visual.trunk.extra": torch.ones(1)}
-    refuse("siglip2", tmp_path, r"(?s)1 without a place:\s+visual\.trunk\.extra", state=state)
-
-
-def test_both_layouts_of_one_bias_are_a_mixture(tmp_path) -> None:
-    state = read_checkpoint("eva02")
-    state["visual.blocks.0.attn.q_bias"] = state["visual.blocks.0.attn.q_proj.bias"]
-    refuse("eva02", tmp_path, "would both become .*q_proj.bias", state=state)
-
-
-def test_an_llm_of_another_size_than_its_configuration(tmp_path) -> None:
+def test_an_llm_of_another_size_than_its_configuration(tmp_path: Path) -> None:
     llm = copy_llm(tmp_path / "llama")
     path = llm / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": 40}))
     refuse("openai", tmp_path, r"(?s)6 of another shape:.*mlp\.down_proj", llm=LLMSource(llm))
 
 
-def test_a_checkpoint_without_its_adapter(tmp_path) -> None:
-    state = {k: v for k, v in read_checkpoint("eva02").items() if not k.startswith("text.")}
-    refuse("eva02", tmp_path, "has no text adapter .*a bare vision tower", state=state)
-
-
-def test_a_part_of_an_adapter_is_named(tmp_path) -> None:
-    state = read_checkpoint("eva02")
-    (first,) = (key for key in state if key.startswith("text.") and key.endswith(".0.fn.0.weight"))
-    del state[first]
-    refuse("eva02", tmp_path, "has a part of a text adapter alone: text", state=state)
-
-
-def test_integers_in_the_place_of_weights(tmp_path) -> None:
-    state = read_checkpoint("openai")
-    state["visual.conv1.weight"] = state["visual.conv1.weight"].to(torch.int8)
-    refuse("openai", tmp_path, r"(?s)1 not of real numbers.*torch\.int8", state=state)
-
-
-def test_a_lora_where_its_base_belongs(tmp_path) -> None:
-    refuse("openai", tmp_path, "is a LoRA, not a whole LLM. Give its base",
-           llm=LLMSource(LLM2VEC / "llama_lora"))  # fmt: skip
-
-
-def test_a_lora_beside_an_llm_that_the_checkpoint_holds(tmp_path) -> None:
-    refuse("siglip2", tmp_path, "holds the LLM's weights, merged",
-           llm=LLMSource(LLM, loras=(LLM2VEC / "llama_lora",)))  # fmt: skip
-
-
-def test_a_temperature_that_no_training_leaves(tmp_path) -> None:
-    state = {**read_checkpoint("openai"), "logit_scale": torch.tensor(9.0)}
-    refuse("openai", tmp_path, "logit_scale 9, but training keeps it between 0 and ln 100",
-           state=state)  # fmt: skip
-
-
-def test_preprocessing_that_nobody_chose(tmp_path) -> None:
-    source_format = replace(FORMAT_OF["siglip2"], preprocessing=None)
-    refuse(
-        "siglip2",
-        tmp_path,
-        "Choose the preprocessing .*'openai'.*'half'",
-        source_format=source_format,
-    )
-    assert LAYOUTS["siglip2"].source_format.preprocessing is None
-
-
-def test_a_head_width_that_does_not_divide_the_tower(tmp_path) -> None:
-    source_format = replace(FORMAT_OF["openai"], head_width=7)
-    refuse(
-        "openai", tmp_path, "24 wide, which heads of 7 do not divide", source_format=source_format
-    )
-
-
-def test_an_activation_that_contradicts_the_repository(tmp_path) -> None:
-    source_format = replace(FORMAT_OF["hub_clip"], activation="gelu")
-    refuse("hub_clip", tmp_path, "hidden_act='quick_gelu', the source format has activation='gelu'",
-           source_format=source_format)  # fmt: skip
-
-
-def test_a_prompt_of_another_familys_tokens(tmp_path) -> None:
-    source_format = replace(FORMAT_OF["openai"], prompt=None, prompt_prefix="<|no such token|>")
-    refuse("openai", tmp_path, "does not know as special tokens", source_format=source_format)
+def test_a_lora_in_the_place_of_its_base_or_beside_a_merged_llm(tmp_path: Path) -> None:
+    lora = LLM2VEC / "llama_lora"
+    refuse("openai", tmp_path, "is a LoRA, not a whole LLM. Give its base", llm=LLMSource(lora))
+    source = LLMSource(LLM, loras=(lora,))
+    refuse("siglip2", tmp_path, "holds the LLM's weights, merged", llm=source)
 
 
 # EVA02's tables of rotary positions
@@ -296,7 +334,9 @@ def replace_rotary_tables(state: dict[str, torch.Tensor], **sizes: int) -> dict[
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_rotary_tables_that_the_tower_computes_are_accepted_in_any_dtype(dtype, tmp_path) -> None:
+def test_rotary_tables_that_the_tower_computes_are_accepted_in_any_dtype(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
     made = replace_rotary_tables(read_checkpoint("eva02"))
     for key, value in read_checkpoint("eva02").items():
         # The rule above is the official code's, up to the rounding of a cosine.
@@ -305,8 +345,10 @@ def test_rotary_tables_that_the_tower_computes_are_accepted_in_any_dtype(dtype, 
     plan(save_checkpoint("eva02", tmp_path, state), source_format=FORMAT_OF["eva02"])
 
 
-@pytest.mark.parametrize("reference", [3, 5, 16])
-def test_rotary_tables_of_another_reference_size_are_refused(reference: int, tmp_path) -> None:
+@pytest.mark.parametrize("reference", [3, 16])
+def test_rotary_tables_of_another_reference_size_are_refused(
+    reference: int, tmp_path: Path
+) -> None:
     state = replace_rotary_tables(read_checkpoint("eva02"), reference=reference)
     refuse("eva02", tmp_path, r"reference size 4.*\(--rope-reference-size\)", state=state)
     right = replace(FORMAT_OF["eva02"], rope_reference_size=reference)
@@ -314,35 +356,9 @@ def test_rotary_tables_of_another_reference_size_are_refused(reference: int, tmp
     assert planned.config.vision_config.model_args["ref_feat_shape"] == [reference] * 2
 
 
-def test_another_head_width_than_that_of_the_rotary_tables_is_refused(tmp_path) -> None:
-    wrong = replace(FORMAT_OF["eva02"], head_width=8)
-    refuse("eva02", tmp_path, r"shape \(36, 12\).*\(36, 8\).*--head-width 12", source_format=wrong)
-
-
-@pytest.mark.parametrize("kept", [(), ("freqs_cos",)])
-def test_a_checkpoint_without_rotary_tables_is_refused(kept: tuple[str, ...], tmp_path) -> None:
-    state = read_checkpoint("eva02")
-    state = {
-        key: value for key, value in state.items() if ".rope." not in key or key.endswith(kept)
-    }
-    assert any(".rope." in key for key in state) == bool(kept)
-    refuse("eva02", tmp_path, "has no tables of rotary positions", state=state)
-
-
-def test_one_block_with_rotary_tables_of_its_own_is_refused(tmp_path) -> None:
-    state = read_checkpoint("eva02")
-    state["visual.blocks.1.attn.rope.freqs_sin"] = torch.rand(36, 12)
-    refuse(
-        "eva02",
-        tmp_path,
-        r"blocks\.1\.attn\.rope\.freqs_sin has other rotary positions",
-        state=state,
-    )
-
-
 @pytest.mark.parametrize("theta", [10_000.0, 1_000_000.0])
 def test_an_llm_whose_rotary_frequencies_are_not_its_configurations_is_refused(
-    theta: float, tmp_path
+    theta: float, tmp_path: Path
 ) -> None:
     llm = copy_llm(tmp_path / "llama")
     frequencies = theta ** -(torch.arange(0, 8, 2) / 8)

@@ -11,7 +11,7 @@ from pathlib import Path
 WRITER = """
 import sys, time
 from pathlib import Path
-from modeling_llm2clip.model_folders.atomic_folder import atomic_folder
+from modeling_llm2clip.data.atomic_files import atomic_folder
 
 with atomic_folder(Path(sys.argv[1])) as unfinished:
     (unfinished / "model.safetensors").write_bytes(b"half")

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from tiny import tiny_model
+from tiny_folders import RUN_FOLDER
 
 from modeling_llm2clip import ExportConfig, export_model
 from modeling_llm2clip.model_folders.model_writing import save_model
 
 ALL_WEIGHTS = ("float32", "int8", "int4")
-RUN_FOLDER = "LLM2CLIP_TEST_RUN_FOLDER"  # as in `conftest.py`
 
 
 @cache

@@ -5,6 +5,8 @@ Every builder gives the same weights each time it is called.
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -241,7 +243,7 @@ def tiny_model(
     trained: bool = True,
     **arguments: Any,
 ) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
-    """Build a model and its processor from two tiny towers.
+    """Build a model and its processor from two tiny towers, or copy the first one built like this.
 
     Args:
         trained: whether its config says so, as if its weights came of a training.
@@ -249,6 +251,25 @@ def tiny_model(
             shared space as wide as the LLM (so that `text_projection` is square), two adapter
             blocks.
     """
+    if tokenizer is None:
+        model, processor = copy.deepcopy(_join_tiny(vision, llm, dtype=dtype, **arguments))
+    else:
+        model, processor = _join_tiny.__wrapped__(
+            vision, llm, tokenizer=tokenizer, dtype=dtype, **arguments
+        )
+    model.config.text_adapter_trained = model.config.projections_trained = trained
+    return model, processor
+
+
+@cache  # the checks of a build take twenty times as long as a copy
+def _join_tiny(
+    vision: str,
+    llm: str,
+    *,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    dtype: torch.dtype,
+    **arguments: Any,
+) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
     chosen = {
         "projection_dim": 32,
         "max_text_length": 32,
@@ -260,13 +281,11 @@ def tiny_model(
     vision_model, image_processor = tiny_vision(vision)
     tokenizer = tokenizer or tiny_tokenizer()
     text_model = tiny_llm(llm, vocabulary_size=len(tokenizer))
-    model, processor = join_towers(
+    return join_towers(
         (_cast_parameters(vision_model, dtype), image_processor),
         (_cast_parameters(text_model, dtype), tokenizer),
         BuildConfig(**chosen),
     )
-    model.config.text_adapter_trained = model.config.projections_trained = trained
-    return model, processor
 
 
 def tiny_images(count: int = 2) -> list[Image.Image]:

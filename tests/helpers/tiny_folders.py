@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,8 @@ from PIL import Image
 from tiny import tiny_llm, tiny_model, tiny_tokenizer, tiny_vision
 
 from modeling_llm2clip.model_folders.model_writing import save_model
+
+RUN_FOLDER = "LLM2CLIP_TEST_RUN_FOLDER"  # as in `conftest.py`
 
 
 def save_tiny_vision(folder: Path) -> Path:
@@ -30,8 +36,14 @@ def save_tiny_llm(folder: Path) -> Path:
 
 def export_tiny_model(folder: Path, **settings: Any) -> Path:
     """Export a model with room for labels in sentences, whose tokens are almost single bytes."""
+    return Path(shutil.copytree(_export_once(**settings), folder))
+
+
+@cache
+def _export_once(**settings: Any) -> Path:
     model, processor = tiny_model(max_text_length=128, **settings)
-    return save_model(model, processor, folder)
+    parent = tempfile.mkdtemp(dir=os.environ[RUN_FOLDER])
+    return save_model(model, processor, Path(parent) / "model")
 
 
 def save_captioned_images(folder: Path, *, count: int) -> Path:

@@ -14,8 +14,7 @@ from modeling_llm2clip.configs.export_config import ExportConfig
 from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.evaluation.results import Result, write_result
 from modeling_llm2clip.model_folders.model_card import CardResult, read_card_data
-from modeling_llm2clip.publishing.card_results import read_card_results
-from modeling_llm2clip.publishing.export_model import export_model
+from modeling_llm2clip.publishing.export_model import export_model, read_card_results
 
 
 def test_a_card_takes_results_of_its_own_model_in_its_own_dtype_alone(tmp_path: Path) -> None:

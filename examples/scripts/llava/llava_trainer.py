@@ -23,12 +23,12 @@ from torch.utils.data import RandomSampler
 from transformers import LlavaProcessor, Trainer, TrainingArguments, set_seed
 
 from modeling_llm2clip.configs.config_fields import Config
-from modeling_llm2clip.encoding.devices import find_device
-from modeling_llm2clip.model_folders.atomic_folder import (
+from modeling_llm2clip.data.atomic_files import (
     atomic_folder,
     clear_leftovers,
     require_new_folder,
 )
+from modeling_llm2clip.encoding.devices import find_device
 from modeling_llm2clip.scheduling.graceful_stop import stop_on_signals
 from modeling_llm2clip.scheduling.processes import join_processes, require_all_processes
 from modeling_llm2clip.training.run_folder import (

@@ -25,10 +25,10 @@ LAYOUTS = {layout.choice: layout for layout in _FOUND}
 
 def find_layout(source_format: SourceFormat) -> Layout:
     """Find the layout of a source format, and refuse what that layout has no use for."""
-    layout = next((one for one in LAYOUTS.values() if one.name == source_format.layout), None)
+    by_name = {layout.name: layout for layout in LAYOUTS.values()}
+    layout = by_name.get(source_format.layout)
     if layout is None:
-        names = [one.name for one in LAYOUTS.values()]
-        raise ValueError(f"layout={source_format.layout!r} must be one of {names}.")
+        raise ValueError(f"layout={source_format.layout!r} must be one of {list(by_name)}.")
     changed = (
         field.name
         for field in fields(source_format)
@@ -44,10 +44,10 @@ def find_layout(source_format: SourceFormat) -> Layout:
     return layout
 
 
-def require_options(layout: Layout, given: Iterable[str]) -> None:
+def require_options(layout: Layout, options: Iterable[str]) -> None:
     """Refuse options of a source format that only other layouts have."""
-    for option in given:
-        takers = [one.choice for one in LAYOUTS.values() if option in one.options]
+    for option in options:
+        takers = [taker.choice for taker in LAYOUTS.values() if option in taker.options]
         if takers and layout.choice not in takers:
             raise ValueError(
                 f"`{option}` goes with the source formats {', '.join(takers)}; {layout.choice} has "

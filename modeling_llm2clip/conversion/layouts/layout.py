@@ -127,8 +127,8 @@ def apply_rules(
         if reason is not None:
             result.dropped[key] = reason
             continue
-        found = ((match, rule) for rule in rules if (match := re.fullmatch(rule.pattern, key)))
-        match, rule = next(found, (None, None))
+        matches = ((match, rule) for rule in rules if (match := re.fullmatch(rule.pattern, key)))
+        match, rule = next(matches, (None, None))
         if match is None or rule is None:
             unaccounted.append(f"{key} {tensor.shape}")
             continue

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from ..._suggestions import counted, list_first
 from ...configs.align_config import InterpolateConfig
+from ...data.atomic_files import require_new_folder
 from ...data.records.record_table import RecordTable
 from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import EmbeddingStore
 from ...encoding.float32 import float32_as_such
-from ...model_folders.atomic_folder import require_new_folder
 from ...model_folders.fingerprint import fingerprint_text, fingerprint_vision
 from ...model_folders.model_card import CardResult
 from ...model_folders.model_folder import find_model_folder

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from killed_writers import leave_unfinished, living_writer
 
-from modeling_llm2clip.model_folders.atomic_folder import atomic_folder, clear_leftovers
+from modeling_llm2clip.data.atomic_files import atomic_folder, clear_leftovers
 
 
 def write(folder: Path) -> None:
