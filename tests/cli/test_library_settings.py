@@ -30,7 +30,7 @@ def test_a_command_bounds_the_spinning_before_torch_is_loaded() -> None:
 
 
 def test_what_the_user_chose_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What accelerate sets for another OpenMP is no choice, and torch reads its own only once."""
+    """Accelerate sets variables of another OpenMP, and torch reads its own only once."""
 
     def bound(**environment: str) -> dict[str, str]:
         bound_spinning(environment)

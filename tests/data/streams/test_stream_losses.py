@@ -1,4 +1,4 @@
-"""What a stream loses is counted and named, up to a share; what is no loss stops it at once."""
+"""What a stream loses is counted and named, up to a share; other errors stop it at once."""
 
 from __future__ import annotations
 
