@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -32,6 +32,7 @@ def read_all(rows: TextRows | ImageRows, rows_per_shard: int) -> list[dict[str, 
     return [line for shard in shards for line in rows.read(shard).to_pylist()]
 
 
+@settings(max_examples=50)
 @given(
     counts=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), min_size=1, max_size=12),
     rows_per_shard=st.integers(1, 9),
