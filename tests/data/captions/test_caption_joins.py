@@ -14,12 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from downloads import URLS, write_downloaded_tar
+from downloads import CAPTIONS, URLS, write_downloaded_tar
 from interruptions import largest_file
 
+from modeling_llm2clip.cli.options import read_captioned_images
+from modeling_llm2clip.configs.data_config import DataConfig
 from modeling_llm2clip.data.atomic_files import temporary_folder
 from modeling_llm2clip.data.captions import caption_joins
-from modeling_llm2clip.data.captions.caption_joins import join_captions
+from modeling_llm2clip.data.captions.caption_joins import join_captions, read_configured_records
 from modeling_llm2clip.data.records import record_columns, record_index, record_table
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.record_table import RecordTable
@@ -340,3 +342,30 @@ def test_values_that_are_no_texts_are_named(
     file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     with pytest.raises(ValueError, match=rf"c\.jsonl row 1: {message}"):
         join_captions(make_records(2), file, on="url")
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_command_reads_records_as_its_flags_say_and_counts_what_it_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_downloaded_tar(tmp_path / "data")
+    lines = [{"url": URLS[0], "caption": "published"}, {"url": "https://x.example", "caption": "?"}]
+    file = write_lines(tmp_path / "captions", lines)
+    config = DataConfig(captions_from=file)
+    tables = [
+        read_configured_records(data, config, require_images=True, check_images=True)
+        for _ in range(2)
+    ]
+    for records in tables:  # the second reading has left the first one's file alone
+        captions = [record.captions for record in records]
+        assert captions == [(CAPTIONS[0], "published"), (CAPTIONS[2],)]
+    shown = capsys.readouterr().err
+    assert "1 record matched; without a row: 1" in shown
+    assert "1 row without a record (https://x.example)" in shown
+    for show_progress in (True, False):
+        records = read_captioned_images(
+            str(data), DataConfig(), require_images=True, show_progress=show_progress
+        )
+        assert [record.captions for record in records] == [(CAPTIONS[0],), (CAPTIONS[2],)]
+        shown = capsys.readouterr().err
+        assert ("decode:" in shown) is show_progress and "matched" not in shown
