@@ -10,12 +10,19 @@ from interruptions import read_bytes
 from stores import make_embeddings, write_store
 from tiny_folders import export_tiny_model, save_captioned_images
 
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.data.records.records import CaptionedImage
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_tiny_model(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(scope="session")
+def whole(model: Path) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
+    """The model, loaded with its processor."""
+    return LLM2CLIPModel.from_pretrained(model), LLM2CLIPProcessor.from_pretrained(model)
 
 
 @pytest.fixture(scope="session")

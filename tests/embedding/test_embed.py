@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -17,8 +19,8 @@ from failing_disk import make_failing_file
 from interruptions import read_bytes, refusing_for
 from PIL import Image
 from tiny import tiny_model
+from transformers.utils import logging
 
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.encoding_config import EmbedConfig
 from modeling_llm2clip.data.records.record_loading import load_records
@@ -42,11 +44,6 @@ def read_description(folder: Path) -> dict[str, Any]:
     file = next(folder.glob("*.parquet"))
     described: dict[str, Any] = json.loads(pq.read_schema(file).metadata[b"llm2clip"])
     return described
-
-
-@pytest.fixture(scope="module")
-def whole(model: Path) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
-    return LLM2CLIPModel.from_pretrained(model), LLM2CLIPProcessor.from_pretrained(model)
 
 
 def require_close(embeddings: np.ndarray[Any, Any], expected: torch.Tensor) -> None:
@@ -97,9 +94,14 @@ def test_images_are_embedded_once_with_the_columns_asked_for(
     require_close(embeddings, encode_images(*whole, paths))
 
 
+def run_embed(model: Path, data: Path, output: Path, modality: str, *flags: str) -> int:
+    command = ["embed", str(model), str(data), str(output), "--modality", modality]
+    return main([*command, "--device", "cpu", *flags])
+
+
 def embed_images(model: Path, data: Path, output: Path, *flags: str) -> int:
-    return main(["embed", str(model), str(data), str(output), "--modality", "image", "--device",
-                 "cpu", "--rows-per-shard", "4", "--batch-size", "3", *flags])  # fmt: skip
+    sizes = ("--rows-per-shard", "4", "--batch-size", "3")
+    return run_embed(model, data, output, "image", *sizes, *flags)
 
 
 def test_a_folder_of_images_alone_gives_the_embeddings_of_its_images(
@@ -120,7 +122,7 @@ def test_a_folder_of_images_alone_gives_the_embeddings_of_its_images(
     assert "image unreadable: 1 " in capsys.readouterr().err
     assert embed_images(model, photos, tmp_path / "x", "--captions-from", "captions.csv") == 2
     assert "has images and no captions" in capsys.readouterr().err
-    assert main(["embed", str(model), str(photos), str(tmp_path / "x"), "--modality", "text"]) == 2
+    assert run_embed(model, photos, tmp_path / "x", "text") == 2
     assert "has no captions.jsonl" in capsys.readouterr().err
 
 
@@ -347,19 +349,96 @@ def test_impossible_options_are_refused(changes: dict[str, Any], message: str) -
         EmbedConfig(**changes)
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--modality", "text", "--skip-invalid"], "skip_invalid: only for --modality image"),
-        (["--modality", "image", "--token-budget", "9"], "only for --modality text"),
-        (["--modality", "image", "--partition", "3/2"], "must be such as 2/8"),
-        (["--modality", "image", "--columns", "text"], "text is for modality text alone"),
-    ],
-)
 def test_flags_that_do_not_fit_are_refused(
-    model: Path, images: Path, tmp_path: Path, flags: list[str], message: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    assert main(["embed", str(model), str(images), str(tmp_path / "x"), *flags]) == 2
-    assert message in capsys.readouterr().err
+    model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for modality, flags, message in (
+        ("text", ["--skip-invalid"], "skip_invalid: only for --modality image"),
+        ("image", ["--token-budget", "9"], "only for --modality text"),
+        ("image", ["--partition", "3/2"], "must be such as 2/8"),
+        ("image", ["--columns", "text"], "text is for modality text alone"),
+    ):
+        assert run_embed(model, images, tmp_path / "x", modality, *flags) == 2
+        assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_images_need_no_captions(model: Path, images: Path, tmp_path: Path) -> None:
+    contents = [(images / f"{number}.png").read_bytes() for number in range(3)]
+    file = tmp_path / "images.parquet"
+    rows = [{"bytes": content, "path": f"{n}.png"} for n, content in enumerate(contents)]
+    pq.write_table(pa.table({"image": rows}), file)
+    assert run_embed(model, file, tmp_path / "out", "image") == 0
+    assert read_embeddings(tmp_path / "out")[0] == [
+        f"images.parquet/{number}.png" for number in range(3)
+    ]
+
+
+def test_texts_need_no_images(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "texts.csv"
+    file.write_text("id,text\nsku-1,a red apple\n,a dog\n", encoding="utf-8")
+    assert run_embed(model, file, tmp_path / "out", "text", "--columns", "name", "text") == 0
+    assert pq.read_table(tmp_path / "out").drop_columns(["embedding"]).to_pylist() == [
+        {"id": "sku-1#0", "name": "sku-1", "text": "a red apple"},
+        {"id": "texts.csv/1#0", "name": "texts.csv/1", "text": "a dog"},
+    ]
+    capsys.readouterr()
+    file.write_text("id,text\n1,a red apple\n1,a dog\n2,\n", encoding="utf-8")
+    assert run_embed(model, file, tmp_path / "other", "text") == 2
+    error = capsys.readouterr().err
+    assert "name or id repeated in one language: 1 (texts.csv row 1)" in error
+    assert "no caption: 1 (texts.csv row 2)" in error and "distractors" not in error
+    assert run_embed(model, file, tmp_path / "other", "image") == 2
+    assert "found .csv." in capsys.readouterr().err
+
+
+def test_an_image_whose_name_is_not_unicode_is_named_and_counted_or_left_out(
+    model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("0.png", os.fsdecode(b"sea\xff.png")):
+        (folder / name).write_bytes((images / "0.png").read_bytes())
+    (folder / "1.png").write_bytes(b"no image")
+    for flags in ((), ("--no-check-images",)):
+        assert run_embed(model, folder, tmp_path / "out", "image", *flags) == 2
+        error = capsys.readouterr().err
+        assert r"sea\udcff.png': its name is not Unicode. Rename it." in error
+        assert f"image unreadable: {1 if flags else 2} (" in error
+    assert run_embed(model, folder, tmp_path / "out", "image", "--skip-invalid") == 0
+    shown = capsys.readouterr()
+    assert "Skipped 1 image without a Unicode name: " in shown.err
+    assert r"sea\udcff.png'. Rename." in shown.err
+    assert "Skipped 1 undecodable image: 1.png." in shown.out
+    assert read_embeddings(tmp_path / "out")[0] == ["0.png"]
+
+
+@pytest.mark.parametrize("command", ["embed", "index"])
+def test_no_progress_bar_is_shown_where_none_is_wanted(
+    command: str, model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither for a folder of images nor for one of pairs."""
+    flags = ["--device", "cpu", *([] if command == "index" else ["--modality", "image"])]
+    if command == "index":
+        pytest.importorskip("lancedb")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.png").write_bytes((images / "0.png").read_bytes())
+    for data in (tmp_path / "images", images)[: 1 if command == "index" else 2]:
+        words = [command, str(model), str(data)]
+        output = str(tmp_path / f"silent-{data.parent.name}")
+        assert main([*words, output, *flags, "--no-show-progress"]) == 0
+        assert "it/s" not in (error := capsys.readouterr().err) and " images/s" not in error
+    logging.enable_progress_bar()  # as in a new process
+    assert main([*words, str(tmp_path / "shown"), *flags]) == 0
+    assert "Loading weights" in (error := capsys.readouterr().err) and " images/s" in error
+
+
+def test_an_error_of_the_data_names_each_option_once(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text('{"text": "a dog", "price": 3}', encoding="utf-8")
+    assert run_embed(model, file, tmp_path / "out", "text") == 2
+    assert capsys.readouterr().err.count("ignore_fields") == 1

@@ -27,13 +27,22 @@ from modeling_llm2clip.embedding.embedding_manifest import EmbeddingManifest
 from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
 
 ROOT = Path(__file__).parents[2]
-FLAGS = ["--rows-per-shard", "16", "--token-budget", "256", "--device", "cpu"]
+FLAGS = ["--modality", "text", "--dtype", "int8", "--rows-per-shard", "16", "--token-budget", "256",
+         "--device", "cpu"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A larger dataset as a user has it: enough work to be interrupted in."""
     return write_captions(tmp_path_factory.mktemp("data"), make_few_texts(400))
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of one undisturbed run."""
+    folder = tmp_path_factory.mktemp("alone") / "texts"
+    assert main(["embed", str(model), str(data), str(folder), *FLAGS]) == 0
+    return folder
 
 
 def test_a_stopped_run_goes_on_after_its_last_file_and_leaves_the_same_bytes(
@@ -147,8 +156,7 @@ def test_where_a_file_finds_no_room_whole_files_stay_and_the_run_goes_on_later(
 def test_killed_at_random_moments_it_leaves_the_same_bytes(
     model: Path, data: Path, tmp_path: Path, kills: int
 ) -> None:
-    command = ["embed", str(model), str(data), "{output}", "--modality", "text", "--columns",
-               "text", "--dtype", "int8", *FLAGS]  # fmt: skip
+    command = ["embed", str(model), str(data), "{output}", "--columns", "text", *FLAGS]
     require_same_bytes_when_killed(tmp_path, command, times=kills)
 
 
@@ -166,12 +174,10 @@ def test_ray_leaves_the_same_bytes_as_one_process(
 
 @pytest.mark.slow
 def test_two_processes_of_a_launch_leave_the_same_bytes_as_one(
-    model: Path, data: Path, tmp_path: Path
+    model: Path, data: Path, alone: Path, tmp_path: Path
 ) -> None:
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    flags = ["--modality", "text", "--dtype", "int8", *FLAGS]
-    assert main(["embed", str(model), str(data), str(alone), *flags]) == 0
-    command = ["-m", "modeling_llm2clip", "embed", model, data, together, *flags]
+    together = tmp_path / "together"
+    command = ["-m", "modeling_llm2clip", "embed", model, data, together, *FLAGS]
     printed = run_python(*command, processes=2)
     assert printed.count("Wrote") == 1  # the main process alone says so
     assert read_bytes(together) == read_bytes(alone)
@@ -179,15 +185,13 @@ def test_two_processes_of_a_launch_leave_the_same_bytes_as_one(
 
 @pytest.mark.slow
 def test_partitions_that_run_at_the_same_time_leave_the_same_bytes_as_one_run(
-    model: Path, data: Path, tmp_path: Path
+    model: Path, data: Path, alone: Path, tmp_path: Path
 ) -> None:
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    flags = ["--modality", "text", "--dtype", "int8", *FLAGS]
-    assert main(["embed", str(model), str(data), str(alone), *flags]) == 0
+    together = tmp_path / "together"
     runs = [
         subprocess.Popen(
             [sys.executable, "-m", "modeling_llm2clip", "embed", str(model), str(data),
-             str(together), *flags, "--partition", f"{part}/2"],
+             str(together), *FLAGS, "--partition", f"{part}/2"],
             cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
         for part in (1, 2)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -35,7 +34,7 @@ from modeling_llm2clip.data.records import record_index
 from modeling_llm2clip.data.records.data_hashes import describe_images, hash_images
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
-from modeling_llm2clip.data.remote import file_places, remote_access, remote_files
+from modeling_llm2clip.data.remote import file_places, remote_files
 from modeling_llm2clip.data.remote.file_places import (
     describe_states,
     open_buffered,
@@ -49,16 +48,8 @@ from modeling_llm2clip.embedding.extract import extract
 from modeling_llm2clip.evaluation.datasets.dataset_registry import load_dataset
 from modeling_llm2clip.training.alignment.align_checks import require_same_images
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache", "new_places")
 CONTENT = bytes(range(256)) * 100
-
-
-@pytest.fixture(autouse=True)
-def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test starts with no block, and does not wait before it asks again."""
-    monkeypatch.setattr(remote_access, "time", SimpleNamespace(sleep=lambda _: None))
-    monkeypatch.setattr(file_places, "_states", {})
-    file_places._open_remote.cache_clear()
 
 
 def describe(record: CaptionedImage) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from read_only import read_only
 from stores import list_complete_shards
 from tiny import tiny_model
 
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.encoding_config import ExtractConfig
 from modeling_llm2clip.data.records.record_loading import load_records
@@ -26,11 +26,6 @@ from modeling_llm2clip.embedding.extract import describe_extraction, extract
 from modeling_llm2clip.embedding.shard_encoding import TextShardEncoder
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_text, fingerprint_vision
-
-
-@pytest.fixture(scope="module")
-def whole(model: Path) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
-    return LLM2CLIPModel.from_pretrained(model), LLM2CLIPProcessor.from_pretrained(model)
 
 
 def test_every_record_finds_the_embeddings_of_its_captions(

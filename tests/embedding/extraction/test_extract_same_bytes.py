@@ -41,6 +41,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_captions(tmp_path_factory.mktemp("data"), make_records(250))
 
 
+@pytest.fixture(scope="module")
+def alone(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of one undisturbed run."""
+    folder = tmp_path_factory.mktemp("alone") / "store"
+    assert main(shorten(["extract", str(model), str(data), str(folder)])) == 0
+    return folder
+
+
 def find_suggested(shown: str) -> list[str]:
     """Return the words of the next command that was printed, which the command line can parse."""
     words = shlex.split(shown.rpartition("Align a model on it: llm2clip ")[2])
@@ -119,10 +127,9 @@ def test_killed_at_random_moments_it_leaves_the_same_bytes(
 
 @pytest.mark.slow
 def test_two_processes_of_a_launch_leave_the_same_bytes_as_one(
-    model: Path, data: Path, tmp_path: Path
+    model: Path, data: Path, alone: Path, tmp_path: Path
 ) -> None:
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    assert main(shorten(["extract", str(model), str(data), str(alone)])) == 0
+    together = tmp_path / "together"
     command = shorten(["extract", str(model), str(data), str(together)])
     printed = run_python("-m", "modeling_llm2clip", *command, processes=2)
     assert printed.count("Wrote") == 1  # the main process alone says so
@@ -131,10 +138,10 @@ def test_two_processes_of_a_launch_leave_the_same_bytes_as_one(
 
 @pytest.mark.slow
 def test_partitions_leave_the_same_bytes_as_one_run_once_they_are_merged(
-    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, data: Path, alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    assert main(shorten(["extract", str(model), str(data), str(alone)])) == 0
+    together = tmp_path / "together"
+    assert main(shorten(["extract", str(model), str(data), str(alone)])) == 0  # is complete
     assert find_suggested(capsys.readouterr().out) == [
         "align", str(model), str(data), "aligned",
         "--caption-store", str(alone), "--image-store", "images",
@@ -159,10 +166,9 @@ def test_partitions_leave_the_same_bytes_as_one_run_once_they_are_merged(
 
 @pytest.mark.slow
 def test_partitions_that_are_killed_and_run_at_once_leave_the_same_bytes(
-    model: Path, data: Path, tmp_path: Path, kills: int
+    model: Path, data: Path, alone: Path, tmp_path: Path, kills: int
 ) -> None:
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    assert main(shorten(["extract", str(model), str(data), str(alone)])) == 0
+    together = tmp_path / "together"
     command = [sys.executable, "-m", "modeling_llm2clip",
                *shorten(["extract", str(model), str(data), str(together)])]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
