@@ -20,7 +20,7 @@ from .options import use_device
 
 _LLM2VEC = "llm2vec"
 _NOT_FOR_LLM2VEC = ("file", "revision", "text_revision", "llm_lora", "components", "max_shard_size")
-# What an LLM2Vec folder does not say itself.
+# Options that an LLM2Vec folder leaves open.
 _CHANGES_OF_LLM2VEC = {"prompt", "prompt_prefix", "prompt_suffix", "normalize_text_before_adapter"}
 if TYPE_CHECKING:
     FormatName: TypeAlias = str

@@ -25,7 +25,7 @@ from .options import use_device, use_image_limits
 if TYPE_CHECKING:
     from ..evaluation.results import Result
 
-# What models and embeddings without a config.json of transformers have.
+# Files of models and embeddings that have no config.json of transformers.
 _OTHERS = ("open_clip_config.json", "modules.json", "texts.safetensors", "images.safetensors")
 
 
@@ -183,7 +183,7 @@ def _choose_models(models: Sequence[str], of_models: ModelsConfig) -> list[Evalu
 
 
 def _read_model(text: str) -> tuple[str, str]:
-    """Name and source; a source that exists is never taken apart."""
+    """Split NAME=SOURCE; a source that exists is taken whole."""
     if Path(text).exists() or "=" not in text:
         return "", text
     return _split(text, flag="MODEL")

@@ -1,4 +1,4 @@
-"""The bases of all options: pydantic checks the fields by their annotations; and YAML.
+"""The bases of all options, which pydantic checks by their annotations, and their YAML.
 
 A field's annotation says what it may be (`Annotated[int, Interval(ge=1)]`, `Literal["a", "b"]`),
 and the string under it documents it. pydantic is imported when a config with a value that is not
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
     from pydantic_core import CoreSchema, ErrorDetails
 
-# What all of torch, NumPy and transformers take.
+# The range that torch, NumPy and transformers all take.
 Seed = Annotated[int, Interval(ge=0, le=2**32 - 1)]
 # One alias, because Python takes unions of one set of choices in another order for the same.
 WeightDtype = Literal["float32", "bfloat16", "float16"]
@@ -186,7 +186,7 @@ def make_config(config_type: type[ConfigT], values: Mapping[str, Any]) -> Config
 
 
 def _check(config_type: type[Config], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values as the fields want them; a field without a default has to be there."""
+    """Convert values to the types of the fields; refuse a missing field without a default."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
     from typing_extensions import NotRequired, TypedDict
 
@@ -221,7 +221,7 @@ def _describe(error: ErrorDetails, config_type: type[Config]) -> str:
 
 
 def get_reason(error: ErrorDetails) -> str:
-    """Return the message of an error of pydantic, without what it puts before those of others."""
+    """Return the message of an error of pydantic, without the prefix of other exceptions."""
     return str(error.get("ctx", {}).get("error", error["msg"]))
 
 

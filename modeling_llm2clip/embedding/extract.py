@@ -221,7 +221,7 @@ class StoreInputs:
             )
         images: list[ImageSource | None] = []
         for first, items, _ in self._occurrences.find(rows):
-            # Records in several languages share the row of theirs.
+            # Records of an image in several languages share its row.
             images += records.select(first + items).iterate_images()
         return images
 
@@ -242,7 +242,7 @@ def plan_store(
     config: ExtractConfig,
     modality: Modality,
 ) -> StoreManifest:
-    """Make the manifest of a store whose items are not known."""
+    """Make the manifest of a store before its items are known."""
     causes = {"data": hash_texts(records)}
     if modality == "image":
         causes["images"] = hash_images(records)
@@ -282,7 +282,7 @@ def list_caption_items(records: RecordTable, scratch: Path, *, num_views: int = 
         batch = add_views(captions, num_views)
         keys = np.asarray(batch.column("text_keys").flatten())
         distinct = numbers.add(flatten_captions(batch).texts, keys)
-        # Arrow passes those with a letter, and Python looks at the others.
+        # Arrow passes texts with an ASCII character; Python checks the others.
         unclear = distinct.filter(pc.invert(pc.match_substring_regex(distinct, "[!-~]")))
         suspicious += [text for text in unclear.to_pylist() if not text.strip()]
     if suspicious:

@@ -91,7 +91,7 @@ class TextRows:
         return [text for part in parts for text in part]
 
     def sample(self, size: int) -> list[str]:
-        """Read one caption of each of some records, evenly spaced, a short one or a long one."""
+        """Read a short or long caption of each of some records, which are evenly spaced."""
         chosen = _space_evenly(len(self._records), size)
         sampled = []
         for number, record in enumerate(self._records.select(chosen)):
@@ -181,7 +181,7 @@ class ImageRows:
 
 
 def _require_unique_records(records: RecordTable) -> None:
-    """Names and languages of a source are unique; those of records in memory may not be."""
+    """Refuse records in memory that share name and language; those of a source never do."""
     num_keys = count_distinct(partial(records.iterate_numbers, "key"), len(records))
     if num_keys < len(records):
         raise ValueError(

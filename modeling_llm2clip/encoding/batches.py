@@ -279,7 +279,7 @@ def require_finite(
 
 
 def list_keys(inputs: Sequence[Any]) -> list[Hashable]:
-    """Return for each input what equal inputs share, and no others.
+    """Return a key per input, which equal inputs share and different ones do not.
 
     An image in memory is equal to itself alone. Inputs of a sequence that is not a list are all
     different: it may make them anew at each access, where an `id` says nothing.

@@ -36,7 +36,7 @@ _TOKENS_PER_TEXT = 64  # where a batch size is given
 
 
 def choose_batches(device: torch.device, batch_size: int | None = None) -> tuple[int, int]:
-    """Choose the most tokens and the most images of a batch, where one is not given by device."""
+    """Choose the largest numbers of tokens and images per batch, by device where none is given."""
     # A CPU divides a batch further, and larger batches of images overflow its caches.
     return (
         (batch_size * _TOKENS_PER_TEXT, batch_size)

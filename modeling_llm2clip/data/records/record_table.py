@@ -405,7 +405,7 @@ def find_first_records(records: RecordTable) -> Array:
         rows = again[start : start + ROWS_PER_BATCH]
         sides = (records.take(numbers, IMAGE_COLUMNS) for numbers in (rows, firsts[rows]))
         for row, image, first in zip(rows.tolist(), *sides, strict=True):
-            # As in tar shards with a sample per language, images of one name may be copies.
+            # Images of one name may be copies, as in tar shards with a sample per language.
             if image != first and not _have_same_bytes(make_image(*image), make_image(*first)):
                 ambiguous[records[row].name] = None
     if ambiguous:

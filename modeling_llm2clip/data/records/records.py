@@ -81,7 +81,7 @@ class CaptionedImage:
 
 
 class FoundFile(NamedTuple):
-    """An image that is a file; its path is a text, as a Path costs as much as all checks."""
+    """An image that is a file. Its path is a text: making a Path takes as long as all checks."""
 
     path: str
     size: int
@@ -130,8 +130,8 @@ def check_record(
 ) -> CheckedRecord | None:
     """Check the fields of a record.
 
-    What is left of a record with errors is returned, so that checks over several records see it;
-    None if its name, language or texts cannot be read.
+    A record with errors is returned with its valid fields, so that checks over several records see
+    it. Returns None if its name, language or texts cannot be read.
     """
     image_dir, require_images, ignore_fields, modality = rules
     problems: list[str] = []
@@ -147,7 +147,7 @@ def check_record(
     if has_identity and image is None and not is_text:
         image = _find_file(name, image_dir, problems, required=require_images)
     group_id = _read_word(raw.fields, "group_id", problems)
-    # A group may have several texts, so that it names none of them.
+    # A group may have several texts, so its id cannot name one of them.
     name = name or raw.default_name or (raw.text_name if is_text or group_id else None)
     if name is None and not require_images:
         problems.append("no 'file_name', 'image' or 'group_id' to name it by")
@@ -239,7 +239,7 @@ def _read_name(values: Sequence[Any], problems: list[str]) -> str | None:
         if not isinstance(name, str) or not name.strip():
             problems.append("'image' or 'file_name' is not a non-blank text")
             return None
-        # A path is written in one way: "./a.jpg" is "a.jpg".
+        # Equal paths get one spelling: "./a.jpg" becomes "a.jpg".
         may_be_other = "./" in name or "//" in name or name[-1] in "/."
         names.append(PurePosixPath(name).as_posix() if may_be_other else name)
     if len(names) > 1 and names[0] != names[1]:

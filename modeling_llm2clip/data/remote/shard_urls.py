@@ -65,7 +65,7 @@ def find_format(shard: str) -> str:
 
 
 def find_base(shards: Sequence[str]) -> str:
-    """Return what the names of all shards begin with, up to a slash."""
+    """Return the common beginning of the names of all shards, up to a slash."""
     base = shards[0][: shards[0].rfind("/") + 1]
     while not all(shard.startswith(base) for shard in shards):
         base = base[: base.rstrip("/").rfind("/") + 1]
@@ -104,7 +104,7 @@ def drop_signature(url: str) -> str:
 
 
 def drop_signatures(urls: Sequence[str]) -> list[str]:
-    """Return what identifies the file of each URL; all of it where two would become one."""
+    """Return URLs without signatures; as they are where two would become equal."""
     bare = [drop_signature(url) for url in urls]
     return bare if len(set(bare)) == len(bare) else list(urls)
 

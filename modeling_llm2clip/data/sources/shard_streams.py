@@ -151,7 +151,7 @@ def _read_parquet(
     name: str,
     on_columns: Callable[[ShardColumns], None] | None,
 ) -> Iterator[StreamedSample]:
-    source = file.open_seekable()  # outside, since a full disk ends the run
+    source = file.open_seekable()  # outside of `try`: a full disk ends the run
     try:
         with closing(source), pq.ParquetFile(source) as opened:
             columns = _find_columns(opened, name)
@@ -163,8 +163,8 @@ def _read_parquet(
             for number, row in enumerate(rows):
                 yield read_row(number, name, row, images)
     except (ShardColumnsError, AccessError, LostFileError):
-        raise  # the last two of requests, which were made again as often as allowed
-    except (pa.ArrowException, ValueError, OSError) as error:  # the last one for a damaged page
+        raise  # AccessError and LostFileError come after all attempts
+    except (pa.ArrowException, ValueError, OSError) as error:  # OSError: a damaged page
         raise BrokenShardError(f"not a Parquet file, or broken ({error})") from error
 
 
@@ -186,7 +186,7 @@ def read_row(number: int, name: str, row: Mapping[str, Any], images: set[str]) -
         path = value.get("path") if isinstance(value, dict) else None
         if content is not None:
             image = EncodedImage(place, bytes(content))
-            # Many writers leave the path empty; such rows are no images of one name.
+            # Many writers leave the path empty, which does not give these images one name.
             default_name = f"{name}/{path}" if path and path.strip() else default_name
         elif path is not None:
             fields["image"] = path

@@ -34,11 +34,11 @@ from ..sources.shard_streams import (
 from ..validation_errors import ErrorCollector
 from .stream_run import PartEnd, Prepare, ShardReader, StreamReport, StreamRun
 
-_FIRST_SHARDS = 2  # of which one may be missing
+_FIRST_SHARDS = 2  # one of these may be missing
 
 
 class UrlShards(ShardReader):
-    """Shards at paths, URLs or commands, of which one of the first two can be opened."""
+    """Shards at paths, URLs or commands; at least one of the first two can be opened."""
 
     def __init__(self, shards: Sequence[str], policy: RetryPolicy) -> None:
         self.shards = list(shards)
@@ -290,7 +290,7 @@ def make_loader(
     from .stream_loader import StreamLoader
 
     with warnings.catch_warnings():
-        # Of torch, about a function that torchdata calls.
+        # torch warns about a function that torchdata calls.
         warnings.filterwarnings("ignore", message=".*set_vital.*")
         return StreamLoader(
             _BatchedStream(stream, batch_size, drop_last, prepare),

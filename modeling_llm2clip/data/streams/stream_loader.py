@@ -1,8 +1,8 @@
-"""The loader of a stream's batches: the last state of each worker comes with its last batch.
+"""Loads the batches of a stream, and keeps the last state of each worker.
 
-StatefulDataLoader keeps the states that came with batches. What a worker found behind its last full
-batch would be in none: samples that are dropped, lost ones, shards that end early. So each worker
-sends a mark when it has nothing left, which this loader keeps to itself.
+StatefulDataLoader keeps only states that come with a batch. Samples that a worker drops or loses
+after its last batch, and shards that end early there, would be in no state. So each worker sends a
+last mark with its final state, and this loader does not pass the mark on.
 """
 
 from __future__ import annotations

@@ -19,10 +19,10 @@ from ..validation_errors import ErrorCollector, describe_errors
 
 _STATE_VERSION = 2
 _DRAWS_AT_ONCE = 4096
-# Fewer samples count as so many, since a few lost ones at the beginning say little.
+# Fewer samples count as so many: a few losses at the beginning say little.
 _LEAST_SAMPLES = 1000
 
-# Makes of a record what is yielded; a ValueError is of this record, and names it.
+# Makes the yielded value from a record; a ValueError concerns this record and names it.
 Prepare = Callable[[CaptionedImage], Any]
 
 
@@ -150,7 +150,7 @@ class StreamReport:
 
 
 class PartEnd:
-    """Comes behind the last batch of a worker."""
+    """Marks the end of the batches of a worker."""
 
 
 class StreamRun:
@@ -292,7 +292,7 @@ class StreamRun:
 
     def _require_most(self, *, at_end: bool = False) -> None:
         """Raise if this worker lost too much: of the samples seen so far, or of its own shards."""
-        # At the end, so that few samples in each of many workers are not many lost ones in all.
+        # At the end each worker counts its part, so that small losses of many workers add up.
         least = _LEAST_SAMPLES // self._num_readers if at_end else _LEAST_SAMPLES
         share, report = self._stream.max_lost_share, self.report
         seen = max(report.samples + report.lost_samples, least)
