@@ -45,11 +45,7 @@ BUDGETS = {
     "cli": 1114,
     "configs": 836,
     "conversion": 600,
-<<<<<<< HEAD
     "data": 4678,
-=======
-    "data": 4678,
->>>>>>> main
     "demo": 86,
     "doctor": 1349,
     "embedding": 1130,
@@ -61,15 +57,9 @@ BUDGETS = {
     "scheduling": 83,
     "search": 1461,
     "serving": 1536,
-<<<<<<< HEAD
     "training": 3930,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 269, 8300
-=======
-    "training": 3930,
-}
-MOST_FILES, MOST_DOCSTRING_LINES = 269, 8300
->>>>>>> main
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.

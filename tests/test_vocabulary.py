@@ -82,11 +82,7 @@ FLAGS: dict[str, str] = {
 }  # fmt: skip
 # Variables for which a noun says more (`model_folder`, `checkpoint`, `expected`), and how many the
 # package still binds: a change may lower a number and never raise it.
-<<<<<<< HEAD
 VAGUE_NAMES = {"found": 15, "wanted": 4, "one": 0, "given": 3, "own": 5, "of_whom": 0}
-=======
-VAGUE_NAMES = {"found": 15, "wanted": 4, "one": 0, "given": 3, "own": 5, "of_whom": 0}
->>>>>>> main
 
 
 @cache
