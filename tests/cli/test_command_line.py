@@ -135,48 +135,36 @@ def test_a_device_that_is_not_there_is_reported_before_a_model_is_read(
     assert not (tmp_path / "new").exists()
 
 
-def write_broken_images(folder: Path) -> Path:
-    folder.mkdir()
-    for name in ("a.png", "b.png"):
-        (folder / name).write_text("no image", encoding="utf-8")
-    lines = [json.dumps({"image": name, "captions": "a"}) for name in ("a.png", "b.png")]
-    (folder / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    return folder
-
-
 @pytest.mark.parametrize(
-    "command",
-    [["extract", "MODEL", "DATA", "OUTPUT", "--modality", "image"],
-     ["align", "MODEL", "DATA", "OUTPUT", "--text-training", "frozen-online"],
-     ["extract", "MODEL", "DATA", "OUTPUT", "--check-images", "--modality", "text"]],
-    ids=lambda command: " ".join(command[::4]),
-)  # fmt: skip
-def test_broken_images_are_all_reported_before_a_model_is_loaded(
-    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_broken_images(tmp_path / "data")
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "model.safetensors").touch()  # empty, so that loading it would fail
-    places = {"MODEL": "model", "DATA": "data", "OUTPUT": "output"}
-    assert main([str(tmp_path / places[p]) if p in places else p for p in command]) == 2
-    message = capsys.readouterr().err
-    assert "image unreadable: 2 (" in message and "a.png: not an image" in message
-    assert not (tmp_path / "output").exists()
-
-
-@pytest.mark.parametrize(
-    "options", [["--modality", "image", "--no-check-images"], ["--modality", "text"]]
+    ("command", "decodes"),
+    [
+        ("extract MODEL DATA OUTPUT --modality image", True),
+        ("align MODEL DATA OUTPUT --text-training frozen-online", True),
+        ("extract MODEL DATA OUTPUT --modality text --check-images", True),
+        ("extract MODEL DATA OUTPUT --modality text", False),
+        ("extract MODEL DATA OUTPUT --modality image --no-check-images", False),
+    ],
 )
-def test_images_are_not_decoded_first_where_it_is_not_wanted_or_not_needed(
-    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_broken_images_are_all_reported_before_a_model_is_loaded_where_they_are_needed(
+    command: str, decodes: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = write_broken_images(tmp_path / "data")
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("a.png", "b.png"):
+        (data / name).write_text("no image", encoding="utf-8")
+    lines = [json.dumps({"image": name, "captions": "a"}) for name in ("a.png", "b.png")]
+    (data / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
     model = tmp_path / "model"
     model.mkdir()
-    (model / "model.safetensors").touch()  # which cannot be loaded
-    assert main(["extract", str(model), str(data), str(tmp_path / "output"), *options]) == 2
+    (model / "model.safetensors").touch()  # empty, so that loading it fails
+    places = {"MODEL": str(model), "DATA": str(data), "OUTPUT": str(tmp_path / "output")}
+    assert main([places.get(word, word) for word in command.split()]) == 2
     message = capsys.readouterr().err
-    assert "unreadable" not in message and str(model) in message  # which is empty
+    if decodes:
+        assert "image unreadable: 2 (" in message and "a.png: not an image" in message
+    else:
+        assert "unreadable" not in message and str(model) in message
+    assert not (tmp_path / "output").exists()
 
 
 ABSENT = "/nowhere"

@@ -195,10 +195,10 @@ def test_both_sides_are_those_of_the_forward_pass_and_have_unit_length() -> None
 def test_projected_equals_stored_and_projected_later_bit_for_bit() -> None:
     model, processor = shared_model()
     images = [draw_noise(seed=seed) for seed in range(3)]
-    captions = encode_texts(model, processor, CAPTIONS, project=False)
-    assert torch.equal(
-        encode_texts(model, processor, CAPTIONS), project_stored(model, captions, "text")
+    captions = project_stored(
+        model, encode_texts(model, processor, CAPTIONS, project=False), "text"
     )
+    assert torch.equal(encode_texts(model, processor, CAPTIONS), captions)
     vision = encode_images(model, processor, images, project=False)
     assert torch.equal(
         encode_images(model, processor, images), project_stored(model, vision, "image")
@@ -209,15 +209,13 @@ def test_projected_equals_stored_and_projected_later_bit_for_bit() -> None:
 def test_a_text_only_and_a_vision_only_model_encode_as_the_whole_one(tmp_path: Path) -> None:
     model, processor = shared_model()
     model.save_pretrained(tmp_path)
-    text_only = LLM2CLIPTextModel.from_pretrained(tmp_path)
-    vision_only = LLM2CLIPVisionModel.from_pretrained(tmp_path)
     images = [draw_noise(seed=seed) for seed in range(3)]
-    assert torch.equal(
-        encode_texts(text_only, processor, CAPTIONS), encode_texts(model, processor, CAPTIONS)
-    )
-    assert torch.equal(
-        encode_images(vision_only, processor, images), encode_images(model, processor, images)
-    )
+    text_only = LLM2CLIPTextModel.from_pretrained(tmp_path)
+    texts = encode_texts(text_only, processor, CAPTIONS)
+    assert torch.equal(texts, encode_texts(model, processor, CAPTIONS))
+    vision_only = LLM2CLIPVisionModel.from_pretrained(tmp_path)
+    embeds = encode_images(vision_only, processor, images)
+    assert torch.equal(embeds, encode_images(model, processor, images))
 
 
 def test_equal_inputs_are_encoded_once_and_get_the_same_bits(tmp_path: Path) -> None:

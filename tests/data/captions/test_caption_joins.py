@@ -325,23 +325,18 @@ def test_rows_in_another_language_are_counted_and_not_used(
         join_captions(make_records(4), write(tmp_path / "again" / "c.csv", rows), on="url")
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
+def test_values_that_are_no_texts_are_named(tmp_path: Path) -> None:
+    values: list[tuple[dict[str, Any], str]] = [
         ({"captions": {"en": "a cat"}}, "'captions' is a dict, not a text or a list"),
         ({"captions": ["a cat", 3]}, "'captions' is a list, not a text or a list"),
         ({"long_captions": 3}, "'long_captions' is a int"),
         ({"captions": "a cat", "lang": 3}, "'lang' is 3, not a text"),
-    ],
-)
-def test_values_that_are_no_texts_are_named(
-    fields: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    lines = [{"url": "https://x.example/0", "captions": "a"}, {"url": "x", **fields}]
-    file = tmp_path / "c.jsonl"
-    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    with pytest.raises(ValueError, match=rf"c\.jsonl row 1: {message}"):
-        join_captions(make_records(2), file, on="url")
+    ]
+    for fields, message in values:
+        lines = [{"url": "https://x.example/0", "captions": "a"}, {"url": "x", **fields}]
+        file = write_lines(tmp_path / "c.jsonl", lines)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=rf"c\.jsonl row 1: {message}"):
+            join_captions(make_records(2), file, on="url")
 
 
 @pytest.mark.usefixtures("own_cache")

@@ -120,17 +120,13 @@ def hub(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         HfFileSystem.clear_instance_cache()
 
 
-@pytest.mark.usefixtures("hub")
-def test_the_hub_is_read() -> None:
+def test_the_hub_is_read_and_a_private_dataset_denied_at_once(hub: HubServer) -> None:
     base = "hf://datasets/owner/pairs/data"
     for source in (base, f"{base}/*.tar", f"{base}/{{0..1}}.tar"):
         assert captions_of(source) == CAPTIONS
-
-
-def test_a_private_dataset_is_denied_at_once(hub: HubServer) -> None:
     hub.repositories["owner/pairs"].private = True
     with pytest.raises(AccessError, match=r"hf://datasets/owner/pairs/data/0\.tar: access denied"):
-        stream_records("hf://datasets/owner/pairs/data/0.tar", retry=RetryPolicy(first_wait=60))
+        stream_records(f"{base}/0.tar", retry=RetryPolicy(first_wait=60))
 
 
 @pytest.mark.usefixtures("shards")
@@ -184,14 +180,28 @@ def test_a_silent_server_is_asked_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert retries
 
 
-def test_a_file_that_got_shorter_is_not_taken_for_whole(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(CONTENT)
+def test_a_file_that_changes_is_not_taken_for_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It got shorter, or the rest of it comes by another request, for the next block."""
+    monkeypatch.setattr(remote_files, "_BLOCK_BYTES", 1000)
+    place = tmp_path / "file"
+    place.write_bytes(CONTENT)
+    changed = r"file: the file has changed while it was used"
     with ShardServer(tmp_path, tags=False) as server:
         file = RemoteFile(f"{server.url}/file", FAST)
         assert file.describe().size == len(CONTENT)
-        (tmp_path / "file").write_bytes(CONTENT[:5000])
-        with pytest.raises(LostFileError, match=r"file: the file has changed while it was used"):
+        place.write_bytes(CONTENT[:5000])
+        with pytest.raises(LostFileError, match=changed):
             file.read_range(4000, 8000)
+    place.write_bytes(CONTENT)
+    with ShardServer(tmp_path) as server:
+        opened = RemoteFile(f"{server.url}/file", FAST).open_stream()
+        assert opened.read(250) == CONTENT[:250]
+        place.write_bytes(CONTENT[::-1])
+        os.utime(place, ns=(1, 1))
+        with pytest.raises(LostFileError, match=changed):
+            opened.read()
 
 
 def test_tags_of_each_reply_are_refused_with_a_remedy_and_weak_ones_are_not_compared(
@@ -263,21 +273,6 @@ def test_a_changed_file_is_reported_by_other_processes() -> None:
     error = ChangedFileError("x", (1, "a"), (1, "b"))
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again), vars(again)) == (ChangedFileError, str(error), vars(error))
-
-
-def test_a_stream_of_a_file_that_changes_is_not_mixed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The rest comes by another request, for the next block."""
-    monkeypatch.setattr(remote_files, "_BLOCK_BYTES", 1000)
-    (tmp_path / "file").write_bytes(CONTENT)
-    with ShardServer(tmp_path) as server:
-        opened = RemoteFile(f"{server.url}/file", FAST).open_stream()
-        assert opened.read(250) == CONTENT[:250]
-        (tmp_path / "file").write_bytes(CONTENT[::-1])
-        os.utime(tmp_path / "file", ns=(1, 1))
-        with pytest.raises(LostFileError, match=r"file: the file has changed while it was used"):
-            opened.read()
 
 
 @pytest.mark.parametrize(
