@@ -40,7 +40,7 @@ from modeling_llm2clip.data.atomic_files import hash_file
 from modeling_llm2clip.data.records.record_loading import find_example_data, load_records
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.records.splits import split_records
-from modeling_llm2clip.evaluation.datasets.catalog.caption_readers import NUM_TEST_GROUPS
+from modeling_llm2clip.evaluation.datasets.caption_readers import NUM_TEST_GROUPS
 
 GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 FIRST = "en"

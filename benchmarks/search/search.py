@@ -1,7 +1,7 @@
 """Search in many images, across the gap between texts and images, beside exact search and FAISS.
 
     python -m benchmarks.search.search                                      # a million embeddings
-    python -m benchmarks.search.search --photographs FOLDER --model MODEL  # own photographs as well
+    python -m benchmarks.search.search --photographs FOLDER --model MODEL  # and your photographs
 
 1. Makes embeddings as a model of two towers gives them: images lie around one direction, texts
    around another; what they show is the same, in directions of falling variance and in topics of
@@ -78,23 +78,27 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--queries", type=int, default=400, help="half of them only tune")
-    parser.add_argument("--photographs", type=Path, help="folder of own photographs")
+    parser.add_argument("--photographs", type=Path, help="folder of your own photographs")
     parser.add_argument("--model", help="model that indexes the photographs")
     parser.add_argument("--graphs", help="its ONNX graphs, for a search without torch")
     parser.add_argument("--work", type=Path, help="folder for the database; default: a new one")
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     use_two_cores()
-    if given.measure:
-        print(json.dumps(measure(given.measure[0], Path(given.measure[1]))))
+    if arguments.measure:
+        print(json.dumps(measure(arguments.measure[0], Path(arguments.measure[1]))))
         return 0
     with tempfile.TemporaryDirectory() as scratch:
-        found = run(given.rows, given.width, given.queries, given.work or Path(scratch))
-    if given.photographs:
-        found["photographs"] = run_photographs(given.model, given.photographs, given.graphs)
-    write_result(given.output, found)
-    return report_bars(found)
+        measured = run(
+            arguments.rows, arguments.width, arguments.queries, arguments.work or Path(scratch)
+        )
+    if arguments.photographs:
+        measured["photographs"] = run_photographs(
+            arguments.model, arguments.photographs, arguments.graphs
+        )
+    write_result(arguments.output, measured)
+    return report_bars(measured)
 
 
 def use_two_cores() -> None:
@@ -159,9 +163,9 @@ def make_embeddings(rows: int, width: int, queries: int) -> tuple[Array, Array, 
     shown = np.empty((queries, width), dtype=np.float32)
     for start in range(0, rows, WRITTEN_AT_ONCE):
         end = min(start + WRITTEN_AT_ONCE, rows)
-        own = unit(random.standard_normal((end - start, width), dtype=np.float32) * scales)
+        individual = unit(random.standard_normal((end - start, width), dtype=np.float32) * scales)
         topic = topics[random.choice(TOPICS, end - start, p=shares / shares.sum())]
-        content = unit(OF_TOPIC**0.5 * topic + (1 - OF_TOPIC) ** 0.5 * own)
+        content = unit(OF_TOPIC**0.5 * topic + (1 - OF_TOPIC) ** 0.5 * individual)
         here = (described >= start) & (described < end)
         shown[here] = content[described[here] - start]
         images[start:end] = unit(COMMON**0.5 * of_images + (1 - COMMON) ** 0.5 * content)
@@ -259,8 +263,8 @@ def measure_apart(name: str, work: Path) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.search.search", "--measure", name, str(work)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     print(name, done.stdout.strip(), flush=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return measured
 
 
 def measure(name: str, work: Path) -> dict[str, float]:
@@ -272,11 +276,11 @@ def measure(name: str, work: Path) -> dict[str, float]:
     for text in texts:
         search(text)
     seconds, shares = [], []
-    for text, wanted in zip(texts, nearest, strict=True):
+    for text, expected in zip(texts, nearest, strict=True):
         started = time.perf_counter()
-        found = search(text)
+        rows = search(text)
         seconds.append(time.perf_counter() - started)
-        shares.append(len(set(found) & set(wanted.tolist())) / len(wanted))
+        shares.append(len(set(rows) & set(expected.tolist())) / len(expected))
     return {
         "query_ms": round(1000 * statistics.median(seconds), 2),
         "recall_at_10": round(statistics.fmean(shares), 4),
@@ -344,13 +348,13 @@ def time_command(command: list[str]) -> float:
     return round(time.monotonic() - started, 2)
 
 
-def report_bars(found: dict[str, Any]) -> int:
+def report_bars(measured: dict[str, Any]) -> int:
     """Print which bars are missed; return 1 if any is."""
-    photographs = found.get("photographs")
+    photographs = measured.get("photographs")
     bars = {
-        "query_ms below 30": found["query_ms"] < 30,
-        "recall_at_10 at least 0.95": found["recall_at_10"] >= 0.95,
-        "rss_gb below 2": found["rss_gb"] < 2,
+        "query_ms below 30": measured["query_ms"] < 30,
+        "recall_at_10 at least 0.95": measured["recall_at_10"] >= 0.95,
+        "rss_gb below 2": measured["rss_gb"] < 2,
         "second search below 5 s": not photographs or photographs["second_search_s"] < 5,
         "second search with graphs below 5 s": not photographs
         or photographs.get("second_search_graphs_s", 0) < 5,

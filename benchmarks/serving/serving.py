@@ -223,10 +223,10 @@ def start_server(model: Path, threads: int) -> Iterator[tuple[str, psutil.Proces
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        found = re.search(r"http://[\d.:]+", line)
-        if found is None:
+        address = re.search(r"http://[\d.:]+", line)
+        if address is None:
             raise SystemExit(f"The server did not start: {line!r}, exit code {process.wait()}.")
-        yield found[0], psutil.Process(process.pid)
+        yield address[0], psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait()
@@ -280,8 +280,8 @@ def measure_round(
         # One client alone is slow, and a part of the texts shows how slow.
         part = requests if num_clients > 1 else requests[: max(len(requests) // 4, 1)]
         load = asyncio.run(send_all(address, part, num_clients=num_clients))
-        found = np.stack([load.embeds[number] for number in range(len(part))])
-        distance = float(np.linalg.norm(found - expected[: len(part)], axis=1).max())
+        embeds = np.stack([load.embeds[number] for number in range(len(part))])
+        distance = float(np.linalg.norm(embeds - expected[: len(part)], axis=1).max())
         if distance > MOST_DISTANCE:
             raise SystemExit(f"{num_clients} clients: an embedding is {distance:g} off.")
         row = load.summarize()

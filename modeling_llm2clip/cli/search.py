@@ -80,7 +80,7 @@ def search(
     from ..data.images.image_sources import register_heif_reader
     from ..model_folders.model_folder import holds_graphs
     from ..search.image_index import ImageIndex
-    from ..search.results_page import render_search_results
+    from ..search.search_results import render_search_results
 
     uses_torch = not holds_graphs(model)
     apart = uses_torch and "torch" not in sys.modules
@@ -105,7 +105,7 @@ def search(
 def _require_page_folder(folder: Path) -> None:
     """Refuse a folder that cannot be written, or has files that no earlier search wrote."""
     from ..data.atomic_files import require_new_folder, require_writable
-    from ..search.results_page import is_results_file
+    from ..search.search_results import is_results_file
 
     require_writable(folder)
     paths = folder.iterdir() if folder.is_dir() else []
@@ -144,7 +144,7 @@ def _report_missing(results: Sequence[SearchResult]) -> None:
 
 
 def _write(results: list[SearchResult], output: Path) -> None:
-    from ..search.results_page import write_results_page, write_results_sheet
+    from ..search.search_results import write_results_page, write_results_sheet
 
     output.mkdir(parents=True, exist_ok=True)
     sheet, page = (output / name for name in _PAGE_FILES)

@@ -87,7 +87,7 @@ def check_model(
         folder = find_model_folder(source, revision=revision)
     except Exception as error:  # the client raises anything for connections, names, permissions
         reason = "needs 'folder', which failed"
-        skipped = [Check(one.name, False, reason, skipped=True) for one in _PLANNED_CHECKS]
+        skipped = [Check(check.name, False, reason, skipped=True) for check in _PLANNED_CHECKS]
         failed = Check("folder", False, describe_error(error))
         return ModelReport(str(source), [failed, *skipped])
     tested = ModelUnderTest(folder, device)
@@ -101,6 +101,6 @@ def check_model(
         model_class = getattr(tested.model_class, "__name__", "LLM2CLIPModel")
         return None if about in _TOWERS_OF[model_class] else f"the folder holds an {model_class}"
 
-    found = f"{counted(sum(1 for _ in folder.iterdir()), 'entry')} in {folder}"
+    contents = f"{counted(sum(1 for _ in folder.iterdir()), 'entry')} in {folder}"
     checks = run_checks(planned, tested, find_obstacle)
-    return ModelReport(str(source), [Check("folder", True, found), *checks])
+    return ModelReport(str(source), [Check("folder", True, contents), *checks])

@@ -26,12 +26,12 @@ from ..processing_llm2clip import LLM2CLIPProcessor
 from .model_report import ConcernError, NotApplicableError
 from .model_under_test import SHORT_TEXTS, ModelUnderTest
 
-# Files in which AutoProcessor looks for code before it looks in config.json. The first decides; in
-# the others, what another program saved again may not name it.
+# Files in which AutoProcessor looks for code before config.json. The first one decides; the others
+# may lack the code if another program has saved them again.
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 _MAY_NAME_NO_CODE = _PROCESSOR_FILES[1:]
 _NAMES_SHOWN = 8
-# Of weights that are not quantized, and of masks.
+# Dtypes of masks, and of weights that are not quantized.
 _PLAIN_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool}
 
 
@@ -77,8 +77,8 @@ def check_training_images(tested: ModelUnderTest) -> str:
 
 def check_text_like(tested: ModelUnderTest, *, other: Path) -> str:
     """Require everything that decides the embedding of a text to be that of another model."""
-    found, wanted = (fingerprint_embeddings(folder, "text") for folder in (tested.folder, other))
-    if differing := sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n)):
+    ours, theirs = (fingerprint_embeddings(folder, "text") for folder in (tested.folder, other))
+    if differing := sorted(n for n in {*ours, *theirs} if ours.get(n) != theirs.get(n)):
         raise ValueError(
             f"Texts have other embeddings than by {other}: {', '.join(differing)} differ. Embed "
             "all texts again, or train with --lock-text."
@@ -90,10 +90,10 @@ def check_weight_dtypes(tested: ModelUnderTest) -> str:
     """Require one floating-point dtype in all weight files, and float32 for the temperature."""
     dtypes = {name: tensor.dtype for name, tensor in open_model_weights(tested.folder).items()}
     if getattr(tested.config, "quantization_config", None):
-        found = sorted({_name(dtype) for dtype in dtypes.values()})
+        names = sorted({_name(dtype) for dtype in dtypes.values()})
         if set(dtypes.values()) <= _PLAIN_DTYPES:
             raise ValueError(
-                f"config.json says that weights are quantized, but the files hold {found} only. "
+                f"config.json says that weights are quantized, but the files hold {names} only. "
                 "Take quantization_config out of config.json, or save the model again."
             )
         raise NotApplicableError("the weights are quantized, so their dtypes differ by design")
@@ -145,7 +145,7 @@ def check_finite_weights(tested: ModelUnderTest) -> str:
 def check_remote_code(tested: ModelUnderTest) -> str:
     """Compare the folder's code with the installed package, and the code that its files name."""
     folder = tested.folder
-    wanted = {path.name: path for path in list_uploaded_files()}
+    uploaded = {path.name: path for path in list_uploaded_files()}
     contents = {"config.json": _read_json(folder / "config.json")}
     contents |= {n: _read_json(folder / n) for n in _PROCESSOR_FILES if (folder / n).is_file()}
     inside = [  # below the top level of a file, for a tower or the image processor
@@ -154,12 +154,12 @@ def check_remote_code(tested: ModelUnderTest) -> str:
         if (refs := list_foreign_code([v for key, v in content.items() if key != "auto_map"]))
     ]
     brings_code = contents["config.json"].get("auto_map") or inside
-    if not brings_code and not any((folder / name).exists() for name in wanted):
+    if not brings_code and not any((folder / name).exists() for name in uploaded):
         raise NotApplicableError("the folder brings no code; it needs the installed package")
-    missing = sorted(name for name in wanted if not (folder / name).is_file())
+    missing = sorted(name for name in uploaded if not (folder / name).is_file())
     altered = sorted(
         name
-        for name, path in wanted.items()
+        for name, path in uploaded.items()
         if name not in missing and (folder / name).read_bytes() != path.read_bytes()
     )
     errors = [
@@ -179,7 +179,7 @@ def check_remote_code(tested: ModelUnderTest) -> str:
             "get embeddings from other code than you: save the model again with this package, or "
             "install the version that wrote the folder."
         )
-    return f"{len(wanted)} files equal the installed package, and its classes are named"
+    return f"{len(uploaded)} files equal the installed package, and its classes are named"
 
 
 def check_recorded_files(tested: ModelUnderTest) -> str:
@@ -243,19 +243,19 @@ def check_prompt(tested: ModelUnderTest) -> str:
 
 def check_text_length(tested: ModelUnderTest) -> str:
     """Require the same maximum text length in tokenizer, configuration and processor."""
-    found = {
+    lengths = {
         "config.max_text_length": tested.config.max_text_length,
         "tokenizer.model_max_length": tested.tokenizer.model_max_length,
     }
     if tested.processor is not None:
-        found["processor.max_text_length"] = tested.processor.max_text_length
-    if len(set(found.values())) != 1:
+        lengths["processor.max_text_length"] = tested.processor.max_text_length
+    if len(set(lengths.values())) != 1:
         raise ValueError(
-            "There are different maximum text lengths: "
-            f"{', '.join(f'{name}={value}' for name, value in found.items())}. Where they differ, "
-            "long texts get different embeddings or are refused. Make them equal."
+            "The maximum text lengths differ: "
+            f"{', '.join(f'{name}={value}' for name, value in lengths.items())}. Long texts get "
+            "different embeddings or are refused. Make them equal."
         )
-    return f"{tested.config.max_text_length} tokens in {len(found)} places"
+    return f"{tested.config.max_text_length} tokens in {len(lengths)} places"
 
 
 def check_processor(tested: ModelUnderTest) -> str:
@@ -290,16 +290,16 @@ def check_tokenizer_path(tested: ModelUnderTest) -> str:
     return f"AutoTokenizer and AutoProcessor give the same ids for {len(SHORT_TEXTS)} texts"
 
 
-def _find_map_errors(name: str, found: Any, wanted: dict[str, str]) -> list[str]:
-    if found is not None and not isinstance(found, dict):
-        return [f"auto_map of {name} is {found!r}, wanted an object"]
-    found = found or {}
+def _find_map_errors(name: str, auto_map: Any, expected: dict[str, str]) -> list[str]:
+    if auto_map is not None and not isinstance(auto_map, dict):
+        return [f"auto_map of {name} is {auto_map!r}, wanted an object"]
+    auto_map = auto_map or {}
     strange = sorted(
         f"{auto_class}: {where}"
-        for auto_class, where in found.items()
-        if wanted.get(auto_class) != where
+        for auto_class, where in auto_map.items()
+        if expected.get(auto_class) != where
     )
-    lost = sorted(set(wanted) - set(found)) if name not in _MAY_NAME_NO_CODE else []
+    lost = sorted(set(expected) - set(auto_map)) if name not in _MAY_NAME_NO_CODE else []
     return [
         *([f"auto_map of {name} names other code: {strange}"] if strange else []),
         *([f"auto_map of {name} lacks {lost}"] if lost else []),

@@ -71,8 +71,8 @@ def check_attention_direction(tested: ModelUnderTest) -> str:
         if hasattr(module, "is_causal") and bool(module.is_causal) == config.bidirectional
     ]
     if contrary:
-        found = counted(len(contrary), "attention module")
-        errors.append(f"{found} of the other direction ({contrary[0]}, …)")
+        count = counted(len(contrary), "attention module")
+        errors.append(f"{count} of the other direction ({contrary[0]}, …)")
     errors += find_direction_errors(text_model, bidirectional=config.bidirectional)
     if errors:
         raise ValueError(
@@ -187,18 +187,18 @@ def check_sentence_transformers(tested: ModelUnderTest) -> str:
         )
     tolerance, dtype = find_tolerance(tested.model.dtype), tested.model.dtype
     prompts = _read_instructions(tested)
-    wanted = _encode_with_model(tested, prompts)
+    expected = _encode_with_model(tested, prompts)
     tested.model = None
     gc.collect()  # a large LLM does not fit twice
-    found = _encode_with_sentence_transformers(tested, prompts, content=set(wanted))
+    encoded = _encode_with_sentence_transformers(tested, prompts, content=set(expected))
     distances = {
-        what: float(measure_distances(found[what], embeddings).max())
-        for what, embeddings in wanted.items()
-        if what in found
+        what: float(measure_distances(encoded[what], embeddings).max())
+        for what, embeddings in expected.items()
+        if what in encoded
     }
     if not distances:
         raise ValueError(
-            f"sentence-transformers offers none of {sorted(wanted)}, which the model encodes. "
+            f"sentence-transformers offers none of {sorted(expected)}, which the model encodes. "
             "Export the folder again."
         )
     errors = [f"{what} by {d:.1e}" for what, d in distances.items() if not d <= tolerance]
@@ -207,9 +207,8 @@ def check_sentence_transformers(tested: ModelUnderTest) -> str:
             f"sentence-transformers gives other embeddings than AutoModel: {', '.join(errors)} "
             f"(allowed in {dtype}: {tolerance:.2g}). Export the folder again."
         )
-    left_out = (
-        f"; not offered: {', '.join(set(wanted) - set(found))}" if len(found) < len(wanted) else ""
-    )
+    missing = ", ".join(set(expected) - set(encoded))
+    left_out = f"; not offered: {missing}" if missing else ""
     largest = max(distances.values())
     return f"{', '.join(distances)}: at most {largest:.1e} from AutoModel's{left_out}"
 
@@ -310,11 +309,11 @@ def _encode_with_sentence_transformers(
         )
         return embeddings.float().cpu()
 
-    found = {}
+    encoded = {}
     if "texts" in content:
-        found["texts"] = encode(list(SHORT_TEXTS))
+        encoded["texts"] = encode(list(SHORT_TEXTS))
     if "images" in content and "image" in encoder.modalities:
-        found["images"] = encode(list(render_golden_images()))
+        encoded["images"] = encode(list(render_golden_images()))
     for name in prompts:
-        found[f"texts with {name!r}"] = encode([SHORT_TEXTS[0]], prompt_name=name)
-    return found
+        encoded[f"texts with {name!r}"] = encode([SHORT_TEXTS[0]], prompt_name=name)
+    return encoded

@@ -17,7 +17,7 @@ class NotApplicableError(Exception):
 
 
 class ConcernError(Exception):
-    """A check found no error, but something that a user must know, which is the message."""
+    """A check passed, but with a finding that a user must know, which is the message."""
 
 
 @dataclass(frozen=True)
@@ -97,19 +97,19 @@ def run_checks(
     skipped if it does not apply, or if a check that it needs failed or did not run.
     """
     unmet: dict[str, str] = {}
-    for one in planned:
-        obstacle = find_obstacle(one.about)
-        reasons = [f"needs {name!r}, which {unmet[name]}" for name in one.needs if name in unmet]
+    for check in planned:
+        obstacle = find_obstacle(check.about)
+        reasons = [f"needs {name!r}, which {unmet[name]}" for name in check.needs if name in unmet]
         if obstacle is not None:
-            yield Check(one.name, False, obstacle, skipped=True)
+            yield Check(check.name, False, obstacle, skipped=True)
         elif reasons:
-            unmet[one.name] = "did not run"
-            yield Check(one.name, False, "; ".join(reasons), skipped=True)
+            unmet[check.name] = "did not run"
+            yield Check(check.name, False, "; ".join(reasons), skipped=True)
         else:
-            check = _run(one, tested)
-            if not check.passed and not check.skipped:
-                unmet[one.name] = "failed"
-            yield check
+            result = _run(check, tested)
+            if not result.passed and not result.skipped:
+                unmet[check.name] = "failed"
+            yield result
 
 
 def _run(planned: PlannedCheck[T], tested: T) -> Check:
@@ -120,7 +120,7 @@ def _run(planned: PlannedCheck[T], tested: T) -> Check:
         return Check(planned.name, False, str(reason), skipped=True)
     except ConcernError as concern:
         return Check(planned.name, True, str(concern), concern=True)
-    # What is broken can raise anything anywhere; here all of it becomes a failed check.
+    # A broken model can raise anything; every error becomes a failed check.
     except Exception as error:
         return Check(planned.name, False, describe_error(error))
 

@@ -93,13 +93,13 @@ class ModelUnderTest:
 
     def list_ids(self, text: str) -> list[int]:
         """Tokenize one text with its prompt, truncated."""
-        found = self.tokenizer(text, truncation=True, max_length=self.config.max_text_length)
-        return [int(i) for i in found["input_ids"]]
+        tokens = self.tokenizer(text, truncation=True, max_length=self.config.max_text_length)
+        return [int(i) for i in tokens["input_ids"]]
 
     def list_bare_ids(self, text: str) -> list[int]:
         """Tokenize one text without prompt, special tokens and truncation."""
-        found = self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)
-        return [int(i) for i in found["input_ids"]]
+        tokens = self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)
+        return [int(i) for i in tokens["input_ids"]]
 
     @torch.no_grad()
     def pool_by_hand(self, ids: Sequence[int], *, num_unpooled: int) -> Tensor:

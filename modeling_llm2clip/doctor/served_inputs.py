@@ -1,4 +1,4 @@
-"""Inputs for an endpoint, beside the golden ones, in which silent changes by servers show."""
+"""Inputs for an endpoint that reveal silent changes by servers, beside the golden inputs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _COLORED = 16  # smallest cell that has colors of its own: like JPEG, eyes see t
 def list_exact_texts() -> list[str]:
     """List each text, and beside it the texts that rewriting makes of it.
 
-    A cache that is keyed by a rewritten text gives one the embedding of the other.
+    A cache with rewritten texts as keys returns the embedding of the other text.
     """
     changes: list[Callable[[str], str]] = [*REWRITINGS.values(), partial(re.sub, r"[^\w\s]", "")]
     return list(
@@ -55,7 +55,7 @@ def list_exact_texts() -> list[str]:
 
 @cache
 def render_small() -> tuple[Image.Image, ...]:
-    """Render as many different images as one request has, small ones."""
+    """Render small, different images, as many as fill one request."""
     return tuple(render_photograph(48, 32, seed=seed) for seed in range(20))
 
 
@@ -74,8 +74,8 @@ def render_odd_images() -> tuple[Image.Image, ...]:
 def render_photographs() -> tuple[Image.Image, ...]:
     """Render images with the sizes and the detail of photographs, always the same ones.
 
-    The last one is a copy of the first with a white patch beside a black one: a server that looks
-    up known images by their thumbnails must not take one for the other.
+    The last one is a copy of the first with a white patch beside a black one: a cache with
+    thumbnails as keys takes one for the other.
     """
     images = [render_photograph(*size, seed=seed) for seed, size in enumerate(_SIZES)]
     near_copy = images[0].copy()

@@ -413,10 +413,20 @@ def check_server(
         tokenizer=processor.tokenizer,
         processor=processor,
     )
+    return check_served(tested, config, default_name=Path(source).name)
+
+
+def check_served(
+    tested: ModelUnderTest, config: ServerCheckConfig, *, default_name: str
+) -> ModelReport:
+    """Compare an endpoint with a loaded model, which has `default_name` if nothing names it."""
+    assert config.server is not None
     api_key = os.environ.get(config.api_key_env, "")
     client = EndpointClient(config, model_name=config.model_name or "", api_key=api_key)
-    client.model_name = config.model_name or client.find_model_name() or Path(source).name
-    dtype = getattr(torch, config.served_dtype) if config.served_dtype else model.dtype
+    client.model_name = config.model_name or client.find_model_name() or default_name
+    dtype = getattr(torch, config.served_dtype) if config.served_dtype else tested.model.dtype
+
+    schema = config.schema
 
     def find_obstacle(about: str | None) -> str | None:
         if about is None or about == _OPTION:
@@ -431,6 +441,5 @@ def check_server(
             return "the schema has texts and images in separate requests"
         return None
 
-    schema = config.schema
     served = _Served(client, tested, config, dtype)
     return ModelReport(config.server, list(run_checks(_PLANNED, served, find_obstacle)))

@@ -195,8 +195,8 @@ def _compare_lengths(results: Sequence[Result]) -> Table:
 
 def _find_first(scores: Iterable[Mapping[str, Any]], path: tuple[str, ...]) -> float | None:
     """Return the first number: chance is the same for all models on the same data."""
-    found = (_find(of_model, path) for of_model in scores)
-    return next((value for value in found if value is not None), None)
+    chances = (_find(of_model, path) for of_model in scores)
+    return next((value for value in chances if value is not None), None)
 
 
 def _format_score(scores: Mapping[str, Any], path: tuple[str, ...]) -> str:
@@ -358,8 +358,8 @@ def _list_amounts(data: Mapping[str, Any]) -> list[str]:
     amounts = []
     for unit in _UNITS:
         if unit in data:
-            have, wanted = data[unit], published.get(unit, data[unit])
-            of = "" if have == wanted else f" of {wanted:,}"
+            have, expected = data[unit], published.get(unit, data[unit])
+            of = "" if have == expected else f" of {expected:,}"
             amounts.append(f"{have:,}{of} {unit}")
     return amounts
 

@@ -138,18 +138,18 @@ def find_finished(folder: Path, planned: Iterable[Result]) -> dict[Path, Result]
     Another version of a package that this one calls causes a warning.
     """
     errors: dict[str, None] = {}  # one file may fail in the same way for several plans
-    found: dict[Path, Result] = {}
+    results: dict[Path, Result] = {}
     for file in list_result_files(folder):
         try:
-            found[file] = read_result(file)
+            results[file] = read_result(file)
         except ValueError as error:
             errors[str(error)] = None
     for plan in planned:
-        for file, result in found.items():
+        for file, result in results.items():
             if conflict := find_conflict(result, plan):
                 advice = "Name another output folder or another name for the model, or remove it."
                 errors[f"{file} is {conflict}. {advice}"] = None
-        if (finished := found.get(find_result_file(folder, plan))) is not None:
+        if (finished := results.get(find_result_file(folder, plan))) is not None:
             if differences := list(find_differences(finished.versions, plan.versions)):
                 warnings.warn(
                     f"{find_result_file(folder, plan)} is taken as it is, though it was computed "
@@ -159,7 +159,7 @@ def find_finished(folder: Path, planned: Iterable[Result]) -> dict[Path, Result]
                 )
     if errors:
         raise ValueError("\n".join(errors))
-    return found
+    return results
 
 
 def find_conflict(first: Result, second: Result) -> str | None:

@@ -20,7 +20,7 @@ from .._suggestions import counted
 from .index_database import IndexDatabase
 from .lancedb_table import AnnIndex
 
-# Below, a query that is compared with every image takes less than about 50 ms.
+# With fewer images, a query is compared with all of them in less than about 50 ms.
 FEWEST_ROWS = 20_000
 # With more, a query compares more images; with fewer, the nearest are in more partitions.
 _ROWS_PER_PARTITION = 1000
@@ -30,7 +30,7 @@ _SHARES_VISITED = (
 )  # fmt: skip
 # One bit per dimension is rough: of so many candidates per result, the true cosine decides.
 _REFINE_FACTORS = (50, 200)
-# Its partitions fit images of today as long as not many more have come.
+# Partitions are trained again once the number of images has changed by more than this factor.
 _MOST_GROWTH = 1.25
 # Two ways to add up a cosine in float32 differ by less.
 _ROUNDING = 1e-5

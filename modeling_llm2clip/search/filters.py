@@ -34,10 +34,10 @@ class FilterError(ValueError):
 
 
 def check_filter(where: str, columns: Iterable[str]) -> str:
-    """Return a filter as the database takes it; FilterError for one with other words, or too many.
+    """Return a filter in the form that the database takes; FilterError if a word is not allowed.
 
-    The database compares integers with decimal numbers only where these are cast. It ignores all
-    that follows a condition, so that a filter is put in parentheses, and its own must match.
+    The database compares integers with decimal numbers only if these are cast. It ignores text
+    after a complete condition, so the filter is put in parentheses, and its own must match.
     """
     columns = list(columns)
     words = {*_KEYWORDS, *(column.upper() for column in columns)}

@@ -31,12 +31,12 @@ class ReadImages:
     """Image files and their embeddings.
 
     Attributes:
-        paths: N files that were encoded, in the order that was given.
+        paths: N files that were encoded, in their order.
         embeds: (N, P) float32 on the CPU, of unit length.
         facts: Width and height in pixels, upright, and when the camera took it, of each of them.
         errors: Error of each file that cannot be read.
-        digests: SHA-256 of the bytes that were read, broken and known ones included; without files
-            that are not read, as they are gone or no images.
+        digests: SHA-256 of every file that was read, also of broken and known ones. Missing files
+            and files without an image header are not read.
     """
 
     paths: list[Path]
@@ -56,10 +56,10 @@ def encode_readable_images(
     tally: ImageTally | None = None,
     known: Container[str] | None = None,
 ) -> ReadImages:
-    """Encode those of different files that are images; threads decode them.
+    """Encode the readable images among distinct paths; threads decode them.
 
-    With `known`, files of these digests are hashed alone, and of equal files one is encoded.
-    `tally` gets the images that are encoded.
+    With `known`, files with these digests are only hashed, and equal files are encoded once.
+    `tally` counts the images that are encoded.
     """
     reader = _Reader(known)
     encoded: list[Path] = []

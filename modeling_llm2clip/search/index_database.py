@@ -114,8 +114,8 @@ class IndexDatabase:
     def refresh(self) -> None:
         """Read what other processes have written, unless that was done seconds ago.
 
-        `about` is read before and after the images: whoever reads it after a search has that of the
-        images that were searched, even if they were replaced meanwhile.
+        `about` is read before and after the images, so that after a search it describes the images
+        that were searched, even if they were replaced meanwhile.
         """
         with self._lock:
             if time.monotonic() - self._looked_at < _SEEN_AFTER_S:
@@ -276,7 +276,7 @@ class DatabaseProcess(IndexDatabase):
 
     @property
     def about(self) -> About:  # type: ignore[override]
-        """That of the database as it was opened; waits for it."""
+        """Description of the database as it was opened; waits until it is open."""
         return self._opening.result()
 
     def count(self, where: str | None = None) -> int:
@@ -284,8 +284,8 @@ class DatabaseProcess(IndexDatabase):
         return num_rows
 
     def search(self, embedding: np.ndarray[Any, Any], **options: Any) -> list[dict[str, Any]]:
-        found = self._pool.submit(_call, "search", embedding, **options)
-        rows: list[dict[str, Any]] = found.result()
+        rows: list[dict[str, Any]]
+        rows = self._pool.submit(_call, "search", embedding, **options).result()
         return rows
 
 
@@ -356,7 +356,7 @@ def _read_about(location: str, table: LanceTable) -> About:
 
 @contextmanager
 def _explained(location: str, what: str) -> Iterator[None]:
-    """Turn errors of the database into ones with its location and a remedy."""
+    """Raise errors of the database anew, with its location and a remedy."""
     try:
         yield
     except IndexUnavailableError:

@@ -154,7 +154,7 @@ def _update_ann(
     queries = encoder.encode_texts(choose_texts(_NUM_QUERIES))
     if trains or about.ann is None:
         if about.ann is not None:
-            # Who searches meanwhile must not visit new partitions in the number of the old ones.
+            # A search meanwhile must not take the number that was tuned for the old partitions.
             database.write_about(replace(about, ann=None))
         always = config.ann == "always"
         ann = train_ann(

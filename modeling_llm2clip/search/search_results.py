@@ -1,14 +1,81 @@
-"""Search results, and exact ranking of embeddings in memory."""
+"""Search results, shown as an HTML page with links to the files, as a PNG sheet, or as text.
+
+The sheet is drawn with Pillow's own font, which has few letters beside those of ASCII. There, a
+query in other letters is named by its number; the page and the text show every query.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import base64
+import csv
+import hashlib
+import html
+import io
+import json
+import os
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from urllib.parse import quote
+
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from ..image_loading_llm2clip import load_images, read_image_header
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+ResultFormat: TypeAlias = Literal["table", "json", "csv"]
+_COLUMNS = ("query", "rank", "cosine", "image")
+_SIDE = 160
+PAGE_SIDE = 320
+_GONE = "#dddddd"
+_GAP = 12
+_TEXT_WIDTH, _CHARACTERS_PER_LINE = 330, 32
+# The list is as wide as its page. A caption is below its image: the end of the folder in one line,
+# the name in as many as it takes. Colors are mixed from that of the text, for light and dark pages.
+HITS_CSS = """
+.hits { list-style: none; margin: 0; padding: 0; display: grid; gap: 1.25rem 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(11rem, 44%), 1fr)); }
+.hits li { margin: 0; min-width: 0; max-width: 26rem; }
+.hits a { display: block; color: inherit; text-decoration: none; border-radius: 8px; }
+.hits a:hover .name { text-decoration: underline; }
+.hits a:focus-visible { outline: 3px solid #2563eb; outline-offset: 3px; }
+.hits img { display: block; box-sizing: border-box; width: 100%; aspect-ratio: 4 / 3;
+  max-height: 320px; object-fit: contain; border-radius: 8px;
+  background: color-mix(in srgb, currentColor 6%, transparent); }
+.hits .caption { display: block; margin-top: .4rem; font-size: .875rem; line-height: 1.35; }
+.hits .rank { font-weight: 600; margin-right: .35em; }
+.hits .cosine, .hits .folder { color: color-mix(in srgb, currentColor 74%, transparent); }
+.hits .cosine { font-variant-numeric: tabular-nums; }
+.hits .folder { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+  direction: rtl; text-align: left; }
+.hits .name { display: block; overflow-wrap: anywhere; }
+"""
+# Near the beginning of each page and PNG sheet.
+_MARK = "search results by modeling_llm2clip"
+_NOTHING_FOUND = "<p>No image was found.</p>"
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="{mark}">
+<title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 16px/1.45 system-ui, sans-serif; margin: 0;
+  padding: 1.5rem clamp(1rem, 3vw, 3rem); color: #1f2328; background: #ffffff; }}
+@media (prefers-color-scheme: dark) {{ body {{ color: #e6edf3; background: #0d1117; }} }}
+h1 {{ font-size: 1.4rem; margin: 0; }}
+h2 {{ font-size: 1.15rem; margin: 0 0 .75rem; overflow-wrap: anywhere; }}
+p {{ margin: .25rem 0; color: color-mix(in srgb, currentColor 74%, transparent); }}
+section {{ margin-top: 1.5rem; padding-top: 1.25rem;
+  border-top: 1px solid color-mix(in srgb, currentColor 15%, transparent); }}
+.query {{ max-width: 16rem; margin-bottom: 1.25rem; }}
+{hits_css}</style></head><body><main><h1>{title}</h1><p>{note}</p>
+{rows}
+</main></body></html>
+"""
 
 
 @dataclass(frozen=True)
@@ -55,3 +122,185 @@ def rank_images(
 def require_top_k(top_k: int) -> None:
     if top_k < 1:
         raise ValueError(f"top_k={top_k} must be at least 1.")
+
+
+class PageImage(NamedTuple):
+    """An image that was found, as a page shows it.
+
+    Attributes:
+        path: Path, as a user reads it.
+        image: Address of the image that is shown.
+        note: HTML before the path; see `note_rank`.
+        link: Address that it leads to; empty for none.
+    """
+
+    path: str
+    image: str
+    note: str
+    link: str = ""
+
+
+def note_rank(rank: int, cosine: float) -> str:
+    return f'<span class="rank">{rank}.</span> <span class="cosine">{cosine:.3f}</span>'
+
+
+def write_hits(hits: Iterable[PageImage]) -> str:
+    """Return an HTML list of images with rank and path, styled by `HITS_CSS`."""
+    return f'<ol class="hits">{"".join(map(_write_hit, hits))}</ol>'
+
+
+def write_results_page(
+    results: Sequence[SearchResult], path: Path, *, title: str, note: str
+) -> None:
+    """Write an HTML page with thumbnails and relative links to the files.
+
+    Links are relative to the page, so that page and images may be moved together.
+    """
+    rows = "\n".join(_write_section(result, path.parent) for result in results)
+    shown = {"title": html.escape(title), "note": html.escape(note), "rows": rows}
+    page = _PAGE.format(**shown, mark=_MARK, hits_css=HITS_CSS)
+    path.write_text(page, encoding="utf-8", errors="replace")  # a path may not be Unicode
+
+
+def write_results_sheet(results: Sequence[SearchResult], path: Path) -> None:
+    """Draw one row per query: the query, then its images with their cosines."""
+    columns = max(len(result.hits) for result in results)
+    width = _TEXT_WIDTH + columns * (_SIDE + _GAP) + _GAP
+    rows = [_draw_row(result, number, width) for number, result in enumerate(results, start=1)]
+    sheet = Image.new("RGB", (width, sum(row.height for row in rows) + _GAP), "white")
+    top = _GAP
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
+    info = PngInfo()
+    info.add_text("Software", _MARK)
+    sheet.save(path, pnginfo=info)
+
+
+def is_results_file(path: Path) -> bool:
+    return path.is_file() and _MARK.encode() in path.read_bytes()[:1024]
+
+
+def render_search_results(results: Sequence[SearchResult], style: ResultFormat = "table") -> str:
+    """Render results as tables, JSON or CSV, without a newline at the end."""
+    if style == "json":
+        return json.dumps(list(_list_records(results)), ensure_ascii=False, indent=2)
+    if style == "csv":
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, _COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(_list_records(results))
+        return buffer.getvalue().rstrip("\n")
+    return "\n\n".join(map(str, results))
+
+
+def _list_records(results: Sequence[SearchResult]) -> Iterator[dict[str, Any]]:
+    for result in results:
+        for rank, (path, cosine) in enumerate(result.hits, start=1):
+            values = (result.query, rank, round(cosine, 6), str(path))
+            yield dict(zip(_COLUMNS, values, strict=True))
+
+
+def _draw_row(result: SearchResult, number: int, width: int) -> Image.Image:
+    font, small = ImageFont.load_default(18), ImageFont.load_default(12)
+    query = result.query if result.query.isascii() else f"query {number}"
+    lines = textwrap.wrap(query, _CHARACTERS_PER_LINE)
+    text_height = 26 * len(lines)
+    row = Image.new("RGB", (width, max(_SIDE + 14, text_height) + 2 * _GAP), "white")
+    draw = ImageDraw.Draw(row)
+    place = (_GAP, max(0, (_SIDE - text_height) // 2))
+    draw.multiline_text(place, "\n".join(lines), fill="#222222", font=font, spacing=8)
+    # A line of the widest letters is longer than its place.
+    draw.rectangle((_TEXT_WIDTH - _GAP, 0, *row.size), fill="white")
+    hits = zip(result.hits, _list_digests(result), strict=True)
+    for column, ((image, cosine), sha256) in enumerate(hits):
+        left = _TEXT_WIDTH + column * (_SIDE + _GAP)
+        thumbnail, state = _shrink(image, sha256, _SIDE)
+        row.paste(
+            thumbnail, (left + (_SIDE - thumbnail.width) // 2, (_SIDE - thumbnail.height) // 2)
+        )
+        draw.text((left + 8, _SIDE // 2), state, fill="#222222", font=small)
+        draw.text((left + _SIDE // 2 - 12, _SIDE + 3), f"{cosine:.2f}", fill="#777777", font=small)
+    return row
+
+
+def _write_section(result: SearchResult, folder: Path) -> str:
+    heading = f"<h2>{html.escape(result.query)}</h2>"
+    if result.query_image is not None:
+        shown = write_hits([_make_hit(result.query_image, None, "Query", folder)])
+        heading += f'<div class="query">{shown}</div>'
+    hits = [
+        _make_hit(image, sha256, note_rank(rank, cosine), folder)
+        for rank, ((image, cosine), sha256) in enumerate(
+            zip(result.hits, _list_digests(result), strict=True), start=1
+        )
+    ]
+    return f"<section>{heading}{write_hits(hits) if hits else _NOTHING_FOUND}</section>"
+
+
+def _write_hit(hit: PageImage) -> str:
+    path = hit.path.encode("utf-8", errors="replace").decode()  # a path may not be Unicode
+    cut = max(path.rfind("/"), path.rfind(os.sep)) + 1
+    folder, name = html.escape(path[:cut]), html.escape(path[cut:])
+    link = f' href="{html.escape(hit.link)}" target="_blank"' if hit.link else ""
+    # The text beside it names the image, so that its own description is blank.
+    return (
+        f'<li><a{link} title="{html.escape(path)}">'
+        f'<img alt="" src="{html.escape(hit.image)}">'
+        f'<span class="caption">{hit.note} <span class="folder"><bdi>{folder}</bdi></span>'
+        f'<span class="name">{name}</span></span></a></li>'
+    )
+
+
+def _list_digests(result: SearchResult) -> list[str | None]:
+    """List the SHA-256 of each hit as it was indexed; None for images that come from no index."""
+    return [row["sha256"] for row in result.columns] or [None] * len(result.hits)
+
+
+def _make_hit(image: Path, sha256: str | None, note: str, folder: Path) -> PageImage:
+    thumbnail, state = _shrink(image, sha256, PAGE_SIDE)
+    note = f"{note} {state}".rstrip()
+    return PageImage(str(image), to_data_url(thumbnail), note, _find_address(image, folder))
+
+
+def to_data_url(image: Image.Image) -> str:
+    """Encode an image as JPEG in the address of an image on a page."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _find_address(file: Path, folder: Path) -> str:
+    """Return the address of a file for a page: relative, unless it is on another drive."""
+    try:
+        return quote(os.fsencode(Path(os.path.relpath(file, folder)).as_posix()))
+    except ValueError:
+        return file.resolve().as_uri()
+
+
+def _shrink(image: Path, sha256: str | None, side: int) -> tuple[Image.Image, str]:
+    """Return a thumbnail and "", or a gray square and why the image cannot be shown."""
+    try:
+        return read_thumbnail(image, sha256, side), ""
+    except ValueError as error:
+        return Image.new("RGB", (side, side), _GONE), str(error)
+
+
+def read_thumbnail(image: Path, sha256: str | None, side: int) -> Image.Image:
+    """Decode and shrink an image file; ValueError says why it cannot be shown.
+
+    Args:
+        image: The file.
+        sha256: Digest that it must have; None for any.
+        side: Longest side of the thumbnail in pixels.
+    """
+    try:
+        content = image.read_bytes()
+        if sha256 in (None, hashlib.sha256(content).hexdigest()):
+            with read_image_header(io.BytesIO(content), name=str(image)) as opened:
+                thumbnail: Image.Image = load_images(opened)
+            thumbnail.thumbnail((side, side), Image.Resampling.LANCZOS)
+            return thumbnail
+    except (OSError, ValueError):
+        raise ValueError("cannot be read" if image.exists() else "no longer there") from None
+    raise ValueError("changed since indexed")

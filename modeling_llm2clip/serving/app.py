@@ -52,8 +52,7 @@ def create_app(
     require(*SERVE)
     from starlette.responses import RedirectResponse
 
-    from .metrics import ServerMetrics
-    from .request_guard import RequestGuard
+    from .request_guard import RequestGuard, ServerMetrics
     from .routes import make_web_app
 
     config = config or service.config

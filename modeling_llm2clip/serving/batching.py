@@ -29,7 +29,7 @@ OnBatch: TypeAlias = Callable[[str, int, int, float], object]
 """Called after each batch with its lane's name, inputs, cost and seconds."""
 T = TypeVar("T")
 
-# Of the time that the last batch took: the most that waiting for the next one can cost.
+# Longest wait for the next batch, as a share of the time that the last one took.
 _WAITED_SHARE = 0.05
 
 
@@ -204,9 +204,9 @@ class BatchWorker:
 class WorkerThreads:
     """Threads that call functions, in the order in which they came.
 
-    Python joins the threads of a `ThreadPoolExecutor` before it exits, however long what they do
-    takes: one image that is slow to decode would keep a server from stopping. These are daemon
-    threads, so that closing gives up what is still running after a moment.
+    Python joins the threads of a `ThreadPoolExecutor` before it exits, however long they take: one
+    image that is slow to decode would keep a server from stopping. These are daemon threads, and
+    closing abandons calls that take too long.
     """
 
     def __init__(self, num_threads: int, name: str) -> None:
@@ -231,7 +231,7 @@ class WorkerThreads:
         return future
 
     def close(self, *, wait_s: float) -> None:
-        """Cancel what waits, and give running functions `wait_s` to finish; may be called again."""
+        """Cancel waiting functions, give running ones `wait_s` to finish; may be called again."""
         with self._lock:
             self._is_closed = True
             while not self._waiting.empty():
@@ -256,7 +256,7 @@ class WorkerThreads:
 
 
 async def await_all_or_none(awaitables: Iterable[Awaitable[Any]]) -> list[Any]:
-    """Await all; the first error cancels the others, whose results nobody wants."""
+    """Await all; the first error cancels the others."""
     tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
     try:
         return await asyncio.gather(*tasks)

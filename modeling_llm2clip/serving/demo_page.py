@@ -24,18 +24,18 @@ from starlette.routing import Match, Mount
 
 from .._suggestions import counted
 from ..data.images.image_sources import register_heif_reader
-from ..search.results_page import (
+from ..search.search_results import (
     HITS_CSS,
     PAGE_SIDE,
     PageImage,
+    SearchResult,
     note_rank,
     read_thumbnail,
     to_data_url,
     write_hits,
 )
-from ..search.search_results import SearchResult
-from .errors import RequestError
 from .service import EmbeddingService, Input
+from .service_results import RequestError
 
 T = TypeVar("T")
 
@@ -50,8 +50,8 @@ _TEMPLATE = "a photo of a {}"
 _BEFORE_SEARCH = (
     "Write what to look for, or drop an image: the images that fit best are shown here."
 )
-# On a phone the hits follow the text and its button: the columns are taken apart there, and the box
-# for an image, which is low, and the options come last.
+# On a phone the columns are dissolved: text and button, then the hits, then a low box for an image
+# and the options.
 _CSS = f"""{HITS_CSS}
 footer {{ display: none !important; }}
 #heading h1 {{ margin: 0; }}
@@ -111,11 +111,11 @@ class DemoPage:
         condition = (where or "").strip() or None
 
         async def find() -> tuple[str, str]:
-            found = await self.service.search([queries], top_k=count, where=condition)
-            hits, summary = await asyncio.to_thread(self._list_hits, found.results[0])
+            images = await self.service.search([queries], top_k=count, where=condition)
+            hits, summary = await asyncio.to_thread(self._list_hits, images.results[0])
             limit = self.service.encoder.max_text_length
             note = f" The text was truncated to the {limit} tokens that the model reads."
-            return hits, summary + note * len(found.truncated)
+            return hits, summary + note * len(images.truncated)
 
         return await self._await(find())
 
@@ -155,19 +155,19 @@ class DemoPage:
         names = [name for name in re.split(r"[,\n]", labels or "") if name.strip()]
         if not 0 < len(names) <= _MAX_LABELS:
             raise _show(f"Give 1 to {_MAX_LABELS} labels, with commas between them.")
-        found = await self._await(
+        classified = await self._await(
             self.service.classify(
                 [Path(image).read_bytes()],
                 [name.strip() for name in names],
                 templates=[(template or "").strip() or "{}"],
             )
         )
-        if found.truncated:
+        if classified.truncated:
             raise _show(
-                f"With the prompt, {names[found.truncated[0]].strip()!r} is longer than the "
+                f"With the prompt, {names[classified.truncated[0]].strip()!r} is longer than the "
                 f"{self.service.encoder.max_text_length} tokens that the model reads. Shorten it."
             )
-        return {tag.label: tag.probability for tag in found.tags[0]}
+        return {tag.label: tag.probability for tag in classified.tags[0]}
 
 
 def add_demo_page(app: FastAPI, service: EmbeddingService) -> None:
@@ -294,7 +294,7 @@ def _build_page(page: DemoPage) -> gr.Blocks:
     # folder that it serves, whatever the component.
     for block in blocks.blocks.values():
         block.async_move_resource_to_block_cache = partial(_take_upload, block)
-        block.move_resource_to_block_cache = None  # what examples alone use
+        block.move_resource_to_block_cache = None  # only examples use it
     blocks.queue(default_concurrency_limit=_RUNNING, max_size=_WAITING)
     return blocks
 

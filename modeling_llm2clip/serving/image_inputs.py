@@ -19,7 +19,7 @@ from ..image_loading_llm2clip import (
     load_images,
     read_image_header,
 )
-from .errors import RequestError
+from .service_results import RequestError
 
 if TYPE_CHECKING:
     from .url_fetching import UrlFetcher

@@ -51,13 +51,13 @@ def build(options: Mapping[str, Any]) -> Any:
 
 
 def _read_options(options: Mapping[str, Any]) -> RayServeConfig:
-    if given := [name for name in ("host", "port") if name in options]:
+    if addresses := [name for name in ("host", "port") if name in options]:
         raise ValueError(
-            f"{given}: Ray's proxies listen. Set the address with `serve start --http-host HOST "
-            "--http-port PORT`, or under http_options in the file of `serve deploy`."
+            f"{addresses}: Ray's proxies listen. Set the address with `serve start --http-host "
+            "HOST --http-port PORT`, or under http_options in the file of `serve deploy`."
         )
     values = {
-        name: yaml.safe_load(value) if str(value).startswith("[") else value  # a list in a word
+        name: yaml.safe_load(value) if str(value).startswith("[") else value  # such as [10.0.0.0/8]
         for name, value in options.items()
     }
     return make_config(RayServeConfig, values)

@@ -1,4 +1,4 @@
-"""Guards the routes: API key, size of bodies, deadline, clients that hang up.
+"""Guards and counts requests: API key, size of bodies, deadline, clients that hang up, metrics.
 
 Plain ASGI: a body that is too large is refused while it arrives, and the work for a client that
 left is cancelled.
@@ -13,13 +13,16 @@ import hmac
 import json
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.responses import Response
 
 from ..configs.serve_config import ServeConfig
-from .errors import RequestError
-from .metrics import ServerMetrics
+from .service_results import RequestError
+
+if TYPE_CHECKING:
+    from .service import EmbeddingService
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
@@ -27,14 +30,60 @@ Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_OPEN_PATHS = ("/health",)  # what load balancers ask without a key
+_OPEN_PATHS = ("/health",)  # asked by load balancers, without a key
 _API_PREFIXES = ("/v1/", "/v2/")
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-_CLIENT_LEFT = 499  # nginx' status for it; nobody receives it
+_CLIENT_LEFT = 499  # as nginx logs it; nobody receives it
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+class ServerMetrics:
+    """The metrics of one service, in a registry of their own; counts its batches."""
+
+    def __init__(self, service: EmbeddingService) -> None:
+        self._registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "llm2clip_requests", "Requests by route and status.", ("route", "status"),
+            registry=registry,
+        )  # fmt: skip
+        self.seconds = Histogram(
+            "llm2clip_request_seconds", "Seconds from the first byte to the answer.", ("route",),
+            buckets=_SECONDS, registry=registry,
+        )  # fmt: skip
+        self._inputs = Counter(
+            "llm2clip_inputs", "Texts and images that were embedded.", ("modality",),
+            registry=registry,
+        )  # fmt: skip
+        self._tokens = Counter("llm2clip_tokens", "Tokens that were read.", registry=registry)
+        self._batch_size = Histogram(
+            "llm2clip_batch_size", "Inputs per batch.", ("modality",), buckets=_SIZES,
+            registry=registry,
+        )  # fmt: skip
+        self._batch_seconds = Histogram(
+            "llm2clip_batch_seconds", "Seconds per batch.", ("modality",), buckets=_SECONDS,
+            registry=registry,
+        )  # fmt: skip
+        pending = Gauge(
+            "llm2clip_pending_inputs", "Texts and images in work and waiting.", registry=registry
+        )
+        pending.set_function(lambda: service.num_pending)
+        service.on_batch = self._count_batch
+
+    def render(self) -> bytes:
+        return generate_latest(self._registry)
+
+    def _count_batch(self, modality: str, count: int, cost: int, seconds: float) -> None:
+        self._inputs.labels(modality).inc(count)
+        self._batch_size.labels(modality).observe(count)
+        self._batch_seconds.labels(modality).observe(seconds)
+        if modality == "text":
+            self._tokens.inc(cost)
 
 
 class RequestGuard:
-    """ASGI middleware that refuses requests beyond the limits; counts those for `routes`."""
+    """ASGI middleware that refuses requests beyond the limits, and counts requests of `routes`."""
 
     def __init__(
         self,
@@ -78,8 +127,8 @@ class RequestGuard:
     def _require_key(self, scope: Scope) -> None:
         if self._api_key is None or scope["path"] in _OPEN_PATHS:
             return
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        if not hmac.compare_digest(_find_key(given), self._api_key):
+        authorization = dict(scope["headers"]).get(b"authorization", b"")
+        if not hmac.compare_digest(_find_key(authorization), self._api_key):
             raise RequestError(
                 401,
                 "The API key is missing or wrong. Send it as `Authorization: Bearer KEY`.",
@@ -160,7 +209,7 @@ class RequestGuard:
 
         async def replay() -> Message:
             nonlocal sent
-            if sent:  # only what waits for a hang-up asks again
+            if sent:  # whoever asks again waits for a hang-up
                 await asyncio.Event().wait()
             sent = True
             return {"type": "http.request", "body": body, "more_body": False}
@@ -232,7 +281,7 @@ def respond(error: RequestError) -> Response:
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)
     if error.status == 401:
-        # A browser asks for Basic, and for nothing if it is not alone; programs send a bearer
+        # Browsers ask for a password only if Basic is the single scheme; programs send a bearer
         # token unasked.
         headers["WWW-Authenticate"] = 'Basic realm="llm2clip"'
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
@@ -250,6 +299,6 @@ async def _refuse(scope: Scope, receive: Receive, answer: _Answer, error: Reques
         await answer.send({"type": "websocket.close", "code": 1008, "reason": error.message})
         return
     response = respond(error)
-    # What is left of the body is not read; the connection cannot be used again.
+    # The rest of the body is not read, so that the connection cannot be used again.
     response.headers["connection"] = "close"
     await response(scope, receive, answer.send)

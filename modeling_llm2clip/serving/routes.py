@@ -27,11 +27,10 @@ from .._suggestions import list_first
 from ..configs.serve_config import ServeConfig
 from ..search.search_results import SearchResult
 from . import schemas
-from .errors import RequestError
 from .image_inputs import ImageInputs
-from .metrics import CONTENT_TYPE, ServerMetrics
-from .request_guard import respond
-from .service import EmbeddingService, Input, ServiceResult
+from .request_guard import METRICS_TYPE, ServerMetrics, respond
+from .service import EmbeddingService, Input
+from .service_results import RequestError, ServiceResult
 
 _PIXEL = (  # a PNG of one red pixel
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ"
@@ -132,17 +131,17 @@ def read_json(body: bytes) -> Any:
 
 
 def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    members: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in members:
             raise RequestError(
                 400,
                 f"An object in the body has the key {key[:_SHOWN]!r} twice. Give it once.",
                 param=key[:_SHOWN],
                 code="duplicate_key",
             )
-        found[key] = value
-    return found
+        members[key] = value
+    return members
 
 
 class JsonResponse(JSONResponse):
@@ -316,7 +315,7 @@ def _require_model(service: EmbeddingService, name: str | None) -> None:
 async def _read_inputs(items: Sequence[Any], images: ImageInputs) -> list[Input]:
     """Return texts as they are, and images as bytes."""
     addresses = [getattr(item, "image", None) for item in items]
-    contents = iter(await images.read([one for one in addresses if one is not None]))
+    contents = iter(await images.read([address for address in addresses if address is not None]))
     return [
         getattr(item, "text", item) if address is None else next(contents)
         for item, address in zip(items, addresses, strict=True)
@@ -393,11 +392,11 @@ def _add_monitoring(app: FastAPI, service: EmbeddingService, metrics: ServerMetr
 
     @app.get(
         "/metrics", tags=["Operation"], response_class=Response,
-        responses={200: {"content": {CONTENT_TYPE: {"schema": {"type": "string"}}}}},
+        responses={200: {"content": {METRICS_TYPE: {"schema": {"type": "string"}}}}},
     )  # fmt: skip
     def show_metrics() -> Response:
         """Return the metrics for Prometheus."""
-        return Response(metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+        return Response(metrics.render(), headers={"Content-Type": METRICS_TYPE})
 
 
 def _describe_api(schema: dict[str, Any]) -> str:
@@ -432,9 +431,9 @@ def _add_error_handlers(app: FastAPI) -> None:
             return respond(
                 RequestError(400, "The body is read as JSON; send Content-Type: application/json.")
             )
-        found = error.errors()
-        described = list_first(map(_describe, found), "; ")
-        param = _name_field(found[0]) or None
+        errors = error.errors()
+        described = list_first(map(_describe, errors), "; ")
+        param = _name_field(errors[0]) or None
         return respond(RequestError(400, described, param=param, code="invalid_request"))
 
     @app.exception_handler(HTTPException)

@@ -6,7 +6,7 @@
 | `messages` | clients of vLLM: chat messages with `image_url` |
 | `texts`, `images`, `inputs` | clients of Cohere |
 
-A field that is not known is refused, since leaving it out could change what is meant.
+Unknown fields are refused: ignoring one could change the meaning of a request.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _require_text(text: str) -> str:
     return text
 
 
-# What Python strips is blank to the model; some of it is no white space to a regular expression.
+# Blank is whatever Python strips, some of which is not white space to a regular expression.
 Text: TypeAlias = Annotated[
     str,
     Field(
@@ -82,7 +82,7 @@ def _tag_list(value: Any) -> str:
     return "[many]" if isinstance(value, list) else "[one]"
 
 
-# Tags are in brackets, so that they can be left out where an error names a field.
+# Tags are in brackets, by which `_name_field` leaves them out of the names of fields.
 Item: TypeAlias = Annotated[
     Annotated[Text, Tag("[string]")]
     | Annotated[TextInput, Tag("[text]")]

@@ -7,7 +7,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -34,11 +33,10 @@ from ..search.filters import FilterError, check_filter
 from ..search.image_index import ImageIndex
 from ..search.lancedb_table import IndexUnavailableError
 from ..search.model_identity import restore_tally
-from ..search.search_results import SearchResult
 from ..search.tag_labels import Tag, check_templates, make_labels, rank_labels
 from .batching import BatchWorker, Lane, OnBatch, WorkerThreads, await_all_or_none
-from .errors import RequestError
 from .image_inputs import decode_image
+from .service_results import ClassifiedImages, EmbeddedInputs, FoundImages, RequestError
 
 Input: TypeAlias = str | bytes | Image.Image
 Query: TypeAlias = Input | list[Input]
@@ -46,54 +44,7 @@ Query: TypeAlias = Input | list[Input]
 T = TypeVar("T")
 
 _TOKENIZED_AT_ONCE = 64  # texts
-_CLOSE_WAIT_S = 1  # that an image in work gets to be decoded at the end
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServiceResult:
-    """Facts about the texts of a request, which every result has.
-
-    Attributes:
-        num_tokens: Tokens of all texts as the model read them, prompts included.
-        truncated: Places of truncated texts; of candidate labels with a truncated prompt; or of
-            queries with a truncated text.
-    """
-
-    num_tokens: int
-    truncated: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmbeddedInputs(ServiceResult):
-    """Embeddings of the inputs of one request.
-
-    Attributes:
-        embeds: (N, D) float32 of unit length, in the order of the inputs.
-    """
-
-    embeds: NDArray[np.float32]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassifiedImages(ServiceResult):
-    """Labels of images.
-
-    Attributes:
-        tags: For each image its labels, best first.
-    """
-
-    tags: list[list[Tag]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FoundImages(ServiceResult):
-    """Images that were found in the index.
-
-    Attributes:
-        results: For each query its images, best first.
-    """
-
-    results: list[SearchResult]
+_CLOSE_WAIT_S = 1  # for images that are being decoded when the service closes
 
 
 class EmbeddingService:
@@ -163,7 +114,7 @@ class EmbeddingService:
                 self.on_batch and self.on_batch(lane.partition(" ")[0], *counts)
             ),
         )
-        # Apart, so that images that are slow to decode hold up neither texts nor searches.
+        # Separate threads: images that are slow to decode hold up neither texts nor searches.
         self._text_threads = WorkerThreads(config.num_workers, "llm2clip-text")
         self._image_threads = WorkerThreads(config.num_workers, "llm2clip-image")
         self._search_threads = WorkerThreads(config.num_workers, "llm2clip-search")
@@ -183,7 +134,7 @@ class EmbeddingService:
             index: Index of images, as `llm2clip index` writes it.
 
         Raises:
-            ValueError: The model is not trained, the device is not there, the index is of another
+            ValueError: The model is not trained, the device is missing, or the index is of another
                 model.
         """
         config = config or ServeConfig()
@@ -210,13 +161,13 @@ class EmbeddingService:
 
     @property
     def is_alive(self) -> bool:
-        """True while the thread that runs the model is there."""
+        """True while the thread that runs the model is alive."""
         return self._worker.is_alive
 
     def close(self) -> None:
-        """End all threads, after the batches that are queued; may be called again.
+        """End all threads after the queued batches; may be called again.
 
-        What is decoded or searched after a second more is left behind.
+        Decoding and searches that take a second longer are abandoned.
         """
         self._is_closed = True
         self._worker.close()
@@ -245,13 +196,13 @@ class EmbeddingService:
         """
         self._check(inputs, dimensions)
         instruction, lane = self._find_instruction(prompt_name)
-        texts = [place for place, one in enumerate(inputs) if isinstance(one, str)]
-        images = [place for place, one in enumerate(inputs) if not isinstance(one, str)]
+        texts = [place for place, value in enumerate(inputs) if isinstance(value, str)]
+        images = [place for place, value in enumerate(inputs) if not isinstance(value, str)]
         work: dict[str, Any] = {}
         with self._admit(len(inputs)):
             if texts:
-                given = [str(inputs[place]) for place in texts]
-                work["text"] = self._embed_texts(given, instruction, lane, truncate=truncate)
+                contents = [str(inputs[place]) for place in texts]
+                work["text"] = self._embed_texts(contents, instruction, lane, truncate=truncate)
             if images:
                 work["image"] = self._embed_images([inputs[place] for place in images])
             done = dict(zip(work, await await_all_or_none(work.values()), strict=True))
@@ -324,8 +275,8 @@ class EmbeddingService:
             prompt_name: Name of the instruction that texts get; None for none.
 
         Raises:
-            RequestError: There is no index, or it is gone or of another model by now, a query or
-                the filter is not valid, or the queue is full.
+            RequestError: There is no index, or it was removed or replaced by one of another model;
+                a query or the filter is not valid; or the queue is full.
         """
         index = self.index
         if index is None:
@@ -345,13 +296,13 @@ class EmbeddingService:
         means = np.stack([rows.mean(axis=0) for rows in np.split(embedded.embeds, starts)])
         with _refusing():
             try:
-                found = await self._run(
+                results = await self._run(
                     self._search_threads, lambda: index.search(means, top_k=top_k, where=where)
                 )
             except IndexUnavailableError as error:
                 raise RequestError(503, str(error), code="index_unavailable") from error
         truncated = sorted({query_of[place] for place in embedded.truncated})
-        return FoundImages(results=found, num_tokens=embedded.num_tokens, truncated=truncated)
+        return FoundImages(results=results, num_tokens=embedded.num_tokens, truncated=truncated)
 
     def describe_far_images(self) -> str | None:
         """Describe the images of the index.
@@ -364,10 +315,11 @@ class EmbeddingService:
         return self.training_images.describe_far(restore_tally(self.index.about))
 
     async def find_index_error(self) -> tuple[int | None, str | None]:
-        """Look whether the index can be searched.
+        """Check whether the index can be searched.
 
         Returns:
-            Its number of images, and why it cannot be searched; None for what does not apply.
+            The number of images, or None if it is unknown; the reason why the index cannot be
+            searched, or None.
         """
         index = self.index
         if index is None:
@@ -381,12 +333,12 @@ class EmbeddingService:
         width = self.encoder.embedding_dim
         if not inputs:
             raise RequestError(400, "There is nothing to embed. Send at least one text or image.")
-        for number, one in enumerate(inputs, 1):
-            if not isinstance(one, str | bytes | Image.Image):
+        for number, value in enumerate(inputs, 1):
+            if not isinstance(value, str | bytes | Image.Image):
                 raise RequestError(
                     400,
-                    f"Input number {number} is {type(one).__name__}; give a text, the bytes of an "
-                    "image, or a PIL image.",
+                    f"Input number {number} is {type(value).__name__}; give a text, the bytes of "
+                    "an image, or a PIL image.",
                 )
         if len(inputs) > self.config.max_queue:
             raise RequestError(
@@ -402,7 +354,7 @@ class EmbeddingService:
                 f"{width}, or leave it out.",
                 param="dimensions",
             )
-        modalities = {"text" if isinstance(one, str) else "image" for one in inputs}
+        modalities = {"text" if isinstance(value, str) else "image" for value in inputs}
         for modality in modalities.difference(self.encoder.modalities):
             raise RequestError(
                 400,
@@ -451,15 +403,15 @@ class EmbeddingService:
         truncated: list[int] = []
         tokenize = partial(TokenizedTexts, self.encoder.processor)
         with _refusing(code="invalid_text"):
-            # Names a blank text by its number in the request.
+            # Before the instruction is added: it names a blank text by its number.
             await self._run(self._text_threads, partial(clean_list, texts))
             texts = [instruction + text for text in texts]
-            # Part by part, because nobody else's texts are tokenized meanwhile.
+            # Part by part, so that other requests are tokenized in between.
             for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
                 part = texts[start : start + _TOKENIZED_AT_ONCE]
-                found = await self._run(self._text_threads, partial(tokenize, part))
-                tokens += found
-                truncated += (np.flatnonzero(found.is_truncated) + start).tolist()
+                tokenized = await self._run(self._text_threads, partial(tokenize, part))
+                tokens += tokenized
+                truncated += (np.flatnonzero(tokenized.is_truncated) + start).tolist()
         if truncated and not truncate:
             raise RequestError(
                 400,
@@ -468,7 +420,7 @@ class EmbeddingService:
                 f"{truncated[0] + 1}). Shorten them, or allow truncation.",
                 code="text_too_long",
             )
-        lengths = [len(one.ids) for one in tokens]
+        lengths = [len(text.ids) for text in tokens]
         embeds = await asyncio.wrap_future(self._worker.submit(lane, tokens, lengths))
         return embeds, sum(lengths), truncated
 
@@ -479,9 +431,9 @@ class EmbeddingService:
         parts: list[NDArray[np.float32]] = []
         try:
             for start in range(0, len(images), size):
-                prepare = [partial(self._prepare, image) for image in images[start : start + size]]
                 prepared = await await_all_or_none(
-                    self._run(self._image_threads, one) for one in prepare
+                    self._run(self._image_threads, partial(self._prepare, image))
+                    for image in images[start : start + size]
                 )
                 computed = self._worker.submit("image", prepared, [1] * len(prepared))
                 running.append(asyncio.wrap_future(computed))
@@ -498,7 +450,7 @@ class EmbeddingService:
         return self.encoder.processor(images=[decoded])
 
     async def _run(self, threads: WorkerThreads, function: Callable[[], T]) -> T:
-        """Call a function in a thread; one that nobody can stop keeps its place in the queue."""
+        """Call a function in a thread; a call that has begun keeps its place until it ends."""
         future = threads.submit(function)
         try:
             return await asyncio.wrap_future(future)

@@ -17,7 +17,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 
 import httpcore
 
-from .errors import RequestError
+from .service_results import RequestError
 
 _Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 _Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -97,9 +97,9 @@ class UrlFetcher:
             httpcore.AsyncConnectionPool(ssl_context=self._tls, network_backend=backend) as pool,
             pool.stream("GET", target, headers=headers) as response,
         ):
-            found = {name.lower(): value for name, value in response.headers}
-            if response.status in _REDIRECTS and b"location" in found:
-                return found[b"location"].decode("latin-1")
+            answered = {name.lower(): value for name, value in response.headers}
+            if response.status in _REDIRECTS and b"location" in answered:
+                return answered[b"location"].decode("latin-1")
             if response.status != 200:
                 raise _refuse(url, f"answers with status {response.status}")
             content = bytearray()
@@ -113,10 +113,10 @@ class UrlFetcher:
         """Return an address of the host, all of which must be allowed."""
         loop = asyncio.get_running_loop()
         try:
-            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            entries = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
             raise _refuse(url, "has a host that cannot be found") from None
-        addresses = [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
+        addresses = [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in entries]
         if not all(map(self._is_allowed, addresses)):
             raise _refuse(url, "is not on the public internet", code="url_not_allowed")
         return str(addresses[0])

@@ -6,11 +6,13 @@ They share no code with the package's server, and none with the checks that look
 from __future__ import annotations
 
 import base64
+import copy
 import io
 import json
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from modeling_llm2clip.base_llm2clip import set_attention_direction
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.model_folders.model_loading import load_model
 
@@ -30,6 +33,12 @@ class BadRequestError(Exception):
     """A request that gets 400."""
 
 
+@cache
+def load_once(folder: Path) -> tuple[Any, Any]:
+    """Load a model and its processor, which no test may change."""
+    return load_model(folder, device="cpu")
+
+
 class Endpoint(ThreadingHTTPServer):
     """Serves a model folder in all four schemas, as a good server does.
 
@@ -37,9 +46,9 @@ class Endpoint(ThreadingHTTPServer):
     """
 
     def __init__(self, folder: Path, *broken: Break) -> None:
-        """Load the model; `with` serves."""
+        """Copy the model; `with` serves."""
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.model, self.processor = load_model(folder, device="cpu")
+        self.model, self.processor = copy.deepcopy(load_once(folder))
         self.api_key = ""
         self.paths = ("/v1/embeddings", "/v2/embed")
         self.finish: Callable[[Tensor], Tensor] = lambda embeds: embeds
@@ -55,8 +64,8 @@ class Endpoint(ThreadingHTTPServer):
         self.pixels: Callable[[Tensor], Tensor] | None = None
         self.respond: Callable[[BaseHTTPRequestHandler], bool] = lambda _: False
         self._thread = threading.Thread(target=self.serve_forever, args=(0.02,))
-        for one in broken:
-            one(self)
+        for break_it in broken:
+            break_it(self)
 
     def __enter__(self) -> Endpoint:
         """Serve in a thread."""
@@ -146,6 +155,8 @@ class Endpoint(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # keeps connections
+    disable_nagle_algorithm = True  # else each answer waits 40 ms for an acknowledgment
     server: Endpoint
     timeout = 5
 
@@ -280,10 +291,14 @@ def share_state(endpoint: Endpoint) -> None:
     endpoint.embed_texts = embed
 
 
-def sort_by_length(endpoint: Endpoint) -> None:
-    """Sort a batch, and forget to restore its order."""
-    honest = endpoint.embed_texts
-    endpoint.embed_texts = lambda texts: honest(sorted(texts, key=len, reverse=True))
+def rearrange(order: Callable[[list[str]], list[str]]) -> Break:
+    """Encode the texts of a batch in this order, and answer in it."""
+
+    def apply(endpoint: Endpoint) -> None:
+        honest = endpoint.embed_texts
+        endpoint.embed_texts = lambda texts: honest(order(texts))
+
+    return apply
 
 
 def embed_first(endpoint: Endpoint) -> None:
@@ -301,3 +316,30 @@ def keep_lengths(endpoint: Endpoint) -> None:
             return endpoint.model.project_caption_embeds(caption_embeds)
 
     endpoint.embed_texts = embed
+
+
+def set_attributes(**attributes: Any) -> Break:
+    """Replace attributes of the endpoint."""
+    return lambda endpoint: [setattr(endpoint, *item) for item in attributes.items()]
+
+
+def set_pooling(endpoint: Endpoint) -> None:
+    """Pool the last token."""
+    endpoint.model.config.text_pooling = "last_token"
+
+
+def set_causal(endpoint: Endpoint) -> None:
+    """Let tokens attend to earlier ones alone."""
+    set_attention_direction(endpoint.model.text_model, bidirectional=False)
+
+
+def set_dtype(dtype: torch.dtype) -> Break:
+    """Compute in another dtype."""
+    return lambda endpoint: endpoint.model.to(dtype)
+
+
+def serve_tower(endpoint: Endpoint) -> None:
+    """Give the embeddings of the LLM."""
+    endpoint.embed_texts = lambda texts: F.normalize(
+        encode_texts(endpoint.model, endpoint.processor, texts, project=False), dim=-1
+    )

@@ -43,15 +43,6 @@ def change_images(change: Callable[[Image.Image], Image.Image]) -> Break:
     return apply
 
 
-def change_embeddings(change: Callable[[Tensor], Tensor]) -> Break:
-    """Change what is answered."""
-
-    def apply(endpoint: Endpoint) -> None:
-        endpoint.finish = change
-
-    return apply
-
-
 def cache_texts(key: Callable[[str], str]) -> Break:
     """Answer from a cache, in which texts are found by this key."""
 
@@ -95,32 +86,13 @@ def look_alike(image: Image.Image) -> bytes:
     return bytes(value > mean for value in gray.tobytes())
 
 
-def shuffle_batches(endpoint: Endpoint) -> None:
-    """Encode batches in another order, and answer in that one."""
-    honest = endpoint.embed_texts
-
-    def embed(texts: list[str]) -> Tensor:
-        order = sorted(range(len(texts)), key=lambda row: hashlib.md5(texts[row].encode()).digest())
-        return honest([texts[row] for row in order])
-
-    endpoint.embed_texts = embed
-
-
-def sort_as_strings(endpoint: Endpoint) -> None:
-    """Answer in the order of row numbers as strings, in which 10 comes before 2."""
-    honest = endpoint.embed_texts
-    endpoint.embed_texts = lambda texts: honest(
-        [texts[row] for row in sorted(range(len(texts)), key=str)]
-    )
-
-
 def drop_repeated(endpoint: Endpoint) -> None:
     """Encode each distinct text of a request once, and fill the rows up with the last one."""
     honest = endpoint.embed_texts
 
     def embed(texts: list[str]) -> Tensor:
-        found = honest(list(dict.fromkeys(texts)))
-        return torch.cat([found, found[-1:].expand(len(texts) - len(found), -1)])
+        distinct = honest(list(dict.fromkeys(texts)))
+        return torch.cat([distinct, distinct[-1:].expand(len(texts) - len(distinct), -1)])
 
     endpoint.embed_texts = embed
 

@@ -16,8 +16,8 @@ from tiny import draw_noise
 
 from modeling_llm2clip.configs.serve_config import ServeConfig
 from modeling_llm2clip.image_loading_llm2clip import ImageLimits, load_images
-from modeling_llm2clip.serving.errors import RequestError
 from modeling_llm2clip.serving.image_inputs import ImageInputs, decode_image
+from modeling_llm2clip.serving.service_results import RequestError
 
 NOISE = draw_noise()
 PNG = to_png(NOISE)

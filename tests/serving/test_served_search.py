@@ -21,9 +21,9 @@ from modeling_llm2clip import ImageIndex
 from modeling_llm2clip.configs.encoding_config import IndexConfig
 from modeling_llm2clip.configs.serve_config import ServeConfig
 from modeling_llm2clip.serving.app import create_app
-from modeling_llm2clip.serving.errors import RequestError
 from modeling_llm2clip.serving.routes import JsonResponse
 from modeling_llm2clip.serving.service import EmbeddingService
+from modeling_llm2clip.serving.service_results import RequestError
 
 pytest.importorskip("lancedb")
 

@@ -29,8 +29,8 @@ from modeling_llm2clip.model_folders.golden_embeddings import (
 )
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.search.tag_labels import make_labels, rank_labels
-from modeling_llm2clip.serving.errors import RequestError
 from modeling_llm2clip.serving.service import EmbeddingService
+from modeling_llm2clip.serving.service_results import RequestError
 
 IMAGES = [*tiny_images(3), draw_noise(90, 30), draw_noise(20, 70, seed=1)]
 

@@ -30,9 +30,9 @@ from modeling_llm2clip.configs.encoding_config import IndexConfig
 from modeling_llm2clip.configs.serve_config import ServeConfig
 from modeling_llm2clip.image_loading_llm2clip import ImageLimits
 from modeling_llm2clip.serving.app import create_app
-from modeling_llm2clip.serving.errors import RequestError
 from modeling_llm2clip.serving.image_inputs import decode_image
 from modeling_llm2clip.serving.service import EmbeddingService
+from modeling_llm2clip.serving.service_results import RequestError
 
 schemathesis: Any = pytest.importorskip("schemathesis")
 pytest.importorskip("lancedb")

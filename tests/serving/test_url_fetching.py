@@ -14,8 +14,8 @@ import httpcore
 import pytest
 
 from modeling_llm2clip.configs.serve_config import ServeConfig
-from modeling_llm2clip.serving.errors import RequestError
 from modeling_llm2clip.serving.image_inputs import ImageInputs
+from modeling_llm2clip.serving.service_results import RequestError
 from modeling_llm2clip.serving.url_fetching import UrlFetcher
 
 LOOPBACK = ("127.0.0.0/8", "::1/128")

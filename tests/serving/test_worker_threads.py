@@ -23,7 +23,7 @@ from tiny_folders import export_tiny_model
 
 from modeling_llm2clip.serving import service as service_module
 from modeling_llm2clip.serving.batching import WorkerThreads
-from modeling_llm2clip.serving.errors import RequestError
+from modeling_llm2clip.serving.service_results import RequestError
 
 PNG = to_png(draw_noise())
 

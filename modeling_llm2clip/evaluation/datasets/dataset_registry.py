@@ -16,15 +16,14 @@ import yaml
 from ..._suggestions import did_you_mean
 from ...configs.data_config import DataConfig
 from ...configs.evaluation_config import EvaluatedDataset
-from ...data.configured_records import read_configured_records
+from ...data.captions.caption_joins import read_configured_records
 from ...data.records.record_loading import fetch_dataset_folder
 from ...data.records.record_table import RecordTable
 from ...data.records.records import CaptionedImage
 from ...data.remote.file_places import FilePlace
 from ...data.remote.remote_files import is_remote
-from . import choice_dataset, classification_dataset
-from .catalog import caption_readers, custom_folder
-from .catalog.caption_readers import JsonCaptions, ParquetCaptions
+from . import caption_readers, choice_dataset, classification_dataset, custom_folder
+from .caption_readers import JsonCaptions, ParquetCaptions
 from .dataset_spec import DatasetReading, DatasetSpec, DatasetType, EvaluationDataset, ReadingCache
 from .retrieval_dataset import RetrievalDataset, build_retrieval_dataset
 
@@ -87,9 +86,7 @@ def _freeze(value: Any) -> Any:
 
 
 _SPECS = {
-    **read_specs(
-        (Path(__file__).parent / "catalog" / "published_datasets.yaml").read_text("utf-8")
-    ),
+    **read_specs((Path(__file__).parent / "published_datasets.yaml").read_text("utf-8")),
     **{spec.name: spec for spec in custom_folder.DATASETS},
 }
 
@@ -129,9 +126,9 @@ def parse_dataset(text: str | Path) -> EvaluatedDataset:
         return EvaluatedDataset(name="folder", folder=written)
     if sign and not (name and folder):
         raise ValueError(f"{written!r} must be NAME=FOLDER.")
-    found = EvaluatedDataset(name=name, folder=folder or None)
-    _find_spec(found)
-    return found
+    dataset = EvaluatedDataset(name=name, folder=folder or None)
+    _find_spec(dataset)
+    return dataset
 
 
 def resolve_dataset(

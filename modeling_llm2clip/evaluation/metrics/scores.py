@@ -32,8 +32,8 @@ def recalls_at(ranking: Ranking, *, k: int) -> Tensor:
 
     |{r ≤ K}| / R; mteb calls the mean recall_at_k. With R > K it cannot reach 1.
     """
-    found = (_require_all_ranks(ranking) <= k).double()
-    return _sum_by_query(ranking, found) / ranking.num_positives
+    hits = (_require_all_ranks(ranking) <= k).double()
+    return _sum_by_query(ranking, hits) / ranking.num_positives
 
 
 def average_precisions_at(ranking: Ranking, *, k: int) -> Tensor:

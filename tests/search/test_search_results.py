@@ -28,10 +28,14 @@ from tiny import draw_noise
 
 from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.search import results_page
+from modeling_llm2clip.search import search_results
 from modeling_llm2clip.search.image_files import list_images
-from modeling_llm2clip.search.results_page import write_results_page, write_results_sheet
-from modeling_llm2clip.search.search_results import SearchResult, rank_images
+from modeling_llm2clip.search.search_results import (
+    SearchResult,
+    rank_images,
+    write_results_page,
+    write_results_sheet,
+)
 
 SENTENCES = ["a dog", 'a "red", ripe apple']
 # Contrast of an element's color with the page's, as WCAG 2 defines it.
@@ -432,7 +436,7 @@ def test_a_sentence_keeps_within_its_place_on_the_sheet(
     write_results_sheet([SearchResult(text, found)] * 2, tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as sheet:
         dark = np.asarray(sheet.convert("L")) < 128
-    words, imaged = dark[:, : results_page._TEXT_WIDTH], dark[:, results_page._TEXT_WIDTH :]
+    words, imaged = dark[:, : search_results._TEXT_WIDTH], dark[:, search_results._TEXT_WIDTH :]
     height = len(dark) // 2
     assert words[:height].any() and not words[:, -4:].any()  # none runs into the images
     assert not words[height - 4 : height + 4].any()  # nor into the next row
