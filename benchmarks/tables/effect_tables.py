@@ -139,9 +139,10 @@ def _render_languages(report: dict[str, Any]) -> str:
         [shown, *(_show_mean([run[name]["t2i_r1"] for run in runs]) for runs in columns.values())]
         for shown, name in means.items()
     ]
-    found = {int(layer): cra["value"] for layer, cra in report["layers"]["cra"].items()}
-    best = sorted(found, key=lambda layer: -found[layer])[:3]
-    layers = ", ".join(f"{layer} {percent(found[layer])}" for layer in sorted({*best, max(found)}))
+    accuracy = {int(layer): cra["value"] for layer, cra in report["layers"]["cra"].items()}
+    best = sorted(accuracy, key=lambda layer: -accuracy[layer])[:3]
+    best_and_last = sorted({*best, max(accuracy)})
+    layers = ", ".join(f"{layer} {percent(accuracy[layer])}" for layer in best_and_last)
     splits = "; ".join(f"{name}: {len(runs)}" for name, runs in columns.items())
     note = (
         f"Text to image R@1 among {report['num_test_images']} emoji unseen in training, which was "
