@@ -130,7 +130,7 @@ def test_the_dataset_is_read_and_its_errors_are_counted(
     package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (source,) = read_modules("add-a-dataset.md")
-    module = package.add("evaluation.datasets.catalog.my_captions", source)
+    module = package.add("evaluation.datasets.my_captions", source)
     monkeypatch.setitem(READERS, "tsv", module.read_tsv)
     entry = re.sub(r"  read:\n.*", "  read: tsv\n", read_entry(), flags=re.DOTALL)
     spec = replace(read_specs(entry)["my-captions"], counts={"images": 2, "captions": 2})

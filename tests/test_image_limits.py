@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import subprocess
@@ -11,6 +12,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from shared_models import fresh_processor
 from tiny import draw_noise
 
 from modeling_llm2clip import ImageLimits, get_image_limits, load_images, set_image_limits
-from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.__main__ import LINE, main
 from modeling_llm2clip.data.images.image_sources import EncodedImage, open_image
 from modeling_llm2clip.image_loading_llm2clip import (
     LIMITS_VARIABLE,
@@ -274,41 +276,29 @@ def test_a_flag_sets_the_limits_of_a_command_and_keeps_those_of_the_environment(
 @pytest.mark.parametrize(
     "command", ["align", "embed", "evaluate", "extract", "index", "search", "serve", "tag", "train"]
 )
-def test_every_command_that_decodes_images_has_the_flags(
-    command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    main([command, "--help"])
-    printed = capsys.readouterr().out
-    assert "--max-megapixels" in printed and "--max-image-mb" in printed
+def test_every_command_that_decodes_images_has_the_flags(command: str) -> None:
+    arguments = LINE[command].assemble_argument_collection()
+    flags = {name for argument in arguments for name in argument.names}
+    assert {"--max-megapixels", "--max-image-mb"} <= flags
 
 
 def test_a_download_ends_at_its_limits() -> None:
     """One that never ends, and one that sends a byte now and then."""
 
-    def drip(handler: BaseHTTPRequestHandler) -> None:
+    def answer(handler: BaseHTTPRequestHandler, content: bytes, pause_s: float) -> None:
         handler.send_response(200)
         handler.end_headers()
-        while True:
-            handler.wfile.write(b"a")
-            handler.wfile.flush()
-            threading.Event().wait(0.01)
-
-    def flood(handler: BaseHTTPRequestHandler) -> None:
-        handler.send_response(200)
-        handler.end_headers()
-        while True:
-            handler.wfile.write(b"a" * 2**16)
-
-    def quietly(answer: Callable[[BaseHTTPRequestHandler], Any]) -> Any:
-        def run(handler: BaseHTTPRequestHandler) -> None:
-            try:
-                answer(handler)
-            except OSError:  # the client left
-                return
-
-        return run
+        with contextlib.suppress(OSError):  # the client leaves
+            while True:
+                handler.wfile.write(content)
+                handler.wfile.flush()
+                threading.Event().wait(pause_s)
 
     limits = ImageLimits(max_image_mb=0.2, max_download_s=0.2)
-    for answer, message in ((flood, "more than 0.2 MB"), (drip, "more than 0.2 seconds")):
-        with serve(quietly(answer)) as address, pytest.raises(ValueError, match=message):
+    for content, pause_s, message in (
+        (b"a" * 2**16, 0, "more than 0.2 MB"),
+        (b"a", 0.01, "more than 0.2 seconds"),
+    ):
+        sending = partial(answer, content=content, pause_s=pause_s)
+        with serve(sending) as address, pytest.raises(ValueError, match=message):
             load_images(address, limits=limits)

@@ -12,17 +12,27 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
 from tiny import tiny_model
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import AutoModel
 
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.loading_llm2clip import (
-    list_model_files,
     list_weight_files,
     read_weight_shapes,
+    require_own_names,
 )
-from modeling_llm2clip.model_folders.model_loading import load_model
+from modeling_llm2clip.model_folders.fingerprint import (
+    fingerprint_embeddings,
+    fingerprint_model,
+    fingerprint_text,
+    fingerprint_vision,
+)
+from modeling_llm2clip.model_folders.model_loading import load_model, load_partial_model
+from modeling_llm2clip.model_folders.model_writing import open_model
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -56,11 +66,17 @@ def test_a_file_or_the_shards_of_an_index_are_listed(tmp_path: Path) -> None:
         list_weight_files(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": [1]}',
-                                     '{"weight_map": {"a": 1}}'])  # fmt: skip
-def test_a_damaged_index_is_named(content: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        *((text, r"index\.json is damaged")
+          for text in ("{", "[]", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}')),
+        ('{"weight_map": {}}', "no files"),
+    ],
+)  # fmt: skip
+def test_a_damaged_index_is_named(content: str, error: str, tmp_path: Path) -> None:
     (tmp_path / INDEX).write_text(content)
-    with pytest.raises(ValueError, match=r"index\.json is damaged"):
+    with pytest.raises(ValueError, match=error):
         list_weight_files(tmp_path)
 
 
@@ -102,20 +118,6 @@ def test_an_index_that_names_a_file_elsewhere_is_refused(name: str, tmp_path: Pa
         list_weight_files(folder)
 
 
-def test_an_index_without_files_is_refused(tmp_path: Path) -> None:
-    write_index(tmp_path, {})
-    with pytest.raises(ValueError, match="no files"):
-        list_weight_files(tmp_path)
-
-
-def test_a_lora_beside_the_weights_is_refused(tmp_path: Path) -> None:
-    write_file(tmp_path)
-    assert list_model_files(tmp_path) == [tmp_path / FILE]
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"adapter_config\.json of a LoRA.* Merge"):
-        list_model_files(tmp_path)
-
-
 def test_a_weight_in_two_files_is_refused(tmp_path: Path) -> None:
     for name in ("a.safetensors", "b.safetensors"):
         write_file(tmp_path, name)
@@ -125,7 +127,12 @@ def test_a_weight_in_two_files_is_refused(tmp_path: Path) -> None:
         read_weight_shapes(files)
 
 
-# Bounds
+def test_weights_that_belong_to_no_part_are_refused(tmp_path: Path) -> None:
+    save_file({"text_model.a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    require_own_names(tmp_path, ["text_model"])
+    save_file({"text_layer.a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"text_layer\.a.*will not load"):
+        require_own_names(tmp_path, ["text_model"])
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +159,68 @@ def change_config(folder: Path, target: Path, change: dict[str, Any]) -> Path:
     (copied / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return copied
 
+
+# What loads nowhere
+
+
+def test_two_layouts_of_weights_load_nowhere(folder: Path, tmp_path: Path) -> None:
+    both = Path(shutil.copytree(folder, tmp_path / "both"))
+    LLM2CLIPModel.from_pretrained(folder).save_pretrained(
+        tmp_path / "shards", max_shard_size="50KB"
+    )
+    for file in (tmp_path / "shards").glob("model*"):
+        shutil.copy(file, both)
+    for load in (
+        LLM2CLIPModel.from_pretrained,
+        LLM2CLIPTextModel.from_pretrained,
+        AutoModel.from_pretrained,
+        lambda source: SentenceTransformer(str(source), device="cpu"),
+        load_model,
+        load_partial_model,
+        open_model,
+        fingerprint_model,
+        fingerprint_text,
+        fingerprint_vision,
+        lambda source: fingerprint_embeddings(source, "image"),
+    ):
+        with pytest.raises(ValueError, match=r"weights twice.* Delete model\.safetensors"):
+            load(both)
+    report = check_model(both, device="cpu")
+    assert {c.name for c in report.failed} >= {"finite weights", "weight dtype", "weights"}
+
+
+def test_an_index_that_names_a_file_of_another_folder_loads_nowhere(
+    folder: Path, tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    moved = (copied / "model.safetensors").rename(tmp_path / "other.safetensors")
+    weight_map = dict.fromkeys(load_file(moved), "../other.safetensors")
+    index = {"metadata": {}, "weight_map": weight_map}
+    (copied / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    for load in (AutoModel.from_pretrained, load_model, open_model, fingerprint_model):
+        with pytest.raises(ValueError, match="files of its own folder"):
+            load(copied)
+    assert not check_model(copied, device="cpu").healthy
+
+
+def test_a_lora_beside_the_weights_or_another_file_in_the_configuration_loads_nowhere(
+    folder: Path, tmp_path: Path
+) -> None:
+    with_lora = Path(shutil.copytree(folder, tmp_path / "with-lora"))
+    lora = {"peft_type": "LORA", "base_model_name_or_path": str(folder)}
+    (with_lora / "adapter_config.json").write_text(json.dumps(lora), encoding="utf-8")
+    for load in (AutoModel.from_pretrained, load_model, open_model, fingerprint_model):
+        with pytest.raises(ValueError, match=r"adapter_config\.json of a LoRA.* Merge"):
+            load(with_lora)
+    renamed = Path(shutil.copytree(folder, tmp_path / "renamed"))
+    config = json.loads((renamed / "config.json").read_text(encoding="utf-8"))
+    config["transformers_weights"] = "other.safetensors"
+    (renamed / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"no fields \['transformers_weights'\]"):
+        AutoModel.from_pretrained(renamed)
+
+
+# Bounds
 
 HUGE = 10**12
 OVERSIZED: dict[str, dict[str, Any]] = {
@@ -207,10 +276,20 @@ def test_a_configuration_far_beyond_the_weights_is_refused_before_it_is_built(
             load_model(changed, device="cpu")
 
 
-@pytest.mark.parametrize("change", OVERSIZED.values(), ids=OVERSIZED.keys())
-def test_doctor_builds_nothing_oversized(
-    change: dict[str, Any], folder: Path, tmp_path: Path
-) -> None:
-    changed = change_config(folder, tmp_path / "changed", change)
+# The doctor builds towers by another way; one field of each part shows that it is bounded too.
+@pytest.mark.parametrize(
+    "part",
+    [
+        "labels",
+        "layers",
+        "layers of the vision tower",
+        "adapter expansion",
+        "vocabulary",
+        "image size",
+        "text length",
+    ],
+)
+def test_doctor_builds_nothing_oversized(part: str, folder: Path, tmp_path: Path) -> None:
+    changed = change_config(folder, tmp_path / "changed", OVERSIZED[part])
     with building_little():
         assert not check_model(changed, device="cpu").healthy

@@ -27,6 +27,7 @@ from modeling_llm2clip.packing_llm2clip import (
     plan_token_batches,
     run_packed,
 )
+from modeling_llm2clip.pooling_llm2clip import TEXT_POOLINGS
 
 TEXTS = ["a dog", "two small cats on a mat", "a", "the end of it", "one more dog"]
 CPU = torch.device("cpu")
@@ -42,15 +43,28 @@ def test_every_text_is_in_one_pack_and_no_pack_of_several_exceeds_the_budget(len
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "phi3"])
 @pytest.mark.parametrize("bidirectional", [True, False])
-def test_packed_embeddings_equal_those_of_one_padded_batch(family, bidirectional):
-    model, processor = tiny_model(llm=family, bidirectional=bidirectional)
+def test_packed_embeddings_equal_those_of_one_padded_batch_and_of_each_text(family, bidirectional):
+    model, processor = tiny_model(llm=family, **({} if bidirectional else {"bidirectional": False}))
     inputs = processor(text=TEXTS)
     padded = model.get_caption_embeds(**inputs).detach()  # with gradients: one padded batch
     with torch.inference_mode():
         packed = model.get_caption_embeds(**inputs)
+        alone = torch.cat([model.get_caption_embeds(**processor(text=[text])) for text in TEXTS])
     assert _checked[model.text_model] is True
     # The same float32 products, summed in another order.
     torch.testing.assert_close(packed, padded, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(packed, alone, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", TEXT_POOLINGS)
+def test_each_pooling_is_the_same_packed_and_padded(pooling):
+    model, processor = tiny_model()
+    model.config.text_pooling = pooling
+    inputs = processor(text=TEXTS)
+    padded = model.get_caption_embeds(**inputs).detach()
+    with torch.inference_mode():
+        packed = model.get_caption_embeds(**inputs)
+    torch.testing.assert_close(packed, padded, atol=2e-6, rtol=1e-5)  # order of sums in float32
 
 
 def test_texts_longer_than_a_chunk_of_attention_are_not_packed():
@@ -68,15 +82,6 @@ def test_texts_longer_than_a_chunk_of_attention_are_not_packed():
         run_packed(model.text_model, [short, short])
         with pytest.raises(ValueError, match=f"chunk of {chunk} tokens needs more"):
             run_packed(model.text_model, [short, long])
-
-
-def test_the_last_token_is_pooled_the_same_way_packed_and_padded():
-    model, processor = tiny_model(text_pooling="last_token")
-    inputs = processor(text=TEXTS)
-    padded = model.get_caption_embeds(**inputs).detach()
-    with torch.inference_mode():
-        packed = model.get_caption_embeds(**inputs)
-    torch.testing.assert_close(packed, padded, atol=2e-6, rtol=1e-5)  # order of sums in float32
 
 
 def test_a_direction_that_is_set_later_applies_to_packed_and_padded_passes():
@@ -208,14 +213,6 @@ def test_the_operator_is_registered_correctly(is_causal):
     )
 
 
-def test_a_text_has_the_same_embedding_alone_and_among_others():
-    model, processor = tiny_model()
-    with torch.inference_mode():
-        one_by_one = [model.get_caption_embeds(**processor(text=[text])) for text in TEXTS]
-        together = model.get_caption_embeds(**processor(text=TEXTS))
-    torch.testing.assert_close(together, torch.cat(one_by_one), atol=2e-6, rtol=1e-5)
-
-
 def test_an_instruction_without_a_caption_is_rejected():
     model, processor = tiny_model(prompt="none")
     alone = processor(text=["find an image"])
@@ -232,58 +229,24 @@ BUDGETS = st.integers(1, 2000)
 
 @given(LENGTHS, BUDGETS)
 @settings(deadline=None)
-def test_token_batches_contain_every_index_once(lengths: list[int], token_budget: int) -> None:
-    batches = plan_token_batches(lengths, token_budget=token_budget)
-    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
-    assert all(batches)
-
-
-@given(LENGTHS, BUDGETS)
-@settings(deadline=None)
-def test_a_token_batch_fits_the_budget_or_is_one_text(
+def test_token_batches_hold_every_text_once_within_budget_and_padding(
     lengths: list[int], token_budget: int
 ) -> None:
-    for batch in plan_token_batches(lengths, token_budget=token_budget):
-        padded_size = len(batch) * max(lengths[index] for index in batch)
+    batches = plan_token_batches(lengths, token_budget=token_budget)
+    order = [index for batch in batches for index in batch]
+    assert all(batches) and sorted(order) == list(range(len(lengths)))
+    assert [lengths[index] for index in order] == sorted(lengths, reverse=True)
+    sizes = [len(batch) * max(lengths[index] for index in batch) for batch in batches]
+    for batch, padded_size in zip(batches, sizes, strict=True):
         assert padded_size <= token_budget or len(batch) == 1
-
-
-@given(LENGTHS, BUDGETS)
-@settings(deadline=None)
-def test_padding_is_at_most_a_tenth_or_64_tokens(lengths: list[int], token_budget: int) -> None:
-    for batch in plan_token_batches(lengths, token_budget=token_budget):
-        padded_size = len(batch) * max(lengths[index] for index in batch)
         padding = padded_size - sum(lengths[index] for index in batch)
         assert padding <= max(MAX_PADDING_SHARE * padded_size, PASS_COST_TOKENS)
+    assert sum(sizes) - sum(lengths) <= MAX_PADDING_SHARE * sum(sizes)
 
 
-@given(LENGTHS, BUDGETS)
-@settings(deadline=None)
-def test_all_padding_is_at_most_a_tenth_of_all_tokens(
-    lengths: list[int], token_budget: int
-) -> None:
-    batches = plan_token_batches(lengths, token_budget=token_budget)
-    num_tokens = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
-    assert num_tokens - sum(lengths) <= MAX_PADDING_SHARE * num_tokens
-
-
-@given(LENGTHS, BUDGETS)
-@settings(deadline=None)
-def test_longest_texts_come_first(lengths: list[int], token_budget: int) -> None:
-    batches = plan_token_batches(lengths, token_budget=token_budget)
-    planned = [lengths[index] for batch in batches for index in batch]
-    assert planned == sorted(lengths, reverse=True)
-
-
-def test_equal_lengths_fill_the_budget() -> None:
+def test_token_batches_by_hand() -> None:
     # 100 texts of 10 tokens, at most 250 tokens per batch: 25 texts fit, so there are 4 batches.
     batches = plan_token_batches([10] * 100, token_budget=250)
     assert [len(batch) for batch in batches] == [25, 25, 25, 25]
-
-
-def test_no_texts_give_no_batches() -> None:
     assert plan_token_batches([], token_budget=100) == []
-
-
-def test_a_text_longer_than_the_budget_gets_a_batch_of_its_own() -> None:
     assert plan_token_batches([5, 500, 5], token_budget=100) == [[1], [0, 2]]

@@ -56,70 +56,38 @@ def make_batch(
 @pytest.mark.parametrize("side", ["left", "right"])
 @given(padded_rows())
 @settings(max_examples=30, deadline=None)
-def test_mean_is_the_plain_mean_of_the_pooled_tokens(
+def test_each_pooling_is_what_plain_code_computes_of_the_pooled_tokens(
     side: str, case: tuple[list[int], int, int]
 ) -> None:
     parts, hidden, pooling_mask = make_batch(case, side)
-    pooled = pool_tokens(hidden, pooling_mask, pooling="mean")
-    wanted = torch.stack([part.mean(dim=0) for part in parts])
-    # Sums of at most 12 float32 numbers in another order; the padding's 99 cancels out exactly.
-    assert torch.allclose(pooled, wanted, atol=1e-5)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@given(padded_rows())
-@settings(max_examples=30, deadline=None)
-def test_last_token_is_the_last_real_token(side: str, case: tuple[list[int], int, int]) -> None:
-    parts, hidden, pooling_mask = make_batch(case, side)
-    pooled = pool_tokens(hidden, pooling_mask, pooling="last_token")
-    assert torch.equal(pooled, torch.stack([part[-1] for part in parts]))
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@given(padded_rows())
-@settings(max_examples=30, deadline=None)
-def test_positions_weigh_from_the_first_pooled_token_on(
-    side: str, case: tuple[list[int], int, int]
-) -> None:
-    parts, hidden, pooling_mask = make_batch(case, side)
+    pooled = {
+        name: pool_tokens(hidden, pooling_mask, pooling=name)
+        for name in ("mean", "weighted_mean", "last_token", "cls")
+    }
     weights = [torch.arange(1.0, len(part) + 1)[:, None] for part in parts]
-    wanted = torch.stack([(w * p).sum(0) / w.sum() for w, p in zip(weights, parts, strict=True)])
-    pooled = pool_tokens(hidden, pooling_mask, pooling="weighted_mean")
-    assert torch.allclose(pooled, wanted, atol=1e-5)  # as for the mean
-    first = pool_tokens(hidden, pooling_mask, pooling="cls")
-    assert torch.equal(first, torch.stack([part[0] for part in parts]))
+    weighted = [(w * p).sum(0) / w.sum() for w, p in zip(weights, parts, strict=True)]
+    # Sums of at most 12 float32 numbers in another order; the padding's 99 cancels out exactly.
+    assert torch.allclose(pooled["mean"], torch.stack([p.mean(dim=0) for p in parts]), atol=1e-5)
+    assert torch.allclose(pooled["weighted_mean"], torch.stack(weighted), atol=1e-5)
+    assert torch.equal(pooled["last_token"], torch.stack([part[-1] for part in parts]))
+    assert torch.equal(pooled["cls"], torch.stack([part[0] for part in parts]))
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
 @given(padded_rows())
 @settings(max_examples=30, deadline=None)
-def test_the_pooling_mask_excludes_padding_on_either_side_and_leading_tokens(
-    case: tuple[list[int], int, int],
+def test_padding_on_either_side_is_excluded_and_moves_no_position(
+    side: str, case: tuple[list[int], int, int]
 ) -> None:
     lengths, width, num_unpooled = case
-    rows = [torch.zeros(length) for length in lengths]
-    for side in ("left", "right"):
-        _, mask = pad(rows, width, side=side)
-        chosen = build_pooling_mask(mask, num_unpooled=num_unpooled)
-        assert not (chosen & ~mask.bool()).any()
-        assert chosen.sum(dim=1).tolist() == [length - num_unpooled for length in lengths]
-        for row in range(len(lengths)):
-            real = mask[row].nonzero().flatten()
-            assert torch.equal(chosen[row].nonzero().flatten(), real[num_unpooled:])
-
-
-@given(padded_rows())
-@settings(max_examples=30, deadline=None)
-def test_real_tokens_have_the_same_positions_with_padding_on_either_side(
-    case: tuple[list[int], int, int],
-) -> None:
-    lengths, width, _ = case
-    rows = [torch.zeros(length) for length in lengths]
-    for side in ("left", "right"):
-        _, mask = pad(rows, width, side=side)
-        positions = build_position_ids(mask)
-        for row, length in enumerate(lengths):
-            assert positions[row][mask[row].bool()].tolist() == list(range(length))
-        assert (positions >= 0).all()
+    _, mask = pad([torch.zeros(length) for length in lengths], width, side=side)
+    chosen = build_pooling_mask(mask, num_unpooled=num_unpooled)
+    positions = build_position_ids(mask)
+    assert (positions >= 0).all()
+    for row, length in enumerate(lengths):
+        real = mask[row].nonzero().flatten()
+        assert torch.equal(chosen[row].nonzero().flatten(), real[num_unpooled:])
+        assert positions[row][real].tolist() == list(range(length))
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last_token"])
@@ -217,21 +185,17 @@ def test_a_mask_with_a_gap_is_rejected(suffix_ids: list[int]) -> None:
         check_token_rows(ids, mask, **{**RULES, "suffix_ids": suffix_ids})
 
 
-def test_one_text_without_a_batch_dimension_is_rejected_with_its_shape() -> None:
-    ids = torch.tensor([5, 6, 1, 8])
-    with pytest.raises(ValueError, match=r"input_ids \(4,\).*shape \(texts, tokens\)"):
-        check_token_rows(ids, torch.ones_like(ids), **RULES)
-
-
-def test_ids_and_mask_of_different_shapes_are_rejected_with_both() -> None:
-    ids = torch.tensor([[5, 6, 1, 8]])
-    with pytest.raises(ValueError, match=r"input_ids \(1, 4\).*attention_mask \(1, 3\)"):
-        check_token_rows(ids, torch.ones(1, 3, dtype=torch.long), **RULES)
-
-
-def test_the_error_for_floating_point_ids_names_project_caption_embeds() -> None:
-    with pytest.raises(ValueError, match=r"torch.float32.*project_caption_embeds"):
-        check_token_rows(torch.ones(1, 4), torch.ones(1, 4), **RULES)
+@pytest.mark.parametrize(
+    ("ids", "mask", "error"),
+    [
+        (torch.tensor([5, 6, 1, 8]), torch.ones(4).long(), r"input_ids \(4,\).*shape \(texts, tok"),
+        (torch.tensor([[5, 6, 1, 8]]), torch.ones(1, 3).long(), r"\(1, 4\).*attention_mask \(1, 3"),
+        (torch.ones(1, 4), torch.ones(1, 4), "torch.float32.*project_caption_embeds"),
+    ],
+)
+def test_ids_of_another_shape_or_dtype_are_rejected(ids: Tensor, mask: Tensor, error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        check_token_rows(ids, mask, **RULES)
 
 
 @pytest.mark.parametrize("has_mask", [True, False])

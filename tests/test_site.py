@@ -63,7 +63,7 @@ MADE_BY_READERS = (
 NEW_FILES = {
     "modeling_llm2clip/cli/count.py",
     "modeling_llm2clip/configs/count_config.py",
-    "modeling_llm2clip/evaluation/datasets/catalog/my_captions.py",
+    "modeling_llm2clip/evaluation/datasets/my_captions.py",
     "modeling_llm2clip/training/losses/cosine.py",
     "tests/training/losses/test_cosine.py",
 }

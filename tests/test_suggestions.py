@@ -6,14 +6,13 @@ import ast
 import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
+from package_sources import read_package
 
-import modeling_llm2clip
+from benchmarks.codebase.code_counts import Source
 from modeling_llm2clip._suggestions import counted, list_first
 
-PACKAGE = Path(modeling_llm2clip.__file__).parent
 # A number, which no "of" precedes, is followed by a plural within two words.
 PLURAL = re.compile(r" (?!(?:is|has|was|of)\b)(?:[a-z-]+ )?[a-z-]+(?<!ha)(?<!\bi)s\b")
 # What is never one: it is checked before, or one is not what the message is about.
@@ -79,9 +78,9 @@ def test_a_list_names_its_first_items_and_counts_the_rest(
     assert list_first(iter(items), separator, total=total) == expected
 
 
-def find_plurals(path: Path) -> Iterator[str]:
+def find_plurals(source: Source) -> Iterator[str]:
     """Find each `{len(x)} things` of a file's messages."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in source.nodes:
         if not isinstance(node, ast.JoinedStr):
             continue
         for (before, value), (_, after) in pairwise(pairwise([ast.Constant(""), *node.values])):
@@ -94,9 +93,9 @@ def find_plurals(path: Path) -> Iterator[str]:
             if is_length and not is_part and isinstance(after, ast.Constant):
                 if PLURAL.match(str(after.value)):
                     name = ast.unparse(value.value)[len("len(") : -1]
-                    yield f"{path.relative_to(PACKAGE).as_posix()}: {name}"
+                    yield f"{source.path.as_posix()}: {name}"
 
 
 def test_messages_count_what_may_be_one_by_the_function() -> None:
-    found = {place for path in PACKAGE.rglob("*.py") for place in find_plurals(path)}
+    found = {place for source in read_package().values() for place in find_plurals(source)}
     assert found == NEVER_ONE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,35 +31,21 @@ CLIP_LARGE = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
     "num_attention_heads": 16, "patch_size": 14,
 }  # fmt: skip
+
+
+def in_timm(architecture: str) -> tuple[str, dict[str, Any]]:
+    return "timm_wrapper", {"architecture": architecture}
+
+
 REAL_TOWERS: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "CLIP B/16": ("clip_vision_model", {"patch_size": 16}, 768, 85_799_424),
     "CLIP L/14": ("clip_vision_model", {**CLIP_LARGE, "image_size": 224}, 1024, 303_179_776),
     "CLIP L/14-336": ("clip_vision_model", {**CLIP_LARGE, "image_size": 336}, 1024, 303_507_456),
-    "EVA02 B/16": (
-        "timm_wrapper",
-        {"architecture": "eva02_base_patch16_clip_224"},
-        768,
-        85_869_312,
-    ),
-    "EVA02 L/14": (
-        "timm_wrapper",
-        {"architecture": "eva02_large_patch14_clip_224"},
-        1024,
-        303_317_952,
-    ),
-    "EVA02 L/14-336": (
-        "timm_wrapper",
-        {"architecture": "eva02_large_patch14_clip_336"},
-        1024,
-        303_645_632,
-    ),
+    "EVA02 B/16": (*in_timm("eva02_base_patch16_clip_224"), 768, 85_869_312),
+    "EVA02 L/14": (*in_timm("eva02_large_patch14_clip_224"), 1024, 303_317_952),
+    "EVA02 L/14-336": (*in_timm("eva02_large_patch14_clip_336"), 1024, 303_645_632),
     "SigLIP So400m/14": ("siglip_vision_model", SO400M, 1152, 427_680_704),
-    "timm SigLIP": (
-        "timm_wrapper",
-        {"architecture": "vit_so400m_patch14_siglip_224"},
-        1152,
-        427_680_704,
-    ),
+    "timm SigLIP": (*in_timm("vit_so400m_patch14_siglip_224"), 1152, 427_680_704),
 }
 
 
@@ -106,42 +93,40 @@ def test_the_mean_of_patches_excludes_padding() -> None:
     assert torch.allclose(of_patches, wanted, rtol=ROUNDING, atol=ROUNDING)
 
 
+SMALL: dict[str, Any] = {
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48,
+    "patch_size": 8, "image_size": IMAGE_SIZE,
+}  # fmt: skip
+
+
+def make_tower(model_type: str, **settings: Any) -> Any:
+    return AutoModel.from_config(AutoConfig.for_model(model_type, **SMALL | settings)).eval()
+
+
 def tower_with_registers(model_type: str) -> Any:
     """A tower with a class token, three registers and sixteen patches."""
-    config = AutoConfig.for_model(
-        model_type, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, patch_size=8,
-        image_size=IMAGE_SIZE, num_register_tokens=3,
-    )  # fmt: skip
-    return AutoModel.from_config(config).eval()
+    return make_tower(model_type, num_register_tokens=3)
 
 
-def build_patch_mean(vision_model: Any, image_processor: Any) -> Any:
+def join(tower: Any, pooling: Any, image_processor: Any = None) -> Any:
     tokenizer = tiny_tokenizer()
-    text_model = tiny_llm(vocabulary_size=len(tokenizer))
-    arguments = BuildConfig(prompt="llama-3", vision_pooling="patch_mean")
-    return join_towers((vision_model, image_processor), (text_model, tokenizer), arguments)[0]
+    text = (tiny_llm(vocabulary_size=len(tokenizer)), tokenizer)
+    config = BuildConfig(prompt="llama-3", vision_pooling=pooling, text_adapter_layers=0)
+    return join_towers((tower, image_processor or tiny_vision()[1]), text, config)[0]
 
 
 @pytest.mark.parametrize(
     ("family", "num_prefix"),
     [
-        ("clip", 1),
-        ("siglip", 0),
-        ("siglip2", 0),
-        ("dinov2", 1),
-        ("vit", 1),
-        ("timm", 1),
-        ("eva02", 1),
-        ("timm-siglip", 0),
-        ("dinov3_vit", 4),
-        ("dinov2_with_registers", 4),
+        ("clip", 1), ("siglip", 0), ("siglip2", 0), ("dinov2", 1), ("vit", 1), ("timm", 1),
+        ("eva02", 1), ("timm-siglip", 0), ("dinov3_vit", 4), ("dinov2_with_registers", 4),
     ],
-)
+)  # fmt: skip
 def test_patch_mean_excludes_class_token_and_registers(family: str, num_prefix: int) -> None:
     tower, image_processor = tiny_vision("clip" if "registers" in family else family)
     if num_prefix > 1:
         tower = tower_with_registers(family)
-    model = build_patch_mean(tower, image_processor)
+    model = join(tower, "patch_mean", image_processor)
     images = image_processor(tiny_images(2), return_tensors="pt")
     with torch.no_grad():
         tokens = model.vision_model(**images).last_hidden_state
@@ -153,46 +138,13 @@ def test_patch_mean_excludes_class_token_and_registers(family: str, num_prefix: 
         assert (wanted - tokens.mean(dim=1)).abs().max() > 1e-3
 
 
-def make_aimv2() -> Any:
-    """A tower of patches alone, whose "cls_token" is the query of its attention pool."""
-    config = AutoConfig.for_model(
-        "aimv2_vision_model", hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        patch_size=8, image_size=IMAGE_SIZE, intermediate_size=48,
-    )  # fmt: skip
-    return AutoModel.from_config(config).eval()
-
-
-def make_vit_with_the_class_token_last() -> Any:
-    tower, _ = tiny_vision("vit")
-    tower.embeddings.dropout = _Roll()
-    return tower
-
-
-class _Roll(torch.nn.Module):
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return tokens.roll(-1, dims=1)
-
-
-def join(tower: Any, pooling: Any) -> Any:
-    tokenizer = tiny_tokenizer()
-    text = (tiny_llm(vocabulary_size=len(tokenizer)), tokenizer)
-    config = BuildConfig(prompt="llama-3", vision_pooling=pooling, text_adapter_layers=0)
-    return join_towers((tower, tiny_vision("clip")[1]), text, config)[0]
-
-
 def test_cls_pooling_is_rejected_where_the_first_token_is_a_patch() -> None:
     with pytest.raises(ValueError, match=r"vision_pooling='cls'.*no class token.*is a patch"):
-        join(make_aimv2(), "cls")
-
-
-@pytest.mark.parametrize("pooling", ["cls", "patch_mean"])
-def test_a_network_with_tokens_in_another_order_than_its_class_is_rejected(pooling: str) -> None:
-    with pytest.raises(ValueError, match="does not describe the network"):
-        join(make_vit_with_the_class_token_last(), pooling)
+        join(make_tower("aimv2_vision_model"), "cls")
 
 
 def test_patch_mean_is_the_mean_of_all_tokens_where_all_are_patches() -> None:
-    model = join(make_aimv2(), "patch_mean")
+    model = join(make_tower("aimv2_vision_model"), "patch_mean")
     images = tiny_vision("clip")[1](tiny_images(2), return_tensors="pt")
     with torch.no_grad():
         tokens = model.vision_model(**images).last_hidden_state
@@ -208,12 +160,12 @@ def test_patch_mean_is_rejected_if_the_tokens_do_not_match_the_patches() -> None
     del tower.embeddings.register_tokens
     tower.embeddings.register_tokens = registers  # not a parameter, as under an unknown name
     with pytest.raises(ValueError, match=r"returns 20 tokens, 1 of them .* for 16 patches"):
-        build_patch_mean(tower, tiny_vision("clip")[1])
+        join(tower, "patch_mean")
 
 
 def test_patch_mean_needs_tokens() -> None:
     with pytest.raises(ValueError, match=r"vision_pooling='patch_mean' needs tokens"):
-        build_patch_mean(*tiny_vision("timm with batch norm"))
+        join(tiny_vision("timm with batch norm")[0], "patch_mean")
 
 
 # Families with another name for their width
@@ -227,13 +179,11 @@ CONVOLUTIONAL: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("family", CONVOLUTIONAL)
 def test_a_convolutional_tower_has_the_width_of_its_last_stage(family: str) -> None:
     tower = AutoModel.from_config(AutoConfig.for_model(family, **CONVOLUTIONAL[family])).eval()
-    llm, tokenizer = tiny_llm(vocabulary_size=len(tiny_tokenizer())), tiny_tokenizer()
-    arguments = BuildConfig(prompt="llama-3", projection_dim=24, text_adapter_layers=0)
-    model, processor = join_towers((tower, CLIPImageProcessorPil()), (llm, tokenizer), arguments)
+    model = join(tower, "pooler", CLIPImageProcessorPil())
     assert model.visual_projection.in_features == 20
-    images = processor(images=tiny_images(2))
+    images = CLIPImageProcessorPil()(tiny_images(2), return_tensors="pt")
     with torch.no_grad():
-        assert model.get_image_features(**images).pooler_output.shape == (2, 24)
+        assert model.get_vision_embeds(**images).shape == (2, 20)
 
 
 def test_a_width_other_than_the_tower_states_is_measured_and_saved(tmp_path: Path) -> None:
@@ -315,32 +265,23 @@ def test_a_tower_that_needs_more_than_pixels_is_rejected_before_the_llm_is_loade
     whole.save_pretrained(tmp_path / "whole")  # without weights, which are not read
     with pytest.raises(ValueError, match=refusal):
         load_vision_tower(tmp_path / "whole")
-    tokenizer = tiny_tokenizer()
-    llm = tiny_llm(vocabulary_size=len(tokenizer))
     with pytest.raises(ValueError, match=refusal):
-        join_towers((tower, tiny_vision()[1]), (llm, tokenizer), BuildConfig(prompt="llama-3"))
+        join(tower, "pooler")
 
 
 @pytest.mark.parametrize("pooling", ["pooler", "mean", "patch_mean"])
 def test_a_tower_that_joins_the_images_of_a_batch_is_rejected(pooling: str) -> None:
     """Pixtral makes one sequence of all patches, so that a mean would be that of the batch."""
-    config = AutoConfig.for_model(
-        "pixtral", hidden_size=32, num_hidden_layers=1, num_attention_heads=4, head_dim=8,
-        intermediate_size=48, image_size=IMAGE_SIZE, patch_size=8,
-    )  # fmt: skip
-    tower = AutoModel.from_config(config).eval()
+    tower = make_tower("pixtral", head_dim=8)
     refusal = r"'pixtral' tower joins the images of a batch: .* Take another vision tower\."
     with pytest.raises(ValueError, match=refusal):
         join(tower, pooling)
     with pytest.raises(ValueError, match=refusal):
-        pool_vision(
-            tower(torch.rand(3, 3, IMAGE_SIZE, IMAGE_SIZE)),
-            pooling,
-            vision_model=tower,
-            pixel_values=torch.rand(3, 3, IMAGE_SIZE, IMAGE_SIZE),
-        )
+        pixels = torch.rand(3, 3, IMAGE_SIZE, IMAGE_SIZE)
+        pool_vision(tower(pixels), pooling, vision_model=tower, pixel_values=pixels)
 
 
+@pytest.mark.slow
 def test_a_compiled_tower_of_patches_takes_them() -> None:
     model, processor = tiny_model("siglip2")
     inputs = processor(images=tiny_images(2))
@@ -359,21 +300,8 @@ def test_a_backbone_is_refused_as_a_vision_tower() -> None:
         stage_num_blocks=[1], stage_downsample=[False], stage_light_block=[False],
         stage_kernel_size=[3], stage_numb_of_layers=[1],
     )  # fmt: skip
-    tower = (AutoModel.from_config(config), tiny_vision()[1])
     with pytest.raises(ValueError, match=r"'hgnet_v2' tower .* Take another vision tower, or"):
-        join_towers(tower, (tiny_llm(), tiny_tokenizer()), BuildConfig(prompt="llama-3"))
-
-
-class _Mixing(torch.nn.Module):
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return tokens + tokens.mean(dim=0, keepdim=True)
-
-
-def test_a_tower_that_mixes_the_images_of_a_batch_is_rejected() -> None:
-    tower, _ = tiny_vision("vit")
-    tower.embeddings.dropout = _Mixing()
-    with pytest.raises(ValueError, match=r"'vit' tower gives one image another .*beside another i"):
-        join(tower, "cls")
+        join(AutoModel.from_config(config), "pooler")
 
 
 def test_a_pooler_that_returns_a_map_is_rejected() -> None:
@@ -385,52 +313,59 @@ def test_a_pooler_that_returns_a_map_is_rejected() -> None:
         pool_vision(output, "pooler", vision_model=tower, pixel_values=images)
 
 
-class _Failing(torch.nn.Module):
-    def forward(self, _tokens: torch.Tensor) -> torch.Tensor:
-        raise ValueError("no tokens")
+class _Dropout(torch.nn.Module):
+    """Takes the place of a tower's dropout, and does something else with its tokens."""
+
+    def __init__(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.change(tokens)
 
 
-def test_a_tower_whose_pass_fails_is_rejected_with_its_error() -> None:
-    tower, image_processor = tiny_vision("vit")
-    tower.embeddings.dropout = _Failing()
-    tokenizer = tiny_tokenizer()
-    llm = tiny_llm(vocabulary_size=len(tokenizer))
-    with pytest.raises(ValueError, match=r"'vit' tower cannot .* fails \(ValueError: no tok"):
-        join_towers((tower, image_processor), (llm, tokenizer), BuildConfig(prompt="llama-3"))
+def fail(tokens: torch.Tensor) -> torch.Tensor:
+    raise ValueError(f"no {tokens.ndim} tokens")
+
+
+@pytest.mark.parametrize(
+    ("change", "pooling", "error"),
+    [
+        (fail, "pooler", r"'vit' tower cannot .* fails \(ValueError: no 3 tok"),
+        # The images of a batch are mixed.
+        (lambda t: t + t.mean(dim=0, keepdim=True), "cls",
+         "'vit' tower gives one image another .*beside another i"),
+        # The class token is the last.
+        (lambda t: t.roll(-1, dims=1), "cls", "does not describe the network"),
+        (lambda t: t.roll(-1, dims=1), "patch_mean", "does not describe the network"),
+    ],
+)  # fmt: skip
+def test_a_tower_whose_pass_does_something_else_is_rejected(
+    change: Any, pooling: str, error: str
+) -> None:
+    tower, _ = tiny_vision("vit")
+    tower.embeddings.dropout = _Dropout(change)
+    with pytest.raises(ValueError, match=error):
+        join(tower, pooling)
 
 
 def test_a_tower_with_random_masks_is_rejected() -> None:
-    config = AutoConfig.for_model(
-        "vit_mae", hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
-        intermediate_size=48, image_size=IMAGE_SIZE, patch_size=8,
-    )  # fmt: skip
-    tower = AutoModel.from_config(config).eval()
-    tokenizer = tiny_tokenizer()
-    llm = tiny_llm(vocabulary_size=len(tokenizer))
-    arguments = BuildConfig(prompt="llama-3", vision_pooling="mean")
     with pytest.raises(ValueError, match=r"'vit_mae' tower gives one image another embedding"):
-        join_towers((tower, tiny_vision()[1]), (llm, tokenizer), arguments)
+        join(make_tower("vit_mae"), "mean")
 
 
 # timm's tables that are not saved
 
 
 @pytest.mark.parametrize("family", ["beit", "swinv2"])
-def test_tables_that_timm_does_not_save_are_loaded(family: str, tmp_path: Path) -> None:
-    model, processor = tiny_model(family)
-    save_model(model, processor, tmp_path / "model")
-    loaded = LLM2CLIPModel.from_pretrained(tmp_path / "model")
-    found = dict(loaded.named_buffers())
-    assert all(torch.equal(table, found[name]) for name, table in model.named_buffers())
-
-
-@pytest.mark.parametrize("family", ["beit", "swinv2"])
-def test_a_timm_that_does_not_compute_them_is_named(
+def test_tables_that_timm_does_not_save_are_loaded_or_its_version_is_named(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loading would leave arbitrary numbers there: an IndexError, or silently other embeddings."""
     model, processor = tiny_model(family)
     save_model(model, processor, tmp_path / "model")
+    loaded = dict(LLM2CLIPModel.from_pretrained(tmp_path / "model").named_buffers())
+    assert all(torch.equal(table, loaded[name]) for name, table in model.named_buffers())
     for module in model.vision_model.timm_model.modules():
         if "init_non_persistent_buffers" in vars(type(module)):
             monkeypatch.delattr(type(module), "init_non_persistent_buffers")  # as timm 1.0.22

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from shared_models import ROUNDING, encode, images_of, shared_batch, shared_model
 from tiny import (
     IMAGE_SIZE,
@@ -156,11 +157,6 @@ def test_a_tower_whose_positions_nothing_interpolates_keeps_its_size(family: str
         make_larger(family)
 
 
-def test_a_size_below_one_pixel_is_rejected() -> None:
-    with pytest.raises(ValueError, match="image_size=0: Input should be greater"):
-        BuildConfig(prompt="llama-3", image_size=0)
-
-
 @pytest.mark.parametrize(
     ("model_type", "settings", "message"),
     [
@@ -258,44 +254,33 @@ def test_the_configuration_of_a_timm_tower_states_its_image_size(
 @pytest.mark.parametrize("family", WITH_ARGUMENT)
 def test_larger_images_need_the_processors_option_and_the_models_argument(family: str) -> None:
     model, processor = shared_model(family)
-    size = {"height": LARGER, "width": LARGER}
-    batch = processor(images=tiny_images(2), size=size)
+    batch = processor(images=tiny_images(2), size={"height": LARGER, "width": LARGER})
     assert batch["pixel_values"].shape == (2, 3, LARGER, LARGER)
-    with pytest.raises(
-        ValueError, match=r"48 × 48 pixels; .* positions for 32 × 32.*pass interpol"
-    ):
+    needed = r"48 × 48 pixels; .* positions for 32 × 32.*pass interpol"
+    with pytest.raises(ValueError, match=needed):
         encode(model, batch)
     assert encode(model, batch, interpolate_pos_encoding=True).shape == (2, 32)
 
 
-@pytest.mark.parametrize("family", [*WITH_ARGUMENT, *FIXED, *OWN_SIZE])
-@pytest.mark.parametrize("shape", [(64, 16), (36, 36)], ids=str)
-def test_other_sizes_with_the_same_number_of_patches_are_rejected(family: str, shape: Any) -> None:
+def require_refused(family: str, shape: tuple[int, int], error: str, **arguments: Any) -> None:
+    images = {"pixel_values": torch.rand(1, 3, *shape)}
+    with pytest.raises(ValueError, match=error):
+        encode(shared_model(family)[0], images, **arguments)
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES + MORE_VISION_FAMILIES)
+def test_images_that_a_tower_has_no_positions_for_are_rejected(family: str) -> None:
     # 64 × 16 has as many patches as 32 × 32, and so has 36 × 36 without its incomplete patches.
     # SigLIP itself accepts both.
-    with pytest.raises(ValueError, match=f"{shape[0]} × {shape[1]} pixels"):
-        encode(shared_model(family)[0], {"pixel_values": torch.rand(1, 3, *shape)})
-
-
-@pytest.mark.parametrize("family", [*WITH_ARGUMENT, *ANY_SIZE])
-def test_incomplete_patches_are_rejected(family: str) -> None:
-    images = {"pixel_values": torch.rand(1, 3, 36, 48)}
-    with pytest.raises(ValueError, match=r"36 × 48 pixels: .* must be multiples of the patch"):
-        encode(shared_model(family)[0], images, interpolate_pos_encoding=True)
-
-
-@pytest.mark.parametrize("family", FIXED)
-@pytest.mark.parametrize("wanted", [False, True])
-def test_the_error_of_a_tower_that_cannot_interpolate_names_the_build_option(
-    family: str, wanted: bool
-) -> None:
-    images = {"pixel_values": torch.rand(1, 3, LARGER, LARGER)}
-    with pytest.raises(ValueError, match=r"cannot interpolate .*--image-size"):
-        encode(shared_model(family)[0], images, interpolate_pos_encoding=wanted)
-
-
-@pytest.mark.parametrize("family", [*ANY_SIZE, *FIXED, *OWN_SIZE, *WITH_ARGUMENT, *BY_PATCHES])
-def test_the_argument_changes_nothing_at_the_towers_own_size(family: str) -> None:
+    for shape in [(64, 16), (36, 36)] if family in WITH_ARGUMENT + FIXED + OWN_SIZE else []:
+        require_refused(family, shape, f"{shape[0]} × {shape[1]} pixels")
+    if family in WITH_ARGUMENT + ANY_SIZE:
+        incomplete = r"36 × 48 pixels: .* must be multiples of the patch"
+        require_refused(family, (36, 48), incomplete, interpolate_pos_encoding=True)
+    for interpolate in [False, True] if family in FIXED else []:
+        option = r"cannot interpolate .*--image-size"
+        require_refused(family, (48, 48), option, interpolate_pos_encoding=interpolate)
+    # The argument changes nothing at the tower's own size.
     model, batch = shared_model(family)[0], shared_batch(family)
     assert torch.equal(encode(model, batch, interpolate_pos_encoding=True), encode(model, batch))
 
@@ -343,7 +328,8 @@ def test_patches_that_are_not_square_are_rejected() -> None:
 def test_a_tower_that_has_an_interpolation_and_never_asks_for_it_has_a_fixed_size() -> None:
     pytest.importorskip("transformers.models.granite_docling")
     tower = AutoModel.from_config(AutoConfig.for_model(
-        "granite_docling_vision", num_hidden_layers=1, image_size=32, patch_size=8
+        "granite_docling_vision", num_hidden_layers=1, image_size=32, patch_size=8, hidden_size=32,
+        intermediate_size=48, num_attention_heads=2,
     )).eval()  # fmt: skip
     model = build_with(tower, 32)
     with pytest.raises(ValueError, match=r"64 × 16 pixels; .* 32 × 32 and cannot interpolate"):
@@ -382,14 +368,20 @@ def test_a_size_at_which_a_tower_fails_is_named(model_type: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "shape"),
-    [("siglip2", (1, 3, 32, 32)), ("clip", (1, 16, 192)), ("clip", (1, 4, 32, 32))],
+    ("family", "pixels"),
+    [
+        ("siglip2", torch.rand(1, 3, 32, 32)),
+        ("clip", torch.rand(1, 16, 192)),
+        ("clip", torch.rand(1, 4, 32, 32)),
+        ("clip", torch.rand(1, 1, 3, 32, 32)),
+        ("clip", torch.rand(32, 32)),
+        ("clip", torch.zeros(1, 3, 32, 32, dtype=torch.uint8)),
+    ],
 )
-def test_pixels_in_the_layout_of_another_tower_are_rejected(
-    family: str, shape: tuple[int, ...]
-) -> None:
-    with pytest.raises(ValueError, match=rf"for this vision tower; got .*{re.escape(str(shape))}"):
-        shared_model(family)[0].get_vision_embeds(torch.rand(shape))
+def test_pixels_of_another_layout_or_dtype_are_rejected(family: str, pixels: torch.Tensor) -> None:
+    shown = rf"{pixels.dtype} {re.escape(str(tuple(pixels.shape)))}\. Use the processor"
+    with pytest.raises(ValueError, match=rf"for this vision tower; got {shown}"):
+        shared_model(family)[0].get_vision_embeds(pixels)
 
 
 # Mean and std
@@ -405,18 +397,18 @@ def test_pixels_in_the_layout_of_another_tower_are_rejected(
 )
 @pytest.mark.parametrize("family", ["siglip", "siglip2", "timm-siglip"])
 def test_the_chosen_mean_and_std_are_applied_and_saved(
-    name: str, mean: list[float], std: list[float], family: str, tmp_path: Path
+    name: Any, mean: list[float], std: list[float], family: str, tmp_path: Path
 ) -> None:
-    _, processor = tiny_model(family, normalization=name)
+    processor = set_normalization(tiny_vision(family)[1], name)
     processor.save_pretrained(tmp_path)
-    settings = json.loads((tmp_path / "processor_config.json").read_text())["image_processor"]
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
     assert (settings["image_mean"], settings["image_std"]) == (mean, std)
-    white = tiny_images(1)[0].convert("L").point(lambda _: 255).convert("RGB")
-    pixels = processor(images=white)["pixel_values"]
+    white = Image.new("RGB", (40, 48), "white")
+    pixels = processor(white, return_tensors="pt")["pixel_values"]
     channels = pixels.reshape(-1, 3) if family == "siglip2" else pixels.flatten(2)[0].T
-    wanted = (1 - torch.tensor(mean)) / torch.tensor(std)
+    expected = (1 - torch.tensor(mean)) / torch.tensor(std)
     # Resizing a white image may round to multiples of 1/255; float32 sums.
-    assert torch.allclose(channels.float()[:9], wanted.expand(9, 3), atol=1e-5)
+    assert torch.allclose(channels.float()[:9], expected.expand(9, 3), atol=1e-5)
 
 
 def test_a_towers_own_mean_and_std_are_kept() -> None:
@@ -425,9 +417,11 @@ def test_a_towers_own_mean_and_std_are_kept() -> None:
     assert list(processor.image_mean) == list(processor.image_std) == [0.5, 0.5, 0.5]
 
 
-def test_an_unknown_normalization_is_rejected_with_the_known_ones() -> None:
+def test_invalid_options_of_images_are_rejected() -> None:
+    with pytest.raises(ValueError, match="image_size=0: Input should be greater"):
+        BuildConfig(prompt="llama-3", image_size=0)
     with pytest.raises(ValueError, match=r"normalization='clip': Input should be .*openai"):
-        tiny_model(normalization="clip")
+        BuildConfig(prompt="llama-3", normalization="clip")  # type: ignore[arg-type]
 
 
 def test_build_writes_size_and_mean_to_the_model_folder(tmp_path: Path) -> None:

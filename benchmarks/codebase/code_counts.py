@@ -1,4 +1,4 @@
-"""Counts what a reader of the package has to read, from its sources alone.
+"""Counts the code that a reader of the package has to read, from its sources alone.
 
     python -m benchmarks.codebase.code_counts
     python -m benchmarks.codebase.code_counts --checkout CHECKOUT --by folder
@@ -19,6 +19,7 @@ import tokenize
 from collections import Counter, defaultdict
 from collections.abc import Set
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -45,9 +46,18 @@ class Source:
     text: str
     tree: ast.Module
 
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        """Every node of the syntax tree, as `ast.walk` yields them."""
+        return list(ast.walk(self.tree))
+
+    def list_docstring_lines(self) -> set[int]:
+        """List the numbers of the lines of docstrings."""
+        return {line for node in self.nodes for line in _docstring_lines(node)}
+
     def count_lines(self) -> tuple[int, int]:
         """Lines of code proper, and lines of docstrings."""
-        docstrings = {line for node in ast.walk(self.tree) for line in _docstring_lines(node)}
+        docstrings = self.list_docstring_lines()
         used = {
             line
             for token in tokenize.generate_tokens(io.StringIO(self.text).readline)
@@ -58,7 +68,7 @@ class Source:
 
     def count_statements(self) -> int:
         """Statements of the syntax tree (`ast.stmt`), which no packing of lines changes."""
-        return sum(isinstance(node, ast.stmt) for node in ast.walk(self.tree))
+        return sum(isinstance(node, ast.stmt) for node in self.nodes)
 
     def list_imported(self) -> set[str]:
         """List what the file imports, by absolute names: `a.b.c` for `from a.b import c`.
@@ -66,20 +76,20 @@ class Source:
         Imports for type checkers and those inside functions count too.
         """
         package = [_PACKAGE, *self.path.parts[:-1]]
-        found: set[str] = set()
-        for node in ast.walk(self.tree):
+        names: set[str] = set()
+        for node in self.nodes:
             if isinstance(node, ast.Import):
-                found.update(alias.name for alias in node.names)
+                names.update(alias.name for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
                 parent = package[: len(package) - node.level + 1] if node.level else []
                 source = [*parent, *([node.module] if node.module else [])]
-                found.update(".".join([*source, alias.name]) for alias in node.names)
-        return found
+                names.update(".".join([*source, alias.name]) for alias in node.names)
+        return names
 
     def list_imported_modules(self, modules: Set[str]) -> set[str]:
         """List which of some modules the file imports, or imports something from."""
         imported = self.list_imported()
-        return (imported | {found.rpartition(".")[0] for found in imported}) & modules
+        return (imported | {name.rpartition(".")[0] for name in imported}) & modules
 
     @property
     def module(self) -> str:
@@ -90,7 +100,7 @@ class Source:
 def main() -> None:
     """Print the counts of one checkout as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--checkout", type=Path, default=_ROOT, help="what to count")
+    parser.add_argument("--checkout", type=Path, default=_ROOT, help="checkout to count")
     parser.add_argument("--by", choices=["all", "folder"], default="all")
     options = parser.parse_args()
     sources = read_sources(options.checkout)
@@ -155,7 +165,9 @@ def count_by_folder(sources: list[Source]) -> dict[str, dict[str, int]]:
     for source in sources:
         folder = source.path.parts[0] if len(source.path.parts) > 1 else "."
         counts[folder].update(
-            statements=source.count_statements(), docstring_lines=source.count_lines()[1], files=1
+            statements=source.count_statements(),
+            docstring_lines=len(source.list_docstring_lines()),
+            files=1,
         )
     return {folder: dict(count) for folder, count in sorted(counts.items())}
 
@@ -201,7 +213,7 @@ def _count_uses(sources: list[Source]) -> dict[tuple[str, str], int]:
     """Reads of every definition, by module and name; equal names share their reads."""
     read: Counter[str] = Counter()
     for source in sources:
-        for node in ast.walk(source.tree):
+        for node in source.nodes:
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
                 read[node.id] += 1
             elif isinstance(node, ast.Attribute):

@@ -3,8 +3,9 @@
     python -m benchmarks.speed.command_pairs --before ../another-checkout
 
 Both run on the embedded towers and the same emoji, in turns, every time in a process of its own and
-in an empty folder. Reported are the medians of seconds, CPU seconds and peak memory, and the median
-ratio of the CPU seconds of a round, which other work on the machine changes least.
+in an empty folder. Each checkout prepares the model, stores and index that its tasks read. Reported
+are the medians of seconds, CPU seconds and peak memory, and the median ratio of the CPU seconds of
+a round, which other work on the machine changes least.
 """
 
 from __future__ import annotations
@@ -62,24 +63,25 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=output)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        places = prepare(Path(scratch))
-        medians = {
-            name: measure(task, places, arguments.before.resolve(), arguments.rounds)
-            for name, task in TASKS.items()
+        checkouts = {"before": arguments.before.resolve(), "after": ROOT}
+        places = {name: prepare(Path(scratch) / name, root) for name, root in checkouts.items()}
+        figures = {
+            name: measure(task, checkouts, places, arguments.rounds) for name, task in TASKS.items()
         }
     frame = describe_run("torch", "transformers", "lancedb", note=arguments.note)
     before = read_commit(arguments.before)
     write_result(
-        arguments.output, frame | {"before": before, "rounds": arguments.rounds, "tasks": medians}
+        arguments.output, frame | {"before": before, "rounds": arguments.rounds, "tasks": figures}
     )
 
 
-def prepare(folder: Path) -> dict[str, str]:
-    """Write the data, and what the tasks read, by this checkout."""
+def prepare(folder: Path, checkout: Path) -> dict[str, str]:
+    """Write the data, and by the checkout the folders that the tasks read."""
     names = ("data", "texts.jsonl", "model", "captions", "images", "aligned", "index")
     places = {name.partition(".")[0]: str(folder / name) for name in names}
+    folder.mkdir()
     write_data(Path(places["data"]), Path(places["texts"]))
-    run(ROOT, ["build", "embedded", "embedded", places["model"]], folder)
+    run(checkout, ["build", "embedded", "embedded", places["model"]], folder)
     for task, output in (
         ("extract 900 captions", "captions"),
         ("extract 300 images", "images"),
@@ -87,7 +89,7 @@ def prepare(folder: Path) -> dict[str, str]:
         ("index 300 images", "index"),
     ):
         words = [places[output] if word == "out" else word for word in TASKS[task]]
-        run(ROOT, [word.format(**places) for word in words], folder)
+        run(checkout, [word.format(**places) for word in words], folder)
         if output == "aligned":
             places["aligned"] += "/model"
     return places
@@ -113,22 +115,25 @@ def write_data(folder: Path, texts: Path) -> None:
     texts.write_text("\n".join(many), encoding="utf-8")
 
 
-def measure(task: list[str], places: dict[str, str], before: Path, rounds: int) -> dict[str, Any]:
+def measure(
+    task: list[str], checkouts: dict[str, Path], places: dict[str, dict[str, str]], rounds: int
+) -> dict[str, Any]:
     """Run a task in turns."""
-    usages: dict[str, list[dict[str, float]]] = {"before": [], "after": []}
-    words = [word.format(**places) for word in task]
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in checkouts}
     for number in range(rounds):
-        turns = [("before", before), ("after", ROOT)]
-        for name, checkout in turns if number % 2 else reversed(turns):
+        for name in sorted(checkouts, reverse=number % 2 == 0):
+            words = [word.format(**places[name]) for word in task]
             with tempfile.TemporaryDirectory() as scratch:
-                usages[name].append(run(checkout, words, Path(scratch)))
+                runs[name].append(run(checkouts[name], words, Path(scratch)))
     medians = {
-        name: {key: round(statistics.median(usage[key] for usage in of), 2) for key in of[0]}
-        for name, of in usages.items()
+        name: {
+            key: round(statistics.median(usage[key] for usage in usages), 2) for key in usages[0]
+        }
+        for name, usages in runs.items()
     }
-    pairs = zip(usages["after"], usages["before"], strict=True)
+    pairs = zip(runs["after"], runs["before"], strict=True)
     share = statistics.median(after["cpu_s"] / before["cpu_s"] for after, before in pairs)
-    print(f"{words[:2]} {share:.3f}", file=sys.stderr)
+    print(f"{task[:2]} {share:.3f}", file=sys.stderr)
     return {**medians, "cpu_share": round(share, 3)}
 
 

@@ -94,7 +94,7 @@ def _parse() -> argparse.Namespace:
 def _write_held_out(folder: Path) -> Path:
     """Write the emoji that the demo's model was not trained on, as a source of records."""
     from modeling_llm2clip.demo.run_demo import split_emoji
-    from modeling_llm2clip.evaluation.datasets.catalog.caption_readers import EMOJI_SEED
+    from modeling_llm2clip.evaluation.datasets.caption_readers import EMOJI_SEED
 
     folder.mkdir()
     with (folder / "captions.jsonl").open("w", encoding="utf-8") as file:

@@ -70,7 +70,7 @@ def evaluate(
         >>> print(evaluate(models, "coco=my-coco"))  # doctest: +SKIP
     """
     config = config or EvaluationConfig()
-    find_device(config.device)  # raises for one that does not exist, before anything is read
+    find_device(config.device)  # a missing device is an error before anything is read
     chosen = _list_models(models)
     for model in chosen:
         if not (folder := config.output / model.name).is_dir():
@@ -180,10 +180,10 @@ def _read_jobs(
         raise ValueError(
             f"None of the tasks {', '.join(names)} suits the datasets {', '.join(sorted(unused))}."
         )
-    given = [f"`{name}`" for name in _OF_CLASSES if getattr(config, name) is not None]
-    if given and "classification" not in types.values():
+    class_options = [f"`{name}`" for name in _OF_CLASSES if getattr(config, name) is not None]
+    if class_options and "classification" not in types.values():
         raise ValueError(
-            f"{', '.join(given)} is only for classification, and the datasets are "
+            f"{', '.join(class_options)} is only for classification, and the datasets are "
             f"{', '.join(f'{name} ({kind})' for name, kind in types.items())}. Leave it out."
         )
     require(*(need for _, task in chosen for need in task.needs))
@@ -282,7 +282,7 @@ def _run(encoder: EvaluationEncoder, job: _Job, planned: Result, file: Path) -> 
     before = dict(encoder.encoded)
     started = time.monotonic()
     try:
-        found = job.task.run(encoder, job.datasets)
+        measured = job.task.run(encoder, job.datasets)
     except ValueError as error:
         where = f"{planned.model}, {planned.task} on {planned.dataset}"
         raise ValueError(f"{where}: {error}") from error
@@ -291,8 +291,8 @@ def _run(encoder: EvaluationEncoder, job: _Job, planned: Result, file: Path) -> 
     description = encoder.description
     result = replace(
         planned,
-        scores=dict(found.scores),
-        counts=dict(found.counts),
+        scores=dict(measured.scores),
+        counts=dict(measured.counts),
         run={
             **description.run,
             "model": description.source,

@@ -211,15 +211,15 @@ def list_mteb_datasets() -> list[str]:
 def _find_language(lang: str) -> str:
     """Convert BCP 47 (`zh`, `zh-Hant`, `zh-TW`) to mteb's language and script (`zho-Hans`)."""
     language, *subtags = lang.split("-")
-    found = _hf_langs_to_iso_lang_scripts(language)
-    if not found:
+    scripts_of = _hf_langs_to_iso_lang_scripts(language)
+    if not scripts_of:
         raise ValueError(
             f"mteb knows no language {language!r} (of {lang!r}). Languages are BCP 47, such as en."
         )
     scripts = [tag.capitalize() for tag in subtags if len(tag) == 4]
     scripts += [_SCRIPT_OF_REGION.get((language, tag.upper()), "") for tag in subtags]
     scripts = [script for script in scripts if script]
-    return f"{found[0].split('-')[0]}-{scripts[0]}" if scripts else str(found[0])
+    return f"{scripts_of[0].split('-')[0]}-{scripts[0]}" if scripts else str(scripts_of[0])
 
 
 class _Image(Image):  # type: ignore[misc]

@@ -1,6 +1,6 @@
-"""The report on results: tables, what scores depend on, and a plot by text length.
+"""The report on results: tables, the settings behind the scores, and a plot by text length.
 
-There is a table for each question: a task, and for some tasks what is compared with what. A column
+There is a table for each question: a task, and for some tasks its queries and candidates. A column
 has the scores on one dataset, a row those of one model. Results that cannot be compared share no
 table: they are refused.
 """
@@ -195,8 +195,8 @@ def _compare_lengths(results: Sequence[Result]) -> Table:
 
 def _find_first(scores: Iterable[Mapping[str, Any]], path: tuple[str, ...]) -> float | None:
     """Return the first number: chance is the same for all models on the same data."""
-    found = (_find(of_model, path) for of_model in scores)
-    return next((value for value in found if value is not None), None)
+    chances = (_find(of_model, path) for of_model in scores)
+    return next((value for value in chances if value is not None), None)
 
 
 def _format_score(scores: Mapping[str, Any], path: tuple[str, ...]) -> str:
@@ -265,7 +265,7 @@ class Table(NamedTuple):
 
 
 def label_dataset(result: Result, *, with_languages: bool = False) -> str:
-    """Label the dataset of a result: its name, and what it lacks of what was published."""
+    """Label the dataset of a result: its name, and how it differs from the published one."""
     data = list_data(result)
     amounts = [amount for part in data.values() for amount in _list_amounts(part)]
     parts = [amount for amount in amounts if " of " in amount][:1]
@@ -329,7 +329,7 @@ def _iterate_model_facts(result: Result) -> Iterator[tuple[str, str]]:
 
 
 def _iterate_data_facts(result: Result) -> Iterator[tuple[str, str]]:
-    """Yield the facts of a dataset; what differs between its languages is one value."""
+    """Yield the facts of a dataset; values that differ between its languages are joined."""
     data = list_data(result)
     yield "languages", list_first(data)
     values: dict[str, dict[str, None]] = {}
@@ -358,8 +358,8 @@ def _list_amounts(data: Mapping[str, Any]) -> list[str]:
     amounts = []
     for unit in _UNITS:
         if unit in data:
-            have, wanted = data[unit], published.get(unit, data[unit])
-            of = "" if have == wanted else f" of {wanted:,}"
+            have, expected = data[unit], published.get(unit, data[unit])
+            of = "" if have == expected else f" of {expected:,}"
             amounts.append(f"{have:,}{of} {unit}")
     return amounts
 

@@ -40,7 +40,7 @@ _PACKAGES = (
 # Fields of an encoder's description that change a score.
 _OF_MODEL = ("model_type", "text", "images", "dtype")
 _SHOWN_OF_VALUE = 60  # characters
-_SHOWN_BEFORE = 15  # of what two values have in common
+_SHOWN_BEFORE = 15  # of the part that two values share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,18 +138,18 @@ def find_finished(folder: Path, planned: Iterable[Result]) -> dict[Path, Result]
     Another version of a package that this one calls causes a warning.
     """
     errors: dict[str, None] = {}  # one file may fail in the same way for several plans
-    found: dict[Path, Result] = {}
+    results: dict[Path, Result] = {}
     for file in list_result_files(folder):
         try:
-            found[file] = read_result(file)
+            results[file] = read_result(file)
         except ValueError as error:
             errors[str(error)] = None
     for plan in planned:
-        for file, result in found.items():
+        for file, result in results.items():
             if conflict := find_conflict(result, plan):
                 advice = "Name another output folder or another name for the model, or remove it."
                 errors[f"{file} is {conflict}. {advice}"] = None
-        if (finished := found.get(find_result_file(folder, plan))) is not None:
+        if (finished := results.get(find_result_file(folder, plan))) is not None:
             if differences := list(find_differences(finished.versions, plan.versions)):
                 warnings.warn(
                     f"{find_result_file(folder, plan)} is taken as it is, though it was computed "
@@ -159,7 +159,7 @@ def find_finished(folder: Path, planned: Iterable[Result]) -> dict[Path, Result]
                 )
     if errors:
         raise ValueError("\n".join(errors))
-    return found
+    return results
 
 
 def find_conflict(first: Result, second: Result) -> str | None:
@@ -197,7 +197,7 @@ def write_result(file: Path, result: Result) -> None:
 
 
 def find_differences(then: Any, now: Any, path: str = "") -> Iterator[str]:
-    """Yield for every value in which two protocols differ what it was and what it is."""
+    """Yield the old and the new value wherever two protocols differ."""
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         for name in sorted(set(then) | set(now)):
             below = f"{path}.{name}" if path else name

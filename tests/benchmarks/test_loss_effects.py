@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aligning import prepare
 
 from benchmarks.accuracy import loss_effects, training_set_size
 from benchmarks.tables.effect_tables import EFFECT_TABLES
@@ -38,14 +37,13 @@ def test_joined_datasets_are_in_english_and_share_no_name_or_group(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_cut_embeddings_are_scored_by_their_first_dimensions(tmp_path: Path) -> None:
-    made = prepare(tmp_path)
-    items = list(range(len(made.records)))
+def test_cut_embeddings_are_scored_by_their_first_dimensions(prepared: Any) -> None:
+    items = list(range(len(prepared.records)))
     captions, images = (
         training_set_size.read_first(store, items)
-        for store in (made.caption_store, made.image_store)
+        for store in (prepared.caption_store, prepared.image_store)
     )
-    head = training_set_size.load_head(made.model)
+    head = training_set_size.load_head(prepared.model)
     whole = training_set_size.score(head, captions, images)
     assert training_set_size.score(head, captions, images, dim=head.config.projection_dim) == whole
     # Of one dimension only the sign is left: all but one of many are ties, which are misses.

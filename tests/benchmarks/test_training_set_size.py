@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from aligning import prepare
 
 from benchmarks.accuracy import training_set_size
-from benchmarks.tables.render_tables import _render_training_set_size
+from benchmarks.tables.training_tables import TRAINING_TABLES
 from modeling_llm2clip import EmbeddingStore, align, extract
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.encoding_config import ExtractConfig
@@ -20,35 +19,36 @@ from modeling_llm2clip.data.records.records import Modality
 
 
 @pytest.mark.slow
-def test_the_store_of_a_part_is_that_of_its_extraction_and_is_trained_on(tmp_path: Path) -> None:
-    made = prepare(tmp_path)
-    records = RecordTable.from_records(made.records)
+def test_the_store_of_a_part_is_that_of_its_extraction_and_is_trained_on(
+    prepared: Any, tmp_path: Path
+) -> None:
+    records = RecordTable.from_records(prepared.records)
     rows = np.arange(1, len(records), 2)
     part = records.select(rows)
     copies = {}
     exact = ExtractConfig(store_dtype="float32", device="cpu", show_progress=False)
     sources: dict[Modality, EmbeddingStore]
-    sources = {"text": made.caption_store, "image": made.image_store}
+    sources = {"text": prepared.caption_store, "image": prepared.image_store}
     for modality, store in sources.items():
         folder = tmp_path / f"part-{modality}"
         copies[modality] = training_set_size.copy_rows(store, rows, part, folder)
         copy = EmbeddingStore.open(copies[modality], check="full")
         again = tmp_path / f"wanted-{modality}"
-        wanted = EmbeddingStore.open(extract(made.model, part, again, exact, modality=modality))
+        wanted = EmbeddingStore.open(extract(prepared.model, part, again, exact, modality=modality))
         assert list(copy.names) == list(wanted.names) == [record.name for record in part]
         numbers = range(copy.manifest.num_rows)
         # Other batches round otherwise in float32.
         assert torch.allclose(copy.read(numbers), wanted.read(numbers), atol=1e-5)
     config = AlignConfig(max_steps=2, device="cpu", held_out_ratio=0.0)
     folder = align(
-        made.model, part, tmp_path / "aligned", config,
+        prepared.model, part, tmp_path / "aligned", config,
         caption_store=copies["text"], image_store=copies["image"],
     )  # fmt: skip
     assert (folder / "config.json").is_file()
 
 
-def test_no_thing_is_on_both_sides_and_splits_differ(tmp_path: Path) -> None:
-    records = RecordTable.from_records(prepare(tmp_path).records)
+def test_no_thing_is_on_both_sides_and_splits_differ(prepared: Any) -> None:
+    records = RecordTable.from_records(prepared.records)
     group_ids = [record.group_id for record in records]
     splits = [training_set_size.split_things(records, seed=seed) for seed in (0, 1)]
     for test, training in splits:
@@ -71,10 +71,10 @@ def test_a_row_has_mean_and_range_and_a_dash_where_there_were_too_few_images() -
                      "runs": [make_run(0, 100, 0.1), make_run(0, 200, 0.4)]},
         },
     }  # fmt: skip
-    shown = _render_training_set_size(report)
+    shown = TRAINING_TABLES["training_set_size"](report)
     assert "| 100 | 25.0 % (20.0 to 30.0) | 10.0 % |" in shown
     assert "| 200 | – | 40.0 % |" in shown
     assert "| chance | 5.0 % | 2.0 % |" in shown and "20 few, 50 many" in shown
     assert "Splits: 2; mean, lowest and highest. a machine" in shown
     report["datasets"]["few"]["runs"] = few[:1]
-    assert "Splits: 1. a machine" in _render_training_set_size(report)
+    assert "Splits: 1. a machine" in TRAINING_TABLES["training_set_size"](report)

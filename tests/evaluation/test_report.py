@@ -15,37 +15,32 @@ from PIL import Image
 from published_datasets import write_coco_test
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.configs.evaluation_config import (
-    EvaluationConfig,
-)
+from modeling_llm2clip.configs.evaluation_config import EvaluationConfig
 from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.evaluation.report import plot_lengths, render_results
-from modeling_llm2clip.evaluation.results import (
-    read_evaluation_results,
-)
+from modeling_llm2clip.evaluation.results import Result, read_evaluation_results
 
 
-def test_languages_are_scored_together(sources: Any, data: str, tmp_path: Path) -> None:
-    chosen = arguments(tmp_path, data, sources("clip"), tasks=("cross-lingual",), languages=())
-    (result,) = evaluate(**chosen)
-    assert set(result.scores["languages"]) == {"en", "de"}
-    assert set(result.protocol["data"]["languages"]) == {"en", "de"}
-    starts = [line.split(" ")[0] for line in render_results([result]).splitlines()]
+@pytest.fixture(scope="module")
+def cross_lingual(sources: Any, data: str, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """The scores of CLIP in English and German."""
+    chosen = {"tasks": ("cross-lingual",), "languages": ()}
+    output = tmp_path_factory.mktemp("cross-lingual")
+    (result,) = evaluate(**arguments(output, data, sources("clip"), **chosen))
+    return result
+
+
+def test_languages_are_scored_together(cross_lingual: Result) -> None:
+    assert set(cross_lingual.scores["languages"]) == {"en", "de"}
+    assert set(cross_lingual.protocol["data"]["languages"]) == {"en", "de"}
+    starts = [line.split(" ")[0] for line in render_results([cross_lingual]).splitlines()]
     first = starts.index("language")
     assert starts[first + 2 : first + 5] == ["en", "de", "mean"]
-
-
-def test_models_are_side_by_side_in_a_table(results: Path) -> None:
-    found = read_evaluation_results(results)
-    table = render_results(found, style="markdown", details=True)
-    rows = read_table(table, "images by caption, and captions by image")
-    assert [row["model"] for row in rows] == ["clip", "siglip", "chance"]
-    score = {(r.model, r.task): r.scores for r in found}["clip", "retrieval"]
-    for direction, title in (("t2i", "text to image"), ("i2t", "image to text")):
-        interval = score[direction]["intervals"]["hit_rate_at_1"]
-        shown = f"{100 * interval['value']:.1f} % [{100 * interval['low']:.1f}, "
-        assert rows[0][f"folder: {title} R@1"].startswith(shown)
-    assert render_results(found).count("siglip") >= 3
+    for direction in ("t2i", "i2t"):
+        mean = cross_lingual.scores["mean"][direction]
+        interval = mean["intervals"]["hit_rate_at_5"]
+        assert interval["value"] == pytest.approx(mean["hit_rate_at_5"])
+        assert interval["low"] <= interval["value"] <= interval["high"]
 
 
 def test_the_table_of_lengths_shows_what_77_tokens_lose(results: Path) -> None:
@@ -85,12 +80,10 @@ def test_details_have_every_value_once_with_all_that_share_it(results: Path) -> 
     assert "queries: every caption; candidates: all images" in table  # a question, in its title
 
 
-def test_details_name_the_values_of_all_languages(sources: Any, data: str, tmp_path: Path) -> None:
-    chosen = arguments(tmp_path, data, sources("clip"), tasks=("cross-lingual",), languages=())
-    results = evaluate(**chosen)
-    rows = read_table(render_results(results, style="markdown", details=True), "the data")
+def test_details_name_the_values_of_all_languages(cross_lingual: Result) -> None:
+    rows = read_table(render_results([cross_lingual], style="markdown", details=True), "the data")
     facts = {row["choice"]: row["value"] for row in rows}
-    digests = [p["digest"][:8] for p in results[0].protocol["data"]["languages"].values()]
+    digests = [p["digest"][:8] for p in cross_lingual.protocol["data"]["languages"].values()]
     assert facts["languages"] == "de, en" and sorted(facts["digest"].split(", ")) == sorted(digests)
 
 
@@ -104,13 +97,13 @@ def test_scores_come_with_interval_and_chance_and_what_they_depend_on_is_optiona
     assert f"llm2clip evaluate --table text --details --output {results}" in plain.err
     rows = read_table(plain.out, "images by caption, and captions by image")
     scores = {r.model: r.scores for r in read_evaluation_results(results) if r.task == "retrieval"}
+    assert [row["model"] for row in rows] == ["clip", "siglip", "chance"]
     for row in rows[:-1]:
-        found = scores[row["model"]]["t2i"]["intervals"]["hit_rate_at_1"]
-        wanted = "{value:.1f} % [{low:.1f}, {high:.1f}]".format(
-            **{name: 100 * share for name, share in found.items()}
-        )
-        assert row["folder: text to image R@1"] == wanted
-    assert rows[-1]["model"] == "chance"
+        for direction, title in (("t2i", "text to image"), ("i2t", "image to text")):
+            interval = scores[row["model"]][direction]["intervals"]["hit_rate_at_1"]
+            percent = {name: 100 * share for name, share in interval.items()}
+            expected = "{value:.1f} % [{low:.1f}, {high:.1f}]".format(**percent)
+            assert row[f"folder: {title} R@1"] == expected
     assert rows[-1]["folder: text to image R@1"] == "12.5 %"  # one of eight images
     assert "95% confidence interval" in plain.out
     assert main(["evaluate", "--table", "markdown", "--details", "--output", str(results)]) == 0
@@ -120,25 +113,6 @@ def test_scores_come_with_interval_and_chance_and_what_they_depend_on_is_optiona
     assert detailed.out.startswith(scored)
     assert all(f"**{title}**" in detailed.out[len(scored) :].lower() for title in titles)
     assert "--details" not in detailed.err
-
-
-def test_a_mean_over_languages_has_the_interval_of_its_images(
-    sources: Any, data: str, tmp_path: Path
-) -> None:
-    chosen: dict[str, Any] = {"tasks": ("cross-lingual",), "languages": ("en",)}
-    (one,) = evaluate(**arguments(tmp_path / "one", data, sources("clip"), **chosen))
-    # One language is its own mean, with the same draws.
-    of_mean, of_language = one.scores["mean"], one.scores["languages"]["en"]
-    for direction in ("t2i", "i2t"):
-        for name, interval in of_mean[direction]["intervals"].items():
-            assert interval == pytest.approx(of_language[direction]["intervals"][name])
-    chosen = {"tasks": ("cross-lingual",), "languages": ()}
-    (both,) = evaluate(**arguments(tmp_path / "both", data, sources("clip"), **chosen))
-    for direction in ("t2i", "i2t"):
-        mean = both.scores["mean"][direction]
-        interval = mean["intervals"]["hit_rate_at_5"]
-        assert interval["value"] == pytest.approx(mean["hit_rate_at_5"])
-        assert interval["low"] <= interval["value"] <= interval["high"]
 
 
 def test_results_that_cannot_be_compared_share_no_table(results: Path) -> None:
@@ -159,16 +133,12 @@ def test_results_that_cannot_be_compared_share_no_table(results: Path) -> None:
     data = {**siglip.protocol["data"], "source": "hub:owner/name@commit"}
     moved = replace(siglip, protocol={**siglip.protocol, "data": data})
     assert render_results([clip, moved]) == render_results([clip, siglip])
-
-
-def test_two_results_that_differ_where_they_must_not_make_no_table(results: Path) -> None:
-    (found,) = (r for r in read_evaluation_results(results) if (r.model, r.task) == ("clip", "cra"))
-    assert render_results([found, found]) == render_results([found])
-    protocol = {**found.protocol, "model": {**found.protocol["model"], "dtype": "bfloat16"}}
-    with pytest.raises(
-        ValueError, match=r"cra on folder, is of another run: .*dtype was 'float32' and"
-    ):
-        render_results([found, replace(found, protocol=protocol)])
+    # Nor do two results of one model that differ; equal ones are one.
+    assert render_results([clip, clip]) == render_results([clip])
+    protocol = {**clip.protocol, "model": {**clip.protocol["model"], "dtype": "bfloat16"}}
+    message = r"retrieval on folder, is of another run: .*dtype was 'float32' and"
+    with pytest.raises(ValueError, match=message):
+        render_results([clip, replace(clip, protocol=protocol)])
 
 
 def test_a_part_of_a_published_dataset_is_labeled_as_such(sources: Any, tmp_path: Path) -> None:
@@ -184,17 +154,15 @@ def test_a_part_of_a_published_dataset_is_labeled_as_such(sources: Any, tmp_path
     assert facts["split"] == "test (Karpathy)" and facts["skipped samples"] == "0"
 
 
-@pytest.mark.parametrize("width", [60, 80, 120])
-def test_no_line_is_wider_than_the_terminal_and_nothing_is_left_out(
-    results: Path, width: int
-) -> None:
-    found = read_evaluation_results(results)
-    whole = render_results(found, details=True)
-    fitted = render_results(found, width=width, details=True)
+def test_no_line_is_wider_than_the_terminal_and_nothing_is_left_out(results: Path) -> None:
+    scored = read_evaluation_results(results)
+    whole = render_results(scored, details=True)
     assert max(map(len, whole.splitlines())) > 120
-    assert max(map(len, fitted.splitlines())) <= width
-    left_out = Counter(re.findall(r"\w", whole)) - Counter(re.findall(r"\w", fitted))
-    assert not left_out  # the text before each block occurs more than once
+    for width in (60, 80, 120):
+        fitted = render_results(scored, width=width, details=True)
+        assert max(map(len, fitted.splitlines())) <= width
+        left_out = Counter(re.findall(r"\w", whole)) - Counter(re.findall(r"\w", fitted))
+        assert not left_out  # the text before each block occurs more than once
 
 
 def test_a_table_that_is_too_wide_has_a_column_a_model(results: Path) -> None:
@@ -220,26 +188,24 @@ def test_the_command_fits_its_tables_to_a_terminal_and_not_to_a_file(
         assert render_results(found, width=wanted) in capsys.readouterr().out
 
 
-def test_the_plot_has_a_line_per_model(results: Path, tmp_path: Path) -> None:
-    found = [result for result in read_evaluation_results(results) if result.task == "length"]
-    plot_lengths(found, tmp_path / "lengths.png")
+def test_a_plot_has_results_of_the_task_that_can_be_compared(results: Path, tmp_path: Path) -> None:
+    scored = read_evaluation_results(results)
+    clip, siglip = (result for result in scored if result.task == "length")
+    plot_lengths([clip, siglip], tmp_path / "lengths.png")
     assert Image.open(tmp_path / "lengths.png").size[0] > 400
-    with pytest.raises(ValueError, match=r"takes results of the task 'length'"):
-        plot_lengths(read_evaluation_results(results), tmp_path / "other.png")
-    other = replace(found[0], dataset="another")
-    with pytest.raises(ValueError, match=r"different datasets: another, folder"):
-        plot_lengths([found[1], other], tmp_path / "other.png")
-
-
-def test_results_on_different_data_or_of_different_scoring_share_no_plot(
-    results: Path, tmp_path: Path
-) -> None:
-    clip, siglip = (r for r in read_evaluation_results(results) if r.task == "length")
     task = {**siglip.protocol["task"], "ties": "ties count for the model"}
-    other = replace(siglip, protocol={**siglip.protocol, "task": task})
-    with pytest.raises(ValueError, match=r"in another way: .*ties was 'ties count"):
-        plot_lengths([clip, other], tmp_path / "lengths.png")
     data = {**siglip.protocol["data"], "lang": "de"}
-    other = replace(siglip, protocol={**siglip.protocol, "data": data})
-    with pytest.raises(ValueError, match=r"of another data .*data\.lang was 'en' and is 'de'"):
-        plot_lengths([clip, other], tmp_path / "lengths.png")
+    for refused, message in (
+        (scored, r"takes results of the task 'length'"),
+        ([siglip, replace(clip, dataset="another")], r"different datasets: another, folder"),
+        (
+            [clip, replace(siglip, protocol={**siglip.protocol, "task": task})],
+            r"in another way: .*ties was 'ties count",
+        ),
+        (
+            [clip, replace(siglip, protocol={**siglip.protocol, "data": data})],
+            r"of another data .*data\.lang was 'en' and is 'de'",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plot_lengths(refused, tmp_path / "other.png")

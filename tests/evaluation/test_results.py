@@ -28,10 +28,12 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 def test_the_first_difference_of_two_long_values_is_shown() -> None:
     names = [f"class {number}" for number in range(1000)]
-    (found,) = find_differences({"names": names}, {"names": [*names[:500], "other", *names[501:]]})
-    was, now_is = found.removeprefix("names was ").split(" and is ")
+    (difference,) = find_differences(
+        {"names": names}, {"names": [*names[:500], "other", *names[501:]]}
+    )
+    was, now_is = difference.removeprefix("names was ").split(" and is ")
     assert was.startswith("…") and "'class 500'" in was and was.endswith("…")
-    assert "'other'" in now_is and len(found) < 160
+    assert "'other'" in now_is and len(difference) < 160
 
 
 def test_another_image_in_a_row_of_a_parquet_file_is_another_dataset(tmp_path: Path) -> None:
@@ -53,21 +55,27 @@ def test_another_image_in_a_row_of_a_parquet_file_is_another_dataset(tmp_path: P
     assert hash_dataset(write("red")) == hash_dataset(write("red")) != hash_dataset(write("blue"))
 
 
-def test_a_result_of_another_format_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "result.json"
-    file.write_text('{"format_version": 1}', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"format_version 1, this code reads 3.*another folder"):
-        read_result(file)
+def test_other_captions_or_images_of_the_same_size_are_another_dataset(tmp_path: Path) -> None:
+    file, image = tmp_path / "captions.jsonl", tmp_path / "0.bmp"
+    hashes = []
+    for caption, color in (("a dog", "red"), ("a cat", "red"), ("a dog", "blue"), ("a dog", "red")):
+        line = {"image": image.name, "captions": [caption]}
+        file.write_text(json.dumps(line), encoding="utf-8")
+        Image.new("RGB", (32, 32), color).save(image)  # of the same size without packing
+        hashes.append(hash_dataset(load_dataset(tmp_path)))
+    assert len(set(hashes)) == 3 and hashes[0] == hashes[3]
 
 
-def test_a_damaged_result_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_result_or_one_of_another_format_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
-    file.write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"result\.json is damaged"):
-        read_result(file)
-    file.write_text("{}", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"not a result of an evaluation"):
-        read_result(file)
+    for text, message in (
+        ('{"format_version": 1}', r"format_version 1, this code reads 3.*another folder"),
+        ("{", r"result\.json is damaged"),
+        ("{}", "not a result of an evaluation"),
+    ):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            read_result(file)
     with pytest.raises(ValueError, match=r"has no results"):
         read_evaluation_results(tmp_path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,20 @@ from llava_conversations import (
     read_conversations,
 )
 from llava_model import build_llava, find_tokens_of
-from llava_parts import TURNS, build, make_entry, save_parts
+from llava_parts import TURNS, build, make_entry
 
 from modeling_llm2clip.data.images.image_sources import ImageSource, ParquetImage, TarImage
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.validation_errors import DataValidationError
 
+build_once = cache(build)  # no test changes the model or its processor
 NUM_PATCHES = 16  # 32 pixels, patches of 8
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_parts(tmp_path_factory.mktemp("parts"))
 
 
 def make_dataset(
     parts: Path, conversations: list[Conversation], **settings: Any
 ) -> ConversationDataset:
-    model, processor = build(parts)
+    model, processor = build_once(parts)
     chosen = {"wording": "chat", "max_length": 128, **settings}
     return ConversationDataset(conversations, processor, find_tokens_of(model, processor), **chosen)
 
@@ -75,7 +72,7 @@ def test_padding_is_not_learned_and_not_looked_at(parts: Path) -> None:
 def test_the_ids_are_those_that_the_processor_makes_of_the_same_text(parts: Path) -> None:
     image = parts / "data" / "00.jpg"
     dataset = make_dataset(parts, [Conversation("c", image, TURNS)])
-    model, processor = build(parts)
+    model, processor = build_once(parts)
     messages = [
         {"role": role, "content": text}
         for turn in TURNS

@@ -8,16 +8,11 @@ from typing import Any
 import pytest
 import torch
 from llava_model import build_llava, load_llava
-from llava_parts import TEMPLATE, build, save_parts
+from llava_parts import TEMPLATE, build
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 IDS = torch.tensor([[1, 20, 30, 40]])
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_parts(tmp_path_factory.mktemp("parts"))
 
 
 def save_llm(parts: Path, folder: Path, family: str, **settings: Any) -> Any:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pretrain_projector
 import pytest
 import torch
 import tune_instructions
@@ -17,7 +18,7 @@ from aligning import read_losses
 from launches import run_python
 from llava_conversations import Conversation, conversations_of_captions, read_conversations
 from llava_model import build_llava, load_llava, train_projector_and_llm, train_projector_only
-from llava_parts import RECIPE, build, make_entry, save_parts
+from llava_parts import RECIPE, build, make_entry
 from llava_trainer import LlavaConfig, LlavaTrainer, make_training_arguments, train_llava
 from PIL import Image
 from torch import Tensor
@@ -44,11 +45,6 @@ SHORT = LlavaConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_parts(tmp_path_factory.mktemp("parts"))
-
-
 def run_step(
     parts: Path, output: Path, *, wording: str = "plain", resume: bool = False,
     config: LlavaConfig = SHORT, thaw: Callable[[Any], Any] = train_projector_only,
@@ -68,6 +64,22 @@ def run_step(
     )
     assert folder == output / "model"
     return output / "model"
+
+
+@pytest.fixture(scope="module")
+def whole(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of the projector that nothing disturbed."""
+    return run_step(parts, tmp_path_factory.mktemp("whole")).parent
+
+
+@pytest.fixture(scope="module")
+def whole_lora(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of a LoRA that nothing disturbed."""
+    return run_step(parts, tmp_path_factory.mktemp("lora"), wording="chat", thaw=lora).parent
+
+
+def lora(model: Any) -> Any:
+    return train_projector_and_llm(model, rank=2, alpha=4)
 
 
 def changed_parts(parts: Path, folder: Path) -> set[str]:
@@ -128,18 +140,11 @@ def test_step_one_changes_the_projector_alone_and_learns(parts: Path, tmp_path: 
     assert model.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
 
 
-def test_a_run_of_one_step_learns(parts: Path, tmp_path: Path) -> None:
-    folder = run_step(parts, tmp_path, config=replace(SHORT, max_steps=1))
-    assert changed_parts(parts, folder) == {"multi_modal_projector"}
-
-
-@pytest.mark.parametrize(("steps", "warm_up"), [(1, 0), (2, 1), (33, 1), (34, 2), (100, 3)])
-def test_the_rate_rises_for_three_percent_of_the_steps_but_not_for_all(
-    tmp_path: Path, steps: int, warm_up: int
-) -> None:
+def test_the_rate_rises_for_three_percent_of_the_steps_but_not_for_all(tmp_path: Path) -> None:
     words = [Conversation(str(n), None, (("Hi", "yes"),)) for n in range(4)]
-    settings = make_training_arguments(tmp_path, replace(SHORT, max_steps=steps), words)
-    assert (settings.max_steps, settings.warmup_steps) == (steps, warm_up)
+    for steps, warm_up in ((1, 0), (2, 1), (33, 1), (34, 2), (100, 3)):
+        settings = make_training_arguments(tmp_path, replace(SHORT, max_steps=steps), words)
+        assert (settings.max_steps, settings.warmup_steps) == (steps, warm_up)
 
 
 def test_step_two_changes_projector_and_llm_but_not_the_tower(parts: Path, tmp_path: Path) -> None:
@@ -149,64 +154,51 @@ def test_step_two_changes_projector_and_llm_but_not_the_tower(parts: Path, tmp_p
     }  # fmt: skip
 
 
-def test_a_lora_is_merged_into_a_plain_model(parts: Path, tmp_path: Path) -> None:
-    folder = run_step(
-        parts, tmp_path, wording="chat",
-        thaw=lambda model: train_projector_and_llm(model, rank=2, alpha=4),
-    )  # fmt: skip
+def test_a_lora_is_merged_into_a_plain_model(parts: Path, whole_lora: Path) -> None:
     # The head and the embeddings are not adapted.
-    assert changed_parts(parts, folder) == {"multi_modal_projector", "language_model"}
-    run = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    changed = changed_parts(parts, whole_lora / "model")
+    assert changed == {"multi_modal_projector", "language_model"}
+    run = json.loads((whole_lora / "run.json").read_text(encoding="utf-8"))
     trainable = run["parameters"]["all"]["trainable"]
     assert 0 < trainable < run["parameters"]["all"]["total"] / 4
 
 
-def lora(model: Any) -> Any:
-    return train_projector_and_llm(model, rank=2, alpha=4)
-
-
-@pytest.mark.parametrize("thaw", [train_projector_only, lora], ids=["projector", "lora"])
+@pytest.mark.parametrize("way", ["projector", "lora"])
 def test_killed_and_resumed_equals_never_killed(
-    parts: Path, tmp_path: Path, thaw: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = run_step(parts, tmp_path / "whole", thaw=thaw)
+    way: str, parts: Path, whole: Path, whole_lora: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Killed between two checkpoints, and again while the model is written."""
+    undisturbed, options = whole, dict[str, Any]()
+    if way == "lora":
+        undisturbed, options = whole_lora, {"wording": "chat", "thaw": lora}
     step = LlavaTrainer.training_step
 
-    def die(self: LlavaTrainer, *arguments: Any, **settings: Any) -> Tensor:
+    def die_in_step(self: LlavaTrainer, *arguments: Any, **settings: Any) -> Tensor:
         if self.state.global_step == 3:  # a step after the checkpoint
             raise RuntimeError("killed")
         return step(self, *arguments, **settings)
 
-    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
-        patched.setattr(LlavaTrainer, "training_step", die)
-        run_step(parts, tmp_path / "cut", thaw=thaw)
-    with pytest.raises(ValueError, match="--resume"):
-        run_step(parts, tmp_path / "cut", thaw=thaw)
-    resumed = run_step(parts, tmp_path / "cut", thaw=thaw, resume=True)
-    assert read_losses(tmp_path / "cut") == read_losses(tmp_path / "whole")
-    assert len(read_losses(tmp_path / "whole")) == SHORT.max_steps
-    ours, theirs = (load_llava(folder)[0].state_dict() for folder in (whole, resumed))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def test_a_run_killed_while_it_writes_its_model_leaves_none_and_writes_it_when_resumed(
-    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     def die(*_: Any, **__: Any) -> None:
         raise RuntimeError("killed")
 
-    whole = run_step(parts, tmp_path / "whole")
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+        patched.setattr(LlavaTrainer, "training_step", die_in_step)
+        run_step(parts, tmp_path, **options)
+    with pytest.raises(ValueError, match="--resume"):
+        run_step(parts, tmp_path, **options)
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
         patched.setattr(LlavaProcessor, "save_pretrained", die)  # after the weights
-        run_step(parts, tmp_path / "cut")
-    assert not (tmp_path / "cut" / "model").exists()
-    left = tmp_path / "cut" / ".model-12345678"  # as a kill leaves it, when nothing is caught
+        run_step(parts, tmp_path, resume=True, **options)
+    assert not (tmp_path / "model").exists()
+    left = tmp_path / ".model-12345678"  # as a kill leaves it, when nothing is caught
     left.mkdir()
     (left / ".llm2clip-is-writing").write_text("model", encoding="utf-8")
-    resumed = run_step(parts, tmp_path / "cut", resume=True)
+    resumed = run_step(parts, tmp_path, resume=True, **options)
     assert not left.exists()
-    assert read_losses(tmp_path / "cut") == read_losses(tmp_path / "whole")
-    ours, theirs = (load_llava(folder)[0].state_dict() for folder in (whole, resumed))
+    assert read_losses(tmp_path) == read_losses(undisturbed)
+    assert len(read_losses(tmp_path)) == SHORT.max_steps
+    ours, theirs = (load_llava(f)[0].state_dict() for f in (resumed, undisturbed / "model"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
@@ -237,50 +229,24 @@ def test_weights_that_are_not_finite_are_in_no_checkpoint(parts: Path, tmp_path:
     assert find_last_checkpoint(tmp_path / "run") is None
 
 
-def test_a_batch_taken_in_parts_makes_the_same_step(parts: Path, tmp_path: Path) -> None:
-    whole = run_step(parts, tmp_path / "whole")
-    run_step(parts, tmp_path / "parts", config=replace(SHORT, per_device_train_batch_size=1))
-    ours, theirs = (read_losses(tmp_path / name) for name in ("whole", "parts"))
-    # Answers of unequal length weigh by their tokens; float32 sums in another order.
-    assert list(theirs.values()) == pytest.approx(list(ours.values()), rel=1e-4)
-    assert whole.is_dir()
-
-
 def test_an_epoch_has_as_many_steps_however_many_a_device_takes_at_a_time(
     parts: Path, tmp_path: Path
 ) -> None:
     # 35 captions: a batch of 16 twice, and 3 that fill none.
     twice = replace(SHORT, max_steps=None, num_train_epochs=2, global_batch_size=16)
     run_step(parts, tmp_path / "whole", config=twice)
-    run_step(parts, tmp_path / "parts", config=replace(twice, per_device_train_batch_size=1))
+    run_step(parts, tmp_path / "parts", config=replace(twice, per_device_train_batch_size=4))
     ours, theirs = (read_losses(tmp_path / name) for name in ("whole", "parts"))
     assert len(ours) == 4
     # Answers of unequal length weigh by their tokens; float32 sums in another order.
     assert list(theirs.values()) == pytest.approx(list(ours.values()), rel=1e-4)
 
 
-def test_a_run_is_not_continued_with_other_conversations(parts: Path, tmp_path: Path) -> None:
-    def run(answer: str, *, resume: bool) -> Path:
-        words = [Conversation(str(n), None, (("Hi", answer),)) for n in range(4)]
-
-        def load_model() -> tuple[Any, Any]:
-            model, processor = build(parts)
-            return train_projector_and_llm(model), processor
-
-        return train_llava(
-            load_model, words, tmp_path, SHORT, wording="chat", record={}, resume=resume
-        )
-
-    assert run("yes", resume=False).is_dir()
-    with pytest.raises(ValueError, match="has another run: conversations: "):
-        run("no", resume=True)
-
-
-def test_a_run_is_not_continued_with_other_images_but_with_a_moved_folder(
+def test_a_run_is_continued_with_a_moved_folder_but_not_with_other_conversations_or_images(
     parts: Path, tmp_path: Path
 ) -> None:
-    def run(images: Path, *, resume: bool) -> Path:
-        conversations, _ = read_conversations(parts / "instructions.json", images)
+    def run(file: Path, images: Path, *, resume: bool = True) -> Path:
+        conversations, _ = read_conversations(file, images)
 
         def load_model() -> tuple[Any, Any]:
             model, processor = build(parts)
@@ -291,17 +257,22 @@ def test_a_run_is_not_continued_with_other_images_but_with_a_moved_folder(
             wording="chat", record={}, resume=resume,
         )  # fmt: skip
 
-    assert run(parts / "data", resume=False).is_dir()
+    file = parts / "instructions.json"
+    assert run(file, parts / "data", resume=False).is_dir()
     (tmp_path / "run" / "model").rename(tmp_path / "first")
     moved = shutil.copytree(parts / "data", tmp_path / "moved")
-    assert run(moved, resume=True).is_dir()
+    assert run(file, moved).is_dir()
+    other = tmp_path / "other.json"
+    other.write_text(file.read_text(encoding="utf-8").replace("a red car", "a red bus", 1), "utf-8")
+    with pytest.raises(ValueError, match="has another run: conversations: "):
+        run(other, moved)
     Image.new("RGB", (64, 64)).save(moved / "03.jpg")
     with pytest.raises(ValueError, match="has another run: conversations: "):
-        run(moved, resume=True)
+        run(file, moved)
 
 
-def test_a_question_that_is_too_long_is_left_out_reported_and_recorded(
-    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_conversations_without_images_train_too_and_a_question_too_long_is_left_out_and_recorded(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [Conversation(str(n), None, (("Hi", "yes"),)) for n in range(11)]
     words.append(Conversation("long", None, (("Hi " * 200, "yes"),)))
@@ -326,22 +297,6 @@ def test_a_question_that_is_too_long_is_left_out_reported_and_recorded(
     assert run(tmp_path / "run", resume=True).is_dir()
     with pytest.raises(ValueError, match="11 conversations are too few for a batch of 12"):
         run(tmp_path / "few", global_batch_size=12)
-
-
-def test_conversations_without_images_train_too_but_not_sharded(
-    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = [Conversation(str(n), None, (("Hi", "yes"),)) for n in range(4)]
-    model, processor = build(parts)
-
-    def load_model() -> tuple[Any, Any]:
-        train_projector_and_llm(model)
-        return model, processor
-
-    def run(output: Path) -> Path:
-        return train_llava(load_model, words, output, SHORT, wording="chat", record={})
-
-    assert run(tmp_path / "words").is_dir()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="cannot be trained on under FSDP"):
         run(tmp_path / "sharded")
@@ -370,39 +325,37 @@ def test_bad_options_are_reported_together_and_before_a_model_is_loaded(parts: P
     assert not (parts / "none").exists()
 
 
-@pytest.mark.parametrize(
-    ("rank", "alpha", "named"),
-    [(0, 16, "rank=0"), (4, 0, "alpha=0"), (4, -3, "alpha=-3"), (-1, 0, "rank=-1 and alpha=0")],
-)
 def test_a_lora_without_rank_or_scale_is_refused_before_anything_is_read(
-    parts: Path, monkeypatch: pytest.MonkeyPatch, rank: int, alpha: int, named: str
+    parts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match=rf"A LoRA of {named}, wanted at least 1"):
-        train_projector_and_llm(build(parts)[0], rank=rank, alpha=alpha)
-    flags = ["--lora-rank", str(rank), "--lora-alpha", str(alpha)]
+    model, _ = build(parts)
+    for rank, alpha, named in (
+        (0, 16, "rank=0"), (4, 0, "alpha=0"), (4, -3, "alpha=-3"), (-1, 0, "rank=-1 and alpha=0"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"A LoRA of {named}, wanted at least 1"):
+            train_projector_and_llm(model, rank=rank, alpha=alpha)
     absent = [str(parts / name) for name in ("no-model", "no-data", "no-images", "run")]
-    monkeypatch.setattr(sys, "argv", ["tune_instructions.py", *absent, *flags])
-    with pytest.raises(ValueError, match=rf"A LoRA of {named}, wanted at least 1"):
+    monkeypatch.setattr(sys, "argv", ["tune_instructions.py", *absent, "--lora-rank", "0"])
+    with pytest.raises(ValueError, match="A LoRA of rank=0, wanted at least 1"):
         tune_instructions.main()
 
 
-def run_script(name: str, *arguments: object, processes: int = 1) -> str:
-    """Run a step as its users do; returns what it printed."""
-    return run_python(
-        RECIPE / name, *arguments, "--device", "cpu", "--logging-steps", 1,
-        "--learning-rate", "1e-2", processes=processes,
-    )  # fmt: skip
+FLAGS = ("--device", "cpu", "--logging-steps", "1", "--learning-rate", "1e-2")
 
 
 def test_both_scripts_run_as_they_stand_and_two_processes_equal_one(
-    parts: Path, tmp_path: Path
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, processes in (("one", 1), ("two", 2)):
-        printed = run_script(
-            "pretrain_projector.py", parts / "tower", parts / "llm", parts / "data",
-            tmp_path / name, "--max-steps", 3, "--global-batch-size", 4,
-            "--chat-template", RECIPE / "vicuna.jinja", processes=processes,
-        )  # fmt: skip
+    def pretrain(output: str) -> list[str]:
+        folders = (parts / "tower", parts / "llm", parts / "data", tmp_path / output)
+        flags = ("--max-steps", "3", "--global-batch-size", "4", *FLAGS)
+        template = ("--chat-template", str(RECIPE / "vicuna.jinja"))
+        return ["pretrain_projector.py", *map(str, folders), *flags, *template]
+
+    monkeypatch.setattr(sys, "argv", pretrain("one"))
+    assert pretrain_projector.main() == 0
+    script, *arguments = pretrain("two")
+    for printed in (capsys.readouterr().out, run_python(RECIPE / script, *arguments, processes=2)):
         assert printed.count("Wrote ") == 1
     ours, theirs = (list(read_losses(tmp_path / name).values()) for name in ("one", "two"))
     assert len(ours) == 3
@@ -413,10 +366,10 @@ def test_both_scripts_run_as_they_stand_and_two_processes_equal_one(
     entries = [make_entry(number) for number in range(12)]
     file = tmp_path / "long.json"
     file.write_text(json.dumps([*entries, long]), encoding="utf-8")
-    printed = run_script(
-        "tune_instructions.py", tmp_path / "one" / "model", file, parts / "data",
+    printed = run_python(
+        RECIPE / "tune_instructions.py", tmp_path / "one" / "model", file, parts / "data",
         tmp_path / "tuned", "--max-steps", 2, "--global-batch-size", 4, "--skip-text-only",
-        "--skip-invalid", processes=2,
+        "--skip-invalid", *FLAGS, processes=2,
     )  # fmt: skip
     assert printed.count("showed: {'no answer within 2048 tokens': 1}.") == 1
     assert (tmp_path / "tuned" / "model" / "config.json").is_file()

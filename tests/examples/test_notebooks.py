@@ -29,33 +29,36 @@ def list_code(path: Path) -> list[nbformat.NotebookNode]:
     return [cell for cell in cells if cell.cell_type == "code"]
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported model, which no test may change; the start of the alignment needs the bias."""
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    return export_tiny_model(folder, visual_projection_bias=True)
+
+
 @every_notebook
-def test_every_cell_that_shows_something_has_its_output_stored(path: Path) -> None:
-    for cell in list_code(path):
+def test_stored_outputs_are_those_of_one_run_without_an_error_on_no_machine(path: Path) -> None:
+    cells = list_code(path)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    for cell in cells:
         last = ast.parse(cell.source).body[-1]
         shows = isinstance(last, ast.Expr) or "print(" in cell.source or "display(" in cell.source
         assert bool(cell.outputs) == shows, cell.source
-
-
-@every_notebook
-def test_stored_outputs_come_from_one_run_without_an_error(path: Path) -> None:
-    cells = list_code(path)
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    kinds = {output.output_type for cell in cells for output in cell.outputs}
-    assert kinds <= {"stream", "display_data", "execute_result"}
-
-
-@every_notebook
-def test_stored_outputs_name_no_path_of_one_machine(path: Path) -> None:
-    for cell in list_code(path):
         for output in cell.outputs:
+            assert output.output_type in {"stream", "display_data", "execute_result"}
             shown = [output.get("text", ""), *map(str, output.get("data", {}).values())]
             assert not [text for text in shown if MACHINE_PATH.search(text)], cell.source
 
 
+@every_notebook
+def test_notebooks_define_nothing(path: Path) -> None:
+    lines = [line.lstrip() for cell in list_code(path) for line in cell.source.splitlines()]
+    assert not [line for line in lines if line.startswith(("def ", "class ", "%", "!"))]
+
+
 @pytest.mark.parametrize("path", ON_A_MODEL, ids=lambda path: path.name)
 def test_a_missing_model_says_what_to_run(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     first = next(c.source for c in list_code(path) if "find_demo_model" in c.source)
@@ -63,24 +66,15 @@ def test_a_missing_model_says_what_to_run(
         monkeypatch.setenv("LLM2CLIP_MODEL", missing)
         with pytest.raises(FileNotFoundError, match="Run `llm2clip demo` at the root"):
             exec(compile(first, path.name, "exec"), {})
-    export_tiny_model(tmp_path / "model")
+    monkeypatch.setenv("LLM2CLIP_MODEL", str(model))
     exec(compile(first, path.name, "exec"), {})
-
-
-@every_notebook
-def test_notebooks_define_nothing(path: Path) -> None:
-    for cell in nbformat.read(path, as_version=4).cells:
-        lines = cell.source.splitlines() if cell.cell_type == "code" else []
-        assert not [
-            line for line in lines if line.lstrip().startswith(("def ", "class ", "%", "!"))
-        ]
 
 
 @pytest.mark.slow
 @every_notebook
-def test_notebooks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The start of the alignment needs the bias.
-    model = export_tiny_model(tmp_path / "model", visual_projection_bias=True)
+def test_notebooks_run(
+    path: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LLM2CLIP_MODEL", str(model))
     monkeypatch.setenv("LLM2CLIP_STEPS", "4")
     monkeypatch.delenv("LLM2CLIP_IMAGES", raising=False)

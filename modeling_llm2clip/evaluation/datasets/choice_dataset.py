@@ -12,7 +12,7 @@ from ...data.records.records import clean_text
 from ...data.sources.coco import read_coco
 from ...data.sources.json_files import read_json, read_json_lines
 from ...data.sources.parquet import iterate_rows
-from .catalog.caption_readers import COCO_ADVICE, COCO_FILES
+from .caption_readers import COCO_ADVICE, COCO_FILES
 from .dataset_spec import ChoiceForm, DatasetReading, EvaluationDataset, find_image
 
 _SUGARCREPE_CATEGORIES = (
@@ -73,15 +73,15 @@ def build_choice_dataset(reading: DatasetReading) -> ChoiceDataset:
             f"{spec.name} cannot be read without its images. Name their folder, or take a dataset "
             "of texts: sugarcrepe-text."
         )
-    found = list(spec.read(reading))
+    published = list(spec.read(reading))
     num_lost = reading.count_lost()
     items, names = [], set()
-    for item in found:
+    for item in published:
         items.append(_check_item(item, reading, is_repeated=item.name in names))
         names.add(item.name)
     images = (image for item in items if item for image in item.images)
     unreadable = reading.find_unreadable_images(images)
-    skipped = reading.finish({"items": len(found)})
+    skipped = reading.finish({"items": len(published)})
     kept = tuple(item for item in items if item and not unreadable & set(item.images))
     if not kept:
         raise ValueError(f"{reading.source}: no item is left, because each has an error: {skipped}")
@@ -107,21 +107,21 @@ def _check_item(
     """Clean the texts and find the images; None if there is an error."""
     first, second = (clean_text(caption) for caption in item.captions)
     anchor = None if item.anchor is None else clean_text(item.anchor)
-    found = ["item repeated"] if is_repeated else []
+    kinds = ["item repeated"] if is_repeated else []
     if not (first and second) or anchor == "":
-        found.append("blank caption")
+        kinds.append("blank caption")
     elif first == second:
-        found.append("the two captions are the same")
+        kinds.append("the two captions are the same")
     images = item.images
     if item.image_names and anchor is None:
         image_dir = reading.image_dir or reading.data_folder
         candidates = [find_image(image_dir, name) for name in item.image_names]
         images = tuple(image for image in candidates if image is not None)
         if len(images) < len(candidates):
-            found.append("image missing")
-    for error in found:
-        reading.errors.add(error, f"{item.place}: {' '.join(item.image_names) or item.name}")
-    if found:
+            kinds.append("image missing")
+    for kind in kinds:
+        reading.errors.add(kind, f"{item.place}: {' '.join(item.image_names) or item.name}")
+    if kinds:
         return None
     return replace(item, captions=(first, second), images=images, anchor=anchor)
 
@@ -173,8 +173,8 @@ def read_winoground(reading: DatasetReading) -> Iterator[ChoiceItem]:
     """Yield the items; their category is the difference between the captions, `collapsed_tag`."""
     for place, fields in _iterate_winoground(reading):
         first, second = (fields.get(name) for name in ("caption_0", "caption_1"))
-        found = [fields.get(name) for name in _WINOGROUND_IMAGES]
-        images = tuple(image for image in found if isinstance(image, ParquetImage | Path))
+        paths = [fields.get(name) for name in _WINOGROUND_IMAGES]
+        images = tuple(image for image in paths if isinstance(image, ParquetImage | Path))
         if not isinstance(first, str) or not isinstance(second, str):
             reading.errors.add("no 'caption_0' and 'caption_1'", place)
         elif len(images) < len(_WINOGROUND_IMAGES):

@@ -26,7 +26,7 @@ from .dataset_spec import (
     read_lines,
 )
 
-# Errors that belong to no image: what they cost is the images of the classes.
+# Errors of a class: the images of the class are lost, and are counted by themselves.
 _ERRORS_OF_CLASSES = (
     "class without a name",
     "class name for a class that does not exist",
@@ -85,26 +85,26 @@ class LabeledImages:
 
 
 def build_classification_dataset(reading: DatasetReading) -> ClassificationDataset:
-    """Read the images, name the classes, and keep what has no error.
+    """Read the images, name the classes, and keep the images and classes without errors.
 
     No prompt distinguishes classes of one name, perhaps in another case: their images tie and count
     as wrong. A warning and the protocol name them.
     """
     spec = reading.spec
     templates = _choose_templates(reading)
-    found: LabeledImages = spec.read(reading)
-    names = _name_classes(found, reading)
+    published: LabeledImages = spec.read(reading)
+    names = _name_classes(published, reading)
     errors = reading.errors
     num_lost = errors.total - sum(errors.counts.get(kind, 0) for kind in _ERRORS_OF_CLASSES)
-    in_use = [key for key in found.class_keys if key in names]
-    valid = _check_images(found, errors)
+    in_use = [key for key in published.class_keys if key in names]
+    valid = _check_images(published, errors)
     kept = [item for item in valid if item[2] in names]
     if len(kept) < len(valid):
         reading.notes["images_of_skipped_classes"] = len(valid) - len(kept)
     unreadable = reading.find_unreadable_images((file for _, file, _ in kept))
     kept = [item for item in kept if item[1] not in unreadable]
-    num_images = len(found.images) + reading.errors.counts.get("image missing", 0)
-    counts = {"images": num_images, "classes": len(found.class_keys)}
+    num_images = len(published.images) + reading.errors.counts.get("image missing", 0)
+    counts = {"images": num_images, "classes": len(published.class_keys)}
     skipped = reading.finish(counts)
     if not kept or len(in_use) < 2:
         raise ValueError(
@@ -121,11 +121,11 @@ def build_classification_dataset(reading: DatasetReading) -> ClassificationDatas
         "images": len(kept),
         "classes": len(in_use),
         "published": spec.list_published_counts(reading.lang),
-        "class_names": _describe_names(found, reading, class_names),
+        "class_names": _describe_names(published, reading, class_names),
         "templates": list(templates),
         "templates_from": "dataset" if reading.templates is None else "given",
         "skipped": skipped,
-        "skipped_samples": num_lost + len(found.images) - len(kept),
+        "skipped_samples": num_lost + len(published.images) - len(kept),
         **reading.notes,
     }
     if repeated := _find_repeated(class_names):
@@ -147,10 +147,10 @@ def build_classification_dataset(reading: DatasetReading) -> ClassificationDatas
     )
 
 
-def _check_images(found: LabeledImages, errors: ErrorCollector) -> list[tuple[str, Path, str]]:
+def _check_images(published: LabeledImages, errors: ErrorCollector) -> list[tuple[str, Path, str]]:
     """List the images with a class and a name of their own: embeddings are stored by name."""
-    valid, seen, classes = [], set(), set(found.class_keys)
-    for name, file, key in found.images:
+    valid, seen, classes = [], set(), set(published.class_keys)
+    for name, file, key in published.images:
         if name in seen:
             errors.add("image repeated", f"{key}: {name}")
         elif key not in classes:
@@ -177,15 +177,15 @@ def _find_repeated(names: Iterable[str]) -> list[str]:
 
 
 def _describe_names(
-    found: LabeledImages, reading: DatasetReading, names: tuple[str, ...]
+    published: LabeledImages, reading: DatasetReading, names: tuple[str, ...]
 ) -> dict[str, str]:
     """Say where class names are from, and hash those in use, one per line, by their labels."""
     if reading.class_names is not None:
         source = {"from": "given"}
-    elif found.names_file is None:
+    elif published.names_file is None:
         source = {"from": "names of the folders"}
     else:
-        source = {"from": found.names_file.name, "file_sha256": hash_file(found.names_file)}
+        source = {"from": published.names_file.name, "file_sha256": hash_file(published.names_file)}
     return {**source, "names_sha256": hashlib.sha256("\n".join(names).encode()).hexdigest()}
 
 
@@ -208,27 +208,27 @@ def _choose_templates(reading: DatasetReading) -> tuple[str, ...]:
     return templates
 
 
-def _name_classes(found: LabeledImages, reading: DatasetReading) -> dict[str, str]:
+def _name_classes(published: LabeledImages, reading: DatasetReading) -> dict[str, str]:
     """Map classes to names, without those that have none, which are errors."""
-    given = _find_names(found, reading)
-    names = {key: given.get(key, "").strip() for key in found.class_keys}
+    name_of = _find_names(published, reading)
+    names = {key: name_of.get(key, "").strip() for key in published.class_keys}
     for key, name in names.items():
         if not name:
             reading.errors.add("class without a name", key)
     return {key: name for key, name in names.items() if name}
 
 
-def _find_names(found: LabeledImages, reading: DatasetReading) -> Mapping[str, str]:
-    chosen = found.names if reading.class_names is None else reading.class_names
+def _find_names(published: LabeledImages, reading: DatasetReading) -> Mapping[str, str]:
+    chosen = published.names if reading.class_names is None else reading.class_names
     if not isinstance(chosen, Mapping):
-        if len(chosen) != len(found.class_keys):
+        if len(chosen) != len(published.class_keys):
             raise ValueError(
                 f"{reading.source}: {counted(len(chosen), 'class name')} for "
-                f"{len(found.class_keys)} classes. Give one for each, in the order of the class "
-                "folders, or map classes to names."
+                f"{len(published.class_keys)} classes. Give one for each, in the order of the "
+                "class folders, or map classes to names."
             )
-        return dict(zip(found.class_keys, chosen, strict=True))
-    for key in sorted(chosen.keys() - set(found.class_keys)):
+        return dict(zip(published.class_keys, chosen, strict=True))
+    for key in sorted(chosen.keys() - set(published.class_keys)):
         reading.errors.add("class name for a class that does not exist", key)
     return chosen
 
@@ -324,6 +324,6 @@ def _read_solution(
             images.append((image.name, image, label[0]))
         else:
             reading.errors.add("image missing", f"{place}: {image.name}")
-    given = reading.class_names if isinstance(reading.class_names, Mapping) else names
+    name_of = reading.class_names if isinstance(reading.class_names, Mapping) else names
     # Labels are the positions of the sorted synsets, as in the publisher's list.
-    return tuple(sorted(images)), tuple(sorted({*given, *(label for _, _, label in images)}))
+    return tuple(sorted(images)), tuple(sorted({*name_of, *(label for _, _, label in images)}))

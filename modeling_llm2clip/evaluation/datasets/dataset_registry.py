@@ -16,15 +16,14 @@ import yaml
 from ..._suggestions import did_you_mean
 from ...configs.data_config import DataConfig
 from ...configs.evaluation_config import EvaluatedDataset
-from ...data.configured_records import read_configured_records
+from ...data.captions.caption_joins import read_configured_records
 from ...data.records.record_loading import fetch_dataset_folder
 from ...data.records.record_table import RecordTable
 from ...data.records.records import CaptionedImage
 from ...data.remote.file_places import FilePlace
 from ...data.remote.remote_files import is_remote
-from . import choice_dataset, classification_dataset
-from .catalog import caption_readers, custom_folder
-from .catalog.caption_readers import JsonCaptions, ParquetCaptions
+from . import caption_readers, choice_dataset, classification_dataset, custom_folder
+from .caption_readers import JsonCaptions, ParquetCaptions
 from .dataset_spec import DatasetReading, DatasetSpec, DatasetType, EvaluationDataset, ReadingCache
 from .retrieval_dataset import RetrievalDataset, build_retrieval_dataset
 
@@ -54,7 +53,7 @@ _BUILDERS: dict[DatasetType, Builder] = {
 }
 
 _ON_HUB = "hub:"
-_OWN = "folder"  # what one's own images under another name are read as
+_OWN = "folder"  # the dataset that one's own images under another name are read as
 # Of two names, as difflib measures it: "emojis" and "coco2" are misspelled, "my-emoji" is not.
 _TOO_CLOSE = 0.8
 _NAME = re.compile(r"\w[\w.-]*")
@@ -87,9 +86,7 @@ def _freeze(value: Any) -> Any:
 
 
 _SPECS = {
-    **read_specs(
-        (Path(__file__).parent / "catalog" / "published_datasets.yaml").read_text("utf-8")
-    ),
+    **read_specs((Path(__file__).parent / "published_datasets.yaml").read_text("utf-8")),
     **{spec.name: spec for spec in custom_folder.DATASETS},
 }
 
@@ -129,9 +126,9 @@ def parse_dataset(text: str | Path) -> EvaluatedDataset:
         return EvaluatedDataset(name="folder", folder=written)
     if sign and not (name and folder):
         raise ValueError(f"{written!r} must be NAME=FOLDER.")
-    found = EvaluatedDataset(name=name, folder=folder or None)
-    _find_spec(found)
-    return found
+    dataset = EvaluatedDataset(name=name, folder=folder or None)
+    _find_spec(dataset)
+    return dataset
 
 
 def resolve_dataset(
@@ -204,7 +201,7 @@ def load_dataset(
         source: Name of a dataset, also as `NAME=FOLDER`; a folder or file of captioned images;
             records; or a spec.
         folder: Folder of the publisher's files, or `hub:owner/name@commit` for Parquet files on the
-            Hub. Default: the one in `source`; none for records and what the package contains.
+            Hub. Default: the folder in `source`; none for records and datasets in the package.
         image_dir: Folder of the images. Default: `folder`.
         lang: Language of the texts; required if there are several.
         skip_invalid: Skip invalid samples and count them in `protocol["skipped"]`, and accept
@@ -224,7 +221,7 @@ def load_dataset(
 
     Returns:
         A `RetrievalDataset`, `ClassificationDataset` or `ChoiceDataset`. Of a retrieval dataset,
-        `records` are what training takes.
+        training takes the `records`.
 
     Raises:
         DataValidationError: Samples are invalid; all errors are reported at once.

@@ -52,8 +52,8 @@ _ALLOW_DISTRACTORS = (
     "allow_distractors."
 )
 _TRY_AGAIN = (
-    "Samples are skipped for what is in them, and these files could not be read. Try again when "
-    "their disk or server works, or remove what is not there from the source."
+    "Only invalid samples are skipped, and these files could not be read. Try again when their "
+    "disk or server works, or remove missing files from the source."
 )
 
 
@@ -72,7 +72,7 @@ class EvaluationDataset(ABC):
 
     @abstractmethod
     def list_content(self) -> list[Any]:
-        """List what its digest covers: JSON values in which an image is an `ImageSource`."""
+        """List the content that its digest covers: JSON values, and `ImageSource` for images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class DatasetSpec:
 
     Attributes:
         name: Name in commands.
-        title: What it is, in one line.
+        title: Description in one line.
         dataset_type: `captions` has only texts, several of each image; `choice` is compositional.
         languages: BCP 47 as far as the publisher uses it; empty for any, or those of the folder.
         counts: Counts that the publisher gives for each language, such as `images` and `captions`;
@@ -89,7 +89,7 @@ class DatasetSpec:
         license: License of the texts, and of the images if it differs.
         citation: Who published it, and where.
         source: Where to get it.
-        files: What the folder must contain.
+        files: Files that the folder must contain.
         protocol: The choices that the spec makes, reported with every score; one is `split`.
         read: Yields every `PublishedRecord` of one language, or every `ChoiceItem`, or returns the
             `LabeledImages`. Invalid samples go to `errors` of the reading.
@@ -164,7 +164,7 @@ class ReadingCache:
 
 @dataclass(kw_only=True)
 class DatasetReading:
-    """One reading of a dataset: its options, which `load_dataset` explains, and what comes up.
+    """One reading of a dataset: its options, which `load_dataset` explains, its errors and notes.
 
     Attributes:
         folder: A path, or the URL of one's own data; None for a dataset that needs none.
@@ -236,18 +236,18 @@ class DatasetReading:
         self.cache.checked.update(image for image in unchecked if image not in unreadable)
         return set(unreadable)
 
-    def _compare_counts(self, found: Mapping[str, int]) -> None:
-        for what, wanted in self.spec.list_published_counts(self.lang).items():
-            if found[what] == wanted:
+    def _compare_counts(self, counts: Mapping[str, int]) -> None:
+        for what, published in self.spec.list_published_counts(self.lang).items():
+            if counts[what] == published:
                 continue
             if self.skip_invalid:
                 differences = self.notes.setdefault("differences_from_published", {})
-                differences[what] = found[what] - wanted
+                differences[what] = counts[what] - published
             else:
                 self.errors.add(
                     f"wrong number of {what}",
-                    f"found {found[what]}, published {wanted}; download the files again, or read a "
-                    "part on purpose with skip_invalid",
+                    f"found {counts[what]}, published {published}; download the files again, or "
+                    "read a part on purpose with skip_invalid",
                 )
 
     def _compare_checksums(self, published: Mapping[str, str]) -> None:
@@ -258,8 +258,8 @@ class DatasetReading:
             if file.as_posix().endswith(f"/{name}")
         ]
         for name, file in known:
-            algorithm, _, wanted = published[name].partition(":")
-            is_same = hash_file(file, algorithm) == wanted
+            algorithm, _, digest = published[name].partition(":")
+            is_same = hash_file(file, algorithm) == digest
             self.notes.setdefault("checksums", {})[name] = "published" if is_same else "differs"
             if not (is_same or self.skip_invalid):
                 self.errors.add("file is not the published one", f"{name}: {algorithm} differs")
@@ -268,13 +268,13 @@ class DatasetReading:
         """Count the samples that were lost in reading, before any yielded one is checked."""
         return self.errors.total - self.num_errors_of_yielded
 
-    def finish(self, found: Mapping[str, int]) -> dict[str, int]:
-        """Compare what was found with what was published, then raise the errors.
+    def finish(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """Compare counts and checksums with the published ones, then raise the errors.
 
         If invalid samples are to be skipped, the counts of the errors are returned instead. Files
         that could not be read are refused in any case: nothing is known of their samples.
         """
-        self._compare_counts(found)
+        self._compare_counts(counts)
         self._compare_checksums(self.spec.checksums)
         unread = [kind for kind in self.errors.counts if kind in READING_ERRORS]
         if self.skip_invalid and unread:

@@ -130,10 +130,10 @@ def build_retrieval_dataset(reading: DatasetReading) -> RetrievalDataset:
     num_lost = reading.count_lost()
     reading.errors.extend(errors)
     num_images = sum(record.has_image for record in records)
-    found = {"images": num_images, "captions": sum(len(record.captions) for record in records)}
+    counts = {"images": num_images, "captions": sum(len(record.captions) for record in records)}
     images = (record.image for record in records if has_images and record.has_image)
     unreadable = reading.find_unreadable_images(images)
-    skipped = reading.finish(found)
+    skipped = reading.finish(counts)
     valid = [
         record
         for record in records
@@ -146,29 +146,29 @@ def build_retrieval_dataset(reading: DatasetReading) -> RetrievalDataset:
 def _check_record(
     record: PublishedRecord, errors: ErrorCollector, reading: DatasetReading, *, has_images: bool
 ) -> PublishedRecord:
-    found = []
+    kinds = []
     image = record.image
     if has_images and record.has_image and image is None and record.is_valid:
         image_dir = reading.image_dir or reading.folder
         if image_dir is not None and not isinstance(image_dir, str):
             image = find_image(image_dir, record.name)
         if image is None:
-            found.append("image missing")
-    wanted = reading.spec.captions_per_image
-    captions = [clean_text(caption) for caption in record.captions[:wanted]]
+            kinds.append("image missing")
+    num_captions = reading.spec.captions_per_image
+    captions = [clean_text(caption) for caption in record.captions[:num_captions]]
     if record.is_valid and not captions and not (reading.allow_distractors and record.has_image):
-        found.append("no caption")
+        kinds.append("no caption")
     if record.is_valid and not all(captions):
-        found.append("blank caption")
-    if captions and wanted is not None and len(captions) < wanted:
-        found.append(f"fewer than {wanted} captions")
-    for error in found:
-        errors.add(error, f"{record.place}: {record.name}")
+        kinds.append("blank caption")
+    if captions and num_captions is not None and len(captions) < num_captions:
+        kinds.append(f"fewer than {num_captions} captions")
+    for kind in kinds:
+        errors.add(kind, f"{record.place}: {record.name}")
     return replace(
         record,
         captions=tuple(captions),
         image=image if has_images else None,
-        is_valid=record.is_valid and not found,
+        is_valid=record.is_valid and not kinds,
     )
 
 

@@ -73,8 +73,8 @@ def detect_model_type(folder: Path) -> str:
         return "open_clip"
     if holds_embeddings(folder):
         return "embeddings"
-    found = "no config.json" if model_type is None else f"model_type {model_type!r}"
+    evidence = "no config.json" if model_type is None else f"model_type {model_type!r}"
     raise ValueError(
-        f"Cannot detect the model type of {folder}, which has {found}. Pass --model-type if it is "
-        f"one of {', '.join(_ENCODERS)}."
+        f"Cannot detect the model type of {folder}, which has {evidence}. Pass --model-type if it "
+        f"is one of {', '.join(_ENCODERS)}."
     )

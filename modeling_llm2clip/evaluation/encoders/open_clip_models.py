@@ -137,26 +137,26 @@ class OpenClipEncoder(EvaluationEncoder):
     @cached_property
     def description(self) -> EncoderDescription:
         if self._weights.suffix == ".safetensors":
-            found = fingerprint_weights([self._weights])
+            weights = fingerprint_weights([self._weights])
         else:
-            found = {"weights": hash_file(self._weights), "dtype": "unknown"}
+            weights = {"weights": hash_file(self._weights), "dtype": "unknown"}
         files = hash_model_files(self._path, ("*.json", "*.txt", "*.model"))
         chosen, model_config = self._preprocessing, self._written["model_cfg"]
-        own = ACTIVATIONS[bool(model_config.get("quick_gelu"))]
+        activation = ACTIVATIONS[bool(model_config.get("quick_gelu"))]
         # Towers of timm and transformers have one of their own, which `quick_gelu` does not reach.
         has_own_text = "hf_model_name" in model_config.get("text_cfg", {})
         has_own_vision = "timm_model_name" in model_config.get("vision_cfg", {})
         return EncoderDescription(
             model_type="open_clip",
             source=self._source,
-            fingerprint={"weights": found["weights"], "files": files},
+            fingerprint={"weights": weights["weights"], "files": files},
             text={
                 "prompt": None,
                 "max_tokens": self._processor.longest_text,
                 "padding": "max_length",
                 "lower_case": True if self._processor.is_clips_own else "as its tokenizer does",
                 "tokenizer": type(self._processor.tokenizer).__name__,
-                "activation": OF_ITS_TOWER if has_own_text else own,
+                "activation": OF_ITS_TOWER if has_own_text else activation,
             },
             images={
                 **OPENING,
@@ -167,11 +167,11 @@ class OpenClipEncoder(EvaluationEncoder):
                 "mean": list(chosen.mean),
                 "std": list(chosen.std),
                 "scale": 1 / 255,
-                "activation": OF_ITS_TOWER if has_own_vision else own,
+                "activation": OF_ITS_TOWER if has_own_vision else activation,
             },
-            # What open_clip saves in half precision it still runs in float32 by default.
+            # By default open_clip runs in float32, even weights that it saved in half precision.
             dtype="float32" if self._run_config.dtype == "saved" else self._run_config.dtype,
-            run={**self._describe_run(), "saved_dtype": found["dtype"]},
+            run={**self._describe_run(), "saved_dtype": weights["dtype"]},
         )
 
 

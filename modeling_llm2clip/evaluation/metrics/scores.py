@@ -1,7 +1,7 @@
 """Scores of a ranking: one value per query, their means, and bootstrap confidence intervals.
 
 K is a rank, R the number of a query's positives, r their ranks. All scores are between 0 and 1,
-except for the ranks themselves. What ends in `_at` returns (Q,) float64, of Q queries.
+except for the ranks themselves. Functions that end in `_at` return (Q,) float64 for Q queries.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def recalls_at(ranking: Ranking, *, k: int) -> Tensor:
 
     |{r ≤ K}| / R; mteb calls the mean recall_at_k. With R > K it cannot reach 1.
     """
-    found = (_require_all_ranks(ranking) <= k).double()
-    return _sum_by_query(ranking, found) / ranking.num_positives
+    hits = (_require_all_ranks(ranking) <= k).double()
+    return _sum_by_query(ranking, hits) / ranking.num_positives
 
 
 def average_precisions_at(ranking: Ranking, *, k: int) -> Tensor:

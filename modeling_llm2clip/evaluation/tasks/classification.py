@@ -56,9 +56,9 @@ def rank_classes(images: Tensor, classes: Tensor, labels: Tensor) -> tuple[Tenso
     for an image whose own class ties with others is the nearest of these.
     """
     scores = images.double() @ classes.double().T  # (N, C)
-    own = scores.gather(1, labels[:, None])
+    true_scores = scores.gather(1, labels[:, None])
     others = scores.scatter(1, labels[:, None], -torch.inf)
-    ranks = 1 + (others >= own - TIE_TOLERANCE).sum(dim=1)
+    ranks = 1 + (others >= true_scores - TIE_TOLERANCE).sum(dim=1)
     return ranks, torch.where(ranks == 1, labels, others.argmax(dim=1))
 
 

@@ -84,15 +84,15 @@ def _rank(
     correspondence = dataset.correspondence
     texts = encoder.encode_texts(dataset.captions)
     images = encoder.encode_images(dataset.images, names=dataset.image_names)
-    found = rank_retrieval(images, texts.embeds, correspondence, all_positives=True)
+    ranks = rank_retrieval(images, texts.embeds, correspondence, all_positives=True)
     counts: dict[str, Any] = {"images": len(images), **count_texts(texts)}
     if correspondence.allows_distractors:
         of_images, of_texts = correspondence.list_distractors()
         counts |= {"image_distractors": len(of_images), "text_distractors": len(of_texts)}
     groups = dataset.number_groups()
     directions = {
-        "t2i": (found.t2i, found.t2i.select(groups[correspondence.image_of_text])),
-        "i2t": (found.i2t, found.i2t.select(groups)),
+        "t2i": (ranks.t2i, ranks.t2i.select(groups[correspondence.image_of_text])),
+        "i2t": (ranks.i2t, ranks.i2t.select(groups)),
     }
     return directions, counts
 
@@ -162,18 +162,18 @@ def rank_pairs(embeds: Tensor) -> RetrievalRanks:
     Takes (2N, D): all first texts, then all second ones.
     """
     number = len(embeds) // 2
-    own = Correspondence.from_image_of_text(range(number), number)
-    return rank_retrieval(embeds[:number], embeds[number:], own)
+    pairs = Correspondence.from_image_of_text(range(number), number)
+    return rank_retrieval(embeds[:number], embeds[number:], pairs)
 
 
 def _run_cra(encoder: EvaluationEncoder, datasets: Datasets) -> TaskScores:
     groups = _require_pairs(datasets)
     texts = encoder.encode_texts(_list_pairs(groups))
-    found = rank_pairs(texts.embeds)
+    ranks = rank_pairs(texts.embeds)
     return TaskScores(
         {
-            "cra": mean_with_interval(hits_at(found.i2t, k=1)),
-            "second_to_first": mean_with_interval(hits_at(found.t2i, k=1)),
+            "cra": mean_with_interval(hits_at(ranks.i2t, k=1)),
+            "second_to_first": mean_with_interval(hits_at(ranks.t2i, k=1)),
             "chance": 1 / len(groups),
         },
         {"images": len(groups), **count_texts(texts)},

@@ -21,6 +21,7 @@ def write_sides(folder: Path, *, width: int = 4, image_width: int = 4) -> Path:
 
 
 def test_embeddings_are_found_by_name_in_any_order(tmp_path: Path) -> None:
+    (tmp_path / "texts.tmp").write_text("mine")
     encoder = load_encoder(write_sides(tmp_path, width=8, image_width=8))
     assert detect_model_type(tmp_path) == "embeddings"
     found = encoder.encode_texts([TEXTS[5], TEXTS[0], TEXTS[5]])
@@ -28,6 +29,7 @@ def test_embeddings_are_found_by_name_in_any_order(tmp_path: Path) -> None:
     assert found.is_truncated is None  # nobody knows
     images = encoder.encode_images([None, None], names=["2.png", "0.png"])
     assert torch.equal(images, torch.ones(2, 8))
+    assert (tmp_path / "texts.tmp").read_text() == "mine"  # a file beside them
 
 
 def test_a_name_without_an_embedding_is_named(tmp_path: Path) -> None:
@@ -54,12 +56,6 @@ def test_other_names_of_the_same_embeddings_are_other_embeddings(tmp_path: Path)
     write_named_embeddings(side_file(tmp_path, "images"), names, torch.ones(3, 4))
     after = load_encoder(tmp_path).description.fingerprint
     assert {name for name in before if before[name] != after[name]} == {"images names"}
-
-
-def test_a_file_beside_named_embeddings_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "texts.tmp").write_text("mine")
-    write_sides(tmp_path)
-    assert (tmp_path / "texts.tmp").read_text() == "mine"
 
 
 def test_a_store_is_refused_with_what_to_do(tmp_path: Path) -> None:

@@ -19,9 +19,8 @@ def test_group_ids_pair_every_image_with_every_text_of_the_same_group():
     assert texts.counts.tolist() == [2, 1, 2] and correspondence.num_pairs == 5
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_groups_pair_each_of_their_images_with_each_of_their_texts(seed):
-    chosen = random.Random(seed)
+def test_groups_pair_each_of_their_images_with_each_of_their_texts():
+    chosen = random.Random(0)
     images, texts = (chosen.choices("abcdefgh", k=count) for count in (12, 20))
     found = Correspondence.from_group_ids(images, texts, allows_distractors=True)
     pairs = zip(found.image_of_pair.tolist(), found.text_of_pair.tolist(), strict=True)

@@ -103,7 +103,7 @@ def correspondences(draw):
     return Correspondence.from_group_ids(image_group_ids, text_group_ids)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 @given(
     correspondence=correspondences(),
     shape=st.sampled_from([TileShape(1, 1), TileShape(4, 1), TileShape(3, 5), SMALL_TILES, None]),
@@ -126,10 +126,10 @@ def test_ranks_equal_brute_force_with_ties_duplicates_and_tiles_of_any_size(
 def test_ranks_are_those_of_the_embeddings_in_float64_whatever_they_are_stored_as(dtype):
     # Embeddings in a narrow cone, as untrained towers give: float32 alone would move some ranks.
     generator = torch.Generator().manual_seed(1)
-    images = 1 + 0.03 * torch.randn(400, 64, generator=generator)
-    image_of_text = torch.arange(1000) % 400
-    texts = images[image_of_text] + 0.09 * torch.randn(1000, 64, generator=generator)
-    correspondence = Correspondence.from_image_of_text(image_of_text, 400)
+    images = 1 + 0.03 * torch.randn(120, 64, generator=generator)
+    image_of_text = torch.arange(300) % 120
+    texts = images[image_of_text] + 0.09 * torch.randn(300, 64, generator=generator)
+    correspondence = Correspondence.from_image_of_text(image_of_text, 120)
     require_ranks_of_whole_matrix(images.to(dtype), texts.to(dtype), correspondence)
 
 
@@ -142,13 +142,6 @@ def test_a_wrong_candidate_within_the_tolerance_is_ranked_before_the_right_one(b
     both = torch.cat([image.double(), texts[1:]])
     ranking = rank_retrieval(both, texts, Correspondence.from_image_of_text([0, 1], 2))
     assert ranking.i2t.best_ranks[0] == rank
-
-
-def test_equal_embeddings_everywhere_rank_last():
-    same = torch.ones(5, 3)
-    ranking = rank_retrieval(same, same, Correspondence.from_image_of_text(range(5), 5))
-    assert ranking.i2t.best_ranks.tolist() == [5] * 5
-    assert ranking.t2i.best_ranks.tolist() == [5] * 5
 
 
 @pytest.mark.parametrize("shape", [SMALL_TILES, TileShape(80, 20), None])

@@ -107,11 +107,8 @@ def test_an_interval_is_that_of_a_loop_over_resampled_clusters(monkeypatch):
     assert [interval["low"], interval["high"]] == pytest.approx(wanted, abs=1e-6)
 
 
-@pytest.mark.parametrize("at_a_time", [1, 7, 50, 120])
 @pytest.mark.slow
-def test_an_interval_does_not_depend_on_how_many_clusters_are_sampled_at_a_time(
-    monkeypatch, at_a_time
-):
+def test_an_interval_does_not_depend_on_how_many_clusters_are_sampled_at_a_time(monkeypatch):
     hits = (torch.rand(90, generator=generator(7)) < 0.4).double()
     clusters = torch.randint(50, (90,), generator=generator(8))
     some = (hits[:9], clusters[:9])
@@ -124,8 +121,9 @@ def test_an_interval_does_not_depend_on_how_many_clusters_are_sampled_at_a_time(
         )
 
     whole = compute()
-    monkeypatch.setattr(metrics, "_CLUSTERS_AT_A_TIME", at_a_time)
-    assert compute() == whole
+    for at_a_time in (7, 120):
+        monkeypatch.setattr(metrics, "_CLUSTERS_AT_A_TIME", at_a_time)
+        assert compute() == whole
 
 
 def test_an_interval_covers_what_the_central_limit_says():

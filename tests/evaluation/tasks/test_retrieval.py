@@ -100,3 +100,8 @@ def test_every_language_counts_the_same_in_the_mean(tmp_path: Path) -> None:
     assert found["mean"]["t2i"]["hit_rate_at_1"] == pytest.approx(2 / 3)
     alone = RETRIEVAL.run(encoder, (german,)).scores
     assert found["languages"]["de"] == alone
+    # One language is its own mean, with the same samples.
+    scores = CROSS_LINGUAL.run(encoder, (german,)).scores
+    for direction in ("t2i", "i2t"):
+        for name, interval in scores["mean"][direction]["intervals"].items():
+            assert interval == pytest.approx(alone[direction]["intervals"][name])

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
-from ....data.records.data_hashes import hash_records
-from ....data.records.record_loading import CollectedRecords, collect_records
-from ....data.records.records import CaptionedImage
-from ....data.validation_errors import ErrorCollector
-from ..dataset_spec import (
+from ...data.records.data_hashes import hash_records
+from ...data.records.record_loading import CollectedRecords, collect_records
+from ...data.records.records import CaptionedImage
+from ...data.validation_errors import ErrorCollector
+from .dataset_spec import (
     CLEANED_TEXTS,
     OF_DISTRACTORS,
     DatasetReading,
     DatasetSpec,
 )
-from ..retrieval_dataset import PublishedRecord
+from .retrieval_dataset import PublishedRecord
 
 _DIGEST_SHOWN = 8  # hexadecimal digits
 _OWN: dict[str, Any] = {
@@ -72,8 +72,8 @@ def _find_languages(reading: DatasetReading) -> tuple[str, ...]:
     languages = dict.fromkeys(lang for b in batches for lang in b.column(0).unique().to_pylist())
     if not languages:
         errors = ErrorCollector()
-        for found in (collected.stray, *collected.lost):
-            errors.extend(found)
+        for collected_errors in (collected.stray, *collected.lost):
+            errors.extend(collected_errors)
         errors.raise_if_any(str(reading.folder))
         raise ValueError(f"{reading.folder} has no records. Each image needs one.")
     return tuple(languages)

@@ -1,4 +1,4 @@
-"""The measurement of the store runs, and its synthetic store is one that opens."""
+"""The measures of scale read what they say they read, and the synthetic store opens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.scale import scale_store
+from benchmarks.scale import scale_store, scale_streams
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 
 
@@ -28,9 +28,19 @@ def test_the_synthetic_store_has_its_items(tmp_path: Path) -> None:
     result = scale_store.measure_opening(tmp_path / "store", num_rows=400_003, dim=4)
     assert (result["items"], result["rows"]) == (80_001, 400_003)
     store = EmbeddingStore.open(tmp_path / "store")
-    assert store.rows_at(np.array([80_000, 70_000]), np.array([2, 4])).tolist() == [
-        400_002,
-        350_004,
-    ]
+    rows = store.rows_at(np.array([80_000, 70_000]), np.array([2, 4]))
+    assert rows.tolist() == [400_002, 350_004]
     with pytest.raises(ValueError, match="damaged file"):  # sparse files hold no embeddings
         store.read([0])
+
+
+@pytest.mark.slow  # a process that serves the shards
+def test_small_measures_have_every_number(tmp_path: Path) -> None:
+    parquet = scale_streams.measure_parquet_images(
+        tmp_path, num_files=10, image_bytes=500, num_reads=20
+    )
+    assert set(parquet) == set(scale_streams.LAYOUTS)
+    streams = scale_streams.measure_streams(tmp_path, num_shards=3, shard_size=4)
+    assert streams.pop("images") == 12 and len(streams) == 4
+    numbers = [number for row in parquet.values() for number in row.values()]
+    assert all(number > 0 for number in (*numbers, *streams.values()))

@@ -13,14 +13,14 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...._suggestions import counted
-from ....data.records.record_loading import find_example_data, load_records
-from ....data.records.splits import choose_test_rows, split_records
-from ....data.sources.coco import read_coco
-from ....data.sources.json_files import iterate_json_list, read_json, read_json_lines
-from ....data.sources.parquet import read_parquet
-from ..dataset_spec import DatasetReading, is_image, read_lines
-from ..retrieval_dataset import PublishedRecord, RecordReader
+from ..._suggestions import counted
+from ...data.records.record_loading import find_example_data, load_records
+from ...data.records.splits import choose_test_rows, split_records
+from ...data.sources.coco import read_coco
+from ...data.sources.json_files import iterate_json_list, read_json, read_json_lines
+from ...data.sources.parquet import read_parquet
+from .dataset_spec import DatasetReading, is_image, read_lines
+from .retrieval_dataset import PublishedRecord, RecordReader
 
 COCO_FILES = ("captions_val2017.json", "annotations/captions_val2017.json")
 COCO_ADVICE = (
@@ -44,7 +44,7 @@ class JsonCaptions:
     Attributes:
         files: Each file by the names that it may have.
         advice: Where to get them.
-        image: Fields of the image's name, of which the first one that exists is taken.
+        image: Fields that may have the image's name; the first that exists is taken.
         captions: Paths of the captions; those that exist are taken.
         items: Field of the list of records, unless the file itself is a list.
         parent: Field of the folder of the image.
@@ -80,8 +80,8 @@ class JsonCaptions:
             folder = "".join(names[0].rpartition("/")[:2])
             for place, fields in self._iterate(file, reading):
                 name = next((fields[field] for field in self.image if fields.get(field)), None)
-                found = [_find_values(fields, path) for path in paths]
-                there = [values for values in found if values != [None]]
+                values_of_paths = [_find_values(fields, path) for path in paths]
+                there = [values for values in values_of_paths if values != [None]]
                 captions: list[Any] = list(chain(*there)) if there else [None]
                 if not isinstance(name, str) or not all(isinstance(c, str) for c in captions):
                     error = self.lacking.format(lang=reading.lang)
@@ -120,7 +120,7 @@ class JsonCaptions:
 
 
 def _find_values(fields: Mapping[str, Any], path: list[str]) -> list[Any]:
-    """List the values at a path; a missing one, or one that should be a list, is None."""
+    """List the values at a path; a value that is missing, or should be a list, is None."""
     values: list[Any] = [fields]
     for step in path:
         if step == "*":
@@ -152,15 +152,15 @@ class ParquetCaptions:
         if not reading.list_parquet_files():
             yield from self.otherwise(reading)
             return
-        found = reading.list_parquet_files(self.files)
-        if not found:
+        files = reading.list_parquet_files(self.files)
+        if not files:
             raise ValueError(
                 f"{reading.source}: no {self.files.format(lang=reading.lang)} in "
                 f"{reading.folder}. Get the files of this language."
             )
         errors = reading.errors
         columns, only = self.columns, self.only
-        for raw in read_parquet(found, reading.data_folder, errors, columns=columns, only=only):
+        for raw in read_parquet(files, reading.data_folder, errors, columns=columns, only=only):
             name, captions = raw.fields.get("file_name"), raw.fields.get("captions")
             texts: list[Any] = captions if isinstance(captions, list) else [captions]
             if name is None or not all(isinstance(text, str) for text in texts):
@@ -268,9 +268,9 @@ def read_coco_cn(reading: DatasetReading) -> Iterator[PublishedRecord]:
         )
         for name in ("coco-cn_test.txt", "imageid.human-written-caption.txt")
     )
-    wanted = [line.strip() for line in read_lines(split) if line.strip()]
+    test_stems = [line.strip() for line in read_lines(split) if line.strip()]
     grouped = _group_lines(file, reading)
-    for number, stem in enumerate(wanted, start=1):
+    for number, stem in enumerate(test_stems, start=1):
         part = "train2014" if "train2014" in stem else "val2014"
         captions = tuple(line.text for line in grouped.get(stem, ()))
         yield PublishedRecord(f"{split.name} line {number}", f"{part}/{stem}.jpg", captions)
@@ -292,8 +292,8 @@ def _group_lines(file: Path, reading: DatasetReading) -> dict[str, list[_Line]]:
         if not stem or not number.isdecimal():
             reading.errors.add("no 'image#number' at the start of the line", place)
             continue
-        found = _Line(place, number, text[0] if text else "")
-        lines.setdefault(stem.removesuffix(".jpg"), []).append(found)
+        caption = _Line(place, number, text[0] if text else "")
+        lines.setdefault(stem.removesuffix(".jpg"), []).append(caption)
     return lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from captioned_files import write_shards
@@ -23,26 +24,34 @@ from modeling_llm2clip.evaluation.datasets.dataset_registry import (
     load_dataset,
 )
 from modeling_llm2clip.evaluation.datasets.dataset_spec import ReadingCache
-from modeling_llm2clip.evaluation.datasets.retrieval_dataset import (
-    RetrievalDataset,
-)
+from modeling_llm2clip.evaluation.datasets.retrieval_dataset import RetrievalDataset
+
+
+def load(*arguments: Any, **options: Any) -> RetrievalDataset:
+    dataset = load_dataset(*arguments, **options)
+    assert isinstance(dataset, RetrievalDataset)
+    return dataset
+
+
+def append(folder: Path, *lines: str) -> None:
+    """Append lines to the captions of a folder."""
+    with (folder / "captions.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
 
 
 def test_images_of_one_group_share_their_captions_each_text_once(tmp_path: Path) -> None:
-    found = load_dataset("folder", write_own_folder(tmp_path), lang="en")
-    assert isinstance(found, RetrievalDataset)
-    assert captions_by_image(found) == {
+    dataset = load("folder", write_own_folder(tmp_path), lang="en")
+    assert captions_by_image(dataset) == {
         "a.jpg": ["a cat", "one cat"],
         "b.jpg": ["a cat", "one cat"],
         "c.jpg": ["a dog"],
     }
     # To a text encoder the two cats are one thing, not two that say the same.
-    assert [group.captions for group in found.group_captions()] == [
+    assert [group.captions for group in dataset.group_captions()] == [
         ("a cat", "one cat"),
         ("a dog",),
     ]
-    long = load_dataset("folder-long", tmp_path, lang="en")
-    assert isinstance(long, RetrievalDataset)
+    long = load("folder-long", tmp_path, lang="en")
     assert long.captions == ("A cat, seen from afar.", "A cat, seen from near.", "A dog.")
 
 
@@ -50,29 +59,30 @@ def test_languages_of_a_folder_share_one_reading(tmp_path: Path) -> None:
     folder = write_own_folder(tmp_path)
     cache = ReadingCache()
     assert find_languages("folder", folder, cache=cache) == ("en", "de")
-    english = load_dataset("folder", folder, lang="en", cache=cache)
+    english = load("folder", folder, lang="en", cache=cache)
     # Nothing is left to read or to decode: the files are gone, and German is there.
     for file in folder.iterdir():
         file.unlink()
-    german = load_dataset("folder", folder, lang="de", cache=cache)
-    assert isinstance(english, RetrievalDataset) and isinstance(german, RetrievalDataset)
+    german = load("folder", folder, lang="de", cache=cache)
     assert german.captions == ("eine Katze", "ein Hund")
     assert german.images == (english.images[0], english.images[2])
 
 
 def test_a_sample_with_several_errors_is_skipped_once(tmp_path: Path) -> None:
     folder = write_own_folder(tmp_path)
-    before = load_dataset("folder", folder, lang="en").protocol
+    before = load("folder", folder, lang="en").protocol
     assert before["skipped_samples"] == 0
-    with (folder / "captions.jsonl").open("a", encoding="utf-8") as lines:
-        lines.write('{"image": "gone.jpg", "captions": [" "], "lang": "en", "surprise": 1}\n')
-        lines.write('{"image": 7, "captions": "none", "surprise": 1}\nno JSON\n')
-        lines.write('{"image": "broken.jpg", "captions": [""], "lang": "en"}\n')
+    append(
+        folder,
+        '{"image": "gone.jpg", "captions": [" "], "lang": "en", "surprise": 1}',
+        '{"image": 7, "captions": "none", "surprise": 1}\nno JSON',
+        '{"image": "broken.jpg", "captions": [""], "lang": "en"}',
+    )
     (folder / "broken.jpg").write_bytes(b"no image")
-    found = load_dataset("folder", folder, lang="en", skip_invalid=True).protocol
-    assert sum(found["skipped"].values()) > 4
-    assert found["skipped_samples"] == 4
-    assert found["images"] == before["images"]
+    protocol = load("folder", folder, lang="en", skip_invalid=True).protocol
+    assert sum(protocol["skipped"].values()) > 4
+    assert protocol["skipped_samples"] == 4
+    assert protocol["images"] == before["images"]
 
 
 def test_a_repeated_image_is_reported_with_its_line(tmp_path: Path) -> None:
@@ -84,25 +94,26 @@ def test_a_repeated_image_is_reported_with_its_line(tmp_path: Path) -> None:
     assert error.value.places["image repeated"][0].startswith(
         f"captions.jsonl line {len(lines) + 1}: "
     )
-    found = load_dataset("folder", folder, lang="en", skip_invalid=True).protocol
-    assert found["skipped_samples"] == 1
+    protocol = load("folder", folder, lang="en", skip_invalid=True).protocol
+    assert protocol["skipped_samples"] == 1
 
 
 def test_errors_of_another_language_are_not_skipped_samples_of_this_one(
     tmp_path: Path,
 ) -> None:
     folder = write_own_folder(tmp_path)
-    with (folder / "captions.jsonl").open("a", encoding="utf-8") as lines:
-        lines.write('{"image": "c.jpg", "captions": [], "lang": "fr"}\nno JSON\n')
-        lines.write('{"image": "gone.jpg", "captions": ["weg"], "lang": "de"}\n')
+    append(
+        folder,
+        '{"image": "c.jpg", "captions": [], "lang": "fr"}\nno JSON',
+        '{"image": "gone.jpg", "captions": ["weg"], "lang": "de"}',
+    )
     assert errors_of("folder", folder, lang="en") == {
         "not JSON": 1,
         "no caption": 1,
         "image missing": 1,
     }
-    german = load_dataset("folder", folder, lang="de", skip_invalid=True)
+    german = load("folder", folder, lang="de", skip_invalid=True)
     assert german.protocol["skipped"] == {"not JSON": 1, "image missing": 1}
-    assert isinstance(german, RetrievalDataset)
     assert german.captions == ("eine Katze", "ein Hund")
 
 
@@ -121,18 +132,20 @@ def test_a_large_folder_is_read_through_its_index_unless_it_has_errors(
     folder = write_own_folder(tmp_path / "data")
     load_dataset("folder", folder, lang="en", cache=ReadingCache(keeps_indexes=False))
     assert not list(tmp_path.rglob("*.arrow"))
-    found = load_dataset("folder", folder, lang="en", skip_invalid=True)
+    dataset = load("folder", folder, lang="en", skip_invalid=True)
     (index,) = tmp_path.rglob("*.arrow")
     monkeypatch.setattr(record_index, "_build", None)  # it is not built again
-    assert load_dataset("folder", folder, lang="en").list_content() == found.list_content()
+    assert load_dataset("folder", folder, lang="en").list_content() == dataset.list_content()
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with (folder / "captions.jsonl").open("a", encoding="utf-8") as lines:
-        lines.write('{"image": "gone.jpg", "captions": ["a fox"], "lang": "en"}\n')
-        lines.write('{"image": "c.jpg", "captions": ["half: \\ud83d"], "lang": "fr"}\n')
-    without = load_dataset("folder", folder, lang="en", skip_invalid=True)
+    append(
+        folder,
+        '{"image": "gone.jpg", "captions": ["a fox"], "lang": "en"}',
+        '{"image": "c.jpg", "captions": ["half: \\ud83d"], "lang": "fr"}',
+    )
+    without = load("folder", folder, lang="en", skip_invalid=True)
     assert without.protocol["skipped_samples"] == 2  # of one, not even the language is known
-    assert without.list_content() == found.list_content() and index.is_file()
+    assert without.list_content() == dataset.list_content() and index.is_file()
 
 
 def test_a_folder_with_only_broken_lines_is_reported_with_its_lines(tmp_path: Path) -> None:
@@ -152,10 +165,12 @@ def write_distractors(folder: Path) -> Path:
     """An image with no caption, a caption with no image, and one more of the cats."""
     write_own_folder(folder)
     write_images(folder, ["d.jpg"])
-    with (folder / "captions.jsonl").open("a", encoding="utf-8") as lines:
-        lines.write('\n{"image": "d.jpg", "captions": [], "lang": "en"}\n')
-        lines.write('{"group_id": "bird", "captions": ["a bird", "one bird"], "lang": "en"}\n')
-        lines.write('{"group_id": "cat", "captions": ["my cat"], "lang": "en"}\n')
+    append(
+        folder,
+        '\n{"image": "d.jpg", "captions": [], "lang": "en"}',
+        '{"group_id": "bird", "captions": ["a bird", "one bird"], "lang": "en"}',
+        '{"group_id": "cat", "captions": ["my cat"], "lang": "en"}',
+    )
     return folder
 
 
@@ -163,16 +178,15 @@ def test_distractors_are_candidates_that_no_query_asks_for_and_are_counted(
     tmp_path: Path,
 ) -> None:
     folder = write_distractors(tmp_path)
-    found = load_dataset("folder", folder, lang="en", allow_distractors=True)
-    assert isinstance(found, RetrievalDataset)
-    assert captions_by_image(found)["a.jpg"] == ["a cat", "one cat", "my cat"]
-    assert found.image_names == ("a.jpg", "b.jpg", "c.jpg", "d.jpg")
-    assert len(found.images) == 4
-    images, texts = found.correspondence.list_distractors()
+    dataset = load("folder", folder, lang="en", allow_distractors=True)
+    assert captions_by_image(dataset)["a.jpg"] == ["a cat", "one cat", "my cat"]
+    assert dataset.image_names == ("a.jpg", "b.jpg", "c.jpg", "d.jpg")
+    assert len(dataset.images) == 4
+    images, texts = dataset.correspondence.list_distractors()
     assert images.tolist() == [3]
-    assert [found.captions[row] for row in texts.tolist()] == ["a bird", "one bird"]
-    assert found.protocol["distractors"] == {"images": 1, "captions": 2}
-    assert found.protocol["images"] == 4 and found.protocol["skipped_samples"] == 0
+    assert [dataset.captions[row] for row in texts.tolist()] == ["a bird", "one bird"]
+    assert dataset.protocol["distractors"] == {"images": 1, "captions": 2}
+    assert dataset.protocol["images"] == 4 and dataset.protocol["skipped_samples"] == 0
 
 
 def test_distractors_are_errors_that_name_the_option_unless_they_are_allowed(
@@ -183,8 +197,7 @@ def test_distractors_are_errors_that_name_the_option_unless_they_are_allowed(
     with pytest.raises(DataValidationError, match="as candidates: allow_distractors"):
         load_dataset("folder", folder, lang="en")
     # A name without its file is an error anyway.
-    with (folder / "captions.jsonl").open("a", encoding="utf-8") as lines:
-        lines.write('{"image": "gone.jpg", "captions": [], "lang": "en"}\n')
+    append(folder, '{"image": "gone.jpg", "captions": [], "lang": "en"}')
     with pytest.raises(DataValidationError, match="image missing: 1"):
         load_dataset("folder", folder, lang="en", allow_distractors=True)
 
@@ -196,10 +209,9 @@ def test_records_may_have_distractors_and_published_datasets_may_not(tmp_path: P
         CaptionedImage(tmp_path / "b.jpg", "b", "b", ()),
         CaptionedImage(None, "c", "c", ("a dog",)),
     ]
-    found = load_dataset(records, allow_distractors=True)
-    assert isinstance(found, RetrievalDataset)
-    assert found.image_names == ("a", "b") and found.captions == ("a cat", "a dog")
-    assert found.protocol["distractors"] == {"images": 1, "captions": 1}
+    dataset = load(records, allow_distractors=True)
+    assert dataset.image_names == ("a", "b") and dataset.captions == ("a cat", "a dog")
+    assert dataset.protocol["distractors"] == {"images": 1, "captions": 1}
     with pytest.raises(DataValidationError, match="image missing: 1"):
         load_dataset(records)
     with pytest.raises(ValueError, match="emoji is a published dataset"):
@@ -213,11 +225,11 @@ def test_what_cannot_be_read_is_not_skipped_as_invalid(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"a\.jpg: cannot be read"):
         load_dataset("folder", folder, lang="en", skip_invalid=True)
     shards = write_shards(tmp_path / "shards")
-    found = load_dataset("folder", shards, lang="en", skip_invalid=True)
+    dataset = load("folder", shards, lang="en", skip_invalid=True)
     (shards / "00002.tar").write_bytes(b"no tar")
-    skipped = load_dataset("folder", shards, lang="en", skip_invalid=True)
+    skipped = load("folder", shards, lang="en", skip_invalid=True)
     assert skipped.protocol["skipped_samples"] == 1
-    assert skipped.list_content() == found.list_content()
+    assert skipped.list_content() == dataset.list_content()
     for name in ("00002.tar", "00001.tar"):
         make_failing_file(shards / name)
         with pytest.raises(DataValidationError, match=r"(?s)its disk fails.*Try again"):

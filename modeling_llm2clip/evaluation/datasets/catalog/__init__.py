@@ -1,1 +1,0 @@
-"""The published datasets, and the readers of captions."""
