@@ -51,7 +51,7 @@ def main() -> None:
             for _ in range(arguments.rounds + 1)
         ][1:]  # the first one warms up
         for name in losses:
-            middle = statistics.median(found[name] for found in rounds)
+            middle = statistics.median(times[name] for times in rounds)
             seconds[name][str(batch_size)] = round(middle, 4)
     write_result(
         arguments.output,

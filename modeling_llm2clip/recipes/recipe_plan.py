@@ -221,9 +221,9 @@ def _read_config(file: Path | None, num_parameters: float, part: str) -> TowerSi
     config: dict[str, Any] = {}
     if file is not None and file.is_file():
         config = json.loads(file.read_text("utf-8"))
-    own = config.get(f"{part}_config") or {}
+    section = config.get(f"{part}_config") or {}
     # The width of the shared space at the top is the one that holds.
-    config = {**config, **own} if part == "vision" else {**own, **config}
+    config = {**config, **section} if part == "vision" else {**section, **config}
     width = next((config[name] for name in _WIDTHS[part] if config.get(name)), None)
     return TowerSize(num_parameters, width if isinstance(width, int) else math.nan)
 
