@@ -1,7 +1,7 @@
 """Hides library warnings that a user can do nothing about, each by its exact words.
 
-All other warnings are shown. Commands hide all three. In Python, only the warning of bitsandbytes is
-hidden, while a public name is imported.
+All other warnings are shown. Commands hide all three. In Python, the warning of bitsandbytes alone
+is hidden, while a public name is imported.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ LOGIT_SCALE_INIT = math.log(1 / 0.07)  # arXiv:2103.00020, section 2.5
 VISION_POOLINGS = ("pooler", "cls", "mean", "patch_mean")
 
 # Fields that transformers and transformers.js read from or write into any config.json; other
-# unknown fields raise. Trainer before transformers 5.17 writes the tokenizer's three token ids here.
+# unknown fields raise. Before transformers 5.17, Trainer writes the tokenizer's three token ids.
 # They are kept and change nothing, because the model reads the LLM's ids.
 _BASE_FIELDS = {
     "bos_token_id", "eos_token_id", "pad_token_id",

@@ -249,8 +249,8 @@ def can_pack(text_model: PreTrainedModel, device: torch.device) -> bool:
     """Check that three short texts in one pack give the same numbers as each of them alone.
 
     The numbers differ if the family drops arguments that packing needs, or if its attention
-    computes more than plain scaled dot products. `device` is that of the inputs, which an offloaded model does
-    not report.
+    computes more than plain scaled dot products. `device` is the device of the inputs, which an
+    offloaded model does not report.
     """
     # Not the first ids: RoBERTa's relatives take their padding id for padding without a mask too.
     rows = torch.arange(4, 16, device=device) % text_model.config.vocab_size
