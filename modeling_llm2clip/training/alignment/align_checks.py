@@ -15,9 +15,14 @@ from ...data.captions.sentence_views import read_num_views
 from ...data.key_arrays import find_first_rows
 from ...data.records.data_hashes import are_of_same_images, hash_images, hash_own_texts, hash_texts
 from ...data.records.record_columns import NO_IMAGE, ROWS_PER_BATCH
-from ...data.records.record_table import CAPTION_COLUMNS, Array, RecordTable, count_captions
+from ...data.records.record_table import (
+    CAPTION_COLUMNS,
+    Array,
+    RecordTable,
+    count_captions,
+    require_images,
+)
 from ...data.records.records import CaptionedImage
-from ...data.records.shared_images import require_images
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.store.store_manifest import (
     CAPTION_EMBEDS,

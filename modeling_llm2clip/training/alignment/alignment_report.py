@@ -9,7 +9,7 @@ from typing import Any
 
 from ..._suggestions import counted
 from ...configuration_llm2clip import LLM2CLIPConfig
-from ...data.streams.stream_report import StreamReport
+from ...data.streams.stream_run import StreamReport
 from ...data.validation_errors import describe_errors
 from ...model_folders.model_card import CardResult, read_card_data
 from ..run_folder import read_run_record

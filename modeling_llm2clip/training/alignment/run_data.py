@@ -31,8 +31,7 @@ from ...data.remote.file_places import FilePlace, list_states, use_states
 from ...data.remote.remote_files import FileInfo
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.streams.record_streams import RecordStream, make_loader, read_report
-from ...data.streams.stream_report import StreamReport
-from ...data.streams.stream_run import hash_shards
+from ...data.streams.stream_run import StreamReport, hash_shards
 from ...encoding.batches import default_num_workers
 from ...processing_llm2clip import LLM2CLIPProcessor
 from .alignment_data import AlignmentDataset, AlignmentStream, decode_sample

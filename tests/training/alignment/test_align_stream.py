@@ -23,7 +23,7 @@ from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.data.records.record_columns import hash_text
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.streams.record_streams import RecordStream, make_loader, stream_records
-from modeling_llm2clip.data.streams.stream_report import StreamReport, TooManyLostError
+from modeling_llm2clip.data.streams.stream_run import StreamReport, TooManyLostError
 from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
 from modeling_llm2clip.training.alignment import run_data
 from modeling_llm2clip.training.alignment.align import align
