@@ -352,7 +352,7 @@ class TextAdapter(nn.Module):
 
 
 def contrastive_loss(logits_per_image: Tensor) -> Tensor:
-    """Compute the symmetric cross-entropy of all pairs; it is ln(B) if no pair stands out.
+    """Compute the symmetric cross-entropy of all pairs; ln(B) if all score the same.
 
     The logits are (B, B); image i matches text i (arXiv:2103.00020, figure 3).
     """
