@@ -86,7 +86,7 @@ class AnnIndex:
 
         `nprobes` was tuned without a filter. Images that pass one are often alike, such as those of
         one folder, and may be in none of the partitions nearest to the query. One bit per dimension
-        also tells similar images apart less well.
+        also separates similar images less well.
         """
         return dataclasses.replace(
             self,
