@@ -166,7 +166,7 @@ def test_embeddings_that_are_no_directions_are_refused(index: ImageIndex) -> Non
         index.search("a dog", top_k=0)
 
 
-def test_an_index_tells_its_model_images_columns_and_embeddings(
+def test_an_index_lists_its_model_images_columns_and_embeddings(
     index: ImageIndex, wanted: dict[str, Any], place: Path
 ) -> None:
     assert index.model == str((place / "model").resolve())
