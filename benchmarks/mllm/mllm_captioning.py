@@ -1,10 +1,10 @@
-"""Does the alignment make a vision tower a better eye for a multimodal LLM? Held-out caption loss.
+"""Caption loss of a multimodal LLM on a vision tower before and after its alignment.
 
     python -m benchmarks.mllm.mllm_captioning
 
 A vision transformer with real weights (DINOv2-small, tuned for saliency) is aligned with captions
-of the embedded emoji by SmolLM2-135M (fine-tuned on captions), the whole tower trained. The tower
-as it came and the aligned one then each become the eyes of SmolLM2-135M-Instruct, by both steps of
+of the embedded emoji by SmolLM2-135M (fine-tuned on captions), the whole tower trained. Then
+SmolLM2-135M-Instruct is trained on the original tower and on the aligned one, by both steps of
 `examples/scripts/llava`: same images, steps and seeds. Neither step nor the alignment sees a
 held-out thing, its images or its names.
 
@@ -252,8 +252,8 @@ def _train(
          {"max_steps": arguments.instruction_steps, "learning_rate": 2e-4}),
     )  # fmt: skip
     figures: dict[str, Any] = {}
-    for step, load_model, conversations, wording, own in steps:
-        config = LlavaConfig(**common, **own)
+    for step, load_model, conversations, wording, options in steps:
+        config = LlavaConfig(**common, **options)
         train_llava(
             load_model, conversations, work / step, config, wording=wording, record={"step": step}
         )
@@ -278,7 +278,7 @@ def _evaluate(
     model: Any, processor: LlavaProcessor, conversations: list[Conversation], wording: str
 ) -> dict[str, Any]:
     tokens = find_tokens_of(model, processor)
-    own = ConversationDataset(conversations, processor, tokens, wording=wording)
+    dataset = ConversationDataset(conversations, processor, tokens, wording=wording)
     turned = [*conversations[1:], conversations[0]]
     others = [
         replace(conversation, image=other.image)
@@ -286,14 +286,14 @@ def _evaluate(
     ]
     other = ConversationDataset(others, processor, tokens, wording=wording)
     return {
-        "caption_loss": round(_mean_loss(model, processor, own), 4),
+        "caption_loss": round(_mean_loss(model, processor, dataset), 4),
         "caption_loss_other_image": round(_mean_loss(model, processor, other), 4),
         "written": [
             {
                 "name": conversations[number].turns[0][1],
-                "written": _write(model, processor, own, number),
+                "written": _write(model, processor, dataset, number),
             }
-            for number in range(0, len(own), max(1, len(own) // 8))
+            for number in range(0, len(dataset), max(1, len(dataset) // 8))
         ],
     }
 

@@ -83,7 +83,7 @@ def _describe() -> dict[str, Any]:
 
 
 def _summarize(recorded: dict[str, Any]) -> dict[str, Any]:
-    """The figures that the bars are about, in front of the file."""
+    """Choose the figures that bars are set for; they stand first in the file."""
     places = {
         "open_seconds": ("records", "open_seconds"),
         "open_mb": ("records", "open_mb"),
@@ -93,18 +93,18 @@ def _summarize(recorded: dict[str, Any]) -> dict[str, Any]:
         "ray_time_ratio": ("engines", "ray_time_ratio"),
         "stream_images_per_second": ("streams", "stream_bytes_per_s"),
     }
-    found = {}
+    figures = {}
     for name, path in places.items():
         value: Any = recorded
         for key in path:
             value = value.get(key) if isinstance(value, dict) else None
         if value is not None:
-            found[name] = value
+            figures[name] = value
     if "finetune" in recorded:
         slope = recorded["finetune"]["peak_bytes_per_record"]
-        stages = found.get("bytes_per_record", {})
-        found["bytes_per_record"] = {**stages, "finetune-llm": {"private_mb": slope}}
-    return found
+        stages = figures.get("bytes_per_record", {})
+        figures["bytes_per_record"] = {**stages, "finetune-llm": {"private_mb": slope}}
+    return figures
 
 
 def _run(measure: str, arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
@@ -165,9 +165,9 @@ def _open(arguments: argparse.Namespace) -> dict[str, Any]:
     for _ in range(_OPENED):
         begin = time.perf_counter()
         records = load_records(arguments.folder / str(arguments.count))
-        found = [records[0], records[len(records) // 3], records[-1]]
+        read = [records[0], records[len(records) // 3], records[-1]]
         times.append(time.perf_counter() - begin)
-        assert len(found) == 3
+        assert len(read) == 3
     after = read_memory()
     return {
         "open_seconds": round(max(times), 4),
@@ -223,13 +223,13 @@ def _measure_streaming(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _fit_slope(rows: list[dict[str, Any]], name: str) -> float:
-    """Bytes per record, by least squares."""
+    """Fit bytes per record by least squares."""
     counts = np.array([row["records"] for row in rows], float)
     return float(np.polyfit(counts, [row[name] * _MB for row in rows], 1)[0])
 
 
 def read_memory() -> dict[str, float]:
-    """Read this process's memory in MB: resident now, private now, and the peak of resident."""
+    """Read the memory of this process in MB: resident, private, and the peak of resident."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     kilobytes = {name: int(value.split()[0]) for name, value in status.items() if " kB" in value}
     return {

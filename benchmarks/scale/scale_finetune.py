@@ -48,13 +48,13 @@ def measure_starts(numbers: list[int], folder: Path, *, threads: int = 2) -> dic
     Returns:
         Seconds and bytes for each number, and bytes per record.
     """
-    found = {number: _run("one-start", number, folder, threads) for number in numbers}
+    measured = {number: _run("one-start", number, folder, threads) for number in numbers}
     slope = None
-    if len(found) > 1:
-        few, many = sorted(found)[-2:]
-        grown = found[many]["peak_bytes"] - found[few]["peak_bytes"]
+    if len(measured) > 1:
+        few, many = sorted(measured)[-2:]
+        grown = measured[many]["peak_bytes"] - measured[few]["peak_bytes"]
         slope = round(grown / (many - few), 2)
-    return {"records": found, "peak_bytes_per_record": slope}
+    return {"records": measured, "peak_bytes_per_record": slope}
 
 
 def measure_nearest(numbers: list[int], folder: Path, *, threads: int = 2) -> dict[str, Any]:
@@ -171,8 +171,8 @@ def _give_memory_back() -> None:
 def _count_bytes() -> int:
     """Count resident bytes that are not of a file."""
     status = Path("/proc/self/status").read_text()
-    found = re.findall(r"^(?:RssAnon|RssShmem):\s+(\d+) kB", status, re.MULTILINE)
-    return sum(map(int, found)) * 1024
+    sizes = re.findall(r"^(?:RssAnon|RssShmem):\s+(\d+) kB", status, re.MULTILINE)
+    return sum(map(int, sizes)) * 1024
 
 
 def _write_records(number: int, file: Path) -> None:
@@ -209,14 +209,14 @@ def _make_embeddings(number: int, file: Path) -> np.ndarray:
     generator = np.random.default_rng(0)
     centers = generator.normal(size=(_CENTERS, _LATENT)).astype(np.float32)
     basis = generator.normal(size=(_LATENT, _DIM)).astype(np.float32) / np.sqrt(_LATENT)
-    found = np.memmap(file, np.float16, "w+", shape=(number, _DIM))
+    embeddings = np.memmap(file, np.float16, "w+", shape=(number, _DIM))
     for start in range(0, number, _ROWS_AT_ONCE):
         size = min(_ROWS_AT_ONCE, number - start)
         latent = centers[generator.integers(0, _CENTERS, size)]
         latent += 0.7 * generator.standard_normal((size, _LATENT), np.float32)
         rows = latent @ basis + 0.3 * generator.standard_normal((size, _DIM), np.float32)
-        found[start : start + size] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    return found
+        embeddings[start : start + size] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return embeddings
 
 
 def _run(part: str, number: int, folder: Path, threads: int) -> dict[str, Any]:
@@ -230,8 +230,8 @@ def _run(part: str, number: int, folder: Path, threads: int) -> dict[str, Any]:
         )
     if done.returncode:
         raise SystemExit(f"{part} {number} ended with {done.returncode}.")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return measured
 
 
 def main() -> None:
@@ -248,10 +248,10 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.gettempdir())
     if arguments.what == "start":
-        found = measure_starts(arguments.records, folder, threads=arguments.threads)
+        measured = measure_starts(arguments.records, folder, threads=arguments.threads)
     else:
-        found = measure_nearest(arguments.groups, folder, threads=arguments.threads)
-    print(json.dumps(found, indent=2))
+        measured = measure_nearest(arguments.groups, folder, threads=arguments.threads)
+    print(json.dumps(measured, indent=2))
 
 
 _PARTS = {"one-start": start_once, "one-nearest": search_once}

@@ -24,10 +24,10 @@ def write_records(folder: Path, count: int) -> None:
         for number in range(count):
             # One image has a record per language; here are more of them than languages.
             turn, row = divmod(number, len(records))
-            one, other = texts[number % len(texts)], texts[(7 * number + 3) % len(texts)]
+            first, second = texts[number % len(texts)], texts[(7 * number + 3) % len(texts)]
             record = {
                 "file_name": records[row].name,
                 "lang": f"x-{turn}",
-                "captions": [f"{one}, number {number}", f"{other} ({number})"],
+                "captions": [f"{first}, number {number}", f"{second} ({number})"],
             }
             file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -99,20 +99,20 @@ def _start_alignment(folder: Path, count: int) -> dict[str, Any]:
     from modeling_llm2clip.training.alignment.align import align
 
     records = _load(folder, count)
-    found: dict[str, Any] = {}
+    noted: dict[str, Any] = {}
 
     class Watch(TrainerCallback):  # type: ignore[misc]
         """Notes when the first step begins, and what the workers hold at the last one."""
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-            if "begun" not in found:
-                found.update(begun=time.perf_counter(), **memory.describe())
+            if "begun" not in noted:
+                noted.update(begun=time.perf_counter(), **memory.describe())
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-            found["workers"] = [_count_bytes(pid) for pid in _list_children()]
+            noted["workers"] = [_count_bytes(pid) for pid in _list_children()]
 
     def start(chosen: Any, name: str, *, workers: int) -> float:
-        found.clear()
+        noted.clear()
         config = AlignConfig(
             max_steps=_STEPS, global_batch_size=min(_BATCH, len(chosen)), num_workers=workers,
             held_out_ratio=0.0, projection_init="model", image_noise=0.0, caption_noise=0.0,
@@ -124,14 +124,14 @@ def _start_alignment(folder: Path, count: int) -> dict[str, Any]:
             caption_store=folder / f"captions-{count}", image_store=folder / f"images-{count}",
             callbacks=[Watch()],
         )  # fmt: skip
-        return float(found["begun"] - begin)
+        return float(noted["begun"] - begin)
 
     with PeakMemory() as memory:
         seconds = start(records, "alone", workers=0)
-        alone = {name: found[name] for name in ("resident_mb", "private_mb")}
+        alone = {name: noted[name] for name in ("resident_mb", "private_mb")}
     with PeakMemory() as memory:
         start(records, "workers", workers=_WORKERS)
-    private = [pair[1] for pair in found["workers"]]
+    private = [pair[1] for pair in noted["workers"]]
     return {
         "seconds": round(seconds, 2),
         **alone,

@@ -118,7 +118,9 @@ def measure_reading(
             for name in names:
                 times[name].append(_time(readers[name], rows))
             names = [*names[1:], names[0]]  # whoever comes first has no advantage over the rounds
-        rates = {name: round(_BATCH / statistics.median(found)) for name, found in times.items()}
+        rates = {
+            name: round(_BATCH / statistics.median(seconds)) for name, seconds in times.items()
+        }
         # The formats of a round read the same rows, one after the other.
         ratios = [a / b for a, b in zip(times["numpy"], times["store"], strict=True)]
         result[kind] = {
@@ -151,15 +153,15 @@ def measure_checking(*, dim: int = 4096, num_rows: int = 8192) -> dict[str, floa
         from blake3 import blake3
 
         hashes["blake3"] = lambda: [blake3(piece).digest() for piece in pieces]
-    found = {}
+    rates = {}
     for name, compute in hashes.items():
         seconds = []
         for _ in range(5):
             started = time.perf_counter()
             compute()
             seconds.append(time.perf_counter() - started)
-        found[f"{name}_gigabytes_per_second"] = round(rows.nbytes / min(seconds) / 1e9, 2)
-    return found
+        rates[f"{name}_gigabytes_per_second"] = round(rows.nbytes / min(seconds) / 1e9, 2)
+    return rates
 
 
 def measure_opening(
@@ -320,9 +322,9 @@ def _reload(folder: Path) -> None:
 
 def _time(read: Read, rows: Array) -> float:
     started = time.perf_counter()
-    found = read(rows)
+    embeddings = read(rows)
     seconds = time.perf_counter() - started
-    assert len(found) == len(rows)
+    assert len(embeddings) == len(rows)
     return seconds
 
 

@@ -61,7 +61,7 @@ def measure_parquet_images(
         Layout to milliseconds an image: of the first reads, of later ones, and in order.
     """
     rng = np.random.default_rng(0)
-    found = {}
+    milliseconds = {}
     for name, (group, options) in LAYOUTS.items():
         place = Path(tempfile.mkdtemp(dir=folder))
         files = []
@@ -82,12 +82,12 @@ def measure_parquet_images(
             for row in range(group):
                 ParquetImage(files[0], "image", row).read_bytes()
 
-        found[name] = {
+        milliseconds[name] = {
             "first_ms": 1000 * _time(read_at_random) / num_reads,
             "later_ms": 1000 * _time(read_at_random) / num_reads,
             "in_order_ms": 1000 * _time(read_in_order) / group,
         }
-    return found
+    return milliseconds
 
 
 def measure_streams(
@@ -108,7 +108,7 @@ def measure_streams(
     write_shards(shards, num_shards, shard_size)
     records = load_records(shards)
     order = np.random.default_rng(0).permutation(len(records)).tolist()
-    found: dict[str, float] = {"images": len(records)}
+    rates: dict[str, float] = {"images": len(records)}
 
     def read_files(read: Callable[[CaptionedImage], None]) -> None:
         for row in order:
@@ -123,9 +123,9 @@ def measure_streams(
     with serve(shards) as url:
         source = f"{url}/{{00000..{num_shards - 1:05d}}}.tar"
         for name, read in (("bytes", _read_bytes), ("decoded", _decode)):
-            found[f"files_{name}_per_s"] = len(records) / _time(partial(read_files, read))
-            found[f"stream_{name}_per_s"] = len(records) / _time(partial(read_stream, source, read))
-    return found
+            rates[f"files_{name}_per_s"] = len(records) / _time(partial(read_files, read))
+            rates[f"stream_{name}_per_s"] = len(records) / _time(partial(read_stream, source, read))
+    return rates
 
 
 def write_shards(folder: Path, num_shards: int, shard_size: int) -> None:
@@ -180,12 +180,12 @@ class _RangeHandler(SimpleHTTPRequestHandler):
         file = Path(self.translate_path(self.path))
         content = file.read_bytes()
         status, size = 200, len(content)
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if wanted:
-            start, stop = int(wanted[1]), min(size, int(wanted[2] or size) + 1)
+        requested = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if requested:
+            start, stop = int(requested[1]), min(size, int(requested[2] or size) + 1)
             content, status = content[start:stop], 206
         self.send_response(status)
-        if wanted:
+        if requested:
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()

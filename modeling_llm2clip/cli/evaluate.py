@@ -25,7 +25,7 @@ from .options import use_device, use_image_limits
 if TYPE_CHECKING:
     from ..evaluation.results import Result
 
-# What models and embeddings without a config.json of transformers have.
+# Files of models and embeddings that have no config.json of transformers.
 _OTHERS = ("open_clip_config.json", "modules.json", "texts.safetensors", "images.safetensors")
 
 
@@ -139,9 +139,9 @@ def _require_models(
         has_other = any((path / name).exists() for name in _OTHERS)
         if not path.is_dir() or of_models.model_type or has_other:
             continue
-        found = find_model_type(path)
-        if found is not None and found.content in ("above", "lora", "text", "vision"):
-            raise ValueError(f"{found.advice} There is nothing in it to evaluate.")
+        model_type = find_model_type(path)
+        if model_type is not None and model_type.content in ("above", "lora", "text", "vision"):
+            raise ValueError(f"{model_type.advice} There is nothing in it to evaluate.")
 
 
 def _choose_datasets(datasets: Sequence[str], image_dir: Sequence[str]) -> list[EvaluatedDataset]:
@@ -152,7 +152,7 @@ def _choose_datasets(datasets: Sequence[str], image_dir: Sequence[str]) -> list[
         chosen = [parse_dataset(text) for text in datasets]
     except ValueError as error:
         raise ValueError(f"--datasets {error}") from error
-    chosen = [replace(one, image_dir=images.pop(one.name, None)) for one in chosen]
+    chosen = [replace(item, image_dir=images.pop(item.name, None)) for item in chosen]
     if images:
         raise ValueError(f"--image-dir names datasets that --datasets does not: {sorted(images)}.")
     return chosen
@@ -183,7 +183,7 @@ def _choose_models(models: Sequence[str], of_models: ModelsConfig) -> list[Evalu
 
 
 def _read_model(text: str) -> tuple[str, str]:
-    """Name and source; a source that exists is never taken apart."""
+    """Split NAME=SOURCE; a source that exists is taken whole."""
     if Path(text).exists() or "=" not in text:
         return "", text
     return _split(text, flag="MODEL")

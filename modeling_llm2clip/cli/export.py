@@ -42,8 +42,8 @@ def export(
     from ..data.atomic_files import require_new_folder
 
     require_new_folder(output)
-    if (given := limits.list_given()) and not config.onnx:
-        named = ", ".join(f"`{name}`" for name in given)
+    if (unused := limits.list_given()) and not config.onnx:
+        named = ", ".join(f"`{name}`" for name in unused)
         raise ValueError(f"{named} is for --onnx, which reads images. Leave it out.")
     use_image_limits(limits)
     if config.onnx:

@@ -135,7 +135,7 @@ def read_captioned_images(
     Images on this machine are checked first where the command decodes them (`require_images`),
     unless the run resumes.
     """
-    from ..data.configured_records import read_configured_records
+    from ..data.captions.caption_joins import read_configured_records
     from ..data.remote.shard_urls import has_remote_shards
 
     check_images = reading.check_images
@@ -180,10 +180,10 @@ def use_image_limits(config: ImageLimitsConfig) -> None:
 
 def refuse_foreign_options(config: EncodingConfig, modality: str) -> None:
     """Raise ValueError for options that a modality has no use for."""
-    if given := [name for name in config.list_given() if name in _FOREIGN[modality]]:
+    if foreign := [name for name in config.list_given() if name in _FOREIGN[modality]]:
         other = "text" if modality == "image" else "image"
         raise ValueError(
-            f"{', '.join(given)}: only for --modality {other}. Leave it out, or choose that."
+            f"{', '.join(foreign)}: only for --modality {other}. Leave it out, or choose that."
         )
 
 

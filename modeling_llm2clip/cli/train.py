@@ -48,6 +48,6 @@ def train(recipe: Path, /, *, dry_run: bool = False, limits: ImageLimitsConfig) 
 
 
 def _find_folder(data: str) -> str:
-    """Return the folder of NAME=FOLDER; a name has no slash, and a path that exists is whole."""
+    """Return the folder of NAME=FOLDER; a path that exists, or with a slash before =, is whole."""
     name, sign, folder = data.partition("=")
     return folder if sign and "/" not in name and not Path(data).exists() else data

@@ -158,8 +158,8 @@ class AlignConfig(TrainingConfig, ChoiceConfig):
                 self.distillation_weight and self.vision_training == "frozen"
             ),
             **{
-                f"Only {way} uses {', '.join(given)}, and this is {' and '.join(ways)}.": given
-                for way, given in unused.items()
+                f"Only {way} uses {', '.join(names)}, and this is {' and '.join(ways)}.": names
+                for way, names in unused.items()
             },
             "zero_shot is measured with held-out images, and held_out_ratio=0 has none.": (
                 self.zero_shot and not self.held_out_ratio
@@ -182,8 +182,8 @@ class AlignConfig(TrainingConfig, ChoiceConfig):
         Raises:
             ValueError: A store is missing or of no use; all that is wrong is named.
         """
-        given = (caption_store, image_store, inherit_from)
-        captions, images, teacher = (store is not None for store in given)
+        stores = (caption_store, image_store, inherit_from)
+        captions, images, teacher = (store is not None for store in stores)
         is_frozen = self.vision_training == "frozen"
         is_stored = captions and images and is_frozen
         needs_both = "needs a caption_store and an image_store, and vision_training=frozen"

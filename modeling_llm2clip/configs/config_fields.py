@@ -1,4 +1,4 @@
-"""The bases of all options: pydantic checks the fields by their annotations; and YAML.
+"""The bases of all options, which pydantic checks by their annotations, and their YAML.
 
 A field's annotation says what it may be (`Annotated[int, Interval(ge=1)]`, `Literal["a", "b"]`),
 and the string under it documents it. pydantic is imported when a config with a value that is not
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
     from pydantic_core import CoreSchema, ErrorDetails
 
-# What all of torch, NumPy and transformers take.
+# The range that torch, NumPy and transformers all take.
 Seed = Annotated[int, Interval(ge=0, le=2**32 - 1)]
 # One alias, because Python takes unions of one set of choices in another order for the same.
 WeightDtype = Literal["float32", "bfloat16", "float16"]
@@ -35,11 +35,11 @@ _ADAPTERS: dict[type, TypeAdapter[Any]] = {}  # made once per type of config
 class Matches:
     """The strings that a field may have: those that match all of `pattern`.
 
-    `wanted` says in an error what the pattern means.
+    `meaning` describes such strings in an error.
     """
 
     pattern: str
-    wanted: str
+    meaning: str
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: Callable[[Any], CoreSchema]
@@ -50,16 +50,16 @@ class Matches:
 
     def _require(self, text: str) -> str:
         if not re.fullmatch(self.pattern, text):
-            raise ValueError(f"must be {self.wanted}")
+            raise ValueError(f"must be {self.meaning}")
         return text
 
 
 Device = Annotated[
     str,
-    Matches(pattern=r"auto|cpu|cuda(:\d+)?|mps", wanted="one of auto, cpu, cuda, cuda:N, mps"),
+    Matches(pattern=r"auto|cpu|cuda(:\d+)?|mps", meaning="one of auto, cpu, cuda, cuda:N, mps"),
 ]
 ShardSize = Annotated[
-    str, Matches(pattern=r"[1-9]\d*(KB|MB|GB|KiB|MiB|GiB)", wanted="a size, like 5GB or 500MB")
+    str, Matches(pattern=r"[1-9]\d*(KB|MB|GB|KiB|MiB|GiB)", meaning="a size, like 5GB or 500MB")
 ]
 
 
@@ -186,7 +186,7 @@ def make_config(config_type: type[ConfigT], values: Mapping[str, Any]) -> Config
 
 
 def _check(config_type: type[Config], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values as the fields want them; a field without a default has to be there."""
+    """Convert values to the types of the fields; refuse a missing field without a default."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
     from typing_extensions import NotRequired, TypedDict
 
@@ -221,7 +221,7 @@ def _describe(error: ErrorDetails, config_type: type[Config]) -> str:
 
 
 def get_reason(error: ErrorDetails) -> str:
-    """Return the message of an error of pydantic, without what it puts before those of others."""
+    """Return the message of an error of pydantic, without the prefix of other exceptions."""
     return str(error.get("ctx", {}).get("error", error["msg"]))
 
 

@@ -13,7 +13,7 @@ from .encoding_config import TextWeights
 
 License = Annotated[
     str,
-    Matches(pattern=r"[a-z0-9][a-z0-9.+-]*", wanted="an identifier of the Hub, like apache-2.0"),
+    Matches(pattern=r"[a-z0-9][a-z0-9.+-]*", meaning="an identifier of the Hub, like apache-2.0"),
 ]
 
 
@@ -79,8 +79,8 @@ class ExportConfig(CardConfig, DeviceConfig):
 
     def _list_conflicts(self) -> dict[str, object]:
         def name_given(*options: str, others: bool = False) -> str:
-            given = [name for name in self.list_given() if (name in options) is not others]
-            return ", ".join(f"`{name}`" for name in given)
+            names = [name for name in self.list_given() if (name in options) is not others]
+            return ", ".join(f"`{name}`" for name in names)
 
         is_tower = self.components == "vision-tower"
         of_tower = name_given("components", "license", "device", others=True)

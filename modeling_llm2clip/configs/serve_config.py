@@ -12,7 +12,7 @@ from .data_config import ImageLimitsConfig
 from .encoding_config import BackendConfig
 
 Network = Annotated[
-    str, Matches(pattern=r"[\da-fA-F.:]+(/\d+)?", wanted="a network, like 10.1.0.0/16")
+    str, Matches(pattern=r"[\da-fA-F.:]+(/\d+)?", meaning="a network, like 10.1.0.0/16")
 ]
 Port = Annotated[int, Interval(ge=0, le=65535)]
 ServerSchema = Literal["openai", "chat", "cohere", "jina"]
@@ -107,7 +107,7 @@ class ServerCheckConfig(DeviceConfig):
     """Options of `check_server`: the endpoint, and the requests that it gets."""
 
     server: (
-        Annotated[str, Matches(pattern=r"https?://.+", wanted="an http or https address")] | None
+        Annotated[str, Matches(pattern=r"https?://.+", meaning="an http or https address")] | None
     ) = None
     """Endpoint to compare with the folder, e.g. http://127.0.0.1:8000; an address without a path
     gets the path of `schema`. Default: check only the folder."""
@@ -121,7 +121,7 @@ class ServerCheckConfig(DeviceConfig):
     """Dtype that the server should compute in, which sets the tolerance. Default: the dtype of the
     folder's weights."""
     api_key_env: Annotated[
-        str, Matches(pattern=r"[A-Za-z_]\w*", wanted="the name of an environment variable")
+        str, Matches(pattern=r"[A-Za-z_]\w*", meaning="the name of an environment variable")
     ] = "LLM2CLIP_API_KEY"
     """Environment variable with the API key, which is sent as a bearer token if set."""
     timeout_s: Annotated[float, Interval(gt=0, le=3600)] = 60.0
@@ -130,7 +130,7 @@ class ServerCheckConfig(DeviceConfig):
     """Number of concurrent requests in the check for cross-talk."""
 
     def _list_conflicts(self) -> dict[str, object]:
-        given = [f"`{name}`" for name in self.list_given() if name not in ("server", "device")]
+        unused = [f"`{name}`" for name in self.list_given() if name not in ("server", "device")]
         return {
-            f"{', '.join(given)} needs `server`. Give its address.": self.server is None and given
+            f"{', '.join(unused)} needs `server`. Give its address.": self.server is None and unused
         }

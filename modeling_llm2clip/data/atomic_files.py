@@ -44,7 +44,7 @@ def default_cache_folder() -> Path:
 
 @cache
 def temporary_folder() -> Path:
-    """Make a folder that is removed when this process ends; the same one at each call."""
+    """Return a folder that is removed when this process ends; every call gives the same one."""
     parent = Path(tempfile.gettempdir())
     with explain_full_disk(parent, "for temporary files", FREE_TEMPORARY_FOLDER):
         folder = Path(tempfile.mkdtemp(prefix="llm2clip-"))

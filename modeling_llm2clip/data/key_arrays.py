@@ -10,10 +10,10 @@ import numpy as np
 Array: TypeAlias = np.ndarray[Any, Any]
 Chunks: TypeAlias = Callable[[], Iterable[Array]]
 
-# Each pass reads all keys, and holds those of one range, at some 40 bytes each: few passes are
-# fast, and many take little memory.
-_FEW_KEYS = 2**17  # are compared in one pass
-_FEW_PASSES = 8  # are enough for a range of
+# Each pass reads all keys and holds those of one range, at about 40 bytes per key: few passes are
+# fast, many passes need little memory.
+_FEW_KEYS = 2**17  # compared in one pass
+_FEW_PASSES = 8  # as long as no range has more than
 _MANY_KEYS = 2**21
 _MOST_PASSES = 32
 
@@ -63,7 +63,7 @@ def iterate_ranges(
 ) -> Iterator[tuple[Array, Array]]:
     """Yield the keys of each range of their first bits, and their row numbers.
 
-    The ranges do not depend on the order of the keys, but on how many there are.
+    The ranges depend on the number of keys, not on their order.
     """
     num_passes = min(_MOST_PASSES, max(_FEW_PASSES, -(-num_keys // _MANY_KEYS)))
     num_passes = min(num_passes, -(-num_keys // _FEW_KEYS))

@@ -142,15 +142,15 @@ def _search_images(
     return rank_images(SENTENCES, cosines, [*(stored[row].path for row in rows), *paths])
 
 
-def _show(found: list[SearchResult], output: Path, scores: dict[str, float]) -> None:
-    write_results_sheet(found, output / "search.png")
+def _show(results: list[SearchResult], output: Path, scores: dict[str, float]) -> None:
+    write_results_sheet(results, output / "search.png")
     note = (
         f"Unseen text to image R@1 {scores['unseen_t2i_r1']:.1%}, image to text "
         f"{scores['unseen_i2t_r1']:.1%}, chance {scores['chance_r1']:.1%}. The number "
         "under an image is its cosine with the sentence."
     )
     write_results_page(
-        found, output / "search.html", title="LLM2CLIP: images by sentence", note=note
+        results, output / "search.html", title="LLM2CLIP: images by sentence", note=note
     )
 
 

@@ -163,7 +163,7 @@ def _plan_output(
     encoder: ShardEncoder,
     config: EmbedConfig,
 ) -> EmbeddingManifest:
-    """Make the manifest of an output that is not begun."""
+    """Make the manifest of an output before it is begun."""
     dim = config.truncate_dim or encoder.dim
     if dim > encoder.dim:
         raise ValueError(

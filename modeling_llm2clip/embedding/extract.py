@@ -36,12 +36,13 @@ from ..data.captions.sentence_views import (
 from ..data.images.image_sources import ImageSource
 from ..data.key_arrays import Array
 from ..data.records.data_hashes import hash_images, hash_texts
-from ..data.records.record_table import CAPTION_COLUMNS, RecordTable
-from ..data.records.records import CaptionedImage, Modality
-from ..data.records.shared_images import (
+from ..data.records.record_table import (
+    CAPTION_COLUMNS,
+    RecordTable,
     find_first_records,
     require_images,
 )
+from ..data.records.records import CaptionedImage, Modality
 from ..data.store.embedding_store import EmbeddingStore
 from ..data.store.store_index import StoreIndex, make_batch
 from ..data.store.store_manifest import (
@@ -220,7 +221,7 @@ class StoreInputs:
             )
         images: list[ImageSource | None] = []
         for first, items, _ in self._occurrences.find(rows):
-            # Records in several languages share the row of theirs.
+            # Records of an image in several languages share its row.
             images += records.select(first + items).iterate_images()
         return images
 
@@ -241,7 +242,7 @@ def plan_store(
     config: ExtractConfig,
     modality: Modality,
 ) -> StoreManifest:
-    """Make the manifest of a store whose items are not known."""
+    """Make the manifest of a store before its items are known."""
     causes = {"data": hash_texts(records)}
     if modality == "image":
         causes["images"] = hash_images(records)
@@ -281,7 +282,7 @@ def list_caption_items(records: RecordTable, scratch: Path, *, num_views: int = 
         batch = add_views(captions, num_views)
         keys = np.asarray(batch.column("text_keys").flatten())
         distinct = numbers.add(flatten_captions(batch).texts, keys)
-        # Arrow passes those with a letter, and Python looks at the others.
+        # Arrow passes texts with an ASCII character; Python checks the others.
         unclear = distinct.filter(pc.invert(pc.match_substring_regex(distinct, "[!-~]")))
         suspicious += [text for text in unclear.to_pylist() if not text.strip()]
     if suspicious:

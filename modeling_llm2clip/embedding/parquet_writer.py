@@ -31,8 +31,12 @@ from ..data.atomic_files import hash_file
 from ..data.captions.caption_columns import flatten_captions
 from ..data.images.image_sources import ImageSource
 from ..data.key_arrays import Array, count_distinct
-from ..data.records.record_table import CAPTION_COLUMNS, RecordTable
-from ..data.records.shared_images import require_images, select_one_per_image
+from ..data.records.record_table import (
+    CAPTION_COLUMNS,
+    RecordTable,
+    require_images,
+    select_one_per_image,
+)
 from ..data.store.store_manifest import ShardRecord
 from .embedding_manifest import EmbeddingManifest
 from .sharded_writer import ShardedWriter
@@ -87,7 +91,7 @@ class TextRows:
         return [text for part in parts for text in part]
 
     def sample(self, size: int) -> list[str]:
-        """Read one caption of each of some records, evenly spaced, a short one or a long one."""
+        """Read a short or long caption of each of some records, which are evenly spaced."""
         chosen = _space_evenly(len(self._records), size)
         sampled = []
         for number, record in enumerate(self._records.select(chosen)):
@@ -177,7 +181,7 @@ class ImageRows:
 
 
 def _require_unique_records(records: RecordTable) -> None:
-    """Names and languages of a source are unique; those of records in memory may not be."""
+    """Refuse records in memory that share name and language; those of a source never do."""
     num_keys = count_distinct(partial(records.iterate_numbers, "key"), len(records))
     if num_keys < len(records):
         raise ValueError(

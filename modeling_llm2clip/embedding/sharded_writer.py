@@ -69,7 +69,7 @@ class ShardedWriter(ABC, Generic[_Manifest]):
 
     @contextmanager
     def hold(self, shard: int) -> Iterator[None]:
-        """Refuse other runs of a shard meanwhile, where the file system has locks."""
+        """Hold a shard, so that other runs are refused, where the file system has locks."""
         file = self.folder / f"_{self.manifest.name_shard(shard)}.lock"
         with file.open("ab") as opened:
             if not lock_unless_held(file, opened):

@@ -234,9 +234,9 @@ def prepare_images(
         for image in images
     ]
     return PreparedImages(
-        _join([one.inputs for one in alone if one.places]),
-        [place for place, one in enumerate(alone) if one.places],
-        {place: one.errors[0] for place, one in enumerate(alone) if one.errors},
+        _join([prepared.inputs for prepared in alone if prepared.places]),
+        [place for place, prepared in enumerate(alone) if prepared.places],
+        {place: prepared.errors[0] for place, prepared in enumerate(alone) if prepared.errors},
     )
 
 
@@ -279,7 +279,7 @@ def require_finite(
 
 
 def list_keys(inputs: Sequence[Any]) -> list[Hashable]:
-    """Return for each input what equal inputs share, and no others.
+    """Return a key per input, which equal inputs share and different ones do not.
 
     An image in memory is equal to itself alone. Inputs of a sequence that is not a list are all
     different: it may make them anew at each access, where an `id` says nothing.
@@ -287,6 +287,6 @@ def list_keys(inputs: Sequence[Any]) -> list[Hashable]:
     if not isinstance(inputs, list | tuple):
         return list(range(len(inputs)))
     by_value = (str, os.PathLike, TarImage, ParquetImage)
-    shared = [one.text if isinstance(one, TokenizedText) else one for one in inputs]
-    keys: list[Any] = [one if isinstance(one, by_value) else ("id", id(one)) for one in shared]
+    texts = [item.text if isinstance(item, TokenizedText) else item for item in inputs]
+    keys: list[Any] = [item if isinstance(item, by_value) else ("id", id(item)) for item in texts]
     return keys

@@ -20,7 +20,7 @@ def find_device(name: str | None = "auto") -> torch.device:
     """
     import torch
 
-    # The variable that accelerate looks at, too.
+    # accelerate reads the same variable.
     launched = int(os.environ.get("LOCAL_RANK", "-1")) >= 0
     # `accelerate launch` was given `--cpu`, or its configuration says so.
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")

@@ -36,7 +36,7 @@ _TOKENS_PER_TEXT = 64  # where a batch size is given
 
 
 def choose_batches(device: torch.device, batch_size: int | None = None) -> tuple[int, int]:
-    """Choose the most tokens and the most images of a batch, where one is not given by device."""
+    """Choose the largest numbers of tokens and images per batch, by device where none is given."""
     # A CPU divides a batch further, and larger batches of images overflow its caches.
     return (
         (batch_size * _TOKENS_PER_TEXT, batch_size)
@@ -145,7 +145,7 @@ class Encoder(ABC):
         if budget < 1:
             raise ValueError(f"{token_budget=} holds no token; give a positive one, or None.")
 
-        lengths = [len(one.ids) for one in tokens]
+        lengths = [len(text.ids) for text in tokens]
         options: Any = {} if num_unpooled is None else {"num_unpooled": num_unpooled}
         return self._encode(
             "text",

@@ -1,4 +1,4 @@
-"""Float32 that is float32: no TF32, which keeps 10 bits of a number.
+"""Exact float32: switches off TF32, which keeps 10 bits of a number.
 
 On CUDA torch convolves float32 numbers in TF32 by default, and programs switch it on for matrix
 products too. Both settings hold for the whole program.
@@ -17,14 +17,14 @@ import torch
 # raise.
 _EACH_ALONE = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 _lock = threading.Lock()
-_passes: list[Sequence[Any]] = []  # the settings before each that is inside
+_passes: list[Sequence[Any]] = []  # for each running pass, the settings before it
 
 
 @contextmanager
 def float32_as_such() -> Iterator[None]:
-    """Compute products and convolutions of float32 numbers as such inside, on every device.
+    """Compute products and convolutions in exact float32 inside, on every device.
 
-    Of several threads the last one gives the program its settings back.
+    Threads may overlap: the last pass that ends restores the settings of the program.
     """
     with _lock:
         before = _swap_settings(None)
@@ -39,7 +39,7 @@ def float32_as_such() -> Iterator[None]:
 
 
 def _swap_settings(settings: Sequence[Any] | None) -> list[Any]:
-    """Set the program's settings, for None those of exact float32; return the ones before."""
+    """Set the settings of the program, or exact float32 for None; return the former ones."""
     if not _EACH_ALONE:
         before = [torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32]
         precision, torch.backends.cudnn.allow_tf32 = settings or ("highest", False)

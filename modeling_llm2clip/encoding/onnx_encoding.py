@@ -57,7 +57,9 @@ class OnnxEncoder(Encoder):
         self.processor = processor
         self.logit_rule = logit_rule
         sessions = {"text": text_session, "image": vision_session}
-        self._sessions = {name: one for name, one in sessions.items() if one is not None}
+        self._sessions = {
+            modality: session for modality, session in sessions.items() if session is not None
+        }
         self.modalities = tuple(self._sessions)
         first = next(iter(self._sessions.values()))
         self.embedding_dim = int(first.get_outputs()[0].shape[1])

@@ -1,4 +1,4 @@
-"""Token ids of texts: made once, counted where that is wanted, and passed on to the encoder."""
+"""Token ids of texts: made once, counted where needed, and passed on to the encoder."""
 
 from __future__ import annotations
 

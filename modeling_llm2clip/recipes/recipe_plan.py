@@ -1,6 +1,6 @@
 """The plan of `train`: stages in order, with sizes, steps, disk, and which are finished.
 
-Sizes of towers are read from their files without loading them. NaN is a number that is unknown.
+Sizes of towers are read from their files without loading them. Unknown numbers are NaN.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def read_split(config: TrainConfig) -> Split:
 
 
 def plan_recipe(config: TrainConfig, split: Split) -> RecipePlan:
-    """Plan what `train` will do with a recipe; writes nothing and loads no model."""
+    """Plan the stages of a recipe; writes nothing and loads no model."""
     # The captions to train on that an image to evaluate on has, too.
     ours, theirs = (list_text_keys(RecordTable.from_records(part)) for part in split)
     return RecipePlan(
@@ -192,7 +192,7 @@ def measure_tower(
 ) -> TowerSize:
     """Read the size of a tower from its configuration and the headers of its weight files.
 
-    Of a dual encoder, it is that of one part; the width of its texts is that of the shared space.
+    The size of a dual encoder is that of one part; the width of its texts is the shared space's.
     """
     folder = find_tower(embedded) if source == EMBEDDED else Path(source)
     if folder.is_dir():
@@ -221,15 +221,15 @@ def _read_config(file: Path | None, num_parameters: float, part: str) -> TowerSi
     config: dict[str, Any] = {}
     if file is not None and file.is_file():
         config = json.loads(file.read_text("utf-8"))
-    own = config.get(f"{part}_config") or {}
+    section = config.get(f"{part}_config") or {}
     # The width of the shared space at the top is the one that holds.
-    config = {**config, **own} if part == "vision" else {**own, **config}
+    config = {**config, **section} if part == "vision" else {**section, **config}
     width = next((config[name] for name in _WIDTHS[part] if config.get(name)), None)
     return TowerSize(num_parameters, width if isinstance(width, int) else math.nan)
 
 
 class _Planner:
-    """Counts what the stages of one recipe work on."""
+    """Counts the items, steps and bytes of each stage of a recipe."""
 
     def __init__(
         self,
@@ -352,7 +352,7 @@ def _count_images(records: Sequence[CaptionedImage]) -> int:
 
 
 def is_complete(folder: Path) -> bool:
-    """Tell whether a folder that appears by renaming is there."""
+    """Whether a folder that is written under another name and renamed is there."""
     return folder.is_dir() and any(folder.iterdir())
 
 

@@ -11,7 +11,7 @@ from accelerate import PartialState
 
 from ..encoding.devices import find_device
 
-_LAUNCHED = "ACCELERATE_DYNAMO_USE_FULLGRAPH"  # which `accelerate launch` always sets
+_LAUNCHED = "ACCELERATE_DYNAMO_USE_FULLGRAPH"  # always set by `accelerate launch`
 
 # One process may work alone for a while, on hard negatives or on a folder that is written. NCCL
 # gives up after ten minutes.
@@ -22,7 +22,7 @@ def choose_device(name: str) -> torch.device:
     """Return the device that an option names, and join this process to the others of a launcher."""
     device = find_device(name)
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # otherwise kernels of other libraries run on the first
+        torch.cuda.set_device(device)  # otherwise kernels of other libraries run on the first GPU
     join_processes(cpu=device.type == "cpu")
     return device
 

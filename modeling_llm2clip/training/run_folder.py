@@ -40,8 +40,8 @@ CHECKPOINTS = "checkpoints"
 LOCK_FILE = "run.lock"
 # The last file of a checkpoint: without it, the checkpoint is incomplete.
 _COMPLETE = "complete"
-# What changes no number, so that a run may be resumed with other values. Weights and stores are
-# compared by their content, wherever they are.
+# Options that change no number, with which a run may be resumed. Weights and stores are compared by
+# content, wherever they are.
 _MAY_DIFFER = {"num_workers", "report_to", "source", "folder"}
 _CHECKPOINTS_KEPT = 2
 _ATTEMPTS = 100
@@ -51,7 +51,7 @@ _HELD: set[IO[str]] = set()
 def write_run_record(
     folder: Path, config: Config, inputs: Mapping[str, Any], *, model: nn.Module | None = None
 ) -> None:
-    """Write `run.json`, or renew what it says of a run that is resumed."""
+    """Write `run.json`; a resumed run keeps its results."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -91,7 +91,7 @@ def read_run_record(folder: Path) -> dict[str, Any]:
 
 
 def require_output(output: Path, *, resume: bool, model: Path | None) -> None:
-    """Require a folder for a run, and that the model which it writes is not there yet."""
+    """Require a folder that a run may use, and no model where the run will write one."""
     if model is not None:
         clear_leftovers(model)
         require_new_folder(model)
@@ -99,7 +99,7 @@ def require_output(output: Path, *, resume: bool, model: Path | None) -> None:
 
 
 def require_fresh_or_resumed(folder: Path, *, resume: bool) -> None:
-    """Require an empty folder, or one of a run that is resumed."""
+    """Require an empty folder, or that of a run that is resumed."""
     require_writable(folder)
     # A run that was killed before it wrote its record has done nothing yet.
     if not folder.exists() or all(
@@ -125,7 +125,7 @@ def require_same_run(
 ) -> None:
     """Require that a run in a folder, if any, was begun with the same options and inputs.
 
-    Further options, or sections of them, may differ if they change nothing that is written already.
+    The options and sections in `may_differ` change nothing that is written already.
     """
     require_fresh_or_resumed(folder, resume=resume)
     if not (folder / RUN_FILE).is_file():
@@ -226,7 +226,7 @@ def lock_run(folder: Path) -> Iterator[None]:
     however that ends. Where the file system has no `flock`, nothing is locked. A folder that is
     empty in the end is removed.
     """
-    # Here, so that a command can check a folder without them.
+    # Imported here, so that a command can check a folder without torch.
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
@@ -247,7 +247,7 @@ def lock_run(folder: Path) -> Iterator[None]:
 def _hold(folder: Path) -> Iterator[bool]:
     file = folder / LOCK_FILE
     with _open(file) as opened:
-        is_held = lock_unless_held(file, opened)  # a run that ended has removed its own
+        is_held = lock_unless_held(file, opened)  # a run that ended has removed its file
         if is_held:
             _HELD.add(opened)
         try:
@@ -261,7 +261,7 @@ def _hold(folder: Path) -> Iterator[bool]:
 
 
 def _open(file: Path) -> IO[str]:
-    """Open a file in a folder that is made, and that a run which ends may remove meanwhile."""
+    """Make a folder and open a file in it; a run that ends may remove the folder in between."""
     for _ in range(_ATTEMPTS):
         with suppress(FileNotFoundError, FileExistsError):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -276,8 +276,8 @@ def _step_of(checkpoint: Path) -> int:
 
 def _read(folder: Path) -> dict[str, Any]:
     file = folder / RUN_FILE
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return found
+    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return record
 
 
 def _write(folder: Path, record: Mapping[str, Any]) -> None:
@@ -286,7 +286,7 @@ def _write(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Give every nested value a name of its own, so that a difference is named alone."""
+    """Give every nested value its dotted name, so that a message names the difference alone."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         nested = _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else None

@@ -35,8 +35,8 @@ Arguments = TypeVar("Arguments", bound=TrainingArguments)
 Result = TypeVar("Result")
 
 _WEIGHTS = "trained.safetensors"
-_SECONDS_BETWEEN_UPDATES = 10.0  # where every update of a bar stays visible, as in a file
-# Logged numbers that the progress bar shows: under which name, and in which format.
+_SECONDS_BETWEEN_UPDATES = 10.0  # in a file, where every update of a bar stays visible
+# Logged numbers that the progress bar shows, with their name and format there.
 _SHOWN = {
     "loss": ("loss", ".4g"),
     "learning_rate": ("lr", ".4g"),
@@ -97,7 +97,7 @@ def training_arguments_on(
 ) -> Arguments:
     """Make a Trainer's arguments for a run on one device; by default it takes the first GPU."""
     in_bfloat16 = computes_in_bfloat16(config.precision, on_gpu=device.type == "cuda")
-    # A launcher writes its own choice here, and accelerate follows it where a Trainer makes none.
+    # A launcher sets this variable, and accelerate obeys it unless the Trainer decides.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if in_bfloat16 else "no"
     arguments = arguments_class(
         use_cpu=device.type == "cpu",
@@ -105,7 +105,7 @@ def training_arguments_on(
         bf16=in_bfloat16,
         save_strategy="steps",
         save_steps=config.save_steps,
-        ddp_find_unused_parameters=False,  # what gets no gradient is frozen, or refused
+        ddp_find_unused_parameters=False,  # weights without a gradient are frozen, or refused
         report_to=choose_reports(config.report_to),
         seed=config.seed,
         **options,
@@ -201,9 +201,9 @@ class JsonLinesCallback(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_log = True
 
-    def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
-        if state.is_world_process_zero and given.get("logs"):
-            line = json.dumps({"step": state.global_step, **given["logs"]})
+    def on_log(self, args: Any, state: Any, control: Any, **reported: Any) -> None:  # noqa: ARG002
+        if state.is_world_process_zero and reported.get("logs"):
+            line = json.dumps({"step": state.global_step, **reported["logs"]})
             with self.file.open("a", encoding="utf-8") as stream:
                 stream.write(line + "\n")
 
@@ -248,8 +248,8 @@ class ProgressCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         self._bar.update(state.global_step - self._bar.n)
 
-    def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
-        self._numbers |= describe_numbers(given.get("logs") or {})
+    def on_log(self, args: Any, state: Any, control: Any, **reported: Any) -> None:  # noqa: ARG002
+        self._numbers |= describe_numbers(reported.get("logs") or {})
         self._bar.set_postfix(self._numbers, refresh=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
@@ -316,7 +316,7 @@ def count_warmup_steps(warmup_steps: float, num_steps: int) -> int:
 
 def recompute_activations(tower: Any) -> None:
     """Make a tower recompute its activations in the backward pass: slower, in less memory."""
-    # Newer versions of transformers call it so, and warn of the old name.
+    # The name in newer versions of transformers, which warn of the old one.
     enable = getattr(tower, "activation_checkpointing_enable", None)
     (enable or tower.gradient_checkpointing_enable)({"use_reentrant": False})
 
@@ -347,7 +347,7 @@ def find_without_gradient(module: nn.Module, compute: Callable[[], Tensor]) -> l
     LoRA in that layer's place is then never run: it would be counted, saved and merged, and never
     train.
 
-    A gradient of zero is one: the first matrix of a new LoRA has no other. In training mode, an LLM
+    A gradient of zero counts: the first matrix of a new LoRA has no other. In training mode, an LLM
     with `layerdrop` would leave out layers at random. Afterwards gradients, modes and random
     generators are as they were.
     """
@@ -364,7 +364,7 @@ def find_without_gradient(module: nn.Module, compute: Callable[[], Tensor]) -> l
 
 
 def require_gradients(without: Iterable[str], *, cause: str, remedy: str) -> None:
-    """Refuse a run of which some parameters would never be trained."""
+    """Refuse a run that would never train some of its parameters."""
     layers = list(dict.fromkeys(name.partition(".lora_")[0] for name in without))
     if layers:
         shown = list_first(layers)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from transformers import AutoModel, AutoProcessor
 
 import modeling_llm2clip
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.building import build_model
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +31,24 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def built(towers: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("built") / "model"
-    options = ["--prompt", "llama-3", "--projection-dim", "24", "--max-text-length", "32"]
+    options = ["--prompt", "llama-3", "--projection-dim", "24", "--max-text-length", "32",
+               "--vision-pooling", "patch_mean", "--no-normalize-text-before-adapter"]  # fmt: skip
     assert main(["build", *towers, str(folder), *options]) == 0
     return folder
 
 
-def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_says_its_version_and_that_of_what_it_uses(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == modeling_llm2clip.__version__
+    assert main(["env"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("- ") for line in lines)
+    shown = dict(line[2:].split(": ", 1) for line in lines)
+    assert shown["Python"] == platform.python_version()
+    # The part after "+" names a build, which the metadata of some wheels leave out.
+    assert shown["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+    assert shown["flash_attention_2"] in ("installed", "not installed")
+    assert {"transformers", "Platform", "Commit", "CPU", "GPU", "Device (auto)"} <= set(shown)
 
 
 def test_what_build_writes_loads_and_has_the_chosen_settings(built: Path) -> None:
@@ -44,19 +57,8 @@ def test_what_build_writes_loads_and_has_the_chosen_settings(built: Path) -> Non
     with torch.inference_mode():
         output = model(**inputs)
     assert output.text_embeds.shape == output.image_embeds.shape == (1, 24)
-    assert model.config.max_text_length == 32
-
-
-def test_build_takes_every_setting_of_pooling_and_adapter(
-    towers: tuple[str, str], tmp_path: Path
-) -> None:
-    options = ["--prompt", "llama-3", "--vision-pooling", "patch_mean"]
-    options += ["--no-normalize-text-before-adapter", "--max-text-length", "32"]
-    assert main(["build", *towers, str(tmp_path / "new"), *options]) == 0
-    model = AutoModel.from_pretrained(tmp_path / "new")
-    assert model.config.vision_pooling == "patch_mean"
-    assert model.config.normalize_text_before_adapter is False
-    assert model.text_adapter.normalize is False
+    assert model.config.max_text_length == 32 and model.config.vision_pooling == "patch_mean"
+    assert model.config.normalize_text_before_adapter is model.text_adapter.normalize is False
 
 
 def test_a_lora_is_written_in_every_dtype_that_the_config_takes(
@@ -68,13 +70,25 @@ def test_a_lora_is_written_in_every_dtype_that_the_config_takes(
     assert found is not None and set(found[1].split(", ")) == {"float32", "float16", "bfloat16"}
 
 
-def test_doctor_finds_what_build_writes_healthy(
-    built: Path, capsys: pytest.CaptureFixture[str]
+def test_doctor_finds_what_build_writes_healthy_and_exits_with_1_for_a_broken_folder(
+    built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["doctor", str(built)]) == 0
     report = capsys.readouterr().out
     assert report.splitlines()[-1].startswith(f"{built}: healthy, but untrained: ")
     assert "FAILED" not in report
+    broken = copy_with_config(built, tmp_path / "broken", text_pooling="last_token")
+    assert main(["doctor", str(broken)]) == 1
+    report = capsys.readouterr().out
+    assert [line for line in report.splitlines() if line.startswith("FAILED   golden embeddings")]
+    assert "healthy" not in report
+
+
+def copy_with_config(folder: Path, target: Path, **changes: Any) -> Path:
+    shutil.copytree(folder, target)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (target / "config.json").write_text(json.dumps({**config, **changes}), encoding="utf-8")
+    return target
 
 
 def test_a_whole_model_is_not_a_language_model(
@@ -121,63 +135,36 @@ def test_a_device_that_is_not_there_is_reported_before_a_model_is_read(
     assert not (tmp_path / "new").exists()
 
 
-def write_broken_images(folder: Path) -> Path:
-    folder.mkdir()
-    for name in ("a.png", "b.png"):
-        (folder / name).write_text("no image", encoding="utf-8")
-    lines = [json.dumps({"image": name, "captions": "a"}) for name in ("a.png", "b.png")]
-    (folder / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    return folder
-
-
-def test_doctor_exits_with_1_for_a_broken_folder(
-    built: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    whole = (built / "config.json").read_text(encoding="utf-8")
-    changed = {**json.loads(whole), "text_pooling": "last_token"}
-    (built / "config.json").write_text(json.dumps(changed), encoding="utf-8")
-    try:
-        assert main(["doctor", str(built)]) == 1
-    finally:
-        (built / "config.json").write_text(whole, encoding="utf-8")
-    report = capsys.readouterr().out
-    assert [line for line in report.splitlines() if line.startswith("FAILED   golden embeddings")]
-    assert "healthy" not in report
-
-
 @pytest.mark.parametrize(
-    "command",
-    [["extract", "MODEL", "DATA", "OUTPUT", "--modality", "image"],
-     ["align", "MODEL", "DATA", "OUTPUT", "--text-training", "frozen-online"],
-     ["extract", "MODEL", "DATA", "OUTPUT", "--check-images", "--modality", "text"]],
-    ids=lambda command: " ".join(command[::4]),
-)  # fmt: skip
-def test_broken_images_are_all_reported_before_a_model_is_loaded(
-    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_broken_images(tmp_path / "data")
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "model.safetensors").touch()  # empty, so that loading it would fail
-    places = {"MODEL": "model", "DATA": "data", "OUTPUT": "output"}
-    assert main([str(tmp_path / places[p]) if p in places else p for p in command]) == 2
-    message = capsys.readouterr().err
-    assert "image unreadable: 2 (" in message and "a.png: not an image" in message
-    assert not (tmp_path / "output").exists()
-
-
-@pytest.mark.parametrize(
-    "options", [["--modality", "image", "--no-check-images"], ["--modality", "text"]]
+    ("command", "decodes"),
+    [
+        ("extract MODEL DATA OUTPUT --modality image", True),
+        ("align MODEL DATA OUTPUT --text-training frozen-online", True),
+        ("extract MODEL DATA OUTPUT --modality text --check-images", True),
+        ("extract MODEL DATA OUTPUT --modality text", False),
+        ("extract MODEL DATA OUTPUT --modality image --no-check-images", False),
+    ],
 )
-def test_images_are_not_decoded_first_where_it_is_not_wanted_or_not_needed(
-    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_broken_images_are_all_reported_before_a_model_is_loaded_where_they_are_needed(
+    command: str, decodes: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = write_broken_images(tmp_path / "data")
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("a.png", "b.png"):
+        (data / name).write_text("no image", encoding="utf-8")
+    lines = [json.dumps({"image": name, "captions": "a"}) for name in ("a.png", "b.png")]
+    (data / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
     model = tmp_path / "model"
     model.mkdir()
-    (model / "model.safetensors").touch()  # which cannot be loaded
-    assert main(["extract", str(model), str(data), str(tmp_path / "output"), *options]) == 2
+    (model / "model.safetensors").touch()  # empty, so that loading it fails
+    places = {"MODEL": str(model), "DATA": str(data), "OUTPUT": str(tmp_path / "output")}
+    assert main([places.get(word, word) for word in command.split()]) == 2
     message = capsys.readouterr().err
-    assert "unreadable" not in message and str(model) in message  # which is empty
+    if decodes:
+        assert "image unreadable: 2 (" in message and "a.png: not an image" in message
+    else:
+        assert "unreadable" not in message and str(model) in message
+    assert not (tmp_path / "output").exists()
 
 
 ABSENT = "/nowhere"
@@ -210,24 +197,15 @@ def make_tower(folder: Path) -> str:
     ids=lambda value: " ".join(value[:1] + value[3:]) if isinstance(value, list) else "",
 )  # fmt: skip
 def test_what_cannot_be_built_is_refused_before_anything_is_loaded(
-    command: list[str],
-    message: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from modeling_llm2clip.building import build_model as build
-
+    command: list[str], message: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     for name in ("load_vision_tower", "load_text_tower"):
-        monkeypatch.setattr(build, name, None)  # calling it would show another message
+        monkeypatch.setattr(build_model, name, None)  # calling it would show another message
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("", encoding="utf-8")
-    places = {
-        "VISION": make_tower(tmp_path / "vision"),
-        "LLM": make_tower(tmp_path / "llm"),
-        "EMPTY": str(tmp_path / "empty"),
-        "FILE": str(tmp_path / "file"),
-    }
+    places = {"EMPTY": str(tmp_path / "empty"), "FILE": str(tmp_path / "file")}
+    places |= {name: make_tower(tmp_path / name) for name in ("VISION", "LLM")}
     output = str(tmp_path / "new")
     build_command, *towers = (places.get(part, part) for part in command[:3])
     assert main([build_command, *towers, output, *command[3:]]) == 2
@@ -235,50 +213,37 @@ def test_what_cannot_be_built_is_refused_before_anything_is_loaded(
     assert not Path(output).exists()
 
 
-def copy_with_truncated_weights(folder: Path, target: Path) -> Path:
-    shutil.copytree(folder, target)
-    file = target / "model.safetensors"
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    return target
-
-
 @pytest.mark.parametrize("place", ["vision", "llm", "model"])
 def test_truncated_weights_are_reported_in_one_line_with_their_folder(
-    place: str,
-    towers: tuple[str, str],
-    built: Path,
-    tmp_path: Path,
+    place: str, towers: tuple[str, str], built: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:
-    whole = {"vision": Path(towers[0]), "llm": Path(towers[1]), "model": built}
-    damaged = str(copy_with_truncated_weights(whole[place], tmp_path / "truncated"))
+) -> None:  # fmt: skip
+    whole = {"vision": towers[0], "llm": towers[1], "model": built}
+    damaged = shutil.copytree(whole[place], tmp_path / "truncated")
+    file = damaged / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    pair = [str(damaged) if name == place else whole[name] for name in ("vision", "llm")]
     output = str(tmp_path / "new")
-    if place == "model":
-        command = ["export", damaged, output]
-    else:
-        pair = (damaged, towers[1]) if place == "vision" else (towers[0], damaged)
-        command = ["build", *pair, output, "--prompt", "llama-3"]
-    assert main(command) == 2
+    command = ["build", *pair, output, "--prompt", "llama-3"]
+    assert main(["export", str(damaged), output] if place == "model" else command) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("llm2clip")]
     assert len(lines) == 1
-    assert damaged in lines[0] and "truncated or damaged" in lines[0]
+    assert str(damaged) in lines[0] and "truncated or damaged" in lines[0]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are POSIX's")
 def test_a_config_of_other_types_is_reported_in_one_line(
     built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = Path(shutil.copytree(built, tmp_path / "edited"))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["text_config"]["hidden_size"] = "64"
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    config = json.loads((built / "config.json").read_text(encoding="utf-8"))["text_config"]
+    changed = {**config, "hidden_size": "64"}
+    folder = copy_with_config(built, tmp_path / "edited", text_config=changed)
     assert main(["export", str(folder), str(tmp_path / "new")]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "'hidden_size'" in line and "Restore the config.json" in line
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are POSIX's")
 def test_weights_that_cannot_be_written_are_reported_in_one_line(
     towers: tuple[str, str], tmp_path: Path
 ) -> None:
@@ -289,12 +254,9 @@ def test_weights_that_cannot_be_written_are_reported_in_one_line(
     )
     command = ["build", *towers, str(tmp_path / "new"), "--prompt", "llama-3"]
     done = subprocess.run(
-        [sys.executable, "-c", limited, *command],
-        capture_output=True,
-        text=True,
-        timeout=120,
+        [sys.executable, "-c", limited, *command], capture_output=True, text=True, timeout=120,
         cwd=Path(__file__).parents[2],
-    )
+    )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert "a weight file could not be read or written" in done.stderr

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from modeling_llm2clip import _extras
-from modeling_llm2clip.__main__ import LINE, main
+from modeling_llm2clip.__main__ import LINE
 from modeling_llm2clip._extras import MissingExtraError, Need, require
 
 ROOT = Path(__file__).parents[2]
@@ -114,21 +114,17 @@ def list_of_command(command: str) -> set[str]:
     return found
 
 
-def command_names() -> list[str]:
-    return [name for name in LINE if not name.startswith("-")]
+def test_what_is_missing_is_in_the_extra_that_is_named() -> None:
+    for need in all_needs():
+        assert DISTRIBUTIONS.get(need.module, need.module) in resolve(need.extra), need
 
 
-@pytest.mark.parametrize("need", all_needs(), ids=lambda need: f"{need.module} in {need.extra}")
-def test_what_is_missing_is_in_the_extra_that_is_named(need: Need) -> None:
-    assert DISTRIBUTIONS.get(need.module, need.module) in resolve(need.extra)
-
-
-@pytest.mark.parametrize("command", command_names())
-def test_what_a_command_imports_at_once_is_required_or_in_its_extra(command: str) -> None:
-    extra = ALWAYS_NAMED.get(command)
-    optional = list_of_command(command) - REQUIRED - INDIRECT
-    there = resolve(extra) if extra else set()
-    assert {DISTRIBUTIONS.get(module, module) for module in optional} <= there
+def test_what_a_command_imports_at_once_is_required_or_in_its_extra() -> None:
+    for command in (name for name in LINE if not name.startswith("-")):
+        extra = ALWAYS_NAMED.get(command)
+        optional = list_of_command(command) - REQUIRED - INDIRECT
+        there = resolve(extra) if extra else set()
+        assert {DISTRIBUTIONS.get(module, module) for module in optional} <= there, command
 
 
 def test_the_walk_finds_what_is_imported_far_from_the_command() -> None:
@@ -136,22 +132,19 @@ def test_the_walk_finds_what_is_imported_far_from_the_command() -> None:
     assert "peft" not in list_of_command("align")  # imports it for a LoRA only
 
 
-@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: file.stem)
-def test_every_optional_import_can_be_named(file: Path) -> None:
-    others = list_imports(file, into_functions=True)[1]
+def test_every_optional_import_can_be_named() -> None:
     named = {need.module for need in all_needs()}
     named |= {"mteb"}  # of a module that only mteb's users import
     named |= {"pillow_heif"}  # without it HEIC is skipped, and the count says what to install
-    assert others - {"modeling_llm2clip"} <= REQUIRED | INDIRECT | named
+    for file in PACKAGE.rglob("*.py"):
+        others = list_imports(file, into_functions=True)[1]
+        assert others - {"modeling_llm2clip"} <= REQUIRED | INDIRECT | named, file
 
 
-def test_all_has_every_extra() -> None:
+def test_all_has_every_extra_and_training_what_the_demos_model_needs() -> None:
     others = EXTRAS.keys() - ONLY_TESTS - NOT_IN_ALL
     rest = set().union(*(resolve(extra) for extra in others))
     assert rest <= resolve("all") <= resolve("test")
-
-
-def test_training_brings_what_the_demos_model_needs() -> None:
     assert "timm" in resolve("train")
 
 
@@ -204,20 +197,14 @@ BLOCKED_RUNS = [
 
 def write_half_models(folder: Path) -> dict[str, str]:
     """Folders with the one file that says what they need, and nothing to work with."""
-    contents = {
-        "PLAIN": {"config.json": {"model_type": "llm2clip", "vision_config": {
-            "model_type": "clip_vision_model"}}},
-        "DATA": {},
-    }  # fmt: skip
-    for name, files in contents.items():
+    for name in ("PLAIN", "DATA"):
         (folder / name).mkdir()
-        for file, content in files.items():
-            (folder / name / file).write_text(json.dumps(content), encoding="utf-8")
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(
-        "vision_model: embedded\ntext_model: embedded\noutput: new\ndata: DATA\n", encoding="utf-8"
-    )
-    return {name: str(folder / name) for name in contents} | {"RECIPE": str(recipe)}
+    config = {"model_type": "llm2clip", "vision_config": {"model_type": "clip_vision_model"}}
+    (folder / "PLAIN" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    recipe = "vision_model: embedded\ntext_model: embedded\noutput: new\ndata: DATA\n"
+    (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    places = {"PLAIN": "PLAIN", "DATA": "DATA", "RECIPE": "recipe.yaml"}
+    return {name: str(folder / place) for name, place in places.items()}
 
 
 def test_every_command_names_its_extra_before_it_does_anything(tmp_path: Path) -> None:
@@ -260,15 +247,3 @@ def test_a_folder_that_is_called_like_a_package_is_none(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(MissingExtraError, match="no_such_package"):
         require(Need("no_such_package", "train", "is a folder of data"))
-
-
-def test_what_no_need_foresees_names_all_extras(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail(_: str, /) -> int:
-        """Fails."""
-        raise ImportError("No module named 'other'")
-
-    monkeypatch.setattr(LINE["doctor"], "default_command", fail)
-    assert main(["doctor", "gone"]) == 2
-    assert 'pip install "modeling_llm2clip[all]"' in capsys.readouterr().err

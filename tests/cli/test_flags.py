@@ -122,31 +122,21 @@ def test_a_command_gets_its_arguments_configs_and_flags() -> None:
         learning_rate=2e-4, is_merged=False, names=("x", "y"),
         text_pairs=((Path("a"), 1.0), (Path("b"), 2.0)),
     )  # fmt: skip
-
-
-def test_what_is_not_given_has_the_default_of_the_dataclass() -> None:
     _, output, config, _, top_k = run("stage", "m", "--labels", "l")
     assert (output, config, top_k) == (Path("out"), StageConfig(), 6)
 
 
-def test_no_word_is_taken_for_nothing() -> None:
+def test_words_are_taken_as_they_are() -> None:
     words = ("stage", "m", "--labels", "none", "--prompt-prefix", "none", "--names", "null")
     _, _, config, labels, _ = run(*words)
     assert config == StageConfig(prompt_prefix="none", names=("null",))
     assert labels == Path("none")
-
-
-def test_a_flag_that_is_given_once_each_leaves_arguments_after_it() -> None:
+    # A flag that is given once each leaves arguments after it.
     words = ("find-images", "f", "--image", "a", "a dog", "--image", "b")
     assert run(*words) == ("f", ("a dog",), (Path("a"), Path("b")), False)
-
-
-def test_a_text_that_is_true_or_false_is_an_argument_where_no_switch_precedes_it() -> None:
+    # A text that is true or false is an argument where no switch precedes it.
     assert run("find-images", "f", "false", "--combine") == ("f", ("false",), (), True)
     assert run("find-images", "f", "--combine", "--", "true") == ("f", ("true",), (), True)
-
-
-def test_a_value_may_begin_with_hyphens() -> None:
     words = ("stage", "m", "--labels", "l", "--prompt-prefix=--query: ")
     assert run(*words)[2].prompt_prefix == "--query: "
 
@@ -205,6 +195,9 @@ def test_flags_win_over_the_file_of_options(tmp_path: Path) -> None:
         max_steps=3, learning_rate=2.0, text_pairs=((Path("a"), 1.0),), names=("no", "010")
     )
     assert labels == Path("l")
+    file.write_text("find-images: f")  # an option with the name of a command
+    _, _, config, _, _ = run("stage", "m", "--labels", "l", "--config", str(file))
+    assert config == StageConfig(find_images="f")
 
 
 @pytest.mark.parametrize(
@@ -225,16 +218,6 @@ def test_a_wrong_file_of_options_is_refused(text: str, message: str, tmp_path: P
     file = tmp_path / "options.yaml"
     file.write_text(text)
     assert message in refuse("stage", "m", "--labels", "l", "--config", str(file))
-
-
-def test_a_file_may_have_an_option_with_the_name_of_a_command(tmp_path: Path) -> None:
-    file = tmp_path / "options.yaml"
-    file.write_text("find-images: f")
-    _, _, config, _, _ = run("stage", "m", "--labels", "l", "--config", str(file))
-    assert config == StageConfig(find_images="f")
-
-
-def test_a_file_of_options_that_is_not_there_is_named() -> None:
     assert "/nowhere.yaml" in refuse("stage", "m", "--labels", "l", "--config", "/nowhere.yaml")
 
 

@@ -29,28 +29,20 @@ def test_a_command_bounds_the_spinning_before_torch_is_loaded() -> None:
     assert done.stdout.split() == ["False", "10000"], done.stderr
 
 
-@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
-def test_what_the_user_chose_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "torch", raising=False)
-    environment = {name: "7"}
-    bound_spinning(environment)
-    assert environment == {name: "7"}
+def test_what_the_user_chose_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate sets variables of another OpenMP, and torch reads its own only once."""
 
+    def bound(**environment: str) -> dict[str, str]:
+        bound_spinning(environment)
+        return environment
 
-def test_what_accelerate_sets_for_another_openmp_is_no_choice(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.delitem(sys.modules, "torch", raising=False)
-    environment = {"KMP_BLOCKTIME": "1", "KMP_AFFINITY": "granularity=fine,compact,1,0"}
-    bound_spinning(environment)
-    assert environment["GOMP_SPINCOUNT"] == "10000"
-
-
-def test_nothing_is_set_once_torch_has_read_its_environment() -> None:
     assert "torch" in sys.modules or __import__("torch")
-    environment: dict[str, str] = {}
-    bound_spinning(environment)
-    assert environment == {}
+    assert bound() == {}
+    monkeypatch.delitem(sys.modules, "torch")
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        assert bound(**{name: "7"}) == {name: "7"}
+    of_accelerate = {"KMP_BLOCKTIME": "1", "KMP_AFFINITY": "granularity=fine,compact,1,0"}
+    assert bound(**of_accelerate)["GOMP_SPINCOUNT"] == "10000"
 
 
 LAUNCHERS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -107,14 +108,16 @@ def test_device_and_seed_of_a_recipe_are_those_of_all_stages() -> None:
     assert fewer.finetune is None and fewer.export is None and fewer.output == Path("runs")
 
 
-@pytest.mark.parametrize("layout", ["openai", "hub_clip", "eva02"])
-@pytest.mark.parametrize("option", [{"activation": "gelu_tanh"}, {"image_size": 384}])
 def test_what_siglip2_alone_leaves_open_is_refused_elsewhere_before_anything_is_read(
-    layout: str, option: Any, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
-    source_format = SourceFormat(layout=layout, **option)
-    with pytest.raises(ValueError, match=r"go(es)? with the source format.*Leave it out"):
-        convert_checkpoint(tmp_path / "none.pt", tmp_path / "llm", tmp_path / "new", source_format)
+    options: tuple[dict[str, Any], ...] = ({"activation": "gelu_tanh"}, {"image_size": 384})
+    for layout, option in product(("openai", "hub_clip", "eva02"), options):
+        with pytest.raises(ValueError, match=r"go(es)? with the source format.*Leave it out"):
+            convert_checkpoint(
+                tmp_path / "none.pt", tmp_path / "llm", tmp_path / "new",
+                SourceFormat(layout=layout, **option),
+            )  # fmt: skip
 
 
 def test_every_layout_takes_its_own_source_format_and_others_are_refused(tmp_path: Path) -> None:

@@ -19,12 +19,18 @@ from modeling_llm2clip.data.atomic_files import (
 )
 
 
-def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     file = tmp_path / "file"
     for content in (b"first", b"second"):
         write_atomically(file, content)
         assert file.read_bytes() == content
     assert list(tmp_path.iterdir()) == [file] and not is_unfinished(file)
+    folder = tmp_path / "taken"
+    (folder / "name").mkdir(parents=True)  # a file cannot take the place of a folder
+    with pytest.raises(OSError) as caught:
+        write_atomically(folder / "name", b"content")
+    assert caught.value.errno in (errno.EISDIR, errno.ENOTEMPTY, errno.EEXIST)
+    assert [path.name for path in folder.iterdir()] == ["name"]
 
 
 def test_a_writer_that_is_killed_leaves_the_old_file_and_what_is_known_as_unfinished(
@@ -44,15 +50,6 @@ def test_a_writer_that_is_killed_leaves_the_old_file_and_what_is_known_as_unfini
     assert is_unfinished(unfinished)
 
 
-def test_a_file_that_cannot_be_finished_leaves_nothing(tmp_path: Path) -> None:
-    file = tmp_path / "taken"
-    file.mkdir()  # a file cannot take the place of a folder
-    with pytest.raises(OSError) as caught:
-        write_atomically(file, b"content")
-    assert caught.value.errno in (errno.EISDIR, errno.ENOTEMPTY, errno.EEXIST)
-    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
-
-
 def test_an_exclusive_lock_keeps_others_out_and_a_shared_one_only_exclusive_ones(
     tmp_path: Path,
 ) -> None:
@@ -67,15 +64,14 @@ def test_an_exclusive_lock_keeps_others_out_and_a_shared_one_only_exclusive_ones
         assert not lock_file(third, wait=False)
 
 
-def test_the_hash_of_a_file_is_that_of_its_bytes_in_whatever_pieces(tmp_path: Path) -> None:
+def test_hashes_are_those_of_bytes_in_whatever_pieces_and_of_json_in_whatever_order(
+    tmp_path: Path,
+) -> None:
     file = tmp_path / "file"
     content = bytes(range(256)) * 9000  # more than one piece
     file.write_bytes(content)
     assert hash_file(file) == hashlib.sha256(content).hexdigest()
     assert hash_file(file, "md5") == hashlib.md5(content).hexdigest()
-
-
-def test_the_hash_of_json_does_not_depend_on_the_order_of_names() -> None:
     assert hash_json({"a": [1, 2], "b": {}}) == hash_json({"b": {}, "a": (1, 2)})
     assert hash_json([1, 2]) != hash_json([2, 1])
 

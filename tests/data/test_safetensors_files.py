@@ -1,16 +1,17 @@
-"""Weight files: every tensor comes once, damage is named."""
+"""Safetensors files of weights and of named embeddings: damage is named."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tiny_encoders import write_named_embeddings
 
+from modeling_llm2clip.data.named_embeddings import read_named_embeddings, side_file
 from modeling_llm2clip.data.safetensors_files import (
     iterate_tensors,
     read_shapes,
@@ -58,37 +59,17 @@ def test_a_folder_belongs_to_the_names_where_a_base_is_given(tmp_path: Path) -> 
         list(iterate_tensors(files))
 
 
-def test_a_truncated_file_is_named(tmp_path: Path) -> None:
-    write_sharded(tmp_path)
-    damaged = tmp_path / "model-00002-of-00002.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-3])
-    with pytest.raises(ValueError, match=r"00002\.safetensors: a safetensors file is truncated"):
-        list(iterate_tensors([damaged]))
-
-
-def test_the_shapes_are_those_of_the_tensors(tmp_path: Path) -> None:
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "weights.safetensors"
     save_file({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2).half()}, file)
     assert read_shapes(file) == {"a": (2, 3), "b": (2,)}
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda content: content[:-1],
-        lambda content: content + b"0",
-        lambda content: content[:0],
-        lambda content: b"\xff" * 8 + content[8:],
-        lambda content: content[:8] + b"[" + content[9:],
-    ],
-    ids=["short", "long", "empty", "length", "json"],
-)  # fmt: skip
-def test_a_damaged_file_is_refused(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
-    file = tmp_path / "weights.safetensors"
-    save_file({"a": torch.ones(3)}, file)
-    file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(ValueError, match=r"weights\.safetensors: a safetensors file is truncated"):
-        read_shapes(file)
+    whole = file.read_bytes()
+    length, json_broken = b"\xff" * 8 + whole[8:], whole[:8] + b"[" + whole[9:]
+    for damaged in (whole[:-1], whole + b"0", b"", length, json_broken):
+        file.write_bytes(damaged)
+        for read in (read_shapes, lambda file: list(iterate_tensors([file]))):
+            with pytest.raises(ValueError, match=r"weights\.safetensors: a safetensors file is tr"):
+                read(file)
 
 
 def test_equal_content_gives_equal_bytes_in_whatever_order_it_comes(tmp_path: Path) -> None:
@@ -106,3 +87,45 @@ def test_equal_content_gives_equal_bytes_in_whatever_order_it_comes(tmp_path: Pa
         assert opened.metadata() == metadata
         assert all(torch.equal(opened.get_tensor(name), tensors[name]) for name in tensors)
     assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0  # tensors follow it
+
+
+def test_named_embeddings_are_read_as_they_were_written(tmp_path: Path) -> None:
+    file = side_file(tmp_path, "images")
+    embeddings = torch.randn(2, 3, dtype=torch.float16)
+    write_named_embeddings(file, ["ä.png", "b/c.png"], embeddings, model="m")
+    named = read_named_embeddings(file)
+    assert named.names == ("ä.png", "b/c.png") and named.notes == {"model": "m"}
+    assert torch.equal(named.embeddings, embeddings)
+
+
+@pytest.mark.parametrize(
+    ("names", "embeddings", "message"),
+    [
+        (["a", "b"], torch.tensor([[1.0], [float("nan")]]), r"infinity in 1 embedding: b"),
+        (["a", "a"], torch.ones(2, 3), r"1 repeated name: a"),
+        (["a"], torch.ones(2, 3), r"shape \(2, 3\) must have one row for each of the 1 names"),
+        (["a"], torch.ones(1, 3, dtype=torch.int64), r"torch\.int64; give floating-point"),
+    ],
+)
+def test_broken_embeddings_are_refused(
+    names: list[str], embeddings: torch.Tensor, message: str, tmp_path: Path
+) -> None:
+    file = side_file(tmp_path, "texts")
+    write_named_embeddings(file, names, embeddings)
+    with pytest.raises(ValueError, match=rf"texts\.safetensors: .*{message}"):
+        read_named_embeddings(file)
+
+
+def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
+    file = side_file(tmp_path, "texts")
+    save_file({"weight": torch.ones(2)}, file)
+    with pytest.raises(ValueError, match=r"must hold a tensor 'embeddings'.*It holds weight and"):
+        read_named_embeddings(file)
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(ValueError, match=r"truncated or damaged"):
+        read_named_embeddings(file)
+    names = [f"text_model.layers.{number}.mlp.weight" for number in range(700)]
+    save_file({name: torch.ones(1) for name in names}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"mlp.weight and 695 more") as caught:
+        read_named_embeddings(file)
+    assert len(str(caught.value)) < 500 + len(str(file))

@@ -1,4 +1,4 @@
-"""The demo as a user runs it, from the wheel alone."""
+"""The demo: what it trains on, and a run from the wheel alone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,12 @@ from tiny_folders import save_tiny_llm, save_tiny_vision
 
 import modeling_llm2clip
 from modeling_llm2clip import LLM2CLIPConfig
-from modeling_llm2clip.demo.run_demo import SENTENCES, make_demo_config
+from modeling_llm2clip.demo.run_demo import SENTENCES, make_demo_config, split_emoji
 from modeling_llm2clip.demo.run_demo import run_demo as start_demo
 
 ROOT = Path(__file__).parents[2]
 # What setup.cfg names: enough to build the wheel, without touching the checkout.
 BUILT_FROM = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +77,7 @@ def run_demo(output: Path, towers: tuple[Path, Path], *, path: Path) -> tuple[st
     return printed, report
 
 
+@pytest.mark.slow
 def test_the_demo_runs_from_the_wheel_alone_on_its_embedded_images(
     towers: tuple[Path, Path], installed: Path, tmp_path: Path
 ) -> None:
@@ -113,6 +113,7 @@ def test_an_earlier_run_is_not_overwritten(tmp_path: Path) -> None:
         start_demo(make_demo_config(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_what_the_package_has(installed: Path) -> None:
     def list_files(package: Path) -> set[str]:
         return {
@@ -124,3 +125,18 @@ def test_the_wheel_holds_what_the_package_has(installed: Path) -> None:
     embedded = list_files(ROOT / "examples" / "data")
     wanted = list_files(ROOT / "modeling_llm2clip") | {f"example_data/{n}" for n in embedded}
     assert list_files(installed / "modeling_llm2clip") == wanted
+
+
+@pytest.mark.slow
+def test_a_seed_that_trains_on_emoji_of_the_evaluation_dataset_is_warned_of() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        split_emoji(seed=0)
+    with pytest.warns(UserWarning, match="Seed 1 trains on emoji that the evaluation dataset"):
+        split_emoji(seed=1)
+
+
+def test_training_sees_the_keywords_too() -> None:
+    train, _ = split_emoji(seed=0)
+    record = next(record for record in train if record.keywords)
+    assert record.captions[-1].startswith(f"{record.captions[0]}: {record.keywords[0]}")

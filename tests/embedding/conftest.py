@@ -10,12 +10,19 @@ from interruptions import read_bytes
 from stores import make_embeddings, write_store
 from tiny_folders import export_tiny_model, save_captioned_images
 
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.data.records.records import CaptionedImage
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_tiny_model(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(scope="session")
+def whole(model: Path) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
+    """The model, loaded with its processor."""
+    return LLM2CLIPModel.from_pretrained(model), LLM2CLIPProcessor.from_pretrained(model)
 
 
 @pytest.fixture(scope="session")
@@ -29,11 +36,16 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(
+def embedded(
     model: Path, records: list[CaptionedImage], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, bytes]:
-    folder = tmp_path_factory.mktemp("undisturbed") / "texts"
-    return read_bytes(embed_texts(model, records, folder))
+) -> Path:
+    """The embeddings of all records, in float32."""
+    return embed_texts(model, records, tmp_path_factory.mktemp("embedded") / "texts")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(embedded: Path) -> dict[str, bytes]:
+    return read_bytes(embedded)
 
 
 @pytest.fixture

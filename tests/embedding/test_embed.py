@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -16,8 +19,8 @@ from failing_disk import make_failing_file
 from interruptions import read_bytes, refusing_for
 from PIL import Image
 from tiny import tiny_model
+from transformers.utils import logging
 
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.encoding_config import EmbedConfig
 from modeling_llm2clip.data.records.record_loading import load_records
@@ -43,23 +46,23 @@ def read_description(folder: Path) -> dict[str, Any]:
     return described
 
 
-def test_every_caption_has_its_final_embedding(
-    model: Path, records: list[CaptionedImage], tmp_path: Path
-) -> None:
-    folder = embed_texts(model, records, tmp_path / "texts")
-    whole = LLM2CLIPModel.from_pretrained(model), LLM2CLIPProcessor.from_pretrained(model)
-    texts = [text for r in records for text in (*r.captions, *r.long_captions)]
-    ids, embeddings = read_embeddings(folder)
-    assert pq.read_table(folder)["text"].to_pylist() == texts
-    assert len(set(ids)) == len(texts) and ids[0] == "0.png#0"
-    expected = encode_texts(*whole, texts)
-    # Sums of float32 in another order: the captions had other neighbors.
+def require_close(embeddings: np.ndarray[Any, Any], expected: torch.Tensor) -> None:
+    # Sums of float32 in another order: the inputs had other neighbors.
     torch.testing.assert_close(torch.from_numpy(embeddings.copy()), expected, atol=1e-5, rtol=1e-5)
-    manifest = EmbeddingManifest.read(folder)
-    assert len(list(folder.glob("*.parquet"))) == manifest.num_shards == -(-len(texts) // 16)
-    assert {file.name for file in folder.iterdir() if file.suffix != ".parquet"} == {
-        "_manifest.json"
-    }
+
+
+def test_every_caption_has_its_final_embedding(
+    whole: Any, embedded: Path, records: list[CaptionedImage]
+) -> None:
+    texts = [text for r in records for text in (*r.captions, *r.long_captions)]
+    ids, embeddings = read_embeddings(embedded)
+    assert pq.read_table(embedded)["text"].to_pylist() == texts
+    assert len(set(ids)) == len(texts) and ids[0] == "0.png#0"
+    require_close(embeddings, encode_texts(*whole, texts))
+    files = {file.name for file in embedded.iterdir()}
+    num_shards = EmbeddingManifest.read(embedded).num_shards
+    assert num_shards == -(-len(texts) // 16)
+    assert len(files) == num_shards + 1 and "_manifest.json" in files
 
 
 def test_every_file_says_what_made_it(
@@ -75,23 +78,11 @@ def test_every_file_says_what_made_it(
     assert str(field.type) == "fixed_size_list<element: halffloat>[32]"
 
 
-def test_the_prompt_is_text(tmp_path: Path) -> None:
-    pair = tiny_model(prompt="chatml", max_text_length=128)
-    folder = save_model(*pair, tmp_path / "model")
-    embed_texts(folder, make_few_texts(1), tmp_path / "texts")
-    assert read_description(tmp_path / "texts")["prompt"] == (
-        "<|begin|><|im_start|>user\n{text}<|im_end|>"
-    )
-
-
 def test_images_are_embedded_once_with_the_columns_asked_for(
-    model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, whole: Any, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "embeddings"
-    command = ["embed", str(model), str(images), str(folder), "--modality", "image", "--device",
-               "cpu", "--rows-per-shard", "4", "--batch-size", "3", "--columns", "image_file",
-               "lang"]  # fmt: skip
-    assert main(command) == 0
+    assert embed_images(model, images, folder, "--columns", "image_file", "lang") == 0
     out = capsys.readouterr().out
     assert f"Wrote {folder}: 10 embeddings of 32 dimensions in float32, 3 files." in out
     ids, embeddings = read_embeddings(folder)
@@ -100,45 +91,46 @@ def test_images_are_embedded_once_with_the_columns_asked_for(
     table = pq.read_table(folder)
     assert table.column_names == ["id", "embedding", "image_file", "lang"]
     assert table["image_file"].to_pylist() == list(map(str, paths))
-    whole = LLM2CLIPModel.from_pretrained(model), LLM2CLIPProcessor.from_pretrained(model)
-    expected = encode_images(*whole, paths)
-    # Sums of float32 in another order: the images had other neighbors.
-    torch.testing.assert_close(torch.from_numpy(embeddings.copy()), expected, atol=1e-5, rtol=1e-5)
+    require_close(embeddings, encode_images(*whole, paths))
+
+
+def run_embed(model: Path, data: Path, output: Path, modality: str, *flags: str) -> int:
+    command = ["embed", str(model), str(data), str(output), "--modality", modality]
+    return main([*command, "--device", "cpu", *flags])
+
+
+def embed_images(model: Path, data: Path, output: Path, *flags: str) -> int:
+    sizes = ("--rows-per-shard", "4", "--batch-size", "3")
+    return run_embed(model, data, output, "image", *sizes, *flags)
 
 
 def test_a_folder_of_images_alone_gives_the_embeddings_of_its_images(
-    model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, whole: Any, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photos = tmp_path / "photos"
     (photos / "below").mkdir(parents=True)
     for number in (0, 1):
         (photos / "below" / f"{number}.png").write_bytes((images / f"{number}.png").read_bytes())
     (photos / "raw.nef").touch()
-    command = ["embed", str(model), str(photos), str(tmp_path / "out"), "--device", "cpu",
-               "--batch-size", "2", "--modality"]  # fmt: skip
-    assert main([*command, "image"]) == 0
+    assert embed_images(model, photos, tmp_path / "out") == 0
     assert "Skipped 1 image file of formats that Pillow cannot read" in capsys.readouterr().err
     ids, embeddings = read_embeddings(tmp_path / "out")
     assert ids == ["below/0.png", "below/1.png"]
-    whole = LLM2CLIPModel.from_pretrained(model), LLM2CLIPProcessor.from_pretrained(model)
-    expected = encode_images(*whole, [photos / name for name in ids])
-    torch.testing.assert_close(torch.from_numpy(embeddings.copy()), expected)
+    require_close(embeddings, encode_images(*whole, [photos / name for name in ids]))
     (photos / "below" / "2.png").write_bytes(b"no image")
-    command[3] = str(tmp_path / "other")
-    assert main([*command, "image"]) == 2
+    assert embed_images(model, photos, tmp_path / "other") == 2
     assert "image unreadable: 1 " in capsys.readouterr().err
-    assert main([*command, "image", "--captions-from", "captions.csv"]) == 2
+    assert embed_images(model, photos, tmp_path / "x", "--captions-from", "captions.csv") == 2
     assert "has images and no captions" in capsys.readouterr().err
-    command.remove("--batch-size")
-    command.remove("2")
-    assert main([*command, "text"]) == 2
+    assert run_embed(model, photos, tmp_path / "x", "text") == 2
     assert "has no captions.jsonl" in capsys.readouterr().err
 
 
-def test_int8_ranges_are_recorded_and_can_be_used_again(
-    model: Path, records: list[CaptionedImage], tmp_path: Path
+def test_int8_ranges_are_recorded_and_can_be_used_again_for_the_same_embeddings(
+    model: Path, records: list[CaptionedImage], embedded: Path, images: Path, tmp_path: Path
 ) -> None:
-    exact = read_embeddings(embed_texts(model, records, tmp_path / "exact"))[1]
+    """Values of other embeddings would be clipped, and their bytes mean other numbers."""
+    exact = read_embeddings(embedded)[1]
     config = replace(TEXT, dtype="int8", calibration_size=1000)
     folder = embed_texts(model, records, tmp_path / "int8", config)
     low, high = np.array(read_description(folder)["int8_ranges"], np.float32)
@@ -156,36 +148,30 @@ def test_int8_ranges_are_recorded_and_can_be_used_again(
     again = replace(config, int8_ranges=folder)
     other = embed_texts(model, records[:3], tmp_path / "other", again)
     assert read_description(other)["int8_ranges"] == read_description(folder)["int8_ranges"]
-    np.testing.assert_array_equal(
-        read_embeddings(other)[1], values[: len(read_embeddings(other)[0])]
-    )
+    _, same = read_embeddings(other)
+    np.testing.assert_array_equal(same, values[: len(same)])
+
+    new = tmp_path / "new"
     with pytest.raises(ValueError, match="has no int8 ranges"):
-        embed_texts(model, records, tmp_path / "x", replace(again, int8_ranges=tmp_path / "exact"))
+        embed_texts(model, records, new, replace(again, int8_ranges=embedded))
     with pytest.raises(ValueError, match="other embeddings: dimensions: 32 in the store, 16 now"):
-        embed_texts(model, records, tmp_path / "x", replace(again, truncate_dim=16))
-    assert not (tmp_path / "x").exists()
-
-
-def test_int8_ranges_of_another_model_or_modality_are_refused(
-    model: Path, records: list[CaptionedImage], images: Path, tmp_path: Path
-) -> None:
-    """Values of other embeddings would be clipped, and their bytes mean other numbers."""
-    config = replace(TEXT, dtype="int8")
-    embed_texts(model, records, tmp_path / "texts", config)
-    ranges = {"dtype": "int8", "int8_ranges": tmp_path / "texts"}
-    for_images = replace(IMAGE, **ranges)  # type: ignore[arg-type]
+        embed_texts(model, records, new, replace(again, truncate_dim=16))
+    for_images = replace(IMAGE, dtype="int8", int8_ranges=folder)
     with pytest.raises(ValueError, match=r"other embeddings: .*modality: 'text' in the store"):
-        embed(model, load_records(images), tmp_path / "x", for_images, modality="image")
-    other = save_model(*tiny_model(max_text_length=128, prompt="chatml"), tmp_path / "model")
+        embed(model, load_records(images), new, for_images, modality="image")
+    prompted = save_model(*tiny_model(max_text_length=128, prompt="chatml"), tmp_path / "model")
     with pytest.raises(ValueError, match=r"other embeddings: .*prompt: "):
-        embed_texts(other, records, tmp_path / "x", replace(config, **ranges))  # type: ignore[arg-type]
-    assert not (tmp_path / "x").exists()
+        embed_texts(prompted, records, new, again)
+    assert not new.exists()
+    # The prompt of a text is on record as text.
+    embed_texts(prompted, make_few_texts(1), new)
+    assert read_description(new)["prompt"] == "<|begin|><|im_start|>user\n{text}<|im_end|>"
 
 
 def test_truncated_and_binary_embeddings_are_those_of_the_model(
-    model: Path, records: list[CaptionedImage], tmp_path: Path
+    model: Path, records: list[CaptionedImage], embedded: Path, tmp_path: Path
 ) -> None:
-    exact = read_embeddings(embed_texts(model, records, tmp_path / "exact"))[1]
+    exact = read_embeddings(embedded)[1]
     config = replace(TEXT, truncate_dim=16)
     _, short = read_embeddings(embed_texts(model, records, tmp_path / "short", config))
     expected = exact[:, :16] / np.linalg.norm(exact[:, :16], axis=1, keepdims=True)
@@ -216,22 +202,25 @@ def test_broken_images_are_named_together_or_left_out_and_counted(
 ) -> None:
     data = break_images(images, tmp_path / "data")
     folder = tmp_path / "embeddings"
-    command = ["embed", str(model), str(data), str(folder), "--modality", "image", "--device",
-               "cpu", "--rows-per-shard", "4", "--batch-size", "3"]  # fmt: skip
-    assert main(command) == 2
+    assert embed_images(model, data, folder) == 2
     error = capsys.readouterr().err
     assert "image unreadable: 2 " in error and "2.png" in error and "3.png" in error
     with pytest.raises(ValueError, match=r"(?s)2 of 4 images cannot be decoded:.*2\.png.*3\.png"):
         embed(model, load_records(data), folder, IMAGE, modality="image")
-    assert main([*command, "--skip-invalid", "--check-images"]) == 2
+    assert embed_images(model, data, folder, "--skip-invalid", "--check-images") == 2
     assert "stops at what --skip-invalid leaves out" in capsys.readouterr().err
-    assert main([*command, "--skip-invalid"]) == 0
+    assert embed_images(model, data, folder, "--skip-invalid") == 0
     out = capsys.readouterr().out
     assert "8 embeddings" in out and "Skipped 2 undecodable images: 2.png, 3.png." in out
     ids, embeddings = read_embeddings(folder)
     assert ids == [f"{number}.png" for number in (0, 1, *range(4, 10))]
     assert embeddings.any(axis=1).all()
     assert EmbeddingManifest.read(folder).shards[0].skipped == ("2.png", "3.png")
+    # A file of broken images alone has no rows.
+    config = replace(IMAGE, rows_per_shard=1, skip_invalid=True, dtype="int8")
+    folder = embed(model, load_records(data), tmp_path / "alone", config, modality="image")
+    assert [shard.rows for shard in EmbeddingManifest.read(folder).shards[:4]] == [1, 1, 0, 0]
+    assert len(read_embeddings(folder)[0]) == 8
 
 
 def test_a_disk_that_fails_ends_the_run_and_skips_no_image(
@@ -279,37 +268,22 @@ def test_partitions_leave_out_the_same_images_or_are_refused(
     assert len(read_embeddings(run("out", skipping, "3/3", 160))[0]) == 8
 
 
-def test_a_file_of_broken_images_alone_has_no_rows(
-    model: Path, images: Path, tmp_path: Path
-) -> None:
-    data = break_images(images, tmp_path / "data")
-    config = replace(IMAGE, rows_per_shard=1, skip_invalid=True, dtype="int8")
-    folder = embed(model, load_records(data), tmp_path / "out", config, modality="image")
-    assert [shard.rows for shard in EmbeddingManifest.read(folder).shards[:4]] == [1, 1, 0, 0]
-    assert len(read_embeddings(folder)[0]) == 8
-
-
 def test_a_loaded_pair_gives_the_embeddings_of_its_folder(
-    model: Path, records: list[CaptionedImage], undisturbed: dict[str, bytes], tmp_path: Path
+    whole: Any, records: list[CaptionedImage], embedded: Path, tmp_path: Path
 ) -> None:
-    pair = LLM2CLIPModel.from_pretrained(model), LLM2CLIPProcessor.from_pretrained(model)
-    folder = embed(pair, records, tmp_path / "texts", TEXT, modality="text")
+    folder = embed(whole, records, tmp_path / "texts", TEXT, modality="text")
     # The files differ in the name of the model.
-    restored = tmp_path / "undisturbed"
-    restored.mkdir()
-    for name, content in undisturbed.items():
-        (restored / name).write_bytes(content)
-    assert pq.read_table(folder).equals(pq.read_table(restored))
-    assert {path.name for path in tmp_path.iterdir()} == {"texts", "undisturbed"}
+    assert pq.read_table(folder).equals(pq.read_table(embedded))
+    assert {path.name for path in tmp_path.iterdir()} == {"texts"}
 
 
 def test_another_model_prompt_dtype_option_or_dataset_is_refused_with_both_values(
-    model: Path, records: list[CaptionedImage], undisturbed: dict[str, bytes], tmp_path: Path
+    model: Path, records: list[CaptionedImage], embedded: Path, tmp_path: Path
 ) -> None:
-    folder = embed_texts(model, records, tmp_path / "texts")
+    folder = shutil.copytree(embedded, tmp_path / "texts")
 
     def refused(other: Path, data: Any, config: EmbedConfig, *entries: str) -> None:
-        with refusing_for(*entries, folder=folder, content=undisturbed):
+        with refusing_for(*entries, folder=folder, content=read_bytes(embedded)):
             embed_texts(other, data, folder, config)
 
     changed = tiny_model(max_text_length=128)
@@ -325,7 +299,6 @@ def test_another_model_prompt_dtype_option_or_dataset_is_refused_with_both_value
     refused(model, records, replace(TEXT, dtype="float16"), "embedding dtype")
     refused(model, records, replace(TEXT, truncate_dim=8), "dimensions (truncate_dim)")
     refused(model, records, replace(TEXT, columns=()), "columns")
-    refused(model, records, replace(TEXT, token_budget=128), "token_budget")
     refused(model, records, replace(TEXT, rows_per_shard=8), "rows_per_shard")
     refused(model, [records[1], records[0], *records[2:]], TEXT, "data")
 
@@ -341,16 +314,15 @@ def test_a_folder_with_other_things_is_refused_before_the_model_is_loaded(
         embed_texts(tmp_path / "no-model", records, tmp_path / "full" / "notes.txt")
 
 
-@pytest.mark.parametrize("damage", ["{", "{}", "edited"])
 def test_a_damaged_manifest_is_named(
-    model: Path, records: list[CaptionedImage], tmp_path: Path, damage: str
+    model: Path, records: list[CaptionedImage], embedded: Path, tmp_path: Path
 ) -> None:
-    folder = embed_texts(model, records[:2], tmp_path / "texts")
+    folder = shutil.copytree(embedded, tmp_path / "texts")
     file = folder / "_manifest.json"
-    text = file.read_text().replace('"float32"', '"float16"') if damage == "edited" else damage
-    file.write_text(text)
-    with pytest.raises(ValueError, match=r"_manifest\.json is damaged"):
-        embed_texts(model, records[:2], folder)
+    for damaged in ("{", "{}", file.read_text().replace('"float32"', '"float16"')):
+        file.write_text(damaged)
+        with pytest.raises(ValueError, match=r"_manifest\.json is damaged"):
+            embed_texts(model, records, folder)
 
 
 def test_an_untrained_model_is_refused(records: list[CaptionedImage], tmp_path: Path) -> None:
@@ -377,19 +349,96 @@ def test_impossible_options_are_refused(changes: dict[str, Any], message: str) -
         EmbedConfig(**changes)
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--modality", "text", "--skip-invalid"], "skip_invalid: only for --modality image"),
-        (["--modality", "image", "--token-budget", "9"], "only for --modality text"),
-        (["--modality", "image", "--partition", "3/2"], "must be such as 2/8"),
-        (["--modality", "image", "--columns", "text"], "text is for modality text alone"),
-    ],
-)
 def test_flags_that_do_not_fit_are_refused(
-    model: Path, images: Path, tmp_path: Path, flags: list[str], message: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    assert main(["embed", str(model), str(images), str(tmp_path / "x"), *flags]) == 2
-    assert message in capsys.readouterr().err
+    model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for modality, flags, message in (
+        ("text", ["--skip-invalid"], "skip_invalid: only for --modality image"),
+        ("image", ["--token-budget", "9"], "only for --modality text"),
+        ("image", ["--partition", "3/2"], "must be such as 2/8"),
+        ("image", ["--columns", "text"], "text is for modality text alone"),
+    ):
+        assert run_embed(model, images, tmp_path / "x", modality, *flags) == 2
+        assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_images_need_no_captions(model: Path, images: Path, tmp_path: Path) -> None:
+    contents = [(images / f"{number}.png").read_bytes() for number in range(3)]
+    file = tmp_path / "images.parquet"
+    rows = [{"bytes": content, "path": f"{n}.png"} for n, content in enumerate(contents)]
+    pq.write_table(pa.table({"image": rows}), file)
+    assert run_embed(model, file, tmp_path / "out", "image") == 0
+    assert read_embeddings(tmp_path / "out")[0] == [
+        f"images.parquet/{number}.png" for number in range(3)
+    ]
+
+
+def test_texts_need_no_images(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "texts.csv"
+    file.write_text("id,text\nsku-1,a red apple\n,a dog\n", encoding="utf-8")
+    assert run_embed(model, file, tmp_path / "out", "text", "--columns", "name", "text") == 0
+    assert pq.read_table(tmp_path / "out").drop_columns(["embedding"]).to_pylist() == [
+        {"id": "sku-1#0", "name": "sku-1", "text": "a red apple"},
+        {"id": "texts.csv/1#0", "name": "texts.csv/1", "text": "a dog"},
+    ]
+    capsys.readouterr()
+    file.write_text("id,text\n1,a red apple\n1,a dog\n2,\n", encoding="utf-8")
+    assert run_embed(model, file, tmp_path / "other", "text") == 2
+    error = capsys.readouterr().err
+    assert "name or id repeated in one language: 1 (texts.csv row 1)" in error
+    assert "no caption: 1 (texts.csv row 2)" in error and "distractors" not in error
+    assert run_embed(model, file, tmp_path / "other", "image") == 2
+    assert "found .csv." in capsys.readouterr().err
+
+
+def test_an_image_whose_name_is_not_unicode_is_named_and_counted_or_left_out(
+    model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("0.png", os.fsdecode(b"sea\xff.png")):
+        (folder / name).write_bytes((images / "0.png").read_bytes())
+    (folder / "1.png").write_bytes(b"no image")
+    for flags in ((), ("--no-check-images",)):
+        assert run_embed(model, folder, tmp_path / "out", "image", *flags) == 2
+        error = capsys.readouterr().err
+        assert r"sea\udcff.png': its name is not Unicode. Rename it." in error
+        assert f"image unreadable: {1 if flags else 2} (" in error
+    assert run_embed(model, folder, tmp_path / "out", "image", "--skip-invalid") == 0
+    shown = capsys.readouterr()
+    assert "Skipped 1 image without a Unicode name: " in shown.err
+    assert r"sea\udcff.png'. Rename." in shown.err
+    assert "Skipped 1 undecodable image: 1.png." in shown.out
+    assert read_embeddings(tmp_path / "out")[0] == ["0.png"]
+
+
+@pytest.mark.parametrize("command", ["embed", "index"])
+def test_no_progress_bar_is_shown_where_none_is_wanted(
+    command: str, model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither for a folder of images nor for one of pairs."""
+    flags = ["--device", "cpu", *([] if command == "index" else ["--modality", "image"])]
+    if command == "index":
+        pytest.importorskip("lancedb")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.png").write_bytes((images / "0.png").read_bytes())
+    for data in (tmp_path / "images", images)[: 1 if command == "index" else 2]:
+        words = [command, str(model), str(data)]
+        output = str(tmp_path / f"silent-{data.parent.name}")
+        assert main([*words, output, *flags, "--no-show-progress"]) == 0
+        assert "it/s" not in (error := capsys.readouterr().err) and " images/s" not in error
+    logging.enable_progress_bar()  # as in a new process
+    assert main([*words, str(tmp_path / "shown"), *flags]) == 0
+    assert "Loading weights" in (error := capsys.readouterr().err) and " images/s" in error
+
+
+def test_an_error_of_the_data_names_each_option_once(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text('{"text": "a dog", "price": 3}', encoding="utf-8")
+    assert run_embed(model, file, tmp_path / "out", "text") == 2
+    assert capsys.readouterr().err.count("ignore_fields") == 1

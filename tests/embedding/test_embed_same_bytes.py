@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ from modeling_llm2clip.embedding.embedding_manifest import EmbeddingManifest
 from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
 
 ROOT = Path(__file__).parents[2]
-FLAGS = ["--rows-per-shard", "16", "--token-budget", "256", "--device", "cpu"]
+FLAGS = ["--modality", "text", "--dtype", "int8", "--rows-per-shard", "16", "--token-budget", "256",
+         "--device", "cpu"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +37,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_captions(tmp_path_factory.mktemp("data"), make_few_texts(400))
 
 
+@pytest.fixture(scope="module")
+def alone(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of one undisturbed run."""
+    folder = tmp_path_factory.mktemp("alone") / "texts"
+    assert main(["embed", str(model), str(data), str(folder), *FLAGS]) == 0
+    return folder
+
+
 def test_a_stopped_run_goes_on_after_its_last_file_and_leaves_the_same_bytes(
-    model: Path,
-    records: list[CaptionedImage],
-    tmp_path: Path,
-    written: list[int],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    records = records[:6]
-    undisturbed = read_bytes(embed_texts(model, records, tmp_path / "undisturbed"))
-    written.clear()
+    model: Path, records: list[CaptionedImage], embedded: Path, tmp_path: Path,
+    written: list[int], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     folder = tmp_path / "texts"
     num_stops = 0
     for _ in range(100):
@@ -58,19 +63,13 @@ def test_a_stopped_run_goes_on_after_its_last_file_and_leaves_the_same_bytes(
     manifest = EmbeddingManifest.read(folder)
     assert num_stops == len(written) == manifest.num_shards > 1
     assert sum(written) == manifest.num_rows  # nothing was computed twice
-    assert read_bytes(folder) == undisturbed
+    assert read_bytes(folder) == read_bytes(embedded)
 
 
 def test_a_complete_output_is_checked_and_a_deleted_file_computed_again(
-    model: Path,
-    records: list[CaptionedImage],
-    undisturbed: dict[str, bytes],
-    tmp_path: Path,
-    written: list[int],
+    model: Path, records: list[CaptionedImage], embedded: Path, tmp_path: Path, written: list[int]
 ) -> None:
-    folder = embed_texts(model, records, tmp_path / "texts")
-    written.clear()
-    embed_texts(model, records, folder)
+    folder = embed_texts(model, records, shutil.copytree(embedded, tmp_path / "texts"))
     assert not written
     name = "embeddings-00001-of-00004.parquet"
     content = bytearray((folder / name).read_bytes())
@@ -81,7 +80,7 @@ def test_a_complete_output_is_checked_and_a_deleted_file_computed_again(
     (folder / name).unlink()
     embed_texts(model, records, folder)
     assert sum(written) == 16
-    assert read_bytes(folder) == undisturbed
+    assert read_bytes(folder) == read_bytes(embedded)
 
 
 def test_partitions_leave_the_same_bytes_and_the_last_one_completes_them(
@@ -96,62 +95,51 @@ def test_partitions_leave_the_same_bytes_and_the_last_one_completes_them(
     assert read_bytes(folder) == undisturbed
 
 
-@pytest.mark.parametrize(
-    ("column", "change"),
-    [
-        ("url", {"url": "https://example.org/moved.png"}),
-        ("group_id", {"group_id": "another"}),
-        ("keywords", {"keywords": ("new",)}),
-        ("place", {"place": "captions.jsonl, line 9"}),
-        ("image_file", {"image": Path("elsewhere", "0.png")}),
-        ("text", {"captions": ("A new text.",)}),
-        ("long_captions", {"long_captions": ("A new text.",)}),
-        ("lang", {"lang": "fr"}),
-    ],
-)
+CHANGES: dict[EmbeddingColumn, dict[str, Any]] = {
+    "url": {"url": "https://example.org/moved.png"},
+    "group_id": {"group_id": "another"},
+    "keywords": {"keywords": ("new",)},
+    "place": {"place": "captions.jsonl, line 9"},
+    "long_captions": {"long_captions": ("A new text.",)},
+    "lang": {"lang": "fr"},
+    "image_file": {"image": Path("elsewhere", "0.png")},
+    "text": {"captions": ("A new text.",)},
+}
+
+
 @pytest.mark.parametrize("modality", ["text", "image"])
 def test_partitions_of_other_values_of_a_column_are_refused(
-    modality: Modality,
-    column: EmbeddingColumn,
-    change: dict[str, Any],
-    model: Path,
-    images: Path,
-    tmp_path: Path,
+    modality: Modality, model: Path, images: Path, tmp_path: Path
 ) -> None:
-    if modality == "image" and column in ("text", "image_file"):
-        pytest.skip("a column of texts, or another image, which is refused as such")
+    """But what no column shows may change between them."""
     records = list(load_records(images))
-    edited = [*records[:-1], replace(records[-1], **change)]
-    config = replace(IMAGE, columns=(column,), rows_per_shard=5)
+    # Texts are not of images, and another image is refused as such.
+    columns = [name for name in CHANGES if modality == "text" or name not in ("text", "image_file")]
+    config = replace(IMAGE, columns=(*columns, "name"), rows_per_shard=5)
     folder = tmp_path / "out"
     embed(model, records, folder, config, modality=modality, partition="1/2")
-    for partition in ("2/2", "1/2", None):
-        with pytest.raises(ValueError, match=r"holds another output: (data|values of columns): "):
+
+    def require_refusal(column: EmbeddingColumn, partition: str | None) -> None:
+        edited = [*records[:-1], replace(records[-1], **CHANGES[column])]
+        with pytest.raises(ValueError, match=r"another output: (data|values of columns): "):
             embed(model, edited, folder, config, modality=modality, partition=partition)
+
+    for column, partition in zip(columns, cycle(("2/2", "1/2", None)), strict=False):
+        require_refusal(column, partition)
     embed(model, records, folder, config, modality=modality, partition="2/2")
     assert EmbeddingManifest.read(folder).complete
-    with pytest.raises(ValueError, match="holds another output"):  # a rerun keeps no stale ones
-        embed(model, edited, folder, config, modality=modality)
-
-
-def test_what_no_column_shows_may_change_between_partitions(
-    model: Path, images: Path, tmp_path: Path
-) -> None:
-    records = list(load_records(images))
+    require_refusal("url", None)  # a rerun keeps no stale values
     edited = [replace(record, url="https://example.org", group_id="one") for record in records]
     config = replace(IMAGE, columns=("name", "lang"))
-    embed(model, records, tmp_path / "out", config, modality="image", partition="1/2")
-    embed(model, edited, tmp_path / "out", config, modality="image", partition="2/2")
-    assert EmbeddingManifest.read(tmp_path / "out").complete
+    for part, data in (("1/2", records), ("2/2", edited)):
+        embed(model, data, tmp_path / "few", config, modality="image", partition=part)
+    assert EmbeddingManifest.read(tmp_path / "few").complete
 
 
 def test_where_a_file_finds_no_room_whole_files_stay_and_the_run_goes_on_later(
-    model: Path,
-    records: list[CaptionedImage],
-    undisturbed: dict[str, bytes],
-    tmp_path: Path,
+    model: Path, records: list[CaptionedImage], undisturbed: dict[str, bytes], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> None:  # fmt: skip
     folder = tmp_path / "texts"
     with monkeypatch.context() as patch, pytest.raises(StageInterrupt):
         stop_after_one(patch, lambda: len(list(folder.glob("*.parquet"))))
@@ -168,8 +156,7 @@ def test_where_a_file_finds_no_room_whole_files_stay_and_the_run_goes_on_later(
 def test_killed_at_random_moments_it_leaves_the_same_bytes(
     model: Path, data: Path, tmp_path: Path, kills: int
 ) -> None:
-    command = ["embed", str(model), str(data), "{output}", "--modality", "text", "--columns",
-               "text", "--dtype", "int8", *FLAGS]  # fmt: skip
+    command = ["embed", str(model), str(data), "{output}", "--columns", "text", *FLAGS]
     require_same_bytes_when_killed(tmp_path, command, times=kills)
 
 
@@ -187,12 +174,10 @@ def test_ray_leaves_the_same_bytes_as_one_process(
 
 @pytest.mark.slow
 def test_two_processes_of_a_launch_leave_the_same_bytes_as_one(
-    model: Path, data: Path, tmp_path: Path
+    model: Path, data: Path, alone: Path, tmp_path: Path
 ) -> None:
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    flags = ["--modality", "text", "--dtype", "int8", *FLAGS]
-    assert main(["embed", str(model), str(data), str(alone), *flags]) == 0
-    command = ["-m", "modeling_llm2clip", "embed", model, data, together, *flags]
+    together = tmp_path / "together"
+    command = ["-m", "modeling_llm2clip", "embed", model, data, together, *FLAGS]
     printed = run_python(*command, processes=2)
     assert printed.count("Wrote") == 1  # the main process alone says so
     assert read_bytes(together) == read_bytes(alone)
@@ -200,15 +185,13 @@ def test_two_processes_of_a_launch_leave_the_same_bytes_as_one(
 
 @pytest.mark.slow
 def test_partitions_that_run_at_the_same_time_leave_the_same_bytes_as_one_run(
-    model: Path, data: Path, tmp_path: Path
+    model: Path, data: Path, alone: Path, tmp_path: Path
 ) -> None:
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    flags = ["--modality", "text", "--dtype", "int8", *FLAGS]
-    assert main(["embed", str(model), str(data), str(alone), *flags]) == 0
+    together = tmp_path / "together"
     runs = [
         subprocess.Popen(
             [sys.executable, "-m", "modeling_llm2clip", "embed", str(model), str(data),
-             str(together), *flags, "--partition", f"{part}/2"],
+             str(together), *FLAGS, "--partition", f"{part}/2"],
             cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
         for part in (1, 2)

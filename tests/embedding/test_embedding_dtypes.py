@@ -49,17 +49,6 @@ def test_values_outside_the_ranges_are_clipped_and_counted() -> None:
     assert values[:, 1].tolist() == [-128, -128, -128, -127]
 
 
-def test_int8_is_within_half_a_step_of_what_was_computed() -> None:
-    embeds = draw_embeddings(200)
-    ranges = measure_ranges(embeds)
-    values, num_clipped = convert_embeddings(embeds, "int8", ranges=ranges)
-    assert num_clipped == 0
-    steps = (ranges[1] - ranges[0]) / 255
-    restored = ranges[0] + (values.astype(np.float32) + 128.5) * steps
-    # Half a step, and what float32 rounds of it.
-    assert (np.abs(restored - embeds) <= steps / 2 + 1e-6).all()
-
-
 def test_float16_is_rounded_and_float32_stays() -> None:
     embeds = draw_embeddings(5)
     assert (convert_embeddings(embeds, "float32")[0] == embeds).all()
@@ -75,12 +64,8 @@ def test_truncated_embeddings_are_of_unit_length() -> None:
     np.testing.assert_allclose(kept * np.linalg.norm(embeds[:, :10], axis=1)[:, None],
                                embeds[:, :10], atol=1e-6)  # fmt: skip
     assert truncate_embeddings(embeds, 48) is embeds
-
-
-def test_an_embedding_without_a_direction_is_refused() -> None:
-    embeds = np.eye(4, dtype=np.float32)
     with pytest.raises(ValueError, match="2 embeddings of zeros in the first 2 dimensions"):
-        truncate_embeddings(embeds, 2)
+        truncate_embeddings(np.eye(4, dtype=np.float32), 2)
 
 
 def test_bits_have_to_fill_bytes() -> None:

@@ -74,46 +74,35 @@ def test_an_output_of_other_weights_is_not_continued(data: Path, tmp_path: Path)
         embed(shared_graphs(), records, tmp_path / "out", config, modality="text")
 
 
-def edit_json(file: Path, **fields: object) -> None:
-    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **fields}), "utf-8")
-
-
 @pytest.mark.parametrize("modality", ["text", "image"])
-@pytest.mark.parametrize(
-    ("file", "fields"),
-    [
-        ("config.json", {"max_text_length": 16}),
-        ("tokenizer.json", {"normalizer": {"type": "Lowercase"}}),
-        ("preprocessor_config.json", {"image_mean": [0.1, 0.1, 0.1]}),
-        ("tokenizer_config.json", {"truncation_side": "left"}),
-    ],
-)
 def test_a_partition_of_graphs_with_other_settings_is_refused(
-    modality: Modality, file: str, fields: dict[str, object], data: Path, tmp_path: Path
+    modality: Modality, data: Path, tmp_path: Path
 ) -> None:
     """What was exported is on record; what reads texts and images may have been edited since."""
-    graphs = tmp_path / "graphs"
-    shutil.copytree(shared_graphs(), graphs)
+    graphs = shutil.copytree(shared_graphs(), tmp_path / "graphs")
     records = load_records(data)
     embed(graphs, records, tmp_path / "out", ONNX, modality=modality, partition="1/2")
-    edit_json(graphs / file, **fields)
-    with pytest.raises(ValueError, match="holds another output: tokenizer and settings"):
-        embed(graphs, records, tmp_path / "out", ONNX, modality=modality, partition="2/2")
+    for name, fields in {
+        "config.json": {"max_text_length": 16},
+        "tokenizer.json": {"normalizer": {"type": "Lowercase"}},
+        "preprocessor_config.json": {"image_mean": [0.1, 0.1, 0.1]},
+        "tokenizer_config.json": {"truncation_side": "left"},
+    }.items():
+        whole = (graphs / name).read_text("utf-8")
+        (graphs / name).write_text(json.dumps({**json.loads(whole), **fields}), "utf-8")
+        with pytest.raises(ValueError, match="holds another output: tokenizer and settings"):
+            embed(graphs, records, tmp_path / "out", ONNX, modality=modality, partition="2/2")
+        (graphs / name).write_text(whole, "utf-8")
 
 
 def test_weights_beside_a_graph_are_part_of_it(data: Path, tmp_path: Path) -> None:
     """Graphs of over 2 GB keep their weights in a file beside them."""
-    graphs = tmp_path / "graphs"
-    shutil.copytree(shared_graphs(), graphs)
+    graphs = shutil.copytree(shared_graphs(), tmp_path / "graphs")
     graph = choose_graph(graphs, "text", None)
-    loaded = onnx.load(graph)
     onnx.save(
-        loaded,
-        graph,
-        save_as_external_data=True,
-        location=data_file(graph).name,
-        size_threshold=1024,
-    )
+        onnx.load(graph), graph,
+        save_as_external_data=True, location=data_file(graph).name, size_threshold=1024,
+    )  # fmt: skip
     records = load_records(data)
     embed(graphs, records, tmp_path / "out", ONNX, modality="text", partition="1/2")
     content = bytearray(data_file(graph).read_bytes())

@@ -92,9 +92,9 @@ def test_the_processes_of_a_launch_share_the_threads_that_decode(
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert default_num_workers() == 6
-    for processes, wanted in (("2", 3), ("4", 1), ("16", 1)):
+    for processes, expected in (("2", 3), ("4", 1), ("16", 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
-        assert default_num_workers() == wanted
+        assert default_num_workers() == expected
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     monkeypatch.setattr(os, "cpu_count", lambda: 96)
     assert default_num_workers() == 8

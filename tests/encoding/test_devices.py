@@ -16,11 +16,7 @@ from modeling_llm2clip.cli.options import use_device
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.evaluation_config import EvaluationConfig
 from modeling_llm2clip.encoding import devices
-from modeling_llm2clip.encoding.devices import (
-    find_device,
-    list_devices,
-    to_float64,
-)
+from modeling_llm2clip.encoding.devices import find_device, list_devices, to_float64
 from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.scheduling.processes import choose_device
 from modeling_llm2clip.training.trainer_mixins import training_arguments_on
@@ -62,20 +58,16 @@ def test_auto_is_cuda_else_mps_else_the_cpu(there: Any, best: str, machine: Any)
     assert find_device("auto") == find_device(None) == torch.device(best)
 
 
-@pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps", "abacus"])
 @pytest.mark.skipif(
     torch.cuda.is_available() or torch.backends.mps.is_available(), reason="asks for what is absent"
 )
-def test_a_named_device_that_is_not_there_is_an_error(name: str) -> None:
-    for ask in (
-        find_device,
-        lambda device: choose_device(device).type,
-    ):
-        with pytest.raises(ValueError, match=f"device='{name}' is not there"):
-            ask(name)
-    if name != "abacus":  # which no device has as a name
-        with pytest.raises(ValueError, match=f"device='{name}' is not there"):
-            evaluate("owner/model", "emoji", EvaluationConfig(device=name))
+def test_a_named_device_that_is_not_there_is_an_error() -> None:
+    for name in ("cuda", "cuda:0", "mps", "abacus"):
+        for ask in (find_device, choose_device):
+            with pytest.raises(ValueError, match=f"device='{name}' is not there"):
+                ask(name)
+    with pytest.raises(ValueError, match="device='mps' is not there"):
+        evaluate("owner/model", "emoji", EvaluationConfig(device="mps"))
 
 
 def test_a_gpu_beyond_the_last_is_not_there(machine: Any) -> None:
@@ -85,20 +77,13 @@ def test_a_gpu_beyond_the_last_is_not_there(machine: Any) -> None:
         find_device("cuda:2")
 
 
-@pytest.mark.parametrize("name", ["auto", "cuda"])
-def test_each_launched_process_takes_its_own_gpu(name: str, machine: Any) -> None:
-    machine(num_gpus=2, local_rank=3)
-    assert find_device(name) == torch.device("cuda", 1)
-
-
-@pytest.mark.parametrize("name", ["cuda:0", "mps"])
-def test_launched_processes_cannot_all_take_one_device(name: str, machine: Any) -> None:
-    machine(num_gpus=2, mps=True, local_rank=0)
-    with pytest.raises(ValueError, match=r"is one device.*Give 'auto' or 'cuda'"):
-        find_device(name)
-
-
-def test_launched_processes_without_a_gpu_are_on_the_cpu(machine: Any) -> None:
+def test_each_launched_process_takes_a_gpu_of_its_own(machine: Any) -> None:
+    machine(num_gpus=2, mps=True, local_rank=3)
+    for name in ("auto", "cuda"):
+        assert find_device(name) == torch.device("cuda", 1)
+    for name in ("cuda:0", "mps"):
+        with pytest.raises(ValueError, match=r"is one device.*Give 'auto' or 'cuda'"):
+            find_device(name)
     machine(mps=True, local_rank=1)
     assert find_device("auto") == find_device("cpu") == torch.device("cpu")
 
@@ -111,15 +96,13 @@ def test_auto_is_the_cpu_where_the_launcher_says_so(
     assert find_device("auto") == torch.device("cpu")
 
 
-@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1", "mps"])
-def test_the_alignment_takes_every_device(device: str) -> None:
-    assert AlignConfig(device=device).device == device
-
-
-@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:a", "cpu:0", ""])
-def test_the_alignment_refuses_an_unknown_device(device: str) -> None:
-    with pytest.raises(ValueError, match=r"device=.*: must be one of"):
-        AlignConfig(device=device)
+def test_a_stage_runs_on_the_device_of_its_options_and_refuses_an_unknown_one() -> None:
+    for device in ("auto", "cpu", "cuda", "cuda:1", "mps"):
+        assert AlignConfig(device=device).device == device
+    for device in ("gpu", "cuda:", "cuda:a", "cpu:0", ""):
+        with pytest.raises(ValueError, match=r"device=.*: must be one of"):
+            AlignConfig(device=device)
+    assert choose_device("cpu") == torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -144,34 +127,19 @@ def test_the_device_is_printed_where_there_was_something_to_choose(
 
 def test_the_trainer_runs_on_the_device_that_was_named(tmp_path: Path) -> None:
     # "meta" takes the place of a GPU that is not the first, which transformers would never choose.
-    device = torch.device("meta")
-    try:
-        arguments = training_arguments_on(device, TrainingArguments, tmp_path, AlignConfig())
-        trainer = Trainer(model=nn.Linear(2, 2), args=arguments)
-        assert arguments.device == trainer.accelerator.device == PartialState().device == device
-        assert next(trainer.model.parameters()).device == device
-        assert arguments.n_gpu == 1  # more would be torch's DataParallel
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def test_the_trainer_stays_on_the_cpu_where_that_was_named(tmp_path: Path) -> None:
-    cpu = torch.device("cpu")
-    try:
-        arguments = training_arguments_on(cpu, TrainingArguments, tmp_path, AlignConfig())
-        assert arguments.use_cpu and arguments.device == cpu and arguments.n_gpu == 0
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def test_a_stage_runs_on_the_device_of_its_options() -> None:
-    assert choose_device("cpu") == torch.device("cpu")
+    for device in (torch.device("meta"), torch.device("cpu")):
+        try:
+            arguments = training_arguments_on(device, TrainingArguments, tmp_path, AlignConfig())
+            trainer = Trainer(model=nn.Linear(2, 2), args=arguments)
+            assert arguments.device == trainer.accelerator.device == PartialState().device == device
+            assert next(trainer.model.parameters()).device == device
+            assert arguments.use_cpu is (device.type == "cpu")
+            assert arguments.n_gpu == (device.type != "cpu")  # more would be torch's DataParallel
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_float64_is_computed_on_the_cpu_where_mps_has_none() -> None:
     on_mps: Any = SimpleNamespace(device=SimpleNamespace(type="mps"), cpu=lambda: torch.ones(2))
     assert to_float64(on_mps).dtype == to_float64(torch.ones(2)).dtype == torch.float64
-
-
-def test_this_machine_lists_the_cpu_last() -> None:
     assert list_devices()[-1] == "cpu"

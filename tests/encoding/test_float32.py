@@ -33,18 +33,18 @@ def read_settings() -> tuple[str, str]:
 @pytest.fixture
 def seen() -> Iterator[set[tuple[str, str]]]:
     """The settings in which any layer with weights ran, in a program that likes TF32."""
-    found: set[tuple[str, str]] = set()
+    noted: set[tuple[str, str]] = set()
 
     def note(module: nn.Module, _: Any) -> None:
         if isinstance(module, nn.Conv2d | nn.Linear):
-            found.add(read_settings())
+            noted.add(read_settings())
 
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     hook = nn.modules.module.register_module_forward_pre_hook(note)
     usual = read_settings()
     assert "ieee" not in usual
-    yield found
+    yield noted
     hook.remove()
     assert read_settings() == usual
     torch.set_float32_matmul_precision(before)

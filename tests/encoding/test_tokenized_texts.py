@@ -24,12 +24,8 @@ def test_an_evaluation_tokenizes_each_of_its_texts_once() -> None:
     with note_tokenized() as tokenized:
         found = encoder.encode_texts(TEXTS)
     assert sorted(tokenized) == sorted(text.strip() for text in TEXTS)
-    assert found.is_truncated is not None and found.is_truncated.tolist() == [
-        False,
-        True,
-        False,
-        False,
-    ]
+    assert found.is_truncated is not None
+    assert found.is_truncated.tolist() == [False, True, False, False]
 
 
 def test_tokenized_texts_have_the_ids_of_a_call_and_the_embeddings_of_texts() -> None:

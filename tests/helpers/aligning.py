@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from packaging.version import Version
 from PIL import Image
 from tiny import tiny_model
 from torch import Tensor
+from transformers import TrainerCallback
 from transformers import __version__ as transformers_version
 
 from modeling_llm2clip import LLM2CLIPModel
@@ -26,6 +29,7 @@ from modeling_llm2clip.embedding.extract import extract
 from modeling_llm2clip.publishing.export_model import save_model
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.held_out import HeldOutScores
+from modeling_llm2clip.training.losses.loss import Loss
 from modeling_llm2clip.training.run_folder import read_results
 
 NUM_RECORDS = 24
@@ -68,31 +72,48 @@ class Prepared:
     def image_store(self) -> EmbeddingStore:
         return EmbeddingStore.open(self.images)
 
-    def align(self, output: Path, *, resume: bool = False, **changed: Any) -> Run:
-        """Run a few steps; stores are given where they are read."""
+    def align(
+        self,
+        output: Path,
+        *,
+        resume: bool = False,
+        records: Sequence[CaptionedImage] | None = None,
+        loss: Loss | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        are_images_stored: bool = False,
+        **changed: Any,
+    ) -> Run:
+        """Run a few steps; captions come from their store where it is read."""
         config = AlignConfig(**{**SHORT_RUN, **changed})
         stored = config.text_training == "stored"
         align(
-            self.model,
-            self.records,
-            output,
-            config,
+            self.model, self.records if records is None else records, output, config,
             caption_store=self.caption_store if stored else None,
-            resume=resume,
-        )
+            image_store=self.image_store if are_images_stored else None,
+            loss=loss, resume=resume, callbacks=callbacks,
+        )  # fmt: skip
         return Run(output)
 
-    def align_stored(self, output: Path, *, resume: bool = False, **options: Any) -> Run:
+    def begin(self, output: Path, **options: Any) -> None:
+        """Begin a run that ends before its first step, as if it were killed."""
+        with pytest.raises(KeyboardInterrupt):
+            self.align(output, callbacks=[KillAtBegin()], **options)
+
+    def align_stored(
+        self,
+        output: Path,
+        *,
+        resume: bool = False,
+        loss: Loss | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        **options: Any,
+    ) -> Run:
         """Align from both stores, with the defaults of the other options."""
         align(
-            self.model,
-            self.records,
-            output,
-            AlignConfig(**{"device": "cpu", **options}),
-            caption_store=self.captions,
-            image_store=self.images,
-            resume=resume,
-        )
+            self.model, self.records, output, AlignConfig(**{"device": "cpu", **options}),
+            caption_store=self.captions, image_store=self.images,
+            loss=loss, resume=resume, callbacks=callbacks,
+        )  # fmt: skip
         return Run(output)
 
 
@@ -121,6 +142,19 @@ class Run:
     @property
     def best_step(self) -> int:
         return int(self.results["held_out"]["best_step"])
+
+    def copy_without_model(self, output: Path) -> Path:
+        """Copy the run as a kill between its last step and its model leaves it."""
+        shutil.copytree(self.output, output)
+        shutil.rmtree(output / "model")
+        return output
+
+
+class KillAtBegin(TrainerCallback):
+    """Ends a run before its first step, as a kill does."""
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
 
 
 def write_data(folder: Path, *, count: int = NUM_RECORDS) -> Path:
@@ -169,12 +203,18 @@ def write_color_data(folder: Path, *, count: int) -> Path:
 
 
 def prepare(
-    folder: Path, *, vision: str = "clip", num_colored: int | None = None, **build: Any
+    folder: Path,
+    *,
+    vision: str = "clip",
+    num_colored: int | None = None,
+    has_stores: bool = True,
+    **build: Any,
 ) -> Prepared:
     """Write data, export a tiny model, extract both stores in float32.
 
     Args:
         num_colored: so many images of `write_color_data`, instead of noise.
+        has_stores: False where no test reads the stores.
     """
     data = (
         write_data(folder / "data")
@@ -185,18 +225,21 @@ def prepare(
     save_model(model, processor, folder / "exported")
     records = load_records(data)
     config = ExtractConfig(store_dtype="float32", device="cpu", show_progress=False)
-    extract(folder / "exported", records, folder / "captions", config, modality="text")
-    extract(folder / "exported", records, folder / "images", config, modality="image")
+    for modality, name in (("text", "captions"), ("image", "images")) if has_stores else ():
+        extract(folder / "exported", records, folder / name, config, modality=modality)
     return Prepared(data, folder / "exported", folder / "captions", folder / "images")
 
 
+def read_metrics(output: Path, name: str) -> dict[int, float]:
+    """A number by step, where a line of the metrics has it."""
+    lines = map(json.loads, (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    read = [(line["step"], line[name]) for line in lines if name in line]
+    assert len(read) == len(dict(read)), "a step was logged twice"
+    return dict(read)
+
+
 def read_losses(output: Path) -> dict[int, float]:
-    """Loss of each step, from the metrics of a run."""
-    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    read = [json.loads(line) for line in lines]
-    steps = [line["step"] for line in read if "loss" in line]
-    assert len(steps) == len(set(steps)), "a step was logged twice"
-    return {line["step"]: line["loss"] for line in read if "loss" in line}
+    return read_metrics(output, "loss")
 
 
 def read_tensorboard_losses(output: Path) -> dict[int, float]:

@@ -4,50 +4,26 @@ from __future__ import annotations
 
 import os
 import socket
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.nn.functional import all_gather
 
 from modeling_llm2clip.configs.align_config import AlignConfig
-from modeling_llm2clip.heads_llm2clip import LogitRule
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.training.alignment.alignment_model import (
     AlignmentModel,
     choose_trained_parts,
 )
 from modeling_llm2clip.training.alignment.alignment_trainer import ClampTemperatureCallback
-from modeling_llm2clip.training.losses.loss import LossInputs, gather_with_gradient
 from modeling_llm2clip.training.losses.pairs import ContrastiveLoss
 
 NUM_ROWS = 8
-
-
-def make_rows() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images, captions, scale and group ids of a whole batch; some groups span both processes."""
-    generator = torch.Generator().manual_seed(3)
-    image, text = (F.normalize(torch.randn(NUM_ROWS, 6, generator=generator)) for _ in range(2))
-    return image, text, torch.tensor([12.0]), torch.tensor([0, 1, 1, 2, 3, 0, 4, 3])
-
-
-def gather_gradients(part: slice, *, library: bool) -> dict[str, Tensor]:
-    """Gradients of the loss through our gather, or through that of torch."""
-    image, text, scale, group_ids = make_rows()
-    rows = torch.cat([image, text], dim=1)[part].clone().requires_grad_(True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's is deprecated
-        whole = torch.cat(all_gather(rows)) if library else gather_with_gradient(rows)
-    images, texts = whole.chunk(2, dim=1)
-    inputs = LossInputs(images, texts, LogitRule(scale), group_ids, is_whole=True)
-    ContrastiveLoss()(inputs).backward()
-    assert rows.grad is not None
-    return {"rows": rows.grad}
+# Some groups span both processes.
+GROUP_IDS = torch.tensor([0, 1, 1, 2, 3, 0, 4, 3])
 
 
 def load_trained(folder: Path) -> AlignmentModel:
@@ -72,7 +48,7 @@ def make_batch(folder: Path, records: list[Any]) -> dict[str, Tensor]:
 def backward_module(model: torch.nn.Module, batch: dict[str, Tensor], part: slice) -> Tensor:
     """One forward and backward pass of some rows through a module, wrapped or not."""
     rows = {name: value[part] for name, value in batch.items()}
-    loss, _ = model(**rows, group_ids=make_rows()[3][part])
+    loss, _ = model(**rows, group_ids=GROUP_IDS[part])
     loss.backward()
     return loss.detach()
 
@@ -118,8 +94,6 @@ def work(rank: int, port: int, folder: Path, batch: dict[str, Tensor]) -> None:
     wrapped = accelerator.prepare(model)
     assert type(wrapped).__name__ == "DistributedDataParallel"
     result: dict[str, Any] = {
-        "gathered": gather_gradients(part, library=False),
-        "gathered by torch": gather_gradients(part, library=True),
         "module_loss": backward_module(wrapped, batch, part),
         "module": {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,13 @@ class Tuned:
     @property
     def results(self) -> dict[str, Any]:
         return read_results(self.output)
+
+    def copy_unfinished(self, output: Path) -> Path:
+        """Copy the run as a kill between its two checkpoints leaves it."""
+        shutil.copytree(self.output, output)
+        shutil.rmtree(output / "checkpoints" / "checkpoint-6")
+        shutil.rmtree(output / "lora")
+        return output
 
 
 # Of the command, for a run of one step.

@@ -157,9 +157,7 @@ def test_a_run_of_the_paper_states_source_cost_and_deviations(name: str) -> None
 
 
 @pytest.mark.slow
-def test_images_learn_an_embedder_whose_texts_stay_bit_for_bit(
-    sources: Path, tmp_path: Path
-) -> None:
+def test_images_learn_an_embedder_whose_texts_stay(sources: Path, tmp_path: Path) -> None:
     """The recipe as it is, but for its towers, its data and the number of steps."""
     source = tiny_embedder(tmp_path, "Qwen3-Embedding")
     recipe = read_yaml(FILES[0].with_name("locked-embedder.yaml")) | {

@@ -15,7 +15,6 @@ from transformers import TrainingArguments
 from tuning import SHORT, tune
 
 from modeling_llm2clip.configs.align_config import AlignConfig
-from modeling_llm2clip.encoding.devices import find_device
 from modeling_llm2clip.scheduling.processes import (
     LONGEST_WAIT,
     join_processes,
@@ -65,18 +64,6 @@ def test_one_process_where_several_were_asked_for_is_refused(
         refuse_lone_launch(1)
 
 
-@pytest.mark.parametrize("chosen", ["by its options", "by the launcher", "by nobody"])
-def test_a_run_stays_on_the_cpu_if_asked_to_or_without_another_device(
-    monkeypatch: pytest.MonkeyPatch, chosen: str
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: chosen != "by nobody")
-    for kind in (torch.backends.mps,):
-        monkeypatch.setattr(kind, "is_available", lambda: False)
-    if chosen == "by the launcher":
-        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    assert find_device("cpu" if chosen == "by its options" else "auto").type == "cpu"
-
-
 def test_the_trainer_of_the_alignment_stays_on_the_device_of_the_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -85,29 +72,21 @@ def test_the_trainer_of_the_alignment_stays_on_the_device_of_the_run(
     assert make_training_arguments(tmp_path, AlignConfig()).use_cpu
 
 
-@pytest.fixture
-def many_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three GPUs for one process, as far as a Trainer knows."""
-    finish = TrainingArguments.__post_init__
-
-    def see_three(self: Any) -> None:
-        finish(self)
-        self._n_gpu = 3
-
-    monkeypatch.setattr(TrainingArguments, "__post_init__", see_three)
-
-
-@pytest.mark.usefixtures("many_gpus")
 def test_a_machine_with_many_gpus_gives_one_process_no_larger_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    finish, collate = TrainingArguments.__post_init__, PairCollator.__call__
     sizes = []
-    collate = PairCollator.__call__
+
+    def see_three(self: Any) -> None:
+        finish(self)
+        self._n_gpu = 3  # for one process, as far as a Trainer knows
 
     def note(self: Any, rows: list[Any]) -> Any:
         sizes.append(len(rows))
         return collate(self, rows)
 
+    monkeypatch.setattr(TrainingArguments, "__post_init__", see_three)
     monkeypatch.setattr(PairCollator, "__call__", note)
     tune(tmp_path / "run", replace(SHORT, max_steps=2, per_device_train_batch_size=4))
     assert sizes == [4, 4]

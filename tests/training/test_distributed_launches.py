@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from aligning import Prepared, command_of, read_losses
 from gloo_workers import find_free_port
 
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.doctor.check_model import check_model
 
 ROOT = Path(__file__).resolve().parents[2]
 CHANGED: dict[str, Any] = {"max_steps": 4, "save_steps": 4, "device": "auto"}
@@ -24,6 +26,21 @@ def start_launch(*words: str) -> subprocess.Popen[str]:
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """Losses of the command without a launcher."""
+    output = tmp_path_factory.mktemp("plain") / "run"
+    assert main(command_of(prepared, output, **{**CHANGED, "device": "cpu"})) == 0
+    return read_losses(output)
+
+
+def read_command(file: Path) -> list[str]:
+    """The command in the comment at a file's top."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    shown = [line.removeprefix("#   ") for line in lines if line.startswith("#   ")]
+    return shlex.split(" ".join(line.removesuffix("\\") for line in shown))
 
 
 @pytest.mark.slow
@@ -42,24 +59,42 @@ def test_a_launch_that_starts_fewer_processes_than_asked_for_is_refused(
 
 @pytest.mark.slow
 def test_a_launch_of_one_process_is_as_one_without_a_launcher(
-    prepared: Prepared, tmp_path: Path
+    prepared: Prepared, plain: dict[int, float], tmp_path: Path
 ) -> None:
-    changed = {**CHANGED, "device": "cpu"}
-    assert main(command_of(prepared, tmp_path / "plain", **changed)) == 0
-    command = command_of(prepared, tmp_path / "launched", **changed)
+    command = command_of(prepared, tmp_path / "run", **{**CHANGED, "device": "cpu"})
     with start_launch("--num_processes", "1", "-m", "modeling_llm2clip", *command) as process:
         _, shown = process.communicate(timeout=200)
     assert process.returncode == 0, shown[-3000:]
-    assert read_losses(tmp_path / "launched") == read_losses(tmp_path / "plain")
+    assert read_losses(tmp_path / "run") == plain
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does_with_the_whole_batch(
+    prepared: Prepared, plain: dict[int, float], tmp_path: Path
+) -> None:
+    """Started as the configuration's comment says, on a machine without a GPU."""
+    accelerate, launch, *shown = read_command(ROOT / "examples/accelerate/ddp.yaml")
+    assert (accelerate, launch) == ("accelerate", "launch")
+    command = command_of(prepared, tmp_path / "run", **CHANGED)
+    start = shown.index("align")
+    flag = command[4]  # what follows the store are settings of the test
+    assert shown[start:] == ["align", "MODEL", "DATA", "OUTPUT", flag, "STORE"]
+    port = ("--main_process_port", str(find_free_port()))
+    with start_launch(*port, *shown[:start], *command) as process:
+        out, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors[-3000:]
+    assert out.count("Wrote") == 1
+    # Four steps carry the rounding of sums in another order on.
+    assert read_losses(tmp_path / "run") == pytest.approx(plain, abs=2e-3)
+    assert check_model(tmp_path / "run" / "model").healthy
 
 
 @pytest.mark.slow
 def test_two_launches_of_one_process_each_train_as_one_process_with_the_whole_batch(
-    prepared: Prepared, tmp_path: Path
+    prepared: Prepared, plain: dict[int, float], tmp_path: Path
 ) -> None:
     """Two machines that share a disk, here the same machine twice."""
-    assert main(command_of(prepared, tmp_path / "one", **{**CHANGED, "device": "cpu"})) == 0
-    command = command_of(prepared, tmp_path / "two", **CHANGED)
+    command = command_of(prepared, tmp_path / "run", **CHANGED)
     port = str(find_free_port())
     processes = [
         start_launch(
@@ -73,4 +108,4 @@ def test_two_launches_of_one_process_each_train_as_one_process_with_the_whole_ba
     assert [process.returncode for process in processes] == [0, 0], shown[0][1][-3000:]
     assert sum(out.count("Wrote") for out, _ in shown) == 1
     # Four steps carry the rounding of sums in another order on.
-    assert read_losses(tmp_path / "two") == pytest.approx(read_losses(tmp_path / "one"), abs=2e-3)
+    assert read_losses(tmp_path / "run") == pytest.approx(plain, abs=2e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,36 +30,29 @@ from modeling_llm2clip.training.trainer_mixins import (
         ("auto", True, True, True),
     ],
 )
-def test_a_run_computes_in_bfloat16_where_it_is_asked_to_or_a_gpu_has_the_instructions(
-    monkeypatch: pytest.MonkeyPatch,
-    precision: str,
-    on_gpu: bool,
-    has_instructions: bool,
-    in_bfloat16: bool,
+def test_a_run_computes_in_bfloat16_on_request_or_by_a_gpu_that_has_it(
+    monkeypatch: Any, precision: str, on_gpu: bool, has_instructions: bool, in_bfloat16: bool
 ) -> None:
-    monkeypatch.setattr(
-        torch.cuda,
-        "is_bf16_supported",
-        lambda including_emulation=True: including_emulation or has_instructions,
-    )
+    def is_supported(including_emulation: bool = True) -> bool:
+        return including_emulation or has_instructions
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
     assert computes_in_bfloat16(precision, on_gpu=on_gpu) is in_bfloat16
 
 
-@pytest.mark.parametrize("launched", ["no", "bf16", "fp16"])
-@pytest.mark.parametrize(
-    ("precision", "computed"), [("float32", "no"), ("auto", "no"), ("bfloat16", "bf16")]
-)
 @pytest.mark.parametrize("kind", [TrainingArguments, SentenceTransformerTrainingArguments])
+@pytest.mark.parametrize(
+    ("launched", "precision", "computed"),
+    [
+        ("fp16", "float32", "no"), ("bf16", "float32", "no"), ("bf16", "auto", "no"),
+        ("no", "bfloat16", "bf16"), ("fp16", "bfloat16", "bf16"),
+    ],
+)  # fmt: skip
 def test_the_precision_of_a_run_is_not_that_of_its_launcher(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    kind: type[TrainingArguments],
-    precision: str,
-    computed: str,
-    launched: str,
+    monkeypatch: Any, tmp_path: Path, kind: Any, launched: str, precision: Any, computed: str
 ) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
-    config = TrainingConfig(precision=precision, device="cpu")  # type: ignore[arg-type]
+    config = TrainingConfig(precision=precision, device="cpu")
     arguments = training_arguments_on(torch.device("cpu"), kind, tmp_path, config)
     AcceleratorState._reset_state(reset_partial_state=False)
     try:

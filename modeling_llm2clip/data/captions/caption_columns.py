@@ -63,12 +63,12 @@ class FirstOccurrences:
     def find(self, rows: range) -> Iterator[tuple[int, Array, Array]]:
         """Find the first occurrences of the rows of a shard."""
         newest = rows.start - 1
-        for first, ends, found in self._index.iterate_rows(
+        for first, ends, numbers in self._index.iterate_rows(
             self._first_items[rows.start // self._rows_per_shard]
         ):
-            highest = np.maximum.accumulate(np.maximum(found, newest))
+            highest = np.maximum.accumulate(np.maximum(numbers, newest))
             before = np.concatenate([[newest], highest[:-1]])
-            places = np.flatnonzero((found > before) & (found < rows.stop))
+            places = np.flatnonzero((numbers > before) & (numbers < rows.stop))
             items = np.searchsorted(ends, places, side="right") - 1
             if len(places):
                 yield first, items, places - ends[items]
@@ -91,14 +91,14 @@ def iterate_first_captions(
 
 def _find_first_items(index: StoreIndex, rows_per_shard: int) -> list[int]:
     """Find the item in which the first row of each shard occurs first."""
-    found: list[int] = []
+    first_items: list[int] = []
     newest = -1
     for first, ends, rows in index.iterate_rows():
         if not len(rows):
             continue
         highest = np.maximum.accumulate(np.maximum(rows, newest))
         newest = int(highest[-1])
-        wanted = np.arange(len(found) * rows_per_shard, newest + 1, rows_per_shard)
-        items = np.searchsorted(ends, np.searchsorted(highest, wanted), side="right") - 1
-        found += (first + items).tolist()
-    return found
+        first_rows = np.arange(len(first_items) * rows_per_shard, newest + 1, rows_per_shard)
+        items = np.searchsorted(ends, np.searchsorted(highest, first_rows), side="right") - 1
+        first_items += (first + items).tolist()
+    return first_items

@@ -28,6 +28,7 @@ import errno
 import gzip
 import json
 import sqlite3
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -40,13 +41,16 @@ from uuid import uuid4
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from ..._suggestions import counted, list_first
+from ...configs.data_config import DataConfig
 from ..atomic_files import FREE_TEMPORARY_FOLDER, explain_full_disk, temporary_folder
 from ..key_arrays import count_distinct
-from ..record_fields import LONG_CAPTION_FIELDS, SHORT_CAPTION_FIELDS, clean_text
+from ..record_fields import LONG_CAPTION_FIELDS, SHORT_CAPTION_FIELDS, Modality, clean_text
 from ..records.record_columns import SCHEMA, TEXTS, make_text_keys
 from ..records.record_index import write_index
+from ..records.record_loading import load_records
 from ..records.record_table import CAPTION_COLUMNS, RecordTable
 from ..sources.csv_files import iterate_csv, require_distinct
 from ..sources.json_files import iterate_lines, parse_object
@@ -389,3 +393,37 @@ def _read(file: Path) -> Iterator[dict[str, Any]]:
             raise ValueError(f"{file}: give .csv, .tsv, .jsonl or .parquet.")
     except (pa.ArrowException, UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{file}: broken ({error}). Download it again.") from error
+
+
+def read_configured_records(
+    data: str | Path,
+    config: DataConfig,
+    *,
+    require_images: bool,
+    check_images: bool,
+    modality: Modality | None = None,
+    show_progress: bool = True,
+) -> RecordTable:
+    """Read records as a `DataConfig` says; print to stderr the counts of rows left out."""
+    records = load_records(
+        data,
+        image_dir=config.image_dir,
+        require_images=require_images or check_images,
+        check_images=check_images,
+        ignore_fields=config.ignore_fields,
+        cache=config.cache,
+        show_progress=show_progress,
+        modality=modality,
+    )
+    for reason, count in records.skipped.items():
+        tqdm.write(f"{data}: skipped {counted(count, 'row')}: {reason}.", file=sys.stderr)
+    if config.captions_from is None:
+        return records
+    joined = join_captions(
+        records,
+        config.captions_from,
+        on=config.join_on,
+        lang=config.captions_lang,
+    )
+    tqdm.write(f"{config.captions_from}: {joined}", file=sys.stderr)
+    return joined.records

@@ -56,7 +56,7 @@ def _is_end(before: str, mark: str | None, after: str) -> bool:
 
 
 def list_views(caption: str, num_views: int) -> list[str]:
-    """List distinct views of a caption, at most so many, and none of a single sentence.
+    """List at most so many distinct views of a caption; a single sentence has none.
 
     The number of sentences is uniform from one to all but the first. They keep their order.
     """

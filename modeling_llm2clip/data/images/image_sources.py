@@ -123,7 +123,7 @@ def open_image(image: Any) -> Any:
 
 
 def decode_image(image: ImageSource) -> Image.Image:
-    """Decode an image; one that is invalid, and one that cannot be read, are different errors."""
+    """Decode an image; an invalid image and an unreadable file raise different errors."""
     try:
         decoded: Image.Image = load_images(open_image(image))
     except ValueError as error:

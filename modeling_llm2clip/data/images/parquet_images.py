@@ -21,7 +21,7 @@ from ..remote.file_places import FilePlace, open_place, require_unchanged
 from ..remote.remote_files import FileInfo
 
 _FILES_KEPT = 2**14  # about 2 kB each
-_GROUPS_KEPT = 4  # images in their order, which threads decode, are in one or two
+_GROUPS_KEPT = 4  # threads that decode images in order need one or two
 _LARGE_GROUP = 2**26  # bytes of images, which take some 20 ms to decode
 
 

@@ -20,7 +20,7 @@ from .record_columns import IMAGE_COLUMNS, IMAGE_FILE, make_image
 from .record_table import Array, RecordTable
 from .records import CaptionedImage
 
-# splitmix64's 0x9E3779B97F4A7C15, whose powers differ in each of many places
+# 0x9E3779B97F4A7C15 of splitmix64: its powers differ in many bits
 _ODD = np.int64(-7046029254386353131)
 _IMAGES_READ = 1000
 
@@ -43,7 +43,7 @@ def hash_own_texts(text_keys: pa.ListArray, num_short: Array) -> Array:
     ends = ends - ends[0]  # of a slice, whose keys are flattened alone
     counts = np.diff(ends)
     places = np.arange(ends[-1]) - np.repeat(ends[:-1], counts)
-    powers = np.cumprod(np.full(counts.max(initial=0), _ODD))  # which may wrap around, as sums do
+    powers = np.cumprod(np.full(counts.max(initial=0), _ODD))  # may wrap around, as the sums may
     sums = np.append(0, np.cumsum(np.asarray(text_keys.flatten()) * powers[places]))
     return np.asarray(np.diff(sums[ends]) + num_short)
 
@@ -77,16 +77,16 @@ def hash_images(records: Iterable[CaptionedImage]) -> str:
 
     digest, sample = hashlib.sha256(), np.empty(0, np.int64)
     for numbers, rows in iterate_ranges(mix, len(table)):
-        # Without a sign they ascend from range to range, however many ranges there are.
+        # As unsigned numbers they ascend from range to range, for any number of ranges.
         distinct, first = np.unique(numbers.view(np.uint64), return_index=True)
         digest.update(distinct.tobytes())
         sample = np.append(sample, rows[first[: _IMAGES_READ - len(sample)]])
     return digest.hexdigest() + _hash_content(table.select(sample))
 
 
-def are_of_same_images(one: str, other: str) -> bool:
+def are_of_same_images(content: str, other: str) -> bool:
     """Compare hashes by `hash_images`; of remote images only names and sizes count."""
-    return one.startswith(other) or other.startswith(one)
+    return content.startswith(other) or other.startswith(content)
 
 
 def describe_images(records: Iterable[CaptionedImage]) -> dict[str, str]:
@@ -111,7 +111,7 @@ def _hash_content(records: RecordTable) -> str:
             except (OSError, ValueError) as error:
                 if failure := find_reading_failure(error):
                     raise explain_reading_failure(image, failure) from error
-                content = b""  # those who decode it report it, or skip it
+                content = b""  # decoding reports the image, or skips it
             digests.append(hashlib.sha256(content).hexdigest())
     return _join(digests) if digests else ""
 

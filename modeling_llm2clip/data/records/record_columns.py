@@ -34,7 +34,7 @@ from ..remote.file_places import parse_place
 from .records import CaptionedImage, CheckedRecord, FoundFile
 
 Integers: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
-# Batches of a table have this many rows, but for the last one, so that a row's batch is known.
+# Every batch of a table but the last has this many rows, so the number of a row gives its batch.
 ROWS_PER_BATCH = 2**16
 TEXTS = pa.list_(pa.string())
 SCHEMA = pa.schema(

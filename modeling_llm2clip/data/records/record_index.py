@@ -64,11 +64,11 @@ _FORMAT_VERSION = 6
 _MOST_ROWS_IN_MEMORY = 20_000
 # Processes take a second to start.
 _LEAST_BYTES_FOR_PROCESSES = 2**25
-# Of images that are files, when an index is found.
+# Images that are files, looked at when an index is found: all of up to so many, or a sample.
 _MOST_IMAGES = 100_000
 _IMAGES_SAMPLED = 10_000
-_THREADS = 8  # which a network's file system needs
-_CHUNK = 1024  # files that a thread looks at in turn
+_THREADS = 8  # a network file system needs several
+_CHUNK = 1024  # files per task of a thread
 _UNFINISHED, _PARTS = ".tmp", ".parts"
 _SECONDS_KEPT = 30 * 24 * 3600
 _FREE_CACHE = "Free some space, or name another folder for the cache by the variable XDG_CACHE_HOME"
@@ -82,7 +82,7 @@ class IndexJob:
     rules: RecordRules
 
     def read(self, part: SourcePart, errors: ErrorCollector) -> Iterator[CheckedRecord]:
-        """Yield the records of a part; one with errors is what is left of it."""
+        """Yield the records of a part; a record with errors keeps its valid fields."""
         for raw in self.source.read(part, errors):
             record = check_record(raw, errors, self.rules)
             if record is not None:
@@ -115,7 +115,7 @@ def open_index(
 
 
 def name_build(name: Path) -> Path:
-    """Name the file of one build, which no other build has: not even one of the same source."""
+    """Name the file of one build; no other build has the name, not even of the same source."""
     return name.with_name(f"{name.name}-{uuid4().hex[:16]}.arrow")
 
 
@@ -171,7 +171,7 @@ def _read(
     states: Sequence[FileInfo | None],
 ) -> Generator[pa.RecordBatch, None, None]:
     """Read all parts, those of a large source in processes, which write beside the index."""
-    # A server that does not say how long a file is, is taken to have a long one.
+    # A file whose server does not state its length counts as long.
     num_bytes = sum(math.inf if state is None else state.size or 0 for state in states)
     parts = job.source.split()
     num_processes = min(len(parts), os.cpu_count() or 1)
@@ -211,10 +211,10 @@ def _read_in_processes(
     try:
         files = [folder / f"part-{number:06d}.arrow" for number in range(len(parts))]
         written = pool.map(_write_part, repeat(job), parts, files)
-        for file, found in zip(files, written, strict=True):
+        for file, part_errors in zip(files, written, strict=True):
             with pa.memory_map(str(file)) as mapped:
                 yield from pa.ipc.open_stream(mapped)
-            errors.extend(found)
+            errors.extend(part_errors)
             file.unlink()
             progress.update()
     finally:
@@ -257,18 +257,18 @@ def find_repeated(
 
 def iterate_repeated(table: RecordTable) -> Iterator[tuple[int, str]]:
     """Yield images that occur twice in a language."""
-    with ThreadPoolExecutor(2) as pool:  # numpy works outside of the interpreter's lock
+    with ThreadPoolExecutor(2) as pool:  # numpy releases the lock of the interpreter
         same, groups = pool.map(table.find_first_rows, ("key", "group_key"))
     for rows, earlier in _pair_repeated(groups):
         pairs = zip(table.take(rows, ["group_id"]), table.take(earlier, ["group_id"]), strict=True)
-        for one, other in pairs:
-            _require_same(one, other, "group ids")
+        for group_id, other in pairs:
+            _require_same(group_id, other, "group ids")
     for rows, earlier in _pair_repeated(same):
         columns = ["name", "lang", "place"]
         records = zip(rows, table.take(rows, columns), table.take(earlier, columns), strict=True)
-        for row, one, other in records:
-            _require_same(one[:2], other[:2], "names")
-            yield int(row), one[2]
+        for row, (*identity, place), other in records:
+            _require_same(tuple(identity), other[:2], "names")
+            yield int(row), place
 
 
 def _pair_repeated(first: Array) -> Iterator[tuple[Array, Array]]:
@@ -279,18 +279,18 @@ def _pair_repeated(first: Array) -> Iterator[tuple[Array, Array]]:
         yield start + repeated, part[repeated]
 
 
-def _require_same(one: tuple[str, ...], other: tuple[str, ...], what: str) -> None:
-    if one != other:
+def _require_same(identity: tuple[str, ...], other: tuple[str, ...], what: str) -> None:
+    if identity != other:
         raise ValueError(
-            f"The {what} {one} and {other} have the same hash of 64 bits. Rename one of them."
+            f"The {what} {identity} and {other} have the same hash of 64 bits. Rename one of them."
         )
 
 
 def _name_index(job: IndexJob, states: Sequence[FileInfo | None]) -> Path:
-    """Return what the names of an index's files begin with: its source, and its files' state."""
+    """Return the beginning of an index's file names: a hash of its source, and of its state."""
     base, names = job.source.base, [name_place(file) for file in job.source.files[:1]]
     folders = [folder for folder in (base, job.rules.image_dir) if isinstance(folder, Path)]
-    # An index has the paths of images as they were given: from this folder, if they are relative.
+    # An index keeps relative paths of images as they were given; they start from this folder.
     start = None if all(folder.is_absolute() for folder in folders) else os.getcwd()  # noqa: PTH109
     source = hash_json([base, start, names, job.source.suffix, job.rules])[:16]
     files = [file.resolve() if isinstance(file, Path) else file for file in job.source.files]
@@ -314,7 +314,7 @@ def _remove_old(name: Path) -> None:
 
 
 def _lock(name: Path) -> AbstractContextManager[Any]:
-    """Take the lock of a source; there is one for all states of its files."""
+    """Take the lock of a source, whatever the state of its files."""
     try:
         name.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(name.with_name(f"{name.name.partition('-')[0]}.lock")).acquire()

@@ -105,8 +105,8 @@ def load_records(
     if not records:
         path = Path(source)
         folder = path if path.is_dir() else path.parent
-        wanted = "Each text needs one." if modality == "text" else describe_line(folder)
-        raise ValueError(f"{source} has no records. {wanted}")
+        advice = "Each text needs one." if modality == "text" else describe_line(folder)
+        raise ValueError(f"{source} has no records. {advice}")
     return records
 
 
@@ -189,13 +189,13 @@ def _collect(job: IndexJob) -> CollectedRecords:
     def read() -> Iterator[CheckedRecord]:
         num_rows = 0
         for raw in (raw for part in job.source.split() for raw in job.source.read(part, stray)):
-            own = ErrorCollector()
-            record = check_record(raw, own, job.rules)
+            errors = ErrorCollector()
+            record = check_record(raw, errors, job.rules)
             if record is None:
-                lost.append(own)
+                lost.append(errors)
                 continue
-            if own.total:
-                errors_of[num_rows] = own
+            if errors.total:
+                errors_of[num_rows] = errors
             num_rows += 1
             yield record
 

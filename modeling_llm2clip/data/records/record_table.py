@@ -16,12 +16,14 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from ..images.image_sources import ImageSource
+from ..._suggestions import MAX_LISTED, counted, list_first
+from ..images.image_sources import ImageSource, count_bytes
 from ..key_arrays import Array, find_first_rows
 from ..remote.file_places import FilePlace, list_states, use_states
 from ..remote.remote_files import FileInfo
 from .record_columns import (
     IMAGE_COLUMNS,
+    NO_IMAGE,
     PLAIN_COLUMNS,
     ROWS_PER_BATCH,
     SCHEMA,
@@ -200,17 +202,17 @@ class RecordTable(Sequence[CaptionedImage]):
     ) -> Array:
         """Read a number per record from a column."""
         if rows is None:
-            found, stop = np.empty(len(self), dtype), 0
+            values, stop = np.empty(len(self), dtype), 0
             for batch in self.iterate_columns((name,)):
                 start, stop = stop, stop + batch.num_rows
-                found[start:stop] = read(batch.column(0))
-            return found
-        wanted = self._locate(rows)
-        found = np.empty(len(wanted), dtype)
-        for number, places in split_by_batch(wanted):
-            within = wanted[places] - number * ROWS_PER_BATCH
-            found[places] = read(self._batches[number].column(name))[within]
-        return found
+                values[start:stop] = read(batch.column(0))
+            return values
+        located = self._locate(rows)
+        values = np.empty(len(located), dtype)
+        for number, places in split_by_batch(located):
+            within = located[places] - number * ROWS_PER_BATCH
+            values[places] = read(self._batches[number].column(name))[within]
+        return values
 
     def read_text_keys(self, rows: Array, numbers: Array) -> Array:
         """Read the key of one caption of each record.
@@ -223,13 +225,13 @@ class RecordTable(Sequence[CaptionedImage]):
         Returns:
             (M,) int64.
         """
-        wanted = self._locate(rows)
-        found = np.empty(len(wanted), np.int64)
-        for number, places in split_by_batch(wanted):
+        located = self._locate(rows)
+        keys = np.empty(len(located), np.int64)
+        for number, places in split_by_batch(located):
             column = self._batches[number].column("text_keys")
-            starts = np.asarray(column.offsets)[wanted[places] - number * ROWS_PER_BATCH]
-            found[places] = np.asarray(column.values)[starts + numbers[places]]
-        return found
+            starts = np.asarray(column.offsets)[located[places] - number * ROWS_PER_BATCH]
+            keys[places] = np.asarray(column.values)[starts + numbers[places]]
+        return keys
 
     def iterate_numbers(self, name: str) -> Iterator[Array]:
         """Yield a column of numbers in batches of `ROWS_PER_BATCH`, which take no memory.
@@ -371,3 +373,50 @@ def _unpickle(
     if file is not None:
         batches = RecordTable.open(file)._batches
     return RecordTable(batches, file=file, rows=rows, skipped=skipped)
+
+
+def require_images(records: RecordTable) -> None:
+    """Check that there are records, and that each has its image."""
+    if not len(records):
+        raise ValueError("There are no images. Give a dataset with at least one.")
+    without = np.flatnonzero(records.read_numbers("image_kind") == NO_IMAGE)
+    if len(without):
+        names = (name for (name,) in records.take(without[:MAX_LISTED], ("name",)))
+        raise ValueError(
+            f"{counted(len(without), 'record')} without an image: "
+            f"{list_first(names, total=len(without))}. Read the dataset with "
+            "its images."
+        )
+
+
+def select_one_per_image(records: RecordTable) -> RecordTable:
+    """Select the first record of each image."""
+    firsts = find_first_records(records)
+    is_first = firsts == np.arange(len(records), dtype=firsts.dtype)
+    return records if is_first.all() else records.select(is_first)
+
+
+def find_first_records(records: RecordTable) -> Array:
+    """Find the first record of the image of each record; refuse names of several images."""
+    firsts = records.find_first_rows("name_key")
+    again = np.flatnonzero(firsts != np.arange(len(records), dtype=firsts.dtype))
+    ambiguous: dict[str, None] = {}
+    for start in range(0, len(again), ROWS_PER_BATCH):
+        rows = again[start : start + ROWS_PER_BATCH]
+        sides = (records.take(numbers, IMAGE_COLUMNS) for numbers in (rows, firsts[rows]))
+        for row, image, first in zip(rows.tolist(), *sides, strict=True):
+            # Images of one name may be copies, as in tar shards with a sample per language.
+            if image != first and not _have_same_bytes(make_image(*image), make_image(*first)):
+                ambiguous[records[row].name] = None
+    if ambiguous:
+        raise ValueError(
+            f"{counted(len(ambiguous), 'name')} shared by several images: "
+            f"{list_first(ambiguous)}. Give every image a name of its own; several "
+            "languages may share one."
+        )
+    return firsts
+
+
+def _have_same_bytes(image: ImageSource | None, other: ImageSource | None) -> bool:
+    assert image is not None and other is not None
+    return count_bytes(image) == count_bytes(other) and image.read_bytes() == other.read_bytes()

@@ -76,12 +76,12 @@ class CaptionedImage:
         """
         if isinstance(self.image, Path):
             return self.image
-        found = "no image" if self.image is None else f"a packed image, {self.image}"
-        raise ValueError(f"{self.name} has {found}, not a file. Use open_image(record.image).")
+        image = "no image" if self.image is None else f"a packed image, {self.image}"
+        raise ValueError(f"{self.name} has {image}, not a file. Use open_image(record.image).")
 
 
 class FoundFile(NamedTuple):
-    """An image that is a file; its path is a text, as a Path costs as much as all checks."""
+    """An image that is a file. Its path is a text: making a Path takes as long as all checks."""
 
     path: str
     size: int
@@ -130,37 +130,37 @@ def check_record(
 ) -> CheckedRecord | None:
     """Check the fields of a record.
 
-    What is left of a record with errors is returned, so that checks over several records see it;
-    None if its name, language or texts cannot be read.
+    A record with errors is returned with its valid fields, so that checks over several records see
+    it. Returns None if its name, language or texts cannot be read.
     """
     image_dir, require_images, ignore_fields, modality = rules
-    found: list[str] = []
-    lang = _read_word(raw.fields, "lang", found, may_be_number=False) or "en"
-    given = _sort_fields(tuple(raw.fields))
-    name = _read_name([raw.fields[field] for field in given.names], found)
-    is_text = modality == "text" and not given.names and raw.packed is None
+    problems: list[str] = []
+    lang = _read_word(raw.fields, "lang", problems, may_be_number=False) or "en"
+    names = _sort_fields(tuple(raw.fields))
+    name = _read_name([raw.fields[field] for field in names.names], problems)
+    is_text = modality == "text" and not names.names and raw.packed is None
     allowed = {*ignore_fields, _TEXT_ID} if is_text else ignore_fields
     if is_text:
-        name = None if _TEXT_ID in ignore_fields else _read_word(raw.fields, _TEXT_ID, found)
-    has_identity = not found
+        name = None if _TEXT_ID in ignore_fields else _read_word(raw.fields, _TEXT_ID, problems)
+    has_identity = not problems
     image: FoundFile | PackedImage | None = raw.packed
     if has_identity and image is None and not is_text:
-        image = _find_file(name, image_dir, found, required=require_images)
-    group_id = _read_word(raw.fields, "group_id", found)
-    # A group may have several texts, so that it names none of them.
+        image = _find_file(name, image_dir, problems, required=require_images)
+    group_id = _read_word(raw.fields, "group_id", problems)
+    # A group may have several texts, so its id cannot name one of them.
     name = name or raw.default_name or (raw.text_name if is_text or group_id else None)
     if name is None and not require_images:
-        found.append("no 'file_name', 'image' or 'group_id' to name it by")
-    captions = _read_captions(raw.fields, given, found, required=modality != "image")
-    long_captions = _read_texts(raw.fields, given.long_captions, found)
-    keywords = _read_texts(raw.fields, ["keywords"], found) if "keywords" in raw.fields else []
-    url = _read_word(raw.fields, "url", found) if "url" in raw.fields else None
-    found += [f"unknown field {name!r}" for name in given.unknown if name not in allowed]
+        problems.append("no 'file_name', 'image' or 'group_id' to name it by")
+    captions = _read_captions(raw.fields, names, problems, required=modality != "image")
+    long_captions = _read_texts(raw.fields, names.long_captions, problems)
+    keywords = _read_texts(raw.fields, ["keywords"], problems) if "keywords" in raw.fields else []
+    url = _read_word(raw.fields, "url", problems) if "url" in raw.fields else None
+    problems += [f"unknown field {name!r}" for name in names.unknown if name not in allowed]
     words = (name or "", group_id or "", lang, url or "", *captions, *long_captions, *keywords)
     is_storable = _is_storable("".join(words))
     if not is_storable:
-        found.append("a text has half a character (a lone surrogate)")
-    for kind in found:
+        problems.append("a text has half a character (a lone surrogate)")
+    for kind in problems:
         errors.add(kind, raw.place)
     if name is None or not has_identity or not is_storable:
         return None
@@ -189,37 +189,37 @@ def _sort_fields(fields: tuple[str, ...]) -> _FieldNames:
 
 
 def _read_captions(
-    fields: Mapping[str, Any], given: _FieldNames, found: list[str], *, required: bool
+    fields: Mapping[str, Any], names: _FieldNames, problems: list[str], *, required: bool
 ) -> list[str]:
-    if given.repeated:
-        one, other = given.repeated
-        found.append(f"both {one!r} and {other!r}")
+    if names.repeated:
+        name, other = names.repeated
+        problems.append(f"both {name!r} and {other!r}")
         return []
-    before = len(found)
-    captions = _read_texts(fields, given.captions, found)
-    if required and not captions and len(found) == before:
-        found.append("no caption")
+    before = len(problems)
+    captions = _read_texts(fields, names.captions, problems)
+    if required and not captions and len(problems) == before:
+        problems.append("no caption")
     return captions
 
 
-def _read_texts(fields: Mapping[str, Any], names: Sequence[str], found: list[str]) -> list[str]:
+def _read_texts(fields: Mapping[str, Any], names: Sequence[str], problems: list[str]) -> list[str]:
     """Read fields of texts; an error is noted once per field."""
     all_cleaned: list[str] = []
     for name in names:
         value = fields[name]
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not all([isinstance(text, str) for text in texts]):
-            found.append(f"{name!r} is not a text or a list of texts")
+            problems.append(f"{name!r} is not a text or a list of texts")
             continue
         cleaned = [clean_text(text) for text in texts]
         if "" in cleaned:
-            found.append(f"blank {'keyword' if name == 'keywords' else 'caption'}")
+            problems.append(f"blank {'keyword' if name == 'keywords' else 'caption'}")
         all_cleaned += cleaned
     return all_cleaned
 
 
 def _read_word(
-    fields: Mapping[str, Any], name: str, found: list[str], *, may_be_number: bool = True
+    fields: Mapping[str, Any], name: str, problems: list[str], *, may_be_number: bool = True
 ) -> str | None:
     """Read a non-blank text; an integer becomes one, since many datasets number their groups."""
     value = fields.get(name)
@@ -229,26 +229,26 @@ def _read_word(
         return None
     if isinstance(value, str) and value.strip():
         return value.strip()
-    found.append(f"{name!r} is not a non-blank text")
+    problems.append(f"{name!r} is not a non-blank text")
     return None
 
 
-def _read_name(given: Sequence[Any], found: list[str]) -> str | None:
+def _read_name(values: Sequence[Any], problems: list[str]) -> str | None:
     names = []
-    for name in given:
+    for name in values:
         if not isinstance(name, str) or not name.strip():
-            found.append("'image' or 'file_name' is not a non-blank text")
+            problems.append("'image' or 'file_name' is not a non-blank text")
             return None
-        # A path is written in one way: "./a.jpg" is "a.jpg".
+        # Equal paths get one spelling: "./a.jpg" becomes "a.jpg".
         may_be_other = "./" in name or "//" in name or name[-1] in "/."
         names.append(PurePosixPath(name).as_posix() if may_be_other else name)
     if len(names) > 1 and names[0] != names[1]:
-        found.append("'image' and 'file_name' differ")
+        problems.append("'image' and 'file_name' differ")
     return names[0] if names else None
 
 
 def _find_file(
-    name: str | None, image_dir: Path | None, found: list[str], *, required: bool
+    name: str | None, image_dir: Path | None, problems: list[str], *, required: bool
 ) -> FoundFile | None:
     if name is not None and image_dir is not None:
         file = name if name[0] == "/" else f"{image_dir}/{name}"
@@ -263,5 +263,5 @@ def _find_file(
         if status is not None and S_ISREG(status.st_mode):
             return FoundFile(file, status.st_size)
     if required:
-        found.append("no image" if name is None else "image missing")
+        problems.append("no image" if name is None else "image missing")
     return None

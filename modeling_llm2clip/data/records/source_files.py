@@ -123,7 +123,7 @@ def find_source(source: str, *, modality: Modality | None = None) -> SourceFiles
 
 
 def _find_suffix(source: str, files: list[Path], modality: Modality | None) -> str:
-    """Return the suffix of files, which all have to have."""
+    """Return the suffix that all files must share."""
     several = (*_SEVERAL_FILES, *([_CSV] if modality == "text" else []))
     suffixes = sorted({file.suffix.lower() for file in files})
     if len(suffixes) > 1 or suffixes[0] not in (".jsonl", *several, ".json"):
@@ -197,7 +197,7 @@ def is_source(folder: Path) -> bool:
 def _list_sources(folder: Path) -> list[list[Path]]:
     sources = [[folder / name] for name in _LINES_FILES if (folder / name).is_file()]
     for suffix in _SEVERAL_FILES:
-        # In any case, as for a pattern's files.
+        # Upper and lower case are the same, as for the files of a pattern.
         if files := sorted(f for f in folder.iterdir() if f.suffix.lower() == suffix):
             sources.append(files)
     of = {files[0].suffix.lower(): [str(file) for file in files] for files in sources}

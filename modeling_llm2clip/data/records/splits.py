@@ -71,12 +71,12 @@ def _sort_groups(table: RecordTable, keys: Array) -> Array:
     return unique[order]
 
 
-def _find_shared_texts(one: RecordTable, other: RecordTable) -> set[str]:
+def _find_shared_texts(table: RecordTable, other: RecordTable) -> set[str]:
     """Find the texts that two tables share; only those with equal keys are compared."""
-    shared = np.intersect1d(list_text_keys(one), list_text_keys(other))
+    shared = np.intersect1d(list_text_keys(table), list_text_keys(other))
     if not len(shared):
         return set()
-    return _list_texts(one, shared) & _list_texts(other, shared)
+    return _list_texts(table, shared) & _list_texts(other, shared)
 
 
 def list_text_keys(table: RecordTable) -> Array:
@@ -86,15 +86,15 @@ def list_text_keys(table: RecordTable) -> Array:
 
 
 def _list_texts(table: RecordTable, keys: Array) -> set[str]:
-    """Return the texts of a table whose keys are among some."""
-    found: set[str] = set()
+    """Return the texts of a table that have one of the keys."""
+    chosen: set[str] = set()
     for batch in table.iterate_columns(["text_keys", "captions", "long_captions"]):
-        is_wanted = np.isin(np.asarray(batch.column(0).flatten()), keys)
-        if is_wanted.any():
+        is_chosen = np.isin(np.asarray(batch.column(0).flatten()), keys)
+        if is_chosen.any():
             rows = zip(*(batch.column(c).to_pylist() for c in (1, 2)), strict=True)
             texts = [text for short, long in rows for text in (*short, *long)]
-            found.update(texts[number] for number in np.flatnonzero(is_wanted).tolist())
-    return found
+            chosen.update(texts[number] for number in np.flatnonzero(is_chosen).tolist())
+    return chosen
 
 
 def choose_test_rows(records: Sequence[CaptionedImage], groups: Collection[str]) -> list[int]:

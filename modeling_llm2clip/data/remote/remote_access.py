@@ -18,7 +18,7 @@ Failure = Literal["denied", "missing", "unreachable", "passing"]
 # S3 answers expired credentials by 400.
 _DENIED, _PASSING = (400, 401, 403, 407), (408, 409, 425, 429)
 _UNREACHABLE = (errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN)
-# Kinds of errors of files that could not be read, which say nothing of their content.
+# Errors of reading a file; they say nothing about its content.
 READING_ERRORS = ("file missing, or its requests fail", "file may not be read", "file missing",
                   "file cannot be read: its disk fails")  # fmt: skip
 # Errors of one file and not of its disk.
@@ -57,7 +57,7 @@ def try_request(
     on_retry: Callable[[str, str], None] | None = None,
     is_first: bool = False,
 ) -> T:
-    """Make a request, again and again if it fails in a way that may pass."""
+    """Make a request; repeat it after failures that may pass."""
     for attempt in range(max(policy.attempts, 1)):
         try:
             return request()
@@ -66,7 +66,7 @@ def try_request(
         except Exception as error:
             kind, reason = sort_failure(error), describe(error)
             is_last = attempt + 1 >= policy.attempts
-            # Clients that find no credentials make no request, and raise what only they know.
+            # Clients without credentials make no request, and raise errors of their own.
             causes = list(_list_causes(error))
             is_sent = _list_statuses(causes) or any(isinstance(c, OSError) for c in causes)
             is_unsent = is_first and kind == "passing" and not is_sent
@@ -117,16 +117,16 @@ def find_reading_failure(error: BaseException) -> OSError | None:
 
     None if the content is what is wrong, which decoders also report as an OSError, but without a
     number."""
-    for one in _list_causes(error):
-        if isinstance(one, AccessError | LostFileError):
-            return one
-        if isinstance(one, OSError) and one.errno is not None:
-            return one
+    for cause in _list_causes(error):
+        if isinstance(cause, AccessError | LostFileError):
+            return cause
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return cause
     return None
 
 
 def raise_disk_failure(error: BaseException, place: object) -> None:
-    """Raise where a disk or server failed, and not one file is missing, closed or broken."""
+    """Raise if a disk or server failed; not if a single file is missing, closed or broken."""
     failure = find_reading_failure(error)
     if failure is None or isinstance(failure, _OF_ONE_FILE):
         return
@@ -155,7 +155,7 @@ def name_reading_error(error: BaseException) -> str | None:
 
 def describe(error: BaseException) -> str:
     """Describe an error in one line, by the cause that says most."""
-    said = [one for one in _list_causes(error) if str(one).strip()]
+    said = [cause for cause in _list_causes(error) if str(cause).strip()]
     innermost = said[-1] if said else error
     text = " ".join(str(innermost).split())
     return f"{type(innermost).__name__}: {text}" if text else type(innermost).__name__

@@ -150,13 +150,13 @@ class RemoteFile:
             path,
             "rb",
             block_size=_BLOCK_BYTES,
-            cache_type="blockcache",  # "background" can wait for itself
+            cache_type="blockcache",  # the type "background" can block itself
             cache_options={"maxblocks": 3},
             **options,
         )
 
     async def _check_reply(self, reply: Any) -> None:
-        """Raise for a reply of another state; errors of a server are raised behind it."""
+        """Raise for a reply of another state; fsspec then raises the errors of the server."""
         if reply.status not in (200, 206):
             return
         name = "Content-Range" if reply.status == 206 else "Content-Length"

@@ -39,9 +39,9 @@ _SHARED_ACCESS = "sv|ss|srt|sr|sp|se|st|sip|spr|sdd|skoid|sktid|skt|ske|sks|skv"
 
 def list_shards(source: str | Path | Sequence[str], policy: RetryPolicy) -> list[str]:
     """List the shards of a source, or of several."""
-    given = [str(source)] if isinstance(source, str | Path) else [str(one) for one in source]
-    shards = [shard for one in given for shard in _expand(one, policy)]
-    shown = ", ".join(given[:3])
+    sources = [source] if isinstance(source, str | Path) else source
+    shards = [shard for part in sources for shard in _expand(str(part), policy)]
+    shown = ", ".join(map(str, sources[:3]))
     if not shards:
         raise ValueError(f"{shown}: no shards. Give .tar, .parquet or .jsonl files.")
     repeated = [shard for shard, count in Counter(shards).items() if count > 1]
@@ -65,7 +65,7 @@ def find_format(shard: str) -> str:
 
 
 def find_base(shards: Sequence[str]) -> str:
-    """Return what the names of all shards begin with, up to a slash."""
+    """Return the common beginning of the names of all shards, up to a slash."""
     base = shards[0][: shards[0].rfind("/") + 1]
     while not all(shard.startswith(base) for shard in shards):
         base = base[: base.rstrip("/").rfind("/") + 1]
@@ -104,7 +104,7 @@ def drop_signature(url: str) -> str:
 
 
 def drop_signatures(urls: Sequence[str]) -> list[str]:
-    """Return what identifies the file of each URL; all of it where two would become one."""
+    """Return URLs without signatures; as they are where two would become equal."""
     bare = [drop_signature(url) for url in urls]
     return bare if len(set(bare)) == len(bare) else list(urls)
 
@@ -152,23 +152,24 @@ def find_local_files(pattern: str) -> tuple[Path, list[Path]]:
 
 
 def _expand(source: str, policy: RetryPolicy) -> list[str]:
-    found = []
-    for one in expand_braces(source):
-        if one.startswith(PIPE):
-            found.append(one)
-        elif find_format(one) == _LIST:
-            found += [shard for line in _read_lines(one, policy) for shard in _expand(line, policy)]
-        elif is_remote(one):
-            found += _list_remote(one, policy)
+    shards = []
+    for place in expand_braces(source):
+        if place.startswith(PIPE):
+            shards.append(place)
+        elif find_format(place) == _LIST:
+            lines = _read_lines(place, policy)
+            shards += [shard for line in lines for shard in _expand(line, policy)]
+        elif is_remote(place):
+            shards += _list_remote(place, policy)
         else:
-            found += _list_local(one)
-    return found
+            shards += _list_local(place)
+    return shards
 
 
 def _read_lines(file: str, policy: RetryPolicy) -> list[str]:
     with RemoteFile(file, policy, is_first=True).open_stream() as opened:
         lines = opened.read().decode("utf-8-sig").splitlines()
-    return [found for line in lines if (found := line.partition("#")[0].strip())]
+    return [place for line in lines if (place := line.partition("#")[0].strip())]
 
 
 def _list_local(source: str) -> list[str]:
@@ -206,21 +207,21 @@ def _list_remote(source: str, policy: RetryPolicy) -> list[str]:
 
 def _choose_format(folder: str, names: Sequence[str]) -> list[str]:
     """Return the shards of a folder, without notes in Parquet, as img2dataset writes them."""
-    found = {
+    by_suffix = {
         suffix: files
         for suffix in SHARD_SUFFIXES
         if (files := [name for name in names if name.lower().endswith(suffix)])
     }
-    tar, parquet, _ = (found.get(suffix, []) for suffix in SHARD_SUFFIXES)
+    tar, parquet, _ = (by_suffix.get(suffix, []) for suffix in SHARD_SUFFIXES)
     if are_download_notes(parquet, tar):
-        found.pop(".parquet")
-    if len(found) > 1:
-        formats = ", ".join(f"{len(files)} {suffix}" for suffix, files in found.items())
+        by_suffix.pop(".parquet")
+    if len(by_suffix) > 1:
+        formats = ", ".join(f"{len(files)} {suffix}" for suffix, files in by_suffix.items())
         raise ValueError(
             f"{folder} has files of several formats: {formats}. Name those of one by a pattern, "
-            f"such as {folder.rstrip('/')}/*{next(iter(found))}."
+            f"such as {folder.rstrip('/')}/*{next(iter(by_suffix))}."
         )
-    return next(iter(found.values()), [])
+    return next(iter(by_suffix.values()), [])
 
 
 def are_download_notes(parquet: Sequence[str], tar: Sequence[str]) -> bool:

@@ -21,7 +21,7 @@ _LARGEST_CELL = 2**26  # characters: images in base64 may lie beside captions
 
 
 def read_csv_file(file: Path, name: str, errors: ErrorCollector) -> Iterator[RawRecord]:
-    """Yield a raw record per row, a text that is named by its row, from 0; empty cells are absent.
+    """Yield a raw record per row: a text, named by its row from 0. Empty cells count as absent.
 
     Only texts are in CSV; records of images are in JSON lines, Parquet or tar.
     """
@@ -72,7 +72,7 @@ def require_distinct(columns: Sequence[str], file: Path) -> None:
 
 
 def iterate_cells(file: Path, name: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield line number and cells of each row that is not empty, as long as they are valid."""
+    """Yield line number and cells of each row that is not empty, up to the first invalid one."""
     is_tsv = file.name.lower().removesuffix(".gz").endswith(".tsv")
     newline = "\n" if is_tsv else ""
     opened: IO[str]
@@ -85,7 +85,7 @@ def iterate_cells(file: Path, name: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _parse(opened: IO[str], name: str) -> Iterator[tuple[int, list[str]]]:
-    csv.field_size_limit(max(_LARGEST_CELL, csv.field_size_limit()))  # there is one for a process
+    csv.field_size_limit(max(_LARGEST_CELL, csv.field_size_limit()))  # holds for the process
     rows = csv.reader(opened, strict=True)
     try:
         for row in rows:

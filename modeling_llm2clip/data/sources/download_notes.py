@@ -18,7 +18,7 @@ from typing import Any
 _NOTES = frozenset(
     "key status error_message exif sha256 md5 width height original_width original_height".split()
 )
-# Its Parquet output always has these, and no other publisher's has all of them.
+# Only the Parquet output of img2dataset has all of these columns, and it always does.
 _COLUMNS = frozenset(("key", "url", "status", "error_message"))
 _IMAGE_COLUMNS = ("jpg", "png", "webp")
 KEY, STATUS = "key", "status"

@@ -49,7 +49,7 @@ def read_json_lines(
 def iterate_lines(
     file: FilePlace, *, start: int = 0, stop: int | None = None, first_line: int = 1
 ) -> Iterator[tuple[int, bytes]]:
-    """Yield number, from 1, and bytes of the lines that are not blank.
+    """Yield the number, from 1, and the bytes of each line that is not blank.
 
     Only a line feed ends a line: a text may hold other separators."""
     with open_buffered(file) as opened:
@@ -67,7 +67,7 @@ def number_lines(lines: Iterable[bytes], first: int = 1) -> Iterator[tuple[int, 
 
 
 def find_line_starts(file: Path, bytes_apart: int) -> Iterator[tuple[int, int]]:
-    """Yield byte and number of first lines that split a file into ranges of about the same size."""
+    """Yield the byte and number of lines at which a file splits into ranges of similar size."""
     position, line = 0, 1
     with file.open("rb") as opened:
         yield position, line

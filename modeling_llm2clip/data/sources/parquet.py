@@ -85,11 +85,11 @@ def read_parquet_file(
             continue
         path = row[KEY] if is_downloaded else paths.get(sources.get("image", ""))
         default_name = f"{name}/{path if path and path.strip() else number}"
-        fields = {field: row[column] for field, column in sources.items()}
-        given = {field: value for field, value in fields.items() if value is not None}
-        packed = given.pop("image") if isinstance(given.get("image"), ParquetImage) else None
+        values = {field: row[column] for field, column in sources.items()}
+        fields = {field: value for field, value in values.items() if value is not None}
+        packed = fields.pop("image") if isinstance(fields.get("image"), ParquetImage) else None
         place = f"{name} row {number}"
-        yield RawRecord(place, given, packed=packed, default_name=default_name)
+        yield RawRecord(place, fields, packed=packed, default_name=default_name)
 
 
 def iterate_rows(

@@ -151,7 +151,7 @@ def _read_parquet(
     name: str,
     on_columns: Callable[[ShardColumns], None] | None,
 ) -> Iterator[StreamedSample]:
-    source = file.open_seekable()  # outside, since a full disk ends the run
+    source = file.open_seekable()  # outside of `try`: a full disk ends the run
     try:
         with closing(source), pq.ParquetFile(source) as opened:
             columns = _find_columns(opened, name)
@@ -163,8 +163,8 @@ def _read_parquet(
             for number, row in enumerate(rows):
                 yield read_row(number, name, row, images)
     except (ShardColumnsError, AccessError, LostFileError):
-        raise  # the last two of requests, which were made again as often as allowed
-    except (pa.ArrowException, ValueError, OSError) as error:  # the last one for a damaged page
+        raise  # AccessError and LostFileError come after all attempts
+    except (pa.ArrowException, ValueError, OSError) as error:  # OSError: a damaged page
         raise BrokenShardError(f"not a Parquet file, or broken ({error})") from error
 
 
@@ -186,7 +186,7 @@ def read_row(number: int, name: str, row: Mapping[str, Any], images: set[str]) -
         path = value.get("path") if isinstance(value, dict) else None
         if content is not None:
             image = EncodedImage(place, bytes(content))
-            # Many writers leave the path empty; such rows are no images of one name.
+            # Many writers leave the path empty, which does not give these images one name.
             default_name = f"{name}/{path}" if path and path.strip() else default_name
         elif path is not None:
             fields["image"] = path
@@ -202,23 +202,23 @@ def refuse_shared_paths(samples: Iterable[StreamedSample], first: int) -> Iterat
     Some writers give all images one path. Rows of the same image, one per caption, stay. A shard is
     read from its beginning, since what is broken depends on the images before `first`.
     """
-    found: dict[str, int] = {}
+    checksums: dict[str, int] = {}
     for sample in samples:
-        is_shared = _has_shared_path(sample, found)
+        is_shared = _has_shared_path(sample, checksums)
         if sample.number >= first:
             lost = StreamedSample(sample.number, sample.place, None, _SHARED_PATH)
             yield lost if is_shared else sample
 
 
-def _has_shared_path(sample: StreamedSample, found: dict[str, int]) -> bool:
-    """Tell whether another image was found at the path of this one, which is noted."""
+def _has_shared_path(sample: StreamedSample, checksums: dict[str, int]) -> bool:
+    """Tell whether the path of an image is that of another; note its checksum otherwise."""
     raw = sample.raw
     if raw is None or not raw.default_name or not isinstance(raw.packed, EncodedImage):
         return False
     if not raw.fields.keys().isdisjoint(("file_name", "group_id")):
         return False
     checksum = zlib.crc32(raw.packed.content)
-    return found.setdefault(raw.default_name, checksum) != checksum
+    return checksums.setdefault(raw.default_name, checksum) != checksum
 
 
 def _read_lines(stream: BinaryIO, file: RemoteFile, name: str) -> Iterator[StreamedSample]:

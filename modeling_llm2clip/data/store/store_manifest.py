@@ -22,7 +22,7 @@ MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.arrow"
 CAPTION_EMBEDS, VISION_EMBEDS = "caption_embeds", "vision_embeds"
 TEACHER_TEXT_EMBEDS = "teacher_text_embeds"
-# Captions that a teacher does not read to the end, in the counts of its store.
+# Name in the counts of a store: captions that are longer than a teacher reads.
 TOO_LONG = "too long"
 _OWN_HASH = "sha256_of_this_file"
 # Name in safetensors, and the type that numpy reads it as; numpy has no bfloat16.
@@ -236,7 +236,7 @@ class StoreManifest(ShardedManifest):
         }
 
     def hash_plan(self) -> str:
-        """Hash what decides the bytes of a store; every shard says it, and so whose it is."""
+        """Hash everything that decides the bytes of a store; each shard names its store by it."""
         return hash_json(self.list_causes())
 
 

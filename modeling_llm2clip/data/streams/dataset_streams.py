@@ -82,7 +82,7 @@ class _DatasetShards(ShardReader):
     def divide(self, num_readers: int, epoch: int) -> _DatasetShards:
         """Return a part for each reader."""
         divided = copy(self)
-        # A new object each: one that was resumed once would begin there again.
+        # New objects, because an object that was resumed begins at that place again.
         divided._parts = [
             self._dataset.shard(num_shards=num_readers, index=number)
             if num_readers > 1
@@ -115,7 +115,7 @@ class _DatasetShards(ShardReader):
 
     def _read(self, shard: int, first: int) -> Iterator[StreamedSample]:
         name = f"{_NAME} part {shard}"
-        # Batches, because in a worker a plain iteration would drop other workers' samples.
+        # In batches: plain iteration in a worker would drop the samples of other workers.
         for number, batch in enumerate(self._parts[shard].iter(batch_size=1), first):
             row = {column: values[0] for column, values in batch.items()}
             if self._columns is not None:

@@ -32,14 +32,13 @@ from ..sources.shard_streams import (
     read_shard,
 )
 from ..validation_errors import ErrorCollector
-from .stream_report import StreamReport
-from .stream_run import PartEnd, Prepare, ShardReader, StreamRun
+from .stream_run import PartEnd, Prepare, ShardReader, StreamReport, StreamRun
 
-_FIRST_SHARDS = 2  # of which one may be missing
+_FIRST_SHARDS = 2  # one of these may be missing
 
 
 class UrlShards(ShardReader):
-    """Shards at paths, URLs or commands, of which one of the first two can be opened."""
+    """Shards at paths, URLs or commands; at least one of the first two can be opened."""
 
     def __init__(self, shards: Sequence[str], policy: RetryPolicy) -> None:
         self.shards = list(shards)
@@ -72,8 +71,8 @@ class UrlShards(ShardReader):
     def _require_same_columns(self, columns: ShardColumns) -> None:
         if self._columns is None:  # the first shards are broken
             self._columns = columns
-        (first, fields), (shard, found) = self._columns, columns
-        if differing := sorted(fields ^ found):
+        (first, fields), (shard, others) = self._columns, columns
+        if differing := sorted(fields ^ others):
             raise ShardColumnsError(
                 f"{shard} and {first} differ in columns that one has and the other lacks: "
                 f"{', '.join(differing)}. Write them into both; null says that a record has no "
@@ -206,14 +205,14 @@ class RecordStream(IterableDataset[CaptionedImage]):
 
     def read_shard(self, number: int) -> list[CaptionedImage]:
         """Read the valid samples of one shard, in its order."""
-        found = []
+        records = []
         reader = self.reader.divide(len(self.reader.shards), self.epoch)
         with suppress(BrokenShardError):  # which is counted where the stream comes to it
             for sample in reader.read(number, 0, lambda _url, _reason: None):
                 record = None if sample.is_skipped else self.check(sample)[0]
                 if record is not None:
-                    found.append(record)
-        return found
+                    records.append(record)
+        return records
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_run": None}  # what is open stays here
@@ -291,7 +290,7 @@ def make_loader(
     from .stream_loader import StreamLoader
 
     with warnings.catch_warnings():
-        # Of torch, about a function that torchdata calls.
+        # torch warns about a function that torchdata calls.
         warnings.filterwarnings("ignore", message=".*set_vital.*")
         return StreamLoader(
             _BatchedStream(stream, batch_size, drop_last, prepare),

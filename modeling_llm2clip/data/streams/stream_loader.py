@@ -1,8 +1,8 @@
-"""The loader of a stream's batches: the last state of each worker comes with its last batch.
+"""Loads the batches of a stream, and keeps the last state of each worker.
 
-StatefulDataLoader keeps the states that came with batches. What a worker found behind its last full
-batch would be in none: samples that are dropped, lost ones, shards that end early. So each worker
-sends a mark when it has nothing left, which this loader keeps to itself.
+StatefulDataLoader keeps only states that come with a batch. Samples that a worker drops or loses
+after its last batch, and shards that end early there, would be in no state. So each worker sends a
+last mark with its final state, and this loader does not pass the mark on.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class StreamLoader(StatefulDataLoader):  # type: ignore[misc]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the next iteration go on from a state."""
         if state_dict:
-            found = _count_workers(state_dict)
-            if found != self.num_workers:
+            num_workers = _count_workers(state_dict)
+            if num_workers != self.num_workers:
                 raise ValueError(
-                    f"The state is of a loader with num_workers={found}, and this one has "
+                    f"The state is of a loader with num_workers={num_workers}, and this one has "
                     f"{self.num_workers}. Each worker has shards of its own: use as many."
                 )
         super().load_state_dict(state_dict)

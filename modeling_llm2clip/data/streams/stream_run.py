@@ -1,9 +1,11 @@
-"""One iteration of one worker over a stream: its order, its shuffle buffer and its state."""
+"""One iteration of one worker over a stream: its order, shuffle buffer, state and losses."""
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -13,14 +15,14 @@ from ..records.records import CaptionedImage
 from ..remote.remote_access import LostFileError
 from ..remote.shard_urls import drop_signatures
 from ..sources.shard_streams import BrokenShardError, StreamedSample
-from .stream_report import StreamReport, TooManyLostError
+from ..validation_errors import ErrorCollector, describe_errors
 
 _STATE_VERSION = 2
 _DRAWS_AT_ONCE = 4096
-# Fewer samples count as so many, since a few lost ones at the beginning say little.
+# Fewer samples count as so many: a few losses at the beginning say little.
 _LEAST_SAMPLES = 1000
 
-# Makes of a record what is yielded; a ValueError is of this record, and names it.
+# Makes the yielded value from a record; a ValueError concerns this record and names it.
 Prepare = Callable[[CaptionedImage], Any]
 
 
@@ -67,8 +69,88 @@ class Stream(Protocol):
         """Check the fields of a sample."""
 
 
+class TooManyLostError(ValueError):
+    """A stream lost more than is allowed; the message names what and where."""
+
+
+@dataclass
+class StreamReport:
+    """Counts of samples, shards and problems since the epoch began, of one worker or of all.
+
+    Attributes:
+        samples: Samples read, those still in the shuffle buffer included.
+        lost_samples: Broken samples.
+        skipped_samples: Rows of images that were never downloaded, which are not samples.
+        excluded_samples: Samples of groups that are held out.
+        dropped_samples: Samples read, but dropped with a last batch that was smaller.
+        not_resumed_samples: Samples of a `datasets` object that were in a shuffle buffer when a
+            state was saved, and did not come again.
+        lost_shards: Shards that are missing or ended early.
+    """
+
+    samples: int = 0
+    lost_samples: int = 0
+    skipped_samples: int = 0
+    excluded_samples: int = 0
+    dropped_samples: int = 0
+    not_resumed_samples: int = 0
+    shards: int = 0
+    lost_shards: int = 0
+    retries: int = 0
+    problems: ErrorCollector = field(default_factory=ErrorCollector)
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """The counts by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, int)}
+
+    def add_lost_sample(self, kind: str, place: str) -> None:
+        """Count a broken sample."""
+        self.lost_samples += 1
+        self.problems.add(kind, place)
+
+    def add_lost_shard(self, place: str, reason: str) -> None:
+        """Count a shard that is missing or ended early."""
+        self.lost_shards += 1
+        self.problems.add("shard lost", f"{place} ({reason})")
+
+    def describe_losses(self) -> str:
+        """Describe in one line the samples that were read, and those that were not."""
+        parts = [
+            f"{self.samples:,} samples read",
+            f"{self.lost_samples:,} lost",
+            f"{self.dropped_samples:,} of smaller last batches dropped",
+            f"{self.lost_shards:,} of {self.shards + self.lost_shards:,} shards lost",
+        ]
+        if self.not_resumed_samples:
+            parts.append(f"{self.not_resumed_samples:,} of a shuffle buffer not resumed")
+        return ", ".join(parts)
+
+    def describe(self) -> str:
+        """Describe each kind of problem: its count and first places."""
+        return "\n".join(describe_errors(self.problems.counts, self.problems.places))
+
+    def merge(self, other: StreamReport) -> None:
+        """Add the counts of another worker."""
+        for name, value in other.numbers.items():
+            setattr(self, name, getattr(self, name) + value)
+        self.problems.extend(other.problems)
+
+    def to_state(self) -> dict[str, Any]:
+        """Return the report as plain values."""
+        places = {kind: [*where] for kind, where in self.problems.places.items()}
+        return {**self.numbers, "counts": dict(self.problems.counts), "places": places}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> StreamReport:
+        """Make a report from `to_state`."""
+        numbers = {name: value for name, value in state.items() if isinstance(value, int)}
+        places = {kind: [*where] for kind, where in state["places"].items()}
+        return cls(**numbers, problems=ErrorCollector(Counter(state["counts"]), places))
+
+
 class PartEnd:
-    """Comes behind the last batch of a worker."""
+    """Marks the end of the batches of a worker."""
 
 
 class StreamRun:
@@ -210,7 +292,7 @@ class StreamRun:
 
     def _require_most(self, *, at_end: bool = False) -> None:
         """Raise if this worker lost too much: of the samples seen so far, or of its own shards."""
-        # At the end, so that few samples in each of many workers are not many lost ones in all.
+        # At the end each worker counts its part, so that small losses of many workers add up.
         least = _LEAST_SAMPLES // self._num_readers if at_end else _LEAST_SAMPLES
         share, report = self._stream.max_lost_share, self.report
         seen = max(report.samples + report.lost_samples, least)
@@ -275,12 +357,12 @@ class StreamRun:
             )
 
     def _refill(self, addresses: list[tuple[int, int]]) -> None:
-        found: dict[tuple[int, int], CaptionedImage] = {}
+        records: dict[tuple[int, int], CaptionedImage] = {}
         current = self._order[self._place] if self._place < len(self._order) else None
-        wanted: dict[int, set[int]] = {}
+        buffered: dict[int, set[int]] = {}
         for shard, number in addresses:
-            wanted.setdefault(shard, set()).add(number)
-        for shard, samples in wanted.items():
+            buffered.setdefault(shard, set()).add(number)
+        for shard, samples in buffered.items():
             last = self._next_sample - 1 if shard == current else max(samples)
             rest = self._reader.read(shard, min(samples), self._note_retry)
             try:
@@ -288,7 +370,7 @@ class StreamRun:
                     if sample.number in samples:
                         record, _ = self._stream.check(sample)
                         if record is not None:
-                            found[shard, sample.number] = record
+                            records[shard, sample.number] = record
                     if sample.number >= last:
                         break
             except (BrokenShardError, LostFileError) as error:
@@ -298,8 +380,8 @@ class StreamRun:
             if shard == current:
                 self._rest = rest
         for address in addresses:
-            if address in found:
-                self._buffer.append((*address, found[address]))
+            if address in records:
+                self._buffer.append((*address, records[address]))
             else:
                 place = f"{self._reader.shards[address[0]]} sample {address[1]}"
                 self.report.samples -= 1

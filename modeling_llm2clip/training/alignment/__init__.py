@@ -1,1 +1,1 @@
-"""Stage 3: adapter, projections, temperature, and the vision tower if wanted, against the LLM."""
+"""Stage 3: trains text adapter, projections, temperature and, by choice, the towers."""

@@ -1,6 +1,6 @@
 """Stage 3: aligns images with captions, and writes the model (paper, section 3.2).
 
-Everything cheap is checked first; then what is needed is loaded, trained, and merged.
+Cheap checks come first. Then the parts that the options need are loaded, trained and merged.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def run_alignment(
     data_name: str | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
-    """Do what a plan says, as `align` does."""
+    """Carry out a plan of `plan_align`."""
     config, output = plan.config, plan.output
     if isinstance(data, RecordStream):
         is_given = (store is not None for store in (plan.images, plan.teacher))
@@ -227,7 +227,7 @@ def run_alignment(
             **_identify(fit, on_gpu=device.type == "cuda"),
         }
         require_same_run(output, config, inputs, resume=plan.resume)
-        if PartialState().is_main_process:  # now, not after hours of training
+        if PartialState().is_main_process:  # before hours of training, not after
             require_intact(model.folder, with_llm=config.text_training != "stored")
         with float32_as_such(), stop_on_signals() as stop:
             choice, trained = _choose(fit, inputs, stop)
@@ -268,7 +268,7 @@ def _choose(
 ) -> tuple[Choice, dict[str, Tensor] | None]:
     """Train, choose on held-out images, and record how the run ended.
 
-    The weights are None where they are fitted once more on all images.
+    Returns no weights where a last fit on all images will make them.
     """
     config, output = fit.config, fit.output
     arguments = make_training_arguments(output, config)
@@ -287,7 +287,7 @@ def _choose(
         num_steps=num_steps,
         batch_size=batch_size,
         learning_rate=config.learning_rate or start.default_learning_rate,
-        # A new adapter is the identity, and joins when the projections have settled.
+        # A new adapter is the identity. It is trained only when the projections have settled.
         adapter_begin=round(_RATIO_BEFORE_ADAPTER * num_steps) if start.has_new_adapter else 0,
     )
     fit.make_ready(model, length, arguments.device)
@@ -295,7 +295,7 @@ def _choose(
         write_run_record(output, config, inputs, model=model)
         add_results(output, start=asdict(start))
         if start.inheritance is not None and last is None:
-            # From here, a resumed run and the last fit start, too.
+            # A resumed run and the last fit start here, too.
             save_file(copy_text_side(model), output / INHERITED_FILE)
     best = _make_best_weights(fit, length, start, model)
     objective = None
@@ -309,7 +309,7 @@ def _choose(
         choice = Choice(start, length, length.num_trained, 1.0)
         return choice, collect_weights(trainer, adapted, output)
     choice = Choice(start, length, best.best_step, best.best_share)
-    is_source = best.best_step == 0 and start.cca is None  # nothing was better
+    is_source = best.best_step == 0 and start.cca is None  # the source's own weights are best
     is_refitted = fit.data.dataset.is_stored if config.refit is None else config.refit
     if is_refitted and not is_source:
         return choice, None
@@ -318,7 +318,7 @@ def _choose(
 
 
 def _check_length(config: AlignConfig, num_processes: int, data: RunData) -> tuple[int, int]:
-    """Return the batch size of all processes and the number of steps, if the run can have them."""
+    """Return the checked batch size of all processes, and the number of steps."""
     batch_size = choose_batch_size(config, data.num_items, num_processes)
     check_processes(config, batch_size, num_processes)
     if data.num_items is not None:
@@ -332,7 +332,7 @@ def _check_length(config: AlignConfig, num_processes: int, data: RunData) -> tup
 def _make_best_weights(
     fit: AlignmentFit, length: RunLength, start: ProjectionInit, model: AlignmentModel
 ) -> BestWeightsCallback | None:
-    """Make what evaluates on held-out images; None without any.
+    """Make the callback that evaluates on held-out images; None without any.
 
     Where no tower runs, it also tries weights between those of the start and trained ones: not from
     random weights, which are no model, and not of sharded ones, which would be gathered each time.
@@ -444,7 +444,7 @@ def _write_model(
 
 
 def _measure_rounding(fit: AlignmentFit, trained: Mapping[str, Tensor]) -> dict[str, float]:
-    """Find which share of the entries of a trained tower changed where rounding may undo it."""
+    """Measure the share of each trained tower's entries that still differ after rounding."""
     source, shares = open_model_weights(fit.source), {}
     for tower in TOWERS:
         rounded = [
@@ -464,7 +464,7 @@ def _measure_rounding(fit: AlignmentFit, trained: Mapping[str, Tensor]) -> dict[
 
 
 def _identify(fit: AlignmentFit, *, on_gpu: bool) -> dict[str, Any]:
-    """Identify what the numbers of a run depend on beside its options, model and stores."""
+    """Identify a run's data, loss, processes and precision, on which its numbers depend."""
     return {
         **fit.data.identify(),
         **({} if fit.zero_shot is None else {"zero_shot": fit.zero_shot.identify()}),

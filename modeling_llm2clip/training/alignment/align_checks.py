@@ -15,9 +15,14 @@ from ...data.captions.sentence_views import read_num_views
 from ...data.key_arrays import find_first_rows
 from ...data.records.data_hashes import are_of_same_images, hash_images, hash_own_texts, hash_texts
 from ...data.records.record_columns import NO_IMAGE, ROWS_PER_BATCH
-from ...data.records.record_table import CAPTION_COLUMNS, Array, RecordTable, count_captions
+from ...data.records.record_table import (
+    CAPTION_COLUMNS,
+    Array,
+    RecordTable,
+    count_captions,
+    require_images,
+)
 from ...data.records.records import CaptionedImage
-from ...data.records.shared_images import require_images
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.store.store_manifest import (
     CAPTION_EMBEDS,
@@ -37,7 +42,7 @@ _IDENTITY = ("name", "lang")
 def open_stores(
     config: AlignConfig, *places: str | Path | EmbeddingStore | None
 ) -> tuple[EmbeddingStore | None, EmbeddingStore | None, EmbeddingStore | None]:
-    """Open the stores of captions, images and a teacher, where options do not contradict them."""
+    """Open the stores of captions, images and a teacher, if the options allow them."""
     config.require_stores(*places)
     captions, images, teacher = stores = [
         EmbeddingStore.open(place) if isinstance(place, str | Path) else place for place in places
@@ -56,7 +61,7 @@ def open_stores(
 
 
 def _check_teacher(teacher: EmbeddingStore, captions: EmbeddingStore) -> None:
-    """Refuse a teacher of other captions than the caption store has, or that could read none."""
+    """Refuse a teacher's store of other captions, or one whose captions were all too long."""
     taught, stored = (
         (store.manifest.plan["data"], read_num_views(store.manifest.plan))
         for store in (teacher, captions)
@@ -76,15 +81,16 @@ def _check_teacher(teacher: EmbeddingStore, captions: EmbeddingStore) -> None:
 
 
 def require_same_space(teacher: EmbeddingStore, folder: Path) -> None:
-    """Require that a model's images are in the space that the teacher's texts are in."""
-    wanted, now = teacher.manifest.fingerprint, fingerprint_image_side(list_model_files(folder))
-    if now["vision tower"] != wanted["vision tower"]:
+    """Require that a model embeds images into the space of the teacher's texts."""
+    of_teacher = teacher.manifest.fingerprint
+    of_model = fingerprint_image_side(list_model_files(folder))
+    if of_model["vision tower"] != of_teacher["vision tower"]:
         raise ValueError(
             f"{teacher.folder} is of the text encoder of another vision tower than that of "
             f"{folder}, or this one was changed since (trained, or built at another image size). "
             f"Extract it of the model that the tower is from ({_EXTRACT_TEACHER}), or build anew."
         )
-    if now["image projection"] != wanted["image projection"]:
+    if of_model["image projection"] != of_teacher["image projection"]:
         raise ValueError(
             f"{folder} does not have the image projection of its tower's CLIP, so that its images "
             "are not in the space of the teacher's texts. Build the model with keep_projection "
@@ -93,7 +99,7 @@ def require_same_space(teacher: EmbeddingStore, folder: Path) -> None:
 
 
 def check_data(records: Sequence[CaptionedImage], *, batch_size: int | None = None) -> None:
-    """Refuse data that no batch can be made of."""
+    """Refuse data that cannot fill a batch."""
     if not records:
         raise ValueError("There are no images. Give at least a batch of them.")
     check_batch(batch_size or 1, len(records))
@@ -110,7 +116,7 @@ def check_batch(batch_size: int, num_records: int, num_held_out: int = 0) -> Non
 
 
 def check_processes(config: AlignConfig, batch_size: int, num_processes: int) -> None:
-    """Refuse processes that cannot share a batch, or the work."""
+    """Refuse a number of processes that does not divide the batch, or options that they exclude."""
     if batch_size % num_processes:
         raise ValueError(
             f"global_batch_size={batch_size} counts the images of all processes together, and "
@@ -121,7 +127,7 @@ def check_processes(config: AlignConfig, batch_size: int, num_processes: int) ->
 
 
 def check_stream(config: AlignConfig, has_image_store: bool, has_teacher: bool) -> None:
-    """Refuse what a stream cannot do, before anything is read."""
+    """Refuse options that a stream does not allow, before it is read."""
     refused = {  # beside what `AlignConfig.require_stores` refuses
         "a stream has no known length: give max_steps": config.max_steps is None,
         "a stream brings its images: leave image_store out": has_image_store,
@@ -137,18 +143,18 @@ def pair_items(
 ) -> Array | None:
     """Find the number of each record in a store, by name and language.
 
-    None means the same numbers. With `is_part`, the store may have further records.
+    None means that both have the same numbers. With `is_part`, the store may have more records.
     """
     if len(records) == len(store):
         pairs = zip(records.iterate_numbers("key"), store.iterate_keys(), strict=True)
         if all(np.array_equal(*pair) for pair in pairs):
             return None
-    wanted, stored = records.keys, store.keys
+    keys, stored = records.keys, store.keys
     order = np.argsort(stored)
-    places = np.searchsorted(stored, wanted, sorter=order).clip(max=max(len(stored) - 1, 0))
+    places = np.searchsorted(stored, keys, sorter=order).clip(max=max(len(stored) - 1, 0))
     items = order[places]
-    lacking = np.flatnonzero(stored[items] != wanted)
-    extra = np.flatnonzero(~np.isin(stored, wanted) & (not is_part))
+    lacking = np.flatnonzero(stored[items] != keys)
+    extra = np.flatnonzero(~np.isin(stored, keys) & (not is_part))
     errors = []
     if len(lacking):
         names = _list_names(records.take(lacking[:MAX_LISTED], _IDENTITY), len(lacking))
@@ -209,7 +215,7 @@ def require_same_images(records: RecordTable, store: EmbeddingStore, items: Arra
 def require_directions(
     embeds: Tensor, store: EmbeddingStore, identify: Callable[[Array], Sequence[tuple[str, ...]]]
 ) -> Tensor:
-    """Refuse stored embeddings that are not finite, or all zeros: these are similar to nothing."""
+    """Refuse stored embeddings that are not finite, or all zeros, which are similar to nothing."""
     sums = embeds.abs().sum(dim=1)
     broken = np.flatnonzero(~(sums.isfinite() & (sums > 0)).numpy())
     if len(broken):

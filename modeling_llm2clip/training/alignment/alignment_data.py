@@ -21,9 +21,8 @@ from ...data.captions.sentence_views import read_num_views, require_views, with_
 from ...data.images.image_sources import open_image
 from ...data.records.data_hashes import hash_own_texts
 from ...data.records.record_columns import hash_identity, hash_text, make_text_keys
-from ...data.records.record_table import CAPTION_COLUMNS, Array, RecordTable
+from ...data.records.record_table import CAPTION_COLUMNS, Array, RecordTable, require_images
 from ...data.records.records import CaptionedImage
-from ...data.records.shared_images import require_images
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.streams.record_streams import RecordStream
 from ...image_loading_llm2clip import load_images
@@ -31,7 +30,7 @@ from ...processing_llm2clip import LLM2CLIPProcessor
 from .align_checks import pair_items, require_directions, require_same_images, require_same_texts
 from .sampling import sample_captions, sample_normal
 
-# Stored embeddings that get noise, and a number that keeps the noise of each side apart.
+# Stored embeddings that get noise, each with a number of its own for the random generator.
 _NOISE_SIDES = {"vision": 2, "caption": 3}
 
 
@@ -59,7 +58,7 @@ class _Sampled:
     def _with_noise(
         self, batch: dict[str, Tensor], epochs: Array, items: Array
     ) -> dict[str, Tensor]:
-        """Add what is added to each stored embedding, (B, D), before it is projected."""
+        """Add noise to a batch, (B, D), which the model adds to stored embeddings."""
         for name, side in _NOISE_SIDES.items():
             share = getattr(self.config, f"{'image' if name == 'vision' else name}_noise")
             embeds = batch.get(f"{name}_embeds")
@@ -127,11 +126,11 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
         return self._with_noise(batch, epochs, items)
 
     def read_group_ids(self, items: Array) -> Tensor:
-        """Return a hash per item that items of one group share, (B,) int64."""
+        """Return the hash of each item's group, (B,) int64."""
         return torch.from_numpy(self.records.read_numbers("group_key", items))
 
     def read_text_keys(self, items: Array, numbers: Array) -> Tensor:
-        """Return a number per caption that equal captions share, (B,) int64."""
+        """Return a number for each caption, (B,) int64; equal captions share it."""
         if not self.num_views:
             return torch.from_numpy(self.records.read_text_keys(items, numbers))
         if self.caption_store is not None:  # which has each text once
@@ -162,7 +161,7 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
         return self.image_store.rows_at(stored, np.zeros_like(stored))
 
     def count_texts(self, items: Array) -> tuple[Array, Array]:
-        """Count short and long captions of items, to which views belong."""
+        """Count the short and the long captions of items; views count as long."""
         short, long = self.records.count_texts(items)
         if self._stored_long is not None:
             long = self._stored_long[_look_up(self._caption_items, items)]

@@ -1,4 +1,4 @@
-"""One fit of a model to its data: to those without held-out images, which choose, or to all."""
+"""One fit of a model: on the data without held-out images, which choose, or on all of the data."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ REFIT_FOLDER = "refit"
 
 @dataclass(frozen=True)
 class AlignmentFit:
-    """One fit of a model: to the data without held-out images, which choose, or to all of them.
+    """One fit of a model: on the data without held-out images, which choose, or on all of the data.
 
     Each has its own model, copy of the loss's parameters, Trainer, metrics and checkpoints, so that
     either can be resumed.
@@ -75,7 +75,7 @@ class AlignmentFit:
         return model, choose_trained_parts(model, self.config)
 
     def load_parts(self, folder: Path) -> AlignmentModel:
-        """Load the parts of a model that the fit needs, with the loss as it was given."""
+        """Load the parts of a model that the fit needs, with the untrained loss."""
         model: AlignmentModel = AlignmentModel.from_pretrained(
             folder,
             with_llm=self.config.text_training != "stored",
@@ -89,7 +89,7 @@ class AlignmentFit:
         return model
 
     def make_ready(self, model: AlignmentModel, length: RunLength, device: Any) -> None:
-        """Move a model to where it is trained, once its start is set."""
+        """Move a model, whose start is set, to the device of its training."""
         if not is_sharded() or not length.num_trained:  # otherwise the Trainer moves it
             model.to(device)
         freeze_unused(model, self.data.dataset.processor, self.config)
@@ -148,14 +148,14 @@ class AlignmentFit:
         if best_weights is not None:
             best_weights.read_earlier(state.global_step)
             if best_weights.has_stopped_early and state.global_step < state.max_steps:
-                trainer.state = state  # a step more would be one that the run never had
+                trainer.state = state  # the run ended here, and takes no further step
                 return
         trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The weights that held-out images chose: a step (0 for the start), and how far towards it."""
+    """The choice of held-out images: a step (0 for the start), and the share of the way to it."""
 
     start: ProjectionInit
     length: RunLength
@@ -176,7 +176,7 @@ def refit(fit: AlignmentFit, choice: Choice, stop: StopRequest) -> dict[str, Ten
     length = replace(choice.length, last_step=choice.step)
     arguments = make_training_arguments(again.output, again.config)
     model, adapted = again.load()
-    # Repeated when resumed, too: weights between start and end need the start.
+    # A resumed fit repeats it, too: weights between start and end need the start.
     start = repeat_init(model, again.data, again.config, choice.start, fit.output)
     again.make_ready(model, length, arguments.device)
     before = copy_trained(model) if choice.share < 1 else {}
@@ -214,14 +214,14 @@ def collect_weights(
         state = merge_loras(model, adapted)
     require_finite(state, step=trainer.state.global_step)
     state = {name: value for name, value in state.items() if not name.startswith(f"{LOSS}.")}
-    model.teacher_model = None  # no part of a folder
+    model.teacher_model = None  # which no folder has
     return name_as_saved(model, state, scratch) if trainer.args.should_save else {}
 
 
 def name_as_saved(
     model: AlignmentModel, state: Mapping[str, Tensor], scratch: str | Path
 ) -> dict[str, Tensor]:
-    """Rename weights as they are in a folder, since transformers renames some on loading."""
+    """Give weights the names of a saved folder, since transformers renames some on loading."""
     with TemporaryDirectory(dir=scratch) as folder:
         model.save_pretrained(folder, state_dict={name: v.cpu() for name, v in state.items()})
         files = sorted(Path(folder).glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""The module that is trained: a model without the towers that are not run; its parts and rates.
+"""The module that is trained: a model without the towers that do not run; its parts and rates.
 
 B images and captions, D width of the LLM, D' of the vision tower, P `projection_dim`.
 """
@@ -104,14 +104,14 @@ class AlignmentModel(PartialModel):
             return None, inputs
         # An enclosing autocast would round the products of a loss; held-out images have none.
         with torch.autocast(inputs.image_embeds.device.type, enabled=False):
-            # Several processes need a gradient of every weight, also of one that a loss does not
-            # use, such as the temperature.
+            # Several processes need a gradient of every weight, such as the temperature, even where
+            # a loss does not use it.
             outputs = (inputs.image_embeds, inputs.text_embeds, *inputs.logits)
             return self.loss(inputs) + 0 * sum(output.sum() for output in outputs), inputs
 
     @property
     def head(self) -> dict[str, nn.Parameter]:
-        """Parameters of text adapter, projections and temperature, by name."""
+        """The parameters of text adapter, projections and temperature, by name."""
         return {
             name: parameter
             for name, parameter in self.named_parameters()
@@ -191,12 +191,12 @@ def choose_trained_parts(model: AlignmentModel, config: AlignConfig) -> dict[str
 
 
 def freeze_unused(model: AlignmentModel, processor: LLM2CLIPProcessor, config: AlignConfig) -> None:
-    """Run a pair forward and backward, and freeze in place what of a whole tower has no gradient.
+    """Freeze the weights of a tower that get no gradient in one forward and backward pass.
 
-    A tower may have weights that its pooling never uses: they stay as they are, and count as such.
+    A pooling may leave weights of its tower out. They do not count as trained.
     """
-    found = find_without_gradient(model, lambda: _sum_outputs(model, processor))
-    without = [name for name in found if not name.startswith(f"{LOSS}.")]
+    unused = find_without_gradient(model, lambda: _sum_outputs(model, processor))
+    without = [name for name in unused if not name.startswith(f"{LOSS}.")]
     for tower, training, remedy in (
         ("vision_model", config.vision_training, "vision_training=frozen or vision_training=full"),
         ("text_model", config.text_training, "text_training=stored or text_training=frozen-online"),
@@ -212,7 +212,7 @@ def freeze_unused(model: AlignmentModel, processor: LLM2CLIPProcessor, config: A
 
 
 def _sum_outputs(model: AlignmentModel, processor: LLM2CLIPProcessor) -> Tensor:
-    """Add up what the model makes of two pairs; random embeddings stand for towers at rest."""
+    """Add up the outputs of two pairs; random embeddings stand in for untrained towers."""
     inputs: dict[str, Any] = {}
     if model.trains_vision:
         colors = [(200, 120, 40), (20, 90, 160)]

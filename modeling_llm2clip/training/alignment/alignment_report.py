@@ -9,7 +9,7 @@ from typing import Any
 
 from ..._suggestions import counted
 from ...configuration_llm2clip import LLM2CLIPConfig
-from ...data.streams.stream_report import StreamReport
+from ...data.streams.stream_run import StreamReport
 from ...data.validation_errors import describe_errors
 from ...model_folders.model_card import CardResult, read_card_data
 from ..run_folder import read_run_record
@@ -51,12 +51,12 @@ KEEP_TOWER = (
 LET_CHOOSE = " Let the accuracy choose the weights (--choose-by zero_shot)."
 
 _CHOOSERS = {"loss": "lowest held-out loss", "zero_shot": "highest zero-shot accuracy"}
-# A batch of a few hundred images, with noise, may have so much higher a loss by chance.
+# The loss of a batch of a few hundred images, with noise, may rise by this factor by chance.
 _CHANCE_RISE = 0.01
 
 
 def note_held_out(data: RunData, source: Path) -> dict[str, Any]:
-    """Find what a reader of the held-out scores must know, for the record of a run."""
+    """Collect what a reader of the held-out scores must know, for the record of a run."""
     if data.held_out is None:
         return {}
     groups, config = data.held_out.groups, LLM2CLIPConfig.from_pretrained(source)
@@ -231,7 +231,7 @@ def _describe_held_out(results: Mapping[str, Any]) -> list[str]:
 
 
 def _describe_zero_shot(results: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """Say what the training did to the classification of labeled images."""
+    """Describe the zero-shot accuracy on labeled images before and after the training."""
     labeled = results.get("zero_shot")
     if labeled is None:
         return []
@@ -251,7 +251,7 @@ def _describe_zero_shot(results: Mapping[str, Any], config: Mapping[str, Any]) -
 
 
 def _describe_stream(results: Mapping[str, Any]) -> list[str]:
-    """Say what was read and lost of a stream; nothing for records of an index."""
+    """Describe the samples that a stream read and lost; nothing for records of an index."""
     state = results.get("stream")
     if state is None:
         return []

@@ -144,7 +144,7 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         self.length = length
         training_arguments.max_steps = length.num_trained
         training_arguments.learning_rate = length.learning_rate
-        training_arguments.ignore_data_skip = data.num_items is None  # a stream goes on by itself
+        training_arguments.ignore_data_skip = data.num_items is None  # a stream restores its place
         training_arguments.per_device_train_batch_size = max(
             1, length.batch_size // training_arguments.world_size
         )
@@ -278,12 +278,12 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
 class ClampTemperatureCallback(TrainerCallback):
     """Keeps the logarithm of the inverse temperature in [0, ln 100] after each step."""
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
-        given["model"].logit_head.clamp()
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **parts: Any) -> None:  # noqa: ARG002
+        parts["model"].logit_head.clamp()
 
 
 class InputTimesCallback(TrainerCallback):
-    """Writes which share of time batches were waited for, at ends of epochs, ever more rarely."""
+    """Writes the share of time spent waiting for batches, at ends of epochs, ever more rarely."""
 
     def __init__(self, *, epoch_at: Callable[[int], float], shown: bool) -> None:
         self._epoch_at = epoch_at
@@ -337,5 +337,5 @@ def keep_scores_in_float32(accelerator: Any, model: LLM2CLIPModel) -> None:
     plugin.mixed_precision_policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    # A unit of its own, so that its dtype stays.
+    # As a separate unit it keeps its dtype.
     fully_shard(model.logit_head, mp_policy=MixedPrecisionPolicy())

@@ -1,4 +1,4 @@
-"""The weights of a run that suit held-out images best: of which step, and how far from the start.
+"""The weights of a run with the best held-out scores: at which step, and how far from the start.
 
 Weights between those of the start and trained ones are often better than either (WiSE-FT,
 arXiv:2109.01903), so that each evaluation tries several shares of the way. The lowest loss chooses:
@@ -24,26 +24,25 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ...data.atomic_files import write_atomically
-from ..run_folder import add_results, list_trained, read_results
+from ..run_folder import add_results, read_results
 from .alignment_trainer import AlignmentTrainer
 from .held_out import HeldOutImages, HeldOutScores, ZeroShotImages, fit_temperature
 from .run_data import RecordData
 from .sampling import mix
 
 BEST_FILE = "best.safetensors"
-# Tried beside all of the way from the start to the trained weights.
+# Shares of the way from the start to the trained weights that are tried beside the whole of it.
 _SHARES = (0.25, 0.5, 0.75)
 _METADATA = "held_out"
-# Epoch of the captions and the noise of a batch that is measured: no step of a run has it.
+# Epoch for the captions and the noise of a measured batch; no step of a run is in it.
 _EPOCH = -1
 
 
 def copy_trained(model: nn.Module) -> dict[str, Tensor]:
-    names = list_trained(model)
     return {
         name: parameter.detach().clone()
         for name, parameter in model.named_parameters()
-        if name in names
+        if parameter.requires_grad
     }
 
 
@@ -58,7 +57,7 @@ def set_between(
 
 
 def rank_scores(scores: HeldOutScores, by_accuracy: bool) -> tuple[float, ...]:
-    """Return what is lowest for the best weights."""
+    """Make the key by which weights are compared; the best ones have the lowest."""
     if not by_accuracy:
         return (scores.loss,)
     assert scores.zero_shot is not None
@@ -115,7 +114,7 @@ class BestWeightsCallback(TrainerCallback):
             return
         should_log = control.should_log
         self._evaluate(step=step)
-        control.should_log = should_log  # which logging resets; this step's loss would be lost
+        control.should_log = should_log  # logging resets it, and this step's loss would be lost
         if step < state.max_steps and self._is_out_of_patience(step):
             self.has_stopped_early = True
             control.should_training_stop = control.should_log = control.should_save = True
@@ -188,10 +187,10 @@ class BestWeightsCallback(TrainerCallback):
         if self.zero_shot is not None:
             accuracy = self.zero_shot.measure(trainer.alignment_model)
             scored = replace(scored, zero_shot=accuracy)
-        found: list[Any] = [scored]
+        shared: list[Any] = [scored]
         # Other hardware may round differently; all processes must keep and stop alike.
-        broadcast_object_list(found)
-        scores: HeldOutScores = found[0]
+        broadcast_object_list(shared)
+        scores: HeldOutScores = shared[0]
         if not math.isfinite(scores.loss):
             raise FloatingPointError(
                 f"The held-out loss is {scores.loss} at step {trainer.state.global_step}. Lower "

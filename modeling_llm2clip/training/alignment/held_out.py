@@ -45,11 +45,11 @@ from .alignment_model import AlignmentModel
 from .sampling import mix
 
 _MAX_HELD_OUT = 1_000
-# In small data a tenth is too few to compare two models, and more than a fifth is missed.
+# A tenth of small data is too few to compare two models; training would miss more than a fifth.
 _MIN_HELD_OUT = 20
 _MAX_SHARE_OF_SMALL_DATA = 0.2
 _ROWS_PER_BATCH = 512
-# These many pairs determine a single number.
+# So many pairs suffice to fit a single number.
 _MAX_ROWS_OF_TEMPERATURE = 2_000
 _TEMPERATURE_STEPS = 16
 # The loss is convex in the inverse temperature and a bias: a few steps come to float32's rounding.
@@ -152,7 +152,7 @@ def require_negatives(num_trained: int, num_held_out: int) -> None:
 
 
 def _choose_groups(records: RecordTable, count: int, *, seed: int) -> Array:
-    """Choose groups whose hashes are smallest, so that a group's luck depends on no other group."""
+    """Choose the groups with the smallest hashes, so that no group's choice depends on another."""
     chosen = np.empty(0, np.int64)
     for keys in records.iterate_numbers("group_key"):
         groups = np.unique(np.concatenate([chosen, keys]))
@@ -251,7 +251,7 @@ class HeldOutImages:
 
     @property
     def groups(self) -> str:
-        """Digest of the group ids: other held-out groups have another one."""
+        """Digest of the group ids."""
         ids = np.unique(self.group_ids.numpy()).astype("<i8")
         return hashlib.sha256(ids.tobytes()).hexdigest()[:16]
 
@@ -350,7 +350,7 @@ def fit_start(loss: Loss, inputs: LossInputs, *, keep_scale: bool = False) -> Lo
     fitted = list_fitted(loss)
     if fitted:
         few = _move_beside(loss, inputs.take(slice(_MAX_ROWS_OF_TEMPERATURE)))
-        # The logarithm of the scale as a share of its range, from no bound to the other.
+        # The logarithm of the scale as a share of its range, which a sigmoid keeps in bounds.
         share = torch.full_like(few.logit_scale, LOGIT_SCALE_INIT / MAX_LOG_SCALE)
         free = share.logit().requires_grad_()
         optimizer = torch.optim.LBFGS(
@@ -371,8 +371,8 @@ def fit_start(loss: Loss, inputs: LossInputs, *, keep_scale: bool = False) -> Lo
         with torch.enable_grad():
             optimizer.step(measure)
     log_scale, lowest = fit_temperature(loss, inputs)
-    found = {name: parameter.tolist() for name, parameter in fitted.items()}
-    return LossFit(None if keep_scale else log_scale, lowest, found)
+    parameters = {name: parameter.tolist() for name, parameter in fitted.items()}
+    return LossFit(None if keep_scale else log_scale, lowest, parameters)
 
 
 def _move_beside(loss: Loss, inputs: LossInputs) -> LossInputs:
@@ -440,7 +440,7 @@ class ZeroShotImages:
         return float((ranks == 1).double().mean())
 
     def _find_embeds(self, model: AlignmentModel, modality: str) -> Tensor:
-        """Return what a tower makes of the prompts or of the images, before projection."""
+        """Embed the prompts or the images by their tower, before projection."""
         if modality in self._known:
             return self._known[modality]
         is_trained = model.trains_text if modality == "text" else model.trains_vision

@@ -27,11 +27,11 @@ from ...scheduling.processes import choose_device
 from .run_data import RecordData, RunData
 from .sampling import mix
 
-# Of so many images 128 clusters and their spread are known well enough.
+# So many images suffice to estimate 128 clusters and their spread.
 _STORED_SAMPLE = 4_096
 # Each costs a pass of the vision tower.
 _ENCODED_SAMPLE = 1_024
-_OF_ORDER = 0  # what the keys of images are mixed with
+_OF_ORDER = 0  # mixed into the keys of images
 _UNNAMED = "unnamed data"
 
 
@@ -50,7 +50,7 @@ def write_image_summary(
     )
     new = _summarize(folder, data, config, name=name or _UNNAMED)
     if new is None:
-        if not is_same_tower:  # what is known of other weights would be wrong for these
+        if not is_same_tower:  # a summary by other weights does not hold for these
             (folder / TRAINING_IMAGES_FILE).unlink(missing_ok=True)
         return None
     if known is None or not is_same_tower:

@@ -1,4 +1,4 @@
-"""The text side learns what the vision tower's own text encoder, the teacher, gives (ProCLIP).
+"""The text side learns the embeddings of the vision tower's own text encoder (ProCLIP).
 
 Stage 1 of arXiv:2510.18795 v3, before the contrastive training, on stored embeddings alone: a ridge
 regression of the captions' embeddings onto the teacher's, and from there steps of gradient descent
@@ -25,7 +25,7 @@ from ..._suggestions import counted
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.store.store_manifest import TOO_LONG
 from ...scheduling.graceful_stop import StopRequest
-from ..losses.distillation import distill
+from ..losses.terms import distill
 from .alignment_data import list_pairs
 from .alignment_fit import AlignmentFit
 from .alignment_model import AlignmentModel
@@ -39,7 +39,7 @@ from .projection_init import (
 )
 from .run_data import RecordData
 
-# These many determine a linear fit of embeddings of a few thousand elements, and fit memory.
+# So many captions suffice for a linear fit of a few thousand elements, and fit memory.
 _MAX_CAPTIONS_FITTED = 50_000
 _MAX_CAPTIONS_MEASURED = 2_000
 _FEWEST = 2
@@ -59,7 +59,7 @@ def inherit(
     device: torch.device,
     stop: StopRequest,
 ) -> dict[str, Any] | None:
-    """Teach the text side in place, and return the record of it; None without a teacher.
+    """Teach the text side in place, and return the record of the lesson; None without a teacher.
 
     The weights with the lowest distance on captions of held-out images are kept; without any, the
     last ones. Every process computes the same.
@@ -83,7 +83,7 @@ def inherit(
     schedule = get_cosine_schedule_with_warmup(optimizer, int(_WARMUP * steps), steps)
     every = max(1, steps // _NUM_EVALUATIONS)
     batches = zip(range(1, steps + 1), captions.iterate(), strict=False)
-    for step, (embeds, wanted) in tqdm(
+    for step, (embeds, targets) in tqdm(
         batches, "inherit", steps, unit=" steps", disable=None if is_main_process else True
     ):
         stop.raise_interrupt(
@@ -91,7 +91,7 @@ def inherit(
             resume=False,
             is_main_process=is_main_process,
         )
-        loss = distill(model.to_text_embeds(embeds.to(device)), wanted.to(device))
+        loss = distill(model.to_text_embeds(embeds.to(device)), targets.to(device))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parts.parameters(), config.max_grad_norm, error_if_nonfinite=True)
@@ -170,8 +170,8 @@ class _Captions:
         """Measure the distance from the teacher, in batches of the same size as in training."""
         device, total = model.text_projection.weight.device, 0.0
         parts = (part.to(device).split(self._batch_size) for part in self.measured)
-        for embeds, wanted in zip(*parts, strict=True):
-            total += len(embeds) * float(distill(model.to_text_embeds(embeds), wanted))
+        for embeds, targets in zip(*parts, strict=True):
+            total += len(embeds) * float(distill(model.to_text_embeds(embeds), targets))
         return total / len(self.measured[0])
 
     def iterate(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -179,17 +179,17 @@ class _Captions:
         while True:
             order = torch.randperm(len(self._rows), generator=self._generator)
             for rows in self._rows[order].split(self._batch_size):
-                embeds, wanted = self._read(rows)
+                embeds, targets = self._read(rows)
                 if len(embeds):
                     normal = torch.randn(embeds.shape, generator=self._generator)
                     length = embeds.norm(dim=1, keepdim=True) * embeds.shape[1] ** -0.5
-                    yield embeds + _NOISE * length * normal, wanted
+                    yield embeds + _NOISE * length * normal, targets
 
     def _read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         captions, teacher = self._stores
-        wanted = teacher.read(rows.numpy())
-        has_teacher = wanted.any(dim=1)
-        return captions.read(rows[has_teacher].numpy()), wanted[has_teacher]
+        targets = teacher.read(rows.numpy())
+        has_teacher = targets.any(dim=1)
+        return captions.read(rows[has_teacher].numpy()), targets[has_teacher]
 
 
 @torch.no_grad()
@@ -198,14 +198,14 @@ def _fit_ridge(model: AlignmentModel, captions: _Captions) -> tuple[float, float
 
     The blocks of an adapter that was not trained become the identity.
     """
-    embeds, wanted = captions.fitted
-    require_varied(captions=embeds, teacher=wanted)
+    embeds, targets = captions.fitted
+    require_varied(captions=embeds, teacher=targets)
     if not model.config.text_adapter_trained:
         make_identity(model.text_adapter)
     adapted = model.text_adapter(embeds).float()
-    side, mean = Side(adapted), wanted.mean(0).double()
+    side, mean = Side(adapted), targets.mean(0).double()
     rotated = side.rotate(adapted).double()
-    cross = rotated.T @ (wanted - mean) / len(wanted)
+    cross = rotated.T @ (targets - mean) / len(targets)
 
     def solve(shrinkage: float) -> float:
         weight = (side.directions @ (side.whiten(shrinkage).square()[:, None] * cross)).T

@@ -83,7 +83,7 @@ def interpolate(
     *,
     caption_store: str | Path | EmbeddingStore | None = None,
 ) -> Interpolation:
-    """Write the weights between two models that suit other images best.
+    """Write the weights between two models that score best on other images.
 
     The models differ in vision tower, text adapter, projections or temperature; their LLM is the
     same. If the projections of the first one are random, those of the second are kept, and the
@@ -123,7 +123,7 @@ def interpolate(
     dataset = AlignmentDataset(records, processor, caption_store=caption_store)
     held_out = HeldOutImages(dataset, np.arange(len(records)))
     zero_shot = None if labeled is None else ZeroShotImages(labeled, last, processor)
-    start, model = (_load(one, with_llm=caption_store is None) for one in (first, last))
+    start, model = (_load(end, with_llm=caption_store is None) for end in (first, last))
     ends = _list_ends(start, model, only_tower=not start.config.projections_trained)
     model.to(choose_device(config.device))  # type: ignore[arg-type]
     scores: dict[float, HeldOutScores] = {}
@@ -140,7 +140,7 @@ def interpolate(
         weights = name_as_saved(model, weights, scratch)
 
     def measure(folder: Path) -> tuple[list[CardResult], str | None]:
-        if fingerprint_vision(folder) != of_images:  # of other weights
+        if fingerprint_vision(folder) != of_images:  # the summary is by other weights
             (folder / TRAINING_IMAGES_FILE).unlink(missing_ok=True)
         written = _load(folder, with_llm=caption_store is None)
         written.to(model.device)  # type: ignore[arg-type]
@@ -165,9 +165,9 @@ def interpolate(
 
 
 def _require_same_parts(first: Path, last: Path, store: EmbeddingStore | None) -> dict[str, str]:
-    """Refuse models that differ in more than weights behind the LLM.
+    """Refuse models that differ in more than the weights behind the LLM.
 
-    Returned is the fingerprint of the last one's vision tower.
+    Returns the fingerprint of the last model's vision tower.
     """
     texts, images = (
         (find_fingerprint(first), find_fingerprint(last))
@@ -175,11 +175,11 @@ def _require_same_parts(first: Path, last: Path, store: EmbeddingStore | None) -
     )
     differing = [
         f"{name} of the {tower}"
-        for tower, (one, other), names in (
+        for tower, (before, after), names in (
             ("text tower", texts, texts[0]), ("vision tower", images, _OF_IMAGES),
         )
         for name in names
-        if one[name] != other[name]
+        if before[name] != after[name]
     ]  # fmt: skip
     if differing:
         raise ValueError(
@@ -192,7 +192,7 @@ def _require_same_parts(first: Path, last: Path, store: EmbeddingStore | None) -
 
 
 def _load(folder: Path, *, with_llm: bool) -> AlignmentModel:
-    """Load a model in float32, in which weights between two others are exact."""
+    """Load a model in float32, so that weights between two models are not rounded."""
     model: AlignmentModel = AlignmentModel.from_pretrained(
         folder, local_files_only=True, with_llm=with_llm, with_vision_tower=True
     )

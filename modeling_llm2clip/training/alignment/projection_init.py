@@ -27,9 +27,9 @@ from .alignment_model import AlignmentModel
 from .held_out import HeldOutImages, embed_batches, fit_start
 from .run_data import RecordData, RunData
 
-# These many pairs determine a linear fit of embeddings of a few thousand elements, and fit memory.
+# So many pairs suffice for a linear fit of embeddings of a few thousand elements, and fit memory.
 _MAX_PAIRS = 50_000
-# Trained projections are only refined; random weights have a long way to go.
+# Rates: trained projections are only refined; random weights need larger steps.
 RATE_FROM_TRAINED = 1e-4
 _RATE_FROM_RANDOM = 1e-3
 INHERITED_FILE = "inherited.safetensors"
@@ -37,7 +37,7 @@ INHERITED_FILE = "inherited.safetensors"
 SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _FIRST_TRIED = (2, 4)  # where good values usually are: 0.1 for texts, 1 for images
 _NUM_FOLDS = 4
-# These many pairs estimate a rank well, and comparing them costs little beside the fit.
+# So many pairs estimate a rank well, and cost little beside the fit.
 _MAX_PAIRS_COMPARED = 1_000
 
 
@@ -87,7 +87,7 @@ def init_projections(
         )
     if data.held_out is None or (start.method == "model" and not list_fitted(model.loss)):
         return start
-    # No temperature suits random projections, and the lowest loss is where nothing is learned.
+    # No temperature suits random projections: the lowest loss is where they learn nothing.
     fit = fit_start(model.loss, _embed(model, data.held_out), keep_scale=not start.is_trained)
     start = replace(start, log_scale=fit.log_scale, loss_parameters=fit.parameters)
     _set_loss_fit(model, start)
@@ -135,7 +135,7 @@ def _choose_start(model: AlignmentModel, data: RunData, config: AlignConfig) -> 
 def repeat_init(
     model: AlignmentModel, data: RunData, config: AlignConfig, chosen: ProjectionInit, run: Path
 ) -> ProjectionInit:
-    """Set in place what `init_projections` did, on other images, as a run chose to start.
+    """Repeat in place, on other images, the start that `init_projections` chose.
 
     What was inherited is in the folder of the run.
     """
@@ -154,15 +154,15 @@ def _fit_cca(
     config: AlignConfig,
     shrinkages: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
-    """Fit captions and their images, of very many a random sample."""
+    """Fit captions and their images, or a random sample of very many."""
     assert isinstance(data, RecordData)  # a stream is not stored
     dataset, generator = data.dataset, torch.Generator().manual_seed(config.seed)
-    # Every item has at least one caption, so that more items are not needed.
+    # Every item has at least one caption, so that this many items suffice.
     sampled = torch.randperm(data.num_items, generator=generator)[:_MAX_PAIRS].numpy()
     chosen = data.items[sampled]
     short, long = dataset.records.count_texts(chosen)
     ends = np.cumsum(short + long)
-    num_items = int(np.searchsorted(ends, _MAX_PAIRS)) + 1  # the one that reaches the limit, too
+    num_items = int(np.searchsorted(ends, _MAX_PAIRS)) + 1  # and the item that reaches the limit
     pairs, numbers = list_pairs((short + long)[:num_items], chosen[:num_items])
     embeds = dataset.read_pairs(pairs, numbers)
     return init_projections_by_cca(
@@ -240,7 +240,7 @@ def init_projections_by_cca(
 
 
 def require_varied(**sides: Tensor) -> None:
-    """Refuse embeddings, by what they are of, that nothing can be fitted to."""
+    """Refuse embeddings that are all equal or not finite, by the name of their side."""
     for name, embeds in sides.items():
         if not embeds.isfinite().all() or (embeds == embeds[:1]).all():
             raise ValueError(
@@ -372,8 +372,8 @@ def _mean_reciprocal_rank(similarities: Tensor, ids: Tensor) -> float:
     same, is_negative = equal[..., 0], ~equal.any(dim=-1)
     reciprocals = []
     for scores in (similarities, similarities.T):
-        own = scores.masked_fill(~same, -torch.inf).amax(dim=1, keepdim=True)
-        ranks = 1 + (~(scores < own) & is_negative).sum(dim=1)  # the last one where scores are NaN
+        best = scores.masked_fill(~same, -torch.inf).amax(dim=1, keepdim=True)
+        ranks = 1 + (~(scores < best) & is_negative).sum(dim=1)  # the last one where scores are NaN
         reciprocals.append(float(ranks.double().reciprocal().mean()))
     return sum(reciprocals) / 2
 

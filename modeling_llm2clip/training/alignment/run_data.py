@@ -31,8 +31,7 @@ from ...data.remote.file_places import FilePlace, list_states, use_states
 from ...data.remote.remote_files import FileInfo
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.streams.record_streams import RecordStream, make_loader, read_report
-from ...data.streams.stream_report import StreamReport
-from ...data.streams.stream_run import hash_shards
+from ...data.streams.stream_run import StreamReport, hash_shards
 from ...encoding.batches import default_num_workers
 from ...processing_llm2clip import LLM2CLIPProcessor
 from .alignment_data import AlignmentDataset, AlignmentStream, decode_sample
@@ -111,7 +110,7 @@ class StreamData:
     def __post_init__(self) -> None:
         self._epoch = 0
         self._is_resumed = False
-        self._resumed_state: Any = None  # of the loader, until it has given a batch
+        self._resumed_state: Any = None  # the loader's state, until its first batch
         self._ended = StreamReport()  # of all epochs before
         held = self.held_out
         keys = np.empty(0, np.int64) if held is None else list_text_keys(held.dataset.records)
@@ -145,7 +144,7 @@ class StreamData:
     def __iter__(self) -> Iterator[Any]:
         while True:
             self.dataset.stream.set_epoch(self._epoch)
-            num_batches = int(self._is_resumed)  # the epoch may have ended with the checkpoint
+            num_batches = int(self._is_resumed)  # the epoch may have ended at the checkpoint
             self._is_resumed = False
             for batch in self._loader:
                 self._resumed_state = None
@@ -162,7 +161,7 @@ class StreamData:
 
     def _end_epoch(self) -> None:
         """Add up the report of an epoch, and print the samples that this process lost in it."""
-        self._resumed_state = None  # there may have been nothing left behind the checkpoint
+        self._resumed_state = None  # the checkpoint may be at the end of its epoch
         report = self._read_current()
         self._ended.merge(report)
         if report.lost_samples or report.lost_shards:
@@ -193,7 +192,7 @@ class StreamData:
         torch.save(state, folder / self._name_file())
 
     def load(self, checkpoint: Path) -> None:
-        """Let the batches go on where a checkpoint was saved."""
+        """Continue the batches from a checkpoint."""
         state = torch.load(checkpoint / self._name_file(), weights_only=True)
         self._epoch = state["epoch"]
         self._ended = StreamReport.from_state(state["ended"])
@@ -211,7 +210,7 @@ class StreamData:
         total = StreamReport()
         for state in gather_object([self._ended.to_state(), self._read_current().to_state()]):
             total.merge(StreamReport.from_state(state))
-        # A sample that is broken is so in every epoch.
+        # Every epoch reports a broken sample anew.
         places = {kind: list(dict.fromkeys(where)) for kind, where in total.problems.places.items()}
         return {**total.to_state(), "places": places, "epochs": self._epoch + 1}
 
@@ -271,5 +270,5 @@ def count_workers(config: AlignConfig, arguments: TrainingArguments, *, decodes:
     """Choose how many processes make the batches of this one."""
     if config.num_workers is not None:
         return config.num_workers
-    # A CPU has no time to spare, and what is stored needs none.
+    # On the CPU, workers would slow the training down; stored embeddings need none.
     return default_num_workers() if decodes and arguments.device.type != "cpu" else 0

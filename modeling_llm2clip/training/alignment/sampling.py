@@ -71,7 +71,7 @@ def sample_captions(
     epochs: Array,
     items: Array,
 ) -> Array:
-    """Sample a caption number of each item, (B,) int64: short ones come first."""
+    """Sample the number of a caption of each item, (B,) int64; short captions come first."""
     wants_long = _sample(seed, epochs, items, 0) < long_caption_ratio
     is_long = (num_short == 0) | ((num_long > 0) & wants_long)
     count = np.where(is_long, num_long, num_short)
@@ -85,7 +85,7 @@ def sample_normal(seed: int, epochs: Array, items: Array, side: int, *, width: i
     states = mix(seed, epochs, items, side)
     counts = np.arange(1, -(-width // 4) + 1, dtype=np.uint64) * _GOLDEN
     normal = np.empty((len(states), width), np.float32)
-    for start in range(0, len(states), _ROWS_AT_ONCE):  # so few are in a core's cache
+    for start in range(0, len(states), _ROWS_AT_ONCE):  # few enough for a core's cache
         rows = slice(start, start + _ROWS_AT_ONCE)
         quarters = _scramble(states[rows, None] + counts).view(np.uint16)[:, :width]
         # No quarter is out of bounds; the default mode would check it, and copy the result.

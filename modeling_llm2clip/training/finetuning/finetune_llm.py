@@ -145,32 +145,33 @@ def finetune_llm(
     require_output(output, resume=resume, model=model_folder if config.merge else None)
     choose_reports(config.report_to)
     device = choose_device(config.device)
-    with lock_run(output), open_source(source, output) as found:
-        own = LLM2CLIPConfig.from_pretrained(found.folder)
-        if own.text_adapter_layers is None or own.text_dense_width is not None:
+    with lock_run(output), open_source(source, output) as model_source:
+        source_config = LLM2CLIPConfig.from_pretrained(model_source.folder)
+        if source_config.text_adapter_layers is None or source_config.text_dense_width is not None:
             raise ValueError(
-                f"{found.name} keeps a text embedder as it is: a LoRA would change embeddings that "
-                "are to be kept, and would not fit Dense modules. Align it without fine-tuning."
+                f"{model_source.name} keeps a text embedder as it is: a LoRA would change "
+                "embeddings that are to be kept, and would not fit Dense modules. Align it without "
+                "fine-tuning."
             )
         if config.merge:
-            types = own.architectures
+            types = source_config.architectures
             if types != ["LLM2CLIPModel"]:
                 raise ValueError(
-                    f"{found.name} is {types}, and merging writes a whole model. Give the whole "
-                    "model, or merge=False, which writes the LoRA alone."
+                    f"{model_source.name} is {types}, and merging writes a whole model. Give the "
+                    "whole model, or merge=False, which writes the LoRA alone."
                 )
         # Gone before there is a model: a run that is killed after that is never continued.
         with _open_scratch(output) as scratch:
             records = RecordTable.from_records(data)
             prepared, decided = _prepare(records, config, scratch)
-            inputs = {**_identify(found, records, config), **decided}
+            inputs = {**_identify(model_source, records, config), **decided}
             require_same_run(output, config, inputs, resume=resume)
             if config.init_lora is not None:
                 base_weights = inputs["fingerprint"]["weights"]
                 require_base_weights(config.init_lora / LORA_WEIGHTS, base_weights)
-            processor = LLM2CLIPProcessor.from_pretrained(found.folder)
-            model = LLM2CLIPTextModel.from_pretrained(found.folder).to(device)
-            require_golden(found.folder, model.eval(), processor)
+            processor = LLM2CLIPProcessor.from_pretrained(model_source.folder)
+            model = LLM2CLIPTextModel.from_pretrained(model_source.folder).to(device)
+            require_golden(model_source.folder, model.eval(), processor)
             if config.precision == "float32":
                 model.float()  # a folder in half precision would be computed in it
             encoder = _make_encoder(model, processor, config)
@@ -179,7 +180,7 @@ def finetune_llm(
             del model, encoder  # the merged one takes its place in memory
         state = PartialState()
         if config.merge and state.is_main_process:
-            _write_merged(found.folder, output, prepared.held_out, device, data_name)
+            _write_merged(model_source.folder, output, prepared.held_out, device, data_name)
         state.wait_for_everyone()
     return model_folder if config.merge else output / LORA_FOLDER
 
@@ -358,12 +359,12 @@ def _find_nearest(
         return None
     file, state = output / _NEAREST_FILE, PartialState()
     if not resumed:
-        wanted = _POOL_OF_HARD_NEGATIVES * config.num_hard_negatives
+        num_nearest = _POOL_OF_HARD_NEGATIVES * config.num_hard_negatives
         report = write_nearest_groups(
             encoder.encode,
             data.iterate_groups(),
             data.num_trained,
-            min(wanted, data.num_trained - 1),
+            min(num_nearest, data.num_trained - 1),
             file,
         )
         if state.is_main_process:

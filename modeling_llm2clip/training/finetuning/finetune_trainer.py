@@ -55,19 +55,19 @@ from .pair_sampling import (
     count_steps,
 )
 
-_SHORT_RUN = 200  # steps below which every one is logged
+_SHORT_RUN = 200  # shorter runs log every step
 # Value of `negatives` → what sentence-transformers' loss compares, and how it sums up.
 _DIRECTIONS = {
     "query-to-doc": (("query_to_doc",), "joint"),
     "symmetric": (("query_to_doc", "doc_to_query"), "per_direction"),
     "all": (("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"), "joint"),
 }
-# Options of a LoRA that its weights do not show and that change what they do.
+# Options of a LoRA that change its effect, and that its weights do not show.
 _MEANING = (
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias",
     "lora_bias", "modules_to_save", "fan_in_fan_out", "layer_replication",
 )  # fmt: skip
-# Other ways to begin take a part out of the base, which was not taken out of ours.
+# Other initializations change the base weights, which ours does not.
 _LEAVE_BASE_UNCHANGED = (*PLAIN_STARTS, "orthogonal", "eva")
 
 
@@ -135,7 +135,7 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
         require_same_meaning(folder, self.adapted.peft_config["default"])
         base = str(self.llm2clip.text_model.config._name_or_path or "")
         stated = str(LoraConfig.from_pretrained(str(folder)).base_model_name_or_path or "")
-        if stated and base and not is_same_base(stated, base):  # both have a name to compare
+        if stated and base and not is_same_base(stated, base):  # else nothing to compare
             raise ValueError(
                 f"{folder} is for the base {stated!r}, but the LLM is {base!r}. Begin from a LoRA "
                 "of this LLM, or leave init_lora out."
@@ -202,7 +202,7 @@ def name_base_without_path(adapted: PeftModel) -> None:
         config.base_model_name_or_path = base.name
 
 
-def require_same_meaning(folder: Path, wanted: LoraConfig) -> None:
+def require_same_meaning(folder: Path, config: LoraConfig) -> None:
     """Require that a LoRA's weights give the same embeddings under this run's options.
 
     With other options they would load without an error.
@@ -211,11 +211,11 @@ def require_same_meaning(folder: Path, wanted: LoraConfig) -> None:
         if not (folder / name).is_file():
             raise ValueError(f"{folder} has no {name}. Give the folder of a LoRA.")
     saved = LoraConfig.from_pretrained(str(folder))
-    pairs = {name: (getattr(saved, name, None), getattr(wanted, name, None)) for name in _MEANING}
+    pairs = {name: (getattr(saved, name, None), getattr(config, name, None)) for name in _MEANING}
     errors = [
-        f"{name}={found!r}, in this run {here!r}"
-        for name, (found, here) in pairs.items()
-        if (found or None) != (here or None)  # however nothing is written
+        f"{name}={value!r}, in this run {expected!r}"
+        for name, (value, expected) in pairs.items()
+        if (value or None) != (expected or None)  # None, 0 and an empty value are the same
     ]
     if saved.init_lora_weights not in _LEAVE_BASE_UNCHANGED:
         errors.append(f"init_lora_weights={saved.init_lora_weights!r}, which changes its base")

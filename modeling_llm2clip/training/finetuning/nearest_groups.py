@@ -38,7 +38,7 @@ _GROUPS_AT_ONCE = 4096  # of each process
 _POINTS_PER_CLUSTER = 32
 _ITERATIONS = 5
 _FIRST_SEARCHED = 4
-_COMPARED_AGAIN = 4.0  # times as many as are wanted
+_COMPARED_AGAIN = 4.0  # times top_k
 _LEAST_DIM_OF_PARTS = 128
 _SMALL_GAIN = 0.01
 
@@ -73,20 +73,20 @@ def _search_exactly(
     """Yield the nearest rows of some rows, (M, top_k) at a time, in bounded memory."""
     for start in range(0, len(rows), _ROWS_PER_TILE):
         tile = rows[start : start + _ROWS_PER_TILE]
-        own = torch.from_numpy(tile).to(device)
+        query_rows = torch.from_numpy(tile).to(device)
         queries = _take_units(embeddings, tile, device)
         scores = torch.empty(len(tile), 0, device=device)
-        found = torch.empty(len(tile), 0, dtype=torch.int64, device=device)
+        nearest = torch.empty(len(tile), 0, dtype=torch.int64, device=device)
         for first in range(0, len(embeddings), _ROWS_AT_ONCE):
             last = min(first + _ROWS_AT_ONCE, len(embeddings))
             others = torch.arange(first, last, device=device)
             cosines = queries @ _take_units(embeddings, slice(first, last), device).T
-            cosines[own[:, None] == others] = -torch.inf
+            cosines[query_rows[:, None] == others] = -torch.inf
             scores = torch.cat([scores, cosines], dim=1)
-            found = torch.cat([found, others.expand(len(tile), -1)], dim=1)
+            nearest = torch.cat([nearest, others.expand(len(tile), -1)], dim=1)
             scores, places = scores.topk(min(top_k, scores.shape[1]), dim=1)
-            found = found.gather(1, places)
-        yield found.cpu().numpy()
+            nearest = nearest.gather(1, places)
+        yield nearest.cpu().numpy()
 
 
 def _take_units(embeddings: Array, rows: Array | slice, device: torch.device | str) -> Tensor:
@@ -108,7 +108,7 @@ def _build_index(
 
     number, dim = embeddings.shape
     num_clusters = int(4 * math.sqrt(number))
-    # Fast scans take an even number of parts; few parts tell too little apart.
+    # Fast scans take an even number of parts; with few parts, codes are too coarse.
     is_refined = dim >= _LEAST_DIM_OF_PARTS and dim % 8 == 0
     codes = f"PQ{dim // 4}x4fs,Refine(SQ8)" if is_refined else "SQ8"
     index: Any = faiss.index_factory(dim, f"IVF{num_clusters},{codes}", faiss.METRIC_INNER_PRODUCT)

@@ -61,7 +61,7 @@ def write_caption_pairs(
 def write_text_pairs(
     pairs: Iterable[TextPair], file: Path, *, left_out: Array | None = None
 ) -> tuple[int, int]:
-    """Write text pairs without those that have a text that is left out.
+    """Write text pairs, except those with a left-out text.
 
     A different text with the same 64-bit key leaves its pair out too: one pair in a billion for
     ten million texts that are left out and a thousand pairs.
@@ -88,7 +88,7 @@ def write_text_pairs(
 
 
 def open_table(file: Path) -> Dataset:
-    """Map a table, which takes no memory of its own."""
+    """Map a table into memory, without reading it."""
     return Dataset.from_file(str(file))
 
 
@@ -113,22 +113,22 @@ def iterate_numbers(table: Dataset, name: str) -> Iterator[Array]:
 
 
 class MappedColumn:
-    """A column of integers of a table, whose rows are read as they are asked for."""
+    """A column of integers, whose rows are read on demand."""
 
     def __init__(self, table: Dataset, name: str) -> None:
         self.pieces = list(iterate_numbers(table, name))
         self._stops = np.cumsum([len(piece) for piece in self.pieces])
 
     def read(self, rows: Array) -> Array:
-        found = np.empty(len(rows), np.int64)
+        values = np.empty(len(rows), np.int64)
         numbers = np.searchsorted(self._stops, rows, side="right")
         order = np.argsort(numbers, kind="stable")
         starts = np.searchsorted(numbers[order], np.arange(len(self.pieces) + 1))
         for number in np.unique(numbers).tolist():
             places = order[starts[number] : starts[number + 1]]
             piece = self.pieces[number]
-            found[places] = piece[rows[places] - (self._stops[number] - len(piece))]
-        return found
+            values[places] = piece[rows[places] - (self._stops[number] - len(piece))]
+        return values
 
 
 def _make_schema(*, num_negatives: int) -> pa.Schema:
@@ -157,7 +157,7 @@ def _sample_pairs(counts: Array, generator: random.Random) -> Array:
 
 
 class PairCollator(SentenceTransformerDataCollator):  # type: ignore[misc]
-    """Leaves the integers out, which the sampler needs and the model does not."""
+    """Leaves out the integer columns, which only the sampler needs."""
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         """Tokenize the texts of some rows, column by column."""

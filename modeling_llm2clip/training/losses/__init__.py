@@ -1,1 +1,1 @@
-"""Losses of the alignment, one file each."""
+"""Losses of the alignment, and the terms beside them."""

@@ -1,4 +1,4 @@
-"""Puts a run's loss together: the one it names, over sizes of embeddings, and terms beside it."""
+"""Builds a run's loss: the named loss, over several sizes of embeddings, and added terms."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...configs.align_config import AlignConfig
-from .distillation import SelfDistillationLoss
 from .loss import Loss, LossInputs, load_loss
-from .structure import StructureLoss
+from .terms import SelfDistillationLoss, StructureLoss
 
 
 class WeightedSum(nn.Module):
-    """A loss, and other ones times their weights.
+    """The sum of a loss and of weighted terms.
 
     Args:
         loss: The loss with the weight 1.
@@ -40,7 +39,7 @@ class WeightedSum(nn.Module):
 
 
 def build_loss(config: AlignConfig, loss: Loss | None = None) -> Loss:
-    """Build the loss that the options describe, or put their parts around another one."""
+    """Build the loss that the options describe, around a given loss if there is one."""
     if loss is None:
         loss = load_loss(config.loss, chunk_size=config.loss_chunk_size)
     if config.matryoshka_dims:

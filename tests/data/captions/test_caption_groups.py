@@ -42,7 +42,7 @@ def collect_by_dictionary(records: Sequence[CaptionedImage]) -> dict[str, tuple[
 
 
 @given(RECORDS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60)
 def test_groups_are_those_of_a_dictionary_however_small_the_batches(
     rows: list[tuple[str, tuple[str, ...], tuple[str, ...]]],
 ) -> None:
@@ -50,17 +50,17 @@ def test_groups_are_those_of_a_dictionary_however_small_the_batches(
         CaptionedImage(None, str(n), group_id, short, long)
         for n, (group_id, short, long) in enumerate(rows)
     ]
-    wanted = {g: t for g, t in collect_by_dictionary(records).items() if len(t) > 1}
+    expected = {g: t for g, t in collect_by_dictionary(records).items() if len(t) > 1}
     with pytest.MonkeyPatch.context() as patch:
         for module in (record_columns, record_table):
             patch.setattr(module, "ROWS_PER_BATCH", 4)
         patch.setattr(key_arrays, "_FEW_KEYS", 4)
         groups, num_single, _ = caption_groups.count_groups(RecordTable.from_records(records))
-        assert {group.group_id: group.captions for group in groups} == wanted
-        assert [group.group_id for group in groups] == list(wanted)
-    assert len(groups) == len(wanted)
-    assert groups.num_pairs == sum(-(-len(texts) // 2) for texts in wanted.values())
-    assert num_single == len(collect_by_dictionary(records)) - len(wanted)
+        assert {group.group_id: group.captions for group in groups} == expected
+        assert [group.group_id for group in groups] == list(expected)
+    assert len(groups) == len(expected)
+    assert groups.num_pairs == sum(-(-len(texts) // 2) for texts in expected.values())
+    assert num_single == len(collect_by_dictionary(records)) - len(expected)
 
 
 def test_images_with_one_caption_are_counted_and_named_with_the_ways_around_them() -> None:
@@ -123,7 +123,7 @@ def test_the_groups_held_out_are_those_of_pythons_shuffle() -> None:
 
 
 @given(st.lists(st.integers(-(2**63), 2**63 - 1), max_size=60), st.integers(1, 9))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60)
 def test_keys_in_pieces_are_compared_as_all_at_once(numbers: list[int], size: int) -> None:
     keys = np.array([*numbers, *numbers[::3]], np.int64)
     chunks = lambda: (keys[n : n + size] for n in range(0, len(keys), size))  # noqa: E731

@@ -14,12 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from downloads import URLS, write_downloaded_tar
+from downloads import CAPTIONS, URLS, write_downloaded_tar
 from interruptions import largest_file
 
+from modeling_llm2clip.cli.options import read_captioned_images
+from modeling_llm2clip.configs.data_config import DataConfig
 from modeling_llm2clip.data.atomic_files import temporary_folder
 from modeling_llm2clip.data.captions import caption_joins
-from modeling_llm2clip.data.captions.caption_joins import join_captions
+from modeling_llm2clip.data.captions.caption_joins import join_captions, read_configured_records
 from modeling_llm2clip.data.records import record_columns, record_index, record_table
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.record_table import RecordTable
@@ -79,7 +81,7 @@ def write_parquet(file: Path, rows: list[dict[str, str]]) -> Path:
     return file.parent / "parts"
 
 
-def wanted(numbers: Any, has_row: Callable[[int], bool]) -> list[tuple[Any, ...]]:
+def expect(numbers: Any, has_row: Callable[[int], bool]) -> list[tuple[Any, ...]]:
     return [
         ((f"own {n}", f'a "short" one, {n}'), (f"A long one. Its second line is {n}.",))
         if has_row(n)
@@ -99,7 +101,7 @@ def test_captions_come_to_their_records_in_every_format(
     records = make_records(30)
     numbers = np.random.default_rng(0).permutation(range(20, 50)).tolist()
     joined = join_captions(records, write(tmp_path / "c.csv", make_rows(numbers)), on="url")
-    assert texts(joined.records) == wanted(range(30), lambda n: n >= 20)
+    assert texts(joined.records) == expect(range(30), lambda n: n >= 20)
     assert (joined.matched, joined.unmatched_records, joined.unmatched_rows) == (10, 20, 20)
     assert joined.first_unmatched_records == tuple(f"{n}.tar/{n:06d}.jpg" for n in range(5))
     first = [f"https://x.example/{n}" for n in numbers if n >= 30][:5]
@@ -118,24 +120,23 @@ def test_batches_and_their_order_make_no_difference(
     joined = join_captions(records, write_csv(tmp_path / "c.csv", rows), on="url").records
     there = {int(row["Image Path"].rpartition("/")[2]) for row in rows}
     numbers = [int(record.group_id[1:]) for record in records]
-    assert texts(joined) == wanted(numbers, lambda n: n in there)
+    assert texts(joined) == expect(numbers, lambda n: n in there)
     assert joined.file is not None
     # Nothing else changes, and the hashes of texts are those of a table that is made anew.
     anew = RecordTable.from_records(list(joined))
-    for (name, batch), other in zip(
-        ((name, joined.iterate_columns([name])) for name in record_columns.SCHEMA.names),
-        (anew.iterate_columns([name]) for name in record_columns.SCHEMA.names),
-        strict=True,
-    ):
-        one, two = (pa.Table.from_batches(list(b)).column(0).to_pylist() for b in (batch, other))
-        assert one == two, name
+    for name in record_columns.SCHEMA.names:
+        values, expected = (
+            pa.Table.from_batches(list(table.iterate_columns([name]))).column(0).to_pylist()
+            for table in (joined, anew)
+        )
+        assert values == expected, name
 
 
 def test_a_repeated_row_is_counted_and_the_first_one_used(tmp_path: Path) -> None:
     rows = make_rows([1, 2, 1])
     rows[2]["shortIB_captions"] = "another"
     joined = join_captions(make_records(3), write_csv(tmp_path / "c.csv", rows), on="url")
-    assert texts(joined.records) == wanted(range(3), lambda n: n > 0)
+    assert texts(joined.records) == expect(range(3), lambda n: n > 0)
     assert joined.repeated_rows == 1
 
 
@@ -231,6 +232,11 @@ def test_broken_and_missing_files_are_named(tmp_path: Path) -> None:
         (tmp_path / name).write_text(content, encoding="utf-8")
         with pytest.raises(ValueError, match=name):
             join_captions(records, tmp_path / name, on="url")
+    columns = [pa.array(["https://x.example/1"]), pa.array(["a"]), pa.array(["b"])]
+    table = pa.Table.from_arrays(columns, names=["url", "caption", "caption"])
+    pq.write_table(table, tmp_path / "c.parquet")
+    with pytest.raises(ValueError, match="two columns named 'caption'"):
+        join_captions(records, tmp_path / "c.parquet", on="url")
     with pytest.raises(ValueError, match="no such file of captions"):
         join_captions(records, tmp_path / "gone.csv", on="url")
     nameless = RecordTable.from_records([CaptionedImage(None, "a", "a", ("a",))])
@@ -256,28 +262,20 @@ def test_a_full_temporary_folder_is_named_with_a_remedy(
 QUOTED = ['"Go," she said', 'an "unquoted" one', '"', 'said "so"', "plain", '"a" and "b"']
 
 
-def test_a_quote_in_a_tab_separated_file_is_part_of_its_cell(tmp_path: Path) -> None:
-    """As the published files have it; a quote that began a field would take the next rows in."""
-    lines = [f"{text}\thttps://x.example/{n}" for n, text in enumerate(QUOTED)]
-    content = "\ufeffcaption\turl\r\n" + "\r\n".join(lines)
-    plain, packed = tmp_path / "c.tsv", tmp_path / "c.tsv.gz"
-    plain.write_bytes(content.encode())
-    packed.write_bytes(gzip.compress(content.encode()))
-    for file in (plain, packed):
-        joined = join_captions(make_records(len(QUOTED)), file, on="url")
-        assert [record.captions[1] for record in joined.records] == QUOTED
-
-
-def test_cells_that_are_quoted_from_end_to_end_lose_their_quotes(tmp_path: Path) -> None:
+def test_quotes_are_part_of_a_cell_unless_they_enclose_all_of_it(tmp_path: Path) -> None:
+    """As published files have it; a quote that began a cell would take the next rows in."""
     rows = [{"caption": text, "url": f"https://x.example/{n}"} for n, text in enumerate(QUOTED)]
-    for name, delimiter in (("c.tsv", "\t"), ("c.csv", ",")):
-        with (tmp_path / name).open("w", encoding="utf-8", newline="") as opened:
-            writer = csv.DictWriter(
-                opened, list(rows[0]), delimiter=delimiter, quoting=csv.QUOTE_ALL
-            )
-            writer.writeheader()
-            writer.writerows(rows)
-        joined = join_captions(make_records(len(QUOTED)), tmp_path / name, on="url")
+    lines = [f"{row['caption']}\t{row['url']}" for row in rows]
+    content = ("\ufeffcaption\turl\r\n" + "\r\n".join(lines)).encode()
+    files = [tmp_path / name for name in ("plain.tsv", "packed.tsv.gz", "all.tsv", "all.csv")]
+    files[0].write_bytes(content)
+    files[1].write_bytes(gzip.compress(content))
+    for file, delimiter in ((files[2], "\t"), (files[3], ",")):
+        with file.open("w", encoding="utf-8", newline="") as opened:
+            writer = csv.writer(opened, delimiter=delimiter, quoting=csv.QUOTE_ALL)
+            writer.writerows([("caption", "url"), *(row.values() for row in rows)])
+    for file in files:
+        joined = join_captions(make_records(len(QUOTED)), file, on="url")
         assert [record.captions[1] for record in joined.records] == QUOTED
 
 
@@ -310,14 +308,6 @@ def test_columns_that_are_not_read_may_be_repeated_and_large(tmp_path: Path) -> 
     assert [record.captions[1:] for record in joined.records] == [(), ("a",), ()]
 
 
-def test_a_repeated_column_of_parquet_is_refused(tmp_path: Path) -> None:
-    columns = [pa.array(["https://x.example/1"]), pa.array(["a"]), pa.array(["b"])]
-    table = pa.Table.from_arrays(columns, names=["url", "caption", "caption"])
-    pq.write_table(table, tmp_path / "c.parquet")
-    with pytest.raises(ValueError, match="two columns named 'caption'"):
-        join_captions(make_records(3), tmp_path / "c.parquet", on="url")
-
-
 @pytest.mark.parametrize("write", [write_csv, write_lines, write_parquet])
 def test_rows_in_another_language_are_counted_and_not_used(
     write: Callable[[Path, Any], Path], tmp_path: Path
@@ -325,7 +315,7 @@ def test_rows_in_another_language_are_counted_and_not_used(
     langs = ["de", "en", "", "de"]
     rows = [{**row, "lang": lang} for row, lang in zip(make_rows(range(4)), langs, strict=True)]
     joined = join_captions(make_records(4), write(tmp_path / "c.csv", rows), on="url")
-    assert texts(joined.records) == wanted(range(4), lambda n: n in (1, 2))  # a blank cell: none
+    assert texts(joined.records) == expect(range(4), lambda n: n in (1, 2))  # a blank cell: none
     assert (joined.matched, joined.unmatched_rows, joined.other_language_rows) == (2, 0, 2)
     assert "2 rows in another language" in str(joined)
     for row in rows:
@@ -335,20 +325,42 @@ def test_rows_in_another_language_are_counted_and_not_used(
         join_captions(make_records(4), write(tmp_path / "again" / "c.csv", rows), on="url")
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
+def test_values_that_are_no_texts_are_named(tmp_path: Path) -> None:
+    values: list[tuple[dict[str, Any], str]] = [
         ({"captions": {"en": "a cat"}}, "'captions' is a dict, not a text or a list"),
         ({"captions": ["a cat", 3]}, "'captions' is a list, not a text or a list"),
         ({"long_captions": 3}, "'long_captions' is a int"),
         ({"captions": "a cat", "lang": 3}, "'lang' is 3, not a text"),
-    ],
-)
-def test_values_that_are_no_texts_are_named(
-    fields: dict[str, Any], message: str, tmp_path: Path
+    ]
+    for fields, message in values:
+        lines = [{"url": "https://x.example/0", "captions": "a"}, {"url": "x", **fields}]
+        file = write_lines(tmp_path / "c.jsonl", lines)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=rf"c\.jsonl row 1: {message}"):
+            join_captions(make_records(2), file, on="url")
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_command_reads_records_as_its_flags_say_and_counts_what_it_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = [{"url": "https://x.example/0", "captions": "a"}, {"url": "x", **fields}]
-    file = tmp_path / "c.jsonl"
-    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    with pytest.raises(ValueError, match=rf"c\.jsonl row 1: {message}"):
-        join_captions(make_records(2), file, on="url")
+    data = write_downloaded_tar(tmp_path / "data")
+    lines = [{"url": URLS[0], "caption": "published"}, {"url": "https://x.example", "caption": "?"}]
+    file = write_lines(tmp_path / "captions", lines)
+    config = DataConfig(captions_from=file)
+    tables = [
+        read_configured_records(data, config, require_images=True, check_images=True)
+        for _ in range(2)
+    ]
+    for records in tables:  # the second reading has left the first one's file alone
+        captions = [record.captions for record in records]
+        assert captions == [(CAPTIONS[0], "published"), (CAPTIONS[2],)]
+    shown = capsys.readouterr().err
+    assert "1 record matched; without a row: 1" in shown
+    assert "1 row without a record (https://x.example)" in shown
+    for show_progress in (True, False):
+        records = read_captioned_images(
+            str(data), DataConfig(), require_images=True, show_progress=show_progress
+        )
+        assert [record.captions for record in records] == [(CAPTIONS[0],), (CAPTIONS[2],)]
+        shown = capsys.readouterr().err
+        assert ("decode:" in shown) is show_progress and "matched" not in shown

@@ -56,10 +56,10 @@ def number(batches: list[list[str]], *, bits: int, num_texts: int) -> tuple[list
 def test_the_numbers_are_those_of_a_dict_however_few_bits_the_hashes_have(
     batches: list[list[str]], bits: int
 ) -> None:
-    wanted = number_with_a_dict(batches)
+    expected = number_with_a_dict(batches)
     num_texts = 40 * distinct_texts._TEXTS_PER_PARTITION  # many partitions
     found, num_distinct = number(batches, bits=bits, num_texts=num_texts)
-    assert found == wanted
+    assert found == expected
     assert num_distinct == len({text for batch in batches for text in batch})
 
 
@@ -95,17 +95,14 @@ def test_captions_of_a_record_are_its_short_ones_and_then_its_long_ones() -> Non
     assert np.diff(flat.ends).tolist() == [len(r.captions) + len(r.long_captions) for r in table]
 
 
-@pytest.mark.parametrize("rows_per_shard", [1, 7, 60])
-@pytest.mark.parametrize("batch_rows", [5, 1000])
-@pytest.mark.parametrize("chosen", [False, True])
+@pytest.mark.parametrize(
+    ("rows_per_shard", "batch_rows", "chosen"),
+    [(1, 5, True), (7, 5, False), (7, 1000, True), (60, 5, True), (60, 1000, False)],
+)
 def test_the_rows_of_a_shard_are_its_captions_by_first_occurrence(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    rows_per_shard: int,
-    batch_rows: int,
-    *,
-    chosen: bool,
-) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    rows_per_shard: int, batch_rows: int, chosen: bool,
+) -> None:  # fmt: skip
     for module in (record_columns, record_table, store_index):
         monkeypatch.setattr(module, "ROWS_PER_BATCH", batch_rows)
     table = make_table(53)
@@ -120,17 +117,17 @@ def test_the_rows_of_a_shard_are_its_captions_by_first_occurrence(
     )
     manifest = writer.manifest
     index = store_index.StoreIndex(writer.folder, manifest)
-    wanted = list(dict.fromkeys(t for r in table for t in (*r.captions, *r.long_captions)))
-    assert manifest.num_rows == manifest.counts["distinct"] == len(wanted)
+    expected = list(dict.fromkeys(t for r in table for t in (*r.captions, *r.long_captions)))
+    assert manifest.num_rows == manifest.counts["distinct"] == len(expected)
     occurrences = FirstOccurrences(index, rows_per_shard)
     for shard in reversed(range(manifest.num_shards)):
         rows = manifest.rows_of_shard(shard)
         found = list(iterate_first_captions(table, occurrences, rows))
-        assert found == wanted[rows.start : rows.stop]
+        assert found == expected[rows.start : rows.stop]
     for item, record in enumerate(table):
         for is_long, texts in ((False, record.captions), (True, record.long_captions)):
             rows_of = index.rows_of(item, long=is_long).tolist()
-            assert [wanted[row] for row in rows_of] == list(texts)
+            assert [expected[row] for row in rows_of] == list(texts)
 
 
 def test_blank_captions_are_refused_however_many_others_there_are(tmp_path: Path) -> None:

@@ -8,31 +8,24 @@ import pytest
 
 from modeling_llm2clip.data.captions.text_pairs import read_text_pairs
 
+ERRORS = {
+    "{": "not JSON",
+    '{"query": "a", "positive": " "}': "non-blank",
+    '{"query": "a", "positive": "b", "negatives": ["b"]}': "among its negatives",
+    '{"query": "a", "positive": "b", "negatives": [" a "]}': "the query is among its neg",
+    '{"query": "a", "positive": "b", "positive": "c"}': "field 'positive' twice",
+    '{"query": "a", "positive": "b", "score": 1}': "unknown field 'score'",
+    '{"query": "a", "positive": "b", "negatives": ["c"]}': "between 0 and 1 negatives",
+    "\n".join("{" * 7): r"(?s)7 errors.*not JSON: 7 \(line 2, .*line 6, …\)",
+}
 
-@pytest.mark.parametrize(
-    ("line", "error"),
-    [
-        ("{", "not JSON"),
-        ('{"query": "a", "positive": " "}', "non-blank"),
-        ('{"query": "a", "positive": "b", "negatives": ["b"]}', "among its negatives"),
-        ('{"query": "a", "positive": "b", "negatives": [" a "]}', "the query is among its neg"),
-        ('{"query": "a", "positive": "b", "positive": "c"}', "field 'positive' twice"),
-        ('{"query": "a", "positive": "b", "score": 1}', "unknown field 'score'"),
-        ('{"query": "a", "positive": "b", "negatives": ["c"]}', "between 0 and 1 negatives"),
-    ],
-)
-def test_broken_text_pairs_are_named_by_line(tmp_path: Path, line: str, error: str) -> None:
+
+def test_broken_text_pairs_are_counted_and_named_by_line(tmp_path: Path) -> None:
     file = tmp_path / "pairs.jsonl"
-    file.write_text('{"query": "a", "positive": "b"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=error):
-        list(read_text_pairs(file))
-
-
-def test_all_errors_are_counted_and_the_first_are_named(tmp_path: Path) -> None:
-    file = tmp_path / "pairs.jsonl"
-    file.write_text('{"query": "a", "positive": "b"}\n' + "{\n" * 7)
-    with pytest.raises(ValueError, match=r"(?s)7 errors.*not JSON: 7 \(line 2, .*line 6, …\)"):
-        list(read_text_pairs(file))
+    for lines, error in ERRORS.items():
+        file.write_text('{"query": "a", "positive": "b"}\n' + lines + "\n")
+        with pytest.raises(ValueError, match=error):
+            list(read_text_pairs(file))
     file.write_text("\n")
     with pytest.raises(ValueError, match="no pairs"):
         list(read_text_pairs(file))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from captioned_files import encode, write_parquet, write_shards
 from failing_disk import make_failing_file
@@ -19,18 +21,10 @@ from modeling_llm2clip.data.images.image_sources import (
     find_unreadable_images,
 )
 from modeling_llm2clip.data.records.record_loading import load_records
-from modeling_llm2clip.data.remote import file_places, remote_access
+from modeling_llm2clip.data.remote import file_places
 from modeling_llm2clip.data.validation_errors import DataValidationError
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
-
-@pytest.fixture(autouse=True)
-def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test starts with no block, and does not wait before it asks again."""
-    monkeypatch.setattr(remote_access, "time", SimpleNamespace(sleep=lambda _: None))
-    monkeypatch.setattr(file_places, "_states", {})
-    file_places._open_remote.cache_clear()
+pytestmark = pytest.mark.usefixtures("own_cache", "new_places")
 
 
 # A BigTIFF whose directory is where no file has bytes: the operating system says EINVAL.
@@ -57,12 +51,8 @@ def test_a_file_that_cannot_be_read_is_no_invalid_image(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="cannot be read"):
             find_unreadable_images([good, file])
     assert decode_image(good).size == (9, 6)
-
-
-def test_a_row_of_a_file_that_fails_is_no_invalid_image(tmp_path: Path) -> None:
     file = make_failing_file(tmp_path / "0.parquet")
-    images = (ParquetImage(file, "image", 0), TarImage(file, "0.png", 0, 10))
-    for image in images:
+    for image in (ParquetImage(file, "image", 0), TarImage(file, "0.png", 0, 10)):
         with pytest.raises(OSError, match="cannot be read"):
             decode_image(image)
 
@@ -77,9 +67,6 @@ def test_a_shard_that_became_shorter_is_no_invalid_image(tmp_path: Path) -> None
 
 
 def test_a_row_of_broken_bytes_is_an_invalid_image(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     stream = io.BytesIO()
     Image.new("RGB", (4, 4)).save(stream, "PNG")
     rows = [{"bytes": stream.getvalue(), "path": None}, {"bytes": b"no image", "path": None}]
@@ -96,25 +83,28 @@ def test_a_row_of_broken_bytes_is_an_invalid_image(tmp_path: Path) -> None:
         decode_image(ParquetImage(damaged, "image", 0))
 
 
-@pytest.mark.parametrize("status", [500, 503, 404, 403])
-def test_a_server_that_fails_says_nothing_of_its_images(tmp_path: Path, status: int) -> None:
-    for write, names in (
-        (write_shards, "{00000..00001}.tar"),
-        (write_parquet, "part-{0..1}.parquet"),
-    ):
-        folder = write(tmp_path / write.__name__)
-        with ShardServer(folder) as server:
-            records = load_records(f"{server.url}/{names}", cache=False)
-            file_places._open_remote.cache_clear()
-            before = server.requests.total()
-            for file in folder.iterdir():
-                server.status[file.name] = status
-            with pytest.raises(OSError, match="cannot be read"):
-                find_unreadable_images([record.image for record in records if record.image])
-            # What may pass is asked for again, as often as the policy says.
-            assert (server.requests.total() - before > 3) == (status >= 500)
-            server.status.clear()
-            assert not find_unreadable_images(r.image for r in records if r.image)
+@pytest.mark.parametrize(
+    ("write", "status"),
+    [(write_shards, 500), (write_parquet, 503), (write_shards, 404), (write_parquet, 403)],
+)
+def test_a_server_that_fails_says_nothing_of_its_images(
+    write: Callable[[Path], Path], status: int, tmp_path: Path
+) -> None:
+    names = "{00000..00001}.tar" if write is write_shards else "part-{0..1}.parquet"
+    folder = write(tmp_path / "data")
+    with ShardServer(folder) as server:
+        records = load_records(f"{server.url}/{names}", cache=False)
+        images = [record.image for record in records if record.image]
+        file_places._open_remote.cache_clear()
+        before = server.requests.total()
+        for file in folder.iterdir():
+            server.status[file.name] = status
+        with pytest.raises(OSError, match="cannot be read"):
+            find_unreadable_images(images)
+        # What may pass is asked for again, as often as the policy says.
+        assert (server.requests.total() - before > 3) == (status >= 500)
+        server.status.clear()
+        assert not find_unreadable_images(images)
 
 
 def test_a_check_of_images_ends_where_the_disk_fails(tmp_path: Path) -> None:

@@ -11,34 +11,17 @@ from typing import Any
 import datasets
 import pytest
 from captioned_files import LINES, RECORDS, encode, own_cache, write_images  # noqa: F401
+from numbered_rows import COLUMNS, make_dataset, require_rows
 
 from modeling_llm2clip.data.records.dataset_objects import records_from_dataset
 from modeling_llm2clip.data.streams.dataset_streams import stream_dataset
 
 
-def make_dataset(count: int = 20) -> datasets.Dataset:
-    rows = {
-        "img": [{"bytes": encode("images/red.png") + b" " * n, "path": None} for n in range(count)],
-        "texts": [[f"caption {n}", f"text {n}"] for n in range(count)],
-        "label": list(range(count)),
-    }
-    return datasets.Dataset.from_dict(rows).cast_column("img", datasets.Image(decode=False))
-
-
-COLUMNS = {"image": "img", "captions": "texts", "group_id": "label"}
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> datasets.Dataset:
-    make_dataset().save_to_disk(str(tmp_path / "saved"), num_shards=3)
-    return datasets.load_from_disk(str(tmp_path / "saved"))
-
-
-def check(records: Any, numbers: list[int]) -> None:
-    assert [record.captions[0] for record in records] == [f"caption {n}" for n in numbers]
-    assert [record.group_id for record in records] == [str(n) for n in numbers]
-    for record, number in zip(records, numbers, strict=True):
-        assert record.image.read_bytes() == encode("images/red.png") + b" " * number
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> datasets.Dataset:
+    folder = str(tmp_path_factory.mktemp("saved") / "rows")
+    make_dataset().save_to_disk(folder, num_shards=3)
+    return datasets.load_from_disk(folder)
 
 
 @pytest.mark.parametrize("is_saved", [True, False])
@@ -46,8 +29,8 @@ def test_images_are_those_of_their_rows_also_after_pickling(
     is_saved: bool, saved: datasets.Dataset
 ) -> None:
     records = records_from_dataset(saved if is_saved else make_dataset(), columns=COLUMNS)
-    check(records, list(range(20)))
-    check(pickle.loads(pickle.dumps(records)), list(range(20)))
+    require_rows(records, list(range(20)))
+    require_rows(pickle.loads(pickle.dumps(records)), list(range(20)))
     assert records[3].name == "dataset/3"
 
 
@@ -118,17 +101,17 @@ def test_a_caption_keeps_its_image_whatever_was_done_to_the_dataset(
     names = {"image": "img", "captions": "texts"}
     records = records_from_dataset(changed, columns=names)
     raw = changed.cast_column("img", datasets.Image(decode=False))
-    wanted = [(row["texts"][0], row["img"]["bytes"]) for row in raw]
-    assert len(records) == len(wanted) > 0
+    expected = [(row["texts"][0], row["img"]["bytes"]) for row in raw]
+    assert len(records) == len(expected) > 0
     found = [(record.captions[0], record.image.read_bytes()) for record in records]  # type: ignore[union-attr]
-    assert found == wanted
+    assert found == expected
 
 
 def test_a_transform_that_would_not_be_applied_is_refused(saved: datasets.Dataset) -> None:
     changed = saved.with_transform(lambda rows: {**rows, "texts": [["x"]] * len(rows["texts"])})
     with pytest.raises(ValueError, match=r"transform.*dataset\.map.*reset_format"):
         records_from_dataset(changed, columns=COLUMNS)
-    check(records_from_dataset(changed.with_format(None), columns=COLUMNS), list(range(20)))
+    require_rows(records_from_dataset(changed.with_format(None), columns=COLUMNS), list(range(20)))
 
 
 def test_errors_are_reported_at_once(saved: datasets.Dataset) -> None:
@@ -138,6 +121,8 @@ def test_errors_are_reported_at_once(saved: datasets.Dataset) -> None:
         records_from_dataset(saved, columns={"captions": "gone"})
     with pytest.raises(ValueError, match="For an IterableDataset use stream_dataset"):
         records_from_dataset(saved.to_iterable_dataset(), columns=COLUMNS)
+    with pytest.raises(ValueError, match=r"DatasetDict is not a .* give one split"):
+        records_from_dataset(datasets.DatasetDict({"train": saved}))
     with pytest.raises(ValueError, match="For a Dataset use records_from_dataset"):
         stream_dataset(saved)  # type: ignore[arg-type]
 
@@ -150,9 +135,3 @@ def test_rows_of_img2dataset_without_an_image_are_counted_and_no_name_moves() ->
     records = records_from_dataset(datasets.Dataset.from_list(rows))
     assert [record.name for record in records] == ["dataset/1", "dataset/3"]
     assert records.skipped == {"image not downloaded: failed_to_download": 2}
-
-
-def test_a_dict_of_splits_is_refused() -> None:
-    splits = datasets.DatasetDict({"train": make_dataset(2)})
-    with pytest.raises(ValueError, match=r"DatasetDict is not a .* give one split"):
-        records_from_dataset(splits)

@@ -67,9 +67,10 @@ def test_every_error_of_a_folder_is_reported_at_once(tmp_path: Path) -> None:
         {"image": "images/broken.png", "captions": ["a part of an image"]},
         {"image": "images/blue.png", "file_name": "images/red.png", "text": "two names"},
         {**good, "lang": "de", "keywords": ["", "rot"]},
+        *({**good, "lang": lang} for lang in (0, 5, True, ["en"], " ")),
     ]
     error = errors_of(write_lines(tmp_path, lines), check_images=True)
-    wanted = {
+    expected = {
         "image and language repeated": [2, 17],
         "blank caption": [3],
         "unknown field 'long_caption'": [4],
@@ -78,7 +79,7 @@ def test_every_error_of_a_folder_is_reported_at_once(tmp_path: Path) -> None:
         "not an object": [7],
         "no caption": [8],
         "'captions' is not a text or a list of texts": [9],
-        "'lang' is not a non-blank text": [10],
+        "'lang' is not a non-blank text": [10, *range(18, 23)],
         "'group_id' is not a non-blank text": [10],
         "both 'captions' and 'caption'": [11],
         "no image": [12],
@@ -91,10 +92,10 @@ def test_every_error_of_a_folder_is_reported_at_once(tmp_path: Path) -> None:
     assert error.counts.pop("image unreadable") == 1 and "broken.png" in unreadable[0]
     # The unnamed and the wrongly typed line name no image, and are counted for that alone.
     assert error.places == {
-        kind: [f"captions.jsonl line {number}" for number in numbers]
-        for kind, numbers in wanted.items()
+        kind: [f"captions.jsonl line {number}" for number in numbers[:5]]
+        for kind, numbers in expected.items()
     }
-    assert error.counts == {kind: len(numbers) for kind, numbers in wanted.items()}
+    assert error.counts == {kind: len(numbers) for kind, numbers in expected.items()}
 
 
 def test_the_message_counts_all_and_shows_the_first(tmp_path: Path) -> None:
@@ -154,10 +155,7 @@ def test_every_error_of_shards_is_reported_at_once(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize(
-    "damage", ["a bit", "a truncated header", "no end", "another shard behind"]
-)
-def test_a_shard_that_tarfile_would_end_early_is_an_error(damage: str, tmp_path: Path) -> None:
+def test_a_shard_that_tarfile_would_end_early_is_an_error(tmp_path: Path) -> None:
     members = {f"{i}.{end}": b for i in range(6) for end, b in (("png", b"-"), ("txt", b"a text"))}
     shard = write_shard(tmp_path / "0.tar", members)
     whole = shard.read_bytes()
@@ -165,27 +163,20 @@ def test_a_shard_that_tarfile_would_end_early_is_an_error(damage: str, tmp_path:
         header = archive.getmember("3.png").offset
     flipped = bytearray(whole)
     flipped[header + 150] ^= 1  # in the checksum of a header
-    damaged = {
-        "a bit": bytes(flipped),
-        "a truncated header": whole[: header + 100],
-        "no end": whole[:header],
-        "another shard behind": whole + whole,
-    }
-    shard.write_bytes(damaged[damage])
-    error = errors_of(tmp_path, check_images=False)
-    (place,) = error.places["not a tar shard, or compressed, or broken"]
-    assert place.startswith("0.tar (the archive is truncated or damaged at byte ")
+    truncated, without_end = whole[: header + 100], whole[:header]
+    for damaged in (bytes(flipped), truncated, without_end, whole + whole):
+        shard.write_bytes(damaged)
+        error = errors_of(tmp_path, check_images=False)
+        (place,) = error.places["not a tar shard, or compressed, or broken"]
+        assert place.startswith("0.tar (the archive is truncated or damaged at byte ")
     shard.write_bytes(whole)
     assert len(load_records(tmp_path)) == 6
 
 
-def test_a_field_that_occurs_twice_is_an_error(tmp_path: Path) -> None:
+def test_fields_and_names_that_are_written_twice_are_errors(tmp_path: Path) -> None:
     line = b'{"group_id": "1", "captions": ["a"], "captions": ["b"]}'
     error = errors_of(write_lines(tmp_path, [line]), require_images=False)
     assert list(error.places) == ["field 'captions' twice in one object"]
-
-
-def test_one_name_written_in_two_ways_is_repeated(tmp_path: Path) -> None:
     write_images(tmp_path)
     names = ("images/red.png", "./images//red.png")
     lines = [{"image": name, "captions": ["a square"], "lang": "en "} for name in names]
@@ -316,29 +307,22 @@ def test_a_shard_that_changed_after_it_was_read_is_named(tmp_path: Path) -> None
         open_image(record.image)
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ETIMEDOUT])
 def test_a_disk_that_fails_is_no_missing_image(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(path: str) -> None:
-        raise OSError(number, os.strerror(number), path)
-
     raw = RawRecord("line 1", {"image": "0.png", "caption": "x"})
     errors = ErrorCollector()
     check_record(raw, errors, RecordRules(tmp_path))
     assert errors.counts == {"image missing": 1}
-    with monkeypatch.context() as patch:
-        patch.setattr(records_module.os, "stat", fail)
-        with pytest.raises(OSError, match=os.strerror(number)):
-            check_record(raw, errors, RecordRules(tmp_path))
+    for number in (errno.EIO, errno.ESTALE, errno.EACCES, errno.ETIMEDOUT):
 
+        def fail(path: str, number: int = number) -> None:
+            raise OSError(number, os.strerror(number), path)
 
-@pytest.mark.parametrize("lang", [0, 5, True, ["en"], " "])
-def test_a_language_is_a_text(lang: Any, tmp_path: Path) -> None:
-    line = {"image": "images/red.png", "caption": "a", "lang": lang}
-    write_images(tmp_path)
-    write_lines(tmp_path, [line])
-    assert errors_of(tmp_path).counts == {"'lang' is not a non-blank text": 1}
+        with monkeypatch.context() as patch:
+            patch.setattr(records_module.os, "stat", fail)
+            with pytest.raises(OSError, match=os.strerror(number)):
+                check_record(raw, errors, RecordRules(tmp_path))
 
 
 def test_a_folder_whose_name_looks_like_a_pattern_is_that_folder(tmp_path: Path) -> None:

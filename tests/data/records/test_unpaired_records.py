@@ -61,12 +61,8 @@ def write_coco_of_images(folder: Path) -> Path:
     return file
 
 
-WRITERS = (
-    write_lines_of_images,
-    write_parquet_of_images,
-    write_shard_of_images,
-    write_coco_of_images,
-)
+WRITERS = (write_lines_of_images, write_parquet_of_images, write_shard_of_images,
+           write_coco_of_images)  # fmt: skip
 
 
 @pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
@@ -244,19 +240,14 @@ def test_a_dataset_object_may_hold_texts_or_images_alone() -> None:
         records_from_dataset(rows, require_images=False)
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-def test_texts_of_one_group_are_texts_of_their_own_in_every_format(
-    suffix: str, tmp_path: Path
-) -> None:
+def test_texts_of_one_group_are_texts_of_their_own_in_every_format(tmp_path: Path) -> None:
     rows = [{"text": f"text {n}", "group_id": "g"} for n in range(3)]
-    file = tmp_path / f"texts{suffix}"
-    if suffix == ".jsonl":
-        file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    else:
-        pq.write_table(pa.Table.from_pylist(rows), file)
-    pairs = load_records(file, require_images=False)
-    records = load_records(file, modality="text")
-    assert [record.name for record in pairs] == [record.name for record in records]
-    first = 1 if suffix == ".jsonl" else 0  # lines count from 1, rows from 0
-    assert [record.name for record in records] == [f"{file.name}/{first + n}" for n in range(3)]
-    assert {record.group_id for record in records} == {"g"}
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "texts.parquet")
+    # Lines count from 1, rows from 0.
+    for file, first in ((tmp_path / "texts.jsonl", 1), (tmp_path / "texts.parquet", 0)):
+        pairs = load_records(file, require_images=False)
+        records = load_records(file, modality="text")
+        assert [record.name for record in pairs] == [record.name for record in records]
+        assert [record.name for record in records] == [f"{file.name}/{first + n}" for n in range(3)]
+        assert {record.group_id for record in records} == {"g"}

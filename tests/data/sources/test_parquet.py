@@ -44,8 +44,8 @@ def test_fields_are_read_from_the_columns_that_are_named(file: Path) -> None:
         {"file_name": name, "captions": captions}
         for name, captions in zip(ROWS["id"], ROWS["raw"], strict=True)
     ]
-    wanted = [ParquetImage(file, "img", 0), ParquetImage(file, "img", 1), None]
-    assert [record.packed for record in found] == wanted
+    expected = [ParquetImage(file, "img", 0), ParquetImage(file, "img", 1), None]
+    assert [record.packed for record in found] == expected
     blue = load_images(open_image(found[1].packed))
     assert np.array_equal(np.asarray(blue), np.asarray(make_image("images/blue.png")))
 

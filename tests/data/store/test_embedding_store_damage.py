@@ -12,16 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stores import (
-    FINGERPRINT,
-    NUM_ROWS,
-    change_manifest,
-    flip_byte,
-    make_embeddings,
-    write_store,
-)
+from stores import FINGERPRINT, NUM_ROWS, change_manifest, flip_byte, make_embeddings, write_store
 
 from modeling_llm2clip.data.atomic_files import hash_file
+from modeling_llm2clip.data.store import store_index, store_shards
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 
 
@@ -44,13 +38,13 @@ def read_all(store: EmbeddingStore) -> list[object]:
 def test_whatever_byte_is_changed_the_store_is_refused_or_reads_the_same(
     store: Path, check: str
 ) -> None:
-    """Hundreds of changes in each file: one bit, one byte, zeros, and a swap of two pieces."""
-    wanted = read_all(EmbeddingStore.open(store))
+    """Many changes in each file: one bit, one byte, zeros, and a swap of two pieces."""
+    expected = read_all(EmbeddingStore.open(store))
     generator = random.Random(0)
     num_refused = 0
     for file in sorted(store.iterdir()):
         whole = file.read_bytes()
-        for number in range(150):
+        for number in range(80):
             content, place = bytearray(whole), generator.randrange(len(whole))
             if number % 4 == 0:
                 content[place] ^= 1 << generator.randrange(8)
@@ -70,10 +64,10 @@ def test_whatever_byte_is_changed_the_store_is_refused_or_reads_the_same(
                 assert "damaged" in str(error) or "format_version" in str(error)
                 num_refused += 1
             else:
-                assert found == wanted, (file, number)
+                assert found == expected, (file, number)
         file.write_bytes(whole)
-    assert num_refused > 4 * 150
-    assert read_all(EmbeddingStore.open(store)) == wanted
+    assert num_refused > 4 * 80
+    assert read_all(EmbeddingStore.open(store)) == expected
 
 
 def test_a_flipped_byte_is_found_when_its_shard_is_read_and_the_file_named(store: Path) -> None:
@@ -110,8 +104,6 @@ def test_shards_of_each_other_and_of_another_store_of_the_same_shape_are_found(
 def test_a_shard_is_verified_once_in_a_process_and_its_workers(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from modeling_llm2clip.data.store import store_index, store_shards
-
     hashed: list[str] = []
     for module in (store_index, store_shards):
         monkeypatch.setattr(
@@ -136,19 +128,15 @@ def _lengthen(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [_truncate, _lengthen, Path.unlink])
-@pytest.mark.parametrize("name", ["shard-00001.safetensors", "index.arrow"])
-def test_a_file_of_another_size_is_found_on_opening(
-    store: Path, damage: Callable[[Path], None], name: str
+def test_files_of_another_size_are_found_on_opening(
+    store: Path, damage: Callable[[Path], None]
 ) -> None:
-    damage(store / name)
-    with pytest.raises(ValueError, match=rf"1 damaged file: .*{name}"):
+    damage(store / "index.arrow")
+    with pytest.raises(ValueError, match=r"1 damaged file: .*index\.arrow"):
         EmbeddingStore.open(store)
-
-
-def test_every_damaged_file_is_named_at_once(store: Path) -> None:
-    _truncate(store / "shard-00001.safetensors")
-    (store / "shard-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"2 damaged files: .*00001.*00002"):
+    for number in (1, 2):  # every one is named at once
+        damage(store / f"shard-0000{number}.safetensors")
+    with pytest.raises(ValueError, match=r"damaged file.*00001.*00002"):
         EmbeddingStore.open(store)
 
 

@@ -2,41 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import pickle
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
-from captioned_files import encode
+from numbered_rows import COLUMNS, make_dataset, require_rows
 from packaging.version import Version
+from streamed_shards import stop_and_resume
 
 from modeling_llm2clip.data.streams.dataset_streams import stream_dataset
 from modeling_llm2clip.data.streams.record_streams import RecordStream, make_loader, read_report
-from modeling_llm2clip.data.streams.stream_report import TooManyLostError
-
-COLUMNS = {"image": "img", "captions": "texts", "group_id": "label"}
+from modeling_llm2clip.data.streams.stream_run import TooManyLostError
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> datasets.Dataset:
-    rows = {
-        "img": [{"bytes": encode("images/red.png") + b" " * n, "path": None} for n in range(20)],
-        "texts": [[f"caption {n}", f"text {n}"] for n in range(20)],
-        "label": list(range(20)),
-    }
-    dataset = datasets.Dataset.from_dict(rows).cast_column("img", datasets.Image(decode=False))
-    dataset.save_to_disk(str(tmp_path / "saved"), num_shards=3)
-    return datasets.load_from_disk(str(tmp_path / "saved"))
-
-
-def check(records: Any, numbers: list[int]) -> None:
-    assert [record.captions[0] for record in records] == [f"caption {n}" for n in numbers]
-    assert [record.group_id for record in records] == [str(n) for n in numbers]
-    for record, number in zip(records, numbers, strict=True):
-        assert record.image.read_bytes() == encode("images/red.png") + b" " * number
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> datasets.Dataset:
+    folder = str(tmp_path_factory.mktemp("saved") / "rows")
+    make_dataset().save_to_disk(folder, num_shards=3)
+    return datasets.load_from_disk(folder)
 
 
 def list_groups(records: Any) -> list[int]:
@@ -45,10 +29,10 @@ def list_groups(records: Any) -> list[int]:
 
 def test_a_stream_has_the_samples_of_its_dataset(saved: datasets.Dataset) -> None:
     rows = saved.to_iterable_dataset(num_shards=4)
-    check(stream_dataset(rows, columns=COLUMNS, buffer_size=1), list(range(20)))
+    require_rows(stream_dataset(rows, columns=COLUMNS, buffer_size=1), list(range(20)))
     mixed = list(stream_dataset(rows, columns=COLUMNS, seed=2, buffer_size=5))
     assert list_groups(mixed) != list(range(20))
-    check(sorted(mixed, key=lambda record: int(record.group_id)), list(range(20)))
+    require_rows(sorted(mixed, key=lambda record: int(record.group_id)), list(range(20)))
 
 
 @pytest.mark.slow  # two processes
@@ -106,23 +90,9 @@ def test_one_reader_has_the_samples_of_its_dataset_whatever_was_done_to_it(
     assert sorted(list_groups(stream)) == expected  # again in the same epoch
 
 
-def stop_and_resume(make: Callable[[], RecordStream], stop: int) -> tuple[list[int], RecordStream]:
-    """Return what a stopped stream and the resumed one yielded, and the resumed one."""
-    stopped = make()
-    iterator = iter(stopped)
-    head = [next(iterator) for _ in range(stop)]
-    for _ in range(2):  # also one that is stopped before it has read anything
-        resumed = make()
-        resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
-        stopped = resumed
-        rest = iter(resumed)
-    return list_groups([*head, *rest]), resumed
-
-
 @pytest.mark.parametrize("change", [*STREAMS, "untouched"])
-@pytest.mark.parametrize("stop", [0, 2, 5])
 def test_a_resumed_stream_goes_on_and_counts_the_samples_that_its_buffer_had(
-    saved: datasets.Dataset, change: str, stop: int
+    saved: datasets.Dataset, change: str
 ) -> None:
     def make(buffer_size: int = 4) -> RecordStream:
         rows = saved.to_iterable_dataset(num_shards=4)
@@ -130,29 +100,32 @@ def test_a_resumed_stream_goes_on_and_counts_the_samples_that_its_buffer_had(
         return stream_dataset(changed, columns=COLUMNS, seed=2, buffer_size=buffer_size)
 
     whole = list_groups(make())
-    groups, resumed = stop_and_resume(make, stop)
-    lost = resumed.report.not_resumed_samples
-    # All of the buffer but the sample that was yielded last, or fewer at the end.
-    assert lost == (min(3, len(whole) - stop) if stop else 0)
-    if change == "shuffled" and stop:  # and an unknown number of its own buffer
-        assert len(groups) < len(whole) - lost
-    else:
-        assert len(groups) == len(whole) - lost
-        assert not set(groups) - set(whole)
-        assert resumed.report.samples == len(groups)
-    assert resumed.report.lost_samples == 0
-    assert ("of a shuffle buffer not resumed" in resumed.report.describe_losses()) == bool(lost)
+    for stop in (0, 2, 5):
+        records, resumed = stop_and_resume(make, stop)
+        groups = list_groups(records)
+        lost = resumed.report.not_resumed_samples
+        # All of the buffer but the sample that was yielded last, or fewer at the end.
+        assert lost == (min(3, len(whole) - stop) if stop else 0)
+        if change == "shuffled" and stop:  # and an unknown number of its own buffer
+            assert len(groups) < len(whole) - lost
+        else:
+            assert len(groups) == len(whole) - lost
+            assert not set(groups) - set(whole)
+            assert resumed.report.samples == len(groups)
+        assert resumed.report.lost_samples == 0
+        assert ("of a shuffle buffer not resumed" in resumed.report.describe_losses()) == bool(lost)
 
 
-@pytest.mark.parametrize("stop", [1, 7, 19])
-def test_without_a_buffer_nothing_is_lost(saved: datasets.Dataset, stop: int) -> None:
+def test_without_a_buffer_nothing_is_lost(saved: datasets.Dataset) -> None:
     def make() -> RecordStream:
         rows = saved.to_iterable_dataset(num_shards=4)
         return stream_dataset(rows, columns=COLUMNS, buffer_size=1)
 
-    groups, resumed = stop_and_resume(make, stop)
-    assert groups == list(range(20)) and resumed.report.not_resumed_samples == 0
-    assert list_groups(resumed) == list(range(20))  # the epoch begins anew
+    for stop in (1, 7, 19):
+        records, resumed = stop_and_resume(make, stop)
+        assert list_groups(records) == list(range(20))
+        assert resumed.report.not_resumed_samples == 0
+        assert list_groups(resumed) == list(range(20))  # the epoch begins anew
 
 
 @pytest.mark.slow  # four processes
@@ -163,14 +136,8 @@ def test_a_loader_of_a_dataset_is_resumed(saved: datasets.Dataset) -> None:
         return make_loader(stream, batch_size=2, num_workers=2)
 
     whole = [list_groups(batch) for batch in make()]
-    stopped = make()
-    iterator = iter(stopped)
-    head = [list_groups(next(iterator)) for _ in range(4)]
-    state = pickle.loads(pickle.dumps(stopped.state_dict()))
-    del iterator
-    resumed = make()
-    resumed.load_state_dict(state)
-    assert head + [list_groups(batch) for batch in resumed] == whole
+    batches, resumed = stop_and_resume(make, 4)
+    assert [list_groups(batch) for batch in batches] == whole
     assert read_report(resumed.state_dict()).samples == 20
 
 
@@ -219,10 +186,7 @@ def test_the_state_of_other_columns_or_shards_is_refused(saved: datasets.Dataset
             list(stream)
 
 
-FORMATS = [None, "numpy", "torch"]
-
-
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", [None, "numpy", "torch"])
 def test_images_that_map_decoded_are_refused_by_name(
     saved: datasets.Dataset, kind: str | None
 ) -> None:

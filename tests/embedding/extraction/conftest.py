@@ -8,14 +8,8 @@ import pytest
 from extracting import extract_captions
 from interruptions import read_bytes
 from made_up_records import make_records
-from tiny_folders import export_tiny_model, save_captioned_images
 
 from modeling_llm2clip.data.records.records import CaptionedImage
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_tiny_model(tmp_path_factory.mktemp("model") / "model")
 
 
 @pytest.fixture(scope="session")
@@ -24,13 +18,13 @@ def records() -> list[CaptionedImage]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(
+def extracted(
     model: Path, records: list[CaptionedImage], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, bytes]:
-    folder = tmp_path_factory.mktemp("undisturbed") / "store"
-    return read_bytes(extract_captions(model, records, folder))
+) -> Path:
+    """The store of all records."""
+    return extract_captions(model, records, tmp_path_factory.mktemp("extracted") / "store")
 
 
 @pytest.fixture(scope="session")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_captioned_images(tmp_path_factory.mktemp("images"), count=9)
+def undisturbed(extracted: Path) -> dict[str, bytes]:
+    return read_bytes(extracted)

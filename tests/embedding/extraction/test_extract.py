@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from read_only import read_only
 from stores import list_complete_shards
 from tiny import tiny_model
 
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.encoding_config import ExtractConfig
 from modeling_llm2clip.data.records.record_loading import load_records
@@ -28,24 +29,20 @@ from modeling_llm2clip.model_folders.fingerprint import fingerprint_text, finger
 
 
 def test_every_record_finds_the_embeddings_of_its_captions(
-    model: Path, records: list[CaptionedImage], tmp_path: Path
+    model: Path, whole: Any, records: list[CaptionedImage], extracted: Path
 ) -> None:
-    extract_captions(model, records, tmp_path / "store")
-    store = EmbeddingStore.open(tmp_path / "store", check="full")
-    whole, processor = (
-        LLM2CLIPModel.from_pretrained(model),
-        LLM2CLIPProcessor.from_pretrained(model),
-    )
+    store = EmbeddingStore.open(extracted, check="full")
     assert len(store) == len(records)
+    rows: list[int] = []
     for item, record in enumerate(records):
         assert (store.names[item], store.group_ids[item]) == (record.name, record.group_id)
         for texts, long in ((record.captions, False), (record.long_captions, True)):
-            rows = store.rows_of(item, long=long)
-            assert len(rows) == len(texts)
-            if texts:
-                expected = encode_texts(whole, processor, texts, project=False)
-                # Sums of float32 in another order: the captions had other neighbors.
-                torch.testing.assert_close(store.read(rows), expected, atol=1e-5, rtol=1e-5)
+            rows += store.rows_of(item, long=long).tolist()
+            assert len(store.rows_of(item, long=long)) == len(texts)
+    texts = [text for record in records for text in (*record.captions, *record.long_captions)]
+    expected = encode_texts(*whole, texts, project=False)
+    # Sums of float32 in another order: the captions had other neighbors.
+    torch.testing.assert_close(store.read(rows), expected, atol=1e-5, rtol=1e-5)
     store.require_fingerprint(fingerprint_text(model))
 
 
@@ -102,38 +99,28 @@ def test_a_caption_is_tokenized_once_and_the_first_shard_does_not_wait_for_the_o
     assert before_first_shard[0] <= 2 * 16 < len(texts) == StoreManifest.read(folder).num_rows
 
 
-@pytest.mark.parametrize(
-    ("size", "rows"),
-    [("512MB", 62_500), ("1GiB", 2**16), ("2MiB", 256), ("100KB", 12), ("1KB", 1)],
-)
-def test_the_size_of_a_shard_decides_how_many_rows_it_has(size: str, rows: int) -> None:
-    config = ExtractConfig(max_shard_size=size)
-    assert config.count_rows_per_shard(2 * 4096) == rows
+def test_the_size_of_a_shard_decides_how_many_rows_it_has() -> None:
+    sizes = {"512MB": 62_500, "1GiB": 2**16, "2MiB": 256, "100KB": 12, "1KB": 1}
+    for size, rows in sizes.items():
+        assert ExtractConfig(max_shard_size=size).count_rows_per_shard(2 * 4096) == rows
 
 
 def test_images_are_stored_once_and_found_by_every_record(
-    model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, whole: Any, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "store"
     options = ["--modality", "image", "--max-shard-size", "1KiB", "--batch-size", "3"]
-    options += ["--store-dtype", "float32"]
-    command = ["extract", str(model), str(images), str(folder), *options, "--device", "cpu"]
-    assert main(command) == 0
-    assert (
-        "9 embeddings of 32 dimensions for 13 records (13 images, 9 distinct)"
-        in capsys.readouterr().out
-    )
+    options += ["--store-dtype", "float32", "--device", "cpu"]
+    assert main(["extract", str(model), str(images), str(folder), *options]) == 0
+    shown = "10 embeddings of 32 dimensions for 15 records (15 images, 10 distinct)"
+    assert shown in capsys.readouterr().out
     store = EmbeddingStore.open(folder, check="full")
     records = load_records(images)
-    whole, processor = (
-        LLM2CLIPModel.from_pretrained(model),
-        LLM2CLIPProcessor.from_pretrained(model),
-    )
-    expected = encode_images(whole, processor, [record.path for record in records], project=False)
+    expected = encode_images(*whole, [record.path for record in records], project=False)
     rows = [int(store.rows_of(item)[0]) for item in range(len(store))]
     # Sums of float32 in another order: the images had other neighbors.
     torch.testing.assert_close(store.read(rows), expected, atol=1e-5, rtol=1e-5)
-    assert store.manifest.num_rows == len(set(rows)) == 9
+    assert store.manifest.num_rows == len(set(rows)) == 10
     assert list(store.names) == [record.name for record in records]
     assert list(store.langs) == [record.lang for record in records]
     assert store.rows_of(0, long=True).tolist() == []
@@ -141,10 +128,9 @@ def test_images_are_stored_once_and_found_by_every_record(
 
 
 def test_a_loaded_pair_gives_the_store_of_its_folder(
-    model: Path, records: list[CaptionedImage], undisturbed: dict[str, bytes], tmp_path: Path
+    whole: Any, records: list[CaptionedImage], undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
-    loaded = (LLM2CLIPModel.from_pretrained(model), LLM2CLIPProcessor.from_pretrained(model))
-    folder = extract(loaded, records, tmp_path / "store", EXACT, modality="text")
+    folder = extract(whole, records, tmp_path / "store", EXACT, modality="text")
     assert read_bytes(folder) == undisturbed
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
@@ -164,10 +150,9 @@ def test_a_complete_store_that_is_read_only_is_taken_as_it_is(
 
 
 def test_another_model_prompt_pooling_length_dtype_or_data_is_refused_with_both_values(
-    model: Path, records: list[CaptionedImage], undisturbed: dict[str, bytes], tmp_path: Path
+    model: Path, records: list[CaptionedImage], extracted: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "store"
-    extract_captions(model, records, folder)
+    folder = shutil.copytree(extracted, tmp_path / "store")
 
     def refused(parts: Any, data: Any, config: ExtractConfig, *entries: str) -> None:
         other = model
@@ -175,7 +160,7 @@ def test_another_model_prompt_pooling_length_dtype_or_data_is_refused_with_both_
             other = tmp_path / entries[0]
             parts[0].save_pretrained(other)
             parts[1].save_pretrained(other)
-        with refusing_for(*entries, folder=folder, content=undisturbed):
+        with refusing_for(*entries, folder=folder, content=read_bytes(extracted)):
             extract_captions(other, data, folder, config)
 
     changed = tiny_model(max_text_length=128)
@@ -185,9 +170,8 @@ def test_another_model_prompt_pooling_length_dtype_or_data_is_refused_with_both_
     refused(tiny_model(max_text_length=128, prompt="chatml"), records, EXACT, "prompt", "tokenizer")
     refused(tiny_model(max_text_length=128, text_pooling="last_token"), records, EXACT, "pooling")
     refused(tiny_model(max_text_length=127), records, EXACT, "max_text_length")
-    refused(
-        None, records, replace(EXACT, store_dtype="float16", max_shard_size="1KiB"), "stored dtype"
-    )
+    half = replace(EXACT, store_dtype="float16", max_shard_size="1KiB")
+    refused(None, records, half, "stored dtype")
     refused(None, records, replace(EXACT, token_budget=128), "token_budget")
     swapped = [records[1], records[0], *records[2:]]
     refused(None, swapped, EXACT, "data")
@@ -206,10 +190,10 @@ def test_impossible_options_are_refused(changes: dict[str, Any], message: str) -
         ExtractConfig(**changes)
 
 
-@pytest.mark.parametrize("partition", ["0/2", "3/2", "2", "a/b", "-1/2", "1/2/3"])
-def test_a_partition_that_there_is_not_is_refused(partition: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="must be such as 2/8"):
-        extract("no-model", [], tmp_path / "store", modality="text", partition=partition)
+def test_a_partition_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    for partition in ("0/2", "3/2", "2", "a/b", "-1/2", "1/2/3"):
+        with pytest.raises(ValueError, match="must be such as 2/8"):
+            extract("no-model", [], tmp_path / "store", modality="text", partition=partition)
 
 
 def test_an_empty_dataset_is_refused(model: Path, tmp_path: Path) -> None:
@@ -219,24 +203,14 @@ def test_an_empty_dataset_is_refused(model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "store").exists()
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (
-            ["--modality", "text", "--batch-size", "3", "--num-workers", "2"],
-            "batch_size, num_workers: only for --modality image",
-        ),
-        (
-            ["--modality", "image", "--token-budget", "64"],
-            "token_budget: only for --modality text",
-        ),
-    ],
-)
 def test_a_flag_of_the_other_extraction_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["extract", "no-model", "no-data", str(tmp_path / "store"), *flags]) == 2
-    assert message in capsys.readouterr().err
+    command = ["extract", "no-model", "no-data", str(tmp_path / "store"), "--modality"]
+    assert main([*command, "text", "--batch-size", "3", "--num-workers", "2"]) == 2
+    assert "batch_size, num_workers: only for --modality image" in capsys.readouterr().err
+    assert main([*command, "image", "--token-budget", "64"]) == 2
+    assert "token_budget: only for --modality text" in capsys.readouterr().err
 
 
 def test_a_broken_image_is_named_and_whole_shards_stay(

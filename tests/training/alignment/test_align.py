@@ -12,6 +12,7 @@ from aligning import (
     SHORT_RUN,
     TOWERS,
     Prepared,
+    Run,
     command_of,
     names_that_differ,
     prepare,
@@ -21,7 +22,6 @@ from aligning import (
 )
 from safetensors.torch import load_file
 from shared_models import every_vision
-from transformers import TrainerCallback
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
@@ -30,6 +30,7 @@ from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_vision
+from modeling_llm2clip.model_folders.golden_embeddings import GOLDEN_FILE
 from modeling_llm2clip.model_folders.model_card import read_card_data
 from modeling_llm2clip.model_folders.model_writing import save_trained_model
 from modeling_llm2clip.training.alignment.align import align
@@ -41,7 +42,7 @@ from modeling_llm2clip.training.losses.loss import load_loss
 
 
 @pytest.mark.slow
-def test_the_new_folder_loads_is_healthy_and_differs_only_in_what_was_trained(
+def test_only_what_was_trained_differs_in_the_new_folder(
     prepared: Prepared, tmp_path: Path
 ) -> None:
     run = prepared.align(tmp_path / "run", max_steps=40)
@@ -58,42 +59,47 @@ def test_the_new_folder_loads_is_healthy_and_differs_only_in_what_was_trained(
 
 @every_vision
 @pytest.mark.slow
-def test_a_wholly_trained_tower_comes_back_under_its_saved_names(
-    vision: str, tmp_path: Path
-) -> None:
+def test_a_trained_tower_comes_back_under_its_saved_names(vision: str, tmp_path: Path) -> None:
     skip_where_transformers_renames(vision)
     here = prepare(tmp_path / "parts", vision=vision)
-    run = here.align(tmp_path / "run", vision_training="full", max_steps=2, learning_rate=0.05)
+    run = here.align(tmp_path / "run", vision_training="full", max_steps=1, learning_rate=0.05)
     changed = names_that_differ(here.model, run.model)
     assert any(name.startswith("vision_model.") for name in changed)
     assert not any(name.startswith("text_model.") for name in changed)
     here.image_store.require_fingerprint(fingerprint_vision(here.model))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("parts", [("full", "stored"), ("lora", "lora")], ids="-".join)
-def test_a_half_precision_model_is_trained_in_float32_and_saved_in_its_own_dtype(
-    tmp_path: Path, parts: tuple[str, str]
-) -> None:
-    here = prepare(tmp_path / "parts", dtype=torch.bfloat16)
-    vision, text = parts
-    run = here.align(tmp_path / "run", vision_training=vision, text_training=text)
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """A model in bfloat16."""
+    return prepare(tmp_path_factory.mktemp("half"), dtype=torch.bfloat16)
+
+
+def require_same_dtypes(half: Prepared, run: Run) -> None:
+    """Require the dtypes of the source, after a training in float32."""
     checkpoint = load_file(run.output / "checkpoints" / "checkpoint-6" / "trained.safetensors")
     assert checkpoint["text_projection.weight"].dtype == torch.float32
-    before, after = weights_of(here.model), weights_of(run.model)
+    before, after = weights_of(half.model), weights_of(run.model)
     assert {n: v.dtype for n, v in before.items()} == {n: v.dtype for n, v in after.items()}
+
+
+@pytest.mark.slow
+def test_a_model_in_bfloat16_is_trained_in_float32_and_saved(
+    half: Prepared, tmp_path: Path
+) -> None:
+    run = half.align(tmp_path / "run", vision_training="full", text_training="lora")
+    require_same_dtypes(half, run)
     assert check_model(run.model).healthy
 
 
 @pytest.mark.parametrize("vision_training", ["full", "lora"])
-def test_what_rounding_undoes_of_a_trained_tower_is_counted(
-    vision_training: str, tmp_path: Path
+def test_weights_that_rounding_keeps_are_counted(
+    vision_training: str, half: Prepared, tmp_path: Path
 ) -> None:
-    here = prepare(tmp_path / "parts", dtype=torch.bfloat16)
     options: dict[str, Any] = {"vision_training": vision_training, "layer_decay": 1.0}
     with pytest.warns(UserWarning, match=r"vision_model changes \d.*% of the entries .*bfloat16"):
-        run = here.align(tmp_path / "run", max_steps=1, learning_rate=3e-5, **options)
-    before, after = weights_of(here.model), weights_of(run.model)
+        run = half.align(tmp_path / "run", max_steps=1, learning_rate=3e-5, **options)
+    before, after = weights_of(half.model), weights_of(run.model)
     names = [name for name in before if name.startswith("vision_model.")]
     if vision_training == "lora":
         names = [name for name in names if "_attn." in name and name.endswith(".weight")]
@@ -105,46 +111,38 @@ def test_what_rounding_undoes_of_a_trained_tower_is_counted(
     assert "Loss of a training batch, with weights in float32: " in lines
 
 
-def test_the_start_is_not_taken_for_a_training_that_was_rounded_away(tmp_path: Path) -> None:
-    here = prepare(tmp_path / "parts", dtype=torch.bfloat16)
+def test_the_start_is_no_training_that_was_rounded_away(half: Prepared, tmp_path: Path) -> None:
     options: dict[str, Any] = {"vision_training": "full", "held_out_ratio": 0.25, "max_steps": 1}
-    run = here.align(tmp_path / "run", learning_rate=1e-12, **options)  # moves no float32 number
+    run = half.align(tmp_path / "run", learning_rate=1e-12, **options)  # moves no float32 number
     assert run.best_step == 0
     assert "share_changed_by_training" not in run.results
 
 
-def test_weights_are_copied_file_by_file(prepared: Prepared, tmp_path: Path) -> None:
-    sharded = tmp_path / "sharded"
+def test_weights_are_copied_by_file_and_nothing_golden_is_made(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    sharded, written = tmp_path / "sharded", tmp_path / "model"
     shutil.copytree(prepared.model, sharded)
     (sharded / "model.safetensors").unlink()
     model = LLM2CLIPModel.from_pretrained(prepared.model)
     model.save_pretrained(sharded, max_shard_size="60KB")
     assert len(list(sharded.glob("model-*.safetensors"))) > 2
     moved = model.text_projection.weight.detach() + 1
-    save_trained_model(sharded, {"text_projection.weight": moved}, tmp_path / "model")
+    save_trained_model(sharded, {"text_projection.weight": moved}, written)
     names = {path.name for path in sharded.iterdir()}
-    assert {path.name for path in (tmp_path / "model").iterdir()} == names
-    assert names_that_differ(sharded, tmp_path / "model") == {"text_projection.weight"}
-    assert torch.equal(weights_of(tmp_path / "model")["text_projection.weight"], moved)
-
-
-def test_a_source_without_recorded_captions_gets_no_golden_embeddings(
-    prepared: Prepared, tmp_path: Path
-) -> None:
-    old = tmp_path / "old"
-    shutil.copytree(prepared.model, old)
-    (old / "golden_embeddings.safetensors").unlink()
-    trained = {"logit_scale.log_scale": torch.ones(1)}
-    save_trained_model(old, trained, tmp_path / "model")
-    assert not (tmp_path / "model" / "golden_embeddings.safetensors").exists()
-    assert check_model(tmp_path / "model").healthy
+    assert {path.name for path in written.iterdir()} == names
+    assert names_that_differ(sharded, written) == {"text_projection.weight"}
+    assert torch.equal(weights_of(written)["text_projection.weight"], moved)
+    # A source without recorded captions.
+    (sharded / GOLDEN_FILE).unlink()
+    save_trained_model(sharded, {"text_projection.weight": moved}, tmp_path / "other")
+    assert {path.name for path in (tmp_path / "other").iterdir()} == names - {GOLDEN_FILE}
+    assert check_model(tmp_path / "other").healthy
 
 
 @pytest.mark.parametrize("training", ["vision", "text"])
 @pytest.mark.slow
-def test_a_lora_trains_and_merges_into_the_folder(
-    prepared: Prepared, tmp_path: Path, training: str
-) -> None:
+def test_a_lora_is_trained_and_merged(prepared: Prepared, tmp_path: Path, training: str) -> None:
     pytest.importorskip("peft")
     run = prepared.align(tmp_path / "run", **{f"{training}_training": "lora"}, learning_rate=0.02)
     changed = names_that_differ(prepared.model, run.model)
@@ -155,34 +153,18 @@ def test_a_lora_trains_and_merges_into_the_folder(
 
 
 @pytest.mark.slow
-def test_a_loaded_pair_is_aligned_as_its_folder_is_and_left_as_it_was(
-    prepared: Prepared, tmp_path: Path
+def test_a_loaded_pair_is_aligned_as_its_folder(
+    prepared: Prepared, finished: Run, tmp_path: Path
 ) -> None:
-    wanted = prepared.align(tmp_path / "folder")
     model = LLM2CLIPModel.from_pretrained(prepared.model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    config = AlignConfig(**SHORT_RUN)
     loaded = (model, LLM2CLIPProcessor.from_pretrained(prepared.model))
-    found = align(
+    config = AlignConfig(**SHORT_RUN)
+    folder = align(
         loaded, prepared.records, tmp_path / "pair", config, caption_store=prepared.captions
     )
-    assert not names_that_differ(found, wanted.model)
+    assert not names_that_differ(folder, finished.model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_callbacks_of_the_user_are_called(prepared: Prepared, tmp_path: Path) -> None:
-    class Count(TrainerCallback):
-        steps = 0
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.steps += 1
-
-    count = Count()
-    align(
-        prepared.model, prepared.records, tmp_path / "run", AlignConfig(**SHORT_RUN),
-        caption_store=prepared.captions, callbacks=[count],
-    )  # fmt: skip
-    assert count.steps == SHORT_RUN["max_steps"]
 
 
 def test_weights_without_a_place_are_refused(prepared: Prepared, tmp_path: Path) -> None:
@@ -212,19 +194,17 @@ def test_the_name_of_shards_on_a_card_gives_nobody_access() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("vision_training", ["frozen", "lora"])
-def test_scores_of_a_folder_in_half_precision_are_those_of_its_written_weights(
-    vision_training: Any, tmp_path: Path
+def test_scores_are_of_the_weights_as_written(
+    vision_training: Any, half: Prepared, tmp_path: Path
 ) -> None:
-    here = prepare(tmp_path / "parts", dtype=torch.bfloat16)
     options = {"held_out_ratio": 0.25, "vision_training": vision_training, "learning_rate": 0.01}
-    run = here.align(tmp_path / "run", **options)
-    model = LLM2CLIPModel.from_pretrained(run.model)
-    assert model.dtype == torch.bfloat16
+    run = half.align(tmp_path / "run", **options)
+    require_same_dtypes(half, run)
     data = open_records(
-        RecordTable.from_records(here.records),
+        RecordTable.from_records(half.records),
         LLM2CLIPProcessor.from_pretrained(run.model),
         AlignConfig(held_out_ratio=0.25),
-        here.caption_store,
+        half.caption_store,
         None,
     )
     held_out = data.held_out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,15 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from aligning import (
-    LONG_RUN,
-    SHORT_RUN,
-    Prepared,
-    command_of,
-    names_that_differ,
-    prepare,
-    read_losses,
-)
+from aligning import LONG_RUN, SHORT_RUN, Prepared, Run, command_of, names_that_differ, read_losses
 from killed_writers import leave_unfinished
 
 from modeling_llm2clip.__main__ import main
@@ -54,30 +45,13 @@ def run_until(command: list[str], output: Path, *, lines: int, by: signal.Signal
     return process.returncode
 
 
-def test_a_killed_and_resumed_run_has_the_losses_and_weights_of_one_never_killed(
-    prepared: Prepared, tmp_path: Path
-) -> None:
-    assert main(command_of(prepared, tmp_path / "whole")) == 0
-    killed = tmp_path / "killed"
-    command = command_of(prepared, killed)
-    code = run_until([*command, "--num-workers", "1"], killed, lines=25, by=signal.SIGKILL)
-    assert code == -signal.SIGKILL and not (killed / "model").exists()
-    assert main([*command, "--resume"]) == 0
-    # Bit for bit.
-    assert read_losses(killed) == read_losses(tmp_path / "whole")
-    assert len(read_losses(killed)) == LONG_RUN["max_steps"]
-    assert not names_that_differ(killed / "model", tmp_path / "whole" / "model")
-
-
 # When a kill could hurt most: the record and the first checkpoint are being written, the steps are
 # done and the new model is being assembled.
 WORST_MOMENTS = ("run.json*", "checkpoints/checkpoint-*", ".model-*")
 
 
-def test_kills_at_the_worst_and_at_random_moments_lose_nothing(
-    prepared: Prepared, tmp_path: Path, kills: int
-) -> None:
-    command = command_of(prepared, Path("{output}"))
+def test_kills_at_any_moment_lose_nothing(prepared: Prepared, tmp_path: Path, kills: int) -> None:
+    command = [*command_of(prepared, Path("{output}")), "--num-workers", "1"]
     moments = [f"--at={pattern}" for pattern in WORST_MOMENTS]
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests/helpers/kill_repeatedly.py"), "--times", str(kills),
@@ -99,79 +73,64 @@ def test_kills_at_the_worst_and_at_random_moments_lose_nothing(
 
 @pytest.mark.parametrize("is_begun", [True, False])
 def test_a_model_that_a_killed_run_left_half_written_is_gone_after_the_next(
-    prepared: Prepared, tmp_path: Path, is_begun: bool
+    prepared: Prepared, finished: Run, tmp_path: Path, is_begun: bool
 ) -> None:
     output = tmp_path / "run"
-    command = command_of(prepared, output, max_steps=2, vision_training="frozen")
     if is_begun:
-        assert main(command) == 0
-        shutil.rmtree(output / "model")
-        command.append("--resume")
+        finished.copy_without_model(output)
     left = leave_unfinished(output / "model")
-    assert main(command) == 0
+    prepared.align(output, resume=is_begun)
     assert not left.exists() and (output / "model" / "model.safetensors").is_file()
     assert not list(output.glob(".*"))
 
 
 def test_what_a_kill_interrupts_is_whole_or_not_there(
-    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Prepared, finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, empty = tmp_path / "run", tmp_path / "empty"
-    shutil.rmtree(prepared.align(run).model)
+    run, empty = finished.copy_without_model(tmp_path / "run"), tmp_path / "empty"
 
     def die(*_: Any) -> None:
         raise KeyboardInterrupt
 
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "fsync", die)  # the content is written, the file not yet in its place
-        prepared.align(run, resume=True)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "fsync", die)
-        prepared.align(empty)
+    for output in (run, empty):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "fsync", die)  # the content is written, the file not yet in its place
+            prepared.align(output, resume=output == run)
     assert before == {name: (run / name).read_bytes() for name in before}
     assert [path.name for path in empty.iterdir()] == ["run.json.tmp"]
     assert prepared.align(empty).results["steps"] == SHORT_RUN["max_steps"]
 
 
-def test_a_signal_stops_after_the_step_and_the_run_goes_on(
-    prepared: Prepared, tmp_path: Path
-) -> None:
+def test_a_signal_stops_a_run_after_its_step(prepared: Prepared, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    command = command_of(prepared, output, save_steps=1000, max_steps=200, vision_training="frozen")
+    command = command_of(prepared, output, save_steps=1000, max_steps=100, vision_training="frozen")
     assert run_until(command, output, lines=5, by=signal.SIGTERM) == 143
     steps = max(read_losses(output))
-    assert 5 <= steps < 200 and (output / "checkpoints" / f"checkpoint-{steps}").is_dir()
+    assert 5 <= steps < 100 and (output / "checkpoints" / f"checkpoint-{steps}").is_dir()
     assert main([*command, "--resume"]) == 0
-    assert len(read_losses(output)) == 200
+    assert len(read_losses(output)) == 100
     assert check_model(output / "model").healthy
 
 
-def test_an_incomplete_checkpoint_is_ignored(prepared: Prepared, tmp_path: Path) -> None:
-    shutil.rmtree(prepared.align(tmp_path / "run").model)
-    last = tmp_path / "run" / "checkpoints" / "checkpoint-6"
-    (last / "complete").unlink()
-    (last / "optimizer.pt").write_bytes(b"half")
-    wanted = read_losses(tmp_path / "run")
-    assert prepared.align(tmp_path / "run", resume=True).results["steps"] == 6
-    assert read_losses(tmp_path / "run") == wanted
-
-
-def test_no_run_logs_numbers_of_the_whole_which_a_resumed_one_does_not_know(
-    prepared: Prepared, tmp_path: Path
+def test_an_incomplete_checkpoint_is_ignored_and_no_run_logs_numbers_of_the_whole(
+    prepared: Prepared, finished: Run, tmp_path: Path
 ) -> None:
-    for resume in (False, True):
-        shutil.rmtree(prepared.align(tmp_path / "run", resume=resume).model)
-        last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().split("\n")[-2])
+    """Numbers of the whole are those that a resumed run does not know."""
+    run = finished.copy_without_model(tmp_path / "run")
+    (run / "checkpoints" / "checkpoint-6" / "complete").unlink()
+    (run / "checkpoints" / "checkpoint-6" / "optimizer.pt").write_bytes(b"half")
+    assert prepared.align(run, resume=True).results["steps"] == 6
+    assert read_losses(run) == read_losses(finished.output)
+    for output in (run, finished.output):
+        last = json.loads((output / "metrics.jsonl").read_text().split("\n")[-2])
         assert {name for name in last if name.startswith("train_")} == {"train_runtime"}
-        shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-6")
 
 
 def test_a_write_that_breaks_off_leaves_the_earlier_file_whole(
-    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = tmp_path / "run"
-    prepared.align(output, max_steps=2)
+    output = finished.copy_without_model(tmp_path / "run")
     files = [output / name for name in ("run.json", "metrics.jsonl")]
     before = [file.read_bytes() for file in files]
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("power cut")))
@@ -182,26 +141,16 @@ def test_a_write_that_breaks_off_leaves_the_earlier_file_whole(
     assert [file.read_bytes() for file in files] == before
 
 
-def test_a_run_that_stopped_early_and_was_killed_before_its_model_takes_no_further_step(
-    tmp_path: Path,
-) -> None:
-    few = prepare(tmp_path / "few", num_colored=60, trained=False)
+def test_a_run_that_stopped_early_takes_no_further_step(few: Prepared, tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "max_steps": 100, "learning_rate": 1.0, "eval_steps": 1, "early_stopping_patience": 3,
     }  # fmt: skip
     whole = few.align_stored(tmp_path / "whole", **options)
-    killed = few.align_stored(tmp_path / "killed", **options)
-    shutil.rmtree(killed.model)
-    few.align_stored(tmp_path / "killed", resume=True, **options)
+    killed = few.align_stored(whole.copy_without_model(tmp_path / "killed"), resume=True, **options)
     assert killed.results["steps"] == whole.results["steps"] < 100
     # Bit for bit.
     assert not names_that_differ(killed.model, whole.model)
-
-
-def test_a_run_that_lost_its_best_weights_is_not_continued(tmp_path: Path) -> None:
-    few = prepare(tmp_path / "few", num_colored=60, trained=False)
-    run = few.align_stored(tmp_path / "run", max_steps=4)
-    shutil.rmtree(run.model)
-    (run.output / BEST_FILE).unlink()
+    run = whole.copy_without_model(tmp_path / "run")
+    (run / BEST_FILE).unlink()
     with pytest.raises(ValueError, match=r"best\.safetensors is missing.*anew in another folder"):
-        few.align_stored(tmp_path / "run", resume=True, max_steps=4)
+        few.align_stored(run, resume=True, **options)

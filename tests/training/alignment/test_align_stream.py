@@ -14,17 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from aligning import SHORT_RUN, Prepared
-from safetensors.torch import load_file
+from aligning import SHORT_RUN, Prepared, names_that_differ
 from shard_server import ShardServer
 from transformers import TrainerCallback
 
-from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.data.records.record_columns import hash_text
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.streams.record_streams import RecordStream, make_loader, stream_records
-from modeling_llm2clip.data.streams.stream_report import StreamReport, TooManyLostError
+from modeling_llm2clip.data.streams.stream_run import StreamReport, TooManyLostError
 from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
 from modeling_llm2clip.training.alignment import run_data
 from modeling_llm2clip.training.alignment.align import align
@@ -39,8 +38,9 @@ from modeling_llm2clip.training.alignment.held_out import hold_out_of_stream
 from modeling_llm2clip.training.run_folder import read_results
 
 pytest.importorskip("torchdata")
-OPTIONS: dict[str, Any] = {**SHORT_RUN, "global_batch_size": 4, "num_workers": 0}
-ONLINE: dict[str, Any] = {**OPTIONS, "text_training": "frozen-online"}
+ONLINE: dict[str, Any] = {
+    **SHORT_RUN, "global_batch_size": 4, "num_workers": 0, "text_training": "frozen-online",
+}  # fmt: skip
 
 
 def write_shards(
@@ -85,7 +85,7 @@ class Kill(TrainerCallback):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+    def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
         if state.global_step == self.step:
             raise KilledError
 
@@ -96,9 +96,17 @@ class Interrupt(TrainerCallback):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+    def on_step_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
         if state.global_step == self.step:
             signal.raise_signal(signal.SIGTERM)
+
+
+def run(prepared: Prepared, shards: Path | str, output: Path, **options: Any) -> dict[str, Any]:
+    """Align on a stream of shards, online, with some options changed; return the results."""
+    given = {n: options.pop(n) for n in ("resume", "callbacks", "caption_store") if n in options}
+    stream = stream_records(shards, **options.pop("stream", {}))
+    align(prepared.model, stream, output, AlignConfig(**{**ONLINE, **options}), **given)
+    return read_results(output)
 
 
 def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -107,32 +115,24 @@ def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(member, io.BytesIO(content))
 
 
-def read_weights(output: Path) -> dict[str, torch.Tensor]:
-    return load_file(output / "model" / "model.safetensors")
-
-
 def read_losses(output: Path) -> list[float]:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
 
 
 @pytest.mark.slow
-def test_a_stream_over_http_trains_as_one_of_the_disk(
-    prepared: Prepared, shards: Path, tmp_path: Path
-) -> None:
-    config = AlignConfig(**ONLINE)
-    align(prepared.model, stream_records(shards), tmp_path / "disk", config)
+def test_a_stream_trains_alike_over_http(prepared: Prepared, shards: Path, tmp_path: Path) -> None:
+    run(prepared, shards, tmp_path / "disk")
     with ShardServer(shards, drop_every=2) as server:
-        stream = stream_records(f"{server.url}/{{0..3}}.tar")
-        align(prepared.model, stream, tmp_path / "http", config)
+        run(prepared, f"{server.url}/{{0..3}}.tar", tmp_path / "http")
         assert server.dropped
     assert read_losses(tmp_path / "http") == read_losses(tmp_path / "disk")
     assert len(read_losses(tmp_path / "disk")) == 6
+    assert NOT_JUDGED in describe_alignment(tmp_path / "disk")  # on held-out images
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["shards", "damaged"])
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(("source", "num_workers"), [("shards", 0), ("damaged", 2)])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     prepared: Prepared,
     request: pytest.FixtureRequest,
@@ -142,39 +142,26 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
 ) -> None:
     shards: Path = request.getfixturevalue(source)
     # Seven steps of four are more than an epoch of 24 images.
-    changed = {"max_steps": 8, "save_steps": 3, "num_workers": num_workers}
-    config = AlignConfig(**{**ONLINE, **changed})
-    align(prepared.model, stream_records(shards), tmp_path / "whole", config)
-
+    options = {"max_steps": 8, "save_steps": 3, "num_workers": num_workers}
+    run(prepared, shards, tmp_path / "whole", **options)
     for stop_at in (4, 7):
-        resume = stop_at > 4
         with pytest.raises(KilledError):
-            align(
-                prepared.model, stream_records(shards), tmp_path / "parts", config,
-                resume=resume, callbacks=[Kill(stop_at)],
+            run(
+                prepared, shards, tmp_path / "parts",
+                resume=stop_at > 4, callbacks=[Kill(stop_at)], **options,
             )  # fmt: skip
-    align(prepared.model, stream_records(shards), tmp_path / "parts", config, resume=True)
+    run(prepared, shards, tmp_path / "parts", resume=True, **options)
     assert read_losses(tmp_path / "parts") == read_losses(tmp_path / "whole")
-    whole, parts = read_weights(tmp_path / "whole"), read_weights(tmp_path / "parts")
-    assert whole.keys() == parts.keys()
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert not names_that_differ(tmp_path / "parts" / "model", tmp_path / "whole" / "model")
 
 
 @pytest.mark.slow
-def test_an_image_that_cannot_be_decoded_is_a_lost_sample(
+def test_an_undecodable_image_is_a_lost_sample(
     prepared: Prepared, damaged: Path, tmp_path: Path
 ) -> None:
-    align(prepared.model, stream_records(damaged), tmp_path, AlignConfig(**ONLINE))
-    assert len(read_losses(tmp_path)) == 6
-    report = read_results(tmp_path)["stream"]
-    # Six steps of four, of 24 images of which two are broken: five steps are the first epoch.
-    assert report["counts"]["image unreadable"] == report["lost_samples"] >= 1
-    assert ".jpg: the image is truncated or corrupt" in report["places"]["image unreadable"][0]
+    """The record of the run counts the losses of all epochs; a share of them may be the limit."""
     with pytest.raises(TooManyLostError, match=r"image unreadable: 1 .*\.jpg: the image is trunc"):
-        align(
-            prepared.model, stream_records(damaged, max_lost_share=0.0), tmp_path / "strict",
-            AlignConfig(**ONLINE),
-        )  # fmt: skip
+        run(prepared, damaged, tmp_path / "strict", stream={"max_lost_share": 0.0})
 
 
 @pytest.mark.slow
@@ -187,22 +174,19 @@ def test_the_record_of_a_run_has_the_losses_of_all_epochs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Of 22 samples, an epoch has five batches of four, or four where workers have 11 each."""
-    changed = {"max_steps": 12, "num_workers": num_workers, "save_steps": 1}
-    config = AlignConfig(**{**ONLINE, **changed})
+    options = {"max_steps": 12, "num_workers": num_workers, "save_steps": 1}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    align(prepared.model, stream_records(damaged), whole, config)
+    report = run(prepared, damaged, whole, **options)["stream"]
     said = capsys.readouterr().err
     for epoch in range(2):
         assert f"epoch {epoch}: 22 samples read, 2 lost, " in said
-    for stop_at in (1, 4, 5, 7, 9, 10, 12):
+    for stop_at in (1, 5, 9, 12):
         with pytest.raises(KilledError):
-            align(
-                prepared.model, stream_records(damaged), parts, config,
-                resume=stop_at > 1, callbacks=[Kill(stop_at)],
+            run(
+                prepared, damaged, parts,
+                resume=stop_at > 1, callbacks=[Kill(stop_at)], **options,
             )  # fmt: skip
-    align(prepared.model, stream_records(damaged), parts, config, resume=True)
-    report = read_results(whole)["stream"]
-    assert read_results(parts)["stream"] == report
+    assert run(prepared, damaged, parts, resume=True, **options)["stream"] == report
     assert report["epochs"] == 3
     # Two whole epochs, and the last one as far as it was read, the shuffle buffer included.
     assert 44 < report["samples"] <= 44 + 24 and 4 <= report["lost_samples"] <= 6
@@ -216,16 +200,22 @@ def test_the_record_of_a_run_has_the_losses_of_all_epochs(
     assert "image unreadable: " in described and ".jpg: the image is truncated" in described
 
 
-def test_losses_of_all_epochs_and_processes_are_added(
-    prepared: Prepared, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another process is still in its first epoch when this one, of six batches, is in its next."""
+def make_batches(prepared: Prepared, shards: Path, output: Path, *, batch_size: int) -> Any:
+    """Batches of seven steps on a stream, as a run has them."""
     config = AlignConfig(**ONLINE)
     dataset = AlignmentStream(
         stream_records(shards, buffer_size=1), LLM2CLIPProcessor.from_pretrained(prepared.model)
     )
-    data = run_data.StreamData(dataset, config)
-    batches = data.make_loader(make_training_arguments(tmp_path, config), batch_size=4, num_steps=7)
+    return run_data.StreamData(dataset, config).make_loader(
+        make_training_arguments(output, config), batch_size=batch_size, num_steps=7
+    )
+
+
+def test_losses_of_all_epochs_and_processes_are_added(
+    prepared: Prepared, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process is still in its first epoch when this one, of six batches, is in its next."""
+    batches = make_batches(prepared, shards, tmp_path, batch_size=4)
     assert len(list(islice(batches, 7))) == 7
     other = StreamReport(samples=10, lost_samples=3, shards=1, lost_shards=1)
     monkeypatch.setattr(run_data, "gather_object", lambda own: [*own, other.to_state()])
@@ -235,17 +225,10 @@ def test_losses_of_all_epochs_and_processes_are_added(
     assert (report["lost_samples"], report["lost_shards"], report["epochs"]) == (3, 1, 2)
 
 
-def test_a_run_that_is_stopped_has_its_losses_so_far(
-    prepared: Prepared, damaged: Path, tmp_path: Path
-) -> None:
-    config = AlignConfig(**{**ONLINE, "max_steps": 9})
+def test_a_stopped_run_has_its_losses(prepared: Prepared, damaged: Path, tmp_path: Path) -> None:
     with pytest.raises(StageInterrupt):
-        align(
-            prepared.model, stream_records(damaged), tmp_path, config,
-            callbacks=[Interrupt(6)],
-        )  # fmt: skip
-    report = read_results(tmp_path)["stream"]
-    assert report["lost_samples"] >= 2
+        run(prepared, damaged, tmp_path, max_steps=9, callbacks=[Interrupt(6)])
+    assert read_results(tmp_path)["stream"]["lost_samples"] >= 2
 
 
 def test_batches_are_full_although_images_are_lost(prepared: Prepared, damaged: Path) -> None:
@@ -259,7 +242,7 @@ def test_batches_are_full_although_images_are_lost(prepared: Prepared, damaged: 
     assert stream.report.dropped_samples == 2
 
 
-def test_an_image_that_cannot_be_decoded_is_not_held_out(
+def test_no_broken_image_is_held_out(
     prepared: Prepared, shards: Path, damaged: Path, tmp_path: Path
 ) -> None:
     records, groups = hold_out_of_stream(stream_records(damaged), 0.7, tmp_path)
@@ -271,9 +254,7 @@ def test_an_image_that_cannot_be_decoded_is_not_held_out(
     assert {record.group_id for record in records} == groups
 
 
-def test_a_stream_that_leaves_one_group_to_train_on_is_refused(
-    damaged: Path, tmp_path: Path
-) -> None:
+def test_a_stream_that_leaves_one_group_is_refused(damaged: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^24 groups .* leaves 0 to train on"):
         hold_out_of_stream(stream_records(damaged), 0.99, tmp_path)
     # The estimate of 24 groups leaves two; two cannot be decoded, and two records are of one.
@@ -293,7 +274,7 @@ def test_equal_captions_of_a_stream_have_one_key(prepared: Prepared) -> None:
     assert keys.tolist() == [hash_text(text) for text in ("one", "two", "one")]
 
 
-def test_held_out_images_are_never_trained_on(
+def test_held_out_images_are_not_trained_on(
     prepared: Prepared, shards: Path, tmp_path: Path
 ) -> None:
     records, groups = hold_out_of_stream(stream_records(shards), 0.2, tmp_path)
@@ -301,94 +282,42 @@ def test_held_out_images_are_never_trained_on(
     # A fifth of 24: five of the six groups in the first of four shards.
     assert len(groups) == 5
     assert all(record.path.parent == tmp_path and record.path.is_file() for record in records)
-    own = replace(stream_records(shards), excluded_groups=groups)
-    trained = list(own)
+    others = replace(stream_records(shards), excluded_groups=groups)
+    trained = list(others)
     assert not {record.group_id for record in trained} & groups
-    assert own.report.excluded_samples + len(trained) == len(prepared.records)
+    assert others.report.excluded_samples + len(trained) == len(prepared.records)
 
-    config = AlignConfig(**{**ONLINE, "held_out_ratio": 0.2})
-    align(prepared.model, stream_records(shards), tmp_path / "run", config)
-    held_out = read_results(tmp_path / "run")["held_out"]
+    options = {"text_training": "stored", "caption_store": prepared.caption_store}
+    results = run(prepared, shards, tmp_path / "run", held_out_ratio=0.2, **options)
+    assert len(read_losses(tmp_path / "run")) == 6
+    held_out, counts = results["held_out"], results["stream"]
     assert held_out["before"]["num_images"] == len(records)
-    assert held_out["num_shared_captions"] == 0
-    counts = read_results(tmp_path / "run")["stream"]
+    assert held_out["best"]["num_texts"] > 4 and held_out["num_shared_captions"] == 0
     assert counts["lost_samples"] == counts["lost_shards"] == 0
     assert counts["excluded_samples"] > 0
+    assert NOT_JUDGED not in describe_alignment(tmp_path / "run")
 
 
 @pytest.mark.slow
-def test_captions_drawn_that_held_out_images_have_too_are_counted_over_resumes(
-    prepared: Prepared, tmp_path: Path
-) -> None:
+def test_shared_captions_are_counted_over_resumes(prepared: Prepared, tmp_path: Path) -> None:
     # The first shard has every fourth image; its first five, which are held out, have all texts.
     records = [
         replace(record, captions=(f"thing {number // 4 % 4}",), long_captions=())
         for number, record in enumerate(prepared.records)
     ]
     shards = write_shards(tmp_path / "shards", records)
-    config = AlignConfig(**{**ONLINE, "held_out_ratio": 0.2, "max_steps": 6, "save_steps": 4})
+    options = {"held_out_ratio": 0.2, "max_steps": 6, "save_steps": 4}
     with pytest.raises(KilledError):
-        align(prepared.model, stream_records(shards), tmp_path / "run", config, callbacks=[Kill(5)])
-    align(prepared.model, stream_records(shards), tmp_path / "run", config, resume=True)
+        run(prepared, shards, tmp_path / "run", callbacks=[Kill(5)], **options)
+    results = run(prepared, shards, tmp_path / "run", resume=True, **options)
     # Six batches of four images.
-    assert read_results(tmp_path / "run")["held_out"]["num_shared_captions"] == 24
+    assert results["held_out"]["num_shared_captions"] == 24
     assert "  Shared with held-out images: 24 captions drawn in training." in (
         describe_alignment(tmp_path / "run")
     )
 
 
-@pytest.mark.parametrize("ratio", [0, 0.2])
-def test_a_stream_without_held_out_images_is_said_not_to_be_judged(
-    ratio: float, prepared: Prepared, shards: Path, tmp_path: Path
-) -> None:
-    config = AlignConfig(**{**ONLINE, "max_steps": 1, "held_out_ratio": ratio})
-    align(prepared.model, stream_records(shards), tmp_path, config)
-    assert (NOT_JUDGED in describe_alignment(tmp_path)) == (ratio == 0)
-
-
-def test_captions_of_a_store_are_joined_by_name(prepared: Prepared, shards: Path) -> None:
-    processor = LLM2CLIPProcessor.from_pretrained(prepared.model)
-    joined = AlignmentStream(
-        stream_records(shards, buffer_size=1), processor, AlignConfig(seed=3),
-        caption_store=prepared.caption_store,
-    )  # fmt: skip
-    online = AlignmentStream(stream_records(shards, buffer_size=1), processor, AlignConfig(seed=3))
-    records = list(stream_records(shards, buffer_size=1))
-    samples = [decode_sample(record) for record in records]
-    stored, tokens = joined.collate(samples), online.collate(samples)
-    assert torch.equal(stored["pixel_values"], tokens["pixel_values"])
-    assert torch.equal(stored["group_ids"], tokens["group_ids"])
-    model = LLM2CLIPModel.from_pretrained(prepared.model)
-    with torch.no_grad():
-        wanted = model.get_caption_embeds(tokens["input_ids"], tokens["attention_mask"])
-    # Another batch, so sums in another order; embeddings of length about 5, stored in float16.
-    torch.testing.assert_close(stored["caption_embeds"], wanted, atol=5e-3, rtol=1e-3)
-
-
-def test_a_stream_trains_on_stored_captions(
-    prepared: Prepared, shards: Path, tmp_path: Path
-) -> None:
-    config = AlignConfig(**{**OPTIONS, "held_out_ratio": 0.2})
-    stream = stream_records(shards)
-    align(prepared.model, stream, tmp_path, config, caption_store=prepared.caption_store)
-    assert len(read_losses(tmp_path)) == 6
-    assert read_results(tmp_path)["held_out"]["best"]["num_texts"] > 4
-
-
-@pytest.mark.slow
-def test_stored_captions_of_a_stream_have_the_noise_that_is_asked_for(
-    prepared: Prepared, shards: Path, tmp_path: Path
-) -> None:
-    losses = []
-    for noise in (0.0, 0.5):
-        config = AlignConfig(**{**OPTIONS, "max_steps": 2, "caption_noise": noise})
-        output = tmp_path / str(noise)
-        align(
-            prepared.model, stream_records(shards), output, config,
-            caption_store=prepared.caption_store,
-        )  # fmt: skip
-        losses.append(read_losses(output))
-    assert losses[0] != losses[1]
+def test_stored_captions_of_a_stream_have_their_noise(prepared: Prepared, shards: Path) -> None:
     dataset = AlignmentStream(
         stream_records(shards), LLM2CLIPProcessor.from_pretrained(prepared.model),
         AlignConfig(caption_noise=0.5), caption_store=prepared.caption_store,
@@ -422,9 +351,7 @@ def test_a_record_that_the_store_lacks_is_named(prepared: Prepared, shards: Path
 
 
 @pytest.mark.parametrize("is_part", [True, False])
-def test_records_whose_captions_changed_since_they_were_stored_are_named(
-    prepared: Prepared, is_part: bool
-) -> None:
+def test_records_with_changed_captions_are_named(prepared: Prepared, is_part: bool) -> None:
     """Those held out of a stream too, which are a part of the store."""
     processor = LLM2CLIPProcessor.from_pretrained(prepared.model)
     records = [*prepared.records][::-1]
@@ -447,17 +374,14 @@ def test_what_a_stream_cannot_do_is_refused(
     prepared: Prepared, shards: Path, tmp_path: Path, changed: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        align(
-            prepared.model, stream_records(shards), tmp_path, AlignConfig(**{**ONLINE, **changed})
-        )
+        run(prepared, shards, tmp_path, **changed)
 
 
-def test_a_batch_larger_than_the_stream_is_an_error(
+def test_a_batch_above_the_stream_is_refused(
     prepared: Prepared, shards: Path, tmp_path: Path
 ) -> None:
-    config = AlignConfig(**{**ONLINE, "global_batch_size": 64})
     with pytest.raises(ValueError, match="fewer samples than a batch"):
-        align(prepared.model, stream_records(shards), tmp_path, config)
+        next(iter(make_batches(prepared, shards, tmp_path, batch_size=64)))
 
 
 def test_shards_are_dealt_to_the_processes_of_the_run(shards: Path) -> None:

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from aligning import SHORT_RUN, Prepared, prepare, weights_of
+from aligning import Prepared, read_metrics, weights_of
 
 from modeling_llm2clip._suggestions import counted
-from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.encoding_config import ExtractConfig
 from modeling_llm2clip.configs.finetune_config import FinetuneConfig
 from modeling_llm2clip.embedding.extract import extract
 from modeling_llm2clip.heads_llm2clip import LogitRule
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.training.alignment import held_out as held_out_module
-from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.alignment.alignment_report import (
     CLEARLY_LOWER,
@@ -36,34 +33,16 @@ from modeling_llm2clip.training.alignment.held_out import (
     choose_held_out,
 )
 from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
-from modeling_llm2clip.training.losses import loss as loss_module
 from modeling_llm2clip.training.losses.loss import LossInputs
-from modeling_llm2clip.training.losses.pairs import ContrastiveLoss
-from modeling_llm2clip.training.run_folder import add_results, read_results
-
-
-@pytest.fixture(scope="module", params=[100, 800])
-def colored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    folder = tmp_path_factory.mktemp(f"colored-{request.param}")
-    return prepare(folder, num_colored=request.param, trained=False)
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    return prepare(tmp_path_factory.mktemp("few"), num_colored=60, trained=False)
-
-
-def read_lines(output: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+from modeling_llm2clip.training.losses.pairs import ContrastiveLoss, SigmoidLoss
+from modeling_llm2clip.training.run_folder import add_results
 
 
 @pytest.mark.slow
 def test_small_data_ends_no_lower_than_its_start(colored: Prepared, tmp_path: Path) -> None:
     run = colored.align_stored(tmp_path / "run", max_steps=40)
     assert run.after.loss <= run.before.loss
-    losses = {line["step"]: line["held_out_loss"] for line in read_lines(run.output)
-              if "held_out_loss" in line}  # fmt: skip
-    losses[0] = run.before.loss
+    losses = {0: run.before.loss, **read_metrics(run.output, "held_out_loss")}
     # Weights on the way to those of a step, which are not logged, may be better than any step's.
     if run.results["held_out"]["best_share"] == 1:
         assert run.after.loss == min(losses.values()) == losses[run.best_step]
@@ -72,11 +51,12 @@ def test_small_data_ends_no_lower_than_its_start(colored: Prepared, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_run_that_only_gets_worse_returns_its_start(few: Prepared, tmp_path: Path) -> None:
+def test_a_run_that_gets_worse_returns_its_start(few: Prepared, tmp_path: Path) -> None:
+    # Nothing is learned before the text adapter joins, after a quarter of the run.
     run = few.align_stored(
-        tmp_path / "run", max_steps=20, learning_rate=1.0, early_stopping_patience=0
+        tmp_path / "run", max_steps=100, learning_rate=1.0, eval_steps=1, early_stopping_patience=3
     )
-    assert (run.best_step, run.results["steps"], run.after) == (0, 20, run.before)
+    assert (run.best_step, run.results["steps"], run.after) == (0, 25 + 3, run.before)
     assert run.results["projections_trained"]
     start = weights_of(few.align_stored(tmp_path / "other", max_steps=1, learning_rate=1e-30).model)
     for name, value in weights_of(run.model).items():
@@ -84,23 +64,17 @@ def test_a_run_that_only_gets_worse_returns_its_start(few: Prepared, tmp_path: P
         torch.testing.assert_close(value, start[name], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.slow
-def test_a_run_stops_when_no_lower_loss_comes(few: Prepared, tmp_path: Path) -> None:
-    # Nothing is learned before the text adapter joins, after a quarter of the run.
-    run = few.align_stored(
-        tmp_path / "run", max_steps=100, learning_rate=1.0, eval_steps=1, early_stopping_patience=3
-    )
-    assert (run.best_step, run.results["steps"]) == (0, 25 + 3)
-    assert run.model.is_dir()
-
-
-def test_held_out_images_are_never_trained_on(few: Prepared) -> None:
-    dataset = AlignmentDataset(
+@pytest.fixture(scope="module")
+def dataset(few: Prepared) -> AlignmentDataset:
+    return AlignmentDataset(
         few.records,
         LLM2CLIPProcessor.from_pretrained(few.model),
         caption_store=few.caption_store,
         image_store=few.image_store,
     )
+
+
+def test_held_out_images_are_not_trained_on(dataset: AlignmentDataset) -> None:
     items, held_out = (part.tolist() for part in choose_held_out(dataset, 0.1, seed=0))
     # A tenth of 60 is too few to tell models apart, and more than a fifth would be missed.
     assert len(held_out) == 12 and not set(items) & set(held_out)
@@ -112,15 +86,9 @@ def test_held_out_images_are_never_trained_on(few: Prepared) -> None:
 
 @pytest.mark.parametrize("num_fitted", [2_000, 40])
 def test_the_held_out_loss_is_that_of_the_best_temperature(
-    few: Prepared, num_fitted: int, monkeypatch: pytest.MonkeyPatch
+    dataset: AlignmentDataset, num_fitted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(held_out_module, "_MAX_ROWS_OF_TEMPERATURE", num_fitted)
-    dataset = AlignmentDataset(
-        few.records,
-        LLM2CLIPProcessor.from_pretrained(few.model),
-        caption_store=few.caption_store,
-        image_store=few.image_store,
-    )
     held_out = HeldOutImages(dataset, range(60))
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(len(held_out.group_ids), 8, generator=generator)
@@ -137,18 +105,21 @@ def test_the_held_out_loss_is_that_of_the_best_temperature(
     assert float(losses[-1]) > 1.5 * float(min(losses))
 
 
-def test_the_fitted_temperature_is_where_the_loss_is_lowest() -> None:
+@pytest.mark.parametrize("bias", [None, -10.0, -20.0])
+def test_the_fitted_temperature_is_where_the_loss_is_lowest(bias: float | None) -> None:
+    """At the bias of the loss, if it has one."""
     generator = torch.Generator().manual_seed(0)
     image = F.normalize(torch.randn(64, 8, generator=generator), dim=-1)
     text = F.normalize(image + 0.3 * torch.randn(64, 8, generator=generator), dim=-1)
-    inputs = LossInputs(image, text, LogitRule(torch.ones(1)), torch.arange(64))
+    inputs = LossInputs(image, text, LogitRule(torch.ones(1)), torch.arange(64), is_whole=True)
+    loss = ContrastiveLoss() if bias is None else SigmoidLoss(logit_bias=bias)
 
     def measure_at(log_scale: float) -> float:
-        return float(ContrastiveLoss()(inputs.at_scale(math.exp(log_scale))))
+        return float(loss(inputs.at_scale(math.exp(log_scale))).detach())
 
-    log_scale, loss = held_out_module.fit_temperature(ContrastiveLoss(), inputs)
-    assert loss == measure_at(log_scale)
-    assert min(measure_at(log_scale - 0.05), measure_at(log_scale + 0.05)) > loss
+    log_scale, lowest = held_out_module.fit_temperature(loss, inputs)
+    assert lowest == measure_at(log_scale)
+    assert min(measure_at(log_scale - 0.05), measure_at(log_scale + 0.05)) > lowest
 
 
 def test_what_shows_the_same_thing_is_held_out_together(prepared: Prepared) -> None:
@@ -210,14 +181,12 @@ def test_an_image_in_several_languages_is_one_held_out_image(prepared: Prepared)
     # 1.9 % of 240 is 4.6 images; three times chance is 3. Half of ten is two of what chance gives.
     [(0.019, 240, True), (0.3, 240, False), (0.5, 10, True), (1.0, 10, False), (0.0, 1000, True)],
 )
-def test_near_chance_is_what_does_not_exceed_three_times_chance(
-    score: float, count: int, is_near: bool
-) -> None:
+def test_near_chance_is_up_to_three_times_chance(score: float, count: int, is_near: bool) -> None:
     scores = HeldOutScores(1.0, score, score, 1 / count, 1 / count, count, count, count)
     assert scores.is_near_chance == is_near
 
 
-def test_captions_to_train_on_that_held_out_images_have_too_are_counted(
+def test_captions_shared_with_held_out_images_are_counted(
     prepared: Prepared, tmp_path: Path
 ) -> None:
     # Each image of the second half has a caption of the one before it by twelve.
@@ -225,26 +194,26 @@ def test_captions_to_train_on_that_held_out_images_have_too_are_counted(
         dataclasses.replace(record, captions=(f"thing {number % 12}", f"alone {number}"))
         for number, record in enumerate(prepared.records)
     ]
-    config = AlignConfig(**{**SHORT_RUN, "max_steps": 1, "held_out_ratio": 0.2,
-                            "text_training": "frozen-online"})  # fmt: skip
-    align(prepared.model, records, tmp_path / "run", config)
+    run = prepared.align(
+        tmp_path / "run", records=records, max_steps=1, held_out_ratio=0.2,
+        text_training="frozen-online",
+    )  # fmt: skip
     dataset = AlignmentDataset(records, LLM2CLIPProcessor.from_pretrained(prepared.model))
     to_train, held_out = (part.tolist() for part in choose_held_out(dataset, 0.2, seed=0))
     texts = {text for number in held_out for text in records[number].captions}
-    wanted = sum(text in texts for number in to_train for text in records[number].captions)
-    assert wanted > 0
-    assert read_results(tmp_path / "run")["held_out"]["num_shared_captions"] == wanted
-    assert f"  Shared with held-out images: {counted(wanted, 'caption')} to train on." in (
+    expected = sum(text in texts for number in to_train for text in records[number].captions)
+    assert expected > 0
+    assert run.results["held_out"]["num_shared_captions"] == expected
+    assert f"  Shared with held-out images: {counted(expected, 'caption')} to train on." in (
         describe_alignment(tmp_path / "run")
     )
 
 
 @pytest.mark.slow
-def test_images_that_the_model_may_have_been_trained_on_are_said_to_be(
-    few: Prepared, tmp_path: Path
-) -> None:
+def test_images_that_may_have_been_trained_on_are_named(few: Prepared, tmp_path: Path) -> None:
     first = few.align_stored(tmp_path / "first", max_steps=1, refit=False)
     assert not first.results["held_out"]["maybe_trained_on"]  # of random projections
+    assert not first.results["held_out"]["text_training_data"]
     aligned = dataclasses.replace(few, model=first.model)
     for name, seed, is_seen in (("same", 0, False), ("seed", 1, True)):
         run = aligned.align_stored(tmp_path / name, max_steps=1, seed=seed, refit=False)
@@ -255,14 +224,12 @@ def test_images_that_the_model_may_have_been_trained_on_are_said_to_be(
         assert (run.results["held_out"]["groups"] in card) != is_seen
     # What the second run was not sure of, a third with its seed is not either.
     again = dataclasses.replace(few, model=tmp_path / "seed" / "model")
-    run = again.align_stored(tmp_path / "again", max_steps=1, seed=1)
+    run = again.align_stored(tmp_path / "again", max_steps=1, seed=1, refit=False)
     assert run.results["held_out"]["maybe_trained_on"]
 
 
 @pytest.mark.slow
-def test_held_out_captions_that_the_llm_may_have_been_tuned_on_are_said_to_be(
-    few: Prepared, tmp_path: Path
-) -> None:
+def test_captions_that_may_have_been_tuned_on_are_named(few: Prepared, tmp_path: Path) -> None:
     config = FinetuneConfig(max_steps=1, per_device_train_batch_size=4, device="cpu")
     tuned = finetune_llm(few.model, few.records, tmp_path / "tuned", config, data_name="mine")
     extract(tuned, few.records, tmp_path / "captions", ExtractConfig(device="cpu"), modality="text")
@@ -275,9 +242,6 @@ def test_held_out_captions_that_the_llm_may_have_been_tuned_on_are_said_to_be(
     again = dataclasses.replace(prepared, model=run.model)
     run = again.align_stored(tmp_path / "again", max_steps=1, refit=False)
     assert run.results["held_out"]["text_training_data"] == ["mine"]
-    assert not few.align_stored(tmp_path / "untuned", max_steps=1).results["held_out"][
-        "text_training_data"
-    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,76 +254,32 @@ class FarthestLoss:
 
 @pytest.mark.slow
 def test_the_loss_that_is_trained_chooses_weights_and_start(few: Prepared, tmp_path: Path) -> None:
-    config = AlignConfig(max_steps=8, eval_steps=1, device="cpu", learning_rate=1e-2)
-    align(
-        few.model, few.records, tmp_path / "run", config, loss=FarthestLoss(),
-        caption_store=few.captions, image_store=few.images,
-    )  # fmt: skip
-    results = read_results(tmp_path / "run")
-    held_out = results["held_out"]
-    losses = [line["held_out_loss"] for line in read_lines(tmp_path / "run")
-              if "held_out_loss" in line]  # fmt: skip
+    options = {"max_steps": 8, "eval_steps": 1, "learning_rate": 1e-2}
+    run = few.align_stored(tmp_path / "run", loss=FarthestLoss(), **options)
+    losses = [*read_metrics(run.output, "held_out_loss").values()]
     # Away from where canonical correlation puts them, pairs come apart.
-    assert held_out["best"]["loss"] == min(losses) < held_out["before"]["loss"]
-    assert held_out["best_step"] == 1 + losses.index(min(losses))
-    assert held_out["best"]["t2i_r1"] < held_out["before"]["t2i_r1"]
+    assert run.after.loss == min(losses) < run.before.loss
+    assert run.best_step == 1 + losses.index(min(losses))
+    assert run.after.t2i_r1 < run.before.t2i_r1
     # The model that was trained so has the lower loss, beside canonical correlation again.
-    align(
-        tmp_path / "run" / "model", few.records, tmp_path / "again", config, loss=FarthestLoss(),
-        caption_store=few.captions, image_store=few.images,
-    )  # fmt: skip
-    assert read_results(tmp_path / "again")["start"]["method"] == "model"
-    aligned = dataclasses.replace(few, model=tmp_path / "run" / "model")
-    start = aligned.align_stored(tmp_path / "contrastive", max_steps=1).results["start"]
-    assert start["method"] == "cca"
-
-
-def test_many_rows_without_gradients_are_compared_a_few_at_a_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    images, texts = (F.normalize(torch.randn(9, 8, generator=generator), dim=-1) for _ in range(2))
-    inputs = LossInputs(images, texts, LogitRule(torch.ones(1)), torch.arange(9))
-    monkeypatch.setattr(loss_module, "_ROWS_WITHOUT_GRADIENT", 4)
-    seen: list[int] = []
-    compute = ContrastiveLoss.sum_rows
-    monkeypatch.setattr(
-        ContrastiveLoss,
-        "sum_rows",
-        lambda loss, chunk: (seen.append(len(chunk.labels)), compute(loss, chunk))[1],
-    )
-    with torch.no_grad():
-        found = ContrastiveLoss()(inputs)
-        ContrastiveLoss(chunk_size=7)(inputs)
-    assert seen == [4, 4, 1, 7, 2]
-    # Sums of nine float32 numbers in another order.
-    assert float(found) == pytest.approx(float(ContrastiveLoss()(inputs)), rel=1e-6)
-    assert seen[5:] == [9]
-
-
-def test_the_step_of_the_weights_that_are_written_is_named(few: Prepared, tmp_path: Path) -> None:
-    run = few.align_stored(
-        tmp_path / "run", max_steps=4, learning_rate=1.0, early_stopping_patience=0, refit=False
-    )
-    assert run.best_step == 0
-    assert f"Wrote {run.model} with the weights of the start." in describe_alignment(run.output)
+    aligned = dataclasses.replace(few, model=run.model)
+    again = aligned.align_stored(tmp_path / "again", max_steps=1, loss=FarthestLoss(), refit=False)
+    assert again.results["start"]["method"] == "model"
+    contrastive = aligned.align_stored(tmp_path / "contrastive", max_steps=1, refit=False)
+    assert contrastive.results["start"]["method"] == "cca"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("t2i_r1", "is_warned"),
-    # Wilson's interval of 45 % of 80 images is 34.6 to 55.9 %.
-    [(0.36, False), (0.33, True), (0.45, False)],
-)
-def test_a_choice_that_is_clearly_worse_than_the_start_is_a_warning(
-    few: Prepared, tmp_path: Path, t2i_r1: float, is_warned: bool
-) -> None:
-    run = few.align_stored(tmp_path / "run", max_steps=0)
+def test_a_choice_clearly_worse_than_its_start_is_a_warning(few: Prepared, tmp_path: Path) -> None:
+    run = few.align_stored(tmp_path / "run", max_steps=0, refit=False)
+    assert f"Wrote {run.model} with the weights of the start." in describe_alignment(run.output)
     before = HeldOutScores(3.0, 0.45, 0.5, 0.0125, 0.0125, 80, 90, 80)
-    best = dataclasses.replace(before, loss=2.9, t2i_r1=t2i_r1)
     held_out = run.results["held_out"]
-    scores = {"before": dataclasses.asdict(before), "best": dataclasses.asdict(best)}
-    add_results(run.output, held_out={**held_out, **scores})
-    lines = describe_alignment(run.output)
-    assert (CLEARLY_LOWER in lines) == is_warned
-    assert "  at the start   45.0% [34.6%, 55.9%]  50.0% [39.3%, 60.7%]  loss 3.000" in lines
+    # Wilson's interval of 45 % of 80 images is 34.6 to 55.9 %.
+    for t2i_r1, is_warned in ((0.36, False), (0.33, True), (0.45, False)):
+        best = dataclasses.replace(before, loss=2.9, t2i_r1=t2i_r1)
+        scores = {"before": dataclasses.asdict(before), "best": dataclasses.asdict(best)}
+        add_results(run.output, held_out={**held_out, **scores})
+        lines = describe_alignment(run.output)
+        assert (CLEARLY_LOWER in lines) == is_warned
+        assert "  at the start   45.0% [34.6%, 55.9%]  50.0% [39.3%, 60.7%]  loss 3.000" in lines

@@ -23,18 +23,20 @@ from modeling_llm2clip.building.build_model import build_model
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.configs.encoding_config import DUAL_ENCODERS, ExtractConfig
-from modeling_llm2clip.configs.evaluation_config import (
-    EncoderConfig,
-)
+from modeling_llm2clip.configs.evaluation_config import EncoderConfig
 from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.embedding.extract import describe_extraction, extract
+from modeling_llm2clip.encoding.encode import encode_images
 from modeling_llm2clip.evaluation.encoders.transformers_models import TransformersEncoder
+from modeling_llm2clip.model_folders.golden_embeddings import GOLDEN_FILE
+from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.align_checks import require_same_space
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.alignment_report import describe_alignment
-from modeling_llm2clip.training.losses.distillation import distill
+from modeling_llm2clip.training.losses.terms import distill
 
 EXTRACTED = ExtractConfig(store_dtype="float32", device="cpu", show_progress=False)
 LONG = "red and green " * 60  # no teacher reads it to the end
@@ -70,9 +72,11 @@ def build(vision: Any, output: Path, **changed: Any) -> Path:
     )
 
 
-def prepare(folder: Path, family: str, *, num_views: int = 0) -> Inheriting:
+def prepare(
+    folder: Path, family: str, *, count: int, num_views: int = 0, has_stores: bool = True
+) -> Inheriting:
     clip = save_tiny_encoder(family, folder / "clip")
-    data = write_color_data(folder / "data", count=60)
+    data = write_color_data(folder / "data", count=count)
     lines = (data / "captions.jsonl").read_text(encoding="utf-8").splitlines()
     lines[-1] = json.dumps({**json.loads(lines[-1]), "long_captions": [LONG]})
     if num_views:
@@ -84,8 +88,9 @@ def prepare(folder: Path, family: str, *, num_views: int = 0) -> Inheriting:
     config = replace(EXTRACTED, sentence_views=num_views)
     (data / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     model, records = build(clip, folder / "model"), load_records(data)
-    extract(model, records, folder / "captions", config, modality="text")
-    extract(model, records, folder / "images", EXTRACTED, modality="image")
+    if has_stores:
+        extract(model, records, folder / "captions", config, modality="text")
+        extract(model, records, folder / "images", EXTRACTED, modality="image")
     extract(clip, records, folder / "teacher", config, modality="text")
     return Inheriting(
         data, model, folder / "captions", folder / "images", clip=clip, teacher=folder / "teacher"
@@ -94,14 +99,12 @@ def prepare(folder: Path, family: str, *, num_views: int = 0) -> Inheriting:
 
 @pytest.fixture(scope="module")
 def inheriting(tmp_path_factory: pytest.TempPathFactory) -> Inheriting:
-    return prepare(tmp_path_factory.mktemp("clip"), "clip")
+    return prepare(tmp_path_factory.mktemp("clip"), "clip", count=60)
 
 
 @pytest.mark.parametrize("family", DUAL_ENCODERS)
-def test_a_store_has_what_the_dual_encoder_gives_and_says_which_captions_are_too_long(
-    tmp_path: Path, family: str
-) -> None:
-    found = prepare(tmp_path, family)
+def test_a_store_has_the_embeddings_of_the_dual_encoder(tmp_path: Path, family: str) -> None:
+    found = prepare(tmp_path, family, count=8, has_stores=False)
     store = EmbeddingStore.open(found.teacher, check="full")
     evaluated = TransformersEncoder(found.clip, EncoderConfig(device="cpu"), source="clip")
     captions = [(*record.captions, *record.long_captions) for record in found.records]
@@ -116,12 +119,10 @@ def test_a_store_has_what_the_dual_encoder_gives_and_says_which_captions_are_too
     assert "1 too long" in describe_extraction(found.teacher)[0]
     require_same_space(store, found.model)  # by the weights of both
     # And the model's images are where that encoder puts them: nothing of it is lost.
-    model = LLM2CLIPModel.from_pretrained(found.model)
-    images = EmbeddingStore.open(found.images)
     sources = [record.image for record in found.records[:5]]
-    own = evaluated.encode_images(sources, names=[""] * 5)
-    embeds = model.to_image_embeds(images.read(list(range(5)))).detach()
-    torch.testing.assert_close(embeds, F.normalize(own, dim=-1), atol=1e-5, rtol=0)
+    embeds = encode_images(*load_model(found.model, device="cpu"), sources)  # type: ignore[arg-type]
+    expected = evaluated.encode_images(sources, names=[""] * 5)
+    torch.testing.assert_close(embeds, F.normalize(expected, dim=-1), atol=1e-5, rtol=0)
 
 
 def measure(inheriting: Inheriting, folder: Path) -> float:
@@ -135,9 +136,7 @@ def measure(inheriting: Inheriting, folder: Path) -> float:
         return float(distill(model.to_text_embeds(embeds), wanted[has_teacher]))
 
 
-def test_the_text_side_comes_near_the_teacher_and_the_image_side_stays(
-    inheriting: Inheriting, tmp_path: Path
-) -> None:
+def test_the_text_side_comes_near_its_teacher(inheriting: Inheriting, tmp_path: Path) -> None:
     run = inheriting.align(tmp_path / "run", held_out_ratio=0.0, global_batch_size=60)
     found = run.results["start"]["inheritance"]
     distance = found["distance"]
@@ -158,14 +157,15 @@ def test_the_text_side_comes_near_the_teacher_and_the_image_side_stays(
 def test_views_of_held_out_captions_are_held_out_and_the_start_is_written_as_it_is(
     tmp_path: Path,
 ) -> None:
-    viewed = prepare(tmp_path, "clip", num_views=3)
-    run = viewed.align(tmp_path / "run", held_out_ratio=0.2)
-    found = run.results["start"]["inheritance"]
+    viewed = prepare(tmp_path, "clip", count=30, num_views=3)
+    run = viewed.align(tmp_path / "run", held_out_ratio=0.2, inherit_steps=4)
+    inheritance = run.results["start"]["inheritance"]
     teacher = EmbeddingStore.open(viewed.teacher)
     num_taught = int(teacher.read(range(teacher.manifest.num_rows)).any(dim=1).sum())
     # A caption is trained on or measured.
-    assert found["is_held_out"] and found["num_captions"] + found["num_measured"] == num_taught
-    assert found["num_measured"] > 2 * run.results["held_out"]["best"]["num_images"]
+    assert inheritance["is_held_out"]
+    assert inheritance["num_captions"] + inheritance["num_measured"] == num_taught
+    assert inheritance["num_measured"] > 2 * run.results["held_out"]["best"]["num_images"]
     # No step followed, so there was nothing to fit once more.
     inherited = load_file(run.output / "inherited.safetensors")
     written = load_file(run.model / "model.safetensors")
@@ -174,9 +174,7 @@ def test_views_of_held_out_captions_are_held_out_and_the_start_is_written_as_it_
 
 
 @pytest.mark.slow
-def test_the_contrast_starts_from_there_and_a_resumed_run_does_too(
-    inheriting: Inheriting, tmp_path: Path
-) -> None:
+def test_the_contrast_starts_from_the_inheritance(inheriting: Inheriting, tmp_path: Path) -> None:
     options = {"max_steps": 6, "save_steps": 2, "global_batch_size": 16, "inherit_steps": 4}
     run = inheriting.align(tmp_path / "run", **options)
     assert run.results["start"]["method"] == "inherited"
@@ -190,14 +188,19 @@ def test_the_contrast_starts_from_there_and_a_resumed_run_does_too(
         assert (run.output / name).read_bytes() == (again.output / name).read_bytes()
 
 
-def test_what_does_not_fit_the_teacher_is_refused_before_a_tower_is_loaded(
-    inheriting: Inheriting, tmp_path: Path
-) -> None:
+def test_what_does_not_fit_the_teacher_is_refused(inheriting: Inheriting, tmp_path: Path) -> None:
     def refuse(message: str, **changed: Any) -> None:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=message):
             patch.setattr(AlignmentModel, "__init__", lambda *_, **__: pytest.fail("tower loaded"))
             inheriting.align(tmp_path / "run", **changed)
         assert not (tmp_path / "run").exists()
+
+    def extract_both(records: list[CaptionedImage], name: str) -> dict[str, Path]:
+        sources = {"caption_store": inheriting.model, "inherit_from": inheriting.clip}
+        return {
+            store: extract(source, records, tmp_path / name / store, EXTRACTED, modality="text")
+            for store, source in sources.items()
+        }
 
     refuse("has caption_embeds, wanted teacher_text_embeds", inherit_from=inheriting.captions)
     refuse("has teacher_text_embeds, wanted caption_embeds", caption_store=inheriting.teacher)
@@ -205,39 +208,33 @@ def test_what_does_not_fit_the_teacher_is_refused_before_a_tower_is_loaded(
     refuse("lock_text keeps the text side", lock_text=True, max_steps=None)
     refuse("leave projection_init out", projection_init="cca")
     refuse("needs a caption_store", caption_store=None, text_training="frozen-online", max_steps=1)
-    extract(
-        inheriting.clip, inheriting.records[:-1], tmp_path / "fewer", EXTRACTED, modality="text"
-    )
-    refuse("other captions than", inherit_from=tmp_path / "fewer")
     long = [
-        replace(one, captions=(f"{LONG} {number}",), long_captions=())
-        for number, one in enumerate(inheriting.records)
+        replace(record, captions=(f"{LONG} {number}",), long_captions=())
+        for number, record in enumerate(inheriting.records)
     ]
-    stores = {"caption_store": inheriting.model, "inherit_from": inheriting.clip}
-    for name, source in stores.items():
-        extract(source, long, tmp_path / name, EXTRACTED, modality="text")
-    refuse("every caption is longer than", **{name: tmp_path / name for name in stores})
+    stores = extract_both(long[:4], "long")
+    refuse("every caption is longer than", **stores)
+    refuse("other captions than", inherit_from=stores["inherit_from"])
     few = [inheriting.records[0], *long[1:]]
-    captions, teacher = (
-        extract(source, few, tmp_path / f"few-{name}", EXTRACTED, modality="text")
-        for name, source in stores.items()
-    )
     with pytest.raises(ValueError, match="nothing to inherit"):
         align(
-            inheriting.model, few, tmp_path / "few", AlignConfig(**STAGE), caption_store=captions,
-            image_store=inheriting.images, inherit_from=teacher,
+            inheriting.model, few, tmp_path / "few-run", AlignConfig(**STAGE),
+            image_store=inheriting.images, **extract_both(few, "few"),
         )  # fmt: skip
     # Of other models the captions' store is made by the same LLM.
-    plain = build(inheriting.clip, tmp_path / "plain", keep_projection=False, projection_dim=16)
-    refuse("--keep-projection", model=plain)
-    other = save_tiny_encoder("clip", tmp_path / "other")
-    weights = load_file(other / "model.safetensors")
-    weights["vision_model.post_layernorm.weight"] += 1
-    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    moved = build(other, tmp_path / "moved")
-    images = tmp_path / "moved-images"
-    extract(moved, inheriting.records, images, EXTRACTED, modality="image")
-    refuse("another vision tower", model=moved, image_store=images)
+    for name, message in (
+        ("visual_projection.weight", "--keep-projection"),
+        ("vision_model.post_layernorm.weight", "another vision tower"),
+    ):
+        folder = shutil.copytree(inheriting.model, tmp_path / name)
+        (folder / GOLDEN_FILE).unlink()
+        weights = load_file(folder / "model.safetensors")
+        weights[name] += 1
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        images = extract(
+            folder, inheriting.records[:2], tmp_path / f"{name}-images", EXTRACTED, modality="image"
+        )
+        refuse(message, model=folder, image_store=images)
 
 
 def test_a_tower_without_a_text_encoder_is_refused_with_the_way_out(

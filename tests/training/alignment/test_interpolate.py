@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def test_labeled_images_have_to_be_there_to_choose() -> None:
 
 
 @pytest.mark.slow
-def test_the_written_weights_are_on_the_way_and_the_best_of_those_tried(
+def test_the_best_weights_on_the_way_are_written(
     colored: Prepared, tuned: Run, tmp_path: Path
 ) -> None:
     found = interpolate(
@@ -69,9 +70,7 @@ def test_the_written_weights_are_on_the_way_and_the_best_of_those_tried(
 
 
 @pytest.mark.slow
-def test_the_ends_have_the_scores_of_their_models(
-    colored: Prepared, tuned: Run, tmp_path: Path
-) -> None:
+def test_the_ends_score_as_their_models(colored: Prepared, tuned: Run, tmp_path: Path) -> None:
     """With labeled images, whose accuracy may choose."""
     source = f"image-folder={write_classes(tmp_path / 'classes')}"
     config = InterpolateConfig(device="cpu", num_shares=4, zero_shot=source, choose_by="zero_shot")
@@ -117,43 +116,42 @@ def test_random_projections_are_not_on_the_way(tmp_path: Path) -> None:
 
 
 def test_two_untrained_models_give_an_untrained_one(tmp_path: Path) -> None:
-    one, other = (prepare(tmp_path / name, num_colored=20, trained=False) for name in ("a", "b"))
-    weights = weights_of(other.model)
+    first = prepare(tmp_path / "first", num_colored=8, has_stores=False, trained=False)
+    last = shutil.copytree(first.model, tmp_path / "last")
+    weights = weights_of(last)
     weights[next(name for name in weights if name.startswith("vision_model."))] += 1
-    save_file(weights, other.model / "model.safetensors", {"format": "pt"})
-    (other.model / "golden_embeddings.safetensors").unlink()
-    interpolate(one.model, other.model, one.records, tmp_path / "model", CPU)
+    save_file(weights, last / "model.safetensors", {"format": "pt"})
+    (last / "golden_embeddings.safetensors").unlink()
+    interpolate(first.model, last, first.records, tmp_path / "model", CPU)
     config = LLM2CLIPConfig.from_pretrained(tmp_path / "model")
     assert not config.projections_trained
 
 
-def test_one_image_chooses_nothing(colored: Prepared, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no image has a negative"):
-        interpolate(colored.model, colored.model, colored.records[:1], tmp_path / "model", CPU)
-
-
 @pytest.mark.slow
-def test_models_that_have_nothing_between_them_are_refused(
-    colored: Prepared, tmp_path: Path
-) -> None:
-    given = {"caption_store": colored.caption_store}
-    with pytest.raises(ValueError, match="have the same weights"):
-        interpolate(colored.model, colored.model, colored.records, tmp_path / "model", CPU, **given)
-    narrow = prepare(tmp_path / "narrow", num_colored=20, projection_dim=16)
-    with pytest.raises(ValueError, match=r"differ in .*_projection\.bias, "):
-        interpolate(colored.model, narrow.model, colored.records, tmp_path / "model", CPU, **given)
-    other = prepare(tmp_path / "other", num_colored=20, vision="siglip")
-    with pytest.raises(ValueError, match="differ in architecture of the vision tower"):
-        interpolate(colored.model, other.model, colored.records, tmp_path / "model", CPU, **given)
-    longer = prepare(tmp_path / "longer", num_colored=20, text_pooling="last_token")
-    with pytest.raises(ValueError, match="differ in pooling of the text tower"):
-        interpolate(colored.model, longer.model, colored.records, tmp_path / "model", CPU)
+def test_models_with_nothing_between_are_refused(colored: Prepared, tmp_path: Path) -> None:
+    def refuse(message: str, *, has_store: bool = True, **build: Any) -> None:
+        model = colored.model
+        if build:
+            folder = tmp_path / "-".join(build)
+            model = prepare(folder, num_colored=2, has_stores=False, **build).model
+        store = colored.caption_store if has_store else None
+        with pytest.raises(ValueError, match=message):
+            interpolate(
+                colored.model, model, colored.records, tmp_path / "model", CPU, caption_store=store
+            )
+
+    refuse("have the same weights")
+    refuse(r"differ in .*_projection\.bias, ", projection_dim=16)
+    refuse("differ in architecture of the vision tower", vision="siglip")
+    refuse("differ in pooling of the text tower", has_store=False, text_pooling="last_token")
     assert not (tmp_path / "model").exists()
 
 
 def test_models_with_other_statistics_or_settings_are_refused(tmp_path: Path) -> None:
     """Batch normalization that another training has updated, and a setting of the text adapter."""
-    before = prepare(tmp_path / "before", num_colored=20, vision="timm with batch norm")
+    before = prepare(
+        tmp_path / "before", num_colored=2, has_stores=False, vision="timm with batch norm"
+    )
     after = shutil.copytree(before.model, tmp_path / "after")
     weights = weights_of(after)
     name = next(name for name in weights if name.endswith("running_mean"))
@@ -166,4 +164,6 @@ def test_models_with_other_statistics_or_settings_are_refused(tmp_path: Path) ->
     setting.save_pretrained(after)
     with pytest.raises(ValueError, match=r"differ in .*normalize_text_before_adapter"):
         interpolate(before.model, after, before.records, tmp_path / "model", CPU)
+    with pytest.raises(ValueError, match="no image has a negative"):
+        interpolate(before.model, before.model, before.records[:1], tmp_path / "model", CPU)
     assert not (tmp_path / "model").exists()

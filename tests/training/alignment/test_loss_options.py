@@ -1,18 +1,28 @@
-"""Stage 3, the options of losses: what they promise holds after a run."""
+"""Stage 3, losses: what their options promise after a run, and a loss with a parameter."""
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
-from aligning import COLORS, SHORT_RUN, Prepared, Run, prepare, read_losses
+from aligning import COLORS, Prepared, Run, read_losses, read_metrics
+from gloo_workers import find_free_port
 from labeled_colors import write_classes
+from safetensors.torch import load_file
+from sigmoid_loss import BIAS, train
 from tiny_encoders import save_tiny_images
+from transformers import TrainerCallback
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.align_config import AlignConfig
@@ -21,38 +31,24 @@ from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.evaluation.datasets.dataset_registry import find_dataset
 from modeling_llm2clip.evaluation.evaluate import evaluate
+from modeling_llm2clip.heads_llm2clip import LogitRule
 from modeling_llm2clip.model_folders.model_card import read_card_data
 from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPVisionModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
-from modeling_llm2clip.training.alignment.align import align
+from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
 from modeling_llm2clip.training.alignment.alignment_report import describe_alignment
 from modeling_llm2clip.training.alignment.held_out import (
     ZeroShotImages,
     find_interval,
+    fit_start,
     load_labeled_images,
 )
+from modeling_llm2clip.training.losses.choose_loss import build_loss
+from modeling_llm2clip.training.losses.loss import LossInputs, list_fitted
+from modeling_llm2clip.training.run_folder import read_results, read_run_record
 
-
-@pytest.fixture(scope="module")
-def colored(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    return prepare(tmp_path_factory.mktemp("colored"), num_colored=60, trained=False)
-
-
-FULL = {"vision_training": "full", "layer_decay": 1.0, "vision_learning_rate": 1e-3}
-
-
-def align_tower(
-    prepared: Prepared, output: Path, *, is_teacher_stored: bool = True, **options: Any
-) -> Run:
-    config = AlignConfig(**{**SHORT_RUN, **FULL, **options})
-    align(
-        prepared.model, prepared.records, output, config, caption_store=prepared.caption_store,
-        image_store=(
-            prepared.image_store if config.distillation_weight and is_teacher_stored else None
-        ),
-    )  # fmt: skip
-    return Run(output)
+FULL: dict[str, Any] = {"vision_training": "full", "layer_decay": 1.0, "vision_learning_rate": 1e-3}
 
 
 def move_tower(prepared: Prepared, folder: Path) -> float:
@@ -68,35 +64,29 @@ def move_tower(prepared: Prepared, folder: Path) -> float:
 
 
 @pytest.mark.slow
-def test_self_distillation_keeps_a_trained_tower_near_its_frozen_self(
-    prepared: Prepared, tmp_path: Path
-) -> None:
-    moved = {}
+def test_self_distillation_keeps_a_tower_near_itself(prepared: Prepared, tmp_path: Path) -> None:
+    moved, first_losses = {}, {}
     for weight in (0.0, 1.0, 100.0):
-        run = align_tower(
-            prepared, tmp_path / f"{weight}", distillation_weight=weight, max_steps=12
-        )
+        run = prepared.align(
+            tmp_path / f"{weight}", distillation_weight=weight, are_images_stored=weight > 0,
+            max_steps=12, **FULL,
+        )  # fmt: skip
         moved[weight] = move_tower(prepared, run.model)
-        # Before the first step the tower is its frozen self, and the term is 0: the store has the
-        # same pixels in float32, encoded in other batches.
-        assert read_losses(run.output)[1] == pytest.approx(
-            read_losses(tmp_path / "0.0")[1], abs=1e-4
-        )
+        first_losses[weight] = read_losses(run.output)[1]
+    # Before the first step the tower is its frozen self, and the term is 0: the store has the same
+    # pixels in float32, encoded in other batches.
+    assert [*first_losses.values()] == pytest.approx([first_losses[0.0]] * 3, abs=1e-4)
     assert moved[100.0] < moved[1.0] < moved[0.0]
     assert moved[100.0] < moved[0.0] / 2
 
 
 @pytest.mark.slow
-def test_a_frozen_tower_beside_the_trained_one_teaches_as_its_stored_embeddings_do(
-    prepared: Prepared, tmp_path: Path
-) -> None:
+def test_a_frozen_tower_teaches_as_its_embeddings_do(prepared: Prepared, tmp_path: Path) -> None:
+    options = {"distillation_weight": 1.0, "max_steps": 4, "held_out_ratio": 0.2, **FULL}
     runs = [
-        align_tower(
-            prepared, tmp_path / f"{stored}", is_teacher_stored=stored, distillation_weight=1.0,
-            max_steps=4, held_out_ratio=0.2,
-        )
+        prepared.align(tmp_path / f"{stored}", are_images_stored=stored, **options)
         for stored in (True, False)
-    ]  # fmt: skip
+    ]
     losses, others = (read_losses(run.output) for run in runs)
     # The teacher's float32 embeddings were encoded in batches of other sizes.
     assert others == {step: pytest.approx(loss, rel=1e-5) for step, loss in losses.items()}
@@ -133,18 +123,13 @@ def test_labeled_images_are_known_by_their_bytes_too(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("vision_training", ["frozen", "full"])
 def test_the_zero_shot_accuracy_is_that_of_evaluate(
-    colored: Prepared, tmp_path: Path, vision_training: Any
+    few: Prepared, tmp_path: Path, vision_training: Any
 ) -> None:
     source = f"image-folder={write_classes(tmp_path / 'classes')}"
-    options: dict[str, Any] = {"zero_shot": source, "vision_training": vision_training}
-    is_stored = vision_training == "frozen"
-    config = AlignConfig(**{**SHORT_RUN, "held_out_ratio": 0.2, **options})
-    align(
-        colored.model, colored.records, tmp_path / "run", config,
-        caption_store=colored.caption_store,
-        image_store=colored.image_store if is_stored else None,
+    run = few.align(
+        tmp_path / "run", zero_shot=source, held_out_ratio=0.2, vision_training=vision_training,
+        are_images_stored=vision_training == "frozen",
     )  # fmt: skip
-    run = Run(tmp_path / "run")
     (result,) = evaluate(
         run.model, source, tasks=["classification"],
         config=EvaluationConfig(output=tmp_path / "scores", device="cpu", show_progress=False),
@@ -164,7 +149,9 @@ def test_the_zero_shot_accuracy_is_that_of_evaluate(
 
 
 @pytest.mark.slow
-def test_locked_texts_keep_their_embeddings_bit_for_bit(prepared: Prepared, tmp_path: Path) -> None:
+def test_locked_texts_keep_their_embeddings(
+    prepared: Prepared, finished: Run, tmp_path: Path
+) -> None:
     locked = prepared.align(tmp_path / "locked", lock_text=True, vision_training="full")
     texts = ["a dog", "two red apples on a wooden table", "ein Hund"]
     embeds = [
@@ -175,23 +162,147 @@ def test_locked_texts_keep_their_embeddings_bit_for_bit(prepared: Prepared, tmp_
     assert move_tower(prepared, locked.model) > 1e-3
     report = check_model(locked.model, device="cpu", text_like=prepared.model)
     assert report.healthy and report.checks[-1].name == "text like"
-    free = prepared.align(tmp_path / "free")
     flags = ["--text-like", str(prepared.model), "--device", "cpu"]
     assert main(["doctor", str(locked.model), *flags]) == 0
-    failed = check_model(free.model, device="cpu", text_like=prepared.model)
+    failed = check_model(finished.model, device="cpu", text_like=prepared.model)
     assert not failed.healthy and "head weights differ" in str(failed)
 
 
 @pytest.mark.slow
-def test_random_texts_are_not_locked(tmp_path: Path, colored: Prepared) -> None:
+def test_random_texts_are_not_locked(tmp_path: Path, few: Prepared) -> None:
     with pytest.raises(ValueError, match="text projection as it is, and that of"):
-        colored.align(tmp_path / "run", lock_text=True)
+        few.align(tmp_path / "run", lock_text=True)
 
 
-def test_options_that_locked_texts_contradict_are_refused() -> None:
-    with pytest.raises(ValueError, match="max_steps=0 with lock_text writes the model as it is"):
-        AlignConfig(lock_text=True, max_steps=0)
-    with pytest.raises(ValueError, match="lock_text keeps texts as they are"):
-        AlignConfig(lock_text=True, text_training="lora")
-    with pytest.raises(ValueError, match="lock_text keeps the text projection"):
-        AlignConfig(lock_text=True, projection_init="cca")
+ROOT = Path(__file__).parents[3]
+
+
+class SignalAfter(TrainerCallback):
+    """Ends a run after a step, as a scheduler does."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+        if state.global_step == self._step:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def read_checkpoint(output: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(output / "checkpoints" / f"checkpoint-{step}" / "trained.safetensors")
+
+
+def read_start(output: Path) -> float:
+    """The bias at the start, which is fitted to held-out images."""
+    ((bias,),) = read_results(output)["start"]["loss_parameters"].values()
+    return float(bias)
+
+
+@pytest.mark.slow
+def test_a_loss_with_a_parameter_chooses_and_resumes(prepared: Prepared, tmp_path: Path) -> None:
+    run, again = tmp_path / "run", tmp_path / "again"
+    train(prepared.data.parent, run, refit=True, save_steps=1)
+    trained = {step: float(read_checkpoint(run, step)[BIAS]) for step in (7, 8)}
+    start = read_start(run)
+    assert start != trained[7] != trained[8]
+    assert read_run_record(run)["parameters"]["loss"]["trainable"] == 1
+    # What chooses is the loss that is trained, with the parameter as it is then.
+    results = read_results(run)["held_out"]
+    losses = [results["before"]["loss"], *read_metrics(run, "held_out_loss").values()]
+    best = load_file(run / "best.safetensors")
+    assert results["best"]["loss"] <= min(losses)
+    assert (BIAS in best) and (results["best_step"] > 1)
+    assert float(best[BIAS]) != start
+    # Each fit begins with the parameter that suits held-out images.
+    (first, *_) = sorted((run / "refit/checkpoints").iterdir())
+    bias = float(load_file(first / "trained.safetensors")[BIAS])
+    # A step of Adam moves it by at most the learning rate.
+    assert 0 < abs(bias - start) < 1.1e-3 * int(first.name.split("-")[1])
+    # The parameter is in no model folder, and is resumed from a checkpoint.
+    assert not [n for n in load_file(run / "model/model.safetensors") if "logit_bias" in n]
+    options = {"refit": True, "save_steps": 1}
+    with pytest.raises(StageInterrupt):
+        train(prepared.data.parent, again, callbacks=[SignalAfter(3)], **options)
+    train(prepared.data.parent, again, resume=True, **options)
+    once, twice = (read_checkpoint(output, 8) for output in (run, again))
+    assert set(once) == set(twice)
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+
+
+def train_on_two_processes(prepared: Prepared, output: Path, **options: Any) -> None:
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
+            "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+            "--dynamo_backend", "no",
+            "--main_process_port", str(find_free_port()), "tests/helpers/sigmoid_loss.py",
+            str(prepared.data.parent), str(output), json.dumps(options),
+        ],
+        cwd=ROOT, capture_output=True, text=True, timeout=400,
+        env={
+            **os.environ, "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'helpers'}",
+        },
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{}, {"by_cosine": True}, {"max_steps": 0, "projection_init": "auto"}]
+)
+def test_two_processes_train_as_one_does(
+    prepared: Prepared, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """A parameter of the loss, without a temperature, and a closed form."""
+    train(prepared.data.parent, tmp_path / "one", refit=False, **options)
+    train_on_two_processes(prepared, tmp_path / "two", refit=False, **options)
+    one, two = (load_file(tmp_path / name / "model/model.safetensors") for name in ("one", "two"))
+    for name, value in one.items():
+        # Eight steps carry the rounding of sums in another order on.
+        torch.testing.assert_close(two[name], value, atol=1e-3, rtol=1e-3)
+    if not options:
+        biases = [read_checkpoint(tmp_path / name, 8)[BIAS] for name in ("one", "two")]
+        assert abs(float(biases[0]) - read_start(tmp_path / "one")) > 5e-4
+        torch.testing.assert_close(*biases, atol=1e-5, rtol=0)
+        losses = [read_losses(tmp_path / name) for name in ("one", "two")]
+        assert losses[1] == pytest.approx(losses[0], abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("noise", "dims", "scale"),
+    [(0.3, (), 1.0), (1.0, (), 100.0), (3.0, (2, 4), 1.0), (0.3, (2, 4), 100.0)],
+)
+def test_temperature_and_bias_start_where_the_loss_that_is_trained_is_lowest(
+    noise: float, dims: tuple[int, ...], scale: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(48, 8, generator=generator)
+    texts = images + noise * torch.randn(48, 8, generator=generator)
+    sides = (torch.nn.functional.normalize(side, dim=-1) for side in (images, texts))
+    inputs = LossInputs(*sides, LogitRule(torch.tensor([scale])), torch.arange(48), is_whole=True)
+    loss = build_loss(AlignConfig(loss="sigmoid", matryoshka_dims=dims))
+    (bias,) = loss.parameters()  # type: ignore[attr-defined]
+    before = float(bias.detach())
+    fit = fit_start(loss, inputs)
+    assert float(bias.detach()) == before and [*fit.parameters] == [*list_fitted(loss)]
+    with torch.no_grad():
+        bias.copy_(torch.tensor(next(iter(fit.parameters.values()))))
+        assert float(loss(inputs.at_scale(math.exp(fit.log_scale or 0)))) == fit.loss
+        # A grid of both finds nothing lower.
+        for log_scale in torch.arange(0, math.log(100), 0.2).tolist():
+            for ratio in torch.arange(0.2, 1.5, 0.1).tolist():
+                bias.fill_(-4 - ratio * math.exp(log_scale))
+                assert fit.loss < float(loss(inputs.at_scale(math.exp(log_scale)))) + 1e-3
+
+
+@pytest.mark.slow
+def test_a_model_as_good_as_the_closed_form_is_kept(few: Prepared, tmp_path: Path) -> None:
+    options = {"loss": "sigmoid", "max_steps": 0, "refit": False}
+    first = few.align_stored(tmp_path / "first", **options)
+    again = replace(few, model=first.model).align_stored(tmp_path / "again", **options)
+    starts = [run.results["start"] for run in (first, again)]
+    assert [start["method"] for start in starts] == ["cca", "model"]
+    # The fit ends where float32 sees no slope.
+    assert again.before.loss == pytest.approx(first.before.loss, rel=1e-4)
+    assert starts[1]["log_scale"] == pytest.approx(starts[0]["log_scale"], rel=1e-2)

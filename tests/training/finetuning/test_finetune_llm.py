@@ -14,11 +14,12 @@ import torch
 from aligning import read_losses
 from safetensors.torch import load_file
 from tiny import tiny_model
-from tuning import FLAGS, RECORDS, SHORT, hold_out_short, tune, write_captions
+from tuning import FLAGS, RECORDS, SHORT, Tuned, hold_out_short, tune, write_captions, write_pairs
 
 from modeling_llm2clip import LLM2CLIPConfig
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.base_llm2clip import read_instructions
+from modeling_llm2clip.data.captions.text_pairs import TextPair
 from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.evaluation.tasks.retrieval import measure_caption_retrieval
 from modeling_llm2clip.model_folders.model_card import CardData, read_card_data
@@ -36,31 +37,24 @@ from modeling_llm2clip.training.finetuning.finetune_llm import (
 from modeling_llm2clip.training.run_folder import add_results, read_results
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    output = tmp_path_factory.mktemp("tuned") / "run"
-    return output, tune(output)
-
-
-def test_a_run_leaves_lora_record_and_metrics(run):
-    output, tuned = run
-    lora = json.loads((output / "lora" / "adapter_config.json").read_text())
+def test_a_run_leaves_lora_record_and_metrics(tuned):
+    lora = json.loads((tuned.lora / "adapter_config.json").read_text())
     # peft's own order is that of a set of strings, which differs between processes.
     assert lora["target_modules"] == sorted(lora["target_modules"])
     assert any(name.endswith("q_proj") for name in lora["target_modules"])
-    record = json.loads((output / "run.json").read_text())
+    record = json.loads((tuned.output / "run.json").read_text())
     assert record["parameters"]["all"]["trainable"] > 0
     assert record["config"]["lora_rank"] == 16
     assert set(record["parameters"]) > {"text_model", "all"}
-    losses = read_losses(output)
+    losses = read_losses(tuned.output)
     assert len(losses) == 6 and losses[6] < losses[1]
     assert record["results"] == tuned.results and tuned.results["num_trained"] == 20
     assert 0 <= tuned.results["cra_before"] <= tuned.results["cra_after"] <= 1
 
 
 @pytest.mark.parametrize(("after", "is_worse"), [(0.4, True), (0.5, False), (0.6, False)])
-def test_an_accuracy_that_fell_is_warned_of(after, is_worse, run, tmp_path):
-    output = Path(shutil.copytree(run[0], tmp_path / "run"))
+def test_an_accuracy_that_fell_is_warned_of(after, is_worse, tuned, tmp_path):
+    output = Path(shutil.copytree(tuned.output, tmp_path / "run"))
     add_results(output, cra_before=0.5, cra_after=after)
     assert (WORSE in describe_finetuning(output)) == is_worse
     add_results(output, cra_unmerged=0.6)
@@ -71,57 +65,62 @@ def test_an_accuracy_that_fell_is_warned_of(after, is_worse, run, tmp_path):
     assert WORSE_BY_MERGING not in lines and (WORSE in lines) == is_worse
 
 
-def test_a_run_continued_from_its_checkpoint_ends_bit_for_bit_the_same(run, tmp_path):
-    output, tuned = run
-    again = tmp_path / "run"
-    shutil.copytree(output, again)
-    shutil.rmtree(again / "checkpoints" / "checkpoint-6")
-    shutil.rmtree(again / "lora")
-    continued = tune(again, resume=True)
-    assert continued.results == tuned.results
-    ours, theirs = (load_file(run.weights) for run in (tuned, continued))
+def require_same_weights(first: Tuned, second: Tuned) -> None:
+    ours, theirs = (load_file(run.weights) for run in (first, second))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_a_run_continued_from_its_checkpoint_ends_bit_for_bit_the_same(tuned, tmp_path):
+    continued = tune(tuned.copy_unfinished(tmp_path / "run"), resume=True)
+    assert continued.results == tuned.results
+    require_same_weights(continued, tuned)
+
+
 @pytest.mark.slow
-def test_hard_batches_from_a_lora_begin_where_it_ended_and_resume_bit_for_bit(run, tmp_path):
-    first = tmp_path / "first"
-    hard = replace(SHORT, num_hard_negatives=3, learning_rate=1e-3, init_lora=run[1].lora)
-    tuned = tune(first, hard)
-    assert tuned.results["cra_before"] == run[1].results["cra_after"]
-    nearest = np.load(first / "nearest_groups.npy")
+def test_hard_batches_from_a_lora_begin_where_it_ended_and_resume_bit_for_bit(tuned, tmp_path):
+    hard = replace(SHORT, num_hard_negatives=3, learning_rate=1e-3, init_lora=tuned.lora)
+    first = tune(tmp_path / "first", hard)
+    assert first.results["cra_before"] == tuned.results["cra_after"]
+    nearest = np.load(first.output / "nearest_groups.npy")
     assert nearest.shape == (20, 6)  # twice as many as are sampled, of each trained image
-    assert tuned.results["hard_negatives"] == {"method": "exact"}
-    again = tmp_path / "again"
-    shutil.copytree(first, again)
-    shutil.rmtree(again / "checkpoints" / "checkpoint-6")
-    shutil.rmtree(again / "lora")
-    weights = [load_file(each.weights) for each in (tuned, tune(again, hard, resume=True))]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert first.results["hard_negatives"] == {"method": "exact"}
+    again = first.copy_unfinished(tmp_path / "again")
+    require_same_weights(tune(again, hard, resume=True), first)
     with pytest.raises(ValueError, match="init_lora: '"):
         tune(again, replace(hard, init_lora=None), resume=True)
 
 
-@pytest.mark.slow
-def test_another_runs_folder_is_refused_with_what_differs(run):
-    with pytest.raises(ValueError, match=r"learning_rate: 0\.01 then, 0\.02 now"):
-        tune(run[0], replace(SHORT, learning_rate=2e-2), resume=True)
+def test_another_runs_folder_is_refused_with_what_differs(tuned):
+    with pytest.raises(ValueError, match=r"another run: learning_rate: 0\.01 then, 0\.02 now\. C"):
+        tune(tuned.output, replace(SHORT, learning_rate=2e-2), resume=True)
     with pytest.raises(ValueError, match="--resume"):
-        tune(run[0])
+        tune(tuned.output)
     with pytest.raises(ValueError, match="data: '"):
-        finetune_llm(tiny_model(), RECORDS[1:], run[0], SHORT, resume=True)
+        finetune_llm(tiny_model(), RECORDS[1:], tuned.output, SHORT, resume=True)
 
 
-def test_merged_equals_unmerged(tmp_path):
+def test_merged_equals_unmerged_and_keeps_instructions_and_the_record_of_a_conversion(tmp_path):
     from peft import PeftModel
 
-    folder = save_model(*tiny_model(), tmp_path / "base")
-    merged = LLM2CLIPModel.from_pretrained(
-        finetune_llm(folder, RECORDS, tmp_path / "run", replace(SHORT, merge=True))
+    instructions = {"query": "Find the image: "}
+    card = CardData(caution="Near chance.", training_data=("first",))
+    source = save_model(*tiny_model(), tmp_path / "base", instructions=instructions, card=card)
+    (source / "conversion.json").write_text("{}")
+    config = replace(SHORT, merge=True)
+    folder = finetune_llm(source, RECORDS, tmp_path / "run", config, data_name="second")
+    assert read_card_data(folder) == CardData(
+        training_data=("first", "second"), text_training_data=("second",)
     )
-    unmerged = LLM2CLIPModel.from_pretrained(folder)
-    inputs = LLM2CLIPProcessor.from_pretrained(folder)(text=["a of 3", "b of 4 five"])
+    assert read_instructions(folder) == instructions
+    assert LLM2CLIPConfig.from_pretrained(folder).instructions == instructions
+    assert (folder / "conversion_before_training.json").read_text() == "{}"
+    assert not (folder / "conversion.json").exists()
+    again = export_model(folder, tmp_path / "again")
+    assert (again / "conversion_before_training.json").is_file()
+
+    merged, unmerged = map(LLM2CLIPModel.from_pretrained, (folder, source))
+    inputs = LLM2CLIPProcessor.from_pretrained(source)(text=["a of 3", "b of 4 five"])
     before = unmerged.get_caption_embeds(**inputs)
     PeftModel.from_pretrained(unmerged.text_model, str(tmp_path / "run" / "lora"))  # in place
     with torch.no_grad():
@@ -132,85 +131,49 @@ def test_merged_equals_unmerged(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_loaded_pair_is_fine_tuned_as_its_folder_is_and_left_as_it_was(tmp_path):
+def test_a_loaded_pair_is_fine_tuned_as_its_folder_is_and_left_as_it_was(tuned, tmp_path):
+    """The shared run had a loaded pair."""
     model, processor = tiny_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     folder = save_model(model, processor, tmp_path / "base")
-    config = replace(SHORT, max_steps=2)
-    written = [
-        finetune_llm(source, RECORDS, tmp_path / name, config) / "adapter_model.safetensors"
-        for source, name in ((folder, "folder"), ((model, processor), "pair"))
-    ]
-    ours, theirs = map(load_file, written)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    finetune_llm(folder, RECORDS, tmp_path / "folder", SHORT)
+    require_same_weights(Tuned(tmp_path / "folder"), tuned)
+    finetune_llm((model, processor), RECORDS, tmp_path / "pair", replace(SHORT, max_steps=1))
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_merging_keeps_instructions_and_the_record_of_a_conversion(tmp_path):
-    instructions = {"query": "Find the image: "}
-    card = CardData(caution="Near chance.", training_data=("first",))
-    source = save_model(*tiny_model(), tmp_path / "base", instructions=instructions, card=card)
-    (source / "conversion.json").write_text("{}")
-    config = replace(SHORT, max_steps=1, merge=True)
-    merged = finetune_llm(source, RECORDS, tmp_path / "run", config, data_name="second")
-    assert read_card_data(merged) == CardData(
-        training_data=("first", "second"), text_training_data=("second",)
-    )
-    assert read_instructions(merged) == instructions
-    assert LLM2CLIPConfig.from_pretrained(merged).instructions == instructions
-    assert (merged / "conversion_before_training.json").read_text() == "{}"
-    assert not (merged / "conversion.json").exists()
-    again = export_model(merged, tmp_path / "again")
-    assert (again / "conversion_before_training.json").is_file()
+LONG = "a text that has more words than a model of so few tokens can take, of which there are "
 
 
-def test_skipped_images_with_one_caption_are_reported_and_recorded(tmp_path, capsys):
-    folder = save_model(*tiny_model(), tmp_path / "base")
-    data = write_captions(tmp_path / "captions.jsonl", "lone", "lonely")
-    output = tmp_path / "tuned"
-    command = ["finetune-llm", str(folder), str(data), str(output), *FLAGS, "--no-merge"]
-    assert main(command) == 2
-    assert "2 of 26 images" in (shown := capsys.readouterr().err) and "--skip-single" in shown
-    assert main([*command, "--skip-single-captions"]) == 0
-    assert "Skipped 2 images with one caption only." in capsys.readouterr().out
-    record = json.loads((output / "run.json").read_text())["inputs"]
-    assert record["num_single_captions_skipped"] == 2
-
-
-def test_the_command_merges_and_refuses_images_with_one_caption(tmp_path, capsys):
-    folder = save_model(*tiny_model(), tmp_path / "base")
-    data = write_captions(tmp_path / "data" / "captions.jsonl")
-    output = tmp_path / "tuned"
-    assert main(["finetune-llm", str(folder), str(data), str(output), *FLAGS]) == 0
-    assert "Next: llm2clip extract" in capsys.readouterr().out
-    assert (output / "model" / "model.safetensors").is_file()
-    data.write_text(
-        '{"group_id": "a", "captions": ["one"]}\n{"group_id": "b", "captions": ["two"]}'
-    )
-    assert main(["finetune-llm", str(folder), str(data), str(tmp_path / "other"), *FLAGS]) == 2
-    error = capsys.readouterr().err
-    assert "2 of 2 images have one caption only" in error
-    assert "b (captions.jsonl line 2)" in error
-
-
-def test_truncated_texts_are_counted_and_reported(tmp_path, capsys):
+def test_the_command_merges_skips_single_captions_and_counts_truncated_texts(tmp_path, capsys):
     folder = save_model(*tiny_model(max_text_length=32), tmp_path / "base")
-    long = "a text that has more words than a model of so few tokens can take, of which there are "
-    lines = [{"group_id": str(n), "captions": [f"{n} a", long + str(n)]} for n in range(8)]
-    lines += [{"group_id": str(n), "captions": [f"{n} a", f"{n} b"]} for n in range(8, 24)]
-    data, pairs = tmp_path / "captions.jsonl", tmp_path / "pairs.jsonl"
-    data.write_text("\n".join(map(json.dumps, lines)))
-    others = [{"query": f"q{n}", "positive": f"p{n}"} for n in range(4)]
-    pairs.write_text("\n".join(map(json.dumps, [*others, {"query": "q", "positive": long * 2}])))
-    output = tmp_path / "run"
-    command = ["finetune-llm", str(folder), str(data), str(output), *FLAGS, "--no-merge"]
-    command += ["--text-pairs", str(pairs), "1"]
-    assert main(command) == 0
-    saved = json.loads((output / "run.json").read_text())["results"]
-    # Two captions of each of 24 images, and five other pairs.
-    assert (saved["num_texts"], saved["num_truncated"]) == (48 + 10, 8 + 1)
-    assert "Truncated 9 of 58 texts, to 32 tokens." in capsys.readouterr().out
+    data = write_captions(tmp_path / "captions.jsonl", "lone", "lonely")
+    with data.open("a") as file:
+        for number in range(8):
+            line = {"group_id": f"long {number}", "captions": [f"{number}", f"{LONG}{number}"]}
+            file.write("\n" + json.dumps(line))
+    pairs = [TextPair(f"q{n}", f"q{n}", f"p{n}") for n in range(4)]
+    file = write_pairs(tmp_path / "pairs.jsonl", [*pairs, TextPair("q", "q", LONG * 2)])
+    output = tmp_path / "tuned"
+    command = ["finetune-llm", str(folder), str(data), str(output), *FLAGS]
+    command += ["--text-pairs", str(file), "1"]
+    assert main(command) == 2
+    shown = capsys.readouterr().err
+    assert "2 of 34 images have one caption only" in shown and "--skip-single" in shown
+    assert "lonely (captions.jsonl line 26)" in shown
+    assert main([*command, "--skip-single-captions"]) == 0
+    shown = capsys.readouterr().out
+    assert "Next: llm2clip extract" in shown
+    assert (output / "model" / "model.safetensors").is_file()
+    assert "Skipped 2 images with one caption only." in shown
+    record = json.loads((output / "run.json").read_text())
+    assert record["inputs"]["num_single_captions_skipped"] == 2
+    # Five captions of each of 24 images, two of each of eight, and five other pairs.
+    num_texts = 5 * 24 + 2 * 8 + 10
+    assert record["results"]["num_texts"] == num_texts
+    assert record["results"]["num_truncated"] == 8 + 1
+    assert f"Truncated 9 of {num_texts} texts, to 32 tokens." in shown
 
 
 # What is written in half precision
@@ -235,9 +198,7 @@ def measured(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_accuracy_after_is_that_of_the_merged_folder_in_its_own_dtype(
-    in_half, tmp_path, measured
-):
+def test_the_accuracy_after_is_that_of_the_merged_folder(in_half, tmp_path, measured):
     # So small a rate that bfloat16 rounds most of the LoRA away.
     config = replace(SHORT, merge=True, learning_rate=3e-5)
     with pytest.warns(UserWarning, match=r"changes \d.*% of the entries .*bfloat16"):

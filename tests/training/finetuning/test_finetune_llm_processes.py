@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from aligning import read_losses
 from launches import run_python
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -20,16 +21,20 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 import torch
+from accelerate import PartialState
 from transformers import TrainerCallback
-from tuning import SHORT, tune
+from tuning import RECORDS, SHORT, tune
 from modeling_llm2clip.training.finetuning import finetune_llm as stage
+from modeling_llm2clip.training.finetuning import finetune_trainer
+
+state, folder = PartialState(cpu=True), Path(sys.argv[1])
 
 class Keep(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):
         if state.is_world_process_zero and state.global_step == 0:
             named = {n.removeprefix("module."): p.grad for n, p in model.named_parameters()
                      if p.grad is not None}
-            torch.save(named, sys.argv[1])
+            torch.save(named, folder / "gradients")
 
 def keeping(*arguments):
     trainer = make(*arguments)
@@ -40,26 +45,41 @@ def keeping(*arguments):
             torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(len(name)))
     return trainer
 
+def writing(adapted, output):
+    with (folder / f"written by {state.process_index}").open("a") as file:
+        print(output, file=file)
+    write(adapted, output)
+
 make, stage.make_trainer = stage.make_trainer, keeping
-mini = int(sys.argv[4]) or None
-config = replace(SHORT, max_steps=1, per_device_train_batch_size=int(sys.argv[3]),
-                 mini_batch_size=mini, negatives=sys.argv[5])
-tune(Path(sys.argv[2]), config)
+write, finetune_trainer._save_lora = finetune_trainer._save_lora, writing
+mini = int(sys.argv[3]) or None
+config = replace(SHORT, max_steps=1, save_steps=1, per_device_train_batch_size=int(sys.argv[2]),
+                 mini_batch_size=mini, negatives=sys.argv[4])
+stage.check_finetuning(RECORDS, folder / "run", config)
+tune(folder / "run", config)
 """
 
 
 def compute_gradients(
     folder: Path, *, processes: int = 1, mini_batch_size: int = 0, negatives: str = "symmetric"
-):
+) -> tuple[dict[str, torch.Tensor], float]:
     """Gradients of the first step, and its loss, with a batch of eight over all processes."""
     folder.mkdir()
     script = folder / "script.py"
     script.write_text(GRADIENTS)
     words = (8 // processes, mini_batch_size, negatives)
-    run = folder / "run"
-    run_python(script, folder / "gradients", run, *words, processes=processes)
-    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
-    return torch.load(folder / "gradients", weights_only=True), first["loss"]
+    run_python(script, folder, *words, processes=processes)
+    # The processes check together, and one of them writes.
+    assert [file.name for file in folder.glob("written by *")] == ["written by 0"]
+    assert len(list((folder / "run" / "checkpoints").glob("checkpoint-*"))) == 1
+    return torch.load(folder / "gradients", weights_only=True), read_losses(folder / "run")[1]
+
+
+@pytest.fixture(scope="module")
+def compute_whole(tmp_path_factory):
+    """The same of one process, by negatives."""
+    root = tmp_path_factory.mktemp("whole")
+    return cache(lambda negatives: compute_gradients(root / negatives, negatives=negatives))
 
 
 @pytest.mark.slow
@@ -68,9 +88,9 @@ def compute_gradients(
     [("all", 2, 3), ("symmetric", 2, 0), ("all", 1, 3)],
 )
 def test_two_processes_and_cached_gradients_equal_one_whole_batch(
-    tmp_path, negatives, processes, mini_batch_size
+    tmp_path, compute_whole, negatives, processes, mini_batch_size
 ):
-    whole, loss = compute_gradients(tmp_path / "whole", negatives=negatives)
+    whole, loss = compute_whole(negatives)
     other, other_loss = compute_gradients(
         tmp_path / "other",
         processes=processes,
@@ -82,38 +102,6 @@ def test_two_processes_and_cached_gradients_equal_one_whole_batch(
     for name, gradient in whole.items():
         # float32 sums in another order, times the scale of 50.
         assert torch.allclose(other[name], gradient, rtol=1e-3, atol=1e-5), name
-
-
-SHARED = """
-import sys
-from dataclasses import replace
-from pathlib import Path
-from accelerate import PartialState
-from tuning import RECORDS, SHORT, tune
-from modeling_llm2clip.training.finetuning import finetune_trainer
-from modeling_llm2clip.training.finetuning.finetune_llm import check_finetuning
-
-state, output = PartialState(cpu=True), Path(sys.argv[1])
-
-def writing(adapted, folder):
-    with (output.parent / f"written by {state.process_index}").open("a") as file:
-        print(folder, file=file)
-    write(adapted, folder)
-
-write, finetune_trainer._save_lora = finetune_trainer._save_lora, writing
-config = replace(SHORT, max_steps=2, save_steps=1)
-check_finetuning(RECORDS, output, config)
-tune(output, config)
-"""
-
-
-@pytest.mark.slow
-def test_several_processes_check_together_and_one_writes(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SHARED)
-    run_python(script, tmp_path / "run", processes=2)
-    assert [file.name for file in tmp_path.glob("written by *")] == ["written by 0"]
-    assert len(list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))) == 2
 
 
 STOPPED = """

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from aligning import read_losses
+from aligning import read_losses, read_metrics
 from safetensors.torch import load_file
-from tuning import RECORDS, SHORT, hold_out_short, tune, write_pairs
+from tuning import RECORDS, SHORT, Tuned, hold_out_short, tune, write_pairs
 
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.finetune_config import FinetuneConfig
@@ -26,12 +26,6 @@ from modeling_llm2clip.training.trainer_mixins import count_warmup_steps
 # Of 20 images trained on, each with three pairs, in batches of 8.
 STEPS_PER_EPOCH = 7
 TEXT_PAIRS = [TextPair(f"q{n}", f"q{n}", f"p{n}", (f"n{n}",)) for n in range(9)]
-
-
-def read_metrics(output: Path, name: str) -> dict[int, float]:
-    """A number by step, where a line of the metrics has it."""
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line[name] for line in lines if name in line}
 
 
 @pytest.fixture
@@ -48,45 +42,35 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return batches
 
 
-@pytest.mark.parametrize(("weight", "num_batches"), [(0.3, 2), (1.0, 7)])
-@pytest.mark.slow
-def test_text_pairs_have_the_share_of_an_epoch_that_they_weigh(
-    tmp_path: Path, seen: list[list[str]], weight: float, num_batches: int
-) -> None:
-    file = write_pairs(tmp_path / "pairs.jsonl", TEXT_PAIRS)
-    tune(tmp_path / "run", replace(SHORT, max_steps=None, text_pairs=[(file, weight)]))
-    is_other = [texts[0].startswith("q") for texts in seen]
-    assert (sum(is_other), len(is_other)) == (num_batches, STEPS_PER_EPOCH + num_batches)
+def is_of_pairs(texts: list[str]) -> bool:
+    return texts[0].startswith(("q", "x"))
 
 
 @pytest.mark.slow
-def test_hard_batches_of_captions_leave_those_of_text_pairs_as_they_are(
-    tmp_path: Path, seen: list[list[str]]
-) -> None:
-    file = write_pairs(tmp_path / "pairs.jsonl", TEXT_PAIRS)
-    config = replace(SHORT, max_steps=None, text_pairs=[(file, 1.0)])
-    tune(tmp_path / "at random", config)
-    at_random = seen.copy()
-    seen.clear()
-    tune(tmp_path / "hard", replace(config, num_hard_negatives=3))
-    first, second = (
-        [texts for texts in batches if texts[0].startswith("q")] for batches in (at_random, seen)
-    )
-    assert len(first) == 7 and first == second
-    assert at_random != seen  # batches of captions are others
-
-
-@pytest.mark.slow
-def test_no_text_pair_shows_a_caption_that_is_held_out(
+def test_text_pairs_have_their_share_of_an_epoch_and_no_held_out_caption(
     tmp_path: Path, seen: list[list[str]]
 ) -> None:
     held_out = hold_out_short()
     with_held_out = [TextPair("x", "x", "y", (held_out[0].captions[1],)), *TEXT_PAIRS]
     file = write_pairs(tmp_path / "pairs.jsonl", with_held_out)
-    tuned = tune(tmp_path / "run", replace(SHORT, max_steps=None, text_pairs=[(file, 1.0)]))
-    assert tuned.results["num_text_pairs_lost"] == 1
-    shown = {text for texts in seen for text in texts}
-    assert shown and not shown & {caption for group in held_out for caption in group.captions}
+    batches = {}
+    for name, weight, num_hard, num_batches in (
+        ("few", 0.3, 0, 2), ("at random", 1.0, 0, 7), ("hard", 1.0, 3, 7),
+    ):  # fmt: skip
+        config = replace(
+            SHORT, max_steps=None, text_pairs=[(file, weight)], num_hard_negatives=num_hard
+        )
+        tuned = tune(tmp_path / name, config)
+        assert tuned.results["num_text_pairs_lost"] == 1
+        shown = {text for texts in seen for text in texts}
+        assert shown and not shown & {caption for group in held_out for caption in group.captions}
+        assert sum(map(is_of_pairs, seen)) == num_batches
+        assert len(seen) == STEPS_PER_EPOCH + num_batches
+        batches[name] = seen.copy()
+        seen.clear()
+    # Hard batches of captions leave those of text pairs as they are.
+    first, second = (list(filter(is_of_pairs, batches[name])) for name in ("at random", "hard"))
+    assert first == second and batches["at random"] != batches["hard"]
 
 
 def test_every_pairing_pairs_all_captions_anew(tmp_path: Path) -> None:
@@ -108,73 +92,60 @@ def test_at_a_scale_near_zero_the_loss_is_that_of_chance(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_lora_is_written_in_the_dtype_asked_for(tmp_path: Path) -> None:
-    written = {}
-    for dtype in ("float32", "bfloat16"):
-        tuned = tune(tmp_path / dtype, replace(SHORT, max_steps=2, lora_dtype=dtype))
-        written[dtype] = load_file(tuned.weights)
-    assert {value.dtype for value in written["bfloat16"].values()} == {torch.bfloat16}
-    rounded = {name: value.bfloat16() for name, value in written["float32"].items()}
-    assert all(torch.equal(value, written["bfloat16"][name]) for name, value in rounded.items())
+def test_a_lora_is_written_in_the_dtype_asked_for(tuned: Tuned, tmp_path: Path) -> None:
+    half = load_file(tune(tmp_path / "run", replace(SHORT, lora_dtype="bfloat16")).weights)
+    assert {value.dtype for value in half.values()} == {torch.bfloat16}
+    rounded = {name: value.bfloat16() for name, value in load_file(tuned.weights).items()}
+    assert all(torch.equal(value, half[name]) for name, value in rounded.items())
 
 
 @pytest.mark.slow
-def test_gradient_checkpointing_saves_memory_and_moves_no_loss(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_gradient_checkpointing_moves_no_loss(
+    tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     towers = []
     recompute = stage.recompute_activations
 
     def note(tower: torch.nn.Module) -> None:
         recompute(tower)
-        towers.append(saves_memory(tower))
+        modules = tower.modules()
+        towers.append(any(getattr(m, "gradient_checkpointing", False) for m in modules))
 
     monkeypatch.setattr(stage, "recompute_activations", note)
-    tune(tmp_path / "plain", replace(SHORT, max_steps=2))
-    tune(tmp_path / "saving", replace(SHORT, max_steps=2, gradient_checkpointing=True))
+    tune(tmp_path / "run", replace(SHORT, gradient_checkpointing=True))
     assert towers == [True]
-    # Then captions are padded and not packed, so that sums have another order.
-    wanted = pytest.approx(read_losses(tmp_path / "plain"), abs=1e-4)
-    assert read_losses(tmp_path / "saving") == wanted
-
-
-def saves_memory(tower: torch.nn.Module) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in tower.modules())
+    losses = [read_losses(output) for output in (tmp_path / "run", tuned.output)]
+    for step in (1, 2):
+        # Then captions are padded and not packed, so that sums have another order.
+        assert losses[0][step] == pytest.approx(losses[1][step], abs=1e-4)
 
 
 @pytest.mark.slow
-def test_the_accuracy_is_measured_as_often_as_asked(tmp_path: Path) -> None:
-    tuned = tune(tmp_path / "run", replace(SHORT, eval_steps=2))
-    measured = read_metrics(tmp_path / "run", "eval_cra")
-    assert list(measured) == [2, 4, 6] and measured[6] == tuned.results["cra_after"]
-    tune(tmp_path / "never", replace(SHORT, max_steps=2))
-    assert not read_metrics(tmp_path / "never", "eval_cra")
+def test_the_accuracy_is_measured_as_often_as_asked(tuned: Tuned, tmp_path: Path) -> None:
+    run = tune(tmp_path / "run", replace(SHORT, eval_steps=2))
+    measured = read_metrics(run.output, "eval_cra")
+    assert list(measured) == [2, 4, 6] and measured[6] == run.results["cra_after"]
+    assert not read_metrics(tuned.output, "eval_cra")
 
 
 @pytest.mark.slow
-def test_the_learning_rate_rises_for_the_steps_of_the_warm_up(tmp_path: Path) -> None:
-    peaks = {}
-    for warmup_steps in (1, 4):
-        output = tmp_path / str(warmup_steps)
-        tune(output, replace(SHORT, warmup_steps=warmup_steps))
-        rates = read_metrics(output, "learning_rate")
-        peaks[warmup_steps] = max(rates, key=rates.__getitem__)
-        assert rates[peaks[warmup_steps]] == SHORT.learning_rate
-    # Versions of transformers log a step's own rate, or that of the next.
-    assert peaks[4] - peaks[1] == 3
-
-
-@pytest.mark.slow
-def test_a_run_of_any_length_warms_up_for_a_tenth_of_it_at_most_and_reaches_its_peak(
-    tmp_path: Path,
-) -> None:
+def test_a_run_of_any_length_warms_up_for_a_tenth_at_most(tuned: Tuned, tmp_path: Path) -> None:
     """By default; recorded schedules, all given as numbers of steps, stay what they were."""
     usual = FinetuneConfig().warmup_steps
     assert usual == AlignConfig().warmup_steps
     for num_steps in (1, 9, 10, 20, 300, 3000):
         assert count_warmup_steps(usual, num_steps) <= num_steps / 10
     assert count_warmup_steps(20, 300) == 20
-    tune(tmp_path / "run", replace(SHORT, warmup_steps=usual, max_steps=20))
-    assert max(read_metrics(tmp_path / "run", "learning_rate").values()) == SHORT.learning_rate
-    record = json.loads((tmp_path / "run" / "run.json").read_text())["inputs"]
-    assert record["schedule"] == {"steps": 20, "warmup_steps": 2}
+    config = replace(SHORT, warmup_steps=usual, max_steps=20)
+    peaks = []
+    for run, num_steps, warmup_steps in (
+        (tuned, 6, 2), (tune(tmp_path / "run", config), 20, 2),
+        (tune(tmp_path / "long", replace(SHORT, warmup_steps=4)), 6, 4),
+    ):  # fmt: skip
+        record = json.loads((run.output / "run.json").read_text())["inputs"]
+        assert record["schedule"] == {"steps": num_steps, "warmup_steps": warmup_steps}
+        rates = read_metrics(run.output, "learning_rate")
+        peaks.append(max(rates, key=rates.__getitem__))
+        assert rates[peaks[-1]] == SHORT.learning_rate
+    # Versions of transformers log a step's own rate, or that of the next.
+    assert peaks[0] == peaks[1] == peaks[2] - 2

@@ -8,23 +8,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gloo_workers
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
-from gloo_workers import find_free_port
+from aligning import write_data
+from gloo_workers import backward_module, find_free_port, load_trained, make_batch
+from tiny import tiny_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from modeling_llm2clip.configs.align_config import AlignConfig
-from modeling_llm2clip.heads_llm2clip import LogitRule
+from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.heads_llm2clip import MAX_LOG_SCALE, LogitRule, contrastive_loss
+from modeling_llm2clip.publishing.export_model import save_model
 from modeling_llm2clip.training.losses import loss as loss_module
 from modeling_llm2clip.training.losses.choose_loss import MatryoshkaLoss, WeightedSum, build_loss
-from modeling_llm2clip.training.losses.distillation import SelfDistillationLoss
 from modeling_llm2clip.training.losses.loss import LossInputs, identify_loss
 from modeling_llm2clip.training.losses.pairs import ContrastiveLoss, SigmoidLoss
-from modeling_llm2clip.training.losses.structure import StructureLoss
+from modeling_llm2clip.training.losses.terms import SelfDistillationLoss, StructureLoss
 
 NUM_ROWS = 8
 TEMPERATURE = 0.07  # of STRUCTURE's neighborhoods
@@ -152,9 +156,7 @@ def differentiate(
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("chunk_size", [None, 1, 3, 100])
-def test_a_loss_is_that_of_its_formula_with_the_same_gradients(
-    name: str, chunk_size: int | None
-) -> None:
+def test_a_loss_has_the_gradients_of_its_formula(name: str, chunk_size: int | None) -> None:
     make, formula = LOSSES[name]
     wanted, found = differentiate(formula), differentiate(make(chunk_size))
     assert len(wanted) > 1 and set(wanted) <= set(found)
@@ -275,3 +277,94 @@ def test_what_a_loss_lacks_is_named() -> None:
         MatryoshkaLoss(ContrastiveLoss(), (2, 6, 9))(inputs)
     with pytest.raises(ValueError, match="vision_training=frozen trains none"):
         AlignConfig(distillation_weight=1.0)
+
+
+WHOLE = slice(0, NUM_ROWS)
+# Sums of a few float32 numbers in another order.
+CLOSE = {"atol": 2e-6, "rtol": 1e-5}
+
+
+def test_the_grouped_loss_is_the_plain_one_when_all_groups_differ() -> None:
+    image, text = (F.normalize(torch.randn(6, 8), dim=-1) for _ in range(2))
+    scale = torch.tensor([10.0])
+    grouped = ContrastiveLoss()(LossInputs(image, text, LogitRule(scale), torch.arange(6)))
+    torch.testing.assert_close(grouped, contrastive_loss(scale * image @ text.T), **CLOSE)
+
+
+def test_rows_of_the_same_group_do_not_repel_each_other() -> None:
+    image = F.normalize(torch.randn(2, 8), dim=-1)
+    # Both rows show the same thing, so neither has a negative, and nothing is left to lose.
+    inputs = LossInputs(image, image.flip(0), LogitRule(torch.tensor([10.0])), torch.zeros(2))
+    loss = ContrastiveLoss()(inputs)
+    assert loss.item() == 0.0
+
+
+def test_rounded_embeddings_are_compared_in_float32() -> None:
+    rounded = [F.normalize(torch.randn(6, 8), dim=-1).bfloat16() for _ in range(2)]
+    others = LogitRule(torch.ones(1)), torch.arange(6)
+    found = ContrastiveLoss()(LossInputs(*rounded, *others))
+    assert found.dtype == torch.float32
+    wanted = ContrastiveLoss()(LossInputs(*(part.float() for part in rounded), *others))
+    assert torch.equal(found, wanted)
+
+
+def test_the_chunked_loss_never_holds_the_whole_matrix() -> None:
+    image, text = (F.normalize(torch.randn(256, 4), dim=-1) for _ in range(2))
+    image.requires_grad_(True)
+    kept: list[int] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    for chunk_size in (None, 16):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            inputs = LossInputs(image, text, LogitRule(torch.tensor([10.0])), torch.arange(256))
+            ContrastiveLoss(chunk_size=chunk_size)(inputs)
+        # What is kept for the backward pass: the matrix of logits, or rows of four numbers.
+        assert (max(kept) >= 256 * 256) == (chunk_size is None)
+
+
+def test_rows_that_do_not_pair_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(2, 4\).*\(3, 4\).*must pair row by row"):
+        ContrastiveLoss()(
+            LossInputs(torch.ones(2, 4), torch.ones(3, 4), LogitRule(torch.ones(1)), torch.zeros(2))
+        )
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, list[Any]]:
+    """Run a batch shared by two processes over gloo, once for all tests."""
+    folder = tmp_path_factory.mktemp("gloo")
+    model, processor = tiny_model()
+    save_model(model, processor, folder / "exported")
+    batch = make_batch(folder / "exported", load_records(write_data(folder / "data")))
+    torch.multiprocessing.spawn(gloo_workers.work, args=(find_free_port(), folder, batch), nprocs=2)
+    return folder, batch, [torch.load(folder / f"{r}.pt", weights_only=True) for r in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapped_by", ["module", "sharded"], ids=["DDP", "FSDP2"])
+def test_two_processes_give_the_gradients_of_one(two_processes: Any, wrapped_by: str) -> None:
+    folder, batch, parts = two_processes
+    model = load_trained(folder / "exported")
+    loss = backward_module(model, batch, WHOLE)
+    mean = (parts[0][f"{wrapped_by}_loss"] + parts[1][f"{wrapped_by}_loss"]) / 2
+    torch.testing.assert_close(mean, loss, **CLOSE)
+    wanted = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert {"logit_scale.log_scale", "visual_projection.weight"} < set(wanted)
+    assert any(name.startswith("vision_model.") for name in wanted)
+    for part in parts:
+        assert set(part[wrapped_by]) == set(wanted)
+        for name, gradient in wanted.items():
+            # Two layers of float32 sums in another order, gradients of about 1.
+            torch.testing.assert_close(
+                part[wrapped_by][name], gradient, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: n + m
+            )
+
+
+@pytest.mark.slow
+def test_a_sharded_temperature_is_clamped_too(two_processes: Any) -> None:
+    for part in two_processes[2]:
+        assert part["clamped"].item() == pytest.approx(MAX_LOG_SCALE)  # float32

@@ -1,0 +1,315 @@
+"""A run is continued with what it was begun with, by one process at a time; checkpoints by step."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aligning import NUM_RECORDS, KillAtBegin, Prepared, Run, read_losses
+from launches import ROOT
+from safetensors.torch import load_file, save_file
+from tiny import draw_noise, tiny_model
+from tuning import RECORDS, SHORT, Tuned, tune
+
+from modeling_llm2clip.configs.encoding_config import ExtractConfig
+from modeling_llm2clip.data.store.store_manifest import StoreManifest
+from modeling_llm2clip.embedding.extract import extract
+from modeling_llm2clip.model_folders.model_writing import save_model
+from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
+from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
+from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
+from modeling_llm2clip.training.run_folder import (
+    CHECKPOINTS,
+    LOCK_FILE,
+    _hold,
+    lock_run,
+    mark_complete,
+)
+
+
+@pytest.fixture
+def here(prepared: Prepared, tmp_path: Path) -> Prepared:
+    """A copy of `prepared` that a test may change, with a run that was begun on it."""
+    root = tmp_path / "prepared"
+    shutil.copytree(prepared.model.parent, root)
+    copied = Prepared(root / "data", root / "exported", root / "captions", root / "images")
+    copied.begin(root / "run")
+    return copied
+
+
+def move_weight(folder: Path, name: str) -> None:
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    save_file({**weights, name: weights[name] + 1}, file, metadata={"format": "pt"})
+
+
+def move_head(here: Prepared) -> Prepared:
+    move_weight(here.model, "visual_projection.weight")
+    return here
+
+
+def replace_image(here: Prepared) -> Prepared:
+    draw_noise(seed=1).save(here.data / "07.jpg")
+    return here
+
+
+def change_bytes(here: Prepared) -> Prepared:
+    """As many others: the last ones of a JPEG are of its pixels and its end."""
+    file = here.data / "07.jpg"
+    content = file.read_bytes()
+    file.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    return here
+
+
+def move_images(here: Prepared) -> Prepared:
+    """As many bytes of each name in another folder, which `--image-dir` may say."""
+    return replace(here, data=Path(shutil.copytree(here.data, here.data.parent / "other")))
+
+
+def store_in_another_dtype(here: Prepared) -> Prepared:
+    shutil.rmtree(here.captions)
+    config = ExtractConfig(store_dtype="float16", device="cpu")
+    extract(here.model, here.records, here.captions, config, modality="text")
+    return here
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (move_head, "fingerprint.head.weights"),
+        (replace_image, "images.content"),
+        (change_bytes, "images.content"),
+        (move_images, "images.first"),
+        (store_in_another_dtype, "caption_store.manifest"),
+    ],
+)
+def test_an_alignment_needs_its_inputs(
+    here: Prepared, change: Callable[[Prepared], Prepared], named: str
+) -> None:
+    run = here.model.parent / "run"
+    here.begin(run, resume=True)
+    changed = change(here)
+    with pytest.raises(ValueError, match=rf"another run: {named}: '[^']+' then, '[^']+' now\. "):
+        changed.align(run, resume=True)
+
+
+def test_a_fine_tuning_needs_its_processes_and_precision(tuned: Tuned, tmp_path: Path) -> None:
+    run = tuned.copy_unfinished(tmp_path / "run")
+    record = json.loads((run / "run.json").read_text())
+    for name, value in {"num_processes": 2, "in_bfloat16": True}.items():
+        changed = {**record, "inputs": {**record["inputs"], name: value}}
+        (run / "run.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=rf"another run: {name}: {value} then, \w+ now\. Cho"):
+            tune(run, resume=True)
+
+
+@pytest.mark.slow
+def test_a_fine_tuning_is_not_continued_on_another_llm(tmp_path: Path) -> None:
+    folder = save_model(*tiny_model(), tmp_path / "base")
+    with pytest.raises(KeyboardInterrupt):
+        finetune_llm(folder, RECORDS, tmp_path / "run", SHORT, callbacks=[KillAtBegin()])
+    move_weight(folder, "text_model.norm.weight")
+    with pytest.raises(ValueError, match=r"another run: fingerprint\.weights: '"):
+        finetune_llm(folder, RECORDS, tmp_path / "run", SHORT, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ("{}", "run.json has no config and inputs, so this package did not write it"),
+        ("[]", "run.json has no config and inputs"),
+        ("half", "run.json cannot be read"),
+        (
+            '{"config": {"max_steps": 2}, "inputs": {}}',
+            "another run: .*caption_noise: None then, 0.0 now",
+        ),
+    ],
+)
+def test_a_foreign_or_older_record_is_refused(
+    prepared: Prepared, tmp_path: Path, record: str, message: str
+) -> None:
+    (tmp_path / "run.json").write_text(record)
+    with pytest.raises(ValueError, match=message):
+        prepared.align(tmp_path, resume=True)
+
+
+def test_options_that_change_no_number_may_differ(tuned: Tuned, tmp_path: Path) -> None:
+    run = tuned.copy_unfinished(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        tune(run, replace(SHORT, report_to=("none",)), resume=True, callbacks=[KillAtBegin()])
+
+
+def open_dataset(here: Prepared, records: Any) -> AlignmentDataset:
+    processor = LLM2CLIPProcessor.from_pretrained(here.model)
+    return AlignmentDataset(records, processor, image_store=here.image_store)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [replace_image, change_bytes])
+def test_a_store_of_other_images_is_refused(
+    here: Prepared, change: Callable[[Prepared], Prepared]
+) -> None:
+    change(here)
+    with pytest.raises(ValueError, match=r"other images of these names \(images \w+ then, \w+"):
+        open_dataset(here, here.records)
+
+
+def test_a_store_of_images_outlives_other_captions_of_them(prepared: Prepared) -> None:
+    edited = [replace(r, captions=("another",)) for r in reversed(prepared.records)]
+    assert len(open_dataset(prepared, edited)) == NUM_RECORDS
+
+
+def test_without_the_images_a_store_of_them_belongs_to_its_own_data(prepared: Prepared) -> None:
+    bare = [replace(record, image=None) for record in prepared.records]
+    assert len(open_dataset(prepared, bare)) == NUM_RECORDS
+    edited = [replace(record, captions=("another",)) for record in bare]
+    with pytest.raises(ValueError, match=r"other images of these names \(data \w+ then, \w+ now"):
+        open_dataset(prepared, edited)
+
+
+def test_a_name_of_two_images_is_refused(prepared: Prepared, tmp_path: Path) -> None:
+    first, second = prepared.records[:2]
+    twice = [first, replace(second, name=first.name, lang="de")]
+    config = ExtractConfig(device="cpu")
+    with pytest.raises(ValueError, match=r"1 name shared by several images: 00\.jpg"):
+        extract(prepared.model, twice, tmp_path / "store", config, modality="image")
+    copied = tmp_path / "copy.jpg"
+    shutil.copy(first.path, copied)
+    same = [first, replace(first, image=copied, lang="de")]
+    folder = extract(prepared.model, same, tmp_path / "store", config, modality="image")
+    assert StoreManifest.read(folder).num_rows == 1
+
+
+FUTURE = time.time() + 10 * 365 * 86_400
+IN_USE = "run is in use: another process trains in it now"
+
+
+def list_steps(output: Path) -> list[int]:
+    folders = (output / CHECKPOINTS).glob("checkpoint-*")
+    return sorted(int(folder.name.removeprefix("checkpoint-")) for folder in folders)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.slow
+def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(
+    prepared: Prepared, finished: Run, tmp_path: Path, resume: bool
+) -> None:
+    output = tmp_path / "run"
+    if resume:
+        finished.copy_without_model(output)
+    with lock_run(output):
+        before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+        with pytest.raises(ValueError, match=IN_USE):
+            prepared.align(output, resume=resume)
+        with pytest.raises(ValueError, match=IN_USE):
+            tune(output, SHORT, resume=resume)
+        assert before == {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert not (output / LOCK_FILE).exists()
+    assert prepared.align(output, resume=resume).results["steps"] == 6
+    assert not (output / LOCK_FILE).exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that are forked")
+def test_the_lock_ends_with_its_process_and_not_with_its_workers(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    script = (
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from modeling_llm2clip.training.run_folder import _hold\n"
+        "with _hold(Path(sys.argv[1])):\n"
+        "    if os.fork() == 0:\n"
+        "        os.close(1)\n"
+        "        time.sleep(5)\n"
+        "        os._exit(0)\n"
+        "    time.sleep(0.5)\n"
+        "    print('locked', flush=True)\n"
+        "    time.sleep(300)\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", script, str(output)], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match=IN_USE), lock_run(output):
+            pytest.fail("both hold it")
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate(timeout=60)
+    assert (output / LOCK_FILE).is_file()  # which locks nothing any more
+    with lock_run(output):
+        pass
+    assert not output.exists()
+
+
+def test_a_refused_run_leaves_no_folder(prepared: Prepared, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="too few for a batch"):
+        prepared.align(tmp_path / "run", global_batch_size=20, held_out_ratio=0.5)
+    assert not (tmp_path / "run").exists()
+
+
+def test_runs_that_begin_and_end_at_once_are_refused_or_run(tmp_path: Path) -> None:
+    """One removes its empty folder as another opens it, which raised in every try."""
+
+    def begin_and_end(_: int) -> int:
+        held = 0
+        for _ in range(300):
+            with _hold(tmp_path / "run") as is_held:
+                held += is_held
+        return held
+
+    with ThreadPoolExecutor(4) as pool:
+        held = list(pool.map(begin_and_end, range(4)))
+    assert sum(held) > 0
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError), _hold(tmp_path / "file"):
+        pass
+
+
+def test_the_last_two_checkpoints_are_kept_whatever_their_times(tmp_path: Path) -> None:
+    for step, seconds in ((9, FUTURE), (10, FUTURE), (100, 0.0), (11, FUTURE)):
+        folder = tmp_path / CHECKPOINTS / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        os.utime(folder, (seconds, seconds))
+    mark_complete(tmp_path, 100)
+    assert list_steps(tmp_path) == [11, 100]
+
+
+@pytest.mark.parametrize("stage", ["align", "finetune-llm"])
+@pytest.mark.slow
+def test_checkpoints_of_the_future_are_resumed(
+    stage: str, prepared: Prepared, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+
+    def run(**options: Any) -> None:
+        if stage == "align":
+            prepared.align(output, save_steps=1, max_steps=3, **options)
+        else:
+            tune(output, replace(SHORT, save_steps=1, max_steps=3, warmup_steps=1), **options)
+
+    run()
+    wanted = read_losses(output)
+    assert list_steps(output) == [2, 3]
+    checkpoints = output / CHECKPOINTS
+    shutil.rmtree(output / "model", ignore_errors=True)
+    shutil.rmtree(checkpoints / "checkpoint-3")
+    shutil.copytree(checkpoints / "checkpoint-2", checkpoints / "checkpoint-1")
+    for folder in checkpoints.iterdir():
+        os.utime(folder, (FUTURE, FUTURE))
+    run(resume=True)
+    assert list_steps(output) == [2, 3] and read_losses(output) == wanted
