@@ -236,6 +236,7 @@ SLOW = {
     "cached by NFKC", "cached by words", "cached by both ends", "all kinds of spaces",
     "space separators", "escaped", "no markup", "cut at 100", "cut at an odd length", "NFC", "NFD",
     "case-folded", "question marks", "gray", "JPEG 95, full chroma", "accents", "ASCII",
+    "one line", "quotes", "rows sorted by length",
 }  # fmt: skip
 
 
