@@ -240,7 +240,7 @@ def test_a_store_of_another_model_is_refused(prepared: Prepared, tmp_path: Path)
     refuse(prepared, tmp_path / "run", r"another model.*weights: '\w+' in the", caption_store=store)
 
 
-def test_a_run_needs_its_processes_and_precision(
+def test_a_run_keeps_processes_and_precision(
     prepared: Prepared, finished: Run, tmp_path: Path
 ) -> None:
     run = finished.copy_without_model(tmp_path / "run")
@@ -280,9 +280,7 @@ def test_another_run_s_folder_is_refused(prepared: Prepared, finished: Run, tmp_
         prepared.align(tmp_path / "full")
 
 
-def test_stored_embeddings_that_are_not_finite_stop_a_run(
-    prepared: Prepared, tmp_path: Path
-) -> None:
+def test_stored_embeddings_not_finite_stop_a_run(prepared: Prepared, tmp_path: Path) -> None:
     store = prepared.caption_store
     rows = np.concatenate([store.rows_of(5), store.rows_of(5, long=True)])
     message = (
