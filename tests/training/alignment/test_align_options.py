@@ -205,7 +205,7 @@ def test_a_loss_computes_in_float32_of_any_towers(prepared: Prepared, tmp_path: 
 
     prepared.align(
         tmp_path / "run", precision="bfloat16", max_steps=1, text_training="frozen-online",
-        loss=compare,
+        loss_function=compare,
     )  # fmt: skip
     assert seen == {torch.float32}
 

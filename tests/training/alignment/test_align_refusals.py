@@ -254,15 +254,15 @@ def test_a_run_keeps_processes_and_precision(
 
 
 def test_a_run_is_not_continued_with_another_loss(prepared: Prepared, tmp_path: Path) -> None:
-    prepared.begin(tmp_path / "run", loss=MarginLoss(0.5))
+    prepared.begin(tmp_path / "run", loss_function=MarginLoss(0.5))
     with pytest.raises(ValueError, match=r"loss_class: 'MarginLoss\(margin=0\.5\)' then, .*0\.1\)"):
-        prepared.align(tmp_path / "run", loss=MarginLoss(0.1), resume=True)
-    prepared.begin(tmp_path / "run", loss=MarginLoss(0.5), resume=True)
+        prepared.align(tmp_path / "run", loss_function=MarginLoss(0.1), resume=True)
+    prepared.begin(tmp_path / "run", loss_function=MarginLoss(0.5), resume=True)
 
 
 def test_a_run_whose_loss_is_always_0_writes_no_model(prepared: Prepared, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="The loss was 0 in all of 2 steps"):
-        prepared.align(tmp_path / "run", max_steps=2, loss=MarginLoss(-3.0))
+        prepared.align(tmp_path / "run", max_steps=2, loss_function=MarginLoss(-3.0))
     assert not (tmp_path / "run" / "model").exists()
 
 
