@@ -47,7 +47,7 @@ BUDGETS = {
     "conversion": 600,
     "data": 4678,
     "demo": 86,
-    "doctor": 1349,
+    "doctor": 1348,
     "embedding": 1130,
     "encoding": 703,
     "evaluation": 2844,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from breaking import find
+from breaking import choose_checks, find
 from endpoints import (
     BadRequestError,
     Break,
@@ -23,7 +23,7 @@ from endpoints import (
     set_pooling,
 )
 from served_apps import run_app
-from server_checking import check, choose_checks
+from server_checking import check
 from tiny import tiny_model
 
 from modeling_llm2clip import LLM2CLIPVisionModel
@@ -266,7 +266,7 @@ def test_the_command_prints_the_report_and_its_exit_code(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(server_checks, "_PLANNED", choose_checks("texts"))
+    monkeypatch.setattr(server_checks, "_PLANNED", choose_checks(server_checks._PLANNED, "texts"))
     with Endpoint(served) as endpoint:
         url = endpoint.url
         words = ["doctor", str(served), "--server", url, "--schema", "jina", "--device", "cpu"]
