@@ -40,18 +40,18 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2304,
+    ".": 2301,
     "building": 1356,
     "cli": 1114,
     "configs": 836,
     "conversion": 600,
     "data": 4678,
     "demo": 86,
-    "doctor": 1349,
+    "doctor": 1348,
     "embedding": 1130,
     "encoding": 703,
     "evaluation": 2844,
-    "model_folders": 1326,
+    "model_folders": 1325,
     "publishing": 947,
     "recipes": 444,
     "scheduling": 83,
@@ -293,10 +293,10 @@ FIRST_IMPORTS = (
     "import modeling_llm2clip.model_folders.model_loading",
     "from transformers import AutoModel; import modeling_llm2clip",
 )
-# Each order needs a fresh process; forks of one that has torch already save seconds.
+# Each order needs a fresh process; forks of one that has these libraries already save seconds.
 TRY_EACH_FIRST_IMPORT = """
 import os, sys
-import torch, torchvision
+import huggingface_hub, PIL.Image, safetensors.torch, tokenizers, torch, torchvision
 for number, first in enumerate(FIRST_IMPORTS):
     if os.fork() == 0:
         exec(first)
