@@ -123,8 +123,7 @@ def test_an_index_is_found_until_a_file_changes_and_never_where_no_change_would_
     with ShardServer(folder, tags=False) as server:
         url = f"{server.url}/00000.tar"
         assert describe_states([url]) == [None]
-        files = {load_records(url).file for _ in range(2)}
-        assert len(files) == 2 and not any("records" in str(f.parent.parent) for f in files if f)
+        assert load_records(url).file != load_records(url).file  # is built each time
 
 
 def replace_file(file: Path, content: bytes) -> None:
