@@ -73,8 +73,10 @@ def require_no_machine_path(notebook: Any) -> None:
     places = {str(EXAMPLES.parent), str(Path.home()), tempfile.gettempdir(), sys.prefix}
     for number, cell in enumerate(notebook.cells):
         shown = str(cell.get("outputs", ""))
-        if found := [place for place in places if len(place) > 1 and place in shown]:
-            raise ValueError(f"Cell {number} shows {found}. Print a name, not a path:\n{shown}")
+        if shown_paths := [place for place in places if len(place) > 1 and place in shown]:
+            raise ValueError(
+                f"Cell {number} shows {shown_paths}. Print a name, not a path:\n{shown}"
+            )
 
 
 def _join_stdout(outputs: list[Any]) -> list[Any]:

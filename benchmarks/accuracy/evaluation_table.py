@@ -7,11 +7,11 @@
   the ordinary CLIP begins from nothing, it is also trained for more steps (`--steps`).
 - `--long-captions` asks the text encoders alone, without images: the first half of a caption
   looks for its second half, by length, and (`cra`) one caption of an image for its other one. Ours
-  is there twice: as it is, and with every text truncated at what a 77-token encoder reads.
+  is there twice: as it is, and with every text truncated to the limit of a 77-token encoder.
 - CLIP, SigLIP2, the layout of EVA02-CLIP and sentence-transformers go through the same code with
   tiny random weights: such a row shows the path, not a score.
 
-With `--work` a stopped run goes on: what is trained or measured there is not done again.
+With `--work` a stopped run goes on: nothing is trained or measured twice.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _evaluate_texts(
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("model", type=Path, help="what llm2clip demo wrote")
+    parser.add_argument("model", type=Path, help="model folder that llm2clip demo wrote")
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 300], help="of the baseline")
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--long-captions", type=Path, help="JSON lines with captions")
@@ -176,17 +176,17 @@ def _parse() -> argparse.Namespace:
 
 
 def _train_baselines(arguments: argparse.Namespace, work: Path) -> Any:
-    """Yield name, folder and what was done, one baseline a number of steps."""
+    """Yield name, folder and record of the training: one baseline per number of steps."""
     chosen = list(islice(split_emoji(seed=0)[0], arguments.most_images))
     tower = AutoModel.from_pretrained(fetch_tower(EFFICIENTNET)).timm_model
     features = None
     for steps in arguments.steps:
         settings = OrdinaryClipConfig(steps=steps, batch_size=arguments.batch_size)
         name, folder = f"ordinary CLIP, {steps} steps", work / f"ordinary-clip-{steps}"
-        record, wanted = folder / "training.json", {**asdict(settings), "images": len(chosen)}
+        record, expected = folder / "training.json", {**asdict(settings), "images": len(chosen)}
         if record.is_file():
             trained = json.loads(record.read_text("utf-8"))
-            if {key: trained[key] for key in wanted} != wanted:
+            if {key: trained[key] for key in expected} != expected:
                 raise ValueError(f"{folder} was trained otherwise. Name another --work.")
             yield name, folder, trained
             continue
@@ -195,7 +195,7 @@ def _train_baselines(arguments: argparse.Namespace, work: Path) -> Any:
         started = time.monotonic()
         losses = train_ordinary_clip(model, chosen, features, settings)
         trained = {
-            **wanted,
+            **expected,
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "final_loss": round(losses[-1], 4),
             "seconds": round(time.monotonic() - started),

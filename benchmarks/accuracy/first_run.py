@@ -55,7 +55,7 @@ from modeling_llm2clip.training.run_folder import read_results
 
 ROOT = Path(__file__).parents[2]
 RECIPE = re.compile(r"<!-- recipe -->\n```bash\n(.*?)```", re.DOTALL)
-# What the README calls the user's images, the model that they are embedded with, and its results.
+# Names in the README: the user's images, the model that embeds them, and the results.
 IMAGES, MODEL, ALIGNED = "my-images", "my-model", "aligned"
 STORES: dict[Modality, str] = {"text": "captions", "image": "images"}
 RECIPE_NAME, CLOSED_FORM = "README's recipe", "closed form alone"
@@ -75,7 +75,7 @@ OTHER_SETTINGS = {
 
 
 def main() -> int:
-    """Run every dataset, write what was measured, and compare with the bar."""
+    """Measure every dataset, record the scores, and compare them with the bar."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("data", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--existing", type=Path, help="such as llm2clip-demo/model; default: none")
@@ -109,8 +109,8 @@ def main() -> int:
     print(json.dumps(measured, indent=2))
     missed = [
         name
-        for name, found in measured.items()
-        if found["recipe_r1"] < LEAST_SHARE_OF_BEST * found["best_r1"]
+        for name, entry in measured.items()
+        if entry["recipe_r1"] < LEAST_SHARE_OF_BEST * entry["best_r1"]
     ]
     if missed:
         print(f"The recipe reaches less than {LEAST_SHARE_OF_BEST} of the best setting: {missed}")
@@ -127,16 +127,16 @@ def read_earlier(file: Path, record: dict[str, Any]) -> dict[str, Any]:
     """Datasets that a file has, if it was written by the same code on the same machine."""
     if not file.is_file():
         return {}
-    found = json.loads(file.read_text(encoding="utf-8"))
-    same = all(found.get(name) == value for name, value in record.items())
-    return dict(found["datasets"]) if same else {}
+    recorded = json.loads(file.read_text(encoding="utf-8"))
+    same = all(recorded.get(name) == value for name, value in record.items())
+    return dict(recorded["datasets"]) if same else {}
 
 
 class Dataset:
     """A dataset with the model and the stores of all its images."""
 
     def __init__(self, source: Path, whole: Path) -> None:
-        """Run the commands of the recipe that train nothing; `whole` may have what they write."""
+        """Run the commands of the recipe that train nothing, unless `whole` has their outputs."""
         self.source, self.whole = source, whole
         self.lines = read_lines(source)
         is_new = not whole.exists()
@@ -214,15 +214,15 @@ def summarize_dataset(dataset: Dataset, splits: list[dict[str, Any]]) -> dict[st
 
 
 def summarize(splits: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
-    """Means over the splits with standard errors, by setting, and what each split had.
+    """Compute means and standard errors over the splits by setting, beside the splits' scores.
 
     `minus_closed_form` has the same of the differences of R@1 from the closed form alone.
     """
     summary: dict[str, Any] = {}
     for name in splits[0]:
-        found = [scores[name] for scores in splits]
+        of_splits = [scores[name] for scores in splits]
         summary[name] = {
-            measure: describe([scores[measure] for scores in found]) for measure in found[0]
+            measure: describe([scores[measure] for scores in of_splits]) for measure in of_splits[0]
         }
         if CLOSED_FORM in splits[0] and name != CLOSED_FORM:
             summary[name]["minus_closed_form"] = describe(
@@ -297,12 +297,12 @@ def prepare_split(dataset: Dataset, folder: Path, *, seed: int) -> TestImages:
 def number_rows(records: Sequence[CaptionedImage], modality: Modality) -> dict[str, int]:
     """Row of each caption, or of the image of each name, in the store of some records."""
     if modality == "image":
-        found = dict.fromkeys(record.name for record in records)
+        keys = dict.fromkeys(record.name for record in records)
     else:
-        found = dict.fromkeys(
+        keys = dict.fromkeys(
             text for record in records for text in (*record.captions, *record.long_captions)
         )
-    return {text: row for row, text in enumerate(found)}
+    return {text: row for row, text in enumerate(keys)}
 
 
 def write_part(
@@ -319,15 +319,15 @@ def write_part(
     planned = plan_store(model, table, encoder, config, modality)
     items = partial(list_items, table, planned)
     writer = EmbeddingStoreWriter.open(folder / STORES[modality], planned, items)
-    wanted = [rows[text] for text in number_rows(records, modality)]
+    chosen_rows = [rows[text] for text in number_rows(records, modality)]
     for shard in writer.list_missing():
-        own = writer.manifest.rows_of_shard(shard)
-        writer.write(shard, store.read([wanted[row] for row in own]))
+        shard_rows = writer.manifest.rows_of_shard(shard)
+        writer.write(shard, store.read([chosen_rows[row] for row in shard_rows]))
     writer.finish()
 
 
 def run(command: str, folder: Path) -> None:
-    """Run a command of the README with this package, and show what it says."""
+    """Run a command of the README with this package, and show its output."""
     print(f"$ {command}", flush=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     program = f"{sys.executable} -m modeling_llm2clip "

@@ -1,4 +1,4 @@
-"""What an alignment makes a dual encoder forget, and what keeps it: classification and retrieval.
+"""Forgetting: how alignment changes a dual encoder's classification and retrieval.
 
     python -m benchmarks.accuracy.forgetting emoji=FOLDER openclipart=FOLDER \\
         photographs=FOLDER --work WORK
@@ -10,7 +10,7 @@ first two and all of the last, whose captions name no categories: plainly, near 
 both. Beside them are the inherited text side alone, and weights between those before and after.
 Held-out images of the first two are classified by their category, those of the last one are found
 by their captions. Everything is repeated with several seeds; the dual encoder is trained once.
-`--work` keeps it, so that a second call goes on from there, and what is measured is written after
+`--work` keeps it, so that a second call goes on from there, and scores are written after
 each run.
 """
 
@@ -73,7 +73,7 @@ FOLDERS = ("all", "aligned", "chosen", "test", "labeled")
 
 
 def main() -> None:
-    """Train, align, measure, and write what was measured."""
+    """Train, align and measure; write the scores after each run."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("data", nargs=3, metavar="NAME=FOLDER")
     parser.add_argument("--work", type=Path, required=True, help="keeps data, models and stores")
@@ -116,20 +116,20 @@ def write_data(sources: Mapping[str, str], work: Path) -> None:
     """
     lines: dict[str, list[dict[str, Any]]] = {name: [] for name in FOLDERS if name != "labeled"}
     for name, source in sources.items():
-        found = [json.loads(line) for line in (Path(source) / "captions.jsonl").open("r")]
-        found = [line for line in found if line.get("lang", "en") == "en"]
-        random.Random(0).shuffle(found)
-        for line in found:
+        captioned = [json.loads(line) for line in (Path(source) / "captions.jsonl").open("r")]
+        captioned = [line for line in captioned if line.get("lang", "en") == "en"]
+        random.Random(0).shuffle(captioned)
+        for line in captioned:
             line["image"] = str((Path(source) / line["image"]).resolve())
-        count = min(MOST_HELD_OUT, len(found) // 5)
+        count = min(MOST_HELD_OUT, len(captioned) // 5)
         is_last = name == list(sources)[-1]
         if is_last:
-            lines["test"], lines["chosen"] = found[:count], found[count : 2 * count]
-            lines["aligned"] += found[2 * count :]
-            lines["all"] += found[2 * count :]
+            lines["test"], lines["chosen"] = captioned[:count], captioned[count : 2 * count]
+            lines["aligned"] += captioned[2 * count :]
+            lines["all"] += captioned[2 * count :]
         else:
-            link_by_category(found[:count], work / "labeled")
-            described = [add_keywords(line) for line in found[count:]]
+            link_by_category(captioned[:count], work / "labeled")
+            described = [add_keywords(line) for line in captioned[count:]]
             lines["all"] += [add_category(line) for line in described]
             lines["aligned"] += described[::2]
     for name, chosen in lines.items():
@@ -154,13 +154,13 @@ def add_category(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def name_category(line: Mapping[str, Any]) -> str:
-    """Return in words what kind of thing an image shows."""
+    """Return the category of an image in words."""
     category = str(line.get("subgroup") or line["category"]).rpartition("/")[2]
     return category.replace("-", " ").replace("_", " ")
 
 
 def link_by_category(lines: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Link images into folders that are named by what they show."""
+    """Link images into a folder for each category."""
     for line in lines:
         place = folder / name_category(line)
         place.mkdir(parents=True, exist_ok=True)
@@ -224,7 +224,7 @@ def prepare_pixels(image_processor: Any, images: Sequence[Any]) -> Tensor:
 
 
 def prepare(work: Path) -> None:
-    """Build the model that is aligned, and extract what no run changes."""
+    """Build the model to align, and extract the embeddings that all runs share."""
     if not (work / "kept").exists():
         clip = str(work / "clip")
         build_untrained(work / "kept", BuildConfig(keep_projection=True), vision=clip)
@@ -276,17 +276,17 @@ def run_condition(work: Path, condition: str, seed: int, steps: int) -> list[dic
 
 def measure(model: Path, work: Path) -> dict[str, float]:
     """Accuracy on labeled images, and R@1 of held-out captions and images."""
-    found = {}
+    scores = {}
     for task, dataset in (
         ("classification", f"image-folder={work / 'labeled'}"), ("retrieval", str(work / "test")),
     ):  # fmt: skip
         config = EvaluationConfig(output=model.parent / f"scores-{model.name}-{task}")
         [result] = evaluate(model, dataset, config, tasks=[task])
-        found[task] = result.scores
+        scores[task] = result.scores
     return {
-        "accuracy": found["classification"]["top_1"]["value"],
-        "t2i_r1": found["retrieval"]["t2i"]["hit_rate_at_1"],
-        "i2t_r1": found["retrieval"]["i2t"]["hit_rate_at_1"],
+        "accuracy": scores["classification"]["top_1"]["value"],
+        "t2i_r1": scores["retrieval"]["t2i"]["hit_rate_at_1"],
+        "i2t_r1": scores["retrieval"]["i2t"]["hit_rate_at_1"],
     }
 
 

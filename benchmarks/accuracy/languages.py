@@ -52,7 +52,7 @@ ALIGNMENT = AlignConfig(max_steps=0)
 
 
 def main() -> None:
-    """Align each model on each split, and write what was measured."""
+    """Align each model on each split, and write the scores after each run."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("gemma", type=Path, help="the .gguf file")
     parser.add_argument("--num-splits", type=int, default=3)
@@ -65,8 +65,8 @@ def main() -> None:
         parser.error(
             "--num-splits: languages are centered by emoji of other splits; give 2 or more"
         )
-    if (found := hash_file(arguments.gemma)) != GEMMA_SHA256:
-        raise ValueError(f"{arguments.gemma} has SHA-256 {found}; wanted is {GEMMA_SHA256}.")
+    if (digest := hash_file(arguments.gemma)) != GEMMA_SHA256:
+        raise ValueError(f"{arguments.gemma} has SHA-256 {digest}; wanted is {GEMMA_SHA256}.")
     torch.set_num_threads(1)
     emoji = Emoji.load(arguments.num_splits)
     layers = measure_layers(arguments, emoji)
@@ -94,8 +94,8 @@ def main() -> None:
         stores = emoji.extract(model, arguments.work)
         for split in range(arguments.num_splits):
             with tempfile.TemporaryDirectory(dir=arguments.work) as scratch:
-                found = emoji.measure(model, stores, split, Path(scratch))
-            record["runs"].append({"tower": name, "split": split, **found})
+                scores = emoji.measure(model, stores, split, Path(scratch))
+            record["runs"].append({"tower": name, "split": split, **scores})
             print(record["runs"][-1], flush=True)
             frame = describe_run(
                 "torch", "transformers", "gguf", threads=1, note="beside other work"
@@ -117,12 +117,12 @@ def measure_layers(arguments: argparse.Namespace, emoji: Emoji) -> dict[str, Any
             prompt="none", languages=LANGUAGES, num_images=arguments.layer_images
         )
         choice = choose_layer(arguments.gemma, emoji.never_held_out(), config)
-        found = {
+        record = {
             "best": choice.best.layer,
             "num_images": config.num_images,
-            "cra": {one.layer: one.cra for one in choice.scores},
+            "cra": {of_layer.layer: of_layer.cra for of_layer in choice.scores},
         }
-        kept.write_text(json.dumps(found, indent=2), "utf-8")
+        kept.write_text(json.dumps(record, indent=2), "utf-8")
     content: dict[str, Any] = json.loads(kept.read_text("utf-8"))
     return content
 
@@ -163,7 +163,7 @@ class Emoji:
         return RecordTable.from_records(r for r in self.lines if r.group_id not in tested)
 
     def extract(self, model: Path, work: Path) -> dict[str, EmbeddingStore]:
-        """Extract what is missing: images and English names, and names in other languages."""
+        """Extract the missing stores: images, English names, and names in other languages."""
         sources = {
             "text": (self.english, f"{model.name}-en", "text"),
             "image": (self.english, "images", "image"),
@@ -196,25 +196,25 @@ class Emoji:
             head = train(model, self.english, part, both, scratch, ALIGNMENT)
         rows = {(FIRST, r.group_id, r.name): n for n, r in enumerate(self.english)}
         others = {(r.lang, r.group_id): (n, r.name) for n, r in enumerate(self.others)}
-        own = [rows[FIRST, group, others["de", group][1]] for group in groups]
-        images = read_first(stores["image"], own)
+        image_rows = [rows[FIRST, group, others["de", group][1]] for group in groups]
+        images = read_first(stores["image"], image_rows)
         center = read_unit(stores["text"], part).mean(0)
-        found = {FIRST: score(head, read_first(stores["text"], own), images)}
+        by_language = {FIRST: score(head, read_first(stores["text"], image_rows), images)}
         centered = {}
         for lang in LANGUAGES[1:]:
             captions = read_unit(stores["others"], [others[lang, group][0] for group in groups])
-            found[lang] = score(head, captions, images)
+            by_language[lang] = score(head, captions, images)
             unseen = [
                 n for (of, group), (n, _) in others.items() if of == lang and group not in held_out
             ]
             shift = center - read_unit(stores["others"], unseen).mean(0)
             centered[lang] = score(head, captions + shift, images)
         means = {
-            name: {way: fmean(one[way] for one in of.values() if one is not found[FIRST])
-                   for way in found[FIRST]}
-            for name, of in (("mean_of_others", found), ("centered_mean_of_others", centered))
+            name: {way: fmean(of[lang][way] for lang in LANGUAGES[1:])
+                   for way in by_language[FIRST]}
+            for name, of in (("mean_of_others", by_language), ("centered_mean_of_others", centered))
         }  # fmt: skip
-        return {"languages": found, "centered": centered, **means}
+        return {"languages": by_language, "centered": centered, **means}
 
 
 def read_unit(store: EmbeddingStore, items: list[int]) -> Tensor:

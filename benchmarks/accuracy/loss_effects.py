@@ -59,7 +59,7 @@ LOSSES: dict[str, Mapping[str, Any]] = {
     SIGMOID: {"loss": "sigmoid"},
     MATRYOSHKA: {"matryoshka_dims": DIMS[1:]},
 }
-# A start from random weights shows what a loss does; the default one starts near the best.
+# A start from random weights shows the effect of a loss; the default start is near the best.
 STARTS: dict[str, Mapping[str, Any]] = {
     "random": {"projection_init": "model"},
     "closed form": {},
@@ -75,7 +75,7 @@ NUM_IMAGES = max(size for _, size in TRAININGS) + MOST_TEST_IMAGES
 
 
 def main() -> None:
-    """Train with every loss, and write what was measured."""
+    """Train with every loss, and write the scores after each run."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("data", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--num-splits", type=int, default=3)
@@ -93,7 +93,7 @@ def main() -> None:
     if not data.exists():
         join_datasets(dict(text.partition("=")[::2] for text in arguments.data), data)
     dataset = Dataset.prepare("data", data, model, arguments.work)
-    # The last fit on all images would double the time, and repeats what was chosen.
+    # The last fit on all images would double the time, and repeats the chosen training.
     shared = {"max_steps": arguments.max_steps, "global_batch_size": arguments.batch_size}
     shared |= {"eval_steps": max(1, arguments.max_steps // NUM_EVALUATIONS), "refit": False}
     record = {
@@ -116,9 +116,9 @@ def main() -> None:
 
 def read_earlier(file: Path, record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Runs that a file has, if it was written by the same code on the same data and machine."""
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    runs: list[dict[str, Any]] = found.pop("runs", [])
-    return runs if found == record else []
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    runs: list[dict[str, Any]] = content.pop("runs", [])
+    return runs if content == record else []
 
 
 def join_datasets(sources: Mapping[str, str], folder: Path) -> None:

@@ -1,6 +1,6 @@
 """An ordinary CLIP to compare with: a small text transformer, trained from scratch.
 
-Its vision tower is a frozen one that is given, its tokenizer CLIP's own, its text tower a CLIP
+Its vision tower is given and frozen, its tokenizer is CLIP's, its text tower a CLIP
 text transformer of a few layers. Text tower, projections and temperature are trained together on
 stored features of the tower, with the package's loss and schedule. The result is a folder of
 open_clip's layout.
@@ -206,7 +206,7 @@ def _encode_trimmed(model: Any, ids: Tensor) -> Tensor:
 
 
 def _encode_texts(text: Any, ids: Tensor) -> Tensor:
-    """What open_clip's text tower computes, for fewer positions than it has."""
+    """Compute the output of open_clip's text tower for fewer positions than it has."""
     length = ids.shape[1]
     hidden = text.token_embedding(ids) + text.positional_embedding[:length]
     hidden = text.transformer(hidden, attn_mask=text.attn_mask[:length, :length])

@@ -57,7 +57,7 @@ UNTUNED = ("causal", "bidirectional")
 
 
 def main() -> None:
-    """Align every text tower on every split, and write what was measured."""
+    """Align every text tower on every split, and write the scores after each run."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("photographs", nargs="+", type=Path)
     parser.add_argument("--long", type=Path, required=True, help="images with paragraphs")
@@ -93,10 +93,10 @@ def main() -> None:
         for name in arguments.towers:
             with tempfile.TemporaryDirectory(dir=arguments.work) as scratch:
                 model = arguments.work / name
-                found = images.measure(
+                scores = images.measure(
                     model, stores[name], replace(config, seed=split), Path(scratch)
                 )
-            record["runs"].append({"tower": name, "split": split, **found})
+            record["runs"].append({"tower": name, "split": split, **scores})
             print(record["runs"][-1], flush=True)
             frame = describe_run("torch", "transformers", threads=1, note="beside other work")
             written = json.dumps({**frame, **record}, indent=2)
@@ -132,7 +132,7 @@ class Images:
         return cls(RecordTable.from_records(short), RecordTable.from_records(long))
 
     def extract(self, model: Path, work: Path) -> dict[str, EmbeddingStore]:
-        """Extract what is missing; the vision tower, and so each store of images, is shared."""
+        """Extract the missing stores; models share the vision tower, and so the store of images."""
         return {
             "text": extract_to(model, self.short, work / f"{model.name}-short", "text"),
             "image": extract_to(model, self.short, work / "photographs", "image"),

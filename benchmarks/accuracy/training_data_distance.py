@@ -67,7 +67,7 @@ class Kind:
 
 
 def main() -> int:
-    """Measure all directions, and write what was measured."""
+    """Measure all directions, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("data", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--model", type=Path, help="default: the embedded towers, built anew")
@@ -158,7 +158,7 @@ def measure_one(kind: Kind, kinds: list[Kind]) -> dict[str, Any]:
         for other in kinds
         if other is not kind
     }
-    own = {
+    own_kind = {
         **judge_all(summary, kind.held_out),
         "sets_far": judge_sets(summary, random_sets(kind.held_out, FEWEST_JUDGED)),
         "nearest_far": judge_sets(summary, nearest_sets(kind.held_out, FEWEST_JUDGED)),
@@ -167,7 +167,7 @@ def measure_one(kind: Kind, kinds: list[Kind]) -> dict[str, Any]:
         "num_images": len(kind.trained),
         "num_held_out": len(kind.held_out),
         "threshold": FAR,
-        "own": own,
+        "own": own_kind,
         "others": others,
     }
 
@@ -225,10 +225,10 @@ def nearest_sets(embeds: Tensor, size: int) -> Iterator[Tensor]:
 
 def list_wrong(record: dict[str, Any]) -> Iterator[str]:
     """List the whole kinds that were judged wrongly."""
-    for name, found in record["one_kind"].items():
-        if found["own"]["is_far"]:
+    for name, judgments in record["one_kind"].items():
+        if judgments["own"]["is_far"]:
             yield f"Trained on {name}, its own kind was called far."
-        for other, judged in found["others"].items():
+        for other, judged in judgments["others"].items():
             if not judged["is_far"]:
                 yield f"Trained on {name}, {other} were not called far."
 

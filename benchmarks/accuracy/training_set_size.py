@@ -7,7 +7,7 @@ Each FOLDER is a dataset as the README describes it; its English captions are us
 things shown, at most 300, is set aside, and the rest is trained on in parts that contain each
 other: 100 images, 200, and so on. `--num-splits` repeats this with other images set aside. The
 demo's towers run once over each dataset: `--work` keeps the model and the embedding stores, so that
-a second call trains at once. What is measured is written after each run.
+a second call trains at once. Scores are written after each run.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ MOST_TEST_IMAGES = 300
 
 
 def main() -> None:
-    """Measure every dataset, and write what was measured."""
+    """Measure every dataset, and write the scores after each run."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("data", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--num-splits", type=int, default=5)
@@ -73,9 +73,9 @@ def main() -> None:
     measured: dict[str, Any] = {}
     for split in range(arguments.num_splits):
         for name, dataset in datasets.items():
-            found = measured.setdefault(name, {**dataset.describe(), "runs": []})
+            entry = measured.setdefault(name, {**dataset.describe(), "runs": []})
             for run in dataset.measure(model, split, arguments.sizes):
-                found["runs"].append(run)
+                entry["runs"].append(run)
                 record = json.dumps(make_record(measured), indent=2)
                 arguments.output.write_text(f"{record}\n", "utf-8")
 
@@ -89,7 +89,7 @@ def build_untrained(
 
 
 def make_record(measured: dict[str, Any]) -> dict[str, Any]:
-    """Return what is written, after each run."""
+    """Make the record that is written after each run."""
     return {
         **describe_run("torch", "transformers", "modeling_llm2clip"),
         "datasets": measured,
@@ -179,7 +179,7 @@ def train(
 
 
 def load_head(model: Path) -> AlignmentModel:
-    """Load what `align` trains, without the towers."""
+    """Load the projections that `align` trains, without the towers."""
     return AlignmentModel.from_pretrained(model, with_llm=False, with_vision_tower=False).eval()
 
 

@@ -1,4 +1,4 @@
-"""Counts what a reader of the package has to read, from its sources alone.
+"""Counts the code that a reader of the package has to read, from its sources alone.
 
     python -m benchmarks.codebase.code_counts
     python -m benchmarks.codebase.code_counts --checkout CHECKOUT --by folder
@@ -76,20 +76,20 @@ class Source:
         Imports for type checkers and those inside functions count too.
         """
         package = [_PACKAGE, *self.path.parts[:-1]]
-        found: set[str] = set()
+        names: set[str] = set()
         for node in self.nodes:
             if isinstance(node, ast.Import):
-                found.update(alias.name for alias in node.names)
+                names.update(alias.name for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
                 parent = package[: len(package) - node.level + 1] if node.level else []
                 source = [*parent, *([node.module] if node.module else [])]
-                found.update(".".join([*source, alias.name]) for alias in node.names)
-        return found
+                names.update(".".join([*source, alias.name]) for alias in node.names)
+        return names
 
     def list_imported_modules(self, modules: Set[str]) -> set[str]:
         """List which of some modules the file imports, or imports something from."""
         imported = self.list_imported()
-        return (imported | {found.rpartition(".")[0] for found in imported}) & modules
+        return (imported | {name.rpartition(".")[0] for name in imported}) & modules
 
     @property
     def module(self) -> str:
@@ -100,7 +100,7 @@ class Source:
 def main() -> None:
     """Print the counts of one checkout as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--checkout", type=Path, default=_ROOT, help="what to count")
+    parser.add_argument("--checkout", type=Path, default=_ROOT, help="checkout to count")
     parser.add_argument("--by", choices=["all", "folder"], default="all")
     options = parser.parse_args()
     sources = read_sources(options.checkout)

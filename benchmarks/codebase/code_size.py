@@ -1,4 +1,4 @@
-"""Measures the code base: what there is to read, the ways through it, start-up and tests.
+"""Measures the code base: its size, the ways through it, start-up and tests.
 
     python -m benchmarks.codebase.code_size --label after --run-tests
     python -m benchmarks.codebase.code_size --label before --checkout CHECKOUT --test-seconds 302
@@ -38,7 +38,7 @@ print(time.perf_counter() - started)
 def main() -> None:
     """Measure one checkout, print the entry, and write it beside the other one."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--checkout", type=Path, default=_ROOT, help="what to measure")
+    parser.add_argument("--checkout", type=Path, default=_ROOT, help="checkout to measure")
     parser.add_argument("--label", choices=["before", "after"], required=True)
     parser.add_argument("--runs", type=int, default=5, help="processes for each time")
     tests = parser.add_mutually_exclusive_group()

@@ -17,7 +17,7 @@ Left out are:
 - the command line and the reading of configs: ways start at Python functions;
 - the first time: each way is walked twice, and the second time is traced (`sys.setprofile`, in all
   threads), so imports and functions behind a filled cache do not count;
-- what `align` does before and after a step: checks, plans, held-out images, the last fit, writing;
+- the work of `align` before and after a step: checks, plans, held-out images, last fit, writing;
 - generated methods, lambdas and comprehensions.
 """
 
@@ -64,7 +64,7 @@ class CallTracer:
         self._package = f"{package}{os.sep}"
         self._is_active = False
         self._state = threading.local()
-        threading.setprofile(self._see)  # of threads that live longer than what is traced, too
+        threading.setprofile(self._see)  # also in threads that outlive the traced call
 
     def start(self) -> None:
         """Trace from here on, in this thread and in those that this tracer has seen start."""
@@ -78,7 +78,7 @@ class CallTracer:
 
     @contextmanager
     def trace(self) -> Iterator[None]:
-        """Trace what is called inside."""
+        """Trace the calls inside."""
         self.start()
         try:
             yield
@@ -111,7 +111,7 @@ class CallTracer:
 def main() -> None:
     """Walk all ways of one checkout and print the counts as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--checkout", type=Path, default=_ROOT, help="what to measure")
+    parser.add_argument("--checkout", type=Path, default=_ROOT, help="checkout to measure")
     parser.add_argument("--list", choices=WALKS, help="print the functions of one way instead")
     options = parser.parse_args()
     if options.list:
@@ -186,7 +186,7 @@ def walk_here(checkout: str, name: str) -> None:
     """
     tracer = CallTracer(Path(checkout) / _PACKAGE)
     printed = os.dup(1)
-    os.dup2(2, 1)  # what commands print is not a result
+    os.dup2(2, 1)  # standard output has the result alone
     WALKS[name](tracer)
     os.write(printed, json.dumps([[*tracer.functions], [*tracer.left_out]]).encode())
 
@@ -265,7 +265,7 @@ def _walk_twice(tracer: CallTracer, run: Callable[[str, Path], object]) -> None:
 
 
 def _write_data(name: str) -> Path:
-    """A folder with one captioned image, which is another for each name."""
+    """Write captioned images; the second dataset has one more, so that nothing of it is cached."""
     from aligning import write_data
 
     return write_data(Path(f"data-{name}"), count=1 if name == "first" else 2)

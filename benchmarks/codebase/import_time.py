@@ -1,4 +1,4 @@
-"""What `import modeling_llm2clip` costs, beyond `import transformers` and in itself.
+"""Measures the cost of `import modeling_llm2clip`, beyond `import transformers` and in itself.
 
     python -m benchmarks.codebase.import_time
 

@@ -1,10 +1,10 @@
-"""Does the alignment make a vision tower a better eye for a multimodal LLM? Held-out caption loss.
+"""Caption loss of a multimodal LLM on a vision tower before and after its alignment.
 
     python -m benchmarks.mllm.mllm_captioning
 
 A vision transformer with real weights (DINOv2-small, tuned for saliency) is aligned with captions
-of the embedded emoji by SmolLM2-135M (fine-tuned on captions), the whole tower trained. The tower
-as it came and the aligned one then each become the eyes of SmolLM2-135M-Instruct, by both steps of
+of the embedded emoji by SmolLM2-135M (fine-tuned on captions), the whole tower trained. Then
+SmolLM2-135M-Instruct is trained on the original tower and on the aligned one, by both steps of
 `examples/scripts/llava`: same images, steps and seeds. Neither step nor the alignment sees a
 held-out thing, its images or its names.
 

@@ -20,7 +20,7 @@ def measure_in_turns(
 
     Args:
         before: The other checkout of this repository.
-        code: What the processes run: it prints "ready", and then a number for each line it reads.
+        code: Program of the processes: it prints "ready", and then a number for each line it reads.
         arguments: Of the code.
         questions: Lines that it reads.
         rounds: How often each is asked.
@@ -37,11 +37,11 @@ def measure_in_turns(
         for _ in range(rounds):
             for question in questions:
                 for name, process in processes.items():
-                    found = figures.setdefault(question, {}).setdefault(name, [])
-                    found.append(_ask(process, question))
+                    answers = figures.setdefault(question, {}).setdefault(name, [])
+                    answers.append(_ask(process, question))
     return {
         question: {
-            **{name: round(statistics.median(found), 2) for name, found in of.items()},
+            **{name: round(statistics.median(answers), 2) for name, answers in of.items()},
             "share": round(statistics.median(map(_divide, of["after"], of["before"])), 3),
         }
         for question, of in figures.items()

@@ -22,7 +22,7 @@ def describe_run(*packages: str, threads: int | None = None, note: str = "") -> 
     Args:
         packages: Distributions whose versions matter, beside Python's own.
         threads: How many compute; None for all of the machine's.
-        note: What else ran, such as "beside other work".
+        note: Load of the machine, such as "beside other work".
     """
     count = threads or os.cpu_count() or 1
     hardware = f"{describe_processor()}, {platform.machine()}, {count} threads"
@@ -41,7 +41,7 @@ def write_result(path: Path, result: Mapping[str, Any] | list[Any]) -> None:
 
     Args:
         path: The file.
-        result: What was measured.
+        result: The measurement.
     """
     text = json.dumps(result, indent=2)
     path.write_text(f"{text}\n", encoding="utf-8")
@@ -55,7 +55,7 @@ def read_peak_bytes(*, of_children: bool = False) -> int:
 
 
 class ProcessUsage(NamedTuple):
-    """Exit code and use of a process; its peak is never below that of the one that started it."""
+    """Exit code and use of a process; its peak is never below that of its parent."""
 
     exit_code: int
     seconds: float
@@ -83,7 +83,7 @@ def read_commit(checkout: Path | None = None) -> str:
     """Short name of the commit of a checkout.
 
     Args:
-        checkout: Its folder; None for the one that this file is in.
+        checkout: Its folder. Default: the checkout of this file.
     """
     folder = checkout or Path(__file__).parent
     command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]

@@ -1,4 +1,4 @@
-"""The tables of what the parts of the method change in the scores."""
+"""Tables of effects: how each part of the method changes the scores."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from benchmarks.tables.markdown_tables import (
 
 
 def _render_forgetting(report: dict[str, Any]) -> str:
-    found: dict[str, list[dict[str, Any]]] = {}
+    runs_of: dict[str, list[dict[str, Any]]] = {}
     for run in report["runs"]:
-        found.setdefault(run["condition"], []).append(run)
+        runs_of.setdefault(run["condition"], []).append(run)
     columns = {"accuracy": "classification", "t2i_r1": "text to image", "i2t_r1": "image to text"}
     rows = [
         [condition, *(_show_runs([run[name] for run in runs]) for name in columns)]
-        for condition, runs in found.items()
+        for condition, runs in runs_of.items()
     ]
     counts = report["num_images"]
     seeds = len({run["seed"] for run in report["runs"]} - {None})
@@ -42,14 +42,14 @@ def _show_runs(scores: list[float]) -> str:
 
 
 def _render_loss_effects(report: dict[str, Any]) -> str:
-    found: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    scores_of: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for run in report["runs"]:
         key = (run["start"], run["num_images"], run["loss"])
-        found.setdefault(key, []).append(run["scores"])
+        scores_of.setdefault(key, []).append(run["scores"])
     plain, dims = report["runs"][0]["loss"], list(report["runs"][0]["scores"])
     rows = []
-    for (start, num_images, loss), scores in found.items():
-        others = found[start, num_images, plain]
+    for (start, num_images, loss), scores in scores_of.items():
+        others = scores_of[start, num_images, plain]
         cells = [
             _show_effect(
                 [score[dim]["r1"] for score in scores],
@@ -139,9 +139,11 @@ def _render_languages(report: dict[str, Any]) -> str:
         [shown, *(_show_mean([run[name]["t2i_r1"] for run in runs]) for runs in columns.values())]
         for shown, name in means.items()
     ]
-    found = {int(layer): cra["value"] for layer, cra in report["layers"]["cra"].items()}
-    best = sorted(found, key=lambda layer: -found[layer])[:3]
-    layers = ", ".join(f"{layer} {percent(found[layer])}" for layer in sorted({*best, max(found)}))
+    cra_of = {int(layer): cra["value"] for layer, cra in report["layers"]["cra"].items()}
+    best = sorted(cra_of, key=lambda layer: -cra_of[layer])[:3]
+    layers = ", ".join(
+        f"{layer} {percent(cra_of[layer])}" for layer in sorted({*best, max(cra_of)})
+    )
     splits = "; ".join(f"{name}: {len(runs)}" for name, runs in columns.items())
     note = (
         f"Text to image R@1 among {report['num_test_images']} emoji unseen in training, which was "
@@ -179,20 +181,20 @@ def _render_finetuning_ideas(report: dict[str, Any]) -> str:
     rows = [
         [_IDEAS[idea] if not place else "", name, percent(scores["cra"]["value"]),
          f"{100 * scores['gain']['value']:+.1f}", _show_interval(scores["gain"])]
-        for idea, found in ideas.items()
-        for place, (name, scores) in enumerate(found.get("rows", {}).items())
+        for idea, entry in ideas.items()
+        for place, (name, scores) in enumerate(entry.get("rows", {}).items())
     ]  # fmt: skip
     tables = [draw_table(heads, rows)]
     if "ceiling" in ideas:
         tables.append(_draw_ceiling(ideas["ceiling"]))
     if "all_images" in ideas:
-        found = ideas["all_images"]
+        entry = ideas["all_images"]
         tables.append(
-            f"all-MiniLM-L6-v2 on all {found['num_images']:,} images: "
-            f"{percent(found['cra']['value'])}.\n"
+            f"all-MiniLM-L6-v2 on all {entry['num_images']:,} images: "
+            f"{percent(entry['cra']['value'])}.\n"
         )
     missing = "; ".join(_IDEAS.get(name, name) for name in report["not_run"])
-    runs = (f"{found['hardware']}; commit {found['commit']}" for found in ideas.values())
+    runs = (f"{entry['hardware']}; commit {entry['commit']}" for entry in ideas.values())
     hardware = " and ".join(dict.fromkeys(runs))
     tables.append(
         f"{report['data']}. Trainings: {report['steps']} steps of {report['batch_size']} pairs. "
@@ -201,28 +203,28 @@ def _render_finetuning_ideas(report: dict[str, Any]) -> str:
     return "\n".join(tables)
 
 
-def _show_interval(found: dict[str, float]) -> str:
-    return f"{100 * found['low']:+.1f} to {100 * found['high']:+.1f}"
+def _show_interval(interval: dict[str, float]) -> str:
+    return f"{100 * interval['low']:+.1f} to {100 * interval['high']:+.1f}"
 
 
-def _draw_ceiling(found: dict[str, Any]) -> str:
+def _draw_ceiling(ceiling: dict[str, Any]) -> str:
     heads = (
         "encoder", "wrong", "of these, fit as well", "right in the first 5",
         "a caption and one other", "a caption and the mean of 3",
     )  # fmt: skip
     rows = []
-    for name, errors in found["errors"].items():
-        by_number = found["by_number_of_captions"].get(name)
-        shares = (percent(errors["fits_as_well"]), percent(found["hit_at_5"][name]))
+    for name, errors in ceiling["errors"].items():
+        by_number = ceiling["by_number_of_captions"].get(name)
+        shares = (percent(errors["fits_as_well"]), percent(ceiling["hit_at_5"][name]))
         several = (
             [percent(by_number["one"]), percent(by_number["mean_of_3"])] if by_number else ["", ""]
         )
         rows.append([name, str(errors["errors"]), *shares, *several])
     note = (
-        f"{percent(found['found_by_any'])} of the images are found by at least one of the "
-        f"encoders, {percent(found['found_by_all'])} by all. Where all miss, all choose the same "
-        f"wrong caption in {percent(found['same_wrong_one'])}. The two captions of "
-        f"{percent(found['without_a_shared_word'])} of the images share no word but stop words. "
+        f"{percent(ceiling['found_by_any'])} of the images are found by at least one of the "
+        f"encoders, {percent(ceiling['found_by_all'])} by all. Where all miss, all choose the same "
+        f"wrong caption in {percent(ceiling['same_wrong_one'])}. The two captions of "
+        f"{percent(ceiling['without_a_shared_word'])} of the images share no word but stop words. "
         "A wrong caption fits as well if it shares at least as many words with the query as the "
         "right one does, without stop words."
     )

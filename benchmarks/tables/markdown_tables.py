@@ -1,4 +1,4 @@
-"""Tables in Markdown, for what `render_tables.py` writes."""
+"""Tables in Markdown, for `render_tables.py`."""
 
 from __future__ import annotations
 
@@ -40,6 +40,6 @@ def find_standard_error(values: Sequence[float]) -> float | None:
     """Return the standard error of a mean, or None for a single value.
 
     Args:
-        values: What the mean is of.
+        values: The numbers that are averaged.
     """
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None

@@ -1,4 +1,4 @@
-"""The tables of what a model becomes: stores and indexes at scale, embeddings, a server, graphs."""
+"""Tables of a model in use: stores and indexes at scale, embeddings, a server, graphs."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ def _render_onnx(report: dict[str, Any]) -> str:
 
 
 def _render_training_data_distance(report: dict[str, Any]) -> str:
-    found = report["one_kind"]
-    heads = ("trained on", *found, "most similar of its own kind", "half of another kind")
+    kinds = report["one_kind"]
+    heads = ("trained on", *kinds, "most similar of its own kind", "half of another kind")
     rows = []
-    for name, of_kind in found.items():
+    for name, of_kind in kinds.items():
         judged = {**of_kind["others"], name: of_kind["own"]}
         rows.append(
             [
                 f"{name} ({of_kind['num_images']:,})",
-                *(f"{judged[n]['distance']:.2f}, {percent(judged[n]['sets_far'])}" for n in found),
+                *(f"{judged[n]['distance']:.2f}, {percent(judged[n]['sets_far'])}" for n in kinds),
                 percent(of_kind["own"]["nearest_far"]),
                 ", ".join(f"{n} {percent(o['half_far'])}" for n, o in of_kind["others"].items()),
             ]
@@ -73,7 +73,7 @@ def _render_training_data_distance(report: dict[str, Any]) -> str:
         for n, o in pair["others"].items()
         if o["is_far"]
     )
-    thresholds = dict.fromkeys(f"{of_kind['threshold']:.2f}" for of_kind in found.values())
+    thresholds = dict.fromkeys(f"{of_kind['threshold']:.2f}" for of_kind in kinds.values())
     note = (
         f"Distances above {' or '.join(thresholds)} are far. Most similar: each image with its 19 "
         f"nearest. Half: 20 of its own kind and 20 of another. Far from models of two "
@@ -111,8 +111,8 @@ def _search_cells(report: dict[str, Any], prefix: str) -> tuple[str, str, str]:
     )
 
 
-def _draw_photographs(found: dict[str, Any] | None) -> str:
-    if found is None:
+def _draw_photographs(photographs: dict[str, Any] | None) -> str:
+    if photographs is None:
         return ""
     names = {
         "decode_s": "decode every image once",
@@ -122,8 +122,10 @@ def _draw_photographs(found: dict[str, Any] | None) -> str:
         "second_search_s": "`llm2clip search`, the second time",
         "second_search_graphs_s": "the same with `--model` and ONNX graphs",
     }
-    rows = [(label, f"{found[name]:.1f}") for name, label in names.items() if name in found]
-    heads = (f"{found['images']:,} photographs", "seconds")
+    rows = [
+        (label, f"{photographs[name]:.1f}") for name, label in names.items() if name in photographs
+    ]
+    heads = (f"{photographs['images']:,} photographs", "seconds")
     return f"\n{draw_table(heads, rows)}"
 
 
@@ -307,10 +309,10 @@ def _render_busy_machine(report: dict[str, Any]) -> str:
         "of OpenMP": "OpenMP's default",
         "passive": "`OMP_WAIT_POLICY=PASSIVE`",
     }
-    found = report["median_seconds"]
+    seconds = report["median_seconds"]
     heads = ("waiting threads", "idle machine, seconds", f"with {report['busy_loops']} busy loops")
     rows = [
-        (label, *(f"{found[state][name]:.1f}" for state in ("idle", "busy")))
+        (label, *(f"{seconds[state][name]:.1f}" for state in ("idle", "busy")))
         for name, label in labels.items()
     ]
     others = report["other_processes"]
@@ -345,8 +347,8 @@ def _render_losses(report: dict[str, Any]) -> str:
     sizes = list(next(iter(report["seconds"].values())))
     heads = ("loss", *(f"batch of {int(size):,}, ms" for size in sizes))
     rows = [
-        [name, *(f"{1000 * found[size]:,.0f}" for size in sizes)]
-        for name, found in report["seconds"].items()
+        [name, *(f"{1000 * seconds[size]:,.0f}" for size in sizes)]
+        for name, seconds in report["seconds"].items()
     ]
     dims = report["dims"]
     note = (

@@ -3,7 +3,7 @@
     python -m benchmarks.tables.readme_image aligned/model examples/data/photographs MORE \
         --trained-on "1,000 photographs of Flickr8k, four captions each"
 
-The model is one that the README's recipe trained. Each folder has photographs that it was not
+The model was trained by the README's recipe. Each folder has photographs that it was not
 trained on, and a `captions.jsonl` whose lines name `image`, `license` and `source`. All of them are
 searched; the sentences were chosen among those that work. Writes `docs/search.png` and
 `benchmarks/results/readme_image.json`, which has the licenses of the photographs that are shown.
@@ -49,12 +49,12 @@ def read_photographs(folders: Sequence[Path]) -> dict[Path, dict[str, str]]:
     Args:
         folders: Folders with a `captions.jsonl`.
     """
-    found = {}
+    sources = {}
     for folder in folders:
         for line in (folder / "captions.jsonl").read_text("utf-8").splitlines():
             record = json.loads(line)
-            found[folder / record["image"]] = {key: record[key] for key in ("license", "source")}
-    return found
+            sources[folder / record["image"]] = {key: record[key] for key in ("license", "source")}
+    return sources
 
 
 def search(model_folder: Path, paths: list[Path]) -> list[SearchResult]:
@@ -74,7 +74,7 @@ def draw(results: Sequence[SearchResult]) -> Image.Image:
     """Draw a block per sentence: the sentence, and below it the first photographs found.
 
     Args:
-        results: What was found.
+        results: The photographs found for each query.
     """
     block = (SHOWN * WIDTH + (SHOWN - 1) * GAP, TEXT + HEIGHT + CAPTION)
     rows = -(-len(results) // COLUMNS)
@@ -95,8 +95,8 @@ def draw_block(image: Image.Image, result: SearchResult, left: int, top: int) ->
     """Draw one sentence and its photographs.
 
     Args:
-        image: What to draw on.
-        result: What was found.
+        image: Canvas to draw on.
+        result: The photographs found for one query.
         left: Left edge.
         top: Top edge.
     """
@@ -119,14 +119,14 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="model folder of a run of llm2clip align")
     parser.add_argument("folders", type=Path, nargs="+", help="photographs to search")
     parser.add_argument("--trained-on", required=True, help="the data of the run, for the record")
-    given = parser.parse_args()
-    photographs = read_photographs(given.folders)
-    results = search(given.model, list(photographs))
+    arguments = parser.parse_args()
+    photographs = read_photographs(arguments.folders)
+    results = search(arguments.model, list(photographs))
     draw(results).save(SHEET, optimize=True)
     record: dict[str, Any] = {
         **describe_run("torch", "transformers", "sentence-transformers"),
-        "trained_on": given.trained_on,
-        "held_out": read_results(given.model.parent)["held_out"]["best"],
+        "trained_on": arguments.trained_on,
+        "held_out": read_results(arguments.model.parent)["held_out"]["best"],
         "num_photographs": len(photographs),
         "results": [
             {

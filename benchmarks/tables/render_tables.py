@@ -1,4 +1,4 @@
-"""Writes the tables of the documents from what the benchmarks recorded.
+"""Writes the tables of the documents from the records of the benchmarks.
 
 Run `python -m benchmarks.tables.render_tables` after a file in `benchmarks/results` has changed.
 Text between `<!-- table: NAME -->` and `<!-- end -->` is replaced; nothing else is touched. The
@@ -16,8 +16,9 @@ from statistics import fmean, median
 from typing import Any
 
 from benchmarks.tables.effect_tables import EFFECT_TABLES
-from benchmarks.tables.markdown_tables import draw_table, percent, percent_with_error
+from benchmarks.tables.markdown_tables import draw_table, percent
 from benchmarks.tables.product_tables import PRODUCT_TABLES
+from benchmarks.tables.training_tables import TRAINING_TABLES
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -39,9 +40,6 @@ _RECORDED_WORDS: dict[str, str | Callable[[re.Match[str]], str]] = {
     r"\b1 threads\b": "1 thread",
     r"\['([\w-]+)'(?:, '([\w-]+)')?\]": lambda names: " and ".join(filter(None, names.groups())),
 }
-# A setting that is the recipe itself, which has a column of its own.
-_RECIPE = "README's recipe"
-_SETTINGS = {_RECIPE: "the same"}
 _WEAKER_BASELINE = "ordinary CLIP, 100 steps"  # no better than the one of 300 steps, which is shown
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 _SCORES = (
@@ -79,7 +77,7 @@ def _render(name: str, results: Path) -> str:
 
 
 def _read_card_sections() -> str:
-    """What the card of every model says, so that it is written once."""
+    """Read the sections that every model card has, so that they are written once."""
     text = CARD_TEMPLATE.read_text(encoding="utf-8")
     start, end = text.index("## Intended use"), text.index("## Check before use")
     return f"\n{text[start:end]}"
@@ -132,147 +130,6 @@ def _render_encoding_speed(report: dict[str, Any]) -> str:
         if name in report
     ]
     return draw_table(heads, rows) + (f"\n{' '.join(notes)}\n" if notes else "")
-
-
-def _render_finetuning(report: dict[str, Any]) -> str:
-    names = {
-        "causal": "SmolLM2-135M, causal, mean pooled",
-        "bidirectional": "the same, made bidirectional",
-        "before": "the same, after the first round",
-        "tuned": "the same, fine-tuned on captions",
-        "minilm": "all-MiniLM-L6-v2",
-    }
-    cra = dict(report["cra"])
-    if report.get("start") is None:
-        cra.pop("before", None)  # it is the untuned one once more
-    else:
-        names["tuned"] = "the same, after the second round"
-    rows = [[names[key], percent(value)] for key, value in cra.items()]
-    trained = report.get("cra_on_trained_images")
-    if trained is not None:
-        rows.append(["the last fine-tuned one, on as many training images", percent(trained)])
-    config = report["config"]
-    note = (
-        f"{report['data']}; {config['max_steps']} steps of "
-        f"{config['per_device_train_batch_size']} pairs in {report['seconds'] / 60:.0f} minutes"
-        f"{', ' + str(report['peak_rss_gb']) + ' GB' if report['peak_rss_gb'] else ''}. "
-        f"{report['hardware']}."
-    )
-    return draw_table(("text encoder", "CRA"), rows) + f"\n{note}\n"
-
-
-def _render_alignment(report: dict[str, Any]) -> str:
-    rows = [
-        [name, _show_range([run["unseen_t2i_r1"] for run in runs])]
-        for name, runs in report["recalls"].items()
-    ]
-    seeds = len(next(iter(report["recalls"].values())))
-    note = f"Mean of {seeds} seeds (lowest to highest); {report['data']}."
-    return draw_table(("text encoder", "text to image R@1"), rows) + f"\n{note}\n"
-
-
-def _render_first_run(report: dict[str, Any]) -> str:
-    heads = (
-        "images", "trained on", "the recipe", "text to image", "image to text",
-        "closed form only", "best of the settings tried", "from random weights", "chance",
-        "seconds",
-    )  # fmt: skip
-    rows = []
-    for name, found in report["datasets"].items():
-        scores = found["scores"]
-        recipe, best = scores[_RECIPE], _SETTINGS.get(found["best"], found["best"])
-        random = [s["r1"] for setting, s in scores.items() if setting.startswith("from random")]
-        rows.append(
-            [
-                name,
-                f"{found['num_images']:,}",
-                *(_percent_with_error(recipe[measure]) for measure in ("r1", "t2i_r1", "i2t_r1")),
-                _percent_with_error(scores["closed form alone"]["r1"]),
-                f"{percent(found['best_r1'])} ({best})" if len(scores) > 2 else "",
-                percent(max(s["mean"] for s in random)) if random else "",
-                percent(found["chance_r1"]),
-                "" if found["seconds"] is None else str(found["seconds"]),
-            ]
-        )
-    counts = ", ".join(
-        f"{found['num_test_images']} {name} ({_count_splits(found['num_splits'])})"
-        for name, found in report["datasets"].items()
-    )
-    # What no dataset has, such as settings that were not tried, has no column.
-    kept = [place for place in range(len(heads)) if any(row[place] for row in rows)]
-    table = draw_table([heads[p] for p in kept], [[row[p] for p in kept] for row in rows])
-    return table + (
-        "\nR@1 on test images, the mean of both directions unless a column names one: "
-        f"{counts}. Means over the splits with standard errors. "
-        f"{report['hardware']}.\n"
-    )
-
-
-def _count_splits(number: int) -> str:
-    return "1 split" if number == 1 else f"{number} splits"
-
-
-def _percent_with_error(found: dict[str, Any]) -> str:
-    return percent_with_error(found["mean"], found["standard_error"])
-
-
-def _render_training_efficiency(report: dict[str, Any]) -> str:
-    heads = (
-        "at each step", "images per second", "times LoRA", "with extraction, 4 epochs",
-        "peak memory, GB", "vision trained: images per second",
-    )  # fmt: skip
-    modes = {
-        "lora": "LLM with LoRA, vision tower",
-        "frozen_online": "frozen LLM, vision tower",
-        "stored_captions": "stored captions, vision tower",
-        "stored_both": "stored captions and images",
-    }
-    amortized = report["times_as_fast_as_lora_with_extraction"]["4 epochs"]
-    rows = [
-        [
-            label,
-            f"{report[mode]['samples_per_second']:.1f}",
-            f"{report['times_as_fast_as_lora'][mode]:.1f}",
-            f"{amortized[mode]:.1f}" if mode in amortized else "–",
-            f"{report[mode]['peak_rss_gb']:.1f}",
-            f"{report['vision_trained'][mode]['samples_per_second']:.1f}"
-            if mode in report["vision_trained"]
-            else "–",
-        ]
-        for mode, label in modes.items()
-    ]
-    return draw_table(heads, rows) + f"\nCaptions: {report['captions']}. {report['hardware']}.\n"
-
-
-def _render_training_set_size(report: dict[str, Any]) -> str:
-    """A row per number of images: R@1, and its range where there are several splits."""
-    by_size: dict[int, dict[str, list[float]]] = {}
-    for name, found in report["datasets"].items():
-        for run in found["runs"]:
-            by_size.setdefault(run["num_images"], {}).setdefault(name, []).append(run["r1"])
-    rows = [
-        [f"{size:,}", *(_show_range(by_size[size].get(name)) for name in report["datasets"])]
-        for size in sorted(by_size)
-    ]
-    rows.append(["chance", *(percent(found["chance_r1"]) for found in report["datasets"].values())])
-    splits = {run["split"] for found in report["datasets"].values() for run in found["runs"]}
-    shown = f"Splits: {len(splits)}" + ("; mean, lowest and highest" if len(splits) > 1 else "")
-    counts = ", ".join(
-        f"{found['num_test_images']} {name}" for name, found in report["datasets"].items()
-    )
-    note = (
-        f"R@1 on test images, the mean of both directions: {counts}. {shown}. "
-        f"{report['hardware']}; commit {report['commit']}."
-    )
-    return f"{draw_table(('images to train on', *report['datasets']), rows)}\n{note}\n"
-
-
-def _show_range(values: list[float] | None) -> str:
-    if not values:
-        return "–"
-    if len(values) == 1:
-        return percent(values[0])
-    return f"{percent(fmean(values))} ({100 * min(values):.1f} to {100 * max(values):.1f})"
 
 
 def _render_retrieval_ranking(report: dict[str, Any]) -> str:
@@ -522,14 +379,9 @@ def _or_dash(seconds: float | None) -> str:
 _RENDERERS: dict[str, Callable[[Any], str]] = {
     **PRODUCT_TABLES,
     **EFFECT_TABLES,
+    **TRAINING_TABLES,
     "demo": _render_demo,
     "encoding_speed": _render_encoding_speed,
-    "finetune_llm": _render_finetuning,
-    "finetune_llm_hard": _render_finetuning,
-    "alignment": _render_alignment,
-    "first_run": _render_first_run,
-    "training_set_size": _render_training_set_size,
-    "training_efficiency": _render_training_efficiency,
     "retrieval_ranking": _render_retrieval_ranking,
     "evaluation": _render_evaluation,
     "mllm_captioning": _render_mllm_captioning,

@@ -1,12 +1,12 @@
-"""What fine-tuning the LLM on captions buys in the alignment: held-out recalls over seeds.
+"""How much fine-tuning the LLM on captions improves the alignment: held-out recalls over seeds.
 
     python -m benchmarks.training.alignment --lora tuned-captions/lora
     python -m benchmarks.training.alignment --before ../another-checkout
 
 The recipe of the demo (the embedded emoji, a frozen EfficientNet-Lite0) with three states of the
 same LLM (SmolLM2-135M): causal as it came, made bidirectional, and bidirectional with the LoRA.
-With `--before`, the CPU time of a batch of stored embeddings instead, here and in another checkout
-in turns, with the noise of the defaults and without, added to the same file.
+With `--before`, it measures the CPU time of a batch of stored embeddings instead: here and in
+another checkout in turns, with the default noise and without. The figures go to the same file.
 """
 
 from __future__ import annotations

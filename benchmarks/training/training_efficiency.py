@@ -1,4 +1,4 @@
-"""Images a second of the alignment by what is run at each step: the four modes, in one run.
+"""Images per second of the alignment in its four modes, which differ in what each step runs.
 
     python -m benchmarks.training.training_efficiency --captions captions_val2017.json \
         --long-captions iiw.jsonl
@@ -14,8 +14,8 @@ SmolLM2-135M and EfficientNet-Lite0, the embedded emoji, the same images, captio
 all. Each mode has a process of its own, and they take turns. Without `--captions` the emoji keep
 their own short names; with it, each image gets a caption of that file as its short one, and one
 of `--long-captions` as its long one, so that lengths are those of the paper's recipe (half short,
-half long): speed does not ask whether they fit the image. Every mode is measured with the vision
-tower frozen, and those that can with the whole tower trained.
+half long). They need not fit the image, which does not change the speed. Every mode is measured
+with the vision tower frozen, and the modes that can train it also with the whole tower trained.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ Names = dict[str, dict[str, list[str]]]
 
 @dataclass
 class Report:
-    """What was made and what was left out, by reason."""
+    """Counts of the emoji that were made, and of those left out by reason."""
 
     images: Counter[str] = field(default_factory=Counter)
     lines: Counter[str] = field(default_factory=Counter)
@@ -57,14 +57,14 @@ class Report:
 def check_packages(packages: Path) -> None:
     """Raise a ValueError that names every package that is missing or of another version."""
     errors = []
-    for name, wanted in VERSIONS.items():
+    for name, expected in VERSIONS.items():
         manifest = packages / name / "package.json"
         if not manifest.is_file():
             errors.append(f"{name}: no {manifest}")
             continue
-        found = json.loads(manifest.read_text(encoding="utf-8"))["version"]
-        if found != wanted:
-            errors.append(f"{name}: found version {found}, wanted {wanted}")
+        installed = json.loads(manifest.read_text(encoding="utf-8"))["version"]
+        if installed != expected:
+            errors.append(f"{name}: found version {installed}, wanted {expected}")
     if errors:
         raise ValueError(
             "The npm packages are not the ones this data is made from:\n  "
@@ -117,7 +117,9 @@ def list_emoji(packages: Path, english: Names, report: Report) -> list[dict[str,
             report.left_out["emoji without an English name"] += 1
         else:
             kept.append(emoji)
-    return sorted(kept, key=lambda one: (float(one["added_in"]), len(one["name"]), one["group_id"]))
+    return sorted(
+        kept, key=lambda entry: (float(entry["added_in"]), len(entry["name"]), entry["group_id"])
+    )
 
 
 def prepare_image(source: Path) -> Image.Image:
@@ -333,7 +335,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Make the folder and print what was made and what was left out."""
+    """Make the folder and print both counts."""
     arguments = parse_arguments()
     output: Path = arguments.output
     if output.exists() and any(output.iterdir()):

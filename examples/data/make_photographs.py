@@ -216,19 +216,19 @@ PHOTOGRAPHS = (
 
 def find_packages() -> dict[str, Path]:
     """Return the folders of the two packages that hold the images."""
-    found, missing = {}, []
+    folders, missing = {}, []
     for name in ("skimage", "sklearn"):
         spec = find_spec(name)
         if spec is None or spec.origin is None:
             missing.append(name)
         else:
-            found[name] = Path(spec.origin).parent
+            folders[name] = Path(spec.origin).parent
     if missing:
         raise ValueError(
             f"Not installed: {', '.join(missing)}. Run the `pip install` line at the top of this "
             "script first."
         )
-    return found
+    return folders
 
 
 def write_image(source: Path, target: Path) -> None:
@@ -316,7 +316,7 @@ hologram of a cell and a very small detail of a retina.
 
 
 def main() -> None:
-    """Make the folder and print what was made."""
+    """Make the folder and print its counts."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         description=__doc__,

@@ -68,7 +68,7 @@ def main() -> None:
             "Give the whole LLM, with the head that predicts tokens."
         )
     set_attention_direction(model, bidirectional=True)
-    # The LoRA is that of the LLM without its head, which is what the later stages load.
+    # The LoRA is for the LLM without its head, as the later stages load it.
     config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
     model.requires_grad_(False)
     adapted = get_peft_model(model.base_model, config)

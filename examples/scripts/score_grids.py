@@ -57,7 +57,7 @@ def main() -> int:
     (arguments.output / "pairs.jsonl").write_text(lines, encoding="utf-8")
     if not pairs:
         raise SystemExit(f"All parts of {len(parts_of)} grids are black. Nothing can be scored.")
-    found = score_file(arguments.model, arguments.output / "pairs.jsonl", scores_csv)
+    scored = score_file(arguments.model, arguments.output / "pairs.jsonl", scores_csv)
     with scores_csv.open(encoding="utf-8", newline="") as file:
         score_of = {Path(row["image"]).name: float(row["score"]) for row in csv.DictReader(file)}
     scores = {n: fmean(score_of[part] for part in parts) for n, parts in parts_of.items() if parts}
@@ -67,7 +67,7 @@ def main() -> int:
     num_black = len(parts_of) * columns * rows - len(pairs)
     print(
         f"{len(scores)} of {len(parts_of)} grids have a score, which {len(pairs)} parts give. "
-        f"Left out: {num_black} black parts. Truncated: answers of {found.num_truncated} parts.",
+        f"Left out: {num_black} black parts. Truncated: answers of {scored.num_truncated} parts.",
         file=sys.stderr,
     )
     print(f"mean {fmean(scores.values()):.4f}")
@@ -108,7 +108,7 @@ def find_answers(names: list[str], answers: dict[str, str]) -> dict[str, str]:
             f"{without[0]}. Name each as its prompt, such as {min(answers, default='001')}.png."
         )
     ids = [name[:_ID_LENGTH] for name in names]
-    if repeated := sorted({one for one in ids if ids.count(one) > 1}):
+    if repeated := sorted({grid_id for grid_id in ids if ids.count(grid_id) > 1}):
         raise SystemExit(
             f"Several grids are of one prompt: {', '.join(repeated)}. Give one grid each, and a "
             "folder for each image generator."

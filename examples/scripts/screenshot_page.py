@@ -2,7 +2,7 @@
 
     python examples/scripts/screenshot_page.py aligned/model docs/images/page.png
 
-The model is one that was trained on photographs, as the README does. The script indexes those of
+The model was trained on photographs, as in the README. The script indexes those of
 `examples/data`, serves them, and looks at the page with the system's Chromium
 (`apt-get install chromium`, `pip install playwright`).
 """
@@ -40,7 +40,7 @@ def serve(service: EmbeddingService) -> Iterator[str]:
     """Serve a service with its page on loopback.
 
     Args:
-        service: What answers.
+        service: The service that answers.
 
     Yields:
         The address.
@@ -62,7 +62,7 @@ def take_screenshot(url: str, query: str) -> Image.Image:
 
     Args:
         url: Address of the page.
-        query: What to look for.
+        query: The text to search for.
 
     Returns:
         The window.
@@ -91,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("model", type=Path, help="folder of a trained model")
     parser.add_argument("output", type=Path, help="PNG file to write")
-    parser.add_argument("--query", default=_QUERY, help="what to look for")
+    parser.add_argument("--query", default=_QUERY, help="text to search for")
     arguments = parser.parse_args()
     images = find_example_data() / "photographs" / "images"
     with tempfile.TemporaryDirectory() as scratch:

@@ -31,8 +31,8 @@ from modeling_llm2clip.data.sources.json_files import iterate_lines, parse_objec
 from modeling_llm2clip.search.image_files import list_images
 
 PROMPT = "Describe this image in one sentence, as a caption."
-# Caption, or the reason why there is none.
-Found = Iterator[tuple[str, str | None, str]]
+# Of each image its name, and its caption or the reason why there is none.
+Captions = Iterator[tuple[str, str | None, str]]
 _CAMERA_NAME = re.compile(
     r"(?i)^(img|dsc[fn]?|dcim|pxl|mvimg|wa|fb|screenshot|image|photo|untitled)$"
 )
@@ -53,15 +53,15 @@ def main() -> int:
     names = [path.relative_to(arguments.images).as_posix() for path in images.readable]
     missing = [name for name in names if name not in have]
     if arguments.way == "model":
-        found = ask_model(arguments, missing)
+        captions = ask_model(arguments, missing)
     elif arguments.way == "alt-texts":
-        found = match_alt_texts(read_alt_texts(arguments.page), missing)
+        captions = match_alt_texts(read_alt_texts(arguments.page), missing)
     else:
-        found = ((name, *read_file_name(name)) for name in missing)
+        captions = ((name, *read_file_name(name)) for name in missing)
     written, without = 0, list[str]()
     with target.open("a", encoding="utf-8") as file:
         end_last_line(target, file)
-        for name, caption, reason in found:
+        for name, caption, reason in captions:
             if caption is None:
                 without.append(f"{name}: {reason}")
                 continue
@@ -119,7 +119,7 @@ def end_last_line(captions: Path, file: TextIO) -> None:
         file.write("\n")
 
 
-def ask_model(arguments: argparse.Namespace, names: list[str]) -> Found:
+def ask_model(arguments: argparse.Namespace, names: list[str]) -> Captions:
     """Have a model describe each image; a truncated answer is not taken as a caption."""
     captioner = Captioner(arguments)
     for name in tqdm(names, unit=" images", disable=None):
@@ -184,7 +184,7 @@ class _AltTexts(HTMLParser):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: dict[str, list[str]] = {}
+        self.alt_texts: dict[str, list[str]] = {}
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Note an image; an empty alt text marks decoration."""
@@ -192,7 +192,7 @@ class _AltTexts(HTMLParser):
         alt = " ".join((values.get("alt") or "").split())
         if tag == "img" and alt and values.get("src"):
             file_name = PurePosixPath(unquote(urlsplit(str(values["src"])).path)).name
-            self.found.setdefault(file_name, []).append(alt)
+            self.alt_texts.setdefault(file_name, []).append(alt)
 
 
 def read_alt_texts(page: Path) -> dict[str, list[str]]:
@@ -202,10 +202,10 @@ def read_alt_texts(page: Path) -> dict[str, list[str]]:
         parser.feed(page.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{page} is not in UTF-8 ({error}). Save it in UTF-8.") from error
-    return parser.found
+    return parser.alt_texts
 
 
-def match_alt_texts(alt_texts: dict[str, list[str]], names: list[str]) -> Found:
+def match_alt_texts(alt_texts: dict[str, list[str]], names: list[str]) -> Captions:
     """Find the alt text of each image; a file name that is there twice is not decided."""
     file_names = [PurePosixPath(name).name for name in names]
     for name, file_name in zip(names, file_names, strict=True):

@@ -198,7 +198,7 @@ def take_text_tower(
     num_layers: int | None = None,
     is_embedder: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load an LLM and its tokenizer, or take loaded ones; of `num_layers`, or of all layers."""
+    """Load an LLM and its tokenizer, or take loaded ones; keep `num_layers`, or all."""
     if not isinstance(text, tuple):
         return load_text_tower(
             text,
@@ -226,8 +226,8 @@ def configure_model(
 ) -> tuple[LLM2CLIPConfig, PreTrainedTokenizerBase]:
     """Describe a whole model, and write its prompt into a copy of the tokenizer.
 
-    The LLM's configuration is changed in place. The widths are those that the towers return; None
-    for those that their configurations state.
+    The LLM's configuration is changed in place. The widths are measured on the towers; None takes
+    the width that a configuration states.
     """
     max_text_length = config.max_text_length or DEFAULT_TEXT_LENGTH
     bidirectional = config.bidirectional is not False
@@ -279,9 +279,9 @@ def configure_model(
 
 
 def _set_direction(text_config: PreTrainedConfig, *, bidirectional: bool) -> None:
-    """Let the direction that was chosen take the place of the one that the bare LLM states."""
+    """Replace the attention direction that the bare LLM states by the chosen one."""
     if bidirectional and text_config.model_type == "gemma3_text":
-        # Of its own, it leaves a window's bound out. With `is_causal=False` the bound is within.
+        # With its own flag, the window excludes its bound; with `is_causal=False` it includes it.
         text_config.sliding_window -= bool(text_config.use_bidirectional_attention)
         text_config.use_bidirectional_attention = False
     text_config.is_causal = not bidirectional

@@ -1,6 +1,6 @@
 """Measures which layer of an LLM makes the best last layer of a text tower.
 
-Texts of the same meaning are to find each other: two captions of one image (caption retrieval
+Texts of the same meaning should find each other: two captions of one image (caption retrieval
 accuracy, CRA), or a caption and its translation. One pass of the whole LLM gives the embeddings of
 all layers.
 """
@@ -87,7 +87,7 @@ class LayerChoice:
         return next(score for score in self.scores if score.is_alike)
 
     def __str__(self) -> str:
-        """Show a line per layer, and what the scores are of."""
+        """Show a line per layer, and a warning that the choice favors its own data."""
         lines = [f"{'layer':>5} {'compute':>7} {'CRA':>6}  95 % interval   behind the best"]
         for score in self.scores:
             line = f"{score.layer:5} {score.compute:7.0%} {score.cra['value']:6.1%}  "
@@ -102,7 +102,7 @@ class LayerChoice:
 def choose_layer(
     text: TextSource, data: Sequence[CaptionedImage], config: ChooseLayerConfig
 ) -> LayerChoice:
-    """Measure the embeddings that each layer of an LLM gives, as the last one of a text tower.
+    """Measure the embeddings of each layer of an LLM, as the last layer of a text tower.
 
     Args:
         text: Hub id, folder or `.gguf` file of a language model, or a loaded LLM without its head
@@ -158,7 +158,7 @@ def choose_layer(
 
 
 def _list_pairs(records: RecordTable, config: ChooseLayerConfig) -> Pairs:
-    """Choose images, and of each two different texts of the same meaning."""
+    """Choose images, and two different texts of the same meaning for each."""
     keys = records.group_keys
     groups = np.unique(keys)
     if len(groups) > config.num_images:
@@ -193,7 +193,7 @@ def _list_pairs(records: RecordTable, config: ChooseLayerConfig) -> Pairs:
 def _compare(
     hits: Sequence[Sequence[tuple[Tensor, Tensor]]], compute: Sequence[float]
 ) -> tuple[LayerScore, ...]:
-    """Score the hits of each layer in each language, of numbered images, beside the best one's."""
+    """Score the hits of each layer, by language and image, and compare with the best layer."""
     cra = [mean_of_means_with_interval(of_layer) for of_layer in hits]
     best = hits[max(range(len(cra)), key=lambda row: cra[row]["value"])]  # of equal ones the first
     scores = []

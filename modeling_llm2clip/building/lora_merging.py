@@ -29,7 +29,7 @@ _KEY = re.compile(r"base_model\.model\.((?:model\.)?)(.+)\.lora_([AB])\.weight")
 PLAIN_STARTS = (True, False, None, "gaussian")
 # In the metadata of a LoRA's weights: SHA-256 of the weights of the LLM that it was trained on.
 BASE_WEIGHTS = "base_weights"
-# What peft can train beside the low-rank matrices; neutral values.
+# Settings by which peft trains more than the low-rank matrices, with their neutral values.
 _MATRICES_ALONE: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
@@ -130,7 +130,7 @@ def merge_lora_weights(
 
 
 def _multiply(pair: Mapping[str, Tensor], scale: float, *, transposes: bool) -> Tensor:
-    """Multiply the matrices; layers as GPT-2's hold their weight as (in, out), transposed."""
+    """Multiply the matrices, transposed for layers that hold (in, out) weights, as GPT-2's do."""
     change = (pair["B"] @ pair["A"]) * scale
     return change.T if transposes else change
 
@@ -162,7 +162,7 @@ def _require_plain(folder: Path, lora: str | Path, *, base: str, accepted_base: 
 def _read_factors(folder: Path, lora: str | Path) -> tuple[str, dict[str, dict[str, Tensor]]]:
     """Read the matrices A and B, float32, by the name of the weight that they change.
 
-    Also returns what the names of modules begin with inside the class that has a head.
+    Also returns the prefix of the LLM's modules inside the class with the head.
     """
     factors: dict[str, dict[str, Tensor]] = {}
     inside, strange, bad = "", [], []
@@ -206,7 +206,7 @@ def _merge(
     *,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Merge one weight, in float32, and count what changes in a dtype."""
+    """Merge one weight in float32, and count the entries that change in a dtype."""
     before, difference = weight.read(), change.read()
     merged = before.float() + difference
     if not merged.isfinite().all():
@@ -218,13 +218,13 @@ def _merge(
 
 
 def is_same_base(stated: str, base: str) -> bool:
-    """Return whether two names are of one LLM; owners and case are not compared."""
+    """Return whether two names mean the same LLM; owners and case are not compared."""
     first, second = (name.rstrip("/").rsplit("/", 1)[-1].casefold() for name in (stated, base))
     return first == second
 
 
 def require_base_weights(file: Path, weights: str) -> None:
-    """Refuse a LoRA that states that it was trained on other weights, by their SHA-256.
+    """Refuse a LoRA whose stated base weights (SHA-256) are not these.
 
     The name does not show it: an LLM that a LoRA was merged into keeps its name. LoRAs that another
     package wrote state no weights.

@@ -1,8 +1,8 @@
-"""Loads a model, or the part of one that becomes a tower, with an account of every key.
+"""Loads a model, or the part of it that becomes a tower, and accounts for every key.
 
 An LLM may keep its first layers and its final norm alone. A tower of N layers gives the output of
 layer N of the whole LLM after its final norm, bit for bit, as transformers computes for a
-configuration of N layers. That is measured. Errors name the source as the user gave it.
+configuration of N layers. A run of both checks it. Errors name the source as the user gave it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..loading_llm2clip import build_tower, find_tower_class, load_without_code,
 from .tower_checks import MODEL_ERRORS, list_layers, make_texts, run_texts, take_hidden
 
 KEEP_ALL = "Leave text_layers out to keep all, or take another LLM."
-# transformers' field of what single layers have other than the rest, by number.
+# transformers' field for settings of single layers, by their number.
 _OVERRIDES = "per_layer_config"
 # Causal masks, which older checkpoints hold beside the weights.
 _MASKS = ("attn.bias", "attention.bias")
@@ -71,9 +71,9 @@ def load_part(
 ) -> tuple[PreTrainedModel, PreTrainedModel, list[str]]:
     """Load the part of a model that has this configuration, which may be all of it.
 
-    Returns the part, the whole, and the names of weights that the source lacks: the part's, and
-    those that begin with one of `beside`. Weights that the part does not read are refused, but for
-    its layers of the numbers `above`, which it leaves out.
+    Returns the part, the whole, and the names of missing weights: the part's, and those that begin
+    with one of `beside`. Weights of the part that nothing reads are refused, except those of the
+    layers `above`, which are left out.
     """
     if above:
         settings["ignore_mismatched_sizes"] = True  # they are named below
@@ -159,7 +159,7 @@ def forget_origin(config: Any, source: str | Path) -> None:
 
 
 def _is_needed(record: logging.LogRecord) -> bool:
-    """Drop tables of keys from the log, but for those that an error refers to."""
+    """Drop tables of keys from the log, except those that an error refers to."""
     text = record.getMessage()
     return "LOAD REPORT" not in text or "MISMATCH" in text or "CONVERSION" in text
 
@@ -174,7 +174,7 @@ def cut_layers(text_model: PreTrainedModel, num_layers: int) -> None:
 
 
 def cut_config(config: PreTrainedConfig, num_layers: int, source: str | Path) -> None:
-    """Make a configuration one of the first layers, in place: their number, and lists of layers."""
+    """Shorten a configuration to its first layers, in place: their number, and lists of layers."""
     total = getattr(config, "num_hidden_layers", 0)
     if num_layers > total:
         raise ValueError(
@@ -199,11 +199,11 @@ def cut_config(config: PreTrainedConfig, num_layers: int, source: str | Path) ->
 def require_same_states(
     text_model: PreTrainedModel, config: PreTrainedConfig, source: str | Path
 ) -> None:
-    """Refuse an LLM with few layers that gives other states than the one with all of them.
+    """Refuse a shortened LLM whose states differ from those inside the whole LLM.
 
-    The same weights run in both: in an LLM that was built with few layers, and in one that was
-    built with all of `config`, which are then removed. They differ where layers depend on how many
-    there are, as those that share keys and values do. The upper layers take no memory.
+    The same weights run in an LLM that was built with few layers, and in one that was built with
+    all of `config` and then shortened. Their states differ where a layer depends on the number of
+    layers, as with shared keys and values. The upper layers take no memory.
     """
     num_layers = text_model.config.num_hidden_layers
     reason = "the states of its layers depend on how many layers there are"
@@ -237,9 +237,10 @@ def _build_on(text_model: PreTrainedModel, config: PreTrainedConfig) -> PreTrain
 
 @contextmanager
 def all_layers(text_model: PreTrainedModel) -> Iterator[int]:
-    """Let an LLM return what a tower of one layer, two, and so on to all layers would return.
+    """Let an LLM return the states of every tower that its first layers could make.
 
-    The states are side by side, (B, L, layers * D). Yields the number of layers.
+    The states of towers with 1, 2, … layers are side by side, (B, L, layers * D). Yields the number
+    of layers.
     """
     layers, states, after = list_layers(text_model), list[Tensor](), list[nn.Module]()
     inside = set(layers.modules())

@@ -27,7 +27,7 @@ _SAMPLE_CAPTIONS = (
     "東京の夜景",
     "7 a",
 )
-# Further ones, for prompts of plain text.
+# Further captions, for prompts of plain text.
 _OWN_SAMPLES = ("(a)", '"Look!"', "-", "'s", "été")
 
 
@@ -103,8 +103,8 @@ def derive_prompt(tokenizer: PreTrainedTokenizerBase, template: str) -> Prompt:
 def derive_own_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, is_pooled: bool) -> Prompt:
     """Find the ids that an embedder puts around any caption after a prompt of plain text.
 
-    Its last word stays text, because a caption may share a token with it, such as " a" after a
-    space; but not if the prompt is not pooled, because the model counts the ids before a caption.
+    The prompt's last word stays text, because it may share a token with the caption, such as " a"
+    after a space. A prompt that is not pooled becomes ids entirely, because the model counts them.
     """
     # Where the words after the first begin, with the space before them; the last first.
     words = [match.start() for match in re.finditer(r"(?<=\S)\s+(?=\S)", text)][::-1]
@@ -225,7 +225,7 @@ def _named_special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def _split_around_caption(
     tokenizer: PreTrainedTokenizerBase, template: str, caption: str, *, joined: str = ""
 ) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Return the ids before and after a caption; nothing where it is merged with its prompt.
+    """Return the ids before and after a caption; nothing if a token spans prompt and caption.
 
     A caption that the prompt repeats, such as "-", splits it in several places.
     """

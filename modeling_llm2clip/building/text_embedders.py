@@ -1,7 +1,7 @@
-"""Reads a sentence-transformers model, so that a text tower gives its embeddings as it is.
+"""Reads a sentence-transformers model, whose embeddings a text tower then gives unchanged.
 
-sentence-transformers itself loads the model and encodes a few texts. What it does beside the
-network is written down in this package's terms, and the built model must give the same embeddings.
+sentence-transformers itself loads the model and encodes a few texts. Its steps around the network
+become settings of this package, and the built model must give the same embeddings.
 
 Shapes: N texts, D width of the pooled hidden states, D' width of the embeddings.
 """
@@ -45,7 +45,7 @@ _WAY_OUT = (
 
 @dataclass(frozen=True)
 class TextEmbedder:
-    """A sentence-transformers model, but for its network.
+    """A sentence-transformers model without its network.
 
     Attributes:
         prompt: Text before every text.
@@ -95,9 +95,8 @@ class TextEmbedder:
 
 @torch.inference_mode()
 def read_embedder(source: str | Path, config: BuildConfig) -> TextEmbedder:
-    """Read how an embedder makes embeddings beside its network, and let it encode samples.
-
-    ValueError for what cannot be repeated exactly.
+    """Read an embedder's steps around its network, and let it encode samples. Raises ValueError for
+    a step that cannot be repeated exactly.
     """
     require(EMBEDDER)
     from sentence_transformers import SentenceTransformer
@@ -158,7 +157,7 @@ def _require_modules(source: str | Path) -> None:
 
 
 def _split_modules(encoder: Any, source: str | Path) -> tuple[Any, list[Any], bool]:
-    """Return the pooling, the Dense modules, and whether embeddings are normalized in the end."""
+    """Return the pooling, the Dense modules, and whether embeddings are normalized last."""
     from sentence_transformers.sentence_transformer.modules import (
         Dense,
         Normalize,

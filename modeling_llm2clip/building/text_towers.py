@@ -1,8 +1,8 @@
 """Loads the LLM that a new model is built from, without its head, and its tokenizer.
 
-The code of a Hub repository's tokenizer runs only at a pinned commit. The tokenizer that it makes
-is saved as a plain one, so that a built folder does without the code. Code for networks and image
-processors is never run, because what it makes cannot be saved without it.
+The code of a Hub repository's tokenizer runs only at a pinned commit. The resulting tokenizer is
+saved as a plain one, so that a built folder needs no such code. Code for networks and image
+processors is never run, because their results could not be saved without it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .part_loading import cut_config, forget_origin, load_part, naming, require_
 from .vision_towers import takes_images
 
 _MARKS = ("bos_token_id", "eos_token_id")
-# Text encoders that cannot take the place of an LLM.
+# Text encoders that cannot replace an LLM.
 _NOT_LLMS = {*DUAL_ENCODERS, *(f"{name}_text_model" for name in DUAL_ENCODERS)}
 _ENCODERS = {"bert", "roberta"}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -114,9 +114,9 @@ def require_decoder(
 def require_own_tokenizer(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, source: str | Path
 ) -> None:
-    """Refuse an LLM and a tokenizer that are plainly of different models.
+    """Refuse an LLM and a tokenizer that clearly belong to different models.
 
-    They are when the tokenizer has more ids than the embedding table has rows, or lacks an id at
+    They do if the tokenizer has more ids than the embedding table has rows, or lacks an id with
     which the LLM begins or ends texts.
     """
     rows = config.vocab_size
@@ -196,7 +196,7 @@ def _load_decoder(
     is_embedder: bool,
     **settings: Any,
 ) -> PreTrainedModel:
-    """Load an LLM without its head; of a model that also takes images or sound, its LLM alone."""
+    """Load an LLM without its head, also out of a model that takes images or sound."""
     text_config = config.get_text_config(decoder=True)
     uncut, above = copy.deepcopy(text_config), range(0)
     if num_layers is not None:
@@ -214,7 +214,7 @@ def _load_decoder(
 
 
 def _keep_tokens_of_the_file(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Undo that transformers adds GPT-2's unknown token to a byte-level GGUF vocabulary.
+    """Remove GPT-2's unknown token, which transformers adds to a byte-level GGUF vocabulary.
 
     Llama 3, for one, has no such token, and its embedding table no row for it.
     """

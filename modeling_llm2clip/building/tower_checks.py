@@ -35,23 +35,23 @@ from ..vision_llm2clip import (
 )
 
 _LENGTH = 6
-# What a forward pass raises that cannot be bidirectional, or takes its inputs in another form.
+# Errors of a forward pass that cannot be bidirectional, or that needs other inputs.
 MODEL_ERRORS = (AttributeError, TypeError, ValueError, RuntimeError, LookupError)
 # A causal position does not move at all. A bidirectional one moves by far more than rounding.
 _LEAST_MOVE = 1e-4
-# One layer alone: how far tokens move with a later one, relative to how far with an earlier one.
+# One layer alone: movement with a later token, relative to movement with an earlier token.
 # Bidirectional layers have at least 0.4 (tiny ones of every family, all 30 of SmolLM2-135M, float32
 # and bfloat16), causal ones 0 or rounding (at most 1e-7).
 _LEAST_SHARE_AHEAD = 1e-2
-# Experts that get another number of tokens sum in another order, so that tokens that see no other
-# one move nevertheless: at most 3e-7 in float32. A state space model moves by 0.1 and more.
+# Experts that get another number of tokens sum in another order, so tokens move without seeing each
+# other: by at most 3e-7 in float32. A state space model moves by 0.1 and more.
 _ROUNDING_OF_PARTS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 # Padded and unpadded runs differ by the order of sums only.
 _MOST_PADDING_EFFECT = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 2e-2}
 # Two runs over an image may sum in another order; random sampling moves the embedding far more.
 _MOST_DIFFERENCE = 0.02
 _NUM_PADS = 3
-# Number of pads on the right, and what errors call it.
+# Number of pads on the right, and its name in errors.
 _PADDINGS = ((0, "without padding"), (_NUM_PADS, "with padding"))
 # The same weights in the same memory, so that nothing but an attention kernel may differ; in half
 # precision as above.
@@ -82,10 +82,9 @@ def measure_text_width(text_model: PreTrainedModel) -> int:
 def measure_vision_width(
     vision_model: PreTrainedModel, image_processor: Any, pooling: str
 ) -> int | None:
-    """Return the width of a vision tower's pooled output; None if it is what the tower states.
+    """Return the width of a vision tower's pooled output; None if the tower states it.
 
-    Image processors that cut a large image into several, or that a tower needs more of, are
-    refused.
+    Refuses image processors that split a large image, or that give other inputs than pixels.
     """
     if 1 in (settings := image_processor.to_dict().get("size") or {}).values():
         raise ValueError(
@@ -120,7 +119,7 @@ def measure_vision_width(
 
 @torch.no_grad()
 def find_direction_errors(text_model: PreTrainedModel, *, bidirectional: bool) -> list[str]:
-    """Perturb the last token, with and without padding, and describe what contradicts a direction.
+    """Perturb the last token, with and without padding, and describe contradictions of a direction.
 
     In a bidirectional tower the first token must change, in a causal one no other may. Each layer
     of a bidirectional one is also tested alone, because it can mask a causal one. Padding on either
@@ -182,7 +181,7 @@ def require_direction(text_model: PreTrainedModel, *, bidirectional: bool) -> No
 
 
 def make_texts(text_model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """Make the ids of a text, (1, L), and of one with another last token."""
+    """Make the ids of a text, (1, L), and of the same text with another last token."""
     ids = torch.arange(1, _LENGTH + 1, device=text_model.device).unsqueeze(0)
     ids = ids % text_model.config.vocab_size
     changed = ids.clone()
@@ -191,7 +190,7 @@ def make_texts(text_model: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 
 class _LayerCheck:
-    """While it is open, runs every layer again: with another last token, and another first one.
+    """Runs every layer again while it is open: with another last token, and another first token.
 
     It does the same with the parts of a layer, because a part that is causal by nature, such as a
     state space model, may be beside attention that is bidirectional.
@@ -225,7 +224,8 @@ class _LayerCheck:
     def _compare(
         self, name: int | str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Note whether a layer or a part of one looks ahead, or neither way, without attention."""
+        """Note whether a layer or a part of a layer looks ahead, back, or (without attention)
+        neither way."""
         states: Any = args[0] if args else kwargs.get("hidden_states")  # (…, L, D)
         is_part = isinstance(name, str)
         if is_part and (
@@ -260,7 +260,7 @@ class _LayerCheck:
 
 
 def _is_of_tokens(value: Any) -> bool:
-    """Return whether it is, or begins with, floating-point states of the tokens, (…, L, D)."""
+    """Return whether a value is, or begins with, floating-point states of the tokens, (…, L, D)."""
     hidden = take_hidden(value)
     is_tensor = isinstance(hidden, Tensor) and hidden.is_floating_point() and hidden.ndim >= 2
     return is_tensor and hidden.shape[-2] >= _LENGTH
@@ -274,7 +274,7 @@ def list_layers(text_model: nn.Module) -> nn.ModuleList:
 
 
 def find_layers(tower: nn.Module) -> tuple[str, nn.Module]:
-    # The lowest layer is first; several lists may have a usual name, such as those of stages.
+    # The lowest layer is first. Several lists may have a usual name, such as lists of stages.
     lists = [
         (name, module)
         for name, module in tower.named_modules()
@@ -317,7 +317,7 @@ def _relative(before: Tensor, after: Tensor) -> float:
 
 
 def require_pixels_alone(vision_model: PreTrainedModel) -> None:
-    """Refuse a vision tower that needs more than pixels, as those inside some MLLMs do."""
+    """Refuse a vision tower that needs more inputs than pixels, as towers inside some MLLMs do."""
     parameters = inspect.signature(vision_model.forward).parameters.values()
     needed = [
         parameter.name
@@ -349,7 +349,7 @@ def _naming_failure(config: PreTrainedConfig) -> Iterator[None]:
 
 @torch.inference_mode()
 def require_deterministic(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None:
-    """Refuse a model whose vision tower gives an image another embedding in a second run.
+    """Refuse a model whose vision tower gives the same image different embeddings.
 
     Masked autoencoders, for one, also mask random patches when they encode; other towers mix the
     images of a batch.
@@ -374,7 +374,7 @@ def require_deterministic(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) ->
 def require_positions(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None:
     """Refuse a tower that silently gives an image of another shape the positions of its own.
 
-    Such a tower gives the same states where the same patches are one below the other.
+    Such a tower gives the same states for the same patches in one column.
     """
     side = find_patch_size(model.vision_model)
     pixels = processor(images=render_golden_images()[:1]).to(model.device)["pixel_values"]
@@ -404,7 +404,7 @@ def require_positions(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> Non
 
 @torch.inference_mode()
 def require_loadable(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None:
-    """Refuse a model that its configuration does not describe, so that its folder would load wrong.
+    """Refuse a model that its configuration does not describe: its folder would load another.
 
     It is loaded from its configuration and its weights, which both models share in memory.
     """

@@ -42,10 +42,10 @@ MEAN_AND_STD = {
     "half": ([0.5] * 3, [0.5] * 3),
     "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
 }
-# Of a processor whose images keep their shape and become a number of patches (SigLIP2 NaFlex).
+# Field of processors whose images keep their shape and become many patches (SigLIP2 NaFlex).
 _COUNTS_PATCHES = "max_num_patches"
 _CROP_MODES = ("center", "squash")
-# torchvision takes other pixels for the nearest one than Pillow does, and lacks the rest.
+# torchvision chooses other nearest pixels than Pillow, and lacks the other modes.
 _INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")
 
 
@@ -61,8 +61,8 @@ def load_vision_tower(
     The source is a Hub id or folder of a vision tower of transformers, or of a timm network in its
     wrapper. Of a model that has a `vision_config`, such as CLIP, the vision tower is taken. A tower
     may be saved without pooler weights, which stay random, where its pooler is not going to be
-    used. With `keep_projection`, the source is a dual encoder, and the projection, (P, D), that of
-    its images into the space of its own texts; what SigLIP's tower pools is in that space already.
+    used. With `keep_projection`, the source must be a dual encoder. Its image projection, (P, D),
+    leads into the space of its own texts; SigLIP's pooled output is in that space already.
     """
     with naming(source):
         config = load_without_code(AutoConfig, source)
@@ -103,7 +103,7 @@ def load_vision_tower(
 
 
 def image_processor_from_timm(pretrained_cfg: dict[str, Any]) -> CLIPImageProcessor:
-    """Build what timm's `create_transform` does for evaluation, with its numbers written out.
+    """Build an image processor that prepares images as timm's `create_transform` for evaluation.
 
     Both crop modes enlarge by the crop ratio, rounded down, then crop the center: `center` keeps
     the shape of the image, `squash` resizes both sides to that length.
@@ -159,8 +159,8 @@ def set_image_size(
     """Make tower and image processor take square images of another size, in pixels.
 
     Position embeddings for one size alone are interpolated once and for all, as the tower itself
-    does when it runs. A tower that takes any size is left as it is. A timm network is changed in
-    place, another one is not; the image processor stays as it is.
+    does when it runs. A tower that takes any size is left as it is. Only a timm network is changed
+    in place; the given image processor is not changed.
     """
     fixed_size = find_fixed_size(vision_model)
     patch = find_patch_size(vision_model)

@@ -69,7 +69,7 @@ _LLMS_BY_WIDTH = {
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """A model whose weights are still in the files of others.
+    """A model whose weights are still in the files of the official checkpoint.
 
     Attributes:
         config: Its configuration.
@@ -171,7 +171,7 @@ def convert_checkpoint(
 def _finish(
     plan: ConversionPlan, record: dict[str, Any], dtype: torch.dtype, device: str, folder: Path
 ) -> None:
-    """Write the record, with what is known since the weights were read; check the model."""
+    """Complete the record by the effect of each LoRA, write it, and check the model."""
     for lora, counts in zip(record["llm"]["loras"], plan.lora_counts, strict=False):
         what = f"Merging the LoRA {lora['name']}"
         lora["share_changed_by_merging"] = warn_of_rounding(counts.values(), dtype, what=what)
@@ -188,7 +188,7 @@ def _make_record(
     language: LanguageModel,
     source_format: SourceFormat,
 ) -> dict[str, Any]:
-    """Record for good what the folder was made of; names of files, not their paths."""
+    """Describe the sources of the folder for its record; by names of files, without paths."""
     assert source_format.preprocessing is not None
     mean, std = MEAN_AND_STD[source_format.preprocessing]
     llm, paths = language.source, [*plan.files, language.folder]
@@ -366,7 +366,7 @@ def _list_adapter_rules(prefix: str, tensors: Mapping[str, LazyTensor]) -> list[
 def _read_adapter_sizes(
     prefix: str, tensors: Mapping[str, LazyTensor], *, source: str
 ) -> dict[str, int]:
-    """Read the sizes of a text adapter off its weights."""
+    """Derive the sizes of a text adapter from its weights."""
     num_layers = count_blocks(tensors, prefix + "{}.fn.0.weight")
     last = tensors.get(f"{prefix}{num_layers + 1}.weight")
     keys = sorted(key for key in tensors if key.startswith(prefix))

@@ -28,8 +28,8 @@ def build_from_llm2vec(
 ) -> Path:
     """Build an untrained model whose text tower gives the embeddings that LLM2Vec gives.
 
-    `folder` is one that `LLM2Vec.save` wrote, merged or a LoRA; a LoRA needs its base LLM. Pooling
-    and length in the config give way to the folder's.
+    `folder` is one that `LLM2Vec.save` wrote, merged or a LoRA; a LoRA needs its base LLM. The
+    folder's pooling and length replace those in the config.
     """
     config = replace(config, **_read_settings(folder))
     is_lora = (folder / LORA_CONFIG).is_file()
@@ -60,14 +60,14 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     errors = []
     pooling = settings.get("pooling_mode")
     if pooling not in _POOLINGS:
-        errors.append(f"pooling_mode={pooling!r}, wanted one of {sorted(_POOLINGS)}")
+        errors.append(f"pooling_mode={pooling!r}, expected one of {sorted(_POOLINGS)}")
     if settings.get("skip_instruction") is not True:
         errors.append(
-            f"skip_instruction={settings.get('skip_instruction')}, wanted true: prompt and "
+            f"skip_instruction={settings.get('skip_instruction')}, expected true: prompt and "
             "instruction are never pooled here"
         )
     if not isinstance(settings.get("max_length"), int):
-        errors.append(f"max_length={settings.get('max_length')!r}, wanted a number of tokens")
+        errors.append(f"max_length={settings.get('max_length')!r}, expected a number of tokens")
     if errors:
         raise ValueError(
             f"{path}: {'; '.join(errors)}. Such a tower would get other embeddings here."

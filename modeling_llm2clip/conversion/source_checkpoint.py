@@ -208,8 +208,8 @@ def open_llm_weights(
     """Open the weights, under `text_model.`, from the LLM's folder or the checkpoint itself.
 
     A checkpoint was trained with the weights that it holds (`inside`), so they win over the
-    folder's. `dtype` is the one that they are going to be saved in. Returns the weights, the files
-    that they come from beside the checkpoint, and the counts of each LoRA (`merge_lora_weights`).
+    folder's. `dtype` is that of the saved model. Returns the weights, their files beside the
+    checkpoint, and the counts of each LoRA (`merge_lora_weights`).
     """
     source = language.source
     if inside:

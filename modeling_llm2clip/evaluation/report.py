@@ -1,6 +1,6 @@
-"""The report on results: tables, what scores depend on, and a plot by text length.
+"""The report on results: tables, the settings behind the scores, and a plot by text length.
 
-There is a table for each question: a task, and for some tasks what is compared with what. A column
+There is a table for each question: a task, and for some tasks its queries and candidates. A column
 has the scores on one dataset, a row those of one model. Results that cannot be compared share no
 table: they are refused.
 """
@@ -265,7 +265,7 @@ class Table(NamedTuple):
 
 
 def label_dataset(result: Result, *, with_languages: bool = False) -> str:
-    """Label the dataset of a result: its name, and what it lacks of what was published."""
+    """Label the dataset of a result: its name, and how it differs from the published one."""
     data = list_data(result)
     amounts = [amount for part in data.values() for amount in _list_amounts(part)]
     parts = [amount for amount in amounts if " of " in amount][:1]
@@ -329,7 +329,7 @@ def _iterate_model_facts(result: Result) -> Iterator[tuple[str, str]]:
 
 
 def _iterate_data_facts(result: Result) -> Iterator[tuple[str, str]]:
-    """Yield the facts of a dataset; what differs between its languages is one value."""
+    """Yield the facts of a dataset; values that differ between its languages are joined."""
     data = list_data(result)
     yield "languages", list_first(data)
     values: dict[str, dict[str, None]] = {}

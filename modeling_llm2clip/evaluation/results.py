@@ -40,7 +40,7 @@ _PACKAGES = (
 # Fields of an encoder's description that change a score.
 _OF_MODEL = ("model_type", "text", "images", "dtype")
 _SHOWN_OF_VALUE = 60  # characters
-_SHOWN_BEFORE = 15  # of what two values have in common
+_SHOWN_BEFORE = 15  # of the part that two values share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +197,7 @@ def write_result(file: Path, result: Result) -> None:
 
 
 def find_differences(then: Any, now: Any, path: str = "") -> Iterator[str]:
-    """Yield for every value in which two protocols differ what it was and what it is."""
+    """Yield the old and the new value wherever two protocols differ."""
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         for name in sorted(set(then) | set(now)):
             below = f"{path}.{name}" if path else name

@@ -36,7 +36,7 @@ _NOT_OF_THE_TOWER = {
     "label2id", "output_attentions", "output_hidden_states", "return_dict", "torch_dtype",
     "transformers_version", "use_cache",
 }  # fmt: skip
-# What of the small files of any model changes no embedding: where it was saved, and by whom.
+# Entries of any model's small files that change no embedding: where and by whom it was saved.
 _NOT_OF_THE_FILES = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 # Files of a model folder, beside its weights, that decide an embedding in some loader.
 _DECIDING_IMAGES = ("config.json", "processor_config.json", "preprocessor_config.json")
@@ -64,7 +64,7 @@ _STATE_OF_LAST_CALL = {
 }  # fmt: skip
 IMAGE_PROJECTION = "visual_projection.weight"
 WEIGHTS_ENTRY, VISION_ENTRY = "weights", "weights of the vision tower"
-# Files of this package and of downloads that say nothing of how a text or an image is read.
+# Files that do not affect how a text or an image is read.
 _IGNORED_FILES = ("model.safetensors.index.json", "README.md")
 # Entries of an image processor that change nothing; its class has an entry of its own.
 _NOT_OF_THE_IMAGES = {"image_processor_type", "processor_class", "auto_map", "_processor_class"}
@@ -126,9 +126,9 @@ def fingerprint_vision(model: str | Path) -> dict[str, str]:
 
 
 def fingerprint_teacher(model: str | Path) -> dict[str, str]:
-    """Describe what determines the text embeddings of a dual encoder, and the space they are in.
+    """Describe what determines the text embeddings of a dual encoder, and their space.
 
-    The latter is that of its image side, as `fingerprint_image_side` describes it.
+    The space is that of its image side; see `fingerprint_image_side`.
     """
     folder = find_model_folder(model)
     files = list_weight_files(folder)
@@ -142,9 +142,8 @@ def fingerprint_teacher(model: str | Path) -> dict[str, str]:
 def fingerprint_image_side(files: Iterable[Path]) -> dict[str, str]:
     """Describe the vision tower and the image projection, of a dual encoder or of a model.
 
-    They are those of each other if both agree. Weights are rounded to bfloat16, so that a model may
-    have another dtype than its tower was published in. A projection that changes nothing counts as
-    none.
+    Two sides belong together if both entries agree. Weights are rounded to bfloat16, so that a
+    model may have another dtype than the published tower. An identity counts as no projection.
     """
     files = list(files)
     tower = (
@@ -168,7 +167,7 @@ def fingerprint_image_side(files: Iterable[Path]) -> dict[str, str]:
 
 
 def fingerprint_embeddings(folder: Path, modality: Literal["text", "image"]) -> dict[str, str]:
-    """Describe what determines a final embedding: the tower, and what projects its output.
+    """Describe what determines a final embedding: the tower, and the layers that project it.
 
     Beside the tower's fingerprint, `head weights` (SHA-256), and for texts the one setting of the
     text adapter that its weights do not show.
@@ -237,7 +236,7 @@ def _describe_weights(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
 
 
 def _read_tower(folder: Path, name: str) -> dict[str, Any]:
-    """Read what config.json says of a tower, to which versions of transformers add other fields."""
+    """Read a tower's entries of config.json, without fields that a version of transformers adds."""
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))[name]
     return {k: v for k, v in settings.items() if v is not None and k not in _NOT_OF_THE_TOWER}
 

@@ -86,11 +86,11 @@ def write_golden(
 ) -> None:
     """Record the embeddings that a model gives now, beside its weights, and hashes of its files.
 
-    Also `caption_embeds` (T, D), the LLM's part, so that the embeddings of another text adapter can
-    be recorded without the LLM; and of a whole model `logit_scale` (1,), which no embedding shows.
-
-    With `source`, the folder of a model with the same LLM, that part is taken over and the LLM is
-    not run. Where the source has no such part, nothing is recorded.
+    Also records `caption_embeds` (T, D), the LLM's output, from which the embeddings of another
+    text adapter can be computed without the LLM; and `logit_scale` (1,) of a whole model, which no
+    embedding shows. With `source`, the folder of a model with the same LLM, the recorded
+    `caption_embeds` are copied and the LLM is not run. Where the source has none, nothing is
+    recorded.
     """
     texts, caption_embeds = list(GOLDEN_TEXTS), None
     if source is not None:
@@ -166,7 +166,7 @@ def compare_golden(
         elif not torch.allclose(value, recorded[name].float(), atol=1e-6, rtol=0):
             was = float(recorded[name])
             errors.append(f"{name} is {float(value):.4f}, recorded was {was:.4f}")
-    # The LLM's part, which a later training takes over unseen.
+    # The LLM's output, which a later training copies without a check.
     llm = recorded.get("caption_embeds")
     if llm is None and "text_embeds" in computed:
         errors.append("caption_embeds was not recorded")
@@ -194,7 +194,7 @@ def require_golden(
 ) -> None:
     """Refuse to write a folder from one that differs from its recorded embeddings and files.
 
-    The new folder would record the embeddings of the damage, and be healthy by them. Where nothing
+    The new folder would record the damaged embeddings, and pass its checks. Where nothing
     is recorded, a warning says that damage would not show. With `of_vision_tower`, neither
     tokenizer nor LLM is read.
     """
@@ -296,7 +296,7 @@ def measure_distances(first: Tensor, second: Tensor) -> Tensor:
 
 @contextmanager
 def _open_golden(folder: Path) -> Iterator[Any]:
-    """Open the recorded embeddings; what fails in them or in their metadata is a damaged file."""
+    """Open the recorded embeddings; an error in them or in their metadata means a damaged file."""
     path = folder / GOLDEN_FILE
     try:
         with safe_open(path, framework="pt") as file:

@@ -1,7 +1,6 @@
-"""The README.md of a model folder: the template, filled from what is in the folder.
-
-What no weight shows, such as licenses, training data and results, is in the metadata of the card,
-where the Hub reads it, and is read back from there whenever the folder is written again.
+"""The README.md of a model folder: a template, filled from the files of the folder. Facts that no
+weight shows, such as licenses, training data and results, are in the metadata of the card, where
+the Hub reads them. They are read back whenever the folder is written anew.
 """
 
 from __future__ import annotations
@@ -178,7 +177,7 @@ def read_card_data(folder: Path) -> CardData:
 
 
 def read_card_of_trained(folder: Path, training_data: Sequence[str]) -> CardData:
-    """Read what a card states that still holds when the weights are trained on some more data."""
+    """Read the statements of a card that still hold after training on more data."""
     stated = read_card_data(folder)
     data = dict.fromkeys((*stated.training_data, *training_data))
     return replace(stated, results=(), caution=None, training_data=tuple(data))
@@ -187,7 +186,7 @@ def read_card_of_trained(folder: Path, training_data: Sequence[str]) -> CardData
 def update_card_data(
     card: CardData, config: CardConfig, *, results: Sequence[CardResult] | None = None
 ) -> CardData:
-    """Return what a card states once a config says more; fields that the config states win.
+    """Return the statements of a card, updated by those of a config.
 
     Results replace the card's; None keeps those.
     """
@@ -198,7 +197,7 @@ def update_card_data(
 
 
 def relicense(card: CardData, license: str | None, **changes: Any) -> CardData:
-    """Return what a card states under another license, without name and address of the old one."""
+    """Return the statements of a card under a new license, without the old name and link."""
     if license is None or license == card.license == "other":
         return replace(card, **changes)
     fresh = {"license": license, "license_name": None, "license_link": None}
@@ -269,8 +268,8 @@ def write_model_card(folder: Path, card: CardData, *, name: str) -> None:
 def update_model_card(folder: Path, *, license: str | None, name: str) -> None:
     """State a license (None keeps the stated one), and rename the model unless its card was edited.
 
-    On an edited card, name and address of another license go with it, and so does the sentence that
-    this package wrote about it.
+    On an edited card, a new license also replaces the name and link of the old license, and the
+    sentence that this package wrote about it.
     """
     path = folder / "README.md"
     card = read_card_data(folder)
@@ -327,7 +326,7 @@ def _render(folder: Path, card: CardData, *, name: str) -> str:
 
 
 def _choose_template(config: LLM2CLIPConfig) -> str:
-    """Return the template; of an untrained model, with what it lacks in place of its use."""
+    """Return the template; for an untrained model, with a warning instead of the intended use."""
     text = _TEMPLATE.read_text(encoding="utf-8")
     state = describe_untrained(config)
     if state is None:

@@ -1,4 +1,4 @@
-"""Finds the folder of a model by its path or Hub id, and what it holds by its small files.
+"""Finds the folder of a model by its path or Hub id, and its content by its small files.
 
 Needs no torch and no weights, so that a wrong folder is reported at once, with the command that
 takes it. huggingface_hub tries again and again before it says that there is no network; here the
@@ -26,11 +26,11 @@ from .._suggestions import list_first
 from ..configs.build_config import EMBEDDED
 from ..configs.encoding_config import DUAL_ENCODERS
 
-# What a converted model was made of, written by its conversion.
+# Sources of a converted model, written by its conversion.
 RECORD_FILE = "conversion.json"
-# The same, where the weights were trained since: they are no longer those of the listed files.
+# The same record after a training: the weights are no longer those of the listed files.
 RECORD_BEFORE_TRAINING = "conversion_before_training.json"
-# What peft saves a LoRA as.
+# peft's file of a LoRA's settings.
 LORA_CONFIG = "adapter_config.json"
 LORA_WEIGHTS = "adapter_model.safetensors"
 _DEMO_MODEL = Path("..") / "llm2clip-demo" / "model"  # as a notebook in examples/ sees it
@@ -41,7 +41,7 @@ _NOT_DOWNLOADED = [
 ]  # fmt: skip
 _NAME = r"\w[\w.-]*"
 _SECONDS = 5.0
-# Of a folder of ONNX graphs: what was exported, how it was checked, and with what result.
+# Record of a folder of ONNX graphs: the export, its checks, and their results.
 ONNX_RECORD = "onnx_export.json"
 _VISION_FIELDS = ("image_size", "patch_size", "num_channels", "hidden_sizes")
 
@@ -51,7 +51,7 @@ def find_model_folder(
 ) -> Path:
     """Return a local folder, or download a Hub repository and return its snapshot.
 
-    With `only`, nothing but files of these names is downloaded, and these in any format.
+    With `only`, files of these names alone are downloaded, in any format.
     """
     if Path(source).is_dir():
         if revision is not None:
@@ -97,7 +97,7 @@ def find_demo_model() -> str:
 
 
 def is_inside(file: Path, folder: Path) -> bool:
-    """Return whether a file is a folder's own once all links are followed.
+    """Return whether a file, with all links followed, belongs to a folder.
 
     A snapshot in huggingface_hub's cache owns the contents that the cache keeps for its repository.
     """
@@ -114,9 +114,8 @@ def list_uploaded_files() -> list[Path]:
 
 
 def is_hub_id(source: str | Path) -> bool:
-    """Return whether this can only be a Hub id: `owner/name`, and no folder `owner` here.
-
-    A `Path` never is.
+    """Return whether a source can only be a Hub id: `owner/name`, with no folder `owner` here. A
+    `Path` is never a Hub id.
     """
     return (
         isinstance(source, str)
@@ -222,7 +221,7 @@ def _find_error(what: str, source: str | Path, *, file: str) -> str | None:
     return f"{source}: no such {what}: {missing}" if missing else None
 
 
-# What a folder or repository may hold, in a word, and a sentence with the command that takes it.
+# Content of a folder or repository, in a word, and advice that names the command for it.
 _ADVICE = {
     "llm2clip": "",
     "onnx": (

@@ -27,7 +27,7 @@ MODEL_CLASSES: dict[str, Any] = {
     cls.__name__: cls for cls in (LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel)
 }
 
-# By what a command calls the parts of a model.
+# Class by the name that commands have for the parts of a model.
 CLASS_OF_COMPONENTS = {
     "full": "LLM2CLIPModel",
     "text": "LLM2CLIPTextModel",
@@ -83,7 +83,7 @@ def find_model_class(folder: Path) -> Any:
     name = (architectures or ["nothing"])[0]
     if name not in MODEL_CLASSES:
         raise ValueError(
-            f"{folder}: config.json has architectures={architectures}, wanted one of "
+            f"{folder}: config.json has architectures={architectures}, expected one of "
             f"{sorted(MODEL_CLASSES)}. Save the model with save_pretrained."
         )
     return MODEL_CLASSES[name]
@@ -103,8 +103,8 @@ class PartialModel(LLM2CLIPModel):
     """A whole model without the towers that are not run.
 
     It loads from the folder of a whole model, strictly, and reads nothing of an absent tower. It
-    cannot be saved as a model: `save_trained_model` writes what changed. The LLM is not run where
-    caption embeddings are stored, the vision tower where image embeddings are.
+    cannot be saved as a model: `save_trained_model` writes what changed. Stored caption embeddings
+    replace the LLM, stored image embeddings the vision tower.
     """
 
     _auto_class = None  # type: ignore[assignment]
@@ -175,9 +175,8 @@ def find_untrained_parts(config: LLM2CLIPConfig) -> tuple[str, ...]:
 
 
 def describe_untrained(config: LLM2CLIPConfig) -> str | None:
-    """Describe which parts are untrained, and what to do, in a sentence without its subject.
-
-    None for a trained model.
+    """Describe the untrained parts and the remedy, in a sentence without its subject. None for a
+    trained model.
     """
     parts = find_untrained_parts(config)
     if not parts:

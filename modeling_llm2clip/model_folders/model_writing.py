@@ -1,4 +1,4 @@
-"""Writes model folders: the one writer behind build, fine-tune, align, convert and export.
+"""Writes model folders, for build, finetune-llm, align, convert and export alike.
 
 A folder loads through AutoModel, pipelines and sentence-transformers. It is complete or absent:
 everything is written into a temporary folder beside the target, which is renamed at the end.
@@ -59,7 +59,7 @@ class LazyModel:
     """A model whose weights are read, or computed, while they are written, in their dtypes.
 
     `golden_source` is the folder of a model with the same LLM, whose recorded caption embeddings
-    are taken over; without it the LLM is loaded to record them.
+    are copied; without it, the LLM is loaded to record them.
     """
 
     model_class: Any
@@ -94,7 +94,7 @@ def save_model(
     device: str = "cpu",
     verify: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write a model folder: weights, code, processor, golden embeddings, card and all the rest.
+    """Write a complete model folder: weights, code, processor, golden embeddings and card.
 
     A text-only or vision-only model keeps the whole processor. Memory holds one file of a lazy
     model, which is loaded on `device` for its golden embeddings. `files` maps a path in the folder
@@ -228,8 +228,8 @@ def open_model(source: Path) -> LazyModel:
 def find_carried_files(source: Path, *, trained_since: bool = False) -> dict[str, Path]:
     """Find the files that a new folder carries over: legal ones, records, summary of images.
 
-    A link that leads out of the folder is refused. `trained_since` says that the weights are
-    others.
+    A link that leads out of the folder is refused. `trained_since` means that the weights were
+    trained after those records.
     """
     legal = {p.name: p for p in source.iterdir() if p.is_file() and is_legal_file(p.name)}
     summary = source / TRAINING_IMAGES_FILE
@@ -244,7 +244,7 @@ def find_carried_files(source: Path, *, trained_since: bool = False) -> dict[str
 
 
 def explain_incomplete(folder: Path) -> str | None:
-    """Name what a trainer's checkpoint lacks and what completes it; None for a complete folder."""
+    """Name the missing files of a trainer's checkpoint and the remedy; None if it is complete."""
     if (folder / GOLDEN_FILE).is_file():
         return None
     return (
@@ -310,9 +310,8 @@ def _require_places(
 
 
 def _save_lazy_model(model: LazyModel, folder: Path, *, max_shard_size: int | str) -> None:
-    """Write what `save_pretrained` of a loaded model would write.
-
-    The configuration comes last: what a killed process leaves does not load without all weights.
+    """Write the same files as `save_pretrained` of a loaded model. The configuration comes last, so
+    that a folder whose writer was killed does not load without all weights.
     """
     write_weights(model.weights, folder, max_shard_size=max_shard_size)
     config = model.config
@@ -342,7 +341,7 @@ def _write_golden(folder: Path, model: Any, processor: LLM2CLIPProcessor, *, dev
 
 @dataclass(frozen=True)
 class StageSource:
-    """The folder of the model that a stage works on, and what the user gave for it."""
+    """The folder of the model that a stage works on, and its name as the user gave it."""
 
     folder: Path
     name: str

@@ -31,7 +31,7 @@ def graph_file(folder: Path, modality: str, weights: TextWeights = "float32") ->
 
 
 def data_file(graph: Path) -> Path:
-    """Return where the weights of a graph are that is too large for one file."""
+    """Return the file for the weights of a graph that is too large for one file."""
     return graph.with_name(f"{graph.name}_data")
 
 
@@ -107,9 +107,8 @@ def load_onnx_encoder(
 
 
 def choose_graph(folder: Path, modality: str, weights: TextWeights | None) -> Path:
-    """Return the graph for texts or for images, which have float32 weights alone.
-
-    None chooses the most exact weights that there are.
+    """Return the graph for texts, or for images (float32 alone). None chooses the most exact
+    weights available.
     """
     there = _list_weights(folder, modality)
     if not there:
@@ -130,8 +129,8 @@ def _list_weights(folder: Path, modality: str) -> list[TextWeights]:
 def fingerprint_graph(folder: Path, modality: str, weights: TextWeights | None) -> dict[str, str]:
     """Describe what determines the embeddings of a graph.
 
-    It is what determines those of the exported model, and SHA-256 of `graph` and `tokenizer and
-    settings`, which may have been changed since.
+    The fingerprint is that of the exported model, with the SHA-256 of `graph` and of `tokenizer and
+    settings`, which may have changed since.
     """
     from ..data.atomic_files import hash_file, hash_json
     from .fingerprint import hash_model_files  # imports torch

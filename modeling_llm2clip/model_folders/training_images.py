@@ -1,10 +1,10 @@
-"""A summary of the images that a model was trained on, and how far others are from it.
+"""Summarizes the images that a model was trained on, and measures how far other images are.
 
 Per dataset the summary has the means of its clusters of images, by the embeddings of the vision
 tower before the projection, each scaled to unit length. A set of images is judged as a whole: by
 how far its mean is from every mixture of these clusters. Images of one topic of the training data
-are such a mixture, too; images of another kind are not, though each of them may be as near to some
-training image as these are to each other. No embedding of a single image is kept.
+are such a mixture, too. Images of another kind are not, although each may be near some training
+image. No embedding of a single image is kept.
 
 D is the width of the tower's embeddings, K the number of clusters, N of images.
 """
@@ -30,9 +30,9 @@ _MAX_CLUSTERS = 128
 _IMAGES_PER_CLUSTER = 8
 _FEWEST_IN_CLUSTER = 3
 _ITERATIONS = 10
-# As a share of the spread of the training images. Of emoji, drawings and photographs no set of
-# held-out images reaches it, random or as alike as can be, and each kind is farther from another;
-# cut-out photographs and drawings are not: see `benchmarks/accuracy/training_data_distance.py`.
+# Distance, as a share of the spread of the training images. No held-out set of emoji, drawings or
+# photographs reaches it, and sets of another kind exceed it, except cut-out photographs beside
+# drawings: see `benchmarks/accuracy/training_data_distance.py`.
 FAR = 0.1
 _MIXING_STEPS = 300
 _METADATA = "training_images"
@@ -70,7 +70,7 @@ def summarize_images(vision_embeds: Tensor, *, name: str, num_images: int) -> Da
 class TrainingImages:
     """The summary of all images that a model was trained on, in the order of its trainings.
 
-    Earlier weights of the vision tower were trained on data that are `not_summarized`.
+    `not_summarized` names data of earlier trainings of the vision tower that have no summary.
     """
 
     datasets: tuple[DatasetSummary, ...]
@@ -112,10 +112,7 @@ class TrainingImages:
             )
 
     def describe_far(self, tally: ImageTally) -> str | None:
-        """Describe what images are far from, and what to do.
-
-        None where they are not far, or too few.
-        """
+        """Describe the data that images are far from, and the remedy; None if near or few."""
         distance = self.measure(tally)
         if distance is None or distance <= FAR:
             return None
@@ -171,7 +168,7 @@ def read_training_images(folder: Path) -> TrainingImages | None:
 
 
 def describe_far_images(folder: Path, tally: ImageTally) -> str | None:
-    """Describe images that are unlike those of a folder's training, as far as both are known."""
+    """Describe images that are unlike a folder's training images; None if either is unknown."""
     summary = read_training_images(folder)
     return None if summary is None else summary.describe_far(tally)
 
@@ -217,7 +214,7 @@ def _find_clusters(rows: Array) -> Array:
 def _measure(mean: Array, num_images: int, clusters: Array, spread: float) -> float:
     """Measure the squared distance of a set's mean from the nearest mixture, as a share of spread.
 
-    What the mean of so few images has by chance is taken off. The mixture is found by Frank and
+    The distance that so few images have by chance is subtracted. The mixture is found by Frank and
     Wolfe's method with exact steps. Where all training images are alike, nothing is far.
     """
     if not spread:

@@ -27,7 +27,7 @@ from .._suggestions import counted, list_first
 from ..loading_llm2clip import list_model_files, list_weight_files, read_weight_shapes
 
 _INDEX = "model.safetensors.index.json"
-# Where the official training code and DeepSpeed put the weights, in its order.
+# Entries where the official training code and DeepSpeed put the weights, in order of choice.
 _NESTED_UNDER = ("model", "module", "state_dict")
 _WRAPPER = "module."
 _MODELS = ("model.safetensors", "pytorch_model.bin")
@@ -36,8 +36,8 @@ _LORAS = ("adapter_model.safetensors", "adapter_model.bin")
 WEIGHT_NAMES = (*_MODELS, *_LORAS)
 # The beginning of an archive, as torch.save writes it now, and of a pickle, as it did before.
 _BEGINNINGS = (b"PK\x03\x04", b"\x80")
-# Training changes most entries also in half precision; where it does not, the embeddings are not
-# those of the exact weights.
+# Training changes most entries in half precision, too. If it changes fewer than this, the
+# embeddings are not those of the exact weights.
 _FEW_CHANGED = 0.5
 # Room for configuration, tokenizer and card beside the weights.
 _OTHER_FILES_BYTES = 64 << 20
@@ -66,7 +66,7 @@ class LazyTensor:
         return self.num_elements * self.dtype.itemsize
 
     def then(self, make: Callable[[Tensor], Tensor]) -> LazyTensor:
-        """Return what a function makes of this tensor, without reading it.
+        """Return a lazy tensor that applies a function to this one when it is read.
 
         It is called once with a meta tensor, which gives shape and dtype.
         """
@@ -121,9 +121,9 @@ def warn_of_rounding(
     what: str,
     of_what: str = "the entries that it should",
 ) -> float:
-    """Return which share of entries is changed after rounding, and warn if it is small.
+    """Return the share of changed entries that rounding leaves, and warn if it is small.
 
-    `counts` are the changed and the wanted ones of each weight.
+    `counts` are, for each weight, the entries changed after and before rounding.
     """
     num_left, num_changed = map(sum, zip(*counts, strict=True))
     share: float = num_left / num_changed if num_changed else 1.0
@@ -201,7 +201,7 @@ def _open_safetensors(file: Path) -> dict[str, LazyTensor]:
     heads = read_weight_shapes([file])
     unknown = sorted({dtype for _, dtype in heads.values()} - set(_DTYPES))
     if unknown:
-        raise ValueError(f"{file} has weights of the dtypes {unknown}, wanted {list(_DTYPES)}.")
+        raise ValueError(f"{file} has weights of the dtypes {unknown}, expected {list(_DTYPES)}.")
     return {
         name: LazyTensor(shape, _DTYPES[dtype], partial(read, name))
         for name, (shape, dtype) in heads.items()
@@ -254,7 +254,7 @@ def _find_state_dict(content: Any, file: Path) -> dict[str, Tensor]:
     if not tensors or len(tensors) != len(state):
         others = sorted(str(name) for name, value in values if not isinstance(value, Tensor))
         raise ValueError(
-            f"{file}: wanted a state dict, at the top or under {_NESTED_UNDER}; got "
+            f"{file}: expected a state dict, at the top or under {_NESTED_UNDER}; got "
             f"{type(content).__name__} with {counted(len(tensors), 'tensor')} and the other "
             f"entries {others}. Save the state dict alone."
         )
@@ -263,7 +263,7 @@ def _find_state_dict(content: Any, file: Path) -> dict[str, Tensor]:
         return tensors
     if len(wrapped) != len(tensors):
         raise ValueError(
-            f"{file}: {len(wrapped)} of {len(tensors)} names begin with {_WRAPPER!r}, wanted "
+            f"{file}: {len(wrapped)} of {len(tensors)} names begin with {_WRAPPER!r}, expected "
             "all or none. The file is a mixture of checkpoints."
         )
     return {name.removeprefix(_WRAPPER): value for name, value in tensors.items()}

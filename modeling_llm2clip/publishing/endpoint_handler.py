@@ -9,8 +9,8 @@ every request. A ValueError becomes a reply with its text and status 400.
     {"inputs": {"image": "<base64>"}, "parameters": {"candidate_labels": ["cat", "dog"]}}
 
 An image is base64 of its file, with or without `data:image/…;base64,` before it, or the body of a
-request of the type `image/…`. A string in `inputs` is an image if it begins so, or with
-`candidate_labels`.
+request of the type `image/…`. A string in `inputs` is an image if it begins so, or if
+`candidate_labels` are given.
 Addresses of images are not fetched.
 """
 

@@ -121,9 +121,9 @@ def export_model(
 
 
 def _load_checked(folder: Path, processor: LLM2CLIPProcessor, config: ExportConfig) -> Any:
-    """Load a model for its export, once it gave its golden embeddings in the dtype it was saved in.
+    """Load a model for its export, after comparing it with its golden embeddings in its own dtype.
 
-    Another dtype is loaded anew: a model that is cast in memory loses digits of its temperature.
+    For another dtype the model is loaded again: casting in memory would round its temperature.
     """
     model_class = MODEL_CLASSES[CLASS_OF_COMPONENTS[config.components]]
     device = find_device(config.device)
@@ -167,10 +167,10 @@ def render_hosting_files(config: ExportConfig, model_config: LLM2CLIPConfig) -> 
 
 
 def export_vision_tower(folder: Path, output: str | Path, *, license: str | None = None) -> Path:
-    """Write the vision tower of a model folder; LLM and tokenizer are not read.
+    """Write the vision tower of a model folder without reading LLM or tokenizer.
 
-    `AutoModel` loads it without this package, and so does whatever is built on a vision tower: a
-    detector, a classifier, a multimodal LLM. An image processor that crops as torchvision does
+    `AutoModel` loads it without this package, so that a detector, a classifier or a multimodal LLM
+    can be built on it. An image processor that crops as torchvision does
     needs the code that is saved with it.
     """
     require_new_folder(Path(output))  # before the weights are read
@@ -245,7 +245,7 @@ def read_card_results(files: Sequence[Path]) -> tuple[CardResult, ...]:
 
 
 def require_own_results(results: Sequence[CardResult], folder: Path) -> None:
-    """Refuse results of another model than a folder's; those without a fingerprint are taken."""
+    """Refuse results of another model than a folder's; accept results without a fingerprint."""
     stated = [result for result in results if result.fingerprint is not None]
     if not stated:
         return

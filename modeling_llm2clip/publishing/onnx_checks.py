@@ -37,7 +37,7 @@ NUM_CAPTIONS = 200
 NUM_IMAGES = 50
 _NUM_LONG = 12
 _LONGEST_CAPTION = 64  # captions in one text, which most models truncate
-# Rounding of 8-bit weights; an unrelated text has a cosine far below.
+# Least cosine with 8-bit weights; an unrelated text is far below.
 MIN_COSINE_8_BITS = 0.999
 # Pillow and torchvision resize with other rounding: at most one of 255 steps for most pixels.
 MIN_COSINE_OF_SCRIPT = 0.999
@@ -60,7 +60,7 @@ class CheckInputs:
 class Reference:
     """The model in float32 on the CPU, and its embeddings of the check's inputs.
 
-    The folder may have golden embeddings, which were computed in `dtype`.
+    Golden embeddings of the folder, if it has any, were computed in `dtype`.
     """
 
     model: Any
@@ -99,9 +99,8 @@ class Reference:
 
 
 def load_check_inputs(data: str | None) -> CheckInputs:
-    """Choose 200 captioned images at random, or all there are, always the same ones.
-
-    Each is of another group. Without data they are the embedded photographs and emoji.
+    """Choose 200 captioned images of different groups, or all if fewer, by a fixed seed. Without
+    data, choose from the embedded photographs and emoji.
     """
     embedded = [find_example_data() / name for name in ("photographs", "emoji")]
     first: dict[str, CaptionedImage] = {}
@@ -160,7 +159,7 @@ def check_images(encoder: OnnxEncoder, reference: Reference, *, any_size: bool) 
 
 
 def compare_rounded_texts(encoder: OnnxEncoder, reference: Reference) -> dict[str, Any]:
-    """Measure how far a text graph with rounded weights is from the model, and from its recall."""
+    """Measure the distance between a text graph with rounded weights and the model, and recall."""
     embeds = encoder.encode_texts(reference.inputs.texts)
     cosines = measure_cosines(embeds, reference.text_embeds)
     figures = {
@@ -200,8 +199,8 @@ def require_recall(figures: Mapping[str, Any], inputs: CheckInputs, *, max_loss:
 def check_script(folder: Path, encoder: OnnxEncoder, text_graph: Path | None) -> str | None:
     """Compare the script that needs no torch with the processor, on the golden inputs.
 
-    Returns why the script cannot be used; None where it gives the same embeddings. Other texts are
-    an error, because then the tokenizer's file is not the tokenizer.
+    Returns why the script cannot be used; None if it gives the same embeddings. Different text
+    embeddings raise, because then the tokenizer's file is not the tokenizer.
     """
     from ..encoding import encode_onnx  # imports onnxruntime
 

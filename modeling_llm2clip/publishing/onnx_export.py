@@ -78,7 +78,7 @@ images into one space, as embeddings of unit length. Opset {opset}, IR {ir_versi
 
 
 def export_onnx(folder: Path, output: str | Path, config: ExportConfig) -> Path:
-    """Write the graphs of a model folder, each checked against the model, or nothing.
+    """Write the graphs of a model folder after checking each against the model, or nothing.
 
     `onnx/text_model.onnx`, `onnx/vision_model.onnx`, rounded weights beside them, tokenizer,
     processor, configuration, golden embeddings, script, record and card.
@@ -263,7 +263,8 @@ class _OnnxWriter:
     def _write_script(self) -> str | None:
         """Write the script and the module that it imports, which is not in a package there.
 
-        It runs on the new folder; where it misreads images, it is removed and the reason returned.
+        The script runs on the new folder; if it misreads images, it is removed and the reason
+        returned.
         """
         from ..encoding import encode_onnx  # imports onnxruntime
 

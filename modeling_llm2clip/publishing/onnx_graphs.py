@@ -96,7 +96,7 @@ def write_image_graph(
     *,
     any_size: bool,
 ) -> dict[str, Any]:
-    """Write the vision tower, for any number of images, and for any height and width if asked.
+    """Write the vision tower for any number of images, and for any height and width on request.
 
     `pixel_values` (B, 3, H, W) are of at least two images.
     """
@@ -230,7 +230,7 @@ def write_rounded_graph(source: Path, file: Path, *, bits: int) -> int:
 
 @contextmanager
 def _quiet_quantizer() -> Iterator[None]:
-    """Undo what the quantizer's module does to the root logger, which then shows every node."""
+    """Restore the root logger, which the quantizer's module makes show every node."""
     root, logger = logging.getLogger(), logging.getLogger("onnxruntime.quantization")
     level, handlers = root.level, [*root.handlers]
     logger.setLevel(logging.WARNING)

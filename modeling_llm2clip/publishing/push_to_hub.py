@@ -162,7 +162,7 @@ def check_publishable(
     device: str = "auto",
     allow_files: Sequence[str] = (),
 ) -> dict[str, int]:
-    """Refuse a folder that others should not get; nothing is sent or changed.
+    """Refuse a folder that must not be published; send and change nothing.
 
     It must be a trained, healthy and complete model with a license, without links that leave it,
     files that can carry code, or files that look like credentials (but for `allow_files`). There is
@@ -279,7 +279,7 @@ def require_no_credentials(
 
 
 def describe_files(files: Mapping[str, int]) -> str:
-    """List files with their sizes, the sum, and what is not part of a model folder."""
+    """List files with their sizes and sum, and name files that are not part of a model folder."""
     lines = [f"{num_bytes:>15,}  {path}" for path, num_bytes in files.items()]
     lines.append(f"{sum(files.values()):>15,}  bytes in {counted(len(files), 'file')}.")
     others = [

@@ -1,6 +1,6 @@
 """The plan of `train`: stages in order, with sizes, steps, disk, and which are finished.
 
-Sizes of towers are read from their files without loading them. NaN is a number that is unknown.
+Sizes of towers are read from their files without loading them. Unknown numbers are NaN.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def read_split(config: TrainConfig) -> Split:
 
 
 def plan_recipe(config: TrainConfig, split: Split) -> RecipePlan:
-    """Plan what `train` will do with a recipe; writes nothing and loads no model."""
+    """Plan the stages of a recipe; writes nothing and loads no model."""
     # The captions to train on that an image to evaluate on has, too.
     ours, theirs = (list_text_keys(RecordTable.from_records(part)) for part in split)
     return RecipePlan(
@@ -192,7 +192,7 @@ def measure_tower(
 ) -> TowerSize:
     """Read the size of a tower from its configuration and the headers of its weight files.
 
-    Of a dual encoder, it is that of one part; the width of its texts is that of the shared space.
+    The size of a dual encoder is that of one part; the width of its texts is the shared space's.
     """
     folder = find_tower(embedded) if source == EMBEDDED else Path(source)
     if folder.is_dir():
@@ -229,7 +229,7 @@ def _read_config(file: Path | None, num_parameters: float, part: str) -> TowerSi
 
 
 class _Planner:
-    """Counts what the stages of one recipe work on."""
+    """Counts the items, steps and bytes of each stage of a recipe."""
 
     def __init__(
         self,
@@ -352,7 +352,7 @@ def _count_images(records: Sequence[CaptionedImage]) -> int:
 
 
 def is_complete(folder: Path) -> bool:
-    """Tell whether a folder that appears by renaming is there."""
+    """Whether a folder that is written under another name and renamed is there."""
     return folder.is_dir() and any(folder.iterdir())
 
 

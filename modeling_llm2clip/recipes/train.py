@@ -1,8 +1,8 @@
 """The whole method as one resumable run: build, fine-tune, extract, align, export, check, evaluate.
 
-Each stage writes a folder of its own under the recipe's output, which is complete or known to be
-continued. So a run that was killed anywhere and started again writes the same bytes as one that
-never was.
+Each stage writes its own folder under the recipe's output. The folder is complete, or its stage can
+be continued. So a run that was killed anywhere and started again writes the same bytes as a run
+that was never killed.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def train(
     report: Report = print,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
-    """Do what a recipe says, or continue where it was stopped.
+    """Run a recipe, or continue it where it stopped.
 
     Args:
         config: The recipe, or its YAML file.
@@ -93,7 +93,7 @@ def train(
 
     Raises:
         ValueError: Before anything is computed: the recipe, its data or its output folder are not
-            what they must be. At the end: the model is not healthy.
+            as the recipe needs them. At the end: the model is not healthy.
         StageInterrupt: SIGINT or SIGTERM stopped a stage in good order.
 
     Examples:
@@ -121,7 +121,7 @@ def plan_train(config: TrainConfig) -> RecipePlan:
 def _check(
     config: TrainConfig | str | Path, records: Split | None
 ) -> tuple[TrainConfig, Split, dict[str, Any]]:
-    """Make every check of a recipe, and return it with its records and what identifies its data."""
+    """Check a recipe; return it with its records and the hashes of its inputs."""
     if not isinstance(config, TrainConfig):
         config = read_config(config, TrainConfig)
     choose_device(config.device)
@@ -137,7 +137,7 @@ def _check(
 
 
 def _identify_data(config: TrainConfig, split: Split) -> dict[str, Any]:
-    """Identify what a recipe reads: towers of this machine, records, images, text pairs, a LoRA."""
+    """Hash the inputs of a recipe: local towers, records, images, text pairs, a LoRA."""
     train, test = split
     finetune = config.finetune
     files = [Path(file) for file, _ in finetune.text_pairs] if finetune else []
@@ -161,7 +161,7 @@ def _identify_data(config: TrainConfig, split: Split) -> dict[str, Any]:
 
 
 def _identify_source(source: str | Path | None) -> str | None:
-    """Hash the files of a local tower or LoRA but its card; None for one of the Hub."""
+    """Hash the files of a local tower or LoRA, except its card; None for the Hub."""
     if source is None or not Path(source).exists():
         return None
     files = [Path(source)] if Path(source).is_file() else sorted(Path(source).rglob("*"))
@@ -175,7 +175,7 @@ def _identify_source(source: str | Path | None) -> str | None:
 
 
 def check_recipe(config: TrainConfig, split: Split) -> None:
-    """Refuse what a stage of a recipe would refuse; what is finished is not checked again."""
+    """Make the checks of every stage of a recipe that is not finished."""
     errors = []
     for check in _list_checks(config, split):
         try:
@@ -212,7 +212,7 @@ def _list_checks(config: TrainConfig, split: Split) -> Iterator[Callable[[], obj
 
 
 def _check_alignment(config: TrainConfig) -> None:
-    """Refuse what the alignment of a new model would refuse."""
+    """Make the checks of an alignment that need its model, before there is one."""
     align, build = config.align, config.build
     width: float = build.projection_dim or DEFAULT_PROJECTION_DIM
     if build.keep_projection:
@@ -351,7 +351,7 @@ class _Recipe:
         PartialState().wait_for_everyone()
 
     def _alone(self, work: Callable[[], object]) -> None:
-        """Do in one process what the others wait for."""
+        """Do work in the main process, and make the others wait for it."""
         if self.is_main_process:
             work()
         PartialState().wait_for_everyone()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.accuracy import training_set_size
-from benchmarks.tables.render_tables import _render_training_set_size
+from benchmarks.tables.training_tables import TRAINING_TABLES
 from modeling_llm2clip import EmbeddingStore, align, extract
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.encoding_config import ExtractConfig
@@ -71,10 +71,10 @@ def test_a_row_has_mean_and_range_and_a_dash_where_there_were_too_few_images() -
                      "runs": [make_run(0, 100, 0.1), make_run(0, 200, 0.4)]},
         },
     }  # fmt: skip
-    shown = _render_training_set_size(report)
+    shown = TRAINING_TABLES["training_set_size"](report)
     assert "| 100 | 25.0 % (20.0 to 30.0) | 10.0 % |" in shown
     assert "| 200 | – | 40.0 % |" in shown
     assert "| chance | 5.0 % | 2.0 % |" in shown and "20 few, 50 many" in shown
     assert "Splits: 2; mean, lowest and highest. a machine" in shown
     report["datasets"]["few"]["runs"] = few[:1]
-    assert "Splits: 1. a machine" in _render_training_set_size(report)
+    assert "Splits: 1. a machine" in TRAINING_TABLES["training_set_size"](report)

@@ -13,7 +13,7 @@ import torch
 from tiny import tiny_llm, tiny_tokenizer, tiny_vision
 from tiny_folders import save_tiny_llm, save_tiny_vision
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.building.build_model import join_towers
@@ -31,18 +31,12 @@ def make_records(languages: tuple[str, ...] = ("en",)) -> list[CaptionedImage]:
     """Two captions of each thing, of which an untrained LLM matches some by their words."""
     return [
         CaptionedImage(
-            image=None,
-            name=thing,
-            group_id=thing,
-            captions=(
-                f"{lang}: a {thing} by the {THINGS[number - 1]}",
-                f"the red {thing} in {lang}",
-            ),
-            lang=lang,
+            None, thing, thing, lang=lang,
+            captions=(f"{lang}: a {thing} by the {THINGS[n - 1]}", f"the red {thing} in {lang}"),
         )
         for lang in languages
-        for number, thing in enumerate(THINGS)
-    ]
+        for n, thing in enumerate(THINGS)
+    ]  # fmt: skip
 
 
 def plant(llm: PreTrainedModel) -> None:
@@ -79,15 +73,13 @@ def test_the_layer_that_makes_pairs_equal_is_found() -> None:
         captions = f"{letter}{number % 10}{number % 7}#", f"{letter}{number % 3}{number % 9}#"
         records.append(CaptionedImage(None, letter, letter, captions))
     config = ChooseLayerConfig(prompt="none", bidirectional=False, text_pooling="last_token")
-    found = choose_layer((llm, tiny_tokenizer(begins=False)), records, config)
-    assert [one.cra["value"] for one in found.scores[:2]] == [
-        0,
-        1,
-    ]  # at first, all last tokens are equal
-    assert max(one.cra["value"] for one in found.scores[2:]) < 0.3
-    assert (found.best.layer, found.lowest_alike.layer) == (2, 2)
-    assert [one.is_alike for one in found.scores] == [False, True, False, False]
-    assert [one.compute for one in found.scores] == [0.25, 0.5, 0.75, 1]
+    choice = choose_layer((llm, tiny_tokenizer(begins=False)), records, config)
+    scores = [score.cra["value"] for score in choice.scores]
+    assert scores[:2] == [0, 1]  # at first, all last tokens are equal
+    assert max(scores[2:]) < 0.3
+    assert (choice.best.layer, choice.lowest_alike.layer) == (2, 2)
+    assert [score.is_alike for score in choice.scores] == [False, True, False, False]
+    assert [score.compute for score in choice.scores] == [0.25, 0.5, 0.75, 1]
 
 
 def measure_pairs(encode: Callable[[list[str]], Tensor], pairs: list[tuple[str, ...]]) -> float:
@@ -97,36 +89,27 @@ def measure_pairs(encode: Callable[[list[str]], Tensor], pairs: list[tuple[str, 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_scores_are_those_of_models_that_were_built_with_each_layer(family: str) -> None:
-    tower = {"vocabulary_size": len(tiny_tokenizer()), "num_layers": 3}
-    languages = ("en", "de", "fr")
-    records, shared = make_records(languages), {"prompt": "llama-3", "max_text_length": 32}
-    alone = choose_layer(
-        (tiny_llm(family, **tower), tiny_tokenizer()),
-        records,
-        ChooseLayerConfig(**shared, languages=("de",)),
-    )
-    across = choose_layer(
-        (tiny_llm(family, **tower), tiny_tokenizer()), records, ChooseLayerConfig(**shared)
-    )
+    def make_llm() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+        tokenizer = tiny_tokenizer()
+        return tiny_llm(family, vocabulary_size=len(tokenizer), num_layers=3), tokenizer
+
+    records, shared = make_records(("en", "de", "fr")), {"prompt": "llama-3", "max_text_length": 32}
+    alone = choose_layer(make_llm(), records, ChooseLayerConfig(**shared, languages=("de",)))
+    across = choose_layer(make_llm(), records, ChooseLayerConfig(**shared))
     assert (alone.num_pairs, across.num_pairs) == ({"de": 10}, {"de": 10, "fr": 10})
     captions = {(record.lang, record.name): record.captions for record in records}
     for number in (1, 2, 3):
-        model, processor = join_towers(
-            tiny_vision(),
-            (tiny_llm(family, **tower), tiny_tokenizer()),
-            BuildConfig(**shared, text_layers=number),
-        )
-
+        config = BuildConfig(**shared, text_layers=number)
+        model, processor = join_towers(tiny_vision(), make_llm(), config)
         encode = partial(encode_texts, model, processor, project=False)
-        assert alone.scores[number - 1].cra["value"] == measure_pairs(
-            encode, [captions["de", one] for one in THINGS]
-        )
-        translations = (
+        pairs = [captions["de", thing] for thing in THINGS]
+        assert alone.scores[number - 1].cra["value"] == measure_pairs(encode, pairs)
+        translations = [
             measure_pairs(
-                encode, [(captions[lang, one][0], captions["en", one][0]) for one in THINGS]
+                encode, [(captions[lang, thing][0], captions["en", thing][0]) for thing in THINGS]
             )
             for lang in ("de", "fr")
-        )
+        ]
         assert across.scores[number - 1].cra["value"] == pytest.approx(sum(translations) / 2)
 
 

@@ -353,9 +353,7 @@ def test_an_old_layout_and_t5_are_refused_with_the_way_out(tmp_path: Path) -> No
             join_towers(tiny_vision(), source, replace(OWN, prompt=prompt))
 
 
-def test_a_network_that_gives_other_embeddings_than_the_library_is_refused(
-    tmp_path: Path,
-) -> None:
+def test_a_network_that_gives_other_embeddings_than_the_library_is_refused(tmp_path: Path) -> None:
     source = tiny_embedder(tmp_path)
     # The library lowercases what the tokenizer, without a normalizer, takes as it is.
     edit_json("tokenizer.json", lambda content: content.update(normalizer=None))(source)

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import LLM_FAMILIES, tiny_llm, tiny_tokenizer, tiny_vision
+from tiny import LLM_FAMILIES, tiny_llm, tiny_timm, tiny_tokenizer, tiny_vision
+from torch import nn
 from transformers import AutoConfig, AutoModel, CLIPImageProcessorPil, PreTrainedModel
 
 from modeling_llm2clip import LLM2CLIPConfig
 from modeling_llm2clip.base_llm2clip import set_attention_direction
-from modeling_llm2clip.building.build_model import join_towers
+from modeling_llm2clip.building.build_model import build_model, join_towers
 from modeling_llm2clip.building.tower_checks import find_direction_errors, require_direction
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.doctor.check_model import check_model
@@ -266,21 +267,21 @@ def mask_the_future(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return args, {**kwargs, "attention_mask": (1 - allowed) * torch.finfo(torch.float32).min}
 
 
-class Mixing(torch.nn.Module):
+class Mixing(nn.Module):
     """A layer that adds the mean of all positions, padding included."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden + hidden.mean(dim=1, keepdim=True)
 
 
-class LeakyPadding(torch.nn.Module):
+class LeakyPadding(nn.Module):
     """Bidirectional over all positions, padding included."""
 
-    def __init__(self, *layers: torch.nn.Module) -> None:
+    def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
         self.config = AutoConfig.for_model("llama", vocab_size=100, num_hidden_layers=2)
-        self.embeddings = torch.nn.Embedding(100, 8)
-        self.layers = torch.nn.ModuleList(layers)
+        self.embeddings = nn.Embedding(100, 8)
+        self.layers = nn.ModuleList(layers)
         self.device = torch.device("cpu")
 
     def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
@@ -292,7 +293,7 @@ class LeakyPadding(torch.nn.Module):
 
 def test_a_decoder_that_attends_to_padding_is_found_out() -> None:
     # The second layer mixes no positions, which is not an error.
-    model = LeakyPadding(Mixing(), torch.nn.Linear(8, 8))
+    model = LeakyPadding(Mixing(), nn.Linear(8, 8))
     places = list_places(model, bidirectional=True)  # type: ignore[arg-type]
     assert places == ["with padding on the right", "with padding on the left"]
 
@@ -300,3 +301,58 @@ def test_a_decoder_that_attends_to_padding_is_found_out() -> None:
 def test_layers_that_cannot_be_found_are_not_taken_for_good() -> None:
     errors = find_direction_errors(LeakyPadding(Mixing()), bidirectional=True)  # type: ignore[arg-type]
     assert errors[-1].startswith("its layers are not in a list of modules")
+
+
+# A model that its configuration does not describe
+
+SMALL = BuildConfig(prompt="llama-3", projection_dim=16, max_text_length=32, text_adapter_layers=0)
+
+
+def make_llm() -> tuple[Any, Any]:
+    tokenizer = tiny_tokenizer()
+    return tiny_llm(vocabulary_size=len(tokenizer)), tokenizer
+
+
+@pytest.mark.parametrize(
+    ("architecture", "depth", "error"),
+    [
+        ("swin_tiny_patch4_window7_224", 1, r"again.*position.*does not describe its"),
+        # No table depends on its windows.
+        ("swinv2_tiny_window8_256", 2, r"as another one: the 'timm_wrapper' tower .* off by"),
+    ],
+)
+def test_a_network_that_was_changed_behind_its_configuration_is_refused(
+    architecture: str, depth: int, error: str
+) -> None:
+    sizes = {"img_size": 64, "embed_dim": 16, "depths": [depth], "num_heads": [2], "window_size": 4}
+    tower, image_processor = tiny_timm(architecture, sizes)
+    tower.timm_model.set_input_size(window_size=(8, 8))
+    with pytest.raises(ValueError, match=error):
+        join_towers((tower, image_processor), make_llm(), SMALL)
+
+
+def test_layers_that_a_configuration_does_not_state_are_refused() -> None:
+    llm, tokenizer = make_llm()
+    llm.layers[0].mlp.act_fn = nn.Tanh()  # the configuration says SiLU
+    with pytest.raises(ValueError, match=r"as another one: the 'llama' tower .* off by"):
+        join_towers(tiny_vision(), (llm, tokenizer), SMALL)
+    llm, tokenizer = make_llm()
+    llm.layers[0].self_attn.q_proj = nn.Linear(32, 32)
+    with pytest.raises(ValueError, match=r"not be loaded again.*q_proj.bias"):
+        join_towers(tiny_vision(), (llm, tokenizer), SMALL)
+
+
+def test_a_folder_that_loads_with_other_embeddings_is_not_left(tmp_path: Path) -> None:
+    vision, image_processor = tiny_vision()
+    with (
+        pytest.warns(UserWarning, match="different dtypes"),
+        pytest.raises(ValueError, match=r"is not saved: loaded again, .*image_embeds moved"),
+    ):
+        # All weights of a folder are loaded in one dtype.
+        build_model((vision, image_processor), make_llm_in_half(), tmp_path / "model", SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+def make_llm_in_half() -> tuple[Any, Any]:
+    llm, tokenizer = make_llm()
+    return llm.to(torch.bfloat16), tokenizer

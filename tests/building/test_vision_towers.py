@@ -22,13 +22,7 @@ from tiny import (
     tiny_vision,
 )
 from tiny_folders import save_tiny_llm, save_tiny_vision
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    BertConfig,
-    BertModel,
-    VisionTextDualEncoderModel,
-)
+from transformers import AutoConfig, AutoModel, BertConfig, BertModel, VisionTextDualEncoderModel
 
 from modeling_llm2clip.building.build_model import join_towers
 from modeling_llm2clip.building.vision_towers import (

@@ -253,8 +253,7 @@ def test_shards_hold_at_most_what_was_asked_for_and_make_the_same_model(
 
 
 @pytest.mark.parametrize(
-    ("components", "model_class"),
-    [("text", LLM2CLIPTextModel), ("vision", LLM2CLIPVisionModel)],
+    ("components", "model_class"), [("text", LLM2CLIPTextModel), ("vision", LLM2CLIPVisionModel)]
 )
 @pytest.mark.slow
 def test_a_text_only_or_vision_only_model_has_the_weights_of_the_whole_and_no_others(

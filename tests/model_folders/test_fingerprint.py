@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from breaking import Break, edit_json
 from tiny import tiny_model, tiny_tokenizer
 from transformers import CLIPVisionConfig, LlamaConfig
 
@@ -38,21 +39,15 @@ def difference(left: dict[str, str], right: dict[str, str]) -> set[str]:
     return {name for name in left if left[name] != right[name]}
 
 
-@pytest.mark.parametrize("vision", ["clip", "vit", "dinov2"])  # two have weights renamed on loading
+@pytest.mark.parametrize("vision", ["vit", "dinov2"])  # whose weights are renamed on loading
 def test_loading_and_saving_again_changes_nothing(vision: str, tmp_path: Path) -> None:
-    first = save(tiny_model(vision), tmp_path / "first")
+    first = save(tiny_model(vision), tmp_path / "first", max_shard_size="50KB")
+    assert len(list(first.glob("*.safetensors"))) > 1
     loaded = LLM2CLIPModel.from_pretrained(first), LLM2CLIPProcessor.from_pretrained(first)
     loaded[1](text=["a dog"], return_tensors="pt")  # a call must leave no trace
     second = save(loaded, tmp_path / "second")
     assert fingerprint_text(first) == fingerprint_text(second)
     assert fingerprint_vision(first) == fingerprint_vision(second)
-
-
-def test_saving_in_many_files_changes_nothing(folder: Path, tmp_path: Path) -> None:
-    pieces = save(tiny_model(), tmp_path / "pieces", max_shard_size="50KB")
-    assert len(list(pieces.glob("*.safetensors"))) > 1
-    assert fingerprint_text(pieces) == fingerprint_text(folder)
-    assert fingerprint_vision(pieces) == fingerprint_vision(folder)
 
 
 def _change_weight(model: LLM2CLIPModel, _: Any) -> None:
@@ -69,6 +64,10 @@ def _make_causal(model: LLM2CLIPModel, _: Any) -> None:
     model.config.text_config.is_causal = True
 
 
+def _take_another_tokenizer(_: Any, processor: LLM2CLIPProcessor) -> None:
+    processor.tokenizer = tiny_tokenizer(begins=False)
+
+
 def _add_a_word(_: Any, processor: LLM2CLIPProcessor) -> None:
     processor.tokenizer.add_tokens("photo")
 
@@ -82,13 +81,10 @@ def _add_a_word(_: Any, processor: LLM2CLIPProcessor) -> None:
         (lambda model, _: setattr(model.config, "text_pooling", "last_token"), "pooling"),
         (_make_causal, "direction"),
         (lambda _, processor: setattr(processor, "max_text_length", 31), "max_text_length"),
-        (lambda _, processor: setattr(processor, "tokenizer", tiny_tokenizer(begins=False)),
-         "tokenizer"),
-        (lambda _, processor: setattr(processor.tokenizer, "truncation_side", "left"),
-         "tokenizer"),
+        (_take_another_tokenizer, "tokenizer"),
         (_add_a_word, "tokenizer"),
     ],
-)  # fmt: skip
+)
 def test_whatever_changes_a_captions_embedding_changes_one_entry(
     folder: Path, tmp_path: Path, change: Callable[[Any, Any], None], entry: str
 ) -> None:
@@ -120,11 +116,59 @@ def test_another_dtype_is_another_model(folder: Path, tmp_path: Path) -> None:
     assert half["dtype"] == "bfloat16"
 
 
-def test_images_prepared_otherwise_are_another_model(folder: Path, tmp_path: Path) -> None:
-    model, processor = tiny_model()
-    processor.image_processor.image_mean = [0.1, 0.2, 0.3]
-    changed = fingerprint_vision(save((model, processor), tmp_path))
-    assert difference(changed, fingerprint_vision(folder)) == {"image_processor"}
+def edit_image_processor(change: Callable[[dict[str, Any]], object]) -> Break:
+    return edit_json("processor_config.json", lambda c: change(c["image_processor"]))
+
+
+def change_library(content: dict[str, Any]) -> None:
+    name = content["image_processor_type"]
+    content["image_processor_type"] = (
+        name.removesuffix("Pil") if name.endswith("Pil") else f"{name}Pil"
+    )
+
+
+def quantize(content: dict[str, Any]) -> None:
+    content["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+
+
+def rename_source(content: dict[str, Any]) -> None:
+    content["eos_token_id"] = 5
+    content["text_config"]["_name_or_path"] = "owner/other"
+
+
+# A change of a file, and the entries that differ for texts and for images.
+EDITS: dict[str, tuple[Break, set[str], set[str]]] = {
+    "colors": (
+        edit_image_processor(lambda c: c.update(image_mean=[0.1, 0.2, 0.3])),
+        set(), {"image_processor"},
+    ),
+    # Its settings are the same, and it is free to do something else with them.
+    "class of the image processor": (
+        edit_image_processor(lambda c: c.update(image_processor_type="ViTImageProcessor")),
+        set(), {"image_processor"},
+    ),
+    "library of the image processor": (edit_image_processor(change_library), set(), set()),
+    "quantization": (edit_json("config.json", quantize), {"architecture"}, set()),
+    # Where a tower came from, and what the tokenizer's special ids are called.
+    "names": (edit_json("config.json", rename_source), set(), set()),
+    "head": (  # both are taken before it
+        edit_json("config.json", lambda c: c.update(normalize_text_before_adapter=False)),
+        set(), set(),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edited_file_is_another_model_where_it_changes_numbers(
+    name: str, folder: Path, tmp_path: Path
+) -> None:
+    edit, of_texts, of_images = EDITS[name]
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    edit(other)
+    assert difference(fingerprint_text(other), fingerprint_text(folder)) == of_texts
+    assert difference(fingerprint_vision(other), fingerprint_vision(folder)) == of_images
+    models = fingerprint_model(other), fingerprint_model(folder)
+    assert difference(*models) == ({"normalize_text_before_adapter"} if name == "head" else set())
 
 
 @pytest.mark.parametrize(
@@ -134,54 +178,11 @@ def test_settings_beside_the_tokenizers_file_that_change_ids_count(
     settings: dict[str, Any], folder: Path, tmp_path: Path
 ) -> None:
     other = Path(shutil.copytree(folder, tmp_path / "other"))
-    file = other / "tokenizer_config.json"
-    content = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps({**content, **settings}), encoding="utf-8")
+    edit_json("tokenizer_config.json", lambda content: content.update(settings))(other)
     text = "<|im_end|> a dog" * 40
     ids = [LLM2CLIPProcessor.from_pretrained(f)(text=[text])["input_ids"] for f in (folder, other)]
     assert ids[0].tolist() != ids[1].tolist()
     assert difference(fingerprint_text(other), fingerprint_text(folder)) == {"tokenizer"}
-
-
-def test_another_class_of_image_processor_is_another_model(folder: Path, tmp_path: Path) -> None:
-    # Its settings are the same, and it is free to do something else with them.
-    other = Path(shutil.copytree(folder, tmp_path / "other"))
-    file = other / "processor_config.json"
-    content = json.loads(file.read_text(encoding="utf-8"))
-    assert content["image_processor"]["image_processor_type"].startswith("CLIPImageProcessor")
-    content["image_processor"]["image_processor_type"] = "ViTImageProcessor"
-    file.write_text(json.dumps(content), encoding="utf-8")
-    assert "image_processor" in difference(fingerprint_vision(other), fingerprint_vision(folder))
-
-
-def test_the_library_that_prepares_images_does_not_count(folder: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(folder, tmp_path / "other"))
-    file = other / "processor_config.json"
-    content = json.loads(file.read_text(encoding="utf-8"))
-    name = content["image_processor"]["image_processor_type"]
-    content["image_processor"]["image_processor_type"] = (
-        name.removesuffix("Pil") if name.endswith("Pil") else f"{name}Pil"
-    )
-    file.write_text(json.dumps(content), encoding="utf-8")
-    assert fingerprint_vision(other) == fingerprint_vision(folder)
-
-
-def test_a_quantized_folder_is_another_model(folder: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(folder, tmp_path / "other"))
-    config = json.loads((other / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
-    (other / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    assert difference(fingerprint_text(other), fingerprint_text(folder)) == {"architecture"}
-
-
-def test_a_tower_of_another_checkpoint_folder_is_the_same(folder: Path, tmp_path: Path) -> None:
-    # Where a tower came from, and what the tokenizer's special ids are called, changes no number.
-    other = Path(shutil.copytree(folder, tmp_path / "other"))
-    config = json.loads((other / "config.json").read_text(encoding="utf-8"))
-    config["eos_token_id"] = 5
-    config["text_config"]["_name_or_path"] = "owner/other"
-    (other / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    assert fingerprint_text(other) == fingerprint_text(folder)
 
 
 def test_adapter_and_projections_do_not_count(folder: Path, tmp_path: Path) -> None:
@@ -195,27 +196,12 @@ def test_adapter_and_projections_do_not_count(folder: Path, tmp_path: Path) -> N
     assert fingerprint_vision(changed) == fingerprint_vision(folder)
 
 
-def test_values_are_short_texts_that_json_keeps(folder: Path) -> None:
-    found = {**fingerprint_text(folder), **fingerprint_vision(folder)}
-    assert json.loads(json.dumps(found)) == found
-    assert all(len(value) <= 200 for value in found.values())
-
-
-def test_a_folder_without_weights_is_refused(folder: Path, tmp_path: Path) -> None:
-    for file in folder.iterdir():
-        if file.suffix == ".json":
-            (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(ValueError, match=r"none of model\.safetensors"):
-        fingerprint_text(tmp_path)
-
-
-def test_a_setting_of_the_head_that_no_weight_shows_is_another_model(
+def test_values_are_short_texts_and_a_folder_without_weights_has_none(
     folder: Path, tmp_path: Path
 ) -> None:
-    other = Path(shutil.copytree(folder, tmp_path / "other"))
-    config = json.loads((other / "config.json").read_text(encoding="utf-8"))
-    config["normalize_text_before_adapter"] = not config["normalize_text_before_adapter"]
-    (other / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    models = fingerprint_model(folder), fingerprint_model(other)
-    assert difference(*models) == {"normalize_text_before_adapter"}
-    assert fingerprint_text(other) == fingerprint_text(folder)  # taken before the head
+    values = {**fingerprint_text(folder), **fingerprint_vision(folder)}
+    assert json.loads(json.dumps(values)) == values
+    assert all(len(value) <= 200 for value in values.values())
+    shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(ValueError, match=r"none of model\.safetensors"):
+        fingerprint_text(tmp_path / "bare")

@@ -35,8 +35,13 @@ def test_the_class_that_saved_a_folder_loads_it(
     assert processor(text="a dog")["input_ids"].ndim == 2
 
 
-def test_a_dtype_is_that_of_all_but_the_temperature(good: Path) -> None:
-    model, _ = load_model(good, device="cpu", dtype=torch.bfloat16)
+def test_a_dtype_is_that_of_all_but_the_temperature_and_code_in_the_folder_is_not_run(
+    copy: Path,
+) -> None:
+    for file in copy.glob("*.py"):
+        file.write_text("raise SystemExit('this code ran')", encoding="utf-8")
+    model, _ = load_model(copy, device="cpu", dtype=torch.bfloat16)
+    assert type(model) is LLM2CLIPModel
     assert model.dtype == torch.bfloat16
     assert model.logit_scale.log_scale.dtype == torch.float32
 
@@ -47,21 +52,15 @@ def test_another_model_is_refused_with_the_command_that_takes_it(save: Any, tmp_
         load_model(save(tmp_path / "other"))
 
 
-def test_code_in_the_folder_is_not_run(copy: Path) -> None:
-    for file in copy.glob("*.py"):
-        file.write_text("raise SystemExit('this code ran')", encoding="utf-8")
-    assert type(load_model(copy, device="cpu")[0]) is LLM2CLIPModel
-
-
-@pytest.mark.parametrize("with_llm", [False, True])
-@pytest.mark.parametrize("with_vision_tower", [False, True])
+@pytest.mark.parametrize(
+    ("with_llm", "with_vision_tower"), [(False, False), (True, False), (False, True)]
+)
 def test_without_its_towers_a_model_projects_as_the_whole_one(
     with_llm: bool, with_vision_tower: bool, good: Path
 ) -> None:
     model, processor = load_model(good, device="cpu")
-    partial = load_partial_model(
-        good, with_llm=with_llm, with_vision_tower=with_vision_tower, device="cpu"
-    )
+    towers = {"with_llm": with_llm, "with_vision_tower": with_vision_tower}
+    partial = load_partial_model(good, **towers, device="cpu")
     inputs = processor(text=CAPTIONS)
     pixels = processor(images=tiny_images(2))
     with torch.no_grad():

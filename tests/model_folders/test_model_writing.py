@@ -118,26 +118,22 @@ def test_licenses_and_records_are_carried_over_and_nothing_else(tmp_path: Path) 
     assert set(trained) == {*legal, "conversion_before_training.json"}
 
 
-def test_instructions_licenses_and_legal_files_reach_a_trained_folder(
+def test_a_trained_folder_keeps_licenses_adds_its_data_and_drops_old_results(
     source: Path, tmp_path: Path
 ) -> None:
     (source / "LICENSE").write_text("mine", encoding="utf-8")
     moved = read_weights(source)["text_projection.bias"] + 1
-    folder = save_trained_model(source, {"text_projection.bias": moved}, tmp_path / "trained")
+    folder = save_trained_model(
+        source, {"text_projection.bias": moved}, tmp_path / "trained",
+        training_data=["new", "owner/images"],
+    )  # fmt: skip
+    assert torch.equal(read_weights(folder)["text_projection.bias"], moved)
     assert (folder / "LICENSE").read_text(encoding="utf-8") == "mine"
     settings = json.loads((folder / "config_sentence_transformers.json").read_text())
     assert settings["prompts"]["query"] == "find: "
-    assert torch.equal(read_weights(folder)["text_projection.bias"], moved)
-
-
-def test_trained_weights_keep_licenses_add_their_data_and_drop_old_results(
-    source: Path, tmp_path: Path
-) -> None:
-    trained = {"text_projection.bias": torch.zeros(32)}
-    save_trained_model(source, trained, tmp_path / "trained", training_data=["new", "owner/images"])
     stated = read_card_data(source)
-    wanted = replace(stated, results=(), training_data=("owner/images", "new"))
-    assert stated.results and read_card_data(tmp_path / "trained") == wanted
+    expected = replace(stated, results=(), training_data=("owner/images", "new"))
+    assert stated.results and read_card_data(folder) == expected
 
 
 @pytest.mark.parametrize("part", ["text_projection", "visual_projection"])

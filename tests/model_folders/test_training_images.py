@@ -92,9 +92,6 @@ def test_another_kind_raises_an_alarm_that_names_the_data_and_what_to_do(
             assert text is not None
             assert f"These images ({count})" in text and "kind 0 (4,000 images)" in text
             assert "llm2clip align" in text
-
-
-def test_noise_raises_an_alarm(trained: TrainingImages) -> None:
     noise = torch.randn(FEWEST_JUDGED, WIDTH, generator=torch.Generator().manual_seed(0))
     assert trained.describe_far(tally_of(noise + 1)) is not None
 
@@ -107,10 +104,15 @@ def test_images_that_are_all_alike_judge_nothing(value: float) -> None:
     assert TrainingImages((data,)).describe_far(tally_of(make_kind(0, 100, seed=1))) is None
 
 
-def test_too_few_images_are_not_judged(trained: TrainingImages) -> None:
+def test_too_few_images_are_not_judged_and_those_of_another_tower_refused(
+    trained: TrainingImages, tmp_path: Path
+) -> None:
     few = tally_of(make_kind(1, FEWEST_JUDGED - 1, seed=60))
     assert trained.measure(few) is None and trained.describe_far(few) is None
     assert trained.measure(ImageTally()) is None
+    assert read_training_images(tmp_path) is None  # an older folder knows nothing
+    with pytest.raises(ValueError, match="of a tower of 48 dimensions, and its tower has 16"):
+        trained.measure(tally_of(torch.randn(30, 16)))
 
 
 def test_a_model_trained_on_two_kinds_knows_each_and_their_mixture_and_no_third() -> None:
@@ -174,10 +176,6 @@ def test_the_same_data_are_added_once_and_others_of_their_name_are_kept_apart() 
     assert len(once.add(summarize(1, name="kind 0")).datasets) == 2
 
 
-def test_a_folder_without_a_summary_knows_nothing(tmp_path: Path) -> None:
-    assert read_training_images(tmp_path) is None
-
-
 @pytest.mark.parametrize("broken", ["truncated", "foreign", "nan"])
 def test_a_damaged_summary_is_refused_with_its_remedy(
     broken: str, trained: TrainingImages, tmp_path: Path
@@ -196,11 +194,6 @@ def test_a_damaged_summary_is_refused_with_its_remedy(
         write_training_images(tmp_path, trained)
     with pytest.raises(ValueError, match=rf"{TRAINING_IMAGES_FILE} is damaged .*remove it"):
         read_training_images(tmp_path)
-
-
-def test_a_summary_of_another_tower_is_refused(trained: TrainingImages) -> None:
-    with pytest.raises(ValueError, match="of a tower of 48 dimensions, and its tower has 16"):
-        trained.measure(tally_of(torch.randn(30, 16)))
 
 
 def test_a_summary_is_carried_over(good: Path, trained: TrainingImages, tmp_path: Path) -> None:

@@ -31,9 +31,10 @@ REMEDY = r"llm2clip align.*model\.config\.projections_trained = True; model\.sav
 
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("untrained") / "built"
-    stated = CardData(license="mit")
-    return save_model(*tiny_model(trained=False), folder, card=stated)
+    place = tmp_path_factory.mktemp("untrained") / "built"
+    folder = save_model(*tiny_model(trained=False), place, card=CardData(license="mit"))
+    assert read_state(folder) == (False, False)
+    return folder
 
 
 def read_state(folder: Path) -> tuple[bool, bool]:
@@ -41,19 +42,14 @@ def read_state(folder: Path) -> tuple[bool, bool]:
     return config.text_adapter_trained, config.projections_trained
 
 
-def test_a_built_model_is_untrained_and_its_folder_says_so(tmp_path: Path) -> None:
-    arguments = BuildConfig(prompt="llama-3", max_text_length=32)
-    tokenizer = tiny_tokenizer()
-    llm = tiny_llm(vocabulary_size=len(tokenizer))
-    model, processor = join_towers(tiny_vision(), (llm, tokenizer), arguments)
-    folder = save_model(model, processor, tmp_path / "built")
-    assert read_state(folder) == (False, False)
-    assert find_untrained_parts(model.config) == ("text adapter", "projections")
-
-
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_step_of_training_makes_a_model_trained_and_nothing_else_does(compiled: bool) -> None:
-    model, _ = tiny_model(trained=False)
+def test_a_step_of_training_makes_a_model_trained_and_nothing_else_does(
+    compiled: bool, tmp_path: Path
+) -> None:
+    arguments = BuildConfig(prompt="llama-3", max_text_length=32)
+    llm = tiny_llm(vocabulary_size=len(tiny_tokenizer())), tiny_tokenizer()
+    model, _ = join_towers(tiny_vision(), llm, arguments)
+    assert find_untrained_parts(model.config) == ("text adapter", "projections")
     batch = {**shared_batch(), "return_loss": True}
     run = torch.compile(model, backend="eager") if compiled else model
 
@@ -69,11 +65,6 @@ def test_a_step_of_training_makes_a_model_trained_and_nothing_else_does(compiled
     assert state() == (False, False)
     run(**batch).loss.backward()
     assert state() == (True, True)
-
-
-def test_a_trained_model_is_saved_as_such_and_loaded_as_such(tmp_path: Path) -> None:
-    model, _ = tiny_model(trained=False)
-    model.train()(**shared_batch(), return_loss=True).loss.backward()
     model.save_pretrained(tmp_path)
     require_trained(LLM2CLIPModel.from_pretrained(tmp_path), purpose="search")
 

@@ -15,18 +15,27 @@ import numpy as np
 import pytest
 import torch
 from evaluating import save_scores
+from published_datasets import write_own_folder
 from sentence_transformers import SentenceTransformer
 from shared_models import CAPTIONS, shared_batch, shared_model
 from tiny import tiny_images
+from tiny_folders import export_tiny_model
 from transformers import AutoModel, AutoProcessor
 
 from modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.configs.evaluation_config import EvaluatedModel, EvaluationConfig
 from modeling_llm2clip.configs.export_config import ExportConfig
 from modeling_llm2clip.doctor.check_model import check_model
+from modeling_llm2clip.evaluation.evaluate import evaluate
+from modeling_llm2clip.evaluation.results import Result, write_result
 from modeling_llm2clip.model_folders.model_card import CardData, CardResult, read_card_data
 from modeling_llm2clip.model_folders.model_writing import save_model
-from modeling_llm2clip.publishing.export_model import export_model
+from modeling_llm2clip.publishing.export_model import (
+    export_model,
+    read_card_results,
+    require_own_results,
+)
 
 RESULT = CardResult("retrieval", "COCO", {"t2i_r1": 0.5})
 CLASS_OF = {"text": LLM2CLIPTextModel, "vision": LLM2CLIPVisionModel}
@@ -34,18 +43,19 @@ CLASS_OF = {"text": LLM2CLIPTextModel, "vision": LLM2CLIPVisionModel}
 ADDRESSES = 1e-6
 LOAD_WITHOUT_THE_PACKAGE = """
 import json, sys
-folder, components = sys.argv[1:]
 sys.modules["modeling_llm2clip"] = None  # importing the package raises from here on
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoProcessor
-model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-value = "a dog" if components == "text" else Image.new("RGB", (40, 48), "red")
-inputs = processor(**{"text" if components == "text" else "images": value})
-embedding = model(**inputs).pooler_output[0].tolist()
-other = SentenceTransformer(folder, trust_remote_code=True).encode([value])[0].tolist()
-found = {"class": type(model).__name__, "AutoModel": embedding, "SentenceTransformer": other}
+found = {}
+for name, folder in json.loads(sys.argv[1]).items():
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    value = "a dog" if name == "text" else Image.new("RGB", (40, 48), "red")
+    inputs = processor(**{"text" if name == "text" else "images": value})
+    embedding = model(**inputs).pooler_output[0].tolist()
+    other = SentenceTransformer(folder, trust_remote_code=True).encode([value])[0].tolist()
+    found[name] = type(model).__name__, embedding, other
 print(json.dumps(found))
 """
 
@@ -62,32 +72,28 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(model, processor, folder, instructions={"query": "find: "}, card=stated)
 
 
-@pytest.fixture(scope="module", params=CLASS_OF)
-def part(request: Any, source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+@pytest.fixture(scope="module")
+def parts(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The text-only and the vision-only model of the source."""
-    folder = tmp_path_factory.mktemp(request.param) / "part"
-    return request.param, export_model(source, folder, ExportConfig(components=request.param))
+    root = tmp_path_factory.mktemp("parts")
+    names: tuple[Any, ...] = tuple(CLASS_OF)
+    return {n: export_model(source, root / n, ExportConfig(components=n)) for n in names}
 
 
-def test_one_tower_loads_through_auto_model_and_gives_the_whole_models_embeddings(
-    part: tuple[str, Path],
-) -> None:
+@pytest.fixture(params=CLASS_OF)
+def part(request: Any, parts: dict[str, Path]) -> tuple[str, Path]:
+    return request.param, parts[request.param]
+
+
+def test_one_tower_is_healthy_and_gives_the_whole_models_embeddings(part: tuple[str, Path]) -> None:
     components, folder = part
     loaded, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     assert type(loaded) is CLASS_OF[components]
-    inputs = processor(
-        **({"text": CAPTIONS} if components == "text" else {"images": tiny_images(3)})
-    )
+    inputs = processor(text=CAPTIONS) if components == "text" else processor(images=tiny_images(3))
     with torch.no_grad():
-        found, wanted = loaded(**inputs).pooler_output, shared_model()[0](**shared_batch())
-    wanted = wanted.text_embeds if components == "text" else wanted.image_embeds
-    assert torch.allclose(found, wanted, atol=ADDRESSES)
-
-
-def test_one_tower_is_healthy_with_golden_embeddings_and_sentence_transformers(
-    part: tuple[str, Path],
-) -> None:
-    components, folder = part
+        embeds, whole = loaded(**inputs).pooler_output, shared_model()[0](**shared_batch())
+    expected = whole.text_embeds if components == "text" else whole.image_embeds
+    assert torch.allclose(embeds, expected, atol=ADDRESSES)
     report = check_model(folder)
     assert report.healthy, str(report)
     passed = {check.name for check in report.checks if check.passed}
@@ -95,33 +101,27 @@ def test_one_tower_is_healthy_with_golden_embeddings_and_sentence_transformers(
     assert SentenceTransformer(str(folder)).modalities == [
         {"text": "text", "vision": "image"}[components]
     ]
-
-
-@pytest.mark.slow
-def test_one_tower_loads_without_the_package(part: tuple[str, Path], tmp_path: Path) -> None:
-    components, folder = part
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD_WITHOUT_THE_PACKAGE, str(folder), components],
-        env=environment | {"HF_HOME": str(tmp_path)},
-        cwd=tmp_path, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["class"] == CLASS_OF[components].__name__
-    assert np.allclose(found["AutoModel"], found["SentenceTransformer"], atol=ADDRESSES)
-
-
-def test_the_card_of_one_tower_has_no_results_of_the_whole(
-    part: tuple[str, Path],
-) -> None:
-    components, folder = part
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert ("vision tower" in card, "language model" in card.split("## Use")[0]) == (
         components == "vision", components == "text",
     )  # fmt: skip
-    assert read_card_data(folder).results == ()
+    assert read_card_data(folder).results == ()  # of the whole
     assert read_card_data(folder).training_data == ("owner/images",)
+
+
+@pytest.mark.slow
+def test_one_tower_loads_without_the_package(parts: dict[str, Path], tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    folders = json.dumps({name: str(folder) for name, folder in parts.items()})
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_WITHOUT_THE_PACKAGE, folders],
+        env=environment | {"HF_HOME": str(tmp_path)},
+        cwd=tmp_path, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, (class_name, embeds, encoded) in json.loads(done.stdout.splitlines()[-1]).items():
+        assert class_name == CLASS_OF[name].__name__
+        assert np.allclose(embeds, encoded, atol=ADDRESSES)
 
 
 def test_an_untouched_export_keeps_weights_instructions_and_all_that_the_card_states(
@@ -173,10 +173,7 @@ def test_one_tower_has_no_other_to_export(part: tuple[str, Path], tmp_path: Path
         (["SOURCE", "full"], "exists and is not empty"),
         (["SOURCE", "full/kept.txt"], "exists and is not empty"),
         (["SOURCE"], "OUTPUT requires an argument"),
-        (
-            ["SOURCE", "new", "--license", "Apache 2"],
-            "must be an identifier of the Hub, like apache-2.0",
-        ),
+        (["SOURCE", "new", "--license", "Apache 2"], "must be an identifier of the Hub"),
         (["SOURCE", "new", "--license", "other"], "needs license_name and license_link"),
         (["SOURCE", "new", "--results", "full/kept.txt"], "kept.txt is damaged"),
     ],
@@ -215,17 +212,76 @@ def test_results_of_other_weights_are_refused_and_those_of_these_are_taken(
 ) -> None:
     results, scores = tmp_path / "results.json", {"r1": 0.25}
     command = ["export", str(source), str(tmp_path / "new"), "--results", str(results)]
-    for changes, differs in (
-        ({"normalize_text_before_adapter": "neither"}, "normalize_text_before_adapter"),
-        ({"weights": "0" * 64}, "weights"),
-        ({"dtype": "bfloat16"}, "dtype"),
+    for changes in (
+        {"normalize_text_before_adapter": "neither"},
+        {"weights": "0" * 64},
+        {"dtype": "bfloat16"},
     ):
         save_scores(results, scores, source, **changes)
-        assert main(command) == 2
-        assert f"retrieval on COCO ({differs}): not measured with" in capsys.readouterr().err
+        error = rf"retrieval on COCO \({next(iter(changes))}\): not measured with"
+        with pytest.raises(ValueError, match=error):
+            require_own_results(read_card_results([results]), source)
     save_scores(results, scores, source)
     assert main([*command, "--dtype", "bfloat16"]) == 2
     assert "retrieval on COCO (weights, dtype): not measured" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
     assert main(command) == 0
     assert read_card_data(tmp_path / "new").results[0].scores == scores
+
+
+# Recorded results
+
+
+def test_a_card_takes_results_of_its_own_model_in_its_own_dtype_alone(tmp_path: Path) -> None:
+    model = export_tiny_model(tmp_path / "model")
+    data = write_own_folder(tmp_path / "data")
+    evaluate(
+        EvaluatedModel(source=str(model), name="ours"),
+        data,
+        EvaluationConfig(languages=("de",), output=tmp_path / "out"),
+        tasks=("retrieval",),
+    )
+    file = tmp_path / "out" / "ours" / "folder.retrieval.json"
+    (result,) = read_card_results([file])
+    assert result.dataset == "folder [de]"  # a language other than English is named
+    scores, counts = (json.loads(file.read_text("utf-8"))[name] for name in ("scores", "counts"))
+    of_i2t = scores["i2t"]["intervals"]["hit_rate_at_1"]
+    assert result.intervals["i2t.hit_rate_at_1"] == (of_i2t["low"], of_i2t["high"])
+    assert result.count == f"{counts['images']} images, {counts['texts']} texts"
+    written = export_model(model, tmp_path / "new", ExportConfig(results=(file,)))
+    assert read_card_data(written).results == (result,)
+    with pytest.raises(ValueError, match=r"\(weights, dtype\): not measured with the model"):
+        export_model(model, tmp_path / "half", ExportConfig(dtype="float16", results=(file,)))
+    assert not (tmp_path / "half").exists()
+
+
+def test_scores_are_named_by_their_path_and_details_stay_in_the_file(tmp_path: Path) -> None:
+    interval = {"value": 0.5, "low": 0.25, "high": 0.75}
+    scores = {
+        "t2i": {"hit_rate_at_1": 0.5, "intervals": {"hit_rate_at_1": interval}},
+        "accuracy": {**interval, "chance": 0.125},
+        "languages": {"de": {"hit_rate_at_1": 0.5}},
+        "buckets": [{"hit_rate_at_1": interval}],
+        "share_truncated": None,
+    }
+    data = {"lang": "en", "images": 8}
+    result = Result(
+        model="m", task="retrieval", dataset="coco", scores=scores, fingerprint={"weights": "0"},
+        protocol={"data": data, "model": {"dtype": "float32"}}, counts={"images": 8, "texts": 40},
+    )  # fmt: skip
+    write_result(tmp_path / "coco.json", result)
+    assert read_card_results([tmp_path / "coco.json"]) == (
+        CardResult(
+            "retrieval",
+            "coco",
+            {"t2i.hit_rate_at_1": 0.5, "accuracy": 0.5, "accuracy.chance": 0.125},
+            intervals={"t2i.hit_rate_at_1": (0.25, 0.75), "accuracy": (0.25, 0.75)},
+            count="8 images, 40 texts",
+        ),
+    )
+    files = [tmp_path / "coco.json"] * 2 + [tmp_path / "notes.json", tmp_path / "absent.json"]
+    files[2].write_text(json.dumps({"task": "t", "dataset": "d", "scores": {"r1": 0.5}}), "utf-8")
+    with pytest.raises(ValueError) as refused:
+        read_card_results(files)
+    for error in ("is given twice", "notes.json is not a result of an", "absent.json"):
+        assert error in str(refused.value)

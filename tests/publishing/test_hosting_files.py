@@ -25,13 +25,12 @@ from tiny_folders import export_tiny_model
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.export_config import ExportConfig
-from modeling_llm2clip.doctor.check_model import check_model
+from modeling_llm2clip.doctor.file_checks import check_remote_code
+from modeling_llm2clip.doctor.model_under_test import ModelUnderTest
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.model_folders.model_writing import save_model
-from modeling_llm2clip.publishing.export_model import (
-    export_model,
-)
+from modeling_llm2clip.publishing.export_model import export_model
 
 TEXTS = ["two red apples", "a dog"]
 # Both sides run one code on one machine; batches differ, and with them the order of sums.
@@ -39,11 +38,14 @@ TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_tiny_model(tmp_path_factory.mktemp("hosted") / "source")
+
+
+@pytest.fixture(scope="module")
+def folder(source: Path) -> Path:
     """A model folder for the host."""
-    root = tmp_path_factory.mktemp("hosted")
-    source = export_tiny_model(root / "source")
-    return export_model(source, root / "my: model", ExportConfig(handler=True))
+    return export_model(source, source.with_name("my: model"), ExportConfig(handler=True))
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +77,11 @@ def list_files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_files_for_hosts_are_written_on_request_alone(folder: Path, tmp_path: Path) -> None:
-    plain = export_model(folder, tmp_path / "plain", ExportConfig())
-    assert list_files(folder) - list_files(plain) == {"handler.py", "requirements.txt"}
-    assert check_model(folder).healthy
-
-
-def test_requirements_are_pinned_to_what_is_installed_here(folder: Path) -> None:
+def test_files_for_hosts_are_written_on_request_with_pinned_requirements(
+    source: Path, folder: Path
+) -> None:
+    assert list_files(folder) - list_files(source) == {"handler.py", "requirements.txt"}
+    assert "equal the installed package" in check_remote_code(ModelUnderTest(folder, "cpu"))
     lines = (folder / "requirements.txt").read_text("utf-8").splitlines()
     requirements = {requirement.name: requirement for requirement in map(Requirement, lines)}
     assert {"torch", "transformers", "pillow", "torchvision"} <= set(requirements)
@@ -105,13 +105,22 @@ def test_a_vision_tower_without_this_package_has_no_handler(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_text_gets_the_embedding_of_the_model(handler: Any, model: Any) -> None:
-    wanted = encode_texts(*model, TEXTS)
-    one = handler({"inputs": TEXTS[0]})
-    assert json.loads(json.dumps(one)) == one
-    torch.testing.assert_close(torch.tensor(one), wanted[0], atol=TOLERANCE, rtol=0)
-    both = torch.tensor(handler({"inputs": TEXTS}))
-    torch.testing.assert_close(both, wanted, atol=TOLERANCE, rtol=0)
+def embed(handler: Any, inputs: Any, **parameters: Any) -> torch.Tensor:
+    return torch.tensor(handler({"inputs": inputs, "parameters": parameters}))
+
+
+def require_close(embeds: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(embeds, expected, atol=TOLERANCE, rtol=0)
+
+
+def test_texts_get_the_embeddings_of_the_model(handler: Any, model: Any) -> None:
+    expected = encode_texts(*model, TEXTS)
+    numbers = handler({"inputs": TEXTS[0]})
+    assert json.loads(json.dumps(numbers)) == numbers
+    require_close(torch.tensor(numbers), expected[0])
+    require_close(embed(handler, TEXTS), expected)
+    shorter = F.normalize(expected[:, :8], dim=-1)  # the first dimensions at unit length
+    require_close(embed(handler, TEXTS, dimensions=8), shorter)
 
 
 def test_texts_and_images_keep_their_order(handler: Any, model: Any) -> None:
@@ -121,30 +130,22 @@ def test_texts_and_images_keep_their_order(handler: Any, model: Any) -> None:
         {"image": png}, "a dog", f"data:image/jpeg;base64,{jpeg}", {"text": "a dog"},
         *({"image": to_base64(image)} for image in images),
     ]  # fmt: skip
-    found = torch.tensor(handler({"inputs": inputs}))
     decoded = Image.open(io.BytesIO(base64.b64decode(jpeg)))
     of_images = encode_images(*model, [images[0], decoded, *images])
     of_text = encode_texts(*model, ["a dog"])
-    wanted = torch.cat([of_images[:1], of_text, of_images[1:2], of_text, of_images[2:]])
-    torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
+    expected = torch.cat([of_images[:1], of_text, of_images[1:2], of_text, of_images[2:]])
+    require_close(embed(handler, inputs), expected)
+    # The host opens the body of an image request.
+    require_close(embed(handler, images[0]), of_images[0])
 
 
 def test_a_text_about_data_is_a_text(handler: Any, model: Any) -> None:
-    texts = ["data: the new oil, 1999", "data:text"]
-    found = torch.tensor(handler({"inputs": [texts[0], {"text": texts[1]}]}))
-    torch.testing.assert_close(found, encode_texts(*model, texts), atol=TOLERANCE, rtol=0)
     url = f"data:image/png;base64,{to_base64(draw_noise())}"
-    (found,) = torch.tensor(handler({"inputs": [{"text": url}]}))
-    torch.testing.assert_close(found, encode_texts(*model, [url])[0], atol=TOLERANCE, rtol=0)
+    texts = ["data: the new oil, 1999", "data:text", url]
+    inputs = [texts[0], {"text": texts[1]}, {"text": url}]
+    require_close(embed(handler, inputs), encode_texts(*model, texts))
     with pytest.raises(ValueError, match="not base64"):
         handler({"inputs": "data:image/svg+xml,<svg/>"})
-
-
-def test_the_body_of_an_image_request_is_an_image(handler: Any, model: Any) -> None:
-    image = draw_noise()
-    found = torch.tensor(handler({"inputs": image}))  # the host opens it
-    wanted = encode_images(*model, [image])[0]
-    torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
 
 
 def test_labels_are_those_of_the_forward_pass(handler: Any, model: Any) -> None:
@@ -162,12 +163,6 @@ def test_labels_are_those_of_the_forward_pass(handler: Any, model: Any) -> None:
     assert [[one["label"] for one in row] for row in several] == [[o["label"] for o in found]] * 2
 
 
-def test_fewer_dimensions_are_the_first_at_unit_length(handler: Any, model: Any) -> None:
-    found = torch.tensor(handler({"inputs": TEXTS, "parameters": {"dimensions": 8}}))
-    wanted = F.normalize(encode_texts(*model, TEXTS)[:, :8], dim=-1)
-    torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
-
-
 def test_an_instruction_by_name_gives_the_embeddings_of_sentence_transformers(
     tmp_path: Path,
 ) -> None:
@@ -177,9 +172,8 @@ def test_an_instruction_by_name_gives_the_embeddings_of_sentence_transformers(
     written = export_model(source, tmp_path / "model", ExportConfig(handler=True))
     handler, library = load_handler(written), SentenceTransformer(str(written), device="cpu")
     for name in ("query", "topic", "document", None):
-        found = handler({"inputs": TEXTS, "parameters": {"prompt_name": name}})
         expected = library.encode(TEXTS, prompt_name=name, convert_to_tensor=True)
-        torch.testing.assert_close(torch.tensor(found), expected, atol=TOLERANCE, rtol=0)
+        require_close(embed(handler, TEXTS, prompt_name=name), expected)
         is_plain = torch.allclose(expected, library.encode(TEXTS, convert_to_tensor=True), atol=0.1)
         assert is_plain == (name in ("document", None))
 
@@ -255,9 +249,7 @@ def test_a_request_that_cannot_be_answered_is_a_value_error(name: str, handler: 
 def test_a_text_only_model_embeds_texts_and_refuses_images(folder: Path, tmp_path: Path) -> None:
     half = export_model(folder, tmp_path / "t", ExportConfig(components="text", handler=True))
     handler = load_handler(half)
-    wanted = encode_texts(*load_model(half, device="cpu"), TEXTS)
-    found = torch.tensor(handler({"inputs": TEXTS}))
-    torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
+    require_close(embed(handler, TEXTS), encode_texts(*load_model(half, device="cpu"), TEXTS))
     with pytest.raises(ValueError, match="encodes no images"):
         handler({"inputs": {"image": to_base64(draw_noise())}})
     with pytest.raises(ValueError, match="has one tower"):
@@ -274,15 +266,6 @@ print(json.dumps([handler(json.loads(line)) for line in sys.stdin]))
 """
 
 
-def run_without_package(command: list[str], tmp_path: Path, **options: Any) -> dict[str, Any]:
-    """Return arguments of a process that has neither the package, nor the network, nor a cache."""
-    environment = {
-        **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
-        "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
-    return {"args": command, "env": environment, "cwd": tmp_path, "text": True, **options}
-
-
 @pytest.mark.slow
 def test_the_handler_needs_nothing_but_the_folder(
     folder: Path, handler: Any, tmp_path: Path
@@ -293,22 +276,15 @@ def test_the_handler_needs_nothing_but_the_folder(
         {"inputs": {"image": png}},
         {"inputs": png, "parameters": {"candidate_labels": ["cat", "dog"]}},
     ]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        **run_without_package(
-            [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(folder)],
-            tmp_path,
-            input="\n".join(map(json.dumps, requests)),
-            capture_output=True,
-            timeout=120,
-        )
-    )
+        [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(folder)], env=environment, cwd=tmp_path,
+        input="\n".join(map(json.dumps, requests)), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     texts, image, labels = json.loads(done.stdout.splitlines()[-1])
-    torch.testing.assert_close(
-        torch.tensor([*texts, image]),
-        torch.tensor([*handler(requests[0]), handler(requests[1])]),
-        atol=TOLERANCE,
-        rtol=0,
-    )
+    expected = torch.tensor([*handler(requests[0]), handler(requests[1])])
+    require_close(torch.tensor([*texts, image]), expected)
     wanted = {one["label"]: one["score"] for one in handler(requests[2])}
     assert {one["label"]: one["score"] for one in labels} == pytest.approx(wanted, abs=1e-4)

@@ -11,11 +11,9 @@ from typing import Any
 
 import pytest
 from huggingface_hub import HfApi
-from shared_models import shared_model
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.model_folders.model_card import CardData
-from modeling_llm2clip.model_folders.model_writing import save_model, save_trained_model
+from modeling_llm2clip.model_folders.model_writing import save_trained_model
 from modeling_llm2clip.publishing import push_to_hub as pushing
 from modeling_llm2clip.publishing.export_model import export_model
 from modeling_llm2clip.publishing.push_to_hub import (
@@ -68,19 +66,12 @@ HARMLESS = {
 }
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A healthy folder with a license; not to be changed."""
-    folder = tmp_path_factory.mktemp("source") / "model"
-    return save_model(*shared_model(), folder, card=CardData(license="mit"))
-
-
 @pytest.fixture
-def folder(source: Path, tmp_path: Path) -> Path:
+def folder(good: Path, tmp_path: Path) -> Path:
     """A copy of it beside a file that is nobody's business."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "passwd").write_text("root:x:0:0", encoding="utf-8")
-    return Path(shutil.copytree(source, tmp_path / "model"))
+    return Path(shutil.copytree(good, tmp_path / "model"))
 
 
 @pytest.fixture(autouse=True)
@@ -92,75 +83,57 @@ def without_checks_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
 # Links
 
 
-def link_file(folder: Path) -> None:
-    (folder / "notes.txt").symlink_to(folder.parent / "elsewhere" / "passwd")
+# Links by their names and targets, and the refusal. `elsewhere` is beside the model folder.
+LINKS: dict[str, tuple[dict[str, str], str]] = {
+    "a file": (
+        {"notes.txt": "{root}/elsewhere/passwd"},
+        "notes.txt links to .*passwd, outside of the folder",
+    ),
+    "relative": ({"notes.txt": "../elsewhere/passwd"}, "notes.txt links to .*passwd, outside"),
+    "deep inside": (
+        {"docs/more/a.txt": "{root}/elsewhere/passwd"}, "docs/more/a.txt links to .*passwd, outside"
+    ),
+    "through another": (
+        {"b.txt": "c.txt", "c.txt": "{root}/elsewhere/passwd"},
+        "b.txt links to c.txt, outside of the folder; c.txt links to .*outside",
+    ),
+    "a folder": ({"assets": "{root}/elsewhere"}, "assets links to .*elsewhere, outside"),
+    "an own folder": (
+        {"more": "1_Pooling"}, "more links to the folder 1_Pooling, whose files would be left out"
+    ),
+    "through a folder": (
+        {"up": "..", "a.txt": "up/elsewhere/passwd"},
+        "a.txt links to up/elsewhere/passwd, outside",
+    ),
+    "a hidden file": ({"notes.txt": ".env"}, "notes.txt links to .env, which is hidden"),
+    "nowhere": ({"notes.txt": "gone.txt"}, "notes.txt links to gone.txt, which is not there"),
+}  # fmt: skip
 
 
-def link_relatively(folder: Path) -> None:
-    (folder / "notes.txt").symlink_to(Path("..", "elsewhere", "passwd"))
-
-
-def link_deep_inside(folder: Path) -> None:
-    (folder / "docs" / "more").mkdir(parents=True)
-    (folder / "docs" / "more" / "a.txt").symlink_to(folder.parent / "elsewhere" / "passwd")
-
-
-def link_through_another(folder: Path) -> None:
-    (folder / "b.txt").symlink_to("c.txt")
-    (folder / "c.txt").symlink_to(folder.parent / "elsewhere" / "passwd")
-
-
-def link_folder(folder: Path) -> None:
-    (folder / "assets").symlink_to(folder.parent / "elsewhere")
-
-
-def link_own_folder(folder: Path) -> None:
-    (folder / "docs").mkdir()
-    (folder / "more").symlink_to("docs")
-
-
-def link_through_a_folder(folder: Path) -> None:
-    (folder / "up").symlink_to("..")
-    (folder / "a.txt").symlink_to("up/elsewhere/passwd")
-
-
-def link_to_what_is_hidden(folder: Path) -> None:
-    (folder / ".env").write_text("secret", encoding="utf-8")
-    (folder / "notes.txt").symlink_to(".env")
-
-
-def link_nowhere(folder: Path) -> None:
-    (folder / "notes.txt").symlink_to("gone.txt")
-
-
-LINKS = {
-    link_file: "notes.txt links to .*passwd, outside of the folder",
-    link_relatively: "notes.txt links to .*passwd, outside",
-    link_deep_inside: "docs/more/a.txt links to .*passwd, outside",
-    link_through_another: "b.txt links to c.txt, outside of the folder; c.txt links to .*outside",
-    link_folder: "assets links to .*elsewhere, outside",
-    link_own_folder: "more links to the folder docs, whose files would be left out",
-    link_through_a_folder: "a.txt links to up/elsewhere/passwd, outside",
-    link_to_what_is_hidden: "notes.txt links to .env, which is hidden",
-    link_nowhere: "notes.txt links to gone.txt, which is not there",
-}
-
-
-@pytest.mark.parametrize("link", LINKS, ids=lambda link: link.__name__)
+@pytest.mark.parametrize("name", LINKS)
 def test_a_link_that_is_not_to_a_file_of_the_folder_is_not_pushed(
-    link: Callable[[Path], None], folder: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    link(folder)
+    links, error = LINKS[name]
+    (folder / ".env").write_text("secret", encoding="utf-8")
+    (folder / "1_Pooling").mkdir()
+    for place, target in links.items():
+        (folder / place).parent.mkdir(exist_ok=True, parents=True)
+        (folder / place).symlink_to(target.format(root=folder.parent))
     monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: pytest.fail("reached the Hub"))
     for refuse in (check_publishable, lambda given: push_to_hub(given, NAME)):
-        with pytest.raises(ValueError, match=LINKS[link]):
+        with pytest.raises(ValueError, match=error):
             refuse(folder)
 
 
 def test_a_link_to_a_file_of_the_folder_is_pushed_as_that_file(folder: Path) -> None:
     (folder / "LICENSE.txt").write_text("MIT", encoding="utf-8")
     (folder / "LICENSE").symlink_to("LICENSE.txt")
+    (folder / ".env").write_text("secret", encoding="utf-8")  # hidden files stay at home
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text("secret", encoding="utf-8")
     sizes = list_files(folder)
+    assert not any("/." in f"/{name}" for name in sizes)
     assert sizes["LICENSE"] == sizes["LICENSE.txt"] == 3
     (folder.parent / "alias").symlink_to(folder)  # the folder itself may be one
     assert list_files(folder.parent / "alias") == list_files(folder)
@@ -224,38 +197,41 @@ def test_what_a_link_leads_to_is_never_copied(
 # Credentials
 
 
-@pytest.mark.parametrize("name", CREDENTIAL_NAMES)
+def check_credentials(folder: Path, name: str, content: str, encoding: str = "utf-8") -> None:
+    """Put a file alone into a folder, and look for credentials there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text(content, encoding=encoding)
+    require_no_credentials(folder, list_files(folder))
+
+
 def test_a_file_named_like_a_credential_is_refused_without_the_flag(
-    name: str, folder: Path
+    folder: Path, tmp_path: Path
 ) -> None:
-    (folder / name).parent.mkdir(exist_ok=True)
-    (folder / name).write_text("x", encoding="utf-8")
-    with pytest.raises(ValueError, match=rf"looks like credentials: {name} \(its name\)"):
+    for name in CREDENTIAL_NAMES:
+        with pytest.raises(ValueError, match=rf"looks like credentials: {name} \(its name\)"):
+            check_credentials(tmp_path / "alone", name, "x")
+    (folder / "token").write_text("x", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"looks like credentials: token \(its name\)"):
         check_publishable(folder)
-    assert name in check_publishable(folder, allow_files=[name])
+    assert "token" in check_publishable(folder, allow_files=["token"])
 
 
 @pytest.mark.parametrize("kind", SECRETS)
 def test_a_file_with_a_credential_in_it_is_refused_whatever_its_name(
-    kind: str, folder: Path
+    kind: str, tmp_path: Path
 ) -> None:
-    (folder / "setup.py").write_text(SECRETS[kind], encoding="utf-8")
-    with pytest.raises(ValueError, match=r"looks like credentials: setup.py \(an? ") as raised:
-        check_publishable(folder)
-    assert HF_TOKEN not in str(raised.value)  # nor is it shown
+    error = r"looks like credentials: setup.py \(an? "
+    encodings = ["utf-8", "utf-16", "utf-16-le", "utf-16-be"] if kind == "Hugging Face" else [None]
+    for encoding in encodings:  # the others are of Windows
+        with pytest.raises(ValueError, match=error) as raised:
+            check_credentials(tmp_path / "alone", "setup.py", SECRETS[kind], encoding or "utf-8")
+        assert HF_TOKEN not in str(raised.value)  # nor is it shown
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
-def test_a_credential_is_found_in_files_of_windows_too(encoding: str, folder: Path) -> None:
-    (folder / "setup.txt").write_text(f"token: {HF_TOKEN}\n", encoding=encoding)
-    with pytest.raises(ValueError, match=r"looks like credentials: setup.txt \(a token"):
-        check_publishable(folder)
-
-
-@pytest.mark.parametrize("name", HARMLESS)
-def test_what_only_resembles_a_credential_is_none(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(HARMLESS[name], encoding="utf-8")
-    require_no_credentials(tmp_path, list_files(tmp_path))
+def test_what_only_resembles_a_credential_is_none(tmp_path: Path) -> None:
+    for name, content in HARMLESS.items():
+        check_credentials(tmp_path / "alone", name, content)
 
 
 def test_a_file_is_allowed_by_its_path_alone(folder: Path) -> None:
@@ -267,11 +243,12 @@ def test_a_file_is_allowed_by_its_path_alone(folder: Path) -> None:
         check_publishable(folder, allow_files=["token"])
 
 
-@pytest.mark.parametrize("suffix", [".bin", ".PT", ".Pkl"])
-def test_a_pickle_is_refused_however_it_is_spelled(suffix: str, folder: Path) -> None:
-    (folder / f"old{suffix}").touch()
-    with pytest.raises(ValueError, match="can carry code"):
-        check_publishable(folder)
+def test_a_pickle_is_refused_however_it_is_spelled(folder: Path) -> None:
+    for name in ("old.bin", "old.PT", "old.Pkl"):
+        (folder / name).touch()
+        with pytest.raises(ValueError, match=rf"can carry code: \['{name}'\]"):
+            check_publishable(folder)
+        (folder / name).unlink()
 
 
 # The list

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from breaking import edit_json
 from shared_models import every_vision, shared_model
 from tiny import draw_noise, tiny_images, tiny_model
-from tiny_folders import export_tiny_model
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 
 from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.image_cropping_llm2clip import LLM2CLIPImageProcessor
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
-from modeling_llm2clip.publishing.export_model import (
-    export_vision_tower,
-    save_vision_tower,
-)
+from modeling_llm2clip.publishing.export_model import export_vision_tower, save_vision_tower
 
 
 def hidden_states_of(tower: PreTrainedModel, inputs: dict[str, Tensor]) -> list[Tensor]:
@@ -55,16 +48,17 @@ def test_the_exported_tower_gives_the_models_own_hidden_states(vision: str, tmp_
         assert torch.equal(ours, theirs)
 
 
-def test_a_whole_folder_gives_the_same_tower_and_nothing_of_ours(tmp_path: Path) -> None:
-    source = export_tiny_model(tmp_path / "model")
-    folder = export_vision_tower(source, tmp_path / "tower", license="mit")
+def test_a_whole_folder_gives_the_same_tower_and_nothing_of_ours(
+    good: Path, tmp_path: Path
+) -> None:
+    folder = export_vision_tower(good, tmp_path / "tower", license="mit")
     assert {path.name for path in folder.iterdir()} == {
         "README.md", "config.json", "model.safetensors", "preprocessor_config.json",
     }  # fmt: skip
     for name in ("config.json", "preprocessor_config.json"):
         assert "auto_map" not in (folder / name).read_text(encoding="utf-8")
     assert "license: mit" in (folder / "README.md").read_text(encoding="utf-8")
-    model = LLM2CLIPModel.from_pretrained(source)
+    model = LLM2CLIPModel.from_pretrained(good)
     kept = AutoModel.from_pretrained(folder).state_dict()
     inside = model.vision_model.state_dict()
     assert kept.keys() == inside.keys()
@@ -82,8 +76,8 @@ def change_byte(folder: Path, prefix: str) -> None:
     file.write_bytes(content)
 
 
-def test_neither_llm_nor_tokenizer_is_read(tmp_path: Path) -> None:
-    source = export_tiny_model(tmp_path / "model")
+def test_neither_llm_nor_tokenizer_is_read(good: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(good, tmp_path / "model"))
     change_byte(source, "text_model.")
     (source / "tokenizer.json").write_text("{", encoding="utf-8")
     settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
@@ -94,11 +88,10 @@ def test_neither_llm_nor_tokenizer_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", "processor_config.json", "vision_model."])
-def test_a_changed_vision_tower_is_refused(name: str, tmp_path: Path) -> None:
-    source = export_tiny_model(tmp_path / "model")
+def test_a_changed_vision_tower_is_refused(name: str, good: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(good, tmp_path / "model"))
     if name.endswith(".json"):
-        content = json.loads((source / name).read_text(encoding="utf-8"))
-        (source / name).write_text(json.dumps({**content, "max_text_length": 9}), encoding="utf-8")
+        edit_json(name, lambda content: content.update(max_text_length=9))(source)
     else:
         change_byte(source, name)
     with pytest.raises(ValueError, match="Nothing is written from"):
@@ -123,10 +116,9 @@ def test_a_tower_whose_images_are_cropped_brings_the_code_of_the_crop(tmp_path: 
 
 
 def test_the_command_writes_the_tower_alone_and_refuses_what_a_tower_has_not(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = export_tiny_model(tmp_path / "whole")
-    command = ["export", str(source), str(tmp_path / "tower"), "--components", "vision-tower"]
+    command = ["export", str(good), str(tmp_path / "tower"), "--components", "vision-tower"]
     assert main([*command, "--dtype", "bfloat16"]) == 2
     assert "`dtype`: not with components=vision-tower." in capsys.readouterr().err
     assert main([*command, "--max-megapixels", "5"]) == 2

@@ -444,10 +444,10 @@ def test_a_recipe_with_a_teacher_is_its_commands_one_by_one_and_continues_where_
 # New files that show where in the run a kill hits: each stage at its beginning, within, or while
 # its result is being assembled.
 MOMENTS = (
-    "run.json", ".built-*", "built", "fine-tuned/run.json", "fine-tuned/checkpoints/checkpoint-2",
-    "fine-tuned/lora", "fine-tuned/.model-*", "fine-tuned/model", "captions/*", "images/*",
-    "aligned/run.json", "aligned/best.safetensors", "aligned/checkpoints/checkpoint-4",
-    "aligned/.model-*", "aligned/model", ".model-*", "model", "evaluation",
+    "run.json", ".built-*", "fine-tuned/run.json", "fine-tuned/checkpoints/checkpoint-2",
+    "fine-tuned/lora", "fine-tuned/.model-*", "captions/*", "images/*", "aligned/run.json",
+    "aligned/best.safetensors", "aligned/checkpoints/checkpoint-4", "aligned/.model-*", ".model-*",
+    "evaluation",
 )  # fmt: skip
 
 

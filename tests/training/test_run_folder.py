@@ -228,8 +228,8 @@ def test_the_lock_ends_with_its_process_and_not_with_its_workers(tmp_path: Path)
     script = (
         "import os, sys, time\n"
         "from pathlib import Path\n"
-        "from modeling_llm2clip.training.run_folder import lock_run\n"
-        "with lock_run(Path(sys.argv[1])):\n"
+        "from modeling_llm2clip.training.run_folder import _hold\n"
+        "with _hold(Path(sys.argv[1])):\n"
         "    if os.fork() == 0:\n"
         "        os.close(1)\n"
         "        time.sleep(5)\n"

@@ -1,4 +1,4 @@
-"""Conversations into token ids and labels: the loss is on what the model has to say, nothing else.
+"""Conversations into token ids and labels: the loss is on the answers alone.
 
 An image is one placeholder in the text and N image tokens among the ids; LLaVA's classes put the
 projected patches in their place.
@@ -21,7 +21,7 @@ from modeling_llm2clip.data.images.image_sources import open_image
 from modeling_llm2clip.data.validation_errors import ErrorCollector
 from modeling_llm2clip.image_loading_llm2clip import load_images
 
-NOT_LEARNED = -100  # what transformers' losses leave out
+NOT_LEARNED = -100  # the label that transformers' losses ignore
 
 WORDINGS = ("plain", "chat")
 
@@ -30,7 +30,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
     """Tokens, labels and pixels of each conversation.
 
     Args:
-        tokens: what the tower makes of an image.
+        tokens: the tower's tokens of an image.
         wording: `"plain"` puts an answer right behind the image, as step 1 of LLaVA does;
             `"chat"` words the turns as the tokenizer's chat template does.
         max_length: most tokens, those of the image included; longer answers are truncated.
@@ -153,14 +153,14 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         """Tokenize a conversation once, and keep it or note its errors."""
         ids, labels = self.encode(conversation)
         num_images = int(conversation.image is not None)
-        found = []
+        kinds = []
         if ids.count(self.image_token_id) != num_images * self.num_image_tokens:
-            found.append(f"{PLACEHOLDER} in a text")
+            kinds.append(f"{PLACEHOLDER} in a text")
         if all(label == NOT_LEARNED for label in labels[1 : self.max_length]):
-            found.append(f"no answer within {self.max_length} tokens")
-        for kind in found:
+            kinds.append(f"no answer within {self.max_length} tokens")
+        for kind in kinds:
             errors.add(kind, conversation.name)
-        if not found:
+        if not kinds:
             self.conversations.append(conversation)
             self.num_truncated += len(ids) > self.max_length
 

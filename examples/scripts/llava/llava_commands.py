@@ -1,4 +1,4 @@
-"""What the command lines of both steps share: flags, the run, and what is said at its end."""
+"""The command line that both steps share: flags, the run, and its last message."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def train_and_report(
     """Run `train_llava` and say how it ended; returns its exit code.
 
     Args:
-        wrote: what is said behind the folder of the written model.
+        wrote: end of the message that names the written model.
         options: the others of `train_llava`.
     """
     exit_code = 0
@@ -79,7 +79,7 @@ def train_and_report(
     except StageInterrupt as error:
         said, exit_code = str(error), 128 + error.signal
     state = PartialState()
-    # One that ends before the others may abort, and the launcher stops the writer of the model.
+    # If a process ends early it may abort, and the launcher then stops the writer of the model.
     state.wait_for_everyone()
     state.destroy_process_group()
     if state.is_main_process:

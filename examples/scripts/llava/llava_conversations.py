@@ -1,4 +1,4 @@
-"""What a multimodal LLM is trained on: conversations about an image.
+"""Training data of a multimodal LLM: conversations about an image.
 
 Captioned images become conversations without a question; LLaVA's published instruction data are
 read as they are: a JSON list of
@@ -7,7 +7,7 @@ read as they are: a JSON list of
                                                      {"from": "gpt", "value": "A …"}, …]}
 
 `image` is absent in a conversation about no image. Such data have known errors (images that
-cannot be fetched any more), so that what is invalid can be left out, counted by kind.
+cannot be fetched any more), so that invalid entries can be left out, counted by kind.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Conversation:
 
     Attributes:
         name: for errors.
-        image: what it is about; None for a conversation in words alone.
+        image: its subject; None for a conversation in words alone.
         turns: questions and their answers. With an image, the first question holds the placeholder
             once. For a caption, the question is the placeholder alone.
     """
@@ -105,16 +105,16 @@ def read_conversations(
         skip_invalid: leave invalid conversations out and count their errors, instead of raising.
     Returns: the conversations in the file's order, at least one, and errors by kind.
     Raises:
-        DataValidationError: what is wrong, how many of each kind, and where first.
+        DataValidationError: entries are invalid; names the kinds, their counts and first places.
         ValueError: the file is not a JSON list, the folder is missing, or nothing is left.
     """
     errors, counts = ErrorCollector(), Counter[str]()
     conversations: list[Conversation] = []
     for number, entry in enumerate(_read_list(file, images)):
-        found: list[str] = []
-        conversation = _build(entry, number, images, found)
-        conversations += [] if found else [conversation]
-        _note(found, f"{file.name} number {number}", errors, counts)
+        kinds: list[str] = []
+        conversation = _build(entry, number, images, kinds)
+        conversations += [] if kinds else [conversation]
+        _note(kinds, f"{file.name} number {number}", errors, counts)
     if check_images:
         broken = find_unreadable_images(c.image for c in conversations if c.image is not None)
         for conversation in conversations:
@@ -128,9 +128,9 @@ def read_conversations(
     return conversations, dict(counts)
 
 
-def _note(found: Sequence[str], place: str, errors: ErrorCollector, counts: Counter[str]) -> None:
-    counts.update(found)
-    for kind in found:
+def _note(kinds: Sequence[str], place: str, errors: ErrorCollector, counts: Counter[str]) -> None:
+    counts.update(kinds)
+    for kind in kinds:
         errors.add(kind, place)
 
 
@@ -146,42 +146,42 @@ def _read_list(file: Path, images: Path) -> list[Any]:
     return entries
 
 
-def _build(entry: Any, number: int, images: Path, found: list[str]) -> Conversation:
+def _build(entry: Any, number: int, images: Path, kinds: list[str]) -> Conversation:
     if not isinstance(entry, dict):
-        found.append("not an object")
+        kinds.append("not an object")
         entry = {"conversations": []}
-    found += [f"unknown field {field!r}" for field in sorted(set(entry) - _FIELDS)]
+    kinds += [f"unknown field {field!r}" for field in sorted(set(entry) - _FIELDS)]
     image = None
     if entry.get("image") is not None:
-        image = _find_image(entry["image"], images, found)
-    turns = _read_turns(entry.get("conversations"), found)
-    if not found:
-        _check_placeholders(turns, found, has_image=image is not None)
+        image = _find_image(entry["image"], images, kinds)
+    turns = _read_turns(entry.get("conversations"), kinds)
+    if not kinds:
+        _check_placeholders(turns, kinds, has_image=image is not None)
     return Conversation(str(entry.get("id", number)), image, tuple(turns))
 
 
-def _find_image(name: Any, images: Path, found: list[str]) -> Path | None:
+def _find_image(name: Any, images: Path, kinds: list[str]) -> Path | None:
     if not isinstance(name, str) or not name.strip():
-        found.append("'image' is not a non-blank text")
+        kinds.append("'image' is not a non-blank text")
     elif not (images / name).is_file():
-        found.append("image missing")
+        kinds.append("image missing")
     else:
         return images / name
     return None
 
 
-def _read_turns(lines: Any, found: list[str]) -> list[tuple[str, str]]:
+def _read_turns(lines: Any, kinds: list[str]) -> list[tuple[str, str]]:
     if not isinstance(lines, list) or not all(_is_line(line) for line in lines):
-        found.append("'conversations' is not a list of {'from': …, 'value': …}")
+        kinds.append("'conversations' is not a list of {'from': …, 'value': …}")
         return []
     if not lines or len(lines) % 2:
-        found.append("a question without an answer" if lines else "no turns")
+        kinds.append("a question without an answer" if lines else "no turns")
     speakers = [line["from"] for line in lines]
     if any(speaker != _SPEAKERS[i % 2] for i, speaker in enumerate(speakers)):
-        found.append("speakers are not 'human' and 'gpt' in turn")
+        kinds.append("speakers are not 'human' and 'gpt' in turn")
     texts = [line["value"].strip() for line in lines]
     if not all(texts):
-        found.append("blank turn")
+        kinds.append("blank turn")
     return list(zip(texts[::2], texts[1::2], strict=False))
 
 
@@ -190,11 +190,11 @@ def _is_line(line: Any) -> bool:
 
 
 def _check_placeholders(
-    turns: Sequence[tuple[str, str]], found: list[str], *, has_image: bool
+    turns: Sequence[tuple[str, str]], kinds: list[str], *, has_image: bool
 ) -> None:
     if any(PLACEHOLDER in answer for _, answer in turns):
-        found.append(f"{PLACEHOLDER} in an answer")
+        kinds.append(f"{PLACEHOLDER} in an answer")
     counts = [question.count(PLACEHOLDER) for question, _ in turns]
     if counts != [int(has_image)] + [0] * (len(turns) - 1):
-        wanted = "once, in the first question" if has_image else "nowhere without an image"
-        found.append(f"{PLACEHOLDER} wanted {wanted}")
+        place = "once, in the first question" if has_image else "nowhere without an image"
+        kinds.append(f"{PLACEHOLDER} wanted {place}")

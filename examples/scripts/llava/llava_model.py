@@ -1,4 +1,4 @@
-"""A vision tower and an LLM joined in transformers' LLaVA classes, and what is trained of it."""
+"""A vision tower and an LLM joined in transformers' LLaVA classes, and the trained parts."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def build_llava(
 
 
 def load_llava(folder: str | Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Load what a step wrote, float32.
+    """Load the model that a step wrote, in float32.
 
     Raises: ValueError when a weight is missing, or has no place.
     """
@@ -91,7 +91,7 @@ def load_llava(folder: str | Path) -> tuple[LlavaForConditionalGeneration, Llava
 
 
 def find_tokens_of(model: Any, processor: LlavaProcessor) -> VisualTokens:
-    """What a LLaVA, or peft's wrapper around one, makes of an image."""
+    """Compute the image tokens of a LLaVA, or of peft's wrapper around it."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return find_visual_tokens(
         base.model.vision_tower, processor.image_processor, layer=base.config.vision_feature_layer
@@ -134,8 +134,8 @@ def train_projector_and_llm(
 
 def require_possible_lora(rank: int | None, alpha: int) -> None:
     """Raise ValueError unless rank and alpha are at least 1; without a rank there is no LoRA."""
-    given = {} if rank is None else {"rank": rank, "alpha": alpha}
-    errors = [f"{name}={number}" for name, number in given.items() if number < 1]
+    options = {} if rank is None else {"rank": rank, "alpha": alpha}
+    errors = [f"{name}={number}" for name, number in options.items() if number < 1]
     if errors:
         raise ValueError(
             f"A LoRA of {' and '.join(errors)}, wanted at least 1. Set --lora-rank and "
@@ -213,9 +213,9 @@ def _refuse_another_llm(
 ) -> None:
     """Refuse an LLM that does more behind its head, which LLaVA's classes do not know of."""
     ids = tokenizer(_CHECKED_TEXT, return_tensors="pt")["input_ids"]
-    own = causal_lm(input_ids=ids).logits
+    expected = causal_lm(input_ids=ids).logits
     joined = model(input_ids=ids).logits
-    difference, largest = (own - joined).abs().max().item(), own.abs().max().item()
+    difference, largest = (expected - joined).abs().max().item(), expected.abs().max().item()
     # The same modules in float32, whose sums may be in another order from call to call.
     if not difference <= 1e-4 * largest:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What both steps share: options, transformers' Trainer, checkpoints of what is trained, resuming.
+"""The training of both steps: options, transformers' Trainer, checkpoints, resuming.
 
 Writes into the output folder: `run.json`, `metrics.jsonl`, `checkpoints/`, and `model/`, which
 `LlavaForConditionalGeneration` and `AutoProcessor` load.
@@ -64,7 +64,7 @@ class LlavaConfig(Config):
     num_train_epochs: Annotated[float, Interval(gt=0)] = 1.0
     """Passes over the data."""
     max_steps: Annotated[int, Interval(ge=1)] | None = None
-    """Number of steps. Default: what `num_train_epochs` comes to."""
+    """Number of steps. Default: those of `num_train_epochs`."""
     global_batch_size: Annotated[int, Interval(ge=1)] = 256
     """Conversations per batch, over all processes together."""
     per_device_train_batch_size: Annotated[int, Interval(ge=1)] | None = None
@@ -94,7 +94,7 @@ class LlavaConfig(Config):
 class LlavaTrainer(TrainedCheckpointMixin, Trainer):
     """transformers' Trainer; stops at a loss or gradient that is not finite.
 
-    Its checkpoints hold only what is trained.
+    Its checkpoints hold the trained weights alone.
     """
 
     def compute_loss(
@@ -147,7 +147,7 @@ def train_llava(
     Args:
         load_model: gives a LLaVA, or peft's wrapper around one, whose LoRA is merged at the end,
             with the processor; called after all that can be checked without it.
-        record: what else makes this run the same one when it is resumed.
+        record: further facts that must be the same when the run is resumed.
         skip_invalid: go on without conversations whose errors only their tokens show; how many
             is printed, and recorded in `run.json`.
         resume: continue from the last complete checkpoint in `output`.
@@ -204,7 +204,7 @@ def train_llava(
 
 
 def _note_skipped(output: Path, dataset: ConversationDataset) -> None:
-    """Record and report what is skipped."""
+    """Record and report the skipped conversations."""
     add_results(output, skipped_by_tokens=dataset.skipped)
     if dataset.skipped:
         print(f"Skipped, by what its tokens showed: {dict(dataset.skipped)}.")
@@ -264,7 +264,7 @@ def make_training_arguments(
 
 
 def _fit_to_data(settings: TrainingArguments, config: LlavaConfig, num_items: int) -> None:
-    """Set the steps, and what a device takes at a time, for so many conversations.
+    """Set the steps and the batch of a device for a number of conversations.
 
     Raises: ValueError when the processes cannot share a batch, or there is none.
     """

@@ -2,7 +2,7 @@
 
     python examples/scripts/llava/tune_instructions.py step1/model instructions.json images step2
 
-Takes what `pretrain_projector.py` wrote, and LLaVA's instruction data as published (see
+Takes the model of `pretrain_projector.py`, and LLaVA's instruction data as published (see
 `llava_conversations.py`). Only the answers are learned. The tower stays as it is; the LLM is
 trained wholly (LLaVA-1.5, arXiv:2310.03744: 665,000 conversations, one epoch, batch 128, rate
 2e-5), or by a LoRA: `--lora-rank 128 --learning-rate 2e-4`.

@@ -1,4 +1,4 @@
-"""What LLaVA's classes see of a vision tower."""
+"""The tokens of a vision tower that LLaVA's classes use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LLAVA_LAYER = -2
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """What an MLLM like LLaVA sees of a tower: the states of one layer, one token per patch.
+    """The part of a tower that an MLLM like LLaVA uses: the states of one layer, a token per patch.
 
     Attributes:
         patch_size: Side of a patch in pixels.
@@ -45,7 +45,7 @@ class VisualTokens:
 def find_visual_tokens(
     tower: PreTrainedModel, image_processor: Any, *, layer: int = LLAVA_LAYER
 ) -> VisualTokens:
-    """Run a blank image through a tower, and see what LLaVA's classes would make of it.
+    """Run a blank image through a tower, and describe the tokens that LLaVA's classes would take.
 
     Args:
         tower: Vision tower.

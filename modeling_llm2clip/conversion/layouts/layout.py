@@ -1,4 +1,4 @@
-"""The parts of a layout, and functions that several layouts share."""
+"""The description of a layout, and functions that several layouts share."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class RenamedWeights:
 
 @dataclass(frozen=True)
 class Layout:
-    """A family of checkpoints: its keys, and everything that they do not say.
+    """A family of checkpoints: its keys, and the facts that no key shows.
 
     Attributes:
         choice: Name of its source format, as users choose it.
@@ -180,12 +180,13 @@ def count_heads(width: int, source_format: SourceFormat) -> int:
 
 
 def find_ratio(part: int, whole: int) -> float:
-    """Return a ratio from which `int(whole * ratio)` gives back `part`, whatever the rounding."""
+    """Return a ratio for which `int(whole * ratio)` is `part` in spite of rounding."""
     return (part + 0.5) / whole
 
 
 def make_timm_config(architecture: str, model_args: dict[str, Any]) -> PreTrainedConfig:
-    """Describe a timm network with every size stated, whatever the architecture's own are."""
+    """Describe a timm network with every size stated, so that no default of its architecture
+    counts."""
     from transformers import TimmWrapperConfig  # needs timm
 
     config: PreTrainedConfig = TimmWrapperConfig.from_dict(

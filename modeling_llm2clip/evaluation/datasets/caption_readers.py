@@ -44,7 +44,7 @@ class JsonCaptions:
     Attributes:
         files: Each file by the names that it may have.
         advice: Where to get them.
-        image: Fields of the image's name, of which the first one that exists is taken.
+        image: Fields that may have the image's name; the first that exists is taken.
         captions: Paths of the captions; those that exist are taken.
         items: Field of the list of records, unless the file itself is a list.
         parent: Field of the folder of the image.
@@ -120,7 +120,7 @@ class JsonCaptions:
 
 
 def _find_values(fields: Mapping[str, Any], path: list[str]) -> list[Any]:
-    """List the values at a path; a missing one, or one that should be a list, is None."""
+    """List the values at a path; a value that is missing, or should be a list, is None."""
     values: list[Any] = [fields]
     for step in path:
         if step == "*":

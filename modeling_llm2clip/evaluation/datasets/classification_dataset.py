@@ -26,7 +26,7 @@ from .dataset_spec import (
     read_lines,
 )
 
-# Errors that belong to no image: what they cost is the images of the classes.
+# Errors of a class: the images of the class are lost, and are counted by themselves.
 _ERRORS_OF_CLASSES = (
     "class without a name",
     "class name for a class that does not exist",
@@ -85,7 +85,7 @@ class LabeledImages:
 
 
 def build_classification_dataset(reading: DatasetReading) -> ClassificationDataset:
-    """Read the images, name the classes, and keep what has no error.
+    """Read the images, name the classes, and keep the images and classes without errors.
 
     No prompt distinguishes classes of one name, perhaps in another case: their images tie and count
     as wrong. A warning and the protocol name them.

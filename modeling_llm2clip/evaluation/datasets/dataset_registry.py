@@ -53,7 +53,7 @@ _BUILDERS: dict[DatasetType, Builder] = {
 }
 
 _ON_HUB = "hub:"
-_OWN = "folder"  # what one's own images under another name are read as
+_OWN = "folder"  # the dataset that one's own images under another name are read as
 # Of two names, as difflib measures it: "emojis" and "coco2" are misspelled, "my-emoji" is not.
 _TOO_CLOSE = 0.8
 _NAME = re.compile(r"\w[\w.-]*")
@@ -201,7 +201,7 @@ def load_dataset(
         source: Name of a dataset, also as `NAME=FOLDER`; a folder or file of captioned images;
             records; or a spec.
         folder: Folder of the publisher's files, or `hub:owner/name@commit` for Parquet files on the
-            Hub. Default: the one in `source`; none for records and what the package contains.
+            Hub. Default: the folder in `source`; none for records and datasets in the package.
         image_dir: Folder of the images. Default: `folder`.
         lang: Language of the texts; required if there are several.
         skip_invalid: Skip invalid samples and count them in `protocol["skipped"]`, and accept
@@ -221,7 +221,7 @@ def load_dataset(
 
     Returns:
         A `RetrievalDataset`, `ClassificationDataset` or `ChoiceDataset`. Of a retrieval dataset,
-        `records` are what training takes.
+        training takes the `records`.
 
     Raises:
         DataValidationError: Samples are invalid; all errors are reported at once.

@@ -52,8 +52,8 @@ _ALLOW_DISTRACTORS = (
     "allow_distractors."
 )
 _TRY_AGAIN = (
-    "Samples are skipped for what is in them, and these files could not be read. Try again when "
-    "their disk or server works, or remove what is not there from the source."
+    "Only invalid samples are skipped, and these files could not be read. Try again when their "
+    "disk or server works, or remove missing files from the source."
 )
 
 
@@ -72,7 +72,7 @@ class EvaluationDataset(ABC):
 
     @abstractmethod
     def list_content(self) -> list[Any]:
-        """List what its digest covers: JSON values in which an image is an `ImageSource`."""
+        """List the content that its digest covers: JSON values, and `ImageSource` for images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class DatasetSpec:
 
     Attributes:
         name: Name in commands.
-        title: What it is, in one line.
+        title: Description in one line.
         dataset_type: `captions` has only texts, several of each image; `choice` is compositional.
         languages: BCP 47 as far as the publisher uses it; empty for any, or those of the folder.
         counts: Counts that the publisher gives for each language, such as `images` and `captions`;
@@ -89,7 +89,7 @@ class DatasetSpec:
         license: License of the texts, and of the images if it differs.
         citation: Who published it, and where.
         source: Where to get it.
-        files: What the folder must contain.
+        files: Files that the folder must contain.
         protocol: The choices that the spec makes, reported with every score; one is `split`.
         read: Yields every `PublishedRecord` of one language, or every `ChoiceItem`, or returns the
             `LabeledImages`. Invalid samples go to `errors` of the reading.
@@ -164,7 +164,7 @@ class ReadingCache:
 
 @dataclass(kw_only=True)
 class DatasetReading:
-    """One reading of a dataset: its options, which `load_dataset` explains, and what comes up.
+    """One reading of a dataset: its options, which `load_dataset` explains, its errors and notes.
 
     Attributes:
         folder: A path, or the URL of one's own data; None for a dataset that needs none.
@@ -269,7 +269,7 @@ class DatasetReading:
         return self.errors.total - self.num_errors_of_yielded
 
     def finish(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """Compare what was found with what was published, then raise the errors.
+        """Compare counts and checksums with the published ones, then raise the errors.
 
         If invalid samples are to be skipped, the counts of the errors are returned instead. Files
         that could not be read are refused in any case: nothing is known of their samples.

@@ -22,7 +22,7 @@ from ...encoding.devices import find_device
 from ...encoding.encoder_interface import choose_batches
 from ...encoding.tokenized_texts import TokenizedTexts
 
-# transformers' families name the same things differently; null is what a model does not do.
+# Families of transformers differ in these names; null is a step that a model lacks.
 _PATCH_FIELDS = ("patch_size", "max_num_patches")
 # How `load_images` opens an image, for every model type. The plain `convert("RGB")` of the
 # papers' code ignores the orientation and drops the transparency.
@@ -75,7 +75,7 @@ class EvaluationEncoder(ABC):
     """A model under evaluation: its description, and an encoder that is loaded when it is needed.
 
     Each text and each image is encoded once, and its embedding held; `encoded` counts them.
-    `source` is what the user gave, and `path` the folder or file that it was found to be.
+    `source` is the user's name for the model, and `path` its folder or file.
     """
 
     _processor: Any  # as `Encoder.processor`

@@ -169,7 +169,7 @@ class OpenClipEncoder(EvaluationEncoder):
                 "scale": 1 / 255,
                 "activation": OF_ITS_TOWER if has_own_vision else activation,
             },
-            # What open_clip saves in half precision it still runs in float32 by default.
+            # By default open_clip runs in float32, even weights that it saved in half precision.
             dtype="float32" if self._run_config.dtype == "saved" else self._run_config.dtype,
             run={**self._describe_run(), "saved_dtype": weights["dtype"]},
         )

@@ -1,6 +1,6 @@
 """A sentence-transformers model: texts, and images if it takes them.
 
-What it does to a text or an image, only the loaded model knows. It is loaded once for its
+Only the loaded model knows how it prepares texts and images. It is loaded once for its
 description and let go, so that models that wait for their turn hold no memory.
 """
 

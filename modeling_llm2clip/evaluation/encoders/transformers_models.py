@@ -109,7 +109,7 @@ class TransformersEncoder(EvaluationEncoder):
         self._processor = DualEncoderProcessor(folder)
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Encode texts; those that differ only in what the model does not read are one."""
+        """Encode texts; those that the model cannot distinguish, such as by case, are one text."""
         return super().encode_texts([self._processor.spell(text) for text in texts])
 
     @cached_property

@@ -1,7 +1,7 @@
 """Scores of a ranking: one value per query, their means, and bootstrap confidence intervals.
 
 K is a rank, R the number of a query's positives, r their ranks. All scores are between 0 and 1,
-except for the ranks themselves. What ends in `_at` returns (Q,) float64, of Q queries.
+except for the ranks themselves. Functions that end in `_at` return (Q,) float64 for Q queries.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tasks, and what they share: intervals, counts, parts of their protocols."""
+"""The interface of tasks, and their common parts: intervals, counts, protocols."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Task:
     Attributes:
         protocol: Choices of the task that change a score.
         headline: Scores that a table shows: title of a column to the path in `scores`.
-        chance: For the columns that have one: the path to what embeddings without meaning reach.
+        chance: For some columns, the path to the score of embeddings without meaning.
         run: Takes one dataset per language.
         needs_images: None if it depends on the dataset.
         all_languages: Takes all languages of a dataset together, not one alone.

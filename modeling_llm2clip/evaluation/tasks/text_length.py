@@ -29,7 +29,7 @@ from .task import BY_COSINE, Datasets, Task, TaskScores, count_texts, describe_i
 
 # 77 positions, two of which are the begin and the end of the text (arXiv:2103.00020).
 CLIP_TEXT_TOKENS = 75
-# Upper bounds of the buckets, in CLIP's tokens; the third is what a 77-token encoder sees.
+# Upper bounds of the buckets, in CLIP's tokens; a 77-token encoder sees up to the third.
 BUCKET_BOUNDS = (20, 40, CLIP_TEXT_TOKENS, 110, 150, 200, 300)
 _SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s*")
 _WORD_END = re.compile(r"\s+")

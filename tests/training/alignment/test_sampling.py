@@ -96,11 +96,10 @@ def test_long_captions_are_sampled_as_often_as_asked(ratio: float) -> None:
             assert counts[number] / total == pytest.approx(1 / num_captions, abs=0.06)
 
 
-@pytest.mark.parametrize(("num_short", "num_long", "is_long"), [(2, 0, False), (0, 2, True)])
-def test_an_image_shows_the_kind_it_has(num_short: int, num_long: int, is_long: bool) -> None:
-    sampled = sample(num_short, num_long, ratio=0.5, count=50)
-    assert {one for one, _ in sampled} == {is_long}
-    assert {number for _, number in sampled} == {0, 1}
+def test_an_image_shows_the_captions_that_it_has() -> None:
+    for num_short, num_long, is_long in ((2, 0, False), (0, 2, True)):
+        sampled = sample(num_short, num_long, ratio=0.5, count=50)
+        assert set(sampled) == {(is_long, 0), (is_long, 1)}
 
 
 def test_a_sample_does_not_depend_on_the_others_of_its_batch() -> None:

@@ -1,0 +1,166 @@
+"""Tables of trainings: fine-tuning, alignment, the first run, sizes of the data, and their cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import fmean
+from typing import Any
+
+from benchmarks.tables.markdown_tables import draw_table, percent, percent_with_error
+
+# A setting that is the recipe itself, which has a column of its own.
+_RECIPE = "README's recipe"
+_SETTINGS = {_RECIPE: "the same"}
+
+
+def _render_finetuning(report: dict[str, Any]) -> str:
+    names = {
+        "causal": "SmolLM2-135M, causal, mean pooled",
+        "bidirectional": "the same, made bidirectional",
+        "before": "the same, after the first round",
+        "tuned": "the same, fine-tuned on captions",
+        "minilm": "all-MiniLM-L6-v2",
+    }
+    cra = dict(report["cra"])
+    if report.get("start") is None:
+        cra.pop("before", None)  # it is the untuned one once more
+    else:
+        names["tuned"] = "the same, after the second round"
+    rows = [[names[key], percent(value)] for key, value in cra.items()]
+    trained = report.get("cra_on_trained_images")
+    if trained is not None:
+        rows.append(["the last fine-tuned one, on as many training images", percent(trained)])
+    config = report["config"]
+    note = (
+        f"{report['data']}; {config['max_steps']} steps of "
+        f"{config['per_device_train_batch_size']} pairs in {report['seconds'] / 60:.0f} minutes"
+        f"{', ' + str(report['peak_rss_gb']) + ' GB' if report['peak_rss_gb'] else ''}. "
+        f"{report['hardware']}."
+    )
+    return draw_table(("text encoder", "CRA"), rows) + f"\n{note}\n"
+
+
+def _render_alignment(report: dict[str, Any]) -> str:
+    rows = [
+        [name, _show_range([run["unseen_t2i_r1"] for run in runs])]
+        for name, runs in report["recalls"].items()
+    ]
+    seeds = len(next(iter(report["recalls"].values())))
+    note = f"Mean of {seeds} seeds (lowest to highest); {report['data']}."
+    return draw_table(("text encoder", "text to image R@1"), rows) + f"\n{note}\n"
+
+
+def _render_first_run(report: dict[str, Any]) -> str:
+    heads = (
+        "images", "trained on", "the recipe", "text to image", "image to text",
+        "closed form only", "best of the settings tried", "from random weights", "chance",
+        "seconds",
+    )  # fmt: skip
+    rows = []
+    for name, dataset in report["datasets"].items():
+        scores = dataset["scores"]
+        recipe, best = scores[_RECIPE], _SETTINGS.get(dataset["best"], dataset["best"])
+        random = [s["r1"] for setting, s in scores.items() if setting.startswith("from random")]
+        rows.append(
+            [
+                name,
+                f"{dataset['num_images']:,}",
+                *(_percent_with_error(recipe[measure]) for measure in ("r1", "t2i_r1", "i2t_r1")),
+                _percent_with_error(scores["closed form alone"]["r1"]),
+                f"{percent(dataset['best_r1'])} ({best})" if len(scores) > 2 else "",
+                percent(max(s["mean"] for s in random)) if random else "",
+                percent(dataset["chance_r1"]),
+                "" if dataset["seconds"] is None else str(dataset["seconds"]),
+            ]
+        )
+    counts = ", ".join(
+        f"{dataset['num_test_images']} {name} ({_count_splits(dataset['num_splits'])})"
+        for name, dataset in report["datasets"].items()
+    )
+    # A column without a number, such as a setting that was not tried, is left out.
+    kept = [place for place in range(len(heads)) if any(row[place] for row in rows)]
+    table = draw_table([heads[p] for p in kept], [[row[p] for p in kept] for row in rows])
+    return table + (
+        "\nR@1 on test images, the mean of both directions unless a column names one: "
+        f"{counts}. Means over the splits with standard errors. "
+        f"{report['hardware']}.\n"
+    )
+
+
+def _count_splits(number: int) -> str:
+    return "1 split" if number == 1 else f"{number} splits"
+
+
+def _percent_with_error(score: dict[str, Any]) -> str:
+    return percent_with_error(score["mean"], score["standard_error"])
+
+
+def _render_training_efficiency(report: dict[str, Any]) -> str:
+    heads = (
+        "at each step", "images per second", "times LoRA", "with extraction, 4 epochs",
+        "peak memory, GB", "vision trained: images per second",
+    )  # fmt: skip
+    modes = {
+        "lora": "LLM with LoRA, vision tower",
+        "frozen_online": "frozen LLM, vision tower",
+        "stored_captions": "stored captions, vision tower",
+        "stored_both": "stored captions and images",
+    }
+    amortized = report["times_as_fast_as_lora_with_extraction"]["4 epochs"]
+    rows = [
+        [
+            label,
+            f"{report[mode]['samples_per_second']:.1f}",
+            f"{report['times_as_fast_as_lora'][mode]:.1f}",
+            f"{amortized[mode]:.1f}" if mode in amortized else "–",
+            f"{report[mode]['peak_rss_gb']:.1f}",
+            f"{report['vision_trained'][mode]['samples_per_second']:.1f}"
+            if mode in report["vision_trained"]
+            else "–",
+        ]
+        for mode, label in modes.items()
+    ]
+    return draw_table(heads, rows) + f"\nCaptions: {report['captions']}. {report['hardware']}.\n"
+
+
+def _render_training_set_size(report: dict[str, Any]) -> str:
+    """A row per number of images: R@1, and its range where there are several splits."""
+    by_size: dict[int, dict[str, list[float]]] = {}
+    for name, dataset in report["datasets"].items():
+        for run in dataset["runs"]:
+            by_size.setdefault(run["num_images"], {}).setdefault(name, []).append(run["r1"])
+    rows = [
+        [f"{size:,}", *(_show_range(by_size[size].get(name)) for name in report["datasets"])]
+        for size in sorted(by_size)
+    ]
+    rows.append(
+        ["chance", *(percent(dataset["chance_r1"]) for dataset in report["datasets"].values())]
+    )
+    splits = {run["split"] for dataset in report["datasets"].values() for run in dataset["runs"]}
+    shown = f"Splits: {len(splits)}" + ("; mean, lowest and highest" if len(splits) > 1 else "")
+    counts = ", ".join(
+        f"{dataset['num_test_images']} {name}" for name, dataset in report["datasets"].items()
+    )
+    note = (
+        f"R@1 on test images, the mean of both directions: {counts}. {shown}. "
+        f"{report['hardware']}; commit {report['commit']}."
+    )
+    return f"{draw_table(('images to train on', *report['datasets']), rows)}\n{note}\n"
+
+
+def _show_range(values: list[float] | None) -> str:
+    if not values:
+        return "–"
+    if len(values) == 1:
+        return percent(values[0])
+    return f"{percent(fmean(values))} ({100 * min(values):.1f} to {100 * max(values):.1f})"
+
+
+TRAINING_TABLES: dict[str, Callable[[Any], str]] = {
+    "finetune_llm": _render_finetuning,
+    "finetune_llm_hard": _render_finetuning,
+    "alignment": _render_alignment,
+    "first_run": _render_first_run,
+    "training_set_size": _render_training_set_size,
+    "training_efficiency": _render_training_efficiency,
+}
