@@ -33,12 +33,15 @@ COSTLY = ("torch", "transformers", "datasets", "peft", "sentence_transformers", 
 
 
 @cache
+def assemble(name: str) -> list[Argument]:
+    return list(COMMANDS[name].assemble_argument_collection(parse_docstring=True))
+
+
 def list_arguments(name: str, *, flags: bool) -> dict[str, Argument]:
     """Return what a command takes, by its names in Python: its flags, or its positional words."""
-    collection = COMMANDS[name].assemble_argument_collection(parse_docstring=True)
     return {
         argument.field_info.name: argument
-        for argument in collection
+        for argument in assemble(name)
         if argument.parse and not argument.children
         if argument.name.startswith("--") == flags
     }
