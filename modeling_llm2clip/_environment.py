@@ -16,14 +16,14 @@ PACKAGES = (
 
 
 def list_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """List the versions of Python and of packages; "not installed" for an absent one."""
-    found = {"python": platform.python_version()}
+    """List the versions of Python and packages; "not installed" for an absent package."""
+    versions = {"python": platform.python_version()}
     for package in packages:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            versions[package] = "not installed"
+    return versions
 
 
 def describe_hardware() -> dict[str, Any]:
@@ -55,7 +55,7 @@ def read_commit() -> str:
         return "not a checkout"
     command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:  # no git on this machine
         return "unknown"
-    return found.stdout.strip() or "unknown"
+    return done.stdout.strip() or "unknown"

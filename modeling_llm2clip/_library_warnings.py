@@ -1,7 +1,7 @@
-"""Warnings of libraries that a user can do nothing about, each hidden by its exact words.
+"""Hides library warnings that a user can do nothing about, each by its exact words.
 
-Anything else that a library warns of is shown. Commands hide all of them; in Python the one of
-bitsandbytes alone is hidden, while a public name is imported.
+All other warnings are shown. Commands hide all three. In Python, the warning of bitsandbytes alone
+is hidden, while a public name is imported.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from contextlib import contextmanager
 
 
 def _but(begins: str) -> Callable[[logging.LogRecord], bool]:
-    """Let every record of a logger pass but those that begin with certain words."""
+    """Build a filter that drops a logger's records that begin with certain words."""
     return lambda record: not str(record.msg).startswith(begins)
 
 
-# Each is a module or logger, and what of it stays away.
+# A module or logger, and the message or filter that hides it.
 # peft asks for it while it adds or merges a LoRA; we do not.
 _WARNING = ("transformers.modeling_utils", "`is_gradient_checkpointing` is deprecated")
 # transformers' Trainer imports peft, and peft bitsandbytes, which looks for a faster kernel.
@@ -33,7 +33,7 @@ _TIMES = (
 
 
 def hide_known_warnings() -> None:
-    """Hide them for the rest of this process."""
+    """Hide the known warnings for the rest of this process."""
     module, begins = _WARNING
     warnings.filterwarnings("ignore", message=begins, module=module.replace(".", r"\."))
     for source, filtering in (_AT_IMPORT, _TIMES):

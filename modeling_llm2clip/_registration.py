@@ -17,8 +17,8 @@ from types import ModuleType
 _AUTO = "transformers.models.auto"
 _SINGLE_TOWER = ("LLM2CLIPTextModel", "LLM2CLIPVisionModel")
 # Each row: module that owns the Auto class, our module, our classes, and the Auto classes to
-# register them with. Of several classes, an Auto class takes the one that config.json names, or
-# else the first.
+# register them with. Given several classes, an Auto class takes the class that config.json names,
+# or else the first.
 _REGISTRATIONS = (
     (f"{_AUTO}.configuration_auto", "configuration_llm2clip", ("LLM2CLIPConfig",), ("AutoConfig",)),
     (f"{_AUTO}.modeling_auto", "modeling_llm2clip", ("LLM2CLIPModel", *_SINGLE_TOWER),
@@ -51,7 +51,7 @@ def _register_ready_classes() -> None:
             continue
         classes = tuple(getattr(import_module(ours_full_name), name) for name in class_names)
         if auto_classes == ("AutoImageProcessor",):
-            # Known by name, and the default of no configuration.
+            # Known by name alone: no configuration has it as its default.
             sys.modules[auto_name].AutoImageProcessor.register(
                 classes[0],
                 image_processor_classes=dict(zip(("torchvision", "pil"), classes, strict=True)),

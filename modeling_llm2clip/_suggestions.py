@@ -30,7 +30,7 @@ def counted(number: int, noun: str) -> str:
 
 def list_first(items: Iterable[object], separator: str = ", ", *, total: int | None = None) -> str:
     """List the first items and count the rest, such as "a, b, c, d, e and 3 more"."""
-    # `total` counts them where `items` has only the first `MAX_LISTED`.
+    # `total` is the number of items if `items` has only the first `MAX_LISTED`.
     listed = list(map(str, items))
     rest = (len(listed) if total is None else total) - len(listed[:MAX_LISTED])
     before_rest = " " if separator == ", " else separator

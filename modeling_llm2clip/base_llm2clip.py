@@ -2,14 +2,13 @@
 
 A saved folder has its code, and three JSON files with which sentence-transformers loads it. These
 refer to sentence-transformers' own modules only, because a custom module would need
-`trust_remote_code`. Quantization by bitsandbytes applies to the LLM alone.
+`trust_remote_code`.
 
 Uploaded with the weights.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import initialization as init
 
 from .configuration_llm2clip import LLM2CLIPConfig
@@ -31,10 +30,12 @@ from .loading_llm2clip import (
     build_tower,
     list_loaded_files,
     naming_damage,
+    quantize_llm_only,
     read_file_state,
     refuse_unaccounted_keys,
     remove_old_layout,
     require_own_names,
+    require_savable,
 )
 from .vision_llm2clip import find_width, has_class_token, require_restored_buffers
 
@@ -170,57 +171,6 @@ def _write(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-# All parts but the LLM. They are small, and quantizing them would change image embeddings.
-KEPT_IN_FULL = [
-    "vision_model",
-    "visual_projection",
-    "pooled_dense",
-    "text_adapter",
-    "text_projection",
-    "logit_scale",
-]
-_QUANTIZED_WEIGHTS = ("Params4bit", "Int8Params")  # classes of bitsandbytes, which is optional
-_DICTIONARY_KEYS = ("load_in_4bit", "load_in_8bit")
-
-
-def quantize_llm_only(quantization_config: Any, *, class_name: str, has_llm: bool) -> Any:
-    """Return a `quantization_config` for `from_pretrained` that quantizes the LLM alone.
-
-    One for another library than bitsandbytes is returned as it is. A class without an LLM is
-    refused.
-    """
-    config = quantization_config
-    if isinstance(config, dict) and any(config.get(key) for key in _DICTIONARY_KEYS):
-        config = BitsAndBytesConfig.from_dict(config)
-    if not isinstance(config, BitsAndBytesConfig):
-        return config
-    if not has_llm:
-        raise ValueError(
-            f"{class_name} has no LLM, and only an LLM may be quantized by bitsandbytes: a "
-            "quantized vision tower or projection would give other embeddings. Leave "
-            "quantization_config out; dtype=torch.bfloat16 needs half the memory."
-        )
-    config = copy.deepcopy(config)
-    skipped = config.llm_int8_skip_modules or ()
-    config.llm_int8_skip_modules = [*dict.fromkeys((*skipped, *KEPT_IN_FULL))]
-    return config
-
-
-def _require_full_precision(model: nn.Module) -> None:
-    """Refuse to save layers that bitsandbytes quantized, which it may not restore as they were."""
-    quantized = [
-        name
-        for name, module in model.named_modules()
-        if type(getattr(module, "weight", None)).__name__ in _QUANTIZED_WEIGHTS
-    ]
-    if quantized:
-        raise ValueError(
-            f"bitsandbytes quantized layers of the model (first of {len(quantized)}: "
-            f"{quantized[0]}), which is not saved. Save it in full precision, and quantize it "
-            "while loading that folder (quantization_config)."
-        )
-
-
 _CODE_OF_EVERY_FOLDER = {
     "AutoConfig": "configuration_llm2clip.LLM2CLIPConfig",
     "AutoProcessor": "processing_llm2clip.LLM2CLIPProcessor",
@@ -348,8 +298,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         """
         folder = Path(save_directory)
         self.config.require_loadable()
-        _require_full_precision(self)
-        _require_merged(self)
+        require_savable(self)
         towers = {n: m.dtype for n, m in self.named_children() if isinstance(m, PreTrainedModel)}
         if len(set(towers.values())) > 1:
             warnings.warn(
@@ -360,8 +309,8 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         self.config.auto_map = {**_CODE_OF_EVERY_FOLDER, **self._auto_classes}
         upload = {name: kwargs.pop(name) for name in _UPLOAD_OPTIONS if name in kwargs}
         repo_id = kwargs.pop("repo_id", folder.name)
-        own = self.config.instructions
-        self.config.instructions = find_instructions(folder, own)
+        instructions = self.config.instructions
+        self.config.instructions = find_instructions(folder, instructions)
         old_file = read_file_state(folder / WEIGHT_FILE)
         try:
             super().save_pretrained(save_directory, **kwargs)
@@ -374,7 +323,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
                     modalities=self.input_modalities,
                 )
         finally:
-            self.config.instructions = own
+            self.config.instructions = instructions
         if push_to_hub:  # transformers would upload before the folder is complete
             shared = {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
             self.push_to_hub(repo_id, **upload, **shared)
@@ -406,14 +355,15 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             for name in ("text_model", "vision_model"):
                 if hasattr(self, name):
                     settle_frozen(getattr(self, name))
-            # Last: who encodes in another thread reads it last, and then refuses the embeddings.
+            # Last, because an encoder in another thread reads the count last, and then refuses its
+            # embeddings.
             self.num_switches_to_training += 1
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Convert as torch does, but keep the frequencies of rotary positions in float32.
 
-        Loading in another dtype keeps them so too. Rounded ones would stay so in float32.
+        Loading in another dtype keeps them in float32, too. Once rounded, they would stay rounded.
         """
         exact = {
             name: buffer
@@ -476,7 +426,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         caps_scores = getattr(config.text_config, "attn_logit_softcapping", None)
         if caps_scores and config.text_config._attn_implementation == "sdpa":
             self.text_model.set_attn_implementation("eager")
-        # Inside the tower, because whatever freezes, replaces or identifies the tower means it too.
+        # Inside the tower, so that freezing, replacing or identifying the tower includes it.
         if config.text_dense_width is not None and not hasattr(self.text_model, "pooled_dense"):
             self.text_model.pooled_dense = PooledDense(config.text_dense_width, width)
         self.text_adapter = TextAdapter(
@@ -508,18 +458,6 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         )
 
 
-def _require_merged(model: PreTrainedModel) -> None:
-    """Refuse to save layers inside those of peft, whose names do not load without it."""
-    if getattr(model, "_hf_peft_config_loaded", False):  # transformers saves the LoRA alone
-        return
-    if wrapped := [name for name, module in model.named_modules() if hasattr(module, "base_layer")]:
-        raise ValueError(
-            f"Layers are inside those of peft (first of {len(wrapped)}: {wrapped[0]}), so that the "
-            "folder would not load. Save the model that merge_and_unload returns, or the LoRA "
-            "alone by save_pretrained of peft's model."
-        )
-
-
 def set_attention_direction(text_model: PreTrainedModel, *, bidirectional: bool) -> None:
     """Make an LLM's attention bidirectional or causal, in place.
 
@@ -538,8 +476,8 @@ def settle_frozen(tower: nn.Module) -> None:
 
     In training mode, batch normalization updates its running statistics with every batch, even if
     its weights are frozen. Neither an optimizer nor a LoRA saves these statistics, so the changes
-    would be lost. One without weights of its own stays in training mode only if every parameter of
-    the tower is trained.
+    would be lost. Batch normalization without weights stays in training mode only if every
+    parameter of the tower is trained.
     """
     parameters = list(tower.parameters())
     if not any(p.requires_grad for p in parameters):
@@ -549,6 +487,6 @@ def settle_frozen(tower: nn.Module) -> None:
     for module in tower.modules():
         # Not getattr: peft's wrapper exposes the statistics of the layer inside it.
         if any(name == "running_mean" for name, _ in module.named_buffers(recurse=False)):
-            own = list(module.parameters(recurse=False))
-            if not (any(p.requires_grad for p in own) if own else trains_all):
+            weights = list(module.parameters(recurse=False))
+            if not (any(p.requires_grad for p in weights) if weights else trains_all):
                 module.eval()

@@ -25,9 +25,9 @@ FORMAT_VERSION = 3
 LOGIT_SCALE_INIT = math.log(1 / 0.07)  # arXiv:2103.00020, section 2.5
 VISION_POOLINGS = ("pooler", "cls", "mean", "patch_mean")
 
-# Fields that transformers, also in JavaScript, reads from or writes into any config.json; other
-# unknown ones raise. Trainer of transformers before 5.17 writes the tokenizer's three token ids
-# here. They are kept and change nothing, because the model reads those of the LLM.
+# Fields that transformers and transformers.js read from or write into any config.json; other
+# unknown fields raise. Before transformers 5.17, Trainer writes the tokenizer's three token ids.
+# They are kept and change nothing, because the model reads the LLM's ids.
 _BASE_FIELDS = {
     "bos_token_id", "eos_token_id", "pad_token_id",
     "auto_map", "model_type", "torch_dtype", "attn_implementation", "experts_implementation",
@@ -83,7 +83,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
 
     Raises:
         ValueError: A field is unknown, missing in a saved file, of the wrong type or contradictory,
-            or the format version is another one.
+            or the format version is not this package's.
     """
 
     model_type = "llm2clip"
@@ -123,8 +123,8 @@ class LLM2CLIPConfig(PreTrainedConfig):
         _check_format(format_version)
         _refuse_strange_fields(kwargs)
         _check_types(locals())
-        # The base class sets the attention implementation of the towers that it finds. So it is
-        # initialized before they are assigned, and a requested implementation is set afterwards.
+        # The base class sets the attention implementation of the towers that are assigned already.
+        # So it is initialized before them, and a requested implementation is set afterwards.
         attn_implementation = kwargs.pop("attn_implementation", None)
         super().__init__(**kwargs)
         # AutoModel chooses the class by this field, and fails if it is None.
@@ -155,7 +155,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
             self._attn_implementation = attn_implementation
 
     def __setattr__(self, key: str, value: Any) -> None:
-        """Set a field; requests of states, which the model does not return, are refused."""
+        """Set a field; refuse requests for states, which the model does not return."""
         if value and key.lstrip("_") in ("output_hidden_states", "output_attentions"):
             raise ValueError(
                 f"{key.lstrip('_')}={value!r}: the model returns its towers' last hidden states "
@@ -178,7 +178,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
             were not used.
 
         Raises:
-            ValueError: A field is missing or invalid, or the format version is another one.
+            ValueError: A field is missing or invalid, or the format version is not this package's.
         """
         _check_format(config_dict.get("format_version", 0))
         lost = sorted(_SAVED_FIELDS - set(config_dict))
@@ -332,30 +332,31 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 def _check_types(values: Mapping[str, Any]) -> None:
     errors = [
-        f"{name}={values[name]!r} must be {wanted}"
-        for name, (wanted, fits) in _TYPES.items()
+        f"{name}={values[name]!r} must be {expected}"
+        for name, (expected, fits) in _TYPES.items()
         if not fits(values[name])
     ]
     if errors:
         raise ValueError("LLM2CLIPConfig: " + "; ".join(errors))
 
 
-def _check_format(found: Any) -> None:
-    if not _is_integer(found):
+def _check_format(format_version: Any) -> None:
+    if not _is_integer(format_version):
         raise ValueError(
-            f"format_version={found!r} must be an integer; this version reads format "
+            f"format_version={format_version!r} must be an integer; this version reads format "
             f"{FORMAT_VERSION}. Restore config.json from the original model folder."
         )
-    if found == FORMAT_VERSION:
+    if format_version == FORMAT_VERSION:
         return
     remedy = (
         "Upgrade modeling_llm2clip: if it is installed, it is used even if the model folder has "
         "newer code"
-        if found > FORMAT_VERSION
+        if format_version > FORMAT_VERSION
         else "Build or convert the model again with this version"
     )
     raise ValueError(
-        f"The model has format {found}, but this version reads format {FORMAT_VERSION}. {remedy}."
+        f"The model has format {format_version}, but this version reads format {FORMAT_VERSION}. "
+        f"{remedy}."
     )
 
 

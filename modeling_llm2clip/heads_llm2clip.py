@@ -41,11 +41,11 @@ def build_position_ids(attention_mask: Tensor, *, first: int = 0) -> Tensor:
 def check_rotary_positions(text_config: Any, *, max_length: int) -> None:
     """Check that an LLM's rotary frequencies do not depend on the other texts of a batch.
 
-    Some LLMs take other frequencies for a whole batch once its longest text has more tokens than
-    they were first trained with.
+    Some LLMs switch the frequencies of a whole batch once its longest text exceeds the length of
+    their first training.
     """
     stated = getattr(text_config, "rope_parameters", None) or {}
-    # Some LLMs state them per type of layer.
+    # Some LLMs state frequencies per type of layer.
     for rope in [stated, *stated.values()]:
         kind = rope.get("rope_type") if isinstance(rope, dict) else None
         if kind not in ("dynamic", "longrope"):
@@ -74,9 +74,9 @@ def count_unpooled(
 ) -> int:
     """Count the tokens before each caption that are not pooled: prompt prefix and instruction.
 
-    With `pools_prompt` there are no such tokens. `prompt_length` are the tokens of the instruction
-    when it is tokenized alone, prompt included, as sentence-transformers counts them: without a
-    special token at the end. None or 0 for none.
+    With `pools_prompt` there are no such tokens. `prompt_length` counts the tokens of the
+    instruction alone with its prompt, as sentence-transformers does: without a special token at the
+    end. Without an instruction it is None or 0.
     """
     if pools_prompt:
         return 0
@@ -93,7 +93,7 @@ def count_unpooled(
 
 
 def build_pooling_mask(attention_mask: Tensor, *, num_unpooled: int) -> Tensor:
-    """Mark the tokens to pool, (B, L) bool: the real ones but for the first `num_unpooled`."""
+    """Mark the tokens to pool, (B, L) bool: all real tokens but the first `num_unpooled`."""
     real = attention_mask.bool()
     return real & (real.long().cumsum(dim=1) > num_unpooled)
 
@@ -107,10 +107,10 @@ def pool_tokens(hidden_states: Tensor, pooling_mask: Tensor, *, pooling: str) ->
 def mask_unpadded(
     input_ids: Tensor, *, pad_token_id: int | None, prefix_ids: list[int], suffix_ids: list[int]
 ) -> Tensor:
-    """Build the mask of ids that came without one, in which every token is real.
+    """Build the mask of ids that came without one: every token is real.
 
-    The pad id may be part of the prompt, so a row is padded if it begins or ends with more of them
-    than the prompt does.
+    The pad id may be part of the prompt, so a row counts as padded if it begins or ends with more
+    pad ids than the prompt does.
     """
     if pad_token_id is not None and input_ids.ndim == 2:
         is_pad = input_ids == pad_token_id
@@ -123,9 +123,9 @@ def mask_unpadded(
     return torch.ones_like(input_ids)
 
 
-def _count_first(ids: list[int], wanted: int) -> int:
-    """Count how often a list begins with an id."""
-    return next((count for count, i in enumerate(ids) if i != wanted), len(ids))
+def _count_first(ids: list[int], token_id: int) -> int:
+    """Count how many ids at the start of a list are this one."""
+    return next((count for count, i in enumerate(ids) if i != token_id), len(ids))
 
 
 def mask_checked(
@@ -206,19 +206,19 @@ mask_checked_in_graph.register_fake(
 def _check_piece(input_ids: Tensor, starts: Tensor, piece: list[int], *, where: str) -> None:
     if not piece:
         return
-    wanted = torch.tensor(piece, device=input_ids.device)
+    expected = torch.tensor(piece, device=input_ids.device)
     columns = starts.unsqueeze(1) + torch.arange(len(piece), device=input_ids.device)
-    found = input_ids.gather(1, columns.clamp(0, input_ids.shape[1] - 1))  # (B, len(piece))
-    _refuse((found != wanted).any(dim=1), found, f"do not {where} {piece}; use the tokenizer or "
+    ids = input_ids.gather(1, columns.clamp(0, input_ids.shape[1] - 1))  # (B, len(piece))
+    _refuse((ids != expected).any(dim=1), ids, f"do not {where} {piece}; use the tokenizer or "
             "processor that is saved with the model")  # fmt: skip
 
 
-def _refuse(is_bad: Tensor, found: Tensor, complaint: str) -> None:
+def _refuse(is_bad: Tensor, rows: Tensor, complaint: str) -> None:
     if is_bad.any():
         row = int(is_bad.long().argmax())
         raise ValueError(
             f"{int(is_bad.sum())} of {len(is_bad)} texts {complaint}. "
-            f"First bad row: {row} ({found[row].tolist()})."
+            f"First bad row: {row} ({rows[row].tolist()})."
         )
 
 
@@ -229,7 +229,7 @@ class LogitRule(NamedTuple):
     """Turns embeddings of unit length into logits.
 
     Attributes:
-        scale: Inverse temperature, (1,) float32; or () of a rule that is on no device.
+        scale: Inverse temperature, (1,) float32, or () in a rule that `plain_rule` returned.
     """
 
     scale: Tensor
@@ -241,11 +241,11 @@ class LogitRule(NamedTuple):
             return (self.scale * image_embeds.float()) @ text_embeds.float().T
 
     def to(self, device: torch.device) -> LogitRule:
-        """Move it to a device."""
+        """Move the rule to a device."""
         return LogitRule(*(part.to(device) for part in self))
 
     def from_cosines(self, cosines: Tensor) -> Tensor:
-        """Turn cosines that are known already into logits."""
+        """Turn cosines into logits."""
         return self.scale * cosines
 
 
@@ -352,7 +352,7 @@ class TextAdapter(nn.Module):
 
 
 def contrastive_loss(logits_per_image: Tensor) -> Tensor:
-    """Compute the symmetric cross-entropy of all pairs, ln(B) if no pair is special.
+    """Compute the symmetric cross-entropy of all pairs; ln(B) if all score the same.
 
     The logits are (B, B); image i matches text i (arXiv:2103.00020, figure 3).
     """

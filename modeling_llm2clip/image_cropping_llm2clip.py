@@ -1,8 +1,8 @@
-"""Image processors that crop as torchvision does, one pixel beside those of transformers.
+"""Image processors that crop as torchvision does, one pixel beside transformers' crop.
 
-CLIP, EVA and timm train with torchvision's `CenterCrop`. It rounds half of an odd margin to the
-even number, transformers rounds it down: of a margin of 3 pixels the one leaves out 2 on the left,
-the other 1, which changes every pixel.
+CLIP, EVA and timm train with torchvision's `CenterCrop`. torchvision rounds half of an odd margin
+to the even number, transformers rounds it down. Of a margin of 3 pixels, torchvision cuts 2 on the
+left and transformers 1, which changes every pixel.
 
 Uploaded with the weights. transformers has no classes of these names, so a program that lacks this
 code refuses the image processor. A setting of transformers' own class would be ignored there.
@@ -23,7 +23,7 @@ class _TorchvisionCrop:
 
         Args:
             image: (…, H, W), an array or a tensor.
-            size: Height and width; what is smaller is padded, which the base does as torchvision.
+            size: Height and width. Smaller images are padded; the base pads as torchvision does.
             **kwargs: Further arguments of the base.
         """
         top, left = (
@@ -41,11 +41,11 @@ class _TorchvisionCrop:
 
 
 class LLM2CLIPImageProcessor(_TorchvisionCrop, CLIPImageProcessor):  # type: ignore[misc]
-    """CLIP's, which computes with torchvision."""
+    """CLIP's image processor, which computes with torchvision."""
 
 
 class LLM2CLIPImageProcessorPil(_TorchvisionCrop, CLIPImageProcessorPil):  # type: ignore[misc]
-    """CLIP's, which computes with Pillow."""
+    """CLIP's image processor, which computes with Pillow."""
 
 
 _CLASSES = (LLM2CLIPImageProcessorPil, LLM2CLIPImageProcessor)  # transformers wants this order

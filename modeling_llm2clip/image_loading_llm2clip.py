@@ -1,8 +1,8 @@
 """Loads images from any source as upright RGB on white. No other module decodes pixels.
 
-Every image is decoded in full. So it has the same pixels in training, extraction, evaluation,
-search and serving, and through the saved processor. A pipeline decodes images itself: it drops the
-alpha channel and clips 16 bits.
+Every image is decoded in full, so it has the same pixels in training, extraction, evaluation,
+search, serving, and the saved processor. A pipeline decodes images itself: it drops the alpha
+channel and clips 16 bits.
 
 Uploaded with the weights.
 """
@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# Holds the limits of this process, because worker processes inherit it and because another copy of
-# this module, of a model folder, reads it too.
+# The environment holds the limits, because worker processes inherit it, and the copy of this module
+# in a model folder reads it, too.
 LIMITS_VARIABLE = "LLM2CLIP_IMAGE_LIMITS"
-# Errors of Pillow's decoders, which differ by format; most are of tags of another type than theirs.
+# Errors of Pillow's decoders, which differ by format; most report a tag of an unexpected type.
 DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, RuntimeError, EOFError, TypeError, LookupError,
     ArithmeticError, struct.error,
@@ -37,7 +37,7 @@ _FETCH_ERRORS = (OSError, http.client.HTTPException, ValueError)
 _ORIENTATION = 0x0112  # of the EXIF standard; 1 is upright
 _MOST_SHOWN = 200  # characters of a path in an error message
 _READ_AS_CHANNELS = (1, 2, 4)
-_PILLOWS_OWN = 2**30 // 4 // 3  # pixels, of which it warns
+_PILLOWS_OWN = 2**30 // 4 // 3  # pixels; Pillow warns of more
 _CHUNK_BYTES = 2**16  # of a download
 _BAND_PIXELS = 2**22
 # Tags of TIFF, and a value of one.
@@ -46,7 +46,7 @@ _GRAY_MAXIMA = {"L;2": 3, "L;4": 15}  # by Pillow's name for what is in the file
 _MOST_SEGMENTS = 10_000  # of a JPEG
 _END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
 _WITHOUT_LENGTH = (0x01, 0xD8)
-# Neither a byte of the pixels (FF00), nor one of the restarts within a scan, nor a fill byte.
+# Any marker but an escaped byte of pixels (FF00), a restart within a scan, and a fill byte.
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 
@@ -62,9 +62,10 @@ class ImageLimits:
         max_megapixels: Maximum size of a decoded image, in millions of pixels. Cameras have up to
             151; one image of this size takes up to 1.5 GB while it is decoded.
         max_image_mb: Maximum size of an encoded image, in MB.
-        max_aspect_ratio: The longer side, in shorter ones. Resizing the shorter side of a strip of
-            60,000 × 1 pixels, a file of 100 bytes, would fill gigabytes.
-        max_jpeg_scans: Maximum number of scans of a JPEG. Progressive ones have about ten; a few
+        max_aspect_ratio: Maximum length of the longer side, in multiples of the shorter. Resizing
+            the shorter side of a strip of 60,000 × 1 pixels, a file of 100 bytes, would fill
+            gigabytes.
+        max_jpeg_scans: Maximum number of scans of a JPEG. Progressive files have about ten; a few
             bytes suffice for one more pass over all pixels.
         max_download_s: Seconds that the download of an image from a URL may take.
         formats: Pillow's names of the file formats. Pillow runs other programs for some of the
@@ -90,7 +91,7 @@ class ImageLimits:
 
 
 def get_image_limits(**changes: Any) -> ImageLimits:
-    """Return the limits of this process: its own, or those it inherited, or the default ones.
+    """Return the limits of this process: set here, inherited, or the defaults.
 
     Args:
         **changes: Fields of `ImageLimits` that replace those of the process in the result.
@@ -110,7 +111,7 @@ def set_image_limits(limits: ImageLimits) -> None:
     """Set the limits for all threads of this process, and for processes that it starts from now on.
 
     Args:
-        limits: The new ones, in place of those of `get_image_limits`.
+        limits: The new limits, which `get_image_limits` returns from then on.
 
     Examples:
         >>> set_image_limits(get_image_limits(max_megapixels=160))
@@ -182,8 +183,7 @@ def load_images(images: Any, *, limits: ImageLimits | None = None) -> Any:
 def unpack_pixels(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Copy the pixels of an RGB image channel by channel, (3, H, W).
 
-    It takes a third of the time of `np.array` and a transposition, of which torch makes another
-    copy.
+    This takes a third of the time of `np.array` and a transposition, which torch would copy again.
     """
     pixels = np.empty((len(image.mode), image.height, image.width), np.uint8)
     for channel, name in zip(pixels, image.mode, strict=True):
@@ -207,8 +207,8 @@ def _load_image(image: Any, number: int, *, limits: ImageLimits) -> Any:
 def _check_array(image: Any, name: str, limits: ImageLimits) -> Any:
     """Reject pixels of unknown layout or range, and scale 16 bits to 8.
 
-    The values of floats do not reveal their range: a dark image in [0, 255] is a bright one in
-    [0, 1].
+    Floats do not reveal their range: the values of a dark image in [0, 255] are those of a bright
+    image in [0, 1].
     """
     shape = tuple(image.shape)
     if len(shape) != 3 or 0 in shape or (shape[0] == 3) == (shape[2] == 3):
@@ -254,9 +254,9 @@ def _open_image(path: str, limits: ImageLimits) -> Image.Image:
 
 
 def read_image_header(source: Any, *, name: str, limits: ImageLimits | None = None) -> Image.Image:
-    """Open an image without decoding it, and refuse it by its header. No other function opens one.
+    """Open an image without decoding it, and refuse it by its header; nothing else opens images.
 
-    `source` is a path or a binary file, as `PIL.Image.open` takes it, or what that returned.
+    `source` is a path or a binary file, as `PIL.Image.open` takes it, or an image that it returned.
     """
     limits = limits or get_image_limits()
     if isinstance(source, Image.Image):
@@ -326,8 +326,8 @@ def _require_within(image: Image.Image, name: str, limits: ImageLimits) -> None:
         _require_no_strip(*image.size, name, limits)
     if image.format in ("JPEG", "MPO") and _has_too_many_scans(_read_all(image), limits):
         raise ValueError(
-            f"{name}: a JPEG of more than {limits.max_jpeg_scans} scans, each of which goes over "
-            "all of its pixels. Save it anew."
+            f"{name}: the JPEG has more than {limits.max_jpeg_scans} scans, each a pass over all "
+            "pixels. Save it again."
         )
 
 
@@ -346,20 +346,20 @@ def _read_all(image: Image.Image) -> bytes:
 def _has_too_many_scans(content: bytes, limits: ImageLimits) -> bool:
     """Go through the segments of a JPEG as libjpeg does, up to the end of its first image.
 
-    What cameras append to it, such as a video, has the bytes of markers by chance.
+    Cameras append other content, such as a video, which contains the bytes of markers by chance.
     """
     if content.count(b"\xff\xda") <= limits.max_jpeg_scans:  # the most that there can be
         return False
     num_scans = place = 0
     for _ in range(_MOST_SEGMENTS):
-        found = _MARKER.search(content, place)
-        marker = _END_OF_IMAGE if found is None else content[found.end() - 1]
-        if found is None or marker == _END_OF_IMAGE:
+        match = _MARKER.search(content, place)
+        marker = _END_OF_IMAGE if match is None else content[match.end() - 1]
+        if match is None or marker == _END_OF_IMAGE:
             return False
         num_scans += marker == _START_OF_SCAN
         if num_scans > limits.max_jpeg_scans:
             return True
-        place = found.end()
+        place = match.end()
         if marker not in _WITHOUT_LENGTH:
             place += max(int.from_bytes(content[place : place + 2], "big"), 2)
     return True
@@ -416,7 +416,7 @@ def _decode(image: Image.Image, name: str, limits: ImageLimits) -> Image.Image:
 
 
 def _find_black_and_white(image: Image.Image) -> tuple[int, int]:
-    """Return the values of gray pixels of more than 8 bits; twice 0 if the file does not say."""
+    """Return which values are black and white beyond 8 bits; (0, 0) if the file does not say."""
     if image.mode.startswith("I;16"):
         tags = getattr(image, "tag_v2", {})  # of TIFF, whose pixels Pillow leaves as they are
         white = 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1
@@ -442,7 +442,7 @@ def _scale_to_eight_bits(image: Image.Image, name: str, *, black: int, white: in
         raise ValueError(
             f"{name}: pixels are outside [0, {max(black, white)}]. Convert the image to 8 bits."
         )
-    # Each value has one of 8 bits; PNG may declare one transparent.
+    # A table of the 8-bit value of each value; a PNG may declare one value transparent.
     scaled = abs(np.arange(max(black, white) + 1) - black) * 255 // max(black, white)
     if 0 <= (transparent := image.info.get("transparency", -1)) < len(scaled):
         scaled[transparent] = 255
@@ -450,7 +450,7 @@ def _scale_to_eight_bits(image: Image.Image, name: str, *, black: int, white: in
 
 
 def _compose_on_white(image: Image.Image) -> Image.Image:
-    """Put a transparent image on white; in bands, as each step of Pillow makes a copy."""
+    """Put a transparent image on white, in bands because each step of Pillow makes a copy."""
     flat = Image.new("RGB", image.size)
     rows = max(1, _BAND_PIXELS // image.width)
     for top in range(0, image.height, rows):

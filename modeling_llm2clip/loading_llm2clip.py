@@ -1,10 +1,13 @@
 """Strict loading: which files are read, every weight must fit, and no custom code is run.
 
+Quantization by bitsandbytes applies to the LLM alone, and is never saved.
+
 Uploaded with the weights.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import threading
@@ -20,7 +23,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file, try_to_load_from_cache
 
 _OWN_CODE = (
@@ -74,8 +77,8 @@ def list_loaded_files(source: Any, options: Mapping[str, Any]) -> list[Path]:
         _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )  # fmt: skip
-    found = next((path for path in (file, index) if isinstance(path, str)), None)
-    return list_model_files(Path(found).parent) if found else []
+    cached = next((path for path in (file, index) if isinstance(path, str)), None)
+    return list_model_files(Path(cached).parent) if cached else []
 
 
 def list_model_files(folder: Path) -> list[Path]:
@@ -135,7 +138,7 @@ def _read_index(index: Path) -> list[Path]:
         raise ValueError(f"{index} is damaged ({error!r}). Download it again.") from error
     if outside or not listed:
         raise ValueError(
-            f"{index} names {outside[:_NAMES_SHOWN] or 'no files'}, wanted files of its own "
+            f"{index} names {outside[:_NAMES_SHOWN] or 'no files'}, expected files of its own "
             "folder. Download it again from a source that you trust."
         )
     if lost := [name for name in listed if not (index.parent / name).is_file()]:
@@ -148,8 +151,8 @@ def _read_index(index: Path) -> list[Path]:
 def _refuse_stray_shards(folder: Path, name: str, files: Sequence[Path]) -> None:
     stem, dot, suffix = name.rpartition(".")
     pattern = re.compile(rf"{re.escape(stem)}-\d{{5}}-of-\d{{5}}{re.escape(dot + suffix)}")
-    found = {path.name for path in folder.iterdir() if pattern.fullmatch(path.name)}
-    if stray := sorted(found - {file.name for file in files}):
+    shards = {path.name for path in folder.iterdir() if pattern.fullmatch(path.name)}
+    if stray := sorted(shards - {file.name for file in files}):
         raise ValueError(
             f"{folder} has weight files that are not loaded: {stray[:_NAMES_SHOWN]}. They are left "
             "from an earlier save. Delete them, or save the model into a new folder."
@@ -209,18 +212,18 @@ def read_weight_shapes(files: Sequence[Path]) -> dict[str, tuple[tuple[int, ...]
 
     A name in two of them is refused: transformers would load the last.
     """
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in files:
         with open_safetensors(file) as opened:
             parts = {name: opened.get_slice(name) for name in opened.keys()}
             heads = {n: (tuple(p.get_shape()), str(p.get_dtype())) for n, p in parts.items()}
-        if twice := sorted(set(found) & set(heads)):
+        if twice := sorted(set(shapes) & set(heads)):
             raise ValueError(
                 f"{file} repeats the weights {twice[:_NAMES_SHOWN]} of another file beside it. "
                 "Keep one copy."
             )
-        found |= heads
-    return found
+        shapes |= heads
+    return shapes
 
 
 @contextmanager
@@ -292,14 +295,14 @@ def naming_code(
         yield
     except _LOADING_ERRORS as error:
         # Of a repository only cached files are read.
-        found = {
+        references_of = {
             name: references
             for name in _NAMING_FILES
             if (references := list_foreign_code(_read_settings(source, name, revision=revision)))
         }
-        if not found:
+        if not references_of:
             raise
-        named = "; ".join(f"{file} names {', '.join(refs)}" for file, refs in found.items())
+        named = "; ".join(f"{file} names {', '.join(refs)}" for file, refs in references_of.items())
         # transformers' own advice is to run the code.
         reason = "" if "trust_remote_code" in str(error) else f" ({error})"
         raise ValueError(
@@ -329,8 +332,8 @@ def list_foreign_code(content: Any) -> list[str]:
     named = named if isinstance(named, dict) else {"AutoTokenizer": named}  # the old format
     refs = [
         f"{auto_class}: {ref}"
-        for auto_class, given in named.items()
-        for ref in (given if isinstance(given, list | tuple) else [given])
+        for auto_class, classes in named.items()
+        for ref in (classes if isinstance(classes, list | tuple) else [classes])
         if ref is not None and not str(ref).startswith(_OWN_CODE)
     ]
     inside = [value for name, value in content.items() if name != "auto_map"]
@@ -366,6 +369,69 @@ def find_tower_class(config: PreTrainedConfig) -> Any:
             "alone. Upgrade transformers, or choose another tower."
         )
     return tower_class
+
+
+# All parts but the LLM. They are small, and quantizing them would change image embeddings.
+KEPT_IN_FULL = [
+    "vision_model",
+    "visual_projection",
+    "pooled_dense",
+    "text_adapter",
+    "text_projection",
+    "logit_scale",
+]
+_QUANTIZED_WEIGHTS = ("Params4bit", "Int8Params")  # classes of bitsandbytes, which is optional
+_DICTIONARY_KEYS = ("load_in_4bit", "load_in_8bit")
+
+
+def quantize_llm_only(quantization_config: Any, *, class_name: str, has_llm: bool) -> Any:
+    """Return a `quantization_config` for `from_pretrained` that quantizes the LLM alone.
+
+    A configuration of another library than bitsandbytes is returned unchanged. A class without an
+    LLM is refused.
+    """
+    config = quantization_config
+    if isinstance(config, dict) and any(config.get(key) for key in _DICTIONARY_KEYS):
+        config = BitsAndBytesConfig.from_dict(config)
+    if not isinstance(config, BitsAndBytesConfig):
+        return config
+    if not has_llm:
+        raise ValueError(
+            f"{class_name} has no LLM, and only an LLM may be quantized by bitsandbytes: a "
+            "quantized vision tower or projection would give other embeddings. Leave "
+            "quantization_config out; dtype=torch.bfloat16 needs half the memory."
+        )
+    config = copy.deepcopy(config)
+    skipped = config.llm_int8_skip_modules or ()
+    config.llm_int8_skip_modules = [*dict.fromkeys((*skipped, *KEPT_IN_FULL))]
+    return config
+
+
+def require_savable(model: PreTrainedModel) -> None:
+    """Refuse to save quantized layers and layers inside those of peft.
+
+    bitsandbytes may not restore the former as they were; the names of the latter do not load
+    without peft.
+    """
+    quantized = [
+        name
+        for name, module in model.named_modules()
+        if type(getattr(module, "weight", None)).__name__ in _QUANTIZED_WEIGHTS
+    ]
+    if quantized:
+        raise ValueError(
+            f"bitsandbytes quantized layers of the model (first of {len(quantized)}: "
+            f"{quantized[0]}), which is not saved. Save it in full precision, and quantize it "
+            "while loading that folder (quantization_config)."
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers saves the LoRA alone
+        return
+    if wrapped := [name for name, module in model.named_modules() if hasattr(module, "base_layer")]:
+        raise ValueError(
+            f"Layers are inside those of peft (first of {len(wrapped)}: {wrapped[0]}), so that the "
+            "folder would not load. Save the model that merge_and_unload returns, or the LoRA "
+            "alone by save_pretrained of peft's model."
+        )
 
 
 def refuse_unaccounted_keys(cls: type, info: dict[str, Any], *, allow_misshapen: bool) -> None:

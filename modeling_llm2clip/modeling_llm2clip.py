@@ -371,16 +371,16 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
             "pixel_attention_mask": pixel_attention_mask,
             "spatial_shapes": spatial_shapes,
             **choose_interpolation(
-                self.vision_model, pixel_values, wanted=interpolate_pos_encoding
+                self.vision_model, pixel_values, interpolate=interpolate_pos_encoding
             ),
         }
         pixel_values = pixel_values.to(self.vision_model.dtype)
         if pixel_values.ndim == 4 and pixel_values.device.type == "cpu":
             # On a CPU, convolutions are two to three times faster in this layout.
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        given = {name: value for name, value in extra.items() if value is not None}
+        inputs = {name: value for name, value in extra.items() if value is not None}
         try:
-            output = self.vision_model(pixel_values=pixel_values, **given)
+            output = self.vision_model(pixel_values=pixel_values, **inputs)
         except RuntimeError as error:
             require_size_taken(self.vision_model, pixel_values, error)
             raise

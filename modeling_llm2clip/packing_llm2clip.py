@@ -111,8 +111,8 @@ def pool_on_cpu(
             embeds, states = _pool_token_batch(batch, pool_padded)
         pooled[rows] = embeds.to(pooled.device)
         if tokens is not None:
-            for row, of_text in zip(rows, states, strict=True):
-                tokens[row, starts[row] : starts[row] + lengths[row]] = of_text.to(tokens)
+            for row, text_states in zip(rows, states, strict=True):
+                tokens[row, starts[row] : starts[row] + lengths[row]] = text_states.to(tokens)
     return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=pooled)
 
 
@@ -134,9 +134,9 @@ def _pool_pack(
     text_model: PreTrainedModel, texts: list[Tensor], num_unpooled: int, pooling: str
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """Return the pooled texts, (B, D), and the hidden states of each text, (L_i, D)."""
-    of_texts = run_packed(text_model, texts).split([len(text) for text in texts])
+    states = run_packed(text_model, texts).split([len(text) for text in texts])
     pool = TEXT_POOLINGS[pooling].packed
-    return torch.stack([pool(states[num_unpooled:].float()) for states in of_texts]), of_texts
+    return torch.stack([pool(text[num_unpooled:].float()) for text in states]), states
 
 
 def _pool_token_batch(
@@ -149,7 +149,7 @@ def _pool_token_batch(
     output = pool_padded(input_ids, attention_mask)
     assert output.pooler_output is not None and output.last_hidden_state is not None
     states = zip(output.last_hidden_state, texts, strict=True)
-    return output.pooler_output, [of_text[: len(text)] for of_text, text in states]
+    return output.pooler_output, [padded[: len(text)] for padded, text in states]
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class PackedTexts:
 def plan_packs(lengths: Sequence[int], *, token_budget: int) -> list[list[int]]:
     """Group texts into packs of `token_budget` tokens, longest first, equal lengths adjacent.
 
-    Returns packs of indices into `lengths`; a longer text gets a pack of its own.
+    Returns packs of indices into `lengths`. A text longer than the budget gets its own pack.
     """
     packs: list[list[int]] = []
     filled = 0
@@ -186,9 +186,9 @@ def plan_packs(lengths: Sequence[int], *, token_budget: int) -> list[list[int]]:
 def plan_token_batches(lengths: Sequence[int], *, token_budget: int) -> list[list[int]]:
     """Group texts of similar length into batches of `token_budget` tokens, padding included.
 
-    Returns batches of indices into `lengths`, longest texts first; a longer text gets a batch of
-    its own. Padding is at most a tenth of all tokens. In one batch it is at most a tenth of the
-    tokens, or 64 tokens.
+    Returns batches of indices into `lengths`, longest texts first. A text longer than the budget
+    gets its own batch. Padding is at most a tenth of all tokens, and within a batch at most a tenth
+    of its tokens or 64 tokens.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches: list[list[int]] = []
@@ -248,9 +248,9 @@ def find_first_position(text_model: nn.Module) -> int:
 def can_pack(text_model: PreTrainedModel, device: torch.device) -> bool:
     """Check that three short texts in one pack give the same numbers as each of them alone.
 
-    They do not if this family drops arguments that packing needs, or if its attention computes more
-    than plain scaled dot products. `device` is that of the inputs, which an offloaded model does
-    not report.
+    The numbers differ if the family drops arguments that packing needs, or if its attention
+    computes more than plain scaled dot products. `device` is the device of the inputs, which an
+    offloaded model does not report.
     """
     # Not the first ids: RoBERTa's relatives take their padding id for padding without a mask too.
     rows = torch.arange(4, 16, device=device) % text_model.config.vocab_size

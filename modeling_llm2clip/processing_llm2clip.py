@@ -24,8 +24,8 @@ from .image_loading_llm2clip import (
 )
 from .loading_llm2clip import naming_code
 
-# Options of other processors, with which a row is more than one caption or one image. Callers of
-# many processors may pass them without a value.
+# Options of other processors that put more than one caption or image into a row. Code that calls
+# many processors may pass them as None or False.
 _NOT_TAKEN = {
     "text_pair", "text_target", "text_pair_target", "is_split_into_words",
     "return_overflowing_tokens", "audio", "videos",
@@ -39,7 +39,7 @@ _NOT_READ = ("audio_kwargs", "videos_kwargs")  # sentence-transformers always pa
 _LOCATION_OPTIONS = (
     "cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder",
 )  # fmt: skip
-# Pixels of a side, and patches of an image: no tower takes more, and memory holds what is read.
+# Pixels of a side, and patches of an image: no tower takes more.
 _MOST_PIXELS, _MOST_PATCHES = 4096, 1 << 16
 # Entries of a processor's dictionary that transformers reads from other files.
 _FROM_OTHER_FILES = {"chat_template", "audio_tokenizer"}
@@ -51,7 +51,8 @@ _tokenizing = threading.RLock()
 class LLM2CLIPProcessor(ProcessorMixin):
     """Image processor and tokenizer of a model.
 
-    Threads may share it. Meanwhile nothing else may use its tokenizer, which is not thread-safe.
+    Threads may share a processor. Nothing else may use its tokenizer meanwhile, because a tokenizer
+    is not thread-safe.
 
     Args:
         image_processor: Any image processor of transformers, or `LLM2CLIPImageProcessor`, which
@@ -126,13 +127,13 @@ class LLM2CLIPProcessor(ProcessorMixin):
             The dictionary, and the keyword arguments that were not used.
         """
         place = {name: kwargs[name] for name in _LOCATION_OPTIONS if name in kwargs}
-        found: dict[str, Any]
-        found, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
-        if set(found) <= _FROM_OTHER_FILES:
+        settings: dict[str, Any]
+        settings, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if set(settings) <= _FROM_OTHER_FILES:
             config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **place)
             if "max_text_length" in config:
-                found["max_text_length"] = config["max_text_length"]
-        return found, unused
+                settings["max_text_length"] = config["max_text_length"]
+        return settings, unused
 
     @classmethod
     def from_args_and_dict(
@@ -179,8 +180,8 @@ class LLM2CLIPProcessor(ProcessorMixin):
                 `images_kwargs` and `common_kwargs`.
 
         Returns:
-            `pixel_values` (B, 3, H, W) float32, `input_ids` and `attention_mask` (B, L) int64, as
-            far as images and texts were given.
+            `pixel_values` (B, 3, H, W) float32 of images, `input_ids` and `attention_mask` (B, L)
+            int64 of texts.
 
         Raises:
             ValueError: A caption is blank or not a string, an image is invalid, or an option is
@@ -206,10 +207,9 @@ class LLM2CLIPProcessor(ProcessorMixin):
             count = len(images) if isinstance(images, list) else 1
             if len(batch["pixel_values"]) != count:
                 raise ValueError(
-                    f"The image processor made another number of rows than there are images "
-                    f"({count} given, {len(batch['pixel_values'])} made), as those that cut an "
-                    "image into tiles do. Restore processor_config.json from the original model "
-                    "folder."
+                    f"The image processor made {len(batch['pixel_values'])} rows of {count} "
+                    "images, so it may cut images into tiles. Restore processor_config.json from "
+                    "the original model folder."
                 )
         if text is not None:
             limit = filled["text_kwargs"]["max_length"]
@@ -280,18 +280,18 @@ class LLM2CLIPProcessor(ProcessorMixin):
         flat = {name: kwargs.pop(name) for name in known & set(kwargs)}
         if twice := sorted(set(flat) & set(nested)):
             raise ValueError(f"Given twice, flat and in text_kwargs: {twice}. Give each once.")
-        given = {**common, **nested, **flat}
-        tensors = given.pop("return_tensors", "pt")
-        if given.get("max_length", 0) is None:  # None means the default, as in tokenizers
-            del given["max_length"]
+        options = {**common, **nested, **flat}
+        tensors = options.pop("return_tensors", "pt")
+        if options.get("max_length", 0) is None:  # None means the default, as in tokenizers
+            del options["max_length"]
         defaults = {"padding": True, "truncation": True, "max_length": self.longest_text}
-        text_kwargs = {k: v for k, v in {**defaults, **given}.items() if k in known}
+        text_kwargs = {k: v for k, v in {**defaults, **options}.items() if k in known}
         common = {k: v for k, v in common.items() if k not in text_kwargs}
         common["return_tensors"] = tensors
         return {**kwargs, "text_kwargs": text_kwargs, "common_kwargs": common}
 
     def _require_room(self, text_kwargs: dict[str, Any]) -> None:
-        """Raise ValueError for a length without room for a caption; nothing would be truncated."""
+        """Raise ValueError for a length without room for a caption: it would truncate nothing."""
         length = _check_length(text_kwargs["max_length"], "max_length")
         num_prompt = self.tokenizer.num_special_tokens_to_add()
         if text_kwargs["truncation"] and length <= num_prompt:
@@ -331,10 +331,10 @@ def _unpack(image: Any) -> Any:
 
 def _refuse_options(kwargs: Mapping[str, Any], image_processor: Any) -> None:
     """Raise ValueError for unknown options, which transformers would drop silently."""
-    own = getattr(getattr(image_processor, "valid_kwargs", None), "__annotations__", ())
-    of_texts, of_images = set(TextKwargs.__annotations__), {*ImagesKwargs.__annotations__, *own}
-    either = of_texts | of_images
-    known = {"text_kwargs": of_texts, "images_kwargs": of_images, "common_kwargs": either}
+    extra = getattr(getattr(image_processor, "valid_kwargs", None), "__annotations__", ())
+    text, images = set(TextKwargs.__annotations__), {*ImagesKwargs.__annotations__, *extra}
+    either = text | images
+    known = {"text_kwargs": text, "images_kwargs": images, "common_kwargs": either}
     places: dict[str, Mapping[str, Any]] = {place: kwargs.get(place) or {} for place in known}
     places["flat"] = {k: v for k, v in kwargs.items() if k not in {*known, *_NOT_READ}}
     unknown = sorted(
@@ -370,8 +370,8 @@ def _check_image_size(image_processor: Any) -> None:
         for side, pixels in dict(getattr(image_processor, name, None) or {}).items()
     }
     most = dict.fromkeys(sides, _MOST_PIXELS) | {"max_num_patches": _MOST_PATCHES}
-    found = sides | {"max_num_patches": getattr(image_processor, "max_num_patches", None)}
-    wrong = [f"{n}={v}, at most {most[n]}" for n, v in found.items() if (v or 0) > most[n]]
+    sizes = sides | {"max_num_patches": getattr(image_processor, "max_num_patches", None)}
+    wrong = [f"{n}={v}, at most {most[n]}" for n, v in sizes.items() if (v or 0) > most[n]]
     if wrong:
         raise ValueError(
             f"The image processor would make images that no tower takes: {'; '.join(wrong)}. "

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# Names of the tokens before the patches; those of the first kind represent the whole image.
+# Names of the tokens before the patches. Class tokens represent the whole image.
 _CLASS_TOKEN = re.compile("cls_.*token|class_embedding")
 _PREFIX_TOKENS = re.compile(f"{_CLASS_TOKEN.pattern}|distillation_token|register_tokens")
 # Parts that pool tokens; AIMv2 calls its query there "cls_token".
@@ -24,7 +24,7 @@ def check_pixels(vision_model: nn.Module, pixel_values: Tensor) -> None:
     parameters = inspect.signature(vision_model.forward).parameters
     takes_patches = "spatial_shapes" in parameters
     fits = pixel_values.ndim == 3 if takes_patches else pixel_values.shape[1:-2] == (3,)
-    if "pixel_values" not in parameters:  # a compiled or adapted tower takes what that within does
+    if "pixel_values" not in parameters:  # a compiled or adapted tower hides its arguments
         fits = fits or pixel_values.ndim == 3
     if not pixel_values.is_floating_point() or not fits:
         shape = "(B, patches, values)" if takes_patches else "(B, 3, H, W)"
@@ -65,7 +65,7 @@ def require_restored_buffers(vision_model: nn.Module) -> None:
 
 
 def find_width(vision_model: nn.Module) -> int | None:
-    """Return the width of a tower's image embedding as its configuration states it, if it does."""
+    """Return the width of the image embedding that a tower's configuration states, if any."""
     timm_model: Any = getattr(vision_model, "timm_model", None)
     if timm_model is not None:
         return int(getattr(timm_model, "head_hidden_size", None) or timm_model.num_features)
@@ -107,8 +107,8 @@ def find_stated_size(vision_model: nn.Module) -> tuple[int, int] | None:
 def _has_table_of_pairs(vision_model: nn.Module) -> bool:
     """Return whether attention has a number for each pair of patches of the whole image (LeViT).
 
-    An image of another shape with as many patches would silently get those of other pairs. Windows
-    have such tables for images of any size.
+    An image of another shape with as many patches would silently get the numbers of other pairs.
+    Attention within windows has such tables for images of any size.
     """
     # Lists, because torch.compile cannot trace generators here.
     has_pairs = any(["attention_bias_idxs" in name for name, _ in vision_model.named_buffers()])
@@ -118,7 +118,7 @@ def _has_table_of_pairs(vision_model: nn.Module) -> bool:
 
 
 def _has_fixed_table(vision_model: nn.Module, size: tuple[int, ...]) -> bool:
-    """Return whether a row of a table belongs to each patch of an image, and never to another.
+    """Return whether a table has one row per patch, which nothing interpolates.
 
     AIMv2, for one, would give an image of another shape with as many patches the wrong rows.
     """
@@ -138,8 +138,8 @@ def _has_fixed_table(vision_model: nn.Module, size: tuple[int, ...]) -> bool:
 def _find_size_of_distances(timm_model: nn.Module) -> tuple[int, int] | None:
     """Return the image size of timm's MViTv2; None for other networks.
 
-    Its positions are a table of distances, counted from the largest one: a smaller image would
-    silently get those of other distances, a larger one an IndexError.
+    Its positions are a table of distances, counted from the largest distance: a smaller image would
+    silently get the entries of other distances, a larger image an IndexError.
     """
     tables = dict(timm_model.named_parameters())
     first = [tables.get(f"stages.0.blocks.0.attn.rel_pos_{side}") for side in "hw"]
@@ -153,8 +153,8 @@ def _find_size_of_distances(timm_model: nn.Module) -> tuple[int, int] | None:
 def find_patch_size(vision_model: nn.Module) -> int:
     """Return the side of a patch in pixels; 0 for networks without patches.
 
-    Patches that overlap are merged later: There it is the side that one place of the network's last
-    stage covers, as each stage leaves out what its steps do not divide.
+    Overlapping patches are merged later. For such networks this is the side that one position of
+    the last stage covers, because each stage drops pixels that its stride does not divide.
     """
     timm_model: Any = getattr(vision_model, "timm_model", None)
     size: Any
@@ -180,35 +180,35 @@ def find_patch_size(vision_model: nn.Module) -> int:
 
 
 def choose_interpolation(
-    vision_model: nn.Module, pixel_values: Tensor, *, wanted: bool
+    vision_model: nn.Module, pixel_values: Tensor, *, interpolate: bool
 ) -> dict[str, bool]:
-    """Return the tower's argument for interpolation, as images of this size need it.
+    """Return the tower's argument for interpolation, if images of this size need it.
 
-    Some towers would silently give images of another size the positions of other patches.
-    ValueError where a tower has none for this size and interpolation is not `wanted` or not
-    possible, or where the size is not a multiple of the patch size.
+    Some towers would silently give images of another size the positions of other patches. Raises
+    ValueError if the tower has no positions for this size and may not or cannot interpolate them,
+    or if the size is not a multiple of the patch size.
     """
-    found = (pixel_values.shape[-2], pixel_values.shape[-1])
-    own = find_fixed_size(vision_model)
-    if pixel_values.ndim != 4 or found == own:
+    size = (pixel_values.shape[-2], pixel_values.shape[-1])
+    fixed = find_fixed_size(vision_model)
+    if pixel_values.ndim != 4 or size == fixed:
         return {}
-    what = f"Got images of {found[0]} × {found[1]} pixels"
+    came = f"Got images of {size[0]} × {size[1]} pixels"
     interpolates = can_interpolate(vision_model)
-    if own is not None and not (interpolates and wanted):
+    if fixed is not None and not (interpolates and interpolate):
         raise ValueError(
-            f"{what}; this vision tower has positions for {own[0]} × {own[1]}"
+            f"{came}; this vision tower has positions for {fixed[0]} × {fixed[1]}"
             f"{'' if interpolates else ' and cannot interpolate them'}. Prepare the images with "
             "the model's processor, "
             f"{'pass interpolate_pos_encoding=True, ' if interpolates else ''}or build the model "
             "with image_size (llm2clip build --image-size)."
         )
     patch = find_patch_size(vision_model)
-    if patch and any(side % patch or not side for side in found):
+    if patch and any(side % patch or not side for side in size):
         raise ValueError(
-            f"{what}: height and width must be multiples of the patch size {patch}, because the "
+            f"{came}: height and width must be multiples of the patch size {patch}, because the "
             "tower would ignore the rest. Resize the images."
         )
-    return {} if own is None else {"interpolate_pos_encoding": True}
+    return {} if fixed is None else {"interpolate_pos_encoding": True}
 
 
 def require_size_taken(vision_model: nn.Module, pixel_values: Tensor, error: RuntimeError) -> None:
@@ -228,8 +228,8 @@ def count_prefix_tokens(vision_model: nn.Module) -> int:
     timm_model: Any = getattr(vision_model, "timm_model", None)
     if timm_model is not None:
         return int(getattr(timm_model, "num_prefix_tokens", 0))
-    own = _find_own_parameters(vision_model).items()
-    tokens = [value for name, value in own if _PREFIX_TOKENS.fullmatch(name)]
+    parameters = _find_own_parameters(vision_model).items()
+    tokens = [value for name, value in parameters if _PREFIX_TOKENS.fullmatch(name)]
     return sum(value.numel() // value.shape[-1] for value in tokens)
 
 
@@ -278,7 +278,7 @@ def pool_vision(
     hidden_states: Tensor = output.last_hidden_state
     if hidden_states.shape[0] != num_images:
         raise ValueError(
-            f"An image needs an embedding of its own, but {tower} joins the images of a batch: "
+            f"Each image needs its own embedding, but {tower} joins the images of a batch: "
             f"{num_images} images give states of shape {tuple(hidden_states.shape)}. Take another "
             "vision tower."
         )

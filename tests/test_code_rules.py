@@ -40,18 +40,18 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2304,
+    ".": 2301,
     "building": 1356,
     "cli": 1114,
     "configs": 836,
     "conversion": 600,
     "data": 4678,
     "demo": 86,
-    "doctor": 1349,
+    "doctor": 1348,
     "embedding": 1130,
     "encoding": 703,
     "evaluation": 2844,
-    "model_folders": 1326,
+    "model_folders": 1325,
     "publishing": 947,
     "recipes": 444,
     "scheduling": 83,

@@ -208,7 +208,7 @@ def test_patches_that_overlap_are_no_unit_of_the_image_size() -> None:
     tower = AutoModel.from_config(AutoConfig.for_model("timm_wrapper", **settings))
     _, processor = set_image_size(tower, tiny_vision("siglip")[1], 96)
     assert processor.to_dict()["size"] == {"height": 96, "width": 96}
-    assert choose_interpolation(tower, torch.zeros(1, 3, 96, 64), wanted=False) == {}
+    assert choose_interpolation(tower, torch.zeros(1, 3, 96, 64), interpolate=False) == {}
     with pytest.raises(ValueError, match=r"105 is not a multiple .* 32 pixels.* Take 96"):
         set_image_size(tower, tiny_vision("siglip")[1], 105)
 
@@ -220,7 +220,7 @@ def test_images_of_another_size_than_mvitv2s_are_refused() -> None:
     assert find_fixed_size(tower) == (224, 224)
     for size in (192, 256):
         with pytest.raises(ValueError, match=r"positions for 224 × 224 and cannot interpolate"):
-            choose_interpolation(tower, torch.zeros(1, 3, size, size), wanted=True)
+            choose_interpolation(tower, torch.zeros(1, 3, size, size), interpolate=True)
 
 
 @pytest.mark.parametrize(

@@ -48,9 +48,9 @@ TOP_K = 10
 WRITTEN_AT_ONCE = 20_000
 MIN_RECALL = 0.97  # the default of `llm2clip index`
 FAISS_KIND, FAISS_NPROBE = "IVF1024,SQfp16", 128
-# Of the squared length of an embedding, what all images, or all texts, have in common.
+# Share of the squared length of an embedding that all images, or all texts, have in common.
 COMMON = 0.45
-# Cosine of the two common directions, and of what a text and its image show.
+# Cosine of the two common directions; cosine of the contents of a text and its image.
 OF_MEANS, OF_PAIRS = 0.25, 0.35
 TOPICS, OF_TOPIC = 5000, 0.5
 # As many threads as cores decode every image once, and nothing else.

@@ -315,7 +315,7 @@ def _render_datasets_read(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _render_vision_towers(report: dict[str, Any]) -> str:
-    heads = ("vision tower", "text encoder in the same model", "`--vision-pooling`", "result")
+    heads = ["vision tower", "text encoder in the same model", "`--vision-pooling`", "result"]
     rows = [
         [
             row["name"],

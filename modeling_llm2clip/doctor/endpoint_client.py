@@ -32,7 +32,7 @@ _SHOWN = 200  # characters of a reply
 
 
 class EndpointError(ValueError):
-    """An endpoint gave no embeddings; the message says what came and what was wanted.
+    """An endpoint gave no embeddings; the message has its reply and the expected one.
 
     Attributes:
         status: HTTP status of the reply; None where there is none.

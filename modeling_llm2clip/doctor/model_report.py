@@ -27,7 +27,7 @@ class Check:
     Attributes:
         name: Name of the check.
         passed: False also where it was skipped.
-        message: The finding; for an error, also what was wanted and what to do.
+        message: The finding; for an error, also the expected value and the remedy.
         skipped: True if it could not run, for the reason in `message`.
         concern: True if it passed with a warning in `message`, which the summary repeats.
     """

@@ -31,7 +31,7 @@ from ..base_llm2clip import set_attention_direction
 from ..heads_llm2clip import pool_tokens
 from .model_under_test import ModelUnderTest
 
-# What servers and libraries truncate to by default.
+# Default text lengths of servers and libraries.
 _COMMON_LENGTHS = (32, 64, 77, 128, 256, 512, 1024, 2048)
 # Mean and std of CLIP, of ImageNet, and of towers trained on [-1, 1].
 _PIXEL_STATISTICS = {

@@ -26,7 +26,7 @@ from .served_causes import embed_inputs, list_causes
 _EXPLAINED = 0.1
 # Below this share of its own distance for one input, a cause is computed for all.
 _PROMISING = 0.5
-# What remains between two computations in float32.
+# Largest distance between two computations in float32.
 _ROUNDING = find_tolerance(torch.float32, other_machine=True)
 # Rounding errors of two machines are of one size, and not equal.
 _AS_MUCH = 3.0
@@ -170,7 +170,7 @@ class Comparison:
                 break
         allowed = _EXPLAINED * min(moved, 2.0)
         if float(self.measure(self.expected).max()) > self.tolerance:
-            # In half precision the tolerance may be larger than what an error costs.
+            # In half precision an error may change embeddings by less than the tolerance.
             allowed = max(allowed, min(self.tolerance, moved / 2))
         if best > allowed:
             return None

@@ -42,7 +42,7 @@ from .served_inputs import list_exact_texts, render_odd_images, render_photograp
 _REQUESTS_PER_THREAD = 4
 _TEXTS_PER_REQUEST = 3
 _WORDS = "a dog and two red apples lie on a wooden table beside an open window at night "
-# Words of one token or a few, by which texts differ that have all else in common.
+# Endings of one or few tokens for texts that are otherwise equal.
 _ENDS, _TOKENS_OF_ENDS = ("cats", "dogs"), 8
 _TEXTS = list(dict.fromkeys([*GOLDEN_TEXTS, *SHORT_TEXTS]))
 # Beyond ten, numbers that are sorted as strings are in another order.
@@ -51,7 +51,7 @@ _FEWER = 32  # as servers that limit their batches allow
 _MANY_TEXTS = [*_TEXTS, *(f"{text} {n}" for n in range(_MANY) for text in SHORT_TEXTS)][:_MANY]
 _BLANK_REQUESTS: tuple[list[str], ...] = ([""], ["   "], [], [GOLDEN_TEXTS[0], ""])
 _REFUSED = (400, 413, 422)  # statuses
-# What Cohere's schema calls the two commonest instructions.
+# Names of the two commonest instructions in Cohere's schema.
 _COHERE_TYPES = {"query": "search_query", "document": "search_document"}
 
 
@@ -201,7 +201,7 @@ def _check_instructions(served: _Served) -> str:
                 encode(served.tested, [instruction + text for text in _TEXTS]),
             )
         )
-        # In half precision the tolerance may be larger than what an instruction changes.
+        # In half precision an instruction may change embeddings by less than the tolerance.
         if plain <= served.tolerance and plain < distance / 2:
             dropped.append(f"{field}={value!r}")
         elif distance <= served.tolerance and pooled >= distance / 2:
@@ -336,7 +336,7 @@ def _check_mixed_inputs(served: _Served) -> str:
     return served.send_together([*images, *_MANY_TEXTS[: _MANY - 1 - len(images)]])
 
 
-# What a check needs of the schema, and for images of the folder.
+# Requirements of a check: on the schema and, for images, also on the folder.
 _OPTION, _IMAGE, _IMAGES, _MIXED = "option", "image", "images", "mixed"
 _PLANNED: tuple[PlannedCheck[_Served], ...] = (
     PlannedCheck("model", _check_model),
@@ -419,8 +419,10 @@ def check_server(
 def check_served(
     tested: ModelUnderTest, config: ServerCheckConfig, *, default_name: str
 ) -> ModelReport:
-    """Compare an endpoint with a loaded model, which has `default_name` if nothing names it."""
-    assert config.server is not None
+    """Compare an endpoint with a loaded model.
+
+    `default_name` is used if neither the configuration nor the server names the model.
+    """
     api_key = os.environ.get(config.api_key_env, "")
     client = EndpointClient(config, model_name=config.model_name or "", api_key=api_key)
     client.model_name = config.model_name or client.find_model_name() or default_name
@@ -442,4 +444,4 @@ def check_served(
         return None
 
     served = _Served(client, tested, config, dtype)
-    return ModelReport(config.server, list(run_checks(_PLANNED, served, find_obstacle)))
+    return ModelReport(str(config.server), list(run_checks(_PLANNED, served, find_obstacle)))

@@ -14,10 +14,9 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from ..base_llm2clip import KEPT_IN_FULL
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..encoding.devices import find_device
-from ..loading_llm2clip import build_tower
+from ..loading_llm2clip import KEPT_IN_FULL, build_tower
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .model_folder import find_model_folder, require_own_model

@@ -30,7 +30,7 @@ _KEYWORDS = (
 
 
 class FilterError(ValueError):
-    """A filter cannot be used; the message names it, and what a filter may have."""
+    """A filter cannot be used; the message names it and the words that are allowed."""
 
 
 def check_filter(where: str, columns: Iterable[str]) -> str:
@@ -63,7 +63,7 @@ def check_filter(where: str, columns: Iterable[str]) -> str:
 
 
 def explain_filter(where: str, problem: str, columns: Iterable[str]) -> FilterError:
-    """Make the error that names what is wrong with a filter, and what a filter may have."""
+    """Make the error that names the problem of a filter, and the words that are allowed."""
     most = _MAX_CHARACTERS_IN_MESSAGE
     shown = where if len(where) <= most else where[: most - 1] + "…"
     return FilterError(

@@ -23,7 +23,7 @@ from ..model_folders.training_images import ImageTally
 
 _EXIF, _TAKEN = 0x8769, 36867  # of the EXIF standard
 _TIME_FORMAT = "%Y:%m:%d %H:%M:%S"
-_UNNAMED = "image number 1: "  # what `load_images` calls an image without a name
+_UNNAMED = "image number 1: "  # prefix of `load_images` for an image without a name
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ..data.remote.remote_access import raise_disk_failure
 from ..data.validation_errors import ErrorCollector
 
 _UNREADABLE = "image unreadable"  # kind of error
-# Reasons to leave files out, in the order of their report: a noun, what is wrong, and the remedy.
+# Reasons to leave files out, in the order of their report: a noun, the reason, and the remedy.
 _FORMAT = (
     "image file",
     "of formats that Pillow cannot read here",
@@ -112,7 +112,7 @@ def records_from_images(
         skip_invalid: Leave out and report images whose names are not Unicode, which no record can
             have, instead of stopping at them.
         show_progress: Show a progress bar while images are decoded.
-        report: Called with lines on what is left out: image files of formats that cannot be
+        report: Called with lines on files that are left out: image files of formats that cannot be
             decoded here, and symbolic links to folders or to no file.
 
     Returns:

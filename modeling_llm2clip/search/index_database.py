@@ -42,7 +42,7 @@ FORMAT_VERSION = 2
 FACTS = ("width", "height", "taken")
 _EVERY_IMAGE = "bytes >= 0"  # a filter that all pass
 _VALUES_AT_ONCE = 500  # in a filter
-# How soon an open index sees what another process has written.
+# An open index sees changes by other processes after this time at the latest.
 _SEEN_AFTER_S = 5
 
 
@@ -59,8 +59,8 @@ class About:
         width: P of the embeddings.
         ann: The approximate index; None where none was built.
         tally: `num_images` and `total` of an `ImageTally` of the images that were encoded into
-            it, of a model that has a summary of the images that it was trained on; what was
-            removed since is still among them.
+            it; images that were removed since still count. None if the model has no summary of
+            its training images.
     """
 
     model: str

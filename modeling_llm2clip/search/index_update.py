@@ -66,7 +66,7 @@ def build_index(
     Without `updates_ann`, an approximate index stays as it is. Without `skip_invalid`, unreadable
     images are an error after the others are indexed.
     """
-    find_device(config.device)  # before what takes long
+    find_device(config.device)  # a missing device is refused at once
     require_place(location, is_new=True)
     files = list_images(image_dir)
     warn = report or partial(warnings.warn, stacklevel=3)
@@ -198,7 +198,7 @@ class FolderUpdate:
 
     def __post_init__(self) -> None:
         self._stats: dict[str, os.stat_result] = {}  # by name, the path below the folder
-        self._known = {  # what the index says of each file: `stat`, SHA-256
+        self._known = {  # `stat` and SHA-256 of each indexed file
             path: (stat, sha256)
             for batch in self.database.iterate(["path", "stat", "sha256"])
             for path, stat, sha256 in zip(*(c.to_pylist() for c in batch.columns), strict=True)
@@ -218,7 +218,7 @@ class FolderUpdate:
 
     def run(self, paths: Sequence[Path]) -> None:
         """Update the index for all image files of its folder."""
-        # Before any file is read, so that one that is written meanwhile is noticed.
+        # Before any file is read, so that a file that is written meanwhile is noticed.
         for path in paths:
             self._read_stat(path)
         waiting = [

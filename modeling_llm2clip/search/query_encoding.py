@@ -77,7 +77,7 @@ class QueryEncoder:
         parts = [part for query in queries for part in query.parts]
         texts = [part for part in parts if isinstance(part, str)]
         images = [part for part in parts if not isinstance(part, str)]
-        with self._lock:  # for the count of what is truncated
+        with self._lock:  # for `num_truncated`
             of_texts = iter(self._encode_texts(texts) if texts else ())
             of_images = iter(self._encode_images(images) if images else ())
         rows = [

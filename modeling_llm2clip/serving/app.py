@@ -33,7 +33,7 @@ def create_app(
     Args:
         service: The service that answers requests.
         config: Limits; those of the service by default.
-        page: Called with the application, to which it adds what is shown at `/`, and the service.
+        page: Called with the application and the service; adds a page at `/` to the application.
             Without it `/` leads to the documentation of the API.
 
     Returns:

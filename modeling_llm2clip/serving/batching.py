@@ -135,7 +135,7 @@ class BatchWorker:
         return job.future
 
     def close(self) -> None:
-        """Finish what is queued, and end the thread."""
+        """Finish the queued batches, and end the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify()

@@ -78,7 +78,7 @@ class ImageInputs:
                 raise _refuse(f"A data URL is not base64 ({image[:_SHOWN]!r}). {_WANTED}")
         try:
             content = base64.b64decode(text.translate(_WHITESPACE), validate=True)
-        except ValueError:  # also for what is not ASCII
+        except ValueError:  # also for characters beyond ASCII
             raise _refuse(f"An image is not valid base64 ({text[:_SHOWN]!r}). {_WANTED}") from None
         if not content:
             raise _refuse("An image is empty.")

@@ -223,7 +223,7 @@ class RequestGuard:
                 return_when=asyncio.FIRST_COMPLETED,
             )
             if work.done() or answer.is_complete:
-                await work  # raises what a bug raised
+                await work  # raises the exception of a bug
             elif hang_up.done():
                 answer.status = _CLIENT_LEFT
             elif not answer.has_started:

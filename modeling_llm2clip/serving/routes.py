@@ -98,7 +98,7 @@ _Embeds: TypeAlias = "NDArray[np.float32]"
 
 
 class JsonRoute(APIRoute):
-    """Reads a JSON body before FastAPI, whose errors would not say what is wrong."""
+    """Reads a JSON body before FastAPI, whose errors would not name the problem."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -116,7 +116,7 @@ def _says_json(request: Request) -> bool:
 
 
 def read_json(body: bytes) -> Any:
-    """Parse a body in UTF-8, UTF-16 or UTF-32; RequestError says what is wrong with it."""
+    """Parse a body in UTF-8, UTF-16 or UTF-32; RequestError names its problem."""
     try:
         return json.loads(body.decode(json.detect_encoding(body)), object_pairs_hook=_make_object)
     except UnicodeDecodeError as error:

@@ -27,8 +27,8 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _SHOWN = 100  # characters of a URL in an error
 _SCHEMES = ("http", "https")
 _FAILURES = (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException)
-# What Python's `is_global` lets through, or does in some versions; and IPv6 addresses that stand
-# for an IPv4 address, which may be a private one.
+# Networks that `is_global` of some Python versions lets through, and IPv6 addresses that stand for
+# an IPv4 address, which may be private.
 _NEVER_PUBLIC = tuple(
     map(
         ipaddress.ip_network,
@@ -53,7 +53,7 @@ class UrlFetcher:
 
     Args:
         networks: Further networks that may be reached, such as `"10.1.0.0/16"`.
-        max_bytes: Maximum size of what is fetched.
+        max_bytes: Maximum size of the content.
         timeout_s: Seconds for one URL, its redirects included.
     """
 

@@ -14,7 +14,6 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llm, tiny_tokenizer, tiny_vision
 from tiny_folders import save_tiny_llm
-from tokenizers.processors import TemplateProcessing
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -30,7 +29,6 @@ from modeling_llm2clip.building.part_loading import cut_layers
 from modeling_llm2clip.building.text_towers import load_text_tower, require_own_tokenizer
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.doctor.check_model import check_model
-from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.model_folders.model_writing import save_model
 
 # Names of a llama's weights in a GGUF file; its specification is ggml/docs/gguf.md.
@@ -282,28 +280,6 @@ def test_ids_that_begin_or_end_the_llms_texts_are_the_tokenizers_or_refused(
     error = rf"{named}.*, which the tokenizer \(ids up to 319\) lacks.*different models"
     with pytest.raises(ValueError, match=error):
         require_own_tokenizer(config, tiny_tokenizer(), "The LLM")
-
-
-def test_an_embedder_that_pools_its_last_token_keeps_its_embeddings() -> None:
-    # As Qwen3-Embedding: causal, and its tokenizer ends each text with a token of its own.
-    tokenizer, embedder = tiny_tokenizer(begins=False), tiny_llm("qwen3").eval()
-    end = "<|end|>"
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"$A {end}", special_tokens=[(end, tokenizer.convert_tokens_to_ids(end))]
-    )
-    captions = ["a dog sits on a mat", "two red apples"]
-    with torch.no_grad():
-        states = [
-            embedder(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, -1]
-            for text in captions
-        ]
-    arguments = BuildConfig(
-        prompt="none", bidirectional=False, text_pooling="last_token", max_text_length=32
-    )
-    model, processor = join_towers(tiny_vision(), (embedder, tokenizer), arguments)
-    found = encode_texts(model, processor, captions, project=False)
-    # Packing computes the same sums in another order.
-    assert torch.allclose(found, torch.stack(states), atol=1e-5)
 
 
 # The first layers alone

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +12,6 @@ import pytest
 import torch
 from converting import FORMAT_OF, LLM, LLM2VEC, copy_llm, plan, read_checkpoint, save_checkpoint
 from safetensors.torch import load_file, save_file
-from tiny import tiny_llm, tiny_tokenizer
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from modeling_llm2clip.conversion.layouts import LAYOUTS
 from modeling_llm2clip.conversion.layouts.siglip2 import LAYOUT as SIGLIP2
@@ -237,19 +234,6 @@ def test_a_source_format_that_does_not_fit_is_refused(name: str, tmp_path: Path)
 # The LLM and its LoRA
 
 
-def test_an_llm_of_another_width_than_the_adapters(tmp_path: Path) -> None:
-    llm = tmp_path / "wide"
-    tiny_llm(vocabulary_size=320).save_pretrained(llm)
-    tiny_tokenizer().save_pretrained(llm)
-    state = {k: v for k, v in read_checkpoint("openai").items() if "text_adaptor" not in k}
-    wide = {"0.fn.0.weight": (128, 64), "0.fn.0.bias": (128,), "0.fn.3.weight": (64, 128),
-            "0.fn.3.bias": (64,), "0.ln.weight": (64,), "0.ln.bias": (64,), "1.weight": (64,),
-            "1.bias": (64,), "2.weight": (20, 64), "2.bias": (20,)}  # fmt: skip
-    state |= {f"text.text_adaptor.{k}": torch.zeros(shape) for k, shape in wide.items()}
-    refuse("openai", tmp_path, "takes embeddings of 64, but .*wide gives 32",
-           state=state, llm=LLMSource(llm))  # fmt: skip
-
-
 def test_the_refusal_of_a_width_names_llms_that_have_it(tmp_path: Path) -> None:
     state = {f"text.text_adaptor.{k}": torch.zeros(shape) for k, shape in {
         "0.fn.0.weight": (4096, 2048), "2.weight": (20, 2048)}.items()}  # fmt: skip
@@ -259,17 +243,6 @@ def test_the_refusal_of_a_width_names_llms_that_have_it(tmp_path: Path) -> None:
     )
 
 
-def test_a_clip_text_tower_where_an_llm_belongs(tmp_path: Path) -> None:
-    config = CLIPTextConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        vocab_size=320,
-    )  # fmt: skip
-    CLIPTextModel(config).save_pretrained(tmp_path / "text")
-    tiny_tokenizer().save_pretrained(tmp_path / "text")
-    refuse("openai", tmp_path, "is a 'clip_text_model'; LLM2CLIP needs a decoder",
-           llm=LLMSource(tmp_path / "text"))  # fmt: skip
-
-
 def test_a_lora_for_another_base_by_name(tmp_path: Path) -> None:
     llm = copy_llm(tmp_path / "Llama-3.1-8B")
     source = LLMSource(llm, loras=(LLM2VEC / "llama_lora",))
@@ -277,25 +250,6 @@ def test_a_lora_for_another_base_by_name(tmp_path: Path) -> None:
            llm=source)  # fmt: skip
     accepted = replace(source, accept_lora_base="llama")
     assert plan(tmp_path / "source" / "epoch_3.pt", source_format=FORMAT_OF["openai"], llm=accepted)
-
-
-def test_a_lora_for_another_base_by_shape(tmp_path: Path) -> None:
-    adapter = Path(shutil.copytree(LLM2VEC / "llama_lora", tmp_path / "lora"))
-    factors = load_file(adapter / "adapter_model.safetensors")
-    name = next(name for name in factors if name.endswith("q_proj.lora_A.weight"))
-    factors[name] = torch.ones(4, 48)
-    save_file(factors, adapter / "adapter_model.safetensors")
-    refuse("openai", tmp_path, r"is for another LLM.* have another shape .*q_proj.*Give the LLM",
-           llm=LLMSource(LLM, loras=(adapter,)))  # fmt: skip
-
-
-@pytest.mark.parametrize(("setting", "value"), [("lora_bias", True), ("modules_to_save", ["norm"])])
-def test_a_lora_that_is_more_than_a_lora(tmp_path: Path, setting: str, value: Any) -> None:
-    adapter = Path(shutil.copytree(LLM2VEC / "llama_lora", tmp_path / "lora"))
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), setting: value}))
-    refuse("openai", tmp_path, f"more than the low-rank matrices of linear layers .*{setting}",
-           llm=LLMSource(LLM, loras=(adapter,)))  # fmt: skip
 
 
 def test_an_llm_of_another_size_than_its_configuration(tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from breaking import find
+from breaking import choose_checks, find
 from endpoints import (
     BadRequestError,
     Break,
     Endpoint,
+    alter_texts,
     load_once,
     lose_prompt,
     serve_tower,
@@ -23,7 +24,7 @@ from endpoints import (
     set_pooling,
 )
 from served_apps import run_app
-from server_checking import check, choose_checks
+from server_checking import check
 from tiny import tiny_model
 
 from modeling_llm2clip import LLM2CLIPVisionModel
@@ -104,17 +105,15 @@ def test_a_folder_in_half_precision_certifies_a_good_server(
     assert report.healthy, str(report)
 
 
-def answer_first(endpoint: Endpoint) -> None:
-    honest = endpoint.embed_texts
-    endpoint.embed_texts = lambda texts: honest(["a dog"]).expand(len(texts), -1)
-
-
 HALF_CASES = {
     "prompt lost": (lose_prompt, "the prompt is lost"),
     "last-token pooling": (set_pooling, "'last_token' pooling instead of 'mean'"),
     "causal attention": (set_causal, "attention is causal"),
     "LLM alone": (serve_tower, "text adapter and projection are left out"),
-    "one row for all": (answer_first, "inputs have one embedding"),
+    "one row for all": (
+        alter_texts(lambda honest, texts: honest(["a dog"]).expand(len(texts), -1)),
+        "inputs have one embedding",
+    ),
 }
 
 
@@ -187,7 +186,7 @@ def ignore_instruction(endpoint: Endpoint) -> None:
 
 def pool_instruction(endpoint: Endpoint) -> None:
     endpoint.embed_with = lambda _, texts: endpoint.embed_texts(
-        ["Find an image: " + t for t in texts]
+        ["Find an image: " + text for text in texts]
     )
 
 
@@ -266,7 +265,7 @@ def test_the_command_prints_the_report_and_its_exit_code(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(server_checks, "_PLANNED", choose_checks("texts"))
+    monkeypatch.setattr(server_checks, "_PLANNED", choose_checks(server_checks._PLANNED, "texts"))
     with Endpoint(served) as endpoint:
         url = endpoint.url
         words = ["doctor", str(served), "--server", url, "--schema", "jina", "--device", "cpu"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from modeling_llm2clip.building.prompts import Prompt, write_prompt
 from modeling_llm2clip.doctor.file_checks import check_config, check_processor, check_tokenizer
 from modeling_llm2clip.doctor.forward_checks import check_loading
-from modeling_llm2clip.doctor.model_report import Check, ModelReport
+from modeling_llm2clip.doctor.model_report import Check, ModelReport, PlannedCheck
 from modeling_llm2clip.doctor.model_under_test import ModelUnderTest
 
 Break = Callable[[Path], None]
@@ -26,6 +26,16 @@ OTHER_TEXTS = (
 
 def find(report: ModelReport, name: str) -> Check:
     return next(check for check in report.checks if check.name == name)
+
+
+def choose_checks(planned: Sequence[PlannedCheck[Any]], *names: str) -> tuple[Any, ...]:
+    """Return the checks of these names and those that they need, in their order."""
+    needed, chosen = set(names), []
+    for check in reversed(planned):
+        if check.name in needed:
+            needed |= set(check.needs)
+            chosen.insert(0, check)
+    return tuple(chosen)
 
 
 def edit_json(name: str, change: Callable[[dict[str, Any]], object]) -> Break:
@@ -47,8 +57,13 @@ def edit_weights(change: Callable[[dict[str, Tensor]], object]) -> Break:
     return apply
 
 
+def update(name: str, **fields: Any) -> Break:
+    """Set fields of a JSON file."""
+    return edit_json(name, lambda content: content.update(fields))
+
+
 def set_config(**fields: Any) -> Break:
-    return edit_json("config.json", lambda c: c.update(fields))
+    return update("config.json", **fields)
 
 
 def set_causal(value: bool | None, *, bidirectional: bool = True) -> Break:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,6 +42,34 @@ def to_data_url(content: bytes, media_type: str = "image/png") -> str:
 
 def from_base64(text: str) -> Any:
     return np.frombuffer(base64.b64decode(text), dtype="<f4")
+
+
+def send(address: str, body: Any = None, **headers: str) -> tuple[int, Any, Any]:
+    """Send bytes or a body as JSON, a GET without one; returns status, JSON and headers."""
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(address, data, {"Content-Type": "application/json", **headers})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.load(response), response.headers
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error), error.headers
+
+
+class HeldEncoder(TorchEncoder):
+    """The shared model, which waits before each batch of texts until it may go on."""
+
+    def __init__(self) -> None:
+        super().__init__(*shared_model())
+        self.go, self.begun = threading.Event(), threading.Event()
+        self.seen: list[str] = []
+
+    def encode_texts(self, texts: Any) -> Any:
+        """Note the texts, and wait."""
+        self.seen += map(str, texts)
+        self.begun.set()
+        assert self.go.wait(20)
+        return super().encode_texts(texts)
 
 
 @contextmanager

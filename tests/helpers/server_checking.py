@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from breaking import choose_checks
 from endpoints import Endpoint, load_once
 
 from modeling_llm2clip.configs.serve_config import ServerCheckConfig
@@ -34,15 +35,5 @@ def check(
     )
     with pytest.MonkeyPatch.context() as patch:
         if names:
-            patch.setattr(server_checks, "_PLANNED", choose_checks(*names))
+            patch.setattr(server_checks, "_PLANNED", choose_checks(server_checks._PLANNED, *names))
         return server_checks.check_served(_load_tested(folder), config, default_name=folder.name)
-
-
-def choose_checks(*names: str) -> tuple[Any, ...]:
-    """Return these checks and those that they need, in their order."""
-    needed, plans = set(names), []
-    for plan in reversed(server_checks._PLANNED):
-        if plan.name in needed:
-            needed |= set(plan.needs)
-            plans.insert(0, plan)
-    return tuple(plans)

@@ -20,7 +20,7 @@ from sentence_transformers import SentenceTransformer
 from shared_models import CAPTIONS, shared_batch, shared_model
 from tiny import tiny_images
 from tiny_folders import export_tiny_model
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
 from modeling_llm2clip.__main__ import main
@@ -39,6 +39,8 @@ from modeling_llm2clip.publishing.export_model import (
 
 RESULT = CardResult("retrieval", "COCO", {"t2i_r1": 0.5})
 CLASS_OF = {"text": LLM2CLIPTextModel, "vision": LLM2CLIPVisionModel}
+TOWER = ("SOURCE", "new", "--components", "vision-tower")
+ONNX = ("SOURCE", "new", "--onnx")
 # One law of equal weights: they may be at other addresses, whose alignment picks other kernels.
 ADDRESSES = 1e-6
 LOAD_WITHOUT_THE_PACKAGE = """
@@ -176,17 +178,20 @@ def test_one_tower_has_no_other_to_export(part: tuple[str, Path], tmp_path: Path
         (["SOURCE", "new", "--license", "Apache 2"], "must be an identifier of the Hub"),
         (["SOURCE", "new", "--license", "other"], "needs license_name and license_link"),
         (["SOURCE", "new", "--results", "full/kept.txt"], "kept.txt is damaged"),
+        ([*TOWER, "--dtype", "bfloat16"], "`dtype`: not with components=vision-tower."),
+        ([*TOWER, "--handler"], "`handler`: not with components=vision-tower"),
+        ([*TOWER, "--onnx"], "`onnx`: not with components=vision-tower."),
+        ([*TOWER, "--max-megapixels", "5"], "`max_megapixels` is for --onnx"),
+        ([*ONNX, "--dtype", "bfloat16"], "`dtype`: not with onnx=True."),
+        ([*ONNX, "--onnx-weights", "int8", "int8"], "`onnx_weights` must name"),
+        (["SOURCE", "new", "--onnx-weights", "int8"], "`onnx_weights`: only with onnx=True."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_the_command_refuses_bad_input_and_writes_nothing(
-    arguments: list[str],
-    message: str,
-    source: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    arguments: list[str], message: str, source: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "kept.txt").write_text("mine", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -197,6 +202,9 @@ def test_the_command_refuses_bad_input_and_writes_nothing(
 
 
 def test_the_command_writes_what_its_flags_say(source: Path, tmp_path: Path) -> None:
+    words = ["export", str(source), str(tmp_path / "tower"), *TOWER[2:], "--license", "mit"]
+    assert main(words) == 0
+    assert AutoConfig.from_pretrained(tmp_path / "tower").model_type == "clip_vision_model"
     results = save_scores(tmp_path / "results.json", {"r1": 0.25}, source)
     flags = ["--license", "cc-by-4.0", "--training-data", "owner/one", "my own", "--results"]
     assert main(["export", str(source), str(tmp_path / "new"), *flags, str(results)]) == 0

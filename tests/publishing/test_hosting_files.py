@@ -23,7 +23,6 @@ from sentence_transformers import SentenceTransformer
 from tiny import draw_noise, tiny_model
 from tiny_folders import export_tiny_model
 
-from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.export_config import ExportConfig
 from modeling_llm2clip.doctor.file_checks import check_remote_code
 from modeling_llm2clip.doctor.model_under_test import ModelUnderTest
@@ -94,15 +93,6 @@ def test_a_timm_tower_brings_its_requirement(tmp_path: Path) -> None:
     source = export_tiny_model(tmp_path / "source", vision="timm")
     written = export_model(source, tmp_path / "out", ExportConfig(handler=True))
     assert "timm==" in (written / "requirements.txt").read_text("utf-8")
-
-
-def test_a_vision_tower_without_this_package_has_no_handler(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["--handler", "--components", "vision-tower"]
-    assert main(["export", str(folder), str(tmp_path / "out"), *words]) == 2
-    assert "`handler`: not with components=vision-tower" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
 
 
 def embed(handler: Any, inputs: Any, **parameters: Any) -> torch.Tensor:

@@ -376,22 +376,6 @@ def test_siglip2s_own_layout_is_refused_by_name(small_data: str, tmp_path: Path)
            components="vision", onnx_data=small_data)  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--onnx", "--dtype", "bfloat16"], "`dtype`: not with onnx=True."),
-        (["--onnx", "--components", "vision-tower"], "`onnx`: not with components=vision-tower."),
-        (["--onnx", "--onnx-weights", "int8", "int8"], "`onnx_weights` must name"),
-        (["--onnx-weights", "int8"], "`onnx_weights`: only with onnx=True."),
-    ],
-)
-def test_options_that_exclude_each_other_are_refused(
-    flags: list[str], message: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["export", str(source), str(tmp_path / "out"), *flags]) == 2
-    assert message in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_the_command_prints_how_each_graph_was_checked(
     source: Path, small_data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

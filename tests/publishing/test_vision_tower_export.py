@@ -13,10 +13,9 @@ from breaking import edit_json
 from shared_models import every_vision, shared_model
 from tiny import draw_noise, tiny_images, tiny_model
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
 from modeling_llm2clip import LLM2CLIPProcessor
-from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.image_cropping_llm2clip import LLM2CLIPImageProcessor
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
@@ -113,18 +112,6 @@ def test_a_tower_whose_images_are_cropped_brings_the_code_of_the_crop(tmp_path: 
         for one in (own, AutoImageProcessor.from_pretrained(folder))
     )
     assert torch.equal(found, wanted)
-
-
-def test_the_command_writes_the_tower_alone_and_refuses_what_a_tower_has_not(
-    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["export", str(good), str(tmp_path / "tower"), "--components", "vision-tower"]
-    assert main([*command, "--dtype", "bfloat16"]) == 2
-    assert "`dtype`: not with components=vision-tower." in capsys.readouterr().err
-    assert main([*command, "--max-megapixels", "5"]) == 2
-    assert "`max_megapixels` is for --onnx" in capsys.readouterr().err
-    assert main([*command, "--license", "mit"]) == 0
-    assert AutoConfig.from_pretrained(tmp_path / "tower").model_type == "clip_vision_model"
 
 
 def test_a_folder_that_is_not_empty_is_refused_and_left_alone(tmp_path: Path) -> None:

@@ -17,7 +17,11 @@ from tiny import draw_noise, tiny_model
 
 from modeling_llm2clip.encoding.encode import TorchEncoder, encode_images
 from modeling_llm2clip.search import image_encoding
-from modeling_llm2clip.search.image_encoding import encode_readable_images, find_time_taken
+from modeling_llm2clip.search.image_encoding import (
+    ReadImages,
+    encode_readable_images,
+    find_time_taken,
+)
 
 _EXIF, _TAKEN, _CHANGED, _ORIENTATION = 0x8769, 36867, 306, 274
 
@@ -36,20 +40,20 @@ def paths(tmp_path: Path) -> list[Path]:
     return files
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, None])
-@pytest.mark.parametrize("num_workers", [1, 3])
+def encode(*paths: Path, **options: Any) -> ReadImages:
+    """Encode images with the shared model."""
+    return encode_readable_images(TorchEncoder(*shared_model()), paths, **options)
+
+
+@pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 3), (3, 1), (None, 3)])
 def test_embeddings_are_those_of_the_facade_whatever_else_is_broken(
     paths: list[Path], batch_size: int | None, num_workers: int
 ) -> None:
-    model, processor = shared_model()
-    found = encode_readable_images(
-        TorchEncoder(model, processor), paths, batch_size=batch_size, num_workers=num_workers
-    )
+    found = encode(*paths, batch_size=batch_size, num_workers=num_workers)
     readable = [path for path in paths if path != paths[2]]
     assert found.paths == readable and list(found.errors) == [paths[2]]
     assert "2.png: not an image" in found.errors[paths[2]]
-    wanted = encode_images(model, processor, readable)
-    assert torch.allclose(found.embeds, wanted, atol=ROUNDING)
+    assert torch.allclose(found.embeds, encode_images(*shared_model(), readable), atol=ROUNDING)
 
 
 @pytest.mark.parametrize(
@@ -67,8 +71,7 @@ def test_a_tag_of_another_type_is_an_error_of_its_file_alone(
 ) -> None:
     """Pillow raises other errors for these than for damaged pixels."""
     paths[3].write_bytes(content)
-    model, processor = shared_model()
-    found = encode_readable_images(TorchEncoder(model, processor), paths)
+    found = encode(*paths)
     assert list(found.errors) == [paths[2], paths[3]] and len(found.paths) == 3
     assert f"{paths[3]}: the image is truncated or corrupt" in found.errors[paths[3]]
 
@@ -80,40 +83,31 @@ def test_a_model_in_training_mode_is_refused(paths: list[Path]) -> None:
 
 
 def test_another_default_dtype_changes_nothing(paths: list[Path]) -> None:
-    model, processor = shared_model()
-    wanted = encode_readable_images(TorchEncoder(model, processor), paths).embeds
+    expected = encode(*paths).embeds
     torch.set_default_dtype(torch.float16)
     try:
-        found = encode_readable_images(TorchEncoder(model, processor), paths).embeds
+        embeds = encode(*paths).embeds
     finally:
         torch.set_default_dtype(torch.float32)
-    assert torch.equal(found, wanted)
+    assert torch.equal(embeds, expected)
 
 
-@pytest.mark.parametrize("size", [(1, 40), (40, 1), (3, 40), (40, 3), (3, 3), (2, 2)])
-def test_images_of_few_rows_or_columns_are_read_as_the_facade_reads_them(
-    size: tuple[int, int], tmp_path: Path
-) -> None:
+def test_images_of_few_rows_or_columns_are_read_as_the_facade_reads_them(tmp_path: Path) -> None:
     """As arrays, some of these could be channels first."""
-    draw_noise(size[1], size[0]).save(tmp_path / "a.png")
-    found = encode_readable_images(TorchEncoder(*shared_model()), [tmp_path / "a.png"])
-    assert not found.errors
-    wanted = encode_images(*shared_model(), [tmp_path / "a.png"])
-    assert torch.allclose(found.embeds, wanted, atol=ROUNDING)
+    sizes = [(1, 40), (40, 1), (3, 40), (40, 3), (3, 3), (2, 2)]
+    files = [tmp_path / f"{number}.png" for number in range(len(sizes))]
+    for file, (height, width) in zip(files, sizes, strict=True):
+        draw_noise(width, height).save(file)
+    read = encode(*files)
+    assert not read.errors
+    assert torch.allclose(read.embeds, encode_images(*shared_model(), files), atol=ROUNDING)
 
 
 def test_facts_are_of_the_upright_image(paths: list[Path]) -> None:
-    found = encode_readable_images(TorchEncoder(*shared_model()), paths)
+    found = encode(*paths)
     assert found.facts[0] == {"width": 56, "height": 40, "taken": None}
     taken = datetime(2024, 2, 29, 23, 59, 58)
     assert found.facts[1] == {"width": 40, "height": 56, "taken": taken}
-
-
-def test_where_all_are_broken_there_are_no_embeddings(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"no image")
-    model, processor = shared_model()
-    found = encode_readable_images(TorchEncoder(model, processor), [tmp_path / "a.png"])
-    assert found.embeds.shape == (0, model.config.projection_dim) and len(found.errors) == 1
 
 
 def test_an_image_that_the_processor_refuses_is_named_and_stops_no_other(
@@ -134,6 +128,7 @@ def test_an_image_that_the_processor_refuses_is_named_and_stops_no_other(
 @pytest.mark.parametrize(
     ("text", "time"),
     [
+        (None, None),  # only the time of a change, which editors and scanners write
         ("2024:02:29 23:59:58", datetime(2024, 2, 29, 23, 59, 58)),
         ("2024:02:29 23:59:58\0", datetime(2024, 2, 29, 23, 59, 58)),
         ("2024-02-29", None),
@@ -143,22 +138,15 @@ def test_an_image_that_the_processor_refuses_is_named_and_stops_no_other(
     ],
 )
 def test_the_time_is_that_of_exif_or_unknown(
-    text: str, time: datetime | None, tmp_path: Path
+    text: str | None, time: datetime | None, tmp_path: Path
 ) -> None:
     exif = Image.Exif()
-    exif.get_ifd(_EXIF)[_TAKEN] = text
+    exif[_CHANGED] = "2020:01:01 00:00:00"
+    if text is not None:
+        exif.get_ifd(_EXIF)[_TAKEN] = text
     Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg", exif=exif)
     with Image.open(tmp_path / "a.jpg") as image:
         assert find_time_taken(image) == time
-
-
-def test_the_time_of_a_change_is_not_the_time_when_an_image_was_taken(tmp_path: Path) -> None:
-    """Editors and scanners write it."""
-    exif = Image.Exif()
-    exif[_CHANGED] = "2024:02:29 23:59:58"
-    Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg", exif=exif)
-    with Image.open(tmp_path / "a.jpg") as image:
-        assert find_time_taken(image) is None
 
 
 def test_damaged_exif_is_no_error(tmp_path: Path) -> None:
@@ -192,15 +180,16 @@ def test_digests_are_of_the_bytes_that_are_decoded(
         return real(image)
 
     monkeypatch.setattr(image_encoding, "find_time_taken", replace_then_find)
-    found = encode_readable_images(TorchEncoder(*shared_model()), [file])
+    found = encode(file)
     assert found.digests == {file: hashlib.sha256(before).hexdigest()}
     assert torch.allclose(found.embeds, wanted, atol=ROUNDING)
 
 
-def test_what_is_broken_has_a_digest_and_is_named_once(tmp_path: Path) -> None:
+def test_where_all_are_broken_there_are_digests_and_no_embeddings(tmp_path: Path) -> None:
     file = tmp_path / "half.png"
     draw_noise(40, 56).save(file)
     file.write_bytes(file.read_bytes()[:-500])
-    found = encode_readable_images(TorchEncoder(*shared_model()), [file])
-    assert found.digests == {file: hashlib.sha256(file.read_bytes()).hexdigest()}
-    assert found.errors[file].startswith(f"{file}: the image is truncated or corrupt")
+    read = encode(file)
+    assert read.embeds.shape == (0, 32)
+    assert read.digests == {file: hashlib.sha256(file.read_bytes()).hexdigest()}
+    assert read.errors[file].startswith(f"{file}: the image is truncated or corrupt")

@@ -62,16 +62,16 @@ def require_best(result: Any, cosines: torch.Tensor, paths: list[Path], top_k: i
     )
 
 
-@pytest.mark.parametrize("top_k", [1, 4, 50])
 def test_the_best_images_are_those_of_the_greatest_cosine(
-    index: ImageIndex, wanted: dict[str, Any], top_k: int
+    index: ImageIndex, wanted: dict[str, Any]
 ) -> None:
-    results = index.search(SENTENCES, top_k=top_k)
-    for sentence, result, text in zip(SENTENCES, results, wanted["texts"], strict=True):
-        assert result.query == sentence
-        require_best(result, wanted["images"] @ text, wanted["paths"], top_k)
-    alone = index.search(SENTENCES[0], top_k=top_k)  # encoded in another batch
-    require_best(alone, wanted["images"] @ wanted["texts"][0], wanted["paths"], top_k)
+    for top_k in (1, 4, 50):
+        results = index.search(SENTENCES, top_k=top_k)
+        for sentence, result, text in zip(SENTENCES, results, wanted["texts"], strict=True):
+            assert result.query == sentence
+            require_best(result, wanted["images"] @ text, wanted["paths"], top_k)
+    alone = index.search(SENTENCES[0], top_k=4)  # encoded in another batch
+    require_best(alone, wanted["images"] @ wanted["texts"][0], wanted["paths"], 4)
 
 
 def test_a_query_image_finds_itself_whether_it_is_a_path_or_open(
@@ -95,13 +95,12 @@ def test_several_parts_are_one_query_by_the_mean_of_their_embeddings(
     assert (found.query, found.query_image) == (f"{SENTENCES[0]} + {path}", path)
 
 
-@pytest.mark.parametrize("length", [1, 7])
 def test_embeddings_are_queries_of_any_length_and_need_no_model(
-    place: Path, wanted: dict[str, Any], length: float
+    place: Path, wanted: dict[str, Any]
 ) -> None:
     index = ImageIndex.open(place / "index")
     index._database.about = dataclasses.replace(index.about, model="nowhere/at-all")
-    for embeds in (length * wanted["texts"], (length * wanted["texts"]).numpy()):
+    for embeds in (wanted["texts"], (7 * wanted["texts"]).numpy()):
         for result, text in zip(index.search(embeds, top_k=3), wanted["texts"], strict=True):
             require_best(result, wanted["images"] @ text, wanted["paths"], 3)
 
@@ -126,11 +125,8 @@ def test_threads_that_search_at_once_find_what_one_finds(
 @pytest.mark.parametrize(
     ("where", "count"),
     [
-        ("height > 45", 4),
-        ("path LIKE 'below/%'", 5),
-        ("width = 56 AND height < 42", 2),
-        ("modified > date '2020-01-01'", 10),
-        ("taken IS NULL", 10),
+        ("path LIKE 'below/%' AND height > 45", 2),
+        ("modified > date '2020-01-01' AND taken IS NULL", 10),
         ("bytes < 0", 0),
     ],
 )
@@ -142,14 +138,6 @@ def test_a_filter_is_sql_over_the_columns(index: ImageIndex, where: str, count: 
     kept = {path for path, _ in result.hits}
     assert list(result.hits) == [hit for hit in everything.hits if hit[0] in kept]
     assert all(set(row) == set(index.columns) for row in result.columns)
-
-
-@pytest.mark.parametrize(
-    "where", ["color = 'red'", "width >", "1; DROP TABLE images", "width = 'a'", ""]
-)
-def test_a_filter_with_an_error_is_refused_with_the_columns(index: ImageIndex, where: str) -> None:
-    with pytest.raises(ValueError, match=r"cannot be used: .*The columns are path, sha256"):
-        index.search("a dog", where=where)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +166,12 @@ def test_embeddings_that_are_no_directions_are_refused(index: ImageIndex) -> Non
         index.search("a dog", top_k=0)
 
 
-def test_all_embeddings_can_be_read(index: ImageIndex, wanted: dict[str, Any]) -> None:
+def test_an_index_lists_its_model_images_columns_and_embeddings(
+    index: ImageIndex, wanted: dict[str, Any], place: Path
+) -> None:
+    assert index.model == str((place / "model").resolve())
+    assert len(index) == 10
+    assert index.columns["taken"] == "timestamp[us]"
     rows = {
         path: embed
         for paths, embeds in index.iterate_embeddings()
@@ -187,12 +180,6 @@ def test_all_embeddings_can_be_read(index: ImageIndex, wanted: dict[str, Any]) -
     assert set(rows) == set(wanted["paths"])
     for path, embed in zip(wanted["paths"], wanted["images"].numpy(), strict=True):
         assert rows[path] == pytest.approx(embed, abs=ROUNDING)
-
-
-def test_an_index_says_what_it_is_of(index: ImageIndex, place: Path) -> None:
-    assert index.model == str((place / "model").resolve())
-    assert len(index) == 10
-    assert index.columns["taken"] == "timestamp[us]"
 
 
 def test_another_model_is_refused_by_name_and_a_copy_is_not(place: Path, tmp_path: Path) -> None:
@@ -223,8 +210,8 @@ def test_a_model_that_changed_where_it_is_is_refused(place: Path, tmp_path: Path
 
 def test_a_moved_folder_is_found_where_it_is_said_to_be(place: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(place / "images", tmp_path / "copied"))
-    found = ImageIndex.open(place / "index", image_dir=copied).search("a dog")
-    assert all(path.is_relative_to(copied) and path.exists() for path, _ in found.hits)
+    hits = ImageIndex.open(place / "index", image_dir=copied).search("a dog").hits
+    assert all(path.is_relative_to(copied) and path.exists() for path, _ in hits)
     with pytest.raises(ValueError, match="no such folder"):
         ImageIndex.open(place / "index", image_dir=tmp_path / "nowhere")
 
@@ -261,12 +248,19 @@ def test_another_version_is_refused(
         ImageIndex.open(tmp_path / "index")
 
 
-@pytest.mark.parametrize("how", ["emptied", "removed", "rubbish"])
-@pytest.mark.parametrize("what", ["*/_versions/*", "images.lance/data/*", "about.lance/data/*"])
+@pytest.mark.parametrize(
+    ("what", "how"),
+    [
+        ("*/_versions/*", "emptied"), ("*/_versions/*", "removed"),
+        ("images.lance/data/*", "removed"), ("images.lance/data/*", "rubbish"),
+        ("about.lance/data/*", "emptied"), ("about.lance/data/*", "rubbish"),
+    ],
+)  # fmt: skip
 def test_a_damaged_database_is_an_error_that_says_so(
     place: Path, tmp_path: Path, what: str, how: str
 ) -> None:
     folder = Path(shutil.copytree(place / "index", tmp_path / "index"))
+    width = ImageIndex.open(folder).about.width
     files = [path for path in folder.glob(what) if path.is_file()]
     assert files
     for file in files:
@@ -275,7 +269,7 @@ def test_a_damaged_database_is_an_error_that_says_so(
         else:
             file.write_bytes(b"" if how == "emptied" else b"rubbish" * 100)
     with pytest.raises(ValueError, match=r"index (cannot be|is damaged|is not a database)"):
-        ImageIndex.open(folder).search(make_embeddings(1, width=len_of(place)))
+        ImageIndex.open(folder).search(make_embeddings(1, width=width))
 
 
 def test_a_damaged_summary_of_encoded_images_is_an_error_that_says_so(
@@ -286,10 +280,6 @@ def test_a_damaged_summary_of_encoded_images_is_an_error_that_says_so(
     database.write_about(dataclasses.replace(database.about, tally={"num": 3}))
     with pytest.raises(ValueError, match=r"is damaged: .*tally has \['num'\]"):
         ImageIndex.open(folder)
-
-
-def len_of(place: Path) -> int:
-    return ImageIndex.open(place / "index").about.width
 
 
 def test_an_index_without_images_says_so(place: Path, tmp_path: Path) -> None:

@@ -30,15 +30,39 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"))
 
 
+class Place:
+    """A model, six images, and the place of their index."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self.model, self.index = model, folder / "index"
+        self.images = save_images(folder / "images", count=6)
+        self.first = self.images / "1.png"
+
+    def build(self, **options: Any) -> tuple[ImageIndex, str]:
+        """Build or update the index; return it and what was reported."""
+        return build(self.model, self.images, self.index, **options)
+
+    def list_rows(self) -> dict[str, Any]:
+        """Path to everything else in its row."""
+        columns = ["path", "sha256", "width", "height", "embedding"]
+        parts = IndexDatabase.open(self.index).iterate(columns)
+        return {row.pop("path"): row for part in parts for row in part.to_pylist()}
+
+    def require_rows_of_a_new_index(self) -> None:
+        """Every row is as in an index that is built at once."""
+        rows = self.list_rows()
+        shutil.rmtree(self.index)
+        self.build()
+        fresh = self.list_rows()
+        assert rows.keys() == fresh.keys()
+        for name, row in fresh.items():  # batches of other sizes round differently
+            assert row["sha256"] == rows[name]["sha256"], name
+            assert row["embedding"] == pytest.approx(rows[name]["embedding"], abs=1e-5), name
+
+
 @pytest.fixture
-def images(tmp_path: Path) -> Path:
-    return save_images(tmp_path / "images", count=6)
-
-
-def list_rows(path: Path) -> dict[str, Any]:
-    """Path to everything else in its row."""
-    parts = IndexDatabase.open(path).iterate(["path", "sha256", "width", "height", "embedding"])
-    return {row.pop("path"): row for part in parts for row in part.to_pylist()}
+def place(model: Path, tmp_path: Path) -> Place:
+    return Place(model, tmp_path)
 
 
 @contextmanager
@@ -58,14 +82,12 @@ def encoding_counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def test_only_what_is_new_is_encoded_and_what_is_gone_is_removed(
-    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "index"
-    assert (
-        "6 images: 6 new, 0 changed, 0 unchanged; 0 removed. Encoded 6."
-        in build(model, images, path)[1]
-    )
-    before = list_rows(path)
+    images = place.images
+    report = place.build()[1]
+    assert "6 images: 6 new, 0 changed, 0 unchanged; 0 removed. Encoded 6." in report
+    before = place.list_rows()
     (images / "1.png").rename(images / "other name.png")
     shutil.copy(images / "3.png", images / "copy of 3.png")
     (images / "below" / "0.JPG").unlink()
@@ -73,145 +95,110 @@ def test_only_what_is_new_is_encoded_and_what_is_gone_is_removed(
     draw_noise(seed=78).save(images / "new.png")
     os.utime(images / "below" / "2.JPG", (1, 1))  # touched
     with encoding_counted(monkeypatch) as encoded:
-        _, report = build(model, images, path)
+        report = place.build()[1]
     assert sorted(encoded) == ["5.png", "new.png"]
     assert "7 images: 3 new, 1 changed, 3 unchanged; 2 removed. Encoded 2." in report
-    after = list_rows(path)
+    after = place.list_rows()
     assert after["other name.png"] == before["1.png"]
     assert after["copy of 3.png"] == after["3.png"] == before["3.png"]
     assert after["below/2.JPG"] == before["below/2.JPG"]
     assert (after["5.png"]["width"], after["5.png"]["height"]) == (22, 33)
     assert after["5.png"]["embedding"] != before["5.png"]["embedding"]
-    shutil.rmtree(path)
-    build(model, images, path)
-    fresh = list_rows(path)
-    assert set(fresh) == set(after)
-    for name, row in fresh.items():  # batches of other sizes round differently
-        assert row["sha256"] == after[name]["sha256"]
-        assert row["embedding"] == pytest.approx(after[name]["embedding"], abs=1e-5)
+    with monkeypatch.context() as patch:  # without changes, nothing is read
+        patch.setattr(index_update, "encode_readable_images", None)
+        report = place.build()[1]
+    assert "7 images: 0 new, 0 changed, 7 unchanged; 0 removed. Encoded 0." in report
+    place.require_rows_of_a_new_index()
 
 
-def test_a_folder_without_changes_is_neither_read_nor_encoded(
-    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    build(model, images, tmp_path / "index")
-    monkeypatch.setattr(index_update, "encode_readable_images", None)
-    _, report = build(model, images, tmp_path / "index")
-    assert "6 images: 0 new, 0 changed, 6 unchanged; 0 removed. Encoded 0." in report
-
-
-def test_a_file_of_the_same_size_and_time_is_noticed_to_have_changed(
-    model: Path, images: Path, tmp_path: Path
-) -> None:
-    file = images / "1.bmp"
+def test_a_file_of_the_same_size_and_time_is_noticed_to_have_changed(place: Place) -> None:
+    file = place.images / "1.bmp"
     Image.new("RGB", (8, 8), "red").save(file)
-    build(model, images, tmp_path / "index")
-    before, stat = list_rows(tmp_path / "index")["1.bmp"], file.stat()
+    place.build()
+    before, stat = place.list_rows()["1.bmp"], file.stat()
     Image.new("RGB", (8, 8), "blue").save(file)
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert "1 changed" in build(model, images, tmp_path / "index")[1]
-    assert list_rows(tmp_path / "index")["1.bmp"]["sha256"] != before["sha256"]
+    assert "1 changed" in place.build()[1]
+    assert place.list_rows()["1.bmp"]["sha256"] != before["sha256"]
 
 
-def test_broken_images_are_counted_named_and_left_out(
-    model: Path, images: Path, tmp_path: Path
+def test_unreadable_images_are_counted_named_and_left_out(
+    place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (images / "broken.png").write_bytes(b"no image")
-    (images / "half.png").write_bytes((images / "1.png").read_bytes()[:-500])
-    (images / "again.png").write_bytes(b"no image")
-    index, report = build(model, images, tmp_path / "index")
+    (place.images / "broken.png").write_bytes(b"no image")
+    (place.images / "half.png").write_bytes(place.first.read_bytes()[:-500])
+    (place.images / "again.png").write_bytes(b"no image")
+    index, report = place.build()
     assert "Not in the index: 3 unreadable images:" in report
     for name in ("broken.png: not an image", "half.png: the image is trunc", "again.png: not an"):
         assert name in report
     assert len(index) == 6
-    assert "3 unreadable images" in build(model, images, tmp_path / "index")[1]  # each time
-    (images / "3.png").write_bytes(b"broken since")
-    _, report = build(model, images, tmp_path / "index")
+    assert "3 unreadable images" in place.build()[1]  # each time
+    (place.images / "3.png").write_bytes(b"broken since")
+    report = place.build()[1]
     assert "5 unchanged; 1 removed" in report and "4 unreadable images" in report
     with pytest.warns(UserWarning, match="4 unreadable images"):
-        ImageIndex.build(model, images, tmp_path / "index")
-
-
-def test_where_no_image_can_be_read_nothing_is_removed(
-    model: Path, images: Path, tmp_path: Path
-) -> None:
-    build(model, images, tmp_path / "index")
-    for path in images.rglob("*"):
-        if path.is_file():
-            path.write_bytes(b"a broken disk")
-    with pytest.raises(ValueError, match=r"6 unreadable images.*\n"):
-        build(model, images, tmp_path / "index")
-    assert len(list_rows(tmp_path / "index")) == 6
-    shutil.rmtree(images)
-    images.mkdir()
-    with pytest.raises(ValueError, match="no image in it or below it"):
-        build(model, images, tmp_path / "index")
-    assert len(list_rows(tmp_path / "index")) == 6
-
-
-def test_a_file_that_may_not_be_read_is_named_like_a_broken_one(
-    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+        ImageIndex.build(place.model, place.images, place.index)
     real = Path.read_bytes
 
     def refuse(path: Path) -> bytes:
-        if path.name == "1.png":
+        if path == place.first:
             raise PermissionError(13, "Permission denied", str(path))
         return real(path)
 
+    os.utime(place.first)
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    index, report = build(model, images, tmp_path / "index")
-    assert len(index) == 5 and "1.png: cannot be read ([Errno 13] Permission denied" in report
+    index, report = place.build()
+    assert len(index) == 4 and "1.png: cannot be read ([Errno 13] Permission denied" in report
 
 
-def test_names_of_files_are_kept_whatever_they_are(
-    model: Path, images: Path, tmp_path: Path
-) -> None:
+def test_where_no_image_can_be_read_nothing_is_removed(place: Place) -> None:
+    place.build()
+    for path in place.images.rglob("*.*"):
+        path.write_bytes(b"a broken disk")
+    with pytest.raises(ValueError, match=r"6 unreadable images.*\n"):
+        place.build()
+    shutil.rmtree(place.images)
+    place.images.mkdir()
+    with pytest.raises(ValueError, match="no image in it or below it"):
+        place.build()
+    assert len(place.list_rows()) == 6
+
+
+def test_names_of_files_are_kept_whatever_they_are(place: Place) -> None:
     names = ["it's.png", 'a "b".png', "ü %20.png", "100%_of.png"]
-    for number, name in enumerate(names):
-        draw_noise(seed=50 + number).save(images / name)
-    other = os.fsdecode(b"\xff.png")
-    draw_noise(seed=60).save(images / other)
-    index, report = build(model, images, tmp_path / "index")
-    assert set(names) <= set(list_rows(tmp_path / "index"))
+    for number, name in enumerate([*names, os.fsdecode(b"\xff.png")]):
+        draw_noise(seed=50 + number).save(place.images / name)
+    index, report = place.build()
+    assert set(names) <= set(place.list_rows())
     assert "its name is not Unicode. Rename it." in report and len(index) == 10
     for name in names:
-        (images / name).unlink()
-    assert "4 removed" in build(model, images, tmp_path / "index")[1]
+        (place.images / name).unlink()
+    assert "4 removed" in place.build()[1]
 
 
-def test_another_folder_does_not_replace_the_images_of_an_index(
-    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_other_images_models_and_processes_do_not_write_into_an_index(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build(model, images, tmp_path / "index")
+    place.build()
     other = save_images(tmp_path / "other", count=2)
     with pytest.raises(ValueError, match=r"is the index of .*images, and would lose those images"):
-        build(model, other, tmp_path / "index")
-    moved = images.rename(tmp_path / "moved")
-    with encoding_counted(monkeypatch) as encoded:
-        index, _ = build(model, moved, tmp_path / "index")
-    assert encoded == [] and len(index) == 6
-    assert ImageIndex.open(tmp_path / "index").search("a dog").hits[0][0].exists()
-
-
-def test_another_model_does_not_write_into_an_index(
-    model: Path, images: Path, tmp_path: Path
-) -> None:
-    build(model, images, tmp_path / "index")
-    other = save_model(tmp_path / "other", vision="vit")
-    with pytest.raises(ValueError, match=rf"index of the model {model}, and {other} gives other"):
-        build(other, images, tmp_path / "index")
-
-
-def test_two_processes_do_not_write_one_index(model: Path, images: Path, tmp_path: Path) -> None:
-    build(model, images, tmp_path / "index")
-    with IndexDatabase.open(tmp_path / "index").writing():
+        build(place.model, other, place.index)
+    model = save_model(tmp_path / "model", vision="vit")
+    with pytest.raises(ValueError, match=f"of the model {place.model}, and {model} gives other"):
+        build(model, place.images, place.index)
+    with IndexDatabase.open(place.index).writing():
         with pytest.raises(ValueError, match="Another process is writing"):
-            build(model, images, tmp_path / "index")
+            place.build()
+    place.images = place.images.rename(tmp_path / "moved")
+    with encoding_counted(monkeypatch) as encoded:
+        index, _ = place.build()
+    assert encoded == [] and len(index) == 6
+    assert ImageIndex.open(place.index).search("a dog").hits[0][0].exists()
 
 
 def test_a_stopped_update_has_kept_what_it_committed_and_is_continued(
-    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(index_update, "_COMMITTED_AT_ONCE", 2)
     real, calls = index_update.encode_readable_images, itertools.count(1)
@@ -223,10 +210,10 @@ def test_a_stopped_update_has_kept_what_it_committed_and_is_continued(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(index_update, "encode_readable_images", stop_at_the_third)
-        build(model, images, tmp_path / "index")
-    about = IndexDatabase.open(tmp_path / "index").about
+        place.build()
+    about = IndexDatabase.open(place.index).about
     assert about.tally is not None and about.tally["num_images"] == 4
-    require_continued(model, images, tmp_path / "index", monkeypatch)
+    require_continued(place, monkeypatch)
 
 
 KILLED = """
@@ -245,23 +232,19 @@ ImageIndex.build(*sys.argv[1:4], IndexConfig(show_progress=False))
 
 
 @pytest.mark.slow
-def test_a_killed_update_is_continued_too(
-    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = [str(model), str(images), str(tmp_path / "index")]
+def test_a_killed_update_is_continued_too(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = map(str, (place.model, place.images, place.index))
     done = subprocess.run(
         [sys.executable, "-c", KILLED, *words], capture_output=True, text=True, timeout=100
     )
     assert done.returncode == 9, done.stderr[-2000:]
-    require_continued(model, images, tmp_path / "index", monkeypatch)
+    require_continued(place, monkeypatch)
 
 
-def require_continued(
-    model: Path, images: Path, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert len(list_rows(path)) == 4
+def require_continued(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(place.list_rows()) == 4
     with encoding_counted(monkeypatch) as encoded:
-        index, report = build(model, images, path)
+        index, report = place.build()
     assert len(encoded) == 2 and len(index) == 6 and "2 new, 0 changed, 4 unchanged" in report
 
 
@@ -282,107 +265,95 @@ def write_around_reading(
         return real_encode(*args, **options)
 
     def write_after(path: Path) -> bytes:
-        found = real_read(path)
+        earlier = real_read(path)
         if path == file:
             write()
-        return found
+        return earlier
 
-    if moment == "before it is read":
+    if moment == "before":
         monkeypatch.setattr(index_update, "encode_readable_images", write_first)
     else:
         monkeypatch.setattr(Path, "read_bytes", write_after)
 
 
-@pytest.mark.parametrize("moment", ["before it is read", "after it is read"])
-@pytest.mark.parametrize("change", ["another image", "broken", "gone"])
+@pytest.mark.parametrize(
+    ("change", "moment"),
+    [
+        ("another image", "before"), ("another image", "after"), ("broken", "before"),
+        ("gone", "before"), ("gone", "after"),
+    ],
+)  # fmt: skip
 def test_a_copy_never_gets_what_another_file_has_become(
-    change: str,
-    moment: str,
-    model: Path,
-    images: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    change: str, moment: str, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first of several equal files is replaced while the folder is indexed.
+    """The first of several equal files is replaced before or after it is read.
 
     It is indexed as it was read, and read again by the next run, because its times have changed.
     """
-    other = (images / "5.png").read_bytes()
+    other = (place.images / "5.png").read_bytes()
     contents = {"another image": other, "broken": b"no image", "gone": None}
-    shutil.copy(images / "1.png", images / "2 copy of 1.png")
-    shutil.copy(images / "1.png", images / "3 copy of 1.png")
+    for name in ("2 copy of 1.png", "3 copy of 1.png"):
+        shutil.copy(place.first, place.images / name)
     with monkeypatch.context() as patch:
-        write_around_reading(patch, images / "1.png", contents[change], moment=moment)
-        _, report = build(model, images, tmp_path / "index")
-    is_unread = moment == "before it is read" and change != "another image"
-    assert (f"Not in the index: 1 unreadable image:\n{images / '1.png'}: " in report) == is_unread
-    rows = list_rows(tmp_path / "index")
+        write_around_reading(patch, place.first, contents[change], moment=moment)
+        report = place.build()[1]
+    is_unread = moment == "before" and change != "another image"
+    assert (f"Not in the index: 1 unreadable image:\n{place.first}: " in report) == is_unread
+    rows = place.list_rows()
     assert ("1.png" in rows) != is_unread and len(rows) == 8 - is_unread
     embeddings = {row["sha256"]: row["embedding"] for row in rows.values()}
     assert all(row["embedding"] == embeddings[row["sha256"]] for row in rows.values())
-    build(model, images, tmp_path / "index")
-    rows = list_rows(tmp_path / "index")
-    build(model, images, tmp_path / "fresh")
-    fresh = list_rows(tmp_path / "fresh")
-    assert rows.keys() == fresh.keys()
-    for name, row in fresh.items():  # batches of other sizes round differently
-        assert row["sha256"] == rows[name]["sha256"], name
-        assert row["embedding"] == pytest.approx(rows[name]["embedding"], abs=1e-5), name
+    place.build()
+    place.require_rows_of_a_new_index()
 
 
 def test_a_replaced_image_is_indexed_as_it_was_read_even_if_its_times_are_the_same(
-    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Clocks of file systems are coarse: two writes within milliseconds may have one time."""
     monkeypatch.setattr(index_update, "describe_stat", lambda _: "the same")
-    content = (images / "5.png").read_bytes()
-    write_around_reading(monkeypatch, images / "1.png", content, moment="before it is read")
-    build(model, images, tmp_path / "index")
-    rows = list_rows(tmp_path / "index")
+    content = (place.images / "5.png").read_bytes()
+    write_around_reading(monkeypatch, place.first, content, moment="before")
+    place.build()
+    rows = place.list_rows()
     assert len(rows) == 6 and rows["1.png"] == rows["5.png"]
 
 
 def test_content_that_only_a_replaced_row_had_is_encoded_again(
-    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file changes, and another one in a later commit has what it was before."""
-    build(model, images, tmp_path / "index")
-    before = list_rows(tmp_path / "index")["1.png"]
-    shutil.copy(images / "1.png", images / "z.png")
-    draw_noise(seed=99).save(images / "1.png")
+    place.build()
+    before = place.list_rows()["1.png"]
+    shutil.copy(place.first, place.images / "z.png")
+    draw_noise(seed=99).save(place.first)
     monkeypatch.setattr(index_update, "_COMMITTED_AT_ONCE", 1)
-    assert "1 new, 1 changed" in build(model, images, tmp_path / "index")[1]
-    after = list_rows(tmp_path / "index")["z.png"]
+    assert "1 new, 1 changed" in place.build()[1]
+    after = place.list_rows()["z.png"]
     assert after["sha256"] == before["sha256"]
     # A batch of another size rounds differently.
     assert after["embedding"] == pytest.approx(before["embedding"], abs=1e-5)
 
 
-def test_times_of_a_touched_file_are_found_by_filters(
-    model: Path, images: Path, tmp_path: Path
-) -> None:
+def test_times_of_a_touched_file_are_found_by_filters(place: Place) -> None:
     where = "modified > date '2001-01-01'"
-    for path in images.rglob("*.*"):
+    for path in place.images.rglob("*.*"):
         os.utime(path, (1, 1))
-    index, _ = build(model, images, tmp_path / "index")
-    assert index.count(where) == 0
-    os.utime(images / "1.png", (2_000_000_000, 2_000_000_000))
-    index, report = build(model, images, tmp_path / "index")
+    assert place.build()[0].count(where) == 0
+    os.utime(place.first, (2_000_000_000, 2_000_000_000))
+    index, report = place.build()
     assert "6 unchanged" in report and "Encoded 0" in report
-    assert index.count(where) == 1
     (result,) = index.search(["a dog"], where=where)
+    assert index.count(where) == 1
     assert [path.name for path, _ in result.hits] == ["1.png"]
 
 
-@pytest.mark.parametrize("place", ["1.png", "new.png"])
-def test_a_disk_that_fails_ends_the_update_and_removes_no_image(
-    place: str, model: Path, images: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", ["1.png", "new.png"])
+def test_a_disk_that_fails_ends_the_update_and_removes_no_image(name: str, place: Place) -> None:
     """Nothing is known of such a file, so that a good row of it stays."""
-    path = tmp_path / "index"
-    build(model, images, path)
-    before = list_rows(path)
-    make_failing_file(images / place)
-    with pytest.raises(OSError, match=f"the disk or server failed.*{place}"):
-        build(model, images, path)
-    assert list_rows(path) == before
+    place.build()
+    before = place.list_rows()
+    make_failing_file(place.images / name)
+    with pytest.raises(OSError, match=f"the disk or server failed.*{name}"):
+        place.build()
+    assert place.list_rows() == before

@@ -42,11 +42,12 @@ def db(images: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_sentence_finds_what_it_finds_with_the_model(db: Path) -> None:
-    found, wanted = (
+    results = [
         ImageIndex.open(db, model=model).search("a dog") for model in (shared_graphs(), None)
-    )
-    assert [path for path, _ in found.hits] == [path for path, _ in wanted.hits]
-    cosines = [[cosine for _, cosine in result.hits] for result in (found, wanted)]
+    ]
+    by_graphs, by_model = ([path for path, _ in result.hits] for result in results)
+    assert by_graphs == by_model
+    cosines = [[cosine for _, cosine in result.hits] for result in results]
     assert np.allclose(*cosines, atol=ROUNDING)
 
 
@@ -57,8 +58,8 @@ def test_the_shell_searches_without_torch_and_reports_truncated_sentences(
     words = [str(db), "a dog", "--model", str(shared_graphs()), "--format", "json"]
     printed = run_python("-c", _WITHOUT_TORCH, *words)
     assert main(["search", *words[:2], "--format", "json"]) == 0
-    found, wanted = (json.loads(text)[0] for text in (printed, capsys.readouterr().out))
-    assert found.keys() == wanted.keys()
+    apart, here = (json.loads(text)[0] for text in (printed, capsys.readouterr().out))
+    assert apart.keys() == here.keys()
     for words in (["dog " * 200], ["dog " * 200, "--model", str(shared_graphs())]):
         assert main(["search", str(db), *words]) == 0
         assert "Truncated 1 of 1 sentence to the 128 tokens" in capsys.readouterr().err

@@ -12,8 +12,10 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -82,6 +84,12 @@ def index(images: Path, model_folder: Path, tmp_path_factory: pytest.TempPathFac
     return str(path)
 
 
+def read_json(capsys: pytest.CaptureFixture[str], index: str, *words: str) -> Any:
+    """Search by command; return its JSON."""
+    assert main(["search", index, *words, "--format", "json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
 def test_the_command_prints_and_draws_what_it_found(
     index: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,35 +133,41 @@ def test_a_query_image_finds_itself_first_and_the_others_by_their_cosines(
     model, processor = shared_model()[0], LLM2CLIPProcessor.from_pretrained(model_folder)
     with torch.no_grad():
         embeds = model(**processor(text=["x"], images=[str(path) for path in paths])).image_embeds
-    wanted = (embeds[1] @ embeds.T).sort(descending=True)
+    expected = (embeds[1] @ embeds.T).sort(descending=True)
     query = str(paths[1])
     for words in (["--image", query], ["--image", query, "a dog"], ["a dog", "--image", query]):
-        flags = ["--format", "json", *words]
-        assert main(["search", index, *flags]) == 0
-        found = json.loads(capsys.readouterr().out)
-        assert {record["query"] for record in found} == ({"a dog", query} & {*words})
-        by_image = [record for record in found if record["query"] == query]
-        assert [record["image"] for record in by_image] == [str(paths[i]) for i in wanted.indices]
+        records = read_json(capsys, index, *words)
+        assert {record["query"] for record in records} == ({"a dog", query} & {*words})
+        by_image = [record for record in records if record["query"] == query]
+        assert [record["image"] for record in by_image] == [str(paths[i]) for i in expected.indices]
         cosines = [record["cosine"] for record in by_image]
-        assert cosines == pytest.approx(wanted.values.tolist(), abs=ROUNDING)
+        assert cosines == pytest.approx(expected.values.tolist(), abs=ROUNDING)
         assert cosines[0] == pytest.approx(1, abs=ROUNDING)
 
 
-def test_a_file_that_changed_since_it_was_indexed_is_named_and_not_shown(
-    images: Path, model_folder: Path, tmp_path: Path
+def test_images_that_are_gone_or_changed_are_named_and_not_shown(
+    images: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, output, red = tmp_path / "images", tmp_path / "found", (200, 0, 0)
     shutil.copytree(images, folder)
     build(model_folder, folder, tmp_path / "index")
+    search = ["search", str(tmp_path / "index"), "a dog"]
+    assert main(search) == 0
+    assert "found but" not in capsys.readouterr().err
     Image.new("RGB", (300, 300), red).save(folder / "a.png")
-    assert main(["search", str(tmp_path / "index"), "a dog", "--output", str(output)]) == 0
+    (folder / "d, e.png").unlink()
+    assert main([*search, "--output", str(output)]) == 0
+    error = capsys.readouterr().err
+    assert "1 image found but changed since it was indexed: " in error
+    assert "1 image found but no longer there:" in error
     page = (output / "search.html").read_text(encoding="utf-8")
     notes = re.findall(r'<span class="caption">(.*?)</li>', page)
-    assert [note for note in notes if "changed since indexed" in note] == [
-        note for note in notes if '<span class="name">a.png</span>' in note
-    ]
+    for problem, name in (("changed since indexed", "a.png"), ("no longer there", "d, e.png")):
+        assert [note for note in notes if problem in note] == [
+            note for note in notes if f'<span class="name">{name}</span>' in note
+        ]
     shown = [io.BytesIO(base64.b64decode(text)) for text in re.findall('base64,([^"]+)', page)]
-    assert len(shown) == len(notes) == 4
+    assert len(shown) == len(notes) == page.count("<li>") == 4
     for drawing in (*shown, output / "search.png"):
         with Image.open(drawing) as opened:
             pixels = np.asarray(opened.convert("RGB"), dtype=int)
@@ -166,71 +180,42 @@ def test_sentences_and_images_can_be_one_query(
     images: Path, index: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     query = str(images / "a.png")
-    words = ["a dog", "--image", query, "--format", "json"]
-    assert main(["search", index, *words, "--combine"]) == 0
-    combined = json.loads(capsys.readouterr().out)
+    combined = read_json(capsys, index, "a dog", "--image", query, "--combine")
     assert {record["query"] for record in combined} == {f"a dog + {query}"}
-    assert main(["search", index, *words]) == 0
-    apart = json.loads(capsys.readouterr().out)
     sums: dict[str, float] = {}
-    for record in apart:
+    for record in read_json(capsys, index, "a dog", "--image", query):
         sums[record["image"]] = sums.get(record["image"], 0) + record["cosine"]
     assert [r["image"] for r in combined] == sorted(sums, key=lambda name: -sums[name])
 
 
-def test_a_filter_narrows_what_is_found(index: str, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--where", "path LIKE 'b%'", "--format", "json"]
-    assert main(["search", index, "a dog", *flags]) == 0
-    (record,) = json.loads(capsys.readouterr().out)
+def test_a_filter_narrows_what_is_found(
+    index: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (record,) = read_json(capsys, index, "a dog", "--where", "path LIKE 'b%'")
     assert record["image"].endswith("b & #2.png")
-    assert main(["search", index, "a dog", "--where", "height > 9999"]) == 0
+    words = ["--where", "height > 9999", "--output", str(tmp_path / "found")]
+    assert main(["search", index, "a dog", *words]) == 0
     assert capsys.readouterr().out.splitlines() == ["a dog", "  rank  cosine  image"]
+    page = (tmp_path / "found" / "search.html").read_text(encoding="utf-8")
+    assert "No image was found." in page and "<li>" not in page
     assert main(["search", index, "a dog", "--where", "color = 1"]) == 2
     shown = capsys.readouterr().err
     assert "where='color = 1'" in shown and "The columns are path, sha256" in shown
 
 
-def test_an_image_that_is_another_than_the_one_found_is_reported(
-    images: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = Path(shutil.copytree(images, tmp_path / "images"))
-    build(model_folder, folder, tmp_path / "index")
-    assert main(["search", str(tmp_path / "index"), "a dog"]) == 0
-    assert "found but" not in capsys.readouterr().err
-    Image.new("RGB", (9, 9), "lime").save(folder / "a.png")
-    assert main(["search", str(tmp_path / "index"), "a dog"]) == 0
-    assert "1 image found but changed since it was indexed: " in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("where", [None, "height > 9999"])
-def test_a_page_is_written_even_if_nothing_is_found_and_if_an_image_is_gone(
-    where: str | None, images: Path, model_folder: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    folder = Path(shutil.copytree(images, tmp_path / "images"))
-    build(model_folder, folder, tmp_path / "index")
-    (folder / "a.png").unlink()
-    flags = ["--output", str(tmp_path / "found"), *(["--where", where] if where else [])]
-    assert main(["search", str(tmp_path / "index"), "a dog", *flags]) == 0
-    page = (tmp_path / "found" / "search.html").read_text(encoding="utf-8")
-    assert page.count("<li>") == (0 if where else 4)
-    assert ("No image was found." in page) == (where is not None)
-    assert page.count("no longer there") == (0 if where else 1)
-    gone = "1 image found but no longer there:" in capsys.readouterr().err
-    assert gone == (where is None)
-
-
+@pytest.mark.parametrize("name", ["notes.txt", "search.png"])
 def test_a_page_of_an_earlier_search_is_replaced_and_no_other_file(
-    index: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, index: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "found"
     for query in ("a dog", "a red circle"):
         assert main(["search", index, query, "--output", str(output)]) == 0
         assert query in (output / "search.html").read_text(encoding="utf-8")
-    (output / "notes.txt").write_text("mine", encoding="utf-8")
+    (output / name).write_text("mine", encoding="utf-8")  # whatever its name
     assert main(["search", index, "a cat", "--output", str(output)]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
     assert "a red circle" in (output / "search.html").read_text(encoding="utf-8")
+    assert (output / name).read_text(encoding="utf-8") == "mine"
 
 
 @pytest.mark.skipif(not hasattr(os, "setreuid"), reason="needs the users of POSIX")
@@ -241,18 +226,6 @@ def test_an_empty_folder_below_one_that_may_not_be_written_is_taken(index: str) 
         output.chmod(0o777)
         with read_only(output.parent):
             assert main(["search", index, "two dogs", "--output", str(output)]) == 0
-
-
-@pytest.mark.parametrize("name", ["search.html", "search.png"])
-def test_a_file_of_someone_else_is_not_replaced_whatever_its_name(
-    name: str, index: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "own" / name
-    file.parent.mkdir()
-    file.write_bytes(b"mine")
-    assert main(["search", index, "two dogs", "--output", str(file.parent)]) == 2
-    assert "exists and is not empty" in capsys.readouterr().err
-    assert file.read_bytes() == b"mine" and len(list(file.parent.iterdir())) == 1
 
 
 def test_an_image_among_the_sentences_is_searched_as_one_and_the_flag_is_named(
@@ -273,13 +246,22 @@ def test_an_image_among_the_sentences_is_searched_as_one_and_the_flag_is_named(
         (["  "], "number 1 is blank"),
         (["a dog", "--model", "nowhere"], "nowhere: no such folder"),
         (["a dog", "--image-dir", "nowhere"], "nowhere"),
+        (["a dog", "--model", "IMAGES"], "IMAGES is not a model folder: it has no config.json and"),
     ],
 )
 def test_a_search_for_nothing_is_refused(
-    words: list[str], error: str, index: str, capsys: pytest.CaptureFixture[str]
+    words: list[str], error: str, index: str, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    words = [word.replace("IMAGES", str(images)) for word in words]
     assert main(["search", index, *words]) == 2
-    assert error in capsys.readouterr().err
+    assert error.replace("IMAGES", str(images)) in capsys.readouterr().err
+
+
+def test_a_model_in_place_of_an_index_is_answered_with_the_command_that_makes_one(
+    model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["search", str(model_folder), "a dog"]) == 2
+    assert "llm2clip index MODEL IMAGES DB" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -295,30 +277,13 @@ def test_from_the_shell_another_process_searches_the_database_and_finds_the_same
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         )  # fmt: skip
 
-    words = ["--where", "width > 10", "--format", "json"]
-    assert main(["search", index, "a dog", *words]) == 0
-    wanted = json.loads(capsys.readouterr().out)
-    found = run(*words)
-    assert found.returncode == 0, found.stderr
-    assert json.loads(found.stdout) == wanted
+    words = ["--where", "width > 10"]
+    done = run(*words, "--format", "json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == read_json(capsys, index, "a dog", *words)
     refused = run("--where", "color = 1")
     assert refused.returncode == 2 and "The columns are path" in refused.stderr
     assert "Traceback" not in refused.stderr
-
-
-def test_a_model_in_place_of_an_index_is_answered_with_the_command_that_makes_one(
-    images: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["search", str(model_folder), str(images), "a dog"]) == 2
-    assert "llm2clip index MODEL IMAGES DB" in capsys.readouterr().err
-
-
-def test_a_folder_of_images_in_place_of_a_model_is_called_that(
-    index: str, images: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["search", index, "a dog", "--model", str(images)]) == 2
-    error = capsys.readouterr().err
-    assert f"{images} is not a model folder: it has no config.json and no weights. Give" in error
 
 
 def test_the_page_links_to_the_files_shows_their_paths_and_images_of_320_pixels(
@@ -348,8 +313,7 @@ def test_the_page_links_to_the_files_shows_their_paths_and_images_of_320_pixels(
 
 @needs_browser
 @pytest.mark.slow
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "scheme"), zip(WIDTHS, cycle(("light", "dark"))))
 def test_the_page_is_filled_by_images_and_readable_paths_at_every_width(
     width: str, scheme: str, tmp_path: Path
 ) -> None:
@@ -380,13 +344,6 @@ def test_the_page_is_filled_by_images_and_readable_paths_at_every_width(
         assert links[0] == f"1. 0.500 {files[0]}"
 
 
-def write_unread(folder: Path) -> None:
-    (folder / "below").mkdir(parents=True)
-    for name in ("IMG_1.HEIC", "below/IMG_2.heic", "raw.cr2"):
-        (folder / name).write_bytes(b"an image of a camera")
-    (folder / "notes.txt").write_text("no image")
-
-
 def test_image_files_that_cannot_be_read_are_counted_and_named(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -394,7 +351,9 @@ def test_image_files_that_cannot_be_read_are_counted_and_named(
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     monkeypatch.delitem(Image.EXTENSION, ".heic", raising=False)
     folder = tmp_path / "images"
-    write_unread(folder)
+    (folder / "below").mkdir(parents=True)
+    for name in ("IMG_1.HEIC", "below/IMG_2.heic", "raw.cr2", "notes.txt"):
+        (folder / name).write_bytes(b"an image of a camera")
     command = ["index", str(model_folder), str(folder), str(tmp_path / "index")]
     assert main(command) == 2
     assert "Skipped 3 image files" in capsys.readouterr().err
@@ -408,22 +367,20 @@ def test_image_files_that_cannot_be_read_are_counted_and_named(
     )
 
 
-@pytest.mark.skipif(not features.check("avif"), reason="Pillow 11.3 or later reads AVIF")
-def test_avif_is_indexed(model_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
-    draw_noise().save(tmp_path / "images" / "image.AVIF", format="AVIF")
-    assert list_images(tmp_path / "images").readable == [tmp_path / "images" / "image.AVIF"]
-    assert len(build(model_folder, tmp_path / "images", tmp_path / "index")[0]) == 1
-
-
-def test_heic_is_indexed_and_shown_where_pillow_heif_is_installed(
-    model_folder: Path, tmp_path: Path
+@pytest.mark.parametrize("suffix", ["AVIF", "heic"])
+def test_optional_formats_are_indexed_and_shown(
+    suffix: str, model_folder: Path, tmp_path: Path
 ) -> None:
-    pillow_heif = pytest.importorskip("pillow_heif")
-    (tmp_path / "images").mkdir()
-    file = tmp_path / "images" / "image.heic"
-    pillow_heif.from_pillow(draw_noise(64, 64)).save(file)
-    build(model_folder, tmp_path / "images", tmp_path / "index")
+    file = tmp_path / "images" / f"image.{suffix}"
+    file.parent.mkdir()
+    if suffix == "heic":
+        heif = pytest.importorskip("pillow_heif")
+        heif.from_pillow(draw_noise(64, 64)).save(file)
+    elif features.check("avif"):
+        draw_noise().save(file, format="AVIF")
+    else:
+        pytest.skip("Pillow 11.3 or later reads AVIF")
+    assert len(build(model_folder, file.parent, tmp_path / "index")[0]) == 1
     flags = ["--image", str(file), "--output", str(tmp_path / "found")]
     assert main(["search", str(tmp_path / "index"), *flags]) == 0
 
@@ -432,8 +389,8 @@ def test_heic_is_indexed_and_shown_where_pillow_heif_is_installed(
 def test_a_sentence_keeps_within_its_place_on_the_sheet(
     text: str, images: Path, tmp_path: Path
 ) -> None:
-    found = [(path, 0.5) for path in list_images(images).readable[:2]]
-    write_results_sheet([SearchResult(text, found)] * 2, tmp_path / "sheet.png")
+    hits = [(path, 0.5) for path in list_images(images).readable[:2]]
+    write_results_sheet([SearchResult(text, hits)] * 2, tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as sheet:
         dark = np.asarray(sheet.convert("L")) < 128
     words, imaged = dark[:, : search_results._TEXT_WIDTH], dark[:, search_results._TEXT_WIDTH :]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +23,14 @@ from transformers import pipeline
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.encoding.encode import average_prompts, encode_texts
 from modeling_llm2clip.search.index_database import IndexDatabase
+from modeling_llm2clip.search.lancedb_table import AnnIndex
 from modeling_llm2clip.search.tag_labels import read_labels
 
 LABELS = ["a dog", "Katze", "ripe, red apples"]
+ANN = AnnIndex(
+    num_rows=3, num_partitions=1, nprobes=1, refine_factor=5, recall_at_10=1, num_queries=1,
+    query_ms=1, exact_query_ms=2, build_s=1, is_used=True,
+)  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -45,71 +52,80 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class Tagger:
+    """The command `tag` on images and labels."""
+
+    def __init__(self, model: str, images: Path, labels: Path, capsys: Any) -> None:
+        self.model, self.images, self.labels, self._capsys = model, images, labels, capsys
+        self.error = ""
+
+    def run(self, *flags: str | Path, code: int = 0) -> list[dict[str, str]]:
+        """Return the rows of the CSV on stdout; what is on stderr is in `error`."""
+        words = ["tag", self.model, self.images, "--labels", self.labels, *flags]
+        assert main([*map(str, words)]) == code
+        out, self.error = self._capsys.readouterr()
+        return list(csv.DictReader(io.StringIO(out)))
+
+    def copy_images(self, folder: Path) -> None:
+        """Tag copies of the images, which a test may change."""
+        self.images = Path(shutil.copytree(self.images, folder))
+
+
 @pytest.fixture
-def labels(tmp_path: Path) -> Path:
+def tagger(
+    model_folder: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Tagger:
     file = tmp_path / "labels.txt"
     file.write_text("\ufeff" + "\n\n".join(LABELS) + "\n", encoding="utf-8")
-    return file
+    return Tagger(model_folder, images, file, capsys)
 
 
-def tag(model: str, images: Path, labels: Path, *flags: str) -> int:
-    return main(["tag", model, str(images), "--labels", str(labels), *flags])
+def read_lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_tags_are_those_of_the_zero_shot_pipeline(
-    model_folder: str, images: Path, labels: Path, tmp_path: Path
-) -> None:
+def test_tags_are_those_of_the_zero_shot_pipeline(tagger: Tagger, tmp_path: Path) -> None:
     template = "a photo of {}."
     output = tmp_path / "new" / "tags.jsonl"
-    assert tag(model_folder, images, labels, "--template", template, "--output", str(output)) == 0
-    records = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
-    assert [record["image"] for record in records] == sorted(map(str, images.iterdir()))
-    classify = pipeline("zero-shot-image-classification", model=model_folder)
+    tagger.run("--template", template, "--output", output)
+    records = read_lines(output)
+    assert [record["image"] for record in records] == sorted(map(str, tagger.images.iterdir()))
+    classify = pipeline("zero-shot-image-classification", model=tagger.model)
     for record in records:
-        wanted = classify(record["image"], candidate_labels=LABELS, hypothesis_template=template)
-        assert [t["label"] for t in record["labels"]] == [w["label"] for w in wanted]
-        found = [t["probability"] for t in record["labels"]]
+        expected = classify(record["image"], candidate_labels=LABELS, hypothesis_template=template)
+        assert [t["label"] for t in record["labels"]] == [e["label"] for e in expected]
+        probabilities = [t["probability"] for t in record["labels"]]
         # Six digits are written, of what differs by rounding times the temperature of 1/0.07.
-        assert found == pytest.approx([w["score"] for w in wanted], abs=15 * ROUNDING)
+        assert probabilities == pytest.approx([e["score"] for e in expected], abs=15 * ROUNDING)
         cosines = [t["cosine"] for t in record["labels"]]
         assert cosines == sorted(cosines, reverse=True)
 
 
 def test_csv_has_a_line_per_label_and_json_lines_an_object_per_image_of_the_same_tags(
-    model_folder: str, images: Path, labels: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    tagger: Tagger, tmp_path: Path
+) -> None:
     for name in ("tags.csv", "tags.jsonl"):
-        flags = ("--top-k", "2", "--output", str(tmp_path / name))
-        assert tag(model_folder, images, labels, *flags) == 0
-        assert capsys.readouterr().out == ""
-    assert tag(model_folder, images, labels, "--top-k", "2") == 0
+        assert tagger.run("--top-k", "2", "--output", tmp_path / name) == []
+    rows = tagger.run("--top-k", "2")
     written = (tmp_path / "tags.csv").read_text(encoding="utf-8")
-    assert capsys.readouterr().out == written
-    rows = list(csv.DictReader(io.StringIO(written)))
+    assert rows == list(csv.DictReader(io.StringIO(written)))
     assert list(rows[0]) == ["image", "rank", "label", "cosine", "probability"]
-    lines = (tmp_path / "tags.jsonl").read_text(encoding="utf-8").splitlines()
     assert rows == [
-        {"image": record["image"], "rank": str(rank), **{k: str(v) for k, v in found.items()}}
-        for record in map(json.loads, lines)
-        for rank, found in enumerate(record["labels"], start=1)
+        {"image": record["image"], "rank": str(rank), **{k: str(v) for k, v in label.items()}}
+        for record in read_lines(tmp_path / "tags.jsonl")
+        for rank, label in enumerate(record["labels"], start=1)
     ]
     assert len(rows) == 2 * 3
     assert sorted(path.name for path in tmp_path.glob("*tags*")) == ["tags.csv", "tags.jsonl"]
 
 
-def test_an_image_below_the_threshold_stays_in_the_file_and_is_counted(
-    model_folder: str, images: Path, labels: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert tag(model_folder, images, labels) == 0
-    cosines = [float(row["cosine"]) for row in csv.DictReader(io.StringIO(capsys.readouterr().out))]
+def test_an_image_below_the_threshold_stays_in_the_file_and_is_counted(tagger: Tagger) -> None:
+    cosines = [float(row["cosine"]) for row in tagger.run()]
     between = sum(sorted(cosines)[-2:]) / 2  # only the greatest cosine of all passes
-    assert tag(model_folder, images, labels, "--threshold", str(between)) == 0
-    shown = capsys.readouterr()
-    rows = list(csv.DictReader(io.StringIO(shown.out)))
-    assert [row["image"] for row in rows] == sorted(map(str, images.iterdir()))
+    rows = tagger.run("--threshold", str(between))
+    assert [row["image"] for row in rows] == sorted(map(str, tagger.images.iterdir()))
     assert [row["cosine"] for row in rows if row["label"]] == [str(max(cosines))]
-    assert "Without a label: 2 of 3 images" in shown.err
+    assert "Without a label: 2 of 3 images" in tagger.error
 
 
 def test_a_label_is_the_mean_of_its_prompts() -> None:
@@ -117,81 +133,74 @@ def test_a_label_is_the_mean_of_its_prompts() -> None:
     prompts = ("a dog", "a photo of a dog", "x")
     with torch.no_grad():
         embeds = model(**processor(text=[*prompts], images=[draw_noise()])).text_embeds
-    found = average_prompts(
+    averages = average_prompts(
         encode_texts(model, processor, [*prompts[2:], *prompts]), num_prompts=[1, 3]
     )
-    wanted = torch.stack([embeds[2], F.normalize(embeds.mean(dim=0), dim=-1)])
-    assert torch.allclose(found, wanted, atol=ROUNDING)
+    expected = torch.stack([embeds[2], F.normalize(embeds.mean(dim=0), dim=-1)])
+    assert torch.allclose(averages, expected, atol=ROUNDING)
 
 
 def test_tags_with_an_index_are_those_without_and_encode_new_images_alone(
-    model_folder: str, images: Path, labels: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    assert tag(model_folder, images, labels) == 0
-    without = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    tagger: Tagger, tmp_path: Path
+) -> None:
+    without = tagger.run()
     for report in ("Encoded 3.", "Encoded 0."):
-        assert tag(model_folder, images, labels, "--index", str(tmp_path / "index")) == 0
-        shown = capsys.readouterr()
-        assert report in shown.err
-        found = list(csv.DictReader(io.StringIO(shown.out)))
-        assert [(Path(r["image"]).name, r["label"]) for r in found] == [
-            (Path(r["image"]).name, r["label"]) for r in without
+        rows = tagger.run("--index", tmp_path / "index")
+        assert report in tagger.error
+        assert [(Path(row["image"]).name, row["label"]) for row in rows] == [
+            (Path(row["image"]).name, row["label"]) for row in without
         ]
-        cosines = [float(row["cosine"]) for row in found]
+        cosines = [float(row["cosine"]) for row in rows]
         assert cosines == pytest.approx([float(r["cosine"]) for r in without], abs=2e-6)  # 6 digits
 
 
 def test_tags_with_an_index_leave_its_approximate_index_as_it_is(
-    model_folder: str, images: Path, labels: Path, tmp_path: Path
+    tagger: Tagger, tmp_path: Path
 ) -> None:
-    folder, index = Path(shutil.copytree(images, tmp_path / "images")), tmp_path / "index"
-    build(Path(model_folder), folder, index, ann="always")
-    trained = IndexDatabase.open(index).about.ann
-    assert trained is not None
-    shutil.copy(folder / "a.png", folder / "new.png")
-    assert tag(model_folder, folder, labels, "--index", str(index)) == 0
-    database = IndexDatabase.open(index)
-    assert database.count() == 4 and database.about.ann == trained
+    tagger.copy_images(tmp_path / "images")
+    build(Path(tagger.model), tagger.images, tmp_path / "index")
+    trained = dataclasses.replace(IndexDatabase.open(tmp_path / "index").about, ann=ANN)
+    IndexDatabase.open(tmp_path / "index").write_about(trained)
+    shutil.copy(tagger.images / "a.png", tagger.images / "new.png")
+    tagger.run("--index", tmp_path / "index")
+    database = IndexDatabase.open(tmp_path / "index")
+    assert database.count() == 4 and database.about.ann == ANN
 
 
-def test_broken_images_are_named_or_left_out_and_counted(
-    model_folder: str, images: Path, labels: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    folder = Path(shutil.copytree(images, tmp_path / "images"))
-    (folder / "broken.png").write_bytes(b"no image")
-    assert tag(model_folder, folder, labels) == 2
-    error = capsys.readouterr().err
-    assert "Cannot read 1 of 4 images" in error and "broken.png: not an image" in error
-    assert tag(model_folder, folder, labels, "--skip-invalid") == 0
-    shown = capsys.readouterr()
-    assert "Skipped 1 of 4 images" in shown.err and shown.out.count("a.png") == 3
-    index = ("--index", str(tmp_path / "index"))
-    assert tag(model_folder, folder, labels, *index) == 2
-    shown = capsys.readouterr()
-    assert "broken.png" in shown.err and "--skip-invalid" in shown.err and not shown.out
-    assert tag(model_folder, folder, labels, *index, "--skip-invalid") == 0
-    shown = capsys.readouterr()
-    assert "broken.png" in shown.err and shown.out.count("a.png") == 3
-    for file in images.iterdir():
-        (folder / file.name).unlink()
-    assert tag(model_folder, folder, labels, "--skip-invalid") == 2
-    assert "No image of 1 can be read" in capsys.readouterr().err
+def test_broken_images_are_named_or_left_out_and_counted(tagger: Tagger, tmp_path: Path) -> None:
+    names = [file.name for file in tagger.images.iterdir()]
+    tagger.copy_images(tmp_path / "images")
+    (tagger.images / "broken.png").write_bytes(b"no image")
+    assert tagger.run(code=2) == []
+    assert "Cannot read 1 of 4 images" in tagger.error
+    assert "broken.png: not an image" in tagger.error
+    assert len(tagger.run("--skip-invalid")) == 9
+    assert "Skipped 1 of 4 images" in tagger.error
+    assert tagger.run("--index", tmp_path / "index", code=2) == []
+    assert "broken.png" in tagger.error and "--skip-invalid" in tagger.error
+    assert len(tagger.run("--index", tmp_path / "index", "--skip-invalid")) == 9
+    assert "broken.png" in tagger.error
+    for name in names:
+        (tagger.images / name).unlink()
+    tagger.run("--skip-invalid", code=2)
+    assert "No image of 1 can be read" in tagger.error
+    make_failing_file(tagger.images / "d.png")
+    tagger.run("--skip-invalid", code=2)  # a disk that fails ends the run, and skips no image
+    assert "the disk or server failed" in tagger.error and "d.png" in tagger.error
 
 
 def test_prompts_are_tokenized_once_and_those_that_the_model_truncates_counted(
-    model_folder: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tagger: Tagger,
 ) -> None:
-    (tmp_path / "labels.txt").write_text("a dog\n" + "word " * 90)
+    tagger.labels.write_text("a dog\n" + "word " * 90)
     with note_tokenized() as tokenized:
-        assert tag(model_folder, images, tmp_path / "labels.txt") == 0
+        tagger.run()
     assert tokenized == ["a dog", ("word " * 90).strip()]
-    assert "Truncated 1 of 2 prompts to the 32 tokens" in capsys.readouterr().err
+    assert "Truncated 1 of 2 prompts to the 32 tokens" in tagger.error
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "wanted"),
+    ("name", "text", "expected"),
     [
         ("l.txt", "dog\n cat \n", {"dog": ("a dog", "the dog"), "cat": ("a cat", "the cat")}),
         ("l.json", '["dog"]', {"dog": ("a dog", "the dog")}),
@@ -205,11 +214,11 @@ def test_prompts_are_tokenized_once_and_those_that_the_model_truncates_counted(
     ],
 )  # fmt: skip
 def test_labels_are_read_with_prompts_of_their_own_or_the_templates(
-    name: str, text: str, wanted: dict[str, tuple[str, ...]], tmp_path: Path
+    name: str, text: str, expected: dict[str, tuple[str, ...]], tmp_path: Path
 ) -> None:
     (tmp_path / name).write_text(text)
-    found = read_labels(tmp_path / name, templates=("a {}", "the {}"))
-    assert {label.name: label.prompts for label in found} == wanted
+    labels = read_labels(tmp_path / name, templates=("a {}", "the {}"))
+    assert {label.name: label.prompts for label in labels} == expected
 
 
 def test_templates_that_no_label_uses_are_refused(tmp_path: Path) -> None:
@@ -241,14 +250,14 @@ def test_templates_that_no_label_uses_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_invalid_labels_are_refused_before_the_model_is_looked_at(
-    name: str, text: str, error: str, images: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    name: str, text: str, error: str, tagger: Tagger, tmp_path: Path
+) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=error):
         read_labels(tmp_path / name)
-    assert tag("no-such-model", images, tmp_path / name) == 2
-    assert name in capsys.readouterr().err
+    tagger.model, tagger.labels = "no-such-model", tmp_path / name
+    tagger.run(code=2)
+    assert name in tagger.error
 
 
 @pytest.mark.parametrize(
@@ -263,25 +272,11 @@ def test_invalid_labels_are_refused_before_the_model_is_looked_at(
     ],
 )
 def test_invalid_flags_are_refused_before_the_model_is_looked_at(
-    flags: tuple[str, ...], error: str, images: Path, labels: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    monkeypatch.chdir(labels.parent)
+    flags: tuple[str, ...], error: str, tagger: Tagger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tagger.labels.parent)
     Path("labels.jsonl").write_text("mine")
-    assert tag("no-such-model", images, labels, *flags) == 2
-    assert error in capsys.readouterr().err
+    tagger.model = "no-such-model"
+    tagger.run(*flags, code=2)
+    assert error in tagger.error
     assert Path("labels.jsonl").read_text() == "mine"
-
-
-def test_a_disk_that_fails_ends_the_run_and_skips_no_image(
-    model_folder: str, images: Path, labels: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    folder = tmp_path / "images"
-    shutil.copytree(images, folder)
-    (folder / "broken.png").write_bytes(b"no image")
-    assert tag(model_folder, folder, labels, "--skip-invalid") == 0
-    assert "Skipped 1 of 4 images" in capsys.readouterr().err
-    make_failing_file(folder / "d.png")
-    assert tag(model_folder, folder, labels, "--skip-invalid") != 0
-    assert "the disk or server failed" in (shown := capsys.readouterr().err) and "d.png" in shown

@@ -96,23 +96,17 @@ def test_a_request_that_fails_does_not_take_others_with_it() -> None:
     worker.close()
 
 
-def test_nothing_more_of_a_failed_request_is_computed() -> None:
-    worker, recorder = open_worker(budget=1)
-    with pytest.raises(ValueError, match="negative"):
-        submit(worker, -1, 2, 3).result(10)
-    worker.close()
-    assert recorder.batches == [[-1]]
-
-
-def test_a_cancelled_request_is_dropped() -> None:
+def test_nothing_more_of_a_failed_or_cancelled_request_is_computed() -> None:
     worker, recorder = open_worker(budget=1)
     hold_first(worker, recorder)
-    left, stays = submit(worker, 1, 2, 3), submit(worker, 4)
+    left, fails, stays = submit(worker, 1, 2), submit(worker, -1, 3), submit(worker, 4)
     assert left.cancel()
     recorder.go.set()
     assert stays.result(10)[:, 0].tolist() == [4]
+    with pytest.raises(ValueError, match="negative"):
+        fails.result(10)
     worker.close()
-    assert recorder.batches == [[0], [4]]
+    assert recorder.batches == [[0], [-1], [4]]
 
 
 def test_a_model_that_returns_too_few_rows_is_an_error() -> None:

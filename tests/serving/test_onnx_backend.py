@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from indexes import build, save_images, save_model
+from breaking import set_config
+from indexes import build, save_images
 from onnx_folders import shared_graphs, shared_source
 from served_apps import MIXED_TEXTS, to_png
 from shared_models import ROUNDING
 from tiny import draw_noise
-from tiny_folders import export_tiny_model
 from tokenizing import note_tokenized
 
-from modeling_llm2clip import ExportConfig, export_model
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.serve_config import ServeConfig
 from modeling_llm2clip.serving.service import EmbeddingService
@@ -27,23 +27,23 @@ ONNX = ServeConfig(backend="onnx")
 @pytest.mark.slow
 def test_onnx_and_torch_give_the_same_embeddings_labels_and_token_counts() -> None:
     inputs = [*MIXED_TEXTS, *(to_png(draw_noise(seed=seed)) for seed in range(3))]
-    found = []
+    results = []
     for source, config in ((shared_source(), ServeConfig()), (shared_graphs(), ONNX)):
         service = EmbeddingService.open(source, config)
         embedded = asyncio.run(service.embed(inputs))
         queries = asyncio.run(service.embed(inputs, prompt_name="query"))
         classified = asyncio.run(service.classify(inputs[-1:], ["a dog", "noise"]))  # type: ignore[arg-type]
-        found.append((embedded, queries, classified))
+        results.append((embedded, queries, classified))
         service.close()
-    (wanted, wanted_queries, wanted_labels), (given, queries, labels) = found
-    assert np.allclose(given.embeds, wanted.embeds, atol=ROUNDING)
-    assert np.allclose(queries.embeds, wanted_queries.embeds, atol=ROUNDING)
-    assert not np.allclose(queries.embeds, given.embeds, atol=100 * ROUNDING)
-    assert (given.num_tokens, given.truncated) == (wanted.num_tokens, wanted.truncated)
-    assert [t.label for t in labels.tags[0]] == [t.label for t in wanted_labels.tags[0]]
+    (expected, expected_queries, expected_labels), (texts, queries, labels) = results
+    assert np.allclose(texts.embeds, expected.embeds, atol=ROUNDING)
+    assert np.allclose(queries.embeds, expected_queries.embeds, atol=ROUNDING)
+    assert not np.allclose(queries.embeds, texts.embeds, atol=100 * ROUNDING)
+    assert (texts.num_tokens, texts.truncated) == (expected.num_tokens, expected.truncated)
+    assert [t.label for t in labels.tags[0]] == [t.label for t in expected_labels.tags[0]]
     # The temperature is recorded with six digits behind the point.
     assert labels.tags[0][0].probability == pytest.approx(
-        wanted_labels.tags[0][0].probability, abs=1e-4
+        expected_labels.tags[0][0].probability, abs=1e-4
     )
 
 
@@ -66,10 +66,9 @@ def test_a_model_and_its_graphs_are_not_taken_for_each_other(
     assert "text_weights=int8 needs backend=" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_an_untrained_model_is_refused_as_in_torch(tmp_path: Path) -> None:
-    source = export_tiny_model(tmp_path / "model", trained=False)
-    graphs = export_model(source, tmp_path / "graphs", ExportConfig(onnx=True, components="vision"))
+    graphs = Path(shutil.copytree(shared_graphs(), tmp_path / "graphs"))
+    set_config(projections_trained=False)(graphs)
     with pytest.raises(ValueError, match="refused for serving"):
         EmbeddingService.open(graphs, ONNX)
 
@@ -88,12 +87,3 @@ def test_an_index_is_searched_by_the_graphs_of_its_model(tmp_path: Path) -> None
             # int8 weights are kept where each embedding's cosine with the model's is 0.999 or more,
             # so it is at most 0.045 away.
             assert cosine == pytest.approx(wanted[path], abs=0.045)
-
-
-@pytest.mark.slow
-def test_the_graphs_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
-    other = save_model(tmp_path / "other")
-    build(other, save_images(tmp_path / "images", count=2), tmp_path / "db")
-    with pytest.raises(ValueError, match=r"index of the model .*other, .*text weights") as found:
-        EmbeddingService.open(shared_graphs(), ONNX, index=str(tmp_path / "db"))
-    assert str(shared_graphs()) in str(found.value)

@@ -9,18 +9,17 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import yaml
-from served_apps import MIXED_TEXTS
+from served_apps import MIXED_TEXTS, send
 from shared_models import ROUNDING
 from tiny_folders import export_tiny_model
 
@@ -64,14 +63,6 @@ def test_options_of_the_command_line_are_strings() -> None:
 def find_free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
-
-
-def send(url: str, body: Any) -> Any:
-    request = urllib.request.Request(
-        f"{url}/v1/embeddings", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=60) as response:
-        return json.load(response)
 
 
 @contextmanager
@@ -128,14 +119,12 @@ def test_two_replicas_answer_as_the_model_does(tmp_path: Path) -> None:
     with run_cluster(tmp_path / "serve.yaml", url):
         wait_for_two(url, that_worked=False)
         with ThreadPoolExecutor(16) as pool:
-            answers = list(pool.map(lambda text: send(url, {"input": text}), texts))
+            bodies = [{"input": text} for text in texts]
+            sent = list(pool.map(partial(send, f"{url}/v1/embeddings"), bodies))
         wait_for_two(url, that_worked=True)
-        with pytest.raises(urllib.error.HTTPError) as caught:
-            send(url, {"input": ""})
-        with caught.value as error:
-            assert error.code == 400
-            assert "at least 1 character" in json.load(error)["error"]["message"]
-    rows = np.array([answer["data"][0]["embedding"] for answer in answers])
+        status, refusal, _ = send(f"{url}/v1/embeddings", {"input": ""})
+        assert status == 400 and "at least 1 character" in refusal["error"]["message"]
+    rows = np.array([answer["data"][0]["embedding"] for _, answer, _ in sent])
     expected = encode_texts(*load_model(model, device="cpu"), texts).numpy()
     np.testing.assert_allclose(rows, expected, atol=ROUNDING)
 

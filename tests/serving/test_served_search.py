@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import shutil
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from served_apps import run_app, to_data_url
+from served_apps import run_app, send, to_data_url
 from shared_models import ROUNDING
 from tiny import draw_noise
 from tiny_folders import export_tiny_model
@@ -41,23 +38,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(folder: Path) -> Iterator[str]:
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model."""
+    return export_tiny_model(tmp_path_factory.mktemp("other") / "model", vision="siglip")
+
+
+def open_service(folder: Path, database: Path | None = None) -> EmbeddingService:
     config = ServeConfig(device="cpu")
-    service = EmbeddingService.open(folder / "model", config, index=str(folder / "db"))
-    with run_app(create_app(service)) as address:
+    return EmbeddingService.open(folder / "model", config, index=str(database or folder / "db"))
+
+
+@pytest.fixture(scope="module")
+def url(folder: Path) -> Iterator[str]:
+    with run_app(create_app(open_service(folder))) as address:
         yield address
 
 
-def search(url: str, body: Any, route: str = "/v1/search") -> tuple[int, Any]:
-    request = urllib.request.Request(
-        f"{url}{route}", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=20) as response:
-            return response.status, json.load(response)
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, json.load(error)
+def search(url: str, body: Any) -> tuple[int, Any]:
+    return send(f"{url}/v1/search", body)[:2]
 
 
 def test_hits_are_those_of_the_index(url: str, folder: Path) -> None:
@@ -85,9 +83,9 @@ def test_a_list_is_one_query_as_in_python(url: str, folder: Path) -> None:
     expected = ImageIndex.open(folder / "db").search(queries, top_k=6)
     assert [row["index"] for row in answer["data"]] == [0, 1, 2, 3]
     for row, result in zip(answer["data"], expected, strict=True):
-        found = {hit["path"]: hit["cosine"] for hit in row["hits"]}
-        wanted = {path.name: cosine for path, cosine in result.hits}
-        assert found == pytest.approx(wanted, abs=ROUNDING)
+        cosines = {hit["path"]: hit["cosine"] for hit in row["hits"]}
+        expected_cosines = {path.name: cosine for path, cosine in result.hits}
+        assert cosines == pytest.approx(expected_cosines, abs=ROUNDING)
     assert answer["truncated"] == [2]
     refused: dict[str, list[Any]] = {
         "queries.0": [[]], "queries.0.1": [["a", ["b"]]], "queries.1.1": ["a", ["a", " "]],
@@ -110,9 +108,7 @@ def test_a_filter_is_applied_and_a_broken_one_refused(url: str) -> None:
 
 
 def test_only_the_error_of_a_filter_is_named_as_such(folder: Path) -> None:
-    service = EmbeddingService.open(
-        folder / "model", ServeConfig(device="cpu"), index=str(folder / "db")
-    )
+    service = open_service(folder)
     try:
         for top_k, where, param in ((0, "height > 3", None), (1, "height >", "where")):
             with pytest.raises(RequestError) as refused:
@@ -123,23 +119,19 @@ def test_only_the_error_of_a_filter_is_named_as_such(folder: Path) -> None:
 
 
 def read_health(url: str) -> Any:
-    with urllib.request.urlopen(f"{url}/health") as response:
-        return json.load(response)
+    return send(f"{url}/health")[1]
 
 
 def test_an_index_that_is_gone_fails_searches_alone_until_it_is_back(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("modeling_llm2clip.search.index_database._SEEN_AFTER_S", 0)
-    other = export_tiny_model(tmp_path / "other", vision="siglip")
     ImageIndex.build(other, folder / "images", tmp_path / "new", IndexConfig(show_progress=False))
     database = Path(shutil.copytree(folder / "db", tmp_path / "db"))
-    service = EmbeddingService.open(
-        folder / "model", ServeConfig(device="cpu"), index=str(database)
-    )
-    with run_app(create_app(service)) as url:
+    with run_app(create_app(open_service(folder, database))) as url:
         assert search(url, {"queries": ["a dog"]})[0] == 200
-        assert read_health(url)["status"] == "ok"
+        health = read_health(url)
+        assert (health["status"], health["num_images"]) == ("ok", 6)
         for replacement, message in (
             (None, "no such database"),
             (tmp_path / "new", "gives other embeddings"),
@@ -170,10 +162,7 @@ def test_an_index_that_is_removed_and_made_anew_is_searched_and_counted(
     ImageIndex.build(folder / "model", images, database, quiet)
     draw_noise(50, 40, seed=50).save(images / "0.png")
     ImageIndex.build(folder / "model", images, database, quiet)
-    service = EmbeddingService.open(
-        folder / "model", ServeConfig(device="cpu"), index=str(database)
-    )
-    with run_app(create_app(service)) as url:
+    with run_app(create_app(open_service(folder, database))) as url:
         for name in ("1.png", "2.png"):
             (images / name).unlink()
         shutil.rmtree(database)
@@ -193,12 +182,7 @@ def test_an_index_that_is_removed_and_made_anew_is_searched_and_counted(
         assert "cannot be read" in health["index_error"]
 
 
-def test_the_number_of_images_is_in_the_health(url: str) -> None:
-    assert read_health(url)["num_images"] == 6
-
-
-def test_an_index_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
-    other = export_tiny_model(tmp_path / "other", vision="siglip")
+def test_an_index_of_another_model_is_refused(folder: Path, other: Path) -> None:
     with pytest.raises(ValueError, match="gives other embeddings"):
         EmbeddingService.open(other, ServeConfig(device="cpu"), index=str(folder / "db"))
 
@@ -225,6 +209,6 @@ def test_responses_are_written_outside_of_the_event_loop(
 
     monkeypatch.setattr(JsonResponse, "render", note_thread)
     assert search(url, {"queries": ["a dog"]})[0] == 200
-    assert search(url, {"input": ["a dog"]}, "/v1/embeddings")[0] == 200
-    assert search(url, {"texts": ["a dog"]}, "/v2/embed")[0] == 200
+    assert send(f"{url}/v1/embeddings", {"input": ["a dog"]})[0] == 200
+    assert send(f"{url}/v2/embed", {"texts": ["a dog"]})[0] == 200
     assert threads == ["worker"] * 3

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import random
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from served_apps import MIXED_TEXTS, open_service, to_png
+from served_apps import MIXED_TEXTS, HeldEncoder, open_service, to_png
 from shared_models import ROUNDING, shared_model
 from tiny import draw_noise, tiny_images, tiny_model
 from tokenizing import note_tokenized
 
-from modeling_llm2clip import encode_images, encode_texts
+from modeling_llm2clip import LLM2CLIPTextModel, encode_images, encode_texts
 from modeling_llm2clip.configs.serve_config import ServeConfig
 from modeling_llm2clip.encoding.encode import TorchEncoder, average_prompts
-from modeling_llm2clip.model_folders.golden_embeddings import (
-    GOLDEN_TEXTS,
-    compute_golden,
-    render_golden_images,
-)
+from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.search.tag_labels import make_labels, rank_labels
 from modeling_llm2clip.serving.service import EmbeddingService
@@ -39,38 +34,24 @@ def run(coroutine: Any) -> Any:
     return asyncio.run(coroutine)
 
 
-def embed_alone(one: Any) -> Any:
+def embed_alone(value: Any) -> Any:
     """The model's own embedding of one input."""
     model, processor = shared_model()
-    if isinstance(one, str):
-        return encode_texts(model, processor, [one])[0].numpy()
-    return encode_images(model, processor, [one])[0].numpy()
+    encode = encode_texts if isinstance(value, str) else encode_images
+    return encode(model, processor, [value])[0].numpy()
 
 
 def test_embeddings_equal_those_of_the_model_one_by_one_in_any_order() -> None:
-    inputs: list[Any] = [*MIXED_TEXTS, *IMAGES]
-    random.Random(0).shuffle(inputs)
+    transparent = Image.new("RGBA", (40, 40), (10, 200, 30, 90))
+    pairs = [(value, value) for value in [*MIXED_TEXTS, *IMAGES]]
+    pairs += [(to_png(image), image) for image in [*IMAGES, transparent]]
+    random.Random(0).shuffle(pairs)
     with open_service() as service:
-        found = run(service.embed(inputs))
-    expected = np.stack([embed_alone(one) for one in inputs])
-    np.testing.assert_allclose(found.embeds, expected, atol=ROUNDING)
-    assert found.embeds.dtype == np.float32
-
-
-def test_encoded_images_equal_images() -> None:
-    with open_service() as service:
-        found = run(service.embed([to_png(image) for image in IMAGES]))
-        again = run(service.embed(IMAGES))
-    np.testing.assert_array_equal(found.embeds, again.embeds)
-
-
-def test_golden_embeddings_are_served() -> None:
-    golden = compute_golden(*shared_model())
-    with open_service() as service:
-        texts = run(service.embed(list(GOLDEN_TEXTS)))
-        images = run(service.embed(render_golden_images()))
-    np.testing.assert_allclose(texts.embeds, golden["text_embeds"], atol=ROUNDING)
-    np.testing.assert_allclose(images.embeds, golden["image_embeds"], atol=ROUNDING)
+        embedded = run(service.embed([sent for sent, _ in pairs]))
+    expected = np.stack([embed_alone(value) for _, value in pairs])
+    np.testing.assert_allclose(embedded.embeds, expected, atol=ROUNDING)
+    assert embedded.embeds.dtype == np.float32
+    assert torch.is_inference_mode_enabled() is False
 
 
 def test_a_request_tokenizes_each_of_its_texts_once() -> None:
@@ -96,37 +77,25 @@ def test_many_texts_are_measured_part_by_part_and_numbered_as_a_whole() -> None:
 def test_under_load_every_request_gets_its_own_embeddings() -> None:
     """Small budgets and mixed lengths split and mix requests in every way."""
     pool: list[Any] = [*MIXED_TEXTS, *IMAGES]
-    expected = {id(one): embed_alone(one) for one in pool}
+    expected = {id(value): embed_alone(value) for value in pool}
     choose = random.Random(1)
-    requests = [choose.choices(pool, k=choose.randint(1, 7)) for _ in range(150)]
+    requests = [choose.choices(pool, k=choose.randint(1, 7)) for _ in range(80)]
 
     async def ask_all(service: Any) -> Any:
         return await asyncio.gather(*map(service.embed, requests))
 
     with open_service(token_budget=64, batch_size=3) as service:
-        for request, found in zip(requests, run(ask_all(service)), strict=True):
-            wanted = np.stack([expected[id(one)] for one in request])
-            np.testing.assert_allclose(found.embeds, wanted, atol=ROUNDING)
+        for request, embedded in zip(requests, run(ask_all(service)), strict=True):
+            rows = np.stack([expected[id(value)] for value in request])
+            np.testing.assert_allclose(embedded.embeds, rows, atol=ROUNDING)
         assert service.num_pending == 0
 
 
 def test_several_event_loops_may_ask_at_once() -> None:
-    found: dict[int, Any] = {}
-    with open_service() as service:
-        threads = [
-            threading.Thread(
-                target=lambda n=n: found.update({n: run(service.embed([MIXED_TEXTS[n]]))})
-            )
-            for n in range(4)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    for number, embedded in found.items():
-        expected = embed_alone(MIXED_TEXTS[number])
-        np.testing.assert_allclose(embedded.embeds[0], expected, atol=ROUNDING)
-    assert len(found) == 4
+    with open_service() as service, ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda text: run(service.embed([text])), MIXED_TEXTS[:4]))
+    expected = [embed_alone(text) for text in MIXED_TEXTS[:4]]
+    np.testing.assert_allclose([r.embeds[0] for r in results], expected, atol=ROUNDING)
 
 
 def test_fewer_dimensions_are_the_first_ones_of_unit_length() -> None:
@@ -172,18 +141,6 @@ def test_what_cannot_be_embedded_is_refused(
         while service.num_pending:
             assert time.monotonic() < deadline
             time.sleep(0.001)
-
-
-class HeldEncoder(TorchEncoder):
-    """Waits before each batch until it may go on."""
-
-    def __init__(self) -> None:
-        super().__init__(*shared_model())
-        self.go = threading.Event()
-
-    def encode_texts(self, texts: Any) -> Any:
-        assert self.go.wait(10)
-        return super().encode_texts(texts)
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_again() -> None:
@@ -250,30 +207,12 @@ def test_classification_equals_that_of_tag() -> None:
             assert tag.probability == pytest.approx(other.probability, abs=20 * ROUNDING)
 
 
-@pytest.mark.parametrize(
-    ("labels", "templates", "message"),
-    [
-        (["a", "a"], ("{}",), "repeat"),
-        (["a", " "], ("{}",), "blank"),
-        (["a"], ("no place",), "exactly one"),
-    ],
-)
-def test_labels_that_mean_nothing_are_refused(
-    labels: list[str], templates: tuple[str, ...], message: str
-) -> None:
-    with open_service() as service, pytest.raises(RequestError, match=message):
-        run(service.classify(IMAGES[:1], labels, templates=templates))
-
-
 def test_a_model_with_one_tower_serves_that_one(tmp_path: Any) -> None:
-    from modeling_llm2clip.configs.export_config import ExportConfig
-    from modeling_llm2clip.model_folders.model_loading import load_model
-    from modeling_llm2clip.model_folders.model_writing import save_model
-    from modeling_llm2clip.publishing.export_model import export_model
-
-    whole = save_model(*tiny_model(), tmp_path / "whole")
-    folder = export_model(whole, tmp_path / "text", ExportConfig(components="text"))
-    with open_service(TorchEncoder(*load_model(folder, device="cpu"))) as service:
+    LLM2CLIPTextModel.from_pretrained(
+        save_model(*shared_model(), tmp_path / "whole")
+    ).save_pretrained(tmp_path / "text")
+    shared_model()[1].save_pretrained(tmp_path / "text")
+    with open_service(TorchEncoder(*load_model(tmp_path / "text", device="cpu"))) as service:
         found = run(service.embed(["a dog"]))
         with pytest.raises(RequestError, match="no image tower"):
             run(service.embed([IMAGES[0]]))
@@ -301,22 +240,9 @@ def test_images_are_decoded_in_parts_and_keep_their_order() -> None:
 
 
 def test_an_untrained_model_is_not_served(tmp_path: Any) -> None:
-    from modeling_llm2clip.model_folders.model_writing import save_model
-    from modeling_llm2clip.serving.service import EmbeddingService
-
     folder = save_model(*tiny_model(trained=False), tmp_path / "untrained")
     with pytest.raises(ValueError, match="untrained"):
         EmbeddingService.open(folder)
-
-
-def test_an_image_with_transparency_is_the_one_that_the_model_sees() -> None:
-    image = Image.new("RGBA", (40, 40), (10, 200, 30, 90))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    with open_service() as service:
-        found = run(service.embed([buffer.getvalue()])).embeds[0]
-    np.testing.assert_allclose(found, embed_alone(image), atol=ROUNDING)
-    assert torch.is_inference_mode_enabled() is False
 
 
 INSTRUCTIONS = {"query": "Find an image: ", "topic": "Name the topic: "}
