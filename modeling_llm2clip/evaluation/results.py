@@ -54,8 +54,8 @@ class Result:
         counts: Numbers of images, texts and truncated texts.
         fingerprint: Digests that identify the model.
         run: Facts that change no score: device, batch size, where the model was, and how many texts
-            and images were `encoded`; embeddings of an earlier task are not computed again. For
-            images unlike those that the model was trained on, `far_images` says so.
+            and images were `encoded`; embeddings of an earlier task are not computed again.
+            `far_images` describes images that are unlike the training data.
         versions: Those of Python and of every package that takes part in an embedding.
         seconds: Time to compute the `encoded` embeddings and the scores.
     """

@@ -346,30 +346,32 @@ FLAGS = ("--device", "cpu", "--logging-steps", "1", "--learning-rate", "1e-2")
 def test_both_scripts_run_as_they_stand_and_two_processes_equal_one(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def pretrain(output: str) -> list[str]:
-        folders = (parts / "tower", parts / "llm", parts / "data", tmp_path / output)
-        flags = ("--max-steps", "3", "--global-batch-size", "4", *FLAGS)
-        template = ("--chat-template", str(RECIPE / "vicuna.jinja"))
-        return ["pretrain_projector.py", *map(str, folders), *flags, *template]
-
-    monkeypatch.setattr(sys, "argv", pretrain("one"))
+    flags = ("--global-batch-size", "4", *FLAGS)
+    pretrain = (parts / "tower", parts / "llm", parts / "data", tmp_path / "projector")
+    template = ("--chat-template", RECIPE / "vicuna.jinja")
+    words = ["pretrain_projector.py", *pretrain, *template, "--max-steps", "1", *flags]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
     assert pretrain_projector.main() == 0
-    script, *arguments = pretrain("two")
-    for printed in (capsys.readouterr().out, run_python(RECIPE / script, *arguments, processes=2)):
-        assert printed.count("Wrote ") == 1
-    ours, theirs = (list(read_losses(tmp_path / name).values()) for name in ("one", "two"))
-    assert len(ours) == 3
-    # The same answers, shared in another way: float32 sums in another order.
-    assert theirs == pytest.approx(ours, rel=1e-4)
+    assert capsys.readouterr().out.count("Wrote ") == 1
     long = make_entry(0)
     long["conversations"][0]["value"] += "word " * 3000
     entries = [make_entry(number) for number in range(12)]
     file = tmp_path / "long.json"
     file.write_text(json.dumps([*entries, long]), encoding="utf-8")
-    printed = run_python(
-        RECIPE / "tune_instructions.py", tmp_path / "one" / "model", file, parts / "data",
-        tmp_path / "tuned", "--max-steps", 2, "--global-batch-size", 4, "--skip-text-only",
-        "--skip-invalid", *FLAGS, processes=2,
-    )  # fmt: skip
-    assert printed.count("showed: {'no answer within 2048 tokens': 1}.") == 1
-    assert (tmp_path / "tuned" / "model" / "config.json").is_file()
+
+    def tune(output: str) -> list[str]:
+        folders = (tmp_path / "projector" / "model", file, parts / "data", tmp_path / output)
+        skipping = ("--skip-text-only", "--skip-invalid", "--max-steps", "3")
+        return ["tune_instructions.py", *map(str, folders), *skipping, *flags]
+
+    monkeypatch.setattr(sys, "argv", tune("one"))
+    assert tune_instructions.main() == 0
+    script, *arguments = tune("two")
+    for printed in (capsys.readouterr().out, run_python(RECIPE / script, *arguments, processes=2)):
+        assert printed.count("Wrote ") == 1
+        assert printed.count("showed: {'no answer within 2048 tokens': 1}.") == 1
+    ours, theirs = (list(read_losses(tmp_path / name).values()) for name in ("one", "two"))
+    assert len(ours) == 3
+    # The same answers, shared in another way: float32 sums in another order.
+    assert theirs == pytest.approx(ours, rel=1e-4)
+    assert (tmp_path / "two" / "model" / "config.json").is_file()

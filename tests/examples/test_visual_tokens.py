@@ -29,6 +29,16 @@ def tower_with_registers() -> tuple[PreTrainedModel, Any]:
     return AutoModel.from_config(config).eval(), tiny_vision("clip")[1]
 
 
+def count_llava_tokens(tower: Any, image_processor: Any, **options: Any) -> list[int]:
+    """Run an image through LLaVA's classes; returns the tokens that it makes of the image."""
+    config = LlavaConfig(vision_config=tower.config, text_config=tiny_llm().config, **options)
+    llava = LlavaForConditionalGeneration(config).eval()
+    pixels = image_processor(images=tiny_images(1), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        features = llava.get_image_features(pixel_values=pixels).pooler_output
+    return [len(feature) for feature in features]
+
+
 @pytest.mark.parametrize("vision", [*LLAVA_FAMILIES, "registers"])
 def test_llava_gets_as_many_tokens_as_are_found(vision: str) -> None:
     tower, image_processor = (
@@ -39,38 +49,24 @@ def test_llava_gets_as_many_tokens_as_are_found(vision: str) -> None:
     # Before the patches: nothing, CLS, or CLS and registers; LLaVA drops CLS only.
     prefix = {"siglip": 0, "registers": 1 + REGISTERS}.get(vision, 1)
     assert tokens.num_prefix_tokens == prefix
-    config = LlavaConfig(
-        vision_config=tower.config, text_config=tiny_llm().config,
-        vision_feature_layer=LLAVA_LAYER, vision_feature_select_strategy=tokens.select_strategy,
-    )  # fmt: skip
-    llava = LlavaForConditionalGeneration(config).eval()
-    pixels = image_processor(images=tiny_images(1), return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        features = llava.get_image_features(pixel_values=pixels).pooler_output
-    assert [len(feature) for feature in features] == [tokens.num_tokens]
+    options = {
+        "vision_feature_layer": LLAVA_LAYER,
+        "vision_feature_select_strategy": tokens.select_strategy,
+    }
+    assert count_llava_tokens(tower, image_processor, **options) == [tokens.num_tokens]
     assert tokens.num_tokens == 16 + max(prefix - 1, 0)
 
 
-@pytest.mark.parametrize("layer", [-9, -3, 0, 3])
-def test_a_layer_that_is_not_there_is_refused_with_those_that_are(layer: int) -> None:
+def test_llava_reads_every_layer_that_is_accepted_and_others_are_refused() -> None:
     tower, image_processor = tiny_vision("clip")
-    wanted = rf"layer={layer}, and CLIPVisionModel has 2 layers\. Give 1 to 2, or -2 to -1"
-    with pytest.raises(ValueError, match=wanted):
-        find_visual_tokens(tower, image_processor, layer=layer)
-
-
-@pytest.mark.parametrize("layer", [-2, -1, 1, 2])
-def test_llava_reads_every_layer_that_is_accepted(layer: int) -> None:
-    tower, image_processor = tiny_vision("clip")
-    tokens = find_visual_tokens(tower, image_processor, layer=layer)
-    config = LlavaConfig(
-        vision_config=tower.config, text_config=tiny_llm().config, vision_feature_layer=layer
-    )
-    llava = LlavaForConditionalGeneration(config).eval()
-    pixels = image_processor(images=tiny_images(1), return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        features = llava.get_image_features(pixel_values=pixels).pooler_output
-    assert [len(feature) for feature in features] == [tokens.num_tokens]
+    for layer in (-2, -1, 1, 2):
+        tokens = find_visual_tokens(tower, image_processor, layer=layer)
+        counts = count_llava_tokens(tower, image_processor, vision_feature_layer=layer)
+        assert counts == [tokens.num_tokens]
+    for layer in (-9, -3, 0, 3):
+        message = rf"layer={layer}, and CLIPVisionModel has 2 layers\. Give 1 to 2, or -2 to -1"
+        with pytest.raises(ValueError, match=message):
+            find_visual_tokens(tower, image_processor, layer=layer)
 
 
 def test_a_tower_without_a_sequence_of_states_is_refused_by_name() -> None:

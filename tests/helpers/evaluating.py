@@ -36,7 +36,7 @@ def read_table(text: str, title: str) -> list[dict[str, str]]:
 
 
 def arguments(output: Path, folder: str, *sources: str, **changes: Any) -> dict[str, Any]:
-    """What evaluates models on the English captions of such data, unless something is to change."""
+    """Arguments of `evaluate` for the English captions of such data, with some changes."""
     chosen = {
         "models": sources,
         "data": EvaluatedDataset(name="folder", folder=folder),

@@ -108,8 +108,8 @@ def parse_dataset(text: str | Path) -> EvaluatedDataset:
     """Read the name of a dataset and its folder as users write them.
 
     That is `NAME` or `NAME=FOLDER` of a dataset; a folder, file or URL of one's own captioned
-    images; or `NAME=` and such a place, with a name of one's own that resembles no dataset's. Any
-    path that exists is one, unless a dataset has this name.
+    images; or `NAME=` and such a place, with a name of one's own that resembles no dataset's. An
+    existing path is taken as a path, unless it is the name of a dataset.
     """
     written = str(text)
     if written in _SPECS:
@@ -346,7 +346,7 @@ def _open(
 
 
 def _choose_language(reading: DatasetReading, lang: str | None) -> str:
-    """Choose the language, which may only be left open if there is one."""
+    """Choose the language, which must be named if there are several."""
     spec = reading.spec
     languages = spec.languages if spec.find_languages is None else spec.find_languages(reading)
     if lang is None and len(languages) > 1:

@@ -97,10 +97,10 @@ def rank_retrieval(
 
     Positives are scored first, in float64. Then tiles of the score matrix are computed in float32,
     compared with the thresholds of both directions and dropped; the few scores that are too near to
-    a threshold to trust float32 are computed again in float64. So the ranks are those of the whole
-    matrix in float64, whatever the device and the `shape` of the tiles are, by default that which
-    is fast on the device. The working memory does not grow with the number of rows, but for some
-    numbers per row and pair.
+    a threshold to trust float32 are computed again in float64. So the ranks equal those of the
+    whole matrix in float64, on any device and with any `shape` of the tiles; the default shape is
+    fast on the device. Working memory does not grow with the rows, except for a few numbers per row
+    and pair.
     """
     _require_fit(image_embeds, text_embeds, correspondence)
     device = image_embeds.device

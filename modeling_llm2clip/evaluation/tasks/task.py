@@ -40,7 +40,7 @@ class Task:
         check: Raises ValueError for datasets on which the task cannot run, before any model is
             loaded.
         describe_data: Further choices, which depend on the datasets.
-        needs: Optional packages that it cannot do without.
+        needs: Optional packages that it requires.
     """
 
     name: str

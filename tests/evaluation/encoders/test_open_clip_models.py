@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,12 +52,6 @@ def test_clips_own_tokenizer_reads_each_text_once(
     assert sorted(read) == sorted(TEXTS)
 
 
-def test_a_weights_file_is_refused_as_it_does_not_say_how_it_is_run(models: Any) -> None:
-    weights = models("open_clip") / "open_clip_model.safetensors"
-    with pytest.raises(ValueError, match=r"is a file, .*open_clip_config\.json.*`save_for_hf`"):
-        load_encoder(weights)
-
-
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 def test_a_model_is_run_with_the_activation_that_its_description_has(
     activation: str, tmp_path: Path
@@ -65,15 +60,11 @@ def test_a_model_is_run_with_the_activation_that_its_description_has(
     from open_clip.model import CLIP
     from safetensors.torch import save_file
 
+    sizes = {"width": 32, "layers": 2}
     config = {
-        "embed_dim": 16,
-        "vision_cfg": {
-            "image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 8,
-        },
-        "text_cfg": {
-            "context_length": 77, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 2,
-        },
-        "quick_gelu": activation == "quick_gelu",
+        "embed_dim": 16, "quick_gelu": activation == "quick_gelu",
+        "vision_cfg": {**sizes, "image_size": 32, "patch_size": 8, "head_width": 8},
+        "text_cfg": {**sizes, "context_length": 77, "vocab_size": 49408, "heads": 4},
     }  # fmt: skip
     torch.manual_seed(0)
     model = CLIP(**config).eval()
@@ -128,8 +119,10 @@ def test_an_open_clip_repository_of_bin_weights_alone_is_fetched_with_them(
     assert asked == []
 
 
-def test_open_clip_without_weights_is_not_random(models: Any, tmp_path: Path) -> None:
-    config = (models("open_clip") / "open_clip_config.json").read_text(encoding="utf-8")
-    (tmp_path / "open_clip_config.json").write_text(config, encoding="utf-8")
+def test_neither_weights_alone_nor_a_config_alone_is_a_model(models: Any, tmp_path: Path) -> None:
+    folder = models("open_clip")
+    with pytest.raises(ValueError, match=r"is a file, .*open_clip_config\.json.*`save_for_hf`"):
+        load_encoder(folder / "open_clip_model.safetensors")
+    shutil.copy(folder / "open_clip_config.json", tmp_path)
     with pytest.raises(ValueError, match=r"none of .*open_clip_model\.safetensors.*random"):
         load_encoder(tmp_path)

@@ -34,31 +34,27 @@ def test_our_folder_is_a_sentence_transformer_if_that_is_requested(
         torch.testing.assert_close(unit(found), unit(wanted), rtol=0, atol=ROUNDING)
 
 
-@pytest.mark.parametrize(
-    ("written", "max_tokens"),
-    [
-        ({"max_seq_length": 12, "do_lower_case": True}, 12),  # as old releases wrote it
-        ({"max_seq_length": None, "do_lower_case": False}, 24),
-        ({}, 24),
-    ],
-)
 def test_a_sentence_transformer_is_described_as_it_reads_its_files(
-    written: dict[str, Any], max_tokens: int, models: Any, tmp_path: Path
+    models: Any, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "old"
-    shutil.copytree(models("sentence-transformers"), folder)
-    (folder / "sentence_bert_config.json").write_text(json.dumps(written), encoding="utf-8")
+    folder = shutil.copytree(models("sentence-transformers"), tmp_path / "old")
     (folder / "config_sentence_transformers.json").write_text(
         '{"prompts": {"query": "find: "}, "default_prompt_name": "query"}', encoding="utf-8"
     )
-    encoder = load_encoder(folder)
-    described = encoder.description
-    assert described.images is None and described.text is not None
-    assert (described.text["prompt"], described.text["max_tokens"]) == ("find: ", max_tokens)
-    assert described.text["lower_case"] is bool(written.get("do_lower_case"))
-    assert described.text["modules"][0] == "Transformer"
-    long = encoder.encode_texts(["a dog", "a dog and a cat " * 60])
-    assert long.is_truncated is not None and long.is_truncated.tolist() == [False, True]
+    for written, max_tokens in (
+        ({"max_seq_length": 12, "do_lower_case": True}, 12),  # as old releases wrote it
+        ({"max_seq_length": None, "do_lower_case": False}, 24),
+        ({}, 24),
+    ):
+        (folder / "sentence_bert_config.json").write_text(json.dumps(written), encoding="utf-8")
+        encoder = load_encoder(folder)
+        described = encoder.description
+        assert described.images is None and described.text is not None
+        assert (described.text["prompt"], described.text["max_tokens"]) == ("find: ", max_tokens)
+        assert described.text["lower_case"] is bool(written.get("do_lower_case"))
+        assert described.text["modules"][0] == "Transformer"
+        long = encoder.encode_texts(["a dog", "a dog and a cat " * 60])
+        assert long.is_truncated is not None and long.is_truncated.tolist() == [False, True]
 
 
 def test_a_sentence_transformer_of_static_embeddings_has_no_limit_and_truncates_nothing(

@@ -8,12 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from embeddings_by_hand import (
-    EAST,
-    NORTH,
-    make_choices,
-    open_embeddings,
-)
+from embeddings_by_hand import EAST, NORTH, make_choices, open_embeddings
 
 from modeling_llm2clip.evaluation.datasets.choice_dataset import ChoiceItem
 from modeling_llm2clip.evaluation.tasks.choices import _CHANCES, CHOICES
