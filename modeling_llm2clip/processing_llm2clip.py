@@ -207,9 +207,9 @@ class LLM2CLIPProcessor(ProcessorMixin):
             count = len(images) if isinstance(images, list) else 1
             if len(batch["pixel_values"]) != count:
                 raise ValueError(
-                    f"The image processor made {len(batch['pixel_values'])} rows of {count} "
-                    "images, so it may cut images into tiles. Restore processor_config.json from "
-                    "the original model folder."
+                    "The image processor must make one row per image, and made "
+                    f"{len(batch['pixel_values'])} from {count}: it may cut images into tiles. "
+                    "Restore processor_config.json from the original model folder."
                 )
         if text is not None:
             limit = filled["text_kwargs"]["max_length"]

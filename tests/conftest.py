@@ -6,6 +6,7 @@ import gc
 import ipaddress
 import os
 import random
+import re
 import shutil
 import socket
 import tempfile
@@ -55,6 +56,14 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[RUN_FOLDER] = folder.name
         config.add_cleanup(folder.cleanup)
         config.add_cleanup(lambda: os.environ.pop(RUN_FOLDER))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave files of slow tests alone out of a run without them: some take seconds to import."""
+    if collection_path.suffix != ".py" or "not slow" not in config.option.markexpr:
+        return None
+    text = collection_path.read_text(encoding="utf-8")
+    return True if re.search(r"^pytestmark = .*mark\.slow", text, re.MULTILINE) else None
 
 
 def pytest_collection_finish() -> None:

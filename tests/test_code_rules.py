@@ -293,10 +293,10 @@ FIRST_IMPORTS = (
     "import modeling_llm2clip.model_folders.model_loading",
     "from transformers import AutoModel; import modeling_llm2clip",
 )
-# Each order needs a fresh process; forks of one that has torch already save seconds.
+# Each order needs a fresh process; forks of one that has these libraries already save seconds.
 TRY_EACH_FIRST_IMPORT = """
 import os, sys
-import torch, torchvision
+import huggingface_hub, PIL.Image, safetensors.torch, tokenizers, torch, torchvision
 for number, first in enumerate(FIRST_IMPORTS):
     if os.fork() == 0:
         exec(first)

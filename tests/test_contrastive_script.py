@@ -28,7 +28,7 @@ from transformers import (
 
 from modeling_llm2clip.model_folders.model_writing import save_model
 
-FAMILIES = ("clip", "siglip", "timm", "timm with batch norm")
+FAMILIES = ("clip", "siglip", "timm with batch norm")
 TEXTS = ["a dog", "a red car", "two red apples", "a cat sleeps"]
 # Importing the package raises, so only the code in the folders is used.
 LOAD = """

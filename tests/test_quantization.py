@@ -25,35 +25,6 @@ bitsandbytes = pytest.importorskip("bitsandbytes")
 BLOCK = 64
 
 
-@every_device
-@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
-def test_only_the_language_model_is_quantized(tmp_path, quantization, device):
-    tokenizer = tiny_tokenizer()
-    text_model = tiny_llm(vocabulary_size=len(tokenizer), hidden_size=BLOCK)
-    settings = BuildConfig(prompt="llama-3", max_text_length=32, visual_projection_bias=False)
-    model, processor = join_towers(tiny_vision(), (text_model, tokenizer), settings)
-    model.save_pretrained(tmp_path)
-    inputs = processor(text=["a dog", "two cats"], images=tiny_images())
-    loaded = LLM2CLIPModel.from_pretrained(
-        tmp_path,
-        quantization_config=text_quantization_config(quantization),
-        device_map={"": device},
-    )
-    layers = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
-    quantized = [name for name, module in loaded.named_modules() if isinstance(module, layers)]
-    assert quantized and all(name.startswith("text_model.") for name in quantized)
-    parts = [n.removeprefix("text_model.") for n, _ in model.text_model.named_modules()]
-    assert len(quantized) == sum(part.endswith("_proj") for part in parts)
-    with torch.inference_mode():
-        before, after = model(**inputs), loaded(**move(inputs, device))
-    # The vision tower is not quantized: only the order of sums differs, and more so on CUDA.
-    tolerance = {"atol": 1e-5 if device == "cuda" else 1e-6, "rtol": 1e-5}
-    torch.testing.assert_close(after.image_embeds.cpu(), before.image_embeds, **tolerance)
-    cosine = F.cosine_similarity(after.text_embeds.cpu(), before.text_embeds)
-    # Four bits keep two to three digits of each weight; other texts have a far lower cosine.
-    assert cosine.min() > 0.8
-
-
 def test_every_part_but_the_language_model_is_kept_in_full():
     model, _ = tiny_model()
     parts = {name for name, _ in model.named_children()} | {"pooled_dense"}  # inside the LLM
@@ -63,6 +34,11 @@ def test_every_part_but_the_language_model_is_kept_in_full():
 def test_an_unknown_quantization_is_rejected():
     with pytest.raises(ValueError, match="quantization='2bit' must be '4bit' or '8bit'"):
         text_quantization_config("2bit")
+
+
+def list_quantized(model: Any) -> list[str]:
+    layers = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    return [name for name, module in model.named_modules() if isinstance(module, layers)]
 
 
 @pytest.fixture(scope="module")
@@ -85,16 +61,38 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("load", [LLM2CLIPModel, AutoModel], ids=["own", "auto"])
-def test_quantizing_a_two_tower_model_quantizes_the_llm_alone(
-    name: str, load: Any, saved: tuple[Path, Any, Any]
+@every_device
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_the_package_quantizes_the_language_model_alone(
+    quantization: str, device: str, saved: tuple[Path, Any, Any]
 ) -> None:
     folder, model, batch = saved
-    given = copy.deepcopy(CONFIGS[name])
-    loaded = load.from_pretrained(folder, quantization_config=given, device_map={"": "cpu"})
-    layers = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
-    quantized = [name for name, module in loaded.named_modules() if isinstance(module, layers)]
+    config = text_quantization_config(quantization)
+    loaded = LLM2CLIPModel.from_pretrained(
+        folder, quantization_config=config, device_map={"": device}
+    )
+    quantized = list_quantized(loaded)
+    assert all(name.startswith("text_model.") for name in quantized)
+    assert len(quantized) == sum(n.endswith("_proj") for n, _ in model.text_model.named_modules())
+    with torch.inference_mode():
+        before, after = model(**batch), loaded(**move(batch, device))
+    # The vision tower is not quantized: only the order of sums differs, and more so on CUDA.
+    tolerance = {"atol": 1e-5 if device == "cuda" else 1e-6, "rtol": 1e-5}
+    torch.testing.assert_close(after.image_embeds.cpu(), before.image_embeds, **tolerance)
+    cosine = F.cosine_similarity(after.text_embeds.cpu(), before.text_embeds)
+    # Four bits keep two to three digits of each weight; other texts have a far lower cosine.
+    assert cosine.min() > 0.8
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_quantizing_a_two_tower_model_quantizes_the_llm_alone(
+    name: str, saved: tuple[Path, Any, Any]
+) -> None:
+    folder, model, batch = saved
+    config = copy.deepcopy(CONFIGS[name])
+    load = LLM2CLIPModel if name == "8bit" else AutoModel
+    loaded = load.from_pretrained(folder, quantization_config=config, device_map={"": "cpu"})
+    quantized = list_quantized(loaded)
     assert quantized and all(name.startswith("text_model.") for name in quantized)
     assert any("o_proj" in name for name in quantized) is (name != "4bit without o_proj")
     with torch.inference_mode():
@@ -103,8 +101,8 @@ def test_quantizing_a_two_tower_model_quantizes_the_llm_alone(
     torch.testing.assert_close(after.image_embeds, before.image_embeds, atol=1e-6, rtol=1e-5)
     # bitsandbytes' default fp4 keeps one to two digits of each weight, nf4 and 8 bits more.
     assert F.cosine_similarity(after.text_embeds, before.text_embeds).min() > 0.6
-    if isinstance(given, BitsAndBytesConfig):  # the caller's configuration is not changed
-        assert given.llm_int8_skip_modules == CONFIGS[name].llm_int8_skip_modules
+    if isinstance(config, BitsAndBytesConfig):  # the caller's configuration is not changed
+        assert config.llm_int8_skip_modules == CONFIGS[name].llm_int8_skip_modules
 
 
 @pytest.fixture

@@ -103,26 +103,19 @@ def test_instructions_that_a_sentence_transformers_user_removes_are_gone(
     assert LLM2CLIPConfig.from_pretrained(tmp_path).instructions == {}
 
 
-def test_saving_to_an_existing_folder_writes_the_instructions_of_the_model(tmp_path: Path) -> None:
-    save(tmp_path, instructions={"query": "Find a cat: "})
-    save(tmp_path, instructions={"query": "Find a dog: "})
-    assert read_instructions(tmp_path) == {"query": "Find a dog: "}
-    assert LLM2CLIPConfig.from_pretrained(tmp_path).instructions == {"query": "Find a dog: "}
-
-
-def test_saving_to_another_models_folder_changes_no_instruction_in_memory(
-    folder: Path, tmp_path: Path
+def test_saving_to_an_existing_folder_writes_its_instructions_and_changes_none_in_memory(
+    tmp_path: Path,
 ) -> None:
-    model = AutoModel.from_pretrained(folder)
-    SentenceTransformer(str(folder), prompts={"query": "Other: "}).save_pretrained(str(tmp_path))
-    model.save_pretrained(tmp_path)
-    assert model.config.instructions == {"query": INSTRUCTION}
-
-
-def test_an_export_changes_no_instruction_in_memory(tmp_path: Path) -> None:
+    save(tmp_path / "own", instructions={"query": "Find a cat: "})
+    save(tmp_path / "own", instructions={"query": "Find a dog: "})
+    assert read_instructions(tmp_path / "own") == {"query": "Find a dog: "}
+    config = LLM2CLIPConfig.from_pretrained(tmp_path / "own")
+    assert config.instructions == {"query": "Find a dog: "}
     model, processor = tiny_model(max_text_length=64)
     exported = save_model(model, processor, tmp_path / "a", instructions={"query": INSTRUCTION})
     assert read_instructions(exported) == {"query": INSTRUCTION}
+    assert model.config.instructions == {}
+    model.save_pretrained(exported)
     assert model.config.instructions == {}
 
 

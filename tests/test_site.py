@@ -317,10 +317,10 @@ def test_python_blocks_run(tmp_path: Path) -> None:
 
 
 def run_blocks(folder: Path) -> dict[str, str]:
-    """Run the Python blocks of all pages in a folder; return the errors by page and block."""
+    """Run the Python blocks of README and all pages; return the errors by page and block."""
     blocks = [
-        (f"{page.relative_to(DOCS).as_posix()}, block {number}", shorten(text))
-        for page in PAGES
+        (f"{page.relative_to(ROOT).as_posix()}, block {number}", shorten(text))
+        for page in [ROOT / "README.md", *PAGES]
         for number, (note, text) in enumerate(find_blocks(page, "python"), 1)
         if not note
     ]

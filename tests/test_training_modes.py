@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -39,25 +40,23 @@ def embed_images(model: Any, batch: dict[str, Tensor]) -> Tensor:
         return model(**batch).image_embeds  # type: ignore[no-any-return]
 
 
-def test_a_frozen_tower_stays_in_eval_mode_and_keeps_its_statistics() -> None:
+@pytest.mark.parametrize("frozen_after_train", [False, True])
+def test_a_frozen_tower_stays_in_eval_mode_and_keeps_its_statistics(
+    frozen_after_train: bool,
+) -> None:
     model, processor = tiny_model(BATCH_NORM)
-    model.vision_model.requires_grad_(False)
     before = {name: buffer.clone() for name, buffer in model.vision_model.named_buffers()}
     assert any(name.endswith("running_var") for name in before)
-    train_three_steps(model, noise_batch(processor))
-    model.train()
+    if frozen_after_train:
+        model.train()
+    model.vision_model.requires_grad_(False)
+    if frozen_after_train:
+        model(**noise_batch(processor))
+    else:
+        train_three_steps(model, noise_batch(processor))
+        model.train()
     assert not any(module.training for module in model.vision_model.modules())
     assert model.text_model.training and model.text_adapter.training
-    after = dict(model.vision_model.named_buffers())
-    assert [name for name in before if not torch.equal(before[name], after[name])] == []
-
-
-def test_a_tower_frozen_after_train_keeps_its_statistics_too() -> None:
-    model, processor = tiny_model(BATCH_NORM)
-    before = {name: buffer.clone() for name, buffer in model.vision_model.named_buffers()}
-    model.train()
-    model.vision_model.requires_grad_(False)
-    model(**noise_batch(processor))
     after = dict(model.vision_model.named_buffers())
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
@@ -176,9 +175,10 @@ def test_gradient_checkpointing_with_a_lora_gives_equal_gradients_in_a_vision_on
 ) -> None:
     shared_model(vision)[0].save_pretrained(tmp_path)
     images = images_of(shared_batch(vision))
+    vision_only = LLM2CLIPVisionModel.from_pretrained(tmp_path)
     gradients = []
     for checkpointing in (False, True):
-        model = LLM2CLIPVisionModel.from_pretrained(tmp_path)
+        model = copy.deepcopy(vision_only)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": True})
         torch.manual_seed(0)
@@ -193,10 +193,7 @@ def test_gradient_checkpointing_with_a_lora_gives_equal_gradients_in_a_vision_on
         assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
 
 
-def test_the_input_embeddings_of_a_vision_only_model_are_its_patch_embeddings(
-    tmp_path: Path,
-) -> None:
-    shared_model()[0].save_pretrained(tmp_path)
-    vision_only = LLM2CLIPVisionModel.from_pretrained(tmp_path)
-    patches = vision_only.get_input_embeddings()
-    assert patches is vision_only.vision_model.embeddings.patch_embedding
+def test_the_input_embeddings_of_a_vision_only_model_are_its_patch_embeddings() -> None:
+    model, _ = shared_model()
+    vision_only = LLM2CLIPVisionModel(model.config, model.vision_model)
+    assert vision_only.get_input_embeddings() is model.vision_model.embeddings.patch_embedding

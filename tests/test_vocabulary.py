@@ -81,7 +81,7 @@ FLAGS: dict[str, str] = {
     r"--(push|public|branch)\b": "llm2clip push, --private, --revision",
 }  # fmt: skip
 # Variables for which a noun says more: `model_folder`, `checkpoint`, `expected`.
-VAGUE_NAMES = {"found", "wanted", "one", "given", "own", "of_whom"}
+VAGUE_NAMES = {"found": 0, "wanted": 0, "one": 0, "given": 0, "own": 0, "of_whom": 0}
 
 
 @cache

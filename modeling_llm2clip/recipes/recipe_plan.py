@@ -352,7 +352,7 @@ def _count_images(records: Sequence[CaptionedImage]) -> int:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a folder that is written under another name and renamed is there."""
+    """Tell whether a folder is there that is written under another name and renamed."""
     return folder.is_dir() and any(folder.iterdir())
 
 

@@ -54,7 +54,7 @@ PROMPT = "task: find the image | query: "
 ROUNDING = 1e-6
 TINY = {"projection_dim": 16, "text_adapter_layers": 0}
 Sources: TypeAlias = Callable[[str], Path]
-OWN = BuildConfig(prompt="own", **TINY)  # type: ignore[arg-type]
+OWN = BuildConfig(prompt="own", **TINY)
 
 
 @pytest.fixture(scope="module")

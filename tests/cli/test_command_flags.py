@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shlex
 import signal
@@ -20,6 +21,7 @@ from cyclopts import Argument
 from modeling_llm2clip.__main__ import LINE, main
 from modeling_llm2clip.cli.align import SECTIONS
 from modeling_llm2clip.cli.command import parse
+from modeling_llm2clip.cli.options import bound_spinning
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.conversion.layouts import LAYOUTS
 from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
@@ -31,12 +33,15 @@ COSTLY = ("torch", "transformers", "datasets", "peft", "sentence_transformers", 
 
 
 @cache
+def assemble(name: str) -> list[Argument]:
+    return list(COMMANDS[name].assemble_argument_collection(parse_docstring=True))
+
+
 def list_arguments(name: str, *, flags: bool) -> dict[str, Argument]:
     """Return what a command takes, by its names in Python: its flags, or its positional words."""
-    collection = COMMANDS[name].assemble_argument_collection(parse_docstring=True)
     return {
         argument.field_info.name: argument
-        for argument in collection
+        for argument in assemble(name)
         if argument.parse and not argument.children
         if argument.name.startswith("--") == flags
     }
@@ -406,9 +411,9 @@ def test_no_parser_of_the_repository_takes_abbreviated_flags() -> None:
     assert not lax, f"Give these ArgumentParsers allow_abbrev=False: {lax}."
 
 
-def test_the_help_of_every_command_imports_nothing_costly() -> None:
+def test_the_help_imports_nothing_costly_and_a_command_bounds_spinning_before_torch() -> None:
     code = f"""
-import contextlib, io, sys
+import contextlib, io, os, sys
 from modeling_llm2clip.__main__ import LINE, main
 texts = []
 for words in (["--help"], *([name, "--help"] for name in LINE if name[0] != "-")):
@@ -417,10 +422,56 @@ for words in (["--help"], *([name, "--help"] for name in LINE if name[0] != "-")
         assert main(words) == 0
     texts.append(shown.getvalue())
 costly = {(*COSTLY, "numpy", "PIL", "huggingface_hub", "pydantic")!r}
-print([name for name in costly if name in sys.modules],
-      min(map(len, texts)) > 50)
+print([name for name in costly if name in sys.modules], min(map(len, texts)) > 50)
+main(["search", "/nowhere", "a dog"])
+print("torch" in sys.modules, os.environ["GOMP_SPINCOUNT"])
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert done.stdout.strip() == "[] True", done.stderr
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60,
+        env=environment_without("OMP_WAIT", "GOMP", "KMP"),
+    )  # fmt: skip
+    assert done.stdout.split() == ["[]", "True", "False", "10000"], done.stderr
+
+
+def environment_without(*beginnings: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(beginnings)}
+    return {**kept, "PYTHONPATH": str(ROOT)}
+
+
+def test_what_the_user_chose_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate sets variables of another OpenMP, and torch reads its own only once."""
+
+    def bound(**environment: str) -> dict[str, str]:
+        bound_spinning(environment)
+        return environment
+
+    assert "torch" in sys.modules or __import__("torch")
+    assert bound() == {}
+    monkeypatch.delitem(sys.modules, "torch")
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        assert bound(**{name: "7"}) == {name: "7"}
+    of_accelerate = {"KMP_BLOCKTIME": "1", "KMP_AFFINITY": "granularity=fine,compact,1,0"}
+    assert bound(**of_accelerate)["GOMP_SPINCOUNT"] == "10000"
+
+
+LAUNCHERS = {
+    "python": ["-m", "modeling_llm2clip"],
+    "accelerate": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1",
+                   "--module", "modeling_llm2clip"],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has another OpenMP elsewhere")
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_openmp_itself_has_the_bound_however_a_command_is_launched(launcher: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *LAUNCHERS[launcher], "env"], cwd=ROOT, capture_output=True, text=True,
+        timeout=900,
+        env={**environment_without("OMP_", "GOMP", "KMP"), "OMP_DISPLAY_ENV": "VERBOSE"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    counts = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
+    assert "10000" in counts
+    if launcher == "python":  # the launcher of accelerate loads torch too, and only waits
+        assert set(counts) == {"10000"}

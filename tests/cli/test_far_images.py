@@ -20,7 +20,7 @@ from modeling_llm2clip.serving.app import create_app
 from modeling_llm2clip.serving.service import EmbeddingService
 
 pytest.importorskip("lancedb")
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
 
 SAID = "are unlike all images that this model was trained on, unnamed data (80 images)"
 COUNT = 24
@@ -64,7 +64,6 @@ COMMANDS = ["index", "tag", "tag --index", "embed", "embed int8", "evaluate"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.slow
 def test_a_command_says_it_once_of_images_of_another_kind_and_of_no_others(
     command: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,7 +103,6 @@ def read_health(url: str) -> dict[str, object]:
     return found
 
 
-@pytest.mark.slow
 def test_the_server_says_it_of_its_index(root: Path, tmp_path: Path) -> None:
     for images in ("noise", "like"):
         assert run("index", root / "model", root / images, tmp_path / images) == 0
@@ -117,7 +115,6 @@ def test_the_server_says_it_of_its_index(root: Path, tmp_path: Path) -> None:
         assert health["far_images"] == (images == "noise")
 
 
-@pytest.mark.slow
 def test_a_finished_evaluation_keeps_the_note(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ from endpoints import (
     BadRequestError,
     Break,
     Endpoint,
+    alter_texts,
     load_once,
     lose_prompt,
     serve_tower,
@@ -104,17 +105,15 @@ def test_a_folder_in_half_precision_certifies_a_good_server(
     assert report.healthy, str(report)
 
 
-def answer_first(endpoint: Endpoint) -> None:
-    honest = endpoint.embed_texts
-    endpoint.embed_texts = lambda texts: honest(["a dog"]).expand(len(texts), -1)
-
-
 HALF_CASES = {
     "prompt lost": (lose_prompt, "the prompt is lost"),
     "last-token pooling": (set_pooling, "'last_token' pooling instead of 'mean'"),
     "causal attention": (set_causal, "attention is causal"),
     "LLM alone": (serve_tower, "text adapter and projection are left out"),
-    "one row for all": (answer_first, "inputs have one embedding"),
+    "one row for all": (
+        alter_texts(lambda honest, texts: honest(["a dog"]).expand(len(texts), -1)),
+        "inputs have one embedding",
+    ),
 }
 
 
@@ -187,7 +186,7 @@ def ignore_instruction(endpoint: Endpoint) -> None:
 
 def pool_instruction(endpoint: Endpoint) -> None:
     endpoint.embed_with = lambda _, texts: endpoint.embed_texts(
-        ["Find an image: " + t for t in texts]
+        ["Find an image: " + text for text in texts]
     )
 
 

@@ -129,6 +129,8 @@ def test_partitions_of_other_values_of_a_column_are_refused(
     embed(model, records, folder, config, modality=modality, partition="2/2")
     assert EmbeddingManifest.read(folder).complete
     require_refusal("url", None)  # a rerun keeps no stale values
+    if modality == "text":
+        return
     edited = [replace(record, url="https://example.org", group_id="one") for record in records]
     config = replace(IMAGE, columns=("name", "lang"))
     for part, data in (("1/2", records), ("2/2", edited)):

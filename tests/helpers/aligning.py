@@ -78,7 +78,7 @@ class Prepared:
         *,
         resume: bool = False,
         records: Sequence[CaptionedImage] | None = None,
-        loss: Loss | None = None,
+        loss_function: Loss | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         are_images_stored: bool = False,
         **changed: Any,
@@ -90,7 +90,7 @@ class Prepared:
             self.model, self.records if records is None else records, output, config,
             caption_store=self.caption_store if stored else None,
             image_store=self.image_store if are_images_stored else None,
-            loss=loss, resume=resume, callbacks=callbacks,
+            loss=loss_function, resume=resume, callbacks=callbacks,
         )  # fmt: skip
         return Run(output)
 
@@ -104,7 +104,7 @@ class Prepared:
         output: Path,
         *,
         resume: bool = False,
-        loss: Loss | None = None,
+        loss_function: Loss | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         **options: Any,
     ) -> Run:
@@ -112,7 +112,7 @@ class Prepared:
         align(
             self.model, self.records, output, AlignConfig(**{"device": "cpu", **options}),
             caption_store=self.captions, image_store=self.images,
-            loss=loss, resume=resume, callbacks=callbacks,
+            loss=loss_function, resume=resume, callbacks=callbacks,
         )  # fmt: skip
         return Run(output)
 

@@ -12,7 +12,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -220,21 +220,43 @@ def tokenize_bare(endpoint: Endpoint, text: str) -> list[int]:
     return endpoint.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def lose_prompt(endpoint: Endpoint) -> None:
-    """Tokenize without the prompt."""
-    endpoint.embed_texts = lambda texts: torch.cat(
-        [pool(endpoint, run_llm(endpoint, tokenize_bare(endpoint, text))) for text in texts]
-    )
+def change_ids(
+    change: Callable[[Endpoint, list[str]], list[list[int]]], *, pools_prefix: bool = False
+) -> Break:
+    """Give the LLM other ids of texts, one text at a time."""
+
+    def apply(endpoint: Endpoint) -> None:
+        start = 0 if pools_prefix else len(endpoint.model.config.prompt_prefix_ids)
+        endpoint.embed_texts = lambda texts: torch.cat(
+            [pool(endpoint, run_llm(endpoint, ids)[start:]) for ids in change(endpoint, texts)]
+        )
+
+    return apply
 
 
-def pool_prefix(endpoint: Endpoint) -> None:
-    """Pool every token."""
-    endpoint.embed_texts = lambda texts: torch.cat(
-        [
-            pool(endpoint, run_llm(endpoint, endpoint.processor.list_ids([text])[0][0]))
-            for text in texts
-        ]
-    )
+lose_prompt = change_ids(
+    lambda endpoint, texts: [tokenize_bare(endpoint, text) for text in texts], pools_prefix=True
+)
+pool_prefix = change_ids(
+    lambda endpoint, texts: endpoint.processor.list_ids(texts)[0], pools_prefix=True
+)
+
+
+@change_ids
+def cut_suffix_off(endpoint: Endpoint, texts: list[str]) -> list[list[int]]:
+    """Truncate the ids, prompt included, at the end."""
+    config = endpoint.model.config
+    prefix, suffix = config.prompt_prefix_ids, config.prompt_suffix_ids
+    rows = ([*prefix, *tokenize_bare(endpoint, text), *suffix] for text in texts)
+    return [ids[: config.max_text_length] for ids in rows]
+
+
+@change_ids
+def ignore_mask(endpoint: Endpoint, texts: list[str]) -> list[list[int]]:
+    """Pad batches, and attend to and pool the padding."""
+    rows = endpoint.processor.list_ids(texts)[0]
+    pad = endpoint.processor.tokenizer.pad_token_id
+    return [ids + [pad] * (max(map(len, rows)) - len(ids)) for ids in rows]
 
 
 def truncate_at(length: int) -> Break:
@@ -244,38 +266,6 @@ def truncate_at(length: int) -> Break:
         endpoint.processor.tokenizer.model_max_length = length
 
     return apply
-
-
-def cut_suffix_off(endpoint: Endpoint) -> None:
-    """Truncate the ids, prompt included, at the end."""
-
-    def embed(texts: list[str]) -> Tensor:
-        config, rows = endpoint.model.config, []
-        prefix, suffix = list(config.prompt_prefix_ids), list(config.prompt_suffix_ids)
-        for text in texts:
-            ids = [*prefix, *tokenize_bare(endpoint, text), *suffix][: config.max_text_length]
-            rows.append(pool(endpoint, run_llm(endpoint, ids)[len(prefix) :]))
-        return torch.cat(rows)
-
-    endpoint.embed_texts = embed
-
-
-def ignore_mask(endpoint: Endpoint) -> None:
-    """Pad batches, and attend to and pool the padding."""
-
-    def embed(texts: list[str]) -> Tensor:
-        ids = endpoint.processor.list_ids(texts)[0]
-        longest = max(map(len, ids))
-        pad = endpoint.processor.tokenizer.pad_token_id
-        start = len(endpoint.model.config.prompt_prefix_ids)
-        return torch.cat(
-            [
-                pool(endpoint, run_llm(endpoint, row + [pad] * (longest - len(row)))[start:])
-                for row in ids
-            ]
-        )
-
-    endpoint.embed_texts = embed
 
 
 def share_state(endpoint: Endpoint) -> None:
@@ -291,20 +281,13 @@ def share_state(endpoint: Endpoint) -> None:
     endpoint.embed_texts = embed
 
 
-def rearrange(order: Callable[[list[str]], list[str]]) -> Break:
-    """Encode the texts of a batch in this order, and answer in it."""
+def alter_texts(embed: Callable[[Callable[[list[str]], Tensor], list[str]], Tensor]) -> Break:
+    """Embed texts by a function of the honest one and the texts."""
 
     def apply(endpoint: Endpoint) -> None:
-        honest = endpoint.embed_texts
-        endpoint.embed_texts = lambda texts: honest(order(texts))
+        endpoint.embed_texts = partial(embed, endpoint.embed_texts)
 
     return apply
-
-
-def embed_first(endpoint: Endpoint) -> None:
-    """Give every text of a batch the embedding of the first."""
-    honest = endpoint.embed_texts
-    endpoint.embed_texts = lambda texts: honest(texts[:1]).expand(len(texts), -1)
 
 
 def keep_lengths(endpoint: Endpoint) -> None:

@@ -5,7 +5,6 @@ Each is written as such programs are, not as the checks that look for it.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import re
 import unicodedata
@@ -13,19 +12,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from endpoints import Break, Endpoint
+from endpoints import Break, Endpoint, alter_texts
 from PIL import Image, ImageOps
 from torch import Tensor
 
 
 def change_texts(change: Callable[[str], str]) -> Break:
     """Change every text."""
-
-    def apply(endpoint: Endpoint) -> None:
-        honest = endpoint.embed_texts
-        endpoint.embed_texts = lambda texts: honest([change(text).strip() or "." for text in texts])
-
-    return apply
+    return alter_texts(lambda honest, texts: honest([change(t).strip() or "." for t in texts]))
 
 
 def change_images(change: Callable[[Image.Image], Image.Image]) -> Break:
@@ -45,22 +39,15 @@ def change_images(change: Callable[[Image.Image], Image.Image]) -> Break:
 
 def cache_texts(key: Callable[[str], str]) -> Break:
     """Answer from a cache, in which texts are found by this key."""
+    known: dict[str, Tensor] = {}
 
-    def apply(endpoint: Endpoint) -> None:
-        honest, known = endpoint.embed_texts, {}
+    def embed(honest: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:
+        for text in texts:
+            if key(text) not in known:
+                known[key(text)] = honest([text])
+        return torch.cat([known[key(text)] for text in texts])
 
-        def embed(texts: list[str]) -> Tensor:
-            for text in texts:
-                name = hashlib.sha256(key(text).encode()).hexdigest()
-                if name not in known:
-                    known[name] = honest([text])
-            return torch.cat(
-                [known[hashlib.sha256(key(text).encode()).hexdigest()] for text in texts]
-            )
-
-        endpoint.embed_texts = embed
-
-    return apply
+    return alter_texts(embed)
 
 
 def cache_images(key: Callable[[Image.Image], object]) -> Break:
@@ -86,15 +73,11 @@ def look_alike(image: Image.Image) -> bytes:
     return bytes(value > mean for value in gray.tobytes())
 
 
-def drop_repeated(endpoint: Endpoint) -> None:
+@alter_texts
+def drop_repeated(honest: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:
     """Encode each distinct text of a request once, and fill the rows up with the last one."""
-    honest = endpoint.embed_texts
-
-    def embed(texts: list[str]) -> Tensor:
-        distinct = honest(list(dict.fromkeys(texts)))
-        return torch.cat([distinct, distinct[-1:].expand(len(texts) - len(distinct), -1)])
-
-    endpoint.embed_texts = embed
+    distinct = honest(list(dict.fromkeys(texts)))
+    return torch.cat([distinct, distinct[-1:].expand(len(texts) - len(distinct), -1)])
 
 
 def round_weights(endpoint: Endpoint) -> None:

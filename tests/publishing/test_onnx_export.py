@@ -20,7 +20,7 @@ from onnx_folders import ALL_WEIGHTS, shared_graphs, shared_source
 from PIL import Image
 from shared_models import CAPTIONS, INSTRUCTION, ROUNDING
 from tiny import LLM_FAMILIES, VISION_FAMILIES, draw_noise, tiny_model
-from tiny_folders import export_tiny_model, save_captioned_images
+from tiny_folders import export_tiny_model
 
 from modeling_llm2clip import ExportConfig, LLM2CLIPConfig, export_model, load_onnx_encoder
 from modeling_llm2clip.__main__ import main
@@ -72,8 +72,14 @@ def exported() -> Path:
 @pytest.fixture
 def small_data(tmp_path: Path) -> str:
     """A few captioned images, with which a check takes no time."""
-    (tmp_path / "data").mkdir()
-    return str(save_captioned_images(tmp_path / "data", count=4))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    names = [f"{number}.png" for number in range(4)]
+    for number, name in enumerate(names):
+        draw_noise(40 + number, 50, seed=number).save(folder / name)
+    lines = [json.dumps({"image": name, "captions": [f"noise, image {name}"]}) for name in names]
+    (folder / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return str(folder)
 
 
 def crop_photographs(count: int) -> list[Image.Image]:

@@ -222,10 +222,10 @@ def test_a_file_with_a_credential_in_it_is_refused_whatever_its_name(
     kind: str, tmp_path: Path
 ) -> None:
     error = r"looks like credentials: setup.py \(an? "
-    encodings = ["utf-8", "utf-16", "utf-16-le", "utf-16-be"] if kind == "Hugging Face" else [None]
-    for encoding in encodings:  # the others are of Windows
+    of_windows = ["utf-16", "utf-16-le", "utf-16-be"] if kind == "Hugging Face" else []
+    for encoding in ("utf-8", *of_windows):
         with pytest.raises(ValueError, match=error) as raised:
-            check_credentials(tmp_path / "alone", "setup.py", SECRETS[kind], encoding or "utf-8")
+            check_credentials(tmp_path / "alone", "setup.py", SECRETS[kind], encoding)
         assert HF_TOKEN not in str(raised.value)  # nor is it shown
 
 

@@ -175,9 +175,7 @@ def test_data_that_were_copied_are_the_same_data(moved: TrainConfig) -> None:
 
 
 @pytest.mark.parametrize(("part", "is_of_the_same_size"), [("train", True), ("test", False)])
-def test_replaced_images_are_refused(
-    moved: TrainConfig, part: str, is_of_the_same_size: bool
-) -> None:
+def test_other_images_are_refused(moved: TrainConfig, part: str, is_of_the_same_size: bool) -> None:
     record = read_split(moved)[part == "test"][0]
     assert isinstance(record.image, Path)
     content = bytearray(record.image.read_bytes())

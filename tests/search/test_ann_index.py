@@ -76,6 +76,7 @@ def test_as_few_partitions_are_visited_as_find_enough_by_exact_cosines(
     assert rows == pytest.approx(expected, abs=1e-6)  # float32, summed in another order
 
 
+@pytest.mark.slow
 def test_images_as_queries_would_have_seemed_to_need_fewer_partitions(
     made: tuple[IndexDatabase, np.ndarray],
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from breaking import edit_json
+from breaking import set_config
 from indexes import build, save_images
 from onnx_folders import shared_graphs, shared_source
 from served_apps import MIXED_TEXTS, to_png
@@ -68,8 +68,7 @@ def test_a_model_and_its_graphs_are_not_taken_for_each_other(
 
 def test_an_untrained_model_is_refused_as_in_torch(tmp_path: Path) -> None:
     graphs = Path(shutil.copytree(shared_graphs(), tmp_path / "graphs"))
-    untrain = edit_json("config.json", lambda c: c.update(projections_trained=False))
-    untrain(graphs)
+    set_config(projections_trained=False)(graphs)
     with pytest.raises(ValueError, match="refused for serving"):
         EmbeddingService.open(graphs, ONNX)
 

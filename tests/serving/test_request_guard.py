@@ -6,12 +6,11 @@ import asyncio
 import base64
 import json
 import socket
-import threading
 import time
 from typing import Any
 
 import pytest
-from served_apps import MODEL_NAME, open_service, run_app, run_service
+from served_apps import MODEL_NAME, HeldEncoder, open_service, run_app, run_service
 from shared_models import shared_model
 
 from modeling_llm2clip.encoding.encode import TorchEncoder
@@ -48,22 +47,6 @@ def ask(url: str, request: bytes) -> tuple[int, dict[str, str], Any]:
 
 def embed(text: str = "a") -> bytes:
     return write_request(json.dumps({"input": text}).encode())
-
-
-class SlowEncoder(TorchEncoder):
-    """Waits before each batch of texts until it may go on, and notes what came."""
-
-    def __init__(self) -> None:
-        super().__init__(*shared_model())
-        self.go = threading.Event()
-        self.begun = threading.Event()
-        self.seen: list[str] = []
-
-    def encode_texts(self, texts: Any) -> Any:
-        self.seen += map(str, texts)
-        self.begun.set()
-        assert self.go.wait(20)
-        return super().encode_texts(texts)
 
 
 def wait_until(condition: Any) -> None:
@@ -116,7 +99,7 @@ def test_a_large_request_is_refused_before_it_is_read() -> None:
 
 
 def test_all_requests_together_may_have_so_many_bytes() -> None:
-    encoder = SlowEncoder()
+    encoder = HeldEncoder()
     options = {"max_request_mb": 0.01, "max_image_mb": 0.005, "max_pending_mb": 0.012}
     with run_service(encoder=encoder, **options) as (url, _):
         with connect(url) as first:
@@ -130,7 +113,7 @@ def test_all_requests_together_may_have_so_many_bytes() -> None:
 
 
 def test_a_full_queue_answers_429_with_retry_after() -> None:
-    encoder = SlowEncoder()
+    encoder = HeldEncoder()
     with run_service(encoder=encoder, max_queue=1) as (url, _):
         with connect(url) as first:
             first.sendall(embed())
@@ -149,7 +132,7 @@ def answer_in_time(url: str) -> None:
 
 
 def test_a_request_that_takes_too_long_is_given_up() -> None:
-    encoder = SlowEncoder()
+    encoder = HeldEncoder()
     with run_service(encoder=encoder, timeout_s=0.3) as (url, service):
         status, _, content = ask(url, embed())
         assert status == 504
@@ -166,7 +149,7 @@ def test_a_body_that_does_not_arrive_is_given_up() -> None:
 
 
 def test_the_work_of_a_client_that_hung_up_is_dropped() -> None:
-    encoder = SlowEncoder()
+    encoder = HeldEncoder()
     with run_service(encoder=encoder, token_budget=1) as (url, service):
         with connect(url) as holder:
             holder.sendall(embed("first"))

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import openai
 import pytest
 from served_apps import (
     MIXED_TEXTS,
@@ -57,6 +56,8 @@ def expect(*inputs: Any) -> Any:
 
 
 def test_the_client_of_openai_works_unmodified(url: str) -> None:
+    import openai  # here, since it takes a second, which every worker would spend
+
     with openai.OpenAI(base_url=f"{url}/v1", api_key="any") as client:
         assert [model.id for model in client.models.list()] == [MODEL_NAME]
         found = client.embeddings.create(model=MODEL_NAME, input=MIXED_TEXTS)  # base64

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from served_apps import MIXED_TEXTS, open_service, to_png
+from served_apps import MIXED_TEXTS, HeldEncoder, open_service, to_png
 from shared_models import ROUNDING, shared_model
 from tiny import draw_noise, tiny_images, tiny_model
 from tokenizing import note_tokenized
@@ -92,22 +92,10 @@ def test_under_load_every_request_gets_its_own_embeddings() -> None:
 
 
 def test_several_event_loops_may_ask_at_once() -> None:
-    found: dict[int, Any] = {}
-    with open_service() as service:
-        threads = [
-            threading.Thread(
-                target=lambda n=n: found.update({n: run(service.embed([MIXED_TEXTS[n]]))})
-            )
-            for n in range(4)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    for number, embedded in found.items():
-        expected = embed_alone(MIXED_TEXTS[number])
-        np.testing.assert_allclose(embedded.embeds[0], expected, atol=ROUNDING)
-    assert len(found) == 4
+    with open_service() as service, ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda text: run(service.embed([text])), MIXED_TEXTS[:4]))
+    expected = [embed_alone(text) for text in MIXED_TEXTS[:4]]
+    np.testing.assert_allclose([r.embeds[0] for r in results], expected, atol=ROUNDING)
 
 
 def test_fewer_dimensions_are_the_first_ones_of_unit_length() -> None:
@@ -153,18 +141,6 @@ def test_what_cannot_be_embedded_is_refused(
         while service.num_pending:
             assert time.monotonic() < deadline
             time.sleep(0.001)
-
-
-class HeldEncoder(TorchEncoder):
-    """Waits before each batch until it may go on."""
-
-    def __init__(self) -> None:
-        super().__init__(*shared_model())
-        self.go = threading.Event()
-
-    def encode_texts(self, texts: Any) -> Any:
-        assert self.go.wait(10)
-        return super().encode_texts(texts)
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_again() -> None:

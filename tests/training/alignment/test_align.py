@@ -42,9 +42,7 @@ from modeling_llm2clip.training.losses.loss import load_loss
 
 
 @pytest.mark.slow
-def test_only_what_was_trained_differs_in_the_new_folder(
-    prepared: Prepared, tmp_path: Path
-) -> None:
+def test_only_what_was_trained_differs_in_a_new_folder(prepared: Prepared, tmp_path: Path) -> None:
     run = prepared.align(tmp_path / "run", max_steps=40)
     changed = names_that_differ(prepared.model, run.model)
     assert changed and not [name for name in changed if name.startswith(TOWERS)]
@@ -84,16 +82,14 @@ def require_same_dtypes(half: Prepared, run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_in_bfloat16_is_trained_in_float32_and_saved(
-    half: Prepared, tmp_path: Path
-) -> None:
+def test_a_bfloat16_model_is_trained_in_float32_and_saved(half: Prepared, tmp_path: Path) -> None:
     run = half.align(tmp_path / "run", vision_training="full", text_training="lora")
     require_same_dtypes(half, run)
     assert check_model(run.model).healthy
 
 
 @pytest.mark.parametrize("vision_training", ["full", "lora"])
-def test_weights_that_rounding_keeps_are_counted(
+def test_what_rounding_keeps_is_counted(
     vision_training: str, half: Prepared, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"vision_training": vision_training, "layer_decay": 1.0}
@@ -118,9 +114,7 @@ def test_the_start_is_no_training_that_was_rounded_away(half: Prepared, tmp_path
     assert "share_changed_by_training" not in run.results
 
 
-def test_weights_are_copied_by_file_and_nothing_golden_is_made(
-    prepared: Prepared, tmp_path: Path
-) -> None:
+def test_weights_are_copied_file_by_file(prepared: Prepared, tmp_path: Path) -> None:
     sharded, written = tmp_path / "sharded", tmp_path / "model"
     shutil.copytree(prepared.model, sharded)
     (sharded / "model.safetensors").unlink()
@@ -153,9 +147,7 @@ def test_a_lora_is_trained_and_merged(prepared: Prepared, tmp_path: Path, traini
 
 
 @pytest.mark.slow
-def test_a_loaded_pair_is_aligned_as_its_folder(
-    prepared: Prepared, finished: Run, tmp_path: Path
-) -> None:
+def test_a_loaded_pair_is_aligned_alike(prepared: Prepared, finished: Run, tmp_path: Path) -> None:
     model = LLM2CLIPModel.from_pretrained(prepared.model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     loaded = (model, LLM2CLIPProcessor.from_pretrained(prepared.model))
@@ -194,7 +186,7 @@ def test_the_name_of_shards_on_a_card_gives_nobody_access() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("vision_training", ["frozen", "lora"])
-def test_scores_are_of_the_weights_as_written(
+def test_scores_are_of_written_weights(
     vision_training: Any, half: Prepared, tmp_path: Path
 ) -> None:
     options = {"held_out_ratio": 0.25, "vision_training": vision_training, "learning_rate": 0.01}

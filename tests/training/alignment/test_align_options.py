@@ -43,9 +43,7 @@ from modeling_llm2clip.training.losses.loss import LossInputs
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0])
-def test_a_ratio_of_0_or_1_shows_short_or_long_captions_alone(
-    prepared: Prepared, ratio: float
-) -> None:
+def test_a_ratio_of_0_or_1_shows_one_kind_of_captions(prepared: Prepared, ratio: float) -> None:
     def drop_others(record: Any) -> Any:
         if ratio:
             return replace(record, captions=() if record.long_captions else record.captions)
@@ -75,7 +73,7 @@ def change_by_one_step(prepared: Prepared, output: Path, **changed: Any) -> dict
 
 
 @pytest.mark.slow
-def test_a_gradient_is_clipped(
+def test_gradients_are_clipped(
     prepared: Prepared, plain: dict[str, Tensor], tmp_path: Path
 ) -> None:
     name, rate = "text_projection.weight", SHORT_RUN["learning_rate"]
@@ -86,9 +84,7 @@ def test_a_gradient_is_clipped(
 
 
 @pytest.mark.slow
-def test_weight_decay_shrinks_matrices(
-    prepared: Prepared, plain: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_matrices_decay_alone(prepared: Prepared, plain: dict[str, Tensor], tmp_path: Path) -> None:
     with_decay = change_by_one_step(prepared, tmp_path / "run", weight_decay=0.5)
     before = weights_of(prepared.model)
     for name, share in (("text_projection.weight", 0.5), ("visual_projection.bias", 0.0)):
@@ -196,9 +192,7 @@ def test_the_last_step_is_logged_whatever_logging_steps(prepared: Prepared, tmp_
     assert run.results["final_loss"] == read_losses(tmp_path / "run")[3]
 
 
-def test_a_loss_computes_in_float32_beside_bfloat16_towers(
-    prepared: Prepared, tmp_path: Path
-) -> None:
+def test_a_loss_computes_in_float32_of_any_towers(prepared: Prepared, tmp_path: Path) -> None:
     seen: set[torch.dtype] = set()
 
     def compare(inputs: LossInputs) -> torch.Tensor:
@@ -211,15 +205,13 @@ def test_a_loss_computes_in_float32_beside_bfloat16_towers(
 
     prepared.align(
         tmp_path / "run", precision="bfloat16", max_steps=1, text_training="frozen-online",
-        loss=compare,
+        loss_function=compare,
     )  # fmt: skip
     assert seen == {torch.float32}
 
 
 @pytest.mark.slow
-def test_towers_and_stores_give_equal_losses(
-    prepared: Prepared, finished: Run, tmp_path: Path
-) -> None:
+def test_towers_and_stores_train_alike(prepared: Prepared, finished: Run, tmp_path: Path) -> None:
     online = prepared.align(tmp_path / "online", text_training="frozen-online")
     changed = [names_that_differ(prepared.model, run.model) for run in (finished, online)]
     assert changed[0] == changed[1]

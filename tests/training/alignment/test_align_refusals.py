@@ -240,7 +240,7 @@ def test_a_store_of_another_model_is_refused(prepared: Prepared, tmp_path: Path)
     refuse(prepared, tmp_path / "run", r"another model.*weights: '\w+' in the", caption_store=store)
 
 
-def test_a_run_needs_its_processes_and_precision(
+def test_a_run_keeps_processes_and_precision(
     prepared: Prepared, finished: Run, tmp_path: Path
 ) -> None:
     run = finished.copy_without_model(tmp_path / "run")
@@ -254,15 +254,15 @@ def test_a_run_needs_its_processes_and_precision(
 
 
 def test_a_run_is_not_continued_with_another_loss(prepared: Prepared, tmp_path: Path) -> None:
-    prepared.begin(tmp_path / "run", loss=MarginLoss(0.5))
+    prepared.begin(tmp_path / "run", loss_function=MarginLoss(0.5))
     with pytest.raises(ValueError, match=r"loss_class: 'MarginLoss\(margin=0\.5\)' then, .*0\.1\)"):
-        prepared.align(tmp_path / "run", loss=MarginLoss(0.1), resume=True)
-    prepared.begin(tmp_path / "run", loss=MarginLoss(0.5), resume=True)
+        prepared.align(tmp_path / "run", loss_function=MarginLoss(0.1), resume=True)
+    prepared.begin(tmp_path / "run", loss_function=MarginLoss(0.5), resume=True)
 
 
 def test_a_run_whose_loss_is_always_0_writes_no_model(prepared: Prepared, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="The loss was 0 in all of 2 steps"):
-        prepared.align(tmp_path / "run", max_steps=2, loss=MarginLoss(-3.0))
+        prepared.align(tmp_path / "run", max_steps=2, loss_function=MarginLoss(-3.0))
     assert not (tmp_path / "run" / "model").exists()
 
 
@@ -280,9 +280,7 @@ def test_another_run_s_folder_is_refused(prepared: Prepared, finished: Run, tmp_
         prepared.align(tmp_path / "full")
 
 
-def test_stored_embeddings_that_are_not_finite_stop_a_run(
-    prepared: Prepared, tmp_path: Path
-) -> None:
+def test_stored_embeddings_not_finite_stop_a_run(prepared: Prepared, tmp_path: Path) -> None:
     store = prepared.caption_store
     rows = np.concatenate([store.rows_of(5), store.rows_of(5, long=True)])
     message = (

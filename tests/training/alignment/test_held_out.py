@@ -186,9 +186,7 @@ def test_near_chance_is_up_to_three_times_chance(score: float, count: int, is_ne
     assert scores.is_near_chance == is_near
 
 
-def test_captions_shared_with_held_out_images_are_counted(
-    prepared: Prepared, tmp_path: Path
-) -> None:
+def test_captions_shared_with_held_out_are_counted(prepared: Prepared, tmp_path: Path) -> None:
     # Each image of the second half has a caption of the one before it by twelve.
     records = [
         dataclasses.replace(record, captions=(f"thing {number % 12}", f"alone {number}"))
@@ -255,7 +253,7 @@ class FarthestLoss:
 @pytest.mark.slow
 def test_the_loss_that_is_trained_chooses_weights_and_start(few: Prepared, tmp_path: Path) -> None:
     options = {"max_steps": 8, "eval_steps": 1, "learning_rate": 1e-2}
-    run = few.align_stored(tmp_path / "run", loss=FarthestLoss(), **options)
+    run = few.align_stored(tmp_path / "run", loss_function=FarthestLoss(), **options)
     losses = [*read_metrics(run.output, "held_out_loss").values()]
     # Away from where canonical correlation puts them, pairs come apart.
     assert run.after.loss == min(losses) < run.before.loss
@@ -263,7 +261,9 @@ def test_the_loss_that_is_trained_chooses_weights_and_start(few: Prepared, tmp_p
     assert run.after.t2i_r1 < run.before.t2i_r1
     # The model that was trained so has the lower loss, beside canonical correlation again.
     aligned = dataclasses.replace(few, model=run.model)
-    again = aligned.align_stored(tmp_path / "again", max_steps=1, loss=FarthestLoss(), refit=False)
+    again = aligned.align_stored(
+        tmp_path / "again", max_steps=1, loss_function=FarthestLoss(), refit=False
+    )
     assert again.results["start"]["method"] == "model"
     contrastive = aligned.align_stored(tmp_path / "contrastive", max_steps=1, refit=False)
     assert contrastive.results["start"]["method"] == "cca"

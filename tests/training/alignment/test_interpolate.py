@@ -46,7 +46,7 @@ def test_labeled_images_have_to_be_there_to_choose() -> None:
 
 
 @pytest.mark.slow
-def test_the_best_weights_on_the_way_are_written(
+def test_the_best_weights_between_are_written(
     colored: Prepared, tuned: Run, tmp_path: Path
 ) -> None:
     found = interpolate(

@@ -149,9 +149,7 @@ def test_the_zero_shot_accuracy_is_that_of_evaluate(
 
 
 @pytest.mark.slow
-def test_locked_texts_keep_their_embeddings(
-    prepared: Prepared, finished: Run, tmp_path: Path
-) -> None:
+def test_locked_texts_keep_embeddings(prepared: Prepared, finished: Run, tmp_path: Path) -> None:
     locked = prepared.align(tmp_path / "locked", lock_text=True, vision_training="full")
     texts = ["a dog", "two red apples on a wooden table", "ein Hund"]
     embeds = [
@@ -251,7 +249,7 @@ def train_on_two_processes(prepared: Prepared, output: Path, **options: Any) -> 
 @pytest.mark.parametrize(
     "options", [{}, {"by_cosine": True}, {"max_steps": 0, "projection_init": "auto"}]
 )
-def test_two_processes_train_as_one_does(
+def test_two_processes_are_as_one(
     prepared: Prepared, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     """A parameter of the loss, without a temperature, and a closed form."""

@@ -291,9 +291,7 @@ def viewed(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> View
     return Viewed(records, folder, LLM2CLIPProcessor.from_pretrained(prepared.model))
 
 
-def test_a_store_has_views_after_captions(
-    prepared: Prepared, viewed: Viewed, tmp_path: Path
-) -> None:
+def test_a_store_has_views_at_the_end(prepared: Prepared, viewed: Viewed, tmp_path: Path) -> None:
     store, model = EmbeddingStore.open(viewed.store), LLM2CLIPModel.from_pretrained(prepared.model)
     for item in (0, 1, 2, 23):
         rows = np.concatenate([store.rows_of(item), store.rows_of(item, long=True)])

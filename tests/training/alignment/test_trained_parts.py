@@ -267,9 +267,7 @@ def test_batch_norm_keeps_its_statistics(tmp_path: Path) -> None:
 
 
 @every_vision
-def test_only_present_layers_are_to_be_sharded(
-    vision: str, save_parts: Callable[[str], Path]
-) -> None:
+def test_only_present_layers_are_sharded(vision: str, save_parts: Callable[[str], Path]) -> None:
     skip_where_transformers_renames(vision)
     folder = save_parts(vision)
     models = [AlignmentModel.from_pretrained(folder)]
