@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import stdev
 
 
@@ -43,3 +43,8 @@ def find_standard_error(values: Sequence[float]) -> float | None:
         values: The numbers that are averaged.
     """
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+
+
+def list_versions(versions: Mapping[str, str], *names: str) -> str:
+    """Join the recorded versions of some packages: `torch 2.13.0+cpu, onnxruntime 1.32.0`."""
+    return ", ".join(f"{name} {versions[name]}" for name in names)

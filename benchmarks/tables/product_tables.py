@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.tables.markdown_tables import draw_table, percent
+from benchmarks.tables.markdown_tables import draw_table, list_versions, percent
 
 
 def _render_embed_speed(report: dict[str, Any]) -> str:
@@ -48,7 +48,8 @@ def _render_onnx(report: dict[str, Any]) -> str:
     ]
     note = (
         f"Captions: {report['captions']}. R@1: text to image, {report['recall_on']}, images in "
-        f"float32. Opset {report['opset']}, IR {report['ir_version']}. {report['hardware']}."
+        f"float32. Opset {report['opset']}, IR {report['ir_version']}. {report['hardware']}. "
+        f"{list_versions(report['versions'], 'torch', 'onnxruntime')}."
     )
     return f"{draw_table(heads, rows)}\n{note}\n"
 

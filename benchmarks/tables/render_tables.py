@@ -16,7 +16,7 @@ from statistics import fmean, median
 from typing import Any
 
 from benchmarks.tables.effect_tables import EFFECT_TABLES
-from benchmarks.tables.markdown_tables import draw_table, percent
+from benchmarks.tables.markdown_tables import draw_table, list_versions, percent
 from benchmarks.tables.product_tables import PRODUCT_TABLES
 from benchmarks.tables.training_tables import TRAINING_TABLES
 
@@ -93,7 +93,8 @@ def _render_demo(reports: Sequence[dict[str, Any]]) -> str:
         rows.append(["mean", *_demo_cells(reports)])
     counts = (
         f"Seed {reports[0]['seed']}: {reports[0]['num_images']:,} images to train on, "
-        f"{reports[0]['num_held_out']} held out. {reports[0].get('hardware', 'unknown hardware')}."
+        f"{reports[0]['num_held_out']} held out. {reports[0].get('hardware', 'unknown hardware')}. "
+        f"{list_versions(reports[0]['versions'], 'torch', 'transformers')}."
     )
     return f"{draw_table(heads, rows)}\n{counts}\n"
 
