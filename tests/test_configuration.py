@@ -155,7 +155,7 @@ def test_all_invalid_values_are_named_at_once() -> None:
             projection_dim=0,
             text_adapter_layers=-1,
             text_adapter_expansion=0,
-            text_pooling="max",
+            text_pooling="median",
             vision_pooling="sum",
             prompt_prefix_ids=[1, 2, 3],
             prompt_suffix_ids=[4],
@@ -165,7 +165,7 @@ def test_all_invalid_values_are_named_at_once() -> None:
         "projection_dim=0 must be at least 1",
         "text_adapter_layers=-1 must be at least 0",
         "text_adapter_expansion=0 must be at least 1",
-        "text_pooling='max' must be one of",
+        "text_pooling='median' must be one of",
         "vision_pooling='sum' must be one of",
         "max_text_length=4 leaves no room for a caption: the prompt alone has 4 tokens",
     ):
@@ -308,7 +308,7 @@ def set_direction_of_the_llm(config: LLM2CLIPConfig) -> None:
     [
         (lambda config: setattr(config, "my_note", "a"), r"no fields \['my_note'\]"),
         (lambda config: setattr(config, "projection_dims", 32), r"no fields \['projection_dims'\]"),
-        (lambda config: setattr(config, "text_pooling", "max"), "text_pooling='max'"),
+        (lambda config: setattr(config, "text_pooling", "median"), "text_pooling='median'"),
         (lambda config: setattr(config, "max_text_length", "32"), "max_text_length='32'"),
         (lambda config: delattr(config, "projection_dim"), "projection_dim"),
         (set_direction_of_the_llm, "contradicts text_config.is_causal"),

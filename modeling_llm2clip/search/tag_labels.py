@@ -48,7 +48,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Tag:
-    """One label of an image.
+    """One label of an image, whose fields `/v1/classify` sends as they are.
 
     Attributes:
         label: Name of the label.

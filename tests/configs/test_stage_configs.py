@@ -85,7 +85,8 @@ def test_a_prompt_is_never_guessed() -> None:
 
 def test_the_choices_are_those_of_the_model() -> None:
     # The other poolings of texts are those of embedders.
-    assert get_args(TextPooling) == tuple(configuration_llm2clip.TEXT_POOLINGS)[:2]
+    poolings = configuration_llm2clip.TEXT_POOLINGS.items()
+    assert get_args(TextPooling) == tuple(n for n, p in poolings if not p.pools_prompt)
     assert get_args(VisionPooling) == configuration_llm2clip.VISION_POOLINGS
     assert PROMPT_NAMES == (*PROMPT_PRESETS, CHAT_TEMPLATE)
 

@@ -142,7 +142,7 @@ def check_record(
     allowed = {*ignore_fields, _TEXT_ID} if is_text else ignore_fields
     if is_text:
         name = None if _TEXT_ID in ignore_fields else _read_word(raw.fields, _TEXT_ID, problems)
-    has_identity = not problems
+    has_identity = not problems  # so far only fields that identify the record were read
     image: FoundFile | PackedImage | None = raw.packed
     if has_identity and image is None and not is_text:
         image = _find_file(name, image_dir, problems, required=require_images)
@@ -155,7 +155,7 @@ def check_record(
     long_captions = _read_texts(raw.fields, names.long_captions, problems)
     keywords = _read_texts(raw.fields, ["keywords"], problems) if "keywords" in raw.fields else []
     url = _read_word(raw.fields, "url", problems) if "url" in raw.fields else None
-    problems += [f"unknown field {name!r}" for name in names.unknown if name not in allowed]
+    problems += [f"unknown field {field!r}" for field in names.unknown if field not in allowed]
     words = (name or "", group_id or "", lang, url or "", *captions, *long_captions, *keywords)
     is_storable = _is_storable("".join(words))
     if not is_storable:
