@@ -214,7 +214,8 @@ def test_a_recorded_result_becomes_a_table(tmp_path: Path) -> None:
     report = {
         "seed": 0, "unseen_t2i_r1": 0.25, "unseen_t2i_r10": 0.5,
         "unseen_i2t_r1": 0.125, "chance_r1": 0.01, "seconds_after_download": 59.6,
-        "peak_rss_gb": 2.04, "num_images": 30, "num_held_out": 6, "versions": {"torch": "2"},
+        "peak_rss_gb": 2.04, "num_images": 30, "num_held_out": 6,
+        "versions": {"torch": "2", "transformers": "5"},
     }  # fmt: skip
     other = {**report, "seed": 1, "unseen_t2i_r1": 0.75}
     (tmp_path / "demo.json").write_text(json.dumps([report, other]), encoding="utf-8")
@@ -234,6 +235,7 @@ def test_a_recorded_result_becomes_a_table(tmp_path: Path) -> None:
     assert "| 0 | 25.0 % | 50.0 % | 12.5 % | 1.0 % | 60 | 2.0 |\n" in rendered
     assert "| mean | 50.0 % | 50.0 % | 12.5 % | 1.0 % | 60 | 2.0 |\n" in rendered
     assert "| plain | 10.0 | 50% | 1.00 | 1.0000 |\n| other | 5.0 | 25% | 1.00 |  |\n" in rendered
+    assert "torch 2, transformers 5." in rendered
     assert "Machine: two threads." in rendered
     assert NOT_RECORDED not in rendered
     assert render_document(rendered, tmp_path) == rendered
