@@ -52,7 +52,7 @@ BUDGETS = {
     "encoding": 703,
     "evaluation": 2844,
     "model_folders": 1325,
-    "publishing": 947,
+    "publishing": 950,
     "recipes": 444,
     "scheduling": 83,
     "search": 1461,

@@ -21,18 +21,18 @@ def _render_finetuning(report: dict[str, Any]) -> str:
         "tuned": "the same, fine-tuned on captions",
         "minilm": "all-MiniLM-L6-v2",
     }
-    cra = dict(report["cra"])
+    cra, training = dict(report["cra"]), ""
     if report.get("start") is None:
         cra.pop("before", None)  # it is the untuned one once more
     else:
-        names["tuned"] = "the same, after the second round"
+        names["tuned"], training = "the same, after the second round", "second round: "
     rows = [[names[key], percent(value)] for key, value in cra.items()]
     trained = report.get("cra_on_trained_images")
     if trained is not None:
         rows.append(["the last fine-tuned one, on as many training images", percent(trained)])
     config = report["config"]
     note = (
-        f"{report['data']}; {config['max_steps']} steps of "
+        f"{report['data']}; {training}{config['max_steps']} steps of "
         f"{config['per_device_train_batch_size']} pairs in {report['seconds'] / 60:.0f} minutes"
         f"{', ' + str(report['peak_rss_gb']) + ' GB' if report['peak_rss_gb'] else ''}. "
         f"{report['hardware']}."

@@ -43,6 +43,8 @@ BLOCK_SIZE = 16
 _FLOAT32 = 1  # level of accuracy in which the operator computes; see its documentation
 # Where torch's exporter notes the modules that a node comes from.
 _SCOPES = "pkg.torch.onnx.name_scopes"
+# Where it notes the lines of code: paths of the machine that exports.
+_SOURCE_LINES = "pkg.torch.onnx.stack_trace"
 _LLM_SCOPE = "model.text_model."
 _ATTENTION = ("attn", "attention")  # in the names of its modules, in transformers
 
@@ -163,6 +165,8 @@ def _export(
         verbose=False,
     )
     model = program.model
+    for node in model.graph.all_nodes():
+        node.metadata_props.pop(_SOURCE_LINES, None)
     for value in model.graph.inputs:
         if value.name in defaults:
             value.const_value = onnx_ir.tensor(defaults[value.name].numpy(), name=value.name)

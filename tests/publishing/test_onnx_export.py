@@ -242,6 +242,11 @@ def test_the_record_states_what_the_files_are(exported: Path) -> None:
     assert str(record["opset"]) in (exported / "README.md").read_text(encoding="utf-8")
 
 
+def test_no_graph_names_a_folder_of_the_machine_that_wrote_it(exported: Path) -> None:
+    for graph in (exported / "onnx").iterdir():
+        assert b'File "/' not in graph.read_bytes()
+
+
 def test_rounding_reaches_the_language_models_linear_layers_and_nothing_else(
     source: Path, exported: Path
 ) -> None:
