@@ -135,18 +135,16 @@ def test_an_instruction_is_attended_to_and_not_pooled() -> None:
     ids = processor(text="find: dog")["input_ids"]
     num_alone = processor(text="find: ")["input_ids"].shape[1]
     start = num_alone - len(model.config.prompt_suffix_ids)  # the space at its end is stripped
-    # sentence-transformers excludes a special last token when it measures an instruction.
-    length = num_alone - model.config.prompt_suffix_ends_special
     text_only = LLM2CLIPTextModel(model.config, copy.deepcopy(model.text_model)).eval()
     with torch.no_grad():
         for encoder in (model, text_only):
             hidden = encoder.text_model(input_ids=ids, use_cache=False).last_hidden_state
-            embeds = encoder.get_caption_embeds(ids, prompt_length=length)
+            embeds = encoder.get_caption_embeds(ids, prompt_length=num_alone)
             torch.testing.assert_close(
                 embeds, hidden[:, start:].mean(dim=1), rtol=ROUNDING, atol=ROUNDING
             )
             assert (embeds - encoder.get_caption_embeds(ids)).abs().max() > 1e-2
-            text_embeds = encoder(input_ids=ids, prompt_length=length).text_embeds
+            text_embeds = encoder(input_ids=ids, prompt_length=num_alone).text_embeds
             assert torch.allclose(text_embeds, encoder.to_text_embeds(embeds), atol=ROUNDING)
 
 
