@@ -88,9 +88,9 @@ def test_saved_and_loaded_equals_before(vision: str, llm: str, tmp_path: Path) -
     model, processor = shared_model(vision, llm)
     copy.deepcopy(model).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    loaded = AutoModel.from_pretrained(tmp_path)
+    loaded, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     loaded_processor = AutoProcessor.from_pretrained(tmp_path)
-    assert not loaded.training
+    assert not loaded.training and not info["missing_keys"] and not info["unexpected_keys"]
     assert type(loaded) is LLM2CLIPModel and type(loaded_processor) is LLM2CLIPProcessor
     before, after = model.state_dict(), loaded.state_dict()
     assert before.keys() == after.keys()

@@ -78,8 +78,10 @@ def test_a_server_of_other_code_passes_every_check(schema: Any, served: Path) ->
 @pytest.mark.parametrize("dtype", ["float16", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_half_precision_that_is_meant_passes(dtype: str, served: Path) -> None:
     with Endpoint(served, set_dtype(getattr(torch, dtype))) as endpoint:
-        report = check(served, endpoint, schema="openai", served_dtype=dtype)
+        options = {"served_dtype": dtype, "model_name": "half"}
+        report = check(served, endpoint, schema="openai", **options)
     assert report.healthy, str(report)
+    assert {body["model"] for body in endpoint.seen} == {"half"}
 
 
 @pytest.fixture(scope="module")

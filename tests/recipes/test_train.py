@@ -26,6 +26,7 @@ from modeling_llm2clip.configs.train_config import TrainConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.embedding.extract import extract
+from modeling_llm2clip.model_folders.model_card import read_card_data
 from modeling_llm2clip.recipes import train as stages
 from modeling_llm2clip.recipes.recipe_plan import plan_recipe, read_split
 from modeling_llm2clip.recipes.train import train
@@ -118,6 +119,10 @@ def test_it_reports_the_plan_the_scores_and_where_everything_is(done: Done) -> N
     assert "model " in scores and "chance" in scores
     shown = dict(line.split(maxsplit=1) for line in done.reported[-1].splitlines())
     assert set(shown) == {"model", "results", "fine-tuned", "captions", "images", "aligned"}
+    # The card has them, beside those of the alignment.
+    _, evaluated = sorted(read_card_data(done.model).results, key=lambda r: r.dataset == "held-out")
+    hits = read_scores(done.config.output)["t2i"]["hit_rate_at_1"]
+    assert evaluated.dataset == "held-out" and evaluated.scores["t2i.hit_rate_at_1"] == hits
     assert all(Path(path).is_dir() for path in shown.values())
     assert read_scores(done.config.output)
 

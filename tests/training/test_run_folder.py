@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aligning import NUM_RECORDS, KillAtBegin, Prepared, Run, read_losses
+from aligning import NUM_RECORDS, KillAtBegin, Prepared, Run, names_that_differ, read_losses
 from launches import ROOT
 from safetensors.torch import load_file, save_file
 from tiny import draw_noise, tiny_model
@@ -287,6 +287,22 @@ def test_the_last_two_checkpoints_are_kept_whatever_their_times(tmp_path: Path) 
         os.utime(folder, (seconds, seconds))
     mark_complete(tmp_path, 100)
     assert list_steps(tmp_path) == [11, 100]
+
+
+def test_an_incomplete_checkpoint_is_ignored_and_no_run_logs_numbers_of_the_whole(
+    prepared: Prepared, finished: Run, tmp_path: Path
+) -> None:
+    """Numbers of the whole are those that a resumed run does not know."""
+    run = finished.copy_without_model(tmp_path / "run")
+    (run / "checkpoints" / "checkpoint-6" / "complete").unlink()
+    (run / "checkpoints" / "checkpoint-6" / "optimizer.pt").write_bytes(b"half")
+    assert prepared.align(run, resume=True).results["steps"] == 6
+    # Bit for bit.
+    assert read_losses(run) == read_losses(finished.output)
+    assert not names_that_differ(run / "model", finished.model)
+    for output in (run, finished.output):
+        last = json.loads((output / "metrics.jsonl").read_text().split("\n")[-2])
+        assert {name for name in last if name.startswith("train_")} == {"train_runtime"}
 
 
 @pytest.mark.parametrize("stage", ["align", "finetune-llm"])

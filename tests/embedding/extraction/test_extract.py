@@ -224,6 +224,9 @@ def test_a_broken_image_is_named_and_whole_shards_stay(
     with pytest.raises(ValueError, match=r"broken\.png"):
         extract(model, with_broken, tmp_path / "store", config, modality="image")
     assert {0} <= set(list_complete_shards(tmp_path / "store"))
+    with pytest.raises(ValueError, match="batch_size"):  # of other rounding
+        other = replace(config, batch_size=5)
+        extract(model, with_broken, tmp_path / "store", other, modality="image")
 
 
 def test_records_without_images_are_refused_before_the_model_is_loaded(

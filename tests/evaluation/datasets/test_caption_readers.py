@@ -119,6 +119,8 @@ def test_each_image_has_its_captions_of_the_split_and_language(
     counts = {"images": len(captions), "captions": sum(map(len, captions.values()))}
     dataset = read_retrieval(name, folder, counts, **options)
     assert captions_by_image(dataset) == captions
+    num_used = 5 if name in ("coco", "coco-val2017") else "all"
+    assert dataset.protocol["captions_per_image"] == num_used
     assert all(Path(str(image)).is_file() for image in dataset.images)
     if "lang" in options:
         assert dataset.lang == dataset.protocol["lang"] == options["lang"]

@@ -113,20 +113,6 @@ def test_a_signal_stops_a_run_after_its_step(prepared: Prepared, tmp_path: Path)
     assert check_model(output / "model").healthy
 
 
-def test_an_incomplete_checkpoint_is_ignored_and_no_run_logs_numbers_of_the_whole(
-    prepared: Prepared, finished: Run, tmp_path: Path
-) -> None:
-    """Numbers of the whole are those that a resumed run does not know."""
-    run = finished.copy_without_model(tmp_path / "run")
-    (run / "checkpoints" / "checkpoint-6" / "complete").unlink()
-    (run / "checkpoints" / "checkpoint-6" / "optimizer.pt").write_bytes(b"half")
-    assert prepared.align(run, resume=True).results["steps"] == 6
-    assert read_losses(run) == read_losses(finished.output)
-    for output in (run, finished.output):
-        last = json.loads((output / "metrics.jsonl").read_text().split("\n")[-2])
-        assert {name for name in last if name.startswith("train_")} == {"train_runtime"}
-
-
 def test_a_write_that_breaks_off_leaves_the_earlier_file_whole(
     finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

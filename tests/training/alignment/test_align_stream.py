@@ -377,6 +377,15 @@ def test_what_a_stream_cannot_do_is_refused(
         run(prepared, shards, tmp_path, **changed)
 
 
+def test_a_stream_takes_no_store_of_images_and_no_refit(
+    prepared: Prepared, shards: Path, tmp_path: Path
+) -> None:
+    config = AlignConfig(max_steps=1, refit=True)
+    stores = {"caption_store": prepared.captions, "image_store": prepared.images}
+    with pytest.raises(ValueError, match=r"leave image_store out; .*: leave refit out"):
+        align(prepared.model, stream_records(shards), tmp_path, config, **stores)
+
+
 def test_a_batch_above_the_stream_is_refused(
     prepared: Prepared, shards: Path, tmp_path: Path
 ) -> None:
