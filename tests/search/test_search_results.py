@@ -313,7 +313,7 @@ def test_the_page_links_to_the_files_shows_their_paths_and_images_of_320_pixels(
 
 @needs_browser
 @pytest.mark.slow
-@pytest.mark.parametrize(("width", "scheme"), zip(WIDTHS, cycle(("light", "dark"))))
+@pytest.mark.parametrize(("width", "scheme"), list(zip(WIDTHS, cycle(("light", "dark")))))
 def test_the_page_is_filled_by_images_and_readable_paths_at_every_width(
     width: str, scheme: str, tmp_path: Path
 ) -> None:
