@@ -11,6 +11,7 @@ from benchmarks.tables.markdown_tables import (
     find_standard_error,
     percent,
     percent_with_error,
+    show_range,
 )
 
 
@@ -20,7 +21,7 @@ def _render_forgetting(report: dict[str, Any]) -> str:
         runs_of.setdefault(run["condition"], []).append(run)
     columns = {"accuracy": "classification", "t2i_r1": "text to image", "i2t_r1": "image to text"}
     rows = [
-        [condition, *(_show_runs([run[name] for run in runs]) for name in columns)]
+        [condition, *(show_range([run[name] for run in runs]) for name in columns)]
         for condition, runs in runs_of.items()
     ]
     counts = report["num_images"]
@@ -33,12 +34,6 @@ def _render_forgetting(report: dict[str, Any]) -> str:
         f"{report['steps']} steps of 64. {report['hardware']}; commit {report['commit']}."
     )
     return f"{draw_table(('weights', *columns.values()), rows)}\n{note}\n"
-
-
-def _show_runs(scores: list[float]) -> str:
-    if len(scores) == 1:
-        return percent(scores[0])
-    return f"{percent(fmean(scores))} ({100 * min(scores):.1f} to {100 * max(scores):.1f})"
 
 
 def _render_loss_effects(report: dict[str, Any]) -> str:

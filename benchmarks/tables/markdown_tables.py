@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import stdev
+from statistics import fmean, stdev
 
 
 def draw_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -45,6 +45,15 @@ def find_standard_error(values: Sequence[float]) -> float | None:
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
+def show_range(values: Sequence[float] | None) -> str:
+    """Write the mean of shares with the lowest and the highest; a dash without any."""
+    if not values:
+        return "–"
+    if len(values) == 1:
+        return percent(values[0])
+    return f"{percent(fmean(values))} ({100 * min(values):.1f} to {100 * max(values):.1f})"
+
+
 def list_versions(versions: Mapping[str, str], *names: str) -> str:
-    """Join the recorded versions of some packages: `torch 2.13.0+cpu, onnxruntime 1.32.0`."""
-    return ", ".join(f"{name} {versions[name]}" for name in names)
+    """Join the recorded versions of some packages, or of all: `torch 2.13.0+cpu, timm 1.0.31`."""
+    return ", ".join(f"{name} {versions[name]}" for name in names or versions)

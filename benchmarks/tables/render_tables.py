@@ -289,7 +289,7 @@ def _render_llm2vec_parity(report: dict[str, Any]) -> str:
         "captions", "same ids", "same span", "smallest cosine of these",
         "smallest cosine of the others, with LLM2Vec's span",
     )  # fmt: skip
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    versions = list_versions(report["versions"])
     return draw_table(heads, rows) + f"\nCaptions: {report['captions']}. {versions}.\n"
 
 
@@ -329,7 +329,7 @@ def _render_vision_towers(report: dict[str, Any]) -> str:
     if all(row[-1] == "ok" for row in rows):
         heads, rows = heads[:-1], [row[:-1] for row in rows]
     largest = max((row.get("largest_difference", 0.0) for row in report["rows"]), default=0.0)
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    versions = list_versions(report["versions"])
     note = (
         "Tiny random towers, each built, trained for a step with `--vision-training full`, saved, "
         "loaded and checked with `llm2clip doctor`. "

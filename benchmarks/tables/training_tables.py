@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from statistics import fmean
 from typing import Any
 
-from benchmarks.tables.markdown_tables import draw_table, percent, percent_with_error
+from benchmarks.tables.markdown_tables import (
+    draw_table,
+    percent,
+    percent_with_error,
+    show_range,
+)
 
 # A setting that is the recipe itself, which has a column of its own.
 _RECIPE = "README's recipe"
@@ -42,7 +46,7 @@ def _render_finetuning(report: dict[str, Any]) -> str:
 
 def _render_alignment(report: dict[str, Any]) -> str:
     rows = [
-        [name, _show_range([run["unseen_t2i_r1"] for run in runs])]
+        [name, show_range([run["unseen_t2i_r1"] for run in runs])]
         for name, runs in report["recalls"].items()
     ]
     seeds = len(next(iter(report["recalls"].values())))
@@ -130,7 +134,7 @@ def _render_training_set_size(report: dict[str, Any]) -> str:
         for run in dataset["runs"]:
             by_size.setdefault(run["num_images"], {}).setdefault(name, []).append(run["r1"])
     rows = [
-        [f"{size:,}", *(_show_range(by_size[size].get(name)) for name in report["datasets"])]
+        [f"{size:,}", *(show_range(by_size[size].get(name)) for name in report["datasets"])]
         for size in sorted(by_size)
     ]
     rows.append(
@@ -146,14 +150,6 @@ def _render_training_set_size(report: dict[str, Any]) -> str:
         f"{report['hardware']}; commit {report['commit']}."
     )
     return f"{draw_table(('images to train on', *report['datasets']), rows)}\n{note}\n"
-
-
-def _show_range(values: list[float] | None) -> str:
-    if not values:
-        return "–"
-    if len(values) == 1:
-        return percent(values[0])
-    return f"{percent(fmean(values))} ({100 * min(values):.1f} to {100 * max(values):.1f})"
 
 
 TRAINING_TABLES: dict[str, Callable[[Any], str]] = {

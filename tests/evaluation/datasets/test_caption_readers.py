@@ -47,11 +47,6 @@ from modeling_llm2clip.evaluation.datasets.dataset_spec import ReadingCache
 from modeling_llm2clip.evaluation.datasets.retrieval_dataset import RetrievalDataset
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 def load_retrieval(*arguments: Any, **options: Any) -> RetrievalDataset:
     dataset = load_dataset(*arguments, **options)
     assert isinstance(dataset, RetrievalDataset)

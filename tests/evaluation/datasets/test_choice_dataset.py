@@ -24,11 +24,6 @@ from modeling_llm2clip.evaluation.datasets.choice_dataset import ChoiceDataset, 
 from modeling_llm2clip.evaluation.datasets.dataset_registry import find_dataset, load_dataset
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 def test_sugarcrepe_has_an_image_or_another_caption_of_it(tmp_path: Path) -> None:
     folder = write_sugarcrepe(tmp_path)
     seen = load_dataset(tiny_spec("sugarcrepe", items=7), folder, image_dir=folder / "val2017")
