@@ -133,7 +133,6 @@ class StageTrainerMixin:
 
     state: Any
     args: Any
-    optimizer: Any
     _finite_steps: FiniteSteps | None = None
     _facts: Mapping[str, Tensor] = {}
 
@@ -189,7 +188,8 @@ class StageTrainerMixin:
         if self._finite_steps is None:
             self._finite_steps = FiniteSteps(whole.device, first_step=self.state.global_step)
         self._finite_steps.observe(whole, **self._facts)
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        wrapped: Any = self.optimizer  # type: ignore[attr-defined]
+        optimizer = getattr(wrapped, "optimizer", wrapped)  # accelerate wraps it
         is_fused = all(group.get("fused") for group in optimizer.param_groups)
         if is_fused and runs_ahead(whole.device) and not is_sharded():
             optimizer.found_inf = self._finite_steps.found_inf
