@@ -24,13 +24,13 @@ def test_a_model_that_is_loaded_onto_a_device_is_as_from_pretrained(tmp_path: Pa
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-@pytest.mark.parametrize("fault", ["Missing", "Unexpected"])
-def test_a_weight_that_does_not_fit_is_refused_on_every_device(fault: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("misfit", ["Missing", "Unexpected"])
+def test_a_weight_that_does_not_fit_is_refused_on_every_device(misfit: str, tmp_path: Path) -> None:
     folder = export_tiny_model(tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
     moved = weights.pop("text_projection.weight")
-    if fault == "Unexpected":
+    if misfit == "Unexpected":
         weights |= {"text_projection.weight": moved, "stray.weight": moved.clone()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=rf"{fault} \(1\)"):
+    with pytest.raises(ValueError, match=rf"{misfit} \(1\)"):
         load_on_device(LLM2CLIPModel, folder, CPU)
