@@ -57,9 +57,9 @@ BUDGETS = {
     "scheduling": 83,
     "search": 1461,
     "serving": 1536,
-    "training": 4013,
+    "training": 4158,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 271, 8325
+MOST_FILES, MOST_DOCSTRING_LINES = 272, 8300
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.
