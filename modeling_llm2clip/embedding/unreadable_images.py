@@ -18,8 +18,9 @@ import numpy as np
 from ..data.images.image_sources import ImageSource, find_unreadable_images
 from ..data.records.data_hashes import hash_images
 from ..data.records.record_table import RecordTable
-from ..data.store.store_manifest import ShardedManifest, read_sealed, write_sealed
+from ..data.store.store_manifest import StoreManifest, read_sealed, write_sealed
 from ..data.validation_errors import ErrorCollector
+from .embedding_manifest import EmbeddingManifest
 from .sharded_writer import ShardedWriter, write_beside
 
 _NOTE = "_unreadable-images.json.tmp"  # removed with other leftovers of a complete output
@@ -27,7 +28,7 @@ _ADVICE = (
     "Complete files stay. Once these images are repaired, the same command continues; "
     "without their records it needs a new folder."
 )
-_Manifest = TypeVar("_Manifest", bound=ShardedManifest)
+_Manifest = TypeVar("_Manifest", EmbeddingManifest, StoreManifest)
 
 
 class UnreadableImagesError(ValueError):
