@@ -57,9 +57,9 @@ BUDGETS = {
     "scheduling": 83,
     "search": 1463,
     "serving": 1536,
-    "training": 3930,
+    "training": 4013,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 270, 8300
+MOST_FILES, MOST_DOCSTRING_LINES = 271, 8325
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.
