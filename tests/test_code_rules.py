@@ -48,7 +48,7 @@ BUDGETS = {
     "data": 4678,
     "demo": 86,
     "doctor": 1348,
-    "embedding": 1202,
+    "embedding": 1203,
     "encoding": 715,
     "evaluation": 2852,
     "model_folders": 1322,
