@@ -59,7 +59,7 @@ BUDGETS = {
     "serving": 1536,
     "training": 4013,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 271, 8325
+MOST_FILES, MOST_DOCSTRING_LINES = 272, 8325
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.
