@@ -1,6 +1,6 @@
 """The last steps of an image processor, rescaling and normalization, done on the model's device.
 
-Pixels travel as the bytes that resizing gives, a quarter of float32. Only processors whose output
+Pixels are copied as the bytes that resizing gives, a quarter of float32. Only processors whose output
 this reproduces stop earlier: it is compared when a model is loaded, and never assumed.
 """
 

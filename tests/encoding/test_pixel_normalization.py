@@ -1,4 +1,4 @@
-"""Laws of images that travel as bytes, and are normalized where the model computes."""
+"""Laws of images that are copied as bytes, and normalized where the model computes."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_other_processors_run_to_their_end(pair: Any, name: str) -> None:
 def test_an_encoder_gives_the_same_embeddings_from_bytes(pair: Any, tmp_path: Any) -> None:
     model, processor = pair
     plain, encoder = TorchEncoder(model, processor), TorchEncoder(model, processor)
-    assert plain.normalization is None  # on a CPU nothing travels
+    assert plain.normalization is None  # on a CPU nothing is copied
     encoder.normalization = find_normalization(processor, CPU)
     images = make_images()
     prepared, expected = encoder.prepare_images(images), plain.prepare_images(images)
