@@ -1,7 +1,7 @@
 """The last steps of an image processor, rescaling and normalization, done on the model's device.
 
-Pixels are copied as the bytes that resizing gives, a quarter of float32. Only processors whose output
-this reproduces stop earlier: it is compared when a model is loaded, and never assumed.
+Pixels are copied as the bytes that resizing gives, a quarter of float32. Only processors whose
+output this reproduces stop earlier: it is compared when a model is loaded, and never assumed.
 """
 
 from __future__ import annotations
