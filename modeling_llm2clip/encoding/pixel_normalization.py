@@ -25,7 +25,7 @@ _TOLERANCE = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class PixelNormalization:
-    """What an image processor does last, and the processor without it.
+    """Last steps of an image processor, and the processor that stops before them.
 
     Attributes:
         processor: Prepares images as uint8.
