@@ -37,7 +37,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "Gi
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig(DeviceConfig):
-    """Where a model runs, and how precisely."""
+    """The device of a model, and the dtype of its towers."""
 
     precision: Precision = "auto"
     """Dtype of the towers. auto is the stored one; a GPU that supports bfloat16 runs float32 towers
@@ -46,7 +46,7 @@ class PrecisionConfig(DeviceConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig(DeviceConfig):
-    """Where the model of an index runs, and how precisely."""
+    """The device of an index's model, and the dtype of its towers."""
 
     precision: Precision = "auto"
     """Dtype of the towers; auto is the stored one."""
@@ -54,7 +54,7 @@ class SearchConfig(DeviceConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig(DeviceConfig):
-    """How inputs are batched; in float32 that changes no embedding."""
+    """Batches of the inputs; in float32 they change no embedding."""
 
     batch_size: Annotated[int, Interval(ge=1)] | None = None
     """Texts or images per batch. Default: by device."""

@@ -74,7 +74,7 @@ class LLM2CLIPEncoder(EvaluationEncoder):
 
     @cached_property
     def _precision(self) -> dict[str, str]:
-        """How towers compute whose dtype a comparison decides; empty for others.
+        """Precision of the towers where a comparison decides it; otherwise empty.
 
         The model is loaded for that and let go, so that models that wait for their turn hold no
         memory.
