@@ -25,6 +25,7 @@ from ..encoding.batches import split_evenly
 from ..encoding.dual_encoder import DualEncoder, DualEncoderProcessor
 from ..encoding.encode import TorchEncoder
 from ..encoding.encoder_interface import EncodedImages, Encoder
+from ..encoding.precision import load_on_device
 from ..encoding.tokenized_texts import TokenizedTexts
 from ..model_folders.model_folder import is_dual_encoder
 from ..model_folders.onnx_folder import load_onnx_encoder
@@ -184,7 +185,7 @@ def load_shard_encoder(
     else:
         kind = LLM2CLIPTextModel if modality == "text" else LLM2CLIPVisionModel
         processor = LLM2CLIPProcessor.from_pretrained(folder)  # before what takes long
-        model = kind.from_pretrained(folder).to(device)
+        model = load_on_device(kind, folder, device)
         encoder = TorchEncoder(model, processor)
         head = model.text_projection if modality == "text" else model.visual_projection
     dim = encoder.embedding_dim if project else head.in_features

@@ -30,6 +30,7 @@ from .batches import OnBatch, require_finite
 from .devices import find_device
 from .encoder_interface import Encoder, choose_batches
 from .float32 import float32_as_such
+from .precision import load_on_device
 
 Model: TypeAlias = LLM2CLIPModel | LLM2CLIPTextModel | LLM2CLIPVisionModel
 
@@ -285,8 +286,7 @@ class TorchEncoder(Encoder):
         with self._lock:
             if modality not in self._models:
                 kind = LLM2CLIPTextModel if modality == "text" else LLM2CLIPVisionModel
-                model = kind.from_pretrained(self._folder, local_files_only=True, dtype="auto")
-                self._models[modality] = model.to(self.device).eval()
+                self._models[modality] = load_on_device(kind, self._folder, self.device)
             return self._models[modality]
 
 
