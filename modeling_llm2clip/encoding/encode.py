@@ -106,7 +106,8 @@ def encode_images(
         project: Map the tower's embeddings into the space that texts and images share. False
             gives the embeddings before the projection, as an embedding store holds them.
         batch_size: Images per batch. Default: by device.
-        num_workers: Threads that decode images. Default: one per core, at most 8.
+        num_workers: Threads that decode images. Default: one per core, at most 8, or 32 beside a
+            GPU.
         show_progress: Show a progress bar.
         on_batch: Called after each batch.
 
@@ -158,7 +159,8 @@ def score_pairs(
         texts: As many non-blank texts.
         batch_size: Images per batch. Default: by device.
         token_budget: Maximum tokens per batch of texts. Default: by device.
-        num_workers: Threads that decode images. Default: one per core, at most 8.
+        num_workers: Threads that decode images. Default: one per core, at most 8, or 32 beside a
+            GPU.
         show_progress: Show progress bars.
 
     Returns:
