@@ -115,10 +115,23 @@ def draw_texts(kind: str, count: int, *, seed: int = 0) -> list[str]:
     ]
 
 
+def make_tokenizer() -> Any:
+    """Make the tokenizer of `write_model`, to which one word is one token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(_WORDS))]
+    numbered = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(numbered, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
 def write_model(
     folder: Path, llm: str, vision: str, device: torch.device, dtype: torch.dtype, *, layers: int
 ) -> None:
-    """Write a whole model with random weights; one word is one token.
+    """Write a whole model with random weights.
 
     Args:
         folder: Target.
@@ -150,19 +163,12 @@ def write_model(
 
 def _join_tiny(vision: str) -> tuple[Any, Any]:
     """Build a tiny model for images of the size of another vision tower."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModel, CLIPImageProcessor, CLIPVisionModel, PreTrainedTokenizerFast
+    from transformers import AutoModel, CLIPImageProcessor, CLIPVisionModel
 
     from modeling_llm2clip.building.build_model import join_towers
     from modeling_llm2clip.configs.build_config import BuildConfig
 
-    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(_WORDS))]
-    tokenizer = Tokenizer(
-        models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>")
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    tokenizer = make_tokenizer()
     side = _VISION[vision]["image_size"]
     tower = make_vision_config("tiny")
     tower.image_size, tower.patch_size = side, _VISION[vision]["patch_size"]
@@ -172,7 +178,7 @@ def _join_tiny(vision: str) -> tuple[Any, Any]:
             CLIPVisionModel(tower),
             CLIPImageProcessor(size={"shortest_edge": side}, crop_size=size),
         ),
-        (AutoModel.from_config(make_llm_config("tiny", vocabulary=len(words))), wrapped),
+        (AutoModel.from_config(make_llm_config("tiny", vocabulary=len(tokenizer))), tokenizer),
         BuildConfig(
             prompt_prefix=PROMPT_PREFIX, prompt_suffix=PROMPT_SUFFIX, text_adapter_layers=4,
             projection_dim=64, max_text_length=512,

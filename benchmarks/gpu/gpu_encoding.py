@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from copy import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
@@ -16,7 +15,7 @@ import torch
 from PIL import Image
 
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.full_width import PROMPT_PREFIX, PROMPT_SUFFIX, PROMPT_TOKENS
+from benchmarks.gpu.full_width import PROMPT_PREFIX, PROMPT_SUFFIX, PROMPT_TOKENS, make_tokenizer
 from modeling_llm2clip.configs.encoding_config import ExtractConfig
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.embedding.extract import extract
@@ -179,9 +178,7 @@ def measure_peer(bench: Bench) -> None:
     attention = "flash_attention_2" if bench.on_gpu and find_spec("flash_attn") else "sdpa"
     folder = bench.folder / "llm"
     model.text_model.save_pretrained(folder)
-    tokenizer = copy(encoder.processor.tokenizer)
-    tokenizer._processor_class = None  # this folder has no images
-    tokenizer.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
     options = {"dtype": model.dtype, "attn_implementation": attention}
     transformer = Transformer(str(folder), model_kwargs=options)
     pooling = Pooling(transformer.get_embedding_dimension())
