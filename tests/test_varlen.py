@@ -1,4 +1,4 @@
-"""Texts without padding, as a GPU runs them: a reference stands in for its attention kernel."""
+"""Texts without padding, as a GPU runs them; a reference takes the place of its kernel."""
 
 from __future__ import annotations
 
