@@ -57,7 +57,7 @@ BUDGETS = {
     "scheduling": 83,
     "search": 1463,
     "serving": 1536,
-    "training": 4158,
+    "training": 4168,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 275, 8325
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
