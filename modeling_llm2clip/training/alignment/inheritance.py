@@ -95,17 +95,12 @@ def inherit(
             resume=False,
             is_main_process=is_main_process,
         )
-        loss = spread_nonfinite(distill(model.to_text_embeds(embeds), targets))
         optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(parts.parameters(), config.max_grad_norm)
-        finite_steps.observe(norm)
+        spread_nonfinite(distill(model.to_text_embeds(embeds), targets)).backward()
+        finite_steps.observe(nn.utils.clip_grad_norm_(parts.parameters(), config.max_grad_norm))
         is_measured = step % every == 0 or step == steps
-        if (is_measured or not skips) and (broken := finite_steps.read()):
-            raise FloatingPointError(
-                f"The gradient's norm is {broken[1]['norm'].item()} at step {broken[0]} of the "
-                f"inheritance. Lower the learning rate ({optimizer.defaults['lr']})."
-            )
+        if is_measured or not skips:
+            _require_finite(finite_steps, learning_rate=optimizer.defaults["lr"])
         optimizer.step()
         schedule.step()
         if is_measured:
@@ -124,6 +119,14 @@ def inherit(
         "best_step": best_step,
         "steps": steps,
     }
+
+
+def _require_finite(steps: FiniteSteps, *, learning_rate: float) -> None:
+    if broken := steps.read():
+        raise FloatingPointError(
+            f"The gradient's norm is {broken[1]['norm'].item()} at step {broken[0]} of the "
+            f"inheritance. Lower the learning rate ({learning_rate})."
+        )
 
 
 def copy_text_side(model: AlignmentModel) -> dict[str, Tensor]:
