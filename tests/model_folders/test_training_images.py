@@ -137,6 +137,21 @@ def test_a_tally_does_not_depend_on_batches_order_or_processes() -> None:
         np.testing.assert_allclose(other.total, whole.total, atol=1e-12)
 
 
+def test_a_tally_on_a_device_is_read_once_and_is_that_of_the_cpu() -> None:
+    embeds = make_kind(0, 64, seed=1)
+    tally, expected = ImageTally(), tally_of(embeds[:50], embeds[50:])
+    with HostReads() as reads:
+        for rows in embeds[:50].split(9):
+            tally.add_on_device(rows)
+    assert not reads.names and tally.num_images == 50
+    tally.add(embeds[50:])
+    joined = ImageTally()
+    joined.join(tally)
+    for read in (tally, tally, joined):  # reading it again adds nothing
+        # Sums of 64 numbers below 1 in another order, in float64.
+        np.testing.assert_allclose(read.total, expected.total, atol=1e-12)
+
+
 def test_the_length_of_an_embedding_does_not_count(trained: TrainingImages) -> None:
     embeds = make_kind(1, 30, seed=3)
     scaled = embeds * torch.linspace(0.1, 9, 30)[:, None]
