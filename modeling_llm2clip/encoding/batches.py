@@ -36,6 +36,7 @@ embeddings where a graph projects. Those of a GPU are there, and may not be comp
 """
 
 _MOST_WORKERS = 8
+_MOST_BESIDE_GPU = 32  # each holds a batch of pixels
 _PIXELS_AT_ONCE = 2**22
 _COPIED_AT_ONCE = 2**28  # bytes of embeddings that a GPU keeps
 
@@ -164,13 +165,13 @@ def _copy_together(
             waiting, num_bytes = [], 0
 
 
-def default_num_workers() -> int:
+def default_num_workers(*, most: int = _MOST_WORKERS) -> int:
     """Return the number of threads or processes that decode images, where none is given.
 
-    It is one per core, at most 8; the processes of a launch share the cores of their machine.
+    It is one per core, at most `most`; the processes of a launch share the cores of their machine.
     """
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(_MOST_WORKERS, (os.cpu_count() or 1) // num_processes))
+    return max(1, min(most, (os.cpu_count() or 1) // num_processes))
 
 
 def use_one_core() -> None:
@@ -193,10 +194,11 @@ def prepare_batches(
 ) -> Generator[Prepared]:
     """Prepare batches in threads, a few of them ahead and no more: all would fill the memory.
 
-    `num_workers` threads, for None `default_num_workers`, prepare one batch each, and this thread a
-    batch that is alone. A GPU computes while they work. A CPU does not: forward passes and decoding
-    would want the same cores, and a forward pass waits for the slowest of its own. There they take
-    turns. Close the generator to end the threads before its end.
+    `num_workers` threads, for None one per core, at most 8 and beside a GPU at most 32, prepare one
+    batch each, and this thread a batch that is alone. A GPU computes while they work. A CPU does
+    not: forward passes and decoding would want the same cores, and a forward pass waits for the
+    slowest of its own. There they take turns. Close the generator to end the threads before its
+    end.
     """
     remaining = iter(batches)
     first = list(islice(remaining, 2))
@@ -204,7 +206,9 @@ def prepare_batches(
         yield from map(prepare, first)
         return
     remaining = chain(first, remaining)
-    num_workers = default_num_workers() if num_workers is None else num_workers
+    if num_workers is None:
+        most = _MOST_WORKERS if device.type == "cpu" else _MOST_BESIDE_GPU
+        num_workers = default_num_workers(most=most)
     with ThreadPoolExecutor(num_workers, initializer=use_one_core) as pool:
         if device.type == "cpu":
             while together := list(islice(remaining, num_workers)):

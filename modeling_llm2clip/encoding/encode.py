@@ -31,6 +31,7 @@ from .devices import find_device
 from .encoder_interface import Encoder, choose_batches
 from .float32 import float32_as_such
 from .host_copies import computes_beside, send
+from .precision import load_on_device
 
 Model: TypeAlias = LLM2CLIPModel | LLM2CLIPTextModel | LLM2CLIPVisionModel
 
@@ -106,7 +107,8 @@ def encode_images(
         project: Map the tower's embeddings into the space that texts and images share. False
             gives the embeddings before the projection, as an embedding store holds them.
         batch_size: Images per batch. Default: by device.
-        num_workers: Threads that decode images. Default: one per core, at most 8.
+        num_workers: Threads that decode images. Default: one per core, at most 8, or 32 beside a
+            GPU.
         show_progress: Show a progress bar.
         on_batch: Called after each batch.
 
@@ -158,7 +160,8 @@ def score_pairs(
         texts: As many non-blank texts.
         batch_size: Images per batch. Default: by device.
         token_budget: Maximum tokens per batch of texts. Default: by device.
-        num_workers: Threads that decode images. Default: one per core, at most 8.
+        num_workers: Threads that decode images. Default: one per core, at most 8, or 32 beside a
+            GPU.
         show_progress: Show progress bars.
 
     Returns:
@@ -297,8 +300,7 @@ class TorchEncoder(Encoder):
         with self._lock:
             if modality not in self._models:
                 kind = LLM2CLIPTextModel if modality == "text" else LLM2CLIPVisionModel
-                model = kind.from_pretrained(self._folder, local_files_only=True, dtype="auto")
-                self._models[modality] = model.to(self.device).eval()
+                self._models[modality] = load_on_device(kind, self._folder, self.device)
             return self._models[modality]
 
 

@@ -6,7 +6,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ...configs.align_config import AlignConfig
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...scheduling.processes import choose_device, require_all_processes
+from ..finite_steps import runs_ahead
 from ..losses.loss import LossInputs
 from ..run_folder import list_trained
 from ..trainer_mixins import (
@@ -55,7 +56,6 @@ def make_training_arguments(output: Path, config: AlignConfig) -> TrainingArgume
         max_grad_norm=config.max_grad_norm,
         logging_steps=config.logging_steps,
         logging_first_step=True,
-        logging_nan_inf_filter=False,  # a loss that is not finite stops the run
         remove_unused_columns=False,
         label_names=[],
     )
@@ -204,7 +204,12 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
                 }
                 for key in sorted(grouped)
             ]
-            self.optimizer = torch.optim.AdamW(groups, lr=self.length.learning_rate, betas=_BETAS)
+            self.optimizer = torch.optim.AdamW(
+                groups,
+                lr=self.length.learning_rate,
+                betas=_BETAS,
+                fused=runs_ahead(self.args.device) or None,
+            )
         return self.optimizer
 
     def create_scheduler(
@@ -232,6 +237,7 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
 
     def embed(self, batches: Iterable[dict[str, Tensor]]) -> LossInputs:
         """Encode batches by the model that is trained, as `embed_batches` does."""
+        self.require_finite_steps()
         model = self.model_wrapped if self.is_fsdp_enabled else self.alignment_model
         context = nullcontext if self.data.dataset.is_stored else self.compute_loss_context_manager
         return embed_batches(model, batches, self.args.device, context)
@@ -257,16 +263,21 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
     ) -> Tensor | tuple[Tensor, LossInputs]:
         loss, outputs = model(**inputs)
         self._inverse_temperature = outputs.logits.scale.detach()
-        if not loss.isfinite():
-            sides = (outputs.image_embeds, outputs.text_embeds)
-            broken = ~torch.stack([side.isfinite().all(dim=1) for side in sides]).all(dim=0)
-            raise FloatingPointError(
-                f"The loss is {loss.item()} at step {self.state.global_step}, and "
-                f"{int(broken.sum())} of the {len(broken)} pairs of this process have embeddings "
-                "that are not finite. Check the model (llm2clip doctor), or lower the learning "
-                f"rate ({self.length.learning_rate})."
-            )
+        # Rows of unit length have a finite sum.
+        sums = [side.detach().sum(dim=1) for side in (outputs.image_embeds, outputs.text_embeds)]
+        loss = self.watch_loss(loss, broken=~torch.stack(sums).isfinite().all(dim=0))
         return (loss, outputs) if return_outputs else loss
+
+    def describe_step(self, step: int, facts: Mapping[str, Tensor]) -> str:
+        """Describe a step that was not finite, and count its pairs with broken embeddings."""
+        loss, broken = facts["loss"], facts["broken"]
+        if loss.isfinite():
+            return super().describe_step(step, facts)
+        return (
+            f"The loss is {loss.item()} at step {step}, and {int(broken.sum())} of the "
+            f"{len(broken)} pairs of this process have embeddings that are not finite. Check the "
+            f"model (llm2clip doctor), or lower the learning rate ({self.length.learning_rate})."
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log passes over the data as the epoch, since the Trainer's own is the whole run."""
