@@ -48,10 +48,10 @@ BUDGETS = {
     "data": 4678,
     "demo": 86,
     "doctor": 1348,
-    "embedding": 1203,
-    "encoding": 715,
+    "embedding": 1230,
+    "encoding": 775,
     "evaluation": 2852,
-    "model_folders": 1322,
+    "model_folders": 1338,
     "publishing": 951,
     "recipes": 444,
     "scheduling": 83,
@@ -59,7 +59,7 @@ BUDGETS = {
     "serving": 1536,
     "training": 4013,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 272, 8325
+MOST_FILES, MOST_DOCSTRING_LINES = 273, 8325
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.

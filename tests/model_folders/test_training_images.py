@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from host_reads import HostReads
 from torch import Tensor
 
 from modeling_llm2clip.model_folders.model_writing import find_carried_files
