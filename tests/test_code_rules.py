@@ -49,7 +49,7 @@ BUDGETS = {
     "demo": 86,
     "doctor": 1348,
     "embedding": 1230,
-    "encoding": 775,
+    "encoding": 840,
     "evaluation": 2852,
     "model_folders": 1338,
     "publishing": 951,
@@ -57,9 +57,9 @@ BUDGETS = {
     "scheduling": 83,
     "search": 1463,
     "serving": 1536,
-    "training": 4013,
+    "training": 4158,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 273, 8325
+MOST_FILES, MOST_DOCSTRING_LINES = 275, 8325
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.

@@ -24,6 +24,7 @@ from ..data.images.image_sources import ParquetImage, TarImage, open_image
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .float32 import float32_as_such
 from .host_copies import start_copy
+from .pixel_normalization import PixelNormalization
 from .tokenized_texts import TokenizedText
 
 Batch = TypeVar("Batch")
@@ -233,8 +234,11 @@ def prepare_images(
     *,
     open_image: Callable[[Any], Any] = open_image,
     on_error: Callable[[Any, ValueError], str] | None = None,
+    normalization: PixelNormalization | None = None,
 ) -> PreparedImages:
     """Open images and prepare them for a vision tower; prepared ones are joined.
+
+    With `normalization`, pixels are uint8, for the device to normalize.
 
     `open_image` returns None to leave an image out. Where one is invalid, `on_error` makes
     its message, or raises; the others are prepared without it. By default ValueError names all that
@@ -259,14 +263,24 @@ def prepare_images(
                     yield opened
 
     try:
-        return PreparedImages(_prepare(processor, open_all()), places, errors)
+        if normalization is None:
+            inputs = _prepare(processor, open_all())
+        else:
+            inputs = normalization.prepare(_prepare(normalization.processor, open_all()))
+        return PreparedImages(inputs, places, errors)
     except ValueError as error:  # such as a size that the processor does not take
         if on_error is None:
             raise
         if len(images) == 1:
             return PreparedImages({}, [], {0: on_error(images[0], error)})
     alone = [
-        prepare_images(processor, [image], open_image=open_image, on_error=on_error)
+        prepare_images(
+            processor,
+            [image],
+            open_image=open_image,
+            on_error=on_error,
+            normalization=normalization,
+        )
         for image in images
     ]
     return PreparedImages(

@@ -30,7 +30,8 @@ from .batches import OnBatch, require_finite
 from .devices import find_device
 from .encoder_interface import Encoder, choose_batches
 from .float32 import float32_as_such
-from .host_copies import computes_beside, send
+from .host_copies import computes_beside
+from .pixel_normalization import find_normalization
 from .precision import load_on_device
 
 Model: TypeAlias = LLM2CLIPModel | LLM2CLIPTextModel | LLM2CLIPVisionModel
@@ -249,6 +250,8 @@ class TorchEncoder(Encoder):
         self.embedding_dim = int(config.projection_dim)
         self.computes_beside = computes_beside(self.device)
         self.token_budget, self.batch_size = choose_batches(self.device)
+        if self.device.type != "cpu" and "image" in self.modalities:
+            self.normalization = find_normalization(processor, self.device)
         # On a CPU the model packs texts of any lengths, and batches of few tokens are slow.
         self._plan_texts = plan_packs if self.device.type == "cpu" else plan_token_batches
 
@@ -279,10 +282,11 @@ class TorchEncoder(Encoder):
         if self.device.type == "cpu":
             raise_malloc_thresholds()
         inputs = {"pixel_values": pixel_values, **others}
+        inputs = {n: value.to(self.device, non_blocking=True) for n, value in inputs.items()}
+        if self.normalization is not None:
+            inputs["pixel_values"] = self.normalization.apply(inputs["pixel_values"])
         with _require_eval_mode(model, self._list_modules("image")):
-            embeds: Tensor = model.get_vision_embeds(
-                **{name: send(value, self.device) for name, value in inputs.items()}
-            )
+            embeds: Tensor = model.get_vision_embeds(**inputs)
         return embeds
 
     def project(self, modality: str, embeds: Tensor) -> Tensor:

@@ -7,13 +7,16 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -131,6 +134,9 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
     To the Trainer the whole run is one epoch.
     """
 
+    _ahead: ThreadPoolExecutor
+    _next_samples: Future[Any] | None
+
     def __init__(
         self,
         model: AlignmentModel,
@@ -181,9 +187,31 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
     def get_train_dataloader(self) -> Any:
         return self._loader
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; while the device computes, a thread prepares one batch ahead."""
+        with ThreadPoolExecutor(1) as self._ahead:
+            self._next_samples = None
+            return super().train(*args, **kwargs)
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         with self._input_times.measure():
-            return super().get_batch_samples(*args, **kwargs)
+            get = partial(super().get_batch_samples, *args, **kwargs)
+            # Workers are ahead on their own, and a checkpoint has the place of a stream.
+            is_idle = isinstance(self._loader, DataLoader) and not self._loader.num_workers
+            if not is_idle or not runs_ahead(self.args.device):
+                return get()
+            samples = get() if self._next_samples is None else self._next_samples.result()
+            self._next_samples = self._ahead.submit(get)
+            return samples
+
+    def _prepare_input(self, data: Any) -> Any:
+        if not isinstance(data, Tensor):
+            return super()._prepare_input(data)
+        # Batches are in pinned memory, from which a device copies while Python goes on.
+        return data.to(self.args.device, non_blocking=runs_ahead(self.args.device))
+
+    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.data.dataset.complete(super()._prepare_inputs(inputs))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Group parameters by start, rate and decay; matrices alone decay (arXiv:2103.00020)."""
