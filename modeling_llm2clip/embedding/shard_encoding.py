@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ class ImageShardEncoder(ShardEncoder):
 
     def encode(self, prepared: PreparedShard) -> Iterator[Tensor]:
         """Yield the embeddings of each batch."""
-        encoded = self.encoder.iterate_images(
+        images = self.encoder.iterate_images(
             prepared.inputs,
             prepared.batches,
             project=self.project,
@@ -159,10 +160,11 @@ class ImageShardEncoder(ShardEncoder):
             on_error=lambda _, error: str(error),
             to_cpu=not self.encoder.computes_beside,
         )
-        for numbers, batch in zip(prepared.batches, encoded, strict=True):
-            if batch.errors and not getattr(self.config, "skip_invalid", False):
-                raise UnreadableImagesError(list_first(batch.errors.values(), "\n"))
-            yield self._place(batch, numbers)
+        with closing(images) as encoded:
+            for numbers, batch in zip(prepared.batches, encoded, strict=True):
+                if batch.errors and not getattr(self.config, "skip_invalid", False):
+                    raise UnreadableImagesError(list_first(batch.errors.values(), "\n"))
+                yield self._place(batch, numbers)
 
     def _place(self, batch: EncodedImages, numbers: Sequence[int]) -> Tensor:
         if self.project and batch.tower_embeds is not None:

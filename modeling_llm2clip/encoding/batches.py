@@ -87,16 +87,13 @@ def encode_distinct(
     scales = sizes is not None
     sizes = sizes or [1] * len(inputs)
     embeddings: Tensor | None = None
-    with tqdm(
-        total=sum(sizes[row] for row in firsts),
-        unit=unit,
-        unit_scale=scales,
-        disable=not show_progress,
-    ) as progress:
-        encoded = iterate_batches(
-            inputs, plan, prepare=prepare, encode=encode, device=device, num_workers=num_workers,
-            on_batch=on_batch, to_cpu=finish is None,
-        )  # fmt: skip
+    encoded = iterate_batches(
+        inputs, plan, prepare=prepare, encode=encode, device=device, num_workers=num_workers,
+        on_batch=on_batch, to_cpu=finish is None,
+    )  # fmt: skip
+    num_units = sum(sizes[row] for row in firsts)
+    bar = tqdm(total=num_units, unit=unit, unit_scale=scales, disable=not show_progress)
+    with bar as progress, closing(encoded):
         for rows, embeds in encoded if finish is None else _copy_together(encoded, finish, inputs):
             if embeddings is None:
                 embeddings = torch.empty(len(firsts), embeds.shape[1], dtype=torch.float32)
@@ -119,7 +116,7 @@ def iterate_batches(
     num_workers: int | None = 1,
     on_batch: OnBatch | None = None,
     to_cpu: bool = True,
-) -> Iterator[tuple[Sequence[int], Tensor]]:
+) -> Generator[tuple[Sequence[int], Tensor]]:
     """Yield the rows of each batch of a plan, and their embeddings, (B, D) float32 on the CPU.
 
     `prepare` turns the inputs of a batch into what `encode` takes; it runs in threads, for None of

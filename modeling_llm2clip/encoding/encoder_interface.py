@@ -6,7 +6,7 @@ N texts or images, B those of a batch, D width of a tower, P `projection_dim`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
@@ -248,7 +248,7 @@ class Encoder(ABC):
         open_image: Callable[[Any], Any] = open_image,
         on_error: Callable[[Any, ValueError], str] | None = None,
         to_cpu: bool = True,
-    ) -> Iterator[EncodedImages]:
+    ) -> Generator[EncodedImages]:
         """Yield the readable images of each batch of a plan; threads open them.
 
         `open_image` and `on_error` are those of `prepare_images`. Without `to_cpu`, embeddings stay
