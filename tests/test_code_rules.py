@@ -40,7 +40,7 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2301,
+    ".": 2433,
     "building": 1356,
     "cli": 1113,
     "configs": 836,
@@ -49,7 +49,7 @@ BUDGETS = {
     "demo": 86,
     "doctor": 1348,
     "embedding": 1232,
-    "encoding": 842,
+    "encoding": 841,
     "evaluation": 2852,
     "model_folders": 1338,
     "publishing": 951,
@@ -59,7 +59,7 @@ BUDGETS = {
     "serving": 1536,
     "training": 4158,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 275, 8325
+MOST_FILES, MOST_DOCSTRING_LINES = 276, 8325
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.

@@ -266,8 +266,8 @@ class TorchEncoder(Encoder):
     ) -> Tensor:
         """Run the LLM on one batch, (B, L) int64 each, padded; returns (B, D)."""
         model = self._find_model("text")
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        options: dict[str, Any] = {name: ids.to(self.device) for name, ids in inputs.items()}
+        # The model copies them to its device, once they are checked.
+        options: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         if num_unpooled is not None:  # the model counts as sentence-transformers does
             config = model.config
             num_suffix = len(config.prompt_suffix_ids) - bool(config.prompt_suffix_ends_special)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.transfers import Transfers
 
 _CPU = torch.device("cpu")
@@ -64,3 +66,23 @@ def test_what_a_module_makes_and_its_gradients_are_on_the_device() -> None:
         assert norm > 0
 
     assert count(train) == {"copies_in": 1, "bytes_in": 16, "reads": 1}
+
+
+def test_a_run_fails_by_parity_and_by_lost_speed_and_not_by_a_missed_goal(tmp_path: Path) -> None:
+    recorded = {"fast": {"value": 100.0}, "short": {"value": 1.0}}
+    bench = Bench(_CPU, False, tmp_path, recorded)
+    bench.note_speed("fast", 81.0, "texts/s", goal=200.0)
+    bench.note_speed("short", 1.2, "s", goal=0.5, lower=True)
+    bench.note_parity("near", 0.9995, 0.999, at_least=True)
+    assert bench.failures == []
+    assert [bench.rows[name]["met"] for name in ("fast", "short")] == [False, False]
+    bench.note_speed("fast", 79.0, "texts/s")
+    bench.note_speed("short", 1.3, "s", lower=True)
+    bench.note_parity("near", 0.998, 0.999, at_least=True)
+    bench.note_parity("ranks", 1, 0, at_least=False)
+    assert [failure.split(":")[0] for failure in bench.failures] == [
+        "fast", "short", "near", "ranks",
+    ]  # fmt: skip
+    # A NaN is near to nothing.
+    bench.note_parity("broken", float("nan"), 0.999, at_least=True)
+    assert not bench.rows["broken"]["holds"]
