@@ -43,19 +43,26 @@ BUDGETS = {
     ".": 2433,
     "building": 1356,
     "cli": 1113,
-    "configs": 836,
+    "configs": 847,
     "conversion": 600,
     "data": 4678,
     "demo": 86,
     "doctor": 1348,
+<<<<<<< HEAD
     "embedding": 1232,
     "encoding": 841,
     "evaluation": 2852,
     "model_folders": 1338,
+=======
+    "embedding": 1212,
+    "encoding": 821,
+    "evaluation": 2860,
+    "model_folders": 1419,
+>>>>>>> main
     "publishing": 951,
     "recipes": 444,
     "scheduling": 83,
-    "search": 1463,
+    "search": 1494,
     "serving": 1536,
     "training": 4158,
 }
