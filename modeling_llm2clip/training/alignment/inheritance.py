@@ -98,8 +98,7 @@ def inherit(
         optimizer.zero_grad()
         spread_nonfinite(distill(model.to_text_embeds(embeds), targets)).backward()
         finite_steps.observe(nn.utils.clip_grad_norm_(parts.parameters(), config.max_grad_norm))
-        is_measured = step % every == 0 or step == steps
-        if is_measured or not skips:
+        if (is_measured := step % every == 0 or step == steps) or not skips:
             _require_finite(finite_steps, learning_rate=optimizer.defaults["lr"])
         optimizer.step()
         schedule.step()
