@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from benchmarks.gpu.full_width import WIDTHS, draw_lengths, make_config
-from benchmarks.gpu.transfers import Crossings, Transfers, replaced
+from benchmarks.gpu.gpu_branches import gpu_branches
+from benchmarks.gpu.transfers import Crossings, Transfers
 
 _BATCH_TOKENS, _CAPTION_TOKENS = 16_384, 40
 _IMAGES, _PAIRS, _ALIGNED = 64, 64, 4096
@@ -154,22 +155,13 @@ def _describe_shapes(batches: Sequence[Sequence[int]]) -> dict[str, Any]:
 
 def count_transfers(folder: Path) -> dict[str, Any]:
     """Count what one batch or step makes a host and its GPU exchange."""
-    with ExitStack() as stack:
-        _take_gpu_branches(stack)
+    with gpu_branches():
         return {
             "extract texts, a batch": _count_texts(folder),
             "embed images, a batch": _count_images(folder),
             "align, a step": _widen(_count_steps(folder, _align)),
             "finetune-llm, a step": _count_steps(folder, _finetune),
         }
-
-
-def _take_gpu_branches(stack: ExitStack) -> None:
-    from modeling_llm2clip import modeling_llm2clip
-
-    if hasattr(modeling_llm2clip, "splits_batches"):
-        padded = replaced(modeling_llm2clip, "splits_batches", lambda *_, **__: False)
-        stack.enter_context(padded)
 
 
 def _count_texts(folder: Path) -> dict[str, float]:
@@ -221,9 +213,10 @@ def _count_steps(folder: Path, train: Callable[[Path, Path, int], None]) -> dict
 
 
 def _widen(figures: dict[str, float]) -> dict[str, float]:
-    """Add the megabytes of 4,096 pairs of the paper's widths; each has two numbers beside them."""
-    ids, narrow, wide = 16, 64 + 32, WIDTHS["8B"] + WIDTHS["L/14-336"]
-    of_pair = (figures["bytes_in"] / _PAIRS - ids) * wide / narrow + ids
+    """Add the megabytes of 4,096 pairs of the paper's widths; numbers of a pair have no width."""
+    matrices, narrow = figures["matrix_bytes_in"], 64 + 32
+    wide = matrices * (WIDTHS["8B"] + WIDTHS["L/14-336"]) / narrow
+    of_pair = (figures["bytes_in"] - matrices + wide) / _PAIRS
     return figures | {"megabytes_in_at_full_width": round(_ALIGNED * of_pair / 1e6, 1)}
 
 
