@@ -43,23 +43,23 @@ BUDGETS = {
     ".": 2433,
     "building": 1356,
     "cli": 1113,
-    "configs": 836,
+    "configs": 847,
     "conversion": 600,
     "data": 4678,
     "demo": 86,
     "doctor": 1348,
-    "embedding": 1203,
-    "encoding": 784,
-    "evaluation": 2852,
-    "model_folders": 1322,
+    "embedding": 1212,
+    "encoding": 821,
+    "evaluation": 2860,
+    "model_folders": 1419,
     "publishing": 951,
     "recipes": 444,
     "scheduling": 83,
-    "search": 1463,
+    "search": 1494,
     "serving": 1536,
     "training": 4158,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 275, 8325
+MOST_FILES, MOST_DOCSTRING_LINES = 276, 8325
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.

@@ -130,6 +130,8 @@ def compute_partition(
     missing = sorted(set(shards) & set(writer.list_missing()))
     if plan.engine == "ray":
         task = replace(plan, source=folder)  # a loaded model would be sent to each actor
+        if (taken := work.encoder.plan.get("precision")) in ("float32", "bfloat16"):
+            task = replace(task, config=replace(config, precision=taken))  # compared once
         compute_with_ray(
             partial(_open_work, task, writer, work.inputs),
             missing,

@@ -25,8 +25,9 @@ from ..encoding.batches import split_evenly
 from ..encoding.dual_encoder import DualEncoder, DualEncoderProcessor
 from ..encoding.encode import TorchEncoder
 from ..encoding.encoder_interface import EncodedImages, Encoder
-from ..encoding.precision import load_on_device
+from ..encoding.precision import describe_precision
 from ..encoding.tokenized_texts import TokenizedTexts
+from ..model_folders.guarded_loading import find_stored_dtype, load_in_precision
 from ..model_folders.model_folder import is_dual_encoder
 from ..model_folders.onnx_folder import load_onnx_encoder
 from ..model_folders.training_images import ImageTally
@@ -171,11 +172,14 @@ def load_shard_encoder(
         weights, plan = config.text_weights, {"backend": "onnx"}
         encoder: Encoder = load_onnx_encoder(folder, weights=weights, modalities=(modality,))
     elif is_teacher:
-        encoder = DualEncoder(folder, DualEncoderProcessor(folder), device)
+        dtype = config.precision
+        encoder = DualEncoder(folder, DualEncoderProcessor(folder), device, dtype=dtype)
+        plan = {} if dtype == "auto" else {"precision": dtype}
     else:
         kind = LLM2CLIPTextModel if modality == "text" else LLM2CLIPVisionModel
         processor = LLM2CLIPProcessor.from_pretrained(folder)  # before what takes long
-        model = load_on_device(kind, folder, device)
+        model = load_in_precision(kind, folder, device, config.precision)
+        plan = describe_precision(model, find_stored_dtype(folder))
         encoder = TorchEncoder(model, processor)
         head = model.text_projection if modality == "text" else model.visual_projection
     dim = encoder.embedding_dim if project else head.in_features

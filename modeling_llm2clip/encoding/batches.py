@@ -291,7 +291,7 @@ def require_finite(
     ]
     raise ValueError(
         f"The model gives NaN or infinity for {len(broken)} of {len(rows)} inputs: "
-        f"{list_first(named)}. Run it in float32 (--dtype float32); if they remain, its "
+        f"{list_first(named)}. Run it in float32 (--precision float32); if they remain, its "
         "weights are damaged: check its folder with llm2clip doctor."
     )
 

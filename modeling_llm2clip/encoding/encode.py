@@ -10,9 +10,9 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -31,7 +31,7 @@ from .devices import find_device
 from .encoder_interface import Encoder, choose_batches
 from .float32 import float32_as_such
 from .pixel_normalization import find_normalization
-from .precision import load_on_device
+from .precision import describe_precision, load_on_device
 
 Model: TypeAlias = LLM2CLIPModel | LLM2CLIPTextModel | LLM2CLIPVisionModel
 
@@ -219,6 +219,7 @@ class TorchEncoder(Encoder):
             towers is loaded when it is needed first.
         processor: The model's processor.
         device: Where the towers of a folder are loaded to; None for the best there is.
+        load: Loads a class of model from a folder; by default in the dtype that it is stored in.
     """
 
     projects_at_once = False
@@ -230,13 +231,14 @@ class TorchEncoder(Encoder):
         processor: LLM2CLIPProcessor,
         *,
         device: torch.device | None = None,
+        load: Callable[[Any], Any] | None = None,
     ) -> None:
         self.processor = processor
         self._lock = threading.Lock()
         self._models: dict[str, Any] = {}
         if isinstance(model, Path):
-            self._folder, self.modalities = model, ("text", "image")
-            self.device = device or find_device()
+            self.modalities, self.device = ("text", "image"), device or find_device()
+            self._load = load or partial(load_on_device, folder=model, device=self.device)
             config = LLM2CLIPConfig.from_pretrained(model)
         else:
             self.device, config = model.device, model.config
@@ -288,11 +290,15 @@ class TorchEncoder(Encoder):
         """Map embeddings of a tower, (B, D), to unit embeddings, (B, P)."""
         return _project(self._find_model(modality), modality, embeds)
 
+    def describe_precision(self, modality: str, stored: torch.dtype) -> dict[str, str]:
+        """Describe how a tower computes; see `precision.describe_precision`."""
+        return describe_precision(self._find_model(modality), stored)
+
     def _find_model(self, modality: str) -> Any:
         with self._lock:
             if modality not in self._models:
                 kind = LLM2CLIPTextModel if modality == "text" else LLM2CLIPVisionModel
-                self._models[modality] = load_on_device(kind, self._folder, self.device)
+                self._models[modality] = self._load(kind)
             return self._models[modality]
 
 
