@@ -1,4 +1,4 @@
-"""Makes a CPU take the ways that the package takes on a GPU, of this version and of earlier ones."""
+"""Makes a CPU take the ways of a GPU through this version of the package and earlier ones."""
 
 from __future__ import annotations
 

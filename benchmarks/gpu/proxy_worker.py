@@ -191,8 +191,10 @@ def _count_images(folder: Path) -> dict[str, float]:
 
 
 def _count_batches(encoder: Any, inputs: Sequence[Any]) -> dict[str, float]:
-    """Count all batches of a shard, and divide."""
+    """Count all batches of a shard, and divide; the first time some are checked, and not counted."""
     prepared = encoder.prepare(list(inputs))
+    for _ in encoder.encode(prepared):
+        pass
     with Transfers() as transfers:
         for model in encoder.encoder._models.values():
             for buffer in model.buffers():

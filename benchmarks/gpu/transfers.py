@@ -87,7 +87,7 @@ class Transfers(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         first = args[0] if args else None
         held = any(self.is_placed(leaf) for leaf in _list_tensors((args, kwargs)))
-        if func is _GET_DEVICE:
+        if func == _GET_DEVICE:
             return func(*args) if held else _HOST
         result = func(*args, **kwargs)
         if name == "cpu" or (name == "to" and _HOST in (*args[1:], *kwargs.values())):
