@@ -49,7 +49,7 @@ BUDGETS = {
     "demo": 86,
     "doctor": 1348,
     "embedding": 1212,
-    "encoding": 821,
+    "encoding": 833,
     "evaluation": 2860,
     "model_folders": 1419,
     "publishing": 951,

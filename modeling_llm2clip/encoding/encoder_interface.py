@@ -24,6 +24,7 @@ from .batches import (
     PreparedImages,
     encode_distinct,
     iterate_batches,
+    join_images,
     prepare_batches,
     prepare_images,
     require_finite,
@@ -245,7 +246,9 @@ class Encoder(ABC):
             prepare_images, self.processor, open_image=open_image, on_error=on_error,
             normalization=self.normalization,
         )  # fmt: skip
-        in_threads = prepare_batches(parts, prepare, device=self.device, num_workers=num_workers)
+        in_threads = prepare_batches(
+            parts, prepare, device=self.device, num_workers=num_workers, join=join_images
+        )
         with closing(in_threads) as batches, float32_as_such():
             for rows, prepared in zip(plan, batches, strict=True):
                 readable = [rows[place] for place in prepared.places]
