@@ -30,20 +30,22 @@ def gpu_branches() -> Iterator[None]:
     """Take the ways of a GPU while the context runs, with packs where the version has them."""
     with ExitStack() as stack:
         for module, name in _ASKED:
-            stack.enter_context(_replaced(module, name, lambda *_, **__: True))
+            stack.enter_context(_replaced_in(module, name, lambda *_, **__: True))
         model = f"{_PACKAGE}.modeling_llm2clip"
         mixin = importlib.import_module(model)._TextMixin
         if hasattr(mixin, "varlen_kernel"):
             from modeling_llm2clip.attention_llm2clip import VarlenKernel
 
             kernel = VarlenKernel(_attend, 256, (torch.float32, torch.bfloat16))
-            stack.enter_context(_set(mixin, "varlen_kernel", kernel))
-            stack.enter_context(_set(mixin, "_encode_texts", _look_at_once(mixin._encode_texts)))
+            stack.enter_context(replaced(mixin, "varlen_kernel", kernel))
+            stack.enter_context(
+                replaced(mixin, "_encode_texts", _look_at_once(mixin._encode_texts))
+            )
         else:
-            stack.enter_context(_replaced("modeling_llm2clip", "splits_batches", _refuse))
+            stack.enter_context(_replaced_in("modeling_llm2clip", "splits_batches", _refuse))
         tally = importlib.import_module(f"{_PACKAGE}.model_folders.training_images").ImageTally
         if hasattr(tally, "add_on_device"):
-            stack.enter_context(_set(tally, "add", tally.add_on_device))
+            stack.enter_context(replaced(tally, "add", tally.add_on_device))
         yield
 
 
@@ -61,7 +63,7 @@ def _refuse(*_: Any, **__: Any) -> bool:
 
 
 @contextmanager
-def _replaced(module: str, name: str, value: Any) -> Iterator[None]:
+def _replaced_in(module: str, name: str, value: Any) -> Iterator[None]:
     """Replace a name of a module; versions that lack it have no such way."""
     try:
         owner = importlib.import_module(f"{_PACKAGE}.{module}")
@@ -69,14 +71,15 @@ def _replaced(module: str, name: str, value: Any) -> Iterator[None]:
         yield
         return
     if hasattr(owner, name):
-        with _set(owner, name, value):
+        with replaced(owner, name, value):
             yield
     else:
         yield
 
 
 @contextmanager
-def _set(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Replace an attribute while the context runs."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
