@@ -48,18 +48,18 @@ BUDGETS = {
     "data": 4678,
     "demo": 86,
     "doctor": 1348,
-    "embedding": 1212,
-    "encoding": 833,
+    "embedding": 1241,
+    "encoding": 890,
     "evaluation": 2860,
-    "model_folders": 1419,
+    "model_folders": 1435,
     "publishing": 951,
     "recipes": 444,
     "scheduling": 83,
     "search": 1494,
     "serving": 1536,
-    "training": 4158,
+    "training": 4176,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 276, 8325
+MOST_FILES, MOST_DOCSTRING_LINES = 277, 8325
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.

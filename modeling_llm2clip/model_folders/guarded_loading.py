@@ -45,6 +45,7 @@ def load_in_precision(
     precision: str = "auto",
     *,
     traits: DeviceTraits | None = None,
+    **options: Any,
 ) -> Any:
     """Load a model to a device, with its towers in the dtype that a precision means there.
 
@@ -59,11 +60,12 @@ def load_in_precision(
         device: Where the model runs.
         precision: `auto`, `float32` or `bfloat16`.
         traits: What decides; None to read it from the device.
+        options: Further arguments of `from_pretrained`.
     """
     traits = traits or DeviceTraits.read(device)
     stored = find_stored_dtype(folder)
     dtype, is_compared = choose_tower_dtype(precision, traits, stored)
-    load = partial(load_on_device, model_class, folder, device)
+    load = partial(load_on_device, model_class, folder, device, **options)
     if dtype == stored and traits.kind != "cuda":
         return load()
     if not is_compared:
