@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-# On a CPU all devices are equal; this one has another name, and stands for the host.
+# On a CPU all devices are equal; this one has another name, and means the host.
 _HOST = torch.device("cpu", 0)
 # Functions whose result Python sees, or whose shape depends on values: the host waits for them.
 _READS = frozenset(
