@@ -212,7 +212,7 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         # The model checks token ids on the CPU, and copies them itself.
-        ids = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+        ids = {n: value for n, value in inputs.items() if n in ("input_ids", "attention_mask")}
         others = {name: value for name, value in inputs.items() if name not in ids}
         return self.data.dataset.complete({**super()._prepare_inputs(others), **ids})
 
