@@ -71,7 +71,7 @@ class EncodingConfig(BatchConfig, PrecisionConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CompileConfig(DeviceConfig):
-    """How a tower runs."""
+    """The compilation of a model."""
 
     compile: bool = False
     """Compile the layers of the towers, by Triton or a C++ compiler: the first batches take longer,
