@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import Tensor
@@ -17,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ...configs.align_config import AlignConfig
 from ...data.store.embedding_store import EmbeddingStore
+from ...encoding.devices import has_float64
 from ...modeling_llm2clip import LLM2CLIPVisionModel
 from ...scheduling.graceful_stop import StopRequest
 from ..losses.loss import Loss
@@ -87,6 +89,11 @@ class AlignmentFit:
                 self.source, local_files_only=True
             )
         return model
+
+    def move_to_start(self, model: AlignmentModel, device: torch.device) -> None:
+        """Move a model to the device of its start: that of its training, if it has float64."""
+        if has_float64(device) and not is_sharded():
+            model.to(device)  # type: ignore[arg-type]
 
     def make_ready(self, model: AlignmentModel, length: RunLength, device: Any) -> None:
         """Move a model, whose start is set, to the device of its training."""
@@ -176,6 +183,7 @@ def refit(fit: AlignmentFit, choice: Choice, stop: StopRequest) -> dict[str, Ten
     length = replace(choice.length, last_step=choice.step)
     arguments = make_training_arguments(again.output, again.config)
     model, adapted = again.load()
+    again.move_to_start(model, arguments.device)
     # A resumed fit repeats it, too: weights between start and end need the start.
     start = repeat_init(model, again.data, again.config, choice.start, fit.output)
     again.make_ready(model, length, arguments.device)

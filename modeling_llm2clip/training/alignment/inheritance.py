@@ -28,11 +28,12 @@ from ...scheduling.graceful_stop import StopRequest
 from ..losses.terms import distill
 from .alignment_data import list_pairs
 from .alignment_fit import AlignmentFit
-from .alignment_model import AlignmentModel
+from .alignment_model import AlignmentModel, skip_identity_blocks
 from .projection_init import (
     RATE_FROM_TRAINED,
     SHRINKAGES,
     Side,
+    apply_adapter,
     fill_projection,
     make_identity,
     require_varied,
@@ -69,6 +70,7 @@ def inherit(
         return None
     assert isinstance(fit.data, RecordData)
     captions = _Captions(fit.data, teacher, batch_size, seed=config.seed)
+    start_device = model.text_projection.weight.device
     before = captions.measure(model)
     shrinkage, fitted = _fit_ridge(model, captions)
     is_main_process = PartialState().is_main_process
@@ -101,7 +103,7 @@ def inherit(
             distance = captions.measure(model)
             if distance < lowest or not captions.is_held_out:
                 best, best_step, lowest = copy_text_side(model), step, distance
-    parts.to("cpu")
+    parts.to(start_device)
     model.load_state_dict(best, strict=False)
     return {
         "num_captions": captions.num_trained,
@@ -170,8 +172,9 @@ class _Captions:
         """Measure the distance from the teacher, in batches of the same size as in training."""
         device, total = model.text_projection.weight.device, 0.0
         parts = (part.to(device).split(self._batch_size) for part in self.measured)
-        for embeds, targets in zip(*parts, strict=True):
-            total += len(embeds) * float(distill(model.to_text_embeds(embeds), targets))
+        with skip_identity_blocks(model):
+            for embeds, targets in zip(*parts, strict=True):
+                total += len(embeds) * float(distill(model.to_text_embeds(embeds), targets))
         return total / len(self.measured[0])
 
     def iterate(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -202,7 +205,8 @@ def _fit_ridge(model: AlignmentModel, captions: _Captions) -> tuple[float, float
     require_varied(captions=embeds, teacher=targets)
     if not model.config.text_adapter_trained:
         make_identity(model.text_adapter)
-    adapted = model.text_adapter(embeds).float()
+    adapted = apply_adapter(model, embeds)
+    targets = targets.to(adapted.device)
     side, mean = Side(adapted), targets.mean(0).double()
     rotated = side.rotate(adapted).double()
     cross = rotated.T @ (targets - mean) / len(targets)
