@@ -8,7 +8,8 @@ that return an output object return a tuple of its fields with `return_dict=Fals
 from __future__ import annotations
 
 import inspect
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,14 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple
 
+from .attention_llm2clip import (
+    VarlenKernel,
+    find_varlen_kernel,
+    is_exported,
+    is_traced,
+    order_backends,
+    takes_dtype,
+)
 from .base_llm2clip import LLM2CLIPPreTrainedModel, settle_frozen
 from .configuration_llm2clip import LLM2CLIPConfig
 from .heads_llm2clip import (
@@ -35,10 +44,11 @@ from .heads_llm2clip import (
     pool_tokens,
 )
 from .packing_llm2clip import (
+    copy_to,
     find_first_position,
-    is_exported,
-    is_traced,
     pool_on_cpu,
+    run_unpadded,
+    runs_packs,
     splits_batches,
     text_forward_lock,
 )
@@ -94,6 +104,7 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
     """Encodes texts; shared by the two-tower and the text-only model."""
 
     packs_in_training = False  # set for training on a CPU; else batches are not split
+    varlen_kernel: VarlenKernel | None = None  # None: that of the device, if there is one
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def get_text_features(
@@ -105,7 +116,8 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         """Encode texts and project them, without normalizing the result.
 
         Args:
-            input_ids: (B, L) int64 from the model's own tokenizer, padded on either side.
+            input_ids: (B, L) int64 from the model's own tokenizer, padded on either side. They may
+                stay on the CPU for a model on a GPU, which then never waits for them.
             attention_mask: (B, L), 1 at real tokens; required if there is padding.
             prompt_length: Number of tokens of the tokenized instruction alone, as
                 sentence-transformers counts them. The instruction is attended to, not pooled,
@@ -114,7 +126,7 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         Returns:
             `pooler_output` (B, P) float32, projected and not normalized, and `last_hidden_state`
             (B, L, D) of the LLM. Its values at padding are meaningless; they are zeros where the
-            CPU ran the texts without padding.
+            texts ran without padding.
 
         Raises:
             ValueError: The ids lack the model's prompt, a text is too long or empty, padding has no
@@ -200,6 +212,10 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
             num_suffix=len(config.prompt_suffix_ids),
             suffix_ends_special=config.prompt_suffix_ends_special,
         )
+        device = self._find_text_device(input_ids)
+        if device.type == "cuda" and not is_traced():  # one look at the ids instead of one a check
+            input_ids = input_ids.cpu()
+            attention_mask = None if attention_mask is None else attention_mask.cpu()
         if is_exported():  # a graph for other runtimes checks nothing
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         else:
@@ -214,14 +230,37 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
                 config.text_config.vocab_size,
                 num_unpooled,
             )
-        splits = input_ids.device.type == "cpu" and splits_batches(
-            self.text_model, packs_in_training=self.packs_in_training
-        )
+        output = self._pool_texts(input_ids, mask, num_unpooled, device, keep_tokens=keep_tokens)
+        output.pooler_output = self._apply_dense(output.pooler_output)  # type: ignore[arg-type]
+        return output
+
+    def _find_text_device(self, input_ids: Tensor) -> torch.device:
+        """Return the device to run texts on, whose ids may still be on the CPU."""
+        is_here = is_traced() or input_ids.device.type != "cpu"
+        if is_here or self.text_model.device.type == "meta":  # an offloaded LLM
+            return input_ids.device
+        return self.text_model.device  # type: ignore[no-any-return]
+
+    def _pool_texts(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        num_unpooled: int,
+        device: torch.device,
+        *,
+        keep_tokens: bool,
+    ) -> BaseModelOutputWithPooling:
+        """Run the LLM, packed or padded as the device runs it best, and pool its output."""
+        kernel = None if is_traced() else self._find_kernel(mask, device)
+        if kernel is not None:
+            states = run_unpadded(self.text_model, input_ids, mask, device, kernel)
+            return self._pool_states(states, mask, num_unpooled)
         pool_padded = partial(self._pool_batch, num_unpooled=num_unpooled)
-        if not splits:
-            output = pool_padded(input_ids, mask)
-        else:
-            output = pool_on_cpu(
+        if device.type == "cpu" and splits_batches(
+            self.text_model, packs_in_training=self.packs_in_training
+        ):
+            config = self.config
+            return pool_on_cpu(
                 self.text_model,
                 input_ids,
                 mask,
@@ -231,8 +270,15 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
                 pool_padded=pool_padded,
                 keep_tokens=keep_tokens,
             )
-        output.pooler_output = self._apply_dense(output.pooler_output)  # type: ignore[arg-type]
-        return output
+        return pool_padded(copy_to(input_ids, device), copy_to(mask, device))
+
+    def _find_kernel(self, mask: Tensor, device: torch.device) -> VarlenKernel | None:
+        """Return what attends within the texts of a pack; None where they run padded."""
+        kernel = self.varlen_kernel or find_varlen_kernel(device)
+        if kernel is None or not takes_dtype(kernel, self.text_model, device):
+            return None
+        longest = int(mask.sum(dim=1).max())
+        return kernel if runs_packs(self.text_model, longest, device, kernel) else None
 
     def _apply_dense(self, pooled: Tensor) -> Tensor:
         """Map pooled states to caption embeddings, (B, D) float32, as an embedder may do."""
@@ -252,16 +298,27 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         first = find_first_position(self.text_model)
         positions = build_position_ids(attention_mask, first=first)
         inputs = {"position_ids": positions} if takes_positions else {}
-        with nullcontext() if is_traced() else text_forward_lock:
+        with nullcontext() if is_traced() else self._alone(input_ids.device.type):
             output = self.text_model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 use_cache=False,
                 **inputs,
             )
-        hidden_states = output.last_hidden_state  # (B, L, D)
+        return self._pool_states(output.last_hidden_state, attention_mask, num_unpooled)
+
+    @contextmanager
+    def _alone(self, device_type: str) -> Iterator[None]:
+        """Let no other thread run an LLM: the order of backends is one for the whole process."""
+        with text_forward_lock, order_backends(device_type, self.text_model):
+            yield
+
+    def _pool_states(
+        self, hidden_states: Tensor, attention_mask: Tensor, num_unpooled: int
+    ) -> BaseModelOutputWithPooling:
+        """Pool the LLM's last hidden states, (B, L, D)."""
         mask = build_pooling_mask(attention_mask, num_unpooled=num_unpooled)
-        mask = mask.to(hidden_states.device)
+        mask = copy_to(mask, hidden_states.device)
         pooled = pool_tokens(hidden_states, mask, pooling=self.config.text_pooling)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 

@@ -1,9 +1,10 @@
-"""Runs texts of unequal length through an LLM on a CPU without wasting time on padding.
+"""Runs texts of unequal length through an LLM without wasting time on padding.
 
 A CPU is faster with small pieces of a batch: rows of several texts without padding ("packs"), or
-batches of texts of similar length for LLMs that cannot run packs. Packing uses transformers' public
-attention interface, so no model code is copied. Before the first use, a check on the model itself
-shows whether its family passes all arguments on to the attention.
+batches of texts of similar length for LLMs that cannot run packs. A GPU runs a batch as one pack,
+with torch's attention for it, or padded. Packing uses transformers' public attention interface, so
+no model code is copied. Before the first use, a check on the model itself shows whether its family
+passes all arguments on to the attention.
 
 Uploaded with the weights. Shapes: B texts, L tokens, T tokens of a pack, D width of the LLM.
 """
@@ -11,11 +12,8 @@ Uploaded with the weights. Shapes: B texts, L tokens, T tokens of a pack, D widt
 from __future__ import annotations
 
 import itertools
-import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,11 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .attention_llm2clip import (
+    PACKED_ATTENTION,
+    PackedTexts,
+    VarlenKernel,
+    is_traced,
+    pack_without_mask,
+    recomputes,
+)
 from .pooling_llm2clip import TEXT_POOLINGS
 
 CPU_TOKEN_BUDGET = 2048
@@ -37,22 +41,13 @@ CPU_TOKEN_BUDGET = 2048
 PASS_COST_TOKENS = 64
 MAX_PADDING_SHARE = 0.1
 
-# The package and its copy from the Hub may both be loaded, so each needs its own names.
-_MODULE = re.sub(r"\W", "_", __name__)
-_NAME = f"{_MODULE}_packed"
-# torch before 2.7 has only is_compiling, which is also true while compiling.
-_KNOWS_EXPORTS = hasattr(torch.compiler, "is_exporting")
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-_NEEDS_MORE = "needs more than packed attention computes."
 # Both paths compute the same numbers and differ by the order of sums; a missing mask would change
-# them by more than a tenth.
+# them by more than a tenth. A GPU packs in half precision, whose steps are larger.
 _MOST_DIFFERENCE = 1e-3
-# The attention implementation is a field of the shared configuration, so only one packed pass runs
-# at a time. A plain pass of another thread that meets the packed setting computes what SDPA does.
+_MOST_STEPS = 8
 text_forward_lock = threading.RLock()
-_pass = threading.local()  # `longest`: tokens of the longest text while this thread runs a pack
-# LLM → whether packing gives the same numbers; checked before the first use.
-_checked: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+# LLM → whether packing gives the same numbers, by blocks and by a kernel; checked before first use.
+_checked: WeakKeyDictionary[nn.Module, dict[bool, bool]] = WeakKeyDictionary()
 
 
 def splits_batches(text_model: PreTrainedModel, *, packs_in_training: bool) -> bool:
@@ -65,10 +60,7 @@ def splits_batches(text_model: PreTrainedModel, *, packs_in_training: bool) -> b
         return False
     if not (torch.is_grad_enabled() or text_model.training):
         return True
-    # When the backward pass recomputes a packed one, the attention is already switched back.
-    return packs_in_training and not any(
-        getattr(module, "gradient_checkpointing", False) for module in text_model.modules()
-    )
+    return packs_in_training and not recomputes(text_model)
 
 
 def pool_on_cpu(
@@ -97,7 +89,7 @@ def pool_on_cpu(
         for ids, start, length in zip(input_ids, starts, lengths, strict=True)
     ]
     # One text fills no pack, and is spared the check of packs, which takes five passes.
-    packs = len(texts) > 1 and _runs_packs(text_model, max(lengths), input_ids.device)
+    packs = len(texts) > 1 and runs_packs(text_model, max(lengths), input_ids.device)
     plan = plan_packs if packs else plan_token_batches
     pooled = torch.empty(len(texts), width, dtype=torch.float32)
     tokens = None
@@ -116,18 +108,26 @@ def pool_on_cpu(
     return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=pooled)
 
 
-def _runs_packs(text_model: PreTrainedModel, longest: int, device: torch.device) -> bool:
+def runs_packs(
+    text_model: PreTrainedModel,
+    longest: int,
+    device: torch.device,
+    kernel: VarlenKernel | None = None,
+) -> bool:
+    """Return whether the LLM can run texts of up to `longest` tokens in one pack."""
     config = text_model.config
     # Tokens within a window, or within a chunk of this many tokens, attend to each other.
     spans = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     if any(span and longest > span for span in spans):
         return False
-    # Packing may replace the default alone, SDPA. It is _NAME while another thread runs a pack.
-    if config._attn_implementation not in ("sdpa", _NAME):
+    # Packing may replace the default alone, SDPA. It is PACKED_ATTENTION once a pack has run.
+    if config._attn_implementation not in ("sdpa", PACKED_ATTENTION):
         return False
-    if text_model not in _checked:
-        _checked[text_model] = can_pack(text_model, device)
-    return _checked[text_model]
+    checked = _checked.setdefault(text_model, {})
+    by_kernel = kernel is not None
+    if by_kernel not in checked:
+        checked[by_kernel] = can_pack(text_model, device, kernel)
+    return checked[by_kernel]
 
 
 def _pool_pack(
@@ -150,20 +150,6 @@ def _pool_token_batch(
     assert output.pooler_output is not None and output.last_hidden_state is not None
     states = zip(output.last_hidden_state, texts, strict=True)
     return output.pooler_output, [padded[: len(text)] for padded, text in states]
-
-
-@dataclass(frozen=True)
-class PackedTexts:
-    """Positions of the texts in a pack, and the direction of their attention.
-
-    Attributes:
-        cu_seqlens: Start of each text and end of the last one, (N + 1,) int64 on the CPU. It is a
-            tensor, so that a compiled layer is not compiled again for other lengths.
-        is_causal: Whether a token attends only to those before it.
-    """
-
-    cu_seqlens: Tensor
-    is_causal: bool
 
 
 def plan_packs(lengths: Sequence[int], *, token_budget: int) -> list[list[int]]:
@@ -215,24 +201,76 @@ def plan_token_batches(lengths: Sequence[int], *, token_budget: int) -> list[lis
     return batches
 
 
-def run_packed(text_model: PreTrainedModel, texts: Sequence[Tensor]) -> Tensor:
+def run_packed(
+    text_model: PreTrainedModel, texts: Sequence[Tensor], kernel: VarlenKernel | None = None
+) -> Tensor:
     """Run one pack of texts through the LLM, bidirectional or causal as configured.
 
-    The ids are (L_i,) int64 per text; texts of equal length must be adjacent. Returns the last
-    hidden states, (sum of L_i, D).
+    The ids are (L_i,) int64 per text; without a kernel, texts of equal length must be adjacent.
+    Returns the last hidden states, (sum of L_i, D).
     """
     lengths = [len(text) for text in texts]
     first = find_first_position(text_model)
-    is_causal = getattr(text_model.config, "is_causal", True)  # the default of transformers' masks
     device = texts[0].device
     position_ids = torch.cat([torch.arange(length, device=device) + first for length in lengths])
+    return _run_pack(text_model, torch.cat(list(texts)), position_ids, lengths, kernel)
+
+
+def run_unpadded(
+    text_model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    device: torch.device,
+    kernel: VarlenKernel,
+) -> Tensor:
+    """Run a padded batch through the LLM as one pack, without its padding.
+
+    Ids and mask are (B, L) on the CPU, so that nothing waits for the device, and padded on either
+    side. Returns the last hidden states on the device, (B, L, D), zeros at padding.
+    """
+    real = attention_mask.bool()
+    lengths = real.sum(dim=1)
+    places = real.flatten().nonzero().squeeze(1)
+    positions = (real.long().cumsum(dim=1) - 1)[real] + find_first_position(text_model)
+    pack = torch.stack([input_ids.flatten()[places], positions, places])
+    ids, positions, places = copy_to(pack, device)
+    states = _run_pack(text_model, ids, positions, lengths.tolist(), kernel)
+    padded = states.new_zeros(real.numel(), states.shape[1])
+    return padded.index_copy(0, places.to(states.device), states).view(*real.shape, -1)
+
+
+def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device; from the CPU to a GPU without waiting for it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def _run_pack(
+    text_model: PreTrainedModel,
+    ids: Tensor,
+    position_ids: Tensor,
+    lengths: list[int],
+    kernel: VarlenKernel | None,
+) -> Tensor:
+    """Run a pack, (T,) ids and positions, through the LLM; returns (T, D)."""
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)])
-    with _packed_attention(text_model, longest=max(lengths)):
+    longest = max(lengths)
+    is_causal = getattr(text_model.config, "is_causal", True)  # the default of transformers' masks
+    packed_texts = PackedTexts(cu_seqlens, is_causal)
+    mask = None
+    if kernel is not None:
+        on_device = copy_to(cu_seqlens.int(), ids.device)
+        packed_texts = PackedTexts(cu_seqlens, is_causal, kernel, on_device, longest)
+        # Without a mask, transformers would read the positions to look for packs.
+        mask = torch.ones_like(ids).unsqueeze(0)
+    with text_forward_lock, pack_without_mask(text_model, longest):
         output = text_model(
-            input_ids=torch.cat(list(texts)).unsqueeze(0),
+            input_ids=ids.unsqueeze(0),
+            attention_mask=mask,
             position_ids=position_ids.unsqueeze(0),
             use_cache=False,
-            packed_texts=PackedTexts(cu_seqlens, is_causal),
+            packed_texts=packed_texts,
         )
     return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
@@ -245,13 +283,16 @@ def find_first_position(text_model: nn.Module) -> int:
 
 
 @torch.no_grad()  # FSDP reuses weights gathered here in passes with gradients
-def can_pack(text_model: PreTrainedModel, device: torch.device) -> bool:
+def can_pack(
+    text_model: PreTrainedModel, device: torch.device, kernel: VarlenKernel | None = None
+) -> bool:
     """Check that three short texts in one pack give the same numbers as each of them alone.
 
     The numbers differ if the family drops arguments that packing needs, or if its attention
     computes more than plain scaled dot products. `device` is the device of the inputs, which an
-    offloaded model does not report.
+    offloaded model does not report. An LLM that passes keeps `attend_packed` as its attention.
     """
+    before = text_model.config._attn_implementation
     # Not the first ids: RoBERTa's relatives take their padding id for padding without a mask too.
     rows = torch.arange(4, 16, device=device) % text_model.config.vocab_size
     texts = [rows[:5], rows[3:8], rows[8:11]]
@@ -260,106 +301,22 @@ def can_pack(text_model: PreTrainedModel, device: torch.device) -> bool:
         # Dropout would make any two passes differ. Other threads may use the model, so its mode
         # stays. What is random in another way fails the check.
         with plain, _WithoutDropout(), text_forward_lock:
-            packed = run_packed(text_model, texts)
+            packed = run_packed(text_model, texts, kernel)
+            text_model.config._attn_implementation = before
             alone = [
                 text_model(input_ids=text.unsqueeze(0), use_cache=False).last_hidden_state[0]
                 for text in texts
             ]
     except (TypeError, ValueError):  # forward rejects the argument, or attend_packed the model
+        text_model.config._attn_implementation = before
         return False
     expected = torch.cat(alone).float()
     difference = (packed.float() - expected).norm() / expected.norm()
-    return bool(difference < _MOST_DIFFERENCE)
-
-
-def attend_packed(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    packed_texts: PackedTexts | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """Attend within each text of a pack, as an implementation of transformers' interface.
-
-    Queries are (1, heads, T, d), keys and values (1, key heads, T, d), where key heads divide
-    heads; returns (1, T, heads, d), and None in place of attention weights. ValueError where the
-    layer needs a mask, soft capping, sinks or a window that a text exceeds. A plain pass of another
-    thread, which meets this implementation in the shared configuration, attends as SDPA does.
-    """
-    if packed_texts is None and not _runs_a_pack():
-        more = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux, **others}
-        plain: tuple[Tensor, None] = ALL_ATTENTION_FUNCTIONS["sdpa"](
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more
-        )
-        return plain
-    if packed_texts is None or attention_mask is not None or softcap or s_aux is not None:
-        raise ValueError(f"{type(module).__name__} {_NEEDS_MORE}")
-    # Under autocast, rotary embeddings leave queries and keys in float32.
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    cu_seqlens, is_causal = packed_texts.cu_seqlens, packed_texts.is_causal
-    # The operator has no gradients, and without a compiler it slows down a single short caption.
-    in_graph = is_traced() and not torch.is_grad_enabled()
-    attend = _attend_in_graph if in_graph else _attend
-    mixed: Tensor = attend(
-        query, key, value, cu_seqlens, is_causal, scaling, dropout, sliding_window
-    )
-    return mixed.unsqueeze(0), None
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # a trace would be specialized to these lengths
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    is_causal: bool,
-    scaling: float | None,
-    dropout: float,
-    sliding_window: int | None,
-) -> Tensor:
-    """Mix the values of each text: (1, heads, T, d) to (T, heads, d)."""
-    mixed = _empty_mixed(query, value)
-    start = 0
-    for length, equal in itertools.groupby(cu_seqlens.diff().tolist()):
-        if sliding_window is not None and length > sliding_window:
-            raise ValueError(f"A window of {sliding_window} tokens {_NEEDS_MORE}")
-        count = len(list(equal))
-        stop = start + count * length
-        q, k, v = (_split(t[0, :, start:stop], count, length) for t in (query, key, value))
-        attended = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            scale=scaling,
-            dropout_p=dropout,
-            is_causal=is_causal,
-            enable_gqa=key.shape[1] != query.shape[1],
-        )  # (count, heads, length, d)
-        mixed[start:stop] = attended.transpose(1, 2).flatten(0, 1)
-        start = stop
-    return mixed
-
-
-# As an operator, it lets a layer compile into one graph for all lengths.
-_attend_in_graph = torch.library.custom_op(
-    f"{_MODULE}::attend",
-    _attend,
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, bool is_causal, "
-    "float? scaling, float dropout, int? sliding_window) -> Tensor",
-)
-_attend_in_graph.register_fake(lambda query, _, value, *__: _empty_mixed(query, value))
-
-
-def _empty_mixed(query: Tensor, value: Tensor) -> Tensor:
-    return query.new_empty(query.shape[2], query.shape[1], value.shape[3])
+    steps = _MOST_STEPS * torch.finfo(packed.dtype).eps if kernel is not None else 0
+    if difference < max(_MOST_DIFFERENCE, steps):
+        text_model.config._attn_implementation = PACKED_ATTENTION
+        return True
+    return False
 
 
 @cache
@@ -371,55 +328,6 @@ def keep_freed_memory() -> None:
     """
     for _ in range(2):
         torch.empty(31 * 2**18).zero_()
-
-
-def _split(heads: Tensor, count: int, length: int) -> Tensor:
-    """(heads, count * length, d) to (count, heads, length, d)."""
-    return heads.view(heads.shape[0], count, length, -1).transpose(0, 1)
-
-
-def is_traced() -> bool:
-    """Tell whether this call is being traced by a compiler or an export.
-
-    `torch.compiler.is_compiling` is also true in other threads of a process that compiles.
-    """
-    return torch.compiler.is_dynamo_compiling() or _is_exporting()
-
-
-def is_exported() -> bool:
-    """Tell whether this call is being traced by an export."""
-    return _is_exporting() and (_KNOWS_EXPORTS or not torch.compiler.is_dynamo_compiling())
-
-
-@contextmanager
-def _packed_attention(text_model: PreTrainedModel, *, longest: int) -> Iterator[None]:
-    """Switch the LLM to packed attention for one pass."""
-    AttentionInterface.register(_NAME, attend_packed)
-    AttentionMaskInterface.register(_NAME, _build_mask)
-    with text_forward_lock:
-        before = text_model.config._attn_implementation
-        _pass.longest = longest
-        text_model.config._attn_implementation = _NAME
-        try:
-            yield
-        finally:
-            text_model.config._attn_implementation = before
-            _pass.longest = 0
-
-
-def _runs_a_pack() -> bool:
-    return getattr(_pass, "longest", 0) > 0
-
-
-def _build_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """Build the mask of a plain pass of another thread, as for SDPA; a pack needs none."""
-    if _runs_a_pack():
-        span = kwargs.get("local_size")  # of a window or a chunk
-        if span is not None and _pass.longest > span:
-            raise ValueError(f"A window or chunk of {span} tokens {_NEEDS_MORE}")
-        return None
-    mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
-    return mask
 
 
 class _WithoutDropout(TorchFunctionMode):

@@ -40,26 +40,26 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2301,
+    ".": 2433,
     "building": 1356,
-    "cli": 1114,
+    "cli": 1113,
     "configs": 836,
     "conversion": 600,
     "data": 4678,
     "demo": 86,
     "doctor": 1348,
-    "embedding": 1130,
-    "encoding": 703,
-    "evaluation": 2844,
-    "model_folders": 1325,
-    "publishing": 950,
+    "embedding": 1203,
+    "encoding": 784,
+    "evaluation": 2852,
+    "model_folders": 1322,
+    "publishing": 951,
     "recipes": 444,
     "scheduling": 83,
-    "search": 1461,
+    "search": 1463,
     "serving": 1536,
-    "training": 3930,
+    "training": 4158,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 269, 8300
+MOST_FILES, MOST_DOCSTRING_LINES = 275, 8325
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.

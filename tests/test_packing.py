@@ -13,15 +13,17 @@ from tiny import tiny_llm, tiny_model
 from torch import nn
 
 from modeling_llm2clip import packing_llm2clip
+from modeling_llm2clip.attention_llm2clip import (
+    PACKED_ATTENTION,
+    PackedTexts,
+    _attend_in_graph,
+    attend_packed,
+)
 from modeling_llm2clip.base_llm2clip import set_attention_direction
 from modeling_llm2clip.packing_llm2clip import (
     MAX_PADDING_SHARE,
     PASS_COST_TOKENS,
-    PackedTexts,
-    _attend_in_graph,
     _checked,
-    _packed_attention,
-    attend_packed,
     can_pack,
     plan_packs,
     plan_token_batches,
@@ -50,7 +52,7 @@ def test_packed_embeddings_equal_those_of_one_padded_batch_and_of_each_text(fami
     with torch.inference_mode():
         packed = model.get_caption_embeds(**inputs)
         alone = torch.cat([model.get_caption_embeds(**processor(text=[text])) for text in TEXTS])
-    assert _checked[model.text_model] is True
+    assert _checked[model.text_model] == {False: True}  # by blocks
     # The same float32 products, summed in another order.
     torch.testing.assert_close(packed, padded, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(packed, alone, atol=2e-6, rtol=1e-5)
@@ -179,29 +181,39 @@ def test_the_check_leaves_no_inference_tensors_behind():
     assert kept and not any(out.is_inference() or out.requires_grad for out in kept)
 
 
-def test_the_attention_implementation_is_restored_after_a_pack_and_after_an_error():
-    text_model = tiny_llm("llama")
-    before = text_model.config._attn_implementation
-    run_packed(text_model, [torch.tensor([1, 2, 3])])
-    assert text_model.config._attn_implementation == before
+def test_the_attention_of_packs_is_set_once_unless_the_llm_cannot_run_them(tmp_path):
+    text_model, other = tiny_llm("llama"), tiny_llm("gemma2")
+    assert can_pack(text_model, CPU) and not can_pack(other, CPU)
+    assert text_model.config._attn_implementation == PACKED_ATTENTION
+    assert other.config._attn_implementation != PACKED_ATTENTION
     with pytest.raises(IndexError):
         run_packed(text_model, [torch.tensor([10**6])])
-    assert text_model.config._attn_implementation == before
+    assert text_model.config._attn_implementation == PACKED_ATTENTION
+    text_model.save_pretrained(tmp_path)
+    assert PACKED_ATTENTION not in (tmp_path / "config.json").read_text("utf-8")
+
+
+def test_a_pass_without_packs_is_that_of_sdpa_to_the_last_bit():
+    text_model = tiny_llm("mistral")
+    ids = torch.arange(24).reshape(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, 8:] = 0
+    wanted = text_model(ids, attention_mask=mask).last_hidden_state
+    assert can_pack(text_model, CPU)
+    assert torch.equal(text_model(ids, attention_mask=mask).last_hidden_state, wanted)
 
 
 @pytest.mark.parametrize(
     "extra",
-    [{}, {"softcap": 30.0}, {"sliding_window": 2}, {"s_aux": torch.ones(1)}],
-    ids=["no packs", "softcap", "window", "sink"],
+    [{"softcap": 30.0}, {"sliding_window": 2}, {"s_aux": torch.ones(1)}, {"mask": True}],
+    ids=["softcap", "window", "sink", "mask"],
 )
 def test_attention_that_needs_more_than_dot_products_is_rejected(extra):
     heads = torch.ones(1, 2, 4, 8)
-    packs = {"packed_texts": PackedTexts(torch.tensor([0, 4]), is_causal=False)} if extra else {}
-    with (
-        _packed_attention(tiny_llm("llama"), longest=4),
-        pytest.raises(ValueError, match="more than packed attention computes"),
-    ):
-        attend_packed(nn.Identity(), heads, heads, heads, None, **packs, **extra)
+    mask = torch.ones(1, 1, 4, 4) if extra.pop("mask", None) else None
+    packs = PackedTexts(torch.tensor([0, 4]), is_causal=False)
+    with pytest.raises(ValueError, match="more than packed attention computes"):
+        attend_packed(nn.Identity(), heads, heads, heads, mask, packed_texts=packs, **extra)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

@@ -37,7 +37,7 @@ def prepare_stage(
     if not (folder / "model").is_dir():
         write_small_model(folder / "model", width=widths["caption_embeds"])
     if stage == "align":
-        _write_stores(folder, count, widths)
+        write_stores(folder, count, widths)
     return {}
 
 
@@ -140,8 +140,14 @@ def _start_alignment(folder: Path, count: int) -> dict[str, Any]:
     }
 
 
-def _write_stores(folder: Path, count: int, widths: Mapping[str, int]) -> None:
-    """Write stores of random embeddings that pass for those of the model."""
+def write_stores(folder: Path, count: int, widths: Mapping[str, int]) -> None:
+    """Write stores of random embeddings that pass for those of the model.
+
+    Args:
+        folder: has the records in a folder named by their number, and the model.
+        count: number of records.
+        widths: of the embeddings, by the content of a store.
+    """
     from modeling_llm2clip.data.records.data_hashes import hash_images, hash_texts
     from modeling_llm2clip.data.records.record_loading import load_records
     from modeling_llm2clip.model_folders.fingerprint import fingerprint_text, fingerprint_vision

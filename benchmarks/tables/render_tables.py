@@ -16,6 +16,7 @@ from statistics import fmean, median
 from typing import Any
 
 from benchmarks.tables.effect_tables import EFFECT_TABLES
+from benchmarks.tables.gpu_tables import GPU_TABLES
 from benchmarks.tables.markdown_tables import draw_table, list_versions, percent
 from benchmarks.tables.product_tables import PRODUCT_TABLES
 from benchmarks.tables.training_tables import TRAINING_TABLES
@@ -378,6 +379,7 @@ def _or_dash(seconds: float | None) -> str:
 
 
 _RENDERERS: dict[str, Callable[[Any], str]] = {
+    **GPU_TABLES,
     **PRODUCT_TABLES,
     **EFFECT_TABLES,
     **TRAINING_TABLES,

@@ -52,7 +52,8 @@ order = np.random.default_rng(0)
 def read(size, noise, times):
     for _ in range(times):
         items = order.permutation(count)[:size]
-        datasets[noise].__getitems__(np.stack([np.zeros_like(items), items], axis=1))
+        batch = datasets[noise].__getitems__(np.stack([np.zeros_like(items), items], axis=1))
+        datasets[noise].complete(batch)
 read(4096, "on", 8)  # of rows that are read for the first time, the checksums are compared
 print("ready", flush=True)
 for line in sys.stdin:

@@ -130,7 +130,12 @@ def align(
         records = stream_captioned_images(data, reading, streaming)
     else:
         reads_images = image_store is None or config.distillation_weight > 0
-        records = read_captioned_images(data, reading, require_images=reads_images, resume=resume)
+        records = read_captioned_images(
+            data,
+            reading,
+            require_images=reads_images,
+            trains_on_images=reads_images and not resume,
+        )
     data_name = name_data(data, is_elsewhere=streamed)
     folder = run_alignment(plan, model, records, data_name=data_name)
     if PartialState().is_main_process:

@@ -89,10 +89,8 @@ def embed(
 
     from ..embedding.embed import describe_embeddings, run_embed
 
-    # A run that continues has checked the images, and one that skips checks each as it comes.
-    is_checked = config.skip_invalid or EmbeddingManifest.is_begun(output)
-    records = _read_records(data, reading, config, modality, is_checked=is_checked)
-    run_embed(plan, records, report=report)
+    records = _read_records(data, reading, config, modality)
+    run_embed(plan, records, report=report, source=data)
     if PartialState().is_main_process:
         print("\n".join(describe_embeddings(output)))
     PartialState().destroy_process_group()
@@ -104,8 +102,6 @@ def _read_records(
     reading: DataConfig,
     config: EmbedConfig,
     modality: Literal["text", "image"],
-    *,
-    is_checked: bool,
 ) -> RecordTable:
     """Read the data; or a folder of images alone, of which options on captions say nothing."""
     from ..data.records.source_files import is_source
@@ -115,7 +111,6 @@ def _read_records(
             data,
             reading,
             require_images=modality == "image",
-            resume=is_checked,
             modality=modality,
             show_progress=config.show_progress,
         )
@@ -128,7 +123,7 @@ def _read_records(
         )
     return records_from_images(
         data,
-        check_images=not is_checked if reading.check_images is None else reading.check_images,
+        check_images=reading.check_images,
         skip_invalid=config.skip_invalid,
         show_progress=config.show_progress,
         report=report,

@@ -80,7 +80,7 @@ def extract(
     records = read_captioned_images(
         data, reading, require_images=modality == "image", show_progress=config.show_progress
     )
-    run_extract(plan, records)
+    run_extract(plan, records, source=data)
     state = PartialState()
     if state.is_main_process:
         print("\n".join(describe_extraction(output)))

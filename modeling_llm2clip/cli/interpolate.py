@@ -55,7 +55,7 @@ def interpolate(
     use_device(config.device)
     from ..training.alignment.interpolate import interpolate as run
 
-    records = read_captioned_images(data, reading, require_images=True)
+    records = read_captioned_images(data, reading, require_images=True, trains_on_images=True)
     result = run(before, after, records, output, config, caption_store=caption_store)
     print(f"{result}\nWrote {output}, {result.chosen:.0%} of the way from {before} to {after}.")
     return 0

@@ -126,21 +126,21 @@ def read_captioned_images(
     reading: DataConfig,
     *,
     require_images: bool,
-    resume: bool = False,
+    trains_on_images: bool = False,
     modality: Modality | None = None,
     show_progress: bool = True,
 ) -> RecordTable:
     """Read all records; of one modality alone, if it is named, so that they need not be pairs.
 
-    Images on this machine are checked first where the command decodes them (`require_images`),
-    unless the run resumes.
+    With `trains_on_images`, those on this machine are decoded first: steps that were taken before a
+    broken one is met cannot be continued with other images.
     """
     from ..data.captions.caption_joins import read_configured_records
     from ..data.remote.shard_urls import has_remote_shards
 
     check_images = reading.check_images
-    if check_images is None:
-        check_images = require_images and not resume and not has_remote_shards(data)
+    if check_images is None and trains_on_images:
+        check_images = not has_remote_shards(data)
     return read_configured_records(
         data,
         reading,

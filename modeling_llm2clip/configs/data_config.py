@@ -21,7 +21,7 @@ class DataConfig(Config):
     """Other fields in the data to ignore. Default: none."""
     check_images: bool | None = None
     """Decode every image first, once for all runs that use the same cached record table. Default:
-    if the stage decodes images, unless it resumes or the images are remote."""
+    if the stage trains on images, unless it resumes or the images are remote."""
     captions_from: Path | None = None
     """File of captions that others published for these images (CSV, JSON lines or Parquet), added
     to the captions in the data. Default: none."""

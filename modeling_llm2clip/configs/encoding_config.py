@@ -42,7 +42,7 @@ class EncodingConfig(DeviceConfig):
     batch_size: Annotated[int, Interval(ge=1)] | None = None
     """Texts or images per batch. Default: by device."""
     num_workers: Annotated[int, Interval(ge=1)] | None = None
-    """Threads that decode images. Default: one per core, at most 8."""
+    """Threads that decode images. Default: one per core, at most 8, or 32 beside a GPU."""
     show_progress: bool = True
     """Show progress bars."""
 

@@ -69,8 +69,9 @@ class EvaluationConfig(EncoderConfig):
     """Read no images, for text-only encoders."""
     skip_invalid: bool = False
     """Skip invalid samples and report their number, instead of stopping."""
-    check_images: bool = True
-    """Decode every image before a model is loaded."""
+    check_images: bool | None = None
+    """Decode every image before a model is loaded. Default: with `skip_invalid`; else all that are
+    broken are named as soon as a model meets one, and finished results stay."""
     class_names: Path | tuple[str, ...] | Mapping[str, str] | None = None
     """Class names: FILE with one per line in the order of the classes; in Python also names, or a
     mapping from class to name. Default: the dataset's own."""
@@ -90,7 +91,7 @@ class EvaluationConfig(EncoderConfig):
             **super()._list_conflicts(),
             "skip_invalid=True needs check_images=True: a broken image would be found while a "
             "model waits for it, too late to leave it out.": (
-                self.skip_invalid and not (self.check_images or self.captions_only)
+                self.skip_invalid and self.check_images is False and not self.captions_only
             ),
             "allow_distractors=True needs images. Leave captions_only=True out.": (
                 self.allow_distractors and self.captions_only

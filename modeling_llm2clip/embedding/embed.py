@@ -44,6 +44,7 @@ from .parquet_writer import (
 from .shard_computation import ShardWork, compute_partition, open_stops
 from .shard_encoding import ShardEncoder, load_shard_encoder
 from .sharded_writer import begin_output, read_begun
+from .unreadable_images import accept_repairs, name_unreadable_images
 
 _OF_TEXTS = {"text", "name", "lang", "captions", "long_captions"}  # columns of `hash_texts`
 
@@ -87,9 +88,11 @@ def embed(
         `output`.
 
     Raises:
-        ValueError: No captions or images, or broken ones; the model is not trained; the dtype or
-            `truncate_dim` does not fit it; or `output` has embeddings of another model, prompt,
-            dataset or option, with both values, or damaged files.
+        ValueError: No captions or images; the model is not trained; the dtype or `truncate_dim`
+            does not fit it; or `output` has embeddings of another model, prompt, dataset or option,
+            with both values, or damaged files.
+        DataValidationError: Images cannot be decoded, all of which are named as soon as one is met;
+            complete files stay, and the output continues when these images alone are repaired.
         FileExistsError: `output` holds other files.
         OSError: `output` cannot be written, before anything is read; the disk is full, and what is
             written stays.
@@ -113,8 +116,9 @@ def run_embed(
     data: Sequence[CaptionedImage],
     *,
     report: Callable[[str], object] | None = None,
+    source: str = "The dataset",
 ) -> Path:
-    """Write a planned output; returns its folder."""
+    """Write a planned output; returns its folder. Errors name the data by `source`."""
     config, output, modality = plan.config, plan.output, plan.modality
     records = RecordTable.from_records(data)
     rows = (
@@ -128,18 +132,26 @@ def run_embed(
         require_trained(model_config, purpose="embed", source=model.name)
         encoder = load_shard_encoder(model.folder, modality, config, device)
         planned = _plan_output(model, modality, records, len(rows), encoder, config)
+        name_unreadable = partial(
+            name_unreadable_images, records, rows.read_inputs,
+            source=source, show_progress=config.show_progress,
+        )  # fmt: skip
+        open_writer = partial(ParquetWriter, output, rows=rows, skip_invalid=config.skip_invalid)
         with PartialState().main_process_first():
+            accept_repairs(planned, records, output, open_writer)
             if not planned.is_begun(output):
-                begin_output(output, _add_ranges(planned, encoder, rows, config))
-            begun = read_begun(output, planned)
-        writer = ParquetWriter(output, begun, rows, skip_invalid=config.skip_invalid)
-        compute_partition(
-            plan,
-            ShardWork(writer, encoder, rows),
-            model.folder,
-            stop=stop,
-            finish=True,
-        )
+                with name_unreadable(num_rows=len(rows)):
+                    begun = _add_ranges(planned, encoder, rows, config)
+                begin_output(output, begun)
+            writer = open_writer(read_begun(output, planned))
+        with name_unreadable(writer=writer):
+            compute_partition(
+                plan,
+                ShardWork(writer, encoder, rows),
+                model.folder,
+                stop=stop,
+                finish=True,
+            )
         if modality == "image":
             _report_far(encoder, model.folder, report or partial(warnings.warn, stacklevel=4))
     return output

@@ -14,7 +14,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
-from ..data.safetensors_files import read_metadata, serialize_tensors
+from ..data.safetensors_files import iterate_tensors, read_metadata, serialize_tensors
 from ..data.store.store_index import write_index
 from ..data.store.store_manifest import (
     CAPTION_EMBEDS,
@@ -82,6 +82,13 @@ class EmbeddingStoreWriter(ShardedWriter[StoreManifest]):
                 f"{record.file}: it is of another store: its plan has the SHA-256 "
                 f"{plan.get(PLAN)}, this store's {expected}"
             )
+
+    def renew(self) -> None:
+        """Write the complete shards, which name the plan, and the manifest anew."""
+        for shard, record in self.find_records().items():
+            (_, embeds), *_ = iterate_tensors([self.folder / record.file])
+            self.write(shard, embeds, record.num_truncated)
+        super().renew()
 
     def complete_manifest(
         self, manifest: StoreManifest, shards: tuple[ShardRecord, ...]

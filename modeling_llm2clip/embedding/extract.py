@@ -65,6 +65,7 @@ from .embedding_store_writer import EmbeddingStoreWriter, StoreItems
 from .encoding_plan import EncodingPlan, Engine, plan_encoding
 from .shard_computation import ShardWork, compute_partition, open_stops
 from .shard_encoding import ShardEncoder, is_teaching, load_shard_encoder
+from .unreadable_images import accept_repairs, name_unreadable_images
 
 _ITEM_COLUMNS = ("name", "group_id", "lang", "key", "group_key", "text_keys")
 
@@ -102,9 +103,10 @@ def extract(
         `output`.
 
     Raises:
-        ValueError: No captions or images, or broken ones; or `output` is a store of
-            another model, prompt, dataset or option, with both values; or there is no such
-            partition.
+        ValueError: No captions or images; or `output` is a store of another model, prompt, dataset
+            or option, with both values; or there is no such partition.
+        DataValidationError: Images cannot be decoded, all of which are named as soon as one is met;
+            complete shards stay, and the store continues when these images alone are repaired.
         FileExistsError: `output` holds other files.
         OSError: `output` cannot be written, before anything is read; the disk is full, and
             what is written stays.
@@ -122,8 +124,13 @@ def extract(
     return run_extract(plan, data)
 
 
-def run_extract(plan: EncodingPlan[ExtractConfig], data: Sequence[CaptionedImage]) -> Path:
-    """Compute a planned store; returns its folder."""
+def run_extract(
+    plan: EncodingPlan[ExtractConfig],
+    data: Sequence[CaptionedImage],
+    *,
+    source: str = "The dataset",
+) -> Path:
+    """Compute a planned store; returns its folder. Errors name the data by `source`."""
     config, modality = plan.config, plan.modality
     table = RecordTable.from_records(data)
     device = choose_device(config.device)
@@ -133,17 +140,25 @@ def run_extract(plan: EncodingPlan[ExtractConfig], data: Sequence[CaptionedImage
         encoder = load_shard_encoder(model.folder, modality, config, device)
         planned = plan_store(model.folder, table, encoder, config, modality)
         with PartialState().main_process_first():
+            accept_repairs(planned, table, plan.output, partial(EmbeddingStoreWriter, plan.output))
             writer = EmbeddingStoreWriter.open(
                 plan.output, planned, partial(list_items, table, planned)
             )
-        was_complete = writer.manifest.complete
-        compute_partition(
-            plan,
-            ShardWork(writer, encoder, StoreInputs(writer, table)),
-            model.folder,
-            stop=stop,
-            finish=plan.num_parts == 1 or was_complete,
-        )
+        was_complete, inputs = writer.manifest.complete, StoreInputs(writer, table)
+        with name_unreadable_images(
+            table,
+            inputs.read_inputs,
+            source=source,
+            writer=writer,
+            show_progress=config.show_progress,
+        ):
+            compute_partition(
+                plan,
+                ShardWork(writer, encoder, inputs),
+                model.folder,
+                stop=stop,
+                finish=plan.num_parts == 1 or was_complete,
+            )
     if plan.num_parts == 1 or (was_complete and not writer.list_missing()):
         EmbeddingStore.open(plan.output, check="full" if was_complete else "fast")
     return plan.output

@@ -36,8 +36,11 @@ from ..scheduling.processes import choose_device
 from .encoding_plan import EncodingPlan, Engine
 from .shard_encoding import PreparedShard, ShardEncoder, load_shard_encoder
 from .sharded_writer import ShardedWriter
+from .unreadable_images import UnreadableImagesError
 
 _NAMES_AN_ERROR = re.compile(r"[\w.]+(Error|Exception): ")  # the first line of a traceback's end
+# Errors of an actor that the driver raises; subclasses first.
+_KINDS = {kind.__name__: kind for kind in (UnreadableImagesError, OSError, ValueError)}
 _OBJECT_STORE_BYTES = 256 * 2**20  # numbers of shards go through it, and records in memory
 
 
@@ -221,7 +224,7 @@ def compute_with_ray(
         )
         for row in computed.iter_rows():
             if row["kind"]:  # as if the shard had been computed here
-                raise (OSError if row["kind"] == "OSError" else ValueError)(row["error"])
+                raise _KINDS[row["kind"]](row["error"])
     except ray.exceptions.RayError as error:
         lines = str(error).strip().splitlines()
         reason = next(filter(_NAMES_AN_ERROR.match, lines), lines[-1])
@@ -268,6 +271,6 @@ class _Actor:
         try:
             self._work.compute([shard], stop=StopRequest(), bar=tqdm(disable=True))
         except (ValueError, OSError) as error:  # as text: Ray buries an exception in its own
-            kind = "OSError" if isinstance(error, OSError) else "ValueError"
+            kind = next(name for name, kind in _KINDS.items() if isinstance(error, kind))
             return {"shard": [shard], "kind": [kind], "error": [str(error)]}
         return {"shard": [shard], "kind": [""], "error": [""]}

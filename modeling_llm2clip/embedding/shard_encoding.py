@@ -16,15 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._suggestions import counted, list_first
+from .._suggestions import list_first
 from ..configs.encoding_config import EmbedConfig, ExtractConfig
-from ..data.images.image_sources import ImageSource, decode_image, find_unreadable_images
+from ..data.images.image_sources import ImageSource, decode_image
 from ..data.key_arrays import Array
 from ..data.records.records import Modality
 from ..encoding.batches import split_evenly
 from ..encoding.dual_encoder import DualEncoder, DualEncoderProcessor
 from ..encoding.encode import TorchEncoder
 from ..encoding.encoder_interface import EncodedImages, Encoder
+from ..encoding.precision import load_on_device
 from ..encoding.tokenized_texts import TokenizedTexts
 from ..model_folders.model_folder import is_dual_encoder
 from ..model_folders.onnx_folder import load_onnx_encoder
@@ -32,6 +33,7 @@ from ..model_folders.training_images import ImageTally
 from ..modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..packing_llm2clip import plan_token_batches
 from ..processing_llm2clip import LLM2CLIPProcessor
+from .unreadable_images import UnreadableImagesError
 
 
 @dataclass(frozen=True)
@@ -137,32 +139,21 @@ class ImageShardEncoder(ShardEncoder):
 
     def encode(self, prepared: PreparedShard) -> Iterator[Tensor]:
         """Yield the embeddings of each batch."""
-        images, batches, num_workers = prepared.inputs, prepared.batches, self.config.num_workers
-        if isinstance(self.config, ExtractConfig):  # which leaves no image out
-            for batch in self.encoder.iterate_images(
-                images, batches, project=self.project, num_workers=num_workers
-            ):
-                yield batch.embeds
-            return
         encoded = self.encoder.iterate_images(
-            images,
-            batches,
-            num_workers=num_workers,
+            prepared.inputs,
+            prepared.batches,
+            project=self.project,
+            num_workers=self.config.num_workers,
             open_image=decode_image,
             on_error=lambda _, error: str(error),
         )
-        for numbers, batch in zip(batches, encoded, strict=True):
-            if batch.errors and not self.config.skip_invalid:
-                errors = find_unreadable_images(images).values() or batch.errors.values()
-                raise ValueError(
-                    f"{len(errors)} of {counted(len(images), 'image')} cannot be decoded:\n"
-                    f"{list_first(errors, chr(10))}\nRepair or remove what is named, or skip it "
-                    "(--skip-invalid)."
-                )
+        for numbers, batch in zip(prepared.batches, encoded, strict=True):
+            if batch.errors and not getattr(self.config, "skip_invalid", False):
+                raise UnreadableImagesError(list_first(batch.errors.values(), "\n"))
             yield self._place(batch, numbers)
 
     def _place(self, batch: EncodedImages, numbers: Sequence[int]) -> Tensor:
-        if batch.tower_embeds is not None:
+        if self.project and batch.tower_embeds is not None:
             self.tally.add(batch.tower_embeds)
         embeds = torch.zeros(len(numbers), self.dim, dtype=torch.float32)
         embeds[np.searchsorted(numbers, batch.rows)] = batch.embeds
@@ -184,7 +175,7 @@ def load_shard_encoder(
     else:
         kind = LLM2CLIPTextModel if modality == "text" else LLM2CLIPVisionModel
         processor = LLM2CLIPProcessor.from_pretrained(folder)  # before what takes long
-        model = kind.from_pretrained(folder).to(device)
+        model = load_on_device(kind, folder, device)
         encoder = TorchEncoder(model, processor)
         head = model.text_projection if modality == "text" else model.visual_projection
     dim = encoder.embedding_dim if project else head.in_features

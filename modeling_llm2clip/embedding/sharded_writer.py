@@ -159,6 +159,10 @@ class ShardedWriter(ABC, Generic[_Manifest]):
         completed: _Manifest = replace(manifest, complete=True, shards=shards)  # type: ignore[type-var]
         return completed
 
+    def renew(self) -> None:
+        """Write the manifest of an output that is begun anew."""
+        self._publish()
+
     def _name(self, shard: int) -> str:
         return f"shard {shard} of {self.manifest.num_shards}"
 
@@ -179,7 +183,7 @@ class ShardedWriter(ABC, Generic[_Manifest]):
 
     def _publish(self) -> None:
         file = self.folder / self.manifest.FILE
-        unfinished = _write_beside(file, self.manifest.to_json().encode())
+        unfinished = write_beside(file, self.manifest.to_json().encode())
         try:
             unfinished.replace(file)
         except FileNotFoundError:  # another process ended just now, and removed all leftovers
@@ -192,7 +196,7 @@ def begin_output(folder: Path, manifest: ShardedManifest) -> None:
     """Write the manifest of an output, unless another process has."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / manifest.FILE
-    unfinished = _write_beside(file, manifest.to_json().encode())
+    unfinished = write_beside(file, manifest.to_json().encode())
     try:
         os.link(unfinished, file)
     except FileExistsError:  # int8 ranges may differ from its own in a last bit
@@ -235,7 +239,7 @@ def _require_finite(stored: Tensor, embeds: Tensor, rows: range) -> None:
     )
 
 
-def _write_beside(file: Path, content: bytes) -> Path:
+def write_beside(file: Path, content: bytes) -> Path:
     """Write what may become a file; several processes may do so at the same time."""
     unfinished = file.with_name(f"{file.name}.{uuid4().hex}.tmp")
     with explain_full_output(file.parent, "its manifest"):

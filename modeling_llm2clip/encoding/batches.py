@@ -23,6 +23,7 @@ from .._suggestions import list_first
 from ..data.images.image_sources import ParquetImage, TarImage, open_image
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .float32 import float32_as_such
+from .pixel_normalization import PixelNormalization
 from .tokenized_texts import TokenizedText
 
 Batch = TypeVar("Batch")
@@ -35,6 +36,7 @@ embeddings where a graph projects.
 """
 
 _MOST_WORKERS = 8
+_MOST_BESIDE_GPU = 32  # each holds a batch of pixels
 _PIXELS_AT_ONCE = 2**22
 
 
@@ -132,13 +134,13 @@ def iterate_batches(
             yield rows, embeds
 
 
-def default_num_workers() -> int:
+def default_num_workers(*, most: int = _MOST_WORKERS) -> int:
     """Return the number of threads or processes that decode images, where none is given.
 
-    It is one per core, at most 8; the processes of a launch share the cores of their machine.
+    It is one per core, at most `most`; the processes of a launch share the cores of their machine.
     """
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(_MOST_WORKERS, (os.cpu_count() or 1) // num_processes))
+    return max(1, min(most, (os.cpu_count() or 1) // num_processes))
 
 
 def use_one_core() -> None:
@@ -161,10 +163,11 @@ def prepare_batches(
 ) -> Generator[Prepared]:
     """Prepare batches in threads, a few of them ahead and no more: all would fill the memory.
 
-    `num_workers` threads, for None `default_num_workers`, prepare one batch each, and this thread a
-    batch that is alone. A GPU computes while they work. A CPU does not: forward passes and decoding
-    would want the same cores, and a forward pass waits for the slowest of its own. There they take
-    turns. Close the generator to end the threads before its end.
+    `num_workers` threads, for None one per core, at most 8 and beside a GPU at most 32, prepare one
+    batch each, and this thread a batch that is alone. A GPU computes while they work. A CPU does
+    not: forward passes and decoding would want the same cores, and a forward pass waits for the
+    slowest of its own. There they take turns. Close the generator to end the threads before its
+    end.
     """
     remaining = iter(batches)
     first = list(islice(remaining, 2))
@@ -172,7 +175,9 @@ def prepare_batches(
         yield from map(prepare, first)
         return
     remaining = chain(first, remaining)
-    num_workers = default_num_workers() if num_workers is None else num_workers
+    if num_workers is None:
+        most = _MOST_WORKERS if device.type == "cpu" else _MOST_BESIDE_GPU
+        num_workers = default_num_workers(most=most)
     with ThreadPoolExecutor(num_workers, initializer=use_one_core) as pool:
         if device.type == "cpu":
             while together := list(islice(remaining, num_workers)):
@@ -197,8 +202,11 @@ def prepare_images(
     *,
     open_image: Callable[[Any], Any] = open_image,
     on_error: Callable[[Any, ValueError], str] | None = None,
+    normalization: PixelNormalization | None = None,
 ) -> PreparedImages:
     """Open images and prepare them for a vision tower; prepared ones are joined.
+
+    With `normalization`, pixels are uint8, for the device to normalize.
 
     `open_image` returns None to leave an image out. Where one is invalid, `on_error` makes
     its message, or raises; the others are prepared without it. By default ValueError names all that
@@ -223,14 +231,24 @@ def prepare_images(
                     yield opened
 
     try:
-        return PreparedImages(_prepare(processor, open_all()), places, errors)
+        if normalization is None:
+            inputs = _prepare(processor, open_all())
+        else:
+            inputs = normalization.prepare(_prepare(normalization.processor, open_all()))
+        return PreparedImages(inputs, places, errors)
     except ValueError as error:  # such as a size that the processor does not take
         if on_error is None:
             raise
         if len(images) == 1:
             return PreparedImages({}, [], {0: on_error(images[0], error)})
     alone = [
-        prepare_images(processor, [image], open_image=open_image, on_error=on_error)
+        prepare_images(
+            processor,
+            [image],
+            open_image=open_image,
+            on_error=on_error,
+            normalization=normalization,
+        )
         for image in images
     ]
     return PreparedImages(

@@ -30,6 +30,8 @@ from .batches import OnBatch, require_finite
 from .devices import find_device
 from .encoder_interface import Encoder, choose_batches
 from .float32 import float32_as_such
+from .pixel_normalization import find_normalization
+from .precision import load_on_device
 
 Model: TypeAlias = LLM2CLIPModel | LLM2CLIPTextModel | LLM2CLIPVisionModel
 
@@ -105,7 +107,8 @@ def encode_images(
         project: Map the tower's embeddings into the space that texts and images share. False
             gives the embeddings before the projection, as an embedding store holds them.
         batch_size: Images per batch. Default: by device.
-        num_workers: Threads that decode images. Default: one per core, at most 8.
+        num_workers: Threads that decode images. Default: one per core, at most 8, or 32 beside a
+            GPU.
         show_progress: Show a progress bar.
         on_batch: Called after each batch.
 
@@ -157,7 +160,8 @@ def score_pairs(
         texts: As many non-blank texts.
         batch_size: Images per batch. Default: by device.
         token_budget: Maximum tokens per batch of texts. Default: by device.
-        num_workers: Threads that decode images. Default: one per core, at most 8.
+        num_workers: Threads that decode images. Default: one per core, at most 8, or 32 beside a
+            GPU.
         show_progress: Show progress bars.
 
     Returns:
@@ -241,6 +245,8 @@ class TorchEncoder(Encoder):
             self.modalities = tuple(self._models)
         self.embedding_dim = int(config.projection_dim)
         self.token_budget, self.batch_size = choose_batches(self.device)
+        if self.device.type != "cpu" and "image" in self.modalities:
+            self.normalization = find_normalization(processor, self.device)
         # On a CPU the model packs texts of any lengths, and batches of few tokens are slow.
         self._plan_texts = plan_packs if self.device.type == "cpu" else plan_token_batches
 
@@ -255,8 +261,8 @@ class TorchEncoder(Encoder):
     ) -> Tensor:
         """Run the LLM on one batch, (B, L) int64 each, padded; returns (B, D)."""
         model = self._find_model("text")
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        options: dict[str, Any] = {name: ids.to(self.device) for name, ids in inputs.items()}
+        # The model copies them to its device, once they are checked.
+        options: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         if num_unpooled is not None:  # the model counts as sentence-transformers does
             config = model.config
             num_suffix = len(config.prompt_suffix_ids) - bool(config.prompt_suffix_ends_special)
@@ -271,10 +277,11 @@ class TorchEncoder(Encoder):
         if self.device.type == "cpu":
             raise_malloc_thresholds()
         inputs = {"pixel_values": pixel_values, **others}
+        inputs = {n: value.to(self.device, non_blocking=True) for n, value in inputs.items()}
+        if self.normalization is not None:
+            inputs["pixel_values"] = self.normalization.apply(inputs["pixel_values"])
         with _require_eval_mode(model):
-            embeds: Tensor = model.get_vision_embeds(
-                **{name: value.to(self.device) for name, value in inputs.items()}
-            )
+            embeds: Tensor = model.get_vision_embeds(**inputs)
         return embeds
 
     def project(self, modality: str, embeds: Tensor) -> Tensor:
@@ -285,8 +292,7 @@ class TorchEncoder(Encoder):
         with self._lock:
             if modality not in self._models:
                 kind = LLM2CLIPTextModel if modality == "text" else LLM2CLIPVisionModel
-                model = kind.from_pretrained(self._folder, local_files_only=True, dtype="auto")
-                self._models[modality] = model.to(self.device).eval()
+                self._models[modality] = load_on_device(kind, self._folder, self.device)
             return self._models[modality]
 
 

@@ -30,6 +30,7 @@ from .batches import (
     split_evenly,
 )
 from .float32 import float32_as_such
+from .pixel_normalization import PixelNormalization
 from .tokenized_texts import TokenizedText, TokenizedTexts
 
 _TOKENS_PER_TEXT = 64  # where a batch size is given
@@ -74,8 +75,10 @@ class Encoder(ABC):
         token_budget: Maximum tokens per batch by default.
         batch_size: Maximum images per batch by default.
         projects_at_once: Whether it gives unit embeddings alone, and none before the projection.
+        normalization: What the device does to images in place of the processor; None for nothing.
     """
 
+    normalization: PixelNormalization | None = None
     projects_at_once: ClassVar[bool]
     _lacks: ClassVar[str]  # error of a modality that it cannot encode
     _plan_texts: Callable[..., list[list[int]]] = staticmethod(plan_token_batches)
@@ -107,7 +110,7 @@ class Encoder(ABC):
 
     def prepare_images(self, images: Sequence[Any]) -> PreparedImages:
         """Prepare a batch of images for `encode_pixels`, in a thread."""
-        return prepare_images(self.processor, images)
+        return prepare_images(self.processor, images, normalization=self.normalization)
 
     @abstractmethod
     def encode_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -238,7 +241,10 @@ class Encoder(ABC):
         """
         self._require("image", project=project)
         parts = ([images[row] for row in rows] for rows in plan)
-        prepare = partial(prepare_images, self.processor, open_image=open_image, on_error=on_error)
+        prepare = partial(
+            prepare_images, self.processor, open_image=open_image, on_error=on_error,
+            normalization=self.normalization,
+        )  # fmt: skip
         in_threads = prepare_batches(parts, prepare, device=self.device, num_workers=num_workers)
         with closing(in_threads) as batches, float32_as_such():
             for rows, prepared in zip(plan, batches, strict=True):

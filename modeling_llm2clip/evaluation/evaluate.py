@@ -55,7 +55,8 @@ def evaluate(
         All results, which print as a table; each is also a JSON file in `config.output`.
 
     Raises:
-        DataValidationError: A dataset has invalid samples.
+        DataValidationError: A dataset has invalid samples; by default, a broken image is met by the
+            first model that encodes it, and all of the run are named then.
         ValueError: Before any model is loaded: a task suits no dataset, a model's type cannot be
             detected, a model takes no images and a task has them, or the output folder has results
             of another run.
@@ -89,7 +90,12 @@ def evaluate(
         encoder = encoders.pop(name)  # so that a model is freed after its turn
         for job, plan in zip(jobs, planned[name], strict=True):
             file = find_result_file(config.output, plan)
-            result = finished.get(file) or _run(encoder, job, plan, file)
+            try:
+                result = finished.get(file) or _run(encoder, job, plan, file)
+            except ValueError:
+                if config.check_images is None and job.datasets[0].has_images:
+                    check_data(data, config, tasks=tasks)  # names all broken images of the run
+                raise
             results[name].append(result)
             if on_result is not None:
                 on_result(result)
@@ -103,7 +109,8 @@ def check_data(
     tasks: Sequence[str] = (),
 ) -> None:
     """Read and check the datasets of an evaluation, for a model that is yet to be trained."""
-    _read_jobs(data, tasks, config or EvaluationConfig())
+    config = config or EvaluationConfig()
+    _read_jobs(data, tasks, replace(config, check_images=config.check_images is not False))
 
 
 class _Source(NamedTuple):

@@ -16,6 +16,7 @@ from transformers import BitsAndBytesConfig
 
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..encoding.devices import find_device
+from ..encoding.precision import load_on_device
 from ..loading_llm2clip import KEPT_IN_FULL, build_tower
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
@@ -68,12 +69,9 @@ def load_model(
     settings: dict[str, Any] = {"dtype": dtype or "auto"}
     if quantization is not None:
         settings["quantization_config"] = text_quantization_config(quantization)
-        settings["device_map"] = {"": place}
-    model = find_model_class(folder).from_pretrained(folder, local_files_only=True, **settings)
-    if quantization is None:
-        model.to(place)
+    model = load_on_device(find_model_class(folder), folder, place, **settings)
     processor = LLM2CLIPProcessor.from_pretrained(folder, local_files_only=True)
-    return model.eval(), processor
+    return model, processor
 
 
 def find_model_class(folder: Path) -> Any:
@@ -138,11 +136,11 @@ def load_partial_model(
 
     `to_text_embeds` and `to_image_embeds` work without towers.
     """
-    model: PartialModel = PartialModel.from_pretrained(
-        folder, local_files_only=True, with_llm=with_llm, with_vision_tower=with_vision_tower
-    )
-    model.to(find_device(device))  # type: ignore[arg-type]
-    return model.eval()  # type: ignore[no-any-return, no-untyped-call]
+    model: PartialModel = load_on_device(
+        PartialModel, folder, find_device(device),
+        with_llm=with_llm, with_vision_tower=with_vision_tower,
+    )  # fmt: skip
+    return model
 
 
 def text_quantization_config(quantization: Quantization) -> BitsAndBytesConfig:

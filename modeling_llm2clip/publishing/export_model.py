@@ -24,6 +24,7 @@ from ..configs.export_config import ExportConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.atomic_files import atomic_folder, require_new_folder
 from ..encoding.devices import find_device
+from ..encoding.precision import load_on_device
 from ..evaluation.report import label_dataset
 from ..evaluation.results import Result, read_result
 from ..loading_llm2clip import find_tower_class, load_without_code
@@ -127,12 +128,12 @@ def _load_checked(folder: Path, processor: LLM2CLIPProcessor, config: ExportConf
     """
     model_class = MODEL_CLASSES[CLASS_OF_COMPONENTS[config.components]]
     device = find_device(config.device)
-    model = model_class.from_pretrained(folder, dtype="auto").eval().to(device)
+    model = load_on_device(model_class, folder, device)
     require_golden(folder, model, processor)
     dtype = getattr(torch, config.dtype) if config.dtype else model.dtype
     if dtype != model.dtype:
         del model
-        model = model_class.from_pretrained(folder, dtype=dtype).eval().to(device)
+        model = load_on_device(model_class, folder, device, dtype=dtype)
     return model
 
 

@@ -99,7 +99,7 @@ def list_images(image_dir: str | Path) -> ImageFiles:
 def records_from_images(
     image_dir: str | Path,
     *,
-    check_images: bool = False,
+    check_images: bool | None = False,
     skip_invalid: bool = False,
     show_progress: bool = False,
     report: Callable[[str], object] = warnings.warn,
@@ -108,7 +108,8 @@ def records_from_images(
 
     Args:
         image_dir: Folder of images.
-        check_images: Decode every image, too.
+        check_images: Decode every image, too; None: where there are other errors, which are then
+            reported together.
         skip_invalid: Leave out and report images whose names are not Unicode, which no record can
             have, instead of stopping at them.
         show_progress: Show a progress bar while images are decoded.
@@ -140,7 +141,7 @@ def records_from_images(
     elif unnamed:
         for name in unnamed:
             errors.add(_UNREADABLE, f"{name}: its name is not Unicode. Rename it.")
-    if check_images:
+    if errors.total if check_images is None else check_images:
         for error in find_unreadable_images(images, show_progress=show_progress).values():
             errors.add(_UNREADABLE, error)
     errors.raise_if_any(str(folder))

@@ -46,7 +46,8 @@ from .query_encoding import QueryEncoder
 
 # Texts of everyday things, among which recall is measured: more change its mean by less than 0.01.
 _NUM_QUERIES = 200
-_COMMITTED_AT_ONCE = 512
+# Images that a killed run loses at most. A GPU waits for the first ones of each part to be decoded.
+_COMMITTED_AT_ONCE, _COMMITTED_BY_GPU = 512, 8192
 
 Report = Callable[[str], object]
 
@@ -230,8 +231,10 @@ class FolderUpdate:
         with tqdm(
             total=len(waiting), unit=" images", disable=not (self.config.show_progress and waiting)
         ) as progress:
-            for start in range(0, len(waiting), _COMMITTED_AT_ONCE):
-                part = waiting[start : start + _COMMITTED_AT_ONCE]
+            on_cpu = self.encoder.model.device.type == "cpu"
+            size = _COMMITTED_AT_ONCE if on_cpu else _COMMITTED_BY_GPU
+            for start in range(0, len(waiting), size):
+                part = waiting[start : start + size]
                 self._write_part({name: self.image_dir / name for name in part}, progress)
                 progress.update(start + len(part) - progress.n)
         if len(self.errors) == len(paths):

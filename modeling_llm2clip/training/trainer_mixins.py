@@ -6,11 +6,11 @@ A mixin precedes the Trainer among the bases of a class.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from .._suggestions import MAX_LISTED, counted, list_first
 from ..configs.config_fields import TrainingConfig
 from ..scheduling.graceful_stop import StopRequest
+from .finite_steps import FiniteSteps, runs_ahead, spread_nonfinite
 from .run_folder import CHECKPOINTS, list_trained, mark_complete, require_finite
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
@@ -108,6 +109,7 @@ def training_arguments_on(
         ddp_find_unused_parameters=False,  # weights without a gradient are frozen, or refused
         report_to=choose_reports(config.report_to),
         seed=config.seed,
+        logging_nan_inf_filter=False,  # it reads each loss; one that is not finite stops the run
         **options,
     )
     state = PartialState()
@@ -122,30 +124,77 @@ def training_arguments_on(
 class StageTrainerMixin:
     """Marks a checkpoint once it is written as a whole; stops at a gradient that is not finite.
 
+    Where the device runs ahead of Python, and the optimizer is fused, such a step and all later
+    ones change no weight, and the run stops before the next log, checkpoint or score. Elsewhere it
+    stops at once.
+
     Mean loss and speed of the whole run are not logged: a resumed run does not know them.
     """
 
     state: Any
     args: Any
+    _finite_steps: FiniteSteps | None = None
+    _facts: Mapping[str, Tensor] = {}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log metrics, without those of the whole run."""
+        self.require_finite_steps()
         kept = {name: value for name, value in logs.items() if not _OF_WHOLE_RUN.fullmatch(name)}
         super().log(kept, *args, **kwargs)  # type: ignore[misc]
 
+    def watch_loss(self, loss: Tensor, **facts: Tensor) -> Tensor:
+        """Make a loss that is not finite stop the run, and keep facts for the error about it.
+
+        Args:
+            loss: () loss of a step.
+            facts: Tensors that `describe_step` needs; of one shape in all steps.
+
+        Returns:
+            The loss to differentiate.
+        """
+        self._facts = {"loss": loss.detach(), **facts}
+        return spread_nonfinite(loss)
+
+    def require_finite_steps(self) -> None:
+        """Raise FloatingPointError if a step so far was not finite; waits for the device."""
+        broken = None if self._finite_steps is None else self._finite_steps.read()
+        if broken is not None:
+            raise FloatingPointError(self.describe_step(*broken))
+
+    def describe_step(self, step: int, facts: Mapping[str, Tensor]) -> str:
+        """Describe a step that was not finite, and what to do."""
+        loss, remedy = facts.get("loss"), f"the learning rate ({self.args.learning_rate})"
+        if loss is not None and not loss.isfinite():
+            return f"The loss is {loss.item()} at step {step}. Lower {remedy}, or train in float32."
+        of_process = " of this process" if self.args.world_size > 1 else ""
+        return (
+            f"The gradient's norm is {facts['norm'].item()} at step {step}, although the loss"
+            f"{of_process} is finite. Lower {remedy}, or train in float32."
+        )
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        self.require_finite_steps()
+        return super()._evaluate(*args, **kwargs)  # type: ignore[misc]
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.require_finite_steps()
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
         if self.args.should_save:
             mark_complete(Path(self.args.output_dir).parent, self.state.global_step)
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[misc]
-        if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"The gradient's norm is {float(norm)} at step {self.state.global_step}, although "
-                f"the loss is finite. Lower the learning rate ({self.args.learning_rate}), or "
-                "train in float32."
-            )
+        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
+        if self._finite_steps is None:
+            self._finite_steps = FiniteSteps(whole.device, first_step=self.state.global_step)
+        self._finite_steps.observe(whole, **self._facts)
+        wrapped: Any = self.optimizer  # type: ignore[attr-defined]
+        optimizer = getattr(wrapped, "optimizer", wrapped)  # accelerate wraps it
+        is_fused = all(group.get("fused") for group in optimizer.param_groups)
+        if is_fused and runs_ahead(whole.device) and not is_sharded():
+            optimizer.found_inf = self._finite_steps.found_inf
+        else:
+            self.require_finite_steps()
         return norm
 
 
@@ -211,20 +260,37 @@ class JsonLinesCallback(TrainerCallback):
 class StopCallback(TrainerCallback):
     """After a signal, finishes the step, saves a checkpoint, and stops the Trainer.
 
-    A signal that one process received stops all of them, at the same step.
+    A signal that one process received stops all of them, at the same step. Sharing it makes them
+    and their devices wait for each other, so that they share it about once a second.
     """
 
     def __init__(self, stop: StopRequest) -> None:
         self.stop = stop
+        self._shared_at = (0, 0.0)  # step and time
+        self._next = 0
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        self._shared_at = (state.global_step, time.monotonic())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        number = int(self.stop.signal or 0)
         if args.world_size > 1:
-            number = torch.tensor(int(self.stop.signal or 0), device=args.device)
-            dist.all_reduce(number, op=dist.ReduceOp.MAX)
-            if number and self.stop.signal is None:
-                self.stop.signal = signal.Signals(int(number))
-        if self.stop.signal:
+            number = self._share(number, state.global_step, args.device)
+        if number:
+            self.stop.signal = signal.Signals(number)
             control.should_save = control.should_training_stop = True
+
+    def _share(self, number: int, step: int, device: torch.device) -> int:
+        """Return the signal of any process, or 0 where none came or it is not shared yet."""
+        if step < self._next:
+            return 0
+        now, (last_step, last_time) = time.monotonic(), self._shared_at
+        steps_per_second = int((step - last_step) / max(now - last_time, 1e-3))
+        shared = torch.tensor([number, steps_per_second], device=device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        number, num_steps = shared.tolist()
+        self._shared_at, self._next = (step, now), step + max(1, num_steps)
+        return number
 
 
 class ProgressCallback(TrainerCallback):

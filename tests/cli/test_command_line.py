@@ -138,14 +138,14 @@ def test_a_device_that_is_not_there_is_reported_before_a_model_is_read(
 @pytest.mark.parametrize(
     ("command", "decodes"),
     [
-        ("extract MODEL DATA OUTPUT --modality image", True),
+        ("extract MODEL DATA OUTPUT --modality image --check-images", True),
+        ("extract MODEL DATA OUTPUT --modality image", False),
         ("align MODEL DATA OUTPUT --text-training frozen-online", True),
         ("extract MODEL DATA OUTPUT --modality text --check-images", True),
         ("extract MODEL DATA OUTPUT --modality text", False),
-        ("extract MODEL DATA OUTPUT --modality image --no-check-images", False),
     ],
 )
-def test_broken_images_are_all_reported_before_a_model_is_loaded_where_they_are_needed(
+def test_broken_images_are_all_reported_before_a_model_is_loaded_where_it_trains_on_them(
     command: str, decodes: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "data"

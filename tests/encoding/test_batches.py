@@ -98,3 +98,4 @@ def test_the_processes_of_a_launch_share_the_threads_that_decode(
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     monkeypatch.setattr(os, "cpu_count", lambda: 96)
     assert default_num_workers() == 8
+    assert default_num_workers(most=32) == 32

@@ -290,6 +290,27 @@ def test_bad_data_fails_before_a_model_is_loaded_or_is_skipped_and_counted_on_re
     assert result.protocol["data"]["skipped_samples"] == 3
 
 
+def test_broken_images_are_all_named_when_a_model_meets_one_and_results_stay(
+    sources: Any, data: str, tmp_path: Path
+) -> None:
+    folder = write_data(tmp_path / "broken")
+    contents = {file: file.read_bytes() for file in (folder / "2.png", folder / "5.png")}
+    for file, content in contents.items():
+        file.write_bytes(content[:40])
+    both = [EvaluatedDataset(name=name, folder=str(place))
+            for name, place in (("folder", data), ("broken", folder))]  # fmt: skip
+    chosen = arguments(tmp_path / "out", data, sources("clip"), tasks=("retrieval",), data=both)
+    finished: list[Any] = []
+    message = r"(?s)broken in .*image unreadable: 2 \(.*2\.png.*5\.png"
+    with pytest.raises(DataValidationError, match=message):
+        evaluate(**chosen, on_result=finished.append)
+    for file, content in contents.items():
+        file.write_bytes(content)
+    results = list(evaluate(**chosen))
+    assert [result.dataset for result in results] == ["folder", "broken"]
+    assert results[:1] == finished
+
+
 @pytest.mark.usefixtures("_refuse_models")
 def test_what_does_not_fit_together_fails_before_a_model_is_loaded(
     sources: Any, data: str, tmp_path: Path

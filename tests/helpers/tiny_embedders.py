@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tiny import tiny_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerFast
 
 # Family → model type, fields of its configuration, pooling, ids around a text, and Dense modules.
 _SIZE = {
@@ -83,6 +83,16 @@ def tiny_embedder(
     parts += [modules.Normalize()] if last is None else last
     SentenceTransformer(modules=parts, device="cpu", **settings).save(str(folder / "embedder"))
     return folder / "embedder"
+
+
+def tiny_network(family: str) -> PreTrainedModel:
+    """Build the network of an embedder of a shape in `EMBEDDERS`, without its tokenizer."""
+    model_type, extras, *_ = EMBEDDERS[family]
+    ids = dict(zip(("pad", "bos", "eos", "cls", "sep"), (0, 1, 2, None, None), strict=True))
+    ids = {f"{name}_token_id": number for name, number in ids.items()}
+    config = AutoConfig.for_model(model_type, vocab_size=100, **{**_SIZE, **extras}, **ids)
+    torch.manual_seed(0)
+    return AutoModel.from_config(config).eval()
 
 
 def make_word_pieces() -> PreTrainedTokenizerFast:

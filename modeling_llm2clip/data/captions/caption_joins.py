@@ -400,7 +400,7 @@ def read_configured_records(
     config: DataConfig,
     *,
     require_images: bool,
-    check_images: bool,
+    check_images: bool | None,
     modality: Modality | None = None,
     show_progress: bool = True,
 ) -> RecordTable:
@@ -408,7 +408,7 @@ def read_configured_records(
     records = load_records(
         data,
         image_dir=config.image_dir,
-        require_images=require_images or check_images,
+        require_images=require_images or bool(check_images),
         check_images=check_images,
         ignore_fields=config.ignore_fields,
         cache=config.cache,

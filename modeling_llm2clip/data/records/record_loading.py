@@ -56,7 +56,7 @@ def load_records(
     *,
     image_dir: str | Path | None = None,
     require_images: bool = True,
-    check_images: bool = False,
+    check_images: bool | None = False,
     ignore_fields: Collection[str] = (),
     cache: bool = True,
     show_progress: bool = False,
@@ -76,7 +76,8 @@ def load_records(
         require_images: Whether a record without its image is an error. If not, its `image` is
             None, which is enough where only captions are read.
         check_images: Decode every image too, in threads, which takes as long as a pass over them;
-            once for all runs that find the index in the cache.
+            once for all runs that find the index in the cache. None: where there are other errors,
+            which are then reported together.
         ignore_fields: Names of further fields, which are not read and not errors.
         cache: Whether the index of a large source is kept for later runs.
         show_progress: Show a progress bar while the source is read and images are decoded.
@@ -99,7 +100,7 @@ def load_records(
     """
     job = _plan(source, image_dir, require_images, ignore_fields, modality)
     records, errors = open_index(job, use_cache=cache, show_progress=show_progress)
-    if check_images:
+    if errors.total if check_images is None else check_images:
         decode_images(records, errors, show_progress=show_progress)
     errors.raise_if_any(str(source))
     if not records:

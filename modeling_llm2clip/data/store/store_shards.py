@@ -94,7 +94,8 @@ class StoreShards:
             dtype = STORED_DTYPES[self._manifest.dtype][1]
             start = record.bytes - record.rows * self._manifest.row_bytes
             view = np.frombuffer(buffer, dtype, offset=start)
-            self._views[shard] = view.reshape(record.rows, self._manifest.dim)
+            # Another thread may have mapped it, and reads by addresses: the first view stays.
+            self._views.setdefault(shard, view.reshape(record.rows, self._manifest.dim))
         return self._views[shard]
 
 

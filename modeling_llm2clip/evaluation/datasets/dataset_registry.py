@@ -187,7 +187,7 @@ def load_dataset(
     lang: str | None = None,
     skip_invalid: bool = False,
     require_images: bool = True,
-    check_images: bool = True,
+    check_images: bool | None = True,
     class_names: Mapping[str, str] | Sequence[str] | None = None,
     templates: Sequence[str] | None = None,
     allow_distractors: bool = False,
@@ -207,7 +207,8 @@ def load_dataset(
         skip_invalid: Skip invalid samples and count them in `protocol["skipped"]`, and accept
             counts other than the published ones, in `protocol["differences_from_published"]`.
         require_images: Read images. If not, only captions are read, and `images` is empty.
-        check_images: Decode every image now, before a model waits for it.
+        check_images: Decode every image now, before a model waits for it. None: with
+            `skip_invalid`, and where there are other errors, which are then reported together.
         class_names: Of a classification: class to name, or names in the order of the classes.
             Default: those of the dataset. Names that repeat, as some of ImageNet do, are in
             `protocol["repeated_class_names"]`, and their images count as wrong.

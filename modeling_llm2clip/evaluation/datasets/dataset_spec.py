@@ -180,7 +180,7 @@ class DatasetReading:
     lang: str = "en"
     skip_invalid: bool = False
     require_images: bool = True
-    check_images: bool = True
+    check_images: bool | None = True
     class_names: Mapping[str, str] | Sequence[str] | None = None
     templates: Sequence[str] | None = None
     allow_distractors: bool = False
@@ -227,7 +227,8 @@ class DatasetReading:
 
     def find_unreadable_images(self, images: Iterable[ImageSource | None]) -> set[ImageSource]:
         """Decode images that were not decoded yet; those that cannot be decoded are errors."""
-        if not self.check_images:
+        has_use = self.skip_invalid or self.errors.total > 0
+        if not (has_use if self.check_images is None else self.check_images):
             return set()
         unchecked = {image: None for image in images if image and image not in self.cache.checked}
         unreadable = find_unreadable_images(unchecked, show_progress=self.show_progress)

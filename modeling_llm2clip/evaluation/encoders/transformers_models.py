@@ -15,6 +15,7 @@ from ...configs.evaluation_config import EncoderConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...encoding.dual_encoder import DualEncoder, DualEncoderProcessor
 from ...encoding.encode import TorchEncoder
+from ...encoding.precision import load_on_device
 from ...loading_llm2clip import list_weight_files
 from ...model_folders.fingerprint import (
     describe_prompt,
@@ -57,10 +58,9 @@ class LLM2CLIPEncoder(EvaluationEncoder):
 
     @cached_property
     def _model(self) -> TorchEncoder:
-        model = LLM2CLIPModel.from_pretrained(
-            self._path, dtype=choose_dtype(self._run_config, "auto")
-        )
-        return TorchEncoder(model.to(self._device).eval(), self._processor)
+        dtype = choose_dtype(self._run_config, "auto")
+        model = load_on_device(LLM2CLIPModel, self._path, self._device, dtype=dtype)
+        return TorchEncoder(model, self._processor)
 
     @cached_property
     def description(self) -> EncoderDescription:

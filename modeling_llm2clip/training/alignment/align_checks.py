@@ -216,8 +216,7 @@ def require_directions(
     embeds: Tensor, store: EmbeddingStore, identify: Callable[[Array], Sequence[tuple[str, ...]]]
 ) -> Tensor:
     """Refuse stored embeddings that are not finite, or all zeros, which are similar to nothing."""
-    sums = embeds.abs().sum(dim=1)
-    broken = np.flatnonzero(~(sums.isfinite() & (sums > 0)).numpy())
+    broken = np.flatnonzero(~have_directions(embeds))
     if len(broken):
         names = list(dict.fromkeys(identify(broken[:_MOST_READ])))
         raise ValueError(
@@ -226,6 +225,13 @@ def require_directions(
             "that made the store (llm2clip doctor), and extract again."
         )
     return embeds
+
+
+def have_directions(embeds: Tensor) -> Array:
+    """Return whether each embedding is finite and not all zeros, (B,) bool."""
+    sums = embeds.float().abs().sum(dim=1)
+    is_valid: Array = (sums.isfinite() & (sums > 0)).numpy()
+    return is_valid
 
 
 def _check_group_ids(records: RecordTable) -> None:

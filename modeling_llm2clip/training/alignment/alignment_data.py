@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass, field
+from functools import partial
 from operator import getitem
 from typing import Any
 
@@ -27,8 +28,9 @@ from ...data.store.embedding_store import EmbeddingStore
 from ...data.streams.record_streams import RecordStream
 from ...image_loading_llm2clip import load_images
 from ...processing_llm2clip import LLM2CLIPProcessor
-from .align_checks import pair_items, require_directions, require_same_images, require_same_texts
-from .sampling import sample_captions, sample_normal
+from .align_checks import pair_items, require_same_images, require_same_texts
+from .sampling import sample_captions, sample_normal, seed_rows
+from .stored_rows import StoredRows
 
 # Stored embeddings that get noise, each with a number of its own for the random generator.
 _NOISE_SIDES = {"vision": 2, "caption": 3}
@@ -41,6 +43,7 @@ class _Sampled:
     caption_store: EmbeddingStore | None
     image_store: EmbeddingStore | None
     reads_images: bool
+    _stored: dict[str, StoredRows]  # by what the model calls their embeddings
 
     @property
     def is_stored(self) -> bool:
@@ -55,17 +58,38 @@ class _Sampled:
             items=items,
         )
 
-    def _with_noise(
+    def _seed_noise(
         self, batch: dict[str, Tensor], epochs: Array, items: Array
     ) -> dict[str, Tensor]:
-        """Add noise to a batch, (B, D), which the model adds to stored embeddings."""
+        """Add the seeds of the noise on stored embeddings to a batch, (B,) int64."""
         for name, side in _NOISE_SIDES.items():
-            share = getattr(self.config, f"{'image' if name == 'vision' else name}_noise")
-            embeds = batch.get(f"{name}_embeds")
-            if share and embeds is not None:
-                normal = sample_normal(self.config.seed, epochs, items, side, width=embeds.shape[1])
-                length = embeds.norm(dim=1, keepdim=True)
-                batch[f"{name}_noise"] = normal.mul_(share * embeds.shape[1] ** -0.5 * length)
+            if self._get_noise(name) and {f"{name}_embeds", f"{name}_rows"} & batch.keys():
+                batch[f"{name}_seeds"] = seed_rows(self.config.seed, epochs, items, side)
+        return batch
+
+    def _get_noise(self, name: str) -> float:
+        share: float = getattr(self.config, f"{'image' if name == 'vision' else name}_noise")
+        return share
+
+    def complete(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Make what the model takes of a batch, on the device where its tensors are.
+
+        Resident rows are gathered, stored embeddings become float32, and the seeds of noise the
+        noise, (B, D), which the model adds to them.
+        """
+        batch = dict(batch)
+        for name in (*_NOISE_SIDES, "teacher"):
+            rows, seeds = (batch.pop(f"{name}_{part}", None) for part in ("rows", "seeds"))
+            if rows is not None:
+                resident = self._stored[name].resident
+                assert resident is not None
+                batch[f"{name}_embeds"] = resident.index_select(0, rows)
+            if (embeds := batch.get(f"{name}_embeds")) is not None:
+                batch[f"{name}_embeds"] = embeds = embeds.float()
+            if embeds is not None and seeds is not None:
+                width, length = embeds.shape[1], embeds.norm(dim=1, keepdim=True)
+                scale = self._get_noise(name) * width**-0.5 * length
+                batch[f"{name}_noise"] = sample_normal(seeds, width=width).mul_(scale)
         return batch
 
 
@@ -110,20 +134,25 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
         if self.image_store is not None:
             self._image_items = pair_items(self.records, self.image_store)
             require_same_images(self.records, self.image_store, self._image_items)
+        image_name = "teacher" if self.reads_images else "vision"
+        stores = {"caption": self.caption_store, image_name: self.image_store}
+        self._stored = {
+            name: StoredRows(store) for name, store in stores.items() if store is not None
+        }
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitems__(self, samples: Array) -> dict[str, Tensor]:
-        """Return the batch of (B, 2) epochs and items."""
+        """Return the batch of (B, 2) epochs and items, for `complete`."""
         epochs, items = np.asarray(samples).T
         numbers = self._sample_captions(self.count_texts(items), epochs, items)
         batch = {
             "group_ids": self.read_group_ids(items),
             "text_keys": self.read_text_keys(items, numbers),
-            **self.read_pairs(items, numbers),
+            **self.read_pairs(items, numbers, completed=False),
         }
-        return self._with_noise(batch, epochs, items)
+        return self._seed_noise(batch, epochs, items)
 
     def read_group_ids(self, items: Array) -> Tensor:
         """Return the hash of each item's group, (B,) int64."""
@@ -137,19 +166,31 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
             return torch.from_numpy(self.caption_rows(items, numbers))
         return torch.tensor([hash_text(text) for text in self._take_texts(items, numbers)])
 
-    def read_pairs(self, items: Array, numbers: Array) -> dict[str, Tensor]:
+    def read_pairs(
+        self, items: Array, numbers: Array, *, completed: bool = True
+    ) -> dict[str, Tensor]:
+        """Read images and captions; embeddings as `complete` makes or as it takes them."""
+        batch: dict[str, Tensor] = {}
         if self.caption_store is None:
-            batch = dict(self.processor(text=self._take_texts(items, numbers)))
-        else:
-            rows = self.caption_rows(items, numbers)
-            batch = {"caption_embeds": self._read_stored(self.caption_store, rows, items)}
-        if (store := self.image_store) is not None:
-            name = "teacher_embeds" if self.reads_images else "vision_embeds"
-            batch[name] = self._read_stored(store, self.image_rows(items), items)
+            batch |= self.processor(text=self._take_texts(items, numbers))
+        for name, stored in self._stored.items():
+            is_caption = name == "caption"
+            rows = self.caption_rows(items, numbers) if is_caption else self.image_rows(items)
+            identify = partial(self._identify, items)
+            if stored.resident is not None and not completed:
+                batch[f"{name}_rows"] = stored.require_checked(rows, identify)
+            else:
+                dtype = torch.float32 if completed else None
+                batch[f"{name}_embeds"] = stored.read(rows, identify, dtype=dtype)
         if self.reads_images:
             images = [open_image(image) for image in self.records.select(items).iterate_images()]
             batch |= self.processor(images=images)
         return batch
+
+    def place(self, device: torch.device, *, num_reads: int) -> None:
+        """Copy the stores that fit to a device, for batches that `complete` gets there."""
+        for stored in self._stored.values():
+            stored.place(device, num_reads=num_reads)
 
     def caption_rows(self, items: Array, numbers: Array) -> Array:
         assert self.caption_store is not None
@@ -177,12 +218,8 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
         captions = self.records.take(items, CAPTION_COLUMNS)
         return [(*short, *with_views(long, self.num_views)) for short, long in captions]
 
-    def _read_stored(self, store: EmbeddingStore, rows: Array, items: Array) -> Tensor:
-        return require_directions(
-            store.read(rows),
-            store,
-            lambda rows: self.records.take(items[rows], ("name", "lang")),
-        )
+    def _identify(self, items: Array, places: Array) -> list[tuple[str, ...]]:
+        return self.records.take(items[places], ("name", "lang"))
 
 
 def decode_sample(record: CaptionedImage) -> tuple[CaptionedImage, Any]:
@@ -207,7 +244,9 @@ class AlignmentStream(_Sampled):
 
     def __post_init__(self) -> None:
         self.num_views = self.config.sentence_views
+        self._stored = {}
         if self.caption_store is not None:
+            self._stored["caption"] = StoredRows(self.caption_store)
             self.num_views = read_num_views(self.caption_store.manifest.plan)
             keys = self.caption_store.keys
             self._order = np.argsort(keys)
@@ -215,7 +254,7 @@ class AlignmentStream(_Sampled):
             self._text_keys = np.concatenate([*self.caption_store.iterate_numbers("text_key")])
 
     def collate(self, samples: Sequence[tuple[CaptionedImage, Any]]) -> dict[str, Tensor]:
-        """Return the batch of some records and their decoded images."""
+        """Return the batch of some records and their decoded images, for `complete`."""
         records = [record for record, _ in samples]
         listed = [(*r.captions, *with_views(r.long_captions, self.num_views)) for r in records]
         keys = np.array([hash_identity(record.name, record.lang) for record in records])
@@ -232,12 +271,12 @@ class AlignmentStream(_Sampled):
         if (store := self.caption_store) is None:
             return batch | dict(self.processor(text=texts))
         rows = store.rows_at(self._find_items(records, keys), numbers)
-        batch["caption_embeds"] = require_directions(
-            store.read(rows),
-            store,
+        batch["caption_embeds"] = self._stored["caption"].read(
+            rows,
             lambda broken: [(records[n].name, records[n].lang) for n in broken.tolist()],
+            dtype=None,
         )
-        return self._with_noise(batch, epochs, keys)
+        return self._seed_noise(batch, epochs, keys)
 
     def _find_items(self, records: Sequence[CaptionedImage], keys: Array) -> Array:
         assert self.caption_store is not None

@@ -6,20 +6,24 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ...configs.align_config import AlignConfig
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...scheduling.processes import choose_device, require_all_processes
+from ..finite_steps import runs_ahead
 from ..losses.loss import LossInputs
 from ..run_folder import list_trained
 from ..trainer_mixins import (
@@ -55,7 +59,6 @@ def make_training_arguments(output: Path, config: AlignConfig) -> TrainingArgume
         max_grad_norm=config.max_grad_norm,
         logging_steps=config.logging_steps,
         logging_first_step=True,
-        logging_nan_inf_filter=False,  # a loss that is not finite stops the run
         remove_unused_columns=False,
         label_names=[],
     )
@@ -131,6 +134,9 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
     To the Trainer the whole run is one epoch.
     """
 
+    _ahead: ThreadPoolExecutor
+    _next_samples: Future[Any] | None
+
     def __init__(
         self,
         model: AlignmentModel,
@@ -181,9 +187,31 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
     def get_train_dataloader(self) -> Any:
         return self._loader
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; while the device computes, a thread prepares one batch ahead."""
+        with ThreadPoolExecutor(1) as self._ahead:
+            self._next_samples = None
+            return super().train(*args, **kwargs)
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         with self._input_times.measure():
-            return super().get_batch_samples(*args, **kwargs)
+            get = partial(super().get_batch_samples, *args, **kwargs)
+            # Workers are ahead on their own, and a checkpoint has the place of a stream.
+            is_idle = isinstance(self._loader, DataLoader) and not self._loader.num_workers
+            if not is_idle or not runs_ahead(self.args.device):
+                return get()
+            samples = get() if self._next_samples is None else self._next_samples.result()
+            self._next_samples = self._ahead.submit(get)
+            return samples
+
+    def _prepare_input(self, data: Any) -> Any:
+        if not isinstance(data, Tensor):
+            return super()._prepare_input(data)
+        # Batches are in pinned memory, from which a device copies while Python goes on.
+        return data.to(self.args.device, non_blocking=runs_ahead(self.args.device))
+
+    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.data.dataset.complete(super()._prepare_inputs(inputs))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Group parameters by start, rate and decay; matrices alone decay (arXiv:2103.00020)."""
@@ -204,7 +232,12 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
                 }
                 for key in sorted(grouped)
             ]
-            self.optimizer = torch.optim.AdamW(groups, lr=self.length.learning_rate, betas=_BETAS)
+            self.optimizer = torch.optim.AdamW(
+                groups,
+                lr=self.length.learning_rate,
+                betas=_BETAS,
+                fused=runs_ahead(self.args.device) or None,
+            )
         return self.optimizer
 
     def create_scheduler(
@@ -232,6 +265,7 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
 
     def embed(self, batches: Iterable[dict[str, Tensor]]) -> LossInputs:
         """Encode batches by the model that is trained, as `embed_batches` does."""
+        self.require_finite_steps()
         model = self.model_wrapped if self.is_fsdp_enabled else self.alignment_model
         context = nullcontext if self.data.dataset.is_stored else self.compute_loss_context_manager
         return embed_batches(model, batches, self.args.device, context)
@@ -257,16 +291,21 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
     ) -> Tensor | tuple[Tensor, LossInputs]:
         loss, outputs = model(**inputs)
         self._inverse_temperature = outputs.logits.scale.detach()
-        if not loss.isfinite():
-            sides = (outputs.image_embeds, outputs.text_embeds)
-            broken = ~torch.stack([side.isfinite().all(dim=1) for side in sides]).all(dim=0)
-            raise FloatingPointError(
-                f"The loss is {loss.item()} at step {self.state.global_step}, and "
-                f"{int(broken.sum())} of the {len(broken)} pairs of this process have embeddings "
-                "that are not finite. Check the model (llm2clip doctor), or lower the learning "
-                f"rate ({self.length.learning_rate})."
-            )
+        # Rows of unit length have a finite sum.
+        sums = [side.detach().sum(dim=1) for side in (outputs.image_embeds, outputs.text_embeds)]
+        loss = self.watch_loss(loss, broken=~torch.stack(sums).isfinite().all(dim=0))
         return (loss, outputs) if return_outputs else loss
+
+    def describe_step(self, step: int, facts: Mapping[str, Tensor]) -> str:
+        """Describe a step that was not finite, and count its pairs with broken embeddings."""
+        loss, broken = facts["loss"], facts["broken"]
+        if loss.isfinite():
+            return super().describe_step(step, facts)
+        return (
+            f"The loss is {loss.item()} at step {step}, and {int(broken.sum())} of the "
+            f"{len(broken)} pairs of this process have embeddings that are not finite. Check the "
+            f"model (llm2clip doctor), or lower the learning rate ({self.length.learning_rate})."
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log passes over the data as the epoch, since the Trainer's own is the whole run."""

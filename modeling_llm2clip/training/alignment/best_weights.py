@@ -225,7 +225,8 @@ class TrainingObjective(TrainerCallback):
 
     def record(self, name: str) -> None:
         """Measure the weights that the model has now; every process calls it."""
-        inputs = self.trainer.embed([self._dataset.__getitems__(self._samples)])
+        batch = self.trainer._prepare_inputs(self._dataset.__getitems__(self._samples))
+        inputs = self.trainer.embed([batch])
         measured = [fit_temperature(self.trainer.alignment_model.loss, inputs)[1]]
         broadcast_object_list(measured)
         if self.trainer.args.should_save:

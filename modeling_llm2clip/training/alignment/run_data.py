@@ -77,11 +77,15 @@ class RecordData:
             num_processes=arguments.world_size,
         )
         self._steps_per_epoch = sampler.steps_per_epoch
+        workers = count_workers(self.config, arguments, decodes=self.dataset.reads_images)
+        if self.dataset.is_stored and not workers:
+            own_size = batch_size // arguments.world_size
+            self.dataset.place(arguments.device, num_reads=own_size * num_steps)
         return DataLoader(
             self.dataset,
             batch_sampler=sampler,  # type: ignore[arg-type]  # arrays, not lists
             collate_fn=dict,  # the dataset returns whole batches
-            num_workers=count_workers(self.config, arguments, decodes=self.dataset.reads_images),
+            num_workers=workers,
             pin_memory=arguments.device.type == "cuda",
             generator=torch.Generator().manual_seed(self.config.seed),
             worker_init_fn=partial(_start_worker, list_states()),

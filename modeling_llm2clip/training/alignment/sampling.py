@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from ...data.key_arrays import Array
+from ..finite_steps import runs_ahead
 
 _ROWS_AT_ONCE = 64
 
@@ -44,14 +45,22 @@ class ResumableBatchSampler(Sampler[Array]):
         return self.num_steps
 
     def __iter__(self) -> Iterator[Array]:
-        own_size = self.batch_size // self.num_processes
         for step in range(self.num_steps):
             epoch, number = divmod(step, self.steps_per_epoch)
             if number == 0:
                 order = self._shuffle(epoch)
-            start = number * self.batch_size + self.rank * own_size
-            items = self.items[order[start : start + own_size]]
-            yield np.stack([np.full_like(items, epoch), items], axis=1)
+            yield self._take(order, epoch, number)
+
+    def read_step(self, step: int) -> Array:
+        """Return the batch of a step."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        return self._take(self._shuffle(epoch), epoch, number)
+
+    def _take(self, order: Array, epoch: int, number: int) -> Array:
+        own_size = self.batch_size // self.num_processes
+        start = number * self.batch_size + self.rank * own_size
+        items = self.items[order[start : start + own_size]]
+        return np.stack([np.full_like(items, epoch), items], axis=1)
 
     def _shuffle(self, epoch: int) -> Array:
         """Return the order of an epoch, in 4 bytes an item where these are enough."""
@@ -79,10 +88,20 @@ def sample_captions(
     return number + np.where(is_long, num_short, 0)
 
 
-def sample_normal(seed: int, epochs: Array, items: Array, side: int, *, width: int) -> Tensor:
-    """Sample standard normal numbers; each row depends on its own integers alone."""
+def seed_rows(seed: int, epochs: Array, items: Array, side: int) -> Tensor:
+    """Mix the integers of each row into the seed of its noise, (B,) int64."""
+    return torch.from_numpy(mix(seed, epochs, items, side).view(np.int64))
+
+
+def sample_normal(seeds: Tensor, *, width: int) -> Tensor:
+    """Sample standard normal numbers, (B, width) float32, on the device of the seeds.
+
+    Each row depends on its own seed alone, and has the same numbers on every device.
+    """
+    if runs_ahead(seeds.device):
+        return _sample_on_device(seeds, width)
     # splitmix64 counts through a row, and each quarter of a word chooses one of the quantiles.
-    states = mix(seed, epochs, items, side)
+    states = seeds.numpy().view(np.uint64)
     counts = np.arange(1, -(-width // 4) + 1, dtype=np.uint64) * _GOLDEN
     normal = np.empty((len(states), width), np.float32)
     for start in range(0, len(states), _ROWS_AT_ONCE):  # few enough for a core's cache
@@ -93,6 +112,17 @@ def sample_normal(seed: int, epochs: Array, items: Array, side: int, *, width: i
     return torch.from_numpy(normal)
 
 
+def _sample_on_device(seeds: Tensor, width: int) -> Tensor:
+    """Sample as NumPy does, in words of int64, since torch shifts no unsigned ones."""
+    counts = torch.arange(1, -(-width // 4) + 1, device=seeds.device)
+    words = seeds[:, None] + counts * _as_signed(_GOLDEN)
+    for shift, factor in zip(_SHIFTS, _FACTORS, strict=False):
+        words = _fold(words, shift) * _as_signed(factor)
+    words = _fold(words, _SHIFTS[-1])
+    quarters = words.view(torch.int16)[:, :width].int() & 0xFFFF
+    return _quantiles_on(seeds.device).index_select(0, quarters.flatten()).view(len(seeds), width)
+
+
 @cache
 def _quantiles() -> Array:
     """Compute the normal number amid each of 65,536 equal shares of probability, float32."""
@@ -101,7 +131,24 @@ def _quantiles() -> Array:
     return quantiles
 
 
+@cache
+def _quantiles_on(device: torch.device) -> Tensor:
+    return torch.from_numpy(_quantiles()).to(device)
+
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_SHIFTS = (30, 27, 31)
+_FACTORS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+
+
+def _as_signed(word: np.uint64) -> int:
+    return int(word.view(np.int64))
+
+
+def _fold(words: Tensor, shift: int) -> Tensor:
+    """Mix the high bits of words into the low ones, without the sign, which fills shifted bits."""
+    folded: Tensor = words ^ ((words >> shift) & (2 ** (64 - shift) - 1))
+    return folded
 
 
 def mix(*numbers: int | Array) -> Array:
@@ -114,9 +161,9 @@ def mix(*numbers: int | Array) -> Array:
 
 
 def _scramble(words: Array) -> Array:
-    words = (words ^ words >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ words >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    scrambled: Array = words ^ words >> np.uint64(31)
+    for shift, factor in zip(_SHIFTS, _FACTORS, strict=False):
+        words = (words ^ words >> np.uint64(shift)) * factor
+    scrambled: Array = words ^ words >> np.uint64(_SHIFTS[-1])
     return scrambled
 
 

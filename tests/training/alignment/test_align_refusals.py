@@ -143,8 +143,8 @@ def break_store(store: EmbeddingStore, rows: Any, value: float) -> EmbeddingStor
     """Make a store read some of its rows as a value."""
 
     class Broken(EmbeddingStore):
-        def read(self, wanted: Any) -> torch.Tensor:
-            embeds = super().read(wanted)
+        def read(self, wanted: Any, *, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
+            embeds = super().read(wanted, dtype=dtype)
             embeds[np.isin(wanted, rows)] = value
             return embeds
 

@@ -47,6 +47,7 @@ from modeling_llm2clip.training.alignment.sampling import (
     mix,
     sample_captions,
     sample_normal,
+    seed_rows,
 )
 
 
@@ -169,9 +170,10 @@ def test_noise_is_projected_and_a_loss_gets_embeddings_without_it(prepared: Prep
             processor,
             AlignConfig(seed=5, image_noise=noise, caption_noise=noise),
             **stores,
-        ).__getitems__(samples)
+        )
         for noise in (0.0, 1.0)
     )
+    clean, noisy = (data.complete(data.__getitems__(samples)) for data in (clean, noisy))
     model = AlignmentModel.from_pretrained(prepared.model, with_llm=False, with_vision_tower=False)
     with torch.no_grad():
         (_, wanted), (_, found) = (model.eval()(**batch) for batch in (clean, noisy))
@@ -195,7 +197,8 @@ def test_training_and_extraction_see_the_same_pixels(prepared: Prepared, tmp_pat
 
 def test_noise_on_embeddings_is_normal_and_each_samples_own() -> None:
     def draw(items: list[int], side: int) -> torch.Tensor:
-        return sample_normal(0, np.ones(len(items), int), np.array(items), side, width=200)
+        seeds = seed_rows(0, np.ones(len(items), int), np.array(items), side)
+        return sample_normal(seeds, width=200)
 
     noise = draw(list(range(500)), 2)
     # Of 100,000 numbers the mean is within four standard errors of 0, the deviation of 1.
@@ -214,10 +217,11 @@ def test_noise_on_embeddings_is_normal_and_each_samples_own() -> None:
 
 
 def test_noise_takes_little_more_memory_than_itself() -> None:
-    sample_normal(0, np.zeros(1, int), np.zeros(1, int), 2, width=8)
+    seeds = seed_rows(0, np.zeros(1000, int), np.arange(1000), 2)
+    sample_normal(seeds[:1], width=8)
     tracemalloc.start()
     try:
-        noise = sample_normal(0, np.zeros(1000, int), np.arange(1000), 2, width=1024)
+        noise = sample_normal(seeds, width=1024)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

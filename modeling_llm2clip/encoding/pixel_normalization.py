@@ -1,0 +1,100 @@
+"""The last steps of an image processor, rescaling and normalization, done on the model's device.
+
+Pixels are copied as the bytes that resizing gives, a quarter of float32. Only processors whose
+output this reproduces stop earlier: it is compared when a model is loaded, and never assumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..processing_llm2clip import LLM2CLIPProcessor
+
+_PIXELS = "pixel_values"
+_SIZES = ((61, 97), (640, 480))  # smaller and larger than what most towers read, in both directions
+# Rounding of a few float32 operations on values of up to about 3.
+_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class PixelNormalization:
+    """Last steps of an image processor, and the processor that stops before them.
+
+    Attributes:
+        processor: Prepares images as uint8.
+        mean: (3, 1, 1) float32, in steps of 8 bits.
+        std: As `mean`.
+        pins: Whether prepared images are put into pinned memory, from which a GPU copies them while
+            the program goes on.
+    """
+
+    processor: LLM2CLIPProcessor
+    mean: Tensor
+    std: Tensor
+    pins: bool
+
+    def prepare(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Check and pin what `processor` makes, in the thread that has prepared it."""
+        if inputs and inputs[_PIXELS].dtype != torch.uint8:
+            raise ValueError(
+                f"The image processor makes {inputs[_PIXELS].dtype} of these images, and uint8 of "
+                "others. Give images as files, or PIL images."
+            )
+        return {name: value.pin_memory() if self.pins else value for name, value in inputs.items()}
+
+    def apply(self, pixel_values: Tensor) -> Tensor:
+        """Normalize uint8 pixels, (B, 3, H, W), on their device; others are normalized already."""
+        if pixel_values.dtype != torch.uint8:
+            return pixel_values
+        return pixel_values.float().sub_(self.mean).div_(self.std)
+
+
+def find_normalization(
+    processor: LLM2CLIPProcessor, device: torch.device
+) -> PixelNormalization | None:
+    """Find the last steps of an image processor, if `PixelNormalization` reproduces its output.
+
+    None where it resizes in float32, pads, cuts patches, or scales and normalizes in its own way.
+    """
+    whole = processor.image_processor
+    normalizes = getattr(whole, "do_normalize", False)
+    if not getattr(whole, "do_rescale", False) or (normalizes and not whole.image_mean):
+        return None
+    stopping = copy(processor)
+    stopping.image_processor = copy(whole)
+    stopping.image_processor.do_rescale = stopping.image_processor.do_normalize = False
+    moments = (whole.image_mean, whole.image_std) if normalizes else ([0.0] * 3, [1.0] * 3)
+    mean, std = (torch.tensor(values) / whole.rescale_factor for values in moments)
+    checked = PixelNormalization(stopping, mean.view(-1, 1, 1), std.view(-1, 1, 1), pins=False)
+    if not all(_is_reproduced(processor, checked, size) for size in _SIZES):
+        return None
+    mean, std = checked.mean.to(device), checked.std.to(device)
+    return PixelNormalization(stopping, mean, std, pins=device.type == "cuda")
+
+
+def _is_reproduced(
+    processor: LLM2CLIPProcessor, normalization: PixelNormalization, size: tuple[int, int]
+) -> bool:
+    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    expected = dict(processor(images=[image]))
+    try:
+        inputs = dict(normalization.processor(images=[image]))
+    except (TypeError, ValueError):  # as of EfficientNet's, whose next step takes floats alone
+        return False
+    pixels = inputs[_PIXELS]
+    is_image = pixels.dtype == torch.uint8 and pixels.ndim == expected[_PIXELS].ndim == 4
+    if not is_image or pixels.shape != expected[_PIXELS].shape or inputs.keys() != expected.keys():
+        return False
+    inputs[_PIXELS] = normalization.apply(pixels)
+    return all(
+        torch.allclose(inputs[name].double(), expected[name].double(), rtol=0, atol=_TOLERANCE)
+        for name in inputs
+    )

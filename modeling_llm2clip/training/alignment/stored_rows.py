@@ -1,0 +1,78 @@
+"""Rows of an embedding store as a training reads them: each checked once, or all on its device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...data.key_arrays import Array
+from ...data.store.embedding_store import EmbeddingStore
+from .align_checks import have_directions, require_directions
+
+Identify = Callable[[Array], Sequence[tuple[str, ...]]]
+"""Names the records of some rows of a batch."""
+_BYTES_AT_ONCE = 2**26
+_SHARE_OF_FREE_MEMORY = 0.5  # the rest is for the weights, their moments and a step
+
+
+def count_free_bytes(device: torch.device) -> int:
+    """Count the bytes that are free on a device whose memory is not this machine's, or 0."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
+class StoredRows:
+    """Rows of a store, each of which is checked when it is first read.
+
+    Attributes:
+        store: The store.
+        resident: All rows in their stored dtype on the device of a training; None where a batch
+            reads its rows from the files.
+    """
+
+    def __init__(self, store: EmbeddingStore) -> None:
+        self.store = store
+        self.resident: Tensor | None = None
+        self._is_checked = np.zeros(store.manifest.num_rows, np.bool_)
+
+    def place(self, device: torch.device, *, num_reads: int) -> None:
+        """Copy all rows to a device if they fit half of its free memory.
+
+        Args:
+            device: Device of the training.
+            num_reads: Rows that it will read; below those of the store, nothing is copied.
+        """
+        manifest = self.store.manifest
+        num_bytes = manifest.num_rows * manifest.row_bytes
+        fits = num_bytes <= _SHARE_OF_FREE_MEMORY * count_free_bytes(device)
+        if self.resident is not None or not fits or num_reads < manifest.num_rows:
+            return
+        num_at_once = max(1, _BYTES_AT_ONCE // manifest.row_bytes)
+        for rows in torch.arange(manifest.num_rows).split(num_at_once):
+            embeds = self.store.read(rows, dtype=None)
+            if self.resident is None:
+                shape = (manifest.num_rows, manifest.dim)
+                self.resident = torch.empty(shape, dtype=embeds.dtype, device=device)
+            self.resident[rows[0] : rows[-1] + 1] = embeds
+            # A row without a direction is refused where a batch has it, by the name of its record.
+            self._is_checked[rows.numpy()] = have_directions(embeds)
+
+    def read(
+        self, rows: Array, identify: Identify, *, dtype: torch.dtype | None = torch.float32
+    ) -> Tensor:
+        """Read rows, (B, D), as `EmbeddingStore.read`; new ones without a direction are refused."""
+        embeds = self.store.read(rows, dtype=dtype)
+        new = np.flatnonzero(~self._is_checked[rows])
+        if len(new):
+            some = embeds if len(new) == len(rows) else embeds[new]
+            require_directions(some, self.store, lambda broken: identify(new[broken]))
+            self._is_checked[rows] = True
+        return embeds
+
+    def require_checked(self, rows: Array, identify: Identify) -> Tensor:
+        """Return the numbers of resident rows, (B,) int64; refuse those without a direction."""
+        if not self._is_checked[rows].all():
+            self.read(rows, identify)
+        return torch.from_numpy(rows)

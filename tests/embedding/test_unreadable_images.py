@@ -1,0 +1,131 @@
+"""Images that cannot be decoded, met while a dataset is encoded: all are named, nothing is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from embedding_runs import IMAGE
+from extracting import EXACT
+from interruptions import read_bytes
+from PIL import Image
+from tiny_folders import save_captioned_images
+
+from modeling_llm2clip import DataValidationError
+from modeling_llm2clip.configs.encoding_config import EmbedConfig, ExtractConfig
+from modeling_llm2clip.data.images import image_sources
+from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.embedding import embed as embedding
+from modeling_llm2clip.embedding import extract as extraction
+from modeling_llm2clip.embedding.shard_encoding import ImageShardEncoder
+
+_COUNT = 18
+Run = Callable[[Path], Path]
+_RUNS: list[tuple[Callable[..., Path], ExtractConfig | EmbedConfig]] = [
+    # Eight images a shard, or four.
+    (
+        extraction.extract,
+        ExtractConfig(**{**vars(EXACT), "max_shard_size": "1KiB", "batch_size": 2}),
+    ),
+    (embedding.embed, IMAGE),
+]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    return save_captioned_images(folder, count=_COUNT)
+
+
+@pytest.fixture(params=_RUNS, ids=["extract", "embed"])
+def run(request: Any, model: Path, data: Path) -> Run:
+    """Encodes what is in the folder of images now."""
+    function, config = request.param
+    return lambda output: function(model, load_records(data), output, config, modality="image")
+
+
+def break_images(data: Path, numbers: Sequence[int]) -> dict[Path, bytes]:
+    contents = {file: file.read_bytes() for file in (data / f"{n}.png" for n in numbers)}
+    for file, content in contents.items():
+        file.write_bytes(content[: len(content) // 2])
+    return contents
+
+
+def count_encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Number of images of each shard that is encoded from now on."""
+    sizes: list[int] = []
+    encode = ImageShardEncoder.encode
+
+    def note(self: ImageShardEncoder, prepared: Any) -> Any:
+        sizes.append(len(prepared.inputs))
+        return encode(self, prepared)
+
+    monkeypatch.setattr(ImageShardEncoder, "encode", note)
+    return sizes
+
+
+def test_all_are_named_and_the_output_continues_once_they_are_repaired(
+    run: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bytes are those of an output that never met them; complete shards are not computed."""
+    output = tmp_path / "output"
+    contents = break_images(data, (9, 17))
+    with pytest.raises(
+        DataValidationError, match=r"(?s)2 errors.*9\.png.*17\.png.*same command"
+    ) as e:
+        run(output)
+    assert e.value.counts == {"image unreadable": 2}
+    sizes = count_encoded(monkeypatch)
+    with pytest.raises(DataValidationError, match="image unreadable: 2 "):
+        run(output)
+    assert 0 < sum(sizes) < _COUNT  # a shard was complete, and the second run did not compute it
+    sizes.clear()
+    for file, content in contents.items():
+        file.write_bytes(content)
+    run(output)
+    assert 0 < sum(sizes) < _COUNT
+    assert read_bytes(output) == read_bytes(run(tmp_path / "fresh"))
+
+
+def test_an_output_with_another_image_that_changed_is_refused(
+    run: Run, data: Path, tmp_path: Path
+) -> None:
+    contents = break_images(data, (9,))
+    with pytest.raises(DataValidationError):
+        run(tmp_path / "output")
+    before = read_bytes(tmp_path / "output")
+    Image.new("RGB", (7, 9)).save(data / "0.png")  # whose shard is complete
+    for file, content in contents.items():
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match="holds another output: images"):
+        run(tmp_path / "output")
+    assert read_bytes(tmp_path / "output") == before
+
+
+def test_all_are_named_where_the_sample_of_int8_ranges_meets_one(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    break_images(data, (0, 9))
+    config = replace(IMAGE, dtype="int8", calibration_size=1)
+    with pytest.raises(DataValidationError, match="image unreadable: 2 "):
+        embedding.embed(model, load_records(data), tmp_path / "out", config, modality="image")
+    assert not (tmp_path / "out").exists()
+
+
+def test_each_image_is_decoded_once(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[Any] = []
+    decode = image_sources.open_image
+
+    def note(image: Any) -> Any:
+        decoded.append(image)
+        return decode(image)
+
+    monkeypatch.setattr(image_sources, "open_image", note)
+    run(tmp_path / "output")
+    assert len(decoded) == len(set(decoded)) == _COUNT

@@ -1,0 +1,112 @@
+"""Laws of images that are copied as bytes, and normalized where the model computes."""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from tiny import tiny_model
+
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+from modeling_llm2clip.encoding.batches import PreparedImages
+from modeling_llm2clip.encoding.encode import TorchEncoder
+from modeling_llm2clip.encoding.pixel_normalization import find_normalization
+from modeling_llm2clip.image_cropping_llm2clip import (
+    LLM2CLIPImageProcessor,
+    LLM2CLIPImageProcessorPil,
+)
+
+CPU = torch.device("cpu")
+_OWN: dict[str, Any] = {
+    "LLM2CLIPImageProcessor": LLM2CLIPImageProcessor,
+    "LLM2CLIPImageProcessorPil": LLM2CLIPImageProcessorPil,
+}
+_EXACT = (
+    *_OWN, "CLIPImageProcessor", "CLIPImageProcessorPil", "SiglipImageProcessor",
+    "SiglipImageProcessorPil", "BitImageProcessor", "ViTImageProcessor", "BlipImageProcessor",
+    "ConvNextImageProcessor", "ChineseCLIPImageProcessor",
+)  # fmt: skip
+# They resize floats, cut patches, or normalize twice.
+_OTHERS = (
+    "DINOv3ViTImageProcessor", "Siglip2ImageProcessor", "Siglip2ImageProcessorPil",
+    "EfficientNetImageProcessor", "EfficientNetImageProcessorPil",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
+    return tiny_model()
+
+
+def with_image_processor(processor: LLM2CLIPProcessor, name: str, **options: Any) -> Any:
+    changed = copy(processor)
+    kind = _OWN.get(name) or getattr(transformers, name, None)
+    if kind is None:
+        pytest.skip(f"this transformers has no {name}")
+    changed.image_processor = kind(**options)
+    return changed
+
+
+def make_images() -> list[Image.Image]:
+    """Smooth, of noise, black and white ones, in sizes that no other part of the code knows."""
+    random = np.random.default_rng(1)
+    ramp = np.linspace(0, 255, 173 * 251 * 3).reshape(173, 251, 3).astype(np.uint8)
+    noise = random.integers(0, 256, (301, 119, 3), dtype=np.uint8)
+    return [
+        *map(Image.fromarray, (ramp, noise)),
+        Image.new("RGB", (230, 225)),
+        Image.new("RGB", (500, 90), "white"),
+    ]
+
+
+@pytest.mark.parametrize("normalizes", [True, False])
+@pytest.mark.parametrize("name", _EXACT)
+def test_normalized_pixels_are_those_of_the_processor(
+    pair: Any, name: str, normalizes: bool
+) -> None:
+    options = {} if normalizes else {"do_normalize": False}
+    processor = with_image_processor(pair[1], name, **options)
+    normalization = find_normalization(processor, CPU)
+    assert normalization is not None
+    for image in make_images():
+        stopped = normalization.processor(images=[image])["pixel_values"]
+        expected = processor(images=[image])["pixel_values"]
+        assert stopped.dtype == torch.uint8 and expected.dtype == torch.float32
+        # The same operations, of Pillow's and torchvision's classes in another order.
+        torch.testing.assert_close(normalization.apply(stopped), expected, rtol=0, atol=1e-6)
+        assert torch.equal(normalization.apply(expected), expected)
+
+
+@pytest.mark.parametrize("name", _OTHERS)
+def test_other_processors_run_to_their_end(pair: Any, name: str) -> None:
+    assert find_normalization(with_image_processor(pair[1], name), CPU) is None
+
+
+def test_an_encoder_gives_the_same_embeddings_from_bytes(pair: Any, tmp_path: Any) -> None:
+    model, processor = pair
+    plain, encoder = TorchEncoder(model, processor), TorchEncoder(model, processor)
+    assert plain.normalization is None  # on a CPU nothing is copied
+    encoder.normalization = find_normalization(processor, CPU)
+    images = make_images()
+    prepared, expected = encoder.prepare_images(images), plain.prepare_images(images)
+    sizes = [part.inputs["pixel_values"].nbytes for part in (prepared, expected)]
+    assert 4 * sizes[0] == sizes[1]
+    embeds = plain.encode_images(images)
+    torch.testing.assert_close(encoder.encode_images(images), embeds, rtol=0, atol=1e-5)
+    # Images that the processor has prepared are taken, too.
+    parts = [{"pixel_values": row[None]} for row in expected.inputs["pixel_values"]]
+    torch.testing.assert_close(encoder.encode_images(parts), embeds, rtol=0, atol=1e-5)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    errors = [
+        [batch.errors for batch in which.iterate_images(
+            [tmp_path / "broken.png", images[0]], [[0], [1]], on_error=lambda _, e: str(e)
+        )]
+        for which in (encoder, plain)
+    ]  # fmt: skip
+    assert errors[0] == errors[1] and list(errors[0][0]) == [0]
+    assert isinstance(prepared, PreparedImages) and processor.image_processor.do_rescale

@@ -1,0 +1,246 @@
+"""Texts without padding, as a GPU runs them; a reference takes the place of its kernel."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from shared_models import shared_model
+from tiny import LLM_FAMILIES, tiny_llm, tiny_model
+from tiny_embedders import EMBEDDERS, tiny_network
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
+from torch.nn.attention.varlen import varlen_attn
+
+from modeling_llm2clip import modeling_llm2clip
+from modeling_llm2clip.attention_llm2clip import (
+    PackedTexts,
+    VarlenKernel,
+    attend_packed,
+    choose_kernel,
+    find_varlen_kernel,
+    order_backends,
+    takes_dtype,
+)
+from modeling_llm2clip.base_llm2clip import set_attention_direction
+from modeling_llm2clip.packing_llm2clip import _checked, can_pack, run_unpadded
+
+TEXTS = ["a dog", "two small cats on a mat", "a", "the end of it", "one more dog"]
+CPU = torch.device("cpu")
+
+
+def attend_by_segments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+    num_splits: int | None = None,
+) -> Tensor:
+    """Compute what torch's `varlen_attn` is documented to compute; it has no CPU implementation."""
+    assert cu_seq_q is cu_seq_k and cu_seq_q.dtype == torch.int32 and num_splits == 1
+    assert max_q == max_k == cu_seq_q.diff().max()
+    assert window_size in ((-1, -1), (-1, 0))
+    attended = []
+    for start, stop in pairwise(cu_seq_q.tolist()):
+        q, k, v = (part[start:stop].transpose(0, 1)[None] for part in (query, key, value))
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, scale=scale, is_causal=window_size == (-1, 0), enable_gqa=enable_gqa
+        )
+        attended.append(mixed[0].transpose(0, 1))
+    return torch.cat(attended)
+
+
+KERNEL = VarlenKernel(attend_by_segments, 256, (torch.float32, torch.bfloat16))
+
+
+def embed_with_gradients(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    embeds = model.get_caption_embeds(**inputs)
+    (embeds * torch.linspace(-1, 1, embeds.numel()).view_as(embeds)).sum().backward()
+    weights = model.text_model.named_parameters()
+    return embeds.detach(), {n: p.grad for n, p in weights if p.grad is not None}
+
+
+# The windows of the tiny Gemma 3 would leave nothing to pack; Gemma 2 caps its scores.
+@pytest.mark.parametrize("family", LLM_FAMILIES)
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_unpadded_texts_have_the_embeddings_and_gradients_of_padded_ones(
+    family: str, bidirectional: bool
+) -> None:
+    model, processor = tiny_model(llm=family, bidirectional=bidirectional)
+    for module in [model.text_model, *model.text_model.modules()]:
+        for holder in (module, getattr(module, "config", None)):
+            if getattr(holder, "sliding_window", None):
+                holder.sliding_window = 64
+    inputs = dict(processor(text=TEXTS))
+    wanted, wanted_gradients = embed_with_gradients(model, inputs)
+    model.varlen_kernel = KERNEL
+    found = [embed_with_gradients(model, inputs)]
+    model.train().text_model.gradient_checkpointing_enable({"use_reentrant": False})
+    found.append(embed_with_gradients(model, inputs))
+    assert _checked.get(model.text_model) == (None if family == "gemma2" else {True: True})
+    for embeds, gradients in found:
+        # The same float32 products, summed in another order; gradients by their largest number.
+        torch.testing.assert_close(embeds, wanted, atol=2e-6, rtol=1e-5)
+        assert gradients.keys() == wanted_gradients.keys()
+        for name, gradient in gradients.items():
+            scale = wanted_gradients[name].abs().max()
+            torch.testing.assert_close(
+                gradient / scale, wanted_gradients[name] / scale, atol=2e-6, rtol=1e-5
+            )
+
+
+@pytest.mark.parametrize("name", EMBEDDERS)
+def test_unpadded_texts_of_an_embedder_have_the_states_of_padded_ones(name: str) -> None:
+    network = tiny_network(name)
+    set_attention_direction(network, bidirectional=name not in ("Qwen3-Embedding", "SGPT"))
+    ids = torch.arange(4, 28).view(3, 8)  # within the windows
+    mask = torch.ones_like(ids)
+    mask[0, 6:] = mask[2, :4] = 0  # on either side
+    alone = [
+        network(row[real.bool()][None], use_cache=False).last_hidden_state[0]
+        for row, real in zip(ids, mask, strict=True)
+    ]
+    assert can_pack(network, CPU, KERNEL)
+    states = run_unpadded(network, ids, mask, CPU, KERNEL)
+    assert not states[~mask.bool()].any()
+    for text, real, wanted in zip(states, mask, alone, strict=True):
+        torch.testing.assert_close(text[real.bool()], wanted, atol=2e-5, rtol=1e-5)  # about 1
+
+
+def test_unpadded_texts_in_bfloat16_are_those_of_padded_ones_up_to_rounding() -> None:
+    model, processor = tiny_model(dtype=torch.bfloat16)
+    inputs = processor(text=TEXTS)
+    padded = model.get_caption_embeds(**inputs).detach()  # with gradients: one padded batch
+    model.varlen_kernel = KERNEL
+    found = model.get_caption_embeds(**inputs).detach()
+    assert _checked[model.text_model] == {True: True}
+    assert F.cosine_similarity(found, padded).min() > 0.9995
+
+
+def test_unpadded_features_keep_their_tokens_with_padding_on_the_left() -> None:
+    model, processor = tiny_model()
+    inputs = dict(processor(text=TEXTS))
+    model.varlen_kernel = KERNEL
+    right = model.get_text_features(**inputs)
+    lengths = inputs["attention_mask"].sum(dim=1).tolist()
+    width = inputs["input_ids"].shape[1]
+    turned = {
+        name: torch.stack([row.roll(width - n) for row, n in zip(value, lengths, strict=True)])
+        for name, value in inputs.items()
+    }
+    left = model.get_text_features(**turned)
+    # The mean over the tokens is summed in another order.
+    torch.testing.assert_close(left.pooler_output, right.pooler_output, atol=2e-6, rtol=1e-5)
+    for row, length in enumerate(lengths):
+        states = right.last_hidden_state[row, :length]
+        assert torch.equal(left.last_hidden_state[row, width - length :], states)
+
+
+def test_nothing_is_read_back_from_the_device() -> None:
+    text_model = tiny_llm("mistral").to("meta")  # whose tensors hold nothing that could be read
+
+    def attend(query: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.empty_like(query)
+
+    ids, mask = torch.arange(20).view(2, 10), torch.ones(2, 10, dtype=torch.int64)
+    mask[1, 6:] = 0
+    for is_causal in (False, True):
+        text_model.config.is_causal = is_causal
+        kernel = VarlenKernel(attend, 256, (torch.float32,))
+        states = run_unpadded(text_model, ids, mask, torch.device("meta"), kernel)
+        states.sum().backward()
+        assert states.shape == (2, 10, 32)
+    with pytest.raises(RuntimeError, match="meta tensor"):
+        states.sum().item()
+
+
+def test_the_kernel_depends_on_torch_the_device_and_the_dtype() -> None:
+    assert find_varlen_kernel(CPU) is None
+    assert choose_kernel(varlen_attn, (7, 5)) is None
+    assert choose_kernel(lambda query: query, (9, 0)) is None  # as torch 2.10 lacks arguments
+    sizes = {
+        capability: kernel.max_head_dim
+        for capability in ((8, 0), (8, 6), (9, 0), (10, 0), (12, 0))
+        if (kernel := choose_kernel(varlen_attn, capability))
+    }
+    assert sizes == {(8, 0): 256, (8, 6): 192, (9, 0): 256, (10, 0): 192, (12, 0): 192}
+    kernel = VarlenKernel(varlen_attn, 256)
+    text_model = tiny_llm("llama")
+    assert not takes_dtype(kernel, text_model, CPU)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert takes_dtype(kernel, text_model, CPU)
+    assert takes_dtype(kernel, text_model.half(), CPU)
+
+
+def test_heads_that_the_kernel_does_not_take_run_padded() -> None:
+    model, processor = tiny_model()
+    inputs = processor(text=TEXTS)
+    wanted = model.get_caption_embeds(**inputs)
+    model.varlen_kernel = KERNEL._replace(max_head_dim=4)
+    assert torch.equal(model.get_caption_embeds(**inputs), wanted)
+    assert _checked[model.text_model] == {True: False}
+    heads = torch.ones(1, 2, 4, 12)  # flash attention needs multiples of 8
+    packs = PackedTexts(torch.tensor([0, 4]), is_causal=False, kernel=KERNEL)
+    with pytest.raises(ValueError, match="Heads of 12 and 12 needs more"):
+        attend_packed(nn.Identity(), heads, heads, heads, None, packed_texts=packs)
+
+
+def test_dropout_which_the_kernel_lacks_is_that_of_sdpa() -> None:
+    heads = torch.ones(1, 2, 4, 8)
+    cu_seqlens = torch.tensor([0, 1, 4])
+    packs = PackedTexts(cu_seqlens, False, KERNEL, cu_seqlens.int(), longest=3)
+    torch.manual_seed(0)
+    mixed, _ = attend_packed(nn.Identity(), heads, heads, heads, None, None, 0.5, packs)
+    assert mixed.shape == (1, 4, 2, 8)
+    assert {0.0, 2.0} <= set(mixed.unique().tolist())  # a token alone is dropped, or doubled
+
+
+def test_padded_texts_on_a_gpu_prefer_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = shared_model()
+    before = torch._C._get_sdp_priority_order()
+    seen = []
+
+    def order_as_on_a_gpu(kind: str, text_model: nn.Module) -> Any:
+        assert kind == "cpu" and text_model is model.text_model
+        return order_backends("cuda", text_model)
+
+    handle = model.text_model.register_forward_pre_hook(
+        lambda *_: seen.append(torch._C._get_sdp_priority_order())
+    )
+    monkeypatch.setattr(modeling_llm2clip, "order_backends", order_as_on_a_gpu)
+    model.get_caption_embeds(**processor(text=TEXTS))
+    handle.remove()
+    names = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
+    assert seen[0][:4] == [int(getattr(SDPBackend, name)) for name in names]
+    assert torch._C._get_sdp_priority_order() == before
+
+
+def test_a_program_that_chose_backends_and_recomputed_layers_keep_their_order() -> None:
+    model = tiny_llm("llama").train()
+    before = torch._C._get_sdp_priority_order()
+    torch.backends.cuda.enable_flash_sdp(False)
+    try:
+        with order_backends("cuda", model):
+            assert torch._C._get_sdp_priority_order() == before
+            assert not torch.backends.cuda.flash_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_flash_sdp(True)
+    with order_backends("cpu", model):
+        assert torch._C._get_sdp_priority_order() == before
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with order_backends("cuda", model):
+        assert torch._C._get_sdp_priority_order() == before
+    with order_backends("cuda", model.eval()):
+        assert torch._C._get_sdp_priority_order() != before
+    assert torch._C._get_sdp_priority_order() == before

@@ -1,0 +1,175 @@
+"""A device that computes while Python goes on: the branches of a GPU, taken on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from aligning import Prepared, names_that_differ, read_losses
+from host_reads import HostReads
+from stores import NUM_ROWS, make_embeddings, write_store
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+
+from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
+from modeling_llm2clip.training import finite_steps
+from modeling_llm2clip.training.alignment import stored_rows
+from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
+from modeling_llm2clip.training.alignment.alignment_trainer import AlignmentTrainer
+from modeling_llm2clip.training.alignment.sampling import sample_normal, seed_rows
+from modeling_llm2clip.training.alignment.stored_rows import StoredRows
+
+
+@pytest.fixture(autouse=True)
+def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finite_steps, "_RUN_AHEAD", {"cpu"})
+
+
+class Watch(TrainerCallback):
+    """Keeps the weights after each step, and what was read in some of them."""
+
+    def __init__(self, first: int = 0, last: int = 0) -> None:
+        self.reads, self.first, self.last = HostReads(), first, last
+        self.weights: list[Tensor] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        if state.global_step == self.first:
+            self.reads.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:  # noqa: ARG002
+        if state.global_step == self.last:
+            self.reads.__exit__(None, None, None)
+        trained = [p.detach().flatten() for p in parts["model"].parameters() if p.requires_grad]
+        self.weights.append(torch.cat(trained))
+
+
+def test_no_step_between_two_logs_waits_for_the_device(prepared: Prepared, tmp_path: Path) -> None:
+    watch = Watch(
+        first=1, last=7
+    )  # the steps after the log of the first and before that of the last
+    prepared.align_stored(
+        tmp_path / "run", callbacks=[watch], max_steps=8, logging_steps=8, global_batch_size=8,
+        held_out_ratio=0, projection_init="model",
+    )  # fmt: skip
+    assert len(watch.weights) == 8 and watch.reads.names == []
+
+
+@pytest.mark.parametrize("logging_steps", [1, 3])
+def test_a_bad_step_changes_no_weight_and_is_named_at_the_next_log(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logging_steps: int
+) -> None:
+    calls = []
+
+    def embed(self: AlignmentModel, caption_embeds: Tensor) -> Tensor:
+        embeds = to_text_embeds(self, caption_embeds)
+        calls.append(self.training)
+        return embeds * torch.inf if calls.count(True) == 4 else embeds
+
+    to_text_embeds = AlignmentModel.to_text_embeds
+    monkeypatch.setattr(AlignmentModel, "to_text_embeds", embed)
+    watch = Watch()
+    with pytest.raises(FloatingPointError, match=r"The loss is nan at step 3, and 8 of the 8"):
+        prepared.align(
+            tmp_path / "run", callbacks=[watch], logging_steps=logging_steps, save_steps=100
+        )
+    after = watch.weights[2:]
+    assert not torch.equal(watch.weights[1], watch.weights[2])
+    assert all(torch.equal(weights, after[0]) for weights in after)
+    assert len(watch.weights) - 3 <= logging_steps
+    assert max(read_losses(tmp_path / "run")) <= 3
+
+
+def test_a_bad_step_is_in_no_checkpoint(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(self: AlignmentModel, **inputs: Any) -> Any:
+        loss, outputs = plain(self, **inputs)
+        calls.append(self.training)
+        return (loss * torch.inf if calls.count(True) == 3 else loss), outputs
+
+    calls: list[bool] = []
+    plain = AlignmentModel.forward
+    monkeypatch.setattr(AlignmentModel, "forward", forward)
+    with pytest.raises(FloatingPointError, match=r"The loss is inf at step"):
+        prepared.align(tmp_path / "run", logging_steps=100, save_steps=2)
+    folders = (tmp_path / "run" / "checkpoints").glob("checkpoint-*")
+    assert [folder.name for folder in folders] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("width", [1, 6, 200, 1024])
+def test_noise_has_the_bits_of_numpy(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = np.arange(-100, 200)
+    seeds = seed_rows(3, np.full(300, -1), items, 2)
+    ahead = sample_normal(seeds, width=width)
+    monkeypatch.setattr(finite_steps, "_RUN_AHEAD", set())
+    assert torch.equal(ahead, sample_normal(seeds, width=width))
+
+
+def name_rows(places: Any) -> list[tuple[str, ...]]:
+    return [(f"place {place}", "en") for place in places.tolist()]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_resident_rows_are_those_of_the_store(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embeds = make_embeddings().to(getattr(torch, dtype))
+    embeds[20] = 0
+    store = EmbeddingStore.open(write_store(tmp_path / "store", embeds, dtype=dtype))
+    rows, device = np.array([3, 22, 3, 0, 17]), torch.device("cpu")
+    size, free = embeds.nbytes, [0]
+    monkeypatch.setattr(stored_rows, "count_free_bytes", lambda _: free[0])
+    monkeypatch.setattr(stored_rows, "_BYTES_AT_ONCE", 7 * size // NUM_ROWS)  # in four parts
+    stored = StoredRows(store)
+    for free[0], num_reads in ((2 * size - 1, NUM_ROWS), (2 * size, NUM_ROWS - 1)):
+        stored.place(device, num_reads=num_reads)
+        assert stored.resident is None
+    stored.place(device, num_reads=NUM_ROWS)
+    assert stored.resident is not None and torch.equal(stored.resident, embeds)
+    chosen = stored.resident.index_select(0, stored.require_checked(rows, name_rows))
+    assert torch.equal(chosen.float(), store.read(rows))
+    with pytest.raises(ValueError, match=r"1 of 1 embeddings .* those of place 1 \(en\)"):
+        stored.require_checked(np.array([4, 20]), name_rows)
+
+
+def test_a_row_is_checked_when_it_is_first_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embeds = make_embeddings()
+    embeds[9] = 0
+    stored = StoredRows(EmbeddingStore.open(write_store(tmp_path / "store", embeds)))
+    checked = []
+    check = stored_rows.require_directions
+    monkeypatch.setattr(
+        stored_rows,
+        "require_directions",
+        lambda e, *rest: checked.append(len(e)) or check(e, *rest),
+    )
+    for rows in ([1, 2, 3], [3, 1], [2, 4, 1, 5], [4, 4]):
+        assert torch.equal(stored.read(np.array(rows), name_rows), embeds[rows])
+    assert checked == [3, 2]
+    for _ in range(2):  # an error does not make it known
+        with pytest.raises(ValueError, match=r"1 of 2 embeddings .* those of place 3 \(en\)"):
+            stored.read(np.array([1, 6, 2, 9]), name_rows)
+
+
+def test_resident_stores_and_threads_change_no_bit_of_a_run(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(output: Path) -> Path:
+        prepared.align_stored(
+            output, max_steps=7, global_batch_size=8, logging_steps=1, held_out_ratio=0,
+            projection_init="model",
+        )  # fmt: skip
+        return output
+
+    with monkeypatch.context() as patch:  # each batch when it is asked for, from the files
+        patch.setattr(AlignmentTrainer, "get_batch_samples", Trainer.get_batch_samples)
+        in_turn = train(tmp_path / "in-turn")
+    monkeypatch.setattr(stored_rows, "count_free_bytes", lambda _: 2**20)
+    ahead = train(tmp_path / "ahead")
+    assert read_losses(in_turn) == read_losses(ahead)
+    assert not names_that_differ(in_turn / "model", ahead / "model")
