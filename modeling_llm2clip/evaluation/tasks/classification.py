@@ -60,16 +60,16 @@ def rank_classes(
     the device, None for that of the images, computes in float64.
     """
     device = device or images.device
-    classes, parts = classes.to(device).double(), []
-    for some, own in zip(
-        images.split(_IMAGES_AT_A_TIME), labels.split(_IMAGES_AT_A_TIME), strict=True
-    ):
-        own = own.to(device)
-        scores = some.to(device).double() @ classes.T  # (n, C)
-        least = scores.gather(1, own[:, None]) - TIE_TOLERANCE
-        scores.scatter_(1, own[:, None], -torch.inf)
+    classes, labels, parts = classes.to(device).double(), labels.to(device), []
+    for start in range(0, len(images), _IMAGES_AT_A_TIME):
+        chosen = slice(start, start + _IMAGES_AT_A_TIME)
+        classes_of = labels[chosen, None]
+        scores = images[chosen].to(device).double() @ classes.T  # (n, C)
+        least = scores.gather(1, classes_of) - TIE_TOLERANCE
+        scores.scatter_(1, classes_of, -torch.inf)
         ranks = 1 + (scores >= least).sum(dim=1)
-        parts.append(torch.stack([ranks, torch.where(ranks == 1, own, scores.argmax(dim=1))]))
+        nearest = torch.where(ranks == 1, classes_of[:, 0], scores.argmax(dim=1))
+        parts.append(torch.stack([ranks, nearest]))
     ranks, predicted = torch.cat(parts, dim=1).cpu()
     return ranks, predicted
 
