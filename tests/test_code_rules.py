@@ -43,23 +43,23 @@ BUDGETS = {
     ".": 2433,
     "building": 1356,
     "cli": 1113,
-    "configs": 836,
+    "configs": 847,
     "conversion": 600,
     "data": 4678,
     "demo": 86,
     "doctor": 1348,
-    "embedding": 1203,
-    "encoding": 793,
-    "evaluation": 2907,
-    "model_folders": 1322,
+    "embedding": 1241,
+    "encoding": 899,
+    "evaluation": 2915,
+    "model_folders": 1435,
     "publishing": 951,
     "recipes": 444,
     "scheduling": 83,
-    "search": 1463,
+    "search": 1494,
     "serving": 1536,
-    "training": 4265,
+    "training": 4275,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 275, 8325
+MOST_FILES, MOST_DOCSTRING_LINES = 277, 8325
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.

@@ -119,7 +119,7 @@ def align(
 
     plan = plan_align(output, config, **stores, resume=resume)
     use_image_limits(limits)
-    use_device(config.device)
+    use_device(config.device, config.precision)
     from accelerate import PartialState
 
     from ..training.alignment.alignment_report import describe_alignment

@@ -84,7 +84,7 @@ def embed(
         EmbeddingManifest, model, output, config,
         modality=modality, partition=partition, engine=engine,
     )  # fmt: skip
-    use_device(config.device)
+    use_device(config.device, config.precision)
     from accelerate import PartialState
 
     from ..embedding.embed import describe_embeddings, run_embed

@@ -93,7 +93,7 @@ def evaluate(
     if models:
         _require_models(models, datasets, of_models)
         use_image_limits(limits)
-        use_device(config.device)
+        use_device(config.device, config.dtype)
         from ..evaluation.evaluate import evaluate as run
 
         chosen = _choose_datasets(datasets, image_dir)

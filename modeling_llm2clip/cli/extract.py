@@ -72,7 +72,7 @@ def extract(
         StoreManifest, model, output, config,
         modality=modality, partition=partition, engine=engine,
     )  # fmt: skip
-    use_device(config.device)
+    use_device(config.device, config.precision)
     from accelerate import PartialState
 
     from ..embedding.extract import describe_extraction, run_extract

@@ -50,7 +50,7 @@ def finetune_llm(
     require_output(output, resume=resume, model=output / "model" if config.merge else None)
     require_data(data, reading)
     use_image_limits(limits)
-    use_device(config.device)
+    use_device(config.device, config.precision)
 
     from accelerate import PartialState
 

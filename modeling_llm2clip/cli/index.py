@@ -40,7 +40,7 @@ def index(
     require_model(model, *list_needs_of_index(db))
     require_image_folder(images)
     use_image_limits(limits)
-    use_device(config.device)
+    use_device(config.device, config.precision)
     from ..search.image_index import ImageIndex
 
     built = ImageIndex.build(model, images, db, config, report=report)

@@ -61,13 +61,15 @@ def require_text_tower(text: str | None, lora: object = None) -> None:
     require(*([GGUF] if is_gguf else []), *([LORA] if lora else []))
 
 
-def use_device(name: str) -> torch.device:
-    """Find the device, and print it unless there was nothing to choose."""
+def use_device(name: str, precision: str = "auto") -> torch.device:
+    """Find the device, and print it unless there was nothing to choose; refuse a precision that it
+    does not have.
+    """
     import torch
 
     from ..encoding.devices import describe_device, find_device, list_devices
 
-    device = find_device(name)
+    device = find_device(name, precision=precision)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # else kernels of libraries would run on the first GPU
     had_choice = name == "auto" and len(list_devices()) > 1

@@ -31,7 +31,7 @@ def score(
 
     require_new_file(output)
     use_image_limits(limits)
-    use_device(config.device)
+    use_device(config.device, config.precision)
     from ..embedding.score_file import score_file
 
     summary = score_file(model, pairs, output, config)

@@ -12,8 +12,8 @@ from annotated_types import Interval
 
 from .._extras import list_needs_of_index, require
 from .._suggestions import counted
-from ..configs.config_fields import DeviceConfig
 from ..configs.data_config import ImageLimitsConfig
+from ..configs.encoding_config import SearchConfig
 from .command import Repeated, command
 from .options import report, report_truncated, use_device, use_image_limits
 
@@ -47,7 +47,7 @@ def search(
     model: str | None = None,
     image_dir: Path | None = None,
     limits: ImageLimitsConfig,
-    config: DeviceConfig,
+    config: SearchConfig,
 ) -> int:
     """Finds the images in an index that best match a sentence or an image.
 
@@ -87,8 +87,11 @@ def search(
     with DatabaseProcess(db) if apart else nullcontext(IndexDatabase.open(db)) as database:
         register_heif_reader()
         if uses_torch:
-            use_device(config.device)  # imports torch meanwhile
-        index = ImageIndex.open(database, model=model, image_dir=image_dir, device=config.device)
+            use_device(config.device, config.precision)  # imports torch meanwhile
+        index = ImageIndex.open(
+            database, model=model, image_dir=image_dir,
+            device=config.device, precision=config.precision,
+        )  # fmt: skip
         parts: list[str | Path] = [*queries, *image]
         asked: list[Query] = [parts] if combine else [*parts]
         results = index.search(asked, top_k=top_k, where=where, exact=exact)

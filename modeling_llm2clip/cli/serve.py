@@ -46,7 +46,7 @@ def serve(
     if index is not None:
         require_place(index)
     with bind_socket(config) as bound:
-        use_device(config.device)
+        use_device(config.device, config.precision)
         from ..serving.service import EmbeddingService
 
         _warn_if_open(config.host, API_KEY_VARIABLE)

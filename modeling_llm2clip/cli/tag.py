@@ -71,7 +71,7 @@ def tag(
     require_image_folder(image_dir)
     require_model(model)
     use_image_limits(limits)
-    use_device(config.device)
+    use_device(config.device, config.precision)
     from ..search.tag_images import tag_folder
 
     tagged = tag_folder(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # The range that torch, NumPy and transformers all take.
 Seed = Annotated[int, Interval(ge=0, le=2**32 - 1)]
+Precision = Literal["auto", "float32", "bfloat16"]
 # One alias, because Python takes unions of one set of choices in another order for the same.
 WeightDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -126,7 +127,7 @@ class TrainingConfig(DeviceConfig):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, which saves memory and takes about a third more
     time."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
     """Dtype of the computation; auto is bfloat16 on GPUs that support it, and otherwise the dtype
     in which each weight is stored. Trained weights stay float32. float32 also computes towers
     stored in half precision in float32. A launcher's mixed precision changes nothing."""

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from annotated_types import Interval
 
-from .config_fields import DeviceConfig, ShardSize, WeightDtype
+from .config_fields import DeviceConfig, Precision, ShardSize, WeightDtype
 
 Backend: TypeAlias = Literal["torch", "onnx"]
 TextWeights: TypeAlias = Literal["float32", "int8", "int4"]
@@ -36,8 +36,25 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "Gi
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodingConfig(DeviceConfig):
-    """Options of encoding; in float32 none of them changes an embedding."""
+class PrecisionConfig(DeviceConfig):
+    """The device of a model, and the dtype of its towers."""
+
+    precision: Precision = "auto"
+    """Dtype of the towers. auto is the stored one; a GPU that supports bfloat16 runs float32 towers
+    in it if that keeps the embeddings of 64 inputs (cosines of at least 0.999)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig(DeviceConfig):
+    """The device of an index's model, and the dtype of its towers."""
+
+    precision: Precision = "auto"
+    """Dtype of the towers; auto is the stored one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig(DeviceConfig):
+    """Batches of the inputs; in float32 they change no embedding."""
 
     batch_size: Annotated[int, Interval(ge=1)] | None = None
     """Texts or images per batch. Default: by device."""
@@ -48,7 +65,12 @@ class EncodingConfig(DeviceConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackendConfig(DeviceConfig):
+class EncodingConfig(BatchConfig, PrecisionConfig):
+    """Options of encoding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendConfig(PrecisionConfig):
     """The library that runs a model."""
 
     backend: Backend = "torch"
@@ -68,6 +90,8 @@ class BackendConfig(DeviceConfig):
             f"device={self.device}: backend='onnx' runs on the CPU. Leave the device out.": (
                 is_onnx and self.device not in ("auto", "cpu")
             ),
+            f"precision={self.precision}: backend='onnx' runs graphs of one precision. Leave it "
+            "out, or choose text_weights.": is_onnx and self.precision != "auto",
         }
 
 
@@ -76,7 +100,7 @@ class ExtractConfig(EncodingConfig):
     """Options of `extract`: computing and storing embeddings.
 
     An interrupted store continues only with the same `store_dtype`, `max_shard_size`, `batch_size`,
-    `token_budget` and `sentence_views`.
+    `token_budget` and `sentence_views`, and in the same precision.
     """
 
     store_dtype: WeightDtype = "float16"

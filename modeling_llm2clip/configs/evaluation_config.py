@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from .config_fields import Config
-from .encoding_config import EncodingConfig
+from .encoding_config import BatchConfig
 
 ModelType = Literal["llm2clip", "sentence-transformers", "transformers", "open_clip", "embeddings"]
 
@@ -50,11 +50,12 @@ class EvaluatedDataset(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderConfig(EncodingConfig):
+class EncoderConfig(BatchConfig):
     """Options of encoding with a model of any type; in float32 none of them moves a score."""
 
-    dtype: Literal["saved", "float32", "bfloat16", "float16"] = "saved"
-    """Dtype of the weights; saved keeps the stored one."""
+    dtype: Literal["auto", "saved", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the weights; saved keeps the stored one, and so does auto, except that a GPU may run
+    the towers of an LLM2CLIP model in bfloat16, as `precision` of other commands does."""
 
 
 @dataclass(frozen=True, kw_only=True)

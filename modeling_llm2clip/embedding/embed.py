@@ -159,8 +159,8 @@ def run_embed(
 
 def _report_far(encoder: ShardEncoder, folder: Path, report: Callable[[str], object]) -> None:
     """Report images of all processes that are unlike those that the model was trained on."""
-    tally = ImageTally()
-    for part in gather_object([encoder.tally]):
+    encoded, tally = encoder.tally, ImageTally()
+    for part in gather_object([ImageTally(encoded.num_images, encoded.total)]):
         tally.join(part)
     far = describe_far_images(folder, tally)
     if far and PartialState().is_main_process:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Generic, Literal, TypeAlias, TypeVar
 from ..configs.encoding_config import EmbedConfig, ExtractConfig
 from ..data.records.records import Modality
 from ..data.store.store_manifest import ShardedManifest
+from ..encoding.devices import find_device
 from ..model_folders.model_folder import find_model_folder
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def plan_encoding(
     part, slash, count = ("1/1" if partition is None else partition).partition("/")
     if not (slash and part.isdecimal() and count.isdecimal() and 1 <= int(part) <= int(count)):
         raise ValueError(f"partition={partition!r} must be such as 2/8, the second of eight.")
+    if config.precision == "bfloat16":  # what else it may be, every device has
+        find_device(config.device, precision=config.precision)
     manifest.require_folder(Path(output))
     if isinstance(source, str | Path):
         find_model_folder(source)

@@ -82,7 +82,7 @@ def score_file(
     require_new_file(output)
     scored = read_pairs(pairs)
     folder = find_model_folder(source)
-    model, processor = load_model(folder, device=config.device)
+    model, processor = load_model(folder, device=config.device, precision=config.precision)
     require_trained(model, purpose="scoring", source=source)
     if not isinstance(model, LLM2CLIPModel):
         raise ValueError(f"{source} has one tower alone. Scores need a whole model.")

@@ -1,4 +1,4 @@
-"""Computes shards of an output, one after the other, while a thread prepares the next one.
+"""Computes shards of an output, while threads prepare the next one and write the one before.
 
 Shards are independent of each other. The processes of `accelerate launch` or `torchrun` share them
 in turn; partitions, which any scheduler may start on any machine, do the same by their number. A
@@ -15,8 +15,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,12 +24,15 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
 from tqdm import tqdm
 
 from .._extras import RAY, require
 from ..data.remote.file_places import FilePlace, list_states, use_states
 from ..data.remote.remote_files import FileInfo
+from ..encoding.batches import use_one_core
 from ..encoding.devices import find_device
+from ..encoding.host_copies import start_copy
 from ..image_loading_llm2clip import ImageLimits, get_image_limits, set_image_limits
 from ..scheduling.graceful_stop import StopRequest, stop_on_signals
 from ..scheduling.processes import choose_device
@@ -66,39 +69,64 @@ class ShardWork:
     inputs: ShardInputs
 
     def compute(self, shards: Sequence[int], *, stop: StopRequest, bar: tqdm[Any]) -> None:
-        """Compute shards until all are done, or until the batch in which a signal comes."""
-        with ThreadPoolExecutor(1) as thread:
-            ahead = thread.submit(self._prepare, shards[0])
+        """Compute shards until all are done, or until the batch in which a signal comes.
+
+        Threads prepare the next shard and write the one before, whose errors are raised after the
+        next batch.
+        """
+        with (
+            ThreadPoolExecutor(1) as reader,
+            ThreadPoolExecutor(1, initializer=use_one_core) as scribe,
+        ):
+            ahead = reader.submit(self._prepare, shards[0])
+            written = scribe.submit(lambda: None)
             for shard, following in zip(shards, [*shards[1:], None], strict=True):
                 prepared = ahead.result()
                 if following is not None:
-                    ahead = thread.submit(self._prepare, following)
-                if stop.signal or not self._compute_shard(shard, prepared, stop, bar):
-                    return
+                    ahead = reader.submit(self._prepare, following)
+                if stop.signal:
+                    break
+                with ExitStack() as held:
+                    held.enter_context(self.writer.hold(shard))
+                    if self.writer.is_done(shard):  # another run just has
+                        continue
+                    embeds = self._encode(prepared, written, stop, bar)
+                    if embeds is None:
+                        break
+                    copied = start_copy(embeds)
+                    written.result()  # so that embeddings of two shards at most are in memory
+                    write = partial(self._write, shard, prepared, copied, held.pop_all())
+                    written = scribe.submit(write)
+            written.result()
 
     def _prepare(self, shard: int) -> PreparedShard:
         rows = self.writer.manifest.rows_of_shard(shard)
         return self.encoder.prepare(self.inputs.read_inputs(rows))
 
-    def _compute_shard(
-        self, shard: int, prepared: PreparedShard, stop: StopRequest, bar: tqdm[Any]
-    ) -> bool:
-        """Compute a shard unless another run just has; returns False where a signal came before."""
-        with self.writer.hold(shard):
-            if self.writer.is_done(shard):
-                return True
-            num_left = len(prepared.inputs)
-            embeds = torch.empty(num_left, self.encoder.dim)
-            with closing(self.encoder.encode(prepared)) as encoded:  # type: ignore[type-var]
-                for numbers, batch in zip(prepared.batches, encoded, strict=True):
-                    embeds[numbers] = batch.float()
-                    bar.update(len(numbers))
-                    num_left -= len(numbers)
-                    if stop.signal and num_left:
-                        return False
-            self.writer.write(shard, embeds[prepared.rows], prepared.num_truncated)
-            bar.update(len(prepared.rows) - len(embeds))  # texts that occur again
-        return True
+    def _encode(
+        self, prepared: PreparedShard, written: Future[None], stop: StopRequest, bar: tqdm[Any]
+    ) -> Tensor | None:
+        """Encode a shard, batch after batch; returns None where a signal came before its end."""
+        num_left = len(prepared.inputs)
+        parts: list[Tensor] = []
+        with closing(self.encoder.encode(prepared)) as encoded:  # type: ignore[type-var]
+            for numbers, batch in zip(prepared.batches, encoded, strict=True):
+                parts.append(batch)
+                bar.update(len(numbers))
+                num_left -= len(numbers)
+                if written.done():
+                    written.result()  # raises its error
+                if stop.signal and num_left:
+                    return None
+        bar.update(len(prepared.rows) - len(prepared.inputs))  # texts that occur again
+        return torch.cat(parts)
+
+    def _write(
+        self, shard: int, prepared: PreparedShard, copied: Callable[[], Tensor], held: ExitStack
+    ) -> None:
+        with held:  # the shard, which other runs are refused until now
+            embeds = self.encoder.arrange(prepared, copied())
+            self.writer.write(shard, embeds, prepared.num_truncated)
 
 
 def open_stops(engine: Engine) -> AbstractContextManager[StopRequest]:
@@ -130,6 +158,8 @@ def compute_partition(
     missing = sorted(set(shards) & set(writer.list_missing()))
     if plan.engine == "ray":
         task = replace(plan, source=folder)  # a loaded model would be sent to each actor
+        if (taken := work.encoder.plan.get("precision")) in ("float32", "bfloat16"):
+            task = replace(task, config=replace(config, precision=taken))  # compared once
         compute_with_ray(
             partial(_open_work, task, writer, work.inputs),
             missing,

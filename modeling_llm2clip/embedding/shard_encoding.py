@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ from ..configs.encoding_config import EmbedConfig, ExtractConfig
 from ..data.images.image_sources import ImageSource, decode_image
 from ..data.key_arrays import Array
 from ..data.records.records import Modality
-from ..encoding.batches import split_evenly
+from ..encoding.batches import require_finite, split_evenly
 from ..encoding.dual_encoder import DualEncoder, DualEncoderProcessor
 from ..encoding.encode import TorchEncoder
 from ..encoding.encoder_interface import EncodedImages, Encoder
-from ..encoding.precision import load_on_device
+from ..encoding.precision import describe_precision
 from ..encoding.tokenized_texts import TokenizedTexts
+from ..model_folders.guarded_loading import find_stored_dtype, load_in_precision
 from ..model_folders.model_folder import is_dual_encoder
 from ..model_folders.onnx_folder import load_onnx_encoder
 from ..model_folders.training_images import ImageTally
@@ -77,14 +79,25 @@ class ShardEncoder(ABC):
 
     @abstractmethod
     def encode(self, prepared: PreparedShard) -> Iterator[Tensor]:
-        """Yield the embeddings of each batch, in its order; zeros where there are none."""
+        """Yield the embeddings of each batch, in its order; zeros where there are none.
+
+        They are float32 on the encoder's device, and from a GPU not checked before `arrange`.
+        """
+
+    def arrange(self, prepared: PreparedShard, embeds: Tensor) -> Tensor:
+        """Put the embeddings of all batches, which are on the CPU, in the order of the rows."""
+        if self.encoder.computes_beside:
+            parts = embeds.split([len(numbers) for numbers in prepared.batches])
+            for numbers, part in zip(prepared.batches, parts, strict=True):
+                require_finite(part, numbers, prepared.inputs)
+        places = np.empty(len(embeds), np.int64)
+        places[np.concatenate(prepared.batches)] = np.arange(len(embeds))
+        return embeds[places[np.asarray(prepared.rows)]]
 
     def encode_sample(self, inputs: list[Any]) -> Array:
         """Encode some inputs, (N, dim) float32; images that cannot be decoded are left out."""
         prepared = self.prepare(inputs)
-        embeds = np.zeros((len(inputs), self.dim), np.float32)
-        for numbers, batch in zip(prepared.batches, self.encode(prepared), strict=True):
-            embeds[numbers] = batch.numpy()
+        embeds = self.arrange(prepared, torch.cat(list(self.encode(prepared))).cpu()).numpy()
         self.tally = ImageTally()  # they will be encoded once more
         return embeds[embeds.any(axis=1)]
 
@@ -139,23 +152,27 @@ class ImageShardEncoder(ShardEncoder):
 
     def encode(self, prepared: PreparedShard) -> Iterator[Tensor]:
         """Yield the embeddings of each batch."""
-        encoded = self.encoder.iterate_images(
+        images = self.encoder.iterate_images(
             prepared.inputs,
             prepared.batches,
             project=self.project,
             num_workers=self.config.num_workers,
             open_image=decode_image,
             on_error=lambda _, error: str(error),
+            to_cpu=not self.encoder.computes_beside,
         )
-        for numbers, batch in zip(prepared.batches, encoded, strict=True):
-            if batch.errors and not getattr(self.config, "skip_invalid", False):
-                raise UnreadableImagesError(list_first(batch.errors.values(), "\n"))
-            yield self._place(batch, numbers)
+        with closing(images) as encoded:
+            for numbers, batch in zip(prepared.batches, encoded, strict=True):
+                if batch.errors and not getattr(self.config, "skip_invalid", False):
+                    raise UnreadableImagesError(list_first(batch.errors.values(), "\n"))
+                yield self._place(batch, numbers)
 
     def _place(self, batch: EncodedImages, numbers: Sequence[int]) -> Tensor:
         if self.project and batch.tower_embeds is not None:
             self.tally.add(batch.tower_embeds)
-        embeds = torch.zeros(len(numbers), self.dim, dtype=torch.float32)
+        if len(batch.rows) == len(numbers):
+            return batch.embeds
+        embeds = batch.embeds.new_zeros(len(numbers), self.dim)
         embeds[np.searchsorted(numbers, batch.rows)] = batch.embeds
         return embeds
 
@@ -171,11 +188,14 @@ def load_shard_encoder(
         weights, plan = config.text_weights, {"backend": "onnx"}
         encoder: Encoder = load_onnx_encoder(folder, weights=weights, modalities=(modality,))
     elif is_teacher:
-        encoder = DualEncoder(folder, DualEncoderProcessor(folder), device)
+        dtype = config.precision
+        encoder = DualEncoder(folder, DualEncoderProcessor(folder), device, dtype=dtype)
+        plan = {} if dtype == "auto" else {"precision": dtype}
     else:
         kind = LLM2CLIPTextModel if modality == "text" else LLM2CLIPVisionModel
         processor = LLM2CLIPProcessor.from_pretrained(folder)  # before what takes long
-        model = load_on_device(kind, folder, device)
+        model = load_in_precision(kind, folder, device, config.precision)
+        plan = describe_precision(model, find_stored_dtype(folder))
         encoder = TorchEncoder(model, processor)
         head = model.text_projection if modality == "text" else model.visual_projection
     dim = encoder.embedding_dim if project else head.in_features

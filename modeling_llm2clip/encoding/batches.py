@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, M
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import chain, islice
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 from PIL import Image
@@ -23,6 +23,7 @@ from .._suggestions import list_first
 from ..data.images.image_sources import ParquetImage, TarImage, open_image
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .float32 import float32_as_such
+from .host_copies import start_copy
 from .pixel_normalization import PixelNormalization
 from .tokenized_texts import TokenizedText
 
@@ -32,12 +33,14 @@ OnBatch: TypeAlias = Callable[[Sequence[int], Tensor], object]
 """Called after each batch with the rows of its inputs and what the model gave for them, (B, D).
 
 A row is the first of equal inputs. The embeddings are those before the projection, but unit
-embeddings where a graph projects.
+embeddings where a graph projects. Those of a GPU are there, and may not be computed yet.
 """
 
 _MOST_WORKERS = 8
 _MOST_BESIDE_GPU = 32  # each holds a batch of pixels
+_PARTS = 8  # of a batch of images: the first one is ready in an eighth of the time
 _PIXELS_AT_ONCE = 2**22
+_COPIED_AT_ONCE = 2**28  # bytes of embeddings that a GPU keeps
 
 
 class PreparedImages(NamedTuple):
@@ -67,13 +70,15 @@ def encode_distinct(
     sizes: Sequence[int] | None = None,
     unit: str = "",
     show_progress: bool = False,
+    finish: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Encode every distinct input once; (N, D) float32 on the CPU, in the order of the inputs.
 
     Equal inputs get the same embedding, bit for bit: from two batches they would differ in the
     last bit, and no longer tie. `batches` takes the rows of the distinct inputs, each at its first
     occurrence, and returns batches of places in that list. A progress bar counts inputs, or the
-    sum of their `sizes`.
+    sum of their `sizes`. With `finish`, embeddings of many batches are mapped by it on the device,
+    and copied together.
     """
     keys = list_keys(inputs)
     first_of = {key: row for row, key in reversed(list(enumerate(keys)))}
@@ -83,21 +88,18 @@ def encode_distinct(
     scales = sizes is not None
     sizes = sizes or [1] * len(inputs)
     embeddings: Tensor | None = None
-    with tqdm(
-        total=sum(sizes[row] for row in firsts),
-        unit=unit,
-        unit_scale=scales,
-        disable=not show_progress,
-    ) as progress:
-        for rows, embeds in iterate_batches(
-            inputs, plan, prepare=prepare, encode=encode, device=device, num_workers=num_workers
-        ):
+    encoded = iterate_batches(
+        inputs, plan, prepare=prepare, encode=encode, device=device, num_workers=num_workers,
+        on_batch=on_batch, to_cpu=finish is None,
+    )  # fmt: skip
+    num_units = sum(sizes[row] for row in firsts)
+    bar = tqdm(total=num_units, unit=unit, unit_scale=scales, disable=not show_progress)
+    with bar as progress, closing(encoded):
+        for rows, embeds in encoded if finish is None else _copy_together(encoded, finish, inputs):
             if embeddings is None:
                 embeddings = torch.empty(len(firsts), embeds.shape[1], dtype=torch.float32)
             embeddings[[place_of[row] for row in rows]] = embeds
             progress.update(sum(sizes[row] for row in rows))
-            if on_batch is not None:
-                on_batch(rows, embeds)
     assert embeddings is not None
     if len(firsts) == len(inputs):
         return embeddings
@@ -113,25 +115,53 @@ def iterate_batches(
     encode: Callable[[Any], Tensor],
     device: torch.device,
     num_workers: int | None = 1,
-) -> Iterator[tuple[Sequence[int], Tensor]]:
+    on_batch: OnBatch | None = None,
+    to_cpu: bool = True,
+) -> Generator[tuple[Sequence[int], Tensor]]:
     """Yield the rows of each batch of a plan, and their embeddings, (B, D) float32 on the CPU.
 
     `prepare` turns the inputs of a batch into what `encode` takes; it runs in threads, for None of
-    `default_num_workers`. Inputs with NaN or infinity in their embeddings raise ValueError.
+    `default_num_workers`. Inputs with NaN or infinity in their embeddings raise ValueError. Without
+    `to_cpu`, embeddings stay where they are computed, and the caller checks them.
     """
     parts = ([inputs[row] for row in rows] for rows in plan)
     in_threads = prepare_batches(parts, prepare, device=device, num_workers=num_workers)
     with closing(in_threads) as prepared, float32_as_such():
         for rows, batch in zip(plan, prepared, strict=True):
-            embeds = encode(batch).float().cpu()
+            embeds = encode(batch).float()
+            embeds = embeds.cpu() if to_cpu else embeds
             if embeds.ndim != 2 or len(embeds) != len(rows):
                 raise ValueError(
                     f"The model gives embeddings of shape {tuple(embeds.shape)} for a batch of "
                     f"{len(rows)}; a row per input is expected. Take another vision tower or "
                     "encoder."
                 )
-            require_finite(embeds, rows, inputs)
+            if to_cpu:
+                require_finite(embeds, rows, inputs)
+            if on_batch is not None:
+                on_batch(rows, embeds)
             yield rows, embeds
+
+
+def _copy_together(
+    encoded: Iterator[tuple[Sequence[int], Tensor]],
+    finish: Callable[[Tensor], Tensor],
+    inputs: Sequence[Any],
+) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """Yield batches on the CPU, checked, of which as many as a GPU keeps are copied together."""
+    waiting: list[tuple[Sequence[int], Tensor]] = []
+    num_bytes = 0
+    for batch in chain(encoded, [None]):
+        if batch is not None:
+            waiting.append(batch)
+            num_bytes += batch[1].nbytes
+        if waiting and (batch is None or num_bytes > _COPIED_AT_ONCE):
+            embeds = start_copy(finish(torch.cat([part for _, part in waiting])))()
+            parts = embeds.split([len(rows) for rows, _ in waiting])
+            for (rows, _), part in zip(waiting, parts, strict=True):
+                require_finite(part, rows, inputs)
+                yield rows, part
+            waiting, num_bytes = [], 0
 
 
 def default_num_workers(*, most: int = _MOST_WORKERS) -> int:
@@ -160,6 +190,7 @@ def prepare_batches(
     *,
     device: torch.device,
     num_workers: int | None,
+    join: Callable[[list[tuple[int, Prepared]]], Prepared] | None = None,
 ) -> Generator[Prepared]:
     """Prepare batches in threads, a few of them ahead and no more: all would fill the memory.
 
@@ -168,6 +199,9 @@ def prepare_batches(
     not: forward passes and decoding would want the same cores, and a forward pass waits for the
     slowest of its own. There they take turns. Close the generator to end the threads before its
     end.
+
+    With `join`, threads beside a GPU prepare parts of a batch, so that it does not wait for a whole
+    one when a shard begins; `join` takes the parts with their first place in the batch.
     """
     remaining = iter(batches)
     first = list(islice(remaining, 2))
@@ -183,12 +217,29 @@ def prepare_batches(
             while together := list(islice(remaining, num_workers)):
                 yield from list(pool.map(prepare, together))
         running: deque[Future[Prepared]] = deque()
+        num_ahead = num_workers + 1 if join is None else num_workers // _PARTS + 2
         for batch in remaining:
-            running.append(pool.submit(prepare, batch))
-            if len(running) > num_workers + 1:
+            running.append(
+                pool.submit(prepare, batch)
+                if join is None
+                else _submit_parts(pool, cast(Any, batch), prepare, join)
+            )
+            if len(running) > num_ahead:
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
+
+
+def _submit_parts(
+    pool: ThreadPoolExecutor,
+    batch: Sequence[Any],
+    prepare: Callable[[Any], Prepared],
+    join: Callable[[list[tuple[int, Prepared]]], Prepared],
+) -> Future[Prepared]:
+    """Prepare a batch in parts; the thread that joins them waits for none that has not begun."""
+    rows = split_evenly(len(batch), size=-(-len(batch) // _PARTS))
+    parts = [(part.start, pool.submit(prepare, batch[part.start : part.stop])) for part in rows]
+    return pool.submit(lambda: join([(start, future.result()) for start, future in parts]))
 
 
 def split_evenly(count: int, *, size: int) -> list[range]:
@@ -251,10 +302,15 @@ def prepare_images(
         )
         for image in images
     ]
+    return join_images(list(enumerate(alone)))
+
+
+def join_images(parts: Sequence[tuple[int, PreparedImages]]) -> PreparedImages:
+    """Join the parts of a batch, each with its first place in it."""
     return PreparedImages(
-        _join([prepared.inputs for prepared in alone if prepared.places]),
-        [place for place, prepared in enumerate(alone) if prepared.places],
-        {place: prepared.errors[0] for place, prepared in enumerate(alone) if prepared.errors},
+        _join([part.inputs for _, part in parts if part.places]),
+        [start + place for start, part in parts for place in part.places],
+        {start + place: error for start, part in parts for place, error in part.errors.items()},
     )
 
 
@@ -275,7 +331,9 @@ def _prepare(processor: LLM2CLIPProcessor, images: Iterable[Any]) -> dict[str, T
 
 
 def _join(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+    """Concatenate tensors by name; pinned ones stay pinned."""
+    joined = {n: torch.cat([part[n] for part in parts]) for n in (parts[0] if parts else ())}
+    return {n: t.pin_memory() if parts[0][n].is_pinned() else t for n, t in joined.items()}
 
 
 def require_finite(
@@ -291,7 +349,7 @@ def require_finite(
     ]
     raise ValueError(
         f"The model gives NaN or infinity for {len(broken)} of {len(rows)} inputs: "
-        f"{list_first(named)}. Run it in float32 (--dtype float32); if they remain, its "
+        f"{list_first(named)}. Run it in float32 (--precision float32); if they remain, its "
         "weights are damaged: check its folder with llm2clip doctor."
     )
 

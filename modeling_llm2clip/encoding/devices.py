@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     import torch
 
 
-def find_device(name: str | None = "auto") -> torch.device:
+def find_device(name: str | None = "auto", *, precision: str = "auto") -> torch.device:
     """Return the device of a name; `"auto"` and None are the best there is.
 
-    Under `torchrun` or `accelerate launch`, `"auto"` and `"cuda"` are the GPU of this process.
+    Under `torchrun` or `accelerate launch`, `"auto"` and `"cuda"` are the GPU of this process. A
+    GPU that does not have the precision is refused.
     """
     import torch
 
@@ -36,7 +37,23 @@ def find_device(name: str | None = "auto") -> torch.device:
             "have others. Give 'auto' or 'cuda', with which each takes its own GPU, or 'cpu'."
         )
     require_device(name)
-    return torch.device(name)
+    device = torch.device(name)
+    if precision == "bfloat16" and not has_bfloat16(device):
+        raise ValueError(
+            f"precision=bfloat16: {describe_device(device)} does not compute in bfloat16. Give "
+            "auto or float32, or another device."
+        )
+    return device
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether a device computes in bfloat16; a GPU may only emulate it, which is slow."""
+    import torch
+
+    if device.type != "cuda":
+        return True
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def list_devices() -> list[str]:

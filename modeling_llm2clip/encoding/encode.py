@@ -10,9 +10,9 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -30,8 +30,9 @@ from .batches import OnBatch, require_finite
 from .devices import find_device
 from .encoder_interface import Encoder, choose_batches
 from .float32 import float32_as_such
+from .host_copies import computes_beside
 from .pixel_normalization import find_normalization
-from .precision import load_on_device
+from .precision import describe_precision, load_on_device
 
 Model: TypeAlias = LLM2CLIPModel | LLM2CLIPTextModel | LLM2CLIPVisionModel
 
@@ -197,7 +198,7 @@ def project_stored(model: Model, embeds: Tensor, modality: str) -> Tensor:
     They may be on any device. Raises ValueError for another width than the tower's, and for NaN or
     infinity.
     """
-    projected = _project(model, modality, embeds)
+    projected = _project(model, modality, embeds, modules=list(model.modules())).cpu()
     require_finite(projected, range(len(projected)))
     return projected
 
@@ -219,6 +220,9 @@ class TorchEncoder(Encoder):
             towers is loaded when it is needed first.
         processor: The model's processor.
         device: Where the towers of a folder are loaded to; None for the best there is.
+        load: Loads a class of model from a folder; by default in the dtype that it is stored in.
+
+    Modules that a model gets later are not watched for training mode.
     """
 
     projects_at_once = False
@@ -230,13 +234,15 @@ class TorchEncoder(Encoder):
         processor: LLM2CLIPProcessor,
         *,
         device: torch.device | None = None,
+        load: Callable[[Any], Any] | None = None,
     ) -> None:
         self.processor = processor
         self._lock = threading.Lock()
         self._models: dict[str, Any] = {}
+        self._modules: dict[str, list[nn.Module]] = {}
         if isinstance(model, Path):
-            self._folder, self.modalities = model, ("text", "image")
-            self.device = device or find_device()
+            self.modalities, self.device = ("text", "image"), device or find_device()
+            self._load = load or partial(load_on_device, folder=model, device=self.device)
             config = LLM2CLIPConfig.from_pretrained(model)
         else:
             self.device, config = model.device, model.config
@@ -244,6 +250,7 @@ class TorchEncoder(Encoder):
             self._models = {name: model for name, tower in towers.items() if hasattr(model, tower)}
             self.modalities = tuple(self._models)
         self.embedding_dim = int(config.projection_dim)
+        self.computes_beside = computes_beside(self.device)
         self.token_budget, self.batch_size = choose_batches(self.device)
         if self.device.type != "cpu" and "image" in self.modalities:
             self.normalization = find_normalization(processor, self.device)
@@ -267,7 +274,7 @@ class TorchEncoder(Encoder):
             config = model.config
             num_suffix = len(config.prompt_suffix_ids) - bool(config.prompt_suffix_ends_special)
             options["prompt_length"] = num_unpooled + num_suffix
-        with _require_eval_mode(model):
+        with _require_eval_mode(model, self._list_modules("text")):
             embeds: Tensor = model.get_caption_embeds(**options)
         return embeds
 
@@ -280,19 +287,30 @@ class TorchEncoder(Encoder):
         inputs = {n: value.to(self.device, non_blocking=True) for n, value in inputs.items()}
         if self.normalization is not None:
             inputs["pixel_values"] = self.normalization.apply(inputs["pixel_values"])
-        with _require_eval_mode(model):
+        with _require_eval_mode(model, self._list_modules("image")):
             embeds: Tensor = model.get_vision_embeds(**inputs)
         return embeds
 
     def project(self, modality: str, embeds: Tensor) -> Tensor:
         """Map embeddings of a tower, (B, D), to unit embeddings, (B, P)."""
-        return _project(self._find_model(modality), modality, embeds)
+        model = self._find_model(modality)
+        return _project(model, modality, embeds, modules=self._list_modules(modality))
+
+    def _list_modules(self, modality: str) -> list[nn.Module]:
+        """List the modules of a model, whose tree takes ten times as long to walk."""
+        if modality not in self._modules:
+            self._modules[modality] = list(self._find_model(modality).modules())
+        return self._modules[modality]
+
+    def describe_precision(self, modality: str, stored: torch.dtype) -> dict[str, str]:
+        """Describe how a tower computes; see `precision.describe_precision`."""
+        return describe_precision(self._find_model(modality), stored)
 
     def _find_model(self, modality: str) -> Any:
         with self._lock:
             if modality not in self._models:
                 kind = LLM2CLIPTextModel if modality == "text" else LLM2CLIPVisionModel
-                self._models[modality] = load_on_device(kind, self._folder, self.device)
+                self._models[modality] = self._load(kind)
             return self._models[modality]
 
 
@@ -318,23 +336,23 @@ def raise_malloc_thresholds() -> bool:
 
 
 @torch.no_grad()
-def _project(model: Any, modality: str, embeds: Tensor) -> Tensor:
+def _project(model: Any, modality: str, embeds: Tensor, *, modules: Sequence[nn.Module]) -> Tensor:
     """Project in parts, because all embeddings of a large dataset may not fit on the device."""
     to_embeds = model.to_text_embeds if modality == "text" else model.to_image_embeds
-    with _require_eval_mode(model), float32_as_such():
+    with _require_eval_mode(model, modules), float32_as_such():
         parts = embeds.split(_PROJECTED_AT_ONCE)
-        return torch.cat([to_embeds(part.to(model.device)).cpu() for part in parts])
+        return torch.cat([to_embeds(part.to(model.device)).to(embeds.device) for part in parts])
 
 
 @contextmanager
-def _require_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Raise ValueError if a module of the model is in training mode, or comes into it meanwhile.
+def _require_eval_mode(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Raise ValueError if one of the model's modules is in training mode, or comes into it.
 
     Dropout would make embeddings random, and batch normalization would learn from what it encodes.
     The mode is not switched here: other threads may encode with the same model, or train it.
     """
     before = getattr(model, "num_switches_to_training", 0)  # first: a later switch counts
-    if any(module.training for module in model.modules()):
+    if any(module.training for module in modules):
         training = [name or type(m).__name__ for name, m in model.named_modules() if m.training]
         raise ValueError(
             f"The model is in training mode ({len(training)} of its modules are; the first: "
@@ -343,7 +361,7 @@ def _require_eval_mode(model: nn.Module) -> Iterator[None]:
         )
     yield
     if (
-        any(module.training for module in model.modules())
+        any(module.training for module in modules)
         or getattr(model, "num_switches_to_training", 0) != before
     ):
         raise ValueError(

@@ -6,7 +6,7 @@ N texts or images, B those of a batch, D width of a tower, P `projection_dim`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
@@ -24,6 +24,7 @@ from .batches import (
     PreparedImages,
     encode_distinct,
     iterate_batches,
+    join_images,
     prepare_batches,
     prepare_images,
     require_finite,
@@ -51,7 +52,7 @@ class EncodedImages(NamedTuple):
 
     Attributes:
         rows: Their rows.
-        embeds: (B, P) float32 of unit length, on the CPU; or (B, D), not projected.
+        embeds: (B, P) float32 of unit length, on the CPU by default; or (B, D), not projected.
         tower_embeds: (B, D) before the projection; None where a graph projects.
         errors: Error of each other image, by its row.
     """
@@ -75,11 +76,14 @@ class Encoder(ABC):
         token_budget: Maximum tokens per batch by default.
         batch_size: Maximum images per batch by default.
         projects_at_once: Whether it gives unit embeddings alone, and none before the projection.
+        computes_beside: Whether it computes while the program goes on, as on a GPU. Then embeddings
+            stay on the device until many are copied together.
         normalization: What the device does to images in place of the processor; None for nothing.
     """
 
     normalization: PixelNormalization | None = None
     projects_at_once: ClassVar[bool]
+    computes_beside = False
     _lacks: ClassVar[str]  # error of a modality that it cannot encode
     _plan_texts: Callable[..., list[list[int]]] = staticmethod(plan_token_batches)
     processor: LLM2CLIPProcessor
@@ -121,7 +125,10 @@ class Encoder(ABC):
         """Run one batch of images as the processor prepares them, (B, 3, H, W) float32."""
 
     def project(self, modality: str, embeds: Tensor) -> Tensor:  # noqa: ARG002
-        """Map what `encode_tokens` or `encode_pixels` gives to unit embeddings, if they are not."""
+        """Map what `encode_tokens` or `encode_pixels` gives to unit embeddings, if they are not.
+
+        The result is on the device of `embeds`.
+        """
         return embeds
 
     def encode_texts(
@@ -199,9 +206,12 @@ class Encoder(ABC):
     def _encode(
         self, modality: str, inputs: Sequence[Any], *, project: bool, **options: Any
     ) -> Tensor:
+        finish = partial(self.project, modality) if project else Tensor.float
+        if self.computes_beside:
+            return encode_distinct(inputs, device=self.device, finish=finish, **options)
         embeds = encode_distinct(inputs, device=self.device, **options)
         if project and not self.projects_at_once:
-            embeds = self.project(modality, embeds)
+            embeds = finish(embeds)
             require_finite(embeds, range(len(embeds)), inputs)
         return embeds
 
@@ -212,7 +222,10 @@ class Encoder(ABC):
         *,
         project: bool = True,
     ) -> Iterator[Tensor]:
-        """Yield the embeddings of each batch of a plan, which has the rows of its texts."""
+        """Yield the embeddings of each batch of a plan, which has the rows of its texts.
+
+        Where the encoder computes beside the program, they are on its device, and not checked.
+        """
         self._require("text", project=project)
 
         def encode(inputs: Any) -> Tensor:
@@ -220,8 +233,9 @@ class Encoder(ABC):
             return self.project("text", embeds) if project else embeds
 
         for _, embeds in iterate_batches(
-            texts, plan, prepare=self.prepare_texts, encode=encode, device=self.device
-        ):
+            texts, plan, prepare=self.prepare_texts, encode=encode, device=self.device,
+            to_cpu=not self.computes_beside,
+        ):  # fmt: skip
             yield embeds
 
     @torch.no_grad()
@@ -234,10 +248,12 @@ class Encoder(ABC):
         num_workers: int | None = None,
         open_image: Callable[[Any], Any] = open_image,
         on_error: Callable[[Any, ValueError], str] | None = None,
-    ) -> Iterator[EncodedImages]:
+        to_cpu: bool = True,
+    ) -> Generator[EncodedImages]:
         """Yield the readable images of each batch of a plan; threads open them.
 
-        `open_image` and `on_error` are those of `prepare_images`.
+        `open_image` and `on_error` are those of `prepare_images`. Without `to_cpu`, embeddings stay
+        where they are computed, and the caller checks them.
         """
         self._require("image", project=project)
         parts = ([images[row] for row in rows] for rows in plan)
@@ -245,19 +261,23 @@ class Encoder(ABC):
             prepare_images, self.processor, open_image=open_image, on_error=on_error,
             normalization=self.normalization,
         )  # fmt: skip
-        in_threads = prepare_batches(parts, prepare, device=self.device, num_workers=num_workers)
+        in_threads = prepare_batches(
+            parts, prepare, device=self.device, num_workers=num_workers, join=join_images
+        )
         with closing(in_threads) as batches, float32_as_such():
             for rows, prepared in zip(plan, batches, strict=True):
                 readable = [rows[place] for place in prepared.places]
                 errors = {rows[place]: error for place, error in prepared.errors.items()}
                 tower_embeds = None
-                embeds = torch.empty(0, self.embedding_dim, dtype=torch.float32)
+                embeds = torch.empty(0, self.embedding_dim, device="cpu" if to_cpu else self.device)
                 if readable:
                     embeds = self.encode_pixels(**prepared.inputs)
                     tower_embeds = None if self.projects_at_once else embeds
                     if project:
                         embeds = self.project("image", embeds)
-                    embeds = embeds.float().cpu()
+                    embeds = embeds.float()
+                if readable and to_cpu:
+                    embeds = embeds.cpu()
                     require_finite(embeds, readable, images)
                 yield EncodedImages(readable, embeds, tower_embeds, errors)
 

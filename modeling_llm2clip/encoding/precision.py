@@ -1,11 +1,66 @@
-"""Loads weights to the device that they run on, in the dtype that they run in."""
+"""The dtype in which towers run, chosen from an option and a device; and loading to that device."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from .devices import has_bfloat16
+
+
+@dataclass(frozen=True)
+class DeviceTraits:
+    """Everything of a device that decides in which dtype towers run.
+
+    Attributes:
+        kind: Such as cpu or cuda.
+        has_bfloat16: Whether it computes in bfloat16 by itself.
+        free_bytes: Free memory of a GPU; 0 for others.
+    """
+
+    kind: str
+    has_bfloat16: bool
+    free_bytes: int = 0
+
+    @classmethod
+    def read(cls, device: torch.device) -> DeviceTraits:
+        """Read the traits of a device as they are now."""
+        free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+        return cls(device.type, has_bfloat16(device), free_bytes)
+
+
+def choose_tower_dtype(
+    precision: str, traits: DeviceTraits, stored: torch.dtype
+) -> tuple[torch.dtype, bool]:
+    """Choose the dtype of the towers, and return whether they have to be compared in it.
+
+    `auto` is the stored dtype, except that a GPU with bfloat16 runs float32 towers in bfloat16
+    where that keeps their embeddings.
+    """
+    if precision != "auto":
+        return getattr(torch, precision), False
+    casts = traits.kind == "cuda" and traits.has_bfloat16 and stored == torch.float32
+    return (torch.bfloat16, True) if casts else (stored, False)
+
+
+def describe_precision(model: Any, stored: torch.dtype) -> dict[str, str]:
+    """Describe how the towers of a model compute; empty on a CPU in the stored dtype.
+
+    Outputs record it beside the options that decide their bytes.
+    """
+    towers = [getattr(model, name, None) for name in ("text_model", "vision_model")]
+    tower = next(tower for tower in towers if tower is not None)
+    if tower.device.type == "cpu" and tower.dtype == stored:
+        return {}
+    return {
+        "precision": str(tower.dtype).removeprefix("torch."),
+        "device": tower.device.type,
+        "attention": str(tower.config._attn_implementation),
+        "float32 products": "ieee",  # see `float32_as_such`
+    }
 
 
 def load_on_device(
@@ -13,7 +68,7 @@ def load_on_device(
     folder: str | Path,
     device: torch.device,
     *,
-    dtype: torch.dtype | str | dict[str, torch.dtype] = "auto",
+    dtype: torch.dtype | str = "auto",
     **options: Any,
 ) -> Any:
     """Load a model folder straight to a device, in evaluation mode.

@@ -71,7 +71,7 @@ def evaluate(
         >>> print(evaluate(models, "coco=my-coco"))  # doctest: +SKIP
     """
     config = config or EvaluationConfig()
-    find_device(config.device)  # a missing device is an error before anything is read
+    find_device(config.device, precision=config.dtype)  # missing: an error before data are read
     chosen = _list_models(models)
     for model in chosen:
         if not (folder := config.output / model.name).is_dir():

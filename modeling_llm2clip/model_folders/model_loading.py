@@ -14,12 +14,14 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from ..configs.config_fields import Precision
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..encoding.devices import find_device
 from ..encoding.precision import load_on_device
 from ..loading_llm2clip import KEPT_IN_FULL, build_tower
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
+from .guarded_loading import load_in_precision
 from .model_folder import find_model_folder, require_own_model
 
 Quantization = Literal["4bit", "8bit"]
@@ -42,6 +44,7 @@ def load_model(
     device: str = "auto",
     dtype: torch.dtype | None = None,
     quantization: Quantization | None = None,
+    precision: Precision | None = None,
 ) -> tuple[LLM2CLIPModel | LLM2CLIPTextModel | LLM2CLIPVisionModel, LLM2CLIPProcessor]:
     """Load a model, for use, and its processor.
 
@@ -51,6 +54,8 @@ def load_model(
         device: Where the model runs; see `find_device`.
         dtype: Dtype of the weights; None for the saved one.
         quantization: Load the LLM in 4 or 8 bits; see `text_quantization_config`.
+        precision: In place of a dtype, the precision of the commands that encode; see
+            `PrecisionConfig`.
 
     Returns:
         The whole, text-only or vision-only model, as it was saved, in evaluation mode; and the
@@ -65,11 +70,16 @@ def load_model(
     """
     require_own_model(source, revision=revision)
     folder = find_model_folder(source, revision=revision)
-    place = find_device(device)
+    place = find_device(device, precision=precision or "auto")
     settings: dict[str, Any] = {"dtype": dtype or "auto"}
     if quantization is not None:
         settings["quantization_config"] = text_quantization_config(quantization)
-    model = load_on_device(find_model_class(folder), folder, place, **settings)
+    if precision is None:
+        model = load_on_device(find_model_class(folder), folder, place, **settings)
+    elif dtype is None and quantization is None:
+        model = load_in_precision(find_model_class(folder), folder, place, precision)
+    else:
+        raise ValueError(f"precision={precision!r} decides the dtype. Give one of them.")
     processor = LLM2CLIPProcessor.from_pretrained(folder, local_files_only=True)
     return model, processor
 

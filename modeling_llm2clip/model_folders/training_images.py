@@ -12,12 +12,13 @@ D is the width of the tower's embeddings, K the number of clusters, N of images.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -127,21 +128,43 @@ class TrainingImages:
         )
 
 
-@dataclass
 class ImageTally:
-    """Adds up the images of a run; `total` (D,) float64 is of embeddings of unit length."""
+    """Adds up the images of a run.
 
-    num_images: int = 0
-    total: Array = field(default_factory=lambda: np.zeros(()))
+    Args:
+        num_images: Number of images so far.
+        total: Sum of their embeddings, scaled to unit length; (D,) float64.
+    """
+
+    def __init__(self, num_images: int = 0, total: Array | None = None) -> None:
+        self.num_images = num_images
+        self._total = np.zeros(()) if total is None else total
+        self._on_device: Tensor | None = None
+
+    @property
+    def total(self) -> Array:
+        """Sum of all embeddings, (D,) float64; waits for those that a GPU adds up."""
+        if self._on_device is not None:
+            self._total = self._total + self._on_device.cpu().numpy()
+            self._on_device = None
+        return self._total
 
     def add(self, vision_embeds: Tensor) -> None:
-        """Add images, (B, D) of the tower before the projection."""
-        if len(vision_embeds):
+        """Add images, (B, D) of the tower before the projection; a GPU adds its own."""
+        if vision_embeds.is_cuda:
+            self.add_on_device(vision_embeds)
+        elif len(vision_embeds):
             self.join(ImageTally(len(vision_embeds), _to_unit_rows(vision_embeds).sum(axis=0)))
+
+    def add_on_device(self, vision_embeds: Tensor) -> None:
+        """Add images without reading their embeddings."""
+        sums = F.normalize(vision_embeds.detach().double(), dim=1).sum(dim=0)
+        self._on_device = sums if self._on_device is None else self._on_device + sums
+        self.num_images += len(vision_embeds)
 
     def join(self, other: ImageTally) -> None:
         if other.num_images:
-            self.total = self.total + other.total
+            self._total = self.total + other.total
             self.num_images += other.num_images
 
 

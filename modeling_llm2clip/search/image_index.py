@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, overload
 import numpy as np
 from PIL import Image
 
+from ..configs.config_fields import Precision
 from ..configs.encoding_config import IndexConfig
 from ..data.atomic_files import list_differences
 from ..model_folders.model_folder import holds_graphs
@@ -72,12 +73,13 @@ class ImageIndex:
         encoder: QueryEncoder | None = None,
         *,
         device: str = "auto",
+        precision: Precision = "auto",
     ) -> None:
         self._database = database
         self._opened = database.about
         self._given_dir = image_dir
         self._encoder = encoder
-        self._device = device
+        self._device, self._precision = device, precision
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -173,6 +175,7 @@ class ImageIndex:
         model: str | Path | None = None,
         image_dir: str | Path | None = None,
         device: str = "auto",
+        precision: Precision = "auto",
     ) -> ImageIndex:
         """Open an index that `build` wrote, without loading its model.
 
@@ -182,6 +185,7 @@ class ImageIndex:
                 same embeddings. A folder of ONNX graphs of that model needs no torch.
             image_dir: Folder of the images, if it is no longer where it was.
             device: Where the model runs; see `find_device`.
+            precision: Dtype of its towers; see `SearchConfig`.
 
         Returns:
             The index. Its model is found and compared when the first query needs it, or now if
@@ -195,15 +199,17 @@ class ImageIndex:
         if folder is not None and not folder.is_dir():
             raise ValueError(f"image_dir={str(image_dir)!r}: no such folder.")
         database = path if isinstance(path, IndexDatabase) else IndexDatabase.open(path)
-        encoder = None if model is None else _open_encoder(database, model, device)
-        return cls(database, folder, encoder, device=device)
+        encoder = None if model is None else _open_encoder(database, model, device, precision)
+        return cls(database, folder, encoder, device=device, precision=precision)
 
     @property
     def encoder(self) -> QueryEncoder:
         """Encodes queries; its model is found and compared with the index on first use."""
         with self._lock:
             if self._encoder is None:
-                self._encoder = _open_encoder(self._database, self.model, self._device)
+                self._encoder = _open_encoder(
+                    self._database, self.model, self._device, self._precision
+                )
             return self._encoder
 
     @overload
@@ -308,8 +314,12 @@ class ImageIndex:
         return None if num_rows <= _MOST_COMPARED else ann.widen()
 
 
-def _open_encoder(database: IndexDatabase, source: str | Path, device: str) -> QueryEncoder:
+def _open_encoder(
+    database: IndexDatabase, source: str | Path, device: str, precision: Precision
+) -> QueryEncoder:
     if holds_graphs(source):
+        if precision != "auto":
+            raise ValueError(f"precision={precision}: {source} has graphs of one precision.")
         database.require_same_fingerprint(source, read_onnx_record(Path(source))["source"])
         return OnnxQueryEncoder(Path(source))
     # Not above: it imports torch, which an index is opened without.
@@ -326,4 +336,4 @@ def _open_encoder(database: IndexDatabase, source: str | Path, device: str) -> Q
             f"any more: {error} If it was moved, say where it is (model, --model)."
         ) from error
     require_same_model(database, source, folder)
-    return QueryEncoder(folder, device)
+    return QueryEncoder(folder, device, None if precision == "auto" else precision)

@@ -61,6 +61,7 @@ class About:
         tally: `num_images` and `total` of an `ImageTally` of the images that were encoded into
             it; images that were removed since still count. None if the model has no summary of
             its training images.
+        precision: How the vision tower computed; empty on a CPU in the stored dtype.
     """
 
     model: str
@@ -70,6 +71,7 @@ class About:
     width: int
     ann: AnnIndex | None = None
     tally: Mapping[str, Any] | None = None
+    precision: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class IndexDatabase:
@@ -324,7 +326,10 @@ def _connect(location: str, *, is_new: bool = False) -> LanceTable:
 
 
 def _write_about(table: LanceTable, about: About) -> None:
-    content = json.dumps(dataclasses.asdict(about))
+    values = dataclasses.asdict(about)
+    if not about.precision:
+        del values["precision"]
+    content = json.dumps(values)
     table.write_about(pa.table({"format_version": [FORMAT_VERSION], "content": [content]}))
 
 

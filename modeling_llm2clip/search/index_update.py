@@ -25,6 +25,7 @@ from tqdm import tqdm
 from .._suggestions import counted, list_first
 from ..configs.encoding_config import IndexConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
+from ..data.atomic_files import list_differences
 from ..data.records.record_loading import find_example_data
 from ..data.remote.remote_access import raise_disk_failure
 from ..encoding.devices import find_device
@@ -67,7 +68,7 @@ def build_index(
     Without `updates_ann`, an approximate index stays as it is. Without `skip_invalid`, unreadable
     images are an error after the others are indexed.
     """
-    find_device(config.device)  # a missing device is refused at once
+    find_device(config.device, precision=config.precision)  # what is missing is refused at once
     require_place(location, is_new=True)
     files = list_images(image_dir)
     warn = report or partial(warnings.warn, stacklevel=3)
@@ -81,7 +82,7 @@ def build_index(
         "image_dir": str(image_dir.resolve()),
     }
     database = _open(model, folder, place, location)
-    encoder = QueryEncoder(folder, config.device)
+    encoder = QueryEncoder(folder, config.device, config.precision)
     tally = restore_tally(database.about)
 
     def note_place() -> None:
@@ -228,6 +229,8 @@ class FolderUpdate:
             if name not in self._known or self._known[name][0] != describe_stat(stat)
         ]
         self.unchanged = len(self._stats) - len(waiting)
+        if waiting:
+            self._settle_precision()
         with tqdm(
             total=len(waiting), unit=" images", disable=not (self.config.show_progress and waiting)
         ) as progress:
@@ -249,6 +252,17 @@ class FolderUpdate:
         if waiting or gone:
             with self.database.changing() as table:
                 table.optimize()
+
+    def _settle_precision(self) -> None:
+        """Record how the first images are encoded, and refuse to encode later ones otherwise."""
+        about, precision = self.database.about, self.encoder.describe_precision()
+        if self._known and (differences := list_differences(about.precision, precision)):
+            raise ValueError(
+                f"{self.database.location} was indexed otherwise: {'; '.join(differences)}. Give "
+                "the device and the precision that it was begun with, or name a new database."
+            )
+        if about.precision != precision:
+            self.database.write_about(replace(about, precision=precision))
 
     def _read_stat(self, path: Path) -> None:
         """Read size and times of a file, or record an error if it has none, or no Unicode name."""

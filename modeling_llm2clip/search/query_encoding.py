@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from .._extras import ONNX_RUNTIME, require
+from ..configs.config_fields import Precision
 from ..model_folders.onnx_folder import choose_graph
 
 if TYPE_CHECKING:
@@ -62,13 +63,18 @@ def _name_query(query: Query, number: int) -> NamedQuery:
 class QueryEncoder:
     """Encodes queries with a model's towers, each loaded on first use.
 
+    Without a precision they run as they are stored: few queries do not repay a comparison.
+
     Attributes:
         num_truncated: Sentences so far that were longer than the model reads.
     """
 
-    def __init__(self, folder: Path, device: str = "auto") -> None:
+    def __init__(
+        self, folder: Path, device: str = "auto", precision: Precision | None = None
+    ) -> None:
         self._folder = folder
         self._device = device
+        self._precision = precision
         self._lock = threading.Lock()
         self.num_truncated = 0
 
@@ -105,10 +111,24 @@ class QueryEncoder:
         """The model, which also encodes the images of an index."""
         from ..encoding.devices import find_device
         from ..encoding.encode import TorchEncoder
+        from ..model_folders.guarded_loading import load_in_precision
         from ..processing_llm2clip import LLM2CLIPProcessor
 
-        processor = LLM2CLIPProcessor.from_pretrained(self._folder, local_files_only=True)
-        return TorchEncoder(self._folder, processor, device=find_device(self._device))
+        folder, precision = self._folder, self._precision
+        device = find_device(self._device, precision=precision or "auto")
+        load = None
+        if precision is not None:
+            load = partial(load_in_precision, folder=folder, device=device, precision=precision)
+        processor = LLM2CLIPProcessor.from_pretrained(folder, local_files_only=True)
+        return TorchEncoder(folder, processor, device=device, load=load)
+
+    def describe_precision(self) -> dict[str, str]:
+        """Describe how the vision tower computes; empty on a CPU in the stored dtype."""
+        if self.model.device.type == "cpu" and self._precision in (None, "auto"):
+            return {}  # without loading it
+        from ..model_folders.guarded_loading import find_stored_dtype
+
+        return self.model.describe_precision("image", find_stored_dtype(self._folder))
 
     def _encode_texts(self, texts: Sequence[str]) -> Any:
         from ..encoding.tokenized_texts import TokenizedTexts

@@ -52,7 +52,7 @@ def tag_folder(
     if skipped := files.describe_skipped():
         report(skipped)
     folder = find_whole_model(model)
-    loaded, processor = load_model(folder, device=config.device)
+    loaded, processor = load_model(folder, device=config.device, precision=config.precision)
     encoder = TorchEncoder(loaded, processor)
     prompts = TokenizedTexts(processor, [prompt for label in labels for prompt in label.prompts])
     parts: Iterable[EmbeddedImages]
@@ -63,8 +63,8 @@ def tag_folder(
             report(far)
     else:
         index_config = IndexConfig(
-            device=config.device, batch_size=config.batch_size, num_workers=config.num_workers,
-            show_progress=config.show_progress,
+            device=config.device, precision=config.precision, batch_size=config.batch_size,
+            num_workers=config.num_workers, show_progress=config.show_progress,
         )  # fmt: skip
         database, _ = build_index(
             model, image_dir, config.index, index_config,

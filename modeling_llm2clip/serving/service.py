@@ -146,7 +146,7 @@ class EmbeddingService:
             require_trained(saved, purpose="serving", source=source)
             encoder: Encoder = load_onnx_encoder(source, weights=config.text_weights)
         else:
-            loaded, processor = load_model(source, device=config.device)
+            loaded, processor = load_model(source, device=config.device, precision=config.precision)
             require_trained(loaded, purpose="serving", source=model)
             saved, encoder = loaded.config, TorchEncoder(loaded, processor)
         return cls(

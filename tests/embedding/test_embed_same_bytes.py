@@ -61,7 +61,8 @@ def test_a_stopped_run_goes_on_after_its_last_file_and_leaves_the_same_bytes(
         else:
             break
     manifest = EmbeddingManifest.read(folder)
-    assert num_stops == len(written) == manifest.num_shards > 1
+    # While one shard is written, the next may be computed.
+    assert len(written) == manifest.num_shards >= num_stops > 0
     assert sum(written) == manifest.num_rows  # nothing was computed twice
     assert read_bytes(folder) == read_bytes(embedded)
 

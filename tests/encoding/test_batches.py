@@ -5,11 +5,17 @@ from __future__ import annotations
 import os
 import threading
 from contextlib import closing
+from typing import Any
 
 import pytest
 import torch
 
-from modeling_llm2clip.encoding.batches import default_num_workers, prepare_batches
+from modeling_llm2clip.encoding.batches import (
+    PreparedImages,
+    default_num_workers,
+    join_images,
+    prepare_batches,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SOON = 30  # seconds
@@ -36,6 +42,44 @@ def test_beside_a_gpu_the_next_batches_are_prepared_meanwhile_and_no_more() -> N
             for later in ahead[number : number + 4]:
                 assert later.wait(SOON)
             assert not any(later.is_set() for later in ahead[number + 4 :])
+
+
+def test_beside_a_gpu_threads_share_a_batch_whose_parts_come_together_in_order() -> None:
+    """The first one of a shard is not prepared by one thread, while the others are not needed."""
+    all_begun = threading.Barrier(8)
+
+    def prepare(numbers: range) -> list[int]:
+        if numbers[0] < 8:
+            all_begun.wait(SOON)  # the parts of the first batch are in eight threads
+        return list(numbers)
+
+    def join(parts: list[tuple[int, list[int]]]) -> list[int]:
+        first = parts[0][1][0]
+        assert all(start == part[0] - first for start, part in parts)
+        return [number for _, part in parts for number in part]
+
+    batches = [range(8), range(8, 24), range(24, 27)]
+    prepared = prepare_batches(batches, prepare, device=GPU, num_workers=8, join=join)  # type: ignore[arg-type]
+    assert list(prepared) == [list(batch) for batch in batches]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_images_of_joined_parts_are_those_of_the_batch(workers: int) -> None:
+    """Also where some cannot be read, and others are left out."""
+
+    def prepare(images: list[int]) -> PreparedImages:
+        places = [place for place, number in enumerate(images) if number % 3 == 0]
+        inputs = {"pixel_values": torch.tensor([[images[place]] for place in places])}
+        errors = {place: f"{n}" for place, n in enumerate(images) if n % 3 == 1}
+        return PreparedImages(inputs if places else {}, places, errors)
+
+    batches = [list(range(20)), [1, 2, 4], [5, 3, 1]]
+    options: dict[str, Any] = {"device": GPU, "num_workers": workers}
+    joined = list(prepare_batches(batches, prepare, **options, join=join_images))
+    for batch, whole in zip(joined, map(prepare, batches), strict=True):
+        assert (batch.places, batch.errors) == (whole.places, whole.errors)
+        assert batch.inputs.keys() == whole.inputs.keys()
+        assert all(torch.equal(batch.inputs[name], whole.inputs[name]) for name in whole.inputs)
 
 
 @pytest.mark.parametrize("device", [CPU, GPU], ids=str)

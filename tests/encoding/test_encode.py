@@ -100,6 +100,25 @@ def test_embeddings_are_refused_if_another_thread_trains_the_model_meanwhile(tow
         assert model.training is not switches_back  # as the other thread left it
 
 
+def test_the_tree_of_modules_is_walked_once_for_all_batches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, processor = tiny_model()
+    walks: list[nn.Module] = []
+    modules = nn.Module.modules
+
+    def note(module: nn.Module) -> Any:
+        walks.append(module)
+        return modules(module)
+
+    monkeypatch.setattr(nn.Module, "modules", note)
+    encoder = TorchEncoder(model, processor)
+    for _ in range(2):
+        encoder.encode_texts(CAPTIONS, token_budget=8)
+        encoder.encode_images([draw_noise(), draw_noise()], batch_size=1)
+    assert walks.count(model) == 2  # for texts, and for images
+
+
 def test_threads_that_encode_do_not_disturb_each_other() -> None:
     model, processor = shared_model()
     wanted = encode_texts(model, processor, CAPTIONS)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from host_reads import HostReads
 from torch import Tensor
 
 from modeling_llm2clip.model_folders.model_writing import find_carried_files
@@ -135,6 +136,21 @@ def test_a_tally_does_not_depend_on_batches_order_or_processes() -> None:
         assert other.num_images == whole.num_images == 64
         # Sums of 64 numbers below 1 in another order, in float64.
         np.testing.assert_allclose(other.total, whole.total, atol=1e-12)
+
+
+def test_a_tally_on_a_device_is_read_once_and_is_that_of_the_cpu() -> None:
+    embeds = make_kind(0, 64, seed=1)
+    tally, expected = ImageTally(), tally_of(embeds[:50], embeds[50:])
+    with HostReads() as reads:
+        for rows in embeds[:50].split(9):
+            tally.add_on_device(rows)
+    assert not reads.names and tally.num_images == 50
+    tally.add(embeds[50:])
+    joined = ImageTally()
+    joined.join(tally)
+    for read in (tally, tally, joined):  # reading it again adds nothing
+        # Sums of 64 numbers below 1 in another order, in float64.
+        np.testing.assert_allclose(read.total, expected.total, atol=1e-12)
 
 
 def test_the_length_of_an_embedding_does_not_count(trained: TrainingImages) -> None:

@@ -168,7 +168,7 @@ class EvaluationEncoder(ABC):
 
 def choose_dtype(config: EncoderConfig, saved: str) -> str:
     """Name the dtype that the weights are run in; `from_pretrained` calls that of files "auto"."""
-    return saved if config.dtype == "saved" else config.dtype
+    return saved if config.dtype in ("auto", "saved") else config.dtype
 
 
 class KnownRows:

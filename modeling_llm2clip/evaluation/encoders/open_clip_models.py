@@ -25,7 +25,14 @@ from ...encoding.encoder_interface import Encoder
 from ...encoding.tokenized_texts import TokenizedText
 from ...image_loading_llm2clip import load_images
 from ...model_folders.fingerprint import fingerprint_weights, hash_model_files
-from .encoder import ACTIVATIONS, OF_ITS_TOWER, OPENING, EncoderDescription, EvaluationEncoder
+from .encoder import (
+    ACTIVATIONS,
+    OF_ITS_TOWER,
+    OPENING,
+    EncoderDescription,
+    EvaluationEncoder,
+    choose_dtype,
+)
 
 CONFIG_FILE = "open_clip_config.json"
 # In the order in which open_clip itself looks for them.
@@ -170,7 +177,7 @@ class OpenClipEncoder(EvaluationEncoder):
                 "activation": OF_ITS_TOWER if has_own_vision else activation,
             },
             # By default open_clip runs in float32, even weights that it saved in half precision.
-            dtype="float32" if self._run_config.dtype == "saved" else self._run_config.dtype,
+            dtype=choose_dtype(self._run_config, "float32"),
             run={**self._describe_run(), "saved_dtype": weights["dtype"]},
         )
 

@@ -15,7 +15,12 @@ from ...configs.evaluation_config import EncoderConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...encoding.dual_encoder import DualEncoder, DualEncoderProcessor
 from ...encoding.encode import TorchEncoder
-from ...encoding.precision import load_on_device
+from ...encoding.precision import (
+    DeviceTraits,
+    choose_tower_dtype,
+    describe_precision,
+    load_on_device,
+)
 from ...loading_llm2clip import list_weight_files
 from ...model_folders.fingerprint import (
     describe_prompt,
@@ -25,6 +30,7 @@ from ...model_folders.fingerprint import (
     fingerprint_weights,
     hash_model_files,
 )
+from ...model_folders.guarded_loading import find_stored_dtype, load_in_precision
 from ...model_folders.model_loading import find_untrained_parts, warn_of_untrained
 from ...model_folders.training_images import ImageTally, read_training_images
 from ...modeling_llm2clip import LLM2CLIPModel
@@ -58,9 +64,27 @@ class LLM2CLIPEncoder(EvaluationEncoder):
 
     @cached_property
     def _model(self) -> TorchEncoder:
-        dtype = choose_dtype(self._run_config, "auto")
-        model = load_on_device(LLM2CLIPModel, self._path, self._device, dtype=dtype)
+        where, dtype = (LLM2CLIPModel, self._path, self._device), self._run_config.dtype
+        model = (
+            load_in_precision(*where, self._precision.get("precision", "auto"))
+            if dtype == "auto"
+            else load_on_device(*where, dtype=choose_dtype(self._run_config, "auto"))
+        )
         return TorchEncoder(model, self._processor)
+
+    @cached_property
+    def _precision(self) -> dict[str, str]:
+        """Precision of the towers where a comparison decides it; otherwise empty.
+
+        The model is loaded for that and let go, so that models that wait for their turn hold no
+        memory.
+        """
+        traits, stored = DeviceTraits.read(self._device), find_stored_dtype(self._path)
+        if self._run_config.dtype != "auto" or not choose_tower_dtype("auto", traits, stored)[1]:
+            return {}
+        return describe_precision(
+            load_in_precision(LLM2CLIPModel, self._path, self._device), stored
+        )
 
     @cached_property
     def description(self) -> EncoderDescription:
@@ -69,6 +93,7 @@ class LLM2CLIPEncoder(EvaluationEncoder):
         text, vision = fingerprint_text(self._path), fingerprint_vision(self._path)
         model = fingerprint_model(self._path)
         saved = model.pop("dtype")
+        taken = self._precision.get("precision", saved)
         fingerprint = {
             **model,
             "tokenizer": text["tokenizer"],
@@ -96,8 +121,12 @@ class LLM2CLIPEncoder(EvaluationEncoder):
                 "pooling": vision["pooling"],
                 "activation": describe_activation(config.vision_config),
             },
-            dtype=choose_dtype(self._run_config, saved),
-            run=self._describe_run() | ({"untrained_parts": list(parts)} if parts else {}),
+            dtype=choose_dtype(self._run_config, saved) if taken == saved else f"{taken} towers",
+            run={
+                **self._describe_run(),
+                **({"untrained_parts": list(parts)} if parts else {}),
+                **({"towers": self._precision} if self._precision else {}),
+            },
         )
 
 

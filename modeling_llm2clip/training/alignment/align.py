@@ -280,8 +280,7 @@ def _choose(
     arguments = make_training_arguments(output, config)
     batch_size, num_steps = _check_length(config, arguments.world_size, fit.data)
     PartialState().wait_for_everyone()  # every process has checked the folder before it is filled
-    model, adapted = fit.load()
-    fit.move_to_start(model, arguments.device)
+    model, adapted = fit.load(arguments.device)
     notes = note_held_out(fit.data, fit.source)
     last = fit.find_checkpoint()
     if last is None:
@@ -410,8 +409,7 @@ def _measure_written(
     they chose stay its estimate.
     """
     output, held_out, device = fit.output, fit.data.held_out, choose_device(fit.config.device)
-    written = fit.load_parts(folder)
-    written.to(device)  # type: ignore[arg-type]
+    written = fit.load_parts(folder, device)
     if fit.zero_shot is not None:
         written.trains_vision = fit.config.vision_training != "frozen"
         written.trains_text = fit.config.text_training == "lora"
@@ -479,6 +477,8 @@ def _identify(fit: AlignmentFit, *, on_gpu: bool) -> dict[str, Any]:
         "num_processes": PartialState().num_processes,
         "is_sharded": is_sharded(),
         "in_bfloat16": computes_in_bfloat16(fit.config.precision, on_gpu=on_gpu),
+        **({"frozen_towers": "bfloat16"} if on_gpu and fit.rounds_towers("cuda") else {}),
+        **({"float32_products": "ieee"} if on_gpu else {}),
     }
 
 

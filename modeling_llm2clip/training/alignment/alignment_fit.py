@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +19,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ...configs.align_config import AlignConfig
 from ...data.store.embedding_store import EmbeddingStore
-from ...encoding.devices import has_float64
+from ...encoding.precision import load_on_device
+from ...model_folders.guarded_loading import find_stored_dtype, load_in_precision
 from ...modeling_llm2clip import LLM2CLIPVisionModel
 from ...scheduling.graceful_stop import StopRequest
 from ..losses.loss import Loss
@@ -33,6 +35,7 @@ from ..run_folder import (
 from ..trainer_mixins import (
     JsonLinesCallback,
     StopCallback,
+    computes_in_bfloat16,
     is_sharded,
     raise_if_stopped,
     show_progress,
@@ -68,32 +71,48 @@ class AlignmentFit:
     def find_checkpoint(self) -> Path | None:
         return find_last_checkpoint(self.output) if self.resume else None
 
-    def load(self) -> tuple[AlignmentModel, dict[str, Any]]:
-        """Load the model with its trained parts chosen, on the CPU."""
+    def load(self, device: torch.device) -> tuple[AlignmentModel, dict[str, Any]]:
+        """Load the model with its trained parts chosen, on its device.
+
+        It stays on the CPU where the Trainer shards it.
+        """
         set_seed(self.config.seed)
-        model = self.load_parts(self.source)
+        place = torch.device("cpu") if is_sharded() else device
+        model = self.load_parts(self.source, place, rounds_towers=self.rounds_towers(device.type))
         if self.config.precision == "float32":
             model.float()  # type: ignore[no-untyped-call]  # towers in half precision would be computed in it
         return model, choose_trained_parts(model, self.config)
 
-    def load_parts(self, folder: Path) -> AlignmentModel:
-        """Load the parts of a model that the fit needs, with the untrained loss."""
-        model: AlignmentModel = AlignmentModel.from_pretrained(
+    def load_parts(
+        self, folder: Path, device: torch.device, *, rounds_towers: bool = False
+    ) -> AlignmentModel:
+        """Load the parts of a model that the fit needs, with the untrained loss on the CPU."""
+        load = partial(load_in_precision, precision="bfloat16") if rounds_towers else load_on_device
+        model: AlignmentModel = load(
+            AlignmentModel,
             folder,
+            device,
             with_llm=self.config.text_training != "stored",
             with_vision_tower=self.data.dataset.reads_images,
         )
         model.loss = deepcopy(self.loss)
         if self.config.distillation_weight and self.data.dataset.image_store is None:
-            model.teacher_model = LLM2CLIPVisionModel.from_pretrained(
-                self.source, local_files_only=True
-            )
+            model.teacher_model = load_on_device(LLM2CLIPVisionModel, self.source, device)
         return model
 
-    def move_to_start(self, model: AlignmentModel, device: torch.device) -> None:
-        """Move a model to the device of its start: that of its training, if it has float64."""
-        if has_float64(device) and not is_sharded():
-            model.to(device)  # type: ignore[arg-type]
+    def rounds_towers(self, kind: str) -> bool:
+        """Return whether float32 towers are in bfloat16 on a kind of device.
+
+        A GPU would round frozen weights at every use. Where one tower is trained, both stay.
+        """
+        return (
+            kind == "cuda"
+            and computes_in_bfloat16(self.config.precision, on_gpu=True)
+            and (self.config.vision_training, self.config.text_training == "lora")
+            == ("frozen", False)
+            and not is_sharded()
+            and find_stored_dtype(self.source) == torch.float32
+        )
 
     def make_ready(self, model: AlignmentModel, length: RunLength, device: Any) -> None:
         """Move a model, whose start is set, to the device of its training."""
@@ -182,8 +201,7 @@ def refit(fit: AlignmentFit, choice: Choice, stop: StopRequest) -> dict[str, Ten
     again = replace(fit, data=fit.data.with_held_out(), output=fit.output / REFIT_FOLDER)
     length = replace(choice.length, last_step=choice.step)
     arguments = make_training_arguments(again.output, again.config)
-    model, adapted = again.load()
-    again.move_to_start(model, arguments.device)
+    model, adapted = again.load(arguments.device)
     # A resumed fit repeats it, too: weights between start and end need the start.
     start = repeat_init(model, again.data, again.config, choice.start, fit.output)
     again.make_ready(model, length, arguments.device)

@@ -32,6 +32,7 @@ from ...data.records.data_hashes import hash_records
 from ...data.records.record_table import RecordTable
 from ...data.records.records import CaptionedImage
 from ...encoding.encode import encode_texts
+from ...encoding.precision import load_on_device
 from ...evaluation.tasks.retrieval import measure_caption_retrieval
 from ...model_folders.fingerprint import fingerprint_text
 from ...model_folders.golden_embeddings import compare_golden, require_golden
@@ -164,14 +165,19 @@ def finetune_llm(
         with _open_scratch(output) as scratch:
             records = RecordTable.from_records(data)
             prepared, decided = _prepare(records, config, scratch)
+            base_dtype = choose_base_dtype(config.precision, device.type)
             inputs = {**_identify(model_source, records, config), **decided}
+            if base_dtype is not None:
+                inputs["base_dtype"] = str(base_dtype).removeprefix("torch.")
             require_same_run(output, config, inputs, resume=resume)
             if config.init_lora is not None:
                 base_weights = inputs["fingerprint"]["weights"]
                 require_base_weights(config.init_lora / LORA_WEIGHTS, base_weights)
             processor = LLM2CLIPProcessor.from_pretrained(model_source.folder)
-            model = LLM2CLIPTextModel.from_pretrained(model_source.folder).to(device)
-            require_golden(model_source.folder, model.eval(), processor)
+            model = load_on_device(
+                LLM2CLIPTextModel, model_source.folder, device, dtype=base_dtype or "auto"
+            )
+            require_golden(model_source.folder, model, processor)
             if config.precision == "float32":
                 model.float()  # a folder in half precision would be computed in it
             encoder = _make_encoder(model, processor, config)
@@ -183,6 +189,15 @@ def finetune_llm(
             _write_merged(model_source.folder, output, prepared.held_out, device, data_name)
         state.wait_for_everyone()
     return model_folder if config.merge else output / LORA_FOLDER
+
+
+def choose_base_dtype(precision: str, device_type: str) -> torch.dtype | None:
+    """Choose the dtype of the frozen weights; None for the stored one.
+
+    A GPU that computes in bfloat16 needs them in no other, and has half the memory to spare.
+    """
+    on_gpu = device_type == "cuda"
+    return torch.bfloat16 if on_gpu and computes_in_bfloat16(precision, on_gpu=True) else None
 
 
 def check_finetuning(

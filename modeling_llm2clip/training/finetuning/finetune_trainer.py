@@ -124,8 +124,7 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
     def sum_of_two(self) -> Tensor:
         """Add up the embeddings of two texts: a number that depends on everything trained."""
         features = self.preprocess(["a dog", "two red apples on a wooden table"])
-        placed = {name: value.to(self.llm2clip.device) for name, value in features.items()}
-        return self.forward(placed)["sentence_embedding"].sum()
+        return self.forward(features)["sentence_embedding"].sum()
 
     def save(self, output_path: str, *_: Any, **__: Any) -> None:
         """Write the LoRA alone."""
@@ -232,7 +231,9 @@ class FinetuneTrainer(
 ):
     """Saves and loads a LoRA where sentence-transformers has a whole model; stops at NaN.
 
-    To this trainer the whole run is one epoch; see `WeightedBatchSampler`.
+    To this trainer the whole run is one epoch; see `WeightedBatchSampler`. Token ids stay on the
+    CPU: there the loss cuts mini-batches and the model checks and packs them, without a wait for
+    the device. Only DistributedDataParallel copies them itself.
     """
 
     encoder: CaptionEncoder
@@ -257,14 +258,23 @@ class FinetuneTrainer(
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:
         self.encoder.load_lora(Path(checkpoint_path))
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss is {loss.item()} at step {self.state.global_step}. Lower the learning "
-                f"rate ({self.args.learning_rate}), or train in float32."
+    def get_train_dataloader(self) -> Any:
+        self.accelerator.device_placement = False
+        return super().get_train_dataloader()
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # Gradient caching samples dropout again on the devices of what it is given.
+        markers = {
+            f"{name.removesuffix('input_ids')}device": torch.empty(
+                len(ids), 0, device=self.args.device
             )
-        return loss
+            for name, ids in inputs.items()
+            if name.endswith("_input_ids")
+        }
+        return {**inputs, **markers}
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return self.watch_loss(super().compute_loss(*args, **kwargs))
 
 
 class _CaptionRetrieval(BaseEvaluator):  # type: ignore[misc]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import cache
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +21,10 @@ from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.building.tower_checks import find_layers
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.heads_llm2clip import MAX_LOG_SCALE
+from modeling_llm2clip.model_folders.guarded_loading import load_in_precision
 from modeling_llm2clip.publishing.export_model import save_model
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
+from modeling_llm2clip.training.alignment.alignment_fit import AlignmentFit
 from modeling_llm2clip.training.alignment.alignment_model import (
     AlignmentModel,
     choose_trained_parts,
@@ -93,6 +96,43 @@ def save_parts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 def load_parts(folder: Path) -> tuple[AlignmentModel, LLM2CLIPProcessor]:
     model = AlignmentModel.from_pretrained(folder, with_llm=True)
     return model, LLM2CLIPProcessor.from_pretrained(folder)
+
+
+def test_frozen_towers_in_bfloat16_move_no_head(save_parts: Callable[[str], Path]) -> None:
+    """The folder of an 8B fits a GPU twice as often; eight bits move a gradient by a percent."""
+    folder, gradients = save_parts("clip"), []
+    processor = LLM2CLIPProcessor.from_pretrained(folder)
+    batch = dict(processor(text=["a cat sleeps", "x"], images=[draw_noise(seed=n) for n in (0, 1)]))
+    for precision in ("float32", "bfloat16"):
+        model = load_in_precision(
+            AlignmentModel, folder, torch.device("cpu"), precision, with_llm=True
+        )
+        choose_trained_parts(model, AlignConfig(text_training="frozen-online"))
+        assert {p.dtype for p in model.text_model.parameters()} == {getattr(torch, precision)}
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+        _, outputs = model.train()(**batch)
+        outputs.logits(outputs.image_embeds, outputs.text_embeds).trace().backward()
+        trained = (p.grad for p in model.parameters() if p.requires_grad and p.grad is not None)
+        gradients.append(torch.cat([gradient.flatten() for gradient in trained]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "is_rounded"),
+    [
+        ({"text_training": "frozen-online"}, "cuda", True),
+        ({"text_training": "frozen-online"}, "cpu", False),
+        ({"text_training": "frozen-online", "precision": "float32"}, "cuda", False),
+        ({"text_training": "lora"}, "cuda", False),
+        ({"vision_training": "full"}, "cuda", False),
+    ],
+)
+def test_only_a_gpu_rounds_towers_and_no_trained_one(
+    options: dict[str, Any], kind: str, is_rounded: bool, save_parts: Callable[[str], Path]
+) -> None:
+    config = AlignConfig(**{"precision": "bfloat16", **options})
+    fit = AlignmentFit(save_parts("clip"), None, Path(), config, None, resume=False)  # type: ignore[arg-type]
+    assert fit.rounds_towers(kind) == is_rounded
 
 
 # Each family in one way, and some in both.

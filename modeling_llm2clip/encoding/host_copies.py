@@ -1,0 +1,33 @@
+"""Copies from a GPU, for which no batch waits.
+
+A GPU computes while the program goes on, until the program reads a result. So the embeddings of
+many batches come back in one copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def computes_beside(device: torch.device) -> bool:
+    """Tell whether a device computes while the program goes on, so that each read is a wait."""
+    return device.type == "cuda"
+
+
+def start_copy(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start to copy a tensor to the CPU; call the result, in any thread, to wait for the copy."""
+    if not computes_beside(tensor.device):
+        return tensor.cpu
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event(blocking=True)
+    copied.record()
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return copy
+
+    return wait

@@ -1,0 +1,139 @@
+"""Towers run in the dtype that device and option mean; bfloat16 by default only if it is close.
+
+A GPU is a value here: a CPU computes in bfloat16, too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tiny_folders import export_tiny_model
+
+from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
+from modeling_llm2clip.encoding import devices
+from modeling_llm2clip.encoding.devices import find_device
+from modeling_llm2clip.encoding.encode import encode_texts
+from modeling_llm2clip.encoding.precision import DeviceTraits, choose_tower_dtype
+from modeling_llm2clip.model_folders.golden_embeddings import GOLDEN_FILE
+from modeling_llm2clip.model_folders.guarded_loading import LEAST_COSINE, load_in_precision
+from modeling_llm2clip.model_folders.model_loading import load_model
+
+CPU = torch.device("cpu")
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+GPU = DeviceTraits("cuda", has_bfloat16=True, free_bytes=2**40)
+FULL_GPU = DeviceTraits("cuda", has_bfloat16=True, free_bytes=0)
+OLD_GPU = DeviceTraits("cuda", has_bfloat16=False, free_bytes=2**40)
+MACHINE = DeviceTraits("cpu", has_bfloat16=True)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return export_tiny_model(tmp_path / "model")
+
+
+def disturb(folder: Path) -> None:
+    """Sharpen the attention of the LLM so much that eight bits choose other tokens."""
+    weights = load_file(folder / "model.safetensors")
+    for name in weights:
+        if "text_model" in name and "q_proj" in name:
+            weights[name] *= 300
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def require_rounded(model: Any, folder: Path, *, towers: torch.dtype, heads: torch.dtype) -> None:
+    """Require each weight to be the stored one in the dtype of its part, bit for bit."""
+    stored = load_file(folder / "model.safetensors")
+    for name, weight in model.named_parameters():
+        dtype = towers if name.startswith(("text_model.", "vision_model.")) else heads
+        dtype = FLOAT32 if name.startswith("logit_scale.") else dtype
+        assert weight.dtype == dtype, name
+        assert torch.equal(weight, stored[name].to(dtype)), name
+
+
+@pytest.mark.parametrize(
+    ("precision", "traits", "stored", "chosen"),
+    [
+        ("auto", MACHINE, FLOAT32, (FLOAT32, False)),
+        ("auto", MACHINE, BFLOAT16, (BFLOAT16, False)),
+        ("auto", DeviceTraits("mps", has_bfloat16=True), FLOAT32, (FLOAT32, False)),
+        ("auto", GPU, FLOAT32, (BFLOAT16, True)),
+        ("auto", GPU, torch.float16, (torch.float16, False)),
+        ("auto", OLD_GPU, FLOAT32, (FLOAT32, False)),
+        ("bfloat16", GPU, FLOAT32, (BFLOAT16, False)),
+        ("float32", GPU, BFLOAT16, (FLOAT32, False)),
+        ("float32", MACHINE, BFLOAT16, (FLOAT32, False)),
+    ],
+)
+def test_option_device_and_stored_dtype_choose_that_of_the_towers(
+    precision: str, traits: DeviceTraits, stored: torch.dtype, chosen: Any
+) -> None:
+    assert choose_tower_dtype(precision, traits, stored) == chosen
+
+
+def test_a_gpu_rounds_towers_and_no_head_where_embeddings_stay(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = load_in_precision(LLM2CLIPModel, folder, CPU, traits=GPU)
+    require_rounded(model, folder, towers=BFLOAT16, heads=FLOAT32)
+    said = capsys.readouterr().err
+    assert "run in bfloat16" in said and "the same weights in float32" in said
+    processor = LLM2CLIPProcessor.from_pretrained(folder)
+    texts = ["a dog", "two red apples on a table"]
+    rounded, exact = (
+        encode_texts(each, processor, texts)
+        for each in (model, LLM2CLIPModel.from_pretrained(folder))
+    )
+    assert not torch.equal(rounded, exact)
+    assert F.cosine_similarity(rounded, exact).min() >= LEAST_COSINE
+
+
+@pytest.mark.parametrize("traits", [GPU, FULL_GPU], ids=["float32", "golden embeddings"])
+def test_towers_whose_embeddings_move_stay_as_they_are(
+    traits: DeviceTraits, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disturb(folder)  # from its golden embeddings, too
+    model = load_in_precision(LLM2CLIPModel, folder, CPU, traits=traits)
+    require_rounded(model, folder, towers=FLOAT32, heads=FLOAT32)
+    assert "run in float32: the smallest cosine" in capsys.readouterr().err
+
+
+def test_without_room_golden_embeddings_are_compared_or_nothing_is_rounded(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = load_in_precision(LLM2CLIPModel, folder, CPU, traits=FULL_GPU)
+    require_rounded(model, folder, towers=BFLOAT16, heads=FLOAT32)
+    assert "golden embeddings of the folder" in capsys.readouterr().err
+    (folder / GOLDEN_FILE).unlink()
+    model = load_in_precision(LLM2CLIPModel, folder, CPU, traits=FULL_GPU)
+    require_rounded(model, folder, towers=FLOAT32, heads=FLOAT32)
+    assert "no room to compare" in capsys.readouterr().err
+
+
+def test_a_folder_in_bfloat16_runs_as_stored_or_its_weights_in_float32(tmp_path: Path) -> None:
+    folder = export_tiny_model(tmp_path / "half", dtype=BFLOAT16)
+    for traits, precision, towers, heads in (
+        (MACHINE, "auto", BFLOAT16, BFLOAT16),
+        (MACHINE, "bfloat16", BFLOAT16, BFLOAT16),
+        (MACHINE, "float32", FLOAT32, FLOAT32),
+        (GPU, "auto", BFLOAT16, FLOAT32),
+    ):
+        model = load_in_precision(LLM2CLIPModel, folder, CPU, precision, traits=traits)
+        require_rounded(model, folder, towers=towers, heads=heads)
+    loaded, _ = load_model(folder, device="cpu", precision="float32")
+    assert loaded.dtype == FLOAT32
+
+
+def test_a_device_without_bfloat16_refuses_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "has_bfloat16", lambda _: False)
+    assert find_device("cpu", precision="float32") == CPU
+    with pytest.raises(ValueError, match="cpu does not compute in bfloat16"):
+        load_model(folder, device="cpu", precision="bfloat16")
+    with pytest.raises(ValueError, match="precision='float32' decides the dtype"):
+        load_model(folder, device="cpu", precision="float32", dtype=FLOAT32)

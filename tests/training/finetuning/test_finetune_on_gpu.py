@@ -1,0 +1,155 @@
+"""The fine-tuning on a GPU: its branches, taken on the CPU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from host_reads import HostReads
+from safetensors.torch import load_file
+from sentence_transformers.base.losses import gradcache
+from tiny import tiny_model
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers import TrainerCallback
+from tuning import RECORDS, SHORT
+
+from modeling_llm2clip.model_folders.model_writing import save_model
+from modeling_llm2clip.training import finite_steps
+from modeling_llm2clip.training.finetuning import finetune_llm as stage
+from modeling_llm2clip.training.finetuning.finetune_llm import choose_base_dtype, finetune_llm
+from modeling_llm2clip.training.finetuning.finetune_trainer import CaptionEncoder, FinetuneTrainer
+
+
+class Watch(TrainerCallback):
+    """Keeps the trained weights after each step, and counts reads between the first and last."""
+
+    def __init__(self) -> None:
+        self.reads = HostReads()
+        self.weights: list[Tensor] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:  # noqa: ARG002
+        assert parts["train_dataloader"].device is None  # ids are left where they are
+        if state.global_step == 1:
+            self.reads.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:  # noqa: ARG002
+        if state.global_step == state.max_steps - 1:
+            self.reads.__exit__(None, None, None)
+        trained = [p.detach().flatten() for p in parts["model"].parameters() if p.requires_grad]
+        self.weights.append(torch.cat(trained))
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the CPU for a device that computes while Python goes on."""
+    monkeypatch.setattr(finite_steps, "_RUN_AHEAD", {"cpu"})
+
+
+def leave_out(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+    """Count no reads of a function that reads token ids, which are on the CPU."""
+    function = getattr(owner, name)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, run)
+
+
+@pytest.mark.usefixtures("ahead")
+@pytest.mark.parametrize("mini_batch_size", [None, 4])
+def test_no_step_between_two_logs_waits_for_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mini_batch_size: int | None
+) -> None:
+    for name in ("preprocess", "forward"):
+        leave_out(monkeypatch, CaptionEncoder, name)
+    leave_out(monkeypatch, gradcache, "_create_minibatch")
+    watch = Watch()
+    config = replace(SHORT, max_steps=4, logging_steps=4, mini_batch_size=mini_batch_size)
+    finetune_llm(tiny_model(), RECORDS, tmp_path / "run", config, callbacks=[watch])
+    assert len(watch.weights) == 4 and watch.reads.names == []
+
+
+@pytest.mark.usefixtures("ahead")
+def test_a_bad_step_changes_no_weight_and_is_named_at_the_next_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = CaptionEncoder.forward
+    calls = []
+
+    def run(self: CaptionEncoder, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        calls.append(self.llm2clip.training)
+        features = forward(self, features)
+        if calls.count(True) == 5:  # two columns a step
+            features["sentence_embedding"] = features["sentence_embedding"] * torch.nan
+        return features
+
+    monkeypatch.setattr(CaptionEncoder, "forward", run)
+    watch = Watch()
+    with pytest.raises(FloatingPointError, match=r"The loss is nan at step 2\. Lower the learning"):
+        finetune_llm(
+            tiny_model(), RECORDS, tmp_path / "run",
+            replace(SHORT, logging_steps=5, save_steps=100), callbacks=[watch],
+        )  # fmt: skip
+    before, *after = watch.weights[1:]
+    assert len(after) == 3 and all(torch.equal(weights, before) for weights in after)
+    assert not torch.equal(watch.weights[0], before)
+
+
+def test_ids_stay_on_the_cpu_and_name_the_device_of_dropout() -> None:
+    trainer = FinetuneTrainer.__new__(FinetuneTrainer)
+    trainer.args = SimpleNamespace(device=torch.device("meta"))
+    inputs = {"a_input_ids": torch.ones(4, 7), "a_attention_mask": torch.ones(4, 7)}
+    found = trainer._prepare_inputs(inputs)
+    assert all(found[name] is value for name, value in inputs.items())
+    features = {name.removeprefix("a_"): value for name, value in found.items()}
+    cut = gradcache._create_minibatch(features, 1, 3)
+    assert cut["input_ids"].device.type == "cpu" and cut["device"].shape == (2, 0)
+    assert {value.device.type for value in cut.values()} == {"cpu", "meta"}
+
+
+def test_a_frozen_base_in_bfloat16_is_for_gpus_that_compute_in_it() -> None:
+    assert choose_base_dtype("bfloat16", "cuda") == torch.bfloat16
+    assert choose_base_dtype("float32", "cuda") is None
+    assert choose_base_dtype("bfloat16", "cpu") is None
+
+
+def test_a_lora_on_a_base_in_bfloat16_is_merged_into_the_weights_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtypes = []
+
+    def make(*args: Any) -> CaptionEncoder:
+        encoder = make_encoder(*args)
+        for parameter in encoder.llm2clip.text_model.parameters():
+            dtypes.append((parameter.requires_grad, parameter.dtype))
+        return encoder
+
+    make_encoder = stage._make_encoder
+    monkeypatch.setattr(stage, "_make_encoder", make)
+    monkeypatch.setattr(stage, "choose_base_dtype", lambda *_: torch.bfloat16)
+    source = save_model(*tiny_model(), tmp_path / "base")
+    config = replace(SHORT, max_steps=2, precision="bfloat16", merge=True)
+    folder = finetune_llm(source, RECORDS, tmp_path / "run", config)
+    assert set(dtypes) == {(False, torch.bfloat16), (True, torch.float32)}
+    record = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
+    assert record["inputs"]["base_dtype"] == "bfloat16"
+    before, after = (load_file(path / "model.safetensors") for path in (source, folder))
+    lora = load_file(tmp_path / "run" / "lora" / "adapter_model.safetensors")
+    changed = 0
+    for name, weight in before.items():
+        key = f"base_model.model.{name.removeprefix('text_model.').removesuffix('.weight')}"
+        wanted = weight
+        if f"{key}.lora_A.weight" in lora:
+            change = lora[f"{key}.lora_B.weight"] @ lora[f"{key}.lora_A.weight"]
+            wanted = weight + change * (config.lora_alpha / config.lora_rank)
+            changed += 1
+        # One product in float32; weights rounded to bfloat16 would be off by 4e-3 of themselves.
+        torch.testing.assert_close(after[name], wanted, atol=1e-6, rtol=1e-6)
+    assert changed and after.keys() == before.keys()
