@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.gpu_encoding import load_encoder
 from benchmarks.gpu.gpu_training import run_align
-from benchmarks.gpu.transfers import Transfers
 from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import RetrievalRanks, rank_retrieval
@@ -145,12 +145,12 @@ def count_syncs(bench: Bench) -> None:
 
 @contextmanager
 def _counted(bench: Bench) -> Iterator[list[int]]:
-    """Count warnings of torch, or on a CPU what `Transfers` sees, when the context ends."""
+    """Count warnings of torch, or on a CPU what a GPU would wait for, when the context ends."""
     count: list[int] = []
     if not bench.on_gpu:
-        with Transfers() as transfers:
+        with _Reads() as reads:
             yield count
-        count.append(transfers.crossings.reads + transfers.crossings.copies_out)
+        count.append(reads.count)
         return
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -160,6 +160,18 @@ def _counted(bench: Bench) -> Iterator[list[int]]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     count.append(sum("synchroniz" in str(warning.message) for warning in caught))
+
+
+class _Reads(TorchDispatchMode):
+    """Counts the operators whose result or shape Python sees, of the host's own tensors too."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += func._schema.name in ("aten::_local_scalar_dense", "aten::nonzero")
+        return func(*args, **(kwargs or {}))
 
 
 class _SyncsOfSteps(TrainerCallback):  # type: ignore[misc]

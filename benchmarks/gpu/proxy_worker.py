@@ -11,7 +11,8 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from benchmarks.gpu.full_width import WIDTHS, draw_lengths, make_config
-from benchmarks.gpu.transfers import Crossings, Transfers, replaced
+from benchmarks.gpu.gpu_branches import gpu_branches, replaced
+from benchmarks.gpu.transfers import Crossings, Transfers
 
 _BATCH_TOKENS, _CAPTION_TOKENS = 16_384, 40
 _IMAGES, _PAIRS, _ALIGNED = 64, 64, 4096
@@ -52,12 +54,18 @@ class Kernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _count_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def _count_padded(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return int(sdpa_flop_count(query, key, value))
 
 
+def _count_padded_backward(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> int:
+    return 5 * int(sdpa_flop_count(query, key, value)) // 2
+
+
+# What torch does not count on a CPU.
 _FLOPS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_padded,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _count_padded_backward,
 }
 
 
@@ -76,27 +84,57 @@ def _counted(figures: dict[str, Any], *, per: int, unit: str) -> Iterator[None]:
 
 def count_full_width() -> dict[str, Any]:
     """Count operations and kernels in the sizes of the paper, on tensors without content."""
+    from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
+
     figures: dict[str, Any] = {}
+    lengths = [_CAPTION_TOKENS] * (_BATCH_TOKENS // _CAPTION_TOKENS)
+    mixed = draw_lengths("mixed", _PAIRS)
     with FakeTensorMode():
         for llm in ("1B", "8B"):
-            model, encode = _load_text_side(llm)
-            rows = _BATCH_TOKENS // _CAPTION_TOKENS
-            ids = torch.zeros(rows, _CAPTION_TOKENS, dtype=torch.long)
+            # As a GPU runs the towers.
+            model = LLM2CLIPModel._from_config(make_config(llm), dtype=torch.bfloat16).eval()
             of_llm = figures[f"captions {llm}, {_BATCH_TOKENS} tokens"] = {}
-            with torch.no_grad(), _counted(of_llm, per=ids.numel(), unit="token"):
-                encode(ids, torch.ones_like(ids))
+            with torch.no_grad(), _counted(of_llm, per=sum(lengths), unit="token"):
+                _run_llm(model, lengths)
             figures[f"align step {llm}, {_ALIGNED} pairs"] = _count_align_step(llm)
+            name = f"finetune-llm {llm}, {_PAIRS} mixed captions with backward"
+            figures[name] = _count_finetuning(model, mixed)
+        model = LLM2CLIPModel._from_config(make_config("tiny"), dtype=torch.bfloat16).eval()
+        pixels = torch.zeros(_IMAGES, 3, 336, 336, dtype=torch.bfloat16)
         of_images = figures[f"images L/14-336, {_IMAGES}"] = {}
         with torch.no_grad(), _counted(of_images, per=_IMAGES, unit="image"):
-            model.get_vision_embeds(torch.zeros(_IMAGES, 3, 336, 336))
+            model.get_vision_embeds(pixels)
     return figures
 
 
-def _load_text_side(llm: str) -> tuple[Any, Callable[[Tensor, Tensor], Any]]:
-    from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
+def _run_llm(model: Any, lengths: Sequence[int]) -> Tensor:
+    """Run texts through the LLM as a GPU does: in one pack, or in earlier versions padded."""
+    if not hasattr(model, "varlen_kernel"):
+        ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+        output = model._pool_batch(ids, torch.ones_like(ids), num_unpooled=0)
+        return output.last_hidden_state  # type: ignore[no-any-return]
+    from torch.nn.attention.varlen import varlen_attn
 
-    model = LLM2CLIPModel(make_config(llm)).eval()
-    return model, lambda ids, mask: model._pool_batch(ids, mask, num_unpooled=0)
+    from modeling_llm2clip.attention_llm2clip import VarlenKernel
+    from modeling_llm2clip.packing_llm2clip import _run_pack
+
+    ids = torch.zeros(sum(lengths), dtype=torch.long)
+    return _run_pack(model.text_model, ids, ids, [*lengths], VarlenKernel(varlen_attn, 256))
+
+
+def _count_finetuning(model: Any, lengths: Sequence[int]) -> dict[str, Any]:
+    from peft import LoraConfig, get_peft_model
+
+    model.requires_grad_(False)
+    # Modules of tensors without content cannot be moved, and need not.
+    with replaced(torch.nn.Module, "to", lambda module, *_, **__: module):
+        get_peft_model(model.text_model, LoraConfig(r=16, target_modules="all-linear"))
+    figures: dict[str, Any] = {}
+    with _counted(figures, per=sum(lengths), unit="token"):
+        with torch.autocast("cpu", torch.bfloat16):
+            states = _run_llm(model, lengths)
+        states.float().sum().backward()
+    return figures
 
 
 def _count_align_step(llm: str) -> dict[str, Any]:
@@ -114,7 +152,8 @@ def _count_align_step(llm: str) -> dict[str, Any]:
     }
     figures: dict[str, Any] = {}
     with _counted(figures, per=1, unit="step"):
-        loss, _ = model(**inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = model(**inputs)
         loss.backward()
     with Kernels() as kernels:
         optimizer.step()
@@ -122,54 +161,74 @@ def _count_align_step(llm: str) -> dict[str, Any]:
 
 
 def _make_optimizer(parameters: list[Tensor]) -> torch.optim.Optimizer:
-    """Make the optimizer of `align`; foreach is torch's choice on a GPU, where none is made."""
-    return torch.optim.AdamW(parameters, foreach=True)
+    """Make the optimizer of `align`, which is fused where steps run ahead of the host.
+
+    Earlier versions left the choice to torch, which on a GPU takes lists of tensors.
+    """
+    is_fused = find_spec("modeling_llm2clip.training.finite_steps") is not None
+    return torch.optim.AdamW(parameters, fused=is_fused, foreach=not is_fused)
 
 
-def count_shapes() -> dict[str, Any]:
+def count_shapes(folder: Path) -> dict[str, Any]:
     """Count real tokens and shapes of batches; each new shape may cost a plan of the attention."""
+    from modeling_llm2clip.modeling_llm2clip import LLM2CLIPTextModel
     from modeling_llm2clip.packing_llm2clip import plan_token_batches
 
+    model = LLM2CLIPTextModel.from_pretrained(folder / "model").eval()
     figures: dict[str, Any] = {}
-    for kind in ("short", "mixed"):
-        lengths = draw_lengths(kind, _SHARD)
-        plan = plan_token_batches(lengths, token_budget=_BATCH_TOKENS)
-        figures[f"extract, {kind}"] = _describe_shapes(
-            [[lengths[n] for n in rows] for rows in plan]
-        )
-        lengths = draw_lengths(kind, _PAIRS * _FINETUNE_BATCHES)
-        batches = [lengths[n : n + _PAIRS] for n in range(0, len(lengths), _PAIRS)]
-        figures[f"finetune-llm, {kind}"] = _describe_shapes(batches)
+    with gpu_branches(), torch.no_grad():
+        for kind in ("short", "mixed"):
+            lengths = draw_lengths(kind, _SHARD)
+            plan = plan_token_batches(lengths, token_budget=_BATCH_TOKENS)
+            planned = [[lengths[number] for number in rows] for rows in plan]
+            figures[f"extract, {kind}"] = _run_shapes(model, planned)
+            lengths = draw_lengths(kind, _PAIRS * _FINETUNE_BATCHES)
+            batches = [lengths[n : n + _PAIRS] for n in range(0, len(lengths), _PAIRS)]
+            figures[f"finetune-llm, {kind}"] = _run_shapes(model, batches)
     return figures
 
 
-def _describe_shapes(batches: Sequence[Sequence[int]]) -> dict[str, Any]:
-    computed = sum(max(lengths) * len(lengths) for lengths in batches)
+def _run_shapes(model: Any, batches: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Run batches through a model whose LLM looks its tokens up alone, and note what reaches it."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    shapes: list[tuple[int, ...]] = []
+    table = model.text_model.get_input_embeddings()
+
+    def look_up(input_ids: Tensor, **_: Any) -> BaseModelOutput:
+        shapes.append(tuple(input_ids.shape))
+        return BaseModelOutput(last_hidden_state=table(input_ids))
+
+    config = model.config
+    prefix, suffix = config.prompt_prefix_ids, config.prompt_suffix_ids
+    model.text_model.forward = look_up
+    model.get_caption_embeds(torch.tensor([[*prefix, 50, *suffix]]))  # with its check
+    shapes.clear()
+    for lengths in batches:
+        ids = torch.full((len(lengths), max(lengths)), 50)
+        mask = (torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]).long()
+        ids[:, : len(prefix)] = torch.tensor(prefix)
+        for row, length in enumerate(lengths):
+            ids[row, length - len(suffix) : length] = torch.tensor(suffix)
+        model.get_caption_embeds(ids, mask)
+    computed = sum(rows * length for rows, length in shapes)
+    # A pack has one row, and needs no plan for its shape.
     return {
         "real_tokens": round(sum(map(sum, batches)) / computed, 4),
         "batches": len(batches),
-        "shapes": len({(len(lengths), max(lengths)) for lengths in batches}),
+        "shapes": len({shape for shape in shapes if shape[0] > 1}),
     }
 
 
 def count_transfers(folder: Path) -> dict[str, Any]:
     """Count what one batch or step makes a host and its GPU exchange."""
-    with ExitStack() as stack:
-        _take_gpu_branches(stack)
+    with gpu_branches():
         return {
             "extract texts, a batch": _count_texts(folder),
             "embed images, a batch": _count_images(folder),
             "align, a step": _widen(_count_steps(folder, _align)),
             "finetune-llm, a step": _count_steps(folder, _finetune),
         }
-
-
-def _take_gpu_branches(stack: ExitStack) -> None:
-    from modeling_llm2clip import modeling_llm2clip
-
-    if hasattr(modeling_llm2clip, "splits_batches"):
-        padded = replaced(modeling_llm2clip, "splits_batches", lambda *_, **__: False)
-        stack.enter_context(padded)
 
 
 def _count_texts(folder: Path) -> dict[str, float]:
@@ -199,8 +258,10 @@ def _count_images(folder: Path) -> dict[str, float]:
 
 
 def _count_batches(encoder: Any, inputs: Sequence[Any]) -> dict[str, float]:
-    """Count all batches of a shard, and divide."""
+    """Count the batches of a shard, and divide; a first round, with checks, does not count."""
     prepared = encoder.prepare(list(inputs))
+    for _ in encoder.encode(prepared):
+        pass
     with Transfers() as transfers:
         for model in encoder.encoder._models.values():
             for buffer in model.buffers():
@@ -221,9 +282,10 @@ def _count_steps(folder: Path, train: Callable[[Path, Path, int], None]) -> dict
 
 
 def _widen(figures: dict[str, float]) -> dict[str, float]:
-    """Add the megabytes of 4,096 pairs of the paper's widths; each has two numbers beside them."""
-    ids, narrow, wide = 16, 64 + 32, WIDTHS["8B"] + WIDTHS["L/14-336"]
-    of_pair = (figures["bytes_in"] / _PAIRS - ids) * wide / narrow + ids
+    """Add the megabytes of 4,096 pairs of the paper's widths; numbers of a pair have no width."""
+    matrices, narrow = figures["matrix_bytes_in"], 64 + 32
+    wide = matrices * (WIDTHS["8B"] + WIDTHS["L/14-336"]) / narrow
+    of_pair = (figures["bytes_in"] - matrices + wide) / _PAIRS
     return figures | {"megabytes_in_at_full_width": round(_ALIGNED * of_pair / 1e6, 1)}
 
 
@@ -386,7 +448,7 @@ def main() -> None:
         prepare(folder)
         figures = {
             "full_width": count_full_width(),
-            "shapes": count_shapes(),
+            "shapes": count_shapes(folder),
             "transfers": count_transfers(folder),
             "cpu_ms": measure_cpu(folder),
         }

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +12,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+# On a CPU all devices are equal; this one has another name, and means the host.
+_HOST = torch.device("cpu", 0)
 # Functions whose result Python sees, or whose shape depends on values: the host waits for them.
 _READS = frozenset(
     "item tolist numpy nonzero argwhere unique masked_select is_nonzero equal allclose bincount "
     "__bool__ __int__ __float__ __index__ __contains__".split()
 )
 _MOVES = frozenset(("to", "cuda"))
+_GET_DEVICE = Tensor.device.__get__  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Crossings:
         copies_in: Tensors copied to the device while the host waited.
         copies_ahead: Tensors copied to the device while the host went on.
         bytes_in: Bytes of both.
+        matrix_bytes_in: Those of tensors with two dimensions or more.
         copies_out: Tensors copied to the host.
         bytes_out: Their bytes.
         readers: How often each function read.
@@ -39,13 +42,14 @@ class Crossings:
     copies_in: int = 0
     copies_ahead: int = 0
     bytes_in: int = 0
+    matrix_bytes_in: int = 0
     copies_out: int = 0
     bytes_out: int = 0
     readers: dict[str, int] = field(default_factory=dict)
 
     def per(self, other: Crossings, count: int) -> dict[str, float]:
         """Return the mean of what another count has beyond this one."""
-        names = ("reads", "copies_in", "copies_ahead", "bytes_in", "copies_out", "bytes_out")
+        names = [name for name in vars(self) if name != "readers"]
         return {
             name: round((getattr(other, name) - getattr(self, name)) / count, 2) for name in names
         }
@@ -57,7 +61,8 @@ class Transfers(TorchFunctionMode):
     Only calls of this thread are seen, and none that a backward pass makes.
 
     Parameters are on the device, and so is what a move with a device returns, what a function makes
-    on a named device, and what any function makes of these. All else is on the host.
+    on a device that is not a host tensor's, and what any function makes of these. All else is on
+    the host.
     """
 
     def __init__(self) -> None:
@@ -82,8 +87,10 @@ class Transfers(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         first = args[0] if args else None
         held = any(self.is_placed(leaf) for leaf in _list_tensors((args, kwargs)))
+        if func == _GET_DEVICE:
+            return func(*args) if held else _HOST
         result = func(*args, **kwargs)
-        if name == "cpu":
+        if name == "cpu" or (name == "to" and _HOST in (*args[1:], *kwargs.values())):
             return self._take_out(first, result)
         if name in _MOVES:
             return self._move_in(first, result, args[1:], kwargs)
@@ -97,7 +104,7 @@ class Transfers(TorchFunctionMode):
             self._note_out(args[1])
             return result
         # Code takes its device from a tensor or a model, and names the CPU where it means it.
-        made = kwargs.get("device") is not None and kwargs["device"] != "cpu"
+        made = kwargs.get("device") not in (None, "cpu", _HOST)
         if made and name in ("tensor", "as_tensor"):
             self._note_in(result, ahead=False)
         if held or made:
@@ -129,6 +136,7 @@ class Transfers(TorchFunctionMode):
         self.crossings.copies_ahead += ahead
         self.crossings.copies_in += not ahead
         self.crossings.bytes_in += tensor.nbytes
+        self.crossings.matrix_bytes_in += tensor.nbytes * (tensor.ndim > 1)
 
     def _note_out(self, tensor: Tensor) -> None:
         self.crossings.copies_out += 1
@@ -156,14 +164,3 @@ def _has_mask(index: Any) -> bool:
 
 def _is_ahead(places: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return bool(kwargs.get("non_blocking", any(place is True for place in places)))
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Callable[..., Any]) -> Iterator[None]:
-    """Replace a function while the context runs."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)

@@ -55,6 +55,7 @@ def test_copies_are_counted_once_by_direction_and_by_whether_the_host_waits() ->
     made = count(lambda _, there: torch.tensor([1, 2], device=there.device))
     assert made == {"copies_in": 1, "bytes_in": 16}
     assert count(lambda _, there: torch.zeros(2, device=there.device).add(there[:2])) == {}
+    assert count(lambda here, _: bool(torch.tensor([1], device=here.device) > 0)) == {}
 
 
 def test_what_a_module_makes_and_its_gradients_are_on_the_device() -> None:
