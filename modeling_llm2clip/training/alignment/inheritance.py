@@ -71,7 +71,6 @@ def inherit(
         return None
     assert isinstance(fit.data, RecordData)
     captions = _Captions(fit.data, teacher, batch_size, seed=config.seed)
-    start_device = model.text_projection.weight.device
     before = captions.measure(model)
     shrinkage, fitted = _fit_ridge(model, captions)
     is_main_process = PartialState().is_main_process
@@ -108,7 +107,7 @@ def inherit(
             distance = captions.measure(model)
             if distance < lowest or not captions.is_held_out:
                 best, best_step, lowest = copy_text_side(model), step, distance
-    parts.to(start_device)
+    parts.to(model.visual_projection.weight.device)
     model.load_state_dict(best, strict=False)
     return {
         "num_captions": captions.num_trained,
