@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -44,6 +47,19 @@ def find_device(name: str | None = "auto", *, precision: str = "auto") -> torch.
             "auto or float32, or another device."
         )
     return device
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raise ValueError where `torch.compile` finds no compiler for a device."""
+    if device.type == "cuda":
+        lacks = None if find_spec("triton") else "needs Triton: pip install triton"
+    elif device.type == "cpu":
+        name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+        lacks = None if shutil.which(name) else f"needs a C++ compiler, and there is no {name}"
+    else:
+        lacks = f"is for GPUs of CUDA and for CPUs, not for {device}"
+    if lacks:
+        raise ValueError(f"compile=True {lacks}. Or leave it out.")
 
 
 def has_bfloat16(device: torch.device) -> bool:

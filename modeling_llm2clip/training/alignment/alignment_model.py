@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...building.tower_checks import find_layers
 from ...configs.align_config import AlignConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
+from ...encoding.layer_compilation import find_layers
 from ...model_folders.model_loading import PartialModel
 from ...modeling_llm2clip import LLM2CLIPVisionModel
 from ...processing_llm2clip import LLM2CLIPProcessor
