@@ -57,7 +57,7 @@ BUDGETS = {
     "scheduling": 83,
     "search": 1494,
     "serving": 1536,
-    "training": 4214,
+    "training": 4217,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 277, 8325
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
