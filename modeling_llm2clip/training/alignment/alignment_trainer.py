@@ -228,7 +228,10 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         return data.to(self.args.device, non_blocking=runs_ahead(self.args.device))
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self.data.dataset.complete(super()._prepare_inputs(inputs))
+        # The model checks token ids on the CPU, and copies them itself.
+        ids = {n: value for n, value in inputs.items() if n in ("input_ids", "attention_mask")}
+        others = {name: value for name, value in inputs.items() if name not in ids}
+        return self.data.dataset.complete({**super()._prepare_inputs(others), **ids})
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Group parameters by start, rate and decay; matrices alone decay (arXiv:2103.00020)."""
