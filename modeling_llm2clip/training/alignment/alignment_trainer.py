@@ -203,7 +203,10 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; while the device computes, a thread prepares one batch ahead."""
-        with ThreadPoolExecutor(1) as self._ahead:
+        begin = None
+        if self.args.device.type == "cuda":  # a new thread would pin memory for the first GPU
+            begin = partial(torch.cuda.set_device, torch.cuda.current_device())
+        with ThreadPoolExecutor(1, initializer=begin) as self._ahead:
             self._next_samples, self._saved_at = None, time.monotonic()
             return super().train(*args, **kwargs)
 
