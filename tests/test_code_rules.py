@@ -43,7 +43,7 @@ BUDGETS = {
     ".": 2433,
     "building": 1356,
     "cli": 1113,
-    "configs": 847,
+    "configs": 849,
     "conversion": 600,
     "data": 4678,
     "demo": 86,
@@ -57,7 +57,7 @@ BUDGETS = {
     "scheduling": 83,
     "search": 1494,
     "serving": 1536,
-    "training": 4176,
+    "training": 4214,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 277, 8325
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")

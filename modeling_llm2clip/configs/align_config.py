@@ -127,6 +127,9 @@ class AlignConfig(TrainingConfig, ChoiceConfig):
     num_workers: Annotated[int, Interval(ge=0)] | None = None
     """Processes that decode images or tokenize captions; 0 for none. Default: this process's share
     of the cores, at most 8, if images are decoded for a GPU; otherwise none."""
+    save_steps: Annotated[int, Interval(ge=1)] | None = None
+    """Steps between checkpoints; the last step has one too. Default: 500, or as many more as take
+    five minutes."""
     logging_steps: Annotated[int, Interval(ge=1)] = 10
     """Steps between lines of metrics."""
 

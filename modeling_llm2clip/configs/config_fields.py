@@ -131,8 +131,8 @@ class TrainingConfig(DeviceConfig):
     """Dtype of the computation; auto is bfloat16 on GPUs that support it, and otherwise the dtype
     in which each weight is stored. Trained weights stay float32. float32 also computes towers
     stored in half precision in float32. A launcher's mixed precision changes nothing."""
-    save_steps: Annotated[int, Interval(ge=1)] = 500
-    """Steps between checkpoints; the last step has one too."""
+    save_steps: Annotated[int, Interval(ge=1)] | None = None
+    """Steps between checkpoints; the last step has one too. Default: by stage."""
     logging_steps: Annotated[int, Interval(ge=1)] | None = None
     """Steps between lines of metrics. Default: by stage."""
     report_to: tuple[str, ...] | None = None

@@ -32,6 +32,17 @@ class FiniteSteps:
         self._num_finite = torch.zeros((), dtype=torch.int64, device=device)
         self._facts: dict[str, Tensor] = {}
 
+    def attach(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Make an optimizer skip steps where its device runs ahead; return whether it will.
+
+        Where not, `read` costs nothing, and belongs before each of its steps.
+        """
+        is_fused = all(group.get("fused") for group in optimizer.param_groups)
+        if not is_fused or not runs_ahead(self.found_inf.device):
+            return False
+        optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]
+        return True
+
     def observe(self, norm: Tensor, **facts: Tensor) -> None:
         """Take the norm of a step's gradient, before the optimizer's step.
 

@@ -29,12 +29,13 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from .._suggestions import MAX_LISTED, counted, list_first
 from ..configs.config_fields import TrainingConfig
 from ..scheduling.graceful_stop import StopRequest
-from .finite_steps import FiniteSteps, runs_ahead, spread_nonfinite
+from .finite_steps import FiniteSteps, spread_nonfinite
 from .run_folder import CHECKPOINTS, list_trained, mark_complete, require_finite
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 Result = TypeVar("Result")
 
+_SAVE_STEPS = 500
 _WEIGHTS = "trained.safetensors"
 _SECONDS_BETWEEN_UPDATES = 10.0  # in a file, where every update of a bar stays visible
 # Logged numbers that the progress bar shows, with their name and format there.
@@ -105,7 +106,7 @@ def training_arguments_on(
         output_dir=str(output / CHECKPOINTS),
         bf16=in_bfloat16,
         save_strategy="steps",
-        save_steps=config.save_steps,
+        save_steps=config.save_steps or _SAVE_STEPS,
         ddp_find_unused_parameters=False,  # weights without a gradient are frozen, or refused
         report_to=choose_reports(config.report_to),
         seed=config.seed,
@@ -190,10 +191,7 @@ class StageTrainerMixin:
         self._finite_steps.observe(whole, **self._facts)
         wrapped: Any = self.optimizer  # type: ignore[attr-defined]
         optimizer = getattr(wrapped, "optimizer", wrapped)  # accelerate wraps it
-        is_fused = all(group.get("fused") for group in optimizer.param_groups)
-        if is_fused and runs_ahead(whole.device) and not is_sharded():
-            optimizer.found_inf = self._finite_steps.found_inf
-        else:
+        if is_sharded() or not self._finite_steps.attach(optimizer):
             self.require_finite_steps()
         return norm
 

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from ..._suggestions import list_first
 from ...configs.align_config import AlignConfig
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...scheduling.processes import choose_device, require_all_processes
@@ -37,6 +39,7 @@ from .run_data import RunData, StreamData
 
 _SECONDS_BEFORE_FIRST_LINE = 10.0
 _FACTOR_TO_NEXT_LINE = 2.0
+_SECONDS_BETWEEN_CHECKPOINTS = 300.0
 _BETAS = (0.9, 0.98)  # arXiv:2103.00020, table 18
 _ADAPTER = "text_adapter."
 # What wrappers put into the names of parameters.
@@ -136,6 +139,7 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
 
     _ahead: ThreadPoolExecutor
     _next_samples: Future[Any] | None
+    _saved_at: float
 
     def __init__(
         self,
@@ -179,6 +183,16 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         if isinstance(self.data, StreamData):  # batches of records depend on the step alone
             self.data.save(Path(output_dir))
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint, by default at most one in some minutes, and one where the run ends."""
+        is_early = time.monotonic() - self._saved_at < _SECONDS_BETWEEN_CHECKPOINTS
+        is_default = self.data.config.save_steps is None and not self.control.should_training_stop
+        skips = [is_default and is_early]
+        broadcast_object_list(skips)  # clocks differ, and all processes save together
+        if not skips[0]:
+            super()._save_checkpoint(model, trial)
+            self._saved_at = time.monotonic()
+
     def create_accelerator_and_postprocess(self) -> None:
         """Create the Accelerator, and make FSDP leave scores and temperature in float32."""
         super().create_accelerator_and_postprocess()
@@ -190,7 +204,7 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; while the device computes, a thread prepares one batch ahead."""
         with ThreadPoolExecutor(1) as self._ahead:
-            self._next_samples = None
+            self._next_samples, self._saved_at = None, time.monotonic()
             return super().train(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -301,10 +315,12 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         loss, broken = facts["loss"], facts["broken"]
         if loss.isfinite():
             return super().describe_step(step, facts)
+        groups = self.data.list_groups(step, broken.nonzero().flatten().numpy())
         return (
             f"The loss is {loss.item()} at step {step}, and {int(broken.sum())} of the "
-            f"{len(broken)} pairs of this process have embeddings that are not finite. Check the "
-            f"model (llm2clip doctor), or lower the learning rate ({self.length.learning_rate})."
+            f"{len(broken)} pairs of this process have embeddings that are not finite"
+            f"{f', of the groups {list_first(groups)}' if groups else ''}. Check the model "
+            f"(llm2clip doctor), or lower the learning rate ({self.length.learning_rate})."
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -25,6 +25,7 @@ from ..._suggestions import counted
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.store.store_manifest import TOO_LONG
 from ...scheduling.graceful_stop import StopRequest
+from ..finite_steps import FiniteSteps, runs_ahead, spread_nonfinite
 from ..losses.terms import distill
 from .alignment_data import list_pairs
 from .alignment_fit import AlignmentFit
@@ -79,10 +80,13 @@ def inherit(
         parts.parameters(),
         lr=config.learning_rate or RATE_FROM_TRAINED,
         weight_decay=config.weight_decay,
+        fused=runs_ahead(device) or None,
     )
+    finite_steps = FiniteSteps(device, first_step=1)
+    skips = finite_steps.attach(optimizer)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(_WARMUP * steps), steps)
     every = max(1, steps // _NUM_EVALUATIONS)
-    batches = zip(range(1, steps + 1), captions.iterate(), strict=False)
+    batches = zip(range(1, steps + 1), captions.iterate(device), strict=False)
     for step, (embeds, targets) in tqdm(
         batches, "inherit", steps, unit=" steps", disable=None if is_main_process else True
     ):
@@ -91,13 +95,14 @@ def inherit(
             resume=False,
             is_main_process=is_main_process,
         )
-        loss = distill(model.to_text_embeds(embeds.to(device)), targets.to(device))
         optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parts.parameters(), config.max_grad_norm, error_if_nonfinite=True)
+        spread_nonfinite(distill(model.to_text_embeds(embeds), targets)).backward()
+        finite_steps.observe(nn.utils.clip_grad_norm_(parts.parameters(), config.max_grad_norm))
+        if (is_measured := step % every == 0 or step == steps) or not skips:
+            _require_finite(finite_steps, learning_rate=optimizer.defaults["lr"])
         optimizer.step()
         schedule.step()
-        if step % every == 0 or step == steps:
+        if is_measured:
             distance = captions.measure(model)
             if distance < lowest or not captions.is_held_out:
                 best, best_step, lowest = copy_text_side(model), step, distance
@@ -113,6 +118,14 @@ def inherit(
         "best_step": best_step,
         "steps": steps,
     }
+
+
+def _require_finite(steps: FiniteSteps, *, learning_rate: float) -> None:
+    if broken := steps.read():
+        raise FloatingPointError(
+            f"The gradient's norm is {broken[1]['norm'].item()} at step {broken[0]} of the "
+            f"inheritance. Lower the learning rate ({learning_rate})."
+        )
 
 
 def copy_text_side(model: AlignmentModel) -> dict[str, Tensor]:
@@ -140,7 +153,7 @@ class _Captions:
         dataset = data.dataset
         assert dataset.caption_store is not None
         self._stores, self._batch_size = (dataset.caption_store, teacher), batch_size
-        self._generator = torch.Generator().manual_seed(seed)
+        self._seed, self._generator = seed, torch.Generator().manual_seed(seed)
         self.num_too_long = teacher.manifest.counts[TOO_LONG]
         is_held = torch.zeros(teacher.manifest.num_rows, dtype=torch.bool)
         if data.held_out is not None:
@@ -174,16 +187,19 @@ class _Captions:
             total += len(embeds) * float(distill(model.to_text_embeds(embeds), targets))
         return total / len(self.measured[0])
 
-    def iterate(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches without end."""
+    def iterate(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches without end, on a device, which makes the noise if it runs ahead."""
+        noise = self._generator
+        if runs_ahead(device):
+            noise = torch.Generator(device).manual_seed(self._seed)
         while True:
             order = torch.randperm(len(self._rows), generator=self._generator)
             for rows in self._rows[order].split(self._batch_size):
-                embeds, targets = self._read(rows)
+                embeds, targets = (part.to(device) for part in self._read(rows))
                 if len(embeds):
-                    normal = torch.randn(embeds.shape, generator=self._generator)
+                    normal = torch.randn(embeds.shape, generator=noise, device=noise.device)
                     length = embeds.norm(dim=1, keepdim=True) * embeds.shape[1] ** -0.5
-                    yield embeds + _NOISE * length * normal, targets
+                    yield embeds + _NOISE * length * normal.to(device), targets
 
     def _read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         captions, teacher = self._stores

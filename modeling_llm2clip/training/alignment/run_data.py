@@ -50,7 +50,7 @@ class RecordData:
 
     def __post_init__(self) -> None:
         self.num_items = len(self.items)
-        self._steps_per_epoch = 1
+        self._sampler: ResumableBatchSampler | None = None
 
     def with_held_out(self) -> RecordData:
         items = np.arange(len(self.dataset), dtype=np.int32)
@@ -68,7 +68,7 @@ class RecordData:
         self, arguments: TrainingArguments, *, batch_size: int, num_steps: int
     ) -> DataLoader[Any]:
         """Make the loader of this process's batches of the whole run."""
-        sampler = ResumableBatchSampler(
+        self._sampler = sampler = ResumableBatchSampler(
             self.items,
             batch_size=batch_size,
             num_steps=num_steps,
@@ -76,7 +76,6 @@ class RecordData:
             rank=arguments.process_index,
             num_processes=arguments.world_size,
         )
-        self._steps_per_epoch = sampler.steps_per_epoch
         workers = count_workers(self.config, arguments, decodes=self.dataset.reads_images)
         if self.dataset.is_stored and not workers:
             own_size = batch_size // arguments.world_size
@@ -93,7 +92,14 @@ class RecordData:
 
     def epoch_at(self, step: int) -> float:
         """Return the passes over the data after a number of steps."""
-        return step / self._steps_per_epoch
+        return step / (1 if self._sampler is None else self._sampler.steps_per_epoch)
+
+    def list_groups(self, step: int, places: Array) -> list[str]:
+        """List the group ids of some records in this process's batch of a step."""
+        assert self._sampler is not None
+        items = self._sampler.read_step(step)[places, 1]
+        groups = (self.dataset.records.read(item, ("group_id",)) for item in items.tolist())
+        return list(dict.fromkeys(group for (group,) in groups))
 
     def count_shared_captions(self) -> int:
         """Count the captions to train on that held-out images have, too."""
@@ -183,6 +189,10 @@ class StreamData:
     def epoch_at(self, step: int) -> float:  # noqa: ARG002
         """Return the whole passes over the data so far, since the length of one is not known."""
         return float(self._epoch)
+
+    def list_groups(self, step: int, places: Array) -> list[str]:  # noqa: ARG002
+        """Return nothing, since a stream does not repeat the records of a step."""
+        return []
 
     def save(self, folder: Path) -> None:
         """Save the position of this process's stream."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from modeling_llm2clip.training.alignment.alignment_trainer import (
     AlignmentTrainer,
     ClampTemperatureCallback,
 )
+from modeling_llm2clip.training.alignment.sampling import ResumableBatchSampler
 from modeling_llm2clip.training.losses.loss import LossInputs
 from modeling_llm2clip.training.run_folder import find_last_checkpoint
 
@@ -302,8 +304,13 @@ def test_a_loss_that_is_not_finite_stops_a_run(
 
     to_text_embeds = AlignmentModel.to_text_embeds
     monkeypatch.setattr(AlignmentModel, "to_text_embeds", embed)
-    message = r"loss is nan at step 0, and 3 of the 8 pairs of this process have embeddings that"
-    with pytest.raises(FloatingPointError, match=message):
+    sampler = ResumableBatchSampler(np.arange(NUM_RECORDS), batch_size=8, num_steps=1, seed=0)
+    groups = [prepared.records[item].group_id for item in next(iter(sampler))[5:, 1]]
+    message = (
+        "loss is nan at step 0, and 3 of the 8 pairs of this process have embeddings that are not "
+        f"finite, of the groups {', '.join(groups)}. Check"
+    )
+    with pytest.raises(FloatingPointError, match=re.escape(message)):
         prepared.align(tmp_path / "run")
 
 

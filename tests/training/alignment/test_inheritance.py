@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from aligning import Prepared, Run, write_color_data
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llm, tiny_tokenizer, tiny_vision
 from tiny_encoders import save_tiny_encoder
+from torch import Tensor
 
 from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.__main__ import main
@@ -32,6 +34,8 @@ from modeling_llm2clip.encoding.encode import encode_images
 from modeling_llm2clip.evaluation.encoders.transformers_models import TransformersEncoder
 from modeling_llm2clip.model_folders.golden_embeddings import GOLDEN_FILE
 from modeling_llm2clip.model_folders.model_loading import load_model
+from modeling_llm2clip.training import finite_steps
+from modeling_llm2clip.training.alignment import inheritance
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.align_checks import require_same_space
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
@@ -154,18 +158,36 @@ def test_the_text_side_comes_near_its_teacher(inheriting: Inheriting, tmp_path: 
     assert "inherited 120 captions" in describe_alignment(run.output)[0]
 
 
+@pytest.mark.parametrize("ahead", [set(), {"cpu"}])
+def test_a_gradient_that_is_not_finite_ends_the_inheritance(
+    inheriting: Inheriting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: set[str]
+) -> None:
+    """At once, or where the device runs ahead at the next score, every second step here."""
+    monkeypatch.setattr(finite_steps, "_RUN_AHEAD", ahead)
+    calls: list[bool] = []
+
+    def distill_and_break(*sides: Tensor) -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        return distill(*sides) * (math.inf if calls[-1] and calls.count(True) >= 3 else 1.0)
+
+    monkeypatch.setattr(inheritance, "distill", distill_and_break)
+    with pytest.raises(FloatingPointError, match="gradient's norm is nan at step 3 of the inherit"):
+        inheriting.align(tmp_path / "run", held_out_ratio=0.0, global_batch_size=60)
+    assert calls.count(True) == (4 if ahead else 3)
+
+
 def test_views_of_held_out_captions_are_held_out_and_the_start_is_written_as_it_is(
     tmp_path: Path,
 ) -> None:
     viewed = prepare(tmp_path, "clip", count=30, num_views=3)
     run = viewed.align(tmp_path / "run", held_out_ratio=0.2, inherit_steps=4)
-    inheritance = run.results["start"]["inheritance"]
+    record = run.results["start"]["inheritance"]
     teacher = EmbeddingStore.open(viewed.teacher)
     num_taught = int(teacher.read(range(teacher.manifest.num_rows)).any(dim=1).sum())
     # A caption is trained on or measured.
-    assert inheritance["is_held_out"]
-    assert inheritance["num_captions"] + inheritance["num_measured"] == num_taught
-    assert inheritance["num_measured"] > 2 * run.results["held_out"]["best"]["num_images"]
+    assert record["is_held_out"]
+    assert record["num_captions"] + record["num_measured"] == num_taught
+    assert record["num_measured"] > 2 * run.results["held_out"]["best"]["num_images"]
     # No step followed, so there was nothing to fit once more.
     inherited = load_file(run.output / "inherited.safetensors")
     written = load_file(run.model / "model.safetensors")

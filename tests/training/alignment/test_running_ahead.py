@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
-from modeling_llm2clip.training import finite_steps
-from modeling_llm2clip.training.alignment import stored_rows
+from modeling_llm2clip.training import finite_steps, trainer_mixins
+from modeling_llm2clip.training.alignment import alignment_trainer, stored_rows
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.alignment_trainer import AlignmentTrainer
 from modeling_llm2clip.training.alignment.sampling import sample_normal, seed_rows
@@ -71,7 +71,9 @@ def test_a_bad_step_changes_no_weight_and_is_named_at_the_next_log(
     to_text_embeds = AlignmentModel.to_text_embeds
     monkeypatch.setattr(AlignmentModel, "to_text_embeds", embed)
     watch = Watch()
-    with pytest.raises(FloatingPointError, match=r"The loss is nan at step 3, and 8 of the 8"):
+    with pytest.raises(
+        FloatingPointError, match=r"loss is nan at step 3, and 8 of the 8 .* groups"
+    ):
         prepared.align(
             tmp_path / "run", callbacks=[watch], logging_steps=logging_steps, save_steps=100
         )
@@ -173,3 +175,22 @@ def test_resident_stores_and_threads_change_no_bit_of_a_run(
     ahead = train(tmp_path / "ahead")
     assert read_losses(in_turn) == read_losses(ahead)
     assert not names_that_differ(in_turn / "model", ahead / "model")
+
+
+# Where the run ends, and also every third step; the last two are kept.
+@pytest.mark.parametrize(("seconds", "steps"), [(1e9, [7]), (0.0, [6, 7])])
+def test_checkpoints_are_some_minutes_apart_unless_their_steps_are_given(
+    prepared: Prepared,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    steps: list[int],
+) -> None:
+    monkeypatch.setattr(trainer_mixins, "_SAVE_STEPS", 3)
+    monkeypatch.setattr(alignment_trainer, "_SECONDS_BETWEEN_CHECKPOINTS", seconds)
+    prepared.align_stored(
+        tmp_path / "run", max_steps=7, global_batch_size=8, held_out_ratio=0, image_noise=0,
+        caption_noise=0, projection_init="model", logging_steps=100,
+    )  # fmt: skip
+    folders = (tmp_path / "run" / "checkpoints").glob("checkpoint-*")
+    assert sorted(int(folder.name.split("-")[1]) for folder in folders) == steps
