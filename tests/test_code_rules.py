@@ -41,25 +41,25 @@ MOST_FUNCTION_LINES = 60
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
     ".": 2433,
-    "building": 1356,
+    "building": 1351,
     "cli": 1113,
-    "configs": 849,
+    "configs": 853,
     "conversion": 600,
     "data": 4678,
     "demo": 86,
     "doctor": 1348,
-    "embedding": 1241,
-    "encoding": 890,
-    "evaluation": 2860,
+    "embedding": 1249,
+    "encoding": 936,
+    "evaluation": 2915,
     "model_folders": 1435,
     "publishing": 951,
     "recipes": 444,
     "scheduling": 83,
     "search": 1494,
-    "serving": 1536,
-    "training": 4214,
+    "serving": 1544,
+    "training": 4317,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 277, 8325
+MOST_FILES, MOST_DOCSTRING_LINES = 278, 8325
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.

@@ -20,7 +20,7 @@ from shared_models import (
 from tiny import tiny_images, tiny_model
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModel
-from modeling_llm2clip.building.tower_checks import find_layers
+from modeling_llm2clip.encoding.layer_compilation import find_layers
 from modeling_llm2clip.heads_llm2clip import LogitHead, contrastive_loss
 from modeling_llm2clip.training.trainer_mixins import recompute_activations
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from modeling_llm2clip.building.tower_checks import find_layers
+from modeling_llm2clip.encoding.layer_compilation import find_layers
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 
 _Forward: TypeAlias = Callable[..., Any]

@@ -273,23 +273,6 @@ def list_layers(text_model: nn.Module) -> nn.ModuleList:
     return next((layers for layers in lists if len(layers) == count), nn.ModuleList())
 
 
-def find_layers(tower: nn.Module) -> tuple[str, nn.Module]:
-    # The lowest layer is first. Several lists may have a usual name, such as lists of stages.
-    lists = [
-        (name, module)
-        for name, module in tower.named_modules()
-        if isinstance(module, nn.ModuleList | nn.Sequential)
-        and name.split(".")[-1] in ("blocks", "layer", "layers", "stages")
-        and len(module) > 1
-    ]
-    if not lists:
-        raise ValueError(
-            f"{type(tower).__name__} has no list of layers named blocks, layer, layers or "
-            "stages, so its layers cannot be treated one by one. Set layer_decay to 1."
-        )
-    return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
-
-
 def take_hidden(output: Any) -> Tensor:
     """Return the hidden states of what a layer returns."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output

@@ -70,7 +70,16 @@ class EncodingConfig(BatchConfig, PrecisionConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackendConfig(PrecisionConfig):
+class CompileConfig(DeviceConfig):
+    """The compilation of a model."""
+
+    compile: bool = False
+    """Compile the layers of the towers, by Triton or a C++ compiler: the first batches take longer,
+    the others less time, and embeddings may differ by rounding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendConfig(PrecisionConfig, CompileConfig):
     """The library that runs a model."""
 
     backend: Backend = "torch"
@@ -92,15 +101,16 @@ class BackendConfig(PrecisionConfig):
             ),
             f"precision={self.precision}: backend='onnx' runs graphs of one precision. Leave it "
             "out, or choose text_weights.": is_onnx and self.precision != "auto",
+            "compile=True needs backend='torch'.": is_onnx and self.compile,
         }
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractConfig(EncodingConfig):
+class ExtractConfig(EncodingConfig, CompileConfig):
     """Options of `extract`: computing and storing embeddings.
 
     An interrupted store continues only with the same `store_dtype`, `max_shard_size`, `batch_size`,
-    `token_budget` and `sentence_views`, and in the same precision.
+    `token_budget`, `sentence_views` and `compile`, and in the same precision.
     """
 
     store_dtype: WeightDtype = "float16"

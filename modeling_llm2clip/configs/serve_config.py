@@ -32,8 +32,9 @@ class ServeConfig(BackendConfig, ImageLimitsConfig):
     """Maximum tokens per batch of texts, over all requests. Default: by device."""
     batch_size: Annotated[int, Interval(ge=1)] | None = None
     """Maximum images per batch, over all requests. Default: by device."""
-    num_workers: Annotated[int, Interval(ge=1)] = 2
-    """Threads that decode images, and the same number each for tokenizing and searching."""
+    num_workers: Annotated[int, Interval(ge=1)] | None = None
+    """Threads that decode images, and the same number each for tokenizing and searching. Default:
+    one per core, at most 8."""
     max_queue: Annotated[int, Interval(ge=1)] = 4096
     """Maximum number of texts and images in progress and waiting; further requests get 429 and
     Retry-After."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Generic, Literal, TypeAlias, TypeVar
 from ..configs.encoding_config import EmbedConfig, ExtractConfig
 from ..data.records.records import Modality
 from ..data.store.store_manifest import ShardedManifest
-from ..encoding.devices import find_device
+from ..encoding.devices import find_device, require_compiler
 from ..model_folders.model_folder import find_model_folder
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ def plan_encoding(
         raise ValueError(f"partition={partition!r} must be such as 2/8, the second of eight.")
     if config.precision == "bfloat16":  # what else it may be, every device has
         find_device(config.device, precision=config.precision)
+    if config.compile:
+        require_compiler(find_device(config.device))
     manifest.require_folder(Path(output))
     if isinstance(source, str | Path):
         find_model_folder(source)

@@ -26,6 +26,7 @@ from ..encoding.batches import require_finite, split_evenly
 from ..encoding.dual_encoder import DualEncoder, DualEncoderProcessor
 from ..encoding.encode import TorchEncoder
 from ..encoding.encoder_interface import EncodedImages, Encoder
+from ..encoding.layer_compilation import compile_layers
 from ..encoding.precision import describe_precision
 from ..encoding.tokenized_texts import TokenizedTexts
 from ..model_folders.guarded_loading import find_stored_dtype, load_in_precision
@@ -184,6 +185,10 @@ def load_shard_encoder(
     plan: dict[str, str] = {}
     is_teacher = is_teaching(folder, modality, config)
     project = isinstance(config, EmbedConfig) or is_teacher
+    if is_teacher and config.compile:
+        raise ValueError(
+            "compile=True is for LLM2CLIP models, and this is a teacher. Leave it out."
+        )
     if isinstance(config, EmbedConfig) and config.backend == "onnx":
         weights, plan = config.text_weights, {"backend": "onnx"}
         encoder: Encoder = load_onnx_encoder(folder, weights=weights, modalities=(modality,))
@@ -196,6 +201,9 @@ def load_shard_encoder(
         processor = LLM2CLIPProcessor.from_pretrained(folder)  # before what takes long
         model = load_in_precision(kind, folder, device, config.precision)
         plan = describe_precision(model, find_stored_dtype(folder))
+        if config.compile:
+            compile_layers(model)
+            plan["compiled"] = "layers"
         encoder = TorchEncoder(model, processor)
         head = model.text_projection if modality == "text" else model.visual_projection
     dim = encoder.embedding_dim if project else head.in_features

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -44,6 +47,19 @@ def find_device(name: str | None = "auto", *, precision: str = "auto") -> torch.
             "auto or float32, or another device."
         )
     return device
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raise ValueError where `torch.compile` finds no compiler for a device."""
+    if device.type == "cuda":
+        lacks = None if find_spec("triton") else "needs Triton: pip install triton"
+    elif device.type == "cpu":
+        name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+        lacks = None if shutil.which(name) else f"needs a C++ compiler, and there is no {name}"
+    else:
+        lacks = f"is for GPUs of CUDA and for CPUs, not for {device}"
+    if lacks:
+        raise ValueError(f"compile=True {lacks}. Or leave it out.")
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -87,6 +103,20 @@ def describe_device(device: torch.device) -> str:
     return f"cuda:{index} ({torch.cuda.get_device_name(index)})"
 
 
+def has_float64(device: torch.device) -> bool:
+    """Return whether a device computes in float64, as ranks and closed forms do; MPS does not."""
+    return device.type != "mps"
+
+
+def has_room(device: torch.device, num_bytes: int) -> bool:
+    """Return whether so many bytes fit into half of the free memory of a GPU; on a CPU they do."""
+    import torch
+
+    if device.type != "cuda":
+        return device.type == "cpu"
+    return 2 * num_bytes <= torch.cuda.mem_get_info(device)[0]
+
+
 def to_float64(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor in float64, on the CPU if it was on MPS, which has no float64."""
-    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
+    return tensor.double() if has_float64(tensor.device) else tensor.cpu().double()

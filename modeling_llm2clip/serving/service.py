@@ -19,8 +19,11 @@ from PIL import Image
 from .._suggestions import counted
 from ..configs.serve_config import ServeConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
+from ..encoding.batches import default_num_workers
+from ..encoding.devices import find_device, require_compiler
 from ..encoding.encode import TorchEncoder, average_prompts
 from ..encoding.encoder_interface import Encoder
+from ..encoding.layer_compilation import compile_layers
 from ..encoding.tokenized_texts import TokenizedText, TokenizedTexts
 from ..image_loading_llm2clip import get_image_limits
 from ..model_folders.model_card import read_card_data
@@ -115,9 +118,10 @@ class EmbeddingService:
             ),
         )
         # Separate threads: images that are slow to decode hold up neither texts nor searches.
-        self._text_threads = WorkerThreads(config.num_workers, "llm2clip-text")
-        self._image_threads = WorkerThreads(config.num_workers, "llm2clip-image")
-        self._search_threads = WorkerThreads(config.num_workers, "llm2clip-search")
+        num_workers = config.num_workers or default_num_workers()
+        self._text_threads = WorkerThreads(num_workers, "llm2clip-text")
+        self._image_threads = WorkerThreads(num_workers, "llm2clip-image")
+        self._search_threads = WorkerThreads(num_workers, "llm2clip-search")
         self._lock = threading.Lock()
         self.num_pending = 0
         self._is_closed = False
@@ -138,6 +142,8 @@ class EmbeddingService:
                 model.
         """
         config = config or ServeConfig()
+        if config.compile:
+            require_compiler(find_device(config.device))
         is_onnx = config.backend == "onnx"
         source = find_onnx_folder(model) if is_onnx else find_model_folder(model)
         images = None if index is None else ImageIndex.open(index, model=source)
@@ -148,6 +154,8 @@ class EmbeddingService:
         else:
             loaded, processor = load_model(source, device=config.device, precision=config.precision)
             require_trained(loaded, purpose="serving", source=model)
+            if config.compile:
+                compile_layers(loaded)
             saved, encoder = loaded.config, TorchEncoder(loaded, processor)
         return cls(
             encoder,

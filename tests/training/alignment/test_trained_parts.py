@@ -18,8 +18,8 @@ from shared_models import every_vision
 from tiny import VISION_FAMILIES, draw_noise, tiny_images, tiny_model
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
-from modeling_llm2clip.building.tower_checks import find_layers
 from modeling_llm2clip.configs.align_config import AlignConfig
+from modeling_llm2clip.encoding.layer_compilation import find_layers
 from modeling_llm2clip.heads_llm2clip import MAX_LOG_SCALE
 from modeling_llm2clip.model_folders.guarded_loading import load_in_precision
 from modeling_llm2clip.publishing.export_model import save_model
