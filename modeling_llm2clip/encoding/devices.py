@@ -103,6 +103,20 @@ def describe_device(device: torch.device) -> str:
     return f"cuda:{index} ({torch.cuda.get_device_name(index)})"
 
 
+def has_float64(device: torch.device) -> bool:
+    """Return whether a device computes in float64, as ranks and closed forms do; MPS does not."""
+    return device.type != "mps"
+
+
+def has_room(device: torch.device, num_bytes: int) -> bool:
+    """Return whether so many bytes fit into half of the free memory of a GPU; on a CPU they do."""
+    import torch
+
+    if device.type != "cuda":
+        return device.type == "cpu"
+    return 2 * num_bytes <= torch.cuda.mem_get_info(device)[0]
+
+
 def to_float64(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor in float64, on the CPU if it was on MPS, which has no float64."""
-    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
+    return tensor.double() if has_float64(tensor.device) else tensor.cpu().double()

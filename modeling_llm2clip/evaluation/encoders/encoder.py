@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...configs.evaluation_config import EncoderConfig
 from ...encoding.batches import OnBatch, list_keys
-from ...encoding.devices import find_device
+from ...encoding.devices import find_device, has_float64
 from ...encoding.encoder_interface import choose_batches
 from ...encoding.tokenized_texts import TokenizedTexts
 
@@ -92,6 +92,11 @@ class EvaluationEncoder(ABC):
         self._texts, self._images = KnownRows(), KnownRows()
         self._is_truncated: dict[str, bool] = {}
         self._held: list[Any] = []  # images, so that no other gets the `id` of one in memory
+
+    @property
+    def ranking_device(self) -> torch.device:
+        """Where embeddings are compared: the encoder's device, or the CPU in place of MPS."""
+        return self._device if has_float64(self._device) else torch.device("cpu")
 
     @cached_property
     @abstractmethod

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, linalg
 
+from ...encoding.devices import has_room
 from ...encoding.float32 import float32_as_such
 from .correspondence import Correspondence, PositiveLists
 
@@ -72,7 +74,7 @@ class TileShape(NamedTuple):
 # A tile of float32 scores should fit into the cache of a CPU; a GPU works best on large ones. A
 # block of images is normalized once, the texts for every block anew.
 TILE_OF_CPU = TileShape(2048, 512)
-_TILE_OF_GPU = TileShape(4096, 1024)
+_TILE_OF_GPU = TileShape(8192, 4096)
 
 
 @torch.no_grad()
@@ -82,7 +84,9 @@ def rank_retrieval(
     correspondence: Correspondence,
     *,
     all_positives: bool = False,
+    device: torch.device | None = None,
     shape: TileShape | None = None,
+    defers: bool | None = None,
 ) -> RetrievalRanks:
     """Rank the positives of every image and of every text by cosine, exactly, in one pass.
 
@@ -100,40 +104,82 @@ def rank_retrieval(
     a threshold to trust float32 are computed again in float64. So the ranks equal those of the
     whole matrix in float64, on any device and with any `shape` of the tiles; the default shape is
     fast on the device. Working memory does not grow with the rows, except for a few numbers per row
-    and pair.
+    and pair, and on a GPU the embeddings, if they fit into half of its memory.
+
+    A CPU computes these scores anew within each tile. A GPU would wait for that, so that it
+    `defers` them: queries with any such score are counted again after all tiles.
+
+    `device` computes; by default it is that of the images.
     """
     _require_fit(image_embeds, text_embeds, correspondence)
-    device = image_embeds.device
-    shape = shape or (TILE_OF_CPU if device.type == "cpu" else _TILE_OF_GPU)
-    images = UnitRows("image_embeds", image_embeds, device=device, rows_at_a_time=shape.texts)
-    texts = UnitRows("text_embeds", text_embeds, device=device, rows_at_a_time=shape.texts)
+    device = device or image_embeds.device
+    defers = device.type != "cpu" if defers is None else defers
+    shape = shape or (_TILE_OF_GPU if defers else TILE_OF_CPU)
     # No TF32, no bfloat16, no autocast: with 10 bits of mantissa or fewer, candidates with nearly
     # equal scores would swap ranks, and the switches hold for the whole program.
     with torch.autocast(device.type, enabled=False), float32_as_such():
-        pairs_at_a_time = min(shape.texts, _PAIRS_AT_A_TIME)
-        rows = zip(
-            correspondence.image_of_pair.split(pairs_at_a_time),
-            correspondence.text_of_pair.split(pairs_at_a_time),
-            strict=True,
-        )
-        cosines = [linalg.vecdot(images.take(image), texts.take(text)) for image, text in rows]
-        scores = torch.cat(cosines).cpu()  # (num_pairs,) float64
-        image_counts, text_counts = (
-            _NegativeCounts(
-                positives,
-                scores,
-                margin=bound_float32_error(image_embeds.shape[1]),
-                all_positives=all_positives,
-                device=device,
-            )
-            for positives in (correspondence.texts_of_images(), correspondence.images_of_texts())
-        )
-        for tile in score_tiles(images, texts, correspondence, shape):
-            image_counts.add(tile)
-            text_counts.add(tile.transpose())
-    return RetrievalRanks(
-        image_counts.to_ranking(len(text_embeds)), text_counts.to_ranking(len(image_embeds))
+        sides = [
+            UnitRows(name, embeds, device=device, rows_at_a_time=shape.texts)
+            for name, embeds in (("image_embeds", image_embeds), ("text_embeds", text_embeds))
+        ]
+        counts = _count_negatives(sides, correspondence, all_positives, shape, defers=defers)
+        for side, queries in enumerate(each.list_unsure() for each in counts):
+            if len(queries):
+                chosen = list(sides)
+                chosen[side] = sides[side].select(queries)
+                pairs = _select_pairs(correspondence, side, queries)
+                again = _count_negatives(chosen, pairs, all_positives, shape, defers=False)
+                counts[side].replace(queries, again[side])
+    i2t, t2i = counts
+    return RetrievalRanks(i2t.to_ranking(len(text_embeds)), t2i.to_ranking(len(image_embeds)))
+
+
+def _count_negatives(
+    sides: Sequence[UnitRows],
+    correspondence: Correspondence,
+    all_positives: bool,
+    shape: TileShape,
+    *,
+    defers: bool,
+) -> list[_NegativeCounts]:
+    """Count the negatives before each positive, for images and for texts as queries."""
+    images, texts = sides
+    pairs_at_a_time = shape.texts if defers else min(shape.texts, _PAIRS_AT_A_TIME)
+    rows = zip(
+        correspondence.image_of_pair.to(images.device).split(pairs_at_a_time),
+        correspondence.text_of_pair.to(images.device).split(pairs_at_a_time),
+        strict=True,
     )
+    cosines = [linalg.vecdot(images.take(image), texts.take(text)) for image, text in rows]
+    scores = torch.cat(cosines).cpu()  # (num_pairs,) float64
+    counts = [
+        _NegativeCounts(
+            positives,
+            scores,
+            margin=bound_float32_error(images.width),
+            all_positives=all_positives,
+            device=images.device,
+            defers=defers,
+        )
+        for positives in (correspondence.texts_of_images(), correspondence.images_of_texts())
+    ]
+    for tile in score_tiles(images, texts, correspondence, shape):
+        counts[0].add(tile)
+        counts[1].add(tile.transpose())
+    return counts
+
+
+def _select_pairs(correspondence: Correspondence, side: int, queries: Tensor) -> Correspondence:
+    """Keep the pairs of some images (side 0) or texts (1), numbered anew in their order."""
+    pairs = [correspondence.image_of_pair, correspondence.text_of_pair]
+    sizes = [correspondence.num_images, correspondence.num_texts]
+    places = torch.full((sizes[side],), -1)
+    places[queries] = torch.arange(len(queries))
+    is_kept = places[pairs[side]] >= 0
+    pairs[side], sizes[side] = places[pairs[side]], len(queries)
+    image, text = (rows[is_kept] for rows in pairs)
+    num_images, num_texts = sizes
+    return Correspondence(num_images, num_texts, image, text, allows_distractors=True)
 
 
 def _require_fit(image_embeds: Tensor, text_embeds: Tensor, correspondence: Correspondence) -> None:
@@ -154,7 +200,8 @@ class _NegativeCounts:
 
     `scores` are those of every pair, (num_pairs,) float64; of them the best one of each query is a
     threshold, or each. A float32 score of a tile is off by `margin` at most, and those that are
-    nearer to a threshold are computed again.
+    nearer to a threshold are computed again, or with `defers` counted alone, so that nothing is
+    read from the device.
     """
 
     def __init__(
@@ -165,6 +212,7 @@ class _NegativeCounts:
         margin: float,
         all_positives: bool,
         device: torch.device,
+        defers: bool,
     ) -> None:
         queries = torch.arange(len(positives.counts)).repeat_interleave(positives.counts)
         by_pair = scores[positives.pairs]
@@ -174,23 +222,27 @@ class _NegativeCounts:
             first = positives.offsets[:-1][positives.counts > 0]
             ordered, queries = ordered[first], queries[first]
         self._positives, self._all_positives, self._margin = positives, all_positives, margin
-        self._queries = queries  # (thresholds,) ascending
+        self._queries = queries  # (thresholds,) ascending, on the CPU
+        self._rows = queries.to(device)
         self._thresholds = (ordered - TIE_TOLERANCE).to(device)  # best first within a query
         self._counts = torch.zeros(len(ordered), dtype=torch.int64, device=device)
+        self._near = torch.zeros_like(self._counts) if defers else None
 
     def add(self, tile: Tile) -> None:
         """Count the negatives of a tile that are ranked before each positive of its queries."""
         ends = torch.tensor([tile.query_start, tile.query_start + len(tile.scores)])
         low, high = torch.searchsorted(self._queries, ends).tolist()
-        rows = (self._queries[low:high] - tile.query_start).to(tile.scores.device)
-        # For most queries, no negative of a tile comes near to their positive.
-        lowest = (self._thresholds[low:high] - self._margin).float()
-        concerned = (tile.scores.amax(dim=1)[rows] >= lowest).nonzero().flatten()
+        rows = self._rows[low:high] - tile.query_start
+        if self._near is None:
+            # For most queries, no negative of a tile comes near to their positive.
+            lowest = (self._thresholds[low:high] - self._margin).float()
+            concerned = (tile.scores.amax(dim=1)[rows] >= lowest).nonzero().flatten()
+        else:
+            concerned = torch.arange(high - low, device=rows.device)
         for part in concerned.split(len(tile.scores)):  # the memory of a tile has no more rows
             if len(part):
                 scores, places = _select_rows(tile.scores, rows[part]), low + part
-                thresholds = self._thresholds[places, None]
-                self._counts[places] += self._count(tile, rows[part], scores, thresholds)
+                self._counts[places] += self._count(tile, rows[part], scores, places)
 
     def to_ranking(self, num_candidates: int) -> Ranking:
         is_query = self._positives.counts > 0
@@ -207,11 +259,28 @@ class _NegativeCounts:
             queries=None if is_query.all() else is_query.nonzero().flatten(),
         )
 
-    def _count(self, tile: Tile, rows: Tensor, scores: Tensor, thresholds: Tensor) -> Tensor:
+    def list_unsure(self) -> Tensor:
+        """List the queries with scores too near to a threshold that were counted alone."""
+        return (
+            self._queries[:0]
+            if self._near is None
+            else self._queries[self._near.cpu() > 0].unique()
+        )
+
+    def replace(self, queries: Tensor, counts: _NegativeCounts) -> None:
+        """Take the counts of some queries from those of these queries alone."""
+        self._counts[torch.isin(self._queries, queries).to(self._counts.device)] = counts._counts
+
+    def _count(self, tile: Tile, rows: Tensor, scores: Tensor, places: Tensor) -> Tensor:
         """Count the scores of some rows of a tile that reach the thresholds, (q,) int64."""
+        thresholds = self._thresholds[places, None]
         lowest, highest = (thresholds - self._margin).float(), (thresholds + self._margin).float()
         counts = _count_above(scores, highest, tile.memory)
-        unsure = (_count_above(scores, lowest, tile.memory) > counts).nonzero().flatten()
+        near_counts = _count_above(scores, lowest, tile.memory) - counts
+        if self._near is not None:
+            self._near[places] += near_counts
+            return counts
+        unsure = near_counts.nonzero().flatten()
         if len(unsure):
             near = _select_rows(scores, unsure)
             near = (near >= lowest[unsure]) & (near < highest[unsure])
@@ -249,20 +318,26 @@ class UnitRows:
         self, name: str, embeds: Tensor, *, device: torch.device, rows_at_a_time: int
     ) -> None:
         self.width = embeds.shape[1]
-        self._embeds = embeds
+        self._embeds = embeds.to(device) if has_room(device, embeds.nbytes) else embeds
         self.device = device
-        inverses = []
-        for start in range(0, len(embeds), rows_at_a_time):
-            rows = embeds[start : start + rows_at_a_time]
-            lengths = linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-            if not lengths.isfinite().all():
-                row = start + int((~lengths.isfinite()).long().argmax())
-                raise ValueError(
-                    f"{name} row {row} has a NaN or an infinity. Find out which input it comes "
-                    "from before anything is ranked."
-                )
-            inverses.append(lengths.clamp(min=_MIN_LENGTH).reciprocal())
-        self._inverse_lengths = torch.cat(inverses).to(device)  # (N,) float64
+        parts = self._embeds.split(rows_at_a_time)
+        lengths = torch.cat(
+            [linalg.vector_norm(rows, dim=1, dtype=torch.float64) for rows in parts]
+        )
+        is_finite = lengths.isfinite()
+        if not is_finite.all():
+            raise ValueError(
+                f"{name} row {int((~is_finite).long().argmax())} has a NaN or an infinity. Find "
+                "out which input it comes from before anything is ranked."
+            )
+        self._inverse_lengths = lengths.clamp(min=_MIN_LENGTH).reciprocal().to(device)  # (N,)
+
+    def select(self, rows: Tensor) -> UnitRows:
+        """Return some of the rows."""
+        selected = copy(self)
+        selected._embeds = self._embeds[rows.to(self._embeds.device)]
+        selected._inverse_lengths = self._inverse_lengths[rows.to(self.device)]
+        return selected
 
     def write(self, start: int, buffer: Tensor) -> Tensor:
         """Write rows into a (n, P) float32 buffer, as many as fit; return the part with them."""

@@ -17,6 +17,7 @@ from .task import BY_COSINE, Datasets, Task, TaskScores, count_texts, describe_i
 
 _KS = (1, 5)
 _NUM_CONFUSED = 20
+_IMAGES_AT_A_TIME = 2048  # whose scores are float64
 _NEAR = 1e-4  # of a cosine in float32, far above its rounding error
 
 
@@ -28,7 +29,7 @@ def _run_classification(encoder: EvaluationEncoder, datasets: Datasets) -> TaskS
     classes = average_prompts(texts.embeds, num_prompts)
     images = F.normalize(encoder.encode_images(dataset.images, names=dataset.image_names), dim=-1)
     labels = torch.tensor(dataset.labels)
-    ranks, predicted = rank_classes(images, classes, labels)
+    ranks, predicted = rank_classes(images, classes, labels, device=encoder.ranking_device)
     num_classes = len(classes)
     cells = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
     confusion = cells.unflatten(0, (num_classes, num_classes))  # own class, predicted class
@@ -49,17 +50,28 @@ def list_prompts(dataset: ClassificationDataset) -> list[str]:
     ]
 
 
-def rank_classes(images: Tensor, classes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def rank_classes(
+    images: Tensor, classes: Tensor, labels: Tensor, *, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """Compute the rank of each image's own class, from 1, and the predicted class, both (N,) int64.
 
     Images are (N, D), classes (C, D), of unit length. Ties count against the model: the prediction
-    for an image whose own class ties with others is the nearest of these.
+    for an image whose own class ties with others is the nearest of these. Results are on the CPU;
+    the device, None for that of the images, computes in float64.
     """
-    scores = images.double() @ classes.double().T  # (N, C)
-    true_scores = scores.gather(1, labels[:, None])
-    others = scores.scatter(1, labels[:, None], -torch.inf)
-    ranks = 1 + (others >= true_scores - TIE_TOLERANCE).sum(dim=1)
-    return ranks, torch.where(ranks == 1, labels, others.argmax(dim=1))
+    device = device or images.device
+    classes, labels, parts = classes.to(device).double(), labels.to(device), []
+    for start in range(0, len(images), _IMAGES_AT_A_TIME):
+        chosen = slice(start, start + _IMAGES_AT_A_TIME)
+        classes_of = labels[chosen, None]
+        scores = images[chosen].to(device).double() @ classes.T  # (n, C)
+        least = scores.gather(1, classes_of) - TIE_TOLERANCE
+        scores.scatter_(1, classes_of, -torch.inf)
+        ranks = 1 + (scores >= least).sum(dim=1)
+        nearest = torch.where(ranks == 1, classes_of[:, 0], scores.argmax(dim=1))
+        parts.append(torch.stack([ranks, nearest]))
+    ranks, predicted = torch.cat(parts, dim=1).cpu()
+    return ranks, predicted
 
 
 def find_tied_classes(classes: Tensor) -> list[int]:

@@ -84,7 +84,9 @@ def _rank(
     correspondence = dataset.correspondence
     texts = encoder.encode_texts(dataset.captions)
     images = encoder.encode_images(dataset.images, names=dataset.image_names)
-    ranks = rank_retrieval(images, texts.embeds, correspondence, all_positives=True)
+    ranks = rank_retrieval(
+        images, texts.embeds, correspondence, all_positives=True, device=encoder.ranking_device
+    )
     counts: dict[str, Any] = {"images": len(images), **count_texts(texts)}
     if correspondence.allows_distractors:
         of_images, of_texts = correspondence.list_distractors()
@@ -156,20 +158,20 @@ def _list_pairs(groups: Sequence[CaptionGroup]) -> list[str]:
     return [group.captions[number] for number in (0, 1) for group in groups]
 
 
-def rank_pairs(embeds: Tensor) -> RetrievalRanks:
+def rank_pairs(embeds: Tensor, *, device: torch.device | None = None) -> RetrievalRanks:
     """Rank second texts for first ones, which are in the place of images, and vice versa.
 
-    Takes (2N, D): all first texts, then all second ones.
+    Takes (2N, D): all first texts, then all second ones. The device computes; None for theirs.
     """
     number = len(embeds) // 2
     pairs = Correspondence.from_image_of_text(range(number), number)
-    return rank_retrieval(embeds[:number], embeds[number:], pairs)
+    return rank_retrieval(embeds[:number], embeds[number:], pairs, device=device)
 
 
 def _run_cra(encoder: EvaluationEncoder, datasets: Datasets) -> TaskScores:
     groups = _require_pairs(datasets)
     texts = encoder.encode_texts(_list_pairs(groups))
-    ranks = rank_pairs(texts.embeds)
+    ranks = rank_pairs(texts.embeds, device=encoder.ranking_device)
     return TaskScores(
         {
             "cra": mean_with_interval(hits_at(ranks.i2t, k=1)),

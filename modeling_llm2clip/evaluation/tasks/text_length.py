@@ -43,7 +43,9 @@ def _run_length(encoder: EvaluationEncoder, datasets: Datasets) -> TaskScores:
         lengths = count_clip_tokens(queries)
         texts = encoder.encode_texts(queries)
         images = encoder.encode_images(dataset.images, names=dataset.image_names)
-        ranking = rank_retrieval(images, texts.embeds, dataset.correspondence).t2i
+        ranking = rank_retrieval(
+            images, texts.embeds, dataset.correspondence, device=encoder.ranking_device
+        ).t2i
         asked = ranking.select(torch.arange(len(queries)))
         clusters = ranking.select(dataset.number_groups()[dataset.correspondence.image_of_text])
         lengths = [lengths[row] for row in asked.tolist()]
@@ -52,7 +54,7 @@ def _run_length(encoder: EvaluationEncoder, datasets: Datasets) -> TaskScores:
         queries = [first for first, _ in pairs]
         lengths = count_clip_tokens(queries)
         texts = encoder.encode_texts([*queries, *(second for _, second in pairs)])
-        ranking = rank_pairs(texts.embeds).i2t
+        ranking = rank_pairs(texts.embeds, device=encoder.ranking_device).i2t
         asked = clusters = torch.arange(len(queries))
     counts = {
         "images": len(dataset.images),

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -242,8 +243,13 @@ def run_alignment(
 
 def _require_fitting(folder: Path, plan: AlignPlan) -> dict[str, Any]:
     """Refuse stores and options that do not fit the model; return its fingerprint."""
-    config, text, vision = plan.config, fingerprint_text(folder), fingerprint_vision(folder)
-    for store, fingerprint in ((plan.captions, text), (plan.images, vision)):
+    config = plan.config
+    fingerprints: list[Any] = [{}, {}, {}]
+    if PartialState().is_main_process:  # it reads all weights
+        head = fingerprint_model(folder, without_towers=True)
+        fingerprints = [fingerprint_text(folder), fingerprint_vision(folder), head]
+    broadcast_object_list(fingerprints)
+    for store, fingerprint in zip((plan.captions, plan.images), fingerprints, strict=False):
         if store is not None:
             store.require_fingerprint(fingerprint)
     if plan.teacher is not None:
@@ -260,7 +266,7 @@ def _require_fitting(folder: Path, plan: AlignPlan) -> dict[str, Any]:
             "The model keeps an embedder's own embeddings (build --keep-embeddings), and this "
             "alignment would change them. Give lock_text=True."
         )
-    return {"text": text, "vision": vision, "head": fingerprint_model(folder, without_towers=True)}
+    return dict(zip(("text", "vision", "head"), fingerprints, strict=True))
 
 
 def _choose(

@@ -74,10 +74,10 @@ class AlignmentFit:
     def load(self, device: torch.device) -> tuple[AlignmentModel, dict[str, Any]]:
         """Load the model with its trained parts chosen, on its device.
 
-        It stays on the CPU where the Trainer shards it, and where its text side inherits there.
+        It stays on the CPU where the Trainer shards it.
         """
         set_seed(self.config.seed)
-        place = torch.device("cpu") if is_sharded() or self.teacher is not None else device
+        place = torch.device("cpu") if is_sharded() else device
         model = self.load_parts(self.source, place, rounds_towers=self.rounds_towers(device.type))
         if self.config.precision == "float32":
             model.float()  # type: ignore[no-untyped-call]  # towers in half precision would be computed in it

@@ -5,6 +5,8 @@ B images and captions, D width of the LLM, D' of the vision tower, P `projection
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from ..run_folder import list_trained
 from ..trainer_mixins import (
     find_pooler,
     find_without_gradient,
+    is_sharded,
     recompute_activations,
     require_gradients,
 )
@@ -141,6 +144,26 @@ class AlignmentModel(PartialModel):
 
 def _add(embeds: Tensor, noise: Tensor | None) -> Tensor:
     return embeds if noise is None else embeds + noise
+
+
+@contextmanager
+def skip_identity_blocks(model: nn.Module) -> Iterator[None]:
+    """Leave out the blocks of a text adapter that add nothing, as those of a new one do.
+
+    Embeddings keep their bits, but for zeros that lose their sign.
+    """
+    adapter = getattr(model, "text_adapter", None)
+    if adapter is None or is_sharded():  # whose parts belong to FSDP
+        yield
+        return
+    blocks = adapter.blocks
+    adapter.blocks = nn.ModuleList(
+        block for block in blocks if block.down.weight.any() or block.down.bias.any()
+    )
+    try:
+        yield
+    finally:
+        adapter.blocks = blocks
 
 
 def choose_trained_parts(model: AlignmentModel, config: AlignConfig) -> dict[str, Any]:

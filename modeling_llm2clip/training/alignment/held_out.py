@@ -29,7 +29,13 @@ from ...data.records.record_table import Array, RecordTable
 from ...data.records.records import CaptionedImage
 from ...data.records.splits import list_text_keys
 from ...data.streams.record_streams import RecordStream
-from ...encoding.encode import TorchEncoder, average_prompts, project_stored
+from ...encoding.devices import has_float64
+from ...encoding.encode import (
+    TorchEncoder,
+    average_prompts,
+    project_stored,
+    raise_malloc_thresholds,
+)
 from ...evaluation.datasets.classification_dataset import ClassificationDataset
 from ...evaluation.datasets.dataset_registry import load_dataset
 from ...evaluation.metrics.correspondence import Correspondence
@@ -37,11 +43,11 @@ from ...evaluation.metrics.ranking import rank_retrieval
 from ...evaluation.metrics.scores import hits_at
 from ...evaluation.results import hash_dataset
 from ...evaluation.tasks.classification import list_prompts, rank_classes
-from ...heads_llm2clip import MAX_LOG_SCALE
+from ...heads_llm2clip import MAX_LOG_SCALE, LogitRule
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ..losses.loss import Loss, LossInputs, list_fitted
 from .alignment_data import AlignmentDataset, decode_sample, list_pairs
-from .alignment_model import AlignmentModel
+from .alignment_model import AlignmentModel, skip_identity_blocks
 from .sampling import mix
 
 _MAX_HELD_OUT = 1_000
@@ -49,9 +55,13 @@ _MAX_HELD_OUT = 1_000
 _MIN_HELD_OUT = 20
 _MAX_SHARE_OF_SMALL_DATA = 0.2
 _ROWS_PER_BATCH = 512
+# Five captions of a thousand images take a fifth of it, with the widest towers.
+_MOST_BYTES_KEPT = 2**29
 # So many pairs suffice to fit a single number.
 _MAX_ROWS_OF_TEMPERATURE = 2_000
 _TEMPERATURE_STEPS = 16
+# Share of a loss by which the rounding of kept cosines may change it; 1.3e-5 is the most measured.
+_ESTIMATE_ERROR = 2e-5
 # The loss is convex in the inverse temperature and a bias: a few steps come to float32's rounding.
 _FIT_STEPS = 100
 _FIT_TOLERANCE = 1e-6
@@ -248,6 +258,8 @@ class HeldOutImages:
         first = np.flatnonzero(self._numbers == 0)
         names = dataset.records.read_numbers("name_key", self._items[first])
         self.image_rows = np.sort(first[np.unique(names, return_index=True)[1]]).tolist()
+        self._read: dict[int, dict[str, Tensor]] = {}
+        self._bytes_left = _MOST_BYTES_KEPT
 
     @property
     def groups(self) -> str:
@@ -256,14 +268,20 @@ class HeldOutImages:
         return hashlib.sha256(ids.tobytes()).hexdigest()[:16]
 
     def iterate_batches(self) -> Iterator[dict[str, Tensor]]:
-        """Yield every pair, some hundred at a time, for `embed_batches`."""
+        """Yield every pair, some hundred at a time, for `embed_batches`.
+
+        Stored embeddings are read once, and held as long as there is room.
+        """
         for start in range(0, len(self._items), _ROWS_PER_BATCH):
             rows = slice(start, start + _ROWS_PER_BATCH)
-            yield {
-                **self.dataset.read_pairs(self._items[rows], self._numbers[rows]),
-                "group_ids": self.group_ids[rows],
-                "text_keys": self._text_keys[rows],
-            }
+            pairs = self._read.get(start)
+            if pairs is None:
+                pairs = self.dataset.read_pairs(self._items[rows], self._numbers[rows])
+                size = sum(part.nbytes for part in pairs.values())
+                if self.dataset.is_stored and size <= self._bytes_left:
+                    self._read[start], self._bytes_left = pairs, self._bytes_left - size
+            group_ids, text_keys = self.group_ids[rows], self._text_keys[rows]
+            yield {**pairs, "group_ids": group_ids, "text_keys": text_keys}
 
     def score(self, loss: Loss, inputs: LossInputs) -> HeldOutScores:
         of_image = self.group_ids[self.image_rows].tolist()
@@ -295,15 +313,18 @@ def embed_batches(
 ) -> LossInputs:
     """Encode the pairs of some batches in evaluation mode, by an `AlignmentModel`, wrapped or not.
 
-    All tensors are on the CPU, and every process has the same.
+    All tensors are on the device if it has float64, otherwise on the CPU, and every process has
+    the same.
     """
     was_training = model.training
     model.eval()
     parts: list[LossInputs] = []
-    for batch in batches:
-        with make_context():
-            _, inputs = model(**{name: value.to(device) for name, value in batch.items()})
-        parts.append(inputs.to(torch.device("cpu")))
+    place = device if has_float64(device) else torch.device("cpu")
+    with skip_identity_blocks(model):
+        for batch in batches:
+            with make_context():
+                _, inputs = model(**{name: value.to(device) for name, value in batch.items()})
+            parts.append(inputs.to(place))
     model.train(was_training)
     joined: dict[str, Any] = {
         name: torch.cat([getattr(part, name) for part in parts])
@@ -318,27 +339,86 @@ def fit_temperature(loss: Loss, inputs: LossInputs) -> tuple[float, float]:
     """Find the temperature with the lowest loss of some pairs, from `embed_batches`.
 
     Golden-section search: the losses are convex in the inverse temperature. Returned are its
-    logarithm, and the loss of all pairs at it.
+    logarithm, and the loss of all pairs at it. Cosines are computed once and scaled, as long as
+    the losses to compare differ by more than this rounds.
     """
     inputs = _move_beside(loss, inputs)
+    if inputs.image_embeds.device.type == "cpu":
+        raise_malloc_thresholds()
     few = inputs.take(slice(_MAX_ROWS_OF_TEMPERATURE))
+    kept: list[_Cosines] = []
 
     @cache
     def measure_at(log_scale: float) -> float:
         return float(loss(few.at_scale(math.exp(log_scale))))
 
+    @cache
+    def estimate_at(log_scale: float) -> float:
+        scaled = few.at_scale(math.exp(log_scale))
+        return float(loss(scaled._replace(logits=_KeptCosines.of(scaled.logits, kept))))
+
+    is_sure = True
+
+    def is_lower(first: float, second: float) -> bool:
+        nonlocal is_sure
+        if is_sure:
+            losses = estimate_at(first), estimate_at(second)
+            # A loss may use no logits, and points that are once too near come nearer still.
+            error = _ESTIMATE_ERROR * max(map(abs, losses))
+            is_sure = bool(kept) and abs(losses[0] - losses[1]) > error
+        if not is_sure:
+            losses = measure_at(first), measure_at(second)
+        return losses[0] < losses[1]
+
     ratio = (math.sqrt(5) - 1) / 2
     low, high = 0.0, MAX_LOG_SCALE
     left, right = high - ratio * (high - low), low + ratio * (high - low)
     for _ in range(_TEMPERATURE_STEPS):
-        if measure_at(left) < measure_at(right):
+        if is_lower(left, right):
             high, right, left = right, left, right - ratio * (right - low)
         else:
             low, left, right = left, right, left + ratio * (high - left)
-    log_scale = min(left, right, key=measure_at)
+    log_scale = right if is_lower(right, left) else left
     if len(inputs.image_embeds) <= _MAX_ROWS_OF_TEMPERATURE:
         return log_scale, measure_at(log_scale)
     return log_scale, float(loss(inputs.at_scale(math.exp(log_scale))))
+
+
+class _Cosines(NamedTuple):
+    """A product of embeddings of images and texts, and these embeddings."""
+
+    image_embeds: Tensor
+    text_embeds: Tensor
+    product: Tensor
+
+    def is_of(self, image_embeds: Tensor, text_embeds: Tensor) -> bool:
+        pairs = ((self.image_embeds, image_embeds), (self.text_embeds, text_embeds))
+        return all(
+            # What is held keeps its memory, so that no other embeddings are at its address.
+            (old.data_ptr(), old.shape, old.stride()) == (new.data_ptr(), new.shape, new.stride())
+            or torch.equal(old, new)
+            for old, new in pairs
+        )
+
+
+class _KeptCosines(LogitRule):
+    """Scales cosines that an earlier rule computed for the same loss, which asks in one order."""
+
+    _kept: list[_Cosines]
+    _place: int
+
+    @classmethod
+    def of(cls, rule: LogitRule, kept: list[_Cosines]) -> _KeptCosines:
+        made = cls(*rule)
+        made._kept, made._place = kept, 0
+        return made
+
+    def __call__(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        place, self._place = self._place, self._place + 1
+        if place == len(self._kept) or not self._kept[place].is_of(image_embeds, text_embeds):
+            unscaled = LogitRule(torch.ones_like(self.scale))(image_embeds, text_embeds)
+            self._kept[place:] = [_Cosines(image_embeds, text_embeds, unscaled)]
+        return self.from_cosines(self._kept[place].product)
 
 
 def fit_start(loss: Loss, inputs: LossInputs, *, keep_scale: bool = False) -> LossFit:
@@ -436,7 +516,8 @@ class ZeroShotImages:
         classes = average_prompts(
             texts, [len(self._dataset.templates)] * len(self._dataset.class_names)
         )
-        ranks, _ = rank_classes(images, classes, self._labels)
+        device = model.device if has_float64(model.device) else None
+        ranks, _ = rank_classes(images, classes, self._labels, device=device)
         return float((ranks == 1).double().mean())
 
     def _find_embeds(self, model: AlignmentModel, modality: str) -> Tensor:

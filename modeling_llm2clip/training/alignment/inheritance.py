@@ -29,11 +29,12 @@ from ..finite_steps import FiniteSteps, runs_ahead, spread_nonfinite
 from ..losses.terms import distill
 from .alignment_data import list_pairs
 from .alignment_fit import AlignmentFit
-from .alignment_model import AlignmentModel
+from .alignment_model import AlignmentModel, skip_identity_blocks
 from .projection_init import (
     RATE_FROM_TRAINED,
     SHRINKAGES,
     Side,
+    apply_adapter,
     fill_projection,
     make_identity,
     require_varied,
@@ -106,7 +107,7 @@ def inherit(
             distance = captions.measure(model)
             if distance < lowest or not captions.is_held_out:
                 best, best_step, lowest = copy_text_side(model), step, distance
-    parts.to("cpu")
+    parts.to(model.visual_projection.weight.device)
     model.load_state_dict(best, strict=False)
     return {
         "num_captions": captions.num_trained,
@@ -183,8 +184,9 @@ class _Captions:
         """Measure the distance from the teacher, in batches of the same size as in training."""
         device, total = model.text_projection.weight.device, 0.0
         parts = (part.to(device).split(self._batch_size) for part in self.measured)
-        for embeds, targets in zip(*parts, strict=True):
-            total += len(embeds) * float(distill(model.to_text_embeds(embeds), targets))
+        with skip_identity_blocks(model):
+            for embeds, targets in zip(*parts, strict=True):
+                total += len(embeds) * float(distill(model.to_text_embeds(embeds), targets))
         return total / len(self.measured[0])
 
     def iterate(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -218,7 +220,8 @@ def _fit_ridge(model: AlignmentModel, captions: _Captions) -> tuple[float, float
     require_varied(captions=embeds, teacher=targets)
     if not model.config.text_adapter_trained:
         make_identity(model.text_adapter)
-    adapted = model.text_adapter(embeds).float()
+    adapted = apply_adapter(model, embeds)
+    targets = targets.to(adapted.device)
     side, mean = Side(adapted), targets.mean(0).double()
     rotated = side.rotate(adapted).double()
     cross = rotated.T @ (targets - mean) / len(targets)

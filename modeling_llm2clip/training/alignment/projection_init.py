@@ -20,15 +20,20 @@ from torch import Tensor, nn
 
 from ..._suggestions import counted
 from ...configs.align_config import AlignConfig
+from ...encoding.devices import has_float64, has_room
 from ...modeling_llm2clip import LLM2CLIPModel
 from ..losses.loss import LossInputs, list_fitted
 from .alignment_data import list_pairs
-from .alignment_model import AlignmentModel
+from .alignment_model import AlignmentModel, skip_identity_blocks
 from .held_out import HeldOutImages, embed_batches, fit_start
 from .run_data import RecordData, RunData
 
 # So many pairs suffice for a linear fit of embeddings of a few thousand elements, and fit memory.
 _MAX_PAIRS = 50_000
+# The inner layer of an adapter is several times as wide as its output.
+_ROWS_OF_ADAPTER = 4096
+# The closed form holds both sides, those of a fold, and one of them centered in float64.
+_BYTES_PER_NUMBER = 32
 # Rates: trained projections are only refined; random weights need larger steps.
 RATE_FROM_TRAINED = 1e-4
 _RATE_FROM_RANDOM = 1e-3
@@ -214,10 +219,7 @@ def init_projections_by_cca(
     require_varied(captions=caption_embeds, images=vision_embeds)
     if not model.config.text_adapter_trained:
         make_identity(model.text_adapter)
-    device = model.text_projection.weight.device
-    text = model.text_adapter(caption_embeds.to(device)).float()
-    if device.type == "mps":  # which has no float64
-        text = text.cpu()
+    text = apply_adapter(model, caption_embeds)
     vision = vision_embeds.to(text.device).float()
     num_directions = model.config.projection_dim
     rank = None
@@ -255,6 +257,19 @@ def make_identity(text_adapter: Any) -> None:
     for block in text_adapter.blocks:
         block.down.weight.zero_()
         block.down.bias.zero_()
+
+
+def apply_adapter(model: LLM2CLIPModel, caption_embeds: Tensor) -> Tensor:
+    """Apply the text adapter in parts, to (N, D) float32 where a closed form is computed.
+
+    That is the model's device, or the CPU where this one has no float64, or no room.
+    """
+    device = model.text_projection.weight.device
+    size = _BYTES_PER_NUMBER * caption_embeds.numel()
+    place = device if has_float64(device) and has_room(device, size) else torch.device("cpu")
+    with skip_identity_blocks(model):
+        parts = caption_embeds.split(_ROWS_OF_ADAPTER)
+        return torch.cat([model.text_adapter(part.to(device)).float().to(place) for part in parts])
 
 
 def fill_projection(projection: nn.Linear, weight: Tensor, bias: Tensor) -> None:

@@ -1,9 +1,9 @@
 """The nearest groups of each group by cosine, for hard batches: groups that a model still confuses.
 
-Few groups are compared with all. Above `EXACT_UP_TO` groups, an inverted file of FAISS
-is searched instead: groups are sorted into clusters, and a group is compared with those of the
-nearest clusters. How many clusters are searched is chosen by the recall on a sample of groups,
-which is searched exactly, too.
+Few groups are compared with all, and so are all that a GPU has room for. Otherwise, above
+`EXACT_UP_TO` groups, an inverted file of FAISS is searched: groups are sorted into clusters, and a
+group is compared with those of the nearest clusters. How many clusters are searched is chosen by
+the recall on a sample of groups, which is searched exactly, too.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from torch.nn import functional as F
 
 from ..._extras import ANN, require
 from ...data.key_arrays import Array
+from ...encoding.devices import has_room
+from ...encoding.float32 import float32_as_such
 
 EXACT_UP_TO = 20_000
 WANTED_RECALL = 0.95
@@ -44,21 +46,30 @@ _SMALL_GAIN = 0.01
 
 
 def find_nearest_groups(
-    embeddings: Array, top_k: int, *, device: torch.device | str = "cpu"
+    embeddings: Array,
+    top_k: int,
+    *,
+    device: torch.device | str = "cpu",
+    is_resident: bool | None = None,
 ) -> tuple[Array, dict[str, Any]]:
     """Find the nearest other rows of each row, nearest first, and report how they were found.
 
-    They are (N, top_k) integers. The embeddings may be mapped.
+    They are (N, top_k) integers. The embeddings may be mapped. `is_resident` moves them to the
+    device, which then compares all with all; None does so on a GPU that has room for them.
     """
-    rows = np.arange(len(embeddings))
+    rows, device = np.arange(len(embeddings)), torch.device(device)
+    if is_resident is None:
+        is_resident = device.type == "cuda" and has_room(device, embeddings.nbytes)
     report: dict[str, Any] = {"method": "exact"}
-    if len(embeddings) <= EXACT_UP_TO:
-        blocks = _search_exactly(embeddings, rows, top_k, device)
+    if is_resident or len(embeddings) <= EXACT_UP_TO:
+        held = _hold(embeddings, device) if is_resident else embeddings
+        blocks = _search_exactly(held, rows, top_k, device)
     else:
         require_search(len(embeddings))
         index, report = _build_index(embeddings, top_k, device)
         blocks = _search_index(index, embeddings, rows, top_k)
-    return np.concatenate([block.astype(np.int32) for block in blocks]), report
+    with float32_as_such():
+        return np.concatenate([block.astype(np.int32) for block in blocks]), report
 
 
 def require_search(num_groups: int) -> None:
@@ -67,8 +78,18 @@ def require_search(num_groups: int) -> None:
         require(ANN)
 
 
+def _hold(embeddings: Array, device: torch.device) -> Tensor:
+    """Copy embeddings to a device in their own dtype, block by block."""
+    dtype = torch.from_numpy(np.array(embeddings[:1])).dtype
+    held = torch.empty(embeddings.shape, dtype=dtype, device=device)
+    for start in range(0, len(embeddings), _ROWS_AT_ONCE):
+        block = slice(start, start + _ROWS_AT_ONCE)
+        held[block] = torch.from_numpy(np.array(embeddings[block]))
+    return held
+
+
 def _search_exactly(
-    embeddings: Array, rows: Array, top_k: int, device: torch.device | str
+    embeddings: Array | Tensor, rows: Array, top_k: int, device: torch.device | str
 ) -> Iterator[Array]:
     """Yield the nearest rows of some rows, (M, top_k) at a time, in bounded memory."""
     for start in range(0, len(rows), _ROWS_PER_TILE):
@@ -89,7 +110,11 @@ def _search_exactly(
         yield nearest.cpu().numpy()
 
 
-def _take_units(embeddings: Array, rows: Array | slice, device: torch.device | str) -> Tensor:
+def _take_units(
+    embeddings: Array | Tensor, rows: Array | slice, device: torch.device | str
+) -> Tensor:
+    if isinstance(embeddings, Tensor):
+        return F.normalize(embeddings[rows].float(), dim=-1)
     taken = torch.from_numpy(np.asarray(embeddings[rows], np.float32))
     return F.normalize(taken.to(device), dim=-1)
 

@@ -52,12 +52,18 @@ def rank_whole_matrix(scores, positive):
 
 
 def require_ranks_of_whole_matrix(images, texts, correspondence, shape=None):
+    """Both as a CPU ranks and as a GPU does."""
+    for defers in (False, True):
+        require_ranks(images, texts, correspondence, shape=shape, defers=defers)
+
+
+def require_ranks(images, texts, correspondence, **options):
     unit_images, unit_texts = (F.normalize(side.double(), dim=-1) for side in (images, texts))
     scores = unit_images @ unit_texts.T
     positive = torch.zeros(scores.shape, dtype=torch.bool)
     positive[correspondence.image_of_pair, correspondence.text_of_pair] = True
-    ranking = rank_retrieval(images, texts, correspondence, all_positives=True, shape=shape)
-    best_alone = rank_retrieval(images, texts, correspondence, shape=shape)
+    ranking = rank_retrieval(images, texts, correspondence, all_positives=True, **options)
+    best_alone = rank_retrieval(images, texts, correspondence, **options)
     for side, alone, wanted in (
         (ranking.i2t, best_alone.i2t, rank_whole_matrix(scores, positive)),
         (ranking.t2i, best_alone.t2i, rank_whole_matrix(scores.T, positive.T)),
@@ -117,26 +123,62 @@ def test_ranks_are_those_of_the_embeddings_in_float64_whatever_they_are_stored_a
     require_ranks_of_whole_matrix(images.to(dtype), texts.to(dtype), correspondence)
 
 
+@pytest.mark.parametrize("defers", [False, True])
 @pytest.mark.parametrize(("below", "rank"), [(-1e-3, 2), (0.0, 2), (5e-7, 2), (2e-6, 1), (1e-3, 1)])
-def test_a_wrong_candidate_within_the_tolerance_is_ranked_before_the_right_one(below, rank):
+def test_a_wrong_candidate_within_the_tolerance_is_ranked_before_the_right_one(below, rank, defers):
     # 2e-6 is not a tie, though float32 could round it away.
     image = torch.tensor([[1.0, 0.0]])
     cosines = torch.tensor([0.8, 0.8 - below], dtype=torch.float64)
     texts = torch.stack([cosines, (1 - cosines**2).sqrt()], dim=1)
     both = torch.cat([image.double(), texts[1:]])
-    ranking = rank_retrieval(both, texts, Correspondence.from_image_of_text([0, 1], 2))
+    pairs = Correspondence.from_image_of_text([0, 1], 2)
+    ranking = rank_retrieval(both, texts, pairs, defers=defers)
     assert ranking.i2t.best_ranks[0] == rank
 
 
+@pytest.mark.parametrize("defers", [False, True])
 @pytest.mark.parametrize("shape", [SMALL_TILES, TileShape(80, 20), None])
-def test_equal_embeddings_tie_in_whichever_tiles_they_are(shape):
+def test_equal_embeddings_tie_in_whichever_tiles_they_are(shape, defers):
     # Every text occurs three times, with three images; sums in tiles differ in the last bits.
     generator = torch.Generator().manual_seed(2)
     texts = torch.randn(30, 200, generator=generator).repeat(3, 1)
     images = texts + 0.01 * torch.randn(90, 200, generator=generator)
     correspondence = Correspondence.from_image_of_text(range(90), 90)
-    ranking = rank_retrieval(images, texts, correspondence, shape=shape)
+    ranking = rank_retrieval(images, texts, correspondence, shape=shape, defers=defers)
     assert ranking.i2t.best_ranks.tolist() == [3] * 90
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes a program wait for a GPU: numbers that it reads, and sizes that it needs.
+
+    Copies to the CPU are not seen on a CPU.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().split("::")[1]
+        self.count += name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_gpu_is_not_waited_for_within_its_tiles():
+    images, texts, correspondence = make_embeddings()
+    # Scores that are far apart, so that nothing is counted again.
+    images, texts = torch.eye(23), torch.eye(23)[correspondence.image_of_text]
+    counts = {}
+    for defers in (False, True):
+        for shape in (TileShape(80, 80), SMALL_TILES):
+            with Reads() as reads:
+                rank_retrieval(
+                    images, texts, correspondence, all_positives=True, shape=shape, defers=defers
+                )
+            counts[defers, shape] = reads.count
+    # One tile or 108.
+    assert counts[True, SMALL_TILES] == counts[True, TileShape(80, 80)]
+    assert counts[False, SMALL_TILES] > counts[False, TileShape(80, 80)] + 108
 
 
 def test_no_precision_chosen_for_the_program_moves_a_rank():

@@ -17,6 +17,7 @@ from embeddings_by_hand import (
 )
 
 from modeling_llm2clip.evaluation.metrics.ranking import TIE_TOLERANCE
+from modeling_llm2clip.evaluation.tasks import classification
 from modeling_llm2clip.evaluation.tasks.classification import (
     CLASSIFICATION,
     find_tied_classes,
@@ -55,6 +56,26 @@ def test_the_diagonal_of_the_confusion_is_what_top_1_counts() -> None:
     ranks, predicted = rank_classes(images, classes, labels)
     assert (ranks == 1).tolist() == (predicted == labels).tolist() == [True, False, False]
     assert predicted.tolist() == [0, 1, 2]
+
+
+def test_ranks_of_classes_do_not_depend_on_the_images_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Few small integers: classes tie, and are equal.
+    generator = torch.Generator().manual_seed(0)
+    images, classes = (
+        F.normalize(torch.randint(-2, 3, (n, 5), generator=generator).float(), dim=-1)
+        for n in (50, 9)
+    )
+    labels = torch.randint(0, 9, (50,), generator=generator)
+    scores = images.double() @ classes.double().T
+    own = scores[torch.arange(50), labels]
+    is_before = scores >= own[:, None] - TIE_TOLERANCE
+    is_before[torch.arange(50), labels] = False
+    assert (is_before.sum(dim=1) > 0).any() and (is_before.sum(dim=1) == 0).any()
+    monkeypatch.setattr(classification, "_IMAGES_AT_A_TIME", 7)
+    ranks, _ = rank_classes(images, classes, labels, device=torch.device("cpu"))
+    assert torch.equal(ranks, 1 + is_before.sum(dim=1))
 
 
 def test_classes_whose_embeddings_tie_are_found_among_near_ones() -> None:

@@ -33,7 +33,8 @@ from modeling_llm2clip.training.alignment.held_out import (
     choose_held_out,
 )
 from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
-from modeling_llm2clip.training.losses.loss import LossInputs
+from modeling_llm2clip.training.losses.choose_loss import MatryoshkaLoss
+from modeling_llm2clip.training.losses.loss import Loss, LossInputs
 from modeling_llm2clip.training.losses.pairs import ContrastiveLoss, SigmoidLoss
 from modeling_llm2clip.training.run_folder import add_results
 
@@ -120,6 +121,65 @@ def test_the_fitted_temperature_is_where_the_loss_is_lowest(bias: float | None) 
     log_scale, lowest = held_out_module.fit_temperature(loss, inputs)
     assert lowest == measure_at(log_scale)
     assert min(measure_at(log_scale - 0.05), measure_at(log_scale + 0.05)) > lowest
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        ContrastiveLoss(),
+        SigmoidLoss(),
+        MatryoshkaLoss(ContrastiveLoss(chunk_size=20), [4]),
+        lambda inputs: inputs.image_embeds.sum(),
+        lambda inputs: (
+            inputs.logits(inputs.image_embeds.roll(1, 0), inputs.text_embeds).exp().sum()
+        ),
+    ],
+    ids=["contrastive", "sigmoid", "matryoshka", "without logits", "of new rows"],
+)
+def test_kept_cosines_choose_the_temperature_of_products_at_each(
+    loss: Loss, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits, calls = [], [0, 0]
+
+    def measure(inputs: LossInputs) -> torch.Tensor:
+        calls[type(inputs.logits) is LogitRule] += 1
+        return loss(inputs)
+
+    for error in (held_out_module._ESTIMATE_ERROR, math.inf):  # by which nothing is sure
+        monkeypatch.setattr(held_out_module, "_ESTIMATE_ERROR", error)
+        for noise in (0.3, 1.0, 3.0):
+            generator = torch.Generator().manual_seed(0)
+            image, text = torch.randn(2, 50, 8, generator=generator)
+            image, text = F.normalize(image, dim=-1), F.normalize(image + noise * text, dim=-1)
+            inputs = LossInputs(
+                image, text, LogitRule(torch.ones(1)), torch.arange(50), is_whole=True
+            )
+            fits.append(held_out_module.fit_temperature(measure, inputs))
+    # To the last bit: what rounding could decide is computed as before.
+    assert fits[:3] == fits[3:]
+    # Half of the 18 temperatures or more are scaled cosines.
+    assert calls[0] >= 27 or calls[0] == 12
+
+
+def test_held_out_rows_are_read_once(few: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = AlignmentDataset(
+        few.records,
+        LLM2CLIPProcessor.from_pretrained(few.model),
+        caption_store=few.caption_store,
+        image_store=few.image_store,
+    )
+    num_reads = []
+    read = dataset.read_pairs
+    monkeypatch.setattr(dataset, "read_pairs", lambda *rows: num_reads.append(1) or read(*rows))
+    for room, expected in ((2**29, 1), (0, 3)):
+        monkeypatch.setattr(held_out_module, "_MOST_BYTES_KEPT", room)
+        num_reads.clear()
+        held_out = HeldOutImages(dataset, range(60))
+        first, *others = [list(held_out.iterate_batches()) for _ in range(3)]
+        assert len(num_reads) == expected * len(first)
+        for batches in others:
+            for batch, again in zip(first, batches, strict=True):
+                assert all(torch.equal(value, again[name]) for name, value in batch.items())
 
 
 def test_what_shows_the_same_thing_is_held_out_together(prepared: Prepared) -> None:

@@ -18,7 +18,11 @@ from transformers import TrainerCallback
 from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.model_folders.model_card import read_card_data
-from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
+from modeling_llm2clip.training.alignment import projection_init
+from modeling_llm2clip.training.alignment.alignment_model import (
+    AlignmentModel,
+    skip_identity_blocks,
+)
 from modeling_llm2clip.training.alignment.alignment_report import (
     NEAR_CHANCE,
     REFITTED,
@@ -26,7 +30,11 @@ from modeling_llm2clip.training.alignment.alignment_report import (
     WORSE,
     describe_alignment,
 )
-from modeling_llm2clip.training.alignment.projection_init import SHRINKAGES, init_projections_by_cca
+from modeling_llm2clip.training.alignment.projection_init import (
+    SHRINKAGES,
+    init_projections_by_cca,
+    make_identity,
+)
 
 
 @pytest.mark.slow
@@ -102,6 +110,42 @@ def test_equal_captions_of_different_groups_are_no_negatives_in_cross_validation
     fitted = init_projections_by_cca(model, text, vision, torch.arange(400), text_keys=keys)
     # The copy of a pair ties with it: as a negative it would put most pairs on the second rank.
     assert fitted["mean_reciprocal_rank"] > 0.95
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_blocks_that_add_nothing_are_skipped_with_equal_bits(dtype: torch.dtype) -> None:
+    model, (text, _), _ = make_pairs()
+    text[:, 3], text[5] = -0.0, 0.0
+    adapter = model.text_adapter.to(dtype)
+    blocks = list(adapter.blocks)
+    assert len(blocks) > 1
+    with torch.no_grad():
+        blocks[0].down.weight.zero_()
+        blocks[0].down.bias.zero_()
+        blocks[1].down.bias[0] = 0.5  # which adds something
+        ran = adapter(text)
+        with skip_identity_blocks(model):
+            assert list(adapter.blocks) == blocks[1:]
+            assert torch.equal(adapter(text), ran)
+        assert list(adapter.blocks) == blocks
+        make_identity(adapter)
+        ran = adapter(text)
+        with skip_identity_blocks(model):
+            assert not len(adapter.blocks)
+            skipped = adapter(text)
+    assert torch.equal(skipped, ran) and torch.equal(skipped.signbit(), ran.signbit())
+
+
+def test_a_closed_form_does_not_depend_on_the_rows_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fitted = []
+    for rows in (4096, 60):
+        monkeypatch.setattr(projection_init, "_ROWS_OF_ADAPTER", rows)
+        model, pairs, groups = make_pairs()
+        init_projections_by_cca(model, *pairs, groups)
+        fitted.append(model.state_dict())
+    assert all(torch.equal(value, fitted[1][name]) for name, value in fitted[0].items())
 
 
 def test_noise_asks_for_more_shrinkage() -> None:

@@ -268,6 +268,16 @@ def test_the_nearest_rows_are_those_of_the_whole_matrix_of_cosines(monkeypatch, 
     assert report == {"method": "exact"}
 
 
+def test_embeddings_that_a_gpu_has_room_for_are_compared_exactly(monkeypatch):
+    monkeypatch.setattr(nearest_groups, "EXACT_UP_TO", 100)
+    monkeypatch.setattr(nearest_groups, "_ROWS_AT_ONCE", 70)
+    embeddings = make_embeddings(300, 16).astype(np.float16)
+    found, report = find_nearest_groups(embeddings, 6, is_resident=True)
+    assert report == {"method": "exact"}
+    cosines = [compare_all(embeddings.astype(np.float32), 6), found]
+    assert cosines[0].tolist() == cosines[1].tolist()
+
+
 @pytest.mark.parametrize(
     ("dim", "codes"),
     [(16, "SQ8"), pytest.param(128, "PQ32x4fs,Refine(SQ8)", marks=pytest.mark.slow), (129, "SQ8")],
