@@ -5,6 +5,7 @@ A GPU is a value here: a CPU computes in bfloat16, too.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from modeling_llm2clip.encoding import devices
 from modeling_llm2clip.encoding.devices import find_device
 from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.encoding.precision import DeviceTraits, choose_tower_dtype
+from modeling_llm2clip.model_folders import guarded_loading
 from modeling_llm2clip.model_folders.golden_embeddings import GOLDEN_FILE
 from modeling_llm2clip.model_folders.guarded_loading import LEAST_COSINE, load_in_precision
 from modeling_llm2clip.model_folders.model_loading import load_model
@@ -36,11 +38,11 @@ def folder(tmp_path: Path) -> Path:
     return export_tiny_model(tmp_path / "model", text_adapter_layers=1)
 
 
-def disturb(folder: Path) -> None:
-    """Sharpen the attention of the LLM so much that eight bits choose other tokens."""
+def disturb(folder: Path, tower: str = "text_model") -> None:
+    """Sharpen the attention of a tower so much that eight bits choose other tokens."""
     weights = load_file(folder / "model.safetensors")
     for name in weights:
-        if "text_model" in name and "q_proj" in name:
+        if tower in name and "q_proj" in name:
             weights[name] *= 300
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
@@ -92,20 +94,35 @@ def test_a_gpu_rounds_towers_and_no_head_where_embeddings_stay(
     assert F.cosine_similarity(rounded, exact).min() >= LEAST_COSINE
 
 
+@pytest.mark.parametrize("tower", ["text_model", "vision_model"])
 @pytest.mark.parametrize("traits", [GPU, FULL_GPU], ids=["float32", "golden embeddings"])
 def test_towers_whose_embeddings_move_stay_as_they_are(
-    traits: DeviceTraits, folder: Path, capsys: pytest.CaptureFixture[str]
+    traits: DeviceTraits, tower: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    disturb(folder)  # from its golden embeddings, too
+    disturb(folder, tower)  # from its golden embeddings, too
     model = load_in_precision(LLM2CLIPModel, folder, CPU, traits=traits)
     require_rounded(model, folder, towers=FLOAT32, heads=FLOAT32)
     assert "run in float32: the smallest cosine" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("moved", [[1.0, 0.9], [1.0, torch.nan]])  # the first by 0.0014
+def test_one_input_whose_embedding_moves_keeps_both_towers_as_they_are(
+    moved: list[float], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact, rounded = torch.ones(2, 64, 2)
+    rounded[7] = torch.tensor(moved)
+    embeds = iter([exact, rounded])
+    monkeypatch.setattr(guarded_loading, "_embed_examples", lambda *_, **__: {"text": next(embeds)})
+    model = load_in_precision(LLM2CLIPModel, folder, CPU, traits=GPU)
+    require_rounded(model, folder, towers=FLOAT32, heads=FLOAT32)
+
+
 def test_without_room_golden_embeddings_are_compared_or_nothing_is_rounded(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = load_in_precision(LLM2CLIPModel, folder, CPU, traits=FULL_GPU)
+    size = (folder / "model.safetensors").stat().st_size
+    full = replace(GPU, free_bytes=int(1.75 * size) - 1)  # float32, bfloat16 and a batch
+    model = load_in_precision(LLM2CLIPModel, folder, CPU, traits=full)
     require_rounded(model, folder, towers=BFLOAT16, heads=FLOAT32)
     assert "golden embeddings of the folder" in capsys.readouterr().err
     (folder / GOLDEN_FILE).unlink()

@@ -9,6 +9,7 @@ import torch
 from host_reads import HostReads
 from torch import Tensor, nn
 
+from modeling_llm2clip.training import finite_steps
 from modeling_llm2clip.training.finite_steps import FiniteSteps, spread_nonfinite
 
 SHAPES = (3, 4), (5,)
@@ -64,6 +65,18 @@ def test_finite_steps_are_those_of_an_optimizer_alone() -> None:
     states, steps = step_through(gradients, guarded=True)
     assert steps.read() is None
     assert torch.equal(states[-1], step_through(gradients, guarded=False)[0][-1])
+
+
+@pytest.mark.parametrize(("fused", "ahead"), [(True, True), (True, False), (None, True)])
+def test_an_optimizer_skips_steps_alone_if_it_is_fused_and_its_device_runs_ahead(
+    fused: bool | None, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one would take the step, so that each has to be read before it."""
+    monkeypatch.setattr(finite_steps, "_RUN_AHEAD", {"cpu"} if ahead else set())
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2))], fused=fused)
+    steps = FiniteSteps(torch.device("cpu"))
+    assert steps.attach(optimizer) is bool(fused and ahead)
+    assert getattr(optimizer, "found_inf", None) is (steps.found_inf if fused and ahead else None)
 
 
 @pytest.mark.parametrize(("factor", "finite"), [(1.0, True), (1e38, False)])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +16,12 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import AutoConfig, AutoModel, TrainingArguments
 
 from modeling_llm2clip.configs.config_fields import TrainingConfig
+from modeling_llm2clip.scheduling.graceful_stop import StopRequest
+from modeling_llm2clip.training import trainer_mixins
+from modeling_llm2clip.training.finite_steps import FiniteSteps
 from modeling_llm2clip.training.trainer_mixins import (
+    StageTrainerMixin,
+    StopCallback,
     computes_in_bfloat16,
     find_without_gradient,
     training_arguments_on,
@@ -77,3 +85,70 @@ def test_a_layer_that_is_dropped_at_random_is_trained(family: str) -> None:
     assert missing == []
     assert {m.layerdrop for m in model.modules() if hasattr(m, "layerdrop")} == {0.999}
     assert frozen.weight.grad is None
+
+
+class _Trainer:
+    """The methods of a Trainer that the mixin extends."""
+
+    def __init__(self) -> None:
+        self.args = SimpleNamespace(learning_rate=0.1, world_size=1)
+        self.state = SimpleNamespace(global_step=7)
+        self.optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)])
+        self.called: list[str] = []
+
+    def _get_grad_norm(self) -> torch.Tensor:
+        return torch.tensor(torch.inf)
+
+    def log(self, _: Any) -> None:
+        self.called.append("log")
+
+    def _evaluate(self) -> None:
+        self.called.append("_evaluate")
+
+
+class _Stage(StageTrainerMixin, _Trainer):
+    pass
+
+
+def test_a_step_that_is_not_finite_is_named_before_anything_is_logged_or_scored() -> None:
+    stage = _Stage()
+    stage._finite_steps = FiniteSteps(torch.device("cpu"), first_step=4)
+    stage._finite_steps.observe(torch.tensor(1.0))
+    stage.log({})
+    stage._evaluate()
+    assert stage.called == ["log", "_evaluate"]
+    stage._finite_steps.observe(torch.tensor(torch.nan))
+    for call in (lambda: stage.log({}), stage._evaluate):
+        with pytest.raises(FloatingPointError, match="norm is nan at step 5, although the loss"):
+            call()
+    assert stage.called == ["log", "_evaluate"]
+
+
+def test_the_first_step_of_a_resumed_run_has_its_own_number() -> None:
+    with pytest.raises(FloatingPointError, match="norm is inf at step 7"):
+        _Stage()._get_grad_norm()
+
+
+@pytest.mark.parametrize(("own", "other"), [(signal.SIGINT, 0), (None, signal.SIGINT)])
+def test_processes_share_a_signal_about_once_a_second_and_stop_at_the_same_step(
+    own: signal.Signals | None, other: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = [0.0]
+    others = iter([[0, 7], [other, 1]])  # signal and steps a second; a third one would raise
+
+    def reduce(numbers: torch.Tensor, op: Any) -> None:  # noqa: ARG001
+        numbers.copy_(torch.maximum(numbers, torch.tensor(next(others))))
+
+    monkeypatch.setattr(time, "monotonic", lambda: seconds[0])
+    monkeypatch.setattr(trainer_mixins.dist, "all_reduce", reduce)
+    callback = StopCallback(StopRequest())
+    args = SimpleNamespace(world_size=2, device=torch.device("cpu"))
+    control = SimpleNamespace(should_save=False, should_training_stop=False)
+    callback.on_train_begin(args, SimpleNamespace(global_step=0), control)
+    for step in range(1, 9):
+        assert not control.should_training_stop
+        seconds[0] += 0.5  # two steps a second here, and seven there
+        callback.stop.signal = own if step > 2 else None
+        callback.on_step_end(args, SimpleNamespace(global_step=step), control)
+    assert control.should_training_stop and control.should_save
+    assert callback.stop.signal == signal.SIGINT

@@ -164,7 +164,7 @@ def test_resident_stores_and_threads_change_no_bit_of_a_run(
 ) -> None:
     def train(output: Path) -> Path:
         prepared.align_stored(
-            output, max_steps=7, global_batch_size=8, logging_steps=1, held_out_ratio=0,
+            output, max_steps=10, global_batch_size=8, logging_steps=1, held_out_ratio=0,
             projection_init="model",
         )  # fmt: skip
         return output
@@ -173,9 +173,56 @@ def test_resident_stores_and_threads_change_no_bit_of_a_run(
         patch.setattr(AlignmentTrainer, "get_batch_samples", Trainer.get_batch_samples)
         in_turn = train(tmp_path / "in-turn")
     monkeypatch.setattr(stored_rows, "count_free_bytes", lambda _: 2**20)
+    placed = []
+    place = StoredRows.place
+    monkeypatch.setattr(
+        StoredRows, "place", lambda rows, *_, **n: (place(rows, *_, **n), placed.append(rows))
+    )
     ahead = train(tmp_path / "ahead")
+    # Ten steps read more rows than a store has; with fewer it would stay in its files.
+    assert len(placed) == 2 and all(rows.resident is not None for rows in placed)
     assert read_losses(in_turn) == read_losses(ahead)
     assert not names_that_differ(in_turn / "model", ahead / "model")
+
+
+class Kill(TrainerCallback):
+    """Ends a run after a step, as a kill does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_a_resumed_run_is_the_one_that_was_never_stopped(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill loses the batch that a thread has prepared; checkpoints come by the clock."""
+    monkeypatch.setattr(stored_rows, "count_free_bytes", lambda _: 2**20)
+    monkeypatch.setattr(trainer_mixins, "_SAVE_STEPS", 2)
+    monkeypatch.setattr(alignment_trainer, "_SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    options: dict[str, Any] = {  # an epoch has three steps
+        "max_steps": 5, "global_batch_size": 8, "logging_steps": 1, "held_out_ratio": 0,
+        "projection_init": "model",
+    }  # fmt: skip
+    whole = prepared.align_stored(tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        prepared.align_stored(tmp_path / "run", callbacks=[Kill(3)], **options)
+    resumed = prepared.align_stored(tmp_path / "run", resume=True, **options)
+    assert read_losses(resumed.output) == read_losses(whole.output)
+    assert not names_that_differ(resumed.model, whole.model)
+
+
+def test_a_bad_step_is_named_before_embeddings_are_scored() -> None:
+    trainer = AlignmentTrainer.__new__(AlignmentTrainer)
+    trainer.args = SimpleNamespace(learning_rate=0.1, world_size=1)
+    trainer._finite_steps = finite_steps.FiniteSteps(torch.device("cpu"))
+    facts = {"loss": torch.tensor(1.0), "broken": torch.zeros(2, dtype=torch.bool)}
+    trainer._finite_steps.observe(torch.tensor(torch.inf), **facts)
+    with pytest.raises(FloatingPointError, match="norm is inf at step 0"):
+        trainer.embed([])
 
 
 def test_token_ids_stay_on_the_cpu_where_the_model_checks_them() -> None:
