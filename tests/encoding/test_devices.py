@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,6 +76,21 @@ def test_a_gpu_beyond_the_last_is_not_there(machine: Any) -> None:
     assert find_device("cuda:1") == torch.device("cuda", 1)
     with pytest.raises(ValueError, match="'cuda:2' is not there"):
         find_device("cuda:2")
+
+
+def test_a_gpu_that_only_emulates_bfloat16_is_refused_by_its_name(
+    machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_supported(including_emulation: bool = True) -> bool:
+        return including_emulation
+
+    machine(num_gpus=1)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    for precision in ("auto", "float32"):
+        assert find_device("cuda", precision=precision) == torch.device("cuda")
+    with pytest.raises(ValueError, match="GPU number 0.*does not compute in bfloat16"):
+        find_device("cuda", precision="bfloat16")
 
 
 def test_each_launched_process_takes_a_gpu_of_its_own(machine: Any) -> None:

@@ -83,6 +83,21 @@ def test_without_a_compiler_nothing_is_read(
             kind(backend="onnx", compile=True)
 
 
+def test_a_server_compiles_the_model_that_it_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(service, "compile_layers", compiled.append)
+    monkeypatch.setenv("CXX", "true")
+    model = export_tiny_model(tmp_path / "model")
+    for compiles in (False, True):
+        config = ServeConfig(device="cpu", compile=compiles)
+        opened = service.EmbeddingService.open(model, config)
+        opened.close()
+        assert len(compiled) == compiles
+    assert compiled[0] is opened.encoder._find_model("text")
+
+
 def test_a_compiled_store_is_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = export_tiny_model(tmp_path / "model")
     records = [CaptionedImage(None, str(n), str(n), (text,)) for n, text in enumerate(TEXTS)]

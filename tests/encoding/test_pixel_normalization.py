@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from copy import copy
+from copy import copy, deepcopy
 from typing import Any
 
 import numpy as np
@@ -91,6 +91,8 @@ def test_an_encoder_gives_the_same_embeddings_from_bytes(pair: Any, tmp_path: An
     model, processor = pair
     plain, encoder = TorchEncoder(model, processor), TorchEncoder(model, processor)
     assert plain.normalization is None  # on a CPU nothing is copied
+    elsewhere = TorchEncoder(deepcopy(model).to("meta"), processor).normalization
+    assert elsewhere is not None and elsewhere.mean.is_meta
     encoder.normalization = find_normalization(processor, CPU)
     images = make_images()
     prepared, expected = encoder.prepare_images(images), plain.prepare_images(images)
