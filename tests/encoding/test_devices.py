@@ -89,7 +89,7 @@ def test_a_gpu_that_only_emulates_bfloat16_is_refused_by_its_name(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
     for precision in ("auto", "float32"):
         assert find_device("cuda", precision=precision) == torch.device("cuda")
-    with pytest.raises(ValueError, match="GPU number 0.*does not compute in bfloat16"):
+    with pytest.raises(ValueError, match=r"GPU number 0.*does not compute in bfloat16"):
         find_device("cuda", precision="bfloat16")
 
 

@@ -106,6 +106,16 @@ def inheriting(tmp_path_factory: pytest.TempPathFactory) -> Inheriting:
     return prepare(tmp_path_factory.mktemp("clip"), "clip", count=60)
 
 
+def test_the_store_of_a_teacher_is_continued_in_its_precision_alone(
+    inheriting: Inheriting, tmp_path: Path
+) -> None:
+    clip, records = inheriting.clip, inheriting.records[:2]
+    rounds = replace(EXTRACTED, precision="bfloat16")
+    folder = extract(clip, records, tmp_path / "store", rounds, modality="text")
+    with pytest.raises(ValueError, match="precision: 'bfloat16' in the store, None now"):
+        extract(clip, records, folder, EXTRACTED, modality="text")
+
+
 @pytest.mark.parametrize("family", DUAL_ENCODERS)
 def test_a_store_has_the_embeddings_of_the_dual_encoder(tmp_path: Path, family: str) -> None:
     found = prepare(tmp_path, family, count=8, has_stores=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.alignment_trainer import AlignmentTrainer
 from modeling_llm2clip.training.alignment.sampling import sample_normal, seed_rows
 from modeling_llm2clip.training.alignment.stored_rows import StoredRows
+from modeling_llm2clip.training.trainer_mixins import StageTrainerMixin
 
 
 @pytest.fixture(autouse=True)
@@ -208,6 +210,7 @@ def test_a_resumed_run_is_the_one_that_was_never_stopped(
         "projection_init": "model",
     }  # fmt: skip
     whole = prepared.align_stored(tmp_path / "whole", **options)
+    assert list_checkpoints(whole.output) == [4, 5]  # the last two are kept
     with pytest.raises(KeyboardInterrupt):
         prepared.align_stored(tmp_path / "run", callbacks=[Kill(3)], **options)
     resumed = prepared.align_stored(tmp_path / "run", resume=True, **options)
@@ -234,20 +237,32 @@ def test_token_ids_stay_on_the_cpu_where_the_model_checks_them() -> None:
     assert [found[name].device.type for name in names] == ["cpu", "cpu", "meta"]
 
 
-# Where the run ends, and also every third step; the last two are kept.
-@pytest.mark.parametrize(("seconds", "steps"), [(1e9, [7]), (0.0, [6, 7])])
-def test_checkpoints_are_some_minutes_apart_unless_their_steps_are_given(
-    prepared: Prepared,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    seconds: float,
-    steps: list[int],
+def list_checkpoints(run: Path) -> list[int]:
+    return sorted(int(f.name.split("-")[1]) for f in (run / "checkpoints").glob("checkpoint-*"))
+
+
+def test_a_short_run_has_a_checkpoint_where_it_ends_alone(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer_mixins, "_SAVE_STEPS", 3)
-    monkeypatch.setattr(alignment_trainer, "_SECONDS_BETWEEN_CHECKPOINTS", seconds)
+    monkeypatch.setattr(alignment_trainer, "_SECONDS_BETWEEN_CHECKPOINTS", 1e9)
     prepared.align_stored(
         tmp_path / "run", max_steps=7, global_batch_size=8, held_out_ratio=0, image_noise=0,
         caption_noise=0, projection_init="model", logging_steps=100,
     )  # fmt: skip
-    folders = (tmp_path / "run" / "checkpoints").glob("checkpoint-*")
-    assert sorted(int(folder.name.split("-")[1]) for folder in folders) == steps
+    assert list_checkpoints(tmp_path / "run") == [7]
+
+
+@pytest.mark.parametrize(("save_steps", "saved"), [(None, [301, 602]), (1, [200, 301, 400, 602])])
+def test_checkpoints_are_some_minutes_apart_unless_their_steps_are_given(
+    save_steps: int | None, saved: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times, now = [], [0]
+    monkeypatch.setattr(time, "monotonic", lambda: float(now[0]))
+    monkeypatch.setattr(StageTrainerMixin, "_save_checkpoint", lambda *_: times.append(now[0]))
+    trainer = AlignmentTrainer.__new__(AlignmentTrainer)
+    trainer.data = SimpleNamespace(config=SimpleNamespace(save_steps=save_steps))
+    trainer.control, trainer._saved_at = SimpleNamespace(should_training_stop=False), 0.0
+    for now[0] in (200, 301, 400, 602):
+        trainer._save_checkpoint(None, None)
+    assert times == saved

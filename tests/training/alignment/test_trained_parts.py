@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import cache
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from modeling_llm2clip.encoding.layer_compilation import find_layers
 from modeling_llm2clip.heads_llm2clip import MAX_LOG_SCALE
 from modeling_llm2clip.model_folders.guarded_loading import load_in_precision
 from modeling_llm2clip.publishing.export_model import save_model
+from modeling_llm2clip.training.alignment.align import _identify
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.alignment.alignment_fit import AlignmentFit
 from modeling_llm2clip.training.alignment.alignment_model import (
@@ -131,8 +133,12 @@ def test_only_a_gpu_rounds_towers_and_no_trained_one(
     options: dict[str, Any], kind: str, is_rounded: bool, save_parts: Callable[[str], Path]
 ) -> None:
     config = AlignConfig(**{"precision": "bfloat16", **options})
-    fit = AlignmentFit(save_parts("clip"), None, Path(), config, None, resume=False)  # type: ignore[arg-type]
+    data: Any = SimpleNamespace(identify=dict)
+    fit = AlignmentFit(save_parts("clip"), data, Path(), config, ContrastiveLoss(), resume=False)
     assert fit.rounds_towers(kind) == is_rounded
+    recorded = _identify(fit, on_gpu=kind == "cuda")
+    assert recorded.get("frozen_towers") == ("bfloat16" if is_rounded else None)
+    assert recorded.get("float32_products") == ("ieee" if kind == "cuda" else None)
 
 
 # Each family in one way, and some in both.
