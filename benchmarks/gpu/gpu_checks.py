@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.goals import RANKS_SECONDS
 from benchmarks.gpu.gpu_encoding import load_encoder
 from benchmarks.gpu.gpu_training import run_align
 from modeling_llm2clip.encoding.encode import encode_texts
@@ -27,7 +28,6 @@ _CPU = torch.device("cpu")
 _MOST_DISTANCE = 1e-4
 # The guard of bfloat16, and what packing may differ in it.
 _LEAST_COSINE, _LEAST_PACKED_COSINE = 0.999, 0.9995
-_RANKS_GOALS = {False: 0.4, True: 0.7}  # seconds, with the best positives and with all
 
 
 def compare(bench: Bench) -> None:
@@ -84,7 +84,7 @@ def measure_ranks(bench: Bench) -> None:
     """Measure exact ranks on the device; those of a part must be a CPU's."""
     images, texts = _draw_pairs(bench.choose(100, 30_000), bench.choose(64, 1280))
     part = _take(images, texts, bench.choose(60, 1000))
-    for all_positives, goal in _RANKS_GOALS.items():
+    for all_positives, goal in RANKS_SECONDS.items():
         name = "ranks of all positives" if all_positives else "ranks of the best positives"
         ranks = [
             _rank(*(side.to(device) for side in part), all_positives=all_positives)

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.full_width import PROMPT_TOKENS, draw_texts
+from benchmarks.gpu.goals import ALIGN_OF_BARE_LOOP, ALIGN_STEPS, FINETUNE_GB, FINETUNE_TOKENS
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.finetune_config import FinetuneConfig
 from modeling_llm2clip.data.records.record_loading import load_records
@@ -20,9 +21,6 @@ from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
 from modeling_llm2clip.training.losses.pairs import ContrastiveLoss
 
-_ALIGN_GOALS = {("1B", 4096): 100, ("8B", 4096): 45, ("8B", 512): 100}  # steps per second
-_FINETUNE_GOALS = {"1B": 75_000, "8B": 13_000}  # real tokens per second
-_MOST_GB = 60
 _MOST_STEPS = 10**6
 
 
@@ -113,9 +111,9 @@ def measure_align(bench: Bench) -> None:
             run_align(bench, llm, size, skipped + steps, clock)
             rate = clock.steps_per_second
             name = f"align {llm}, {batch} pairs"
-            bench.note_speed(name, rate, "steps/s", goal=_ALIGN_GOALS.get((llm, batch)))
+            bench.note_speed(name, rate, "steps/s", goal=ALIGN_STEPS.get((llm, batch)))
             share = rate * _time_bare_step(bench, llm, size)
-            bench.note_speed(f"{name}, of a bare loop", share, "times", goal=0.85)
+            bench.note_speed(f"{name}, of a bare loop", share, "times", goal=ALIGN_OF_BARE_LOOP)
 
 
 def _time_bare_step(bench: Bench, llm: str, size: int) -> float:
@@ -169,7 +167,7 @@ def measure_finetune(bench: Bench) -> None:
         mean_tokens = sum(len(text.split()) + PROMPT_TOKENS for text in texts) / len(texts)
         rate = clock.steps_per_second * 2 * pairs * mean_tokens
         name = f"finetune-llm {llm}, {pairs} pairs"
-        bench.note_speed(name, rate, "real tokens/s", goal=_FINETUNE_GOALS[llm])
+        bench.note_speed(name, rate, "real tokens/s", goal=FINETUNE_TOKENS[llm])
         if bench.on_gpu:
             peak = torch.cuda.max_memory_allocated() / 1e9
-            bench.note_speed(f"{name}, peak", peak, "GB", goal=_MOST_GB, lower=True)
+            bench.note_speed(f"{name}, peak", peak, "GB", goal=FINETUNE_GB, lower=True)

@@ -1,16 +1,17 @@
 """What the paper's largest run would take, computed from measured slopes and cited numbers.
 
 Called by `scale.py plan`. Nothing here was run: 60 million images with two captions each, an LLM of
-8 billion weights, EVA02 L/14 at 336 pixels, 16 H100s in two machines. Work on CPUs is scaled by the
+8 billion weights, a tower of L/14 at 336 pixels, 16 H100s in two machines. The rates of a GPU are
+derived in `benchmarks/gpu/goals.py`, and no GPU has measured them. Work on CPUs is scaled by the
 number of cores; work on disks and networks, which differ, is left to the reader as a rate.
 
 | number | source |
 | --- | --- |
 | 60 million images, 4 epochs, batch of 4,096 | LLM2CLIP, arXiv:2411.04997, sections 3.2 and 4 |
-| 8.03 billion weights, width 4,096 | Llama-3-8B, arXiv:2407.21783 |
-| 304 million weights, width 1,024, 577 tokens | EVA-02-CLIP-L/14+ at 336 pixels, arXiv:2303.15389 |
-| 989 TFLOP/s in bfloat16 | NVIDIA H100 SXM data sheet, without sparsity |
-| 0.4 of the peak | assumed, as in `examples/recipes` |
+| width 4,096 of the LLM, 1,024 of the tower | Llama-3-8B, arXiv:2407.21783; arXiv:2103.00020 |
+| tokens, images and steps a second of one GPU, in bfloat16 | derived: `benchmarks/gpu/goals.py` |
+| a trained tower takes four times a forward pass | derived: backward twice, and forward again |
+| 16 GPUs are 16 times as fast as one | assumed |
 | 30 and 110 tokens of a short and a long caption with prompt | assumed, as in `examples/recipes` |
 | 10,000 steps of 2,048 pairs of fine-tuning | assumed: one epoch over 20 million of the pairs |
 | 128 cores in a machine of 8 GPUs | assumed, as clouds rent them |
@@ -22,20 +23,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.gpu.goals import ALIGN_STEPS, FINETUNE_TOKENS, IMAGES, TOKENS
+
 _IMAGES = 60_000_000
 _GPUS, _MACHINES = 16, 2
 _CORES = 128 * _MACHINES
 _DOLLARS_PER_GPU_HOUR = 3
-_FLOPS = 989e12 * 0.4
-_LLM_WEIGHTS, _LLM_WIDTH = 8.03e9, 4096
-_TOWER_WEIGHTS, _TOWER_WIDTH, _TOWER_TOKENS = 304e6, 1024, 577
+_LLM, _LLM_WIDTH, _TOWER_WIDTH = "8B", 4096, 1024
 _CAPTION_TOKENS = (30, 110)
 _EPOCHS, _BATCH, _FINETUNING_STEPS, _FINETUNING_BATCH = 4, 4096, 10_000, 2048
-_FORWARD = 2  # operations per weight and token
-_TRAINED = 3  # a forward pass, and backward for inputs and weights
-_RECOMPUTED = 4  # the same, and forward again for activations that are not kept
+_TRAINED = 4  # a forward pass, backward for inputs and weights, and the recomputed forward pass
 _CHECKSUM_BYTES, _NUMBER_BYTES = 8, 2
-_FROZEN = "extract images, of a frozen tower"  # takes the place of most of align
+# Take the place of most of align, where the tower is frozen.
+_FROZEN = ("extract images, of a frozen tower", "align, of a frozen tower")
 
 
 def plan(recorded: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def plan(recorded: dict[str, Any]) -> dict[str, Any]:
         tower, which extracts no images, the sums and dollars.
     """
     stages = _plan_stages(recorded)
-    needed = [stage for name, stage in stages.items() if name != _FROZEN]
+    needed = [stage for name, stage in stages.items() if name not in _FROZEN]
     gpu_hours = sum(stage.get("gpu_hours", 0) for stage in needed)
     return {
         "images": _IMAGES,
@@ -89,32 +89,31 @@ def _plan_memory(recorded: dict[str, Any]) -> dict[str, float]:
 def _plan_stages(recorded: dict[str, Any]) -> dict[str, dict[str, Any]]:
     streams, records = recorded["streams"], recorded["records"]
     decode_hours = _IMAGES / streams["files_decoded_per_s"] / 3600 * streams["cores"] / _CORES
-    caption_tokens = sum(_CAPTION_TOKENS)
-    pair_tokens = 2 * caption_tokens / len(_CAPTION_TOKENS)
-    pairs = _FINETUNING_STEPS * _FINETUNING_BATCH
-    tower_flops = _FORWARD * _TOWER_WEIGHTS * _TOWER_TOKENS * _IMAGES
+    caption_tokens = _IMAGES * sum(_CAPTION_TOKENS)
+    tuned_tokens = _FINETUNING_STEPS * _FINETUNING_BATCH * sum(_CAPTION_TOKENS)
+    extracted, aligned = _FROZEN
     return {
         "index": {
             "hours": round(_IMAGES / records["index_records_per_second"] / 3600, 2),
             "bound_by": f"the {records['cores']} cores it was measured on",
         },
-        "finetune-llm": _describe(_TRAINED * _FORWARD * _LLM_WEIGHTS * pair_tokens * pairs),
-        "extract captions": _describe(_FORWARD * _LLM_WEIGHTS * caption_tokens * _IMAGES),
-        _FROZEN: _describe(tower_flops, decode_hours=decode_hours),
+        "finetune-llm": _describe(tuned_tokens / FINETUNE_TOKENS[_LLM]),
+        "extract captions": _describe(caption_tokens / TOKENS[_LLM][0]),
+        extracted: _describe(_IMAGES / IMAGES, decode_hours=decode_hours),
+        aligned: _describe(_EPOCHS * _IMAGES / _BATCH / ALIGN_STEPS[_LLM, _BATCH]),
         "align": _describe(
-            _RECOMPUTED * _EPOCHS * tower_flops, decode_hours=_EPOCHS * decode_hours
+            _TRAINED * _EPOCHS * _IMAGES / IMAGES, decode_hours=_EPOCHS * decode_hours
         ),
     }
 
 
-def _describe(flops: float, *, decode_hours: float = 0.0) -> dict[str, Any]:
+def _describe(gpu_seconds: float, *, decode_hours: float = 0.0) -> dict[str, Any]:
     """Hours of a stage whose GPUs compute while its cores decode: those of the slower one."""
-    gpu_hours = flops / _FLOPS / 3600
-    bounds = {"products of matrices": gpu_hours / _GPUS, "decoding": decode_hours}
+    bounds = {"GPUs, derived": gpu_seconds / 3600 / _GPUS, "decoding": decode_hours}
     slowest = max(bounds, key=lambda name: bounds[name])
     return {
-        "gpu_hours": round(bounds[slowest] * _GPUS),
-        "hours": round(bounds[slowest], 1),
+        "gpu_hours": round(bounds[slowest] * _GPUS, 1),
+        "hours": round(bounds[slowest], 2),
         "bound_by": slowest,
         "hours_of_decoding": round(decode_hours, 2),
     }

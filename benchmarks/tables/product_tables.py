@@ -218,7 +218,7 @@ def _draw_streams(part: dict[str, Any]) -> str:
 
 
 def _draw_plan(plan: dict[str, Any]) -> str:
-    heads = (f"{plan['images'] / 1e6:.0f} million images, on paper", "hours", "GPU hours")
+    heads = (f"{plan['images'] / 1e6:.0f} million images, on paper, derived", "hours", "GPU hours")
     rows = [
         (name, f"{stage['hours']:g}", str(stage.get("gpu_hours", "–")))
         for name, stage in plan["stages"].items()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..packing_llm2clip import PACKED_ATTENTION
 from .devices import has_bfloat16
 
 
@@ -55,10 +56,12 @@ def describe_precision(model: Any, stored: torch.dtype) -> dict[str, str]:
     tower = next(tower for tower in towers if tower is not None)
     if tower.device.type == "cpu" and tower.dtype == stored:
         return {}
+    attention = str(tower.config._attn_implementation)
     return {
         "precision": str(tower.dtype).removeprefix("torch."),
         "device": tower.device.type,
-        "attention": str(tower.config._attn_implementation),
+        # An LLM that packs texts takes this name at its first pass.
+        "attention": "sdpa" if attention == PACKED_ATTENTION else attention,
         "float32 products": "ieee",  # see `float32_as_such`
     }
 

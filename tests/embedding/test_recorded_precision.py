@@ -32,7 +32,7 @@ BOTH = "precision: {} in the store, {} now"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_tiny_model(tmp_path_factory.mktemp("model") / "model")
+    return export_tiny_model(tmp_path_factory.mktemp("model") / "model", text_adapter_layers=1)
 
 
 def test_a_store_is_continued_in_its_precision_alone(model: Path, tmp_path: Path) -> None:
@@ -63,6 +63,7 @@ def test_embeddings_are_continued_in_their_precision_alone(model: Path, tmp_path
 
 
 def test_an_index_gets_further_images_in_its_precision_alone(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lancedb")
     images, path = save_images(tmp_path / "images"), tmp_path / "index"
     index, _ = build(model, images, path, precision="bfloat16")
     assert index.about.precision == RECORD

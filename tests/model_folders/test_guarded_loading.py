@@ -33,7 +33,7 @@ MACHINE = DeviceTraits("cpu", has_bfloat16=True)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return export_tiny_model(tmp_path / "model")
+    return export_tiny_model(tmp_path / "model", text_adapter_layers=1)
 
 
 def disturb(folder: Path) -> None:

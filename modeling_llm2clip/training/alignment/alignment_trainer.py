@@ -203,7 +203,10 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; while the device computes, a thread prepares one batch ahead."""
-        with ThreadPoolExecutor(1) as self._ahead:
+        begin = None
+        if self.args.device.type == "cuda":  # a new thread would pin memory for the first GPU
+            begin = partial(torch.cuda.set_device, torch.cuda.current_device())
+        with ThreadPoolExecutor(1, initializer=begin) as self._ahead:
             self._next_samples, self._saved_at = None, time.monotonic()
             return super().train(*args, **kwargs)
 
@@ -225,7 +228,10 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         return data.to(self.args.device, non_blocking=runs_ahead(self.args.device))
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self.data.dataset.complete(super()._prepare_inputs(inputs))
+        # The model checks token ids on the CPU, and copies them itself.
+        ids = {n: value for n, value in inputs.items() if n in ("input_ids", "attention_mask")}
+        others = {name: value for name, value in inputs.items() if name not in ids}
+        return self.data.dataset.complete({**super()._prepare_inputs(others), **ids})
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Group parameters by start, rate and decay; matrices alone decay (arXiv:2103.00020)."""

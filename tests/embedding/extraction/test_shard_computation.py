@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from extracting import EXACT, extract_captions
+from host_reads import HostReads
 from interruptions import read_bytes
+from tiny import draw_noise
 from torch import Tensor
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
@@ -129,3 +131,17 @@ def test_many_batches_are_copied_together_and_no_more_than_fit(
         # Projected in other groups of rows, float32.
         torch.testing.assert_close(embeds, expected, atol=2e-6, rtol=0)
     assert len(counts) > 1
+
+
+def test_no_batch_of_images_that_stays_on_its_device_is_read(model: Path) -> None:
+    encoder = encode.TorchEncoder(
+        LLM2CLIPModel.from_pretrained(model), LLM2CLIPProcessor.from_pretrained(model)
+    )
+    images, plan = [draw_noise()] * 4, [[0, 1], [2, 3]]
+    reads: dict[bool, list[str]] = {}
+    for to_cpu in (True, False):
+        with HostReads() as seen:
+            for batch in encoder.iterate_images(images, plan, to_cpu=to_cpu):
+                assert batch.embeds.shape == (2, encoder.embedding_dim)
+        reads[to_cpu] = seen.names
+    assert len(reads[True]) >= 2 and reads[False] == []  # each batch is checked, or none

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -175,6 +176,15 @@ def test_resident_stores_and_threads_change_no_bit_of_a_run(
     ahead = train(tmp_path / "ahead")
     assert read_losses(in_turn) == read_losses(ahead)
     assert not names_that_differ(in_turn / "model", ahead / "model")
+
+
+def test_token_ids_stay_on_the_cpu_where_the_model_checks_them() -> None:
+    trainer = AlignmentTrainer.__new__(AlignmentTrainer)
+    trainer.args = SimpleNamespace(device=torch.device("meta"))
+    trainer.data = SimpleNamespace(dataset=SimpleNamespace(complete=dict))
+    names = ("input_ids", "attention_mask", "vision_embeds")
+    found = trainer._prepare_inputs({name: torch.ones(2, 3) for name in names})
+    assert [found[name].device.type for name in names] == ["cpu", "cpu", "meta"]
 
 
 # Where the run ends, and also every third step; the last two are kept.
