@@ -359,8 +359,9 @@ def test_a_command_reads_records_as_its_flags_say_and_counts_what_it_left_out(
     assert "1 row without a record (https://x.example)" in shown
     for show_progress in (True, False):
         records = read_captioned_images(
-            str(data), DataConfig(), require_images=True, show_progress=show_progress
-        )
+            str(data), DataConfig(), require_images=True, trains_on_images=True,
+            show_progress=show_progress,
+        )  # fmt: skip
         assert [record.captions for record in records] == [(CAPTIONS[0],), (CAPTIONS[2],)]
         shown = capsys.readouterr().err
         assert ("decode:" in shown) is show_progress and "matched" not in shown
