@@ -48,7 +48,7 @@ BUDGETS = {
     "data": 4678,
     "demo": 86,
     "doctor": 1348,
-    "embedding": 1249,
+    "embedding": 1256,
     "encoding": 936,
     "evaluation": 2915,
     "model_folders": 1435,
