@@ -126,7 +126,9 @@ def runs_packs(
     checked = _checked.setdefault(text_model, {})
     by_kernel = kernel is not None
     if by_kernel not in checked:
-        checked[by_kernel] = can_pack(text_model, device, kernel)
+        with text_forward_lock:  # a second check meanwhile would see the attention of the first
+            if by_kernel not in checked:
+                checked[by_kernel] = can_pack(text_model, device, kernel)
     return checked[by_kernel]
 
 
@@ -292,9 +294,10 @@ def can_pack(
     computes more than plain scaled dot products. `device` is the device of the inputs, which an
     offloaded model does not report. An LLM that passes keeps `attend_packed` as its attention.
     """
-    before = text_model.config._attn_implementation
+    config, passes = text_model.config, False
+    before = config._attn_implementation
     # Not the first ids: RoBERTa's relatives take their padding id for padding without a mask too.
-    rows = torch.arange(4, 16, device=device) % text_model.config.vocab_size
+    rows = torch.arange(4, 16, device=device) % config.vocab_size
     texts = [rows[:5], rows[3:8], rows[8:11]]
     plain = torch.autocast(device.type, enabled=False)
     try:
@@ -302,21 +305,20 @@ def can_pack(
         # stays. What is random in another way fails the check.
         with plain, _WithoutDropout(), text_forward_lock:
             packed = run_packed(text_model, texts, kernel)
-            text_model.config._attn_implementation = before
+            config._attn_implementation = before
             alone = [
                 text_model(input_ids=text.unsqueeze(0), use_cache=False).last_hidden_state[0]
                 for text in texts
             ]
+        expected = torch.cat(alone).float()
+        difference = (packed.float() - expected).norm() / expected.norm()
+        steps = _MOST_STEPS * torch.finfo(packed.dtype).eps if kernel is not None else 0
+        passes = bool(difference < max(_MOST_DIFFERENCE, steps))
     except (TypeError, ValueError):  # forward rejects the argument, or attend_packed the model
-        text_model.config._attn_implementation = before
         return False
-    expected = torch.cat(alone).float()
-    difference = (packed.float() - expected).norm() / expected.norm()
-    steps = _MOST_STEPS * torch.finfo(packed.dtype).eps if kernel is not None else 0
-    if difference < max(_MOST_DIFFERENCE, steps):
-        text_model.config._attn_implementation = PACKED_ATTENTION
-        return True
-    return False
+    finally:  # whatever ends the check
+        config._attn_implementation = PACKED_ATTENTION if passes else before
+    return passes
 
 
 @cache

@@ -40,7 +40,7 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2433,
+    ".": 2434,
     "building": 1351,
     "cli": 1113,
     "configs": 853,
@@ -48,7 +48,7 @@ BUDGETS = {
     "data": 4678,
     "demo": 86,
     "doctor": 1348,
-    "embedding": 1249,
+    "embedding": 1256,
     "encoding": 936,
     "evaluation": 2915,
     "model_folders": 1435,

@@ -28,6 +28,7 @@ from modeling_llm2clip.packing_llm2clip import (
     plan_packs,
     plan_token_batches,
     run_packed,
+    runs_packs,
 )
 from modeling_llm2clip.pooling_llm2clip import TEXT_POOLINGS
 
@@ -191,6 +192,31 @@ def test_the_attention_of_packs_is_set_once_unless_the_llm_cannot_run_them(tmp_p
     assert text_model.config._attn_implementation == PACKED_ATTENTION
     text_model.save_pretrained(tmp_path)
     assert PACKED_ATTENTION not in (tmp_path / "config.json").read_text("utf-8")
+
+
+def test_a_check_that_ends_in_another_error_leaves_the_attention_as_it_was():
+    text_model = tiny_llm("llama")
+    text_model.norm.weight = nn.Parameter(torch.ones(5))
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        can_pack(text_model, CPU)
+    assert text_model.config._attn_implementation == "sdpa"
+
+
+def test_threads_that_run_an_llm_first_check_it_once(monkeypatch):
+    """A second check meanwhile would take the attention of the first for that of the LLM."""
+    llm, checks, begun = tiny_llm(), [], threading.Event()
+
+    def check(text_model, device, kernel):
+        checks.append(text_model)
+        begun.wait(0.2)  # until the other thread checks, which it does not
+        begun.set()
+        return can_pack(text_model, device, kernel)
+
+    monkeypatch.setattr(packing_llm2clip, "can_pack", check)
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(runs_packs, llm, 8, CPU) for _ in range(2)]
+        assert [run.result() for run in runs] == [True, True]
+    assert checks == [llm]
 
 
 def test_a_pass_without_packs_is_that_of_sdpa_to_the_last_bit():

@@ -85,6 +85,9 @@ class EmbeddingStoreWriter(ShardedWriter[StoreManifest]):
 
     def renew(self) -> None:
         """Write the complete shards, which name the plan, and the manifest anew."""
+        for shard in self.list_missing():
+            with self.hold(shard):  # another run would name the plan before
+                pass
         for shard, record in self.find_records().items():
             (_, embeds), *_ = iterate_tensors([self.folder / record.file])
             self.write(shard, embeds, record.num_truncated)

@@ -55,27 +55,31 @@ def name_unreadable_images(
     except UnreadableImagesError:
         errors = ErrorCollector()
         broken: set[ImageSource] = set()
-        rows = [range(num_rows)] if writer is None else _list_missing(writer)
-        for part in rows:
+        shards: list[int] = []  # that hold them
+        rows = {0: range(num_rows)} if writer is None else _find_missing(writer)
+        for shard, part in rows.items():
             unreadable = find_unreadable_images(read_inputs(part), show_progress=show_progress)
             broken.update(unreadable)
+            shards += [shard] if unreadable else []
             for error in unreadable.values():
                 errors.add("image unreadable", error)
         if writer is not None and writer.manifest.plan["images"] == hash_images(records):
-            _note(records, broken, writer.folder)
+            _note(records, broken, shards, writer.folder)
         errors.raise_if_any(source, advice=_ADVICE)
         raise  # such as a size that the image processor refuses
 
 
-def _list_missing(writer: ShardedWriter[Any]) -> list[range]:
-    return [writer.manifest.rows_of_shard(shard) for shard in writer.list_missing()]
+def _find_missing(writer: ShardedWriter[Any]) -> dict[int, range]:
+    return {shard: writer.manifest.rows_of_shard(shard) for shard in writer.list_missing()}
 
 
-def _note(records: RecordTable, broken: Collection[ImageSource], output: Path) -> None:
+def _note(
+    records: RecordTable, broken: Collection[ImageSource], shards: list[int], output: Path
+) -> None:
     is_broken = np.fromiter((image in broken for image in records.iterate_images()), bool)
     names = {name for batch in records.select(is_broken).iterate_columns(("name",))
              for name in batch.column(0).to_pylist()}  # fmt: skip
-    note = {"images": sorted(names), "others": _hash_others(records, names)}
+    note = {"images": sorted(names), "shards": shards, "others": _hash_others(records, names)}
     write_beside(output / _NOTE, write_sealed(note).encode()).replace(output / _NOTE)
 
 
@@ -103,7 +107,10 @@ def accept_repairs(
     note, begun = read_sealed((output / _NOTE).read_text(encoding="utf-8")), planned.read(output)
     plan: dict[str, str] = {**begun.plan, "images": planned.plan["images"]}
     writer = open_writer(replace(begun, plan=plan))
-    was_skipped = any(record.skipped for record in writer.find_records().values())
+    complete = writer.find_records()
+    was_skipped = any(record.skipped for record in complete.values())
+    # A repaired image that a complete shard holds by now may have changed since.
+    was_encoded = not complete.keys().isdisjoint(note["shards"])
     is_repaired = note["others"] == _hash_others(records, note["images"])
-    if plan != begun.plan and is_repaired and not was_skipped:
+    if plan != begun.plan and is_repaired and not was_skipped and not was_encoded:
         writer.renew()

@@ -24,7 +24,8 @@ def start_copy(tensor: Tensor) -> Callable[[], Tensor]:
     copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
     copy.copy_(tensor, non_blocking=True)
     copied = torch.cuda.Event(blocking=True)
-    copied.record()
+    # Without a stream, it would be one of the program's current GPU, which need not be this one.
+    copied.record(torch.cuda.current_stream(tensor.device))
 
     def wait() -> Tensor:
         copied.synchronize()

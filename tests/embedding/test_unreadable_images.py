@@ -18,9 +18,12 @@ from modeling_llm2clip import DataValidationError
 from modeling_llm2clip.configs.encoding_config import EmbedConfig, ExtractConfig
 from modeling_llm2clip.data.images import image_sources
 from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.store.store_manifest import StoreManifest
 from modeling_llm2clip.embedding import embed as embedding
 from modeling_llm2clip.embedding import extract as extraction
+from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter
 from modeling_llm2clip.embedding.shard_encoding import ImageShardEncoder
+from modeling_llm2clip.embedding.sharded_writer import ShardedWriter
 
 _COUNT = 18
 Run = Callable[[Path], Path]
@@ -104,6 +107,48 @@ def test_an_output_with_another_image_that_changed_is_refused(
     with pytest.raises(ValueError, match="holds another output: images"):
         run(tmp_path / "output")
     assert read_bytes(tmp_path / "output") == before
+
+
+def test_an_image_that_changes_again_after_its_repair_is_refused(
+    run: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of two repairs is in a complete shard when the run is killed."""
+    contents = break_images(data, (9,))
+    with pytest.raises(DataValidationError):
+        run(tmp_path / "output")
+    write = ShardedWriter.write
+
+    def stop_at_last(self: Any, shard: int, *others: Any) -> None:
+        if shard == self.manifest.num_shards - 1:
+            raise KeyboardInterrupt
+        write(self, shard, *others)
+
+    for file, content in contents.items():
+        file.write_bytes(content)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(ShardedWriter, "write", stop_at_last)
+        run(tmp_path / "output")
+    before = read_bytes(tmp_path / "output")
+    Image.new("RGB", (7, 9)).save(data / "9.png")
+    with pytest.raises(ValueError, match="holds another output: images"):
+        run(tmp_path / "output")
+    assert read_bytes(tmp_path / "output") == before
+
+
+def test_a_store_that_another_run_writes_does_not_get_another_plan(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    """Its shards would name the plan before, and the complete store would count as damaged."""
+    (function, config), _ = _RUNS
+    contents = break_images(data, (9,))
+    with pytest.raises(DataValidationError):
+        function(model, load_records(data), tmp_path / "out", config, modality="image")
+    for file, content in contents.items():
+        file.write_bytes(content)
+    writer = EmbeddingStoreWriter(tmp_path / "out", StoreManifest.read(tmp_path / "out"))
+    with writer.hold(2), pytest.raises(ValueError, match="Another run computes shard 2 of 3"):
+        function(model, load_records(data), tmp_path / "out", config, modality="image")
+    assert StoreManifest.read(tmp_path / "out") == writer.manifest
 
 
 def test_all_are_named_where_the_sample_of_int8_ranges_meets_one(

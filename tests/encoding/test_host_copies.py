@@ -1,0 +1,38 @@
+"""Copies from a GPU, for which no batch waits."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from modeling_llm2clip.encoding import host_copies
+from modeling_llm2clip.encoding.host_copies import start_copy
+
+
+def test_a_copy_is_waited_for_on_the_gpu_of_its_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the program's current GPU, whose stream knows nothing of the copy.
+
+    The tensor is on the CPU, and takes the way of one on a GPU.
+    """
+    tensor, streams = torch.arange(3.0), []
+
+    class Event:
+        def __init__(self, *, blocking: bool) -> None:
+            assert blocking
+
+        def record(self, stream: Any = "of the current GPU") -> None:
+            streams.append(stream)
+
+        def synchronize(self) -> None:
+            streams.append("waited")
+
+    monkeypatch.setattr(host_copies, "computes_beside", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: ("stream of", device))
+    plain = partial(torch.empty_like, device="cpu")
+    monkeypatch.setattr(torch, "empty_like", lambda like, **_: plain(like))
+    assert torch.equal(start_copy(tensor)(), tensor)
+    assert streams == [("stream of", tensor.device), "waited"]
