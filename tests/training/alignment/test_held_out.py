@@ -130,11 +130,12 @@ def test_the_fitted_temperature_is_where_the_loss_is_lowest(bias: float | None) 
         SigmoidLoss(),
         MatryoshkaLoss(ContrastiveLoss(chunk_size=20), [4]),
         lambda inputs: inputs.image_embeds.sum(),
+        lambda inputs: ContrastiveLoss()(inputs.at_scale(20.0)),
         lambda inputs: (
             inputs.logits(inputs.image_embeds.roll(1, 0), inputs.text_embeds).exp().sum()
         ),
     ],
-    ids=["contrastive", "sigmoid", "matryoshka", "without logits", "of new rows"],
+    ids=["contrastive", "sigmoid", "matryoshka", "without logits", "at one scale", "of new rows"],
 )
 def test_kept_cosines_choose_the_temperature_of_products_at_each(
     loss: Loss, monkeypatch: pytest.MonkeyPatch
