@@ -42,7 +42,9 @@ LOCK_FILE = "run.lock"
 _COMPLETE = "complete"
 # Options that change no number, with which a run may be resumed. Weights and stores are compared by
 # content, wherever they are.
-_MAY_DIFFER = {"num_workers", "report_to", "source", "folder"}
+_MAY_DIFFER = {"num_workers", "report_to", "save_steps", "source", "folder"}
+# Options that records of earlier versions lack, and what those versions did.
+_BEFORE = {"precision": "auto", "compile": False}
 _CHECKPOINTS_KEPT = 2
 _ATTEMPTS = 100
 _HELD: set[IO[str]] = set()
@@ -139,7 +141,7 @@ def require_same_run(
         f"{name}: {earlier.get(name)!r} then, {now.get(name)!r} now"
         for name in sorted(set(earlier) | set(now))
         if not ignored & {name, name.partition(".")[0], name.rpartition(".")[2]}
-        and earlier.get(name) != now.get(name)
+        and earlier.get(name, _BEFORE.get(name.rpartition(".")[2])) != now.get(name)
     ]
     if different:
         raise ValueError(f"{folder} has another run: {'; '.join(different)}. Choose a new folder.")

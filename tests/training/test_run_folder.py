@@ -23,6 +23,7 @@ from tiny import draw_noise, tiny_model
 from tuning import RECORDS, SHORT, Tuned, tune
 
 from modeling_llm2clip.configs.encoding_config import ExtractConfig
+from modeling_llm2clip.configs.train_config import TrainConfig
 from modeling_llm2clip.data.store.store_manifest import StoreManifest
 from modeling_llm2clip.embedding.extract import extract
 from modeling_llm2clip.model_folders.model_writing import save_model
@@ -35,6 +36,8 @@ from modeling_llm2clip.training.run_folder import (
     _hold,
     lock_run,
     mark_complete,
+    require_same_run,
+    write_run_record,
 )
 
 
@@ -123,6 +126,26 @@ def test_a_fine_tuning_is_not_continued_on_another_llm(tmp_path: Path) -> None:
     move_weight(folder, "text_model.norm.weight")
     with pytest.raises(ValueError, match=r"another run: fingerprint\.weights: '"):
         finetune_llm(folder, RECORDS, tmp_path / "run", SHORT, resume=True)
+
+
+def test_a_run_continues_with_other_checkpoints_and_options_that_its_record_lacks(
+    tmp_path: Path,
+) -> None:
+    """Earlier versions wrote a checkpoint every 500 steps by default, and compiled nothing."""
+    config = TrainConfig(vision_model="v", text_model="t", data="d", output=tmp_path)
+    write_run_record(tmp_path, config, {})
+    record = json.loads((tmp_path / "run.json").read_text())
+    record["config"]["align"]["save_steps"] = 500
+    del record["config"]["extract"]["precision"], record["config"]["extract"]["compile"]
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    require_same_run(tmp_path, config, {}, resume=True)
+    for option, message in (
+        ({"compile": True}, "extract.compile: None then, True now"),
+        ({"precision": "bfloat16"}, "extract.precision: None then, 'bfloat16' now"),
+    ):
+        changed = replace(config, extract=ExtractConfig(**option))
+        with pytest.raises(ValueError, match=message):
+            require_same_run(tmp_path, changed, {}, resume=True)
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,6 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
 
     _ahead: ThreadPoolExecutor
     _next_samples: Future[Any] | None
-    _saved_at: float
 
     def __init__(
         self,
@@ -172,6 +171,7 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
             args=training_arguments,
             train_dataset=data.dataset,
             callbacks=[
+                *([CheckpointTimesCallback()] if data.config.save_steps is None else []),
                 ClampTemperatureCallback(),
                 self._input_times,
                 *callbacks,
@@ -182,16 +182,6 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         super()._save_rng_state(output_dir)
         if isinstance(self.data, StreamData):  # batches of records depend on the step alone
             self.data.save(Path(output_dir))
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint, by default at most one in some minutes, and one where the run ends."""
-        is_early = time.monotonic() - self._saved_at < _SECONDS_BETWEEN_CHECKPOINTS
-        is_default = self.data.config.save_steps is None and not self.control.should_training_stop
-        skips = [is_default and is_early]
-        broadcast_object_list(skips)  # clocks differ, and all processes save together
-        if not skips[0]:
-            super()._save_checkpoint(model, trial)
-            self._saved_at = time.monotonic()
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the Accelerator, and make FSDP leave scores and temperature in float32."""
@@ -207,7 +197,7 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         if self.args.device.type == "cuda":  # a new thread would pin memory for the first GPU
             begin = partial(torch.cuda.set_device, torch.cuda.current_device())
         with ThreadPoolExecutor(1, initializer=begin) as self._ahead:
-            self._next_samples, self._saved_at = None, time.monotonic()
+            self._next_samples = None
             return super().train(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -334,6 +324,25 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         self.state.epoch = self.data.epoch_at(self.state.global_step)
         logs["inverse_temperature"] = float(self._inverse_temperature)
         super().log(logs, start_time)
+
+
+class CheckpointTimesCallback(TrainerCallback):
+    """Leaves out checkpoints that come too soon after another, or after the run began.
+
+    Those that other callbacks ask for, and that of the end, are saved.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        self._saved_at = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        if control.should_save and not control.should_training_stop:
+            saves = [time.monotonic() - self._saved_at >= _SECONDS_BETWEEN_CHECKPOINTS]
+            broadcast_object_list(saves)  # clocks differ, and all processes save together
+            control.should_save = saves[0]
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        self._saved_at = time.monotonic()
 
 
 class ClampTemperatureCallback(TrainerCallback):

@@ -404,7 +404,7 @@ class _Cosines(NamedTuple):
 class _KeptCosines(LogitRule):
     """Scales cosines that an earlier rule computed for the same loss, which asks in one order."""
 
-    _kept: list[_Cosines]
+    _kept: list[_Cosines] | None = None
     _place: int
 
     @classmethod
@@ -414,6 +414,8 @@ class _KeptCosines(LogitRule):
         return made
 
     def __call__(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        if self._kept is None:  # at another scale, which the loss has chosen
+            return super().__call__(image_embeds, text_embeds)
         place, self._place = self._place, self._place + 1
         if place == len(self._kept) or not self._kept[place].is_of(image_embeds, text_embeds):
             unscaled = LogitRule(torch.ones_like(self.scale))(image_embeds, text_embeds)

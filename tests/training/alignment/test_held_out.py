@@ -124,6 +124,7 @@ def test_the_fitted_temperature_is_where_the_loss_is_lowest(bias: float | None) 
 
 
 WITHOUT_LOGITS: Loss = lambda inputs: inputs.image_embeds.sum()  # noqa: E731
+AT_ONE_SCALE: Loss = lambda inputs: ContrastiveLoss()(inputs.at_scale(20.0))  # noqa: E731
 
 
 @pytest.mark.parametrize(
@@ -133,11 +134,12 @@ WITHOUT_LOGITS: Loss = lambda inputs: inputs.image_embeds.sum()  # noqa: E731
         SigmoidLoss(),
         MatryoshkaLoss(ContrastiveLoss(chunk_size=20), [4]),
         WITHOUT_LOGITS,
+        AT_ONE_SCALE,
         lambda inputs: (
             inputs.logits(inputs.image_embeds.roll(1, 0), inputs.text_embeds).exp().sum()
         ),
     ],
-    ids=["contrastive", "sigmoid", "matryoshka", "without logits", "of new rows"],
+    ids=["contrastive", "sigmoid", "matryoshka", "without logits", "at one scale", "of new rows"],
 )
 def test_kept_cosines_choose_the_temperature_of_products_at_each(
     loss: Loss, monkeypatch: pytest.MonkeyPatch
@@ -160,8 +162,8 @@ def test_kept_cosines_choose_the_temperature_of_products_at_each(
             fits.append(held_out_module.fit_temperature(measure, inputs))
     # To the last bit: what rounding could decide is computed as before.
     assert fits[:3] == fits[3:]
-    # Half of the 18 temperatures or more are scaled cosines, where the loss has any.
-    assert calls[0] == 12 if loss is WITHOUT_LOGITS else calls[0] >= 27
+    # Half of the 18 temperatures or more are scaled cosines, where these decide anything.
+    assert calls[0] == 12 if loss in (WITHOUT_LOGITS, AT_ONE_SCALE) else calls[0] >= 27
 
 
 def test_held_out_rows_are_read_once(few: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:

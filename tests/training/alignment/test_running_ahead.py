@@ -23,7 +23,6 @@ from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.alignment_trainer import AlignmentTrainer
 from modeling_llm2clip.training.alignment.sampling import sample_normal, seed_rows
 from modeling_llm2clip.training.alignment.stored_rows import StoredRows
-from modeling_llm2clip.training.trainer_mixins import StageTrainerMixin
 
 
 @pytest.fixture(autouse=True)
@@ -187,6 +186,10 @@ def test_resident_stores_and_threads_change_no_bit_of_a_run(
     assert not names_that_differ(in_turn / "model", ahead / "model")
 
 
+def list_checkpoints(run: Path) -> list[int]:
+    return sorted(int(f.name.split("-")[1]) for f in (run / "checkpoints").glob("checkpoint-*"))
+
+
 class Kill(TrainerCallback):
     """Ends a run after a step, as a kill does."""
 
@@ -237,32 +240,51 @@ def test_token_ids_stay_on_the_cpu_where_the_model_checks_them() -> None:
     assert [found[name].device.type for name in names] == ["cpu", "cpu", "meta"]
 
 
-def list_checkpoints(run: Path) -> list[int]:
-    return sorted(int(f.name.split("-")[1]) for f in (run / "checkpoints").glob("checkpoint-*"))
+class Save(TrainerCallback):
+    """Asks for a checkpoint after the fourth step, and keeps the steps of those that are there."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        control.should_save |= state.global_step == 4
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        assert (Path(args.output_dir) / f"checkpoint-{state.global_step}").is_dir()
+        self.steps.append(state.global_step)
 
 
-def test_a_short_run_has_a_checkpoint_where_it_ends_alone(
-    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# Where the run ends and where a callback asks, and also every third step.
+@pytest.mark.parametrize(("seconds", "steps"), [(1e9, [4, 7]), (0.0, [3, 4, 6, 7])])
+def test_checkpoints_are_some_minutes_apart_unless_their_steps_are_given(
+    prepared: Prepared,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    steps: list[int],
 ) -> None:
     monkeypatch.setattr(trainer_mixins, "_SAVE_STEPS", 3)
-    monkeypatch.setattr(alignment_trainer, "_SECONDS_BETWEEN_CHECKPOINTS", 1e9)
+    monkeypatch.setattr(alignment_trainer, "_SECONDS_BETWEEN_CHECKPOINTS", seconds)
+    save = Save()
     prepared.align_stored(
         tmp_path / "run", max_steps=7, global_batch_size=8, held_out_ratio=0, image_noise=0,
-        caption_noise=0, projection_init="model", logging_steps=100,
+        caption_noise=0, projection_init="model", logging_steps=100, callbacks=[save],
     )  # fmt: skip
-    assert list_checkpoints(tmp_path / "run") == [7]
+    assert save.steps == steps
 
 
-@pytest.mark.parametrize(("save_steps", "saved"), [(None, [301, 602]), (1, [200, 301, 400, 602])])
-def test_checkpoints_are_some_minutes_apart_unless_their_steps_are_given(
-    save_steps: int | None, saved: list[int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_end", [False, True])
+def test_a_checkpoint_restarts_the_clock_of_the_next(
+    is_end: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    times, now = [], [0]
+    saved, now = [], [0]
     monkeypatch.setattr(time, "monotonic", lambda: float(now[0]))
-    monkeypatch.setattr(StageTrainerMixin, "_save_checkpoint", lambda *_: times.append(now[0]))
-    trainer = AlignmentTrainer.__new__(AlignmentTrainer)
-    trainer.data = SimpleNamespace(config=SimpleNamespace(save_steps=save_steps))
-    trainer.control, trainer._saved_at = SimpleNamespace(should_training_stop=False), 0.0
+    callback = alignment_trainer.CheckpointTimesCallback()
+    callback.on_train_begin(None, None, None)
     for now[0] in (200, 301, 400, 602):
-        trainer._save_checkpoint(None, None)
-    assert times == saved
+        control = SimpleNamespace(should_save=True, should_training_stop=is_end)
+        callback.on_step_end(None, None, control)
+        if control.should_save:
+            callback.on_save(None, None, control)
+            saved.append(now[0])
+    assert saved == ([200, 301, 400, 602] if is_end else [301, 602])
