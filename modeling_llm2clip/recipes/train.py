@@ -346,6 +346,8 @@ class _Recipe:
         if self.is_main_process and data:
             evaluated = EvaluatedModel(source=str(model), name="model")
             config = replace(self.config.evaluate, output=self.paths.evaluation)
+            if config.dtype == "auto":  # a card states scores of the weights as they are written
+                config = replace(config, dtype="saved")
             self.say(str(evaluate(evaluated, data, config, tasks=self.config.eval_tasks)))
             add_card_results(model, list_result_files(config.output))
         PartialState().wait_for_everyone()

@@ -26,6 +26,7 @@ from modeling_llm2clip.configs.train_config import TrainConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.embedding.extract import extract
+from modeling_llm2clip.encoding.precision import DeviceTraits
 from modeling_llm2clip.model_folders.model_card import read_card_data
 from modeling_llm2clip.recipes import train as stages
 from modeling_llm2clip.recipes.recipe_plan import plan_recipe, read_split
@@ -289,6 +290,18 @@ def test_what_is_evaluated_may_change(copied: TrainConfig, sources: Path) -> Non
     assert "folder: text to image R@1" in more.text
     changed = read_files(copied.output, parts=WEIGHTS)
     assert {name for name in models if models[name] != changed[name]} == {"model/README.md"}
+
+
+def test_a_gpu_scores_the_model_in_its_own_dtype_for_its_card(
+    copied: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = DeviceTraits("cuda", has_bfloat16=True, free_bytes=2**40)
+    monkeypatch.setattr(DeviceTraits, "read", lambda _: gpu)
+    shutil.rmtree(copied.output / "evaluation")
+    scores = {result.dataset: result.scores for result in read_card_data(run(copied).model).results}
+    assert scores["held-out"]["t2i.hit_rate_at_1"] == (
+        read_scores(copied.output)["t2i"]["hit_rate_at_1"]
+    )
 
 
 @pytest.mark.slow
