@@ -42,7 +42,9 @@ LOCK_FILE = "run.lock"
 _COMPLETE = "complete"
 # Options that change no number, with which a run may be resumed. Weights and stores are compared by
 # content, wherever they are.
-_MAY_DIFFER = {"num_workers", "report_to", "source", "folder"}
+_MAY_DIFFER = {"num_workers", "report_to", "save_steps", "source", "folder"}
+# Options that older runs do not record, with their defaults.
+_UNRECORDED = {"extract.precision": "auto", "extract.compile": False}
 _CHECKPOINTS_KEPT = 2
 _ATTEMPTS = 100
 _HELD: set[IO[str]] = set()
@@ -135,6 +137,7 @@ def require_same_run(
     now = {**_to_json(asdict(config)), **_to_json(inputs)}
     ignored = _MAY_DIFFER | set(may_differ)
     earlier, now = _flatten(earlier), _flatten(now)
+    earlier = {name: value for name, value in _UNRECORDED.items() if name in now} | earlier
     different = [
         f"{name}: {earlier.get(name)!r} then, {now.get(name)!r} now"
         for name in sorted(set(earlier) | set(now))

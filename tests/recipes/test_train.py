@@ -142,6 +142,21 @@ def test_a_second_run_computes_nothing_and_changes_nothing(copied: TrainConfig) 
     assert "text to image R@1" in run(replace(copied, output=moved)).text
 
 
+def test_a_run_without_the_newest_options_continues_as_with_their_defaults(
+    copied: TrainConfig,
+) -> None:
+    file = copied.output / "run.json"
+    record = json.loads(file.read_text())
+    del record["config"]["extract"]["precision"], record["config"]["extract"]["compile"]
+    record["config"]["align"]["save_steps"] = 500  # changes no number
+    file.write_text(json.dumps(record))
+    models = read_files(copied.output, parts=WEIGHTS)
+    with pytest.raises(ValueError, match=r"extract\.precision: 'auto' then, 'float32' now\. Choose"):
+        train(replace(copied, extract=replace(copied.extract, precision="float32")))
+    run(copied)
+    assert read_files(copied.output, parts=WEIGHTS) == models
+
+
 def test_an_option_that_changed_is_refused_by_name(done: Done) -> None:
     before = read_files(done.config.output)
     for section, option, value, then in (
@@ -342,8 +357,11 @@ def test_a_model_that_is_not_healthy_is_an_error_until_it_is(copied: TrainConfig
     assert "model: healthy" in run(copied).text
 
 
-def test_refusals_of_stages_come_before_the_first(sources: Path, tmp_path: Path) -> None:
-    """All at once: towers, fine-tuning, alignment and evaluation."""
+def test_refusals_of_stages_come_before_the_first(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All at once: towers, fine-tuning, extraction, alignment and evaluation."""
+    monkeypatch.setenv("CXX", "no-compiler")
     records = [
         replace(record, captions=record.captions[:1], long_captions=())
         for record in load_records(sources / "data")
@@ -353,6 +371,7 @@ def test_refusals_of_stages_come_before_the_first(sources: Path, tmp_path: Path)
         tmp_path / "run",
         vision_model="no tower",
         build={"prompt": "chatml"},
+        extract={"compile": True},
         align={"loss": "triplet", "projection_init": "cca", "vision_training": "full"},
         eval_tasks=["swimming"],
     )
@@ -360,7 +379,7 @@ def test_refusals_of_stages_come_before_the_first(sources: Path, tmp_path: Path)
         train(config, records=(records[:1], records[1:]))
     reported = str(caught.value)
     for error in ("one caption only", "projection_init=cca needs", "'triplet'", "swimming",
-                  "too few for a batch of 4"):  # fmt: skip
+                  "too few for a batch of 4", "there is no no-compiler"):  # fmt: skip
         assert error in reported
     with pytest.raises(ValueError, match="Choose a prompt, one of llama-3"):
         train(make_recipe(sources, tmp_path / "run", build={"prompt": None}))
