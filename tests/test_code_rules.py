@@ -53,7 +53,7 @@ BUDGETS = {
     "evaluation": 2915,
     "model_folders": 1435,
     "publishing": 951,
-    "recipes": 444,
+    "recipes": 452,
     "scheduling": 83,
     "search": 1494,
     "serving": 1544,

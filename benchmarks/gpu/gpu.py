@@ -64,7 +64,7 @@ def main() -> int:
     recorded = before.get("rows", {}) if before.get("device") == frame["device"] else {}
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        bench = Bench(device, arguments.tiny, Path(folder), recorded)
+        bench = Bench(device, arguments.tiny, Path(folder).resolve(), recorded)
         for name in arguments.only:
             begin = time.perf_counter()
             if begin - started > _MOST_SECONDS:

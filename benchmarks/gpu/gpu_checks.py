@@ -18,6 +18,7 @@ from benchmarks.gpu.goals import RANKS_SECONDS
 from benchmarks.gpu.gpu_encoding import load_encoder
 from benchmarks.gpu.gpu_training import run_align
 from modeling_llm2clip.encoding.encode import encode_texts
+from modeling_llm2clip.encoding.float32 import float32_as_such
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import RetrievalRanks, rank_retrieval
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
@@ -76,8 +77,9 @@ def compare(bench: Bench) -> None:
 @torch.no_grad()
 def _encode_pixels(model: LLM2CLIPVisionModel, pixels: Tensor) -> Tensor:
     dtype = model.vision_model.dtype
-    embeds = model.get_vision_embeds(pixels.to(model.device, dtype))
-    return model.to_image_embeds(embeds).cpu()
+    with float32_as_such():  # else cuDNN convolves in TF32
+        embeds = model.get_vision_embeds(pixels.to(model.device, dtype))
+        return model.to_image_embeds(embeds).cpu()
 
 
 def measure_ranks(bench: Bench) -> None:
@@ -86,13 +88,16 @@ def measure_ranks(bench: Bench) -> None:
     part = _take(images, texts, bench.choose(60, 1000))
     for all_positives, goal in RANKS_SECONDS.items():
         name = "ranks of all positives" if all_positives else "ranks of the best positives"
+        pairs = _pair(*part)
         ranks = [
-            _rank(*(side.to(device) for side in part), all_positives=all_positives)
+            rank_retrieval(*(side.to(device) for side in part), pairs, all_positives=all_positives)
             for device in (_CPU, bench.device)
         ]
         bench.note_parity(f"{name}, different ones", _count_different(*ranks), 0, at_least=False)
-        there = images.to(bench.device), texts.to(bench.device)
-        seconds = bench.time(lambda t=there, a=all_positives: _rank(*t, all_positives=a), rounds=5)
+        there = images.to(bench.device), texts.to(bench.device), _pair(images, texts)
+        seconds = bench.time(
+            lambda t=there, a=all_positives: rank_retrieval(*t, all_positives=a), rounds=5
+        )
         label = f"{name}, {len(images):,} x {len(texts):,}"
         bench.note_speed(label, seconds, "s", goal=goal, lower=True)
 
@@ -108,10 +113,9 @@ def _take(images: Tensor, texts: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return images[:count], texts[: count * (len(texts) // len(images))]
 
 
-def _rank(images: Tensor, texts: Tensor, *, all_positives: bool) -> RetrievalRanks:
+def _pair(images: Tensor, texts: Tensor) -> Correspondence:
     owners = torch.arange(len(images)).repeat_interleave(len(texts) // len(images))
-    pairs = Correspondence.from_group_ids(list(range(len(images))), owners.tolist())
-    return rank_retrieval(images, texts, pairs, all_positives=all_positives)
+    return Correspondence.from_image_of_text(owners, len(images))
 
 
 def _count_different(one: RetrievalRanks, other: RetrievalRanks) -> int:

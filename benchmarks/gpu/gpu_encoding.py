@@ -69,6 +69,8 @@ def measure_captions(bench: Bench) -> None:
         encoder = load_encoder(bench, "text", llm)
         prepared = encoder.prepare(captions)
         num_tokens = int(prepared.inputs.lengths.sum())
+        if bench.on_gpu:  # not of loading, nor of what was measured before
+            torch.cuda.reset_peak_memory_stats()
         for name, goal in zip(("eager", "compiled"), TOKENS[llm], strict=True):
             with nullcontext() if name == "eager" else _compiled(encoder):
                 seconds = bench.time(lambda e=encoder, p=prepared: _run(e.encode(p)))
@@ -76,7 +78,6 @@ def measure_captions(bench: Bench) -> None:
         if bench.on_gpu:
             peak = torch.cuda.max_memory_allocated() / 1e9
             bench.note(f"captions {llm}, peak memory", round(peak, 1), "GB")
-            torch.cuda.reset_peak_memory_stats()
         del encoder
 
 

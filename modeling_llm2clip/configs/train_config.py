@@ -97,6 +97,8 @@ class TrainConfig(DataConfig):
             "inherit=True teaches stored captions: leave align.text_training out.": (
                 self.inherit and align.text_training != "stored"
             ),
+            "inherit=True extracts captions by a teacher, whose layers are not compiled. Leave "
+            "extract.compile out.": self.inherit and self.extract.compile,
             "build.keep_embeddings=True keeps an embedder's own embeddings, and the alignment "
             "would change them. Give align.lock_text=True.": (
                 build.keep_embeddings and not align.lock_text

@@ -261,7 +261,7 @@ def require_own_results(results: Sequence[CardResult], folder: Path) -> None:
         raise ValueError(
             f"{'; '.join(foreign)}: not measured with the model that would be written. Export "
             "first (another dtype makes other weights), evaluate the folder that is written, as "
-            "a model of this package and in its own dtype, and give these results."
+            "a model of this package and with --dtype saved, and give these results."
         )
 
 

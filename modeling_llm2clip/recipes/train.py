@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ from ..data.remote.remote_files import is_remote
 from ..data.remote.shard_urls import drop_signature
 from ..doctor.check_model import check_model
 from ..embedding.extract import describe_extraction, extract
+from ..encoding.devices import find_device, require_compiler
 from ..encoding.dual_encoder import require_dual_encoder
 from ..evaluation.evaluate import check_data as check_eval_data
 from ..evaluation.evaluate import evaluate
@@ -191,6 +193,10 @@ def check_recipe(config: TrainConfig, split: Split) -> None:
 def _list_checks(config: TrainConfig, split: Split) -> Iterator[Callable[[], object]]:
     paths = RecipePaths(config.output)
     train, test = split
+    for stage in filter(None, (config.finetune, config.extract, config.align)):
+        yield partial(find_device, config.device, precision=stage.precision)
+    if config.extract.compile:
+        yield lambda: require_compiler(find_device(config.device))
     if not is_complete(paths.built):
         yield lambda: _check_towers(config)
     finetune, align = config.finetune, config.align
@@ -346,6 +352,8 @@ class _Recipe:
         if self.is_main_process and data:
             evaluated = EvaluatedModel(source=str(model), name="model")
             config = replace(self.config.evaluate, output=self.paths.evaluation)
+            if config.dtype == "auto":  # a card states scores of the weights as they are written
+                config = replace(config, dtype="saved")
             self.say(str(evaluate(evaluated, data, config, tasks=self.config.eval_tasks)))
             add_card_results(model, list_result_files(config.output))
         PartialState().wait_for_everyone()

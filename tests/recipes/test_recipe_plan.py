@@ -130,6 +130,7 @@ def test_a_teacher_is_planned_or_refused(sources: Path, tmp_path: Path) -> None:
     refuse("leave projection_init out", align={"projection_init": "cca"})
     refuse("leave align.text_training out", align={"text_training": "frozen-online"})
     kept = {"prompt": "own", "keep_embeddings": True, "projection_dim": None}
+    refuse("whose layers are not compiled", extract={"compile": True})
     refuse("Give align.lock_text=True", inherit=False, finetune=None, build=kept)
     pickled = shutil.copytree(tmp_path / "clip", tmp_path / "pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")

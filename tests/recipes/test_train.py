@@ -26,6 +26,7 @@ from modeling_llm2clip.configs.train_config import TrainConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.embedding.extract import extract
+from modeling_llm2clip.encoding.precision import DeviceTraits
 from modeling_llm2clip.model_folders.model_card import read_card_data
 from modeling_llm2clip.recipes import train as stages
 from modeling_llm2clip.recipes.recipe_plan import plan_recipe, read_split
@@ -139,6 +140,21 @@ def test_a_second_run_computes_nothing_and_changes_nothing(copied: TrainConfig) 
     assert len(again.reported) == 3 and "text to image R@1" in again.text
     moved = copied.output.rename(copied.output.with_name("moved"))
     assert "text to image R@1" in run(replace(copied, output=moved)).text
+
+
+def test_a_run_without_the_newest_options_continues_as_with_their_defaults(
+    copied: TrainConfig,
+) -> None:
+    file = copied.output / "run.json"
+    record = json.loads(file.read_text())
+    del record["config"]["extract"]["precision"], record["config"]["extract"]["compile"]
+    record["config"]["align"]["save_steps"] = 500  # changes no number
+    file.write_text(json.dumps(record))
+    models = read_files(copied.output, parts=WEIGHTS)
+    with pytest.raises(ValueError, match=r"extract\.precision: 'auto' then, 'float32' now"):
+        train(replace(copied, extract=replace(copied.extract, precision="float32")))
+    run(copied)
+    assert read_files(copied.output, parts=WEIGHTS) == models
 
 
 def test_an_option_that_changed_is_refused_by_name(done: Done) -> None:
@@ -291,6 +307,17 @@ def test_what_is_evaluated_may_change(copied: TrainConfig, sources: Path) -> Non
     assert {name for name in models if models[name] != changed[name]} == {"model/README.md"}
 
 
+def test_a_gpu_scores_the_model_in_its_own_dtype_for_its_card(
+    copied: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = DeviceTraits("cuda", has_bfloat16=True, free_bytes=2**40)
+    monkeypatch.setattr(DeviceTraits, "read", lambda _: gpu)
+    shutil.rmtree(copied.output / "evaluation")
+    scores = {result.dataset: result.scores for result in read_card_data(run(copied).model).results}
+    hits = read_scores(copied.output)["t2i"]["hit_rate_at_1"]
+    assert scores["held-out"]["t2i.hit_rate_at_1"] == hits
+
+
 @pytest.mark.slow
 def test_records_are_taken_in_place_of_data(sources: Path, tmp_path: Path) -> None:
     """And a recipe may leave out fine-tuning, stores, export and evaluation."""
@@ -329,8 +356,11 @@ def test_a_model_that_is_not_healthy_is_an_error_until_it_is(copied: TrainConfig
     assert "model: healthy" in run(copied).text
 
 
-def test_refusals_of_stages_come_before_the_first(sources: Path, tmp_path: Path) -> None:
-    """All at once: towers, fine-tuning, alignment and evaluation."""
+def test_refusals_of_stages_come_before_the_first(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All at once: towers, fine-tuning, extraction, alignment and evaluation."""
+    monkeypatch.setenv("CXX", "no-compiler")
     records = [
         replace(record, captions=record.captions[:1], long_captions=())
         for record in load_records(sources / "data")
@@ -340,6 +370,7 @@ def test_refusals_of_stages_come_before_the_first(sources: Path, tmp_path: Path)
         tmp_path / "run",
         vision_model="no tower",
         build={"prompt": "chatml"},
+        extract={"compile": True},
         align={"loss": "triplet", "projection_init": "cca", "vision_training": "full"},
         eval_tasks=["swimming"],
     )
@@ -347,7 +378,7 @@ def test_refusals_of_stages_come_before_the_first(sources: Path, tmp_path: Path)
         train(config, records=(records[:1], records[1:]))
     reported = str(caught.value)
     for error in ("one caption only", "projection_init=cca needs", "'triplet'", "swimming",
-                  "too few for a batch of 4"):  # fmt: skip
+                  "too few for a batch of 4", "there is no no-compiler"):  # fmt: skip
         assert error in reported
     with pytest.raises(ValueError, match="Choose a prompt, one of llama-3"):
         train(make_recipe(sources, tmp_path / "run", build={"prompt": None}))
