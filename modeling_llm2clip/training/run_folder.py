@@ -137,11 +137,13 @@ def require_same_run(
     now = {**_to_json(asdict(config)), **_to_json(inputs)}
     ignored = _MAY_DIFFER | set(may_differ)
     earlier, now = _flatten(earlier), _flatten(now)
+    for name in now.keys() - earlier.keys():
+        earlier[name] = _BEFORE.get(name.rpartition(".")[2])
     different = [
         f"{name}: {earlier.get(name)!r} then, {now.get(name)!r} now"
         for name in sorted(set(earlier) | set(now))
         if not ignored & {name, name.partition(".")[0], name.rpartition(".")[2]}
-        and earlier.get(name, _BEFORE.get(name.rpartition(".")[2])) != now.get(name)
+        and earlier.get(name) != now.get(name)
     ]
     if different:
         raise ValueError(f"{folder} has another run: {'; '.join(different)}. Choose a new folder.")
