@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -31,7 +31,7 @@ from .devices import find_device
 from .encoder_interface import Encoder, choose_batches
 from .float32 import float32_as_such
 from .host_copies import computes_beside
-from .pixel_normalization import find_normalization
+from .pixel_normalization import PixelNormalization, find_normalization
 from .precision import describe_precision, load_on_device
 
 Model: TypeAlias = LLM2CLIPModel | LLM2CLIPTextModel | LLM2CLIPVisionModel
@@ -252,10 +252,14 @@ class TorchEncoder(Encoder):
         self.embedding_dim = int(config.projection_dim)
         self.computes_beside = computes_beside(self.device)
         self.token_budget, self.batch_size = choose_batches(self.device)
-        if self.device.type != "cpu" and "image" in self.modalities:
-            self.normalization = find_normalization(processor, self.device)
         # On a CPU the model packs texts of any lengths, and batches of few tokens are slow.
         self._plan_texts = plan_packs if self.device.type == "cpu" else plan_token_batches
+
+    @cached_property
+    def normalization(self) -> PixelNormalization | None:
+        """Found with the first images: to encode texts alone, none is prepared."""
+        on_cpu = self.device.type == "cpu"
+        return None if on_cpu else find_normalization(self.processor, self.device)
 
     @property
     def logit_rule(self) -> LogitRule | None:

@@ -17,7 +17,8 @@ def test_a_copy_is_waited_for_on_the_gpu_of_its_tensor(monkeypatch: pytest.Monke
 
     The tensor is on the CPU, and takes the way of one on a GPU.
     """
-    tensor, streams = torch.arange(3.0), []
+    tensor = torch.arange(3.0)
+    streams: list[Any] = []
 
     class Event:
         def __init__(self, *, blocking: bool) -> None:
