@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -193,8 +192,9 @@ def check_recipe(config: TrainConfig, split: Split) -> None:
 def _list_checks(config: TrainConfig, split: Split) -> Iterator[Callable[[], object]]:
     paths = RecipePaths(config.output)
     train, test = split
-    for stage in filter(None, (config.finetune, config.extract, config.align)):
-        yield partial(find_device, config.device, precision=stage.precision)
+    tuned = "auto" if config.finetune is None else config.finetune.precision
+    if "bfloat16" in (tuned, config.extract.precision, config.align.precision):
+        yield lambda: find_device(config.device, precision="bfloat16")
     if config.extract.compile:
         yield lambda: require_compiler(find_device(config.device))
     if not is_complete(paths.built):
