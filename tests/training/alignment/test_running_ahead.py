@@ -175,11 +175,14 @@ def test_resident_stores_and_threads_change_no_bit_of_a_run(
         patch.setattr(AlignmentTrainer, "get_batch_samples", Trainer.get_batch_samples)
         in_turn = train(tmp_path / "in-turn")
     monkeypatch.setattr(stored_rows, "count_free_bytes", lambda _: 2**20)
-    placed = []
+    placed: list[StoredRows] = []
     place = StoredRows.place
-    monkeypatch.setattr(
-        StoredRows, "place", lambda rows, *_, **n: (place(rows, *_, **n), placed.append(rows))
-    )
+
+    def note(rows: StoredRows, device: torch.device, *, num_reads: int) -> None:
+        place(rows, device, num_reads=num_reads)
+        placed.append(rows)
+
+    monkeypatch.setattr(StoredRows, "place", note)
     ahead = train(tmp_path / "ahead")
     # Ten steps read more rows than a store has; with fewer it would stay in its files.
     assert len(placed) == 2 and all(rows.resident is not None for rows in placed)
@@ -257,12 +260,14 @@ def test_a_short_run_has_a_checkpoint_where_it_ends_alone(
 def test_checkpoints_are_some_minutes_apart_unless_their_steps_are_given(
     save_steps: int | None, saved: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    times, now = [], [0]
+    times: list[int] = []
+    now = [0]
     monkeypatch.setattr(time, "monotonic", lambda: float(now[0]))
     monkeypatch.setattr(StageTrainerMixin, "_save_checkpoint", lambda *_: times.append(now[0]))
     trainer = AlignmentTrainer.__new__(AlignmentTrainer)
-    trainer.data = SimpleNamespace(config=SimpleNamespace(save_steps=save_steps))
-    trainer.control, trainer._saved_at = SimpleNamespace(should_training_stop=False), 0.0
+    data: Any = SimpleNamespace(config=SimpleNamespace(save_steps=save_steps))
+    control: Any = SimpleNamespace(should_training_stop=False)
+    trainer.data, trainer.control, trainer._saved_at = data, control, 0.0
     for now[0] in (200, 301, 400, 602):
-        trainer._save_checkpoint(None, None)
+        trainer._save_checkpoint(torch.nn.Identity(), None)
     assert times == saved
