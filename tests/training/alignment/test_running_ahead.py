@@ -174,11 +174,14 @@ def test_resident_stores_and_threads_change_no_bit_of_a_run(
         patch.setattr(AlignmentTrainer, "get_batch_samples", Trainer.get_batch_samples)
         in_turn = train(tmp_path / "in-turn")
     monkeypatch.setattr(stored_rows, "count_free_bytes", lambda _: 2**20)
-    placed = []
+    placed: list[StoredRows] = []
     place = StoredRows.place
-    monkeypatch.setattr(
-        StoredRows, "place", lambda rows, *_, **n: (place(rows, *_, **n), placed.append(rows))
-    )
+
+    def note(rows: StoredRows, device: torch.device, *, num_reads: int) -> None:
+        place(rows, device, num_reads=num_reads)
+        placed.append(rows)
+
+    monkeypatch.setattr(StoredRows, "place", note)
     ahead = train(tmp_path / "ahead")
     # Ten steps read more rows than a store has; with fewer it would stay in its files.
     assert len(placed) == 2 and all(rows.resident is not None for rows in placed)
@@ -277,12 +280,13 @@ def test_checkpoints_are_some_minutes_apart_unless_their_steps_are_given(
 def test_a_checkpoint_restarts_the_clock_of_the_next(
     is_end: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved, now = [], [0]
+    saved: list[int] = []
+    now = [0]
     monkeypatch.setattr(time, "monotonic", lambda: float(now[0]))
     callback = alignment_trainer.CheckpointTimesCallback()
     callback.on_train_begin(None, None, None)
     for now[0] in (200, 301, 400, 602):
-        control = SimpleNamespace(should_save=True, should_training_stop=is_end)
+        control: Any = SimpleNamespace(should_save=True, should_training_stop=is_end)
         callback.on_step_end(None, None, control)
         if control.should_save:
             callback.on_save(None, None, control)
