@@ -109,6 +109,25 @@ def test_an_output_with_another_image_that_changed_is_refused(
     assert read_bytes(tmp_path / "output") == before
 
 
+@pytest.mark.parametrize(("function", "config"), _RUNS, ids=["extract", "embed"])
+def test_a_repair_lets_in_no_other_option(
+    function: Callable[..., Path],
+    config: ExtractConfig | EmbedConfig,
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+) -> None:
+    contents = break_images(data, (9,))
+    output = tmp_path / "output"
+    with pytest.raises(DataValidationError):
+        function(model, load_records(data), output, config, modality="image")
+    for file, content in contents.items():
+        file.write_bytes(content)
+    other = replace(config, precision="bfloat16")
+    with pytest.raises(ValueError, match="precision"):
+        function(model, load_records(data), output, other, modality="image")
+
+
 def test_an_image_that_changes_again_after_its_repair_is_refused(
     run: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,21 +142,6 @@ def test_a_second_run_computes_nothing_and_changes_nothing(copied: TrainConfig) 
     assert "text to image R@1" in run(replace(copied, output=moved)).text
 
 
-def test_a_run_without_the_newest_options_continues_as_with_their_defaults(
-    copied: TrainConfig,
-) -> None:
-    file = copied.output / "run.json"
-    record = json.loads(file.read_text())
-    del record["config"]["extract"]["precision"], record["config"]["extract"]["compile"]
-    record["config"]["align"]["save_steps"] = 500  # changes no number
-    file.write_text(json.dumps(record))
-    models = read_files(copied.output, parts=WEIGHTS)
-    with pytest.raises(ValueError, match=r"extract\.precision: 'auto' then, 'float32' now"):
-        train(replace(copied, extract=replace(copied.extract, precision="float32")))
-    run(copied)
-    assert read_files(copied.output, parts=WEIGHTS) == models
-
-
 def test_an_option_that_changed_is_refused_by_name(done: Done) -> None:
     before = read_files(done.config.output)
     for section, option, value, then in (

@@ -140,8 +140,8 @@ def test_a_run_continues_with_other_checkpoints_and_options_that_its_record_lack
     (tmp_path / "run.json").write_text(json.dumps(record))
     require_same_run(tmp_path, config, {}, resume=True)
     for option, message in (
-        ({"compile": True}, "extract.compile: None then, True now"),
-        ({"precision": "bfloat16"}, "extract.precision: None then, 'bfloat16' now"),
+        ({"compile": True}, "extract.compile: False then, True now"),
+        ({"precision": "bfloat16"}, "extract.precision: 'auto' then, 'bfloat16' now"),
     ):
         changed = replace(config, extract=ExtractConfig(**option))
         with pytest.raises(ValueError, match=message):

@@ -181,6 +181,11 @@ def test_noise_is_projected_and_a_loss_gets_embeddings_without_it(prepared: Prep
     assert torch.equal(found.vision_embeds, wanted.vision_embeds)
     assert torch.equal(found.caption_embeds, wanted.caption_embeds)
     assert torch.equal(found.image_embeds, moved)
+    for name, number in (("vision", 2), ("caption", 3)):  # each side has noise of its own
+        embeds = noisy[f"{name}_embeds"]
+        normal = sample_normal(seed_rows(5, *samples.T, number), width=embeds.shape[1])
+        noise = normal * embeds.norm(dim=1, keepdim=True) * embeds.shape[1] ** -0.5
+        torch.testing.assert_close(noisy[f"{name}_noise"], noise)  # rounded in another order
     for side in ("image_embeds", "text_embeds"):
         assert not torch.isclose(getattr(found, side), getattr(wanted, side)).all(dim=1).any()
 
