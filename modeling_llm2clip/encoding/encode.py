@@ -256,7 +256,7 @@ class TorchEncoder(Encoder):
         self._plan_texts = plan_packs if self.device.type == "cpu" else plan_token_batches
 
     @cached_property
-    def normalization(self) -> PixelNormalization | None:
+    def normalization(self) -> PixelNormalization | None:  # type: ignore[override]
         """Found with the first images: to encode texts alone, none is prepared."""
         on_cpu = self.device.type == "cpu"
         return None if on_cpu else find_normalization(self.processor, self.device)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from aligning import Prepared, names_that_differ, read_losses
-from host_reads import HostReads
+from host_reads import StepWatch
 from stores import NUM_ROWS, make_embeddings, write_store
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
@@ -30,28 +30,8 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finite_steps, "_RUN_AHEAD", {"cpu"})
 
 
-class Watch(TrainerCallback):
-    """Keeps the weights after each step, and what was read in some of them."""
-
-    def __init__(self, first: int = 0, last: int = 0) -> None:
-        self.reads, self.first, self.last = HostReads(), first, last
-        self.weights: list[Tensor] = []
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        if state.global_step == self.first:
-            self.reads.__enter__()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:  # noqa: ARG002
-        if state.global_step == self.last:
-            self.reads.__exit__(None, None, None)
-        trained = [p.detach().flatten() for p in parts["model"].parameters() if p.requires_grad]
-        self.weights.append(torch.cat(trained))
-
-
 def test_no_step_between_two_logs_waits_for_the_device(prepared: Prepared, tmp_path: Path) -> None:
-    watch = Watch(
-        first=1, last=7
-    )  # the steps after the log of the first and before that of the last
+    watch = StepWatch(1, 7)  # after the log of the first step and before that of the last
     prepared.align_stored(
         tmp_path / "run", callbacks=[watch], max_steps=8, logging_steps=8, global_batch_size=8,
         held_out_ratio=0, projection_init="model",
@@ -72,7 +52,7 @@ def test_a_bad_step_changes_no_weight_and_is_named_at_the_next_log(
 
     to_text_embeds = AlignmentModel.to_text_embeds
     monkeypatch.setattr(AlignmentModel, "to_text_embeds", embed)
-    watch = Watch()
+    watch = StepWatch()
     with pytest.raises(
         FloatingPointError, match=r"loss is nan at step 3, and 8 of the 8 .* groups"
     ):

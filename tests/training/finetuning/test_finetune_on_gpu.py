@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from host_reads import HostReads
+from host_reads import StepWatch
 from safetensors.torch import load_file
 from sentence_transformers.base.losses import gradcache
 from tiny import tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
-from transformers import TrainerCallback
 from tuning import RECORDS, SHORT
 
 from modeling_llm2clip.model_folders.model_writing import save_model
@@ -26,23 +25,12 @@ from modeling_llm2clip.training.finetuning.finetune_llm import choose_base_dtype
 from modeling_llm2clip.training.finetuning.finetune_trainer import CaptionEncoder, FinetuneTrainer
 
 
-class Watch(TrainerCallback):
-    """Keeps the trained weights after each step, and counts reads between the first and last."""
+class WatchIds(StepWatch):
+    """Requires also that token ids are left where they are."""
 
-    def __init__(self) -> None:
-        self.reads = HostReads()
-        self.weights: list[Tensor] = []
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:  # noqa: ARG002
-        assert parts["train_dataloader"].device is None  # ids are left where they are
-        if state.global_step == 1:
-            self.reads.__enter__()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:  # noqa: ARG002
-        if state.global_step == state.max_steps - 1:
-            self.reads.__exit__(None, None, None)
-        trained = [p.detach().flatten() for p in parts["model"].parameters() if p.requires_grad]
-        self.weights.append(torch.cat(trained))
+    def on_step_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
+        assert parts["train_dataloader"].device is None
+        super().on_step_begin(args, state, control, **parts)
 
 
 @pytest.fixture
@@ -70,7 +58,7 @@ def test_no_step_between_two_logs_waits_for_the_device(
     for name in ("preprocess", "forward"):
         leave_out(monkeypatch, CaptionEncoder, name)
     leave_out(monkeypatch, gradcache, "_create_minibatch")
-    watch = Watch()
+    watch = WatchIds(1, 3)
     config = replace(SHORT, max_steps=4, logging_steps=4, mini_batch_size=mini_batch_size)
     finetune_llm(tiny_model(), RECORDS, tmp_path / "run", config, callbacks=[watch])
     assert len(watch.weights) == 4 and watch.reads.names == []
@@ -91,7 +79,7 @@ def test_a_bad_step_changes_no_weight_and_is_named_at_the_next_log(
         return features
 
     monkeypatch.setattr(CaptionEncoder, "forward", run)
-    watch = Watch()
+    watch = StepWatch()
     with pytest.raises(FloatingPointError, match=r"The loss is nan at step 2\. Lower the learning"):
         finetune_llm(
             tiny_model(), RECORDS, tmp_path / "run",
