@@ -95,7 +95,7 @@ def test_images_alone_have_an_encoder_find_the_last_steps(
     model, processor = pair
     calls: list[Any] = []
     monkeypatch.setattr(encode, "find_normalization", lambda *args: calls.append(args))
-    encoder = TorchEncoder(deepcopy(model).to("meta"), processor)  # a device that is no CPU
+    encoder = TorchEncoder(deepcopy(model).to("meta"), processor)  # a device besides the CPU
     assert not calls
     assert encoder.normalization is encoder.normalization is None
     assert calls == [(processor, torch.device("meta"))]
