@@ -349,8 +349,9 @@ def require_finite(
     ]
     raise ValueError(
         f"The model gives NaN or infinity for {len(broken)} of {len(rows)} inputs: "
-        f"{list_first(named)}. Run it in float32 (--precision float32); if they remain, its "
-        "weights are damaged: check its folder with llm2clip doctor."
+        f"{list_first(named)}. Run it in float32 (--precision float32; evaluate: "
+        "--dtype float32); if they remain, its weights are damaged: check its folder with llm2clip "
+        "doctor."
     )
 
 
