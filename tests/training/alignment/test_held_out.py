@@ -175,6 +175,7 @@ def test_held_out_rows_are_read_once(few: Prepared, monkeypatch: pytest.MonkeyPa
     )
     num_reads = []
     read = dataset.read_pairs
+    monkeypatch.setattr(held_out_module, "_ROWS_PER_BATCH", 50)  # of 60 images and more captions
     monkeypatch.setattr(dataset, "read_pairs", lambda *rows: num_reads.append(1) or read(*rows))
     for room, expected in ((2**29, 1), (0, 3)):
         monkeypatch.setattr(held_out_module, "_MOST_BYTES_KEPT", room)
@@ -182,6 +183,7 @@ def test_held_out_rows_are_read_once(few: Prepared, monkeypatch: pytest.MonkeyPa
         held_out = HeldOutImages(dataset, range(60))
         first, *others = [list(held_out.iterate_batches()) for _ in range(3)]
         assert len(num_reads) == expected * len(first)
+        assert len(first) > 1 and not torch.equal(*(b["caption_embeds"][:9] for b in first[:2]))
         for batches in others:
             for batch, again in zip(first, batches, strict=True):
                 assert all(torch.equal(value, again[name]) for name, value in batch.items())
