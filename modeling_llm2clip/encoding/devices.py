@@ -108,13 +108,18 @@ def has_float64(device: torch.device) -> bool:
     return device.type != "mps"
 
 
-def has_room(device: torch.device, num_bytes: int) -> bool:
-    """Return whether so many bytes fit into half of the free memory of a GPU; on a CPU they do."""
+def count_free_bytes(device: torch.device) -> int:
+    """Count the free bytes of a GPU; 0 for other devices."""
     import torch
 
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
+def has_room(device: torch.device, num_bytes: int) -> bool:
+    """Return whether so many bytes fit into half of the free memory of a GPU; on a CPU they do."""
     if device.type != "cuda":
         return device.type == "cpu"
-    return 2 * num_bytes <= torch.cuda.mem_get_info(device)[0]
+    return 2 * num_bytes <= count_free_bytes(device)
 
 
 def to_float64(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..packing_llm2clip import PACKED_ATTENTION
-from .devices import has_bfloat16
+from .devices import count_free_bytes, has_bfloat16
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,7 @@ class DeviceTraits:
     @classmethod
     def read(cls, device: torch.device) -> DeviceTraits:
         """Read the traits of a device as they are now."""
-        free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-        return cls(device.type, has_bfloat16(device), free_bytes)
+        return cls(device.type, has_bfloat16(device), count_free_bytes(device))
 
 
 def choose_tower_dtype(

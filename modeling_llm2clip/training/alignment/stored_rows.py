@@ -10,17 +10,13 @@ from torch import Tensor
 
 from ...data.key_arrays import Array
 from ...data.store.embedding_store import EmbeddingStore
+from ...encoding.devices import count_free_bytes
 from .align_checks import have_directions, require_directions
 
 Identify = Callable[[Array], Sequence[tuple[str, ...]]]
 """Names the records of some rows of a batch."""
 _BYTES_AT_ONCE = 2**26
 _SHARE_OF_FREE_MEMORY = 0.5  # the rest is for the weights, their moments and a step
-
-
-def count_free_bytes(device: torch.device) -> int:
-    """Count the bytes that are free on a device whose memory is not this machine's, or 0."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 class StoredRows:
