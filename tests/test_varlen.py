@@ -12,6 +12,7 @@ from shared_models import shared_model
 from tiny import LLM_FAMILIES, tiny_llm, tiny_model
 from tiny_embedders import EMBEDDERS, tiny_network
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.varlen import varlen_attn
 
@@ -26,7 +27,8 @@ from modeling_llm2clip.attention_llm2clip import (
     takes_dtype,
 )
 from modeling_llm2clip.base_llm2clip import set_attention_direction
-from modeling_llm2clip.packing_llm2clip import _checked, can_pack, run_unpadded
+from modeling_llm2clip.encoding.layer_compilation import compile_layers
+from modeling_llm2clip.packing_llm2clip import _checked, can_pack, copy_to, run_unpadded
 
 TEXTS = ["a dog", "two small cats on a mat", "a", "the end of it", "one more dog"]
 CPU = torch.device("cpu")
@@ -61,6 +63,29 @@ def attend_by_segments(
 
 
 KERNEL = VarlenKernel(attend_by_segments, 256, (torch.float32, torch.bfloat16))
+
+
+# As torch's own is one in a graph, so that a compiled layer does not look into it.
+_attend_in_graph = torch.library.custom_op(
+    "tests_varlen::attend",
+    lambda query, key, value, cu_seqlens, longest, scale, is_causal, enable_gqa: attend_by_segments(
+        query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scale,
+        window_size=(-1, 0) if is_causal else (-1, -1), enable_gqa=enable_gqa, num_splits=1,
+    ),
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, SymInt longest, "
+    "float? scale, bool is_causal, bool enable_gqa) -> Tensor",
+)  # fmt: skip
+_attend_in_graph.register_fake(lambda query, *_: torch.empty_like(query))
+
+
+def attend_in_graph(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, _k: Tensor, max_q: int, _max_k: int,
+    *, scale: float | None, window_size: tuple[int, int], enable_gqa: bool, num_splits: int,
+) -> Tensor:  # fmt: skip
+    assert num_splits == 1
+    is_causal = window_size == (-1, 0)
+    return _attend_in_graph(query, key, value, cu_seq_q, max_q, scale, is_causal, enable_gqa)
 
 
 def embed_with_gradients(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -244,3 +269,45 @@ def test_a_program_that_chose_backends_and_recomputed_layers_keep_their_order() 
     with order_backends("cuda", model.eval()):
         assert torch._C._get_sdp_priority_order() != before
     assert torch._C._get_sdp_priority_order() == before
+
+
+def test_other_lengths_of_packs_compile_no_layer_again() -> None:
+    torch.compiler.reset()
+    model, processor = tiny_model()
+    model.varlen_kernel = KERNEL._replace(attend=attend_in_graph)
+    inputs = [
+        dict(processor(text=[" ".join(["dog"] * (length - row % 3)) for row in range(count)]))
+        for count, length in ((4, 5), (3, 3), (5, 9), (1, 7), (7, 4), (2, 12), (6, 6))
+    ]
+    with torch.inference_mode():
+        expected = [model.get_caption_embeds(**batch) for batch in inputs]
+        compile_layers(model, backend="eager")
+        before = counters["stats"]["unique_graphs"]
+        for batch, embeds in zip(inputs, expected, strict=True):
+            found = model.get_caption_embeds(**batch)
+            torch.testing.assert_close(found, embeds, atol=2e-6, rtol=1e-5)
+    assert 1 <= counters["stats"]["unique_graphs"] - before <= 2
+    assert not counters["graph_break"]
+
+
+def test_ids_for_a_gpu_are_pinned_before_a_copy_that_nothing_waits_for() -> None:
+    calls: list[Any] = []
+
+    class Watched(Tensor):
+        """Notes what is called on it; a CPU build of torch neither pins nor copies to a GPU."""
+
+        @classmethod
+        def __torch_function__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if getattr(func, "__name__", "") not in ("pin_memory", "to"):
+                return super().__torch_function__(func, types, args, kwargs)
+            calls.append((func.__name__, args[1:], kwargs or {}))
+            return args[0]
+
+    gpu = torch.device("cuda")
+    copy_to(torch.arange(3).as_subclass(Watched), gpu)
+    assert calls == [("pin_memory", (), {}), ("to", (gpu,), {"non_blocking": True})]
+    calls.clear()
+    copy_to(torch.arange(3).as_subclass(Watched), CPU)
+    assert [name for name, *_ in calls] == ["to"]
