@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.varlen import varlen_attn
+from transformers import AutoConfig, AutoModel
 
 from modeling_llm2clip import modeling_llm2clip
 from modeling_llm2clip.attention_llm2clip import (
@@ -65,7 +66,7 @@ def attend_by_segments(
 KERNEL = VarlenKernel(attend_by_segments, 256, (torch.float32, torch.bfloat16))
 
 
-# As torch's own is one in a graph, so that a compiled layer does not look into it.
+# An operator, as torch's own is one, so that no compiler looks into it.
 _attend_in_graph = torch.library.custom_op(
     "tests_varlen::attend",
     lambda query, key, value, cu_seqlens, longest, scale, is_causal, enable_gqa: attend_by_segments(
@@ -80,12 +81,16 @@ _attend_in_graph.register_fake(lambda query, *_: torch.empty_like(query))
 
 
 def attend_in_graph(
-    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, _k: Tensor, max_q: int, _max_k: int,
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, _: Tensor, max_q: int, __: int,
     *, scale: float | None, window_size: tuple[int, int], enable_gqa: bool, num_splits: int,
 ) -> Tensor:  # fmt: skip
+    """Call that operator."""
     assert num_splits == 1
     is_causal = window_size == (-1, 0)
-    return _attend_in_graph(query, key, value, cu_seq_q, max_q, scale, is_causal, enable_gqa)
+    attended: Tensor = _attend_in_graph(
+        query, key, value, cu_seq_q, max_q, scale, is_causal, enable_gqa
+    )
+    return attended
 
 
 def embed_with_gradients(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -129,6 +134,25 @@ def test_unpadded_texts_have_the_embeddings_and_gradients_of_padded_ones(
 def test_unpadded_texts_of_an_embedder_have_the_states_of_padded_ones(name: str) -> None:
     network = tiny_network(name)
     set_attention_direction(network, bidirectional=name not in ("Qwen3-Embedding", "SGPT"))
+    require_states_of_texts_alone(network)
+
+
+# Learned positions, of which OPT skips two by itself.
+@pytest.mark.parametrize("family", ["opt", "gpt2"])
+def test_unpadded_texts_of_an_llm_with_learned_positions_have_those_of_each_text(
+    family: str,
+) -> None:
+    sizes = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100,
+        "max_position_embeddings": 64, "ffn_dim": 48, "word_embed_proj_dim": 32,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **sizes)
+    require_states_of_texts_alone(AutoModel.from_config(config).eval())
+
+
+def require_states_of_texts_alone(network: Any) -> None:
+    """Require the states of texts with padding on either side to be those of each text alone."""
     ids = torch.arange(4, 28).view(3, 8)  # within the windows
     mask = torch.ones_like(ids)
     mask[0, 6:] = mask[2, :4] = 0  # on either side
@@ -271,6 +295,7 @@ def test_a_program_that_chose_backends_and_recomputed_layers_keep_their_order() 
     assert torch._C._get_sdp_priority_order() == before
 
 
+@pytest.mark.slow
 def test_other_lengths_of_packs_compile_no_layer_again() -> None:
     torch.compiler.reset()
     model, processor = tiny_model()

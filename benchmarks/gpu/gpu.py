@@ -8,7 +8,8 @@ Weights are random, in the sizes of Llama-3.2-1B, Llama-3-8B and CLIP L/14-336; 
 with typical lengths. Nothing is downloaded. Every section prints its rows. The run fails where
 results differ from those of a CPU, and where a speed is below 80 % of the recorded one on the same
 device: such rows stay as an earlier run recorded them. A goal that is missed is said. Goals are
-those of one H100. With `--tiny` there are none, and nothing is written unless `--output` says where.
+those of one H100. With `--tiny` there are none, and nothing is written unless `--output` says
+where.
 """
 
 from __future__ import annotations

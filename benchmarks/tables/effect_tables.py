@@ -108,7 +108,8 @@ def _render_text_towers(report: dict[str, Any]) -> str:
 def _render_precision_effect(report: dict[str, Any]) -> str:
     heads = (
         "images", "text tower", "smallest cosine (mean) of texts", "of images",
-        "R@1, text to image: float32, bfloat16", "image to text", "`auto` runs texts in", "images in",
+        "R@1, text to image: float32, bfloat16", "image to text", "`auto` runs texts in",
+        "images in",
     )  # fmt: skip
     names = {"minilm": "all-MiniLM-L6-v2", "tuned": "SmolLM2-135M, fine-tuned"}
     rows = []
@@ -127,8 +128,9 @@ def _render_precision_effect(report: dict[str, Any]) -> str:
     counts = {run["dataset"]: run["num_test_images"] for run in report["runs"]}
     held_out = ", ".join(f"{count:,} {name}" for name, count in counts.items())
     note = (
-        f"Held-out images: {held_out}. In the last two columns: the smallest cosine of the examples "
-        f"that the guard compares; it accepts {report['least_cosine']}. {report['hardware']}; "
+        f"Held-out images: {held_out}. In the last two columns: the smallest cosine of the "
+        f"examples that are compared, of which {report['least_cosine']} is accepted. "
+        f"{report['hardware']}; "
         f"commit {report['commit']}."
     )
     return f"{draw_table(heads, rows)}\n{note}\n"

@@ -63,6 +63,7 @@ def test_options_of_the_command_line_are_strings() -> None:
     assert deployment.ray_actor_options == {"num_cpus": 0.5, "num_gpus": 0}
 
 
+@pytest.mark.filterwarnings("ignore:coroutine .*__del__")  # which Ray awaits
 def test_a_replica_computes_in_the_precision_of_its_options(tmp_path: Path) -> None:
     model = export_tiny_model(tmp_path / "model")
     rows = {}
