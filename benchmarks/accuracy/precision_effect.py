@@ -3,11 +3,11 @@
     python -m benchmarks.accuracy.precision_effect openclipart=FOLDER emoji=FOLDER --work WORK
 
 Each FOLDER is a dataset as the README describes it; its English lines are used. The embedded vision
-tower and two text towers are aligned on one half of the images, and find the other half, at most
-1,000, by their first captions: with towers in float32, and in bfloat16. Heads stay in float32, as
-on a GPU. A CPU computes both; it rounds as a GPU does, and sums in another order. The guard is
-asked as a GPU with bfloat16 asks it, once for each tower. What is measured is written after each
-model. `--work` keeps models and embedding stores, so that a second call measures at once.
+tower and two text towers are aligned on at most 800 images, and find 500 others by their first
+captions: with towers in float32, and in bfloat16. Heads stay in float32, as on a GPU. A CPU
+computes both; it rounds as a GPU does, and sums in another order. The guard is asked as a GPU with
+bfloat16 asks it, once for each tower. What is measured is written after each model. `--work` keeps
+models and embedding stores, so that a second call measures at once.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -29,29 +29,25 @@ from torch import Tensor
 
 from benchmarks.accuracy.first_run import read_lines, write_images
 from benchmarks.accuracy.text_towers import build_tower
-from benchmarks.accuracy.training_set_size import split_things
+from benchmarks.accuracy.training_set_size import load_head, split_things
 from benchmarks.shared.provenance import describe_run
 from modeling_llm2clip import AlignConfig, align, extract, load_records
 from modeling_llm2clip.configs.encoding_config import ExtractConfig
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.records.records import CaptionedImage
-from modeling_llm2clip.encoding.encode import encode_images, encode_texts, project_stored
+from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.encoding.precision import DeviceTraits
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
 from modeling_llm2clip.evaluation.metrics.scores import hit_rate_at
 from modeling_llm2clip.model_folders.guarded_loading import LEAST_COSINE, load_in_precision
-from modeling_llm2clip.modeling_llm2clip import (
-    LLM2CLIPModel,
-    LLM2CLIPTextModel,
-    LLM2CLIPVisionModel,
-)
+from modeling_llm2clip.modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 
 TOWERS = ("minilm", "tuned")  # names of `text_towers.py`
 PRECISIONS = ("float32", "bfloat16")
 MOST_POINTS = 0.2
-_MOST_TEST_IMAGES = 1000
+_MOST_TEST_IMAGES, _MOST_TRAINING_IMAGES = 500, 800
 _CPU, _GPU = torch.device("cpu"), DeviceTraits("cuda", has_bfloat16=True, free_bytes=2**40)
 _COSINE = re.compile(r"is (-?[0-9.]+|nan), and")
 
@@ -81,13 +77,14 @@ def main() -> None:
             arguments.output.write_text(f"{record}\n", "utf-8")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Dataset:
-    """Captioned images, one half to train on and one to find."""
+    """Captioned images, some to train on and others to find."""
 
     work: Path
     training: RecordTable
     test: list[CaptionedImage]
+    images: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def prepare(cls, source: Path, work: Path) -> Dataset:
@@ -98,8 +95,9 @@ class Dataset:
         first, others = split_things(records, seed=0)
         order = [*first, *others]
         count = min(_MOST_TEST_IMAGES, len(order) // 2)
-        training = records.select(np.array(sorted(order[count:])))
-        return cls(work, training, [records[number] for number in order[:count]])
+        chosen = sorted(order[count:][:_MOST_TRAINING_IMAGES])
+        test = [records[number] for number in order[:count]]
+        return cls(work, records.select(np.array(chosen)), test)
 
     def align(self, model: Path) -> Path:
         """Align a model on the training images, unless that is done."""
@@ -118,13 +116,16 @@ class Dataset:
         )  # fmt: skip
 
     def measure(self, model: Path) -> dict[str, Any]:
-        """Compare both precisions of an aligned model."""
-        texts = [record.captions[0] for record in self.test]
-        images = [record.image for record in self.test]
+        """Compare both precisions of an aligned model; all models have the same vision tower."""
+        if not self.images:
+            images = [record.image for record in self.test]
+            self.images = encode_twice(LLM2CLIPVisionModel, encode_images, model, images)
+        captions = [record.captions[0] for record in self.test]
+        texts = encode_twice(LLM2CLIPTextModel, encode_texts, model, captions)
         return {
             "num_images": len(self.training),
-            "num_test_images": len(images),
-            **compare_precisions(model, texts, images),
+            "num_test_images": len(self.test),
+            **compare_precisions(model, texts, self.images),
             "guard": {
                 "text": ask_guard(LLM2CLIPTextModel, model),
                 "image": ask_guard(LLM2CLIPVisionModel, model),
@@ -132,43 +133,53 @@ class Dataset:
         }
 
 
-def compare_precisions(model: Path, texts: Sequence[str], images: Sequence[Any]) -> dict[str, Any]:
-    """Encode pairs with towers in float32 and in bfloat16, and search each side by the other.
+def encode_twice(
+    model_class: Any, encode: Callable[..., Tensor], model: Path, inputs: Sequence[Any]
+) -> dict[str, Tensor]:
+    """Encode inputs by a tower in float32 and in bfloat16; (N, D), not projected, by precision."""
+    processor = LLM2CLIPProcessor.from_pretrained(model, local_files_only=True)
+    embeds = {}
+    for precision in PRECISIONS:
+        loaded = load_in_precision(model_class, model, _CPU, precision, traits=_GPU)
+        embeds[precision] = encode(loaded, processor, inputs, project=False)
+    return embeds
+
+
+@torch.no_grad()
+def compare_precisions(
+    model: Path, texts: Mapping[str, Tensor], images: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Project what the towers gave in both precisions, and search each side by the other.
 
     Args:
         model: A trained model folder.
-        texts: One text of each image.
-        images: Different images.
+        texts: By precision, (N, D); text n describes image n.
+        images: By precision, (N, D).
 
     Returns:
         By modality the smallest and the mean cosine of both precisions; by precision R@1 of both
         directions; by direction the number of queries that only one precision answers.
     """
-    processor = LLM2CLIPProcessor.from_pretrained(model, local_files_only=True)
-    embeds: dict[str, dict[str, Tensor]] = {}
-    for precision in PRECISIONS:
-        loaded = load_in_precision(LLM2CLIPModel, model, _CPU, precision, traits=_GPU)
-        of_towers = {
-            "text": encode_texts(loaded, processor, texts, project=False),
-            "image": encode_images(loaded, processor, images, project=False),
-        }
-        embeds[precision] = {n: project_stored(loaded, e, n) for n, e in of_towers.items()}
-    numbers = [str(number) for number in range(len(texts))]
-    pairs = Correspondence.from_group_ids(numbers, numbers)
-    ranks = {p: rank_retrieval(e["image"], e["text"], pairs) for p, e in embeds.items()}
-    cosines = {
-        name: F.cosine_similarity(*(of_both[name] for of_both in embeds.values()))
-        for name in ("text", "image")
+    head = load_head(model)
+    sides = {
+        "text": [head.project_caption_embeds(texts[name]) for name in PRECISIONS],
+        "image": [head.project_vision_embeds(images[name]) for name in PRECISIONS],
     }
+    cosines = {name: F.cosine_similarity(*both) for name, both in sides.items()}
+    numbers = [str(number) for number in range(len(sides["text"][0]))]
+    pairs = Correspondence.from_group_ids(numbers, numbers)
+    ranks = [
+        rank_retrieval(image, text, pairs) for text, image in zip(*sides.values(), strict=True)
+    ]
     changed = {}
     for way in ("t2i", "i2t"):
-        one, other = (getattr(both, way).best_ranks == 1 for both in ranks.values())
+        one, other = (getattr(both, way).best_ranks == 1 for both in ranks)
         changed[way] = int((one != other).sum())
     return {
         "cosine": {n: {"min": float(c.min()), "mean": float(c.mean())} for n, c in cosines.items()},
         "r1": {
             precision: {"t2i": hit_rate_at(both.t2i, k=1), "i2t": hit_rate_at(both.i2t, k=1)}
-            for precision, both in ranks.items()
+            for precision, both in zip(PRECISIONS, ranks, strict=True)
         },
         "changed": changed,
     }
