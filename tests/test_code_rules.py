@@ -49,7 +49,7 @@ BUDGETS = {
     "demo": 86,
     "doctor": 1348,
     "embedding": 1256,
-    "encoding": 940,
+    "encoding": 941,
     "evaluation": 2915,
     "model_folders": 1435,
     "publishing": 951,
