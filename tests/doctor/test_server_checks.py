@@ -225,6 +225,7 @@ def limit_batches(endpoint: Endpoint) -> None:
     endpoint.embed = embed  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 def test_a_server_with_small_batches_is_checked_with_those(served: Path) -> None:
     with Endpoint(served, limit_batches) as endpoint:
         report = check(served, endpoint, "batched texts", "mixed inputs")
