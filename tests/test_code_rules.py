@@ -49,7 +49,7 @@ BUDGETS = {
     "demo": 86,
     "doctor": 1348,
     "embedding": 1257,
-    "encoding": 954,
+    "encoding": 955,
     "evaluation": 2918,
     "model_folders": 1435,
     "publishing": 951,

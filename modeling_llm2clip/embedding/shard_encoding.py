@@ -87,7 +87,7 @@ class ShardEncoder(ABC):
 
     def arrange(self, prepared: PreparedShard, embeds: Tensor) -> Tensor:
         """Put the embeddings of all batches, which are on the CPU, in the order of the rows."""
-        if self.encoder.computes_beside:
+        if self.encoder.runs_ahead:
             parts = embeds.split([len(numbers) for numbers in prepared.batches])
             for numbers, part in zip(prepared.batches, parts, strict=True):
                 require_finite(part, numbers, prepared.inputs)
@@ -160,7 +160,7 @@ class ImageShardEncoder(ShardEncoder):
             num_workers=self.config.num_workers,
             open_image=partial(decode_image, min_jpeg_side=self.encoder.min_jpeg_side),
             on_error=lambda _, error: str(error),
-            to_cpu=not self.encoder.computes_beside,
+            to_cpu=not self.encoder.runs_ahead,
         )
         with closing(images) as encoded:
             for numbers, batch in zip(prepared.batches, encoded, strict=True):

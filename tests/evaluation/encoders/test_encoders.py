@@ -174,10 +174,10 @@ def test_own_embeddings_are_those_of_auto_model(models: Any, images: list[Path])
         ("clip", {"padding": True, "max_length": 77}),
         ("siglip", {"padding": "max_length", "max_length": 64}),
         ("siglip2", {"padding": "max_length", "max_length": 64}),
-        ("tipsv2", {"padding": "max_length", "max_length": 64}),
-        ("metaclip_2", {"padding": True, "max_length": 64}),
+        pytest.param("tipsv2", {"padding": "max_length", "max_length": 64}, marks=pytest.mark.slow),
+        pytest.param("metaclip_2", {"padding": True, "max_length": 64}, marks=pytest.mark.slow),
         ("aimv2", {"padding": True, "max_length": 64}),
-        ("chinese_clip", {"padding": True, "max_length": 64}),
+        pytest.param("chinese_clip", {"padding": True, "max_length": 64}, marks=pytest.mark.slow),
         ("altclip", {"padding": True, "max_length": 63}),  # its positions begin after the pad's
         ("vision-text-dual-encoder", {"padding": True, "max_length": 64}),
     ],
