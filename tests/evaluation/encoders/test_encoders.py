@@ -17,6 +17,7 @@ from tokenizing import note_tokenized
 from transformers import AutoModel, AutoProcessor
 
 from modeling_llm2clip.configs.evaluation_config import EncoderConfig
+from modeling_llm2clip.data.images.image_sources import UnreadableImagesError
 from modeling_llm2clip.evaluation.encoders.auto import detect_model_type, load_encoder
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
@@ -153,7 +154,7 @@ def test_blank_texts_and_broken_images_are_named(
     if model_type in DUAL_TYPES:
         broken = tmp_path / "broken.png"
         broken.write_bytes(b"no image")
-        with pytest.raises(ValueError, match=r"broken\.png: not an image"):
+        with pytest.raises(UnreadableImagesError, match=r"broken\.png: not an image"):
             encoder.encode_images([broken], names=["broken.png"])
 
 
