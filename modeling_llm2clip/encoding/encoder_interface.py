@@ -79,9 +79,12 @@ class Encoder(ABC):
         runs_ahead: Whether it computes while Python goes on, as on a GPU. Then embeddings stay on
             the device until many are copied together.
         normalization: What the device does to images in place of the processor; None for nothing.
+        min_jpeg_side: Pixels that both sides of a JPEG file keep, as in `load_images`. A function
+            that opens the images of `iterate_images` applies it itself.
     """
 
     normalization: PixelNormalization | None = None
+    min_jpeg_side: int | None = None
     projects_at_once: ClassVar[bool]
     runs_ahead = False
     _lacks: ClassVar[str]  # error of a modality that it cannot encode
@@ -114,7 +117,12 @@ class Encoder(ABC):
 
     def prepare_images(self, images: Sequence[Any]) -> PreparedImages:
         """Prepare a batch of images for `encode_pixels`, in a thread."""
-        return prepare_images(self.processor, images, normalization=self.normalization)
+        return prepare_images(
+            self.processor,
+            images,
+            open_image=partial(open_image, min_jpeg_side=self.min_jpeg_side),
+            normalization=self.normalization,
+        )
 
     @abstractmethod
     def encode_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

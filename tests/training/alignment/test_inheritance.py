@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from aligning import Prepared, Run, write_color_data
 from running_ahead import run_ahead
 from safetensors.torch import load_file, save_file
+from shared_models import mostly_slow
 from tiny import tiny_llm, tiny_tokenizer, tiny_vision
 from tiny_encoders import save_tiny_encoder
 from torch import Tensor
@@ -116,7 +117,7 @@ def test_the_store_of_a_teacher_is_continued_in_its_precision_alone(
         extract(clip, records, folder, EXTRACTED, modality="text")
 
 
-@pytest.mark.parametrize("family", DUAL_ENCODERS)
+@pytest.mark.parametrize("family", mostly_slow(DUAL_ENCODERS))
 def test_a_store_has_the_embeddings_of_the_dual_encoder(tmp_path: Path, family: str) -> None:
     found = prepare(tmp_path, family, count=8, has_stores=False)
     store = EmbeddingStore.open(found.teacher, check="full")
@@ -187,6 +188,7 @@ def test_a_gradient_that_is_not_finite_ends_the_inheritance(
     assert calls.count(True) == (4 if ahead else 3)
 
 
+@pytest.mark.slow
 def test_views_of_held_out_captions_are_held_out_and_the_start_is_written_as_it_is(
     tmp_path: Path,
 ) -> None:
