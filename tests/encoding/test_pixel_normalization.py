@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import copy, deepcopy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,20 @@ def test_normalized_pixels_are_those_of_the_processor(
         # The same operations, of Pillow's and torchvision's classes in another order.
         torch.testing.assert_close(normalization.apply(stopped), expected, rtol=0, atol=1e-6)
         assert torch.equal(normalization.apply(expected), expected)
+
+
+def test_prepared_pixels_are_pinned_for_a_gpu_and_are_bytes(
+    pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = find_normalization(pair[1], CPU)
+    assert plain is not None and not plain.pins
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
+    inputs = {"pixel_values": torch.zeros(1, 3, 2, 2, dtype=torch.uint8)}
+    for pins in (False, True):
+        prepared = replace(plain, pins=pins).prepare(inputs)["pixel_values"]
+        assert (prepared == pins).all()
+    with pytest.raises(ValueError, match=r"makes torch.float32 of these images, and uint8"):
+        plain.prepare({"pixel_values": torch.zeros(1, 3, 2, 2)})
 
 
 @pytest.mark.parametrize("name", _OTHERS)
