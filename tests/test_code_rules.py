@@ -48,7 +48,7 @@ BUDGETS = {
     "data": 4678,
     "demo": 86,
     "doctor": 1348,
-    "embedding": 1256,
+    "embedding": 1254,
     "encoding": 940,
     "evaluation": 2915,
     "model_folders": 1435,

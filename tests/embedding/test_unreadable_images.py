@@ -144,23 +144,25 @@ def test_a_partition_is_repaired_while_others_have_ended(
     assert read_bytes(run(tmp_path / "out")) == read_bytes(run(tmp_path / "fresh"))
 
 
-def test_an_output_that_left_images_out_is_not_repaired(
+def test_an_output_that_left_images_out_is_repaired_unless_these_have_changed(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
-    def run(**options: Any) -> Path:
+    def run(name: str = "out", **options: Any) -> Path:
         records, config = load_records(data), replace(IMAGE, **options)
-        return embedding.embed(model, records, tmp_path / "out", config, modality="image")
+        return embedding.embed(model, records, tmp_path / name, config, modality="image")
 
     contents = break_images(data, (0, 9))
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patched:
         stop_at_shard(patched, 1)
-        run(skip_invalid=True)
-    with pytest.raises(DataValidationError):
+        run(skip_invalid=True)  # a complete shard lacks the first image
+    with pytest.raises(DataValidationError, match=r"9\.png"):
         run()
     for file, content in contents.items():
         file.write_bytes(content)
     with pytest.raises(ValueError, match="holds another output: images"):
         run()
+    break_images(data, (0,))
+    assert read_bytes(run()) == read_bytes(run("fresh", skip_invalid=True))
 
 
 @pytest.mark.parametrize(("function", "config"), _RUNS, ids=["extract", "embed"])

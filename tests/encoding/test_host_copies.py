@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from modeling_llm2clip.encoding import host_copies
-from modeling_llm2clip.encoding.host_copies import start_copy
+from modeling_llm2clip.encoding.host_copies import computes_beside, start_copy
 
 
 def test_a_copy_is_waited_for_on_the_gpu_of_its_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,3 +37,9 @@ def test_a_copy_is_waited_for_on_the_gpu_of_its_tensor(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch, "empty_like", lambda like, **_: plain(like))
     assert torch.equal(start_copy(tensor)(), tensor)
     assert streams == [("stream of", tensor.device), "waited"]
+
+
+def test_a_gpu_of_cuda_alone_computes_beside_the_program() -> None:
+    """The copies of others have no events of CUDA to wait for."""
+    kinds = ("cpu", "mps", "cuda")
+    assert [kind for kind in kinds if computes_beside(torch.device(kind))] == ["cuda"]
