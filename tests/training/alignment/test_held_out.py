@@ -123,6 +123,12 @@ def test_the_fitted_temperature_is_where_the_loss_is_lowest(bias: float | None) 
     assert min(measure_at(log_scale - 0.05), measure_at(log_scale + 0.05)) > lowest
 
 
+def take_columns(inputs: LossInputs, count: int) -> LossInputs:
+    """Take views of the embeddings, which begin where these do."""
+    images, texts = inputs.image_embeds[:, :count], inputs.text_embeds[:, :count]
+    return inputs._replace(image_embeds=images, text_embeds=texts)
+
+
 WITHOUT_LOGITS: Loss = lambda inputs: inputs.image_embeds.sum()  # noqa: E731
 AT_ONE_SCALE: Loss = lambda inputs: ContrastiveLoss()(inputs.at_scale(20.0))  # noqa: E731
 
@@ -138,8 +144,22 @@ AT_ONE_SCALE: Loss = lambda inputs: ContrastiveLoss()(inputs.at_scale(20.0))  # 
         lambda inputs: (
             inputs.logits(inputs.image_embeds.roll(1, 0), inputs.text_embeds).exp().sum()
         ),
+        lambda inputs: (
+            ContrastiveLoss()(inputs)
+            + 3 * ContrastiveLoss()(inputs.at_scale(inputs.logits.scale / 2))
+        ),
+        lambda inputs: ContrastiveLoss()(take_columns(inputs, 8 if inputs.logits.scale < 6 else 4)),
     ],
-    ids=["contrastive", "sigmoid", "matryoshka", "without logits", "at one scale", "of new rows"],
+    ids=[
+        "contrastive",
+        "sigmoid",
+        "matryoshka",
+        "without logits",
+        "at one scale",
+        "of new rows",
+        "at two scales",
+        "of other widths",
+    ],
 )
 def test_kept_cosines_choose_the_temperature_of_products_at_each(
     loss: Loss, monkeypatch: pytest.MonkeyPatch
