@@ -15,7 +15,7 @@ from tiny import tiny_model
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.encoding import encode
-from modeling_llm2clip.encoding.batches import PreparedImages
+from modeling_llm2clip.encoding.batches import PreparedImages, prepare_images
 from modeling_llm2clip.encoding.encode import TorchEncoder
 from modeling_llm2clip.encoding.pixel_normalization import find_normalization
 from modeling_llm2clip.image_cropping_llm2clip import (
@@ -96,6 +96,45 @@ def test_prepared_pixels_are_pinned_for_a_gpu_and_are_bytes(
         assert (prepared == pins).all()
     with pytest.raises(ValueError, match=r"makes torch.float32 of these images, and uint8"):
         plain.prepare({"pixel_values": torch.zeros(1, 3, 2, 2)})
+
+
+def test_last_steps_that_are_others_in_one_size_by_little_are_not_taken(pair: Any) -> None:
+    changed = copy(pair[1])
+    kind: Any = type(changed.image_processor)
+
+    class Near(kind):  # type: ignore[misc]
+        def preprocess(self, images: Any, *args: Any, **options: Any) -> Any:
+            prepared = super().preprocess(images, *args, **options)
+            if self.do_rescale and max(images[0].size) > 200:
+                prepared["pixel_values"] = prepared["pixel_values"] + 1e-5
+            return prepared
+
+    changed.image_processor = copy(changed.image_processor)
+    assert find_normalization(changed, CPU) is not None
+    changed.image_processor.__class__ = Near
+    assert find_normalization(changed, CPU) is None
+
+
+def test_images_beside_one_that_a_processor_refuses_are_bytes_too(pair: Any) -> None:
+    changed = copy(pair[1])
+    kind: Any = type(changed.image_processor)
+
+    class Refusing(kind):  # type: ignore[misc]
+        def preprocess(self, images: Any, *args: Any, **options: Any) -> Any:
+            if any(image.width > 400 for image in images):
+                raise ValueError("too wide")
+            return super().preprocess(images, *args, **options)
+
+    changed.image_processor = copy(changed.image_processor)
+    changed.image_processor.__class__ = Refusing
+    normalization = find_normalization(pair[1], CPU)
+    assert normalization is not None
+    normalization.processor.image_processor.__class__ = Refusing
+    prepared = prepare_images(
+        changed, make_images(), on_error=lambda _, error: str(error), normalization=normalization
+    )
+    assert (prepared.places, prepared.errors) == ([0, 1, 2], {3: "too wide"})
+    assert prepared.inputs["pixel_values"].dtype == torch.uint8
 
 
 @pytest.mark.parametrize("name", _OTHERS)

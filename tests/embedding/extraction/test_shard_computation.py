@@ -131,6 +131,9 @@ def test_inputs_whose_embeddings_are_not_finite_are_named(
         compute_beside(monkeypatch)
     with pytest.raises(ValueError, match=r"NaN or infinity for \d+ of \d+ inputs: number \d+ \('"):
         extract_captions(pair, records, tmp_path / "store")  # type: ignore[arg-type]
+    text = records[0].captions[0]
+    with pytest.raises(ValueError, match=r"NaN or infinity for 1 of \d+ inputs: number 2 \('"):
+        encode.encode_texts(*pair, ["?", text])
 
 
 def test_many_batches_are_copied_together_and_no_more_than_fit(
