@@ -209,6 +209,7 @@ def test_held_out_rows_are_read_once(few: Prepared, monkeypatch: pytest.MonkeyPa
         for batches in others:
             for batch, again in zip(first, batches, strict=True):
                 assert all(torch.equal(value, again[name]) for name, value in batch.items())
+    monkeypatch.setattr(held_out_module, "_MOST_BYTES_KEPT", 2**29)
     online = HeldOutImages(AlignmentDataset(few.records[:2], dataset.processor), range(2))
     assert [[*online.iterate_batches()] for _ in range(2)] and not online._read  # but no pixels
 
