@@ -12,12 +12,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from running_ahead import run_ahead
 from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import AutoConfig, AutoModel, TrainingArguments
 
 from modeling_llm2clip.configs.config_fields import TrainingConfig
 from modeling_llm2clip.scheduling.graceful_stop import StopRequest
-from modeling_llm2clip.training import finite_steps, trainer_mixins
+from modeling_llm2clip.training import trainer_mixins
 from modeling_llm2clip.training.finite_steps import FiniteSteps
 from modeling_llm2clip.training.trainer_mixins import (
     StageTrainerMixin,
@@ -126,7 +127,7 @@ def test_a_step_that_is_not_finite_is_named_before_anything_is_logged_or_scored(
 
 def test_a_sharded_step_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its optimizer steps shards, of which none reads what is found on the whole."""
-    monkeypatch.setattr(finite_steps, "_RUN_AHEAD", {"cpu"})
+    run_ahead(monkeypatch)
     stage = _Stage()
     stage.optimizer = torch.optim.AdamW([torch.ones(1, requires_grad=True)], fused=True)
     assert stage._get_grad_norm().isinf()  # and named at the next log
