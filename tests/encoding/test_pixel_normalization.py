@@ -180,3 +180,18 @@ def test_an_encoder_gives_the_same_embeddings_from_bytes(pair: Any, tmp_path: An
     ]  # fmt: skip
     assert errors[0] == errors[1] and list(errors[0][0]) == [0]
     assert isinstance(prepared, PreparedImages) and processor.image_processor.do_rescale
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_arrays_are_taken_or_refused_alike(pair: Any, dtype: Any) -> None:
+    """Pixels of unknown range are refused before either way of preparing images."""
+    pixels = np.random.default_rng(2).integers(0, 256, (50, 60, 3)).astype(dtype)
+    encoders = [TorchEncoder(*pair), TorchEncoder(*pair)]
+    encoders[1].normalization = find_normalization(pair[1], CPU)
+    if dtype == np.float32:
+        for encoder in encoders:
+            with pytest.raises(ValueError, match="float32 pixels, whose range is unknown"):
+                encoder.encode_images([pixels])
+    else:
+        plain, normalized = (encoder.encode_images([pixels]) for encoder in encoders)
+        torch.testing.assert_close(normalized, plain, rtol=0, atol=1e-5)
