@@ -14,6 +14,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,8 @@ _UNFINISHED = ".tmp"
 _CLAIM = ".llm2clip-is-writing"
 _HASHED_AT_ONCE = 2**20  # bytes
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Errors of torch.save and of safetensors (28: no space, 122: quota, 27: file too large).
+_WRITE_FAILED = re.compile(r"inline_container|PytorchStreamWriter|os error (28|122|27)\b")
 # Remedy of `explain_full_disk` for a temporary folder.
 FREE_TEMPORARY_FOLDER = (
     "Free some space, or name another folder for temporary files by the variable TMPDIR"
@@ -55,14 +58,17 @@ def temporary_folder() -> Path:
 
 @contextmanager
 def explain_full_disk(folder: Path, what: str, remedy: str) -> Iterator[None]:
-    """Say what to do when the disk is full."""
+    """Say what to do when the disk is full; torch and safetensors raise other errors then."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in _DISK_IS_FULL:
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        if not isinstance(error, OSError) and _WRITE_FAILED.search(str(error)):
+            number = errno.ENOSPC
+        if number not in _DISK_IS_FULL:
             raise
-        message = f"No room {what} ({os.strerror(error.errno)}). {remedy}"
-        raise OSError(error.errno, message, str(folder)) from error
+        message = f"No room {what} ({os.strerror(number)}). {remedy}"
+        raise OSError(number, message, str(folder)) from error
 
 
 def require_writable(folder: Path) -> None:
@@ -219,10 +225,12 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder, which becomes the target unless an error is raised inside."""
+    """Yield a temporary folder, which becomes the target unless an error is raised inside.
+
+    Its files are synced, and get the permissions that the umask gives.
+    """
     require_new_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(folder)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     unfinished = scratch / folder.name
     try:
@@ -232,39 +240,58 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                 claim.flush()
             unfinished.mkdir()
             yield unfinished
-            unfinished.chmod(0o755)
-            for file in unfinished.glob("*.safetensors"):
-                file.chmod(0o644)  # safetensors writes for its owner alone
+            mode = unfinished.stat().st_mode & 0o666
+            for path in unfinished.rglob("*"):
+                if path.is_file():
+                    path.chmod(mode)  # safetensors writes for its owner alone
+                sync(path)
+            sync(unfinished)
+            _require_empty(folder)  # another process may have begun at the same moment
             unfinished.replace(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    sync(folder.parent)
 
 
 def require_new_folder(folder: Path) -> None:
-    """Refuse a folder that exists and is not empty, or cannot be made."""
+    """Refuse a folder that exists and is not empty, cannot be made, or is being written."""
     require_writable(folder.parent)  # a temporary folder there gets the name at the end
+    _require_empty(folder)
+    clear_leftovers(folder)
+
+
+def _require_empty(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty. Name a new folder, or remove it.")
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what writers of this folder left when they were killed.
+    """Remove what killed writers of this folder left; refuse one that a living process writes.
 
-    Any other hidden folder beside it is kept: one without a claim, one claimed for another target,
-    one whose writer is alive. Several processes may clear at once.
+    Any other hidden folder beside it is kept: one without a claim, or claimed for another target.
+    Several processes may clear at once.
     """
     for claim in folder.parent.glob(f".{glob.escape(folder.name)}-*/{_CLAIM}"):
-        if not claim.parent.is_symlink() and _is_abandoned(claim, folder.name):
+        is_abandoned = None if claim.parent.is_symlink() else _is_abandoned(claim, folder.name)
+        if is_abandoned:
             shutil.rmtree(claim.parent, ignore_errors=True)
+        elif is_abandoned is False:
+            raise FileExistsError(
+                f"{folder} is being written by another process. Wait until it has ended, or name "
+                "a new folder."
+            )
 
 
-def _is_abandoned(claim: Path, name: str) -> bool:
+def _is_abandoned(claim: Path, name: str) -> bool | None:
+    """Tell whether the writer of a claim has died; None for a claim that is none on this name."""
     try:
         with claim.open(encoding="utf-8") as opened:
-            # Its writer may have finished in between; then it is gone.
-            return opened.read() == name and _lock(opened, shared=True) and claim.exists()
-    except (FileNotFoundError, PermissionError):  # gone in between, or another user's
-        return False
+            if opened.read() != name:
+                return None
+            is_free = lock_file(opened, shared=True, wait=False)
+            return is_free if claim.exists() else None  # its writer may have finished in between
+    except OSError:  # so may one that removed the claim; or it is another user's
+        return None
 
 
 def _lock(file: IO[Any], *, shared: bool) -> bool:

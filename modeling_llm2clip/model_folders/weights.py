@@ -171,7 +171,6 @@ def write_weights(
                 f"{file} could not be written ({error}). Nothing is left behind; free space or "
                 "choose another disk, and try again."
             ) from error
-        (folder / file).chmod(0o644)  # safetensors writes for its owner alone
         del tensors  # before the next file is read
     if len(shards) > 1:
         index = {

@@ -141,19 +141,6 @@ class IndexDatabase:
                 return function(self._table)
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Lock a database in a folder against other writers."""
-        if "://" in self.location:  # object storage has no locks
-            yield
-            return
-        with (Path(self.location) / LOCK).open("a") as opened:
-            if not lock_file(opened, wait=False):
-                raise ValueError(
-                    f"Another process is writing {self.location}. Wait until it has ended."
-                )
-            yield
-
-    @contextmanager
     def changing(self) -> Iterator[LanceTable]:
         with _explained(self.location, "written"):
             yield self._table
@@ -318,6 +305,20 @@ def require_place(location: str, *, is_new: bool = False) -> None:
     """Raise IndexUnavailableError for a place without a database; a new one may be empty."""
     if "://" not in location:
         require_database_folder(Path(location), is_new=is_new)
+
+
+@contextmanager
+def lock_database(location: str) -> Iterator[None]:
+    """Lock a database in a folder, which may be new, against other writers."""
+    if "://" in location:  # object storage has no locks
+        yield
+        return
+    folder = Path(location)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a") as opened:
+        if not lock_file(opened, wait=False):
+            raise ValueError(f"Another process is writing {location}. Wait until it has ended.")
+        yield
 
 
 def _connect(location: str, *, is_new: bool = False) -> LanceTable:

@@ -106,13 +106,21 @@ class LanceTable:
         require(LANCEDB)
         import lancedb
 
+        self._location = location
         self._connection = lancedb.connect(
             location, storage_options=_find_storage_options(location)
         )
         self._table: Any = None
 
     def list_tables(self) -> Sequence[str]:
-        return list(self._connection.list_tables().tables)
+        """List the tables; one that was begun and has no version yet is none."""
+        names = self._connection.list_tables().tables
+        versions = {name: Path(self._location, f"{name}.lance", "_versions") for name in names}
+        return [
+            name
+            for name, folder in versions.items()
+            if "://" in self._location or any(folder.glob("*.manifest"))
+        ]
 
     def read_about(self) -> pa.Table:
         return self._connection.open_table(ABOUT).to_arrow()

@@ -20,7 +20,6 @@ from typing import IO, TYPE_CHECKING, Any
 from .._environment import describe_hardware, list_versions, read_commit
 from .._suggestions import MAX_LISTED
 from ..data.atomic_files import (
-    clear_leftovers,
     is_unfinished,
     lock_unless_held,
     require_new_folder,
@@ -95,7 +94,6 @@ def read_run_record(folder: Path) -> dict[str, Any]:
 def require_output(output: Path, *, resume: bool, model: Path | None) -> None:
     """Require a folder that a run may use, and no model where the run will write one."""
     if model is not None:
-        clear_leftovers(model)
         require_new_folder(model)
     require_fresh_or_resumed(output, resume=resume)
 

@@ -7,13 +7,17 @@ import hashlib
 import os
 import signal
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 from interruptions import largest_file
+from safetensors.torch import save_file
 
 from modeling_llm2clip.data.atomic_files import (
     atomic_file,
+    explain_full_disk,
     hash_file,
     hash_json,
     is_unfinished,
@@ -96,6 +100,15 @@ def test_where_there_is_no_room_the_file_and_the_way_out_are_named(tmp_path: Pat
     with largest_file(1000), pytest.raises(OSError, match=r"No room to write tags\.csv .*Free"):
         write_atomically(tmp_path / "tags.csv", bytes(2000))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("save", [torch.save, save_file])
+def test_the_ways_to_write_tensors_name_no_room_alike(save: Any, tmp_path: Path) -> None:
+    with largest_file(1000), pytest.raises(OSError, match=r"No room for it .*Free some\."):
+        with explain_full_disk(tmp_path, "for it", "Free some."):
+            save({"a": torch.ones(5000)}, tmp_path / "file")
+    with pytest.raises(RuntimeError, match="other"), explain_full_disk(tmp_path, "", ""):
+        raise RuntimeError("other")
 
 
 def test_an_exclusive_lock_keeps_others_out_and_a_shared_one_only_exclusive_ones(
