@@ -42,22 +42,22 @@ MOST_FUNCTION_LINES = 60
 BUDGETS = {
     ".": 2436,
     "building": 1351,
-    "cli": 1113,
+    "cli": 1110,
     "configs": 857,
     "conversion": 600,
-    "data": 4682,
+    "data": 4711,
     "demo": 86,
     "doctor": 1348,
-    "embedding": 1255,
+    "embedding": 1245,
     "encoding": 955,
-    "evaluation": 2918,
+    "evaluation": 2917,
     "model_folders": 1435,
     "publishing": 951,
     "recipes": 452,
     "scheduling": 83,
-    "search": 1506,
+    "search": 1515,
     "serving": 1544,
-    "training": 4321,
+    "training": 4319,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 278, 8325
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
