@@ -47,7 +47,7 @@ from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 TOWERS = ("minilm", "tuned")  # names of `text_towers.py`
 PRECISIONS = ("float32", "bfloat16")
 MOST_POINTS = 0.2
-_MOST_TEST_IMAGES, _MOST_TRAINING_IMAGES = 500, 800
+_MOST_IMAGES = (500, 800)  # to find, to train on
 _CPU, _GPU = torch.device("cpu"), DeviceTraits("cuda", has_bfloat16=True, free_bytes=2**40)
 _COSINE = re.compile(r"is (-?[0-9.]+|nan), and")
 
@@ -87,15 +87,17 @@ class Dataset:
     images: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def prepare(cls, source: Path, work: Path) -> Dataset:
-        """Read a dataset, and split it."""
+    def prepare(
+        cls, source: Path, work: Path, most_images: tuple[int, int] = _MOST_IMAGES
+    ) -> Dataset:
+        """Read a dataset, and split it into images to find and others to train on."""
         if not work.exists():
             write_images(source, work / "data", read_lines(source))
         records = RecordTable.from_records(load_records((work / "data").resolve()))
         first, others = split_things(records, seed=0)
         order = [*first, *others]
-        count = min(_MOST_TEST_IMAGES, len(order) // 2)
-        chosen = sorted(order[count:][:_MOST_TRAINING_IMAGES])
+        count = min(most_images[0], len(order) // 2)
+        chosen = sorted(order[count:][: most_images[1]])
         test = [records[number] for number in order[:count]]
         return cls(work, records.select(np.array(chosen)), test)
 
@@ -122,14 +124,18 @@ class Dataset:
             self.images = encode_twice(LLM2CLIPVisionModel, encode_images, model, images)
         captions = [record.captions[0] for record in self.test]
         texts = encode_twice(LLM2CLIPTextModel, encode_texts, model, captions)
+        guard = {
+            "text": ask_guard(LLM2CLIPTextModel, model),
+            "image": ask_guard(LLM2CLIPVisionModel, model),
+        }
+        texts["auto"], self.images["auto"] = (
+            side[guard[name]["dtype"]] for name, side in (("text", texts), ("image", self.images))
+        )
         return {
             "num_images": len(self.training),
             "num_test_images": len(self.test),
             **compare_precisions(model, texts, self.images),
-            "guard": {
-                "text": ask_guard(LLM2CLIPTextModel, model),
-                "image": ask_guard(LLM2CLIPVisionModel, model),
-            },
+            "guard": guard,
         }
 
 
@@ -153,35 +159,32 @@ def compare_precisions(
 
     Args:
         model: A trained model folder.
-        texts: By precision, (N, D); text n describes image n.
+        texts: By precision, (N, D); text n describes image n. `auto` is what the guard chose.
         images: By precision, (N, D).
 
     Returns:
-        By modality the smallest and the mean cosine of both precisions; by precision R@1 of both
-        directions; by direction the number of queries that only one precision answers.
+        By modality the smallest and the mean cosine of float32 and bfloat16; by precision R@1 of
+        both directions.
     """
     head = load_head(model)
-    sides = {
-        "text": [head.project_caption_embeds(texts[name]) for name in PRECISIONS],
-        "image": [head.project_vision_embeds(images[name]) for name in PRECISIONS],
+    ranks, sides = {}, {}
+    for precision, embeds in texts.items():
+        text = head.project_caption_embeds(embeds)
+        image = head.project_vision_embeds(images[precision])
+        numbers = [str(number) for number in range(len(text))]
+        pairs = Correspondence.from_group_ids(numbers, numbers)
+        ranks[precision] = rank_retrieval(image, text, pairs)
+        sides[precision] = {"text": text, "image": image}
+    cosines = {
+        name: F.cosine_similarity(*(sides[precision][name] for precision in PRECISIONS))
+        for name in ("text", "image")
     }
-    cosines = {name: F.cosine_similarity(*both) for name, both in sides.items()}
-    numbers = [str(number) for number in range(len(sides["text"][0]))]
-    pairs = Correspondence.from_group_ids(numbers, numbers)
-    ranks = [
-        rank_retrieval(image, text, pairs) for text, image in zip(*sides.values(), strict=True)
-    ]
-    changed = {}
-    for way in ("t2i", "i2t"):
-        one, other = (getattr(both, way).best_ranks == 1 for both in ranks)
-        changed[way] = int((one != other).sum())
     return {
         "cosine": {n: {"min": float(c.min()), "mean": float(c.mean())} for n, c in cosines.items()},
         "r1": {
             precision: {"t2i": hit_rate_at(both.t2i, k=1), "i2t": hit_rate_at(both.i2t, k=1)}
-            for precision, both in zip(PRECISIONS, ranks, strict=True)
+            for precision, both in ranks.items()
         },
-        "changed": changed,
     }
 
 
@@ -195,14 +198,14 @@ def ask_guard(model_class: Any, model: Path) -> dict[str, Any]:
     return {"dtype": str(tower.dtype).removeprefix("torch."), "cosine": float(cosine)}
 
 
-def count_points(run: dict[str, Any]) -> float:
-    """Return by how many percentage points bfloat16 moves R@1, in the direction that it moves most.
+def count_points(r1: Mapping[str, Mapping[str, float]], precision: str) -> float:
+    """Return by how many percentage points a precision moves R@1 of float32 at most.
 
     Args:
-        run: As `compare_precisions` returns it.
+        r1: By precision and direction.
+        precision: `bfloat16` or `auto`.
     """
-    exact, rounded = (run["r1"][precision] for precision in PRECISIONS)
-    return max((100 * (rounded[way] - exact[way]) for way in exact), key=abs)
+    return max(100 * abs(r1[precision][way] - exact) for way, exact in r1["float32"].items())
 
 
 if __name__ == "__main__":

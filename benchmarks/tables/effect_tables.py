@@ -108,8 +108,8 @@ def _render_text_towers(report: dict[str, Any]) -> str:
 def _render_precision_effect(report: dict[str, Any]) -> str:
     heads = (
         "images", "text tower", "smallest cosine (mean) of texts", "of images",
-        "R@1, text to image: float32, bfloat16", "image to text", "`auto` runs texts in",
-        "images in",
+        "R@1, text to image: float32, bfloat16, `auto`", "image to text",
+        "`auto` runs texts in", "images in",
     )  # fmt: skip
     names = {"minilm": "all-MiniLM-L6-v2", "tuned": "SmolLM2-135M, fine-tuned"}
     rows = []
@@ -118,7 +118,7 @@ def _render_precision_effect(report: dict[str, Any]) -> str:
             "{min:.4f} ({mean:.4f})".format(**run["cosine"][name]) for name in ("text", "image")
         ]
         scores = [
-            ", ".join(percent(run["r1"][name][way]) for name in ("float32", "bfloat16"))
+            ", ".join(percent(run["r1"][name][way]) for name in ("float32", "bfloat16", "auto"))
             for way in ("t2i", "i2t")
         ]
         chosen = [
