@@ -85,8 +85,8 @@ class LazyTensor:
 def open_weights(path: Path) -> dict[str, LazyTensor]:
     """Open a weight file, or those of a folder as transformers or peft saves it, by names.
 
-    Only headers are read, and checksums of PyTorch files. A file that holds more than weights is refused, and so is a name in two
-    files.
+    Only headers are read, and PyTorch files for their checksums. A file that holds more than
+    weights is refused, and so is a name in two files.
     """
     return open_weight_files(list_weight_files(path, names=WEIGHT_NAMES))
 
