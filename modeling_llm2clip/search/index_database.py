@@ -30,6 +30,7 @@ from .lancedb_table import (
     IMAGES,
     LOCK,
     PANIC,
+    WHOLE_ROW,
     AnnIndex,
     IndexUnavailableError,
     LanceTable,
@@ -188,21 +189,16 @@ class IndexDatabase:
         with _explained(self.location, "read"):
             yield from self._table.read(columns, where)
 
-    def _iterate_whole(self, where: str | None = None) -> Iterator[pa.RecordBatch]:
-        self.refresh()
-        with _explained(self.location, "read"):
-            yield from self._table.read_whole(where)
-
     def iterate_embeddings(self) -> Iterator[tuple[list[str], np.ndarray[Any, Any]]]:
         """Yield paths below the folder, and their embeddings, (rows, P) float32."""
-        for batch in self._iterate_whole():
+        for batch in self.iterate(WHOLE_ROW):
             yield batch["path"].to_pylist(), _to_matrix(batch["embedding"])
 
     def find_by_digest(self, digests: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Map the SHA-256 of image files that are there to `FACTS` and `embedding`, (P,)."""
         images: dict[str, dict[str, Any]] = {}
         for condition in _list_conditions("sha256", digests):
-            for batch in self._iterate_whole(condition):
+            for batch in self.iterate(WHOLE_ROW, condition):
                 rows, embeds = batch.select(FACTS).to_pylist(), _to_matrix(batch["embedding"])
                 for digest, row, embed in zip(
                     batch["sha256"].to_pylist(), rows, embeds, strict=True

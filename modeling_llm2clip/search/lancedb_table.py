@@ -35,7 +35,7 @@ COLUMNS = {
     "height": pa.int32(),
     "taken": pa.timestamp("us"),
 }
-_WHOLE_ROW = (*COLUMNS, "stat", "embedding", "crc32")
+WHOLE_ROW = (*COLUMNS, "stat", "embedding", "crc32")
 IMAGES, ABOUT = "images", "about"  # names of the tables
 LOCK = ".llm2clip-lock"  # file in the folder of a database, locked by its writer
 # Errors of LanceDB, which the index explains.
@@ -144,15 +144,13 @@ class LanceTable:
         return int(self._table.count_rows(where))
 
     def read(self, columns: Sequence[str], where: str | None = None) -> Iterator[pa.RecordBatch]:
+        """Yield columns; with `WHOLE_ROW`, ValueError for a row that is not as it was written."""
         query = self._table.search().select(list(columns))
         if where is not None:
             query = query.where(where)
-        yield from query.to_batches(_READ_AT_ONCE)
-
-    def read_whole(self, where: str | None = None) -> Iterator[pa.RecordBatch]:
-        """Yield all columns; ValueError for rows that are not as they were written."""
-        for batch in self.read(_WHOLE_ROW, where):
-            _require_intact(batch)
+        for batch in query.to_batches(_READ_AT_ONCE):
+            if columns is WHOLE_ROW:
+                _require_intact(batch)
             yield batch
 
     def write(self, rows: Mapping[str, Any]) -> None:
@@ -203,7 +201,7 @@ class LanceTable:
         ann: AnnIndex | None,
     ) -> list[dict[str, Any]]:
         query = self._table.search(embedding, vector_column_name="embedding")
-        query = query.distance_type(_DISTANCE).limit(top_k).select([*_WHOLE_ROW, "_distance"])
+        query = query.distance_type(_DISTANCE).limit(top_k).select([*WHOLE_ROW, "_distance"])
         if where is not None:
             query = query.where(where, prefilter=True)
         if ann is None:
@@ -222,8 +220,8 @@ class LanceTable:
 def _hash_rows(batch: pa.RecordBatch) -> list[int]:
     """Compute the CRC-32 of each row; LanceDB has no checksums."""
     columns = [batch.column(name) for name in (*COLUMNS, "stat")]
-    numbers = [c.cast(pa.int64()) if pa.types.is_timestamp(c.type) else c for c in columns]
-    texts = [column.cast(pa.string()).cast(pa.binary()) for column in numbers]
+    plain = [c.cast(pa.int64()) if pa.types.is_timestamp(c.type) else c for c in columns]
+    texts = [column.cast(pa.string()).cast(pa.binary()) for column in plain]
     joined = pc.binary_join_element_wise(
         *texts, b"\n", null_handling="replace", null_replacement=b""
     )
@@ -239,8 +237,8 @@ def _require_intact(batch: pa.RecordBatch) -> None:
     recorded = batch.column("crc32").to_pylist()
     rows = np.flatnonzero([a != b for a, b in zip(_hash_rows(batch), recorded, strict=True)])
     if len(rows):
-        paths = batch.column("path").cast(pa.binary()).take(pa.array(rows)).to_pylist()
-        names = list_first(path.decode(errors="replace") for path in paths)
+        paths = batch.column("path").cast(pa.binary()).take(pa.array(rows))  # perhaps not UTF-8
+        names = list_first(path.decode(errors="replace") for path in paths.to_pylist())
         raise ValueError(f"damaged rows, whose CRC-32 is not that recorded: {names}")
 
 
