@@ -48,7 +48,7 @@ BUDGETS = {
     "data": 4682,
     "demo": 86,
     "doctor": 1348,
-    "embedding": 1257,
+    "embedding": 1255,
     "encoding": 955,
     "evaluation": 2918,
     "model_folders": 1435,

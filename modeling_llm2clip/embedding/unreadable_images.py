@@ -107,10 +107,8 @@ def accept_repairs(
     note, begun = read_sealed((output / _NOTE).read_text(encoding="utf-8")), planned.read(output)
     plan: dict[str, str] = {**begun.plan, "images": planned.plan["images"]}
     writer = open_writer(replace(begun, plan=plan))
-    complete = writer.find_records()
-    was_skipped = any(record.skipped for record in complete.values())
-    # A repaired image that a complete shard holds by now may have changed since.
-    was_encoded = not complete.keys().isdisjoint(note["shards"])
+    # A repaired image that a complete shard holds by now, or left out, may have changed since.
+    was_encoded = not writer.find_records().keys().isdisjoint(note["shards"])
     is_repaired = note["others"] == _hash_others(records, note["images"])
-    if plan != begun.plan and is_repaired and not was_skipped and not was_encoded:
+    if plan != begun.plan and is_repaired and not was_encoded:
         writer.renew()
