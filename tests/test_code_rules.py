@@ -40,24 +40,24 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2436,
+    ".": 2440,
     "building": 1351,
-    "cli": 1113,
+    "cli": 1116,
     "configs": 857,
     "conversion": 600,
-    "data": 4682,
+    "data": 4703,
     "demo": 86,
     "doctor": 1348,
     "embedding": 1255,
     "encoding": 955,
     "evaluation": 2918,
-    "model_folders": 1435,
+    "model_folders": 1436,
     "publishing": 951,
     "recipes": 452,
     "scheduling": 83,
-    "search": 1506,
+    "search": 1512,
     "serving": 1544,
-    "training": 4321,
+    "training": 4319,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 278, 8325
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
