@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ..data.atomic_files import write_atomically
 from ..data.images.image_sources import (
     ImageSource,
     UnreadableImagesError,
@@ -25,7 +26,7 @@ from ..data.records.record_table import RecordTable
 from ..data.store.store_manifest import StoreManifest, read_sealed, write_sealed
 from ..data.validation_errors import ErrorCollector
 from .embedding_manifest import EmbeddingManifest
-from .sharded_writer import ShardedWriter, write_beside
+from .sharded_writer import ShardedWriter
 
 _NOTE = "_unreadable-images.json.tmp"  # removed with other leftovers of a complete output
 _ADVICE = (
@@ -80,7 +81,7 @@ def _note(
     names = {name for batch in records.select(is_broken).iterate_columns(("name",))
              for name in batch.column(0).to_pylist()}  # fmt: skip
     note = {"images": sorted(names), "shards": shards, "others": _hash_others(records, names)}
-    write_beside(output / _NOTE, write_sealed(note).encode()).replace(output / _NOTE)
+    write_atomically(output / _NOTE, write_sealed(note).encode())
 
 
 def _hash_others(records: RecordTable, names: Collection[str]) -> str:

@@ -190,7 +190,6 @@ def find_conflict(first: Result, second: Result) -> str | None:
 
 
 def write_result(file: Path, result: Result) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     content = {**asdict(result), _DIGEST: hash_json(asdict(result))}
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(file, text.encode())

@@ -24,6 +24,7 @@ from transformers import pipeline
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.encoding.encode import average_prompts, encode_texts
+from modeling_llm2clip.search import tag_images
 from modeling_llm2clip.search.index_database import IndexDatabase
 from modeling_llm2clip.search.lancedb_table import AnnIndex
 from modeling_llm2clip.search.tag_labels import read_labels
@@ -119,6 +120,26 @@ def test_csv_has_a_line_per_label_and_json_lines_an_object_per_image_of_the_same
     ]
     assert len(rows) == 2 * 3
     assert sorted(path.name for path in tmp_path.glob("*tags*")) == ["tags.csv", "tags.jsonl"]
+
+
+def test_of_two_runs_into_one_file_the_later_is_refused_and_keeps_its_labels(
+    tagger: Tagger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, write = tmp_path / "tags.csv", tag_images.write_tags
+    flags: tuple[str | Path, ...] = ("--top-k", "1", "--output", output)
+
+    def run_another(*arguments: Any) -> tuple[int, int]:
+        monkeypatch.setattr(tag_images, "write_tags", write)
+        tagger.run("--template", "not {}", *flags)
+        return write(*arguments)
+
+    monkeypatch.setattr(tag_images, "write_tags", run_another)
+    tagger.run(*flags, code=2)
+    (kept,) = tmp_path.glob("tags-*.csv")
+    assert f"{output} was written by another process" in tagger.error and str(kept) in tagger.error
+    for file, template in ((output, "not {}"), (kept, "{}")):
+        expected = tagger.run("--template", template, "--top-k", "1")
+        assert list(csv.DictReader(io.StringIO(file.read_text(encoding="utf-8")))) == expected
 
 
 def test_an_image_below_the_threshold_stays_in_the_file_and_is_counted(tagger: Tagger) -> None:
