@@ -40,22 +40,22 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2436,
+    ".": 2440,
     "building": 1351,
-    "cli": 1110,
+    "cli": 1113,
     "configs": 857,
     "conversion": 600,
-    "data": 4711,
+    "data": 4732,
     "demo": 86,
     "doctor": 1348,
     "embedding": 1245,
     "encoding": 955,
     "evaluation": 2917,
-    "model_folders": 1445,
+    "model_folders": 1446,
     "publishing": 951,
     "recipes": 452,
     "scheduling": 83,
-    "search": 1548,
+    "search": 1554,
     "serving": 1544,
     "training": 4338,
 }
