@@ -40,24 +40,24 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2436,
+    ".": 2442,
     "building": 1351,
-    "cli": 1110,
+    "cli": 1113,
     "configs": 857,
     "conversion": 600,
-    "data": 4730,
+    "data": 4751,
     "demo": 86,
     "doctor": 1348,
     "embedding": 1245,
     "encoding": 955,
     "evaluation": 2917,
-    "model_folders": 1434,
+    "model_folders": 1445,
     "publishing": 951,
     "recipes": 452,
     "scheduling": 83,
-    "search": 1521,
+    "search": 1560,
     "serving": 1544,
-    "training": 4326,
+    "training": 5237,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 278, 8325
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")

@@ -184,6 +184,7 @@ class StageTrainerMixin:
         remedy = "Free some space and continue with --resume ('resume=True' in Python)"
         with explain_full_disk(output, "for the checkpoint", remedy):
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        PartialState().wait_for_everyone()  # each process writes its own random generators
         if self.args.should_save:
             mark_complete(output.parent, self.state.global_step)
 

@@ -259,6 +259,14 @@ def test_an_image_among_the_sentences_is_searched_as_one_and_the_flag_is_named(
     assert hint in shown and shown.count("is searched as") == 1  # no file has the other name
 
 
+def test_an_argument_that_is_not_utf_8_is_refused_before_the_index_is_opened(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    query = shutil.copy(images / "a.png", tmp_path / os.fsdecode(b"sea\xff.png"))
+    assert main(["search", "no-such-index", "--image", str(query)]) == 2
+    assert "sea\\udcff.png' is not UTF-8. Rename the file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [

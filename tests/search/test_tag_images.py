@@ -6,6 +6,8 @@ import csv
 import dataclasses
 import io
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -209,6 +211,20 @@ def test_broken_images_are_named_or_left_out_and_counted(tagger: Tagger, tmp_pat
     make_failing_file(tagger.images / "d.png")
     tagger.run("--skip-invalid", code=2)  # a disk that fails ends the run, and skips no image
     assert "the disk or server failed" in tagger.error and "d.png" in tagger.error
+
+
+def test_images_without_a_unicode_name_are_refused_before_the_model_is_loaded_or_left_out(
+    tagger: Tagger, tmp_path: Path
+) -> None:
+    tagger.copy_images(tmp_path / "images")
+    shutil.copy(tagger.images / "a.png", tagger.images / os.fsdecode(b"sea\xff.png"))
+    shown = r"1 image without a Unicode name: '.*sea\\udcff\.png'\."
+    assert len(tagger.run("--skip-invalid", "--top-k", "1")) == 3
+    assert re.search(f"Skipped {shown} Rename", tagger.error)
+    tagger.model = str(shutil.copytree(tagger.model, tmp_path / "model"))
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"damaged")
+    assert tagger.run(code=2) == []
+    assert re.search(shown, tagger.error) and "--skip-invalid" in tagger.error
 
 
 def test_prompts_are_tokenized_once_and_those_that_the_model_truncates_counted(
