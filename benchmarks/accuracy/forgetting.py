@@ -59,7 +59,8 @@ from modeling_llm2clip.training.alignment.interpolate import interpolate
 
 IMAGE_SIZE, DIM = 128, 256
 NUM_KEYWORDS = 6  # of a caption: longer ones cost most of the time
-MOST_HELD_OUT = 200  # of a dataset
+MOST_HELD_OUT = 200  # of a dataset, to test on and again to choose by
+NUM_OTHERS = 1_000  # words among which names are kept, too
 DISTILL, INHERIT = {"distillation_weight": 1.0}, {"inherit_from": "teacher"}
 CONDITIONS: dict[str, Mapping[str, Any]] = {
     "plain": {},
@@ -69,7 +70,7 @@ CONDITIONS: dict[str, Mapping[str, Any]] = {
     "inheritance, self-distillation": {**INHERIT, **DISTILL},
 }
 BEFORE = "before"
-FOLDERS = ("all", "aligned", "chosen", "test", "labeled")
+FOLDERS = ("all", "aligned", "chosen", "test", "labeled", "labeled-chosen")
 
 
 def main() -> None:
@@ -112,9 +113,12 @@ def count_images(folder: Path) -> int:
 def write_data(sources: Mapping[str, str], work: Path) -> None:
     """Write folders of captioned images: all to train on, those of the last dataset, and held-out.
 
-    Held-out images of the others go into a folder for each category.
+    Held-out images of the others go into a folder for each category. Half of all held-out images
+    are to test on, the others to choose by.
     """
-    lines: dict[str, list[dict[str, Any]]] = {name: [] for name in FOLDERS if name != "labeled"}
+    lines: dict[str, list[dict[str, Any]]] = {name: [] for name in FOLDERS[:4]}
+    keywords: dict[str, list[str]] = {}
+    others: set[str] = set()
     for name, source in sources.items():
         captioned = [json.loads(line) for line in (Path(source) / "captions.jsonl").open("r")]
         captioned = [line for line in captioned if line.get("lang", "en") == "en"]
@@ -122,16 +126,18 @@ def write_data(sources: Mapping[str, str], work: Path) -> None:
         for line in captioned:
             line["image"] = str((Path(source) / line["image"]).resolve())
         count = min(MOST_HELD_OUT, len(captioned) // 5)
-        is_last = name == list(sources)[-1]
-        if is_last:
-            lines["test"], lines["chosen"] = captioned[:count], captioned[count : 2 * count]
-            lines["aligned"] += captioned[2 * count :]
-            lines["all"] += captioned[2 * count :]
+        test, chosen, trained = captioned[:count], captioned[count : 2 * count], captioned[2 * count :]
+        if name == list(sources)[-1]:
+            lines["test"], lines["chosen"] = test, chosen
+            lines["aligned"] += trained
+            lines["all"] += trained
         else:
-            link_by_category(captioned[:count], work / "labeled")
-            described = [add_keywords(line) for line in captioned[count:]]
+            keywords |= link_by_category(test, work / "labeled")
+            link_by_category(chosen, work / "labeled-chosen")
+            described = [add_keywords(line) for line in trained]
             lines["all"] += [add_category(line) for line in described]
             lines["aligned"] += described[::2]
+            others |= {word for line in trained for word in list_short(line)}
     for name, chosen in lines.items():
         folder = work / name
         folder.mkdir(parents=True)
@@ -140,6 +146,27 @@ def write_data(sources: Mapping[str, str], work: Path) -> None:
             for line in chosen
         ]
         (folder / "captions.jsonl").write_text("\n".join(text) + "\n", encoding="utf-8")
+    (work / "keywords.json").write_text(json.dumps(keywords), encoding="utf-8")
+    write_names(work, others)
+
+
+def write_names(work: Path, others: set[str]) -> None:
+    """Write the categories to keep: every second one, and all of them among other words."""
+    names = list_categories(work / "labeled")
+    words = random.Random(0).sample(sorted(others - set(names)), NUM_OTHERS)
+    for name, chosen in {"half": names[::2], "among": [*names, *words]}.items():
+        (work / f"{name}.txt").write_text("\n".join(chosen) + "\n", encoding="utf-8")
+
+
+def list_categories(folder: Path) -> list[str]:
+    """List the names of the folders of a folder."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+def list_short(line: Mapping[str, Any]) -> list[str]:
+    """List the keywords of one or two words."""
+    words = [word.strip().lower() for word in line.get("keywords", ())]
+    return sorted({word for word in words if word and len(word.split()) <= 2})
 
 
 def add_keywords(line: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,12 +186,14 @@ def name_category(line: Mapping[str, Any]) -> str:
     return category.replace("-", " ").replace("_", " ")
 
 
-def link_by_category(lines: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Link images into a folder for each category."""
+def link_by_category(lines: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, list[str]]:
+    """Link images into a folder for each category; return the short keywords of each."""
+    keywords = {}
     for line in lines:
         place = folder / name_category(line)
         place.mkdir(parents=True, exist_ok=True)
-        link(Path(line["image"]), place)
+        keywords[str(Path(place.name) / link(Path(line["image"]), place))] = list_short(line)
+    return keywords
 
 
 def link(image: Path, folder: Path) -> str:
