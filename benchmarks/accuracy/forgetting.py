@@ -4,14 +4,17 @@
         photographs=FOLDER --work WORK
 
 A dual encoder of EfficientNet-Lite0 and all-MiniLM is trained on captions, keywords and categories
-of all three datasets. Then its vision tower is trained with SmolLM2 on a part of them, half of the
-first two and all of the last, whose captions name no categories: plainly, near its frozen self
-(self-distillation), after the text side inherited the dual encoder's own text embeddings, and with
-both. Beside them are the inherited text side alone, and weights between those before and after.
-Held-out images of the first two are classified by their category, those of the last one are found
-by their captions. Everything is repeated with several seeds; the dual encoder is trained once.
-`--work` keeps it, so that a second call goes on from there, and scores are written after
-each run.
+of all three datasets. Then it gets SmolLM2 as its text side, aligned on a part of them, half of the
+first two and all of the last, whose captions name no categories: plainly, after the text side
+inherited the dual encoder's own text embeddings, and so with the names of categories kept: all of
+them, every second one, or all of them among other words. Held-out images of the first two are
+classified by their category and found by their keywords, those of the last one by their captions.
+Everything is repeated with the vision tower frozen and trained, and with several seeds; the dual
+encoder is trained once.
+
+`--choose` measures weights and samples of kept names instead, on other held-out images, and writes
+them into the same file. `--work` keeps everything, so that a second call goes on from there, and
+scores are written after each run.
 """
 
 from __future__ import annotations
@@ -19,13 +22,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
@@ -53,24 +57,42 @@ from modeling_llm2clip.building.pretrained_towers import (
     fetch_tower,
 )
 from modeling_llm2clip.building.vision_towers import load_vision_tower
-from modeling_llm2clip.configs.align_config import InterpolateConfig
+from modeling_llm2clip.evaluation.encoders.auto import load_encoder
 from modeling_llm2clip.heads_llm2clip import contrastive_loss
-from modeling_llm2clip.training.alignment.interpolate import interpolate
+from modeling_llm2clip.training.alignment import kept_texts
 
 IMAGE_SIZE, DIM = 128, 256
 NUM_KEYWORDS = 6  # of a caption: longer ones cost most of the time
 MOST_HELD_OUT = 200  # of a dataset, to test on and again to choose by
 NUM_OTHERS = 1_000  # words among which names are kept, too
-DISTILL, INHERIT = {"distillation_weight": 1.0}, {"inherit_from": "teacher"}
+INHERIT = {"inherit_from": "teacher"}
 CONDITIONS: dict[str, Mapping[str, Any]] = {
     "plain": {},
-    "self-distillation": DISTILL,
-    "inheritance alone": {**INHERIT, "max_steps": 0, "vision_training": "frozen"},
     "inheritance": INHERIT,
-    "inheritance, self-distillation": {**INHERIT, **DISTILL},
+    "classes kept": {**INHERIT, "keep_texts": "image-folder=labeled"},
+    "half of the classes kept": {**INHERIT, "keep_texts": "half.txt"},
+    "names among 1,000 words": {**INHERIT, "keep_texts": "among.txt"},
+}
+TOWERS: dict[str, Mapping[str, Any]] = {
+    "frozen": {"vision_training": "frozen"},
+    "trained": {"vision_training": "full", "layer_decay": 1.0, "vision_learning_rate": 1e-4},
 }
 BEFORE = "before"
 FOLDERS = ("all", "aligned", "chosen", "test", "labeled", "labeled-chosen")
+CHOICE_SEED = 100  # which no other run has
+WEIGHTS, SAMPLES = (0.3, 1.0, 3.0, 10.0), (64, 256)
+
+
+@dataclass(frozen=True)
+class TestImages:
+    """Folders to measure a model on: labeled images, and captioned ones."""
+
+    labeled: str
+    captioned: str
+
+
+TEST = TestImages("labeled", "test")
+CHOICE = TestImages("labeled-chosen", "chosen")
 
 
 def main() -> None:
@@ -81,28 +103,58 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=10, help="of the dual encoder")
     parser.add_argument("--steps", type=int, default=120, help="of each alignment")
+    parser.add_argument("--choose", action="store_true", help="try weights and samples instead")
     output = Path(__file__).parents[1] / "results" / "forgetting.json"
     parser.add_argument("--output", type=Path, default=output)
     arguments = parser.parse_args()
-    work = arguments.work
+    work, steps = arguments.work, arguments.steps
     if not work.exists():
         write_data(dict(text.partition("=")[::2] for text in arguments.data), work)
     if not (work / "clip").exists():
         train_dual_encoder(work, epochs=arguments.epochs)
     prepare(work)
-    runs = [{"condition": BEFORE, "seed": None, **measure(work / "clip", work)}]
-    for seed in range(arguments.seeds):
-        for condition in CONDITIONS:
-            runs += run_condition(work, condition, seed, arguments.steps)
-            record = {
-                **describe_run("torch", "transformers", "modeling_llm2clip"),
-                "image_size": IMAGE_SIZE, "epochs": arguments.epochs, "steps": arguments.steps,
-                "num_images": {name: count_images(work / name) for name in FOLDERS},
-                "num_categories": len(list((work / "labeled").iterdir())),
-                "runs": runs,
-            }  # fmt: skip
-            arguments.output.write_text(f"{json.dumps(record, indent=2)}\n", "utf-8")
-            print(json.dumps(runs[-2:], indent=2), flush=True)
+    record = {
+        **describe_run("torch", "transformers", "modeling_llm2clip"),
+        "image_size": IMAGE_SIZE, "epochs": arguments.epochs, "steps": steps,
+        "keep_weight": AlignConfig().keep_weight, "sample": kept_texts.MOST_SAMPLED,
+        "num_images": {name: count_images(work / name) for name in FOLDERS},
+        "num_categories": len(list_categories(work / "labeled")),
+        "num_queries": len(list_queries(work)[0]),
+    }  # fmt: skip
+    runs = try_choices(work, steps) if arguments.choose else run_all(work, arguments.seeds, steps)
+    part, measured = "choice" if arguments.choose else "runs", []
+    for run in runs:
+        measured.append(run)
+        print(json.dumps(run), flush=True)
+        file = arguments.output
+        before = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        record |= {name: before[name] for name in ("choice", "runs") if name in before}
+        file.write_text(f"{json.dumps({**record, part: measured}, indent=2)}\n", "utf-8")
+
+
+def run_all(work: Path, seeds: int, steps: int) -> Iterator[dict[str, Any]]:
+    """Measure the dual encoder, and every condition with each tower and seed."""
+    yield {"condition": BEFORE, "tower": None, "seed": None, **measure(work / "clip", work, TEST)}
+    for seed, condition, tower in product(range(seeds), CONDITIONS, TOWERS):
+        options = {**CONDITIONS[condition], **TOWERS[tower]}
+        name = f"{condition.replace(' ', '-')}-{tower}-{seed}"
+        folder = run_alignment(work, name, {**options, "seed": seed, "max_steps": steps})
+        scores = measure(folder, work, TEST)
+        yield {"condition": condition, "tower": tower, "seed": seed, **scores}
+
+
+def try_choices(work: Path, steps: int) -> Iterator[dict[str, Any]]:
+    """Measure weights with a frozen tower, and samples of the weight 1, on images to choose by."""
+    tried = [(weight, max(SAMPLES)) for weight in (0.0, *WEIGHTS)] + [(1.0, min(SAMPLES))]
+    for tower, (weight, sample) in product(TOWERS, tried):
+        kept_texts.MOST_SAMPLED = sample
+        options = {
+            **INHERIT, **TOWERS[tower], "seed": CHOICE_SEED, "max_steps": steps,
+            "keep_texts": f"image-folder={CHOICE.labeled}", "keep_weight": weight,
+        }  # fmt: skip
+        folder = run_alignment(work, f"choice-{tower}-{weight}-{sample}", options)
+        scores = measure(folder, work, CHOICE)
+        yield {"tower": tower, "weight": weight, "sample": sample, **scores}
 
 
 def count_images(folder: Path) -> int:
@@ -260,63 +312,72 @@ def prepare(work: Path) -> None:
     records = load_records(work / "aligned")
     extract(work / "kept", records, work / "captions", modality="text")
     extract(work / "kept", records, work / "images", modality="image")
-    chosen = load_records(work / "chosen")
-    extract(work / "kept", chosen, work / "chosen-captions", modality="text")
     extract(work / "clip", records, work / "teacher", modality="text")
 
 
-def run_condition(work: Path, condition: str, seed: int, steps: int) -> list[dict[str, Any]]:
-    """Align, go back some of the way, and measure both."""
-    options = {"max_steps": steps, "vision_training": "full", **CONDITIONS[condition]}
-    is_frozen = options["vision_training"] == "frozen"
-    has_images = is_frozen or "distillation_weight" in options
-    stores = {"image_store": work / "images"} if has_images else {}
+def run_alignment(work: Path, name: str, options: Mapping[str, Any]) -> Path:
+    """Align, unless that is done; return the folder of the model."""
+    options, stores = dict(options), {}
+    if options["vision_training"] == "frozen":
+        stores["image_store"] = work / "images"
     if "inherit_from" in options:
-        stores["inherit_from"] = work / str(options.pop("inherit_from"))
-    folder = work / f"{condition.replace(', ', '-').replace(' ', '-')}-{seed}"
-    if not (folder / "model").exists():
+        stores["inherit_from"] = work / options.pop("inherit_from")
+    if "keep_texts" in options:
+        kind, _, place = options["keep_texts"].rpartition("=")
+        options["keep_texts"] = f"{kind}={work / place}" if kind else str(work / place)
+        stores["teacher"] = work / "clip"
+    if not (work / name / "model").exists():
         # Nothing is held out: the dual encoder was trained on these images.
         align(
-            work / "kept", load_records(work / "aligned"), folder,
-            AlignConfig(
-                global_batch_size=64, seed=seed, held_out_ratio=0.0, layer_decay=1.0,
-                vision_learning_rate=None if is_frozen else 1e-4, **options,
-            ),
+            work / "kept", load_records(work / "aligned"), work / name,
+            AlignConfig(global_batch_size=64, held_out_ratio=0.0, **options),
             caption_store=work / "captions", **stores,
         )  # fmt: skip
-    after = {"condition": condition, "seed": seed, **measure(folder / "model", work)}
-    if is_frozen:  # nothing is between
-        return [after]
-    shutil.rmtree(folder / "between", ignore_errors=True)
-    between = interpolate(
-        work / "kept", folder / "model", load_records(work / "chosen"), folder / "between",
-        InterpolateConfig(num_shares=4, zero_shot=f"image-folder={work / 'labeled'}"),
-        caption_store=work / "chosen-captions",
-    )  # fmt: skip
-    return [
-        after,
-        {
-            "condition": f"{condition}, interpolated", "seed": seed,
-            **measure(folder / "between", work), "share": between.chosen,
-            "shares": {str(share): asdict(scores) for share, scores in between.scores.items()},
-        },
-    ]  # fmt: skip
+    return work / name / "model"
 
 
-def measure(model: Path, work: Path) -> dict[str, float]:
-    """Accuracy on labeled images, and R@1 of held-out captions and images."""
-    scores = {}
-    for task, dataset in (
-        ("classification", f"image-folder={work / 'labeled'}"), ("retrieval", str(work / "test")),
-    ):  # fmt: skip
-        config = EvaluationConfig(output=model.parent / f"scores-{model.name}-{task}")
-        [result] = evaluate(model, dataset, config, tasks=[task])
-        scores[task] = result.scores
-    return {
-        "accuracy": scores["classification"]["top_1"]["value"],
-        "t2i_r1": scores["retrieval"]["t2i"]["hit_rate_at_1"],
-        "i2t_r1": scores["retrieval"]["i2t"]["hit_rate_at_1"],
+def measure(model: Path, work: Path, images: TestImages) -> dict[str, float]:
+    """Accuracy on labeled images, and R@1 of captions, images and short queries."""
+    labeled = work / images.labeled
+    config = EvaluationConfig(output=model.parent / f"scores-{model.name}")
+    classified, found = evaluate(
+        model, [f"image-folder={labeled}", str(work / images.captioned)], config
+    )
+    accuracies = classified.scores["top_1_of_class"]
+    halves = {"kept_half": list_categories(labeled)[::2], "other_half": list_categories(labeled)[1::2]}
+    scores = {
+        "accuracy": classified.scores["top_1"]["value"],
+        **{name: average(accuracies, names, labeled) for name, names in halves.items()},
+        "t2i_r1": found.scores["t2i"]["hit_rate_at_1"],
+        "i2t_r1": found.scores["i2t"]["hit_rate_at_1"],
     }
+    return {**scores, "short_queries": search(model, work)} if images is TEST else scores
+
+
+def average(accuracies: Mapping[str, float], names: Sequence[str], folder: Path) -> float:
+    """Average the accuracies of some categories over their images."""
+    counts = {name: count_images(folder / name) for name in names}
+    return sum(accuracies[name] * count for name, count in counts.items()) / sum(counts.values())
+
+
+def list_queries(work: Path) -> tuple[list[str], dict[str, list[str]]]:
+    """List the short keywords that are no category, and those of each held-out drawing."""
+    keywords = json.loads((work / "keywords.json").read_text("utf-8"))
+    names = set(list_categories(work / "labeled"))
+    return sorted({word for words in keywords.values() for word in words} - names), keywords
+
+
+def search(model: Path, work: Path) -> float:
+    """Return the share of short queries whose first drawing has the query as a keyword."""
+    queries, keywords = list_queries(work)
+    encoder = load_encoder(model)
+    texts = F.normalize(encoder.encode_texts(queries).embeds, dim=-1)
+    files = [work / "labeled" / name for name in keywords]
+    images = F.normalize(encoder.encode_images(files, names=list(keywords)), dim=-1)
+    nearest = (texts @ images.T).argmax(dim=1).tolist()
+    listed = list(keywords.values())
+    is_right = [query in listed[row] for query, row in zip(queries, nearest, strict=True)]
+    return sum(is_right) / len(is_right)
 
 
 if __name__ == "__main__":
