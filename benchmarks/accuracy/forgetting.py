@@ -178,7 +178,8 @@ def write_data(sources: Mapping[str, str], work: Path) -> None:
         for line in captioned:
             line["image"] = str((Path(source) / line["image"]).resolve())
         count = min(MOST_HELD_OUT, len(captioned) // 5)
-        test, chosen, trained = captioned[:count], captioned[count : 2 * count], captioned[2 * count :]
+        test, chosen = captioned[:count], captioned[count : 2 * count]
+        trained = captioned[2 * count :]
         if name == list(sources)[-1]:
             lines["test"], lines["chosen"] = test, chosen
             lines["aligned"] += trained
@@ -315,9 +316,10 @@ def prepare(work: Path) -> None:
     extract(work / "clip", records, work / "teacher", modality="text")
 
 
-def run_alignment(work: Path, name: str, options: Mapping[str, Any]) -> Path:
+def run_alignment(work: Path, name: str, options: dict[str, Any]) -> Path:
     """Align, unless that is done; return the folder of the model."""
-    options, stores = dict(options), {}
+    options = dict(options)
+    stores: dict[str, Any] = {}
     if options["vision_training"] == "frozen":
         stores["image_store"] = work / "images"
     if "inherit_from" in options:
@@ -344,10 +346,11 @@ def measure(model: Path, work: Path, images: TestImages) -> dict[str, float]:
         model, [f"image-folder={labeled}", str(work / images.captioned)], config
     )
     accuracies = classified.scores["top_1_of_class"]
-    halves = {"kept_half": list_categories(labeled)[::2], "other_half": list_categories(labeled)[1::2]}
+    names = list_categories(labeled)
+    halves = {"kept_half": names[::2], "other_half": names[1::2]}
     scores = {
         "accuracy": classified.scores["top_1"]["value"],
-        **{name: average(accuracies, names, labeled) for name, names in halves.items()},
+        **{name: average(accuracies, half, labeled) for name, half in halves.items()},
         "t2i_r1": found.scores["t2i"]["hit_rate_at_1"],
         "i2t_r1": found.scores["i2t"]["hit_rate_at_1"],
     }

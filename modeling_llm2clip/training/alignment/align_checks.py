@@ -80,9 +80,7 @@ def _check_teacher(teacher: EmbeddingStore, captions: EmbeddingStore) -> None:
         )
 
 
-def require_same_space(
-    teacher: str | Path, of_teacher: Mapping[str, str], folder: Path
-) -> None:
+def require_same_space(teacher: str | Path, of_teacher: Mapping[str, str], folder: Path) -> None:
     """Require that a model embeds images into the space of a teacher's texts, by fingerprints."""
     of_model = fingerprint_image_side(list_model_files(folder))
     if of_model["vision tower"] != of_teacher["vision tower"]:

@@ -83,8 +83,8 @@ class KeptTextsLoss(nn.Module):
         """Compute the mean over the texts, () float32."""
         if inputs.kept_embeds is None or inputs.kept_targets is None:
             return inputs.image_embeds.new_zeros(())
-        sides = (F.normalize(side, dim=-1) for side in (inputs.kept_embeds, inputs.kept_targets))
-        return F.mse_loss(*sides, reduction="sum") / len(inputs.kept_embeds)
+        texts, targets = (F.normalize(p, dim=-1) for p in (inputs.kept_embeds, inputs.kept_targets))
+        return (texts - targets).square().sum() / len(texts)
 
 
 class StructureLoss(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from dataclasses import replace
@@ -16,16 +15,14 @@ import torch.nn.functional as F
 from inheriting import EXTRACTED, LONG, STAGE, Inheriting, build, prepare
 from safetensors.torch import load_file, save_file
 from tiny import tiny_vision
-from tiny_encoders import save_tiny_encoder
 from torch import Tensor
 
 from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.build_config import BuildConfig
-from modeling_llm2clip.configs.encoding_config import DUAL_ENCODERS, ExtractConfig
+from modeling_llm2clip.configs.encoding_config import DUAL_ENCODERS
 from modeling_llm2clip.configs.evaluation_config import EncoderConfig
-from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.embedding.extract import describe_extraction, extract

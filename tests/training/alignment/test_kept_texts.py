@@ -117,9 +117,7 @@ def test_two_processes_keep_as_one_does(keeping: Inheriting, tmp_path: Path) -> 
     options = {"keep_weight": 10.0, "learning_rate": 1e-3}
     keep(keeping, tmp_path / "one", **options)
     script = Path(__file__).parents[2] / "helpers" / "keeping_texts.py"
-    run_python(
-        script, keeping.data.parent, tmp_path / "two", json.dumps(options), processes=2
-    )
+    run_python(script, keeping.data.parent, tmp_path / "two", json.dumps(options), processes=2)
     one, two = (load_file(tmp_path / name / "model/model.safetensors") for name in ("one", "two"))
     for name, value in one.items():
         # Six steps carry the rounding of sums in another order on.
