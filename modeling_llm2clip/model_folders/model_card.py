@@ -92,8 +92,8 @@ class CardData:
     `license` is an identifier of the Hub, or "other" with name and address of another one; the
     towers have those of their own cards. `text_training_data` names the data among `training_data`
     on whose captions the language model was fine-tuned. `results` were measured with these very
-    weights. `kept_texts` names the texts that the last training kept near CLIP's. `caution` is a warning that a user must see first, for example that the model is near
-    chance.
+    weights. `kept_texts` names the texts that the last training kept near CLIP's. `caution` is a
+    warning that a user must see first, for example that the model is near chance.
     """
 
     license: str | None = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,6 @@ from .sampling import sample_rows
 
 MOST_SAMPLED = 256
 _TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
-_OWN_CLASSES = "image-folder"  # whose templates names of a file get
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,19 +43,19 @@ class KeptTexts:
 
     Attributes:
         names: The names, all different.
-        texts: Names and prompts, N in all.
+        texts: Names, their own prompts and those of classification, N in all.
         teacher: Folder or Hub id of the dual encoder.
         seed: Seed of the samples.
-        embeds: (N, D) float32 output of the LLM, empty before `embed`.
-        targets: (N, P) float32 unit embeddings by the teacher, likewise.
+        embeds: (N, D) float32 output of the LLM; None before `embed`.
+        targets: (N, P) float32 unit embeddings by the teacher; None before `embed`.
     """
 
     names: tuple[str, ...]
     texts: tuple[str, ...]
     teacher: str | Path
     seed: int
-    embeds: Tensor = torch.empty(0)
-    targets: Tensor = torch.empty(0)
+    embeds: Tensor | None = None
+    targets: Tensor | None = None
 
     @cached_property
     def fingerprint(self) -> Mapping[str, str]:
@@ -76,18 +76,18 @@ class KeptTexts:
 
     def embed(self, source: Path, processor: LLM2CLIPProcessor, device: torch.device) -> KeptTexts:
         """Embed the texts by the LLM of a model, then by the teacher; neither stays loaded."""
+        texts, is_shown = list(self.texts), PartialState().is_main_process
+        embeds = TorchEncoder(source, processor, device=device).encode_texts(
+            texts, project=False, show_progress=is_shown
+        )
         folder = find_model_folder(self.teacher)
-        is_shown = PartialState().is_main_process
-        texts = list(self.texts)
-        encoder = TorchEncoder(source, processor, device=device)
-        embeds = encoder.encode_texts(texts, project=False, show_progress=is_shown)
-        del encoder
         teacher = DualEncoder(folder, DualEncoderProcessor(folder), device)
         targets = teacher.encode_texts(texts, show_progress=is_shown)
         return replace(self, embeds=embeds.to(device), targets=targets.to(device))
 
     def sample(self, step: int) -> dict[str, Tensor]:
         """Sample what the model takes beside the batch of a step, equal on every process."""
+        assert self.embeds is not None and self.targets is not None
         rows = sample_rows(len(self.texts), MOST_SAMPLED, seed=self.seed, step=step)
         rows = rows.to(self.embeds.device)
         return {"kept_embeds": self.embeds[rows], "kept_targets": self.targets[rows]}
@@ -111,16 +111,18 @@ def read_kept_texts(
             f"text encoder of its own (transformers' {', '.join(DUAL_ENCODERS)}). A tower without "
             "one, such as DINOv3, can keep no texts."
         )
-    texts: dict[str, None] = {}
-    for label in labels:
-        texts[label.name] = None
-        is_bare = label.prompts == (label.name,)
-        filled = (template.replace("{}", label.name) for template in templates)
-        texts |= dict.fromkeys(filled if is_bare else label.prompts)
+    texts = dict.fromkeys(
+        text
+        for label in labels
+        for text in (
+            label.name,
+            *label.prompts,
+            *(template.replace("{}", label.name) for template in templates),
+        )
+    )
     processor = DualEncoderProcessor(find_model_folder(teacher, only=_TOKENIZER_FILES))
-    _, is_long = processor.list_ids(list(texts))
-    if any(is_long):
-        long = [text for text, is_truncated in zip(texts, is_long, strict=True) if is_truncated]
+    _, is_truncated = processor.list_ids(list(texts))
+    if long := list(compress(texts, is_truncated)):
         raise ValueError(
             f"keep_texts={config.keep_texts}: {counted(len(long), 'text')} longer than the "
             f"{processor.longest_text} tokens that {teacher} reads: {list_first(long)}. Shorten "
@@ -133,10 +135,10 @@ def read_kept_texts(
 def _read_labels(
     source: str, zero_shot: str | None, labeled: ClassificationDataset | None
 ) -> tuple[list[Label], tuple[str, ...]]:
-    """Read the names of a file or of a dataset's classes, and the templates for bare ones."""
+    """Read the names of a file or of a dataset's classes, and the templates of classification."""
     if Path(source).is_file():
-        templates = find_dataset(_OWN_CLASSES).templates if labeled is None else labeled.templates
-        return read_labels(Path(source)), templates
+        classes = find_dataset("image-folder") if labeled is None else labeled
+        return read_labels(Path(source)), classes.templates
     if labeled is None or source != zero_shot:
         labeled = load_labeled_images(source, option="keep_texts")
     # Some datasets have several classes of one name.

@@ -164,10 +164,12 @@ def test_classes_of_labeled_images_are_read_once_with_their_templates(
     assert list(kept.texts) == prompts_of(labeled.class_names)
     # A file of names, of which one has a prompt of its own, beside other labeled images.
     file = tmp_path / "labels.json"
-    file.write_text(json.dumps({"red": ["a red square"], "blue": []}), encoding="utf-8")
+    file.write_text(json.dumps({"red": ["a red square"], "blue": "blue"}), encoding="utf-8")
     kept = read_kept_texts(AlignConfig(keep_texts=str(file)), keeping.clip, labeled)
     assert kept is not None and kept.names == ("red", "blue")
-    assert kept.texts == ("red", "a red square", "blue", "a photo of a blue.")
+    assert kept.texts == (
+        "red", "a red square", "a photo of a red.", "blue", "a photo of a blue.",
+    )  # fmt: skip
 
 
 def test_what_cannot_be_kept_is_refused_before_a_tower_is_loaded(
