@@ -16,30 +16,24 @@ from benchmarks.tables.markdown_tables import (
 
 
 def _render_forgetting(report: dict[str, Any]) -> str:
-    runs_of: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    runs_of: dict[str, list[dict[str, Any]]] = {}
     for run in report["runs"]:
-        runs_of.setdefault((run["tower"] or "", run["condition"]), []).append(run)
-    columns = {
-        "accuracy": "classification", "kept_half": "every second class",
-        "other_half": "the other classes", "short_queries": "short queries",
-        "t2i_r1": "text to image", "i2t_r1": "image to text",
-    }  # fmt: skip
+        runs_of.setdefault(run["condition"], []).append(run)
+    columns = {"accuracy": "classification", "t2i_r1": "text to image", "i2t_r1": "image to text"}
     rows = [
-        [condition, tower, *(show_range([run[name] for run in runs]) for name in columns)]
-        for (tower, condition), runs in sorted(runs_of.items(), key=lambda item: item[0][0])
+        [condition, *(show_range([run[name] for run in runs]) for name in columns)]
+        for condition, runs in runs_of.items()
     ]
     counts = report["num_images"]
     seeds = len({run["seed"] for run in report["runs"]} - {None})
     note = (
         f"Top-1 accuracy on {counts['labeled']} held-out drawings of {report['num_categories']} "
-        "categories, of all and of the images of every second one and of the others; the share of "
-        f"{report['num_queries']:,} keywords of one or two words whose first drawing has the "
-        f"keyword; R@1 among {counts['test']} held-out photographs; means of {seeds} seeds (lowest "
-        f"to highest). Dual encoder: {counts['all']:,} images at {report['image_size']} "
+        f"categories, and R@1 among {counts['test']} held-out photographs; means of {seeds} seeds "
+        f"(lowest to highest). Dual encoder: {counts['all']:,} images at {report['image_size']} "
         f"pixels, {report['epochs']} epochs; alignment: {counts['aligned']:,} of these, "
         f"{report['steps']} steps of 64. {report['hardware']}; commit {report['commit']}."
     )
-    return f"{draw_table(('text side', 'tower', *columns.values()), rows)}\n{note}\n"
+    return f"{draw_table(('weights', *columns.values()), rows)}\n{note}\n"
 
 
 def _render_loss_effects(report: dict[str, Any]) -> str:

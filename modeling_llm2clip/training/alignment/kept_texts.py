@@ -76,7 +76,8 @@ class KeptTexts:
 
     def embed(self, source: Path, processor: LLM2CLIPProcessor, device: torch.device) -> KeptTexts:
         """Embed the texts by the LLM of a model, then by the teacher; neither stays loaded."""
-        texts, is_shown = list(self.texts), PartialState().is_main_process
+        texts = list(self.texts)
+        is_shown = PartialState().is_main_process
         embeds = TorchEncoder(source, processor, device=device).encode_texts(
             texts, project=False, show_progress=is_shown
         )
