@@ -208,7 +208,7 @@ def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path: Path) -> Non
             torch.testing.assert_close(whole, wanted, **ROUNDING, msg=lambda m, n=name: n + m)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [*LOSSES][:-1])  # of which training alone has any
 def test_a_loss_of_many_rows_without_gradients_is_computed_a_few_at_a_time(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
