@@ -43,7 +43,7 @@ BUDGETS = {
     ".": 2434,
     "building": 1351,
     "cli": 1113,
-    "configs": 853,
+    "configs": 857,
     "conversion": 600,
     "data": 4678,
     "demo": 86,
@@ -51,15 +51,15 @@ BUDGETS = {
     "embedding": 1256,
     "encoding": 940,
     "evaluation": 2915,
-    "model_folders": 1435,
+    "model_folders": 1437,
     "publishing": 951,
-    "recipes": 452,
+    "recipes": 455,
     "scheduling": 83,
     "search": 1494,
     "serving": 1544,
-    "training": 4321,
+    "training": 4433,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 278, 8325
+MOST_FILES, MOST_DOCSTRING_LINES = 279, 8325
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.
