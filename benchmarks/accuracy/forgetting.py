@@ -80,7 +80,11 @@ TOWERS: dict[str, Mapping[str, Any]] = {
 BEFORE = "before"
 FOLDERS = ("all", "aligned", "chosen", "test", "labeled", "labeled-chosen")
 CHOICE_SEED = 100  # which no other run has
-WEIGHTS, SAMPLES = (0.3, 1.0, 3.0, 10.0), (64, 256)
+# Weights and samples of kept names to choose among; a weight of 0 is the inheritance alone.
+CHOICES: dict[str, tuple[tuple[float, int], ...]] = {
+    "frozen": ((0.0, 256), (0.3, 256), (1.0, 256), (3.0, 256), (10.0, 256), (1.0, 64)),
+    "trained": ((0.0, 256), (0.3, 256), (1.0, 256), (3.0, 256)),
+}
 
 
 @dataclass(frozen=True)
@@ -144,9 +148,10 @@ def run_all(work: Path, seeds: int, steps: int) -> Iterator[dict[str, Any]]:
 
 
 def try_choices(work: Path, steps: int) -> Iterator[dict[str, Any]]:
-    """Measure weights with a frozen tower, and samples of the weight 1, on images to choose by."""
-    tried = [(weight, max(SAMPLES)) for weight in (0.0, *WEIGHTS)] + [(1.0, min(SAMPLES))]
-    for tower, (weight, sample) in product(TOWERS, tried):
+    """Measure weights and samples on images to choose by."""
+    for tower, weight, sample in (
+        (tower, *choice) for tower in TOWERS for choice in CHOICES[tower]
+    ):
         kept_texts.MOST_SAMPLED = sample
         options = {
             **INHERIT, **TOWERS[tower], "seed": CHOICE_SEED, "max_steps": steps,
@@ -154,7 +159,7 @@ def try_choices(work: Path, steps: int) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
         folder = run_alignment(work, f"choice-{tower}-{weight}-{sample}", options)
         scores = measure(folder, work, CHOICE)
-        yield {"tower": tower, "weight": weight, "sample": sample, **scores}
+        yield {"tower": tower, "weight": weight, "sample": sample, "steps": steps, **scores}
 
 
 def count_images(folder: Path) -> int:
