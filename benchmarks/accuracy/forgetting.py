@@ -149,17 +149,16 @@ def run_all(work: Path, seeds: int, steps: int) -> Iterator[dict[str, Any]]:
 
 def try_choices(work: Path, steps: int) -> Iterator[dict[str, Any]]:
     """Measure weights and samples on images to choose by."""
-    for tower, weight, sample in (
-        (tower, *choice) for tower in TOWERS for choice in CHOICES[tower]
-    ):
-        kept_texts.MOST_SAMPLED = sample
-        options = {
-            **INHERIT, **TOWERS[tower], "seed": CHOICE_SEED, "max_steps": steps,
-            "keep_texts": f"image-folder={CHOICE.labeled}", "keep_weight": weight,
-        }  # fmt: skip
-        folder = run_alignment(work, f"choice-{tower}-{weight}-{sample}", options)
-        scores = measure(folder, work, CHOICE)
-        yield {"tower": tower, "weight": weight, "sample": sample, "steps": steps, **scores}
+    for tower, choices in CHOICES.items():
+        for weight, sample in choices:
+            kept_texts.MOST_SAMPLED = sample
+            options = {
+                **INHERIT, **TOWERS[tower], "seed": CHOICE_SEED, "max_steps": steps,
+                "keep_texts": f"image-folder={CHOICE.labeled}", "keep_weight": weight,
+            }  # fmt: skip
+            folder = run_alignment(work, f"choice-{tower}-{weight}-{sample}", options)
+            scores = measure(folder, work, CHOICE)
+            yield {"tower": tower, "weight": weight, "sample": sample, "steps": steps, **scores}
 
 
 def count_images(folder: Path) -> int:
