@@ -105,6 +105,37 @@ def _render_text_towers(report: dict[str, Any]) -> str:
     return f"{draw_table(heads, rows)}\n{note}\n"
 
 
+def _render_precision_effect(report: dict[str, Any]) -> str:
+    heads = (
+        "images", "text tower", "smallest cosine (mean) of texts", "of images",
+        "R@1, text to image: float32, bfloat16, `auto`", "image to text",
+        "`auto` runs texts in", "images in",
+    )  # fmt: skip
+    names = {"minilm": "all-MiniLM-L6-v2", "tuned": "SmolLM2-135M, fine-tuned"}
+    rows = []
+    for run in report["runs"]:
+        cosines = [
+            "{min:.4f} ({mean:.4f})".format(**run["cosine"][name]) for name in ("text", "image")
+        ]
+        scores = [
+            ", ".join(percent(run["r1"][name][way]) for name in ("float32", "bfloat16", "auto"))
+            for way in ("t2i", "i2t")
+        ]
+        chosen = [
+            "{dtype} ({cosine:.4f})".format(**run["guard"][name]) for name in ("text", "image")
+        ]
+        rows.append([run["dataset"], names[run["tower"]], *cosines, *scores, *chosen])
+    counts = {run["dataset"]: run["num_test_images"] for run in report["runs"]}
+    held_out = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+    note = (
+        f"Held-out images: {held_out}. In the last two columns: the smallest cosine of the "
+        f"examples that are compared, of which {report['least_cosine']} is accepted. "
+        f"{report['hardware']}; "
+        f"commit {report['commit']}."
+    )
+    return f"{draw_table(heads, rows)}\n{note}\n"
+
+
 def _show_effect(values: list[float], others: list[float]) -> str:
     """Show a mean, and its distance from that of others on the same splits if there are any."""
     if not others:
@@ -231,5 +262,6 @@ EFFECT_TABLES: dict[str, Callable[[Any], str]] = {
     "forgetting": _render_forgetting,
     "languages": _render_languages,
     "loss_effects": _render_loss_effects,
+    "precision_effect": _render_precision_effect,
     "text_towers": _render_text_towers,
 }
