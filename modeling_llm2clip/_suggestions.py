@@ -7,6 +7,12 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 MAX_LISTED = 5  # names, places or errors that a message lists
+_SURROGATE = re.compile("[\ud800-\udfff]")  # Python's mark of bytes that are not UTF-8
+
+
+def is_unicode(text: object) -> bool:
+    """Tell whether a name or path can be written as UTF-8."""
+    return not _SURROGATE.search(str(text))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
+from uuid import uuid4
 
 try:
     import fcntl
@@ -88,26 +89,69 @@ def require_new_file(file: Path) -> None:
 
 
 def write_atomically(file: Path, content: bytes) -> None:
-    """Write a file that is complete or absent, even after a power failure.
+    """Write or replace a file as `atomic_file` does."""
+    with atomic_file(file, replaces=True) as opened:
+        opened.write(content)
 
-    The content is written to a file beside the target, synced and renamed; then the folder is
-    synced. Only one process at a time may write the same file.
+
+@contextmanager
+def atomic_file(file: Path, *, replaces: bool = False) -> Iterator[IO[bytes]]:
+    """Yield a file that gets its name when it is complete and synced, or never.
+
+    Several processes may write at once, each beside the target under a name of its own. Unless it
+    `replaces`, a file that has the name by then stays; this one is kept, and the error says where.
     """
-    unfinished = file.with_name(file.name + _UNFINISHED)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _clear_unfinished(file)
+    unique = uuid4().hex
+    unfinished = file.with_name(f"{file.name}.{unique}{_UNFINISHED}")
+    remedy = "Free some space, or write to another disk"
     try:
-        with unfinished.open("wb") as opened:
-            opened.write(content)
+        with (
+            explain_full_disk(file.parent, f"to write {file.name}", remedy),
+            unfinished.open("xb") as opened,
+        ):
+            _lock(opened, shared=False)
+            yield opened
             opened.flush()
             os.fsync(opened.fileno())
-        unfinished.replace(file)
-    except OSError:
+            if replaces:
+                unfinished.replace(file)
+            elif not rename_to_new(unfinished, file):
+                kept = unfinished.rename(file.with_stem(f"{file.stem}-{unique[:8]}"))
+                raise FileExistsError(
+                    f"{file} was written by another process meanwhile. It stays, and what this "
+                    f"process wrote is {kept}."
+                )
+    finally:
         unfinished.unlink(missing_ok=True)
-        raise
-    sync_folder(file.parent)
+    sync(file.parent)
+
+
+def rename_to_new(unfinished: Path, file: Path) -> bool:
+    """Rename a file unless the new name is taken; a file system without links may replace it."""
+    try:
+        os.link(unfinished, file)
+    except FileExistsError:
+        return False
+    except OSError:
+        if file.exists():
+            return False
+        unfinished.replace(file)
+    unfinished.unlink(missing_ok=True)
+    return True
+
+
+def _clear_unfinished(file: Path) -> None:
+    """Remove what killed writers of a file left: nobody locks it, and it is not just begun."""
+    for left in file.parent.glob(f"{glob.escape(file.name)}.*{_UNFINISHED}"):
+        with suppress(OSError), left.open("rb") as opened:
+            if left.stat().st_size and lock_file(opened, shared=True, wait=False):
+                left.unlink()
 
 
 def is_unfinished(file: Path) -> bool:
-    """Tell whether a killed `write_atomically` left this file behind."""
+    """Tell whether a killed `atomic_file` left this file behind."""
     return file.name.endswith(_UNFINISHED)
 
 
@@ -164,9 +208,9 @@ def list_differences(stored: Mapping[str, object], planned: Mapping[str, object]
     ]
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until the content of a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -223,7 +267,7 @@ def _is_abandoned(claim: Path, name: str) -> bool:
         return False
 
 
-def _lock(file: IO[str], *, shared: bool) -> bool:
+def _lock(file: IO[Any], *, shared: bool) -> bool:
     """Lock an open file; False if another process has locked it, or nothing can."""
     try:
         return lock_file(file, shared=shared, wait=False)

@@ -74,5 +74,5 @@ def read_named_embeddings(file: Path) -> NamedEmbeddings:
                     "the names are not a JSON list of texts. Write each name as a text."
                 )
             return NamedEmbeddings(tuple(names), opened.get_tensor("embeddings"), metadata)
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from error

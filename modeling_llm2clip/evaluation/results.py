@@ -106,7 +106,7 @@ def hash_dataset(dataset: EvaluationDataset) -> str:
 def read_result(file: Path) -> Result:
     try:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8, or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
         raise ValueError(f"{file} is damaged ({error}). Delete it and evaluate again.") from error
     if not isinstance(content, dict) or "format_version" not in content:
         raise ValueError(f"{file} is not a result of an evaluation. Name another.")
@@ -190,7 +190,6 @@ def find_conflict(first: Result, second: Result) -> str | None:
 
 
 def write_result(file: Path, result: Result) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     content = {**asdict(result), _DIGEST: hash_json(asdict(result))}
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(file, text.encode())

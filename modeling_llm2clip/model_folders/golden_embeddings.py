@@ -301,7 +301,14 @@ def _open_golden(folder: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except (SafetensorError, ValueError, TypeError, AttributeError, LookupError) as error:
+    except (
+        SafetensorError,
+        ValueError,
+        RecursionError,
+        TypeError,
+        AttributeError,
+        LookupError,
+    ) as error:
         raise ValueError(
             f"{path} is damaged ({error!r}). Restore it, or, if the model is known to be intact, "
             "remove it and write the folder anew (llm2clip export)."

@@ -353,7 +353,7 @@ def _read_about(location: str, table: LanceTable) -> About:
         if tally is not None and tally.keys() != {"num_images", "total"}:
             raise ValueError(f"tally has {sorted(tally)}")
         return About(**values, ann=None if ann is None else AnnIndex(**ann))
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, RecursionError, KeyError, AttributeError) as error:
         raise IndexUnavailableError(
             f"{location} is damaged: the table `{ABOUT}` cannot be read ({error}). Remove it, "
             "and index the images again."

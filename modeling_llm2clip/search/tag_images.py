@@ -20,7 +20,7 @@ from ..encoding.tokenized_texts import TokenizedTexts
 from ..model_folders.model_loading import load_model
 from ..model_folders.training_images import ImageTally, describe_far_images
 from .image_encoding import encode_readable_images
-from .image_files import list_images
+from .image_files import list_images, split_by_unicode
 from .image_index import ImageIndex
 from .index_database import require_place
 from .index_update import build_index
@@ -51,6 +51,12 @@ def tag_folder(
     files = list_images(image_dir)
     if skipped := files.describe_skipped():
         report(skipped)
+    images, unnamed = split_by_unicode(files.readable)
+    if unnamed:
+        problem = f"{counted(len(unnamed), 'image')} without a Unicode name: {list_first(unnamed)}."
+        if not (config.skip_invalid and images):
+            raise ValueError(f"{problem} Rename, or skip such images (--skip-invalid).")
+        report(f"Skipped {problem} Rename.")
     folder = find_whole_model(model)
     loaded, processor = load_model(folder, device=config.device, precision=config.precision)
     encoder = TorchEncoder(loaded, processor)
@@ -58,7 +64,7 @@ def tag_folder(
     parts: Iterable[EmbeddedImages]
     if config.index is None:
         tally = ImageTally()
-        parts = [_encode(encoder, files.readable, config, report, tally)]
+        parts = [_encode(encoder, images, config, report, tally)]
         if far := describe_far_images(folder, tally):
             report(far)
     else:

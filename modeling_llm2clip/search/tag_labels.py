@@ -68,7 +68,7 @@ def read_labels(file: Path, *, templates: Sequence[str] = ("{}",)) -> list[Label
     try:
         prompts_of = _parse(file)
         _check(prompts_of)
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         message = str(error).removeprefix(f"{file} ")
         raise ValueError(f"{file}: {message}") from error
     if list(templates) != ["{}"] and all(prompts for _, prompts in prompts_of):

@@ -87,7 +87,7 @@ def read_run_record(folder: Path) -> dict[str, Any]:
     file = folder / RUN_FILE
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # the latter also for bytes that are not text
+    except (OSError, RecursionError, ValueError) as error:  # the last also for what is not UTF-8
         raise ValueError(f"{file} cannot be read ({error}). Choose a new folder.") from error
     if not isinstance(record, dict) or not {"config", "inputs"} <= record.keys():
         raise ValueError(

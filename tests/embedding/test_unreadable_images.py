@@ -71,6 +71,18 @@ def count_encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
+def stop_at_shard(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """End a run before a shard is written; -1 is the last one."""
+    write = ShardedWriter.write
+
+    def stop(self: Any, shard: int, *others: Any) -> None:
+        if shard == range(self.manifest.num_shards)[number]:
+            raise KeyboardInterrupt
+        write(self, shard, *others)
+
+    monkeypatch.setattr(ShardedWriter, "write", stop)
+
+
 def test_all_are_named_and_the_output_continues_once_they_are_repaired(
     run: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,6 +122,50 @@ def test_an_output_with_another_image_that_changed_is_refused(
 
 
 @pytest.mark.parametrize(("function", "config"), _RUNS, ids=["extract", "embed"])
+def test_a_partition_is_repaired_while_others_have_ended(
+    function: Callable[..., Path],
+    config: ExtractConfig | EmbedConfig,
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+) -> None:
+    def run(output: Path, partition: str | None = None) -> Path:
+        records = load_records(data)
+        return function(model, records, output, config, modality="image", partition=partition)
+
+    contents = break_images(data, (9,))  # in the second shard of three, or the third of five
+    number = 2 if function is extraction.extract else 1
+    with pytest.raises(DataValidationError):
+        run(tmp_path / "out", f"{number}/2")
+    run(tmp_path / "out", f"{3 - number}/2")
+    for file, content in contents.items():
+        file.write_bytes(content)
+    run(tmp_path / "out", f"{number}/2")
+    assert read_bytes(run(tmp_path / "out")) == read_bytes(run(tmp_path / "fresh"))
+
+
+def test_an_output_that_left_images_out_is_repaired_unless_these_have_changed(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    def run(name: str = "out", **options: Any) -> Path:
+        records, config = load_records(data), replace(IMAGE, **options)
+        return embedding.embed(model, records, tmp_path / name, config, modality="image")
+
+    contents = break_images(data, (0, 9))
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patched:
+        stop_at_shard(patched, 1)
+        run(skip_invalid=True)  # a complete shard lacks the first image
+    with pytest.raises(DataValidationError, match=r"9\.png"):
+        run()
+    for file, content in contents.items():
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match="holds another output: images"):
+        run()
+    break_images(data, (0,))
+    assert read_bytes(run()) == read_bytes(run("fresh", skip_invalid=True))
+
+
+@pytest.mark.parametrize(("function", "config"), _RUNS, ids=["extract", "embed"])
 def test_a_repair_lets_in_no_other_option(
     function: Callable[..., Path],
     config: ExtractConfig | EmbedConfig,
@@ -135,17 +191,10 @@ def test_an_image_that_changes_again_after_its_repair_is_refused(
     contents = break_images(data, (9,))
     with pytest.raises(DataValidationError):
         run(tmp_path / "output")
-    write = ShardedWriter.write
-
-    def stop_at_last(self: Any, shard: int, *others: Any) -> None:
-        if shard == self.manifest.num_shards - 1:
-            raise KeyboardInterrupt
-        write(self, shard, *others)
-
     for file, content in contents.items():
         file.write_bytes(content)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(ShardedWriter, "write", stop_at_last)
+        stop_at_shard(patched, -1)
         run(tmp_path / "output")
     before = read_bytes(tmp_path / "output")
     Image.new("RGB", (7, 9)).save(data / "9.png")

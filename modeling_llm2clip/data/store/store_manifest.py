@@ -105,7 +105,7 @@ class ShardedManifest:
                 if lost := sorted({entry.name for entry in fields(cls)} - set(content)):  # type: ignore[arg-type]
                     raise ValueError(f"it lacks {lost}")
                 return cls._from_json(content)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, RecursionError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{file} is damaged: {error}. Restore it from a copy, or delete {folder} and "
                 f"{cls.COMMAND} again."

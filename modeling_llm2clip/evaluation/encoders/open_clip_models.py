@@ -187,7 +187,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         _ = content["model_cfg"]["vision_cfg"]["image_size"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, RecursionError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file} is missing or is not a configuration of open_clip ({error!r}). Get the whole "
             "repository."
