@@ -348,7 +348,7 @@ def measure(model: Path, work: Path, images: TestImages) -> dict[str, float]:
     )
     accuracies = classified.scores["top_1_of_class"]
     names = list_categories(labeled)
-    parts = {"kept_half": names[::2], "other_half": names[1::2]}
+    parts = {"named": names[::2], "unnamed": names[1::2]}
     scores = {
         "accuracy": classified.scores["top_1"]["value"],
         **{name: average(accuracies, half, labeled) for name, half in parts.items()},
