@@ -199,7 +199,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         _check_types(vars(config))
         config._check_values()
         config.text_config.is_causal = not config.bidirectional
-        return loaded
+        return loaded  # type: ignore[no-any-return]
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
