@@ -36,6 +36,7 @@ from modeling_llm2clip.search import search_results
 from modeling_llm2clip.search.image_files import list_images
 from modeling_llm2clip.search.search_results import (
     SearchResult,
+    make_csv_row,
     rank_images,
     write_results_page,
     write_results_sheet,
@@ -125,6 +126,18 @@ def test_json_and_csv_hold_what_the_table_shows_and_nothing_else_is_on_stdout(
     assert [{key: str(value) for key, value in record.items()} for record in records] == rows
     lines = [line for line in shown["table"].splitlines() if line.startswith("     ")]
     assert lines == [f"  {r['rank']:>4}  {r['cosine']:>6.3f}  {r['image']}" for r in records]
+
+
+def test_csv_is_as_the_standard_library_writes_it_but_for_line_breaks_and_formulas() -> None:
+    texts = ["a, b", 'a "b"', "a\nb", "ü", "", " a", "'a'"]
+    for text in texts:
+        expected = io.StringIO()
+        csv.writer(expected, lineterminator="\n").writerow([text, -0.5, 1e-06, 3])
+        assert make_csv_row([text, -0.5, 1e-06, 3]) + "\n" == expected.getvalue()
+    for text in ("a\rb", "=1+1", "+1", "-1", "@SUM(A1)", "\t=1"):
+        row = make_csv_row([text, 1])
+        assert row == f'"{text}",1'
+        assert next(csv.reader(io.StringIO(row, newline=""))) == [text, "1"]
 
 
 def test_a_query_image_finds_itself_first_and_the_others_by_their_cosines(
