@@ -140,6 +140,19 @@ def test_csv_is_as_the_standard_library_writes_it_but_for_line_breaks_and_formul
         assert next(csv.reader(io.StringIO(row, newline=""))) == [text, "1"]
 
 
+def test_codes_of_a_terminal_are_escaped_where_people_read_them(
+    index: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    query = "a dog\x1b[2J\x9b2J\r"
+    assert main(["search", index, query, "--top-k", "1"]) == 0
+    assert capsys.readouterr().out.startswith("a dog\\u001b[2J\\u009b2J\\u000d\n")
+    assert main(["search", index, query, "--top-k", "1", "--format", "json"]) == 0
+    shown = capsys.readouterr().out
+    assert "\x9b" not in shown and json.loads(shown)[0]["query"] == query
+    assert main(["search", "no\x1b[2Jindex", "a dog"]) == 2
+    assert "no\\u001b[2Jindex" in capsys.readouterr().err
+
+
 def test_a_query_image_finds_itself_first_and_the_others_by_their_cosines(
     images: Path, index: str, model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
