@@ -29,6 +29,8 @@ from .lancedb_table import (
     HOW_TO_INDEX,
     IMAGES,
     LOCK,
+    PANIC,
+    WHOLE_ROW,
     AnnIndex,
     IndexUnavailableError,
     LanceTable,
@@ -37,7 +39,7 @@ from .lancedb_table import (
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # Columns that are read from the content of an image: upright pixels, and when it was taken.
 FACTS = ("width", "height", "taken")
 _EVERY_IMAGE = "bytes >= 0"  # a filter that all pass
@@ -189,14 +191,14 @@ class IndexDatabase:
 
     def iterate_embeddings(self) -> Iterator[tuple[list[str], np.ndarray[Any, Any]]]:
         """Yield paths below the folder, and their embeddings, (rows, P) float32."""
-        for batch in self.iterate(["path", "embedding"]):
+        for batch in self.iterate(WHOLE_ROW):
             yield batch["path"].to_pylist(), _to_matrix(batch["embedding"])
 
     def find_by_digest(self, digests: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Map the SHA-256 of image files that are there to `FACTS` and `embedding`, (P,)."""
         images: dict[str, dict[str, Any]] = {}
         for condition in _list_conditions("sha256", digests):
-            for batch in self.iterate(["sha256", *FACTS, "embedding"], condition):
+            for batch in self.iterate(WHOLE_ROW, condition):
                 rows, embeds = batch.select(FACTS).to_pylist(), _to_matrix(batch["embedding"])
                 for digest, row, embed in zip(
                     batch["sha256"].to_pylist(), rows, embeds, strict=True
@@ -367,7 +369,9 @@ def _explained(location: str, what: str) -> Iterator[None]:
         yield
     except IndexUnavailableError:
         raise
-    except ERRORS as error:
+    except Exception as error:
+        if not isinstance(error, ERRORS) and type(error).__name__ != PANIC:
+            raise
         raise IndexUnavailableError(
             f"{location} cannot be {what}: {_shorten(error)}. If it is damaged, remove it, and "
             "index the images again."

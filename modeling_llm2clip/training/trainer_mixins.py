@@ -180,6 +180,7 @@ class StageTrainerMixin:
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.require_finite_steps()
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        PartialState().wait_for_everyone()  # each process writes its own random generators
         if self.args.should_save:
             mark_complete(Path(self.args.output_dir).parent, self.state.global_step)
 
