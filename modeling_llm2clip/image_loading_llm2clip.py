@@ -413,8 +413,11 @@ def _fetch(address: str, limits: ImageLimits) -> io.BytesIO:
     except ImageTooLargeError:
         raise
     except _FETCH_ERRORS as error:
-        late = f"more than {limits.max_download_s:g} seconds"
-        reason = late if time.monotonic() >= deadline else error
+        reason = (
+            f"more than {limits.max_download_s:g} seconds"
+            if time.monotonic() >= deadline
+            else error
+        )
         raise ValueError(f"{address}: the image cannot be downloaded ({reason}).") from error
     return content
 
@@ -439,12 +442,11 @@ class _Downloader(
     def redirect_request(
         self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> Any:
-        leads_inside = (
+        if not newurl.lower().startswith(_WEB) or (
             not urllib.request.getproxies()  # a proxy resolves the names, and decides
             and _is_web(req.full_url)
             and not _is_web(newurl)
-        )
-        if leads_inside or not newurl.lower().startswith(_WEB):
+        ):
             raise ValueError(f"it redirects to {newurl[:_MOST_SHOWN]}, which is not public")
         req.timeout = max(self._deadline - time.monotonic(), 0.001)  # of the next connection
         return super().redirect_request(req, fp, code, msg, headers, newurl)

@@ -40,12 +40,12 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2440,
+    ".": 2485,
     "building": 1351,
-    "cli": 1113,
+    "cli": 1116,
     "configs": 857,
     "conversion": 600,
-    "data": 4732,
+    "data": 4729,
     "demo": 86,
     "doctor": 1348,
     "embedding": 1245,
@@ -55,8 +55,8 @@ BUDGETS = {
     "publishing": 951,
     "recipes": 452,
     "scheduling": 83,
-    "search": 1554,
-    "serving": 1544,
+    "search": 1550,
+    "serving": 1538,
     "training": 4338,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 278, 8325

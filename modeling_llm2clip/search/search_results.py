@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 RESULTS_FILES = ("search.png", "search.html")
 ResultFormat: TypeAlias = Literal["table", "json", "csv"]
 _COLUMNS = ("query", "rank", "cosine", "image")
-_QUOTED = re.compile(r'^[=+\-@\t]|[",\r\n]')
 _SIDE = 160
 PAGE_SIDE = 320
 _GONE = "#dddddd"
@@ -208,7 +207,7 @@ def make_csv_row(values: Iterable[object]) -> str:
     """
     return ",".join(
         '"{}"'.format(value.replace('"', '""'))
-        if isinstance(value, str) and _QUOTED.search(value)
+        if isinstance(value, str) and re.search(r'^[=+\-@\t]|[",\r\n]', value)
         else str(value)
         for value in values
     )

@@ -147,8 +147,7 @@ def write_tags(tagged: Iterable[TaggedImage], file: IO[str], style: str) -> tupl
         ]
         if style == ".csv":
             ranked = [(rank, *label.values()) for rank, label in enumerate(labels, start=1)]
-            rows = (make_csv_row((str(path), *row)) for row in ranked or [("",) * 4])
-            file.write("".join(f"{row}\n" for row in rows))
+            file.writelines(make_csv_row((str(path), *row)) + "\n" for row in ranked or [("",) * 4])
         else:
             record = {"image": str(path), "labels": labels}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
