@@ -43,7 +43,7 @@ BUDGETS = {
     ".": 2485,
     "building": 1351,
     "cli": 1116,
-    "configs": 857,
+    "configs": 861,
     "conversion": 600,
     "data": 4729,
     "demo": 86,
@@ -51,15 +51,15 @@ BUDGETS = {
     "embedding": 1245,
     "encoding": 955,
     "evaluation": 2917,
-    "model_folders": 1446,
+    "model_folders": 1448,
     "publishing": 951,
-    "recipes": 452,
+    "recipes": 455,
     "scheduling": 83,
     "search": 1550,
     "serving": 1538,
-    "training": 4338,
+    "training": 4450,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 278, 8325
+MOST_FILES, MOST_DOCSTRING_LINES = 279, 8325
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.
