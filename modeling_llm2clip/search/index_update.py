@@ -259,8 +259,8 @@ class FolderUpdate:
         if self._known and (differences := list_differences(about.precision, precision)):
             raise ValueError(
                 f"{self.database.location} was indexed otherwise: {'; '.join(differences)}. Give "
-                "the device, precision and JPEG decoding that it was begun with, or name a new "
-                "database."
+                "llm2clip index the device, precision and JPEG decoding that it was begun with, or "
+                "name a new database."
             )
         if about.precision != precision:
             self.database.write_about(replace(about, precision=precision))
