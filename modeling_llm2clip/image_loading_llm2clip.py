@@ -432,8 +432,8 @@ class _Downloader(
         self._deadline = deadline
 
     def do_open(self, http_class: Any, req: Any, **options: Any) -> Any:
-        def connect(host: str, **given: Any) -> Any:
-            connection = http_class(host, **given)
+        def connect(host: str, **settings: Any) -> Any:
+            connection = http_class(host, **settings)
             connection.response_class = partial(_read_response, deadline=self._deadline)
             return connection
 
