@@ -40,12 +40,12 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2478,
+    ".": 2521,
     "building": 1351,
-    "cli": 1113,
+    "cli": 1116,
     "configs": 861,
     "conversion": 600,
-    "data": 4754,
+    "data": 4732,
     "demo": 86,
     "doctor": 1348,
     "embedding": 1245,
@@ -55,11 +55,11 @@ BUDGETS = {
     "publishing": 951,
     "recipes": 455,
     "scheduling": 83,
-    "search": 1560,
-    "serving": 1544,
-    "training": 4457,
+    "search": 1550,
+    "serving": 1538,
+    "training": 4450,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 279, 8359
+MOST_FILES, MOST_DOCSTRING_LINES = 279, 8363
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from annotated_types import Interval
 
 from .._extras import list_needs_of_index, require
-from .._suggestions import counted
+from .._suggestions import counted, escape_controls
 from ..configs.data_config import ImageLimitsConfig
 from ..configs.encoding_config import SearchConfig
 from .command import Repeated, command
@@ -97,7 +97,8 @@ def search(
     if count := index.encoder.num_truncated:
         longest = index.encoder.max_text_length
         report_truncated(count, len(queries), "sentence", longest=longest)
-    print(render_search_results(results, format))
+    rendered = render_search_results(results, format)
+    print(rendered if format == "csv" else escape_controls(rendered))
     _report_missing(results)
     if output is not None:
         _write(results, output)

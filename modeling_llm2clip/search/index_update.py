@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from .._suggestions import counted, is_unicode, list_first
+from .._suggestions import counted, list_first
 from ..configs.encoding_config import IndexConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.atomic_files import list_differences
@@ -78,8 +78,6 @@ def build_index(
     find_device(config.device, precision=config.precision)  # what is missing is refused at once
     require_place(location, is_new=True)
     files = list_images(image_dir)
-    if not is_unicode(image_dir.resolve()):
-        raise ValueError(f"{str(image_dir.resolve())!a}: the folder's path is not Unicode. Rename.")
     warn = report or partial(warnings.warn, stacklevel=3)
     say = report or (lambda _: None)
     if skipped := files.describe_skipped():
@@ -277,11 +275,11 @@ class FolderUpdate:
     def _read_stat(self, path: Path) -> None:
         """Read size and times of a file, or record an error if it has none, or no Unicode name."""
         name = path.relative_to(self.image_dir).as_posix()
-        if not is_unicode(name):
-            self.errors[path] = f"{name!r}: its name is not Unicode. Rename it."
-            return
         try:
+            name.encode()
             self._stats[name] = path.stat()
+        except UnicodeEncodeError:
+            self.errors[path] = f"{name!r}: its name is not Unicode. Rename it."
         except OSError as error:
             raise_disk_failure(error, path)
             self.errors[path] = f"{path}: cannot be read ({error.strerror or error})."

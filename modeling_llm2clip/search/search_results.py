@@ -7,12 +7,12 @@ query in other letters is named by its number; the page and the text show every 
 from __future__ import annotations
 
 import base64
-import csv
 import hashlib
 import html
 import io
 import json
 import os
+import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -195,12 +195,22 @@ def render_search_results(results: Sequence[SearchResult], style: ResultFormat =
     if style == "json":
         return json.dumps(list(_list_records(results)), ensure_ascii=False, indent=2)
     if style == "csv":
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, _COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(_list_records(results))
-        return buffer.getvalue().rstrip("\n")
+        rows = (record.values() for record in _list_records(results))
+        return "\n".join(map(make_csv_row, (_COLUMNS, *rows)))
     return "\n\n".join(map(str, results))
+
+
+def make_csv_row(values: Iterable[object]) -> str:
+    """Return a row of CSV; texts of a comma, a quote or a line break have quotes.
+
+    So has a text that begins as a formula: its column is then read as text where that is chosen.
+    """
+    return ",".join(
+        '"{}"'.format(value.replace('"', '""'))
+        if isinstance(value, str) and re.search(r'^[=+\-@\t]|[",\r\n]', value)
+        else str(value)
+        for value in values
+    )
 
 
 def _list_records(results: Sequence[SearchResult]) -> Iterator[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from .image_index import ImageIndex
 from .index_database import require_place
 from .index_update import build_index
 from .model_identity import find_whole_model
+from .search_results import make_csv_row
 from .tag_labels import Label, Tag, rank_labels
 
 EmbeddedImages: TypeAlias = tuple[Sequence[Path], Tensor]
@@ -132,9 +132,8 @@ def write_tags(tagged: Iterable[TaggedImage], file: IO[str], style: str) -> tupl
     of images, and the number of images without a label.
     """
     num_images = num_untagged = 0
-    writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
     if style == ".csv":
-        writer.writeheader()
+        file.write(make_csv_row(_COLUMNS) + "\n")
     for path, tags in tagged:
         num_images += 1
         num_untagged += not tags
@@ -147,8 +146,8 @@ def write_tags(tagged: Iterable[TaggedImage], file: IO[str], style: str) -> tupl
             for tag in tags
         ]
         if style == ".csv":
-            ranked = [{"rank": rank, **label} for rank, label in enumerate(labels, start=1)]
-            writer.writerows({"image": path, **row} for row in ranked or [{}])
+            ranked = [(rank, *label.values()) for rank, label in enumerate(labels, start=1)]
+            file.writelines(make_csv_row((str(path), *row)) + "\n" for row in ranked or [("",) * 4])
         else:
             record = {"image": str(path), "labels": labels}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -36,6 +36,7 @@ from modeling_llm2clip.search import search_results
 from modeling_llm2clip.search.image_files import list_images
 from modeling_llm2clip.search.search_results import (
     SearchResult,
+    make_csv_row,
     rank_images,
     write_results_page,
     write_results_sheet,
@@ -125,6 +126,31 @@ def test_json_and_csv_hold_what_the_table_shows_and_nothing_else_is_on_stdout(
     assert [{key: str(value) for key, value in record.items()} for record in records] == rows
     lines = [line for line in shown["table"].splitlines() if line.startswith("     ")]
     assert lines == [f"  {r['rank']:>4}  {r['cosine']:>6.3f}  {r['image']}" for r in records]
+
+
+def test_csv_is_as_the_standard_library_writes_it_but_for_line_breaks_and_formulas() -> None:
+    texts = ["a, b", 'a "b"', "a\nb", "ü", "", " a", "'a'"]
+    for text in texts:
+        expected = io.StringIO()
+        csv.writer(expected, lineterminator="\n").writerow([text, -0.5, 1e-06, 3])
+        assert make_csv_row([text, -0.5, 1e-06, 3]) + "\n" == expected.getvalue()
+    for text in ("a\rb", "=1+1", "+1", "-1", "@SUM(A1)", "\t=1"):
+        row = make_csv_row([text, 1])
+        assert row == f'"{text}",1'
+        assert next(csv.reader(io.StringIO(row, newline=""))) == [text, "1"]
+
+
+def test_codes_of_a_terminal_are_escaped_where_people_read_them(
+    index: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    query = "a dog\x1b[2J\x9b2J\r"
+    assert main(["search", index, query, "--top-k", "1"]) == 0
+    assert capsys.readouterr().out.startswith("a dog\\u001b[2J\\u009b2J\\u000d\n")
+    assert main(["search", index, query, "--top-k", "1", "--format", "json"]) == 0
+    shown = capsys.readouterr().out
+    assert "\x9b" not in shown and json.loads(shown)[0]["query"] == query
+    assert main(["search", "no\x1b[2Jindex", "a dog"]) == 2
+    assert "no\\u001b[2Jindex" in capsys.readouterr().err
 
 
 def test_a_query_image_finds_itself_first_and_the_others_by_their_cosines(

@@ -119,10 +119,8 @@ def read_json(file: Path) -> Any:
     """Read a JSON file."""
     try:
         return json.loads(file.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not JSON ({error}). Download it again.") from error
-    except (RecursionError, ValueError) as error:
-        raise ValueError(f"{file}: {_UNREADABLE}. Correct it.") from error
+    except (RecursionError, ValueError) as error:  # of depth, of digits, of text or of JSON
+        raise ValueError(f"{file}: not JSON of usual size ({error}). Download it again.") from error
 
 
 def iterate_json_list(file: Path) -> Iterator[Any]:

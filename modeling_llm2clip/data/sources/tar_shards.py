@@ -27,11 +27,14 @@ from .download_notes import drop_download_notes
 from .json_files import BYTE_ORDER_MARK, parse_object
 
 SEVERAL_IMAGES = "several images in one sample"
-_MOST_BYTES, _MOST_OF_TEXT, _MOST_OF_HEADER = 2**40, 2**30, 2**24
+_MOST_BYTES, _MOST_OF_TEXT = 2**40, 2**30
 # `tarfile` reads these into memory, however long they claim to be.
-_EXTENDED_HEADERS = (
-    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
-    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
+_MOST_OF = dict.fromkeys(
+    (
+        tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
+        tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
+    ),
+    2**24,
 )  # fmt: skip
 
 
@@ -41,8 +44,7 @@ class BoundedHeader(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> BoundedHeader:
         header = super().frombuf(buf, encoding, errors)
-        is_extended = header.type in _EXTENDED_HEADERS
-        _require_size(header, _MOST_OF_HEADER if is_extended else _MOST_BYTES)
+        _require_size(header, _MOST_OF.get(header.type, _MOST_BYTES))
         return header
 
 
@@ -75,8 +77,7 @@ class TarSample:
             return ""
         if extension not in ("json", "txt"):
             return f"unknown member .{extension}"
-        if member.size > _MOST_OF_TEXT:
-            return "text larger than 1 GiB"
+        _require_size(member, _MOST_OF_TEXT)
         content = read_member(archive, member)
         return self._add_fields(content) if extension == "json" else self._add_text(content)
 
