@@ -40,12 +40,12 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2521,
+    ".": 2523,
     "building": 1351,
     "cli": 1116,
     "configs": 861,
     "conversion": 600,
-    "data": 4732,
+    "data": 4751,
     "demo": 86,
     "doctor": 1348,
     "embedding": 1245,
@@ -55,9 +55,9 @@ BUDGETS = {
     "publishing": 951,
     "recipes": 455,
     "scheduling": 83,
-    "search": 1550,
+    "search": 1556,
     "serving": 1538,
-    "training": 4450,
+    "training": 4457,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 279, 8363
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
