@@ -59,7 +59,7 @@ BUDGETS = {
     "serving": 1538,
     "training": 4457,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 279, 8363
+MOST_FILES, MOST_DOCSTRING_LINES = 279, 8368
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.
