@@ -43,23 +43,23 @@ BUDGETS = {
     ".": 2440,
     "building": 1351,
     "cli": 1113,
-    "configs": 857,
+    "configs": 861,
     "conversion": 600,
     "data": 4732,
     "demo": 86,
     "doctor": 1348,
     "embedding": 1245,
     "encoding": 955,
-    "evaluation": 2917,
-    "model_folders": 1436,
+    "evaluation": 2918,
+    "model_folders": 1438,
     "publishing": 951,
-    "recipes": 452,
+    "recipes": 455,
     "scheduling": 83,
     "search": 1521,
     "serving": 1544,
-    "training": 4319,
+    "training": 4431,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 278, 8325
+MOST_FILES, MOST_DOCSTRING_LINES = 279, 8336
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.

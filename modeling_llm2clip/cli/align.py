@@ -40,7 +40,7 @@ SECTIONS = {
     ),
     "Start of the projections": ("projection_init", "inherit_steps"),
     "Losses besides the main one": (
-        "matryoshka_dims", "distillation_weight", "structure_weight",
+        "matryoshka_dims", "distillation_weight", "structure_weight", "keep_texts", "keep_weight",
     ),
     "Sampling and noise": (
         "image_noise", "caption_noise", "long_caption_ratio", "sentence_views", "seed",
@@ -70,6 +70,7 @@ def align(
     caption_store: Path | None = None,
     image_store: Path | None = None,
     inherit_from: Path | None = None,
+    teacher: str | None = None,
     resume: bool = False,
     reading: DataConfig,
     streaming: StreamConfig,
@@ -91,6 +92,8 @@ def align(
             at each step.
         inherit_from: Captions' embeddings by the text encoder of the vision tower's own CLIP, from
             `llm2clip extract CLIP DATA`, which the text side learns first. Default: none.
+        teacher: Folder or Hub id of the vision tower's own CLIP, whose text encoder says where
+            --keep-texts stay. Default: none.
         resume: Continue an interrupted run.
         reading: How the data are read.
         streaming: How shards at URLs are read.
@@ -117,7 +120,7 @@ def align(
         require_data(data, reading)
     from ..training.alignment.align import plan_align, run_alignment
 
-    plan = plan_align(output, config, **stores, resume=resume)
+    plan = plan_align(output, config, **stores, teacher=teacher, resume=resume)
     use_image_limits(limits)
     use_device(config.device, config.precision)
     from accelerate import PartialState

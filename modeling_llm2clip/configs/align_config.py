@@ -70,6 +70,13 @@ class AlignConfig(TrainingConfig, ChoiceConfig):
     structure_weight: Annotated[float, Interval(ge=0)] = 0.0
     """Weight of the change of neighborhoods by the projections, for small data (STRUCTURE,
     arXiv:2506.16895, whose authors use 10)."""
+    keep_texts: str | None = None
+    """Texts that stay where the vision tower's own CLIP, `--teacher`, has them, such as class names
+    and frequent queries: a file as `tag` reads labels, one per line, or NAME=FOLDER of a dataset
+    for classification. Each is kept bare and in the templates of classification. Default: none."""
+    keep_weight: Annotated[float, Interval(ge=0)] = 1.0
+    """Weight of the squared error of kept texts, of which each step reads up to 256. It is no part
+    of the held-out loss."""
     max_steps: Annotated[int, Interval(ge=0)] | None = None
     """Number of steps; 0 writes the closed form without training. Default: set by
     `num_train_epochs`."""
@@ -151,6 +158,20 @@ class AlignConfig(TrainingConfig, ChoiceConfig):
             ),
             "lock_text keeps the text projection, and projection_init=cca fits a new one.": (
                 self.lock_text and self.projection_init == "cca"
+            ),
+            "lock_text keeps every text as it is. Leave keep_texts out.": (
+                self.lock_text and self.keep_texts
+            ),
+            "keep_texts reads its texts by the LLM once, and text_training=lora trains the LLM.": (
+                self.keep_texts and self.text_training == "lora"
+            ),
+            "keep_texts needs the image projection of CLIP, and projection_init=cca fits a new "
+            "one.": self.keep_texts and self.projection_init == "cca",
+            "max_steps=0 trains nothing, so that it keeps nothing either. Leave keep_texts out.": (
+                self.keep_texts and self.max_steps == 0
+            ),
+            "keep_weight weighs keep_texts. Give a list, or leave it out.": (
+                "keep_weight" in self.list_given() and not self.keep_texts
             ),
             f"sentence_views={self.sentence_views} is for text_training=frozen-online or lora. "
             "Give sentence_views to llm2clip extract, and the store has the views.": (

@@ -94,6 +94,10 @@ class TrainConfig(DataConfig):
             "build.keep_projection=True, and leave build.image_size out.": (
                 self.inherit and not (build.keep_projection and build.image_size is None)
             ),
+            "align.keep_texts needs images in the space of the vision model's own text encoder. "
+            "Give build.keep_projection=True, and leave build.image_size out.": (
+                align.keep_texts and not (build.keep_projection and build.image_size is None)
+            ),
             "inherit=True teaches stored captions: leave align.text_training out.": (
                 self.inherit and align.text_training != "stored"
             ),

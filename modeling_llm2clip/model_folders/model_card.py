@@ -57,6 +57,10 @@ Until then its similarities are random. Align it first (`llm2clip align`): the a
 card of its own, and this one is not for publication.
 
 """
+_KEPT = """
+
+The text side was kept near the text encoder that the vision tower was trained with, for {}. Other
+classes were not kept: their classification may have become worse."""
 _SNIPPETS = {
     "vision": 'images = model.encode(["path/to/image.png"])',
     "text": 'captions = model.encode(["a red apple", "a sleeping cat"])',
@@ -88,8 +92,8 @@ class CardData:
     `license` is an identifier of the Hub, or "other" with name and address of another one; the
     towers have those of their own cards. `text_training_data` names the data among `training_data`
     on whose captions the language model was fine-tuned. `results` were measured with these very
-    weights. `caution` is a warning that a user must see first, for example that the model is near
-    chance.
+    weights. `kept_texts` names the texts that the last training kept near CLIP's. `caution` is a
+    warning that a user must see first, for example that the model is near chance.
     """
 
     license: str | None = None
@@ -100,6 +104,7 @@ class CardData:
     training_data: tuple[str, ...] = ()
     text_training_data: tuple[str, ...] = ()
     results: tuple[CardResult, ...] = ()
+    kept_texts: str | None = None
     caution: str | None = None
 
     def __post_init__(self) -> None:
@@ -172,6 +177,7 @@ def read_card_data(folder: Path) -> CardData:
             )
             for task, scores in entries.items()
         ),
+        kept_texts=data.get("kept_texts"),
         caution=data.get("caution"),
     )
 
@@ -317,7 +323,8 @@ def _render(folder: Path, card: CardData, *, name: str) -> str:
         others="`AutoModel` and `AutoProcessor`"
         if len(sides) == 1
         else f'`AutoModel`, `AutoProcessor` and `pipeline("{_PIPELINES[sides]}")`',
-        training=", ".join(card.training_data) or "Not recorded.",
+        training=(", ".join(card.training_data) or "Not recorded.")
+        + (_KEPT.format(card.kept_texts) if card.kept_texts else ""),
         scores=_describe_scores(card),
         license=_describe_license(card),
         origins=format_rows(_describe_origins(origins, card)),

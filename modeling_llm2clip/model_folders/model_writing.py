@@ -148,6 +148,7 @@ def save_trained_model(
     training_data: Sequence[str] = (),
     text_adapter_trained: bool = True,
     projections_trained: bool = True,
+    kept_texts: str | None = None,
     measure: Callable[[Path], tuple[Sequence[CardResult], str | None]] | None = None,
 ) -> Path:
     """Write a model folder anew with some of its weights replaced.
@@ -158,7 +159,8 @@ def save_trained_model(
     embeddings of it, none are recorded.
 
     Trained weights get the dtype that they had in the source. `measure` is called with the complete
-    folder before it is renamed, and returns results and caution for its card.
+    folder before it is renamed, and returns results and caution for its card, which also says what
+    texts the training kept (`kept_texts`).
     """
     require_new_folder(Path(folder))
     keeps_llm = not any(name.startswith("text_model.") for name in trained)
@@ -170,7 +172,7 @@ def save_trained_model(
     }
     model.config.text_adapter_trained = text_adapter_trained
     model.config.projections_trained = projections_trained
-    card = read_card_of_trained(source, training_data)
+    card = replace(read_card_of_trained(source, training_data), kept_texts=kept_texts)
 
     def measure_and_state(unfinished: Path) -> None:
         if measure is not None:

@@ -44,6 +44,7 @@ from ..training.alignment.align import align
 from ..training.alignment.align_checks import check_data
 from ..training.alignment.alignment_report import describe_alignment
 from ..training.alignment.held_out import load_labeled_images
+from ..training.alignment.kept_texts import read_kept_texts
 from ..training.finetuning.finetune_llm import check_finetuning, describe_finetuning, finetune_llm
 from ..training.losses.choose_loss import build_loss, require_dims
 from ..training.run_folder import (
@@ -230,8 +231,12 @@ def _check_alignment(config: TrainConfig) -> None:
             "align.lock_text keeps the text side, which a recipe builds anew. Keep that of an "
             "embedder (build.prompt=own, build.keep_embeddings=True)."
         )
-    if align.zero_shot is not None:
-        load_labeled_images(align.zero_shot)
+    labeled = None if align.zero_shot is None else load_labeled_images(align.zero_shot)
+    read_kept_texts(align, _find_teacher(config), labeled)
+
+
+def _find_teacher(config: TrainConfig) -> str | None:
+    return None if config.align.keep_texts is None else config.vision_model
 
 
 def _check_towers(config: TrainConfig) -> None:
@@ -322,6 +327,7 @@ class _Recipe:
             inherit_from=(
                 self._extract(clip, self.paths.teacher, "text") if self.config.inherit else None
             ),
+            teacher=_find_teacher(self.config),
             data_name=_name_data(self.config.data),
             resume=(run / RUN_FILE).is_file(),
             callbacks=self.callbacks,

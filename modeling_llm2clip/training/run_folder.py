@@ -44,7 +44,12 @@ _COMPLETE = "complete"
 # content, wherever they are.
 _MAY_DIFFER = {"num_workers", "report_to", "save_steps", "source", "folder"}
 # Options that records of earlier versions lack, and what those versions did.
-_BEFORE = {"precision": "auto", "compile": False, "jpeg_decoding": "full"}
+_BEFORE = {
+    "precision": "auto",
+    "compile": False,
+    "jpeg_decoding": "full",
+    "keep_weight": 1.0,
+}
 _CHECKPOINTS_KEPT = 2
 _ATTEMPTS = 100
 _HELD: set[IO[str]] = set()

@@ -100,7 +100,7 @@ def test_a_recipe_passes_what_train_checks_before_its_first_stage(
     for dataset in config.eval_datasets:
         assert resolve_dataset(dataset)[0].dataset_type == "retrieval"
     if config.eval_datasets:
-        with pytest.raises(ValueError, match=r"^flickr30k: data/flickr30k does not exist\."):
+        with pytest.raises(ValueError, match=r"(?m)^flickr30k: data/flickr30k does not exist\."):
             check_recipe(config, (RECORDS, []))
     else:
         check_recipe(config, (RECORDS, []))
@@ -120,6 +120,7 @@ def test_a_run_of_the_paper_has_its_settings(name: str) -> None:
     assert (build.prompt, build.max_text_length) == ("llama-3", 512)
     if name == "proclip-l14":
         assert config.inherit and build.keep_projection and align.distillation_weight == 1
+        assert align.keep_texts and align.keep_weight == 1
     else:
         assert build.projection_dim == (1152 if is_siglip else 1280)
         assert build.visual_projection_bias is not name.startswith("openai")

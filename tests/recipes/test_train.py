@@ -396,6 +396,9 @@ def test_a_recipe_with_a_teacher_is_its_commands_one_by_one_and_continues_where_
 ) -> None:
     recipe = prepare_proclip(tmp_path)
     recipe["align"] |= {"max_steps": 20, "save_steps": 100, "logging_steps": 1, "eval_steps": 10}
+    names = tmp_path / "names.txt"
+    names.write_text("red\nblue\n", encoding="utf-8")
+    recipe["align"]["keep_texts"] = str(names)
     config = make_recipe(sources, tmp_path / "run", **recipe)
     with monkeypatch.context() as patch, pytest.raises(StoppedError):
         patch.setattr(stages, "align", stop)
@@ -424,7 +427,7 @@ def test_a_recipe_with_a_teacher_is_its_commands_one_by_one_and_continues_where_
     align(
         by_hand / "built", records, by_hand / "aligned", config.align,
         caption_store=stores["captions"], image_store=stores["images"],
-        inherit_from=stores["teacher"],
+        inherit_from=stores["teacher"], teacher=clip,
     )  # fmt: skip
     parts = ("teacher", "aligned/model")
     ours, theirs = (

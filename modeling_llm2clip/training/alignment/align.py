@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -70,6 +70,7 @@ from .best_weights import BEST_FILE, BestWeightsCallback, TrainingObjective, cop
 from .held_out import ZeroShotImages, embed_batches, load_labeled_images
 from .image_summary import write_image_summary
 from .inheritance import copy_text_side, inherit
+from .kept_texts import KeptTexts, read_kept_texts
 from .projection_init import INHERITED_FILE, ProjectionInit, init_projections, repeat_init
 from .run_data import RecordData, RunData, StreamData, open_records, open_stream
 
@@ -87,6 +88,7 @@ def align(
     caption_store: str | Path | EmbeddingStore | None = None,
     image_store: str | Path | EmbeddingStore | None = None,
     inherit_from: str | Path | EmbeddingStore | None = None,
+    teacher: str | Path | None = None,
     loss: Loss | None = None,
     data_name: str | None = None,
     resume: bool = False,
@@ -111,6 +113,8 @@ def align(
         inherit_from: Embeddings of the same captions by the text encoder of the vision tower's own
             CLIP, as `extract` wrote them. Text adapter and text projection learn these first; the
             model must have been built with `keep_projection`.
+        teacher: Folder or Hub id of the vision tower's own CLIP, whose text encoder says where
+            `config.keep_texts` stay; the model as for `inherit_from`.
         loss: What is trained on, instead of the loss that `config.loss` names; the other options
             of losses stay in force.
         data_name: Name of the data on the model card; None for no name.
@@ -142,6 +146,7 @@ def align(
         caption_store=caption_store,
         image_store=image_store,
         inherit_from=inherit_from,
+        teacher=teacher,
         loss=loss,
         resume=resume,
     )
@@ -160,6 +165,7 @@ class AlignPlan:
     images: EmbeddingStore | None
     teacher: EmbeddingStore | None
     labeled: ClassificationDataset | None
+    kept: KeptTexts | None
 
 
 def plan_align(
@@ -169,6 +175,7 @@ def plan_align(
     caption_store: str | Path | EmbeddingStore | None = None,
     image_store: str | Path | EmbeddingStore | None = None,
     inherit_from: str | Path | EmbeddingStore | None = None,
+    teacher: str | Path | None = None,
     loss: Loss | None = None,
     resume: bool = False,
 ) -> AlignPlan:
@@ -184,7 +191,8 @@ def plan_align(
         )
     require_output(output, resume=resume, model=output / MODEL_FOLDER)
     labeled = None if config.zero_shot is None else load_labeled_images(config.zero_shot)
-    return AlignPlan(output, config, chosen, resume, *stores, labeled)
+    kept = read_kept_texts(config, teacher, labeled)
+    return AlignPlan(output, config, chosen, resume, *stores, labeled, kept)
 
 
 def run_alignment(
@@ -217,7 +225,7 @@ def run_alignment(
             zero_shot = ZeroShotImages(plan.labeled, model.folder, processor)
         fit = AlignmentFit(
             model.folder, run_data, output, config, plan.loss, plan.resume, callbacks, zero_shot,
-            plan.teacher,
+            plan.teacher, plan.kept,
         )  # fmt: skip
         inputs = {
             "source": model.name,
@@ -231,6 +239,8 @@ def run_alignment(
         if PartialState().is_main_process:  # before hours of training, not after
             require_intact(model.folder, with_llm=config.text_training != "stored")
         with float32_as_such(), stop_on_signals() as stop:
+            if plan.kept is not None:
+                fit = replace(fit, kept=plan.kept.embed(model.folder, processor, device))
             choice, trained = _choose(fit, inputs, stop)
             if trained is None:
                 gc.collect()  # a Trainer holds itself, and with it the first model
@@ -253,7 +263,9 @@ def _require_fitting(folder: Path, plan: AlignPlan) -> dict[str, Any]:
         if store is not None:
             store.require_fingerprint(fingerprint)
     if plan.teacher is not None:
-        require_same_space(plan.teacher, folder)
+        require_same_space(plan.teacher.folder, plan.teacher.manifest.fingerprint, folder)
+    if plan.kept is not None:
+        require_same_space(plan.kept.teacher, plan.kept.fingerprint, folder)
     of_model = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True)
     require_dims(config.matryoshka_dims, width=of_model.projection_dim)
     if config.lock_text and not (of_model.projections_trained or of_model.text_adapter_trained):
@@ -441,6 +453,7 @@ def _write_model(
         training_data=[] if data_name is None else [data_name],
         projections_trained=results["projections_trained"],
         text_adapter_trained=results["text_adapter_trained"],
+        kept_texts=fit.kept.describe() if fit.kept is not None and is_trained else None,
         measure=partial(_measure_written, fit, data_name),
     )
     add_results(fit.output, has_golden_embeddings=(folder / GOLDEN_FILE).is_file())
@@ -473,6 +486,7 @@ def _identify(fit: AlignmentFit, *, on_gpu: bool) -> dict[str, Any]:
     return {
         **fit.data.identify(),
         **({} if fit.zero_shot is None else {"zero_shot": fit.zero_shot.identify()}),
+        **({} if fit.kept is None else {"keep_texts": fit.kept.identify()}),
         "loss_class": identify_loss(fit.loss),
         "num_processes": PartialState().num_processes,
         "is_sharded": is_sharded(),

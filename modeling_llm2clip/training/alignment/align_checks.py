@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -80,15 +80,14 @@ def _check_teacher(teacher: EmbeddingStore, captions: EmbeddingStore) -> None:
         )
 
 
-def require_same_space(teacher: EmbeddingStore, folder: Path) -> None:
-    """Require that a model embeds images into the space of the teacher's texts."""
-    of_teacher = teacher.manifest.fingerprint
+def require_same_space(teacher: str | Path, of_teacher: Mapping[str, str], folder: Path) -> None:
+    """Require that a model embeds images into the space of a teacher's texts, by fingerprints."""
     of_model = fingerprint_image_side(list_model_files(folder))
     if of_model["vision tower"] != of_teacher["vision tower"]:
         raise ValueError(
-            f"{teacher.folder} is of the text encoder of another vision tower than that of "
-            f"{folder}, or this one was changed since (trained, or built at another image size). "
-            f"Extract it of the model that the tower is from ({_EXTRACT_TEACHER}), or build anew."
+            f"{teacher} has the text encoder of another vision tower than that of {folder}, or "
+            "this one was changed since (trained, or built at another image size). Take that of "
+            f"the model that the tower is from (a store: {_EXTRACT_TEACHER}), or build anew."
         )
     if of_model["image projection"] != of_teacher["image projection"]:
         raise ValueError(

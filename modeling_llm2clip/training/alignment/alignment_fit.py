@@ -44,6 +44,7 @@ from .alignment_model import LOSS, AlignmentModel, choose_trained_parts, freeze_
 from .alignment_trainer import AlignmentTrainer, RunLength, make_training_arguments
 from .best_weights import BestWeightsCallback, TrainingObjective, copy_trained, set_between
 from .held_out import ZeroShotImages
+from .kept_texts import KeptTexts
 from .projection_init import ProjectionInit, repeat_init
 from .run_data import RecordData, RunData, StreamData
 
@@ -67,6 +68,7 @@ class AlignmentFit:
     callbacks: Sequence[TrainerCallback] = ()
     zero_shot: ZeroShotImages | None = None
     teacher: EmbeddingStore | None = None
+    kept: KeptTexts | None = None
 
     def find_checkpoint(self) -> Path | None:
         return find_last_checkpoint(self.output) if self.resume else None
@@ -144,6 +146,7 @@ class AlignmentFit:
             length=length,
             training_arguments=arguments,
             callbacks=[recorded, StopCallback(stop), *self.callbacks],
+            kept=self.kept,
         )
         watching = [callback for callback in (objective, best_weights) if callback is not None]
         for callback in watching:

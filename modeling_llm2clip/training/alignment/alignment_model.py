@@ -72,6 +72,8 @@ class AlignmentModel(PartialModel):
         spatial_shapes: Tensor | None = None,
         group_ids: Tensor | None = None,
         text_keys: Tensor | None = None,
+        kept_embeds: Tensor | None = None,
+        kept_targets: Tensor | None = None,
     ) -> tuple[Tensor | None, LossInputs]:
         """Encode images and captions, or start from their stored embeddings.
 
@@ -102,6 +104,8 @@ class AlignmentModel(PartialModel):
             vision_embeds=vision_embeds.float(),
             caption_embeds=caption_embeds.float(),
             teacher_embeds=teacher_embeds,
+            kept_embeds=None if kept_embeds is None else self.to_text_embeds(kept_embeds),
+            kept_targets=kept_targets,
         )
         if not self.training or group_ids is None:
             return None, inputs

@@ -35,6 +35,7 @@ from ..trainer_mixins import (
 )
 from .alignment_model import AlignmentModel, find_learning_rates
 from .held_out import embed_batches
+from .kept_texts import KeptTexts
 from .run_data import RunData, StreamData
 
 _SECONDS_BEFORE_FIRST_LINE = 10.0
@@ -148,8 +149,10 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         length: RunLength,
         training_arguments: TrainingArguments,
         callbacks: Sequence[TrainerCallback] = (),
+        kept: KeptTexts | None = None,
     ) -> None:
         self.alignment_model = model
+        self._kept = kept
         self.length = length
         training_arguments.max_steps = length.num_trained
         training_arguments.learning_rate = length.learning_rate
@@ -308,7 +311,8 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,  # noqa: ARG002
     ) -> Tensor | tuple[Tensor, LossInputs]:
-        loss, outputs = model(**inputs)
+        kept = {} if self._kept is None else self._kept.sample(self.state.global_step)
+        loss, outputs = model(**inputs, **kept)
         self._inverse_temperature = outputs.logits.scale.detach()
         # Rows of unit length have a finite sum.
         sums = [side.detach().sum(dim=1) for side in (outputs.image_embeds, outputs.text_embeds)]

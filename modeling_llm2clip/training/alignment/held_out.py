@@ -400,12 +400,12 @@ def _move_beside(loss: Loss, inputs: LossInputs) -> LossInputs:
     return inputs.to(next((t.device for t in tensors), inputs.image_embeds.device))
 
 
-def load_labeled_images(source: str) -> ClassificationDataset:
+def load_labeled_images(source: str, *, option: str = "zero_shot") -> ClassificationDataset:
     """Load labeled images, with the prompts of their dataset."""
     dataset = load_dataset(source)
     if not isinstance(dataset, ClassificationDataset):
         raise ValueError(
-            f"zero_shot={source}: these images have captions and no classes. Give labeled images, "
+            f"{option}={source}: these images have captions and no classes. Give labeled images, "
             "such as image-folder=FOLDER with a folder per class, or imagenet=FOLDER."
         )
     return dataset

@@ -19,6 +19,8 @@ from ...data.key_arrays import Array
 from ...encoding.devices import runs_ahead
 
 _ROWS_AT_ONCE = 64
+# Number of the kept texts for the random generator, beside those of captions and noise.
+_KEPT = 4
 
 
 @dataclass(eq=False)
@@ -86,6 +88,14 @@ def sample_captions(
     count = np.where(is_long, num_long, num_short)
     number = (_sample(seed, epochs, items, 1) * count).astype(np.int64)
     return number + np.where(is_long, num_short, 0)
+
+
+def sample_rows(num_rows: int, most: int, *, seed: int, step: int) -> Tensor:
+    """Sample the numbers of different rows for a step, at most so many, in their order."""
+    if num_rows <= most:
+        return torch.arange(num_rows)
+    words = mix(seed, step, np.arange(num_rows), _KEPT)
+    return torch.from_numpy(np.sort(np.argpartition(words, most)[:most]))
 
 
 def seed_rows(seed: int, epochs: Array, items: Array, side: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...configs.align_config import AlignConfig
 from .loss import Loss, LossInputs, load_loss
-from .terms import SelfDistillationLoss, StructureLoss
+from .terms import KeptTextsLoss, SelfDistillationLoss, StructureLoss
 
 
 class WeightedSum(nn.Module):
@@ -49,6 +49,8 @@ def build_loss(config: AlignConfig, loss: Loss | None = None) -> Loss:
         terms["self_distillation"] = (config.distillation_weight, SelfDistillationLoss())
     if config.structure_weight:
         terms["structure"] = (config.structure_weight, StructureLoss())
+    if config.keep_texts is not None and config.keep_weight:
+        terms["kept_texts"] = (config.keep_weight, KeptTextsLoss())
     return WeightedSum(loss, terms) if terms else loss
 
 

@@ -40,6 +40,9 @@ class LossInputs(NamedTuple):
         caption_embeds: (B, D) float32 output of the LLM, before adapter and projection.
         teacher_embeds: (B, D') float32 output of the vision tower as it was before the training,
             where it is trained and stays near that.
+        kept_embeds: (K, P) float32, unit length: texts that are kept near a teacher; the same ones
+            on every process.
+        kept_targets: (K, P) float32, what the teacher gives for them.
         is_whole: Whether every process has these same rows, so that none has to be gathered: the
             images that a model is measured on.
     """
@@ -52,6 +55,8 @@ class LossInputs(NamedTuple):
     vision_embeds: Tensor | None = None
     caption_embeds: Tensor | None = None
     teacher_embeds: Tensor | None = None
+    kept_embeds: Tensor | None = None
+    kept_targets: Tensor | None = None
     is_whole: bool = False
 
     @property

@@ -71,6 +71,22 @@ def _measure_distances(rows: Tensor, others: Tensor) -> Tensor:
     return torch.cdist(rows, others, compute_mode="use_mm_for_euclid_dist")
 
 
+class KeptTextsLoss(nn.Module):
+    """Squared error of kept texts to the embeddings that a teacher gives them, at unit length.
+
+    It is the first part of `distill`. Every process has the same texts, so that the mean over the
+    processes is the loss of one. Batches without such texts, as of held-out images, have a loss of
+    0.
+    """
+
+    def forward(self, inputs: LossInputs) -> Tensor:
+        """Compute the mean over the texts, () float32."""
+        if inputs.kept_embeds is None or inputs.kept_targets is None:
+            return inputs.image_embeds.new_zeros(())
+        texts, targets = (F.normalize(p, dim=-1) for p in (inputs.kept_embeds, inputs.kept_targets))
+        return (texts - targets).square().sum() / len(texts)
+
+
 class StructureLoss(nn.Module):
     """Jensen-Shannon divergence of the neighborhoods before and after the projections.
 

@@ -1,0 +1,146 @@
+"""Texts that an alignment keeps where the vision tower's own text encoder, the teacher, has them.
+
+Captions rarely name classes, so that the text side of an alignment on captions never reads one. To
+keep classes it needs their names alone, and neither labels nor images: both encoders embed each
+once, and every step compares the text side with the teacher for a sample of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import compress
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from ..._suggestions import counted, list_first
+from ...configs.align_config import AlignConfig
+from ...configs.encoding_config import DUAL_ENCODERS
+from ...data.atomic_files import hash_json
+from ...encoding.dual_encoder import DualEncoder, DualEncoderProcessor
+from ...encoding.encode import TorchEncoder
+from ...evaluation.datasets.classification_dataset import ClassificationDataset
+from ...evaluation.datasets.dataset_registry import find_dataset
+from ...model_folders.fingerprint import fingerprint_teacher
+from ...model_folders.model_folder import find_model_folder
+from ...processing_llm2clip import LLM2CLIPProcessor
+from ...search.tag_labels import Label, make_labels, read_labels
+from .held_out import load_labeled_images
+from .sampling import sample_rows
+
+MOST_SAMPLED = 256
+_TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
+
+
+@dataclass(frozen=True, eq=False)
+class KeptTexts:
+    """Names, the texts that they are kept in, and what both encoders give for each text.
+
+    Attributes:
+        names: The names, all different.
+        texts: Names, their own prompts and those of classification, N in all.
+        teacher: Folder or Hub id of the dual encoder.
+        seed: Seed of the samples.
+        embeds: (N, D) float32 output of the LLM; None before `embed`.
+        targets: (N, P) float32 unit embeddings by the teacher; None before `embed`.
+    """
+
+    names: tuple[str, ...]
+    texts: tuple[str, ...]
+    teacher: str | Path
+    seed: int
+    embeds: Tensor | None = None
+    targets: Tensor | None = None
+
+    @cached_property
+    def fingerprint(self) -> Mapping[str, str]:
+        return fingerprint_teacher(self.teacher)
+
+    def identify(self) -> dict[str, Any]:
+        """Describe texts and teacher for the record of a run."""
+        return {
+            "num_names": len(self.names),
+            "num_texts": len(self.texts),
+            "digest": hash_json(self.texts),
+            "teacher": self.fingerprint,
+        }
+
+    def describe(self) -> str:
+        """Name what is kept, for a model card."""
+        return f"{counted(len(self.names), 'name')} ({list_first(self.names)})"
+
+    def embed(self, source: Path, processor: LLM2CLIPProcessor, device: torch.device) -> KeptTexts:
+        """Embed the texts by the LLM of a model, then by the teacher; neither stays loaded."""
+        texts = list(self.texts)
+        is_shown = PartialState().is_main_process
+        embeds = TorchEncoder(source, processor, device=device).encode_texts(
+            texts, project=False, show_progress=is_shown
+        )
+        folder = find_model_folder(self.teacher)
+        teacher = DualEncoder(folder, DualEncoderProcessor(folder), device)
+        targets = teacher.encode_texts(texts, show_progress=is_shown)
+        return replace(self, embeds=embeds.to(device), targets=targets.to(device))
+
+    def sample(self, step: int) -> dict[str, Tensor]:
+        """Sample what the model takes beside the batch of a step, equal on every process."""
+        assert self.embeds is not None and self.targets is not None
+        rows = sample_rows(len(self.texts), MOST_SAMPLED, seed=self.seed, step=step)
+        rows = rows.to(self.embeds.device)
+        return {"kept_embeds": self.embeds[rows], "kept_targets": self.targets[rows]}
+
+
+def read_kept_texts(
+    config: AlignConfig, teacher: str | Path | None, labeled: ClassificationDataset | None
+) -> KeptTexts | None:
+    """Read the texts to keep, if any, and refuse those that the teacher does not read to the end.
+
+    `labeled` are the images of `config.zero_shot`, whose templates names of a file get, too.
+    """
+    if config.keep_texts is None and teacher is not None:
+        raise ValueError(f"teacher={teacher} embeds keep_texts. Give a list, or leave it out.")
+    if config.keep_texts is None or not config.keep_weight:
+        return None
+    labels, templates = _read_labels(config.keep_texts, config.zero_shot, labeled)
+    if teacher is None:
+        raise ValueError(
+            "keep_texts needs a teacher: the whole model that the vision tower is from, with a "
+            f"text encoder of its own (transformers' {', '.join(DUAL_ENCODERS)}). A tower without "
+            "one, such as DINOv3, can keep no texts."
+        )
+    texts = dict.fromkeys(
+        text
+        for label in labels
+        for text in (
+            label.name,
+            *label.prompts,
+            *(template.replace("{}", label.name) for template in templates),
+        )
+    )
+    processor = DualEncoderProcessor(find_model_folder(teacher, only=_TOKENIZER_FILES))
+    _, is_truncated = processor.list_ids(list(texts))
+    if long := list(compress(texts, is_truncated)):
+        raise ValueError(
+            f"keep_texts={config.keep_texts}: {counted(len(long), 'text')} longer than the "
+            f"{processor.longest_text} tokens that {teacher} reads: {list_first(long)}. Shorten "
+            "them, or leave them out."
+        )
+    names = tuple(label.name for label in labels)
+    return KeptTexts(names, tuple(texts), teacher, config.seed)
+
+
+def _read_labels(
+    source: str, zero_shot: str | None, labeled: ClassificationDataset | None
+) -> tuple[list[Label], tuple[str, ...]]:
+    """Read the names of a file or of a dataset's classes, and the templates of classification."""
+    if Path(source).is_file():
+        classes = find_dataset("image-folder") if labeled is None else labeled
+        return read_labels(Path(source)), classes.templates
+    if labeled is None or source != zero_shot:
+        labeled = load_labeled_images(source, option="keep_texts")
+    # Some datasets have several classes of one name.
+    return make_labels(list(dict.fromkeys(labeled.class_names))), labeled.templates
