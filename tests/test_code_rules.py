@@ -59,7 +59,7 @@ BUDGETS = {
     "serving": 1544,
     "training": 4431,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 279, 8336
+MOST_FILES, MOST_DOCSTRING_LINES = 279, 8344
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.
