@@ -21,7 +21,7 @@ from tiny import tiny_vision
 
 from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.configs.align_config import AlignConfig
+from modeling_llm2clip.configs.align_config import AlignConfig, InterpolateConfig
 from modeling_llm2clip.configs.evaluation_config import EncoderConfig
 from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.evaluation.encoders.transformers_models import TransformersEncoder
@@ -31,6 +31,7 @@ from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.training.alignment import kept_texts
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.held_out import load_labeled_images
+from modeling_llm2clip.training.alignment.interpolate import interpolate
 from modeling_llm2clip.training.alignment.kept_texts import read_kept_texts
 from modeling_llm2clip.training.alignment.sampling import sample_rows
 from modeling_llm2clip.training.run_folder import read_run_record
@@ -147,6 +148,9 @@ def test_record_and_card_name_what_was_kept_and_the_next_training_forgets_it(
     assert read_card_data(run.model).kept_texts in card
     again = keep(keeping, tmp_path / "again", model=run.model, keep_texts=None)
     assert read_card_data(again.model).kept_texts is None
+    config = InterpolateConfig(device="cpu", num_shares=2)
+    interpolate(again.model, run.model, keeping.records, tmp_path / "between", config)
+    assert read_card_data(tmp_path / "between").kept_texts == read_card_data(run.model).kept_texts
 
 
 def test_classes_of_labeled_images_are_read_once_with_their_templates(
