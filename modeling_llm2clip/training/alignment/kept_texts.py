@@ -28,6 +28,7 @@ from ...evaluation.datasets.classification_dataset import ClassificationDataset
 from ...evaluation.datasets.dataset_registry import find_dataset
 from ...model_folders.fingerprint import fingerprint_teacher
 from ...model_folders.model_folder import find_model_folder
+from ...packing_llm2clip import copy_to
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ...search.tag_labels import Label, make_labels, read_labels
 from .held_out import load_labeled_images
@@ -90,7 +91,7 @@ class KeptTexts:
         """Sample what the model takes beside the batch of a step, equal on every process."""
         assert self.embeds is not None and self.targets is not None
         rows = sample_rows(len(self.texts), MOST_SAMPLED, seed=self.seed, step=step)
-        rows = rows.to(self.embeds.device)
+        rows = copy_to(rows, self.embeds.device)
         return {"kept_embeds": self.embeds[rows], "kept_targets": self.targets[rows]}
 
 

@@ -32,7 +32,7 @@ from modeling_llm2clip.training.alignment import kept_texts
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.held_out import load_labeled_images
 from modeling_llm2clip.training.alignment.interpolate import interpolate
-from modeling_llm2clip.training.alignment.kept_texts import read_kept_texts
+from modeling_llm2clip.training.alignment.kept_texts import KeptTexts, read_kept_texts
 from modeling_llm2clip.training.alignment.sampling import sample_rows
 from modeling_llm2clip.training.run_folder import read_run_record
 
@@ -134,6 +134,31 @@ def test_samples_depend_on_seed_and_step_alone_and_leave_no_text_out() -> None:
     counts = np.bincount(torch.cat(samples).numpy(), minlength=40)
     # Binomial, 400 draws of 1/4: a deviation above 5 standard deviations of 8.7 has odds of 2e-5.
     assert abs(counts - 100).max() < 44
+
+
+def test_a_step_copies_the_numbers_of_its_texts_without_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A GPU would finish all that is queued before a copy from ordinary memory returned."""
+    calls: list[dict[str, Any]] = []
+
+    class Watched(torch.Tensor):
+        @classmethod
+        def __torch_function__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if getattr(func, "__name__", "") == "to":
+                calls.append(kwargs or {})
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    rows = torch.tensor([2, 0]).as_subclass(Watched)
+    monkeypatch.setattr(kept_texts, "sample_rows", lambda *_, **__: rows)
+    embeds, targets = torch.rand(3, 4), torch.rand(3, 2)
+    kept = KeptTexts(("red",), ("red", "blue", "seven"), "clip", 0, embeds, targets)
+    sampled = kept.sample(1)
+    assert torch.equal(sampled["kept_embeds"], embeds[[2, 0]])
+    assert torch.equal(sampled["kept_targets"], targets[[2, 0]])
+    assert calls == [{"non_blocking": True}]
 
 
 def test_record_and_card_name_what_was_kept_and_the_next_training_forgets_it(
