@@ -79,6 +79,8 @@ def test_the_term_is_added_to_any_loss_with_its_weight(
     term = measure(keeping, keeping.model, texts)
     added = read_losses(kept.output)[1] - read_losses(without.output)[1]
     assert added == pytest.approx(3.0 * term, rel=1e-4)  # the Trainer's log has four digits or more
+    objectives = [run.results["objective"]["before"] for run in (without, kept)]
+    assert objectives[1] - objectives[0] == pytest.approx(3.0 * term, rel=1e-4)
     assert measure(keeping, kept.model, texts) < measure(keeping, without.model, texts) < 2 * term
 
 
