@@ -29,6 +29,7 @@ from modeling_llm2clip.model_folders.golden_embeddings import GOLDEN_FILE
 from modeling_llm2clip.model_folders.model_card import read_card_data
 from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.training.alignment import kept_texts
+from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.held_out import load_labeled_images
 from modeling_llm2clip.training.alignment.interpolate import interpolate
@@ -164,9 +165,17 @@ def test_a_step_copies_the_numbers_of_its_texts_without_waiting(
 
 
 def test_record_and_card_name_what_was_kept_and_the_next_training_forgets_it(
-    keeping: Inheriting, tmp_path: Path
+    keeping: Inheriting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = keep(keeping, tmp_path / "run")
+    order: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "empty_cache", lambda: order.append("memory given back"))
+        place = AlignmentDataset.place
+        patch.setattr(
+            AlignmentDataset, "place", lambda *a, **b: [order.append("placed"), place(*a, **b)]
+        )
+        run = keep(keeping, tmp_path / "run")
+    assert order == ["memory given back", "placed"]
     described = read_run_record(run.output)["inputs"]["keep_texts"]
     assert (described["num_names"], described["num_texts"]) == (7, 14)
     card = (run.model / "README.md").read_text(encoding="utf-8")
