@@ -53,13 +53,13 @@ BUDGETS = {
     "evaluation": 2917,
     "model_folders": 1447,
     "publishing": 951,
-    "recipes": 455,
+    "recipes": 457,
     "scheduling": 83,
     "search": 1556,
     "serving": 1538,
-    "training": 4457,
+    "training": 4466,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 279, 8368
+MOST_FILES, MOST_DOCSTRING_LINES = 279, 8369
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.

@@ -186,7 +186,7 @@ def read_card_of_trained(folder: Path, training_data: Sequence[str]) -> CardData
     """Read the statements of a card that still hold after training on more data."""
     stated = read_card_data(folder)
     data = dict.fromkeys((*stated.training_data, *training_data))
-    return replace(stated, results=(), caution=None, training_data=tuple(data))
+    return replace(stated, results=(), kept_texts=None, caution=None, training_data=tuple(data))
 
 
 def update_card_data(

@@ -242,6 +242,7 @@ def run_alignment(
         with float32_as_such(), stop_on_signals() as stop:
             if plan.kept is not None:
                 fit = replace(fit, kept=plan.kept.embed(model.folder, processor, device))
+                torch.cuda.empty_cache()  # stores go to the GPU if they fit what is free there
             choice, trained = _choose(fit, inputs, stop)
             if trained is None:
                 gc.collect()  # a Trainer holds itself, and with it the first model

@@ -304,6 +304,10 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
             state = dict(self.alignment_model.named_parameters())
         return {name: value for name, value in state.items() if name in names}
 
+    def sample_kept(self, step: int) -> dict[str, Tensor]:
+        """Sample what the model takes of kept texts beside the batch of a step, if there are any."""
+        return {} if self._kept is None else self._kept.sample(step)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -311,8 +315,7 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,  # noqa: ARG002
     ) -> Tensor | tuple[Tensor, LossInputs]:
-        kept = {} if self._kept is None else self._kept.sample(self.state.global_step)
-        loss, outputs = model(**inputs, **kept)
+        loss, outputs = model(**inputs, **self.sample_kept(self.state.global_step))
         self._inverse_temperature = outputs.logits.scale.detach()
         # Rows of unit length have a finite sum.
         sums = [side.detach().sum(dim=1) for side in (outputs.image_embeds, outputs.text_embeds)]

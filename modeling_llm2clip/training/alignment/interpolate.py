@@ -24,7 +24,7 @@ from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import EmbeddingStore
 from ...encoding.float32 import float32_as_such
 from ...model_folders.fingerprint import fingerprint_text, fingerprint_vision
-from ...model_folders.model_card import CardResult
+from ...model_folders.model_card import CardResult, read_card_data
 from ...model_folders.model_folder import find_model_folder
 from ...model_folders.model_writing import save_trained_model
 from ...model_folders.training_images import TRAINING_IMAGES_FILE
@@ -159,6 +159,7 @@ def interpolate(
         output,
         text_adapter_trained=model.config.text_adapter_trained,
         projections_trained=model.config.projections_trained,
+        kept_texts=read_card_data(last).kept_texts,
         measure=measure,
     )
     return Interpolation(scores, chosen)
