@@ -142,8 +142,7 @@ def interpolate(
     def measure(folder: Path) -> tuple[list[CardResult], str | None]:
         if fingerprint_vision(folder) != of_images:  # the summary is by other weights
             (folder / TRAINING_IMAGES_FILE).unlink(missing_ok=True)
-        written = _load(folder, with_llm=caption_store is None)
-        written.to(model.device)  # type: ignore[arg-type]
+        written = _load(folder, with_llm=caption_store is None).to(model.device)  # type: ignore[arg-type]
         with float32_as_such():
             measured = _measure(written, held_out, zero_shot)
         dataset = counted(measured.num_images, "image") + ("" if by_accuracy else CHOSE)
