@@ -50,16 +50,16 @@ BUDGETS = {
     "doctor": 1348,
     "embedding": 1245,
     "encoding": 955,
-    "evaluation": 2918,
+    "evaluation": 2917,
     "model_folders": 1438,
     "publishing": 951,
-    "recipes": 455,
+    "recipes": 457,
     "scheduling": 83,
     "search": 1521,
     "serving": 1544,
-    "training": 4431,
+    "training": 4439,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 279, 8344
+MOST_FILES, MOST_DOCSTRING_LINES = 279, 8345
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.
