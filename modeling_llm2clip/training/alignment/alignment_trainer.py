@@ -305,7 +305,7 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         return {name: value for name, value in state.items() if name in names}
 
     def sample_kept(self, step: int) -> dict[str, Tensor]:
-        """Sample kept texts beside the batch of a step, if there are any."""
+        """Sample the kept texts of a step, if there are any, as the model takes them."""
         return {} if self._kept is None else self._kept.sample(step)
 
     def compute_loss(

@@ -153,14 +153,12 @@ def interpolate(
         return results, NEAR_CHANCE_ON_CARD if measured.is_near_chance else None
 
     save_trained_model(
-        last,
-        weights,
-        output,
+        last, weights, output,
         text_adapter_trained=model.config.text_adapter_trained,
         projections_trained=model.config.projections_trained,
         kept_texts=read_card_data(last).kept_texts,
         measure=measure,
-    )
+    )  # fmt: skip
     return Interpolation(scores, chosen)
 
 

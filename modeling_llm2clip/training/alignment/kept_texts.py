@@ -79,8 +79,9 @@ class KeptTexts:
     def embed(self, source: Path, processor: LLM2CLIPProcessor, device: torch.device) -> KeptTexts:
         """Embed the texts by the LLM of a model, then by the teacher; neither stays loaded."""
         tokens, texts = TokenizedTexts(processor, self.texts), list(self.texts)
-        longest = processor.longest_text
-        _require_whole(texts, tokens.is_truncated, reader="the model's LLM", longest=longest)
+        _require_whole(
+            texts, tokens.is_truncated, reader="the model's LLM", longest=processor.longest_text
+        )
         is_shown = PartialState().is_main_process
         embeds = TorchEncoder(source, processor, device=device).encode_texts(
             tokens, project=False, show_progress=is_shown
