@@ -131,7 +131,8 @@ def _name_remedy_of_device(error: Exception) -> str:
     """Return the remedy where the device lacks memory, a dtype or an operation; else nothing."""
     if type(error).__name__ == "OutOfMemoryError":  # torch's
         return " Give a smaller --batch-size or --mini-batch-size if there is one, or --device cpu."
-    if "shared memory" in str(error):  # of torch's loader; that of a container is often 64 MB
+    # That of torch's loader is often 64 MB in a container; that of a GPU's blocks is a "resource".
+    if "shared memory" in str(error) and "resource" not in str(error):
         return " Give --num-workers 0, or a larger /dev/shm (docker run --shm-size 8g)."
     if "MPS" in str(error):  # it lacks float64 and some operations
         return " The device mps cannot compute this. Give --device cpu."

@@ -192,6 +192,8 @@ class OutOfMemoryError(RuntimeError):
         (OutOfMemoryError("CUDA out of memory."), 2, "CUDA out of memory.*--device cpu"),
         (TypeError("Cannot convert a MPS Tensor to float64 dtype"), 2, "float64.*--device cpu"),
         (NotImplementedError("not implemented for the MPS device."), 2, "not im.*--device cpu"),
+        (RuntimeError("out of resource: shared memory, Required: 9"), 2, "Required: 9\n$"),
+        (RuntimeError("unable to allocate shared memory(shm)"), 2, "--num-workers 0, or a larger"),
         (ImportError("No module named 'other'"), 2, r'pip install "modeling_llm2clip\[all\]"'),
         (TypeError("object of type 'int' has no len()"), None, ""),  # does not blame the user
         (KeyboardInterrupt(), 130, "^llm2clip: Interrupted. No partially written folder will load"),
