@@ -271,9 +271,9 @@ def parse_config(text: str) -> dict[str, Any]:
 
 # A configuration makes a list entry for each layer, and a dictionary entry for each label, before
 # anything is compared with the weights. ImageNet-21k has 21,841 labels, the deepest LLMs have a few
-# hundred layers.
+# hundred layers. Vocabularies and rotations of layers count nothing that is made for each.
 _MOST_COUNTED = 100_000
-_COUNTED = re.compile("layer|depth|block|stage|head|expert|label|class")
+_COUNTED = re.compile("^(?!vocab|.*theta).*(layer|depth|block|stage|head|expert|label|class)")
 _MOST_TOKENS = 1 << 20  # per text; checks write texts of this length
 _LEAST_VALUES = {
     "projection_dim": 1, "vision_width": 1, "text_width": 1, "text_adapter_layers": 0,

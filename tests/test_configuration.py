@@ -162,6 +162,15 @@ def test_the_rotation_of_positions_has_no_default(saved: dict[str, Any]) -> None
     assert LLM2CLIPConfig.from_dict(saved).text_config.rope_parameters == rotary
 
 
+@pytest.mark.parametrize("field", ["vocab_size_per_layer_input", "layer_rope_theta"])
+def test_a_vocabulary_and_a_rotation_of_layers_are_as_large_as_published_ones(
+    field: str, saved: dict[str, Any]
+) -> None:
+    """Gemma 3n and 4 have 262,144 tokens in a table for each layer."""
+    saved["text_config"][field] = 500_000
+    assert getattr(LLM2CLIPConfig.from_dict(saved).text_config, field) == 500_000
+
+
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_the_attention_direction_reaches_the_llm_and_is_not_contradicted(
     bidirectional: bool, saved: dict[str, Any]

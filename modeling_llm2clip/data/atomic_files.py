@@ -150,7 +150,7 @@ def rename_to_new(unfinished: Path, file: Path) -> bool:
 
 def _clear_unfinished(file: Path) -> None:
     """Remove what killed writers of a file left: nobody locks it, and it is not just begun."""
-    for left in file.parent.glob(f"{glob.escape(file.name)}.*{_UNFINISHED}"):
+    for left in file.parent.glob(f"{glob.escape(file.name)}.{'[0-9a-f]' * 32}{_UNFINISHED}"):
         with suppress(OSError), left.open("rb") as opened:
             if left.stat().st_size and lock_file(opened, shared=True, wait=False):
                 left.unlink()

@@ -90,10 +90,12 @@ def test_a_writer_that_fails_leaves_the_old_file_and_a_killed_one_what_the_next_
     assert file.read_bytes() == b"old"
     (unfinished,) = [path for path in tmp_path.iterdir() if path != file]
     assert is_unfinished(unfinished) and unfinished.read_bytes() == b"half"
-    (tmp_path / "file.tmp").write_bytes(b"mine")
+    theirs = [tmp_path / "file.tmp", tmp_path / "file.old.tmp"]
+    for path in theirs:
+        path.write_bytes(b"mine")
     write_atomically(file, b"new")
     assert file.read_bytes() == b"new" and not unfinished.exists()
-    assert (tmp_path / "file.tmp").read_bytes() == b"mine"
+    assert all(path.read_bytes() == b"mine" for path in theirs)
 
 
 def test_where_there_is_no_room_the_file_and_the_way_out_are_named(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_what_a_kill_interrupts_is_whole_or_not_there(
     assert before == {name: (run / name).read_bytes() for name in before}
     assert not empty.exists()
     empty.mkdir()
-    (empty / "run.json.1f.tmp").write_bytes(b"{")  # as SIGKILL leaves it
+    (empty / f"run.json.{'1f' * 16}.tmp").write_bytes(b"{")  # as SIGKILL leaves it
     assert prepared.align(empty).results["steps"] == SHORT_RUN["max_steps"]
     assert not list(empty.glob("*.tmp"))
 
