@@ -34,7 +34,7 @@ _CLAIM = ".llm2clip-is-writing"
 _HASHED_AT_ONCE = 2**20  # bytes
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Errors of torch.save and of safetensors (28: no space, 122: quota, 27: file too large).
-_WRITE_FAILED = re.compile(r"inline_container|PytorchStreamWriter|os error (28|122|27)\b")
+_WRITE_FAILED = re.compile(r"inline_container|PytorchStreamWriter|(os error|code:) (28|122|27)\b")
 # Remedy of `explain_full_disk` for a temporary folder.
 FREE_TEMPORARY_FOLDER = (
     "Free some space, or name another folder for temporary files by the variable TMPDIR"
