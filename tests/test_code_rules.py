@@ -45,21 +45,21 @@ BUDGETS = {
     "cli": 1116,
     "configs": 861,
     "conversion": 600,
-    "data": 4751,
+    "data": 4757,
     "demo": 86,
     "doctor": 1348,
     "embedding": 1245,
     "encoding": 955,
-    "evaluation": 2917,
-    "model_folders": 1447,
+    "evaluation": 2918,
+    "model_folders": 1448,
     "publishing": 951,
     "recipes": 457,
     "scheduling": 83,
     "search": 1556,
     "serving": 1538,
-    "training": 4464,
+    "training": 4465,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 279, 8369
+MOST_FILES, MOST_DOCSTRING_LINES = 279, 8370
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.

@@ -24,6 +24,7 @@ from .._suggestions import list_first
 from ..data.atomic_files import hash_json, write_atomically
 from ..data.images.image_sources import EncodedImage, ImageSource, TarImage
 from ..data.remote.file_places import FilePlace, find_state
+from ..data.sources.json_files import parse_json
 from .datasets.dataset_spec import EvaluationDataset
 from .encoders.encoder import EncoderDescription
 from .tasks.task import Task
@@ -105,8 +106,8 @@ def hash_dataset(dataset: EvaluationDataset) -> str:
 
 def read_result(file: Path) -> Result:
     try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
+        content = parse_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8, or not JSON
         raise ValueError(f"{file} is damaged ({error}). Delete it and evaluate again.") from error
     if not isinstance(content, dict) or "format_version" not in content:
         raise ValueError(f"{file} is not a result of an evaluation. Name another.")

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..data.atomic_files import list_differences, lock_file
+from ..data.sources.json_files import parse_json
 from .filters import check_filter, explain_filter
 from .lancedb_table import (
     ABOUT,
@@ -351,12 +352,12 @@ def _read_about(location: str, table: LanceTable) -> About:
             "Index the images again into a new database, or use the version that wrote it."
         )
     try:
-        values = json.loads(stored["content"][0].as_py())
+        values = parse_json(stored["content"][0].as_py())
         ann, tally = values.pop("ann"), values.get("tally")
         if tally is not None and tally.keys() != {"num_images", "total"}:
             raise ValueError(f"tally has {sorted(tally)}")
         return About(**values, ann=None if ann is None else AnnIndex(**ann))
-    except (TypeError, ValueError, RecursionError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise IndexUnavailableError(
             f"{location} is damaged: the table `{ABOUT}` cannot be read ({error}). Remove it, "
             "and index the images again."

@@ -27,6 +27,7 @@ from ..data.atomic_files import (
     require_writable,
     write_atomically,
 )
+from ..data.sources.json_files import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -87,8 +88,8 @@ def read_results(folder: Path) -> dict[str, Any]:
 def read_run_record(folder: Path) -> dict[str, Any]:
     file = folder / RUN_FILE
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, RecursionError, ValueError) as error:  # the last also for what is not UTF-8
+        record = parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # the latter also for bytes that are not text
         raise ValueError(f"{file} cannot be read ({error}). Choose a new folder.") from error
     if not isinstance(record, dict) or not {"config", "inputs"} <= record.keys():
         raise ValueError(

@@ -115,11 +115,19 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_make_object)
 
 
+def parse_json(text: str) -> Any:
+    """Parse JSON; whatever is wrong with it, also its depth, is a ValueError."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+
+
 def read_json(file: Path) -> Any:
     """Read a JSON file."""
     try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))
-    except (RecursionError, ValueError) as error:  # of depth, of digits, of text or of JSON
+        return parse_json(file.read_text(encoding="utf-8-sig"))
+    except ValueError as error:  # of depth, of digits, of text or of JSON
         raise ValueError(f"{file}: not JSON of usual size ({error}). Download it again.") from error
 
 
