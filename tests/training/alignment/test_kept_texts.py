@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from aligning import Run, read_losses
-from inheriting import LONG, Inheriting, prepare
+from inheriting import LONG, Inheriting, copy_into_other_spaces, prepare
 from keeping_texts import keep
 from labeled_colors import write_classes
 from launches import run_python
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import tiny_vision
 
 from modeling_llm2clip import LLM2CLIPModel
@@ -25,7 +25,6 @@ from modeling_llm2clip.configs.align_config import AlignConfig, InterpolateConfi
 from modeling_llm2clip.configs.evaluation_config import EncoderConfig
 from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.evaluation.encoders.transformers_models import TransformersEncoder
-from modeling_llm2clip.model_folders.golden_embeddings import GOLDEN_FILE
 from modeling_llm2clip.model_folders.model_card import read_card_data
 from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.training.alignment import kept_texts
@@ -240,15 +239,7 @@ def test_what_cannot_be_kept_is_refused_before_a_tower_is_loaded(
     refuse("projection_init=cca fits a new one", projection_init="cca")
     refuse("keeps nothing either", max_steps=0)
     refuse("keep_weight weighs keep_texts", keep_texts=None, keep_weight=2.0)
-    for name, message in (
-        ("visual_projection.weight", "--keep-projection"),
-        ("vision_model.post_layernorm.weight", "another vision tower"),
-    ):
-        folder = shutil.copytree(keeping.model, tmp_path / name)
-        (folder / GOLDEN_FILE).unlink()
-        weights = load_file(folder / "model.safetensors")
-        weights[name] += 1
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for message, folder in copy_into_other_spaces(keeping.model, tmp_path):
         refuse(message, model=folder, vision_training="full")
 
 
