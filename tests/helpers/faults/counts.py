@@ -1,4 +1,4 @@
-"""Outcomes of the cases of a harness, counted, and the judgement of an error message."""
+"""Outcomes of the cases of a harness, counted, and the judgment of an error message."""
 
 from __future__ import annotations
 
