@@ -21,7 +21,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .._suggestions import counted, list_first
-from ..loading_llm2clip import build_tower, find_tower_class, load_without_code, naming_damage
+from ..loading_llm2clip import (
+    build_tower,
+    find_tower_class,
+    load_without_code,
+    naming_damage,
+    naming_fields,
+)
 from .tower_checks import MODEL_ERRORS, list_layers, make_texts, run_texts, take_hidden
 
 KEEP_ALL = "Leave text_layers out to keep all, or take another LLM."
@@ -33,9 +39,10 @@ _MASKS = ("attn.bias", "attention.bias")
 
 @contextmanager
 def naming(source: str | Path) -> Iterator[None]:
-    """Name the source in transformers' errors about files that are not there."""
+    """Name the source in transformers' errors about files that are not there, and about fields."""
     try:
-        yield
+        with naming_fields(source):
+            yield
     except OSError as error:
         raise OSError(f"{source} cannot be loaded: {error}") from error
 
