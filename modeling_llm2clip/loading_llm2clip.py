@@ -37,6 +37,7 @@ _NAMING_FILES = (
 )  # fmt: skip
 # Parts of the names of modules, and the files whose fields they read.
 _FILES_OF = {
+    "lora_merging": "adapter_config.json",
     "tokeniz": "tokenizer.json or tokenizer_config.json",
     "process": "processor_config.json or preprocessor_config.json",
     "": "config.json",
