@@ -107,9 +107,9 @@ def parse_parquet(path: Path) -> Iterator[tuple[_Fields, bytes | None]]:
 def iterate_csv(file: Path, delimiter: str = ",") -> Iterator[_Fields]:
     content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     lines = content.decode("utf-8-sig").splitlines(keepends=True)
-    header, *rows = [row for row in csv.reader(lines, delimiter=delimiter, strict=True) if row]
-    for row in rows:
-        yield {name: cell for name, cell in zip(header, row, strict=True) if cell}
+    rows = [row for row in csv.reader(lines, delimiter=delimiter, strict=True) if row]
+    for row in rows[1:]:
+        yield {name: cell for name, cell in zip(rows[0], row, strict=True) if cell}
 
 
 def parse_csv(path: Path) -> Iterator[tuple[_Fields, bytes | None]]:
@@ -243,7 +243,7 @@ def read_dataset(
 
 
 _DATASETS: tuple[tuple[Callable[[Path], Path], dict[str, Any]], ...] = (
-    (published.write_coco_test, {"name": "coco", "images": 3, "captions": 16}),
+    (published.write_coco_test, {"name": "coco", "images": 3, "captions": 15}),
     (published.write_multi30k, {"name": "multi30k", "image_dir": "flickr30k-images",
                                 "images": 2, "captions": 2}),
     (published.write_coco_cn, {"name": "coco-cn", "lang": "zh", "images": 2, "captions": 3}),
@@ -293,6 +293,6 @@ TARGETS = (
            lambda path: [*read_text_pairs(path)], anything),
     *(Target(suffix, partial(write_image, suffix=suffix, **settings), hash_pixels, expect_image)
       for suffix, settings in _FORMATS.items()),
-    *(Target(options["name"], below(write), partial(read_dataset, **options), anything)
+    *(Target(f"dataset {options['name']}", below(write), partial(read_dataset, **options), anything)
       for write, options in _DATASETS),
 )  # fmt: skip

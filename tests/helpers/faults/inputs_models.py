@@ -53,6 +53,10 @@ def write_towers(folder: Path, **more: Callable[[Path], object]) -> Path:
     return folder / "towers"
 
 
+def load_dual_encoder(path: Path) -> object:
+    return DualEncoder(path, DualEncoderProcessor(path), torch.device("cpu")).embedding_dim
+
+
 def save_lora(folder: Path) -> None:
     import peft
 
@@ -128,8 +132,7 @@ TARGETS = (
     Target("embedder", partial(write_towers, llm=save_embedder),
            partial(build, text="llm/embedder", prompt="own"), anything, files=_JSON),
     Target("dual encoder", lambda folder: save_tiny_encoder("clip", folder / "clip"),
-           lambda path: DualEncoder(path, DualEncoderProcessor(path), torch.device("cpu")), anything,
-           files=_JSON),
+           load_dual_encoder, anything, files=_JSON),
     Target("checkpoint", partial(converting.save_checkpoint, "openai"), read_weights,
            ways=("bytes",)),
     Target("fields of a checkpoint", partial(converting.save_checkpoint, "openai"),
