@@ -1,1 +1,1 @@
-"""Faults on purpose: each harness brings one kind of trouble to every command, input or output."""
+"""Trouble on purpose: each harness brings one kind of trouble to every command, input or output."""

@@ -25,7 +25,7 @@ KINDS = ("commands",)
 
 def main() -> int:
     """Run every harness, or the chosen ones."""
-    parser = argparse.ArgumentParser(prog="faults", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--only", choices=KINDS, action="append", help="a harness; repeatable")
     parser.add_argument("--seconds", type=float, default=120, help="time for each harness")
     parser.add_argument("--seed", type=int, default=0)

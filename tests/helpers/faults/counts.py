@@ -20,7 +20,7 @@ class Counts:
         unnamed: ended with a traceback, or with a message that does not name the cause.
         silently_wrong: ended well with another result than the undisturbed one.
         hung: still running at the time limit.
-        lost: the same call does not end with the undisturbed result once the fault is over.
+        lost: the same call does not end with the undisturbed result once the trouble is over.
         failures: seed, row and details of every case of the last four.
     """
 

@@ -1,4 +1,4 @@
-"""Faults on purpose: whatever is killed, full, shared or damaged, is named, and nothing is lost."""
+"""Trouble on purpose: whatever is killed, full, shared or damaged, it is named and costs nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MUST_BE_0 = ("unnamed", "silently_wrong", "hung", "lost")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_fault_is_named_and_nothing_is_lost(
+def test_all_trouble_is_named_and_costs_nothing(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     seconds, seed = map(request.config.getoption, ("--fault-seconds", "--fault-seed"))
