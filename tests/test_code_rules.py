@@ -45,7 +45,7 @@ BUDGETS = {
     "cli": 1116,
     "configs": 861,
     "conversion": 600,
-    "data": 4759,
+    "data": 4760,
     "demo": 86,
     "doctor": 1348,
     "embedding": 1245,
