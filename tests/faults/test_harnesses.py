@@ -1,4 +1,4 @@
-"""Trouble on purpose: whatever is killed, full, shared or damaged, it is named and costs nothing."""
+"""Trouble on purpose: files damaged, runs killed, disks full; it is named and costs nothing."""
 
 from __future__ import annotations
 
