@@ -21,13 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .._suggestions import counted, list_first
-from ..loading_llm2clip import (
-    build_tower,
-    find_tower_class,
-    load_without_code,
-    naming_damage,
-    naming_fields,
-)
+from ..loading_llm2clip import build_tower, find_tower_class, load_without_code, naming_damage
 from .tower_checks import MODEL_ERRORS, list_layers, make_texts, run_texts, take_hidden
 
 KEEP_ALL = "Leave text_layers out to keep all, or take another LLM."
@@ -39,10 +33,9 @@ _MASKS = ("attn.bias", "attention.bias")
 
 @contextmanager
 def naming(source: str | Path) -> Iterator[None]:
-    """Name the source in transformers' errors about files that are not there, and about fields."""
+    """Name the source in transformers' errors about files that are not there."""
     try:
-        with naming_fields(source):
-            yield
+        yield
     except OSError as error:
         raise OSError(f"{source} cannot be loaded: {error}") from error
 

@@ -63,8 +63,8 @@ def save_lora(folder: Path) -> None:
     config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights="gaussian")
     model: Any = peft.get_peft_model(tiny_llm(), config)
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data.fill_(0.5)
+        if "lora_B" in name:
+            parameter.data.fill_(0.01)
     model.save_pretrained(str(folder))
 
 
