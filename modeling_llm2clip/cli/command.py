@@ -163,13 +163,23 @@ def parse(line: App, words: Sequence[str]) -> partial[int | None]:
     except (CycloptsError, OSError, ValueError) as error:
         app = line[words[0]] if words and words[0] in line else line
         example = str(app.help_epilogue).splitlines()[1].strip()
-        raise UsageError(f"{_describe_error(error)} For example: {example}") from None
+        raise UsageError(
+            f"{_name_file(error)}{_describe_error(error)} For example: {example}"
+        ) from None
     bound.apply_defaults()
     return partial(function, *bound.args, **bound.kwargs)
 
 
 def _show_examples(examples: Sequence[str]) -> str:
     return "\n  ".join(("Examples:" if len(examples) > 1 else "Example:", *examples))
+
+
+def _name_file(error: Exception) -> str:
+    """Name the file of `--config` that a wrong value is from; nothing for one of the command."""
+    tokens = [token for holder in (error, getattr(error, "argument", None))
+              for token in (getattr(holder, "token", None), *(getattr(holder, "tokens", None) or ()))
+              if token is not None and token.source not in ("", "cli")]  # fmt: skip
+    return f"{tokens[0].source}: " if tokens and tokens[0].source not in str(error) else ""
 
 
 def _describe_error(error: Exception) -> str:
