@@ -176,10 +176,10 @@ def _show_examples(examples: Sequence[str]) -> str:
 
 def _name_file(error: Exception) -> str:
     """Name the file of `--config` that a wrong value is from; nothing for one of the command."""
-    tokens = [token for holder in (error, getattr(error, "argument", None))
-              for token in (getattr(holder, "token", None), *(getattr(holder, "tokens", None) or ()))
-              if token is not None and token.source not in ("", "cli")]  # fmt: skip
-    return f"{tokens[0].source}: " if tokens and tokens[0].source not in str(error) else ""
+    argument = getattr(error, "argument", None)
+    tokens = getattr(argument, "tokens", None) or [getattr(error, "token", None)]
+    source: str = getattr(tokens[0], "source", "")
+    return f"{source}: " if source not in ("", "cli") else ""
 
 
 def _describe_error(error: Exception) -> str:

@@ -29,7 +29,7 @@ from ..data.atomic_files import hash_file, require_new_folder
 from ..doctor.check_model import check_model
 from ..heads_llm2clip import MAX_LOG_SCALE
 from ..image_cropping_llm2clip import LLM2CLIPImageProcessor
-from ..loading_llm2clip import naming_fields
+from ..loading_llm2clip import build_tower, naming_fields
 from ..model_folders.model_card import (
     CardData,
     find_license,
@@ -256,8 +256,9 @@ def plan_conversion(
     if config.components != "vision":
         stripped = {key.removeprefix(prefix or ""): tensor for key, tensor in inside.items()}
         dtype = getattr(torch, config.dtype)
-        with naming_fields(language.source.name):
-            llm, llm_files, counts = open_llm_weights(language, stripped, dtype=dtype)
+        with naming_fields(language.source.name), torch.device("meta"):
+            build_tower(language.config)  # else the checkpoint would be named for the LLM's fields
+        llm, llm_files, counts = open_llm_weights(language, stripped, dtype=dtype)
         renamed.weights |= llm.weights
         renamed.origins |= llm.origins
         renamed.dropped |= llm.dropped
