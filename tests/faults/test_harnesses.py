@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 from faults.__main__ import KINDS
+from faults.commands import COMMANDS
 from faults.counts import Counts, judge_refusal
 from launches import run_python
+
+from modeling_llm2clip.__main__ import LINE
 
 MUST_BE_0 = ("unnamed", "silently_wrong", "hung", "lost")
 
@@ -26,6 +29,13 @@ def test_all_trouble_is_named_and_costs_nothing(
     counts = json.loads((tmp_path / "faults.json").read_text(encoding="utf-8"))["harnesses"][kind]
     assert counts["cases"] > 5
     assert {name: counts[name] for name in MUST_BE_0} == dict.fromkeys(MUST_BE_0, 0)
+
+
+def test_every_command_that_writes_has_a_row() -> None:
+    names = {name for name in LINE if not name.startswith("-")}
+    rows = {command.words[0] for command in COMMANDS}
+    assert names - rows == {"choose-layer", "demo", "doctor", "env", "push", "serve"}
+    assert rows <= names and len({command.name for command in COMMANDS}) == len(COMMANDS)
 
 
 def test_a_message_that_names_its_cause_is_a_refusal_and_others_are_not() -> None:
