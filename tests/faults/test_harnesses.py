@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from faults.__main__ import KINDS
 from faults.commands import COMMANDS
-from faults.counts import Counts, judge_refusal
+from faults.counts import Counts, Outcome, judge_refusal
 from launches import run_python
 
 from modeling_llm2clip.__main__ import LINE
@@ -53,7 +53,8 @@ def test_a_message_that_names_its_cause_is_a_refusal_and_others_are_not() -> Non
 
 def test_failures_are_counted_and_kept_and_other_cases_only_counted() -> None:
     counts = Counts()
-    for outcome in ("harmless", "refused_by_name", "lost"):
+    outcomes: tuple[Outcome, ...] = ("harmless", "refused_by_name", "lost")
+    for outcome in outcomes:
         counts.add(outcome, f"case of {outcome}", "details")
     assert (counts.cases, counts.refused_by_name, counts.lost) == (3, 1, 1)
     assert counts.failures == ["lost: case of lost: details"]
