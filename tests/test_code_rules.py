@@ -40,12 +40,12 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2521,
+    ".": 2531,
     "building": 1351,
     "cli": 1116,
     "configs": 861,
     "conversion": 600,
-    "data": 4757,
+    "data": 4768,
     "demo": 86,
     "doctor": 1348,
     "embedding": 1245,
