@@ -397,10 +397,8 @@ def hash_shards(shards: Sequence[str]) -> str:
 
 
 def share_batch(batch: Any) -> Any:
-    """Move the tensors of a worker's batch into shared memory, and return the batch.
-
-    torch would do so in a thread, whose error drops the batch: its loader would wait for ever.
-    """
+    """Move the tensors of a worker's batch into shared memory, and return the batch."""
+    # torch would do so in a thread, whose error drops the batch: its loader would wait for ever.
     parts = batch.values() if isinstance(batch, Mapping) else batch
     try:
         for part in parts if isinstance(batch, Mapping | list | tuple) else [batch]:
