@@ -59,7 +59,7 @@ BUDGETS = {
     "serving": 1538,
     "training": 4472,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 279, 8370
+MOST_FILES, MOST_DOCSTRING_LINES = 279, 8372
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.
