@@ -156,7 +156,7 @@ def test_where_a_file_finds_no_room_whole_files_stay_and_the_run_goes_on_later(
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
+@pytest.mark.usefixtures("only_cluster")
 def test_ray_leaves_the_same_bytes_as_one_process(
     model: Path, images: Path, tmp_path: Path
 ) -> None:
