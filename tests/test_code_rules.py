@@ -57,7 +57,7 @@ BUDGETS = {
     "scheduling": 83,
     "search": 1556,
     "serving": 1538,
-    "training": 4466,
+    "training": 4467,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 279, 8370
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")

@@ -243,6 +243,8 @@ def test_what_cannot_be_kept_is_refused_before_a_tower_is_loaded(
     refuse("there is no label", " ")
     (tmp_path / "blank.json").write_text('["red", ""]', encoding="utf-8")
     refuse("label number 2 is blank", keep_texts=str(tmp_path / "blank.json"))
+    (tmp_path / "half.json").write_text(r'["red", "\ud83d"]', encoding="utf-8")
+    refuse("number 3 has an unpaired surrogate", keep_texts=str(tmp_path / "half.json"))
     refuse(r"2 texts longer than the \d+ tokens that .*: red and", "red", LONG)
     long = "a " * 62  # the model reads 64 tokens, this teacher 77
     refuse(r"has 2 texts longer than the 64 tokens that the model's LLM reads: a a", long)
