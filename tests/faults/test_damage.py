@@ -1,4 +1,4 @@
-"""The harness of damaged files: what readers make of damage is told apart, and mutations repeat."""
+"""The harness of damaged files: outcomes are distinguished, and mutations repeat."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def raise_error(error: Exception) -> object:
         (lambda _: 7, "silently_wrong"),
     ],
 )
-def test_what_a_reader_makes_of_damage_is_told_apart(
+def test_outcomes_of_a_reader_are_distinguished(
     trouble: Callable[[Path], object], outcome: str, tmp_path: Path
 ) -> None:
     counts = run_targets([Target("numbers", write_numbers, differ_after(trouble))], tmp_path, 0, 0)
