@@ -45,7 +45,7 @@ BUDGETS = {
     "cli": 1122,
     "configs": 861,
     "conversion": 604,
-    "data": 4776,
+    "data": 4778,
     "demo": 86,
     "doctor": 1345,
     "embedding": 1245,
