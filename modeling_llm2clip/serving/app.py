@@ -101,7 +101,7 @@ def run_server(
     """
     import uvicorn
 
-    from .connection_limits import LimitedProtocol, make_late_ender
+    from .request_guard import LimitedProtocol, make_late_ender
 
     server = uvicorn.Server(
         uvicorn.Config(

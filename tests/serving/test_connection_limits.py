@@ -18,10 +18,7 @@ uvicorn: Any = pytest.importorskip("uvicorn")
 
 from modeling_llm2clip.configs.serve_config import ServeConfig  # noqa: E402
 from modeling_llm2clip.serving.app import bind_socket, create_app  # noqa: E402
-from modeling_llm2clip.serving.connection_limits import (  # noqa: E402
-    LimitedProtocol,
-    make_late_ender,
-)
+from modeling_llm2clip.serving.request_guard import LimitedProtocol, make_late_ender  # noqa: E402
 
 HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 WHOLE = HEAD + b'Content-Length: 14\r\n\r\n{"input": "a"}'
