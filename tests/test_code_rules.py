@@ -40,7 +40,7 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2521,
+    ".": 2524,
     "building": 1351,
     "cli": 1116,
     "configs": 861,
@@ -48,18 +48,18 @@ BUDGETS = {
     "data": 4757,
     "demo": 86,
     "doctor": 1348,
-    "embedding": 1245,
+    "embedding": 1247,
     "encoding": 955,
     "evaluation": 2918,
     "model_folders": 1448,
     "publishing": 951,
     "recipes": 457,
     "scheduling": 83,
-    "search": 1556,
-    "serving": 1538,
+    "search": 1558,
+    "serving": 1566,
     "training": 4465,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 279, 8370
+MOST_FILES, MOST_DOCSTRING_LINES = 279, 8376
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.
