@@ -12,7 +12,7 @@ import binascii
 import hmac
 import json
 import time
-from collections.abc import Awaitable, Callable, MutableMapping, Set
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping, Set
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -322,7 +322,7 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
             self.transport.abort()
 
 
-def make_late_ender(connections: Set[Any]) -> Callable[[], Awaitable[None]]:
+def make_late_ender(connections: Set[Any]) -> Callable[[], Coroutine[Any, Any, None]]:
     """Make a function that ends connections that wait for their client since its last call.
 
     A client may be late with its header, or to read. Between requests it may be silent for longer.
