@@ -45,7 +45,7 @@ IpAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 _Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 _WEB = ("http://", "https://")
 _CHUNK_BYTES = 2**16  # of a download
-# Each stands for the IPv4 address in its last 32 bits: a name server of a network that has IPv6
+# IPv6 forms of the IPv4 addresses in their last 32 bits: a name server of a network that has IPv6
 # alone gives one for every host of the web (RFC 6052).
 _TRANSLATED = ipaddress.IPv6Network("64:ff9b::/96")
 # Networks that `is_global` of some Python versions lets through, and IPv6 addresses that stand for

@@ -50,7 +50,7 @@ def run(folder: Path, seconds: float, seed: int) -> Counts:
 
 
 async def attack(folder: Path, seconds: float, seed: int, counts: Counts) -> None:
-    """Attack one server until it is told to stop, and another one for longer."""
+    """Attack one server until it gets SIGTERM, and another one for longer."""
     oracle = Oracle(folder / "model", folder / "index")
     most = MOST_CONNECTIONS if seconds >= LONG_S else FEW_CONNECTIONS
     with Server(folder, "first server") as server:

@@ -264,4 +264,6 @@ class Campaign:
         for number, answer in enumerate(answers):
             self.judge_right(f"seed {self.seed}, SIGTERM, request {number}", path, body, answer)
         if ended != -signal.SIGTERM:
-            self.add("unnamed" if ended else "hung", f"seed {self.seed}, SIGTERM: code {ended}")
+            self.add(
+                "hung" if ended is None else "unnamed", f"seed {self.seed}, SIGTERM: code {ended}"
+            )
