@@ -214,7 +214,8 @@ class Campaign:
                 num_sent += len(part)
 
         answer = await exchange(self.server.port, send())
-        if num_sent > ENDLESS_MB * 0.9e6:
+        # The parser keeps nothing of an extension of a chunk, and the deadline ends it.
+        if num_sent > ENDLESS_MB * 0.9e6 and not start.endswith(b"1;"):
             self.add("unnamed", case, f"{num_sent:,} bytes were read: {start + part[:50]!r}")
         else:
             self.judge_wrong(case, start + part[:50], answer)
