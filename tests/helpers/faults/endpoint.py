@@ -65,7 +65,7 @@ async def attack(folder: Path, seconds: float, seed: int, counts: Counts) -> Non
         measured = []
         for phase, share in (("warming up", 0.25), ("warm", 0.4)):
             await campaign.run(share * seconds, phase)
-            await asyncio.sleep(TIMEOUT_S)
+            await asyncio.sleep(2 * TIMEOUT_S)  # until what was left behind is ended
             measured.append(server.measure())
         (before_mb, before_files), (after_mb, after_files) = measured
         grown = f"{before_mb:.0f} to {after_mb:.0f} MB, {before_files} to {after_files} open files"

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_S, DRAIN_S = 5, 3
+TIMEOUT_S, DRAIN_S = 10, 3
 # A late client is noticed within twice the time; and the server shares the machine.
-PATIENCE_S = 2 * TIMEOUT_S + 20
+PATIENCE_S = 2 * TIMEOUT_S + 30
 FLAGS = (
     "--no-page", "--port", "0", "--device", "cpu", "--image-urls", "--timeout-s", str(TIMEOUT_S),
     "--drain-s", str(DRAIN_S), "--max-request-mb", "1", "--max-image-mb", "0.5",
