@@ -57,7 +57,7 @@ BUDGETS = {
     "scheduling": 83,
     "search": 1558,
     "serving": 1566,
-    "training": 4472,
+    "training": 4474,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 279, 8394
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
