@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 from .._environment import describe_hardware, list_versions, read_commit
 from .._suggestions import MAX_LISTED, list_first
 from ..data.atomic_files import (
+    explain_full_disk,
     hash_file,
     is_unfinished,
     lock_unless_held,
@@ -261,13 +262,14 @@ def lock_run(folder: Path) -> Iterator[None]:
 
     It is a lock of the kernel on a file in the folder, so that it ends with the main process,
     however that ends. Where the file system has no `flock`, nothing is locked. A folder that is
-    empty in the end is removed.
+    empty in the end is removed. Where its disk is full, an error says how to continue.
     """
     # Imported here, so that a command can check a folder without torch.
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    with ExitStack() as stack:
+    remedy = "Free some space and continue with --resume ('resume=True' in Python)"
+    with explain_full_disk(folder, "for the run", remedy), ExitStack() as stack:
         is_held = [True]
         if PartialState().is_main_process:
             is_held = [stack.enter_context(_hold(folder))]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 import numpy as np
 import torch
@@ -18,7 +18,11 @@ from torch import Tensor
 
 from ..._suggestions import counted, list_first
 from ...configs.align_config import InterpolateConfig
-from ...data.atomic_files import require_new_folder
+from ...data.atomic_files import (
+    FREE_TEMPORARY_FOLDER,
+    explain_full_disk,
+    require_new_folder,
+)
 from ...data.records.record_table import RecordTable
 from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import EmbeddingStore
@@ -136,7 +140,11 @@ def interpolate(
         chosen = min(scores, key=lambda share: rank_scores(scores[share], by_accuracy))
         set_between(model, *ends, chosen)
     weights: dict[str, Tensor] = {name: model.get_parameter(name) for name in ends[1]}
-    with TemporaryDirectory() as scratch:
+    place = Path(gettempdir())
+    with (
+        explain_full_disk(place, "for the weights between", FREE_TEMPORARY_FOLDER),
+        TemporaryDirectory() as scratch,
+    ):
         weights = name_as_saved(model, weights, scratch)
 
     def measure(folder: Path) -> tuple[list[CardResult], str | None]:
