@@ -32,6 +32,8 @@ except ImportError:  # Windows
 _UNFINISHED = ".tmp"
 _CLAIM = ".llm2clip-is-writing"
 _HASHED_AT_ONCE = 2**20  # bytes
+# Bytes of a name; that of a temporary file beside it is 37 longer, and file systems allow 255.
+_LONGEST_NAME = 218
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Errors of torch.save and of safetensors (28: no space, 122: quota, 27: file too large).
 _WRITE_FAILED = re.compile(r"inline_container|PytorchStreamWriter|(os error|code:) (28|122|27)\b")
@@ -80,6 +82,11 @@ def require_writable(folder: Path) -> None:
     """Refuse a folder that cannot be made or written, before the work for it is done."""
     place = folder.absolute()
     while not os.path.lexists(place):
+        if len(os.fsencode(place.name)) > _LONGEST_NAME:
+            raise ValueError(
+                f"{folder} cannot be written: the name {place.name} has more than {_LONGEST_NAME} "
+                "bytes. Choose a shorter name."
+            )
         place = place.parent
     if not place.is_dir():
         raise NotADirectoryError(
@@ -93,10 +100,10 @@ def require_writable(folder: Path) -> None:
 
 
 def require_new_file(file: Path) -> None:
-    """Refuse a file that exists, or whose folder cannot be made or written."""
-    require_writable(file.parent)
+    """Refuse a file that exists, or cannot be made or written."""
     if os.path.lexists(file):
         raise FileExistsError(f"{file} exists. Name a new file, or remove it.")
+    require_writable(file)
 
 
 def write_atomically(file: Path, content: bytes) -> None:
@@ -260,10 +267,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                 claim.flush()
             unfinished.mkdir()
             yield unfinished
-            mode = unfinished.stat().st_mode & 0o666
+            allowed = unfinished.stat().st_mode & 0o777
             for path in unfinished.rglob("*"):
-                if path.is_file():
-                    path.chmod(mode)  # safetensors writes for its owner alone
+                if path.is_file():  # safetensors writes for its owner alone
+                    path.chmod((path.stat().st_mode & 0o111 | 0o666) & allowed)
                 sync(path)
             sync(unfinished)
             _require_empty(folder)  # another process may have begun at the same moment
@@ -275,7 +282,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 def require_new_folder(folder: Path) -> None:
     """Refuse a folder that exists and is not empty, cannot be made, or is being written."""
-    require_writable(folder.parent)  # a temporary folder there gets the name at the end
+    # A temporary folder beside it gets the name at the end.
+    require_writable(folder.parent if os.path.lexists(folder) else folder)
     _require_empty(folder)
     clear_leftovers(folder)
 

@@ -329,7 +329,9 @@ def _render(folder: Path, card: CardData, *, name: str) -> str:
         license=_describe_license(card),
         origins=format_rows(_describe_origins(origins, card)),
     )
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
+    # U+0085 breaks lines in YAML, where it would be read back as a space.
+    text = re.sub("\x85 *", " ", f"---\n{data.to_yaml()}\n---\n\n{body}")
+    return str(ModelCard(text))
 
 
 def _choose_template(config: LLM2CLIPConfig) -> str:

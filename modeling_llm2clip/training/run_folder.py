@@ -217,11 +217,15 @@ def _require_intact_checkpoint(output: Path) -> None:
     last = checkpoints[-1]
     recorded = (last / _COMPLETE).read_text(encoding="utf-8", errors="replace").splitlines()
     if damaged := set(recorded or [_COMPLETE]) - set(_list_digests(last)):
-        names = sorted(line.rpartition("  ")[2] for line in damaged)
+        names = list_first(sorted(line.rpartition("  ")[2] for line in damaged))
+        cause = f"is damaged: its file `{_COMPLETE}` has another SHA-256 of {names}"
+        if not recorded:
+            cause = (
+                f"has an empty file `{_COMPLETE}`: it was damaged, or an earlier version wrote it"
+            )
         before = checkpoints[-2].name if checkpoints[:-1] else "its beginning"
         raise ValueError(
-            f"{last} is damaged: its file `{_COMPLETE}` has another SHA-256 of {list_first(names)}."
-            f" Remove this checkpoint; the run then continues from {before}."
+            f"{last} {cause}. Remove this checkpoint; the run then continues from {before}."
         )
 
 

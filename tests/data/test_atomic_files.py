@@ -23,6 +23,8 @@ from modeling_llm2clip.data.atomic_files import (
     is_unfinished,
     list_differences,
     lock_file,
+    require_new_file,
+    require_new_folder,
     write_atomically,
 )
 
@@ -96,6 +98,18 @@ def test_a_writer_that_fails_leaves_the_old_file_and_a_killed_one_what_the_next_
     write_atomically(file, b"new")
     assert file.read_bytes() == b"new" and not unfinished.exists()
     assert all(path.read_bytes() == b"mine" for path in theirs)
+
+
+def test_a_name_too_long_for_a_temporary_file_is_refused_before_any_work(tmp_path: Path) -> None:
+    """A name of the greatest length is written; letters of two bytes count twice."""
+    longest = tmp_path / ("é" * 107 + ".csv")
+    require_new_file(longest)
+    with atomic_file(longest) as opened:
+        opened.write(b"content")
+    require_new_folder(tmp_path / ("m" * 218))
+    for require, name in ((require_new_file, f"{longest.name}x"), (require_new_folder, "m" * 300)):
+        with pytest.raises(ValueError, match=r"has more than 218 bytes\. Choose a shorter name"):
+            require(tmp_path / name)
 
 
 def test_where_there_is_no_room_the_file_and_the_way_out_are_named(tmp_path: Path) -> None:

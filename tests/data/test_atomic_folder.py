@@ -108,11 +108,13 @@ def test_a_written_folder_is_on_disk_before_its_name_and_as_open_as_the_umask_sa
             save_file({"a": torch.ones(1)}, unfinished / "model.safetensors")
             (unfinished / "onnx").mkdir()
             (unfinished / "onnx" / "config.json").write_text("{}")
+            (unfinished / "convert.sh").write_text("#!/bin/sh")
+            (unfinished / "convert.sh").chmod(0o755)
     finally:
         os.umask(before)
     for path in (model, *model.rglob("*")):
         assert synced[path.stat().st_ino] is False  # while the name was not there
-        all_bits = 0o777 if path.is_dir() else 0o666
+        all_bits = 0o777 if path.is_dir() or path.suffix == ".sh" else 0o666
         assert stat.S_IMODE(path.stat().st_mode) == all_bits & ~umask, path
     assert synced[tmp_path.stat().st_ino] is True
 

@@ -185,7 +185,13 @@ def test_record_and_card_name_what_was_kept_and_the_next_training_forgets_it(
     assert read_card_data(again.model).kept_texts is None
     config = InterpolateConfig(device="cpu", num_shares=2)
     interpolate(again.model, run.model, keeping.records, tmp_path / "between", config)
-    assert read_card_data(tmp_path / "between").kept_texts == read_card_data(run.model).kept_texts
+    stated = read_card_data(run.model).kept_texts
+    assert read_card_data(tmp_path / "between").kept_texts == stated
+    # A run whose best step is 0 writes the weights that the statement is about.
+    start = {"held_out_ratio": 0.25, "learning_rate": 1e-12, "max_steps": 1}
+    none = keep(keeping, tmp_path / "none", model=run.model, keep_texts=None, **start)
+    assert none.best_step == 0
+    assert read_card_data(none.model).kept_texts == stated
 
 
 def test_classes_of_labeled_images_are_read_once_with_their_templates(
