@@ -42,24 +42,24 @@ MOST_FUNCTION_LINES = 60
 BUDGETS = {
     ".": 2521,
     "building": 1351,
-    "cli": 1116,
+    "cli": 1118,
     "configs": 861,
     "conversion": 600,
-    "data": 4760,
+    "data": 4770,
     "demo": 86,
     "doctor": 1348,
     "embedding": 1245,
     "encoding": 955,
-    "evaluation": 2918,
-    "model_folders": 1449,
+    "evaluation": 2921,
+    "model_folders": 1447,
     "publishing": 951,
     "recipes": 457,
     "scheduling": 83,
-    "search": 1556,
+    "search": 1559,
     "serving": 1538,
-    "training": 4472,
+    "training": 4470,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 279, 8370
+MOST_FILES, MOST_DOCSTRING_LINES = 279, 8374
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.
