@@ -40,26 +40,26 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2521,
-    "building": 1351,
+    ".": 2534,
+    "building": 1356,
     "cli": 1118,
     "configs": 861,
     "conversion": 600,
-    "data": 4770,
+    "data": 4775,
     "demo": 86,
-    "doctor": 1348,
+    "doctor": 1345,
     "embedding": 1245,
-    "encoding": 955,
-    "evaluation": 2921,
-    "model_folders": 1447,
+    "encoding": 958,
+    "evaluation": 2922,
+    "model_folders": 1458,
     "publishing": 951,
-    "recipes": 459,
+    "recipes": 460,
     "scheduling": 83,
     "search": 1559,
     "serving": 1538,
     "training": 4468,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 279, 8374
+MOST_FILES, MOST_DOCSTRING_LINES = 279, 8390
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.
