@@ -20,7 +20,7 @@ from pathlib import Path
 from faults.counts import Counts, NotHereError
 
 # A module of this package each, with `run(folder, seconds, seed)`.
-KINDS = ("commands", "writers", "disks")
+KINDS = ("commands", "kills", "writers", "disks")
 
 
 def main() -> int:
