@@ -57,7 +57,7 @@ BUDGETS = {
     "scheduling": 83,
     "search": 1559,
     "serving": 1538,
-    "training": 4468,
+    "training": 4470,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 279, 8392
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
