@@ -40,11 +40,11 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2544,
+    ".": 2545,
     "building": 1356,
-    "cli": 1118,
+    "cli": 1124,
     "configs": 861,
-    "conversion": 600,
+    "conversion": 604,
     "data": 4786,
     "demo": 86,
     "doctor": 1345,
@@ -59,7 +59,7 @@ BUDGETS = {
     "serving": 1538,
     "training": 4470,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 279, 8392
+MOST_FILES, MOST_DOCSTRING_LINES = 279, 8393
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.

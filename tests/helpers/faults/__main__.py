@@ -20,7 +20,7 @@ from pathlib import Path
 from faults.counts import Counts, NotHereError
 
 # A module of this package each, with `run(folder, seconds, seed)`.
-KINDS = ("commands", "kills", "writers", "disks")
+KINDS = ("commands", "kills", "targets_in", "writers", "disks")
 
 
 def main() -> int:
