@@ -42,24 +42,24 @@ MOST_FUNCTION_LINES = 60
 BUDGETS = {
     ".": 2548,
     "building": 1356,
-    "cli": 1122,
+    "cli": 1124,
     "configs": 861,
     "conversion": 604,
-    "data": 4776,
+    "data": 4786,
     "demo": 86,
     "doctor": 1345,
     "embedding": 1247,
     "encoding": 958,
-    "evaluation": 2919,
-    "model_folders": 1460,
+    "evaluation": 2922,
+    "model_folders": 1458,
     "publishing": 951,
-    "recipes": 458,
+    "recipes": 460,
     "scheduling": 83,
-    "search": 1558,
+    "search": 1561,
     "serving": 1566,
-    "training": 4474,
+    "training": 4470,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 279, 8395
+MOST_FILES, MOST_DOCSTRING_LINES = 279, 8399
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.
