@@ -40,26 +40,26 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2545,
+    ".": 2548,
     "building": 1356,
-    "cli": 1122,
+    "cli": 1124,
     "configs": 861,
     "conversion": 604,
-    "data": 4778,
+    "data": 4788,
     "demo": 86,
     "doctor": 1345,
-    "embedding": 1245,
+    "embedding": 1247,
     "encoding": 958,
-    "evaluation": 2919,
-    "model_folders": 1460,
+    "evaluation": 2922,
+    "model_folders": 1458,
     "publishing": 951,
-    "recipes": 458,
+    "recipes": 460,
     "scheduling": 83,
-    "search": 1556,
-    "serving": 1538,
-    "training": 4474,
+    "search": 1561,
+    "serving": 1566,
+    "training": 4470,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 279, 8389
+MOST_FILES, MOST_DOCSTRING_LINES = 279, 8399
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.
