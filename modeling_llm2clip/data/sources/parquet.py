@@ -84,7 +84,7 @@ def read_parquet_file(
             errors.skip(failure)
             continue
         path = row[KEY] if is_downloaded else paths.get(sources.get("image", ""))
-        default_name = f"{name}/{path if path and path.strip() else number}"
+        default_name = f"{name}/{path if isinstance(path, str) and path.strip() else number}"
         values = {field: row[column] for field, column in sources.items()}
         fields = {field: value for field, value in values.items() if value is not None}
         packed = fields.pop("image") if isinstance(fields.get("image"), ParquetImage) else None

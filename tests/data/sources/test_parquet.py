@@ -66,6 +66,13 @@ def test_a_file_without_a_column_is_an_error_and_the_others_are_read(file: Path)
     assert errors.counts == {"no column img, raw": 1}
 
 
+def test_a_path_that_is_a_number_names_no_image(tmp_path: Path) -> None:
+    rows = [{"image": {"bytes": encode("images/red.png"), "path": 3}, "caption": "a"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "0.parquet")
+    (record,) = read_parquet([tmp_path / "0.parquet"], tmp_path, ErrorCollector())
+    assert record.default_name == "0.parquet/0"
+
+
 def test_rows_with_several_images_have_an_address_for_each(tmp_path: Path) -> None:
     rows = {"image_0": [RED, RED], "image_1": [BLUE, None], "caption_0": ["a", "b"]}
     datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "0.parquet"))
