@@ -186,8 +186,11 @@ def is_image_type(kind: Any) -> bool:
     """Tell whether a column of this type holds images: `{bytes, path}`, or bytes alone."""
     types = pa.types
     if types.is_struct(kind):
-        names = {kind.field(index).name for index in range(kind.num_fields)}
-        return bool(names & {"bytes", "path"})
+        parts = {kind.field(index).name: kind.field(index).type for index in range(kind.num_fields)}
+        content = parts.get("bytes", pa.null())
+        return bool(parts.keys() & {"bytes", "path"}) and (
+            types.is_null(content) or (not types.is_struct(content) and is_image_type(content))
+        )
     return bool(
         types.is_binary(kind)
         or types.is_large_binary(kind)

@@ -128,11 +128,12 @@ def iterate_tsv(file: Path) -> Iterator[_Fields]:
 def name_cells(rows: list[list[str]], *, fill: bool = False) -> Iterator[_Fields]:
     for row in rows[1:]:
         cells = [*row, *[""] * (len(rows[0]) - len(row) if fill else 0)]
-        yield {name: cell for name, cell in zip(rows[0], cells, strict=True) if cell}
+        yield dict(zip(rows[0], cells, strict=True))
 
 
 def parse_csv(path: Path) -> Iterator[tuple[_Fields, bytes | None]]:
-    yield from ((fields, None) for fields in iterate_csv(path))
+    for fields in iterate_csv(path):
+        yield {name: cell for name, cell in fields.items() if cell}, None
 
 
 def write_csv(folder: Path) -> Path:
