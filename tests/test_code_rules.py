@@ -57,9 +57,9 @@ BUDGETS = {
     "scheduling": 83,
     "search": 1561,
     "serving": 1566,
-    "training": 4470,
+    "training": 4474,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 279, 8399
+MOST_FILES, MOST_DOCSTRING_LINES = 279, 8401
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.

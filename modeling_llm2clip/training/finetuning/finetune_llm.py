@@ -25,7 +25,7 @@ from ...base_llm2clip import read_instructions
 from ...building.lora_merging import merge_lora, require_base_weights
 from ...configs.finetune_config import FinetuneConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
-from ...data.atomic_files import hash_file
+from ...data.atomic_files import hash_file, lock_folder
 from ...data.captions.caption_groups import CaptionGroup, group_captions, skip_single_captions
 from ...data.key_arrays import Array
 from ...data.records.data_hashes import hash_records
@@ -273,11 +273,13 @@ def _open_scratch(output: Path) -> Iterator[Path]:
     with ExitStack() as stack:
 
         def make() -> str:
-            for left in folder.glob(f".{output.name}-pairs-*"):  # by a run that was killed
-                shutil.rmtree(left)
-            return stack.enter_context(
-                TemporaryDirectory(prefix=f".{output.name}-pairs-", dir=folder)
-            )
+            for left in folder.glob(f".{output.name}-pairs-*"):
+                with lock_folder(left, wait=False) as is_free:
+                    if is_free:  # by a run that was killed
+                        shutil.rmtree(left)
+            scratch = TemporaryDirectory(prefix=f".{output.name}-pairs-", dir=folder)
+            stack.enter_context(lock_folder(Path(stack.enter_context(scratch))))
+            return scratch.name
 
         yield Path(run_once_per_machine(make))
         PartialState().wait_for_everyone()  # before the folder is deleted
