@@ -41,6 +41,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--kills", type=int, default=3, help="how often a test kills a run at random moments"
     )
+    parser.addoption(
+        "--fault-seconds", type=float, default=120, help="time for each kind of trouble"
+    )
+    parser.addoption("--fault-seed", type=int, default=0, help="of the trouble that is drawn")
 
 
 @pytest.fixture

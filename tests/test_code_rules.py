@@ -40,26 +40,26 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2521,
-    "building": 1351,
+    ".": 2534,
+    "building": 1356,
     "cli": 1116,
     "configs": 861,
     "conversion": 600,
-    "data": 4761,
+    "data": 4766,
     "demo": 86,
-    "doctor": 1348,
+    "doctor": 1345,
     "embedding": 1248,
-    "encoding": 955,
-    "evaluation": 2918,
-    "model_folders": 1449,
+    "encoding": 958,
+    "evaluation": 2919,
+    "model_folders": 1460,
     "publishing": 951,
-    "recipes": 457,
+    "recipes": 458,
     "scheduling": 83,
     "search": 1556,
     "serving": 1538,
     "training": 4487,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 279, 8370
+MOST_FILES, MOST_DOCSTRING_LINES = 279, 8386
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.

@@ -361,6 +361,14 @@ def test_a_field_of_another_type_is_refused_with_its_file(
             LLM2CLIPProcessor.from_pretrained(tmp_path, trust_remote_code=trust_remote_code)
 
 
+def test_an_argument_that_is_refused_is_named(tmp_path: Path, processor: LLM2CLIPProcessor) -> None:
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"or this call an argument \(image_processor\),.*TypeError"
+    ):
+        LLM2CLIPProcessor.from_pretrained(tmp_path, image_processor=3)
+
+
 def test_the_tokenizer_alone_gives_the_same_ids(
     tmp_path: Path, processor: LLM2CLIPProcessor
 ) -> None:

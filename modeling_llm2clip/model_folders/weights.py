@@ -242,6 +242,11 @@ def _load_pickle(file: Path) -> Any:
 def _require_checksums(file: Path) -> None:
     """Compare the CRC-32 of each entry of an archive, which torch does not read."""
     with zipfile.ZipFile(file) as archive:
+        if not any(entry.CRC for entry in archive.infolist()):
+            raise ValueError(
+                "it was saved without CRC-32, so that damage could not be seen: save it again "
+                "without torch.serialization.set_crc32_options(False)"
+            )
         if damaged := archive.testzip():
             raise ValueError(f"its entry {damaged} has another CRC-32 than the archive records")
 

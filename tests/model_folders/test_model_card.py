@@ -226,6 +226,24 @@ def test_a_card_in_another_encoding_is_named(llama: Path) -> None:
         read_card_data(llama)
 
 
+@pytest.mark.parametrize(
+    ("metadata", "shown"),
+    [
+        ("training_data: 5", r"training_data=\(5,\) is not a text"),
+        ("training_data: [a, {b: c}]", "is not a text"),
+        ("license: [mit, apache-2.0]", r"license=\['mit', 'apache-2.0'\] is not a text"),
+        ("caution: {a: b}", "caution=.* is not a text"),
+        ("license: " + "[" * 5000, "is not YAML"),
+    ],
+)
+def test_metadata_of_another_type_are_refused_with_the_card(
+    metadata: str, shown: str, tmp_path: Path
+) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"README\.md.*{shown}.*Correct the lines"):
+        read_card_data(tmp_path)
+
+
 def test_a_card_that_is_a_link_is_replaced_and_its_target_kept(llama: Path) -> None:
     card, blob = llama / "README.md", llama.parent / "blob"
     card.rename(blob)  # as in huggingface_hub's cache

@@ -70,6 +70,17 @@ def test_a_flipped_bit_of_an_archive_changes_nothing_or_is_refused(tmp_path) -> 
                 }
 
 
+def test_an_archive_without_checksums_is_refused_with_the_cause(tmp_path) -> None:
+    computes = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"weight": torch.ones(3)}, tmp_path / "c.pt")
+    finally:
+        torch.serialization.set_crc32_options(computes)
+    with pytest.raises(ValueError, match=r"c\.pt .*saved without CRC-32.*save it again without"):
+        open_weights(tmp_path / "c.pt")
+
+
 class _Payload:
     """Writes a file when it is unpickled."""
 

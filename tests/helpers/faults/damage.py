@@ -164,8 +164,11 @@ class _Harness:
 
     def _restore(self) -> tuple[str, str]:
         for file in self.whole.rglob("*"):
+            place = self.copy / file.relative_to(self.whole)
             if file.is_file():
-                shutil.copy2(file, self.copy / file.relative_to(self.whole))
+                if place.is_dir():
+                    shutil.rmtree(place)
+                shutil.copy2(file, place)
         value = repr(self.target.read(self.copy / self.root))
         return ("harmless" if value == self.undisturbed else "lost"), value[:500]
 
