@@ -59,7 +59,7 @@ BUDGETS = {
     "serving": 1538,
     "training": 4487,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 279, 8386
+MOST_FILES, MOST_DOCSTRING_LINES = 279, 8388
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.
