@@ -48,7 +48,8 @@ def inherit_before_model(folder: Path) -> Path:
 
 
 def _inherit(output: Path, *, resume: bool = False) -> Run:
-    options = {**aligning.SHORT_RUN, "inherit_steps": 4}
+    short = {n: v for n, v in aligning.SHORT_RUN.items() if n != "projection_init"}
+    options = {**short, "inherit_steps": 4}
     return prepare_inheriting().align(output, resume=resume, **options)
 
 
