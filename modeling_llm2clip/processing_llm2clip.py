@@ -49,6 +49,21 @@ _FROM_OTHER_FILES = {"chat_template", "audio_tokenizer"}
 _tokenizing = threading.RLock()
 
 
+def _release_after_fork() -> None:
+    """Let a forked process tokenize, in a single thread."""
+    _tokenizing.release()
+    if "TOKENIZERS_PARALLELISM" in os.environ:  # which keeps the library from saying so by itself
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork has no other threads to wait for
+
+
+if hasattr(os, "register_at_fork"):  # A fork waits for the texts that another thread tokenizes.
+    os.register_at_fork(
+        before=_tokenizing.acquire,
+        after_in_parent=_tokenizing.release,
+        after_in_child=_release_after_fork,
+    )
+
+
 class LLM2CLIPProcessor(ProcessorMixin):
     """Image processor and tokenizer of a model.
 

@@ -28,6 +28,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 torch.set_num_threads(1)
 RUN_FOLDER = "LLM2CLIP_TEST_RUN_FOLDER"
@@ -109,6 +110,13 @@ def _refuse_network(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(socket.socket, name, only_local(original, position=1))
     original = socket.create_connection
     monkeypatch.setattr(socket, "create_connection", only_local(original, position=0))
+
+
+@pytest.fixture
+def only_cluster() -> Iterator[None]:
+    """Let a test that starts a Ray cluster wait until no other process of the run has one."""
+    with FileLock(Path(os.environ[RUN_FOLDER]) / "ray.lock"):
+        yield
 
 
 def fix_seeds() -> None:

@@ -40,12 +40,12 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2534,
+    ".": 2544,
     "building": 1356,
     "cli": 1116,
     "configs": 861,
     "conversion": 600,
-    "data": 4766,
+    "data": 4777,
     "demo": 86,
     "doctor": 1345,
     "embedding": 1248,
@@ -55,11 +55,11 @@ BUDGETS = {
     "publishing": 951,
     "recipes": 458,
     "scheduling": 83,
-    "search": 1556,
+    "search": 1555,
     "serving": 1538,
     "training": 4487,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 279, 8388
+MOST_FILES, MOST_DOCSTRING_LINES = 279, 8390
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.

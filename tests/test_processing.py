@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -274,6 +277,36 @@ def test_threads_with_different_lengths_can_share_a_processor(processor: LLM2CLI
     assert processor.num_truncated_texts == 100 + 100 * sum(
         len(ids) > 14 for ids in untruncated_ids(texts)
     )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_process_that_is_forked_while_a_thread_tokenizes_can_tokenize(
+    processor: LLM2CLIPProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of its locks may be held by a thread that the new process lacks."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    texts, ended = ["two red apples", "a dog", LONG_TEXT], Event()
+    wanted = processor.list_ids(texts)
+
+    def tokenize() -> None:
+        while not ended.is_set():
+            processor(text=texts * 20)
+
+    with ThreadPoolExecutor(2) as pool:
+        threads = [pool.submit(tokenize) for _ in range(2)]
+        codes = [run_in_fork(lambda: processor.list_ids(texts) == wanted) for _ in range(5)]
+        ended.set()
+        assert [thread.result() for thread in threads] == [None, None]
+    assert codes == [0] * 5
+
+
+def run_in_fork(is_right: Callable[[], bool]) -> int:
+    """Return 0 for a forked process that is right, and a negative number for one that waits."""
+    if (process := os.fork()) == 0:
+        signal.alarm(20)  # kills this process
+        os._exit(0 if is_right() else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def test_list_ids_returns_the_ids_of_a_call() -> None:

@@ -164,7 +164,7 @@ def test_killed_at_random_moments_it_leaves_the_same_bytes(
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
+@pytest.mark.usefixtures("only_cluster")
 def test_ray_leaves_the_same_bytes_as_one_process(
     model: Path, images: Path, tmp_path: Path
 ) -> None:

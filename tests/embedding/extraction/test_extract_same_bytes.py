@@ -12,20 +12,18 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 from extracting import EXACT, extract_captions
 from interruptions import largest_file, read_bytes, stop_after_one
-from launches import require_same_bytes_when_killed, run_python, run_with_ray, start_with_ray
+from launches import require_same_bytes_when_killed, run_python, start_with_ray
 from made_up_records import make_records, write_captions
 from stores import list_complete_shards
 
 from modeling_llm2clip.__main__ import LINE, main
 from modeling_llm2clip.cli.command import parse
-from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.store.store_manifest import StoreManifest
@@ -94,28 +92,6 @@ def test_partitions_of_machines_without_a_shared_folder_become_the_store_of_one(
         assert not StoreManifest.read(folder).complete
         shutil.copytree(folder, tmp_path / "synced", dirs_exist_ok=True)
     assert read_bytes(merge_store(tmp_path / "synced")) == undisturbed
-
-
-@pytest.mark.slow
-def test_a_stopped_run_goes_on_and_leaves_the_same_bytes(
-    model: Path, records: list[CaptionedImage], undisturbed: dict[str, bytes], tmp_path: Path,
-    written: list[int], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    folder = tmp_path / "store"
-    num_stops = 0
-    for _ in range(200):
-        stop_after_one(monkeypatch, partial(count_records, folder))
-        try:
-            extract_captions(model, records, folder)
-        except StageInterrupt as error:
-            assert f"complete shards are in {folder}. Continue with the same call." in str(error)
-            num_stops += 1
-        else:
-            break
-    assert len(written) == StoreManifest.read(folder).num_shards
-    assert len(written) // 2 <= num_stops  # while one shard is written, the next may be computed
-    assert sum(written) == StoreManifest.read(folder).num_rows  # nothing was computed twice
-    assert read_bytes(folder) == undisturbed
 
 
 @pytest.mark.slow
@@ -196,20 +172,7 @@ def test_partitions_that_are_killed_and_run_at_once_leave_the_same_bytes(
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
-def test_ray_leaves_the_same_bytes_of_images_as_one_process(
-    model: Path, images: Path, tmp_path: Path
-) -> None:
-    pytest.importorskip("ray")
-    records = load_records(images)
-    config = replace(EXACT, token_budget=None, batch_size=3)
-    alone = extract(model, records, tmp_path / "alone", config, modality="image")
-    run_with_ray(tmp_path, "extract", model, records, tmp_path / "ray", config, modality="image")
-    assert read_bytes(tmp_path / "ray") == read_bytes(alone)
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("ray")
+@pytest.mark.usefixtures("only_cluster")
 def test_an_actor_of_ray_that_dies_is_started_again_and_the_bytes_are_the_same(
     model: Path, tmp_path: Path
 ) -> None:
