@@ -50,7 +50,7 @@ BUDGETS = {
     "doctor": 1345,
     "embedding": 1248,
     "encoding": 958,
-    "evaluation": 2919,
+    "evaluation": 2924,
     "model_folders": 1460,
     "publishing": 951,
     "recipes": 458,
