@@ -40,18 +40,9 @@ hypothesis.settings.load_profile("the same")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--kills", type=int, default=3, help="how often a test kills a run at random moments"
-    )
-    parser.addoption(
         "--fault-seconds", type=float, default=120, help="time for each kind of trouble"
     )
     parser.addoption("--fault-seed", type=int, default=0, help="of the trouble that is drawn")
-
-
-@pytest.fixture
-def kills(request: pytest.FixtureRequest) -> int:
-    """Number of random kills, after each of which a run must go on with the same bytes."""
-    return int(request.config.getoption("--kills"))
 
 
 def pytest_configure(config: pytest.Config) -> None:

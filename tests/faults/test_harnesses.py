@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 from faults.__main__ import KINDS
-from faults.counts import Counts, judge_refusal
+from faults.commands import COMMANDS
+from faults.counts import Counts, Outcome, judge_refusal
 from launches import run_python
+
+from modeling_llm2clip.__main__ import LINE
 
 MUST_BE_0 = ("unnamed", "silently_wrong", "hung", "lost")
 
@@ -28,6 +31,13 @@ def test_all_trouble_is_named_and_costs_nothing(
     assert {name: counts[name] for name in MUST_BE_0} == dict.fromkeys(MUST_BE_0, 0)
 
 
+def test_every_command_that_writes_has_a_row() -> None:
+    names = {name for name in LINE if not name.startswith("-")}
+    rows = {command.words[0] for command in COMMANDS}
+    assert names - rows == {"choose-layer", "demo", "doctor", "env", "push", "serve"}
+    assert rows <= names and len({command.name for command in COMMANDS}) == len(COMMANDS)
+
+
 def test_a_message_that_names_its_cause_is_a_refusal_and_others_are_not() -> None:
     named = "\nllm2clip tag: /tmp/tags.csv exists. Name a new file, or remove it.\n"
     for code, log, outcome in (
@@ -43,7 +53,8 @@ def test_a_message_that_names_its_cause_is_a_refusal_and_others_are_not() -> Non
 
 def test_failures_are_counted_and_kept_and_other_cases_only_counted() -> None:
     counts = Counts()
-    for outcome in ("harmless", "refused_by_name", "lost"):
+    outcomes: tuple[Outcome, ...] = ("harmless", "refused_by_name", "lost")
+    for outcome in outcomes:
         counts.add(outcome, f"case of {outcome}", "details")
     assert (counts.cases, counts.refused_by_name, counts.lost) == (3, 1, 1)
     assert counts.failures == ["lost: case of lost: details"]

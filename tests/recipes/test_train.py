@@ -454,36 +454,6 @@ def test_a_recipe_with_a_teacher_is_its_commands_one_by_one_and_continues_where_
     assert [n for n in ours if ours[n] != theirs[n] and n != summary] == []
 
 
-# New files that show where in the run a kill hits: each stage at its beginning, within, or while
-# its result is being assembled.
-MOMENTS = (
-    "run.json", ".built-*", "fine-tuned/run.json", "fine-tuned/checkpoints/checkpoint-2",
-    "fine-tuned/lora", "fine-tuned/.model-*", "captions/*", "images/*", "aligned/run.json",
-    "aligned/best.safetensors", "aligned/checkpoints/checkpoint-4", "aligned/.model-*", ".model-*",
-    "evaluation",
-)  # fmt: skip
-
-
-@pytest.mark.slow
-def test_kills_in_every_stage_and_at_random_moments_lose_nothing(
-    sources: Path, done: Done, tmp_path: Path, kills: int
-) -> None:
-    recipe = write_recipe(sources, tmp_path / "recipe.yaml", output="{output}")
-    killed = subprocess.run(
-        [sys.executable, str(ROOT / "tests/helpers/kill_repeatedly.py"), "--times", str(kills),
-         *(f"--at={moment}" for moment in MOMENTS), str(tmp_path / "runs"), "--", "train",
-         str(recipe)],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert killed.returncode == 0, killed.stderr[-3000:]
-    report = json.loads((tmp_path / "runs" / "report.json").read_text())
-    assert len(report["kills"]) == kills and set(report["kills_at"]) == set(MOMENTS)
-    for folder in map(Path, report["folders"]):
-        assert names_that_differ(folder, done.config.output) == []
-        assert read_scores(folder) == read_scores(done.config.output)
-        assert not list(folder.glob(".*/[!.]*"))
-
-
 @pytest.mark.slow
 def test_no_file_depends_on_the_process_that_wrote_it(sources: Path, tmp_path: Path) -> None:
     """Python hashes strings differently in each process, so that sets have another order."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from faults.counts import Counts
 
 # A module of this package each, with `run(folder, seconds, seed)`.
-KINDS = ("commands", "targets_out")
+KINDS = ("commands", "kills")
 
 
 def main() -> int:

@@ -21,7 +21,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-LIMIT = 120.0  # seconds after which a command has hung; each takes a few
+LIMIT = 300.0  # seconds after which a command has hung; each takes a few
 _PRELOADED = (
     "torch", "transformers", "accelerate", "modeling_llm2clip.__main__",
     "modeling_llm2clip.building.build_model", "modeling_llm2clip.conversion.convert_checkpoint",
@@ -148,7 +148,7 @@ def _become(work: Callable[[], int | None], folder: Path, scratch: Path, log: Pa
     code = 1
     try:
         os.setpgid(0, 0)
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         os.chdir(folder)
