@@ -57,7 +57,7 @@ BUDGETS = {
     "scheduling": 83,
     "search": 1555,
     "serving": 1538,
-    "training": 4487,
+    "training": 4489,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 279, 8390
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")

@@ -338,7 +338,7 @@ def _render(folder: Path, card: CardData, *, name: str) -> str:
         if len(sides) == 1
         else f'`AutoModel`, `AutoProcessor` and `pipeline("{_PIPELINES[sides]}")`',
         training=(", ".join(card.training_data) or "Not recorded.")
-        + (_KEPT.format(card.kept_texts) if card.kept_texts else ""),
+        + (_KEPT.format(card.kept_texts) if card.kept_texts and "text" in sides else ""),
         scores=_describe_scores(card),
         license=_describe_license(card),
         origins=format_rows(_describe_origins(origins, card)),

@@ -252,7 +252,7 @@ def _check_towers(config: TrainConfig) -> None:
     if config.build.keep_projection and find_model_type(config.vision_model) is not None:
         tower = load_without_code(AutoConfig, config.vision_model)
         require_dual_encoder(tower.model_type, config.vision_model)
-        if config.inherit and Path(config.vision_model).is_dir():
+        if (config.inherit or config.align.keep_texts) and Path(config.vision_model).is_dir():
             list_weight_files(Path(config.vision_model))
 
 

@@ -152,11 +152,12 @@ def interpolate(
             results.append(make_accuracy(labels, has_chosen=by_accuracy))
         return results, NEAR_CHANCE_ON_CARD if measured.is_near_chance else None
 
+    of_texts = first if start.config.projections_trained and not chosen else last
     save_trained_model(
         last, weights, output,
         text_adapter_trained=model.config.text_adapter_trained,
         projections_trained=model.config.projections_trained,
-        kept_texts=read_card_data(last).kept_texts,
+        kept_texts=read_card_data(of_texts).kept_texts,
         measure=measure,
     )  # fmt: skip
     return Interpolation(scores, chosen)
