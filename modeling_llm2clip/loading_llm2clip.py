@@ -42,6 +42,7 @@ _FILES_OF = {
     "process": "processor_config.json or preprocessor_config.json",
     "": "config.json",
 }
+_DEVICES = re.compile("CUDA|MPS|HIP|XPU")
 _REMEDY = "Choose one whose classes are part of transformers."
 # Errors of a loader that lacks a class which only the folder's code defines.
 _LOADING_ERRORS = (ValueError, OSError, LookupError, AttributeError, TypeError, ImportError)
@@ -307,8 +308,8 @@ def naming_fields(source: Any, arguments: Iterable[str] = ()) -> Iterator[None]:
     except Exception as error:  # of no other class in the tokenizers library
         reason = " ".join(str(error).split())
         is_named = str(source) in reason or ".json" in reason
-        is_of_device = isinstance(error, RuntimeError) and not isinstance(error, RecursionError)
-        if is_of_device or (is_named and isinstance(error, ValueError)):
+        is_of_device = type(error).__name__ == "OutOfMemoryError" or _DEVICES.search(reason)
+        if is_of_device or (is_named and isinstance(error, ValueError | RuntimeError)):
             raise
         places = [Path(frame.filename).name for frame in extract_tb(error.__traceback__)]
         files = next(files for part, files in _FILES_OF.items() if any(part in p for p in places))

@@ -40,26 +40,26 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2544,
+    ".": 2548,
     "building": 1356,
-    "cli": 1116,
+    "cli": 1124,
     "configs": 861,
-    "conversion": 600,
-    "data": 4777,
+    "conversion": 604,
+    "data": 4787,
     "demo": 86,
     "doctor": 1345,
-    "embedding": 1248,
+    "embedding": 1250,
     "encoding": 958,
-    "evaluation": 2924,
-    "model_folders": 1460,
+    "evaluation": 2927,
+    "model_folders": 1458,
     "publishing": 951,
-    "recipes": 458,
+    "recipes": 460,
     "scheduling": 83,
-    "search": 1555,
-    "serving": 1538,
-    "training": 4489,
+    "search": 1560,
+    "serving": 1566,
+    "training": 4485,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 279, 8390
+MOST_FILES, MOST_DOCSTRING_LINES = 279, 8401
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.

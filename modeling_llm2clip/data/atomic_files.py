@@ -37,6 +37,7 @@ _LONGEST_NAME = 218
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Errors of torch.save and of safetensors (28: no space, 122: quota, 27: file too large).
 _WRITE_FAILED = re.compile(r"inline_container|PytorchStreamWriter|(os error|code:) (28|122|27)\b")
+_FREE_DISK = "Free some space, or write to another disk"
 # Remedy of `explain_full_disk` for a temporary folder.
 FREE_TEMPORARY_FOLDER = (
     "Free some space, or name another folder for temporary files by the variable TMPDIR"
@@ -60,14 +61,18 @@ def temporary_folder() -> Path:
 
 @contextmanager
 def explain_full_disk(folder: Path, what: str, remedy: str) -> Iterator[None]:
-    """Say what to do when the disk is full; torch and safetensors raise other errors then."""
+    """Say what to do when the disk of a folder is full.
+
+    torch and safetensors raise other errors then. An error that names another place stays.
+    """
     try:
         yield
     except Exception as error:
-        number = getattr(error, "errno", None)
+        number, file = getattr(error, "errno", None), getattr(error, "filename", None)
         if not isinstance(error, OSError) and _WRITE_FAILED.search(str(error)):
             number = errno.ENOSPC
-        if number not in _DISK_IS_FULL:
+        is_elsewhere = file and not Path(file).absolute().is_relative_to(folder.absolute())
+        if number not in _DISK_IS_FULL or is_elsewhere:
             raise
         message = f"No room {what} ({os.strerror(number)}). {remedy}"
         raise OSError(number, message, str(folder)) from error
@@ -118,10 +123,9 @@ def atomic_file(file: Path, *, replaces: bool = False) -> Iterator[IO[bytes]]:
     _clear_unfinished(file)
     unique = uuid4().hex
     unfinished = file.with_name(f"{file.name}.{unique}{_UNFINISHED}")
-    remedy = "Free some space, or write to another disk"
     try:
         with (
-            explain_full_disk(file.parent, f"to write {file.name}", remedy),
+            explain_full_disk(file.parent, f"to write {file.name}", _FREE_DISK),
             unfinished.open("xb") as opened,
         ):
             _lock(opened, shared=False)
@@ -184,6 +188,19 @@ def lock_file(opened: IO[Any] | int, *, shared: bool = False, wait: bool = True)
     return True
 
 
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Make a folder, and let one process at a time write into it, if the file system has locks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            lock_file(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def lock_unless_held(file: Path, opened: IO[Any] | int) -> bool:
     """Take the lock on an open file that still has its name, if the file system has locks."""
     with suppress(OSError):
@@ -241,7 +258,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     unfinished = scratch / folder.name
     try:
-        with (scratch / _CLAIM).open("w", encoding="utf-8") as claim:
+        with (
+            explain_full_disk(folder.parent, f"to write {folder.name}", _FREE_DISK),
+            (scratch / _CLAIM).open("w", encoding="utf-8") as claim,
+        ):
             if _lock(claim, shared=False):
                 claim.write(folder.name)  # only now: an empty claim is ignored
                 claim.flush()

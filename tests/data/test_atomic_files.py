@@ -127,6 +127,19 @@ def test_the_ways_to_write_tensors_name_no_room_alike(save: Any, tmp_path: Path)
         raise RuntimeError("other")
 
 
+def test_a_place_without_room_is_named_where_it_is(tmp_path: Path) -> None:
+    """Of a run, too, whose temporary files are elsewhere."""
+    run, temporary = tmp_path / "run", tmp_path / "temporary"
+    for place, message in ((temporary, "No room to write file"), (run / "below", "No room for it")):
+        with (
+            largest_file(1000),
+            pytest.raises(OSError, match=message) as caught,
+            explain_full_disk(run, "for it", "Free some."),
+        ):
+            write_atomically(place / "file", bytes(2000))
+        assert caught.value.filename == str(temporary if place == temporary else run)
+
+
 def test_an_exclusive_lock_keeps_others_out_and_a_shared_one_only_exclusive_ones(
     tmp_path: Path,
 ) -> None:

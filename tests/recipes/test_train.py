@@ -39,6 +39,7 @@ from modeling_llm2clip.recipes.recipe_plan import plan_recipe, read_split
 from modeling_llm2clip.recipes.train import train
 from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
 from modeling_llm2clip.training.alignment.align import align
+from modeling_llm2clip.training.run_folder import _hold
 
 ROOT = Path(__file__).parents[2]
 # What says when and how fast something ran, beside what came of it.
@@ -293,6 +294,14 @@ def test_an_output_that_cannot_be_made_is_refused_before_the_data_are_read(
     with pytest.raises(ValueError, match=r"run is not empty and has no run\.json"):
         train(config)
     assert list(read_files(config.output)) == ["notes.txt"]
+
+
+def test_a_recipe_that_another_process_runs_is_refused(sources: Path, tmp_path: Path) -> None:
+    """Even one that had begun nothing yet: the record would be of one, and the model of another."""
+    config = make_recipe(sources, tmp_path / "run")
+    with _hold(config.output), pytest.raises(ValueError, match=r"in use: .*with the same call, or"):
+        train(config)
+    assert not config.output.exists()
 
 
 def test_what_is_evaluated_may_change(copied: TrainConfig, sources: Path) -> None:

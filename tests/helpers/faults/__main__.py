@@ -17,10 +17,10 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from faults.counts import Counts
+from faults.counts import Counts, NotHereError
 
 # A module of this package each, with `run(folder, seconds, seed)`.
-KINDS = ("commands", "kills")
+KINDS = ("commands", "kills", "targets_in", "writers", "disks", "endpoint")
 
 
 def main() -> int:
@@ -35,7 +35,11 @@ def main() -> int:
     for kind in arguments.only or KINDS:
         run: Callable[[Path, float, int], Counts] = importlib.import_module(f"faults.{kind}").run
         with tempfile.TemporaryDirectory(prefix=f"faults-{kind}-") as folder:
-            counts = run(Path(folder).resolve(), arguments.seconds, arguments.seed)
+            try:
+                counts = run(Path(folder).resolve(), arguments.seconds, arguments.seed)
+            except NotHereError as error:
+                print(f"{kind}: {error}", flush=True)  # noqa: T201
+                continue
         harnesses[kind] = asdict(counts)
         shown = ", ".join(
             f"{name} {n}" for name, n in harnesses[kind].items() if name != "failures"

@@ -66,7 +66,7 @@ class Command:
         output: file or folder name of the output.
         start: input that the output is a copy of before the command, for one that works in place.
         again: flag of a call whose output holds something already.
-        different: words that, added, make another output.
+        different: options that, added or in the place of the same ones, make another output.
         moments: patterns of names below the folder of the output at which a kill hurts most.
         read: reads the output; equal results are the same output.
     """
@@ -89,12 +89,19 @@ class Command:
         return folder / self.output
 
     def fill_in(self, inputs: Mapping[str, Path], folder: Path, *more: str) -> list[str]:
-        """Return the words of a call in the folder of a case, as it is now."""
+        """Return the words of a call in the folder of a case, as it is now.
+
+        Options with a value in `more` take the place of the same ones.
+        """
+        replaced = {
+            n for n, word in enumerate(self.words) if word.startswith("--") and word in more
+        }
+        words = [word for n, word in enumerate(self.words) if not {n, n - 1} & replaced]
         output = folder / self.output
         is_begun = output.is_dir() and any(output.iterdir())
         again = [self.again] if self.again and is_begun else []
         places = {**inputs, "output": output}
-        return [*(word.format(**places) for word in self.words), *more, *again]
+        return [*(word.format(**places) for word in words), *more, *again]
 
 
 COMMANDS = (
@@ -185,7 +192,7 @@ COMMANDS = (
     Command(
         "evaluate", ("evaluate", "{model}", "--datasets", "{data}", "--output", "{output}",
                      *_QUIET),
-        moments=("output/*",), read=read_scores,
+        different=("--dtype", "bfloat16"), moments=("output/*",), read=read_scores,
     ),
     Command(
         "train", ("train", "{recipe}"),  # the recipe names the output

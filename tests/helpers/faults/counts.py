@@ -10,6 +10,10 @@ Outcome = Literal["harmless", "refused_by_name", "unnamed", "silently_wrong", "h
 _MOST_CHARACTERS = 2000  # of the details of a failure
 
 
+class NotHereError(Exception):
+    """This machine lacks something that a harness needs."""
+
+
 @dataclass
 class Counts:
     """Outcomes of one harness; all but the first two must be 0.

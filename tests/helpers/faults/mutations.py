@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 
 _SHARE_OF_FIELDS = 0.7
@@ -184,15 +186,10 @@ def _dump_tar(tree: Any, _: bytes) -> bytes:
 
 
 def _load_parquet(content: bytes) -> Any:
-    import pyarrow.parquet as pq
-
     return pq.read_table(io.BytesIO(content)).to_pylist()
 
 
 def _dump_parquet(tree: Any, _: bytes) -> bytes:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     stream = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(tree), stream)
     return stream.getvalue()

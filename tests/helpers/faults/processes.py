@@ -58,13 +58,13 @@ class Ended:
 class Fork:
     """A running fork, whose current folder is `folder`.
 
-    Its log, temporary files and cache are beside the folder, in `<folder>.scratch`.
+    Its log, and `<folder>.scratch` with its temporary files and cache, are beside the folder.
     """
 
     def __init__(self, work: Callable[[], int | None], folder: Path) -> None:
         self.scratch = folder.with_name(f"{folder.name}.scratch")
         self.scratch.mkdir(parents=True, exist_ok=True)
-        self.log = self.scratch / f"{next(_numbers)}.log"
+        self.log = folder.with_name(f"{folder.name}.{next(_numbers)}.log")
         self.started = time.monotonic()
         sys.stdout.flush()
         sys.stderr.flush()
