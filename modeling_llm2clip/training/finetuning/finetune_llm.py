@@ -51,6 +51,7 @@ from ...processing_llm2clip import LLM2CLIPProcessor
 from ...scheduling.graceful_stop import stop_on_signals
 from ...scheduling.processes import choose_device
 from ..run_folder import (
+    NEAREST_FILE,
     add_results,
     discard_later_steps,
     find_last_checkpoint,
@@ -97,7 +98,6 @@ WORSE_BY_MERGING = (
 UNNAMED = "unnamed data"
 LORA_FOLDER = "lora"
 MODEL_FOLDER = "model"
-_NEAREST_FILE = "nearest_groups.npy"
 _POOL_OF_HARD_NEGATIVES = 2  # times as many as are sampled: the same images do not always meet
 
 
@@ -379,7 +379,7 @@ def _find_nearest(
     """Find the nearest groups of each group, once per run: all processes encode, one compares."""
     if not config.num_hard_negatives:
         return None
-    file, state = output / _NEAREST_FILE, PartialState()
+    file, state = output / NEAREST_FILE, PartialState()
     if not resumed:
         num_nearest = _POOL_OF_HARD_NEGATIVES * config.num_hard_negatives
         report = write_nearest_groups(
