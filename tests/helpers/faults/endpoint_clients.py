@@ -224,13 +224,14 @@ class Campaign:
         """Ask for much over one connection, and read none of it until the limit is past."""
         request = write_request("/openapi.json", b"", method="GET")
         async with connect(self.server.port) as (reader, writer):
+            transport: Any = writer.transport
             connection = writer.get_extra_info("socket")
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            writer.transport.pause_reading()
+            transport.pause_reading()
             writer.write(request * UNREAD)
             await asyncio.sleep(2 * TIMEOUT_S + 5 + random.random())
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**20)
-            writer.transport.resume_reading()
+            transport.resume_reading()
             answers = 0
             while (await asyncio.wait_for(read_answer(reader), PATIENCE_S)).status:
                 answers += 1

@@ -167,6 +167,7 @@ class Oracle:
     def __init__(self, model: Path, index: Path) -> None:
         from modeling_llm2clip import ImageIndex, load_model
 
+        self._model: Any
         self._model, self._processor = load_model(model, device="cpu")
         self._known: dict[Item, Any] = {}
         batches = ImageIndex.open(index, device="cpu").iterate_embeddings()
