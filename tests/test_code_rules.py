@@ -45,21 +45,21 @@ BUDGETS = {
     "cli": 1124,
     "configs": 861,
     "conversion": 604,
-    "data": 4788,
+    "data": 4789,
     "demo": 86,
     "doctor": 1345,
-    "embedding": 1247,
+    "embedding": 1250,
     "encoding": 958,
-    "evaluation": 2922,
+    "evaluation": 2927,
     "model_folders": 1458,
     "publishing": 951,
     "recipes": 460,
     "scheduling": 83,
-    "search": 1561,
+    "search": 1560,
     "serving": 1565,
-    "training": 4470,
+    "training": 4489,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 279, 8399
+MOST_FILES, MOST_DOCSTRING_LINES = 279, 8403
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.
