@@ -1,7 +1,7 @@
 """Kills every command at names that appear and at random moments, and lets it go on.
 
-A case kills the runs of one command in one folder, up to three times. The call that is left alone at
-the end must end with the undisturbed output, and nothing half written may stay beside it.
+A case kills the runs of one command in one folder, up to three times. The call that is left alone
+at the end must end with the undisturbed output, and nothing half written may stay beside it.
 """
 
 from __future__ import annotations
