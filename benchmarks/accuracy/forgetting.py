@@ -80,7 +80,8 @@ TOWERS: dict[str, Mapping[str, Any]] = {
 BEFORE = "before"
 FOLDERS = ("all", "aligned", "chosen", "test", "labeled", "labeled-chosen")
 CHOICE_SEED = 100  # which no other run has
-WEIGHTS, SAMPLES = (0.3, 1.0, 3.0, 10.0), (64, 256)
+# Weights and samples of kept names to choose among; a weight of 0 is the inheritance alone.
+CHOICES = ((0.0, 256), (0.3, 256), (1.0, 256), (3.0, 256), (10.0, 256), (1.0, 64))
 
 
 @dataclass(frozen=True)
@@ -144,17 +145,15 @@ def run_all(work: Path, seeds: int, steps: int) -> Iterator[dict[str, Any]]:
 
 
 def try_choices(work: Path, steps: int) -> Iterator[dict[str, Any]]:
-    """Measure weights with a frozen tower, and samples of the weight 1, on images to choose by."""
-    tried = [(weight, max(SAMPLES)) for weight in (0.0, *WEIGHTS)] + [(1.0, min(SAMPLES))]
-    for tower, (weight, sample) in product(TOWERS, tried):
+    """Measure weights and samples with a frozen tower, on images to choose by."""
+    for weight, sample in CHOICES:
         kept_texts.MOST_SAMPLED = sample
         options = {
-            **INHERIT, **TOWERS[tower], "seed": CHOICE_SEED, "max_steps": steps,
+            **INHERIT, **TOWERS["frozen"], "seed": CHOICE_SEED, "max_steps": steps,
             "keep_texts": f"image-folder={CHOICE.labeled}", "keep_weight": weight,
         }  # fmt: skip
-        folder = run_alignment(work, f"choice-{tower}-{weight}-{sample}", options)
-        scores = measure(folder, work, CHOICE)
-        yield {"tower": tower, "weight": weight, "sample": sample, **scores}
+        folder = run_alignment(work, f"choice-{weight}-{sample}", options)
+        yield {"weight": weight, "sample": sample, **measure(folder, work, CHOICE)}
 
 
 def count_images(folder: Path) -> int:
@@ -333,7 +332,7 @@ def run_alignment(work: Path, name: str, options: dict[str, Any]) -> Path:
         align(
             work / "kept", load_records(work / "aligned"), work / name,
             AlignConfig(global_batch_size=64, held_out_ratio=0.0, **options),
-            caption_store=work / "captions", **stores,
+            caption_store=work / "captions", resume=(work / name).exists(), **stores,
         )  # fmt: skip
     return work / name / "model"
 
