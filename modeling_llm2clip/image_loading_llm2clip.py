@@ -1,8 +1,8 @@
 """Loads images from any source as upright RGB on white. No other module decodes pixels.
 
-Every image is decoded in full, so it has the same pixels in training, extraction, evaluation,
-search, serving, and the saved processor. A pipeline decodes images itself: it drops the alpha
-channel and clips 16 bits.
+Every image is decoded in full unless a store or an index records otherwise, so it has the same
+pixels in training, extraction, evaluation, search, serving, and the saved processor. A pipeline
+decodes images itself: it drops the alpha channel and clips 16 bits.
 
 Uploaded with the weights.
 """
@@ -130,7 +130,9 @@ def _parse_limits(text: str) -> ImageLimits:
         ) from None
 
 
-def load_images(images: Any, *, limits: ImageLimits | None = None) -> Any:
+def load_images(
+    images: Any, *, limits: ImageLimits | None = None, min_jpeg_side: int | None = None
+) -> Any:
     """Load one image or a list of images as RGB.
 
     PIL images, paths and URLs become PIL images; arrays and tensors keep their type. Transparency
@@ -142,6 +144,8 @@ def load_images(images: Any, *, limits: ImageLimits | None = None) -> Any:
         images: One image or a list: PIL images, paths, URLs, or RGB arrays and tensors of shape
             (H, W, 3) or (3, H, W). A 4-dimensional batch of these is read as a list.
         limits: Which encoded images are decoded. Default: `get_image_limits()`.
+        min_jpeg_side: Decode JPEGs at a half, a quarter or an eighth of their size, as long as both
+            sides keep so many pixels. Default: all are decoded in full.
 
     Returns:
         One image for one image, a list for a list.
@@ -165,13 +169,13 @@ def load_images(images: Any, *, limits: ImageLimits | None = None) -> Any:
     if len(getattr(images, "shape", ())) == 4:
         images = list(images)
     if not isinstance(images, list | tuple):
-        return _load_image(images, 1, limits=limits)
+        return _load_image(images, 1, limits, min_jpeg_side)
     if not images:
         raise ValueError("images is an empty list; give at least one image.")
     loaded, errors = [], []
     for number, image in enumerate(images, start=1):
         try:
-            loaded.append(_load_image(image, number, limits=limits))
+            loaded.append(_load_image(image, number, limits, min_jpeg_side))
         except ValueError as error:
             errors.append(str(error))
     if errors:
@@ -191,13 +195,18 @@ def unpack_pixels(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return pixels
 
 
-def _load_image(image: Any, number: int, *, limits: ImageLimits) -> Any:
+def _load_image(image: Any, number: int, limits: ImageLimits, min_jpeg_side: int | None) -> Any:
     if hasattr(image, "shape") and hasattr(image, "dtype"):
         return _check_array(image, f"image number {number}", limits)
     if isinstance(image, str | os.PathLike):
-        return _open_image(os.fspath(image), limits)
+        return _open_image(os.fspath(image), limits, min_jpeg_side)
     if isinstance(image, Image.Image):
-        return _decode(image, getattr(image, "filename", "") or f"image number {number}", limits)
+        return _decode(
+            image,
+            getattr(image, "filename", "") or f"image number {number}",
+            limits,
+            min_jpeg_side,
+        )
     raise ValueError(
         f"Image number {number} is {type(image).__name__}; give a PIL image, a path, a URL, an "
         "array or a tensor. PIL.Image.open opens files, and bytes as io.BytesIO."
@@ -239,7 +248,7 @@ def _require_no_strip(width: int, height: int, name: str, limits: ImageLimits) -
         )
 
 
-def _open_image(path: str, limits: ImageLimits) -> Image.Image:
+def _open_image(path: str, limits: ImageLimits, min_jpeg_side: int | None) -> Image.Image:
     if path.startswith("data:"):
         raise ValueError(
             f"{path[:40]}…: data URIs are not supported. Decode it (base64.b64decode), and open "
@@ -250,7 +259,7 @@ def _open_image(path: str, limits: ImageLimits) -> Image.Image:
     if source is path and not os.path.isfile(path):  # noqa: PTH113  # False for an invalid path
         raise ValueError(f"{path[:_MOST_SHOWN]}: no such image. Correct the path.")
     with read_image_header(source, name=path, limits=limits) as image:
-        return _decode(image, path, limits)
+        return _decode(image, path, limits, min_jpeg_side)
 
 
 def read_image_header(source: Any, *, name: str, limits: ImageLimits | None = None) -> Image.Image:
@@ -384,8 +393,10 @@ def _fetch(address: str, limits: ImageLimits) -> io.BytesIO:
     return content
 
 
-def _decode(image: Image.Image, name: str, limits: ImageLimits) -> Image.Image:
-    """Decode in full, apply EXIF rotation, and convert to RGB on white."""
+def _decode(
+    image: Image.Image, name: str, limits: ImageLimits, min_jpeg_side: int | None
+) -> Image.Image:
+    """Decode, apply EXIF rotation, and convert to RGB on white."""
     if 0 in image.size:
         raise ValueError(f"{name}: the image has no pixels ({image.size}).")
     _require_no_strip(*image.size, name, limits)
@@ -393,6 +404,8 @@ def _decode(image: Image.Image, name: str, limits: ImageLimits) -> Image.Image:
         _require_within(image, name, limits)
     black, white = _find_black_and_white(image)  # from the file, which a rotated copy lacks
     _scale_transparent_value(image)
+    if min_jpeg_side is not None:
+        image.draft(None, (min_jpeg_side, min_jpeg_side))  # other formats have no such choice
     try:
         image.load()
         if image.getexif().get(_ORIENTATION, 1) != 1:  # Pillow would copy an upright one

@@ -306,7 +306,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else text
         mask = batch["attention_mask"]
         rows = [mask] if np.ndim(mask[0]) == 0 else mask  # rows may be lists of unequal length
-        lengths = [int(sum(row)) for row in rows]
+        lengths = [int(np.asarray(row).sum()) for row in rows]
         # A text below this length was not truncated. Without truncation it may exceed it.
         least = min(limit, self.tokenizer.model_max_length)
         full = [number for number, length in enumerate(lengths) if length >= least]

@@ -40,26 +40,26 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2434,
+    ".": 2436,
     "building": 1351,
     "cli": 1113,
-    "configs": 857,
+    "configs": 861,
     "conversion": 600,
-    "data": 4678,
+    "data": 4682,
     "demo": 86,
     "doctor": 1348,
-    "embedding": 1256,
-    "encoding": 940,
-    "evaluation": 2915,
+    "embedding": 1257,
+    "encoding": 955,
+    "evaluation": 2918,
     "model_folders": 1437,
     "publishing": 951,
     "recipes": 455,
     "scheduling": 83,
-    "search": 1494,
+    "search": 1506,
     "serving": 1544,
-    "training": 4433,
+    "training": 4431,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 279, 8332
+MOST_FILES, MOST_DOCSTRING_LINES = 279, 8336
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.

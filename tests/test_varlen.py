@@ -12,8 +12,10 @@ from shared_models import shared_model
 from tiny import LLM_FAMILIES, tiny_llm, tiny_model
 from tiny_embedders import EMBEDDERS, tiny_network
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.varlen import varlen_attn
+from transformers import AutoConfig, AutoModel
 
 from modeling_llm2clip import modeling_llm2clip
 from modeling_llm2clip.attention_llm2clip import (
@@ -26,7 +28,8 @@ from modeling_llm2clip.attention_llm2clip import (
     takes_dtype,
 )
 from modeling_llm2clip.base_llm2clip import set_attention_direction
-from modeling_llm2clip.packing_llm2clip import _checked, can_pack, run_unpadded
+from modeling_llm2clip.encoding.layer_compilation import compile_layers
+from modeling_llm2clip.packing_llm2clip import _checked, can_pack, copy_to, run_unpadded
 
 TEXTS = ["a dog", "two small cats on a mat", "a", "the end of it", "one more dog"]
 CPU = torch.device("cpu")
@@ -61,6 +64,33 @@ def attend_by_segments(
 
 
 KERNEL = VarlenKernel(attend_by_segments, 256, (torch.float32, torch.bfloat16))
+
+
+# An operator, as torch's own is one, so that no compiler looks into it.
+_attend_in_graph = torch.library.custom_op(
+    "tests_varlen::attend",
+    lambda query, key, value, cu_seqlens, longest, scale, is_causal, enable_gqa: attend_by_segments(
+        query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scale,
+        window_size=(-1, 0) if is_causal else (-1, -1), enable_gqa=enable_gqa, num_splits=1,
+    ),
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, SymInt longest, "
+    "float? scale, bool is_causal, bool enable_gqa) -> Tensor",
+)  # fmt: skip
+_attend_in_graph.register_fake(lambda query, *_: torch.empty_like(query))
+
+
+def attend_in_graph(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, _: Tensor, max_q: int, __: int,
+    *, scale: float | None, window_size: tuple[int, int], enable_gqa: bool, num_splits: int,
+) -> Tensor:  # fmt: skip
+    """Call that operator."""
+    assert num_splits == 1
+    is_causal = window_size == (-1, 0)
+    attended: Tensor = _attend_in_graph(
+        query, key, value, cu_seq_q, max_q, scale, is_causal, enable_gqa
+    )
+    return attended
 
 
 def embed_with_gradients(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -104,6 +134,25 @@ def test_unpadded_texts_have_the_embeddings_and_gradients_of_padded_ones(
 def test_unpadded_texts_of_an_embedder_have_the_states_of_padded_ones(name: str) -> None:
     network = tiny_network(name)
     set_attention_direction(network, bidirectional=name not in ("Qwen3-Embedding", "SGPT"))
+    require_states_of_texts_alone(network)
+
+
+# Learned positions, of which OPT skips two by itself.
+@pytest.mark.parametrize("family", ["opt", "gpt2"])
+def test_unpadded_texts_of_an_llm_with_learned_positions_have_those_of_each_text(
+    family: str,
+) -> None:
+    sizes = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100,
+        "max_position_embeddings": 64, "ffn_dim": 48, "word_embed_proj_dim": 32,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **sizes)
+    require_states_of_texts_alone(AutoModel.from_config(config).eval())
+
+
+def require_states_of_texts_alone(network: Any) -> None:
+    """Require the states of texts with padding on either side to be those of each text alone."""
     ids = torch.arange(4, 28).view(3, 8)  # within the windows
     mask = torch.ones_like(ids)
     mask[0, 6:] = mask[2, :4] = 0  # on either side
@@ -244,3 +293,46 @@ def test_a_program_that_chose_backends_and_recomputed_layers_keep_their_order() 
     with order_backends("cuda", model.eval()):
         assert torch._C._get_sdp_priority_order() != before
     assert torch._C._get_sdp_priority_order() == before
+
+
+@pytest.mark.slow
+def test_other_lengths_of_packs_compile_no_layer_again() -> None:
+    torch.compiler.reset()
+    model, processor = tiny_model()
+    model.varlen_kernel = KERNEL._replace(attend=attend_in_graph)
+    inputs = [
+        dict(processor(text=[" ".join(["dog"] * (length - row % 3)) for row in range(count)]))
+        for count, length in ((4, 5), (3, 3), (5, 9), (1, 7), (7, 4), (2, 12), (6, 6))
+    ]
+    with torch.inference_mode():
+        expected = [model.get_caption_embeds(**batch) for batch in inputs]
+        compile_layers(model, backend="eager")
+        before = counters["stats"]["unique_graphs"]
+        for batch, embeds in zip(inputs, expected, strict=True):
+            found = model.get_caption_embeds(**batch)
+            torch.testing.assert_close(found, embeds, atol=2e-6, rtol=1e-5)
+    assert 1 <= counters["stats"]["unique_graphs"] - before <= 2
+    assert not counters["graph_break"]
+
+
+def test_ids_for_a_gpu_are_pinned_before_a_copy_that_nothing_waits_for() -> None:
+    calls: list[Any] = []
+
+    class Watched(Tensor):
+        """Notes what is called on it; a CPU build of torch neither pins nor copies to a GPU."""
+
+        @classmethod
+        def __torch_function__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if getattr(func, "__name__", "") not in ("pin_memory", "to"):
+                return super().__torch_function__(func, types, args, kwargs)
+            calls.append((func.__name__, args[1:], kwargs or {}))
+            return args[0]
+
+    gpu = torch.device("cuda")
+    copy_to(torch.arange(3).as_subclass(Watched), gpu)
+    assert calls == [("pin_memory", (), {}), ("to", (gpu,), {"non_blocking": True})]
+    calls.clear()
+    copy_to(torch.arange(3).as_subclass(Watched), CPU)
+    assert [name for name, *_ in calls] == ["to"]

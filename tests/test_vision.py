@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from shared_models import ROUNDING, encode, shared_batch
+from shared_models import ROUNDING, encode, mostly_slow, shared_batch
 from tiny import IMAGE_SIZE, tiny_images, tiny_llm, tiny_model, tiny_tokenizer, tiny_vision
 from transformers import AutoConfig, AutoModel, CLIPImageProcessorPil
 
@@ -69,7 +69,9 @@ def test_cls_pooling_is_rejected_without_a_class_token(family: str) -> None:
         tiny_model(family, vision_pooling="cls")
 
 
-@pytest.mark.parametrize("family", ["clip", "dinov2", "dinov3_vit", "vit", "timm", "eva02"])
+@pytest.mark.parametrize(
+    "family", mostly_slow(["clip", "dinov2", "dinov3_vit", "vit", "timm", "eva02"])
+)
 def test_a_class_token_can_be_pooled(family: str) -> None:
     model, _ = tiny_model(family, vision_pooling="cls")
     assert encode(model, shared_batch(family)).shape == (3, 32)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from shared_models import ROUNDING, encode, images_of, shared_batch, shared_model
+from shared_models import ROUNDING, encode, images_of, mostly_slow, shared_batch, shared_model
 from tiny import (
     IMAGE_SIZE,
     MORE_VISION_FAMILIES,
@@ -66,7 +66,7 @@ def test_every_family_is_in_one_group() -> None:
     assert sorted(groups) == sorted(VISION_FAMILIES + MORE_VISION_FAMILIES)
 
 
-@pytest.mark.parametrize("family", WITH_ARGUMENT + ANY_SIZE + FIXED + BY_PATCHES)
+@pytest.mark.parametrize("family", mostly_slow(WITH_ARGUMENT + ANY_SIZE + FIXED + BY_PATCHES))
 def test_a_model_built_for_larger_images_resizes_to_them_and_reloads_bit_for_bit(
     family: str, tmp_path: Path
 ) -> None:
@@ -87,7 +87,7 @@ def test_a_model_built_for_larger_images_resizes_to_them_and_reloads_bit_for_bit
     assert torch.allclose(found, wanted, rtol=ROUNDING, atol=ROUNDING)
 
 
-@pytest.mark.parametrize("family", WITH_ARGUMENT + ANY_SIZE)
+@pytest.mark.parametrize("family", mostly_slow(WITH_ARGUMENT + ANY_SIZE))
 def test_positions_set_at_build_equal_those_interpolated_in_a_pass(family: str) -> None:
     (built, processor), (running, _) = make_larger(family), shared_model(family)
     batch = processor(images=tiny_images(2))
@@ -251,7 +251,7 @@ def test_the_configuration_of_a_timm_tower_states_its_image_size(
 # Another image size in a forward pass
 
 
-@pytest.mark.parametrize("family", WITH_ARGUMENT)
+@pytest.mark.parametrize("family", mostly_slow(WITH_ARGUMENT))
 def test_larger_images_need_the_processors_option_and_the_models_argument(family: str) -> None:
     model, processor = shared_model(family)
     batch = processor(images=tiny_images(2), size={"height": LARGER, "width": LARGER})
@@ -268,7 +268,7 @@ def require_refused(family: str, shape: tuple[int, int], error: str, **arguments
         encode(shared_model(family)[0], images, **arguments)
 
 
-@pytest.mark.parametrize("family", VISION_FAMILIES + MORE_VISION_FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(VISION_FAMILIES + MORE_VISION_FAMILIES))
 def test_images_that_a_tower_has_no_positions_for_are_rejected(family: str) -> None:
     # 64 × 16 has as many patches as 32 × 32, and so has 36 × 36 without its incomplete patches.
     # SigLIP itself accepts both.

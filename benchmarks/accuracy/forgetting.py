@@ -12,9 +12,9 @@ classified by their category and found by their keywords, those of the last one 
 Everything is repeated with the vision tower frozen and trained, and with several seeds; the dual
 encoder is trained once.
 
-`--choose` measures weights and samples of kept names instead, on other held-out images, and writes
-them into the same file. `--work` keeps everything, so that a second call goes on from there, and
-scores are written after each run.
+Weight and sample of kept names are chosen first, with a frozen tower, on other held-out images.
+`--work` keeps everything, so that a second call goes on from there, and scores are written after
+each run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -104,7 +104,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=10, help="of the dual encoder")
     parser.add_argument("--steps", type=int, default=120, help="of each alignment")
-    parser.add_argument("--choose", action="store_true", help="try weights and samples instead")
     output = Path(__file__).parents[1] / "results" / "forgetting.json"
     parser.add_argument("--output", type=Path, default=output)
     arguments = parser.parse_args()
@@ -114,46 +113,45 @@ def main() -> None:
     if not (work / "clip").exists():
         train_dual_encoder(work, epochs=arguments.epochs)
     prepare(work)
-    record = {
+    record: dict[str, Any] = {
         **describe_run("torch", "transformers", "modeling_llm2clip"),
         "image_size": IMAGE_SIZE, "epochs": arguments.epochs, "steps": steps,
-        "keep_weight": AlignConfig().keep_weight, "sample": kept_texts.MOST_SAMPLED,
         "num_images": {name: count_images(work / name) for name in FOLDERS},
         "num_categories": len(list_categories(work / "labeled")),
         "num_queries": len(list_queries(work)[0]),
+        "choices": [try_choice(work, *choice, steps=steps) for choice in CHOICES],
     }  # fmt: skip
-    runs = try_choices(work, steps) if arguments.choose else run_all(work, arguments.seeds, steps)
-    part, measured = "choice" if arguments.choose else "runs", []
-    for run in runs:
-        measured.append(run)
-        print(json.dumps(run), flush=True)
-        file = arguments.output
-        before = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-        record |= {name: before[name] for name in ("choice", "runs") if name in before}
-        file.write_text(f"{json.dumps({**record, part: measured}, indent=2)}\n", "utf-8")
-
-
-def run_all(work: Path, seeds: int, steps: int) -> Iterator[dict[str, Any]]:
-    """Measure the dual encoder, and every condition with each tower and seed."""
-    yield {"condition": BEFORE, "tower": None, "seed": None, **measure(work / "clip", work, TEST)}
-    for seed, condition, tower in product(range(seeds), CONDITIONS, TOWERS):
-        options = {**CONDITIONS[condition], **TOWERS[tower]}
+    kept = [tried for tried in record["choices"] if tried["weight"]]
+    chosen = max(kept, key=lambda tried: tried["score"])
+    record["chosen"] = {name: chosen[name] for name in ("weight", "sample")}
+    runs = [{"condition": BEFORE, "tower": None, "seed": None,
+             **measure(work / "clip", work, TEST)}]  # fmt: skip
+    for seed, condition, tower in product(range(arguments.seeds), CONDITIONS, TOWERS):
+        options = {**CONDITIONS[condition], **TOWERS[tower], "seed": seed, "max_steps": steps}
         name = f"{condition.replace(' ', '-')}-{tower}-{seed}"
-        folder = run_alignment(work, name, {**options, "seed": seed, "max_steps": steps})
+        folder = run_alignment(work, name, options, **record["chosen"])
         scores = measure(folder, work, TEST)
-        yield {"condition": condition, "tower": tower, "seed": seed, **scores}
+        runs.append({"condition": condition, "tower": tower, "seed": seed, **scores})
+        record_of_all = json.dumps({**record, "runs": runs}, indent=2)
+        arguments.output.write_text(f"{record_of_all}\n", "utf-8")
+        print(json.dumps(runs[-1]), flush=True)
 
 
-def try_choices(work: Path, steps: int) -> Iterator[dict[str, Any]]:
-    """Measure weights and samples with a frozen tower, on images to choose by."""
-    for weight, sample in CHOICES:
-        kept_texts.MOST_SAMPLED = sample
-        options = {
-            **INHERIT, **TOWERS["frozen"], "seed": CHOICE_SEED, "max_steps": steps,
-            "keep_texts": f"image-folder={CHOICE.labeled}", "keep_weight": weight,
-        }  # fmt: skip
-        folder = run_alignment(work, f"choice-{weight}-{sample}", options)
-        yield {"weight": weight, "sample": sample, **measure(folder, work, CHOICE)}
+def try_choice(work: Path, weight: float, sample: int, *, steps: int) -> dict[str, float]:
+    """Keep names with a frozen tower, and measure on images to choose by.
+
+    The score is the mean of the accuracy and of the mean R@1 of both directions.
+    """
+    options = {
+        **INHERIT, **TOWERS["frozen"], "seed": CHOICE_SEED, "max_steps": steps,
+        "keep_texts": f"image-folder={CHOICE.labeled}",
+    }  # fmt: skip
+    name = f"choice-{weight}-{sample}"
+    scores = measure(run_alignment(work, name, options, weight, sample), work, CHOICE)
+    score = scores["accuracy"] / 2 + (scores["t2i_r1"] + scores["i2t_r1"]) / 4
+    tried = {"weight": weight, "sample": sample, "score": score, **scores}
+    print(json.dumps(tried), flush=True)
+    return tried
 
 
 def count_images(folder: Path) -> int:
@@ -315,9 +313,12 @@ def prepare(work: Path) -> None:
     extract(work / "clip", records, work / "teacher", modality="text")
 
 
-def run_alignment(work: Path, name: str, options: dict[str, Any]) -> Path:
+def run_alignment(
+    work: Path, name: str, options: Mapping[str, Any], weight: float, sample: int
+) -> Path:
     """Align, unless that is done; return the folder of the model."""
     options = dict(options)
+    kept_texts.MOST_SAMPLED = sample
     stores: dict[str, Any] = {}
     if options["vision_training"] == "frozen":
         stores["image_store"] = work / "images"
@@ -326,6 +327,7 @@ def run_alignment(work: Path, name: str, options: dict[str, Any]) -> Path:
     if "keep_texts" in options:
         kind, _, place = options["keep_texts"].rpartition("=")
         options["keep_texts"] = f"{kind}={work / place}" if kind else str(work / place)
+        options["keep_weight"] = weight
         stores["teacher"] = work / "clip"
     if not (work / name / "model").exists():
         # Nothing is held out: the dual encoder was trained on these images.

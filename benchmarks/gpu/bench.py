@@ -28,7 +28,7 @@ class Bench:
         folder: An empty folder for models and stores.
         recorded: Rows of an earlier run on the same device, by name.
         rows: What was measured.
-        failures: What a run must not end with.
+        failures: What a run must not end with, by row or section.
     """
 
     device: torch.device
@@ -36,7 +36,13 @@ class Bench:
     folder: Path
     recorded: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def kept_rows(self) -> dict[str, Any]:
+        """Rows to record: a failed one never replaces the row of an earlier run."""
+        failed = {name: self.recorded[name] for name in self.failures if name in self.recorded}
+        return {**self.recorded, **self.rows, **failed}
 
     @property
     def on_gpu(self) -> bool:
@@ -116,7 +122,7 @@ class Bench:
         if before and not self.tiny:
             share = before / value if lower else value / before
             if share < _LEAST_OF_RECORDED:
-                self.failures.append(f"{name}: {share:.0%} of the recorded {before:,g} {unit}")
+                self.failures[name] = f"{share:.0%} of the recorded {before:,g} {unit}"
         self._add(name, row, text)
 
     def note_parity(self, name: str, value: float, limit: float, *, at_least: bool) -> None:
@@ -124,7 +130,7 @@ class Bench:
         holds = value >= limit if at_least else value <= limit
         bound = "at least" if at_least else "at most"
         if not holds:
-            self.failures.append(f"{name}: {value:.6g}, {bound} {limit:g} is needed")
+            self.failures[name] = f"{value:.6g}, {bound} {limit:g} is needed"
         row = {"value": value, "limit": limit, "holds": holds}
         self._add(name, row, f"{name}: {value:.6g} ({bound} {limit:g})")
 

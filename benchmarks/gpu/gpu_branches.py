@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _PACKAGE = "modeling_llm2clip"
-# Functions that tell whether a device computes beside the program, by the modules that call them.
+# Functions that tell whether a device runs ahead of Python, by the modules that call them.
 _ASKED = (
     ("training.finite_steps", "runs_ahead"),
     ("training.trainer_mixins", "runs_ahead"),
@@ -21,7 +21,8 @@ _ASKED = (
     ("training.alignment.sampling", "runs_ahead"),
     ("training.alignment.inheritance", "runs_ahead"),
     ("training.finetuning.finetune_trainer", "runs_ahead"),
-    ("encoding.encode", "computes_beside"),
+    ("encoding.encode", "runs_ahead"),
+    ("encoding.encode", "computes_beside"),  # its earlier name
 )
 
 

@@ -87,7 +87,8 @@ def run_align(bench: Bench, llm: str, batch: int, steps: int, *callbacks: Any) -
         steps: Number of steps.
         callbacks: Of the Trainer.
     """
-    count = bench.choose(256, 16_384)
+    # 32 of the largest steps: a run goes through few epochs, as one of millions of records does.
+    count = bench.choose(256, 131_072)
     folder = prepare_align(bench, llm, count)
     config = AlignConfig(
         max_steps=steps, global_batch_size=batch, held_out_ratio=0.0, projection_init="model",

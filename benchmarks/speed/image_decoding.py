@@ -1,11 +1,11 @@
-"""JPEGs decoded in full beside JPEGs decoded near the needed size: speed, pixels, embeddings.
+"""JPEGs decoded in full beside those of `--jpeg-decoding scaled`: speed, pixels, embeddings.
 
-    python -m benchmarks.speed.image_decoding --images photographs
+    python -m benchmarks.speed.image_decoding --images examples/data/photographs/images
 
-libjpeg can decode at a half, a quarter or an eighth of the size (Pillow's `draft`), which is faster
-for large photographs and gives other pixels. The package decodes in full everywhere; this measures
-what that costs and what the other way would change. The photographs are yours; each is enlarged to
-every size, gets noise as a camera's sensor makes it, and is saved as JPEG.
+libjpeg can decode at a half, a quarter or an eighth of the size, which is faster for large
+photographs and gives other pixels. `rows` measures by size of the photograph, `margins` by how much
+larger than the processor's a side stays at least. Times are of the CPU. Each photograph is enlarged
+to every size, gets noise as a camera's sensor makes it, and is saved as JPEG.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import io
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,14 @@ from PIL import Image
 from benchmarks.shared.provenance import describe_run, write_result
 from modeling_llm2clip.building.pretrained_towers import EFFICIENTNET, fetch_tower
 from modeling_llm2clip.building.vision_towers import load_vision_tower
+from modeling_llm2clip.encoding.batches import find_min_jpeg_side
 from modeling_llm2clip.image_loading_llm2clip import load_images
 
 _MEGAPIXELS = (0.3, 1, 3, 6, 12)
 _QUALITY = 92
 _NOISE = 3.0  # standard deviation, in levels of 255
-# Decoded at least this much larger than the tower sees, so that resizing still smooths.
-_OVERSIZE = 2
+_MARGINS = (1, 2)  # beside the package's
+_MARGINS_AT = 6  # megapixels, of which these margins have an eighth and a quarter decoded
 
 
 def main() -> None:
@@ -48,42 +48,48 @@ def main() -> None:
     torch.set_num_threads(1)
     paths = sorted(arguments.images.glob("*.jpg"))[: arguments.count]
     tower, processor, _ = load_vision_tower(fetch_tower(EFFICIENTNET))
-    rows = [_measure(size, paths, tower, processor, arguments.rounds) for size in _MEGAPIXELS]
+    rounds, side = arguments.rounds, max(filter(None, dict(processor.size).values()))
+    least = find_min_jpeg_side(processor, "scaled")
+    assert least is not None
+    rows = [_measure(size, paths, tower, processor, rounds, least) for size in _MEGAPIXELS]
+    margins = [
+        {"margin": margin, **_measure(_MARGINS_AT, paths, tower, processor, rounds, margin * side)}
+        for margin in _MARGINS
+    ]
     result = {
         "command": " ".join(["python", "-m", "benchmarks.speed.image_decoding", *sys.argv[1:]]),
         **describe_run("torch", "transformers", "pillow", threads=1),
         "num_images": len(paths),
         "tower_images_per_second": _time_tower(tower, processor, paths),
         "rows": rows,
+        "margins": margins,
     }
     write_result(arguments.output, result)
 
 
 def _measure(
-    megapixels: float, paths: list[Path], tower: Any, processor: Any, rounds: int
+    megapixels: float, paths: list[Path], tower: Any, processor: Any, rounds: int, least: int
 ) -> dict[str, Any]:
     encoded = [_enlarge(path, megapixels, seed) for seed, path in enumerate(paths)]
-    side = max(value for value in dict(processor.size).values() if value)
-    ways: dict[str, Callable[[bytes], Any]] = {
-        "full": _open, "near_size": lambda data: _open_near_size(data, side),
-    }  # fmt: skip
+    ways = {"full": None, "scaled": least}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     pixels = {}
     for _ in range(rounds):
-        for name, open_image in ways.items():  # in turns, because a machine's speed drifts
-            started = time.perf_counter()
-            pixels[name] = torch.cat([_prepare(open_image(data), processor) for data in encoded])
-            seconds[name].append(time.perf_counter() - started)
-    speeds = {name: len(paths) / statistics.median(times) for name, times in seconds.items()}
-    levels = (pixels["full"] - pixels["near_size"]).abs() * 255 * max(processor.image_std)
+        for name, sides in ways.items():  # in turns, because a machine's speed drifts
+            started = time.process_time()
+            pixels[name] = torch.cat([_prepare(_open(d), processor, sides) for d in encoded])
+            seconds[name].append(time.process_time() - started)
+    ms = {name: 1000 * statistics.median(t) / len(paths) for name, t in seconds.items()}
+    levels = (pixels["full"] - pixels["scaled"]).abs() * 255 * max(processor.image_std)
     embeds = {name: _embed(tower, value) for name, value in pixels.items()}
-    cosines = (embeds["full"] * embeds["near_size"]).sum(dim=1)
+    cosines = (embeds["full"] * embeds["scaled"]).sum(dim=1)
     row = {
         "megapixels": megapixels,
         "bytes_per_pixel": round(sum(map(len, encoded)) / len(encoded) / megapixels / 1e6, 3),
-        "full_images_per_second": round(speeds["full"], 1),
-        "near_size_images_per_second": round(speeds["near_size"], 1),
-        "speedup": round(speeds["near_size"] / speeds["full"], 2),
+        "min_side": least,
+        "full_ms_per_image": round(ms["full"], 1),
+        "scaled_ms_per_image": round(ms["scaled"], 1),
+        "speedup": round(ms["full"] / ms["scaled"], 2),
         "mean_difference_of_255": round(float(levels.mean()), 3),
         "largest_difference_of_255": round(float(levels.max()), 1),
         "mean_cosine": round(float(cosines.mean()), 5),
@@ -109,14 +115,9 @@ def _open(data: bytes) -> Any:
     return Image.open(io.BytesIO(data))
 
 
-def _open_near_size(data: bytes, side: int) -> Any:
-    image = Image.open(io.BytesIO(data))
-    image.draft(None, (_OVERSIZE * side, _OVERSIZE * side))  # type: ignore[no-untyped-call]
-    return image
-
-
-def _prepare(image: Any, processor: Any) -> torch.Tensor:
-    pixels: torch.Tensor = processor(load_images([image]), return_tensors="pt")["pixel_values"]
+def _prepare(image: Any, processor: Any, least: int | None = None) -> torch.Tensor:
+    loaded = load_images([image], min_jpeg_side=least)
+    pixels: torch.Tensor = processor(loaded, return_tensors="pt")["pixel_values"]
     return pixels
 
 

@@ -29,7 +29,7 @@ def _render_forgetting(report: dict[str, Any]) -> str:
         [condition, tower, *(show_range([run[name] for run in runs]) for name in columns)]
         for (tower, condition), runs in sorted(runs_of.items(), key=lambda i: towers.index(i[0][0]))
     ]
-    counts = report["num_images"]
+    counts, chosen = report["num_images"], report["chosen"]
     seeds = len({run["seed"] for run in report["runs"]} - {None})
     note = (
         f"Top-1 accuracy on {counts['labeled']} held-out drawings of {report['num_categories']} "
@@ -39,7 +39,7 @@ def _render_forgetting(report: dict[str, Any]) -> str:
         f"{counts['test']} held-out photographs. Means of {seeds} seeds (lowest to highest). Dual "
         f"encoder: {counts['all']:,} images at {report['image_size']} pixels, {report['epochs']} "
         f"epochs; alignment: {counts['aligned']:,} of these, {report['steps']} steps of 64, weight "
-        f"{report['keep_weight']:g}, {report['sample']} texts a step. {report['hardware']}; commit "
+        f"{chosen['weight']:g}, {chosen['sample']} texts a step. {report['hardware']}; commit "
         f"{report['commit']}."
     )
     return f"{draw_table(('text side', 'tower', *columns.values()), rows)}\n{note}\n"
@@ -110,6 +110,37 @@ def _render_text_towers(report: dict[str, Any]) -> str:
         f"{report['num_long_images']} photographs with a paragraph each, chance "
         f"{percent(1 / report['num_long_images'])}. CRA: {report['cra_data']}. "
         f"{report['hardware']}; commit {report['commit']}."
+    )
+    return f"{draw_table(heads, rows)}\n{note}\n"
+
+
+def _render_precision_effect(report: dict[str, Any]) -> str:
+    heads = (
+        "images", "text tower", "smallest cosine (mean) of texts", "of images",
+        "R@1, text to image: float32, bfloat16, `auto`", "image to text",
+        "`auto` runs texts in", "images in",
+    )  # fmt: skip
+    names = {"minilm": "all-MiniLM-L6-v2", "tuned": "SmolLM2-135M, fine-tuned"}
+    rows = []
+    for run in report["runs"]:
+        cosines = [
+            "{min:.4f} ({mean:.4f})".format(**run["cosine"][name]) for name in ("text", "image")
+        ]
+        scores = [
+            ", ".join(percent(run["r1"][name][way]) for name in ("float32", "bfloat16", "auto"))
+            for way in ("t2i", "i2t")
+        ]
+        chosen = [
+            "{dtype} ({cosine:.4f})".format(**run["guard"][name]) for name in ("text", "image")
+        ]
+        rows.append([run["dataset"], names[run["tower"]], *cosines, *scores, *chosen])
+    counts = {run["dataset"]: run["num_test_images"] for run in report["runs"]}
+    held_out = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+    note = (
+        f"Held-out images: {held_out}. In the last two columns: the smallest cosine of the "
+        f"examples that are compared, of which {report['least_cosine']} is accepted. "
+        f"{report['hardware']}; "
+        f"commit {report['commit']}."
     )
     return f"{draw_table(heads, rows)}\n{note}\n"
 
@@ -240,5 +271,6 @@ EFFECT_TABLES: dict[str, Callable[[Any], str]] = {
     "forgetting": _render_forgetting,
     "languages": _render_languages,
     "loss_effects": _render_loss_effects,
+    "precision_effect": _render_precision_effect,
     "text_towers": _render_text_towers,
 }

@@ -317,16 +317,13 @@ def _render_datasets_read(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _render_vision_towers(report: dict[str, Any]) -> str:
-    heads = ["vision tower", "text encoder in the same model", "`--vision-pooling`", "result"]
-    rows = [
-        [
-            row["name"],
-            "yes" if row["text_encoder"] else "–",
-            row["pooling"],
-            row.get("error") or ", ".join(row["failed_checks"]) or "ok",
-        ]
-        for row in report["rows"]
-    ]
+    heads = ["vision towers", "text encoder in the same model", "`--vision-pooling`", "result"]
+    alike: dict[tuple[str, ...], list[str]] = {}  # names by the other columns
+    for row in report["rows"]:
+        result = row.get("error") or ", ".join(row["failed_checks"]) or "ok"
+        columns = ("yes" if row["text_encoder"] else "–", row["pooling"], result)
+        alike.setdefault(columns, []).append(row["name"])
+    rows = [[", ".join(names), *columns] for columns, names in alike.items()]
     if all(row[-1] == "ok" for row in rows):
         heads, rows = heads[:-1], [row[:-1] for row in rows]
     largest = max((row.get("largest_difference", 0.0) for row in report["rows"]), default=0.0)

@@ -70,6 +70,15 @@ class EncodingConfig(BatchConfig, PrecisionConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class JpegConfig(DeviceConfig):
+    """The decoding of JPEGs that are much larger than the images of the model."""
+
+    jpeg_decoding: Literal["full", "scaled"] = "full"
+    """Size at which JPEGs are decoded: full, or scaled for a half, a quarter or an eighth, at least
+    three times what the model reads, which is faster; embeddings of large ones differ slightly."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompileConfig(DeviceConfig):
     """The compilation of a model."""
 
@@ -106,11 +115,11 @@ class BackendConfig(PrecisionConfig, CompileConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractConfig(EncodingConfig, CompileConfig):
+class ExtractConfig(EncodingConfig, CompileConfig, JpegConfig):
     """Options of `extract`: computing and storing embeddings.
 
     An interrupted store continues only with the same `store_dtype`, `max_shard_size`, `batch_size`,
-    `token_budget`, `sentence_views` and `compile`, and in the same precision.
+    `token_budget`, `sentence_views`, `compile` and `jpeg_decoding`, and in the same precision.
     """
 
     store_dtype: WeightDtype = "float16"
@@ -136,7 +145,7 @@ class ExtractConfig(EncodingConfig, CompileConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedConfig(EncodingConfig, BackendConfig):
+class EmbedConfig(EncodingConfig, BackendConfig, JpegConfig):
     """Options of `embed`: the encoding, and the content of its files.
 
     An interrupted output continues only with the same options, except for `device`, `num_workers`,
@@ -177,7 +186,7 @@ class EmbedConfig(EncodingConfig, BackendConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexConfig(EncodingConfig):
+class IndexConfig(EncodingConfig, JpegConfig):
     """Options of `index`: the encoding, and the approximate index."""
 
     ann: Literal["auto", "always", "never"] = "auto"

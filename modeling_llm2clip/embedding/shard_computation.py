@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .._extras import RAY, require
+from ..data.images.image_sources import UnreadableImagesError
 from ..data.remote.file_places import FilePlace, list_states, use_states
 from ..data.remote.remote_files import FileInfo
 from ..encoding.batches import use_one_core
@@ -39,7 +40,6 @@ from ..scheduling.processes import choose_device
 from .encoding_plan import EncodingPlan, Engine
 from .shard_encoding import PreparedShard, ShardEncoder, load_shard_encoder
 from .sharded_writer import ShardedWriter
-from .unreadable_images import UnreadableImagesError
 
 _NAMES_AN_ERROR = re.compile(r"[\w.]+(Error|Exception): ")  # the first line of a traceback's end
 # Errors of an actor that the driver raises; subclasses first.

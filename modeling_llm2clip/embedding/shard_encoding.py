@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from torch import Tensor
 
 from .._suggestions import list_first
 from ..configs.encoding_config import EmbedConfig, ExtractConfig
-from ..data.images.image_sources import ImageSource, decode_image
+from ..data.images.image_sources import ImageSource, UnreadableImagesError, decode_image
 from ..data.key_arrays import Array
 from ..data.records.records import Modality
-from ..encoding.batches import require_finite, split_evenly
+from ..encoding.batches import describe_decoding, find_min_jpeg_side, require_finite, split_evenly
 from ..encoding.dual_encoder import DualEncoder, DualEncoderProcessor
 from ..encoding.encode import TorchEncoder
 from ..encoding.encoder_interface import EncodedImages, Encoder
@@ -36,7 +37,6 @@ from ..model_folders.training_images import ImageTally
 from ..modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..packing_llm2clip import plan_token_batches
 from ..processing_llm2clip import LLM2CLIPProcessor
-from .unreadable_images import UnreadableImagesError
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class ShardEncoder(ABC):
 
     def arrange(self, prepared: PreparedShard, embeds: Tensor) -> Tensor:
         """Put the embeddings of all batches, which are on the CPU, in the order of the rows."""
-        if self.encoder.computes_beside:
+        if self.encoder.runs_ahead:
             parts = embeds.split([len(numbers) for numbers in prepared.batches])
             for numbers, part in zip(prepared.batches, parts, strict=True):
                 require_finite(part, numbers, prepared.inputs)
@@ -158,9 +158,9 @@ class ImageShardEncoder(ShardEncoder):
             prepared.batches,
             project=self.project,
             num_workers=self.config.num_workers,
-            open_image=decode_image,
+            open_image=partial(decode_image, min_jpeg_side=self.encoder.min_jpeg_side),
             on_error=lambda _, error: str(error),
-            to_cpu=not self.encoder.computes_beside,
+            to_cpu=not self.encoder.runs_ahead,
         )
         with closing(images) as encoded:
             for numbers, batch in zip(prepared.batches, encoded, strict=True):
@@ -212,7 +212,10 @@ def load_shard_encoder(
         plan = {"token_budget": str(budget), **plan}
         return TextShardEncoder(encoder, dim, project, plan, budget, is_teacher)
     size = config.batch_size or encoder.batch_size
-    return ImageShardEncoder(encoder, dim, project, {"batch_size": str(size), **plan}, size, config)
+    image_processor = encoder.processor.image_processor
+    encoder.min_jpeg_side = find_min_jpeg_side(image_processor, config.jpeg_decoding)
+    plan = {"batch_size": str(size), **plan, **describe_decoding(encoder.min_jpeg_side)}
+    return ImageShardEncoder(encoder, dim, project, plan, size, config)
 
 
 def is_teaching(folder: Path, modality: Modality, config: EmbedConfig | ExtractConfig) -> bool:

@@ -15,7 +15,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..data.images.image_sources import ImageSource, find_unreadable_images
+from ..data.images.image_sources import (
+    ImageSource,
+    UnreadableImagesError,
+    find_unreadable_images,
+)
 from ..data.records.data_hashes import hash_images
 from ..data.records.record_table import RecordTable
 from ..data.store.store_manifest import StoreManifest, read_sealed, write_sealed
@@ -29,10 +33,6 @@ _ADVICE = (
     "without their records it needs a new folder."
 )
 _Manifest = TypeVar("_Manifest", EmbeddingManifest, StoreManifest)
-
-
-class UnreadableImagesError(ValueError):
-    """Images of a batch cannot be decoded."""
 
 
 @contextmanager

@@ -20,7 +20,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .._suggestions import list_first
-from ..data.images.image_sources import ParquetImage, TarImage, open_image
+from ..data.images.image_sources import (
+    ParquetImage,
+    TarImage,
+    UnreadableImagesError,
+    open_image,
+)
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .float32 import float32_as_such
 from .host_copies import start_copy
@@ -41,6 +46,9 @@ _MOST_BESIDE_GPU = 32  # each holds a batch of pixels
 _PARTS = 8  # of a batch of images: the first one is ready in an eighth of the time
 _PIXELS_AT_ONCE = 2**22
 _COPIED_AT_ONCE = 2**28  # bytes of embeddings that a GPU keeps
+# Size of a JPEG that is decoded smaller, in multiples of the processor's, so that resizing still
+# smooths. libvips' and Pillow's thumbnails take 2; see benchmarks/speed/image_decoding.py.
+_JPEG_MARGIN = 3
 
 
 class PreparedImages(NamedTuple):
@@ -260,8 +268,8 @@ def prepare_images(
     With `normalization`, pixels are uint8, for the device to normalize.
 
     `open_image` returns None to leave an image out. Where one is invalid, `on_error` makes
-    its message, or raises; the others are prepared without it. By default ValueError names all that
-    are invalid.
+    its message, or raises; the others are prepared without it. By default UnreadableImagesError
+    names all that are invalid.
     """
     if isinstance(images[0], Mapping):
         return PreparedImages(_join(images), list(range(len(images))), {})
@@ -289,7 +297,7 @@ def prepare_images(
         return PreparedImages(inputs, places, errors)
     except ValueError as error:  # such as a size that the processor does not take
         if on_error is None:
-            raise
+            raise UnreadableImagesError(str(error)) from error
         if len(images) == 1:
             return PreparedImages({}, [], {0: on_error(images[0], error)})
     alone = [
@@ -303,6 +311,29 @@ def prepare_images(
         for image in images
     ]
     return join_images(list(enumerate(alone)))
+
+
+def find_min_jpeg_side(image_processor: Any, decoding: str) -> int | None:
+    """Find how many pixels both sides of a JPEG keep while it is decoded; None for all."""
+    if decoding == "full":
+        return None
+    resizes = getattr(image_processor, "do_resize", False)
+    sides = filter(None, dict((resizes and image_processor.size) or {}).values())
+    if not (largest := max(sides, default=0)):
+        raise ValueError(
+            f"jpeg_decoding={decoding}: the model's image processor resizes to no fixed size. "
+            "Leave it out."
+        )
+    return int(_JPEG_MARGIN * largest)
+
+
+def describe_decoding(min_jpeg_side: int | None) -> dict[str, str]:
+    """Describe how JPEGs are decoded; empty where they are decoded in full."""
+    return (
+        {}
+        if min_jpeg_side is None
+        else {"jpeg decoding": f"scaled, at least {min_jpeg_side} pixels a side"}
+    )
 
 
 def join_images(parts: Sequence[tuple[int, PreparedImages]]) -> PreparedImages:

@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+# Types of devices that compute while Python goes on: reading a number there waits for all of it.
+_RUN_AHEAD = {"cuda"}
+
 
 def find_device(name: str | None = "auto", *, precision: str = "auto") -> torch.device:
     """Return the device of a name; `"auto"` and None are the best there is.
@@ -106,6 +109,11 @@ def describe_device(device: torch.device) -> str:
 def has_float64(device: torch.device) -> bool:
     """Return whether a device computes in float64, as ranks and closed forms do; MPS does not."""
     return device.type != "mps"
+
+
+def runs_ahead(device: torch.device) -> bool:
+    """Return whether a device computes while Python goes on, so that reading a number waits."""
+    return device.type in _RUN_AHEAD
 
 
 def count_free_bytes(device: torch.device) -> int:

@@ -27,10 +27,9 @@ from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVision
 from ..packing_llm2clip import plan_packs, plan_token_batches
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .batches import OnBatch, require_finite
-from .devices import find_device
+from .devices import find_device, runs_ahead
 from .encoder_interface import Encoder, choose_batches
 from .float32 import float32_as_such
-from .host_copies import computes_beside
 from .pixel_normalization import PixelNormalization, find_normalization
 from .precision import describe_precision, load_on_device
 
@@ -250,7 +249,7 @@ class TorchEncoder(Encoder):
             self._models = {name: model for name, tower in towers.items() if hasattr(model, tower)}
             self.modalities = tuple(self._models)
         self.embedding_dim = int(config.projection_dim)
-        self.computes_beside = computes_beside(self.device)
+        self.runs_ahead = runs_ahead(self.device)
         self.token_budget, self.batch_size = choose_batches(self.device)
         # On a CPU the model packs texts of any lengths, and batches of few tokens are slow.
         self._plan_texts = plan_packs if self.device.type == "cpu" else plan_token_batches

@@ -76,14 +76,17 @@ class Encoder(ABC):
         token_budget: Maximum tokens per batch by default.
         batch_size: Maximum images per batch by default.
         projects_at_once: Whether it gives unit embeddings alone, and none before the projection.
-        computes_beside: Whether it computes while the program goes on, as on a GPU. Then embeddings
-            stay on the device until many are copied together.
+        runs_ahead: Whether it computes while Python goes on, as on a GPU. Then embeddings stay on
+            the device until many are copied together.
         normalization: What the device does to images in place of the processor; None for nothing.
+        min_jpeg_side: Pixels that both sides of a JPEG file keep, as in `load_images`. A function
+            that opens the images of `iterate_images` applies it itself.
     """
 
     normalization: PixelNormalization | None = None
+    min_jpeg_side: int | None = None
     projects_at_once: ClassVar[bool]
-    computes_beside = False
+    runs_ahead = False
     _lacks: ClassVar[str]  # error of a modality that it cannot encode
     _plan_texts: Callable[..., list[list[int]]] = staticmethod(plan_token_batches)
     processor: LLM2CLIPProcessor
@@ -114,7 +117,12 @@ class Encoder(ABC):
 
     def prepare_images(self, images: Sequence[Any]) -> PreparedImages:
         """Prepare a batch of images for `encode_pixels`, in a thread."""
-        return prepare_images(self.processor, images, normalization=self.normalization)
+        return prepare_images(
+            self.processor,
+            images,
+            open_image=partial(open_image, min_jpeg_side=self.min_jpeg_side),
+            normalization=self.normalization,
+        )
 
     @abstractmethod
     def encode_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -207,7 +215,7 @@ class Encoder(ABC):
         self, modality: str, inputs: Sequence[Any], *, project: bool, **options: Any
     ) -> Tensor:
         finish = partial(self.project, modality) if project else Tensor.float
-        if self.computes_beside:
+        if self.runs_ahead:
             return encode_distinct(inputs, device=self.device, finish=finish, **options)
         embeds = encode_distinct(inputs, device=self.device, **options)
         if project and not self.projects_at_once:
@@ -234,7 +242,7 @@ class Encoder(ABC):
 
         for _, embeds in iterate_batches(
             texts, plan, prepare=self.prepare_texts, encode=encode, device=self.device,
-            to_cpu=not self.computes_beside,
+            to_cpu=not self.runs_ahead,
         ):  # fmt: skip
             yield embeds
 

@@ -11,17 +11,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-
-def computes_beside(device: torch.device) -> bool:
-    """Tell whether a device computes while the program goes on, so that each read is a wait."""
-    return device.type == "cuda"
+from .devices import runs_ahead
 
 
 def start_copy(tensor: Tensor) -> Callable[[], Tensor]:
     """Start to copy a tensor to the CPU; call the result, in any thread, to wait for the copy."""
-    if not computes_beside(tensor.device):
+    if not runs_ahead(tensor.device):
         return tensor.cpu
-    copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
     copy.copy_(tensor, non_blocking=True)
     copied = torch.cuda.Event(blocking=True)
     # Without a stream, it would be one of the program's current GPU, which need not be this one.

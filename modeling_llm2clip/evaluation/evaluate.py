@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 from .._extras import require
 from ..configs.evaluation_config import EvaluatedDataset, EvaluatedModel, EvaluationConfig
 from ..data.atomic_files import require_writable
+from ..data.images.image_sources import UnreadableImagesError
 from ..data.records.records import CaptionedImage
 from ..encoding.devices import find_device
 from .datasets.dataset_registry import DatasetSource, find_languages, load_dataset, resolve_dataset
@@ -92,8 +93,10 @@ def evaluate(
             file = find_result_file(config.output, plan)
             try:
                 result = finished.get(file) or _run(encoder, job, plan, file)
-            except ValueError:
-                if config.check_images is None and job.datasets[0].has_images:
+            except ValueError as error:
+                if config.check_images is None and isinstance(
+                    error.__cause__, UnreadableImagesError
+                ):
                     check_data(data, config, tasks=tasks)  # names all broken images of the run
                 raise
             results[name].append(result)

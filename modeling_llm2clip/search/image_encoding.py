@@ -21,7 +21,7 @@ from ..encoding.encoder_interface import Encoder
 from ..image_loading_llm2clip import DECODER_ERRORS, load_images, read_image_header
 from ..model_folders.training_images import ImageTally
 
-_EXIF, _TAKEN = 0x8769, 36867  # of the EXIF standard
+_EXIF, _TAKEN, _ORIENTATION = 0x8769, 36867, 0x0112  # of the EXIF standard
 _TIME_FORMAT = "%Y:%m:%d %H:%M:%S"
 _UNNAMED = "image number 1: "  # prefix of `load_images` for an image without a name
 
@@ -61,7 +61,7 @@ def encode_readable_images(
     With `known`, files with these digests are only hashed, and equal files are encoded once.
     `tally` counts the images that are encoded.
     """
-    reader = _Reader(known)
+    reader = _Reader(known, encoder.min_jpeg_side)
     encoded: list[Path] = []
     parts = [torch.empty(0, encoder.embedding_dim, dtype=torch.float32)]
     plan = split_evenly(len(paths), size=batch_size or encoder.batch_size)
@@ -86,6 +86,7 @@ class _Reader:
     """Decodes files in threads, and notes what each contains."""
 
     known: Container[str] | None
+    min_jpeg_side: int | None
     facts: dict[Path, dict[str, Any]] = field(default_factory=dict)
     digests: dict[Path, str] = field(default_factory=dict)
     first_of: dict[str, Path] = field(default_factory=dict)  # the file of a digest to encode
@@ -107,9 +108,13 @@ class _Reader:
         ):
             return None
         with read_image_header(io.BytesIO(content), name=str(path)) as opened:
-            taken = find_time_taken(opened)
-            image: Image.Image = load_images(opened)
-        self.facts[path] = {"width": image.width, "height": image.height, "taken": taken}
+            taken, header = find_time_taken(opened), opened.size
+            image: Image.Image = load_images(opened, min_jpeg_side=self.min_jpeg_side)
+            size = image.size
+            if self.min_jpeg_side is not None and opened.size != header:  # decoded smaller
+                is_turned = opened.getexif().get(_ORIENTATION) in (5, 6, 7, 8)  # rows are columns
+                size = (header[1], header[0]) if is_turned else header
+        self.facts[path] = {"width": size[0], "height": size[1], "taken": taken}
         return image
 
     def name_error(self, path: Path, error: ValueError) -> str:

@@ -336,4 +336,5 @@ def _open_encoder(
             f"any more: {error} If it was moved, say where it is (model, --model)."
         ) from error
     require_same_model(database, source, folder)
-    return QueryEncoder(folder, device, None if precision == "auto" else precision)
+    decoding = "scaled" if "jpeg decoding" in database.about.precision else "full"
+    return QueryEncoder(folder, device, None if precision == "auto" else precision, decoding)

@@ -61,7 +61,8 @@ class About:
         tally: `num_images` and `total` of an `ImageTally` of the images that were encoded into
             it; images that were removed since still count. None if the model has no summary of
             its training images.
-        precision: How the vision tower computed; empty on a CPU in the stored dtype.
+        precision: How the vision tower computed, and how JPEGs were decoded; empty on a CPU in the
+            stored dtype, and in full.
     """
 
     model: str

@@ -82,7 +82,7 @@ def build_index(
         "image_dir": str(image_dir.resolve()),
     }
     database = _open(model, folder, place, location)
-    encoder = QueryEncoder(folder, config.device, config.precision)
+    encoder = QueryEncoder(folder, config.device, config.precision, config.jpeg_decoding)
     tally = restore_tally(database.about)
 
     def note_place() -> None:
@@ -255,11 +255,12 @@ class FolderUpdate:
 
     def _settle_precision(self) -> None:
         """Record how the first images are encoded, and refuse to encode later ones otherwise."""
-        about, precision = self.database.about, self.encoder.describe_precision()
+        about, precision = self.database.about, self.encoder.describe_encoding()
         if self._known and (differences := list_differences(about.precision, precision)):
             raise ValueError(
                 f"{self.database.location} was indexed otherwise: {'; '.join(differences)}. Give "
-                "the device and the precision that it was begun with, or name a new database."
+                "the device, precision and JPEG decoding that it was begun with, or name a new "
+                "database."
             )
         if about.precision != precision:
             self.database.write_about(replace(about, precision=precision))

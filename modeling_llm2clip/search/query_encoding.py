@@ -70,11 +70,16 @@ class QueryEncoder:
     """
 
     def __init__(
-        self, folder: Path, device: str = "auto", precision: Precision | None = None
+        self,
+        folder: Path,
+        device: str = "auto",
+        precision: Precision | None = None,
+        jpeg_decoding: str = "full",
     ) -> None:
         self._folder = folder
         self._device = device
         self._precision = precision
+        self._jpeg_decoding = jpeg_decoding
         self._lock = threading.Lock()
         self.num_truncated = 0
 
@@ -109,6 +114,7 @@ class QueryEncoder:
     @cached_property
     def model(self) -> TorchEncoder:
         """The model, which also encodes the images of an index."""
+        from ..encoding.batches import find_min_jpeg_side
         from ..encoding.devices import find_device
         from ..encoding.encode import TorchEncoder
         from ..model_folders.guarded_loading import load_in_precision
@@ -120,15 +126,22 @@ class QueryEncoder:
         if precision is not None:
             load = partial(load_in_precision, folder=folder, device=device, precision=precision)
         processor = LLM2CLIPProcessor.from_pretrained(folder, local_files_only=True)
-        return TorchEncoder(folder, processor, device=device, load=load)
+        encoder = TorchEncoder(folder, processor, device=device, load=load)
+        encoder.min_jpeg_side = find_min_jpeg_side(processor.image_processor, self._jpeg_decoding)
+        return encoder
 
-    def describe_precision(self) -> dict[str, str]:
-        """Describe how the vision tower computes; empty on a CPU in the stored dtype."""
-        if self.model.device.type == "cpu" and self._precision in (None, "auto"):
-            return {}  # without loading it
+    def describe_encoding(self) -> dict[str, str]:
+        """Describe how images are encoded; empty on a CPU in the stored dtype, decoded in full."""
+        from ..encoding.batches import describe_decoding
         from ..model_folders.guarded_loading import find_stored_dtype
 
-        return self.model.describe_precision("image", find_stored_dtype(self._folder))
+        described = describe_decoding(self.model.min_jpeg_side)
+        if self.model.device.type == "cpu" and self._precision in (None, "auto"):
+            return described  # without loading the vision tower
+        return {
+            **self.model.describe_precision("image", find_stored_dtype(self._folder)),
+            **described,
+        }
 
     def _encode_texts(self, texts: Sequence[str]) -> Any:
         from ..encoding.tokenized_texts import TokenizedTexts

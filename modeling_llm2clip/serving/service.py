@@ -138,8 +138,7 @@ class EmbeddingService:
             index: Index of images, as `llm2clip index` writes it.
 
         Raises:
-            ValueError: The model is not trained, the device is missing, or the index is of another
-                model.
+            ValueError: The model is untrained, the device missing, or the index of another model.
         """
         config = config or ServeConfig()
         if config.compile:
@@ -326,8 +325,7 @@ class EmbeddingService:
         """Check whether the index can be searched.
 
         Returns:
-            The number of images, or None if it is unknown; the reason why the index cannot be
-            searched, or None.
+            Number of images, or None if unknown; why the index cannot be searched, or None.
         """
         index = self.index
         if index is None:
@@ -351,8 +349,7 @@ class EmbeddingService:
         if len(inputs) > self.config.max_queue:
             raise RequestError(
                 413,
-                f"{len(inputs)} texts and images in one request; send at most "
-                f"{self.config.max_queue}.",
+                f"{len(inputs)} inputs in one request; send at most {self.config.max_queue}.",
                 code="too_many_inputs",
             )
         if dimensions is not None and not 1 <= dimensions <= width:
@@ -476,11 +473,9 @@ class EmbeddingService:
 def _list_instructions(
     encoder: Encoder, config: LLM2CLIPConfig | None
 ) -> tuple[dict[str, tuple[str, str]], dict[str, int | None]]:
-    """Return each instruction and its lane by name, and the number of unpooled tokens by lane.
-
-    Every model has the names that sentence-transformers gives to queries and documents.
-    """
+    """Return each instruction and its lane by name, and the number of unpooled tokens by lane."""
     lanes: dict[str, int | None] = {"text": None}
+    # Every model has the names that sentence-transformers gives to queries and documents.
     instructions = {"query": ("", "text"), "document": ("", "text")}
     if config is None:
         return instructions, lanes

@@ -5,13 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Types of devices that compute while Python goes on: reading a number there waits for all of it.
-_RUN_AHEAD = {"cuda"}
-
-
-def runs_ahead(device: torch.device) -> bool:
-    """Return whether a device computes while Python goes on, so that reading a number waits."""
-    return device.type in _RUN_AHEAD
+from ..encoding.devices import runs_ahead
 
 
 class FiniteSteps:

@@ -44,7 +44,12 @@ _COMPLETE = "complete"
 # content, wherever they are.
 _MAY_DIFFER = {"num_workers", "report_to", "save_steps", "source", "folder"}
 # Options that records of earlier versions lack, and what those versions did.
-_BEFORE = {"precision": "auto", "compile": False, "keep_weight": 1.0}
+_BEFORE = {
+    "precision": "auto",
+    "compile": False,
+    "jpeg_decoding": "full",
+    "keep_weight": 1.0,
+}
 _CHECKPOINTS_KEPT = 2
 _ATTEMPTS = 100
 _HELD: set[IO[str]] = set()
@@ -137,8 +142,7 @@ def require_same_run(
     now = {**_to_json(asdict(config)), **_to_json(inputs)}
     ignored = _MAY_DIFFER | set(may_differ)
     earlier, now = _flatten(earlier), _flatten(now)
-    for name in now.keys() - earlier.keys():
-        earlier[name] = _BEFORE.get(name.rpartition(".")[2])
+    earlier = {name: _BEFORE.get(name.rpartition(".")[2]) for name in now} | earlier
     different = [
         f"{name}: {earlier.get(name)!r} then, {now.get(name)!r} now"
         for name in sorted(set(earlier) | set(now))

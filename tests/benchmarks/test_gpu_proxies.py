@@ -75,15 +75,16 @@ def test_a_run_fails_by_parity_and_by_lost_speed_and_not_by_a_missed_goal(tmp_pa
     bench.note_speed("fast", 81.0, "texts/s", goal=200.0)
     bench.note_speed("short", 1.2, "s", goal=0.5, lower=True)
     bench.note_parity("near", 0.9995, 0.999, at_least=True)
-    assert bench.failures == []
+    assert bench.failures == {}
     assert [bench.rows[name]["met"] for name in ("fast", "short")] == [False, False]
     bench.note_speed("fast", 79.0, "texts/s")
     bench.note_speed("short", 1.3, "s", lower=True)
     bench.note_parity("near", 0.998, 0.999, at_least=True)
     bench.note_parity("ranks", 1, 0, at_least=False)
-    assert [failure.split(":")[0] for failure in bench.failures] == [
-        "fast", "short", "near", "ranks",
-    ]  # fmt: skip
+    assert list(bench.failures) == ["fast", "short", "near", "ranks"]
+    # What an earlier run recorded stays; a row that it lacks is there with its failure.
+    assert {name: bench.kept_rows[name] for name in recorded} == recorded
+    assert not bench.kept_rows["ranks"]["holds"]
     # A NaN is near to nothing.
     bench.note_parity("broken", float("nan"), 0.999, at_least=True)
     assert not bench.rows["broken"]["holds"]

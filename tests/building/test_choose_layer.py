@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shared_models import mostly_slow
 from tiny import tiny_llm, tiny_tokenizer, tiny_vision
 from tiny_folders import save_tiny_llm, save_tiny_vision
 from torch import Tensor
@@ -87,7 +88,7 @@ def measure_pairs(encode: Callable[[list[str]], Tensor], pairs: list[tuple[str, 
     return measure_caption_retrieval(encode, groups)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", mostly_slow(["llama", "gemma3_text"], {"llama"}))
 def test_scores_are_those_of_models_that_were_built_with_each_layer(family: str) -> None:
     def make_llm() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         tokenizer = tiny_tokenizer()

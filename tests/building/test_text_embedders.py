@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from aligning import write_color_data
 from breaking import edit_json
 from safetensors.torch import load_file, save_file
+from shared_models import mostly_slow
 from tiny import tiny_vision
 from tiny_embedders import EMBEDDERS, tiny_embedder
 from torch import Tensor, nn
@@ -88,7 +89,7 @@ def measure_distance(found: Tensor, wanted: Tensor) -> float:
     return float((F.normalize(found, dim=-1) - wanted).norm(dim=-1).max())
 
 
-@pytest.mark.parametrize("family", EMBEDDERS)
+@pytest.mark.parametrize("family", mostly_slow(EMBEDDERS, {"MiniLM", "Qwen3-Embedding", "SGPT"}))
 def test_embeddings_before_the_adapter_are_the_embedders_own(
     family: str, embedder: Sources, tmp_path: Path
 ) -> None:
@@ -118,7 +119,12 @@ def test_embeddings_before_the_adapter_are_the_embedders_own(
 
 
 @pytest.mark.parametrize(
-    ("family", "last"), [("Qwen3-Embedding", None), ("RoBERTa", []), ("EmbeddingGemma", None)]
+    ("family", "last"),
+    [
+        ("RoBERTa", []),
+        ("EmbeddingGemma", None),
+        pytest.param("Qwen3-Embedding", None, marks=pytest.mark.slow),
+    ],
 )
 def test_texts_get_embeddings_that_are_kept_bit_for_bit(
     family: str, last: list[Any] | None, tmp_path: Path
@@ -179,7 +185,9 @@ def test_options_that_an_embedder_does_not_take_are_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["MiniLM", "gte-ModernBERT", "EmbeddingGemma", "SGPT"])
+@pytest.mark.parametrize(
+    "family", mostly_slow(["MiniLM", "gte-ModernBERT", "EmbeddingGemma", "SGPT"], {"SGPT"})
+)
 def test_the_folder_of_an_embedder_is_healthy_and_errors_of_its_servers_differ(
     family: str, embedder: Sources, tmp_path: Path
 ) -> None:
@@ -230,7 +238,7 @@ def test_a_prompt_that_is_not_pooled_is_left_out_of_the_mean(
     assert measure_distance(embeds, encode_with_library(source, prompt=prompt or "")) < ROUNDING
 
 
-@pytest.mark.parametrize("family", ["MiniLM", "EmbeddingGemma"])
+@pytest.mark.parametrize("family", mostly_slow(["MiniLM", "EmbeddingGemma"], {"EmbeddingGemma"}))
 def test_the_first_dimensions_point_where_those_of_the_library_do(
     family: str, embedder: Sources
 ) -> None:
@@ -294,7 +302,9 @@ def test_an_embedder_keeps_its_length_and_is_the_same_in_every_build(
         join_towers(tiny_vision(), source, replace(OWN, normalize_text_before_adapter=False))
 
 
-@pytest.mark.parametrize("family", ["EmbeddingGemma", "Qwen3-Embedding"])
+@pytest.mark.parametrize(
+    "family", mostly_slow(["EmbeddingGemma", "Qwen3-Embedding"], {"EmbeddingGemma"})
+)
 def test_an_embedder_of_long_texts_is_repeated_beyond_its_window(
     family: str, embedder: Sources, tmp_path: Path
 ) -> None:
@@ -372,6 +382,7 @@ def test_a_recipe_does_not_fine_tune_an_embedder(tmp_path: Path) -> None:
         TrainConfig(**recipe, finetune={"num_train_epochs": 3})
 
 
+@pytest.mark.slow
 def test_a_lora_leaves_out_the_pooler_of_an_encoder_which_nothing_reads(
     embedder: Sources, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ import torch
 from breaking import drop_weights
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from shared_models import mostly_slow
 from tiny import tiny_llm, tiny_tokenizer, tiny_vision
 from tiny_folders import save_tiny_llm
 from transformers import (
@@ -313,7 +314,7 @@ def save_llm(folder: Path, llm: PreTrainedModel) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES))
 def test_a_tower_of_two_layers_gives_those_of_the_whole_and_its_norm(
     family: str, tmp_path: Path
 ) -> None:

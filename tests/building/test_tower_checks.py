@@ -214,6 +214,7 @@ def test_a_causal_part_beside_attention_is_refused_by_its_name() -> None:
         join_towers(tiny_vision(), (decoder, tiny_tokenizer()), BOTH_SIDES)
 
 
+@pytest.mark.slow
 def test_a_tower_with_an_infinity_in_its_configuration_is_saved_and_loaded(tmp_path: Path) -> None:
     sizes = {"state_size": 4, "num_heads": 8, "head_dim": 8, "n_groups": 1, "num_hidden_layers": 1}
     decoder = build_decoder("mamba2", sizes)
@@ -232,6 +233,7 @@ def test_experts_of_which_each_sees_one_token_are_no_error(dtype: torch.dtype) -
         require_direction(decoder.to(dtype), bidirectional=bidirectional)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", OTHER_WIDTHS)
 def test_an_llm_whose_states_have_another_width_than_its_layers_encodes_and_comes_back(
     family: str, tmp_path: Path

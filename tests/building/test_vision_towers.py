@@ -12,6 +12,7 @@ import transformers
 from breaking import drop_weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from shared_models import mostly_slow
 from tiny import (
     DUAL_ENCODERS,
     tiny_dual_encoder,
@@ -148,7 +149,7 @@ def test_a_timm_network_of_a_dual_encoder_gets_the_images_that_it_was_trained_wi
     assert torch.equal(found(render(96, 120), return_tensors="pt")["pixel_values"], wanted)
 
 
-@pytest.mark.parametrize("family", DUAL_ENCODERS)
+@pytest.mark.parametrize("family", mostly_slow(DUAL_ENCODERS))
 def test_of_a_dual_encoder_given_whole_the_vision_tower_is_taken_bit_for_bit(
     family: str, tmp_path: Path
 ) -> None:

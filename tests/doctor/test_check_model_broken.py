@@ -28,6 +28,7 @@ from breaking import (
     truncate,
     update,
 )
+from shared_models import mostly_slow
 
 from modeling_llm2clip.doctor import check_model as module
 from modeling_llm2clip.doctor.check_model import _PLANNED_CHECKS, check_model
@@ -205,9 +206,16 @@ ALONE = {
     "other tokenizer of the same size", "remote code altered", "remote code elsewhere",
     "instruction that is measured wrongly", "instruction by default", "another similarity",
 }  # fmt: skip
+# Found by the same comparison as others.
+SIMILAR = {
+    "causal flag flipped", "both causal flags flipped", "setting misspelt", "newer format",
+    "projection transposed", "adapter normalization flipped", "temperature altered",
+    "temperature in half precision", "processor length", "remote code lost",
+    "remote code elsewhere", "another similarity",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", mostly_slow(CASES, CASES.keys() - SIMILAR))
 def test_a_broken_checkpoint_fails_the_check_that_names_the_error(
     name: str, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

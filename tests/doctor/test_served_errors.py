@@ -236,7 +236,8 @@ SLOW = {
     "cached by NFKC", "cached by words", "cached by both ends", "all kinds of spaces",
     "space separators", "escaped", "no markup", "cut at 100", "cut at an odd length", "NFC", "NFD",
     "case-folded", "question marks", "gray", "JPEG 95, full chroma", "accents", "ASCII",
-    "one line", "quotes", "rows sorted by length",
+    "one line", "quotes", "rows sorted by length", "bfloat16 values", "zeros", "WebP", "padded",
+    "half of the dimensions", "base64 of big endian", "float16",
 }  # fmt: skip
 
 

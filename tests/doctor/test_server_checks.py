@@ -25,6 +25,7 @@ from endpoints import (
 )
 from served_apps import run_app
 from server_checking import check
+from shared_models import mostly_slow
 from tiny import tiny_model
 
 from modeling_llm2clip import LLM2CLIPVisionModel
@@ -61,7 +62,7 @@ def require_good(report: Any, schema: Any) -> None:
     assert not any(result.concern for result in report.checks), str(report)
 
 
-@pytest.mark.parametrize("schema", SKIPPED)
+@pytest.mark.parametrize("schema", mostly_slow(SKIPPED, {"openai", "jina"}))
 def test_the_own_server_gives_the_embeddings_of_the_folder(
     schema: Any, served: Path, own_url: str
 ) -> None:
@@ -75,7 +76,7 @@ def test_a_server_of_other_code_passes_every_check(schema: Any, served: Path) ->
     assert {body["model"] for body in endpoint.seen} == {"tiny"}  # as /v1/models calls it
 
 
-@pytest.mark.parametrize("dtype", ["float16", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", mostly_slow(["float16", "bfloat16"], {"float16"}))
 def test_a_half_precision_that_is_meant_passes(dtype: str, served: Path) -> None:
     with Endpoint(served, set_dtype(getattr(torch, dtype))) as endpoint:
         options = {"served_dtype": dtype, "model_name": "half"}
@@ -95,7 +96,9 @@ def half_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 # A server computes as its folder says, or in float32.
-PRECISIONS = [("float16", "float32"), ("bfloat16", "bfloat16")]
+PRECISIONS = [
+    ("float16", "float32"), pytest.param("bfloat16", "bfloat16", marks=pytest.mark.slow),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("stored", "computed"), PRECISIONS)
@@ -130,7 +133,7 @@ def test_an_error_is_named_in_half_precision(
     assert says in find(report, "texts").message, str(report)
 
 
-@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+@pytest.mark.parametrize("stored", mostly_slow(["float16", "bfloat16"], {"float16"}))
 def test_what_half_precision_changes_is_explained_by_no_error(
     stored: str, half_folders: dict[str, Path]
 ) -> None:
@@ -143,7 +146,7 @@ def test_what_half_precision_changes_is_explained_by_no_error(
     assert "No known error gives them" in find(report, "texts").message, str(report)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", mostly_slow(["float16", "bfloat16"], {"bfloat16"}))
 def test_weights_that_are_stored_in_half_precision_are_named_as_that(
     dtype: str, served: Path
 ) -> None:
@@ -222,6 +225,7 @@ def limit_batches(endpoint: Endpoint) -> None:
     endpoint.embed = embed  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 def test_a_server_with_small_batches_is_checked_with_those(served: Path) -> None:
     with Endpoint(served, limit_batches) as endpoint:
         report = check(served, endpoint, "batched texts", "mixed inputs")

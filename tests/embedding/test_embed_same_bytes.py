@@ -108,7 +108,7 @@ CHANGES: dict[EmbeddingColumn, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("modality", ["text", "image"])
+@pytest.mark.parametrize("modality", ["text", pytest.param("image", marks=pytest.mark.slow)])
 def test_partitions_of_other_values_of_a_column_are_refused(
     modality: Modality, model: Path, images: Path, tmp_path: Path
 ) -> None:

@@ -186,9 +186,9 @@ def test_each_image_is_decoded_once(
     decoded: list[Any] = []
     decode = image_sources.open_image
 
-    def note(image: Any) -> Any:
+    def note(image: Any, **options: Any) -> Any:
         decoded.append(image)
-        return decode(image)
+        return decode(image, **options)
 
     monkeypatch.setattr(image_sources, "open_image", note)
     run(tmp_path / "output")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from running_ahead import run_ahead
 
-from modeling_llm2clip.encoding import host_copies
 from modeling_llm2clip.encoding.host_copies import start_copy
 
 
@@ -30,10 +29,8 @@ def test_a_copy_is_waited_for_on_the_gpu_of_its_tensor(monkeypatch: pytest.Monke
         def synchronize(self) -> None:
             streams.append("waited")
 
-    monkeypatch.setattr(host_copies, "computes_beside", lambda _: True)
+    run_ahead(monkeypatch)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: ("stream of", device))
-    plain = partial(torch.empty_like, device="cpu")
-    monkeypatch.setattr(torch, "empty_like", lambda like, **_: plain(like))
     assert torch.equal(start_copy(tensor)(), tensor)
     assert streams == [("stream of", tensor.device), "waited"]

@@ -56,6 +56,7 @@ def test_notebooks_define_nothing(path: Path) -> None:
     assert not [line for line in lines if line.startswith(("def ", "class ", "%", "!"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ON_A_MODEL, ids=lambda path: path.name)
 def test_a_missing_model_says_what_to_run(
     path: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
 
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
@@ -18,7 +19,11 @@ from modeling_llm2clip.training.alignment.alignment_model import (
     AlignmentModel,
     choose_trained_parts,
 )
-from modeling_llm2clip.training.alignment.alignment_trainer import ClampTemperatureCallback
+from modeling_llm2clip.training.alignment.alignment_trainer import (
+    AlignmentTrainer,
+    ClampTemperatureCallback,
+    RunLength,
+)
 from modeling_llm2clip.training.losses.pairs import ContrastiveLoss
 
 NUM_ROWS = 8
@@ -69,7 +74,22 @@ def shard_and_step(model: AlignmentModel, batch: dict[str, Tensor], part: slice)
         model.logit_scale.log_scale.fill_(9.0)
     ClampTemperatureCallback().on_optimizer_step(None, None, None, model=model)
     clamped = model.logit_scale.log_scale.full_tensor().detach()
-    return {"sharded_loss": loss, "sharded": gradients, "clamped": clamped}
+    return {
+        "sharded_loss": loss, "sharded": gradients, "clamped": clamped, **collect_sharded(model),
+    }  # fmt: skip
+
+
+def collect_sharded(model: AlignmentModel) -> dict[str, Any]:
+    """What the Trainer collects where the tower is frozen, and the number of tensors it gathers."""
+    model.vision_model.requires_grad_(False)
+    trained = {name: p.full_tensor() for name, p in model.named_parameters() if p.requires_grad}
+    trainer = AlignmentTrainer.__new__(AlignmentTrainer)
+    trainer.alignment_model = trainer.model_wrapped = model
+    trainer.is_fsdp_enabled, trainer.length = True, RunLength(1, NUM_ROWS, 0.1)
+    with CommDebugMode() as communication:
+        collected = trainer.collect_trained()
+    count = communication.get_total_counts()
+    return {"trained": trained, "collected": collected, "num_gathered": count}
 
 
 def find_free_port() -> int:

@@ -6,13 +6,14 @@ run (`conftest.py`).
 
 from __future__ import annotations
 
+import json
 import os
 from functools import cache
 from pathlib import Path
 
 import torch
 from filelock import FileLock
-from tiny import tiny_model
+from tiny import draw_noise, tiny_model
 from tiny_folders import RUN_FOLDER
 
 from modeling_llm2clip import ExportConfig, export_model
@@ -35,12 +36,26 @@ def shared_source() -> Path:
     return folder
 
 
+def write_small_data(folder: Path) -> str:
+    """Write a few captioned images, with which the check of an export takes no time."""
+    folder.mkdir()
+    names = [f"{number}.png" for number in range(4)]
+    for number, name in enumerate(names):
+        draw_noise(40 + number, 50, seed=number).save(folder / name)
+    lines = [json.dumps({"image": name, "captions": [f"noise, image {name}"]}) for name in names]
+    (folder / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return str(folder)
+
+
 @cache
 def shared_graphs() -> Path:
     """Folder of its graphs, with the text tower in all weights."""
     source, folder = shared_source(), Path(os.environ[RUN_FOLDER]) / "graphs"
-    config = ExportConfig(onnx=True, onnx_weights=ALL_WEIGHTS, max_recall_loss=1)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():  # which has this name once it is whole
+            data = write_small_data(folder.with_name("data-of-the-check"))
+            config = ExportConfig(
+                onnx=True, onnx_weights=ALL_WEIGHTS, onnx_data=data, max_recall_loss=1
+            )
             export_model(source, folder, config)
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -23,10 +24,25 @@ INSTRUCTION = "Instruct: find the image. Query: "
 # Sums of float32 numbers in another order, over two layers, for embeddings of unit length.
 ROUNDING = 1e-5
 
+# Families that differ most from each other, which the default suite runs. CI runs all.
+COMMON = {"clip", "siglip2", "dinov2", "timm", "eva02", "llama", "qwen3", "gemma3_text", "phi"}
+
+
+def mostly_slow(families: Iterable[str], common: Iterable[str] = COMMON) -> list[Any]:
+    """Mark parameters of a test as slow, but for the common ones."""
+    slow = pytest.mark.slow
+    return [name if name in common else pytest.param(name, marks=slow) for name in families]
+
+
 every_pair = pytest.mark.parametrize(
-    ("vision", "llm"), PAIRS, ids=["-".join(pair) for pair in PAIRS]
+    ("vision", "llm"),
+    [
+        pytest.param(*pair, marks=() if COMMON.issuperset(pair) else pytest.mark.slow)
+        for pair in PAIRS
+    ],
+    ids=["-".join(pair) for pair in PAIRS],
 )
-every_vision = pytest.mark.parametrize("vision", VISION_FAMILIES)
+every_vision = pytest.mark.parametrize("vision", mostly_slow(VISION_FAMILIES))
 # `pytest -m gpu` runs the second device, which the default suite skips.
 every_device = pytest.mark.parametrize(
     "device",
@@ -45,7 +61,7 @@ one_process_writes = pytest.mark.skipif(
     not hasattr(PreTrainedModel, "should_save_on_this_rank"),
     reason="this version of transformers writes in every process",
 )
-every_llm = pytest.mark.parametrize("llm", LLM_FAMILIES)
+every_llm = pytest.mark.parametrize("llm", mostly_slow(LLM_FAMILIES))
 
 
 @cache

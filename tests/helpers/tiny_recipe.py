@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +80,31 @@ def read_files(folder: Path, *, parts: tuple[str, ...] = ("",)) -> dict[str, byt
     """Return the content of every file in some folders of a run, by its path."""
     files = (file for part in parts for file in (folder / part).rglob("*") if file.is_file())
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def names_that_differ(one: Path, other: Path) -> list[str]:
+    """Files of models, LoRA and stores that two runs do not have alike."""
+    first, second = read_files(one, parts=WEIGHTS), read_files(other, parts=WEIGHTS)
+    assert any(name.startswith("aligned/model/model") for name in first)
+    return [name for name in sorted({*first, *second}) if first.get(name) != second.get(name)]
+
+
+@contextmanager
+def signal_at(file: Path) -> Iterator[None]:
+    """Send SIGTERM to this process once a file has its first line."""
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not is_over.is_set():
+            if file.is_file() and file.read_bytes().count(b"\n"):
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            time.sleep(0.002)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        watcher.join()

@@ -343,8 +343,8 @@ def test_a_damaged_llm_that_is_not_run_still_shows_in_what_was_trained(
     "break_file",
     [
         lambda file: file.write_bytes(file.read_bytes()[:200]),
-        lambda file: file.write_bytes(b""),
-        lambda file: save_file(load_file(file), file),
+        pytest.param(lambda file: file.write_bytes(b""), marks=pytest.mark.slow),
+        pytest.param(lambda file: save_file(load_file(file), file), marks=pytest.mark.slow),
         lambda file: save_file(load_file(file), file, {"texts": "[", "files": "{}"}),
     ],
     ids=["truncated", "empty", "without metadata", "with other metadata"],

@@ -16,7 +16,7 @@ import pytest
 import torch
 from breaking import edit_json
 from odd_images import write_png_header, write_tiff
-from onnx_folders import ALL_WEIGHTS, shared_graphs, shared_source
+from onnx_folders import ALL_WEIGHTS, shared_graphs, shared_source, write_small_data
 from PIL import Image
 from shared_models import CAPTIONS, INSTRUCTION, ROUNDING
 from tiny import LLM_FAMILIES, VISION_FAMILIES, draw_noise, tiny_model
@@ -35,6 +35,7 @@ from modeling_llm2clip.publishing import onnx_graphs
 from modeling_llm2clip.publishing.onnx_checks import (
     CheckInputs,
     check_script,
+    load_check_inputs,
     measure_recall,
     require_near_texts,
     require_recall,
@@ -71,15 +72,7 @@ def exported() -> Path:
 
 @pytest.fixture
 def small_data(tmp_path: Path) -> str:
-    """A few captioned images, with which a check takes no time."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    names = [f"{number}.png" for number in range(4)]
-    for number, name in enumerate(names):
-        draw_noise(40 + number, 50, seed=number).save(folder / name)
-    lines = [json.dumps({"image": name, "captions": [f"noise, image {name}"]}) for name in names]
-    (folder / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    return str(folder)
+    return write_small_data(tmp_path / "data")
 
 
 def crop_photographs(count: int) -> list[Image.Image]:
@@ -237,9 +230,15 @@ def test_the_record_states_what_the_files_are(exported: Path) -> None:
     assert text["inputs"]["input_ids"] == ["batch_size", "sequence_length"]
     assert text["optional_inputs"] == {"num_unpooled": []}
     assert vision["inputs"]["pixel_values"] == ["batch_size", 3, 32, 32]  # CLIP has one size
-    assert text["check"]["texts"] >= 200 and vision["check"]["images"] == 50
+    assert text["check"]["texts"] > vision["check"]["images"] == 4  # with long ones
     assert {"max_distance_from_golden", "max_distance_alone"} <= set(text["check"])
     assert str(record["opset"]) in (exported / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_without_data_the_check_has_captions_and_images_of_the_package() -> None:
+    inputs = load_check_inputs(None)
+    assert len(inputs.captions) == len(inputs.images) == 200 < len(inputs.texts)
 
 
 def test_no_graph_names_a_folder_of_the_machine_that_wrote_it(exported: Path) -> None:

@@ -8,17 +8,22 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny_recipe import WEIGHTS, make_recipe, prepare_proclip, read_files, write_recipe
+from tiny_recipe import (
+    WEIGHTS,
+    make_recipe,
+    names_that_differ,
+    prepare_proclip,
+    read_files,
+    signal_at,
+    write_recipe,
+)
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.building.build_model import build_model
@@ -69,13 +74,6 @@ def copied(done: Done, tmp_path: Path) -> TrainConfig:
     """A copy of the finished run, to be changed; where a run is makes no difference to it."""
     shutil.copytree(done.config.output, tmp_path / "run")
     return replace(done.config, output=tmp_path / "run")
-
-
-def names_that_differ(one: Path, other: Path) -> list[str]:
-    """Files of models, LoRA and stores that two runs do not have alike."""
-    first, second = read_files(one, parts=WEIGHTS), read_files(other, parts=WEIGHTS)
-    assert any(name.startswith("aligned/model/model") for name in first)
-    return [name for name in sorted({*first, *second}) if first.get(name) != second.get(name)]
 
 
 def states_of(config: TrainConfig) -> dict[str, str]:
@@ -368,27 +366,6 @@ def test_refusals_of_stages_come_before_the_first(
     with pytest.raises(ValueError, match="Choose a prompt, one of llama-3"):
         train(make_recipe(sources, tmp_path / "run", build={"prompt": None}))
     assert not config.output.exists()
-
-
-@contextmanager
-def signal_at(file: Path) -> Iterator[None]:
-    """Send SIGTERM to this process once a file has its first line."""
-    is_over = threading.Event()
-
-    def watch() -> None:
-        while not is_over.is_set():
-            if file.is_file() and file.read_bytes().count(b"\n"):
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
-            time.sleep(0.002)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        watcher.join()
 
 
 @pytest.mark.slow

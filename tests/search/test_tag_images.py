@@ -154,6 +154,7 @@ def test_tags_with_an_index_are_those_without_and_encode_new_images_alone(
         assert cosines == pytest.approx([float(r["cosine"]) for r in without], abs=2e-6)  # 6 digits
 
 
+@pytest.mark.slow
 def test_tags_with_an_index_leave_its_approximate_index_as_it_is(
     tagger: Tagger, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -18,7 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from fastapi.testclient import TestClient
 from served_apps import MIXED_TEXTS, send
 from shared_models import ROUNDING
 from tiny_folders import export_tiny_model
@@ -58,6 +61,25 @@ def test_options_of_the_command_line_are_strings() -> None:
     deployment = build(options)._bound_deployment
     assert deployment._deployment_config.autoscaling_config.min_replicas == 2
     assert deployment.ray_actor_options == {"num_cpus": 0.5, "num_gpus": 0}
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .*__del__")  # which Ray awaits
+def test_a_replica_computes_in_the_precision_of_its_options(tmp_path: Path) -> None:
+    model = export_tiny_model(tmp_path / "model")
+    rows = {}
+    for precision in ("float32", "bfloat16"):
+        options = {"model": str(model), "device": "cpu", "precision": precision}
+        replica_class = build(options)._bound_deployment.func_or_class
+        replica = replica_class.__new__(replica_class)
+        asyncio.run(replica.__init__())  # as a replica does, and without a cluster
+        with TestClient(replica.app) as client:
+            answer = client.post("/v1/embeddings", json={"input": "a dog"}).json()
+        rows[precision] = torch.tensor(answer["data"][0]["embedding"])
+        loaded = load_model(model, device="cpu", precision=precision)
+        expected = encode_texts(*loaded, ["a dog"])[0]
+        torch.testing.assert_close(rows[precision], expected, rtol=0, atol=ROUNDING)
+    # Eight bits round by more than sums in another order do.
+    assert (rows["float32"] - rows["bfloat16"]).abs().max() > 10 * ROUNDING
 
 
 def find_free_port() -> int:

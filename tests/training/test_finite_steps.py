@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 from host_reads import HostReads
+from running_ahead import run_ahead
 from torch import Tensor, nn
 
-from modeling_llm2clip.training import finite_steps
 from modeling_llm2clip.training.finite_steps import FiniteSteps, spread_nonfinite
 
 SHAPES = (3, 4), (5,)
@@ -72,7 +72,8 @@ def test_an_optimizer_skips_steps_alone_if_it_is_fused_and_its_device_runs_ahead
     fused: bool | None, ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another one would take the step, so that each has to be read before it."""
-    monkeypatch.setattr(finite_steps, "_RUN_AHEAD", {"cpu"} if ahead else set())
+    if ahead:
+        run_ahead(monkeypatch)
     optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2))], fused=fused)
     steps = FiniteSteps(torch.device("cpu"))
     assert steps.attach(optimizer) is bool(fused and ahead)

@@ -87,6 +87,10 @@ class EncodedImage:
         return self.content
 
 
+class UnreadableImagesError(ValueError):
+    """Images of a batch cannot be decoded or prepared."""
+
+
 PackedImage: TypeAlias = TarImage | ParquetImage | EncodedImage
 ImageSource: TypeAlias = Path | PackedImage
 
@@ -109,23 +113,25 @@ def count_bytes(image: ImageSource | None) -> int:
     return image.stat().st_size
 
 
-def open_image(image: Any) -> Any:
-    """Turn an address into what `LLM2CLIPProcessor` takes."""
-    if not isinstance(image, PackedImage):
-        return image
-    try:
-        encoded = io.BytesIO(image.read_bytes())
-    except OSError as error:
-        raise ValueError(f"{image}: cannot be read ({error}).") from error
-    opened: Any = read_image_header(encoded, name=str(image))
-    opened.filename = str(image)
-    return opened
+def open_image(image: Any, *, min_jpeg_side: int | None = None) -> Any:
+    """Turn an address into what `LLM2CLIPProcessor` takes; `min_jpeg_side` is of `load_images`."""
+    if isinstance(image, PackedImage):
+        name = str(image)
+        try:
+            encoded = io.BytesIO(image.read_bytes())
+        except OSError as error:
+            raise ValueError(f"{name}: cannot be read ({error}).") from error
+        image = read_image_header(encoded, name=name)
+        image.filename = name
+    elif isinstance(image, Image.Image):
+        return image  # the caller's: `min_jpeg_side` would leave it smaller
+    return image if min_jpeg_side is None else load_images(image, min_jpeg_side=min_jpeg_side)
 
 
-def decode_image(image: ImageSource) -> Image.Image:
+def decode_image(image: ImageSource, *, min_jpeg_side: int | None = None) -> Image.Image:
     """Decode an image; an invalid image and an unreadable file raise different errors."""
     try:
-        decoded: Image.Image = load_images(open_image(image))
+        decoded: Image.Image = load_images(open_image(image, min_jpeg_side=min_jpeg_side))
     except ValueError as error:
         failure = find_reading_failure(error)
         if isinstance(image, Path) and (failure is None or failure.errno in INVALID_OFFSETS):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..._extras import SENTENCE_TRANSFORMERS, require
-from ...data.images.image_sources import open_image
+from ...data.images.image_sources import UnreadableImagesError, open_image
 from ...encoding.batches import PreparedImages
 from ...encoding.encoder_interface import Encoder
 from ...encoding.tokenized_texts import TokenizedText
@@ -141,7 +141,10 @@ class _SentenceModel(Encoder):
         return {"inputs": [text.text for text in texts]}
 
     def prepare_images(self, images: Sequence[Any]) -> PreparedImages:
-        loaded: Any = load_images([open_image(image) for image in images])
+        try:
+            loaded: Any = load_images([open_image(image) for image in images])
+        except ValueError as error:
+            raise UnreadableImagesError(str(error)) from error
         return PreparedImages({"inputs": loaded}, list(range(len(images))), {})
 
     def encode_tokens(self, inputs: list[Any]) -> Tensor:  # type: ignore[override]

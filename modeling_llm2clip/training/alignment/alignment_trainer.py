@@ -23,9 +23,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..._suggestions import list_first
 from ...configs.align_config import AlignConfig
+from ...encoding.devices import runs_ahead
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...scheduling.processes import choose_device, require_all_processes
-from ..finite_steps import runs_ahead
 from ..losses.loss import LossInputs
 from ..run_folder import list_trained
 from ..trainer_mixins import (
@@ -290,7 +290,16 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         """
         names = list_trained(self.alignment_model)
         if self.is_fsdp_enabled and self.length.num_trained:
-            state = self.accelerator.get_state_dict(self.model_wrapped)
+            from torch.distributed.checkpoint.state_dict import (
+                StateDictOptions,
+                get_model_state_dict,
+            )
+
+            # accelerate's own options would gather frozen towers, too.
+            options = StateDictOptions(
+                full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
+            )
+            state: dict[str, Any] = get_model_state_dict(self.model_wrapped, options=options)
         else:
             state = dict(self.alignment_model.named_parameters())
         return {name: value for name, value in state.items() if name in names}

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,11 +24,8 @@ from torch import Tensor, nn
 
 from ..._suggestions import counted
 from ...configuration_llm2clip import LOGIT_SCALE_INIT
-from ...data.key_arrays import count_distinct, is_among
+from ...data.key_arrays import count_distinct
 from ...data.records.record_table import Array, RecordTable
-from ...data.records.records import CaptionedImage
-from ...data.records.splits import list_text_keys
-from ...data.streams.record_streams import RecordStream
 from ...encoding.devices import has_float64
 from ...encoding.encode import (
     TorchEncoder,
@@ -46,7 +43,7 @@ from ...evaluation.tasks.classification import list_prompts, rank_classes
 from ...heads_llm2clip import MAX_LOG_SCALE, LogitRule
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ..losses.loss import Loss, LossInputs, list_fitted
-from .alignment_data import AlignmentDataset, decode_sample, list_pairs
+from .alignment_data import AlignmentDataset, list_pairs
 from .alignment_model import AlignmentModel, skip_identity_blocks
 from .sampling import mix
 
@@ -170,73 +167,11 @@ def _choose_groups(records: RecordTable, count: int, *, seed: int) -> Array:
     return chosen
 
 
-def count_shared_captions(records: RecordTable, held_out: Array) -> int:
-    """Count the captions to train on that are also captions of held-out records."""
-    keys = list_text_keys(records.select(held_out))
-    distinct = np.unique(keys)
-    parts = (np.asarray(b.column(0).flatten()) for b in records.iterate_columns(("text_keys",)))
-    return sum(int(is_among(part, distinct).sum()) for part in parts) - len(keys)
-
-
 def count_held_out(num_groups: int, ratio: float) -> int:
     if not ratio:
         return 0
     minimum = min(_MIN_HELD_OUT, int(num_groups * _MAX_SHARE_OF_SMALL_DATA))
     return min(_MAX_HELD_OUT, max(round(ratio * num_groups), minimum))
-
-
-def hold_out_of_stream(
-    stream: RecordStream, ratio: float, folder: Path
-) -> tuple[list[CaptionedImage], frozenset[str]]:
-    """Hold out the first groups of a stream's shards; every process finds the same.
-
-    Returned are records with their images in the folder, and their group ids, which training must
-    not see. The number of all images is estimated from the first shard. A group with an image that
-    cannot be decoded is not held out, so that training comes to the image and counts it as lost.
-    """
-    if not ratio:
-        return [], frozenset()
-    records: list[CaptionedImage] = []
-    groups: dict[str, None] = {}
-    broken: set[str] = set()
-    others: set[str] = set()
-    for number in range(len(stream.reader.shards)):
-        read = stream.read_shard(number)
-        if not number:
-            total = len({record.group_id for record in read}) * len(stream.reader.shards)
-            count = count_held_out(total, ratio)
-            if count < 2:
-                raise ValueError(
-                    f"The stream has about {counted(total, 'group')}, too few to hold out two. "
-                    "Give more images, or held_out_ratio=0."
-                )
-            require_negatives(total - count, count)
-        for record in read:
-            group = record.group_id
-            if group in broken:
-                continue
-            if group not in groups and len(groups) >= count:
-                others.add(group)
-                continue
-            try:
-                decode_sample(record)
-            except ValueError:
-                broken.add(group)
-                groups.pop(group, None)
-            else:
-                groups[group] = None
-                records.append(record)
-        if len(groups) >= count and len(others) > 1:
-            break
-    else:
-        require_negatives(len(others), len(groups))
-    held = [record for record in records if record.group_id in groups]
-    for number, record in enumerate(held):
-        assert record.image is not None
-        file = folder / f"{number:05d}"
-        file.write_bytes(record.image.read_bytes())
-        held[number] = replace(record, image=file)
-    return held, frozenset(groups)
 
 
 class HeldOutImages:

@@ -24,8 +24,9 @@ from transformers import get_cosine_schedule_with_warmup
 from ..._suggestions import counted
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.store.store_manifest import TOO_LONG
+from ...encoding.devices import runs_ahead
 from ...scheduling.graceful_stop import StopRequest
-from ..finite_steps import FiniteSteps, runs_ahead, spread_nonfinite
+from ..finite_steps import FiniteSteps, spread_nonfinite
 from ..losses.terms import distill
 from .alignment_data import list_pairs
 from .alignment_fit import AlignmentFit

@@ -22,10 +22,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import TrainingArguments
 
+from ..._suggestions import counted
 from ...configs.align_config import AlignConfig
 from ...data.key_arrays import is_among
 from ...data.records.data_hashes import describe_images, hash_records
 from ...data.records.record_table import Array, RecordTable
+from ...data.records.records import CaptionedImage
 from ...data.records.splits import list_text_keys
 from ...data.remote.file_places import FilePlace, list_states, use_states
 from ...data.remote.remote_files import FileInfo
@@ -35,7 +37,12 @@ from ...data.streams.stream_run import StreamReport, hash_shards
 from ...encoding.batches import default_num_workers
 from ...processing_llm2clip import LLM2CLIPProcessor
 from .alignment_data import AlignmentDataset, AlignmentStream, decode_sample
-from .held_out import HeldOutImages, choose_held_out, count_shared_captions, hold_out_of_stream
+from .held_out import (
+    HeldOutImages,
+    choose_held_out,
+    count_held_out,
+    require_negatives,
+)
 from .sampling import ResumableBatchSampler
 
 
@@ -104,7 +111,11 @@ class RecordData:
     def count_shared_captions(self) -> int:
         """Count the captions to train on that held-out images have, too."""
         assert self.held_out is not None
-        return count_shared_captions(self.dataset.records, self.held_out.items)
+        records = self.dataset.records
+        keys = list_text_keys(records.select(self.held_out.items))
+        distinct = np.unique(keys)
+        parts = (np.asarray(b.column(0).flatten()) for b in records.iterate_columns(("text_keys",)))
+        return sum(int(is_among(part, distinct).sum()) for part in parts) - len(keys)
 
 
 @dataclass(eq=False)
@@ -278,6 +289,60 @@ def open_stream(
         measured = AlignmentDataset(held, processor, caption_store=caption_store, is_part=True)
         held_out = HeldOutImages(measured, np.arange(len(held)))
     return StreamData(dataset, config, held_out=held_out)
+
+
+def hold_out_of_stream(
+    stream: RecordStream, ratio: float, folder: Path
+) -> tuple[list[CaptionedImage], frozenset[str]]:
+    """Hold out the first groups of a stream's shards; every process finds the same.
+
+    Returned are records with their images in the folder, and their group ids, which training must
+    not see. The number of all images is estimated from the first shard. A group with an image that
+    cannot be decoded is not held out, so that training comes to the image and counts it as lost.
+    """
+    if not ratio:
+        return [], frozenset()
+    records: list[CaptionedImage] = []
+    groups: dict[str, None] = {}
+    broken: set[str] = set()
+    others: set[str] = set()
+    for number in range(len(stream.reader.shards)):
+        read = stream.read_shard(number)
+        if not number:
+            total = len({record.group_id for record in read}) * len(stream.reader.shards)
+            count = count_held_out(total, ratio)
+            if count < 2:
+                raise ValueError(
+                    f"The stream has about {counted(total, 'group')}, too few to hold out two. "
+                    "Give more images, or held_out_ratio=0."
+                )
+            require_negatives(total - count, count)
+        for record in read:
+            group = record.group_id
+            if group in broken:
+                continue
+            if group not in groups and len(groups) >= count:
+                others.add(group)
+                continue
+            try:
+                decode_sample(record)
+            except ValueError:
+                broken.add(group)
+                groups.pop(group, None)
+            else:
+                groups[group] = None
+                records.append(record)
+        if len(groups) >= count and len(others) > 1:
+            break
+    else:
+        require_negatives(len(others), len(groups))
+    held = [record for record in records if record.group_id in groups]
+    for number, record in enumerate(held):
+        assert record.image is not None
+        file = folder / f"{number:05d}"
+        file.write_bytes(record.image.read_bytes())
+        held[number] = replace(record, image=file)
+    return held, frozenset(groups)
 
 
 def count_workers(config: AlignConfig, arguments: TrainingArguments, *, decodes: bool) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from ...data.key_arrays import Array
-from ..finite_steps import runs_ahead
+from ...encoding.devices import runs_ahead
 
 _ROWS_AT_ONCE = 64
 # Number of the kept texts for the random generator, beside those of captions and noise.

@@ -147,20 +147,7 @@ def finetune_llm(
     choose_reports(config.report_to)
     device = choose_device(config.device)
     with lock_run(output), open_source(source, output) as model_source:
-        source_config = LLM2CLIPConfig.from_pretrained(model_source.folder)
-        if source_config.text_adapter_layers is None or source_config.text_dense_width is not None:
-            raise ValueError(
-                f"{model_source.name} keeps a text embedder as it is: a LoRA would change "
-                "embeddings that are to be kept, and would not fit Dense modules. Align it without "
-                "fine-tuning."
-            )
-        if config.merge:
-            types = source_config.architectures
-            if types != ["LLM2CLIPModel"]:
-                raise ValueError(
-                    f"{model_source.name} is {types}, and merging writes a whole model. Give the "
-                    "whole model, or merge=False, which writes the LoRA alone."
-                )
+        _require_tunable(model_source, config)
         # Gone before there is a model: a run that is killed after that is never continued.
         with _open_scratch(output) as scratch:
             records = RecordTable.from_records(data)
@@ -189,6 +176,21 @@ def finetune_llm(
             _write_merged(model_source.folder, output, prepared.held_out, device, data_name)
         state.wait_for_everyone()
     return model_folder if config.merge else output / LORA_FOLDER
+
+
+def _require_tunable(source: StageSource, config: FinetuneConfig) -> None:
+    """Refuse a model that no LoRA may change, or that is not whole and would be merged."""
+    saved = LLM2CLIPConfig.from_pretrained(source.folder)
+    if saved.text_adapter_layers is None or saved.text_dense_width is not None:
+        raise ValueError(
+            f"{source.name} keeps a text embedder as it is: a LoRA would change embeddings that "
+            "are to be kept, and would not fit Dense modules. Align it without fine-tuning."
+        )
+    if config.merge and saved.architectures != ["LLM2CLIPModel"]:
+        raise ValueError(
+            f"{source.name} is {saved.architectures}, and merging writes a whole model. Give the "
+            "whole model, or merge=False, which writes the LoRA alone."
+        )
 
 
 def choose_base_dtype(precision: str, device_type: str) -> torch.dtype | None:

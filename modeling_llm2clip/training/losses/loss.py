@@ -191,10 +191,13 @@ class _GatherWithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        start = dist.get_rank() * ctx.num_rows
-        return total[start : start + ctx.num_rows]
+        gradient = gradients[0].contiguous()
+        total = gradient.new_empty(ctx.num_rows, *gradient.shape[1:])
+        # torch 2.13 warns of the name that torch 2.6 has. Two processes add up the same bits as
+        # `all_reduce`, of all rows, would; with more, the order of a sum is the backend's.
+        add = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        add(total, gradient)
+        return total
 
 
 def gather_with_gradient(rows: Tensor) -> Tensor:

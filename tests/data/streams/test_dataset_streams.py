@@ -9,6 +9,7 @@ import datasets
 import pytest
 from numbered_rows import COLUMNS, make_dataset, require_rows
 from packaging.version import Version
+from shared_models import mostly_slow
 from streamed_shards import stop_and_resume
 
 from modeling_llm2clip.data.streams.dataset_streams import stream_dataset
@@ -90,7 +91,7 @@ def test_one_reader_has_the_samples_of_its_dataset_whatever_was_done_to_it(
     assert sorted(list_groups(stream)) == expected  # again in the same epoch
 
 
-@pytest.mark.parametrize("change", [*STREAMS, "untouched"])
+@pytest.mark.parametrize("change", mostly_slow([*STREAMS, "untouched"], {"shuffled", "untouched"}))
 def test_a_resumed_stream_goes_on_and_counts_the_samples_that_its_buffer_had(
     saved: datasets.Dataset, change: str
 ) -> None:

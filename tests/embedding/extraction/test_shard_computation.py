@@ -12,6 +12,7 @@ import torch
 from extracting import EXACT, extract_captions
 from host_reads import HostReads
 from interruptions import read_bytes
+from running_ahead import run_ahead
 from tiny import draw_noise
 from torch import Tensor
 
@@ -26,11 +27,6 @@ from modeling_llm2clip.embedding.sharded_writer import ShardedWriter
 from modeling_llm2clip.encoding import batches, encode
 
 SOON = 30  # seconds
-
-
-def compute_beside(patch: pytest.MonkeyPatch) -> None:
-    """Let encoders on the CPU take the path of those on a GPU."""
-    patch.setattr(encode, "computes_beside", lambda _: True)
 
 
 def test_a_shard_is_written_and_held_while_the_next_one_is_encoded(
@@ -88,7 +84,7 @@ def test_embeddings_that_are_copied_by_shard_are_those_that_are_copied_by_batch(
         return [read_bytes(stored), read_bytes(embedded)]
 
     by_batch = run("by batch")
-    compute_beside(monkeypatch)
+    run_ahead(monkeypatch)
     assert run("by shard") == by_batch
     assert read_bytes(extract_captions(model, records, tmp_path / "s")) == read_bytes(extracted)
 
@@ -103,7 +99,7 @@ def test_inputs_whose_embeddings_are_not_finite_are_named(
         ids = pair[1].list_ids([records[0].captions[0]])[0][0]
         pair[0].text_model.get_input_embeddings().weight[ids[len(ids) // 2]] = torch.nan
     if beside:
-        compute_beside(monkeypatch)
+        run_ahead(monkeypatch)
     with pytest.raises(ValueError, match=r"NaN or infinity for \d+ of \d+ inputs: number \d+ \('"):
         extract_captions(pair, records, tmp_path / "store")  # type: ignore[arg-type]
 
@@ -122,7 +118,7 @@ def test_many_batches_are_copied_together_and_no_more_than_fit(
         return start_copy(tensor)
 
     monkeypatch.setattr(batches, "start_copy", note)
-    compute_beside(monkeypatch)
+    run_ahead(monkeypatch)
     for room, num_copies in ((2**28, 1), (4 * 32 * 2, 6)):  # bytes of two embeddings, and more
         counts.clear()
         monkeypatch.setattr(batches, "_COPIED_AT_ONCE", room)

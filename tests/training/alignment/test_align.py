@@ -169,6 +169,7 @@ def test_weights_without_a_place_are_refused(prepared: Prepared, tmp_path: Path)
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.slow
 def test_the_card_names_the_folder_of_the_data_however_it_was_given(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,7 +34,7 @@ from modeling_llm2clip.training.alignment.alignment_data import (
 )
 from modeling_llm2clip.training.alignment.alignment_report import NOT_JUDGED, describe_alignment
 from modeling_llm2clip.training.alignment.alignment_trainer import make_training_arguments
-from modeling_llm2clip.training.alignment.held_out import hold_out_of_stream
+from modeling_llm2clip.training.alignment.run_data import hold_out_of_stream
 from modeling_llm2clip.training.run_folder import read_results
 
 pytest.importorskip("torchdata")

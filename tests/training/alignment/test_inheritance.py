@@ -13,7 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from inheriting import EXTRACTED, LONG, STAGE, Inheriting, build, prepare
+from running_ahead import run_ahead
 from safetensors.torch import load_file, save_file
+from shared_models import mostly_slow
 from tiny import tiny_vision
 from torch import Tensor
 
@@ -30,7 +32,6 @@ from modeling_llm2clip.encoding.encode import encode_images
 from modeling_llm2clip.evaluation.encoders.transformers_models import TransformersEncoder
 from modeling_llm2clip.model_folders.golden_embeddings import GOLDEN_FILE
 from modeling_llm2clip.model_folders.model_loading import load_model
-from modeling_llm2clip.training import finite_steps
 from modeling_llm2clip.training.alignment import inheritance
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.align_checks import require_same_space
@@ -54,7 +55,7 @@ def test_the_store_of_a_teacher_is_continued_in_its_precision_alone(
         extract(clip, records, folder, EXTRACTED, modality="text")
 
 
-@pytest.mark.parametrize("family", DUAL_ENCODERS)
+@pytest.mark.parametrize("family", mostly_slow(DUAL_ENCODERS))
 def test_a_store_has_the_embeddings_of_the_dual_encoder(tmp_path: Path, family: str) -> None:
     found = prepare(tmp_path, family, count=8, has_stores=False)
     store = EmbeddingStore.open(found.teacher, check="full")
@@ -107,12 +108,13 @@ def test_the_text_side_comes_near_its_teacher(inheriting: Inheriting, tmp_path: 
     assert "inherited 120 captions" in describe_alignment(run.output)[0]
 
 
-@pytest.mark.parametrize("ahead", [set(), {"cpu"}])
+@pytest.mark.parametrize("ahead", [False, True])
 def test_a_gradient_that_is_not_finite_ends_the_inheritance(
-    inheriting: Inheriting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: set[str]
+    inheriting: Inheriting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool
 ) -> None:
     """At once, or where the device runs ahead at the next score, every second step here."""
-    monkeypatch.setattr(finite_steps, "_RUN_AHEAD", ahead)
+    if ahead:
+        run_ahead(monkeypatch)
     calls: list[bool] = []
 
     def distill_and_break(*sides: Tensor) -> Tensor:
@@ -125,6 +127,7 @@ def test_a_gradient_that_is_not_finite_ends_the_inheritance(
     assert calls.count(True) == (4 if ahead else 3)
 
 
+@pytest.mark.slow
 def test_views_of_held_out_captions_are_held_out_and_the_start_is_written_as_it_is(
     tmp_path: Path,
 ) -> None:

@@ -115,6 +115,7 @@ def test_random_projections_are_not_on_the_way(tmp_path: Path) -> None:
     assert isinstance(found, Interpolation)
 
 
+@pytest.mark.slow
 def test_two_untrained_models_give_an_untrained_one(tmp_path: Path) -> None:
     first = prepare(tmp_path / "first", num_colored=8, has_stores=False, trained=False)
     last = shutil.copytree(first.model, tmp_path / "last")

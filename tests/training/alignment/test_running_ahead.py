@@ -12,11 +12,13 @@ import pytest
 import torch
 from aligning import Prepared, names_that_differ, read_losses
 from host_reads import StepWatch
+from running_ahead import run_ahead
 from stores import NUM_ROWS, make_embeddings, write_store
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
+from modeling_llm2clip.encoding import devices
 from modeling_llm2clip.training import finite_steps, trainer_mixins
 from modeling_llm2clip.training.alignment import alignment_trainer, stored_rows
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
@@ -27,7 +29,7 @@ from modeling_llm2clip.training.alignment.stored_rows import StoredRows
 
 @pytest.fixture(autouse=True)
 def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finite_steps, "_RUN_AHEAD", {"cpu"})
+    run_ahead(monkeypatch)
 
 
 def test_no_step_between_two_logs_waits_for_the_device(prepared: Prepared, tmp_path: Path) -> None:
@@ -88,7 +90,7 @@ def test_noise_has_the_bits_of_numpy(width: int, monkeypatch: pytest.MonkeyPatch
     items = np.arange(-100, 200)
     seeds = seed_rows(3, np.full(300, -1), items, 2)
     ahead = sample_normal(seeds, width=width)
-    monkeypatch.setattr(finite_steps, "_RUN_AHEAD", set())
+    monkeypatch.setattr(devices, "_RUN_AHEAD", set())
     assert torch.equal(ahead, sample_normal(seeds, width=width))
 
 

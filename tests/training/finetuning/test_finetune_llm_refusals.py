@@ -87,6 +87,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path, monkeypat
     assert not (tmp_path / "run" / "lora").exists()
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_in_no_checkpoint(tmp_path):
     # A finite gradient, times a rate that float32 cannot hold in Adam's first step.
     with pytest.raises(FloatingPointError, match="weights are not finite after step 1"):
@@ -154,6 +155,7 @@ def test_a_text_only_model_is_refused_before_it_is_trained_to_be_merged(tmp_path
         finetune_llm(text_only, RECORDS, tmp_path / "run", SHORT, callbacks=[KillAtBegin()])
 
 
+@pytest.mark.slow
 def test_a_lora_that_the_llm_passes_by_is_refused_by_name(tmp_path):
     """Jamba multiplies by the weight of its `dt_proj`, without running the layer."""
     if Version(transformers_version) < Version("5.24"):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from host_reads import StepWatch
+from running_ahead import run_ahead
 from safetensors.torch import load_file
 from sentence_transformers.base.losses import gradcache
 from tiny import tiny_model
@@ -19,7 +20,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 from tuning import RECORDS, SHORT
 
 from modeling_llm2clip.model_folders.model_writing import save_model
-from modeling_llm2clip.training import finite_steps
 from modeling_llm2clip.training.finetuning import finetune_llm as stage
 from modeling_llm2clip.training.finetuning.finetune_llm import choose_base_dtype, finetune_llm
 from modeling_llm2clip.training.finetuning.finetune_trainer import CaptionEncoder, FinetuneTrainer
@@ -36,7 +36,7 @@ class WatchIds(StepWatch):
 @pytest.fixture
 def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the CPU for a device that computes while Python goes on."""
-    monkeypatch.setattr(finite_steps, "_RUN_AHEAD", {"cpu"})
+    run_ahead(monkeypatch)
 
 
 def leave_out(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:

@@ -26,7 +26,11 @@ from modeling_llm2clip.heads_llm2clip import MAX_LOG_SCALE, LogitRule, contrasti
 from modeling_llm2clip.publishing.export_model import save_model
 from modeling_llm2clip.training.losses import loss as loss_module
 from modeling_llm2clip.training.losses.choose_loss import MatryoshkaLoss, WeightedSum, build_loss
-from modeling_llm2clip.training.losses.loss import LossInputs, identify_loss
+from modeling_llm2clip.training.losses.loss import (
+    LossInputs,
+    gather_with_gradient,
+    identify_loss,
+)
 from modeling_llm2clip.training.losses.pairs import ContrastiveLoss, SigmoidLoss
 from modeling_llm2clip.training.losses.terms import (
     KeptTextsLoss,
@@ -191,17 +195,41 @@ def work(rank: int, port: int, folder: Path) -> None:
     half = NUM_ROWS // 2
     part = slice(rank * half, (rank + 1) * half)
     found = {name: differentiate(make(2), part) for name, (make, _) in LOSSES.items()}
-    torch.save(found, folder / f"{rank}.pt")
+    torch.save({**found, "gathered": gather_rows_of_two(rank)}, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
+def gather_rows_of_two(rank: int) -> dict[str, Tensor]:
+    """Send a gradient of the rows of both processes back, and add up all of it as well."""
+    gradient = torch.randn(7, 6, generator=torch.Generator().manual_seed(rank)).T  # not contiguous
+    rows, before = torch.zeros(3, 7, requires_grad=True), gradient.clone()
+    gather_with_gradient(rows).backward(gradient)
+    total = gradient.contiguous()
+    dist.all_reduce(total)
+    assert rows.grad is not None and torch.equal(gradient, before)
+    return {"gradient": rows.grad, "all_reduced": total[3 * rank : 3 * rank + 3]}
+
+
+@pytest.fixture(scope="module")
+def results_of_two(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What each of two processes computed of its half of the batch."""
+    folder = tmp_path_factory.mktemp("results_of_two")
+    torch.multiprocessing.spawn(work, args=(find_free_port(), folder), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
 @pytest.mark.slow
-def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, args=(find_free_port(), tmp_path), nprocs=2)
-    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+def test_a_process_gets_the_sum_of_the_gradients_of_its_own_rows(results_of_two: list[Any]) -> None:
+    for part in results_of_two:
+        assert part["gathered"]["gradient"].abs().min() > 0
+        assert torch.equal(*part["gathered"].values())
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_loss_and_gradients_of_one(results_of_two: list[Any]) -> None:
     for name, (make, _) in LOSSES.items():
         for part, wanted in differentiate(make(None)).items():
-            found = [each[name][part] for each in parts]
+            found = [each[name][part] for each in results_of_two]
             # Distributed training takes the mean of all.
             is_row = wanted.ndim == 2 and part != "kept"
             whole = torch.cat(found) / 2 if is_row else torch.stack(found).mean(dim=0)
@@ -387,3 +415,14 @@ def test_two_processes_give_the_gradients_of_one(two_processes: Any, wrapped_by:
 def test_a_sharded_temperature_is_clamped_too(two_processes: Any) -> None:
     for part in two_processes[2]:
         assert part["clamped"].item() == pytest.approx(MAX_LOG_SCALE)  # float32
+
+
+@pytest.mark.slow
+def test_trained_weights_alone_are_gathered_from_shards(two_processes: Any) -> None:
+    """In the main process; the other one takes part, and gets nothing."""
+    main, other = two_processes[2]
+    assert main["collected"].keys() == main["trained"].keys() and not other["collected"]
+    assert not any(name.startswith("vision_model.") for name in main["trained"])
+    for name, weight in main["trained"].items():
+        assert torch.equal(main["collected"][name], weight), name
+    assert main["num_gathered"] == len(main["trained"])
