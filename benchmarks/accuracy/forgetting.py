@@ -348,10 +348,10 @@ def measure(model: Path, work: Path, images: TestImages) -> dict[str, float]:
     )
     accuracies = classified.scores["top_1_of_class"]
     names = list_categories(labeled)
-    halves = {"kept_half": names[::2], "other_half": names[1::2]}
+    parts = {"named": names[::2], "unnamed": names[1::2]}
     scores = {
         "accuracy": classified.scores["top_1"]["value"],
-        **{name: average(accuracies, half, labeled) for name, half in halves.items()},
+        **{name: average(accuracies, half, labeled) for name, half in parts.items()},
         "t2i_r1": found.scores["t2i"]["hit_rate_at_1"],
         "i2t_r1": found.scores["i2t"]["hit_rate_at_1"],
     }

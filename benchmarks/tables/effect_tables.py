@@ -20,8 +20,8 @@ def _render_forgetting(report: dict[str, Any]) -> str:
     for run in report["runs"]:
         runs_of.setdefault((run["tower"] or "–", run["condition"]), []).append(run)
     columns = {
-        "accuracy": "all classes", "kept_half": "every second class",
-        "other_half": "the others", "short_queries": "short queries",
+        "accuracy": "all classes", "named": "every second class",
+        "unnamed": "the others", "short_queries": "short queries",
         "t2i_r1": "text to image", "i2t_r1": "image to text",
     }  # fmt: skip
     towers = ("–", "frozen", "trained")
