@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from . import __version__
 from ._extras import MissingExtraError
 from ._library_warnings import hide_known_warnings
+from ._suggestions import escape_controls
 from .cli.align import align
 from .cli.build import build
 from .cli.choose_layer import choose_layer
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         described = _describe(error)
         if described is None:  # a bug, whose traceback is needed
             raise
-        print(f"{name}: {described}", file=sys.stderr)
+        print(escape_controls(f"{name}: {described}"), file=sys.stderr)
         return 2
 
 

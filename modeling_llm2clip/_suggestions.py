@@ -9,6 +9,20 @@ from difflib import get_close_matches
 MAX_LISTED = 5  # names, places or errors that a message lists
 
 
+def is_unicode(text: object) -> bool:
+    """Tell whether a name or path can be written as UTF-8."""
+    return not re.search("[\ud800-\udfff]", str(text))  # Python's marks of other bytes
+
+
+def escape_controls(text: object) -> str:
+    """Escape what would move the cursor of a terminal or cannot be printed; keep lines and tabs."""
+    return re.sub(
+        "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]",
+        lambda match: f"\\u{ord(match[0]):04x}",
+        str(text),
+    )
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Suggest the closest known word: a sentence that begins with a space, or an empty string."""
     by_lower = {candidate.lower(): candidate for candidate in known}

@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from inspect import signature
 from numbers import Integral, Real
 from typing import Any
@@ -183,21 +184,22 @@ class LLM2CLIPConfig(PreTrainedConfig):
         _check_format(config_dict.get("format_version", 0))
         lost = sorted(_SAVED_FIELDS - set(config_dict))
         if isinstance(config_dict.get("text_config"), dict):
-            lost += [] if "is_causal" in config_dict["text_config"] else ["text_config.is_causal"]
+            lost += [f"text_config.{name}" for name in _list_lost(config_dict["text_config"])]
         if lost:
             raise ValueError(
                 f"config.json lacks {lost}. There are no defaults for them, because each affects "
                 "the embeddings or records what was trained. Restore them from the original "
                 "model folder, or build the model again."
             )
-        loaded = super().from_dict(config_dict, **kwargs)
+        make = partial(super().from_dict, **kwargs)
+        loaded = _make_of_fields(make, config_dict, name="config.json")
         config = loaded[0] if isinstance(loaded, tuple) else loaded  # with unused options
         # transformers sets overridden fields after the checks of `__init__`.
         _check_format(config.format_version)
         _check_types(vars(config))
         config._check_values()
         config.text_config.is_causal = not config.bidirectional
-        return loaded
+        return loaded  # type: ignore[no-any-return]
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
@@ -243,7 +245,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         ]
         if self.max_text_length > _MOST_TOKENS:
             errors.append(f"max_text_length={self.max_text_length} must be at most {_MOST_TOKENS}")
-        if self.text_pooling not in TEXT_POOLINGS:
+        if self.text_pooling not in [*TEXT_POOLINGS]:  # a list compares whatever came
             errors.append(f"text_pooling={self.text_pooling!r} must be one of {[*TEXT_POOLINGS]}")
         if self.vision_pooling not in VISION_POOLINGS:
             errors.append(
@@ -269,14 +271,16 @@ def parse_config(text: str) -> dict[str, Any]:
 
 # A configuration makes a list entry for each layer, and a dictionary entry for each label, before
 # anything is compared with the weights. ImageNet-21k has 21,841 labels, the deepest LLMs have a few
-# hundred layers.
+# hundred layers. Vocabularies and rotations of layers count nothing that is made for each.
 _MOST_COUNTED = 100_000
-_COUNTED = re.compile("layer|depth|block|stage|head|expert|label|class")
+_COUNTED = re.compile("^(?!vocab|.*theta).*(layer|depth|block|stage|head|expert|label|class)")
 _MOST_TOKENS = 1 << 20  # per text; checks write texts of this length
 _LEAST_VALUES = {
     "projection_dim": 1, "vision_width": 1, "text_width": 1, "text_adapter_layers": 0,
     "text_adapter_expansion": 1,
 }  # fmt: skip
+# Names under which transformers has written the rotation of positions; the first is today's.
+_ROTARY = {"rope_parameters", "rope_theta", "rope_scaling"}
 _SAVED_FIELDS = {
     "vision_config", "text_config", "projection_dim", "text_width", "bidirectional", "text_pooling",
     "prompt_prefix_ids", "prompt_suffix_ids", "prompt_suffix_ends_special", "max_text_length",
@@ -391,7 +395,7 @@ def _tower_config(
 ) -> PreTrainedConfig:
     if isinstance(config, PreTrainedConfig):
         return _state_image_size(config)
-    if not isinstance(config, dict) or "model_type" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ValueError(
             f"{name} must be a transformers configuration or a dictionary with 'model_type'; "
             f"got {config!r}."
@@ -404,7 +408,42 @@ def _tower_config(
     _refuse_large_counts(config, name=name)
     tower_class = CONFIG_MAPPING[config["model_type"]]
     _warn_of_misspelled_fields(config, tower_class, name=name)
-    return _state_image_size(tower_class.from_dict(config))
+    return _state_image_size(
+        _make_of_fields(tower_class.from_dict, config, name=f"config.json: {name}")
+    )
+
+
+def _list_lost(text_config: dict[str, Any]) -> list[str]:
+    """List fields of an LLM that a saved file must have, since defaults would be other ones."""
+    lost = [] if "is_causal" in text_config else ["is_causal"]
+    model_type = str(text_config.get("model_type"))
+    if model_type in CONFIG_MAPPING and not _ROTARY & set(text_config):
+        has_rotary = "rope_parameters" in signature(CONFIG_MAPPING[model_type]).parameters
+        lost += ["rope_parameters"] if has_rotary else []
+    return lost
+
+
+def _make_of_fields(make: Callable[[Any], Any], fields: dict[str, Any], *, name: str) -> Any:
+    """Make a configuration, or name the field without which it could be made."""
+    try:
+        return make(fields)
+    except (ValueError, OSError, MemoryError):  # they say what they refuse
+        raise
+    except Exception as error:
+        refused = [f"{key}={value!r}" for key, value in fields.items() if _fits(make, fields, key)]
+        raise ValueError(
+            f"{name} is refused, because of {' or '.join(refused) or 'its fields'} "
+            f"({type(error).__name__}: {' '.join(str(error).split())}). Restore it from the "
+            "original model folder."
+        ) from error
+
+
+def _fits(make: Callable[[Any], Any], fields: dict[str, Any], key: str) -> bool:
+    try:
+        make({name: value for name, value in fields.items() if name != key})
+    except Exception:
+        return False
+    return True
 
 
 def _state_image_size(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import http.client
 import io
+import ipaddress
 import json
 import os
 import re
+import socket
 import struct
 import time
 import urllib.request
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, TypeAlias
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -38,7 +41,29 @@ _ORIENTATION = 0x0112  # of the EXIF standard; 1 is upright
 _MOST_SHOWN = 200  # characters of a path in an error message
 _READ_AS_CHANNELS = (1, 2, 4)
 _PILLOWS_OWN = 2**30 // 4 // 3  # pixels; Pillow warns of more
+IpAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
+_Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
+_WEB = ("http://", "https://")
 _CHUNK_BYTES = 2**16  # of a download
+# Networks that `is_global` of some Python versions lets through, and IPv6 addresses that stand for
+# an IPv4 address, which may be private.
+_NEVER_PUBLIC = tuple(
+    map(
+        ipaddress.ip_network,
+        (
+            "192.0.0.0/24",  # protocol assignments (RFC 6890)
+            "192.88.99.0/24",  # relays of 6to4 (RFC 7526)
+            "::/96",  # IPv4-compatible (RFC 4291)
+            "::ffff:0:0:0/96",  # IPv4-translated (RFC 2765)
+            "::ffff:0:0/96",  # IPv4-mapped (RFC 4291)
+            "64:ff9b::/96",  # translated by routers (RFC 6052)
+            "64:ff9b:1::/48",  # translated within a network (RFC 8215)
+            "2002::/16",  # 6to4 (RFC 3056)
+            "2001::/32",  # Teredo (RFC 4380)
+            "fec0::/10",  # site-local (RFC 3879)
+        ),
+    )
+)
 _BAND_PIXELS = 2**22
 # Tags of TIFF, and a value of one.
 _TILE_SIDES, _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = (322, 323), 258, 262, 0
@@ -255,7 +280,7 @@ def _open_image(path: str, limits: ImageLimits, min_jpeg_side: int | None) -> Im
             "the bytes with PIL.Image.open(io.BytesIO(…))."
         )
     # transformers' load_image would turn transparency black and clip 16 bits.
-    source = _fetch(path, limits) if path.lower().startswith(("http://", "https://")) else path
+    source = _fetch(path, limits) if path.lower().startswith(_WEB) else path
     if source is path and not os.path.isfile(path):  # noqa: PTH113  # False for an invalid path
         raise ValueError(f"{path[:_MOST_SHOWN]}: no such image. Correct the path.")
     with read_image_header(source, name=path, limits=limits) as image:
@@ -377,20 +402,91 @@ def _has_too_many_scans(content: bytes, limits: ImageLimits) -> bool:
 def _fetch(address: str, limits: ImageLimits) -> io.BytesIO:
     request = urllib.request.Request(address, headers={"User-Agent": "modeling_llm2clip"})
     content, deadline = io.BytesIO(), time.monotonic() + limits.max_download_s
+    opener = urllib.request.build_opener(_Downloader(deadline))
     try:
-        with urllib.request.urlopen(request, timeout=limits.max_download_s) as response:
+        with opener.open(request, timeout=limits.max_download_s) as response:
             while chunk := response.read1(_CHUNK_BYTES):
                 content.write(chunk)
                 _require_few_bytes(content.tell(), address, limits)
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"more than {limits.max_download_s:g} seconds")
             if response.length:  # read1 ends without an error where the connection breaks
                 raise http.client.IncompleteRead(b"", response.length)
     except ImageTooLargeError:
         raise
     except _FETCH_ERRORS as error:
-        raise ValueError(f"{address}: the image cannot be downloaded ({error}).") from error
+        reason = (
+            f"more than {limits.max_download_s:g} seconds"
+            if time.monotonic() >= deadline
+            else error
+        )
+        raise ValueError(f"{address}: the image cannot be downloaded ({reason}).") from error
     return content
+
+
+class _Downloader(
+    urllib.request.HTTPHandler, urllib.request.HTTPSHandler, urllib.request.HTTPRedirectHandler
+):
+    """Ends all of a download at one deadline, and leaves the web for no redirect."""
+
+    def __init__(self, deadline: float) -> None:
+        super().__init__()
+        self._deadline = deadline
+
+    def do_open(self, http_class: Any, req: Any, **options: Any) -> Any:
+        def connect(host: str, **settings: Any) -> Any:
+            connection = http_class(host, **settings)
+            connection.response_class = partial(_read_response, deadline=self._deadline)
+            return connection
+
+        return super().do_open(connect, req, **options)
+
+    def redirect_request(
+        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> Any:
+        if not newurl.lower().startswith(_WEB) or (
+            not urllib.request.getproxies()  # a proxy resolves the names, and decides
+            and _is_web(req.full_url)
+            and not _is_web(newurl)
+        ):
+            raise ValueError(f"it redirects to {newurl[:_MOST_SHOWN]}, which is not public")
+        req.timeout = max(self._deadline - time.monotonic(), 0.001)  # of the next connection
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _is_web(url: str) -> bool:
+    """Tell whether all addresses of a host are public."""
+    return all(
+        is_public(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]))
+        for entry in socket.getaddrinfo(urlsplit(url).hostname, None, type=socket.SOCK_STREAM)
+    )
+
+
+def is_public(address: IpAddress) -> bool:
+    """Tell whether an address is on the public internet, not in a network of one's own."""
+    return (
+        not any(address in network for network in _NEVER_PUBLIC)
+        and address.is_global
+        and not (address.is_multicast or address.is_unspecified)
+    )
+
+
+def _read_response(sock: Any, *, deadline: float, **options: Any) -> http.client.HTTPResponse:
+    response = http.client.HTTPResponse(sock, **options)
+    response.fp = io.BufferedReader(_TimedReader(response.fp.detach(), sock, deadline))
+    return response
+
+
+class _TimedReader(io.RawIOBase):
+    """Reads from a socket until a deadline, however slowly the bytes arrive."""
+
+    def __init__(self, raw: Any, sock: socket.socket, deadline: float) -> None:
+        self._raw, self._socket, self._deadline = raw, sock, deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._socket.settimeout(self._deadline - time.monotonic())  # ValueError if it is past
+        return self._raw.readinto(buffer)  # type: ignore[no-any-return]
 
 
 def _decode(

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 import numpy as np
@@ -41,6 +44,7 @@ _LOCATION_OPTIONS = (
 )  # fmt: skip
 # Pixels of a side, and patches of an image: no tower takes more.
 _MOST_PIXELS, _MOST_PATCHES = 4096, 1 << 16
+_PROCESSOR_FILE = "processor_config.json"
 # Entries of a processor's dictionary that transformers reads from other files.
 _FROM_OTHER_FILES = {"chat_template", "audio_tokenizer"}
 # A tokenizer stores truncation and padding as state before it reads a text, so threads that share
@@ -102,14 +106,14 @@ class LLM2CLIPProcessor(ProcessorMixin):
             kwargs: Keyword arguments of transformers.
 
         Raises:
-            ValueError: It cannot be loaded without custom code; the message names the file that
-                refers to that code.
+            ValueError: It cannot be loaded without custom code, and the message names the file that
+                refers to that code; or a file has a field that is refused.
         """
-        if kwargs.get("trust_remote_code"):
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        kwargs["trust_remote_code"] = False
-        with naming_code(pretrained_model_name_or_path, revision=kwargs.get("revision")):
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        source, revision = pretrained_model_name_or_path, kwargs.get("revision")
+        runs_code = kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))
+        with _naming_files(source):
+            with nullcontext() if runs_code else naming_code(source, revision=revision):
+                return super().from_pretrained(source, *args, **kwargs)
 
     @classmethod
     def get_processor_dict(
@@ -361,6 +365,24 @@ def _refuse_options(kwargs: Mapping[str, Any], image_processor: Any) -> None:
         for options in places.values():
             if not options.get(option, True):
                 raise ValueError(f"{option}={options[option]!r}: {reason}. Leave it out.")
+
+
+@contextmanager
+def _naming_files(source: Any) -> Iterator[None]:
+    """Raise errors that are about the fields of files as ValueError, with the files."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError):  # they say what they refuse
+        raise
+    except Exception as error:  # of no other class in the tokenizers library
+        places = [Path(frame.filename).name for frame in extract_tb(error.__traceback__)]
+        of_tokenizer = any("tokeniz" in place for place in places)
+        files = "tokenizer.json or tokenizer_config.json" if of_tokenizer else _PROCESSOR_FILE
+        raise ValueError(
+            f"{source} cannot be loaded: {files} has a field that is refused "
+            f"({type(error).__name__}: {' '.join(str(error).split())}). Restore the file from the "
+            "original model folder."
+        ) from error
 
 
 def _check_image_size(image_processor: Any) -> None:

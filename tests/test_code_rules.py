@@ -40,26 +40,26 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2436,
+    ".": 2521,
     "building": 1351,
-    "cli": 1113,
+    "cli": 1116,
     "configs": 861,
     "conversion": 600,
-    "data": 4682,
+    "data": 4757,
     "demo": 86,
     "doctor": 1348,
-    "embedding": 1257,
+    "embedding": 1245,
     "encoding": 955,
     "evaluation": 2918,
-    "model_folders": 1437,
+    "model_folders": 1448,
     "publishing": 951,
-    "recipes": 455,
+    "recipes": 457,
     "scheduling": 83,
-    "search": 1506,
-    "serving": 1544,
-    "training": 4431,
+    "search": 1556,
+    "serving": 1538,
+    "training": 4465,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 279, 8336
+MOST_FILES, MOST_DOCSTRING_LINES = 279, 8370
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.

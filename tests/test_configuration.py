@@ -135,6 +135,42 @@ def test_missing_fields_are_named_and_not_replaced_by_defaults(saved: dict[str, 
         LLM2CLIPConfig.from_dict(saved)
 
 
+@pytest.mark.parametrize(
+    ("part", "field", "value", "shown"),
+    [
+        ("", "dtype", "abc", "config.json is refused, because of dtype='abc'"),
+        ("", "text_pooling", [], r"text_pooling=\[\] must be one of"),
+        ("text_config", "model_type", [], "a dictionary with 'model_type'; got"),
+        ("text_config", "id2label", -1, r"text_config is refused, because of id2label=-1 \("),
+        ("vision_config", "dtype", [], r"vision_config is refused, because of dtype=\[\] \(IndexE"),
+        ("vision_config", "hidden_size", "x", "because of hidden_size='x'.*Restore it"),
+    ],
+)
+def test_a_field_of_another_type_is_named_with_its_value(
+    part: str, field: str, value: Any, shown: str, saved: dict[str, Any]
+) -> None:
+    (saved[part] if part else saved)[field] = value
+    with pytest.raises(ValueError, match=shown):
+        LLM2CLIPConfig.from_dict(saved)
+
+
+def test_the_rotation_of_positions_has_no_default(saved: dict[str, Any]) -> None:
+    rotary = saved["text_config"].pop("rope_parameters")
+    with pytest.raises(ValueError, match=r"lacks \['text_config.rope_parameters'\]"):
+        LLM2CLIPConfig.from_dict(saved)
+    saved["text_config"]["rope_theta"] = rotary["rope_theta"]  # as transformers 4 wrote it
+    assert LLM2CLIPConfig.from_dict(saved).text_config.rope_parameters == rotary
+
+
+@pytest.mark.parametrize("field", ["vocab_size_per_layer_input", "layer_rope_theta"])
+def test_a_vocabulary_and_a_rotation_of_layers_are_as_large_as_published_ones(
+    field: str, saved: dict[str, Any]
+) -> None:
+    """Gemma 3n and 4 have 262,144 tokens in a table for each layer."""
+    saved["text_config"][field] = 500_000
+    assert getattr(LLM2CLIPConfig.from_dict(saved).text_config, field) == 500_000
+
+
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_the_attention_direction_reaches_the_llm_and_is_not_contradicted(
     bidirectional: bool, saved: dict[str, Any]

@@ -107,6 +107,16 @@ def test_no_document_names_a_path_of_one_machine() -> None:
     assert [path for path in [*DOCUMENTS, *NOTEBOOKS] if MACHINE_PATH.search(read(path))] == []
 
 
+def test_the_promises_on_security_are_short_name_flags_that_exist_and_are_linked() -> None:
+    text = read(ROOT / "SECURITY.md")
+    assert len(text.split()) < 500
+    headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert headings == ["What is promised", "What is not promised", "How to report"]
+    served = read(ROOT / "docs" / "serve.md")
+    assert "`SECURITY.md`" in served
+    assert all(flag in served for flag in re.findall(r"--[a-z-]+", text))
+
+
 def test_every_row_of_what_to_open_names_a_file() -> None:
     rows = find_table_rows(ROOT / "ARCHITECTURE.md", "To change X, open Y")
     assert len(rows) > 10

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -285,12 +286,13 @@ def test_every_command_that_decodes_images_has_the_flags(command: str) -> None:
 def test_a_download_ends_at_its_limits() -> None:
     """One that never ends, and one that sends a byte now and then."""
 
-    def answer(handler: BaseHTTPRequestHandler, content: bytes, pause_s: float) -> None:
-        handler.send_response(200)
-        handler.end_headers()
+    def answer(handler: BaseHTTPRequestHandler, content: bytes | None, pause_s: float) -> None:
+        if content is not None:
+            handler.send_response(200)
+            handler.end_headers()
         with contextlib.suppress(OSError):  # the client leaves
             while True:
-                handler.wfile.write(content)
+                handler.wfile.write(content or b"H")
                 handler.wfile.flush()
                 threading.Event().wait(pause_s)
 
@@ -298,7 +300,49 @@ def test_a_download_ends_at_its_limits() -> None:
     for content, pause_s, message in (
         (b"a" * 2**16, 0, "more than 0.2 MB"),
         (b"a", 0.01, "more than 0.2 seconds"),
+        (None, 0.01, "more than 0.2 seconds"),  # a byte of the header now and then
     ):
         sending = partial(answer, content=content, pause_s=pause_s)
         with serve(sending) as address, pytest.raises(ValueError, match=message):
             load_images(address, limits=limits)
+
+
+def test_a_redirect_is_followed_within_the_web_and_within_this_network_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A name is as public as its addresses; localhost has one of the web here."""
+    content = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(content, "PNG")
+    targets: list[str] = []
+    asked: list[str] = []
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        asked.append(handler.path)
+        if handler.path == "/a.png":
+            handler.send_response(302)
+            handler.send_header("Location", targets[-1])
+            handler.end_headers()
+        else:
+            send(handler, content.getvalue())
+
+    look_up = socket.getaddrinfo
+
+    def pass_for_public(host: Any, *args: Any, **kwargs: Any) -> Any:
+        """Resolve localhost to the web, except where a connection is made, which gives a port."""
+        if host != "localhost":
+            return look_up(host, *args, **kwargs)
+        return look_up("127.0.0.1" if args[0] else "8.8.8.8", *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", pass_for_public)
+    with serve(answer) as address:
+        inside = address.replace("/a.png", "/b.png")
+        public = address.replace("127.0.0.1", "localhost")
+        targets.append(inside)
+        assert load_images(address).size == (2, 2)
+        targets.append(public.replace("/a.png", "/c.png"))
+        assert load_images(public).size == (2, 2)
+        for target in (inside, "http://[::ffff:10.0.0.1]/b.png", "ftp://127.0.0.1/b.png"):
+            targets.append(target)
+            with pytest.raises(ValueError, match=r"it redirects to .*, which is not public"):
+                load_images(public)
+    assert asked == ["/a.png", "/b.png", "/a.png", "/c.png", "/a.png", "/a.png", "/a.png"]

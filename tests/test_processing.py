@@ -338,6 +338,29 @@ def test_a_missing_length_is_rejected_and_may_be_passed(
         assert (loaded.max_text_length, loaded.num_truncated_texts) == (20, 0)
 
 
+@pytest.mark.parametrize(
+    ("name", "field", "shown"),
+    [
+        ("processor_config.json", "image_processor", r"processor_config\.json has .* \(Attr"),
+        (
+            "tokenizer_config.json",
+            "bos_token",
+            r"tokenizer_config\.json has .* bos_token has to be",
+        ),
+        ("tokenizer.json", "version", r"tokenizer\.json .* expected a string at line 1.*Restore"),
+    ],
+)
+def test_a_field_of_another_type_is_refused_with_its_file(
+    name: str, field: str, shown: str, tmp_path: Path, processor: LLM2CLIPProcessor
+) -> None:
+    processor.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / name).read_text())
+    (tmp_path / name).write_text(json.dumps({**content, field: -1}))
+    for trust_remote_code in (None, True):
+        with pytest.raises(ValueError, match=shown):
+            LLM2CLIPProcessor.from_pretrained(tmp_path, trust_remote_code=trust_remote_code)
+
+
 def test_the_tokenizer_alone_gives_the_same_ids(
     tmp_path: Path, processor: LLM2CLIPProcessor
 ) -> None:

@@ -7,7 +7,6 @@ peft's `merge_and_unload` merges it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel
 
 from .._suggestions import list_first
 from ..data.safetensors_files import read_metadata
+from ..data.sources.json_files import read_json
 from ..model_folders.model_folder import LORA_CONFIG, find_model_folder
 from ..model_folders.weights import LazyTensor, count_changed, open_weights, warn_of_rounding
 
@@ -137,7 +137,7 @@ def _multiply(pair: Mapping[str, Tensor], scale: float, *, transposes: bool) -> 
 
 def _require_plain(folder: Path, lora: str | Path, *, base: str, accepted_base: str | None) -> None:
     """Refuse a LoRA of another kind or, where both state a name, of another base."""
-    stated: dict[str, Any] = json.loads((folder / LORA_CONFIG).read_text(encoding="utf-8"))
+    stated: dict[str, Any] = read_json(folder / LORA_CONFIG)
     others = {
         name: stated[name]
         for name, neutral in _MATRICES_ALONE.items()

@@ -47,7 +47,7 @@ def choose_layer(
         reading: How the data are read.
         config: How the model becomes a text tower, and which texts are compared.
     """
-    from ..data.atomic_files import require_new_file, write_atomically
+    from ..data.atomic_files import atomic_file, require_new_file
     from ..model_folders.model_folder import require_sources
 
     if output is not None:
@@ -69,7 +69,8 @@ def choose_layer(
           f"that does not differ from it is {alike.layer}, of {alike.compute:.0%}.")  # fmt: skip
     if output is not None:
         content = {"text_model": text_model, **asdict(config), "best": best.layer, **asdict(scores)}
-        write_atomically(output, json.dumps(content, indent=2).encode())
+        with atomic_file(output) as file:
+            file.write(json.dumps(content, indent=2).encode())
     print(f"Next, with the same options: llm2clip build VISION_MODEL {text_model} OUTPUT "
           f"--text-layers {best.layer}")  # fmt: skip
     return 0

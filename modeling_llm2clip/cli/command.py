@@ -29,6 +29,7 @@ from rich.console import Console, ConsoleOptions
 from rich.table import Column, Table
 from rich.text import Text
 
+from .._suggestions import is_unicode
 from ..configs.config_fields import Config, DeviceConfig, get_reason, read_yaml
 
 if TYPE_CHECKING:
@@ -147,6 +148,8 @@ def parse(line: App, words: Sequence[str]) -> partial[int | None]:
         if not name.startswith("-"):
             line[name].help = None if name in words[:1] else summary
     try:
+        if foreign := [word for word in words if not is_unicode(word)]:
+            raise ValueError(f"{foreign[0]!a} is not UTF-8. Rename the file, or link to it.")
         function, bound, _ = line.parse_args(
             words,
             console=Console(),  # has the width of the terminal when it is made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from .._suggestions import escape_controls
 from ..configs.serve_config import ServerCheckConfig
 from .command import command
 from .options import require_model, use_device
@@ -47,5 +48,5 @@ def doctor(
         from ..doctor.server_checks import check_server
 
         report = check_server(model, replace(config, device=device), revision=revision)
-    print(report)
+    print(escape_controls(report))
     return 0 if report.healthy else 1

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from .._extras import CLIP_TOKENS, PLOTS, require
-from .._suggestions import counted
+from .._suggestions import counted, escape_controls
 from ..configs.config_fields import Config
 from ..configs.data_config import ImageLimitsConfig
 from ..configs.evaluation_config import (
@@ -113,7 +113,9 @@ def _show_results(
 
     results = read_evaluation_results(output)
     print()
-    print(render_results(results, style=table, width=find_width(), details=details))
+    print(
+        escape_controls(render_results(results, style=table, width=find_width(), details=details))
+    )
     if plot is not None:
         from ..evaluation.report import plot_lengths
 

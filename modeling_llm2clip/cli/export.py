@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .._extras import ONNX_EXPORT, require
+from .._suggestions import escape_controls
 from ..configs.data_config import ImageLimitsConfig
 from ..configs.export_config import ExportConfig
 from .command import command
@@ -58,7 +59,7 @@ def export(
         following = "AutoModel and LlavaConfig(vision_config=…) take it unchanged."
     elif config.onnx:
         following = _describe_graphs(folder)
-    print(f"Wrote {folder}. {following}")
+    print(escape_controls(f"Wrote {folder}. {following}"))
     return 0
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .._extras import GGUF, LORA, Need, require
-from .._suggestions import counted
+from .._suggestions import counted, escape_controls
 from ..configs.data_config import DataConfig, ImageLimitsConfig, StreamConfig
 from ..configs.encoding_config import EncodingConfig
 
@@ -160,7 +160,7 @@ def require_image_folder(image_dir: Path) -> None:
 
 def report(text: str) -> None:
     """Print to stderr, so that stdout holds nothing but results."""
-    print(text, file=sys.stderr, flush=True)
+    print(escape_controls(text), file=sys.stderr, flush=True)
 
 
 def report_truncated(count: int, total: int, what: str, *, longest: int) -> None:

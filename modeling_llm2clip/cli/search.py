@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from annotated_types import Interval
 
 from .._extras import list_needs_of_index, require
-from .._suggestions import counted
+from .._suggestions import counted, escape_controls
 from ..configs.data_config import ImageLimitsConfig
 from ..configs.encoding_config import SearchConfig
 from .command import Repeated, command
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from ..search.query_encoding import Query
     from ..search.search_results import SearchResult
 
-_PAGE_FILES = ("search.png", "search.html")
 _NOTE = "The number under an image is its cosine with the query."
 
 
@@ -98,7 +97,8 @@ def search(
     if count := index.encoder.num_truncated:
         longest = index.encoder.max_text_length
         report_truncated(count, len(queries), "sentence", longest=longest)
-    print(render_search_results(results, format))
+    rendered = render_search_results(results, format)
+    print(rendered if format == "csv" else escape_controls(rendered))
     _report_missing(results)
     if output is not None:
         _write(results, output)
@@ -112,7 +112,7 @@ def _require_page_folder(folder: Path) -> None:
 
     require_writable(folder)
     paths = folder.iterdir() if folder.is_dir() else []
-    if not all(path.name in _PAGE_FILES and is_results_file(path) for path in paths):
+    if not all(map(is_results_file, paths)):
         require_new_folder(folder)
 
 
@@ -147,10 +147,9 @@ def _report_missing(results: Sequence[SearchResult]) -> None:
 
 
 def _write(results: list[SearchResult], output: Path) -> None:
-    from ..search.search_results import write_results_page, write_results_sheet
+    from ..search.search_results import RESULTS_FILES, write_results_page, write_results_sheet
 
-    output.mkdir(parents=True, exist_ok=True)
-    sheet, page = (output / name for name in _PAGE_FILES)
+    sheet, page = (output / name for name in RESULTS_FILES)
     write_results_sheet(results, sheet)
     write_results_page(results, page, title="Images by query", note=_NOTE)
     report(f"Wrote {sheet} and {page}.")

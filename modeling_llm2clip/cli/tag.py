@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ from .._extras import list_needs_of_index, require
 from .._suggestions import counted
 from ..configs.data_config import ImageLimitsConfig
 from ..configs.encoding_config import TagConfig
-from ..data.atomic_files import require_new_file
+from ..data.atomic_files import atomic_file, require_new_file
 from .command import command
 from .options import (
     report,
@@ -95,14 +96,10 @@ def _write(tagged: Iterable[TaggedImage], output: Path | None, *, threshold: flo
     if output is None:
         num_images, num_untagged = write_tags(tagged, sys.stdout, ".csv")
     else:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = output.with_name(f".{output.name}.tmp")
-        try:
-            with unfinished.open("w", encoding="utf-8", newline="") as file:
-                num_images, num_untagged = write_tags(tagged, file, output.suffix)
-            unfinished.replace(output)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with atomic_file(output) as file:
+            text = TextIOWrapper(file, encoding="utf-8", newline="")
+            num_images, num_untagged = write_tags(tagged, text, output.suffix)
+            text.detach()
         report(f"Wrote the labels of {counted(num_images, 'image')} to {output}.")
     if num_untagged:
         report(

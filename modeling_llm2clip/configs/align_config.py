@@ -75,8 +75,8 @@ class AlignConfig(TrainingConfig, ChoiceConfig):
     and frequent queries: a file as `tag` reads labels, one per line, or NAME=FOLDER of a dataset
     for classification. Each is kept bare and in the templates of classification. Default: none."""
     keep_weight: Annotated[float, Interval(ge=0)] = 1.0
-    """Weight of the squared error of kept texts, of which each step reads up to 256. It is no part
-    of the held-out loss."""
+    """Weight of the squared error of kept texts, of which each step reads up to 256. The held-out
+    loss leaves them out."""
     max_steps: Annotated[int, Interval(ge=0)] | None = None
     """Number of steps; 0 writes the closed form without training. Default: set by
     `num_train_epochs`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from ..building.build_model import build_model
 from ..configs.build_config import BuildConfig
 from ..configs.export_config import CardConfig
+from ..data.sources.json_files import read_json
 from ..model_folders.model_folder import LORA_CONFIG
 from ..pooling_llm2clip import TEXT_POOLINGS
 
@@ -56,7 +56,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
             f"{folder} has no {SETTINGS_FILE}, so it is not an LLM2Vec folder. Give one that "
             "LLM2Vec saved, or build from the bare LLM (llm2clip build)."
         )
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = read_json(path)
     errors = []
     pooling = settings.get("pooling_mode")
     if pooling not in _POOLINGS:

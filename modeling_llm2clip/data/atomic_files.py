@@ -14,6 +14,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
+from uuid import uuid4
 
 try:
     import fcntl
@@ -31,6 +33,8 @@ _UNFINISHED = ".tmp"
 _CLAIM = ".llm2clip-is-writing"
 _HASHED_AT_ONCE = 2**20  # bytes
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Errors of torch.save and of safetensors (28: no space, 122: quota, 27: file too large).
+_WRITE_FAILED = re.compile(r"inline_container|PytorchStreamWriter|(os error|code:) (28|122|27)\b")
 # Remedy of `explain_full_disk` for a temporary folder.
 FREE_TEMPORARY_FOLDER = (
     "Free some space, or name another folder for temporary files by the variable TMPDIR"
@@ -54,14 +58,17 @@ def temporary_folder() -> Path:
 
 @contextmanager
 def explain_full_disk(folder: Path, what: str, remedy: str) -> Iterator[None]:
-    """Say what to do when the disk is full."""
+    """Say what to do when the disk is full; torch and safetensors raise other errors then."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in _DISK_IS_FULL:
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        if not isinstance(error, OSError) and _WRITE_FAILED.search(str(error)):
+            number = errno.ENOSPC
+        if number not in _DISK_IS_FULL:
             raise
-        message = f"No room {what} ({os.strerror(error.errno)}). {remedy}"
-        raise OSError(error.errno, message, str(folder)) from error
+        message = f"No room {what} ({os.strerror(number)}). {remedy}"
+        raise OSError(number, message, str(folder)) from error
 
 
 def require_writable(folder: Path) -> None:
@@ -88,26 +95,69 @@ def require_new_file(file: Path) -> None:
 
 
 def write_atomically(file: Path, content: bytes) -> None:
-    """Write a file that is complete or absent, even after a power failure.
+    """Write or replace a file as `atomic_file` does."""
+    with atomic_file(file, replaces=True) as opened:
+        opened.write(content)
 
-    The content is written to a file beside the target, synced and renamed; then the folder is
-    synced. Only one process at a time may write the same file.
+
+@contextmanager
+def atomic_file(file: Path, *, replaces: bool = False) -> Iterator[IO[bytes]]:
+    """Yield a file that gets its name when it is complete and synced, or never.
+
+    Several processes may write at once, each beside the target under a name of its own. Unless it
+    `replaces`, a file that has the name by then stays; this one is kept, and the error says where.
     """
-    unfinished = file.with_name(file.name + _UNFINISHED)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _clear_unfinished(file)
+    unique = uuid4().hex
+    unfinished = file.with_name(f"{file.name}.{unique}{_UNFINISHED}")
+    remedy = "Free some space, or write to another disk"
     try:
-        with unfinished.open("wb") as opened:
-            opened.write(content)
+        with (
+            explain_full_disk(file.parent, f"to write {file.name}", remedy),
+            unfinished.open("xb") as opened,
+        ):
+            _lock(opened, shared=False)
+            yield opened
             opened.flush()
             os.fsync(opened.fileno())
-        unfinished.replace(file)
-    except OSError:
+            if replaces:
+                unfinished.replace(file)
+            elif not rename_to_new(unfinished, file):
+                kept = unfinished.rename(file.with_stem(f"{file.stem}-{unique[:8]}"))
+                raise FileExistsError(
+                    f"{file} was written by another process meanwhile. It stays, and what this "
+                    f"process wrote is {kept}."
+                )
+    finally:
         unfinished.unlink(missing_ok=True)
-        raise
-    sync_folder(file.parent)
+    sync(file.parent)
+
+
+def rename_to_new(unfinished: Path, file: Path) -> bool:
+    """Rename a file unless the new name is taken; a file system without links may replace it."""
+    try:
+        os.link(unfinished, file)
+    except FileExistsError:
+        return False
+    except OSError:
+        if file.exists():
+            return False
+        unfinished.replace(file)
+    unfinished.unlink(missing_ok=True)
+    return True
+
+
+def _clear_unfinished(file: Path) -> None:
+    """Remove what killed writers of a file left: nobody locks it, and it is not just begun."""
+    for left in file.parent.glob(f"{glob.escape(file.name)}.{'[0-9a-f]' * 32}{_UNFINISHED}"):
+        with suppress(OSError), left.open("rb") as opened:
+            if left.stat().st_size and lock_file(opened, shared=True, wait=False):
+                left.unlink()
 
 
 def is_unfinished(file: Path) -> bool:
-    """Tell whether a killed `write_atomically` left this file behind."""
+    """Tell whether a killed `atomic_file` left this file behind."""
     return file.name.endswith(_UNFINISHED)
 
 
@@ -164,9 +214,9 @@ def list_differences(stored: Mapping[str, object], planned: Mapping[str, object]
     ]
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until the content of a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -175,10 +225,12 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder, which becomes the target unless an error is raised inside."""
+    """Yield a temporary folder, which becomes the target unless an error is raised inside.
+
+    Its files are synced, and get the permissions that the umask gives.
+    """
     require_new_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(folder)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     unfinished = scratch / folder.name
     try:
@@ -188,42 +240,61 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                 claim.flush()
             unfinished.mkdir()
             yield unfinished
-            unfinished.chmod(0o755)
-            for file in unfinished.glob("*.safetensors"):
-                file.chmod(0o644)  # safetensors writes for its owner alone
+            mode = unfinished.stat().st_mode & 0o666
+            for path in unfinished.rglob("*"):
+                if path.is_file():
+                    path.chmod(mode)  # safetensors writes for its owner alone
+                sync(path)
+            sync(unfinished)
+            _require_empty(folder)  # another process may have begun at the same moment
             unfinished.replace(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    sync(folder.parent)
 
 
 def require_new_folder(folder: Path) -> None:
-    """Refuse a folder that exists and is not empty, or cannot be made."""
+    """Refuse a folder that exists and is not empty, cannot be made, or is being written."""
     require_writable(folder.parent)  # a temporary folder there gets the name at the end
+    _require_empty(folder)
+    clear_leftovers(folder)
+
+
+def _require_empty(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty. Name a new folder, or remove it.")
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what writers of this folder left when they were killed.
+    """Remove what killed writers of this folder left; refuse one that a living process writes.
 
-    Any other hidden folder beside it is kept: one without a claim, one claimed for another target,
-    one whose writer is alive. Several processes may clear at once.
+    Any other hidden folder beside it is kept: one without a claim, or claimed for another target.
+    Several processes may clear at once.
     """
     for claim in folder.parent.glob(f".{glob.escape(folder.name)}-*/{_CLAIM}"):
-        if not claim.parent.is_symlink() and _is_abandoned(claim, folder.name):
+        is_abandoned = None if claim.parent.is_symlink() else _is_abandoned(claim, folder.name)
+        if is_abandoned:
             shutil.rmtree(claim.parent, ignore_errors=True)
+        elif is_abandoned is False:
+            raise FileExistsError(
+                f"{folder} is being written by another process. Wait until it has ended, or name "
+                "a new folder."
+            )
 
 
-def _is_abandoned(claim: Path, name: str) -> bool:
+def _is_abandoned(claim: Path, name: str) -> bool | None:
+    """Tell whether the writer of a claim has died; None for a claim that is none on this name."""
     try:
         with claim.open(encoding="utf-8") as opened:
-            # Its writer may have finished in between; then it is gone.
-            return opened.read() == name and _lock(opened, shared=True) and claim.exists()
-    except (FileNotFoundError, PermissionError):  # gone in between, or another user's
-        return False
+            if opened.read() != name:
+                return None
+            is_free = lock_file(opened, shared=True, wait=False)
+            return is_free if claim.exists() else None  # its writer may have finished in between
+    except OSError:  # so may one that removed the claim; or it is another user's
+        return None
 
 
-def _lock(file: IO[str], *, shared: bool) -> bool:
+def _lock(file: IO[Any], *, shared: bool) -> bool:
     """Lock an open file; False if another process has locked it, or nothing can."""
     try:
         return lock_file(file, shared=shared, wait=False)

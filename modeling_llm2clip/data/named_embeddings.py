@@ -11,7 +11,6 @@ list of N different names.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from .._suggestions import counted, list_first
 from ..loading_llm2clip import open_safetensors
+from .sources.json_files import parse_json
 
 SIDES = ("texts", "images")
 
@@ -68,7 +68,7 @@ def read_named_embeddings(file: Path) -> NamedEmbeddings:
                     f"list. It holds {list_first(sorted(opened.keys())) or 'nothing'} and, as "
                     f"metadata, {list_first(sorted(metadata)) or 'nothing'}."
                 )
-            names = json.loads(metadata.pop("names"))
+            names = parse_json(metadata.pop("names"))
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise ValueError(
                     "the names are not a JSON list of texts. Write each name as a text."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import math
 from importlib.util import find_spec
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from .._suggestions import counted
 from ..base_llm2clip import SETTINGS_FILE, check_instructions, find_instructions
 from ..building.tower_checks import find_direction_errors
+from ..data.sources.json_files import read_json
 from ..heads_llm2clip import MAX_LOG_SCALE
 from ..loading_llm2clip import naming_code
 from ..model_folders.golden_embeddings import (
@@ -242,7 +242,7 @@ def _read_instructions(tested: ModelUnderTest) -> dict[str, str]:
     ValueError for settings that lead to other embeddings than AutoModel's.
     """
     path = tested.folder / SETTINGS_FILE
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = read_json(path) if path.is_file() else {}
     prompts = {name: text for name, text in (settings.get("prompts") or {}).items() if text.strip()}
     errors = []
     default = settings.get("default_prompt_name")

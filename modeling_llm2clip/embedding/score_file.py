@@ -11,10 +11,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from ..configs.encoding_config import EncodingConfig
-from ..data.atomic_files import (
-    require_new_file,
-    write_atomically,
-)
+from ..data.atomic_files import atomic_file, require_new_file
 from ..data.sources.json_files import read_json_lines
 from ..data.validation_errors import DataValidationError, ErrorCollector
 from ..encoding.encode import score_pairs
@@ -100,7 +97,6 @@ def score_file(
                 num_workers=config.num_workers,
             ).tolist()
             progress.update(len(rows))
-    output.parent.mkdir(parents=True, exist_ok=True)
     _write(output, scored, scores)
     mean, longest = sum(scores) / len(scores), processor.longest_text
     return PairScores(len(scored), tokens.num_truncated, longest, mean)
@@ -111,7 +107,8 @@ def _write(output: Path, pairs: list[ScoredPair], scores: list[float]) -> None:
     rows = csv.writer(content)
     rows.writerow((*_FIELDS, "score"))
     rows.writerows((*pair, f"{score:.6f}") for pair, score in zip(pairs, scores, strict=True))
-    write_atomically(output, content.getvalue().encode())
+    with atomic_file(output) as file:
+        file.write(content.getvalue().encode())
 
 
 def read_pairs(file: Path) -> list[ScoredPair]:

@@ -9,7 +9,6 @@ manifest when all are there. The subclasses encode a shard, as a safetensors or 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -27,7 +26,8 @@ from ..data.atomic_files import (
     explain_full_disk,
     list_differences,
     lock_unless_held,
-    sync_folder,
+    rename_to_new,
+    sync,
     write_atomically,
 )
 from ..data.store.store_manifest import (
@@ -182,30 +182,24 @@ class ShardedWriter(ABC, Generic[_Manifest]):
         return file.is_file() and file.stat().st_size == record.bytes
 
     def _publish(self) -> None:
-        file = self.folder / self.manifest.FILE
-        unfinished = write_beside(file, self.manifest.to_json().encode())
         try:
-            unfinished.replace(file)
+            with explain_full_output(self.folder, "its manifest"):
+                write_atomically(self.folder / self.manifest.FILE, self.manifest.to_json().encode())
         except FileNotFoundError:  # another process ended just now, and removed all leftovers
             if not self.manifest.read(self.folder).complete:
                 raise
-        sync_folder(self.folder)
 
 
 def begin_output(folder: Path, manifest: ShardedManifest) -> None:
     """Write the manifest of an output, unless another process has."""
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / manifest.FILE
-    unfinished = write_beside(file, manifest.to_json().encode())
-    try:
-        os.link(unfinished, file)
-    except FileExistsError:  # int8 ranges may differ from its own in a last bit
-        return
-    except OSError:  # a file system without hard links
-        unfinished.replace(file)
-    finally:
+    unfinished = file.with_name(f"{file.name}.{uuid4().hex}.tmp")
+    with explain_full_output(folder, "its manifest"):
+        write_atomically(unfinished, manifest.to_json().encode())
+    if rename_to_new(unfinished, file):
+        sync(folder)
+    else:  # int8 ranges may differ from its own in a last bit
         unfinished.unlink(missing_ok=True)
-    sync_folder(folder)
 
 
 def read_begun(folder: Path, planned: _Manifest) -> _Manifest:
@@ -237,11 +231,3 @@ def _require_finite(stored: Tensor, embeds: Tensor, rows: range) -> None:
         f"{counted(len(bad), 'embedding')} not finite in {stored.dtype}, the first in row "
         f"{rows[bad[0]]}; {reason}."
     )
-
-
-def write_beside(file: Path, content: bytes) -> Path:
-    """Write what may become a file; several processes may do so at the same time."""
-    unfinished = file.with_name(f"{file.name}.{uuid4().hex}.tmp")
-    with explain_full_output(file.parent, "its manifest"):
-        write_atomically(unfinished, content)
-    return unfinished

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ..data.atomic_files import write_atomically
 from ..data.images.image_sources import (
     ImageSource,
     UnreadableImagesError,
@@ -25,7 +26,7 @@ from ..data.records.record_table import RecordTable
 from ..data.store.store_manifest import StoreManifest, read_sealed, write_sealed
 from ..data.validation_errors import ErrorCollector
 from .embedding_manifest import EmbeddingManifest
-from .sharded_writer import ShardedWriter, write_beside
+from .sharded_writer import ShardedWriter
 
 _NOTE = "_unreadable-images.json.tmp"  # removed with other leftovers of a complete output
 _ADVICE = (
@@ -80,7 +81,7 @@ def _note(
     names = {name for batch in records.select(is_broken).iterate_columns(("name",))
              for name in batch.column(0).to_pylist()}  # fmt: skip
     note = {"images": sorted(names), "shards": shards, "others": _hash_others(records, names)}
-    write_beside(output / _NOTE, write_sealed(note).encode()).replace(output / _NOTE)
+    write_atomically(output / _NOTE, write_sealed(note).encode())
 
 
 def _hash_others(records: RecordTable, names: Collection[str]) -> str:
@@ -107,10 +108,8 @@ def accept_repairs(
     note, begun = read_sealed((output / _NOTE).read_text(encoding="utf-8")), planned.read(output)
     plan: dict[str, str] = {**begun.plan, "images": planned.plan["images"]}
     writer = open_writer(replace(begun, plan=plan))
-    complete = writer.find_records()
-    was_skipped = any(record.skipped for record in complete.values())
-    # A repaired image that a complete shard holds by now may have changed since.
-    was_encoded = not complete.keys().isdisjoint(note["shards"])
+    # A repaired image that a complete shard holds by now, or left out, may have changed since.
+    was_encoded = not writer.find_records().keys().isdisjoint(note["shards"])
     is_repaired = note["others"] == _hash_others(records, note["images"])
-    if plan != begun.plan and is_repaired and not was_skipped and not was_encoded:
+    if plan != begun.plan and is_repaired and not was_encoded:
         writer.renew()

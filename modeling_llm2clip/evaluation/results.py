@@ -24,6 +24,7 @@ from .._suggestions import list_first
 from ..data.atomic_files import hash_json, write_atomically
 from ..data.images.image_sources import EncodedImage, ImageSource, TarImage
 from ..data.remote.file_places import FilePlace, find_state
+from ..data.sources.json_files import parse_json
 from .datasets.dataset_spec import EvaluationDataset
 from .encoders.encoder import EncoderDescription
 from .tasks.task import Task
@@ -105,7 +106,7 @@ def hash_dataset(dataset: EvaluationDataset) -> str:
 
 def read_result(file: Path) -> Result:
     try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:  # not UTF-8, or not JSON
         raise ValueError(f"{file} is damaged ({error}). Delete it and evaluate again.") from error
     if not isinstance(content, dict) or "format_version" not in content:
@@ -190,7 +191,6 @@ def find_conflict(first: Result, second: Result) -> str | None:
 
 
 def write_result(file: Path, result: Result) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     content = {**asdict(result), _DIGEST: hash_json(asdict(result))}
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(file, text.encode())

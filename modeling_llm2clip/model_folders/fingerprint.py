@@ -22,6 +22,7 @@ from torch import Tensor
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.atomic_files import hash_file, hash_json
 from ..data.safetensors_files import iterate_tensors
+from ..data.sources.json_files import read_json
 from ..loading_llm2clip import list_model_files, list_weight_files
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .model_folder import find_model_folder
@@ -237,7 +238,7 @@ def _describe_weights(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
 
 def _read_tower(folder: Path, name: str) -> dict[str, Any]:
     """Read a tower's entries of config.json, without fields that a version of transformers adds."""
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))[name]
+    settings = read_json(folder / "config.json")[name]
     return {k: v for k, v in settings.items() if v is not None and k not in _NOT_OF_THE_TOWER}
 
 
@@ -273,7 +274,7 @@ def hash_deciding_files(folder: Path, *, of_vision_tower: bool = False) -> dict[
 
 
 def _read_deciding(file: Path) -> Any:
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_json(file)
     if isinstance(content, dict):
         state = _STATE_OF_LAST_CALL.get(file.name, set())
         content = {name: value for name, value in content.items() if name not in state}
@@ -307,7 +308,7 @@ def hash_model_files(folder: Path, patterns: Iterable[str]) -> str:
 def _read_relevant(file: Path) -> bytes:
     if file.suffix != ".json":
         return file.read_bytes()
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_json(file)
     if isinstance(content, dict):
         content = {name: value for name, value in content.items() if name not in _NOT_OF_THE_FILES}
     return json.dumps(content, sort_keys=True).encode()

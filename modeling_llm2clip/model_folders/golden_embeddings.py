@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.safetensors_files import serialize_tensors
+from ..data.sources.json_files import parse_json
 from ..encoding.encode import encode_images, encode_texts, project_stored
 from ..encoding.float32 import float32_as_such
 from ..processing_llm2clip import LLM2CLIPProcessor
@@ -251,7 +252,7 @@ def read_golden(folder: Path) -> tuple[list[str], dict[str, Tensor]] | None:
     if not (folder / GOLDEN_FILE).is_file():
         return None
     with _open_golden(folder) as file:
-        texts = json.loads(file.metadata()["texts"])
+        texts = parse_json(file.metadata()["texts"])
         return texts, {name: file.get_tensor(name) for name in file.keys()}
 
 
@@ -264,7 +265,7 @@ def require_recorded_files(folder: Path, *, of_vision_tower: bool = False) -> bo
     if not (folder / GOLDEN_FILE).is_file():
         return False
     with _open_golden(folder) as file:
-        recorded = json.loads(file.metadata().get("files", "null"))
+        recorded = parse_json(file.metadata().get("files", "null"))
         if recorded is None:
             return False
         recorded = dict(recorded)

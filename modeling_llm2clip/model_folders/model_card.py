@@ -5,7 +5,6 @@ the Hub reads them. They are read back whenever the folder is written anew.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from tokenizers import Tokenizer
 from ..configs.export_config import CardConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.atomic_files import write_atomically
+from ..data.sources.json_files import read_json
 from .fingerprint import describe_prompt
 from .model_folder import fetch_hub_file
 from .model_loading import describe_untrained
@@ -186,7 +186,7 @@ def read_card_of_trained(folder: Path, training_data: Sequence[str]) -> CardData
     """Read the statements of a card that still hold after training on more data."""
     stated = read_card_data(folder)
     data = dict.fromkeys((*stated.training_data, *training_data))
-    return replace(stated, results=(), caution=None, training_data=tuple(data))
+    return replace(stated, results=(), kept_texts=None, caution=None, training_data=tuple(data))
 
 
 def update_card_data(
@@ -372,7 +372,7 @@ def _describe_images(folder: Path) -> str:
     path = folder / "processor_config.json"
     if not path.is_file():
         return "prepared by an image processor that is not in the folder"
-    settings = json.loads(path.read_text(encoding="utf-8"))["image_processor"]
+    settings = read_json(path)["image_processor"]
     size = settings.get("crop_size") if settings.get("do_center_crop") else settings.get("size")
     shown = (
         f"{size['height']} × {size['width']} pixels"

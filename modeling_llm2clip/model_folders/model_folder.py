@@ -7,7 +7,6 @@ Hub is tried once, so that a misspelled folder is reported within seconds.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
@@ -25,6 +24,7 @@ from huggingface_hub.file_download import repo_folder_name
 from .._suggestions import list_first
 from ..configs.build_config import EMBEDDED
 from ..configs.encoding_config import DUAL_ENCODERS
+from ..data.sources.json_files import read_json
 
 # Sources of a converted model, written by its conversion.
 RECORD_FILE = "conversion.json"
@@ -339,7 +339,7 @@ def require_own_model(
 def read_json_object(file: Path) -> dict[str, Any] | None:
     """Read a JSON file; None where it is damaged or holds no object."""
     try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
+        content: Any = read_json(file)
     except ValueError:  # damaged, which loading the model reports
         return None
     return content if isinstance(content, dict) else None

@@ -10,6 +10,8 @@ import json
 import pickle
 import shutil
 import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +38,8 @@ _LORAS = ("adapter_model.safetensors", "adapter_model.bin")
 WEIGHT_NAMES = (*_MODELS, *_LORAS)
 # The beginning of an archive, as torch.save writes it now, and of a pickle, as it did before.
 _BEGINNINGS = (b"PK\x03\x04", b"\x80")
+# Errors of torch and zipfile at damaged bytes.
+_DAMAGED = (RuntimeError, EOFError, ValueError, OSError, zipfile.BadZipFile, zlib.error)
 # Training changes most entries in half precision, too. If it changes fewer than this, the
 # embeddings are not those of the exact weights.
 _FEW_CHANGED = 0.5
@@ -81,8 +85,8 @@ class LazyTensor:
 def open_weights(path: Path) -> dict[str, LazyTensor]:
     """Open a weight file, or those of a folder as transformers or peft saves it, by names.
 
-    Only headers are read. A file that holds more than weights is refused, and so is a name in two
-    files.
+    Only headers are read, and PyTorch files for their checksums. A file that holds more than
+    weights is refused, and so is a name in two files.
     """
     return open_weight_files(list_weight_files(path, names=WEIGHT_NAMES))
 
@@ -171,7 +175,6 @@ def write_weights(
                 f"{file} could not be written ({error}). Nothing is left behind; free space or "
                 "choose another disk, and try again."
             ) from error
-        (folder / file).chmod(0o644)  # safetensors writes for its owner alone
         del tensors  # before the next file is read
     if len(shards) > 1:
         index = {
@@ -218,8 +221,10 @@ def _load_pickle(file: Path) -> Any:
             "again (with git lfs, where the repository uses it) and compare its SHA-256."
         )
     try:
-        # Files of torch before 1.6 cannot be mapped.
+        # Files of torch before 1.6 cannot be mapped, and have no checksums.
         mapped = beginning.startswith(_BEGINNINGS[0])
+        if mapped:
+            _require_checksums(file)
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise ValueError(
@@ -227,11 +232,18 @@ def _load_pickle(file: Path) -> Any:
             "code from the file, which is never done here. Save its state dict alone, on a machine "
             "where you trust it: torch.save(checkpoint['state_dict'], …) or safetensors."
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
+    except _DAMAGED as error:
         raise ValueError(
             f"{file} is not a whole PyTorch file of weights ({_first_line(error)}). A TorchScript "
             "archive is not one either. Download it again and compare its size and SHA-256."
         ) from error
+
+
+def _require_checksums(file: Path) -> None:
+    """Compare the CRC-32 of each entry of an archive, which torch does not read."""
+    with zipfile.ZipFile(file) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"its entry {damaged} has another CRC-32 than the archive records")
 
 
 def _first_line(error: Exception) -> str:

@@ -5,7 +5,6 @@ Sizes of towers are read from their files without loading them. Unknown numbers 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from ..data.records.record_table import RecordTable
 from ..data.records.records import CaptionedImage
 from ..data.records.splits import list_text_keys, split_records
 from ..data.safetensors_files import read_shapes
+from ..data.sources.json_files import read_json
 from ..data.store.store_manifest import MANIFEST_FILE, StoreManifest
 from ..evaluation.datasets.custom_folder import make_records_spec
 from ..evaluation.datasets.dataset_registry import read_data
@@ -220,7 +220,7 @@ def _count_parameters(shapes: Mapping[str, Sequence[int]], part: str) -> float:
 def _read_config(file: Path | None, num_parameters: float, part: str) -> TowerSize:
     config: dict[str, Any] = {}
     if file is not None and file.is_file():
-        config = json.loads(file.read_text("utf-8"))
+        config = read_json(file)
     section = config.get(f"{part}_config") or {}
     # The width of the shared space at the top is the one that holds.
     config = {**config, **section} if part == "vision" else {**section, **config}

@@ -139,12 +139,14 @@ def _check(
 
 
 def _identify_data(config: TrainConfig, split: Split) -> dict[str, Any]:
-    """Hash the inputs of a recipe: local towers, records, images, text pairs, a LoRA."""
+    """Hash the inputs of a recipe: local towers, records, images, text pairs, a LoRA, texts."""
     train, test = split
     finetune = config.finetune
     files = [Path(file) for file, _ in finetune.text_pairs] if finetune else []
     if finetune and finetune.init_lora:
         files.append(finetune.init_lora / LORA_WEIGHTS)
+    if config.align.keep_texts:
+        files.append(Path(config.align.keep_texts))
     return {
         "train": hash_records(train),
         "test": hash_records(test),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
 
-from .._suggestions import counted, list_first
+from .._suggestions import counted, is_unicode, list_first
 from ..data.images.image_sources import (
     OPTIONAL_IMAGE_SUFFIXES,
     find_unreadable_images,
@@ -132,8 +132,7 @@ def records_from_images(
     files = list_images(folder)
     if skipped := files.describe_skipped():
         report(skipped)
-    unnamed = [repr(str(path)) for path in files.readable if not _is_unicode(path)]
-    images = [path for path in files.readable if _is_unicode(path)]
+    images, unnamed = split_by_unicode(files.readable)
     errors = ErrorCollector()
     if skip_invalid and unnamed:
         count = counted(len(unnamed), "image")
@@ -168,9 +167,8 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _is_unicode(path: Path) -> bool:
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:  # bytes that are not UTF-8
-        return False
-    return True
+def split_by_unicode(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Return the paths that are Unicode, and the escaped names of all others."""
+    return list(filter(is_unicode, paths)), [
+        repr(str(path)) for path in paths if not is_unicode(path)
+    ]

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..data.atomic_files import list_differences, lock_file
+from ..data.sources.json_files import parse_json
 from .filters import check_filter, explain_filter
 from .lancedb_table import (
     ABOUT,
@@ -29,6 +30,8 @@ from .lancedb_table import (
     HOW_TO_INDEX,
     IMAGES,
     LOCK,
+    PANIC,
+    WHOLE_ROW,
     AnnIndex,
     IndexUnavailableError,
     LanceTable,
@@ -37,7 +40,7 @@ from .lancedb_table import (
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # Columns that are read from the content of an image: upright pixels, and when it was taken.
 FACTS = ("width", "height", "taken")
 _EVERY_IMAGE = "bytes >= 0"  # a filter that all pass
@@ -141,19 +144,6 @@ class IndexDatabase:
                 return function(self._table)
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Lock a database in a folder against other writers."""
-        if "://" in self.location:  # object storage has no locks
-            yield
-            return
-        with (Path(self.location) / LOCK).open("a") as opened:
-            if not lock_file(opened, wait=False):
-                raise ValueError(
-                    f"Another process is writing {self.location}. Wait until it has ended."
-                )
-            yield
-
-    @contextmanager
     def changing(self) -> Iterator[LanceTable]:
         with _explained(self.location, "written"):
             yield self._table
@@ -189,14 +179,14 @@ class IndexDatabase:
 
     def iterate_embeddings(self) -> Iterator[tuple[list[str], np.ndarray[Any, Any]]]:
         """Yield paths below the folder, and their embeddings, (rows, P) float32."""
-        for batch in self.iterate(["path", "embedding"]):
+        for batch in self.iterate(WHOLE_ROW):
             yield batch["path"].to_pylist(), _to_matrix(batch["embedding"])
 
     def find_by_digest(self, digests: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Map the SHA-256 of image files that are there to `FACTS` and `embedding`, (P,)."""
         images: dict[str, dict[str, Any]] = {}
         for condition in _list_conditions("sha256", digests):
-            for batch in self.iterate(["sha256", *FACTS, "embedding"], condition):
+            for batch in self.iterate(WHOLE_ROW, condition):
                 rows, embeds = batch.select(FACTS).to_pylist(), _to_matrix(batch["embedding"])
                 for digest, row, embed in zip(
                     batch["sha256"].to_pylist(), rows, embeds, strict=True
@@ -320,6 +310,20 @@ def require_place(location: str, *, is_new: bool = False) -> None:
         require_database_folder(Path(location), is_new=is_new)
 
 
+@contextmanager
+def lock_database(location: str) -> Iterator[None]:
+    """Lock a database in a folder, which may be new, against other writers."""
+    if "://" in location:  # object storage has no locks
+        yield
+        return
+    folder = Path(location)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a") as opened:
+        if not lock_file(opened, wait=False):
+            raise ValueError(f"Another process is writing {location}. Wait until it has ended.")
+        yield
+
+
 def _connect(location: str, *, is_new: bool = False) -> LanceTable:
     require_place(location, is_new=is_new)
     with _explained(location, "opened"):
@@ -348,7 +352,7 @@ def _read_about(location: str, table: LanceTable) -> About:
             "Index the images again into a new database, or use the version that wrote it."
         )
     try:
-        values = json.loads(stored["content"][0].as_py())
+        values = parse_json(stored["content"][0].as_py())
         ann, tally = values.pop("ann"), values.get("tally")
         if tally is not None and tally.keys() != {"num_images", "total"}:
             raise ValueError(f"tally has {sorted(tally)}")
@@ -367,7 +371,9 @@ def _explained(location: str, what: str) -> Iterator[None]:
         yield
     except IndexUnavailableError:
         raise
-    except ERRORS as error:
+    except Exception as error:
+        if not isinstance(error, ERRORS) and type(error).__name__ != PANIC:
+            raise
         raise IndexUnavailableError(
             f"{location} cannot be {what}: {_shorten(error)}. If it is damaged, remove it, and "
             "index the images again."

@@ -33,7 +33,14 @@ from ..model_folders.training_images import ImageTally, describe_far_images
 from .ann_index import FEWEST_ROWS, describe_ann, needs_training, train_ann, tune_ann
 from .image_encoding import encode_readable_images
 from .image_files import list_images
-from .index_database import FACTS, About, IndexDatabase, join_fingerprints, require_place
+from .index_database import (
+    FACTS,
+    About,
+    IndexDatabase,
+    join_fingerprints,
+    lock_database,
+    require_place,
+)
 from .model_identity import (
     find_whole_model,
     fingerprint_whole_model,
@@ -81,17 +88,17 @@ def build_index(
         "model_files": hash_file_facts(folder),
         "image_dir": str(image_dir.resolve()),
     }
-    database = _open(model, folder, place, location)
-    encoder = QueryEncoder(folder, config.device, config.precision, config.jpeg_decoding)
-    tally = restore_tally(database.about)
+    with lock_database(location):  # whose tables another process may be creating
+        database = _open(model, folder, place, location)
+        encoder = QueryEncoder(folder, config.device, config.precision, config.jpeg_decoding)
+        tally = restore_tally(database.about)
 
-    def note_place() -> None:
-        """Record where model and images are now, and which images were encoded."""
-        about = replace(database.about, **place, tally=store_tally(tally))
-        if about != database.about:
-            database.write_about(about)
+        def note_place() -> None:
+            """Record where model and images are now, and which images were encoded."""
+            about = replace(database.about, **place, tally=store_tally(tally))
+            if about != database.about:
+                database.write_about(about)
 
-    with database.writing():
         update = FolderUpdate(database, image_dir, encoder, config, tally)
         try:
             update.run(files.readable)
@@ -259,8 +266,8 @@ class FolderUpdate:
         if self._known and (differences := list_differences(about.precision, precision)):
             raise ValueError(
                 f"{self.database.location} was indexed otherwise: {'; '.join(differences)}. Give "
-                "the device, precision and JPEG decoding that it was begun with, or name a new "
-                "database."
+                "llm2clip index the device, precision and JPEG decoding that it was begun with, or "
+                "name a new database."
             )
         if about.precision != precision:
             self.database.write_about(replace(about, precision=precision))

@@ -2,7 +2,7 @@
 
 | table | rows |
 | --- | --- |
-| `images` | `path` below the folder, `sha256`, `bytes`, `modified`, `width`, `height`, `taken`, `stat` (by which a changed file is recognized), `embedding` of unit length |
+| `images` | `path` below the folder, `sha256`, `bytes`, `modified`, `width`, `height`, `taken`, `stat` (by which a changed file is recognized), `embedding` of unit length, `crc32` of all these |
 | `about` | one, whose `content` is the JSON of an `About` |
 """  # noqa: E501
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,11 +19,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from .._extras import LANCEDB, require
+from .._suggestions import list_first
 from ..data.atomic_files import require_writable
 
-# The columns that a filter may use; `stat` and `embedding` come after them.
+# The columns that a filter may use; `stat`, `embedding` and `crc32` come after them.
 COLUMNS = {
     "path": pa.string(),
     "sha256": pa.string(),
@@ -32,10 +35,12 @@ COLUMNS = {
     "height": pa.int32(),
     "taken": pa.timestamp("us"),
 }
+WHOLE_ROW = (*COLUMNS, "stat", "embedding", "crc32")
 IMAGES, ABOUT = "images", "about"  # names of the tables
 LOCK = ".llm2clip-lock"  # file in the folder of a database, locked by its writer
 # Errors of LanceDB, which the index explains.
 ERRORS = (RuntimeError, ValueError, OSError, KeyError)
+PANIC = "RustPanic"  # name of another one, which no module exports
 HOW_TO_INDEX = "Make one: llm2clip index MODEL IMAGES DB."
 # A search with a filter refines this many times more candidates. In the worst measured case, images
 # of 24 topics and queries about 36 others, it raises recall@10 from 0.945 to 0.992.
@@ -106,13 +111,21 @@ class LanceTable:
         require(LANCEDB)
         import lancedb
 
+        self._location = location
         self._connection = lancedb.connect(
             location, storage_options=_find_storage_options(location)
         )
         self._table: Any = None
 
     def list_tables(self) -> Sequence[str]:
-        return list(self._connection.list_tables().tables)
+        """List the tables; one that was begun and has no version yet is none."""
+        names = self._connection.list_tables().tables
+        versions = {name: Path(self._location, f"{name}.lance", "_versions") for name in names}
+        return [
+            name
+            for name, folder in versions.items()
+            if "://" in self._location or any(folder.glob("*.manifest"))
+        ]
 
     def read_about(self) -> pa.Table:
         return self._connection.open_table(ABOUT).to_arrow()
@@ -122,7 +135,12 @@ class LanceTable:
         self._connection.create_table(ABOUT, data=rows, mode=mode)
 
     def create(self, width: int) -> None:
-        fields = {**COLUMNS, "stat": pa.string(), "embedding": pa.list_(pa.float32(), width)}
+        fields = {
+            **COLUMNS,
+            "stat": pa.string(),
+            "embedding": pa.list_(pa.float32(), width),
+            "crc32": pa.int64(),
+        }
         self._connection.create_table(IMAGES, schema=pa.schema(fields))
 
     def reopen(self) -> None:
@@ -134,16 +152,23 @@ class LanceTable:
         return int(self._table.count_rows(where))
 
     def read(self, columns: Sequence[str], where: str | None = None) -> Iterator[pa.RecordBatch]:
+        """Yield columns; with `WHOLE_ROW`, ValueError for a row that is not as it was written."""
         query = self._table.search().select(list(columns))
         if where is not None:
             query = query.where(where)
-        yield from query.to_batches(_READ_AT_ONCE)
+        for batch in query.to_batches(_READ_AT_ONCE):
+            if columns is WHOLE_ROW:
+                _require_intact(batch)
+            yield batch
 
     def write(self, rows: Mapping[str, Any]) -> None:
         """Add images, and replace those of the same path, in one commit."""
         merge = self._table.merge_insert("path").when_matched_update_all()
         fields = [self._table.schema.field(name) for name in rows]
-        merge.when_not_matched_insert_all().execute(pa.table(dict(rows), schema=pa.schema(fields)))
+        batch = pa.record_batch(dict(rows), schema=pa.schema(fields))
+        checksums = pa.array(_hash_rows(batch), pa.int64())
+        table = pa.Table.from_batches([batch]).append_column("crc32", checksums)
+        merge.when_not_matched_insert_all().execute(table)
 
     def delete(self, where: str) -> None:
         self._table.delete(where)
@@ -184,17 +209,45 @@ class LanceTable:
         ann: AnnIndex | None,
     ) -> list[dict[str, Any]]:
         query = self._table.search(embedding, vector_column_name="embedding")
-        query = query.distance_type(_DISTANCE).limit(top_k).select([*COLUMNS, "_distance"])
+        query = query.distance_type(_DISTANCE).limit(top_k).select([*WHOLE_ROW, "_distance"])
         if where is not None:
             query = query.where(where, prefilter=True)
         if ann is None:
             query = query.bypass_vector_index()
         else:
             query = query.nprobes(ann.nprobes).refine_factor(ann.refine_factor)
-        rows: list[dict[str, Any]] = query.to_arrow().to_pylist()
+        hits = query.to_arrow()
+        for batch in hits.to_batches():
+            _require_intact(batch)
+        rows: list[dict[str, Any]] = hits.select([*COLUMNS, "_distance"]).to_pylist()
         for row in rows:
             row["cosine"] = 1 - row.pop("_distance")
         return rows
+
+
+def _hash_rows(batch: pa.RecordBatch) -> list[int]:
+    """Compute the CRC-32 of each row; LanceDB has no checksums."""
+    columns = [batch.column(name) for name in (*COLUMNS, "stat")]
+    plain = [c.cast(pa.int64()) if pa.types.is_timestamp(c.type) else c for c in columns]
+    texts = [column.cast(pa.string()).cast(pa.binary()) for column in plain]
+    joined = pc.binary_join_element_wise(
+        *texts, b"\n", null_handling="replace", null_replacement=b""
+    )
+    embeds = batch.column("embedding")
+    matrix = embeds.flatten().to_numpy().reshape(-1, embeds.type.list_size)
+    return [
+        zlib.crc32(row, zlib.crc32(text))
+        for text, row in zip(joined.to_pylist(), matrix, strict=True)
+    ]
+
+
+def _require_intact(batch: pa.RecordBatch) -> None:
+    recorded = batch.column("crc32").to_pylist()
+    rows = np.flatnonzero([a != b for a, b in zip(_hash_rows(batch), recorded, strict=True)])
+    if len(rows):
+        paths = batch.column("path").cast(pa.binary()).take(pa.array(rows))  # perhaps not UTF-8
+        names = list_first(path.decode(errors="replace") for path in paths.to_pylist())
+        raise ValueError(f"damaged rows, whose CRC-32 is not that recorded: {names}")
 
 
 def require_database_folder(folder: Path, *, is_new: bool = False) -> None:

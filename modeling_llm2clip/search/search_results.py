@@ -7,12 +7,12 @@ query in other letters is named by its number; the page and the text show every 
 from __future__ import annotations
 
 import base64
-import csv
 import hashlib
 import html
 import io
 import json
 import os
+import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,11 +23,13 @@ from urllib.parse import quote
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from ..data.atomic_files import is_unfinished, write_atomically
 from ..image_loading_llm2clip import load_images, read_image_header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+RESULTS_FILES = ("search.png", "search.html")
 ResultFormat: TypeAlias = Literal["table", "json", "csv"]
 _COLUMNS = ("query", "rank", "cosine", "image")
 _SIDE = 160
@@ -159,7 +161,7 @@ def write_results_page(
     rows = "\n".join(_write_section(result, path.parent) for result in results)
     shown = {"title": html.escape(title), "note": html.escape(note), "rows": rows}
     page = _PAGE.format(**shown, mark=_MARK, hits_css=HITS_CSS)
-    path.write_text(page, encoding="utf-8", errors="replace")  # a path may not be Unicode
+    write_atomically(path, page.encode(errors="replace"))  # a path may not be Unicode
 
 
 def write_results_sheet(results: Sequence[SearchResult], path: Path) -> None:
@@ -174,11 +176,18 @@ def write_results_sheet(results: Sequence[SearchResult], path: Path) -> None:
         top += row.height
     info = PngInfo()
     info.add_text("Software", _MARK)
-    sheet.save(path, pnginfo=info)
+    content = io.BytesIO()
+    content.name = path.name  # whose suffix is the format
+    sheet.save(content, pnginfo=info)
+    write_atomically(path, content.getvalue())
 
 
 def is_results_file(path: Path) -> bool:
-    return path.is_file() and _MARK.encode() in path.read_bytes()[:1024]
+    """Tell whether a search wrote this file, or was killed while it did."""
+    if is_unfinished(path):
+        return path.name.startswith(RESULTS_FILES)
+    is_named = path.name in RESULTS_FILES and path.is_file()
+    return is_named and _MARK.encode() in path.read_bytes()[:1024]
 
 
 def render_search_results(results: Sequence[SearchResult], style: ResultFormat = "table") -> str:
@@ -186,12 +195,22 @@ def render_search_results(results: Sequence[SearchResult], style: ResultFormat =
     if style == "json":
         return json.dumps(list(_list_records(results)), ensure_ascii=False, indent=2)
     if style == "csv":
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, _COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(_list_records(results))
-        return buffer.getvalue().rstrip("\n")
+        rows = (record.values() for record in _list_records(results))
+        return "\n".join(map(make_csv_row, (_COLUMNS, *rows)))
     return "\n\n".join(map(str, results))
+
+
+def make_csv_row(values: Iterable[object]) -> str:
+    """Return a row of CSV; texts of a comma, a quote or a line break have quotes.
+
+    So has a text that begins as a formula: its column is then read as text where that is chosen.
+    """
+    return ",".join(
+        '"{}"'.format(value.replace('"', '""'))
+        if isinstance(value, str) and re.search(r'^[=+\-@\t]|[",\r\n]', value)
+        else str(value)
+        for value in values
+    )
 
 
 def _list_records(results: Sequence[SearchResult]) -> Iterator[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,11 +19,12 @@ from ..encoding.tokenized_texts import TokenizedTexts
 from ..model_folders.model_loading import load_model
 from ..model_folders.training_images import ImageTally, describe_far_images
 from .image_encoding import encode_readable_images
-from .image_files import list_images
+from .image_files import list_images, split_by_unicode
 from .image_index import ImageIndex
 from .index_database import require_place
 from .index_update import build_index
 from .model_identity import find_whole_model
+from .search_results import make_csv_row
 from .tag_labels import Label, Tag, rank_labels
 
 EmbeddedImages: TypeAlias = tuple[Sequence[Path], Tensor]
@@ -51,6 +51,12 @@ def tag_folder(
     files = list_images(image_dir)
     if skipped := files.describe_skipped():
         report(skipped)
+    images, unnamed = split_by_unicode(files.readable)
+    if unnamed:
+        problem = f"{counted(len(unnamed), 'image')} without a Unicode name: {list_first(unnamed)}."
+        if not (config.skip_invalid and images):
+            raise ValueError(f"{problem} Rename, or skip such images (--skip-invalid).")
+        report(f"Skipped {problem} Rename.")
     folder = find_whole_model(model)
     loaded, processor = load_model(folder, device=config.device, precision=config.precision)
     encoder = TorchEncoder(loaded, processor)
@@ -58,7 +64,7 @@ def tag_folder(
     parts: Iterable[EmbeddedImages]
     if config.index is None:
         tally = ImageTally()
-        parts = [_encode(encoder, files.readable, config, report, tally)]
+        parts = [_encode(encoder, images, config, report, tally)]
         if far := describe_far_images(folder, tally):
             report(far)
     else:
@@ -126,9 +132,8 @@ def write_tags(tagged: Iterable[TaggedImage], file: IO[str], style: str) -> tupl
     of images, and the number of images without a label.
     """
     num_images = num_untagged = 0
-    writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
     if style == ".csv":
-        writer.writeheader()
+        file.write(make_csv_row(_COLUMNS) + "\n")
     for path, tags in tagged:
         num_images += 1
         num_untagged += not tags
@@ -141,8 +146,8 @@ def write_tags(tagged: Iterable[TaggedImage], file: IO[str], style: str) -> tupl
             for tag in tags
         ]
         if style == ".csv":
-            ranked = [{"rank": rank, **label} for rank, label in enumerate(labels, start=1)]
-            writer.writerows({"image": path, **row} for row in ranked or [{}])
+            ranked = [(rank, *label.values()) for rank, label in enumerate(labels, start=1)]
+            file.writelines(make_csv_row((str(path), *row)) + "\n" for row in ranked or [("",) * 4])
         else:
             record = {"image": str(path), "labels": labels}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -13,7 +13,6 @@ A label without prompts is put into every template.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._suggestions import counted
 from ..data.sources.csv_files import iterate_csv
-from ..data.sources.json_files import parse_object
+from ..data.sources.json_files import parse_json, parse_object
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,12 +104,12 @@ def _parse(file: Path) -> list[tuple[str, list[str]]]:
         return _parse_csv(file)
     text = file.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
     if file.suffix.lower() == ".json":
-        return _parse_json(text)
+        return _parse_labels(text)
     return [(line.strip(), []) for line in text.split("\n") if line.strip()]
 
 
-def _parse_json(text: str) -> list[tuple[str, list[str]]]:
-    content = json.loads(text)
+def _parse_labels(text: str) -> list[tuple[str, list[str]]]:
+    content = parse_json(text)
     if isinstance(content, list):
         return [(_require_text(name), []) for name in content]
     if isinstance(content, dict):

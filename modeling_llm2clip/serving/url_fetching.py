@@ -12,40 +12,19 @@ import ipaddress
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 import httpcore
 
+from ..image_loading_llm2clip import IpAddress, is_public
 from .service_results import RequestError
-
-_Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
-_Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _MOST_REDIRECTS = 3
 _REDIRECTS = (301, 302, 303, 307, 308)
 _SHOWN = 100  # characters of a URL in an error
 _SCHEMES = ("http", "https")
 _FAILURES = (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException)
-# Networks that `is_global` of some Python versions lets through, and IPv6 addresses that stand for
-# an IPv4 address, which may be private.
-_NEVER_PUBLIC = tuple(
-    map(
-        ipaddress.ip_network,
-        (
-            "192.0.0.0/24",  # protocol assignments (RFC 6890)
-            "192.88.99.0/24",  # relays of 6to4 (RFC 7526)
-            "::/96",  # IPv4-compatible (RFC 4291)
-            "::ffff:0:0:0/96",  # IPv4-translated (RFC 2765)
-            "::ffff:0:0/96",  # IPv4-mapped (RFC 4291)
-            "64:ff9b::/96",  # translated by routers (RFC 6052)
-            "64:ff9b:1::/48",  # translated within a network (RFC 8215)
-            "2002::/16",  # 6to4 (RFC 3056)
-            "2001::/32",  # Teredo (RFC 4380)
-            "fec0::/10",  # site-local (RFC 3879)
-        ),
-    )
-)
 
 
 class UrlFetcher:
@@ -121,12 +100,8 @@ class UrlFetcher:
             raise _refuse(url, "is not on the public internet", code="url_not_allowed")
         return str(addresses[0])
 
-    def _is_allowed(self, address: _Address) -> bool:
-        if any(address in network for network in self._networks):
-            return True
-        if any(address in network for network in _NEVER_PUBLIC):
-            return False
-        return address.is_global and not (address.is_multicast or address.is_unspecified)
+    def _is_allowed(self, address: IpAddress) -> bool:
+        return is_public(address) or any(address in network for network in self._networks)
 
 
 class _CheckedBackend(httpcore.AnyIOBackend):

@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from .._environment import describe_hardware, list_versions, read_commit
-from .._suggestions import MAX_LISTED
+from .._suggestions import MAX_LISTED, list_first
 from ..data.atomic_files import (
-    clear_leftovers,
+    hash_file,
     is_unfinished,
     lock_unless_held,
     require_new_folder,
     require_writable,
     write_atomically,
 )
+from ..data.sources.json_files import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,7 +39,8 @@ METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 # Held while a run is in progress: see `lock_run`.
 LOCK_FILE = "run.lock"
-# The last file of a checkpoint: without it, the checkpoint is incomplete.
+# The last file of a checkpoint, with the SHA-256 of the others as `sha256sum` writes them. Without
+# it, the checkpoint is incomplete.
 _COMPLETE = "complete"
 # Options that change no number, with which a run may be resumed. Weights and stores are compared by
 # content, wherever they are.
@@ -86,7 +88,7 @@ def read_results(folder: Path) -> dict[str, Any]:
 def read_run_record(folder: Path) -> dict[str, Any]:
     file = folder / RUN_FILE
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # the latter also for bytes that are not text
         raise ValueError(f"{file} cannot be read ({error}). Choose a new folder.") from error
     if not isinstance(record, dict) or not {"config", "inputs"} <= record.keys():
@@ -100,7 +102,6 @@ def read_run_record(folder: Path) -> dict[str, Any]:
 def require_output(output: Path, *, resume: bool, model: Path | None) -> None:
     """Require a folder that a run may use, and no model where the run will write one."""
     if model is not None:
-        clear_leftovers(model)
         require_new_folder(model)
     require_fresh_or_resumed(output, resume=resume)
 
@@ -132,7 +133,8 @@ def require_same_run(
 ) -> None:
     """Require that a run in a folder, if any, was begun with the same options and inputs.
 
-    The options and sections in `may_differ` change nothing that is written already.
+    The options and sections in `may_differ` change nothing that is written already. The checkpoint
+    that a run would continue from must have the files that were written.
     """
     require_fresh_or_resumed(folder, resume=resume)
     if not (folder / RUN_FILE).is_file():
@@ -151,6 +153,7 @@ def require_same_run(
     ]
     if different:
         raise ValueError(f"{folder} has another run: {'; '.join(different)}. Choose a new folder.")
+    _require_intact_checkpoint(folder)
 
 
 def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
@@ -188,16 +191,42 @@ def mark_complete(output: Path, step: int) -> None:
 
     The order is that of their steps: the times of files depend on clocks, and change in copies.
     """
-    (output / CHECKPOINTS / f"checkpoint-{step}" / _COMPLETE).touch()
+    checkpoint = output / CHECKPOINTS / f"checkpoint-{step}"
+    lines = "".join(f"{line}\n" for line in _list_digests(checkpoint))
+    write_atomically(checkpoint / _COMPLETE, lines.encode())
     folders = sorted((output / CHECKPOINTS).glob("checkpoint-*"), key=_step_of)
     for folder in folders[:-_CHECKPOINTS_KEPT]:
         shutil.rmtree(folder)
 
 
 def find_last_checkpoint(output: Path) -> Path | None:
+    return max(_list_complete(output), key=_step_of, default=None)
+
+
+def _list_complete(output: Path) -> list[Path]:
     folders = (output / CHECKPOINTS).glob("checkpoint-*")
-    complete = [folder for folder in folders if (folder / _COMPLETE).is_file()]
-    return max(complete, key=_step_of, default=None)
+    return [folder for folder in folders if (folder / _COMPLETE).is_file()]
+
+
+def _require_intact_checkpoint(output: Path) -> None:
+    """Refuse a last checkpoint whose files are not those that were written."""
+    checkpoints = sorted(_list_complete(output), key=_step_of)
+    if not checkpoints:
+        return
+    last = checkpoints[-1]
+    recorded = (last / _COMPLETE).read_text(encoding="utf-8", errors="replace").splitlines()
+    if damaged := set(recorded or [_COMPLETE]) - set(_list_digests(last)):
+        names = sorted(line.rpartition("  ")[2] for line in damaged)
+        before = checkpoints[-2].name if checkpoints[:-1] else "its beginning"
+        raise ValueError(
+            f"{last} is damaged: its file `{_COMPLETE}` has another SHA-256 of {list_first(names)}."
+            f" Remove this checkpoint; the run then continues from {before}."
+        )
+
+
+def _list_digests(checkpoint: Path) -> list[str]:
+    files = (file for file in checkpoint.rglob("*") if file.is_file() and file.name != _COMPLETE)
+    return [f"{hash_file(file)}  {file.relative_to(checkpoint)}" for file in sorted(files)]
 
 
 def discard_later_steps(output: Path, checkpoint: Path | None) -> None:

@@ -239,7 +239,7 @@ def test_a_config_of_other_types_is_reported_in_one_line(
     folder = copy_with_config(built, tmp_path / "edited", text_config=changed)
     assert main(["export", str(folder), str(tmp_path / "new")]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "'hidden_size'" in line and "Restore the config.json" in line
+    assert "'hidden_size'" in line and "Restore it from the original model folder" in line
 
 
 @pytest.mark.slow

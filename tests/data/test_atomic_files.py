@@ -5,11 +5,19 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import signal
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch
+from interruptions import largest_file
+from safetensors.torch import save_file
 
 from modeling_llm2clip.data.atomic_files import (
+    atomic_file,
+    explain_full_disk,
     hash_file,
     hash_json,
     is_unfinished,
@@ -33,21 +41,76 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["name"]
 
 
-def test_a_writer_that_is_killed_leaves_the_old_file_and_what_is_known_as_unfinished(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_new_file_never_replaces_one_that_came_meanwhile_and_is_kept_beside_it(
+    has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "new" / "tags.csv"
+    if not has_links:
+        monkeypatch.setattr(os, "link", Mock(side_effect=PermissionError(errno.EPERM, "no links")))
+    with atomic_file(file) as opened:
+        opened.write(b"first")
+        with pytest.raises(FileExistsError, match=r"stays, and .* is .*tags-.{8}\.csv") as caught:
+            with atomic_file(file) as second:
+                second.write(b"second")
+                file.write_bytes(b"another's")
+        file.unlink()
+    assert file.read_bytes() == b"first"
+    (kept,) = [path for path in file.parent.iterdir() if path != file]
+    assert kept.read_bytes() == b"second" and str(kept) in str(caught.value)
+
+
+def test_writers_of_one_file_at_once_write_each_a_whole_one(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    with atomic_file(file, replaces=True) as first:
+        first.write(b"the first, which is longer")
+        with atomic_file(file, replaces=True) as second:
+            first.flush()  # what is not empty could be taken for a killed writer's
+            second.write(b"the second")
+        assert file.read_bytes() == b"the second"
+    assert file.read_bytes() == b"the first, which is longer"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_writer_that_fails_leaves_the_old_file_and_a_killed_one_what_the_next_clears(
+    tmp_path: Path,
 ) -> None:
     file = tmp_path / "file"
     write_atomically(file, b"old")
-
-    def die(_: int) -> None:
+    with pytest.raises(KeyboardInterrupt), atomic_file(file, replaces=True) as opened:
+        opened.write(b"half")
         raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", die)
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(file, b"new")
+    assert list(tmp_path.iterdir()) == [file]
+    if not os.fork():
+        with atomic_file(file, replaces=True) as opened:
+            opened.write(b"half")
+            opened.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.wait()
     assert file.read_bytes() == b"old"
     (unfinished,) = [path for path in tmp_path.iterdir() if path != file]
-    assert is_unfinished(unfinished)
+    assert is_unfinished(unfinished) and unfinished.read_bytes() == b"half"
+    theirs = [tmp_path / "file.tmp", tmp_path / "file.old.tmp"]
+    for path in theirs:
+        path.write_bytes(b"mine")
+    write_atomically(file, b"new")
+    assert file.read_bytes() == b"new" and not unfinished.exists()
+    assert all(path.read_bytes() == b"mine" for path in theirs)
+
+
+def test_where_there_is_no_room_the_file_and_the_way_out_are_named(tmp_path: Path) -> None:
+    with largest_file(1000), pytest.raises(OSError, match=r"No room to write tags\.csv .*Free"):
+        write_atomically(tmp_path / "tags.csv", bytes(2000))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("save", [torch.save, save_file])
+def test_the_ways_to_write_tensors_name_no_room_alike(save: Any, tmp_path: Path) -> None:
+    with largest_file(1000), pytest.raises(OSError, match=r"No room for it .*Free some\."):
+        with explain_full_disk(tmp_path, "for it", "Free some."):
+            save({"a": torch.ones(5000)}, tmp_path / "file")
+    with pytest.raises(RuntimeError, match="other"), explain_full_disk(tmp_path, "", ""):
+        raise RuntimeError("other")
 
 
 def test_an_exclusive_lock_keeps_others_out_and_a_shared_one_only_exclusive_ones(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
+import torch
 from killed_writers import leave_unfinished, living_writer
+from safetensors.torch import save_file
 
-from modeling_llm2clip.data.atomic_files import atomic_folder, clear_leftovers
+from modeling_llm2clip.data.atomic_files import atomic_folder, clear_leftovers, require_new_folder
 
 
 def write(folder: Path) -> None:
@@ -37,13 +41,52 @@ def test_what_a_killed_writer_left_is_cleared_by_the_next(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_a_living_process_writes_is_refused_and_left_alone(tmp_path: Path) -> None:
     with living_writer(tmp_path / "model") as hidden:
-        clear_leftovers(tmp_path / "model")
-        write(tmp_path / "model")
+        for refuse in (clear_leftovers, require_new_folder, write):
+            with pytest.raises(FileExistsError, match="is being written by another process"):
+                refuse(tmp_path / "model")
         assert (hidden / "model" / "model.safetensors").read_bytes() == b"half"
+        write(tmp_path / "model-2")
     clear_leftovers(tmp_path / "model")
     assert not hidden.exists()
+
+
+def test_of_two_that_begin_at_the_same_moment_the_second_to_end_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
+        with atomic_folder(tmp_path / "model") as unfinished:
+            (unfinished / "model.safetensors").write_bytes(b"mine")
+            (tmp_path / "model").mkdir()
+            (tmp_path / "model" / "model.safetensors").write_bytes(b"another's")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == b"another's"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_a_written_folder_is_on_disk_before_its_name_and_as_open_as_the_umask_says(
+    umask: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, synced = tmp_path / "model", {}
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        synced[os.fstat(descriptor).st_ino] = model.exists()
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    before = os.umask(umask)
+    try:
+        with atomic_folder(model) as unfinished:
+            save_file({"a": torch.ones(1)}, unfinished / "model.safetensors")
+            (unfinished / "onnx").mkdir()
+            (unfinished / "onnx" / "config.json").write_text("{}")
+    finally:
+        os.umask(before)
+    for path in (model, *model.rglob("*")):
+        assert synced[path.stat().st_ino] is False  # while the name was not there
+        all_bits = 0o777 if path.is_dir() else 0o666
+        assert stat.S_IMODE(path.stat().st_mode) == all_bits & ~umask, path
+    assert synced[tmp_path.stat().st_ino] is True
 
 
 def test_only_folders_that_were_claimed_for_the_same_target_are_cleared(tmp_path: Path) -> None:

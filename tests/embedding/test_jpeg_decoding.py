@@ -254,5 +254,7 @@ def test_an_index_and_its_queries_decode_alike(
     scaled_rows, exact_rows = (dict(iterate_rows(which)) for which in (index, exact))
     assert {name: scaled_rows[name] == row for name, row in exact_rows.items()} == SAME
     draw_photo(5).save(images / "new.jpg")
-    with pytest.raises(ValueError, match=f"{RECORD['jpeg decoding']}' in the store, None now"):
+    # The command is named because `tag`, which updates an index too, has no such option.
+    refusal = f"{RECORD['jpeg decoding']}' in the store, None now. Give llm2clip index the"
+    with pytest.raises(ValueError, match=refusal):
         build(model, images, path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,11 @@ def break_images(data: Path, numbers: Sequence[int]) -> dict[Path, bytes]:
     return contents
 
 
+def repair(contents: Mapping[Path, bytes]) -> None:
+    for file, content in contents.items():
+        file.write_bytes(content)
+
+
 def count_encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Number of images of each shard that is encoded from now on."""
     sizes: list[int] = []
@@ -69,6 +74,18 @@ def count_encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(ImageShardEncoder, "encode", note)
     return sizes
+
+
+def stop_at_shard(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """End a run before a shard is written; -1 is the last one."""
+    write = ShardedWriter.write
+
+    def stop(self: Any, shard: int, *others: Any) -> None:
+        if shard == range(self.manifest.num_shards)[number]:
+            raise KeyboardInterrupt
+        write(self, shard, *others)
+
+    monkeypatch.setattr(ShardedWriter, "write", stop)
 
 
 def test_all_are_named_and_the_output_continues_once_they_are_repaired(
@@ -87,8 +104,7 @@ def test_all_are_named_and_the_output_continues_once_they_are_repaired(
         run(output)
     assert 0 < sum(sizes) < _COUNT  # a shard was complete, and the second run did not compute it
     sizes.clear()
-    for file, content in contents.items():
-        file.write_bytes(content)
+    repair(contents)
     run(output)
     assert 0 < sum(sizes) < _COUNT
     assert read_bytes(output) == read_bytes(run(tmp_path / "fresh"))
@@ -102,11 +118,52 @@ def test_an_output_with_another_image_that_changed_is_refused(
         run(tmp_path / "output")
     before = read_bytes(tmp_path / "output")
     Image.new("RGB", (7, 9)).save(data / "0.png")  # whose shard is complete
-    for file, content in contents.items():
-        file.write_bytes(content)
+    repair(contents)
     with pytest.raises(ValueError, match="holds another output: images"):
         run(tmp_path / "output")
     assert read_bytes(tmp_path / "output") == before
+
+
+@pytest.mark.parametrize(("function", "config"), _RUNS, ids=["extract", "embed"])
+def test_a_partition_is_repaired_while_others_have_ended(
+    function: Callable[..., Path],
+    config: ExtractConfig | EmbedConfig,
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+) -> None:
+    def run(output: Path, partition: str | None = None) -> Path:
+        records = load_records(data)
+        return function(model, records, output, config, modality="image", partition=partition)
+
+    contents = break_images(data, (9,))  # in the second shard of three, or the third of five
+    number = 2 if function is extraction.extract else 1
+    with pytest.raises(DataValidationError):
+        run(tmp_path / "out", f"{number}/2")
+    run(tmp_path / "out", f"{3 - number}/2")
+    repair(contents)
+    run(tmp_path / "out", f"{number}/2")
+    assert read_bytes(run(tmp_path / "out")) == read_bytes(run(tmp_path / "fresh"))
+
+
+def test_an_output_that_left_images_out_is_repaired_unless_these_have_changed(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    def run(name: str = "out", **options: Any) -> Path:
+        records, config = load_records(data), replace(IMAGE, **options)
+        return embedding.embed(model, records, tmp_path / name, config, modality="image")
+
+    contents = break_images(data, (0, 9))
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patched:
+        stop_at_shard(patched, 1)
+        run(skip_invalid=True)  # a complete shard lacks the first image
+    with pytest.raises(DataValidationError, match=r"9\.png"):
+        run()
+    repair(contents)
+    with pytest.raises(ValueError, match="holds another output: images"):
+        run()
+    break_images(data, (0,))
+    assert read_bytes(run()) == read_bytes(run("fresh", skip_invalid=True))
 
 
 @pytest.mark.parametrize(("function", "config"), _RUNS, ids=["extract", "embed"])
@@ -121,8 +178,7 @@ def test_a_repair_lets_in_no_other_option(
     output = tmp_path / "output"
     with pytest.raises(DataValidationError):
         function(model, load_records(data), output, config, modality="image")
-    for file, content in contents.items():
-        file.write_bytes(content)
+    repair(contents)
     other = replace(config, precision="bfloat16")
     with pytest.raises(ValueError, match="precision"):
         function(model, load_records(data), output, other, modality="image")
@@ -135,17 +191,9 @@ def test_an_image_that_changes_again_after_its_repair_is_refused(
     contents = break_images(data, (9,))
     with pytest.raises(DataValidationError):
         run(tmp_path / "output")
-    write = ShardedWriter.write
-
-    def stop_at_last(self: Any, shard: int, *others: Any) -> None:
-        if shard == self.manifest.num_shards - 1:
-            raise KeyboardInterrupt
-        write(self, shard, *others)
-
-    for file, content in contents.items():
-        file.write_bytes(content)
+    repair(contents)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(ShardedWriter, "write", stop_at_last)
+        stop_at_shard(patched, -1)
         run(tmp_path / "output")
     before = read_bytes(tmp_path / "output")
     Image.new("RGB", (7, 9)).save(data / "9.png")
@@ -162,8 +210,7 @@ def test_a_store_that_another_run_writes_does_not_get_another_plan(
     contents = break_images(data, (9,))
     with pytest.raises(DataValidationError):
         function(model, load_records(data), tmp_path / "out", config, modality="image")
-    for file, content in contents.items():
-        file.write_bytes(content)
+    repair(contents)
     writer = EmbeddingStoreWriter(tmp_path / "out", StoreManifest.read(tmp_path / "out"))
     with writer.hold(2), pytest.raises(ValueError, match="Another run computes shard 2 of 3"):
         function(model, load_records(data), tmp_path / "out", config, modality="image")

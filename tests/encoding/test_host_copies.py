@@ -8,6 +8,7 @@ import pytest
 import torch
 from running_ahead import run_ahead
 
+from modeling_llm2clip.encoding.devices import runs_ahead
 from modeling_llm2clip.encoding.host_copies import start_copy
 
 
@@ -34,3 +35,9 @@ def test_a_copy_is_waited_for_on_the_gpu_of_its_tensor(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: ("stream of", device))
     assert torch.equal(start_copy(tensor)(), tensor)
     assert streams == [("stream of", tensor.device), "waited"]
+
+
+def test_a_gpu_of_cuda_alone_runs_ahead() -> None:
+    """The copies of others have no events of CUDA to wait for."""
+    kinds = ("cpu", "mps", "cuda")
+    assert [kind for kind in kinds if runs_ahead(torch.device(kind))] == ["cuda"]

@@ -12,6 +12,7 @@ import torch
 from shared_models import ROUNDING
 from tiny import draw_noise, tiny_model
 from tiny_folders import export_tiny_model
+from torch._dynamo import lookup_backend
 
 from modeling_llm2clip import encode_images, encode_texts
 from modeling_llm2clip.configs.encoding_config import EmbedConfig, ExtractConfig
@@ -39,9 +40,17 @@ def require_plain_embeddings(backend: str) -> None:
     encode = (partial(encode_texts, model, processor, TEXTS),
               partial(encode_images, model, processor, IMAGES))  # fmt: skip
     expected, names = [run() for run in encode], list(model.state_dict())
-    compile_layers(model, backend=backend)
+    compiled: list[Any] = []
+
+    def note(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return lookup_backend(backend)(graph, inputs)
+
+    compile_layers(model, backend=note)
     for run, embeds in zip(encode, expected, strict=True):
+        num_before = len(compiled)
         torch.testing.assert_close(run(), embeds, rtol=ROUNDING, atol=ROUNDING)
+        assert len(compiled) > num_before  # of each tower
     assert list(model.state_dict()) == names
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import copy, deepcopy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from tiny import tiny_model
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.encoding import encode
-from modeling_llm2clip.encoding.batches import PreparedImages
+from modeling_llm2clip.encoding.batches import PreparedImages, prepare_images
 from modeling_llm2clip.encoding.encode import TorchEncoder
 from modeling_llm2clip.encoding.pixel_normalization import find_normalization
 from modeling_llm2clip.image_cropping_llm2clip import (
@@ -83,6 +84,59 @@ def test_normalized_pixels_are_those_of_the_processor(
         assert torch.equal(normalization.apply(expected), expected)
 
 
+def test_prepared_pixels_are_pinned_for_a_gpu_and_are_bytes(
+    pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = find_normalization(pair[1], CPU)
+    assert plain is not None and not plain.pins
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
+    inputs = {"pixel_values": torch.zeros(1, 3, 2, 2, dtype=torch.uint8)}
+    for pins in (False, True):
+        prepared = replace(plain, pins=pins).prepare(inputs)["pixel_values"]
+        assert (prepared == pins).all()
+    with pytest.raises(ValueError, match=r"makes torch.float32 of these images, and uint8"):
+        plain.prepare({"pixel_values": torch.zeros(1, 3, 2, 2)})
+
+
+def test_last_steps_that_are_others_in_one_size_by_little_are_not_taken(pair: Any) -> None:
+    changed = copy(pair[1])
+    kind: Any = type(changed.image_processor)
+
+    class Near(kind):  # type: ignore[misc]
+        def preprocess(self, images: Any, *args: Any, **options: Any) -> Any:
+            prepared = super().preprocess(images, *args, **options)
+            if self.do_rescale and max(images[0].size) > 200:
+                prepared["pixel_values"] = prepared["pixel_values"] + 1e-5
+            return prepared
+
+    changed.image_processor = copy(changed.image_processor)
+    assert find_normalization(changed, CPU) is not None
+    changed.image_processor.__class__ = Near
+    assert find_normalization(changed, CPU) is None
+
+
+def test_images_beside_one_that_a_processor_refuses_are_bytes_too(pair: Any) -> None:
+    changed = copy(pair[1])
+    kind: Any = type(changed.image_processor)
+
+    class Refusing(kind):  # type: ignore[misc]
+        def preprocess(self, images: Any, *args: Any, **options: Any) -> Any:
+            if any(image.width > 400 for image in images):
+                raise ValueError("too wide")
+            return super().preprocess(images, *args, **options)
+
+    changed.image_processor = copy(changed.image_processor)
+    changed.image_processor.__class__ = Refusing
+    normalization = find_normalization(pair[1], CPU)
+    assert normalization is not None
+    normalization.processor.image_processor.__class__ = Refusing
+    prepared = prepare_images(
+        changed, make_images(), on_error=lambda _, error: str(error), normalization=normalization
+    )
+    assert (prepared.places, prepared.errors) == ([0, 1, 2], {3: "too wide"})
+    assert prepared.inputs["pixel_values"].dtype == torch.uint8
+
+
 @pytest.mark.parametrize("name", _OTHERS)
 def test_other_processors_run_to_their_end(pair: Any, name: str) -> None:
     assert find_normalization(with_image_processor(pair[1], name), CPU) is None
@@ -126,3 +180,18 @@ def test_an_encoder_gives_the_same_embeddings_from_bytes(pair: Any, tmp_path: An
     ]  # fmt: skip
     assert errors[0] == errors[1] and list(errors[0][0]) == [0]
     assert isinstance(prepared, PreparedImages) and processor.image_processor.do_rescale
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_arrays_are_taken_or_refused_alike(pair: Any, dtype: Any) -> None:
+    """Pixels of unknown range are refused before either way of preparing images."""
+    pixels = np.random.default_rng(2).integers(0, 256, (50, 60, 3)).astype(dtype)
+    encoders = [TorchEncoder(*pair), TorchEncoder(*pair)]
+    encoders[1].normalization = find_normalization(pair[1], CPU)
+    if dtype == np.float32:
+        for encoder in encoders:
+            with pytest.raises(ValueError, match="float32 pixels, whose range is unknown"):
+                encoder.encode_images([pixels])
+    else:
+        plain, normalized = (encoder.encode_images([pixels]) for encoder in encoders)
+        torch.testing.assert_close(normalized, plain, rtol=0, atol=1e-5)

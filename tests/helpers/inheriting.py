@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from aligning import Prepared, Run, write_color_data
+from safetensors.torch import load_file, save_file
 from tiny import tiny_llm, tiny_tokenizer
 from tiny_encoders import save_tiny_encoder
 
@@ -17,6 +20,7 @@ from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.configs.encoding_config import ExtractConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.embedding.extract import extract
+from modeling_llm2clip.model_folders.golden_embeddings import GOLDEN_FILE
 from modeling_llm2clip.training.alignment.align import align
 
 EXTRACTED = ExtractConfig(store_dtype="float32", device="cpu", show_progress=False)
@@ -76,3 +80,17 @@ def prepare(
     return Inheriting(
         data, model, folder / "captions", folder / "images", clip=clip, teacher=folder / "teacher"
     )
+
+
+def copy_into_other_spaces(model: Path, folder: Path) -> Iterator[tuple[str, Path]]:
+    """Copy the model with another image projection, then vision tower; yield the error, and it."""
+    for name, message in (
+        ("visual_projection.weight", "--keep-projection"),
+        ("vision_model.post_layernorm.weight", "another vision tower"),
+    ):
+        copy = shutil.copytree(model, folder / name)
+        (copy / GOLDEN_FILE).unlink()
+        weights = load_file(copy / "model.safetensors")
+        weights[name] += 1
+        save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+        yield message, copy

@@ -78,9 +78,19 @@ def test_option_device_and_stored_dtype_choose_that_of_the_towers(
 
 
 def test_a_gpu_rounds_towers_and_no_head_where_embeddings_stay(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    compared: list[dict[str, torch.Tensor]] = []
+    embed = guarded_loading._embed_examples
+
+    def note(*args: Any, **options: Any) -> dict[str, torch.Tensor]:
+        compared.append(embed(*args, **options))
+        return compared[-1]
+
+    monkeypatch.setattr(guarded_loading, "_embed_examples", note)
     model = load_in_precision(LLM2CLIPModel, folder, CPU, traits=GPU)
+    counts = {name: len(embeds.unique(dim=0)) for name, embeds in compared[0].items()}
+    assert counts == dict.fromkeys(("text", "image", "text projected", "image projected"), 64)
     require_rounded(model, folder, towers=BFLOAT16, heads=FLOAT32)
     said = capsys.readouterr().err
     assert "run in bfloat16" in said and "the same weights in float32" in said

@@ -48,6 +48,28 @@ def test_a_broken_pytorch_file(tmp_path) -> None:
             open_weights(source)
 
 
+def test_a_flipped_bit_of_an_archive_changes_nothing_or_is_refused(tmp_path) -> None:
+    """Of weights, the pickle and the directory; bytes that only pad the entries change nothing."""
+    state, file = {"weight": torch.arange(40.0), "bias": torch.ones(3)}, tmp_path / "c.pt"
+    torch.save(state, file)
+    whole = file.read_bytes()
+    number = whole.index(state["weight"].numpy().tobytes())
+    for place in (number + 6, *range(7, len(whole), 41)):
+        for bit in (1, 8):
+            damaged = bytearray(whole)
+            damaged[place] ^= bit
+            file.write_bytes(damaged)
+            try:
+                opened = open_weights(file)
+            except ValueError as error:
+                assert str(file) in str(error)
+            else:
+                assert place != number + 6
+                assert {name: opened[name].read().tolist() for name in opened} == {
+                    name: value.tolist() for name, value in state.items()
+                }
+
+
 class _Payload:
     """Writes a file when it is unpickled."""
 

@@ -205,6 +205,19 @@ def test_text_pairs_that_were_replaced_are_refused(
         train(config, report=lambda _: None)
 
 
+def test_names_to_keep_that_were_replaced_are_refused(
+    sources: Path, tmp_path: Path, begin: Callable[[TrainConfig], None]
+) -> None:
+    recipe, names = prepare_proclip(tmp_path), tmp_path / "names.txt"
+    names.write_text("red\nblue\n", encoding="utf-8")
+    recipe["align"]["keep_texts"] = str(names)
+    config = make_recipe(sources, tmp_path / "run", **recipe)
+    begin(config)
+    names.write_text("red\ngreen\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"another run: files\..*names\.txt"):
+        train(config, report=lambda _: None)
+
+
 @pytest.mark.parametrize("place", ["vision", "llm"])
 def test_towers_that_were_replaced_are_refused(
     place: str, sources: Path, tmp_path: Path, begin: Callable[[TrainConfig], None]

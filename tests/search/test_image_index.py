@@ -244,7 +244,7 @@ def test_another_version_is_refused(
     monkeypatch.setattr("modeling_llm2clip.search.index_database.FORMAT_VERSION", 7)
     build(place / "model", place / "images", tmp_path / "index")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="format_version 7, and this package reads 2"):
+    with pytest.raises(ValueError, match="format_version 7, and this package reads 3"):
         ImageIndex.open(tmp_path / "index")
 
 

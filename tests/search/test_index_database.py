@@ -13,7 +13,11 @@ from shared_models import shared_model
 
 from modeling_llm2clip import LLM2CLIPVisionModel
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.search.index_database import IndexDatabase, _list_conditions
+from modeling_llm2clip.search.index_database import (
+    IndexDatabase,
+    IndexUnavailableError,
+    _list_conditions,
+)
 from modeling_llm2clip.search.lancedb_table import _find_storage_options
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -56,6 +60,45 @@ def test_what_another_process_adds_is_seen(tmp_path: Path, monkeypatch: pytest.M
     with writer.changing() as table:
         table.optimize()
     assert len(reader.search(make_embeddings(1)[0], top_k=30)) == 25
+
+
+@pytest.mark.parametrize("damage", ["embedding", "width"])
+def test_rows_with_a_flipped_bit_are_refused_by_all_readers(damage: str, tmp_path: Path) -> None:
+    embeddings = make_embeddings(20)
+    make_database(tmp_path / "index", embeddings)
+    (file,) = (tmp_path / "index" / "images.lance" / "data").iterdir()
+    content = bytearray(file.read_bytes())
+    damaged = embeddings[7] if damage == "embedding" else np.arange(20, dtype=np.int32)
+    content[content.index(damaged.tobytes()) + 7 * 4] ^= 4
+    file.write_bytes(content)
+    database = IndexDatabase.open(tmp_path / "index")
+    for read in (
+        lambda: database.search(embeddings[7], top_k=1),
+        lambda: list(database.iterate_embeddings()),
+        lambda: database.find_by_digest(["000007.png"]),
+    ):
+        with pytest.raises(
+            IndexUnavailableError, match=r"index cannot be read: damaged rows.*CRC-32.*000007\.png"
+        ):
+            read()
+
+
+def test_a_panic_of_the_database_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damaged bytes make LanceDB's decoder panic, which no exported class describes."""
+    database = make_database(tmp_path / "index", make_embeddings(2))
+    panic = type("RustPanic", (Exception,), {})
+
+    def read(*_: object) -> None:
+        raise panic("rust future panicked: unknown error")
+
+    monkeypatch.setattr(database._table, "read", read)
+    with pytest.raises(
+        IndexUnavailableError, match=r"cannot be read: rust future panicked.*remove"
+    ):
+        list(database.iterate(["path"]))
+    panic.__name__ = "AnotherError"
+    with pytest.raises(panic):
+        list(database.iterate(["path"]))
 
 
 @pytest.mark.parametrize(

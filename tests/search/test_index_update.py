@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 from failing_disk import make_failing_file
 from indexes import build, save_images, save_model
+from interruptions import largest_file
 from PIL import Image
 from tiny import draw_noise
 
 from modeling_llm2clip.search import index_update
 from modeling_llm2clip.search.image_index import ImageIndex
-from modeling_llm2clip.search.index_database import IndexDatabase
+from modeling_llm2clip.search.index_database import IndexDatabase, lock_database
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -187,7 +188,7 @@ def test_other_images_models_and_processes_do_not_write_into_an_index(
     model = save_model(tmp_path / "model", vision="vit")
     with pytest.raises(ValueError, match=f"of the model {place.model}, and {model} gives other"):
         build(model, place.images, place.index)
-    with IndexDatabase.open(place.index).writing():
+    with lock_database(str(place.index)):
         with pytest.raises(ValueError, match="Another process is writing"):
             place.build()
     place.images = place.images.rename(tmp_path / "moved")
@@ -195,6 +196,27 @@ def test_other_images_models_and_processes_do_not_write_into_an_index(
         index, _ = place.build()
     assert encoded == [] and len(index) == 6
     assert ImageIndex.open(place.index).search("a dog").hits[0][0].exists()
+
+
+def test_a_database_is_locked_before_it_is_there(model: Path, tmp_path: Path) -> None:
+    place = Place(model, tmp_path)
+    with lock_database(str(place.index)):
+        with pytest.raises(ValueError, match=r"Another process is writing .*index"):
+            place.build()
+        assert [path.name for path in place.index.iterdir()] == [".llm2clip-lock"]
+    assert len(place.build()[0]) == 6
+
+
+@pytest.mark.parametrize("size", [0, 300, 800])  # no data, no version, no version of the images
+def test_a_database_that_found_no_room_to_begin_is_begun_by_the_same_call(
+    size: int, model: Path, tmp_path: Path
+) -> None:
+    place = Place(model, tmp_path)
+    with largest_file(size), pytest.raises(ValueError, match=r"cannot be written: .*too large"):
+        place.build()
+    assert list(place.index.glob("*.lance"))
+    assert len(place.build()[0]) == 6
+    place.require_rows_of_a_new_index()
 
 
 def test_a_stopped_update_has_kept_what_it_committed_and_is_continued(

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from itertools import cycle
@@ -23,6 +24,7 @@ import pytest
 import torch
 from browsing import WIDTHS, measure_hits, needs_browser, open_browser, overflows
 from indexes import build, save_model
+from interruptions import largest_file
 from PIL import Image, features
 from read_only import read_only
 from shared_models import ROUNDING, shared_model
@@ -34,6 +36,7 @@ from modeling_llm2clip.search import search_results
 from modeling_llm2clip.search.image_files import list_images
 from modeling_llm2clip.search.search_results import (
     SearchResult,
+    make_csv_row,
     rank_images,
     write_results_page,
     write_results_sheet,
@@ -123,6 +126,31 @@ def test_json_and_csv_hold_what_the_table_shows_and_nothing_else_is_on_stdout(
     assert [{key: str(value) for key, value in record.items()} for record in records] == rows
     lines = [line for line in shown["table"].splitlines() if line.startswith("     ")]
     assert lines == [f"  {r['rank']:>4}  {r['cosine']:>6.3f}  {r['image']}" for r in records]
+
+
+def test_csv_is_as_the_standard_library_writes_it_but_for_line_breaks_and_formulas() -> None:
+    texts = ["a, b", 'a "b"', "a\nb", "ü", "", " a", "'a'"]
+    for text in texts:
+        expected = io.StringIO()
+        csv.writer(expected, lineterminator="\n").writerow([text, -0.5, 1e-06, 3])
+        assert make_csv_row([text, -0.5, 1e-06, 3]) + "\n" == expected.getvalue()
+    for text in ("a\rb", "=1+1", "+1", "-1", "@SUM(A1)", "\t=1"):
+        row = make_csv_row([text, 1])
+        assert row == f'"{text}",1'
+        assert next(csv.reader(io.StringIO(row, newline=""))) == [text, "1"]
+
+
+def test_codes_of_a_terminal_are_escaped_where_people_read_them(
+    index: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    query = "a dog\x1b[2J\x9b2J\r"
+    assert main(["search", index, query, "--top-k", "1"]) == 0
+    assert capsys.readouterr().out.startswith("a dog\\u001b[2J\\u009b2J\\u000d\n")
+    assert main(["search", index, query, "--top-k", "1", "--format", "json"]) == 0
+    shown = capsys.readouterr().out
+    assert "\x9b" not in shown and json.loads(shown)[0]["query"] == query
+    assert main(["search", "no\x1b[2Jindex", "a dog"]) == 2
+    assert "no\\u001b[2Jindex" in capsys.readouterr().err
 
 
 def test_a_query_image_finds_itself_first_and_the_others_by_their_cosines(
@@ -219,6 +247,26 @@ def test_a_page_of_an_earlier_search_is_replaced_and_no_other_file(
 
 
 @pytest.mark.skipif(not hasattr(os, "setreuid"), reason="needs the users of POSIX")
+def test_a_search_that_is_killed_while_it_writes_leaves_whole_files_which_the_next_replaces(
+    index: str, images: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "found"
+    assert main(["search", index, "two dogs", "--output", str(output)]) == 0
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    hits = [(path, 0.5) for path in list_images(images).readable]
+    if not os.fork():
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        with largest_file(1000):  # the kernel kills the process as the file grows
+            write_results_sheet([SearchResult("a cat", hits)], output / "search.png")
+        os._exit(0)
+    assert os.WTERMSIG(os.wait()[1]) == signal.SIGXFSZ
+    assert {name: (output / name).read_bytes() for name in before} == before
+    assert len(list(output.iterdir())) == 3
+    assert main(["search", index, "a red circle", "--output", str(output)]) == 0
+    assert {path.name for path in output.iterdir()} == before.keys()
+    assert "a red circle" in (output / "search.html").read_text(encoding="utf-8")
+
+
 def test_an_empty_folder_below_one_that_may_not_be_written_is_taken(index: str) -> None:
     with TemporaryDirectory() as scratch:  # pytest's folders are closed to other users
         output = Path(scratch) / "mine"
@@ -235,6 +283,14 @@ def test_an_image_among_the_sentences_is_searched_as_one_and_the_flag_is_named(
     hint = f"is searched as a sentence. To search with the image: --image {images / 'a.png'}\n"
     shown = capsys.readouterr().err
     assert hint in shown and shown.count("is searched as") == 1  # no file has the other name
+
+
+def test_an_argument_that_is_not_utf_8_is_refused_before_the_index_is_opened(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    query = shutil.copy(images / "a.png", tmp_path / os.fsdecode(b"sea\xff.png"))
+    assert main(["search", "no-such-index", "--image", str(query)]) == 2
+    assert "sea\\udcff.png' is not UTF-8. Rename the file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

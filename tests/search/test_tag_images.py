@@ -6,6 +6,8 @@ import csv
 import dataclasses
 import io
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from transformers import pipeline
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.encoding.encode import average_prompts, encode_texts
+from modeling_llm2clip.search import tag_images
 from modeling_llm2clip.search.index_database import IndexDatabase
 from modeling_llm2clip.search.lancedb_table import AnnIndex
 from modeling_llm2clip.search.tag_labels import read_labels
@@ -119,6 +122,26 @@ def test_csv_has_a_line_per_label_and_json_lines_an_object_per_image_of_the_same
     assert sorted(path.name for path in tmp_path.glob("*tags*")) == ["tags.csv", "tags.jsonl"]
 
 
+def test_of_two_runs_into_one_file_the_later_is_refused_and_keeps_its_labels(
+    tagger: Tagger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, write = tmp_path / "tags.csv", tag_images.write_tags
+    flags: tuple[str | Path, ...] = ("--top-k", "1", "--output", output)
+
+    def run_another(*arguments: Any) -> tuple[int, int]:
+        monkeypatch.setattr(tag_images, "write_tags", write)
+        tagger.run("--template", "not {}", *flags)
+        return write(*arguments)
+
+    monkeypatch.setattr(tag_images, "write_tags", run_another)
+    tagger.run(*flags, code=2)
+    (kept,) = tmp_path.glob("tags-*.csv")
+    assert f"{output} was written by another process" in tagger.error and str(kept) in tagger.error
+    for file, template in ((output, "not {}"), (kept, "{}")):
+        expected = tagger.run("--template", template, "--top-k", "1")
+        assert list(csv.DictReader(io.StringIO(file.read_text(encoding="utf-8")))) == expected
+
+
 def test_an_image_below_the_threshold_stays_in_the_file_and_is_counted(tagger: Tagger) -> None:
     cosines = [float(row["cosine"]) for row in tagger.run()]
     between = sum(sorted(cosines)[-2:]) / 2  # only the greatest cosine of all passes
@@ -188,6 +211,20 @@ def test_broken_images_are_named_or_left_out_and_counted(tagger: Tagger, tmp_pat
     make_failing_file(tagger.images / "d.png")
     tagger.run("--skip-invalid", code=2)  # a disk that fails ends the run, and skips no image
     assert "the disk or server failed" in tagger.error and "d.png" in tagger.error
+
+
+def test_images_without_a_unicode_name_are_refused_before_the_model_is_loaded_or_left_out(
+    tagger: Tagger, tmp_path: Path
+) -> None:
+    tagger.copy_images(tmp_path / "images")
+    shutil.copy(tagger.images / "a.png", tagger.images / os.fsdecode(b"sea\xff.png"))
+    shown = r"1 image without a Unicode name: '.*sea\\udcff\.png'\."
+    assert len(tagger.run("--skip-invalid", "--top-k", "1")) == 3
+    assert re.search(f"Skipped {shown} Rename", tagger.error)
+    tagger.model = str(shutil.copytree(tagger.model, tmp_path / "model"))
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"damaged")
+    assert tagger.run(code=2) == []
+    assert re.search(shown, tagger.error) and "--skip-invalid" in tagger.error
 
 
 def test_prompts_are_tokenized_once_and_those_that_the_model_truncates_counted(

@@ -328,6 +328,36 @@ def test_an_incomplete_checkpoint_is_ignored_and_no_run_logs_numbers_of_the_whol
         assert {name for name in last if name.startswith("train_")} == {"train_runtime"}
 
 
+def flip_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.pt", "complete"])
+def test_no_alignment_continues_from_a_checkpoint_with_a_flipped_bit(
+    name: str, prepared: Prepared, finished: Run, tmp_path: Path
+) -> None:
+    run = finished.copy_without_model(tmp_path / "run")
+    flip_bit(run / CHECKPOINTS / "checkpoint-6" / name)
+    with pytest.raises(ValueError, match=r"checkpoint-6 is damaged: .*continues from checkpoint-4"):
+        prepared.align(run, resume=True)
+
+
+def test_no_fine_tuning_continues_from_a_checkpoint_with_a_flipped_bit(
+    tuned: Tuned, tmp_path: Path
+) -> None:
+    run = tuned.copy_unfinished(tmp_path / "run")
+    flip_bit(run / CHECKPOINTS / "checkpoint-3" / "adapter_model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"SHA-256 of adapter_model\.saf.*; the run then continues from its begin"
+    ):
+        tune(run, resume=True)
+    (run / CHECKPOINTS / "checkpoint-3" / "complete").write_bytes(b"")  # by a power failure
+    with pytest.raises(ValueError, match="has another SHA-256 of complete"):
+        tune(run, resume=True)
+
+
 @pytest.mark.parametrize("stage", ["align", "finetune-llm"])
 @pytest.mark.slow
 def test_checkpoints_of_the_future_are_resumed(

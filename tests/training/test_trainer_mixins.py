@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from running_ahead import run_ahead
 from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import AutoConfig, AutoModel, TrainingArguments
 
@@ -124,6 +125,17 @@ def test_a_step_that_is_not_finite_is_named_before_anything_is_logged_or_scored(
     assert stage.called == ["log", "_evaluate"]
 
 
+def test_a_sharded_step_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its optimizer steps shards, of which none reads what is found on the whole."""
+    run_ahead(monkeypatch)
+    stage = _Stage()
+    stage.optimizer = torch.optim.AdamW([torch.ones(1, requires_grad=True)], fused=True)
+    assert stage._get_grad_norm().isinf()  # and named at the next log
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(FloatingPointError, match="norm is inf at step 7"):
+        stage._get_grad_norm()
+
+
 def test_the_first_step_of_a_resumed_run_has_its_own_number() -> None:
     with pytest.raises(FloatingPointError, match="norm is inf at step 7"):
         _Stage()._get_grad_norm()
@@ -136,7 +148,8 @@ def test_processes_share_a_signal_about_once_a_second_and_stop_at_the_same_step(
     seconds = [0.0]
     others = iter([[0, 7], [other, 1]])  # signal and steps a second; a third one would raise
 
-    def reduce(numbers: torch.Tensor, op: Any) -> None:  # noqa: ARG001
+    def reduce(numbers: torch.Tensor, op: Any) -> None:
+        assert op == trainer_mixins.dist.ReduceOp.MAX
         numbers.copy_(torch.maximum(numbers, torch.tensor(next(others))))
 
     monkeypatch.setattr(time, "monotonic", lambda: seconds[0])

@@ -4,7 +4,8 @@ The parts of a source are read one by one, those of a large source by several pr
 memory does not grow with it. The index is kept in the user's cache under the names, sizes and
 modification times of the source's files, or what their server has in place of a time: a changed
 file is read again. Every index that is built has a file of its own, because a table reads its file
-again and again. Indexes of a source that no run has opened for 30 days are removed.
+again and again. The name of the file ends with its SHA-256: a damaged index is built again. Indexes
+of a source that no run has opened for 30 days are removed.
 
 Everything is read again, too, if images that are files of their own are gone or have another size:
 of up to 100,000 records all images are looked at, of more 10,000 that are spread evenly. The
@@ -39,6 +40,7 @@ from ..atomic_files import (
     FREE_TEMPORARY_FOLDER,
     default_cache_folder,
     explain_full_disk,
+    hash_file,
     hash_json,
     temporary_folder,
 )
@@ -59,7 +61,7 @@ from .source_files import SourceFiles, SourcePart
 
 IMAGE_REPEATED = "image and language repeated"  # kind of error
 TEXT_REPEATED = "name or id repeated in one language"  # the same, where only texts are read
-_FORMAT_VERSION = 6
+_FORMAT_VERSION = 7
 # A smaller index is made anew about as fast as it is found, and stays in memory.
 _MOST_ROWS_IN_MEMORY = 20_000
 # Processes take a second to start.
@@ -127,8 +129,11 @@ def _find(name: Path) -> RecordTable | None:
             times[file] = file.stat().st_mtime_ns
     for file in sorted(times, key=times.__getitem__, reverse=True):
         try:
+            # Before it is mapped: Arrow checks no bytes, and some of them end the process.
+            if hash_file(file) != file.stem.rpartition("-")[2]:
+                continue
             table = RecordTable.open(file)
-        except (OSError, ValueError):  # removed just now, or incomplete or damaged
+        except (OSError, ValueError):  # removed just now, or with damaged notes
             continue
         if _has_same_images(table):
             with suppress(OSError):  # another user's
@@ -154,6 +159,7 @@ def _build(
             if table.file is not None and errors.total:
                 table = RecordTable(table._batches)  # what is mapped stays readable
             elif table.file is not None:
+                file = file.with_stem(f"{file.stem}-{hash_file(unfinished)}")
                 if errors.skipped:
                     skipped_file(file).write_text(json.dumps(errors.skipped), encoding="utf-8")
                 table = RecordTable.open(unfinished.replace(file))

@@ -18,6 +18,7 @@ from ..remote.file_places import FilePlace, name_place, open_buffered
 from ..validation_errors import ErrorCollector
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which some editors write in front of UTF-8
+_UNREADABLE = "JSON nested too deeply, or an integer of thousands of digits"
 _READ_AT_ONCE = 2**20  # characters
 _WHITESPACE = " \t\r\n"  # of JSON
 _NOT_BLANK = re.compile(r"[^ \t\r\n]")
@@ -88,6 +89,8 @@ def parse_object(content: bytes) -> dict[str, Any] | str:
         return "not UTF-8"
     except json.JSONDecodeError:
         return "not JSON"
+    except (RecursionError, ValueError):
+        return _UNREADABLE
     except _RepeatedFieldError as error:
         return str(error)
     if end != len(text):
@@ -112,12 +115,20 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_make_object)
 
 
+def parse_json(text: str) -> Any:
+    """Parse JSON; whatever is wrong with it, also its depth, is a ValueError."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+
+
 def read_json(file: Path) -> Any:
     """Read a JSON file."""
     try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not JSON ({error}). Download it again.") from error
+        return parse_json(file.read_text(encoding="utf-8-sig"))
+    except ValueError as error:  # of depth, of digits, of text or of JSON
+        raise ValueError(f"{file}: not JSON of usual size ({error}). Download it again.") from error
 
 
 def iterate_json_list(file: Path) -> Iterator[Any]:
@@ -146,5 +157,7 @@ def iterate_json_list(file: Path) -> Iterator[Any]:
                     ) from error
                 text, position = text[position:] + part, 0
                 continue
+            except (RecursionError, ValueError) as error:
+                raise ValueError(f"{file}: {_UNREADABLE}. Correct it.") from error
             marks = ",]"
             yield value

@@ -32,7 +32,15 @@ from .download_notes import (
 )
 from .json_files import number_lines, parse_object
 from .parquet import is_image_type
-from .tar_shards import SEVERAL_IMAGES, TarSample, read_member, require_end, split_member
+from .tar_shards import (
+    SEVERAL_IMAGES,
+    BoundedHeader,
+    TarSample,
+    iterate_members,
+    read_member,
+    require_end,
+    split_member,
+)
 
 _TAR_BUFFER = 2**18
 _ROWS_AT_ONCE = 16
@@ -113,10 +121,10 @@ def _read_tar(stream: BinaryIO, name: str) -> Iterator[StreamedSample]:
     sample = TarSample()
     seen: set[str] = set()
     try:
-        with tarfile.open(fileobj=kept, mode="r|", bufsize=_TAR_BUFFER) as archive:  # type: ignore[call-overload]
-            for member in archive:
-                if member.isdir():
-                    continue
+        with tarfile.open(  # type: ignore[call-overload]
+            fileobj=kept, mode="r|", bufsize=_TAR_BUFFER, tarinfo=BoundedHeader
+        ) as archive:
+            for member in iterate_members(archive):
                 of_member, extension = split_member(member.name)
                 if of_member != key:
                     if key is not None:

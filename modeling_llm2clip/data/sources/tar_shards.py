@@ -27,6 +27,25 @@ from .download_notes import drop_download_notes
 from .json_files import BYTE_ORDER_MARK, parse_object
 
 SEVERAL_IMAGES = "several images in one sample"
+_MOST_BYTES, _MOST_OF_TEXT = 2**40, 2**30
+# `tarfile` reads these into memory, however long they claim to be.
+_MOST_OF = dict.fromkeys(
+    (
+        tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
+        tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
+    ),
+    2**24,
+)  # fmt: skip
+
+
+class BoundedHeader(tarfile.TarInfo):
+    """A header of a tar archive that claims no more bytes than there may be."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> BoundedHeader:
+        header = super().frombuf(buf, encoding, errors)
+        _require_size(header, _MOST_OF.get(header.type, _MOST_BYTES))
+        return header
 
 
 @dataclass
@@ -58,6 +77,7 @@ class TarSample:
             return ""
         if extension not in ("json", "txt"):
             return f"unknown member .{extension}"
+        _require_size(member, _MOST_OF_TEXT)
         content = read_member(archive, member)
         return self._add_fields(content) if extension == "json" else self._add_text(content)
 
@@ -102,10 +122,11 @@ def _index_shard(shard: FilePlace, name: str, errors: ErrorCollector) -> dict[st
     """Read every header of a shard once, and the texts; skip the images."""
     samples: dict[str, TarSample] = {}
     try:
-        with open_buffered(shard) as opened, tarfile.open(fileobj=opened, mode="r:") as archive:
-            for member in archive:
-                if member.isdir():
-                    continue
+        with (
+            open_buffered(shard) as opened,
+            tarfile.open(fileobj=opened, mode="r:", tarinfo=BoundedHeader) as archive,
+        ):
+            for member in iterate_members(archive):
                 key, extension = split_member(member.name)
                 sample = samples.setdefault(key, TarSample())
                 problem = sample.add(
@@ -127,6 +148,20 @@ def _index_shard(shard: FilePlace, name: str, errors: ErrorCollector) -> dict[st
         for sample in list(samples.values())[-1:]:
             sample.problem = kind  # its other members may be missing
     return samples
+
+
+def iterate_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield all members but folders."""
+    for member in archive:
+        _require_size(member, _MOST_BYTES)  # a header of PAX may state another than its own
+        if not member.isdir():
+            yield member
+
+
+def _require_size(header: tarfile.TarInfo, most: int) -> None:
+    """Refuse a size that cannot be read, or that leads backwards, again and again."""
+    if not 0 <= header.size <= most:
+        raise tarfile.ReadError(f"the header of {header.name!r} claims {header.size:,} bytes")
 
 
 def require_end(rest: bytes, opened: BinaryIO | io.BufferedReader, offset: int) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..._suggestions import list_first
 from ..atomic_files import hash_json, is_unfinished, require_writable
+from ..sources.json_files import parse_json
 
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.arrow"
@@ -267,7 +268,7 @@ def _freeze_value(value: Any) -> Any:
 
 
 def _parse_object(text: str) -> dict[str, Any]:
-    content = json.loads(text)
+    content = parse_json(text)
     if not isinstance(content, dict):
         raise ValueError(f"it holds {type(content).__name__}, not an object")
     return content

@@ -7,7 +7,6 @@ and a wrong choice lowers the scores without an error.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..._extras import OPEN_CLIP, Need, require
 from ..._suggestions import list_first
 from ...configs.evaluation_config import EncoderConfig
 from ...data.atomic_files import hash_file
+from ...data.sources.json_files import parse_json
 from ...encoding.encoder_interface import Encoder
 from ...encoding.tokenized_texts import TokenizedText
 from ...image_loading_llm2clip import load_images
@@ -185,7 +185,7 @@ class OpenClipEncoder(EvaluationEncoder):
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG_FILE
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        content: dict[str, Any] = parse_json(file.read_text(encoding="utf-8"))
         _ = content["model_cfg"]["vision_cfg"]["image_size"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(

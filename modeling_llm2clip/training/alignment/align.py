@@ -33,7 +33,7 @@ from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fi
 from ...model_folders.golden_embeddings import GOLDEN_FILE
 from ...model_folders.model_card import CardResult
 from ...model_folders.model_writing import Source, open_source, require_intact, save_trained_model
-from ...model_folders.weights import open_model_weights, warn_of_rounding
+from ...model_folders.weights import open_model_weights, require_disk_space, warn_of_rounding
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ...scheduling.graceful_stop import StopRequest, stop_on_signals
 from ...scheduling.processes import choose_device
@@ -238,9 +238,11 @@ def run_alignment(
         require_same_run(output, config, inputs, resume=plan.resume)
         if PartialState().is_main_process:  # before hours of training, not after
             require_intact(model.folder, with_llm=config.text_training != "stored")
+            require_disk_space(open_model_weights(model.folder), output)
         with float32_as_such(), stop_on_signals() as stop:
             if plan.kept is not None:
                 fit = replace(fit, kept=plan.kept.embed(model.folder, processor, device))
+                torch.cuda.empty_cache()  # stores go to the GPU if they fit what is free there
             choice, trained = _choose(fit, inputs, stop)
             if trained is None:
                 gc.collect()  # a Trainer holds itself, and with it the first model

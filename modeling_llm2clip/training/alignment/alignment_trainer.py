@@ -304,6 +304,10 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
             state = dict(self.alignment_model.named_parameters())
         return {name: value for name, value in state.items() if name in names}
 
+    def sample_kept(self, step: int) -> dict[str, Tensor]:
+        """Sample the kept texts of a step, if there are any, as the model takes them."""
+        return {} if self._kept is None else self._kept.sample(step)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -311,8 +315,7 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,  # noqa: ARG002
     ) -> Tensor | tuple[Tensor, LossInputs]:
-        kept = {} if self._kept is None else self._kept.sample(self.state.global_step)
-        loss, outputs = model(**inputs, **kept)
+        loss, outputs = model(**inputs, **self.sample_kept(self.state.global_step))
         self._inverse_temperature = outputs.logits.scale.detach()
         # Rows of unit length have a finite sum.
         sums = [side.detach().sum(dim=1) for side in (outputs.image_embeds, outputs.text_embeds)]
@@ -405,16 +408,18 @@ def keep_scores_in_float32(accelerator: Any, model: LLM2CLIPModel) -> None:
 
     By default accelerate makes FSDP gather the temperature in bfloat16, which at 50 moves in steps
     of 0.25, cast the model's outputs to it, and add up gradients in it. Under DDP autocast does
-    none of that. Without FSDP or in float32, nothing changes. Call it before anything is prepared.
+    none of that. Without FSDP or in float32, nothing changes. FSDP's first version is refused in
+    any precision. Call it before anything is prepared.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise ValueError(
+            f"fsdp_version: {plugin.fsdp_version} would lose the trained layers that it wraps and "
+            "renames, and round the temperature in bfloat16. Set fsdp_version: 2 in the "
+            "configuration, as examples/accelerate/fsdp.yaml does."
+        )
     if plugin is None or accelerator.mixed_precision != "bf16":
         return
-    if plugin.fsdp_version != 2:
-        raise ValueError(
-            "FSDP's first version would round the temperature to bfloat16. Set fsdp_version: 2 in "
-            "the configuration, as examples/accelerate/fsdp.yaml does, or give precision=float32."
-        )
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     plugin.mixed_precision_policy = MixedPrecisionPolicy(

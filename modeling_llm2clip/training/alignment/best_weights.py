@@ -34,7 +34,8 @@ BEST_FILE = "best.safetensors"
 # Shares of the way from the start to the trained weights that are tried beside the whole of it.
 _SHARES = (0.25, 0.5, 0.75)
 _METADATA = "held_out"
-# Epoch for the captions and the noise of a measured batch; no step of a run is in it.
+# Epoch for the captions and the noise of a measured batch, and step for its kept texts; no step of
+# a run is in it.
 _EPOCH = -1
 
 
@@ -226,7 +227,7 @@ class TrainingObjective(TrainerCallback):
     def record(self, name: str) -> None:
         """Measure the weights that the model has now; every process calls it."""
         batch = self.trainer._prepare_inputs(self._dataset.__getitems__(self._samples))
-        inputs = self.trainer.embed([batch])
+        inputs = self.trainer.embed([{**batch, **self.trainer.sample_kept(_EPOCH)}])
         measured = [fit_temperature(self.trainer.alignment_model.loss, inputs)[1]]
         broadcast_object_list(measured)
         if self.trainer.args.should_save:

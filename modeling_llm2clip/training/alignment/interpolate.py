@@ -24,7 +24,7 @@ from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import EmbeddingStore
 from ...encoding.float32 import float32_as_such
 from ...model_folders.fingerprint import fingerprint_text, fingerprint_vision
-from ...model_folders.model_card import CardResult
+from ...model_folders.model_card import CardResult, read_card_data
 from ...model_folders.model_folder import find_model_folder
 from ...model_folders.model_writing import save_trained_model
 from ...model_folders.training_images import TRAINING_IMAGES_FILE
@@ -142,8 +142,7 @@ def interpolate(
     def measure(folder: Path) -> tuple[list[CardResult], str | None]:
         if fingerprint_vision(folder) != of_images:  # the summary is by other weights
             (folder / TRAINING_IMAGES_FILE).unlink(missing_ok=True)
-        written = _load(folder, with_llm=caption_store is None)
-        written.to(model.device)  # type: ignore[arg-type]
+        written = _load(folder, with_llm=caption_store is None).to(model.device)  # type: ignore[arg-type]
         with float32_as_such():
             measured = _measure(written, held_out, zero_shot)
         dataset = counted(measured.num_images, "image") + ("" if by_accuracy else CHOSE)
@@ -154,13 +153,12 @@ def interpolate(
         return results, NEAR_CHANCE_ON_CARD if measured.is_near_chance else None
 
     save_trained_model(
-        last,
-        weights,
-        output,
+        last, weights, output,
         text_adapter_trained=model.config.text_adapter_trained,
         projections_trained=model.config.projections_trained,
+        kept_texts=read_card_data(last).kept_texts,
         measure=measure,
-    )
+    )  # fmt: skip
     return Interpolation(scores, chosen)
 
 

@@ -7,7 +7,7 @@ once, and every step compares the text side with the teacher for a sample of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import compress
@@ -24,10 +24,12 @@ from ...configs.encoding_config import DUAL_ENCODERS
 from ...data.atomic_files import hash_json
 from ...encoding.dual_encoder import DualEncoder, DualEncoderProcessor
 from ...encoding.encode import TorchEncoder
+from ...encoding.tokenized_texts import TokenizedTexts
 from ...evaluation.datasets.classification_dataset import ClassificationDataset
 from ...evaluation.datasets.dataset_registry import find_dataset
 from ...model_folders.fingerprint import fingerprint_teacher
 from ...model_folders.model_folder import find_model_folder
+from ...packing_llm2clip import copy_to
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ...search.tag_labels import Label, make_labels, read_labels
 from .held_out import load_labeled_images
@@ -76,10 +78,13 @@ class KeptTexts:
 
     def embed(self, source: Path, processor: LLM2CLIPProcessor, device: torch.device) -> KeptTexts:
         """Embed the texts by the LLM of a model, then by the teacher; neither stays loaded."""
-        texts = list(self.texts)
+        tokens, texts = TokenizedTexts(processor, self.texts), list(self.texts)
+        _require_whole(
+            texts, tokens.is_truncated, reader="the model's LLM", longest=processor.longest_text
+        )
         is_shown = PartialState().is_main_process
         embeds = TorchEncoder(source, processor, device=device).encode_texts(
-            texts, project=False, show_progress=is_shown
+            tokens, project=False, show_progress=is_shown
         )
         folder = find_model_folder(self.teacher)
         teacher = DualEncoder(folder, DualEncoderProcessor(folder), device)
@@ -90,7 +95,7 @@ class KeptTexts:
         """Sample what the model takes beside the batch of a step, equal on every process."""
         assert self.embeds is not None and self.targets is not None
         rows = sample_rows(len(self.texts), MOST_SAMPLED, seed=self.seed, step=step)
-        rows = rows.to(self.embeds.device)
+        rows = copy_to(rows, self.embeds.device)
         return {"kept_embeds": self.embeds[rows], "kept_targets": self.targets[rows]}
 
 
@@ -123,14 +128,19 @@ def read_kept_texts(
     )
     processor = DualEncoderProcessor(find_model_folder(teacher, only=_TOKENIZER_FILES))
     _, is_truncated = processor.list_ids(list(texts))
-    if long := list(compress(texts, is_truncated)):
-        raise ValueError(
-            f"keep_texts={config.keep_texts}: {counted(len(long), 'text')} longer than the "
-            f"{processor.longest_text} tokens that {teacher} reads: {list_first(long)}. Shorten "
-            "them, or leave them out."
-        )
+    _require_whole(texts, is_truncated, reader=str(teacher), longest=processor.longest_text)
     names = tuple(label.name for label in labels)
     return KeptTexts(names, tuple(texts), teacher, config.seed)
+
+
+def _require_whole(
+    texts: Iterable[str], is_truncated: Iterable[bool], *, reader: str, longest: int
+) -> None:
+    if long := list(compress(texts, is_truncated)):
+        raise ValueError(
+            f"keep_texts has {counted(len(long), 'text')} longer than the {longest} tokens that "
+            f"{reader} reads: {list_first(long)}. Shorten them, or leave them out."
+        )
 
 
 def _read_labels(

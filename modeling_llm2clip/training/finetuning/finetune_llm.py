@@ -45,6 +45,7 @@ from ...model_folders.model_writing import (
     open_source,
     save_model,
 )
+from ...model_folders.weights import open_model_weights, require_disk_space
 from ...modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ...scheduling.graceful_stop import stop_on_signals
@@ -157,6 +158,8 @@ def finetune_llm(
             if base_dtype is not None:
                 inputs["base_dtype"] = str(base_dtype).removeprefix("torch.")
             require_same_run(output, config, inputs, resume=resume)
+            if config.merge:  # before hours of training, not after
+                require_disk_space(open_model_weights(model_source.folder), output)
             if config.init_lora is not None:
                 base_weights = inputs["fingerprint"]["weights"]
                 require_base_weights(config.init_lora / LORA_WEIGHTS, base_weights)

@@ -239,10 +239,17 @@ def write_other_schema(file: Path) -> None:
         writer.write_table(pa.table({"name": ["a"]}))
 
 
+def flip_in_caption(file: Path) -> None:
+    content = file.read_bytes()
+    place = content.index("Größe".encode())
+    file.write_bytes(content[:place] + b"g" + content[place + 1 :])
+
+
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     "empty": lambda file: os.truncate(file, 0),
     "beginning": lambda file: os.truncate(file, 100),
     "without the last byte": lambda file: os.truncate(file, file.stat().st_size - 1),
+    "another caption": flip_in_caption,
     "another schema": write_other_schema,
     "notes that are not JSON": lambda file: skipped_file(file).write_text("{", encoding="utf-8"),
 }

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 from modeling_llm2clip.data.sources import json_files
+from modeling_llm2clip.data.validation_errors import ErrorCollector
+from modeling_llm2clip.model_folders.model_folder import read_json_object
+from modeling_llm2clip.search.tag_labels import read_labels
 
 
 @pytest.mark.parametrize("read_at_once", [1, 2, 7, 1000])
@@ -35,6 +38,26 @@ def test_what_is_not_json_or_not_a_list_of_it_is_named(tmp_path: Path) -> None:
         file.write_bytes(content)
         with pytest.raises(ValueError, match=r"torn\.json: not JSON"):
             json_files.read_json(file)
+
+
+UNREADABLE = "JSON nested too deeply, or an integer of thousands of digits"
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000 + "]" * 100_000, "9" * 5000])
+def test_json_that_python_cannot_hold_is_named(value: str, tmp_path: Path) -> None:
+    file = tmp_path / "bomb.json"
+    file.write_text(f'{{"a": {value}}}', encoding="utf-8")
+    errors = ErrorCollector()
+    assert list(json_files.read_json_lines(file, errors)) == []
+    assert errors.places == {UNREADABLE: ["bomb.json line 1"]}
+    with pytest.raises(ValueError, match=r"bomb\.json: not JSON of usual size \((max|Exceeds)"):
+        json_files.read_json(file)
+    assert read_json_object(file) is None
+    file.write_text(f"[{value}]", encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"bomb\.json: {UNREADABLE}"):
+        list(json_files.iterate_json_list(file))
+    with pytest.raises(ValueError, match=r"bomb\.json: "):
+        read_labels(file)
 
 
 def test_a_byte_order_mark_is_not_part_of_the_content(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.embedding.embed import embed
 from modeling_llm2clip.embedding.extract import extract
+from modeling_llm2clip.embedding.shard_computation import ShardWork
 from modeling_llm2clip.embedding.shard_encoding import TextShardEncoder
 from modeling_llm2clip.embedding.sharded_writer import ShardedWriter
 from modeling_llm2clip.encoding import batches, encode
@@ -52,19 +54,42 @@ def test_a_shard_is_written_and_held_while_the_next_one_is_encoded(
     assert read_bytes(extract_captions(model, records, folder)) == undisturbed
 
 
-def test_an_error_of_the_thread_that_writes_is_raised_before_another_shard_is_written(
-    model: Path, records: list[CaptionedImage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tried: list[int] = []
+@pytest.mark.parametrize("is_last", [False, True])
+def test_an_error_of_the_thread_that_writes_is_raised_after_the_next_batch(
+    is_last: bool, model: Path, records: list[CaptionedImage], undisturbed: dict[str, bytes],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    num_shards = sum(name.endswith(".safetensors") for name in undisturbed)
+    bad = num_shards - 1 if is_last else 0
+    tried, batches_of = [], [0] * num_shards
+    write, encode_shard, encode_all = (
+        ShardedWriter.write, TextShardEncoder.encode, ShardWork._encode,
+    )  # fmt: skip
 
-    def fail(_: Any, shard: int, *__: Any) -> None:
+    def fail(self: ShardedWriter[Any], shard: int, *others: Any) -> None:
         tried.append(shard)
-        raise OSError("the cable is out")
+        if shard == bad:
+            raise OSError("the cable is out")
+        write(self, shard, *others)
+
+    def wait_first(self: ShardWork, prepared: Any, written: Any, *others: Any) -> Any:
+        wait([written], SOON)
+        return encode_all(self, prepared, written, *others)
+
+    def count(self: TextShardEncoder, prepared: Any) -> Any:
+        assert len(prepared.batches) > 1
+        number = batches_of.index(0)
+        for batch in encode_shard(self, prepared):
+            batches_of[number] += 1
+            yield batch
 
     monkeypatch.setattr(ShardedWriter, "write", fail)
+    monkeypatch.setattr(ShardWork, "_encode", wait_first)
+    monkeypatch.setattr(TextShardEncoder, "encode", count)
     with pytest.raises(OSError, match="the cable is out"):
         extract_captions(model, records, tmp_path / "store")
-    assert tried == [0]
+    assert tried == list(range(bad + 1))
+    assert is_last or batches_of[1:3] == [1, 0]
 
 
 def test_embeddings_that_are_copied_by_shard_are_those_that_are_copied_by_batch(
@@ -102,6 +127,9 @@ def test_inputs_whose_embeddings_are_not_finite_are_named(
         run_ahead(monkeypatch)
     with pytest.raises(ValueError, match=r"NaN or infinity for \d+ of \d+ inputs: number \d+ \('"):
         extract_captions(pair, records, tmp_path / "store")  # type: ignore[arg-type]
+    text = records[0].captions[0]
+    with pytest.raises(ValueError, match=r"NaN or infinity for 1 of \d+ inputs: number 2 \('"):
+        encode.encode_texts(*pair, ["?", text])
 
 
 def test_many_batches_are_copied_together_and_no_more_than_fit(

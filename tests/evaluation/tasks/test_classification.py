@@ -78,6 +78,16 @@ def test_ranks_of_classes_do_not_depend_on_the_images_at_a_time(
     assert torch.equal(ranks, 1 + is_before.sum(dim=1))
 
 
+@pytest.mark.parametrize(("below", "rank"), [(0.0, 2), (9e-7, 2), (1.1e-6, 1)])
+def test_a_class_within_the_tolerance_is_ranked_before_the_right_one(
+    below: float, rank: int
+) -> None:
+    cosines = torch.tensor([0.8, 0.8 - below], dtype=torch.float64)
+    classes = torch.stack([cosines, (1 - cosines**2).sqrt()], dim=1)
+    ranks, predicted = rank_classes(torch.tensor([[1.0, 0.0]]), classes, torch.tensor([0]))
+    assert (ranks.tolist(), predicted.tolist()) == ([rank], [rank - 1])
+
+
 def test_classes_whose_embeddings_tie_are_found_among_near_ones() -> None:
     generator = torch.Generator().manual_seed(0)
     classes = torch.nn.functional.normalize(torch.randn(1500, 16, generator=generator), dim=-1)

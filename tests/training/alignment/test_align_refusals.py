@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from aligning import NUM_RECORDS, SHORT_RUN, Prepared, Run, prepare, read_losses, write_data
+from interruptions import largest_file
 from transformers import Trainer
 
 from modeling_llm2clip import LLM2CLIPProcessor
@@ -347,3 +348,26 @@ def test_weights_that_are_not_finite_are_in_no_checkpoint(
     with pytest.raises(FloatingPointError, match=message):
         prepared.align(tmp_path / "run", max_steps=1)
     assert find_last_checkpoint(tmp_path / "run") is None
+
+
+def test_the_room_for_the_model_is_asked_for_before_the_first_step(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modeling_llm2clip.model_folders.weights._OTHER_FILES_BYTES", 2**60)
+    monkeypatch.setattr(AlignmentModel, "__init__", lambda *_, **__: pytest.fail("tower loaded"))
+    with pytest.raises(OSError, match=r"GB free, the model takes .* Free space"):
+        prepared.align(tmp_path / "run")
+
+
+def test_a_checkpoint_without_room_is_named_with_the_way_on(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    # The records of a run are shorter, its weights and the state of its optimizer longer.
+    with (
+        largest_file(20_000),
+        pytest.raises(OSError, match=r"No room for the checkpoint .*--resume"),
+    ):
+        prepared.align(output, held_out_ratio=0)
+    assert find_last_checkpoint(output) is None
+    assert prepared.align(output, held_out_ratio=0, resume=True).results["steps"] == 6

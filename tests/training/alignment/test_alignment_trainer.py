@@ -94,8 +94,11 @@ def test_scores_and_gradients_are_those_of_autocast(vision: str, tmp_path: Path)
     assert errors[1] < 2 * errors[0] < 0.05  # the residual stream is rounded too
 
 
-def test_the_first_version_which_rounds_the_temperature_is_refused() -> None:
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_the_first_version_is_refused_in_any_precision(mixed_precision: str) -> None:
+    """It names trained layers otherwise than their folder, and so would lose them."""
     accelerator = stand_in()
+    accelerator.mixed_precision = mixed_precision
     accelerator.state.fsdp_plugin.fsdp_version = 1
     with pytest.raises(ValueError, match="fsdp_version: 2"):
         keep_scores_in_float32(accelerator, torch.nn.Module())  # type: ignore[arg-type]

@@ -123,6 +123,12 @@ def test_the_fitted_temperature_is_where_the_loss_is_lowest(bias: float | None) 
     assert min(measure_at(log_scale - 0.05), measure_at(log_scale + 0.05)) > lowest
 
 
+def take_columns(inputs: LossInputs, count: int) -> LossInputs:
+    """Take views of the embeddings, which begin where these do."""
+    images, texts = inputs.image_embeds[:, :count], inputs.text_embeds[:, :count]
+    return inputs._replace(image_embeds=images, text_embeds=texts)
+
+
 WITHOUT_LOGITS: Loss = lambda inputs: inputs.image_embeds.sum()  # noqa: E731
 AT_ONE_SCALE: Loss = lambda inputs: ContrastiveLoss()(inputs.at_scale(20.0))  # noqa: E731
 
@@ -138,8 +144,22 @@ AT_ONE_SCALE: Loss = lambda inputs: ContrastiveLoss()(inputs.at_scale(20.0))  # 
         lambda inputs: (
             inputs.logits(inputs.image_embeds.roll(1, 0), inputs.text_embeds).exp().sum()
         ),
+        lambda inputs: (
+            ContrastiveLoss()(inputs)
+            + 3 * ContrastiveLoss()(inputs.at_scale(inputs.logits.scale / 2))
+        ),
+        lambda inputs: ContrastiveLoss()(take_columns(inputs, 8 if inputs.logits.scale < 6 else 4)),
     ],
-    ids=["contrastive", "sigmoid", "matryoshka", "without logits", "at one scale", "of new rows"],
+    ids=[
+        "contrastive",
+        "sigmoid",
+        "matryoshka",
+        "without logits",
+        "at one scale",
+        "of new rows",
+        "at two scales",
+        "of other widths",
+    ],
 )
 def test_kept_cosines_choose_the_temperature_of_products_at_each(
     loss: Loss, monkeypatch: pytest.MonkeyPatch
@@ -177,16 +197,21 @@ def test_held_out_rows_are_read_once(few: Prepared, monkeypatch: pytest.MonkeyPa
     read = dataset.read_pairs
     monkeypatch.setattr(held_out_module, "_ROWS_PER_BATCH", 50)  # of 60 images and more captions
     monkeypatch.setattr(dataset, "read_pairs", lambda *rows: num_reads.append(1) or read(*rows))
-    for room, expected in ((2**29, 1), (0, 3)):
+    size = 50 * 4 * (few.caption_store.manifest.dim + few.image_store.manifest.dim)
+    for room in (2**29, size, 0):  # for all batches, one or none
         monkeypatch.setattr(held_out_module, "_MOST_BYTES_KEPT", room)
         num_reads.clear()
         held_out = HeldOutImages(dataset, range(60))
         first, *others = [list(held_out.iterate_batches()) for _ in range(3)]
-        assert len(num_reads) == expected * len(first)
+        num_kept = {2**29: len(first), size: 1, 0: 0}[room]
+        assert len(num_reads) == 3 * len(first) - 2 * num_kept
         assert len(first) > 1 and not torch.equal(*(b["caption_embeds"][:9] for b in first[:2]))
         for batches in others:
             for batch, again in zip(first, batches, strict=True):
                 assert all(torch.equal(value, again[name]) for name, value in batch.items())
+    monkeypatch.setattr(held_out_module, "_MOST_BYTES_KEPT", 2**29)
+    online = HeldOutImages(AlignmentDataset(few.records[:2], dataset.processor), range(2))
+    assert [[*online.iterate_batches()] for _ in range(2)] and not online._read  # but no pixels
 
 
 def test_what_shows_the_same_thing_is_held_out_together(prepared: Prepared) -> None:

@@ -12,9 +12,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from inheriting import EXTRACTED, LONG, STAGE, Inheriting, build, prepare
+from inheriting import (
+    EXTRACTED,
+    LONG,
+    STAGE,
+    Inheriting,
+    build,
+    copy_into_other_spaces,
+    prepare,
+)
 from running_ahead import run_ahead
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from shared_models import mostly_slow
 from tiny import tiny_vision
 from torch import Tensor
@@ -30,7 +38,6 @@ from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.embedding.extract import describe_extraction, extract
 from modeling_llm2clip.encoding.encode import encode_images
 from modeling_llm2clip.evaluation.encoders.transformers_models import TransformersEncoder
-from modeling_llm2clip.model_folders.golden_embeddings import GOLDEN_FILE
 from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.training.alignment import inheritance
 from modeling_llm2clip.training.alignment.align import align
@@ -196,17 +203,13 @@ def test_what_does_not_fit_the_teacher_is_refused(inheriting: Inheriting, tmp_pa
             image_store=inheriting.images, **extract_both(few, "few"),
         )  # fmt: skip
     # Of other models the captions' store is made by the same LLM.
-    for name, message in (
-        ("visual_projection.weight", "--keep-projection"),
-        ("vision_model.post_layernorm.weight", "another vision tower"),
-    ):
-        folder = shutil.copytree(inheriting.model, tmp_path / name)
-        (folder / GOLDEN_FILE).unlink()
-        weights = load_file(folder / "model.safetensors")
-        weights[name] += 1
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for message, folder in copy_into_other_spaces(inheriting.model, tmp_path):
         images = extract(
-            folder, inheriting.records[:2], tmp_path / f"{name}-images", EXTRACTED, modality="image"
+            folder,
+            inheriting.records[:2],
+            tmp_path / f"{folder.name}-images",
+            EXTRACTED,
+            modality="image",
         )
         refuse(message, model=folder, image_store=images)
 

@@ -12,26 +12,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 from aligning import Run, read_losses
-from inheriting import LONG, Inheriting, prepare
+from inheriting import LONG, Inheriting, copy_into_other_spaces, prepare
 from keeping_texts import keep
 from labeled_colors import write_classes
 from launches import run_python
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import tiny_vision
 
 from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.configs.align_config import AlignConfig
+from modeling_llm2clip.configs.align_config import AlignConfig, InterpolateConfig
 from modeling_llm2clip.configs.evaluation_config import EncoderConfig
 from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.evaluation.encoders.transformers_models import TransformersEncoder
-from modeling_llm2clip.model_folders.golden_embeddings import GOLDEN_FILE
 from modeling_llm2clip.model_folders.model_card import read_card_data
 from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.training.alignment import kept_texts
+from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.held_out import load_labeled_images
-from modeling_llm2clip.training.alignment.kept_texts import read_kept_texts
+from modeling_llm2clip.training.alignment.interpolate import interpolate
+from modeling_llm2clip.training.alignment.kept_texts import KeptTexts, read_kept_texts
 from modeling_llm2clip.training.alignment.sampling import sample_rows
 from modeling_llm2clip.training.run_folder import read_run_record
 
@@ -78,6 +79,8 @@ def test_the_term_is_added_to_any_loss_with_its_weight(
     term = measure(keeping, keeping.model, texts)
     added = read_losses(kept.output)[1] - read_losses(without.output)[1]
     assert added == pytest.approx(3.0 * term, rel=1e-4)  # the Trainer's log has four digits or more
+    objectives = [run.results["objective"]["before"] for run in (without, kept)]
+    assert objectives[1] - objectives[0] == pytest.approx(3.0 * term, rel=1e-4)
     assert measure(keeping, kept.model, texts) < measure(keeping, without.model, texts) < 2 * term
 
 
@@ -135,10 +138,43 @@ def test_samples_depend_on_seed_and_step_alone_and_leave_no_text_out() -> None:
     assert abs(counts - 100).max() < 44
 
 
-def test_record_and_card_name_what_was_kept_and_the_next_training_forgets_it(
-    keeping: Inheriting, tmp_path: Path
+def test_a_step_copies_the_numbers_of_its_texts_without_waiting(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run = keep(keeping, tmp_path / "run")
+    """A GPU would finish all that is queued before a copy from ordinary memory returned."""
+    calls: list[dict[str, Any]] = []
+
+    class Watched(torch.Tensor):
+        @classmethod
+        def __torch_function__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if getattr(func, "__name__", "") == "to":
+                calls.append(kwargs or {})
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    rows = torch.tensor([2, 0]).as_subclass(Watched)
+    monkeypatch.setattr(kept_texts, "sample_rows", lambda *_, **__: rows)
+    embeds, targets = torch.rand(3, 4), torch.rand(3, 2)
+    kept = KeptTexts(("red",), ("red", "blue", "seven"), "clip", 0, embeds, targets)
+    sampled = kept.sample(1)
+    assert torch.equal(sampled["kept_embeds"], embeds[[2, 0]])
+    assert torch.equal(sampled["kept_targets"], targets[[2, 0]])
+    assert calls == [{"non_blocking": True}]
+
+
+def test_record_and_card_name_what_was_kept_and_the_next_training_forgets_it(
+    keeping: Inheriting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "empty_cache", lambda: order.append("memory given back"))
+        place = AlignmentDataset.place
+        patch.setattr(
+            AlignmentDataset, "place", lambda *a, **b: [order.append("placed"), place(*a, **b)]
+        )
+        run = keep(keeping, tmp_path / "run")
+    assert order == ["memory given back", "placed"]
     described = read_run_record(run.output)["inputs"]["keep_texts"]
     assert (described["num_names"], described["num_texts"]) == (7, 14)
     card = (run.model / "README.md").read_text(encoding="utf-8")
@@ -147,6 +183,9 @@ def test_record_and_card_name_what_was_kept_and_the_next_training_forgets_it(
     assert read_card_data(run.model).kept_texts in card
     again = keep(keeping, tmp_path / "again", model=run.model, keep_texts=None)
     assert read_card_data(again.model).kept_texts is None
+    config = InterpolateConfig(device="cpu", num_shares=2)
+    interpolate(again.model, run.model, keeping.records, tmp_path / "between", config)
+    assert read_card_data(tmp_path / "between").kept_texts == read_card_data(run.model).kept_texts
 
 
 def test_classes_of_labeled_images_are_read_once_with_their_templates(
@@ -192,21 +231,15 @@ def test_what_cannot_be_kept_is_refused_before_a_tower_is_loaded(
     (tmp_path / "blank.json").write_text('["red", ""]', encoding="utf-8")
     refuse("label number 2 is blank", keep_texts=str(tmp_path / "blank.json"))
     refuse(r"2 texts longer than the \d+ tokens that .*: red and", "red", LONG)
+    long = "a " * 62  # the model reads 64 tokens, this teacher 77
+    refuse(r"has 2 texts longer than the 64 tokens that the model's LLM reads: a a", long)
     refuse("There is no dataset", keep_texts="missing.txt")
     refuse("Leave keep_texts out", lock_text=True)
     refuse("text_training=lora trains the LLM", text_training="lora")
     refuse("projection_init=cca fits a new one", projection_init="cca")
     refuse("keeps nothing either", max_steps=0)
     refuse("keep_weight weighs keep_texts", keep_texts=None, keep_weight=2.0)
-    for name, message in (
-        ("visual_projection.weight", "--keep-projection"),
-        ("vision_model.post_layernorm.weight", "another vision tower"),
-    ):
-        folder = shutil.copytree(keeping.model, tmp_path / name)
-        (folder / GOLDEN_FILE).unlink()
-        weights = load_file(folder / "model.safetensors")
-        weights[name] += 1
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for message, folder in copy_into_other_spaces(keeping.model, tmp_path):
         refuse(message, model=folder, vision_training="full")
 
 

@@ -113,7 +113,9 @@ def test_equal_captions_of_different_groups_are_no_negatives_in_cross_validation
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_blocks_that_add_nothing_are_skipped_with_equal_bits(dtype: torch.dtype) -> None:
+def test_blocks_that_add_nothing_are_skipped_with_equal_bits(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, (text, _), _ = make_pairs()
     text[:, 3], text[5] = -0.0, 0.0
     adapter = model.text_adapter.to(dtype)
@@ -129,6 +131,10 @@ def test_blocks_that_add_nothing_are_skipped_with_equal_bits(dtype: torch.dtype)
             assert list(adapter.blocks) == blocks[1:]
             assert torch.equal(adapter(text), ran)
         assert list(adapter.blocks) == blocks
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # to which the blocks belong
+        with skip_identity_blocks(model):
+            assert list(adapter.blocks) == blocks
+        monkeypatch.delenv("ACCELERATE_USE_FSDP")
         make_identity(adapter)
         ran = adapter(text)
         with skip_identity_blocks(model):

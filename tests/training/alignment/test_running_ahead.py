@@ -115,6 +115,7 @@ def test_resident_rows_are_those_of_the_store(
         assert stored.resident is None
     stored.place(device, num_reads=NUM_ROWS)
     assert stored.resident is not None and torch.equal(stored.resident, embeds)
+    assert stored.resident.dtype == embeds.dtype  # which `equal` does not compare
     chosen = stored.resident.index_select(0, stored.require_checked(rows, name_rows))
     assert torch.equal(chosen.float(), store.read(rows))
     with pytest.raises(ValueError, match=r"1 of 1 embeddings .* those of place 1 \(en\)"):

@@ -104,7 +104,7 @@ def test_merged_equals_unmerged_and_keeps_instructions_and_the_record_of_a_conve
     from peft import PeftModel
 
     instructions = {"query": "Find the image: "}
-    card = CardData(caution="Near chance.", training_data=("first",))
+    card = CardData(caution="Near chance.", training_data=("first",), kept_texts="1 name (red)")
     source = save_model(*tiny_model(), tmp_path / "base", instructions=instructions, card=card)
     (source / "conversion.json").write_text("{}")
     config = replace(SHORT, merge=True)
