@@ -81,7 +81,9 @@ BEFORE = "before"
 FOLDERS = ("all", "aligned", "chosen", "test", "labeled", "labeled-chosen")
 CHOICE_SEED = 100  # which no other run has
 # Weights and samples of kept names to choose among; a weight of 0 is the inheritance alone.
-CHOICES = ((0.0, 256), (0.3, 256), (1.0, 256), (3.0, 256), (10.0, 256), (1.0, 64))
+CHOICES = (
+    (0.0, 256), (0.3, 256), (1.0, 256), (3.0, 256), (10.0, 256), (30.0, 256), (1.0, 64),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
