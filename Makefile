@@ -14,7 +14,7 @@ test:
 	pytest
 
 test-slow:
-	pytest --dist loadgroup -m "slow and not gpu"
+	pytest -m "slow and not gpu"
 
 docs:
 	python .ci/write_references.py && zensical build --clean --strict --config-file mkdocs.yml

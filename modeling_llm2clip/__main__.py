@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 from collections.abc import Sequence
@@ -128,9 +129,11 @@ def _describe(error: Exception) -> str | None:
 
 
 def _name_remedy_of_device(error: Exception) -> str:
-    """Return the remedy where the device lacks memory, a dtype or an operation; else nothing."""
+    """Return the remedy where room, or an operation of the device, is lacking; else nothing."""
     if type(error).__name__ == "OutOfMemoryError":  # torch's
         return " Give a smaller --batch-size or --mini-batch-size if there is one, or --device cpu."
+    if isinstance(error, OSError) and (error.errno, error.filename) == (errno.ENOSPC, None):
+        return ". Free room on the disk and in /dev/shm, which loaders fill (--num-workers 0)."
     if "MPS" in str(error):  # it lacks float64 and some operations
         return " The device mps cannot compute this. Give --device cpu."
     return ""

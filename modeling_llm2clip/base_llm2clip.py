@@ -30,6 +30,7 @@ from .loading_llm2clip import (
     build_tower,
     list_loaded_files,
     naming_damage,
+    naming_fields,
     quantize_llm_only,
     read_file_state,
     refuse_unaccounted_keys,
@@ -256,6 +257,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         with (
             naming_damage(source),
+            naming_fields(source, sorted(kwargs)),
             bounded_by_weights(lambda: list_loaded_files(source, kwargs)),
         ):
             loaded: Any = super().from_pretrained(

@@ -165,6 +165,33 @@ class LLM2CLIPConfig(PreTrainedConfig):
         super().__setattr__(key, value)  # type: ignore[no-untyped-call]
 
     @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> Any:
+        """Load as transformers does, and name the source in every error about its fields.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub repository.
+            **kwargs: Further arguments of transformers.
+
+        Returns:
+            As `from_dict`.
+
+        Raises:
+            ValueError: As `from_dict`, or the file is not JSON of usual size.
+        """
+        source = pretrained_model_name_or_path
+        try:
+            return super().from_pretrained(source, **kwargs)
+        except (ValueError, RecursionError) as error:
+            if str(source) in str(error):
+                raise
+            raise ValueError(
+                f"{source}: config.json cannot be used ({error}). Restore it from the original "
+                "model folder."
+            ) from error
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> LLM2CLIPConfig:
         """Build from the dictionary of a saved `config.json`, which must have every field.
 

@@ -12,11 +12,12 @@ import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from math import prod
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 import transformers
@@ -34,6 +35,14 @@ _OWN_CODE = (
 _NAMING_FILES = (
     "config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json",
 )  # fmt: skip
+# Parts of the names of modules, and the files whose fields they read.
+_FILES_OF = {
+    "lora_merging": "adapter_config.json",
+    "tokeniz": "tokenizer.json or tokenizer_config.json",
+    "process": "processor_config.json or preprocessor_config.json",
+    "": "config.json",
+}
+_DEVICES = re.compile("CUDA|MPS|HIP|XPU")
 _REMEDY = "Choose one whose classes are part of transformers."
 # Errors of a loader that lacks a class which only the folder's code defines.
 _LOADING_ERRORS = (ValueError, OSError, LookupError, AttributeError, TypeError, ImportError)
@@ -282,8 +291,33 @@ def load_without_code(loader: Any, source: str | Path, **settings: Any) -> Any:
     transformers would ask on the terminal whether to run it. If transformers has a class of its
     own, that class is used.
     """
-    with naming_code(source, revision=settings.get("revision")):
+    with naming_fields(source), naming_code(source, revision=settings.get("revision")):
         return loader.from_pretrained(source, trust_remote_code=False, **settings)
+
+
+@contextmanager
+def naming_fields(source: Any, arguments: Iterable[str] = ()) -> Iterator[None]:
+    """Raise errors about fields of a folder's files as ValueError, with the folder and the files.
+
+    `arguments` are names of options of the caller, which may be the cause instead.
+    """
+    try:
+        yield
+    except (OSError, ImportError, MemoryError, SafetensorError):  # they say what they refuse
+        raise
+    except Exception as error:  # of no other class in the tokenizers library
+        reason = " ".join(str(error).split())
+        is_named = str(source) in reason or ".json" in reason
+        is_of_device = type(error).__name__ == "OutOfMemoryError" or _DEVICES.search(reason)
+        if is_of_device or (is_named and isinstance(error, ValueError | RuntimeError)):
+            raise
+        places = [Path(frame.filename).name for frame in extract_tb(error.__traceback__)]
+        files = next(files for part, files in _FILES_OF.items() if any(part in p for p in places))
+        by_caller = f", or this call an argument ({', '.join(arguments)})," if arguments else ""
+        raise ValueError(
+            f"{source} cannot be loaded: {files} has a field{by_caller} that is refused "
+            f"({type(error).__name__}: {reason}). Restore the file from the original model folder."
+        ) from error
 
 
 @contextmanager

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from traceback import extract_tb
+from collections.abc import Iterable, Mapping, Sequence, Set
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -25,7 +23,7 @@ from .image_loading_llm2clip import (
     read_image_header,
     unpack_pixels,
 )
-from .loading_llm2clip import naming_code
+from .loading_llm2clip import naming_code, naming_fields
 
 # Options of other processors that put more than one caption or image into a row. Code that calls
 # many processors may pass them as None or False.
@@ -44,12 +42,26 @@ _LOCATION_OPTIONS = (
 )  # fmt: skip
 # Pixels of a side, and patches of an image: no tower takes more.
 _MOST_PIXELS, _MOST_PATCHES = 4096, 1 << 16
-_PROCESSOR_FILE = "processor_config.json"
 # Entries of a processor's dictionary that transformers reads from other files.
 _FROM_OTHER_FILES = {"chat_template", "audio_tokenizer"}
 # A tokenizer stores truncation and padding as state before it reads a text, so threads that share
 # one without a lock would get each other's lengths.
 _tokenizing = threading.RLock()
+
+
+def _release_after_fork() -> None:
+    """Let a forked process tokenize, in a single thread."""
+    _tokenizing.release()
+    if "TOKENIZERS_PARALLELISM" in os.environ:  # which keeps the library from saying so by itself
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork has no other threads to wait for
+
+
+if hasattr(os, "register_at_fork"):  # A fork waits for the texts that another thread tokenizes.
+    os.register_at_fork(
+        before=_tokenizing.acquire,
+        after_in_parent=_tokenizing.release,
+        after_in_child=_release_after_fork,
+    )
 
 
 class LLM2CLIPProcessor(ProcessorMixin):
@@ -111,7 +123,8 @@ class LLM2CLIPProcessor(ProcessorMixin):
         """
         source, revision = pretrained_model_name_or_path, kwargs.get("revision")
         runs_code = kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))
-        with _naming_files(source):
+        options = sorted({*kwargs} - {*_LOCATION_OPTIONS, "trust_remote_code"})
+        with naming_fields(source, options):
             with nullcontext() if runs_code else naming_code(source, revision=revision):
                 return super().from_pretrained(source, *args, **kwargs)
 
@@ -365,24 +378,6 @@ def _refuse_options(kwargs: Mapping[str, Any], image_processor: Any) -> None:
         for options in places.values():
             if not options.get(option, True):
                 raise ValueError(f"{option}={options[option]!r}: {reason}. Leave it out.")
-
-
-@contextmanager
-def _naming_files(source: Any) -> Iterator[None]:
-    """Raise errors that are about the fields of files as ValueError, with the files."""
-    try:
-        yield
-    except (OSError, ValueError, ImportError):  # they say what they refuse
-        raise
-    except Exception as error:  # of no other class in the tokenizers library
-        places = [Path(frame.filename).name for frame in extract_tb(error.__traceback__)]
-        of_tokenizer = any("tokeniz" in place for place in places)
-        files = "tokenizer.json or tokenizer_config.json" if of_tokenizer else _PROCESSOR_FILE
-        raise ValueError(
-            f"{source} cannot be loaded: {files} has a field that is refused "
-            f"({type(error).__name__}: {' '.join(str(error).split())}). Restore the file from the "
-            "original model folder."
-        ) from error
 
 
 def _check_image_size(image_processor: Any) -> None:

@@ -28,6 +28,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 torch.set_num_threads(1)
 RUN_FOLDER = "LLM2CLIP_TEST_RUN_FOLDER"
@@ -39,14 +40,9 @@ hypothesis.settings.load_profile("the same")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--kills", type=int, default=3, help="how often a test kills a run at random moments"
+        "--fault-seconds", type=float, default=120, help="time for each kind of trouble"
     )
-
-
-@pytest.fixture
-def kills(request: pytest.FixtureRequest) -> int:
-    """Number of random kills, after each of which a run must go on with the same bytes."""
-    return int(request.config.getoption("--kills"))
+    parser.addoption("--fault-seed", type=int, default=0, help="of the trouble that is drawn")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -105,6 +101,13 @@ def _refuse_network(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(socket.socket, name, only_local(original, position=1))
     original = socket.create_connection
     monkeypatch.setattr(socket, "create_connection", only_local(original, position=0))
+
+
+@pytest.fixture
+def only_cluster() -> Iterator[None]:
+    """Let a test that starts a Ray cluster wait until no other process of the run has one."""
+    with FileLock(Path(os.environ[RUN_FOLDER]) / "ray.lock"):
+        yield
 
 
 def fix_seeds() -> None:

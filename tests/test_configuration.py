@@ -154,6 +154,14 @@ def test_a_field_of_another_type_is_named_with_its_value(
         LLM2CLIPConfig.from_dict(saved)
 
 
+def test_a_saved_file_that_is_refused_is_named(tmp_path: Path, saved: dict[str, Any]) -> None:
+    for content in (json.dumps({**saved, "projections_trained": 1}), "9" * 5000, "[" * 100_000):
+        (tmp_path / "config.json").write_text(content, encoding="utf-8")
+        with pytest.raises((ValueError, OSError), match=f"{tmp_path}.*") as refused:
+            LLM2CLIPConfig.from_pretrained(tmp_path)
+        assert "config.json" in str(refused.value)
+
+
 def test_the_rotation_of_positions_has_no_default(saved: dict[str, Any]) -> None:
     rotary = saved["text_config"].pop("rope_parameters")
     with pytest.raises(ValueError, match=r"lacks \['text_config.rope_parameters'\]"):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -276,6 +279,36 @@ def test_threads_with_different_lengths_can_share_a_processor(processor: LLM2CLI
     )
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_process_that_is_forked_while_a_thread_tokenizes_can_tokenize(
+    processor: LLM2CLIPProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of its locks may be held by a thread that the new process lacks."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    texts, ended = ["two red apples", "a dog", LONG_TEXT], Event()
+    wanted = processor.list_ids(texts)
+
+    def tokenize() -> None:
+        while not ended.is_set():
+            processor(text=texts * 20)
+
+    with ThreadPoolExecutor(2) as pool:
+        threads = [pool.submit(tokenize) for _ in range(2)]
+        codes = [run_in_fork(lambda: processor.list_ids(texts) == wanted) for _ in range(5)]
+        ended.set()
+        assert [thread.result() for thread in threads] == [None, None]
+    assert codes == [0] * 5
+
+
+def run_in_fork(is_right: Callable[[], bool]) -> int:
+    """Return 0 for a forked process that is right, and a negative number for one that waits."""
+    if (process := os.fork()) == 0:
+        signal.alarm(20)  # kills this process
+        os._exit(0 if is_right() else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
 def test_list_ids_returns_the_ids_of_a_call() -> None:
     processor = copy.deepcopy(fresh_processor())
     texts = ["a dog\n\n", "\x1f a cat ", LONG_TEXT]
@@ -359,6 +392,14 @@ def test_a_field_of_another_type_is_refused_with_its_file(
     for trust_remote_code in (None, True):
         with pytest.raises(ValueError, match=shown):
             LLM2CLIPProcessor.from_pretrained(tmp_path, trust_remote_code=trust_remote_code)
+
+
+def test_an_argument_that_is_refused_is_named(tmp_path: Path, processor: LLM2CLIPProcessor) -> None:
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"or this call an argument \(image_processor\),.*TypeError"
+    ):
+        LLM2CLIPProcessor.from_pretrained(tmp_path, image_processor=3)
 
 
 def test_the_tokenizer_alone_gives_the_same_ids(

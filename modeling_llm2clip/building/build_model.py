@@ -23,6 +23,7 @@ from ..configs.export_config import CardConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.atomic_files import require_new_folder
 from ..encoding.devices import find_device
+from ..loading_llm2clip import naming_fields
 from ..model_folders.model_card import (
     CardData,
     find_license,
@@ -162,12 +163,13 @@ def join_towers(
         vision_model, image_processor = vision
         require_pixels_alone(vision_model)
     else:
-        vision_model, image_processor, kept = load_vision_tower(
-            vision,
-            dtype=getattr(torch, config.dtype),
-            allow_missing_pooler=config.vision_pooling != "pooler",
-            keep_projection=config.keep_projection,
-        )
+        with naming_fields(vision):
+            vision_model, image_processor, kept = load_vision_tower(
+                vision,
+                dtype=getattr(torch, config.dtype),
+                allow_missing_pooler=config.vision_pooling != "pooler",
+                keep_projection=config.keep_projection,
+            )
     if kept is not None:
         if config.projection_dim not in (None, len(kept)):
             raise ValueError(
@@ -200,13 +202,14 @@ def take_text_tower(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load an LLM and its tokenizer, or take loaded ones; keep `num_layers`, or all."""
     if not isinstance(text, tuple):
-        return load_text_tower(
-            text,
-            dtype=getattr(torch, config.dtype),
-            tokenizer_code=config.tokenizer_code,
-            num_layers=num_layers,
-            is_embedder=is_embedder,
-        )
+        with naming_fields(text):
+            return load_text_tower(
+                text,
+                dtype=getattr(torch, config.dtype),
+                tokenizer_code=config.tokenizer_code,
+                num_layers=num_layers,
+                is_embedder=is_embedder,
+            )
     text_model, tokenizer = text
     require_own_tokenizer(text_model.config, tokenizer, "The LLM")
     if num_layers is not None:

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from .._suggestions import list_first
 from ..data.safetensors_files import read_metadata
-from ..data.sources.json_files import read_json
+from ..data.sources.json_files import read_object
+from ..loading_llm2clip import naming_fields
 from ..model_folders.model_folder import LORA_CONFIG, find_model_folder
 from ..model_folders.weights import LazyTensor, count_changed, open_weights, warn_of_rounding
 
@@ -96,37 +97,40 @@ def merge_lora_weights(
     folder = find_model_folder(str(lora))
     if not (folder / LORA_CONFIG).is_file():
         raise ValueError(f"{folder} has no {LORA_CONFIG}; it is not a LoRA that peft saved.")
-    _require_plain(folder, lora, base=base, accepted_base=accepted_base)
-    config = LoraConfig.from_pretrained(str(folder))
-    inside, factors = _read_factors(folder, lora)
-    trained = {
-        name
-        for name in weights
-        if name.endswith(".weight")
-        and check_target_module_exists(config, inside + name.removesuffix(".weight"))
-    }
-    errors = {
-        "have no place in the LLM": [n for n in factors if n not in weights],
-        "are missing": [n for n in trained | set(factors) if len(factors.get(n, ())) < 2],
-    }
-    _refuse(errors, f"The LoRA {lora} does not fit {base or 'the LLM'}", len(factors))
-    merged, counts, misshapen = {}, dict[str, tuple[int, int]](), []
-    for name, pair in factors.items():
-        module, rank = inside + name.removesuffix(".weight"), len(pair["A"])
-        alpha_key = get_pattern_key(list(config.alpha_pattern), module)
-        alpha = config.alpha_pattern.get(alpha_key, config.lora_alpha)
-        scale = alpha / (rank**0.5 if config.use_rslora else rank)
-        fits = rank == pair["B"].shape[1]
-        shape: tuple[int, ...] = (len(pair["B"]), pair["A"].shape[1]) if fits else ()
-        shape = shape[::-1] if config.fan_in_fan_out else shape
-        if shape != weights[name].shape:
-            misshapen.append(f"{name}: {shape} for {weights[name].shape}")
-        multiply = partial(_multiply, pair, scale, transposes=bool(config.fan_in_fan_out))
-        change = LazyTensor(shape, torch.float32, multiply)
-        read = partial(_merge, weights[name], change, f"{lora}: {name}", counts, dtype=dtype)
-        merged[name] = LazyTensor(weights[name].shape, torch.float32, read)
-    _refuse({"have another shape": misshapen}, f"The LoRA {lora} is for another LLM", len(factors))
-    return merged, counts
+    with naming_fields(lora):
+        _require_plain(folder, lora, base=base, accepted_base=accepted_base)
+        config = LoraConfig.from_pretrained(str(folder))
+        inside, factors = _read_factors(folder, lora)
+        trained = {
+            name
+            for name in weights
+            if name.endswith(".weight")
+            and check_target_module_exists(config, inside + name.removesuffix(".weight"))
+        }
+        errors = {
+            "have no place in the LLM": [n for n in factors if n not in weights],
+            "are missing": [n for n in trained | set(factors) if len(factors.get(n, ())) < 2],
+        }
+        _refuse(errors, f"The LoRA {lora} does not fit {base or 'the LLM'}", len(factors))
+        merged, counts, misshapen = {}, dict[str, tuple[int, int]](), []
+        for name, pair in factors.items():
+            module, rank = inside + name.removesuffix(".weight"), len(pair["A"])
+            alpha_key = get_pattern_key(list(config.alpha_pattern), module)
+            alpha = config.alpha_pattern.get(alpha_key, config.lora_alpha)
+            scale = alpha / (rank**0.5 if config.use_rslora else rank)
+            fits = rank == pair["B"].shape[1]
+            shape: tuple[int, ...] = (len(pair["B"]), pair["A"].shape[1]) if fits else ()
+            shape = shape[::-1] if config.fan_in_fan_out else shape
+            if shape != weights[name].shape:
+                misshapen.append(f"{name}: {shape} for {weights[name].shape}")
+            multiply = partial(_multiply, pair, scale, transposes=bool(config.fan_in_fan_out))
+            change = LazyTensor(shape, torch.float32, multiply)
+            read = partial(_merge, weights[name], change, f"{lora}: {name}", counts, dtype=dtype)
+            merged[name] = LazyTensor(weights[name].shape, torch.float32, read)
+        _refuse(
+            {"have another shape": misshapen}, f"The LoRA {lora} is for another LLM", len(factors)
+        )
+        return merged, counts
 
 
 def _multiply(pair: Mapping[str, Tensor], scale: float, *, transposes: bool) -> Tensor:
@@ -137,7 +141,7 @@ def _multiply(pair: Mapping[str, Tensor], scale: float, *, transposes: bool) -> 
 
 def _require_plain(folder: Path, lora: str | Path, *, base: str, accepted_base: str | None) -> None:
     """Refuse a LoRA of another kind or, where both state a name, of another base."""
-    stated: dict[str, Any] = read_json(folder / LORA_CONFIG)
+    stated = read_object(folder / LORA_CONFIG)
     others = {
         name: stated[name]
         for name, neutral in _MATRICES_ALONE.items()

@@ -163,13 +163,23 @@ def parse(line: App, words: Sequence[str]) -> partial[int | None]:
     except (CycloptsError, OSError, ValueError) as error:
         app = line[words[0]] if words and words[0] in line else line
         example = str(app.help_epilogue).splitlines()[1].strip()
-        raise UsageError(f"{_describe_error(error)} For example: {example}") from None
+        raise UsageError(
+            f"{_name_file(error)}{_describe_error(error)} For example: {example}"
+        ) from None
     bound.apply_defaults()
     return partial(function, *bound.args, **bound.kwargs)
 
 
 def _show_examples(examples: Sequence[str]) -> str:
     return "\n  ".join(("Examples:" if len(examples) > 1 else "Example:", *examples))
+
+
+def _name_file(error: Exception) -> str:
+    """Name the file of `--config` that a wrong value is from; nothing for one of the command."""
+    argument = getattr(error, "argument", None)
+    tokens = getattr(argument, "tokens", None) or [getattr(error, "token", None)]
+    source: str = getattr(tokens[0], "source", "")
+    return f"{source}: " if source not in ("", "cli") else ""
 
 
 def _describe_error(error: Exception) -> str:

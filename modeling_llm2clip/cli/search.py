@@ -147,9 +147,11 @@ def _report_missing(results: Sequence[SearchResult]) -> None:
 
 
 def _write(results: list[SearchResult], output: Path) -> None:
+    from ..data.atomic_files import lock_folder
     from ..search.search_results import RESULTS_FILES, write_results_page, write_results_sheet
 
     sheet, page = (output / name for name in RESULTS_FILES)
-    write_results_sheet(results, sheet)
-    write_results_page(results, page, title="Images by query", note=_NOTE)
+    with lock_folder(output):  # both files are of one search
+        write_results_sheet(results, sheet)
+        write_results_page(results, page, title="Images by query", note=_NOTE)
     report(f"Wrote {sheet} and {page}.")

@@ -169,7 +169,7 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     except OSError as error:
         shown = f"{file} cannot be read: {error.strerror}. Give a YAML file of options."
         raise ValueError(shown) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         message = " ".join(str(error).split())
         raise ValueError(f"{file} cannot be read as YAML: {message}") from None
     if values is None:  # an empty file

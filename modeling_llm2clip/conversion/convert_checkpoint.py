@@ -29,6 +29,7 @@ from ..data.atomic_files import hash_file, require_new_folder
 from ..doctor.check_model import check_model
 from ..heads_llm2clip import MAX_LOG_SCALE
 from ..image_cropping_llm2clip import LLM2CLIPImageProcessor
+from ..loading_llm2clip import build_tower, naming_fields
 from ..model_folders.model_card import (
     CardData,
     find_license,
@@ -255,6 +256,8 @@ def plan_conversion(
     if config.components != "vision":
         stripped = {key.removeprefix(prefix or ""): tensor for key, tensor in inside.items()}
         dtype = getattr(torch, config.dtype)
+        with naming_fields(language.source.name), torch.device("meta"):
+            build_tower(language.config)  # else the checkpoint would be named for the LLM's fields
         llm, llm_files, counts = open_llm_weights(language, stripped, dtype=dtype)
         renamed.weights |= llm.weights
         renamed.origins |= llm.origins
@@ -263,7 +266,8 @@ def plan_conversion(
     else:
         renamed.dropped |= dict.fromkeys(inside, _NOT_ASKED_FOR)
     model_class = MODEL_CLASSES[CLASS_OF_COMPONENTS[config.components]]
-    weights = _fit(renamed, model_class, model_config, source)
+    with naming_fields(source):
+        weights = _fit(renamed, model_class, model_config, source)
     return ConversionPlan(
         model_config,
         model_class,

@@ -9,7 +9,7 @@ from typing import Any
 from ..building.build_model import build_model
 from ..configs.build_config import BuildConfig
 from ..configs.export_config import CardConfig
-from ..data.sources.json_files import read_json
+from ..data.sources.json_files import read_object
 from ..model_folders.model_folder import LORA_CONFIG
 from ..pooling_llm2clip import TEXT_POOLINGS
 
@@ -56,10 +56,10 @@ def _read_settings(folder: Path) -> dict[str, Any]:
             f"{folder} has no {SETTINGS_FILE}, so it is not an LLM2Vec folder. Give one that "
             "LLM2Vec saved, or build from the bare LLM (llm2clip build)."
         )
-    settings = read_json(path)
+    settings = read_object(path)
     errors = []
     pooling = settings.get("pooling_mode")
-    if pooling not in _POOLINGS:
+    if pooling not in [*_POOLINGS]:  # a list compares whatever came
         errors.append(f"pooling_mode={pooling!r}, expected one of {sorted(_POOLINGS)}")
     if settings.get("skip_instruction") is not True:
         errors.append(

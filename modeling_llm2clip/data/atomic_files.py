@@ -32,9 +32,12 @@ except ImportError:  # Windows
 _UNFINISHED = ".tmp"
 _CLAIM = ".llm2clip-is-writing"
 _HASHED_AT_ONCE = 2**20  # bytes
+# Bytes of a name; that of a temporary file beside it is 37 longer, and file systems allow 255.
+_LONGEST_NAME = 218
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Errors of torch.save and of safetensors (28: no space, 122: quota, 27: file too large).
 _WRITE_FAILED = re.compile(r"inline_container|PytorchStreamWriter|(os error|code:) (28|122|27)\b")
+_FREE_DISK = "Free some space, or write to another disk"
 # Remedy of `explain_full_disk` for a temporary folder.
 FREE_TEMPORARY_FOLDER = (
     "Free some space, or name another folder for temporary files by the variable TMPDIR"
@@ -58,14 +61,18 @@ def temporary_folder() -> Path:
 
 @contextmanager
 def explain_full_disk(folder: Path, what: str, remedy: str) -> Iterator[None]:
-    """Say what to do when the disk is full; torch and safetensors raise other errors then."""
+    """Say what to do when the disk of a folder is full.
+
+    torch and safetensors raise other errors then. An error that names another place stays.
+    """
     try:
         yield
     except Exception as error:
-        number = getattr(error, "errno", None)
+        number, file = getattr(error, "errno", None), getattr(error, "filename", None)
         if not isinstance(error, OSError) and _WRITE_FAILED.search(str(error)):
             number = errno.ENOSPC
-        if number not in _DISK_IS_FULL:
+        is_elsewhere = file and not Path(file).absolute().is_relative_to(folder.absolute())
+        if number not in _DISK_IS_FULL or is_elsewhere:
             raise
         message = f"No room {what} ({os.strerror(number)}). {remedy}"
         raise OSError(number, message, str(folder)) from error
@@ -75,6 +82,11 @@ def require_writable(folder: Path) -> None:
     """Refuse a folder that cannot be made or written, before the work for it is done."""
     place = folder.absolute()
     while not os.path.lexists(place):
+        if len(os.fsencode(place.name)) > _LONGEST_NAME:
+            raise ValueError(
+                f"{folder} cannot be written: the name {place.name} has more than {_LONGEST_NAME} "
+                "bytes. Choose a shorter name."
+            )
         place = place.parent
     if not place.is_dir():
         raise NotADirectoryError(
@@ -88,10 +100,10 @@ def require_writable(folder: Path) -> None:
 
 
 def require_new_file(file: Path) -> None:
-    """Refuse a file that exists, or whose folder cannot be made or written."""
-    require_writable(file.parent)
+    """Refuse a file that exists, or cannot be made or written."""
     if os.path.lexists(file):
         raise FileExistsError(f"{file} exists. Name a new file, or remove it.")
+    require_writable(file)
 
 
 def write_atomically(file: Path, content: bytes) -> None:
@@ -111,10 +123,9 @@ def atomic_file(file: Path, *, replaces: bool = False) -> Iterator[IO[bytes]]:
     _clear_unfinished(file)
     unique = uuid4().hex
     unfinished = file.with_name(f"{file.name}.{unique}{_UNFINISHED}")
-    remedy = "Free some space, or write to another disk"
     try:
         with (
-            explain_full_disk(file.parent, f"to write {file.name}", remedy),
+            explain_full_disk(file.parent, f"to write {file.name}", _FREE_DISK),
             unfinished.open("xb") as opened,
         ):
             _lock(opened, shared=False)
@@ -177,6 +188,19 @@ def lock_file(opened: IO[Any] | int, *, shared: bool = False, wait: bool = True)
     return True
 
 
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Make a folder, and let one process at a time write into it, if the file system has locks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            lock_file(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def lock_unless_held(file: Path, opened: IO[Any] | int) -> bool:
     """Take the lock on an open file that still has its name, if the file system has locks."""
     with suppress(OSError):
@@ -234,16 +258,19 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     unfinished = scratch / folder.name
     try:
-        with (scratch / _CLAIM).open("w", encoding="utf-8") as claim:
+        with (
+            explain_full_disk(folder.parent, f"to write {folder.name}", _FREE_DISK),
+            (scratch / _CLAIM).open("w", encoding="utf-8") as claim,
+        ):
             if _lock(claim, shared=False):
                 claim.write(folder.name)  # only now: an empty claim is ignored
                 claim.flush()
             unfinished.mkdir()
             yield unfinished
-            mode = unfinished.stat().st_mode & 0o666
+            allowed = unfinished.stat().st_mode & 0o777
             for path in unfinished.rglob("*"):
-                if path.is_file():
-                    path.chmod(mode)  # safetensors writes for its owner alone
+                if path.is_file():  # safetensors writes for its owner alone
+                    path.chmod((path.stat().st_mode & 0o111 | 0o666) & allowed)
                 sync(path)
             sync(unfinished)
             _require_empty(folder)  # another process may have begun at the same moment
@@ -255,7 +282,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 def require_new_folder(folder: Path) -> None:
     """Refuse a folder that exists and is not empty, cannot be made, or is being written."""
-    require_writable(folder.parent)  # a temporary folder there gets the name at the end
+    # A temporary folder beside it gets the name at the end.
+    require_writable(folder.parent if os.path.lexists(folder) else folder)
     _require_empty(folder)
     clear_leftovers(folder)
 

@@ -13,7 +13,7 @@ from .._suggestions import counted
 from ..base_llm2clip import _CODE_OF_EVERY_FOLDER
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.safetensors_files import iterate_tensors
-from ..data.sources.json_files import read_json
+from ..data.sources.json_files import read_object
 from ..loading_llm2clip import list_foreign_code, list_model_files, load_without_code
 from ..model_folders.fingerprint import fingerprint_embeddings
 from ..model_folders.golden_embeddings import GOLDEN_FILE, require_recorded_files
@@ -309,10 +309,7 @@ def _find_map_errors(name: str, auto_map: Any, expected: dict[str, str]) -> list
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path.parent} has no {path.name}; it is not a saved model.")
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}, wanted an object.")
-    return content
+    return read_object(path)
 
 
 def _find_prompt_errors(text: str, tested: ModelUnderTest, *, truncated: bool) -> list[str]:

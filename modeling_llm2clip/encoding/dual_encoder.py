@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from ..configs.encoding_config import DUAL_ENCODERS
 from ..image_loading_llm2clip import load_images
-from ..loading_llm2clip import list_weight_files, load_without_code
+from ..loading_llm2clip import list_weight_files, load_without_code, naming_fields
 from .encoder_interface import Encoder, choose_batches
 from .float32 import float32_as_such
 
@@ -47,6 +47,10 @@ class DualEncoderProcessor:
     """
 
     def __init__(self, folder: Path) -> None:
+        with naming_fields(folder):
+            self._read(folder)
+
+    def _read(self, folder: Path) -> None:
         self.config: Any = load_without_code(AutoConfig, folder)
         require_dual_encoder(self.config.model_type, folder)
         processor = load_without_code(AutoProcessor, folder)

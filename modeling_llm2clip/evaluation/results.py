@@ -21,7 +21,7 @@ from typing import Any
 
 from .._environment import list_versions
 from .._suggestions import list_first
-from ..data.atomic_files import hash_json, write_atomically
+from ..data.atomic_files import hash_json, lock_folder, write_atomically
 from ..data.images.image_sources import EncodedImage, ImageSource, TarImage
 from ..data.remote.file_places import FilePlace, find_state
 from ..data.sources.json_files import parse_json
@@ -32,6 +32,7 @@ from .tasks.task import Task
 FORMAT_VERSION = 3
 OWN_PACKAGE = "modeling_llm2clip"
 _DIGEST = "digest"
+_ADVICE = "Name another output folder or another name for the model, or remove it."
 # Where a dataset or a model is stored changes no score: the digests identify it.
 _MAY_DIFFER = re.compile(r"(protocol\.)?data\.(.*\.)?(source|revision)")
 _PACKAGES = (
@@ -148,8 +149,7 @@ def find_finished(folder: Path, planned: Iterable[Result]) -> dict[Path, Result]
     for plan in planned:
         for file, result in results.items():
             if conflict := find_conflict(result, plan):
-                advice = "Name another output folder or another name for the model, or remove it."
-                errors[f"{file} is {conflict}. {advice}"] = None
+                errors[f"{file} is {conflict}. {_ADVICE}"] = None
         if (finished := results.get(find_result_file(folder, plan))) is not None:
             if differences := list(find_differences(finished.versions, plan.versions)):
                 warnings.warn(
@@ -193,7 +193,11 @@ def find_conflict(first: Result, second: Result) -> str | None:
 def write_result(file: Path, result: Result) -> None:
     content = {**asdict(result), _DIGEST: hash_json(asdict(result))}
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(file, text.encode())
+    with lock_folder(file.parent):
+        # Another process may have written it since this one looked.
+        if file.is_file() and (conflict := find_conflict(read_result(file), result)):
+            raise ValueError(f"{file} is {conflict}. {_ADVICE}")
+        write_atomically(file, text.encode())
 
 
 def find_differences(then: Any, now: Any, path: str = "") -> Iterator[str]:

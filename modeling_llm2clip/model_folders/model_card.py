@@ -109,7 +109,11 @@ class CardData:
 
     def __post_init__(self) -> None:
         errors = []
-        if self.license is not None and not _LICENSE.fullmatch(self.license):
+        for name, value in vars(self).items():
+            texts = value if isinstance(value, tuple) else () if value is None else (value,)
+            if name != "results" and not all(isinstance(text, str) for text in texts):
+                errors.append(f"{name}={value!r} is not a text")
+        if isinstance(self.license, str) and not _LICENSE.fullmatch(self.license):
             errors.append(f"license={self.license!r} is not an identifier like 'apache-2.0'")
         if self.license == "other" and not (self.license_name and self.license_link):
             errors.append("license='other' needs license_name and license_link")
@@ -149,15 +153,25 @@ def read_card_data(folder: Path) -> CardData:
     path = folder / "README.md"
     if not path.is_file():
         return CardData()
-    data = _read_metadata(path)
+    try:
+        return _make_card(_read_metadata(path))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(
+            f"{path}: its metadata cannot be used ({error}). Correct the lines between the '---'."
+        ) from error
+
+
+def _make_card(data: Any) -> CardData:
     entries: dict[tuple[str, str], list[EvalResult]] = {}
     for entry in data.eval_results or []:
         entries.setdefault((entry.task_type, entry.dataset_name), []).append(entry)
     # The card of a LoRA may be another package's, and name one dataset without a list.
-    stated = (data.get(name) or () for name in ("training_data", "text_training_data"))
-    trained, text = ((value,) if isinstance(value, str) else tuple(value) for value in stated)
+    stated = (data.get(name) or [] for name in ("training_data", "text_training_data"))
+    trained, text = (tuple(value) if isinstance(value, list) else (value,) for value in stated)
     return CardData(
-        license=data.license if isinstance(data.license, str) else None,
+        license=data.license,
         license_name=data.license_name,
         license_link=data.license_link,
         vision_license=data.get("vision_license"),
@@ -167,7 +181,7 @@ def read_card_data(folder: Path) -> CardData:
         results=tuple(
             CardResult(
                 *task,
-                {score.metric_type: score.metric_value for score in scores},
+                {score.metric_type: float(score.metric_value) for score in scores},
                 intervals={
                     score.metric_type: tuple(args[_INTERVAL])
                     for score in scores
@@ -253,7 +267,7 @@ def find_license(source: str | Path, *, revision: str | None = None) -> str | No
 def _read_metadata(card: Path) -> Any:
     try:
         return ModelCard.load(card).data
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(
             f"{card}: its metadata is not YAML ({error}). Correct the lines between the '---'."
         ) from error
@@ -324,12 +338,14 @@ def _render(folder: Path, card: CardData, *, name: str) -> str:
         if len(sides) == 1
         else f'`AutoModel`, `AutoProcessor` and `pipeline("{_PIPELINES[sides]}")`',
         training=(", ".join(card.training_data) or "Not recorded.")
-        + (_KEPT.format(card.kept_texts) if card.kept_texts else ""),
+        + (_KEPT.format(card.kept_texts) if card.kept_texts and "text" in sides else ""),
         scores=_describe_scores(card),
         license=_describe_license(card),
         origins=format_rows(_describe_origins(origins, card)),
     )
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
+    # U+0085 breaks lines in YAML, where it would be read back as a space.
+    text = re.sub("\x85 *", " ", f"---\n{data.to_yaml()}\n---\n\n{body}")
+    return str(ModelCard(text))
 
 
 def _choose_template(config: LLM2CLIPConfig) -> str:

@@ -35,7 +35,7 @@ from ..data.records.record_table import RecordTable
 from ..data.records.records import CaptionedImage
 from ..data.records.splits import list_text_keys, split_records
 from ..data.safetensors_files import read_shapes
-from ..data.sources.json_files import read_json
+from ..data.sources.json_files import read_object
 from ..data.store.store_manifest import MANIFEST_FILE, StoreManifest
 from ..evaluation.datasets.custom_folder import make_records_spec
 from ..evaluation.datasets.dataset_registry import read_data
@@ -220,8 +220,9 @@ def _count_parameters(shapes: Mapping[str, Sequence[int]], part: str) -> float:
 def _read_config(file: Path | None, num_parameters: float, part: str) -> TowerSize:
     config: dict[str, Any] = {}
     if file is not None and file.is_file():
-        config = read_json(file)
-    section = config.get(f"{part}_config") or {}
+        config = read_object(file)
+    section = config.get(f"{part}_config")
+    section = section if isinstance(section, dict) else {}
     # The width of the shared space at the top is the one that holds.
     config = {**config, **section} if part == "vision" else {**section, **config}
     width = next((config[name] for name in _WIDTHS[part] if config.get(name)), None)

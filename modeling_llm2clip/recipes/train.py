@@ -50,6 +50,7 @@ from ..training.losses.choose_loss import build_loss, require_dims
 from ..training.run_folder import (
     RUN_FILE,
     add_results,
+    lock_run,
     read_results,
     require_same_run,
     write_run_record,
@@ -106,10 +107,13 @@ def train(
     say = report if is_main_process else lambda _: None  # another process reports
     say(str(plan_recipe(config, split)))
     PartialState().wait_for_everyone()  # every process has checked the folder before it is filled
-    if is_main_process:
-        write_run_record(config.output, config, inputs)
     try:
-        return _Recipe(config, split, say, callbacks).run()
+        with lock_run(config.output, "the same call"):
+            # Another process may have begun one since this one looked.
+            require_same_run(config.output, config, inputs, resume=True, may_differ=_MAY_DIFFER)
+            if is_main_process:
+                write_run_record(config.output, config, inputs)
+            return _Recipe(config, split, say, callbacks).run()
     except StageInterrupt as error:
         raise StageInterrupt(error.stopped, error.signal, resume=False) from None
 
@@ -252,7 +256,7 @@ def _check_towers(config: TrainConfig) -> None:
     if config.build.keep_projection and find_model_type(config.vision_model) is not None:
         tower = load_without_code(AutoConfig, config.vision_model)
         require_dual_encoder(tower.model_type, config.vision_model)
-        if config.inherit and Path(config.vision_model).is_dir():
+        if (config.inherit or config.align.keep_texts) and Path(config.vision_model).is_dir():
             list_weight_files(Path(config.vision_model))
 
 

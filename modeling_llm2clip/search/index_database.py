@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from ..data.atomic_files import list_differences, lock_file
+from ..data.atomic_files import explain_full_disk, list_differences, lock_file
 from ..data.sources.json_files import parse_json
 from .filters import check_filter, explain_filter
 from .lancedb_table import (
@@ -110,7 +110,7 @@ class IndexDatabase:
                 "new database."
             )
         about = describe() if is_new else _read_about(location, table)
-        with _explained(location, "written"):
+        with _explain_full_disk(location), _explained(location, "written"):
             if is_new:
                 _write_about(table, about)
             if not has_images:
@@ -145,7 +145,7 @@ class IndexDatabase:
 
     @contextmanager
     def changing(self) -> Iterator[LanceTable]:
-        with _explained(self.location, "written"):
+        with _explain_full_disk(self.location), _explained(self.location, "written"):
             yield self._table
 
     def write_about(self, about: About) -> None:
@@ -378,6 +378,11 @@ def _explained(location: str, what: str) -> Iterator[None]:
             f"{location} cannot be {what}: {_shorten(error)}. If it is damaged, remove it, and "
             "index the images again."
         ) from error
+
+
+def _explain_full_disk(location: str) -> AbstractContextManager[None]:
+    remedy = "Free some space and run the same command again; it continues"
+    return explain_full_disk(Path(location), "for the index", remedy)
 
 
 def _shorten(error: BaseException) -> str:

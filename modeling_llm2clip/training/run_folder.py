@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 from .._environment import describe_hardware, list_versions, read_commit
 from .._suggestions import MAX_LISTED, list_first
 from ..data.atomic_files import (
+    explain_full_disk,
     hash_file,
     is_unfinished,
     lock_unless_held,
@@ -216,11 +217,15 @@ def _require_intact_checkpoint(output: Path) -> None:
     last = checkpoints[-1]
     recorded = (last / _COMPLETE).read_text(encoding="utf-8", errors="replace").splitlines()
     if damaged := set(recorded or [_COMPLETE]) - set(_list_digests(last)):
-        names = sorted(line.rpartition("  ")[2] for line in damaged)
+        names = list_first(sorted(line.rpartition("  ")[2] for line in damaged))
+        cause = f"is damaged: its file `{_COMPLETE}` has another SHA-256 of {names}"
+        if not recorded:
+            cause = (
+                f"has an empty file `{_COMPLETE}`: it was damaged, or an earlier version wrote it"
+            )
         before = checkpoints[-2].name if checkpoints[:-1] else "its beginning"
         raise ValueError(
-            f"{last} is damaged: its file `{_COMPLETE}` has another SHA-256 of {list_first(names)}."
-            f" Remove this checkpoint; the run then continues from {before}."
+            f"{last} {cause}. Remove this checkpoint; the run then continues from {before}."
         )
 
 
@@ -256,18 +261,19 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
-def lock_run(folder: Path) -> Iterator[None]:
+def lock_run(folder: Path, call: str = "--resume ('resume=True' in Python)") -> Iterator[None]:
     """Hold the folder of a run for the processes of one launcher, or refuse to begin.
 
     It is a lock of the kernel on a file in the folder, so that it ends with the main process,
     however that ends. Where the file system has no `flock`, nothing is locked. A folder that is
-    empty in the end is removed.
+    empty in the end is removed. Where its disk is full, an error says by what `call` to continue.
     """
     # Imported here, so that a command can check a folder without torch.
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    with ExitStack() as stack:
+    remedy = f"Free some space and continue with {call}"
+    with explain_full_disk(folder, "for the run", remedy), ExitStack() as stack:
         is_held = [True]
         if PartialState().is_main_process:
             is_held = [stack.enter_context(_hold(folder))]
@@ -275,7 +281,7 @@ def lock_run(folder: Path) -> Iterator[None]:
         if not is_held[0]:
             raise ValueError(
                 f"{folder} is in use: another process trains in it now. Let it end and continue "
-                "its run with --resume ('resume=True' in Python), or choose a new folder."
+                f"its run with {call}, or choose a new folder."
             )
         yield
 

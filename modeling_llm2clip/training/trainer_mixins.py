@@ -28,7 +28,6 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from .._suggestions import MAX_LISTED, counted, list_first
 from ..configs.config_fields import TrainingConfig
-from ..data.atomic_files import explain_full_disk
 from ..scheduling.graceful_stop import StopRequest
 from .finite_steps import FiniteSteps, spread_nonfinite
 from .run_folder import CHECKPOINTS, list_trained, mark_complete, require_finite
@@ -180,13 +179,10 @@ class StageTrainerMixin:
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.require_finite_steps()
-        output = Path(self.args.output_dir)
-        remedy = "Free some space and continue with --resume ('resume=True' in Python)"
-        with explain_full_disk(output, "for the checkpoint", remedy):
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
         PartialState().wait_for_everyone()  # each process writes its own random generators
         if self.args.should_save:
-            mark_complete(output.parent, self.state.global_step)
+            mark_complete(Path(self.args.output_dir).parent, self.state.global_step)
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[misc]

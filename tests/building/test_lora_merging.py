@@ -200,6 +200,18 @@ def test_a_folder_without_a_lora_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no adapter_config\.json"):
         merge_lora(tiny_llm(), tmp_path)
     folder = save_lora(tiny_llm(), tmp_path / "lora")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    for content, message in (
+        ([], r"adapter_config\.json holds list, not an object"),
+        (
+            {**settings, "alpha_pattern": 3},
+            r"lora cannot be loaded: adapter_config\.json has a field",
+        ),
+    ):
+        (folder / "adapter_config.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            merge_lora(tiny_llm(), folder)
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"has no weights: none of .*adapter_model\.safetensors"):
         merge_lora(tiny_llm(), folder)

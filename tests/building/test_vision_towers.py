@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from breaking import drop_weights
+from breaking import drop_weights, edit_json
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from shared_models import mostly_slow
@@ -188,6 +188,24 @@ def test_what_is_not_a_vision_tower_or_not_a_whole_one_is_refused(tmp_path: Path
     drop_weights(folder, "layers.0.mlp.fc1")
     with pytest.raises(ValueError, match=r"lacks 2 weights .*encoder.layers.0.mlp.fc1.bias"):
         load_vision_tower(folder, allow_missing_pooler=True)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "field", "value", "files"),
+    [
+        ("vision", "config.json", "hidden_size", "x", "config"),
+        ("vision", "preprocessor_config.json", "image_processor_type", [], "preprocessor_config"),
+        ("llm", "tokenizer_config.json", "pad_token", -1, "tokenizer_config"),
+    ],
+)
+def test_a_field_of_a_tower_is_refused_with_its_folder_and_file(
+    part: str, name: str, field: str, value: Any, files: str, tmp_path: Path
+) -> None:
+    towers = save_tiny_vision(tmp_path / "vision"), save_tiny_llm(tmp_path / "llm")
+    edit_json(name, lambda content: content.update({field: value}))(tmp_path / part)
+    message = rf"{part} cannot be loaded: .*{files}\.json.* has a field that is refused"
+    with pytest.raises(ValueError, match=message):
+        join_towers(*towers, BuildConfig(prompt="llama-3"))
 
 
 def test_weights_within_a_vision_tower_that_nobody_reads_are_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import os
 import re
@@ -190,6 +191,7 @@ class OutOfMemoryError(RuntimeError):
     ("error", "code", "shown"),
     [
         (OutOfMemoryError("CUDA out of memory."), 2, "CUDA out of memory.*--device cpu"),
+        (OSError(errno.ENOSPC, "No space left"), 2, r"left\. Free .*/dev/shm.*--num-workers 0"),
         (TypeError("Cannot convert a MPS Tensor to float64 dtype"), 2, "float64.*--device cpu"),
         (NotImplementedError("not implemented for the MPS device."), 2, "not im.*--device cpu"),
         (ImportError("No module named 'other'"), 2, r'pip install "modeling_llm2clip\[all\]"'),

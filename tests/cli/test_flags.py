@@ -217,7 +217,8 @@ def test_flags_win_over_the_file_of_options(tmp_path: Path) -> None:
 def test_a_wrong_file_of_options_is_refused(text: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "options.yaml"
     file.write_text(text)
-    assert message in refuse("stage", "m", "--labels", "l", "--config", str(file))
+    refused = refuse("stage", "m", "--labels", "l", "--config", str(file))
+    assert message in refused and str(file) in refused.replace("\n", "")
     assert "/nowhere.yaml" in refuse("stage", "m", "--labels", "l", "--config", "/nowhere.yaml")
 
 

@@ -168,6 +168,7 @@ def test_yaml_gives_what_python_gives(tmp_path: Path) -> None:
         ("name: x\ninner: {rate: 1, rate: 2}", "'rate' is given twice"),
         ("- name", "must hold `option: value` lines"),
         ("name: [x", "cannot be read as YAML"),
+        ("name: " + "[" * 5000, "cannot be read as YAML"),
         ("name: x\nsteps: 1.5", "steps='1.5': Input should be a valid integer"),
         ("name: x\nis_on: 7", "is_on='7': Input should be a valid boolean"),
     ],

@@ -23,6 +23,8 @@ from modeling_llm2clip.data.atomic_files import (
     is_unfinished,
     list_differences,
     lock_file,
+    require_new_file,
+    require_new_folder,
     write_atomically,
 )
 
@@ -98,6 +100,18 @@ def test_a_writer_that_fails_leaves_the_old_file_and_a_killed_one_what_the_next_
     assert all(path.read_bytes() == b"mine" for path in theirs)
 
 
+def test_a_name_too_long_for_a_temporary_file_is_refused_before_any_work(tmp_path: Path) -> None:
+    """A name of the greatest length is written; letters of two bytes count twice."""
+    longest = tmp_path / ("é" * 107 + ".csv")
+    require_new_file(longest)
+    with atomic_file(longest) as opened:
+        opened.write(b"content")
+    require_new_folder(tmp_path / ("m" * 218))
+    for require, name in ((require_new_file, f"{longest.name}x"), (require_new_folder, "m" * 300)):
+        with pytest.raises(ValueError, match=r"has more than 218 bytes\. Choose a shorter name"):
+            require(tmp_path / name)
+
+
 def test_where_there_is_no_room_the_file_and_the_way_out_are_named(tmp_path: Path) -> None:
     with largest_file(1000), pytest.raises(OSError, match=r"No room to write tags\.csv .*Free"):
         write_atomically(tmp_path / "tags.csv", bytes(2000))
@@ -111,6 +125,19 @@ def test_the_ways_to_write_tensors_name_no_room_alike(save: Any, tmp_path: Path)
             save({"a": torch.ones(5000)}, tmp_path / "file")
     with pytest.raises(RuntimeError, match="other"), explain_full_disk(tmp_path, "", ""):
         raise RuntimeError("other")
+
+
+def test_a_place_without_room_is_named_where_it_is(tmp_path: Path) -> None:
+    """Of a run, too, whose temporary files are elsewhere."""
+    run, temporary = tmp_path / "run", tmp_path / "temporary"
+    for place, message in ((temporary, "No room to write file"), (run / "below", "No room for it")):
+        with (
+            largest_file(1000),
+            pytest.raises(OSError, match=message) as caught,
+            explain_full_disk(run, "for it", "Free some."),
+        ):
+            write_atomically(place / "file", bytes(2000))
+        assert caught.value.filename == str(temporary if place == temporary else run)
 
 
 def test_an_exclusive_lock_keeps_others_out_and_a_shared_one_only_exclusive_ones(

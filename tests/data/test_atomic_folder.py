@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from interruptions import largest_file
 from killed_writers import leave_unfinished, living_writer
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from modeling_llm2clip.data.atomic_files import atomic_folder, clear_leftovers, require_new_folder
 
@@ -18,6 +23,16 @@ from modeling_llm2clip.data.atomic_files import atomic_folder, clear_leftovers, 
 def write(folder: Path) -> None:
     with atomic_folder(folder) as unfinished:
         (unfinished / "model.safetensors").write_bytes(b"whole")
+
+
+def write_text(content: Any, file: Path) -> None:
+    file.write_text(str(content) * 100)
+
+
+def save_tokenizer(content: Any, file: Path) -> None:
+    """Of an error that has no class of its own."""
+    vocabulary = {f"{content} {number}": number for number in range(100)}
+    Tokenizer(WordLevel(vocabulary, unk_token="?")).save(str(file))
 
 
 def test_a_finished_folder_holds_what_was_written_and_nothing_is_left_beside_it(
@@ -33,6 +48,19 @@ def test_a_writing_that_fails_leaves_nothing(tmp_path: Path) -> None:
         (unfinished / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("save", [save_file, write_text, save_tokenizer])
+def test_where_there_is_no_room_the_folder_and_the_way_out_are_named(
+    save: Callable[[Any, Path], object], tmp_path: Path
+) -> None:
+    with (
+        largest_file(1000),
+        pytest.raises(OSError, match=r"No room to write model .*Free some space") as caught,
+        atomic_folder(tmp_path / "model") as unfinished,
+    ):
+        save({"a": torch.ones(5000)}, unfinished / "file")
+    assert str(tmp_path) in str(caught.value) and list(tmp_path.iterdir()) == []
 
 
 def test_what_a_killed_writer_left_is_cleared_by_the_next(tmp_path: Path) -> None:
@@ -80,11 +108,13 @@ def test_a_written_folder_is_on_disk_before_its_name_and_as_open_as_the_umask_sa
             save_file({"a": torch.ones(1)}, unfinished / "model.safetensors")
             (unfinished / "onnx").mkdir()
             (unfinished / "onnx" / "config.json").write_text("{}")
+            (unfinished / "convert.sh").write_text("#!/bin/sh")
+            (unfinished / "convert.sh").chmod(0o755)
     finally:
         os.umask(before)
     for path in (model, *model.rglob("*")):
         assert synced[path.stat().st_ino] is False  # while the name was not there
-        all_bits = 0o777 if path.is_dir() else 0o666
+        all_bits = 0o777 if path.is_dir() or path.suffix == ".sh" else 0o666
         assert stat.S_IMODE(path.stat().st_mode) == all_bits & ~umask, path
     assert synced[tmp_path.stat().st_ino] is True
 

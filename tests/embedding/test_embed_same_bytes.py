@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from embedding_runs import IMAGE, TEXT, embed_texts, make_few_texts
 from interruptions import largest_file, read_bytes, stop_after_one
-from launches import require_same_bytes_when_killed, run_python, run_with_ray
+from launches import run_python, run_with_ray
 from made_up_records import write_captions
 
 from modeling_llm2clip.__main__ import main
@@ -156,15 +156,7 @@ def test_where_a_file_finds_no_room_whole_files_stay_and_the_run_goes_on_later(
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_it_leaves_the_same_bytes(
-    model: Path, data: Path, tmp_path: Path, kills: int
-) -> None:
-    command = ["embed", str(model), str(data), "{output}", "--columns", "text", *FLAGS]
-    require_same_bytes_when_killed(tmp_path, command, times=kills)
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("ray")
+@pytest.mark.usefixtures("only_cluster")
 def test_ray_leaves_the_same_bytes_as_one_process(
     model: Path, images: Path, tmp_path: Path
 ) -> None:

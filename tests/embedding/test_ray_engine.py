@@ -15,7 +15,7 @@ from modeling_llm2clip.embedding.shard_computation import _Actor, compute_with_r
 from modeling_llm2clip.image_loading_llm2clip import LIMITS_VARIABLE, ImageLimits, get_image_limits
 
 pytest.importorskip("ray")
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("only_cluster")]
 
 
 @pytest.mark.parametrize(

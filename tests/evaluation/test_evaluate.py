@@ -232,9 +232,20 @@ def test_a_result_of_another_version_is_another_run_or_causes_a_warning(
     write_result(file, older)
     with pytest.warns(UserWarning, match=r"folder\.cra\.json .*transformers was '4\.0' and is"):
         assert list(evaluate(**chosen)) == [older]
+    file.unlink()
     write_result(file, replace(result, versions={**result.versions, "modeling_llm2clip": "0.0.1"}))
     with pytest.raises(ValueError, match=r"versions\.modeling_llm2clip was '0\.0\.1' and is"):
         evaluate(**chosen)
+
+
+def test_a_result_that_another_process_wrote_meanwhile_stays(finished: Path) -> None:
+    file = finished / "clip" / "folder.cra.json"
+    theirs = read_result(file)
+    write_result(file, replace(theirs, seconds=0.5))  # of the same run
+    ours = replace(theirs, protocol={**theirs.protocol, "model": {"dtype": "another"}})
+    with pytest.raises(ValueError, match=r"cra\.json is of another run: .*Name another output"):
+        write_result(file, ours)
+    assert read_result(file) == replace(theirs, seconds=0.5)
 
 
 @pytest.mark.usefixtures("_refuse_models")

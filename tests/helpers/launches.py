@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from interruptions import read_bytes
 
 ROOT = Path(__file__).parents[2]
 # By the loopback interface alone: the machine's own name may be looked up in a network.
@@ -36,43 +31,6 @@ def run_python(*arguments: object, processes: int = 1, timeout: float = 400) -> 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
-
-
-def kill_repeatedly(folder: Path, command: Sequence[str], *, times: int) -> dict[str, Any]:
-    """Run a command undisturbed, and killed at random moments until it ends.
-
-    Args:
-        folder: where its outputs go; each replaces `{output}` in the command.
-        command: words after `llm2clip`.
-        times: kills.
-
-    Returns:
-        The report of `kill_repeatedly.py`.
-    """
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/helpers/kill_repeatedly.py"), "--times", str(times),
-         str(folder), "--", *command],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
-    return report
-
-
-def require_same_bytes_when_killed(folder: Path, command: Sequence[str], *, times: int) -> None:
-    """Require that a command killed at random moments leaves the bytes of one that was not.
-
-    Args:
-        folder: as in `kill_repeatedly`.
-        command: as in `kill_repeatedly`.
-        times: kills.
-    """
-    report = kill_repeatedly(folder, command, times=times)
-    assert len(report["kills"]) == times
-    undisturbed = read_bytes(folder / "undisturbed")
-    assert len(undisturbed) > 20
-    for killed in report["folders"]:
-        assert read_bytes(Path(killed)) == undisturbed
 
 
 def start_with_ray(

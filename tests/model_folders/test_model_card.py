@@ -207,11 +207,41 @@ def test_the_stated_license_stated_again_keeps_its_name_and_drops_leftovers() ->
         relicense(CardData(license="mit"), "other")
 
 
+def test_line_breaks_of_unicode_in_a_name_do_not_change_what_is_read_back(llama: Path) -> None:
+    """U+0085 becomes a space wherever it is written: YAML cannot have it outside of escapes."""
+    stated = CardData(license="mit", training_data=("a\x85b", "c\u2028d"), kept_texts="1 (e\x85f)")
+    write_model_card(llama, stated, name="name")
+    card = read_card_data(llama)
+    assert (card.training_data, card.kept_texts) == (("a b", "c\u2028d"), "1 (e f)")
+    text = (llama / "README.md").read_text(encoding="utf-8")
+    assert "a b, c\u2028d" in text
+    write_model_card(llama, card, name="name")
+    assert (llama / "README.md").read_text(encoding="utf-8") == text
+
+
 def test_a_card_in_another_encoding_is_named(llama: Path) -> None:
     card = llama / "README.md"
     card.write_bytes(card.read_text(encoding="utf-8").encode("utf-16"))
     with pytest.raises(ValueError, match=r"README\.md is not UTF-8"):
         read_card_data(llama)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "shown"),
+    [
+        ("training_data: 5", r"training_data=\(5,\) is not a text"),
+        ("training_data: [a, {b: c}]", "is not a text"),
+        ("license: [mit, apache-2.0]", r"license=\['mit', 'apache-2.0'\] is not a text"),
+        ("caution: {a: b}", "caution=.* is not a text"),
+        ("license: " + "[" * 5000, "is not YAML"),
+    ],
+)
+def test_metadata_of_another_type_are_refused_with_the_card(
+    metadata: str, shown: str, tmp_path: Path
+) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"README\.md.*{shown}.*Correct the lines"):
+        read_card_data(tmp_path)
 
 
 def test_a_card_that_is_a_link_is_replaced_and_its_target_kept(llama: Path) -> None:

@@ -136,7 +136,10 @@ def test_a_teacher_is_planned_or_refused(sources: Path, tmp_path: Path) -> None:
     refuse("Give align.lock_text=True", inherit=False, finetune=None, build=kept)
     pickled = shutil.copytree(tmp_path / "clip", tmp_path / "pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
-    refuse("pytorch_model.bin is not read", vision_model=str(pickled))
+    names = tmp_path / "names.txt"
+    names.write_text("red\n", encoding="utf-8")
+    for teaches in ({"inherit": True}, {"inherit": False, "align": {"keep_texts": str(names)}}):
+        refuse("pytorch_model.bin is not read", vision_model=str(pickled), **teaches)
     assert not (tmp_path / "run").exists()
 
 

@@ -38,6 +38,7 @@ from modeling_llm2clip.recipes.recipe_plan import plan_recipe, read_split
 from modeling_llm2clip.recipes.train import train
 from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
 from modeling_llm2clip.training.alignment.align import align
+from modeling_llm2clip.training.run_folder import _hold
 
 ROOT = Path(__file__).parents[2]
 # What says when and how fast something ran, beside what came of it.
@@ -294,6 +295,14 @@ def test_an_output_that_cannot_be_made_is_refused_before_the_data_are_read(
     assert list(read_files(config.output)) == ["notes.txt"]
 
 
+def test_a_recipe_that_another_process_runs_is_refused(sources: Path, tmp_path: Path) -> None:
+    """Even one that had begun nothing yet: the record would be of one, and the model of another."""
+    config = make_recipe(sources, tmp_path / "run")
+    with _hold(config.output), pytest.raises(ValueError, match=r"in use: .*with the same call, or"):
+        train(config)
+    assert not config.output.exists()
+
+
 def test_what_is_evaluated_may_change(copied: TrainConfig, sources: Path) -> None:
     models = read_files(copied.output, parts=WEIGHTS)
     more = run(replace(copied, eval_datasets=(f"folder={sources / 'data'}",)))
@@ -451,36 +460,6 @@ def test_a_recipe_with_a_teacher_is_its_commands_one_by_one_and_continues_where_
     summary = "aligned/model/training_images.safetensors"
     assert ours.keys() == theirs.keys() and len(ours) > 2
     assert [n for n in ours if ours[n] != theirs[n] and n != summary] == []
-
-
-# New files that show where in the run a kill hits: each stage at its beginning, within, or while
-# its result is being assembled.
-MOMENTS = (
-    "run.json", ".built-*", "fine-tuned/run.json", "fine-tuned/checkpoints/checkpoint-2",
-    "fine-tuned/lora", "fine-tuned/.model-*", "captions/*", "images/*", "aligned/run.json",
-    "aligned/best.safetensors", "aligned/checkpoints/checkpoint-4", "aligned/.model-*", ".model-*",
-    "evaluation",
-)  # fmt: skip
-
-
-@pytest.mark.slow
-def test_kills_in_every_stage_and_at_random_moments_lose_nothing(
-    sources: Path, done: Done, tmp_path: Path, kills: int
-) -> None:
-    recipe = write_recipe(sources, tmp_path / "recipe.yaml", output="{output}")
-    killed = subprocess.run(
-        [sys.executable, str(ROOT / "tests/helpers/kill_repeatedly.py"), "--times", str(kills),
-         *(f"--at={moment}" for moment in MOMENTS), str(tmp_path / "runs"), "--", "train",
-         str(recipe)],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert killed.returncode == 0, killed.stderr[-3000:]
-    report = json.loads((tmp_path / "runs" / "report.json").read_text())
-    assert len(report["kills"]) == kills and set(report["kills_at"]) == set(MOMENTS)
-    for folder in map(Path, report["folders"]):
-        assert names_that_differ(folder, done.config.output) == []
-        assert read_scores(folder) == read_scores(done.config.output)
-        assert not list(folder.glob(".*/[!.]*"))
 
 
 @pytest.mark.slow

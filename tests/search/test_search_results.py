@@ -16,6 +16,7 @@ import sys
 from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
 from typing import Any
 from urllib.parse import unquote
 
@@ -24,7 +25,7 @@ import pytest
 import torch
 from browsing import WIDTHS, measure_hits, needs_browser, open_browser, overflows
 from indexes import build, save_model
-from interruptions import largest_file
+from interruptions import largest_file, read_bytes
 from PIL import Image, features
 from read_only import read_only
 from shared_models import ROUNDING, shared_model
@@ -32,6 +33,7 @@ from tiny import draw_noise
 
 from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.cli.search import _write
 from modeling_llm2clip.search import search_results
 from modeling_llm2clip.search.image_files import list_images
 from modeling_llm2clip.search.search_results import (
@@ -265,6 +267,26 @@ def test_a_search_that_is_killed_while_it_writes_leaves_whole_files_which_the_ne
     assert main(["search", index, "a red circle", "--output", str(output)]) == 0
     assert {path.name for path in output.iterdir()} == before.keys()
     assert "a red circle" in (output / "search.html").read_text(encoding="utf-8")
+
+
+def test_of_two_searches_at_once_both_files_are_of_one(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hits = [(path, 0.5) for path in list_images(images).readable]
+    ours, theirs = SearchResult("a cat", hits[:1]), SearchResult("two dogs", hits[:2])
+    _write([theirs], tmp_path / "alone")
+    other = Thread(target=_write, args=([theirs], tmp_path / "found"))
+
+    def write_while_another_begins(*args: Any, **options: Any) -> None:
+        if other.ident is None:
+            other.start()
+            other.join(timeout=0.5)  # without a lock, it ends
+        write_results_page(*args, **options)
+
+    monkeypatch.setattr(search_results, "write_results_page", write_while_another_begins)
+    _write([ours], tmp_path / "found")
+    other.join()
+    assert read_bytes(tmp_path / "found") == read_bytes(tmp_path / "alone")
 
 
 def test_an_empty_folder_below_one_that_may_not_be_written_is_taken(index: str) -> None:

@@ -118,7 +118,7 @@ def is_up(url: str) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
+@pytest.mark.usefixtures("only_cluster")
 def test_two_replicas_answer_as_the_model_does(tmp_path: Path) -> None:
     model = export_tiny_model(tmp_path / "model")
     port = find_free_port()

@@ -224,27 +224,6 @@ def list_steps(output: Path) -> list[int]:
     return sorted(int(folder.name.removeprefix("checkpoint-")) for folder in folders)
 
 
-@pytest.mark.parametrize("resume", [False, True])
-@pytest.mark.slow
-def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(
-    prepared: Prepared, finished: Run, tmp_path: Path, resume: bool
-) -> None:
-    output = tmp_path / "run"
-    if resume:
-        finished.copy_without_model(output)
-    with lock_run(output):
-        before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
-        with pytest.raises(ValueError, match=IN_USE):
-            prepared.align(output, resume=resume)
-        with pytest.raises(ValueError, match=IN_USE):
-            tune(output, SHORT, resume=resume)
-        assert before == {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
-        assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    assert not (output / LOCK_FILE).exists()
-    assert prepared.align(output, resume=resume).results["steps"] == 6
-    assert not (output / LOCK_FILE).exists()
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that are forked")
 def test_the_lock_ends_with_its_process_and_not_with_its_workers(tmp_path: Path) -> None:
     output = tmp_path / "run"
@@ -354,7 +333,7 @@ def test_no_fine_tuning_continues_from_a_checkpoint_with_a_flipped_bit(
     ):
         tune(run, resume=True)
     (run / CHECKPOINTS / "checkpoint-3" / "complete").write_bytes(b"")  # by a power failure
-    with pytest.raises(ValueError, match="has another SHA-256 of complete"):
+    with pytest.raises(ValueError, match=r"has an empty file `complete`: .*an earlier version wr"):
         tune(run, resume=True)
 
 

@@ -25,7 +25,6 @@ variants, or as below; others are not read.
 from __future__ import annotations
 
 import errno
-import gzip
 import json
 import sqlite3
 import sys
@@ -391,7 +390,7 @@ def _read(file: Path) -> Iterator[dict[str, Any]]:
                 yield fields
         else:
             raise ValueError(f"{file}: give .csv, .tsv, .jsonl or .parquet.")
-    except (pa.ArrowException, UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise ValueError(f"{file}: broken ({error}). Download it again.") from error
 
 

@@ -131,6 +131,14 @@ def read_json(file: Path) -> Any:
         raise ValueError(f"{file}: not JSON of usual size ({error}). Download it again.") from error
 
 
+def read_object(file: Path) -> dict[str, Any]:
+    """Read a JSON file that holds one object."""
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds {type(content).__name__}, not an object. Restore it.")
+    return content
+
+
 def iterate_json_list(file: Path) -> Iterator[Any]:
     """Yield the objects of a JSON list one by one; nothing after the last one taken is read."""
     decoder = json.JSONDecoder()

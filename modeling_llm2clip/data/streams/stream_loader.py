@@ -13,7 +13,7 @@ from typing import Any
 
 from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped]
 
-from .stream_run import PartEnd
+from .stream_run import PartEnd, share_batch
 
 
 class StreamLoader(StatefulDataLoader):  # type: ignore[misc]
@@ -53,4 +53,4 @@ def _count_workers(state: dict[str, Any]) -> int:
 
 
 def _collate(batch: Any, *, collate: Callable[[list[Any]], Any]) -> Any:
-    return batch if isinstance(batch, PartEnd) else collate(batch)
+    return batch if isinstance(batch, PartEnd) else share_batch(collate(batch))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
+from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from ..records.records import CaptionedImage
 from ..remote.remote_access import LostFileError
@@ -392,3 +394,19 @@ class StreamRun:
 def hash_shards(shards: Sequence[str]) -> str:
     """Hash the names of shards, in their order; a URL that is signed anew is the same one."""
     return hashlib.sha256("\n".join(drop_signatures(shards)).encode()).hexdigest()
+
+
+def share_batch(batch: Any) -> Any:
+    """Move the tensors of a worker's batch into shared memory, and return the batch."""
+    # torch would do so in a thread, whose error drops the batch: its loader would wait for ever.
+    parts = batch.values() if isinstance(batch, Mapping) else batch
+    try:
+        for part in parts if isinstance(batch, Mapping | list | tuple) else [batch]:
+            if isinstance(part, Tensor) and get_worker_info() is not None:
+                part.share_memory_()
+    except RuntimeError as error:
+        raise OSError(
+            f"A worker has no room for its batch in shared memory ({error}). Set num_workers to 0 "
+            "(--num-workers 0), or enlarge /dev/shm (docker run --shm-size 8g)."
+        ) from error
+    return batch

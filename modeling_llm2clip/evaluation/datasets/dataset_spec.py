@@ -27,6 +27,7 @@ samples are skipped instead, and every skipped one is counted in the dataset's p
 from __future__ import annotations
 
 import gzip
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -296,7 +297,7 @@ def read_lines(file: Path) -> list[str]:
     try:
         raw = file.read_bytes()
         text = (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8-sig")
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{file}: cannot be read as text ({error}). Download it again.") from error
     lines = [line.rstrip("\r") for line in text.split("\n")]
     while lines and not lines[-1].strip():

@@ -31,7 +31,7 @@ from ...encoding.float32 import float32_as_such
 from ...evaluation.datasets.classification_dataset import ClassificationDataset
 from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
 from ...model_folders.golden_embeddings import GOLDEN_FILE
-from ...model_folders.model_card import CardResult
+from ...model_folders.model_card import CardResult, read_card_data
 from ...model_folders.model_writing import Source, open_source, require_intact, save_trained_model
 from ...model_folders.weights import open_model_weights, require_disk_space, warn_of_rounding
 from ...processing_llm2clip import LLM2CLIPProcessor
@@ -248,7 +248,7 @@ def run_alignment(
                 gc.collect()  # a Trainer holds itself, and with it the first model
                 trained = refit(fit, choice, stop)
         if PartialState().is_main_process:
-            _write_model(fit, trained, data_name, is_trained=choice.step > 0)
+            _write_model(fit, trained, data_name, choice)
         PartialState().wait_for_everyone()
     return output / MODEL_FOLDER
 
@@ -445,9 +445,13 @@ def _measure_written(
 
 
 def _write_model(
-    fit: AlignmentFit, trained: dict[str, Tensor], data_name: str | None, *, is_trained: bool
+    fit: AlignmentFit, trained: dict[str, Tensor], data_name: str | None, choice: Choice
 ) -> None:
-    results = read_results(fit.output)
+    results, kept = read_results(fit.output), None
+    if choice.step:
+        kept = None if fit.kept is None else fit.kept.describe()
+    elif choice.start.method == "model":  # the text side is the source's own
+        kept = read_card_data(fit.source).kept_texts
     folder = save_trained_model(
         fit.source,
         trained,
@@ -455,11 +459,11 @@ def _write_model(
         training_data=[] if data_name is None else [data_name],
         projections_trained=results["projections_trained"],
         text_adapter_trained=results["text_adapter_trained"],
-        kept_texts=fit.kept.describe() if fit.kept is not None and is_trained else None,
+        kept_texts=kept,
         measure=partial(_measure_written, fit, data_name),
     )
     add_results(fit.output, has_golden_embeddings=(folder / GOLDEN_FILE).is_file())
-    if is_trained:
+    if choice.step:
         add_results(fit.output, share_changed_by_training=_measure_rounding(fit, trained))
 
 

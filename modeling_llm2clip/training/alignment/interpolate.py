@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -18,7 +17,12 @@ from torch import Tensor
 
 from ..._suggestions import counted, list_first
 from ...configs.align_config import InterpolateConfig
-from ...data.atomic_files import require_new_folder
+from ...data.atomic_files import (
+    FREE_TEMPORARY_FOLDER,
+    explain_full_disk,
+    require_new_folder,
+    temporary_folder,
+)
 from ...data.records.record_table import RecordTable
 from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import EmbeddingStore
@@ -136,8 +140,8 @@ def interpolate(
         chosen = min(scores, key=lambda share: rank_scores(scores[share], by_accuracy))
         set_between(model, *ends, chosen)
     weights: dict[str, Tensor] = {name: model.get_parameter(name) for name in ends[1]}
-    with TemporaryDirectory() as scratch:
-        weights = name_as_saved(model, weights, scratch)
+    with explain_full_disk(temporary_folder(), "for the weights", FREE_TEMPORARY_FOLDER):
+        weights = name_as_saved(model, weights, temporary_folder())
 
     def measure(folder: Path) -> tuple[list[CardResult], str | None]:
         if fingerprint_vision(folder) != of_images:  # the summary is by other weights
@@ -152,11 +156,12 @@ def interpolate(
             results.append(make_accuracy(labels, has_chosen=by_accuracy))
         return results, NEAR_CHANCE_ON_CARD if measured.is_near_chance else None
 
+    of_texts = first if start.config.projections_trained and not chosen else last
     save_trained_model(
         last, weights, output,
         text_adapter_trained=model.config.text_adapter_trained,
         projections_trained=model.config.projections_trained,
-        kept_texts=read_card_data(last).kept_texts,
+        kept_texts=read_card_data(of_texts).kept_texts,
         measure=measure,
     )  # fmt: skip
     return Interpolation(scores, chosen)

@@ -30,7 +30,7 @@ from ...evaluation.datasets.dataset_registry import find_dataset
 from ...model_folders.fingerprint import fingerprint_teacher
 from ...model_folders.model_folder import find_model_folder
 from ...packing_llm2clip import copy_to
-from ...processing_llm2clip import LLM2CLIPProcessor
+from ...processing_llm2clip import LLM2CLIPProcessor, check_texts
 from ...search.tag_labels import Label, make_labels, read_labels
 from .held_out import load_labeled_images
 from .sampling import sample_rows
@@ -126,6 +126,7 @@ def read_kept_texts(
             *(template.replace("{}", label.name) for template in templates),
         )
     )
+    check_texts(list(texts))
     processor = DualEncoderProcessor(find_model_folder(teacher, only=_TOKENIZER_FILES))
     _, is_truncated = processor.list_ids(list(texts))
     _require_whole(texts, is_truncated, reader=str(teacher), longest=processor.longest_text)

@@ -33,7 +33,7 @@ from ...data.remote.file_places import FilePlace, list_states, use_states
 from ...data.remote.remote_files import FileInfo
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.streams.record_streams import RecordStream, make_loader, read_report
-from ...data.streams.stream_run import StreamReport, hash_shards
+from ...data.streams.stream_run import StreamReport, hash_shards, share_batch
 from ...encoding.batches import default_num_workers
 from ...processing_llm2clip import LLM2CLIPProcessor
 from .alignment_data import AlignmentDataset, AlignmentStream, decode_sample
@@ -90,7 +90,7 @@ class RecordData:
         return DataLoader(
             self.dataset,
             batch_sampler=sampler,  # type: ignore[arg-type]  # arrays, not lists
-            collate_fn=dict,  # the dataset returns whole batches
+            collate_fn=share_batch,  # the dataset returns whole batches
             num_workers=workers,
             pin_memory=arguments.device.type == "cuda",
             generator=torch.Generator().manual_seed(self.config.seed),

@@ -232,6 +232,13 @@ def test_broken_and_missing_files_are_named(tmp_path: Path) -> None:
         (tmp_path / name).write_text(content, encoding="utf-8")
         with pytest.raises(ValueError, match=name):
             join_captions(records, tmp_path / name, on="url")
+    pq.write_table(pa.table({"url": ["x"] * 99, "caption": ["y"] * 99}), tmp_path / "d.parquet")
+    content = (tmp_path / "d.parquet").read_bytes()
+    (tmp_path / "d.parquet").write_bytes(
+        b"PAR1" + bytes(60) + content[64:]
+    )  # a page, not the footer
+    with pytest.raises(ValueError, match=r"d\.parquet: broken"):
+        join_captions(records, tmp_path / "d.parquet", on="url")
     columns = [pa.array(["https://x.example/1"]), pa.array(["a"]), pa.array(["b"])]
     table = pa.Table.from_arrays(columns, names=["url", "caption", "caption"])
     pq.write_table(table, tmp_path / "c.parquet")

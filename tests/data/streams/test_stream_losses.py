@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import resource
 import traceback
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from captioned_files import write_shard
 from shard_server import ShardServer
 from streamed_shards import (
@@ -26,6 +29,7 @@ from streamed_shards import (
     write_rows,
     write_tars,
 )
+from torch import Tensor
 
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.remote.remote_access import AccessError, LostFileError, RetryPolicy
@@ -219,6 +223,19 @@ def test_errors_of_workers_keep_their_type(served: ShardServer, tars: Path) -> N
     with pytest.raises(AccessError, match=r"00003\.tar: access denied") as denied:
         list(make_loader(stream, batch_size=2, num_workers=2))
     traceback.clear_frames(denied.tb)
+
+
+def test_a_worker_without_shared_memory_says_so_and_is_not_waited_for(tars: Path) -> None:
+    def collate(records: list[Any]) -> dict[str, Tensor]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))  # the worker's
+        return {"small": torch.zeros(9), "large": torch.zeros(len(records), 2**14)}
+
+    loader = make_loader(
+        stream_records(tars), batch_size=3, num_workers=1, collate=collate, timeout=30
+    )
+    with pytest.raises(OSError, match=r"no room .* shared memory .*--num-workers 0.*--shm") as full:
+        list(loader)
+    traceback.clear_frames(full.tb)
 
 
 def test_missing_shards_are_lost_not_waited_for(served: ShardServer, tars: Path) -> None:

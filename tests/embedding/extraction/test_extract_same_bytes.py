@@ -12,20 +12,18 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 from extracting import EXACT, extract_captions
 from interruptions import largest_file, read_bytes, stop_after_one
-from launches import require_same_bytes_when_killed, run_python, run_with_ray, start_with_ray
+from launches import run_python, start_with_ray
 from made_up_records import make_records, write_captions
 from stores import list_complete_shards
 
 from modeling_llm2clip.__main__ import LINE, main
 from modeling_llm2clip.cli.command import parse
-from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.store.store_manifest import StoreManifest
@@ -97,36 +95,6 @@ def test_partitions_of_machines_without_a_shared_folder_become_the_store_of_one(
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_and_leaves_the_same_bytes(
-    model: Path, records: list[CaptionedImage], undisturbed: dict[str, bytes], tmp_path: Path,
-    written: list[int], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    folder = tmp_path / "store"
-    num_stops = 0
-    for _ in range(200):
-        stop_after_one(monkeypatch, partial(count_records, folder))
-        try:
-            extract_captions(model, records, folder)
-        except StageInterrupt as error:
-            assert f"complete shards are in {folder}. Continue with the same call." in str(error)
-            num_stops += 1
-        else:
-            break
-    assert len(written) == StoreManifest.read(folder).num_shards
-    assert len(written) // 2 <= num_stops  # while one shard is written, the next may be computed
-    assert sum(written) == StoreManifest.read(folder).num_rows  # nothing was computed twice
-    assert read_bytes(folder) == undisturbed
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments_it_leaves_the_same_bytes(
-    model: Path, data: Path, tmp_path: Path, kills: int
-) -> None:
-    command = shorten(["extract", str(model), str(data), "{output}"])
-    require_same_bytes_when_killed(tmp_path, command, times=kills)
-
-
-@pytest.mark.slow
 def test_two_processes_of_a_launch_leave_the_same_bytes_as_one(
     model: Path, data: Path, alone: Path, tmp_path: Path
 ) -> None:
@@ -167,13 +135,13 @@ def test_partitions_leave_the_same_bytes_as_one_run_once_they_are_merged(
 
 @pytest.mark.slow
 def test_partitions_that_are_killed_and_run_at_once_leave_the_same_bytes(
-    model: Path, data: Path, alone: Path, tmp_path: Path, kills: int
+    model: Path, data: Path, alone: Path, tmp_path: Path
 ) -> None:
     together = tmp_path / "together"
     command = [sys.executable, "-m", "modeling_llm2clip",
                *shorten(["extract", str(model), str(data), str(together)])]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for _ in range(kills):
+    for _ in range(3):
         runs = [
             subprocess.Popen([*command, "--partition", f"{n}/2"], env=environment, cwd=ROOT)
             for n in (1, 2)
@@ -196,20 +164,7 @@ def test_partitions_that_are_killed_and_run_at_once_leave_the_same_bytes(
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
-def test_ray_leaves_the_same_bytes_of_images_as_one_process(
-    model: Path, images: Path, tmp_path: Path
-) -> None:
-    pytest.importorskip("ray")
-    records = load_records(images)
-    config = replace(EXACT, token_budget=None, batch_size=3)
-    alone = extract(model, records, tmp_path / "alone", config, modality="image")
-    run_with_ray(tmp_path, "extract", model, records, tmp_path / "ray", config, modality="image")
-    assert read_bytes(tmp_path / "ray") == read_bytes(alone)
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("ray")
+@pytest.mark.usefixtures("only_cluster")
 def test_an_actor_of_ray_that_dies_is_started_again_and_the_bytes_are_the_same(
     model: Path, tmp_path: Path
 ) -> None:
@@ -295,26 +250,3 @@ def test_where_a_file_finds_no_room_whole_shards_stay_and_the_run_goes_on_later(
     assert not list(folder.glob("*.tmp")) and list_complete_shards(folder) == there
     extract_captions(model, records, folder)
     assert read_bytes(folder) == undisturbed
-
-
-@pytest.mark.skipif(
-    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root mounts a small disk"
-)
-def test_on_a_full_disk_whole_shards_stay_and_the_run_goes_on_later(
-    model: Path, records: list[CaptionedImage], undisturbed: dict[str, bytes], tmp_path: Path
-) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("this machine lets nobody mount")
-    try:
-        with pytest.raises(OSError, match=r"No room to write shard .*No space left"):
-            extract_captions(model, records, disk / "store")
-        assert not list((disk / "store").glob("*.tmp"))
-        assert 0 in list_complete_shards(disk / "store")
-        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
-        extract_captions(model, records, disk / "store")
-        assert read_bytes(disk / "store") == undisturbed
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # the store is still mapped

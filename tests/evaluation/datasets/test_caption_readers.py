@@ -268,6 +268,15 @@ def test_files_of_multi30k_of_different_length_are_refused_even_if_samples_may_b
         load_dataset(tiny_spec("multi30k", images=2), folder, lang="en", skip_invalid=True)
 
 
+def test_damaged_compressed_captions_are_named(tmp_path: Path) -> None:
+    file = write_multi30k(tmp_path) / "data" / "task1" / "raw" / "test_2016_flickr.en.gz"
+    content = bytearray(file.read_bytes())
+    content[10] ^= 0xFF  # the first byte after the header
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"test_2016_flickr\.en\.gz: cannot be read"):
+        load_dataset(tiny_spec("multi30k", images=2), tmp_path, lang="en")
+
+
 def test_chinese_captions_name_images_as_flickr30k_does(tmp_path: Path) -> None:
     counts = {"images": 2, "captions": 10}
     english = read_retrieval("flickr30k", write_flickr30k(tmp_path / "en"), counts)

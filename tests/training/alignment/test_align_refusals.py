@@ -366,7 +366,7 @@ def test_a_checkpoint_without_room_is_named_with_the_way_on(
     # The records of a run are shorter, its weights and the state of its optimizer longer.
     with (
         largest_file(20_000),
-        pytest.raises(OSError, match=r"No room for the checkpoint .*--resume"),
+        pytest.raises(OSError, match=r"No room for the run .*--resume"),
     ):
         prepared.align(output, held_out_ratio=0)
     assert find_last_checkpoint(output) is None

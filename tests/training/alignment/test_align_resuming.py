@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from aligning import LONG_RUN, SHORT_RUN, Prepared, Run, command_of, names_that_differ, read_losses
+from aligning import SHORT_RUN, Prepared, Run, command_of, names_that_differ, read_losses
 from killed_writers import leave_unfinished
 
 from modeling_llm2clip.__main__ import main
@@ -43,32 +42,6 @@ def run_until(command: list[str], output: Path, *, lines: int, by: signal.Signal
     log = process.communicate(timeout=240)[0]
     assert process.returncode != 0, f"it ended before it was killed: {log[-1500:]}"
     return process.returncode
-
-
-# When a kill could hurt most: the record and the first checkpoint are being written, the steps are
-# done and the new model is being assembled.
-WORST_MOMENTS = ("run.json*", "checkpoints/checkpoint-*", ".model-*")
-
-
-def test_kills_at_any_moment_lose_nothing(prepared: Prepared, tmp_path: Path, kills: int) -> None:
-    command = [*command_of(prepared, Path("{output}")), "--num-workers", "1"]
-    moments = [f"--at={pattern}" for pattern in WORST_MOMENTS]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/helpers/kill_repeatedly.py"), "--times", str(kills),
-         *moments, "--again=--resume", str(tmp_path), "--", *command],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert len(report["kills"]) == kills and set(report["kills_at"]) == set(WORST_MOMENTS)
-    whole = tmp_path / "undisturbed"
-    assert len(read_losses(whole)) == LONG_RUN["max_steps"]
-    for folder in map(Path, report["folders"]):
-        # Bit for bit.
-        assert read_losses(folder) == read_losses(whole)
-        assert not names_that_differ(folder / "model", whole / "model")
-        # A kill before the hidden folder is claimed leaves it there, and empty.
-        assert not list(folder.glob(".model-*/[!.]*"))
 
 
 @pytest.mark.parametrize("is_begun", [True, False])

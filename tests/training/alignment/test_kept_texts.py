@@ -23,10 +23,13 @@ from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.align_config import AlignConfig, InterpolateConfig
 from modeling_llm2clip.configs.evaluation_config import EncoderConfig
+from modeling_llm2clip.configs.export_config import ExportConfig
 from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.evaluation.encoders.transformers_models import TransformersEncoder
 from modeling_llm2clip.model_folders.model_card import read_card_data
 from modeling_llm2clip.model_folders.model_loading import load_model
+from modeling_llm2clip.publishing.export_model import export_model
+from modeling_llm2clip.training.alignment import interpolate as interpolation
 from modeling_llm2clip.training.alignment import kept_texts
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
@@ -183,9 +186,25 @@ def test_record_and_card_name_what_was_kept_and_the_next_training_forgets_it(
     assert read_card_data(run.model).kept_texts in card
     again = keep(keeping, tmp_path / "again", model=run.model, keep_texts=None)
     assert read_card_data(again.model).kept_texts is None
+    vision = export_model(run.model, tmp_path / "vision", ExportConfig(components="vision"))
+    assert "was kept near" not in (vision / "README.md").read_text(encoding="utf-8")
     config = InterpolateConfig(device="cpu", num_shares=2)
-    interpolate(again.model, run.model, keeping.records, tmp_path / "between", config)
-    assert read_card_data(tmp_path / "between").kept_texts == read_card_data(run.model).kept_texts
+    stated = read_card_data(run.model).kept_texts
+    # A run whose best step is 0 writes the weights that the statement is about.
+    start = {"held_out_ratio": 0.25, "learning_rate": 1e-12, "max_steps": 1}
+    none = keep(keeping, tmp_path / "none", model=run.model, keep_texts=None, **start)
+    assert none.best_step == 0
+    assert read_card_data(none.model).kept_texts == stated
+
+    def state_at(share: float) -> str | None:
+        ranks, folder = iter([share, 0.0, 1.0]), tmp_path / f"between-{share}"
+        monkeypatch.setattr(interpolation, "rank_scores", lambda *_: next(ranks))
+        found = interpolate(again.model, run.model, keeping.records, folder, config)
+        assert found.chosen == share
+        return read_card_data(folder).kept_texts
+
+    assert state_at(0.5) == stated
+    assert state_at(0.0) is None
 
 
 def test_classes_of_labeled_images_are_read_once_with_their_templates(
@@ -230,6 +249,8 @@ def test_what_cannot_be_kept_is_refused_before_a_tower_is_loaded(
     refuse("there is no label", " ")
     (tmp_path / "blank.json").write_text('["red", ""]', encoding="utf-8")
     refuse("label number 2 is blank", keep_texts=str(tmp_path / "blank.json"))
+    (tmp_path / "half.json").write_text(r'["red", "\ud83d"]', encoding="utf-8")
+    refuse("number 3 has an unpaired surrogate", keep_texts=str(tmp_path / "half.json"))
     refuse(r"2 texts longer than the \d+ tokens that .*: red and", "red", LONG)
     long = "a " * 62  # the model reads 64 tokens, this teacher 77
     refuse(r"has 2 texts longer than the 64 tokens that the model's LLM reads: a a", long)

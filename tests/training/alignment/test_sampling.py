@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
@@ -72,6 +73,26 @@ def test_processes_that_make_batches_read_files_in_the_states_that_were_loaded(
         os.utime(shard, ns=(1, 1))
         with pytest.raises(ValueError, match="the file has changed while it was used"):
             list(loader)
+
+
+@pytest.mark.slow  # beside the other test of its models
+def test_a_batch_that_finds_no_shared_memory_is_an_error_not_a_wait(
+    tmp_path: Path, prepared: Prepared
+) -> None:
+    processor = LLM2CLIPProcessor.from_pretrained(prepared.model)
+    records, config = load_records(prepared.data), AlignConfig(**SHORT_RUN, num_workers=1)
+    data = RecordData(AlignmentDataset(records, processor), np.arange(4), config)
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    loader = data.make_loader(arguments, batch_size=4, num_steps=1)
+    loader.timeout = 60
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, limits[1]))  # of files in memory, too
+    try:
+        batches = iter(loader)  # starts the worker
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with pytest.raises(OSError, match=r"no room .* shared memory .*--num-workers 0.*--shm-size"):
+        next(batches)
 
 
 def sample(num_short: int, num_long: int, *, ratio: float, count: int) -> list[tuple[bool, int]]:
