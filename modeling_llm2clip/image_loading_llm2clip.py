@@ -45,6 +45,9 @@ IpAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 _Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 _WEB = ("http://", "https://")
 _CHUNK_BYTES = 2**16  # of a download
+# IPv6 forms of the IPv4 addresses in their last 32 bits: a name server of a network that has IPv6
+# alone gives one for every host of the web (RFC 6052).
+_TRANSLATED = ipaddress.IPv6Network("64:ff9b::/96")
 # Networks that `is_global` of some Python versions lets through, and IPv6 addresses that stand for
 # an IPv4 address, which may be private.
 _NEVER_PUBLIC = tuple(
@@ -56,7 +59,6 @@ _NEVER_PUBLIC = tuple(
             "::/96",  # IPv4-compatible (RFC 4291)
             "::ffff:0:0:0/96",  # IPv4-translated (RFC 2765)
             "::ffff:0:0/96",  # IPv4-mapped (RFC 4291)
-            "64:ff9b::/96",  # translated by routers (RFC 6052)
             "64:ff9b:1::/48",  # translated within a network (RFC 8215)
             "2002::/16",  # 6to4 (RFC 3056)
             "2001::/32",  # Teredo (RFC 4380)
@@ -462,6 +464,8 @@ def _is_web(url: str) -> bool:
 
 def is_public(address: IpAddress) -> bool:
     """Tell whether an address is on the public internet, not in a network of one's own."""
+    if address in _TRANSLATED:
+        address = ipaddress.IPv4Address(int(address) % 2**32)
     return (
         not any(address in network for network in _NEVER_PUBLIC)
         and address.is_global

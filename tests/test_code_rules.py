@@ -40,26 +40,26 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2545,
+    ".": 2548,
     "building": 1356,
     "cli": 1124,
     "configs": 861,
     "conversion": 604,
-    "data": 4786,
+    "data": 4789,
     "demo": 86,
     "doctor": 1345,
-    "embedding": 1245,
+    "embedding": 1250,
     "encoding": 958,
-    "evaluation": 2922,
+    "evaluation": 2927,
     "model_folders": 1458,
     "publishing": 951,
     "recipes": 460,
     "scheduling": 83,
-    "search": 1559,
-    "serving": 1538,
-    "training": 4470,
+    "search": 1560,
+    "serving": 1565,
+    "training": 4489,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 279, 8393
+MOST_FILES, MOST_DOCSTRING_LINES = 279, 8403
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.

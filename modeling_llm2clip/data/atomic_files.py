@@ -189,14 +189,16 @@ def lock_file(opened: IO[Any] | int, *, shared: bool = False, wait: bool = True)
 
 
 @contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Make a folder, and let one process at a time write into it, if the file system has locks."""
+def lock_folder(folder: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Make a folder and hold its lock; yield False if another process does, and this one is not to
+    wait. A file system without locks lets everybody in.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor, is_free = os.open(folder, os.O_RDONLY), True
     try:
         with suppress(OSError):
-            lock_file(descriptor)
-        yield
+            is_free = lock_file(descriptor, wait=wait)
+        yield is_free
     finally:
         os.close(descriptor)
 

@@ -265,14 +265,19 @@ def _add_ranges(
     ):
         raise ValueError(
             f"int8_ranges={config.int8_ranges} has ranges of other embeddings: "
-            f"{'; '.join(differences)}. Give an output of the same model, modality and "
-            "truncate_dim."
+            f"{'; '.join(differences)}. Give an output of the same model, modality, truncate_dim "
+            "and JPEG decoding."
         )
     return replace(planned, ranges=ranges)
 
 
 def _list_causes_of_ranges(manifest: EmbeddingManifest) -> dict[str, object]:
-    return {**manifest.fingerprint, "modality": manifest.modality, "dimensions": manifest.dim}
+    return {
+        **manifest.fingerprint,
+        "modality": manifest.modality,
+        "dimensions": manifest.dim,
+        "jpeg decoding": manifest.plan.get("jpeg decoding"),
+    }
 
 
 def _read_ranges(folder: Path) -> tuple[tuple[float, ...], ...]:

@@ -199,6 +199,8 @@ def load_shard_encoder(
     else:
         kind = LLM2CLIPTextModel if modality == "text" else LLM2CLIPVisionModel
         processor = LLM2CLIPProcessor.from_pretrained(folder)  # before what takes long
+        if modality == "image":
+            find_min_jpeg_side(processor.image_processor, config.jpeg_decoding)
         model = load_in_precision(kind, folder, device, config.precision)
         plan = describe_precision(model, find_stored_dtype(folder))
         if config.compile:

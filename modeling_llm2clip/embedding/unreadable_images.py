@@ -105,7 +105,14 @@ def accept_repairs(
     """Let an output continue with repaired images, if no other image has changed since."""
     if "images" not in planned.plan or not (output / _NOTE).is_file():
         return
-    note, begun = read_sealed((output / _NOTE).read_text(encoding="utf-8")), planned.read(output)
+    try:
+        note = read_sealed((output / _NOTE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{output / _NOTE} is damaged ({error}), so that {output} cannot take the repaired "
+            "images. Name a new folder."
+        ) from error
+    begun = planned.read(output)
     plan: dict[str, str] = {**begun.plan, "images": planned.plan["images"]}
     writer = open_writer(replace(begun, plan=plan))
     # A repaired image that a complete shard holds by now, or left out, may have changed since.

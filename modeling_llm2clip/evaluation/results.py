@@ -131,7 +131,17 @@ def read_evaluation_results(folder: Path) -> list[Result]:
     files = list_result_files(folder)
     if not files:
         raise ValueError(f"{folder} has no results. Evaluate something into it first.")
-    return [read_result(file) for file in files]
+    return [_read_named(file) for file in files]
+
+
+def _read_named(file: Path) -> Result:
+    result = read_result(file)
+    if file.name != find_result_file(file.parent, result).name:
+        raise ValueError(
+            f"{file} holds the result of {result.task} on {result.dataset}. Delete it and evaluate "
+            "again."
+        )
+    return result
 
 
 def find_finished(folder: Path, planned: Iterable[Result]) -> dict[Path, Result]:
@@ -143,7 +153,7 @@ def find_finished(folder: Path, planned: Iterable[Result]) -> dict[Path, Result]
     results: dict[Path, Result] = {}
     for file in list_result_files(folder):
         try:
-            results[file] = read_result(file)
+            results[file] = _read_named(file)
         except ValueError as error:
             errors[str(error)] = None
     for plan in planned:

@@ -6,7 +6,6 @@ Filters, damage and other models are handled here, whatever the database.
 from __future__ import annotations
 
 import dataclasses
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..data.atomic_files import explain_full_disk, list_differences, lock_file
-from ..data.sources.json_files import parse_json
+from ..data.store.store_manifest import read_sealed, write_sealed
 from .filters import check_filter, explain_filter
 from .lancedb_table import (
     ABOUT,
@@ -334,7 +333,7 @@ def _write_about(table: LanceTable, about: About) -> None:
     values = dataclasses.asdict(about)
     if not about.precision:
         del values["precision"]
-    content = json.dumps(values)
+    content = write_sealed(values)
     table.write_about(pa.table({"format_version": [FORMAT_VERSION], "content": [content]}))
 
 
@@ -352,7 +351,8 @@ def _read_about(location: str, table: LanceTable) -> About:
             "Index the images again into a new database, or use the version that wrote it."
         )
     try:
-        values = parse_json(stored["content"][0].as_py())
+        # Those of earlier versions have no hash.
+        values = read_sealed(stored["content"][0].as_py(), or_plain=True)
         ann, tally = values.pop("ann"), values.get("tally")
         if tally is not None and tally.keys() != {"num_images", "total"}:
             raise ValueError(f"tally has {sorted(tally)}")

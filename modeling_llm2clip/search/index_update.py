@@ -238,6 +238,9 @@ class FolderUpdate:
         self.unchanged = len(self._stats) - len(waiting)
         if waiting:
             self._settle_precision()
+        else:  # the encoder has queries alone, which are decoded as the images were
+            is_scaled = "jpeg decoding" in self.database.about.precision
+            self.encoder.jpeg_decoding = "scaled" if is_scaled else "full"
         with tqdm(
             total=len(waiting), unit=" images", disable=not (self.config.show_progress and waiting)
         ) as progress:

@@ -3,7 +3,7 @@
 | table | rows |
 | --- | --- |
 | `images` | `path` below the folder, `sha256`, `bytes`, `modified`, `width`, `height`, `taken`, `stat` (by which a changed file is recognized), `embedding` of unit length, `crc32` of all these |
-| `about` | one, whose `content` is the JSON of an `About` |
+| `about` | one, whose `content` is the JSON of an `About`, and its hash |
 """  # noqa: E501
 
 from __future__ import annotations

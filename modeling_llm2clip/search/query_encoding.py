@@ -66,6 +66,7 @@ class QueryEncoder:
     Without a precision they run as they are stored: few queries do not repay a comparison.
 
     Attributes:
+        jpeg_decoding: How JPEG files are decoded, until the model is loaded.
         num_truncated: Sentences so far that were longer than the model reads.
     """
 
@@ -79,7 +80,7 @@ class QueryEncoder:
         self._folder = folder
         self._device = device
         self._precision = precision
-        self._jpeg_decoding = jpeg_decoding
+        self.jpeg_decoding = jpeg_decoding
         self._lock = threading.Lock()
         self.num_truncated = 0
 
@@ -127,7 +128,7 @@ class QueryEncoder:
             load = partial(load_in_precision, folder=folder, device=device, precision=precision)
         processor = LLM2CLIPProcessor.from_pretrained(folder, local_files_only=True)
         encoder = TorchEncoder(folder, processor, device=device, load=load)
-        encoder.min_jpeg_side = find_min_jpeg_side(processor.image_processor, self._jpeg_decoding)
+        encoder.min_jpeg_side = find_min_jpeg_side(processor.image_processor, self.jpeg_decoding)
         return encoder
 
     def describe_encoding(self) -> dict[str, str]:

@@ -1,8 +1,9 @@
 """The files of a training run: `run.json`, `metrics.jsonl` and its checkpoints.
 
 `run.json` holds the command, `config` (the options), `inputs` (model, data and stores, by hash),
-versions, commit, hardware, the parameters that are trained, and `results`. Importing this module
-does not import torch, so that a command can check a folder before anything slow.
+versions, commit, hardware, the parameters that are trained, and `results`, and a hash of all this.
+Importing this module does not import torch, so that a command can check a folder before anything
+slow.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from ..data.atomic_files import (
     write_atomically,
 )
 from ..data.sources.json_files import parse_json
+from ..data.store.store_manifest import read_sealed, write_sealed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,11 +40,15 @@ if TYPE_CHECKING:
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+NEAREST_FILE = "nearest_groups.npy"
+INHERITED_FILE = "inherited.safetensors"
 # Held while a run is in progress: see `lock_run`.
 LOCK_FILE = "run.lock"
 # The last file of a checkpoint, with the SHA-256 of the others as `sha256sum` writes them. Without
 # it, the checkpoint is incomplete.
 _COMPLETE = "complete"
+# Files of a run that are written before its first checkpoint, and read from each.
+_BESIDE = (NEAREST_FILE, INHERITED_FILE)
 # Options that change no number, with which a run may be resumed. Weights and stores are compared by
 # content, wherever they are.
 _MAY_DIFFER = {"num_workers", "report_to", "save_steps", "source", "folder"}
@@ -89,10 +95,11 @@ def read_results(folder: Path) -> dict[str, Any]:
 def read_run_record(folder: Path) -> dict[str, Any]:
     file = folder / RUN_FILE
     try:
-        record = parse_json(file.read_text(encoding="utf-8"))
+        # Records of earlier versions have no hash.
+        record = read_sealed(file.read_text(encoding="utf-8"), or_plain=True)
     except (OSError, ValueError) as error:  # the latter also for bytes that are not text
         raise ValueError(f"{file} cannot be read ({error}). Choose a new folder.") from error
-    if not isinstance(record, dict) or not {"config", "inputs"} <= record.keys():
+    if not {"config", "inputs"} <= record.keys():
         raise ValueError(
             f"{file} has no config and inputs, so this package did not write it. Choose a new "
             "folder."
@@ -154,7 +161,7 @@ def require_same_run(
     ]
     if different:
         raise ValueError(f"{folder} has another run: {'; '.join(different)}. Choose a new folder.")
-    _require_intact_checkpoint(folder)
+    require_intact_checkpoint(folder)
 
 
 def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
@@ -209,7 +216,7 @@ def _list_complete(output: Path) -> list[Path]:
     return [folder for folder in folders if (folder / _COMPLETE).is_file()]
 
 
-def _require_intact_checkpoint(output: Path) -> None:
+def require_intact_checkpoint(output: Path) -> None:
     """Refuse a last checkpoint whose files are not those that were written."""
     checkpoints = sorted(_list_complete(output), key=_step_of)
     if not checkpoints:
@@ -230,8 +237,13 @@ def _require_intact_checkpoint(output: Path) -> None:
 
 
 def _list_digests(checkpoint: Path) -> list[str]:
-    files = (file for file in checkpoint.rglob("*") if file.is_file() and file.name != _COMPLETE)
-    return [f"{hash_file(file)}  {file.relative_to(checkpoint)}" for file in sorted(files)]
+    files = [file for file in checkpoint.rglob("*") if file.name != _COMPLETE]
+    files += [checkpoint.parents[1] / name for name in _BESIDE]
+    return [
+        f"{hash_file(file)}  {os.path.relpath(file, checkpoint)}"
+        for file in sorted(files)
+        if file.is_file()
+    ]
 
 
 def discard_later_steps(output: Path, checkpoint: Path | None) -> None:
@@ -242,10 +254,15 @@ def discard_later_steps(output: Path, checkpoint: Path | None) -> None:
             shutil.rmtree(folder)
     file = output / METRICS_FILE
     if file.is_file():
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        # The last line of a killed run may be incomplete.
-        complete = [line for line in lines if line.endswith("\n")]
-        kept = [line for line in complete if json.loads(line)["step"] <= step]
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            # The last line of a killed run may be incomplete.
+            complete = [line for line in lines if line.endswith("\n")]
+            kept = [line for line in complete if parse_json(line)["step"] <= step]
+        except (ValueError, TypeError, LookupError) as error:
+            raise ValueError(
+                f"{file} has a damaged line ({error!r}). Correct or remove the line."
+            ) from error
         # A second kill, here, must not lose the lines of the steps that remain.
         write_atomically(file, "".join(kept).encode())
 
@@ -319,13 +336,12 @@ def _step_of(checkpoint: Path) -> int:
 
 def _read(folder: Path) -> dict[str, Any]:
     file = folder / RUN_FILE
-    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return record
+    return read_sealed(file.read_text(encoding="utf-8"), or_plain=True) if file.is_file() else {}
 
 
 def _write(folder: Path, record: Mapping[str, Any]) -> None:
     # Atomically: a run that is killed here must still be known when it is resumed.
-    write_atomically(folder / RUN_FILE, (json.dumps(record, indent=2) + "\n").encode())
+    write_atomically(folder / RUN_FILE, write_sealed(_to_json(record)).encode())
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,6 +25,7 @@ from modeling_llm2clip.data.images.image_sources import EncodedImage, decode_ima
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.store.store_manifest import StoreManifest
+from modeling_llm2clip.embedding import shard_encoding
 from modeling_llm2clip.embedding.embed import embed
 from modeling_llm2clip.embedding.embedding_manifest import EmbeddingManifest
 from modeling_llm2clip.embedding.extract import extract
@@ -232,6 +234,36 @@ def test_outputs_record_it_and_continue_with_it_alone(
     assert {record.name: first == second for record, first, second in rows} == SAME
 
 
+def test_int8_ranges_are_of_embeddings_of_the_same_decoding(
+    model: Path, records: list[CaptionedImage], tmp_path: Path
+) -> None:
+    first, other, same = (
+        Output(embed, model, records, tmp_path / name) for name in ("first", "other", "same")
+    )
+    first.write(dtype="int8", jpeg_decoding="scaled")
+    with pytest.raises(ValueError, match="has ranges of other embeddings: jpeg decoding: 'scaled"):
+        other.write(dtype="int8", int8_ranges=first.folder)
+    same.write(dtype="int8", jpeg_decoding="scaled", int8_ranges=first.folder)
+
+
+@pytest.mark.parametrize("function", [extract, embed])
+def test_a_processor_without_a_size_is_refused_before_weights_are_read(
+    function: Any,
+    model: Path,
+    records: list[CaptionedImage],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shard_encoding, "load_in_precision", lambda *_: pytest.fail("loaded"))
+    copy = Path(shutil.copytree(model, tmp_path / "model"))
+    file = next(copy.glob("*processor*.json"))
+    content = json.loads(file.read_text())
+    content.get("image_processor", content)["do_resize"] = False
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="resizes to no fixed size"):
+        Output(function, copy, records, tmp_path / "output").write(jpeg_decoding="scaled")
+
+
 def test_an_index_and_its_queries_decode_alike(
     model: Path, records: list[CaptionedImage], tmp_path: Path
 ) -> None:
@@ -258,3 +290,6 @@ def test_an_index_and_its_queries_decode_alike(
     refusal = f"{RECORD['jpeg decoding']}' in the store, None now. Give llm2clip index the"
     with pytest.raises(ValueError, match=refusal):
         build(model, images, path)
+    (images / "new.jpg").unlink()
+    unchanged, _ = build(model, images, path)
+    assert unchanged.search(images / "large.jpg", top_k=1).hits[0][1] > 1 - ROUNDING

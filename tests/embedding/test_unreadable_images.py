@@ -105,6 +105,12 @@ def test_all_are_named_and_the_output_continues_once_they_are_repaired(
     assert 0 < sum(sizes) < _COUNT  # a shard was complete, and the second run did not compute it
     sizes.clear()
     repair(contents)
+    note = output / "_unreadable-images.json.tmp"
+    text = note.read_text(encoding="utf-8")
+    note.write_text(text.replace("9.png", "8.png"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"_unreadable-images\.json\.tmp is damaged"):
+        run(output)
+    note.write_text(text, encoding="utf-8")
     run(output)
     assert 0 < sum(sizes) < _COUNT
     assert read_bytes(output) == read_bytes(run(tmp_path / "fresh"))

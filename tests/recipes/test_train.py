@@ -29,6 +29,7 @@ from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.building.build_model import build_model
 from modeling_llm2clip.configs.train_config import TrainConfig
 from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.store.store_manifest import read_sealed
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.embedding.extract import extract
 from modeling_llm2clip.encoding.precision import DeviceTraits
@@ -344,7 +345,7 @@ def test_records_are_taken_in_place_of_data(sources: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_a_model_that_is_not_healthy_is_an_error_until_it_is(copied: TrainConfig) -> None:
-    record = json.loads((copied.output / "run.json").read_text())
+    record = read_sealed((copied.output / "run.json").read_text())
     del record["results"]["is_healthy"]
     (copied.output / "run.json").write_text(json.dumps(record))
     file = copied.output / "model" / "model.safetensors"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from breaking import set_config
 from indexes import add_rows, build, make_database, make_embeddings, save_images, save_model
@@ -18,7 +20,7 @@ from modeling_llm2clip.search.index_database import (
     IndexUnavailableError,
     _list_conditions,
 )
-from modeling_llm2clip.search.lancedb_table import _find_storage_options
+from modeling_llm2clip.search.lancedb_table import LanceTable, _find_storage_options
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -159,3 +161,16 @@ def test_a_model_that_cannot_search_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"refused for search\. It is untrained"):
         build(folder, images, tmp_path / "index")
     assert not (tmp_path / "index").exists()
+
+
+def test_a_damaged_description_is_refused_and_one_without_a_hash_is_read(tmp_path: Path) -> None:
+    make_database(tmp_path / "db", make_embeddings(3))
+    table = LanceTable(str(tmp_path / "db"))
+    content = table.read_about()["content"][0].as_py().replace("made", "mAde")
+    table.write_about(pa.table({"format_version": [3], "content": [content]}))
+    with pytest.raises(ValueError, match=r"db is damaged: .*about.* has the SHA-256"):
+        IndexDatabase.open(tmp_path / "db")
+    values = json.loads(content)
+    content = json.dumps({name: values[name] for name in values if "sha256" not in name})
+    table.write_about(pa.table({"format_version": [3], "content": [content]}))
+    assert IndexDatabase.open(tmp_path / "db").about.model == "mAde"

@@ -5,7 +5,6 @@ Derandomized: the same examples each time, for about a minute in all.
 
 from __future__ import annotations
 
-import asyncio
 import io
 import warnings
 from collections.abc import Iterator
@@ -19,12 +18,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from served_apps import open_service
-from shared_models import ROUNDING, shared_model
 from tiny import draw_noise
 from tiny_folders import export_tiny_model
 
-from modeling_llm2clip import ImageIndex, encode_images, encode_texts, load_images
+from modeling_llm2clip import ImageIndex, load_images
 from modeling_llm2clip.configs.encoding_config import IndexConfig
 from modeling_llm2clip.configs.serve_config import ServeConfig
 from modeling_llm2clip.image_loading_llm2clip import ImageLimits
@@ -152,33 +149,6 @@ def test_any_bytes_are_an_image_or_a_refusal(content: bytes) -> None:
         assert 0 < decoded.width * decoded.height <= 1e6
         expected = load_images(Image.open(io.BytesIO(content)))
         assert np.array_equal(np.asarray(decoded), np.asarray(expected))
-
-
-@given(
-    texts=st.lists(st.text(max_size=300) | st.sampled_from(["\0", "\ud800", " ", "\x1f", "\ufeff"]),
-                   max_size=5),
-    seeds=st.lists(st.integers(0, 50), max_size=3),
-)  # fmt: skip
-@often(100)
-def test_any_texts_and_images_get_the_models_own_embeddings(
-    texts: list[str], seeds: list[int]
-) -> None:
-    model, processor = shared_model()
-    images = [draw_noise(10 + seed, 40, seed=seed) for seed in seeds]
-    try:
-        expected: Any = [encode_texts(model, processor, [text])[0].numpy() for text in texts]
-    except ValueError:
-        expected = None
-    with open_service() as service:
-        try:
-            found = asyncio.run(service.embed([*texts, *images]))
-        except RequestError as error:
-            assert error.status == 400
-            assert expected is None or not (texts or images)
-            return
-    assert expected is not None
-    expected += [encode_images(model, processor, [image])[0].numpy() for image in images]
-    np.testing.assert_allclose(found.embeds, np.stack(expected), atol=ROUNDING)
 
 
 def test_the_formats_of_the_fuzzer_are_read() -> None:

@@ -129,7 +129,7 @@ def test_addresses_that_are_not_public_are_refused(host: str) -> None:
     [
         "64:ff9b:1::a00:1", "64:ff9b:1::808:808", "::127.0.0.1", "::8.8.8.8", "::", "::1",
         "::ffff:0:127.0.0.1", "::ffff:0:8.8.8.8", "::ffff:10.0.0.1", "fec0::1", "fe80::1",
-        "::ffff:8.8.8.8", "64:ff9b::8.8.8.8", "2002:808:808::",
+        "::ffff:8.8.8.8", "64:ff9b::7f00:1", "2002:808:808::",
         "64:ff9b::10.0.0.1", "64:ff9b::192.0.0.8", "2002:a00:1::", "2002:c058:6301::", "ff02::1",
         "2001:0:4136:e378:8000:63bf:3fff:fdd2", "2001:db8::1", "100::1", "192.0.0.8", "fc00::1",
         "192.88.99.1", "198.18.0.1", "192.0.2.1", "224.0.0.1", "240.0.0.1", "0.0.0.0", "0.1.2.3",
@@ -142,7 +142,7 @@ def test_addresses_that_lead_into_a_network_are_not_public(
     assert refuse("http://example.com/", networks=()).code == "url_not_allowed"
 
 
-@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1"])
+@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1", "64:ff9b::8.8.8.8"])
 def test_public_addresses_are_connected_to(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from aligning import NUM_RECORDS, KillAtBegin, Prepared, Run, names_that_differ, read_losses
 from launches import ROOT
@@ -24,7 +25,7 @@ from tuning import RECORDS, SHORT, Tuned, tune
 
 from modeling_llm2clip.configs.encoding_config import ExtractConfig
 from modeling_llm2clip.configs.train_config import TrainConfig
-from modeling_llm2clip.data.store.store_manifest import StoreManifest
+from modeling_llm2clip.data.store.store_manifest import StoreManifest, read_sealed
 from modeling_llm2clip.embedding.extract import extract
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
@@ -33,9 +34,12 @@ from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
 from modeling_llm2clip.training.run_folder import (
     CHECKPOINTS,
     LOCK_FILE,
+    NEAREST_FILE,
     _hold,
+    discard_later_steps,
     lock_run,
     mark_complete,
+    require_intact_checkpoint,
     require_same_run,
     write_run_record,
 )
@@ -110,7 +114,7 @@ def test_an_alignment_needs_its_inputs(
 
 def test_a_fine_tuning_needs_its_processes_and_precision(tuned: Tuned, tmp_path: Path) -> None:
     run = tuned.copy_unfinished(tmp_path / "run")
-    record = json.loads((run / "run.json").read_text())
+    record = read_sealed((run / "run.json").read_text())
     for name, value in {"num_processes": 2, "in_bfloat16": True}.items():
         changed = {**record, "inputs": {**record["inputs"], name: value}}
         (run / "run.json").write_text(json.dumps(changed))
@@ -134,7 +138,7 @@ def test_a_run_continues_with_other_checkpoints_and_options_that_its_record_lack
     """Earlier versions wrote a checkpoint every 500 steps by default, and compiled nothing."""
     config = TrainConfig(vision_model="v", text_model="t", data="d", output=tmp_path)
     write_run_record(tmp_path, config, {})
-    record = json.loads((tmp_path / "run.json").read_text())
+    record = read_sealed((tmp_path / "run.json").read_text())
     record["config"]["align"]["save_steps"] = 500
     del record["config"]["extract"]["precision"], record["config"]["extract"]["compile"]
     (tmp_path / "run.json").write_text(json.dumps(record))
@@ -152,8 +156,9 @@ def test_a_run_continues_with_other_checkpoints_and_options_that_its_record_lack
     ("record", "message"),
     [
         ("{}", "run.json has no config and inputs, so this package did not write it"),
-        ("[]", "run.json has no config and inputs"),
+        ("[]", "run.json cannot be read .it holds list, not an object"),
         ("half", "run.json cannot be read"),
+        ('{"config": {}, "inputs": {}, "sha256_of_this_file": "0"}', "has the SHA-256"),
         (
             '{"config": {"max_steps": 2}, "inputs": {}}',
             "another run: .*caption_noise: None then, 0.0 now",
@@ -335,6 +340,32 @@ def test_no_fine_tuning_continues_from_a_checkpoint_with_a_flipped_bit(
     (run / CHECKPOINTS / "checkpoint-3" / "complete").write_bytes(b"")  # by a power failure
     with pytest.raises(ValueError, match=r"has an empty file `complete`: .*an earlier version wr"):
         tune(run, resume=True)
+
+
+def test_no_run_continues_from_damaged_files_beside_its_checkpoint(
+    tuned: Tuned, tmp_path: Path
+) -> None:
+    """Its record, its metrics, and files that its steps need; and damage of a checkpoint of its
+    last fit is looked for as in the first one.
+    """
+    run = tuned.copy_unfinished(tmp_path / "run")
+
+    def refuse(message: str, check: Callable[[], object]) -> None:
+        with pytest.raises(ValueError, match=message):
+            check()
+
+    np.save(run / NEAREST_FILE, np.arange(6))
+    mark_complete(run, 3)
+    require_intact_checkpoint(run)
+    flip_bit(run / NEAREST_FILE)
+    refuse(r"checkpoint-3 is damaged: .* of \S*nearest", lambda: require_intact_checkpoint(run))
+    file = run / "metrics.jsonl"
+    file.write_text(f'{file.read_text(encoding="utf-8")}{{"step": 3, "lo\n', encoding="utf-8")
+    refuse(r"metrics\.jsonl has a damaged line", lambda: discard_later_steps(run, None))
+    text = (run / "run.json").read_text(encoding="utf-8")
+    before = f'"cra_before": {tuned.results["cra_before"]}'
+    (run / "run.json").write_text(text.replace(before, '"cra_before": 0.9'), encoding="utf-8")
+    refuse(r"run\.json cannot be read .its content has", lambda: tune(run, resume=True))
 
 
 @pytest.mark.parametrize("stage", ["align", "finetune-llm"])

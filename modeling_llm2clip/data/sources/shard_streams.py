@@ -192,6 +192,8 @@ def read_row(number: int, name: str, row: Mapping[str, Any], images: set[str]) -
         fields.pop("image")
         content = value.get("bytes") if isinstance(value, dict) else value
         path = value.get("path") if isinstance(value, dict) else None
+        if not (isinstance(content, bytes | bytearray | None) and isinstance(path, str | None)):
+            return StreamedSample(number, place, None, "image of other types than {bytes, path}")
         if content is not None:
             image = EncodedImage(place, bytes(content))
             # Many writers leave the path empty, which does not give these images one name.

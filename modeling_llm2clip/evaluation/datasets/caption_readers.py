@@ -286,13 +286,13 @@ def _group_lines(file: Path, reading: DatasetReading) -> dict[str, list[_Line]]:
     lines: dict[str, list[_Line]] = {}
     for row, line in enumerate(read_lines(file), start=1):
         place = f"{file.name} line {row}"
-        label, *text = line.split(maxsplit=1)
+        label, text = (*line.split(maxsplit=1), "", "")[:2]
         stem, _, rest = label.partition("#")
         number = rest.rpartition("#")[2]
         if not stem or not number.isdecimal():
             reading.errors.add("no 'image#number' at the start of the line", place)
             continue
-        caption = _Line(place, number, text[0] if text else "")
+        caption = _Line(place, number, text)
         lines.setdefault(stem.removesuffix(".jpg"), []).append(caption)
     return lines
 

@@ -40,6 +40,7 @@ from ...scheduling.processes import choose_device
 from ..losses.choose_loss import build_loss, require_dims
 from ..losses.loss import Loss, identify_loss
 from ..run_folder import (
+    INHERITED_FILE,
     add_results,
     lock_run,
     read_results,
@@ -71,7 +72,7 @@ from .held_out import ZeroShotImages, embed_batches, load_labeled_images
 from .image_summary import write_image_summary
 from .inheritance import copy_text_side, inherit
 from .kept_texts import KeptTexts, read_kept_texts
-from .projection_init import INHERITED_FILE, ProjectionInit, init_projections, repeat_init
+from .projection_init import ProjectionInit, init_projections, repeat_init
 from .run_data import RecordData, RunData, StreamData, open_records, open_stream
 
 MODEL_FOLDER = "model"

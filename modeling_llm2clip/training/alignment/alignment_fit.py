@@ -31,6 +31,7 @@ from ..run_folder import (
     find_last_checkpoint,
     list_trained,
     require_finite,
+    require_intact_checkpoint,
 )
 from ..trainer_mixins import (
     JsonLinesCallback,
@@ -202,6 +203,7 @@ def refit(fit: AlignmentFit, choice: Choice, stop: StopRequest) -> dict[str, Ten
     """
     assert isinstance(fit.data, RecordData)  # a stream is not fitted twice
     again = replace(fit, data=fit.data.with_held_out(), output=fit.output / REFIT_FOLDER)
+    require_intact_checkpoint(again.output)
     length = replace(choice.length, last_step=choice.step)
     arguments = make_training_arguments(again.output, again.config)
     model, adapted = again.load(arguments.device)

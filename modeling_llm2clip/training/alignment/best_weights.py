@@ -8,8 +8,10 @@ labeled images does.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from pathlib import Path
@@ -34,6 +36,8 @@ BEST_FILE = "best.safetensors"
 # Shares of the way from the start to the trained weights that are tried beside the whole of it.
 _SHARES = (0.25, 0.5, 0.75)
 _METADATA = "held_out"
+# Entry of the metadata: the SHA-256 of the file with zeros in its place.
+_NO_DIGEST, _DIGEST = f"sha256-{0:064}", re.compile(rb"sha256-[0-9a-f]{64}")
 # Epoch for the captions and the noise of a measured batch, and step for its kept texts; no step of
 # a run is in it.
 _EPOCH = -1
@@ -63,6 +67,12 @@ def rank_scores(scores: HeldOutScores, by_accuracy: bool) -> tuple[float, ...]:
         return (scores.loss,)
     assert scores.zero_shot is not None
     return (-scores.zero_shot, scores.loss)
+
+
+def _seal(content: bytes) -> bytes:
+    """Write the digest of a file into it."""
+    digest = f"sha256-{hashlib.sha256(content).hexdigest()}"
+    return content.replace(_NO_DIGEST.encode(), digest.encode())
 
 
 @dataclass(eq=False)
@@ -122,10 +132,12 @@ class BestWeightsCallback(TrainerCallback):
 
     def read_earlier(self, step: int) -> None:
         """Read what an earlier part of this run kept, and whether the run stopped early."""
-        if not self.file.is_file():
+        content = self.file.read_bytes() if self.file.is_file() else b""
+        digest = _DIGEST.search(content)
+        if digest is None or _seal(content.replace(digest[0], _NO_DIGEST.encode())) != content:
             raise ValueError(
-                f"{self.file} is missing, and with it the best weights so far. Restore it, or "
-                "train anew in another folder."
+                f"{self.file} is missing or damaged, and with it the best weights so far. Restore "
+                "it, or train anew in another folder."
             )
         with safe_open(self.file, framework="pt") as file:
             entry = json.loads(file.metadata()[_METADATA])
@@ -178,8 +190,8 @@ class BestWeightsCallback(TrainerCallback):
             state = self.trainer.collect_trained()
             if self.trainer.args.should_save:
                 weights = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-                metadata = {_METADATA: json.dumps(self.as_record())}
-                write_atomically(self.file, save(weights, metadata=metadata))
+                metadata = {_METADATA: json.dumps(self.as_record()), "digest": _NO_DIGEST}
+                write_atomically(self.file, _seal(save(weights, metadata=metadata)))
 
     def _measure(self) -> HeldOutScores:
         trainer = self.trainer

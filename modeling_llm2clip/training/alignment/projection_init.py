@@ -23,6 +23,7 @@ from ...configs.align_config import AlignConfig
 from ...encoding.devices import has_float64, has_room
 from ...modeling_llm2clip import LLM2CLIPModel
 from ..losses.loss import LossInputs, list_fitted
+from ..run_folder import INHERITED_FILE
 from .alignment_data import list_pairs
 from .alignment_model import AlignmentModel, skip_identity_blocks
 from .held_out import HeldOutImages, embed_batches, fit_start
@@ -37,7 +38,6 @@ _BYTES_PER_NUMBER = 32
 # Rates: trained projections are only refined; random weights need larger steps.
 RATE_FROM_TRAINED = 1e-4
 _RATE_FROM_RANDOM = 1e-3
-INHERITED_FILE = "inherited.safetensors"
 # Shares of the mean variance that may be added to every variance, two a decade.
 SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _FIRST_TRIED = (2, 4)  # where good values usually are: 0.1 for texts, 1 for images

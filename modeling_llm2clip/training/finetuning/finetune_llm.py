@@ -25,7 +25,7 @@ from ...base_llm2clip import read_instructions
 from ...building.lora_merging import merge_lora, require_base_weights
 from ...configs.finetune_config import FinetuneConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
-from ...data.atomic_files import hash_file
+from ...data.atomic_files import hash_file, lock_folder
 from ...data.captions.caption_groups import CaptionGroup, group_captions, skip_single_captions
 from ...data.key_arrays import Array
 from ...data.records.data_hashes import hash_records
@@ -51,6 +51,7 @@ from ...processing_llm2clip import LLM2CLIPProcessor
 from ...scheduling.graceful_stop import stop_on_signals
 from ...scheduling.processes import choose_device
 from ..run_folder import (
+    NEAREST_FILE,
     add_results,
     discard_later_steps,
     find_last_checkpoint,
@@ -97,7 +98,6 @@ WORSE_BY_MERGING = (
 UNNAMED = "unnamed data"
 LORA_FOLDER = "lora"
 MODEL_FOLDER = "model"
-_NEAREST_FILE = "nearest_groups.npy"
 _POOL_OF_HARD_NEGATIVES = 2  # times as many as are sampled: the same images do not always meet
 
 
@@ -273,11 +273,13 @@ def _open_scratch(output: Path) -> Iterator[Path]:
     with ExitStack() as stack:
 
         def make() -> str:
-            for left in folder.glob(f".{output.name}-pairs-*"):  # by a run that was killed
-                shutil.rmtree(left)
-            return stack.enter_context(
-                TemporaryDirectory(prefix=f".{output.name}-pairs-", dir=folder)
-            )
+            for left in folder.glob(f".{output.name}-pairs-*"):
+                with lock_folder(left, wait=False) as is_free:
+                    if is_free:  # by a run that was killed
+                        shutil.rmtree(left)
+            scratch = TemporaryDirectory(prefix=f".{output.name}-pairs-", dir=folder)
+            stack.enter_context(lock_folder(Path(stack.enter_context(scratch))))
+            return scratch.name
 
         yield Path(run_once_per_machine(make))
         PartialState().wait_for_everyone()  # before the folder is deleted
@@ -377,7 +379,7 @@ def _find_nearest(
     """Find the nearest groups of each group, once per run: all processes encode, one compares."""
     if not config.num_hard_negatives:
         return None
-    file, state = output / _NEAREST_FILE, PartialState()
+    file, state = output / NEAREST_FILE, PartialState()
     if not resumed:
         num_nearest = _POOL_OF_HARD_NEGATIVES * config.num_hard_negatives
         report = write_nearest_groups(

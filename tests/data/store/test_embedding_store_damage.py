@@ -4,70 +4,17 @@ from __future__ import annotations
 
 import json
 import pickle
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from stores import FINGERPRINT, NUM_ROWS, change_manifest, flip_byte, make_embeddings, write_store
+from stores import FINGERPRINT, change_manifest, flip_byte, make_embeddings, write_store
 
 from modeling_llm2clip.data.atomic_files import hash_file
 from modeling_llm2clip.data.store import store_index, store_shards
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
-
-
-def read_all(store: EmbeddingStore) -> list[object]:
-    """Everything that a store can be asked for."""
-    items = range(len(store))
-    numbers = np.concatenate([np.arange(n) for n in np.add(*store.count_rows())])
-    repeated = np.repeat(np.arange(len(store)), np.add(*store.count_rows()))
-    return [
-        store.read(range(NUM_ROWS)).numpy().tobytes(),
-        [(store.rows_of(i).tolist(), store.rows_of(i, long=True).tolist()) for i in items],
-        store.rows_at(repeated, numbers).tolist(),
-        (list(store.names), list(store.group_ids), list(store.langs)),
-        (store.keys.tolist(), [keys.tolist() for keys in store.iterate_numbers("group_key")]),
-        (store.manifest.counts, store.manifest.fingerprint, store.manifest.plan),
-    ]
-
-
-@pytest.mark.parametrize("check", ["fast", "full"])
-def test_whatever_byte_is_changed_the_store_is_refused_or_reads_the_same(
-    store: Path, check: str
-) -> None:
-    """Many changes in each file: one bit, one byte, zeros, and a swap of two pieces."""
-    expected = read_all(EmbeddingStore.open(store))
-    generator = random.Random(0)
-    num_refused = 0
-    for file in sorted(store.iterdir()):
-        whole = file.read_bytes()
-        for number in range(80):
-            content, place = bytearray(whole), generator.randrange(len(whole))
-            if number % 4 == 0:
-                content[place] ^= 1 << generator.randrange(8)
-            elif number % 4 == 1:
-                content[place] = generator.randrange(256)
-            elif number % 4 == 2:
-                content[place : place + 16] = bytes(len(content[place : place + 16]))
-            else:
-                other = generator.randrange(len(whole) - 4)
-                piece = content[other : other + 4]
-                content[other : other + 4] = content[place : place + 4].ljust(4, b"x")
-                content[place : place + 4] = piece[: len(content[place : place + 4])]
-            file.write_bytes(content)
-            try:
-                found = read_all(EmbeddingStore.open(store, check=check))  # type: ignore[arg-type]
-            except ValueError as error:
-                assert "damaged" in str(error) or "format_version" in str(error)
-                num_refused += 1
-            else:
-                assert found == expected, (file, number)
-        file.write_bytes(whole)
-    assert num_refused > 4 * 80
-    assert read_all(EmbeddingStore.open(store)) == expected
 
 
 def test_a_flipped_byte_is_found_when_its_shard_is_read_and_the_file_named(store: Path) -> None:
@@ -95,7 +42,7 @@ def test_shards_of_each_other_and_of_another_store_of_the_same_shape_are_found(
             EmbeddingStore.open(store).read([0])
         first.write_bytes(whole)
     shutil.copy(other / "index.arrow", store / "index.arrow")  # of the same items
-    assert read_all(EmbeddingStore.open(store))
+    assert EmbeddingStore.open(store).read([0]).any()
     shutil.copy(other / "manifest.json", store / "manifest.json")
     with pytest.raises(ValueError, match="1 damaged file: shard-00000"):
         EmbeddingStore.open(store).read([0])

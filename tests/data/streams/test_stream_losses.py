@@ -174,6 +174,14 @@ def test_two_columns_of_one_name_are_an_error(tmp_path: Path) -> None:
         load_records(tmp_path, require_images=False)
 
 
+@pytest.mark.parametrize("image", [{"bytes": "text"}, {"bytes": b"x", "path": 3}])
+def test_an_image_of_another_type_is_a_broken_sample(image: Any, tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist([{"image": image, "caption": "a"}]), tmp_path / "0.parquet")
+    stream = stream_records(tmp_path, max_lost_share=0.0)
+    with pytest.raises(ValueError, match=r"image of other types than .*0\.parquet row 0"):
+        list(stream)
+
+
 def test_broken_samples_are_counted_up_to_a_share(tmp_path: Path) -> None:
     image = encode_noise(0)
     members = {f"{n:03d}.png": image for n in range(40)}

@@ -300,10 +300,10 @@ def test_captions_of_flickr30k_cn_are_those_of_the_lowest_numbers_and_not_split_
     sixth = "1007129816#zhm#5 第六"
     file.write_text("\n".join([sixth, *lines[::-1]]), encoding="utf-8")
     assert set(load_retrieval(spec, folder, **options).captions) == set(whole.captions)
-    file.write_text("\n".join([lines[1], *lines, "1009434119#zhm#x 无"]), encoding="utf-8")
+    file.write_text("\n".join([lines[1], "", *lines, "1009434119#zhm#x 无"]), encoding="utf-8")
     assert errors_of(tiny_spec("flickr30k-cn"), folder, **options) == {
         "number of a caption repeated": 1,
-        "no 'image#number' at the start of the line": 1,
+        "no 'image#number' at the start of the line": 2,
     }
     lines[0] = "1007129816#zhm#0 一个:m 男人:n ，:wd 戴:v 帽子:n "
     lines[1] = "1007129816#zhm#1 时间 12:30 的:钟"  # a caption with colons

@@ -128,7 +128,7 @@ class _Pairs:
             for call in calls:
                 ended = self._start(command, call).wait()
                 self.seconds.setdefault(command.name, ended.seconds)
-            if ended.code and len(calls) == 1:
+            if ended.code is None or (ended.code and len(calls) == 1):
                 raise RuntimeError(f"{command.name} {calls}: {ended.code}: {ended.log[-3000:]}")
             self.in_turn[key] = None if ended.code else self._read(command, command.output)
             shutil.rmtree(self.case)

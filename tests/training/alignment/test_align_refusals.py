@@ -21,6 +21,7 @@ from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
+from modeling_llm2clip.data.store.store_manifest import read_sealed
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.align_checks import check_processes
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
@@ -247,7 +248,7 @@ def test_a_run_keeps_processes_and_precision(
     prepared: Prepared, finished: Run, tmp_path: Path
 ) -> None:
     run = finished.copy_without_model(tmp_path / "run")
-    record = json.loads((run / "run.json").read_text())
+    record = read_sealed((run / "run.json").read_text())
     for name, value in {"num_processes": 2, "is_sharded": True, "in_bfloat16": True}.items():
         changed = {**record, "inputs": {**record["inputs"], name: value}}
         (run / "run.json").write_text(json.dumps(changed))

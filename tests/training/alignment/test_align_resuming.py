@@ -113,6 +113,12 @@ def test_a_run_that_stopped_early_takes_no_further_step(few: Prepared, tmp_path:
     # Bit for bit.
     assert not names_that_differ(killed.model, whole.model)
     run = whole.copy_without_model(tmp_path / "run")
-    (run / BEST_FILE).unlink()
-    with pytest.raises(ValueError, match=r"best\.safetensors is missing.*anew in another folder"):
-        few.align_stored(run, resume=True, **options)
+    whole = (run / BEST_FILE).read_bytes()
+    for content in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-8], None):
+        (run / BEST_FILE).unlink()
+        if content is not None:
+            (run / BEST_FILE).write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"best\.safetensors is missing or damaged.*anew in an"
+        ):
+            few.align_stored(run, resume=True, **options)

@@ -91,6 +91,17 @@ def test_hard_batches_from_a_lora_begin_where_it_ended_and_resume_bit_for_bit(tu
         tune(again, replace(hard, init_lora=None), resume=True)
 
 
+def test_temporary_files_of_a_living_run_stay_and_those_of_a_killed_one_go(tmp_path):
+    """Another run of that folder is checked before it is refused, and has its own."""
+    left = tmp_path / ".run-pairs-left"
+    left.mkdir()
+    with stage._open_scratch(tmp_path / "run") as ours:
+        (ours / "captions").write_text("a dog")
+        with stage._open_scratch(tmp_path / "run") as theirs:
+            assert theirs != ours and (ours / "captions").is_file() and not left.exists()
+    assert not list(tmp_path.iterdir())
+
+
 def test_another_runs_folder_is_refused_with_what_differs(tuned):
     with pytest.raises(ValueError, match=r"another run: learning_rate: 0\.01 then, 0\.02 now\. C"):
         tune(tuned.output, replace(SHORT, learning_rate=2e-2), resume=True)
