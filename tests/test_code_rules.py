@@ -41,7 +41,7 @@ MOST_FUNCTION_LINES = 60
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
     ".": 2548,
-    "building": 1356,
+    "building": 1357,
     "cli": 1124,
     "configs": 861,
     "conversion": 604,
