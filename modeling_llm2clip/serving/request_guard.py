@@ -121,10 +121,9 @@ class RequestGuard:
                 await self._app(scope, self._limit(receive), answer.send)
         except RequestError as error:
             await _refuse(scope, receive, answer, error)
-        except asyncio.CancelledError:  # by a server that stops
-            if answer.has_started:
-                raise
-            await _refuse(scope, receive, answer, RequestError(503, "The server is stopping."))
+        except asyncio.CancelledError:  # by a server that stops; raised again, it would be logged
+            if not answer.has_started:
+                await _refuse(scope, receive, answer, RequestError(503, "The server is stopping."))
         finally:
             if path in self._routes:
                 self._metrics.requests.labels(path, answer.status).inc()

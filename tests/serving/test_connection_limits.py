@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
 import threading
 import time
@@ -104,3 +105,26 @@ def test_a_request_that_a_stopping_server_abandons_gets_503() -> None:
         encoder.go.set()
     assert head.startswith(b"HTTP/1.1 503")
     assert "stopping" in json.loads(content)["error"]["message"]
+
+
+def test_an_answer_that_a_stopping_server_abandons_is_no_error_in_its_log() -> None:
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    with run_limited() as (server, connect), connect() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.sendall(b"GET /openapi.json HTTP/1.1\r\n\r\n" * 20)
+        connections, tasks = server.server_state.connections, server.server_state.tasks
+        wait_until(lambda: any(c.flow and c.flow.write_paused for c in list(connections)))
+        logger = logging.getLogger("uvicorn.error")
+        logger.setLevel(logging.ERROR)
+        logger.addHandler(handler)
+        try:
+            [connection], [task] = connections, tasks
+            connection.loop.call_soon_threadsafe(task.cancel)
+            wait_until(lambda: records)
+        finally:
+            logger.removeHandler(handler)
+        while client.recv(2**16):  # up to the end of the connection
+            pass
+    assert [record.exc_info for record in records] == [None]
