@@ -45,7 +45,7 @@ BUDGETS = {
     "cli": 1124,
     "configs": 861,
     "conversion": 604,
-    "data": 4790,
+    "data": 4791,
     "demo": 86,
     "doctor": 1345,
     "embedding": 1250,
