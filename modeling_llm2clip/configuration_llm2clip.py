@@ -183,8 +183,8 @@ class LLM2CLIPConfig(PreTrainedConfig):
         source = pretrained_model_name_or_path
         try:
             return super().from_pretrained(source, **kwargs)
-        except (ValueError, RecursionError) as error:
-            if str(source) in str(error):
+        except (ValueError, RecursionError, TypeError, AttributeError, LookupError) as error:
+            if isinstance(error, ValueError) and str(source) in str(error):
                 raise
             raise ValueError(
                 f"{source}: config.json cannot be used ({error}). Restore it from the original "

@@ -155,7 +155,13 @@ def test_a_field_of_another_type_is_named_with_its_value(
 
 
 def test_a_saved_file_that_is_refused_is_named(tmp_path: Path, saved: dict[str, Any]) -> None:
-    for content in (json.dumps({**saved, "projections_trained": 1}), "9" * 5000, "[" * 100_000):
+    for content in (
+        json.dumps({**saved, "projections_trained": 1}),
+        "9" * 5000,
+        "[" * 100_000,
+        '"1"',
+        "[]",
+    ):
         (tmp_path / "config.json").write_text(content, encoding="utf-8")
         with pytest.raises((ValueError, OSError), match=f"{tmp_path}.*") as refused:
             LLM2CLIPConfig.from_pretrained(tmp_path)

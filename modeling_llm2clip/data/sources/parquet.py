@@ -84,7 +84,7 @@ def read_parquet_file(
             errors.skip(failure)
             continue
         path = row[KEY] if is_downloaded else paths.get(sources.get("image", ""))
-        default_name = f"{name}/{path if path and path.strip() else number}"
+        default_name = f"{name}/{path if isinstance(path, str) and path.strip() else number}"
         values = {field: row[column] for field, column in sources.items()}
         fields = {field: value for field, value in values.items() if value is not None}
         packed = fields.pop("image") if isinstance(fields.get("image"), ParquetImage) else None
@@ -186,8 +186,11 @@ def is_image_type(kind: Any) -> bool:
     """Tell whether a column of this type holds images: `{bytes, path}`, or bytes alone."""
     types = pa.types
     if types.is_struct(kind):
-        names = {kind.field(index).name for index in range(kind.num_fields)}
-        return bool(names & {"bytes", "path"})
+        parts = {kind.field(index).name: kind.field(index).type for index in range(kind.num_fields)}
+        content = parts.get("bytes", pa.null())
+        return bool(parts.keys() & {"bytes", "path"}) and (
+            types.is_null(content) or (not types.is_struct(content) and is_image_type(content))
+        )
     return bool(
         types.is_binary(kind)
         or types.is_large_binary(kind)

@@ -13,6 +13,7 @@ import pytest
 from captioned_files import encode, make_image, own_cache  # noqa: F401
 
 from modeling_llm2clip.data.images.image_sources import ParquetImage, open_image
+from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.sources.parquet import iterate_rows, read_parquet
 from modeling_llm2clip.data.validation_errors import ErrorCollector
 from modeling_llm2clip.processing_llm2clip import load_images
@@ -64,6 +65,20 @@ def test_a_file_without_a_column_is_an_error_and_the_others_are_read(file: Path)
     found = list(read_parquet([file, other], file.parent, errors, columns=COLUMNS))
     assert len(found) == 3
     assert errors.counts == {"no column img, raw": 1}
+
+
+def test_a_path_that_is_a_number_names_no_image(tmp_path: Path) -> None:
+    rows = [{"image": {"bytes": encode("images/red.png"), "path": 3}, "caption": "a"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "0.parquet")
+    (record,) = read_parquet([tmp_path / "0.parquet"], tmp_path, ErrorCollector())
+    assert record.default_name == "0.parquet/0"
+
+
+def test_an_image_whose_bytes_are_a_text_is_an_error(tmp_path: Path) -> None:
+    rows = [{"image": {"bytes": "text", "path": "a.png"}, "caption": "a"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "0.parquet")
+    with pytest.raises(ValueError, match=r"(?s)is not a non-blank text.*0\.parquet row 0"):
+        load_records(tmp_path)
 
 
 def test_rows_with_several_images_have_an_address_for_each(tmp_path: Path) -> None:

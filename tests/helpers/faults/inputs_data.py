@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import io
 import json
+import re
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
@@ -107,16 +109,31 @@ def parse_parquet(path: Path) -> Iterator[tuple[_Fields, bytes | None]]:
             yield row, row["image"] if isinstance(row["image"], bytes) else row["image"]["bytes"]
 
 
-def iterate_csv(file: Path, delimiter: str = ",") -> Iterator[_Fields]:
+def iterate_csv(file: Path, *, fill: bool = False) -> Iterator[_Fields]:
+    csv.field_size_limit(1 << 26)
     content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    lines = content.decode("utf-8-sig").splitlines(keepends=True)
-    rows = [row for row in csv.reader(lines, delimiter=delimiter, strict=True) if row]
+    text = io.StringIO(content.decode("utf-8-sig"), newline="")
+    yield from name_cells([row for row in csv.reader(text, strict=True) if row], fill=fill)
+
+
+def iterate_tsv(file: Path) -> Iterator[_Fields]:
+    lines = file.read_bytes().decode("utf-8-sig").split("\n")
+    rows = [line.rstrip("\r").split("\t") for line in lines if line.rstrip("\r")]
+    quoted = re.compile(r'"((?:[^"]|"")*)"')
+    yield from name_cells(
+        [[m[1].replace('""', '"') if (m := quoted.fullmatch(c)) else c for c in r] for r in rows]
+    )
+
+
+def name_cells(rows: list[list[str]], *, fill: bool = False) -> Iterator[_Fields]:
     for row in rows[1:]:
-        yield {name: cell for name, cell in zip(rows[0], row, strict=True) if cell}
+        cells = [*row, *[""] * (len(rows[0]) - len(row) if fill else 0)]
+        yield dict(zip(rows[0], cells, strict=True))
 
 
 def parse_csv(path: Path) -> Iterator[tuple[_Fields, bytes | None]]:
-    yield from ((fields, None) for fields in iterate_csv(path))
+    for fields in iterate_csv(path):
+        yield {name: cell for name, cell in fields.items() if cell}, None
 
 
 def write_csv(folder: Path) -> Path:
@@ -197,7 +214,7 @@ def expect_labels(path: Path) -> object:
     if path.suffix == ".txt":
         pairs = [(line.strip(), []) for line in text.split("\n") if line.strip()]
     elif path.suffix == ".csv":
-        rows = [*iterate_csv(path)]
+        rows = [*iterate_csv(path, fill=True)]
         names = dict.fromkeys(row["label"].strip() for row in rows)
         pairs = [(n, [r["prompt"].strip() for r in rows
                       if r["label"].strip() == n and r.get("prompt", "").strip()])
@@ -260,7 +277,7 @@ _LABELS = {
 _CAPTIONS: dict[str, Callable[[Path], Iterator[_Fields]]] = {
     "captions.csv": iterate_csv,
     "captions.csv.gz": iterate_csv,
-    "captions.tsv": partial(iterate_csv, delimiter="\t"),
+    "captions.tsv": iterate_tsv,
     "captions.jsonl": iterate_objects,
     "captions.parquet": lambda file: iter(pq.read_table(file).to_pylist()),
 }
