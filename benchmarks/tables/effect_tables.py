@@ -39,7 +39,7 @@ def _render_forgetting(report: dict[str, Any]) -> str:
         f"{counts['test']} held-out photographs. Means of {seeds} seeds (lowest to highest). Dual "
         f"encoder: {counts['all']:,} images at {report['image_size']} pixels, {report['epochs']} "
         f"epochs; alignment: {counts['aligned']:,} of these, {report['steps']} steps of 64, weight "
-        f"{chosen['weight']:g}, {chosen['sample']} texts a step. {report['hardware']}; commit "
+        f"{chosen['weight']:g}, {chosen['sample']} texts per step. {report['hardware']}; commit "
         f"{report['commit']}."
     )
     return f"{draw_table(('text side', 'tower', *columns.values()), rows)}\n{note}\n"
