@@ -72,4 +72,4 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: {'; '.join(errors)}. Such a tower would get other embeddings here."
         )
-    return {"text_pooling": _POOLINGS[pooling], "max_text_length": settings["max_length"]}
+    return {"text_pooling": _POOLINGS[str(pooling)], "max_text_length": settings["max_length"]}

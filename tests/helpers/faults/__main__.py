@@ -20,7 +20,7 @@ from pathlib import Path
 from faults.counts import Counts, NotHereError
 
 # A module of this package each, with `run(folder, seconds, seed)`.
-KINDS = ("commands", "kills", "targets_in", "writers", "disks", "endpoint")
+KINDS = ("commands", "kills", "targets_in", "targets_out", "writers", "disks", "endpoint")
 
 
 def main() -> int:
