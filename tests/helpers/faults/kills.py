@@ -43,8 +43,10 @@ def run(folder: Path, seconds: float, seed: int) -> Counts:
             if number and time.monotonic() > ends:
                 return counts
             place = f"{seed}/{command.name}/{number}"
-            outcome, details = _Case(command, inputs, folder / "case", whole).run(place)
-            counts.add(outcome, place, details)
+            case = _Case(command, inputs, folder / "case", whole)
+            outcome, details = case.run(place)
+            if case.num_kills or outcome != "harmless":  # it may have ended before the first one
+                counts.add(outcome, place, details)
     raise AssertionError("unreachable")
 
 
@@ -83,6 +85,7 @@ class _Case:
             ended = self._start(is_due)
             if ended.code != -signal.SIGKILL:
                 break
+            self.num_kills += 1
             done.append(f"{description} ({ended.seconds:.2f} s)")
         else:
             ended = self._start(None)
