@@ -24,7 +24,7 @@ def test_all_trouble_is_named_and_costs_nothing(
     seconds, seed = map(request.config.getoption, ("--fault-seconds", "--fault-seed"))
     options = ["--only", kind, "--seconds", seconds, "--seed", seed]
     printed = run_python(
-        "-m", "faults", *options, "--output", tmp_path / "faults.json", timeout=seconds + 900
+        "-m", "faults", *options, "--output", tmp_path / "faults.json", timeout=seconds + 1800
     )
     harnesses = json.loads((tmp_path / "faults.json").read_text(encoding="utf-8"))["harnesses"]
     if kind not in harnesses:

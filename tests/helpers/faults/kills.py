@@ -1,7 +1,7 @@
 """Kills every command at names that appear and at random moments, and lets it go on.
 
-A case kills the runs of one command in one folder, up to five times. The call that is left alone at
-the end must end with the undisturbed output, and nothing half written may stay beside it.
+A case kills the runs of one command in one folder, up to three times. The call that is left alone
+at the end must end with the undisturbed output, and nothing half written may stay beside it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from faults.commands import COMMANDS, Command, prepare
 from faults.counts import Counts, Outcome
 from faults.processes import LIMIT, Ended, compute, import_everything, start
 
-_MOST_NAMES = 4  # that kill in one case, beside one random moment
+_MOST_NAMES = 2  # that kill in one case, beside one random moment
 _MOST_RANDOM = 3  # moments in a case without names
 _TIMES_UNDISTURBED = 10  # at which a run has hung
 
