@@ -298,7 +298,8 @@ TRY_EACH_FIRST_IMPORT = """
 import os, sys
 import huggingface_hub, PIL.Image, safetensors.torch, tokenizers, torch, torchvision
 for number, first in enumerate(FIRST_IMPORTS):
-    if os.fork() == 0:
+    child = os.fork()
+    if child == 0:
         exec(first)
         import modeling_llm2clip as ours
         from transformers import AutoModel, AutoModelForTextEncoding
@@ -315,7 +316,7 @@ for number, first in enumerate(FIRST_IMPORTS):
         )
         print(number, *known, flush=True)
         os._exit(0)
-    os.wait()
+    os.waitpid(child, 0)
 """
 
 

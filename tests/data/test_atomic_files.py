@@ -83,12 +83,13 @@ def test_a_writer_that_fails_leaves_the_old_file_and_a_killed_one_what_the_next_
         opened.write(b"half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == [file]
-    if not os.fork():
+    child = os.fork()
+    if not child:
         with atomic_file(file, replaces=True) as opened:
             opened.write(b"half")
             opened.flush()
             os.kill(os.getpid(), signal.SIGKILL)
-    os.wait()
+    os.waitpid(child, 0)
     assert file.read_bytes() == b"old"
     (unfinished,) = [path for path in tmp_path.iterdir() if path != file]
     assert is_unfinished(unfinished) and unfinished.read_bytes() == b"half"

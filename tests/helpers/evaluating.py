@@ -60,5 +60,6 @@ def save_scores(file: Path, scores: dict[str, Any], folder: Path, **fingerprint:
         model="m", task="retrieval", dataset="COCO", scores=scores, protocol=protocol,
         counts={"images": 8, "texts": 40}, fingerprint=found,
     )  # fmt: skip
+    file.unlink(missing_ok=True)  # which a result of another model may not replace
     write_result(file, result)
     return file

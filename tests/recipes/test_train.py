@@ -171,8 +171,9 @@ def moved(copied: TrainConfig, sources: Path, tmp_path: Path) -> TrainConfig:
     """A copy of the finished run whose data are a copy too, as if it had been on them."""
     data = shutil.copytree(sources / "data", tmp_path / "data")
     file = copied.output / "run.json"
-    written = file.read_text("utf-8").replace(str(sources / "data"), str(data))
-    file.write_text(written, "utf-8")
+    record = json.loads(file.read_text("utf-8").replace(str(sources / "data"), str(data)))
+    del record["sha256_of_this_file"]  # of a run on the first data
+    file.write_text(json.dumps(record), "utf-8")
     return replace(copied, data=str(data))
 
 

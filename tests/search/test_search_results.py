@@ -256,12 +256,13 @@ def test_a_search_that_is_killed_while_it_writes_leaves_whole_files_which_the_ne
     assert main(["search", index, "two dogs", "--output", str(output)]) == 0
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     hits = [(path, 0.5) for path in list_images(images).readable]
-    if not os.fork():
+    child = os.fork()
+    if not child:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         with largest_file(1000):  # the kernel kills the process as the file grows
             write_results_sheet([SearchResult("a cat", hits)], output / "search.png")
         os._exit(0)
-    assert os.WTERMSIG(os.wait()[1]) == signal.SIGXFSZ
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGXFSZ
     assert {name: (output / name).read_bytes() for name in before} == before
     assert len(list(output.iterdir())) == 3
     assert main(["search", index, "a red circle", "--output", str(output)]) == 0
