@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from faults.commands import COMMANDS, Command, prepare, read_undisturbed
-from faults.counts import Counts, NotHereError, judge_refusal
+from faults.counts import FEWEST_CASES, Counts, NotHereError, judge_refusal
 from faults.processes import compute, import_everything
 from faults.processes import run as run_command
 
@@ -37,7 +37,7 @@ def run(folder: Path, seconds: float, seed: int) -> Counts:
 
     Args:
         folder: where everything goes.
-        seconds: after which no case begins.
+        seconds: after which no case begins, except the fewest that a harness has.
         seed: what decides every case.
 
     Raises:
@@ -54,7 +54,7 @@ def explain_no_disks() -> str | None:
     """Say why this machine gives no small disks; None if it does."""
     if shutil.which("unshare") is None:
         return "small disks need Linux, which has unshare"
-    mount = [*_APART, "mount", "-t", "tmpfs", "none", "/mnt"]
+    mount = [*_APART, *_mount(Path("/mnt"), 1)]
     refused = subprocess.run(mount, capture_output=True, check=False).returncode
     return "this machine lets no user mount a small disk" if refused else None
 
@@ -136,14 +136,18 @@ def _count_pages(folder: Path) -> int:
     return sum(-(-size // _PAGE) for size in sizes)
 
 
+def _mount(folder: Path, pages: int) -> list[str]:
+    options = f"size={max(pages, 1) * _PAGE},huge=never"  # 0 sets none
+    return ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)]
+
+
 @contextmanager
 def _small_disk(folder: Path, pages: int) -> Iterator[None]:
     """Put a small disk with the same files in the place of a folder."""
     behind = folder.with_name(f"{folder.name}.behind")
     folder.rename(behind)
     folder.mkdir()
-    options = f"size={max(pages, 1) * _PAGE},huge=never"  # 0 sets none
-    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(folder)], check=True)
+    subprocess.run(_mount(folder, pages), check=True)
     try:
         shutil.copytree(behind, folder, dirs_exist_ok=True)
         yield
@@ -162,7 +166,8 @@ def _main(folder: str, seconds: str, seed: str) -> None:
     record_index._MOST_ROWS_IN_MEMORY = 0
     disks, started = _Disks(Path(folder), int(seed)), time.monotonic()
     for command in itertools.cycle(COMMANDS):
-        if time.monotonic() - started > float(seconds):
+        is_over = time.monotonic() - started > float(seconds)
+        if is_over and disks.counts.cases >= FEWEST_CASES:
             break
         disks.try_case(command)
     sys.stdout.write(f"{json.dumps(asdict(disks.counts))}\n")
