@@ -39,6 +39,7 @@ _NAMING_FILES = (
 _FILES_OF = {
     "lora_merging": "adapter_config.json",
     "tokeniz": "tokenizer.json or tokenizer_config.json",
+    "text_embedders": "modules.json, or the configuration of a module,",
     "process": "processor_config.json or preprocessor_config.json",
     "": "config.json",
 }

@@ -41,11 +41,11 @@ MOST_FUNCTION_LINES = 60
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
     ".": 2548,
-    "building": 1356,
+    "building": 1357,
     "cli": 1124,
     "configs": 861,
     "conversion": 604,
-    "data": 4790,
+    "data": 4791,
     "demo": 86,
     "doctor": 1345,
     "embedding": 1250,

@@ -12,7 +12,8 @@ classified by their category and found by their keywords, those of the last one 
 Everything is repeated with the vision tower frozen and trained, and with several seeds; the dual
 encoder is trained once.
 
-Weight and sample of kept names are chosen first, with a frozen tower, on other held-out images.
+Weight and sample of kept names are chosen first, with a frozen tower, on other held-out images: the
+smallest weight within a standard error of the best score.
 `--work` keeps everything, so that a second call goes on from there, and scores are written after
 each run.
 """
@@ -80,8 +81,12 @@ TOWERS: dict[str, Mapping[str, Any]] = {
 BEFORE = "before"
 FOLDERS = ("all", "aligned", "chosen", "test", "labeled", "labeled-chosen")
 CHOICE_SEED = 100  # which no other run has
+# Of the score of a choice: 2.4 points of accuracy on 400 images, 1.7 of the mean R@1.
+STANDARD_ERROR = 0.015
 # Weights and samples of kept names to choose among; a weight of 0 is the inheritance alone.
-CHOICES = ((0.0, 256), (0.3, 256), (1.0, 256), (3.0, 256), (10.0, 256), (1.0, 64))
+CHOICES = (
+    (0.0, 256), (0.3, 256), (1.0, 256), (3.0, 256), (10.0, 256), (30.0, 256), (1.0, 64),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,9 @@ def main() -> None:
         "choices": [try_choice(work, *choice, steps=steps) for choice in CHOICES],
     }  # fmt: skip
     kept = [tried for tried in record["choices"] if tried["weight"]]
-    chosen = max(kept, key=lambda tried: tried["score"])
+    best = max(tried["score"] for tried in kept)
+    equal = [tried for tried in kept if tried["score"] >= best - STANDARD_ERROR]
+    chosen = min(equal, key=lambda tried: tried["weight"])
     record["chosen"] = {name: chosen[name] for name in ("weight", "sample")}
     runs = [{"condition": BEFORE, "tower": None, "seed": None,
              **measure(work / "clip", work, TEST)}]  # fmt: skip

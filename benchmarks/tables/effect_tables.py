@@ -16,24 +16,33 @@ from benchmarks.tables.markdown_tables import (
 
 
 def _render_forgetting(report: dict[str, Any]) -> str:
-    runs_of: dict[str, list[dict[str, Any]]] = {}
+    runs_of: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in report["runs"]:
-        runs_of.setdefault(run["condition"], []).append(run)
-    columns = {"accuracy": "classification", "t2i_r1": "text to image", "i2t_r1": "image to text"}
+        runs_of.setdefault((run["tower"] or "–", run["condition"]), []).append(run)
+    columns = {
+        "accuracy": "all classes", "named": "every second class",
+        "unnamed": "the others", "short_queries": "short queries",
+        "t2i_r1": "text to image", "i2t_r1": "image to text",
+    }  # fmt: skip
+    towers = ("–", "frozen", "trained")
     rows = [
-        [condition, *(show_range([run[name] for run in runs]) for name in columns)]
-        for condition, runs in runs_of.items()
+        [condition, tower, *(show_range([run[name] for run in runs]) for name in columns)]
+        for (tower, condition), runs in sorted(runs_of.items(), key=lambda i: towers.index(i[0][0]))
     ]
-    counts = report["num_images"]
+    counts, chosen = report["num_images"], report["chosen"]
     seeds = len({run["seed"] for run in report["runs"]} - {None})
     note = (
         f"Top-1 accuracy on {counts['labeled']} held-out drawings of {report['num_categories']} "
-        f"categories, and R@1 among {counts['test']} held-out photographs; means of {seeds} seeds "
-        f"(lowest to highest). Dual encoder: {counts['all']:,} images at {report['image_size']} "
-        f"pixels, {report['epochs']} epochs; alignment: {counts['aligned']:,} of these, "
-        f"{report['steps']} steps of 64. {report['hardware']}; commit {report['commit']}."
+        "categories: on all, on those of every second category, and on the others. Short queries: "
+        f"the share of {report['num_queries']:,} keywords of one or two words, categories left "
+        "out, whose first drawing has the keyword. R@1 among "
+        f"{counts['test']} held-out photographs. Means of {seeds} seeds (lowest to highest). Dual "
+        f"encoder: {counts['all']:,} images at {report['image_size']} pixels, {report['epochs']} "
+        f"epochs; alignment: {counts['aligned']:,} of these, {report['steps']} steps of 64, weight "
+        f"{chosen['weight']:g}, {chosen['sample']} texts per step. {report['hardware']}; commit "
+        f"{report['commit']}."
     )
-    return f"{draw_table(('weights', *columns.values()), rows)}\n{note}\n"
+    return f"{draw_table(('text side', 'tower', *columns.values()), rows)}\n{note}\n"
 
 
 def _render_loss_effects(report: dict[str, Any]) -> str:

@@ -181,7 +181,8 @@ def join_towers(
     if config.prompt == OWN_PROMPT:
         if text_name is None:
             raise ValueError("prompt=own needs the folder or Hub id of an embedder, not its parts.")
-        embedder = read_embedder(text_name, config)
+        with naming_fields(text_name):
+            embedder = read_embedder(text_name, config)
     text_model, tokenizer = take_text_tower(
         text, config, num_layers=config.text_layers, is_embedder=embedder is not None
     )

@@ -74,7 +74,7 @@ class AlignConfig(TrainingConfig, ChoiceConfig):
     """Texts that stay where the vision tower's own CLIP, `--teacher`, has them, such as class names
     and frequent queries: a file as `tag` reads labels, one per line, or NAME=FOLDER of a dataset
     for classification. Each is kept bare and in the templates of classification. Default: none."""
-    keep_weight: Annotated[float, Interval(ge=0)] = 1.0
+    keep_weight: Annotated[float, Interval(ge=0)] = 10.0
     """Weight of the squared error of kept texts, of which each step reads up to 256. The held-out
     loss leaves them out."""
     max_steps: Annotated[int, Interval(ge=0)] | None = None

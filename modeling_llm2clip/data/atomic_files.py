@@ -68,7 +68,9 @@ def explain_full_disk(folder: Path, what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        number, file = getattr(error, "errno", None), getattr(error, "filename", None)
+        number = getattr(error, "errno", None)
+        # A copy that failed names its source, too.
+        file = getattr(error, "filename2", None) or getattr(error, "filename", None)
         if not isinstance(error, OSError) and _WRITE_FAILED.search(str(error)):
             number = errno.ENOSPC
         is_elsewhere = file and not Path(file).absolute().is_relative_to(folder.absolute())

@@ -57,7 +57,7 @@ _BEFORE = {
     "precision": "auto",
     "compile": False,
     "jpeg_decoding": "full",
-    "keep_weight": 1.0,
+    "keep_weight": 10.0,
 }
 _CHECKPOINTS_KEPT = 2
 _ATTEMPTS = 100

@@ -142,6 +142,15 @@ def test_texts_get_embeddings_that_are_kept_bit_for_bit(
     assert find_untrained_parts(model.config) == ("projections",)
 
 
+def test_modules_of_another_type_are_refused_with_their_file(
+    embedder: Sources, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(embedder("MiniLM"), tmp_path / "embedder"))
+    (folder / "modules.json").write_text('["a"]', encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"{folder} cannot be loaded: modules\.json"):
+        join_towers(tiny_vision(), folder, OWN)
+
+
 def test_what_a_training_would_change_of_an_embedder_is_refused(
     embedder: Sources, tmp_path: Path
 ) -> None:

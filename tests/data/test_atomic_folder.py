@@ -29,6 +29,10 @@ def write_text(content: Any, file: Path) -> None:
     file.write_text(str(content) * 100)
 
 
+def copy_file(_: Any, file: Path) -> None:
+    shutil.copy2(__file__, file)
+
+
 def save_tokenizer(content: Any, file: Path) -> None:
     """Of an error that has no class of its own."""
     vocabulary = {f"{content} {number}": number for number in range(100)}
@@ -50,7 +54,7 @@ def test_a_writing_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("save", [save_file, write_text, save_tokenizer])
+@pytest.mark.parametrize("save", [save_file, write_text, copy_file, save_tokenizer])
 def test_where_there_is_no_room_the_folder_and_the_way_out_are_named(
     save: Callable[[Any, Path], object], tmp_path: Path
 ) -> None:

@@ -120,7 +120,7 @@ def test_a_run_of_the_paper_has_its_settings(name: str) -> None:
     assert (build.prompt, build.max_text_length) == ("llama-3", 512)
     if name == "proclip-l14":
         assert config.inherit and build.keep_projection and align.distillation_weight == 1
-        assert align.keep_texts and align.keep_weight == 1
+        assert align.keep_texts and align.keep_weight == 10
     else:
         assert build.projection_dim == (1152 if is_siglip else 1280)
         assert build.visual_projection_bias is not name.startswith("openai")

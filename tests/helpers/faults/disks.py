@@ -28,6 +28,7 @@ from faults.processes import run as run_command
 
 _APART = ("unshare", "--user", "--map-root-user", "--mount")
 _PAGE = 4096  # bytes; a disk in memory consists of whole ones
+_FILLER = ".filler"  # takes one page
 _SHARE_OF_OUTPUTS, _SCRATCH_PAGES = 0.75, 24
 _REMEDY = re.compile(r"(No room|No space left|GB free, the model takes).*\b[Ff]ree ", re.DOTALL)
 
@@ -86,7 +87,7 @@ class _Disks:
         self._begin(command)
         disk = self.case if on_output else self.scratch
         fewest, most = _count_pages(disk), expected.pages if on_output else _SCRATCH_PAGES
-        pages = fewest + int(share * (most - fewest))
+        pages = fewest + int(share * max(most - fewest, 2))  # merge-store ends with fewer
         name = (
             f"--seed {self.seed}, case {self.counts.cases}: {command.name}, "
             f"{'output' if on_output else 'scratch'} on {pages} pages"
@@ -94,6 +95,7 @@ class _Disks:
         with _small_disk(disk, pages):
             first = run_command(command.fill_in(self.inputs, self.case), self.case)
             ended = first
+            (disk / _FILLER).unlink()
             if first.code:
                 subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
                 ended = run_command(command.fill_in(self.inputs, self.case), self.case)
@@ -137,7 +139,7 @@ def _count_pages(folder: Path) -> int:
 
 
 def _mount(folder: Path, pages: int) -> list[str]:
-    options = f"size={max(pages, 1) * _PAGE},huge=never"  # 0 sets none
+    options = f"size={(pages + 1) * _PAGE},huge=never"  # no disk has no page
     return ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)]
 
 
@@ -150,6 +152,7 @@ def _small_disk(folder: Path, pages: int) -> Iterator[None]:
     subprocess.run(_mount(folder, pages), check=True)
     try:
         shutil.copytree(behind, folder, dirs_exist_ok=True)
+        (folder / _FILLER).write_bytes(bytes(_PAGE))
         yield
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)

@@ -278,7 +278,7 @@ def test_the_command_keeps_after_an_inheritance(
     assert main([str(word) for word in words]) == 0
     record = read_run_record(tmp_path / "run")
     assert record["results"]["start"]["method"] == "inherited"
-    assert "kept_texts=1.0" in record["inputs"]["loss_class"]
+    assert "kept_texts=10.0" in record["inputs"]["loss_class"]
     assert record["config"]["keep_texts"] == str(names)
     model = LLM2CLIPModel.from_pretrained(tmp_path / "run" / "model")
     assert model.config.projections_trained
