@@ -125,7 +125,10 @@ class _Disks:
         """Say in what a run differs from the undisturbed one; empty if in nothing."""
         if others := _list_names(self.case) ^ expected.names:
             return f"other names beside the output: {sorted(others)}"
-        result = compute(command.read, self.case / command.output, folder=self.case)
+        try:
+            result = compute(command.read, self.case / command.output, folder=self.case)
+        except RuntimeError as error:
+            return f"an output that cannot be read: {error}"
         return "" if result == expected.result else "another result"
 
 
