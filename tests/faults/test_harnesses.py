@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from faults.__main__ import KINDS
 from faults.commands import COMMANDS
-from faults.counts import Counts, Outcome, judge_refusal
+from faults.counts import FEWEST_CASES, Counts, Outcome, judge_refusal
 from launches import run_python
 
 from modeling_llm2clip.__main__ import LINE
 
+LONGEST_S = 3600  # beyond the time for cases: on a busy machine, the first of each row alone
 MUST_BE_0 = ("unnamed", "silently_wrong", "hung", "lost")
 
 
@@ -24,13 +25,13 @@ def test_all_trouble_is_named_and_costs_nothing(
     seconds, seed = map(request.config.getoption, ("--fault-seconds", "--fault-seed"))
     options = ["--only", kind, "--seconds", seconds, "--seed", seed]
     printed = run_python(
-        "-m", "faults", *options, "--output", tmp_path / "faults.json", timeout=seconds + 1800
+        "-m", "faults", *options, "--output", tmp_path / "faults.json", timeout=seconds + LONGEST_S
     )
     harnesses = json.loads((tmp_path / "faults.json").read_text(encoding="utf-8"))["harnesses"]
     if kind not in harnesses:
         pytest.skip(printed)
     counts = harnesses[kind]
-    assert counts["cases"] > 5
+    assert counts["cases"] >= FEWEST_CASES
     assert {name: counts[name] for name in MUST_BE_0} == dict.fromkeys(MUST_BE_0, 0)
 
 

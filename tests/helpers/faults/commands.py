@@ -22,7 +22,10 @@ _TRAINING = (*_CPU, "--logging-steps", "1")
 def read_files(path: Path) -> dict[str, bytes]:
     """Return the content of a file, or of every file in a folder, by its path below it."""
     files = [path] if path.is_file() else sorted(path.rglob("*"))
-    return {str(file.relative_to(path)): file.read_bytes() for file in files if file.is_file()}
+    content = {str(file.relative_to(path)): file.read_bytes() for file in files if file.is_file()}
+    if not content:
+        raise FileNotFoundError(f"{path}: no file is there")
+    return content
 
 
 def read_run(path: Path) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Outcome = Literal["harmless", "refused_by_name", "unnamed", "silently_wrong", "hung", "lost"]
+FEWEST_CASES = 6  # of a harness, also on a machine where they take longer than its time
 _MOST_CHARACTERS = 2000  # of the details of a failure
 
 

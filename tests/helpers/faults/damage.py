@@ -31,7 +31,8 @@ from faults.counts import Counts, Outcome
 from faults.mutations import mutate
 from modeling_llm2clip.__main__ import _describe, main
 
-_SECONDS, _TIMES_UNDISTURBED = 20.0, 10  # of a case, before it counts as hung
+_SECONDS, _TIMES_UNDISTURBED = 60.0, 10  # of a case, before it counts as hung
+_MOST_SECONDS = 1800  # to make the files of a target, such as a whole recipe
 _BYTES = 4 << 30  # of memory that a case may take
 _STARTS_THREADS = ("lancedb", "ray")  # when they are imported, which no fork has
 _SHARE_RESTORED = 0.2  # of cases after which the whole files are read again
@@ -92,6 +93,7 @@ def run_targets(targets: Sequence[Target], folder: Path, seconds: float, seed: i
             counts.add(outcome, f"{seed}/{target.name}/{number}", details)
             number += 1
         shutil.rmtree(harness.folder)
+    gc.unfreeze()
     return counts
 
 
@@ -115,7 +117,7 @@ class _Harness:
         self.log, self.report = folder / "log.txt", folder / "report.json"
         self.whole.mkdir(parents=True)
         started = time.monotonic()
-        outcome, made = self._fork(self._make, limit=600)
+        outcome, made = self._fork(self._make, limit=_MOST_SECONDS)
         if outcome != "made":
             raise RuntimeError(f"{target.name} cannot be read undamaged: {made}")
         self.limit = max(_SECONDS, _TIMES_UNDISTURBED * (time.monotonic() - started))
@@ -215,9 +217,7 @@ class _Harness:
             opened = os.open(self.log, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
             os.dup2(opened, 1)
             os.dup2(opened, 2)
-            pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-            most = pages * resource.getpagesize() + _BYTES
-            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+            _limit_memory()
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             os.chdir(self.folder)
             outcome = job()
@@ -230,6 +230,18 @@ class _Harness:
                 sys.stdout.flush()
                 sys.stderr.flush()
             os._exit(code)
+
+
+def _limit_memory() -> None:
+    """Allow so many bytes more than the process has; only Linux says how many it has."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        pages = int(statm.read_text(encoding="ascii").split()[0])
+        most = pages * resource.getpagesize() + _BYTES
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        if hard != resource.RLIM_INFINITY:
+            most = min(most, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 def _describe_error(error: BaseException) -> str | None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from faults.commands import COMMANDS, Command, prepare, read_undisturbed
-from faults.counts import Counts, NotHereError, judge_refusal
+from faults.counts import FEWEST_CASES, Counts, NotHereError, judge_refusal
 from faults.processes import compute, import_everything
 from faults.processes import run as run_command
 
@@ -38,7 +38,7 @@ def run(folder: Path, seconds: float, seed: int) -> Counts:
 
     Args:
         folder: where everything goes.
-        seconds: after which no case begins.
+        seconds: after which no case begins, except the fewest that a harness has.
         seed: what decides every case.
 
     Raises:
@@ -55,7 +55,7 @@ def explain_no_disks() -> str | None:
     """Say why this machine gives no small disks; None if it does."""
     if shutil.which("unshare") is None:
         return "small disks need Linux, which has unshare"
-    mount = [*_APART, "mount", "-t", "tmpfs", "none", "/mnt"]
+    mount = [*_APART, *_mount(Path("/mnt"), 1)]
     refused = subprocess.run(mount, capture_output=True, check=False).returncode
     return "this machine lets no user mount a small disk" if refused else None
 
@@ -125,7 +125,10 @@ class _Disks:
         """Say in what a run differs from the undisturbed one; empty if in nothing."""
         if others := _list_names(self.case) ^ expected.names:
             return f"other names beside the output: {sorted(others)}"
-        result = compute(command.read, self.case / command.output, folder=self.case)
+        try:
+            result = compute(command.read, self.case / command.output, folder=self.case)
+        except RuntimeError as error:
+            return f"an output that cannot be read: {error}"
         return "" if result == expected.result else "another result"
 
 
@@ -138,14 +141,18 @@ def _count_pages(folder: Path) -> int:
     return sum(-(-size // _PAGE) for size in sizes)
 
 
+def _mount(folder: Path, pages: int) -> list[str]:
+    options = f"size={(pages + 1) * _PAGE},huge=never"  # no disk has no page
+    return ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)]
+
+
 @contextmanager
 def _small_disk(folder: Path, pages: int) -> Iterator[None]:
     """Put a small disk with the same files in the place of a folder."""
     behind = folder.with_name(f"{folder.name}.behind")
     folder.rename(behind)
     folder.mkdir()
-    options = f"size={(pages + 1) * _PAGE},huge=never"  # no disk has no page
-    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(folder)], check=True)
+    subprocess.run(_mount(folder, pages), check=True)
     try:
         shutil.copytree(behind, folder, dirs_exist_ok=True)
         (folder / _FILLER).write_bytes(bytes(_PAGE))
@@ -165,7 +172,8 @@ def _main(folder: str, seconds: str, seed: str) -> None:
     record_index._MOST_ROWS_IN_MEMORY = 0
     disks, started = _Disks(Path(folder), int(seed)), time.monotonic()
     for command in itertools.cycle(COMMANDS):
-        if time.monotonic() - started > float(seconds):
+        is_over = time.monotonic() - started > float(seconds)
+        if is_over and disks.counts.cases >= FEWEST_CASES:
             break
         disks.try_case(command)
     sys.stdout.write(f"{json.dumps(asdict(disks.counts))}\n")

@@ -65,7 +65,7 @@ URLS = tuple(
     for host in (
         "127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "2130706433", "0x7f000001",
         "127.1", "0.0.0.0", "[::]", "[64:ff9b::7f00:1]", "[2002:7f00:1::]", "017700000001",
-        "a@127.0.0.1",        "[fe80::1%25lo]", "127.0.0.1.", "[::127.0.0.1]",
+        "a@127.0.0.1", "[fe80::1%25lo]", "127.0.0.1.", "[::127.0.0.1]",
     )
 )  # fmt: skip
 URLS += (
@@ -97,7 +97,7 @@ def draw_request(random: Random) -> tuple[str, dict[str, Any]]:
     objects: list[Any] = [{kind: value} for kind, value in items]
     parts = [_write_part(item) for item in items]
     if path == "/v1/search":
-        queries = [random.choice((one, [one, objects[0]])) for one in objects]
+        queries = [random.choice((query, [query, objects[0]])) for query in objects]
         return path, {"queries": queries, "top_k": random.choice((1, 3, 1000))}
     if path == "/v1/classify":
         images = [draw_item(Random(number)) for number in range(40)]

@@ -6,6 +6,7 @@ at the end must end with the undisturbed output, and nothing half written may st
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
 import time
@@ -15,7 +16,7 @@ from itertools import count
 from pathlib import Path
 
 from faults.commands import COMMANDS, Command, prepare
-from faults.counts import Counts, Outcome
+from faults.counts import Counts, Outcome, judge_refusal
 from faults.processes import LIMIT, Ended, compute, import_everything, start
 
 _MOST_NAMES = 2  # that kill in one case, beside one random moment
@@ -52,12 +53,12 @@ def run(folder: Path, seconds: float, seed: int) -> Counts:
 
 def _run_undisturbed(command: Command, inputs: Mapping[str, Path], folder: Path) -> Undisturbed:
     output = command.begin(inputs, folder / "case")
-    names = set(output.parent.rglob("*"))
+    names = _list_paths(output.parent, "**/*")
     fork = start(command.fill_in(inputs, output.parent), output.parent)
     begins: list[float] = []
 
     def note_begin() -> bool:
-        if not begins and set(output.parent.rglob("*")) - names:
+        if not begins and _list_paths(output.parent, "**/*") - names:
             begins.append(time.monotonic() - fork.started)
         return False
 
@@ -111,7 +112,7 @@ class _Case:
 
         def is_there(_: float) -> bool:
             nonlocal known
-            names = set(self.folder.glob(pattern))
+            names = _list_paths(self.folder, pattern)
             known = names if known is None else known
             return bool(names - known)
 
@@ -137,7 +138,19 @@ class _Case:
             # A call that is refused since a killed one had finished keeps the whole output.
             return "lost" if ended.code else "silently_wrong", ended.log
         left = [path for path in self.folder.rglob("*") if _is_half_written(path, self.folder)]
-        return ("lost", f"{left} stay") if left else ("harmless", "")
+        if left:
+            return "lost", f"{left} stay"
+        if ended.code:
+            places = (str(self.folder), self.command.output)
+            return judge_refusal(ended.code, ended.log, places), ended.log
+        return "harmless", ""
+
+
+def _list_paths(folder: Path, pattern: str) -> set[Path]:
+    """Return the paths of a pattern, while a run removes and renames folders."""
+    while True:
+        with contextlib.suppress(FileNotFoundError):  # raised by Python below 3.13
+            return set(folder.glob(pattern))
 
 
 def _is_half_written(path: Path, folder: Path) -> bool:

@@ -21,7 +21,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-LIMIT = 300.0  # seconds after which a command has hung; each takes a few
+LIMIT = 900.0  # seconds after which a command has hung; each takes a few on an idle machine
 _PRELOADED = (
     "torch", "transformers", "accelerate", "modeling_llm2clip.__main__",
     "modeling_llm2clip.building.build_model", "modeling_llm2clip.conversion.convert_checkpoint",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from faults.commands import COMMANDS, Command, prepare
-from faults.counts import Counts, Outcome, judge_refusal
+from faults.counts import FEWEST_CASES, Counts, Outcome, judge_refusal
 from faults.processes import Ended, Fork, compute, import_everything, start
 
 _AT_ONCE = _EQUAL = 0.5  # shares of the pairs
@@ -30,13 +30,14 @@ def run(folder: Path, seconds: float, seed: int) -> Counts:
 
     Args:
         folder: where everything goes.
-        seconds: after which no more are started.
+        seconds: after which no more are started, except the fewest that a harness has.
         seed: decides which calls start, and when.
     """
     import_everything()
     pairs, started = _Pairs(folder, seed), time.monotonic()
     for command in itertools.cycle(COMMANDS):
-        if time.monotonic() - started > seconds:
+        is_over = time.monotonic() - started > seconds
+        if is_over and pairs.counts.cases >= FEWEST_CASES:
             break
         pairs.try_pair(command)
     return pairs.counts
@@ -130,7 +131,10 @@ class _Pairs:
                 self.seconds.setdefault(command.name, ended.seconds)
             if ended.code is None or (ended.code and len(calls) == 1):
                 raise RuntimeError(f"{command.name} {calls}: {ended.code}: {ended.log[-3000:]}")
-            self.in_turn[key] = None if ended.code else self._read(command, command.output)
+            state = None if ended.code else self._read(command, command.output)
+            if state is not None and state.result is None:
+                raise RuntimeError(f"{command.name} {calls} left nothing that can be read")
+            self.in_turn[key] = state
             shutil.rmtree(self.case)
             if behind.exists():
                 behind.rename(self.case)
@@ -147,6 +151,6 @@ class _Pairs:
 def _read(command: Command, folder: Path, name: str) -> tuple[object, set[str]]:
     try:
         result = command.read(folder / name)
-    except (OSError, ValueError, KeyError) as error:  # nothing whole is there
-        result = repr(error)
+    except (OSError, ValueError, KeyError):  # nothing whole is there
+        result = None
     return result, {path.name for path in folder.iterdir()}
