@@ -51,15 +51,15 @@ BUDGETS = {
     "embedding": 1250,
     "encoding": 958,
     "evaluation": 2927,
-    "model_folders": 1458,
+    "model_folders": 1463,
     "publishing": 951,
     "recipes": 460,
     "scheduling": 83,
     "search": 1560,
-    "serving": 1565,
+    "serving": 1570,
     "training": 4489,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 279, 8403
+MOST_FILES, MOST_DOCSTRING_LINES = 279, 8404
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.

@@ -92,7 +92,7 @@ def build_model(
     lora = CardData()
     if config.lora is not None:
         require_sources(lora=config.lora)
-        lora = read_card_data(find_model_folder(config.lora))
+        lora = read_card_data(find_model_folder(config.lora), training_alone=True)
     model, processor = join_towers(vision, text, config)
     card = card or CardConfig()
     stated = CardData(

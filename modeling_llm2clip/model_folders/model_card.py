@@ -149,12 +149,16 @@ class CardData:
         ]
 
 
-def read_card_data(folder: Path) -> CardData:
+def read_card_data(folder: Path, *, training_alone: bool = False) -> CardData:
+    """Read the statements of a card; of another package's, only those about its training data."""
     path = folder / "README.md"
     if not path.is_file():
         return CardData()
     try:
-        return _make_card(_read_metadata(path))
+        data = _read_metadata(path)
+        if training_alone:
+            return CardData(training_data=_list_texts(data, "training_data"))
+        return _make_card(data)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         if str(path) in str(error):
             raise
@@ -167,17 +171,14 @@ def _make_card(data: Any) -> CardData:
     entries: dict[tuple[str, str], list[EvalResult]] = {}
     for entry in data.eval_results or []:
         entries.setdefault((entry.task_type, entry.dataset_name), []).append(entry)
-    # The card of a LoRA may be another package's, and name one dataset without a list.
-    stated = (data.get(name) or [] for name in ("training_data", "text_training_data"))
-    trained, text = (tuple(value) if isinstance(value, list) else (value,) for value in stated)
     return CardData(
         license=data.license,
         license_name=data.license_name,
         license_link=data.license_link,
         vision_license=data.get("vision_license"),
         text_license=data.get("text_license"),
-        training_data=trained,
-        text_training_data=text,
+        training_data=_list_texts(data, "training_data"),
+        text_training_data=_list_texts(data, "text_training_data"),
         results=tuple(
             CardResult(
                 *task,
@@ -194,6 +195,11 @@ def _make_card(data: Any) -> CardData:
         kept_texts=data.get("kept_texts"),
         caution=data.get("caution"),
     )
+
+
+def _list_texts(data: Any, name: str) -> tuple[str, ...]:
+    stated = data.get(name) or []  # another package's card may name one without a list
+    return tuple(stated) if isinstance(stated, list) else (stated,)
 
 
 def read_card_of_trained(folder: Path, training_data: Sequence[str]) -> CardData:

@@ -316,9 +316,17 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._num_bytes = self._num_bytes + len(data) if _awaits_header(self) else 0
+        is_of_body = self.cycle is not None and self.cycle.more_body  # which may outlast its answer
+        self._num_bytes = (
+            self._num_bytes + len(data) if _awaits_header(self) and not is_of_body else 0
+        )
         if self._num_bytes > _MOST_HEADER_BYTES:
             self.transport.abort()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        if self.cycle is not None:  # after an early answer, httptools would go on with its body
+            self.cycle.more_body = False
 
 
 def make_late_ender(connections: Set[Any]) -> Callable[[], Coroutine[Any, Any, None]]:

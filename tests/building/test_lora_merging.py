@@ -254,7 +254,9 @@ def test_the_card_of_a_lora_on_the_hub_is_read_and_a_broken_one_named(
     card.write_text("---\nmodel-index:\n- name: x\n---\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"README\.md: its metadata cannot be used \(Invalid `mod"):
         build_model(*towers, tmp_path / "broken", config)
-    card.write_text("---\ntraining_data: theirs\n---\n", encoding="utf-8")
+    score = "{metrics: [{type: a, value: N/A}], task: {type: t}, dataset: {type: d, name: d}}"
+    others = f"license: [mit]\nlicense_name: 2\nmodel-index:\n- name: x\n  results:\n  - {score}"
+    card.write_text(f"---\ntraining_data: theirs\n{others}\n---\n", encoding="utf-8")
     assert read_card_data(build_model(*towers, tmp_path / "m", config)).training_data == ("theirs",)
 
 

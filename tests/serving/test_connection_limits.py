@@ -82,6 +82,23 @@ def test_connections_that_wait_for_their_client_twice_are_ended() -> None:
             assert kept.recv(2**16).startswith(b"HTTP/1.1 200")
 
 
+def test_a_body_that_outlasts_its_answer_is_no_header() -> None:
+    """A client that reads only after it has sent everything must find the answer."""
+    with run_limited() as (_, connect), connect() as client:
+        client.sendall(b"POST /none HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n")
+        for _ in range(100):
+            client.sendall(b"a" * 10**4)
+            time.sleep(0.001)  # the server answers before the end
+        assert client.recv(2**16).startswith(b"HTTP/1.1 404")
+        client.sendall(WHOLE)
+        assert client.recv(2**16).startswith(b"HTTP/1.1 200")
+        with pytest.raises(ConnectionError):  # the header after it is limited again
+            client.sendall(HEAD + b"X-Header: ")
+            for _ in range(1000):
+                client.sendall(b"a" * 2**16)
+                time.sleep(0.001)
+
+
 @pytest.mark.parametrize("piece", [b"a" * 2**16, b"X-Header: a\r\n" * 5000])
 def test_a_header_without_end_is_not_read(piece: bytes) -> None:
     with run_limited() as (_, connect):
