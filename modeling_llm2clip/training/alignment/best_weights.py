@@ -36,7 +36,7 @@ BEST_FILE = "best.safetensors"
 # Shares of the way from the start to the trained weights that are tried beside the whole of it.
 _SHARES = (0.25, 0.5, 0.75)
 _METADATA = "held_out"
-# Entry of the metadata: the SHA-256 of the file with zeros in its place.
+# In the metadata: the SHA-256 of the file with zeros in its place.
 _NO_DIGEST, _DIGEST = f"sha256-{0:064}", re.compile(rb"sha256-[0-9a-f]{64}")
 # Epoch for the captions and the noise of a measured batch, and step for its kept texts; no step of
 # a run is in it.
@@ -190,8 +190,9 @@ class BestWeightsCallback(TrainerCallback):
             state = self.trainer.collect_trained()
             if self.trainer.args.should_save:
                 weights = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-                metadata = {_METADATA: json.dumps(self.as_record()), "digest": _NO_DIGEST}
-                write_atomically(self.file, _seal(save(weights, metadata=metadata)))
+                # One entry: safetensors writes several in an order of each process.
+                entry = json.dumps({**self.as_record(), "digest": _NO_DIGEST})
+                write_atomically(self.file, _seal(save(weights, metadata={_METADATA: entry})))
 
     def _measure(self) -> HeldOutScores:
         trainer = self.trainer
