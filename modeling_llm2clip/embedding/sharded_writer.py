@@ -169,7 +169,10 @@ class ShardedWriter(ABC, Generic[_Manifest]):
     def _read_record(self, shard: int) -> ShardRecord | None:
         file = self.folder / self.manifest.name_record(shard)
         try:
-            return make_record(read_sealed(file.read_text(encoding="utf-8")))
+            record = make_record(read_sealed(file.read_text(encoding="utf-8")))
+            if record.file != self.manifest.name_shard(shard):
+                raise ValueError(f"it describes {record.file}")
+            return record
         except FileNotFoundError:
             return None
         except (ValueError, TypeError) as error:

@@ -187,6 +187,13 @@ def test_complete_shards_of_another_plan_are_refused_by_name(tmp_path: Path) -> 
     assert torch.equal(EmbeddingStore.open(ours, check="full").read(range(23)), make_embeddings())
 
 
+def test_a_record_in_the_place_of_another_is_refused(tmp_path: Path) -> None:
+    folder = write_store(tmp_path / "store", make_embeddings(), shards=(0, 1))
+    shutil.copy(folder / "shard-00001.json", folder / "shard-00000.json")
+    with pytest.raises(ValueError, match=r"shard-00000\.json .*it describes shard-00001\.safe"):
+        open_writer(folder).find_records()
+
+
 def test_every_shard_says_which_plan_it_is_of(store: Path) -> None:
     plan = StoreManifest.read(store).hash_plan()
     for file in store.glob("*.safetensors"):
