@@ -19,7 +19,6 @@ import os
 import random
 import resource
 import shutil
-import signal
 import sys
 import time
 import traceback
@@ -29,6 +28,7 @@ from pathlib import Path
 
 from faults.counts import Counts, Outcome
 from faults.mutations import mutate
+from faults.processes import Fork
 from modeling_llm2clip.__main__ import _describe, main
 
 _SECONDS, _TIMES_UNDISTURBED = 60.0, 10  # of a case, before it counts as hung
@@ -114,7 +114,7 @@ class _Harness:
     def __init__(self, target: Target, folder: Path, seed: int) -> None:
         self.target, self.folder, self.seed = target, folder, seed
         self.whole, self.copy = folder / "whole", folder / "given"
-        self.log, self.report = folder / "log.txt", folder / "report.json"
+        self.report = folder / "report.json"
         self.whole.mkdir(parents=True)
         started = time.monotonic()
         outcome, made = self._fork(self._make, limit=_MOST_SECONDS)
@@ -195,41 +195,21 @@ class _Harness:
 
     def _fork(self, job: Callable[[], tuple[str, str]], *, limit: float) -> tuple[str, str]:
         self.report.write_text(json.dumps(["unnamed", ""]), encoding="utf-8")
-        child = os.fork()
-        if child == 0:
-            self._live(job)
-        ends = time.monotonic() + limit
-        while not (ended := os.waitpid(child, os.WNOHANG))[0]:
-            if time.monotonic() > ends:
-                os.kill(child, signal.SIGKILL)
-            time.sleep(0.002)
-        code = os.waitstatus_to_exitcode(ended[1])
-        outcome, details = json.loads(self.report.read_text(encoding="utf-8"))
-        if code == 0:
-            return outcome, details
-        tail = self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
-        is_hung = code == -signal.SIGKILL
-        return ("hung" if is_hung else "unnamed"), f"{details}: exit code {code}; {tail}"
 
-    def _live(self, job: Callable[[], tuple[str, str]]) -> None:
-        code = 1
-        try:
-            opened = os.open(self.log, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-            os.dup2(opened, 1)
-            os.dup2(opened, 2)
+        def work() -> None:
             _limit_memory()
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            os.chdir(self.folder)
-            outcome = job()
-            self.report.write_text(json.dumps(outcome), encoding="utf-8")
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            with contextlib.suppress(Exception):
-                sys.stdout.flush()
-                sys.stderr.flush()
-            os._exit(code)
+            self.report.write_text(json.dumps(job()), encoding="utf-8")
+
+        fork = Fork(work, self.folder)
+        ended = fork.wait(limit)
+        fork.log.unlink()
+        outcome, details = json.loads(self.report.read_text(encoding="utf-8"))
+        if ended.code == 0:
+            return outcome, details
+        is_hung = ended.code is None
+        details = f"{details}: exit code {ended.code}; {ended.log[-2000:]}"
+        return ("hung" if is_hung else "unnamed"), details
 
 
 def _limit_memory() -> None:

@@ -148,7 +148,7 @@ def _become(work: Callable[[], int | None], folder: Path, scratch: Path, log: Pa
     code = 1
     try:
         os.setpgid(0, 0)
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+        descriptor = os.open(log, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         os.chdir(folder)
