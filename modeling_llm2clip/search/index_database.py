@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -109,7 +109,7 @@ class IndexDatabase:
                 "new database."
             )
         about = describe() if is_new else _read_about(location, table)
-        with _explain_full_disk(location), _explained(location, "written"):
+        with _explained_writing(location):
             if is_new:
                 _write_about(table, about)
             if not has_images:
@@ -144,7 +144,7 @@ class IndexDatabase:
 
     @contextmanager
     def changing(self) -> Iterator[LanceTable]:
-        with _explain_full_disk(self.location), _explained(self.location, "written"):
+        with _explained_writing(self.location):
             yield self._table
 
     def write_about(self, about: About) -> None:
@@ -380,9 +380,14 @@ def _explained(location: str, what: str) -> Iterator[None]:
         ) from error
 
 
-def _explain_full_disk(location: str) -> AbstractContextManager[None]:
+@contextmanager
+def _explained_writing(location: str) -> Iterator[None]:
     remedy = "Free some space and run the same command again; it continues"
-    return explain_full_disk(Path(location), "for the index", remedy)
+    with (
+        explain_full_disk(Path(location), "for the index", remedy),
+        _explained(location, "written"),
+    ):
+        yield
 
 
 def _shorten(error: BaseException) -> str:
