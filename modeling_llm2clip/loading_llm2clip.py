@@ -43,7 +43,7 @@ _FILES_OF = {
     "process": "processor_config.json or preprocessor_config.json",
     "": "config.json",
 }
-_DEVICES = re.compile("CUDA|MPS|HIP|XPU")
+_DEVICES = re.compile("CUDA|MPS|HIP|XPU|NVIDIA|allocate memory")
 _REMEDY = "Choose one whose classes are part of transformers."
 # Errors of a loader that lacks a class which only the folder's code defines.
 _LOADING_ERRORS = (ValueError, OSError, LookupError, AttributeError, TypeError, ImportError)

@@ -45,7 +45,7 @@ BUDGETS = {
     "cli": 1124,
     "configs": 861,
     "conversion": 604,
-    "data": 4791,
+    "data": 4793,
     "demo": 86,
     "doctor": 1345,
     "embedding": 1253,
@@ -55,7 +55,7 @@ BUDGETS = {
     "publishing": 951,
     "recipes": 460,
     "scheduling": 83,
-    "search": 1560,
+    "search": 1561,
     "serving": 1570,
     "training": 4489,
 }

@@ -23,6 +23,7 @@ from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.loading_llm2clip import (
     list_weight_files,
+    naming_fields,
     read_weight_shapes,
     require_own_names,
 )
@@ -117,6 +118,15 @@ def test_an_index_that_names_a_file_elsewhere_is_refused(name: str, tmp_path: Pa
     write_index(folder, {"weight.0": SHARDS[0], "weight.1": SHARDS[1], "weight": name})
     with pytest.raises(ValueError, match="files of its own folder"):
         list_weight_files(folder)
+
+
+@pytest.mark.parametrize(
+    "reason",
+    ["DefaultCPUAllocator: can't allocate memory", "Found no NVIDIA driver on your system"],
+)
+def test_an_error_of_the_machine_blames_no_file(reason: str) -> None:
+    with pytest.raises(RuntimeError, match=reason), naming_fields("model"):
+        raise RuntimeError(reason)
 
 
 def test_a_weight_in_two_files_is_refused(tmp_path: Path) -> None:

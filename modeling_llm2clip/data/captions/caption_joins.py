@@ -391,6 +391,8 @@ def _read(file: Path) -> Iterator[dict[str, Any]]:
         else:
             raise ValueError(f"{file}: give .csv, .tsv, .jsonl or .parquet.")
     except (pa.ArrowException, OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
+        if getattr(error, "errno", None) is not None:  # of the disk, not of the content
+            raise
         raise ValueError(f"{file}: broken ({error}). Download it again.") from error
 
 

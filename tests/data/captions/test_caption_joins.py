@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from downloads import CAPTIONS, URLS, write_downloaded_tar
+from failing_disk import make_failing_file
 from interruptions import largest_file
 
 from modeling_llm2clip.cli.options import read_captioned_images
@@ -246,6 +247,9 @@ def test_broken_and_missing_files_are_named(tmp_path: Path) -> None:
         join_captions(records, tmp_path / "c.parquet", on="url")
     with pytest.raises(ValueError, match="no such file of captions"):
         join_captions(records, tmp_path / "gone.csv", on="url")
+    for name in ("e.csv", "e.jsonl"):
+        with pytest.raises(OSError, match=r"\[Errno 5\]"):  # of the disk: no download mends it
+            join_captions(records, make_failing_file(tmp_path / name), on="url")
     nameless = RecordTable.from_records([CaptionedImage(None, "a", "a", ("a",))])
     file = write_csv(tmp_path / "c.csv", make_rows([1]))
     with pytest.raises(ValueError, match="None of 1 records has a url"):
