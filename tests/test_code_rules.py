@@ -48,7 +48,7 @@ BUDGETS = {
     "data": 4793,
     "demo": 86,
     "doctor": 1345,
-    "embedding": 1253,
+    "embedding": 1257,
     "encoding": 958,
     "evaluation": 2927,
     "model_folders": 1463,

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -24,7 +25,13 @@ from ..data.store.store_manifest import (
     ShardRecord,
     StoreManifest,
 )
-from ..data.store.store_shards import PLAN, check_size
+from ..data.store.store_shards import (
+    PLAN,
+    check_file,
+    check_size,
+    describe_damage,
+    list_errors,
+)
 from .sharded_writer import ShardedWriter, begin_output, explain_full_output, read_begun
 
 
@@ -88,7 +95,11 @@ class EmbeddingStoreWriter(ShardedWriter[StoreManifest]):
         for shard in self.list_missing():
             with self.hold(shard):  # another run would name the plan before
                 pass
-        for shard, record in self.find_records().items():
+        records = self.find_records()
+        # A new hash of what is damaged would make it whole.
+        if errors := list_errors(partial(check_file, self.folder), [*records.values()]):
+            raise ValueError(describe_damage(self.folder, errors))
+        for shard, record in records.items():
             (_, embeds), *_ = iterate_tensors([self.folder / record.file])
             self.write(shard, embeds, record.num_truncated)
         super().renew()

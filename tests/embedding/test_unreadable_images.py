@@ -223,6 +223,22 @@ def test_a_store_that_another_run_writes_does_not_get_another_plan(
     assert StoreManifest.read(tmp_path / "out") == writer.manifest
 
 
+def test_a_damaged_shard_does_not_get_a_new_hash_with_the_repair(
+    run: Run, data: Path, tmp_path: Path
+) -> None:
+    contents = break_images(data, (9,))
+    with pytest.raises(DataValidationError):
+        run(tmp_path / "output")
+    repair(contents)
+    files = sorted((tmp_path / "output").iterdir())
+    shard = next(file for file in files if file.suffix in (".safetensors", ".parquet"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"1 damaged file: {shard.name}: SHA-256"):
+        run(tmp_path / "output")
+
+
 def test_all_are_named_where_the_sample_of_int8_ranges_meets_one(
     model: Path, data: Path, tmp_path: Path
 ) -> None:

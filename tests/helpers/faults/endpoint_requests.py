@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -137,7 +138,7 @@ def mutate(random: Random, body: Any) -> bytes:
         elif change == 2:
             parent[key] = [parent[key]] * random.choice((1, 2, 3))
         else:
-            parent[key] = random.choice(ODD)
+            parent[key] = deepcopy(random.choice(ODD))  # further changes may go into it
         if not body:
             break
     encoding = random.choice(("utf-8",) * 8 + ("utf-16", "utf-32", "latin-1"))
