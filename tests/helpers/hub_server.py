@@ -27,7 +27,10 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".onnx", ".npy", ".npz", ".parquet", ".zip")
+_LICENSES = ("apache-2.0", "mit", "other")  # a few of those that the Hub knows
 LFS_MINIMUM_BYTES = 10 * 2**20  # from here on the Hub wants LFS whatever the file is called
 
 
@@ -323,6 +326,13 @@ class HubServer(ThreadingHTTPServer):
         else:
             raise RefusalError(400, f"Cannot do {key} for {path}: unknown step or missing content.")
 
+    def _validate_card(self, request: Request) -> Reply:
+        _, metadata, _ = json.loads(request.body)["content"].split("---\n", 2)
+        license = yaml.safe_load(metadata).get("license")
+        errors = [] if license in _LICENSES else [f'"license" must be one of {list(_LICENSES)}']
+        answer = {"errors": [{"message": error} for error in errors], "warnings": []}
+        return Reply(answer, 400 if errors else 200)
+
     def _resolve(self, request: Request) -> Reply:
         repository, path = self._find(request), request.parts["path"]
         sha = repository.find(request.parts["revision"])
@@ -356,7 +366,7 @@ ROUTES: list[tuple[str, str, Callable[[HubServer, Request], Reply]]] = [
     ("PUT", "/lfs-objects/{oid}", HubServer._store_object),
     ("POST", "/api/models/{repo}/commit/{branch}", HubServer._commit),
     ("GET", "/{repo}/resolve/{revision}/(?P<path>.+)", HubServer._resolve),
-    ("POST", "/api/validate-yaml", lambda *_: Reply({"errors": [], "warnings": []})),
+    ("POST", "/api/validate-yaml", HubServer._validate_card),
 ]
 
 

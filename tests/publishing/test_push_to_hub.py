@@ -66,6 +66,7 @@ run("push", again, "{NAME}", "--revision", "sharded")
 run("push", again, "{NAME}", "--no-private")
 run("push", opened, "{OPEN}", "--no-private")
 run("push", opened, "{OPEN}")
+run("push", opened, "{OPEN}", "--no-private", "--license", "nearly-mit")
 del os.environ["HF_TOKEN"]  # a stranger from here on
 run("push", source, "{NAME}")
 run("doctor", "{NAME}")
@@ -331,11 +332,20 @@ def test_a_repository_is_private_unless_it_is_to_be_public_and_stays_so(
     assert len(published.hub.repositories[OPEN].commits) == 2
 
 
+def test_a_license_that_the_hub_does_not_know_is_refused_before_the_upload(
+    published: Published,
+) -> None:
+    """The Hub has the list, and is asked before a file is sent."""
+    code, _, error = published.answers[7]
+    assert code == 2 and '"license" must be one of' in error
+    assert len(published.hub.repositories[OPEN].commits) == 2
+
+
 def test_without_a_token_nothing_is_published_and_the_error_says_how_to_get_one(
     published: Published,
 ) -> None:
     assert published.hub.token not in json.dumps(published.answers)
-    push, doctor = published.answers[7:]
+    push, doctor = published.answers[8:]
     assert push[0] == 2
     assert "there is no valid token. Log in with `hf auth login`, or set HF_TOKEN" in push[2]
     assert doctor[0] == 1 and "the Hub has no such repository" in doctor[1]
