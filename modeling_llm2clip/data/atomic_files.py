@@ -36,7 +36,9 @@ _HASHED_AT_ONCE = 2**20  # bytes
 _LONGEST_NAME = 218
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Errors of torch.save and of safetensors (28: no space, 122: quota, 27: file too large).
-_WRITE_FAILED = re.compile(r"inline_container|PytorchStreamWriter|(os error|code:) (28|122|27)\b")
+_WRITE_FAILED = re.compile(
+    r"inline_container|PytorchStreamWriter|iostream error|(os error|code:) (28|122|27)\b"
+)
 _FREE_DISK = "Free some space, or write to another disk"
 # Remedy of `explain_full_disk` for a temporary folder.
 FREE_TEMPORARY_FOLDER = (

@@ -161,8 +161,12 @@ class _Harness:
         file = rng.choice(files)
         details = f"{file.relative_to(self.copy)}: {mutate(file, rng, self.target.ways)}"
         self.report.write_text(json.dumps(["unnamed", details]), encoding="utf-8")
-        names = {part for path in (file, root) for part in path.relative_to(self.folder).parts}
-        return self._judge(root, details, names - {self.copy.name})
+        return self._judge(root, details, self._list_names(file))
+
+    def _list_names(self, file: Path) -> set[str]:
+        """List what names a file: folders whose names are plain words by their paths alone."""
+        below = [file, *file.parents][: len(file.relative_to(self.copy).parts)]
+        return {*map(str, below), *(path.name for path in below if not path.name.isalpha())}
 
     def _restore(self) -> tuple[str, str]:
         for file in self.whole.rglob("*"):
