@@ -57,7 +57,7 @@ BUDGETS = {
     "scheduling": 83,
     "search": 1561,
     "serving": 1570,
-    "training": 4489,
+    "training": 4490,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 279, 8404
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
