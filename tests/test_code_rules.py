@@ -55,7 +55,7 @@ BUDGETS = {
     "publishing": 951,
     "recipes": 460,
     "scheduling": 83,
-    "search": 1561,
+    "search": 1563,
     "serving": 1570,
     "training": 4490,
 }
