@@ -45,7 +45,7 @@ BUDGETS = {
     "cli": 1124,
     "configs": 861,
     "conversion": 604,
-    "data": 4793,
+    "data": 4800,
     "demo": 86,
     "doctor": 1345,
     "embedding": 1257,
