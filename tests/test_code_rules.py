@@ -57,7 +57,7 @@ BUDGETS = {
     "scheduling": 83,
     "search": 1563,
     "serving": 1570,
-    "training": 4490,
+    "training": 4494,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 279, 8404
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
