@@ -48,7 +48,7 @@ BUDGETS = {
     "data": 4800,
     "demo": 86,
     "doctor": 1345,
-    "embedding": 1257,
+    "embedding": 1258,
     "encoding": 958,
     "evaluation": 2927,
     "model_folders": 1463,
