@@ -7,7 +7,6 @@ records works on columns (`keys`, `group_keys`, `count_texts`) or in batches (`i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..images.image_sources import ImageSource, count_bytes
 from ..key_arrays import Array, find_first_rows
 from ..remote.file_places import FilePlace, list_states, use_states
 from ..remote.remote_files import FileInfo
+from ..sources.json_files import parse_json
 from .record_columns import (
     IMAGE_COLUMNS,
     NO_IMAGE,
@@ -328,7 +328,7 @@ def skipped_file(file: Path) -> Path:
 def read_skipped(file: Path) -> dict[str, int]:
     """Read how many rows of an index's source are not records, by their reasons."""
     notes = skipped_file(file)
-    skipped: dict[str, int] = json.loads(notes.read_text("utf-8")) if notes.is_file() else {}
+    skipped: dict[str, int] = parse_json(notes.read_text("utf-8")) if notes.is_file() else {}
     return skipped
 
 
