@@ -45,21 +45,21 @@ BUDGETS = {
     "cli": 1124,
     "configs": 861,
     "conversion": 604,
-    "data": 4793,
+    "data": 4800,
     "demo": 86,
     "doctor": 1345,
-    "embedding": 1257,
+    "embedding": 1258,
     "encoding": 958,
     "evaluation": 2927,
     "model_folders": 1463,
     "publishing": 951,
-    "recipes": 460,
+    "recipes": 467,
     "scheduling": 83,
-    "search": 1561,
+    "search": 1563,
     "serving": 1570,
-    "training": 4489,
+    "training": 4494,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 279, 8404
+MOST_FILES, MOST_DOCSTRING_LINES = 279, 8410
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.

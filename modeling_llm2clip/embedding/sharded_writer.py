@@ -98,14 +98,15 @@ class ShardedWriter(ABC, Generic[_Manifest]):
         _require_finite(stored, embeds, rows)
         content, facts = self.encode(shard, stored)
         file = self.folder / self.manifest.name_shard(shard)
+        complete = self.folder / self.manifest.name_record(shard)
         digest = hashlib.sha256(content).hexdigest()
         record = ShardRecord(
             file=file.name, bytes=len(content), sha256=digest, num_truncated=num_truncated, **facts
         )
         with explain_full_output(self.folder, self._name(shard)):
+            complete.unlink(missing_ok=True)  # after a kill, an old hash would say damaged
             write_atomically(file, content)
-            sealed = write_sealed(asdict(record)).encode()
-            write_atomically(self.folder / self.manifest.name_record(shard), sealed)
+            write_atomically(complete, write_sealed(asdict(record)).encode())
 
     def is_done(self, shard: int) -> bool:
         """Return whether the record and the file of a shard are in the folder."""

@@ -36,6 +36,7 @@ from ..evaluation.evaluate import check_data as check_eval_data
 from ..evaluation.evaluate import evaluate
 from ..evaluation.results import list_result_files
 from ..loading_llm2clip import list_weight_files, load_without_code
+from ..model_folders.golden_embeddings import require_recorded_files
 from ..model_folders.model_folder import LORA_WEIGHTS, find_model_type, require_sources
 from ..publishing.export_model import add_card_results, export_model
 from ..scheduling.graceful_stop import StageInterrupt
@@ -351,13 +352,21 @@ class _Recipe:
         return exported
 
     def _check_model(self, model: Path) -> None:
-        if self.is_main_process and not read_results(self.config.output).get("is_healthy"):
+        if self.is_main_process and not self._is_as_checked(model):
             report = check_model(model, device=self.config.device)
             if not report.healthy:
                 raise ValueError(f"The model is not healthy:\n{report}")
             add_results(self.config.output, is_healthy=True)
             self.say(str(report).rpartition("\n")[2])
         PartialState().wait_for_everyone()
+
+    def _is_as_checked(self, model: Path) -> bool:
+        """Tell whether the model was healthy, and has the weights and files that it had then."""
+        try:
+            require_recorded_files(model)
+        except ValueError:  # the report says it
+            return False
+        return bool(read_results(self.config.output).get("is_healthy"))
 
     def _evaluate(self, model: Path) -> None:
         data = list_eval_data(self.config, self.test)

@@ -212,6 +212,11 @@ class FolderUpdate:
             for batch in self.database.iterate(["path", "stat", "sha256"])
             for path, stat, sha256 in zip(*(c.to_pylist() for c in batch.columns), strict=True)
         }
+        if repeated := self.database.count() - len(self._known):
+            raise ValueError(
+                f"{self.database.location} is damaged: {counted(repeated, 'row')} with the path of "
+                "another. Remove it, and index the images again."
+            )
         self._digests = Counter(sha256 for _, sha256 in self._known.values())  # of all rows
 
     def __str__(self) -> str:

@@ -21,6 +21,7 @@ from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.store.store_manifest import StoreManifest
 from modeling_llm2clip.embedding import embed as embedding
 from modeling_llm2clip.embedding import extract as extraction
+from modeling_llm2clip.embedding import sharded_writer
 from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter
 from modeling_llm2clip.embedding.shard_encoding import ImageShardEncoder
 from modeling_llm2clip.embedding.sharded_writer import ShardedWriter
@@ -221,6 +222,26 @@ def test_a_store_that_another_run_writes_does_not_get_another_plan(
     with writer.hold(2), pytest.raises(ValueError, match="Another run computes shard 2 of 3"):
         function(model, load_records(data), tmp_path / "out", config, modality="image")
     assert StoreManifest.read(tmp_path / "out") == writer.manifest
+
+
+def test_a_kill_between_a_renewed_shard_and_its_record_is_no_damage(
+    run: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = break_images(data, (9,))
+    with pytest.raises(DataValidationError):
+        run(tmp_path / "output")
+    repair(contents)
+    write = sharded_writer.write_atomically
+
+    def stop(file: Path, content: bytes) -> None:
+        if file.suffix == ".json":  # of the first shard, or the manifest alone
+            raise KeyboardInterrupt
+        write(file, content)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(sharded_writer, "write_atomically", stop)
+        run(tmp_path / "output")
+    assert read_bytes(run(tmp_path / "output")) == read_bytes(run(tmp_path / "fresh"))
 
 
 def test_a_damaged_shard_does_not_get_a_new_hash_with_the_repair(

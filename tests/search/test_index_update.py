@@ -357,6 +357,18 @@ def test_content_that_only_a_replaced_row_had_is_encoded_again(
     assert after["embedding"] == pytest.approx(before["embedding"], abs=1e-5)
 
 
+def test_a_damaged_path_that_another_image_has_is_not_written_anew(place: Place) -> None:
+    """The row would become a second one of that image, with a new checksum."""
+    place.build()
+    (file,) = (place.index / "images.lance" / "data").glob("*.lance")
+    content = file.read_bytes()
+    assert content.count(b"3.png") == 1
+    file.write_bytes(content.replace(b"3.png", b"1.png"))
+    (place.images / "3.png").unlink()
+    with pytest.raises(ValueError, match="is damaged: 1 row with the path of another"):
+        place.build()
+
+
 def test_times_of_a_touched_file_are_found_by_filters(place: Place) -> None:
     where = "modified > date '2001-01-01'"
     for path in place.images.rglob("*.*"):

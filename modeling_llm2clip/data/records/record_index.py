@@ -4,8 +4,8 @@ The parts of a source are read one by one, those of a large source by several pr
 memory does not grow with it. The index is kept in the user's cache under the names, sizes and
 modification times of the source's files, or what their server has in place of a time: a changed
 file is read again. Every index that is built has a file of its own, because a table reads its file
-again and again. The name of the file ends with its SHA-256: a damaged index is built again. Indexes
-of a source that no run has opened for 30 days are removed.
+again and again. Its name ends with the SHA-256 of the file and of the counts beside it: a damaged
+index is built again. Indexes of a source that no run has opened for 30 days are removed.
 
 Everything is read again, too, if images that are files of their own are gone or have another size:
 of up to 100,000 records all images are looked at, of more 10,000 that are spread evenly. The
@@ -21,7 +21,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass, replace
@@ -55,7 +55,7 @@ from ..remote.file_places import (
 from ..remote.remote_files import FileInfo
 from ..validation_errors import ErrorCollector
 from .record_columns import IMAGE_FILE, ROWS_PER_BATCH, SCHEMA, make_batches, rebatch
-from .record_table import Array, RecordTable, skipped_file
+from .record_table import Array, RecordTable, read_skipped, skipped_file
 from .records import CheckedRecord, RecordRules, check_record
 from .source_files import SourceFiles, SourcePart
 
@@ -130,7 +130,7 @@ def _find(name: Path) -> RecordTable | None:
     for file in sorted(times, key=times.__getitem__, reverse=True):
         try:
             # Before it is mapped: Arrow checks no bytes, and some of them end the process.
-            if hash_file(file) != file.stem.rpartition("-")[2]:
+            if _hash_index(file, read_skipped(file)) != file.stem.rpartition("-")[2]:
                 continue
             table = RecordTable.open(file)
         except (OSError, ValueError):  # removed just now, or with damaged notes
@@ -159,7 +159,7 @@ def _build(
             if table.file is not None and errors.total:
                 table = RecordTable(table._batches)  # what is mapped stays readable
             elif table.file is not None:
-                file = file.with_stem(f"{file.stem}-{hash_file(unfinished)}")
+                file = file.with_stem(f"{file.stem}-{_hash_index(unfinished, errors.skipped)}")
                 if errors.skipped:
                     skipped_file(file).write_text(json.dumps(errors.skipped), encoding="utf-8")
                 table = RecordTable.open(unfinished.replace(file))
@@ -317,6 +317,12 @@ def _remove_old(name: Path) -> None:
                     shutil.rmtree(file)
                 else:
                     file.unlink()
+
+
+def _hash_index(file: Path, skipped: Mapping[str, int]) -> str:
+    """Hash the file of an index, and the counts beside it, if there are any."""
+    digest = hash_file(file)
+    return hash_json([digest, skipped]) if skipped else digest
 
 
 def _lock(name: Path) -> AbstractContextManager[Any]:

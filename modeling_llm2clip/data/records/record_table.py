@@ -7,7 +7,6 @@ records works on columns (`keys`, `group_keys`, `count_texts`) or in batches (`i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..images.image_sources import ImageSource, count_bytes
 from ..key_arrays import Array, find_first_rows
 from ..remote.file_places import FilePlace, list_states, use_states
 from ..remote.remote_files import FileInfo
+from ..sources.json_files import parse_json
 from .record_columns import (
     IMAGE_COLUMNS,
     NO_IMAGE,
@@ -99,9 +99,7 @@ class RecordTable(Sequence[CaptionedImage]):
             if reader.schema != SCHEMA:
                 raise ValueError(f"{file} is not an index of records. Remove it.")
             batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        notes = skipped_file(file)
-        skipped = json.loads(notes.read_text("utf-8")) if notes.is_file() else None
-        return cls(batches, file=file, skipped=skipped)
+        return cls(batches, file=file, skipped=read_skipped(file))
 
     def __reduce__(self) -> tuple[Callable[..., RecordTable], tuple[Any, ...]]:
         batches = list(self._batches) if self.file is None else []
@@ -325,6 +323,13 @@ class RecordTable(Sequence[CaptionedImage]):
 def skipped_file(file: Path) -> Path:
     """Name the file beside an index that counts the rows that are not records."""
     return file.with_suffix(".skipped.json")
+
+
+def read_skipped(file: Path) -> dict[str, int]:
+    """Read how many rows of an index's source are not records, by their reasons."""
+    notes = skipped_file(file)
+    skipped: dict[str, int] = parse_json(notes.read_text("utf-8")) if notes.is_file() else {}
+    return skipped
 
 
 def split_by_batch(rows: Array) -> Iterator[tuple[int, Array]]:

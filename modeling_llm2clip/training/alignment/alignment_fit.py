@@ -176,7 +176,7 @@ class AlignmentFit:
         if isinstance(self.data, StreamData):
             self.data.load(checkpoint)
         if best_weights is not None:
-            best_weights.read_earlier(state.global_step)
+            best_weights.read_earlier(state)
             if best_weights.has_stopped_early and state.global_step < state.max_steps:
                 trainer.state = state  # the run ended here, and takes no further step
                 return

@@ -23,7 +23,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from ...data.atomic_files import write_atomically
 from ..run_folder import add_results, read_results
@@ -130,8 +130,11 @@ class BestWeightsCallback(TrainerCallback):
             self.has_stopped_early = True
             control.should_training_stop = control.should_log = control.should_save = True
 
-    def read_earlier(self, step: int) -> None:
-        """Read what an earlier part of this run kept, and whether the run stopped early."""
+    def read_earlier(self, state: TrainerState) -> None:
+        """Read what an earlier part of this run kept, and whether the run stopped early.
+
+        It kept what the checkpoint with this state knows as the best, or found a better one later.
+        """
         content = self.file.read_bytes() if self.file.is_file() else b""
         digest = _DIGEST.search(content)
         if digest is None or _seal(content.replace(digest[0], _NO_DIGEST.encode())) != content:
@@ -144,6 +147,13 @@ class BestWeightsCallback(TrainerCallback):
         self.before = HeldOutScores(**entry["before"])
         self.best = HeldOutScores(**entry["best"])
         self.best_step, self.best_share = entry["best_step"], entry["best_share"]
+        step, known = state.global_step, state.best_metric
+        if self.best_step <= step and known not in (None, self.best.loss):
+            raise ValueError(
+                f"{self.file} is of another run, or of an earlier step of this one: its held-out "
+                f"loss is {self.best.loss}, and the best until the checkpoint of step {step} was "
+                f"{known}. Restore the last one of this run, or train anew in another folder."
+            )
         self.has_stopped_early = step % self.eval_steps == 0 and self._is_out_of_patience(step)
 
     def as_record(self) -> dict[str, Any]:
@@ -193,6 +203,7 @@ class BestWeightsCallback(TrainerCallback):
                 # One entry: safetensors writes several in an order of each process.
                 entry = json.dumps({**self.as_record(), "digest": _NO_DIGEST})
                 write_atomically(self.file, _seal(save(weights, metadata={_METADATA: entry})))
+        self.trainer.state.best_metric = self.best.loss  # in each checkpoint, for `read_earlier`
 
     def _measure(self) -> HeldOutScores:
         trainer = self.trainer

@@ -30,7 +30,7 @@ from ...encoding.float32 import float32_as_such
 from ...model_folders.fingerprint import fingerprint_text, fingerprint_vision
 from ...model_folders.model_card import CardResult, read_card_data
 from ...model_folders.model_folder import find_model_folder
-from ...model_folders.model_writing import save_trained_model
+from ...model_folders.model_writing import require_intact, save_trained_model
 from ...model_folders.training_images import TRAINING_IMAGES_FILE
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ...scheduling.processes import choose_device
@@ -108,7 +108,7 @@ def interpolate(
 
     Raises:
         ValueError: The models have other LLMs, networks, image processors or statistics of batch
-            normalization, or equal weights.
+            normalization, or equal weights; or one is not as it was written.
         FileExistsError: The output exists.
 
     Examples:
@@ -122,6 +122,7 @@ def interpolate(
     if not isinstance(caption_store, EmbeddingStore | None):
         caption_store = EmbeddingStore.open(caption_store)
     of_images = _require_same_parts(first, last, caption_store)
+    require_intact(first, with_llm=False)  # the last one, whose LLM it has, when it is written anew
     records, processor = RecordTable.from_records(data), LLM2CLIPProcessor.from_pretrained(last)
     check_data(records)
     dataset = AlignmentDataset(records, processor, caption_store=caption_store)

@@ -252,6 +252,8 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "another caption": flip_in_caption,
     "another schema": write_other_schema,
     "notes that are not JSON": lambda file: skipped_file(file).write_text("{", encoding="utf-8"),
+    "deep notes": lambda file: skipped_file(file).write_text("[" * 100_000, encoding="utf-8"),
+    "a number as notes": lambda file: skipped_file(file).write_text("1", encoding="utf-8"),
 }
 
 

@@ -20,6 +20,7 @@ from downloads import (
 
 from modeling_llm2clip.data.records import record_index
 from modeling_llm2clip.data.records.record_loading import load_records
+from modeling_llm2clip.data.records.record_table import skipped_file
 from modeling_llm2clip.data.streams.record_streams import stream_records
 
 
@@ -55,6 +56,13 @@ def test_rows_without_an_image_are_counted_and_are_no_errors(
     built, found = load_records(folder), load_records(folder)
     assert found.file == built.file is not None
     assert built.skipped == found.skipped == expected
+    # Notes that are damaged or gone count nothing else: all is read again.
+    notes = skipped_file(built.file)
+    notes.write_text(notes.read_text(encoding="utf-8").replace("1", "7"), encoding="utf-8")
+    again = load_records(folder)
+    assert again.skipped == expected and again.file not in (None, built.file)
+    skipped_file(again.file).unlink()
+    assert load_records(folder).skipped == expected
     stream = stream_records(folder)
     assert len(list(stream)) == 2 and stream.report.skipped_samples == 1
     assert stream.report.problems.counts == expected

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +14,7 @@ import aligning
 import evaluating
 import inheriting
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from aligning import Prepared
 from indexes import save_images
@@ -196,9 +196,17 @@ def update_index(folder: Path) -> object:
 
 
 def write_many(folder: Path) -> None:
+    """Write rows of which one is no record: its count is kept beside the index."""
+    numbers = [*map(str, range(_MANY + 1))]
+    columns = {
+        "key": numbers,
+        "url": [f"https://a.example/{number}" for number in numbers],
+        "status": ["failed", *["success"] * _MANY],
+        "error_message": numbers,
+        "caption": [f"text {number}" for number in numbers],
+    }
     folder.mkdir()
-    lines = [json.dumps({"id": str(n), "captions": [f"text {n}", "a dog"]}) for n in range(_MANY)]
-    (folder / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    pq.write_table(pa.table(columns), folder / "00000.parquet")
 
 
 def cache_records(folder: Path) -> Path:
@@ -211,7 +219,7 @@ def load_cached(folder: Path) -> object:
     records = load_records(make_once("many", write_many), modality="text")
     assert list(folder.rglob("*.arrow"))
     content = [(r.name, r.captions, r.long_captions, r.lang, r.group_id) for r in records]
-    return len(content), hashlib.sha256(repr(content).encode()).hexdigest()
+    return len(content), hashlib.sha256(repr(content).encode()).hexdigest(), records.skipped
 
 
 def evaluate_again(folder: Path) -> object:

@@ -14,7 +14,10 @@ from tuning import SHORT, tune
 
 from faults.damage import Target, call
 from faults.outputs_data import make_once, prepare, prepare_inheriting
+from modeling_llm2clip.configs.align_config import InterpolateConfig
+from modeling_llm2clip.evaluation.results import read_evaluation_results
 from modeling_llm2clip.recipes.train import train
+from modeling_llm2clip.training.alignment.interpolate import interpolate
 
 _TUNED = replace(SHORT, num_hard_negatives=3, max_steps=4, save_steps=2)
 
@@ -90,6 +93,36 @@ def resume_recipe(output: Path) -> object:
     return hash_tensors(output / "model")
 
 
+def train_before_evaluation(folder: Path) -> Path:
+    """Run a recipe, as a kill between the check of its model and the evaluation leaves it."""
+    output = train_recipe(folder / "run")
+    shutil.rmtree(output / "evaluation")
+    return output
+
+
+def evaluate_recipe(output: Path) -> object:
+    shutil.rmtree(output / "evaluation", ignore_errors=True)  # of an earlier reader
+    train_recipe(output)
+    return [(result.task, result.scores) for result in
+            read_evaluation_results(output / "evaluation")]  # fmt: skip
+
+
+def copy_model(folder: Path) -> Path:
+    return Path(shutil.copytree(prepare().model, folder / "before"))
+
+
+def interpolate_from(before: Path) -> object:
+    """Write weights between a model and what an alignment made of it."""
+    prepared, output = prepare(), before.parent / "between"
+    shutil.rmtree(output, ignore_errors=True)
+    trained = make_once("trained", lambda f: prepared.align(f, vision_training="full"))
+    interpolate(
+        before, trained / "model", prepared.records, output,
+        InterpolateConfig(device="cpu", num_shares=2), caption_store=prepared.captions,
+    )  # fmt: skip
+    return hash_tensors(output)
+
+
 def align_model(folder: Path) -> Path:
     """Write the model of an alignment, with a summary of its training images."""
     return Path(shutil.copytree(_align(prepare(), folder / "run").model, folder / "model"))
@@ -105,5 +138,10 @@ TARGETS = (
     Target("fine-tuning", tune_before_end, resume_tuning),
     Target("recipe", train_before_alignment, resume_recipe,
            files=("run.json", "manifest.json", "shard-*", "index.arrow")),
+    # Its weights, and those of the stages before, which are not read again.
+    Target("recipe before its evaluation", train_before_evaluation, evaluate_recipe,
+           files=("model/model.safetensors", "model/golden_embeddings.safetensors")),
     Target("model", align_model, check),
+    Target("model to interpolate from", copy_model, interpolate_from,
+           files=("*.safetensors", "*.json")),
 )  # fmt: skip

@@ -122,3 +122,17 @@ def test_a_run_that_stopped_early_takes_no_further_step(few: Prepared, tmp_path:
             ValueError, match=r"best\.safetensors is missing or damaged.*anew in an"
         ):
             few.align_stored(run, resume=True, **options)
+
+
+def test_best_weights_of_another_run_do_not_become_those_of_this_one(
+    few: Prepared, tmp_path: Path
+) -> None:
+    """Nor do those of an earlier step, as a backup has them: they would be written as the best."""
+    options = {**SHORT_RUN, "held_out_ratio": 0.2, "eval_steps": 2, "refit": False}
+    whole = few.align_stored(tmp_path / "whole", **options)
+    shorter = few.align_stored(tmp_path / "shorter", **{**options, "max_steps": 2})
+    assert 0 < shorter.best_step < whole.best_step == 6
+    run = whole.copy_without_model(tmp_path / "run")
+    (run / BEST_FILE).write_bytes((shorter.output / BEST_FILE).read_bytes())
+    with pytest.raises(ValueError, match=r"best\.safetensors is of another run, .* step 6 was"):
+        few.align_stored(run, resume=True, **options)

@@ -45,6 +45,16 @@ def test_labeled_images_have_to_be_there_to_choose() -> None:
         InterpolateConfig(choose_by="zero_shot")
 
 
+def test_a_damaged_model_is_not_on_the_way(colored: Prepared, tmp_path: Path) -> None:
+    """What is written records new golden embeddings, by which the damage would be right."""
+    damaged = shutil.copytree(colored.model, tmp_path / "damaged")
+    weights = weights_of(damaged)
+    weights["visual_projection.weight"][0] = 0
+    save_file(weights, damaged / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"from {damaged}: it fails .*image_embeds moved"):
+        interpolate(damaged, colored.model, colored.records, tmp_path / "model", CPU)
+
+
 @pytest.mark.slow
 def test_the_best_weights_between_are_written(
     colored: Prepared, tuned: Run, tmp_path: Path
