@@ -1,8 +1,8 @@
 """Every output of the package that it reads again.
 
-An output that holds digests must read as it was written, or be refused. Weights of a model folder
-have none, since their format is the Hub's: `doctor` must call the folder damaged, or its embeddings
-are those that it records. ONNX graphs have neither.
+An output that holds digests must read as it was written, or be refused. Commands that only encode
+do not check those of a model folder: `doctor` must call the folder damaged, or its embeddings are
+those that it records. ONNX graphs have no digests.
 """
 
 from __future__ import annotations
