@@ -57,12 +57,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def odd_names(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose card names its data and two licenses, and an index of images in deep folders with odd names."""
+    """A model whose card names its data, and an index of images in deep folders with odd names."""
     root = tmp_path_factory.mktemp("odd")
     export_tiny_model(root / "model_1")
     (root / "model_1" / "README.md").write_text(
-        '---\ntraining_data:\n- "my_photos (2024)"\n- emoji\nlicense: [mit, cc-by-4.0]\n---\n',
-        encoding="utf-8",
+        '---\ntraining_data:\n- "my_photos (2024)"\n- emoji\n---\n', encoding="utf-8"
     )
     for number in range(12):
         name = ODD_NAMES[number] if number < len(ODD_NAMES) else f"{number}.png"
