@@ -40,12 +40,12 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2548,
+    ".": 2550,
     "building": 1357,
     "cli": 1124,
     "configs": 861,
     "conversion": 604,
-    "data": 4793,
+    "data": 4795,
     "demo": 86,
     "doctor": 1345,
     "embedding": 1257,
@@ -57,9 +57,9 @@ BUDGETS = {
     "scheduling": 83,
     "search": 1561,
     "serving": 1570,
-    "training": 4489,
+    "training": 4492,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 279, 8404
+MOST_FILES, MOST_DOCSTRING_LINES = 279, 8407
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.
