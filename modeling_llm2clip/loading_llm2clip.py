@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from math import prod
 from pathlib import Path
+from pickle import UnpicklingError
 from traceback import extract_tb
 from typing import Any
 
@@ -306,6 +307,12 @@ def naming_fields(source: Any, arguments: Iterable[str] = ()) -> Iterator[None]:
         yield
     except (OSError, ImportError, MemoryError, SafetensorError):  # they say what they refuse
         raise
+    except UnpicklingError as error:  # torch's remedy is to run the code in the file
+        raise ValueError(
+            f"{source}: a weight file that is not safetensors is damaged or holds more than "
+            "weights, and unpickling that would run code from it, which is never done here. "
+            "Download it again, or save the model as safetensors on a machine where you trust it."
+        ) from error
     except Exception as error:  # of no other class in the tokenizers library
         reason = " ".join(str(error).split())
         is_named = str(source) in reason or ".json" in reason

@@ -40,12 +40,12 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2548,
+    ".": 2550,
     "building": 1357,
     "cli": 1124,
     "configs": 861,
     "conversion": 604,
-    "data": 4800,
+    "data": 4802,
     "demo": 86,
     "doctor": 1345,
     "embedding": 1258,
@@ -57,7 +57,7 @@ BUDGETS = {
     "scheduling": 83,
     "search": 1563,
     "serving": 1570,
-    "training": 4494,
+    "training": 4497,
 }
 MOST_FILES, MOST_DOCSTRING_LINES = 279, 8410
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")

@@ -8,6 +8,7 @@ import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from shared_models import mostly_slow
-from tiny import tiny_model
+from tiny import tiny_model, tiny_vision
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModel
 
@@ -23,6 +24,7 @@ from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.loading_llm2clip import (
     list_weight_files,
+    load_without_code,
     naming_fields,
     read_weight_shapes,
     require_own_names,
@@ -127,6 +129,18 @@ def test_an_index_that_names_a_file_elsewhere_is_refused(name: str, tmp_path: Pa
 def test_an_error_of_the_machine_blames_no_file(reason: str) -> None:
     with pytest.raises(RuntimeError, match=reason), naming_fields("model"):
         raise RuntimeError(reason)
+
+
+def test_weights_that_would_run_code_are_refused_as_such(tmp_path: Path) -> None:
+    tiny_vision()[0].save_pretrained(tmp_path)
+    weights = load_file(tmp_path / FILE)
+    (tmp_path / FILE).unlink()
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(weights, file)
+    assert load_without_code(AutoModel, tmp_path)
+    torch.save({**weights, "arguments": Random(0)}, file)
+    with pytest.raises(ValueError, match=f"{tmp_path}: a weight file that is not safetensors"):
+        load_without_code(AutoModel, tmp_path)
 
 
 def test_a_weight_in_two_files_is_refused(tmp_path: Path) -> None:

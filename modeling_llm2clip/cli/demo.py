@@ -48,7 +48,7 @@ def demo(
             f"{output} has the model of an earlier demo, {output / 'model'}. Use that one, or run "
             "the demo again with --output NEW_FOLDER."
         )
-    require_new_folder(output)
+    require_new_folder(output, is_renamed=False)
     device = str(use_device(config.device))
 
     from ..demo.run_demo import make_demo_config, run_demo

@@ -286,11 +286,18 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     sync(folder.parent)
 
 
-def require_new_folder(folder: Path) -> None:
-    """Refuse a folder that exists and is not empty, cannot be made, or is being written."""
-    # A temporary folder beside it gets the name at the end.
+def require_new_folder(folder: Path, *, is_renamed: bool = True) -> None:
+    """Refuse a folder that exists and is not empty, cannot be made, or is being written.
+
+    A temporary folder beside it gets the name at the end, unless `is_renamed` is false.
+    """
     require_writable(folder.parent if os.path.lexists(folder) else folder)
     _require_empty(folder)
+    if is_renamed and (folder.is_symlink() or os.path.ismount(folder) or not folder.name):
+        raise FileExistsError(
+            f"{folder} is a link, a mount or the current folder, which no new folder can replace. "
+            f"Name a folder below it, such as {folder / 'model'}."
+        )
     clear_leftovers(folder)
 
 

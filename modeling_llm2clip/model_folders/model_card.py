@@ -150,7 +150,7 @@ class CardData:
 
 
 def read_card_data(folder: Path, *, training_alone: bool = False) -> CardData:
-    """Read the statements of a card; of another package's, only those about its training data."""
+    """Read the statements of a card, or those about its training data alone."""
     path = folder / "README.md"
     if not path.is_file():
         return CardData()

@@ -162,7 +162,7 @@ class EmbeddingService:
             model_name=config.model_name or Path(model).resolve().name,
             model_config=saved,
             index=images,
-            training_data=read_card_data(source).training_data,
+            training_data=read_card_data(source, training_alone=True).training_data,
             training_images=read_training_images(source),
         )
 

@@ -57,7 +57,6 @@ _BEFORE = {
     "precision": "auto",
     "compile": False,
     "jpeg_decoding": "full",
-    "keep_weight": 10.0,
 }
 _CHECKPOINTS_KEPT = 2
 _ATTEMPTS = 100
@@ -152,6 +151,8 @@ def require_same_run(
     now = {**_to_json(asdict(config)), **_to_json(inputs)}
     ignored = _MAY_DIFFER | set(may_differ)
     earlier, now = _flatten(earlier), _flatten(now)
+    if not any("keep_texts" in name and value is not None for name, value in now.items()):
+        ignored.add("keep_weight")  # of these texts alone; earlier versions had another default
     earlier = {name: _BEFORE.get(name.rpartition(".")[2]) for name in now} | earlier
     different = [
         f"{name}: {earlier.get(name)!r} then, {now.get(name)!r} now"

@@ -142,3 +142,18 @@ def test_a_name_with_the_signs_of_a_pattern_means_itself(tmp_path: Path) -> None
     left, other = leave_unfinished(tmp_path / "model[1]"), leave_unfinished(tmp_path / "model1")
     clear_leftovers(tmp_path / "model[1]")
     assert not left.exists() and other.exists()
+
+
+@pytest.mark.parametrize("name", ["link", "dangling", "."])
+def test_a_folder_that_cannot_be_replaced_is_refused_before_anything_is_written(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    (tmp_path / "link").symlink_to(place)
+    (tmp_path / "dangling").symlink_to(tmp_path / "absent")
+    monkeypatch.chdir(place if name == "." else tmp_path)
+    with pytest.raises(FileExistsError, match=r"link, a mount or the current folder.*Name a fol"):
+        require_new_folder(Path(name))
+    require_new_folder(Path(name), is_renamed=False)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["dangling", "link", "place"]

@@ -23,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from tiny import draw_noise, tiny_model
 from tuning import RECORDS, SHORT, Tuned, tune
 
+from modeling_llm2clip.configs.align_config import AlignConfig
+from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.configs.encoding_config import ExtractConfig
 from modeling_llm2clip.configs.train_config import TrainConfig
 from modeling_llm2clip.data.store.store_manifest import StoreManifest, read_sealed
@@ -135,11 +137,12 @@ def test_a_fine_tuning_is_not_continued_on_another_llm(tmp_path: Path) -> None:
 def test_a_run_continues_with_other_checkpoints_and_options_that_its_record_lacks(
     tmp_path: Path,
 ) -> None:
-    """Earlier versions wrote a checkpoint every 500 steps by default, and compiled nothing."""
+    """Earlier versions wrote a checkpoint every 500 steps by default, and compiled nothing. Their
+    default weight of kept texts counts only where texts are kept."""
     config = TrainConfig(vision_model="v", text_model="t", data="d", output=tmp_path)
     write_run_record(tmp_path, config, {})
     record = read_sealed((tmp_path / "run.json").read_text())
-    record["config"]["align"]["save_steps"] = 500
+    record["config"]["align"] |= {"save_steps": 500, "keep_weight": 1.0}
     del record["config"]["extract"]["precision"], record["config"]["extract"]["compile"]
     (tmp_path / "run.json").write_text(json.dumps(record))
     require_same_run(tmp_path, config, {}, resume=True)
@@ -150,6 +153,9 @@ def test_a_run_continues_with_other_checkpoints_and_options_that_its_record_lack
         changed = replace(config, extract=ExtractConfig(**option))
         with pytest.raises(ValueError, match=message):
             require_same_run(tmp_path, changed, {}, resume=True)
+    build, align = BuildConfig(keep_projection=True), AlignConfig(keep_texts="classes.txt")
+    with pytest.raises(ValueError, match=r"align\.keep_weight: 1\.0 then, 10\.0 now"):
+        require_same_run(tmp_path, replace(config, build=build, align=align), {}, resume=True)
 
 
 @pytest.mark.parametrize(

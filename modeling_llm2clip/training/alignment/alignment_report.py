@@ -57,10 +57,10 @@ _CHANCE_RISE = 0.01
 
 def note_held_out(data: RunData, source: Path) -> dict[str, Any]:
     """Collect what a reader of the held-out scores must know, for the record of a run."""
+    card = read_card_data(source)  # or an error, before hours of training
     if data.held_out is None:
         return {}
     groups, config = data.held_out.groups, LLM2CLIPConfig.from_pretrained(source)
-    card = read_card_data(source)
     was_held_out = any(result.dataset.endswith(_GROUPS + groups) for result in card.results)
     return {
         "groups": groups,

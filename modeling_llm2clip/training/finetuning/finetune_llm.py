@@ -160,6 +160,7 @@ def finetune_llm(
             require_same_run(output, config, inputs, resume=resume)
             if config.merge:  # before hours of training, not after
                 require_disk_space(open_model_weights(model_source.folder), output)
+                read_card_of_trained(model_source.folder, [])
             if config.init_lora is not None:
                 base_weights = inputs["fingerprint"]["weights"]
                 require_base_weights(config.init_lora / LORA_WEIGHTS, base_weights)

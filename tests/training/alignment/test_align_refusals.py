@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,16 @@ from modeling_llm2clip.training.run_folder import find_last_checkpoint
 def test_impossible_options_are_all_named(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AlignConfig(**changed)
+
+
+def test_a_card_whose_statements_cannot_be_kept_is_refused_before_the_training(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    model = shutil.copytree(prepared.model, tmp_path / "model")
+    (model / "README.md").write_text("---\nlicense: [mit, cc-by-4.0]\n---\n")
+    with pytest.raises(ValueError, match=r"model/README\.md: .*license=\['mit', 'cc-by-4\.0'\] is"):
+        dataclasses.replace(prepared, model=model).align(tmp_path / "run", held_out_ratio=0)
+    assert not (tmp_path / "run").exists()
 
 
 def refuse(prepared: Prepared, output: Path, message: str, **given: Any) -> None:

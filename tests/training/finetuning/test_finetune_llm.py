@@ -111,6 +111,14 @@ def test_another_runs_folder_is_refused_with_what_differs(tuned):
         finetune_llm(tiny_model(), RECORDS[1:], tuned.output, SHORT, resume=True)
 
 
+def test_a_card_whose_statements_cannot_be_kept_is_refused_before_the_training(tmp_path):
+    source = save_model(*tiny_model(), tmp_path / "base")
+    (source / "README.md").write_text("---\nlicense: [mit, cc-by-4.0]\n---\n")
+    with pytest.raises(ValueError, match=r"base/README\.md: .*license=\['mit', 'cc-by-4\.0'\] is"):
+        finetune_llm(source, RECORDS, tmp_path / "run", replace(SHORT, merge=True))
+    assert not (tmp_path / "run").exists()
+
+
 def test_merged_equals_unmerged_and_keeps_instructions_and_the_record_of_a_conversion(tmp_path):
     from peft import PeftModel
 
