@@ -59,7 +59,7 @@ BUDGETS = {
     "serving": 1570,
     "training": 4497,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 279, 8410
+MOST_FILES, MOST_DOCSTRING_LINES = 279, 8413
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.

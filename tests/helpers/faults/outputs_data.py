@@ -196,7 +196,7 @@ def update_index(folder: Path) -> object:
 
 
 def write_many(folder: Path) -> None:
-    """Write rows of which one is no record: its count is kept beside the index."""
+    """Write rows of which one is not a record: its count is kept beside the index."""
     numbers = [*map(str, range(_MANY + 1))]
     columns = {
         "key": numbers,
