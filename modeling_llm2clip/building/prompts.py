@@ -216,8 +216,9 @@ def _named_special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     padding = tokenizer.pad_token or tokenizer.eos_token
     if padding is None:
         raise ValueError(
-            "The tokenizer has neither a padding nor an end token. Set tokenizer.pad_token to a "
-            "token of its vocabulary first."
+            f"The tokenizer {tokenizer.name_or_path!r} has neither a padding nor an end token. Set "
+            "tokenizer.pad_token, or pad_token in its tokenizer_config.json, to a token of its "
+            "vocabulary first."
         )
     return {**named, "pad_token": str(padding)}
 

@@ -329,7 +329,8 @@ def test_padding_is_the_tokenizers_own_or_its_end_token_or_refused() -> None:
     bare = tiny_tokenizer()
     prompt = derive_prompt(bare, PROMPT_PRESETS["llama-3"])
     bare.pad_token = bare.eos_token = None
-    with pytest.raises(ValueError, match="neither a padding nor an end token"):
+    bare.name_or_path = "a/tokenizer"
+    with pytest.raises(ValueError, match="'a/tokenizer' has neither a padding nor an end token"):
         write_prompt(bare, prompt, max_length=24)
 
 

@@ -329,9 +329,10 @@ class HubServer(ThreadingHTTPServer):
     def _validate_card(self, request: Request) -> Reply:
         _, metadata, _ = json.loads(request.body)["content"].split("---\n", 2)
         license = yaml.safe_load(metadata).get("license")
-        errors = [] if license in _LICENSES else [f'"license" must be one of {list(_LICENSES)}']
-        answer = {"errors": [{"message": error} for error in errors], "warnings": []}
-        return Reply(answer, 400 if errors else 200)
+        if license in (None, *_LICENSES):
+            return Reply({"errors": [], "warnings": []})
+        error = {"message": f'"license" must be one of {list(_LICENSES)}'}
+        return Reply({"errors": [error], "warnings": []}, 400)
 
     def _resolve(self, request: Request) -> Reply:
         repository, path = self._find(request), request.parts["path"]
