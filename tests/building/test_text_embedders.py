@@ -151,6 +151,7 @@ def test_modules_of_another_type_are_refused_with_their_file(
         join_towers(tiny_vision(), folder, OWN)
 
 
+@pytest.mark.slow
 def test_what_a_training_would_change_of_an_embedder_is_refused(
     embedder: Sources, tmp_path: Path
 ) -> None:

@@ -330,6 +330,7 @@ def test_a_tower_of_two_layers_gives_those_of_the_whole_and_its_norm(
     torch.testing.assert_close(run(loaded), wanted, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_built_folder_has_the_first_layers_alone_and_is_healthy(tmp_path: Path) -> None:
     folder = save_llm(tmp_path / "llm", tall_llm())
     config = BuildConfig(prompt="llama-3", text_layers=2, max_text_length=32)

@@ -62,6 +62,7 @@ def require_good(report: Any, schema: Any) -> None:
     assert not any(result.concern for result in report.checks), str(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schema", mostly_slow(SKIPPED, {"openai", "jina"}))
 def test_the_own_server_gives_the_embeddings_of_the_folder(
     schema: Any, served: Path, own_url: str
@@ -69,6 +70,7 @@ def test_the_own_server_gives_the_embeddings_of_the_folder(
     require_good(check(served, own_url, schema=schema), schema)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schema", ["chat", "cohere"])
 def test_a_server_of_other_code_passes_every_check(schema: Any, served: Path) -> None:
     with Endpoint(served) as endpoint:
@@ -76,6 +78,7 @@ def test_a_server_of_other_code_passes_every_check(schema: Any, served: Path) ->
     assert {body["model"] for body in endpoint.seen} == {"tiny"}  # as /v1/models calls it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", mostly_slow(["float16", "bfloat16"], {"float16"}))
 def test_a_half_precision_that_is_meant_passes(dtype: str, served: Path) -> None:
     with Endpoint(served, set_dtype(getattr(torch, dtype))) as endpoint:
@@ -101,6 +104,7 @@ PRECISIONS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stored", "computed"), PRECISIONS)
 def test_a_folder_in_half_precision_certifies_a_good_server(
     stored: str, computed: str, half_folders: dict[str, Path]

@@ -54,6 +54,7 @@ def require_plain_embeddings(backend: str) -> None:
     assert list(model.state_dict()) == names
 
 
+@pytest.mark.slow
 def test_compiled_towers_give_the_embeddings_of_plain_ones_and_keep_their_weights() -> None:
     require_plain_embeddings("aot_eager")
 
@@ -107,6 +108,7 @@ def test_a_server_compiles_the_model_that_it_serves(
     assert compiled[0] is opened.encoder._find_model("text")
 
 
+@pytest.mark.slow
 def test_a_compiled_store_is_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = export_tiny_model(tmp_path / "model")
     records = [CaptionedImage(None, str(n), str(n), (text,)) for n, text in enumerate(TEXTS)]

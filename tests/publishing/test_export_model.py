@@ -135,6 +135,7 @@ def test_an_untouched_export_keeps_weights_instructions_and_all_that_the_card_st
         assert (folder / name).read_bytes() == (source / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_another_dtype_is_healthy_and_drops_what_was_measured_before(
     source: Path, tmp_path: Path
 ) -> None:

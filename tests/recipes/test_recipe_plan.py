@@ -204,6 +204,7 @@ def test_an_unreadable_tower_has_an_open_size(sources: Path, tmp_path: Path, sou
     assert str(plan).count(" ? ") == 5 and "Left to write: at least " in str(plan)
 
 
+@pytest.mark.slow
 def test_a_recipe_names_datasets_as_every_stage_does(sources: Path, tmp_path: Path) -> None:
     """`NAME=FOLDER` and `NAME` of a known dataset, a folder, and the package's own images."""
     by_name = make_recipe(sources, tmp_path / "run", data=f"folder={sources / 'data'}")

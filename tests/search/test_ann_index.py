@@ -55,6 +55,7 @@ def train(database: IndexDatabase, queries: np.ndarray, **options: object) -> an
     return train_ann(database, queries, **settings)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_as_few_partitions_are_visited_as_find_enough_by_exact_cosines(
     made: tuple[IndexDatabase, np.ndarray],
 ) -> None:
@@ -102,6 +103,7 @@ def test_embeddings_of_any_width_get_one(tmp_path: Path) -> None:
     assert train(database, make_text_embeddings(20, width=12)).recall_at_10 >= 0.97
 
 
+@pytest.mark.slow
 def test_filters_keep_the_recall_even_if_what_passes_is_far_from_the_query(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

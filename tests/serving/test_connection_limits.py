@@ -124,6 +124,7 @@ def test_a_request_that_a_stopping_server_abandons_gets_503() -> None:
     assert "stopping" in json.loads(content)["error"]["message"]
 
 
+@pytest.mark.slow
 def test_an_answer_that_a_stopping_server_abandons_is_no_error_in_its_log() -> None:
     records: list[logging.LogRecord] = []
     handler = logging.Handler()

@@ -393,6 +393,7 @@ def test_uploads_and_requests_of_the_page_have_limits(folder: Path) -> None:
         assert statuses[0] == 200 and statuses[-1] == 429, statuses  # a full disk helps nobody
 
 
+@pytest.mark.slow
 def test_uploads_are_gone_after_the_server(folder: Path) -> None:
     with serve(folder) as address:
         _, (path,) = upload(address, b"content")

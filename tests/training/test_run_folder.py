@@ -302,6 +302,7 @@ def test_the_last_two_checkpoints_are_kept_whatever_their_times(tmp_path: Path) 
     assert list_steps(tmp_path) == [11, 100]
 
 
+@pytest.mark.slow
 def test_an_incomplete_checkpoint_is_ignored_and_no_run_logs_numbers_of_the_whole(
     prepared: Prepared, finished: Run, tmp_path: Path
 ) -> None:

@@ -254,6 +254,7 @@ def test_a_worker_without_shared_memory_says_so_and_is_not_waited_for(tars: Path
     traceback.clear_frames(full.tb)
 
 
+@pytest.mark.slow
 def test_missing_shards_are_lost_not_waited_for(served: ShardServer, tars: Path) -> None:
     (tars / "00002.tar").unlink()
     stream = stream_records(spell(served), retry=SLOW, max_lost_share=0.2)

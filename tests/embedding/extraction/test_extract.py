@@ -149,6 +149,7 @@ def test_a_complete_store_that_is_read_only_is_taken_as_it_is(
         extract_captions(model, records[:2], folder)
 
 
+@pytest.mark.slow
 def test_another_model_prompt_pooling_length_dtype_or_data_is_refused_with_both_values(
     model: Path, records: list[CaptionedImage], extracted: Path, tmp_path: Path
 ) -> None:

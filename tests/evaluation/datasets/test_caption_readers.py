@@ -314,6 +314,7 @@ def test_captions_of_flickr30k_cn_are_those_of_the_lowest_numbers_and_not_split_
     assert load_dataset(spec, folder, skip_invalid=True, **options).protocol["skipped_samples"] == 1
 
 
+@pytest.mark.slow
 def test_the_emoji_are_those_that_the_demo_holds_out_in_every_language() -> None:
     train, test = split_emoji(seed=0)
     held_out = {record.group_id for record in test}

@@ -88,6 +88,7 @@ def test_a_bfloat16_model_is_trained_in_float32_and_saved(half: Prepared, tmp_pa
     assert check_model(run.model).healthy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vision_training", ["full", "lora"])
 def test_what_rounding_keeps_is_counted(
     vision_training: str, half: Prepared, tmp_path: Path
@@ -114,6 +115,7 @@ def test_the_start_is_no_training_that_was_rounded_away(half: Prepared, tmp_path
     assert "share_changed_by_training" not in run.results
 
 
+@pytest.mark.slow
 def test_weights_are_copied_file_by_file(prepared: Prepared, tmp_path: Path) -> None:
     sharded, written = tmp_path / "sharded", tmp_path / "model"
     shutil.copytree(prepared.model, sharded)

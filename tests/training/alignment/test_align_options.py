@@ -192,6 +192,7 @@ def test_the_last_step_is_logged_whatever_logging_steps(prepared: Prepared, tmp_
     assert run.results["final_loss"] == read_losses(tmp_path / "run")[3]
 
 
+@pytest.mark.slow
 def test_a_loss_computes_in_float32_of_any_towers(prepared: Prepared, tmp_path: Path) -> None:
     seen: set[torch.dtype] = set()
 

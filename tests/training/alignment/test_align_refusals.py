@@ -111,6 +111,7 @@ def test_noise_on_embeddings_that_are_not_stored_is_refused(
     AlignConfig(**{**options, **off}).require_stores(*stores)
 
 
+@pytest.mark.slow
 def test_bad_data_is_refused_before_a_tower_is_loaded(prepared: Prepared, tmp_path: Path) -> None:
     out = tmp_path / "run"
     refuse(prepared, out, "There are no images", records=[])
@@ -268,6 +269,7 @@ def test_a_run_keeps_processes_and_precision(
             prepared.align(run, resume=True)
 
 
+@pytest.mark.slow
 def test_a_run_is_not_continued_with_another_loss(prepared: Prepared, tmp_path: Path) -> None:
     prepared.begin(tmp_path / "run", loss_function=MarginLoss(0.5))
     with pytest.raises(ValueError, match=r"loss_class: 'MarginLoss\(margin=0\.5\)' then, .*0\.1\)"):
@@ -308,6 +310,7 @@ def test_stored_embeddings_not_finite_stop_a_run(prepared: Prepared, tmp_path: P
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_a_run(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,6 +374,7 @@ def test_the_room_for_the_model_is_asked_for_before_the_first_step(
         prepared.align(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_room_is_named_with_the_way_on(
     prepared: Prepared, tmp_path: Path
 ) -> None:

@@ -225,6 +225,7 @@ def test_losses_of_all_epochs_and_processes_are_added(
     assert (report["lost_samples"], report["lost_shards"], report["epochs"]) == (3, 1, 2)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_has_its_losses(prepared: Prepared, damaged: Path, tmp_path: Path) -> None:
     with pytest.raises(StageInterrupt):
         run(prepared, damaged, tmp_path, max_steps=9, callbacks=[Interrupt(6)])
@@ -274,6 +275,7 @@ def test_equal_captions_of_a_stream_have_one_key(prepared: Prepared) -> None:
     assert keys.tolist() == [hash_text(text) for text in ("one", "two", "one")]
 
 
+@pytest.mark.slow
 def test_held_out_images_are_not_trained_on(
     prepared: Prepared, shards: Path, tmp_path: Path
 ) -> None:

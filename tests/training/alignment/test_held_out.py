@@ -278,6 +278,7 @@ def test_near_chance_is_up_to_three_times_chance(score: float, count: int, is_ne
     assert scores.is_near_chance == is_near
 
 
+@pytest.mark.slow
 def test_captions_shared_with_held_out_are_counted(prepared: Prepared, tmp_path: Path) -> None:
     # Each image of the second half has a caption of the one before it by twelve.
     records = [

@@ -169,6 +169,7 @@ def test_the_contrast_starts_from_the_inheritance(inheriting: Inheriting, tmp_pa
         assert (run.output / name).read_bytes() == (again.output / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_the_teacher_is_refused(inheriting: Inheriting, tmp_path: Path) -> None:
     def refuse(message: str, **changed: Any) -> None:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=message):

@@ -158,6 +158,7 @@ def test_models_with_nothing_between_are_refused(colored: Prepared, tmp_path: Pa
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.slow
 def test_models_with_other_statistics_or_settings_are_refused(tmp_path: Path) -> None:
     """Batch normalization that another training has updated, and a setting of the text adapter."""
     before = prepare(

@@ -66,6 +66,7 @@ def list_weights(run: Run) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(run.model.glob("*.safetensors"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -87,6 +88,7 @@ def test_the_term_is_added_to_any_loss_with_its_weight(
     assert measure(keeping, kept.model, texts) < measure(keeping, without.model, texts) < 2 * term
 
 
+@pytest.mark.slow
 def test_a_weight_of_0_is_as_no_option_bit_for_bit(keeping: Inheriting, tmp_path: Path) -> None:
     without = keep(keeping, tmp_path / "without", keep_texts=None)
     weightless = keep(keeping, tmp_path / "weightless", keep_weight=0.0)
@@ -96,6 +98,7 @@ def test_a_weight_of_0_is_as_no_option_bit_for_bit(keeping: Inheriting, tmp_path
     assert "keep_texts" not in read_run_record(weightless.output)["inputs"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_one_without_a_stop_and_takes_no_other_list(
     keeping: Inheriting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +169,7 @@ def test_a_step_copies_the_numbers_of_its_texts_without_waiting(
     assert calls == [{"non_blocking": True}]
 
 
+@pytest.mark.slow
 def test_record_and_card_name_what_was_kept_and_the_next_training_forgets_it(
     keeping: Inheriting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,6 +268,7 @@ def test_what_cannot_be_kept_is_refused_before_a_tower_is_loaded(
         refuse(message, model=folder, vision_training="full")
 
 
+@pytest.mark.slow
 def test_the_command_keeps_after_an_inheritance(
     keeping: Inheriting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

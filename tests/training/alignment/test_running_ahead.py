@@ -32,6 +32,7 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     run_ahead(monkeypatch)
 
 
+@pytest.mark.slow
 def test_no_step_between_two_logs_waits_for_the_device(prepared: Prepared, tmp_path: Path) -> None:
     watch = StepWatch(1, 7)  # after the log of the first step and before that of the last
     prepared.align_stored(
@@ -143,6 +144,7 @@ def test_a_row_is_checked_when_it_is_first_read(
             stored.read(np.array([1, 6, 2, 9]), name_rows)
 
 
+@pytest.mark.slow
 def test_resident_stores_and_threads_change_no_bit_of_a_run(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +189,7 @@ class Kill(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_one_that_was_never_stopped(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,6 +244,7 @@ class Save(TrainerCallback):
 
 
 # Where the run ends and where a callback asks, and also every third step.
+@pytest.mark.slow
 @pytest.mark.parametrize(("seconds", "steps"), [(1e9, [4, 7]), (0.0, [3, 4, 6, 7])])
 def test_checkpoints_are_some_minutes_apart_unless_their_steps_are_given(
     prepared: Prepared,

@@ -211,6 +211,7 @@ def test_a_lora_that_a_tower_skips_is_refused(
         freeze_unused(model, processor, lora)
 
 
+@pytest.mark.slow
 def test_the_temperature_is_clamped_after_each_step(prepared: Prepared, tmp_path: Path) -> None:
     model = LLM2CLIPModel.from_pretrained(prepared.model)
     log_scale = model.logit_scale.log_scale.data

@@ -71,6 +71,7 @@ def require_same_weights(first: Tuned, second: Tuned) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_a_run_continued_from_its_checkpoint_ends_bit_for_bit_the_same(tuned, tmp_path):
     continued = tune(tuned.copy_unfinished(tmp_path / "run"), resume=True)
     assert continued.results == tuned.results
@@ -119,6 +120,7 @@ def test_a_card_whose_statements_cannot_be_kept_is_refused_before_the_training(t
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_merged_equals_unmerged_and_keeps_instructions_and_the_record_of_a_conversion(tmp_path):
     from peft import PeftModel
 
@@ -165,6 +167,7 @@ def test_a_loaded_pair_is_fine_tuned_as_its_folder_is_and_left_as_it_was(tuned, 
 LONG = "a text that has more words than a model of so few tokens can take, of which there are "
 
 
+@pytest.mark.slow
 def test_the_command_merges_skips_single_captions_and_counts_truncated_texts(tmp_path, capsys):
     folder = save_model(*tiny_model(max_text_length=32), tmp_path / "base")
     data = write_captions(tmp_path / "captions.jsonl", "lone", "lonely")

@@ -71,6 +71,7 @@ def test_bad_options_are_refused_before_anything_runs(options, error):
         replace(SHORT, **options)
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path, monkeypatch):
     step = FinetuneTrainer.training_step
 
@@ -143,6 +144,7 @@ def test_text_pairs_that_are_all_held_out_are_refused_with_counts(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_text_only_model_is_refused_before_it_is_trained_to_be_merged(tmp_path, monkeypatch):
     whole = save_model(*tiny_model(), tmp_path / "whole")
     text_only = export_model(whole, tmp_path / "text", ExportConfig(components="text"))
@@ -203,6 +205,7 @@ def test_a_lora_with_another_meaning_is_refused(tuned: Tuned, tmp_path: Path) ->
             require_same_meaning(lora, make_lora_config(SHORT))
 
 
+@pytest.mark.slow
 def test_a_lora_of_another_base_is_refused(tuned: Tuned, tmp_path: Path) -> None:
     other = edit_config(tuned.lora, tmp_path / "lora", base_model_name_or_path="someone/Other-LLM")
     config = replace(SHORT, init_lora=other)

@@ -50,6 +50,7 @@ def leave_out(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
     monkeypatch.setattr(owner, name, run)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ahead")
 @pytest.mark.parametrize("mini_batch_size", [None, 4])
 def test_no_step_between_two_logs_waits_for_the_device(
@@ -64,6 +65,7 @@ def test_no_step_between_two_logs_waits_for_the_device(
     assert len(watch.weights) == 4 and watch.reads.names == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ahead")
 def test_a_bad_step_changes_no_weight_and_is_named_at_the_next_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -108,6 +110,7 @@ def test_a_frozen_base_in_bfloat16_is_for_gpus_that_compute_in_it() -> None:
     assert choose_base_dtype("bfloat16", "cpu") is None
 
 
+@pytest.mark.slow
 def test_a_lora_on_a_base_in_bfloat16_is_merged_into_the_weights_of_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
