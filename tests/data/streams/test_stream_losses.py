@@ -242,6 +242,8 @@ def test_errors_of_workers_keep_their_type(served: ShardServer, tars: Path) -> N
 
 
 def test_a_worker_without_shared_memory_says_so_and_is_not_waited_for(tars: Path) -> None:
+    pytest.importorskip("torchdata")
+
     def collate(records: list[Any]) -> dict[str, Tensor]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))  # the worker's
         return {"small": torch.zeros(9), "large": torch.zeros(len(records), 2**14)}
