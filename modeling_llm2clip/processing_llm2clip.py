@@ -106,6 +106,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
         self.num_truncated_texts = 0
         _check_image_size(image_processor)
         _check_cropping(image_processor)
+        _check_normalization(image_processor)
         super().__init__(image_processor, tokenizer, **kwargs)  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -404,6 +405,16 @@ def _check_cropping(image_processor: Any) -> None:
             f"crop_rounding={rounding!r} and crop other pixels. Restore processor_config.json from "
             "the original model folder, or make the folder anew."
         )
+
+
+def _check_normalization(image_processor: Any) -> None:
+    for name in ("image_mean", "image_std"):
+        values = getattr(image_processor, name, None)
+        if isinstance(values, list | tuple) and len(values) != 3:
+            raise ValueError(
+                f"{name}={values} must have a number for each of red, green and blue. Restore "
+                "processor_config.json from the original model folder."
+            )
 
 
 def _check_length(length: Any, name: str) -> int:

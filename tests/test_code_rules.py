@@ -40,7 +40,7 @@ MOST_FUNCTION_LINES = 60
 # Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
 # something old, or raises the budget of its folder in the same commit and says why.
 BUDGETS = {
-    ".": 2550,
+    ".": 2556,
     "building": 1357,
     "cli": 1124,
     "configs": 861,

@@ -435,3 +435,13 @@ def test_an_image_size_that_no_tower_takes_is_refused_before_an_image_is_made(
     file.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ValueError, match=r"images that no tower takes.* at most"):
         LLM2CLIPProcessor.from_pretrained(tmp_path)
+
+
+def test_a_normalization_of_other_channels_is_refused_with_the_file(tmp_path: Path) -> None:
+    shared_model()[1].save_pretrained(tmp_path)
+    file = tmp_path / "processor_config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["image_processor"]["image_std"] = [0.3, 0.3]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"image_std=.* green and blue.*processor_config\.json"):
+        LLM2CLIPProcessor.from_pretrained(tmp_path)

@@ -324,9 +324,10 @@ def _naming_failure(config: PreTrainedConfig) -> Iterator[None]:
         yield
     except MODEL_ERRORS as error:
         raise ValueError(
-            f"The {config.model_type!r} tower cannot be used as it is built here: preparing or "
-            f"encoding an image fails ({type(error).__name__}: {error}). Take another vision "
-            "tower, or an image processor of the size that the tower takes."
+            f"The vision tower {config.name_or_path or config.model_type!r} cannot be used as it "
+            f"is built here: preparing or encoding an image fails ({type(error).__name__}: "
+            f"{error}). Take another vision tower, or an image processor of the size that the "
+            "tower takes."
         ) from error
 
 

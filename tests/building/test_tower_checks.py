@@ -158,7 +158,7 @@ def test_a_convolutional_tower_with_a_size_of_0_is_named(width: int, side: int) 
     processor = CLIPImageProcessorPil(size={"shortest_edge": side}, do_center_crop=False)
     parts = AutoModel.from_config(config), processor
     arguments = BuildConfig(prompt="none", text_adapter_layers=0)
-    with pytest.raises(ValueError, match=r"'resnet' tower .* or an image processor of the size"):
+    with pytest.raises(ValueError, match=r"tower 'resnet' .* or an image processor of the size"):
         join_towers(parts, (tiny_llm(), tiny_tokenizer()), arguments)
 
 

@@ -47,7 +47,10 @@ def use_model(path: Path) -> object:
 
 
 def write_towers(folder: Path, **more: Callable[[Path], object]) -> Path:
-    parts: dict[str, Callable[[Path], object]] = {"vision": save_tiny_vision, "llm": save_tiny_llm}
+    """Write towers into folders whose names are no plain words: messages have the last part."""
+    parts: dict[str, Callable[[Path], object]] = {
+        "vision_tower": save_tiny_vision, "text_tower": save_tiny_llm,
+    }  # fmt: skip
     for name, write in {**parts, **more}.items():
         write(folder / "towers" / name)
     return folder / "towers"
@@ -72,11 +75,11 @@ def save_embedder(folder: Path) -> None:
     tiny_embedder(folder)
 
 
-def build(path: Path, *words: str, text: str = "llm", prompt: str = "llama-3") -> object:
+def build(path: Path, *words: str, text: str = "text_tower", prompt: str = "llama-3") -> object:
     output = path.parent / "built"
     shutil.rmtree(output, ignore_errors=True)
     where = [word.format(path=path) for word in words]
-    return call("build", path / "vision", path / text, output, "--prompt", prompt,
+    return call("build", path / "vision_tower", path / text, output, "--prompt", prompt,
                 "--device", "cpu", *where)  # fmt: skip
 
 
@@ -94,13 +97,14 @@ def plan_conversion(path: Path, *, family: str) -> object:
 def convert_llm2vec(path: Path) -> object:
     output = path.parent / "converted"
     shutil.rmtree(output, ignore_errors=True)
-    return call("convert", path / "llm", output, "--source-format", "llm2vec", "--vision-model",
-                path / "vision", "--prompt", "llama-3", "--device", "cpu")  # fmt: skip
+    return call("convert", path / "text_tower", output, "--source-format", "llm2vec",
+                "--vision-model", path / "vision_tower", "--prompt", "llama-3",
+                "--device", "cpu")  # fmt: skip
 
 
 def write_llm2vec(folder: Path) -> Path:
-    save_tiny_vision(folder / "towers" / "vision")
-    converting.copy_llm(folder / "towers" / "llm")
+    save_tiny_vision(folder / "towers" / "vision_tower")
+    converting.copy_llm(folder / "towers" / "text_tower")
     return folder / "towers"
 
 
@@ -129,8 +133,8 @@ TARGETS = (
     Target("lora", partial(write_towers, lora=save_lora),
            lambda path: build(path, "--lora", "{path}/lora"), anything,
            files=("adapter*", "README.md")),
-    Target("embedder", partial(write_towers, llm=save_embedder),
-           partial(build, text="llm/embedder", prompt="own"), anything, files=_JSON),
+    Target("embedder", partial(write_towers, text_tower=save_embedder),
+           partial(build, text="text_tower/embedder", prompt="own"), anything, files=_JSON),
     Target("dual encoder", lambda folder: save_tiny_encoder("clip", folder / "clip"),
            load_dual_encoder, anything, files=_JSON),
     Target("checkpoint", partial(converting.save_checkpoint, "openai"), read_weights,
