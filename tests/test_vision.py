@@ -302,7 +302,7 @@ def test_a_backbone_is_refused_as_a_vision_tower() -> None:
         stage_num_blocks=[1], stage_downsample=[False], stage_light_block=[False],
         stage_kernel_size=[3], stage_numb_of_layers=[1],
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"'hgnet_v2' tower .* Take another vision tower, or"):
+    with pytest.raises(ValueError, match=r"tower 'hgnet_v2' .* Take another vision tower, or"):
         join(AutoModel.from_config(config), "pooler")
 
 
@@ -333,7 +333,7 @@ def fail(tokens: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("change", "pooling", "error"),
     [
-        (fail, "pooler", r"'vit' tower cannot .* fails \(ValueError: no 3 tok"),
+        (fail, "pooler", r"tower 'vit' cannot .* fails \(ValueError: no 3 tok"),
         # The images of a batch are mixed.
         (lambda t: t + t.mean(dim=0, keepdim=True), "cls",
          "'vit' tower gives one image another .*beside another i"),
