@@ -53,7 +53,7 @@ BUDGETS = {
     "evaluation": 2927,
     "model_folders": 1463,
     "publishing": 951,
-    "recipes": 467,
+    "recipes": 469,
     "scheduling": 83,
     "search": 1563,
     "serving": 1570,

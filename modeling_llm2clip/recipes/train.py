@@ -362,11 +362,13 @@ class _Recipe:
 
     def _is_as_checked(self, model: Path) -> bool:
         """Tell whether the model was healthy, and has the weights and files that it had then."""
+        if not read_results(self.config.output).get("is_healthy"):
+            return False
         try:
             require_recorded_files(model)
         except ValueError:  # the report says it
             return False
-        return bool(read_results(self.config.output).get("is_healthy"))
+        return True
 
     def _evaluate(self, model: Path) -> None:
         data = list_eval_data(self.config, self.test)

@@ -64,6 +64,14 @@ def repair(contents: Mapping[Path, bytes]) -> None:
         file.write_bytes(content)
 
 
+def stop_and_repair(run: Run, data: Path, output: Path) -> None:
+    """Begin an output that meets a broken image, and repair the image."""
+    contents = break_images(data, (9,))
+    with pytest.raises(DataValidationError):
+        run(output)
+    repair(contents)
+
+
 def count_encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Number of images of each shard that is encoded from now on."""
     sizes: list[int] = []
@@ -195,10 +203,7 @@ def test_an_image_that_changes_again_after_its_repair_is_refused(
     run: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first of two repairs is in a complete shard when the run is killed."""
-    contents = break_images(data, (9,))
-    with pytest.raises(DataValidationError):
-        run(tmp_path / "output")
-    repair(contents)
+    stop_and_repair(run, data, tmp_path / "output")
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         stop_at_shard(patched, -1)
         run(tmp_path / "output")
@@ -227,10 +232,7 @@ def test_a_store_that_another_run_writes_does_not_get_another_plan(
 def test_a_kill_between_a_renewed_shard_and_its_record_is_no_damage(
     run: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    contents = break_images(data, (9,))
-    with pytest.raises(DataValidationError):
-        run(tmp_path / "output")
-    repair(contents)
+    stop_and_repair(run, data, tmp_path / "output")
     write = sharded_writer.write_atomically
 
     def stop(file: Path, content: bytes) -> None:
@@ -247,10 +249,7 @@ def test_a_kill_between_a_renewed_shard_and_its_record_is_no_damage(
 def test_a_damaged_shard_does_not_get_a_new_hash_with_the_repair(
     run: Run, data: Path, tmp_path: Path
 ) -> None:
-    contents = break_images(data, (9,))
-    with pytest.raises(DataValidationError):
-        run(tmp_path / "output")
-    repair(contents)
+    stop_and_repair(run, data, tmp_path / "output")
     files = sorted((tmp_path / "output").iterdir())
     shard = next(file for file in files if file.suffix in (".safetensors", ".parquet"))
     content = bytearray(shard.read_bytes())
