@@ -37,8 +37,9 @@ MOST_LINES_OF = {"modeling_llm2clip.py": 700}
 FEWEST_LINES = 25
 SHORTER: set[str] = set()
 MOST_FUNCTION_LINES = 60
-# Statements (`ast.stmt`) by folder, which packing lines does not change. What is new replaces
-# something old, or raises the budget of its folder in the same commit and says why.
+# Statements (`ast.stmt`) by folder at the last release; packing lines does not change them. A folder
+# may grow by HEADROOM until the next release. Beyond that, new code replaces old, or the commit
+# raises the budget and says why.
 BUDGETS = {
     ".": 2556,
     "building": 1357,
@@ -59,7 +60,8 @@ BUDGETS = {
     "serving": 1570,
     "training": 4497,
 }
-MOST_FILES, MOST_DOCSTRING_LINES = 279, 8413
+NUM_FILES = 279
+HEADROOM = 1.02
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
 # Without `__init__.py`, which runs whenever a module below it is imported.
@@ -147,11 +149,10 @@ def test_every_folder_keeps_its_budget() -> None:
     over = {
         folder: (count["statements"], BUDGETS[folder])
         for folder, count in counts.items()
-        if count["statements"] > BUDGETS[folder]
+        if count["statements"] > HEADROOM * BUDGETS[folder]
     }
     assert not over
-    assert sum(count["files"] for count in counts.values()) <= MOST_FILES
-    assert sum(count["docstring_lines"] for count in counts.values()) <= MOST_DOCSTRING_LINES
+    assert sum(count["files"] for count in counts.values()) <= HEADROOM * NUM_FILES
 
 
 def test_no_two_folders_import_each_other() -> None:
