@@ -48,6 +48,7 @@ _CHUNK_BYTES = 2**16  # of a download
 # IPv6 forms of the IPv4 addresses in their last 32 bits: a name server of a network that has IPv6
 # alone gives one for every host of the web (RFC 6052).
 _TRANSLATED = ipaddress.IPv6Network("64:ff9b::/96")
+_UNICAST = ipaddress.IPv6Network("2000::/3")  # all of IPv6 that is on the internet (RFC 4291)
 # Networks that `is_global` of some Python versions lets through, and IPv6 addresses that stand for
 # an IPv4 address, which may be private.
 _NEVER_PUBLIC = tuple(
@@ -56,13 +57,9 @@ _NEVER_PUBLIC = tuple(
         (
             "192.0.0.0/24",  # protocol assignments (RFC 6890)
             "192.88.99.0/24",  # relays of 6to4 (RFC 7526)
-            "::/96",  # IPv4-compatible (RFC 4291)
-            "::ffff:0:0:0/96",  # IPv4-translated (RFC 2765)
-            "::ffff:0:0/96",  # IPv4-mapped (RFC 4291)
-            "64:ff9b:1::/48",  # translated within a network (RFC 8215)
             "2002::/16",  # 6to4 (RFC 3056)
             "2001::/32",  # Teredo (RFC 4380)
-            "fec0::/10",  # site-local (RFC 3879)
+            "3fff::/20",  # documentation (RFC 9637)
         ),
     )
 )
@@ -262,6 +259,8 @@ def _check_array(image: Any, name: str, limits: ImageLimits) -> Any:
     if dtype == "uint16":
         pixels = np.asarray(image.cpu() if hasattr(image, "cpu") else image)
         image = (pixels // 257).astype(np.uint8)
+    if 1 in shape:  # torch misreads a column of pixels whose strides are not those of its shape
+        image = image.reshape(-1).reshape(shape)
     if shape[0] in _READ_AS_CHANNELS:  # rows that image processors would take for channels
         image = image.permute(2, 0, 1) if hasattr(image, "permute") else image.transpose(2, 0, 1)
     return image
@@ -444,14 +443,19 @@ class _Downloader(
     def redirect_request(
         self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> Any:
-        if not newurl.lower().startswith(_WEB) or (
-            not urllib.request.getproxies()  # a proxy resolves the names, and decides
-            and _is_web(req.full_url)
-            and not _is_web(newurl)
+        request = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if not newurl.lower().startswith(_WEB) or not (
+            _is_proxied(request) or _is_web(newurl) or not _is_web(req.full_url)
         ):
             raise ValueError(f"it redirects to {newurl[:_MOST_SHOWN]}, which is not public")
         req.timeout = max(self._deadline - time.monotonic(), 0.001)  # of the next connection
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+        return request
+
+
+def _is_proxied(request: Any) -> bool:
+    """Return whether a proxy gets a request: it looks up the host, and decides."""
+    proxies, bypasses = urllib.request.getproxies(), urllib.request.proxy_bypass(request.host)
+    return request.type in proxies and not bypasses
 
 
 def _is_web(url: str) -> bool:
@@ -467,9 +471,10 @@ def is_public(address: IpAddress) -> bool:
     if address in _TRANSLATED:
         address = ipaddress.IPv4Address(int(address) % 2**32)
     return (
-        not any(address in network for network in _NEVER_PUBLIC)
+        (address.version == 4 or address in _UNICAST)
+        and not any(address in network for network in _NEVER_PUBLIC)
         and address.is_global
-        and not (address.is_multicast or address.is_unspecified)
+        and not address.is_multicast
     )
 
 
@@ -506,7 +511,10 @@ def _decode(
     _scale_transparent_value(image)
     if min_jpeg_side is not None:
         image.draft(None, (min_jpeg_side, min_jpeg_side))  # other formats have no such choice
+    file = getattr(image, "filename", "")
     try:
+        if file:  # Pillow maps a file that it knows by name, and scrambles a turned TIFF
+            image.filename = ""
         image.load()
         if image.getexif().get(_ORIENTATION, 1) != 1:  # Pillow would copy an upright one
             image = ImageOps.exif_transpose(image)
@@ -514,6 +522,9 @@ def _decode(
         raise ValueError(f"{name}: the image is truncated or corrupt ({error}).") from error
     except (AssertionError, AttributeError) as error:  # Pillow's errors for a closed file
         raise ValueError(f"{name}: the image's file is closed. Open it again.") from error
+    finally:
+        if file:
+            image.filename = file
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode[0] in "IF" and black == white:

@@ -307,10 +307,26 @@ def test_a_download_ends_at_its_limits() -> None:
             load_images(address, limits=limits)
 
 
+@pytest.mark.parametrize(
+    "proxies",
+    [
+        {},
+        {"no_proxy": "example.org"},
+        {"https_proxy": "http://127.0.0.1:9"},
+        {"http_proxy": "http://127.0.0.1:9", "no_proxy": "localhost,127.0.0.1,[::ffff:10.0.0.1]"},
+    ],
+)
 def test_a_redirect_is_followed_within_the_web_and_within_this_network_alone(
-    monkeypatch: pytest.MonkeyPatch,
+    proxies: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A name is as public as its addresses; localhost has one of the web here."""
+    """A name is as public as its addresses; localhost has one of the web here.
+
+    A proxy decides about the requests that it gets, not about those that go around it.
+    """
+    for name in ("http_proxy", "https_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in proxies.items():
+        monkeypatch.setenv(name, value)
     content = io.BytesIO()
     Image.new("RGB", (2, 2)).save(content, "PNG")
     targets: list[str] = []

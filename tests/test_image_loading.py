@@ -23,6 +23,7 @@ from odd_images import write_png
 from PIL import Image
 from shared_models import fresh_processor
 from tiny import draw_noise, tiny_images
+from transformers import CLIPImageProcessor
 
 from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.image_loading_llm2clip import load_images, unpack_pixels
@@ -318,6 +319,32 @@ def test_one_row_or_column_of_pixels_is_not_read_as_a_channel(
     wanted = processor(images=Image.fromarray(np.ascontiguousarray(rows)))["pixel_values"]
     assert torch.equal(processor(images=array)["pixel_values"], wanted)
     assert torch.equal(processor(images=torch.from_numpy(array))["pixel_values"], wanted)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("make", [np.asarray, torch.from_numpy])
+def test_the_strides_of_an_array_do_not_change_its_pixels(make: Any, dtype: Any) -> None:
+    processor = LLM2CLIPProcessor(CLIPImageProcessor(), fresh_processor().tokenizer)
+    array = np.random.default_rng(0).integers(0, 256, (9, 1, 3), np.uint8)
+    wanted = processor(images=Image.fromarray(array))["pixel_values"]
+    scaled = array.astype(dtype) * (np.iinfo(dtype).max // 255)
+    assert torch.equal(processor(images=make(np.asfortranarray(scaled)))["pixel_values"], wanted)
+
+
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGBA", "CMYK", "RGB"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_a_turned_tiff_has_the_same_pixels_from_a_path_and_from_bytes(
+    mode: str, orientation: int, tmp_path: Path
+) -> None:
+    path, size = tmp_path / "turned.tif", (7, 5)
+    image = Image.new(mode, size)
+    image.frombytes(np.random.default_rng(0).bytes(len(image.tobytes())))
+    image.save(path, tiffinfo={0x0112: orientation})
+    wanted = np.asarray(load(Image.open(io.BytesIO(path.read_bytes()))))
+    opened = Image.open(path)
+    for source in (path, opened):
+        np.testing.assert_array_equal(np.asarray(load(source)), wanted)
+    assert opened.filename == str(path)
 
 
 def as_tensor(array: np.ndarray) -> torch.Tensor:
