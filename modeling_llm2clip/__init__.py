@@ -14,7 +14,7 @@ from ._registration import register_auto_classes
 
 if TYPE_CHECKING:
     from .building.build_model import build_model, join_towers
-    from .configs.align_config import AlignConfig, InterpolateConfig
+    from .configs.align_config import AlignConfig
     from .configs.build_config import BuildConfig
     from .configs.data_config import DataConfig
     from .configs.encoding_config import EmbedConfig, ExtractConfig, IndexConfig, TagConfig
@@ -69,7 +69,6 @@ if TYPE_CHECKING:
     from .serving.app import create_app
     from .serving.service import EmbeddingService
     from .training.alignment.align import align
-    from .training.alignment.interpolate import interpolate
     from .training.finetuning.finetune_llm import finetune_llm
     from .training.losses.loss import LossInputs
 
@@ -77,7 +76,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "building.build_model": ("build_model", "join_towers"),
-    "configs.align_config": ("AlignConfig", "InterpolateConfig"),
+    "configs.align_config": ("AlignConfig",),
     "configs.build_config": ("BuildConfig",),
     "configs.data_config": ("DataConfig",),
     "configs.evaluation_config": ("EvaluatedDataset", "EvaluatedModel", "EvaluationConfig"),
@@ -129,7 +128,6 @@ _HOMES = {
     "serving.app": ("create_app",),
     "serving.service": ("EmbeddingService",),
     "training.alignment.align": ("align",),
-    "training.alignment.interpolate": ("interpolate",),
     "embedding.extract": ("extract", "merge_store"),
     "embedding.score_file": ("score_file",),
     "training.finetuning.finetune_llm": ("finetune_llm",),

@@ -3,34 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from .config_fields import DeviceConfig, TrainingConfig
-
-ChooseBy: TypeAlias = Literal["loss", "zero_shot"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChoiceConfig(DeviceConfig):
-    """Options of choosing among weights by their scores."""
-
-    zero_shot: str | None = None
-    """Labeled images that weights classify, too, before, during and after: NAME=FOLDER of a dataset
-    for classification, such as image-folder=FOLDER. Default: none."""
-    choose_by: ChooseBy = "loss"
-    """Score that chooses the weights: the lowest loss on the images that choose, or the highest
-    accuracy on the labeled ones."""
-
-    def _list_conflicts(self) -> dict[str, object]:
-        return {
-            **super()._list_conflicts(),
-            "choose_by=zero_shot needs labeled images: zero_shot=NAME=FOLDER.": (
-                self.choose_by == "zero_shot" and not self.zero_shot
-            ),
-        }
-
+from .config_fields import TrainingConfig
 
 # Options of one way of training, and of no use in others.
 _OF_WAYS = {
@@ -41,7 +18,7 @@ _OF_WAYS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlignConfig(TrainingConfig, ChoiceConfig):
+class AlignConfig(TrainingConfig):
     """Options of `align`: the trained parts, the data and the duration (paper, section 3.2)."""
 
     vision_training: Literal["frozen", "lora", "full"] = "frozen"
@@ -117,6 +94,12 @@ class AlignConfig(TrainingConfig, ChoiceConfig):
     """After held-out images have chosen the weights, fit once more on all images with the chosen
     shrinkages, number of steps and share of the way from the start. Default: only if both stores
     are given, because otherwise the towers run twice as often."""
+    zero_shot: str | None = None
+    """Labeled images that weights classify, too, before, during and after: NAME=FOLDER of a dataset
+    for classification, such as image-folder=FOLDER. Default: none."""
+    choose_by: Literal["loss", "zero_shot"] = "loss"
+    """Score that chooses the weights: the lowest loss on the held-out images, or the highest
+    accuracy on the labeled ones."""
     eval_steps: Annotated[int, Interval(ge=1)] | None = None
     """Steps between evaluations on the held-out images. Default: a twentieth of the run."""
     early_stopping_patience: Annotated[int, Interval(ge=0)] = 6
@@ -185,6 +168,9 @@ class AlignConfig(TrainingConfig, ChoiceConfig):
                 f"Only {way} uses {', '.join(names)}, and this is {' and '.join(ways)}.": names
                 for way, names in unused.items()
             },
+            "choose_by=zero_shot needs labeled images: zero_shot=NAME=FOLDER.": (
+                self.choose_by == "zero_shot" and not self.zero_shot
+            ),
             "zero_shot is measured with held-out images, and held_out_ratio=0 has none.": (
                 self.zero_shot and not self.held_out_ratio
             ),
@@ -251,11 +237,3 @@ class AlignConfig(TrainingConfig, ChoiceConfig):
         }
         if errors := [message for message, is_refused in refused.items() if is_refused]:
             raise ValueError("; ".join(errors) + ".")
-
-
-@dataclass(frozen=True, kw_only=True)
-class InterpolateConfig(ChoiceConfig):
-    """Options of `interpolate`: the shares that are tried, and what chooses among them."""
-
-    num_shares: Annotated[int, Interval(ge=2)] = 10
-    """Number of equal steps on the way from the first model to the second."""

@@ -16,7 +16,7 @@ from ..run_folder import read_run_record
 from .held_out import HeldOutScores, find_interval
 from .run_data import RunData
 
-CHOSE = ", which chose the weights"
+_CHOSE = ", which chose the weights"
 # On the card, in place of the digest of the held-out groups.
 SEEN = ", on which the model may have been trained before"
 TUNED_ON = ", on whose captions the language model may have been fine-tuned"
@@ -37,7 +37,7 @@ NOT_JUDGED = (
     "nothing shows whether the training helped. Hold out images (--held-out-ratio) to know."
 )
 
-NEAR_CHANCE_ON_CARD = "On held-out images this model is near chance, or they were too few to tell."
+_NEAR_CHANCE_ON_CARD = "On held-out images this model is near chance, or they were too few to tell."
 CLEARLY_LOWER = (
     "Warning: its R@1 is clearly lower than at the start, although its loss is lower. Where R@1 is "
     "what counts, keep the start: --max-steps 0 writes it if it is the closed form."
@@ -46,7 +46,7 @@ CLEARLY_LOWER = (
 FORGOT = "Warning: the training made the model classify clearly worse."
 KEEP_TOWER = (
     " Keep the vision tower near its frozen self (--distillation-weight), or take weights on the "
-    "way back (llm2clip interpolate)."
+    "way back (examples/scripts/mix_models.py)."
 )
 LET_CHOOSE = " Let the accuracy choose the weights (--choose-by zero_shot)."
 
@@ -92,7 +92,7 @@ def make_caution(results: Mapping[str, Any]) -> str | None:
     """Make the warning on the model card; None if no warning is needed."""
     scores = _read_best(results)
     if scores is not None and scores.is_near_chance:
-        return NEAR_CHANCE_ON_CARD
+        return _NEAR_CHANCE_ON_CARD
     if _got_worse(results):
         return "The training raised the loss of the images that it trained on."
     return None
@@ -103,8 +103,6 @@ def make_card_results(results: Mapping[str, Any], data_name: str | None) -> tupl
     if scores is None:
         return ()
     labeled, notes = results.get("zero_shot"), results["held_out"]
-    by_accuracy = notes["chosen_by"] == "zero_shot"
-    accuracy = () if labeled is None else (make_accuracy(labeled, has_chosen=by_accuracy),)
     held_out = f"{scores.num_images} images held out of the alignment"
     if notes["maybe_trained_on"]:
         held_out += SEEN
@@ -115,31 +113,25 @@ def make_card_results(results: Mapping[str, Any], data_name: str | None) -> tupl
     elif not notes["maybe_trained_on"]:
         held_out += _GROUPS + notes["groups"]
     dataset = held_out if data_name is None else f"{data_name}, {held_out}"
-    return (make_recalls(scores, dataset), *accuracy)
-
-
-def make_recalls(scores: HeldOutScores, dataset: str) -> CardResult:
-    """Make the R@1 of captions and images for a card."""
     shown = {name: value for name, value in asdict(scores).items() if name.endswith("_r1")}
-    return CardResult(
+    recalls = CardResult(
         "retrieval",
         dataset,
         shown,
         intervals={name: scores.find_interval(shown[name]) for name in ("t2i_r1", "i2t_r1")},
         count=f"{counted(scores.num_images, 'image')}, {counted(scores.num_texts, 'text')}",
     )
-
-
-def make_accuracy(labeled: Mapping[str, Any], *, has_chosen: bool) -> CardResult:
-    """Make the accuracy on labeled images for a card, from their description with `accuracy`."""
+    if labeled is None:
+        return (recalls,)
     accuracy, num_images = labeled["accuracy"], labeled["num_images"]
-    return CardResult(
+    classified = CardResult(
         "classification",
-        labeled["dataset"] + CHOSE * has_chosen,
+        labeled["dataset"] + _CHOSE * (notes["chosen_by"] == "zero_shot"),
         {"top_1": accuracy, "chance_top_1": 1 / labeled["num_classes"]},
         intervals={"top_1": find_interval(accuracy, num_images)},
         count=counted(num_images, "image"),
     )
+    return recalls, classified
 
 
 def _describe_weights(results: Mapping[str, Any]) -> str:

@@ -61,14 +61,6 @@ def set_between(
         model.get_parameter(name).copy_(value if share == 1 else torch.lerp(first, value, share))
 
 
-def rank_scores(scores: HeldOutScores, by_accuracy: bool) -> tuple[float, ...]:
-    """Make the key by which weights are compared; the best ones have the lowest."""
-    if not by_accuracy:
-        return (scores.loss,)
-    assert scores.zero_shot is not None
-    return (-scores.zero_shot, scores.loss)
-
-
 def _seal(content: bytes) -> bytes:
     """Write the digest of a file into it."""
     digest = f"sha256-{hashlib.sha256(content).hexdigest()}"
@@ -192,10 +184,7 @@ class BestWeightsCallback(TrainerCallback):
 
     def _compare(self, scores: HeldOutScores, *, step: int, share: float) -> None:
         """Keep the weights that the model has now if they are the best so far."""
-        by_accuracy = self.chooses_zero_shot
-        if self.best is None or rank_scores(scores, by_accuracy) < rank_scores(
-            self.best, by_accuracy
-        ):
+        if self.best is None or self._rank(scores) < self._rank(self.best):
             self.best, self.best_step, self.best_share = scores, step, share
             state = self.trainer.collect_trained()
             if self.trainer.args.should_save:
@@ -204,6 +193,13 @@ class BestWeightsCallback(TrainerCallback):
                 entry = json.dumps({**self.as_record(), "digest": _NO_DIGEST})
                 write_atomically(self.file, _seal(save(weights, metadata={_METADATA: entry})))
         self.trainer.state.best_metric = self.best.loss  # in each checkpoint, for `read_earlier`
+
+    def _rank(self, scores: HeldOutScores) -> tuple[float, ...]:
+        """Return the sort key; the best weights minimize it."""
+        if not self.chooses_zero_shot:
+            return (scores.loss,)
+        assert scores.zero_shot is not None
+        return (-scores.zero_shot, scores.loss)
 
     def _measure(self) -> HeldOutScores:
         trainer = self.trainer

@@ -186,11 +186,6 @@ COMMANDS = (
         moments=("output/run.json*", "output/checkpoints/checkpoint-*", "output/.model-*"),
         read=read_run,
     ),
-    Command(
-        "interpolate", ("interpolate", "{model}", "{tuned}", "{data}", "{output}",
-                        "--caption-store", "{captions}", "--num-shares", "2", *_CPU),
-        different=("--num-shares", "4"), moments=(".output-*", ".output-*/output/*"),
-    ),
     Command("merge-store", ("merge-store", "{output}"), start="parts"),
     Command(
         "evaluate", ("evaluate", "{model}", "--datasets", "{data}", "--output", "{output}",
@@ -216,8 +211,7 @@ def prepare(folder: Path) -> dict[str, Path]:
     if not root.exists():
         root.mkdir(parents=True)
         compute(_make_inputs, root, folder=root)
-    inputs = {path.name.partition(".")[0]: path for path in root.iterdir()}
-    return {**inputs, "tuned": inputs["tuned"] / "model"}
+    return {path.name.partition(".")[0]: path for path in root.iterdir()}
 
 
 def _make_inputs(root: Path) -> None:
@@ -237,7 +231,6 @@ def _make_inputs(root: Path) -> None:
     texts, model = make_records(250), root / "model"
     (root / "texts").mkdir()
     write_captions(root / "texts", texts)
-    prepared.align(root / "tuned", vision_training="full", learning_rate=1e-2)
     config = ExtractConfig(max_shard_size="2KiB", device="cpu", show_progress=False)
     for part in ("1/2", "2/2"):
         extract(model, texts[:50], root / "parts", config, modality="text", partition=part)

@@ -14,10 +14,8 @@ from tuning import SHORT, tune
 
 from faults.damage import Target, call
 from faults.outputs_data import make_once, prepare, prepare_inheriting
-from modeling_llm2clip.configs.align_config import InterpolateConfig
 from modeling_llm2clip.evaluation.results import read_evaluation_results
 from modeling_llm2clip.recipes.train import train
-from modeling_llm2clip.training.alignment.interpolate import interpolate
 
 _TUNED = replace(SHORT, num_hard_negatives=3, max_steps=4, save_steps=2)
 
@@ -107,22 +105,6 @@ def evaluate_recipe(output: Path) -> object:
             read_evaluation_results(output / "evaluation")]  # fmt: skip
 
 
-def copy_model(folder: Path) -> Path:
-    return Path(shutil.copytree(prepare().model, folder / "before"))
-
-
-def interpolate_from(before: Path) -> object:
-    """Write weights between a model and what an alignment made of it."""
-    prepared, output = prepare(), before.parent / "between"
-    shutil.rmtree(output, ignore_errors=True)
-    trained = make_once("trained", lambda f: prepared.align(f, vision_training="full"))
-    interpolate(
-        before, trained / "model", prepared.records, output,
-        InterpolateConfig(device="cpu", num_shares=2), caption_store=prepared.captions,
-    )  # fmt: skip
-    return hash_tensors(output)
-
-
 def align_model(folder: Path) -> Path:
     """Write the model of an alignment, with a summary of its training images."""
     return Path(shutil.copytree(_align(prepare(), folder / "run").model, folder / "model"))
@@ -142,6 +124,4 @@ TARGETS = (
     Target("recipe before its evaluation", train_before_evaluation, evaluate_recipe,
            files=("model/model.safetensors", "model/golden_embeddings.safetensors")),
     Target("model", align_model, check),
-    Target("model to interpolate from", copy_model, interpolate_from,
-           files=("*.safetensors", "*.json")),
 )  # fmt: skip

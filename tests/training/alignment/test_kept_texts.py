@@ -21,7 +21,7 @@ from tiny import tiny_vision
 
 from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.configs.align_config import AlignConfig, InterpolateConfig
+from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.evaluation_config import EncoderConfig
 from modeling_llm2clip.configs.export_config import ExportConfig
 from modeling_llm2clip.encoding.encode import encode_texts
@@ -29,12 +29,10 @@ from modeling_llm2clip.evaluation.encoders.transformers_models import Transforme
 from modeling_llm2clip.model_folders.model_card import read_card_data
 from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.publishing.export_model import export_model
-from modeling_llm2clip.training.alignment import interpolate as interpolation
 from modeling_llm2clip.training.alignment import kept_texts
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.held_out import load_labeled_images
-from modeling_llm2clip.training.alignment.interpolate import interpolate
 from modeling_llm2clip.training.alignment.kept_texts import KeptTexts, read_kept_texts
 from modeling_llm2clip.training.alignment.sampling import sample_rows
 from modeling_llm2clip.training.run_folder import read_run_record
@@ -192,23 +190,12 @@ def test_record_and_card_name_what_was_kept_and_the_next_training_forgets_it(
     assert read_card_data(again.model).kept_texts is None
     vision = export_model(run.model, tmp_path / "vision", ExportConfig(components="vision"))
     assert "was kept near" not in (vision / "README.md").read_text(encoding="utf-8")
-    config = InterpolateConfig(device="cpu", num_shares=2)
     stated = read_card_data(run.model).kept_texts
     # A run whose best step is 0 writes the weights that the statement is about.
     start = {"held_out_ratio": 0.25, "learning_rate": 1e-12, "max_steps": 1}
     none = keep(keeping, tmp_path / "none", model=run.model, keep_texts=None, **start)
     assert none.best_step == 0
     assert read_card_data(none.model).kept_texts == stated
-
-    def state_at(share: float) -> str | None:
-        ranks, folder = iter([share, 0.0, 1.0]), tmp_path / f"between-{share}"
-        monkeypatch.setattr(interpolation, "rank_scores", lambda *_: next(ranks))
-        found = interpolate(again.model, run.model, keeping.records, folder, config)
-        assert found.chosen == share
-        return read_card_data(folder).kept_texts
-
-    assert state_at(0.5) == stated
-    assert state_at(0.0) is None
 
 
 def test_classes_of_labeled_images_are_read_once_with_their_templates(
