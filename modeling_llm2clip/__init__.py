@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from .configuration_llm2clip import LLM2CLIPConfig
     from .conversion.convert_checkpoint import convert_checkpoint
     from .conversion.source_checkpoint import CheckpointSource, LLMSource
-    from .data.captions.caption_joins import join_captions
     from .data.records.dataset_objects import records_from_dataset
     from .data.records.record_loading import load_records
     from .data.records.record_table import RecordTable
@@ -89,7 +88,6 @@ _HOMES = {
     "configuration_llm2clip": ("LLM2CLIPConfig",),
     "conversion.convert_checkpoint": ("convert_checkpoint",),
     "conversion.source_checkpoint": ("CheckpointSource", "LLMSource"),
-    "data.captions.caption_joins": ("join_captions",),
     "data.records.dataset_objects": ("records_from_dataset",),
     "data.store.embedding_store": ("EmbeddingStore",),
     "data.records.record_loading": ("load_records",),

@@ -116,10 +116,10 @@ def _read_records(
         )
     from ..search.image_files import records_from_images
 
-    if reading.captions_from is not None or reading.image_dir is not None:
+    if reading.image_dir is not None:
         raise ValueError(
-            f"{data} has images and no captions. Leave out --captions-from and --image-dir, or "
-            "give data that list the images."
+            f"{data} holds images and no list of them. Leave out --image-dir, or give data that "
+            "list the images."
         )
     return records_from_images(
         data,

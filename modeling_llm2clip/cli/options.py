@@ -110,10 +110,10 @@ def stream_captioned_images(
 ) -> RecordStream:
     from ..data.streams.record_streams import stream_records
 
-    if reading.image_dir is not None or reading.check_images or reading.captions_from is not None:
+    if reading.image_dir is not None or reading.check_images:
         raise ValueError(
-            "A stream brings its images and captions, and decodes each image once: leave "
-            "--image-dir, --check-images and --captions-from out."
+            "A stream brings its images and decodes each once: leave out --image-dir and "
+            "--check-images."
         )
     return stream_records(
         data,
@@ -137,7 +137,7 @@ def read_captioned_images(
     With `trains_on_images`, those on this machine are decoded first: steps that were taken before a
     broken one is met cannot be continued with other images.
     """
-    from ..data.captions.caption_joins import read_configured_records
+    from ..data.records.record_loading import read_configured_records
     from ..data.remote.shard_urls import has_remote_shards
 
     check_images = reading.check_images

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from annotated_types import Interval
 
@@ -22,14 +22,6 @@ class DataConfig(Config):
     check_images: bool | None = None
     """Decode every image first, once for all runs that use the same cached record table. Default:
     if the stage trains on images, unless it resumes or the images are remote."""
-    captions_from: Path | None = None
-    """File of captions that others published for these images (CSV, JSON lines or Parquet), added
-    to the captions in the data. Default: none."""
-    join_on: Literal["url", "key"] = "url"
-    """Key that joins captions_from: an image's URL, or its name without folder and suffix."""
-    captions_lang: str | None = None
-    """Language of captions_from; records in other languages do not get them. Default: the language
-    of all records."""
     cache: bool = True
     """Store the record table of large data in the user's cache, and reuse it."""
 

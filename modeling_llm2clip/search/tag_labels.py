@@ -132,15 +132,14 @@ def _require_text(value: Any) -> str:
     return value.strip()
 
 
-def _check_columns(columns: list[str]) -> list[str]:
+def _check_columns(columns: list[str]) -> None:
     if "label" not in columns or set(columns) - {"label", "prompt"}:
         raise ValueError(f"the columns are {columns}; name them label, or label and prompt.")
-    return columns
 
 
 def _parse_csv(file: Path) -> list[tuple[str, list[str]]]:
     prompts_of: dict[str, list[str]] = {}
-    for line, row in iterate_csv(file, choose=_check_columns, fill=True):
+    for line, row in iterate_csv(file, check=_check_columns, fill=True):
         name, prompt = (row.get(column, "").strip() for column in ("label", "prompt"))
         if not name:
             raise ValueError(f"line {line} has a blank label. Fill it in, or remove the line.")

@@ -120,8 +120,8 @@ def test_a_folder_of_images_alone_gives_the_embeddings_of_its_images(
     (photos / "below" / "2.png").write_bytes(b"no image")
     assert embed_images(model, photos, tmp_path / "other") == 2
     assert "image unreadable: 1 " in capsys.readouterr().err
-    assert embed_images(model, photos, tmp_path / "x", "--captions-from", "captions.csv") == 2
-    assert "has images and no captions" in capsys.readouterr().err
+    assert embed_images(model, photos, tmp_path / "x", "--image-dir", str(photos)) == 2
+    assert "holds images and no list of them" in capsys.readouterr().err
     assert run_embed(model, photos, tmp_path / "x", "text") == 2
     assert "has no captions.jsonl" in capsys.readouterr().err
 

@@ -278,7 +278,7 @@ def test_templates_that_no_label_uses_are_refused(tmp_path: Path) -> None:
         ("l.json", '["dog", " "]', "label number 2 is blank"),
         ("l.csv", "label,prompt\ndog,pup\n,cat\n", "line 3 has a blank label"),
         ("l.csv", "name\ndog\n", r"the columns are \['name'\]"),
-        ("l.csv", "label\na dog, big\n", "line 2: 2 cells for 1 column.*need quotes"),
+        ("l.csv", "label\na dog, big\n", "line 2: 2 cells for 1 column.*Quote cells"),
         (
             "l.csv",
             "label,prompt\na,b,c\n",

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
+from ..._suggestions import counted
+from ...configs.data_config import DataConfig
 from ..atomic_files import temporary_folder
 from ..images.image_sources import find_unreadable_images
 from ..validation_errors import ErrorCollector
@@ -108,6 +112,31 @@ def load_records(
         folder = path if path.is_dir() else path.parent
         advice = "Each text needs one." if modality == "text" else describe_line(folder)
         raise ValueError(f"{source} has no records. {advice}")
+    return records
+
+
+def read_configured_records(
+    data: str | Path,
+    config: DataConfig,
+    *,
+    require_images: bool,
+    check_images: bool | None,
+    modality: Modality | None = None,
+    show_progress: bool = True,
+) -> RecordTable:
+    """Read records as a `DataConfig` says; print the counts of rows left out to stderr."""
+    records = load_records(
+        data,
+        image_dir=config.image_dir,
+        require_images=require_images or bool(check_images),
+        check_images=check_images,
+        ignore_fields=config.ignore_fields,
+        cache=config.cache,
+        show_progress=show_progress,
+        modality=modality,
+    )
+    for reason, count in records.skipped.items():
+        tqdm.write(f"{data}: skipped {counted(count, 'row')}: {reason}.", file=sys.stderr)
     return records
 
 

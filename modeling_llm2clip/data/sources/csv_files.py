@@ -1,17 +1,14 @@
-"""Reads CSV and TSV, in UTF-8 with or without a byte order mark, also packed with gzip.
+"""Reads CSV in UTF-8, with or without a byte order mark.
 
-The first row has the names of the columns. Cells of CSV are quoted as in RFC 4180. In TSV, a quote
-is part of its cell, unless it encloses all of it: others' quotes would join lines.
+The first row has the names of the columns. Cells are quoted as in RFC 4180.
 """
 
 from __future__ import annotations
 
 import csv
-import gzip
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
 
 from ..._suggestions import counted
 from ..record_fields import RawRecord
@@ -25,7 +22,7 @@ def read_csv_file(file: Path, name: str, errors: ErrorCollector) -> Iterator[Raw
 
     Only texts are in CSV; records of images are in JSON lines, Parquet or tar.
     """
-    rows = iterate_cells(file, name)
+    rows = _iterate_cells(file, name)
     try:
         _, header = next(rows, (0, []))
         if len(set(header)) < len(header):
@@ -43,74 +40,36 @@ def read_csv_file(file: Path, name: str, errors: ErrorCollector) -> Iterator[Raw
 
 
 def iterate_csv(
-    file: Path, *, choose: Callable[[list[str]], list[str]] = list, fill: bool = False
+    file: Path, *, check: Callable[[list[str]], object] = list, fill: bool = False
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield line number and cells of each row, by the names of the columns that are chosen.
+    """Yield the line number and the cells of each row, by the names of the columns.
 
-    Raises ValueError if a row has not as many cells as the header, or two of these have one name;
-    with `fill` a row may have fewer.
+    `check` refuses columns. With `fill`, a row may have fewer cells than the header.
     """
-    rows = iterate_cells(file, str(file))
+    rows = _iterate_cells(file, str(file))
     _, header = next(rows, (0, []))
-    chosen = choose(header)
-    require_distinct(chosen, file)
-    places = [header.index(column) for column in chosen]
+    check(header)
+    if repeated := [column for column, count in Counter(header).items() if count > 1]:
+        raise ValueError(f"{file} has two columns named {repeated[0]!r}. Rename one.")
     for number, row in rows:
         row += [""] * (len(header) - len(row) if fill else 0)
         if len(row) != len(header):
             raise ValueError(
                 f"{file} line {number}: {counted(len(row), 'cell')} for "
-                f"{counted(len(header), 'column')}. Cells with commas, tabs or line breaks "
-                "need quotes, and CSV instead of TSV."
+                f"{counted(len(header), 'column')}. Quote cells with commas or line breaks."
             )
-        yield number, {column: row[place] for column, place in zip(chosen, places, strict=True)}
+        yield number, dict(zip(header, row, strict=True))
 
 
-def require_distinct(columns: Sequence[str], file: Path) -> None:
-    if repeated := [column for column, count in Counter(columns).items() if count > 1]:
-        raise ValueError(f"{file} has two columns named {repeated[0]!r}. Rename one.")
-
-
-def iterate_cells(file: Path, name: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield line number and cells of each row that is not empty, up to the first invalid one."""
-    is_tsv = file.name.lower().removesuffix(".gz").endswith(".tsv")
-    newline = "\n" if is_tsv else ""
-    opened: IO[str]
-    if file.suffix.lower() == ".gz":
-        opened = gzip.open(file, "rt", encoding="utf-8-sig", newline=newline)
-    else:
-        opened = file.open(encoding="utf-8-sig", newline=newline)
-    with opened:
-        yield from _split_lines(opened, name) if is_tsv else _parse(opened, name)
-
-
-def _parse(opened: IO[str], name: str) -> Iterator[tuple[int, list[str]]]:
+def _iterate_cells(file: Path, name: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the line number and the cells of each row that is not empty."""
     csv.field_size_limit(max(_LARGEST_CELL, csv.field_size_limit()))  # holds for the process
-    rows = csv.reader(opened, strict=True)
-    try:
-        for row in rows:
-            if row:
-                yield rows.line_num, row
-    except csv.Error as error:
-        raise ValueError(
-            f"{name} line {rows.line_num}: {error}. Put cells that begin with a quote into quotes, "
-            "and double those inside."
-        ) from error
-
-
-def _split_lines(opened: IO[str], name: str) -> Iterator[tuple[int, list[str]]]:
-    for number, ended in enumerate(opened, start=1):
-        line = ended.rstrip("\r\n")
-        if "\r" in line:  # a whole file with such ends would be one line, and have no rows
+    with file.open(encoding="utf-8-sig", newline="") as opened:
+        rows = csv.reader(opened, strict=True)
+        try:
+            yield from ((rows.line_num, row) for row in rows if row)
+        except csv.Error as error:
             raise ValueError(
-                f"{name} line {number}: a carriage return without a line feed. Write a line feed "
-                "where it ends a line, and a space where it is inside a cell."
-            )
-        if line:
-            yield number, [_unquote(cell) for cell in line.split("\t")]
-
-
-def _unquote(cell: str) -> str:
-    inside = cell[1:-1]
-    is_quoted = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inside.replace('""', "")
-    return inside.replace('""', '"') if is_quoted else cell
+                f"{name} line {rows.line_num}: {error}. Put cells that begin with a quote into "
+                "quotes, and double those inside."
+            ) from error

@@ -16,8 +16,7 @@ import yaml
 from ..._suggestions import did_you_mean
 from ...configs.data_config import DataConfig
 from ...configs.evaluation_config import EvaluatedDataset
-from ...data.captions.caption_joins import read_configured_records
-from ...data.records.record_loading import fetch_dataset_folder
+from ...data.records.record_loading import fetch_dataset_folder, read_configured_records
 from ...data.records.record_table import RecordTable
 from ...data.records.records import CaptionedImage
 from ...data.remote.file_places import FilePlace

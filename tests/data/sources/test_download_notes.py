@@ -18,6 +18,8 @@ from downloads import (
     write_notes,
 )
 
+from modeling_llm2clip.cli.options import read_captioned_images
+from modeling_llm2clip.configs.data_config import DataConfig
 from modeling_llm2clip.data.records import record_index
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.record_table import skipped_file
@@ -66,6 +68,21 @@ def test_rows_without_an_image_are_counted_and_are_no_errors(
     stream = stream_records(folder)
     assert len(list(stream)) == 2 and stream.report.skipped_samples == 1
     assert stream.report.problems.counts == expected
+
+
+@pytest.mark.parametrize("show_progress", [True, False])
+def test_a_command_decodes_what_it_trains_on_and_says_what_it_left_out(
+    show_progress: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_downloaded_parquet(tmp_path / "data")
+    records = read_captioned_images(
+        str(data), DataConfig(cache=False), require_images=True, trains_on_images=True,
+        show_progress=show_progress,
+    )  # fmt: skip
+    assert [record.captions for record in records] == [(CAPTIONS[0],), (CAPTIONS[2],)]
+    shown = capsys.readouterr().err
+    assert "skipped 1 row: image not downloaded: failed_to_download" in shown
+    assert ("decode:" in shown) is show_progress
 
 
 def test_columns_that_the_user_kept_are_fields(tmp_path: Path) -> None:

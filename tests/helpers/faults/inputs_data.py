@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import hashlib
 import io
 import json
-import re
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
@@ -18,13 +16,11 @@ from typing import Any
 
 import captioned_files
 import published_datasets as published
-import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 from tiny import draw_noise
 
 from faults.damage import Target, anything
-from modeling_llm2clip.data.captions.caption_joins import read_caption_rows
 from modeling_llm2clip.data.captions.text_pairs import read_text_pairs
 from modeling_llm2clip.data.images.image_sources import open_image
 from modeling_llm2clip.data.record_fields import Modality
@@ -111,18 +107,8 @@ def parse_parquet(path: Path) -> Iterator[tuple[_Fields, bytes | None]]:
 
 def iterate_csv(file: Path, *, fill: bool = False) -> Iterator[_Fields]:
     csv.field_size_limit(1 << 26)
-    content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    text = io.StringIO(content.decode("utf-8-sig"), newline="")
+    text = io.StringIO(file.read_bytes().decode("utf-8-sig"), newline="")
     yield from name_cells([row for row in csv.reader(text, strict=True) if row], fill=fill)
-
-
-def iterate_tsv(file: Path) -> Iterator[_Fields]:
-    lines = file.read_bytes().decode("utf-8-sig").split("\n")
-    rows = [line.rstrip("\r").split("\t") for line in lines if line.rstrip("\r")]
-    quoted = re.compile(r'"((?:[^"]|"")*)"')
-    yield from name_cells(
-        [[m[1].replace('""', '"') if (m := quoted.fullmatch(c)) else c for c in r] for r in rows]
-    )
 
 
 def name_cells(rows: list[list[str]], *, fill: bool = False) -> Iterator[_Fields]:
@@ -168,39 +154,7 @@ def below(write: Callable[[Path], Path]) -> Callable[[Path], Path]:
     return lambda folder: write(folder / "data")
 
 
-# Captions of others, labels and pairs: the same rows in the format of each file.
-
-ROWS = [
-    {"key": "a.jpg", "raw_caption": 'a "short" one, first', "re_caption": "A long one."},
-    {"key": "b.jpg", "raw_caption": "second", "re_caption": "Another long one."},
-]
-
-
-def write_rows(folder: Path, *, name: str) -> Path:
-    file = folder / name
-    if file.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(ROWS), file)
-        return file
-    if file.suffix == ".jsonl":
-        text = "\n".join(map(json.dumps, ROWS))
-    else:
-        mark = "\t" if ".tsv" in name else ","
-        rows = [[*ROWS[0]], *([*row.values()] for row in ROWS)]
-        cells = [['"' + cell.replace('"', '""') + '"' for cell in row] for row in rows]
-        text = "\n".join(mark.join(row) for row in cells) + "\n"
-    content = text.encode()
-    file.write_bytes(gzip.compress(content, mtime=0) if file.suffix == ".gz" else content)
-    return file
-
-
-def read_rows(path: Path) -> object:
-    return [*read_caption_rows(path, "key")]
-
-
-def expect_rows(path: Path, parse: Callable[[Path], Iterator[_Fields]]) -> object:
-    file = path.with_name("expected.jsonl")
-    file.write_text("\n".join(map(json.dumps, parse(path))), encoding="utf-8")
-    return read_rows(file)
+# Labels and pairs.
 
 
 def write_text(folder: Path, *, name: str, text: str) -> Path:
@@ -274,13 +228,6 @@ _LABELS = {
     "labels.csv": 'label,prompt\ndog,a dog\ndog,"a big, old dog"\ncat,\n',
     "labels.json": '{"dog": ["a dog", "one dog"], "cat": "a cat"}',
 }
-_CAPTIONS: dict[str, Callable[[Path], Iterator[_Fields]]] = {
-    "captions.csv": iterate_csv,
-    "captions.csv.gz": iterate_csv,
-    "captions.tsv": iterate_tsv,
-    "captions.jsonl": iterate_objects,
-    "captions.parquet": lambda file: iter(pq.read_table(file).to_pylist()),
-}
 
 TARGETS = (
     Target("lines", below(captioned_files.write_folder), read_records,
@@ -297,8 +244,6 @@ TARGETS = (
            partial(expect_records, parse=parse_coco, modality="text")),
     Target("csv", write_csv, partial(read_records, modality="text"),
            partial(expect_records, parse=parse_csv, modality="text")),
-    *(Target(name, partial(write_rows, name=name), read_rows, partial(expect_rows, parse=parse))
-      for name, parse in _CAPTIONS.items()),
     *(Target(name, partial(write_text, name=name, text=text), list_labels, expect_labels)
       for name, text in _LABELS.items()),
     Target("pairs", partial(write_text, name="pairs.jsonl", text=_PAIR),
