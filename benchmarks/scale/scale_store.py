@@ -38,9 +38,10 @@ import torch
 from benchmarks.shared.provenance import describe_run, write_result
 from modeling_llm2clip.configs.encoding_config import ExtractConfig
 from modeling_llm2clip.data.records.record_columns import ROWS_PER_BATCH
+from modeling_llm2clip.data.sealed_manifest import write_sealed
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.store.store_index import SCHEMA
-from modeling_llm2clip.data.store.store_manifest import ShardRecord, StoreManifest, write_sealed
+from modeling_llm2clip.data.store.store_manifest import ShardRecord, StoreManifest
 from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter, StoreItems
 
 Array: TypeAlias = np.ndarray[Any, Any]

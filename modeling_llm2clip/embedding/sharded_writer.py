@@ -30,13 +30,8 @@ from ..data.atomic_files import (
     sync,
     write_atomically,
 )
-from ..data.store.store_manifest import (
-    ShardedManifest,
-    ShardRecord,
-    make_record,
-    read_sealed,
-    write_sealed,
-)
+from ..data.sealed_manifest import read_sealed, write_sealed
+from ..data.store.store_manifest import ShardedManifest, ShardRecord, make_record
 from ..data.store.store_shards import list_errors
 
 _Manifest = TypeVar("_Manifest", bound=ShardedManifest)

@@ -23,7 +23,8 @@ from ..data.images.image_sources import (
 )
 from ..data.records.data_hashes import hash_images
 from ..data.records.record_table import RecordTable
-from ..data.store.store_manifest import StoreManifest, read_sealed, write_sealed
+from ..data.sealed_manifest import read_sealed, write_sealed
+from ..data.store.store_manifest import StoreManifest
 from ..data.validation_errors import ErrorCollector
 from .embedding_manifest import EmbeddingManifest
 from .sharded_writer import ShardedWriter

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..data.atomic_files import explain_full_disk, list_differences, lock_file
-from ..data.store.store_manifest import read_sealed, write_sealed
+from ..data.sealed_manifest import read_sealed, write_sealed
 from .filters import check_filter, explain_filter
 from .lancedb_table import (
     ABOUT,

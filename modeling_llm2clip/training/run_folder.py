@@ -29,8 +29,8 @@ from ..data.atomic_files import (
     require_writable,
     write_atomically,
 )
+from ..data.sealed_manifest import read_sealed, write_sealed
 from ..data.sources.json_files import parse_json
-from ..data.store.store_manifest import read_sealed, write_sealed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

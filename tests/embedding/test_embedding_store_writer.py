@@ -25,8 +25,9 @@ from stores import (
     write_store,
 )
 
+from modeling_llm2clip.data.sealed_manifest import write_sealed
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
-from modeling_llm2clip.data.store.store_manifest import ShardRecord, StoreManifest, write_sealed
+from modeling_llm2clip.data.store.store_manifest import ShardRecord, StoreManifest
 from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter, StoreItems
 from modeling_llm2clip.embedding.extract import merge_store
 

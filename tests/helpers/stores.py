@@ -12,13 +12,9 @@ from torch import Tensor
 from modeling_llm2clip.data.atomic_files import hash_file
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.records.records import CaptionedImage
+from modeling_llm2clip.data.sealed_manifest import read_sealed, write_sealed
 from modeling_llm2clip.data.store.store_index import make_batch
-from modeling_llm2clip.data.store.store_manifest import (
-    MANIFEST_FILE,
-    StoreManifest,
-    read_sealed,
-    write_sealed,
-)
+from modeling_llm2clip.data.store.store_manifest import MANIFEST_FILE, StoreManifest
 from modeling_llm2clip.embedding.embedding_store_writer import (
     EmbeddingStoreWriter,
     StoreItems,

@@ -29,7 +29,7 @@ from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.building.build_model import build_model
 from modeling_llm2clip.configs.train_config import TrainConfig
 from modeling_llm2clip.data.records.record_loading import load_records
-from modeling_llm2clip.data.store.store_manifest import read_sealed
+from modeling_llm2clip.data.sealed_manifest import read_sealed
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.embedding.extract import extract
 from modeling_llm2clip.encoding.precision import DeviceTraits

@@ -27,7 +27,8 @@ from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.configs.encoding_config import ExtractConfig
 from modeling_llm2clip.configs.train_config import TrainConfig
-from modeling_llm2clip.data.store.store_manifest import StoreManifest, read_sealed
+from modeling_llm2clip.data.sealed_manifest import read_sealed
+from modeling_llm2clip.data.store.store_manifest import StoreManifest
 from modeling_llm2clip.embedding.extract import extract
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor

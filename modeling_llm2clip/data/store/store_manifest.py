@@ -7,7 +7,6 @@ about the shards can be relied on.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 
 from ..._suggestions import list_first
 from ..atomic_files import hash_json, is_unfinished, require_writable
-from ..sources.json_files import parse_json
+from ..sealed_manifest import read_sealed, write_sealed
 
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.arrow"
@@ -25,7 +24,6 @@ CAPTION_EMBEDS, VISION_EMBEDS = "caption_embeds", "vision_embeds"
 TEACHER_TEXT_EMBEDS = "teacher_text_embeds"
 # Name in the counts of a store: captions that are longer than a teacher reads.
 TOO_LONG = "too long"
-_OWN_HASH = "sha256_of_this_file"
 # Name in safetensors, and the type that numpy reads it as; numpy has no bfloat16.
 STORED_DTYPES: dict[str, tuple[str, type[np.generic]]] = {
     "float32": ("F32", np.float32),
@@ -99,10 +97,9 @@ class ShardedManifest:
                 f"llm2clip {cls.COMMAND} wrote."
             )
         try:
-            content = _parse_object(file.read_text(encoding="utf-8"))
+            content = read_sealed(file.read_text(encoding="utf-8"))
             version = content["format_version"]
             if version == cls.VERSION:
-                content = _check_seal(content)
                 if lost := sorted({entry.name for entry in fields(cls)} - set(content)):  # type: ignore[arg-type]
                     raise ValueError(f"it lacks {lost}")
                 return cls._from_json(content)
@@ -241,24 +238,6 @@ class StoreManifest(ShardedManifest):
         return hash_json(self.list_causes())
 
 
-def write_sealed(content: Mapping[str, Any]) -> str:
-    """Write an object as JSON with a hash of itself."""
-    return json.dumps({**content, _OWN_HASH: hash_json(content)}, indent=2) + "\n"
-
-
-def read_sealed(text: str, *, or_plain: bool = False) -> dict[str, Any]:
-    """Read an object that `write_sealed` wrote, without its hash; perhaps one without a hash."""
-    content = _parse_object(text)
-    return content if or_plain and _OWN_HASH not in content else _check_seal(content)
-
-
-def _check_seal(sealed: Mapping[str, Any]) -> dict[str, Any]:
-    content = {name: value for name, value in sealed.items() if name != _OWN_HASH}
-    if (digest := hash_json(content)) != sealed.get(_OWN_HASH):
-        raise ValueError(f"its content has the SHA-256 {digest}, it says {sealed.get(_OWN_HASH)}")
-    return content
-
-
 def _freeze(content: Mapping[str, Any]) -> dict[str, Any]:
     """Make tuples of the lists in an object, and of the lists in these."""
     return {name: _freeze_value(value) for name, value in content.items()}
@@ -266,10 +245,3 @@ def _freeze(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _freeze_value(value: Any) -> Any:
     return tuple(map(_freeze_value, value)) if isinstance(value, list) else value
-
-
-def _parse_object(text: str) -> dict[str, Any]:
-    content = parse_json(text)
-    if not isinstance(content, dict):
-        raise ValueError(f"it holds {type(content).__name__}, not an object")
-    return content

@@ -21,8 +21,8 @@ from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
+from modeling_llm2clip.data.sealed_manifest import read_sealed
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
-from modeling_llm2clip.data.store.store_manifest import read_sealed
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.align_checks import check_processes
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset

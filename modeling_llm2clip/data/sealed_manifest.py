@@ -1,0 +1,79 @@
+"""Sealed JSON objects, and the digests of the files beside them.
+
+Each output has one manifest that lists its files by size and SHA-256 and ends with a SHA-256 of
+itself. So an edited or damaged manifest is refused, and every damaged file is found and named.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .atomic_files import hash_file, hash_json
+from .sources.json_files import parse_json
+
+_OWN_HASH = "sha256_of_this_file"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of an output.
+
+    Attributes:
+        file: Its path below the folder of the output.
+        bytes: Its size.
+        sha256: Its digest.
+    """
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+def record_file(folder: Path, file: str) -> FileRecord:
+    """Record the size and the digest of a file in a folder."""
+    return FileRecord(file, (folder / file).stat().st_size, hash_file(folder / file))
+
+
+def list_damage(
+    folder: Path, records: Iterable[FileRecord], *, sizes_only: bool = False
+) -> list[str]:
+    """Compare files with their records in threads; return a message per damaged file."""
+    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
+        messages = pool.map(partial(_find_damage, folder, sizes_only=sizes_only), records)
+        return [message for message in messages if message]
+
+
+def _find_damage(folder: Path, record: FileRecord, *, sizes_only: bool) -> str:
+    file = folder / record.file
+    if not file.is_file():
+        return f"{record.file}: missing"
+    if (size := file.stat().st_size) != record.bytes:
+        return f"{record.file}: {size} bytes, the manifest says {record.bytes}"
+    if not sizes_only and (digest := hash_file(file)) != record.sha256:
+        return f"{record.file}: SHA-256 is {digest}, the manifest says {record.sha256}"
+    return ""
+
+
+def write_sealed(content: Mapping[str, Any]) -> str:
+    """Write an object as JSON with a hash of itself."""
+    return json.dumps({**content, _OWN_HASH: hash_json(content)}, indent=2) + "\n"
+
+
+def read_sealed(text: str, *, or_plain: bool = False) -> dict[str, Any]:
+    """Read an object that `write_sealed` wrote, without its hash; perhaps one without a hash."""
+    sealed = parse_json(text)
+    if not isinstance(sealed, dict):
+        raise ValueError(f"it holds {type(sealed).__name__}, not an object")
+    content = {name: value for name, value in sealed.items() if name != _OWN_HASH}
+    if or_plain and content == sealed:
+        return content
+    if (digest := hash_json(content)) != sealed.get(_OWN_HASH):
+        raise ValueError(f"its content has the SHA-256 {digest}, it says {sealed.get(_OWN_HASH)}")
+    return content
