@@ -59,7 +59,7 @@ RAY = Need("ray", "ray", "the engine is Ray Data")
 RAY_SERVE = Need("ray", "ray", "replicas run under Ray Serve")
 SERVE = tuple(
     Need(module, "serve", "serves the model over HTTP")
-    for module in ("fastapi", "httpcore", "prometheus_client", "uvicorn")
+    for module in ("fastapi", "prometheus_client", "uvicorn")
 )
 PAGE = Need("gradio", "serve", "shows the page at / (--no-page leaves it out)")
 ANN = Need("faiss", "ann", "searches the nearest of more than 20,000 groups of captions")

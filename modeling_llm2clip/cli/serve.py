@@ -8,7 +8,7 @@ import sys
 from functools import partial
 
 from .._extras import ONNX_RUNTIME, PAGE, SERVE, list_needs_of_index, require
-from ..configs.serve_config import ServeConfig
+from ..configs.serve_config import API_KEY_VARIABLE, ServeConfig
 from .command import command
 from .options import require_model, use_device
 
@@ -41,7 +41,7 @@ def serve(
     else:
         require_model(model, *needs)
     from ..search.index_database import require_place
-    from ..serving.app import API_KEY_VARIABLE, bind_socket, create_app, run_server
+    from ..serving.app import bind_socket, create_app, run_server
 
     if index is not None:
         require_place(index)
@@ -49,7 +49,7 @@ def serve(
         use_device(config.device, config.precision)
         from ..serving.service import EmbeddingService
 
-        _warn_if_open(config.host, API_KEY_VARIABLE)
+        _warn_if_open(config.host)
         service = EmbeddingService.open(model, config, index=index)
         if far := service.describe_far_images():
             print(f"{index}: {far}", file=sys.stderr)
@@ -60,14 +60,14 @@ def serve(
     return 0
 
 
-def _warn_if_open(host: str, variable: str) -> None:
+def _warn_if_open(host: str) -> None:
     try:
         is_local = ipaddress.ip_address(host).is_loopback
     except ValueError:
         is_local = host == "localhost"
-    if not is_local and variable not in os.environ:
+    if not is_local and API_KEY_VARIABLE not in os.environ:
         print(
-            f"{variable} is not set, so everyone who can reach {host} can use this server.",
+            f"{API_KEY_VARIABLE} is not set, so everyone who can reach {host} can use this server.",
             file=sys.stderr,
         )
 

@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from .config_fields import DeviceConfig, Matches, WeightDtype
+from .config_fields import DeviceConfig, Matches
 from .data_config import ImageLimitsConfig
 from .encoding_config import BackendConfig
 
+API_KEY_VARIABLE = "LLM2CLIP_API_KEY"
 Network = Annotated[
     str, Matches(pattern=r"[\da-fA-F.:]+(/\d+)?", meaning="a network, like 10.1.0.0/16")
 ]
@@ -118,17 +119,8 @@ class ServerCheckConfig(DeviceConfig):
     model_name: str | None = None
     """Name of the model in requests. Default: the only model in the server's /v1/models, or else
     the folder's name."""
-    served_dtype: WeightDtype | None = None
-    """Dtype that the server should compute in, which sets the tolerance. Default: the dtype of the
-    folder's weights."""
-    api_key_env: Annotated[
-        str, Matches(pattern=r"[A-Za-z_]\w*", meaning="the name of an environment variable")
-    ] = "LLM2CLIP_API_KEY"
-    """Environment variable with the API key, which is sent as a bearer token if set."""
     timeout_s: Annotated[float, Interval(gt=0, le=3600)] = 60.0
     """Seconds that one request may take."""
-    concurrency: Annotated[int, Interval(ge=1, le=256)] = 8
-    """Number of concurrent requests in the check for cross-talk."""
 
     def _list_conflicts(self) -> dict[str, object]:
         unused = [f"`{name}`" for name in self.list_given() if name not in ("server", "device")]

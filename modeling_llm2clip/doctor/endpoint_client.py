@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import json
 import time
+import urllib.request
 from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from .._suggestions import counted
-from ..configs.serve_config import ServerCheckConfig, ServerSchema
+from ..configs.serve_config import API_KEY_VARIABLE, ServerCheckConfig, ServerSchema
 
 _PATHS: dict[ServerSchema, tuple[str, ...]] = {
     "openai": ("/v1/embeddings",),
@@ -26,6 +27,7 @@ _PATHS: dict[ServerSchema, tuple[str, ...]] = {
     "jina": ("/v1/embeddings",),
 }
 _MAX_REPLY = 2**26  # bytes
+_CHUNK_BYTES = 2**16
 _MAX_TRIES = 5
 _MAX_WAIT_S = 10.0
 _SHOWN = 200  # characters of a reply
@@ -61,18 +63,20 @@ class EndpointClient:
         self.schema = config.schema
         self.timeout_s = config.timeout_s
         self.model_name = model_name
-        headers = {"User-Agent": "llm2clip-doctor"}
+        self._headers: dict[str, Any] = {
+            "User-Agent": "llm2clip-doctor",
+            "Content-Type": "application/json",
+        }
         if api_key:
-            headers["Authorization"] = f"Bearer {api_key}"
-        # It follows no redirect: that would turn a POST into a GET, and leak the API key.
-        self._client = httpx.Client(headers=headers, timeout=config.timeout_s)
+            self._headers["Authorization"] = f"Bearer {api_key}".encode()
+        self._opener = urllib.request.build_opener(_AsIs)
         address = urlsplit(config.server or "")
         if not address.hostname:
             raise ValueError(f"server={config.server!r} has no host. Give http://HOST:PORT.")
         if address.username is not None:
             raise ValueError(
                 f"The address of {address.hostname} has a name or password. Give the key in the "
-                f"environment variable {config.api_key_env}."
+                f"environment variable {API_KEY_VARIABLE}."
             )
         self.base = f"{address.scheme}://{address.netloc}"
         path = address.path.rstrip("/")
@@ -130,34 +134,44 @@ class EndpointClient:
         return _to_tensor(rows)
 
     def _send(self, url: str, body: dict[str, Any] | None) -> Any:
-        """Send a request, a GET without a body, and repeat it where the server asks to wait.
+        """Send a request, a GET without a body, and repeat it if the server asks to wait.
 
         Returns the JSON of the reply.
         """
+        content = None if body is None else json.dumps(body).encode()
         for number in range(1, _MAX_TRIES + 1):
+            end = time.monotonic() + self.timeout_s
             try:
-                with self._client.stream(
-                    "GET" if body is None else "POST", url, json=body
-                ) as reply:
-                    content = _read(reply, timeout_s=self.timeout_s)
-            except httpx.TimeoutException as error:
-                raise EndpointError(
-                    f"{url} gave no whole reply within {self.timeout_s:g} seconds. Give a larger "
-                    "--timeout-s, or see what the server waits for."
-                ) from error
-            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                request = urllib.request.Request(url, content, self._headers)
+                with self._opener.open(request, timeout=self.timeout_s) as reply:
+                    received = _read(reply, end=end)
+            except (OSError, http.client.HTTPException, UnicodeError, OverflowError) as error:
+                if time.monotonic() >= end:
+                    raise EndpointError(
+                        f"{url} gave no whole reply within {self.timeout_s:g} seconds. Raise "
+                        "--timeout-s, or check what the server waits for."
+                    ) from error
                 text = str(error) or type(error).__name__
                 raise EndpointError(
-                    f"{url} cannot be reached ({text}). Start the server, or correct it."
+                    f"{url} cannot be reached ({text}). Start the server, or correct the address."
                 ) from error
-            if reply.status_code not in (429, 503) or number == _MAX_TRIES:
+            if reply.status not in (429, 503) or number == _MAX_TRIES:
                 break
             seconds = reply.headers.get("Retry-After", "")
             delay = float(seconds) if seconds.isdecimal() else 0.2 * 2**number
             time.sleep(min(max(delay, 0.1), _MAX_WAIT_S))
-        if not reply.is_success:
-            raise _describe_status(url, reply, content)
-        return _parse_json(content)
+        if reply.status // 100 != 2:
+            raise _describe_status(url, reply, received)
+        return _parse_json(received)
+
+
+class _AsIs(urllib.request.HTTPErrorProcessor):
+    """Returns error replies, and follows no redirect: the API key would leak."""
+
+    def http_response(self, request: Any, response: Any) -> Any:  # noqa: ARG002
+        return response
+
+    https_response = http_response
 
 
 def _parse_json(content: bytes) -> Any:
@@ -170,33 +184,33 @@ def _parse_json(content: bytes) -> Any:
         ) from None
 
 
-def _read(reply: httpx.Response, *, timeout_s: float) -> bytes:
-    """Read a reply, within the limits on seconds and bytes."""
-    end, content = time.monotonic() + timeout_s, bytearray()
-    for part in reply.iter_bytes():
-        content += part
+def _read(reply: Any, *, end: float) -> bytes:
+    """Read a reply within the limits on time and size."""
+    content = bytearray()
+    while chunk := reply.read1(_CHUNK_BYTES):
+        content += chunk
         if len(content) > _MAX_REPLY:
             raise EndpointError(f"The reply is larger than {_MAX_REPLY:,} bytes.")
         if time.monotonic() > end:
-            raise httpx.ReadTimeout("")
+            raise TimeoutError
     return bytes(content)
 
 
-def _describe_status(url: str, reply: httpx.Response, content: bytes) -> EndpointError:
-    by_key = " Put the server's API key into the environment variable of --api-key-env."
+def _describe_status(url: str, reply: Any, content: bytes) -> EndpointError:
+    by_key = f" Put the server's API key into the environment variable {API_KEY_VARIABLE}."
     by_address = " Give the address of the endpoint for embeddings, and its --schema."
     by_waiting = f" It did so {_MAX_TRIES} times: it is overloaded or not ready."
     remedies = {
         401: by_key, 403: by_key, 404: by_address, 405: by_address,
         429: by_waiting, 503: by_waiting,
     }  # fmt: skip
-    remedy = remedies.get(reply.status_code, "")
-    if reply.has_redirect_location:
+    remedy = remedies.get(reply.status, "")
+    if reply.status // 100 == 3 and "Location" in reply.headers:
         remedy = f" It redirects to {reply.headers['Location']!r}: give that address."
     message = " ".join(content.decode(errors="replace").split())[:_SHOWN]
     return EndpointError(
-        f"{url} answered {reply.status_code} {reply.reason_phrase}: {message}.{remedy}",
-        status=reply.status_code,
+        f"{url} answered {reply.status} {reply.reason}: {message}.{remedy}",
+        status=reply.status,
     )
 
 

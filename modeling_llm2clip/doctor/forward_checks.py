@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._suggestions import counted
@@ -274,22 +273,14 @@ def _read_instructions(tested: ModelUnderTest) -> dict[str, str]:
     return prompts
 
 
-@torch.no_grad()
 def _encode_with_model(tested: ModelUnderTest, prompts: dict[str, str]) -> dict[str, Tensor]:
     embeddings = {}
     if tested.encodes_texts:
         embeddings["texts"] = tested.encode_texts(SHORT_TEXTS)
     if tested.encodes_images:
         embeddings["images"] = tested.encode_images(render_golden_images())
-    pools_prompt = tested.config.num_unpooled < len(tested.config.prompt_prefix_ids)
     for name, instruction in prompts.items():
-        num_ids = 0 if pools_prompt else len(tested.list_bare_ids(instruction))
-        pooled = tested.pool_by_hand(
-            tested.list_ids(instruction + SHORT_TEXTS[0]),
-            num_unpooled=tested.config.num_unpooled + num_ids,
-        )
-        features = tested.model.project_caption_embeds(pooled)
-        embeddings[f"texts with {name!r}"] = F.normalize(features, dim=-1).cpu()
+        embeddings[f"texts with {name!r}"] = tested.encode_instructed(SHORT_TEXTS[:1], instruction)
     return embeddings
 
 

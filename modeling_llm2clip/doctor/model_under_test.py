@@ -83,12 +83,9 @@ class ModelUnderTest:
 
     def encode_images(self, images: Sequence[Any]) -> Tensor:
         """Encode B images, (B, P) float32 of unit length."""
-        return self.encode_prepared(self.processor(images=list(images)))
-
-    @torch.no_grad()
-    def encode_prepared(self, batch: Any) -> Tensor:
-        """Encode B images that a processor has prepared, (B, P) float32 of unit length."""
-        features = self.model.get_image_features(**batch.to(self.device))
+        batch = self.processor(images=list(images)).to(self.device)
+        with torch.no_grad():
+            features = self.model.get_image_features(**batch)
         return F.normalize(features.pooler_output, dim=-1).cpu()
 
     def list_ids(self, text: str) -> list[int]:
@@ -117,3 +114,17 @@ class ModelUnderTest:
             dense = self.model.text_model.pooled_dense
             pooled = pooled @ to_float64(dense.weight).T + to_float64(dense.bias)
         return pooled.to(hidden.device, torch.float32)
+
+    @torch.no_grad()
+    def encode_by_hand(self, ids: Sequence[int], *, num_unpooled: int) -> Tensor:
+        """Encode one text, given as ids, by `pool_by_hand`; (1, P) float32 of unit length."""
+        pooled = self.pool_by_hand(ids, num_unpooled=num_unpooled)
+        return F.normalize(self.model.project_caption_embeds(pooled), dim=-1).cpu()
+
+    def encode_instructed(self, texts: Sequence[str], instruction: str) -> Tensor:
+        """Encode B texts after an instruction, which is pooled if the prompt is; (B, P) float32."""
+        start = self.config.num_unpooled
+        if start == len(self.config.prompt_prefix_ids):
+            start += len(self.list_bare_ids(instruction))
+        ids = (self.list_ids(instruction + text) for text in texts)
+        return torch.cat([self.encode_by_hand(row, num_unpooled=start) for row in ids])

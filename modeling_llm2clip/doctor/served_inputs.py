@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 
@@ -11,7 +12,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from ..model_folders.golden_embeddings import render_golden_images
-from .served_causes import REWRITINGS
 
 # Each has something that libraries and gateways rewrite: line breaks, several spaces, no-break and
 # zero-width ones, ligatures and other compatibility characters, accents in two characters and in
@@ -30,6 +30,14 @@ EXACT_TEXTS = (
     "the white house",
     "  a dog at the edge  ",
 )
+_REWRITINGS: tuple[Callable[[str], str], ...] = (
+    str.lower,
+    lambda text: text.replace("\n", " "),
+    lambda text: " ".join(text.split()),
+    partial(unicodedata.normalize, "NFC"),
+    partial(unicodedata.normalize, "NFKC"),
+    partial(re.sub, r"[^\w\s]", ""),
+)
 # COCO's commonest size, an odd one, a large one, a small one, and one with a far longer side.
 _SIZES = ((640, 427), (333, 501), (1280, 853), (61, 47), (700, 96))
 _EXIF_ORIENTATION, _ROTATED = 0x0112, 6
@@ -43,12 +51,11 @@ def list_exact_texts() -> list[str]:
 
     A cache with rewritten texts as keys returns the embedding of the other text.
     """
-    changes: list[Callable[[str], str]] = [*REWRITINGS.values(), partial(re.sub, r"[^\w\s]", "")]
     return list(
         dict.fromkeys(
             changed
             for text in EXACT_TEXTS
-            for changed in (text, *(change(text) for change in changes))
+            for changed in (text, *(rewrite(text) for rewrite in _REWRITINGS))
         )
     )
 
@@ -61,13 +68,16 @@ def render_small() -> tuple[Image.Image, ...]:
 
 @cache
 def render_odd_images() -> tuple[Image.Image, ...]:
-    """Render an image with transparency, and one that EXIF rotates."""
+    """Render images that libraries decode differently: transparency, 16 bits, an EXIF rotation."""
     ramp, disc = render_golden_images()
     transparent = ramp.convert("RGBA")
     transparent.putalpha(disc.convert("L").resize(ramp.size).point(lambda value: 255 - value))
     rotated = ramp.copy()
     rotated.getexif()[_EXIF_ORIENTATION] = _ROTATED
-    return transparent, rotated
+    palette = disc.quantize(16)
+    palette.info["transparency"] = palette.getpixel((40, 40))
+    deep = Image.fromarray(np.asarray(ramp.convert("L")).astype(np.uint16) * 257)
+    return transparent, rotated, transparent.convert("LA"), palette, deep
 
 
 @cache

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from .._suggestions import counted
-from ..configs.serve_config import ServerCheckConfig
+from ..configs.serve_config import API_KEY_VARIABLE, ServerCheckConfig
 from ..model_folders.golden_embeddings import (
     GOLDEN_TEXTS,
     compare_golden,
@@ -35,10 +35,10 @@ from .model_report import (
     run_checks,
 )
 from .model_under_test import SHORT_TEXTS, ModelUnderTest
-from .served_causes import embed_inputs, read_instructed
-from .served_difference import Comparison, encode, find_rounding
+from .served_difference import encode, require_same
 from .served_inputs import list_exact_texts, render_odd_images, render_photographs, render_small
 
+_AT_ONCE = 8  # requests
 _REQUESTS_PER_THREAD = 4
 _TEXTS_PER_REQUEST = 3
 _WORDS = "a dog and two red apples lie on a wooden table beside an open window at night "
@@ -61,12 +61,10 @@ class _Served:
 
     client: EndpointClient
     tested: ModelUnderTest
-    config: ServerCheckConfig
-    dtype: torch.dtype
 
     @property
     def tolerance(self) -> float:
-        return find_tolerance(self.dtype, other_machine=True)
+        return find_tolerance(self.tested.model.dtype, other_machine=True)
 
     def write_text(self, num_tokens: int, *, first: int = 0) -> str:
         """Write the longest text of whole words within this number of tokens."""
@@ -80,61 +78,47 @@ class _Served:
         num_words = bisect_right(range(1, len(words) + 1), num_tokens, key=count)
         return " ".join(words[: max(num_words, 1)])
 
-    def require_equal(
-        self, served: Tensor, inputs: Sequence[Any], *, where: str, in_sequence: bool = False
-    ) -> float:
-        """Raise ValueError with the cause if embeddings differ; return their distance.
-
-        Texts and images are compared apart.
-        """
-        distances = []
+    def require_equal(self, served: Tensor, inputs: Sequence[Any], *, where: str) -> str:
+        """Raise ValueError if embeddings differ; texts and images are compared separately."""
+        worst = 0.0
         for is_text in (True, False):
             rows = [row for row, value in enumerate(inputs) if isinstance(value, str) == is_text]
-            if not rows:
-                continue
-            part = [inputs[row] for row in rows]
-            compared = Comparison(
-                self.tested, part, served[rows], encode(self.tested, part), self.tolerance,
-                in_sequence,
-            )  # fmt: skip
-            if (text := compared.explain()) is not None:
-                raise ValueError(f"{where}: {text}")
-            distances.append(float(compared.measure(compared.expected).max()))
-        return max(distances)
+            if rows:
+                part = [inputs[row] for row in rows]
+                try:
+                    worst = max(
+                        worst,
+                        require_same(self.tested, part, served[rows], tolerance=self.tolerance),
+                    )
+                except ValueError as error:
+                    raise ValueError(f"{where}: {error}") from None
+        return self.describe(len(inputs), worst)
 
-    def send_together(self, inputs: Sequence[Any]) -> str:
+    def send_together(self, inputs: Sequence[Any], **options: Any) -> str:
         """Send many inputs in one request, or fewer to a server that refuses so many."""
         random.Random(0).shuffle(inputs := [*inputs, inputs[0]])
         refused = ""
         try:
-            embeds = self.client.embed(inputs)
+            embeds = self.client.embed(inputs, **options)
         except EndpointError as error:
             if error.status not in _REFUSED or len(inputs) <= _FEWER:
                 raise
             refused = f"; {len(inputs)} are refused with {error.status}"
             inputs = inputs[:_FEWER]
-            embeds = self.client.embed(inputs)
-        where = f"{len(inputs)} in one request"
-        return self.describe(inputs, self.require_equal(embeds, inputs, where=where)) + refused
+            embeds = self.client.embed(inputs, **options)
+        return self.require_equal(embeds, inputs, where=f"{len(inputs)} in one request") + refused
 
     def send_at_once(self, requests: Sequence[Sequence[Any]]) -> str:
         """Send many requests at once."""
-        with ThreadPoolExecutor(self.config.concurrency) as pool:
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
             embeds = torch.cat(list(pool.map(self.client.embed, requests)))
         inputs = [value for request in requests for value in request]
         count = counted(len(requests), "request")
-        distance = self.require_equal(embeds, inputs, where=f"{count} at once")
-        return f"{count}: {self.describe(inputs, distance)}"
+        return f"{count}: {self.require_equal(embeds, inputs, where=f'{count} at once')}"
 
-    def describe(self, inputs: Sequence[Any], distance: float) -> str:
-        count = counted(len(inputs), "embedding")
+    def describe(self, num_inputs: int, distance: float) -> str:
+        count = counted(num_inputs, "embedding")
         return f"{count} at most {distance:.1e} off (allowed {self.tolerance:.2g})"
-
-    def warn_of_rounding(self, embeds: Tensor, message: str) -> None:
-        """Raise ConcernError if the values are rounded to less than the model's precision."""
-        rounding = find_rounding(embeds)
-        if rounding is not None and (self.dtype == torch.float32 or "float" not in rounding):
-            raise ConcernError(f"{message}, but the values are rounded to {rounding}")
 
 
 def _check_model(served: _Served) -> str:
@@ -156,18 +140,13 @@ def _check_connection(served: _Served) -> str:
     return f"{served.client.urls[0]} embeds as {served.client.model_name!r}, width {first.shape[1]}"
 
 
-def _alone(
-    list_inputs: Callable[[_Served], Sequence[Any]], *, warns: bool = False
-) -> Callable[[_Served], str]:
+def _alone(list_inputs: Callable[[_Served], Sequence[Any]]) -> Callable[[_Served], str]:
     """Make a check that sends each of these inputs in a request of its own."""
 
     def check(served: _Served) -> str:
         inputs = list_inputs(served)
         embeds = torch.cat([served.client.embed([value]) for value in inputs])
-        distance = served.require_equal(embeds, inputs, where="one at a time", in_sequence=True)
-        if warns:
-            served.warn_of_rounding(embeds, served.describe(inputs, distance))
-        return served.describe(inputs, distance)
+        return served.require_equal(embeds, inputs, where="one at a time")
 
     return check
 
@@ -177,7 +156,8 @@ def _list_exact_texts(served: _Served) -> list[str]:
     words = served.write_text(max(served.tested.room - _TOKENS_OF_ENDS, 1)).split()
     places = (0, len(words) // 2, len(words))
     alike = [" ".join((*words[:n], end, *words[n:])) for n in places for end in _ENDS]
-    return [*list_exact_texts(), *alike]
+    special = [f"the {token} token" for token in served.tested.tokenizer.all_special_tokens]
+    return [*list_exact_texts(), *alike, *special]
 
 
 def _check_instructions(served: _Served) -> str:
@@ -192,32 +172,24 @@ def _check_instructions(served: _Served) -> str:
             field, value = "input_type", _COHERE_TYPES[name]
         embeds = _embed_with(served, field, value)
         instruction = served.tested.config.instructions[name]
-        expected = embed_inputs(served.tested, read_instructed(served.tested, _TEXTS, instruction))
-        distance, plain, pooled = (
-            _measure(embeds, embedded)
-            for embedded in (
-                expected,
-                encode(served.tested, _TEXTS),
-                encode(served.tested, [instruction + text for text in _TEXTS]),
-            )
-        )
+        distance = _measure(embeds, served.tested.encode_instructed(_TEXTS, instruction))
+        plain = _measure(embeds, encode(served.tested, _TEXTS))
         # In half precision an instruction may change embeddings by less than the tolerance.
         if plain <= served.tolerance and plain < distance / 2:
             dropped.append(f"{field}={value!r}")
-        elif distance <= served.tolerance and pooled >= distance / 2:
-            distances.append(distance)
-        else:
+        elif distance > served.tolerance:
             raise ValueError(
                 f"{field}={value!r} gives embeddings {distance:.1e} from the model's (allowed "
                 f"{served.tolerance:.2g}). An instruction is attended to, and pooled only if the "
                 "model pools its prompt."
             )
+        distances.append(distance)
     if dropped:
         raise ConcernError(
             f"the server ignores {', '.join(dropped)}: it embeds without the instruction. Encode "
             "such texts elsewhere"
         )
-    return f"{', '.join(names)}: {served.describe(names * len(_TEXTS), max(distances))}"
+    return f"{', '.join(names)}: {served.describe(len(names) * len(_TEXTS), max(distances))}"
 
 
 def _measure(served: Tensor, expected: Tensor) -> float:
@@ -238,7 +210,7 @@ def _check_mixed_lengths(served: _Served) -> str:
 def _check_concurrent_texts(served: _Served) -> str:
     """Send many requests at once, each with other texts, which shows cross-talk."""
     chooser = random.Random(0)
-    sizes = range(served.config.concurrency * _REQUESTS_PER_THREAD)
+    sizes = range(_AT_ONCE * _REQUESTS_PER_THREAD)
     return served.send_at_once(
         [chooser.sample(_MANY_TEXTS, chooser.randint(1, _TEXTS_PER_REQUEST)) for _ in sizes]
     )
@@ -246,7 +218,7 @@ def _check_concurrent_texts(served: _Served) -> str:
 
 def _check_concurrent_inputs(served: _Served) -> str:
     known = [*render_golden_images(), *render_odd_images(), *_TEXTS]
-    count = served.config.concurrency * _REQUESTS_PER_THREAD
+    count = _AT_ONCE * _REQUESTS_PER_THREAD
     requests = [[known[row % len(known)]] for row in range(count)]
     random.Random(0).shuffle(requests)
     return served.send_at_once(requests)
@@ -262,8 +234,7 @@ def _check_long_text(served: _Served) -> str:
         if error.status is None or not 400 <= error.status < 500:
             raise
         return f"a text beyond {limit} tokens is refused with {error.status}"
-    distance = served.require_equal(embeds, [long], where=f"a text beyond {limit} tokens")
-    return f"truncated as the model does, {distance:.1e} from it"
+    return served.require_equal(embeds, [long], where=f"a text beyond {limit} tokens")
 
 
 def _check_empty_text(served: _Served) -> str:
@@ -289,42 +260,41 @@ def _embed_with(served: _Served, name: str, value: Any) -> Tensor:
     try:
         return served.client.embed(_TEXTS, **{name: value})
     except EndpointError as error:
-        if error.status not in _REFUSED:
-            raise
-        raise NotApplicableError(f"{name}={value!r} is refused: {error}") from None
+        raise _explain_refusal(error, f"{name}={value!r}") from None
+
+
+def _explain_refusal(error: EndpointError, option: str) -> Exception:
+    if error.status not in _REFUSED:
+        return error
+    return NotApplicableError(f"{option} is refused: {error}")
 
 
 def _check_base64(served: _Served) -> str:
     """Check base64, which OpenAI's client asks for by default."""
-    embeds = _embed_with(served, "encoding_format", "base64")
-    as_numbers = served.client.embed(_TEXTS)
-    # The same numbers, once in decimals; a served model may round once more between two requests.
-    length = float(as_numbers.norm(dim=-1).max())
-    if not _measure(embeds, as_numbers) <= served.tolerance * length:
-        raise ValueError(
-            "base64 and float give different embeddings; wanted base64 of little-endian float32."
-        )
-    message = f"{len(_TEXTS)} embeddings equal those in decimals"
-    served.warn_of_rounding(embeds, message)
-    return message
+    try:
+        return served.send_together(_MANY_TEXTS[:-1], encoding_format="base64")
+    except EndpointError as error:
+        raise _explain_refusal(error, "encoding_format='base64'") from None
 
 
 def _check_dimensions(served: _Served) -> str:
     """Check that fewer dimensions are the first ones, at unit length."""
-    count = max(served.tested.config.projection_dim // 2, 1)
-    embeds = _embed_with(served, "dimensions", count)
-    if embeds.shape[1] != count:
-        raise ValueError(f"dimensions={count} gives {embeds.shape[1]} dimensions.")
-    expected = torch.nn.functional.normalize(encode(served.tested, _TEXTS)[:, :count], dim=-1)
-    distance = _measure(embeds, expected)
-    # Half of the dimensions have less than the whole length, by which rounding is divided.
-    if not distance <= 4 * served.tolerance:
-        lengths = embeds.norm(dim=-1)
-        raise ValueError(
-            f"dimensions={count} gives embeddings {distance:.1e} from the model's first {count} "
-            f"at unit length; their lengths are {lengths.min():.3g} to {lengths.max():.3g}."
-        )
-    return f"dimensions={count}: {served.describe(_TEXTS, distance)}"
+    full, distances = served.tested.config.projection_dim, []
+    for count in sorted({max(count, 1) for count in (full // 4, full // 2, full - 1)}):
+        embeds = _embed_with(served, "dimensions", count)
+        if embeds.shape[1] != count:
+            raise ValueError(f"dimensions={count} gives {embeds.shape[1]} dimensions.")
+        expected = torch.nn.functional.normalize(encode(served.tested, _TEXTS)[:, :count], dim=-1)
+        distances.append(_measure(embeds, expected))
+        # Rounding is divided by the length of the part, which is less than 1.
+        if not distances[-1] <= 4 * served.tolerance:
+            lengths = embeds.norm(dim=-1)
+            raise ValueError(
+                f"dimensions={count} gives embeddings {distances[-1]:.1e} from the model's first "
+                f"{count} at unit length; their lengths are {lengths.min():.3g} to "
+                f"{lengths.max():.3g}."
+            )
+    return served.describe(len(_TEXTS) * len(distances), max(distances))
 
 
 def _list_small_images() -> list[Image.Image]:
@@ -341,7 +311,7 @@ _OPTION, _IMAGE, _IMAGES, _MIXED = "option", "image", "images", "mixed"
 _PLANNED: tuple[PlannedCheck[_Served], ...] = (
     PlannedCheck("model", _check_model),
     PlannedCheck("connection", _check_connection),
-    PlannedCheck("texts", _alone(lambda _: _TEXTS, warns=True), ("connection",)),
+    PlannedCheck("texts", _alone(lambda _: _TEXTS), ("connection",)),
     PlannedCheck("exact texts", _alone(_list_exact_texts), ("texts",)),
     PlannedCheck("instructions", _check_instructions, ("texts",)),
     PlannedCheck(
@@ -351,11 +321,9 @@ _PLANNED: tuple[PlannedCheck[_Served], ...] = (
     PlannedCheck("concurrent texts", _check_concurrent_texts, ("texts",)),
     PlannedCheck("long text", _check_long_text, ("texts",)),
     PlannedCheck("empty text", _check_empty_text, ("connection",)),
-    PlannedCheck("base64", _check_base64, ("connection",), _OPTION),
+    PlannedCheck("base64", _check_base64, ("batched texts",), _OPTION),
     PlannedCheck("dimensions", _check_dimensions, ("texts",), _OPTION),
-    PlannedCheck(
-        "images", _alone(lambda _: render_golden_images(), warns=True), ("connection",), _IMAGE
-    ),
+    PlannedCheck("images", _alone(lambda _: render_golden_images()), ("connection",), _IMAGE),
     # Of the sizes and the detail of photographs, which servers shrink and compress.
     PlannedCheck("photographs", _alone(lambda _: render_photographs()), ("images",), _IMAGE),
     # Libraries decode them differently.
@@ -376,10 +344,9 @@ _PLANNED: tuple[PlannedCheck[_Served], ...] = (
 def check_server(
     source: str | Path, config: ServerCheckConfig, *, revision: str | None = None
 ) -> ModelReport:
-    """Check that an endpoint gives the embeddings of a model, and name what differs.
+    """Check that an endpoint gives the embeddings of a model, and name the inputs that differ.
 
-    The model runs here too: it computes the correct embeddings, and those of the commonest errors,
-    such as a lost prompt.
+    The model runs here too, in the dtype of its folder, which sets the tolerance.
 
     Args:
         source: Folder or Hub id of the LLM2CLIP model that is served, with a text tower.
@@ -423,11 +390,9 @@ def check_served(
 
     `default_name` is used if neither the configuration nor the server names the model.
     """
-    api_key = os.environ.get(config.api_key_env, "")
+    api_key = os.environ.get(API_KEY_VARIABLE, "")
     client = EndpointClient(config, model_name=config.model_name or "", api_key=api_key)
     client.model_name = config.model_name or client.find_model_name() or default_name
-    dtype = getattr(torch, config.served_dtype) if config.served_dtype else tested.model.dtype
-
     schema = config.schema
 
     def find_obstacle(about: str | None) -> str | None:
@@ -443,5 +408,5 @@ def check_served(
             return "the schema has texts and images in separate requests"
         return None
 
-    served = _Served(client, tested, config, dtype)
+    served = _Served(client, tested)
     return ModelReport(str(config.server), list(run_checks(_PLANNED, served, find_obstacle)))

@@ -9,14 +9,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .._extras import SERVE, require
-from ..configs.serve_config import ServeConfig
+from ..configs.serve_config import API_KEY_VARIABLE, ServeConfig
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from .service import EmbeddingService
 
-API_KEY_VARIABLE = "LLM2CLIP_API_KEY"
 _BACKLOG = 2048  # connections that wait for being accepted
 _KEEP_ALIVE_S = 75  # longer than load balancers keep theirs
 

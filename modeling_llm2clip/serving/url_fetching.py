@@ -15,7 +15,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
-import httpcore
+try:
+    import httpcore2 as httpcore
+except ImportError:  # huggingface_hub 1 brings the older one
+    import httpcore  # type: ignore[no-redef]
 
 from ..image_loading_llm2clip import IpAddress, is_public
 from .service_results import RequestError

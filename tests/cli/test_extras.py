@@ -28,11 +28,11 @@ EXTRAS = SETUP["options.extras_require"]
 DISTRIBUTIONS = {"faiss": "faiss-cpu", "open_clip": "open_clip_torch",
                  "prometheus_client": "prometheus-client",
                  "sentence_transformers": "sentence-transformers"}  # fmt: skip
-# Installed by what `install_requires` names: huggingface_hub has the first, cyclopts the second,
-# transformers the third, pydantic the next three; fastapi the next, onnxscript the last.
-INDIRECT = {"fsspec", "rich", "tokenizers", "annotated_types", "pydantic_core", "typing_extensions",
-            "starlette", "onnx_ir"}  # fmt: skip
-REQUIRED = {"PIL", "accelerate", "cyclopts", "filelock", "httpx", "huggingface_hub", "loky",
+# Installed by what `install_requires` names: huggingface_hub has the first three, cyclopts the
+# next, transformers the next, pydantic the next three; fastapi the next, onnxscript the last.
+INDIRECT = {"fsspec", "httpcore", "httpcore2", "rich", "tokenizers", "annotated_types",
+            "pydantic_core", "typing_extensions", "starlette", "onnx_ir"}  # fmt: skip
+REQUIRED = {"PIL", "accelerate", "cyclopts", "filelock", "huggingface_hub", "loky",
             "numpy", "pyarrow", "pydantic", "safetensors", "tabulate", "threadpoolctl", "torch",
             "torchvision", "tqdm",
             "transformers", "yaml"}  # fmt: skip

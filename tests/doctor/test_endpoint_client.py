@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from server_checking import check
 
-from modeling_llm2clip.configs.serve_config import ServerCheckConfig
+from modeling_llm2clip.configs.serve_config import API_KEY_VARIABLE, ServerCheckConfig
 from modeling_llm2clip.doctor.endpoint_client import (
     EndpointClient,
     EndpointError,
@@ -60,7 +60,7 @@ FAILURES = {
         reply_with(200, {"data": [{"index": 1, "embedding": [0.5]}]}), "not in the order of the"
     ),
     "odd base64": (reply_with(200, {"data": [{"embedding": "AAA="}]}), "of float32: AAA="),
-    "403": (reply_with(403, b"no"), "answered 403 .*--api-key-env"),
+    "403": (reply_with(403, b"no"), "answered 403 .*LLM2CLIP_API_KEY"),
     "404": (reply_with(404, {"detail": "Not Found"}), "answered 404 .*Not Found.*--schema"),
     "500": (reply_with(500, {"error": {"message": "out of memory"}}), "500 .*out of memory"),
     "redirect": (reply_with(307, b"", Location="http://example.org/"), "redirects to 'http://exa"),
@@ -94,9 +94,9 @@ def test_a_key_comes_from_the_environment_and_goes_nowhere_else(
     with Endpoint(served, set_attributes(api_key="secret")) as endpoint:
         report = check(served, endpoint, "texts")
         connection = find(report, "connection").message
-        assert re.search("answered 401 .*Incorrect API key provided.*--api-key", connection)
-        monkeypatch.setenv("MY_KEY", "secret")
-        report = check(served, endpoint, "texts", api_key_env="MY_KEY")
+        assert re.search("answered 401 .*Incorrect API key provided.*LLM2CLIP_API_KEY", connection)
+        monkeypatch.setenv(API_KEY_VARIABLE, "secret")
+        report = check(served, endpoint, "texts")
     assert report.healthy, str(report)
     assert "secret" not in str(report)
     assert set(endpoint.keys) == {None, "Bearer secret"}

@@ -30,9 +30,7 @@ def check(
 ) -> ModelReport:
     """Run the checks of these names and the checks that they need; without names, all."""
     url = endpoint if isinstance(endpoint, str) else endpoint.url
-    config = ServerCheckConfig(
-        server=url, schema=schema, device="cpu", **{"concurrency": 4, **options}
-    )
+    config = ServerCheckConfig(server=url, schema=schema, device="cpu", **options)
     with pytest.MonkeyPatch.context() as patch:
         if names:
             patch.setattr(server_checks, "_PLANNED", choose_checks(server_checks._PLANNED, *names))

@@ -22,12 +22,12 @@ from served_apps import run_app
 from tiny import draw_noise
 from tiny_folders import export_tiny_model
 
-from modeling_llm2clip.configs.serve_config import ServeConfig
+from modeling_llm2clip.configs.serve_config import API_KEY_VARIABLE, ServeConfig
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.search.image_index import ImageIndex
 from modeling_llm2clip.serving import demo_page
-from modeling_llm2clip.serving.app import API_KEY_VARIABLE, create_app
+from modeling_llm2clip.serving.app import create_app
 from modeling_llm2clip.serving.demo_page import add_demo_page, encode_thumbnail
 from modeling_llm2clip.serving.service import EmbeddingService
 

@@ -13,8 +13,9 @@ import pytest
 from served_apps import MODEL_NAME, HeldEncoder, open_service, run_app, run_service
 from shared_models import shared_model
 
+from modeling_llm2clip.configs.serve_config import API_KEY_VARIABLE
 from modeling_llm2clip.encoding.encode import TorchEncoder
-from modeling_llm2clip.serving.app import API_KEY_VARIABLE, create_app
+from modeling_llm2clip.serving.app import create_app
 
 
 def write_request(body: bytes, *, path: str = "/v1/embeddings", headers: str = "") -> bytes:

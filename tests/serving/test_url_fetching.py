@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import httpcore
 import pytest
 
 from modeling_llm2clip.configs.serve_config import ServeConfig
@@ -151,7 +150,7 @@ def test_public_addresses_are_connected_to(address: str, monkeypatch: pytest.Mon
         raise OSError
 
     monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", answer_with(address))
-    monkeypatch.setattr(httpcore.AnyIOBackend, "connect_tcp", connect)
+    monkeypatch.setattr(f"{UrlFetcher.__module__}.httpcore.AnyIOBackend.connect_tcp", connect)
     assert refuse("http://example.com/", networks=()).code == "invalid_image_url"
     assert [ipaddress.ip_address(host) for host in asked] == [ipaddress.ip_address(address)]
 
