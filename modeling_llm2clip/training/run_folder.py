@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Collection, Iterator, Mapping
@@ -44,21 +45,16 @@ NEAREST_FILE = "nearest_groups.npy"
 INHERITED_FILE = "inherited.safetensors"
 # Held while a run is in progress: see `lock_run`.
 LOCK_FILE = "run.lock"
-# The last file of a checkpoint, with the SHA-256 of the others as `sha256sum` writes them. Without
-# it, the checkpoint is incomplete.
+# The last file of a checkpoint: sealed, with the SHA-256 of the others. Without it, the checkpoint
+# is incomplete.
 _COMPLETE = "complete"
 # Files of a run that are written before its first checkpoint, and read from each.
 _BESIDE = (NEAREST_FILE, INHERITED_FILE)
 # Options that change no number, with which a run may be resumed. Weights and stores are compared by
 # content, wherever they are.
 _MAY_DIFFER = {"num_workers", "report_to", "save_steps", "source", "folder"}
-# Options that records of earlier versions lack, and what those versions did.
-_BEFORE = {
-    "precision": "auto",
-    "compile": False,
-    "jpeg_decoding": "full",
-}
 _CHECKPOINTS_KEPT = 2
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 _ATTEMPTS = 100
 _HELD: set[IO[str]] = set()
 
@@ -94,16 +90,9 @@ def read_results(folder: Path) -> dict[str, Any]:
 def read_run_record(folder: Path) -> dict[str, Any]:
     file = folder / RUN_FILE
     try:
-        # Records of earlier versions have no hash.
-        record = read_sealed(file.read_text(encoding="utf-8"), or_plain=True)
+        return read_sealed(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # the latter also for bytes that are not text
         raise ValueError(f"{file} cannot be read ({error}). Choose a new folder.") from error
-    if not {"config", "inputs"} <= record.keys():
-        raise ValueError(
-            f"{file} has no config and inputs, so this package did not write it. Choose a new "
-            "folder."
-        )
-    return record
 
 
 def require_output(output: Path, *, resume: bool, model: Path | None) -> None:
@@ -151,9 +140,6 @@ def require_same_run(
     now = {**_to_json(asdict(config)), **_to_json(inputs)}
     ignored = _MAY_DIFFER | set(may_differ)
     earlier, now = _flatten(earlier), _flatten(now)
-    if not any("keep_texts" in name and value is not None for name, value in now.items()):
-        ignored.add("keep_weight")  # of these texts alone; earlier versions had another default
-    earlier = {name: _BEFORE.get(name.rpartition(".")[2]) for name in now} | earlier
     different = [
         f"{name}: {earlier.get(name)!r} then, {now.get(name)!r} now"
         for name in sorted(set(earlier) | set(now))
@@ -201,56 +187,55 @@ def mark_complete(output: Path, step: int) -> None:
     The order is that of their steps: the times of files depend on clocks, and change in copies.
     """
     checkpoint = output / CHECKPOINTS / f"checkpoint-{step}"
-    lines = "".join(f"{line}\n" for line in _list_digests(checkpoint))
-    write_atomically(checkpoint / _COMPLETE, lines.encode())
-    folders = sorted((output / CHECKPOINTS).glob("checkpoint-*"), key=_step_of)
-    for folder in folders[:-_CHECKPOINTS_KEPT]:
+    write_atomically(checkpoint / _COMPLETE, write_sealed(_hash_files(checkpoint)).encode())
+    for folder in _list_checkpoints(output)[:-_CHECKPOINTS_KEPT]:
         shutil.rmtree(folder)
 
 
 def find_last_checkpoint(output: Path) -> Path | None:
-    return max(_list_complete(output), key=_step_of, default=None)
+    return next(iter(_list_complete(output)[::-1]), None)
+
+
+def _list_checkpoints(output: Path) -> list[Path]:
+    """List the checkpoints of a run by their steps; other folders beside them are the user's."""
+    folders = (output / CHECKPOINTS).glob("checkpoint-*")
+    return sorted((f for f in folders if _CHECKPOINT.fullmatch(f.name)), key=_step_of)
 
 
 def _list_complete(output: Path) -> list[Path]:
-    folders = (output / CHECKPOINTS).glob("checkpoint-*")
-    return [folder for folder in folders if (folder / _COMPLETE).is_file()]
+    return [folder for folder in _list_checkpoints(output) if (folder / _COMPLETE).is_file()]
 
 
 def require_intact_checkpoint(output: Path) -> None:
     """Refuse a last checkpoint whose files are not those that were written."""
-    checkpoints = sorted(_list_complete(output), key=_step_of)
+    checkpoints = _list_complete(output)
     if not checkpoints:
         return
     last = checkpoints[-1]
-    recorded = (last / _COMPLETE).read_text(encoding="utf-8", errors="replace").splitlines()
-    if damaged := set(recorded or [_COMPLETE]) - set(_list_digests(last)):
-        names = list_first(sorted(line.rpartition("  ")[2] for line in damaged))
-        cause = f"is damaged: its file `{_COMPLETE}` has another SHA-256 of {names}"
-        if not recorded:
-            cause = (
-                f"has an empty file `{_COMPLETE}`: it was damaged, or an earlier version wrote it"
-            )
+    now: dict[str, Any] = _hash_files(last)
+    try:
+        recorded = read_sealed((last / _COMPLETE).read_text(encoding="utf-8", errors="replace"))
+    except ValueError:
+        recorded = {_COMPLETE: "its seal"}  # which no file has
+    if damaged := sorted(name for name in recorded if now.get(name) != recorded[name]):
         before = checkpoints[-2].name if checkpoints[:-1] else "its beginning"
         raise ValueError(
-            f"{last} {cause}. Remove this checkpoint; the run then continues from {before}."
+            f"{last} is damaged: {list_first(damaged)} is not as it was written. Remove this "
+            f"checkpoint; the run then continues from {before}."
         )
 
 
-def _list_digests(checkpoint: Path) -> list[str]:
+def _hash_files(checkpoint: Path) -> dict[str, str]:
+    """Hash the files of a checkpoint, and those of its run that its steps need."""
     files = [file for file in checkpoint.rglob("*") if file.name != _COMPLETE]
     files += [checkpoint.parents[1] / name for name in _BESIDE]
-    return [
-        f"{hash_file(file)}  {os.path.relpath(file, checkpoint)}"
-        for file in sorted(files)
-        if file.is_file()
-    ]
+    return {os.path.relpath(file, checkpoint): hash_file(file) for file in files if file.is_file()}
 
 
 def discard_later_steps(output: Path, checkpoint: Path | None) -> None:
     """Delete metrics and incomplete checkpoints of steps that will be run again."""
     step = 0 if checkpoint is None else _step_of(checkpoint)
-    for folder in (output / CHECKPOINTS).glob("checkpoint-*"):
+    for folder in _list_checkpoints(output):
         if _step_of(folder) > step:
             shutil.rmtree(folder)
     file = output / METRICS_FILE
@@ -337,7 +322,7 @@ def _step_of(checkpoint: Path) -> int:
 
 def _read(folder: Path) -> dict[str, Any]:
     file = folder / RUN_FILE
-    return read_sealed(file.read_text(encoding="utf-8"), or_plain=True) if file.is_file() else {}
+    return read_sealed(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _write(folder: Path, record: Mapping[str, Any]) -> None:

@@ -28,6 +28,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from .._suggestions import MAX_LISTED, counted, list_first
 from ..configs.config_fields import TrainingConfig
+from ..data.sources.json_files import read_json
 from ..scheduling.graceful_stop import StopRequest
 from .finite_steps import FiniteSteps, spread_nonfinite
 from .run_folder import CHECKPOINTS, list_trained, mark_complete, require_finite
@@ -129,13 +130,17 @@ class StageTrainerMixin:
     ones change no weight, and the run stops before the next log, checkpoint or score. Elsewhere it
     stops at once.
 
-    Mean loss and speed of the whole run are not logged: a resumed run does not know them.
+    Mean loss and speed of the whole run are not logged: a resumed run does not know them. The
+    losses since the last log are in each checkpoint, so the next log has them after a resume.
     """
 
     state: Any
     args: Any
     _finite_steps: FiniteSteps | None = None
     _facts: Mapping[str, Tensor] = {}
+    _window: Tensor  # the losses since the last log, added up
+    _restored: Mapping[str, Any] | None = None
+    _globalstep_last_logged: int
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log metrics, without those of the whole run."""
@@ -183,6 +188,27 @@ class StageTrainerMixin:
         PartialState().wait_for_everyone()  # each process writes its own random generators
         if self.args.should_save:
             mark_complete(Path(self.args.output_dir).parent, self.state.global_step)
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        self._window = tr_loss
+        if self._restored is not None:
+            tr_loss += self._restored["loss"]
+            self._globalstep_last_logged -= self._restored["steps"]
+            self._restored = None
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)  # type: ignore[misc]
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        steps = self.state.global_step - self._globalstep_last_logged
+        text = json.dumps({"loss": float(self._window), "steps": steps})
+        (Path(output_dir) / self._name_window()).write_text(text, encoding="utf-8")
+
+    def _load_rng_state(self, checkpoint: str) -> None:
+        super()._load_rng_state(checkpoint)  # type: ignore[misc]
+        self._restored = read_json(Path(checkpoint) / self._name_window())
+
+    def _name_window(self) -> str:
+        return f"window-{self.args.process_index}.json"
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[misc]

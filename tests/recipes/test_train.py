@@ -29,7 +29,7 @@ from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.building.build_model import build_model
 from modeling_llm2clip.configs.train_config import TrainConfig
 from modeling_llm2clip.data.records.record_loading import load_records
-from modeling_llm2clip.data.sealed_manifest import read_sealed
+from modeling_llm2clip.data.sealed_manifest import read_sealed, write_sealed
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.embedding.extract import extract
 from modeling_llm2clip.encoding.precision import DeviceTraits
@@ -171,9 +171,9 @@ def moved(copied: TrainConfig, sources: Path, tmp_path: Path) -> TrainConfig:
     """A copy of the finished run whose data are a copy too, as if it had been on them."""
     data = shutil.copytree(sources / "data", tmp_path / "data")
     file = copied.output / "run.json"
-    record = json.loads(file.read_text("utf-8").replace(str(sources / "data"), str(data)))
-    del record["sha256_of_this_file"]  # of a run on the first data
-    file.write_text(json.dumps(record), "utf-8")
+    record = read_sealed(file.read_text("utf-8"))
+    moved = json.loads(json.dumps(record).replace(str(sources / "data"), str(data)))
+    file.write_text(write_sealed(moved), "utf-8")
     return replace(copied, data=str(data))
 
 
@@ -353,7 +353,7 @@ def test_a_model_that_is_not_healthy_is_an_error_until_it_is(
     record = read_sealed((copied.output / "run.json").read_text())
     if not was_healthy:
         del record["results"]["is_healthy"]
-    (copied.output / "run.json").write_text(json.dumps(record))
+    (copied.output / "run.json").write_text(write_sealed(record))
     file = copied.output / "model" / "model.safetensors"
     intact = file.read_bytes()
     weights = load_file(file)

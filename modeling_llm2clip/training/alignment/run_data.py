@@ -147,9 +147,10 @@ class StreamData:
         arguments: TrainingArguments,
         *,
         batch_size: int,
-        num_steps: int,  # noqa: ARG002
+        num_steps: int,
     ) -> StreamData:
-        """Become an endless iterable of this process's batches."""
+        """Become an iterable of this process's batches of the whole run."""
+        self._num_left = num_steps
         self._process, self._num_processes = arguments.process_index, arguments.world_size
         self._loader = make_loader(
             self.dataset.stream,
@@ -163,7 +164,7 @@ class StreamData:
         return self
 
     def __iter__(self) -> Iterator[Any]:
-        while True:
+        while self._num_left:  # none if the run is resumed at its end
             self.dataset.stream.set_epoch(self._epoch)
             num_batches = int(self._is_resumed)  # the epoch may have ended at the checkpoint
             self._is_resumed = False
@@ -172,7 +173,10 @@ class StreamData:
                 num_batches += 1
                 shared = is_among(batch["text_keys"].numpy(), self._held_keys)
                 self._num_shared += int(shared.sum())
+                self._num_left -= 1
                 yield batch
+                if not self._num_left:
+                    return
             self._end_epoch()
             if not num_batches:
                 raise ValueError(
@@ -212,6 +216,7 @@ class StreamData:
             "epoch": self._epoch,
             "ended": self._ended.to_state(),
             "loader": self._loader.state_dict(),
+            "num_left": self._num_left,
             "num_shared": self._num_shared,
         }
         torch.save(state, folder / self._name_file())
@@ -222,6 +227,7 @@ class StreamData:
         self._epoch = state["epoch"]
         self._ended = StreamReport.from_state(state["ended"])
         self._loader.load_state_dict(state["loader"])
+        self._num_left = state["num_left"]
         self._num_shared = state["num_shared"]
         self._is_resumed = True
         self._resumed_state = state["loader"]

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from ...base_llm2clip import read_instructions
 from ...building.lora_merging import merge_lora, require_base_weights
 from ...configs.finetune_config import FinetuneConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
-from ...data.atomic_files import hash_file, lock_folder
+from ...data.atomic_files import hash_file
 from ...data.captions.caption_groups import CaptionGroup, group_captions, skip_single_captions
 from ...data.key_arrays import Array
 from ...data.records.data_hashes import hash_records
@@ -210,7 +210,7 @@ def check_finetuning(
     records: Sequence[CaptionedImage], output: Path, config: FinetuneConfig
 ) -> None:
     """Refuse options and data that `finetune_llm` would refuse, without a model."""
-    with _open_scratch(output) as scratch:
+    with _open_scratch(output, only_checks=True) as scratch:
         _prepare(RecordTable.from_records(records), config, scratch)
 
 
@@ -265,24 +265,27 @@ def _prepare(
 
 
 @contextmanager
-def _open_scratch(output: Path) -> Iterator[Path]:
-    """Make a temporary folder beside the output, one for all processes of a machine.
+def _open_scratch(output: Path, *, only_checks: bool = False) -> Iterator[Path]:
+    """Make a temporary folder for the pairs, one for all processes of a machine.
 
-    There it is on the disk that has room for the run; `/tmp` may be in memory.
+    It is in the folder of the run, which holds its lock: what a killed run left there is its own.
+    A check, which has no folder, gets a new one on the same disk; `/tmp` may be in memory.
     """
-    folder = next(parent for parent in output.absolute().parents if parent.is_dir())
     with ExitStack() as stack:
 
-        def make() -> str:
-            for left in folder.glob(f".{output.name}-pairs-*"):
-                with lock_folder(left, wait=False) as is_free:
-                    if is_free:  # by a run that was killed
-                        shutil.rmtree(left)
-            scratch = TemporaryDirectory(prefix=f".{output.name}-pairs-", dir=folder)
-            stack.enter_context(lock_folder(Path(stack.enter_context(scratch))))
-            return scratch.name
+        def make() -> Path:
+            if only_checks:
+                parent = next(parent for parent in output.absolute().parents if parent.is_dir())
+                scratch = Path(mkdtemp(prefix=f".{output.name}-pairs-", dir=parent))
+            else:
+                # Unfinished by its name, so a run that begins with it is still a new one.
+                scratch = output / f"pairs-{PartialState().process_index}.tmp"
+                shutil.rmtree(scratch, ignore_errors=True)
+                scratch.mkdir()
+            stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+            return scratch
 
-        yield Path(run_once_per_machine(make))
+        yield run_once_per_machine(make)
         PartialState().wait_for_everyone()  # before the folder is deleted
 
 

@@ -80,7 +80,9 @@ def test_a_run_continued_from_its_checkpoint_ends_bit_for_bit_the_same(tuned, tm
 
 @pytest.mark.slow
 def test_hard_batches_from_a_lora_begin_where_it_ended_and_resume_bit_for_bit(tuned, tmp_path):
-    hard = replace(SHORT, num_hard_negatives=3, learning_rate=1e-3, init_lora=tuned.lora)
+    hard = replace(
+        SHORT, num_hard_negatives=3, learning_rate=1e-3, init_lora=tuned.lora, logging_steps=4
+    )
     first = tune(tmp_path / "first", hard)
     assert first.results["cra_before"] == tuned.results["cra_after"]
     nearest = np.load(first.output / "nearest_groups.npy")
@@ -88,19 +90,24 @@ def test_hard_batches_from_a_lora_begin_where_it_ended_and_resume_bit_for_bit(tu
     assert first.results["hard_negatives"] == {"method": "exact"}
     again = first.copy_unfinished(tmp_path / "again")
     require_same_weights(tune(again, hard, resume=True), first)
+    assert read_losses(again) == read_losses(first.output)  # their windows are divided at step 3
     with pytest.raises(ValueError, match="init_lora: '"):
         tune(again, replace(hard, init_lora=None), resume=True)
 
 
-def test_temporary_files_of_a_living_run_stay_and_those_of_a_killed_one_go(tmp_path):
-    """Another run of that folder is checked before it is refused, and has its own."""
-    left = tmp_path / ".run-pairs-left"
-    left.mkdir()
-    with stage._open_scratch(tmp_path / "run") as ours:
-        (ours / "captions").write_text("a dog")
-        with stage._open_scratch(tmp_path / "run") as theirs:
-            assert theirs != ours and (ours / "captions").is_file() and not left.exists()
-    assert not list(tmp_path.iterdir())
+def test_a_run_deletes_its_own_temporary_files_alone(tmp_path):
+    """Also of a name that is a pattern; a check deletes only what it made."""
+    output = tmp_path / "run[12]"
+    foreign = [tmp_path / ".run1-pairs-x", tmp_path / ".run[12]-pairs-mine"]
+    left = output / "pairs-0.tmp" / "left"  # by a run that was killed
+    for folder in (*foreign, left):
+        folder.mkdir(parents=True)
+    stage.check_finetuning(RECORDS, output, SHORT)
+    assert left.is_dir()
+    with stage._open_scratch(output) as scratch:
+        assert scratch == left.parent and not left.exists()
+    assert sorted(tmp_path.iterdir()) == sorted([*foreign, output])
+    assert not list(output.iterdir())
 
 
 def test_another_runs_folder_is_refused_with_what_differs(tuned):
