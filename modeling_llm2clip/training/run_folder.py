@@ -23,14 +23,19 @@ from .._environment import describe_hardware, list_versions, read_commit
 from .._suggestions import MAX_LISTED, list_first
 from ..data.atomic_files import (
     explain_full_disk,
-    hash_file,
     is_unfinished,
     lock_unless_held,
     require_new_folder,
     require_writable,
     write_atomically,
 )
-from ..data.sealed_manifest import read_sealed, write_sealed
+from ..data.sealed_manifest import (
+    FileRecord,
+    list_damage,
+    read_sealed,
+    record_file,
+    write_sealed,
+)
 from ..data.sources.json_files import parse_json
 
 if TYPE_CHECKING:
@@ -187,7 +192,11 @@ def mark_complete(output: Path, step: int) -> None:
     The order is that of their steps: the times of files depend on clocks, and change in copies.
     """
     checkpoint = output / CHECKPOINTS / f"checkpoint-{step}"
-    write_atomically(checkpoint / _COMPLETE, write_sealed(_hash_files(checkpoint)).encode())
+    files = [file for file in sorted(checkpoint.rglob("*")) if file.name != _COMPLETE]
+    files += [output / name for name in _BESIDE]
+    names = [os.path.relpath(file, checkpoint) for file in files if file.is_file()]
+    manifest = {"files": [asdict(record_file(checkpoint, name)) for name in names]}
+    write_atomically(checkpoint / _COMPLETE, write_sealed(manifest).encode())
     for folder in _list_checkpoints(output)[:-_CHECKPOINTS_KEPT]:
         shutil.rmtree(folder)
 
@@ -212,24 +221,17 @@ def require_intact_checkpoint(output: Path) -> None:
     if not checkpoints:
         return
     last = checkpoints[-1]
-    now: dict[str, Any] = _hash_files(last)
     try:
-        recorded = read_sealed((last / _COMPLETE).read_text(encoding="utf-8", errors="replace"))
-    except ValueError:
-        recorded = {_COMPLETE: "its seal"}  # which no file has
-    if damaged := sorted(name for name in recorded if now.get(name) != recorded[name]):
+        text = (last / _COMPLETE).read_text(encoding="utf-8", errors="replace")
+        damage = list_damage(last, [FileRecord(**file) for file in read_sealed(text)["files"]])
+    except ValueError as error:
+        damage = [f"{_COMPLETE}: {error}"]
+    if damage:
         before = checkpoints[-2].name if checkpoints[:-1] else "its beginning"
         raise ValueError(
-            f"{last} is damaged: {list_first(damaged)} is not as it was written. Remove this "
-            f"checkpoint; the run then continues from {before}."
+            f"{last} is damaged: {list_first(damage)}. Remove this checkpoint; the run then "
+            f"continues from {before}."
         )
-
-
-def _hash_files(checkpoint: Path) -> dict[str, str]:
-    """Hash the files of a checkpoint, and those of its run that its steps need."""
-    files = [file for file in checkpoint.rglob("*") if file.name != _COMPLETE]
-    files += [checkpoint.parents[1] / name for name in _BESIDE]
-    return {os.path.relpath(file, checkpoint): hash_file(file) for file in files if file.is_file()}
 
 
 def discard_later_steps(output: Path, checkpoint: Path | None) -> None:

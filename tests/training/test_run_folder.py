@@ -321,7 +321,7 @@ def test_no_fine_tuning_continues_from_a_checkpoint_with_a_flipped_bit(
     ):
         tune(run, resume=True)
     (run / CHECKPOINTS / "checkpoint-3" / "complete").write_bytes(b"")  # by a power failure
-    with pytest.raises(ValueError, match=r"checkpoint-3 is damaged: complete is not as it was"):
+    with pytest.raises(ValueError, match=r"checkpoint-3 is damaged: complete: "):
         tune(run, resume=True)
 
 
