@@ -13,7 +13,7 @@ import inspect
 import itertools
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import TransformersKwargs
 
 # The package and its copy from the Hub may both be loaded, so each needs its own names.
 _MODULE = re.sub(r"\W", "_", __name__)
@@ -54,6 +56,27 @@ def is_traced() -> bool:
 def is_exported() -> bool:
     """Tell whether this call is being traced by an export."""
     return _is_exporting() and (_KNOWS_EXPORTS or not torch.compiler.is_dynamo_compiling())
+
+
+def check_options(tower: PreTrainedModel, options: Mapping[str, Any]) -> None:
+    """Raise TypeError for an option that a tower would swallow, or fail to return what it asks."""
+    if options:
+        known = {*inspect.signature(tower.forward).parameters, *TransformersKwargs.__annotations__}
+        if unknown := sorted({*options} - known):
+            raise TypeError(f"{type(tower).__name__} has no arguments {unknown}. Leave them out.")
+        if options.get("output_attentions") and tower.config._attn_implementation != "eager":
+            raise ValueError(
+                f"output_attentions: {type(tower).__name__} attends by "
+                f"{tower.config._attn_implementation}, which has no attention weights. Load the "
+                'model with attn_implementation="eager".'
+            )
+
+
+def copy_details(output: Any, pooled: BaseModelOutputWithPooling) -> BaseModelOutputWithPooling:
+    """Copy the hidden states and attentions that a tower's output has."""
+    pooled.hidden_states = getattr(output, "hidden_states", None)
+    pooled.attentions = getattr(output, "attentions", None)
+    return pooled
 
 
 class VarlenKernel(NamedTuple):

@@ -198,6 +198,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
     _auto_class = "AutoModel"  # makes save_pretrained copy the code
     _auto_classes: dict[str, str] = {}  # noqa: RUF012
     num_switches_to_training = 0
+    accepts_loss_kwargs = False  # `forward` averages over its batch: Trainer divides the loss
     text_model: Any
     vision_model: Any
     text_adapter: Any
@@ -277,8 +278,13 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             )
         return (model, info) if wants_info else model
 
-    def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
     ) -> None:
         """Save as transformers does, and add the code and the files of sentence-transformers.
 
@@ -290,6 +296,8 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         Args:
             save_directory: Folder to write. Instructions that sentence-transformers or a user put
                 into its `config_sentence_transformers.json` since the last save are kept.
+            is_main_process: Whether this process writes the files beside the weights.
+            state_dict: Weights to save. Default: the model's.
             push_to_hub: Also upload the model once the folder is complete.
             **kwargs: Further arguments of transformers' `save_pretrained` and `push_to_hub`.
 
@@ -315,14 +323,12 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         self.config.instructions = find_instructions(folder, instructions)
         old_file = read_file_state(folder / WEIGHT_FILE)
         try:
-            super().save_pretrained(save_directory, **kwargs)
-            if kwargs.get("is_main_process", True):
+            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+            if is_main_process:
                 remove_old_layout(folder, old_file)
                 require_own_names(folder, [name for name, _ in self.named_children()])
                 write_sentence_transformers_files(
-                    folder,
-                    instructions=self.config.instructions,
-                    modalities=self.input_modalities,
+                    folder, instructions=self.config.instructions, modalities=self.input_modalities
                 )
         finally:
             self.config.instructions = instructions

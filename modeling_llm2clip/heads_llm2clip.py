@@ -65,7 +65,7 @@ def check_rotary_positions(text_config: Any, *, max_length: int) -> None:
 
 
 def count_unpooled(
-    prompt_length: int | None,
+    prompt_length: int | Tensor | None,
     *,
     num_prefix: int,
     pools_prompt: bool,
@@ -80,6 +80,13 @@ def count_unpooled(
     """
     if pools_prompt:
         return 0
+    if isinstance(prompt_length, Tensor):  # sentence-transformers' pooling takes one per text, too
+        prompt_length, *others = prompt_length.unique().tolist()
+        if others:
+            raise ValueError(
+                f"prompt_length has {len(others) + 1} different values in one batch. Encode the "
+                "texts of each instruction in a batch of their own."
+            )
     if not prompt_length:
         return num_prefix
     num_instruction = int(prompt_length) - num_prefix - num_suffix + bool(suffix_ends_special)
@@ -268,6 +275,10 @@ class LogitHead(nn.Module):
     def forward(self) -> Tensor:
         """Return the inverse temperature, (1,) float32."""
         return self.log_scale.float().clamp(0.0, MAX_LOG_SCALE).exp()
+
+    def exp(self) -> Tensor:
+        """Return the inverse temperature, as code for CLIP asks for it: `logit_scale.exp()`."""
+        return self()  # type: ignore[no-any-return]
 
     def rule(self) -> LogitRule:
         """Return the rule of the current weights, through which gradients reach them."""

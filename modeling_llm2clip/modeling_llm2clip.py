@@ -23,6 +23,8 @@ from transformers.utils import can_return_tuple
 
 from .attention_llm2clip import (
     VarlenKernel,
+    check_options,
+    copy_details,
     find_varlen_kernel,
     is_exported,
     is_traced,
@@ -52,12 +54,7 @@ from .packing_llm2clip import (
     splits_batches,
     text_forward_lock,
 )
-from .vision_llm2clip import (
-    check_pixels,
-    choose_interpolation,
-    pool_vision,
-    require_size_taken,
-)
+from .vision_llm2clip import check_pixels, choose_interpolation, pool_vision
 
 if TYPE_CHECKING:
     # Some versions of transformers copy only the files that the loaded file itself names. The
@@ -111,7 +108,8 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        prompt_length: int | None = None,
+        prompt_length: int | Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Encode texts and project them, without normalizing the result.
 
@@ -120,8 +118,10 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
                 stay on the CPU for a model on a GPU, which then never waits for them.
             attention_mask: (B, L), 1 at real tokens; required if there is padding.
             prompt_length: Number of tokens of the tokenized instruction alone, as
-                sentence-transformers counts them. The instruction is attended to, not pooled,
-                unless the pooling includes the prompt.
+                sentence-transformers counts them, one for all texts. The instruction is attended
+                to, not pooled, unless the pooling includes the prompt.
+            **kwargs: Further arguments of the LLM, such as `output_hidden_states`, with which
+                texts run padded. `output_attentions` needs `attn_implementation="eager"`.
 
         Returns:
             `pooler_output` (B, P) float32, projected and not normalized, and `last_hidden_state`
@@ -129,10 +129,13 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
             texts ran without padding.
 
         Raises:
+            TypeError: The LLM has no argument of this name.
             ValueError: The ids lack the model's prompt, a text is too long or empty, padding has no
                 mask. A compiled model checks the same; an exported graph does not.
         """
-        output = self._encode_texts(input_ids, attention_mask, prompt_length, keep_tokens=True)
+        output = self._encode_texts(
+            input_ids, attention_mask, prompt_length, keep_tokens=True, **kwargs
+        )
         output.pooler_output = self.project_caption_embeds(output.pooler_output)  # type: ignore[arg-type]
         return output
 
@@ -140,7 +143,7 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        prompt_length: int | None = None,
+        prompt_length: int | Tensor | None = None,
     ) -> Tensor:
         """Pool the LLM's last hidden states over each caption, as embedding stores hold them.
 
@@ -198,12 +201,14 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
-        prompt_length: int | None,
+        prompt_length: int | Tensor | None,
         *,
         keep_tokens: bool = False,
+        **options: Any,
     ) -> BaseModelOutputWithPooling:
         """Run the LLM and pool its output; `keep_tokens` also returns its last hidden states."""
         config = self.config
+        check_options(self.text_model, options)
         check_rotary_positions(config.text_config, max_length=config.max_text_length)
         num_unpooled = count_unpooled(
             prompt_length,
@@ -230,7 +235,9 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
                 config.text_config.vocab_size,
                 num_unpooled,
             )
-        output = self._pool_texts(input_ids, mask, num_unpooled, device, keep_tokens=keep_tokens)
+        output = self._pool_texts(
+            input_ids, mask, num_unpooled, device, keep_tokens=keep_tokens, **options
+        )
         output.pooler_output = self._apply_dense(output.pooler_output)  # type: ignore[arg-type]
         return output
 
@@ -249,15 +256,18 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         device: torch.device,
         *,
         keep_tokens: bool,
+        **options: Any,
     ) -> BaseModelOutputWithPooling:
         """Run the LLM, packed or padded as the device runs it best, and pool its output."""
-        kernel = None if is_traced() else self._find_kernel(mask, device)
+        kernel = None if is_traced() or options else self._find_kernel(mask, device)
         if kernel is not None:
             states = run_unpadded(self.text_model, input_ids, mask, device, kernel)
             return self._pool_states(states, mask, num_unpooled)
-        pool_padded = partial(self._pool_batch, num_unpooled=num_unpooled)
-        if device.type == "cpu" and splits_batches(
-            self.text_model, packs_in_training=self.packs_in_training
+        pool_padded = partial(self._pool_batch, num_unpooled=num_unpooled, **options)
+        if (
+            device.type == "cpu"
+            and not options
+            and splits_batches(self.text_model, packs_in_training=self.packs_in_training)
         ):
             config = self.config
             return pool_on_cpu(
@@ -287,11 +297,7 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         )
 
     def _pool_batch(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        *,
-        num_unpooled: int,
+        self, input_ids: Tensor, attention_mask: Tensor, *, num_unpooled: int, **options: Any
     ) -> BaseModelOutputWithPooling:
         """Run one padded batch through the LLM and pool its output."""
         takes_positions = "position_ids" in inspect.signature(self.text_model.forward).parameters
@@ -300,12 +306,11 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         inputs = {"position_ids": positions} if takes_positions else {}
         with nullcontext() if is_traced() else self._alone(input_ids.device.type):
             output = self.text_model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                use_cache=False,
-                **inputs,
-            )
-        return self._pool_states(output.last_hidden_state, attention_mask, num_unpooled)
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs,
+                **options,
+            )  # fmt: skip
+        pooled = self._pool_states(output.last_hidden_state, attention_mask, num_unpooled)
+        return copy_details(output, pooled)
 
     @contextmanager
     def _alone(self, device_type: str) -> Iterator[None]:
@@ -333,6 +338,7 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Encode images and project them, without normalizing the result.
 
@@ -342,16 +348,19 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
             spatial_shapes: (B, 2), height and width in patches; from SigLIP2's image processor.
             interpolate_pos_encoding: Whether to allow another image size than the tower's own.
                 Towers that take any size (DINO, convolutional networks) do not need it.
+            **kwargs: Further arguments of the vision tower, such as `output_hidden_states`.
+                `output_attentions` needs `attn_implementation="eager"`.
 
         Returns:
             `pooler_output` (B, P) float32, projected and not normalized, and the tower's
             `last_hidden_state`: (B, L, D), or (B, D, H, W) of a convolutional network.
 
         Raises:
+            TypeError: The tower has no argument of this name.
             ValueError: The pixels are integers, or the tower has no positions for their size.
         """
         output = self._encode_images(
-            pixel_values, pixel_attention_mask, spatial_shapes, interpolate_pos_encoding
+            pixel_values, pixel_attention_mask, spatial_shapes, interpolate_pos_encoding, **kwargs
         )
         output.pooler_output = self.project_vision_embeds(output.pooler_output)  # type: ignore[arg-type]
         return output
@@ -419,9 +428,11 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
         pixel_attention_mask: Tensor | None,
         spatial_shapes: Tensor | None,
         interpolate_pos_encoding: bool,
+        **options: Any,
     ) -> BaseModelOutputWithPooling:
         """Run the vision tower and pool its output."""
         check_pixels(self.vision_model, pixel_values)
+        check_options(self.vision_model, options)
         if self.training and not is_traced():
             settle_frozen(self.vision_model)  # may have been frozen after `train()`
         extra: dict[str, Any] = {
@@ -436,11 +447,7 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
             # On a CPU, convolutions are two to three times faster in this layout.
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         inputs = {name: value for name, value in extra.items() if value is not None}
-        try:
-            output = self.vision_model(pixel_values=pixel_values, **inputs)
-        except RuntimeError as error:
-            require_size_taken(self.vision_model, pixel_values, error)
-            raise
+        output = self.vision_model(pixel_values=pixel_values, **inputs, **options)
         pooled = pool_vision(
             output,
             self.config.vision_pooling,
@@ -448,8 +455,8 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
             pixel_values=pixel_values,
             patch_mask=pixel_attention_mask,
         )
-        return BaseModelOutputWithPooling(
-            last_hidden_state=output.last_hidden_state, pooler_output=pooled.float()
+        return copy_details(
+            output, BaseModelOutputWithPooling(output.last_hidden_state, pooled.float())
         )
 
 
@@ -504,10 +511,11 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         return_loss: bool | None = None,
-        prompt_length: int | None = None,
+        prompt_length: int | Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        **kwargs: Any,
     ) -> LLM2CLIPOutput:
         """Encode images, texts, or both. Given both, compare every image with every text.
 
@@ -522,6 +530,7 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
             pixel_attention_mask: As in `get_image_features`.
             spatial_shapes: As in `get_image_features`.
             interpolate_pos_encoding: As in `get_image_features`.
+            **kwargs: Further arguments of each tower that runs, as in both.
 
         Returns:
             Embeddings of unit length, `logits_per_image`, and the towers' outputs.
@@ -541,11 +550,12 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
                 spatial_shapes,
                 interpolate_pos_encoding,
                 return_dict=True,
+                **kwargs,
             )
             image_embeds = _to_unit_length(images.pooler_output)
         if input_ids is not None:
             texts = self.get_text_features(
-                input_ids, attention_mask, prompt_length, return_dict=True
+                input_ids, attention_mask, prompt_length, return_dict=True, **kwargs
             )
             text_embeds = _to_unit_length(texts.pooler_output)
         output = self.compare(image_embeds, text_embeds, return_loss=bool(return_loss))
@@ -611,7 +621,8 @@ class LLM2CLIPTextModel(_TextMixin):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        prompt_length: int | None = None,
+        prompt_length: int | Tensor | None = None,
+        **kwargs: Any,
     ) -> LLM2CLIPOutput:
         """Encode texts.
 
@@ -619,15 +630,13 @@ class LLM2CLIPTextModel(_TextMixin):
             input_ids: As in `get_text_features`.
             attention_mask: As in `get_text_features`.
             prompt_length: As in `get_text_features`.
+            **kwargs: As in `get_text_features`.
 
         Returns:
             `text_embeds` (B, P) float32 of unit length; `pooler_output` is the same tensor.
         """
         features = self.get_text_features(
-            input_ids,
-            attention_mask,
-            prompt_length,
-            return_dict=True,
+            input_ids, attention_mask, prompt_length, return_dict=True, **kwargs
         )
         text_embeds = _to_unit_length(features.pooler_output)
         return LLM2CLIPOutput(
@@ -657,6 +666,7 @@ class LLM2CLIPVisionModel(_VisionMixin):
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        **kwargs: Any,
     ) -> LLM2CLIPOutput:
         """Encode images.
 
@@ -665,6 +675,7 @@ class LLM2CLIPVisionModel(_VisionMixin):
             pixel_attention_mask: As in `get_image_features`.
             spatial_shapes: As in `get_image_features`.
             interpolate_pos_encoding: As in `get_image_features`.
+            **kwargs: As in `get_image_features`.
 
         Returns:
             `image_embeds` (B, P) float32 of unit length; `pooler_output` is the same tensor.
@@ -675,6 +686,7 @@ class LLM2CLIPVisionModel(_VisionMixin):
             spatial_shapes,
             interpolate_pos_encoding,
             return_dict=True,
+            **kwargs,
         )
         image_embeds = _to_unit_length(features.pooler_output)
         return LLM2CLIPOutput(

@@ -84,7 +84,10 @@ def has_class_token(vision_model: nn.Module) -> bool:
 def find_fixed_size(vision_model: nn.Module) -> tuple[int, int] | None:
     """Return height and width that a tower has positions for; None if it takes any size."""
     timm_model: Any = getattr(vision_model, "timm_model", None)
-    size = find_stated_size(vision_model)
+    config: Any = vision_model.config
+    trained = (getattr(config, "pretrained_cfg", None) or {}).get("input_size", ())[-2:]  # of timm
+    stated = getattr(config, "image_size", None) or trained
+    size = (stated, stated) if isinstance(stated, int) else tuple(stated) if stated else None
     if _has_table_of_pairs(vision_model):
         return size
     if timm_model is not None:
@@ -94,14 +97,6 @@ def find_fixed_size(vision_model: nn.Module) -> tuple[int, int] | None:
     if size and (can_interpolate(vision_model) or _has_fixed_table(vision_model, size)):
         return size
     return None
-
-
-def find_stated_size(vision_model: nn.Module) -> tuple[int, int] | None:
-    """Return height and width in a tower's configuration, where it states them."""
-    config: Any = vision_model.config
-    trained = (getattr(config, "pretrained_cfg", None) or {}).get("input_size", ())[-2:]  # of timm
-    size = getattr(config, "image_size", None) or trained
-    return (size, size) if isinstance(size, int) else tuple(size) if size else None
 
 
 def _has_table_of_pairs(vision_model: nn.Module) -> bool:
@@ -209,18 +204,6 @@ def choose_interpolation(
             "tower would ignore the rest. Resize the images."
         )
     return {} if fixed is None else {"interpolate_pos_encoding": True}
-
-
-def require_size_taken(vision_model: nn.Module, pixel_values: Tensor, error: RuntimeError) -> None:
-    """Raise ValueError where a tower fails on images of another size than its configuration has."""
-    size = tuple(pixel_values.shape[-2:])
-    # Others, such as a lack of memory, have classes of their own.
-    if type(error) is RuntimeError and size != find_stated_size(vision_model):
-        config: Any = vision_model.config
-        raise ValueError(
-            f"Got images of {size[0]} × {size[1]} pixels, at which this {config.model_type!r} "
-            f"tower fails ({error}). Prepare the images with the model's processor."
-        ) from error
 
 
 def count_prefix_tokens(vision_model: nn.Module) -> int:

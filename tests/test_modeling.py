@@ -140,6 +140,9 @@ def test_an_instruction_is_attended_to_and_not_pooled() -> None:
         for encoder in (model, text_only):
             hidden = encoder.text_model(input_ids=ids, use_cache=False).last_hidden_state
             embeds = encoder.get_caption_embeds(ids, prompt_length=num_alone)
+            for as_tensor in (torch.tensor([num_alone]), torch.full((len(ids),), num_alone)):
+                same = encoder.get_caption_embeds(ids, prompt_length=as_tensor)
+                assert torch.equal(same, embeds)
             torch.testing.assert_close(
                 embeds, hidden[:, start:].mean(dim=1), rtol=ROUNDING, atol=ROUNDING
             )
@@ -152,6 +155,12 @@ def test_an_instruction_shorter_than_the_prompt_is_rejected() -> None:
     model, _ = shared_model()
     with pytest.raises(ValueError, match=r"prompt_length=1 is shorter than .* own prompt"):
         model.get_text_features(**texts_of(shared_batch()), prompt_length=1)
+
+
+def test_instructions_of_unequal_length_in_one_batch_are_rejected() -> None:
+    texts, lengths = texts_of(shared_batch()), torch.tensor([9, 9, 8])
+    with pytest.raises(ValueError, match="prompt_length has 2 different values"):
+        shared_model()[0].get_text_features(**texts, prompt_length=lengths)
 
 
 @every_pair
@@ -240,6 +249,47 @@ def test_images_and_texts_give_the_same_embeddings_alone_and_together() -> None:
     assert torch.equal(texts.pooler_output, texts.text_embeds) and texts.image_embeds is None
     assert torch.equal(images.pooler_output, images.image_embeds)
     assert images.text_embeds is None and images.logits_per_image is None
+
+
+def test_arguments_of_a_tower_reach_it_and_its_details_come_back() -> None:
+    model, _ = tiny_model()
+    model.set_attn_implementation("eager")
+    batch = shared_batch()
+    with torch.no_grad():
+        plain = model(**batch)
+        output = model(**batch, output_hidden_states=True, output_attentions=True)
+        texts = model.text_model(**texts_of(batch), output_hidden_states=True)
+        images = model.vision_model(**images_of(batch), output_hidden_states=True)
+    real = batch["attention_mask"].bool()
+    for pooled, tower in ((output.text_model_output, texts), (output.vision_model_output, images)):
+        assert len(pooled.hidden_states) == len(tower.hidden_states) == 3
+        assert [len(weights) for weights in pooled.attentions] == [len(real)] * 2
+    for found, wanted in zip(
+        output.text_model_output.hidden_states, texts.hidden_states, strict=True
+    ):
+        torch.testing.assert_close(found[real], wanted[real], rtol=ROUNDING, atol=ROUNDING)
+    assert torch.allclose(output.text_embeds, plain.text_embeds, atol=ROUNDING)
+    assert torch.allclose(output.image_embeds, plain.image_embeds, atol=ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"prompt_lenght": 3}, TypeError, r"has no arguments \['prompt_lenght'\]"),
+        (
+            {"output_attentions": True},
+            ValueError,
+            'Load the model with attn_implementation="eager"',
+        ),
+    ],
+)
+def test_an_argument_that_a_tower_would_swallow_is_rejected(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    model, batch = shared_model()[0], shared_batch()
+    for inputs in (texts_of(batch), images_of(batch), dict(batch)):
+        with pytest.raises(error, match=message):
+            model(**inputs, **arguments)
 
 
 def test_the_numbers_of_images_and_texts_may_differ() -> None:

@@ -455,6 +455,14 @@ def test_a_save_by_another_process_removes_nothing(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob("model*")) == before
 
 
+def test_a_folder_is_saved_with_the_positions_of_transformers(tmp_path: Path) -> None:
+    changed = changed_model()
+    shared_model()[0].save_pretrained(tmp_path, True, changed.state_dict())
+    loaded, wanted = LLM2CLIPModel.from_pretrained(tmp_path).state_dict(), changed.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in loaded.items())
+    assert (tmp_path / "modules.json").is_file()
+
+
 def test_sentence_transformers_saves_over_a_folder_too(folder: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(folder, tmp_path / "copied"))
     LLM2CLIPModel.from_pretrained(copied).save_pretrained(copied, max_shard_size="50KB")

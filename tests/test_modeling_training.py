@@ -18,6 +18,7 @@ from shared_models import (
     shared_model,
 )
 from tiny import tiny_images, tiny_model
+from transformers import Trainer, TrainingArguments
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModel
 from modeling_llm2clip.encoding.layer_compilation import find_layers
@@ -140,6 +141,12 @@ def test_a_trained_tower_that_cannot_recompute_is_refused_and_a_frozen_one_left_
     model.train()(**processor(text=["a dog"], images=tiny_images(1)), return_loss=True)
 
 
+def test_a_trainer_divides_the_loss_of_each_batch_that_it_accumulates(tmp_path: Path) -> None:
+    """It takes a model with **kwargs for one that divides by the items of all batches itself."""
+    trainer = Trainer(tiny_model()[0], TrainingArguments(str(tmp_path), use_cpu=True))
+    assert trainer.model_accepts_loss_kwargs is False
+
+
 # Temperature
 
 
@@ -147,8 +154,9 @@ def test_a_trained_tower_that_cannot_recompute_is_refused_and_a_frozen_one_left_
     ("log_scale", "scale"), [(-1.0, 1.0), (0.0, 1.0), (1.0, math.e), (9.0, 100.0)]
 )
 def test_the_inverse_temperature_stays_between_1_and_100(log_scale: float, scale: float) -> None:
-    # float32 has 24 bits.
-    assert LogitHead(log_scale)().item() == pytest.approx(scale, rel=1e-6)
+    head = LogitHead(log_scale)
+    # float32 has 24 bits. Code for CLIP calls `model.logit_scale.exp()`.
+    assert head().item() == head.exp().item() == pytest.approx(scale, rel=1e-6)
 
 
 def test_the_temperature_has_one_dimension_and_comes_last() -> None:

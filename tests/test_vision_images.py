@@ -356,15 +356,21 @@ def test_a_tower_with_a_number_per_pair_of_patches_takes_its_own_size_alone() ->
             model.get_vision_embeds(torch.rand(1, 3, 16, 256))
 
 
-@pytest.mark.parametrize("model_type", ["dinov3_convnext", "pvt"])
-def test_a_size_at_which_a_tower_fails_is_named(model_type: str) -> None:
-    settings: dict[str, Any] = {"image_size": 64, "hidden_sizes": [8] * 4, "depths": [1] * 4}
-    settings |= {"num_attention_heads": [1] * 4} if model_type == "pvt" else {}
-    tower = AutoModel.from_config(AutoConfig.for_model(model_type, **settings)).eval()
-    model = build_with(tower, 64, vision_pooling="mean")
-    assert model.get_vision_embeds(torch.rand(1, 3, 64, 64)).shape == (1, 8)
-    with pytest.raises(ValueError, match=rf"16 × 64 pixels, at which this '{model_type}' tower"):
-        model.get_vision_embeds(torch.rand(1, 3, 16, 64))
+@pytest.mark.parametrize("family", ["siglip2", "dinov2"])
+def test_an_error_of_a_tower_is_shown_as_it_is(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate looks for the words of an error to find a batch size that fits."""
+    model, processor = shared_model(family)
+    error = RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(type(model.vision_model), "forward", fail)
+    with pytest.raises(RuntimeError) as caught:
+        model.get_vision_embeds(**processor(images=tiny_images(1)))
+    assert caught.value is error
 
 
 @pytest.mark.parametrize(
