@@ -159,14 +159,14 @@ def load_images(
 ) -> Any:
     """Load one image or a list of images as RGB.
 
-    PIL images, paths and URLs become PIL images; arrays and tensors keep their type. Transparency
-    becomes white, 12 and 16 bits are scaled to 8, EXIF rotation is applied, the first frame of an
-    animation or page of a TIFF is taken, and color profiles (ICC) are ignored, as in the transforms
-    that CLIP models are trained and published with.
+    PIL images, paths and addresses become PIL images; arrays and tensors keep their type.
+    Transparency becomes white, 12 and 16 bits are scaled to 8, EXIF rotation is applied, the first
+    frame of an animation or page of a TIFF is taken, and color profiles (ICC) are ignored, as in
+    the transforms that CLIP models are trained and published with.
 
     Args:
-        images: One image or a list: PIL images, paths, URLs, or RGB arrays and tensors of shape
-            (H, W, 3) or (3, H, W). A 4-dimensional batch of these is read as a list.
+        images: One image or a list: PIL images, paths, web and `data:` addresses, or RGB arrays
+            and tensors of shape (H, W, 3) or (3, H, W). A 4-dimensional batch is read as a list.
         limits: Which encoded images are decoded. Default: `get_image_limits()`.
         min_jpeg_side: Decode JPEGs at a half, a quarter or an eighth of their size, as long as both
             sides keep so many pixels. Default: all are decoded in full.
@@ -232,8 +232,8 @@ def _load_image(image: Any, number: int, limits: ImageLimits, min_jpeg_side: int
             min_jpeg_side,
         )
     raise ValueError(
-        f"Image number {number} is {type(image).__name__}; give a PIL image, a path, a URL, an "
-        "array or a tensor. PIL.Image.open opens files, and bytes as io.BytesIO."
+        f"Image number {number} is {type(image).__name__}; give a PIL image, a path, an address, "
+        "an array or a tensor. PIL.Image.open opens files, and bytes as io.BytesIO."
     )
 
 
@@ -254,7 +254,8 @@ def _check_array(image: Any, name: str, limits: ImageLimits) -> Any:
     if dtype not in ("uint8", "uint16"):
         raise ValueError(
             f"{name} has {dtype} pixels, whose range is unknown. Give uint8 (0 to 255) or uint16 "
-            "(0 to 65535); of floats in [0, 1], (image * 255).round() as uint8."
+            "(0 to 65535); of floats in [0, 1], (image * 255).round() as uint8, or pass the "
+            "processor do_rescale=False."
         )
     if dtype == "uint16":
         pixels = np.asarray(image.cpu() if hasattr(image, "cpu") else image)
@@ -275,17 +276,14 @@ def _require_no_strip(width: int, height: int, name: str, limits: ImageLimits) -
 
 
 def _open_image(path: str, limits: ImageLimits, min_jpeg_side: int | None) -> Image.Image:
-    if path.startswith("data:"):
-        raise ValueError(
-            f"{path[:40]}…: data URIs are not supported. Decode it (base64.b64decode), and open "
-            "the bytes with PIL.Image.open(io.BytesIO(…))."
-        )
     # transformers' load_image would turn transparency black and clip 16 bits.
-    source = _fetch(path, limits) if path.lower().startswith(_WEB) else path
+    is_data = path[:5].lower() == "data:"
+    name = f"{path[:40]}…" if is_data else path
+    source = _fetch(path, name, limits) if is_data or path.lower().startswith(_WEB) else path
     if source is path and not os.path.isfile(path):  # noqa: PTH113  # False for an invalid path
         raise ValueError(f"{path[:_MOST_SHOWN]}: no such image. Correct the path.")
-    with read_image_header(source, name=path, limits=limits) as image:
-        return _decode(image, path, limits, min_jpeg_side)
+    with read_image_header(source, name=name, limits=limits) as image:
+        return _decode(image, name, limits, min_jpeg_side)
 
 
 def read_image_header(source: Any, *, name: str, limits: ImageLimits | None = None) -> Image.Image:
@@ -400,7 +398,7 @@ def _has_too_many_scans(content: bytes, limits: ImageLimits) -> bool:
     return True
 
 
-def _fetch(address: str, limits: ImageLimits) -> io.BytesIO:
+def _fetch(address: str, name: str, limits: ImageLimits) -> io.BytesIO:
     request = urllib.request.Request(address, headers={"User-Agent": "modeling_llm2clip"})
     content, deadline = io.BytesIO(), time.monotonic() + limits.max_download_s
     opener = urllib.request.build_opener(_Downloader(deadline))
@@ -408,8 +406,10 @@ def _fetch(address: str, limits: ImageLimits) -> io.BytesIO:
         with opener.open(request, timeout=limits.max_download_s) as response:
             while chunk := response.read1(_CHUNK_BYTES):
                 content.write(chunk)
-                _require_few_bytes(content.tell(), address, limits)
-            if response.length:  # read1 ends without an error where the connection breaks
+                _require_few_bytes(content.tell(), name, limits)
+            if getattr(
+                response, "length", None
+            ):  # read1 ends without an error where the connection breaks
                 raise http.client.IncompleteRead(b"", response.length)
     except ImageTooLargeError:
         raise
@@ -419,7 +419,7 @@ def _fetch(address: str, limits: ImageLimits) -> io.BytesIO:
             if time.monotonic() >= deadline
             else error
         )
-        raise ValueError(f"{address}: the image cannot be downloaded ({reason}).") from error
+        raise ValueError(f"{name}: the image cannot be downloaded ({reason}).") from error
     return content
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -31,10 +33,8 @@ _NOT_TAKEN = {
     "text_pair", "text_target", "text_pair_target", "is_split_into_words",
     "return_overflowing_tokens", "audio", "videos",
 }  # fmt: skip
-_NOT_FALSE = {
-    "return_attention_mask": "the model needs the mask",
-    "do_rescale": "pixels are integers of 8 bits, which the image processor scales as it states",
-}
+_IMAGE_LEVELS, _FALSE = ("images_kwargs", "common_kwargs"), (False,)
+_BLANK = "A text is blank: its embedding is that of the prompt alone."
 _NOT_READ = ("audio_kwargs", "videos_kwargs")  # sentence-transformers always passes both
 # Options that say where to look for the files of a model.
 _LOCATION_OPTIONS = (
@@ -187,12 +187,14 @@ class LLM2CLIPProcessor(ProcessorMixin):
         """Prepare images, texts, or both.
 
         Args:
-            images: One image or a list: PIL images, paths, URLs, or RGB arrays and tensors of shape
-                (H, W, 3) or (3, H, W). Arrays are uint8, or uint16, which is scaled to 8 bits; a
-                4-dimensional batch is read as a list. See `load_images` for transparency, EXIF
-                rotation and animations.
+            images: One image or a list, which may be nested: PIL images, paths, web and `data:`
+                addresses, or RGB arrays and tensors of shape (H, W, 3) or (3, H, W). Arrays are
+                uint8, or uint16, which is scaled to 8 bits, or with `do_rescale=False` floats in
+                [0, 1], which are rounded to 8 bits; a 4-dimensional batch is read as a list. See
+                `load_images` for transparency, EXIF rotation and animations.
             text: One caption or a list. By default texts are padded, truncated before the prompt's
-                suffix, and returned as PyTorch tensors.
+                suffix, and returned as PyTorch tensors. A blank one warns, and its embedding is
+                that of the prompt alone.
             on_long_text: `"truncate"`, which counts in `num_truncated_texts`, or `"error"`.
             **kwargs: Options of the tokenizer and the image processor, flat or in `text_kwargs`,
                 `images_kwargs` and `common_kwargs`.
@@ -202,8 +204,8 @@ class LLM2CLIPProcessor(ProcessorMixin):
             int64 of texts.
 
         Raises:
-            ValueError: A caption is blank or not a string, an image is invalid, or an option is
-                unknown. The message names them.
+            ValueError: A caption is not a string, an image is invalid, or an option is unknown. The
+                message names them.
         """
         if on_long_text not in ("truncate", "error"):
             raise ValueError(f"on_long_text must be 'truncate' or 'error', got {on_long_text!r}.")
@@ -211,8 +213,16 @@ class LLM2CLIPProcessor(ProcessorMixin):
             raise ValueError("Got neither images nor text; give one of them, or both.")
         _refuse_options(kwargs, self.image_processor)
         if text is not None:
-            text = clean_texts(text)
+            text = clean_texts(text, takes_blank=True)
+            if "" in ([text] if isinstance(text, str) else text):
+                warnings.warn(_BLANK, stacklevel=2)
         if images is not None:
+            if isinstance(images, list | tuple) and all(
+                isinstance(i, list | tuple) for i in images
+            ):
+                images = [*chain(*images)]  # of one row each, as in CLIPProcessor
+            if _pop_unscaled(kwargs):
+                images = _to_eight_bits(images)
             images = load_images(images)
             if self._unpacks_images():
                 images = [*map(_unpack, images)] if isinstance(images, list) else _unpack(images)
@@ -347,6 +357,30 @@ def _unpack(image: Any) -> Any:
     return unpack_pixels(image) if is_clear else image
 
 
+def _pop_unscaled(kwargs: dict[str, Any]) -> bool:
+    """Remove `do_rescale=False` at every level, and return whether there was one."""
+    levels = {name: dict(kwargs[name] or {}) for name in _IMAGE_LEVELS if name in kwargs}
+    kwargs.update(levels)
+    places = [place for place in (kwargs, *levels.values()) if place.get("do_rescale") in _FALSE]
+    for place in places:
+        del place["do_rescale"]
+    return bool(places)
+
+
+def _to_eight_bits(images: Any) -> Any:
+    """Round float images in [0, 1] to the 8 bits that image processors scale as they state."""
+    if isinstance(images, list | tuple):
+        return [*map(_to_eight_bits, images)]
+    dtype = str(getattr(images, "dtype", type(images).__name__))
+    if "float" not in dtype or not (images.min() >= 0 and images.max() <= 1):
+        raise ValueError(
+            f"do_rescale=False is for float images in [0, 1], not for {dtype}"
+            f"{' beyond' if 'float' in dtype else ''}. Leave it out, or scale the pixels."
+        )
+    scaled = (images * 255).round()
+    return scaled.byte() if hasattr(scaled, "byte") else scaled.astype(np.uint8)
+
+
 def _refuse_options(kwargs: Mapping[str, Any], image_processor: Any) -> None:
     """Raise ValueError for unknown options, which transformers would drop silently."""
     extra = getattr(getattr(image_processor, "valid_kwargs", None), "__annotations__", ())
@@ -375,10 +409,8 @@ def _refuse_options(kwargs: Mapping[str, Any], image_processor: Any) -> None:
         )
     if refused:
         raise ValueError(f"{refused}: a row is one caption or one image. Leave them out.")
-    for option, reason in _NOT_FALSE.items():
-        for options in places.values():
-            if not options.get(option, True):
-                raise ValueError(f"{option}={options[option]!r}: {reason}. Leave it out.")
+    if any(not options.get("return_attention_mask", True) for options in places.values()):
+        raise ValueError("return_attention_mask=False: the model needs the mask. Leave it out.")
 
 
 def _check_image_size(image_processor: Any) -> None:
@@ -423,13 +455,13 @@ def _check_length(length: Any, name: str) -> int:
     return length
 
 
-def clean_texts(text: Any) -> str | list[str]:
+def clean_texts(text: Any, *, takes_blank: bool = False) -> str | list[str]:
     """Strip one caption or an iterable of captions, each checked by `check_texts`.
 
     Tokenizers strip too, but some have tokens for whitespace, which they keep.
     """
     if isinstance(text, str):
-        check_texts(text)
+        check_texts(text, takes_blank=takes_blank)
         return text.strip()
     # Iteration over a table gives the names of its columns, and over a set an arbitrary order.
     is_table = isinstance(text, Mapping) or len(getattr(text, "shape", (1,))) != 1
@@ -438,7 +470,7 @@ def clean_texts(text: Any) -> str | list[str]:
             f"text is {type(text).__name__}; give one non-blank string or a list of them."
         )
     texts = list(text)
-    check_texts(texts)
+    check_texts(texts, takes_blank=takes_blank)
     return [caption.strip() for caption in texts]
 
 
@@ -449,13 +481,13 @@ def clean_list(texts: Any) -> list[str]:
     return list(clean_texts(texts))
 
 
-def check_texts(text: str | list[str]) -> None:
+def check_texts(text: str | list[str], *, takes_blank: bool = False) -> None:
     """Raise ValueError that names captions which are blank, not strings or not valid Unicode."""
     errors = []
     for number, caption in enumerate([text] if isinstance(text, str) else text, start=1):
         if not isinstance(caption, str):
             errors.append(f"number {number} is {type(caption).__name__}, not str")
-        elif not caption.strip():
+        elif not (takes_blank or caption.strip()):
             errors.append(f"number {number} is blank: {caption!r}")
         elif not _is_unicode(caption):
             errors.append(f"number {number} has an unpaired surrogate: {caption[:40]!r}")

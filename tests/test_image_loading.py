@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import io
 import threading
@@ -23,7 +24,7 @@ from odd_images import write_png
 from PIL import Image
 from shared_models import fresh_processor
 from tiny import draw_noise, tiny_images
-from transformers import CLIPImageProcessor
+from transformers import CLIPImageProcessor, CLIPImageProcessorPil
 
 from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.image_loading_llm2clip import load_images, unpack_pixels
@@ -89,6 +90,10 @@ def save_as(mode: str, colors: list[Any], path: Path) -> None:
     image.save(path)
 
 
+def as_tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array.copy()).permute(2, 0, 1)
+
+
 def gray(value: int) -> tuple[int, int, int]:
     return (value, value, value)
 
@@ -142,7 +147,8 @@ def test_unusual_images_have_the_right_pixels_from_every_source(
     save, expected = ODD_IMAGES[name]
     path = tmp_path / name
     save(path)
-    for source in (path, str(path), Image.open(path), f"{server}/{name}"):
+    data = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    for source in (path, str(path), Image.open(path), f"{server}/{name}", data):
         pixels = np.asarray(load(source))
         assert [tuple(int(value) for value in pixel) for pixel in pixels[0]] == expected
 
@@ -277,7 +283,11 @@ def test_a_decompression_bomb_is_rejected_by_its_path(
           for image in (None, b"bytes", 3, ["nested.png"])),
         # Encoded images in memory: the error says how to open them.
         *((image, r"PIL\.Image\.open.*BytesIO")
-          for image in (b"", memoryview(b"a"), io.BytesIO(b""), "data:image/png;base64,AA")),
+          for image in (b"", memoryview(b"a"), io.BytesIO(b""))),
+        # Addresses of data are long.
+        ("data:image/png;base64,AA" + "A" * 98, r"^data:image/png;base64,A{18}…: not an image"),
+        ("data:image/png;base64,A", r"^data:image/png;base64,A…: the image cannot be downloaded"),
+        ("DATA:nothing", r"^DATA:nothing…: the image cannot be downloaded"),
         (Image.new("RGB", (0, 4)), "image number 2: the image has no pixels"),
     ],
 )  # fmt: skip
@@ -347,10 +357,6 @@ def test_a_turned_tiff_has_the_same_pixels_from_a_path_and_from_bytes(
     assert opened.filename == str(path)
 
 
-def as_tensor(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(array.copy()).permute(2, 0, 1)
-
-
 @pytest.mark.parametrize("make", [np.asarray, as_tensor], ids=["array", "tensor"])
 def test_sixteen_bit_arrays_are_scaled_like_sixteen_bit_images(
     processor: LLM2CLIPProcessor, make: Any
@@ -388,14 +394,38 @@ def test_an_array_of_unknown_range_or_layout_is_rejected_by_its_number(
 
 
 @pytest.mark.parametrize(
-    ("value", "nested"), [(False, None), (None, "images_kwargs"), (0, "common_kwargs")]
+    ("value", "nested"), [(False, None), (False, "images_kwargs"), (0, "common_kwargs")]
 )
-def test_pixels_that_would_not_be_scaled_are_rejected(
-    processor: LLM2CLIPProcessor, nested: str | None, value: object
+@pytest.mark.parametrize("make", [np.asarray, as_tensor], ids=["array", "tensor"])
+@pytest.mark.parametrize("image_processor", [CLIPImageProcessor, CLIPImageProcessorPil])
+def test_floats_that_are_not_to_be_rescaled_equal_their_images(
+    make: Any, nested: str | None, value: object, image_processor: Any
 ) -> None:
+    processor = LLM2CLIPProcessor(image_processor(), fresh_processor().tokenizer)
     options: dict[str, Any] = {"do_rescale": value}
-    with pytest.raises(ValueError, match=rf"do_rescale={value}: pixels are integers of 8 bits"):
-        processor(images=draw_noise(), **({nested: options} if nested else options))
+    options = {nested: options} if nested else options
+    floats = make(np.asarray(draw_noise()) / np.float32(255))
+    wanted = processor(images=draw_noise())["pixel_values"]
+    for images in (floats, [floats], floats[None]):
+        assert torch.equal(processor(images=images, **options)["pixel_values"], wanted)
+
+
+@pytest.mark.parametrize(
+    ("image", "kind"),
+    [
+        (draw_noise(), "for Image"),
+        ("a.png", "for str"),
+        (np.zeros((8, 9, 3), np.uint8), "for uint8"),
+        (np.full((8, 9, 3), 1.5), "for float64 beyond"),
+        (torch.full((3, 8, 9), -0.1), r"for torch\.float32 beyond"),
+        (np.full((8, 9, 3), np.nan, np.float32), "for float32 beyond"),
+    ],
+)
+def test_pixels_that_are_to_be_scaled_are_not_taken_for_scaled_ones(
+    processor: LLM2CLIPProcessor, image: Any, kind: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"do_rescale=False is for float images .*, not {kind}"):
+        processor(images=[np.zeros((8, 9, 3)), image], do_rescale=False)
 
 
 def test_a_processor_that_never_rescales_accepts_images() -> None:
@@ -437,9 +467,12 @@ def test_the_color_that_a_png_declares_transparent_is_white(kind: str, tmp_path:
         assert np.asarray(load_images(given))[0].tolist() == [[value] * 3 for value in wanted]
 
 
-def test_a_batch_in_one_array_equals_a_list_of_its_images(processor: LLM2CLIPProcessor) -> None:
+def test_a_batch_in_one_array_or_in_lists_equals_a_list_of_its_images(
+    processor: LLM2CLIPProcessor,
+) -> None:
     images = np.stack([np.asarray(draw_noise()), np.asarray(draw_noise())[::-1]])
     wanted = processor(images=list(images))["pixel_values"]
-    assert torch.equal(processor(images=images)["pixel_values"], wanted)
+    for batch in (images, [[images[0]], (images[1],)], [list(images)]):
+        assert torch.equal(processor(images=batch)["pixel_values"], wanted)
     with pytest.raises(ValueError, match="image number 1 has float64"):
         processor(images=images / 255)
