@@ -38,7 +38,8 @@ import numpy as np
 
 from benchmarks.shared.provenance import describe_processor, read_commit, write_result
 from modeling_llm2clip.search.ann_index import train_ann
-from modeling_llm2clip.search.index_database import About, IndexDatabase
+from modeling_llm2clip.search.index_about import About
+from modeling_llm2clip.search.index_database import IndexDatabase
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Search: TypeAlias = Callable[[Array], list[int]]
@@ -46,7 +47,6 @@ RESULT = Path(__file__).parents[1] / "results" / "search.json"
 CORES = 2
 TOP_K = 10
 WRITTEN_AT_ONCE = 20_000
-MIN_RECALL = 0.97  # the default of `llm2clip index`
 FAISS_KIND, FAISS_NPROBE = "IVF1024,SQfp16", 128
 # Share of the squared length of an embedding that all images, or all texts, have in common.
 COMMON = 0.45
@@ -117,7 +117,7 @@ def run(rows: int, width: int, queries: int, work: Path) -> dict[str, Any]:
     np.save(work / "nearest.npy", find_nearest(measured, images))
     faiss_build_s = build_faiss(images, work / "faiss.index")
     del images
-    ann = train_ann(database, tuning, min_recall=MIN_RECALL, always=True, report=print)
+    ann = train_ann(database, tuning, always=True, report=print)
     database.write_about(replace(database.about, ann=ann))
     index, exact, faiss = (measure_apart(name, work) for name in ("index", "exact", "faiss"))
     return {
@@ -214,7 +214,7 @@ def fill(folder: Path, images: Array) -> IndexDatabase:
     """Write the embeddings as `llm2clip index` would, with made paths."""
     about = About(model="made", fingerprint={}, model_files="", image_dir=str(folder),
                   width=images.shape[1])  # fmt: skip
-    database = IndexDatabase.create(folder, lambda: about)
+    database = IndexDatabase(folder, lambda: about)
     # Facts differ from image to image, as those of photographs do: LanceDB packs equal ones so
     # tightly that reading ten of them takes longer.
     random = np.random.default_rng(1)
@@ -237,8 +237,7 @@ def fill(folder: Path, images: Array) -> IndexDatabase:
             "stat": [str(time.timestamp()) for time in times],
         }
         database.write(facts, part)
-    with database.changing() as table:
-        table.optimize()
+    database.optimize()
     return database
 
 
@@ -296,7 +295,7 @@ def read_peak_memory() -> int:
 
 def open_index(name: str, work: Path) -> Search:
     """Open the database, whose paths are the numbers of the rows."""
-    database = IndexDatabase.open(work / "index")
+    database = IndexDatabase(work / "index")
     ann = database.about.ann if name == "index" else None
     return lambda text: [
         int(row["path"].removesuffix(".jpg")) for row in database.search(text, top_k=TOP_K, ann=ann)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,7 +16,7 @@ from .command import Repeated, command
 from .options import report, report_truncated, use_device, use_image_limits
 
 if TYPE_CHECKING:
-    from ..search.query_encoding import Query
+    from ..search.index_encoding import Query
     from ..search.search_results import SearchResult
 
 _NOTE = "The number under an image is its cosine with the query."
@@ -73,7 +71,7 @@ def search(
     _require_queries(queries, image)
     if output is not None:
         _require_page_folder(output)
-    from ..search.index_database import DatabaseProcess, IndexDatabase, require_place
+    from ..search.index_database import require_place
 
     require_place(db)
     from ..data.images.image_sources import register_heif_reader
@@ -81,19 +79,15 @@ def search(
     from ..search.image_index import ImageIndex
     from ..search.search_results import render_search_results
 
-    uses_torch = not holds_graphs(model)
-    apart = uses_torch and "torch" not in sys.modules
-    with DatabaseProcess(db) if apart else nullcontext(IndexDatabase.open(db)) as database:
-        register_heif_reader()
-        if uses_torch:
-            use_device(config.device, config.precision)  # imports torch meanwhile
-        index = ImageIndex.open(
-            database, model=model, image_dir=image_dir,
-            device=config.device, precision=config.precision,
-        )  # fmt: skip
-        parts: list[str | Path] = [*queries, *image]
-        asked: list[Query] = [parts] if combine else [*parts]
-        results = index.search(asked, top_k=top_k, where=where, exact=exact)
+    register_heif_reader()
+    if not holds_graphs(model):  # else torch is not imported
+        use_device(config.device, config.precision)
+    index = ImageIndex.open(
+        db, model=model, image_dir=image_dir, device=config.device, precision=config.precision
+    )
+    parts: list[str | Path] = [*queries, *image]
+    asked: list[Query] = [parts] if combine else [*parts]
+    results = index.search(asked, top_k=top_k, where=where, exact=exact)
     if count := index.encoder.num_truncated:
         longest = index.encoder.max_text_length
         report_truncated(count, len(queries), "sentence", longest=longest)

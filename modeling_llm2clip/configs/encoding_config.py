@@ -191,9 +191,7 @@ class IndexConfig(EncodingConfig, JpegConfig):
 
     ann: Literal["auto", "always", "never"] = "auto"
     """Approximate index: auto builds one from 20,000 images on, and keeps it if it is faster than
-    comparing with every image and reaches the required recall."""
-    min_recall: Annotated[float, Interval(gt=0, le=1)] = 0.97
-    """Required recall@10 of the approximate index, compared with an exact search."""
+    comparing with every image and its recall@10 is at least 0.97."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 
 from .._suggestions import counted
+from .index_about import AnnIndex
 from .index_database import IndexDatabase
-from .lancedb_table import AnnIndex
 
 # With fewer images, a query is compared with all of them in less than about 50 ms.
 FEWEST_ROWS = 20_000
 # With more, a query compares more images; with fewer, the nearest are in more partitions.
 _ROWS_PER_PARTITION = 1000
-_TOP_K = 10
+_TOP_K, _MIN_RECALL = 10, 0.97
 _SHARES_VISITED = (
     0.02, 0.05, 0.08, 0.1, 0.12, 0.14, 0.16, 0.18, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0
 )  # fmt: skip
@@ -50,7 +50,6 @@ def train_ann(
     database: IndexDatabase,
     queries: np.ndarray[Any, Any],
     *,
-    min_recall: float,
     always: bool,
     report: Report,
 ) -> AnnIndex:
@@ -63,21 +62,19 @@ def train_ann(
     num_partitions = max(1, round(num_rows / _ROWS_PER_PARTITION))
     report(f"Training an approximate index of {counted(num_rows, 'image')} …")
     started = time.monotonic()
-    with database.changing() as table:
-        table.build_ann(num_partitions)
+    database.build_ann(num_partitions)
     seconds = round(time.monotonic() - started, 1)
     untuned = AnnIndex(
         num_rows=num_rows, num_partitions=num_partitions, nprobes=1, refine_factor=1,
         recall_at_10=0, num_queries=len(queries), query_ms=0, exact_query_ms=0,
         build_s=seconds, is_used=True,
     )  # fmt: skip
-    ann = tune_ann(database, untuned, queries, min_recall=min_recall)
-    finds_enough, is_faster = ann.recall_at_10 >= min_recall, ann.query_ms < ann.exact_query_ms
+    ann = tune_ann(database, untuned, queries)
+    finds_enough, is_faster = ann.recall_at_10 >= _MIN_RECALL, ann.query_ms < ann.exact_query_ms
     ann = replace(ann, is_used=always or (finds_enough and is_faster))
     if not ann.is_used:
-        with database.changing() as table:
-            table.drop_ann()
-    reason = f"below {min_recall}" if not finds_enough else "slower than without"
+        database.drop_ann()
+    reason = f"below {_MIN_RECALL}" if not finds_enough else "slower than without"
     report(
         f"Trained in {seconds:.0f} s. {describe_ann(ann)}"
         + ("" if ann.is_used else f" Not kept: {reason}; every image is compared.")
@@ -85,10 +82,8 @@ def train_ann(
     return ann
 
 
-def tune_ann(
-    database: IndexDatabase, ann: AnnIndex, queries: np.ndarray[Any, Any], *, min_recall: float
-) -> AnnIndex:
-    """Choose and measure the fewest partitions per query that reach `min_recall`, or the best."""
+def tune_ann(database: IndexDatabase, ann: AnnIndex, queries: np.ndarray[Any, Any]) -> AnnIndex:
+    """Choose and measure the fewest partitions per query that reach the recall, or the best."""
     greatest = find_greatest_cosines(
         queries, (part for _, part in database.iterate_embeddings()), top_k=_TOP_K
     )
@@ -102,7 +97,7 @@ def tune_ann(
             replace(tried, recall_at_10=recall, query_ms=query_ms),
             key=lambda candidate: candidate.recall_at_10,
         )
-        if best.recall_at_10 >= min_recall:
+        if best.recall_at_10 >= _MIN_RECALL:
             break
     _, exact_query_ms = measure_search(database, queries[:3], ann=None)
     return replace(best, num_queries=len(queries), exact_query_ms=exact_query_ms)

@@ -36,7 +36,7 @@ class FilterError(ValueError):
 def check_filter(where: str, columns: Iterable[str]) -> str:
     """Return a filter in the form that the database takes; FilterError if a word is not allowed.
 
-    The database compares integers with decimal numbers only if these are cast. It ignores text
+    The database compares integers with other numbers only if these are cast. It ignores text
     after a complete condition, so the filter is put in parentheses, and its own must match.
     """
     columns = list(columns)
@@ -50,7 +50,8 @@ def check_filter(where: str, columns: Iterable[str]) -> str:
             problem = f"{where[place : place + 20]!r} at character {place + 1} is not allowed"
             raise explain_filter(where, problem, columns)
         number, separator = token["number"] or "", token["next"] or ""
-        is_decimal = not f"0{number.lstrip('-')}".isdecimal()
+        # An integer of more digits may be none of 64 bits.
+        is_decimal = len(number) > 18 or not f"0{number.lstrip('-')}".isdecimal()
         parts.append(f"{separator}CAST({number} AS DOUBLE)" if is_decimal else token.group())
         num_words += bool(token.lastgroup and not separator)  # a list is as deep as one literal
         place = token.end()

@@ -19,14 +19,14 @@ from ..configs.encoding_config import IndexConfig
 from ..data.atomic_files import list_differences
 from ..model_folders.model_folder import holds_graphs
 from ..model_folders.onnx_folder import read_onnx_record
-from .index_database import About, IndexDatabase
-from .lancedb_table import COLUMNS, AnnIndex, IndexUnavailableError
-from .query_encoding import (
+from .index_about import COLUMNS, About, AnnIndex, IndexUnavailableError
+from .index_database import IndexDatabase
+from .index_encoding import (
+    IndexEncoder,
     NamedQuery,
     OnnxQueryEncoder,
     Part,
     Query,
-    QueryEncoder,
     check_embeddings,
     name_queries,
 )
@@ -70,7 +70,7 @@ class ImageIndex:
         self,
         database: IndexDatabase,
         image_dir: Path | None = None,
-        encoder: QueryEncoder | None = None,
+        encoder: IndexEncoder | None = None,
         *,
         device: str = "auto",
         precision: Precision = "auto",
@@ -90,7 +90,7 @@ class ImageIndex:
         """Count the images that pass a filter.
 
         Args:
-            where: As in `search`.
+            where: As in `search`. A filter reads values, so that missing files are noticed.
 
         Raises:
             ValueError: The filter is not one, or names an unknown column.
@@ -98,16 +98,6 @@ class ImageIndex:
                 model than when it was opened.
         """
         num_rows = self._database.count(where)
-        self._require_same_model()
-        return num_rows
-
-    def count_readable(self) -> int:
-        """Count the images by reading a number of each, so that missing files are noticed.
-
-        Raises:
-            IndexUnavailableError: As `count`, or files of the index are missing.
-        """
-        num_rows = self._database.count_readable()
         self._require_same_model()
         return num_rows
 
@@ -170,7 +160,7 @@ class ImageIndex:
     @classmethod
     def open(
         cls,
-        path: str | Path | IndexDatabase,
+        path: str | Path,
         *,
         model: str | Path | None = None,
         image_dir: str | Path | None = None,
@@ -180,7 +170,7 @@ class ImageIndex:
         """Open an index that `build` wrote, without loading its model.
 
         Args:
-            path: Folder or URI of the database, or the open database.
+            path: Folder or URI of the database.
             model: Folder or Hub id of the model, if it is no longer where it was. It must give the
                 same embeddings. A folder of ONNX graphs of that model needs no torch.
             image_dir: Folder of the images, if it is no longer where it was.
@@ -198,12 +188,12 @@ class ImageIndex:
         folder = None if image_dir is None else Path(image_dir).resolve()
         if folder is not None and not folder.is_dir():
             raise ValueError(f"image_dir={str(image_dir)!r}: no such folder.")
-        database = path if isinstance(path, IndexDatabase) else IndexDatabase.open(path)
+        database = IndexDatabase(path)
         encoder = None if model is None else _open_encoder(database, model, device, precision)
         return cls(database, folder, encoder, device=device, precision=precision)
 
     @property
-    def encoder(self) -> QueryEncoder:
+    def encoder(self) -> IndexEncoder:
         """Encodes queries; its model is found and compared with the index on first use."""
         with self._lock:
             if self._encoder is None:
@@ -316,7 +306,7 @@ class ImageIndex:
 
 def _open_encoder(
     database: IndexDatabase, source: str | Path, device: str, precision: Precision
-) -> QueryEncoder:
+) -> IndexEncoder:
     if holds_graphs(source):
         if precision != "auto":
             raise ValueError(f"precision={precision}: {source} has graphs of one precision.")
@@ -337,4 +327,4 @@ def _open_encoder(
         ) from error
     require_same_model(database, source, folder)
     decoding = "scaled" if "jpeg decoding" in database.about.precision else "full"
-    return QueryEncoder(folder, device, None if precision == "auto" else precision, decoding)
+    return IndexEncoder(folder, device, None if precision == "auto" else precision, decoding)

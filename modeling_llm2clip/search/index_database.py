@@ -1,120 +1,138 @@
-"""The database of an image index, without torch: its model, its rows, and its errors.
+"""The LanceDB database of an image index, without torch; no other file knows LanceDB.
 
-Filters, damage and other models are handled here, whatever the database.
-"""
+| table | rows |
+| --- | --- |
+| `images` | `path` below the folder, `sha256`, `bytes`, `modified`, `width`, `height`, `taken`, `stat` (by which a changed file is recognized), `embedding` of unit length, `crc32` of all these |
+| `about` | one, whose `content` is an `About` as sealed JSON |
+"""  # noqa: E501
 
 from __future__ import annotations
 
-import dataclasses
+import os
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from multiprocessing import get_context
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 
-from ..data.atomic_files import explain_full_disk, list_differences, lock_file
-from ..data.sealed_manifest import read_sealed, write_sealed
+from .._extras import LANCEDB, require
+from .._suggestions import list_first
+from ..data.atomic_files import (
+    explain_full_disk,
+    list_differences,
+    lock_file,
+    require_writable,
+)
 from .filters import check_filter, explain_filter
-from .lancedb_table import (
-    ABOUT,
+from .index_about import (
     COLUMNS,
-    ERRORS,
+    EVERY_IMAGE,
+    FACTS,
     HOW_TO_INDEX,
-    IMAGES,
-    LOCK,
-    PANIC,
-    WHOLE_ROW,
+    About,
     AnnIndex,
     IndexUnavailableError,
-    LanceTable,
-    require_database_folder,
 )
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 3
-# Columns that are read from the content of an image: upright pixels, and when it was taken.
-FACTS = ("width", "height", "taken")
-_EVERY_IMAGE = "bytes >= 0"  # a filter that all pass
+_WHOLE_ROW = (*COLUMNS, "stat", "embedding", "crc32")
+_IMAGES, _ABOUT = "images", "about"  # names of the tables
+_LOCK = ".llm2clip-lock"  # file in the folder of a database, locked by its writer
+# Errors of LanceDB, and the name of another one, which no module exports.
+_ERRORS, _PANIC = (RuntimeError, ValueError, OSError, KeyError), "RustPanic"
 _VALUES_AT_ONCE = 500  # in a filter
+_READ_AT_ONCE = 8192
 # An open index sees changes by other processes after this time at the latest.
 _SEEN_AFTER_S = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class About:
-    """The model and the images of an index.
-
-    Attributes:
-        model: Folder or Hub id of the model.
-        fingerprint: Short texts on weights, tokenizer and prompt, which decide its embeddings.
-        model_files: Digest of names, sizes and times of the model's files: while it stays the
-            same, the fingerprint need not be computed again.
-        image_dir: Folder of the images.
-        width: P of the embeddings.
-        ann: The approximate index; None where none was built.
-        tally: `num_images` and `total` of an `ImageTally` of the images that were encoded into
-            it; images that were removed since still count. None if the model has no summary of
-            its training images.
-        precision: How the vision tower computed, and how JPEGs were decoded; empty on a CPU in the
-            stored dtype, and in full.
-    """
-
-    model: str
-    fingerprint: Mapping[str, str]
-    model_files: str
-    image_dir: str
-    width: int
-    ann: AnnIndex | None = None
-    tally: Mapping[str, Any] | None = None
-    precision: Mapping[str, str] = dataclasses.field(default_factory=dict)
+# Older versions stay this long, for readers that opened the table earlier.
+_KEPT_FOR = timedelta(hours=1)
+# More images or iterations take longer and do not improve recall.
+_TRAINED_ON_PER_PARTITION, _MAX_ITERATIONS = 64, 15
+# One minus the inner product, which is the cosine: all embeddings have unit length.
+_DISTANCE = "dot"
 
 
 class IndexDatabase:
-    """An open database of images; searches of several threads may run at once."""
+    """An open database of images; searches of several threads may run at once.
 
-    def __init__(self, location: str, table: LanceTable, about: About) -> None:
-        self.location = location
-        self.about = about
-        self._table = table
-        self._lock = threading.Lock()
-        self._looked_at = time.monotonic()
-        with _explained(location, "read"):
-            table.reopen()
+    Args:
+        location: Its folder, or a URI on object storage.
+        describe: Describes a new index; without it, a database that does not exist is an error.
+    """
 
-    @classmethod
-    def open(cls, location: str | Path) -> IndexDatabase:
-        location = str(location)
-        table = _connect(location)
-        return cls(location, table, _read_about(location, table))
+    def __init__(self, location: str | Path, describe: Callable[[], About] | None = None) -> None:
+        self.location = str(location)
+        require_place(self.location, is_new=describe is not None)
+        require(LANCEDB)
+        import lancedb
 
-    @classmethod
-    def create(cls, location: str | Path, describe: Callable[[], About]) -> IndexDatabase:
-        """Open a database, or make one without images."""
-        location = str(location)
-        table = _connect(location, is_new=True)
-        with _explained(location, "read"):
-            tables = table.list_tables()
-        is_new, has_images = ABOUT not in tables, IMAGES in tables
-        if is_new and has_images:
-            raise ValueError(
-                f"{location} has a table `{IMAGES}` that llm2clip index did not write. Name a "
-                "new database."
+        with self._explained("opened"):
+            self._connection = lancedb.connect(
+                self.location, storage_options=_find_storage_options(self.location)
             )
-        about = describe() if is_new else _read_about(location, table)
-        with _explained_writing(location):
-            if is_new:
-                _write_about(table, about)
-            if not has_images:
-                table.create(about.width)
-        return cls(location, table, about)
+        if describe is not None:
+            self._create(describe)
+        self.about = self._read_about()
+        self._lock = threading.Lock()
+        self._reopen()
+
+    def _create(self, describe: Callable[[], About]) -> None:
+        """Write the tables that are not there."""
+        with self._explained("read"):
+            tables = self._list_tables()
+        if _ABOUT not in tables:
+            if _IMAGES in tables:
+                raise ValueError(
+                    f"{self.location} has a table `{_IMAGES}` that llm2clip index did not write. "
+                    "Name a new database."
+                )
+            self.write_about(describe())
+        if _IMAGES not in tables:
+            embedding = pa.list_(pa.float32(), self._read_about().width)
+            others = {"stat": pa.string(), "embedding": embedding, "crc32": pa.int64()}
+            with self._writing():
+                self._connection.create_table(_IMAGES, schema=pa.schema({**COLUMNS, **others}))
+
+    def _list_tables(self) -> list[str]:
+        """List the tables; one that was begun and has no version yet is none."""
+        names = self._connection.list_tables().tables
+        versions = {name: Path(self.location, f"{name}.lance", "_versions") for name in names}
+        return [
+            name
+            for name, folder in versions.items()
+            if "://" in self.location or any(folder.glob("*.manifest"))
+        ]
+
+    def _read_about(self) -> About:
+        with self._explained("read"):
+            is_there = _ABOUT in self._list_tables()
+            rows = self._connection.open_table(_ABOUT).to_arrow().to_pylist() if is_there else []
+        if len(rows) != 1 or "content" not in rows[0]:
+            raise IndexUnavailableError(
+                f"{self.location} is not a database of llm2clip index. {HOW_TO_INDEX}"
+            )
+        return About.unseal(rows[0]["content"], self.location)
+
+    def write_about(self, about: About) -> None:
+        with self._writing():
+            mode = "overwrite" if _ABOUT in self._list_tables() else "create"
+            rows = pa.table({"content": [about.seal()]})
+            self._connection.create_table(_ABOUT, data=rows, mode=mode)
+        self.about = about
+
+    def _reopen(self) -> None:
+        """Open the table anew: an open one stays at its version if that of a new one is lower."""
+        with self._explained("read"):
+            self._table: Any = self._connection.open_table(_IMAGES)
+        self._looked_at = time.monotonic()
 
     def refresh(self) -> None:
         """Read what other processes have written, unless that was done seconds ago.
@@ -126,71 +144,85 @@ class IndexDatabase:
             if time.monotonic() - self._looked_at < _SEEN_AFTER_S:
                 return
             require_place(self.location)
-            self.about = _read_about(self.location, self._table)
-            with _explained(self.location, "read"):
-                self._table.reopen()
-            self.about = _read_about(self.location, self._table)
-            self._looked_at = time.monotonic()
+            self.about = self._read_about()
+            self._reopen()
+            self.about = self._read_about()
 
-    def _read(self, function: Callable[[LanceTable], T]) -> T:
+    def _read(self, function: Callable[[], T]) -> T:
         """Read the table, and retry once after a refresh: files go when a database is replaced."""
-        with _explained(self.location, "read"):
+        with self._explained("read"):
             try:
-                return function(self._table)
-            except ERRORS:
+                return function()
+            except _ERRORS:
                 self._looked_at = -_SEEN_AFTER_S
                 self.refresh()
-                return function(self._table)
+                return function()
 
     @contextmanager
-    def changing(self) -> Iterator[LanceTable]:
-        with _explained_writing(self.location):
-            yield self._table
+    def _explained(self, what: str) -> Iterator[None]:
+        """Raise errors of the database anew, with its location and a remedy."""
+        try:
+            yield
+        except IndexUnavailableError:
+            raise
+        except Exception as error:
+            if not isinstance(error, _ERRORS) and type(error).__name__ != _PANIC:
+                raise
+            raise IndexUnavailableError(
+                f"{self.location} cannot be {what}: {_shorten(error)}. If it is damaged, remove "
+                "it, and index the images again."
+            ) from error
 
-    def write_about(self, about: About) -> None:
-        with self.changing() as table:
-            _write_about(table, about)
-        self.about = about
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        remedy = "Free some space and run the same command again; it continues"
+        with (
+            explain_full_disk(Path(self.location), "for the index", remedy),
+            self._explained("written"),
+        ):
+            yield
 
     def count(self, where: str | None = None) -> int:
         """Count the images that pass a filter; FilterError if it is not valid."""
         checked = None if where is None else check_filter(where, COLUMNS)
         self.refresh()
-        if where is None:
-            return self._read(lambda table: table.count())
         try:
-            return self._read(lambda table: table.count(checked))
+            return self._read(lambda: int(self._table.count_rows(checked)))
         except IndexUnavailableError as error:
-            self.count_readable()
-            problem = _shorten(error.__cause__ or error)
-            raise explain_filter(where, problem, COLUMNS) from error
-
-    def count_readable(self) -> int:
-        """Count images by reading values; `count` without a filter reads no file."""
-        self.refresh()
-        return self._read(lambda table: table.count(_EVERY_IMAGE))
+            if where in (None, EVERY_IMAGE):
+                raise
+            self.count(EVERY_IMAGE)
+            raise explain_filter(where, _shorten(error.__cause__ or error), COLUMNS) from error
 
     def iterate(self, columns: Sequence[str], where: str | None = None) -> Iterator[pa.RecordBatch]:
         """Yield columns of all images, or of those that pass a filter, in parts."""
         self.refresh()
-        with _explained(self.location, "read"):
-            yield from self._table.read(columns, where)
+        with self._explained("read"):
+            query = self._table.search().select(list(columns))
+            if where is not None:
+                query = query.where(where)
+            yield from query.to_batches(_READ_AT_ONCE)
+
+    def _iterate_whole(self, where: str | None = None) -> Iterator[pa.RecordBatch]:
+        """Yield whole rows, which must be as they were written."""
+        with self._explained("read"):
+            for batch in self.iterate(_WHOLE_ROW, where):
+                _require_intact(batch)
+                yield batch
 
     def iterate_embeddings(self) -> Iterator[tuple[list[str], np.ndarray[Any, Any]]]:
         """Yield paths below the folder, and their embeddings, (rows, P) float32."""
-        for batch in self.iterate(WHOLE_ROW):
+        for batch in self._iterate_whole():
             yield batch["path"].to_pylist(), _to_matrix(batch["embedding"])
 
     def find_by_digest(self, digests: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Map the SHA-256 of image files that are there to `FACTS` and `embedding`, (P,)."""
         images: dict[str, dict[str, Any]] = {}
         for condition in _list_conditions("sha256", digests):
-            for batch in self.iterate(WHOLE_ROW, condition):
-                rows, embeds = batch.select(FACTS).to_pylist(), _to_matrix(batch["embedding"])
-                for digest, row, embed in zip(
-                    batch["sha256"].to_pylist(), rows, embeds, strict=True
-                ):
-                    images[digest] = {**row, "embedding": embed}
+            for batch in self._iterate_whole(condition):
+                rows = batch.select(["sha256", *FACTS]).to_pylist()
+                for row, embed in zip(rows, _to_matrix(batch["embedding"]), strict=True):
+                    images[row.pop("sha256")] = {**row, "embedding": embed}
         return images
 
     def write(self, rows: Mapping[str, Any], embeddings: np.ndarray[Any, Any]) -> None:
@@ -199,14 +231,51 @@ class IndexDatabase:
         Rows hold all columns and `stat`; embeddings are (rows, P).
         """
         flat = pa.array(embeddings.astype(np.float32).ravel())
-        lists = pa.FixedSizeListArray.from_arrays(flat, self.about.width)
-        with self.changing() as table:
-            table.write({**rows, "embedding": lists})
+        columns = {
+            **rows, "embedding": pa.FixedSizeListArray.from_arrays(flat, self.about.width)
+        }  # fmt: skip
+        with self._writing():
+            merge = self._table.merge_insert("path").when_matched_update_all()
+            schema = pa.schema([self._table.schema.field(name) for name in columns])
+            batch = pa.record_batch(columns, schema=schema)
+            table = pa.Table.from_batches([batch])
+            table = table.append_column("crc32", pa.array(_hash_rows(batch), pa.int64()))
+            merge.when_not_matched_insert_all().execute(table)
 
     def remove(self, paths: Sequence[str]) -> None:
-        with self.changing() as table:
+        with self._writing():
             for condition in _list_conditions("path", paths):
-                table.delete(condition)
+                self._table.delete(condition)
+
+    def optimize(self) -> None:
+        """Join small files, bring an approximate index in line, and remove old versions."""
+        with self._writing():
+            self._table.optimize(cleanup_older_than=_KEPT_FOR)
+
+    def build_ann(self, num_partitions: int) -> None:
+        """Train partitions of embeddings in one bit per dimension, by inner products.
+
+        These are cosines of unit embeddings. By them, a text visits the partitions where its images
+        are; by distances, which also count how far a partition is from all texts, it would visit
+        twice as many to find the same.
+        """
+        from lancedb.index import IvfRq, IvfSq
+
+        # RaBitQ packs dimensions in bytes; scalars of 8 bits take any number, and longer.
+        kind = IvfSq if self.about.width % 8 else IvfRq
+        config = kind(
+            distance_type=_DISTANCE,
+            num_partitions=num_partitions,
+            max_iterations=_MAX_ITERATIONS,
+            sample_rate=_TRAINED_ON_PER_PARTITION,
+        )
+        with self._writing():
+            self._table.create_index("embedding", config=config, replace=True)
+
+    def drop_ann(self) -> None:
+        with self._writing():
+            for index in self._table.list_indices():
+                self._table.drop_index(index.name)
 
     def search(
         self,
@@ -222,9 +291,23 @@ class IndexDatabase:
         compared.
         """
         checked = None if where is None else check_filter(where, COLUMNS)
-        rows = self._read(
-            lambda table: table.search(embedding, top_k=top_k, where=checked, ann=ann)
-        )
+
+        def find() -> list[dict[str, Any]]:
+            query = self._table.search(embedding, vector_column_name="embedding")
+            query = query.distance_type(_DISTANCE).limit(top_k).select([*_WHOLE_ROW, "_distance"])
+            if checked is not None:
+                query = query.where(checked, prefilter=True)
+            if ann is None:
+                query = query.bypass_vector_index()
+            else:
+                query = query.nprobes(ann.nprobes).refine_factor(ann.refine_factor)
+            hits = query.to_arrow()
+            for batch in hits.to_batches():
+                _require_intact(batch)
+            rows: list[dict[str, Any]] = hits.select([*COLUMNS, "_distance"]).to_pylist()
+            return rows
+
+        rows = [{**row, "cosine": 1 - row.pop("_distance")} for row in self._read(find)]
         return sorted(rows, key=lambda row: (-row["cosine"], row["path"]))
 
     def require_same_fingerprint(
@@ -247,53 +330,6 @@ class IndexDatabase:
             )
 
 
-class DatabaseProcess(IndexDatabase):
-    """Counts and searches in a process of its own, while this one imports torch; read-only.
-
-    From the shell, a search is mostly imports: about two seconds of LanceDB, five of torch and
-    transformers. Python imports one module at a time, so only another process does both at once.
-    """
-
-    def __init__(self, location: str) -> None:
-        self.location = location
-        # Not forked: this process may have threads by now.
-        self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-        self._opening: Future[About] = self._pool.submit(_open_here, location)
-
-    def __enter__(self) -> DatabaseProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    @property
-    def about(self) -> About:  # type: ignore[override]
-        """Description of the database as it was opened; waits until it is open."""
-        return self._opening.result()
-
-    def count(self, where: str | None = None) -> int:
-        num_rows: int = self._pool.submit(_call, "count", where).result()
-        return num_rows
-
-    def search(self, embedding: np.ndarray[Any, Any], **options: Any) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]]
-        rows = self._pool.submit(_call, "search", embedding, **options).result()
-        return rows
-
-
-_opened: IndexDatabase | None = None  # in the other process
-
-
-def _open_here(location: str) -> About:
-    global _opened
-    _opened = IndexDatabase.open(location)
-    return _opened.about
-
-
-def _call(name: str, *args: Any, **options: Any) -> Any:
-    return getattr(_opened, name)(*args, **options)
-
-
 def join_fingerprints(by_modality: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
     """Flatten the fingerprints of the modalities into one, as in an `About`."""
     return {
@@ -304,9 +340,21 @@ def join_fingerprints(by_modality: Mapping[str, Mapping[str, str]]) -> dict[str,
 
 
 def require_place(location: str, *, is_new: bool = False) -> None:
-    """Raise IndexUnavailableError for a place without a database; a new one may be empty."""
-    if "://" not in location:
-        require_database_folder(Path(location), is_new=is_new)
+    """Raise IndexUnavailableError, with the reason, for a path that is not a database.
+
+    With `is_new`, it may be missing, empty, or an unfinished database, and must be writable.
+    """
+    if "://" in location:
+        return
+    folder = Path(location)
+    files = folder.iterdir() if folder.is_dir() else iter(())
+    has_others = any(file.suffix != ".lance" and file.name != _LOCK for file in files)
+    if is_new and not folder.is_file() and not has_others:
+        require_writable(folder)
+    elif not folder.exists():
+        raise IndexUnavailableError(f"{folder}: no such database. {HOW_TO_INDEX}")
+    elif not (folder / f"{_ABOUT}.lance").is_dir():
+        raise IndexUnavailableError(f"{folder} is not a database of llm2clip index. {HOW_TO_INDEX}")
 
 
 @contextmanager
@@ -317,77 +365,39 @@ def lock_database(location: str) -> Iterator[None]:
         return
     folder = Path(location)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a") as opened:
+    with (folder / _LOCK).open("a") as opened:
         if not lock_file(opened, wait=False):
             raise ValueError(f"Another process is writing {location}. Wait until it has ended.")
         yield
 
 
-def _connect(location: str, *, is_new: bool = False) -> LanceTable:
-    require_place(location, is_new=is_new)
-    with _explained(location, "opened"):
-        return LanceTable(location)
+def _find_storage_options(location: str) -> dict[str, str] | None:
+    """Return the endpoint of an S3 service other than Amazon, which LanceDB does not look up."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL")
+    if not location.startswith("s3://") or not endpoint:
+        return None
+    return {"endpoint": endpoint, "allow_http": str(endpoint.startswith("http://")).lower()}
 
 
-def _write_about(table: LanceTable, about: About) -> None:
-    values = dataclasses.asdict(about)
-    if not about.precision:
-        del values["precision"]
-    content = write_sealed(values)
-    table.write_about(pa.table({"format_version": [FORMAT_VERSION], "content": [content]}))
+def _hash_rows(batch: pa.RecordBatch) -> list[int]:
+    """Compute the CRC-32 of each row; LanceDB has no checksums."""
+    columns = [batch.column(name) for name in (*COLUMNS, "stat")]
+    plain = [c.cast(pa.int64()) if pa.types.is_timestamp(c.type) else c for c in columns]
+    texts = [column.cast(pa.string()).cast(pa.binary()) for column in plain]
+    joined = pc.binary_join_element_wise(
+        *texts, b"\n", null_handling="replace", null_replacement=b""
+    )
+    rows = zip(joined.to_pylist(), _to_matrix(batch.column("embedding")), strict=True)
+    return [zlib.crc32(row, zlib.crc32(text)) for text, row in rows]
 
 
-def _read_about(location: str, table: LanceTable) -> About:
-    with _explained(location, "read"):
-        stored = table.read_about() if ABOUT in table.list_tables() else pa.table({})
-    if not {"format_version", "content"} <= set(stored.column_names) or len(stored) != 1:
-        raise IndexUnavailableError(
-            f"{location} is not a database of llm2clip index. {HOW_TO_INDEX}"
-        )
-    version = stored["format_version"][0].as_py()
-    if version != FORMAT_VERSION:
-        raise IndexUnavailableError(
-            f"{location} has format_version {version}, and this package reads {FORMAT_VERSION}. "
-            "Index the images again into a new database, or use the version that wrote it."
-        )
-    try:
-        # Those of earlier versions have no hash.
-        values = read_sealed(stored["content"][0].as_py(), or_plain=True)
-        ann, tally = values.pop("ann"), values.get("tally")
-        if tally is not None and tally.keys() != {"num_images", "total"}:
-            raise ValueError(f"tally has {sorted(tally)}")
-        return About(**values, ann=None if ann is None else AnnIndex(**ann))
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise IndexUnavailableError(
-            f"{location} is damaged: the table `{ABOUT}` cannot be read ({error}). Remove it, "
-            "and index the images again."
-        ) from error
-
-
-@contextmanager
-def _explained(location: str, what: str) -> Iterator[None]:
-    """Raise errors of the database anew, with its location and a remedy."""
-    try:
-        yield
-    except IndexUnavailableError:
-        raise
-    except Exception as error:
-        if not isinstance(error, ERRORS) and type(error).__name__ != PANIC:
-            raise
-        raise IndexUnavailableError(
-            f"{location} cannot be {what}: {_shorten(error)}. If it is damaged, remove it, and "
-            "index the images again."
-        ) from error
-
-
-@contextmanager
-def _explained_writing(location: str) -> Iterator[None]:
-    remedy = "Free some space and run the same command again; it continues"
-    with (
-        explain_full_disk(Path(location), "for the index", remedy),
-        _explained(location, "written"),
-    ):
-        yield
+def _require_intact(batch: pa.RecordBatch) -> None:
+    recorded = batch.column("crc32").to_pylist()
+    rows = np.flatnonzero([a != b for a, b in zip(_hash_rows(batch), recorded, strict=True)])
+    if len(rows):
+        paths = batch.column("path").cast(pa.binary()).take(pa.array(rows))  # perhaps not UTF-8
+        names = list_first(path.decode(errors="replace") for path in paths.to_pylist())
+        raise ValueError(f"damaged rows, whose CRC-32 is not that recorded: {names}")
 
 
 def _shorten(error: BaseException) -> str:

@@ -33,14 +33,9 @@ from ..model_folders.training_images import ImageTally, describe_far_images
 from .ann_index import FEWEST_ROWS, describe_ann, needs_training, train_ann, tune_ann
 from .image_encoding import encode_readable_images
 from .image_files import list_images
-from .index_database import (
-    FACTS,
-    About,
-    IndexDatabase,
-    join_fingerprints,
-    lock_database,
-    require_place,
-)
+from .index_about import FACTS, About
+from .index_database import IndexDatabase, join_fingerprints, lock_database, require_place
+from .index_encoding import IndexEncoder
 from .model_identity import (
     find_whole_model,
     fingerprint_whole_model,
@@ -50,7 +45,6 @@ from .model_identity import (
     restore_tally,
     store_tally,
 )
-from .query_encoding import QueryEncoder
 
 # Texts of everyday things, among which recall is measured: more change its mean by less than 0.01.
 _NUM_QUERIES = 200
@@ -69,7 +63,7 @@ def build_index(
     updates_ann: bool = True,
     skip_invalid: bool = True,
     report: Report | None = None,
-) -> tuple[IndexDatabase, QueryEncoder]:
+) -> tuple[IndexDatabase, IndexEncoder]:
     """Index a folder, or update its index; return the database and the encoder of its queries.
 
     Without `updates_ann`, an approximate index stays as it is. Without `skip_invalid`, unreadable
@@ -90,7 +84,7 @@ def build_index(
     }
     with lock_database(location):  # whose tables another process may be creating
         database = _open(model, folder, place, location)
-        encoder = QueryEncoder(folder, config.device, config.precision, config.jpeg_decoding)
+        encoder = IndexEncoder(folder, config.device, config.precision, config.jpeg_decoding)
         tally = restore_tally(database.about)
 
         def note_place() -> None:
@@ -121,7 +115,7 @@ def build_index(
 
 
 def _open(model: str | Path, folder: Path, place: dict[str, Any], location: str) -> IndexDatabase:
-    database = IndexDatabase.create(
+    database = IndexDatabase(
         location,
         lambda: About(
             **place,
@@ -141,7 +135,7 @@ def _open(model: str | Path, folder: Path, place: dict[str, Any], location: str)
 
 def _update_ann(
     database: IndexDatabase,
-    encoder: QueryEncoder,
+    encoder: IndexEncoder,
     config: IndexConfig,
     *,
     has_changed: bool,
@@ -152,8 +146,7 @@ def _update_ann(
     if config.ann == "never" or (config.ann == "auto" and database.count() < FEWEST_ROWS):
         if about.ann is not None:
             report(f"ann={config.ann}: dropped the approximate index; all images are compared.")
-            with database.changing() as table:
-                table.drop_ann()
+            database.drop_ann()
             database.write_about(replace(about, ann=None))
         return
     is_used = about.ann is not None and about.ann.is_used
@@ -165,12 +158,9 @@ def _update_ann(
         if about.ann is not None:
             # A search meanwhile must not take the number that was tuned for the old partitions.
             database.write_about(replace(about, ann=None))
-        always = config.ann == "always"
-        ann = train_ann(
-            database, queries, min_recall=config.min_recall, always=always, report=report
-        )
+        ann = train_ann(database, queries, always=config.ann == "always", report=report)
     else:
-        ann = tune_ann(database, about.ann, queries, min_recall=config.min_recall)
+        ann = tune_ann(database, about.ann, queries)
         report(describe_ann(ann))
     database.write_about(replace(about, ann=ann))
 
@@ -195,7 +185,7 @@ class FolderUpdate:
 
     database: IndexDatabase
     image_dir: Path
-    encoder: QueryEncoder
+    encoder: IndexEncoder
     config: IndexConfig
     tally: ImageTally
     unchanged: int = 0
@@ -265,8 +255,7 @@ class FolderUpdate:
         self.database.remove(gone)
         self.removed = len(gone)
         if waiting or gone:
-            with self.database.changing() as table:
-                table.optimize()
+            self.database.optimize()
 
     def _settle_precision(self) -> None:
         """Record how the first images are encoded, and refuse to encode later ones otherwise."""

@@ -13,7 +13,8 @@ from ..model_folders.fingerprint import fingerprint_embeddings
 from ..model_folders.model_folder import find_model_folder, require_own_model
 from ..model_folders.model_loading import require_trained
 from ..model_folders.training_images import ImageTally
-from .index_database import About, IndexDatabase
+from .index_about import About
+from .index_database import IndexDatabase
 
 _DIGITS = 4  # of a sum of numbers below 1 over all images
 

@@ -34,7 +34,7 @@ from ..model_folders.training_images import TrainingImages, read_training_images
 from ..processing_llm2clip import clean_list
 from ..search.filters import FilterError, check_filter
 from ..search.image_index import ImageIndex
-from ..search.lancedb_table import IndexUnavailableError
+from ..search.index_about import EVERY_IMAGE, IndexUnavailableError
 from ..search.model_identity import restore_tally
 from ..search.tag_labels import Tag, check_templates, make_labels, rank_labels
 from .batching import BatchWorker, Lane, OnBatch, WorkerThreads, await_all_or_none
@@ -331,7 +331,7 @@ class EmbeddingService:
         if index is None:
             return None, None
         try:
-            return await asyncio.to_thread(index.count_readable), None
+            return await asyncio.to_thread(index.count, EVERY_IMAGE), None
         except IndexUnavailableError as error:
             return None, str(error)
 

@@ -335,7 +335,7 @@ REFUSED_AT_ONCE = [
     (["index", "OWN", "FULL", "NEW", "--min-recall", "2"], "--min-recall 2.0: Input should"),
     (["search", "/nowhere", "a dog"], "/nowhere: no such database"),
     (["search", "FULL", "a dog"], "is not a database of llm2clip index"),
-    (["search", "LABELS", "a dog"], "is a file, and a database is a folder"),
+    (["search", "LABELS", "a dog"], "is not a database of llm2clip index"),
     (["search", "OWN", "FULL", "a dog"], "is not a database of llm2clip index"),
     (["search", "FULL", "a dog", "--output", "FULL"], "is not empty"),
     (["search", "FULL"], "There is nothing to search for"),

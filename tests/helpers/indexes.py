@@ -12,7 +12,8 @@ from tiny import draw_noise, tiny_model
 
 from modeling_llm2clip.configs.encoding_config import IndexConfig
 from modeling_llm2clip.search.image_index import ImageIndex
-from modeling_llm2clip.search.index_database import About, IndexDatabase
+from modeling_llm2clip.search.index_about import About
+from modeling_llm2clip.search.index_database import IndexDatabase
 
 QUIET = IndexConfig(show_progress=False, device="cpu")
 
@@ -68,7 +69,7 @@ def make_database(path: Path, embeddings: np.ndarray[Any, Any]) -> IndexDatabase
     """A database of made embeddings, whose paths are the numbers of the rows."""
     about = About(model="made", fingerprint={}, model_files="", image_dir=str(path.parent),
                   width=embeddings.shape[1])  # fmt: skip
-    database = IndexDatabase.create(path, lambda: about)
+    database = IndexDatabase(path, lambda: about)
     add_rows(database, embeddings, first=0)
     return database
 

@@ -8,8 +8,8 @@ import pytest
 from indexes import make_database, make_embeddings
 
 from modeling_llm2clip.search.filters import MOST_WORDS, check_filter
+from modeling_llm2clip.search.index_about import COLUMNS
 from modeling_llm2clip.search.index_database import IndexDatabase
-from modeling_llm2clip.search.lancedb_table import COLUMNS
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,8 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> IndexDatabase:
         ("width > 2.5 AND 17.5 >= width", 15),
         ("width = 3.0 OR path = '2.5'", 1),
         ("width BETWEEN 1e0 AND .3e1", 3),
+        ("width < 2147483648 AND -99999999999 < height", 20),
+        ("bytes IN (9, 9223372036854775808) AND width < 99999999999999999999999", 20),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else None,
 )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 
+import lancedb
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -15,12 +15,12 @@ from shared_models import shared_model
 
 from modeling_llm2clip import LLM2CLIPVisionModel
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.search.index_about import IndexUnavailableError
 from modeling_llm2clip.search.index_database import (
     IndexDatabase,
-    IndexUnavailableError,
+    _find_storage_options,
     _list_conditions,
 )
-from modeling_llm2clip.search.lancedb_table import LanceTable, _find_storage_options
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -56,24 +56,23 @@ def test_a_row_of_the_same_path_is_replaced(tmp_path: Path) -> None:
 def test_what_another_process_adds_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("modeling_llm2clip.search.index_database._SEEN_AFTER_S", 0)
     writer = make_database(tmp_path / "index", make_embeddings(20))
-    reader = IndexDatabase.open(tmp_path / "index")
+    reader = IndexDatabase(tmp_path / "index")
     add_rows(writer, make_embeddings(5, seed=1), first=20)
     assert reader.count() == 25
-    with writer.changing() as table:
-        table.optimize()
+    writer.optimize()
     assert len(reader.search(make_embeddings(1)[0], top_k=30)) == 25
 
 
-@pytest.mark.parametrize("damage", ["embedding", "width"])
+@pytest.mark.parametrize("damage", ["embedding", "stat"])
 def test_rows_with_a_flipped_bit_are_refused_by_all_readers(damage: str, tmp_path: Path) -> None:
     embeddings = make_embeddings(20)
     make_database(tmp_path / "index", embeddings)
     (file,) = (tmp_path / "index" / "images.lance" / "data").iterdir()
     content = bytearray(file.read_bytes())
-    damaged = embeddings[7] if damage == "embedding" else np.arange(20, dtype=np.int32)
-    content[content.index(damaged.tobytes()) + 7 * 4] ^= 4
+    damaged = embeddings[7].tobytes() if damage == "embedding" else b"000007.png"
+    content[content.rindex(damaged)] ^= 4  # `stat` is the last of the columns of these names
     file.write_bytes(content)
-    database = IndexDatabase.open(tmp_path / "index")
+    database = IndexDatabase(tmp_path / "index")
     for read in (
         lambda: database.search(embeddings[7], top_k=1),
         lambda: list(database.iterate_embeddings()),
@@ -93,7 +92,7 @@ def test_a_panic_of_the_database_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     def read(*_: object) -> None:
         raise panic("rust future panicked: unknown error")
 
-    monkeypatch.setattr(database._table, "read", read)
+    monkeypatch.setattr(database._table, "search", read)
     with pytest.raises(
         IndexUnavailableError, match=r"cannot be read: rust future panicked.*remove"
     ):
@@ -163,14 +162,9 @@ def test_a_model_that_cannot_search_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "index").exists()
 
 
-def test_a_damaged_description_is_refused_and_one_without_a_hash_is_read(tmp_path: Path) -> None:
-    make_database(tmp_path / "db", make_embeddings(3))
-    table = LanceTable(str(tmp_path / "db"))
-    content = table.read_about()["content"][0].as_py().replace("made", "mAde")
-    table.write_about(pa.table({"format_version": [3], "content": [content]}))
+def test_a_damaged_description_is_refused(tmp_path: Path) -> None:
+    about = make_database(tmp_path / "db", make_embeddings(3)).about
+    rows = pa.table({"content": [about.seal().replace("made", "mAde")]})
+    lancedb.connect(tmp_path / "db").create_table("about", data=rows, mode="overwrite")
     with pytest.raises(ValueError, match=r"db is damaged: .*about.* has the SHA-256"):
-        IndexDatabase.open(tmp_path / "db")
-    values = json.loads(content)
-    content = json.dumps({name: values[name] for name in values if "sha256" not in name})
-    table.write_about(pa.table({"format_version": [3], "content": [content]}))
-    assert IndexDatabase.open(tmp_path / "db").about.model == "mAde"
+        IndexDatabase(tmp_path / "db")

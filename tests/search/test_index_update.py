@@ -46,7 +46,7 @@ class Place:
     def list_rows(self) -> dict[str, Any]:
         """Path to everything else in its row."""
         columns = ["path", "sha256", "width", "height", "embedding"]
-        parts = IndexDatabase.open(self.index).iterate(columns)
+        parts = IndexDatabase(self.index).iterate(columns)
         return {row.pop("path"): row for part in parts for row in part.to_pylist()}
 
     def require_rows_of_a_new_index(self) -> None:
@@ -233,7 +233,7 @@ def test_a_stopped_update_has_kept_what_it_committed_and_is_continued(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(index_update, "encode_readable_images", stop_at_the_third)
         place.build()
-    about = IndexDatabase.open(place.index).about
+    about = IndexDatabase(place.index).about
     assert about.tally is not None and about.tally["num_images"] == 4
     require_continued(place, monkeypatch)
 

@@ -11,8 +11,8 @@ import pytest
 from indexes import add_rows, make_database, make_embeddings
 
 from modeling_llm2clip.search.image_index import ImageIndex
+from modeling_llm2clip.search.index_about import EVERY_IMAGE, AnnIndex, IndexUnavailableError
 from modeling_llm2clip.search.index_database import IndexDatabase
-from modeling_llm2clip.search.lancedb_table import AnnIndex, IndexUnavailableError
 
 IMAGES = make_embeddings(20)
 ANN = AnnIndex(
@@ -64,7 +64,7 @@ def test_an_index_that_is_replaced_between_count_and_search(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path / "db")
-    add_rows(IndexDatabase.open(tmp_path / "db"), make_embeddings(5, seed=4), first=20)
+    add_rows(IndexDatabase(tmp_path / "db"), make_embeddings(5, seed=4), first=20)
     make(tmp_path / "new", model=model, seed=1)
     index = ImageIndex.open(tmp_path / "db")
     if model == "made":  # else the model is compared at each search
@@ -99,7 +99,7 @@ def test_between_two_looks_missing_files_ask_for_another_look(
 ) -> None:
     for name in ("db", "new"):
         make(tmp_path / name)
-    add_rows(IndexDatabase.open(tmp_path / "new"), make_embeddings(5, seed=4), first=20)
+    add_rows(IndexDatabase(tmp_path / "new"), make_embeddings(5, seed=4), first=20)
     index = ImageIndex.open(tmp_path / "db")
     monkeypatch.setattr("modeling_llm2clip.search.index_database._SEEN_AFTER_S", 3600)
     replace(tmp_path / "db", tmp_path / "new")
@@ -137,7 +137,7 @@ def test_a_rebuilt_index_is_searched_whatever_its_version(
     index = ImageIndex.open(tmp_path / "db")
     assert find_best(index, IMAGES[3]) == "000003.png"
     num_images = rebuild(more_after, seed=1)
-    assert index.count_readable() == len(index) == index.count("bytes = 9") == num_images
+    assert index.count(EVERY_IMAGE) == len(index) == index.count("bytes = 9") == num_images
     assert find_best(index, make_embeddings(20, seed=1)[5]) == "000005.png"
     assert len(index.search(IMAGES[:1], top_k=99, where="width >= 0")[0].hits) == num_images
     assert sum(len(paths) for paths, _ in index.iterate_embeddings()) == num_images
@@ -150,7 +150,7 @@ def test_missing_files_are_not_blamed_on_a_filter_and_are_not_healthy(tmp_path: 
     for file in files:
         file.rename(tmp_path / file.name)
     for read in (
-        index.count_readable,
+        lambda: index.count(EVERY_IMAGE),
         lambda: index.count("width > 3"),
         lambda: index.search(IMAGES[:1]),
         lambda: index.search(IMAGES[:1], where="width > 3"),
@@ -159,7 +159,7 @@ def test_missing_files_are_not_blamed_on_a_filter_and_are_not_healthy(tmp_path: 
             read()
     for file in files:
         (tmp_path / file.name).rename(file)
-    assert index.count_readable() == 20 and find_best(index, IMAGES[3]) == "000003.png"
+    assert index.count(EVERY_IMAGE) == 20 and find_best(index, IMAGES[3]) == "000003.png"
     with pytest.raises(ValueError, match="width = 'a'") as raised:
         index.count("width = 'a'")
     assert not isinstance(raised.value, IndexUnavailableError)
@@ -170,7 +170,7 @@ def test_images_are_found_in_the_folder_that_the_index_says_now(tmp_path: Path) 
     index = ImageIndex.open(tmp_path / "db")
     (tmp_path / "here").mkdir()
     moved = ImageIndex.open(tmp_path / "db", image_dir=tmp_path / "here")
-    database = IndexDatabase.open(tmp_path / "db")
+    database = IndexDatabase(tmp_path / "db")
     database.write_about(dataclasses.replace(database.about, image_dir="/moved"))
     for opened, folder in ((index, Path("/moved")), (moved, tmp_path / "here")):
         (hit, _) = opened.search(IMAGES[3:4], top_k=1)[0].hits[0]

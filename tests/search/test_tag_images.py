@@ -25,8 +25,8 @@ from transformers import pipeline
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.encoding.encode import average_prompts, encode_texts
 from modeling_llm2clip.search import tag_images
+from modeling_llm2clip.search.index_about import AnnIndex
 from modeling_llm2clip.search.index_database import IndexDatabase
-from modeling_llm2clip.search.lancedb_table import AnnIndex
 from modeling_llm2clip.search.tag_labels import read_labels
 
 LABELS = ["a dog", "Katze", "ripe, red apples"]
@@ -183,11 +183,11 @@ def test_tags_with_an_index_leave_its_approximate_index_as_it_is(
 ) -> None:
     tagger.copy_images(tmp_path / "images")
     build(Path(tagger.model), tagger.images, tmp_path / "index")
-    trained = dataclasses.replace(IndexDatabase.open(tmp_path / "index").about, ann=ANN)
-    IndexDatabase.open(tmp_path / "index").write_about(trained)
+    trained = dataclasses.replace(IndexDatabase(tmp_path / "index").about, ann=ANN)
+    IndexDatabase(tmp_path / "index").write_about(trained)
     shutil.copy(tagger.images / "a.png", tagger.images / "new.png")
     tagger.run("--index", tmp_path / "index")
-    database = IndexDatabase.open(tmp_path / "index")
+    database = IndexDatabase(tmp_path / "index")
     assert database.count() == 4 and database.about.ann == ANN
 
 

@@ -54,7 +54,7 @@ def read_index(path: Path) -> Any:
     """Return path and embedding of every image of an index."""
     from modeling_llm2clip.search.index_database import IndexDatabase
 
-    batches = IndexDatabase.open(path).iterate_embeddings()
+    batches = IndexDatabase(path).iterate_embeddings()
     return sorted((name, row.tobytes()) for names, rows in batches
                   for name, row in zip(names, rows, strict=True))  # fmt: skip
 

@@ -170,7 +170,7 @@ def read_index(folder: Path) -> object:
     """Search by text and filter, and return all embeddings."""
     index = ImageIndex.open(folder, device="cpu")
     results = [index.search("a red dog", where=where) for where in (None, "width > 41")]
-    database = IndexDatabase.open(folder)
+    database = IndexDatabase(folder)
     embeddings = sorted(
         (name, row.tobytes().hex())
         for names, rows in database.iterate_embeddings()

@@ -1,4 +1,4 @@
-"""Queries into embeddings: sentences, images, or several of them combined.
+"""The model of an index: queries (sentences, images, several of them) and images into embeddings.
 
 Each tower is loaded when the first query needs it: a sentence is encoded without the vision tower.
 """
@@ -60,8 +60,8 @@ def _name_query(query: Query, number: int) -> NamedQuery:
     return NamedQuery(" + ".join(names), parts, images[0] if images else None)
 
 
-class QueryEncoder:
-    """Encodes queries with a model's towers, each loaded on first use.
+class IndexEncoder:
+    """Encodes the images of an index and queries with its model's towers, each loaded on first use.
 
     Without a precision they run as they are stored: few queries do not repay a comparison.
 
@@ -155,7 +155,7 @@ class QueryEncoder:
         return self.model.encode_images(images).numpy()
 
 
-class OnnxQueryEncoder(QueryEncoder):
+class OnnxQueryEncoder(IndexEncoder):
     """Encodes sentences with ONNX Runtime, without torch, which takes seconds to import."""
 
     def __init__(self, folder: Path) -> None:
