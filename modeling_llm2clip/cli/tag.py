@@ -65,7 +65,7 @@ def tag(
         config: How to encode the folder, and where to store its embeddings.
     """
     require(*list_needs_of_index(config.index))
-    from ..search.tag_labels import read_labels
+    from ..data.labels import read_labels
 
     _check_output(output)  # before what takes long
     label_list = read_labels(labels, templates=list(template))

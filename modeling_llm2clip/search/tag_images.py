@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from .._suggestions import counted, list_first
 from ..configs.encoding_config import IndexConfig, TagConfig
+from ..data.labels import Label
 from ..encoding.encode import TorchEncoder, average_prompts
 from ..encoding.encoder_interface import Encoder
 from ..encoding.tokenized_texts import TokenizedTexts
@@ -25,7 +26,7 @@ from .index_database import require_place
 from .index_update import build_index
 from .model_identity import find_whole_model
 from .search_results import make_csv_row
-from .tag_labels import Label, Tag, rank_labels
+from .tag_labels import Tag, rank_labels
 
 EmbeddedImages: TypeAlias = tuple[Sequence[Path], Tensor]
 TaggedImage: TypeAlias = tuple[Path, Sequence[Tag]]

@@ -19,6 +19,7 @@ from PIL import Image
 from .._suggestions import counted
 from ..configs.serve_config import ServeConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
+from ..data.labels import check_templates, make_labels
 from ..encoding.batches import default_num_workers
 from ..encoding.devices import find_device, require_compiler
 from ..encoding.encode import TorchEncoder, average_prompts
@@ -36,7 +37,7 @@ from ..search.filters import FilterError, check_filter
 from ..search.image_index import ImageIndex
 from ..search.index_about import EVERY_IMAGE, IndexUnavailableError
 from ..search.model_identity import restore_tally
-from ..search.tag_labels import Tag, check_templates, make_labels, rank_labels
+from ..search.tag_labels import Tag, rank_labels
 from .batching import BatchWorker, Lane, OnBatch, WorkerThreads, await_all_or_none
 from .image_inputs import decode_image
 from .service_results import ClassifiedImages, EmbeddedInputs, FoundImages, RequestError

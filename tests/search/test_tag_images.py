@@ -23,11 +23,11 @@ from tokenizing import note_tokenized
 from transformers import pipeline
 
 from modeling_llm2clip.__main__ import main
+from modeling_llm2clip.data.labels import read_labels
 from modeling_llm2clip.encoding.encode import average_prompts, encode_texts
 from modeling_llm2clip.search import tag_images
 from modeling_llm2clip.search.index_about import AnnIndex
 from modeling_llm2clip.search.index_database import IndexDatabase
-from modeling_llm2clip.search.tag_labels import read_labels
 
 LABELS = ["a dog", "Katze", "ripe, red apples"]
 ANN = AnnIndex(

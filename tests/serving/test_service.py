@@ -20,10 +20,11 @@ from tokenizing import note_tokenized
 
 from modeling_llm2clip import LLM2CLIPTextModel, encode_images, encode_texts
 from modeling_llm2clip.configs.serve_config import ServeConfig
+from modeling_llm2clip.data.labels import make_labels
 from modeling_llm2clip.encoding.encode import TorchEncoder, average_prompts
 from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.model_folders.model_writing import save_model
-from modeling_llm2clip.search.tag_labels import make_labels, rank_labels
+from modeling_llm2clip.search.tag_labels import rank_labels
 from modeling_llm2clip.serving.service import EmbeddingService
 from modeling_llm2clip.serving.service_results import RequestError
 

@@ -22,6 +22,7 @@ from ..._suggestions import counted, list_first
 from ...configs.align_config import AlignConfig
 from ...configs.encoding_config import DUAL_ENCODERS
 from ...data.atomic_files import hash_json
+from ...data.labels import Label, make_labels, read_labels
 from ...encoding.dual_encoder import DualEncoder, DualEncoderProcessor
 from ...encoding.encode import TorchEncoder
 from ...encoding.tokenized_texts import TokenizedTexts
@@ -31,7 +32,6 @@ from ...model_folders.fingerprint import fingerprint_teacher
 from ...model_folders.model_folder import find_model_folder
 from ...packing_llm2clip import copy_to
 from ...processing_llm2clip import LLM2CLIPProcessor, check_texts
-from ...search.tag_labels import Label, make_labels, read_labels
 from .held_out import load_labeled_images
 from .sampling import sample_rows
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from modeling_llm2clip.data.labels import read_labels
 from modeling_llm2clip.data.sources import json_files
 from modeling_llm2clip.data.validation_errors import ErrorCollector
 from modeling_llm2clip.model_folders.model_folder import read_json_object
-from modeling_llm2clip.search.tag_labels import read_labels
 
 
 @pytest.mark.parametrize("read_at_once", [1, 2, 7, 1000])

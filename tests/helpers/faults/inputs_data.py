@@ -23,6 +23,7 @@ from tiny import draw_noise
 from faults.damage import Target, anything
 from modeling_llm2clip.data.captions.text_pairs import read_text_pairs
 from modeling_llm2clip.data.images.image_sources import open_image
+from modeling_llm2clip.data.labels import read_labels
 from modeling_llm2clip.data.record_fields import Modality
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.remote.remote_access import RetryPolicy
@@ -30,7 +31,6 @@ from modeling_llm2clip.data.streams.record_streams import stream_records
 from modeling_llm2clip.embedding.score_file import read_pairs
 from modeling_llm2clip.evaluation.datasets.dataset_registry import load_dataset
 from modeling_llm2clip.image_loading_llm2clip import load_images
-from modeling_llm2clip.search.tag_labels import read_labels
 
 _Fields = dict[str, Any]
 _Parse = Callable[[Path], Iterator[tuple[_Fields, bytes | None]]]
