@@ -12,9 +12,6 @@ from .data_config import ImageLimitsConfig
 from .encoding_config import BackendConfig
 
 API_KEY_VARIABLE = "LLM2CLIP_API_KEY"
-Network = Annotated[
-    str, Matches(pattern=r"[\da-fA-F.:]+(/\d+)?", meaning="a network, like 10.1.0.0/16")
-]
 Port = Annotated[int, Interval(ge=0, le=65535)]
 ServerSchema = Literal["openai", "chat", "cohere", "jina"]
 
@@ -29,47 +26,37 @@ class ServeConfig(BackendConfig, ImageLimitsConfig):
     """Port to listen on; 0 is any free one."""
     model_name: str | None = None
     """Name of the model in requests and responses. Default: the last part of MODEL."""
-    token_budget: Annotated[int, Interval(ge=1)] | None = None
-    """Maximum tokens per batch of texts, over all requests. Default: by device."""
-    batch_size: Annotated[int, Interval(ge=1)] | None = None
-    """Maximum images per batch, over all requests. Default: by device."""
-    num_workers: Annotated[int, Interval(ge=1)] | None = None
-    """Threads that decode images, and the same number each for tokenizing and searching. Default:
-    one per core, at most 8."""
     max_queue: Annotated[int, Interval(ge=1)] = 4096
     """Maximum number of texts and images in progress and waiting; further requests get 429 and
     Retry-After."""
     max_request_mb: Annotated[float, Interval(gt=0)] = 32
-    """Maximum size of a request body, in MB."""
-    max_pending_mb: Annotated[float, Interval(gt=0)] = 512
-    """Maximum total size of the bodies of all requests in progress, in MB; further requests get
-    429."""
+    """Maximum size of a request body, in MB; the bodies of all requests in progress may have 16
+    times as much, further requests get 429."""
     max_image_mb: Annotated[float, Interval(gt=0)] = 20
     """Maximum size of an encoded image, in MB."""
     max_megapixels: Annotated[float, Interval(gt=0)] = 50
     """Maximum size of a decoded image, in millions of pixels."""
     timeout_s: Annotated[float, Interval(gt=0)] = 60
-    """Seconds that a request may take from its first byte."""
-    drain_s: Annotated[float, Interval(ge=0)] = 30
-    """Seconds that running requests have to finish after SIGTERM; the rest is abandoned."""
+    """Seconds that a request may take from its first byte; after SIGTERM, running requests have as
+    long to finish."""
     image_urls: bool = False
     """Fetch images from http and https URLs; data URLs always work."""
-    image_networks: tuple[Network, ...] = ()
-    """Networks that are not public but may be fetched from, such as 10.1.0.0/16. Default: none."""
+
+    @property
+    def max_pending_mb(self) -> float:
+        """Maximum size of the bodies of all requests in progress, and of the page's uploads."""
+        return 16 * self.max_request_mb
 
     def list_limits(self) -> dict[str, float]:
         """Return the limits of images by their names; a download ends with its request."""
         return {**super().list_limits(), "max_download_s": self.timeout_s}
 
     def _list_conflicts(self) -> dict[str, object]:
-        image, request, pending = self.max_image_mb, self.max_request_mb, self.max_pending_mb
+        image, request = self.max_image_mb, self.max_request_mb
         return {
             **super()._list_conflicts(),
-            "image_networks needs image_urls=True.": self.image_networks and not self.image_urls,
             f"max_image_mb={image:g} does not fit into max_request_mb={request:g}. Raise the "
             "latter.": image > request and not self.image_urls,
-            f"max_request_mb={request:g} does not fit into max_pending_mb={pending:g}. Raise the "
-            "latter.": request > pending,
         }
 
 

@@ -18,14 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from .._suggestions import counted
-from ..configs.serve_config import API_KEY_VARIABLE, ServerCheckConfig, ServerSchema
+from ..configs.serve_config import API_KEY_VARIABLE, ServerCheckConfig
 
-_PATHS: dict[ServerSchema, tuple[str, ...]] = {
-    "openai": ("/v1/embeddings",),
-    "chat": ("/v1/embeddings",),
-    "cohere": ("/v2/embed", "/v1/embed", "/v1/embeddings"),
-    "jina": ("/v1/embeddings",),
-}
 _MAX_REPLY = 2**26  # bytes
 _CHUNK_BYTES = 2**16
 _MAX_TRIES = 5
@@ -79,24 +73,10 @@ class EndpointClient:
                 f"environment variable {API_KEY_VARIABLE}."
             )
         self.base = f"{address.scheme}://{address.netloc}"
-        path = address.path.rstrip("/")
-        is_base = path in ("", "/v1", "/v2")
-        self.urls = [self.base + path for path in _PATHS[self.schema]]
-        if not is_base:
-            self.urls = [self.base + path + (f"?{address.query}" if address.query else "")]
-
-    def connect(self, text: str) -> Tensor:
-        """Embed one text, (1, width), and keep the first path that the server knows."""
-        *others, last = self.urls
-        for url in others:
-            self.urls = [url]
-            try:
-                return self.embed([text])
-            except EndpointError as error:
-                if error.status != 404:
-                    raise
-        self.urls = [last]
-        return self.embed([text])
+        path, query = address.path.rstrip("/"), f"?{address.query}" if address.query else ""
+        if path in ("", "/v1", "/v2"):
+            path, query = "/v2/embed" if self.schema == "cohere" else "/v1/embeddings", ""
+        self.url = self.base + path + query
 
     def find_model_name(self) -> str | None:
         """Return the name of the only model in the server's list; None without such a list."""
@@ -127,7 +107,7 @@ class EndpointClient:
         else:
             part = {"type": "image_url", "image_url": {"url": values[0]}}
             body["messages"] = [{"role": "user", "content": [part]}]
-        rows = _find_rows(self._send(self.urls[0], {**body, **options}))
+        rows = _find_rows(self._send(self.url, {**body, **options}))
         if len(rows) != len(inputs):
             count = counted(len(inputs), "input")
             raise EndpointError(f"The reply has {len(rows)} embeddings for {count}.")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from ..model_folders.golden_embeddings import render_golden_images
 
@@ -42,8 +41,7 @@ _REWRITINGS: tuple[Callable[[str], str], ...] = (
 _SIZES = ((640, 427), (333, 501), (1280, 853), (61, 47), (700, 96))
 _EXIF_ORIENTATION, _ROTATED = 0x0112, 6
 _PATCH = 24  # pixels of the two patches by which the near copy of a photograph differs
-_CELLS = (256, 128, 64, 32, 16, 8, 4, 2, 1)
-_COLORED = 16  # smallest cell that has colors of its own: like JPEG, eyes see these coarsely
+_CELLS = (64, 1)  # sides of the cells of one color
 
 
 def list_exact_texts() -> list[str]:
@@ -98,38 +96,12 @@ def render_photographs() -> tuple[Image.Image, ...]:
 
 
 def render_photograph(width: int, height: int, *, seed: int) -> Image.Image:
-    """Render noise with detail of every size, as in photographs, and edges one pixel wide."""
+    """Render colored noise, coarse and fine, which shrinking and compression change."""
     generator = np.random.default_rng(seed)
-    light, *colors = (
-        _render_noise(generator, width, height, cells)
-        for cells in (_CELLS, *[[cell for cell in _CELLS if cell >= _COLORED]] * 3)
+    coarse, fine = (
+        Image.fromarray(
+            generator.integers(0, 256, (height // cell + 1, width // cell + 1, 3), dtype=np.uint8)
+        ).resize((width, height), Image.Resampling.BICUBIC)
+        for cell in _CELLS
     )
-    channels = [_stretch(light + color) for color in colors]
-    image = Image.fromarray(np.stack(channels, axis=-1))
-    draw = ImageDraw.Draw(image)
-    for _ in range(12):
-        x, y = (int(generator.integers(0, length)) for length in (width, height))
-        red, green, blue = (int(value) for value in generator.integers(0, 256, 3))
-        for step in range(0, min(width, height) // 3, 3):  # a fence, which coarse sampling misses
-            draw.line((x + step, y, x + step, y + height // 4), fill=(red, green, blue))
-    return image
-
-
-def _render_noise(
-    generator: np.random.Generator, width: int, height: int, cells: Sequence[int]
-) -> NDArray[np.float64]:
-    """Add up smooth noise of several grids, the coarse ones stronger; (height, width)."""
-    values = np.zeros((height, width))
-    for cell in cells:
-        shape = (height // cell + 2, width // cell + 2) if cell > 1 else (height, width)
-        layer = Image.fromarray(generator.standard_normal(shape).astype(np.float32))
-        smooth = layer.resize((width, height), Image.Resampling.BICUBIC)
-        values += cell**0.5 * np.asarray(smooth)
-    return values
-
-
-def _stretch(values: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Stretch values to the full range of pixels, and clip the outermost percent."""
-    low, high = np.percentile(values, (1, 99))
-    shown: NDArray[np.float64] = (values - low) / (high - low) * 255
-    return shown.clip(0, 255).astype(np.uint8)
+    return Image.blend(coarse, fine, 0.3)

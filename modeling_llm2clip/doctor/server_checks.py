@@ -136,8 +136,8 @@ def _check_model(served: _Served) -> str:
 
 
 def _check_connection(served: _Served) -> str:
-    first = served.client.connect(GOLDEN_TEXTS[0])
-    return f"{served.client.urls[0]} embeds as {served.client.model_name!r}, width {first.shape[1]}"
+    first = served.client.embed(GOLDEN_TEXTS[:1])
+    return f"{served.client.url} embeds as {served.client.model_name!r}, width {first.shape[1]}"
 
 
 def _alone(list_inputs: Callable[[_Served], Sequence[Any]]) -> Callable[[_Served], str]:

@@ -263,7 +263,7 @@ def prepare_images(
     on_error: Callable[[Any, ValueError], str] | None = None,
     normalization: PixelNormalization | None = None,
 ) -> PreparedImages:
-    """Open images and prepare them for a vision tower; prepared ones are joined.
+    """Open images and prepare them for a vision tower.
 
     With `normalization`, pixels are uint8, for the device to normalize.
 
@@ -271,8 +271,6 @@ def prepare_images(
     its message, or raises; the others are prepared without it. By default UnreadableImagesError
     names all that are invalid.
     """
-    if isinstance(images[0], Mapping):
-        return PreparedImages(_join(images), list(range(len(images))), {})
     places: list[int] = []
     errors: dict[int, str] = {}
 

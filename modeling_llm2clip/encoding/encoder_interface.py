@@ -190,7 +190,7 @@ class Encoder(ABC):
         show_progress: bool = False,
         on_batch: OnBatch | None = None,
     ) -> Tensor:
-        """Encode images, prepared by the processor or not; see the function `encode_images`."""
+        """Encode images; see the function `encode_images`."""
         self._require("image", project=project)
         if isinstance(images, str | bytes) or not isinstance(images, Sequence) or not images:
             raise ValueError(f"Got {images!r} for images; give a list of at least one.")

@@ -100,21 +100,17 @@ def run_server(
     """
     import uvicorn
 
-    from .request_guard import LimitedProtocol, make_late_ender
-
     server = uvicorn.Server(
         uvicorn.Config(
             app,
-            http=LimitedProtocol,
+            http="h11",  # limits the size of headers, which httptools does not
             log_level="warning",
             backlog=_BACKLOG,
             timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=max(1, round(config.drain_s)),
-            timeout_notify=math.ceil(config.timeout_s),
+            timeout_graceful_shutdown=math.ceil(config.timeout_s),
             server_header=False,
         )
     )
-    server.config.callback_notify = make_late_ender(server.server_state.connections)
     bound.listen(_BACKLOG)
     host, port = bound.getsockname()[:2]
     on_listen(f"http://{f'[{host}]' if ':' in host else host}:{port}")

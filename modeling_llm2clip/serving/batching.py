@@ -1,4 +1,4 @@
-"""The threads of a service: dynamic batching, and threads that prepare inputs.
+"""Dynamic batching: the thread that runs the model of a service.
 
 One thread runs the model, on batches of many requests, texts and images apart. Requests take
 turns, one input at a time, so that a request of one text does not wait for one of two thousand.
@@ -10,24 +10,20 @@ next one waits a little for as many inputs: small batches take longer per input.
 from __future__ import annotations
 
 import asyncio
-import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..encoding.batches import use_one_core
-
 Rows: TypeAlias = "NDArray[np.float32]"
 OnBatch: TypeAlias = Callable[[str, int, int, float], object]
 """Called after each batch with its lane's name, inputs, cost and seconds."""
-T = TypeVar("T")
 
 # Longest wait for the next batch, as a share of the time that the last one took.
 _WAITED_SHARE = 0.05
@@ -199,60 +195,6 @@ class BatchWorker:
             is_done = len(job.rows) == len(job.inputs)
             if is_done and job.future.set_running_or_notify_cancel():
                 job.future.set_result(np.stack(job.rows))
-
-
-class WorkerThreads:
-    """Threads that call functions, in the order in which they came.
-
-    Python joins the threads of a `ThreadPoolExecutor` before it exits, however long they take: one
-    image that is slow to decode would keep a server from stopping. These are daemon threads, and
-    closing abandons calls that take too long.
-    """
-
-    def __init__(self, num_threads: int, name: str) -> None:
-        self._waiting: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
-        self._waiting = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._is_closed = False
-        self._threads = [
-            threading.Thread(target=self._work, name=f"{name}-{number}", daemon=True)
-            for number in range(num_threads)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def submit(self, function: Callable[[], T]) -> Future[T]:
-        """Queue a function; once it runs, its future cannot be cancelled."""
-        future: Future[T] = Future()
-        with self._lock:
-            if self._is_closed:
-                raise RuntimeError("The server is stopping.")
-            self._waiting.put((future, function))
-        return future
-
-    def close(self, *, wait_s: float) -> None:
-        """Cancel waiting functions, give running ones `wait_s` to finish; may be called again."""
-        with self._lock:
-            self._is_closed = True
-            while not self._waiting.empty():
-                if (job := self._waiting.get()) is not None:
-                    job[0].cancel()
-            for _ in self._threads:
-                self._waiting.put(None)
-        deadline = time.monotonic() + wait_s
-        for thread in self._threads:
-            thread.join(max(deadline - time.monotonic(), 0))
-
-    def _work(self) -> None:
-        use_one_core()
-        while (job := self._waiting.get()) is not None:
-            future, function = job
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function())
-                except BaseException as error:
-                    future.set_exception(error)
-            del job, future, function  # while the thread waits, it holds no image
 
 
 async def await_all_or_none(awaitables: Iterable[Awaitable[Any]]) -> list[Any]:

@@ -41,11 +41,7 @@ class ImageInputs:
         if config.image_urls:
             from .url_fetching import UrlFetcher  # its packages come with the extra `serve`
 
-            self._fetcher = UrlFetcher(
-                networks=config.image_networks,
-                max_bytes=self._max_bytes,
-                timeout_s=limits.max_download_s,
-            )
+            self._fetcher = UrlFetcher(max_bytes=self._max_bytes, timeout_s=limits.max_download_s)
 
     async def read(self, images: Sequence[str]) -> list[bytes]:
         """Return the bytes of images given as data URLs, web URLs or plain base64, in order."""

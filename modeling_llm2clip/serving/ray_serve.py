@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
 from .._extras import RAY_SERVE, SERVE, require
 from ..configs.config_fields import make_config
 from ..configs.serve_config import RayServeConfig
@@ -40,7 +38,7 @@ def build(options: Mapping[str, Any]) -> Any:
         name="llm2clip",
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
         max_ongoing_requests=config.max_ongoing_requests,
-        graceful_shutdown_timeout_s=config.drain_s,
+        graceful_shutdown_timeout_s=config.timeout_s,
         autoscaling_config={
             "min_replicas": config.min_replicas,
             "max_replicas": config.max_replicas,
@@ -56,8 +54,4 @@ def _read_options(options: Mapping[str, Any]) -> RayServeConfig:
             f"{addresses}: Ray's proxies listen. Set the address with `serve start --http-host "
             "HOST --http-port PORT`, or under http_options in the file of `serve deploy`."
         )
-    values = {
-        name: yaml.safe_load(value) if str(value).startswith("[") else value  # such as [10.0.0.0/8]
-        for name, value in options.items()
-    }
-    return make_config(RayServeConfig, values)
+    return make_config(RayServeConfig, options)

@@ -1,7 +1,7 @@
-"""Guards and counts requests: API key, sizes, deadline, clients that hang up or are late, metrics.
+"""Guards and counts requests: API key, sizes, deadline, clients that hang up, metrics.
 
 Plain ASGI: a body that is too large is refused while it arrives, and the work for a client that
-left is cancelled. Below it, connections end that no application would see.
+left is cancelled.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import binascii
 import hmac
 import json
 import time
-from collections.abc import Awaitable, Callable, Coroutine, MutableMapping, Set
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.responses import Response
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from ..configs.serve_config import ServeConfig
 from .service_results import RequestError
@@ -36,7 +35,6 @@ _API_PREFIXES = ("/v1/", "/v2/")
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _CLIENT_LEFT = 499  # as nginx logs it; nobody receives it
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_MOST_HEADER_BYTES = 2**16
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -307,50 +305,3 @@ async def _refuse(scope: Scope, receive: Receive, answer: _Answer, error: Reques
     # The rest of the body is not read, so that the connection cannot be used again.
     response.headers["connection"] = "close"
     await response(scope, receive, answer.send)
-
-
-class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
-    """HTTP that ends a connection whose header grows too long: httptools has no limit."""
-
-    _num_bytes = 0  # of a header that is not complete
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        is_of_body = self.cycle is not None and self.cycle.more_body  # which may outlast its answer
-        self._num_bytes = (
-            self._num_bytes + len(data) if _awaits_header(self) and not is_of_body else 0
-        )
-        if self._num_bytes > _MOST_HEADER_BYTES:
-            self.transport.abort()
-
-    def on_message_complete(self) -> None:
-        super().on_message_complete()
-        if self.cycle is not None:  # after an early answer, httptools would go on with its body
-            self.cycle.more_body = False
-
-
-def make_late_ender(connections: Set[Any]) -> Callable[[], Coroutine[Any, Any, None]]:
-    """Make a function that ends connections that wait for their client since its last call.
-
-    A client may be late with its header, or to read. Between requests it may be silent for longer.
-    """
-    late: set[tuple[Any, Any]] = set()
-
-    async def end_late() -> None:
-        nonlocal late
-        before = late
-        late = {
-            (connection, connection.cycle)
-            for connection in connections
-            if isinstance(connection, LimitedProtocol)
-            and connection.timeout_keep_alive_task is None
-            and (_awaits_header(connection) or connection.flow.write_paused)
-        }
-        for connection, _ in late & before:
-            connection.transport.abort()
-
-    return end_late
-
-
-def _awaits_header(connection: Any) -> bool:
-    return connection.cycle is None or connection.cycle.response_complete

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,10 +21,17 @@ from .._suggestions import counted
 from ..configs.serve_config import ServeConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.labels import check_templates, make_labels
-from ..encoding.batches import default_num_workers
+from ..encoding.batches import (
+    PreparedImages,
+    default_num_workers,
+    join_images,
+    require_finite,
+    use_one_core,
+)
 from ..encoding.devices import find_device, require_compiler
 from ..encoding.encode import TorchEncoder, average_prompts
 from ..encoding.encoder_interface import Encoder
+from ..encoding.float32 import float32_as_such
 from ..encoding.layer_compilation import compile_layers
 from ..encoding.tokenized_texts import TokenizedText, TokenizedTexts
 from ..image_loading_llm2clip import get_image_limits
@@ -38,7 +46,7 @@ from ..search.image_index import ImageIndex
 from ..search.index_about import EVERY_IMAGE, IndexUnavailableError
 from ..search.model_identity import restore_tally
 from ..search.tag_labels import Tag, rank_labels
-from .batching import BatchWorker, Lane, OnBatch, WorkerThreads, await_all_or_none
+from .batching import BatchWorker, Lane, OnBatch, await_all_or_none
 from .image_inputs import decode_image
 from .service_results import ClassifiedImages, EmbeddedInputs, FoundImages, RequestError
 
@@ -48,7 +56,6 @@ Query: TypeAlias = Input | list[Input]
 T = TypeVar("T")
 
 _TOKENIZED_AT_ONCE = 64  # texts
-_CLOSE_WAIT_S = 1  # for images that are being decoded when the service closes
 
 
 class EmbeddingService:
@@ -65,8 +72,7 @@ class EmbeddingService:
         on_batch: Called after each batch, in the thread that runs the model.
 
     Attributes:
-        num_pending: Number of texts and images in work and waiting. An image that is being decoded
-            counts until that ends, even if its request was given up.
+        num_pending: Number of texts and images in work and waiting.
 
     Examples:
         >>> from asyncio import run
@@ -99,8 +105,14 @@ class EmbeddingService:
         self.training_images = training_images
         self.on_batch = on_batch
 
-        def encode_images(images: Sequence[Any]) -> NDArray[np.float32]:
-            return encoder.encode_images(images, num_workers=1).numpy()
+        @torch.no_grad()
+        def encode_images(images: Sequence[PreparedImages]) -> NDArray[np.float32]:
+            batch = join_images(list(enumerate(images)))
+            with float32_as_such():
+                embeds = encoder.project("image", encoder.encode_pixels(**batch.inputs))
+            embeds = embeds.float().cpu()
+            require_finite(embeds, range(len(embeds)))
+            return embeds.numpy()
 
         def encode_texts(texts: Sequence[Any], lane: str) -> NDArray[np.float32]:
             options = {} if lane == "text" else {"num_unpooled": unpooled[lane]}
@@ -108,10 +120,10 @@ class EmbeddingService:
 
         # Texts share batches if the same number of tokens is not pooled.
         self._instructions, unpooled = _list_instructions(encoder, model_config)
-        self._image_batch = config.batch_size or encoder.batch_size
-        token_budget = config.token_budget or encoder.token_budget
-        lanes = [Lane(name, partial(encode_texts, lane=name), token_budget) for name in unpooled]
-        lanes.append(Lane("image", encode_images, self._image_batch))
+        lanes = [
+            Lane(name, partial(encode_texts, lane=name), encoder.token_budget) for name in unpooled
+        ]
+        lanes.append(Lane("image", encode_images, encoder.batch_size))
         self._worker = BatchWorker(
             lanes,
             on_batch=lambda lane, *counts: (
@@ -119,10 +131,9 @@ class EmbeddingService:
             ),
         )
         # Separate threads: images that are slow to decode hold up neither texts nor searches.
-        num_workers = config.num_workers or default_num_workers()
-        self._text_threads = WorkerThreads(num_workers, "llm2clip-text")
-        self._image_threads = WorkerThreads(num_workers, "llm2clip-image")
-        self._search_threads = WorkerThreads(num_workers, "llm2clip-search")
+        self._text_threads, self._image_threads, self._search_threads = (
+            ThreadPoolExecutor(default_num_workers(), initializer=use_one_core) for _ in range(3)
+        )
         self._lock = threading.Lock()
         self.num_pending = 0
         self._is_closed = False
@@ -173,14 +184,11 @@ class EmbeddingService:
         return self._worker.is_alive
 
     def close(self) -> None:
-        """End all threads after the queued batches; may be called again.
-
-        Decoding and searches that take a second longer are abandoned.
-        """
+        """End all threads, the model's after the queued batches; may be called again."""
         self._is_closed = True
         self._worker.close()
         for threads in (self._text_threads, self._image_threads, self._search_threads):
-            threads.close(wait_s=_CLOSE_WAIT_S)
+            threads.shutdown(wait=False, cancel_futures=True)
 
     async def embed(
         self,
@@ -385,7 +393,8 @@ class EmbeddingService:
         try:
             yield
         finally:
-            self._add_pending(-count)
+            with self._lock:
+                self.num_pending -= count
 
     def _find_instruction(self, name: str | None) -> tuple[str, str]:
         """Return the text of an instruction, and the lane of texts that have it."""
@@ -432,7 +441,7 @@ class EmbeddingService:
 
     async def _embed_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
         """Embed images part by part: thousands that are decoded at once would fill the memory."""
-        size = self._image_batch
+        size = self.encoder.batch_size
         running: deque[asyncio.Future[NDArray[np.float32]]] = deque()
         parts: list[NDArray[np.float32]] = []
         try:
@@ -451,24 +460,13 @@ class EmbeddingService:
                 future.cancel()
         return np.concatenate(parts)
 
-    def _prepare(self, image: bytes | Image.Image) -> Any:
+    def _prepare(self, image: bytes | Image.Image) -> PreparedImages:
         decoded = image if isinstance(image, Image.Image) else decode_image(image, self._limits)
-        return self.encoder.processor(images=[decoded])
+        with _refusing(code="invalid_image"):
+            return self.encoder.prepare_images([decoded])
 
-    async def _run(self, threads: WorkerThreads, function: Callable[[], T]) -> T:
-        """Call a function in a thread; a call that has begun keeps its place until it ends."""
-        future = threads.submit(function)
-        try:
-            return await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            if not future.cancel():
-                self._add_pending(1)
-                future.add_done_callback(lambda _: self._add_pending(-1))
-            raise
-
-    def _add_pending(self, count: int) -> None:
-        with self._lock:
-            self.num_pending += count
+    async def _run(self, threads: ThreadPoolExecutor, function: Callable[[], T]) -> T:
+        return await asyncio.wrap_future(threads.submit(function))
 
 
 def _list_instructions(

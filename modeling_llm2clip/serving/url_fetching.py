@@ -11,7 +11,7 @@ import asyncio
 import ipaddress
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
@@ -20,7 +20,7 @@ try:
 except ImportError:  # huggingface_hub 1 brings the older one
     import httpcore  # type: ignore[no-redef]
 
-from ..image_loading_llm2clip import IpAddress, is_public
+from ..image_loading_llm2clip import is_public
 from .service_results import RequestError
 
 _MOST_REDIRECTS = 3
@@ -34,13 +34,11 @@ class UrlFetcher:
     """Fetches public http and https URLs.
 
     Args:
-        networks: Further networks that may be reached, such as `"10.1.0.0/16"`.
         max_bytes: Maximum size of the content.
         timeout_s: Seconds for one URL, its redirects included.
     """
 
-    def __init__(self, *, networks: Sequence[str] = (), max_bytes: int, timeout_s: float) -> None:
-        self._networks = [ipaddress.ip_network(network) for network in networks]
+    def __init__(self, *, max_bytes: int, timeout_s: float) -> None:
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
         self._tls = ssl.create_default_context()
@@ -92,19 +90,16 @@ class UrlFetcher:
             return bytes(content)
 
     async def _resolve(self, url: str, host: str, port: int) -> str:
-        """Return an address of the host, all of which must be allowed."""
+        """Return an address of the host, all of which must be public."""
         loop = asyncio.get_running_loop()
         try:
             entries = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
             raise _refuse(url, "has a host that cannot be found") from None
         addresses = [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in entries]
-        if not all(map(self._is_allowed, addresses)):
+        if not all(map(is_public, addresses)):
             raise _refuse(url, "is not on the public internet", code="url_not_allowed")
         return str(addresses[0])
-
-    def _is_allowed(self, address: IpAddress) -> bool:
-        return is_public(address) or any(address in network for network in self._networks)
 
 
 class _CheckedBackend(httpcore.AnyIOBackend):

@@ -35,9 +35,6 @@ CAPTIONS = ["a dog", "two red apples on a wooden table by the window", "x"]
 ENCODINGS: dict[str, Callable[[Any, Any], Any]] = {
     "texts": lambda model, processor: encode_texts(model, processor, CAPTIONS, project=False),
     "images": lambda model, processor: encode_images(model, processor, [draw_noise()]),
-    "prepared images": lambda model, processor: TorchEncoder(model, processor).encode_images(
-        [processor(images=draw_noise())]
-    ),
     "stored captions": lambda model, _: project_stored(model, torch.ones(1, 32), "text"),
     "stored images": lambda model, _: project_stored(model, torch.ones(1, 32), "image"),
     "batches of texts": lambda model, processor: next(
@@ -133,7 +130,7 @@ def test_threads_that_encode_do_not_disturb_each_other() -> None:
 
 
 def test_embeddings_can_be_trained_on() -> None:
-    for name in ("texts", "images", "prepared images", "stored captions"):
+    for name in ("texts", "images", "stored captions"):
         embeds = ENCODINGS[name](*shared_model())
         assert not embeds.is_inference() and not embeds.requires_grad
         layer = nn.Linear(embeds.shape[1], 1)

@@ -56,6 +56,13 @@ def send(address: str, body: Any = None, **headers: str) -> tuple[int, Any, Any]
             return error.code, json.load(error), error.headers
 
 
+def make_encoder(**sizes: int) -> TorchEncoder:
+    """The shared model, with batches of these sizes."""
+    encoder = TorchEncoder(*shared_model())
+    vars(encoder).update(sizes)
+    return encoder
+
+
 class HeldEncoder(TorchEncoder):
     """The shared model, which waits before each batch of texts until it may go on."""
 

@@ -375,8 +375,11 @@ def test_the_api_keeps_its_errors_beside_the_page(url: str) -> None:
     assert fetch(f"{url}/docs")[0] == fetch(f"{url}/health")[0] == 200
 
 
-def test_uploads_and_requests_of_the_page_have_limits(folder: Path) -> None:
-    with serve(folder, max_image_mb=0.05, max_request_mb=0.2, max_pending_mb=0.2) as address:
+def test_uploads_and_requests_of_the_page_have_limits(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ServeConfig, "max_pending_mb", 0.2)
+    with serve(folder, max_image_mb=0.05, max_request_mb=0.2) as address:
         noise = np.random.default_rng(0).bytes(100_000)
         assert upload(address, noise)[0] == 413
         assert upload(address, noise[:10_000])[0] == 200

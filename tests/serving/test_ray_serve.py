@@ -47,7 +47,7 @@ ENVIRONMENT = {
         ({"model": "m", "replicas": "2"}, "replicas is not an option"),
         ({"model": "m", "max_replicas": "many"}, "max_replicas='many': Input should be"),
         ({"model": "m", "min_replicas": "3"}, "min_replicas=3 exceeds max_replicas=2"),
-        ({"model": "m", "image_networks": "[10.0.0.0/8]"}, "needs image_urls=True"),
+        ({"model": "m", "max_image_mb": "50"}, "does not fit"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, str], message: str) -> None:
@@ -57,7 +57,7 @@ def test_options_that_cannot_be_are_refused(options: dict[str, str], message: st
 
 def test_options_of_the_command_line_are_strings() -> None:
     options = {"model": "123", "min_replicas": "2", "max_replicas": "4", "num_cpus": "0.5",
-               "image_urls": "true", "image_networks": "[10.0.0.0/8]"}  # fmt: skip
+               "image_urls": "true"}  # fmt: skip
     deployment = build(options)._bound_deployment
     assert deployment._deployment_config.autoscaling_config.min_replicas == 2
     assert deployment.ray_actor_options == {"num_cpus": 0.5, "num_gpus": 0}

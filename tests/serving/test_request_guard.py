@@ -13,7 +13,7 @@ import pytest
 from served_apps import MODEL_NAME, HeldEncoder, open_service, run_app, run_service
 from shared_models import shared_model
 
-from modeling_llm2clip.configs.serve_config import API_KEY_VARIABLE
+from modeling_llm2clip.configs.serve_config import API_KEY_VARIABLE, ServeConfig
 from modeling_llm2clip.encoding.encode import TorchEncoder
 from modeling_llm2clip.serving.app import create_app
 
@@ -99,10 +99,10 @@ def test_a_large_request_is_refused_before_it_is_read() -> None:
         assert ask(url, embed())[0] == 200
 
 
-def test_all_requests_together_may_have_so_many_bytes() -> None:
+def test_all_requests_together_may_have_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = HeldEncoder()
-    options = {"max_request_mb": 0.01, "max_image_mb": 0.005, "max_pending_mb": 0.012}
-    with run_service(encoder=encoder, **options) as (url, _):
+    monkeypatch.setattr(ServeConfig, "max_pending_mb", 0.012)
+    with run_service(encoder=encoder, max_request_mb=0.01, max_image_mb=0.005) as (url, _):
         with connect(url) as first:
             first.sendall(embed("a" * 9000))
             assert encoder.begun.wait(10)
@@ -151,7 +151,8 @@ def test_a_body_that_does_not_arrive_is_given_up() -> None:
 
 def test_the_work_of_a_client_that_hung_up_is_dropped() -> None:
     encoder = HeldEncoder()
-    with run_service(encoder=encoder, token_budget=1) as (url, service):
+    encoder.token_budget = 1
+    with run_service(encoder=encoder) as (url, service):
         with connect(url) as holder:
             holder.sendall(embed("first"))
             assert encoder.begun.wait(10)

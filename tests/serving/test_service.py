@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from served_apps import MIXED_TEXTS, HeldEncoder, open_service, to_png
+from served_apps import MIXED_TEXTS, HeldEncoder, make_encoder, open_service, to_png
 from shared_models import ROUNDING, shared_model
 from tiny import draw_noise, tiny_images, tiny_model
 from tokenizing import note_tokenized
@@ -85,7 +85,7 @@ def test_under_load_every_request_gets_its_own_embeddings() -> None:
     async def ask_all(service: Any) -> Any:
         return await asyncio.gather(*map(service.embed, requests))
 
-    with open_service(token_budget=64, batch_size=3) as service:
+    with open_service(make_encoder(token_budget=64, batch_size=3)) as service:
         for request, embedded in zip(requests, run(ask_all(service)), strict=True):
             rows = np.stack([expected[id(value)] for value in request])
             np.testing.assert_allclose(embedded.embeds, rows, atol=ROUNDING)
@@ -232,7 +232,7 @@ def test_a_closed_service_says_that_it_stops() -> None:
 
 def test_images_are_decoded_in_parts_and_keep_their_order() -> None:
     images = [Image.new("RGB", (8, 8), (i * 11, 255 - i * 11, 40)) for i in range(20)]
-    with open_service(batch_size=3) as service:
+    with open_service(make_encoder(batch_size=3)) as service:
         found = run(service.embed(images)).embeds
     model, processor = shared_model()
     expected = encode_images(model, processor, images).numpy()

@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,6 @@ from tiny import draw_noise
 from tiny_folders import export_tiny_model
 
 from modeling_llm2clip.serving import service as service_module
-from modeling_llm2clip.serving.batching import WorkerThreads
-from modeling_llm2clip.serving.service_results import RequestError
 
 PNG = to_png(draw_noise())
 
@@ -39,6 +36,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
         return decode(content, limits)
 
     monkeypatch.setattr(service_module, "decode_image", wait)
+    monkeypatch.setattr(service_module, "default_num_workers", lambda: 2)
     yield go
     go.set()
 
@@ -53,70 +51,20 @@ def test_texts_are_embedded_while_all_threads_for_images_are_busy(slow: threadin
         slow.set()
         assert len((await images).embeds) == 4
 
-    with open_service(num_workers=2) as service:
+    with open_service() as service:
         asyncio.run(ask(service))
-
-
-def test_an_image_that_was_given_up_keeps_its_place_until_it_is_decoded(
-    slow: threading.Event,
-) -> None:
-    async def ask(service: Any) -> None:
-        with pytest.raises((asyncio.TimeoutError, TimeoutError)):
-            await asyncio.wait_for(service.embed([PNG] * 3), 0.2)
-        assert service.num_pending == 2  # the third one had not begun
-        with pytest.raises(RequestError, match="2 texts and images are waiting") as caught:
-            await service.embed(["a", "b", "c"])
-        assert caught.value.status == 429
-        slow.set()
-        while service.num_pending:
-            await asyncio.sleep(0.001)
-        assert len((await service.embed(["a", "b", "c"])).embeds) == 3
-
-    with open_service(num_workers=2, max_queue=4) as service:
-        asyncio.run(ask(service))
-
-
-def test_closing_cancels_what_waits_and_leaves_behind_what_runs() -> None:
-    threads = WorkerThreads(1, "test")
-    go, begun = threading.Event(), threading.Event()
-
-    def work() -> str:
-        begun.set()
-        go.wait(30)
-        return "done"
-
-    running, waiting = threads.submit(work), threads.submit(work)
-    assert begun.wait(10)
-    started = time.monotonic()
-    threads.close(wait_s=0.1)
-    assert time.monotonic() - started < 20  # and not until the work is done
-    with pytest.raises(CancelledError):
-        waiting.result(0)
-    with pytest.raises(RuntimeError, match="stopping"):
-        threads.submit(work)
-    go.set()
-    assert running.result(10) == "done"
-    threads.close(wait_s=10)
-
-
-def test_an_error_reaches_the_one_who_asked_and_the_thread_goes_on() -> None:
-    threads = WorkerThreads(1, "test")
-    with pytest.raises(ZeroDivisionError):
-        threads.submit(lambda: 1 // 0).result(10)
-    assert threads.submit(lambda: 7).result(10) == 7
-    threads.close(wait_s=10)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
-def test_sigterm_waits_for_an_image_no_longer_than_the_drain(tmp_path: Path) -> None:
+def test_sigterm_waits_for_an_image_no_longer_than_its_time(tmp_path: Path) -> None:
     model = export_tiny_model(tmp_path / "model")
     code = (
         "import sys, time; from modeling_llm2clip.serving import service;"
         "from modeling_llm2clip.__main__ import main;"
         "service.decode_image = lambda *_, **__: time.sleep(300);"
         f"sys.exit(main(['serve', {str(model)!r}, '--port', '0', '--device', 'cpu', '--no-page',"
-        "'--drain-s', '1']))"
+        "'--timeout-s', '1']))"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True

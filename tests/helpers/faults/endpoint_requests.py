@@ -60,6 +60,11 @@ JUNK = (
     b"GET /%s HTTP/1.1\r\n\r\n" % (b"a" * 60_000), b"GET /?%ff=%00&q=%C0%AF HTTP/1.1\r\n\r\n",
     b"GET /../../etc/passwd HTTP/1.1\r\n\r\n", b"GET /health HTTP/1.0\r\n\r\n",
 )  # fmt: skip
+JUNK += tuple(
+    junk.replace(b" HTTP/1.1\r\n", b" HTTP/1.1\r\nHost: x\r\n")
+    for junk in JUNK
+    if b"Host" not in junk
+)
 # Of this machine, or not to be fetched; {port} is one that listens.
 URLS = tuple(
     f"http://{host}:{{port}}/a.png"
