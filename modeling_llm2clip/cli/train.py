@@ -24,7 +24,7 @@ def train(recipe: Path, /, *, dry_run: bool = False, limits: ImageLimitsConfig) 
 
     Args:
         recipe: YAML file; see docs/train.md.
-        dry_run: Run all checks, and print the plan with sizes, steps and disk; compute nothing.
+        dry_run: Run all checks, and print the plan with counts and steps; compute nothing.
         limits: Which images are decoded.
     """
     config = read_config(recipe, TrainConfig)

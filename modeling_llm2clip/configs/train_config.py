@@ -107,6 +107,10 @@ class TrainConfig(DataConfig):
             "would change them. Give align.lock_text=True.": (
                 build.keep_embeddings and not align.lock_text
             ),
+            "align.lock_text=True keeps the text side, which is built anew. Give "
+            "build.prompt=own and build.keep_embeddings=True, or leave it out.": (
+                align.lock_text and not build.keep_embeddings
+            ),
             "vision_model=embedded has no text encoder: leave build.keep_projection out.": (
                 build.keep_projection and self.vision_model == EMBEDDED
             ),

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from transformers import AutoConfig, TrainerCallback
 
 from ..building.build_model import build_model
-from ..building.pretrained_towers import EFFICIENTNET, EMBEDDED, fetch_embedded
+from ..building.pretrained_towers import EMBEDDED, fetch_embedded
 from ..configs.build_config import DEFAULT_PROJECTION_DIM
 from ..configs.config_fields import read_config
 from ..configs.evaluation_config import EvaluatedModel
@@ -36,7 +36,6 @@ from ..evaluation.evaluate import check_data as check_eval_data
 from ..evaluation.evaluate import evaluate
 from ..evaluation.results import list_result_files
 from ..loading_llm2clip import list_weight_files, load_without_code
-from ..model_folders.golden_embeddings import require_recorded_files
 from ..model_folders.model_folder import LORA_WEIGHTS, find_model_type, require_sources
 from ..publishing.export_model import add_card_results, export_model
 from ..scheduling.graceful_stop import StageInterrupt
@@ -50,9 +49,7 @@ from ..training.finetuning.finetune_llm import check_finetuning, describe_finetu
 from ..training.losses.choose_loss import build_loss, require_dims
 from ..training.run_folder import (
     RUN_FILE,
-    add_results,
     lock_run,
-    read_results,
     require_same_run,
     write_run_record,
 )
@@ -64,7 +61,6 @@ from .recipe_plan import (
     is_complete,
     is_complete_store,
     list_eval_data,
-    measure_tower,
     plan_recipe,
     read_split,
     uses_stores,
@@ -106,7 +102,8 @@ def train(
     config, split, inputs = _check(config, records)
     is_main_process = PartialState().is_main_process
     say = report if is_main_process else lambda _: None  # another process reports
-    say(str(plan_recipe(config, split)))
+    if is_main_process:
+        say(str(plan_recipe(config, split)))
     PartialState().wait_for_everyone()  # every process has checked the folder before it is filled
     try:
         with lock_run(config.output, "the same call"):
@@ -191,10 +188,8 @@ def check_recipe(config: TrainConfig, split: Split) -> None:
             check()
         except ValueError as error:
             errors.append(error)
-    if len(errors) == 1:
-        raise errors[0]
     if errors:
-        raise ValueError("\n".join(map(str, errors)))
+        raise ValueError("\n".join(map(str, errors))) from errors[0]
 
 
 def _list_checks(config: TrainConfig, split: Split) -> Iterator[Callable[[], object]]:
@@ -228,16 +223,8 @@ def _list_checks(config: TrainConfig, split: Split) -> Iterator[Callable[[], obj
 def _check_alignment(config: TrainConfig) -> None:
     """Make the checks of an alignment that need its model, before there is one."""
     align, build = config.align, config.build
-    width: float = build.projection_dim or DEFAULT_PROJECTION_DIM
-    if build.keep_projection:
-        width = measure_tower(config.vision_model, embedded=EFFICIENTNET, part="text").width
-    if not build.keep_embeddings:  # otherwise the alignment checks it
-        require_dims(align.matryoshka_dims, width=width)
-    if align.lock_text and not build.keep_embeddings:
-        raise ValueError(
-            "align.lock_text keeps the text side, which a recipe builds anew. Keep that of an "
-            "embedder (build.prompt=own, build.keep_embeddings=True)."
-        )
+    if not (build.keep_embeddings or build.keep_projection):  # whose widths a tower has
+        require_dims(align.matryoshka_dims, width=build.projection_dim or DEFAULT_PROJECTION_DIM)
     labeled = None if align.zero_shot is None else load_labeled_images(align.zero_shot)
     read_kept_texts(align, _find_teacher(config), labeled)
 
@@ -257,6 +244,8 @@ def _check_towers(config: TrainConfig) -> None:
     if config.build.keep_projection and find_model_type(config.vision_model) is not None:
         tower = load_without_code(AutoConfig, config.vision_model)
         require_dual_encoder(tower.model_type, config.vision_model)
+        width = getattr(tower, "projection_dim", None) or tower.text_config.projection_size
+        require_dims(config.align.matryoshka_dims, width=width)
         if (config.inherit or config.align.keep_texts) and Path(config.vision_model).is_dir():
             list_weight_files(Path(config.vision_model))
 
@@ -352,23 +341,12 @@ class _Recipe:
         return exported
 
     def _check_model(self, model: Path) -> None:
-        if self.is_main_process and not self._is_as_checked(model):
+        if self.is_main_process:
             report = check_model(model, device=self.config.device)
             if not report.healthy:
                 raise ValueError(f"The model is not healthy:\n{report}")
-            add_results(self.config.output, is_healthy=True)
             self.say(str(report).rpartition("\n")[2])
         PartialState().wait_for_everyone()
-
-    def _is_as_checked(self, model: Path) -> bool:
-        """Tell whether the model was healthy, and has the weights and files that it had then."""
-        if not read_results(self.config.output).get("is_healthy"):
-            return False
-        try:
-            require_recorded_files(model)
-        except ValueError:  # the report says it
-            return False
-        return True
 
     def _evaluate(self, model: Path) -> None:
         data = list_eval_data(self.config, self.test)

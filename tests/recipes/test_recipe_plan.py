@@ -6,26 +6,20 @@ import json
 import re
 import shutil
 from dataclasses import replace
-from math import isnan
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
 from stores import change_manifest
 from tiny_recipe import make_recipe, prepare_proclip, read_files, write_recipe
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.building.pretrained_towers import EFFICIENTNET
 from modeling_llm2clip.configs.train_config import TrainConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.splits import split_records
 from modeling_llm2clip.recipes.recipe_plan import (
     PlannedStage,
     RecipePlan,
-    TowerSize,
-    measure_tower,
     plan_recipe,
     read_split,
 )
@@ -64,7 +58,7 @@ def test_stages_are_listed_in_order_with_their_sizes(sources: Path, tmp_path: Pa
     assert plan.num_images == (27, 3)
     sizes = {stage.name: stage.size for stage in plan.stages}
     assert sizes == {
-        "build": "vision (0M) + llm (0M)",
+        "build": "vision + llm",
         "finetune-llm": "4 steps of 4 pairs",
         "extract text": sizes["extract text"],
         "extract image": "27 images",
@@ -77,8 +71,7 @@ def test_stages_are_listed_in_order_with_their_sizes(sources: Path, tmp_path: Pa
     text = str(plan)
     lines = text.splitlines()
     assert lines[0].startswith("27 images to train on, 3 to evaluate on. Everything is written to")
-    assert [line.split("|")[1].strip() for line in lines[3:-1]] == list(sizes)
-    assert re.match(r"Left to write: [0-9.]+[kM]B\.", lines[-1])
+    assert [line.split("|")[1].strip() for line in lines[3:]] == list(sizes)
 
 
 @pytest.mark.parametrize(
@@ -111,10 +104,7 @@ def test_a_teacher_is_planned_or_refused(sources: Path, tmp_path: Path) -> None:
         "evaluate",
     ]  # fmt: skip
     text, teacher = stages["extract text"], stages["extract teacher"]
-    # The captions are the same; a row has two bytes a number.
-    assert text.size == teacher.size
-    config = json.loads((tmp_path / "clip" / "config.json").read_text())
-    assert teacher.num_bytes == int(text.size.split()[0]) * 2 * config["projection_dim"]
+    assert text.size == teacher.size  # the captions are the same
 
     def refuse(message: str, **changed: Any) -> None:
         changed = {**recipe, **changed}
@@ -173,35 +163,6 @@ def test_the_plan_is_what_was_done(finished: TrainConfig) -> None:
     tuned, aligned = finished.output / "fine-tuned", finished.output / "aligned"
     assert planned["finetune-llm"].size.startswith(f"{read_results(tuned)['steps']} steps of 4")
     assert planned["align"].size.startswith(f"{read_results(aligned)['steps']} steps of 4")
-    for name in ("text", "image"):
-        stage = planned[f"extract {name}"]
-        shards = list(stage.output.glob("shard-*"))
-        written = sum(file.stat().st_size for file in shards)
-        assert shards
-        # A header fills whole pages, and is not planned.
-        assert stage.num_bytes < written <= stage.num_bytes + 4096 * len(shards)
-    weights = (finished.output / "built" / "model.safetensors").stat().st_size
-    # Adapter and projections are not counted, which are small beside real towers.
-    assert planned["build"].num_bytes < weights
-
-
-def test_a_dual_encoder_counts_its_vision_tower_alone(tmp_path: Path) -> None:
-    weights = {"vision_model.a": torch.ones(3, 5), "text_model.a": torch.ones(7)}
-    save_file(weights, tmp_path / "model.safetensors")
-    vision = {"hidden_size": 8}
-    (tmp_path / "config.json").write_text(json.dumps({"vision_config": vision}))
-    found = measure_tower(str(tmp_path), embedded=EFFICIENTNET)
-    assert found == TowerSize(num_parameters=15, width=8)
-
-
-@pytest.mark.parametrize("source", ["owner/name", "nobody/has/this", "missing.gguf"])
-def test_an_unreadable_tower_has_an_open_size(sources: Path, tmp_path: Path, source: str) -> None:
-    tower = measure_tower(source, embedded=EFFICIENTNET)
-    assert isnan(tower.num_parameters) and isnan(tower.width)
-    plan = plan_of(make_recipe(sources, tmp_path / "run", text_model=source))
-    stages = {stage.name: stage for stage in plan.stages}
-    assert stages["build"].size.endswith("(?)") and isnan(stages["build"].num_bytes)
-    assert str(plan).count(" ? ") == 5 and "Left to write: at least " in str(plan)
 
 
 @pytest.mark.slow
