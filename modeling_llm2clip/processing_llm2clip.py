@@ -104,9 +104,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
     ) -> None:
         self.max_text_length = _check_length(max_text_length, "max_text_length")
         self.num_truncated_texts = 0
-        _check_image_size(image_processor)
-        _check_cropping(image_processor)
-        _check_normalization(image_processor)
+        _check_image_processor(image_processor)
         super().__init__(image_processor, tokenizer, **kwargs)  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -413,7 +411,8 @@ def _refuse_options(kwargs: Mapping[str, Any], image_processor: Any) -> None:
         raise ValueError("return_attention_mask=False: the model needs the mask. Leave it out.")
 
 
-def _check_image_size(image_processor: Any) -> None:
+def _check_image_processor(image_processor: Any) -> None:
+    """Raise ValueError for settings with which no tower gets the images that it was trained on."""
     sides = {
         f"{name} {side}": pixels
         for name in ("size", "crop_size")
@@ -427,9 +426,6 @@ def _check_image_size(image_processor: Any) -> None:
             f"The image processor would make images that no tower takes: {'; '.join(wrong)}. "
             "Restore processor_config.json from the original model folder."
         )
-
-
-def _check_cropping(image_processor: Any) -> None:
     rounding = getattr(image_processor, "crop_rounding", None)
     if rounding is not None:  # which only the script of an ONNX folder reads
         raise ValueError(
@@ -437,9 +433,6 @@ def _check_cropping(image_processor: Any) -> None:
             f"crop_rounding={rounding!r} and crop other pixels. Restore processor_config.json from "
             "the original model folder, or make the folder anew."
         )
-
-
-def _check_normalization(image_processor: Any) -> None:
     for name in ("image_mean", "image_std"):
         values = getattr(image_processor, name, None)
         if isinstance(values, list | tuple) and len(values) != 3:

@@ -6,6 +6,7 @@ embeddings are those of the model up to rounding.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,9 +32,8 @@ class OnnxEncoder(Encoder):
 
     Args:
         processor: The processor that was exported with the graphs.
-        text_session: `onnxruntime.InferenceSession` of the text tower; None where there is none.
-        vision_session: That of the vision tower.
-        logit_rule: Turns cosines into logits; None where there is none.
+        sessions: `onnxruntime.InferenceSession` of each tower, by `"text"` and `"image"`.
+        logit_rule: Turns cosines into logits; None if there is none.
     """
 
     projects_at_once = True
@@ -44,24 +44,18 @@ class OnnxEncoder(Encoder):
     device = torch.device("cpu")
     token_budget = CPU_TOKEN_BUDGET
     batch_size = 8
-    logit_rule: LogitRule | None = None
 
     def __init__(
         self,
         processor: LLM2CLIPProcessor,
-        *,
-        text_session: Any = None,
-        vision_session: Any = None,
+        sessions: Mapping[str, Any],
         logit_rule: LogitRule | None = None,
     ) -> None:
         self.processor = processor
         self.logit_rule = logit_rule
-        sessions = {"text": text_session, "image": vision_session}
-        self._sessions = {
-            modality: session for modality, session in sessions.items() if session is not None
-        }
-        self.modalities = tuple(self._sessions)
-        first = next(iter(self._sessions.values()))
+        self._sessions = sessions
+        self.modalities = tuple(sessions)
+        first = next(iter(sessions.values()))
         self.embedding_dim = int(first.get_outputs()[0].shape[1])
 
     def encode_tokens(

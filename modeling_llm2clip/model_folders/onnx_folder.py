@@ -94,16 +94,11 @@ def load_onnx_encoder(
     record = read_onnx_record(folder)
     there = [name for name in modalities if _list_weights(folder, name)]
     graphs = {name: choose_graph(folder, name, weights) for name in there or modalities}
-    sessions = {
-        "text_session" if name == "text" else "vision_session": open_session(
-            graph, num_threads=num_threads
-        )
-        for name, graph in graphs.items()
-    }
+    sessions = {n: open_session(graph, num_threads=num_threads) for n, graph in graphs.items()}
     processor = LLM2CLIPProcessor.from_pretrained(folder, local_files_only=True)
     scale = record["logit_scale"]
     rule = None if scale is None else LogitRule(torch.tensor(scale))
-    return OnnxEncoder(processor, logit_rule=rule, **sessions)
+    return OnnxEncoder(processor, sessions, rule)
 
 
 def choose_graph(folder: Path, modality: str, weights: TextWeights | None) -> Path:

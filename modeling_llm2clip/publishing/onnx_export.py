@@ -210,15 +210,13 @@ class _OnnxWriter:
 
     def _write_image_graph(self, pixel_values: Tensor, file: Path, *, any_size: bool) -> None:
         graph = write_image_graph(self.reference.model, pixel_values, file, any_size=any_size)
-        figures = check_images(self._encoder(vision=file), self.reference, any_size=any_size)
+        figures = check_images(self._encoder(image=file), self.reference, any_size=any_size)
         self._record(graph, file, figures)
 
-    def _encoder(self, *, text: Path | None = None, vision: Path | None = None) -> OnnxEncoder:
-        return OnnxEncoder(
-            self.reference.processor,
-            text_session=text and open_session(text),
-            vision_session=vision and open_session(vision),
-        )
+    def _encoder(self, **graphs: Path | None) -> OnnxEncoder:
+        """Open the graphs that there are, by `text` and `image`."""
+        sessions = {name: open_session(file) for name, file in graphs.items() if file is not None}
+        return OnnxEncoder(self.reference.processor, sessions)
 
     def _record(self, graph: dict[str, Any], file: Path, figures: dict[str, Any]) -> None:
         self.versions = {name: graph.pop(name) for name in ("opset", "ir_version")}
@@ -276,8 +274,8 @@ class _OnnxWriter:
         shutil.copyfile(loader, copy)
         files = [self.folder / name for name in self.graphs]
         text = next((file for file in files if file.stem.startswith("text")), None)
-        vision = next((file for file in files if file.stem.startswith("vision")), None)
-        reason = check_script(self.folder, self._encoder(text=text, vision=vision), text)
+        image = next((file for file in files if file.stem.startswith("vision")), None)
+        reason = check_script(self.folder, self._encoder(text=text, image=image), text)
         if reason is not None:
             script.unlink()
             copy.unlink()
