@@ -278,7 +278,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             )
         return (model, info) if wants_info else model
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | os.PathLike[str],
         is_main_process: bool = True,

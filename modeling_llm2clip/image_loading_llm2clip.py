@@ -514,7 +514,7 @@ def _decode(
     file = getattr(image, "filename", "")
     try:
         if file:  # Pillow maps a file that it knows by name, and scrambles a turned TIFF
-            image.filename = ""
+            setattr(image, "filename", "")  # noqa: B010  # a plain image has no such attribute
         image.load()
         if image.getexif().get(_ORIENTATION, 1) != 1:  # Pillow would copy an upright one
             image = ImageOps.exif_transpose(image)
@@ -524,7 +524,7 @@ def _decode(
         raise ValueError(f"{name}: the image's file is closed. Open it again.") from error
     finally:
         if file:
-            image.filename = file
+            setattr(image, "filename", file)  # noqa: B010
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode[0] in "IF" and black == white:

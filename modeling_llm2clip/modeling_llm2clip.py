@@ -263,7 +263,7 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         if kernel is not None:
             states = run_unpadded(self.text_model, input_ids, mask, device, kernel)
             return self._pool_states(states, mask, num_unpooled)
-        pool_padded = partial(self._pool_batch, num_unpooled=num_unpooled, **options)
+        pool_padded: Any = partial(self._pool_batch, num_unpooled=num_unpooled, **options)
         if (
             device.type == "cpu"
             and not options
@@ -280,7 +280,7 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
                 pool_padded=pool_padded,
                 keep_tokens=keep_tokens,
             )
-        return pool_padded(copy_to(input_ids, device), copy_to(mask, device))
+        return pool_padded(copy_to(input_ids, device), copy_to(mask, device))  # type: ignore[no-any-return]
 
     def _find_kernel(self, mask: Tensor, device: torch.device) -> VarlenKernel | None:
         """Return what attends within the texts of a pack; None where they run padded."""

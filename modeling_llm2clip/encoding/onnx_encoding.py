@@ -44,6 +44,7 @@ class OnnxEncoder(Encoder):
     device = torch.device("cpu")
     token_budget = CPU_TOKEN_BUDGET
     batch_size = 8
+    logit_rule: LogitRule | None = None
 
     def __init__(
         self,
