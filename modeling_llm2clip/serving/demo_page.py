@@ -9,8 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import Coroutine
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,8 +37,6 @@ from .service import EmbeddingService, Input
 from .service_results import RequestError
 
 T = TypeVar("T")
-
-_living: list[FastAPI] = []  # applications that serve the page now
 
 _API_PREFIXES = ("/v1/", "/v2/")
 _MAX_TOP_K, _TOP_K = 48, 12
@@ -191,7 +188,6 @@ def add_demo_page(app: FastAPI, service: EmbeddingService) -> None:
     assert isinstance(mounted, Mount)
     max_bytes = int(service.config.max_pending_mb * 1e6)
     app.router.routes.append(_PageMount(mounted.app, folder, max_bytes=max_bytes))
-    app.router.lifespan_context = _remove_uploads_after(app.router.lifespan_context, folder)
 
 
 class _PageMount(Mount):
@@ -226,32 +222,11 @@ class _PageMount(Mount):
 
 @cache
 def _make_upload_folder() -> Path:
-    """Make a private folder for the uploads of this process."""
+    """Make a private folder for the uploads of this process, which Gradio deletes at its end."""
     folder = Path(tempfile.mkdtemp(prefix="llm2clip-page-"))
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
-
-
-def _remove_uploads_after(lifespan: Any, folder: Path) -> Any:
-    """Remove the folder when the last application of the process ends.
-
-    A server that a signal ends runs no exit handlers.
-    """
-
-    @asynccontextmanager
-    async def live(app: Any) -> AsyncIterator[Any]:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        _living.append(app)
-        try:
-            async with lifespan(app) as state:
-                yield state
-        finally:
-            _living.remove(app)
-            if not _living:
-                shutil.rmtree(folder, ignore_errors=True)
-
-    return live
 
 
 def _show(message: str) -> gr.Error:
@@ -387,12 +362,7 @@ def _make_image(label: str, *, height: int, elem_id: str) -> gr.Image:
 
 
 async def _take_upload(block: Any, path: str | Path | None) -> str | None:
-    """Register an upload, so that Gradio removes it in time; refuse other files."""
-    if path is None:
-        return None
-    file = _require_upload(path, block.GRADIO_CACHE)
-    block.temp_files.add(file)
-    return file
+    return None if path is None else _require_upload(path, block.GRADIO_CACHE)
 
 
 def _require_upload(path: str | Path, folder: str) -> str:

@@ -248,6 +248,14 @@ class CohereRequest(_InputsRequest):
         return self
 
 
+def _require_few(asking: str, count: int) -> None:
+    if count > MOST_RESULTS:
+        raise ValueError(
+            f"{asking} ask for {count:,} results, the maximum is {MOST_RESULTS:,}. Send fewer, or "
+            "a smaller top_k"
+        )
+
+
 class ClassifyRequest(_Options):
     """Images and the labels to choose from."""
 
@@ -261,12 +269,7 @@ class ClassifyRequest(_Options):
     @model_validator(mode="after")
     def _require_few_results(self) -> Self:
         most = min(self.top_k or MOST_INPUTS, len(self.candidate_labels))
-        if (count := len(self.images) * most) > MOST_RESULTS:
-            raise ValueError(
-                f"{counted(len(self.images), 'image')} with {counted(most, 'label')} each ask for "
-                f"{count:,} labels, the maximum is {MOST_RESULTS:,}. Send fewer images, or a "
-                "smaller top_k"
-            )
+        _require_few(counted(len(self.images), "image"), len(self.images) * most)
         return self
 
 
@@ -283,12 +286,7 @@ class SearchRequest(_TextOptions):
 
     @model_validator(mode="after")
     def _require_few_results(self) -> Self:
-        count = len(self.queries) * self.top_k
-        if count > MOST_RESULTS:
-            raise ValueError(
-                f"{counted(len(self.queries), 'query')} with top_k={self.top_k} ask for {count:,} "
-                f"images, the maximum is {MOST_RESULTS:,}. Send fewer queries, or a smaller top_k"
-            )
+        _require_few(counted(len(self.queries), "query"), len(self.queries) * self.top_k)
         return self
 
 

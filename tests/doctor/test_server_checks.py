@@ -162,13 +162,10 @@ def limit_batches(endpoint: Endpoint) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_with_small_batches_is_checked_with_those(served: Path) -> None:
+def test_a_server_with_small_batches_passes(served: Path) -> None:
     with Endpoint(served, limit_batches) as endpoint:
-        report = check(served, endpoint, "batched texts", "mixed inputs")
+        report = check(served, endpoint, "batched texts", "mixed inputs", "base64")
     assert report.healthy, str(report)
-    for name in ("batched texts", "mixed inputs"):
-        message = find(report, name).message
-        assert message.startswith("32 embeddings") and "100 are refused with 400" in message
 
 
 def refuse_long(endpoint: Endpoint) -> None:
