@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .._extras import CLIP_TOKENS, PLOTS, require
+from .._extras import CLIP_TOKENS, require
 from .._suggestions import counted, escape_controls
-from ..configs.config_fields import Config
 from ..configs.data_config import ImageLimitsConfig
 from ..configs.evaluation_config import (
     EvaluatedDataset,
@@ -29,16 +28,6 @@ if TYPE_CHECKING:
 _OTHERS = ("open_clip_config.json", "modules.json", "texts.safetensors", "images.safetensors")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelsConfig(Config):
-    """Options of the models, beside their sources."""
-
-    model_type: tuple[ModelType, ...] = ()
-    """Type of all models, or one for each. Default: detected from their files."""
-    revision: str | None = None
-    """Branch, tag or commit of every model on the Hub. Default: its main branch."""
-
-
 @command(
     group="Use",
     examples=(
@@ -48,6 +37,7 @@ class ModelsConfig(Config):
         "llm2clip evaluate ours=my-model theirs=other --datasets photos=my-images "
         "drawings=other-images",
         "llm2clip evaluate --table text --output evaluation",
+        "llm2clip evaluate",
     ),
 )
 def evaluate(
@@ -55,79 +45,61 @@ def evaluate(
     datasets: tuple[str, ...] = (),
     tasks: tuple[str, ...] = (),
     image_dir: tuple[str, ...] = (),
-    list: bool = False,
-    table: Literal["text", "markdown"] | None = None,
-    details: bool = False,
-    plot: Path | None = None,
-    of_models: ModelsConfig,
+    table: Literal["text", "markdown", "details"] | None = None,
+    model_type: tuple[ModelType, ...] = (),
     limits: ImageLimitsConfig,
     config: EvaluationConfig,
 ) -> int:
-    """Scores models on datasets side by side.
+    """Scores models on datasets side by side; without arguments, lists datasets and tasks.
 
     Args:
         models: [NAME=]SOURCE: folder or Hub id of an LLM2CLIP, CLIP, SigLIP, SigLIP2, open_clip
             or sentence-transformers model; or a folder of embeddings.
-        datasets: NAME[=FOLDER] of known datasets (llm2clip evaluate --list), FOLDER of your own
+        datasets: NAME[=FOLDER] of known datasets, FOLDER of your own
             captioned images, or NAME=FOLDER with a name of your choice. No default, required with a
             model.
         tasks: Tasks to evaluate. Default: the task of each dataset's type.
         image_dir: NAME=FOLDER of the images of a dataset. Default: the folder of the data.
-        list: List datasets and tasks, and exit.
-        table: Format of the table of all results in --output; without a model, only the table is
-            printed. Default: text.
-        details: Also show what the scores depend on: models, prompts, data, scoring.
-        plot: File (PNG, SVG, PDF) for a plot of R@1 by text length. Default: none.
-        of_models: Options of the models.
+        table: Format of the table of all results in --output, with details what the scores depend
+            on, too; without a model, only the table is printed. Default: text.
+        model_type: Type of all models, or one for each. Default: detected from their files.
         limits: Which images are decoded.
         config: How to read datasets and run models.
     """
-    if list:
+    if not (models or datasets or tasks or table):
         _print_lists()
         return 0
-    require(*([PLOTS] if plot is not None else []), *([CLIP_TOKENS] if "length" in tasks else []))
-    if plot is not None:
-        from ..evaluation.report import require_plot_file
-
-        require_plot_file(plot)
+    require(*([CLIP_TOKENS] if "length" in tasks else []))
     if models:
-        _require_models(models, datasets, of_models)
+        _require_models(models, datasets, model_type)
         use_image_limits(limits)
         use_device(config.device, config.dtype)
         from ..evaluation.evaluate import evaluate as run
 
         chosen = _choose_datasets(datasets, image_dir)
-        scored = _choose_models(models, of_models)
+        scored = _choose_models(models, model_type)
         run(scored, chosen, config, tasks=tasks, on_result=_print_result)
-    elif table is None and plot is None:
-        raise ValueError("Name a MODEL and --datasets, or --list, or --table text.")
-    _show_results(config.output, table=table or "text", details=details, plot=plot)
+    elif table is None:
+        raise ValueError("Name a MODEL and --datasets, or give --table text.")
+    _show_results(config.output, table=table or "text")
     return 0
 
 
-def _show_results(
-    output: Path, *, table: Literal["text", "markdown"], details: bool, plot: Path | None
-) -> None:
-    from ..evaluation.report import find_width, render_results
+def _show_results(output: Path, *, table: Literal["text", "markdown", "details"]) -> None:
+    from ..evaluation.report import render_results
     from ..evaluation.results import read_evaluation_results
 
     results = read_evaluation_results(output)
     print()
-    print(
-        escape_controls(render_results(results, style=table, width=find_width(), details=details))
-    )
-    if plot is not None:
-        from ..evaluation.report import plot_lengths
-
-        plot_lengths([result for result in results if result.task == "length"], plot)
-        print(f"Wrote {plot}.", file=sys.stderr)
-    if not details:
-        again = f"llm2clip evaluate --table text --details --output {output}"
+    style: Literal["text", "markdown"] = "text" if table == "details" else table
+    print(escape_controls(render_results(results, style=style, details=table == "details")))
+    if table != "details":
+        again = f"llm2clip evaluate --table details --output {output}"
         print(f"What the scores depend on: {again}", file=sys.stderr)
 
 
 def _require_models(
-    models: Sequence[str], datasets: Sequence[str], of_models: ModelsConfig
+    models: Sequence[str], datasets: Sequence[str], model_type: Sequence[ModelType]
 ) -> None:
     """Raise ValueError for models that cannot be evaluated, before anything is imported."""
     from ..model_folders.model_folder import find_model_type, is_hub_id, require_there
@@ -139,7 +111,7 @@ def _require_models(
         if not path.exists() and not is_hub_id(source):  # the Hub is asked when all else fits
             require_there(source)
         has_other = any((path / name).exists() for name in _OTHERS)
-        if not path.is_dir() or of_models.model_type or has_other:
+        if not path.is_dir() or model_type or has_other:
             continue
         model_type = find_model_type(path)
         if model_type is not None and model_type.content in ("above", "lora", "text", "vision"):
@@ -160,27 +132,17 @@ def _choose_datasets(datasets: Sequence[str], image_dir: Sequence[str]) -> list[
     return chosen
 
 
-def _choose_models(models: Sequence[str], of_models: ModelsConfig) -> list[EvaluatedModel]:
+def _choose_models(models: Sequence[str], model_type: Sequence[ModelType]) -> list[EvaluatedModel]:
     named = [_read_model(text) for text in models]
-    values, revision = of_models.model_type, of_models.revision
-    if len(values) not in (0, 1, len(named)):
+    if len(model_type) not in (0, 1, len(named)):
         raise ValueError(
-            f"--model-type has {len(values)} values for {counted(len(named), 'model')}; give one, "
-            "or one for each, in their order."
+            f"--model-type has {len(model_type)} values for {counted(len(named), 'model')}. Give "
+            "one, or one for each, in their order."
         )
-    is_local = [Path(source).exists() for _, source in named]
-    if revision is not None and all(is_local):
-        raise ValueError(
-            f"`revision` is for a model on the Hub, and none of the models is one: "
-            f"{[source for _, source in named]}. Leave it out."
-        )
+    kinds = cycle(model_type or [None])
     return [
-        EvaluatedModel(
-            source=source, name=name, model_type=model_type, revision=None if local else revision
-        )
-        for (name, source), model_type, local in zip(
-            named, cycle(values or [None]), is_local, strict=False
-        )
+        EvaluatedModel(source=source, name=name, model_type=kind)
+        for (name, source), kind in zip(named, kinds, strict=False)
     ]
 
 

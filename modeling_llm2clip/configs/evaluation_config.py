@@ -70,33 +70,18 @@ class EvaluationConfig(EncoderConfig):
     """Read no images, for text-only encoders."""
     skip_invalid: bool = False
     """Skip invalid samples and report their number, instead of stopping."""
-    check_images: bool | None = None
-    """Decode every image before a model is loaded. Default: with `skip_invalid`; else all that are
-    broken are named as soon as a model meets one, and finished results stay."""
     class_names: Path | tuple[str, ...] | Mapping[str, str] | None = None
     """Class names: FILE with one per line in the order of the classes; in Python also names, or a
     mapping from class to name. Default: the dataset's own."""
     templates: Path | tuple[str, ...] | None = None
     """Prompts of classes: FILE with one per line and {} for the name; in Python also the prompts.
     Default: the dataset's own."""
-    allow_distractors: bool = False
-    """In your own data, use images without captions and captions without images as candidates
-    without a query, and count them, instead of stopping."""
     ignore_fields: tuple[str, ...] = ()
     """Other fields in the data to ignore. Default: none."""
-    cache: bool = True
-    """Store the record table of your own large data in the user's cache, and reuse it."""
 
     def _list_conflicts(self) -> dict[str, object]:
         return {
             **super()._list_conflicts(),
-            "skip_invalid=True needs check_images=True: a broken image would be found while a "
-            "model waits for it, too late to leave it out.": (
-                self.skip_invalid and self.check_images is False and not self.captions_only
-            ),
-            "allow_distractors=True needs images. Leave captions_only=True out.": (
-                self.allow_distractors and self.captions_only
-            ),
             f"languages has a name twice: {', '.join(self.languages)}. Give each once.": (
                 len(set(self.languages)) < len(self.languages)
             ),

@@ -94,9 +94,7 @@ def evaluate(
             try:
                 result = finished.get(file) or _run(encoder, job, plan, file)
             except ValueError as error:
-                if config.check_images is None and isinstance(
-                    error.__cause__, UnreadableImagesError
-                ):
+                if isinstance(error.__cause__, UnreadableImagesError):
                     check_data(data, config, tasks=tasks)  # names all broken images of the run
                 raise
             results[name].append(result)
@@ -112,8 +110,7 @@ def check_data(
     tasks: Sequence[str] = (),
 ) -> None:
     """Read and check the datasets of an evaluation, for a model that is yet to be trained."""
-    config = config or EvaluationConfig()
-    _read_jobs(data, tasks, replace(config, check_images=config.check_images is not False))
+    _read_jobs(data, tasks, config or EvaluationConfig(), check_images=True)
 
 
 class _Source(NamedTuple):
@@ -171,7 +168,11 @@ def _list_datasets(data: DataSource | Sequence[DataSource]) -> list[_Source]:
 
 
 def _read_jobs(
-    data: DataSource | Sequence[DataSource], names: Sequence[str], config: EvaluationConfig
+    data: DataSource | Sequence[DataSource],
+    names: Sequence[str],
+    config: EvaluationConfig,
+    *,
+    check_images: bool | None = None,
 ) -> list[_Job]:
     sources = _list_datasets(data)
     tasks = [find_task(name) for name in dict.fromkeys(names)]
@@ -199,11 +200,13 @@ def _read_jobs(
     require(*(need for _, task in chosen for need in task.needs))
     jobs = []
     read: dict[tuple[str, bool, bool], Datasets] = {}
-    caches = {name: ReadingCache(keeps_indexes=config.cache) for name in types}
+    caches = {name: ReadingCache() for name in types}
     for source, task in chosen:
         name, images = source.spec.name, _wants_images(task, source, config)
         if (how := (name, task.all_languages, images)) not in read:
-            read[how] = _read_datasets(source, task, config, caches[name], require_images=images)
+            read[how] = _read_datasets(
+                source, task, config, caches[name], require_images=images, check_images=check_images
+            )
         task.check(read[how])
         jobs.append(_Job(task, name, read[how]))
     return jobs
@@ -235,6 +238,7 @@ def _read_datasets(
     cache: ReadingCache,
     *,
     require_images: bool,
+    check_images: bool | None,
 ) -> Datasets:
     shared: dict[str, Any] = {
         "image_dir": source.image_dir,
@@ -257,10 +261,9 @@ def _read_datasets(
             source.folder,
             lang=lang,
             skip_invalid=config.skip_invalid,
-            check_images=config.check_images,
+            check_images=check_images,
             class_names=config.class_names if is_classification else None,
             templates=config.templates if is_classification else None,
-            allow_distractors=config.allow_distractors,
             show_progress=config.show_progress,
             **shared,
         )

@@ -231,13 +231,10 @@ class _Image(Image):  # type: ignore[misc]
 
 
 def _make_split(queries: Dataset, corpus: Dataset, positives: PositiveLists) -> RetrievalSplitData:
-    asked = positives.counts.nonzero().flatten().tolist()
-    if len(asked) < len(queries):  # the others are distractors
-        queries = queries.select(asked)
     candidates = corpus["id"][:]
     relevant = {
         query: {candidates[row]: 1 for row in positives.of(number).tolist()}
-        for number, query in zip(asked, queries["id"], strict=True)
+        for number, query in enumerate(queries["id"])
     }
     return RetrievalSplitData(
         queries=queries, corpus=corpus, relevant_docs=relevant, top_ranked=None

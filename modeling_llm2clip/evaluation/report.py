@@ -8,9 +8,6 @@ table: they are refused.
 from __future__ import annotations
 
 import re
-import shutil
-import sys
-import textwrap
 from collections import UserList
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,18 +17,16 @@ from tabulate import tabulate
 
 from .._extras import PLOTS, require
 from .._suggestions import list_first
-from ..data.atomic_files import hash_json, require_writable
+from ..data.atomic_files import hash_json
 from .metrics.scores import CONFIDENCE_LEVEL
 from .results import OWN_PACKAGE, Result, find_conflict
 from .tasks.task_registry import find_task
 from .tasks.text_length import CLIP_TEXT_TOKENS
 
 _NOTE = f"[low, high]: {CONFIDENCE_LEVEL:.0%} confidence interval, by bootstrap over the test set."
-_GAP = 2  # characters between columns
 ABSENT = "–"
 _DIGEST = re.compile(r"[0-9a-f]{40,}")
 _SHOWN_OF_DIGEST = 8
-_PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 _WORDS = {"None": "none", "{}": "none", "True": "yes", "False": "no"}
 _SHOWN_LANGUAGES = 3
 _UNITS = ("images", "items", "captions", "classes")
@@ -43,43 +38,34 @@ class EvaluationResults(UserList[Result]):
     """Results of one or several models, printed as a table; they must be comparable."""
 
     def __repr__(self) -> str:
-        return render_results(self, width=find_width())
+        return render_results(self)
 
     def _repr_markdown_(self) -> str:
         return render_results(self, style="markdown")
-
-
-def find_width() -> int | None:
-    """Return the width of the terminal in characters; None if the output goes elsewhere."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def render_results(
     results: Sequence[Result],
     *,
     style: Literal["text", "markdown"] = "text",
-    width: int | None = None,
     details: bool = False,
 ) -> str:
     """Render a table per question with intervals and chance, and tables of languages and lengths.
 
-    A text that is wider than `width` characters is transposed, and if that is too wide as well, its
-    cells are wrapped. Results that cannot be compared, such as those of two models of one name,
+    Results that cannot be compared, such as those of two models of one name,
     raise ValueError.
     """
     results = list_comparable(results)
     tables = [*_list_scores(results), *(list_details(results) if details else ())]
-    drawn = [_draw(table, style, width) for table in tables]
+    drawn = [_draw(table, style) for table in tables]
     if any("[" in cell for table in tables for row in table.rows for cell in row):
-        drawn.append(f"{textwrap.fill(_NOTE, width or len(_NOTE))}\n")
+        drawn.append(f"{_NOTE}\n")
     far = {  # once for all tasks
         f"{result.model} on {result.dataset}": result.run["far_images"]
         for result in results
         if "far_images" in result.run
     }
-    for where, text in far.items():
-        note = f"{where}: {text}"
-        drawn.append(f"{textwrap.fill(note, width or len(note))}\n")
+    drawn += [f"{where}: {text}\n" for where, text in far.items()]
     return "\n".join(drawn)
 
 
@@ -222,38 +208,18 @@ def _percent(share: float | None) -> str:
     return ABSENT if share is None else f"{100 * share:.1f} %"
 
 
-def _draw(table: Table, style: str, width: int | None) -> str:
+def _draw(table: Table, style: str) -> str:
     title = table.title[0].upper() + table.title[1:]
-    lines = [table.heads, *table.rows]
     if style == "markdown":
         heads, *rows = [
-            [cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines
+            [cell.replace("|", "\\|").replace("\n", " ") for cell in line]
+            for line in (table.heads, *table.rows)
         ]
         drawn = tabulate(rows, heads, tablefmt="github", disable_numparse=True)
         return f"**{title}**\n\n{drawn}\n"
-    if width is None:
-        return f"{title}\n\n{_draw_lines(lines)}"
-    turned = [list(line) for line in zip(*lines, strict=True)]
-    narrow = min(lines, turned, key=lambda shape: len(shape[0]))
-    fitting = max(1, (width + _GAP) // len(narrow[0]) - _GAP)  # characters of a cell
-    for shape, cell_width in ((lines, None), (turned, None), (narrow, fitting)):
-        drawn = _draw_lines(shape, cell_width)
-        if max(map(len, drawn.splitlines())) <= width:
-            break
-    return f"{textwrap.fill(title, width)}\n\n{drawn}"
-
-
-def _draw_lines(lines: Sequence[list[str]], cell_width: int | None = None) -> str:
-    heads, *rows = lines
-    drawn = tabulate(
-        rows,
-        heads,
-        tablefmt="simple",
-        disable_numparse=True,
-        maxcolwidths=cell_width,
-        maxheadercolwidths=cell_width,
-    )
-    return "".join(f"{line.rstrip()}\n" for line in drawn.splitlines())
+    drawn = tabulate(table.rows, table.heads, tablefmt="simple", disable_numparse=True)
+    lines = "".join(f"{line.rstrip()}\n" for line in drawn.splitlines())
+    return f"{title}\n\n{lines}"
 
 
 class Table(NamedTuple):
@@ -404,11 +370,3 @@ def plot_lengths(results: Sequence[Result], file: Path) -> None:
     axes.legend()
     figure.savefig(file, dpi=120)
     plt.close(figure)
-
-
-def require_plot_file(file: Path) -> None:
-    if file.suffix.lower() not in _PLOT_SUFFIXES:
-        raise ValueError(f"{file} must end in one of {', '.join(_PLOT_SUFFIXES)}.")
-    if not file.parent.is_dir():
-        raise ValueError(f"{file.parent} is not a folder. Make it, or name the plot elsewhere.")
-    require_writable(file.parent)

@@ -37,7 +37,7 @@ def test_the_command_evaluates_and_shows_a_table(
 
 
 def test_the_command_lists_datasets_and_tasks(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", "--list"]) == 0
+    assert main(["evaluate"]) == 0
     shown = capsys.readouterr().out
     assert "coco" in shown and "emoji" in shown and "cross-lingual: " in shown
 
@@ -48,7 +48,7 @@ EMOJI = ["o/m", "--datasets", "emoji"]
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "Name a MODEL and --datasets"),
+        (["--datasets", "emoji"], "Name a MODEL and --datasets"),
         (["some-model"], "at least one model and one dataset"),
         (["o/m", "--datasets", "folder="], "--datasets 'folder=' must be NAME=FOLDER"),
         (["o/m", "--datasets", "folder=x", "--image-dir", "coco=y"],
@@ -56,12 +56,8 @@ EMOJI = ["o/m", "--datasets", "emoji"]
         ([*EMOJI, "--model-type", "clip"], "Choose from"),
         ([*EMOJI, "--model-type", "embeddings", "open_clip"], "2 values for 1 model"),
         ([*EMOJI, "--templates", __file__], "`templates` is only for classif"),
-        ([*EMOJI, "--plot", "x.txt"], "x.txt must end in one of .png"),
-        ([*EMOJI, "--plot", "gone/x.png"], "gone is not a folder. Make it"),
         ([*EMOJI, "--templates", "gone.txt"], "templates=gone.txt is not a text"),
         ([*EMOJI, "--languages", "en", "en"], "languages has a name twice"),
-        ([*EMOJI, "--skip-invalid", "--no-check-images"],
-         "skip_invalid=True needs check_images=True"),
     ],
 )  # fmt: skip
 def test_a_wrong_command_says_what_is_wrong(
@@ -79,17 +75,13 @@ def test_a_byte_order_mark_is_not_part_of_a_name(tmp_path: Path) -> None:
 
 def choose_models(words: list[str]) -> list[EvaluatedModel]:
     call = parse(LINE, words)
-    return _choose_models(call.args, call.keywords["of_models"])
+    return _choose_models(call.args, call.keywords["model_type"])
 
 
 def test_a_flag_goes_to_the_models_that_it_suits(sources: Any) -> None:
     words = ["evaluate", sources("clip"), "owner/hub-model", "--datasets", "emoji"]
-    chosen = choose_models([*words, "--revision", "main"])
-    assert [model.revision for model in chosen] == [None, "main"]
     chosen = choose_models([*words, "--model-type", "transformers", "open_clip"])
     assert [model.model_type for model in chosen] == ["transformers", "open_clip"]
-    with pytest.raises(ValueError, match=r"`revision` is for a model on the Hub"):
-        choose_models(["evaluate", sources("clip"), "--datasets", "emoji", "--revision", "main"])
 
 
 def test_the_name_of_a_dataset_is_never_a_folder_of_that_name(

@@ -191,7 +191,6 @@ BLOCKED_RUNS = [
     (["gradio"], "serve PLAIN", "serve"),
     (["lancedb"], "serve PLAIN --index DATA", "search"),
     (["open_clip"], "evaluate PLAIN --datasets emoji --tasks retrieval length", "baselines"),
-    (["matplotlib"], "evaluate PLAIN --datasets emoji --plot new.png", "plots"),
 ]
 
 

@@ -13,12 +13,7 @@ from ...data.records.data_hashes import hash_records
 from ...data.records.record_loading import CollectedRecords, collect_records
 from ...data.records.records import CaptionedImage
 from ...data.validation_errors import ErrorCollector
-from .dataset_spec import (
-    CLEANED_TEXTS,
-    OF_DISTRACTORS,
-    DatasetReading,
-    DatasetSpec,
-)
+from .dataset_spec import CLEANED_TEXTS, DatasetReading, DatasetSpec
 from .retrieval_dataset import PublishedRecord
 
 _DIGEST_SHOWN = 8  # hexadecimal digits
@@ -26,7 +21,6 @@ _OWN: dict[str, Any] = {
     "languages": (),
     "license": "yours",
     "citation": "none",
-    "takes_distractors": True,
 }
 _CORRESPONDENCE = {"correspondence": "images of one group share their captions"}
 
@@ -45,14 +39,8 @@ def read_custom_folder(reading: DatasetReading, *, long: bool = False) -> Iterat
     for errors in collected.lost:
         reading.errors.extend(errors)
         reading.num_errors_of_yielded += errors.total - 1
-    invalid, without_image = set(), set()
+    invalid = {row for row, errors in collected.errors_of.items() if errors.total}
     for row, errors in collected.errors_of.items():
-        if "no image" in errors.counts:
-            without_image.add(row)
-        if reading.allow_distractors:
-            errors = errors.without(*OF_DISTRACTORS)
-        if errors.total:
-            invalid.add(row)
         if not reading.skip_invalid or records.read(row, ("lang",)) == (reading.lang,):
             reading.errors.extend(errors)
             reading.num_errors_of_yielded += errors.total
@@ -60,9 +48,7 @@ def read_custom_folder(reading: DatasetReading, *, long: bool = False) -> Iterat
     is_chosen = [np.asarray(pc.equal(batch.column(0), reading.lang)) for batch in batches]
     rows = np.flatnonzero(np.concatenate([[], *is_chosen]))
     for row, record in zip(rows.tolist(), records.select(rows), strict=True):
-        yield _publish(
-            record, long=long, is_valid=row not in invalid, has_image=row not in without_image
-        )
+        yield _publish(record, long=long, is_valid=row not in invalid)
 
 
 def _find_languages(reading: DatasetReading) -> tuple[str, ...]:
@@ -89,15 +75,12 @@ def _collect(reading: DatasetReading) -> CollectedRecords:
             image_dir=reading.image_dir,
             require_images=reading.require_images,
             ignore_fields=reading.ignore_fields,
-            cache=reading.cache.keeps_indexes,
         )
     collected: CollectedRecords = reading.cache.records[how]
     return collected
 
 
-def _publish(
-    record: CaptionedImage, *, long: bool, is_valid: bool, has_image: bool
-) -> PublishedRecord:
+def _publish(record: CaptionedImage, *, long: bool, is_valid: bool = True) -> PublishedRecord:
     return PublishedRecord(
         place=record.place,
         name=record.name,
@@ -105,7 +88,6 @@ def _publish(
         image=record.image,
         group_id=record.group_id,
         is_valid=is_valid,
-        has_image=has_image,
     )
 
 
@@ -116,11 +98,9 @@ def make_records_spec(records: Sequence[CaptionedImage], *, name: str | None = N
     languages = tuple(dict.fromkeys(record.lang for record in records))
 
     def read(reading: DatasetReading) -> Iterator[PublishedRecord]:
-        may_lack_images = reading.allow_distractors and reading.require_images
         for record in records:
             if record.lang == reading.lang:
-                has_image = record.image is not None or not may_lack_images
-                yield _publish(record, long=False, is_valid=True, has_image=has_image)
+                yield _publish(record, long=False)
 
     return DatasetSpec(
         **{**_OWN, "languages": languages},

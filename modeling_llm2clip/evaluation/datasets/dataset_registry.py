@@ -189,7 +189,6 @@ def load_dataset(
     check_images: bool | None = True,
     class_names: Mapping[str, str] | Sequence[str] | None = None,
     templates: Sequence[str] | None = None,
-    allow_distractors: bool = False,
     ignore_fields: Collection[str] = (),
     show_progress: bool = False,
     cache: ReadingCache | None = None,
@@ -212,9 +211,6 @@ def load_dataset(
             Default: those of the dataset. Names that repeat, as some of ImageNet do, are in
             `protocol["repeated_class_names"]`, and their images count as wrong.
         templates: Of a classification: prompts with one `{}`. Default: those of the dataset.
-        allow_distractors: Of one's own data: images without captions and captions without images
-            are candidates that no query asks for, counted in `protocol["distractors"]`. Such an
-            image has `captions: []`, such a caption a `group_id` and no image.
         ignore_fields: Of one's own data: further fields, which are not read and not errors.
         show_progress: Show a progress bar while images are decoded.
         cache: Give the same one for every language of a folder, which is then read once.
@@ -233,11 +229,6 @@ def load_dataset(
         >>> dataset = load_dataset("coco", "my-coco")  # doctest: +SKIP
     """
     spec, folder = resolve_dataset(source, folder)
-    if allow_distractors and not spec.takes_distractors:
-        raise ValueError(
-            f"{spec.name} is a published dataset, whose scores are those of its own images and "
-            "captions. Leave allow_distractors out."
-        )
     reading = _open(
         spec,
         folder,
@@ -248,7 +239,6 @@ def load_dataset(
         check_images=check_images,
         class_names=class_names,
         templates=templates,
-        allow_distractors=allow_distractors,
         ignore_fields=ignore_fields,
         show_progress=show_progress,
         cache=cache or ReadingCache(),

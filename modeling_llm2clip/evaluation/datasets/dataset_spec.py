@@ -12,7 +12,6 @@ protocol has:
 | `with_images` | of a retrieval dataset: false if only its captions were read |
 | `published` | the counts that the publisher gives; empty if none are known |
 | `skipped` | error to its count; empty unless invalid samples were to be skipped |
-| `distractors` | images without captions and captions without images, if they were allowed |
 | `skipped_samples` | how many images, items or lines were skipped, each counted once |
 
 Where they apply there are also `texts`, how a text was taken from its field; `checksums`, whether
@@ -46,12 +45,6 @@ ChoiceForm: TypeAlias = Literal["image", "images", "text"]
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 # The field of the protocol that says how texts were cleaned; see `data.records.clean_text`.
 CLEANED_TEXTS = {"texts": "whitespace at the ends removed, line breaks made spaces"}
-OF_DISTRACTORS = ("no caption", "no image")
-"""Errors of a record that may be a distractor."""
-_ALLOW_DISTRACTORS = (
-    "To evaluate with images without captions, or captions without images, as candidates: "
-    "allow_distractors."
-)
 _TRY_AGAIN = (
     "Only invalid samples are skipped, and these files could not be read. Try again when their "
     "disk or server works, or remove missing files from the source."
@@ -100,7 +93,6 @@ class DatasetSpec:
         find_languages: Lists the languages of a folder, for a spec that names none.
         origin: Where the data is: `files` of a folder that is named, the `package`, or `records`.
         hub_files: Pattern of the files to fetch from a Hub repository; `{lang}` is the language.
-        takes_distractors: Whether its images may be without captions, and captions without images.
         templates: Prompts of a classification, unless others are given.
         form: Form of the choices.
     """
@@ -122,7 +114,6 @@ class DatasetSpec:
     find_languages: Callable[[DatasetReading], tuple[str, ...]] | None = None
     origin: Literal["files", "package", "records"] = "files"
     hub_files: str = "*.parquet"
-    takes_distractors: bool = False
     templates: tuple[str, ...] = ()
     form: ChoiceForm = "image"
 
@@ -155,12 +146,10 @@ class ReadingCache:
     Attributes:
         checked: Images that are known to decode.
         records: Records of folders, by how they were read.
-        keeps_indexes: Keep the index of a large folder in the user's cache.
     """
 
     checked: set[ImageSource] = field(default_factory=set)
     records: dict[Any, Any] = field(default_factory=dict)
-    keeps_indexes: bool = True
 
 
 @dataclass(kw_only=True)
@@ -184,7 +173,6 @@ class DatasetReading:
     check_images: bool | None = True
     class_names: Mapping[str, str] | Sequence[str] | None = None
     templates: Sequence[str] | None = None
-    allow_distractors: bool = False
     ignore_fields: Collection[str] = ()
     show_progress: bool = False
     cache: ReadingCache = field(default_factory=ReadingCache)
@@ -283,9 +271,7 @@ class DatasetReading:
             invalid = [kind for kind in self.errors.counts if kind not in READING_ERRORS]
             self.errors.without(*invalid).raise_if_any(self.source, advice=_TRY_AGAIN)
         if not self.skip_invalid:
-            may_be_distractors = any(kind in self.errors.counts for kind in OF_DISTRACTORS)
-            advice = _ALLOW_DISTRACTORS if may_be_distractors else ""
-            self.errors.raise_if_any(self.source, advice=advice)
+            self.errors.raise_if_any(self.source)
         return dict(self.errors.counts)
 
 

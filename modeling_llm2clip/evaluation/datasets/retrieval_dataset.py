@@ -76,8 +76,7 @@ class RetrievalDataset(EvaluationDataset):
         for image, name in enumerate(self.image_names):
             rows = tuple(texts.of(image).tolist())
             captions = tuple(dict.fromkeys(self.captions[row] for row in rows))
-            if rows:  # not a distractor
-                groups.setdefault(rows, CaptionGroup(name, captions))
+            groups.setdefault(rows, CaptionGroup(name, captions))
         return list(groups.values())
 
     def list_content(self) -> list[Any]:
@@ -95,7 +94,6 @@ class PublishedRecord:
         name: Name of the image; its path in the folder of images unless `image` is given.
         group_id: None for `name`. Images of one group share their captions.
         is_valid: False if the reader has reported an error of it.
-        has_image: False for a distractor that has captions alone.
     """
 
     place: str
@@ -104,7 +102,6 @@ class PublishedRecord:
     image: ImageSource | None = None
     group_id: str | None = None
     is_valid: bool = True
-    has_image: bool = True
 
     @property
     def group(self) -> str:
@@ -129,16 +126,12 @@ def build_retrieval_dataset(reading: DatasetReading) -> RetrievalDataset:
         records.append(checked)
     num_lost = reading.count_lost()
     reading.errors.extend(errors)
-    num_images = sum(record.has_image for record in records)
-    counts = {"images": num_images, "captions": sum(len(record.captions) for record in records)}
-    images = (record.image for record in records if has_images and record.has_image)
+    num_captions = sum(len(record.captions) for record in records)
+    counts = {"images": len(records), "captions": num_captions}
+    images = (record.image for record in records if has_images)
     unreadable = reading.find_unreadable_images(images)
     skipped = reading.finish(counts)
-    valid = [
-        record
-        for record in records
-        if record.is_valid and not (record.has_image and record.image in unreadable)
-    ]
+    valid = [record for record in records if record.is_valid and record.image not in unreadable]
     reading.notes["skipped_samples"] = num_lost + len(records) - len(valid)
     return _assemble(reading, valid, skipped)
 
@@ -148,7 +141,7 @@ def _check_record(
 ) -> PublishedRecord:
     kinds = []
     image = record.image
-    if has_images and record.has_image and image is None and record.is_valid:
+    if has_images and image is None and record.is_valid:
         image_dir = reading.image_dir or reading.folder
         if image_dir is not None and not isinstance(image_dir, str):
             image = find_image(image_dir, record.name)
@@ -156,7 +149,7 @@ def _check_record(
             kinds.append("image missing")
     num_captions = reading.spec.captions_per_image
     captions = [clean_text(caption) for caption in record.captions[:num_captions]]
-    if record.is_valid and not captions and not (reading.allow_distractors and record.has_image):
+    if record.is_valid and not captions:
         kinds.append("no caption")
     if record.is_valid and not all(captions):
         kinds.append("blank caption")
@@ -180,7 +173,6 @@ def _assemble(
         raise ValueError(
             f"{reading.source}: no image is left, because each has an error: {skipped}"
         )
-    with_images = [record for record in records if record.has_image]
     texts_of_group: dict[str, list[str]] = {}
     for record in records:
         if record.group not in texts_of_group:
@@ -189,36 +181,29 @@ def _assemble(
             texts = texts_of_group[record.group]
             texts += [caption for caption in record.captions if caption not in texts]
     captions = [text for texts in texts_of_group.values() for text in texts]
-    image_group_ids = tuple(record.group for record in with_images)
+    image_group_ids = tuple(record.group for record in records)
     correspondence = Correspondence.from_group_ids(
         image_group_ids,
         [group for group, texts in texts_of_group.items() for _ in texts],
-        allows_distractors=reading.allow_distractors,
     )
-    distractors = [len(rows) for rows in correspondence.list_distractors()]
     images = tuple(record.image for record in records if record.image is not None)
     protocol = {
         "dataset": spec.name,
         "lang": reading.lang,
         **spec.protocol,
-        "images": len(with_images),
+        "images": len(records),
         "with_images": bool(images),
         "captions": len(captions),
         "published": spec.list_published_counts(reading.lang),
         "captions_per_image": spec.captions_per_image or "all",
         "captions_of_several_images": _count_shared(texts_of_group),
         "skipped": skipped,
-        **(
-            {"distractors": dict(zip(("images", "captions"), distractors, strict=True))}
-            if reading.allow_distractors
-            else {}
-        ),
         **reading.notes,
     }
     return RetrievalDataset(
         name=spec.name,
         images=images,
-        image_names=tuple(record.name for record in with_images),
+        image_names=tuple(record.name for record in records),
         captions=tuple(captions),
         correspondence=correspondence,
         lang=reading.lang,

@@ -27,7 +27,7 @@ class PositiveLists:
 
     @property
     def counts(self) -> Tensor:
-        """(Q,) int64, number of positives of each row; 0 for a distractor."""
+        """(Q,) int64, number of positives of each row."""
         return self.offsets.diff()
 
     def of(self, query: int) -> Tensor:
@@ -39,19 +39,19 @@ class PositiveLists:
 class Correspondence:
     """Pairs of rows: the texts that describe each image.
 
-    Several texts may belong to one image and several images to one text. Distractors are images
-    without a text and texts without an image: candidates, but not queries.
+    Several texts may belong to one image and several images to one text.
 
     Attributes:
         image_of_pair: (num_pairs,) int64, the image of each pair.
         text_of_pair: (num_pairs,) int64, the text of each pair.
+        is_part: True for some of the rows of one side; the rows of the other are all there.
     """
 
     num_images: int
     num_texts: int
     image_of_pair: Tensor
     text_of_pair: Tensor
-    allows_distractors: bool = False
+    is_part: bool = False
 
     def __post_init__(self) -> None:
         image, text = self.image_of_pair, self.text_of_pair
@@ -72,20 +72,19 @@ class Correspondence:
         if len(repeated := pairs[counts > 1].tolist()):
             named = [divmod(pair, self.num_texts) for pair in repeated]
             raise ValueError(f"{counted(len(named), 'repeated pair')}: {list_first(named)}.")
-        images, texts = (list_first(rows.tolist()) or "none" for rows in self.list_distractors())
-        if (images, texts) != ("none", "none") and not self.allows_distractors:
+        images, texts = (
+            list_first((torch.bincount(rows, minlength=number) == 0).nonzero().flatten().tolist())
+            for rows, number in ((image, self.num_images), (text, self.num_texts))
+        )
+        if (images or texts) and not self.is_part:
             raise ValueError(
                 "Images and texts do not correspond. Rows of images without a text: "
-                f"{images}; rows of texts without an image: {texts}."
+                f"{images or 'none'}; rows of texts without an image: {texts or 'none'}."
             )
 
     @classmethod
     def from_group_ids(
-        cls,
-        image_group_ids: Sequence[Hashable],
-        text_group_ids: Sequence[Hashable],
-        *,
-        allows_distractors: bool = False,
+        cls, image_group_ids: Sequence[Hashable], text_group_ids: Sequence[Hashable]
     ) -> Correspondence:
         """Pair every image with every text of the same group."""
         number_of: dict[Hashable, int] = {}
@@ -101,7 +100,7 @@ class Correspondence:
         first_pair = (counts.cumsum(0) - counts).repeat_interleave(counts)
         places = torch.arange(len(image_of_pair)) - first_pair
         text_of_pair = of_group.members[of_group.offsets[images[image_of_pair]] + places]
-        return cls(len(images), len(texts), image_of_pair, text_of_pair, allows_distractors)
+        return cls(len(images), len(texts), image_of_pair, text_of_pair)
 
     @classmethod
     def from_image_of_text(
@@ -118,20 +117,10 @@ class Correspondence:
 
     @property
     def image_of_text(self) -> Tensor:
-        """Image of each text, of several the last, (num_texts,) int64; 0 for a distractor."""
+        """Image of each text, of several the last, (num_texts,) int64."""
         images = torch.zeros(self.num_texts, dtype=torch.int64)
         images[self.text_of_pair] = self.image_of_pair
         return images
-
-    def list_distractors(self) -> tuple[Tensor, Tensor]:
-        """List the images without a text, and the texts without an image, as ascending rows."""
-        images, texts = (
-            (torch.bincount(rows, minlength=number) == 0).nonzero().flatten()
-            for rows, number in (
-                (self.image_of_pair, self.num_images), (self.text_of_pair, self.num_texts),
-            )
-        )  # fmt: skip
-        return images, texts
 
     def texts_of_images(self) -> PositiveLists:
         """List the texts of every image: the positives of i2t retrieval."""

@@ -31,25 +31,18 @@ _MIN_LENGTH = 1e-12
 class Ranking:
     """Ranks of the positives of every query, in one direction of retrieval.
 
-    Distractors, which have no positive, are candidates and not queries.
-
     Attributes:
-        num_candidates: Number of rows that a query is compared with, distractors included.
+        num_candidates: Number of rows that a query is compared with.
         num_positives: (Q,) int64, number of right ones among them.
         best_ranks: (Q,) int64, rank of the best positive of each query; 1 is best.
         positive_ranks: (num_pairs,) int64, ranks of all positives of query 0, then of query 1, …,
             ascending within a query; None unless requested.
-        queries: (Q,) int64, row of each query; None if every row is one.
     """
 
     num_candidates: int
     num_positives: Tensor
     best_ranks: Tensor
     positive_ranks: Tensor | None = None
-    queries: Tensor | None = None
-
-    def select(self, of_rows: Tensor) -> Tensor:
-        return of_rows if self.queries is None else of_rows[self.queries]
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +172,7 @@ def _select_pairs(correspondence: Correspondence, side: int, queries: Tensor) ->
     pairs[side], sizes[side] = places[pairs[side]], len(queries)
     image, text = (rows[is_kept] for rows in pairs)
     num_images, num_texts = sizes
-    return Correspondence(num_images, num_texts, image, text, allows_distractors=True)
+    return Correspondence(num_images, num_texts, image, text, is_part=True)
 
 
 def _require_fit(image_embeds: Tensor, text_embeds: Tensor, correspondence: Correspondence) -> None:
@@ -245,8 +238,7 @@ class _NegativeCounts:
                 self._counts[places] += self._count(tile, rows[part], scores, places)
 
     def to_ranking(self, num_candidates: int) -> Ranking:
-        is_query = self._positives.counts > 0
-        num_positives = self._positives.counts[is_query]
+        num_positives = self._positives.counts
         num_ranks = num_positives if self._all_positives else torch.ones_like(num_positives)
         first = num_ranks.cumsum(0) - num_ranks
         places = torch.arange(len(self._counts)) - first.repeat_interleave(num_ranks)
@@ -256,7 +248,6 @@ class _NegativeCounts:
             num_positives=num_positives,
             best_ranks=ranks[first],
             positive_ranks=ranks if self._all_positives else None,
-            queries=None if is_query.all() else is_query.nonzero().flatten(),
         )
 
     def list_unsure(self) -> Tensor:

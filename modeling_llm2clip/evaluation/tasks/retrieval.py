@@ -88,13 +88,10 @@ def _rank(
         images, texts.embeds, correspondence, all_positives=True, device=encoder.ranking_device
     )
     counts: dict[str, Any] = {"images": len(images), **count_texts(texts)}
-    if correspondence.allows_distractors:
-        of_images, of_texts = correspondence.list_distractors()
-        counts |= {"image_distractors": len(of_images), "text_distractors": len(of_texts)}
     groups = dataset.number_groups()
     directions = {
-        "t2i": (ranks.t2i, ranks.t2i.select(groups[correspondence.image_of_text])),
-        "i2t": (ranks.i2t, ranks.i2t.select(groups)),
+        "t2i": (ranks.t2i, groups[correspondence.image_of_text]),
+        "i2t": (ranks.i2t, groups),
     }
     return directions, counts
 

@@ -46,23 +46,21 @@ def _run_length(encoder: EvaluationEncoder, datasets: Datasets) -> TaskScores:
         ranking = rank_retrieval(
             images, texts.embeds, dataset.correspondence, device=encoder.ranking_device
         ).t2i
-        asked = ranking.select(torch.arange(len(queries)))
-        clusters = ranking.select(dataset.number_groups()[dataset.correspondence.image_of_text])
-        lengths = [lengths[row] for row in asked.tolist()]
+        clusters = dataset.number_groups()[dataset.correspondence.image_of_text]
     else:
         pairs = _split_captions(dataset)
         queries = [first for first, _ in pairs]
         lengths = count_clip_tokens(queries)
         texts = encoder.encode_texts([*queries, *(second for _, second in pairs)])
         ranking = rank_pairs(texts.embeds, device=encoder.ranking_device).i2t
-        asked = clusters = torch.arange(len(queries))
+        clusters = torch.arange(len(queries))
     counts = {
         "images": len(dataset.images),
         "captions": len(dataset.captions),
-        "queries": len(asked),
+        "queries": len(queries),
         **count_texts(texts),
     }
-    is_truncated = None if texts.is_truncated is None else texts.is_truncated[asked]
+    is_truncated = None if texts.is_truncated is None else texts.is_truncated[: len(queries)]
     return TaskScores(score_lengths(ranking, lengths, is_truncated, clusters), counts)
 
 

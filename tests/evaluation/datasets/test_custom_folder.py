@@ -130,8 +130,6 @@ def test_a_large_folder_is_read_through_its_index_unless_it_has_errors(
     monkeypatch.setattr(record_index, "_MOST_ROWS_IN_MEMORY", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = write_own_folder(tmp_path / "data")
-    load_dataset("folder", folder, lang="en", cache=ReadingCache(keeps_indexes=False))
-    assert not list(tmp_path.rglob("*.arrow"))
     dataset = load("folder", folder, lang="en", skip_invalid=True)
     (index,) = tmp_path.rglob("*.arrow")
     monkeypatch.setattr(record_index, "_build", None)  # it is not built again
@@ -161,61 +159,21 @@ def test_a_record_without_a_long_caption_is_an_error_if_long_ones_are_wanted(
     assert errors_of("folder-long", write_own_folder(tmp_path), lang="de") == {"no caption": 2}
 
 
-def write_distractors(folder: Path) -> Path:
-    """An image with no caption, a caption with no image, and one more of the cats."""
-    write_own_folder(folder)
-    write_images(folder, ["d.jpg"])
+def test_an_image_without_captions_and_a_caption_without_image_are_errors(tmp_path: Path) -> None:
+    write_images(write_own_folder(tmp_path), ["d.jpg"])
     append(
-        folder,
+        tmp_path,
         '\n{"image": "d.jpg", "captions": [], "lang": "en"}',
         '{"group_id": "bird", "captions": ["a bird", "one bird"], "lang": "en"}',
-        '{"group_id": "cat", "captions": ["my cat"], "lang": "en"}',
     )
-    return folder
-
-
-def test_distractors_are_candidates_that_no_query_asks_for_and_are_counted(
-    tmp_path: Path,
-) -> None:
-    folder = write_distractors(tmp_path)
-    dataset = load("folder", folder, lang="en", allow_distractors=True)
-    assert captions_by_image(dataset)["a.jpg"] == ["a cat", "one cat", "my cat"]
-    assert dataset.image_names == ("a.jpg", "b.jpg", "c.jpg", "d.jpg")
-    assert len(dataset.images) == 4
-    images, texts = dataset.correspondence.list_distractors()
-    assert images.tolist() == [3]
-    assert [dataset.captions[row] for row in texts.tolist()] == ["a bird", "one bird"]
-    assert dataset.protocol["distractors"] == {"images": 1, "captions": 2}
-    assert dataset.protocol["images"] == 4 and dataset.protocol["skipped_samples"] == 0
-
-
-def test_distractors_are_errors_that_name_the_option_unless_they_are_allowed(
-    tmp_path: Path,
-) -> None:
-    folder = write_distractors(tmp_path)
-    assert errors_of("folder", folder, lang="en") == {"no caption": 1, "no image": 2}
-    with pytest.raises(DataValidationError, match="as candidates: allow_distractors"):
-        load_dataset("folder", folder, lang="en")
-    # A name without its file is an error anyway.
-    append(folder, '{"image": "gone.jpg", "captions": [], "lang": "en"}')
-    with pytest.raises(DataValidationError, match="image missing: 1"):
-        load_dataset("folder", folder, lang="en", allow_distractors=True)
-
-
-def test_records_may_have_distractors_and_published_datasets_may_not(tmp_path: Path) -> None:
-    write_images(tmp_path, ["a.jpg", "b.jpg"])
+    assert errors_of("folder", tmp_path, lang="en") == {"no caption": 1, "no image": 1}
+    write_images(tmp_path, ["a.jpg"])
     records = [
         CaptionedImage(tmp_path / "a.jpg", "a", "a", ("a cat",)),
-        CaptionedImage(tmp_path / "b.jpg", "b", "b", ()),
         CaptionedImage(None, "c", "c", ("a dog",)),
     ]
-    dataset = load(records, allow_distractors=True)
-    assert dataset.image_names == ("a", "b") and dataset.captions == ("a cat", "a dog")
-    assert dataset.protocol["distractors"] == {"images": 1, "captions": 1}
     with pytest.raises(DataValidationError, match="image missing: 1"):
         load_dataset(records)
-    with pytest.raises(ValueError, match="emoji is a published dataset"):
-        load_dataset("emoji", lang="en", allow_distractors=True)
 
 
 def test_what_cannot_be_read_is_not_skipped_as_invalid(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ def test_group_ids_pair_every_image_with_every_text_of_the_same_group():
 
 def test_groups_pair_each_of_their_images_with_each_of_their_texts():
     chosen = random.Random(0)
-    images, texts = (chosen.choices("abcdefgh", k=count) for count in (12, 20))
-    found = Correspondence.from_group_ids(images, texts, allows_distractors=True)
+    images, texts = ([*"abcdefgh", *chosen.choices("abcdefgh", k=count)] for count in (4, 12))
+    found = Correspondence.from_group_ids(images, texts)
     pairs = zip(found.image_of_pair.tolist(), found.text_of_pair.tolist(), strict=True)
     wanted = product(range(12), range(20))
     assert sorted(pairs) == [(i, t) for i, t in wanted if images[i] == texts[t]]
@@ -58,12 +58,3 @@ def make(images, texts, num_images=2, num_texts=2):
 def test_incomplete_or_repeated_pairs_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
-
-
-def test_distractors_are_rows_without_a_counterpart_where_they_are_allowed():
-    found = Correspondence.from_group_ids("abxa", "bacy", allows_distractors=True)
-    images, texts = found.list_distractors()
-    assert (images.tolist(), texts.tolist()) == ([2], [2, 3])
-    assert found.texts_of_images().counts.tolist() == [1, 1, 0, 1]
-    with pytest.raises(ValueError, match="at least one; got none"):
-        Correspondence.from_group_ids("ab", "cd", allows_distractors=True)
