@@ -48,7 +48,7 @@ BUDGETS = {
     "conversion": 604,
     "data": 4802,
     "demo": 86,
-    "doctor": 1345,
+    "doctor": 1068,
     "embedding": 1258,
     "encoding": 958,
     "evaluation": 2927,
@@ -57,7 +57,7 @@ BUDGETS = {
     "recipes": 469,
     "scheduling": 83,
     "search": 1563,
-    "serving": 1570,
+    "serving": 1457,
     "training": 4497,
 }
 NUM_FILES = 279

@@ -22,7 +22,6 @@ _KEEP_ALIVE_S = 75  # longer than load balancers keep theirs
 
 def create_app(
     service: EmbeddingService,
-    config: ServeConfig | None = None,
     page: Callable[[FastAPI, EmbeddingService], object] | None = None,
 ) -> FastAPI:
     """Make the web application of a service, which it closes at its end.
@@ -32,7 +31,6 @@ def create_app(
 
     Args:
         service: The service that answers requests.
-        config: Limits; those of the service by default.
         page: Called with the application and the service; adds a page at `/` to the application.
             Without it `/` leads to the documentation of the API.
 
@@ -55,18 +53,19 @@ def create_app(
     from .request_guard import RequestGuard, ServerMetrics
     from .routes import make_web_app
 
-    config = config or service.config
     api_key = os.environ.get(API_KEY_VARIABLE)
     if api_key is not None and not api_key.strip():
         raise ValueError(f"{API_KEY_VARIABLE} is blank. Give a key, or unset it.")
     metrics = ServerMetrics(service)
-    app = make_web_app(service, config, metrics)
+    app = make_web_app(service, metrics)
     routes = frozenset(app.openapi()["paths"])
     if page is None:
         app.add_api_route("/", lambda: RedirectResponse("docs"), include_in_schema=False)
     else:
         page(app, service)
-    app.add_middleware(RequestGuard, config=config, metrics=metrics, api_key=api_key, routes=routes)
+    app.add_middleware(
+        RequestGuard, config=service.config, metrics=metrics, api_key=api_key, routes=routes
+    )
     return app
 
 

@@ -269,15 +269,12 @@ def _build_page(page: DemoPage) -> gr.Blocks:
     # folder that it serves, whatever the component.
     for block in blocks.blocks.values():
         block.async_move_resource_to_block_cache = partial(_take_upload, block)
-        block.move_resource_to_block_cache = None  # only examples use it
     blocks.queue(default_concurrency_limit=_RUNNING, max_size=_WAITING)
     return blocks
 
 
 def _describe(service: EmbeddingService) -> str:
     parts = [f"**{_escape(service.model_name)}**"]
-    if service.training_data:
-        parts.append(f"trained on {_escape(', '.join(service.training_data))}")
     if service.index is not None:
         parts.append(f"{counted(len(service.index), 'image')} to search")
     return " · ".join(parts)

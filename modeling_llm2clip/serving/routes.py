@@ -23,7 +23,6 @@ from starlette.exceptions import HTTPException
 
 from .._environment import list_versions
 from .._suggestions import list_first
-from ..configs.serve_config import ServeConfig
 from ..search.search_results import SearchResult
 from . import schemas
 from .image_inputs import ImageInputs
@@ -155,7 +154,7 @@ def _dump(content: Any, depth: int = 3) -> str:
     return json.dumps(content, allow_nan=False, separators=(",", ":"), default=datetime.isoformat)
 
 
-def make_web_app(service: EmbeddingService, config: ServeConfig, metrics: ServerMetrics) -> FastAPI:
+def make_web_app(service: EmbeddingService, metrics: ServerMetrics) -> FastAPI:
     """Make the application, with nothing at `/` yet; it closes the service when it ends."""
 
     @asynccontextmanager
@@ -175,7 +174,7 @@ def make_web_app(service: EmbeddingService, config: ServeConfig, metrics: Server
     router = APIRouter(
         responses=_ERRORS, default_response_class=JsonResponse, route_class=JsonRoute
     )
-    images = ImageInputs(config)
+    images = ImageInputs(service.config)
     _add_embeddings(router, service, images)
     _add_uses(router, service, images)
     app.include_router(router)

@@ -35,7 +35,6 @@ from ..encoding.float32 import float32_as_such
 from ..encoding.layer_compilation import compile_layers
 from ..encoding.tokenized_texts import TokenizedText, TokenizedTexts
 from ..image_loading_llm2clip import get_image_limits
-from ..model_folders.model_card import read_card_data
 from ..model_folders.model_folder import find_model_folder
 from ..model_folders.model_loading import load_model, require_trained
 from ..model_folders.onnx_folder import find_onnx_folder, load_onnx_encoder
@@ -67,7 +66,6 @@ class EmbeddingService:
         model_name: What requests and responses call the model.
         model_config: Configuration of the model, with its instructions; None if there are none.
         index: Images to search, of the same model.
-        training_data: Names of the datasets that the model was trained on.
         training_images: Which images the model was trained on; None where that is not known.
         on_batch: Called after each batch, in the thread that runs the model.
 
@@ -92,7 +90,6 @@ class EmbeddingService:
         model_name: str,
         model_config: LLM2CLIPConfig | None = None,
         index: ImageIndex | None = None,
-        training_data: Sequence[str] = (),
         training_images: TrainingImages | None = None,
         on_batch: OnBatch | None = None,
     ) -> None:
@@ -101,7 +98,6 @@ class EmbeddingService:
         self._limits = get_image_limits(**config.list_limits())
         self.model_name = model_name
         self.index = index
-        self.training_data = tuple(training_data)
         self.training_images = training_images
         self.on_batch = on_batch
 
@@ -174,7 +170,6 @@ class EmbeddingService:
             model_name=config.model_name or Path(model).resolve().name,
             model_config=saved,
             index=images,
-            training_data=read_card_data(source, training_alone=True).training_data,
             training_images=read_training_images(source),
         )
 

@@ -232,7 +232,7 @@ def test_a_classification_asks_for_a_bounded_number_of_labels(url: str) -> None:
         status, answer, _ = send(f"{url}/v1/classify", {**body, "top_k": top_k})
         assert status == 400
         labels = top_k or 101
-        expected = f"201 images with {labels} labels each ask for {201 * labels:,} labels"
+        expected = f"201 images ask for {201 * labels:,} results"
         assert expected in answer["error"]["message"]
 
 

@@ -246,14 +246,6 @@ def test_an_untrained_model_is_not_served(tmp_path: Any) -> None:
         EmbeddingService.open(folder)
 
 
-def test_of_a_card_a_server_reads_the_training_data_alone(tmp_path: Path) -> None:
-    folder = save_model(*shared_model(), tmp_path / "model")
-    (folder / "README.md").write_text("---\nlicense: [mit]\ntraining_data: emoji\n---\n")
-    service = EmbeddingService.open(folder)
-    service.close()
-    assert service.training_data == ("emoji",)
-
-
 INSTRUCTIONS = {"query": "Find an image: ", "topic": "Name the topic: "}
 
 
