@@ -27,6 +27,7 @@ def push(
     revision: str = "main",
     commit_message: str = "Upload LLM2CLIP model",
     allow_files: tuple[str, ...] = (),
+    delete_others: bool = False,
     dry_run: bool = False,
     config: DeviceConfig,
 ) -> int:
@@ -44,14 +45,21 @@ def push(
         revision: Branch to upload to; created if it does not exist.
         commit_message: Message of the commit.
         allow_files: Paths in FOLDER of files that look like credentials but are not. Default: none.
-        dry_run: Check the folder, and list files and sizes; upload nothing.
+        delete_others: Delete the branch's files that FOLDER lacks, except evaluation results in
+            .eval_results/.
+        dry_run: Check the folder, and list files and sizes; upload nothing. With --delete-others,
+            also list what would be deleted.
         config: Where the model runs while it is checked.
     """
     require_model(folder)
     device = str(use_device(config.device))
+    from huggingface_hub import HfApi
+
     from ..publishing.push_to_hub import (
         check_publishable,
+        describe_deleted,
         describe_files,
+        list_others,
         push_to_hub,
         require_repo_id,
     )
@@ -60,6 +68,8 @@ def push(
     if dry_run:
         files = check_publishable(folder, license=license, device=device, allow_files=allow_files)
         print(describe_files(files))
+        if delete_others:
+            print(describe_deleted(list_others(HfApi(), repo_id, files, revision=revision)))
         shown = "private" if private else "public"
         print(
             f"Nothing was uploaded to {repo_id} ({shown}, branch {revision}). "
@@ -75,6 +85,7 @@ def push(
         commit_message=commit_message,
         device=device,
         allow_files=allow_files,
+        delete_others=delete_others,
     )
     print(f"Published {address}. Pin its last part with revision=… when you load it.")
     return 0

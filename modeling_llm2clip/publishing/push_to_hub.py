@@ -9,7 +9,7 @@ import mmap
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -85,12 +85,13 @@ def push_to_hub(
     private: bool = True,
     revision: str = "main",
     commit_message: str = COMMIT_MESSAGE,
+    delete_others: bool = False,
     token: str | None = None,
     device: str = "auto",
     allow_files: Sequence[str] = (),
     show: Callable[[str], object] = print,
 ) -> str:
-    """Upload a model folder in one commit, after which the branch has its files and no others.
+    """Upload a model folder in one commit.
 
     The card is first written with the repository's name and the license; a card that somebody
     edited only gets the license. Then all files are shown with their sizes. Large files are sent
@@ -104,17 +105,19 @@ def push_to_hub(
         private: Whether only its owners see it. A model cannot be taken back once it was public.
         revision: Branch, created from `main` where it does not exist.
         commit_message: Message of the commit.
+        delete_others: Delete the branch's files that the folder lacks; see `list_others`.
         token: None for huggingface_hub's own.
         device: Where the model is checked first; see `find_device`.
         allow_files: Paths in the folder of files that look like credentials and are not.
-        show: Called with the list of the files; what it raises stops the upload.
+        show: Called with the list of the files and with what is deleted; what it raises stops the
+            upload.
 
     Returns:
         Address of the commit; its last part is the revision to pin.
 
     Raises:
-        ValueError: As `check_publishable`; or the repository exists and is public where private was
-            wanted, or the reverse.
+        ValueError: As `check_publishable`; the repository exists and is public where private was
+            wanted, or the reverse; or it has files of another model that would remain.
         RuntimeError: The Hub refuses, or the upload breaks off.
 
     Examples:
@@ -131,12 +134,16 @@ def push_to_hub(
     api = HfApi(token=token)
     try:
         _prepare_repository(api, repo_id, private=private, revision=revision)
+        others = list_others(api, repo_id, files, revision=revision)
+        if delete_others:
+            show(describe_deleted(others))
+        else:
+            _require_none_of_model(repo_id, others)
         commit: CommitInfo = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            # Patterns that match these paths alone.
-            allow_patterns=[re.sub(r"([*?[])", r"[\1]", path) for path in files],
-            delete_patterns="*",
+            allow_patterns=_match_exactly(files),
+            delete_patterns=_match_exactly(others) if delete_others else None,
             commit_message=commit_message,
             revision=revision,
         )
@@ -150,6 +157,7 @@ def push_to_hub(
             *([] if revision == "main" else ["--revision", revision]),
             *([] if commit_message == COMMIT_MESSAGE else ["--commit-message", commit_message]),
             *(["--allow-files", *allow_files] if allow_files else []),
+            *(["--delete-others"] if delete_others else []),
         ])  # fmt: skip
         raise RuntimeError(_explain(error, repo_id, again)) from error
     return str(commit.commit_url)
@@ -214,6 +222,39 @@ def _prepare_repository(api: HfApi, repo_id: str, *, private: bool, revision: st
         )
     if revision != "main":
         api.create_branch(repo_id, branch=revision, exist_ok=True)
+
+
+def list_others(
+    api: HfApi, repo_id: str, files: Iterable[str], *, revision: str = "main"
+) -> list[str]:
+    """List the files of a branch that a folder lacks.
+
+    Evaluation results of the community (`.eval_results/`) and `.gitattributes` are not among them.
+    """
+    if not api.repo_exists(repo_id):
+        return []
+    start = revision if api.revision_exists(repo_id, revision) else "main"  # of the new branch
+    others = set(api.list_repo_files(repo_id, revision=start)) - {".gitattributes", *files}
+    return sorted(path for path in others if not path.startswith(".eval_results/"))
+
+
+def describe_deleted(others: Sequence[str]) -> str:
+    return f"Deleted from the repository: {', '.join(others) or 'nothing'}."
+
+
+def _require_none_of_model(repo_id: str, others: Sequence[str]) -> None:
+    """Refuse to leave files of another model that loaders would read with the new ones."""
+    if mixed := [path for path in others if _is_own_file(path)]:
+        raise ValueError(
+            f"{repo_id} has files of another model that this folder lacks: {', '.join(mixed)}. "
+            "Loaders would mix both models. Push to another --revision or repository, or delete "
+            "all files that the folder lacks with --delete-others (list them first with --dry-run)."
+        )
+
+
+def _match_exactly(paths: Iterable[str]) -> list[str]:
+    """Return patterns that match these paths alone."""
+    return [re.sub(r"([*?[])", r"[\1]", path) for path in paths]
 
 
 def _explain(error: Exception, repo_id: str, again: str) -> str:
@@ -282,14 +323,14 @@ def describe_files(files: Mapping[str, int]) -> str:
     """List files with their sizes and sum, and name files that are not part of a model folder."""
     lines = [f"{num_bytes:>15,}  {path}" for path, num_bytes in files.items()]
     lines.append(f"{sum(files.values()):>15,}  bytes in {counted(len(files), 'file')}.")
-    others = [
-        path
-        for path in files
-        if not is_legal_file(path) and not any(fnmatch(path, pattern) for pattern in _OWN_FILES)
-    ]
+    others = [path for path in files if not (is_legal_file(path) or _is_own_file(path))]
     if others:
         lines.append(f"Not of the model, but in its folder: {', '.join(others)}.")
     return "\n".join(lines)
+
+
+def _is_own_file(path: str) -> bool:
+    return any(fnmatch(path, pattern) for pattern in _OWN_FILES)
 
 
 def _walk(folder: Path) -> Iterator[Path]:

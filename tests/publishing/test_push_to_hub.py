@@ -55,14 +55,21 @@ def run(*arguments):
         code = main(arguments)
     answers.append([code, out.getvalue(), err.getvalue()])
 """
+# What others add on the Hub: a merged evaluation result, graphs, a picture.
+ADDED = (".eval_results/mteb.yaml", "onnx/model.onnx", "picture [1].png")
 PUBLISH = f"""
+from huggingface_hub import CommitOperationAdd, HfApi
 source, again, other, opened = sys.argv[1:5]
 # The Hub refuses one of the large files of the first upload.
 assert main(["export", source, again, "--max-shard-size", "50KB"]) == 0
 run("push", again, "{NAME}")
+HfApi().create_commit("{NAME}", commit_message="By others", operations=[
+    CommitOperationAdd(path, path.encode()) for path in {list(ADDED)}])
 run("push", again, "{NAME}", "--commit-message", "Second try")
 run("push", other, "{NAME}")
-run("push", again, "{NAME}", "--revision", "sharded")
+run("push", other, "{NAME}", "--delete-others", "--dry-run")
+run("push", other, "{NAME}", "--delete-others")
+run("push", again, "{NAME}", "--revision", "sharded", "--delete-others")
 run("push", again, "{NAME}", "--no-private")
 run("push", opened, "{OPEN}", "--no-private")
 run("push", opened, "{OPEN}")
@@ -182,14 +189,14 @@ def test_what_the_hub_calls_a_bad_request_is_explained_with_the_whole_command(
     ) as raised:
         push_to_hub(
             folder, NAME, private=False, revision="next", commit_message="New towers",
-            allow_files=["token.txt"],
+            allow_files=["token.txt"], delete_others=True,
         )  # fmt: skip
     [again] = re.findall(r"`llm2clip (push .*)`", str(raised.value))
     call = parse(LINE, shlex.split(again))
     assert call.args == (folder, NAME)
     expected = {
         "private": False, "revision": "next", "commit_message": "New towers",
-        "allow_files": ("token.txt",),
+        "allow_files": ("token.txt",), "delete_others": True,
     }  # fmt: skip
     assert expected.items() <= call.keywords.items()
 
@@ -286,10 +293,9 @@ def test_an_upload_that_breaks_off_shows_nothing_and_says_how_to_go_on(
     assert code == 2
     assert f"The upload to {NAME} broke off, and nothing of it is visible there" in error
     assert f"Repeat it with `llm2clip push {published.sharded} {NAME}`" in error
-    first, second, *_ = published.snapshots()
-    assert set(first) == {".gitattributes"}
-    del second[".gitattributes"]
-    assert second == read_folder(published.sharded)
+    by_hub, by_others, *_ = published.snapshots()
+    assert set(by_hub) == {".gitattributes"}
+    assert set(by_others) == {".gitattributes", *ADDED}
 
 
 def test_a_repeated_upload_does_not_send_again_what_had_arrived(published: Published) -> None:
@@ -298,25 +304,38 @@ def test_a_repeated_upload_does_not_send_again_what_had_arrived(published: Publi
     assert len(puts) == len(set(puts)) == len(published.hub.objects) > 3
 
 
-def test_each_upload_is_one_commit_that_holds_the_folder_and_nothing_older(
+def test_a_push_deletes_nothing_unasked_and_never_the_evaluation_results_of_others(
     published: Published,
 ) -> None:
-    # Made by the Hub, the repeated upload, another model, and a branch of its own.
-    assert len(published.snapshots()) == 4
-    third = published.snapshots()[2]
-    del third[".gitattributes"]
-    assert third == read_folder(published.other)
-    assert not any(path.startswith("model-0") for path in third)
+    # By the Hub, by others, the repeated upload, another model, and a branch of its own.
+    *_, kept, other, branch = published.snapshots()
+    assert len(published.snapshots()) == 5
+    added = {path: path.encode() for path in ADDED}
+    attributes = {".gitattributes": kept[".gitattributes"]}
+    assert kept == attributes | added | read_folder(published.sharded)
+    results = {path: added[path] for path in ADDED[:1]}
+    assert other == attributes | results | read_folder(published.other)
+    assert branch == attributes | results | read_folder(published.sharded)
     shas = list(published.repository.commits)
-    assert published.repository.references == {"main": shas[2], "sharded": shas[3]}
-    branch = published.snapshots()[3]
-    del branch[".gitattributes"]
-    assert branch == read_folder(published.sharded)
+    assert published.repository.references == {"main": shas[3], "sharded": shas[4]}
+
+
+def test_what_a_push_deletes_is_listed_before(published: Published) -> None:
+    """So are its weights that loaders would mix with the new ones: they are deleted or refused."""
+    refused, dry, pushed = published.answers[2:5]
+    shards = [path for path in published.snapshots()[2] if path.startswith("model")]
+    shards = sorted(path for path in shards if path not in read_folder(published.other))
+    assert refused[0] == 2 and len(shards) > 2
+    assert f"another model that this folder lacks: {', '.join(shards)}. Loaders" in refused[2]
+    deleted = ", ".join([*shards, *ADDED[1:]])
+    for answer in (dry, pushed):
+        assert answer[0] == 0 and f"Deleted from the repository: {deleted}.\n" in answer[1]
 
 
 def test_the_address_ends_in_the_revision_to_pin(published: Published) -> None:
     shas = list(published.repository.commits)
-    for answer, sha in zip(published.answers[1:4], shas[1:], strict=True):
+    answers = [published.answers[number] for number in (1, 4, 5)]
+    for answer, sha in zip(answers, shas[2:], strict=True):
         assert re.search(rf"Published http\S+/{NAME}/commit/{sha}\.", answer[1]), answer
 
 
@@ -325,7 +344,7 @@ def test_a_repository_is_private_unless_it_is_to_be_public_and_stays_so(
 ) -> None:
     assert published.repository.private
     assert not published.hub.repositories[OPEN].private
-    to_private, made, to_public = published.answers[4:7]
+    to_private, made, to_public = published.answers[6:9]
     assert made[0] == 0 and to_private[0] == to_public[0] == 2
     assert f"{NAME} exists and is private, but public was wanted" in to_private[2]
     assert f"{OPEN} exists and is public, but private was wanted" in to_public[2]
@@ -336,7 +355,7 @@ def test_a_license_that_the_hub_does_not_know_is_refused_before_the_upload(
     published: Published,
 ) -> None:
     """The Hub has the list, and is asked before a file is sent."""
-    code, _, error = published.answers[7]
+    code, _, error = published.answers[9]
     assert code == 2 and '"license" must be one of' in error
     assert len(published.hub.repositories[OPEN].commits) == 2
 
@@ -345,7 +364,7 @@ def test_without_a_token_nothing_is_published_and_the_error_says_how_to_get_one(
     published: Published,
 ) -> None:
     assert published.hub.token not in json.dumps(published.answers)
-    push, doctor = published.answers[8:]
+    push, doctor = published.answers[10:]
     assert push[0] == 2
     assert "there is no valid token. Log in with `hf auth login`, or set HF_TOKEN" in push[2]
     assert doctor[0] == 1 and "the Hub has no such repository" in doctor[1]
@@ -358,7 +377,7 @@ def test_without_a_token_nothing_is_published_and_the_error_says_how_to_get_one(
 def test_a_private_repository_loads_with_a_token_at_its_newest_or_pinned_revision(
     way: str, published: Published, tmp_path: Path
 ) -> None:
-    first = list(published.repository.commits)[1]
+    first = list(published.repository.commits)[2]
     newest, pinned, refused, unknown = run_client(
         LOAD, published.hub.environment(tmp_path), way, first, with_package=way == "package"
     )
