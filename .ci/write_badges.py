@@ -1,4 +1,5 @@
-"""Writes the badges of the README, and of the notebooks what opens them in Colab.
+"""Writes the badges of the README, and of the notebooks what opens them in Colab, and the address
+of the package that model cards name.
 
     python .ci/write_badges.py
 
@@ -20,7 +21,9 @@ import nbformat
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+CARDS = ROOT / "modeling_llm2clip" / "model_folders" / "model_card.py"
 PAPER = "2411.04997"
+_ADDRESS = re.compile(r"^(ADDRESS: .* = ).*", re.MULTILINE)
 _BADGES = re.compile(r"(<!-- badges -->\n)(.*?)(<!-- /badges -->)", re.DOTALL)
 _INSTALL_TAG = "install"
 _BADGE_LINE = re.compile(r"^\[!\[Open in Colab\].*\n\n", re.MULTILINE)
@@ -41,8 +44,10 @@ if importlib.util.find_spec("modeling_llm2clip") is None:
 
 
 def main() -> None:
-    """Write the README and every notebook."""
+    """Write the README, the address on model cards, and every notebook."""
     url = read_repository()
+    address = rf"\g<1>{json.dumps(url) if url else None}"
+    CARDS.write_text(_ADDRESS.sub(address, CARDS.read_text("utf-8")), "utf-8")
     readme = ROOT / "README.md"
     readme.write_text(render_readme(readme.read_text("utf-8"), url), "utf-8")
     for path in sorted((ROOT / "examples").glob("*.ipynb")):

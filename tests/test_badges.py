@@ -13,6 +13,8 @@ from types import ModuleType
 import nbformat
 import pytest
 
+from modeling_llm2clip.model_folders import model_card
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 URL = "https://github.com/somebody/their-copy"
@@ -33,6 +35,7 @@ def test_the_readme_has_the_badges_of_setup_cfg_and_of_the_repository_if_any(
 ) -> None:
     text = (ROOT / "README.md").read_text("utf-8")
     assert script.render_readme(text, script.read_repository()) == text
+    assert script.read_repository() == model_card.ADDRESS
     with pytest.raises(ValueError, match="no '<!-- badges -->'"):
         script.render_readme("# A title", None)
 

@@ -80,7 +80,7 @@ def _render(name: str, results: Path) -> str:
 def _read_card_sections() -> str:
     """Read the sections that every model card has, so that they are written once."""
     text = CARD_TEMPLATE.read_text(encoding="utf-8")
-    start, end = text.index("## Intended use"), text.index("## Check before use")
+    start, end = text.index("## Intended use"), text.index("## Training data")
     return f"\n{text[start:end]}"
 
 

@@ -26,7 +26,10 @@ from .model_folder import fetch_hub_file
 from .model_loading import describe_untrained
 from .weights import open_model_weights
 
-# Arguments of a dataset and of a metric in the Hub's `model-index`.
+# Where the package is published, written by `.ci/write_badges.py`; without, cards do not name it.
+ADDRESS: str | None = None
+# Arguments of a dataset and of a metric in the Hub's `model-index`. `.eval_results/` takes only
+# tasks of registered benchmarks.
 _COUNT, _INTERVAL = "count", "interval_95"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -42,7 +45,11 @@ _SUMMARIES = {
     ("vision",): "The vision-only model, which projects into a space of $dim dimensions.",
     ("text",): "The text-only model, which projects into a space of $dim dimensions.",
 }
+_UNREADABLE = (ValueError, yaml.YAMLError, RecursionError)  # of a card's metadata
+_NOT_METADATA = ("results", "edits")
 _OPTIONS = ("license_name", "license_link", "vision_license", "text_license", "training_data")
+# Entries of the metadata that an option replaces.
+_ENTRIES = {"base_models": "base_model", "training_data": "datasets"}
 _PIPELINES = {
     ("vision", "text"): "zero-shot-image-classification",
     ("vision",): "image-feature-extraction",
@@ -61,6 +68,15 @@ _KEPT = """
 
 The text side was kept near the text encoder that the vision tower was trained with, for {}. Other
 classes were not kept: their classification may have become worse."""
+_PACKAGE = """
+
+The package [modeling_llm2clip]({address}) checks, evaluates, searches, serves and trains it. With
+`import modeling_llm2clip`, no remote code is needed.
+
+```bash
+pip install git+{address}
+llm2clip doctor {name}
+```"""
 _SNIPPETS = {
     "vision": 'images = model.encode(["path/to/image.png"])',
     "text": 'captions = model.encode(["a red apple", "a sleeping cat"])',
@@ -73,7 +89,8 @@ class CardResult:
 
     `intervals` are those of 95 % confidence, low and high, by the name of their score. `count` says
     how much was measured, such as "1,000 images, 5,000 texts". A card does not keep fingerprint and
-    dtype of the measured model.
+    dtype of the measured model. `entries` are the results as a card states them, with what others
+    added, such as a source or a verification.
     """
 
     task: str
@@ -83,6 +100,20 @@ class CardResult:
     dtype: str | None = field(default=None, compare=False)
     intervals: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     count: str | None = None
+    entries: tuple[EvalResult, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True)
+class CardEdits:
+    """What somebody else wrote on a card.
+
+    Attributes:
+        metadata: Entries of the metadata that this package would not write.
+        sections: Sections of the body in their order; only the heading of an unedited one.
+    """
+
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    sections: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,9 +122,10 @@ class CardData:
 
     `license` is an identifier of the Hub, or "other" with name and address of another one; the
     towers have those of their own cards. `text_training_data` names the data among `training_data`
-    on whose captions the language model was fine-tuned. `results` were measured with these very
-    weights. `kept_texts` names the texts that the last training kept near CLIP's. `caution` is a
-    warning that a user must see first, for example that the model is near chance.
+    on whose captions the language model was fine-tuned. `language` has the codes of the captions'
+    languages. `results` were measured with these very weights. `kept_texts` names the texts that
+    the last training kept near CLIP's. `caution` is a warning that a user must see first, for
+    example that the model is near chance.
     """
 
     license: str | None = None
@@ -103,15 +135,17 @@ class CardData:
     text_license: str | None = None
     training_data: tuple[str, ...] = ()
     text_training_data: tuple[str, ...] = ()
+    language: tuple[str, ...] = ()
     results: tuple[CardResult, ...] = ()
     kept_texts: str | None = None
     caution: str | None = None
+    edits: CardEdits = field(default=CardEdits(), compare=False)
 
     def __post_init__(self) -> None:
         errors = []
         for name, value in vars(self).items():
             texts = value if isinstance(value, tuple) else () if value is None else (value,)
-            if name != "results" and not all(isinstance(text, str) for text in texts):
+            if name not in _NOT_METADATA and not all(isinstance(text, str) for text in texts):
                 errors.append(f"{name}={value!r} is not a text")
         if isinstance(self.license, str) and not _LICENSE.fullmatch(self.license):
             errors.append(f"license={self.license!r} is not an identifier like 'apache-2.0'")
@@ -125,28 +159,31 @@ class CardData:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        lists = {n: list(value) or None for n, value in vars(self).items() if type(value) is tuple}
-        stated = {**vars(self), **lists}
-        return {n: value for n, value in stated.items() if n != "results" and value is not None}
+        stated = {n: v for n, v in vars(self).items() if n not in _NOT_METADATA}
+        lists = {n: list(value) or None for n, value in stated.items() if isinstance(value, tuple)}
+        return {n: value for n, value in {**stated, **lists}.items() if value is not None}
 
     @property
     def eval_results(self) -> list[EvalResult]:
         """Results as the Hub's `model-index` has them, one per score."""
-        return [
-            EvalResult(
-                task_type=result.task,
-                dataset_type=result.dataset,
-                dataset_name=result.dataset,
-                metric_type=name,
-                metric_value=value,
-                dataset_args={_COUNT: result.count} if result.count else None,
-                metric_args=(
-                    {_INTERVAL: list(result.intervals[name])} if name in result.intervals else None
-                ),
-            )
-            for result in self.results
-            for name, value in result.scores.items()
-        ]
+        return [entry for result in self.results for entry in result.entries or _enter(result)]
+
+
+def _enter(result: CardResult) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type=result.task,
+            dataset_type=result.dataset,
+            dataset_name=result.dataset,
+            metric_type=name,
+            metric_value=value,
+            dataset_args={_COUNT: result.count} if result.count else None,
+            metric_args=(
+                {_INTERVAL: list(result.intervals[name])} if name in result.intervals else None
+            ),
+        )
+        for name, value in result.scores.items()
+    ]
 
 
 def read_card_data(folder: Path, *, training_alone: bool = False) -> CardData:
@@ -155,22 +192,22 @@ def read_card_data(folder: Path, *, training_alone: bool = False) -> CardData:
     if not path.is_file():
         return CardData()
     try:
-        data = _read_metadata(path)
+        data = ModelCard.load(path).data
         if training_alone:
             return CardData(training_data=_list_texts(data, "training_data"))
         return _make_card(data)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        if str(path) in str(error):
-            raise
+    except (*_UNREADABLE, LookupError, TypeError, AttributeError) as error:
+        reason = str(error).partition(" Pass ")[0]  # an option of huggingface_hub
         raise ValueError(
-            f"{path}: its metadata cannot be used ({error}). Correct the lines between the '---'."
+            f"{path}: its metadata cannot be used ({reason}). Correct the lines between the '---'."
         ) from error
 
 
 def _make_card(data: Any) -> CardData:
-    entries: dict[tuple[str, str], list[EvalResult]] = {}
+    entries: dict[tuple[str | None, ...], list[EvalResult]] = {}
     for entry in data.eval_results or []:
-        entries.setdefault((entry.task_type, entry.dataset_name), []).append(entry)
+        place = (entry.task_type, entry.dataset_name, entry.dataset_config, entry.dataset_split)
+        entries.setdefault(place, []).append(entry)
     return CardData(
         license=data.license,
         license_name=data.license_name,
@@ -179,9 +216,11 @@ def _make_card(data: Any) -> CardData:
         text_license=data.get("text_license"),
         training_data=_list_texts(data, "training_data"),
         text_training_data=_list_texts(data, "text_training_data"),
+        language=_list_texts(data, "language"),
         results=tuple(
             CardResult(
-                *task,
+                scores[0].task_type,
+                scores[0].dataset_name,
                 {score.metric_type: float(score.metric_value) for score in scores},
                 intervals={
                     score.metric_type: tuple(args[_INTERVAL])
@@ -189,8 +228,9 @@ def _make_card(data: Any) -> CardData:
                     if (args := score.metric_args) and _INTERVAL in args
                 },
                 count=(scores[0].dataset_args or {}).get(_COUNT),
+                entries=tuple(scores),
             )
-            for task, scores in entries.items()
+            for scores in entries.values()
         ),
         kept_texts=data.get("kept_texts"),
         caution=data.get("caution"),
@@ -202,11 +242,52 @@ def _list_texts(data: Any, name: str) -> tuple[str, ...]:
     return tuple(stated) if isinstance(stated, list) else (stated,)
 
 
-def read_card_of_trained(folder: Path, training_data: Sequence[str]) -> CardData:
-    """Read the statements of a card that still hold after training on more data."""
+def read_edited_card(folder: Path) -> CardData:
+    """Read the statements of a model folder's card, and what somebody else wrote on it."""
+    card = read_card_data(folder)
+    if not (folder / "README.md").is_file():
+        return card
+    edited = ModelCard.load(folder / "README.md")
+    own = ModelCard(_render(folder, card, name=find_name(folder)))
+    written, sections = own.data.to_dict(), dict(_split(own.text))
+    entries = edited.data.to_dict().items()
+    metadata = {k: v for k, v in entries if k != "model-index" and written.get(k) != v}
+    parts = (
+        heading if sections.get(heading) == text else text.replace(_describe_license(card), "\0")
+        for heading, text in _split(edited.text)
+    )
+    return replace(card, edits=CardEdits(metadata, tuple(parts)))
+
+
+def find_name(folder: Path) -> str:
+    """Find what a folder's card calls its model, by its snippet."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    name = re.search(r'SentenceTransformer\(\s*"(.+)"', text)
+    return name[1] if name else ""
+
+
+def _split(body: str) -> list[tuple[str, str]]:
+    """Split a card's body into its sections, (heading, text); the first has no heading."""
+    first, *others = re.split(r"^(?=## )", body, flags=re.MULTILINE)
+    return [("", first), *((part.partition("\n")[0], part) for part in others)]
+
+
+def read_card_of_trained(
+    folder: Path, training_data: Sequence[str], languages: Sequence[str] = ()
+) -> CardData:
+    """Read the statements of a card that still hold after training on more data.
+
+    Only the first part of a language (BCP 47) is a code that the Hub knows.
+    """
     stated = read_card_data(folder)
     data = dict.fromkeys((*stated.training_data, *training_data))
-    return replace(stated, results=(), kept_texts=None, caution=None, training_data=tuple(data))
+    codes = [lang.split("-")[0].lower() for lang in languages]
+    language = dict.fromkeys((*stated.language, *(c for c in codes if len(c) in (2, 3))))
+    return replace(
+        stated, results=(), kept_texts=None, caution=None,
+        training_data=tuple(data), language=tuple(language),
+    )  # fmt: skip
 
 
 def update_card_data(
@@ -216,7 +297,11 @@ def update_card_data(
 
     Results replace the card's; None keeps those.
     """
-    stated = {name: getattr(config, name) for name in config.list_given() if name in _OPTIONS}
+    given = config.list_given()
+    stated: dict[str, Any] = {name: getattr(config, name) for name in given if name in _OPTIONS}
+    replaced = {_ENTRIES.get(name) for name in given}
+    metadata = {k: v for k, v in card.edits.metadata.items() if k not in replaced}
+    stated["edits"] = replace(card.edits, metadata=metadata)
     if results is not None:
         stated["results"] = tuple(results)
     return relicense(card, config.license, **stated)
@@ -260,8 +345,8 @@ def find_license(source: str | Path, *, revision: str | None = None) -> str | No
     try:
         if card is None or not card.is_file():
             return None
-        data = _read_metadata(card)
-    except (OSError, ValueError):  # metadata that cannot be parsed
+        data = ModelCard.load(card).data
+    except (OSError, *_UNREADABLE):
         return None
     stated: Any = data.license
     if isinstance(stated, list):
@@ -270,46 +355,9 @@ def find_license(source: str | Path, *, revision: str | None = None) -> str | No
     return named
 
 
-def _read_metadata(card: Path) -> Any:
-    try:
-        return ModelCard.load(card).data
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(
-            f"{card}: its metadata is not YAML ({error}). Correct the lines between the '---'."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{card} is not UTF-8 ({error}). Save it in this encoding.") from error
-    except ValueError as error:  # of huggingface_hub, whose remedy is an option of its own
-        raise ValueError(
-            f"{card}: its metadata cannot be used ({str(error).partition(' Pass ')[0]}). Correct "
-            "the lines between the '---'."
-        ) from error
-
-
 def write_model_card(folder: Path, card: CardData, *, name: str) -> None:
     """Write `README.md` with the Hub's metadata; a stopped write leaves the old card."""
     write_atomically(folder / "README.md", _render(folder, card, name=name).encode())
-
-
-def update_model_card(folder: Path, *, license: str | None, name: str) -> None:
-    """State a license (None keeps the stated one), and rename the model unless its card was edited.
-
-    On an edited card, a new license also replaces the name and link of the old license, and the
-    sentence that this package wrote about it.
-    """
-    path = folder / "README.md"
-    card = read_card_data(folder)
-    stated = relicense(card, license)
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    title = re.search(r"^# (.+)$", text, re.MULTILINE)
-    if not text or (title is not None and text == _render(folder, card, name=title[1])):
-        write_model_card(folder, stated, name=name)
-    elif stated != card:
-        edited = ModelCard.load(path)
-        for field in ("license", "license_name", "license_link"):
-            setattr(edited.data, field, getattr(stated, field))
-        edited.text = edited.text.replace(_describe_license(card), _describe_license(stated))
-        write_atomically(path, str(edited).encode())
 
 
 def _render(folder: Path, card: CardData, *, name: str) -> str:
@@ -320,12 +368,13 @@ def _render(folder: Path, card: CardData, *, name: str) -> str:
     sides = tuple(side for side, tower in _TOWERS.items() if tower in counts)
     origins = {side: getattr(config, f"{side}_config")._name_or_path or "" for side in sides}
     trained = config.projections_trained
+    tags = ["llm2clip", "transformers", "sentence-transformers"]
     data = ModelCardData(
         **card.metadata,
-        library_name="sentence-transformers",
+        library_name="transformers",  # of which the Hub knows all pipelines below
         pipeline_tag=_PIPELINES[sides] if trained else None,
-        tags=["llm2clip", "sentence-transformers", _TASK_TAG if trained else _UNTRAINED_TAG],
-        base_model=[origin for origin in origins.values() if _HUB_ID.fullmatch(origin)] or None,
+        tags=[*tags, _TASK_TAG if trained else _UNTRAINED_TAG],
+        **name_base_models(*origins.values()),
         datasets=[data for data in card.training_data if _HUB_ID.fullmatch(data)] or None,
         model_name=name if card.results else None,
         eval_results=card.eval_results or None,
@@ -340,6 +389,7 @@ def _render(folder: Path, card: CardData, *, name: str) -> str:
             [_SNIPPETS[side] for side in sides]
             + (["print(model.similarity(images, captions))"] if len(sides) == 2 else [])
         ),
+        package=_PACKAGE.format(address=ADDRESS, name=name) if ADDRESS else "",
         others="`AutoModel` and `AutoProcessor`"
         if len(sides) == 1
         else f'`AutoModel`, `AutoProcessor` and `pipeline("{_PIPELINES[sides]}")`',
@@ -349,9 +399,21 @@ def _render(folder: Path, card: CardData, *, name: str) -> str:
         license=_describe_license(card),
         origins=format_rows(_describe_origins(origins, card)),
     )
+    sections = dict(_split(body))
+    kept = "".join(sections.get(part, part) for part in card.edits.sections)
+    metadata = ModelCardData(**{**data.to_dict(), **card.edits.metadata})
     # U+0085 breaks lines in YAML, where it would be read back as a space.
-    text = re.sub("\x85 *", " ", f"---\n{data.to_yaml()}\n---\n\n{body}")
-    return str(ModelCard(text))
+    text = re.sub("\x85 *", " ", f"---\n{metadata.to_yaml()}\n---\n\n{kept or body}")
+    return str(ModelCard(text.replace("\0", _describe_license(card))))
+
+
+def name_base_models(*names: str, relation: str = "finetune") -> dict[str, Any]:
+    """Return the metadata of the models that a model was made of, as far as they are on the Hub.
+
+    Without a relation, the Hub would take two of them for a merge.
+    """
+    on_hub = [name for name in names if _HUB_ID.fullmatch(name)]
+    return {"base_model": on_hub, "base_model_relation": relation} if on_hub else {}
 
 
 def _choose_template(config: LLM2CLIPConfig) -> str:

@@ -146,6 +146,7 @@ def save_trained_model(
     folder: str | Path,
     *,
     training_data: Sequence[str] = (),
+    languages: Sequence[str] = (),
     text_adapter_trained: bool = True,
     projections_trained: bool = True,
     kept_texts: str | None = None,
@@ -172,7 +173,7 @@ def save_trained_model(
     }
     model.config.text_adapter_trained = text_adapter_trained
     model.config.projections_trained = projections_trained
-    card = replace(read_card_of_trained(source, training_data), kept_texts=kept_texts)
+    card = replace(read_card_of_trained(source, training_data, languages), kept_texts=kept_texts)
 
     def measure_and_state(unfinished: Path) -> None:
         if measure is not None:

@@ -33,7 +33,8 @@ from ..model_folders.golden_embeddings import require_golden
 from ..model_folders.model_card import (
     CardData,
     CardResult,
-    read_card_data,
+    name_base_models,
+    read_edited_card,
     set_base_models,
     update_card_data,
     write_model_card,
@@ -41,7 +42,7 @@ from ..model_folders.model_card import (
 from ..model_folders.model_folder import find_model_folder
 from ..model_folders.model_loading import CLASS_OF_COMPONENTS, MODEL_CLASSES, find_model_class
 from ..model_folders.model_writing import find_carried_files, save_model
-from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPVisionModel
+from ..modeling_llm2clip import LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .onnx_export import export_onnx
 
@@ -139,7 +140,7 @@ def _load_checked(folder: Path, processor: LLM2CLIPProcessor, config: ExportConf
 
 def plan_card(folder: Path, config: ExportConfig) -> CardData:
     """Return the statements on the card of an export; results stay where all weights do."""
-    card = read_card_data(folder)
+    card = read_edited_card(folder)
     if config.results:
         return update_card_data(card, config, results=read_card_results(config.results))
     saved = LLM2CLIPConfig.from_pretrained(folder).dtype
@@ -170,9 +171,9 @@ def render_hosting_files(config: ExportConfig, model_config: LLM2CLIPConfig) -> 
 def export_vision_tower(folder: Path, output: str | Path, *, license: str | None = None) -> Path:
     """Write the vision tower of a model folder without reading LLM or tokenizer.
 
-    `AutoModel` loads it without this package, so that a detector, a classifier or a multimodal LLM
-    can be built on it. An image processor that crops as torchvision does
-    needs the code that is saved with it.
+    The projection into the shared space is left out, because it belongs to the captions.
+    `AutoModel` loads the tower without this package, for a detector, a classifier or a multimodal
+    LLM. An image processor that crops as torchvision does needs the code that is saved with it.
     """
     require_new_folder(Path(output))  # before the weights are read
     config = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True).vision_config
@@ -186,41 +187,27 @@ def export_vision_tower(folder: Path, output: str | Path, *, license: str | None
     no_tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()))
     processor = LLM2CLIPProcessor(image_processor, no_tokenizer)
     require_golden(folder, model.eval(), processor, of_vision_tower=True)
-    return save_vision_tower(model, image_processor, output, license=license)
-
-
-def save_vision_tower(
-    model: LLM2CLIPModel | LLM2CLIPVisionModel,
-    image_processor: Any,
-    output: str | Path,
-    *,
-    license: str | None = None,
-) -> Path:
-    """Write a loaded model's vision tower, its image processor and a card.
-
-    The folder is complete or absent. The projection into the shared space is left out, because it
-    belongs to the captions.
-    """
-    folder = Path(output)
     tower: PreTrainedModel = model.vision_model
-    with atomic_folder(folder) as unfinished:
+    name = config._name_or_path or ""
+    data = ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag="image-feature-extraction",
+        tags=["llm2clip"],
+        **name_base_models(name),
+    )
+    output = Path(output)
+    body = _VISION_TOWER_CARD.format(
+        title=output.name,
+        architecture=type(tower).__name__,
+        processor=_CROPS if image_processor._auto_class else _PLAIN,
+        origin=f"`{name}`" if name else "a tower whose name is not recorded",
+    )
+    with atomic_folder(output) as unfinished:
         tower.save_pretrained(unfinished)
         image_processor.save_pretrained(unfinished)
-        data = ModelCardData(
-            license=license,
-            library_name="transformers",
-            pipeline_tag="image-feature-extraction",
-            tags=["llm2clip"],
-        )
-        name = tower.config._name_or_path
-        body = _VISION_TOWER_CARD.format(
-            title=folder.name,
-            architecture=type(tower).__name__,
-            processor=_CROPS if image_processor._auto_class else _PLAIN,
-            origin=f"`{name}`" if name else "a tower whose name is not recorded",
-        )
         ModelCard(f"---\n{data.to_yaml()}\n---\n{body}").save(unfinished / "README.md")
-    return folder
+    return output
 
 
 def read_card_results(files: Sequence[Path]) -> tuple[CardResult, ...]:
@@ -272,7 +259,7 @@ def add_card_results(folder: Path, files: Sequence[Path]) -> None:
     """
     results = read_card_results(files)
     require_own_results(results, folder)
-    card = read_card_data(folder)
+    card = read_edited_card(folder)
     if all(result in card.results for result in results):
         return
     measured = {(result.task, result.dataset) for result in results}

@@ -28,7 +28,14 @@ from ..encoding.onnx_encoding import IMAGE_INPUT, TEXT_INPUTS, OnnxEncoder
 from ..image_cropping_llm2clip import LLM2CLIPImageProcessor
 from ..model_folders.fingerprint import fingerprint_embeddings
 from ..model_folders.golden_embeddings import GOLDEN_FILE, require_golden
-from ..model_folders.model_card import CardData, format_rows, read_card_data, update_card_data
+from ..model_folders.model_card import (
+    CardData,
+    find_name,
+    format_rows,
+    name_base_models,
+    read_card_data,
+    update_card_data,
+)  # fmt: skip
 from ..model_folders.model_folder import ONNX_RECORD, read_json_object
 from ..model_folders.model_loading import CLASS_OF_COMPONENTS, MODEL_CLASSES, find_model_class
 from ..model_folders.model_writing import require_inside
@@ -256,7 +263,7 @@ class _OnnxWriter:
         }
         (folder / ONNX_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         card = update_card_data(read_card_data(reference.folder), self.config)
-        _write_card(folder, card, record, name=name)
+        _write_card(folder, card, record, name=name, base=find_name(reference.folder))
 
     def _write_script(self) -> str | None:
         """Write the script and the module that it imports, which is not in a package there.
@@ -352,7 +359,9 @@ def _write_image_settings(processor: LLM2CLIPProcessor, folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
 
 
-def _write_card(folder: Path, card: CardData, record: dict[str, Any], *, name: str) -> None:
+def _write_card(
+    folder: Path, card: CardData, record: dict[str, Any], *, name: str, base: str
+) -> None:
     data = ModelCardData(
         license=card.license,
         license_name=card.license_name,
@@ -360,6 +369,7 @@ def _write_card(folder: Path, card: CardData, record: dict[str, Any], *, name: s
         library_name="transformers.js",
         pipeline_tag="feature-extraction",
         tags=["llm2clip", "onnx"],
+        **name_base_models(base, relation="quantized"),
     )
     rows: list[tuple[str, ...]] = [("graph", "weights", "size", "checked"), ("---",) * 4]
     for file, about in record["graphs"].items():

@@ -22,7 +22,13 @@ from .._suggestions import counted
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.atomic_files import is_unfinished
 from ..doctor.check_model import check_model
-from ..model_folders.model_card import read_card_data, relicense, require_license, update_model_card
+from ..model_folders.model_card import (
+    read_card_data,
+    read_edited_card,
+    relicense,
+    require_license,
+    write_model_card,
+)
 from ..model_folders.model_folder import is_inside
 from ..model_folders.model_loading import require_trained
 from ..model_folders.model_writing import explain_incomplete, is_legal_file
@@ -93,8 +99,8 @@ def push_to_hub(
 ) -> str:
     """Upload a model folder in one commit.
 
-    The card is first written with the repository's name and the license; a card that somebody
-    edited only gets the license. Then all files are shown with their sizes. Large files are sent
+    The card is first written with the repository's name and the license; what somebody edited
+    stays. Then all files are shown with their sizes. Large files are sent
     first and become visible by the commit alone: an upload that breaks off shows nothing, and when
     it is repeated, files that had arrived are not sent again.
 
@@ -128,7 +134,7 @@ def push_to_hub(
         raise ValueError("The commit message is blank; describe the commit.")
     folder = Path(model_folder)
     check_publishable(folder, license=license, device=device, allow_files=allow_files)
-    update_model_card(folder, license=license, name=repo_id)
+    write_model_card(folder, relicense(read_edited_card(folder), license), name=repo_id)
     files = list_files(folder)
     show(describe_files(files))
     api = HfApi(token=token)

@@ -8,23 +8,27 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from evaluating import save_scores
 from huggingface_hub import EvalResult, ModelCard
 from interruptions import largest_file
 from shared_models import shared_model
 from tiny import tiny_images, tiny_model
 
-from modeling_llm2clip.configs.export_config import CardConfig
+from modeling_llm2clip.configs.export_config import CardConfig, ExportConfig
+from modeling_llm2clip.model_folders import model_card
 from modeling_llm2clip.model_folders.model_card import (
     CardData,
     CardResult,
     find_license,
     read_card_data,
+    read_card_of_trained,
+    read_edited_card,
     relicense,
     update_card_data,
-    update_model_card,
     write_model_card,
 )
 from modeling_llm2clip.model_folders.model_writing import save_model
+from modeling_llm2clip.publishing.export_model import add_card_results, export_model
 
 COUNT = {"count": "8 images, 16 texts"}
 STATED = CardData(
@@ -32,6 +36,7 @@ STATED = CardData(
     vision_license="mit",
     text_license="llama3.2",
     training_data=("owner/images", "my own photographs"),
+    language=("en", "zh"),
     results=(
         CardResult(
             "retrieval", "COCO", {"t2i_r1": 0.5, "i2t_r1": 0.625},
@@ -40,6 +45,11 @@ STATED = CardData(
         CardResult("zero-shot", "ImageNet", {"top1": 0.75}),
     ),
 )  # fmt: skip
+
+
+def push_card(folder: Path, *, license: str, name: str) -> None:
+    """Write the card as a push does."""
+    write_model_card(folder, relicense(read_edited_card(folder), license), name=name)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +84,13 @@ def test_the_hubs_parser_and_this_package_read_back_what_was_stated(
     assert "| language model `my-llm` | llama3.2 |" in card.text
     # The Hub refuses a base model that is not a Hub id.
     assert card.data.base_model == ["openai/clip-vit-large-patch14-336"]
+    assert card.data.base_model_relation == "finetune"  # two alone would be a merge
+    # A pair that the Hub knows; the tags list the model under both libraries.
+    assert (card.data.library_name, card.data.pipeline_tag) == (
+        "transformers", "zero-shot-image-classification",
+    )  # fmt: skip
+    assert {"transformers", "sentence-transformers"} <= set(card.data.tags)
+    assert card.data.language == ["en", "zh"]
     assert card.data.license == "cc-by-nc-4.0"
     assert card.data.datasets == ["owner/images"]
     assert "owner/images, my own photographs" in card.text
@@ -92,8 +109,7 @@ def test_the_card_describes_what_is_in_the_folder(card: ModelCard) -> None:
         "| retrieval | COCO | 8 images, 16 texts | t2i_r1 | 0.5 | 0.25 to 0.75 |",
         "| retrieval | COCO | 8 images, 16 texts | i2t_r1 | 0.625 |  |",
         "| zero-shot | ImageNet | not stated | top1 | 0.75 |  |",
-        'SentenceTransformer("owner/name")',
-        "`llm2clip doctor owner/name`",
+        'SentenceTransformer(\n    "owner/name",\n    trust_remote_code=True,',
     ):
         assert line in card.text, line
     assert "$" not in card.text
@@ -111,7 +127,7 @@ def test_a_model_of_which_nothing_is_known_says_so(tmp_path: Path) -> None:
         "## Scores\n\nNone recorded.",
         "## Training data\n\nNot recorded.",
         "causal, pooling `mean`",
-        'SentenceTransformer("plain")',
+        'SentenceTransformer(\n    "plain",',
     ):
         assert line in card.text, line
 
@@ -128,8 +144,35 @@ def test_the_snippet_of_the_card_runs(
     tiny_images(1)[0].save(image)
     text = (folder / "README.md").read_text(encoding="utf-8")
     snippet = text.split("```python\n")[1].split("```")[0]
+    assert "modeling_llm2clip" not in snippet
     exec(compile(snippet, "README.md", "exec"), {})
     assert re.match(r"tensor\(\[\[.*, .*\]\]\)", capsys.readouterr().out)
+
+
+def test_the_package_is_named_only_with_an_address_to_install_it_from(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    texts = []
+    for address in (None, "https://e.org/repository"):
+        monkeypatch.setattr(model_card, "ADDRESS", address)
+        write_model_card(copy, STATED, name="owner/name")
+        texts.append((copy / "README.md").read_text(encoding="utf-8"))
+    without, named = texts
+    assert "modeling_llm2clip" not in without and "llm2clip " not in without
+    command = "pip install git+https://e.org/repository\nllm2clip doctor owner/name\n"
+    assert without.index("trust_remote_code") < named.index(command)
+
+
+@pytest.mark.parametrize(
+    ("langs", "codes"), [(("en", "de-AT", "zh-Hant"), ("en", "de", "zh")), (("emoji-names",), ())]
+)
+def test_the_languages_of_the_captions_are_stated_as_the_hubs_codes(
+    langs: tuple[str, ...], codes: tuple[str, ...], folder: Path
+) -> None:
+    assert read_card_of_trained(folder, ["more"], langs).language == (
+        *STATED.language, *(code for code in codes if code not in STATED.language),
+    )  # fmt: skip
 
 
 # Edited and not
@@ -137,25 +180,67 @@ def test_the_snippet_of_the_card_runs(
 
 def test_a_card_that_nobody_edited_gets_license_and_name(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    update_model_card(copy, license="mit", name="me/other")
+    push_card(copy, license="mit", name="me/other")
     assert read_card_data(copy) == replace(STATED, license="mit")
     text = (copy / "README.md").read_text(encoding="utf-8")
-    assert 'SentenceTransformer("me/other")' in text and "These weights: mit." in text
+    assert 'SentenceTransformer(\n    "me/other"' in text and "These weights: mit." in text
     assert "owner/name" not in text
 
 
-def test_an_edited_card_gets_the_license_alone(folder: Path, tmp_path: Path) -> None:
+def edit_card(card: Path) -> None:
+    """Write on a card what owners and the Hub's users do."""
+    edited = ModelCard.load(card)
+    edited.data.tags.append("emoji")
+    edited.data.co2_eq_emissions = {"emissions": 5}
+    edited.data.language = "de"
+    for result in edited.data.eval_results:
+        result.dataset_split, result.dataset_revision, result.verified = "test", "abc", True
+        result.source_name, result.source_url = "ours", "https://e.org/scores"
+    edited.text = edited.text.replace("## Limits\n", "## Limits\n\nMine.\n")
+    edited.text = edited.text.replace("## Scores\n", "## Thanks\n\nTo all.\n\n## Scores\n")
+    edited.text = edited.text.replace("## Licenses\n", "## Licenses\n\nAsk us.\n")
+    edited.save(card)
+
+
+@pytest.mark.parametrize("write", ["push", "export", "results"])
+def test_what_others_wrote_on_a_card_is_kept(write: str, folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    path = copy / "README.md"
-    edited = path.read_text(encoding="utf-8").replace("## Limits\n", "## Limits\n\nMine.\n")
-    path.write_text(edited, encoding="utf-8")
-    update_model_card(copy, license=None, name="me/other")
-    assert path.read_text(encoding="utf-8") == edited
-    update_model_card(copy, license="mit", name="me/other")
-    assert read_card_data(copy) == replace(STATED, license="mit")
-    body = "# owner/name" + edited.split("# owner/name", 1)[1]
-    body = body.replace("These weights: cc-by-nc-4.0.", "These weights: mit.")
-    assert path.read_text(encoding="utf-8").endswith(body)
+    edit_card(copy / "README.md")
+    before = ModelCard.load(copy / "README.md")
+    if write == "push":
+        push_card(copy, license="mit", name="me/other")
+    elif write == "export":
+        config = ExportConfig(license="mit")
+        copy = export_model(copy, tmp_path / "new", config, name="me/other")
+    else:
+        add_card_results(copy, [save_scores(tmp_path / "new.json", {"r1": 0.125}, copy)])
+    after, stated = ModelCard.load(copy / "README.md"), read_card_data(copy)
+    kept = before.data.eval_results[2:] if write == "results" else before.data.eval_results
+    assert [entry for entry in after.data.eval_results if entry.metric_value != 0.125] == kept
+    assert stated.language == ("de",) and after.data.co2_eq_emissions == {"emissions": 5}
+    assert after.data.tags == before.data.tags
+    assert "## Limits\n\nMine.\n" in after.text
+    order = [after.text.index(f"\n## {name}\n") for name in ("Training data", "Thanks", "Scores")]
+    assert order == sorted(order)
+    if write == "results":
+        assert stated.license == "cc-by-nc-4.0" and "| r1 | 0.125 |" in after.text
+    else:
+        # What this package wrote, in an edited section, too, is of the new license and name.
+        assert stated.license == "mit" and '"me/other"' in after.text
+        assert "Ask us." in after.text and "These weights: mit." in after.text
+        assert "cc-by-nc" not in after.text
+
+
+def test_an_option_replaces_what_others_wrote(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    edited = ModelCard.load(copy / "README.md")
+    edited.data.base_model, edited.data.datasets = ["me/tower", "me/llm"], ["me/data"]
+    edited.save(copy / "README.md")
+    again = export_model(copy, tmp_path / "again")
+    assert ModelCard.load(again / "README.md").data.datasets == ["me/data"]
+    config = ExportConfig(base_models=("a/tower", "a/llm"), training_data=("a/data",))
+    card = ModelCard.load(export_model(copy, tmp_path / "new", config) / "README.md")
+    assert (card.data.base_model, card.data.datasets) == (["a/tower", "a/llm"], ["a/data"])
 
 
 # Relicensed, and written whole or not at all
@@ -182,9 +267,9 @@ def test_a_new_license_takes_name_and_address_of_the_old_one_away_or_changes_not
         card.write_text(card.read_text() + "\nMine.\n", encoding="utf-8")
     before = card.read_bytes()
     with largest_file(100), pytest.raises(OSError, match="File too large"):
-        update_model_card(llama, license="apache-2.0", name="me/other")
+        push_card(llama, license="apache-2.0", name="me/other")
     assert card.read_bytes() == before
-    update_model_card(llama, license="apache-2.0", name="owner/name")
+    push_card(llama, license="apache-2.0", name="owner/name")
     assert read_card_data(llama) == CardData(license="apache-2.0")
     text = card.read_text()
     assert "llama3" not in text and "These weights: apache-2.0." in text
@@ -222,7 +307,7 @@ def test_line_breaks_of_unicode_in_a_name_do_not_change_what_is_read_back(llama:
 def test_a_card_in_another_encoding_is_named(llama: Path) -> None:
     card = llama / "README.md"
     card.write_bytes(card.read_text(encoding="utf-8").encode("utf-16"))
-    with pytest.raises(ValueError, match=r"README\.md is not UTF-8"):
+    with pytest.raises(ValueError, match=r"README\.md: .*utf-8"):
         read_card_data(llama)
 
 
@@ -233,7 +318,7 @@ def test_a_card_in_another_encoding_is_named(llama: Path) -> None:
         ("training_data: [a, {b: c}]", "is not a text"),
         ("license: [mit, apache-2.0]", r"license=\['mit', 'apache-2.0'\] is not a text"),
         ("caution: {a: b}", "caution=.* is not a text"),
-        ("license: " + "[" * 5000, "is not YAML"),
+        ("license: " + "[" * 5000, r"cannot be used"),
     ],
 )
 def test_metadata_of_another_type_are_refused_with_the_card(
@@ -249,7 +334,7 @@ def test_a_card_that_is_a_link_is_replaced_and_its_target_kept(llama: Path) -> N
     card.rename(blob)  # as in huggingface_hub's cache
     card.symlink_to(blob)
     before = blob.read_bytes()
-    update_model_card(llama, license="apache-2.0", name="me/other")
+    push_card(llama, license="apache-2.0", name="me/other")
     assert blob.read_bytes() == before and not card.is_symlink()
     assert read_card_data(llama).license == "apache-2.0"
 

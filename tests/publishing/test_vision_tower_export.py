@@ -19,7 +19,7 @@ from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.image_cropping_llm2clip import LLM2CLIPImageProcessor
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
-from modeling_llm2clip.publishing.export_model import export_vision_tower, save_vision_tower
+from modeling_llm2clip.publishing.export_model import export_vision_tower
 
 
 def hidden_states_of(tower: PreTrainedModel, inputs: dict[str, Tensor]) -> list[Tensor]:
@@ -31,7 +31,8 @@ def hidden_states_of(tower: PreTrainedModel, inputs: dict[str, Tensor]) -> list[
 @every_vision
 def test_the_exported_tower_gives_the_models_own_hidden_states(vision: str, tmp_path: Path) -> None:
     model, processor = shared_model(vision)
-    folder = save_vision_tower(model, processor.image_processor, tmp_path / "tower")
+    source = save_model(model, processor, tmp_path / "model")
+    folder = export_vision_tower(source, tmp_path / "tower")
     tower, info = AutoModel.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     # AutoImageProcessor may choose another backend, which resizes a little differently.

@@ -453,11 +453,13 @@ def _write_model(
         kept = None if fit.kept is None else fit.kept.describe()
     elif choice.start.method == "model":  # the text side is the source's own
         kept = read_card_data(fit.source).kept_texts
+    store = fit.data.dataset.caption_store
     folder = save_trained_model(
         fit.source,
         trained,
         fit.output / MODEL_FOLDER,
         training_data=[] if data_name is None else [data_name],
+        languages=[] if store is None else sorted(set(store.langs)),
         projections_trained=results["projections_trained"],
         text_adapter_trained=results["text_adapter_trained"],
         kept_texts=kept,
