@@ -55,8 +55,8 @@ def run(*arguments):
         code = main(arguments)
     answers.append([code, out.getvalue(), err.getvalue()])
 """
-# What others add on the Hub: a merged evaluation result, graphs, a picture.
-ADDED = (".eval_results/mteb.yaml", "onnx/model.onnx", "picture [1].png")
+# What others add on the Hub: a merged evaluation result, graphs, an image.
+ADDED = (".eval_results/mteb.yaml", "onnx/model.onnx", "image [1].png")
 PUBLISH = f"""
 from huggingface_hub import CommitOperationAdd, HfApi
 source, again, other, opened = sys.argv[1:5]
