@@ -105,7 +105,7 @@ class CardResult:
 
 @dataclass(frozen=True)
 class CardEdits:
-    """What somebody else wrote on a card.
+    """Edits of a card by somebody else.
 
     Attributes:
         metadata: Entries of the metadata that this package would not write.

@@ -32,7 +32,10 @@ def shared_source() -> Path:
             with torch.no_grad():
                 for parameter in model.text_model.layers.parameters():
                     parameter.mul_(0.5)
-            save_model(model, processor, folder, instructions={"query": "Find an image: "})
+            save_model(
+                model, processor, folder,
+                instructions={"query": "Find an image: "}, name="owner/model",
+            )  # fmt: skip
     return folder
 
 

@@ -232,7 +232,9 @@ def test_the_record_states_what_the_files_are(exported: Path) -> None:
     assert vision["inputs"]["pixel_values"] == ["batch_size", 3, 32, 32]  # CLIP has one size
     assert text["check"]["texts"] > vision["check"]["images"] == 4  # with long ones
     assert {"max_distance_from_golden", "max_distance_alone"} <= set(text["check"])
-    assert str(record["opset"]) in (exported / "README.md").read_text(encoding="utf-8")
+    card = (exported / "README.md").read_text(encoding="utf-8")
+    assert str(record["opset"]) in card
+    assert "base_model:\n- owner/model\nbase_model_relation: quantized\n" in card
 
 
 @pytest.mark.slow

@@ -179,7 +179,8 @@ def test_the_card_names_the_folder_of_the_data_however_it_was_given(
     command = command_of(prepared, tmp_path / "run", max_steps=1, vision_training="frozen")
     command[2] = "."
     assert main(command) == 0
-    assert read_card_data(tmp_path / "run" / "model").training_data == ("data",)
+    stated = read_card_data(tmp_path / "run" / "model")
+    assert (stated.training_data, stated.language) == (("data",), ("en",))
 
 
 def test_the_name_of_shards_on_a_card_gives_nobody_access() -> None:
