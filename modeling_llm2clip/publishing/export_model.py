@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
-from transformers import AutoImageProcessor, AutoModel, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoImageProcessor, AutoModel, PreTrainedTokenizerFast
 
 from .._suggestions import counted
 from ..base_llm2clip import read_instructions
@@ -184,10 +184,9 @@ def export_vision_tower(folder: Path, output: str | Path, *, license: str | None
         )
     model = LLM2CLIPVisionModel.from_pretrained(folder)
     image_processor = forget_code(load_without_code(AutoImageProcessor, folder))
-    no_tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()))
-    processor = LLM2CLIPProcessor(image_processor, no_tokenizer)
+    empty = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()))
+    processor = LLM2CLIPProcessor(image_processor, empty)
     require_golden(folder, model.eval(), processor, of_vision_tower=True)
-    tower: PreTrainedModel = model.vision_model
     name = config._name_or_path or ""
     data = ModelCardData(
         license=license,
@@ -199,12 +198,12 @@ def export_vision_tower(folder: Path, output: str | Path, *, license: str | None
     output = Path(output)
     body = _VISION_TOWER_CARD.format(
         title=output.name,
-        architecture=type(tower).__name__,
+        architecture=type(model.vision_model).__name__,
         processor=_CROPS if image_processor._auto_class else _PLAIN,
         origin=f"`{name}`" if name else "a tower whose name is not recorded",
     )
     with atomic_folder(output) as unfinished:
-        tower.save_pretrained(unfinished)
+        model.vision_model.save_pretrained(unfinished)
         image_processor.save_pretrained(unfinished)
         ModelCard(f"---\n{data.to_yaml()}\n---\n{body}").save(unfinished / "README.md")
     return output

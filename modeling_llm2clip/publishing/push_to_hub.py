@@ -130,8 +130,6 @@ def push_to_hub(
         >>> push_to_hub("my-model", "me/my-model", license="apache-2.0")  # doctest: +SKIP
     """
     require_repo_id(repo_id)
-    if not commit_message.strip():
-        raise ValueError("The commit message is blank; describe the commit.")
     folder = Path(model_folder)
     check_publishable(folder, license=license, device=device, allow_files=allow_files)
     write_model_card(folder, relicense(read_edited_card(folder), license), name=repo_id)

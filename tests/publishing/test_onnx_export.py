@@ -234,7 +234,7 @@ def test_the_record_states_what_the_files_are(exported: Path) -> None:
     assert {"max_distance_from_golden", "max_distance_alone"} <= set(text["check"])
     card = (exported / "README.md").read_text(encoding="utf-8")
     assert str(record["opset"]) in card
-    assert "base_model:\n- owner/model\nbase_model_relation: quantized\n" in card
+    assert "base_model:\n- owner/model\n" in card and "base_model_relation: quantized\n" in card
 
 
 @pytest.mark.slow

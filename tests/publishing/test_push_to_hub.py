@@ -327,7 +327,7 @@ def test_what_a_push_deletes_is_listed_before(published: Published) -> None:
     shards = sorted(path for path in shards if path not in read_folder(published.other))
     assert refused[0] == 2 and len(shards) > 2
     assert f"another model that this folder lacks: {', '.join(shards)}. Loaders" in refused[2]
-    deleted = ", ".join([*shards, *ADDED[1:]])
+    deleted = ", ".join(sorted([*shards, *ADDED[1:]]))
     for answer in (dry, pushed):
         assert answer[0] == 0 and f"Deleted from the repository: {deleted}.\n" in answer[1]
 
