@@ -248,8 +248,8 @@ def read_edited_card(folder: Path) -> CardData:
     if not (folder / "README.md").is_file():
         return card
     edited = ModelCard.load(folder / "README.md")
-    own = ModelCard(_render(folder, card, name=find_name(folder)))
-    written, sections = own.data.to_dict(), dict(_split(own.text))
+    rendered = ModelCard(_render(folder, card, name=find_name(folder)))
+    written, sections = rendered.data.to_dict(), dict(_split(rendered.text))
     entries = edited.data.to_dict().items()
     metadata = {k: v for k, v in entries if k != "model-index" and written.get(k) != v}
     parts = (
@@ -297,9 +297,9 @@ def update_card_data(
 
     Results replace the card's; None keeps those.
     """
-    given = config.list_given()
-    stated: dict[str, Any] = {name: getattr(config, name) for name in given if name in _OPTIONS}
-    replaced = {_ENTRIES.get(name) for name in given}
+    options = config.list_given()
+    stated: dict[str, Any] = {name: getattr(config, name) for name in options if name in _OPTIONS}
+    replaced = {_ENTRIES.get(name) for name in options}
     metadata = {k: v for k, v in card.edits.metadata.items() if k not in replaced}
     stated["edits"] = replace(card.edits, metadata=metadata)
     if results is not None:
