@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .doctor.check_model import check_model
     from .doctor.server_checks import check_server
     from .embedding.embed import embed
-    from .embedding.extract import extract, merge_store
+    from .embedding.extract import extract
     from .embedding.score_file import score_file
     from .encoding.encode import encode_images, encode_texts, score_pairs
     from .evaluation.datasets.dataset_registry import load_dataset
@@ -126,7 +126,7 @@ _HOMES = {
     "serving.app": ("create_app",),
     "serving.service": ("EmbeddingService",),
     "training.alignment.align": ("align",),
-    "embedding.extract": ("extract", "merge_store"),
+    "embedding.extract": ("extract",),
     "embedding.score_file": ("score_file",),
     "training.finetuning.finetune_llm": ("finetune_llm",),
     "scheduling.graceful_stop": ("StageInterrupt",),

@@ -27,7 +27,6 @@ from .cli.export import export
 from .cli.extract import extract
 from .cli.finetune_llm import finetune_llm
 from .cli.index import index
-from .cli.merge_store import merge_store
 from .cli.options import bound_spinning, hide_library_bars
 from .cli.push import push
 from .cli.score import score
@@ -40,7 +39,7 @@ from .scheduling.graceful_stop import StageInterrupt
 LINE = make_line(
     [
         index, search, tag, score, embed, serve, evaluate, doctor,
-        train, build, choose_layer, finetune_llm, extract, merge_store, align,
+        train, build, choose_layer, finetune_llm, extract, align,
         export, push, convert,
         demo, env,
     ],

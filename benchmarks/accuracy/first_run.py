@@ -29,7 +29,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -44,9 +43,10 @@ from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.data.records.records import CaptionedImage, Modality
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
-from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter
-from modeling_llm2clip.embedding.extract import list_items, plan_store
+from modeling_llm2clip.data.store.store_manifest import StoreManifest
+from modeling_llm2clip.embedding.extract import index_records, open_rows, plan_store
 from modeling_llm2clip.embedding.shard_encoding import load_shard_encoder
+from modeling_llm2clip.embedding.store_writer import StoreWriter, begin_store
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
 from modeling_llm2clip.evaluation.metrics.scores import hit_rate_at
@@ -317,12 +317,15 @@ def write_part(
     table, config, model = RecordTable.from_records(records), ExtractConfig(), folder / MODEL
     encoder = load_shard_encoder(model, modality, config, torch.device("cpu"))
     planned = plan_store(model, table, encoder, config, modality)
-    items = partial(list_items, table, planned)
-    writer = EmbeddingStoreWriter.open(folder / STORES[modality], planned, items)
-    chosen_rows = [rows[text] for text in number_rows(records, modality)]
+    output = folder / STORES[modality]
+    begin_store(output, planned, index_records(table, planned))
+    begun = StoreManifest.read(output)
+    writer, inputs = StoreWriter(output, begun), open_rows(output, begun, table)
+    names = list(number_rows(records, modality))
     for shard in writer.list_missing():
-        shard_rows = writer.manifest.rows_of_shard(shard)
-        writer.write(shard, store.read([chosen_rows[row] for row in shard_rows]))
+        part = begun.inputs_of_shard(shard)
+        texts = names[part.start : part.stop] if modality == "image" else inputs.read_inputs(part)
+        writer.write(shard, store.read([rows[text] for text in texts]))
     writer.finish()
 
 

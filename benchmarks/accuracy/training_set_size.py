@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +40,9 @@ from modeling_llm2clip.building.pretrained_towers import fetch_embedded
 from modeling_llm2clip.configs.build_config import EMBEDDED
 from modeling_llm2clip.data.records.data_hashes import hash_images, hash_texts
 from modeling_llm2clip.data.records.record_table import RecordTable
-from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter
-from modeling_llm2clip.embedding.extract import list_items
+from modeling_llm2clip.data.store.store_manifest import StoreManifest
+from modeling_llm2clip.embedding.extract import index_records, open_rows
+from modeling_llm2clip.embedding.store_writer import StoreWriter, begin_store
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import rank_retrieval
 from modeling_llm2clip.evaluation.metrics.scores import hit_rate_at
@@ -193,18 +193,21 @@ def copy_rows(
     plan = {**store.manifest.plan, "data": hash_texts(records)}
     if "images" in plan:
         plan["images"] = hash_images(records)
-    begun = replace(store.manifest, complete=False, shards=(), counts={}, plan=plan)
-    writer = EmbeddingStoreWriter.open(folder, begun, partial(list_items, records, begun))
-    embeds = store.read(find_rows(writer, store, items))
-    for shard in range(writer.manifest.num_shards):
-        place = writer.manifest.rows_of_shard(shard)
-        writer.write(shard, embeds[place.start : place.stop])
+    planned = replace(store.manifest, complete=False, shards=(), plan=plan)
+    begin_store(folder, planned, index_records(records, planned))
+    begun = StoreManifest.read(folder)
+    writer, rows = StoreWriter(folder, begun), open_rows(folder, begun, records)
+    shards = range(begun.num_shards)
+    sizes = [len(rows.read_inputs(begun.inputs_of_shard(shard))) for shard in shards]
+    embeds = store.read(find_rows(writer, store, items)).split(sizes)
+    for shard in shards:
+        writer.write(shard, embeds[shard])
     writer.finish()
     return folder
 
 
 def find_rows(
-    writer: EmbeddingStoreWriter, store: EmbeddingStore, items: np.ndarray[Any, Any]
+    writer: StoreWriter, store: EmbeddingStore, items: np.ndarray[Any, Any]
 ) -> np.ndarray[Any, Any]:
     """Return the row in the whole store of each row of a part of it."""
     part = EmbeddingStore(writer.folder, writer.manifest)

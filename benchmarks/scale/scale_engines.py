@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.scale.scale_records import write_records
 from benchmarks.shared.small_model import write_small_model
 
-_SHARD = "2MB"
+_SHARD = "512"
 _ENGINES = ("one", "partitions", "ray")
 
 
@@ -55,7 +55,7 @@ def _run(engine: str, folder: Path) -> None:
     command = [
         sys.executable, "-m", "modeling_llm2clip", "extract", str(folder / "model"),
         str(folder / "records"), str(folder / engine), "--modality", "text", "--device", "cpu",
-        "--max-shard-size", _SHARD,
+        "--rows-per-shard", _SHARD,
     ]  # fmt: skip
     flags = {
         "one": [[]],
@@ -66,9 +66,6 @@ def _run(engine: str, folder: Path) -> None:
     started = [subprocess.Popen([*command, *more], env=env) for more in flags[engine]]
     if any([process.wait() for process in started]):  # waits for all
         raise SystemExit(f"{engine} failed.")
-    if engine == "partitions":
-        merge = [sys.executable, "-m", "modeling_llm2clip", "merge-store", str(folder / engine)]
-        subprocess.run(merge, check=True)
 
 
 def _hash_files(folder: Path) -> dict[str, str]:

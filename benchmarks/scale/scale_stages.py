@@ -10,7 +10,6 @@ import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +66,12 @@ def _start_extraction(folder: Path, count: int) -> dict[str, Any]:
     import torch
 
     from modeling_llm2clip.configs.encoding_config import ExtractConfig
-    from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter
-    from modeling_llm2clip.embedding.extract import StoreInputs, list_items, plan_store
+    from modeling_llm2clip.data.store.store_manifest import StoreManifest
+    from modeling_llm2clip.embedding.extract import index_records, open_rows, plan_store
     from modeling_llm2clip.embedding.shard_encoding import load_shard_encoder
+    from modeling_llm2clip.embedding.store_writer import begin_store
 
-    config = ExtractConfig(device="cpu", max_shard_size="4MB", show_progress=False)
+    config = ExtractConfig(device="cpu", show_progress=False)
     records = _load(folder, count)
 
     def start(chosen: Any, output: Path) -> float:
@@ -79,10 +79,10 @@ def _start_extraction(folder: Path, count: int) -> dict[str, Any]:
         model = folder / "model"
         encoder = load_shard_encoder(model, "text", config, torch.device("cpu"))
         planned = plan_store(model, chosen, encoder, config, "text")
-        items = partial(list_items, chosen, planned)
-        writer = EmbeddingStoreWriter.open(output, planned, items)
-        inputs = StoreInputs(writer, chosen).read_inputs(writer.manifest.rows_of_shard(0))
-        encoder.prepare(inputs)
+        begin_store(output, planned, index_records(chosen, planned))
+        begun = StoreManifest.read(output)
+        rows = open_rows(output, begun, chosen)
+        encoder.prepare(rows.read_inputs(begun.inputs_of_shard(0)))
         return time.perf_counter() - begin
 
     start(records[:_BATCH], folder / f"few-{count}")
@@ -175,19 +175,20 @@ def _write_store(
     import torch
 
     from modeling_llm2clip.data.store.store_manifest import StoreManifest
-    from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter
-    from modeling_llm2clip.embedding.extract import list_items
+    from modeling_llm2clip.embedding.extract import index_records, open_rows
+    from modeling_llm2clip.embedding.store_writer import StoreWriter, begin_store
 
     planned = StoreManifest(
         content=content, fingerprint=fingerprint, dtype="float16", dim=width,
         rows_per_shard=2**16, plan=plan,
     )  # fmt: skip
-    items = partial(list_items, records, planned)
-    writer = EmbeddingStoreWriter.open(folder, planned, items)
+    begin_store(folder, planned, index_records(records, planned))
+    begun = StoreManifest.read(folder)
+    writer, rows = StoreWriter(folder, begun), open_rows(folder, begun, records)
     generator = torch.Generator().manual_seed(0)
     for shard in writer.list_missing():
-        rows = len(writer.manifest.rows_of_shard(shard))
-        writer.write(shard, torch.randn(rows, width, generator=generator))
+        inputs = rows.read_inputs(begun.inputs_of_shard(shard))
+        writer.write(shard, torch.randn(len(inputs), width, generator=generator))
     writer.finish()
 
 

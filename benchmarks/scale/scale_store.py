@@ -41,8 +41,8 @@ from modeling_llm2clip.data.records.record_columns import ROWS_PER_BATCH
 from modeling_llm2clip.data.sealed_manifest import write_sealed
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.store.store_index import SCHEMA
-from modeling_llm2clip.data.store.store_manifest import ShardRecord, StoreManifest
-from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter, StoreItems
+from modeling_llm2clip.data.store.store_manifest import RECORD_NAME, ShardRecord, StoreManifest
+from modeling_llm2clip.embedding.store_writer import StoreWriter, begin_store
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Read: TypeAlias = Callable[[Array], Array]
@@ -175,7 +175,7 @@ def measure_opening(
         num_rows: rows of the store; five of them per item.
         dim: numbers per row.
     """
-    writer = EmbeddingStoreWriter.open(folder, _plan(dim), lambda _: _list_items(num_rows))
+    writer = _begin(folder, num_rows, dim)
     for shard in range(writer.manifest.num_shards):
         write_sparse_shard(writer, shard)
     started = time.perf_counter()
@@ -204,24 +204,22 @@ def write_store(folder: Path, num_rows: int, dim: int) -> None:
         num_rows: rows of the store.
         dim: numbers per row.
     """
-    writer = EmbeddingStoreWriter.open(folder, _plan(dim), lambda _: _list_items(num_rows))
+    writer = _begin(folder, num_rows, dim)
     for shard in range(writer.manifest.num_shards):
-        rows = writer.manifest.rows_of_shard(shard)
+        rows = writer.manifest.inputs_of_shard(shard)
         generator = torch.Generator().manual_seed(shard)
         writer.write(shard, torch.rand(len(rows), dim, generator=generator))
     writer.finish()
 
 
-def _plan(dim: int) -> Any:
-    return StoreManifest(
+def _begin(folder: Path, num_rows: int, dim: int) -> StoreWriter:
+    planned = StoreManifest(
         content="caption_embeds", fingerprint={}, dtype="float16", dim=dim,
-        rows_per_shard=ExtractConfig().count_rows_per_shard(2 * dim), plan={},
+        rows_per_shard=ExtractConfig().rows_per_shard, plan={},
     )  # fmt: skip
-
-
-def _list_items(num_rows: int) -> StoreItems:
     num_items = -(-num_rows // _CAPTIONS_PER_ITEM)
-    return StoreItems(num_rows, num_items, {}, _make_items(num_items, num_rows))
+    begin_store(folder, planned, _make_items(num_items, num_rows))
+    return StoreWriter(folder, StoreManifest.read(folder))
 
 
 def _make_items(num_items: int, num_rows: int) -> Iterator[pa.RecordBatch]:
@@ -235,11 +233,11 @@ def _make_items(num_items: int, num_rows: int) -> Iterator[pa.RecordBatch]:
         langs = pa.array(["en"]).take(pa.array(np.zeros(len(items), np.int64)))
         counts = pa.array(np.diff(ends), pa.int32())
         keys = pa.array(items)
-        columns = [names, names, langs, keys, keys, keys, counts, lists]
+        columns = [names, names, langs, keys, keys, keys, counts, lists, lists]
         yield pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 
-def write_sparse_shard(writer: EmbeddingStoreWriter, shard: int) -> None:
+def write_sparse_shard(writer: StoreWriter, shard: int) -> None:
     """Write a shard that has its header and its size, and no embeddings.
 
     Args:
@@ -247,16 +245,17 @@ def write_sparse_shard(writer: EmbeddingStoreWriter, shard: int) -> None:
         shard: number of the shard.
     """
     manifest = writer.manifest
-    rows = len(manifest.rows_of_shard(shard))
+    rows = len(manifest.inputs_of_shard(shard))
     file = writer.folder / manifest.name_shard(shard)
     tensor = torch.zeros(rows, manifest.dim, dtype=writer.stored_dtype)
     content, _ = writer.encode(shard, tensor)
     with file.open("wb") as opened:
         opened.write(content[: len(content) - rows * manifest.row_bytes])
         opened.truncate(len(content))
-    record = ShardRecord(file.name, rows, len(content), "")
-    noted = writer.folder / manifest.name_record(shard)
-    noted.write_text(write_sealed(asdict(record)), encoding="utf-8")
+    record = ShardRecord(file.name, len(content), "", rows)
+    noted = writer.folder / RECORD_NAME.format(shard)
+    sealed = write_sealed({"of": manifest.hash_causes(), **asdict(record)})
+    noted.write_text(sealed, encoding="utf-8")
 
 
 def _open_readers(folder: Path, num_rows: int, dim: int) -> Iterator[tuple[str, Read]]:

@@ -53,8 +53,8 @@ def extract(
         output: Folder of the store, new or from an interrupted run.
         modality: Modality to embed: the captions or the images. No default, required.
         partition: Part of the store to compute, such as 2/8 for the second of eight. Parts may run
-            at the same time on machines that share the folder; llm2clip merge-store completes the
-            store after all have finished. Default: all.
+            at the same time on machines that share the folder; the last one to finish completes the
+            store. Default: all.
         engine: Where to compute: in the processes of this run, or in the actors of a Ray cluster.
         reading: How the data are read.
         limits: Which images are decoded.
@@ -84,8 +84,9 @@ def extract(
     state = PartialState()
     if state.is_main_process:
         print("\n".join(describe_extraction(output)))
-        if plan.num_parts == 1:
-            content = StoreManifest.read(output).content
-            print(f"Align a model on it: {suggest_align(model, data, output, content)}")
+        manifest = StoreManifest.read(output)
+        if manifest.complete:
+            hint = suggest_align(model, data, output, manifest.content)
+            print(f"Align a model on it: {hint}")
     state.destroy_process_group()
     return 0

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 from annotated_types import Interval
 
-from .config_fields import DeviceConfig, Precision, ShardSize, WeightDtype
+from .config_fields import DeviceConfig, Precision, WeightDtype
 
 Backend: TypeAlias = Literal["torch", "onnx"]
 TextWeights: TypeAlias = Literal["float32", "int8", "int4"]
@@ -31,8 +30,6 @@ DUAL_ENCODERS = (
     "clip", "siglip", "siglip2", "metaclip_2", "tipsv2", "aimv2", "chinese_clip", "altclip",
     "vision-text-dual-encoder",
 )  # fmt: skip
-_MOST_ROWS_PER_SHARD = 2**16
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,37 +112,32 @@ class BackendConfig(PrecisionConfig, CompileConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractConfig(EncodingConfig, CompileConfig, JpegConfig):
+class ShardConfig(EncodingConfig, JpegConfig):
+    """Options of encoding into shards."""
+
+    rows_per_shard: Annotated[int, Interval(ge=1, le=2**20)] = 8192
+    """Texts or images per file. An interrupted run computes a file that was begun again."""
+    token_budget: Annotated[int, Interval(ge=1)] | None = None
+    """Maximum number of tokens per batch of texts, padding included. Default: by device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig(ShardConfig, CompileConfig):
     """Options of `extract`: computing and storing embeddings.
 
-    An interrupted store continues only with the same `store_dtype`, `max_shard_size`, `batch_size`,
+    An interrupted store continues only with the same `store_dtype`, `rows_per_shard`, `batch_size`,
     `token_budget`, `sentence_views`, `compile` and `jpeg_decoding`, and in the same precision.
     """
 
     store_dtype: WeightDtype = "float16"
     """Dtype of the stored embeddings; values that it cannot hold are refused, never clipped."""
-    max_shard_size: ShardSize = "64MB"
-    """Maximum size of a file of the store, such as 64MB or 1GiB, and at most 65,536 embeddings. An
-    interrupted run computes a file that was begun again."""
-    token_budget: Annotated[int, Interval(ge=1)] | None = None
-    """Maximum number of tokens per batch of captions, padding included. Default: by device."""
     sentence_views: Annotated[int, Interval(ge=0, le=64)] = 0
     """Views of each long caption to store beside it, each some of its sentences without the first
     one, which alignment then samples as long captions (DeBias-CLIP, arXiv:2602.22419)."""
 
-    def count_rows_per_shard(self, row_bytes: int) -> int:
-        """Return how many embeddings a file of the store has.
-
-        Args:
-            row_bytes: Bytes of one stored embedding.
-        """
-        number, unit = re.findall(r"\d+|\D+", self.max_shard_size)
-        size = int(number) * _UNITS[unit]
-        return min(max(1, size // row_bytes), _MOST_ROWS_PER_SHARD)
-
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedConfig(EncodingConfig, BackendConfig, JpegConfig):
+class EmbedConfig(ShardConfig, BackendConfig):
     """Options of `embed`: the encoding, and the content of its files.
 
     An interrupted output continues only with the same options, except for `device`, `num_workers`,
@@ -161,17 +153,11 @@ class EmbedConfig(EncodingConfig, BackendConfig, JpegConfig):
     columns: tuple[EmbeddingColumn, ...] = ()
     """Columns besides id and embedding: text, name, group_id, lang, captions, long_captions,
     keywords, url, place, image_file. Default: none."""
-    rows_per_shard: Annotated[int, Interval(ge=1, le=2**20)] = 8192
-    """Embeddings per file."""
-    token_budget: Annotated[int, Interval(ge=1)] | None = None
-    """Maximum number of tokens per batch of texts, padding included. Default: by device."""
     skip_invalid: bool = False
     """Skip images that cannot be decoded and report their number, instead of stopping."""
     int8_ranges: Path | None = None
     """Output of an earlier `embed` whose int8 ranges to use, so that both fit into one index.
-    Default: the ranges of a sample."""
-    calibration_size: Annotated[int, Interval(ge=1)] = 1024
-    """Number of records in the sample that measures int8 ranges."""
+    Default: the ranges of a sample of 1,024 records."""
 
     def _list_conflicts(self) -> dict[str, object]:
         return {

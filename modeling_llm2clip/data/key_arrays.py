@@ -50,6 +50,15 @@ def sort_rows(values: Array) -> Array:
     return codes.astype(np.int32)
 
 
+def group_places(numbers: Array) -> Iterator[tuple[int, Array]]:
+    """Yield the distinct numbers in (N,) of them, and the places of each, both ascending."""
+    order = np.argsort(numbers, kind="stable")
+    distinct, starts = np.unique(numbers[order], return_index=True)
+    stops = [*starts[1:].tolist(), len(numbers)]
+    for number, start, stop in zip(distinct.tolist(), starts.tolist(), stops, strict=False):
+        yield number, order[start:stop]
+
+
 def is_among(keys: Array, sorted_keys: Array) -> Array:
     """Tell for each key, (N,) bool, whether it is one of `sorted_keys`, which ascend."""
     if not len(sorted_keys):

@@ -66,14 +66,12 @@ def write_sealed(content: Mapping[str, Any]) -> str:
     return json.dumps({**content, _OWN_HASH: hash_json(content)}, indent=2) + "\n"
 
 
-def read_sealed(text: str, *, or_plain: bool = False) -> dict[str, Any]:
-    """Read an object that `write_sealed` wrote, without its hash; perhaps one without a hash."""
+def read_sealed(text: str) -> dict[str, Any]:
+    """Read an object that `write_sealed` wrote, without its hash."""
     sealed = parse_json(text)
     if not isinstance(sealed, dict):
         raise ValueError(f"it holds {type(sealed).__name__}, not an object")
     content = {name: value for name, value in sealed.items() if name != _OWN_HASH}
-    if or_plain and content == sealed:
-        return content
     if (digest := hash_json(content)) != sealed.get(_OWN_HASH):
         raise ValueError(f"its content has the SHA-256 {digest}, it says {sealed.get(_OWN_HASH)}")
     return content

@@ -33,19 +33,19 @@ from ..processing_llm2clip import LLM2CLIPProcessor
 from ..scheduling.processes import choose_device
 from .embedding_manifest import EmbeddingManifest
 from .encoding_plan import EncodingPlan, Engine, plan_encoding
+from .input_rows import ImageRows, InputRows, TextRows, require_inputs
 from .parquet_writer import (
-    ImageRows,
     ParquetWriter,
-    TextRows,
     count_values,
     measure_ranges,
     truncate_embeddings,
 )
 from .shard_computation import ShardWork, compute_partition, open_stops
 from .shard_encoding import ShardEncoder, load_shard_encoder
-from .sharded_writer import begin_output, read_begun
-from .unreadable_images import accept_repairs, name_unreadable_images
+from .sharded_writer import begin_output, describe_missing, read_begun
+from .unreadable_images import name_unreadable_images
 
+_CALIBRATION_SIZE = 1024  # records in the sample that measures int8 ranges
 _OF_TEXTS = {"text", "name", "lang", "captions", "long_captions"}  # columns of `hash_texts`
 
 
@@ -92,12 +92,12 @@ def embed(
             does not fit it; or `output` has embeddings of another model, prompt, dataset or option,
             with both values, or damaged files.
         DataValidationError: Images cannot be decoded, all of which are named as soon as one is met;
-            complete files stay, and the output continues when these images alone are repaired.
+            with repaired or without these images, embed again into a new folder.
         FileExistsError: `output` holds other files.
         OSError: `output` cannot be written, before anything is read; the disk is full, and what is
             written stays.
         StageInterrupt: SIGINT or SIGTERM stopped the run after a batch.
-        RuntimeError: An actor of Ray failed again and again.
+        RuntimeError: A Ray actor failed repeatedly.
 
     Examples:
         >>> records = load_records("my-images")
@@ -121,8 +121,9 @@ def run_embed(
     """Write a planned output; returns its folder. Errors name the data by `source`."""
     config, output, modality = plan.config, plan.output, plan.modality
     records = RecordTable.from_records(data)
+    require_inputs(records, modality)
     rows = (
-        TextRows(records, config.columns, rows_per_shard=config.rows_per_shard)
+        TextRows(records, config.rows_per_shard, columns=config.columns)
         if modality == "text"
         else ImageRows(records, config.columns)
     )
@@ -132,26 +133,15 @@ def run_embed(
         require_trained(model_config, purpose="embed", source=model.name)
         encoder = load_shard_encoder(model.folder, modality, config, device)
         planned = _plan_output(model, modality, records, len(rows), encoder, config)
-        name_unreadable = partial(
-            name_unreadable_images, records, rows.read_inputs,
-            source=source, show_progress=config.show_progress,
-        )  # fmt: skip
-        open_writer = partial(ParquetWriter, output, rows=rows, skip_invalid=config.skip_invalid)
         with PartialState().main_process_first():
-            accept_repairs(planned, records, output, open_writer)
             if not planned.is_begun(output):
-                with name_unreadable(num_rows=len(rows)):
+                with name_unreadable_images(rows, source=source):
                     begun = _add_ranges(planned, encoder, rows, config)
                 begin_output(output, begun)
-            writer = open_writer(read_begun(output, planned))
-        with name_unreadable(writer=writer):
-            compute_partition(
-                plan,
-                ShardWork(writer, encoder, rows),
-                model.folder,
-                stop=stop,
-                finish=True,
-            )
+            begun = read_begun(output, planned)
+        writer = ParquetWriter(output, begun, rows=rows, skip_invalid=config.skip_invalid)
+        work = ShardWork(writer, encoder, rows)
+        compute_partition(plan, work, model.folder, stop=stop, source=source)
         if modality == "image":
             _report_far(encoder, model.folder, report or partial(warnings.warn, stacklevel=4))
     return output
@@ -191,7 +181,7 @@ def _plan_output(
         plan["values of columns"] = hash_columns(records, others)
     if config.dtype == "int8":
         plan["int8_ranges"] = (
-            f"of a sample of {config.calibration_size}"
+            f"of a sample of {_CALIBRATION_SIZE}"
             if config.int8_ranges is None
             else hash_json(_read_ranges(config.int8_ranges))
         )
@@ -207,7 +197,7 @@ def _plan_output(
         dtype=config.dtype,
         dim=dim,
         columns=config.columns,
-        num_rows=num_rows,
+        num_inputs=num_rows,
         rows_per_shard=config.rows_per_shard,
         plan=plan,
     )
@@ -216,13 +206,8 @@ def _plan_output(
 def describe_embeddings(output: Path) -> list[str]:
     """Describe an output in lines for a terminal."""
     manifest = EmbeddingManifest.read(output)
-    files = map(manifest.name_shard, range(manifest.num_shards))
-    there = sum((output / file).is_file() for file in files)
-    if not manifest.complete or there < manifest.num_shards:
-        return [
-            f"{there} of {manifest.num_shards} files are in {output}. The last partition to end "
-            "completes the output."
-        ]
+    if missing := describe_missing(output, manifest):
+        return missing
     shards = manifest.shards
     num_rows = sum(shard.rows for shard in shards)
     lines = [
@@ -232,7 +217,7 @@ def describe_embeddings(output: Path) -> list[str]:
     if skipped := [name for shard in shards for name in shard.skipped]:
         names = list_first(skipped)
         lines.append(f"Skipped {counted(len(skipped), 'undecodable image')}: {names}.")
-    if truncated := sum(shard.num_truncated for shard in shards):
+    if truncated := manifest.num_truncated:
         lines.append(f"Truncated {counted(truncated, 'text')} to the tokens that the model reads.")
     if clipped := sum(shard.num_clipped for shard in shards):
         share = clipped / (num_rows * manifest.dim)
@@ -243,18 +228,18 @@ def describe_embeddings(output: Path) -> list[str]:
 def _add_ranges(
     planned: EmbeddingManifest,
     encoder: ShardEncoder,
-    rows: TextRows | ImageRows,
+    rows: InputRows,
     config: EmbedConfig,
 ) -> EmbeddingManifest:
     """Measure the int8 ranges, or read those of another output."""
     if config.dtype != "int8":
         return planned
     if config.int8_ranges is None:
-        sample = encoder.encode_sample(rows.sample(config.calibration_size))
+        sample = encoder.encode_sample(rows.sample(_CALIBRATION_SIZE))
         if not len(sample):
             raise ValueError(
-                "No image of the sample can be decoded. Repair them, or give a larger "
-                "calibration_size."
+                f"None of {_CALIBRATION_SIZE} sampled images can be decoded. Repair them, or "
+                "choose another dtype."
             )
         measured = measure_ranges(truncate_embeddings(sample, planned.dim))
         return replace(planned, ranges=tuple(map(tuple, measured.tolist())))

@@ -1,8 +1,8 @@
 """Computes shards of an output, while threads prepare the next one and write the one before.
 
-Shards are independent of each other. The processes of `accelerate launch` or `torchrun` share them
-in turn; partitions, which any scheduler may start on any machine, do the same by their number. A
-shard that another process writes is refused.
+Shards are independent. The processes of `accelerate launch` or `torchrun` take turns with them;
+partitions, which any scheduler may start on any machine, do the same by their number. A shard that
+another process writes is refused.
 
 The actors of a Ray cluster load the tower once each. Ray Data hands them the numbers of the shards,
 and starts a lost actor again. The embeddings go to the output's folder, which all machines see,
@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -38,20 +38,15 @@ from ..image_loading_llm2clip import ImageLimits, get_image_limits, set_image_li
 from ..scheduling.graceful_stop import StopRequest, stop_on_signals
 from ..scheduling.processes import choose_device
 from .encoding_plan import EncodingPlan, Engine
+from .input_rows import InputRows
 from .shard_encoding import PreparedShard, ShardEncoder, load_shard_encoder
 from .sharded_writer import ShardedWriter
+from .unreadable_images import name_unreadable_images
 
 _NAMES_AN_ERROR = re.compile(r"[\w.]+(Error|Exception): ")  # the first line of a traceback's end
 # Errors of an actor that the driver raises; subclasses first.
 _KINDS = {kind.__name__: kind for kind in (UnreadableImagesError, OSError, ValueError)}
 _OBJECT_STORE_BYTES = 256 * 2**20  # numbers of shards go through it, and records in memory
-
-
-class ShardInputs(Protocol):
-    """Texts or images of an output's rows."""
-
-    def read_inputs(self, rows: range) -> list[Any]:
-        """Read the inputs of some rows."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +56,12 @@ class ShardWork:
     Attributes:
         writer: Writer of the output.
         encoder: The loaded tower.
-        inputs: Inputs of its rows.
+        rows: Texts or images of its shards.
     """
 
     writer: ShardedWriter[Any]
     encoder: ShardEncoder
-    inputs: ShardInputs
+    rows: InputRows
 
     def compute(self, shards: Sequence[int], *, stop: StopRequest, bar: tqdm[Any]) -> None:
         """Compute shards until all are done, or until the batch in which a signal comes.
@@ -93,6 +88,8 @@ class ShardWork:
                     embeds = self._encode(prepared, written, stop, bar)
                     if embeds is None:
                         break
+                    num_inputs = len(self.writer.manifest.inputs_of_shard(shard))
+                    bar.update(num_inputs - len(prepared.inputs))  # texts that occur again
                     copied = start_copy(embeds)
                     written.result()  # so that embeddings of two shards at most are in memory
                     write = partial(self._write, shard, prepared, copied, held.pop_all())
@@ -100,13 +97,13 @@ class ShardWork:
             written.result()
 
     def _prepare(self, shard: int) -> PreparedShard:
-        rows = self.writer.manifest.rows_of_shard(shard)
-        return self.encoder.prepare(self.inputs.read_inputs(rows))
+        inputs = self.writer.manifest.inputs_of_shard(shard)
+        return self.encoder.prepare(self.rows.read_inputs(inputs))
 
     def _encode(
         self, prepared: PreparedShard, written: Future[None], stop: StopRequest, bar: tqdm[Any]
     ) -> Tensor | None:
-        """Encode a shard, batch after batch; returns None where a signal came before its end."""
+        """Encode a shard, batch after batch; return None if a signal came before its end."""
         num_left = len(prepared.inputs)
         parts: list[Tensor] = []
         with closing(self.encoder.encode(prepared)) as encoded:  # type: ignore[type-var]
@@ -118,7 +115,6 @@ class ShardWork:
                     written.result()  # raises its error
                 if stop.signal and num_left:
                     return None
-        bar.update(len(prepared.rows) - len(prepared.inputs))  # texts that occur again
         return torch.cat(parts)
 
     def _write(
@@ -144,51 +140,47 @@ def compute_partition(
     folder: Path,
     *,
     stop: StopRequest,
-    finish: bool,
+    source: str,
 ) -> None:
     """Compute the missing shards of a partition, in all processes of the run or with Ray.
 
-    Ray's actors load the model of `folder`. With `finish`, the main process completes the output if
-    all shards are there, while the others wait.
+    Ray's actors load the model of `folder`. The main process completes the output if all shards are
+    there, while the others wait. Errors name the data by `source`.
     """
     state, writer, config = PartialState(), work.writer, plan.config
     shards = range(writer.manifest.num_shards)[plan.part - 1 :: plan.num_parts]
     if plan.engine == "local":
         shards = shards[state.process_index :: state.num_processes]
     missing = sorted(set(shards) & set(writer.list_missing()))
-    if plan.engine == "ray":
-        task = replace(plan, source=folder)  # a loaded model would be sent to each actor
-        if (taken := work.encoder.plan.get("precision")) in ("float32", "bfloat16"):
-            task = replace(task, config=replace(config, precision=taken))  # compared once
-        compute_with_ray(
-            partial(_open_work, task, writer, work.inputs),
-            missing,
-            config.device,
-            show_progress=config.show_progress,
-        )
-    elif missing:
-        shown = config.show_progress and state.is_local_main_process
-        name = f"{writer.manifest.COMMAND} {plan.modality}"
-        with closing(open_bar(writer, shards, missing, name, shown=shown)) as bar:
-            work.compute(missing, stop=stop, bar=bar)
+    shows = config.show_progress
+    with name_unreadable_images(work.rows, writer, source=source, show_progress=shows):
+        if plan.engine == "ray":
+            task = replace(plan, source=folder)  # a loaded model would be sent to each actor
+            if (taken := work.encoder.plan.get("precision")) in ("float32", "bfloat16"):
+                task = replace(task, config=replace(config, precision=taken))  # compared once
+            open_work = partial(_open_work, task, writer, work.rows)
+            compute_with_ray(open_work, missing, config.device, show_progress=shows)
+        elif missing:
+            shown = shows and state.is_local_main_process
+            name = f"{writer.manifest.COMMAND} {plan.modality}"
+            with closing(open_bar(writer, shards, missing, name, shown=shown)) as bar:
+                work.compute(missing, stop=stop, bar=bar)
     stop.raise_interrupt(
         f"Stopped; complete shards are in {plan.output}.",
         resume=False,
         is_main_process=state.is_main_process,
     )
     state.wait_for_everyone()
-    if finish and state.is_main_process:
+    if state.is_main_process:
         writer.finish()
     state.wait_for_everyone()
 
 
-def _open_work(
-    plan: EncodingPlan[Any], writer: ShardedWriter[Any], inputs: ShardInputs
-) -> ShardWork:
+def _open_work(plan: EncodingPlan[Any], writer: ShardedWriter[Any], rows: InputRows) -> ShardWork:
     """Load the tower that is needed in an actor of Ray."""
     device = choose_device(plan.config.device)
     encoder = load_shard_encoder(Path(str(plan.source)), plan.modality, plan.config, device)
-    return ShardWork(writer, encoder, inputs)
+    return ShardWork(writer, encoder, rows)
 
 
 def open_bar(
@@ -199,8 +191,8 @@ def open_bar(
     *,
     shown: bool,
 ) -> tqdm[Any]:
-    """Open a bar over the rows of some shards; the rate is that of this run."""
-    sizes = {shard: len(writer.manifest.rows_of_shard(shard)) for shard in shards}
+    """Open a bar over the inputs of some shards; its rate is the rate of this run."""
+    sizes = {shard: len(writer.manifest.inputs_of_shard(shard)) for shard in shards}
     return tqdm(
         desc=name,
         total=sum(sizes.values()),

@@ -1,15 +1,14 @@
 """Writes an output in shards, each complete or absent; a killed run loses at most one.
 
-Shards are independent: any number of processes may write different shards of one folder, also from
-different machines that share a file system. No process waits for another; whoever starts them gives
-each its own shards, and a shard that another process computes is refused. `finish` completes the
-manifest when all are there. The subclasses encode a shard, as a safetensors or a Parquet file.
+Shards are independent: any number of processes may write different shards of one folder, even from
+different machines that share a file system. No process waits for another, and a shard that another
+process computes is refused. `finish` completes the manifest when all shards are there. Subclasses
+encode a shard, as a safetensors or a Parquet file.
 """
 
 from __future__ import annotations
 
 import hashlib
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,7 +20,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from .._suggestions import counted, list_first
+from .._suggestions import counted
 from ..data.atomic_files import (
     explain_full_disk,
     list_differences,
@@ -31,8 +30,13 @@ from ..data.atomic_files import (
     write_atomically,
 )
 from ..data.sealed_manifest import read_sealed, write_sealed
-from ..data.store.store_manifest import ShardedManifest, ShardRecord, make_record
-from ..data.store.store_shards import list_errors
+from ..data.store.store_manifest import (
+    RECORD_GLOB,
+    RECORD_NAME,
+    ShardedManifest,
+    ShardRecord,
+    make_record,
+)
 
 _Manifest = TypeVar("_Manifest", bound=ShardedManifest)
 
@@ -43,7 +47,11 @@ class ShardedWriter(ABC, Generic[_Manifest]):
     Attributes:
         folder: Folder of the output.
         manifest: Content of the complete output.
+        verifies_on_read: Whether readers of the output hash its files, so `finish` only compares
+            their sizes.
     """
+
+    verifies_on_read = False
 
     def __init__(self, folder: Path, manifest: _Manifest) -> None:
         self.folder = folder
@@ -57,10 +65,6 @@ class ShardedWriter(ABC, Generic[_Manifest]):
     @abstractmethod
     def encode(self, shard: int, embeds: Tensor) -> tuple[bytes, dict[str, Any]]:
         """Return the content of a shard's file, and entries of its record, `rows` among them."""
-
-    @abstractmethod
-    def check_file(self, record: ShardRecord) -> None:
-        """Raise ValueError if the file of a shard is damaged or belongs to another output."""
 
     @contextmanager
     def hold(self, shard: int) -> Iterator[None]:
@@ -80,28 +84,23 @@ class ShardedWriter(ABC, Generic[_Manifest]):
 
         Args:
             shard: Number of the shard, from 0.
-            embeds: (rows of the shard, D) of any float dtype, on the CPU.
-            num_truncated: How many of its captions are longer than the model reads.
+            embeds: (N, D) embeddings of its inputs, of any float dtype, on the CPU.
+            num_truncated: How many of its texts are longer than the model reads.
         """
-        rows = self.manifest.rows_of_shard(shard)
-        if len(embeds) != len(rows):
-            raise ValueError(
-                f"{self._name(shard)} has {counted(len(rows), 'row')}, got "
-                f"{counted(len(embeds), 'embedding')}."
-            )
         stored = embeds.to(self.stored_dtype)
-        _require_finite(stored, embeds, rows)
+        _require_finite(stored, embeds, self._name(shard))
         content, facts = self.encode(shard, stored)
         file = self.folder / self.manifest.name_shard(shard)
-        complete = self.folder / self.manifest.name_record(shard)
+        complete = self.folder / RECORD_NAME.format(shard)
         digest = hashlib.sha256(content).hexdigest()
         record = ShardRecord(
             file=file.name, bytes=len(content), sha256=digest, num_truncated=num_truncated, **facts
         )
+        sealed = write_sealed({"of": self.manifest.hash_causes(), **asdict(record)})
         with explain_full_output(self.folder, self._name(shard)):
             complete.unlink(missing_ok=True)  # after a kill, an old hash would say damaged
             write_atomically(file, content)
-            write_atomically(complete, write_sealed(asdict(record)).encode())
+            write_atomically(complete, sealed.encode())
 
     def is_done(self, shard: int) -> bool:
         """Return whether the record and the file of a shard are in the folder."""
@@ -114,10 +113,10 @@ class ShardedWriter(ABC, Generic[_Manifest]):
         return [shard for shard in range(self.manifest.num_shards) if shard not in records]
 
     def find_records(self) -> dict[int, ShardRecord]:
-        """Find the records of complete shards: beside them, or in the manifest of all."""
-        names = {file.name for file in self.folder.glob(self.manifest.RECORD_GLOB)}
+        """Find the records of complete shards: next to them, or in the manifest."""
+        names = {file.name for file in self.folder.glob(RECORD_GLOB)}
         shards = range(self.manifest.num_shards)
-        records = {s: self._read_record(s) for s in shards if self.manifest.name_record(s) in names}
+        records = {s: self._read_record(s) for s in shards if RECORD_NAME.format(s) in names}
         # The manifest afterwards: another process may just have moved the records there.
         listed: dict[int, Any] = dict(enumerate(self.manifest.read(self.folder).shards))
         return {
@@ -132,46 +131,31 @@ class ShardedWriter(ABC, Generic[_Manifest]):
         if len(records) < self.manifest.num_shards:
             return False
         shards = tuple(records[shard] for shard in range(self.manifest.num_shards))
-        if errors := list_errors(self.check_file, shards):
-            raise ValueError(
-                f"{self.folder}: {counted(len(errors), 'damaged file')}: "
-                f"{list_first(errors, '; ')}. Delete each and the .json file beside it, and "
-                f"{self.manifest.COMMAND} again, which computes them anew."
-            )
-        manifest = self.manifest.read(self.folder)
-        self.manifest = self.complete_manifest(manifest, shards)
-        if self.manifest != manifest:
+        self.manifest.require_intact(self.folder, shards, sizes_only=self.verifies_on_read)
+        begun = self.manifest.read(self.folder)
+        self.manifest = replace(begun, complete=True, shards=shards)
+        if self.manifest != begun:
             self._publish()
-        for pattern in (self.manifest.RECORD_GLOB, "*.tmp", "*.lock"):
+        for pattern in (RECORD_GLOB, "*.tmp", "*.lock"):
             for file in self.folder.glob(pattern):
-                if file.is_dir():  # temporary files of an index
-                    shutil.rmtree(file, ignore_errors=True)
-                else:
-                    file.unlink(missing_ok=True)
+                file.unlink(missing_ok=True)
         return True
-
-    def complete_manifest(self, manifest: _Manifest, shards: tuple[ShardRecord, ...]) -> _Manifest:
-        """Put the records of all shards into the manifest."""
-        completed: _Manifest = replace(manifest, complete=True, shards=shards)  # type: ignore[type-var]
-        return completed
-
-    def renew(self) -> None:
-        """Write the manifest of an output that is begun anew."""
-        self._publish()
 
     def _name(self, shard: int) -> str:
         return f"shard {shard} of {self.manifest.num_shards}"
 
     def _read_record(self, shard: int) -> ShardRecord | None:
-        file = self.folder / self.manifest.name_record(shard)
+        file = self.folder / RECORD_NAME.format(shard)
         try:
-            record = make_record(read_sealed(file.read_text(encoding="utf-8")))
-            if record.file != self.manifest.name_shard(shard):
-                raise ValueError(f"it describes {record.file}")
+            content = read_sealed(file.read_text(encoding="utf-8"))
+            is_foreign = content.pop("of") != self.manifest.hash_causes()
+            record = make_record(content)
+            if is_foreign or record.file != self.manifest.name_shard(shard):
+                raise ValueError(f"it describes {record.file}{' of another output' * is_foreign}")
             return record
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{file} is damaged ({error}). Delete it and {self.manifest.COMMAND} again."
             ) from error
@@ -212,13 +196,25 @@ def read_begun(folder: Path, planned: _Manifest) -> _Manifest:
     return manifest
 
 
+def describe_missing(folder: Path, manifest: ShardedManifest) -> list[str]:
+    """Describe an output that lacks shards in lines for a terminal; no lines if it is whole."""
+    files = map(manifest.name_shard, range(manifest.num_shards))
+    there = sum((folder / file).is_file() for file in files)
+    if manifest.complete and there == manifest.num_shards:
+        return []
+    return [
+        f"{there} of {manifest.num_shards} files are in {folder}. The last partition to finish "
+        "completes the output."
+    ]
+
+
 def explain_full_output(folder: Path, what: str) -> AbstractContextManager[None]:
     """Say what to do when there is no room to write `what` into the folder of an output."""
     remedy = "Complete shards stay. Free some space and run the same command again; it continues"
     return explain_full_disk(folder, f"to write {what}", remedy)
 
 
-def _require_finite(stored: Tensor, embeds: Tensor, rows: range) -> None:
+def _require_finite(stored: Tensor, embeds: Tensor, name: str) -> None:
     bad = (~torch.isfinite(stored).all(dim=1)).nonzero().flatten().tolist()
     if not bad:
         return
@@ -227,6 +223,6 @@ def _require_finite(stored: Tensor, embeds: Tensor, rows: range) -> None:
     else:
         reason = "the model computes NaN or infinity: check it with llm2clip doctor"
     raise ValueError(
-        f"{counted(len(bad), 'embedding')} not finite in {stored.dtype}, the first in row "
-        f"{rows[bad[0]]}; {reason}."
+        f"{counted(len(bad), 'embedding')} not finite in {stored.dtype}, the first in row {bad[0]} "
+        f"of {name}; {reason}."
     )

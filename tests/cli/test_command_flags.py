@@ -117,7 +117,7 @@ def test_every_command_has_the_same_device_flag() -> None:
     reference = list_arguments("doctor", flags=True)["device"]
     assert reference.field_info.default == "auto"
     # The recipe of `train` names the device.
-    for name in COMMANDS.keys() - {"env", "train", "merge-store"}:
+    for name in COMMANDS.keys() - {"env", "train"}:
         device = list_arguments(name, flags=True)["device"]
         assert device.field_info == reference.field_info, name
         assert device.parameter.help == reference.parameter.help, name

@@ -23,8 +23,9 @@ from transformers import TrainerControl, TrainerState
 from modeling_llm2clip._library_warnings import hide_known_warnings
 from modeling_llm2clip.configs.finetune_config import FinetuneConfig
 from modeling_llm2clip.data.store.store_manifest import StoreManifest
-from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter, StoreItems
 from modeling_llm2clip.embedding.shard_computation import open_bar
+from modeling_llm2clip.embedding.sharded_writer import begin_output
+from modeling_llm2clip.embedding.store_writer import StoreWriter
 from modeling_llm2clip.encoding import batches as captions
 from modeling_llm2clip.encoding.encode import encode_texts
 from modeling_llm2clip.training.alignment.alignment_report import NEAR_CHANCE
@@ -160,10 +161,11 @@ def test_the_progress_of_captions_is_in_tokens(monkeypatch: pytest.MonkeyPatch) 
 def test_a_continued_store_counts_the_rows_that_are_left(tmp_path: Path) -> None:
     """And takes what an earlier run computed for no speed of this one."""
     planned = StoreManifest(
-        content="caption_embeds", fingerprint={}, dtype="float32", dim=2, rows_per_shard=2, plan={}
-    )
-    items = StoreItems(5, 5, {}, iter([]))
-    writer = EmbeddingStoreWriter.open(tmp_path / "store", planned, lambda _: items)
+        content="caption_embeds", fingerprint={}, dtype="float32", dim=2, num_inputs=5,
+        rows_per_shard=2, plan={},
+    )  # fmt: skip
+    begin_output(tmp_path, planned)
+    writer = StoreWriter(tmp_path, planned)
     writer.write(0, torch.zeros(2, 2))
     missing = writer.list_missing()
     with closing(open_bar(writer, range(3), missing, "extract text", shown=True)) as bar:

@@ -131,7 +131,7 @@ def test_int8_ranges_are_recorded_and_can_be_used_again_for_the_same_embeddings(
 ) -> None:
     """Values of other embeddings would be clipped, and their bytes mean other numbers."""
     exact = read_embeddings(embedded)[1]
-    config = replace(TEXT, dtype="int8", calibration_size=1000)
+    config = replace(TEXT, dtype="int8")
     folder = embed_texts(model, records, tmp_path / "int8", config)
     low, high = np.array(read_description(folder)["int8_ranges"], np.float32)
     _, values = read_embeddings(folder)
@@ -297,7 +297,7 @@ def test_another_model_prompt_dtype_option_or_dataset_is_refused_with_both_value
     prompted = tiny_model(max_text_length=128, prompt="chatml")
     refused(save_model(*prompted, tmp_path / "prompt"), records, TEXT, "prompt", "tokenizer")
     refused(model, records, replace(TEXT, dtype="float16"), "embedding dtype")
-    refused(model, records, replace(TEXT, truncate_dim=8), "dimensions (truncate_dim)")
+    refused(model, records, replace(TEXT, truncate_dim=8), "dimensions")
     refused(model, records, replace(TEXT, columns=()), "columns")
     refused(model, records, replace(TEXT, rows_per_shard=8), "rows_per_shard")
     refused(model, [records[1], records[0], *records[2:]], TEXT, "data")

@@ -63,7 +63,7 @@ def test_a_stopped_run_goes_on_after_its_last_file_and_leaves_the_same_bytes(
     manifest = EmbeddingManifest.read(folder)
     # While one shard is written, the next may be computed.
     assert len(written) == manifest.num_shards >= num_stops > 0
-    assert sum(written) == manifest.num_rows  # nothing was computed twice
+    assert sum(written) == manifest.num_inputs  # nothing was computed twice
     assert read_bytes(folder) == read_bytes(embedded)
 
 
@@ -76,7 +76,7 @@ def test_a_complete_output_is_checked_and_a_deleted_file_computed_again(
     content = bytearray((folder / name).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"1 damaged file: {name}: SHA-256 is .* Delete"):
+    with pytest.raises(ValueError, match=rf"1 damaged file: {name}: SHA-256 is .*delete"):
         embed_texts(model, records, folder)
     (folder / name).unlink()
     embed_texts(model, records, folder)

@@ -10,7 +10,7 @@ from modeling_llm2clip.embedding.extract import extract
 
 EXACT = ExtractConfig(
     store_dtype="float32",
-    max_shard_size="2KiB",
+    rows_per_shard=16,
     token_budget=256,
     device="cpu",
     show_progress=False,

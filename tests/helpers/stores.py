@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -15,10 +16,8 @@ from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.sealed_manifest import read_sealed, write_sealed
 from modeling_llm2clip.data.store.store_index import make_batch
 from modeling_llm2clip.data.store.store_manifest import MANIFEST_FILE, StoreManifest
-from modeling_llm2clip.embedding.embedding_store_writer import (
-    EmbeddingStoreWriter,
-    StoreItems,
-)
+from modeling_llm2clip.embedding.sharded_writer import read_begun
+from modeling_llm2clip.embedding.store_writer import StoreWriter, begin_store
 
 NUM_ROWS, DIM, ROWS_PER_SHARD = 23, 5, 8
 # Images with 5, 6 and 7 captions, of 0, 1 and 2 long ones; captions are shared.
@@ -31,13 +30,12 @@ TABLE = RecordTable.from_records(
 )
 
 
-def list_items(_: Path) -> StoreItems:
+def make_index() -> pa.RecordBatch:
     rows = [[*short, *long] for short, long in zip(SHORT, LONG, strict=True)]
     ends = np.cumsum([0, *map(len, rows)])
     [records] = TABLE.iterate_columns(("name", "group_id", "lang", "key", "group_key", "text_keys"))
     flat = np.array([row for of_item in rows for row in of_item])
-    batch = make_batch(records, np.array([len(short) for short in SHORT]), ends, flat)
-    return StoreItems(NUM_ROWS, 3, {"captions": 21}, iter([batch]))
+    return make_batch(records, np.array([len(short) for short in SHORT]), ends, flat)
 
 
 def make_plan(**changes: object) -> StoreManifest:
@@ -56,13 +54,15 @@ def make_embeddings(seed: int = 0) -> Tensor:
     return torch.randn(NUM_ROWS, DIM, generator=torch.Generator().manual_seed(seed))
 
 
-def open_writer(folder: Path, **changes: object) -> EmbeddingStoreWriter:
-    return EmbeddingStoreWriter.open(folder, make_plan(**changes), list_items)
+def open_writer(folder: Path, **changes: object) -> StoreWriter:
+    planned = make_plan(**changes)
+    if not planned.is_begun(folder):
+        begin_store(folder, planned, [make_index()])
+    return StoreWriter(folder, read_begun(folder, planned))
 
 
-def write_shard(writer: EmbeddingStoreWriter, shard: int, embeddings: Tensor) -> None:
-    rows = writer.manifest.rows_of_shard(shard)
-    writer.write(shard, embeddings[rows.start : rows.stop], num_truncated=shard)
+def write_shard(writer: StoreWriter, shard: int, embeddings: Tensor) -> None:
+    writer.write(shard, embeddings.split(ROWS_PER_SHARD)[shard], num_truncated=shard)
 
 
 def write_store(
@@ -86,7 +86,7 @@ def list_complete_shards(folder: Path) -> list[int]:
     """Numbers of the complete shards of an unfinished store, whose every byte is checked."""
     manifest = StoreManifest.read(folder)
     assert not manifest.complete
-    shards = EmbeddingStoreWriter(folder, manifest).find_records()
+    shards = StoreWriter(folder, manifest).find_records()
     assert all(hash_file(folder / shard.file) == shard.sha256 for shard in shards.values())
     return sorted(shards)
 

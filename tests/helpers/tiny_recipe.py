@@ -25,7 +25,7 @@ SHORT: dict[str, Any] = {
     "build": {"prompt": "none", "projection_dim": 16, "max_text_length": 64},
     "finetune": {"max_steps": 4, "per_device_train_batch_size": 4, "num_held_out": 4,
                  "save_steps": 2},
-    "extract": {"max_shard_size": "2KB", "show_progress": False},
+    "extract": {"rows_per_shard": 16, "show_progress": False},
     "align": {"max_steps": 6, "global_batch_size": 4, "held_out_ratio": 0.2, "save_steps": 2,
               "eval_steps": 2},
 }  # fmt: skip

@@ -17,7 +17,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..._suggestions import MAX_LISTED, counted, list_first
 from ..images.image_sources import ImageSource, count_bytes
-from ..key_arrays import Array, find_first_rows
+from ..key_arrays import Array, find_first_rows, group_places
 from ..remote.file_places import FilePlace, list_states, use_states
 from ..remote.remote_files import FileInfo
 from ..sources.json_files import parse_json
@@ -207,7 +207,7 @@ class RecordTable(Sequence[CaptionedImage]):
             return values
         located = self._locate(rows)
         values = np.empty(len(located), dtype)
-        for number, places in split_by_batch(located):
+        for number, places in group_places(located // ROWS_PER_BATCH):
             within = located[places] - number * ROWS_PER_BATCH
             values[places] = read(self._batches[number].column(name))[within]
         return values
@@ -225,7 +225,7 @@ class RecordTable(Sequence[CaptionedImage]):
         """
         located = self._locate(rows)
         keys = np.empty(len(located), np.int64)
-        for number, places in split_by_batch(located):
+        for number, places in group_places(located // ROWS_PER_BATCH):
             column = self._batches[number].column("text_keys")
             starts = np.asarray(column.offsets)[located[places] - number * ROWS_PER_BATCH]
             keys[places] = np.asarray(column.values)[starts + numbers[places]]
@@ -309,7 +309,7 @@ class RecordTable(Sequence[CaptionedImage]):
     def _take(self, names: Sequence[str], rows: Array) -> pa.RecordBatch:
         """Gather rows of the batches, at most as many as a batch has, in their order."""
         parts, order = [], []
-        for number, places in split_by_batch(rows):
+        for number, places in group_places(rows // ROWS_PER_BATCH):
             within = pa.array(rows[places] - number * ROWS_PER_BATCH)
             parts.append(self._batches[number].select(list(names)).take(within))
             order.append(places)
@@ -330,18 +330,6 @@ def read_skipped(file: Path) -> dict[str, int]:
     notes = skipped_file(file)
     skipped: dict[str, int] = parse_json(notes.read_text("utf-8")) if notes.is_file() else {}
     return skipped
-
-
-def split_by_batch(rows: Array) -> Iterator[tuple[int, Array]]:
-    """Yield the numbers of batches that have some rows, and the places of these in `rows`."""
-    if not len(rows):
-        return
-    batches = rows // ROWS_PER_BATCH
-    order = np.argsort(batches, kind="stable")
-    numbers, starts = np.unique(batches[order], return_index=True)
-    stops = [*starts[1:].tolist(), len(rows)]
-    for number, start, stop in zip(numbers.tolist(), starts.tolist(), stops, strict=True):
-        yield number, order[start:stop]
 
 
 def count_captions(batch: pa.RecordBatch) -> tuple[Array, Array]:

@@ -7,12 +7,12 @@ A store is a folder:
 | `manifest.json` | what the embeddings are, which model made them, the hashes of all other files |
 | `index.arrow` | which rows an item has; names, group ids, languages, hashes of captions |
 | `shard-00000.safetensors`, … | tensor `embeddings` (rows, dim) |
-| `shard-00000.json`, … | until the store is complete: the record of a complete shard |
+| `_complete-00000.json`, … | until the store is complete: the record of a complete shard |
 
-Items are the records of a dataset in its order. Rows have an order of their own, and only the index
-says which rows belong to an item. Memory does not grow with the store: index and shards are mapped.
-Every file is verified before it is used, once in each process: manifest and index when the store is
-opened, a shard when it is first read. So damage is never read in silence.
+Items are the records of a dataset in its order. A shard has the distinct captions of a range of
+them, or images, and only the index says which rows belong to an item. Memory does not grow with the
+store: index and shards are mapped. Every file is verified before it is used, once in each process:
+manifest and index when the store is opened, a shard when it is first read.
 
 The parts are `store_manifest.py`, `store_index.py` and `store_shards.py`; they are written by
 `embedding/embedding_store_writer.py`.
@@ -21,7 +21,6 @@ The parts are `store_manifest.py`, `store_index.py` and `store_shards.py`; they 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,8 +32,8 @@ from ..._suggestions import counted, list_first
 from ..atomic_files import list_differences
 from ..key_arrays import Array
 from .store_index import ItemTexts, StoreIndex
-from .store_manifest import MANIFEST_FILE, StoreManifest
-from .store_shards import StoreShards, check_file, check_size, describe_damage, list_errors
+from .store_manifest import MANIFEST_FILE, RECORD_GLOB, StoreManifest
+from .store_shards import StoreShards
 
 __all__ = ["MANIFEST_FILE", "EmbeddingStore", "Rows"]
 
@@ -93,21 +92,14 @@ class EmbeddingStore(StoreIndex):
         folder = Path(folder)
         manifest = StoreManifest.read(folder)
         if not manifest.complete:
-            num_done = len(list(folder.glob(manifest.RECORD_GLOB)))
+            num_done = len(list(folder.glob(RECORD_GLOB)))
             raise ValueError(
                 f"{folder} is not complete: {num_done} of {manifest.num_shards} shards. Run the "
-                "same extraction again, which continues; or llm2clip merge-store, if it was "
-                "extracted in partitions that are all done."
+                "same extraction again, or its missing partitions; each continues."
             )
-        errors = list_errors(
-            partial(check_file if check == "full" else check_size, folder), manifest.shards
-        )
-        try:
-            store = cls(folder, manifest)
-        except ValueError as error:
-            errors.insert(0, str(error))
-        if errors:
-            raise ValueError(describe_damage(folder, errors))
+        files = [manifest.index, *manifest.shards]
+        manifest.require_intact(folder, files, sizes_only=check == "fast")
+        store = cls(folder, manifest)
         if check == "full":
             store._shards.verified.update(range(manifest.num_shards))
         return store

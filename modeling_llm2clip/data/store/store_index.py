@@ -5,28 +5,27 @@
 | `name`, `group_id`, `lang` | of the record; name and language together identify an item |
 | `key`, `group_key` | hashes of name and language, and of the group id, as in a `RecordTable` |
 | `text_key` | hash of the captions of the record, in their order, without sentence views |
-| `num_short` | how many of its rows are those of short captions |
+| `num_short` | how many of its rows belong to short captions |
 | `rows` | rows of its short captions, then of its long ones; one row for an image |
+| `text_keys` | a hash of each of these captions; equal captions of several shards share it |
 
-The file is mapped. Its hash is compared with the manifest's when it is opened. An item has about
-100 bytes beside its texts.
+The file is mapped. Its hash is compared with the manifest's when it is opened. An item takes about
+100 bytes next to its texts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from ..atomic_files import hash_file
-from ..key_arrays import Array
+from ..key_arrays import Array, group_places
 from ..records.data_hashes import hash_own_texts
 from ..records.record_columns import ROWS_PER_BATCH
-from ..records.record_table import split_by_batch
-from .store_manifest import INDEX_FILE, IndexRecord, StoreManifest
+from .store_manifest import INDEX_FILE, StoreManifest
 
 SCHEMA = pa.schema(
     [
@@ -38,6 +37,7 @@ SCHEMA = pa.schema(
         ("text_key", pa.int64()),
         ("num_short", pa.int32()),
         ("rows", pa.list_(pa.int64())),
+        ("text_keys", pa.list_(pa.int64())),
     ]
 )
 
@@ -81,25 +81,17 @@ class StoreIndex:
     """
 
     def __init__(self, folder: Path, manifest: StoreManifest, *, verified: bool = False) -> None:
-        file, record = folder / INDEX_FILE, manifest.index
         self._length = manifest.num_items
-        if not file.is_file():
-            raise ValueError(f"{INDEX_FILE}: missing")
-        if (size := file.stat().st_size) != record.bytes:
-            raise ValueError(f"{INDEX_FILE}: {size} bytes, the manifest says {record.bytes}")
-        if not verified and (digest := hash_file(file)) != record.sha256:
-            raise ValueError(
-                f"{file} is damaged: SHA-256 is {digest}, the manifest says {record.sha256}. "
-                "Restore it from a copy, or delete the store and extract it again."
-            )
-        with pa.memory_map(str(file)) as mapped:  # unlike Python's mmap, it holds no file open
+        manifest.require_intact(folder, [manifest.index], sizes_only=verified)
+        # Unlike Python's mmap, Arrow's holds no file open.
+        with pa.memory_map(str(folder / INDEX_FILE)) as mapped:
             self._reader = pa.ipc.open_file(pa.BufferReader(mapped.read_buffer()))
         if self._reader.num_record_batches != -(-self._length // ROWS_PER_BATCH):
             raise ValueError(
                 f"{INDEX_FILE}: it does not have the {self._length} items of the store"
             )
         self._batches: dict[int, pa.RecordBatch] = {}
-        self._rows: dict[int, tuple[Array, Array]] = {}
+        self._lists: dict[tuple[str, int], tuple[Array, Array]] = {}
 
     def __len__(self) -> int:
         """Number of items."""
@@ -117,7 +109,7 @@ class StoreIndex:
     def iterate_counts(self) -> Iterator[tuple[Array, Array]]:
         """Yield the numbers of short and of long captions of each item, in such batches."""
         for number, short in enumerate(self.iterate_numbers("num_short")):
-            ends, _ = self._list_rows(number)
+            ends, _ = self._read_lists("rows", number)
             yield short, (np.diff(ends) - short).astype(short.dtype)
 
     def locate(self, item: int) -> tuple[int, int]:
@@ -140,7 +132,7 @@ class StoreIndex:
             IndexError: There is no such item.
         """
         number, place = self.locate(item)
-        ends, rows = self._list_rows(number)
+        ends, rows = self._read_lists("rows", number)
         num_short = self.batch(number).column("num_short")[place].as_py()
         start, stop = int(ends[place]), int(ends[place + 1])
         middle = start + num_short
@@ -160,12 +152,37 @@ class StoreIndex:
         Raises:
             IndexError: There is no such item, or it has no such caption.
         """
-        items, numbers = np.asarray(items), np.asarray(numbers)
-        found_rows = np.empty(len(items), np.int64)
+        return self._read_at("rows", np.asarray(items), np.asarray(numbers))
+
+    def text_keys_at(self, items: Array, numbers: Array) -> Array:
+        """Return the hash of one caption of each of many items, as `rows_at` its row.
+
+        Args:
+            items: (M,) numbers of items.
+            numbers: (M,) number of the caption of each.
+
+        Returns:
+            (M,) int64; equal captions share it.
+
+        Raises:
+            IndexError: There is no such item, or it has no such caption.
+        """
+        return self._read_at("text_keys", np.asarray(items), np.asarray(numbers))
+
+    def read_text_keys(self, num_rows: int) -> Array:
+        """Read the hash of each row's caption, (num_rows,) int64."""
+        keys = np.empty(num_rows, np.int64)
+        for number in range(self._reader.num_record_batches):
+            _, rows = self._read_lists("rows", number)
+            keys[rows] = self._read_lists("text_keys", number)[1]
+        return keys
+
+    def _read_at(self, column: str, items: Array, numbers: Array) -> Array:
+        values = np.empty(len(items), np.int64)
         if bad := items[(items < 0) | (items >= self._length)][:1].tolist():
             raise IndexError(f"There is no item {bad[0]}: the store has {self._length}.")
-        for batch, places in split_by_batch(items):
-            ends, rows = self._list_rows(batch)
+        for batch, places in group_places(items // ROWS_PER_BATCH):
+            ends, listed = self._read_lists(column, batch)
             within = items[places] - batch * ROWS_PER_BATCH
             start, chosen = ends[within].astype(np.int64), numbers[places]
             lacking = (chosen < 0) | (start + chosen >= ends[within + 1])
@@ -175,21 +192,8 @@ class StoreIndex:
                     f"Item {items[first]} has no caption {numbers[first]}, counted from 0: it has "
                     f"{np.diff(ends)[within][lacking.argmax()]}."
                 )
-            found_rows[places] = rows[start + chosen]
-        return found_rows
-
-    def iterate_rows(self, first_item: int = 0) -> Iterator[tuple[int, Array, Array]]:
-        """Yield the rows of all items from one on, in batches.
-
-        That is the number of the first item, (n + 1,) where the rows of each begin and the last
-        ones end, and the rows.
-        """
-        number, place = divmod(first_item, ROWS_PER_BATCH)
-        while number < self._reader.num_record_batches:
-            ends, rows = self._list_rows(number)
-            start = int(ends[place])
-            yield number * ROWS_PER_BATCH + place, ends[place:] - start, rows[start : int(ends[-1])]
-            number, place = number + 1, 0
+            values[places] = listed[start + chosen]
+        return values
 
     def batch(self, number: int) -> pa.RecordBatch:
         """Return a batch of items."""
@@ -197,29 +201,27 @@ class StoreIndex:
             self._batches[number] = self._reader.get_batch(number)
         return self._batches[number]
 
-    def _list_rows(self, number: int) -> tuple[Array, Array]:
-        """Return where the rows of a batch's items begin, and the rows."""
-        if number not in self._rows:
-            column = self.batch(number).column("rows")
-            self._rows[number] = np.asarray(column.offsets), np.asarray(column.values)
-        return self._rows[number]
-
-
-def write_index(file: Path, batches: Iterable[pa.RecordBatch]) -> IndexRecord:
-    """Write the file of an index: batches of `SCHEMA`, of `ROWS_PER_BATCH` items but the last."""
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
-    return IndexRecord(file.stat().st_size, hash_file(file))
+    def _read_lists(self, column: str, number: int) -> tuple[Array, Array]:
+        """Return where the lists of a batch's items begin in a column, and the values of all."""
+        if (column, number) not in self._lists:
+            lists = self.batch(number).column(column)
+            self._lists[column, number] = np.asarray(lists.offsets), np.asarray(lists.values)
+        return self._lists[column, number]
 
 
 def make_batch(
-    records: pa.RecordBatch, num_short: Array, ends: Array, rows: Array
+    records: pa.RecordBatch,
+    num_short: Array,
+    ends: Array,
+    rows: Array,
+    text_keys: pa.ListArray | None = None,
 ) -> pa.RecordBatch:
-    """Make a batch of an index."""
-    text_keys = pa.array(hash_own_texts(records.column("text_keys"), num_short))
+    """Make a batch of an index; `text_keys` are those of each row, sentence views included."""
+    own_keys = pa.array(hash_own_texts(records.column("text_keys"), num_short))
     lists = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(rows, pa.int64()))
     columns = [records.column(name) for name in SCHEMA.names[:5]]
+    if text_keys is None:  # of images
+        text_keys = pa.nulls(len(records), SCHEMA.field("text_keys").type)
     return pa.RecordBatch.from_arrays(
-        [*columns, text_keys, pa.array(num_short, pa.int32()), lists], schema=SCHEMA
+        [*columns, own_keys, pa.array(num_short, pa.int32()), lists, text_keys], schema=SCHEMA
     )

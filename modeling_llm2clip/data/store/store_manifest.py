@@ -1,56 +1,50 @@
-"""Manifests of sharded outputs, and that of an embedding store.
+"""Manifests of sharded outputs, and the manifest of an embedding store.
 
-A manifest, and the record of each complete shard before the manifest has it, carry a SHA-256 of
-their own content. So a file that was edited or damaged is refused, and everything that it says
-about the shards can be relied on.
+A manifest lists every file of its output by size and SHA-256 and is sealed, so an edited or damaged
+file is refused. Until the output is complete, each shard has a sealed record beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from ..._suggestions import list_first
+from ..._suggestions import counted, list_first
 from ..atomic_files import hash_json, is_unfinished, require_writable
-from ..sealed_manifest import read_sealed, write_sealed
+from ..sealed_manifest import FileRecord, list_damage, read_sealed, write_sealed
 
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.arrow"
+# An underscore, because readers of a folder of Parquet files skip such names.
+RECORD_NAME, RECORD_GLOB = "_complete-{:05d}.json", "_complete-*.json"
 CAPTION_EMBEDS, VISION_EMBEDS = "caption_embeds", "vision_embeds"
 TEACHER_TEXT_EMBEDS = "teacher_text_embeds"
-# Name in the counts of a store: captions that are longer than a teacher reads.
-TOO_LONG = "too long"
-# Name in safetensors, and the type that numpy reads it as; numpy has no bfloat16.
-STORED_DTYPES: dict[str, tuple[str, type[np.generic]]] = {
-    "float32": ("F32", np.float32),
-    "float16": ("F16", np.float16),
-    "bfloat16": ("BF16", np.uint16),
+# The type that NumPy reads a stored dtype as; it has no bfloat16.
+STORED_DTYPES: dict[str, type[np.generic]] = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": np.uint16,
 }
+_NO_INDEX = FileRecord(INDEX_FILE, 0, "")
 _Manifest = TypeVar("_Manifest", bound="ShardedManifest")
 
 
 @dataclass(frozen=True)
-class ShardRecord:
+class ShardRecord(FileRecord):
     """A complete shard.
 
     Attributes:
-        file: Name of its file.
         rows: Number of its rows.
-        bytes: Size of its file.
-        sha256: Hash of its file.
-        num_truncated: Captions that were longer than the model reads.
+        num_truncated: Texts that were longer than the model reads.
         num_clipped: Values outside the int8 ranges.
         skipped: Ids of images that could not be decoded.
     """
 
-    file: str
     rows: int
-    bytes: int
-    sha256: str
     num_truncated: int = 0
     num_clipped: int = 0
     skipped: tuple[str, ...] = ()
@@ -61,10 +55,19 @@ def make_record(content: Mapping[str, Any]) -> ShardRecord:
     return ShardRecord(**_freeze(content))
 
 
+@dataclass(frozen=True, kw_only=True)
 class ShardedManifest:
-    """Describes an output of shards, in a JSON file beside them; subclasses are dataclasses.
+    """Describes an output of shards, in a JSON file beside them.
 
-    `num_rows` is planned until the output is complete, and `shards` is empty until then.
+    Attributes:
+        fingerprint: Everything about the model that decides an embedding, the prompt included.
+        dtype: Dtype of the embeddings.
+        dim: Dimensions of an embedding.
+        num_inputs: Texts or images of the output, in all shards.
+        rows_per_shard: Texts or images of every shard but the last. A file may have fewer rows.
+        plan: What else decides the bytes, including a hash of the data.
+        complete: Whether all shards are there and listed.
+        shards: Records of the shards of a complete output.
     """
 
     FILE: ClassVar[str]
@@ -76,15 +79,15 @@ class ShardedManifest:
     BEFORE: ClassVar[tuple[str, ...]] = ()
     """Names of files that are written before the manifest."""
     SHARD_NAME: ClassVar[str]
-    """Name of a complete shard's file, given its number and that of all."""
-    RECORD_NAME: ClassVar[str]
-    """Name of the file that says that a shard is complete, given its number."""
-    RECORD_GLOB: ClassVar[str]
-    """Pattern of these names."""
-    num_rows: int
+    """Name of a shard's file, given its number and the number of shards."""
+    fingerprint: dict[str, str]
+    dtype: str
+    dim: int
+    num_inputs: int = 0
     rows_per_shard: int
-    complete: bool
-    shards: tuple[ShardRecord, ...]
+    plan: dict[str, str]
+    complete: bool = False
+    shards: tuple[ShardRecord, ...] = ()
     format_version: int
 
     @classmethod
@@ -100,7 +103,7 @@ class ShardedManifest:
             content = read_sealed(file.read_text(encoding="utf-8"))
             version = content["format_version"]
             if version == cls.VERSION:
-                if lost := sorted({entry.name for entry in fields(cls)} - set(content)):  # type: ignore[arg-type]
+                if lost := sorted({entry.name for entry in fields(cls)} - set(content)):
                     raise ValueError(f"it lacks {lost}")
                 return cls._from_json(content)
         except (ValueError, TypeError, KeyError) as error:
@@ -139,37 +142,51 @@ class ShardedManifest:
 
     def list_causes(self) -> dict[str, object]:
         """Return everything that decides the bytes of the output."""
-        raise NotImplementedError
+        return {
+            **self.fingerprint,
+            **self.plan,
+            "embedding dtype": self.dtype,
+            "dimensions": self.dim,
+            "rows_per_shard": self.rows_per_shard,
+        }
+
+    def require_intact(
+        self, folder: Path, records: Iterable[FileRecord], *, sizes_only: bool = False
+    ) -> None:
+        """Raise ValueError that names all damaged files among some of the output."""
+        if errors := list_damage(folder, records, sizes_only=sizes_only):
+            raise ValueError(
+                f"{folder}: {counted(len(errors), 'damaged file')}: {list_first(errors, '; ')}. "
+                f"Restore them from a copy, or delete damaged shards and {self.COMMAND} again, "
+                "which computes missing ones."
+            )
 
     def name_shard(self, shard: int) -> str:
-        """Return the name of a complete shard's file."""
+        """Return the name of a shard's file."""
         return self.SHARD_NAME.format(shard, self.num_shards)
-
-    def name_record(self, shard: int) -> str:
-        """Return the name of the file that says that a shard is complete."""
-        return self.RECORD_NAME.format(shard)
 
     @property
     def num_shards(self) -> int:
         """Number of shards of the complete output."""
-        return -(-self.num_rows // self.rows_per_shard)
+        return -(-self.num_inputs // self.rows_per_shard)
 
-    def rows_of_shard(self, shard: int) -> range:
-        """Return the rows of a shard, whether it has been written or not."""
+    @property
+    def num_truncated(self) -> int:
+        """Texts that were longer than the model reads, in complete shards."""
+        return sum(shard.num_truncated for shard in self.shards)
+
+    def inputs_of_shard(self, shard: int) -> range:
+        """Return the numbers of a shard's texts or images."""
         first = shard * self.rows_per_shard
-        return range(first, min(first + self.rows_per_shard, self.num_rows))
+        return range(first, min(first + self.rows_per_shard, self.num_inputs))
+
+    def hash_causes(self) -> str:
+        """Hash everything that decides the bytes; the record of a shard names its output by it."""
+        return hash_json(self.list_causes())
 
     def to_json(self) -> str:
         """Return the text of the file."""
-        return write_sealed(asdict(self))  # type: ignore[call-overload]
-
-
-@dataclass(frozen=True)
-class IndexRecord:
-    """Size and hash of the index of the items."""
-
-    bytes: int = 0
-    sha256: str = ""
+        return write_sealed(asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,63 +196,37 @@ class StoreManifest(ShardedManifest):
     Attributes:
         content: `"caption_embeds"` or `"vision_embeds"`: which tower made the embeddings; or
             `"teacher_text_embeds"`, of a dual encoder's text encoder, of unit length, or zeros
-            where a caption is longer than it reads.
-        fingerprint: Which model, prompt and configuration made them; see
-            `model_folders/fingerprint.py`.
-        dtype: `"float32"`, `"float16"` or `"bfloat16"`, of the stored embeddings.
-        dim: Width of an embedding.
-        num_rows: Number of embeddings; 0 until the items are known.
+            if a caption is longer than it reads.
+        num_rows: Number of embeddings: each shard stores its distinct captions.
         num_items: Number of records of the dataset.
-        plan: Everything else that decides the bytes, including a hash of the data.
-        counts: Figures for people, such as the number of truncated captions.
+        index: The file that says which rows a record has.
     """
 
     FILE = MANIFEST_FILE
-    VERSION = 5
+    VERSION = 6
     CONTENT = "embedding store"
     COMMAND = "extract"
     BEFORE = (INDEX_FILE,)
     SHARD_NAME = "shard-{:05d}.safetensors"
-    RECORD_NAME = "shard-{:05d}.json"
-    RECORD_GLOB = "shard-*.json"
 
     content: str
-    fingerprint: dict[str, str]
-    dtype: str
-    dim: int
     num_rows: int = 0
     num_items: int = 0
-    rows_per_shard: int
-    plan: dict[str, str]
-    counts: dict[str, int] = field(default_factory=dict)
-    index: IndexRecord = IndexRecord()
-    complete: bool = False
-    shards: tuple[ShardRecord, ...] = ()
+    index: FileRecord = _NO_INDEX
     format_version: int = VERSION
 
     @classmethod
     def _from_json(cls, content: dict[str, Any]) -> StoreManifest:
-        return super()._from_json({**content, "index": IndexRecord(**content["index"])})
+        return super()._from_json({**content, "index": FileRecord(**content["index"])})
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one stored embedding."""
-        return self.dim * np.dtype(STORED_DTYPES[self.dtype][1]).itemsize
+        return self.dim * np.dtype(STORED_DTYPES[self.dtype]).itemsize
 
     def list_causes(self) -> dict[str, object]:
         """Return everything that decides the bytes of a store."""
-        return {
-            **self.fingerprint,
-            **self.plan,
-            "content": self.content,
-            "stored dtype": self.dtype,
-            "dim": self.dim,
-            "rows per shard (max_shard_size)": self.rows_per_shard,
-        }
-
-    def hash_plan(self) -> str:
-        """Hash everything that decides the bytes of a store; each shard names its store by it."""
-        return hash_json(self.list_causes())
+        return {**super().list_causes(), "content": self.content}
 
 
 def _freeze(content: Mapping[str, Any]) -> dict[str, Any]:

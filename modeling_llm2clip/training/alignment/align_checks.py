@@ -27,7 +27,6 @@ from ...data.store.embedding_store import EmbeddingStore
 from ...data.store.store_manifest import (
     CAPTION_EMBEDS,
     TEACHER_TEXT_EMBEDS,
-    TOO_LONG,
     VISION_EMBEDS,
 )
 from ...loading_llm2clip import list_model_files
@@ -62,18 +61,15 @@ def open_stores(
 
 def _check_teacher(teacher: EmbeddingStore, captions: EmbeddingStore) -> None:
     """Refuse a teacher's store of other captions, or one whose captions were all too long."""
-    taught, stored = (
-        (store.manifest.plan["data"], read_num_views(store.manifest.plan))
-        for store in (teacher, captions)
-    )
+    manifests = teacher.manifest, captions.manifest
+    taught, stored = ((m.plan["data"], read_num_views(m.plan), m.rows_per_shard) for m in manifests)
     if taught != stored:
         raise ValueError(
-            f"{teacher.folder} has the teacher's embeddings of other captions than "
-            f"{captions.folder}, in another order, or with another number of sentence views (data "
-            f"{taught[0]}, {taught[1]} views; expected {stored[0]}, {stored[1]}). Extract both "
-            f"from the same data ({_EXTRACT_TEACHER})."
+            f"{teacher.folder} does not have the rows of {captions.folder} (data, sentence views "
+            f"and rows per shard {taught}; expected {stored}). Extract both from the same data and "
+            f"with the same options ({_EXTRACT_TEACHER})."
         )
-    if teacher.manifest.counts[TOO_LONG] == teacher.manifest.num_rows:
+    if teacher.manifest.num_truncated == teacher.manifest.num_rows:
         raise ValueError(
             f"{teacher.folder}: every caption is longer than the teacher reads, so that there is "
             "nothing to inherit. Give shorter captions, too."

@@ -162,8 +162,9 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
         """Return a number for each caption, (B,) int64; equal captions share it."""
         if not self.num_views:
             return torch.from_numpy(self.records.read_text_keys(items, numbers))
-        if self.caption_store is not None:  # which has each text once
-            return torch.from_numpy(self.caption_rows(items, numbers))
+        if (store := self.caption_store) is not None:
+            stored = _look_up(self._caption_items, items)
+            return torch.from_numpy(store.text_keys_at(stored, numbers))
         return torch.tensor([hash_text(text) for text in self._take_texts(items, numbers)])
 
     def read_pairs(

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
@@ -23,7 +24,6 @@ from transformers import get_cosine_schedule_with_warmup
 
 from ..._suggestions import counted
 from ...data.store.embedding_store import EmbeddingStore
-from ...data.store.store_manifest import TOO_LONG
 from ...encoding.devices import runs_ahead
 from ...scheduling.graceful_stop import StopRequest
 from ..finite_steps import FiniteSteps, spread_nonfinite
@@ -156,13 +156,15 @@ class _Captions:
         assert dataset.caption_store is not None
         self._stores, self._batch_size = (dataset.caption_store, teacher), batch_size
         self._seed, self._generator = seed, torch.Generator().manual_seed(seed)
-        self.num_too_long = teacher.manifest.counts[TOO_LONG]
-        is_held = torch.zeros(teacher.manifest.num_rows, dtype=torch.bool)
+        self.num_too_long = teacher.manifest.num_truncated
+        num_rows = teacher.manifest.num_rows
+        is_held = torch.zeros(num_rows, dtype=torch.bool)
         if data.held_out is not None:
             items = data.held_out.items
             short, long = dataset.count_texts(items)
             rows = dataset.caption_rows(*list_pairs(short + long, items))
-            is_held[torch.from_numpy(rows).long()] = True
+            keys = teacher.read_text_keys(num_rows)  # another shard may have a held-out caption too
+            is_held = torch.from_numpy(np.isin(keys, keys[rows]))
         shuffled = torch.randperm(len(is_held), generator=self._generator)
         self._rows = shuffled[~is_held[shuffled]]
         self.fitted = self._read(self._rows[:_MAX_CAPTIONS_FITTED])
@@ -174,7 +176,7 @@ class _Captions:
             )
         held_rows = shuffled[is_held[shuffled]]
         num_held = int(teacher.read(held_rows.numpy()).any(dim=1).sum())
-        self.num_trained = teacher.manifest.num_rows - self.num_too_long - num_held
+        self.num_trained = num_rows - self.num_too_long - num_held
         held = self._read(held_rows[:_MAX_CAPTIONS_MEASURED])
         self.is_held_out = len(held[0]) > 0
         trained = tuple(part[:_MAX_CAPTIONS_MEASURED] for part in self.fitted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.store import store_index
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.store.store_index import make_batch
-from modeling_llm2clip.embedding.embedding_store_writer import EmbeddingStoreWriter, StoreItems
+from modeling_llm2clip.data.store.store_manifest import StoreManifest
+from modeling_llm2clip.embedding.store_writer import begin_store
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -34,7 +36,7 @@ def test_what_is_read_is_what_was_written_rounded_to_its_dtype(tmp_path: Path, d
     assert torch.equal(read, stored.float())
     as_stored = opened.read(range(NUM_ROWS), dtype=None)
     assert as_stored.dtype == stored.dtype and torch.equal(as_stored, stored)
-    assert opened.manifest.counts == {"captions": 21, "truncated": 0 + 1 + 2}
+    assert opened.manifest.num_truncated == 0 + 1 + 2
 
 
 def test_a_shard_is_a_safetensors_file_that_other_programs_read(store: Path) -> None:
@@ -105,19 +107,17 @@ def test_many_items_are_found_at_once_in_any_order(
     short, long = table.count_texts()
     starts = np.cumsum(short + long) - short - long
 
-    def list_many(_: Path) -> StoreItems:
+    def index_many() -> Iterator[Any]:
         first = 0
-        batches = []
         for batch in table.iterate_columns(record_columns.SCHEMA.names):
             places = slice(first, first + batch.num_rows)
             ends = np.concatenate([[0], np.cumsum((short + long)[places])])
             rows = (np.arange(ends[-1]) + starts[first])[::-1] * 10
-            batches.append(make_batch(batch, short[places], ends, rows))
+            yield make_batch(batch, short[places], ends, rows, batch.column("text_keys"))
             first += batch.num_rows
-        return StoreItems(1000, len(table), {}, iter(batches))
 
-    writer = EmbeddingStoreWriter.open(tmp_path / "store", make_plan(), list_many)
-    index = store_index.StoreIndex(writer.folder, writer.manifest)
+    begin_store(tmp_path, make_plan(), index_many())
+    index = store_index.StoreIndex(tmp_path, StoreManifest.read(tmp_path))
     assert sum(1 for _ in index.iterate_batches()) == 6
     counts = zip(*index.iterate_counts(), strict=True)
     assert [np.concatenate(c).tolist() for c in counts] == [short.tolist(), long.tolist()]
@@ -131,6 +131,7 @@ def test_many_items_are_found_at_once_in_any_order(
         for item, number in zip(items.tolist(), numbers.tolist(), strict=True)
     ]
     assert index.rows_at(items, numbers).tolist() == expected
+    assert np.array_equal(index.text_keys_at(items, numbers), table.read_text_keys(items, numbers))
     assert len(set(expected)) > 50
     for item, number in ((3, int(short[3] + long[3])), (39, -1), (40, 0), (-1, 0)):
         with pytest.raises(IndexError, match=f"{item}"):

@@ -55,9 +55,8 @@ def test_duplicates_are_computed_once_and_truncated_captions_counted(
     ]
     folder = extract_captions(model, records, tmp_path / "store")
     store = EmbeddingStore.open(folder)
-    assert store.manifest.counts == {"captions": 7, "distinct": 4, "truncated": 2}
-    assert store.manifest.num_rows == 4
-    assert "(7 captions, 4 distinct, 2 truncated)" in describe_extraction(folder)[0]
+    shown = "4 embeddings of 32 dimensions for 7 captions of 2 records, 2 truncated."
+    assert shown in describe_extraction(folder)[0]
     assert store.rows_of(1).tolist() == [store.rows_of(0)[1]] * 2
     assert store.rows_of(1, long=True)[0] == store.rows_of(0, long=True)[0]
 
@@ -75,7 +74,7 @@ def test_rows_are_by_first_occurrence(model: Path, tmp_path: Path) -> None:
     assert store.rows_at([0, 0, 0, 0, 1, 1], numbers).tolist() == [0, 1, 0, 2, 2, 3]
 
 
-def test_a_caption_is_tokenized_once_and_the_first_shard_does_not_wait_for_the_others(
+def test_a_caption_is_tokenized_once_a_shard_and_the_first_shard_does_not_wait_for_the_others(
     model: Path, records: list[CaptionedImage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenized: list[str] = []
@@ -94,25 +93,20 @@ def test_a_caption_is_tokenized_once_and_the_first_shard_does_not_wait_for_the_o
     monkeypatch.setattr(LLM2CLIPProcessor, "list_ids", note_texts)
     monkeypatch.setattr(TextShardEncoder, "encode", note_shard)
     folder = extract_captions(model, records, tmp_path / "store")
-    texts = dict.fromkeys(text for r in records for text in (*r.captions, *r.long_captions))
-    assert tokenized == list(texts)
-    assert before_first_shard[0] <= 2 * 16 < len(texts) == StoreManifest.read(folder).num_rows
-
-
-def test_the_size_of_a_shard_decides_how_many_rows_it_has() -> None:
-    sizes = {"512MB": 62_500, "1GiB": 2**16, "2MiB": 256, "100KB": 12, "1KB": 1}
-    for size, rows in sizes.items():
-        assert ExtractConfig(max_shard_size=size).count_rows_per_shard(2 * 4096) == rows
+    texts = [text for r in records for text in (*r.captions, *r.long_captions)]
+    shards = [dict.fromkeys(texts[start : start + 16]) for start in range(0, len(texts), 16)]
+    assert tokenized == [text for shard in shards for text in shard]
+    assert before_first_shard[0] <= 2 * 16 < len(tokenized) == StoreManifest.read(folder).num_rows
 
 
 def test_images_are_stored_once_and_found_by_every_record(
     model: Path, whole: Any, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "store"
-    options = ["--modality", "image", "--max-shard-size", "1KiB", "--batch-size", "3"]
+    options = ["--modality", "image", "--rows-per-shard", "8", "--batch-size", "3"]
     options += ["--store-dtype", "float32", "--device", "cpu"]
     assert main(["extract", str(model), str(images), str(folder), *options]) == 0
-    shown = "10 embeddings of 32 dimensions for 15 records (15 images, 10 distinct)"
+    shown = "10 embeddings of 32 dimensions for 10 images of 15 records."
     assert shown in capsys.readouterr().out
     store = EmbeddingStore.open(folder, check="full")
     records = load_records(images)
@@ -171,8 +165,8 @@ def test_another_model_prompt_pooling_length_dtype_or_data_is_refused_with_both_
     refused(tiny_model(max_text_length=128, prompt="chatml"), records, EXACT, "prompt", "tokenizer")
     refused(tiny_model(max_text_length=128, text_pooling="last_token"), records, EXACT, "pooling")
     refused(tiny_model(max_text_length=127), records, EXACT, "max_text_length")
-    half = replace(EXACT, store_dtype="float16", max_shard_size="1KiB")
-    refused(None, records, half, "stored dtype")
+    half = replace(EXACT, store_dtype="float16")
+    refused(None, records, half, "embedding dtype")
     refused(None, records, replace(EXACT, token_budget=128), "token_budget")
     swapped = [records[1], records[0], *records[2:]]
     refused(None, swapped, EXACT, "data")
@@ -182,8 +176,7 @@ def test_another_model_prompt_pooling_length_dtype_or_data_is_refused_with_both_
     ("changes", "message"),
     [
         ({"store_dtype": "int8"}, "store_dtype='int8'"),
-        ({"max_shard_size": "0KB", "num_workers": 0}, "num_workers=0: .*max_shard_size='0KB'"),
-        ({"max_shard_size": "1 TB"}, "max_shard_size='1 TB': must be a size, like 5GB"),
+        ({"rows_per_shard": 0, "num_workers": 0}, "num_workers=0: .*rows_per_shard=0"),
     ],
 )
 def test_impossible_options_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -221,7 +214,7 @@ def test_a_broken_image_is_named_and_whole_shards_stay(
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
     with_broken = [*records[:-1], replace(records[-1], image=broken, name="broken.png")]
-    config = replace(EXACT, max_shard_size="1KiB", batch_size=4)
+    config = replace(EXACT, rows_per_shard=8, batch_size=4)
     with pytest.raises(ValueError, match=r"broken\.png"):
         extract(model, with_broken, tmp_path / "store", config, modality="image")
     assert {0} <= set(list_complete_shards(tmp_path / "store"))

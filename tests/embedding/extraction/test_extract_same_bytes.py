@@ -27,7 +27,7 @@ from modeling_llm2clip.cli.command import parse
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.store.store_manifest import StoreManifest
-from modeling_llm2clip.embedding.extract import describe_extraction, extract, merge_store
+from modeling_llm2clip.embedding.extract import describe_extraction, extract
 from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt, stop_on_signals
 
 ROOT = Path(__file__).parents[3]
@@ -55,11 +55,11 @@ def find_suggested(shown: str) -> list[str]:
 
 
 def count_records(folder: Path) -> int:
-    return len(list(folder.glob("shard-*.json")))
+    return len(list(folder.glob("_complete-*.json")))
 
 
 def shorten(command: list[str]) -> list[str]:
-    options = "--modality text --max-shard-size 2KiB --store-dtype float32 --token-budget 256"
+    options = "--modality text --rows-per-shard 16 --store-dtype float32 --token-budget 256"
     return [*command, *options.split(), "--device", "cpu"]
 
 
@@ -75,7 +75,7 @@ def test_a_complete_store_is_found_complete_and_one_that_lost_a_file_is_not(
         if partition:  # the other one does not have the shard
             extract(model, records, tmp_path / "store", EXACT, modality="text", partition="1/2")
             shown = describe_extraction(tmp_path / "store")
-            assert shown[0] == f"{len(whole) - 3} of {len(whole) - 2} shards are complete."
+            assert shown[0].startswith(f"{len(whole) - 3} of {len(whole) - 2} files are in ")
         extract(model, records, tmp_path / "store", EXACT, modality="text", partition=partition)
         assert "Wrote" in describe_extraction(tmp_path / "store")[0]
         assert read_bytes(tmp_path / "store") == whole
@@ -91,7 +91,9 @@ def test_partitions_of_machines_without_a_shared_folder_become_the_store_of_one(
         extract(model, records, folder, EXACT, modality="text", partition=f"{part}/2")
         assert not StoreManifest.read(folder).complete
         shutil.copytree(folder, tmp_path / "synced", dirs_exist_ok=True)
-    assert read_bytes(merge_store(tmp_path / "synced")) == undisturbed
+    synced = tmp_path / "synced"
+    extract(model, records, synced, EXACT, modality="text", partition="1/2")
+    assert read_bytes(synced) == undisturbed
 
 
 @pytest.mark.slow
@@ -106,7 +108,7 @@ def test_two_processes_of_a_launch_leave_the_same_bytes_as_one(
 
 
 @pytest.mark.slow
-def test_partitions_leave_the_same_bytes_as_one_run_once_they_are_merged(
+def test_the_last_partition_completes_a_store_with_the_bytes_of_one_run(
     model: Path, data: Path, alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     together = tmp_path / "together"
@@ -118,15 +120,11 @@ def test_partitions_leave_the_same_bytes_as_one_run_once_they_are_merged(
     command = shorten(["extract", str(model), str(data), str(together)])
     assert main([*command, "--partition", "2/2"]) == 0
     half = StoreManifest.read(together).num_shards // 2
-    assert f"{half} of {StoreManifest.read(together).num_shards} shards" in capsys.readouterr().out
     num_shards = StoreManifest.read(together).num_shards
+    assert f"{half} of {num_shards} files" in capsys.readouterr().out
     assert list_complete_shards(together) == list(range(1, num_shards, 2))
-    assert main(["merge-store", str(together)]) == 2
-    assert "shards are missing: 0, 2, 4, 6, 8 and" in capsys.readouterr().err
-    assert main([*command, "--partition", "1/2"]) == 0
-    assert not StoreManifest.read(together).complete
-    for _ in range(2):  # a merged store stays as it is
-        assert main(["merge-store", str(together)]) == 0
+    for _ in range(2):  # a complete store stays as it is
+        assert main([*command, "--partition", "1/2"]) == 0
         shown = capsys.readouterr().out
         assert f"Wrote {together}: " in shown
         assert find_suggested(shown)[4:6] == ["--caption-store", str(together)]
@@ -147,8 +145,8 @@ def test_partitions_that_are_killed_and_run_at_once_leave_the_same_bytes(
             for n in (1, 2)
         ]
         deadline = time.monotonic() + 120
-        noted = len(list(together.glob("shard-*.json")))
-        while len(list(together.glob("shard-*.json"))) < noted + 3 and None in (
+        noted = len(list(together.glob("_complete-*.json")))
+        while len(list(together.glob("_complete-*.json"))) < noted + 3 and None in (
             run.poll() for run in runs
         ):
             assert time.monotonic() < deadline
@@ -159,7 +157,6 @@ def test_partitions_that_are_killed_and_run_at_once_leave_the_same_bytes(
     for number in (1, 2):
         subprocess.run([*command, "--partition", f"{number}/2"], env=environment, cwd=ROOT,
                        check=True, timeout=300)  # fmt: skip
-    merge_store(together)
     assert read_bytes(together) == read_bytes(alone)
 
 
@@ -210,7 +207,7 @@ def test_a_signal_ends_the_command_after_a_batch_with_its_own_code(
 
 def send_once(number: signal.Signals, folder: Path) -> None:
     """Send this process a signal when the first shard is noted."""
-    while not list(folder.glob("shard-*.json")):
+    while not list(folder.glob("_complete-*.json")):
         time.sleep(0.001)
     os.kill(os.getpid(), number)
 

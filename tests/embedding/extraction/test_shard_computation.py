@@ -87,7 +87,7 @@ def test_an_error_of_the_thread_that_writes_is_raised_after_the_next_batch(
     monkeypatch.setattr(ShardWork, "_encode", wait_first)
     monkeypatch.setattr(TextShardEncoder, "encode", count)
     with pytest.raises(OSError, match="the cable is out"):
-        extract_captions(model, records, tmp_path / "store")
+        extract_captions(model, records, tmp_path / "store", replace(EXACT, token_budget=64))
     assert tried == list(range(bad + 1))
     assert is_last or batches_of[1:3] == [1, 0]
 

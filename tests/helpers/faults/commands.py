@@ -111,13 +111,13 @@ COMMANDS = (
     Command(
         "extract text",
         ("extract", "{model}", "{texts}", "{output}", "--modality", "text", "--store-dtype",
-         "float32", "--max-shard-size", "2KiB", "--token-budget", "256", *_QUIET),
+         "float32", "--rows-per-shard", "16", "--token-budget", "256", *_QUIET),
         different=("--store-dtype", "float16"), moments=("output/shard-00003*",),
     ),
     Command(
         "extract image",
-        ("extract", "{model}", "{data}", "{output}", "--modality", "image", "--max-shard-size",
-         "1KB", "--batch-size", "4", *_QUIET),
+        ("extract", "{model}", "{data}", "{output}", "--modality", "image", "--rows-per-shard",
+         "16", "--batch-size", "4", *_QUIET),
         different=("--store-dtype", "float32"), moments=("output/shard-00001*",),
     ),
     Command(
@@ -186,7 +186,6 @@ COMMANDS = (
         moments=("output/run.json*", "output/checkpoints/checkpoint-*", "output/.model-*"),
         read=read_run,
     ),
-    Command("merge-store", ("merge-store", "{output}"), start="parts"),
     Command(
         "evaluate", ("evaluate", "{model}", "--datasets", "{data}", "--output", "{output}",
                      *_QUIET),
@@ -221,9 +220,6 @@ def _make_inputs(root: Path) -> None:
     from made_up_records import make_records, write_captions
     from tiny_recipe import prepare_sources, write_recipe
 
-    from modeling_llm2clip.configs.encoding_config import ExtractConfig
-    from modeling_llm2clip.embedding.extract import extract
-
     prepared = prepare_alignment(root)
     prepared.model.rename(root / "model")
     prepared = type(prepared)(prepared.data, root / "model", prepared.captions, prepared.images)
@@ -231,9 +227,6 @@ def _make_inputs(root: Path) -> None:
     texts, model = make_records(250), root / "model"
     (root / "texts").mkdir()
     write_captions(root / "texts", texts)
-    config = ExtractConfig(max_shard_size="2KiB", device="cpu", show_progress=False)
-    for part in ("1/2", "2/2"):
-        extract(model, texts[:50], root / "parts", config, modality="text", partition=part)
     images = save_images(root / "images", count=16)
     later = (images / "below").rename(root / "later")
     build(model, images, root / "few-index")

@@ -87,7 +87,7 @@ class _Disks:
         self._begin(command)
         disk = self.case if on_output else self.scratch
         fewest, most = _count_pages(disk), expected.pages if on_output else _SCRATCH_PAGES
-        pages = fewest + int(share * max(most - fewest, 2))  # merge-store ends with fewer
+        pages = fewest + int(share * max(most - fewest, 2))
         name = (
             f"--seed {self.seed}, case {self.counts.cases}: {command.name}, "
             f"{'output' if on_output else 'scratch'} on {pages} pages"

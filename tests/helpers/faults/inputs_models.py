@@ -121,7 +121,7 @@ def parse_options(path: Path) -> object:
 _RECIPE: dict[str, Any] = {
     "vision_model": "vision", "text_model": "llm", "data": "data", "output": "output",
     "build": {"prompt": "none", "projection_dim": 16}, "align": {"max_steps": 6},
-    "finetune": {"max_steps": 4, "num_held_out": 4}, "extract": {"max_shard_size": "2KB"},
+    "finetune": {"max_steps": 4, "num_held_out": 4}, "extract": {"rows_per_shard": 16},
 }  # fmt: skip
 _JSON = ("*.json",)
 

@@ -26,7 +26,7 @@ from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.validation_errors import DataValidationError
 from modeling_llm2clip.embedding.embed import embed
-from modeling_llm2clip.embedding.extract import extract, merge_store
+from modeling_llm2clip.embedding.extract import extract
 from modeling_llm2clip.evaluation.evaluate import evaluate
 from modeling_llm2clip.evaluation.results import read_evaluation_results
 from modeling_llm2clip.search.image_index import ImageIndex
@@ -34,7 +34,7 @@ from modeling_llm2clip.search.index_database import IndexDatabase
 
 Modality = Literal["text", "image"]
 _QUIET: dict[str, Any] = {"device": "cpu", "show_progress": False}
-_STORE = ExtractConfig(store_dtype="float32", max_shard_size="2KiB", **_QUIET)
+_STORE = ExtractConfig(store_dtype="float32", rows_per_shard=16, **_QUIET)
 _EMBED = EmbedConfig(columns=("text", "name"), dtype="int8", rows_per_shard=16, **_QUIET)
 _INDEX = IndexConfig(**_QUIET)
 _MANY = 20_001  # records; of fewer the index is not kept
@@ -240,7 +240,7 @@ TARGETS = (
     Target("store of a teacher", extract_teacher, read_store),
     Target("begun store", partial(extract_part, part="1/2"),
            lambda path: read_store(extract_part(path.parent, None))),
-    Target("store in partitions", extract_two_parts, lambda path: read_store(merge_store(path))),
+    Target("store in partitions", extract_two_parts, read_store),
     Target("store with a broken image", stop_at_broken_image,
            lambda path: read_store(extract_part(path.parent, None, "image"))),
     Target("begun Parquet", partial(embed_part, part="1/2"), read_embeddings),

@@ -75,7 +75,7 @@ def test_a_store_has_the_embeddings_of_the_dual_encoder(tmp_path: Path, family: 
     wanted[texts.index(LONG.strip())] = 0
     # Float32, in batches of other sizes.
     torch.testing.assert_close(store.read(rows), wanted, atol=1e-5, rtol=0)
-    assert store.manifest.counts["too long"] == 1
+    assert store.manifest.num_truncated == 1
     assert "1 too long" in describe_extraction(found.teacher)[0]
     # By the weights of both.
     require_same_space(store.folder, store.manifest.fingerprint, found.model)
