@@ -32,7 +32,7 @@ DISTRIBUTIONS = {"faiss": "faiss-cpu", "open_clip": "open_clip_torch",
 # next, transformers the next, pydantic the next three; fastapi the next, onnxscript the last.
 INDIRECT = {"fsspec", "httpcore", "httpcore2", "rich", "tokenizers", "annotated_types",
             "pydantic_core", "typing_extensions", "starlette", "onnx_ir"}  # fmt: skip
-REQUIRED = {"PIL", "accelerate", "cyclopts", "filelock", "huggingface_hub", "loky",
+REQUIRED = {"PIL", "accelerate", "cyclopts", "huggingface_hub", "loky",
             "numpy", "pyarrow", "pydantic", "safetensors", "tabulate", "threadpoolctl", "torch",
             "torchvision", "tqdm",
             "transformers", "yaml"}  # fmt: skip

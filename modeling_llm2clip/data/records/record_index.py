@@ -33,7 +33,6 @@ from uuid import uuid4
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
-from filelock import FileLock
 from tqdm import tqdm
 
 from ..atomic_files import (
@@ -42,6 +41,7 @@ from ..atomic_files import (
     explain_full_disk,
     hash_file,
     hash_json,
+    lock_folder,
     temporary_folder,
 )
 from ..record_fields import Modality
@@ -327,9 +327,9 @@ def _hash_index(file: Path, skipped: Mapping[str, int]) -> str:
 
 def _lock(name: Path) -> AbstractContextManager[Any]:
     """Take the lock of a source, whatever the state of its files."""
+    folder = name.with_name(f"{name.name.partition('-')[0]}.locked")
     try:
-        name.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(name.with_name(f"{name.name.partition('-')[0]}.lock")).acquire()
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(
             error.errno,
@@ -337,6 +337,7 @@ def _lock(name: Path) -> AbstractContextManager[Any]:
             "XDG_CACHE_HOME, or use no cache (--no-cache)",
             str(name.parent),
         ) from error
+    return lock_folder(folder)
 
 
 def _has_same_images(table: RecordTable) -> bool:

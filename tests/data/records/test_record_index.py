@@ -221,7 +221,7 @@ def test_a_changed_source_is_read_again_and_an_index_that_nobody_opens_removed(
     os.utime(old, (0, 0))
     write(source, LINES[:3])
     load_records(source, require_images=False)
-    assert sorted(file.suffix for file in small_parts.iterdir()) == [".arrow", ".arrow", ".lock"]
+    assert sorted(file.suffix for file in small_parts.iterdir()) == [".arrow", ".arrow", ".locked"]
     assert not old.exists()
 
 
@@ -302,7 +302,7 @@ def test_errors_leave_no_index(
 
 
 def list_indexes(folder: Path) -> list[Path]:
-    return [file for file in folder.iterdir() if file.suffix != ".lock"]
+    return [file for file in folder.iterdir() if file.suffix != ".locked"]
 
 
 def test_a_cache_that_cannot_be_written_is_named_with_a_way_around(
