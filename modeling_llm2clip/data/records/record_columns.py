@@ -31,7 +31,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..images.image_sources import EncodedImage, ImageSource, ParquetImage, TarImage
 from ..remote.file_places import parse_place
-from .records import CaptionedImage, CheckedRecord, FoundFile
+from .records import CaptionedImage, FoundFile
 
 Integers: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 # Every batch of a table but the last has this many rows, so the number of a row gives its batch.
@@ -64,7 +64,7 @@ IMAGE_COLUMNS = ("image_kind", "image_file", "image_member", "image_offset", "im
 NO_IMAGE, IMAGE_FILE, TAR_IMAGE, PARQUET_IMAGE = range(4)
 
 
-def make_batches(records: Iterable[CaptionedImage | CheckedRecord]) -> Iterator[pa.RecordBatch]:
+def make_batches(records: Iterable[CaptionedImage]) -> Iterator[pa.RecordBatch]:
     """Yield batches of `ROWS_PER_BATCH` records, but for the last one."""
     remaining = iter(records)
     while part := list(islice(remaining, ROWS_PER_BATCH)):

@@ -56,7 +56,7 @@ from ..remote.remote_files import FileInfo
 from ..validation_errors import ErrorCollector
 from .record_columns import IMAGE_FILE, ROWS_PER_BATCH, SCHEMA, make_batches, rebatch
 from .record_table import Array, RecordTable, read_skipped, skipped_file
-from .records import CheckedRecord, RecordRules, check_record
+from .records import CaptionedImage, RecordRules, check_record
 from .source_files import SourceFiles, SourcePart
 
 IMAGE_REPEATED = "image and language repeated"  # kind of error
@@ -83,7 +83,7 @@ class IndexJob:
     source: SourceFiles
     rules: RecordRules
 
-    def read(self, part: SourcePart, errors: ErrorCollector) -> Iterator[CheckedRecord]:
+    def read(self, part: SourcePart, errors: ErrorCollector) -> Iterator[CaptionedImage]:
         """Yield the records of a part; a record with errors keeps its valid fields."""
         for raw in self.source.read(part, errors):
             record = check_record(raw, errors, self.rules)
@@ -184,7 +184,7 @@ def _read(
     shown = show_progress and len(parts) > 1
     with tqdm(desc="index", total=len(parts), unit=" parts", disable=not shown) as progress:
 
-        def read_here() -> Iterator[CheckedRecord]:
+        def read_here() -> Iterator[CaptionedImage]:
             for part in parts:
                 yield from job.read(part, errors)
                 progress.update()

@@ -31,7 +31,7 @@ from .record_index import (
     write_index,
 )
 from .record_table import RecordTable
-from .records import CheckedRecord, Modality, RecordRules, check_record
+from .records import CaptionedImage, Modality, RecordRules, check_record
 from .source_files import describe_line, find_image_folder, find_source
 
 _PACKAGE = Path(__file__).resolve().parents[2]
@@ -216,7 +216,7 @@ def _collect(job: IndexJob) -> CollectedRecords:
     errors_of: dict[int, ErrorCollector] = {}
     lost: list[ErrorCollector] = []
 
-    def read() -> Iterator[CheckedRecord]:
+    def read() -> Iterator[CaptionedImage]:
         num_rows = 0
         for raw in (raw for part in job.source.split() for raw in job.source.read(part, stray)):
             errors = ErrorCollector()

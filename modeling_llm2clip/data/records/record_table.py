@@ -30,7 +30,7 @@ from .record_columns import (
     make_batches,
     make_image,
 )
-from .records import CaptionedImage, CheckedRecord
+from .records import CaptionedImage
 
 CAPTION_COLUMNS = ("captions", "long_captions")
 _RECORD_COLUMNS = (*PLAIN_COLUMNS, *IMAGE_COLUMNS)
@@ -70,7 +70,7 @@ class RecordTable(Sequence[CaptionedImage]):
         self._length = total if rows is None else len(rows)
 
     @classmethod
-    def from_records(cls, records: Iterable[CaptionedImage | CheckedRecord]) -> RecordTable:
+    def from_records(cls, records: Iterable[CaptionedImage]) -> RecordTable:
         """Make a table of records in memory.
 
         Args:

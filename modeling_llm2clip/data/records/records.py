@@ -81,32 +81,13 @@ class CaptionedImage:
 
 
 class FoundFile(NamedTuple):
-    """An image that is a file. Its path is a text: making a Path takes as long as all checks."""
+    """An image that is a file, on its way into columns.
+
+    Its path is a text because making a Path takes as long as all checks.
+    """
 
     path: str
     size: int
-
-
-class CheckedRecord(NamedTuple):
-    """The fields of a `CaptionedImage`, and the size of an image that is a file."""
-
-    image: FoundFile | PackedImage | None
-    name: str
-    group_id: str
-    captions: Sequence[str]
-    long_captions: Sequence[str]
-    keywords: Sequence[str]
-    lang: str
-    place: str
-    url: str | None = None
-
-    def build(self) -> CaptionedImage:
-        """Build the record."""
-        image = Path(self.image.path) if isinstance(self.image, FoundFile) else self.image
-        texts = tuple(self.captions), tuple(self.long_captions), tuple(self.keywords)
-        return CaptionedImage(
-            image, self.name, self.group_id, *texts, self.lang, self.place, self.url
-        )
 
 
 class RecordRules(NamedTuple):
@@ -127,8 +108,8 @@ class RecordRules(NamedTuple):
 
 def check_record(
     raw: RawRecord, errors: ErrorCollector, rules: RecordRules
-) -> CheckedRecord | None:
-    """Check the fields of a record.
+) -> CaptionedImage | None:
+    """Check the fields of a record; the image of one that is a file is a `FoundFile`.
 
     A record with errors is returned with its valid fields, so that checks over several records see
     it. Returns None if its name, language or texts cannot be read.
@@ -165,8 +146,8 @@ def check_record(
     if name is None or not has_identity or not is_storable:
         return None
     group_id = name if group_id is None else group_id
-    texts = (captions, long_captions, keywords)
-    return CheckedRecord(image, name, group_id, *texts, lang, raw.place, url)
+    texts = (tuple(captions), tuple(long_captions), tuple(keywords))
+    return CaptionedImage(image, name, group_id, *texts, lang, raw.place, url)  # type: ignore[arg-type]
 
 
 def _is_storable(text: str) -> bool:

@@ -236,10 +236,8 @@ class RecordStream(IterableDataset[CaptionedImage]):
             return None, sample.problem
         errors = ErrorCollector()
         rules = RecordRules(None, self.require_images, self.ignore_fields)
-        checked = check_record(sample.raw, errors, rules)
-        if checked is None or errors.total:
-            return None, ", ".join(errors.counts)
-        return checked.build(), ""
+        record = check_record(sample.raw, errors, rules)
+        return (None, ", ".join(errors.counts)) if errors.total else (record, "")
 
 
 @dataclass(eq=False, repr=False)

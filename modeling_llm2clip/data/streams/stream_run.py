@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -18,6 +18,9 @@ from ..remote.remote_access import LostFileError
 from ..remote.shard_urls import drop_signatures
 from ..sources.shard_streams import BrokenShardError, StreamedSample
 from ..validation_errors import ErrorCollector, describe_errors
+
+if TYPE_CHECKING:
+    from .record_streams import RecordStream
 
 _STATE_VERSION = 2
 _DRAWS_AT_ONCE = 4096
@@ -56,19 +59,6 @@ class ShardReader:
     def save(self, shard: int) -> Any:  # noqa: ARG002
         """Return the position in a shard, as plain values; None if `first` says enough."""
         return None
-
-
-class Stream(Protocol):
-    """The stream that a run is a part of."""
-
-    reader: ShardReader
-    seed: int
-    buffer_size: int
-    max_lost_share: float
-    excluded_groups: frozenset[str]
-
-    def check(self, sample: StreamedSample) -> tuple[CaptionedImage | None, str]:
-        """Check the fields of a sample."""
 
 
 class TooManyLostError(ValueError):
@@ -163,7 +153,7 @@ class StreamRun:
 
     def __init__(
         self,
-        stream: Stream,
+        stream: RecordStream,
         epoch: int,
         number: int,
         num_readers: int,
