@@ -18,6 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from posixpath import normpath
 from urllib.parse import quote, urlsplit
 
 from .remote_access import RetryPolicy, try_request
@@ -73,9 +74,13 @@ def find_base(shards: Sequence[str]) -> str:
 
 
 def name_beside(url: str, path: str) -> str:
-    """Return the place of a file that is named by its path from another one's folder."""
+    """Return the address of a file that is named by its path from another one's folder.
+
+    URLs have no links, so `..` in a path is resolved; a local one means what it means to a table.
+    """
     if not is_remote(url):
         return str(Path(url).parent / path)  # an absolute path stays
+    path = normpath(path)
     if not url.startswith(_HTTP):
         return url[: url.rfind("/") + 1] + path
     bare = url.partition("#")[0].partition("?")[0]
@@ -142,18 +147,22 @@ def has_remote_shards(source: str) -> bool:
 
 def find_local_files(pattern: str) -> tuple[Path, list[Path]]:
     """Find the local files that a pattern matches, and the folder in front of its wildcards."""
-    parts = Path(pattern).parts
-    # A folder may be called x[1], which as a pattern would be x1.
-    depth = next((n for n in range(1, len(parts)) if not Path(*parts[:n]).is_dir()), len(parts)) - 1
-    base, rest = Path(*parts[:depth]), "/".join(parts[depth:])
+    base, rest = _split_pattern(pattern)
     if _WILDCARD.search(rest) is None:
         return base, []
     return base, sorted(file for file in base.glob(rest) if file.is_file())
 
 
+def _split_pattern(pattern: str) -> tuple[Path, str]:
+    """Split off the folder that is there: x[1] or {v1} in its name are no pattern."""
+    parts = Path(pattern).parts
+    depth = next((n for n in range(1, len(parts)) if not Path(*parts[:n]).is_dir()), len(parts)) - 1
+    return Path(*parts[:depth]), "/".join(parts[depth:])
+
+
 def _expand(source: str, policy: RetryPolicy) -> list[str]:
     shards = []
-    for place in expand_braces(source):
+    for place in _spell(source):
         if place.startswith(PIPE):
             shards.append(place)
         elif find_format(place) == _LIST:
@@ -164,6 +173,14 @@ def _expand(source: str, policy: RetryPolicy) -> list[str]:
         else:
             shards += _list_local(place)
     return shards
+
+
+def _spell(source: str) -> Iterator[str]:
+    """Spell out the braces of a source, but for those in the names of local folders and files."""
+    if is_remote(source) or Path(source).exists():
+        return expand_braces(source) if is_remote(source) else iter([source])
+    base, pattern = _split_pattern(source)
+    return (str(base / spelled) for spelled in expand_braces(pattern))
 
 
 def _read_lines(file: str, policy: RetryPolicy) -> list[str]:

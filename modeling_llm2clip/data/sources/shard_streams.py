@@ -5,7 +5,6 @@ Every sample has a number in its shard, broken ones too, so that shard and numbe
 
 from __future__ import annotations
 
-import posixpath
 import tarfile
 import zlib
 from collections import Counter
@@ -243,7 +242,7 @@ def _read_lines(stream: BinaryIO, file: RemoteFile, name: str) -> Iterator[Strea
         path = fields.get("image", fields.get("file_name"))
         image = None
         if isinstance(path, str) and path.strip():
-            url = name_beside(file.url, posixpath.normpath(path.strip()))
+            url = name_beside(file.url, path)
             try:
                 with replace(file, url=url, info=None).open_stream() as opened:
                     image = EncodedImage(url, opened.read())

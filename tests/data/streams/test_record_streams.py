@@ -448,6 +448,26 @@ def test_images_beside_json_lines_are_found_by_names_of_any_characters(tmp_path:
             assert [read(record) for record in stream] == local
 
 
+def test_a_name_means_the_same_file_to_a_stream_and_to_a_table(tmp_path: Path) -> None:
+    """A link is followed before `..`, whitespace counts, and braces in a folder's name stay."""
+    folder, elsewhere = tmp_path / "{v1}", tmp_path / "elsewhere" / "sub"
+    for number, images in enumerate((folder, tmp_path / "v1", elsewhere.parent)):
+        images.mkdir()
+        for name in (" a.png", "a.png"):
+            (images / name).write_bytes(encode_noise(2 * number + len(name) % 2))
+    elsewhere.mkdir()
+    (folder / "sub").symlink_to(elsewhere)
+    names = ["./a.png", " a.png", "sub/../a.png", "sub/.././/./ a.png"]
+    lines = [json.dumps({"image": name, "caption": f"{n}"}) for n, name in enumerate(names)]
+    for images in (folder, tmp_path / "v1"):
+        (images / "captions.jsonl").write_text("\n".join(lines[: 4 if images == folder else 1]))
+    for source in (folder, folder / "captions.jsonl", folder / "*.jsonl"):
+        local = [record.image.read_bytes() for record in load_records(source)]  # type: ignore[union-attr]
+        streamed = stream_records(source, buffer_size=1)
+        assert [record.image.read_bytes() for record in streamed] == local  # type: ignore[union-attr]
+    assert len(set(local)) == 4
+
+
 def test_a_byte_order_mark_is_no_part_of_a_text_in_a_tar(tmp_path: Path) -> None:
     mark = b"\xef\xbb\xbf"
     members = {
