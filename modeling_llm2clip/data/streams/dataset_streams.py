@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
-from ..sources.shard_streams import StreamedSample, read_row, refuse_shared_paths
+from ..sources.shard_streams import StreamedSample, read_row
 from .record_streams import RecordStream
 from .stream_run import ShardReader
 
@@ -28,7 +28,8 @@ def stream_dataset(
     parts, `dataset.shard(num_readers, reader)`: steps that count rows, such as `take`, a batched
     `map` or row numbers, count in each part. A state is the dataset's own: after it is loaded,
     samples that were in shuffle buffers do not come again. Those of this stream are counted in
-    `not_resumed_samples` of its report; those of `dataset.shuffle` are unknown.
+    `not_resumed_samples` of its report. `dataset.shuffle` may lose some and repeat others, which is
+    not counted. A row is named by its number, so rows of one image need a `group_id`.
 
     Args:
         dataset: All of it, not split by node: processes divide it here. Give it the same steps
@@ -111,7 +112,7 @@ class _DatasetShards(ShardReader):
         """Yield the samples of a part."""
         if position is not None:
             self._parts[shard].load_state_dict(position)
-        return refuse_shared_paths(self._read(shard, first), first)
+        return self._read(shard, first)
 
     def _read(self, shard: int, first: int) -> Iterator[StreamedSample]:
         name = f"{_NAME} part {shard}"
@@ -129,7 +130,10 @@ class _DatasetShards(ShardReader):
                     "dataset.cast_column(NAME, datasets.Image(decode=False))."
                 )
             packed = {"image"} if isinstance(image, dict | bytes) else set()
-            yield read_row(number, name, row, packed)
+            sample = read_row(number, name, row, packed)
+            # Rows are named by their numbers: many datasets have one path for all images.
+            raw = sample.raw and sample.raw._replace(default_name=f"{name}/{number}")
+            yield sample._replace(raw=raw)
 
     def _require_columns(self, names: Collection[str]) -> None:
         if missing := set((self._columns or {}).values()) - set(names):

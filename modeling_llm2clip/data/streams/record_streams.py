@@ -3,8 +3,8 @@
 `make_loader(stream_records(SOURCE), …)` gives batches of `CaptionedImage`s whose images are
 `EncodedImage`s. Shards are shuffled by seed and epoch and dealt to the workers of all processes in
 turn; each worker reads its shards one after the other through a shuffle buffer. Its state is the
-place in its shards and the addresses of the samples in its buffer: who resumes reads these samples
-again, and goes on in the same order. Shards must not change while a stream is used.
+position in its shards and the addresses of the samples in its buffer. On resume, those samples are
+re-read and the order continues; a shard that is re-read must have the size and tag it had.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class UrlShards(ShardReader):
         self.shards = list(shards)
         self._names = name_shards(shards)
         self._policy = policy
+        self._infos: dict[int, list[Any]] = {}
         _require_access(shards, policy)
         self._columns = self._read_first_columns()
 
@@ -52,13 +53,23 @@ class UrlShards(ShardReader):
         shard: int,
         first: int,
         on_retry: Callable[[str, str], None],
-        position: Any = None,  # noqa: ARG002
+        position: Any = None,
     ) -> Iterator[StreamedSample]:
-        """Yield the samples of a shard."""
+        """Yield the samples of a shard, which has the size and tag that were saved."""
         file = RemoteFile(self.shards[shard], self._policy, on_retry=on_retry)
+        info = self._infos[shard] = [*file.describe()]
+        if position not in (None, info):
+            raise ValueError(
+                f"{self.shards[shard]} has changed since the state was saved (was {position}, is "
+                f"{info}). Restore it, or begin the epoch anew."
+            )
         return read_shard(
             file, self._names[shard], first=first, on_columns=self._require_same_columns
         )
+
+    def save(self, shard: int) -> list[Any] | None:
+        """Return size and tag of a shard that was read."""
+        return self._infos.get(shard)
 
     def _read_first_columns(self) -> ShardColumns | None:
         """Read the columns of the first shard that has any, so that every process has the same."""
@@ -138,8 +149,9 @@ def _require_access(shards: Sequence[str], policy: RetryPolicy) -> None:
     *others, last = shards[:_FIRST_SHARDS]
     for shard in others:
         with suppress(LostFileError):
-            return RemoteFile(shard, policy, is_first=True).require_access()
-    RemoteFile(last, policy, is_first=True).require_access()
+            RemoteFile(shard, policy, is_first=True).describe()
+            return
+    RemoteFile(last, policy, is_first=True).describe()
 
 
 @dataclass(eq=False, repr=False)

@@ -22,7 +22,7 @@ from ..validation_errors import ErrorCollector, describe_errors
 if TYPE_CHECKING:
     from .record_streams import RecordStream
 
-_STATE_VERSION = 2
+_STATE_VERSION = 3
 _DRAWS_AT_ONCE = 4096
 # Fewer samples count as so many: a few losses at the beginning say little.
 _LEAST_SAMPLES = 1000
@@ -53,11 +53,11 @@ class ShardReader:
         on_retry: Callable[[str, str], None],
         position: Any = None,
     ) -> Iterator[StreamedSample]:
-        """Yield the samples of a shard from the number `first` on, whose position was saved."""
+        """Yield the samples of a shard from the number `first` on; `position` is what was saved."""
         raise NotImplementedError
 
     def save(self, shard: int) -> Any:  # noqa: ARG002
-        """Return the position in a shard, as plain values; None if `first` says enough."""
+        """Return what to resume a shard with, as plain values; None if `first` says enough."""
         return None
 
 
@@ -238,9 +238,11 @@ class StreamRun:
         if self._place >= len(self._order):
             return False
         shard = self._order[self._place]
-        if self._rest is None:
-            self._rest = self._reader.read(shard, self._next_sample, self._note_retry)
         try:
+            if self._rest is None:
+                self._rest = self._reader.read(
+                    shard, self._next_sample, self._note_retry, self._position
+                )
             sample = next(self._rest)
         except StopIteration:
             self.report.shards += 1
@@ -280,7 +282,7 @@ class StreamRun:
     def _go_to_next_shard(self) -> None:
         self._place += 1
         self._next_sample = 0
-        self._rest = None
+        self._rest = self._position = None
 
     def _require_most(self, *, at_end: bool = False) -> None:
         """Raise if this worker lost too much: of the samples seen so far, or of its own shards."""
@@ -310,6 +312,11 @@ class StreamRun:
             "place": [self._place, self._next_sample],
             "position": position,
             "num_drawn": self._num_drawn,
+            "contents": [
+                [shard, self._reader.save(shard)]
+                for shard in sorted({shard for shard, *_ in self._buffer})
+                if self._reader.has_addresses
+            ],
             "buffer": [number for shard, sample, _ in self._buffer for number in (shard, sample)],
             "report": self.report.to_state(),
         }
@@ -338,17 +345,13 @@ class StreamRun:
         self.report = StreamReport.from_state(state["report"])
         numbers, self._position = state["buffer"], state["position"]
         if self._reader.has_addresses:
-            self._refill(list(zip(numbers[::2], numbers[1::2], strict=True)))
+            addresses = list(zip(numbers[::2], numbers[1::2], strict=True))
+            self._refill(addresses, dict(state["contents"]))
             return
         self.report.samples -= len(numbers) // 2
         self.report.not_resumed_samples += len(numbers) // 2
-        if self._position is not None:
-            shard = self._order[self._place]
-            self._rest = self._reader.read(
-                shard, self._next_sample, self._note_retry, self._position
-            )
 
-    def _refill(self, addresses: list[tuple[int, int]]) -> None:
+    def _refill(self, addresses: list[tuple[int, int]], contents: dict[int, Any]) -> None:
         records: dict[tuple[int, int], CaptionedImage] = {}
         current = self._order[self._place] if self._place < len(self._order) else None
         buffered: dict[int, set[int]] = {}
@@ -356,8 +359,8 @@ class StreamRun:
             buffered.setdefault(shard, set()).add(number)
         for shard, samples in buffered.items():
             last = self._next_sample - 1 if shard == current else max(samples)
-            rest = self._reader.read(shard, min(samples), self._note_retry)
             try:
+                rest = self._reader.read(shard, min(samples), self._note_retry, contents.get(shard))
                 for sample in rest:
                     if sample.number in samples:
                         record, _ = self._stream.check(sample)
