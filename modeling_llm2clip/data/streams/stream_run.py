@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -18,9 +18,6 @@ from ..remote.remote_access import LostFileError
 from ..remote.shard_urls import drop_signatures
 from ..sources.shard_streams import BrokenShardError, StreamedSample
 from ..validation_errors import ErrorCollector, describe_errors
-
-if TYPE_CHECKING:
-    from .record_streams import RecordStream
 
 _STATE_VERSION = 3
 _DRAWS_AT_ONCE = 4096
@@ -146,14 +143,14 @@ class PartEnd:
 
 
 class StreamRun:
-    """One iteration of one worker, whose number is among those of all processes.
+    """One iteration of one worker over a `RecordStream`; its number counts through all processes.
 
     `prepare` decodes the image of a record; None yields records as they are.
     """
 
     def __init__(
         self,
-        stream: RecordStream,
+        stream: Any,
         epoch: int,
         number: int,
         num_readers: int,
