@@ -64,7 +64,6 @@ SERVE = tuple(
 PAGE = Need("gradio", "serve", "shows the page at / (--no-page leaves it out)")
 ANN = Need("faiss", "ann", "searches the nearest of more than 20,000 groups of captions")
 LANCEDB = Need("lancedb", "search", "the index of images is a LanceDB database")
-PLOTS = Need("matplotlib", "plots", "draws plots")
 
 
 def list_needs_of_index(location: str | None) -> list[Need]:

@@ -95,7 +95,7 @@ def evaluate(
                 result = finished.get(file) or _run(encoder, job, plan, file)
             except ValueError as error:
                 if isinstance(error.__cause__, UnreadableImagesError):
-                    check_data(data, config, tasks=tasks)  # names all broken images of the run
+                    check_eval_data(data, config, tasks=tasks)  # names all broken images of the run
                 raise
             results[name].append(result)
             if on_result is not None:
@@ -103,7 +103,7 @@ def evaluate(
     return EvaluationResults(chain(*results.values()))
 
 
-def check_data(
+def check_eval_data(
     data: DataSource | Sequence[DataSource],
     config: EvaluationConfig | None = None,
     *,

@@ -1,4 +1,4 @@
-"""The report on results: tables, the settings behind the scores, and a plot by text length.
+"""The report on results: tables, and the settings behind the scores.
 
 There is a table for each question: a task, and for some tasks its queries and candidates. A column
 has the scores on one dataset, a row those of one model. Results that cannot be compared share no
@@ -10,18 +10,15 @@ from __future__ import annotations
 import re
 from collections import UserList
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from tabulate import tabulate
 
-from .._extras import PLOTS, require
 from .._suggestions import list_first
 from ..data.atomic_files import hash_json
 from .metrics.scores import CONFIDENCE_LEVEL
 from .results import OWN_PACKAGE, Result, find_conflict
 from .tasks.task_registry import find_task
-from .tasks.text_length import CLIP_TEXT_TOKENS
 
 _NOTE = f"[low, high]: {CONFIDENCE_LEVEL:.0%} confidence interval, by bootstrap over the test set."
 ABSENT = "–"
@@ -332,41 +329,3 @@ def _list_amounts(data: Mapping[str, Any]) -> list[str]:
 
 def _list_differing_files(data: Mapping[str, Any]) -> list[str]:
     return [name for name, state in (data.get("checksums") or {}).items() if state != "published"]
-
-
-def plot_lengths(results: Sequence[Result], file: Path) -> None:
-    """Plot R@1 against the length of the text, with intervals, one line per model."""
-    if not results or any("buckets" not in result.scores for result in results):
-        raise ValueError("This plot takes results of the task 'length'.")
-    if len(names := {result.dataset for result in results}) > 1:
-        raise ValueError(
-            f"The results are on different datasets: {', '.join(sorted(names))}. Plot each by "
-            "itself."
-        )
-    results = list_comparable(results)
-    require(PLOTS)
-    import matplotlib
-
-    matplotlib.use("agg")  # draws into files, with or without a screen
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for result in results:
-        buckets = result.scores["buckets"]
-        lengths = [bucket["mean_clip_tokens"] for bucket in buckets]
-        rates = [100 * bucket["hit_rate_at_1"]["value"] for bucket in buckets]
-        errors = [
-            [100 * abs(bucket["hit_rate_at_1"]["value"] - bucket["hit_rate_at_1"][end])
-             for bucket in buckets]
-            for end in ("low", "high")
-        ]  # fmt: skip
-        axes.errorbar(lengths, rates, yerr=errors, marker="o", capsize=3, label=result.model)
-    axes.axvline(CLIP_TEXT_TOKENS, color="0.6", linestyle=":", label="end of a 77-token encoder")
-    axes.axhline(100 * results[0].scores["chance"], color="0.6", linewidth=0.8, label="chance")
-    axes.set_xlabel("length of the text, tokens of CLIP's vocabulary")
-    axes.set_ylabel("R@1, %")
-    axes.set_ylim(bottom=0)
-    axes.set_title("\n".join([label_dataset(results[0]), *list_sides(results[0])]))
-    axes.legend()
-    figure.savefig(file, dpi=120)
-    plt.close(figure)

@@ -32,8 +32,7 @@ from ..doctor.check_model import check_model
 from ..embedding.extract import describe_extraction, extract
 from ..encoding.devices import find_device, require_compiler
 from ..encoding.dual_encoder import require_dual_encoder
-from ..evaluation.evaluate import check_data as check_eval_data
-from ..evaluation.evaluate import evaluate
+from ..evaluation.evaluate import check_eval_data, evaluate
 from ..evaluation.results import list_result_files
 from ..loading_llm2clip import list_weight_files, load_without_code
 from ..model_folders.model_folder import LORA_WEIGHTS, find_model_type, require_sources

@@ -91,7 +91,7 @@ def tune_ann(database: IndexDatabase, ann: AnnIndex, queries: np.ndarray[Any, An
     for refine_factor, nprobes in product(_REFINE_FACTORS, _list_nprobes(ann.num_partitions)):
         tried = replace(ann, nprobes=nprobes, refine_factor=refine_factor)
         cosines, query_ms = measure_search(database, queries, ann=tried)
-        recall = round(measure_recall(cosines, greatest), 4)
+        recall = round(measure_ann_recall(cosines, greatest), 4)
         best = max(
             best,
             replace(tried, recall_at_10=recall, query_ms=query_ms),
@@ -128,7 +128,7 @@ def find_greatest_cosines(
     return -np.sort(-best, axis=1)
 
 
-def measure_recall(results: Sequence[Sequence[float]], greatest: np.ndarray[Any, Any]) -> float:
+def measure_ann_recall(results: Sequence[Sequence[float]], greatest: np.ndarray[Any, Any]) -> float:
     """Measure the share of the nearest images that a search has found.
 
     An image counts if its cosine is at least the smallest of the exact results, so that images of

@@ -233,10 +233,10 @@ def test_every_command_names_its_extra_before_it_does_anything(tmp_path: Path) -
 
 
 def test_several_missing_packages_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("timm", "matplotlib"):
+    for module in ("timm", "lancedb"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MissingExtraError, match=r"timm \(.*; matplotlib \(.*\[plots,timm\]"):
-        require(_extras.TIMM_TOWER, _extras.PLOTS)
+    with pytest.raises(MissingExtraError, match=r"timm \(.*; lancedb \(.*\[search,timm\]"):
+        require(_extras.TIMM_TOWER, _extras.LANCEDB)
 
 
 def test_a_folder_that_is_called_like_a_package_is_none(

@@ -378,7 +378,9 @@ def test_a_missing_embedding_is_reported_before_a_model_is_loaded(
     sources: Any, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No image caused the error, so that none is decoded because of it."""
-    monkeypatch.setattr(evaluation, "check_data", lambda *_, **__: pytest.fail("decodes images"))
+    monkeypatch.setattr(
+        evaluation, "check_eval_data", lambda *_, **__: pytest.fail("decodes images")
+    )
     embeddings = save_named_embeddings(tmp_path / "embeddings", {"a": [1.0]}, {"0.png": [1.0]})
     models = sources("clip"), str(embeddings)
     with pytest.raises(ValueError, match=r"embeddings has no embedding for 16 of 16 texts"):

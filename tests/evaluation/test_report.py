@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 from evaluating import arguments, read_table
-from PIL import Image
 from published_datasets import write_coco_test
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.evaluation_config import EvaluationConfig
 from modeling_llm2clip.evaluation.evaluate import evaluate
-from modeling_llm2clip.evaluation.report import plot_lengths, render_results
+from modeling_llm2clip.evaluation.report import render_results
 from modeling_llm2clip.evaluation.results import Result, read_evaluation_results
 
 
@@ -150,26 +149,3 @@ def test_a_part_of_a_published_dataset_is_labeled_as_such(sources: Any, tmp_path
     assert (facts["images"], facts["published images"]) == ("3", "5000")
     assert facts["checksums coco karpathy test.json"] == "differs"
     assert facts["split"] == "test (Karpathy)" and facts["skipped samples"] == "0"
-
-
-def test_a_plot_has_results_of_the_task_that_can_be_compared(results: Path, tmp_path: Path) -> None:
-    scored = read_evaluation_results(results)
-    clip, siglip = (result for result in scored if result.task == "length")
-    plot_lengths([clip, siglip], tmp_path / "lengths.png")
-    assert Image.open(tmp_path / "lengths.png").size[0] > 400
-    task = {**siglip.protocol["task"], "ties": "ties count for the model"}
-    data = {**siglip.protocol["data"], "lang": "de"}
-    for refused, message in (
-        (scored, r"takes results of the task 'length'"),
-        ([siglip, replace(clip, dataset="another")], r"different datasets: another, folder"),
-        (
-            [clip, replace(siglip, protocol={**siglip.protocol, "task": task})],
-            r"in another way: .*ties was 'ties count",
-        ),
-        (
-            [clip, replace(siglip, protocol={**siglip.protocol, "data": data})],
-            r"of another data .*data\.lang was 'en' and is 'de'",
-        ),
-    ):
-        with pytest.raises(ValueError, match=message):
-            plot_lengths(refused, tmp_path / "other.png")

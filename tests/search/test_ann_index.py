@@ -23,7 +23,7 @@ from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.search import ann_index, image_index, index_update
 from modeling_llm2clip.search.ann_index import (
     find_greatest_cosines,
-    measure_recall,
+    measure_ann_recall,
     measure_search,
     needs_training,
     train_ann,
@@ -66,7 +66,7 @@ def test_as_few_partitions_are_visited_as_find_enough_by_exact_cosines(
 
     def measure(nprobes: int) -> float:
         tried = dataclasses.replace(ann, nprobes=nprobes)
-        return measure_recall(measure_search(database, queries, ann=tried)[0], greatest)
+        return measure_ann_recall(measure_search(database, queries, ann=tried)[0], greatest)
 
     assert measure(ann.nprobes) == pytest.approx(ann.recall_at_10, abs=1e-3)
     assert ann.recall_at_10 >= 0.97
@@ -90,7 +90,7 @@ def test_images_as_queries_would_have_seemed_to_need_fewer_partitions(
     for _ in range(_CLUSTERINGS):
         database.build_ann(30)
         cosines = (measure_search(database, of, ann=ONE_PARTITION)[0] for of in (texts, near))
-        of_texts, of_images = map(measure_recall, cosines, greatest)
+        of_texts, of_images = map(measure_ann_recall, cosines, greatest)
         differences.append(of_images - of_texts)
     # Of 80 clusterings, 0.14 to 0.63, on the average 0.34 with a deviation of 0.12: the mean of
     # five is below 0.05 once in 10 million runs.
@@ -123,7 +123,7 @@ def test_filters_keep_the_recall_even_if_what_passes_is_far_from_the_query(
         monkeypatch.setattr(image_index, "_MOST_COMPARED", most_compared)
         results = index.search(queries, top_k=10, where=where)
         greatest = find_greatest_cosines(queries, [images[:2500]], top_k=10)
-        return measure_recall([[c for _, c in result.hits] for result in results], greatest)
+        return measure_ann_recall([[c for _, c in result.hits] for result in results], greatest)
 
     assert measure(2500) == 1  # compared one by one
     assert measure(2499) >= 0.97
@@ -226,11 +226,11 @@ def test_from_enough_images_on_one_is_built_unasked(
 
 def test_recall_is_the_share_of_the_nearest_that_is_found() -> None:
     greatest = np.array([[0.9, 0.8], [0.5, 0.5]])
-    assert measure_recall([[0.9, 0.8], [0.5, 0.5]], greatest) == 1
-    assert measure_recall([[0.9, 0.7], [0.5, 0.4]], greatest) == 0.5
-    assert measure_recall([[0.8], []], greatest) == 0.25
+    assert measure_ann_recall([[0.9, 0.8], [0.5, 0.5]], greatest) == 1
+    assert measure_ann_recall([[0.9, 0.7], [0.5, 0.4]], greatest) == 0.5
+    assert measure_ann_recall([[0.8], []], greatest) == 0.25
     # An image of an equal cosine is as good as another, and counts once.
-    assert measure_recall([[0.9, 0.8, 0.8], [0.5, 0.5, 0.5]], greatest) == 1
+    assert measure_ann_recall([[0.9, 0.8, 0.8], [0.5, 0.5, 0.5]], greatest) == 1
 
 
 def test_the_greatest_cosines_are_those_of_all_embeddings_sorted() -> None:
