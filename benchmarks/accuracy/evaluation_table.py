@@ -129,7 +129,7 @@ def _evaluate(
         )
 
     results = evaluate(models, data, config, tasks=(task,), on_result=show)
-    print(render_results(results, style="markdown", details=True))
+    print(render_results(results, style="markdown"))
     return [_summarize(result) for result in results]
 
 

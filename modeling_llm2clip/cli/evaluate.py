@@ -45,7 +45,7 @@ def evaluate(
     datasets: tuple[str, ...] = (),
     tasks: tuple[str, ...] = (),
     image_dir: tuple[str, ...] = (),
-    table: Literal["text", "markdown", "details"] | None = None,
+    table: Literal["text", "markdown"] | None = None,
     model_type: tuple[ModelType, ...] = (),
     limits: ImageLimitsConfig,
     config: EvaluationConfig,
@@ -60,8 +60,8 @@ def evaluate(
             model.
         tasks: Tasks to evaluate. Default: the task of each dataset's type.
         image_dir: NAME=FOLDER of the images of a dataset. Default: the folder of the data.
-        table: Format of the table of all results in --output, with details what the scores depend
-            on, too; without a model, only the table is printed. Default: text.
+        table: Format of the table of all results in --output; without a model, only the table is
+            printed. Default: text.
         model_type: Type of all models, or one for each. Default: detected from their files.
         limits: Which images are decoded.
         config: How to read datasets and run models.
@@ -85,17 +85,14 @@ def evaluate(
     return 0
 
 
-def _show_results(output: Path, *, table: Literal["text", "markdown", "details"]) -> None:
+def _show_results(output: Path, *, table: Literal["text", "markdown"]) -> None:
     from ..evaluation.report import render_results
     from ..evaluation.results import read_evaluation_results
 
     results = read_evaluation_results(output)
     print()
-    style: Literal["text", "markdown"] = "text" if table == "details" else table
-    print(escape_controls(render_results(results, style=style, details=table == "details")))
-    if table != "details":
-        again = f"llm2clip evaluate --table details --output {output}"
-        print(f"What the scores depend on: {again}", file=sys.stderr)
+    print(escape_controls(render_results(results, style=table)))
+    print(f"What the scores depend on is in the files of {output}.", file=sys.stderr)
 
 
 def _require_models(

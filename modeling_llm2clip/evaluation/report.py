@@ -1,4 +1,4 @@
-"""The report on results: tables, and the settings behind the scores.
+"""The tables of results.
 
 There is a table for each question: a task, and for some tasks its queries and candidates. A column
 has the scores on one dataset, a row those of one model. Results that cannot be compared share no
@@ -7,24 +7,18 @@ table: they are refused.
 
 from __future__ import annotations
 
-import re
 from collections import UserList
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from tabulate import tabulate
 
-from .._suggestions import list_first
-from ..data.atomic_files import hash_json
 from .metrics.scores import CONFIDENCE_LEVEL
-from .results import OWN_PACKAGE, Result, find_conflict
+from .results import Result, find_conflict
 from .tasks.task_registry import find_task
 
 _NOTE = f"[low, high]: {CONFIDENCE_LEVEL:.0%} confidence interval, by bootstrap over the test set."
 ABSENT = "–"
-_DIGEST = re.compile(r"[0-9a-f]{40,}")
-_SHOWN_OF_DIGEST = 8
-_WORDS = {"None": "none", "{}": "none", "True": "yes", "False": "no"}
 _SHOWN_LANGUAGES = 3
 _UNITS = ("images", "items", "captions", "classes")
 # Choices of a task that are part of its title.
@@ -42,18 +36,15 @@ class EvaluationResults(UserList[Result]):
 
 
 def render_results(
-    results: Sequence[Result],
-    *,
-    style: Literal["text", "markdown"] = "text",
-    details: bool = False,
+    results: Sequence[Result], *, style: Literal["text", "markdown"] = "text"
 ) -> str:
     """Render a table per question with intervals and chance, and tables of languages and lengths.
 
-    Results that cannot be compared, such as those of two models of one name,
-    raise ValueError.
+    Results that cannot be compared, such as those of two models of one name, raise
+    ValueError.
     """
     results = list_comparable(results)
-    tables = [*_list_scores(results), *(list_details(results) if details else ())]
+    tables = [*_list_scores(results)]
     drawn = [_draw(table, style) for table in tables]
     if any("[" in cell for table in tables for row in table.rows for cell in row):
         drawn.append(f"{_NOTE}\n")
@@ -97,7 +88,9 @@ def list_comparable(results: Sequence[Result]) -> list[Result]:
 
 
 def _find_question(result: Result) -> tuple[str, str]:
-    return result.task, "; ".join([find_task(result.task).title, *list_sides(result)])
+    task = result.protocol["task"]
+    sides = (f"{side}: {task[side]}" for side in _SIDES if side in task)
+    return result.task, "; ".join([find_task(result.task).title, *sides])
 
 
 def _list_scores(results: Sequence[Result]) -> Iterator[Table]:
@@ -230,9 +223,14 @@ class Table(NamedTuple):
 def label_dataset(result: Result, *, with_languages: bool = False) -> str:
     """Label the dataset of a result: its name, and how it differs from the published one."""
     data = list_data(result)
-    amounts = [amount for part in data.values() for amount in _list_amounts(part)]
-    parts = [amount for amount in amounts if " of " in amount][:1]
-    if any(map(_list_differing_files, data.values())):
+    parts = [
+        f"{part[unit]:,} of {published[unit]:,} {unit}"
+        for part in data.values()
+        if (published := part.get("published") or {})
+        for unit in _UNITS
+        if unit in part and part[unit] != published.get(unit, part[unit])
+    ][:1]
+    if any("differs" in (part.get("checksums") or {}).values() for part in data.values()):
         parts.append("files differ")
     label = f"{result.dataset} ({', '.join(parts)})" if parts else result.dataset
     is_english = set(data) <= {"en", "None"}
@@ -246,86 +244,3 @@ def list_data(result: Result) -> dict[str, Mapping[str, Any]]:
     data = result.protocol["data"]
     parts = data["languages"] if "languages" in data else {str(data.get("lang")): data}
     return {lang: parts[lang] for lang in sorted(parts)}
-
-
-def list_sides(result: Result) -> list[str]:
-    task = result.protocol["task"]
-    return [f"{side}: {task[side]}" for side in _SIDES if side in task]
-
-
-def list_details(results: Sequence[Result]) -> list[Table]:
-    """List everything that scores depend on, each value once for all that share it."""
-    return [
-        _list_facts("what the scores depend on", "model", results, _iterate_model_facts),
-        _list_facts("the data", "dataset", results, _iterate_data_facts),
-        _list_facts(
-            "how they were scored", "task", results, lambda r: _flatten(r.protocol["task"])
-        ),
-    ]
-
-
-def _list_facts(
-    title: str,
-    subject: Literal["model", "dataset", "task"],
-    results: Sequence[Result],
-    iterate: Callable[[Result], Iterable[tuple[str, str]]],
-) -> Table:
-    subjects_of: dict[tuple[str, str], dict[str, None]] = {}
-    for result in results:
-        for fact in iterate(result):
-            subjects_of.setdefault(fact, {})[getattr(result, subject)] = None
-    rows = [[*fact, ", ".join(subjects)] for fact, subjects in sorted(subjects_of.items())]
-    return Table(title, ["choice", "value", f"{subject}s"], rows)
-
-
-def _iterate_model_facts(result: Result) -> Iterator[tuple[str, str]]:
-    counts = result.counts.get("languages", {"": result.counts}).values()
-    truncated = [count.get("texts_truncated") for count in counts]
-    if None not in truncated:
-        num_texts = sum(count["texts"] for count in counts)
-        place = f"{result.task} on {result.dataset}"
-        yield f"texts truncated, {place}", f"{sum(truncated)} of {num_texts}"
-    yield "fingerprint", hash_json(result.fingerprint)[:_SHOWN_OF_DIGEST]
-    yield "scored by version", str(result.versions.get(OWN_PACKAGE))
-    yield "run on", str(result.run.get("device", ABSENT))
-    yield from _flatten(result.protocol["model"])
-
-
-def _iterate_data_facts(result: Result) -> Iterator[tuple[str, str]]:
-    """Yield the facts of a dataset; values that differ between its languages are joined."""
-    data = list_data(result)
-    yield "languages", list_first(data)
-    values: dict[str, dict[str, None]] = {}
-    for part in data.values():
-        for name, value in _flatten(part):
-            values.setdefault(name, {})[value] = None
-    for name, different in values.items():
-        yield name, list_first(different)
-
-
-def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Yield a name and a text for every value of a protocol; digests are shortened."""
-    if isinstance(value, Mapping) and value:
-        for inner, content in value.items():
-            yield from _flatten(content, f"{name} {inner}".replace("_", " ").strip())
-    else:
-        texts = map(str, value if isinstance(value, list) else [value])
-        shown = list_first(_WORDS.get(text, text) for text in texts) or "none"
-        is_digest = _DIGEST.fullmatch(shown) is not None
-        yield name, shown[:_SHOWN_OF_DIGEST] if is_digest else shown
-
-
-def _list_amounts(data: Mapping[str, Any]) -> list[str]:
-    """List how many there are, and of how many: `12 of 5,000 images`, `60 captions`."""
-    published = data.get("published") or {}
-    amounts = []
-    for unit in _UNITS:
-        if unit in data:
-            have, expected = data[unit], published.get(unit, data[unit])
-            of = "" if have == expected else f" of {expected:,}"
-            amounts.append(f"{have:,}{of} {unit}")
-    return amounts
-
-
-def _list_differing_files(data: Mapping[str, Any]) -> list[str]:
-    return [name for name, state in (data.get("checksums") or {}).items() if state != "published"]
