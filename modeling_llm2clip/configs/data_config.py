@@ -18,7 +18,7 @@ class DataConfig(Config):
     image_dir: Path | None = None
     """Folder of the images. Default: the folder of the data."""
     ignore_fields: tuple[str, ...] = ()
-    """Other fields in the data to ignore. Default: none."""
+    """Fields of the data that are not read, known or not. Default: none."""
     check_images: bool | None = None
     """Decode every image first, once for all runs that use the same cached record table. Default:
     if the stage trains on images, unless it resumes or the images are remote."""

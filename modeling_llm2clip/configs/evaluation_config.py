@@ -77,7 +77,7 @@ class EvaluationConfig(EncoderConfig):
     """Prompts of classes: FILE with one per line and {} for the name; in Python also the prompts.
     Default: the dataset's own."""
     ignore_fields: tuple[str, ...] = ()
-    """Other fields in the data to ignore. Default: none."""
+    """Fields of the data that are not read, known or not. Default: none."""
 
     def _list_conflicts(self) -> dict[str, object]:
         return {

@@ -22,8 +22,8 @@ two rows are the fields of published re-captionings of CC3M and CC12M.
 In Parquet, `image` may hold the encoded image itself; in a tar shard, the image is a member. Then
 `file_name` only names it.
 
-Any other field is an error, because it may be a misspelled one; `load_records(…, ignore_fields=…)`
-names those to ignore. Whitespace around texts is removed and a line break inside becomes one space,
+Any other field is an error, because it may be a misspelled one. Fields named by `load_records(…,
+ignore_fields=…)` are not read, known or not. Whitespace around texts is removed and a line break inside becomes one space,
 because later stages take captions as single lines.
 
 Data that are read for one modality alone need not be pairs: images may lack captions, or captions

@@ -97,12 +97,14 @@ class ErrorCollector:
         before, first = self._files.get(columns, (0, []))
         self._files[columns] = before + count, [*first, *files][:_PLACES_SHOWN]
 
-    def compare_columns(self) -> None:
+    def compare_columns(self, ignored: Iterable[str] = ()) -> None:
         """Add the files that lack a column which another file of the source has.
 
         Their records would silently get the default of a field that was forgotten.
         """
-        for column in sorted({column for columns in self._files for column in columns}):
+        for column in sorted(
+            {column for columns in self._files for column in columns} - {*ignored}
+        ):
             having = next(files for columns, (_, files) in self._files.items() if column in columns)
             kind = f"{_NO_COLUMN}{column}', which {having[0]} has"
             for columns, (count, files) in self._files.items():

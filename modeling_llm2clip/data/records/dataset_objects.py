@@ -42,7 +42,7 @@ def records_from_dataset(
             `{"image": "img", "captions": "sentences"}`; other columns are not read. Default: every
             column, named as the fields of a record.
         require_images: Whether a record without its image is an error.
-        ignore_fields: Names of further fields, which are not read and not errors.
+        ignore_fields: Names of fields that are not read, known or not.
         modality: As in `load_records`.
 
     Returns:

@@ -61,7 +61,7 @@ from .source_files import SourceFiles, SourcePart
 
 IMAGE_REPEATED = "image and language repeated"  # kind of error
 TEXT_REPEATED = "name or id repeated in one language"  # the same, where only texts are read
-_FORMAT_VERSION = 7
+_FORMAT_VERSION = 8
 # A smaller index is made anew about as fast as it is found, and stays in memory.
 _MOST_ROWS_IN_MEMORY = 20_000
 # Processes take a second to start.
@@ -155,7 +155,7 @@ def _build(
             with closing(_read(job, file, errors, show_progress, states)) as batches:
                 table = write_index(batches, unfinished)
             find_repeated(table, errors, modality=job.rules.modality)
-            errors.compare_columns()
+            errors.compare_columns(job.rules.ignore_fields)
             if table.file is not None and errors.total:
                 table = RecordTable(table._batches)  # what is mapped stays readable
             elif table.file is not None:

@@ -82,7 +82,7 @@ def load_records(
         check_images: Decode every image too, in threads, which takes as long as a pass over them;
             once for all runs that find the index in the cache. None: where there are other errors,
             which are then reported together.
-        ignore_fields: Names of further fields, which are not read and not errors.
+        ignore_fields: Names of fields that are not read, known or not.
         cache: Whether the index of a large source is kept for later runs.
         show_progress: Show a progress bar while the source is read and images are decoded.
         modality: The one side that is read, for `embed`: `image` takes images without captions;
@@ -231,7 +231,7 @@ def _collect(job: IndexJob) -> CollectedRecords:
 
     table = write_index(make_batches(read()), name_build(temporary_folder() / "records"))
     table.skipped = dict(stray.skipped)
-    stray.compare_columns()
+    stray.compare_columns(job.rules.ignore_fields)
     for row, place in iterate_repeated(table):
         errors_of.setdefault(row, ErrorCollector()).add(IMAGE_REPEATED, place)
     return CollectedRecords(table, errors_of, lost, stray)

@@ -96,7 +96,7 @@ class RecordRules(NamedTuple):
     Attributes:
         image_dir: Folder of the images that are files; None if there is none.
         require_images: Whether a record without an image is an error.
-        ignore_fields: Names of further fields, which are not errors.
+        ignore_fields: Names of fields that are not read, known or not.
         modality: The one side that is read, so that records need not be pairs; None for both.
     """
 
@@ -116,27 +116,30 @@ def check_record(
     """
     image_dir, require_images, ignore_fields, modality = rules
     problems: list[str] = []
-    lang = _read_word(raw.fields, "lang", problems, may_be_number=False) or "en"
-    names = _sort_fields(tuple(raw.fields))
-    name = _read_name([raw.fields[field] for field in names.names], problems)
+    fields = raw.fields
+    if ignore_fields:
+        fields = {field: value for field, value in fields.items() if field not in ignore_fields}
+    lang = _read_word(fields, "lang", problems, may_be_number=False) or "en"
+    names = _sort_fields(tuple(fields))
+    name = _read_name([fields[field] for field in names.names], problems)
     is_text = modality == "text" and not names.names and raw.packed is None
-    allowed = {*ignore_fields, _TEXT_ID} if is_text else ignore_fields
     if is_text:
-        name = None if _TEXT_ID in ignore_fields else _read_word(raw.fields, _TEXT_ID, problems)
+        name = _read_word(fields, _TEXT_ID, problems)
     has_identity = not problems  # so far only fields that identify the record were read
     image: FoundFile | PackedImage | None = raw.packed
     if has_identity and image is None and not is_text:
         image = _find_file(name, image_dir, problems, required=require_images)
-    group_id = _read_word(raw.fields, "group_id", problems)
+    group_id = _read_word(fields, "group_id", problems)
     # A group may have several texts, so its id cannot name one of them.
     name = name or raw.default_name or (raw.text_name if is_text or group_id else None)
     if name is None and not require_images:
         problems.append("no 'file_name', 'image' or 'group_id' to name it by")
-    captions = _read_captions(raw.fields, names, problems, required=modality != "image")
-    long_captions = _read_texts(raw.fields, names.long_captions, problems)
-    keywords = _read_texts(raw.fields, ["keywords"], problems) if "keywords" in raw.fields else []
-    url = _read_word(raw.fields, "url", problems) if "url" in raw.fields else None
-    problems += [f"unknown field {field!r}" for field in names.unknown if field not in allowed]
+    captions = _read_captions(fields, names, problems, required=modality != "image")
+    long_captions = _read_texts(fields, names.long_captions, problems)
+    keywords = _read_texts(fields, ["keywords"], problems) if "keywords" in fields else []
+    url = _read_word(fields, "url", problems) if "url" in fields else None
+    unknown = (field for field in names.unknown if not (is_text and field == _TEXT_ID))
+    problems += [f"unknown field {field!r}" for field in unknown]
     words = (name or "", group_id or "", lang, url or "", *captions, *long_captions, *keywords)
     is_storable = _is_storable("".join(words))
     if not is_storable:

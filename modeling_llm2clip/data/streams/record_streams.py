@@ -112,7 +112,7 @@ def stream_records(
         process_index: Number of this process.
         num_processes: Processes that train together; each gets other shards.
         require_images: Whether a sample without its image is broken.
-        ignore_fields: Names of further fields, which are not read and not errors.
+        ignore_fields: Names of fields that are not read, known or not.
         max_lost_share: Share of its samples, or of its shards, that may be broken before a worker
             stops. Up to 1,000 samples count as 1,000 while it reads, and at its end as many as its
             part of 1,000. A worker of fewer shards than 1 / `max_lost_share` stops at the first

@@ -211,7 +211,7 @@ def load_dataset(
             Default: those of the dataset. Names that repeat, as some of ImageNet do, are in
             `protocol["repeated_class_names"]`, and their images count as wrong.
         templates: Of a classification: prompts with one `{}`. Default: those of the dataset.
-        ignore_fields: Of one's own data: further fields, which are not read and not errors.
+        ignore_fields: Of one's own data: fields that are not read, known or not.
         show_progress: Show a progress bar while images are decoded.
         cache: Give the same one for every language of a folder, which is then read once.
 

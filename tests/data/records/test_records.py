@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,30 @@ def test_a_field_that_is_named_is_not_an_error(tmp_path: Path) -> None:
     error = errors_of(source, **options)
     assert error.counts == {"unknown field 'coco_id'": 1} and "ignore_fields" in str(error)
     assert len(load_records(source, ignore_fields={"coco_id"}, require_images=False)) == 1
+
+
+@pytest.mark.parametrize("field", ["longIB_captions", "text", "keywords", "lang", "group_id"])
+def test_data_whose_field_is_ignored_is_data_without_it(field: str, tmp_path: Path) -> None:
+    """A known field too, for tables and streams; and only some of the files may have it."""
+    row = {"captions": "a", "longIB_captions": "b", "text": "c", "keywords": ["d"], "lang": "de",
+           "group_id": "g", "file_name": "red.png", "image": encode("images/red.png")}  # fmt: skip
+    if field != "text":  # another name of `captions`
+        row.pop("text")
+    without = {name: value for name, value in row.items() if name != field}
+    for folder, rows in (("with", [row]), ("without", [without]), ("some", [row, without])):
+        (tmp_path / folder).mkdir()
+        for number, each in enumerate(rows):
+            named = {**each, "file_name": f"{number}.png"}
+            pq.write_table(pa.Table.from_pylist([named]), tmp_path / folder / f"{number}.parquet")
+    for read in (load_records, stream_records):
+        expected, ignoring = (
+            [replace(record, image=None) for record in records]
+            for records in (
+                read(tmp_path / "without"), read(tmp_path / "with", ignore_fields=[field])
+            )
+        )  # fmt: skip
+        assert ignoring == expected
+    assert len(load_records(tmp_path / "some", ignore_fields=[field])) == 2
 
 
 def test_every_error_of_shards_is_reported_at_once(tmp_path: Path) -> None:
