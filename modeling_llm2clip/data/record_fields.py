@@ -23,8 +23,8 @@ In Parquet, `image` may hold the encoded image itself; in a tar shard, the image
 `file_name` only names it.
 
 Any other field is an error, because it may be a misspelled one. Fields named by `load_records(…,
-ignore_fields=…)` are not read, known or not. Whitespace around texts is removed and a line break inside becomes one space,
-because later stages take captions as single lines.
+ignore_fields=…)` are not read, known or not. Whitespace around texts is removed and a line break
+inside becomes one space, because later stages take captions as single lines.
 
 Data that are read for one modality alone need not be pairs: images may lack captions, or captions
 images. A text without an image is then named by the field `id`, or else by its place.

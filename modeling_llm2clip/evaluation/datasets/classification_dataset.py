@@ -7,10 +7,12 @@ several names per class with commas between them, of which the first is taken.
 from __future__ import annotations
 
 import hashlib
+import os
 import unicodedata
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -266,29 +268,37 @@ def _walk_class_folders(
     root: Path, reading: DatasetReading
 ) -> tuple[tuple[tuple[str, Path, str], ...], tuple[str, ...]]:
     """List every image of the class folders, and the folders' names, both in their order."""
-    folders = sorted(path for path in root.glob("[!.]*") if path.is_dir())
+    walked = os.walk(root, onerror=_raise) if root.is_dir() else ()
+    paths = sorted(Path(parent, name) for parent, *names in walked for name in chain(*names))
+    images: list[tuple[str, Path, str]] = []
+    folders: list[str] = []
+    for path in paths:
+        name = path.relative_to(root).as_posix()
+        folder, is_below, _ = name.partition("/")
+        if "/." in f"/{name}":  # of the system
+            continue
+        if path.is_symlink() and not path.is_file():
+            kind = "link to a folder, not followed" if path.is_dir() else "link to no file"
+            reading.errors.add(kind, name)
+        elif path.is_dir():
+            folders += [] if is_below else [folder]
+        elif is_below and is_image(path):
+            images.append((name, path, folder))
+        elif is_below or is_image(path):
+            kind = "not an image" if is_below else "image in no class folder"
+            reading.errors.add(kind, name)
     if not folders:
         raise ValueError(
             f"{reading.source}: {root} is not a folder with class folders. Put the images of each "
             "class into a folder."
         )
-    for file in sorted(path for path in root.iterdir() if path.is_file()):
-        if is_image(file) and not file.name.startswith("."):
-            reading.errors.add("image in no class folder", file.name)
-    images: list[tuple[str, Path, str]] = []
-    for folder in folders:
-        before = len(images)
-        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            name = file.relative_to(root).as_posix()
-            if "/." in name:  # of the system
-                continue
-            if is_image(file):
-                images.append((name, file, folder.name))
-            else:
-                reading.errors.add("not an image", name)
-        if len(images) == before:
-            reading.errors.add("class folder without images", folder.name)
-    return tuple(images), tuple(folder.name for folder in folders)
+    for folder in sorted(set(folders) - {folder for _, _, folder in images}):
+        reading.errors.add("class folder without images", folder)
+    return tuple(images), tuple(folders)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _read_names(file: Path, reading: DatasetReading) -> dict[str, str]:

@@ -98,18 +98,24 @@ def test_all_errors_of_class_folders_are_reported_at_once(folder: Path) -> None:
     hidden.parent.mkdir()
     hidden.write_bytes(b"no image")
     (folder / "val" / "n01443537" / "ILSVRC2012_val_1.JPEG").write_bytes(b"no image")
+    for link, target in (("n01440764/more", tench), ("linked", tench), ("n01440764/a.png", "gone")):
+        (folder / "val" / link).symlink_to(target)
+    (tench / "linked.png").symlink_to(next(tench.glob("*.JPEG")))  # a file like any other
     names = {"n01440764": "tench", "n01443537": "goldfish", "gone": "gone", "empty": "empty"}
     assert errors_of("image-folder", folder / "val", class_names=names) == {
         "class folder without images": 1,
         "class name for a class that does not exist": 1,
         "class without a name": 1,
         "image in no class folder": 1,
+        "link to a folder, not followed": 2,
+        "link to no file": 1,
         "not an image": 1,
         "image unreadable": 1,
     }
     names = {"n01440764": "tench", "n01443537": "goldfish", "n01484850": "shark"}
     dataset = load("image-folder", folder / "val", class_names=names, skip_invalid=True)
-    assert dataset.protocol["skipped_samples"] == 3
+    assert dataset.protocol["skipped_samples"] == 6
+    assert sorted(set(dataset.labels)) == [0, 1, 2]
 
 
 def test_names_that_begin_with_a_sign_or_name_no_class_are_errors(folder: Path) -> None:
