@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from functools import partial
+from functools import cache, partial
 from inspect import signature
 from numbers import Integral, Real
 from typing import Any
@@ -22,13 +22,16 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .pooling_llm2clip import TEXT_POOLINGS
 
-FORMAT_VERSION = 3
+# Entry i turns the content of a config.json of format i + 1 into format i + 2, so a format is only
+# raised with its migration, and every published format loads for ever.
+_MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = ()
+FORMAT_VERSION = 1 + len(_MIGRATIONS)
 LOGIT_SCALE_INIT = math.log(1 / 0.07)  # arXiv:2103.00020, section 2.5
 VISION_POOLINGS = ("pooler", "cls", "mean", "patch_mean")
 
-# Fields that transformers and transformers.js read from or write into any config.json; other
-# unknown fields raise. Before transformers 5.17, Trainer writes the tokenizer's three token ids.
-# They are kept and change nothing, because the model reads the LLM's ids.
+# Fields that transformers and transformers.js read from or write into any config.json; others cause
+# a warning. Before transformers 5.17, Trainer writes the tokenizer's three token ids. They are kept
+# and change nothing, because the model reads the LLM's ids.
 _BASE_FIELDS = {
     "bos_token_id", "eos_token_id", "pad_token_id",
     "auto_map", "model_type", "torch_dtype", "attn_implementation", "experts_implementation",
@@ -79,12 +82,14 @@ class LLM2CLIPConfig(PreTrainedConfig):
             weights. `LLM2CLIPModel.forward` sets this field and the next when it computes a loss
             for training. A training loop that computes its loss elsewhere must set them itself.
         projections_trained: Whether both projections were trained.
-        format_version: Version of the layout of weights and configuration; checked on loading.
-        **kwargs: Fields that every transformers configuration has.
+        format_version: Version of the layout of weights and configuration; older ones are
+            migrated on loading.
+        **kwargs: Fields that every transformers configuration has. Others cause a warning, and are
+            kept in a saved file.
 
     Raises:
-        ValueError: A field is unknown, missing in a saved file, of the wrong type or contradictory,
-            or the format version is not this package's.
+        ValueError: A field is nearly named like one of these, missing in a saved file, of the wrong
+            type or contradictory, or the format is newer than this package's.
     """
 
     model_type = "llm2clip"
@@ -121,8 +126,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ) -> None:
-        _check_format(format_version)
-        _refuse_strange_fields(kwargs)
+        _check_unknown_fields(kwargs)
         _check_types(locals())
         # The base class sets the attention implementation of the towers that are assigned already.
         # So it is initialized before them, and a requested implementation is set afterwards.
@@ -206,9 +210,9 @@ class LLM2CLIPConfig(PreTrainedConfig):
             were not used.
 
         Raises:
-            ValueError: A field is missing or invalid, or the format version is not this package's.
+            ValueError: A field is missing or invalid, or the format is newer than this package's.
         """
-        _check_format(config_dict.get("format_version", 0))
+        config_dict = _migrate(config_dict)
         lost = sorted(_SAVED_FIELDS - set(config_dict))
         if isinstance(config_dict.get("text_config"), dict):
             lost += [f"text_config.{name}" for name in _list_lost(config_dict["text_config"])]
@@ -222,7 +226,6 @@ class LLM2CLIPConfig(PreTrainedConfig):
         loaded = _make_of_fields(make, config_dict, name="config.json")
         config = loaded[0] if isinstance(loaded, tuple) else loaded  # with unused options
         # transformers sets overridden fields after the checks of `__init__`.
-        _check_format(config.format_version)
         _check_types(vars(config))
         config._check_values()
         config.text_config.is_causal = not config.bidirectional
@@ -358,6 +361,10 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "logit_scale_init_value": ("a finite number", _is_number),
     "text_adapter_trained": _BOOLEAN,
     "projections_trained": _BOOLEAN,
+    "format_version": (
+        f"{FORMAT_VERSION}, the present format",
+        lambda value: _is_integer(value) and value == FORMAT_VERSION,
+    ),
 }
 
 
@@ -371,33 +378,48 @@ def _check_types(values: Mapping[str, Any]) -> None:
         raise ValueError("LLM2CLIPConfig: " + "; ".join(errors))
 
 
-def _check_format(format_version: Any) -> None:
-    if not _is_integer(format_version):
-        raise ValueError(
-            f"format_version={format_version!r} must be an integer; this version reads format "
-            f"{FORMAT_VERSION}. Restore config.json from the original model folder."
+def _migrate(content: dict[str, Any]) -> dict[str, Any]:
+    """Bring the content of a `config.json` of any published format to the present one."""
+    version = content.get("format_version")
+    if not _is_integer(version) or not 1 <= version <= FORMAT_VERSION:
+        remedy = (
+            "Upgrade modeling_llm2clip: if it is installed, it is used even if the model folder "
+            "has newer code."
+            if _is_integer(version) and version > FORMAT_VERSION
+            else "Restore config.json from the original model folder."
         )
-    if format_version == FORMAT_VERSION:
-        return
-    remedy = (
-        "Upgrade modeling_llm2clip: if it is installed, it is used even if the model folder has "
-        "newer code"
-        if format_version > FORMAT_VERSION
-        else "Build or convert the model again with this version"
-    )
-    raise ValueError(
-        f"The model has format {format_version}, but this version reads format {FORMAT_VERSION}. "
-        f"{remedy}."
-    )
+        raise ValueError(
+            f"format_version={version!r}, but this version reads the formats 1 to "
+            f"{FORMAT_VERSION}. {remedy}"
+        )
+    for migrate in _MIGRATIONS[version - 1 :]:
+        content = migrate(content)
+    return {**content, "format_version": FORMAT_VERSION}
 
 
-def _refuse_strange_fields(kwargs: dict[str, Any]) -> None:
+_warn_once = cache(partial(warnings.warn, stacklevel=3))
+
+
+def _check_unknown_fields(kwargs: dict[str, Any]) -> None:
+    """Refuse misspelled fields, and warn once of others that this version does not know."""
+    own = {*_SAVED_FIELDS, *_TYPES}
     known = _BASE_FIELDS | set(PreTrainedConfig().to_dict())
     unknown = sorted(key for key in kwargs if key not in known and not key.startswith("_"))
-    if unknown:
+    near = {field: get_close_matches(field, own, 1, 0.85) for field in unknown}
+    if misspelled := [f"{field!r} for {like[0]!r}" for field, like in near.items() if like]:
         raise ValueError(
-            f"LLM2CLIPConfig has no fields {unknown}. Known fields: "
-            f"{sorted({*_SAVED_FIELDS, *_TYPES})}. Correct the spelling, or remove them."
+            f"LLM2CLIPConfig has no such fields, which seem to misspell its own: "
+            f"{', '.join(misspelled)}. Correct or rename them."
+        )
+    if "transformers_weights" in unknown:
+        raise ValueError(
+            "transformers_weights would load another weight file than the one that is checked and "
+            "fingerprinted. Remove it from config.json."
+        )
+    if unknown:
+        _warn_once(
+            f"LLM2CLIPConfig has no fields {unknown}. The model does not read them; they are kept "
+            "in the saved config.json."
         )
     _refuse_large_counts(kwargs, name="config.json")
 

@@ -241,7 +241,7 @@ def test_a_lora_beside_the_weights_or_another_file_in_the_configuration_loads_no
     config = json.loads((renamed / "config.json").read_text(encoding="utf-8"))
     config["transformers_weights"] = "other.safetensors"
     (renamed / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"no fields \['transformers_weights'\]"):
+    with pytest.raises(ValueError, match="transformers_weights would load another"):
         AutoModel.from_pretrained(renamed)
 
 

@@ -56,8 +56,7 @@ CASES: dict[str, tuple[Break, str, str]] = {
     "setting misspelt": (set_config(max_text_lenght=9), "config", r"max_text_lenght"),
     "other model type": (set_config(model_type="clip"), "config", r"model_type='clip'"),
     "config lost": (remove("config.json"), "config", r"has no config.json"),
-    "older format": (set_config(format_version=0), "config", r"format 0.*convert"),
-    "newer format": (set_config(format_version=99), "config", r"format 99.*Upgrade"),
+    "newer format": (set_config(format_version=99), "config", r"format_version=99.*Upgrade"),
     "prompt lost": (
         update("tokenizer.json", post_processor=None), "prompt", r"does not begin with the prompt"
     ),
