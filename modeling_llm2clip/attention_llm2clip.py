@@ -1,8 +1,7 @@
-"""The attention of packed texts, which an LLM keeps beside transformers' own.
+"""The attention of packed texts, registered next to transformers' own.
 
-It is set in the LLM's configuration once a pack has run, and gets the lengths of the texts as an
-argument of each layer: layers that a backward pass runs again find them there, too. A plain pass
-attends as SDPA does.
+It is set in the LLM's configuration while a pack runs, and gets the lengths of the texts as an
+argument of each layer. A plain pass attends as SDPA does.
 
 Uploaded with the weights. Shapes: N texts of T tokens in all, d width of a head.
 """
@@ -294,15 +293,22 @@ def _split(heads: Tensor, count: int, length: int) -> Tensor:
 
 
 @contextmanager
-def pack_without_mask(text_model: PreTrainedModel, longest: int) -> Iterator[None]:
-    """Let this thread's pass build no mask; the LLM's attention is set in the first pass."""
-    if text_model.config._attn_implementation != PACKED_ATTENTION:
-        text_model.config._attn_implementation = PACKED_ATTENTION
+def packed_attention(text_model: PreTrainedModel, longest: int) -> Iterator[None]:
+    """Let this thread's pass attend within texts and build no mask.
+
+    Afterwards the LLM's configuration is as before, unless a backward pass will run layers again:
+    these must find the attention of the forward pass.
+    """
+    config = text_model.config
+    before = config._attn_implementation
+    config._attn_implementation = PACKED_ATTENTION
     _pass.longest = longest
     try:
         yield
     finally:
         _pass.longest = 0
+        if not (torch.is_grad_enabled() and text_model.training and recomputes(text_model)):
+            config._attn_implementation = before
 
 
 def _build_mask(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -317,7 +323,6 @@ def _build_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     return mask
 
 
-# A plain pass with these computes what SDPA computes, so they stay set once a pack has run: another
-# thread, or a backward pass that runs layers again, meets the attention of the forward pass.
+# A plain pass with these computes what SDPA computes, so another thread may meet them.
 AttentionInterface.register(PACKED_ATTENTION, attend_packed)
 AttentionMaskInterface.register(PACKED_ATTENTION, _build_mask)

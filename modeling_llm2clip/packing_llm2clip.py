@@ -30,7 +30,7 @@ from .attention_llm2clip import (
     PackedTexts,
     VarlenKernel,
     is_traced,
-    pack_without_mask,
+    packed_attention,
     recomputes,
 )
 from .pooling_llm2clip import TEXT_POOLINGS
@@ -120,15 +120,13 @@ def runs_packs(
     spans = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     if any(span and longest > span for span in spans):
         return False
-    # Packing may replace the default alone, SDPA. It is PACKED_ATTENTION once a pack has run.
+    # Packing may replace only the default, SDPA. PACKED_ATTENTION stays while layers are recomputed.
     if config._attn_implementation not in ("sdpa", PACKED_ATTENTION):
         return False
     checked = _checked.setdefault(text_model, {})
     by_kernel = kernel is not None
     if by_kernel not in checked:
-        with text_forward_lock:  # a second check meanwhile would see the attention of the first
-            if by_kernel not in checked:
-                checked[by_kernel] = can_pack(text_model, device, kernel)
+        checked[by_kernel] = can_pack(text_model, device, kernel)
     return checked[by_kernel]
 
 
@@ -266,7 +264,7 @@ def _run_pack(
         packed_texts = PackedTexts(cu_seqlens, is_causal, kernel, on_device, longest)
         # Without a mask, transformers would read the positions to look for packs.
         mask = torch.ones_like(ids).unsqueeze(0)
-    with text_forward_lock, pack_without_mask(text_model, longest):
+    with text_forward_lock, packed_attention(text_model, longest):
         output = text_model(
             input_ids=ids.unsqueeze(0),
             attention_mask=mask,
@@ -292,12 +290,10 @@ def can_pack(
 
     The numbers differ if the family drops arguments that packing needs, or if its attention
     computes more than plain scaled dot products. `device` is the device of the inputs, which an
-    offloaded model does not report. An LLM that passes keeps `attend_packed` as its attention.
+    offloaded model does not report.
     """
-    config, passes = text_model.config, False
-    before = config._attn_implementation
     # Not the first ids: RoBERTa's relatives take their padding id for padding without a mask too.
-    rows = torch.arange(4, 16, device=device) % config.vocab_size
+    rows = torch.arange(4, 16, device=device) % text_model.config.vocab_size
     texts = [rows[:5], rows[3:8], rows[8:11]]
     plain = torch.autocast(device.type, enabled=False)
     try:
@@ -305,20 +301,16 @@ def can_pack(
         # stays. What is random in another way fails the check.
         with plain, _WithoutDropout(), text_forward_lock:
             packed = run_packed(text_model, texts, kernel)
-            config._attn_implementation = before
             alone = [
                 text_model(input_ids=text.unsqueeze(0), use_cache=False).last_hidden_state[0]
                 for text in texts
             ]
-        expected = torch.cat(alone).float()
-        difference = (packed.float() - expected).norm() / expected.norm()
-        steps = _MOST_STEPS * torch.finfo(packed.dtype).eps if kernel is not None else 0
-        passes = bool(difference < max(_MOST_DIFFERENCE, steps))
     except (TypeError, ValueError):  # forward rejects the argument, or attend_packed the model
         return False
-    finally:  # whatever ends the check
-        config._attn_implementation = PACKED_ATTENTION if passes else before
-    return passes
+    expected = torch.cat(alone).float()
+    difference = (packed.float() - expected).norm() / expected.norm()
+    steps = _MOST_STEPS * torch.finfo(packed.dtype).eps if kernel is not None else 0
+    return bool(difference < max(_MOST_DIFFERENCE, steps))
 
 
 @cache

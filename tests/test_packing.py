@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +17,6 @@ from torch import nn
 
 from modeling_llm2clip import packing_llm2clip
 from modeling_llm2clip.attention_llm2clip import (
-    PACKED_ATTENTION,
     PackedTexts,
     _attend_in_graph,
     attend_packed,
@@ -28,7 +30,6 @@ from modeling_llm2clip.packing_llm2clip import (
     plan_packs,
     plan_token_batches,
     run_packed,
-    runs_packs,
 )
 from modeling_llm2clip.pooling_llm2clip import TEXT_POOLINGS
 
@@ -182,41 +183,43 @@ def test_the_check_leaves_no_inference_tensors_behind():
     assert kept and not any(out.is_inference() or out.requires_grad for out in kept)
 
 
-def test_the_attention_of_packs_is_set_once_unless_the_llm_cannot_run_them(tmp_path):
-    text_model, other = tiny_llm("llama"), tiny_llm("gemma2")
-    assert can_pack(text_model, CPU) and not can_pack(other, CPU)
-    assert text_model.config._attn_implementation == PACKED_ATTENTION
-    assert other.config._attn_implementation != PACKED_ATTENTION
-    with pytest.raises(IndexError):
-        run_packed(text_model, [torch.tensor([10**6])])
-    assert text_model.config._attn_implementation == PACKED_ATTENTION
-    text_model.save_pretrained(tmp_path)
-    assert PACKED_ATTENTION not in (tmp_path / "config.json").read_text("utf-8")
+RUN_PICKLED = """
+import pickle, sys, torch
+text_model, ids = pickle.load(sys.stdin.buffer)
+sys.stdout.buffer.write(pickle.dumps(text_model(ids).last_hidden_state.detach().numpy()))
+"""
 
 
-def test_a_check_that_ends_in_another_error_leaves_the_attention_as_it_was():
-    text_model = tiny_llm("llama")
-    text_model.norm.weight = nn.Parameter(torch.ones(5))
-    with pytest.raises(RuntimeError, match="size of tensor"):
-        can_pack(text_model, CPU)
+def test_a_pass_leaves_the_llm_as_it_was_and_pickled_it_runs_in_another_process():
+    model, processor = tiny_model()
+    text_model = model.text_model
+    with torch.no_grad():
+        model.get_caption_embeds(**processor(text=TEXTS))
+    assert _checked[text_model] == {False: True}
     assert text_model.config._attn_implementation == "sdpa"
+    for broken, error in (([torch.tensor([10**6])], IndexError), ([torch.zeros(3)], RuntimeError)):
+        with pytest.raises(error):
+            run_packed(text_model, broken)
+        assert text_model.config._attn_implementation == "sdpa"
+    ids = torch.arange(4, 9)[None]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_PICKLED],
+        input=pickle.dumps((text_model, ids)), capture_output=True, check=True,
+    )  # fmt: skip
+    found = torch.from_numpy(pickle.loads(done.stdout))
+    assert torch.equal(found, text_model(ids).last_hidden_state.detach())
 
 
-def test_threads_that_run_an_llm_first_check_it_once(monkeypatch):
-    """A second check meanwhile would take the attention of the first for that of the LLM."""
-    llm, checks, begun = tiny_llm(), [], threading.Event()
-
-    def check(text_model, device, kernel):
-        checks.append(text_model)
-        begun.wait(0.2)  # until the other thread checks, which it does not
-        begun.set()
-        return can_pack(text_model, device, kernel)
-
-    monkeypatch.setattr(packing_llm2clip, "can_pack", check)
-    with ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(runs_packs, llm, 8, CPU) for _ in range(2)]
-        assert [run.result() for run in runs] == [True, True]
-    assert checks == [llm]
+def test_layers_that_a_backward_pass_runs_again_find_the_attention_of_the_pack():
+    text_model = tiny_llm("llama").train()
+    text_model.gradient_checkpointing_enable({"use_reentrant": False})
+    texts = [torch.arange(4, 9), torch.arange(4, 7)]
+    run_packed(text_model, texts).square().sum().backward()
+    found = text_model.layers[0].self_attn.q_proj.weight.grad.clone()
+    text_model.zero_grad()
+    for text in texts:
+        text_model(text[None]).last_hidden_state.square().sum().backward()
+    torch.testing.assert_close(text_model.layers[0].self_attn.q_proj.weight.grad, found)
 
 
 def test_a_pass_without_packs_is_that_of_sdpa_to_the_last_bit():
