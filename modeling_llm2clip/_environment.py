@@ -38,16 +38,6 @@ def describe_hardware() -> dict[str, Any]:
     }
 
 
-def find_cpu_name() -> str:
-    """Return the vendor's name of the CPU where the system reports it, else its architecture."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def read_commit() -> str:
     """Return the commit of the code if it runs from a git checkout."""
     folder = Path(__file__).resolve().parents[1]

@@ -8,9 +8,10 @@ registration happens at once.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
@@ -65,25 +66,14 @@ def _register_ready_classes() -> None:
             getattr(sys.modules[auto_name], auto_class).register(key, ours, exist_ok=True)
 
 
-class _RegisteringLoader(Loader):
-    """Executes a module with its own loader, then registers the classes that are ready."""
-
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        _running.add(module.__name__)
-        try:
-            self._loader.exec_module(module)
-        finally:
-            _running.discard(module.__name__)
-        _register_ready_classes()
-
-    def __getattr__(self, name: str) -> object:  # such as get_source, which inspect calls
-        return getattr(self._loader, name)
+def _execute(execute: Callable[[ModuleType], None], module: ModuleType) -> None:
+    """Execute a module as its loader does, then register the classes that are ready."""
+    _running.add(module.__name__)
+    try:
+        execute(module)
+    finally:
+        _running.discard(module.__name__)
+    _register_ready_classes()
 
 
 class _RegisteringFinder(MetaPathFinder):
@@ -99,7 +89,8 @@ class _RegisteringFinder(MetaPathFinder):
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _RegisteringLoader(spec.loader)
+            execute = partial(_execute, spec.loader.exec_module)
+            setattr(spec.loader, "exec_module", execute)  # noqa: B010 (mypy: a method)
         return spec
 
 

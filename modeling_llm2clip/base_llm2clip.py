@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import initialization as init
 
 from .configuration_llm2clip import LLM2CLIPConfig
-from .heads_llm2clip import LogitHead, PooledDense, TextAdapter
+from .heads_llm2clip import LogitHead, PooledDense, TextAdapter, list_random, sample_heads
 from .loading_llm2clip import (
     WEIGHT_FILE,
     bounded_by_weights,
@@ -197,6 +197,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
     _no_split_modules: set[str] | list[str] | None = ["AdapterBlock"]  # noqa: RUF012
     _auto_class = "AutoModel"  # makes save_pretrained copy the code
     _auto_classes: dict[str, str] = {}  # noqa: RUF012
+    _start: dict[str, Tensor]  # of the heads, as they were built or loaded
     num_switches_to_training = 0
     accepts_loss_kwargs = False  # `forward` averages over its batch: Trainer divides the loss
     text_model: Any
@@ -265,6 +266,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
                 *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
         model, info = loaded
+        model._start = sample_heads(model.named_parameters())
         if hasattr(model, "vision_model"):
             require_restored_buffers(model.vision_model)
         refuse_unaccounted_keys(cls, info, allow_misshapen=allow_misshapen)
@@ -316,6 +318,10 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
                 f"{self.dtype}: embeddings will differ by rounding. Cast the whole model first.",
                 stacklevel=2,
             )
+        weights = self.named_parameters() if state_dict is None else state_dict.items()
+        self.config.random_heads = list_random(
+            self.config.random_heads, self._start, sample_heads(weights)
+        )
         self.config.auto_map = {**_CODE_OF_EVERY_FOLDER, **self._auto_classes}
         upload = {name: kwargs.pop(name) for name in _UPLOAD_OPTIONS if name in kwargs}
         repo_id = kwargs.pop("repo_id", folder.name)
@@ -339,6 +345,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
     def post_init(self) -> None:
         """Finish initialization as transformers does, then prune `_no_split_modules`."""
         super().post_init()  # type: ignore[no-untyped-call]
+        self._start = sample_heads(self.named_parameters())
         self.prune_no_split_modules()
 
     def prune_no_split_modules(self) -> None:

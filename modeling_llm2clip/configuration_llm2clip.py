@@ -27,6 +27,7 @@ from .pooling_llm2clip import TEXT_POOLINGS
 _MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = ()
 FORMAT_VERSION = 1 + len(_MIGRATIONS)
 LOGIT_SCALE_INIT = math.log(1 / 0.07)  # arXiv:2103.00020, section 2.5
+HEADS = ("text_adapter", "text_projection", "visual_projection")
 VISION_POOLINGS = ("pooler", "cls", "mean", "patch_mean")
 
 # Fields that transformers and transformers.js read from or write into any config.json; others cause
@@ -78,10 +79,9 @@ class LLM2CLIPConfig(PreTrainedConfig):
             `"patch_mean"` of its patches alone.
         visual_projection_bias: Whether the image projection has a bias.
         logit_scale_init_value: Logarithm of the initial inverse temperature.
-        text_adapter_trained: Whether the text adapter was trained or still has its random initial
-            weights. `LLM2CLIPModel.forward` sets this field and the next when it computes a loss
-            for training. A training loop that computes its loss elsewhere must set them itself.
-        projections_trained: Whether both projections were trained.
+        random_heads: Which of `text_adapter`, `text_projection` and `visual_projection` still have
+            their random initial weights. `save_pretrained` of a model removes those whose weights
+            differ from the ones that were built or loaded, whatever trained them.
         format_version: Version of the layout of weights and configuration; older ones are
             migrated on loading.
         **kwargs: Fields that every transformers configuration has. Others cause a warning, and are
@@ -121,8 +121,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         vision_pooling: str = "pooler",
         visual_projection_bias: bool = False,
         logit_scale_init_value: float = LOGIT_SCALE_INIT,
-        text_adapter_trained: bool = False,
-        projections_trained: bool = False,
+        random_heads: Sequence[str] = HEADS,
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ) -> None:
@@ -151,8 +150,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         self.text_adapter_expansion = text_adapter_expansion
         self.vision_pooling, self.visual_projection_bias = vision_pooling, visual_projection_bias
         self.logit_scale_init_value = logit_scale_init_value
-        self.text_adapter_trained = text_adapter_trained
-        self.projections_trained = projections_trained
+        self.random_heads = [*random_heads]
         self.format_version = format_version
         _write_attention_direction(self.text_config, bidirectional=bidirectional)
         self._check_values()
@@ -187,12 +185,14 @@ class LLM2CLIPConfig(PreTrainedConfig):
         source = pretrained_model_name_or_path
         try:
             return super().from_pretrained(source, **kwargs)
-        except (ValueError, RecursionError, TypeError, AttributeError, LookupError) as error:
+        except (OSError, ImportError, MemoryError):  # they say what they refuse
+            raise
+        except Exception as error:  # of a tower's configuration, too
             if isinstance(error, ValueError) and str(source) in str(error):
                 raise
             raise ValueError(
-                f"{source}: config.json cannot be used ({error}). Restore it from the original "
-                "model folder."
+                f"{source}: config.json cannot be used ({type(error).__name__}: "
+                f"{' '.join(str(error).split())}). Restore it from the original model folder."
             ) from error
 
     @classmethod
@@ -222,8 +222,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
                 "the embeddings or records what was trained. Restore them from the original "
                 "model folder, or build the model again."
             )
-        make = partial(super().from_dict, **kwargs)
-        loaded = _make_of_fields(make, config_dict, name="config.json")
+        loaded: Any = super().from_dict(config_dict, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded  # with unused options
         # transformers sets overridden fields after the checks of `__init__`.
         _check_types(vars(config))
@@ -252,6 +251,11 @@ class LLM2CLIPConfig(PreTrainedConfig):
     def num_unpooled(self) -> int:
         """Number of tokens at the beginning of each text that are not pooled."""
         return 0 if TEXT_POOLINGS[self.text_pooling].pools_prompt else len(self.prompt_prefix_ids)
+
+    @property
+    def projections_trained(self) -> bool:
+        """True if no projection has its random initial weights."""
+        return not any("projection" in head for head in self.random_heads)
 
     def require_loadable(self) -> None:
         """Refuse a configuration that `save_pretrained` would refuse, before anything is written.
@@ -316,7 +320,7 @@ _SAVED_FIELDS = {
     "prompt_prefix_ids", "prompt_suffix_ids", "prompt_suffix_ends_special", "max_text_length",
     "instructions", "normalize_text_before_adapter", "text_adapter_layers",
     "text_adapter_expansion", "vision_pooling", "visual_projection_bias", "logit_scale_init_value",
-    "text_adapter_trained", "projections_trained", "format_version",
+    "random_heads", "format_version",
 }  # fmt: skip
 
 
@@ -359,8 +363,10 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "text_adapter_expansion": _INTEGER,
     "visual_projection_bias": _BOOLEAN,
     "logit_scale_init_value": ("a finite number", _is_number),
-    "text_adapter_trained": _BOOLEAN,
-    "projections_trained": _BOOLEAN,
+    "random_heads": (
+        f"a list of some of {HEADS}",
+        lambda heads: isinstance(heads, list | tuple) and all(head in HEADS for head in heads),
+    ),
     "format_version": (
         f"{FORMAT_VERSION}, the present format",
         lambda value: _is_integer(value) and value == FORMAT_VERSION,
@@ -402,10 +408,10 @@ _warn_once = cache(partial(warnings.warn, stacklevel=3))
 
 def _check_unknown_fields(kwargs: dict[str, Any]) -> None:
     """Refuse misspelled fields, and warn once of others that this version does not know."""
-    own = {*_SAVED_FIELDS, *_TYPES}
+    own_fields = {*_SAVED_FIELDS, *_TYPES}
     known = _BASE_FIELDS | set(PreTrainedConfig().to_dict())
     unknown = sorted(key for key in kwargs if key not in known and not key.startswith("_"))
-    near = {field: get_close_matches(field, own, 1, 0.85) for field in unknown}
+    near = {field: get_close_matches(field, own_fields, 1, 0.85) for field in unknown}
     if misspelled := [f"{field!r} for {like[0]!r}" for field, like in near.items() if like]:
         raise ValueError(
             f"LLM2CLIPConfig has no such fields, which seem to misspell its own: "
@@ -457,9 +463,7 @@ def _tower_config(
     _refuse_large_counts(config, name=name)
     tower_class = CONFIG_MAPPING[config["model_type"]]
     _warn_of_misspelled_fields(config, tower_class, name=name)
-    return _state_image_size(
-        _make_of_fields(tower_class.from_dict, config, name=f"config.json: {name}")
-    )
+    return _state_image_size(tower_class.from_dict(config))
 
 
 def _list_lost(text_config: dict[str, Any]) -> list[str]:
@@ -470,29 +474,6 @@ def _list_lost(text_config: dict[str, Any]) -> list[str]:
         has_rotary = "rope_parameters" in signature(CONFIG_MAPPING[model_type]).parameters
         lost += ["rope_parameters"] if has_rotary else []
     return lost
-
-
-def _make_of_fields(make: Callable[[Any], Any], fields: dict[str, Any], *, name: str) -> Any:
-    """Make a configuration, or name the field without which it could be made."""
-    try:
-        return make(fields)
-    except (ValueError, OSError, MemoryError):  # they say what they refuse
-        raise
-    except Exception as error:
-        refused = [f"{key}={value!r}" for key, value in fields.items() if _fits(make, fields, key)]
-        raise ValueError(
-            f"{name} is refused, because of {' or '.join(refused) or 'its fields'} "
-            f"({type(error).__name__}: {' '.join(str(error).split())}). Restore it from the "
-            "original model folder."
-        ) from error
-
-
-def _fits(make: Callable[[Any], Any], fields: dict[str, Any], key: str) -> bool:
-    try:
-        make({name: value for name, value in fields.items() if name != key})
-    except Exception:
-        return False
-    return True
 
 
 def _state_image_size(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -386,3 +386,38 @@ def check_width(embeds: Tensor, width: int, *, name: str) -> None:
             f"{tuple(embeds.shape)}. Token ids go into get_text_features, pixels into "
             "get_image_features; embeddings of another tower do not fit this model."
         )
+
+
+TOWERS = ("text_model.", "vision_model.")
+_SAMPLED = 1024  # numbers of each weight; a step of training changes some of them
+_CASTS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def sample_heads(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Copy the first numbers of each weight behind the towers; none of a weight without memory."""
+    return {name: _sample(weight) for name, weight in weights if not name.startswith(TOWERS)}
+
+
+def _sample(weight: Tensor) -> Tensor:
+    if weight.is_meta:
+        return torch.empty(0)
+    whole: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # of FSDP
+    return whole.detach().flatten()[:_SAMPLED].float().cpu().clone()
+
+
+def list_random(
+    heads: Sequence[str], before: Mapping[str, Tensor], now: Mapping[str, Tensor]
+) -> list[str]:
+    """List which random heads have the same weights as before, from samples of all heads.
+
+    A weight that was only cast counts as the same. A head without weights is left out.
+    """
+    there = {name.partition(".")[0] for name in before}
+    changed = {
+        name.partition(".")[0]
+        for name, start in before.items()
+        if name in now
+        and start.shape == now[name].shape
+        and not any(torch.equal(start.to(dtype).float(), now[name]) for dtype in _CASTS)
+    }
+    return [head for head in heads if head in there - changed]

@@ -524,8 +524,7 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
             pixel_values: As in `get_image_features`.
             attention_mask: As in `get_text_features`.
             return_loss: Whether to compute the symmetric contrastive loss; image i must match text
-                i. In training mode with gradients this also sets `text_adapter_trained` and
-                `projections_trained` in the configuration.
+                i.
             prompt_length: As in `get_text_features`.
             pixel_attention_mask: As in `get_image_features`.
             spatial_shapes: As in `get_image_features`.
@@ -539,9 +538,6 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
             ValueError: There is no input, or `return_loss` is set and the numbers of images and
                 texts differ.
         """
-        if return_loss and self.training and torch.is_grad_enabled():
-            # A training step. Reading the fields would add a guard to a compiled graph.
-            self.config.text_adapter_trained = self.config.projections_trained = True
         images = texts = image_embeds = text_embeds = None
         if pixel_values is not None:
             images = self.get_image_features(

@@ -120,7 +120,7 @@ def runs_packs(
     spans = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     if any(span and longest > span for span in spans):
         return False
-    # Packing may replace only the default, SDPA. PACKED_ATTENTION stays while layers are recomputed.
+    # Packing may replace only the default, SDPA. PACKED_ATTENTION stays if layers are recomputed.
     if config._attn_implementation not in ("sdpa", PACKED_ATTENTION):
         return False
     checked = _checked.setdefault(text_model, {})

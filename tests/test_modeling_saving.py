@@ -198,8 +198,8 @@ def test_a_lora_that_is_not_unloaded_is_refused(merges: bool, tmp_path: Path) ->
 def test_a_model_that_is_refused_leaves_a_folder_as_it_was(tmp_path: Path) -> None:
     """Neither weights, nor the code, which another version of the package may have written."""
     model = copy.deepcopy(shared_model()[0])
-    model.config.foo = 1
-    with pytest.raises(ValueError, match="foo"):
+    model.config.projection_dims = 1
+    with pytest.raises(ValueError, match="projection_dims"):
         model.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

@@ -57,7 +57,7 @@ def test_a_wide_and_a_tall_image_have_one_embedding_everywhere(tmp_path: Path) -
     )
     rows = [[record.image.stem for record in records].index(name) for name in images]
     found["extract"] = model.to_image_embeds(store.read(rows)).detach()
-    model.config.text_adapter_trained = model.config.projections_trained = True
+    model.config.random_heads = []
     model.save_pretrained(tmp_path / "trained")
     processor.save_pretrained(tmp_path / "trained")
     index = ImageIndex.build(

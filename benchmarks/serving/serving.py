@@ -188,7 +188,7 @@ def build_model(folder: Path) -> Path:
 
     config = BuildConfig(prompt="chatml", projection_dim=512)
     model, processor = join_towers(fetch_tower(EFFICIENTNET), fetch_tower(SMOLLM2), config)
-    model.config.text_adapter_trained = model.config.projections_trained = True
+    model.config.random_heads = []
     return save_model(model, processor, folder)
 
 

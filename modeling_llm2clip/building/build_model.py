@@ -321,7 +321,6 @@ def _join(
     if config.keep_embeddings:
         nn.init.eye_(model.text_projection.weight)
         nn.init.zeros_(model.text_projection.bias)
-        model.config.text_adapter_trained = True  # there is none
     model.eval()  # type: ignore[no-untyped-call]
     for part in (model.text_adapter, model.text_projection, model.visual_projection):
         part.to(text_model.dtype)  # not the temperature, which stays float32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 
-from .._environment import describe_hardware, find_cpu_name, list_versions, read_commit
+from .._environment import describe_hardware, list_versions, read_commit
 from .._suggestions import counted
 from .command import command
 
@@ -26,7 +26,7 @@ def env() -> int:
         "Python": versions.pop("python"),
         **versions,
         "Commit": read_commit(),
-        "CPU": f"{find_cpu_name()}, {counted(hardware['processor_threads'], 'thread')}",
+        "CPU": f"{hardware['machine']}, {counted(hardware['processor_threads'], 'thread')}",
         "GPU": ", ".join(hardware["gpus"]) or "none",
         "CUDA of torch": torch.version.cuda or "none",
         "Device (auto)": describe_device(find_device("auto")),

@@ -326,7 +326,7 @@ def _configure(
     )
     config, tokenizer = configure_model(vision_config, language.config, language.tokenizer, chosen)
     config.text_adapter_expansion = sizes["expansion"]
-    config.text_adapter_trained = config.projections_trained = True
+    config.random_heads = []
     return config, tokenizer
 
 

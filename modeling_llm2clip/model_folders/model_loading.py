@@ -173,25 +173,16 @@ def text_quantization_config(quantization: Quantization) -> BitsAndBytesConfig:
     )
 
 
-def find_untrained_parts(config: LLM2CLIPConfig) -> tuple[str, ...]:
-    has_text = config.architectures != ["LLM2CLIPVisionModel"]
-    return (
-        *(["text adapter"] if has_text and not config.text_adapter_trained else []),
-        *([] if config.projections_trained else ["projections"]),
-    )
-
-
 def describe_untrained(config: LLM2CLIPConfig) -> str | None:
     """Describe the untrained parts and the remedy, in a sentence without its subject. None for a
     trained model.
     """
-    parts = find_untrained_parts(config)
-    if not parts:
+    if not config.random_heads:
         return None
-    remedy = "; ".join(f"model.config.{p.replace(' ', '_')}_trained = True" for p in parts)
+    heads = ", ".join(head.replace("_", " ") for head in config.random_heads)
     return (
-        f"untrained: random weights are left in its {' and '.join(parts)}. Train them first "
-        f"(llm2clip align). If a training loop of your own did: {remedy}; "
+        f"untrained: random weights are left in its {heads}. Train them first (llm2clip align). If "
+        "their weights were trained elsewhere: model.config.random_heads = []; "
         "model.save_pretrained(FOLDER)"
     )
 

@@ -29,6 +29,7 @@ from ..base_llm2clip import (
 )
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.atomic_files import atomic_folder, clear_leftovers, require_new_folder
+from ..heads_llm2clip import TOWERS, list_random, sample_heads
 from ..loading_llm2clip import list_model_files
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..processing_llm2clip import LLM2CLIPProcessor
@@ -147,8 +148,6 @@ def save_trained_model(
     *,
     training_data: Sequence[str] = (),
     languages: Sequence[str] = (),
-    text_adapter_trained: bool = True,
-    projections_trained: bool = True,
     kept_texts: str | None = None,
     measure: Callable[[Path], tuple[Sequence[CardResult], str | None]] | None = None,
 ) -> Path:
@@ -171,8 +170,12 @@ def save_trained_model(
     replaced = {
         name: LazyTensor.of(value.to(model.weights[name].dtype)) for name, value in trained.items()
     }
-    model.config.text_adapter_trained = text_adapter_trained
-    model.config.projections_trained = projections_trained
+    weights = {**model.weights, **replaced}
+    before, now = (
+        sample_heads((n, w.read()) for n, w in part.items() if not n.startswith(TOWERS))
+        for part in (model.weights, weights)
+    )
+    model.config.random_heads = list_random(model.config.random_heads, before, now)
     card = replace(read_card_of_trained(source, training_data, languages), kept_texts=kept_texts)
 
     def measure_and_state(unfinished: Path) -> None:
@@ -184,7 +187,7 @@ def save_trained_model(
     return save_model(
         replace(
             model,
-            weights={**model.weights, **replaced},
+            weights=weights,
             golden_source=source if keeps_llm else None,
         ),
         LLM2CLIPProcessor.from_pretrained(source),
@@ -319,6 +322,8 @@ def _save_lazy_model(model: LazyModel, folder: Path, *, max_shard_size: int | st
     write_weights(model.weights, folder, max_shard_size=max_shard_size)
     config = model.config
     config.architectures = [model.model_class.__name__]
+    there = {name.partition(".")[0] for name in model.weights}
+    config.random_heads = [head for head in config.random_heads if head in there]
     config.auto_map = {**_CODE_OF_EVERY_FOLDER, **model.model_class._auto_classes}
     for path in list_uploaded_files():
         shutil.copy2(path, folder / path.name)

@@ -327,7 +327,7 @@ def test_a_damaged_manifest_is_named(
 
 def test_an_untrained_model_is_refused(records: list[CaptionedImage], tmp_path: Path) -> None:
     pair = tiny_model()
-    pair[0].config.projections_trained = False
+    pair[0].config.random_heads = ["text_projection"]
     save_model(*pair, tmp_path / "untrained")
     with pytest.raises(ValueError, match=r"refused for embed\. It is untrained"):
         embed_texts(tmp_path / "untrained", records, tmp_path / "x")

@@ -27,6 +27,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from modeling_llm2clip.building.build_model import join_towers
 from modeling_llm2clip.building.vision_towers import image_processor_from_timm
 from modeling_llm2clip.configs.build_config import BuildConfig
+from modeling_llm2clip.configuration_llm2clip import HEADS
 from modeling_llm2clip.loading_llm2clip import build_tower
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
@@ -257,7 +258,7 @@ def tiny_model(
         model, processor = _join_tiny.__wrapped__(
             vision, llm, tokenizer=tokenizer, dtype=dtype, **arguments
         )
-    model.config.text_adapter_trained = model.config.projections_trained = trained
+    model.config.random_heads = [*HEADS] * (not trained)
     return model, processor
 
 

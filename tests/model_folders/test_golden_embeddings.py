@@ -59,16 +59,14 @@ def move_a_token(content: dict[str, Any]) -> None:
     content["model"]["vocab"]["dtype"] = 3  # a word of vocabularies, and a field of other files
 
 
-def flip(flag: str) -> Callable[[dict[str, Any]], None]:
-    return lambda content: content.update({flag: not content[flag]})
-
-
 CHANGES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "weights": ("weights", edit_weights(halve_a_weight)),
     "config": ("config.json", edit_json("config.json", lambda c: c.update(max_text_length=31))),
-    # They decide what is refused: an edited flag would let random weights pass.
-    "a flag": ("config.json", edit_json("config.json", flip("projections_trained"))),
-    "another flag": ("config.json", edit_json("config.json", flip("text_adapter_trained"))),
+    # It decides what is refused: edited, it would let random weights pass.
+    "random heads": (
+        "config.json",
+        edit_json("config.json", lambda c: c.update(random_heads=["text_adapter"])),
+    ),
     "a tower": (
         "config.json",
         edit_json("config.json", lambda c: c["text_config"].update(rms_norm_eps=1e-7)),

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from converting import convert_family
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from shared_models import CAPTIONS, shared_batch
 from tiny import draw_noise, tiny_llm, tiny_model, tiny_tokenizer, tiny_vision
+from torch import nn
 
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
 from modeling_llm2clip.__main__ import main
@@ -18,55 +24,95 @@ from modeling_llm2clip.building.build_model import join_towers
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.configs.evaluation_config import EncoderConfig
 from modeling_llm2clip.configs.export_config import ExportConfig
+from modeling_llm2clip.configuration_llm2clip import HEADS
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.evaluation.encoders.transformers_models import LLM2CLIPEncoder
 from modeling_llm2clip.model_folders.model_card import CardData
-from modeling_llm2clip.model_folders.model_loading import find_untrained_parts, require_trained
 from modeling_llm2clip.model_folders.model_writing import save_model, save_trained_model
 from modeling_llm2clip.publishing.export_model import export_model
 from modeling_llm2clip.publishing.push_to_hub import check_publishable
 
-REMEDY = r"llm2clip align.*model\.config\.projections_trained = True; model\.save_pretrained"
+REMEDY = r"llm2clip align.*model\.config\.random_heads = \[\]; model\.save_pretrained"
 
 
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("untrained") / "built"
     folder = save_model(*tiny_model(trained=False), place, card=CardData(license="mit"))
-    assert read_state(folder) == (False, False)
+    assert read_state(folder) == [*HEADS]
     return folder
 
 
-def read_state(folder: Path) -> tuple[bool, bool]:
-    config = LLM2CLIPConfig.from_pretrained(folder)
-    return config.text_adapter_trained, config.projections_trained
+def read_state(folder: Path) -> list[str]:
+    return LLM2CLIPConfig.from_pretrained(folder).random_heads
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_step_of_training_makes_a_model_trained_and_nothing_else_does(
-    compiled: bool, tmp_path: Path
-) -> None:
-    arguments = BuildConfig(prompt="llama-3", max_text_length=32)
+def build_untrained() -> LLM2CLIPModel:
     llm = tiny_llm(vocabulary_size=len(tiny_tokenizer())), tiny_tokenizer()
-    model, _ = join_towers(tiny_vision(), llm, arguments)
-    assert find_untrained_parts(model.config) == ("text adapter", "projections")
-    batch = {**shared_batch(), "return_loss": True}
-    run = torch.compile(model, backend="eager") if compiled else model
+    config = BuildConfig(prompt="llama-3", max_text_length=32)
+    model, _ = join_towers(tiny_vision(), llm, config)
+    assert model.config.random_heads == [*HEADS]
+    return model
 
-    def state() -> tuple[bool, bool]:
-        return model.config.text_adapter_trained, model.config.projections_trained
 
-    model.eval()
-    run(**batch)
-    model.train()
+def step(model: Any, *frozen: str) -> None:
+    """One step of any trainer: it knows nothing of the configuration."""
+    weights = [p for name, p in model.named_parameters() if not name.startswith(frozen or "-")]
+    batch = shared_batch()
+    loss = -model(**batch).logits_per_image.diag().sum()
+    for weight, gradient in zip(
+        weights, torch.autograd.grad(loss, weights, allow_unused=True), strict=True
+    ):
+        if gradient is not None:
+            weight.data -= 1e-3 * gradient
+
+
+@pytest.mark.parametrize("frozen", [(), HEADS, ("text_adapter",), ("visual_projection",)])
+def test_what_was_trained_is_read_from_the_weights_that_are_saved(
+    frozen: tuple[str, ...], tmp_path: Path
+) -> None:
+    model = build_untrained().train()
+    before = model.config.to_dict()
     with torch.no_grad():
-        run(**batch)
-    run(**{**batch, "return_loss": False})
-    assert state() == (False, False)
-    run(**batch).loss.backward()
-    assert state() == (True, True)
-    model.save_pretrained(tmp_path)
-    require_trained(LLM2CLIPModel.from_pretrained(tmp_path), purpose="search")
+        model(**shared_batch(), return_loss=True)
+    model(**shared_batch(), return_loss=True).loss.backward()
+    assert model.config.to_dict() == before
+    model.to(torch.bfloat16).float().save_pretrained(tmp_path / "cast")
+    assert read_state(tmp_path / "cast") == [*HEADS]
+    again = LLM2CLIPModel.from_pretrained(tmp_path / "cast").train()
+    again.save_pretrained(tmp_path / "loaded")
+    assert read_state(tmp_path / "loaded") == [*HEADS]
+    step(again, *frozen)
+    weights = copy.deepcopy(again.state_dict())
+    again.save_pretrained(tmp_path / "trained")
+    assert read_state(tmp_path / "trained") == [*frozen]
+    # A process group passes the gathered weights, and none in the processes that write nothing.
+    shard = LLM2CLIPModel.from_pretrained(tmp_path / "cast")
+    shard.save_pretrained(tmp_path / "other", is_main_process=False, state_dict={})
+    assert shard.config.random_heads == [*HEADS]
+    shard.save_pretrained(tmp_path / "gathered", state_dict=weights)
+    assert read_state(tmp_path / "gathered") == [*frozen]
+    LLM2CLIPModel.from_pretrained(tmp_path / "trained").save_pretrained(tmp_path / "kept")
+    assert read_state(tmp_path / "kept") == [*frozen]
+
+
+def test_a_merged_lora_on_the_projections_trained_them_and_one_on_the_llm_did_not(
+    tmp_path: Path,
+) -> None:
+    for targets, left in ((".*q_proj", [*HEADS]), (".*_projection", ["text_adapter"])):
+        wrapped = get_peft_model(build_untrained(), LoraConfig(target_modules=targets))
+        for name, weight in wrapped.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(weight)
+        wrapped.merge_and_unload().save_pretrained(tmp_path / targets[-4:])
+        assert read_state(tmp_path / targets[-4:]) == left
+
+
+def test_a_model_without_an_adapter_has_no_untrained_one(tmp_path: Path) -> None:
+    config = build_untrained().config
+    config.text_adapter_layers = None
+    LLM2CLIPModel(config).save_pretrained(tmp_path)
+    assert read_state(tmp_path) == ["text_projection", "visual_projection"]
 
 
 def test_an_index_refuses_an_untrained_model_by_name_before_its_weights_are_read(
@@ -80,7 +126,7 @@ def test_an_index_refuses_an_untrained_model_by_name_before_its_weights_are_read
     assert (
         f"{without_weights} is refused for" in found and "It is untrained: random weights" in found
     )
-    assert "model.config.projections_trained = True; model.save_pretrained" in found
+    assert "model.config.random_heads = []; model.save_pretrained" in found
 
 
 def test_an_untrained_model_is_not_published_by_any_way(
@@ -98,9 +144,10 @@ def test_an_export_carries_the_state_on_and_its_card_says_untrained(
     untrained: Path, components: str, tmp_path: Path
 ) -> None:
     folder = export_model(untrained, tmp_path / "half", ExportConfig(components=components))
-    assert read_state(folder) == (False, False)
+    heads = {"full": HEADS, "text": HEADS[:2], "vision": HEADS[2:]}[components]
+    assert read_state(folder) == [*heads]
     card = ModelCard.load(folder / "README.md")
-    parts = "projections" if components == "vision" else "text adapter and projections"
+    parts = ", ".join(head.replace("_", " ") for head in heads)
     assert f"untrained: random weights are left in its {parts}" in card.text
     assert "Align it first" in card.text
     assert "Intended use" not in card.text and "Search images" not in card.text
@@ -113,7 +160,7 @@ def test_the_card_of_a_trained_model_says_its_use_and_of_a_random_adapter_too(
     trained = ModelCard.load(good / "README.md").text
     assert "Intended use" in trained and "untrained" not in trained
     model, processor = tiny_model()
-    model.config.text_adapter_trained = False
+    model.config.random_heads = ["text_adapter"]
     card = ModelCard.load(save_model(model, processor, tmp_path / "model") / "README.md").text
     assert "Intended use" in card
     assert "in part untrained: random weights are left in its text adapter." in card
@@ -137,7 +184,7 @@ def test_an_untrained_model_is_measured_as_a_baseline_and_the_result_says_so(
     settings = EncoderConfig(device="cpu")
     with pytest.warns(UserWarning, match="named is untrained: random weights"):
         encoder = LLM2CLIPEncoder(untrained, settings, source="named")
-    assert encoder.description.run["untrained_parts"] == ["text adapter", "projections"]
+    assert encoder.description.run["untrained_parts"] == [*HEADS]
     assert len(encoder.encode_texts(CAPTIONS).embeds) == len(CAPTIONS)
     trained = LLM2CLIPEncoder(good, settings, source="x").description
     assert "untrained_parts" not in trained.run
@@ -152,19 +199,25 @@ def test_mteb_measures_an_untrained_model_with_a_warning(untrained: Path) -> Non
 def test_what_a_training_did_is_written_into_the_new_folder(
     untrained: Path, tmp_path: Path
 ) -> None:
-    trained = {"logit_scale.log_scale": torch.ones(1)}
-    save_trained_model(untrained, trained, tmp_path / "both")
-    assert read_state(tmp_path / "both") == (True, True)
+    weights = load_file(untrained / "model.safetensors")
+    heads = {name: weights[name] + 1 for name in weights if name.startswith(HEADS)}
+    save_trained_model(untrained, heads, tmp_path / "both")
+    assert read_state(tmp_path / "both") == []
     assert "Intended use" in (tmp_path / "both" / "README.md").read_text(encoding="utf-8")
-    save_trained_model(untrained, trained, tmp_path / "one", text_adapter_trained=False)
-    assert read_state(tmp_path / "one") == (False, True)
     # The rest is as transformers wrote it, byte for byte.
     before, after = (
         (folder / "config.json").read_text() for folder in (untrained, tmp_path / "both")
     )
-    assert after == before.replace('_trained": false', '_trained": true')
+    listed = json.dumps([*HEADS], indent=2).replace("\n", "\n  ")
+    assert after == before.replace(f'"random_heads": {listed}', '"random_heads": []')
+    projections = {name: heads[name] for name in heads if "projection" in name}
+    kept = {name: weights[name] for name in heads if "adapter" in name}
+    save_trained_model(untrained, {**projections, **kept}, tmp_path / "one")
+    assert read_state(tmp_path / "one") == ["text_adapter"]
+    save_trained_model(untrained, {"logit_scale.log_scale": torch.ones(1)}, tmp_path / "none")
+    assert read_state(tmp_path / "none") == [*HEADS]
 
 
 @pytest.mark.slow
 def test_what_is_converted_was_trained(tmp_path: Path) -> None:
-    assert read_state(convert_family("openai", tmp_path)) == (True, True)
+    assert read_state(convert_family("openai", tmp_path)) == []

@@ -156,7 +156,7 @@ def test_a_model_that_cannot_search_is_refused(tmp_path: Path) -> None:
     shared_model()[1].save_pretrained(part)
     with pytest.raises(ValueError, match="LLM2CLIPVisionModel; a search needs a whole model"):
         build(part, images, tmp_path / "index")
-    set_config(projections_trained=False)(folder)
+    set_config(random_heads=["text_projection"])(folder)
     with pytest.raises(ValueError, match=r"refused for search\. It is untrained"):
         build(folder, images, tmp_path / "index")
     assert not (tmp_path / "index").exists()

@@ -68,7 +68,7 @@ def test_a_model_and_its_graphs_are_not_taken_for_each_other(
 
 def test_an_untrained_model_is_refused_as_in_torch(tmp_path: Path) -> None:
     graphs = Path(shutil.copytree(shared_graphs(), tmp_path / "graphs"))
-    set_config(projections_trained=False)(graphs)
+    set_config(random_heads=["text_projection"])(graphs)
     with pytest.raises(ValueError, match="refused for serving"):
         EmbeddingService.open(graphs, ONNX)
 

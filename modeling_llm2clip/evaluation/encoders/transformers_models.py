@@ -31,7 +31,7 @@ from ...model_folders.fingerprint import (
     hash_model_files,
 )
 from ...model_folders.guarded_loading import find_stored_dtype, load_in_precision
-from ...model_folders.model_loading import find_untrained_parts, warn_of_untrained
+from ...model_folders.model_loading import warn_of_untrained
 from ...model_folders.training_images import ImageTally, read_training_images
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...processing_llm2clip import LLM2CLIPProcessor
@@ -89,7 +89,7 @@ class LLM2CLIPEncoder(EvaluationEncoder):
     @cached_property
     def description(self) -> EncoderDescription:
         config = self._config
-        parts = find_untrained_parts(config)
+        parts = config.random_heads
         text, vision = fingerprint_text(self._path), fingerprint_vision(self._path)
         model = fingerprint_model(self._path)
         saved = model.pop("dtype")
@@ -124,7 +124,7 @@ class LLM2CLIPEncoder(EvaluationEncoder):
             dtype=choose_dtype(self._run_config, saved) if taken == saved else f"{taken} towers",
             run={
                 **self._describe_run(),
-                **({"untrained_parts": list(parts)} if parts else {}),
+                **({"untrained_parts": parts} if parts else {}),
                 **({"towers": self._precision} if self._precision else {}),
             },
         )

@@ -271,7 +271,7 @@ def _require_fitting(folder: Path, plan: AlignPlan) -> dict[str, Any]:
         require_same_space(plan.kept.teacher, plan.kept.fingerprint, folder)
     of_model = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True)
     require_dims(config.matryoshka_dims, width=of_model.projection_dim)
-    if config.lock_text and not (of_model.projections_trained or of_model.text_adapter_trained):
+    if config.lock_text and "text_projection" in of_model.random_heads:
         raise ValueError(
             "lock_text keeps the text projection as it is, and that of this model is random. Align "
             "the model without it first, or build it on an embedder with keep_embeddings."
@@ -323,7 +323,7 @@ def _choose(
     if best is None and length.num_trained and isinstance(fit.data, RecordData):
         objective = TrainingObjective(fit.data, size=length.batch_size, output=output)
     trainer = fit.train(model, arguments, length, stop, best_weights=best, objective=objective)
-    _record_end(trainer, best, output, start, stop, notes)
+    _record_end(trainer, best, output, stop, notes)
     if objective is not None:
         objective.record("after")
     if best is None:
@@ -377,7 +377,6 @@ def _record_end(
     trainer: AlignmentTrainer,
     best: BestWeightsCallback | None,
     output: Path,
-    start: ProjectionInit,
     stop: StopRequest,
     notes: dict[str, Any],
 ) -> None:
@@ -399,19 +398,11 @@ def _record_end(
         )
     if not trainer.args.should_save:
         return
-    best_step = state.global_step if best is None else best.best_step
-    was_trained = trainer.alignment_model.config.text_adapter_trained
     add_results(
         output,
         steps=state.global_step,
         final_loss=losses[-1] if losses else None,
         held_out=None if best is None else {**best.as_record(), **notes},
-        projections_trained=start.is_trained or bool(best_step),
-        # A new adapter is the identity, which is not random either.
-        text_adapter_trained=was_trained
-        or start.has_new_adapter
-        or start.inheritance is not None
-        or (best_step > 0 and not trainer.data.config.lock_text),
     )
 
 
@@ -448,7 +439,7 @@ def _measure_written(
 def _write_model(
     fit: AlignmentFit, trained: dict[str, Tensor], data_name: str | None, choice: Choice
 ) -> None:
-    results, kept = read_results(fit.output), None
+    kept = None
     if choice.step:
         kept = None if fit.kept is None else fit.kept.describe()
     elif choice.start.method == "model":  # the text side is the source's own
@@ -460,8 +451,6 @@ def _write_model(
         fit.output / MODEL_FOLDER,
         training_data=[] if data_name is None else [data_name],
         languages=[] if store is None else sorted(set(store.langs)),
-        projections_trained=results["projections_trained"],
-        text_adapter_trained=results["text_adapter_trained"],
         kept_texts=kept,
         measure=partial(_measure_written, fit, data_name),
     )

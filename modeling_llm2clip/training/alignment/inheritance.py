@@ -221,7 +221,7 @@ def _fit_ridge(model: AlignmentModel, captions: _Captions) -> tuple[float, float
     """
     embeds, targets = captions.fitted
     require_varied(captions=embeds, teacher=targets)
-    if not model.config.text_adapter_trained:
+    if "text_adapter" in model.config.random_heads:
         make_identity(model.text_adapter)
     adapted = apply_adapter(model, embeds)
     targets = targets.to(adapted.device)

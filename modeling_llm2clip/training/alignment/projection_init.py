@@ -86,7 +86,8 @@ def init_projections(
     if inheritance is None:
         start = _choose_start(model, data, config)
     else:
-        is_new = not (model.config.text_adapter_trained or inheritance["best_step"])
+        is_random = "text_adapter" in model.config.random_heads
+        is_new = is_random and not inheritance["best_step"]
         start = ProjectionInit(
             "inherited", None, is_trained=True, has_new_adapter=is_new, inheritance=inheritance
         )
@@ -132,7 +133,7 @@ def _choose_start(model: AlignmentModel, data: RunData, config: AlignConfig) -> 
         if losses[0] <= fit_start(model.loss, _embed(model, held_out)).loss:
             model.load_state_dict(before, strict=False)
             return unchanged
-    has_new_adapter = not model.config.text_adapter_trained
+    has_new_adapter = "text_adapter" in model.config.random_heads
     return ProjectionInit("cca", fitted, is_trained=True, has_new_adapter=has_new_adapter)
 
 
@@ -217,7 +218,7 @@ def init_projections_by_cca(
         pairs = counted(len(groups), "pair")
         raise ValueError(f"CCA needs two groups at least, got {num_groups} in {pairs}.")
     require_varied(captions=caption_embeds, images=vision_embeds)
-    if not model.config.text_adapter_trained:
+    if "text_adapter" in model.config.random_heads:
         make_identity(model.text_adapter)
     text = apply_adapter(model, caption_embeds)
     vision = vision_embeds.to(text.device).float()

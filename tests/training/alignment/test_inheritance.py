@@ -111,7 +111,7 @@ def test_the_text_side_comes_near_its_teacher(inheriting: Inheriting, tmp_path: 
     for name, weight in before.state_dict().items():
         is_same = torch.equal(weight, after.state_dict()[name])
         assert is_same != name.startswith(("text_adapter.", "text_projection.")), name
-    assert after.config.projections_trained and after.config.text_adapter_trained
+    assert not after.config.random_heads
     assert "inherited 120 captions" in describe_alignment(run.output)[0]
 
 
