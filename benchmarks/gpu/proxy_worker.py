@@ -247,7 +247,7 @@ def _count_images(folder: Path) -> dict[str, float]:
     from modeling_llm2clip.configs.encoding_config import EmbedConfig
     from modeling_llm2clip.embedding.shard_encoding import load_shard_encoder
 
-    config = EmbedConfig(batch_size=8, num_workers=1)
+    config = EmbedConfig(batch_size=8)
     encoder = load_shard_encoder(folder / "model", "image", config, torch.device("cpu"))
     images = folder / "small"
     images.mkdir(exist_ok=True)

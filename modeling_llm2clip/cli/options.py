@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # Options that a modality has no use for.
 _FOREIGN = {
-    "text": ("batch_size", "num_workers", "skip_invalid", "jpeg_decoding"),
+    "text": ("batch_size", "skip_invalid", "jpeg_decoding"),
     "image": ("token_budget", "sentence_views"),
 }
 # A user who has set one of these has chosen. Those of other OpenMPs (KMP_…) mean nothing to GNU's,

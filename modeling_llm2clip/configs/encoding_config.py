@@ -55,8 +55,6 @@ class BatchConfig(DeviceConfig):
 
     batch_size: Annotated[int, Interval(ge=1)] | None = None
     """Texts or images per batch. Default: by device."""
-    num_workers: Annotated[int, Interval(ge=1)] | None = None
-    """Threads that decode images. Default: one per core, at most 8, or 32 beside a GPU."""
     show_progress: bool = True
     """Show progress bars."""
 
@@ -140,7 +138,7 @@ class ExtractConfig(ShardConfig, CompileConfig):
 class EmbedConfig(ShardConfig, BackendConfig):
     """Options of `embed`: the encoding, and the content of its files.
 
-    An interrupted output continues only with the same options, except for `device`, `num_workers`,
+    An interrupted output continues only with the same options, except for `device`,
     `skip_invalid` and `show_progress`, and with the same image limits.
     """
 

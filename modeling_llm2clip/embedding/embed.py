@@ -74,7 +74,7 @@ def embed(
         output: Folder of the files: new, empty, or of the same output, which is continued and
             whose files are checked.
         config: Options; None for the defaults. `token_budget` is for texts alone, `batch_size`,
-            `num_workers`, `jpeg_decoding` and `skip_invalid` for images alone.
+            `jpeg_decoding` and `skip_invalid` for images alone.
         modality: What is embedded: text or image.
         partition: Which part of the files to write, such as 2/8 for the second of eight; the last
             part to end completes the output. None for all of them.

@@ -73,7 +73,7 @@ def extract(
         data: Records; item i of the store is record i.
         output: Folder of the store: new, empty, or of the same store, which is continued.
         config: Options; None for the defaults. `token_budget` and `sentence_views` are for captions
-            alone, `batch_size`, `num_workers` and `jpeg_decoding` for images alone.
+            alone, `batch_size` and `jpeg_decoding` for images alone.
         modality: What is extracted: text or image.
         partition: Which part of the store to compute, such as 2/8 for the second of eight; the
             last part to finish completes the store. None for all of it.

@@ -94,7 +94,6 @@ def score_file(
                 [str(pairs.parent / scored[row].image) for row in rows],
                 [tokens[row] for row in rows],
                 batch_size=config.batch_size,
-                num_workers=config.num_workers,
             ).tolist()
             progress.update(len(rows))
     _write(output, scored, scores)

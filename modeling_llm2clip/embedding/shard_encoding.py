@@ -157,7 +157,6 @@ class ImageShardEncoder(ShardEncoder):
             prepared.inputs,
             prepared.batches,
             project=self.project,
-            num_workers=self.config.num_workers,
             open_image=partial(decode_image, min_jpeg_side=self.encoder.min_jpeg_side),
             on_error=lambda _, error: str(error),
             to_cpu=not self.encoder.runs_ahead,

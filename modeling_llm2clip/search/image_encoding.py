@@ -51,7 +51,6 @@ def encode_readable_images(
     paths: Sequence[Path],
     *,
     batch_size: int | None = None,
-    num_workers: int | None = None,
     progress: tqdm[Any] | None = None,
     tally: ImageTally | None = None,
     known: Container[str] | None = None,
@@ -66,7 +65,7 @@ def encode_readable_images(
     parts = [torch.empty(0, encoder.embedding_dim, dtype=torch.float32)]
     plan = split_evenly(len(paths), size=batch_size or encoder.batch_size)
     batches = encoder.iterate_images(
-        paths, plan, num_workers=num_workers, open_image=reader.open, on_error=reader.name_error
+        paths, plan, open_image=reader.open, on_error=reader.name_error
     )
     errors: dict[Path, str] = {}
     for rows, batch in zip(plan, batches, strict=True):

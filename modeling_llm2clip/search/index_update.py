@@ -317,7 +317,6 @@ class FolderUpdate:
             self.encoder.model,
             list(part.values()),
             batch_size=self.config.batch_size,
-            num_workers=self.config.num_workers,
             progress=progress,
             tally=self.tally,
             known=self._digests,

@@ -71,7 +71,7 @@ def tag_folder(
     else:
         index_config = IndexConfig(
             device=config.device, precision=config.precision, batch_size=config.batch_size,
-            num_workers=config.num_workers, show_progress=config.show_progress,
+            show_progress=config.show_progress,
         )  # fmt: skip
         database, _ = build_index(
             model, image_dir, config.index, index_config,
@@ -110,7 +110,7 @@ def _encode(
     with tqdm(total=len(paths), unit=" images", disable=not config.show_progress) as progress:
         encoded = encode_readable_images(
             encoder, paths, progress=progress,
-            batch_size=config.batch_size, num_workers=config.num_workers, tally=tally,
+            batch_size=config.batch_size, tally=tally,
         )  # fmt: skip
     if encoded.errors:
         listed = list_first(encoded.errors.values(), "\n")

@@ -151,7 +151,6 @@ class EvaluationEncoder(ABC):
         embeds: Tensor = self._model.encode_images(
             images,
             batch_size=self._batch_size,
-            num_workers=self._run_config.num_workers,
             show_progress=self._run_config.show_progress,
             on_batch=self._on_batch,
         )

@@ -176,7 +176,7 @@ def test_another_model_prompt_pooling_length_dtype_or_data_is_refused_with_both_
     ("changes", "message"),
     [
         ({"store_dtype": "int8"}, "store_dtype='int8'"),
-        ({"rows_per_shard": 0, "num_workers": 0}, "num_workers=0: .*rows_per_shard=0"),
+        ({"rows_per_shard": 0, "batch_size": 0}, "batch_size=0: .*rows_per_shard=0"),
     ],
 )
 def test_impossible_options_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -201,8 +201,8 @@ def test_a_flag_of_the_other_extraction_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["extract", "no-model", "no-data", str(tmp_path / "store"), "--modality"]
-    assert main([*command, "text", "--batch-size", "3", "--num-workers", "2"]) == 2
-    assert "batch_size, num_workers: only for --modality image" in capsys.readouterr().err
+    assert main([*command, "text", "--batch-size", "3", "--jpeg-decoding", "scaled"]) == 2
+    assert "jpeg_decoding, batch_size: only for --modality image" in capsys.readouterr().err
     assert main([*command, "image", "--token-budget", "64"]) == 2
     assert "token_budget: only for --modality text" in capsys.readouterr().err
 
