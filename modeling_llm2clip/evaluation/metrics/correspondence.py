@@ -1,4 +1,4 @@
-"""The correspondence of captions and images, stated pair by pair and never by a reshape."""
+"""Map captions to images pair by pair, never by a reshape."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..._suggestions import counted, list_first
 
 @dataclass(frozen=True)
 class PositiveLists:
-    """The positives of every query, one list after the other (compressed sparse rows).
+    """The positives of every query, concatenated (compressed sparse rows).
 
     Attributes:
         offsets: (Q + 1,) int64; the positives of query q are members[offsets[q] : offsets[q + 1]].
-        members: (num_pairs,) int64, rows of the other side, ascending within a query.
-        pairs: (num_pairs,) int64, position of each member's pair in the correspondence.
+        members: (num_pairs,) int64, rows of the other modality, ascending within a query.
+        pairs: (num_pairs,) int64, index of each member's pair in the correspondence.
     """
 
     offsets: Tensor
@@ -27,7 +27,7 @@ class PositiveLists:
 
     @property
     def counts(self) -> Tensor:
-        """(Q,) int64, number of positives of each row."""
+        """Number of positives per row, (Q,) int64."""
         return self.offsets.diff()
 
     def of(self, query: int) -> Tensor:
@@ -37,9 +37,9 @@ class PositiveLists:
 
 @dataclass(frozen=True, eq=False)
 class Correspondence:
-    """Pairs of rows: the texts that describe each image.
+    """Pairs of rows: which texts describe which images.
 
-    Several texts may belong to one image and several images to one text.
+    An image may have several texts, and a text several images.
 
     Attributes:
         image_of_pair: (num_pairs,) int64, the image of each pair.
@@ -60,12 +60,12 @@ class Correspondence:
         ):  # fmt: skip
             if rows.dtype != torch.int64 or rows.ndim != 1 or rows.shape != image.shape:
                 raise ValueError(
-                    f"{side}_of_pair is {rows.dtype} {tuple(rows.shape)}; it must have one "
-                    "torch.int64 row number for each pair."
+                    f"{side}_of_pair is {rows.dtype} {tuple(rows.shape)}; it must be torch.int64 "
+                    "with one row number per pair."
                 )
             if not len(rows) or int(rows.min()) < 0 or int(rows.max()) >= num_rows:
                 raise ValueError(
-                    f"{side}_of_pair must have rows from 0 to {num_rows - 1}, at least one; got "
+                    f"{side}_of_pair must have at least one row, from 0 to {num_rows - 1}; got "
                     f"{list_first(rows.unique().tolist()) or 'none'}."
                 )
         pairs, counts = (image * self.num_texts + text).unique(return_counts=True)
@@ -78,8 +78,8 @@ class Correspondence:
         )
         if (images or texts) and not self.is_part:
             raise ValueError(
-                "Images and texts do not correspond. Rows of images without a text: "
-                f"{images or 'none'}; rows of texts without an image: {texts or 'none'}."
+                f"Some rows have no match. Images without a text: {images or 'none'}; texts "
+                f"without an image: {texts or 'none'}."
             )
 
     @classmethod
@@ -93,7 +93,7 @@ class Correspondence:
             for ids in (image_group_ids, text_group_ids)
         )
         of_group = _list_positives(texts, torch.arange(len(texts)), len(number_of))
-        # Images by group; each with all texts of its group.
+        # Images sorted by group, each paired with all texts of its group.
         by_group = images.argsort(stable=True)
         counts = of_group.counts[images[by_group]]
         image_of_pair = by_group.repeat_interleave(counts)
@@ -112,22 +112,22 @@ class Correspondence:
 
     @property
     def num_pairs(self) -> int:
-        """Number of pairs of an image and a text."""
+        """Number of image-text pairs."""
         return len(self.image_of_pair)
 
     @property
     def image_of_text(self) -> Tensor:
-        """Image of each text, of several the last, (num_texts,) int64."""
+        """Each text's image (its last if several), (num_texts,) int64."""
         images = torch.zeros(self.num_texts, dtype=torch.int64)
         images[self.text_of_pair] = self.image_of_pair
         return images
 
     def texts_of_images(self) -> PositiveLists:
-        """List the texts of every image: the positives of i2t retrieval."""
+        """Return the texts of every image: the positives of i2t retrieval."""
         return _list_positives(self.image_of_pair, self.text_of_pair, self.num_images)
 
     def images_of_texts(self) -> PositiveLists:
-        """List the images of every text: the positives of t2i retrieval."""
+        """Return the images of every text: the positives of t2i retrieval."""
         return _list_positives(self.text_of_pair, self.image_of_pair, self.num_texts)
 
 

@@ -1,4 +1,4 @@
-"""Exact ranks of the positives in both directions of retrieval, from tiles of the scores."""
+"""Compute exact ranks of the positives in both retrieval directions, tile by tile."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from ...encoding.devices import has_room
 from ...encoding.float32 import float32_as_such
 from .correspondence import Correspondence, PositiveLists
 
-# Equal inputs that a model encodes in different batches differ in the last bits of float32.
+# A model that encodes the same input in two batches returns slightly different float32 values.
 TIE_TOLERANCE = 1e-6
 TIE_RULE = (
     "ties count against the model: a wrong candidate whose cosine is no more than "
-    f"{TIE_TOLERANCE:g} below that of the right one is ranked before it"
+    f"{TIE_TOLERANCE:g} below the right candidate's is ranked before it"
 )
-# Their float64 rows should fit into the cache of a CPU.
+# Their float64 rows should fit in a CPU's cache.
 _PAIRS_AT_A_TIME = 64
-# Shorter embeddings keep their direction and get a length below 1, as in F.normalize.
+# Shorter embeddings are scaled to a length below 1, as in F.normalize.
 _MIN_LENGTH = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """Ranks of the positives of every query, in one direction of retrieval.
+    """Ranks of every query's positives in one retrieval direction.
 
     Attributes:
-        num_candidates: Number of rows that a query is compared with.
-        num_positives: (Q,) int64, number of right ones among them.
-        best_ranks: (Q,) int64, rank of the best positive of each query; 1 is best.
+        num_candidates: Number of rows each query is compared with.
+        num_positives: (Q,) int64, number of positives of each query.
+        best_ranks: (Q,) int64, rank of each query's best positive; 1 is best.
         positive_ranks: (num_pairs,) int64, ranks of all positives of query 0, then of query 1, …,
-            ascending within a query; None unless requested.
+            ascending within a query. None unless requested.
     """
 
     num_candidates: int
@@ -49,8 +49,8 @@ class Ranking:
 class RetrievalRanks:
     """Ranks in both directions.
 
-    In `i2t` queries are images and candidates are texts ("text retrieval" in older papers), in
-    `t2i` the other way round ("image retrieval").
+    In `i2t`, queries are images and candidates are texts ("text retrieval" in older papers). `t2i`
+    is the reverse ("image retrieval").
     """
 
     i2t: Ranking
@@ -58,14 +58,14 @@ class RetrievalRanks:
 
 
 class TileShape(NamedTuple):
-    """Most images and texts of a tile."""
+    """Maximum number of images and texts in a tile."""
 
     images: int
     texts: int
 
 
-# A tile of float32 scores should fit into the cache of a CPU; a GPU works best on large ones. A
-# block of images is normalized once, the texts for every block anew.
+# A tile of float32 scores should fit in a CPU's cache; a GPU prefers large tiles. Each block of
+# images is normalized once, while the texts are normalized again for every block.
 TILE_OF_CPU = TileShape(2048, 512)
 _TILE_OF_GPU = TileShape(8192, 4096)
 
@@ -81,35 +81,35 @@ def rank_retrieval(
     shape: TileShape | None = None,
     defers: bool | None = None,
 ) -> RetrievalRanks:
-    """Rank the positives of every image and of every text by cosine, exactly, in one pass.
+    """Rank the positives of every image and every text by exact cosine, in one pass.
 
-    Embeddings are (I, P) and (T, P), of any float dtype and length; a NaN is refused, and zeros
-    score 0 with all. Ranks of all positives, not of the best alone, cost one more comparison of the
-    scores for each further positive.
+    Embeddings are (I, P) and (T, P), of any float dtype and length. NaNs raise, and zero rows score
+    0 with everything. `all_positives` ranks all positives instead of only the best one, which costs
+    one more comparison of the scores per additional positive.
 
-    The rank of a query's k-th best positive is k plus the number of candidates that are not its
-    positives and score as high or higher. Ties count against the model, so that equal embeddings
-    cannot make it look good; scores within `TIE_TOLERANCE` are ties, so that the last bits of an
-    embedding decide nothing. The positives of one query do not lower each other's ranks.
+    The rank of a query's k-th best positive is k plus the number of non-positive candidates that
+    score at least as high. Ties count against the model, so identical embeddings cannot make it
+    look good. Scores within `TIE_TOLERANCE` are ties, so rounding decides nothing. The positives of
+    one query do not lower each other's ranks.
 
-    Positives are scored first, in float64. Then tiles of the score matrix are computed in float32,
-    compared with the thresholds of both directions and dropped; the few scores that are too near to
-    a threshold to trust float32 are computed again in float64. So the ranks equal those of the
-    whole matrix in float64, on any device and with any `shape` of the tiles; the default shape is
-    fast on the device. Working memory does not grow with the rows, except for a few numbers per row
-    and pair, and on a GPU the embeddings, if they fit into half of its memory.
+    Positives are scored first, in float64. Then each tile of the score matrix is computed in
+    float32, compared with the thresholds of both directions, and dropped. The few scores too close
+    to a threshold for float32 are recomputed in float64. The ranks therefore equal those of the
+    full float64 matrix, on any device and with any tile `shape`; the default shape is fast on the
+    device. Working memory does not grow with the number of rows, except for a few numbers per row
+    and pair and, on a GPU, the embeddings themselves if they fit in half of its memory.
 
-    A CPU computes these scores anew within each tile. A GPU would wait for that, so that it
-    `defers` them: queries with any such score are counted again after all tiles.
+    A CPU recomputes close scores within each tile. On a GPU that would force a synchronization, so
+    it `defers` them: affected queries are counted again after the last tile.
 
-    `device` computes; by default it is that of the images.
+    `device` runs the computation and defaults to the images' device.
     """
     _require_fit(image_embeds, text_embeds, correspondence)
     device = device or image_embeds.device
     defers = device.type != "cpu" if defers is None else defers
     shape = shape or (_TILE_OF_GPU if defers else TILE_OF_CPU)
-    # No TF32, no bfloat16, no autocast: with 10 bits of mantissa or fewer, candidates with nearly
-    # equal scores would swap ranks, and the switches hold for the whole program.
+    # No TF32, bfloat16 or autocast, even if the program enabled them: with 10 or fewer mantissa
+    # bits, candidates with nearly equal scores would swap ranks.
     with torch.autocast(device.type, enabled=False), float32_as_such():
         sides = [
             UnitRows(name, embeds, device=device, rows_at_a_time=shape.texts)
@@ -163,7 +163,7 @@ def _count_negatives(
 
 
 def _select_pairs(correspondence: Correspondence, side: int, queries: Tensor) -> Correspondence:
-    """Keep the pairs of some images (side 0) or texts (1), numbered anew in their order."""
+    """Keep the pairs of the given images (side 0) or texts (side 1), renumbered in order."""
     pairs = [correspondence.image_of_pair, correspondence.text_of_pair]
     sizes = [correspondence.num_images, correspondence.num_texts]
     places = torch.full((sizes[side],), -1)
@@ -183,18 +183,18 @@ def _require_fit(image_embeds: Tensor, text_embeds: Tensor, correspondence: Corr
         if not embeds.dtype.is_floating_point or embeds.shape != (num_rows, image_embeds.shape[-1]):
             raise ValueError(
                 f"{name}_embeds are {embeds.dtype} {tuple(embeds.shape)}; they must have a float "
-                f"dtype, one row for each of the {num_rows} {name}s of the correspondence, and the "
-                "width of the other side's."
+                f"dtype, one row for each of the {num_rows} {name}s in the correspondence, and the "
+                "same width as the other side."
             )
 
 
 class _NegativeCounts:
-    """Counts of negatives ranked before each positive, in one direction, summed over tiles.
+    """Count the negatives ranked before each positive, in one direction, summed over tiles.
 
-    `scores` are those of every pair, (num_pairs,) float64; of them the best one of each query is a
-    threshold, or each. A float32 score of a tile is off by `margin` at most, and those that are
-    nearer to a threshold are computed again, or with `defers` counted alone, so that nothing is
-    read from the device.
+    `scores` holds the score of every pair, (num_pairs,) float64. Each query's best score is a
+    threshold, or every score with `all_positives`. A tile's float32 scores are off by at most
+    `margin`. Scores closer than that to a threshold are recomputed, or with `defers` only counted,
+    which avoids reading from the device.
     """
 
     def __init__(
@@ -222,17 +222,17 @@ class _NegativeCounts:
         self._near = torch.zeros_like(self._counts) if defers else None
 
     def add(self, tile: Tile) -> None:
-        """Count the negatives of a tile that are ranked before each positive of its queries."""
+        """Count a tile's negatives that rank before each positive of its queries."""
         ends = torch.tensor([tile.query_start, tile.query_start + len(tile.scores)])
         low, high = torch.searchsorted(self._queries, ends).tolist()
         rows = self._rows[low:high] - tile.query_start
         if self._near is None:
-            # For most queries, no negative of a tile comes near to their positive.
+            # In most tiles, a query has no negative close to its positive.
             lowest = (self._thresholds[low:high] - self._margin).float()
             concerned = (tile.scores.amax(dim=1)[rows] >= lowest).nonzero().flatten()
         else:
             concerned = torch.arange(high - low, device=rows.device)
-        for part in concerned.split(len(tile.scores)):  # the memory of a tile has no more rows
+        for part in concerned.split(len(tile.scores)):  # the tile's memory has no more rows
             if len(part):
                 scores, places = _select_rows(tile.scores, rows[part]), low + part
                 self._counts[places] += self._count(tile, rows[part], scores, places)
@@ -251,7 +251,7 @@ class _NegativeCounts:
         )
 
     def list_unsure(self) -> Tensor:
-        """List the queries with scores too near to a threshold that were counted alone."""
+        """List the queries whose close scores were only counted."""
         return (
             self._queries[:0]
             if self._near is None
@@ -259,11 +259,11 @@ class _NegativeCounts:
         )
 
     def replace(self, queries: Tensor, counts: _NegativeCounts) -> None:
-        """Take the counts of some queries from those of these queries alone."""
+        """Replace the counts of some queries with those of a run over only these queries."""
         self._counts[torch.isin(self._queries, queries).to(self._counts.device)] = counts._counts
 
     def _count(self, tile: Tile, rows: Tensor, scores: Tensor, places: Tensor) -> Tensor:
-        """Count the scores of some rows of a tile that reach the thresholds, (q,) int64."""
+        """Count the scores that reach the thresholds in some rows of a tile, (q,) int64."""
         thresholds = self._thresholds[places, None]
         lowest, highest = (thresholds - self._margin).float(), (thresholds + self._margin).float()
         counts = _count_above(scores, highest, tile.memory)
@@ -287,22 +287,22 @@ class _NegativeCounts:
 def _select_rows(scores: Tensor, rows: Tensor) -> Tensor:
     if scores.is_contiguous():
         return scores.index_select(0, rows)
-    # In the transpose of a tile rows are columns; this way they are read line by line.
+    # The rows of a transposed tile are columns in memory; select them without a strided copy.
     return scores.T.index_select(1, rows).T
 
 
 def _count_above(scores: Tensor, thresholds: Tensor, memory: Tensor) -> Tensor:
-    # Ones in float32 are added faster than booleans, and exactly up to 2^24, more than a tile has.
+    # Summing float32 ones is faster than summing booleans, and exact up to 2^24, beyond any tile.
     above = memory.as_strided(scores.shape, scores.stride())
     torch.ge(scores, thresholds, out=above)
     return above.sum(dim=1).long()
 
 
 class UnitRows:
-    """Rows of embeddings in unit length, without a second copy of all of them.
+    """Embeddings whose rows are normalized on access, without a normalized copy of all of them.
 
-    Takes (N, P) of any float dtype, on any device; `rows_at_a_time` are held in float64 while
-    lengths are computed. A row with a NaN or an infinity raises ValueError, by its number.
+    Takes (N, P) of any float dtype on any device. Lengths are computed in float64,
+    `rows_at_a_time`. A NaN or infinity raises ValueError with its row number.
     """
 
     def __init__(
@@ -318,8 +318,8 @@ class UnitRows:
         is_finite = lengths.isfinite()
         if not is_finite.all():
             raise ValueError(
-                f"{name} row {int((~is_finite).long().argmax())} has a NaN or an infinity. Find "
-                "out which input it comes from before anything is ranked."
+                f"{name} row {int((~is_finite).long().argmax())} has a NaN or an infinity. Check "
+                "the input it was computed from."
             )
         self._inverse_lengths = lengths.clamp(min=_MIN_LENGTH).reciprocal().to(device)  # (N,)
 
@@ -331,7 +331,7 @@ class UnitRows:
         return selected
 
     def write(self, start: int, buffer: Tensor) -> Tensor:
-        """Write rows into a (n, P) float32 buffer, as many as fit; return the part with them."""
+        """Fill an (n, P) float32 buffer with rows from `start`; return the filled part."""
         stop = min(start + len(buffer), len(self._embeds))
         rows = self._embeds[start:stop].to(self.device)
         scales = self._inverse_lengths[start:stop, None].float()
@@ -344,10 +344,10 @@ class UnitRows:
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """Scores of some queries with some candidates, (n, m) float32; positives have minus infinity.
+    """Scores of some queries against some candidates, (n, m) float32; positives are -inf.
 
-    `memory` has room for n · m float32 and may be written over. `score_exactly` computes (q, c)
-    float64 scores of rows of queries and rows of candidates.
+    `memory` is scratch space for n · m float32. `score_exactly` takes query and candidate row
+    numbers and returns their (q, c) float64 scores.
     """
 
     query_start: int
@@ -357,7 +357,7 @@ class Tile:
     score_exactly: Callable[[Tensor, Tensor], Tensor]
 
     def transpose(self) -> Tile:
-        """Return the tile in which the candidates are the queries."""
+        """Swap queries and candidates."""
 
         def score_exactly(queries: Tensor, candidates: Tensor) -> Tensor:
             return self.score_exactly(candidates, queries).T
@@ -369,10 +369,10 @@ class Tile:
 def score_tiles(
     images: UnitRows, texts: UnitRows, correspondence: Correspondence, shape: TileShape
 ) -> Iterator[Tile]:
-    """Score all images with all texts, tile after tile in the same memory.
+    """Score all images against all texts, reusing one tile's memory.
 
-    Images are the queries, pairs of the correspondence get minus infinity, and a tile is valid
-    until the next.
+    Images are the queries. Pairs of the correspondence score -inf. A tile is valid until the next
+    one is requested.
     """
     tiles_per_block = math.ceil(correspondence.num_texts / shape.texts)
     image, text = correspondence.image_of_pair, correspondence.text_of_pair
@@ -406,9 +406,9 @@ def score_tiles(
 def bound_float32_error(width: int) -> float:
     """Bound the difference between a float32 cosine and the exact one.
 
-    The rounding error of a sum grows with the root of its length with all but certain probability
-    (Higham and Mary, 2019, doi:10.1137/18M1226312). Three roots, and four roundings for the
-    embeddings themselves; the most that was measured is 1.6 roots, for embeddings that begin with a
-    large number (widths 8 to 4,096, tiles of several shapes).
+    With very high probability, the rounding error of a sum grows with the square root of its length
+    (Higham and Mary, 2019, doi:10.1137/18M1226312). The bound allows three times the root, plus
+    four roundings for the embeddings themselves. The largest measured error is 1.6 times the root,
+    for embeddings that start with a large number (widths 8 to 4,096, several tile shapes).
     """
     return (3 * math.sqrt(width) + 4) * 2**-24

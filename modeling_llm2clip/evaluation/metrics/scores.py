@@ -1,7 +1,7 @@
-"""Scores of a ranking: one value per query, their means, and bootstrap confidence intervals.
+"""Compute scores from ranks: per query, their means, and bootstrap confidence intervals.
 
-K is a rank, R the number of a query's positives, r their ranks. All scores are between 0 and 1,
-except for the ranks themselves. Functions that end in `_at` return (Q,) float64 for Q queries.
+K is a rank, R a query's number of positives, r their ranks. All scores are between 0 and 1, except
+for the ranks themselves. Functions named `…s_at` return one value per query, (Q,) float64.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _CLUSTERS_AT_A_TIME = 2**16
 
 
 def hits_at(ranking: Ranking, *, k: int) -> Tensor:
-    """Compute if a positive is among the first K, 0 or 1: R@K of CLIP papers (arXiv:2103.00020).
+    """Compute whether a positive ranks in the top K, 0 or 1: R@K in CLIP papers (arXiv:2103.00020).
 
-    mteb calls the mean hit_rate_at_k. It is not a recall where a query has several positives.
+    mteb calls the mean hit_rate_at_k. It is not a recall if a query has several positives.
     """
     return (ranking.best_ranks <= k).double()
 
 
 def recalls_at(ranking: Ranking, *, k: int) -> Tensor:
-    """Compute the share of a query's positives among the first K: trec_eval's recall_K.
+    """Compute the share of a query's positives in the top K: trec_eval's recall_K.
 
     |{r ≤ K}| / R; mteb calls the mean recall_at_k. With R > K it cannot reach 1.
     """
@@ -37,7 +37,7 @@ def recalls_at(ranking: Ranking, *, k: int) -> Tensor:
 
 
 def average_precisions_at(ranking: Ranking, *, k: int) -> Tensor:
-    """Compute the average precision of the first K (trec_eval's map_cut_K).
+    """Compute the average precision of the top K (trec_eval's map_cut_K).
 
     AP@K = 1/R · Σ_{r ≤ K} (positives up to rank r) / r; mAP@K is the mean.
     """
@@ -47,7 +47,7 @@ def average_precisions_at(ranking: Ranking, *, k: int) -> Tensor:
 
 
 def ndcgs_at(ranking: Ranking, *, k: int) -> Tensor:
-    """Compute the discounted gain of the first K over the largest possible (ndcg_cut_K).
+    """Compute the discounted gain of the top K relative to the ideal ranking (ndcg_cut_K).
 
     NDCG@K = Σ_{r ≤ K} 1/log2(r + 1) / Σ_{i ≤ min(K, R)} 1/log2(i + 1) (Järvelin and Kekäläinen,
     2002, as trec_eval computes it).
@@ -60,18 +60,18 @@ def ndcgs_at(ranking: Ranking, *, k: int) -> Tensor:
 
 
 def hit_rate_at(ranking: Ranking, *, k: int) -> float:
-    """Compute the share of queries with a positive among the first K: R@K of CLIP papers."""
+    """Compute the share of queries with a positive in the top K: R@K in CLIP papers."""
     return float(hits_at(ranking, k=k).mean())
 
 
 def summarize(ranking: Ranking, *, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Compute the usual scores of one direction, named as in mteb where it has them.
+    """Compute the usual scores of one direction, under mteb's names if it has them.
 
-    These are `median_rank`, `mean_rank` and, for each K, `hit_rate_at_K`; with the ranks of all
-    positives also `recall_at_K`, `map_at_K` and `ndcg_at_K`.
+    Returns `median_rank`, `mean_rank` and, for each K, `hit_rate_at_K`. If all positives were
+    ranked, also returns `recall_at_K`, `map_at_K` and `ndcg_at_K`.
     """
     ranks = ranking.best_ranks.double()
-    # The smaller of the two middle ranks would flatter; quantile takes their mean.
+    # The lower of two middle ranks would flatter the model; quantile averages them.
     scores = {"median_rank": float(ranks.quantile(0.5)), "mean_rank": float(ranks.mean())}
     metrics = {"hit_rate": hits_at}
     if ranking.positive_ranks is not None:
@@ -82,12 +82,12 @@ def summarize(ranking: Ranking, *, ks: Sequence[int] = (1, 5, 10)) -> dict[str, 
 
 
 def mean_with_interval(values: Tensor, *, clusters: Tensor | None = None) -> dict[str, float]:
-    """Compute `value`, `low` and `high`: the mean over queries, and its interval by bootstrap.
+    """Compute `value`, `low` and `high`: the mean over queries and its bootstrap interval.
 
-    It is a percentile interval (Efron and Tibshirani, 1993, ch. 13). Whole clusters are sampled
-    with replacement: queries with equal numbers in `clusters`, (Q,) integers, or each query by
-    itself. The five captions of an image succeed and fail together; sampled one by one they would
-    pass for five independent trials, and the interval would be too narrow.
+    It is a percentile interval (Efron and Tibshirani, 1993, ch. 13). Clusters are resampled as a
+    whole: queries with the same number in `clusters`, (Q,) integers, or single queries without it.
+    An image's five captions succeed and fail together. If they were resampled separately, they
+    would count as five independent trials, and the interval would be too narrow.
     """
     if clusters is None:
         clusters = torch.arange(len(values))
@@ -95,10 +95,9 @@ def mean_with_interval(values: Tensor, *, clusters: Tensor | None = None) -> dic
 
 
 def mean_of_means_with_interval(groups: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Compute the mean over groups, such as languages, of their means, as `mean_with_interval`.
+    """Average the means of several groups, such as languages; see `mean_with_interval`.
 
-    One sample of clusters serves all groups: an image that is sampled twice counts twice in every
-    language that it has captions in.
+    All groups share each resample: an image that is drawn twice counts twice in every language.
     """
     numbers = torch.cat([clusters for _, clusters in groups]).unique(return_inverse=True)[1]
     num_clusters = int(numbers.max()) + 1
@@ -114,7 +113,7 @@ def mean_of_means_with_interval(groups: Sequence[tuple[Tensor, Tensor]]) -> dict
         for sampled in pieces:
             times += torch.bincount((first + sampled).flatten(), minlength=len(times))
         weights = times.view(count, num_clusters).double()
-        # A sample may have no image of a small group; then the mean is that of the others.
+        # A resample may miss a small group entirely; then the other groups are averaged.
         means.append((weights @ sums / (weights @ sizes)).nanmean(dim=1))
     value = fmean(float(values.double().mean()) for values, _ in groups)
     return {"value": value, **_find_interval(means)}
@@ -145,13 +144,14 @@ def _split(total: int, most: int) -> list[int]:
 def _require_all_ranks(ranking: Ranking) -> Tensor:
     if ranking.positive_ranks is None:
         raise ValueError(
-            "This score needs the ranks of all positives: rank_retrieval(…, all_positives=True)."
+            "This score needs the ranks of all positives. Call "
+            "rank_retrieval(…, all_positives=True)."
         )
     return ranking.positive_ranks
 
 
 def _count_up_to(ranking: Ranking) -> Tensor:
-    """Return for every positive how many of its query there are up to it: 1, 2, …, R."""
+    """Number the positives of each query: 1, 2, …, R."""
     first = ranking.num_positives.cumsum(0) - ranking.num_positives
     places = torch.arange(int(ranking.num_positives.sum()))
     return 1 + places - first.repeat_interleave(ranking.num_positives)

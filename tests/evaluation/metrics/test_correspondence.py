@@ -43,8 +43,8 @@ def make(images, texts, num_images=2, num_texts=2):
     ("build", "message"),
     [
         (lambda: make([0, 1, 0], [0, 1, 0]), r"1 repeated pair: \(0, 0\)"),
-        (lambda: make([0, 1, 2], [0, 1, 0]), r"image_of_pair must have rows from 0 to 1.* 2\."),
-        (lambda: make([0, 1], [-1, 1]), r"text_of_pair must have rows from 0 to 1.*got -1, 1"),
+        (lambda: make([0, 1, 2], [0, 1, 0]), r"image_of_pair must have at least one row, from 0 to 1.* 2\."),
+        (lambda: make([0, 1], [-1, 1]), r"text_of_pair must have at least one row, from 0 to 1.*got -1, 1"),
         (lambda: make([0, 1], [0, 0]), r"images without a text: none; .* without an image: 1\."),
         (lambda: make([0, 0], [0, 1]), r"images without a text: 1; .* without an image: none\."),
         (lambda: make([0, 0], [0, 0]), r"repeated pair: \(0, 0\)"),
@@ -52,7 +52,7 @@ def make(images, texts, num_images=2, num_texts=2):
         (lambda: make([0.0, 1.0], [0, 1]), r"image_of_pair is torch.float32"),
         (lambda: Correspondence.from_group_ids([], []), r"at least one; got none"),
         (lambda: Correspondence.from_group_ids("ab", "bc"), r"images without a text: 0; .*: 1\."),
-        (lambda: Correspondence.from_image_of_text([0, 2], 2), r"rows from 0 to 1.*got 0, 2"),
+        (lambda: Correspondence.from_image_of_text([0, 2], 2), r"row, from 0 to 1.*got 0, 2"),
     ],
 )
 def test_incomplete_or_repeated_pairs_are_refused(build, message):
