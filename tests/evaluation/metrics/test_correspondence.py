@@ -43,10 +43,16 @@ def make(images, texts, num_images=2, num_texts=2):
     ("build", "message"),
     [
         (lambda: make([0, 1, 0], [0, 1, 0]), r"1 repeated pair: \(0, 0\)"),
-        (lambda: make([0, 1, 2], [0, 1, 0]), r"image_of_pair must have at least one row, from 0 to 1.* 2\."),
-        (lambda: make([0, 1], [-1, 1]), r"text_of_pair must have at least one row, from 0 to 1.*got -1, 1"),
-        (lambda: make([0, 1], [0, 0]), r"images without a text: none; .* without an image: 1\."),
-        (lambda: make([0, 0], [0, 1]), r"images without a text: 1; .* without an image: none\."),
+        (
+            lambda: make([0, 1, 2], [0, 1, 0]),
+            r"image_of_pair must have at least one row, from 0 to 1.* 2\.",
+        ),
+        (
+            lambda: make([0, 1], [-1, 1]),
+            r"text_of_pair must have at least one row, from 0 to 1.*got -1, 1",
+        ),
+        (lambda: make([0, 1], [0, 0]), r"Images without a text: none; .* without an image: 1\."),
+        (lambda: make([0, 0], [0, 1]), r"Images without a text: 1; .* without an image: none\."),
         (lambda: make([0, 0], [0, 0]), r"repeated pair: \(0, 0\)"),
         (lambda: make([0, 1, 1], [0, 1]), r"text_of_pair is torch.int64 \(2,\); it must have one"),
         (lambda: make([0.0, 1.0], [0, 1]), r"image_of_pair is torch.float32"),
