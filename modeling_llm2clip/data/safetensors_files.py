@@ -12,12 +12,6 @@ from torch import Tensor
 from ..loading_llm2clip import open_safetensors
 
 
-def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Read the shapes of all tensors from the header of a safetensors file."""
-    with open_safetensors(file) as opened:
-        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
-
-
 def read_metadata(file: Path) -> dict[str, str]:
     """Read the metadata of a safetensors file."""
     with open_safetensors(file) as opened:

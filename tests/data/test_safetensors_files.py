@@ -12,11 +12,7 @@ from safetensors.torch import save_file
 from tiny_encoders import write_named_embeddings
 
 from modeling_llm2clip.data.named_embeddings import read_named_embeddings, side_file
-from modeling_llm2clip.data.safetensors_files import (
-    iterate_tensors,
-    read_shapes,
-    serialize_tensors,
-)
+from modeling_llm2clip.data.safetensors_files import iterate_tensors, serialize_tensors
 
 INDEX = "model.safetensors.index.json"
 
@@ -62,14 +58,12 @@ def test_a_folder_belongs_to_the_names_where_a_base_is_given(tmp_path: Path) -> 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "weights.safetensors"
     save_file({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2).half()}, file)
-    assert read_shapes(file) == {"a": (2, 3), "b": (2,)}
     whole = file.read_bytes()
     length, json_broken = b"\xff" * 8 + whole[8:], whole[:8] + b"[" + whole[9:]
     for damaged in (whole[:-1], whole + b"0", b"", length, json_broken):
         file.write_bytes(damaged)
-        for read in (read_shapes, lambda file: list(iterate_tensors([file]))):
-            with pytest.raises(ValueError, match=r"weights\.safetensors: a safetensors file is tr"):
-                read(file)
+        with pytest.raises(ValueError, match=r"weights\.safetensors: a safetensors file is tr"):
+            list(iterate_tensors([file]))
 
 
 def test_equal_content_gives_equal_bytes_in_whatever_order_it_comes(tmp_path: Path) -> None:

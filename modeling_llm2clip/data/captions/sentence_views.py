@@ -103,11 +103,6 @@ def require_views(records: RecordTable, num_views: int) -> None:
         )
 
 
-def count_undivided(records: RecordTable) -> int:
-    """Count the long captions of one sentence, which have no views."""
-    return sum(not _is_divided(caption) for caption in _iterate_long(records))
-
-
 def _is_divided(caption: str) -> bool:
     return len(split_sentences(caption)) > 1
 

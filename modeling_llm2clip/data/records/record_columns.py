@@ -14,8 +14,8 @@
 | `text_keys` | hashes of the captions, then of the long captions |
 
 Keys have 64 bits. They stand for their texts where all records are compared, sorted or hashed, so
-that no stage holds the texts of a dataset in memory. `record_index.find_repeated` checks that
-different names and group ids of a source have different keys; records in memory are not checked.
+that no stage holds the texts of a dataset in memory. Two different texts of 30 million have the
+same key with odds of 1 to 40,000; of two names that have, one is reported as repeated.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ from ..remote.file_places import (
 from ..remote.remote_files import FileInfo
 from ..validation_errors import ErrorCollector
 from .record_columns import IMAGE_FILE, ROWS_PER_BATCH, SCHEMA, make_batches, rebatch
-from .record_table import Array, RecordTable, read_skipped, skipped_file
+from .record_table import RecordTable, read_skipped, skipped_file
 from .records import CaptionedImage, RecordRules, check_record
 from .source_files import SourceFiles, SourcePart
 
@@ -262,34 +262,13 @@ def find_repeated(
 
 
 def iterate_repeated(table: RecordTable) -> Iterator[tuple[int, str]]:
-    """Yield images that occur twice in a language."""
-    with ThreadPoolExecutor(2) as pool:  # numpy releases the lock of the interpreter
-        same, groups = pool.map(table.find_first_rows, ("key", "group_key"))
-    for rows, earlier in _pair_repeated(groups):
-        pairs = zip(table.take(rows, ["group_id"]), table.take(earlier, ["group_id"]), strict=True)
-        for group_id, other in pairs:
-            _require_same(group_id, other, "group ids")
-    for rows, earlier in _pair_repeated(same):
-        columns = ["name", "lang", "place"]
-        records = zip(rows, table.take(rows, columns), table.take(earlier, columns), strict=True)
-        for row, (*identity, place), other in records:
-            _require_same(tuple(identity), other[:2], "names")
-            yield int(row), place
-
-
-def _pair_repeated(first: Array) -> Iterator[tuple[Array, Array]]:
-    """Yield rows whose key an earlier row has too, in their order, and the first such rows."""
-    for start in range(0, len(first), ROWS_PER_BATCH):
-        part = first[start : start + ROWS_PER_BATCH]
-        repeated = np.flatnonzero(part != np.arange(start, start + len(part)))
-        yield start + repeated, part[repeated]
-
-
-def _require_same(identity: tuple[str, ...], other: tuple[str, ...], what: str) -> None:
-    if identity != other:
-        raise ValueError(
-            f"The {what} {identity} and {other} have the same hash of 64 bits. Rename one of them."
-        )
+    """Yield the row and the place of each image that an earlier row has in its language."""
+    first = table.find_first_rows("key")
+    repeated = np.flatnonzero(first != np.arange(len(first)))
+    for start in range(0, len(repeated), ROWS_PER_BATCH):
+        rows = repeated[start : start + ROWS_PER_BATCH]
+        for row, (place,) in zip(rows.tolist(), table.take(rows, ["place"]), strict=True):
+            yield row, place
 
 
 def _name_index(job: IndexJob, states: Sequence[FileInfo | None]) -> Path:

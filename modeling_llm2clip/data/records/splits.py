@@ -54,10 +54,11 @@ def split_records(
     random.Random(seed).shuffle(groups)  # type: ignore[arg-type]
     is_test = np.isin(keys, groups[:count])
     train, test = table.select(np.flatnonzero(~is_test)), table.select(np.flatnonzero(is_test))
-    if not allow_shared_captions and (shared := sorted(_find_shared_texts(train, test))):
+    shared = () if allow_shared_captions else _list_texts(test, list_text_keys(train))
+    if shared:
         raise ValueError(
             f"{counted(len(shared), 'caption')} on both sides of the split, such as "
-            f"{list_first(map(repr, shared))}. Give images that show the same thing the same "
+            f"{list_first(map(repr, sorted(shared)))}. Give images of the same thing the same "
             "group_id, remove them, or give allow_shared_captions=True."
         )
     return train, test
@@ -69,14 +70,6 @@ def _sort_groups(table: RecordTable, keys: Array) -> Array:
     ids = [batch.column(0) for batch in table.select(firsts).iterate_columns(["group_id"])]
     order: Array = compute.sort_indices(pa.chunked_array(ids, pa.string())).to_numpy()
     return unique[order]
-
-
-def _find_shared_texts(table: RecordTable, other: RecordTable) -> set[str]:
-    """Find the texts that two tables share; only those with equal keys are compared."""
-    shared = np.intersect1d(list_text_keys(table), list_text_keys(other))
-    if not len(shared):
-        return set()
-    return _list_texts(table, shared) & _list_texts(other, shared)
 
 
 def list_text_keys(table: RecordTable) -> Array:

@@ -150,7 +150,7 @@ def find_local_files(pattern: str) -> tuple[Path, list[Path]]:
     base, rest = _split_pattern(pattern)
     if _WILDCARD.search(rest) is None:
         return base, []
-    return base, sorted(file for file in base.glob(rest) if file.is_file())
+    return base, sorted(file for file in base.glob(rest) if not file.is_dir())
 
 
 def _split_pattern(pattern: str) -> tuple[Path, str]:

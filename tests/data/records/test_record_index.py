@@ -327,12 +327,6 @@ def test_a_full_disk_is_named_and_leaves_nothing(
     assert list_indexes(small_parts) == []
 
 
-def test_keys_that_collide_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record_columns, "_digest", lambda text: bytes([len(text) % 5] * 8))
-    with pytest.raises(ValueError, match="same hash of 64 bits"):
-        load_records(write(tmp_path / "data", LINES[:50]), require_images=False)
-
-
 def test_a_table_of_an_index_is_mapped_again_where_it_is_unpickled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

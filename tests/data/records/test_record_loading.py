@@ -68,6 +68,10 @@ def test_files_and_patterns_give_what_their_folder_gives(tmp_path: Path) -> None
     assert load_records(f"{shards}/*.tar") == whole
     assert load_records(f"{tmp_path}/sh*/0000?.tar") == whole
     assert load_records(shards / "00001.tar") == whole[2:]
+    (shards / "00002.tar").symlink_to("gone.tar")
+    for source in (shards, f"{shards}/*.tar"):
+        with pytest.raises(FileNotFoundError, match=r"00002\.tar"):
+            load_records(source)
     folder = write_folder(tmp_path / "folder")
     assert load_records(folder / "captions.jsonl") == load_records(folder)
 
