@@ -19,7 +19,7 @@ from modeling_llm2clip.model_folders.weights import open_model_weights
 
 def main() -> None:
     """Mix the weights that differ, and write the second model with them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("before", type=Path, help="model folder before a training")
     parser.add_argument("after", type=Path, help="folder of that model after it")
     parser.add_argument("output", type=Path, help="new folder")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -40,15 +40,12 @@ class StreamConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageLimitsConfig(Config):
-    """Limits of `ImageLimits` that a command sets; the environment sets the others."""
+    """The limit of `ImageLimits` that a command sets; the environment sets the others."""
 
     max_megapixels: Annotated[float, Interval(gt=0)] | None = None
     """Maximum size of a decoded image, in millions of pixels; larger images are invalid. Default:
     160."""
-    max_image_mb: Annotated[float, Interval(gt=0)] | None = None
-    """Maximum size of an encoded image, in MB. Default: 1000."""
 
     def list_limits(self) -> dict[str, float]:
         """Return the limits that were given, by their names."""
-        limits = {field.name: getattr(self, field.name) for field in fields(ImageLimitsConfig)}
-        return {name: limit for name, limit in limits.items() if limit is not None}
+        return {} if self.max_megapixels is None else {"max_megapixels": self.max_megapixels}

@@ -49,7 +49,8 @@ class ServeConfig(BackendConfig, ImageLimitsConfig):
 
     def list_limits(self) -> dict[str, float]:
         """Return the limits of images by their names; a download ends with its request."""
-        return {**super().list_limits(), "max_download_s": self.timeout_s}
+        own = {"max_image_mb": self.max_image_mb, "max_download_s": self.timeout_s}
+        return {**super().list_limits(), **own}
 
     def _list_conflicts(self) -> dict[str, object]:
         image, request = self.max_image_mb, self.max_request_mb
