@@ -110,9 +110,9 @@ def _require_models(
         has_other = any((path / name).exists() for name in _OTHERS)
         if not path.is_dir() or model_type or has_other:
             continue
-        model_type = find_model_type(path)
-        if model_type is not None and model_type.content in ("above", "lora", "text", "vision"):
-            raise ValueError(f"{model_type.advice} There is nothing in it to evaluate.")
+        detected = find_model_type(path)
+        if detected is not None and detected.content in ("above", "lora", "text", "vision"):
+            raise ValueError(f"{detected.advice} There is nothing in it to evaluate.")
 
 
 def _choose_datasets(datasets: Sequence[str], image_dir: Sequence[str]) -> list[EvaluatedDataset]:

@@ -49,8 +49,8 @@ class ServeConfig(BackendConfig, ImageLimitsConfig):
 
     def list_limits(self) -> dict[str, float]:
         """Return the limits of images by their names; a download ends with its request."""
-        own = {"max_image_mb": self.max_image_mb, "max_download_s": self.timeout_s}
-        return {**super().list_limits(), **own}
+        sizes = {"max_image_mb": self.max_image_mb, "max_download_s": self.timeout_s}
+        return {**super().list_limits(), **sizes}
 
     def _list_conflicts(self) -> dict[str, object]:
         image, request = self.max_image_mb, self.max_request_mb
