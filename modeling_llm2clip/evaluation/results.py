@@ -13,7 +13,7 @@ import json
 import re
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
@@ -21,17 +21,16 @@ from typing import Any
 
 from .._environment import list_versions
 from .._suggestions import list_first
-from ..data.atomic_files import hash_json, lock_folder, write_atomically
+from ..data.atomic_files import lock_folder, write_atomically
 from ..data.images.image_sources import EncodedImage, ImageSource, TarImage
 from ..data.remote.file_places import FilePlace, find_state
-from ..data.sources.json_files import parse_json
+from ..data.sealed_manifest import read_sealed, write_sealed
 from .datasets.dataset_spec import EvaluationDataset
 from .encoders.encoder import EncoderDescription
 from .tasks.task import Task
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 1
 OWN_PACKAGE = "modeling_llm2clip"
-_DIGEST = "digest"
 _ADVICE = "Name another output folder or another name for the model, or remove it."
 # Where a dataset or a model is stored changes no score: the digests identify it.
 _MAY_DIFFER = re.compile(r"(protocol\.)?data\.(.*\.)?(source|revision)")
@@ -107,20 +106,18 @@ def hash_dataset(dataset: EvaluationDataset) -> str:
 
 def read_result(file: Path) -> Result:
     try:
-        content = parse_json(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise ValueError(f"{file} is damaged ({error}). Delete it and evaluate again.") from error
-    if not isinstance(content, dict) or "format_version" not in content:
-        raise ValueError(f"{file} is not a result of an evaluation. Name another.")
-    if content["format_version"] != FORMAT_VERSION:
+        content = read_sealed(file.read_text(encoding="utf-8"))
+        if (version := content["format_version"]) == FORMAT_VERSION:
+            return Result(**content)
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{file} has format_version {content['format_version']!r}, this code reads "
-            f"{FORMAT_VERSION}. Evaluate again into another folder."
-        )
-    digest = content.pop(_DIGEST, None)
-    if set(content) != {entry.name for entry in fields(Result)} or digest != hash_json(content):
-        raise ValueError(f"{file} was changed after it was written. Delete it and evaluate again.")
-    return Result(**content)
+            f"{file} is not a result of an evaluation, or was changed after it was written: "
+            f"{error}. Name another, or remove it and evaluate again."
+        ) from error
+    raise ValueError(
+        f"{file} has format_version {version!r}, this code reads {FORMAT_VERSION}. Evaluate again "
+        "into another folder."
+    )
 
 
 def list_result_files(folder: Path) -> list[Path]:
@@ -201,8 +198,7 @@ def find_conflict(first: Result, second: Result) -> str | None:
 
 
 def write_result(file: Path, result: Result) -> None:
-    content = {**asdict(result), _DIGEST: hash_json(asdict(result))}
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = write_sealed(asdict(result))
     with lock_folder(file.parent):
         # Another process may have written it since this one looked.
         if file.is_file() and (conflict := find_conflict(read_result(file), result)):

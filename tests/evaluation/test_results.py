@@ -13,6 +13,7 @@ from PIL import Image
 
 from modeling_llm2clip.data.images.image_sources import ParquetImage
 from modeling_llm2clip.data.remote.file_places import describe_states
+from modeling_llm2clip.data.sealed_manifest import write_sealed
 from modeling_llm2clip.evaluation.datasets.dataset_registry import load_dataset
 from modeling_llm2clip.evaluation.datasets.retrieval_dataset import RetrievalDataset
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
@@ -69,9 +70,9 @@ def test_other_captions_or_images_of_the_same_size_are_another_dataset(tmp_path:
 def test_a_damaged_result_or_one_of_another_format_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     for text, message in (
-        ('{"format_version": 1}', r"format_version 1, this code reads 3.*another folder"),
-        ("{", r"result\.json is damaged"),
-        ("{}", "not a result of an evaluation"),
+        (write_sealed({"format_version": 7}), r"format_version 7, this code reads 1.*another fold"),
+        ("{", r"result\.json is not a result of an evaluation"),
+        (write_sealed({}), "not a result of an evaluation"),
     ):
         file.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=message):

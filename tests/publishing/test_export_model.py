@@ -181,7 +181,10 @@ def test_one_tower_has_no_other_to_export(part: tuple[str, Path], tmp_path: Path
         (["SOURCE"], "OUTPUT requires an argument"),
         (["SOURCE", "new", "--license", "Apache 2"], "must be an identifier of the Hub"),
         (["SOURCE", "new", "--license", "other"], "needs license_name and license_link"),
-        (["SOURCE", "new", "--results", "full/kept.txt"], "kept.txt is damaged"),
+        (
+            ["SOURCE", "new", "--results", "full/kept.txt"],
+            "kept.txt is not a result of an evaluation",
+        ),
         ([*TOWER, "--dtype", "bfloat16"], "`dtype`: not with components=vision-tower."),
         ([*TOWER, "--handler"], "`handler`: not with components=vision-tower"),
         ([*TOWER, "--onnx"], "`onnx`: not with components=vision-tower."),
