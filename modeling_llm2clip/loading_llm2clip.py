@@ -68,14 +68,17 @@ _UNSAVED_NUMBERS = 1 << 28
 def list_loaded_files(source: Any, options: Mapping[str, Any]) -> list[Path]:
     """List the weight files that `from_pretrained` of a model reads.
 
-    `options` are its keyword arguments; there are none where a state dict or another format was
-    asked for. Files of a repository must be in the cache.
+    `options` are its keyword arguments; there are none if a state dict or another format was asked
+    for. Files of a repository must be in the cache.
     """
     if source is None or any(options.get(name) for name in _OTHER_WEIGHTS):
         return []
     subfolder = options.get("subfolder") or ""
+    folder = Path(source) / subfolder
+    if (folder / _LORA_CONFIG).is_file() and not (folder / "config.json").is_file():
+        return []  # of a LoRA alone, whose base transformers loads
     if Path(source).is_dir():
-        return list_model_files(Path(source) / subfolder)
+        return list_model_files(folder)
     if Path(source).exists():
         return []
     place = {name: options[name] for name in ("cache_dir", "revision") if options.get(name)}

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
-from shared_models import mostly_slow
+from shared_models import mostly_slow, shared_batch
 from tiny import tiny_model, tiny_vision
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModel
@@ -243,6 +244,21 @@ def test_a_lora_beside_the_weights_or_another_file_in_the_configuration_loads_no
     (renamed / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ValueError, match="transformers_weights would load another"):
         AutoModel.from_pretrained(renamed)
+
+
+@pytest.mark.parametrize("load", [AutoModel.from_pretrained, LLM2CLIPModel.from_pretrained])
+def test_a_folder_of_a_lora_alone_loads_with_the_model_that_it_names(
+    load: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # transformers 5.24 asks for a later peft than the latest one.
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.18.0")
+    lora = LoraConfig(target_modules=".*q_proj", init_lora_weights=False)
+    trained = get_peft_model(LLM2CLIPModel.from_pretrained(folder), lora)
+    trained.save_pretrained(tmp_path)
+    batch = shared_batch()
+    found = load(tmp_path)(**batch).logits_per_image
+    assert torch.equal(found, trained(**batch).logits_per_image)
+    assert not torch.equal(found, load(folder)(**batch).logits_per_image)
 
 
 # Bounds

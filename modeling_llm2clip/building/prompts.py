@@ -156,7 +156,6 @@ def write_prompt(
         padding_side="right",
         truncation_side="right",
         clean_up_tokenization_spaces=False,
-        chat_template=tokenizer.chat_template,
         **_named_special_tokens(tokenizer),
     )
     result.model_input_names = ["input_ids", "attention_mask"]

@@ -297,6 +297,7 @@ def test_the_chat_template_gives_the_ids_of_the_rendered_chat() -> None:
             [{"role": "user", "content": caption}], tokenize=True, return_dict=True
         )["input_ids"]
         assert written(caption)["input_ids"] == rendered
+    assert not written.chat_template  # with it and the processor, a prompt would stand twice
     assert prompt.prefix_ids.count(bare.bos_token_id) == 1
 
 
