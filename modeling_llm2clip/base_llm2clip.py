@@ -42,11 +42,10 @@ from .vision_llm2clip import find_width, has_class_token, require_restored_buffe
 
 SETTINGS_FILE = "config_sentence_transformers.json"
 _NORMALIZE_FOLDER = "1_Normalize"
+_OF_LIBRARY = "sentence_transformers.sentence_transformer.modules"  # since version 5.4
 _MODULES = [
-    {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.{kind}"}
-    for number, (path, kind) in enumerate(
-        (("", "models.Transformer"), (_NORMALIZE_FOLDER, "models.Normalize"))
-    )
+    {"idx": number, "name": str(number), "path": path, "type": f"{_OF_LIBRARY}.{kind}"}
+    for number, (path, kind) in enumerate((("", "Transformer"), (_NORMALIZE_FOLDER, "Normalize")))
 ]
 _MODALITIES = {
     "text": {"method": "get_text_features", "method_output_name": "pooler_output"},

@@ -193,7 +193,7 @@ def require_trained(
     """Refuse a model whose projections are random."""
     config: LLM2CLIPConfig = getattr(model_or_config, "config", model_or_config)
     if not config.projections_trained:
-        name = source or config._name_or_path or "The model"
+        name = source or config.name_or_path or "The model"
         raise ValueError(f"{name} is refused for {purpose}. It is {describe_untrained(config)}.")
 
 
