@@ -20,7 +20,7 @@ import modeling_llm2clip
 UPLOADED = [p for p in Path(modeling_llm2clip.__path__[0]).glob("*.py") if p.name[0] != "_"]
 _BASES = (PreTrainedModel, PreTrainedConfig, ProcessorMixin, nn.Module)
 _FOR_CUSTOM_MODELS = "transformers' interface for custom models has no other name"
-_OF_CACHED_FILE = "cached_file raises for an index that a repository lacks, unless told otherwise"
+_OF_CACHED_FILE = "otherwise cached_file raises for an index that a repository lacks"
 # Name → reason why no public one takes its place from transformers 5.6 to the newest release.
 PRIVATE = {
     "_apply": "torch casts a module through it alone, and rotary frequencies must stay float32",
