@@ -50,8 +50,8 @@ def sort_rows(values: Array) -> Array:
     return codes.astype(np.int32)
 
 
-def group_places(numbers: Array) -> Iterator[tuple[int, Array]]:
-    """Yield the distinct numbers in (N,) of them, and the places of each, both ascending."""
+def group_positions(numbers: Array) -> Iterator[tuple[int, Array]]:
+    """Yield the distinct numbers in (N,) of them, and the positions of each, both ascending."""
     order = np.argsort(numbers, kind="stable")
     distinct, starts = np.unique(numbers[order], return_index=True)
     stops = [*starts[1:].tolist(), len(numbers)]
@@ -63,8 +63,8 @@ def is_among(keys: Array, sorted_keys: Array) -> Array:
     """Tell for each key, (N,) bool, whether it is one of `sorted_keys`, which ascend."""
     if not len(sorted_keys):
         return np.zeros(len(keys), np.bool_)
-    places = np.searchsorted(sorted_keys, keys).clip(max=len(sorted_keys) - 1)
-    return np.asarray(sorted_keys[places] == keys)
+    positions = np.searchsorted(sorted_keys, keys).clip(max=len(sorted_keys) - 1)
+    return np.asarray(sorted_keys[positions] == keys)
 
 
 def iterate_ranges(

@@ -36,20 +36,20 @@ def iterate_tensors(
     files: Iterable[Path], *, prefix: str = "", base: Path | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of safetensors files by name; one is in memory at a time."""
-    places: dict[str, tuple[Path, str]] = {}
+    files_of: dict[str, tuple[Path, str]] = {}
     for file in files:
         folder = Path() if base is None else file.parent.relative_to(base)
         with open_safetensors(file) as opened:
             names = list(opened.keys())
         for name in names:
             full_name = str(folder / name)
-            if full_name in places:
+            if full_name in files_of:
                 raise ValueError(
-                    f"{full_name} is in two files, {places[full_name][0]} and {file}. Keep one."
+                    f"{full_name} is in two files, {files_of[full_name][0]} and {file}. Keep one."
                 )
             if full_name.startswith(prefix):
-                places[full_name] = (file, name)
-    for full_name, (file, name) in sorted(places.items()):
+                files_of[full_name] = (file, name)
+    for full_name, (file, name) in sorted(files_of.items()):
         # Opened anew for each tensor, so that the memory of those before is given back.
         with open_safetensors(file) as opened:
             yield full_name, opened.get_tensor(name)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from .._extras import RAY, require
 from ..data.images.image_sources import UnreadableImagesError
-from ..data.remote.file_places import FilePlace, list_states, use_states
+from ..data.remote.file_locations import FileLocation, list_states, use_states
 from ..data.remote.remote_files import FileInfo
 from ..encoding.batches import use_one_core
 from ..encoding.devices import find_device
@@ -281,7 +281,7 @@ class _Actor:
         open_work: Callable[[], ShardWork],
         threads: int,
         limits: ImageLimits,
-        states: dict[FilePlace, FileInfo],
+        states: dict[FileLocation, FileInfo],
     ) -> None:
         use_states(states)
         set_image_limits(limits)  # its node does not have this process's environment

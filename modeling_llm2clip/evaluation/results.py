@@ -23,7 +23,7 @@ from .._environment import list_versions
 from .._suggestions import list_first
 from ..data.atomic_files import lock_folder, write_atomically
 from ..data.images.image_sources import EncodedImage, ImageSource, TarImage
-from ..data.remote.file_places import FilePlace, find_state
+from ..data.remote.file_locations import FileLocation, find_state
 from ..data.sealed_manifest import read_sealed, write_sealed
 from .datasets.dataset_spec import EvaluationDataset
 from .encoders.encoder import EncoderDescription
@@ -228,7 +228,7 @@ def _hash_image(image: ImageSource) -> str:
     if isinstance(image, EncodedImage):
         return hashlib.sha256(image.content).hexdigest()
     if isinstance(image, Path):
-        file: FilePlace = image
+        file: FileLocation = image
     else:
         file = image.shard if isinstance(image, TarImage) else image.file
     return _hash_unchanged(image, find_state(file))

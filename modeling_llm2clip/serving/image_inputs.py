@@ -88,7 +88,7 @@ class ImageInputs:
         return content
 
 
-def decode_image(content: bytes, limits: ImageLimits) -> Image.Image:
+def decode_sent_image(content: bytes, limits: ImageLimits) -> Image.Image:
     """Decode an image of a request as upright RGB; RequestError if it is beyond the limits."""
     register_heif_reader()
     name = "An image of the request"

@@ -103,7 +103,7 @@ class JsonRoute(APIRoute):
 
         async def read_and_handle(request: Request) -> Response:
             if _says_json(request) and await request.body():
-                request._json = read_json(await request.body())  # FastAPI parses it no more
+                request._json = parse_body(await request.body())  # FastAPI parses it no more
             return await handle(request)
 
         return read_and_handle if self.body_field else handle
@@ -113,7 +113,7 @@ def _says_json(request: Request) -> bool:
     return "json" in request.headers.get("content-type", "").lower()
 
 
-def read_json(body: bytes) -> Any:
+def parse_body(body: bytes) -> Any:
     """Parse a body in UTF-8, UTF-16 or UTF-32; RequestError names its problem."""
     try:
         return json.loads(body, object_pairs_hook=_make_object)

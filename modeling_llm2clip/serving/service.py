@@ -46,7 +46,7 @@ from ..search.index_about import EVERY_IMAGE, IndexUnavailableError
 from ..search.model_identity import restore_tally
 from ..search.tag_labels import Tag, rank_labels
 from .batching import BatchWorker, Lane, OnBatch, await_all_or_none
-from .image_inputs import decode_image
+from .image_inputs import decode_sent_image
 from .service_results import ClassifiedImages, EmbeddedInputs, FoundImages, RequestError
 
 Input: TypeAlias = str | bytes | Image.Image
@@ -456,7 +456,9 @@ class EmbeddingService:
         return np.concatenate(parts)
 
     def _prepare(self, image: bytes | Image.Image) -> PreparedImages:
-        decoded = image if isinstance(image, Image.Image) else decode_image(image, self._limits)
+        decoded = (
+            image if isinstance(image, Image.Image) else decode_sent_image(image, self._limits)
+        )
         with _refusing(code="invalid_image"):
             return self.encoder.prepare_images([decoded])
 

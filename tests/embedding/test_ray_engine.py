@@ -10,7 +10,7 @@ import pytest
 import torch
 from shard_server import ShardServer
 
-from modeling_llm2clip.data.remote.file_places import describe_states, read_range
+from modeling_llm2clip.data.remote.file_locations import describe_states, read_range
 from modeling_llm2clip.embedding.shard_computation import _Actor, compute_with_ray
 from modeling_llm2clip.image_loading_llm2clip import LIMITS_VARIABLE, ImageLimits, get_image_limits
 

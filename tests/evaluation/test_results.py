@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from modeling_llm2clip.data.images.image_sources import ParquetImage
-from modeling_llm2clip.data.remote.file_places import describe_states
+from modeling_llm2clip.data.remote.file_locations import describe_states
 from modeling_llm2clip.data.sealed_manifest import write_sealed
 from modeling_llm2clip.evaluation.datasets.dataset_registry import load_dataset
 from modeling_llm2clip.evaluation.datasets.retrieval_dataset import RetrievalDataset

@@ -16,7 +16,7 @@ from tiny import draw_noise
 
 from modeling_llm2clip.configs.serve_config import ServeConfig
 from modeling_llm2clip.image_loading_llm2clip import ImageLimits, load_images
-from modeling_llm2clip.serving.image_inputs import ImageInputs, decode_image
+from modeling_llm2clip.serving.image_inputs import ImageInputs, decode_sent_image
 from modeling_llm2clip.serving.service_results import RequestError
 
 NOISE = draw_noise()
@@ -67,7 +67,7 @@ def test_a_large_file_is_refused() -> None:
 
 
 def decode(content: bytes, max_megapixels: float = 1) -> Any:
-    return decode_image(content, ImageLimits(max_megapixels=max_megapixels))
+    return decode_sent_image(content, ImageLimits(max_megapixels=max_megapixels))
 
 
 @pytest.mark.parametrize("size", [(1001, 1000), (12_000, 12_000), (60_000, 60_000)])

@@ -26,7 +26,7 @@ from modeling_llm2clip.configs.encoding_config import IndexConfig
 from modeling_llm2clip.configs.serve_config import ServeConfig
 from modeling_llm2clip.image_loading_llm2clip import ImageLimits
 from modeling_llm2clip.serving.app import create_app
-from modeling_llm2clip.serving.image_inputs import decode_image
+from modeling_llm2clip.serving.image_inputs import decode_sent_image
 from modeling_llm2clip.serving.service import EmbeddingService
 from modeling_llm2clip.serving.service_results import RequestError
 
@@ -140,7 +140,7 @@ def test_any_bytes_are_an_image_or_a_refusal(content: bytes) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow, on odd files
         try:
-            decoded = decode_image(content, ImageLimits(max_megapixels=1))
+            decoded = decode_sent_image(content, ImageLimits(max_megapixels=1))
         except RequestError as error:
             assert error.status in (400, 413)
             assert len(error.message) < 500
@@ -156,7 +156,7 @@ def test_the_formats_of_the_fuzzer_are_read() -> None:
     read = 0
     for content in list_files():
         try:
-            decode_image(content, ImageLimits(max_megapixels=1))
+            decode_sent_image(content, ImageLimits(max_megapixels=1))
         except RequestError:  # of EPS and others that are not served
             continue
         read += 1

@@ -29,13 +29,13 @@ PNG = to_png(draw_noise())
 def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Images are decoded once this is set."""
     go = threading.Event()
-    decode = service_module.decode_image
+    decode = service_module.decode_sent_image
 
     def wait(content: bytes, limits: Any) -> Any:
         go.wait(30)
         return decode(content, limits)
 
-    monkeypatch.setattr(service_module, "decode_image", wait)
+    monkeypatch.setattr(service_module, "decode_sent_image", wait)
     monkeypatch.setattr(service_module, "default_num_workers", lambda: 2)
     yield go
     go.set()
@@ -62,7 +62,7 @@ def test_sigterm_waits_for_an_image_no_longer_than_its_time(tmp_path: Path) -> N
     code = (
         "import sys, time; from modeling_llm2clip.serving import service;"
         "from modeling_llm2clip.__main__ import main;"
-        "service.decode_image = lambda *_, **__: time.sleep(300);"
+        "service.decode_sent_image = lambda *_, **__: time.sleep(300);"
         f"sys.exit(main(['serve', {str(model)!r}, '--port', '0', '--device', 'cpu', '--no-page',"
         "'--timeout-s', '1']))"
     )

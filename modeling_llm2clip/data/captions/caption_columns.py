@@ -26,16 +26,16 @@ def flatten_captions(batch: pa.RecordBatch) -> FlatCaptions:
     ends = np.concatenate([[0], np.cumsum(num_short + num_long, dtype=np.int64)])
     if not len(long):
         return FlatCaptions(short, num_short, ends)
-    _, places = locate_captions(batch)
-    texts = pa.concat_arrays([short, long]).take(pa.array(places))
+    _, positions = locate_captions(batch)
+    texts = pa.concat_arrays([short, long]).take(pa.array(positions))
     return FlatCaptions(texts, num_short, ends)
 
 
 def locate_captions(batch: pa.RecordBatch) -> tuple[Array, Array]:
     """Find the captions of each record of a batch, the short ones before the long ones.
 
-    Returns for each caption, record by record, the row of its record, and its place in all captions
-    of the batch followed by all long captions; (T,) int64 each."""
+    Returns the row of each caption's record, and the caption's position in all captions of the
+    batch followed by all long captions; (T,) int64 each, record by record."""
     num_short, num_long = (counts.astype(np.int64) for counts in count_captions(batch))
     counts = num_short + num_long
     row = np.repeat(np.arange(len(counts)), counts)

@@ -41,22 +41,22 @@ class GroupBatch:
     Attributes:
         counts: (G,) int64, captions of each group, at least two.
         keys: (T,) int64, key of each caption, group by group.
-        places: (T,) int64, where each caption is in `texts`, the second after the first.
+        positions: (T,) int64, where each caption is in `texts`, the second after the first.
         texts: All captions of the records that were read, and all their long captions.
     """
 
     counts: Array
     keys: Array
     group_ids: pa.Array
-    places: Array
+    positions: Array
     texts: tuple[pa.Array, pa.Array]
 
     def take_texts(self, numbers: Array | None = None) -> pa.Array:
         """Return captions."""
-        places = self.places if numbers is None else self.places[numbers]
+        positions = self.positions if numbers is None else self.positions[numbers]
         short, long = self.texts
         texts = pa.concat_arrays([short, long]) if len(long) else short
-        return texts.take(pa.array(places))
+        return texts.take(pa.array(positions))
 
 
 @dataclass(eq=False)
@@ -98,15 +98,17 @@ class CaptionGroups(Iterable[CaptionGroup]):
         """Yield the groups in batches, in the order of their first records."""
         number = 0
         for batch in iterate_whole_groups(self.records):
-            group, keys, places = list_distinct_texts(batch)
-            group, keys, places = _select(_is_of_several(group), group, keys, places)
+            group, keys, positions = list_distinct_texts(batch)
+            group, keys, positions = _select(_is_of_several(group), group, keys, positions)
             if self.chosen is not None and len(group):
                 numbers = number + np.cumsum(_mark_starts(group)) - 1  # without gaps
                 number = int(numbers[-1]) + 1
-                group, keys, places = _select(self.chosen[numbers], group, keys, places)
+                group, keys, positions = _select(self.chosen[numbers], group, keys, positions)
             if self.left_out is not None:
-                group, keys, places = _select(~is_among(keys, self.left_out), group, keys, places)
-                group, keys, places = _select(_is_of_several(group), group, keys, places)
+                group, keys, positions = _select(
+                    ~is_among(keys, self.left_out), group, keys, positions
+                )
+                group, keys, positions = _select(_is_of_several(group), group, keys, positions)
             if not len(group):
                 continue
             starts = _find_starts(group)
@@ -115,7 +117,7 @@ class CaptionGroups(Iterable[CaptionGroup]):
                 counts=np.diff(starts, append=len(group)),
                 keys=keys,
                 group_ids=batch.column("group_id").take(first).take(pa.array(group[starts])),
-                places=places,
+                positions=positions,
                 texts=(batch.column("captions").flatten(), batch.column("long_captions").flatten()),
             )
 
@@ -196,14 +198,14 @@ def iterate_whole_groups(records: RecordTable) -> Iterator[pa.RecordBatch]:
 
 def list_distinct_texts(batch: pa.RecordBatch) -> tuple[Array, Array, Array]:
     """List the texts of a batch, each once per group, in the order of the records."""
-    row, places = locate_captions(batch)
+    row, positions = locate_captions(batch)
     group = (np.cumsum(_mark_starts(np.asarray(batch.column(0)))) - 1)[row]
     keys = np.asarray(batch.column("text_keys").flatten())
     order = np.lexsort((keys, group))  # stable: of equal ones, the first comes first
     repeats = (group[order][1:] == group[order][:-1]) & (keys[order][1:] == keys[order][:-1])
     is_first = np.ones(len(keys), np.bool_)
     is_first[order[1:][repeats]] = False
-    return group[is_first], keys[is_first], places[is_first]
+    return group[is_first], keys[is_first], positions[is_first]
 
 
 def count_groups(data: Sequence[CaptionedImage]) -> tuple[CaptionGroups, int, list[str]]:

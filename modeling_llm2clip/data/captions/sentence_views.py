@@ -68,7 +68,7 @@ def list_views(caption: str, num_views: int) -> list[str]:
         size = 1 + int(sample() * len(others))
         ranks = [sample() for _ in others]
         chosen = sorted(sorted(range(len(others)), key=ranks.__getitem__)[:size])
-        views["".join(others[place] for place in chosen).strip()] = None
+        views["".join(others[position] for position in chosen).strip()] = None
     return list(views)
 
 

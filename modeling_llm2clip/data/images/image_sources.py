@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ...image_loading_llm2clip import load_images, read_image_header
-from ..remote.file_places import FilePlace, read_range
+from ..remote.file_locations import FileLocation, read_range
 from ..remote.remote_access import INVALID_OFFSETS, describe, find_reading_failure
 
 # Suffixes of image files, in lower case and without the dot.
@@ -37,7 +37,7 @@ _CHECKED_AT_ONCE = 1024
 class TarImage:
     """A member of an uncompressed tar shard; `offset` is its first byte in the shard."""
 
-    shard: FilePlace
+    shard: FileLocation
     member: str
     offset: int
     size: int
@@ -57,7 +57,7 @@ class ParquetImage:
     `group_size` are the stored bytes of the column in the row's group; None for not yet known.
     """
 
-    file: FilePlace
+    file: FileLocation
     column: str
     row: int
     group_size: int | None = field(default=None, compare=False)

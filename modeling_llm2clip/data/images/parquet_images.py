@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from ..remote.file_places import FilePlace, open_place, require_unchanged
+from ..remote.file_locations import FileLocation, open_file, require_unchanged
 from ..remote.remote_files import FileInfo
 
 _FILES_KEPT = 2**14  # about 2 kB each
@@ -48,13 +48,13 @@ class ColumnLayout(NamedTuple):
 
 
 _LOCKS = [Lock() for _ in range(64)]
-_warned: set[FilePlace] = set()
+_warned: set[FileLocation] = set()
 
 
-def read_image_bytes(file: FilePlace, column: str, row: int) -> bytes:
+def read_image_bytes(file: FileLocation, column: str, row: int) -> bytes:
     """Read the encoded image of a row."""
     state = require_unchanged(file)
-    layout = find_layout(file, column, state)
+    layout = find_column_layout(file, column, state)
     number = layout.find_group(row)
     if not 0 <= number < len(layout.sizes):
         raise ValueError(f"{file} has no row {row}.")
@@ -65,15 +65,15 @@ def read_image_bytes(file: FilePlace, column: str, row: int) -> bytes:
     return bytes(value)
 
 
-def count_group_bytes(file: FilePlace, column: str, row: int) -> int:
+def count_group_bytes(file: FileLocation, column: str, row: int) -> int:
     """Return the stored bytes of the column in the row's group, from the footer."""
-    layout = find_layout(file, column, require_unchanged(file))
+    layout = find_column_layout(file, column, require_unchanged(file))
     return layout.sizes[layout.find_group(row)]
 
 
-def mark_images(file: FilePlace, column: str, state: FileInfo, group: int) -> Any:
+def mark_images(file: FileLocation, column: str, state: FileInfo, group: int) -> Any:
     """Mark the rows of a group that have bytes, which only some files say without reading them."""
-    layout = find_layout(file, column, state)
+    layout = find_column_layout(file, column, state)
     num_rows = layout.first_rows[group + 1] - layout.first_rows[group]
     num_nulls = layout.num_nulls[group]
     if num_nulls in (0, num_rows):
@@ -82,10 +82,10 @@ def mark_images(file: FilePlace, column: str, state: FileInfo, group: int) -> An
 
 
 @lru_cache(maxsize=_FILES_KEPT)
-def find_layout(file: FilePlace, column: str, state: FileInfo) -> ColumnLayout:  # noqa: ARG001
+def find_column_layout(file: FileLocation, column: str, state: FileInfo) -> ColumnLayout:  # noqa: ARG001
     """Read where a column's images are from the footer of a file."""
     try:
-        with open_place(file) as opened:
+        with open_file(file) as opened:
             footer = pq.read_metadata(opened)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{file}: not a Parquet file, or broken ({error}).") from error
@@ -105,18 +105,18 @@ def find_layout(file: FilePlace, column: str, state: FileInfo) -> ColumnLayout: 
     )
 
 
-def read_group_column(file: FilePlace, column: str, state: FileInfo, group: int) -> Any:
+def read_group_column(file: FileLocation, column: str, state: FileInfo, group: int) -> Any:
     """Read the bytes of a column in one row group; those that were read last are kept."""
     with _LOCKS[hash((file, group)) % len(_LOCKS)]:  # threads that want the same group wait for it
         return _read_group_column(file, column, state, group)
 
 
 @lru_cache(maxsize=_GROUPS_KEPT)
-def _read_group_column(file: FilePlace, column: str, state: FileInfo, group: int) -> Any:
-    layout = find_layout(file, column, state)
+def _read_group_column(file: FileLocation, column: str, state: FileInfo, group: int) -> Any:
+    layout = find_column_layout(file, column, state)
     try:
         with (
-            open_place(file) as source,
+            open_file(file) as source,
             pq.ParquetFile(source, metadata=layout.footer) as opened,
         ):
             table = opened.read_row_group(group, columns=[layout.leaf], use_threads=False)

@@ -42,9 +42,9 @@ def hash_own_texts(text_keys: pa.ListArray, num_short: Array) -> Array:
     ends = np.asarray(text_keys.offsets)
     ends = ends - ends[0]  # of a slice, whose keys are flattened alone
     counts = np.diff(ends)
-    places = np.arange(ends[-1]) - np.repeat(ends[:-1], counts)
+    positions = np.arange(ends[-1]) - np.repeat(ends[:-1], counts)
     powers = np.cumprod(np.full(counts.max(initial=0), _ODD))  # may wrap around, as the sums may
-    sums = np.append(0, np.cumsum(np.asarray(text_keys.flatten()) * powers[places]))
+    sums = np.append(0, np.cumsum(np.asarray(text_keys.flatten()) * powers[positions]))
     return np.asarray(np.diff(sums[ends]) + num_short)
 
 
@@ -122,12 +122,12 @@ def _measure(batch: pa.RecordBatch) -> Array | None:
         return None
     sizes = np.array(batch.column("image_size").fill_null(-1))
     unknown = np.flatnonzero(sizes < 0)
-    places = batch.take(pa.array(unknown)).to_pydict()
-    for row, *place in zip(unknown.tolist(), *places.values(), strict=True):
-        kind, file, *_ = place
+    columns = batch.take(pa.array(unknown)).to_pydict()
+    for row, *image in zip(unknown.tolist(), *columns.values(), strict=True):
+        kind, file, *_ = image
         # Without a Path, which takes longer than the call.
         is_file = kind == IMAGE_FILE
-        sizes[row] = os.stat(file).st_size if is_file else count_bytes(make_image(*place))  # noqa: PTH116
+        sizes[row] = os.stat(file).st_size if is_file else count_bytes(make_image(*image))  # noqa: PTH116
     return sizes
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from ..atomic_files import FREE_TEMPORARY_FOLDER, explain_full_disk, temporary_folder
-from ..remote.file_places import describe_states
+from ..remote.file_locations import describe_states
 from ..sources.parquet import read_parquet_file
 from ..validation_errors import ErrorCollector
 from .record_index import find_repeated

@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..images.image_sources import EncodedImage, ImageSource, ParquetImage, TarImage
-from ..remote.file_places import parse_place
+from ..remote.file_locations import parse_location
 from .records import CaptionedImage, FoundFile
 
 Integers: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
@@ -124,9 +124,9 @@ def make_image(
         return Path(file)
     assert member is not None and offset is not None
     if kind == PARQUET_IMAGE:
-        return ParquetImage(parse_place(file), member, offset, size)
+        return ParquetImage(parse_location(file), member, offset, size)
     assert size is not None
-    return TarImage(parse_place(file), member, offset, size)
+    return TarImage(parse_location(file), member, offset, size)
 
 
 def _locate(

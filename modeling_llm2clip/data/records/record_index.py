@@ -45,11 +45,11 @@ from ..atomic_files import (
     temporary_folder,
 )
 from ..record_fields import Modality
-from ..remote.file_places import (
-    FilePlace,
+from ..remote.file_locations import (
+    FileLocation,
     describe_states,
     list_states,
-    name_place,
+    name_file,
     use_states,
 )
 from ..remote.remote_files import FileInfo
@@ -227,7 +227,7 @@ def _read_in_processes(
         pool.shutdown(kill_workers=True)
 
 
-def _start_process(states: dict[FilePlace, FileInfo]) -> None:
+def _start_process(states: dict[FileLocation, FileInfo]) -> None:
     # Without a garbage collection: it looks at every text of a batch, and there are no cycles.
     gc.disable()
     use_states(states)
@@ -273,7 +273,7 @@ def iterate_repeated(table: RecordTable) -> Iterator[tuple[int, str]]:
 
 def _name_index(job: IndexJob, states: Sequence[FileInfo | None]) -> Path:
     """Return the beginning of an index's file names: a hash of its source, and of its state."""
-    base, names = job.source.base, [name_place(file) for file in job.source.files[:1]]
+    base, names = job.source.base, [name_file(file) for file in job.source.files[:1]]
     folders = [folder for folder in (base, job.rules.image_dir) if isinstance(folder, Path)]
     # An index keeps relative paths of images as they were given; they start from this folder.
     start = None if all(folder.is_absolute() for folder in folders) else os.getcwd()  # noqa: PTH109

@@ -17,8 +17,8 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..._suggestions import MAX_LISTED, counted, list_first
 from ..images.image_sources import ImageSource, count_bytes
-from ..key_arrays import Array, find_first_rows, group_places
-from ..remote.file_places import FilePlace, list_states, use_states
+from ..key_arrays import Array, find_first_rows, group_positions
+from ..remote.file_locations import FileLocation, list_states, use_states
 from ..remote.remote_files import FileInfo
 from ..sources.json_files import parse_json
 from .record_columns import (
@@ -207,9 +207,9 @@ class RecordTable(Sequence[CaptionedImage]):
             return values
         located = self._locate(rows)
         values = np.empty(len(located), dtype)
-        for number, places in group_places(located // ROWS_PER_BATCH):
-            within = located[places] - number * ROWS_PER_BATCH
-            values[places] = read(self._batches[number].column(name))[within]
+        for number, positions in group_positions(located // ROWS_PER_BATCH):
+            within = located[positions] - number * ROWS_PER_BATCH
+            values[positions] = read(self._batches[number].column(name))[within]
         return values
 
     def read_text_keys(self, rows: Array, numbers: Array) -> Array:
@@ -225,10 +225,10 @@ class RecordTable(Sequence[CaptionedImage]):
         """
         located = self._locate(rows)
         keys = np.empty(len(located), np.int64)
-        for number, places in group_places(located // ROWS_PER_BATCH):
+        for number, positions in group_positions(located // ROWS_PER_BATCH):
             column = self._batches[number].column("text_keys")
-            starts = np.asarray(column.offsets)[located[places] - number * ROWS_PER_BATCH]
-            keys[places] = np.asarray(column.values)[starts + numbers[places]]
+            starts = np.asarray(column.offsets)[located[positions] - number * ROWS_PER_BATCH]
+            keys[positions] = np.asarray(column.values)[starts + numbers[positions]]
         return keys
 
     def iterate_numbers(self, name: str) -> Iterator[Array]:
@@ -309,10 +309,10 @@ class RecordTable(Sequence[CaptionedImage]):
     def _take(self, names: Sequence[str], rows: Array) -> pa.RecordBatch:
         """Gather rows of the batches, at most as many as a batch has, in their order."""
         parts, order = [], []
-        for number, places in group_places(rows // ROWS_PER_BATCH):
-            within = pa.array(rows[places] - number * ROWS_PER_BATCH)
+        for number, positions in group_positions(rows // ROWS_PER_BATCH):
+            within = pa.array(rows[positions] - number * ROWS_PER_BATCH)
             parts.append(self._batches[number].select(list(names)).take(within))
-            order.append(places)
+            order.append(positions)
         if len(parts) == 1:
             return parts[0]
         back = np.argsort(np.concatenate(order))
@@ -360,7 +360,7 @@ def _unpickle(
     file: Path | None,
     rows: Array | None,
     skipped: Mapping[str, int],
-    states: dict[FilePlace, FileInfo],
+    states: dict[FileLocation, FileInfo],
 ) -> RecordTable:
     use_states(states)
     if file is not None:

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..remote.file_places import FilePlace, parse_place
+from ..remote.file_locations import FileLocation, parse_location
 from ..remote.remote_access import RetryPolicy
 from ..remote.remote_files import PIPE, is_remote
 from ..remote.shard_urls import (
@@ -59,7 +59,7 @@ class SourcePart:
     `name` is that of the file in names of images and places of errors; lines count from 1.
     """
 
-    file: FilePlace
+    file: FileLocation
     name: str
     start: int = 0
     stop: int | None = None
@@ -73,8 +73,8 @@ class SourceFiles:
     Names of shards and images are relative to `base`, a folder or the beginning of all URLs.
     """
 
-    files: list[FilePlace]
-    base: FilePlace
+    files: list[FileLocation]
+    base: FileLocation
     suffix: str
 
     def split(self) -> list[SourcePart]:
@@ -151,7 +151,7 @@ def _find_shards(source: str, modality: Modality | None) -> SourceFiles:
         )
     base, suffix = find_base(shards), find_format(shards[0])
     if any(is_remote(shard) for shard in shards):
-        return SourceFiles([parse_place(shard) for shard in shards], base, suffix)
+        return SourceFiles([parse_location(shard) for shard in shards], base, suffix)
     if len(shards) > 1 and suffix not in _SEVERAL_FILES:
         raise _refuse_several(source, len(shards), suffix)
     return SourceFiles([Path(shard) for shard in shards], Path(base), suffix)

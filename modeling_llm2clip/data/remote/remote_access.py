@@ -125,7 +125,7 @@ def find_reading_failure(error: BaseException) -> OSError | None:
     return None
 
 
-def raise_disk_failure(error: BaseException, place: object) -> None:
+def raise_disk_failure(error: BaseException, location: object) -> None:
     """Raise if a disk or server failed; not if a single file is missing, closed or broken."""
     failure = find_reading_failure(error)
     if failure is None or isinstance(failure, _OF_ONE_FILE):
@@ -136,7 +136,7 @@ def raise_disk_failure(error: BaseException, place: object) -> None:
         failure.errno,
         f"{failure.strerror or failure}: the disk or server failed. Run the same command again "
         "once it can be read",
-        str(place),
+        str(location),
     ) from error
 
 

@@ -36,14 +36,14 @@ _TAGS = ("ETag", "etag", "blob_id", "Last-Modified", "LastModified", "last_modif
 class ChangedFileError(LostFileError):
     """A file is in another state than it was described in."""
 
-    def __init__(self, place: object, known: object, now: object) -> None:
+    def __init__(self, location: object, known: object, now: object) -> None:
         remedy = "Load the data again"
-        if is_remote(str(place)):
+        if is_remote(str(location)):
             remedy += "; copy files here whose server gives each reply another tag"
         super().__init__(
-            f"{place}: the file has changed while it was used (was {known}, is {now}). {remedy}"
+            f"{location}: the file has changed while it was used (was {known}, is {now}). {remedy}"
         )
-        self._arguments = place, known, now
+        self._arguments = location, known, now
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._arguments
@@ -149,7 +149,7 @@ class RemoteFile:
         if self.url.startswith(_HTTP):
             options = {"size": known.size or 1, "raise_for_status": self._check_reply}
         else:
-            require_same(self.url, known, self._ask())
+            require_same_state(self.url, known, self._ask())
         return filesystem.open(
             path,
             "rb",
@@ -176,7 +176,7 @@ class RemoteFile:
                     f"{self.url}: its server sent {sent} where {asked} was asked for. Copy the "
                     "file here."
                 )
-            require_same(self.url, self.describe(), now)
+            require_same_state(self.url, self.describe(), now)
         except (AccessError, ChangedFileError):
             reply.close()
             raise
@@ -192,7 +192,7 @@ class RemoteFile:
         """Read bytes from the middle of the file."""
 
         def read() -> bytes:
-            with self._reading:  # an open file is at one place at a time
+            with self._reading:  # an open file has one position
                 try:
                     if self._opened is None:
                         self._opened = self._open()
@@ -223,13 +223,13 @@ class RemoteFile:
         return self.try_(lambda: Path(self.url).open("rb"))
 
 
-def require_same(place: object, known: FileInfo, now: FileInfo) -> None:
+def require_same_state(location: object, known: FileInfo, now: FileInfo) -> None:
     """Raise ChangedFileError if size or tag differ, where both states have one of the same name."""
     has_size = known.size is not None and now.size is not None
     names = {(tag or "").partition("=")[0] for tag in (known.tag, now.tag)}
     has_tag = len(names) == 1 and names != {""}
     if (has_size and known.size != now.size) or (has_tag and known.tag != now.tag):
-        raise ChangedFileError(place, tuple(known), tuple(now))
+        raise ChangedFileError(location, tuple(known), tuple(now))
 
 
 def _find_tag(facts: Mapping[str, Any]) -> str | None:

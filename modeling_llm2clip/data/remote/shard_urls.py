@@ -162,16 +162,16 @@ def _split_pattern(pattern: str) -> tuple[Path, str]:
 
 def _expand(source: str, policy: RetryPolicy) -> list[str]:
     shards = []
-    for place in _spell(source):
-        if place.startswith(PIPE):
-            shards.append(place)
-        elif find_format(place) == _LIST:
-            lines = _read_lines(place, policy)
+    for shard in _spell(source):
+        if shard.startswith(PIPE):
+            shards.append(shard)
+        elif find_format(shard) == _LIST:
+            lines = _read_lines(shard, policy)
             shards += [shard for line in lines for shard in _expand(line, policy)]
-        elif is_remote(place):
-            shards += _list_remote(place, policy)
+        elif is_remote(shard):
+            shards += _list_remote(shard, policy)
         else:
-            shards += _list_local(place)
+            shards += _list_local(shard)
     return shards
 
 
@@ -186,7 +186,7 @@ def _spell(source: str) -> Iterator[str]:
 def _read_lines(file: str, policy: RetryPolicy) -> list[str]:
     with RemoteFile(file, policy, is_first=True).open_stream() as opened:
         lines = opened.read().decode("utf-8-sig").splitlines()
-    return [place for line in lines if (place := line.partition("#")[0].strip())]
+    return [shard for line in lines if (shard := line.partition("#")[0].strip())]
 
 
 def _list_local(source: str) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..record_fields import RawRecord
-from ..remote.file_places import FilePlace, name_place, open_buffered
+from ..remote.file_locations import FileLocation, name_file, open_buffered
 from ..validation_errors import ErrorCollector
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which some editors write in front of UTF-8
@@ -25,7 +25,7 @@ _NOT_BLANK = re.compile(r"[^ \t\r\n]")
 
 
 def read_json_lines(
-    file: FilePlace,
+    file: FileLocation,
     errors: ErrorCollector,
     *,
     start: int = 0,
@@ -34,7 +34,7 @@ def read_json_lines(
     name: str | None = None,
 ) -> Iterator[RawRecord]:
     """Yield a raw record per line that is not blank."""
-    bare_name = name_place(file)
+    bare_name = name_file(file)
     name = name or bare_name
     for number, line in iterate_lines(file, start=start, stop=stop, first_line=first_line):
         place = f"{bare_name} line {number}"
@@ -48,7 +48,7 @@ def read_json_lines(
 
 
 def iterate_lines(
-    file: FilePlace, *, start: int = 0, stop: int | None = None, first_line: int = 1
+    file: FileLocation, *, start: int = 0, stop: int | None = None, first_line: int = 1
 ) -> Iterator[tuple[int, bytes]]:
     """Yield the number, from 1, and the bytes of each line that is not blank.
 

@@ -15,9 +15,9 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from ..images.image_sources import ParquetImage
-from ..images.parquet_images import find_layout, mark_images
+from ..images.parquet_images import find_column_layout, mark_images
 from ..record_fields import RawRecord, list_fields_read
-from ..remote.file_places import FilePlace, describe_states, open_place, require_unchanged
+from ..remote.file_locations import FileLocation, describe_states, open_file, require_unchanged
 from ..remote.remote_access import AccessError, name_reading_error
 from ..validation_errors import ErrorCollector
 from .download_notes import (
@@ -50,7 +50,7 @@ def read_parquet(
 
 
 def read_parquet_file(
-    file: FilePlace,
+    file: FileLocation,
     name: str,
     errors: ErrorCollector,
     *,
@@ -108,10 +108,10 @@ def iterate_rows(
                 yield f"{name} row {number}", row
 
 
-def _open(file: FilePlace, name: str, errors: ErrorCollector) -> Any:
+def _open(file: FileLocation, name: str, errors: ErrorCollector) -> Any:
     """Open a file; None if it cannot be read, which is noted."""
     try:
-        return pq.ParquetFile(file if isinstance(file, Path) else open_place(file))
+        return pq.ParquetFile(file if isinstance(file, Path) else open_file(file))
     except AccessError:
         raise
     except (pa.ArrowException, OSError) as error:
@@ -129,7 +129,7 @@ _Row: TypeAlias = tuple[int, dict[str, Any], dict[str, Any]]
 
 
 def _read_all(
-    file: FilePlace, opened: Any, columns: Collection[str], name: str, errors: ErrorCollector
+    file: FileLocation, opened: Any, columns: Collection[str], name: str, errors: ErrorCollector
 ) -> Iterator[_Row]:
     """Yield the rows up to the first that cannot be read, which is noted."""
     try:
@@ -140,7 +140,7 @@ def _read_all(
         _add_broken(name, error, errors)
 
 
-def _read_rows(file: FilePlace, opened: Any, columns: Collection[str]) -> Iterator[_Row]:
+def _read_rows(file: FileLocation, opened: Any, columns: Collection[str]) -> Iterator[_Row]:
     """Yield number and columns of each row, and the path that each image came with.
 
     An image is its address, or its path where the file has no bytes of it.
@@ -167,10 +167,10 @@ def _read_rows(file: FilePlace, opened: Any, columns: Collection[str]) -> Iterat
         start += batch.num_rows
 
 
-def _find_addresses(file: FilePlace, column: str, start: int, paths: list[Any]) -> list[Any]:
+def _find_addresses(file: FileLocation, column: str, start: int, paths: list[Any]) -> list[Any]:
     """Return the addresses of the images of some rows, or their paths where there are no bytes."""
     state = require_unchanged(file)
-    layout = find_layout(file, column, state)
+    layout = find_column_layout(file, column, state)
     addresses, row = list(paths), start
     while row < start + len(paths):
         number = layout.find_group(row)

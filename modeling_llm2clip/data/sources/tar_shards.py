@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from ..images.image_sources import IMAGE_SUFFIXES, PackedImage, TarImage
 from ..record_fields import CAPTION_FIELDS, RawRecord
-from ..remote.file_places import FilePlace, open_buffered
+from ..remote.file_locations import FileLocation, open_buffered
 from ..remote.remote_access import AccessError, name_reading_error
 from ..validation_errors import ErrorCollector
 from .download_notes import drop_download_notes
@@ -109,7 +109,7 @@ class TarSample:
         return RawRecord(f"{name}: {key}", fields, packed=image, default_name=default_name)
 
 
-def read_tar_shard(shard: FilePlace, name: str, errors: ErrorCollector) -> Iterator[RawRecord]:
+def read_tar_shard(shard: FileLocation, name: str, errors: ErrorCollector) -> Iterator[RawRecord]:
     """Yield a raw record per sample, in the order of their first members."""
     for key, sample in _index_shard(shard, name, errors).items():
         if len(sample.images) > 1:
@@ -118,7 +118,7 @@ def read_tar_shard(shard: FilePlace, name: str, errors: ErrorCollector) -> Itera
             yield sample.make_record(name, key)
 
 
-def _index_shard(shard: FilePlace, name: str, errors: ErrorCollector) -> dict[str, TarSample]:
+def _index_shard(shard: FileLocation, name: str, errors: ErrorCollector) -> dict[str, TarSample]:
     """Read every header of a shard once, and the texts; skip the images."""
     samples: dict[str, TarSample] = {}
     try:

@@ -22,7 +22,7 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from ..key_arrays import Array, group_places
+from ..key_arrays import Array, group_positions
 from ..records.data_hashes import hash_own_texts
 from ..records.record_columns import ROWS_PER_BATCH
 from .store_manifest import INDEX_FILE, StoreManifest
@@ -113,7 +113,7 @@ class StoreIndex:
             yield short, (np.diff(ends) - short).astype(short.dtype)
 
     def locate(self, item: int) -> tuple[int, int]:
-        """Return the batch of an item, and its place there."""
+        """Return the batch of an item, and its position there."""
         if not -self._length <= item < self._length:
             raise IndexError(f"There is no item {item}: the store has {self._length}.")
         return divmod(int(item) % self._length, ROWS_PER_BATCH)
@@ -131,10 +131,10 @@ class StoreIndex:
         Raises:
             IndexError: There is no such item.
         """
-        number, place = self.locate(item)
+        number, position = self.locate(item)
         ends, rows = self._read_lists("rows", number)
-        num_short = self.batch(number).column("num_short")[place].as_py()
-        start, stop = int(ends[place]), int(ends[place + 1])
+        num_short = self.batch(number).column("num_short")[position].as_py()
+        start, stop = int(ends[position]), int(ends[position + 1])
         middle = start + num_short
         return np.array(rows[middle:stop] if long else rows[start:middle])
 
@@ -181,18 +181,18 @@ class StoreIndex:
         values = np.empty(len(items), np.int64)
         if bad := items[(items < 0) | (items >= self._length)][:1].tolist():
             raise IndexError(f"There is no item {bad[0]}: the store has {self._length}.")
-        for batch, places in group_places(items // ROWS_PER_BATCH):
+        for batch, positions in group_positions(items // ROWS_PER_BATCH):
             ends, listed = self._read_lists(column, batch)
-            within = items[places] - batch * ROWS_PER_BATCH
-            start, chosen = ends[within].astype(np.int64), numbers[places]
+            within = items[positions] - batch * ROWS_PER_BATCH
+            start, chosen = ends[within].astype(np.int64), numbers[positions]
             lacking = (chosen < 0) | (start + chosen >= ends[within + 1])
             if lacking.any():
-                first = places[lacking.argmax()]
+                first = positions[lacking.argmax()]
                 raise IndexError(
                     f"Item {items[first]} has no caption {numbers[first]}, counted from 0: it has "
                     f"{np.diff(ends)[within][lacking.argmax()]}."
                 )
-            values[places] = listed[start + chosen]
+            values[positions] = listed[start + chosen]
         return values
 
     def batch(self, number: int) -> pa.RecordBatch:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from ..key_arrays import Array, group_places
+from ..key_arrays import Array, group_positions
 from .store_manifest import STORED_DTYPES, StoreManifest
 
 
@@ -37,14 +37,14 @@ class StoreShards:
     def read(self, rows: Array) -> Array:
         """Read rows, (N, D) in the stored dtype, bfloat16 as uint16; damaged files raise."""
         shards = np.searchsorted(self._first_rows, rows, side="right") - 1
-        parts = dict(group_places(shards))
+        parts = dict(group_positions(shards))
         if new := parts.keys() - self.verified:
             records = [self._manifest.shards[shard] for shard in sorted(new)]
             self._manifest.require_intact(self._folder, records)
             self.verified |= new
         embeds = np.empty((len(rows), self._manifest.dim), STORED_DTYPES[self._manifest.dtype])
-        for shard, places in parts.items():
-            embeds[places] = self._map(shard)[rows[places] - self._first_rows[shard]]
+        for shard, positions in parts.items():
+            embeds[positions] = self._map(shard)[rows[positions] - self._first_rows[shard]]
         return embeds
 
     def _map(self, shard: int) -> Array:

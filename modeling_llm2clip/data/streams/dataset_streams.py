@@ -83,7 +83,7 @@ class _DatasetShards(ShardReader):
     def divide(self, num_readers: int, epoch: int) -> _DatasetShards:
         """Return a part for each reader."""
         divided = copy(self)
-        # New objects, because an object that was resumed begins at that place again.
+        # New objects, because an object that was resumed starts from that state again.
         divided._parts = [
             self._dataset.shard(num_shards=num_readers, index=number)
             if num_readers > 1

@@ -165,7 +165,7 @@ class StreamRun:
         self._num_readers = num_readers
         order = np.random.default_rng([stream.seed, epoch]).permutation(len(self._reader.shards))
         self._order: list[int] = order[number::num_readers].tolist()
-        self._place = 0  # in the order
+        self._next_shard = 0  # in the order
         self._next_sample = 0  # in that shard
         self._num_drawn = 0  # samples that left the buffer
         self._block = -1  # of numbers in the next line
@@ -221,7 +221,7 @@ class StreamRun:
         return record
 
     def _draw(self) -> int:
-        """Return a number that depends on nothing but seed, epoch, reader and place."""
+        """Return a number that only depends on seed, epoch, reader and how many were drawn."""
         within = self._num_drawn % _DRAWS_AT_ONCE
         block = self._num_drawn // _DRAWS_AT_ONCE
         if self._block != block:
@@ -232,9 +232,9 @@ class StreamRun:
 
     def _read_one(self) -> bool:
         """Read a sample into the buffer, or note what is wrong with it; False at the end."""
-        if self._place >= len(self._order):
+        if self._next_shard >= len(self._order):
             return False
-        shard = self._order[self._place]
+        shard = self._order[self._next_shard]
         try:
             if self._rest is None:
                 self._rest = self._reader.read(
@@ -277,7 +277,7 @@ class StreamRun:
         self.report.problems.add("request made again", f"{url} ({reason})")
 
     def _go_to_next_shard(self) -> None:
-        self._place += 1
+        self._next_shard += 1
         self._next_sample = 0
         self._rest = self._position = None
 
@@ -299,14 +299,14 @@ class StreamRun:
 
     def save(self) -> dict[str, Any]:
         """Return the state as plain values."""
-        is_reading = self._place < len(self._order) and self._next_sample > 0
+        is_reading = self._next_shard < len(self._order) and self._next_sample > 0
         position = self._position
         if is_reading and position is None:
-            position = self._reader.save(self._order[self._place])
+            position = self._reader.save(self._order[self._next_shard])
         return {
             **self._identity,
             "epoch": self._epoch,
-            "place": [self._place, self._next_sample],
+            "next": [self._next_shard, self._next_sample],
             "position": position,
             "num_drawn": self._num_drawn,
             "contents": [
@@ -337,7 +337,7 @@ class StreamRun:
                 f"The state is of another stream: {', '.join(differing)} differ. Go on with the "
                 "same shards, seed, buffer_size, processes and workers."
             )
-        self._place, self._next_sample = state["place"]
+        self._next_shard, self._next_sample = state["next"]
         self._num_drawn = state["num_drawn"]
         self.report = StreamReport.from_state(state["report"])
         numbers, self._position = state["buffer"], state["position"]
@@ -350,7 +350,7 @@ class StreamRun:
 
     def _refill(self, addresses: list[tuple[int, int]], contents: dict[int, Any]) -> None:
         records: dict[tuple[int, int], CaptionedImage] = {}
-        current = self._order[self._place] if self._place < len(self._order) else None
+        current = self._order[self._next_shard] if self._next_shard < len(self._order) else None
         buffered: dict[int, set[int]] = {}
         for shard, number in addresses:
             buffered.setdefault(shard, set()).add(number)

@@ -19,7 +19,7 @@ from ...configs.evaluation_config import EvaluatedDataset
 from ...data.records.record_loading import fetch_dataset_folder, read_configured_records
 from ...data.records.record_table import RecordTable
 from ...data.records.records import CaptionedImage
-from ...data.remote.file_places import FilePlace
+from ...data.remote.file_locations import FileLocation
 from ...data.remote.remote_files import is_remote
 from . import caption_readers, choice_dataset, classification_dataset, custom_folder
 from .caption_readers import JsonCaptions, ParquetCaptions
@@ -293,7 +293,7 @@ def read_data(
 
 def _find_folder(
     spec: DatasetSpec, folder: str | Path | None, *, lang: str | None = None
-) -> FilePlace | None:
+) -> FileLocation | None:
     """Find the folder of a dataset, fetched if it is on the Hub: one language, or all for None."""
     if spec.origin != "files":
         if folder is not None:

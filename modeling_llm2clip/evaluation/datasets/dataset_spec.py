@@ -36,7 +36,7 @@ from typing import Any, Literal, TypeAlias
 
 from ...data.atomic_files import hash_file
 from ...data.images.image_sources import IMAGE_SUFFIXES, ImageSource, find_unreadable_images
-from ...data.remote.file_places import FilePlace
+from ...data.remote.file_locations import FileLocation
 from ...data.remote.remote_access import READING_ERRORS
 from ...data.validation_errors import ErrorCollector
 
@@ -165,7 +165,7 @@ class DatasetReading:
     """
 
     spec: DatasetSpec
-    folder: FilePlace | None
+    folder: FileLocation | None
     image_dir: Path | None = None
     lang: str = "en"
     skip_invalid: bool = False

@@ -29,7 +29,7 @@ from ...data.records.data_hashes import describe_images, hash_records
 from ...data.records.record_table import Array, RecordTable
 from ...data.records.records import CaptionedImage
 from ...data.records.splits import list_text_keys
-from ...data.remote.file_places import FilePlace, list_states, use_states
+from ...data.remote.file_locations import FileLocation, list_states, use_states
 from ...data.remote.remote_files import FileInfo
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.streams.record_streams import RecordStream, make_loader, read_report
@@ -249,7 +249,7 @@ class StreamData:
         return f"stream-{self._process}.pt"
 
 
-def _start_worker(states: dict[FilePlace, FileInfo], _: int) -> None:
+def _start_worker(states: dict[FileLocation, FileInfo], _: int) -> None:
     """Let a process that makes batches read remote files in the states that are known here."""
     use_states(states)
 

@@ -21,10 +21,10 @@ from modeling_llm2clip.data.images.image_sources import (
     find_unreadable_images,
 )
 from modeling_llm2clip.data.records.record_loading import load_records
-from modeling_llm2clip.data.remote import file_places
+from modeling_llm2clip.data.remote import file_locations
 from modeling_llm2clip.data.validation_errors import DataValidationError
 
-pytestmark = pytest.mark.usefixtures("own_cache", "new_places")
+pytestmark = pytest.mark.usefixtures("own_cache", "new_states")
 
 
 # A BigTIFF whose directory is where no file has bytes: the operating system says EINVAL.
@@ -95,7 +95,7 @@ def test_a_server_that_fails_says_nothing_of_its_images(
     with ShardServer(folder) as server:
         records = load_records(f"{server.url}/{names}", cache=False)
         images = [record.image for record in records if record.image]
-        file_places._open_remote.cache_clear()
+        file_locations._open_remote.cache_clear()
         before = server.requests.total()
         for file in folder.iterdir():
             server.status[file.name] = status

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from modeling_llm2clip.data.images import parquet_images
 from modeling_llm2clip.data.images.parquet_images import (
     count_group_bytes,
-    find_layout,
+    find_column_layout,
     read_image_bytes,
 )
-from modeling_llm2clip.data.remote import file_places
+from modeling_llm2clip.data.remote import file_locations
 
 
 def write_images(
@@ -80,9 +80,9 @@ def test_every_image_is_what_was_written(data: st.DataObject, tmp_path: Path) ->
 
 def clear_caches() -> None:
     """Files are written anew here, as if in another process."""
-    find_layout.cache_clear()
+    find_column_layout.cache_clear()
     parquet_images._read_group_column.cache_clear()
-    file_places._states.clear()
+    file_locations._states.clear()
 
 
 def test_a_large_row_group_is_named_once_with_the_command_that_rewrites_the_file(

@@ -31,7 +31,7 @@ from modeling_llm2clip.data.records.record_index import IndexJob
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.record_table import RecordTable, skipped_file
 from modeling_llm2clip.data.records.source_files import find_source
-from modeling_llm2clip.data.remote import file_places
+from modeling_llm2clip.data.remote import file_locations
 from modeling_llm2clip.data.remote.remote_access import AccessError, LostFileError
 from modeling_llm2clip.data.validation_errors import DataValidationError
 
@@ -330,7 +330,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(
 def test_a_table_of_an_index_is_mapped_again_where_it_is_unpickled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_places, "_states", {})
+    monkeypatch.setattr(file_locations, "_states", {})
     records = load_records(write(tmp_path / "data", LINES), require_images=False)
     content = pickle.dumps(records.select([3, 1]))
     # Bytes: the path and two numbers, the state of the source, and no text.

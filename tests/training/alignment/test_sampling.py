@@ -30,7 +30,7 @@ from modeling_llm2clip.data.captions.sentence_views import with_views
 from modeling_llm2clip.data.records.record_columns import hash_text
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
-from modeling_llm2clip.data.remote import file_places
+from modeling_llm2clip.data.remote import file_locations
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.streams.record_streams import stream_records
 from modeling_llm2clip.embedding.extract import extract
@@ -57,7 +57,7 @@ def test_processes_that_make_batches_read_files_in_the_states_that_were_loaded(
     tmp_path: Path, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where they are not forked, as on macOS."""
-    monkeypatch.setattr(file_places, "_states", {})
+    monkeypatch.setattr(file_locations, "_states", {})
     image = io.BytesIO()
     Image.new("RGB", (9, 6), "red").save(image, "png")
     members = {f"{n}.png": image.getvalue() for n in range(4)}

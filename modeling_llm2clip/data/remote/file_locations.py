@@ -1,4 +1,4 @@
-"""Opens a file by its place: the path of a local file, or the URL of one that is elsewhere.
+"""Opens a file by its location: the path of a local file, or the URL of one that is elsewhere.
 
 A remote file is read in blocks, and fsspec keeps the last ones. So images that lie side by side, as
 in a shard that is read from front to back, cost one request for many of them. An image here and
@@ -30,61 +30,61 @@ from .remote_files import (
     RemoteFile,
     SeekableFile,
     is_remote,
-    require_same,
+    require_same_state,
 )
 
-FilePlace: TypeAlias = Path | str  # a text is a URL
+FileLocation: TypeAlias = Path | str  # a text is a URL
 _FILES_OPEN = 32
 _REQUESTS_AT_ONCE = 16
-_states: dict[FilePlace, FileInfo] = {}  # in which files were described last
+_states: dict[FileLocation, FileInfo] = {}  # in which files were described last
 
 
-def parse_place(text: str) -> FilePlace:
-    """Turn a text into a place."""
+def parse_location(text: str) -> FileLocation:
+    """Turn a text into a location."""
     if text.startswith("file://"):
         return Path(url2pathname(urlsplit(text).path))
     return text if is_remote(text) else Path(text)
 
 
-def name_place(place: FilePlace) -> str:
+def name_file(location: FileLocation) -> str:
     """Return the name of a file, without its folder and the query of its URL."""
-    return place.name if isinstance(place, Path) else Path(urlsplit(place).path).name
+    return location.name if isinstance(location, Path) else Path(urlsplit(location).path).name
 
 
-def find_state(place: FilePlace) -> FileInfo:
+def find_state(location: FileLocation) -> FileInfo:
     """Return the state of a local file now, or the one in which a remote file was described."""
-    if isinstance(place, Path):
-        status = place.stat()
+    if isinstance(location, Path):
+        status = location.stat()
         return FileInfo(status.st_size, f"mtime={status.st_mtime_ns}")
-    if place not in _states:
-        _states[place] = RemoteFile(place, RetryPolicy()).describe()
-    return _states[place]
+    if location not in _states:
+        _states[location] = RemoteFile(location, RetryPolicy()).describe()
+    return _states[location]
 
 
-def require_unchanged(place: FilePlace) -> FileInfo:
+def require_unchanged(location: FileLocation) -> FileInfo:
     """Return the state of a file; one that has changed since it was described is an error."""
-    now = find_state(place)
-    if _states.setdefault(place, now) != now:
-        raise ChangedFileError(place, tuple(_states[place]), tuple(now))
+    now = find_state(location)
+    if _states.setdefault(location, now) != now:
+        raise ChangedFileError(location, tuple(_states[location]), tuple(now))
     return now
 
 
-def open_place(place: FilePlace) -> io.RawIOBase:
+def open_file(location: FileLocation) -> io.RawIOBase:
     """Open a file to read it in any order, without a buffer."""
-    if isinstance(place, Path):
-        return io.FileIO(place)
-    return SeekableFile(_open_remote(place, find_state(place), os.getpid()))
+    if isinstance(location, Path):
+        return io.FileIO(location)
+    return SeekableFile(_open_remote(location, find_state(location), os.getpid()))
 
 
-def open_buffered(place: FilePlace) -> io.BufferedReader:
+def open_buffered(location: FileLocation) -> io.BufferedReader:
     """Open a file to read lines or small parts of it."""
-    return io.BufferedReader(open_place(place))
+    return io.BufferedReader(open_file(location))
 
 
-def read_range(place: FilePlace, offset: int, size: int) -> bytes:
+def read_range(location: FileLocation, offset: int, size: int) -> bytes:
     """Read a part of a file that has not changed."""
-    require_unchanged(place)
-    with open_buffered(place) as file:
+    require_unchanged(location)
+    with open_buffered(location) as file:
         file.seek(offset)
         content = file.read(size)
     if len(content) != size:
@@ -94,21 +94,21 @@ def read_range(place: FilePlace, offset: int, size: int) -> bytes:
     return content
 
 
-def describe_states(places: Sequence[FilePlace]) -> list[FileInfo | None]:
+def describe_states(locations: Sequence[FileLocation]) -> list[FileInfo | None]:
     """Describe and note the states of files; None if a server says too little.
 
     Warns of files that were in another state before.
     """
     _open_remote.cache_clear()  # a change without a tag does not show: blocks are read again
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-        states = list(pool.map(_describe, places))
+        states = list(pool.map(_describe, locations))
     changed = []
-    for place, state in zip(places, states, strict=True):
+    for location, state in zip(locations, states, strict=True):
         try:
-            require_same(place, _states.get(place, state), state)
+            require_same_state(location, _states.get(location, state), state)
         except ChangedFileError:
-            changed.append(str(place))
-        _states[place] = state
+            changed.append(str(location))
+        _states[location] = state
     if changed:
         warnings.warn(
             f"In another state than before in this process: {list_first(changed)}. "
@@ -119,20 +119,20 @@ def describe_states(places: Sequence[FilePlace]) -> list[FileInfo | None]:
     return [None if None in state else state for state in states]
 
 
-def list_states() -> dict[FilePlace, FileInfo]:
+def list_states() -> dict[FileLocation, FileInfo]:
     """Return the states that are noted, for `use_states` in another process."""
     return dict(_states)
 
 
-def use_states(states: dict[FilePlace, FileInfo]) -> None:
+def use_states(states: dict[FileLocation, FileInfo]) -> None:
     """Read files in the states in which another process described them."""
     _states.update(states)
 
 
-def _describe(place: FilePlace) -> FileInfo:
-    if isinstance(place, Path):
-        return find_state(place)
-    return RemoteFile(place, RetryPolicy(), is_first=True).describe()
+def _describe(location: FileLocation) -> FileInfo:
+    if isinstance(location, Path):
+        return find_state(location)
+    return RemoteFile(location, RetryPolicy(), is_first=True).describe()
 
 
 @lru_cache(_FILES_OPEN)

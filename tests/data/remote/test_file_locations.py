@@ -34,11 +34,11 @@ from modeling_llm2clip.data.records import record_index
 from modeling_llm2clip.data.records.data_hashes import describe_images, hash_images
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage, Modality
-from modeling_llm2clip.data.remote import file_places, remote_files
-from modeling_llm2clip.data.remote.file_places import (
+from modeling_llm2clip.data.remote import file_locations, remote_files
+from modeling_llm2clip.data.remote.file_locations import (
     describe_states,
     open_buffered,
-    open_place,
+    open_file,
     read_range,
 )
 from modeling_llm2clip.data.remote.remote_access import AccessError, LostFileError
@@ -48,7 +48,7 @@ from modeling_llm2clip.embedding.extract import extract
 from modeling_llm2clip.evaluation.datasets.dataset_registry import load_dataset
 from modeling_llm2clip.training.alignment.align_checks import require_same_images
 
-pytestmark = pytest.mark.usefixtures("own_cache", "new_places")
+pytestmark = pytest.mark.usefixtures("own_cache", "new_states")
 CONTENT = bytes(range(256)) * 100
 
 
@@ -154,7 +154,7 @@ def test_a_changed_file_is_not_read_from_earlier_blocks(
         with warned if tags else nullcontext():
             now = list_captions(url)
         assert now == list_captions(folder) != before
-        file_places._open_remote.cache_clear()  # as in a new process
+        file_locations._open_remote.cache_clear()  # as in a new process
         assert list_captions(url) == now
 
 
@@ -190,7 +190,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_mixed(
     file.write_bytes(CONTENT)
     with ShardServer(tmp_path) as server:
         url = f"{server.url}/file"
-        with open_place(url) as opened:
+        with open_file(url) as opened:
             assert opened.read(1000) == CONTENT[:1000]
             replace_file(file, CONTENT[::-1])
             with pytest.raises(LostFileError, match=r"file: the file has changed .*Load the data"):
@@ -234,7 +234,7 @@ def test_the_states_of_files_are_pickled_with_their_records(
     file = pack(tmp_path / "data", [encode("images/red.png")], "tar")
     content = pickle.dumps(load_records(file))
     os.utime(file, ns=(1, 1))
-    monkeypatch.setattr(file_places, "_states", {})  # as in another process
+    monkeypatch.setattr(file_locations, "_states", {})  # as in another process
     (record,) = pickle.loads(content)
     with pytest.raises(LostFileError, match="has changed while it was used"):
         record.image.read_bytes()
@@ -283,7 +283,7 @@ def test_images_side_by_side_come_in_one_request(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "data")
     with ShardServer(folder) as server:
         records = load_records(f"{server.url}/{SHARDS}")
-        file_places._open_remote.cache_clear()
+        file_locations._open_remote.cache_clear()
         server.requests.clear()
         with ThreadPoolExecutor(8) as pool:
             images = list(pool.map(lambda r: open_image(r.image).tobytes(), list(records) * 9))
@@ -300,7 +300,7 @@ def test_any_part_of_a_file_is_read(
     (tmp_path / "file").write_bytes(content)
     with ShardServer(tmp_path) as server:
         for place in (tmp_path / "file", f"{server.url}/file"):
-            with open_place(place) as opened:
+            with open_file(place) as opened:
                 for start, size in ((150, 99), (0, 7), (len(content) - 5, 99), (len(content), 1)):
                     opened.seek(start)
                     assert opened.read(size) == content[start : start + size]
