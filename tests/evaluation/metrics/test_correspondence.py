@@ -54,10 +54,10 @@ def make(images, texts, num_images=2, num_texts=2):
         (lambda: make([0, 1], [0, 0]), r"Images without a text: none; .* without an image: 1\."),
         (lambda: make([0, 0], [0, 1]), r"Images without a text: 1; .* without an image: none\."),
         (lambda: make([0, 0], [0, 0]), r"repeated pair: \(0, 0\)"),
-        (lambda: make([0, 1, 1], [0, 1]), r"text_of_pair is torch.int64 \(2,\); it must be torch.int64"),
+        (lambda: make([0, 1, 1], [0, 1]), r"text_of_pair is torch.int64 \(2,\); it must be"),
         (lambda: make([0.0, 1.0], [0, 1]), r"image_of_pair is torch.float32"),
-        (lambda: Correspondence.from_group_ids([], []), r"at least one; got none"),
-        (lambda: Correspondence.from_group_ids("ab", "bc"), r"images without a text: 0; .*: 1\."),
+        (lambda: Correspondence.from_group_ids([], []), r"at least one row.*got none"),
+        (lambda: Correspondence.from_group_ids("ab", "bc"), r"Images without a text: 0; .*: 1\."),
         (lambda: Correspondence.from_image_of_text([0, 2], 2), r"row, from 0 to 1.*got 0, 2"),
     ],
 )

@@ -250,7 +250,7 @@ def test_working_memory_does_not_grow_with_the_rows(dtype, spread):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda i, t: (i[:, :2], t), r"text_embeds are .*width of the other"),
+        (lambda i, t: (i[:, :2], t), r"text_embeds are .*same width as the other"),
         (lambda i, t: (i, t / torch.tensor([[1], [0], [1.0]])), r"text_embeds row 1 has a NaN"),
         (lambda i, t: (i * torch.tensor([[1.0], [torch.nan]]), t), r"image_embeds row 1 has a NaN"),
         (lambda i, t: (i[:1], t), r"image_embeds are .*one row for each of the 2 im"),
