@@ -1,15 +1,10 @@
-"""Hides library warnings that a user can do nothing about, each by its exact words.
-
-All other warnings are shown. Commands hide all three. In Python, the warning of bitsandbytes alone
-is hidden, while a public name is imported.
-"""
+"""Hides library warnings that a user of a command can do nothing about, each by its exact words."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 
 def _but(begins: str) -> Callable[[logging.LogRecord], bool]:
@@ -38,17 +33,3 @@ def hide_known_warnings() -> None:
     warnings.filterwarnings("ignore", message=begins, module=module.replace(".", r"\."))
     for source, filtering in (_AT_IMPORT, _TIMES):
         logging.getLogger(source).addFilter(filtering)  # once, however often this is called
-
-
-@contextmanager
-def imports_hidden() -> Iterator[None]:
-    """Hide what a library logs while it is imported, and nothing after that."""
-    source, filtering = _AT_IMPORT
-    logger = logging.getLogger(source)
-    was_hidden = filtering in logger.filters
-    logger.addFilter(filtering)
-    try:
-        yield
-    finally:
-        if not was_hidden:
-            logger.removeFilter(filtering)

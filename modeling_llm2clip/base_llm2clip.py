@@ -35,7 +35,6 @@ from .loading_llm2clip import (
     read_file_state,
     refuse_unaccounted_keys,
     remove_old_layout,
-    require_own_names,
     require_savable,
 )
 from .vision_llm2clip import find_width, has_class_token, require_restored_buffers
@@ -304,8 +303,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: The configuration would not load, bitsandbytes quantized the LLM, or a LoRA
-                is not merged: nothing is written. Or transformers saved weights under names that do
-                not load.
+                is not merged: nothing is written.
         """
         folder = Path(save_directory)
         self.config.require_loadable()
@@ -331,7 +329,6 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
             if is_main_process:
                 remove_old_layout(folder, old_file)
-                require_own_names(folder, [name for name, _ in self.named_children()])
                 write_sentence_transformers_files(
                     folder, instructions=self.config.instructions, modalities=self.input_modalities
                 )

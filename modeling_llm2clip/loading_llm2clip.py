@@ -191,18 +191,6 @@ def remove_old_layout(folder: Path, old_file: tuple[int, ...] | None) -> None:
         (file if read_file_state(file) == old_file else index).unlink()
 
 
-def require_own_names(folder: Path, parts: Sequence[str]) -> None:
-    """Check that the weights of the last save begin with the names of a model's parts."""
-    files = sorted(folder.glob("model*.safetensors"))  # of variants too, which share their names
-    names = {name for file in files for name in read_weight_shapes([file])}
-    if strange := sorted(name for name in names if name.partition(".")[0] not in parts):
-        raise ValueError(
-            f"transformers saved weights under names that are not the model's ({len(strange)}, "
-            f"such as {strange[:_NAMES_SHOWN]}), so that {folder} will not load. Versions 5.6 to "
-            "5.8 do this if a model has a DINOv3 tower: update transformers, and save again."
-        )
-
-
 @contextmanager
 def naming_damage(source: Any) -> Iterator[None]:
     """Explain the error of a damaged safetensors file."""

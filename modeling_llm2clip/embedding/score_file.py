@@ -80,7 +80,7 @@ def score_file(
     scored = read_pairs(pairs)
     folder = find_model_folder(source)
     model, processor = load_model(folder, device=config.device, precision=config.precision)
-    require_trained(model, purpose="scoring", source=source)
+    require_trained(model.config, purpose="scoring", source=source)
     if not isinstance(model, LLM2CLIPModel):
         raise ValueError(f"{source} has one tower alone. Scores need a whole model.")
     tokens = TokenizedTexts(processor, [pair.text for pair in scored])

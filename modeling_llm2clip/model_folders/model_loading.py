@@ -187,14 +187,10 @@ def describe_untrained(config: LLM2CLIPConfig) -> str | None:
     )
 
 
-def require_trained(
-    model_or_config: Any, *, purpose: str, source: str | Path | None = None
-) -> None:
+def require_trained(config: LLM2CLIPConfig, *, purpose: str, source: str | Path) -> None:
     """Refuse a model whose projections are random."""
-    config: LLM2CLIPConfig = getattr(model_or_config, "config", model_or_config)
     if not config.projections_trained:
-        name = source or config.name_or_path or "The model"
-        raise ValueError(f"{name} is refused for {purpose}. It is {describe_untrained(config)}.")
+        raise ValueError(f"{source} is refused for {purpose}. It is {describe_untrained(config)}.")
 
 
 def warn_of_untrained(config: LLM2CLIPConfig, source: str | Path) -> None:

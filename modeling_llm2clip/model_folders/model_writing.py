@@ -20,7 +20,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .._suggestions import counted, list_first
 from ..base_llm2clip import (
     _CODE_OF_EVERY_FOLDER,
     check_instructions,
@@ -166,7 +165,6 @@ def save_trained_model(
     keeps_llm = not any(name.startswith("text_model.") for name in trained)
     require_intact(source, with_llm=not keeps_llm)
     model = open_model(source)
-    _require_places(source, model.weights, trained)
     replaced = {
         name: LazyTensor.of(value.to(model.weights[name].dtype)) for name, value in trained.items()
     }
@@ -291,28 +289,6 @@ def _require_own_class(model: Any) -> None:
     raise ValueError(
         f"The model is a {actual.__name__}; a model folder takes {sorted(MODEL_CLASSES)}. {remedy}"
     )
-
-
-def _require_places(
-    source: Path, weights: Mapping[str, LazyTensor], trained: Mapping[str, Tensor]
-) -> None:
-    unknown = sorted(set(trained) - set(weights))
-    misshapen = {
-        name: (tuple(value.shape), weights[name].shape)
-        for name, value in trained.items()
-        if name in weights and tuple(value.shape) != weights[name].shape
-    }
-    if unknown:
-        raise ValueError(
-            f"{source} has no place for {counted(len(unknown), 'trained weight')} "
-            f"({list_first(unknown)}). Give the folder that was trained."
-        )
-    if misshapen:
-        raise ValueError(
-            f"{source} has another shape (trained, there) for "
-            f"{counted(len(misshapen), 'trained weight')}: {list_first(misshapen.items())}. Give "
-            "the folder that was trained."
-        )
 
 
 def _save_lazy_model(model: LazyModel, folder: Path, *, max_shard_size: int | str) -> None:

@@ -160,7 +160,7 @@ class EmbeddingService:
             encoder: Encoder = load_onnx_encoder(source, weights=config.text_weights)
         else:
             loaded, processor = load_model(source, device=config.device, precision=config.precision)
-            require_trained(loaded, purpose="serving", source=model)
+            require_trained(loaded.config, purpose="serving", source=model)
             if config.compile:
                 compile_layers(loaded)
             saved, encoder = loaded.config, TorchEncoder(loaded, processor)

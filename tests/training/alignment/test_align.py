@@ -161,16 +161,6 @@ def test_a_loaded_pair_is_aligned_alike(prepared: Prepared, finished: Run, tmp_p
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_weights_without_a_place_are_refused(prepared: Prepared, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no place for 1 trained weight \(elsewhere\)"):
-        save_trained_model(prepared.model, {"elsewhere": torch.zeros(1)}, tmp_path / "model")
-    with pytest.raises(ValueError, match=r"another shape .* for 1 .*: .*\(2,\), \(1,\)"):
-        save_trained_model(
-            prepared.model, {"logit_scale.log_scale": torch.zeros(2)}, tmp_path / "model"
-        )
-    assert not (tmp_path / "model").exists()
-
-
 @pytest.mark.slow
 def test_the_card_names_the_folder_of_the_data_however_it_was_given(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
