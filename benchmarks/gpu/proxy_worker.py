@@ -236,7 +236,8 @@ def _count_texts(folder: Path) -> dict[str, float]:
     from modeling_llm2clip.embedding.shard_encoding import load_shard_encoder
 
     cpu = torch.device("cpu")
-    encoder = load_shard_encoder(folder / "model", "text", ExtractConfig(token_budget=256), cpu)
+    encoder = load_shard_encoder(folder / "model", "text", ExtractConfig(), cpu)
+    encoder.token_budget = 256
     texts = [f"{'a dog and a cat ' * (1 + number % 4)}{number}" for number in range(256)]
     return _count_batches(encoder, texts)
 

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 # Options that a modality has no use for.
 _FOREIGN = {
-    "text": ("batch_size", "skip_invalid", "jpeg_decoding"),
-    "image": ("token_budget", "sentence_views"),
+    "text": ("skip_invalid", "jpeg_decoding"),
+    "image": ("sentence_views",),
 }
 # A user who has set one of these has chosen. Those of other OpenMPs (KMP_…) mean nothing to GNU's,
 # and `accelerate launch --cpu` sets them for every process.

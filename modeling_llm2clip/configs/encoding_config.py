@@ -115,8 +115,9 @@ class ShardConfig(EncodingConfig, JpegConfig):
 
     rows_per_shard: Annotated[int, Interval(ge=1, le=2**20)] = 8192
     """Texts or images per file. An interrupted run computes a file that was begun again."""
-    token_budget: Annotated[int, Interval(ge=1)] | None = None
-    """Maximum number of tokens per batch of texts, padding included. Default: by device."""
+    batch_size: Annotated[int, Interval(ge=1)] | None = None
+    """Images per batch, or texts of the maximum length; shorter texts fill up a batch. Default: by
+    device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +125,7 @@ class ExtractConfig(ShardConfig, CompileConfig):
     """Options of `extract`: computing and storing embeddings.
 
     An interrupted store continues only with the same `store_dtype`, `rows_per_shard`, `batch_size`,
-    `token_budget`, `sentence_views`, `compile` and `jpeg_decoding`, and in the same precision.
+    `sentence_views`, `compile` and `jpeg_decoding`, and in the same precision.
     """
 
     store_dtype: WeightDtype = "float16"

@@ -73,8 +73,8 @@ def embed(
         data: Records.
         output: Folder of the files: new, empty, or of the same output, which is continued and
             whose files are checked.
-        config: Options; None for the defaults. `token_budget` is for texts alone, `batch_size`,
-            `jpeg_decoding` and `skip_invalid` for images alone.
+        config: Options; None for the defaults. `jpeg_decoding` and `skip_invalid` are only for
+            images.
         modality: What is embedded: text or image.
         partition: Which part of the files to write, such as 2/8 for the second of eight; the last
             part to end completes the output. None for all of them.
@@ -139,7 +139,7 @@ def run_embed(
                     begun = _add_ranges(planned, encoder, rows, config)
                 begin_output(output, begun)
             begun = read_begun(output, planned)
-        writer = ParquetWriter(output, begun, rows=rows, skip_invalid=config.skip_invalid)
+        writer = ParquetWriter(output, begun, rows)
         work = ShardWork(writer, encoder, rows)
         compute_partition(plan, work, model.folder, stop=stop, source=source)
         if modality == "image":

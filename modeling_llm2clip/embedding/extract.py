@@ -72,8 +72,8 @@ def extract(
             `modality="text"` also of CLIP, SigLIP or the like.
         data: Records; item i of the store is record i.
         output: Folder of the store: new, empty, or of the same store, which is continued.
-        config: Options; None for the defaults. `token_budget` and `sentence_views` are for captions
-            alone, `batch_size` and `jpeg_decoding` for images alone.
+        config: Options; None for the defaults. `sentence_views` is only for captions,
+            `jpeg_decoding` is only for images.
         modality: What is extracted: text or image.
         partition: Which part of the store to compute, such as 2/8 for the second of eight; the
             last part to finish completes the store. None for all of it.

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
-from .._suggestions import counted, list_first
+from .._suggestions import counted
 from ..configs.encoding_config import EmbeddingDtype
 from ..data.key_arrays import Array
 from .embedding_manifest import EmbeddingManifest
@@ -45,33 +45,19 @@ class ParquetWriter(ShardedWriter[EmbeddingManifest]):
         folder: Folder of the output.
         manifest: Content of the complete output.
         rows: Ids and columns of its rows.
-        skip_invalid: Whether images that cannot be decoded are left out.
     """
 
     stored_dtype = torch.float32
 
-    def __init__(
-        self,
-        folder: Path,
-        manifest: EmbeddingManifest,
-        rows: InputRows,
-        *,
-        skip_invalid: bool,
-    ) -> None:
+    def __init__(self, folder: Path, manifest: EmbeddingManifest, rows: InputRows) -> None:
         super().__init__(folder, manifest)
         self.rows = rows
-        self._skip_invalid = skip_invalid
 
     def encode(self, shard: int, embeds: Tensor) -> tuple[bytes, dict[str, Any]]:
         """Return a file; rows of zeros are images that could not be decoded."""
         table = self.rows.read(self.manifest.inputs_of_shard(shard))
         is_valid = embeds.numpy().any(axis=1)
         skipped = table.column("id").filter(pa.array(~is_valid)).to_pylist()
-        if skipped and not self._skip_invalid:
-            raise ValueError(
-                f"{counted(len(skipped), 'image')} cannot be decoded: {list_first(skipped)}. "
-                "Repair or remove what is named, or skip it (--skip-invalid)."
-            )
         kept = truncate_embeddings(embeds.numpy()[is_valid], self.manifest.dim)
         ranges = self.manifest.read_ranges()
         values, num_clipped = convert_embeddings(kept, self.manifest.dtype, ranges=ranges)

@@ -209,8 +209,10 @@ def load_shard_encoder(
         head = model.text_projection if modality == "text" else model.visual_projection
     dim = encoder.embedding_dim if project else head.in_features
     if modality == "text":
-        budget = config.token_budget or encoder.token_budget
-        plan = {"token_budget": str(budget), **plan}
+        budget = encoder.token_budget
+        if config.batch_size is not None:
+            budget = config.batch_size * encoder.processor.longest_text
+        plan = {"tokens per batch (batch_size)": str(budget), **plan}
         return TextShardEncoder(encoder, dim, project, plan, budget, is_teacher)
     size = config.batch_size or encoder.batch_size
     image_processor = encoder.processor.image_processor

@@ -179,10 +179,9 @@ def begin_output(folder: Path, manifest: ShardedManifest) -> None:
     unfinished = file.with_name(f"{file.name}.{uuid4().hex}.tmp")
     with explain_full_output(folder, "its manifest"):
         write_atomically(unfinished, manifest.to_json().encode())
-    if rename_to_new(unfinished, file):
+        if not rename_to_new(unfinished, file):  # int8 ranges may differ in a last bit
+            unfinished.unlink()
         sync(folder)
-    else:  # int8 ranges may differ from its own in a last bit
-        unfinished.unlink(missing_ok=True)
 
 
 def read_begun(folder: Path, planned: _Manifest) -> _Manifest:

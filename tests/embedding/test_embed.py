@@ -354,7 +354,6 @@ def test_flags_that_do_not_fit_are_refused(
 ) -> None:
     for modality, flags, message in (
         ("text", ["--skip-invalid"], "skip_invalid: only for --modality image"),
-        ("image", ["--token-budget", "9"], "only for --modality text"),
         ("image", ["--partition", "3/2"], "must be such as 2/8"),
         ("image", ["--columns", "text"], "text is for modality text alone"),
     ):

@@ -27,7 +27,7 @@ from modeling_llm2clip.embedding.embedding_manifest import EmbeddingManifest
 from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
 
 ROOT = Path(__file__).parents[2]
-FLAGS = ["--modality", "text", "--dtype", "int8", "--rows-per-shard", "16", "--token-budget", "256",
+FLAGS = ["--modality", "text", "--dtype", "int8", "--rows-per-shard", "16", "--batch-size", "2",
          "--device", "cpu"]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from modeling_llm2clip.embedding.embed import embed
 TEXT = EmbedConfig(
     columns=("text", "name"),
     rows_per_shard=16,
-    token_budget=256,
+    batch_size=2,
     device="cpu",
     show_progress=False,
 )

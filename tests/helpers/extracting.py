@@ -11,7 +11,7 @@ from modeling_llm2clip.embedding.extract import extract
 EXACT = ExtractConfig(
     store_dtype="float32",
     rows_per_shard=16,
-    token_budget=256,
+    batch_size=2,
     device="cpu",
     show_progress=False,
 )

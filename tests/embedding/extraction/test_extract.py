@@ -167,7 +167,7 @@ def test_another_model_prompt_pooling_length_dtype_or_data_is_refused_with_both_
     refused(tiny_model(max_text_length=127), records, EXACT, "max_text_length")
     half = replace(EXACT, store_dtype="float16")
     refused(None, records, half, "embedding dtype")
-    refused(None, records, replace(EXACT, token_budget=128), "token_budget")
+    refused(None, records, replace(EXACT, batch_size=1), "tokens per batch (batch_size)")
     swapped = [records[1], records[0], *records[2:]]
     refused(None, swapped, EXACT, "data")
 
@@ -201,10 +201,10 @@ def test_a_flag_of_the_other_extraction_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["extract", "no-model", "no-data", str(tmp_path / "store"), "--modality"]
-    assert main([*command, "text", "--batch-size", "3", "--jpeg-decoding", "scaled"]) == 2
-    assert "jpeg_decoding, batch_size: only for --modality image" in capsys.readouterr().err
-    assert main([*command, "image", "--token-budget", "64"]) == 2
-    assert "token_budget: only for --modality text" in capsys.readouterr().err
+    assert main([*command, "text", "--jpeg-decoding", "scaled"]) == 2
+    assert "jpeg_decoding: only for --modality image" in capsys.readouterr().err
+    assert main([*command, "image", "--sentence-views", "2"]) == 2
+    assert "sentence_views: only for --modality text" in capsys.readouterr().err
 
 
 def test_a_broken_image_is_named_and_whole_shards_stay(

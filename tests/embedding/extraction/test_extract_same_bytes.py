@@ -59,7 +59,7 @@ def count_records(folder: Path) -> int:
 
 
 def shorten(command: list[str]) -> list[str]:
-    options = "--modality text --rows-per-shard 16 --store-dtype float32 --token-budget 256"
+    options = "--modality text --rows-per-shard 16 --store-dtype float32 --batch-size 2"
     return [*command, *options.split(), "--device", "cpu"]
 
 

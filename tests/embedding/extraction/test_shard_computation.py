@@ -87,7 +87,7 @@ def test_an_error_of_the_thread_that_writes_is_raised_after_the_next_batch(
     monkeypatch.setattr(ShardWork, "_encode", wait_first)
     monkeypatch.setattr(TextShardEncoder, "encode", count)
     with pytest.raises(OSError, match="the cable is out"):
-        extract_captions(model, records, tmp_path / "store", replace(EXACT, token_budget=64))
+        extract_captions(model, records, tmp_path / "store", replace(EXACT, batch_size=1))
     assert tried == list(range(bad + 1))
     assert is_last or batches_of[1:3] == [1, 0]
 
@@ -100,7 +100,7 @@ def test_embeddings_that_are_copied_by_shard_are_those_that_are_copied_by_batch(
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
     with_broken = [*loaded, replace(loaded[0], image=broken, name="broken.png", group_id="b")]
-    exact = replace(EXACT, token_budget=None, batch_size=3)
+    exact = replace(EXACT, batch_size=3)
     final = EmbedConfig(skip_invalid=True, batch_size=3, rows_per_shard=7, show_progress=False)
 
     def run(name: str) -> list[dict[str, bytes]]:

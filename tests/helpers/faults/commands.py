@@ -111,7 +111,7 @@ COMMANDS = (
     Command(
         "extract text",
         ("extract", "{model}", "{texts}", "{output}", "--modality", "text", "--store-dtype",
-         "float32", "--rows-per-shard", "16", "--token-budget", "256", *_QUIET),
+         "float32", "--rows-per-shard", "16", "--batch-size", "2", *_QUIET),
         different=("--store-dtype", "float16"), moments=("output/shard-00003*",),
     ),
     Command(
@@ -123,7 +123,7 @@ COMMANDS = (
     Command(
         "embed text",
         ("embed", "{model}", "{texts}", "{output}", "--modality", "text", "--columns", "text",
-         "--dtype", "int8", "--rows-per-shard", "32", "--token-budget", "256", *_QUIET),
+         "--dtype", "int8", "--rows-per-shard", "32", "--batch-size", "2", *_QUIET),
         different=("--rows-per-shard", "48"), moments=("output/embeddings-00002*",),
     ),
     Command(

@@ -288,7 +288,7 @@ def test_equal_captions_of_a_batch_have_one_key(prepared: Prepared) -> None:
 
 NUM_VIEWS = 3
 OPTIONS: dict[str, Any] = {
-    "store_dtype": "float32", "rows_per_shard": 16, "token_budget": 256, "device": "cpu",
+    "store_dtype": "float32", "rows_per_shard": 16, "batch_size": 2, "device": "cpu",
     "show_progress": False, "sentence_views": NUM_VIEWS,
 }  # fmt: skip
 # Sums of float32 in another order: the captions had other neighbors.
