@@ -15,7 +15,6 @@ from ._library_warnings import hide_known_warnings
 from ._suggestions import escape_controls
 from .cli.align import align
 from .cli.build import build
-from .cli.choose_layer import choose_layer
 from .cli.command import UsageError, make_line, parse
 from .cli.convert import convert
 from .cli.demo import demo
@@ -39,7 +38,7 @@ from .scheduling.graceful_stop import StageInterrupt
 LINE = make_line(
     [
         index, search, tag, score, embed, serve, evaluate, doctor,
-        train, build, choose_layer, finetune_llm, extract, align,
+        train, build, finetune_llm, extract, align,
         export, push, convert,
         demo, env,
     ],

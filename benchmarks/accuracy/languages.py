@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import runpy
 import tempfile
 import warnings
 from dataclasses import asdict, dataclass
@@ -34,8 +35,7 @@ from torch import Tensor
 from benchmarks.accuracy.training_set_size import build_untrained, read_first, score, train
 from benchmarks.shared.provenance import describe_run
 from modeling_llm2clip import AlignConfig, BuildConfig, EmbeddingStore, extract
-from modeling_llm2clip.building.choose_layer import choose_layer
-from modeling_llm2clip.configs.build_config import EMBEDDED, ChooseLayerConfig
+from modeling_llm2clip.configs.build_config import EMBEDDED
 from modeling_llm2clip.data.atomic_files import hash_file
 from modeling_llm2clip.data.records.record_loading import find_example_data, load_records
 from modeling_llm2clip.data.records.record_table import RecordTable
@@ -113,15 +113,13 @@ def measure_layers(arguments: argparse.Namespace, emoji: Emoji) -> dict[str, Any
     """CRA of each layer, on translations of emoji that no split holds out; kept in `--work`."""
     kept = arguments.work / "layers.json"
     if not kept.is_file():
-        config = ChooseLayerConfig(
-            prompt="none", languages=LANGUAGES, num_images=arguments.layer_images
-        )
-        choice = choose_layer(arguments.gemma, emoji.never_held_out(), config)
-        record = {
-            "best": choice.best.layer,
-            "num_images": config.num_images,
-            "cra": {of_layer.layer: of_layer.cra for of_layer in choice.scores},
-        }
+        script = runpy.run_path("examples/scripts/choose_layer.py")
+        records = script["sample_images"](emoji.never_held_out(), arguments.layer_images)
+        pairs = script["list_pairs"](records, LANGUAGES)
+        scores = script["measure_layers"](str(arguments.gemma), pairs, prompt="none")
+        cra = {number: score["cra"] for number, score in scores.items()}
+        best = max(cra, key=lambda number: cra[number]["value"])
+        record = {"best": best, "num_images": arguments.layer_images, "cra": cra}
         kept.write_text(json.dumps(record, indent=2), "utf-8")
     content: dict[str, Any] = json.loads(kept.read_text("utf-8"))
     return content

@@ -38,7 +38,7 @@ from transformers import CLIPImageProcessor, LlavaProcessor
 from benchmarks.mllm.dinov2_tower import DINOV2
 from benchmarks.shared.provenance import describe_run
 from modeling_llm2clip.building.build_model import join_towers
-from modeling_llm2clip.building.pretrained_towers import SMOLLM2, SMOLLM2_BASE, fetch_tower
+from modeling_llm2clip.building.pretrained_towers import SMOLLM2, fetch_tower
 from modeling_llm2clip.building.vision_towers import load_vision_tower
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.build_config import BuildConfig
@@ -161,9 +161,7 @@ def _make_towers(
         size=side, do_center_crop=False,
         image_mean=image_processor.image_mean, image_std=image_processor.image_std,
     )  # fmt: skip
-    config = BuildConfig(
-        prompt="chatml", lora=find_example_data() / "caption_lora", accept_lora_base=SMOLLM2_BASE
-    )
+    config = BuildConfig(prompt="chatml", lora=find_example_data() / "caption_lora")
     built = join_towers((vision_model, image_processor), fetch_tower(SMOLLM2), config)
     save_model(*built, work / "built")
     texts = [_add_keywords(record) for record in trained]

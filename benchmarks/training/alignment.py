@@ -23,7 +23,7 @@ from benchmarks.scale.scale_records import write_records
 from benchmarks.scale.scale_stages import prepare_stage
 from benchmarks.shared.checkouts import measure_in_turns
 from benchmarks.shared.provenance import describe_run, read_commit, write_result
-from modeling_llm2clip.building.pretrained_towers import SMOLLM2, SMOLLM2_BASE, fetch_tower
+from modeling_llm2clip.building.pretrained_towers import SMOLLM2, fetch_tower
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.demo.run_demo import make_demo_config, run_demo
 
@@ -89,7 +89,7 @@ def main() -> None:
             ("bidirectional", BuildConfig(prompt="chatml")),
             (
                 "tuned",
-                BuildConfig(prompt="chatml", lora=arguments.lora, accept_lora_base=SMOLLM2_BASE),
+                BuildConfig(prompt="chatml", lora=arguments.lora),
             ),
         )
     }

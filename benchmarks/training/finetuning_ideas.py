@@ -38,8 +38,8 @@ from torch import Tensor
 from benchmarks.shared.provenance import describe_run
 from benchmarks.training.finetune_llm import SECOND_ROUND, build, load_in_order
 from modeling_llm2clip.building.lora_merging import merge_lora
-from modeling_llm2clip.building.part_loading import all_layers
 from modeling_llm2clip.building.pretrained_towers import MINILM, SMOLLM2_BASE, fetch_tower
+from modeling_llm2clip.building.tower_checks import list_layers
 from modeling_llm2clip.configs.finetune_config import FinetuneConfig
 from modeling_llm2clip.data.captions import caption_groups
 from modeling_llm2clip.data.records.record_loading import find_example_data
@@ -185,14 +185,15 @@ def list_captions(groups: Sequence[caption_groups.CaptionGroup], count: int) -> 
 
 
 def encode_layers(texts: list[str], *, bidirectional: bool) -> Tensor:
-    """Encode by the causal LLM, or by the tuned one, all layers in one pass."""
+    """Encode by the causal LLM, or by the tuned one, with each layer as the last."""
     model, processor = build(bidirectional=bidirectional)
     if bidirectional:
-        merge_lora(model.text_model, LORA, accepted_base=SMOLLM2_BASE)
-    with all_layers(model.text_model) as num_layers:
-        model.config.text_width *= num_layers
-        embeds = encode_texts(model, processor, texts, project=False, token_budget=1024)
-    return embeds.unflatten(1, (num_layers, -1)).transpose(0, 1).contiguous()
+        merge_lora(model.text_model, LORA)
+    layers, embeds = list_layers(model.text_model), list[Tensor]()
+    while layers:
+        embeds.append(encode_texts(model, processor, texts, project=False))
+        del layers[-1]
+    return torch.stack(embeds[::-1])
 
 
 def find_hits(embeds: Tensor) -> Tensor:

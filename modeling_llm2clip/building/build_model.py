@@ -17,7 +17,6 @@ from ..configs.build_config import (
     DEFAULT_TEXT_LENGTH,
     OWN_PROMPT,
     BuildConfig,
-    TextTowerConfig,
 )
 from ..configs.export_config import CardConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
@@ -34,13 +33,15 @@ from ..model_folders.model_card import (
 from ..model_folders.model_folder import find_model_folder, require_sources
 from ..model_folders.model_writing import require_as_written, save_model
 from ..modeling_llm2clip import LLM2CLIPModel
+from ..pooling_llm2clip import TEXT_POOLINGS
 from ..processing_llm2clip import LLM2CLIPProcessor
+from .llm2vec import take_settings
 from .lora_merging import merge_lora
 from .part_loading import cut_layers
 from .pretrained_towers import find_origin
 from .prompts import derive_own_prompt, derive_prompt, resolve_template, write_prompt
 from .text_embedders import TextEmbedder, read_embedder
-from .text_towers import load_text_tower, require_own_tokenizer, require_pinned
+from .text_towers import load_text_tower, require_own_tokenizer
 from .tower_checks import (
     measure_text_width,
     measure_vision_width,
@@ -124,7 +125,8 @@ def join_towers(
         text: Hub id, folder or `.gguf` file of a language model, or a loaded LLM without its head
             and its tokenizer. A LoRA is merged into a loaded LLM, and its upper layers are
             removed, in place. With the prompt `own`, Hub id or folder of a sentence-transformers
-            model, whose embeddings `get_caption_embeds` then returns.
+            model, whose embeddings `get_caption_embeds` then returns. Pooling and length of an LLM
+            or LoRA that LLM2Vec saved are kept.
         config: How they are joined; its `dtype` is that of towers that are loaded here.
 
     Returns:
@@ -151,8 +153,9 @@ def join_towers(
     vision_name = None if isinstance(vision, tuple) else vision
     text_name = None if isinstance(text, tuple) else text
     require_sources(vision=vision_name, text=text_name, lora=config.lora)
-    if config.tokenizer_code is not None and text_name is not None:
-        require_pinned(text_name, config.tokenizer_code)
+    for source in (text_name, config.lora):
+        if source is not None and config.prompt != OWN_PROMPT:
+            config = take_settings(source, config)
     kept = None
     if isinstance(vision, tuple):
         if config.keep_projection:
@@ -183,38 +186,32 @@ def join_towers(
             raise ValueError("prompt=own needs the folder or Hub id of an embedder, not its parts.")
         with naming_fields(text_name):
             embedder = read_embedder(text_name, config)
-    text_model, tokenizer = take_text_tower(
-        text, config, num_layers=config.text_layers, is_embedder=embedder is not None
-    )
-    if config.lora is not None:
-        merge_lora(text_model, config.lora, accepted_base=config.accept_lora_base)
+    text_model, tokenizer = _take_text_tower(text, config)
     model, processor = _join(vision_model, image_processor, text_model, tokenizer, config, embedder)
     if kept is not None:
         model.visual_projection.weight.data.copy_(kept)
     return model, processor
 
 
-def take_text_tower(
-    text: TextSource,
-    config: TextTowerConfig,
-    *,
-    num_layers: int | None = None,
-    is_embedder: bool = False,
+def _take_text_tower(
+    text: TextSource, config: BuildConfig
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load an LLM and its tokenizer, or take loaded ones; keep `num_layers`, or all."""
-    if not isinstance(text, tuple):
+    """Load an LLM and its tokenizer, or take loaded ones; keep the chosen layers, merge a LoRA."""
+    if isinstance(text, tuple):
+        text_model, tokenizer = text
+        require_own_tokenizer(text_model.config, tokenizer, "The LLM")
+        if config.text_layers is not None:
+            cut_layers(text_model, config.text_layers)
+    else:
         with naming_fields(text):
-            return load_text_tower(
+            text_model, tokenizer = load_text_tower(
                 text,
                 dtype=getattr(torch, config.dtype),
-                tokenizer_code=config.tokenizer_code,
-                num_layers=num_layers,
-                is_embedder=is_embedder,
+                num_layers=config.text_layers,
+                is_embedder=config.prompt == OWN_PROMPT,
             )
-    text_model, tokenizer = text
-    require_own_tokenizer(text_model.config, tokenizer, "The LLM")
-    if num_layers is not None:
-        cut_layers(text_model, num_layers)
+    if config.lora is not None:
+        merge_lora(text_model, config.lora)
     return text_model, tokenizer
 
 
@@ -246,7 +243,8 @@ def configure_model(
         )
         prompt = derive_prompt(tokenizer, template)
     else:
-        is_pooled = embedder.pooling != "mean"
+        # Only a pooling that sentence-transformers does not name leaves the prompt out.
+        is_pooled = TEXT_POOLINGS[embedder.pooling].sentence_transformers is not None
         prompt = derive_own_prompt(tokenizer, embedder.prompt, is_pooled=is_pooled)
         max_text_length, bidirectional = embedder.max_length, embedder.bidirectional
         pooling = embedder.pooling

@@ -23,6 +23,7 @@ from ..data.sources.json_files import read_object
 from ..loading_llm2clip import naming_fields
 from ..model_folders.model_folder import LORA_CONFIG, find_model_folder
 from ..model_folders.weights import LazyTensor, count_changed, open_weights, warn_of_rounding
+from .pretrained_towers import find_origin
 
 # peft's wrapper around the LLM, then the LLM's name inside the class that has its head.
 _KEY = re.compile(r"base_model\.model\.((?:model\.)?)(.+)\.lora_([AB])\.weight")
@@ -51,9 +52,7 @@ _MATRICES_ALONE: dict[str, tuple[Any, ...]] = {
 }
 
 
-def merge_lora(
-    text_model: PreTrainedModel, lora: str | Path, *, accepted_base: str | None = None
-) -> float:
+def merge_lora(text_model: PreTrainedModel, lora: str | Path) -> float:
     """Merge a LoRA into a loaded LLM without its head, in place, and warn if most is rounded away.
 
     The LoRA may have been trained on the class with the head (`…ForCausalLM`). Where an error is
@@ -65,7 +64,6 @@ def merge_lora(
         {name: LazyTensor.of(parameter) for name, parameter in parameters.items()},
         lora,
         base=str(text_model.config._name_or_path or ""),
-        accepted_base=accepted_base,
         dtype=text_model.dtype,
     )
     for tensor in merged.values():
@@ -80,15 +78,14 @@ def merge_lora_weights(
     lora: str | Path,
     *,
     base: str,
-    accepted_base: str | None = None,
     dtype: torch.dtype,
 ) -> tuple[dict[str, LazyTensor], dict[str, tuple[int, int]]]:
     """Return the weights of an LLM that a LoRA changes, float32, merged when they are read.
 
-    `base` is compared with the base that the LoRA states, unless either has no name; a LoRA that
-    names `accepted_base` is taken. Reading a weight raises where the sum is not finite, or where
-    `dtype`, in which it is going to be saved, would round the change away. It also adds to the
-    counts, by name: how many entries have another value in `dtype`, and how many before rounding.
+    `base` is compared with the base that the LoRA states, unless either has no name. Reading a
+    weight raises where the sum is not finite, or where `dtype`, in which it is going to be saved,
+    would round the change away. It also adds to the counts, by name: how many entries have another
+    value in `dtype`, and how many before rounding.
     """
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
@@ -98,7 +95,7 @@ def merge_lora_weights(
     if not (folder / LORA_CONFIG).is_file():
         raise ValueError(f"{folder} has no {LORA_CONFIG}; it is not a LoRA that peft saved.")
     with naming_fields(lora):
-        _require_plain(folder, lora, base=base, accepted_base=accepted_base)
+        _require_plain(folder, lora, base=base)
         config = LoraConfig.from_pretrained(str(folder))
         inside, factors = _read_factors(folder, lora)
         trained = {
@@ -139,7 +136,7 @@ def _multiply(pair: Mapping[str, Tensor], scale: float, *, transposes: bool) -> 
     return change.T if transposes else change
 
 
-def _require_plain(folder: Path, lora: str | Path, *, base: str, accepted_base: str | None) -> None:
+def _require_plain(folder: Path, lora: str | Path, *, base: str) -> None:
     """Refuse a LoRA of another kind or, where both state a name, of another base."""
     stated = read_object(folder / LORA_CONFIG)
     others = {
@@ -154,12 +151,11 @@ def _require_plain(folder: Path, lora: str | Path, *, base: str, accepted_base: 
             "folder."
         )
     trained_on = stated.get("base_model_name_or_path")
-    same = trained_on == accepted_base or is_same_base(str(trained_on), base)
-    if base and trained_on and not same:
+    if base and trained_on and not is_same_base(str(trained_on), base):
         raise ValueError(
             f"The LoRA {lora} is for the base {trained_on!r}, but the LLM is {base!r}. Give that "
-            "base; if both names are of the same weights, pass "
-            f"accept_lora_base={trained_on!r}."
+            "base. If both names are of the same weights, correct base_model_name_or_path in "
+            f"{LORA_CONFIG} of a copy of the LoRA."
         )
 
 
@@ -223,7 +219,8 @@ def _merge(
 
 def is_same_base(stated: str, base: str) -> bool:
     """Return whether two names mean the same LLM; owners and case are not compared."""
-    first, second = (name.rstrip("/").rsplit("/", 1)[-1].casefold() for name in (stated, base))
+    names = (find_origin(name.rstrip("/").rsplit("/", 1)[-1]) for name in (stated, base))
+    first, second = (name.rsplit("/", 1)[-1].casefold() for name in names)
     return first == second
 
 

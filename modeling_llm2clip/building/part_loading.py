@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .._suggestions import counted, list_first
 from ..loading_llm2clip import build_tower, find_tower_class, load_without_code, naming_damage
-from .tower_checks import MODEL_ERRORS, list_layers, make_texts, run_texts, take_hidden
+from .tower_checks import MODEL_ERRORS, list_layers, make_texts, run_texts
 
 KEEP_ALL = "Leave text_layers out to keep all, or take another LLM."
 # transformers' field for settings of single layers, by their number.
@@ -233,43 +233,3 @@ def _build_on(text_model: PreTrainedModel, config: PreTrainedConfig) -> PreTrain
         buffer = same.get(name, buffer).to(text_model.device)
         setattr(other.get_submodule(place), own_name, buffer)
     return other.eval()  # type: ignore[no-any-return]
-
-
-@contextmanager
-def all_layers(text_model: PreTrainedModel) -> Iterator[int]:
-    """Let an LLM return the states of every tower that its first layers could make.
-
-    The states of towers with 1, 2, … layers are side by side, (B, L, layers * D). Yields the number
-    of layers.
-    """
-    layers, states, after = list_layers(text_model), list[Tensor](), list[nn.Module]()
-    inside = set(layers.modules())
-
-    def see(module: nn.Module, _inputs: Any, output: Any) -> None:
-        if module in inside:
-            states.append(take_hidden(output))
-            after.clear()
-        else:
-            after.append(module)
-
-    def join(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        norm = after[-1] if after else nn.Identity()
-        normed = [norm(state) for state in states]
-        if not normed or not torch.equal(normed[-1], output.last_hidden_state):
-            raise ValueError(
-                f"The {text_model.config.model_type!r} family computes more than a norm after its "
-                "layers, so one pass cannot compare them. Build a model for each number of layers "
-                "(llm2clip build --text-layers), and evaluate them (--tasks cra)."
-            )
-        output.last_hidden_state = torch.cat(normed, dim=-1)
-        return output
-
-    leaves = (m for m in text_model.modules() if m not in inside and not any(m.children()))
-    handles = [module.register_forward_hook(see) for module in (*layers, *leaves)]
-    handles.append(text_model.register_forward_pre_hook(lambda *_: states.clear()))
-    handles.append(text_model.register_forward_hook(join))
-    try:
-        yield len(layers)
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -92,7 +92,6 @@ def fetch_embedded(
         text_model = str(fetch_tower(MINILM))
     elif text_model == EMBEDDED:
         text_model = str(fetch_tower(SMOLLM2))
-        config = replace(config, accept_lora_base=config.accept_lora_base or SMOLLM2_BASE)
         if config.lora is None and config.bidirectional is not False and config.text_layers is None:
             config = replace(config, lora=find_example_data() / "caption_lora")
         if config.prompt_prefix is None and config.prompt_suffix is None:

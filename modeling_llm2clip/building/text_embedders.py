@@ -24,10 +24,10 @@ from ..encoding.encode import encode_texts
 from ..heads_llm2clip import PooledDense
 from ..loading_llm2clip import load_without_code, naming_code
 from ..model_folders.golden_embeddings import GOLDEN_TEXTS, find_tolerance
-from ..model_folders.model_folder import fetch_hub_file
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..pooling_llm2clip import TEXT_POOLINGS
 from ..processing_llm2clip import LLM2CLIPProcessor
+from .llm2vec import find_file
 from .part_loading import naming
 from .text_towers import require_decoder
 from .tower_checks import find_direction_errors
@@ -147,9 +147,7 @@ def read_embedder(source: str | Path, config: BuildConfig) -> TextEmbedder:
 
 def _require_modules(source: str | Path) -> None:
     """Refuse a source that is not a sentence-transformers model."""
-    is_folder = Path(source).is_dir()
-    file = Path(source) / "modules.json" if is_folder else fetch_hub_file(source, "modules.json")
-    if file is None or not file.is_file():
+    if find_file(source, "modules.json") is None:
         raise ValueError(
             f"{source} has no modules.json, so it is not a sentence-transformers model, and how it "
             "pools would be a guess. Choose another --prompt to build on it as an LLM."

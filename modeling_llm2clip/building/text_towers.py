@@ -1,15 +1,12 @@
 """Loads the LLM that a new model is built from, without its head, and its tokenizer.
 
-The code of a Hub repository's tokenizer runs only at a pinned commit. The resulting tokenizer is
-saved as a plain one, so that a built folder needs no such code. Code for networks and image
-processors is never run, because their results could not be saved without it.
+Code that a repository brings is never run.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -36,11 +33,10 @@ _MARKS = ("bos_token_id", "eos_token_id")
 # Text encoders that cannot replace an LLM.
 _NOT_LLMS = {*DUAL_ENCODERS, *(f"{name}_text_model" for name in DUAL_ENCODERS)}
 _ENCODERS = {"bert", "roberta"}
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _REMEDY = (
-    "If its network is one of transformers and only the tokenizer needs the code, read it and pass "
-    "the commit that you read (--tokenizer-code COMMIT, of a Hub repository). Otherwise take an "
-    "LLM that transformers has the classes for."
+    "If only the tokenizer needs it, and the repository has a tokenizer.json, set tokenizer_class "
+    "to PreTrainedTokenizerFast in tokenizer_config.json of a copy, and remove auto_map. Otherwise "
+    "take an LLM that transformers has the classes for."
 )
 
 
@@ -48,30 +44,24 @@ def load_text_tower(
     source: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
-    tokenizer_code: str | None = None,
     num_layers: int | None = None,
     is_embedder: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load an LLM without its head, in evaluation mode, and its tokenizer.
 
     The source is a Hub id or folder of a decoder, or a `.gguf` file, which is dequantized. Of a
-    model that also takes images (Gemma 3 from 4B on) the LLM is taken. `tokenizer_code` is the
-    commit at which the code of its tokenizer is run, and everything else is read; None to run no
-    code. With `num_layers` only the first layers are loaded. An embedder may be an encoder, and may
-    lack the weights of its pooler, which become zero.
+    model that also takes images (Gemma 3 from 4B on) the LLM is taken. With `num_layers` only the
+    first layers are loaded. An embedder may be an encoder, and may lack the weights of its pooler,
+    which become zero.
     """
-    if tokenizer_code is not None:
-        require_pinned(source, tokenizer_code)
-    path = Path(source)
-    where: dict[str, Any] = {"revision": tokenizer_code}
-    name: str | Path = source
+    path, name, where = Path(source), source, dict[str, Any]()
     if path.suffix == ".gguf":
         name, where = path.parent, {"gguf_file": path.name}
     with naming(source):
         config = load_without_code(AutoConfig, name, **where)
     if not is_embedder:  # which `read_embedder` has checked
         require_decoder(config, source)
-    tokenizer = _load_tokenizer(source, name, config, runs_code=tokenizer_code is not None, **where)
+    tokenizer = _load_tokenizer(source, name, config, **where)
     if "gguf_file" in where:
         tokenizer = _keep_tokens_of_the_file(tokenizer)
     model = _load_decoder(
@@ -141,48 +131,19 @@ def require_own_tokenizer(
         )
 
 
-def require_pinned(source: str | Path, commit: str) -> None:
-    """Refuse a commit that does not pin the code of a Hub repository."""
-    if Path(source).exists() or str(source).endswith(".gguf"):
-        raise ValueError(
-            f"{source} is not a Hub repository, so a commit does not pin its code. Leave "
-            "--tokenizer-code out, or name the repository."
-        )
-    if not _COMMIT.fullmatch(commit):
-        raise ValueError(
-            f"--tokenizer-code {commit!r} must be a commit of 40 hexadecimal digits: a branch or "
-            "tag may come to mean other code than you read."
-        )
-
-
 def _load_tokenizer(
-    source: str | Path,
-    name: str | Path,
-    config: PreTrainedConfig,
-    *,
-    runs_code: bool,
-    **where: Any,
+    source: str | Path, name: str | Path, config: PreTrainedConfig, **where: Any
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; with `runs_code` by its code, at the commit in `where`."""
-    settings = {"config": config, **where}
-    if not runs_code:
-        with naming(source), naming_code(name, revision=where.get("revision"), remedy=_REMEDY):
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **settings)
-        if tokenizer.init_kwargs.get("auto_map"):
-            warnings.warn(
-                f"{source} names code for its tokenizer, which is not run: transformers' "
-                f"{type(tokenizer).__name__} is taken. Make sure that it gives the same ids.",
-                stacklevel=3,
-            )
-        return tokenizer
-    with naming(source):
+    """Load the tokenizer, without running code."""
+    with naming(source), naming_code(name, remedy=_REMEDY):
         tokenizer = AutoTokenizer.from_pretrained(
-            name, trust_remote_code=True, code_revision=where["revision"], **settings
+            name, trust_remote_code=False, config=config, **where
         )
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise ValueError(
-            f"{source}: its code gives a {type(tokenizer).__name__}, which cannot be saved as "
-            "tokenizer.json, so the built folder would need the code. Take another LLM."
+    if tokenizer.init_kwargs.get("auto_map"):
+        warnings.warn(
+            f"{source} names code for its tokenizer, which is not run: transformers' "
+            f"{type(tokenizer).__name__} is taken. Make sure that it gives the same ids.",
+            stacklevel=3,
         )
     return tokenizer
 

@@ -224,7 +224,10 @@ def _spread_configs(
 
 
 def _annotate(config_type: type[Config], formatter: HelpFormatter | None) -> Any:
-    """Annotate a config so that each of its fields is a flag, in a group of the help."""
+    """Annotate a config so that its fields are flags, in a group of the help."""
+    for name in config_type.without_flags:
+        hint = get_type_hints(config_type, include_extras=True)[name]
+        config_type.__annotations__[name] = Annotated[hint, Parameter(parse=False)]
     if config_type is DeviceConfig:
         return Annotated[config_type, Parameter(name="*")]
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", config_type.__name__.removesuffix("Config"))

@@ -38,7 +38,7 @@ DEFAULT_PROJECTION_DIM = DEFAULT_TEXT_LENGTH = 512
 DEFAULT_ADAPTER_LAYERS = 4
 # Options that would change an embedder.
 _OF_LLMS = (
-    "prompt_suffix", "bidirectional", "text_pooling", "text_layers", "lora", "tokenizer_code",
+    "prompt_suffix", "bidirectional", "text_pooling", "text_layers", "lora",
 )  # fmt: skip
 _OF_EMBEDDERS = ("prompt_name", "truncate_dim", "keep_embeddings")
 # Options that would change what texts get from it.
@@ -46,16 +46,24 @@ _OF_TEXT_SIDE = ("projection_dim", "keep_projection", "text_adapter_layers")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextTowerConfig(DeviceConfig):
-    """Options of making a text tower of a language model."""
+class BuildConfig(DeviceConfig):
+    """Options of `build_model`, which joins a vision tower and a language model."""
 
-    prompt: Prompt | None = None
+    without_flags = (
+        "seed", "text_adapter_layers", "normalize_text_before_adapter", "truncate_dim",
+        "visual_projection_bias",
+    )  # fmt: skip
+
+    prompt: BuildPrompt | None = None
     """Prompt around every caption. No default: give this, or `prompt_prefix` and
-    `prompt_suffix`."""
+    `prompt_suffix`. `own` keeps a sentence-transformers model as it is."""
     prompt_prefix: str | None = None
     """Text before every caption, instead of `prompt`. Default: none."""
     prompt_suffix: str | None = None
     """Text after every caption, instead of `prompt`. Default: none."""
+    prompt_name: str | None = None
+    """With prompt=own: name of one of the embedder's prompts, such as query or document. Default:
+    `prompt_prefix`, or the one that the embedder uses by itself, mostly none."""
     max_text_length: Annotated[int, Interval(ge=1)] | None = None
     """Maximum number of tokens of a text, prompt included. Default: 512, or an embedder's own."""
     bidirectional: bool | None = None
@@ -63,40 +71,8 @@ class TextTowerConfig(DeviceConfig):
     Default: yes, or as an embedder does."""
     text_pooling: TextPooling | None = None
     """Embedding of a text: mean of its tokens, or last token. Default: mean, or an embedder's."""
-    tokenizer_code: str | None = None
-    """Commit of the LLM's Hub repository whose tokenizer code may run. Default: none runs."""
     dtype: WeightDtype = "float32"
     """Dtype of the weights."""
-
-    def _list_conflicts(self) -> dict[str, object]:
-        parts = (self.prompt_prefix, self.prompt_suffix)
-        return {
-            **super()._list_conflicts(),
-            f"prompt={self.prompt} excludes prompt_prefix and prompt_suffix. Give one choice.": (
-                self.prompt not in (None, OWN_PROMPT) and parts != (None, None)
-            ),
-        }
-
-    def require_prompt(self) -> None:
-        """Raise ValueError where no prompt is chosen."""
-        if self.prompt is None and self.prompt_prefix is None and self.prompt_suffix is None:
-            raise ValueError(
-                f"Choose a prompt, one of {', '.join(PROMPT_NAMES)}, or give prompt_prefix and "
-                "prompt_suffix. A prompt is never guessed, because the embeddings depend on it. "
-                "build also takes prompt=own, which keeps a sentence-transformers model as it is."
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildConfig(TextTowerConfig):
-    """Options of `build_model`, which joins a vision tower and a language model."""
-
-    prompt: BuildPrompt | None = None  # type: ignore[assignment]  # one more than its base
-    """Prompt around every caption. No default: give this, or `prompt_prefix` and
-    `prompt_suffix`. `own` keeps a sentence-transformers model as it is."""
-    prompt_name: str | None = None
-    """With prompt=own: name of one of the embedder's prompts, such as query or document. Default:
-    `prompt_prefix`, or the one that the embedder uses by itself, mostly none."""
     truncate_dim: Annotated[int, Interval(ge=1)] | None = None
     """With prompt=own: first dimensions of its embeddings to keep (Matryoshka). Default: the
     embedder's."""
@@ -126,10 +102,21 @@ class BuildConfig(TextTowerConfig):
     """Mean and std of the pixels: the tower's own, CLIP's (openai), 0.5 (half), or ImageNet's."""
     lora: str | Path | None = None
     """LoRA of a fine-tuned LLM to merge: Hub id or folder. Default: none."""
-    accept_lora_base: str | None = None
-    """Name that the LoRA uses for this LLM. Default: the LLM's own name."""
     seed: Seed = 0
     """Seed of the text adapter and the projections, which are initialized at random."""
+
+    @property
+    def has_affixes(self) -> bool:
+        return self.prompt_prefix is not None or self.prompt_suffix is not None
+
+    def require_prompt(self) -> None:
+        """Raise ValueError where no prompt is chosen."""
+        if self.prompt is None and not self.has_affixes:
+            raise ValueError(
+                f"Choose a prompt, one of {', '.join(PROMPT_NAMES)}, or give prompt_prefix and "
+                "prompt_suffix. A prompt is never guessed, because the embeddings depend on it. "
+                "prompt=own keeps a sentence-transformers model as it is."
+            )
 
     def _list_conflicts(self) -> dict[str, object]:
         is_own = self.prompt == OWN_PROMPT
@@ -139,6 +126,9 @@ class BuildConfig(TextTowerConfig):
         )
         return {
             **super()._list_conflicts(),
+            f"prompt={self.prompt} excludes prompt_prefix and prompt_suffix. Give one choice.": (
+                self.prompt is not None and not is_own and self.has_affixes
+            ),
             f"prompt=own keeps the embedder as it is. Leave out {of_llms}.": is_own and of_llms,
             f"keep_embeddings leaves nothing to choose of these: {of_text_side}.": (
                 is_own and self.keep_embeddings and of_text_side
@@ -162,16 +152,3 @@ class BuildConfig(TextTowerConfig):
                 self.keep_projection and self.dtype == "float16"
             ),
         }
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChooseLayerConfig(TextTowerConfig):
-    """Options of `choose_layer`."""
-
-    languages: tuple[str, ...] = ()
-    """Languages to read. In one, two captions of an image are a pair; of several, a caption and
-    its translation into the first. Default: all, the first of which is English if there is any."""
-    num_images: Annotated[int, Interval(ge=2)] = 1000
-    """Maximum number of images, chosen at random. More of them make each score lower."""
-    seed: Seed = 0
-    """Seed of the choice of images."""

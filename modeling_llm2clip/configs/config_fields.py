@@ -75,6 +75,9 @@ class Config:
         ValueError: Fields have invalid values; the message names all of them.
     """
 
+    # Names of fields for Python and recipes, for which no command has a flag; not a field itself.
+    without_flags = tuple[str, ...]()
+
     def __post_init__(self) -> None:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
                   if getattr(self, field.name) is not field.default}  # fmt: skip

@@ -37,9 +37,6 @@ class CardConfig(Config):
     configurations."""
     training_data: tuple[str, ...] = ()
     """Names or Hub ids of the training data. Default: those on the source's card."""
-    results: tuple[Path, ...] = ()
-    """JSON files of `llm2clip evaluate` on these weights. Default: those on the source's card, if
-    the weights stay the same."""
 
     def _list_conflicts(self) -> dict[str, object]:
         is_other = self.license == "other"
@@ -58,6 +55,9 @@ class CardConfig(Config):
 class ExportConfig(CardConfig, DeviceConfig):
     """Options of `export_model`."""
 
+    results: tuple[Path, ...] = ()
+    """JSON files of `llm2clip evaluate` on these weights. Default: those on the source's card, if
+    the weights stay the same."""
     dtype: WeightDtype | None = None
     """Dtype of the weights. Default: unchanged."""
     max_shard_size: ShardSize = "50GB"
@@ -99,6 +99,8 @@ class ExportConfig(CardConfig, DeviceConfig):
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig(CardConfig, DeviceConfig):
     """Options of `convert_checkpoint`."""
+
+    without_flags = ("base_models", "max_shard_size")
 
     dtype: WeightDtype = "float32"
     """Dtype of all weights except the temperature, which is float32."""

@@ -39,9 +39,7 @@ class SourceFormat(Config):
     preprocessing: Literal["openai", "half"] | None = "openai"
     """Mean and std of the pixels: OpenAI's, or 0.5."""
     head_width: Annotated[int, Interval(ge=1)] = 64
-    """Width of one attention head of the vision tower."""
-    rope_reference_size: Annotated[int, Interval(ge=1)] = 16
-    """Side, in patches, that EVA02's rotary positions are scaled to."""
+    """Width of one attention head of the vision tower; EVA02's is in its checkpoint."""
 
     def _list_conflicts(self) -> dict[str, object]:
         return {

@@ -157,13 +157,11 @@ class LLMSource:
         revision: Branch, tag or commit of the Hub repository.
         loras: Folders or Hub ids of LoRAs, Hub ids as `owner/name` or `owner/name@revision`; merged
             in this order.
-        accept_lora_base: Name that the LoRAs have for this LLM, where both are the same weights.
     """
 
     name: str | Path
     revision: str | None = None
     loras: Sequence[str | Path] = ()
-    accept_lora_base: str | None = None
 
 
 @dataclass(frozen=True)
@@ -232,7 +230,6 @@ def open_llm_weights(
             {key.removeprefix(_PREFIX): value for key, value in renamed.weights.items()},
             folder,
             base=str(source.name),
-            accepted_base=source.accept_lora_base,
             dtype=dtype,
         )
         renamed.weights |= {f"{_PREFIX}{key}": value for key, value in merged.items()}

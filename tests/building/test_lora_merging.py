@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from breaking import edit_json
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llm
@@ -217,7 +218,7 @@ def test_a_folder_without_a_lora_is_refused(tmp_path: Path) -> None:
         merge_lora(tiny_llm(), folder)
 
 
-def test_the_command_refuses_a_lora_of_another_base_unless_accepted(
+def test_the_command_refuses_a_lora_of_another_base(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     vision, llm = save_tiny_vision(tmp_path / "vision"), save_tiny_llm(tmp_path / "llm")
@@ -231,13 +232,14 @@ def test_the_command_refuses_a_lora_of_another_base_unless_accepted(
     assert "is for the base 'owner/Other-7B', but the LLM is 'llm'" in error
     assert not output.exists()
     (folder / "README.md").write_text("---\ntraining_data: my captions\n---\n", encoding="utf-8")
-    assert main([*command, "--accept-lora-base", "owner/Other-7B"]) == 0
+    edit_json("adapter_config.json", lambda c: c.update(base_model_name_or_path="llm"))(folder)
+    assert main(command) == 0
     built = load_file(output / "model.safetensors")["text_model.layers.0.self_attn.q_proj.weight"]
     assert not torch.equal(built, tiny_llm().layers[0].self_attn.q_proj.weight)
     card = read_card_data(output)
     assert card.training_data == card.text_training_data == ("my captions",)
     # Owners, and the case of letters, are no difference between Hub ids.
-    merge_lora(named(tiny_llm(), "mirror/other-7b"), folder)
+    merge_lora(named(tiny_llm(), "mirror/LLM"), folder)
 
 
 def test_the_card_of_a_lora_on_the_hub_is_read_and_a_broken_one_named(

@@ -178,7 +178,7 @@ def test_these_devices_can_be_named() -> None:
 
 def test_choices_that_a_command_repeats_are_those_of_their_owner() -> None:
     source_format = list_arguments("convert", flags=True)["source_format"]
-    assert get_args(source_format.hint) == (*LAYOUTS, "llm2vec")
+    assert get_args(source_format.hint) == (*LAYOUTS,)
     result_format = list_arguments("search", flags=True)["format"]
     assert get_args(result_format.hint) == get_args(ResultFormat)
 
@@ -300,10 +300,8 @@ REFUSED_AT_ONCE = [
     (["build", "VISION", "ABOVE", "NEW", "--prompt", "none"], "It cannot be TEXT_MODEL."),
     (["convert", "a/b", "FULL", "--source-format", "openai", "--text-model", "c"], "is not empty"),
     (["convert", "a/b", "NEW"], "--source-format requires an argument"),
-    (CONVERT, "give --text-model"),
-    ([*CONVERT, "--text-model", "c/d", "--head-width", "8", "--rope-reference-size", "2"],
-     "`rope_reference_size` goes with"),
-    (["convert", "a/b", "NEW", "--source-format", "llm2vec"], "give --vision-model"),
+    (CONVERT, "--text-model requires an argument"),
+    ([*CONVERT, "--text-model", "c/d", "--image-size", "8"], "`image_size` goes with"),
     (["finetune-llm", "OWN", "FULL", "FULL"], "has no run.json"),
     (["finetune-llm", "OWN", "/nowhere", "NEW"], "/nowhere: no such data"),
     (["finetune-llm", "no-model", "FULL", "NEW"], "no-model: no such folder"),

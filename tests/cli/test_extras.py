@@ -179,7 +179,7 @@ BLOCKED_RUNS = [
     (["peft"], "align PLAIN DATA new --text-training lora", "train"),
     (["gguf"], "build PLAIN gone.gguf new --prompt none", "gguf"),
     (["peft"], "build PLAIN gone new --prompt none --lora gone", "train"),
-    (["gguf"], "choose-layer gone.gguf DATA --prompt none", "gguf"),
+    (["gguf"], "build gone gone.gguf new --prompt none", "gguf"),
     (["timm"], "convert gone new --source-format eva02 --text-model gone", "timm"),
     (["timm"], "convert gone new --source-format siglip2 --text-model gone", "timm"),
     (["timm"], "train RECIPE", "demo"),

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import pytest
 import torch
+from breaking import edit_json
 from converting import FORMAT_OF, LLM, LLM2VEC, copy_llm, plan, read_checkpoint, save_checkpoint
 from safetensors.torch import load_file, save_file
 
@@ -168,7 +169,7 @@ BROKEN: dict[str, tuple[str, Callable[[State], object], str]] = {
     "a half of them": ("eva02", drop("rope.freqs_sin"), "has no tables of rotary positions"),
     "other tables in a block": (
         "eva02", put("visual.blocks.1.attn.rope.freqs_sin", torch.rand(36, 12)),
-        r"blocks\.1\.attn\.rope\.freqs_sin has other rotary positions",
+        r"The checkpoint.s rotary positions .* are not those of 6 × 6",
     ),
 }  # fmt: skip
 
@@ -204,6 +205,14 @@ def test_keys_without_an_account_or_of_no_family_are_printed(tmp_path: Path) -> 
     assert all(f"{name} ({i},)" in str(refused.value) for i, name in enumerate(extra, 1))
 
 
+def test_a_tower_whose_images_are_not_square_is_named(tmp_path: Path) -> None:
+    source = save_checkpoint("hub_clip", tmp_path / "source")
+    sides = {"image_size": [40, 40]}
+    edit_json("config.json", lambda content: content["vision_config"].update(sides))(source)
+    with pytest.raises(ValueError, match=r"image_size=\[40, 40\].*Give their side as a number"):
+        plan(source, source_format=FORMAT_OF["hub_clip"])
+
+
 @pytest.mark.parametrize("where", ["checkpoint", "llm"])
 def test_truncated_safetensors(tmp_path: Path, where: str) -> None:
     llm = copy_llm(tmp_path / "llama")
@@ -222,9 +231,6 @@ FORMATS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "heads that do not divide the tower": (
         "openai", {"head_width": 7}, "24 wide, which heads of 7 do not divide"
-    ),
-    "heads that the rotary tables contradict": (
-        "eva02", {"head_width": 8}, r"shape \(36, 12\).*\(36, 8\).*--head-width 12"
     ),
     "an activation that the repository contradicts": (
         "hub_clip", {"activation": "gelu"},
@@ -257,12 +263,9 @@ def test_the_refusal_of_a_width_names_llms_that_have_it(tmp_path: Path) -> None:
 
 
 def test_a_lora_for_another_base_by_name(tmp_path: Path) -> None:
-    llm = copy_llm(tmp_path / "Llama-3.1-8B")
-    source = LLMSource(llm, loras=(LLM2VEC / "llama_lora",))
+    source = LLMSource(copy_llm(tmp_path / "Llama-3.1-8B"), loras=(LLM2VEC / "llama_lora",))
     refuse("openai", tmp_path, r"is for the base 'llama', but the LLM is .*Llama-3\.1-8B'",
            llm=source)  # fmt: skip
-    accepted = replace(source, accept_lora_base="llama")
-    assert plan(tmp_path / "source" / "epoch_3.pt", source_format=FORMAT_OF["openai"], llm=accepted)
 
 
 def test_an_llm_of_another_size_than_its_configuration(tmp_path: Path) -> None:
@@ -312,15 +315,24 @@ def test_rotary_tables_that_the_tower_computes_are_accepted_in_any_dtype(
     plan(save_checkpoint("eva02", tmp_path, state), source_format=FORMAT_OF["eva02"])
 
 
-@pytest.mark.parametrize("reference", [3, 16])
-def test_rotary_tables_of_another_reference_size_are_refused(
-    reference: int, tmp_path: Path
+@pytest.mark.parametrize("sizes", [{"reference": 3}, {"reference": 16}, {"head_width": 8}])
+def test_heads_and_reference_size_are_read_from_the_rotary_tables(
+    sizes: dict[str, int], tmp_path: Path
 ) -> None:
-    state = replace_rotary_tables(read_checkpoint("eva02"), reference=reference)
-    refuse("eva02", tmp_path, r"reference size 4.*\(--rope-reference-size\)", state=state)
-    right = replace(FORMAT_OF["eva02"], rope_reference_size=reference)
-    planned = plan(tmp_path / "source" / "epoch_3.pt", source_format=right)
-    assert planned.config.vision_config.model_args["ref_feat_shape"] == [reference] * 2
+    state = replace_rotary_tables(read_checkpoint("eva02"), **sizes)
+    planned = plan(save_checkpoint("eva02", tmp_path, state), source_format=FORMAT_OF["eva02"])
+    model_args = planned.config.vision_config.model_args
+    expected = {"reference": 4, "head_width": 12, **sizes}
+    assert model_args["ref_feat_shape"] == [expected["reference"]] * 2
+    assert model_args["num_heads"] == 24 // expected["head_width"]
+
+
+@pytest.mark.parametrize("part", ["freqs_cos", "freqs_sin"])
+def test_rotary_tables_of_no_reference_size_are_refused(part: str, tmp_path: Path) -> None:
+    state = read_checkpoint("eva02")
+    other = replace_rotary_tables(state, reference=16)
+    key = f"visual.rope.{part}"
+    refuse("eva02", tmp_path, "are not those of 6 × 6 patches", state={**state, key: other[key]})
 
 
 @pytest.mark.parametrize("theta", [10_000.0, 1_000_000.0])

@@ -38,7 +38,7 @@ def test_all_trouble_is_named_and_costs_nothing(
 def test_every_command_that_writes_has_a_row() -> None:
     names = {name for name in LINE if not name.startswith("-")}
     rows = {command.words[0] for command in COMMANDS}
-    assert names - rows == {"choose-layer", "demo", "doctor", "env", "push", "serve"}
+    assert names - rows == {"demo", "doctor", "env", "push", "serve"}
     assert rows <= names and len({command.name for command in COMMANDS}) == len(COMMANDS)
 
 

@@ -36,9 +36,7 @@ LLM = LLM2VEC / "llama"
 FORMAT_OF = {
     "hub_clip": replace(LAYOUTS["openai-hub"].source_format, max_text_length=200),
     "openai": replace(LAYOUTS["openai"].source_format, max_text_length=200, head_width=12),
-    "eva02": replace(
-        LAYOUTS["eva02"].source_format, max_text_length=200, head_width=12, rope_reference_size=4
-    ),
+    "eva02": replace(LAYOUTS["eva02"].source_format, max_text_length=200),
     "siglip2": replace(
         LAYOUTS["siglip2"].source_format, max_text_length=200, head_width=12, preprocessing="openai"
     ),

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 from aligning import write_data
-from hub_server import HubServer
 from tiny_folders import save_tiny_llm, save_tiny_vision
 
 from modeling_llm2clip import LLM2CLIPProcessor
+from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.building.text_towers import load_text_tower
 from modeling_llm2clip.building.vision_towers import load_vision_tower
 from modeling_llm2clip.doctor.check_model import check_model
@@ -224,61 +224,31 @@ from transformers import PreTrainedTokenizerFast
 Path({mark!r}).write_text("ran")
 class Evil(PreTrainedTokenizerFast): ...
 """
-BUILD_FROM_THE_HUB = """
-import contextlib, io, json, os, sys
-from huggingface_hub import HfApi
-from modeling_llm2clip.__main__ import main
-vision, llm, output, mark = sys.argv[1:]
-api = HfApi()
-api.create_repo("owner/llm")
-commit = api.upload_folder(repo_id="owner/llm", folder_path=llm).oid
-answers = []
-for code in ([], ["--tokenizer-code", "main"], ["--tokenizer-code", commit]):
-    err = io.StringIO()
-    with contextlib.redirect_stderr(err):
-        status = main(["build", vision, "owner/llm", output, "--prompt", "llama-3", *code])
-    answers.append([status, err.getvalue(), os.path.exists(mark)])
-print(json.dumps(answers))
-"""
 
 
-@pytest.mark.slow
-def test_a_tokenizers_code_runs_at_a_pinned_commit_alone_and_is_not_needed_afterwards(
-    tmp_path: Path,
+def test_a_tokenizers_code_never_runs_and_its_plain_file_is_enough(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     vision, llm = save_tiny_vision(tmp_path / "vision"), save_tiny_llm(tmp_path / "llm")
-    change(llm / "tokenizer_config.json", lambda content: content.update(
-        auto_map={"AutoTokenizer": [None, "evil.Evil"]}, tokenizer_class="Evil"
-    ))  # fmt: skip
+    coded = {"auto_map": {"AutoTokenizer": [None, "evil.Evil"]}, "tokenizer_class": "Evil"}
+    change(llm / "tokenizer_config.json", lambda content: content.update(coded))
     mark, built = tmp_path / "ran", tmp_path / "built"
     (llm / "evil.py").write_text(CODED_TOKENIZER.format(mark=str(mark)))
-    with HubServer() as hub:
-        done = subprocess.run(
-            [sys.executable, "-c", BUILD_FROM_THE_HUB, *map(str, (vision, llm, built, mark))],
-            env=hub.environment(tmp_path / "cache"), input="y\n" * 9, capture_output=True,
-            text=True, timeout=120, cwd=Path(__file__).parents[2],
-        )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    without, branch, pinned = json.loads(done.stdout.splitlines()[-1])
-    assert without[0] == branch[0] == 2 and not (without[2] or branch[2])
-    assert "owner/llm needs custom code" in without[1]
-    assert "tokenizer_config.json names AutoTokenizer: evil.Evil" in without[1]
-    assert "--tokenizer-code COMMIT" in without[1]
-    assert "must be a commit of 40 hexadecimal digits" in branch[1]
-    assert pinned[0] == 0 and pinned[2], pinned[1]
-    assert not (built / "evil.py").exists()
-    assert check_model(built).healthy
-
-
-def test_code_of_a_folder_is_not_pinned_and_left_with_a_warning_where_not_needed(
-    tmp_path: Path,
-) -> None:
-    llm = save_tiny_llm(tmp_path / "llm")
-    with pytest.raises(ValueError, match="not a Hub repository, so a commit does not pin its code"):
-        load_text_tower(llm, tokenizer_code="0" * 40)
-    change(llm / "tokenizer_config.json", name_code("AutoTokenizer"))
+    command = ["build", str(vision), str(llm), str(built), "--prompt", "llama-3"]
+    command += ["--max-text-length", "64"]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "needs custom code" in error
+    assert "tokenizer_config.json names AutoTokenizer: evil.Evil" in error
+    assert "set tokenizer_class to PreTrainedTokenizerFast" in error
+    plain = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    change(llm / "tokenizer_config.json", lambda content: content.update(plain))
     with pytest.warns(UserWarning, match=r"names code for its tokenizer, which is not run"):
         load_text_tower(llm)
+    change(llm / "tokenizer_config.json", lambda content: content.pop("auto_map"))
+    assert main(command) == 0
+    assert not mark.exists() and not (built / "evil.py").exists()
+    assert check_model(built).healthy
 
 
 def test_a_tower_that_names_code_it_does_not_need_is_built_without_the_name(tmp_path: Path) -> None:

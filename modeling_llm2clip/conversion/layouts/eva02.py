@@ -10,7 +10,6 @@ from .layout import (
     Drop,
     Layout,
     count_blocks,
-    count_heads,
     find_ratio,
     make_timm_config,
     rename,
@@ -18,7 +17,6 @@ from .layout import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedConfig
 
     from .layout import Tensors
@@ -29,18 +27,19 @@ _PART = r"(weight|bias)"
 # Buffers that the official code saves, once for the tower and once for each block.
 _ROTARY_TABLE = r"visual\.(?:blocks\.\d+\.attn\.)?rope\.freqs_(cos|sin)"
 # Between two tables of one rule: rounding to the dtype that they are saved in. With another
-# reference size or head width they differ by 0.1 and more.
+# reference size they differ by 0.1 and more.
 _MOST_DIFFERENCE = 0.01
+_LARGEST_REFERENCE = 64  # official checkpoints have 16
 
 
 def _make_vision_config(
-    tensors: Tensors, source_format: SourceFormat, _stated: PreTrainedConfig | None
+    tensors: Tensors, _source_format: SourceFormat, _stated: PreTrainedConfig | None
 ) -> PreTrainedConfig:
-    """Describe the tower by the shapes of its weights and the source format."""
+    """Describe the tower by its weights."""
     width, _, patch_size, _ = tensors["visual.patch_embed.proj.weight"].shape
     side = square_side(tensors["visual.pos_embed"].shape[1] - 1)
     inner = tensors["visual.blocks.0.mlp.w1.weight"].shape[0]
-    _require_rotary_tables(tensors, source_format, side)
+    head_width, reference = _read_rotary_sizes(tensors, side)
     return make_timm_config(
         "eva02_large_patch14_clip_336",
         {
@@ -48,64 +47,57 @@ def _make_vision_config(
             "patch_size": patch_size,
             "embed_dim": width,
             "depth": count_blocks(tensors, "visual.blocks.{}.norm1.weight"),
-            "num_heads": count_heads(width, source_format),
+            "num_heads": width // head_width,
             "mlp_ratio": find_ratio(inner, width),
             "qkv_fused": False,
             "swiglu_mlp": True,
             "scale_mlp": True,
             "scale_attn_inner": True,
             "use_rot_pos_emb": True,
-            "ref_feat_shape": [source_format.rope_reference_size] * 2,
+            "ref_feat_shape": [reference] * 2,
             "global_pool": "token",
         },
     )
 
 
-def _require_rotary_tables(tensors: Tensors, source_format: SourceFormat, side: int) -> None:
-    """Require that the tower computes the checkpoint's rotary tables, which it does not load."""
-    tables = {
-        key: (match[1], tensors[key].read().float())
+def _read_rotary_sizes(tensors: Tensors, side: int) -> tuple[int, int]:
+    """Find the head width and the reference size, of which the tower computes the same tables."""
+    from timm.layers import build_rotary_pos_embed
+
+    tables = [
+        (match[1], tensors[key].read().float())
         for key in tensors
         if (match := re.fullmatch(_ROTARY_TABLE, key))
-    }
-    if {part for part, _ in tables.values()} != {"cos", "sin"}:
+    ]
+    if {part for part, _ in tables} != {"cos", "sin"}:
         raise ValueError(
             "The checkpoint has no tables of rotary positions (visual.rope.freqs_cos and "
             "freqs_sin), which the official code saves: it was trained without them, or they were "
             "removed. The tower here has rotary positions. Give the checkpoint as it was saved."
         )
-    heads, reference = source_format.head_width, source_format.rope_reference_size
-    for key, (part, table) in tables.items():
-        if tuple(table.shape) != (side * side, heads):
-            raise ValueError(
-                f"{key} has shape {tuple(table.shape)}, but a tower of {side} × {side} patches "
-                f"with heads of {heads} has {(side * side, heads)}. Give the head width that it "
-                f"was trained with (--head-width {table.shape[-1]})."
-            )
-        computed = _compute_rotary_table(part, side, heads, reference)
-        if not table.allclose(computed, atol=_MOST_DIFFERENCE, rtol=0):
-            raise ValueError(
-                f"{key} has other rotary positions than the tower would have with the reference "
-                f"size {reference}. Give the one that it was trained with (--rope-reference-size)."
-            )
-
-
-def _compute_rotary_table(part: str, side: int, head_width: int, reference: int) -> Tensor:
-    """Compute a table as timm's EVA02 does, (side * side, head_width)."""
-    from timm.layers import build_rotary_pos_embed
-
-    sine, cosine = build_rotary_pos_embed(
-        [side, side], dim=head_width, in_pixels=False, ref_feat_shape=[reference, reference]
+    width = tables[0][1].shape[-1]
+    for reference in range(1, _LARGEST_REFERENCE + 1):
+        sin, cos = build_rotary_pos_embed(
+            [side, side], dim=width, in_pixels=False, ref_feat_shape=[reference, reference]
+        )
+        computed = {"sin": sin, "cos": cos}
+        if all(
+            table.shape == computed[part].shape
+            and table.allclose(computed[part], atol=_MOST_DIFFERENCE, rtol=0)
+            for part, table in tables
+        ):
+            return width, reference
+    raise ValueError(
+        f"The checkpoint's rotary positions (visual.rope.freqs_cos and freqs_sin) are not those of "
+        f"{side} × {side} patches with any reference size up to {_LARGEST_REFERENCE} patches. Give "
+        "the checkpoint as it was saved."
     )
-    table: Tensor = cosine if part == "cos" else sine
-    return table
 
 
 # The activation is the gate of its SwiGLU.
 LAYOUT = Layout(
     choice="eva02",
     source_options={"layout": "eva02", "activation": "silu"},
-    options=("head_width", "rope_reference_size"),
     activations=("silu",),
     needs_timm=True,
     marks=("visual.cls_token", "visual.pos_embed", "visual.head.weight"),

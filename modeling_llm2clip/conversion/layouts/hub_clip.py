@@ -30,6 +30,11 @@ def _make_vision_config(
             f"The repository's config.json has hidden_act={vision.hidden_act!r}, the source format "
             f"has activation={source_format.activation!r}. Give the one that it was trained with."
         )
+    if not isinstance(vision.image_size, int):
+        raise ValueError(
+            f"The repository's config.json has image_size={vision.image_size!r}, but official "
+            "towers take square images. Give their side as a number."
+        )
     # A class of transformers' own, without what the repository's code would add.
     return CLIPVisionConfig.from_dict(vision.to_dict())
 

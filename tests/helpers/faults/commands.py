@@ -163,9 +163,8 @@ COMMANDS = (
         different=("--projection-dim", "8"), moments=(".output-*", ".output-*/output/*"),
     ),
     Command(
-        "convert", ("convert", "{checkpoint}", "{output}", "--source-format", "openai",
-                    "--text-model", "{golden-llm}", "--head-width", "12", "--max-text-length",
-                    "200", *_CPU),
+        "convert", ("convert", "{checkpoint}", "{output}", "--source-format", "eva02",
+                    "--text-model", "{golden-llm}", "--max-text-length", "200", *_CPU),
         different=("--dtype", "bfloat16"), moments=(".output-*", ".output-*/output/*"),
     ),
     Command(
@@ -233,7 +232,7 @@ def _make_inputs(root: Path) -> None:
     later.rename(images / "below")
     build(model, images, root / "index")
     shutil.copytree(LLM, root / "golden-llm")
-    shutil.copy(save_checkpoint("openai", root / "openai"), root / "checkpoint.pt")
+    shutil.copy(save_checkpoint("eva02", root / "eva02"), root / "checkpoint.pt")
     prepare_sources(root / "sources")
     for name in ("vision", "llm"):
         shutil.copytree(root / "sources" / name, root / name)

@@ -94,14 +94,6 @@ def plan_conversion(path: Path, *, family: str) -> object:
     return len(converting.plan(path, source_format=converting.FORMAT_OF[family]).weights)
 
 
-def convert_llm2vec(path: Path) -> object:
-    output = path.parent / "converted"
-    shutil.rmtree(output, ignore_errors=True)
-    return call("convert", path / "text_tower", output, "--source-format", "llm2vec",
-                "--vision-model", path / "vision_tower", "--prompt", "llama-3",
-                "--device", "cpu")  # fmt: skip
-
-
 def write_llm2vec(folder: Path) -> Path:
     save_tiny_vision(folder / "towers" / "vision_tower")
     converting.copy_llm(folder / "towers" / "text_tower")
@@ -144,7 +136,7 @@ TARGETS = (
     Target("checkpoint of the Hub",
            lambda folder: converting.save_checkpoint("hub_clip", folder / "checkpoint"),
            partial(plan_conversion, family="hub_clip"), anything),
-    Target("llm2vec", write_llm2vec, convert_llm2vec, anything, files=_JSON),
+    Target("llm2vec", write_llm2vec, partial(build, prompt="llama-3"), anything, files=_JSON),
     Target("recipe", partial(write_yaml, content=_RECIPE),
            lambda path: read_config(path, TrainConfig), anything),
     Target("options", partial(write_yaml, content=_OPTIONS), parse_options, anything),

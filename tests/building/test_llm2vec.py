@@ -18,10 +18,9 @@ from tiny_folders import save_tiny_vision
 
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.building.build_model import join_towers
+from modeling_llm2clip.building.build_model import build_model, join_towers
 from modeling_llm2clip.building.pretrained_towers import SMOLLM2
 from modeling_llm2clip.configs.build_config import BuildConfig
-from modeling_llm2clip.conversion.llm2vec import build_from_llm2vec
 from modeling_llm2clip.data.atomic_files import default_cache_folder
 from modeling_llm2clip.model_folders.model_loading import load_model
 
@@ -41,10 +40,10 @@ def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_vision(tmp_path_factory.mktemp("towers") / "vision")
 
 
-def build(vision: Path, folder: Path, config: BuildConfig, **settings: Any) -> tuple[Any, Any]:
+def build(vision: Path, folder: Path, config: BuildConfig) -> tuple[Any, Any]:
     """Build from an LLM2Vec folder, and load what was written."""
     with TemporaryDirectory() as output:
-        return load_model(build_from_llm2vec(vision, folder, output, config, **settings))
+        return load_model(build_model(vision, folder, output, config))
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +116,8 @@ def test_an_instruction_is_attended_to_and_not_pooled_as_in_llm2vec(built, famil
 
 
 def test_a_lora_folder_of_llm2vec_is_merged_into_its_base(vision) -> None:
-    lora = LLM2VEC / "llama_lora"
-    model, processor = build(vision, lora, BuildConfig(prompt="llama-3"), base=LLM2VEC / "llama")
+    config = BuildConfig(prompt="llama-3", lora=LLM2VEC / "llama_lora")
+    model, processor = build(vision, LLM2VEC / "llama", config)
     found = encode(model, processor, read_captions()[0])
     wanted = load_file(LLM2VEC / "llama.safetensors")["caption_embeds_with_lora"]
     assert smallest_cosine(found, wanted) >= LEAST_COSINE
@@ -168,39 +167,22 @@ def test_settings_that_would_give_other_embeddings_are_refused(
     folder = Path(shutil.copytree(LLM2VEC / "llama", tmp_path / "llama"))
     edit_json("llm2vec_config.json", lambda content: content.update({name: value}))(folder)
     with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}")):
-        build_from_llm2vec(vision, folder, tmp_path / "model", BuildConfig(prompt="llama-3"))
+        build_model(vision, folder, tmp_path / "model", BuildConfig(prompt="llama-3"))
 
 
-def test_a_lora_needs_its_base_and_a_whole_llm_none(vision, tmp_path) -> None:
-    config, output = BuildConfig(prompt="llama-3"), tmp_path / "model"
-    with pytest.raises(ValueError, match="is a LoRA, so it needs its base"):
-        build_from_llm2vec(vision, LLM2VEC / "llama_lora", output, config)
-    with pytest.raises(ValueError, match="is a whole LLM, so leave"):
-        build_from_llm2vec(vision, LLM2VEC / "llama", output, config, base=LLM2VEC / "llama")
-    with pytest.raises(ValueError, match="not an LLM2Vec folder"):
-        build_from_llm2vec(vision, vision, output, config)
-
-
-def test_the_command_makes_a_new_model_with_the_name_and_licenses_that_were_given(
+def test_the_command_keeps_pooling_and_length_unless_others_are_chosen(
     vision, tmp_path, capsys
 ) -> None:
-    (vision / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
-    command = ["convert", str(LLM2VEC / "qwen2"), str(tmp_path / "model"), "--prompt", "chatml"]
-    command += ["--source-format", "llm2vec"]
-    assert main(command) == 2  # without a vision tower
-    flags = ["--license", "other", "--license-name", "ours", "--license-link", "LICENSE"]
-    flags += ["--text-license", "llama3", "--base-models", "them/tower", "them/llm"]
-    flags += ["--no-normalize-text-before-adapter", "--vision-model", str(vision)]
-    assert main([*command, *flags]) == 0
+    command = ["build", str(vision), str(LLM2VEC / "qwen2"), "--prompt", "chatml"]
+    assert main([*command, str(tmp_path / "model")]) == 0
     assert "align it before use" in capsys.readouterr().out
-    card = (tmp_path / "model" / "README.md").read_text()
-    assert "# model\n" in card and "[ours](LICENSE)" in card
-    assert "| vision tower `them/tower` | apache-2.0 |" in card
-    assert "| language model `them/llm` | llama3 |" in card
     config = LLM2CLIPConfig.from_pretrained(tmp_path / "model")
     assert (config.max_text_length, config.text_pooling) == (200, "mean")
-    assert not config.normalize_text_before_adapter
     assert main(["doctor", str(tmp_path / "model")]) == 0
+    others = ["--max-text-length", "64", "--text-pooling", "last_token"]
+    assert main([*command, str(tmp_path / "other"), *others]) == 0
+    config = LLM2CLIPConfig.from_pretrained(tmp_path / "other")
+    assert (config.max_text_length, config.text_pooling) == (64, "last_token")
 
 
 @pytest.mark.slow
