@@ -135,7 +135,7 @@ def _time_bare_step(bench: Bench, llm: str, size: int) -> float:
 
     def step() -> None:
         with torch.autocast(bench.device.type, torch.bfloat16, enabled=bench.on_gpu):
-            loss, _ = model(**inputs, group_ids=ids, text_keys=ids)
+            loss, _ = model({**inputs, "group_ids": ids, "text_keys": ids})
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

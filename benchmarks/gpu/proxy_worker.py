@@ -153,7 +153,7 @@ def _count_align_step(llm: str) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     with _counted(figures, per=1, unit="step"):
         with torch.autocast("cpu", torch.bfloat16):
-            loss, _ = model(**inputs)
+            loss, _ = model(inputs)
         loss.backward()
     with Kernels() as kernels:
         optimizer.step()

@@ -38,6 +38,7 @@ from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
+from modeling_llm2clip.training.alignment.sampling import draw_samples
 folder, count = Path(sys.argv[1]), int(sys.argv[2])
 records = load_records(folder / str(count), require_images=False)
 stores = {f"{n}_store": EmbeddingStore.open(folder / f"{n}s-{count}") for n in ("caption", "image")}
@@ -52,8 +53,8 @@ order = np.random.default_rng(0)
 def read(size, noise, times):
     for _ in range(times):
         items = order.permutation(count)[:size]
-        batch = datasets[noise].__getitems__(np.stack([np.zeros_like(items), items], axis=1))
-        datasets[noise].complete(batch)
+        batch = datasets[noise].__getitems__(draw_samples(items, 0, seed=0))
+        datasets[noise].make_inputs(batch)
 read(4096, "on", 8)  # of rows that are read for the first time, the checksums are compared
 print("ready", flush=True)
 for line in sys.stdin:

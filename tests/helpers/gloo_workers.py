@@ -53,7 +53,7 @@ def make_batch(folder: Path, records: list[Any]) -> dict[str, Tensor]:
 def backward_module(model: torch.nn.Module, batch: dict[str, Tensor], part: slice) -> Tensor:
     """One forward and backward pass of some rows through a module, wrapped or not."""
     rows = {name: value[part] for name, value in batch.items()}
-    loss, _ = model(**rows, group_ids=GROUP_IDS[part])
+    loss, _ = model({**rows, "group_ids": GROUP_IDS[part]})
     loss.backward()
     return loss.detach()
 

@@ -5,11 +5,11 @@ The records come from an index, or from a stream.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass, field
 from functools import partial
 from operator import getitem
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,11 +29,27 @@ from ...data.streams.record_streams import RecordStream
 from ...image_loading_llm2clip import load_images
 from ...processing_llm2clip import LLM2CLIPProcessor
 from .align_checks import pair_items, require_same_images, require_same_texts
-from .sampling import sample_captions, sample_normal, seed_rows
+from .sampling import Samples, choose_captions, draw_samples
 from .stored_rows import StoredRows
 
-# Stored embeddings that get noise, each with a number of its own for the random generator.
-_NOISE_SIDES = {"vision": 2, "caption": 3}
+
+class StoredSide(NamedTuple):
+    """One kind of stored embeddings, by the names that its tensors have in a batch.
+
+    Attributes:
+        embeds: (B, width) embeddings.
+        rows: (B,) numbers of rows that are on the device already, instead of embeddings.
+        noise: (B, width) noise on them; None if they get none.
+    """
+
+    embeds: str
+    rows: str
+    noise: str | None = None
+
+
+VISION = StoredSide("vision_embeds", "vision_rows", "vision_noise")
+CAPTION = StoredSide("caption_embeds", "caption_rows", "caption_noise")
+TEACHER = StoredSide("teacher_embeds", "teacher_rows")
 
 
 class _Sampled:
@@ -43,54 +59,32 @@ class _Sampled:
     caption_store: EmbeddingStore | None
     image_store: EmbeddingStore | None
     reads_images: bool
-    _stored: dict[str, StoredRows]  # by what the model calls their embeddings
+    _stored: dict[StoredSide, StoredRows]
 
     @property
     def is_stored(self) -> bool:
         return self.caption_store is not None and not self.reads_images
 
-    def _sample_captions(self, counts: tuple[Array, Array], epochs: Array, items: Array) -> Array:
-        return sample_captions(
-            *counts,
-            long_caption_ratio=self.config.long_caption_ratio,
-            seed=self.config.seed,
-            epochs=epochs,
-            items=items,
-        )
+    def make_inputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Make the inputs of the model from a batch, on the device where its tensors are.
 
-    def _seed_noise(
-        self, batch: dict[str, Tensor], epochs: Array, items: Array
-    ) -> dict[str, Tensor]:
-        """Add the seeds of the noise on stored embeddings to a batch, (B,) int64."""
-        for name, side in _NOISE_SIDES.items():
-            if self._get_noise(name) and {f"{name}_embeds", f"{name}_rows"} & batch.keys():
-                batch[f"{name}_seeds"] = seed_rows(self.config.seed, epochs, items, side)
-        return batch
-
-    def _get_noise(self, name: str) -> float:
-        share: float = getattr(self.config, f"{'image' if name == 'vision' else name}_noise")
-        return share
-
-    def complete(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Make what the model takes of a batch, on the device where its tensors are.
-
-        Resident rows are gathered, stored embeddings become float32, and the seeds of noise the
-        noise, (B, D), which the model adds to them.
+        Resident rows are gathered, stored embeddings become float32, and the seed of the batch
+        becomes noise, (B, width), which the model adds to them.
         """
-        batch = dict(batch)
-        for name in (*_NOISE_SIDES, "teacher"):
-            rows, seeds = (batch.pop(f"{name}_{part}", None) for part in ("rows", "seeds"))
-            if rows is not None:
-                resident = self._stored[name].resident
-                assert resident is not None
-                batch[f"{name}_embeds"] = resident.index_select(0, rows)
-            if (embeds := batch.get(f"{name}_embeds")) is not None:
-                batch[f"{name}_embeds"] = embeds = embeds.float()
-            if embeds is not None and seeds is not None:
-                width, length = embeds.shape[1], embeds.norm(dim=1, keepdim=True)
-                scale = self._get_noise(name) * width**-0.5 * length
-                batch[f"{name}_noise"] = sample_normal(seeds, width=width).mul_(scale)
-        return batch
+        inputs, generator = dict(batch), None
+        seed = inputs.pop("noise_seed")
+        shares = {VISION: self.config.image_noise, CAPTION: self.config.caption_noise}
+        for side, stored in self._stored.items():
+            if (rows := inputs.pop(side.rows, None)) is not None:
+                assert stored.resident is not None
+                inputs[side.embeds] = stored.resident.index_select(0, rows)
+            embeds = inputs[side.embeds] = inputs[side.embeds].float()
+            if side.noise is not None and (share := shares[side]):
+                generator = generator or torch.Generator(embeds.device).manual_seed(seed)
+                noise = torch.randn(embeds.shape, generator=generator, device=embeds.device)
+                scale = share * embeds.shape[1] ** -0.5 * embeds.norm(dim=1, keepdim=True)
+                inputs[side.noise] = noise.mul_(scale)
+        return inputs
 
 
 @dataclass(eq=False)
@@ -134,25 +128,27 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
         if self.image_store is not None:
             self._image_items = pair_items(self.records, self.image_store)
             require_same_images(self.records, self.image_store, self._image_items)
-        image_name = "teacher" if self.reads_images else "vision"
-        stores = {"caption": self.caption_store, image_name: self.image_store}
+        image_side = TEACHER if self.reads_images else VISION
+        stores = {CAPTION: self.caption_store, image_side: self.image_store}
         self._stored = {
-            name: StoredRows(store) for name, store in stores.items() if store is not None
+            side: StoredRows(store) for side, store in stores.items() if store is not None
         }
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitems__(self, samples: Array) -> dict[str, Tensor]:
-        """Return the batch of (B, 2) epochs and items, for `complete`."""
-        epochs, items = np.asarray(samples).T
-        numbers = self._sample_captions(self.count_texts(items), epochs, items)
-        batch = {
+    def __getitems__(self, samples: Samples) -> dict[str, Any]:
+        """Return a batch for `make_inputs`."""
+        items, draws, noise_seed = samples
+        numbers = choose_captions(
+            *self.count_texts(items), draws, long_caption_ratio=self.config.long_caption_ratio
+        )
+        return {
             "group_ids": self.read_group_ids(items),
             "text_keys": self.read_text_keys(items, numbers),
-            **self.read_pairs(items, numbers, completed=False),
+            "noise_seed": noise_seed,
+            **self.read_pairs(items, numbers, as_stored=True),
         }
-        return self._seed_noise(batch, epochs, items)
 
     def read_group_ids(self, items: Array) -> Tensor:
         """Return the hash of each item's group, (B,) int64."""
@@ -168,30 +164,30 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
         return torch.tensor([hash_text(text) for text in self._take_texts(items, numbers)])
 
     def read_pairs(
-        self, items: Array, numbers: Array, *, completed: bool = True
+        self, items: Array, numbers: Array, *, as_stored: bool = False
     ) -> dict[str, Tensor]:
-        """Read images and captions; embeddings as `complete` makes or as it takes them."""
+        """Read images and captions, with embeddings in float32, or as `make_inputs` takes them."""
         batch: dict[str, Tensor] = {}
         if self.caption_store is None:
             batch |= self.processor(text=self._take_texts(items, numbers))
-        for name, stored in self._stored.items():
-            is_caption = name == "caption"
-            rows = self.caption_rows(items, numbers) if is_caption else self.image_rows(items)
+        for side, stored in self._stored.items():
+            of_captions = side == CAPTION
+            rows = self.caption_rows(items, numbers) if of_captions else self.image_rows(items)
             identify = partial(self._identify, items)
-            if stored.resident is not None and not completed:
-                batch[f"{name}_rows"] = stored.require_checked(rows, identify)
+            if stored.resident is not None and as_stored:
+                batch[side.rows] = stored.require_checked(rows, identify)
             else:
-                dtype = torch.float32 if completed else None
-                batch[f"{name}_embeds"] = stored.read(rows, identify, dtype=dtype)
+                dtype = None if as_stored else torch.float32
+                batch[side.embeds] = stored.read(rows, identify, dtype=dtype)
         if self.reads_images:
             images = [open_image(image) for image in self.records.select(items).iterate_images()]
             batch |= self.processor(images=images)
         return batch
 
-    def place(self, device: torch.device, *, num_reads: int) -> None:
-        """Copy the stores that fit to a device, for batches that `complete` gets there."""
+    def copy_stores(self, device: torch.device, *, num_reads: int) -> None:
+        """Copy the stores that fit to a device, for batches that `make_inputs` gets there."""
         for stored in self._stored.values():
-            stored.place(device, num_reads=num_reads)
+            stored.copy_to(device, num_reads=num_reads)
 
     def caption_rows(self, items: Array, numbers: Array) -> Array:
         assert self.caption_store is not None
@@ -247,37 +243,43 @@ class AlignmentStream(_Sampled):
         self.num_views = self.config.sentence_views
         self._stored = {}
         if self.caption_store is not None:
-            self._stored["caption"] = StoredRows(self.caption_store)
+            self._stored[CAPTION] = StoredRows(self.caption_store)
             self.num_views = read_num_views(self.caption_store.manifest.plan)
             keys = self.caption_store.keys
             self._order = np.argsort(keys)
             self._keys = keys[self._order]
             self._text_keys = np.concatenate([*self.caption_store.iterate_numbers("text_key")])
 
-    def collate(self, samples: Sequence[tuple[CaptionedImage, Any]]) -> dict[str, Tensor]:
-        """Return the batch of some records and their decoded images, for `complete`."""
+    def collate(self, samples: Sequence[tuple[CaptionedImage, Any]]) -> dict[str, Any]:
+        """Return the batch of some records and their decoded images, for `make_inputs`."""
         records = [record for record, _ in samples]
         listed = [(*r.captions, *with_views(r.long_captions, self.num_views)) for r in records]
         keys = np.array([hash_identity(record.name, record.lang) for record in records])
-        epochs = np.full(len(records), self.stream.epoch)
+        # A stream counts no steps: no other batch of its epoch begins with this record.
+        _, draws, noise_seed = draw_samples(
+            keys, self.stream.epoch, int(keys.view(np.uint64)[0]), seed=self.config.seed
+        )
         num_short = np.array([len(record.captions) for record in records])
-        counts = num_short, np.array(list(map(len, listed))) - num_short
-        numbers = self._sample_captions(counts, epochs, keys)
+        num_long = np.array(list(map(len, listed))) - num_short
+        numbers = choose_captions(
+            num_short, num_long, draws, long_caption_ratio=self.config.long_caption_ratio
+        )
         texts: list[str] = list(map(getitem, listed, numbers.tolist()))
         batch = {
             "group_ids": torch.tensor([hash_text(record.group_id) for record in records]),
             "text_keys": torch.tensor([hash_text(text) for text in texts]),
+            "noise_seed": noise_seed,
             **self.processor(images=[image for _, image in samples]),
         }
         if (store := self.caption_store) is None:
             return batch | dict(self.processor(text=texts))
         rows = store.rows_at(self._find_items(records, keys), numbers)
-        batch["caption_embeds"] = self._stored["caption"].read(
+        batch[CAPTION.embeds] = self._stored[CAPTION].read(
             rows,
             lambda broken: [(records[n].name, records[n].lang) for n in broken.tolist()],
             dtype=None,
         )
-        return self._seed_noise(batch, epochs, keys)
+        return batch
 
     def _find_items(self, records: Sequence[CaptionedImage], keys: Array) -> Array:
         assert self.caption_store is not None

@@ -5,7 +5,7 @@ B images and captions, D width of the LLM, D' of the vision tower, P `projection
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +34,7 @@ TOWERS = ("text_model", "vision_model")
 _ATTENTION_NAMES = {"attention", "attn", "self_attention", "self_attn"}
 TEACHER = "teacher_model"
 """Name of the frozen vision tower that runs beside the trained one, where nothing is stored."""
+_IMAGE_MASKS = ("pixel_attention_mask", "spatial_shapes")
 LOSS = "loss"
 """Name of the loss as a part of the model; its parameters are in checkpoints, and in no folder."""
 
@@ -58,54 +59,43 @@ class AlignmentModel(PartialModel):
         self.trains_text = self.trains_vision = False
         self.teacher_model = None
 
-    def forward(
-        self,
-        pixel_values: Tensor | None = None,
-        vision_embeds: Tensor | None = None,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        caption_embeds: Tensor | None = None,
-        teacher_embeds: Tensor | None = None,
-        vision_noise: Tensor | None = None,
-        caption_noise: Tensor | None = None,
-        pixel_attention_mask: Tensor | None = None,
-        spatial_shapes: Tensor | None = None,
-        group_ids: Tensor | None = None,
-        text_keys: Tensor | None = None,
-        kept_embeds: Tensor | None = None,
-        kept_targets: Tensor | None = None,
-    ) -> tuple[Tensor | None, LossInputs]:
+    def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor | None, LossInputs]:
         """Encode images and captions, or start from their stored embeddings.
 
-        Noise is projected with them, and a loss gets the embeddings without it. In training, and
-        where the groups are given, it also computes the loss.
+        In training, and where the groups are given, it also computes the loss.
+
+        Args:
+            batch: What the processor makes of the images, or `vision_embeds`, (B, D'), perhaps
+                with `vision_noise`, which is projected with them and which no loss sees. The same
+                of the captions, as `caption_embeds`, (B, D), and `caption_noise`. The other fields
+                of `LossInputs`, of which `kept_embeds` are (K, D) here.
         """
+        teacher_embeds = batch.get("teacher_embeds")
+        vision_embeds, caption_embeds = batch.get("vision_embeds"), batch.get("caption_embeds")
         if vision_embeds is None:
-            assert pixel_values is not None
+            images = (batch["pixel_values"], *(batch.get(name) for name in _IMAGE_MASKS))
             with torch.set_grad_enabled(self.trains_vision and torch.is_grad_enabled()):
-                vision_embeds = self.get_vision_embeds(
-                    pixel_values, pixel_attention_mask, spatial_shapes
-                )
+                vision_embeds = self.get_vision_embeds(*images)
             if self.teacher_model is not None:
                 with torch.no_grad():
-                    teacher_embeds = self.teacher_model.get_vision_embeds(
-                        pixel_values, pixel_attention_mask, spatial_shapes
-                    )
+                    teacher_embeds = self.teacher_model.get_vision_embeds(*images)
         if caption_embeds is None:
-            assert input_ids is not None
             with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):
-                caption_embeds = self.get_caption_embeds(input_ids, attention_mask)
+                caption_embeds = self.get_caption_embeds(
+                    batch["input_ids"], batch.get("attention_mask")
+                )
+        kept_embeds, group_ids = batch.get("kept_embeds"), batch.get("group_ids")
         inputs = LossInputs(
-            self.to_image_embeds(_add(vision_embeds, vision_noise)),
-            self.to_text_embeds(_add(caption_embeds, caption_noise)),
+            self.to_image_embeds(_add(vision_embeds, batch.get("vision_noise"))),
+            self.to_text_embeds(_add(caption_embeds, batch.get("caption_noise"))),
             self.logit_head.rule(),
             group_ids,  # type: ignore[arg-type]  # None where nothing is compared
-            text_keys,
+            batch.get("text_keys"),
             vision_embeds=vision_embeds.float(),
             caption_embeds=caption_embeds.float(),
             teacher_embeds=teacher_embeds,
             kept_embeds=None if kept_embeds is None else self.to_text_embeds(kept_embeds),
-            kept_targets=kept_targets,
+            kept_targets=batch.get("kept_targets"),
         )
         if not self.training or group_ids is None:
             return None, inputs
@@ -250,7 +240,7 @@ def _sum_outputs(model: AlignmentModel, processor: LLM2CLIPProcessor) -> Tensor:
         inputs |= processor(text=["a dog", "two red apples on a wooden table"])
     else:
         inputs["caption_embeds"] = torch.rand(2, model.text_projection.in_features)
-    _, outputs = model(**{name: value.to(model.device) for name, value in inputs.items()})
+    _, outputs = model({name: value.to(model.device) for name, value in inputs.items()})
     summed = (outputs.image_embeds, outputs.text_embeds, *outputs.logits)
     return torch.stack([output.float().sum() for output in summed]).sum()
 

@@ -224,7 +224,7 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         # The model checks token ids on the CPU, and copies them itself.
         ids = {n: value for n, value in inputs.items() if n in ("input_ids", "attention_mask")}
         others = {name: value for name, value in inputs.items() if name not in ids}
-        return self.data.dataset.complete({**super()._prepare_inputs(others), **ids})
+        return self.data.dataset.make_inputs({**super()._prepare_inputs(others), **ids})
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Group parameters by start, rate and decay; matrices alone decay (arXiv:2103.00020)."""
@@ -315,7 +315,7 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,  # noqa: ARG002
     ) -> Tensor | tuple[Tensor, LossInputs]:
-        loss, outputs = model(**inputs, **self.sample_kept(self.state.global_step))
+        loss, outputs = model({**inputs, **self.sample_kept(self.state.global_step)})
         self._inverse_temperature = outputs.logits.scale.detach()
         # Rows of unit length have a finite sum.
         sums = [side.detach().sum(dim=1) for side in (outputs.image_embeds, outputs.text_embeds)]

@@ -30,7 +30,7 @@ from ..run_folder import add_results, read_results
 from .alignment_trainer import AlignmentTrainer
 from .held_out import HeldOutImages, HeldOutScores, ZeroShotImages, fit_temperature
 from .run_data import RecordData
-from .sampling import mix
+from .sampling import draw_samples
 
 BEST_FILE = "best.safetensors"
 # Shares of the way from the start to the trained weights that are tried beside the whole of it.
@@ -38,9 +38,8 @@ _SHARES = (0.25, 0.5, 0.75)
 _METADATA = "held_out"
 # In the metadata: the SHA-256 of the file with zeros in its place.
 _NO_DIGEST, _DIGEST = f"sha256-{0:064}", re.compile(rb"sha256-[0-9a-f]{64}")
-# Epoch for the captions and the noise of a measured batch, and step for its kept texts; no step of
-# a run is in it.
-_EPOCH = -1
+# Step for the captions, the noise and the kept texts of a measured batch, which no run has.
+_STEP = 2**63
 
 
 def copy_trained(model: nn.Module) -> dict[str, Tensor]:
@@ -234,10 +233,9 @@ class TrainingObjective(TrainerCallback):
     trainer: AlignmentTrainer
 
     def __init__(self, data: RecordData, *, size: int, output: Path) -> None:
-        order = np.argsort(mix(data.config.seed, data.items), kind="stable")
-        chosen = np.sort(data.items[order[:size]])
-        self._dataset = data.dataset
-        self._samples = np.stack([np.full_like(chosen, _EPOCH), chosen], axis=1)
+        seed = data.config.seed
+        chosen = np.random.default_rng(seed).choice(data.items, size, replace=False)
+        self._dataset, self._samples = data.dataset, draw_samples(chosen, _STEP, seed=seed)
         self._output = output
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
@@ -247,7 +245,7 @@ class TrainingObjective(TrainerCallback):
     def record(self, name: str) -> None:
         """Measure the weights that the model has now; every process calls it."""
         batch = self.trainer._prepare_inputs(self._dataset.__getitems__(self._samples))
-        inputs = self.trainer.embed([{**batch, **self.trainer.sample_kept(_EPOCH)}])
+        inputs = self.trainer.embed([{**batch, **self.trainer.sample_kept(_STEP)}])
         measured = [fit_temperature(self.trainer.alignment_model.loss, inputs)[1]]
         broadcast_object_list(measured)
         if self.trainer.args.should_save:

@@ -45,7 +45,7 @@ from ...processing_llm2clip import LLM2CLIPProcessor
 from ..losses.loss import Loss, LossInputs, list_fitted
 from .alignment_data import AlignmentDataset, list_pairs
 from .alignment_model import AlignmentModel, skip_identity_blocks
-from .sampling import mix
+from .sampling import rank_keys
 
 _MAX_HELD_OUT = 1_000
 # A tenth of small data is too few to compare two models; training would miss more than a fifth.
@@ -159,11 +159,11 @@ def require_negatives(num_trained: int, num_held_out: int) -> None:
 
 
 def _choose_groups(records: RecordTable, count: int, *, seed: int) -> Array:
-    """Choose the groups with the smallest hashes, so that no group's choice depends on another."""
+    """Choose the groups with the smallest ranks, so that no group's choice depends on another."""
     chosen = np.empty(0, np.int64)
     for keys in records.iterate_numbers("group_key"):
         groups = np.unique(np.concatenate([chosen, keys]))
-        chosen = groups[np.argsort(mix(seed, groups), kind="stable")[:count]]
+        chosen = groups[np.argsort(rank_keys(groups, seed))[:count]]
     return chosen
 
 
@@ -258,7 +258,7 @@ def embed_batches(
     with skip_identity_blocks(model):
         for batch in batches:
             with make_context():
-                _, inputs = model(**{name: value.to(device) for name, value in batch.items()})
+                _, inputs = model({name: value.to(device) for name, value in batch.items()})
             parts.append(inputs.to(place))
     model.train(was_training)
     joined: dict[str, Any] = {

@@ -25,13 +25,13 @@ from ...model_folders.training_images import (
 from ...modeling_llm2clip import LLM2CLIPVisionModel
 from ...scheduling.processes import choose_device
 from .run_data import RecordData, RunData
-from .sampling import mix
+from .sampling import rank_keys
 
 # So many images suffice to estimate 128 clusters and their spread.
 _STORED_SAMPLE = 4_096
 # Each costs a pass of the vision tower.
 _ENCODED_SAMPLE = 1_024
-_OF_ORDER = 0  # mixed into the keys of images
+_SEED = 0
 _UNNAMED = "unnamed data"
 
 
@@ -96,7 +96,7 @@ def sample_images(records: RecordTable, size: int) -> Array:
         rows = np.arange(start, start + len(keys))
         start += len(keys)
         chosen, firsts = np.unique(
-            np.concatenate([chosen, mix(_OF_ORDER, keys)]), return_index=True
+            np.concatenate([chosen, rank_keys(keys, _SEED)]), return_index=True
         )
         chosen, items = chosen[:size], np.concatenate([items, rows])[firsts[:size]]
     return items

@@ -86,7 +86,7 @@ class RecordData:
         workers = count_workers(self.config, arguments, decodes=self.dataset.reads_images)
         if self.dataset.is_stored and not workers:
             own_size = batch_size // arguments.world_size
-            self.dataset.place(arguments.device, num_reads=own_size * num_steps)
+            self.dataset.copy_stores(arguments.device, num_reads=own_size * num_steps)
         return DataLoader(
             self.dataset,
             batch_sampler=sampler,  # type: ignore[arg-type]  # arrays, not lists
@@ -104,7 +104,7 @@ class RecordData:
     def list_groups(self, step: int, places: Array) -> list[str]:
         """List the group ids of some records in this process's batch of a step."""
         assert self._sampler is not None
-        items = self._sampler.read_step(step)[places, 1]
+        items = self._sampler.read_step(step).items[places]
         groups = (self.dataset.records.read(item, ("group_id",)) for item in items.tolist())
         return list(dict.fromkeys(group for (group,) in groups))
 

@@ -33,7 +33,7 @@ class StoredRows:
         self.resident: Tensor | None = None
         self._is_checked = np.zeros(store.manifest.num_rows, np.bool_)
 
-    def place(self, device: torch.device, *, num_reads: int) -> None:
+    def copy_to(self, device: torch.device, *, num_reads: int) -> None:
         """Copy all rows to a device if they fit half of its free memory.
 
         Args:

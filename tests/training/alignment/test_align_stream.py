@@ -338,7 +338,7 @@ def test_stored_captions_of_a_stream_have_their_noise(prepared: Prepared, shards
     drawn = []
     for epoch in (0, 0, 1):
         dataset.stream.set_epoch(epoch)
-        drawn.append(dataset.complete(dataset.collate(samples)))
+        drawn.append(dataset.make_inputs(dataset.collate(samples)))
     # The root of the mean square of 32 numbers for each of 24 captions: four standard errors.
     shares = drawn[0]["caption_noise"].norm(dim=1) / drawn[0]["caption_embeds"].norm(dim=1)
     assert abs(float(shares.square().mean().sqrt()) - 0.5) < 4 * 0.5 * (2 * 24 * 32) ** -0.5

@@ -56,7 +56,7 @@ def compute(prepared: Prepared, *, sharded: bool, autocast: bool) -> dict[str, T
         fsdp2_prepare_model(accelerator, model)
     batch = make_batch(prepared.model, prepared.records)
     with torch.autocast("cpu", dtype=torch.bfloat16) if autocast else nullcontext():
-        loss, outputs = model(**batch, group_ids=GROUP_IDS)
+        loss, outputs = model({**batch, "group_ids": GROUP_IDS})
         loss.backward()
     embeds = (outputs.image_embeds, outputs.text_embeds)
     found = {

@@ -34,7 +34,11 @@ from modeling_llm2clip.publishing.export_model import export_model
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.image_summary import count_images, sample_images
 
-FEW_STEPS: dict[str, Any] = {"max_steps": 4, "global_batch_size": 16, "eval_steps": 2}
+# Without noise, which the number of processes decides.
+FEW_STEPS: dict[str, Any] = {
+    "max_steps": 4, "global_batch_size": 16, "eval_steps": 2, "image_noise": 0, "caption_noise": 0,
+    "projection_init": "model",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

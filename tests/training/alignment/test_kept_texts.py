@@ -174,9 +174,9 @@ def test_record_and_card_name_what_was_kept_and_the_next_training_forgets_it(
     order: list[str] = []
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "empty_cache", lambda: order.append("memory given back"))
-        place = AlignmentDataset.place
+        copy = AlignmentDataset.copy_stores
         patch.setattr(
-            AlignmentDataset, "place", lambda *a, **b: [order.append("placed"), place(*a, **b)]
+            AlignmentDataset, "copy_stores", lambda *a, **b: [order.append("placed"), copy(*a, **b)]
         )
         run = keep(keeping, tmp_path / "run")
     assert order == ["memory given back", "placed"]

@@ -18,12 +18,10 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
-from modeling_llm2clip.encoding import devices
 from modeling_llm2clip.training import finite_steps, trainer_mixins
 from modeling_llm2clip.training.alignment import alignment_trainer, stored_rows
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.alignment_trainer import AlignmentTrainer
-from modeling_llm2clip.training.alignment.sampling import sample_normal, seed_rows
 from modeling_llm2clip.training.alignment.stored_rows import StoredRows
 
 
@@ -72,8 +70,8 @@ def test_a_bad_step_changes_no_weight_and_is_named_at_the_next_log(
 def test_a_bad_step_is_in_no_checkpoint(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forward(self: AlignmentModel, **inputs: Any) -> Any:
-        loss, outputs = plain(self, **inputs)
+    def forward(self: AlignmentModel, batch: Any) -> Any:
+        loss, outputs = plain(self, batch)
         calls.append(self.training)
         return (loss * torch.inf if calls.count(True) == 3 else loss), outputs
 
@@ -84,15 +82,6 @@ def test_a_bad_step_is_in_no_checkpoint(
         prepared.align(tmp_path / "run", logging_steps=100, save_steps=2)
     folders = (tmp_path / "run" / "checkpoints").glob("checkpoint-*")
     assert [folder.name for folder in folders] == ["checkpoint-2"]
-
-
-@pytest.mark.parametrize("width", [1, 6, 200, 1024])
-def test_noise_has_the_bits_of_numpy(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    items = np.arange(-100, 200)
-    seeds = seed_rows(3, np.full(300, -1), items, 2)
-    ahead = sample_normal(seeds, width=width)
-    monkeypatch.setattr(devices, "_RUN_AHEAD", set())
-    assert torch.equal(ahead, sample_normal(seeds, width=width))
 
 
 def name_rows(places: Any) -> list[tuple[str, ...]]:
@@ -112,9 +101,9 @@ def test_resident_rows_are_those_of_the_store(
     monkeypatch.setattr(stored_rows, "_BYTES_AT_ONCE", 7 * size // NUM_ROWS)  # in four parts
     stored = StoredRows(store)
     for free[0], num_reads in ((2 * size - 1, NUM_ROWS), (2 * size, NUM_ROWS - 1)):
-        stored.place(device, num_reads=num_reads)
+        stored.copy_to(device, num_reads=num_reads)
         assert stored.resident is None
-    stored.place(device, num_reads=NUM_ROWS)
+    stored.copy_to(device, num_reads=NUM_ROWS)
     assert stored.resident is not None and torch.equal(stored.resident, embeds)
     assert stored.resident.dtype == embeds.dtype  # which `equal` does not compare
     chosen = stored.resident.index_select(0, stored.require_checked(rows, name_rows))
@@ -160,13 +149,13 @@ def test_resident_stores_and_threads_change_no_bit_of_a_run(
         in_turn = train(tmp_path / "in-turn")
     monkeypatch.setattr(stored_rows, "count_free_bytes", lambda _: 2**20)
     placed: list[StoredRows] = []
-    place = StoredRows.place
+    copy = StoredRows.copy_to
 
     def note(rows: StoredRows, device: torch.device, *, num_reads: int) -> None:
-        place(rows, device, num_reads=num_reads)
+        copy(rows, device, num_reads=num_reads)
         placed.append(rows)
 
-    monkeypatch.setattr(StoredRows, "place", note)
+    monkeypatch.setattr(StoredRows, "copy_to", note)
     ahead = train(tmp_path / "ahead")
     # Ten steps read more rows than a store has; with fewer it would stay in its files.
     assert len(placed) == 2 and all(rows.resident is not None for rows in placed)
@@ -223,7 +212,7 @@ def test_a_bad_step_is_named_before_embeddings_are_scored() -> None:
 def test_token_ids_stay_on_the_cpu_where_the_model_checks_them() -> None:
     trainer = AlignmentTrainer.__new__(AlignmentTrainer)
     trainer.args = SimpleNamespace(device=torch.device("meta"))
-    trainer.data = SimpleNamespace(dataset=SimpleNamespace(complete=dict))
+    trainer.data = SimpleNamespace(dataset=SimpleNamespace(make_inputs=dict))
     names = ("input_ids", "attention_mask", "vision_embeds")
     found = trainer._prepare_inputs({name: torch.ones(2, 3) for name in names})
     assert [found[name].device.type for name in names] == ["cpu", "cpu", "meta"]

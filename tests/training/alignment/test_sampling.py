@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import resource
-import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -45,10 +44,10 @@ from modeling_llm2clip.training.alignment.held_out import HeldOutImages
 from modeling_llm2clip.training.alignment.run_data import RecordData, count_workers
 from modeling_llm2clip.training.alignment.sampling import (
     ResumableBatchSampler,
-    mix,
-    sample_captions,
-    sample_normal,
-    seed_rows,
+    Samples,
+    choose_captions,
+    draw_samples,
+    rank_keys,
 )
 
 
@@ -97,11 +96,10 @@ def test_a_batch_that_finds_no_shared_memory_is_an_error_not_a_wait(
 
 def sample(num_short: int, num_long: int, *, ratio: float, count: int) -> list[tuple[bool, int]]:
     """Whether each sampled caption is a long one, and its number among the long or short ones."""
-    items = np.arange(count)
-    numbers = sample_captions(
-        np.full(count, num_short), np.full(count, num_long),
-        long_caption_ratio=ratio, seed=1, epochs=np.zeros(count, int), items=items,
-    )  # fmt: skip
+    draws = draw_samples(np.arange(count), 0, seed=1).draws
+    numbers = choose_captions(
+        np.full(count, num_short), np.full(count, num_long), draws, long_caption_ratio=ratio
+    )
     return [(n >= num_short, n - num_short * (n >= num_short)) for n in numbers.tolist()]
 
 
@@ -124,33 +122,31 @@ def test_an_image_shows_the_captions_that_it_has() -> None:
         assert set(sampled) == {(is_long, 0), (is_long, 1)}
 
 
-def test_a_sample_does_not_depend_on_the_others_of_its_batch() -> None:
-    def draw(items: list[int]) -> list[int]:
-        count = np.full(len(items), 9)
-        drawn = sample_captions(
-            count, count, long_caption_ratio=0.5, seed=3, epochs=count, items=np.array(items)
-        )
-        return [int(number) for number in drawn]
-
-    assert draw([5, 2, 8]) == [draw([item])[0] for item in (5, 2, 8)]
-
-
-def test_numbers_are_mixed_as_splitmix_does() -> None:
-    # The reference generator of seed 0: https://prng.di.unimi.it/splitmix64.c
-    assert int(mix(0)) == 0xE220A8397B1DCDAF
-    assert mix(np.array([0, -1]), 7).tolist() == [int(mix(0, 7)), int(mix(-1, 7))]
+def test_ranks_of_keys_are_random_and_each_keys_own() -> None:
+    keys = np.random.default_rng(7).integers(-(2**63), 2**63 - 1, 4000)
+    first, second = (rank_keys(keys, seed) for seed in (0, 1))
+    assert np.array_equal(first[5:9], rank_keys(keys[5:9], 0))
+    # Binomial: of the 1,000 lowest ranks by one seed, a quarter by the other, four deviations.
+    shared = set(first.argsort()[:1000].tolist()) & set(second.argsort()[:1000].tolist())
+    assert abs(len(shared) - 250) < 4 * (1000 * 0.25 * 0.75) ** 0.5
 
 
 def test_every_epoch_shows_every_image_once_in_another_order() -> None:
-    batches = list(ResumableBatchSampler(np.arange(12), batch_size=4, num_steps=6, seed=0))
-    epochs = [np.concatenate(half) for half in (batches[:3], batches[3:])]
-    for number, pairs in enumerate(epochs):
-        assert set(pairs[:, 0].tolist()) == {number}
-        assert sorted(pairs[:, 1].tolist()) == list(range(12))
-    assert epochs[0][:, 1].tolist() != epochs[1][:, 1].tolist()
+    sampler = ResumableBatchSampler(np.arange(12), batch_size=4, num_steps=6, seed=0)
+    batches = list(sampler)
+    epochs = [np.concatenate([b.items for b in half]) for half in (batches[:3], batches[3:])]
+    assert all(sorted(items.tolist()) == list(range(12)) for items in epochs)
+    assert epochs[0].tolist() != epochs[1].tolist()
+    assert all(require_equal(batch, sampler.read_step(n)) for n, batch in enumerate(batches))
+    assert len({batch.noise_seed for batch in batches}) == 6
+
+
+def require_equal(first: Samples, second: Samples) -> bool:
+    return all(np.array_equal(*pair) for pair in zip(first, second, strict=True))
 
 
 def test_processes_share_the_batches_of_one() -> None:
+    """Images and captions; their noise is another one."""
     settings: dict[str, Any] = {"batch_size": 4, "num_steps": 5, "seed": 0}
     shares = [
         ResumableBatchSampler(np.arange(10), rank=rank, num_processes=2, **settings)
@@ -159,7 +155,10 @@ def test_processes_share_the_batches_of_one() -> None:
     for whole, *parts in zip(
         ResumableBatchSampler(np.arange(10), **settings), *shares, strict=True
     ):
-        assert whole.tolist() == np.concatenate(parts).tolist()
+        for name in ("items", "draws"):
+            joined = np.concatenate([getattr(part, name) for part in parts])
+            assert np.array_equal(getattr(whole, name), joined)
+        assert parts[0].noise_seed != parts[1].noise_seed
 
 
 def test_stored_and_online_captions_are_the_same_samples(prepared: Prepared) -> None:
@@ -168,7 +167,7 @@ def test_stored_and_online_captions_are_the_same_samples(prepared: Prepared) -> 
     stored = AlignmentDataset(
         records, processor, AlignConfig(seed=5), caption_store=prepared.caption_store
     )
-    samples = np.array([(3, item) for item in range(NUM_RECORDS)])
+    samples = draw_samples(np.arange(NUM_RECORDS), 3, seed=5)
     model = LLM2CLIPModel.from_pretrained(prepared.model)
     tokens, embeddings = (
         online.__getitems__(samples),
@@ -180,35 +179,46 @@ def test_stored_and_online_captions_are_the_same_samples(prepared: Prepared) -> 
     torch.testing.assert_close(embeddings, wanted, atol=1e-4, rtol=1e-5)
 
 
-def test_noise_is_projected_and_a_loss_gets_embeddings_without_it(prepared: Prepared) -> None:
-    """STRUCTURE keeps the neighbors of the latter: noise leaves an image hardly any."""
+def draw_noise_of(
+    prepared: Prepared, share: float, samples: Samples
+) -> tuple[AlignmentDataset, dict[str, torch.Tensor]]:
     processor = LLM2CLIPProcessor.from_pretrained(prepared.model)
+    config = AlignConfig(seed=5, image_noise=share, caption_noise=share)
     stores = {"caption_store": prepared.caption_store, "image_store": prepared.image_store}
-    samples = np.array([(3, item) for item in range(NUM_RECORDS)])
-    clean, noisy = (
-        AlignmentDataset(
-            prepared.records,
-            processor,
-            AlignConfig(seed=5, image_noise=noise, caption_noise=noise),
-            **stores,
-        )
-        for noise in (0.0, 1.0)
-    )
-    clean, noisy = (data.complete(data.__getitems__(samples)) for data in (clean, noisy))
+    dataset = AlignmentDataset(prepared.records, processor, config, **stores)
+    return dataset, dataset.make_inputs(dataset.__getitems__(samples))
+
+
+def test_noise_is_projected_and_a_loss_gets_embeddings_without_it(prepared: Prepared) -> None:
+    samples = draw_samples(np.arange(NUM_RECORDS), 3, seed=5)
+    (_, clean), (_, noisy) = (draw_noise_of(prepared, share, samples) for share in (0.0, 1.0))
     model = AlignmentModel.from_pretrained(prepared.model, with_llm=False, with_vision_tower=False)
     with torch.no_grad():
-        (_, wanted), (_, found) = (model.eval()(**batch) for batch in (clean, noisy))
+        (_, wanted), (_, found) = (model.eval()(batch) for batch in (clean, noisy))
         moved = model.to_image_embeds(noisy["vision_embeds"] + noisy["vision_noise"])
     assert torch.equal(found.vision_embeds, wanted.vision_embeds)
     assert torch.equal(found.caption_embeds, wanted.caption_embeds)
     assert torch.equal(found.image_embeds, moved)
-    for name, number in (("vision", 2), ("caption", 3)):  # each side has noise of its own
-        embeds = noisy[f"{name}_embeds"]
-        normal = sample_normal(seed_rows(5, *samples.T, number), width=embeds.shape[1])
-        noise = normal * embeds.norm(dim=1, keepdim=True) * embeds.shape[1] ** -0.5
-        torch.testing.assert_close(noisy[f"{name}_noise"], noise)  # rounded in another order
     for side in ("image_embeds", "text_embeds"):
         assert not torch.isclose(getattr(found, side), getattr(wanted, side)).all(dim=1).any()
+
+
+def test_noise_is_normal_as_long_as_asked_and_each_batchs_own(prepared: Prepared) -> None:
+    def draw(step: int, rank: int = 0) -> dict[str, torch.Tensor]:
+        items = np.tile(np.arange(NUM_RECORDS), 50)
+        samples = draw_samples(items, step, seed=5, rank=rank, num_processes=2)
+        return draw_noise_of(prepared, 0.5, samples)[1]
+
+    first = draw(0)
+    for name in ("vision", "caption"):
+        noise, embeds = first[f"{name}_noise"], first[f"{name}_embeds"]
+        unit = noise * (embeds.shape[1] ** 0.5 / 0.5) / embeds.norm(dim=1, keepdim=True)
+        # The mean and the mean square of independent normal numbers, four standard errors.
+        assert abs(float(unit.mean())) < 4 * unit.numel() ** -0.5
+        assert abs(float(unit.square().mean()) - 1) < 4 * (2 / unit.numel()) ** 0.5
+        assert torch.equal(draw(0)[f"{name}_noise"], noise)
+        for other in (draw(1), draw(0, rank=1)):
+            assert not torch.equal(other[f"{name}_noise"], noise)
 
 
 def test_training_and_extraction_see_the_same_pixels(prepared: Prepared, tmp_path: Path) -> None:
@@ -219,41 +229,6 @@ def test_training_and_extraction_see_the_same_pixels(prepared: Prepared, tmp_pat
     trained_on = AlignmentDataset([record], processor).read_pairs(np.array([0]), np.array([0]))
     extracted = processor(images=[Image.open(tmp_path / "large.jpg")])
     assert torch.equal(trained_on["pixel_values"], extracted["pixel_values"])
-
-
-def test_noise_on_embeddings_is_normal_and_each_samples_own() -> None:
-    def draw(items: list[int], side: int) -> torch.Tensor:
-        seeds = seed_rows(0, np.ones(len(items), int), np.array(items), side)
-        return sample_normal(seeds, width=200)
-
-    noise = draw(list(range(500)), 2)
-    # Of 100,000 numbers the mean is within four standard errors of 0, the deviation of 1.
-    assert abs(float(noise.mean())) < 4 * 100_000**-0.5
-    assert abs(float(noise.std()) - 1) < 4 * 200_000**-0.5
-    assert torch.equal(draw([7, 8], 2), noise[7:9])
-    # Neither side nor epoch repeats another's.
-    assert not torch.equal(draw([7], 3)[0], noise[7])
-    assert abs(float((noise[0] * noise[1]).mean())) < 4 * 200**-0.5
-    # Neighbors in a row are quarters of one word: of 99,500 products, four standard errors.
-    assert abs(float((noise[:, 1:] * noise[:, :-1]).mean())) < 4 * 99_500**-0.5
-    # The largest gap to the normal distribution function is above this once in 2,000 samples of
-    # 100,000 numbers (Kolmogorov: 1.95 over the root of their count).
-    found = torch.special.ndtr(noise.flatten().double()).sort().values
-    assert float((found - torch.linspace(0, 1, 100_000)).abs().max()) < 1.95 * 100_000**-0.5
-
-
-def test_noise_takes_little_more_memory_than_itself() -> None:
-    seeds = seed_rows(0, np.zeros(1000, int), np.arange(1000), 2)
-    sample_normal(seeds[:1], width=8)
-    tracemalloc.start()
-    try:
-        noise = sample_normal(seeds, width=1024)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    # 4 MB, and the words of a few rows; pages that the system hands out anew would cost more time
-    # than the numbers.
-    assert peak < 1.5 * noise.nbytes
 
 
 @pytest.mark.parametrize(
@@ -280,7 +255,7 @@ def test_equal_captions_of_a_batch_have_one_key(prepared: Prepared) -> None:
     items, numbers = np.array([0, 0, 1, 2, 2, 1]), np.array([0, 1, 0, 0, 1, 1])
     wanted = [hash_text(text) for text in ("one", "two", "two", "three", "one", "long")]
     assert dataset.read_text_keys(items, numbers).tolist() == wanted
-    batch = dataset.__getitems__(np.array([[0, 0], [0, 1], [1, 2]]))
+    batch = dataset.__getitems__(draw_samples(np.arange(3), 0, seed=0))
     shown = {hash_text(text) for record in records for text in (*record.captions, "long")}
     assert batch["text_keys"].shape == batch["group_ids"].shape == (3,)
     assert set(batch["text_keys"].tolist()) <= shown
@@ -344,7 +319,7 @@ def test_stored_and_online_views_are_the_same_samples(prepared: Prepared, viewed
     stored = AlignmentDataset(
         viewed.records, viewed.processor, AlignConfig(seed=5), caption_store=store
     )
-    samples = np.array([(epoch, item) for epoch in range(12) for item in range(24)])
+    samples = draw_samples(np.tile(np.arange(24), 12), 0, seed=5)
     tokens, embeds = online.__getitems__(samples), stored.__getitems__(samples)
     model = LLM2CLIPModel.from_pretrained(prepared.model)
     with torch.no_grad():
@@ -353,7 +328,7 @@ def test_stored_and_online_views_are_the_same_samples(prepared: Prepared, viewed
     keys, rows = tokens["text_keys"], embeds["text_keys"]
     assert torch.equal(keys[:, None] == keys, rows[:, None] == rows)
     for item in range(24):
-        drawn = set(keys[samples[:, 1] == item].tolist())
+        drawn = set(keys[samples.items == item].tolist())
         assert drawn <= set(map(hash_text, viewed.list_texts(item)))
     every = {hash_text(text) for item in range(24) for text in viewed.list_texts(item)}
     assert len(set(keys.tolist())) > 0.9 * len(every)  # nothing is left out by its kind

@@ -68,13 +68,13 @@ def test_a_merged_lora_gives_the_same_embeddings(prepared: Prepared, training: s
     batch = dict(processor(text=["a dog", "x"], images=tiny_images(2)))
     model.eval()
     with torch.no_grad():
-        _, plain = model(**batch)
+        _, plain = model(batch)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # starts at zero and would change nothing
                 torch.nn.init.normal_(parameter, std=0.1)
-        _, unmerged = model(**batch)
+        _, unmerged = model(batch)
         merge_loras(model, adapted)
-        _, merged = model(**batch)
+        _, merged = model(batch)
     side = "image_embeds" if training == "vision" else "text_embeds"
     assert (getattr(plain, side) - getattr(unmerged, side)).abs().max() > 1e-2
     # Merging rounds W + BA once more, on unit-length embeddings over two layers.
@@ -112,7 +112,7 @@ def test_frozen_towers_in_bfloat16_move_no_head(save_parts: Callable[[str], Path
         choose_trained_parts(model, AlignConfig(text_training="frozen-online"))
         assert {p.dtype for p in model.text_model.parameters()} == {getattr(torch, precision)}
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-        _, outputs = model.train()(**batch)
+        _, outputs = model.train()(batch)
         outputs.logits(outputs.image_embeds, outputs.text_embeds).trace().backward()
         trained = (p.grad for p in model.parameters() if p.requires_grad and p.grad is not None)
         gradients.append(torch.cat([gradient.flatten() for gradient in trained]))
@@ -166,7 +166,7 @@ def test_trained_weights_have_gradients(
     if training == "lora":
         assert trained == asked
     batch = dict(processor(text=["a cat sleeps", "x"], images=[draw_noise(seed=n) for n in (0, 1)]))
-    _, outputs = model.train()(**batch)
+    _, outputs = model.train()(batch)
     parts = (outputs.image_embeds, outputs.text_embeds, outputs.logits.scale)
     sum(part.sum() for part in parts).backward()
     assert trained == {name for name, p in model.named_parameters() if p.grad is not None}
@@ -296,9 +296,10 @@ def test_batch_norm_keeps_its_statistics(tmp_path: Path) -> None:
     pixels = processor(images=[draw_noise(40, 40, seed=seed) for seed in range(4)])["pixel_values"]
     trained.train()
     captions = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
-    whole = trained(pixel_values=pixels, caption_embeds=captions)[1].image_embeds
+    whole = trained({"pixel_values": pixels, "caption_embeds": captions})[1].image_embeds
     alone = [
-        trained(pixel_values=p[None], caption_embeds=captions[:1])[1].image_embeds for p in pixels
+        trained({"pixel_values": p[None], "caption_embeds": captions[:1]})[1].image_embeds
+        for p in pixels
     ]
     # Unit embeddings in float32, from convolutions that add up in another order.
     torch.testing.assert_close(whole, torch.cat(alone), atol=1e-5, rtol=0)
