@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,6 @@ from ...encoding.encode import (
     TorchEncoder,
     average_prompts,
     project_stored,
-    raise_malloc_thresholds,
 )
 from ...evaluation.datasets.classification_dataset import ClassificationDataset
 from ...evaluation.datasets.dataset_registry import load_dataset
@@ -40,7 +39,7 @@ from ...evaluation.metrics.ranking import rank_retrieval
 from ...evaluation.metrics.scores import hits_at
 from ...evaluation.results import hash_dataset
 from ...evaluation.tasks.classification import list_prompts, rank_classes
-from ...heads_llm2clip import MAX_LOG_SCALE, LogitRule
+from ...heads_llm2clip import MAX_LOG_SCALE
 from ...processing_llm2clip import LLM2CLIPProcessor
 from ..losses.loss import Loss, LossInputs, list_fitted
 from .alignment_data import AlignmentDataset, list_pairs
@@ -55,10 +54,8 @@ _ROWS_PER_BATCH = 512
 # Five captions of a thousand images take a fifth of it, with the widest towers.
 _MOST_BYTES_KEPT = 2**29
 # So many pairs suffice to fit a single number.
-_MAX_ROWS_OF_TEMPERATURE = 2_000
-_TEMPERATURE_STEPS = 16
-# Share of a loss by which the rounding of kept cosines may change it; 1.3e-5 is the most measured.
-_ESTIMATE_ERROR = 2e-5
+_MAX_ROWS_OF_TEMPERATURE = 1_000
+_TEMPERATURE_STEPS = 12  # to a hundredth of the temperature
 # The loss is convex in the inverse temperature and a bias: a few steps come to float32's rounding.
 _FIT_STEPS = 100
 _FIT_TOLERANCE = 1e-6
@@ -274,88 +271,26 @@ def fit_temperature(loss: Loss, inputs: LossInputs) -> tuple[float, float]:
     """Find the temperature with the lowest loss of some pairs, from `embed_batches`.
 
     Golden-section search: the losses are convex in the inverse temperature. Returned are its
-    logarithm, and the loss of all pairs at it. Cosines are computed once and scaled, as long as
-    the losses to compare differ by more than this rounds.
+    logarithm, and the loss of all pairs at it.
     """
     inputs = _move_beside(loss, inputs)
-    if inputs.image_embeds.device.type == "cpu":
-        raise_malloc_thresholds()
     few = inputs.take(slice(_MAX_ROWS_OF_TEMPERATURE))
-    kept: list[_Cosines] = []
 
-    @cache
     def measure_at(log_scale: float) -> float:
         return float(loss(few.at_scale(math.exp(log_scale))))
 
-    @cache
-    def estimate_at(log_scale: float) -> float:
-        scaled = few.at_scale(math.exp(log_scale))
-        return float(loss(scaled._replace(logits=_KeptCosines.of(scaled.logits, kept))))
-
-    is_sure = True
-
-    def is_lower(first: float, second: float) -> bool:
-        nonlocal is_sure
-        if is_sure:
-            losses = estimate_at(first), estimate_at(second)
-            # A loss may use no logits, and points that are once too near come nearer still.
-            error = _ESTIMATE_ERROR * max(map(abs, losses))
-            is_sure = bool(kept) and abs(losses[0] - losses[1]) > error
-        if not is_sure:
-            losses = measure_at(first), measure_at(second)
-        return losses[0] < losses[1]
-
-    ratio = (math.sqrt(5) - 1) / 2
-    low, high = 0.0, MAX_LOG_SCALE
+    ratio, low, high = (math.sqrt(5) - 1) / 2, 0.0, MAX_LOG_SCALE
     left, right = high - ratio * (high - low), low + ratio * (high - low)
+    losses = [measure_at(left), measure_at(right)]
     for _ in range(_TEMPERATURE_STEPS):
-        if is_lower(left, right):
+        if losses[0] < losses[1]:
             high, right, left = right, left, right - ratio * (right - low)
+            losses = [measure_at(left), losses[0]]
         else:
             low, left, right = left, right, left + ratio * (high - left)
-    log_scale = right if is_lower(right, left) else left
-    if len(inputs.image_embeds) <= _MAX_ROWS_OF_TEMPERATURE:
-        return log_scale, measure_at(log_scale)
+            losses = [losses[1], measure_at(right)]
+    log_scale = left if losses[0] < losses[1] else right
     return log_scale, float(loss(inputs.at_scale(math.exp(log_scale))))
-
-
-class _Cosines(NamedTuple):
-    """A product of embeddings of images and texts, and these embeddings."""
-
-    image_embeds: Tensor
-    text_embeds: Tensor
-    product: Tensor
-
-    def is_of(self, image_embeds: Tensor, text_embeds: Tensor) -> bool:
-        pairs = ((self.image_embeds, image_embeds), (self.text_embeds, text_embeds))
-        return all(
-            # What is held keeps its memory, so that no other embeddings are at its address.
-            (old.data_ptr(), old.shape, old.stride()) == (new.data_ptr(), new.shape, new.stride())
-            or torch.equal(old, new)
-            for old, new in pairs
-        )
-
-
-class _KeptCosines(LogitRule):
-    """Scales cosines that an earlier rule computed for the same loss, which asks in one order."""
-
-    _kept: list[_Cosines] | None = None
-    _place: int
-
-    @classmethod
-    def of(cls, rule: LogitRule, kept: list[_Cosines]) -> _KeptCosines:
-        made = cls(*rule)
-        made._kept, made._place = kept, 0
-        return made
-
-    def __call__(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-        if self._kept is None:  # at another scale, which the loss has chosen
-            return super().__call__(image_embeds, text_embeds)
-        place, self._place = self._place, self._place + 1
-        if place == len(self._kept) or not self._kept[place].is_of(image_embeds, text_embeds):
-            unscaled = LogitRule(torch.ones_like(self.scale))(image_embeds, text_embeds)
-            self._kept[place:] = [_Cosines(image_embeds, text_embeds, unscaled)]
-        return self.from_cosines(self._kept[place].product)
 
 
 def fit_start(loss: Loss, inputs: LossInputs, *, keep_scale: bool = False) -> LossFit:

@@ -49,10 +49,10 @@ def draw_samples(
         num_processes: Processes that divide the batch.
     """
     size = len(items) // num_processes
-    own = slice(rank * size, (rank + 1) * size)
+    rows = slice(rank * size, (rank + 1) * size)
     generator = torch.Generator().manual_seed(_make_seed(seed, _CAPTIONS, *place))
     draws: Array = torch.rand(len(items), 2, dtype=torch.float64, generator=generator).numpy()
-    return Samples(items[own], draws[own], _make_seed(seed, _NOISE, *place, rank))
+    return Samples(items[rows], draws[rows], _make_seed(seed, _NOISE, *place, rank))
 
 
 @dataclass(eq=False)

@@ -34,8 +34,7 @@ from modeling_llm2clip.training.alignment.held_out import (
     choose_held_out,
 )
 from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
-from modeling_llm2clip.training.losses.choose_loss import MatryoshkaLoss
-from modeling_llm2clip.training.losses.loss import Loss, LossInputs
+from modeling_llm2clip.training.losses.loss import LossInputs
 from modeling_llm2clip.training.losses.pairs import ContrastiveLoss, SigmoidLoss
 from modeling_llm2clip.training.run_folder import add_results
 
@@ -122,69 +121,6 @@ def test_the_fitted_temperature_is_where_the_loss_is_lowest(bias: float | None) 
     log_scale, lowest = held_out_module.fit_temperature(loss, inputs)
     assert lowest == measure_at(log_scale)
     assert min(measure_at(log_scale - 0.05), measure_at(log_scale + 0.05)) > lowest
-
-
-def take_columns(inputs: LossInputs, count: int) -> LossInputs:
-    """Take views of the embeddings, which begin where these do."""
-    images, texts = inputs.image_embeds[:, :count], inputs.text_embeds[:, :count]
-    return inputs._replace(image_embeds=images, text_embeds=texts)
-
-
-WITHOUT_LOGITS: Loss = lambda inputs: inputs.image_embeds.sum()  # noqa: E731
-AT_ONE_SCALE: Loss = lambda inputs: ContrastiveLoss()(inputs.at_scale(20.0))  # noqa: E731
-
-
-@pytest.mark.parametrize(
-    "loss",
-    [
-        ContrastiveLoss(),
-        SigmoidLoss(),
-        MatryoshkaLoss(ContrastiveLoss(chunk_size=20), [4]),
-        WITHOUT_LOGITS,
-        AT_ONE_SCALE,
-        lambda inputs: (
-            inputs.logits(inputs.image_embeds.roll(1, 0), inputs.text_embeds).exp().sum()
-        ),
-        lambda inputs: (
-            ContrastiveLoss()(inputs)
-            + 3 * ContrastiveLoss()(inputs.at_scale(inputs.logits.scale / 2))
-        ),
-        lambda inputs: ContrastiveLoss()(take_columns(inputs, 8 if inputs.logits.scale < 6 else 4)),
-    ],
-    ids=[
-        "contrastive",
-        "sigmoid",
-        "matryoshka",
-        "without logits",
-        "at one scale",
-        "of new rows",
-        "at two scales",
-        "of other widths",
-    ],
-)
-def test_kept_cosines_choose_the_temperature_of_products_at_each(
-    loss: Loss, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fits, calls = [], [0, 0]
-
-    def measure(inputs: LossInputs) -> torch.Tensor:
-        calls[type(inputs.logits) is LogitRule] += 1
-        return loss(inputs)
-
-    for error in (held_out_module._ESTIMATE_ERROR, math.inf):  # by which nothing is sure
-        monkeypatch.setattr(held_out_module, "_ESTIMATE_ERROR", error)
-        for noise in (0.3, 1.0, 3.0):
-            generator = torch.Generator().manual_seed(0)
-            image, text = torch.randn(2, 50, 8, generator=generator)
-            image, text = F.normalize(image, dim=-1), F.normalize(image + noise * text, dim=-1)
-            inputs = LossInputs(
-                image, text, LogitRule(torch.ones(1)), torch.arange(50), is_whole=True
-            )
-            fits.append(held_out_module.fit_temperature(measure, inputs))
-    # To the last bit: what rounding could decide is computed as before.
-    assert fits[:3] == fits[3:]
-    # Half of the 18 temperatures or more are scaled cosines, where these decide anything.
-    assert calls[0] == 12 if loss in (WITHOUT_LOGITS, AT_ONE_SCALE) else calls[0] >= 27
 
 
 def test_held_out_rows_are_read_once(few: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:

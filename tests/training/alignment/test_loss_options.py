@@ -199,7 +199,7 @@ def read_start(output: Path) -> float:
 @pytest.mark.slow
 def test_a_loss_with_a_parameter_chooses_and_resumes(prepared: Prepared, tmp_path: Path) -> None:
     run, again = tmp_path / "run", tmp_path / "again"
-    train(prepared.data.parent, run, refit=True, save_steps=1)
+    train(prepared.data.parent, run, refit=True, save_steps=1, seed=1)
     trained = {step: float(read_checkpoint(run, step)[BIAS]) for step in (7, 8)}
     start = read_start(run)
     assert start != trained[7] != trained[8]
@@ -218,7 +218,7 @@ def test_a_loss_with_a_parameter_chooses_and_resumes(prepared: Prepared, tmp_pat
     assert 0 < abs(bias - start) < 1.1e-3 * int(first.name.split("-")[1])
     # The parameter is in no model folder, and is resumed from a checkpoint.
     assert not [n for n in load_file(run / "model/model.safetensors") if "logit_bias" in n]
-    options = {"refit": True, "save_steps": 1}
+    options = {"refit": True, "save_steps": 1, "seed": 1}
     with pytest.raises(StageInterrupt):
         train(prepared.data.parent, again, callbacks=[SignalAfter(3)], **options)
     train(prepared.data.parent, again, resume=True, **options)
