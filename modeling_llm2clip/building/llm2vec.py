@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..configs.build_config import BuildConfig
 from ..data.sources.json_files import read_object
@@ -11,7 +12,9 @@ from ..model_folders.model_folder import fetch_hub_file
 from ..pooling_llm2clip import TEXT_POOLINGS
 
 SETTINGS_FILE = "llm2vec_config.json"
-_POOLINGS = {mode: name for name, pooling in TEXT_POOLINGS.items() for mode in pooling.llm2vec}
+_POOLINGS: dict[str, Any] = {
+    mode: name for name, pooling in TEXT_POOLINGS.items() for mode in pooling.llm2vec
+}
 
 
 def take_settings(source: str | Path, config: BuildConfig) -> BuildConfig:

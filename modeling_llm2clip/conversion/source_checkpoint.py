@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers import initialization as init
 
 from .._suggestions import list_first
 from ..building.lora_merging import merge_lora_weights
 from ..building.text_towers import require_decoder, require_own_tokenizer
-from ..loading_llm2clip import build_tower, list_weight_files, load_without_code
+from ..loading_llm2clip import list_weight_files, load_without_code
 from ..model_folders.model_folder import find_model_folder
 from ..model_folders.weights import WEIGHT_NAMES, LazyTensor, is_lora_alone, open_weights
 from .layouts import LAYOUTS
@@ -26,7 +23,7 @@ _RULES = (rename(r"(?:model\.)?((?:embed_tokens|layers|norm)\..*)", r"text_model
 _FREQUENCIES = r"(?:model\.)?(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 _DROPS = (
     Drop(r"lm_head\.(?:weight|bias)", "the head that predicts the next token, which is not used"),
-    Drop(_FREQUENCIES, "rotary frequencies, equal to those of the LLM's configuration"),
+    Drop(_FREQUENCIES, "rotary frequencies, which the LLM computes from its configuration"),
 )
 _PREFIX = "text_model."
 
@@ -216,11 +213,9 @@ def open_llm_weights(
                 "The checkpoint holds the LLM's weights, merged as they were trained. Leave the "
                 "LoRA out."
             )
-        _require_frequencies(inside, language.config, source="The LLM in the checkpoint")
         return apply_rules(inside, _RULES, _DROPS, source="The LLM in the checkpoint"), [], []
     files = list_weight_files(language.folder, names=WEIGHT_NAMES)
     weights, shown = open_weights(language.folder), f"The LLM {source.name}"
-    _require_frequencies(weights, language.config, source=shown)
     renamed = apply_rules(weights, _RULES, _DROPS, source=shown)
     counts = []
     for lora in source.loras:
@@ -236,34 +231,3 @@ def open_llm_weights(
         files += list_weight_files(folder, names=WEIGHT_NAMES)
         counts.append(counted)
     return renamed, files, counts
-
-
-def _require_frequencies(
-    tensors: Mapping[str, LazyTensor], config: PreTrainedConfig, *, source: str
-) -> None:
-    """Require that rotary frequencies, which older checkpoints hold, are the configuration's."""
-    held = {key: tensors[key].read().float() for key in tensors if re.fullmatch(_FREQUENCIES, key)}
-    if not held:
-        return
-    with torch.device("meta"), init.meta_device_safe_creation_ops():
-        rotary: Any = getattr(build_tower(config), "rotary_emb", None)
-    if rotary is None:
-        raise ValueError(
-            f"{source} holds rotary frequencies ({min(held)}), but a {config.model_type!r} has "
-            "none. Give the LLM with its own config.json."
-        )
-    # Older versions scaled the positions instead, and saved the frequencies as they were.
-    plain = getattr(rotary, "compute_default_rope_parameters", None)
-    accepted = [type(rotary)(config).inv_freq, *([plain(config)[0]] if plain else [])]
-    for key, frequencies in held.items():
-        # Up to the rounding of half precision.
-        if not any(
-            frequencies.shape == expected.shape
-            and torch.allclose(frequencies, expected, rtol=1e-2, atol=1e-6)
-            for expected in accepted
-        ):
-            raise ValueError(
-                f"{source} has other rotary frequencies than its configuration gives: {key} ends "
-                f"with {float(frequencies[-1]):.3g}, expected {float(accepted[0][-1]):.3g}. "
-                "Correct rope_theta and its scaling in the LLM's config.json."
-            )

@@ -287,14 +287,14 @@ def list_files(folder: Path) -> dict[str, int]:
     files, errors = {}, []
     for path in _walk(folder):
         name = path.relative_to(folder).as_posix()
-        if path.is_symlink() and (reason := _find_wrong_link(path, folder)):
-            errors.append(f"{name} {reason}")
+        if path.is_symlink() and not _is_uploaded(path, folder):
+            errors.append(f"{name} links to {path.readlink()}")
         elif path.is_file():
             files[name] = path.stat().st_size
     if errors:
         more = f"; and {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else ""
         raise ValueError(
-            f"{folder} has links whose targets are not its own files: "
+            f"{folder} has links to what is not uploaded, such as files outside of it: "
             f"{'; '.join(errors[:_SHOWN])}{more}. Remove them, or put copies of the files in their "
             "places."
         )
@@ -354,20 +354,12 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _find_wrong_link(path: Path, folder: Path) -> str | None:
-    """Return why a link is not uploaded; None if it is, as a file of the folder."""
-    target = path.readlink()
-    if not path.exists():
-        return f"links to {target}, which is not there"
-    if not is_inside(path, folder):
-        return f"links to {target}, outside of the folder"
-    if path.is_dir():
-        return f"links to the folder {target}, whose files would be left out"
+def _is_uploaded(path: Path, folder: Path) -> bool:
+    """Return whether a link is to a file of the folder, or to one in huggingface_hub's cache."""
     content, root = path.resolve(), folder.resolve()
-    if content.is_relative_to(root):  # else it is in the cache, whose contents have no names
-        if any(part.startswith(".") for part in content.relative_to(root).parts):
-            return f"links to {target}, which is hidden"
-    return None
+    inside = content.relative_to(root).parts if content.is_relative_to(root) else ()
+    is_hidden = any(part.startswith(".") for part in inside)
+    return path.is_file() and is_inside(path, folder) and not is_hidden
 
 
 def _find_credential(file: Path) -> str | None:

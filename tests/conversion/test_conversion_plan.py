@@ -12,7 +12,6 @@ import pytest
 import torch
 from breaking import edit_json
 from converting import FORMAT_OF, LLM, LLM2VEC, copy_llm, plan, read_checkpoint, save_checkpoint
-from safetensors.torch import load_file, save_file
 
 from modeling_llm2clip.conversion.layouts import LAYOUTS
 from modeling_llm2clip.conversion.layouts.siglip2 import LAYOUT as SIGLIP2
@@ -333,15 +332,3 @@ def test_rotary_tables_of_no_reference_size_are_refused(part: str, tmp_path: Pat
     other = replace_rotary_tables(state, reference=16)
     key = f"visual.rope.{part}"
     refuse("eva02", tmp_path, "are not those of 6 × 6 patches", state={**state, key: other[key]})
-
-
-@pytest.mark.parametrize("theta", [10_000.0, 1_000_000.0])
-def test_an_llm_whose_rotary_frequencies_are_not_its_configurations_is_refused(
-    theta: float, tmp_path: Path
-) -> None:
-    llm = copy_llm(tmp_path / "llama")
-    frequencies = theta ** -(torch.arange(0, 8, 2) / 8)
-    weights = {**load_file(llm / "model.safetensors"), "rotary_emb.inv_freq": frequencies}
-    save_file(weights, llm / "model.safetensors", metadata={"format": "pt"})
-    refuse("openai", tmp_path, "other rotary frequencies than its configuration gives",
-           llm=LLMSource(llm))  # fmt: skip
