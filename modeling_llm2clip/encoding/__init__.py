@@ -1,1 +1,1 @@
-"""Texts and images into embeddings: one facade, which takes loaded models and knows no folders."""
+"""Turns texts and images into embeddings with loaded models; knows nothing about folders."""

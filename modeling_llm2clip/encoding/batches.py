@@ -1,6 +1,6 @@
-"""Batches of texts and images, prepared ahead; each distinct input is encoded once.
+"""Encodes each distinct input once, in batches that threads prepare ahead of time.
 
-N texts or images, B those of a batch, D width of an embedding.
+N is the number of texts or images, B the batch size, D the width of an embedding.
 """
 
 from __future__ import annotations
@@ -35,19 +35,20 @@ from .tokenized_texts import TokenizedText
 Batch = TypeVar("Batch")
 Prepared = TypeVar("Prepared")
 OnBatch: TypeAlias = Callable[[Sequence[int], Tensor], object]
-"""Called after each batch with the rows of its inputs and what the model gave for them, (B, D).
+"""Called after each batch with the rows of its inputs and their embeddings, (B, D).
 
-A row is the first of equal inputs. The embeddings are those before the projection, but unit
-embeddings where a graph projects. Those of a GPU are there, and may not be computed yet.
+Of equal inputs, only the first row is reported. Embeddings are from before the projection, except
+that an ONNX graph returns unit embeddings. Embeddings on a GPU may not be computed yet.
 """
 
 _MOST_WORKERS = 8
 _MOST_BESIDE_GPU = 32  # each holds a batch of pixels
-_PARTS = 8  # of a batch of images: the first one is ready in an eighth of the time
+_PARTS = 8  # per batch of images, so the first batch is ready in an eighth of the time
 _PIXELS_AT_ONCE = 2**22
-_COPIED_AT_ONCE = 2**28  # bytes of embeddings that a GPU keeps
-# Size of a JPEG that is decoded smaller, in multiples of the processor's, so that resizing still
-# smooths. libvips' and Pillow's thumbnails take 2; see benchmarks/speed/image_decoding.py.
+_COPIED_AT_ONCE = 2**28  # bytes of embeddings kept on a GPU before they are copied
+# How much larger than the processor's size a JPEG stays when it is decoded at a reduced size, so
+# resizing still smooths it. Thumbnails of libvips and Pillow use 2; see
+# benchmarks/speed/image_decoding.py.
 _JPEG_MARGIN = 3
 
 
@@ -55,9 +56,9 @@ class PreparedImages(NamedTuple):
     """The images of a batch, ready for the model.
 
     Attributes:
-        inputs: The processor's tensors of those that can be read, by name; none if there are none.
-        places: Places of these images in the batch.
-        errors: Error of each other image, by its place.
+        inputs: The processor's tensors for the readable images, by name; empty if there are none.
+        places: Positions of the readable images in the batch.
+        errors: Error message for each other image, by its position.
     """
 
     inputs: dict[str, Tensor]
@@ -82,11 +83,11 @@ def encode_distinct(
 ) -> Tensor:
     """Encode every distinct input once; (N, D) float32 on the CPU, in the order of the inputs.
 
-    Equal inputs get the same embedding, bit for bit: from two batches they would differ in the
-    last bit, and no longer tie. `batches` takes the rows of the distinct inputs, each at its first
-    occurrence, and returns batches of places in that list. A progress bar counts inputs, or the
-    sum of their `sizes`. With `finish`, embeddings of many batches are mapped by it on the device,
-    and copied together.
+    Equal inputs get bit-identical embeddings: encoded in different batches, they would differ in
+    the last bit and no longer tie. `batches` takes the rows of the distinct inputs (the first
+    occurrence of each) and returns batches of positions in that list. The progress bar counts
+    inputs, or their `sizes`. `finish` maps the embeddings of many batches on the device, so they
+    can be copied together.
     """
     keys = list_keys(inputs)
     first_of = {key: row for row, key in reversed(list(enumerate(keys)))}
@@ -126,11 +127,11 @@ def iterate_batches(
     on_batch: OnBatch | None = None,
     to_cpu: bool = True,
 ) -> Generator[tuple[Sequence[int], Tensor]]:
-    """Yield the rows of each batch of a plan, and their embeddings, (B, D) float32 on the CPU.
+    """Yield the rows of each batch of a plan and their embeddings, (B, D) float32 on the CPU.
 
-    `prepare` turns the inputs of a batch into what `encode` takes; it runs in threads, for None of
-    `default_num_workers`. Inputs with NaN or infinity in their embeddings raise ValueError. Without
-    `to_cpu`, embeddings stay where they are computed, and the caller checks them.
+    `prepare` turns the inputs of a batch into arguments for `encode`. It runs in `num_workers`
+    threads; None picks a default for the device. Raises ValueError if an embedding has NaN or
+    infinity. Without `to_cpu`, embeddings stay on the device, and the caller must check them.
     """
     parts = ([inputs[row] for row in rows] for rows in plan)
     in_threads = prepare_batches(parts, prepare, device=device, num_workers=num_workers)
@@ -140,8 +141,8 @@ def iterate_batches(
             embeds = embeds.cpu() if to_cpu else embeds
             if embeds.ndim != 2 or len(embeds) != len(rows):
                 raise ValueError(
-                    f"The model gives embeddings of shape {tuple(embeds.shape)} for a batch of "
-                    f"{len(rows)}; a row per input is expected. Take another vision tower or "
+                    f"The model returns embeddings of shape {tuple(embeds.shape)} for a batch of "
+                    f"{len(rows)}; a row per input is expected. Use another vision tower or "
                     "encoder."
                 )
             if to_cpu:
@@ -156,7 +157,7 @@ def _copy_together(
     finish: Callable[[Tensor], Tensor],
     inputs: Sequence[Any],
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
-    """Yield batches on the CPU, checked, of which as many as a GPU keeps are copied together."""
+    """Yield batches on the CPU, checked; up to 256 MiB of them are copied from a GPU together."""
     waiting: list[tuple[Sequence[int], Tensor]] = []
     num_bytes = 0
     for batch in chain(encoded, [None]):
@@ -173,9 +174,9 @@ def _copy_together(
 
 
 def default_num_workers(*, most: int = _MOST_WORKERS) -> int:
-    """Return the number of threads or processes that decode images, where none is given.
+    """Return the default number of threads or processes that decode images.
 
-    It is one per core, at most `most`; the processes of a launch share the cores of their machine.
+    That is one per core, at most `most`; all processes on a machine split its cores.
     """
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(most, (os.cpu_count() or 1) // num_processes))
@@ -184,11 +185,11 @@ def default_num_workers(*, most: int = _MOST_WORKERS) -> int:
 def use_one_core() -> None:
     """Compute on one core in this thread.
 
-    Otherwise each thread would have torch start a team of one thread per core, and with more of
-    these than cores OpenMP lets them all sleep between two operations: a forward pass of a vision
-    tower then takes a third longer.
+    Otherwise torch would start a team of one thread per core for every thread. With more of these
+    than cores, OpenMP puts them to sleep between operations, and a forward pass of a vision tower
+    takes a third longer.
     """
-    torch.get_num_threads()  # sets what the next line lowers, once in a thread
+    torch.get_num_threads()  # sets the limit once per thread; the next line lowers it
     threadpool_limits(limits=1, user_api="openmp")
 
 
@@ -200,16 +201,17 @@ def prepare_batches(
     num_workers: int | None,
     join: Callable[[list[tuple[int, Prepared]]], Prepared] | None = None,
 ) -> Generator[Prepared]:
-    """Prepare batches in threads, a few of them ahead and no more: all would fill the memory.
+    """Prepare batches in threads, only a few ahead of time because all would fill the memory.
 
-    `num_workers` threads, for None one per core, at most 8 and beside a GPU at most 32, prepare one
-    batch each, and this thread a batch that is alone. A GPU computes while they work. A CPU does
-    not: forward passes and decoding would want the same cores, and a forward pass waits for the
-    slowest of its own. There they take turns. Close the generator to end the threads before its
-    end.
+    Each of `num_workers` threads prepares one batch at a time. None means one thread per core, at
+    most 8, or 32 with a GPU. A single batch is prepared in the calling thread. A GPU computes while
+    the threads work. On a CPU, forward passes and decoding take turns: they would compete for the
+    same cores, and a forward pass waits for its slowest core. To end the threads early, close the
+    generator.
 
-    With `join`, threads beside a GPU prepare parts of a batch, so that it does not wait for a whole
-    one when a shard begins; `join` takes the parts with their first place in the batch.
+    With `join` and a GPU, threads prepare parts of a batch, so the GPU need not wait for a whole
+    batch at the start of a shard. `join` takes the parts, each with its first position in the
+    batch.
     """
     remaining = iter(batches)
     first = list(islice(remaining, 2))
@@ -244,14 +246,18 @@ def _submit_parts(
     prepare: Callable[[Any], Prepared],
     join: Callable[[list[tuple[int, Prepared]]], Prepared],
 ) -> Future[Prepared]:
-    """Prepare a batch in parts; the thread that joins them waits for none that has not begun."""
+    """Prepare a batch in parts.
+
+    The pool starts the parts before the thread that joins them, so that thread cannot deadlock
+    waiting for a part that has not started.
+    """
     rows = split_evenly(len(batch), size=-(-len(batch) // _PARTS))
     parts = [(part.start, pool.submit(prepare, batch[part.start : part.stop])) for part in rows]
     return pool.submit(lambda: join([(start, future.result()) for start, future in parts]))
 
 
 def split_evenly(count: int, *, size: int) -> list[range]:
-    """Split rows into batches in their order."""
+    """Split rows into batches, in order."""
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
@@ -265,11 +271,11 @@ def prepare_images(
 ) -> PreparedImages:
     """Open images and prepare them for a vision tower.
 
-    With `normalization`, pixels are uint8, for the device to normalize.
+    With `normalization`, pixels are uint8, and the device normalizes them.
 
-    `open_image` returns None to leave an image out. Where one is invalid, `on_error` makes
-    its message, or raises; the others are prepared without it. By default UnreadableImagesError
-    names all that are invalid.
+    `open_image` returns None to skip an image. For an invalid image, `on_error` returns the message
+    to record, and the other images are prepared without it; or it raises. By default,
+    UnreadableImagesError names every invalid image.
     """
     places: list[int] = []
     errors: dict[int, str] = {}
@@ -312,7 +318,7 @@ def prepare_images(
 
 
 def find_min_jpeg_side(image_processor: Any, decoding: str) -> int | None:
-    """Find how many pixels both sides of a JPEG keep while it is decoded; None for all."""
+    """Return the minimum side of a JPEG decoded at a reduced size; None to decode in full."""
     if decoding == "full":
         return None
     resizes = getattr(image_processor, "do_resize", False)
@@ -320,13 +326,13 @@ def find_min_jpeg_side(image_processor: Any, decoding: str) -> int | None:
     if not (largest := max(sides, default=0)):
         raise ValueError(
             f"jpeg_decoding={decoding}: the model's image processor resizes to no fixed size. "
-            "Leave it out."
+            "Use jpeg_decoding=full."
         )
     return int(_JPEG_MARGIN * largest)
 
 
 def describe_decoding(min_jpeg_side: int | None) -> dict[str, str]:
-    """Describe how JPEGs are decoded; empty where they are decoded in full."""
+    """Describe how JPEGs are decoded; empty if they are decoded in full."""
     return (
         {}
         if min_jpeg_side is None
@@ -335,7 +341,7 @@ def describe_decoding(min_jpeg_side: int | None) -> dict[str, str]:
 
 
 def join_images(parts: Sequence[tuple[int, PreparedImages]]) -> PreparedImages:
-    """Join the parts of a batch, each with its first place in it."""
+    """Join the parts of a batch, each given with its first position in the batch."""
     return PreparedImages(
         _join([part.inputs for _, part in parts if part.places]),
         [start + place for start, part in parts for place in part.places],
@@ -344,7 +350,7 @@ def join_images(parts: Sequence[tuple[int, PreparedImages]]) -> PreparedImages:
 
 
 def _prepare(processor: LLM2CLIPProcessor, images: Iterable[Any]) -> dict[str, Tensor]:
-    """Prepare images, which are opened when they are asked for; few large ones at a time."""
+    """Prepare images in groups of limited total size; iterating over `images` opens them."""
     parts: list[Mapping[str, Tensor]] = []
     waiting: list[Any] = []
     num_pixels = 0
@@ -360,7 +366,7 @@ def _prepare(processor: LLM2CLIPProcessor, images: Iterable[Any]) -> dict[str, T
 
 
 def _join(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Concatenate tensors by name; pinned ones stay pinned."""
+    """Concatenate tensors by name; the result is pinned if the first part is."""
     joined = {n: torch.cat([part[n] for part in parts]) for n in (parts[0] if parts else ())}
     return {n: t.pin_memory() if parts[0][n].is_pinned() else t for n, t in joined.items()}
 
@@ -377,18 +383,18 @@ def require_finite(
         for row in (rows[place] for place in broken)
     ]
     raise ValueError(
-        f"The model gives NaN or infinity for {len(broken)} of {len(rows)} inputs: "
+        f"The model returns NaN or infinity for {len(broken)} of {len(rows)} inputs: "
         f"{list_first(named)}. Run it in float32 (--precision float32; evaluate: "
-        "--dtype float32); if they remain, its weights are damaged: check its folder with llm2clip "
-        "doctor."
+        "--dtype float32). If that does not help, its weights are damaged: check the model folder "
+        "with llm2clip doctor."
     )
 
 
 def list_keys(inputs: Sequence[Any]) -> list[Hashable]:
-    """Return a key per input, which equal inputs share and different ones do not.
+    """Return a key per input; two inputs have the same key if and only if they are equal.
 
-    An image in memory is equal to itself alone. Inputs of a sequence that is not a list are all
-    different: it may make them anew at each access, where an `id` says nothing.
+    An image in memory is equal only to itself. In a sequence other than a list or tuple, all inputs
+    count as different: it may create them on each access, which makes an `id` meaningless.
     """
     if not isinstance(inputs, list | tuple):
         return list(range(len(inputs)))

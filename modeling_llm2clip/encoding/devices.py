@@ -1,6 +1,6 @@
-"""The choice of a device, one for all commands, checked before anything costly.
+"""Chooses a device, the same way for all commands, and checks it before any costly work.
 
-Importing this costs nothing: torch is imported by the functions that need it.
+Importing this module is cheap: only the functions that need torch import it.
 """
 
 from __future__ import annotations
@@ -15,58 +15,59 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# Types of devices that compute while Python goes on: reading a number there waits for all of it.
+# Types of devices that compute asynchronously: reading a number waits for all queued work.
 _RUN_AHEAD = {"cuda"}
 
 
 def find_device(name: str | None = "auto", *, precision: str = "auto") -> torch.device:
-    """Return the device of a name; `"auto"` and None are the best there is.
+    """Return the device with a name; `"auto"` and None pick the best one available.
 
-    Under `torchrun` or `accelerate launch`, `"auto"` and `"cuda"` are the GPU of this process. A
-    GPU that does not have the precision is refused.
+    Under `torchrun` or `accelerate launch`, `"auto"` and `"cuda"` are this process's GPU. Raises
+    ValueError if the device does not support the precision.
     """
     import torch
 
     # accelerate reads the same variable.
     launched = int(os.environ.get("LOCAL_RANK", "-1")) >= 0
-    # `accelerate launch` was given `--cpu`, or its configuration says so.
+    # Set by `accelerate launch --cpu`, or by its configuration.
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     if name is None or name == "auto":
         name = list_devices()[0]
-        if on_cpu or (launched and name == "mps"):  # one device for several
+        if on_cpu or (launched and name == "mps"):  # several processes cannot share one device
             name = "cpu"
     if launched and name == "cuda" and torch.cuda.is_available():
         name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     elif launched and (name == "mps" or re.fullmatch(r"(?!cpu).*:\d+", name)):
         raise ValueError(
-            f"device={name!r} is one device, and a launcher started this process, as it may "
-            "have others. Give 'auto' or 'cuda', with which each takes its own GPU, or 'cpu'."
+            f"device={name!r} is a single device, but a launcher such as torchrun started this "
+            "process, possibly with others. Use 'auto' or 'cuda' to put each process on its own "
+            "GPU, or 'cpu'."
         )
     require_device(name)
     device = torch.device(name)
     if precision == "bfloat16" and not has_bfloat16(device):
         raise ValueError(
-            f"precision=bfloat16: {describe_device(device)} does not compute in bfloat16. Give "
+            f"precision=bfloat16: {describe_device(device)} does not compute in bfloat16. Use "
             "auto or float32, or another device."
         )
     return device
 
 
 def require_compiler(device: torch.device) -> None:
-    """Raise ValueError where `torch.compile` finds no compiler for a device."""
+    """Raise ValueError if `torch.compile` has no compiler for a device."""
     if device.type == "cuda":
-        lacks = None if find_spec("triton") else "needs Triton: pip install triton"
+        problem = None if find_spec("triton") else "needs Triton: pip install triton"
     elif device.type == "cpu":
         name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-        lacks = None if shutil.which(name) else f"needs a C++ compiler, and there is no {name}"
+        problem = None if shutil.which(name) else f"needs a C++ compiler, but {name} is missing"
     else:
-        lacks = f"is for GPUs of CUDA and for CPUs, not for {device}"
-    if lacks:
-        raise ValueError(f"compile=True {lacks}. Or leave it out.")
+        problem = f"supports only CUDA GPUs and CPUs, not {device}"
+    if problem:
+        raise ValueError(f"compile=True {problem}. Or run without compile.")
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Return whether a device computes in bfloat16; a GPU may only emulate it, which is slow."""
+    """Return whether a device computes in bfloat16 natively; emulation on a GPU is slow."""
     import torch
 
     if device.type != "cuda":
@@ -76,28 +77,28 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def list_devices() -> list[str]:
-    """List what `"auto"` chooses from on this machine, the best first."""
+    """List the devices of this machine that `"auto"` chooses from, best first."""
     import torch
 
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    return [*(name for name, is_there in there.items() if is_there), "cpu"]
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return [*(name for name, is_available in available.items() if is_available), "cpu"]
 
 
 def require_device(name: str) -> None:
-    """Raise an error for a device that this machine or this torch does not have."""
+    """Raise ValueError if this machine or this build of torch lacks a device."""
     import torch
 
     try:
         torch.empty(1, device=name).cpu()
-    except (AssertionError, RuntimeError) as error:  # the first where torch has no CUDA at all
+    except (AssertionError, RuntimeError) as error:  # AssertionError: torch is built without CUDA
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"device={name!r} is not there ({reason}). Name another one, such as cpu."
+            f"device={name!r} is not available ({reason}). Use another one, such as cpu."
         ) from error
 
 
 def describe_device(device: torch.device) -> str:
-    """Return the name of a device, for a GPU with that of its model."""
+    """Return the name of a device, including the model of a GPU."""
     import torch
 
     if device.type != "cuda":
@@ -107,12 +108,12 @@ def describe_device(device: torch.device) -> str:
 
 
 def has_float64(device: torch.device) -> bool:
-    """Return whether a device computes in float64, as ranks and closed forms do; MPS does not."""
+    """Return whether a device supports float64, which ranks and closed forms need; MPS does not."""
     return device.type != "mps"
 
 
 def runs_ahead(device: torch.device) -> bool:
-    """Return whether a device computes while Python goes on, so that reading a number waits."""
+    """Return whether a device computes asynchronously, so reading a number has to wait."""
     return device.type in _RUN_AHEAD
 
 
@@ -124,12 +125,12 @@ def count_free_bytes(device: torch.device) -> int:
 
 
 def has_room(device: torch.device, num_bytes: int) -> bool:
-    """Return whether so many bytes fit into half of the free memory of a GPU; on a CPU they do."""
+    """Return whether the bytes fit in half of a GPU's free memory; always True on a CPU."""
     if device.type != "cuda":
         return device.type == "cpu"
     return 2 * num_bytes <= count_free_bytes(device)
 
 
 def to_float64(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor in float64, on the CPU if it was on MPS, which has no float64."""
+    """Convert a tensor to float64; one on MPS, which lacks float64, moves to the CPU."""
     return tensor.double() if has_float64(tensor.device) else tensor.cpu().double()

@@ -1,13 +1,13 @@
-"""The dual encoders of transformers, such as CLIP and SigLIP, with their own text encoders.
+"""Runs dual encoders of transformers, such as CLIP and SigLIP, with their own text encoders.
 
-Each family was trained with texts of its own form, which processors leave to the caller:
+Each family was trained on texts in its own format, which processors leave to the caller:
 
 | family | texts |
 | --- | --- |
-| `siglip`, `siglip2` | lower case, 64 tokens, padded to 64 and **not** masked: the last token is
-pooled, which is padding in most texts (arXiv:2303.15343, arXiv:2502.14786) |
-| the others | as many tokens as their tokenizer states (77 in CLIP), padded to the longest of the
-batch and masked |
+| `siglip`, `siglip2` | lower case, 64 tokens, padded to 64 and **not** masked: the last token,
+which is padding in most texts, is pooled (arXiv:2303.15343, arXiv:2502.14786) |
+| the others | at most the tokenizer's maximum length (77 in CLIP), padded to the longest text in
+the batch, and masked |
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from .float32 import float32_as_such
 
 
 def require_dual_encoder(model_type: str, source: str | Path) -> None:
-    """Refuse what is not a dual encoder with a known text encoder."""
+    """Raise ValueError unless a model is a dual encoder with a known text encoder."""
     if model_type not in DUAL_ENCODERS:
         raise ValueError(
             f"{source} is a {model_type!r}, whose text encoder is not known here, if it has "
-            f"one. Give a whole model of transformers' {', '.join(DUAL_ENCODERS)}."
+            f"one. Supported models of transformers: {', '.join(DUAL_ENCODERS)}."
         )
 
 
@@ -42,7 +42,7 @@ class DualEncoderProcessor:
 
     Attributes:
         config: The model's configuration.
-        is_unmasked: Whether texts are in lower case, and padding is read as a part of them.
+        is_unmasked: Whether texts are lowercased, and their padding is not masked.
         longest_text: Maximum number of tokens of a text.
     """
 
@@ -59,12 +59,12 @@ class DualEncoderProcessor:
         text = self.config.text_config
         self.longest_text = int(text.max_position_embeddings)
         if any(name in text.model_type for name in ("roberta", "altclip")):
-            self.longest_text -= text.pad_token_id + 1  # they begin after that of padding
+            self.longest_text -= text.pad_token_id + 1  # positions start after the padding id
         if not self.is_unmasked:
             self.longest_text = min(self.longest_text, int(self.tokenizer.model_max_length))
 
     def spell(self, text: str) -> str:
-        """Return a text as the tokenizer gets it."""
+        """Return a text as it is passed to the tokenizer."""
         return text.lower() if self.is_unmasked else text
 
     def list_ids(self, texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
@@ -73,7 +73,7 @@ class DualEncoderProcessor:
         ids = list(self.tokenizer(spelled, truncation=False, verbose=False)["input_ids"])
         is_truncated = [len(row) > self.longest_text for row in ids]
         for row in (row for row, is_long in enumerate(is_truncated) if is_long):
-            ids[row] = self.tokenizer(  # only it knows what it keeps
+            ids[row] = self.tokenizer(  # only the tokenizer knows which tokens to keep
                 spelled[row], truncation=True, max_length=self.longest_text
             )["input_ids"]
         if self.is_unmasked:
@@ -82,18 +82,18 @@ class DualEncoderProcessor:
         return ids, is_truncated
 
     def __call__(self, *, images: Sequence[Any]) -> dict[str, Tensor]:
-        """Load images, upright, on white and as RGB, and make tensors of them."""
+        """Load images (upright, on white, as RGB) and convert them to tensors."""
         return dict(self.image_processor(load_images(list(images)), return_tensors="pt"))
 
 
 class DualEncoder(Encoder):
-    """A dual encoder of transformers, into the space that its texts and images share.
+    """A dual encoder of transformers, which embeds texts and images in one space.
 
     Args:
-        folder: Its folder.
-        processor: Its processor.
-        device: Where it computes.
-        dtype: Dtype of its weights, by default that of the files.
+        folder: The model's folder.
+        processor: The model's processor.
+        device: Device to compute on.
+        dtype: Dtype of the weights; by default, the dtype in the files.
     """
 
     projects_at_once = True
@@ -107,20 +107,21 @@ class DualEncoder(Encoder):
         *,
         dtype: str = "auto",
     ) -> None:
-        list_weight_files(folder)  # safetensors alone, as the fingerprint reads them
+        list_weight_files(folder)  # requires safetensors, because the fingerprint reads only these
         model, info = load_without_code(
             AutoModel,
             folder,
             dtype=dtype,
-            # With another, AIMv2's texts see later tokens in a batch without padding.
+            # With other implementations, AIMv2's texts attend to later tokens if a batch has no
+            # padding.
             attn_implementation={"text_config": "eager"},
             output_loading_info=True,
         )
         if info["missing_keys"] or info["mismatched_keys"]:
             lost = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
             raise ValueError(
-                f"{folder} lacks weights, which would be random: {lost[:5]}. Save the whole model "
-                "again."
+                f"{folder} lacks weights, which would be initialized at random: {lost[:5]}. Save "
+                "the whole model again."
             )
         self._model = model.eval().to(device)
         self._is_masked = not processor.is_unmasked
@@ -131,13 +132,13 @@ class DualEncoder(Encoder):
             self.embedding_dim = self.encode_tokens(*torch.ones(2, 1, 1, dtype=torch.long)).shape[1]
 
     def encode_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Run one batch of texts, (B, L) int64 each; returns (B, P) of unit length."""
+        """Encode one batch of texts, (B, L) int64 each; returns (B, P) of unit length."""
         mask = {"attention_mask": attention_mask.to(self.device)} if self._is_masked else {}
         features = self._model.get_text_features(input_ids=input_ids.to(self.device), **mask)
         return F.normalize(features.pooler_output.float(), dim=-1)
 
     def encode_pixels(self, pixel_values: Tensor, **others: Tensor) -> Tensor:
-        """Run one batch of images, as the processor prepares it; returns (B, P) of unit length."""
+        """Encode one batch of images from the processor; returns (B, P) of unit length."""
         inputs = {"pixel_values": pixel_values.to(self._model.dtype), **others}
         features = self._model.get_image_features(
             **{name: value.to(self.device) for name, value in inputs.items()}

@@ -1,8 +1,8 @@
 """Embeds texts and images with a loaded model: each distinct input once, in batches.
 
-N texts or images, D width of a tower, P `projection_dim`. Every result is float32 on the CPU, in
-the order of the input. TF32 is off, whatever the program's settings; the numbers do not depend on
-batches, device or padding beyond rounding. The model must be in evaluation mode.
+N is the number of texts or images, D the width of a tower, P `projection_dim`. Every result is
+float32 on the CPU, in input order. TF32 is off, whatever the program's settings. Batches, device
+and padding change the numbers only by rounding. The model must be in evaluation mode.
 """
 
 from __future__ import annotations
@@ -51,16 +51,17 @@ def encode_texts(
     show_progress: bool = False,
     on_batch: OnBatch | None = None,
 ) -> Tensor:
-    """Encode texts, the longest first, in batches of texts of similar length.
+    """Encode texts, longest first, in batches of similar length.
 
     Args:
         model: A model with a text tower.
         processor: The model's processor.
         texts: Any number of non-blank texts, at least one.
-        project: Map the tower's embeddings into the space that texts and images share. False
-            gives the embeddings before adapter and projection, as an embedding store holds them.
-        token_budget: Maximum tokens per batch, on a GPU padding included. Default: by device.
-        show_progress: Show a progress bar, which counts tokens.
+        project: Map the tower's embeddings into the space that texts and images share. With
+            False, returns the embeddings before adapter and projection, as stored in an
+            embedding store.
+        token_budget: Maximum tokens per batch, including padding on a GPU. Default: by device.
+        show_progress: Show a progress bar that counts tokens.
         on_batch: Called after each batch.
 
     Returns:
@@ -68,8 +69,8 @@ def encode_texts(
 
     Raises:
         ValueError: `texts` is one string or not a list, a text is blank or not a string, the
-            budget is below one, the model is in training mode, or it gives NaN or infinity. Every
-            such text is named.
+            budget is below one, the model is in training mode, or it returns NaN or infinity. The
+            message names the invalid texts.
 
     Examples:
         >>> model, processor = load_model("my-model")
@@ -97,17 +98,17 @@ def encode_images(
     show_progress: bool = False,
     on_batch: OnBatch | None = None,
 ) -> Tensor:
-    """Encode images; threads decode them, beside a GPU the next batches while it works.
+    """Encode images, which threads decode; with a GPU, they decode ahead while it computes.
 
     Args:
         model: A model with a vision tower.
         processor: The model's processor.
         images: Paths, URLs, images packed in tar shards or Parquet files, PIL images, or arrays
-            as the processor takes them; at least one. The same path is decoded once.
-        project: Map the tower's embeddings into the space that texts and images share. False
-            gives the embeddings before the projection, as an embedding store holds them.
+            that the processor accepts; at least one. A repeated path is decoded once.
+        project: Map the tower's embeddings into the space that texts and images share. With
+            False, returns the embeddings before the projection, as stored in an embedding store.
         batch_size: Images per batch. Default: by device.
-        num_workers: Threads that decode images. Default: one per core, at most 8, or 32 beside a
+        num_workers: Threads that decode images. Default: one per core, at most 8, or 32 with a
             GPU.
         show_progress: Show a progress bar.
         on_batch: Called after each batch.
@@ -116,8 +117,8 @@ def encode_images(
         (N, P) of unit length; with `project=False` (N, D), not normalized.
 
     Raises:
-        ValueError: `images` is not a list or is empty, an image is missing or broken (it is
-            named), a number is below one, the model is in training mode, or it gives NaN or
+        ValueError: `images` is not a list or is empty, an image is missing or broken (the message
+            names it), a number is below one, the model is in training mode, or it returns NaN or
             infinity.
 
     Examples:
@@ -147,20 +148,21 @@ def score_pairs(
     num_workers: int | None = None,
     show_progress: bool = False,
 ) -> Tensor:
-    """Compute the cosine of each image and its text.
+    """Compute the cosine similarity of each image and its text.
 
-    With the official L/14-336 checkpoint it is what OneIG-Bench computes for an image and the
-    answer that it should show (`scripts/utils/inference.py` of OneIG-Bench/OneIG-Benchmark at
-    41b4983, from which AISBench and Pruna took it), there with weights in bfloat16 under autocast.
+    With the official L/14-336 checkpoint, this is the score that OneIG-Bench computes between an
+    image and the answer that it should show (`scripts/utils/inference.py` of
+    OneIG-Bench/OneIG-Benchmark at 41b4983, which AISBench and Pruna copied). OneIG-Bench runs it
+    with bfloat16 weights under autocast.
 
     Args:
         model: A whole model.
-        processor: Its processor.
-        images: As `encode_images` takes them; an image may occur in several pairs.
-        texts: As many non-blank texts.
+        processor: The model's processor.
+        images: As in `encode_images`; an image may occur in several pairs.
+        texts: A non-blank text for each image.
         batch_size: Images per batch. Default: by device.
         token_budget: Maximum tokens per batch of texts. Default: by device.
-        num_workers: Threads that decode images. Default: one per core, at most 8, or 32 beside a
+        num_workers: Threads that decode images. Default: one per core, at most 8, or 32 with a
             GPU.
         show_progress: Show progress bars.
 
@@ -168,8 +170,8 @@ def score_pairs(
         (N,) float32 on the CPU, from -1 to 1, in the order of the pairs.
 
     Raises:
-        ValueError: There are not as many texts as images, or what `encode_images` and
-            `encode_texts` refuse.
+        ValueError: The numbers of texts and images differ, or `encode_images` or `encode_texts`
+            raises it.
 
     Examples:
         >>> model, processor = load_model("my-model")
@@ -178,8 +180,8 @@ def score_pairs(
     """
     if len(images) != len(texts):
         raise ValueError(
-            f"{counted(len(images), 'image')} and {counted(len(texts), 'text')} are no pairs: give "
-            "a text for each image."
+            f"Got {counted(len(images), 'image')} and {counted(len(texts), 'text')}. Pass one text "
+            "per image."
         )
     image_embeds = encode_images(
         model, processor, images, batch_size=batch_size, num_workers=num_workers,
@@ -192,9 +194,9 @@ def score_pairs(
 
 
 def project_stored(model: Model, embeds: Tensor, modality: str) -> Tensor:
-    """Map stored embeddings of captions or images, (N, D), into the space of both.
+    """Map stored embeddings of captions or images, (N, D), into the space that both share.
 
-    They may be on any device. Raises ValueError for another width than the tower's, and for NaN or
+    They may be on any device. Raises ValueError if their width is not the tower's, or on NaN or
     infinity.
     """
     projected = _project(model, modality, embeds, modules=list(model.modules())).cpu()
@@ -205,7 +207,8 @@ def project_stored(model: Model, embeds: Tensor, modality: str) -> Tensor:
 def average_prompts(embeds: Tensor, num_prompts: Sequence[int]) -> Tensor:
     """Average the unit embeddings of the prompts of each class; (classes, P) of unit length.
 
-    `num_prompts` has the number of each class's prompts, which are adjacent in `embeds`, (N, P).
+    `num_prompts` is the number of prompts per class; a class's prompts are adjacent in `embeds`,
+    (N, P).
     """
     means = [part.mean(dim=0) for part in F.normalize(embeds, dim=-1).split(list(num_prompts))]
     return F.normalize(torch.stack(means), dim=-1)
@@ -215,17 +218,17 @@ class TorchEncoder(Encoder):
     """A model of this package and its processor.
 
     Args:
-        model: A whole, text-only or vision-only model; or the folder of a whole one, each of whose
-            towers is loaded when it is needed first.
+        model: A whole, text-only or vision-only model; or the folder of a whole model, whose towers
+            are each loaded on first use.
         processor: The model's processor.
-        device: Where the towers of a folder are loaded to; None for the best there is.
-        load: Loads a class of model from a folder; by default in the dtype that it is stored in.
+        device: Device to load the towers of a folder onto; None for the best one available.
+        load: Loads a model of a given class from the folder; by default, in its stored dtype.
 
-    Modules that a model gets later are not watched for training mode.
+    Modules added to the model later are not checked for training mode.
     """
 
     projects_at_once = False
-    _lacks = "This model encodes {there}s alone; it has no {wanted} tower."
+    _lacks = "This model encodes only {there}s; it has no {wanted} tower."
 
     def __init__(
         self,
@@ -251,18 +254,18 @@ class TorchEncoder(Encoder):
         self.embedding_dim = int(config.projection_dim)
         self.runs_ahead = runs_ahead(self.device)
         self.token_budget, self.batch_size = choose_batches(self.device)
-        # On a CPU the model packs texts of any lengths, and batches of few tokens are slow.
+        # On a CPU the model packs texts of any length, and small batches are slow.
         self._plan_texts = plan_packs if self.device.type == "cpu" else plan_token_batches
 
     @cached_property
     def normalization(self) -> PixelNormalization | None:  # type: ignore[override]
-        """Found with the first images: to encode texts alone, none is prepared."""
+        """Steps that the device takes over; found on first use, since texts do not need them."""
         on_cpu = self.device.type == "cpu"
         return None if on_cpu else find_normalization(self.processor, self.device)
 
     @property
     def logit_rule(self) -> LogitRule | None:
-        """Rule that turns cosines into logits; None where there is one tower alone."""
+        """Rule that turns cosines into logits; None unless the encoder holds a whole model."""
         head = getattr(self._models.get("text"), "logit_head", None)
         return None if head is None else head.plain_rule()
 
@@ -271,9 +274,9 @@ class TorchEncoder(Encoder):
     ) -> Tensor:
         """Run the LLM on one batch, (B, L) int64 each, padded; returns (B, D)."""
         model = self._find_model("text")
-        # The model copies them to its device, once they are checked.
+        # The model checks the inputs, then copies them to its device.
         options: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if num_unpooled is not None:  # the model counts as sentence-transformers does
+        if num_unpooled is not None:  # the model counts the suffix too, like sentence-transformers
             config = model.config
             num_suffix = len(config.prompt_suffix_ids) - bool(config.prompt_suffix_ends_special)
             options["prompt_length"] = num_unpooled + num_suffix
@@ -282,7 +285,7 @@ class TorchEncoder(Encoder):
         return embeds
 
     def encode_pixels(self, pixel_values: Tensor, **others: Tensor) -> Tensor:
-        """Run the vision tower on one batch, as the processor prepares it; returns (B, D)."""
+        """Run the vision tower on one batch from the processor; returns (B, D)."""
         model = self._find_model("image")
         if self.device.type == "cpu":
             raise_malloc_thresholds()
@@ -300,7 +303,7 @@ class TorchEncoder(Encoder):
         return _project(model, modality, embeds, modules=self._list_modules(modality))
 
     def _list_modules(self, modality: str) -> list[nn.Module]:
-        """List the modules of a model, whose tree takes ten times as long to walk."""
+        """List the modules of a model, cached because walking the tree takes ten times as long."""
         if modality not in self._modules:
             self._modules[modality] = list(self._find_model(modality).modules())
         return self._modules[modality]
@@ -319,19 +322,19 @@ class TorchEncoder(Encoder):
 
 @cache
 def raise_malloc_thresholds() -> bool:
-    """Let glibc keep freed blocks of up to 256 MiB, 1 GiB of them; works once per process.
+    """Let glibc keep up to 1 GiB of freed blocks of up to 256 MiB; takes effect once per process.
 
-    Each batch asks for the same blocks, and each page that the system hands out anew costs a page
-    fault, which convolutional towers suffer from most. By default glibc keeps no block above
-    32 MiB, which is all that `packing_llm2clip.keep_freed_memory` reaches.
+    Every batch allocates the same blocks, and each page newly obtained from the system costs a page
+    fault, which slows convolutional towers the most. By default glibc keeps no block above 32 MiB,
+    and `packing_llm2clip.keep_freed_memory` cannot raise that limit.
 
-    Returns False without glibc, and where the user set its variables.
+    Returns False if glibc is not in use, or if the user has set its environment variables.
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library, another system
+    except (AttributeError, OSError, TypeError):  # another C library or operating system
         return False
     return bool(
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_BLOCK) and mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT)
@@ -349,18 +352,19 @@ def _project(model: Any, modality: str, embeds: Tensor, *, modules: Sequence[nn.
 
 @contextmanager
 def _require_eval_mode(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Raise ValueError if one of the model's modules is in training mode, or comes into it.
+    """Raise ValueError if one of the model's modules is in training mode or is switched to it.
 
-    Dropout would make embeddings random, and batch normalization would learn from what it encodes.
-    The mode is not switched here: other threads may encode with the same model, or train it.
+    Dropout would make embeddings random, and batch normalization would update its statistics. The
+    mode is not changed here, because other threads may be encoding with the model or training it.
     """
-    before = getattr(model, "num_switches_to_training", 0)  # first: a later switch counts
+    # Read before the check, so a switch during the check counts.
+    before = getattr(model, "num_switches_to_training", 0)
     if any(module.training for module in modules):
         training = [name or type(m).__name__ for name, m in model.named_modules() if m.training]
         raise ValueError(
-            f"The model is in training mode ({len(training)} of its modules are; the first: "
-            f"{training[0]!r}), which would make its embeddings random. Call model.eval() before, "
-            "and model.train() to go on training."
+            f"The model is in training mode ({counted(len(training), 'module')}; the first is "
+            f"{training[0]!r}), which would make its embeddings random. Call model.eval() first, "
+            "and model.train() to resume training."
         )
     yield
     if (
@@ -368,6 +372,6 @@ def _require_eval_mode(model: nn.Module, modules: Sequence[nn.Module]) -> Iterat
         or getattr(model, "num_switches_to_training", 0) != before
     ):
         raise ValueError(
-            "The model was switched to training mode while it encoded, so that the embeddings may "
-            "be random. Encode with a copy, or while no other thread trains the model."
+            "The model was switched to training mode while it was encoding, so the embeddings may "
+            "be random. Encode with a copy of the model, or while no other thread trains it."
         )

@@ -1,7 +1,7 @@
 """Encodes texts and images with ONNX Runtime, tokenizers, Pillow and NumPy; torch is not needed.
 
-It is `encode.py` of every exported folder: `python encode.py "a dog" dog.jpg` prints the cosine.
-The file beside it that it imports loads images as the model was trained on them.
+Every exported folder has it as `encode.py`: `python encode.py "a dog" dog.jpg` prints the cosine.
+The neighboring file that it imports loads images the way the model saw them in training.
 """
 
 import json
@@ -26,7 +26,7 @@ def encode_texts(texts: list[str], graph: str = "text_model", folder: Path = FOL
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:
-    """Return the tokenizer, which truncates at the number of tokens that the model reads."""
+    """Return the tokenizer, which truncates texts to the model's maximum length."""
     config = json.loads((folder / "config.json").read_text())
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_truncation(config["max_text_length"])
@@ -35,9 +35,9 @@ def open_tokenizer(folder: Path) -> Tokenizer:
 
 
 def tokenize(tokenizer: Tokenizer, texts: list[str]) -> list[Any]:
-    """Return the tokens of each text; what was truncated is in its `overflowing`."""
+    """Return the tokens of each text; truncated tokens are in `overflowing`."""
     if not texts or not all(text.strip() for text in texts):
-        raise ValueError("Give at least one text, and no blank one.")
+        raise ValueError("texts must contain at least one text and no blank ones.")
     return tokenizer.encode_batch([text.strip() for text in texts])
 
 
@@ -48,14 +48,14 @@ def encode_rows(rows: list[Any], graph: str, folder: Path) -> Any:
 
 
 def encode_images(images: list[Any], folder: Path = FOLDER) -> Any:
-    """Return unit embeddings of paths, URLs or images of Pillow, (images, P) float32."""
+    """Return unit embeddings of paths, URLs or Pillow images, (images, P) float32."""
     how = json.loads((folder / "preprocessor_config.json").read_text())
     pixels = np.stack([prepare_image(load_images(image), how) for image in images])
     return run_graph(folder, "vision_model", {"pixel_values": pixels})
 
 
 def prepare_image(image: Image.Image, how: dict[str, Any]) -> Any:
-    """Return an image, resized and cropped, as (3, H, W) float32."""
+    """Resize, crop and normalize an image, (3, H, W) float32."""
     width, height = (
         how["size"].get("shortest_edge") or how["size"][k] for k in ("width", "height")
     )
@@ -74,15 +74,15 @@ def prepare_image(image: Image.Image, how: dict[str, Any]) -> Any:
 
 
 def run_graph(folder: Path, graph: str, inputs: dict[str, Any]) -> Any:
-    """Return the only output of a graph."""
+    """Run a graph and return its only output."""
     return open_graph(folder / "onnx" / f"{graph}.onnx").run(None, inputs)[0]
 
 
 @cache
 def open_graph(file: Path) -> InferenceSession:
-    """Return a graph, which is read once."""
+    """Open a graph; the session is cached."""
     options = SessionOptions()
-    options.log_severity_level = 3  # errors; it would warn of the optional input
+    options.log_severity_level = 3  # errors only; it would warn about the optional input
     return InferenceSession(str(file), options)
 
 

@@ -1,6 +1,6 @@
-"""The one interface to a model that embeds texts and images, whatever runs it.
+"""Common interface to models that embed texts and images, whatever backend runs them.
 
-N texts or images, B those of a batch, D width of a tower, P `projection_dim`.
+N is the number of texts or images, B the batch size, D the width of a tower, P `projection_dim`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from .float32 import float32_as_such
 from .pixel_normalization import PixelNormalization
 from .tokenized_texts import TokenizedText, TokenizedTexts
 
-_TOKENS_PER_TEXT = 64  # where a batch size is given
+_TOKENS_PER_TEXT = 64  # turns a batch size into a token budget
 
 
 def choose_batches(device: torch.device, batch_size: int | None = None) -> tuple[int, int]:
-    """Choose the largest numbers of tokens and images per batch, by device where none is given."""
-    # A CPU divides a batch further, and larger batches of images overflow its caches.
+    """Return the maximum tokens and images per batch; without `batch_size`, the device decides."""
+    # On a CPU, batches are split further, and larger batches of images overflow the caches.
     return (
         (batch_size * _TOKENS_PER_TEXT, batch_size)
         if batch_size is not None
@@ -51,10 +51,10 @@ class EncodedImages(NamedTuple):
     """The images of a batch that could be read.
 
     Attributes:
-        rows: Their rows.
-        embeds: (B, P) float32 of unit length, on the CPU by default; or (B, D), not projected.
-        tower_embeds: (B, D) before the projection; None where a graph projects.
-        errors: Error of each other image, by its row.
+        rows: Rows of these images.
+        embeds: (B, P) float32 of unit length, on the CPU by default; or (B, D) if not projected.
+        tower_embeds: (B, D) before the projection; None if the encoder projects at once.
+        errors: Error message for each other image, by its row.
     """
 
     rows: list[int]
@@ -70,24 +70,25 @@ class Encoder(ABC):
 
     Attributes:
         processor: The model's processor.
-        modalities: Inputs that it takes: `"text"`, `"image"` or both.
+        modalities: Supported inputs: `"text"`, `"image"` or both.
         embedding_dim: P.
-        device: Where it computes.
-        token_budget: Maximum tokens per batch by default.
-        batch_size: Maximum images per batch by default.
-        projects_at_once: Whether it gives unit embeddings alone, and none before the projection.
-        runs_ahead: Whether it computes while Python goes on, as on a GPU. Then embeddings stay on
-            the device until many are copied together.
-        normalization: What the device does to images in place of the processor; None for nothing.
-        min_jpeg_side: Pixels that both sides of a JPEG file keep, as in `load_images`. A function
-            that opens the images of `iterate_images` applies it itself.
+        device: Device that computes.
+        token_budget: Default maximum tokens per batch.
+        batch_size: Default maximum images per batch.
+        projects_at_once: Whether it returns only unit embeddings, never those before the
+            projection.
+        runs_ahead: Whether it computes asynchronously, as on a GPU. Embeddings then stay on the
+            device until many are copied together.
+        normalization: Steps that the device runs instead of the processor; None if there are none.
+        min_jpeg_side: Minimum side of a JPEG decoded at a reduced size, as in `load_images`. An
+            `open_image` passed to `iterate_images` must apply it itself.
     """
 
     normalization: PixelNormalization | None = None
     min_jpeg_side: int | None = None
     projects_at_once: ClassVar[bool]
     runs_ahead = False
-    _lacks: ClassVar[str]  # error of a modality that it cannot encode
+    _lacks: ClassVar[str]  # error message for an unsupported modality
     _plan_texts: Callable[..., list[list[int]]] = staticmethod(plan_token_batches)
     processor: LLM2CLIPProcessor
     modalities: tuple[str, ...]
@@ -98,7 +99,7 @@ class Encoder(ABC):
 
     @property
     def logit_rule(self) -> LogitRule | None:
-        """Rule that turns cosines into logits; None where there is none."""
+        """Rule that turns cosines into logits; None if there is none."""
         return None
 
     @property
@@ -107,7 +108,7 @@ class Encoder(ABC):
         return self.processor.longest_text
 
     def prepare_texts(self, texts: Sequence[TokenizedText]) -> dict[str, Any]:
-        """Prepare a batch of texts for `encode_tokens`, in a thread: ids and mask, both (B, L)."""
+        """Prepare a batch for `encode_tokens`: ids and mask, both (B, L). Runs in a thread."""
         ids = [torch.from_numpy(text.ids).long() for text in texts]
         input_ids = pad_sequence(
             ids, batch_first=True, padding_value=self.processor.tokenizer.pad_token_id
@@ -116,7 +117,7 @@ class Encoder(ABC):
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def prepare_images(self, images: Sequence[Any]) -> PreparedImages:
-        """Prepare a batch of images for `encode_pixels`, in a thread."""
+        """Prepare a batch of images for `encode_pixels`. Runs in a thread."""
         return prepare_images(
             self.processor,
             images,
@@ -126,16 +127,17 @@ class Encoder(ABC):
 
     @abstractmethod
     def encode_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Run one batch of texts, each (B, L) int64, padded on the right."""
+        """Encode one batch of texts, (B, L) int64 each, padded on the right."""
 
     @abstractmethod
     def encode_pixels(self, pixel_values: Tensor, **others: Tensor) -> Tensor:
-        """Run one batch of images as the processor prepares them, (B, 3, H, W) float32."""
+        """Encode one batch of images from the processor, (B, 3, H, W) float32."""
 
     def project(self, modality: str, embeds: Tensor) -> Tensor:  # noqa: ARG002
-        """Map what `encode_tokens` or `encode_pixels` gives to unit embeddings, if they are not.
+        """Map the output of `encode_tokens` or `encode_pixels` to unit embeddings.
 
-        The result is on the device of `embeds`.
+        An encoder that projects at once returns it unchanged. The result is on the device of
+        `embeds`.
         """
         return embeds
 
@@ -149,10 +151,10 @@ class Encoder(ABC):
         on_batch: OnBatch | None = None,
         num_unpooled: int | None = None,
     ) -> Tensor:
-        """Encode texts, tokenized already or not; see the function `encode_texts`.
+        """Encode texts, already tokenized or not; see the function `encode_texts`.
 
-        `num_unpooled` counts the tokens of prompt and instruction that are not pooled, for models
-        of this package; None for those of the prompt alone.
+        `num_unpooled` is the number of tokens of prompt and instruction to leave out of pooling,
+        for models of this package. None leaves out only the prompt.
         """
         self._require("text", project=project)
         first = texts[0] if isinstance(texts, list) and texts else None
@@ -161,7 +163,7 @@ class Encoder(ABC):
         tokens = list(cast(Iterable[TokenizedText], texts))
         budget = self.token_budget if token_budget is None else token_budget
         if budget < 1:
-            raise ValueError(f"{token_budget=} holds no token; give a positive one, or None.")
+            raise ValueError(f"{token_budget=} must be positive, or None for the default.")
 
         lengths = [len(text.ids) for text in tokens]
         options: Any = {} if num_unpooled is None else {"num_unpooled": num_unpooled}
@@ -175,7 +177,7 @@ class Encoder(ABC):
             prepare=self.prepare_texts,
             encode=lambda inputs: self.encode_tokens(**inputs, **options),
             on_batch=on_batch,
-            sizes=lengths,  # tokens cost about the same each, and the longest texts come first
+            sizes=lengths,  # each token costs about the same, and the longest texts come first
             unit=" tokens",
             show_progress=show_progress,
         )
@@ -193,7 +195,7 @@ class Encoder(ABC):
         """Encode images; see the function `encode_images`."""
         self._require("image", project=project)
         if isinstance(images, str | bytes) or not isinstance(images, Sequence) or not images:
-            raise ValueError(f"Got {images!r} for images; give a list of at least one.")
+            raise ValueError(f"images must be a list of at least one, not {images!r}.")
         size = self.batch_size if batch_size is None else batch_size
         if size < 1 or (num_workers is not None and num_workers < 1):
             raise ValueError(f"{batch_size=}, {num_workers=}: each must be at least one.")
@@ -230,9 +232,9 @@ class Encoder(ABC):
         *,
         project: bool = True,
     ) -> Iterator[Tensor]:
-        """Yield the embeddings of each batch of a plan, which has the rows of its texts.
+        """Yield the embeddings of each batch of a plan, which lists the rows of each batch.
 
-        Where the encoder computes beside the program, they are on its device, and not checked.
+        If the encoder computes asynchronously, they stay on its device and are not checked.
         """
         self._require("text", project=project)
 
@@ -260,8 +262,8 @@ class Encoder(ABC):
     ) -> Generator[EncodedImages]:
         """Yield the readable images of each batch of a plan; threads open them.
 
-        `open_image` and `on_error` are those of `prepare_images`. Without `to_cpu`, embeddings stay
-        where they are computed, and the caller checks them.
+        `open_image` and `on_error` are as in `prepare_images`. Without `to_cpu`, embeddings stay on
+        the device, and the caller must check them.
         """
         self._require("image", project=project)
         parts = ([images[row] for row in rows] for rows in plan)
@@ -294,5 +296,6 @@ class Encoder(ABC):
             raise ValueError(self._lacks.format(there=self.modalities[0], wanted=modality))
         if self.projects_at_once and not project:
             raise ValueError(
-                "An ONNX graph projects, and gives no embeddings from before. Use the torch model."
+                "project=False: this model returns only projected embeddings, as ONNX graphs do. "
+                "Use the torch model."
             )

@@ -1,7 +1,7 @@
-"""Exact float32: switches off TF32, which keeps 10 bits of a number.
+"""Exact float32: switches off TF32, which keeps only 10 bits of the mantissa.
 
-On CUDA torch convolves float32 numbers in TF32 by default, and programs switch it on for matrix
-products too. Both settings hold for the whole program.
+On CUDA, torch uses TF32 for float32 convolutions by default, and programs often enable it for
+matrix products as well. Both settings are global.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 
-# From torch 2.9 on each operation of a backend has its own setting, and reading the old ones can
-# raise.
+# Since torch 2.9, each operation of a backend has its own setting, and reading the old settings can
+# raise an error.
 _EACH_ALONE = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 _lock = threading.Lock()
-_passes: list[Sequence[Any]] = []  # for each running pass, the settings before it
+_passes: list[Sequence[Any]] = []  # the program's settings, once per running pass
 
 
 @contextmanager
 def float32_as_such() -> Iterator[None]:
-    """Compute products and convolutions in exact float32 inside, on every device.
+    """Compute products and convolutions in exact float32 within the block, on every device.
 
-    Threads may overlap: the last pass that ends restores the settings of the program.
+    Threads may overlap: the last pass to end restores the program's settings.
     """
     with _lock:
         before = _swap_settings(None)
@@ -39,7 +39,7 @@ def float32_as_such() -> Iterator[None]:
 
 
 def _swap_settings(settings: Sequence[Any] | None) -> list[Any]:
-    """Set the settings of the program, or exact float32 for None; return the former ones."""
+    """Apply settings, or exact float32 for None; return the previous ones."""
     if not _EACH_ALONE:
         before = [torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32]
         precision, torch.backends.cudnn.allow_tf32 = settings or ("highest", False)

@@ -1,7 +1,7 @@
-"""Copies from a GPU, for which no batch waits.
+"""Copies tensors from a GPU without blocking the next batch.
 
-A GPU computes while the program goes on, until the program reads a result. So the embeddings of
-many batches come back in one copy.
+A GPU runs asynchronously until the program reads a result, so the embeddings of many batches are
+copied back together.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from .devices import runs_ahead
 
 
 def start_copy(tensor: Tensor) -> Callable[[], Tensor]:
-    """Start to copy a tensor to the CPU; call the result, in any thread, to wait for the copy."""
+    """Start copying a tensor to the CPU; call the result, from any thread, to wait for the copy."""
     if not runs_ahead(tensor.device):
         return tensor.cpu
     copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
     copy.copy_(tensor, non_blocking=True)
     copied = torch.cuda.Event(blocking=True)
-    # Without a stream, it would be one of the program's current GPU, which need not be this one.
+    # By default, record would use the stream of the current GPU, which may be another one.
     copied.record(torch.cuda.current_stream(tensor.device))
 
     def wait() -> Tensor:

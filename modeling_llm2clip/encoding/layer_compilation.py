@@ -1,4 +1,4 @@
-"""Compiles the layers of towers, which turns many small kernels into few."""
+"""Compiles the layers of towers, which fuses many small kernels into a few."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import nn
 def compile_layers(model: nn.Module, *, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compile the layers of a model's towers in place, for inputs of any length.
 
-    Equal layers share what is compiled, so the first batch waits some seconds for one layer, not
-    for the depth of the tower.
+    Identical layers share compiled code, so the first batch waits a few seconds for one layer, not
+    for all layers of the tower.
 
     Args:
         model: A whole, text-only or vision-only model.
@@ -27,16 +27,16 @@ def compile_layers(model: nn.Module, *, backend: str | Callable[..., Any] = "ind
     lists = [find_layers(tower)[1] for tower in towers if tower is not None]
     lock: Callable[[], AbstractContextManager[Any]]
     lock = getattr(model, "text_forward_lock", nullcontext)
-    # The lock lets no pass of another thread meet some layers compiled and others not. Replacing
-    # the forward, not the module, keeps names of weights and the hooks around it.
+    # The lock keeps passes of other threads from running while only some layers are compiled.
+    # Replacing the forward, not the module, keeps the names of weights and the module's hooks.
     with lock():
         for layer in (layer for layers in lists for layer in layers.children()):
             layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
 
 
 def find_layers(tower: nn.Module) -> tuple[str, nn.Module]:
-    """Find a tower's list of layers, the lowest one first, and its name in the tower."""
-    # Several lists may have a usual name, such as lists of stages.
+    """Find a tower's list of layers, in order, and its name in the tower."""
+    # Several lists may have such a name, for example the stages and the layers in each of them.
     lists = [
         (name, module)
         for name, module in tower.named_modules()
@@ -47,7 +47,7 @@ def find_layers(tower: nn.Module) -> tuple[str, nn.Module]:
     if not lists:
         raise ValueError(
             f"{type(tower).__name__} has no list of layers named blocks, layer, layers or "
-            "stages, so its layers cannot be treated one by one. Set layer_decay to 1, and do "
-            "not compile it."
+            "stages, so its layers cannot be handled one by one. Set layer_decay to 1, and do "
+            "not compile the tower."
         )
     return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))

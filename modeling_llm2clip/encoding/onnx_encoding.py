@@ -1,7 +1,7 @@
 """Embeds texts and images with ONNX Runtime. `load_onnx_encoder` of `model_folders` opens a folder.
 
-N texts or images, P `projection_dim`. Tokens and pixels come from the model's own processor, so the
-embeddings are those of the model up to rounding.
+B is the batch size, P `projection_dim`. Tokens and pixels come from the model's own processor, so
+the embeddings match the torch model up to rounding.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ..processing_llm2clip import LLM2CLIPProcessor
 from .encode import raise_malloc_thresholds
 from .encoder_interface import Encoder
 
-# Names of the graphs' inputs and outputs: those of the model's own forward.
+# Names of the graphs' inputs and outputs, the same as in the model's own forward.
 TEXT_INPUTS = ("input_ids", "attention_mask")
 NUM_UNPOOLED = "num_unpooled"
 TEXT_OUTPUT = "text_embeds"
 IMAGE_INPUT = "pixel_values"
 IMAGE_OUTPUT = "image_embeds"
-_SHOWN = 200  # characters of an error of ONNX Runtime
+_SHOWN = 200  # characters of an ONNX Runtime error
 
 
 class OnnxEncoder(Encoder):
@@ -32,13 +32,13 @@ class OnnxEncoder(Encoder):
 
     Args:
         processor: The processor that was exported with the graphs.
-        sessions: `onnxruntime.InferenceSession` of each tower, by `"text"` and `"image"`.
-        logit_rule: Turns cosines into logits; None if there is none.
+        sessions: `onnxruntime.InferenceSession` for each tower, by `"text"` and `"image"`.
+        logit_rule: Rule that turns cosines into logits; None if there is none.
     """
 
     projects_at_once = True
     _lacks = (
-        "This ONNX model encodes {there}s alone; it has no graph for {wanted}s. Export the whole "
+        "This ONNX model encodes only {there}s; it has no graph for {wanted}s. Export the whole "
         "model: llm2clip export --onnx --components full."
     )
     device = torch.device("cpu")

@@ -1,7 +1,7 @@
-"""The last steps of an image processor, rescaling and normalization, done on the model's device.
+"""Moves the last steps of an image processor, rescaling and normalization, to the model's device.
 
-Pixels are copied as the bytes that resizing gives, a quarter of float32. Only processors whose
-output this reproduces stop earlier: it is compared when a model is loaded, and never assumed.
+Pixels are copied as uint8, a quarter of the size of float32. This applies only to processors whose
+output it reproduces, which is checked on two images before the first batch.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 from ..processing_llm2clip import LLM2CLIPProcessor
 
 _PIXELS = "pixel_values"
-_SIZES = ((61, 97), (640, 480))  # smaller and larger than what most towers read, in both directions
-# Rounding of a few float32 operations on values of up to about 3.
+_SIZES = ((61, 97), (640, 480))  # smaller and larger than the input of most towers, on both sides
+# Rounding error of a few float32 operations on values up to about 3.
 _TOLERANCE = 1e-6
 
 
@@ -29,10 +29,10 @@ class PixelNormalization:
 
     Attributes:
         processor: Prepares images as uint8.
-        mean: (3, 1, 1) float32, in steps of 8 bits.
+        mean: (3, 1, 1) float32, on the scale of uint8 pixels.
         std: As `mean`.
-        pins: Whether prepared images are put into pinned memory, from which a GPU copies them while
-            the program goes on.
+        pins: Whether prepared images are put in pinned memory, from which they are copied to a GPU
+            asynchronously.
     """
 
     processor: LLM2CLIPProcessor
@@ -41,16 +41,16 @@ class PixelNormalization:
     pins: bool
 
     def prepare(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Check and pin what `processor` makes, in the thread that has prepared it."""
+        """Check and pin the output of `processor`, in the thread that prepared it."""
         if inputs and inputs[_PIXELS].dtype != torch.uint8:
             raise ValueError(
-                f"The image processor makes {inputs[_PIXELS].dtype} of these images, and uint8 of "
-                "others. Give images as files, or PIL images."
+                f"The image processor returns {inputs[_PIXELS].dtype} for these images, but uint8 "
+                "for others. Pass images as files or PIL images."
             )
         return {name: value.pin_memory() if self.pins else value for name, value in inputs.items()}
 
     def apply(self, pixel_values: Tensor) -> Tensor:
-        """Normalize uint8 pixels, (B, 3, H, W), on their device; others are normalized already."""
+        """Normalize uint8 pixels, (B, 3, H, W), on their device; return other dtypes unchanged."""
         if pixel_values.dtype != torch.uint8:
             return pixel_values
         return pixel_values.float().sub_(self.mean).div_(self.std)
@@ -61,7 +61,8 @@ def find_normalization(
 ) -> PixelNormalization | None:
     """Find the last steps of an image processor, if `PixelNormalization` reproduces its output.
 
-    None where it resizes in float32, pads, cuts patches, or scales and normalizes in its own way.
+    None if the processor resizes in float32, pads, cuts images into patches, or rescales and
+    normalizes in its own way.
     """
     whole = processor.image_processor
     normalizes = getattr(whole, "do_normalize", False)
@@ -87,7 +88,7 @@ def _is_reproduced(
     expected = dict(processor(images=[image]))
     try:
         inputs = dict(normalization.processor(images=[image]))
-    except (TypeError, ValueError):  # as of EfficientNet's, whose next step takes floats alone
+    except (TypeError, ValueError):  # such as EfficientNet's, whose next step accepts only floats
         return False
     pixels = inputs[_PIXELS]
     is_image = pixels.dtype == torch.uint8 and pixels.ndim == expected[_PIXELS].ndim == 4

@@ -1,4 +1,4 @@
-"""The dtype in which towers run, chosen from an option and a device; and loading to that device."""
+"""Chooses the dtype that towers run in, from an option and the device; loads models to it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .devices import count_free_bytes, has_bfloat16
 
 @dataclass(frozen=True)
 class DeviceTraits:
-    """Everything of a device that decides in which dtype towers run.
+    """Traits of a device that decide which dtype towers run in.
 
     Attributes:
-        kind: Such as cpu or cuda.
-        has_bfloat16: Whether it computes in bfloat16 by itself.
-        free_bytes: Free memory of a GPU; 0 for others.
+        kind: Type of device, such as cpu or cuda.
+        has_bfloat16: Whether it computes in bfloat16 natively.
+        free_bytes: Free memory of a GPU; 0 for other devices.
     """
 
     kind: str
@@ -35,10 +35,10 @@ class DeviceTraits:
 def choose_tower_dtype(
     precision: str, traits: DeviceTraits, stored: torch.dtype
 ) -> tuple[torch.dtype, bool]:
-    """Choose the dtype of the towers, and return whether they have to be compared in it.
+    """Choose the dtype of the towers, and whether their embeddings must first be checked in it.
 
-    `auto` is the stored dtype, except that a GPU with bfloat16 runs float32 towers in bfloat16
-    where that keeps their embeddings.
+    `auto` is the stored dtype, except that a GPU with bfloat16 runs float32 towers in bfloat16 if
+    that preserves their embeddings.
     """
     if precision != "auto":
         return getattr(torch, precision), False
@@ -49,7 +49,7 @@ def choose_tower_dtype(
 def describe_precision(model: Any, stored: torch.dtype) -> dict[str, str]:
     """Describe how the towers of a model compute; empty on a CPU in the stored dtype.
 
-    Outputs record it beside the options that decide their bytes.
+    Outputs record it with the other options that determine their bytes.
     """
     towers = [getattr(model, name, None) for name in ("text_model", "vision_model")]
     tower = next(tower for tower in towers if tower is not None)
@@ -59,7 +59,7 @@ def describe_precision(model: Any, stored: torch.dtype) -> dict[str, str]:
     return {
         "precision": str(tower.dtype).removeprefix("torch."),
         "device": tower.device.type,
-        # An LLM that packs texts takes this name at its first pass.
+        # An LLM that packs texts changes to this name on its first pass.
         "attention": "sdpa" if attention == PACKED_ATTENTION else attention,
         "float32 products": "ieee",  # see `float32_as_such`
     }
@@ -75,9 +75,9 @@ def load_on_device(
 ) -> Any:
     """Load a model folder straight to a device, in evaluation mode.
 
-    Each weight is read, cast and copied alone, so that the memory of the host never holds a model
-    that runs elsewhere. `dtype` is as in `from_pretrained`, to which further options go; by default
-    it is the stored one.
+    Weights are read, cast and copied one at a time, so host memory never holds a whole model that
+    runs on another device. `dtype` is as in `from_pretrained` and defaults to the stored dtype;
+    further options are passed on to it.
     """
     model = model_class.from_pretrained(
         folder, local_files_only=True, dtype=dtype, device_map={"": device}, **options

@@ -1,4 +1,4 @@
-"""Token ids of texts: made once, counted where needed, and passed on to the encoder."""
+"""Tokenizes texts once; their token ids are counted where needed and passed to the encoder."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _TOKENIZED_AT_ONCE = 4096
 
 
 class TokenizedText(NamedTuple):
-    """A text and its token ids, which `str` shows as the text.
+    """A text and its token ids; `str` returns the text.
 
     Attributes:
-        text: Stripped.
-        ids: (L,) as the model reads them, prompt included.
+        text: The text, stripped.
+        ids: (L,) token ids for the model, prompt included.
     """
 
     text: str
@@ -29,9 +29,9 @@ class TokenizedText(NamedTuple):
 
 
 class TokenizedTexts(Sequence[TokenizedText]):
-    """Texts, of which each distinct one is tokenized once.
+    """Tokenized texts; each distinct text is tokenized once.
 
-    Their ids are in one array, which takes a tenth of the memory of lists.
+    The ids are stored in one array, which takes a tenth of the memory of lists.
 
     Args:
         processor: The model's processor.
@@ -39,7 +39,7 @@ class TokenizedTexts(Sequence[TokenizedText]):
 
     Attributes:
         lengths: (N,) number of tokens of each text.
-        is_truncated: (N,) True for texts that are longer than the model reads.
+        is_truncated: (N,) True for texts over the model's maximum length.
     """
 
     def __init__(self, processor: LLM2CLIPProcessor, texts: Iterable[str]) -> None:
@@ -60,11 +60,11 @@ class TokenizedTexts(Sequence[TokenizedText]):
 
     @property
     def num_truncated(self) -> int:
-        """Number of texts that are longer than the model reads."""
+        """Number of texts over the model's maximum length."""
         return int(self.is_truncated.sum())
 
     def __len__(self) -> int:
-        """Number of texts."""
+        """Return the number of texts."""
         return len(self._texts)
 
     def __getitem__(self, text: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Checks ONNX graphs against the model that they came from, before their folder gets its name.
+"""Checks ONNX graphs against the model they were exported from, before their folder is published.
 
-N texts or images, P `projection_dim`.
+N is the number of texts or images, P `projection_dim`.
 """
 
 from __future__ import annotations
@@ -36,18 +36,19 @@ from ..processing_llm2clip import LLM2CLIPProcessor
 NUM_CAPTIONS = 200
 NUM_IMAGES = 50
 _NUM_LONG = 12
-_LONGEST_CAPTION = 64  # captions in one text, which most models truncate
-# Least cosine with 8-bit weights; an unrelated text is far below.
+_LONGEST_CAPTION = 64  # captions joined into the longest text, which most models truncate
+# Minimum cosine with 8-bit weights; that of an unrelated text is far lower.
 MIN_COSINE_8_BITS = 0.999
-# Pillow and torchvision resize with other rounding: at most one of 255 steps for most pixels.
+# Pillow and torchvision round differently when resizing: by at most 1 of 255 for most pixels.
 MIN_COSINE_OF_SCRIPT = 0.999
 
 
 @dataclass(frozen=True)
 class CheckInputs:
-    """The captions and images that graphs are checked on, one of each record of `data`.
+    """The captions and images that graphs are checked on, one caption and one image per group.
 
-    `texts` are the captions, and texts of several of them, up to beyond the model's maximum.
+    `texts` are the captions, plus longer texts joined from several captions; the longest exceed
+    most models' maximum length.
     """
 
     captions: Sequence[str]
@@ -58,9 +59,9 @@ class CheckInputs:
 
 @dataclass
 class Reference:
-    """The model in float32 on the CPU, and its embeddings of the check's inputs.
+    """The model in float32 on the CPU, and its embeddings of the inputs to check.
 
-    Golden embeddings of the folder, if it has any, were computed in `dtype`.
+    The folder's golden embeddings, if it has any, were computed in `dtype`.
     """
 
     model: Any
@@ -82,9 +83,9 @@ class Reference:
     def compare_golden(
         self, kind: str, encode: Callable[[Any], Tensor], inputs: Sequence[Any] | None = None
     ) -> dict[str, float]:
-        """Compare a graph with golden embeddings, if the folder has them, by its largest distance.
+        """Compare a graph with the folder's golden embeddings, if any, by the largest distance.
 
-        Their texts are recorded, their images are not and are given as `inputs`.
+        The golden texts are stored in the folder. The images are not; pass them as `inputs`.
         """
         golden = read_golden(self.folder)
         if golden is None or f"{kind}_embeds" not in golden[1]:
@@ -93,14 +94,15 @@ class Reference:
             encode(golden[0] if inputs is None else inputs),
             golden[1][f"{kind}_embeds"],
         )
-        limit = find_tolerance(self.dtype, other_machine=True)  # another machine computed them
+        limit = find_tolerance(self.dtype, other_machine=True)  # they may be from another machine
         largest = _compare(f"golden {kind}s", embeds, expected, limit)
         return {"max_distance_from_golden": largest}
 
 
 def load_check_inputs(data: str | None) -> CheckInputs:
-    """Choose 200 captioned images of different groups, or all if fewer, by a fixed seed. Without
-    data, choose from the embedded photographs and emoji.
+    """Sample captioned images of 200 different groups with a fixed seed; all groups if fewer.
+
+    Without data, sample from the embedded photographs and emoji.
     """
     embedded = [find_example_data() / name for name in ("photographs", "emoji")]
     first: dict[str, CaptionedImage] = {}
@@ -109,7 +111,10 @@ def load_check_inputs(data: str | None) -> CheckInputs:
             if data or record.lang == "en":
                 first.setdefault(record.group_id, record)
     if len(first) < 2:
-        raise ValueError(f"{data} has images of one group; the check needs those of at least two.")
+        raise ValueError(
+            f"{data} has images of fewer than two groups, too few to check recall. Use a larger "
+            "dataset for onnx_data."
+        )
     groups = list(first)
     if len(groups) > NUM_CAPTIONS:
         groups = sorted(random.Random(0).sample(groups, NUM_CAPTIONS))
@@ -125,7 +130,7 @@ def load_check_inputs(data: str | None) -> CheckInputs:
 
 
 def check_texts(encoder: OnnxEncoder, reference: Reference) -> dict[str, Any]:
-    """Compare a float32 text graph with the model, and with its golden embeddings."""
+    """Compare a float32 text graph with the model and its golden embeddings."""
     expected = reference.text_embeds
     texts = reference.inputs.texts
     embeds = encoder.encode_texts(texts)
@@ -142,7 +147,7 @@ def check_texts(encoder: OnnxEncoder, reference: Reference) -> dict[str, Any]:
 
 
 def check_images(encoder: OnnxEncoder, reference: Reference, *, any_size: bool) -> dict[str, Any]:
-    """Compare a vision graph with the model, and with its golden embeddings."""
+    """Compare a vision graph with the model and its golden embeddings."""
     expected = reference.image_embeds[:NUM_IMAGES]
     images = list(reference.inputs.images[:NUM_IMAGES])
     embeds = encoder.encode_images(images)
@@ -159,7 +164,7 @@ def check_images(encoder: OnnxEncoder, reference: Reference, *, any_size: bool) 
 
 
 def compare_rounded_texts(encoder: OnnxEncoder, reference: Reference) -> dict[str, Any]:
-    """Measure the distance between a text graph with rounded weights and the model, and recall."""
+    """Measure how far a text graph with rounded weights is from the model, and its recall."""
     embeds = encoder.encode_texts(reference.inputs.texts)
     cosines = measure_cosines(embeds, reference.text_embeds)
     figures = {
@@ -179,8 +184,8 @@ def require_near_texts(figures: Mapping[str, Any]) -> None:
     if low := figures["texts_below_0.999"]:
         raise ValueError(
             f"8-bit weights change this model too much: {low} of {figures['texts']} texts have a "
-            f"cosine below {MIN_COSINE_8_BITS} with the model's own embeddings, the smallest "
-            f"{figures['min_cosine']}. Leave int8 out of onnx_weights."
+            f"cosine below {MIN_COSINE_8_BITS} with the model's own embeddings (minimum "
+            f"{figures['min_cosine']}). Remove int8 from onnx_weights."
         )
 
 
@@ -191,16 +196,16 @@ def require_recall(figures: Mapping[str, Any], inputs: CheckInputs, *, max_loss:
         raise ValueError(
             f"4-bit weights cost {100 * loss:.1f} points of text to image R@1: {100 * after:.1f} "
             f"instead of {100 * before:.1f} % on {len(inputs.captions)} captions ({inputs.data}); "
-            f"smallest cosine {figures['min_cosine']}. Accept it with "
-            f"max_recall_loss={math.ceil(1000 * loss) / 1000:g}, or leave int4 out of onnx_weights."
+            f"minimum cosine {figures['min_cosine']}. Accept this with "
+            f"max_recall_loss={math.ceil(1000 * loss) / 1000:g}, or remove int4 from onnx_weights."
         )
 
 
 def check_script(folder: Path, encoder: OnnxEncoder, text_graph: Path | None) -> str | None:
     """Compare the script that needs no torch with the processor, on the golden inputs.
 
-    Returns why the script cannot be used; None if it gives the same embeddings. Different text
-    embeddings raise, because then the tokenizer's file is not the tokenizer.
+    Returns why the script cannot be used; None if its embeddings match. Raises ValueError if text
+    embeddings differ, because then tokenizer.json does not match the tokenizer.
     """
     from ..encoding import encode_onnx  # imports onnxruntime
 
@@ -213,16 +218,16 @@ def check_script(folder: Path, encoder: OnnxEncoder, text_graph: Path | None) ->
     images = render_golden_images()
     try:
         embeds = torch.from_numpy(encode_onnx.encode_images(images, folder))
-    except Exception as error:  # of NumPy, or of ONNX Runtime, whose errors have no common class
-        return f"its image processor has other settings ({error!r})"
+    except Exception as error:  # from NumPy, or ONNX Runtime, whose errors have no common class
+        return f"it does not support the image processor's settings ({error!r})"
     lowest = float(measure_cosines(embeds, encoder.encode_images(images)).min())
     if lowest < MIN_COSINE_OF_SCRIPT:
-        return f"it prepares images otherwise than the image processor (cosine {lowest:.4f})"
+        return f"it prepares images differently from the image processor (cosine {lowest:.4f})"
     return None
 
 
 def measure_recall(text_embeds: Tensor, image_embeds: Tensor) -> float:
-    """Compute text to image R@1, where text i belongs to image i alone; ties count against."""
+    """Compute text to image R@1 if text i matches only image i; ties count as misses."""
     pairing = Correspondence.from_image_of_text(range(len(text_embeds)), len(text_embeds))
     ranks = rank_retrieval(image_embeds, text_embeds, pairing)
     return _round(hit_rate_at(ranks.t2i, k=1))
@@ -235,7 +240,7 @@ def measure_cosines(embeds: Tensor, expected: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _check_other_sizes(encoder: OnnxEncoder, reference: Reference, images: list[Any]) -> float:
-    """Compare at twice the width, and at twice the height, of the processor's pixels."""
+    """Compare on images of twice the processor's width, and of twice its height."""
     model, pixels = reference.model, reference.processor(images=images)[IMAGE_INPUT]
     largest = 0.0
     for repeats in ((1, 1, 1, 2), (1, 1, 2, 1)):
@@ -249,13 +254,13 @@ def _check_other_sizes(encoder: OnnxEncoder, reference: Reference, images: list[
 def _compare(
     what: str, embeds: Tensor, expected: Tensor, limit: float = find_tolerance(torch.float32)
 ) -> float:
-    """Return the largest distance of two rows, or raise ValueError if it is above the limit."""
+    """Return the largest distance between matching rows; ValueError if it is above the limit."""
     distances = measure_distances(embeds, expected)
     largest = float(distances.max())
     if largest > limit:
         worst = int(distances.argmax())
         raise ValueError(
-            f"The ONNX graph does not give the model's embeddings of {what}: "
+            f"The ONNX graph does not reproduce the model's embeddings of {what}: "
             f"{int((distances > limit).sum())} of {len(distances)} differ by more than {limit:g}, "
             f"number {worst} by {largest:.2g}. Nothing was written."
         )

@@ -1,7 +1,7 @@
-"""Exports a model to ONNX: a graph per tower, and the files of ONNX Runtime and transformers.js.
+"""Exports a model to ONNX: one graph per tower, plus files for ONNX Runtime and transformers.js.
 
-The folder is complete or absent, and it gets its name after every graph gave the model's own
-embeddings in ONNX Runtime.
+The folder appears only when it is complete and every graph has reproduced the model's embeddings in
+ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -69,25 +69,25 @@ SCRIPT = "encode.py"
 _RECORD_FORMAT = 1
 _TOWERS = {"text": "text", "image": "vision"}
 _SCRIPT_USE = f"""\
-`python {SCRIPT} "a dog" dog.jpg` encodes a text and an image with `onnxruntime`, `tokenizers`,
-`pillow` and `numpy` alone. """
+`python {SCRIPT} "a dog" dog.jpg` encodes a text and an image; it needs only `onnxruntime`,
+`tokenizers`, `pillow` and `numpy`. """
 _CARD = """
 # {title}
 
-ONNX graphs of an LLM2CLIP model ([arXiv:2411.04997](https://arxiv.org/abs/2411.04997)): texts and
-images into one space, as embeddings of unit length. Opset {opset}, IR {ir_version}.
+ONNX graphs of an LLM2CLIP model ([arXiv:2411.04997](https://arxiv.org/abs/2411.04997)), which map
+texts and images to unit-length embeddings in one space. Opset {opset}, IR {ir_version}.
 
 {files}
 
 {script}transformers.js loads the graphs as `CLIPTextModelWithProjection` and
-`CLIPVisionModelWithProjection`. How each graph was checked is in `{record}`.
+`CLIPVisionModelWithProjection`. `{record}` records how each graph was checked.
 """
 
 
 def export_onnx(folder: Path, output: str | Path, config: ExportConfig) -> Path:
-    """Write the graphs of a model folder after checking each against the model, or nothing.
+    """Export a model folder; write nothing unless every graph passes its check.
 
-    `onnx/text_model.onnx`, `onnx/vision_model.onnx`, rounded weights beside them, tokenizer,
+    Writes `onnx/text_model.onnx`, `onnx/vision_model.onnx`, graphs with rounded weights, tokenizer,
     processor, configuration, golden embeddings, script, record and card.
     """
     require(*ONNX_EXPORT)
@@ -104,20 +104,20 @@ def export_onnx(folder: Path, output: str | Path, config: ExportConfig) -> Path:
 
 
 def _require_parts(folder: Path, config: ExportConfig) -> None:
-    """Refuse a quantized model, and a part that the model does not have."""
+    """Raise ValueError if the model is quantized, or lacks a tower that `config` asks for."""
     settings = read_json_object(folder / "config.json") or {}
     parts = (settings, settings.get("text_config") or {}, settings.get("vision_config") or {})
     quantized = [part["quantization_config"] for part in parts if "quantization_config" in part]
     if quantized:
         method = quantized[0].get("quant_method", "an unknown method")
         raise ValueError(
-            f"{folder} is quantized ({method}), and its rounded weights would become those of the "
-            "graph. Export the model that it was made from; onnx_weights rounds it."
+            f"{folder} is quantized ({method}), so the graph would get its rounded weights. Export "
+            "the model that it was made from, and round the graph with onnx_weights."
         )
-    there = find_model_class(folder).input_modalities
+    available = find_model_class(folder).input_modalities
     modalities = _list_modalities(config)
-    if missing := [modality for modality in modalities if modality not in there]:
-        has, lacks = (_TOWERS[modality] for modality in (there[0], missing[0]))
+    if missing := [modality for modality in modalities if modality not in available]:
+        has, lacks = (_TOWERS[modality] for modality in (available[0], missing[0]))
         raise ValueError(
             f"{folder} is a {has}-only model without a {lacks} tower. Export it with "
             f"components={has}."
@@ -125,26 +125,26 @@ def _require_parts(folder: Path, config: ExportConfig) -> None:
     if "text" not in modalities:
         if config.onnx_weights != ("float32",):
             raise ValueError(
-                "`onnx_weights` rounds the language model, which components=vision leaves out. "
-                "Leave one of the two out."
+                "onnx_weights cannot be combined with components=vision: it rounds the language "
+                "model. Remove one of the two."
             )
-    elif "int4" in config.onnx_weights and len(there) < 2:
+    elif "int4" in config.onnx_weights and len(available) < 2:
         raise ValueError(
-            f"{folder} is a text-only model, on which the recall that int4 weights cost cannot be "
-            "measured. Export the whole model with components=text, or leave int4 out of "
+            f"{folder} is a text-only model, so the recall lost to int4 weights cannot be "
+            "measured. Export the whole model with components=text, or remove int4 from "
             "onnx_weights."
         )
 
 
 def _list_modalities(config: ExportConfig) -> list[Literal["text", "image"]]:
-    """List the modalities that graphs are written for, texts first."""
+    """List the modalities to write graphs for, texts first."""
     return sorted(
         MODEL_CLASSES[CLASS_OF_COMPONENTS[config.components]].input_modalities, reverse=True
     )
 
 
 class _OnnxWriter:
-    """Writes graphs into an unfinished folder, and keeps the record of them."""
+    """Writes graphs into an unfinished folder and records them."""
 
     def __init__(self, source: Path, folder: Path, config: ExportConfig) -> None:
         self.folder, self.config = folder, config
@@ -162,7 +162,7 @@ class _OnnxWriter:
         self.reference = Reference(model, processor, inputs, source, dtype)
 
     def write_text_graphs(self) -> None:
-        """Write the text tower in float32, check it, and round it as often as asked."""
+        """Write the text tower in float32, check it, and write each rounded version asked for."""
         file = graph_file(self.folder, "text")
         texts = self.reference.inputs.texts
         short_and_long = self.reference.processor(text=[texts[0], *texts[-2:]])
@@ -195,17 +195,17 @@ class _OnnxWriter:
         }
 
     def write_image_graph(self) -> None:
-        """Write the vision tower, for images of any size if that passes its check."""
+        """Write the vision tower, for images of any size if that graph passes its check."""
         model, file = self.reference.model, graph_file(self.folder, "image")
         inputs = self.reference.processor(images=list(self.reference.inputs.images[:2]))
         if set(inputs) != {IMAGE_INPUT} or inputs[IMAGE_INPUT].ndim != 4:
             raise ValueError(
                 f"The {name_vision_tower(model)} takes patches of images of any shape "
-                f"({', '.join(sorted(inputs))}), which no ONNX graph can. Export the text tower "
-                "alone (components=text), or build the model with a tower for one size."
+                f"({', '.join(sorted(inputs))}), which ONNX export does not support. Export only "
+                "the text tower (components=text), or build the model with a tower for one size."
             )
         reason = None
-        if find_fixed_size(model.vision_model) is None:  # else other sizes need an option
+        if find_fixed_size(model.vision_model) is None:  # otherwise other sizes need an option
             try:
                 self._write_image_graph(inputs[IMAGE_INPUT], file, any_size=True)
                 return
@@ -221,7 +221,7 @@ class _OnnxWriter:
         self._record(graph, file, figures)
 
     def _encoder(self, **graphs: Path | None) -> OnnxEncoder:
-        """Open the graphs that there are, by `text` and `image`."""
+        """Open the graphs that are not None, named `text` and `image`."""
         sessions = {name: open_session(file) for name, file in graphs.items() if file is not None}
         return OnnxEncoder(self.reference.processor, sessions)
 
@@ -266,10 +266,10 @@ class _OnnxWriter:
         _write_card(folder, card, record, name=name, base=find_name(reference.folder))
 
     def _write_script(self) -> str | None:
-        """Write the script and the module that it imports, which is not in a package there.
+        """Write the script and the module that it imports, as two standalone files.
 
-        The script runs on the new folder; if it misreads images, it is removed and the reason
-        returned.
+        The script is tested on the new folder. If its image embeddings are wrong, it is removed,
+        and the reason is returned.
         """
         from ..encoding import encode_onnx  # imports onnxruntime
 
@@ -289,7 +289,7 @@ class _OnnxWriter:
         return reason
 
     def _write_config(self) -> None:
-        """Write the model's configuration, and the files that transformers.js loads by default."""
+        """Write the model's configuration, with the files that transformers.js loads by default."""
         config = self.reference.model.config.to_dict()
         config.pop("auto_map", None)
         config["dtype"] = "float32"
@@ -320,9 +320,9 @@ def _measure_mb(file: Path) -> float:
 
 
 def _name_prompt_tokens(file: Path) -> None:
-    """Write each token of the prompt under its own name, by which transformers.js looks for it.
+    """Write each token of the prompt under its own name, because transformers.js looks it up by it.
 
-    The tokenizers library finds the ids of a whole prefix under any name.
+    The tokenizers library would accept any one name for the ids of the whole prefix.
     """
     tokenizer = json.loads(file.read_text(encoding="utf-8"))
     processor = tokenizer["post_processor"] or {}
@@ -348,11 +348,11 @@ def _name_prompt_tokens(file: Path) -> None:
 
 
 def _write_image_settings(processor: LLM2CLIPProcessor, folder: Path) -> None:
-    """Write the image processor where transformers.js and the script read it."""
+    """Write the image processor's settings in the form that transformers.js and the script read."""
     settings = processor.image_processor.to_dict()
     settings.pop("auto_map", None)
     name = str(settings["image_processor_type"]).removesuffix("Pil").removesuffix("Fast")
-    if name == LLM2CLIPImageProcessor.__name__:  # which transformers.js does not know
+    if name == LLM2CLIPImageProcessor.__name__:  # unknown to transformers.js
         name, settings["crop_rounding"] = "CLIPImageProcessor", "torchvision"
     settings["image_processor_type"] = name
     text = json.dumps(settings, indent=2, sort_keys=True, default=int) + "\n"

@@ -1,12 +1,13 @@
 """Turns the towers of a model into ONNX graphs: tokens or pixels in, unit embeddings out.
 
-Prompt and truncation are the tokenizer's. Positions, the pooled span, pooling, text adapter,
-projection and normalization are in the graph. A model is in float32 on the CPU, in evaluation mode.
+The tokenizer adds the prompt and truncates. Positions, the pooled span, pooling, text adapter,
+projection and normalization are in the graph. Models must be in float32 on the CPU, in evaluation
+mode.
 
-The language model's linear layers may be rounded, each block of weights with its own scale and zero
-point: to 8 bits those outside of attention, to 4 bits all of them. Everything else stays float32:
-token embeddings, norms, text adapter, projection, activations. In SmolLM2-135M the projections of
-attention have a quarter of the weights and more than half of the error of 8 bits.
+The language model's linear layers can be rounded, with a scale and zero point per block of weights:
+all of them to 4 bits, or all but those of attention to 8 bits. Everything else stays float32: token
+embeddings, norms, text adapter, projection, activations. In SmolLM2-135M, the attention projections
+have a quarter of the weights but cause more than half of the 8-bit error.
 """
 
 from __future__ import annotations
@@ -33,20 +34,20 @@ from ..model_folders.onnx_folder import data_file
 from ..modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from ..vision_llm2clip import find_patch_size
 
-# What torch 2.6 and later write without converting again; ONNX Runtime 1.18 and later read it.
+# Written directly, without conversion, by torch 2.6 and later; read by ONNX Runtime 1.18 and later.
 OPSET = 20
-# Protocol buffers hold 2 GiB; what is larger has its weights in a file beside the graph.
+# Protocol buffers are limited to 2 GiB; a larger graph has its weights in a second file.
 _LARGEST_FILE = 2**31 - 2**24
 _LARGEST_BATCH = 2**16
 _LARGEST_SIDE = 2**12
 BLOCK_SIZE = 16
-_FLOAT32 = 1  # level of accuracy in which the operator computes; see its documentation
-# Where torch's exporter notes the modules that a node comes from.
+_FLOAT32 = 1  # the operator's accuracy_level for float32; see its documentation
+# Metadata key under which torch's exporter records the modules that a node comes from.
 _SCOPES = "pkg.torch.onnx.name_scopes"
-# Where it notes the lines of code: paths of the machine that exports.
+# Metadata key for the lines of code, which contain paths on the exporting machine.
 _SOURCE_LINES = "pkg.torch.onnx.stack_trace"
 _LLM_SCOPE = "model.text_model."
-_ATTENTION = ("attn", "attention")  # in the names of its modules, in transformers
+_ATTENTION = ("attn", "attention")  # parts of the names of attention modules in transformers
 
 
 class _TowerGraph(nn.Module):
@@ -59,7 +60,7 @@ class _TowerGraph(nn.Module):
 
 class _TextGraph(_TowerGraph):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, num_unpooled: Any) -> Any:
-        # Not `get_text_features`: its count of unpooled tokens would become a constant.
+        # Not `get_text_features`: it would turn the number of unpooled tokens into a constant.
         output = self.model._pool_batch(input_ids, attention_mask, num_unpooled=num_unpooled)
         return self.model.to_text_embeds(self.model._apply_dense(output.pooler_output))
 
@@ -72,9 +73,9 @@ class _ImageGraph(_TowerGraph):
 def write_text_graph(
     model: LLM2CLIPModel | LLM2CLIPTextModel, inputs: Mapping[str, Tensor], file: Path
 ) -> dict[str, Any]:
-    """Write the text tower, for any number of texts of any length.
+    """Write the text tower as a graph for any number of texts of any length.
 
-    `inputs` are `input_ids` and `attention_mask` of at least two texts of unequal length.
+    `inputs` are `input_ids` and `attention_mask` of at least two texts of different lengths.
     """
     config = model.config
     batch = torch.export.Dim("batch_size", max=_LARGEST_BATCH)
@@ -98,9 +99,9 @@ def write_image_graph(
     *,
     any_size: bool,
 ) -> dict[str, Any]:
-    """Write the vision tower for any number of images, and for any height and width on request.
+    """Write the vision tower as a graph for any number of images, of any size with `any_size`.
 
-    `pixel_values` (B, 3, H, W) are of at least two images.
+    `pixel_values` (B, 3, H, W) must hold at least two images.
     """
     shape: dict[int, Any] = {0: torch.export.Dim("batch_size", max=_LARGEST_BATCH)}
     if any_size:
@@ -123,7 +124,7 @@ def name_vision_tower(model: LLM2CLIPModel | LLM2CLIPVisionModel) -> str:
 
 @contextmanager
 def _explaining(tower: str, *, other: str) -> Iterator[None]:
-    """Name the tower that torch cannot export, and silence torch's own messages."""
+    """Name the tower if torch cannot export it, and silence torch's own messages."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), torch.no_grad():
@@ -134,7 +135,7 @@ def _explaining(tower: str, *, other: str) -> Iterator[None]:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = (lines or [type(error).__name__])[0][:300]
         raise ValueError(
-            f"torch cannot export the {tower} to ONNX: {reason} Export the {other} tower alone "
+            f"torch cannot export the {tower} to ONNX: {reason} Export only the {other} tower "
             f"(--components {other}), or build the model with another tower."
         ) from error
 
@@ -148,9 +149,9 @@ def _export(
     shapes: Mapping[str, Any],
     defaults: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Write the graph, and describe it: versions, and name → shape of inputs and outputs.
+    """Write a graph, and return its versions and the shapes of its inputs and outputs by name.
 
-    Names stand for dimensions that may vary. Inputs with a default may be left out when it is run.
+    Dynamic dimensions are given by name. Inputs with a default are optional at run time.
     """
     import onnx_ir
 
@@ -190,19 +191,19 @@ def _export(
 
 
 def save_graph(model: Any, file: Path) -> None:
-    """Write a graph, with its weights in a second file if they are too large for one."""
+    """Write a graph, with its weights in a second file if it would be too large for one."""
     import onnx_ir
 
     weights = (value.const_value for value in model.graph.initializers.values())
     num_bytes = sum(tensor.nbytes for tensor in weights if tensor is not None)
-    beside = data_file(file).name if num_bytes > _LARGEST_FILE else None
-    onnx_ir.save(model, file, external_data=beside)
+    weights_file = data_file(file).name if num_bytes > _LARGEST_FILE else None
+    onnx_ir.save(model, file, external_data=weights_file)
 
 
 def write_rounded_graph(source: Path, file: Path, *, bits: int) -> int:
-    """Write a text graph whose language model has weights of 8 or 4 bits.
+    """Write a text graph whose language model has 8-bit or 4-bit weights.
 
-    Returns the number of linear layers that were rounded.
+    Returns the number of rounded linear layers.
     """
     import onnx
     import onnx_ir
@@ -210,7 +211,7 @@ def write_rounded_graph(source: Path, file: Path, *, bits: int) -> int:
     model = onnx.load(source)
     products = [node.name for node in model.graph.node if node.op_type == "MatMul"]
     constant = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
-    layers = []  # the language model's products with a constant matrix
+    layers = []  # the language model's matrix products with a constant matrix
     for node in model.graph.node:
         scopes = {entry.key: entry.value for entry in node.metadata_props}.get(_SCOPES, "")
         is_linear = node.op_type == "MatMul" and node.input[1] in constant
@@ -234,7 +235,7 @@ def write_rounded_graph(source: Path, file: Path, *, bits: int) -> int:
 
 @contextmanager
 def _quiet_quantizer() -> Iterator[None]:
-    """Restore the root logger, which the quantizer's module makes show every node."""
+    """Restore the root logger, because importing the quantizer makes it log every node."""
     root, logger = logging.getLogger(), logging.getLogger("onnxruntime.quantization")
     level, handlers = root.level, [*root.handlers]
     logger.setLevel(logging.WARNING)

@@ -33,7 +33,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
         def require(name: str) -> None:
             kind, _, index = name.partition(":")
             if kind not in there or int(index or 0) >= max(num_gpus, 1):
-                raise ValueError(f"device={name!r} is not there")
+                raise ValueError(f"device={name!r} is not available")
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
@@ -65,16 +65,16 @@ def test_auto_is_cuda_else_mps_else_the_cpu(there: Any, best: str, machine: Any)
 def test_a_named_device_that_is_not_there_is_an_error() -> None:
     for name in ("cuda", "cuda:0", "mps", "abacus"):
         for ask in (find_device, choose_device):
-            with pytest.raises(ValueError, match=f"device='{name}' is not there"):
+            with pytest.raises(ValueError, match=f"device='{name}' is not available"):
                 ask(name)
-    with pytest.raises(ValueError, match="device='mps' is not there"):
+    with pytest.raises(ValueError, match="device='mps' is not available"):
         evaluate("owner/model", "emoji", EvaluationConfig(device="mps"))
 
 
 def test_a_gpu_beyond_the_last_is_not_there(machine: Any) -> None:
     machine(num_gpus=2)
     assert find_device("cuda:1") == torch.device("cuda", 1)
-    with pytest.raises(ValueError, match="'cuda:2' is not there"):
+    with pytest.raises(ValueError, match="'cuda:2' is not available"):
         find_device("cuda:2")
 
 
@@ -98,7 +98,7 @@ def test_each_launched_process_takes_a_gpu_of_its_own(machine: Any) -> None:
     for name in ("auto", "cuda"):
         assert find_device(name) == torch.device("cuda", 1)
     for name in ("cuda:0", "mps"):
-        with pytest.raises(ValueError, match=r"is one device.*Give 'auto' or 'cuda'"):
+        with pytest.raises(ValueError, match=r"is a single device.*Use 'auto' or 'cuda'"):
             find_device(name)
     machine(mps=True, local_rank=1)
     assert find_device("auto") == find_device("cpu") == torch.device("cpu")

@@ -92,7 +92,7 @@ def test_embeddings_are_refused_if_another_thread_trains_the_model_meanwhile(tow
     model.get_submodule(tower).register_forward_hook(switch_in_a_thread)
     encode = ENCODINGS["texts" if tower == "text_model" else "images"]
     for switches_back in (True, False):
-        with pytest.raises(ValueError, match="was switched to training mode while it encoded"):
+        with pytest.raises(ValueError, match="was switched to training mode while it was encoding"):
             encode(model, processor)
         assert model.training is not switches_back  # as the other thread left it
 
@@ -363,17 +363,17 @@ def test_any_iterable_of_texts_is_taken_and_one_string_refused() -> None:
 
 def test_a_budget_of_no_token_is_refused() -> None:
     for budget in (0, -5):
-        with pytest.raises(ValueError, match=f"token_budget={budget} holds no token"):
+        with pytest.raises(ValueError, match=f"token_budget={budget} must be positive"):
             encode_texts(*shared_model(), CAPTIONS, token_budget=budget)
 
 
 @pytest.mark.parametrize(
     ("images", "settings", "error"),
     [
-        ([], {}, r"Got \[\] for images"),
-        ("a.png", {}, "Got 'a.png' for images"),
-        (draw_noise(), {}, "Got <PIL.Image.Image .* for images"),
-        (iter([draw_noise()]), {}, "Got <list_iterator .* for images"),
+        ([], {}, r"images must be .* not \[\]"),
+        ("a.png", {}, "images must be .* not 'a.png'"),
+        (draw_noise(), {}, "images must be .* not <PIL.Image.Image .*"),
+        (iter([draw_noise()]), {}, "images must be .* not <list_iterator .*"),
         ([draw_noise()], {"batch_size": 0}, "batch_size=0"),
         ([draw_noise()], {"batch_size": -1}, "batch_size=-1"),
         ([draw_noise()], {"num_workers": 0}, "num_workers=0"),

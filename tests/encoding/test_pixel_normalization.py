@@ -94,7 +94,7 @@ def test_prepared_pixels_are_pinned_for_a_gpu_and_are_bytes(
     for pins in (False, True):
         prepared = replace(plain, pins=pins).prepare(inputs)["pixel_values"]
         assert (prepared == pins).all()
-    with pytest.raises(ValueError, match=r"makes torch.float32 of these images, and uint8"):
+    with pytest.raises(ValueError, match=r"returns torch.float32 for these images, but uint8"):
         plain.prepare({"pixel_values": torch.zeros(1, 3, 2, 2)})
 
 

@@ -140,7 +140,7 @@ def test_a_trained_folder_keeps_licenses_adds_its_data_and_drops_old_results(
 def test_a_model_that_gives_nan_is_not_written(part: str, tmp_path: Path) -> None:
     model, processor = tiny_model()
     getattr(model, part).weight.data[3] = torch.nan
-    with pytest.raises(ValueError, match=r"not saved.*gives NaN or infinity for "):
+    with pytest.raises(ValueError, match=r"not saved.*returns NaN or infinity for "):
         save_model(model, processor, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
