@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent: written atomically, locked, hashed, compared.
+"""Files and folders that are complete or absent: written atomically, locked, hashed.
 
 A folder is written into a hidden folder beside the target, `.NAME-` and eight characters. It also
 holds a claim: a file with the target's name, under a lock of the kernel that ends with the process
@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -233,15 +233,6 @@ def hash_json(value: Any) -> str:
     """Hash a value that JSON can hold; the order of names in objects does not matter."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def list_differences(stored: Mapping[str, object], planned: Mapping[str, object]) -> list[str]:
-    """List every entry in which a store differs from the planned one, with both values."""
-    return [
-        f"{name}: {stored.get(name)!r} in the store, {planned.get(name)!r} now"
-        for name in sorted(set(stored) | set(planned))
-        if stored.get(name) != planned.get(name)
-    ]
 
 
 def sync(path: Path) -> None:

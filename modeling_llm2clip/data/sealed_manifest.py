@@ -61,6 +61,15 @@ def _find_damage(folder: Path, record: FileRecord, *, sizes_only: bool) -> str:
     return ""
 
 
+def list_differences(stored: Mapping[str, object], planned: Mapping[str, object]) -> list[str]:
+    """List the entries in which an output differs from the planned one, with both values."""
+    return [
+        f"{name}: {stored.get(name)!r} in the store, {planned.get(name)!r} now"
+        for name in sorted(set(stored) | set(planned))
+        if stored.get(name) != planned.get(name)
+    ]
+
+
 def write_sealed(content: Mapping[str, Any]) -> str:
     """Write an object as JSON with a hash of itself."""
     return json.dumps({**content, _OWN_HASH: hash_json(content)}, indent=2) + "\n"

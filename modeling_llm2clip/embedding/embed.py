@@ -19,10 +19,11 @@ from accelerate.utils import gather_object
 from .._suggestions import counted, list_first
 from ..configs.encoding_config import EmbedConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
-from ..data.atomic_files import hash_json, list_differences
+from ..data.atomic_files import hash_json
 from ..data.records.data_hashes import hash_columns, hash_images, hash_texts
 from ..data.records.record_table import RecordTable
 from ..data.records.records import CaptionedImage, Modality
+from ..data.sealed_manifest import list_differences
 from ..image_loading_llm2clip import get_image_limits
 from ..model_folders.fingerprint import describe_prompt, fingerprint_embeddings
 from ..model_folders.model_loading import require_trained

@@ -23,13 +23,12 @@ from torch import Tensor
 from .._suggestions import counted
 from ..data.atomic_files import (
     explain_full_disk,
-    list_differences,
     lock_unless_held,
     rename_to_new,
     sync,
     write_atomically,
 )
-from ..data.sealed_manifest import read_sealed, write_sealed
+from ..data.sealed_manifest import list_differences, read_sealed, write_sealed
 from ..data.store.store_manifest import (
     RECORD_GLOB,
     RECORD_NAME,

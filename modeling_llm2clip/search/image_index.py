@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..configs.config_fields import Precision
 from ..configs.encoding_config import IndexConfig
-from ..data.atomic_files import list_differences
+from ..data.sealed_manifest import list_differences
 from ..model_folders.model_folder import holds_graphs
 from ..model_folders.onnx_folder import read_onnx_record
 from .index_about import COLUMNS, About, AnnIndex, IndexUnavailableError

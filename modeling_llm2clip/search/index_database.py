@@ -26,10 +26,10 @@ from .._extras import LANCEDB, require
 from .._suggestions import list_first
 from ..data.atomic_files import (
     explain_full_disk,
-    list_differences,
     lock_file,
     require_writable,
 )
+from ..data.sealed_manifest import list_differences
 from .filters import check_filter, explain_filter
 from .index_about import (
     COLUMNS,

@@ -25,9 +25,9 @@ from tqdm import tqdm
 from .._suggestions import counted, list_first
 from ..configs.encoding_config import IndexConfig
 from ..configuration_llm2clip import LLM2CLIPConfig
-from ..data.atomic_files import list_differences
 from ..data.records.record_loading import find_example_data
 from ..data.remote.remote_access import raise_disk_failure
+from ..data.sealed_manifest import list_differences
 from ..encoding.devices import find_device
 from ..model_folders.training_images import ImageTally, describe_far_images
 from .ann_index import FEWEST_ROWS, describe_ann, needs_training, train_ann, tune_ann

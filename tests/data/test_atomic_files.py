@@ -21,12 +21,12 @@ from modeling_llm2clip.data.atomic_files import (
     hash_file,
     hash_json,
     is_unfinished,
-    list_differences,
     lock_file,
     require_new_file,
     require_new_folder,
     write_atomically,
 )
+from modeling_llm2clip.data.sealed_manifest import list_differences
 
 
 def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:

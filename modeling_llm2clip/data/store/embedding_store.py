@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from ..._suggestions import counted, list_first
-from ..atomic_files import list_differences
 from ..key_arrays import Array
+from ..sealed_manifest import list_differences
 from .store_index import ItemTexts, StoreIndex
 from .store_manifest import MANIFEST_FILE, RECORD_GLOB, StoreManifest
 from .store_shards import StoreShards
