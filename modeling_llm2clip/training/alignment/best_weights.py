@@ -9,9 +9,7 @@ labeled images does.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,11 +19,12 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 
 from ...data.atomic_files import write_atomically
+from ...data.sealed_manifest import read_sealed, write_sealed
 from ..run_folder import add_results, read_results
 from .alignment_trainer import AlignmentTrainer
 from .held_out import HeldOutImages, HeldOutScores, ZeroShotImages, fit_temperature
@@ -36,8 +35,6 @@ BEST_FILE = "best.safetensors"
 # Shares of the way from the start to the trained weights that are tried beside the whole of it.
 _SHARES = (0.25, 0.5, 0.75)
 _METADATA = "held_out"
-# In the metadata: the SHA-256 of the file with zeros in its place.
-_NO_DIGEST, _DIGEST = f"sha256-{0:064}", re.compile(rb"sha256-[0-9a-f]{64}")
 # Step for the captions, the noise and the kept texts of a measured batch, which no run has.
 _STEP = 2**63
 
@@ -60,10 +57,8 @@ def set_between(
         model.get_parameter(name).copy_(value if share == 1 else torch.lerp(first, value, share))
 
 
-def _seal(content: bytes) -> bytes:
-    """Write the digest of a file into it."""
-    digest = f"sha256-{hashlib.sha256(content).hexdigest()}"
-    return content.replace(_NO_DIGEST.encode(), digest.encode())
+def _hash_weights(weights: dict[str, Tensor]) -> str:
+    return hashlib.sha256(save(weights)).hexdigest()  # which writes equal ones alike
 
 
 @dataclass(eq=False)
@@ -126,15 +121,16 @@ class BestWeightsCallback(TrainerCallback):
 
         It kept what the checkpoint with this state knows as the best, or found a better one later.
         """
-        content = self.file.read_bytes() if self.file.is_file() else b""
-        digest = _DIGEST.search(content)
-        if digest is None or _seal(content.replace(digest[0], _NO_DIGEST.encode())) != content:
+        try:
+            with safe_open(self.file, framework="pt") as file:
+                entry = read_sealed(file.metadata()[_METADATA])
+            if _hash_weights(load_file(self.file)) != entry["weights"]:
+                raise ValueError("its weights have another SHA-256 than it says")
+        except Exception as error:  # damage to the header can be any error
             raise ValueError(
-                f"{self.file} is missing or damaged, and with it the best weights so far. Restore "
-                "it, or train anew in another folder."
-            )
-        with safe_open(self.file, framework="pt") as file:
-            entry = json.loads(file.metadata()[_METADATA])
+                f"{self.file} is missing or damaged ({error}), and with it the best weights so "
+                "far. Restore it, or train anew in another folder."
+            ) from error
         self.before = HeldOutScores(**entry["before"])
         self.best = HeldOutScores(**entry["best"])
         self.best_step, self.best_share = entry["best_step"], entry["best_share"]
@@ -189,8 +185,8 @@ class BestWeightsCallback(TrainerCallback):
             if self.trainer.args.should_save:
                 weights = {name: value.detach().cpu().contiguous() for name, value in state.items()}
                 # One entry: safetensors writes several in an order of each process.
-                entry = json.dumps({**self.as_record(), "digest": _NO_DIGEST})
-                write_atomically(self.file, _seal(save(weights, metadata={_METADATA: entry})))
+                entry = write_sealed({**self.as_record(), "weights": _hash_weights(weights)})
+                write_atomically(self.file, save(weights, metadata={_METADATA: entry}))
         self.trainer.state.best_metric = self.best.loss  # in each checkpoint, for `read_earlier`
 
     def _rank(self, scores: HeldOutScores) -> tuple[float, ...]:

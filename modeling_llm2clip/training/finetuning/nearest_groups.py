@@ -1,17 +1,14 @@
 """The nearest groups of each group by cosine, for hard batches: groups that a model still confuses.
 
-Few groups are compared with all, and so are all that a GPU has room for. Otherwise, above
-`EXACT_UP_TO` groups, an inverted file of FAISS is searched: groups are sorted into clusters, and a
-group is compared with those of the nearest clusters. How many clusters are searched is chosen by
-the recall on a sample of groups, which is searched exactly, too.
+Up to `EXACT_UP_TO` groups are compared with all, and so are all that a GPU has room for. Above,
+FAISS sorts groups into clusters and compares a group with those of the nearest clusters. The recall
+is measured on a sample of groups, which is also searched exactly.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -30,19 +27,12 @@ from ...encoding.devices import has_room
 from ...encoding.float32 import float32_as_such
 
 EXACT_UP_TO = 20_000
-WANTED_RECALL = 0.95
 _ROWS_PER_TILE = 1024
 _ROWS_AT_ONCE = 2**15
 _SAMPLE = 1000
-_SEED = 0
 _GROUPS_AT_ONCE = 4096  # of each process
-# Of FAISS, measured with a million embeddings of 384 numbers: more make the clusters no better.
-_POINTS_PER_CLUSTER = 32
-_ITERATIONS = 5
-_FIRST_SEARCHED = 4
-_COMPARED_AGAIN = 4.0  # times top_k
-_LEAST_DIM_OF_PARTS = 128
-_SMALL_GAIN = 0.01
+_POINTS_PER_CLUSTER = 32  # more make the clusters of a million embeddings no better
+_SHARE_SEARCHED = 1 / 16  # of the clusters
 
 
 def find_nearest_groups(
@@ -122,49 +112,31 @@ def _take_units(
 def _build_index(
     embeddings: Array, top_k: int, device: torch.device | str
 ) -> tuple[Any, dict[str, Any]]:
-    """Build an inverted file of FAISS; search ever more clusters until the recall is as wanted.
+    """Build an inverted file of FAISS, and measure its recall.
 
-    It takes a byte and an eighth a number of all embeddings. Clusters are scanned by product
-    quantization of 4 bits for 4 numbers; the best are compared again in 8 bits a number. Measured
-    with 50,000 embeddings of 384 numbers on two threads, for the same recall: 9 seconds, 26 with 8
-    bits alone, 39 in float16 or float32.
+    The index takes a byte per embedding dimension.
     """
     import faiss
 
     number, dim = embeddings.shape
     num_clusters = int(4 * math.sqrt(number))
-    # Fast scans take an even number of parts; with few parts, codes are too coarse.
-    is_refined = dim >= _LEAST_DIM_OF_PARTS and dim % 8 == 0
-    codes = f"PQ{dim // 4}x4fs,Refine(SQ8)" if is_refined else "SQ8"
-    index: Any = faiss.index_factory(dim, f"IVF{num_clusters},{codes}", faiss.METRIC_INNER_PRODUCT)
-    if is_refined:
-        index.k_factor = _COMPARED_AGAIN
-    clusters = faiss.extract_index_ivf(index)
-    clusters.cp.niter, clusters.cp.seed = _ITERATIONS, _SEED
-    clusters.cp.min_points_per_centroid = 1
+    index: Any = faiss.index_factory(dim, f"IVF{num_clusters},SQ8", faiss.METRIC_INNER_PRODUCT)
+    index.nprobe = math.ceil(_SHARE_SEARCHED * num_clusters)
     points, sample = (
-        np.sort(np.random.default_rng(_SEED).choice(number, min(number, size), replace=False))
+        np.sort(np.random.default_rng(0).choice(number, min(number, size), replace=False))
         for size in (_POINTS_PER_CLUSTER * num_clusters, _SAMPLE)
     )
-    with _all_threads():
-        index.train(_take_units(embeddings, points, "cpu").numpy())
-        for start in range(0, number, _ROWS_AT_ONCE):
-            rows = slice(start, start + _ROWS_AT_ONCE)
-            index.add(_take_units(embeddings, rows, "cpu").numpy())
+    index.train(_take_units(embeddings, points, "cpu").numpy())
+    for start in range(0, number, _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        index.add(_take_units(embeddings, rows, "cpu").numpy())
     nearest = np.concatenate([*_search_exactly(embeddings, sample, top_k, device)])
-    clusters.nprobe, recall, gain = _FIRST_SEARCHED // 2, 0.0, 1.0
-    while recall < WANTED_RECALL and clusters.nprobe < num_clusters:
-        if gain < _SMALL_GAIN and is_refined:
-            index.k_factor *= 4  # more clusters alone do not help
-        clusters.nprobe = min(2 * clusters.nprobe, num_clusters)
-        approximate = np.concatenate([*_search_index(index, embeddings, sample, top_k)])
-        before, recall = recall, float((approximate[:, :, None] == nearest[:, None]).any(2).mean())
-        gain = recall - before
+    ranked = np.concatenate([*_search_index(index, embeddings, sample, top_k)])
     return index, {
-        "method": f"faiss IVF,{codes}",
+        "method": "faiss IVF,SQ8",
         "clusters": num_clusters,
-        "clusters_searched": clusters.nprobe,
-        "recall": recall,
+        "clusters_searched": index.nprobe,
+        "recall": float((ranked[:, :, None] == nearest[:, None]).any(2).mean()),
         "recall_sample": len(sample),
     }
 
@@ -172,8 +144,7 @@ def _build_index(
 def _search_index(index: Any, embeddings: Array, rows: Array, top_k: int) -> Iterator[Array]:
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         tile = rows[start : start + _ROWS_AT_ONCE]
-        with _all_threads():
-            near = index.search(_take_units(embeddings, tile, "cpu").numpy(), top_k + 1)[1]
+        near = index.search(_take_units(embeddings, tile, "cpu").numpy(), top_k + 1)[1]
         # A row finds itself first, or not at all beside many equal ones.
         is_other = near != tile[:, None]
         is_other[is_other.all(axis=1), -1] = False
@@ -181,20 +152,6 @@ def _search_index(index: Any, embeddings: Array, rows: Array, top_k: int) -> Ite
         # Clusters with too few groups leave places open, -1: the rows that follow fill them.
         following = (tile[:, None] + 1 + np.arange(top_k)) % len(embeddings)
         yield np.where(near < 0, following, near)
-
-
-@contextmanager
-def _all_threads() -> Iterator[None]:
-    """Let FAISS use all processors, since the other processes of the run wait."""
-    import faiss
-
-    number = faiss.omp_get_max_threads()
-    available = getattr(os, "sched_getaffinity", None)
-    faiss.omp_set_num_threads(len(available(0)) if available else os.cpu_count() or 1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(number)
 
 
 def encode_groups(encode: Callable[[list[str]], Tensor], groups: Sequence[list[str]]) -> Tensor:
