@@ -332,13 +332,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_text_by_name(value: Any) -> bool:
-    if not isinstance(value, Mapping):
-        return value is None
-    texts = (*value.keys(), *value.values())
-    return all(isinstance(part, str) and (part.strip() or not part) for part in texts)
-
-
 # Types are never converted: in Python, "false" is true and "32" sorts before "4".
 _INTEGER = ("an integer", _is_integer)
 _OPTIONAL = ("an integer or None", lambda value: value is None or _is_integer(value))
@@ -357,7 +350,18 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "prompt_suffix_ids": _IDS,
     "prompt_suffix_ends_special": _BOOLEAN,
     "max_text_length": _INTEGER,
-    "instructions": ("a dictionary of strings, none of whitespace alone", _is_text_by_name),
+    "instructions": (
+        "a dictionary of strings, none of whitespace alone",
+        lambda texts: (
+            texts is None
+            or (
+                isinstance(texts, Mapping)
+                and all(
+                    isinstance(p, str) and (p.strip() or not p) for p in (*texts, *texts.values())
+                )
+            )
+        ),
+    ),
     "normalize_text_before_adapter": _BOOLEAN,
     "text_adapter_layers": _OPTIONAL,
     "text_adapter_expansion": _INTEGER,
@@ -386,7 +390,7 @@ def _check_types(values: Mapping[str, Any]) -> None:
 
 def _migrate(content: dict[str, Any]) -> dict[str, Any]:
     """Bring the content of a `config.json` of any published format to the present one."""
-    version = content.get("format_version")
+    version: Any = content.get("format_version")
     if not _is_integer(version) or not 1 <= version <= FORMAT_VERSION:
         remedy = (
             "Upgrade modeling_llm2clip: if it is installed, it is used even if the model folder "

@@ -128,9 +128,7 @@ def list_weight_files(path: Path, *, names: Sequence[str] = (WEIGHT_FILE,)) -> l
                 "the model into a new folder."
             )
         if file.is_file() or index.is_file():
-            files = [file] if file.is_file() else _read_index(index)
-            _refuse_stray_shards(path, name, files)
-            return files
+            return [file] if file.is_file() else _read_index(index)
     more = (
         "From a repository on the Hub, .bin files are not fetched: download such a file yourself "
         "and give its folder."
@@ -160,17 +158,6 @@ def _read_index(index: Path) -> list[Path]:
             f"{index.parent} lacks the weight files {lost}. Save or download it again."
         )
     return [index.parent / name for name in listed]
-
-
-def _refuse_stray_shards(folder: Path, name: str, files: Sequence[Path]) -> None:
-    stem, dot, suffix = name.rpartition(".")
-    pattern = re.compile(rf"{re.escape(stem)}-\d{{5}}-of-\d{{5}}{re.escape(dot + suffix)}")
-    shards = {path.name for path in folder.iterdir() if pattern.fullmatch(path.name)}
-    if stray := sorted(shards - {file.name for file in files}):
-        raise ValueError(
-            f"{folder} has weight files that are not loaded: {stray[:_NAMES_SHOWN]}. They are left "
-            "from an earlier save. Delete them, or save the model into a new folder."
-        )
 
 
 def read_file_state(file: Path) -> tuple[int, ...] | None:
