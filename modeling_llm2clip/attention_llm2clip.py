@@ -1,9 +1,9 @@
-"""The attention of packed texts, registered next to transformers' own.
+"""Attention for packed texts, registered with transformers as another implementation.
 
-It is set in the LLM's configuration while a pack runs, and gets the lengths of the texts as an
-argument of each layer. A plain pass attends as SDPA does.
+The LLM's configuration selects it while a pack runs, and each layer receives the texts' lengths as
+an argument. A pass without packing computes the same as SDPA.
 
-Uploaded with the weights. Shapes: N texts of T tokens in all, d width of a head.
+Uploaded with the weights. Shapes: N texts with T tokens in total, d is the width of a head.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from transformers.utils import TransformersKwargs
 # The package and its copy from the Hub may both be loaded, so each needs its own names.
 _MODULE = re.sub(r"\W", "_", __name__)
 PACKED_ATTENTION = f"{_MODULE}_packed"
-# torch before 2.7 has only is_compiling, which is also true while compiling.
+# torch before 2.7 has only is_compiling, which is also true while compiling without an export.
 _KNOWS_EXPORTS = hasattr(torch.compiler, "is_exporting")
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 _NEEDS_MORE = "needs more than packed attention computes."
@@ -45,34 +45,38 @@ _BACKENDS = (
 
 
 def is_traced() -> bool:
-    """Tell whether this call is being traced by a compiler or an export.
+    """Return whether this call is being traced by a compiler or an export.
 
-    `torch.compiler.is_compiling` is also true in other threads of a process that compiles.
+    `torch.compiler.is_compiling` is also true in other threads of a process that is compiling.
     """
     return torch.compiler.is_dynamo_compiling() or _is_exporting()
 
 
 def is_exported() -> bool:
-    """Tell whether this call is being traced by an export."""
+    """Return whether this call is being traced by an export."""
     return _is_exporting() and (_KNOWS_EXPORTS or not torch.compiler.is_dynamo_compiling())
 
 
 def check_options(tower: PreTrainedModel, options: Mapping[str, Any]) -> None:
-    """Raise TypeError for an option that a tower would swallow, or fail to return what it asks."""
+    """Raise an error for options that a tower would ignore or cannot fulfill.
+
+    Raises TypeError for an unknown option, and ValueError for attention weights that the tower's
+    implementation does not compute.
+    """
     if options:
         known = {*inspect.signature(tower.forward).parameters, *TransformersKwargs.__annotations__}
         if unknown := sorted({*options} - known):
-            raise TypeError(f"{type(tower).__name__} has no arguments {unknown}. Leave them out.")
+            raise TypeError(f"{type(tower).__name__} has no arguments {unknown}. Remove them.")
         if options.get("output_attentions") and tower.config._attn_implementation != "eager":
             raise ValueError(
-                f"output_attentions: {type(tower).__name__} attends by "
-                f"{tower.config._attn_implementation}, which has no attention weights. Load the "
-                'model with attn_implementation="eager".'
+                f"output_attentions: {type(tower).__name__} uses the attention implementation "
+                f"{tower.config._attn_implementation}, which returns no attention weights. Load "
+                'the model with attn_implementation="eager".'
             )
 
 
 def copy_details(output: Any, pooled: BaseModelOutputWithPooling) -> BaseModelOutputWithPooling:
-    """Copy the hidden states and attentions that a tower's output has."""
+    """Copy the hidden states and attentions from a tower's output, if it has any."""
     pooled.hidden_states = getattr(output, "hidden_states", None)
     pooled.attentions = getattr(output, "attentions", None)
     return pooled
@@ -82,9 +86,9 @@ class VarlenKernel(NamedTuple):
     """Attention over packed texts on a GPU.
 
     Attributes:
-        attend: Takes the arguments of torch's `varlen_attn`.
-        max_head_dim: Size of the largest head that it computes, gradients included.
-        dtypes: Types of queries, keys and values that it takes.
+        attend: Function with the arguments of torch's `varlen_attn`.
+        max_head_dim: Maximum head size that it supports, gradients included.
+        dtypes: Supported dtypes of queries, keys and values.
     """
 
     attend: Callable[..., Any]
@@ -94,7 +98,7 @@ class VarlenKernel(NamedTuple):
 
 @cache
 def find_varlen_kernel(device: torch.device) -> VarlenKernel | None:
-    """Find torch's attention over packed texts; None where torch or the device lacks it."""
+    """Find torch's attention over packed texts; None if torch or the device lacks it."""
     if device.type != "cuda" or torch.version.hip:
         return None
     try:
@@ -105,9 +109,10 @@ def find_varlen_kernel(device: torch.device) -> VarlenKernel | None:
 
 
 def choose_kernel(attend: Callable[..., Any], capability: tuple[int, int]) -> VarlenKernel | None:
-    """Choose what a GPU of a compute capability runs; None where an argument is missing.
+    """Build the kernel for a GPU of a given compute capability; None if it is not supported.
 
-    FlashAttention needs 8.0, and computes gradients of heads above 192 on data-center GPUs alone.
+    FlashAttention needs 8.0, and only data-center GPUs compute gradients of heads above 192. An
+    older version of torch may lack an argument.
     """
     parameters = inspect.signature(attend).parameters
     if not {"window_size", "enable_gqa", "num_splits"} <= parameters.keys() or capability < (8, 0):
@@ -116,23 +121,23 @@ def choose_kernel(attend: Callable[..., Any], capability: tuple[int, int]) -> Va
 
 
 def takes_dtype(kernel: VarlenKernel, text_model: PreTrainedModel, device: torch.device) -> bool:
-    """Return whether the LLM computes in a type that the kernel takes."""
+    """Return whether the LLM computes in a dtype that the kernel supports."""
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type) in kernel.dtypes
     return text_model.dtype in kernel.dtypes
 
 
 def recomputes(text_model: nn.Module) -> bool:
-    """Return whether a backward pass runs layers of the LLM again."""
+    """Return whether a backward pass recomputes layers of the LLM."""
     return any(getattr(module, "gradient_checkpointing", False) for module in text_model.modules())
 
 
 def order_backends(device_type: str, text_model: nn.Module) -> AbstractContextManager[Any]:
     """Return a context in which a GPU prefers FlashAttention for padded texts.
 
-    cuDNN, which recent GPUs prefer, first builds a plan for each new shape of a batch. A program
-    that has switched a backend off keeps its own order. So do layers that a backward pass runs
-    again, outside the context: they must take the same backend there.
+    cuDNN, the default on recent GPUs, builds a new plan for each batch shape. If the program has
+    disabled a backend, the order stays as it is. It also stays if a backward pass recomputes
+    layers, because that happens outside the context and must use the same backend.
     """
     cuda = torch.backends.cuda
     if (
@@ -153,11 +158,11 @@ class PackedTexts:
 
     Attributes:
         cu_seqlens: Start of each text and end of the last one, (N + 1,) int64 on the CPU. It is a
-            tensor, so that a compiled layer is not compiled again for other lengths.
-        is_causal: Whether a token attends only to those before it.
-        kernel: What computes the attention; None: SDPA, by blocks of texts of equal length.
+            tensor so that other lengths do not recompile a compiled layer.
+        is_causal: Whether a token attends only to earlier ones.
+        kernel: Kernel for the attention; None for SDPA on blocks of texts of equal length.
         on_device: `cu_seqlens` for the kernel, (N + 1,) int32 on the LLM's device.
-        longest: Tokens of the longest text, for the kernel.
+        longest: Number of tokens in the longest text, for the kernel.
     """
 
     cu_seqlens: Tensor
@@ -181,12 +186,12 @@ def attend_packed(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attend within each text of a pack, as an implementation of transformers' interface.
+    """Attend within each text of a pack; implements transformers' attention interface.
 
-    Queries are (1, heads, T, d), keys and values (1, key heads, T, d), where key heads divide
-    heads; returns (1, T, heads, d), and None in place of attention weights. ValueError where the
-    layer needs a mask, soft capping, sinks, a window that a text exceeds, or larger heads than the
-    kernel takes. A plain pass, without `packed_texts`, attends as SDPA does.
+    Queries are (1, heads, T, d), keys and values (1, key heads, T, d); the number of heads is a
+    multiple of the key heads. Returns (1, T, heads, d), and None in place of attention weights.
+    Raises ValueError if the layer needs a mask, soft capping, sinks, a window that a text exceeds,
+    or larger heads than the kernel supports. Without `packed_texts`, attends like SDPA.
     """
     if packed_texts is None:
         more = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux, **others}
@@ -203,7 +208,7 @@ def attend_packed(
         raise ValueError(f"Heads of {query.shape[3]} and {value.shape[3]} {_NEEDS_MORE}")
     if kernel is not None and value.dtype in kernel.dtypes and not dropout:
         return _attend_by_kernel(query, key, value, packed_texts, scaling).unsqueeze(0), None
-    # The operator has no gradients, and without a compiler it slows down a single short caption.
+    # The operator has no gradients, and outside a graph it slows down a single short caption.
     in_graph = is_traced() and not torch.is_grad_enabled()
     attend = _attend_in_graph if in_graph else _attend
     mixed: Tensor = attend(
@@ -220,7 +225,7 @@ def _fits(kernel: VarlenKernel, query: Tensor, value: Tensor) -> bool:
 def _attend_by_kernel(
     query: Tensor, key: Tensor, value: Tensor, packed_texts: PackedTexts, scaling: float | None
 ) -> Tensor:
-    """Mix the values of each text: (1, heads, T, d) to (T, heads, d)."""
+    """Attend within each text with the kernel: (1, heads, T, d) to (T, heads, d)."""
     kernel, on_device = packed_texts.kernel, packed_texts.on_device
     assert kernel is not None and on_device is not None
     on_device = on_device.to(query.device)  # layers of one LLM may be on several GPUs
@@ -233,7 +238,7 @@ def _attend_by_kernel(
         scale=scaling,
         window_size=(-1, 0) if packed_texts.is_causal else (-1, -1),
         enable_gqa=key.shape[1] != query.shape[1],
-        num_splits=1,  # so that an embedding does not depend on the other texts of its batch
+        num_splits=1,  # keeps embeddings independent of the other texts in the batch
     )
     return mixed
 
@@ -249,7 +254,7 @@ def _attend(
     dropout: float,
     sliding_window: int | None,
 ) -> Tensor:
-    """Mix the values of each text: (1, heads, T, d) to (T, heads, d)."""
+    """Attend within each text with SDPA: (1, heads, T, d) to (T, heads, d)."""
     mixed = _empty_mixed(query, value)
     start = 0
     for length, equal in itertools.groupby(cu_seqlens.diff().tolist()):
@@ -272,7 +277,7 @@ def _attend(
     return mixed
 
 
-# As an operator, it lets a layer compile into one graph for all lengths.
+# As a custom operator, it lets a layer compile into a single graph for all lengths.
 _attend_in_graph = torch.library.custom_op(
     f"{_MODULE}::attend",
     _attend,
@@ -288,16 +293,16 @@ def _empty_mixed(query: Tensor, value: Tensor) -> Tensor:
 
 
 def _split(heads: Tensor, count: int, length: int) -> Tensor:
-    """(heads, count * length, d) to (count, heads, length, d)."""
+    """Split heads by text: (heads, count * length, d) to (count, heads, length, d)."""
     return heads.view(heads.shape[0], count, length, -1).transpose(0, 1)
 
 
 @contextmanager
 def packed_attention(text_model: PreTrainedModel, longest: int) -> Iterator[None]:
-    """Let this thread's pass attend within texts and build no mask.
+    """Make this thread's pass attend within texts and skip the mask.
 
-    Afterwards the LLM's configuration is as before, unless a backward pass will run layers again:
-    these must find the attention of the forward pass.
+    Afterwards, the LLM's configuration is restored, unless a backward pass will recompute layers,
+    which must use the same attention as in the forward pass.
     """
     config = text_model.config
     before = config._attn_implementation
@@ -312,10 +317,10 @@ def packed_attention(text_model: PreTrainedModel, longest: int) -> Iterator[None
 
 
 def _build_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """Build the mask of a plain pass as for SDPA; a pack needs none."""
+    """Build the same mask as SDPA; return None for a pack, which needs no mask."""
     longest = 0 if is_traced() else getattr(_pass, "longest", 0)
     if longest:
-        span = kwargs.get("local_size")  # of a window or a chunk
+        span = kwargs.get("local_size")  # size of a window or chunk
         if span is not None and longest > span:
             raise ValueError(f"A window or chunk of {span} tokens {_NEEDS_MORE}")
         return None
@@ -323,6 +328,6 @@ def _build_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     return mask
 
 
-# A plain pass with these computes what SDPA computes, so another thread may meet them.
+# A pass without packing gets the same results as from SDPA, so other threads may run meanwhile.
 AttentionInterface.register(PACKED_ATTENTION, attend_packed)
 AttentionMaskInterface.register(PACKED_ATTENTION, _build_mask)

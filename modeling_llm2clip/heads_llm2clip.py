@@ -1,6 +1,7 @@
 """From tokens to logits: pooling of captions, text adapter, temperature and contrastive loss.
 
-Uploaded with the weights. Shapes: B images or texts, L tokens, D width of a tower.
+Uploaded with the weights. Shapes: B is the batch size, L the number of tokens, D the width of a
+tower.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .pooling_llm2clip import TEXT_POOLINGS
 
 # The package and its copy from the Hub may both be loaded, so each needs its own name.
 _MODULE = re.sub(r"\W", "_", __name__)
-_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)  # unknown to older versions
+_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)  # None in older versions of torch
 _TAKES_TAGS = "tags" in inspect.signature(torch.library.custom_op).parameters
 _TAGS: dict[str, Any] = {"tags": (_UNSAFE,)} if _UNSAFE and _TAKES_TAGS else {}
 
@@ -28,8 +29,8 @@ _TAGS: dict[str, Any] = {"tags": (_UNSAFE,)} if _UNSAFE and _TAKES_TAGS else {}
 def build_position_ids(attention_mask: Tensor, *, first: int = 0) -> Tensor:
     """Build positions that start at each text's first real token, so left padding has no effect.
 
-    `first` is the position of that token. Returns (B, L) int64. Padding has no larger position than
-    a real token, because some LLMs choose their rotary frequencies by the largest one.
+    `first` is the position of that token. Returns (B, L) int64. Padding never has a larger position
+    than the last real token, because some LLMs choose rotary frequencies by the largest position.
     """
     real = attention_mask.long()
     first_real = real.argmax(dim=1, keepdim=True)  # (B, 1)
@@ -39,14 +40,14 @@ def build_position_ids(attention_mask: Tensor, *, first: int = 0) -> Tensor:
 
 
 def check_rotary_positions(text_config: Any, *, max_length: int) -> None:
-    """Check that an LLM's rotary frequencies do not depend on the other texts of a batch.
+    """Check that an LLM's rotary frequencies do not depend on the other texts in a batch.
 
-    Some LLMs switch the frequencies of a whole batch once its longest text exceeds the length of
-    their first training.
+    Some LLMs switch frequencies for a whole batch once its longest text exceeds the length of their
+    pretraining.
     """
-    stated = getattr(text_config, "rope_parameters", None) or {}
-    # Some LLMs state frequencies per type of layer.
-    for rope in [stated, *stated.values()]:
+    parameters = getattr(text_config, "rope_parameters", None) or {}
+    # Some LLMs have separate frequencies per type of layer.
+    for rope in [parameters, *parameters.values()]:
         kind = rope.get("rope_type") if isinstance(rope, dict) else None
         if kind not in ("dynamic", "longrope"):
             continue
@@ -57,8 +58,8 @@ def check_rotary_positions(text_config: Any, *, max_length: int) -> None:
         if max_length > limit:
             raise ValueError(
                 f"max_text_length={max_length}, but from {limit + 1} tokens on, the rotary "
-                f"positions of this LLM (rope_type={kind!r}) depend on the longest text of a "
-                "batch, and embeddings would depend on their neighbors. Set max_text_length to at "
+                f"positions of this LLM (rope_type={kind!r}) depend on the longest text in a "
+                "batch, so embeddings would depend on the other texts. Set max_text_length to at "
                 f"most {limit} (llm2clip build --max-text-length, or config.json and "
                 "processor_config.json)."
             )
@@ -74,18 +75,18 @@ def count_unpooled(
 ) -> int:
     """Count the tokens before each caption that are not pooled: prompt prefix and instruction.
 
-    With `pools_prompt` there are no such tokens. `prompt_length` counts the tokens of the
-    instruction alone with its prompt, as sentence-transformers does: without a special token at the
-    end. Without an instruction it is None or 0.
+    With `pools_prompt` there are no such tokens. `prompt_length` is the number of tokens in the
+    instruction, tokenized with its prompt but without a special token at the end, as in
+    sentence-transformers. Without an instruction it is None or 0.
     """
     if pools_prompt:
         return 0
-    if isinstance(prompt_length, Tensor):  # sentence-transformers' pooling takes one per text, too
+    if isinstance(prompt_length, Tensor):  # sentence-transformers also allows one value per text
         prompt_length, *others = prompt_length.unique().tolist()
         if others:
             raise ValueError(
                 f"prompt_length has {len(others) + 1} different values in one batch. Encode the "
-                "texts of each instruction in a batch of their own."
+                "texts of each instruction in a separate batch."
             )
     if not prompt_length:
         return num_prefix
@@ -100,13 +101,13 @@ def count_unpooled(
 
 
 def build_pooling_mask(attention_mask: Tensor, *, num_unpooled: int) -> Tensor:
-    """Mark the tokens to pool, (B, L) bool: all real tokens but the first `num_unpooled`."""
+    """Mark the tokens to pool, (B, L) bool: all real tokens except the first `num_unpooled`."""
     real = attention_mask.bool()
     return real & (real.long().cumsum(dim=1) > num_unpooled)
 
 
 def pool_tokens(hidden_states: Tensor, pooling_mask: Tensor, *, pooling: str) -> Tensor:
-    """Pool the marked tokens, (B, L, D) to (B, D) float32, as `text_pooling` describes."""
+    """Pool the marked tokens, (B, L, D) to (B, D) float32; see `text_pooling`."""
     with torch.autocast(hidden_states.device.type, enabled=False):
         return TEXT_POOLINGS[pooling].padded(hidden_states, pooling_mask)
 
@@ -114,10 +115,10 @@ def pool_tokens(hidden_states: Tensor, pooling_mask: Tensor, *, pooling: str) ->
 def mask_unpadded(
     input_ids: Tensor, *, pad_token_id: int | None, prefix_ids: list[int], suffix_ids: list[int]
 ) -> Tensor:
-    """Build the mask of ids that came without one: every token is real.
+    """Build a mask for ids that were passed without one: every token must be real.
 
     The pad id may be part of the prompt, so a row counts as padded if it begins or ends with more
-    pad ids than the prompt does.
+    pad ids than the prompt.
     """
     if pad_token_id is not None and input_ids.ndim == 2:
         is_pad = input_ids == pad_token_id
@@ -131,7 +132,7 @@ def mask_unpadded(
 
 
 def _count_first(ids: list[int], token_id: int) -> int:
-    """Count how many ids at the start of a list are this one."""
+    """Count how many times an id repeats at the start of a list."""
     return next((count for count, i in enumerate(ids) if i != token_id), len(ids))
 
 
@@ -145,12 +146,12 @@ def mask_checked(
     vocabulary_size: int,
     num_unpooled: int,
 ) -> Tensor:
-    """Check that token ids can come from the model's own tokenizer, and return their mask.
+    """Check that token ids could come from the model's own tokenizer, and return their mask.
 
-    Ids and mask are (B, L), padded on either side; without a mask every token must be real. Every
-    text begins with `prefix_ids`, ends with `suffix_ids`, and has a token of its own after the
-    `num_unpooled` of prompt and instruction. ValueError shows the first row that does not. The
-    result is never the given tensor itself, as an operator requires.
+    Ids and mask are (B, L), padded on either side; without a mask, every token must be real. Every
+    text must begin with `prefix_ids`, end with `suffix_ids`, and have a token of its own after the
+    `num_unpooled` tokens of prompt and instruction. ValueError shows the first row that does not.
+    The result is always a new tensor, because a custom operator may not return its input.
     """
     mask = attention_mask
     if mask is None:
@@ -163,10 +164,10 @@ def mask_checked(
             f"{tuple(mask.shape)} must both have shape (texts, tokens)."
         )
     if 0 in input_ids.shape:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: give at least one text.")
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}. Pass at least one text.")
     if input_ids.is_floating_point():
         raise ValueError(
-            f"input_ids must be integers, got {input_ids.dtype}. Pass precomputed embeddings "
+            f"input_ids must be integers, not {input_ids.dtype}. Pass precomputed embeddings "
             "to project_caption_embeds instead."
         )
     lengths = mask.long().sum(dim=1)  # (B,)
@@ -186,15 +187,15 @@ def mask_checked(
                 "length (max_text_length, sentence-transformers' max_seq_length)")  # fmt: skip
     _refuse((input_ids < 0).any(dim=1) | (input_ids >= vocabulary_size).any(dim=1), input_ids,
             f"have ids outside the vocabulary of {vocabulary_size}; use the tokenizer or "
-            "processor that is saved with the model")  # fmt: skip
+            "processor saved with the model")  # fmt: skip
     _check_piece(input_ids, first_real, prefix_ids, where="begin with the model's prompt")
     _check_piece(input_ids, first_real + lengths - len(suffix_ids), suffix_ids,
                  where="end with the prompt's suffix")  # fmt: skip
     return mask if attention_mask is None else mask.clone()
 
 
-# As an operator, it also checks the ids that a compiled model gets: it is one node of the graph,
-# whose result the pooling reads. It looks at the ids, so it must not be recorded in a CUDA graph.
+# As an operator, it also checks the ids in a compiled model: it is one node of the graph, whose
+# result the pooling reads. It must not be recorded in a CUDA graph, because it inspects the ids.
 mask_checked_in_graph = torch.library.custom_op(
     f"{_MODULE}::mask_checked",
     mask_checked,
@@ -217,7 +218,7 @@ def _check_piece(input_ids: Tensor, starts: Tensor, piece: list[int], *, where: 
     columns = starts.unsqueeze(1) + torch.arange(len(piece), device=input_ids.device)
     ids = input_ids.gather(1, columns.clamp(0, input_ids.shape[1] - 1))  # (B, len(piece))
     _refuse((ids != expected).any(dim=1), ids, f"do not {where} {piece}; use the tokenizer or "
-            "processor that is saved with the model")  # fmt: skip
+            "processor saved with the model")  # fmt: skip
 
 
 def _refuse(is_bad: Tensor, rows: Tensor, complaint: str) -> None:
@@ -225,7 +226,7 @@ def _refuse(is_bad: Tensor, rows: Tensor, complaint: str) -> None:
         row = int(is_bad.long().argmax())
         raise ValueError(
             f"{int(is_bad.sum())} of {len(is_bad)} texts {complaint}. "
-            f"First bad row: {row} ({rows[row].tolist()})."
+            f"First invalid row: {row} ({rows[row].tolist()})."
         )
 
 
@@ -233,17 +234,17 @@ MAX_LOG_SCALE = math.log(100)  # arXiv:2103.00020, section 2.5
 
 
 class LogitRule(NamedTuple):
-    """Turns embeddings of unit length into logits.
+    """Turns unit-length embeddings into logits.
 
     Attributes:
-        scale: Inverse temperature, (1,) float32, or () in a rule that `plain_rule` returned.
+        scale: Inverse temperature, (1,) float32, or () in a rule from `plain_rule`.
     """
 
     scale: Tensor
 
     def __call__(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         """Compare every image with every text, (images, texts) float32."""
-        # An enclosing autocast would round cosines times a hundred to eight bits.
+        # An enclosing autocast would round logits of up to 100 to 8 bits.
         with torch.autocast(image_embeds.device.type, enabled=False):
             return (self.scale * image_embeds.float()) @ text_embeds.float().T
 
@@ -257,11 +258,11 @@ class LogitRule(NamedTuple):
 
 
 class LogitHead(nn.Module):
-    """The learned inverse temperature, stored as its logarithm and clamped to [0, ln 100].
+    """Learned inverse temperature, stored as its logarithm and clamped to [0, ln 100].
 
-    It has shape (1,) because FSDP2 rejects parameters without dimensions. It is a module because a
+    It has shape (1,) because FSDP2 rejects 0-dimensional parameters. It is a module because a
     float32 parameter directly on the model would change the saved dtype. `half()` and similar calls
-    leave it in float32: one step of float16 at ln 100 changes every logit by 0.5%.
+    keep it in float32, because one float16 step at ln 100 changes every logit by 0.5%.
 
     Args:
         initial_value: Logarithm of the initial inverse temperature.
@@ -277,12 +278,12 @@ class LogitHead(nn.Module):
         return self.log_scale.float().clamp(0.0, MAX_LOG_SCALE).exp()
 
     def exp(self) -> Tensor:
-        """Return the inverse temperature, as code for CLIP asks for it: `logit_scale.exp()`."""
+        """Return the inverse temperature, for code written for CLIP: `logit_scale.exp()`."""
         return self()  # type: ignore[no-any-return]
 
     def rule(self) -> LogitRule:
-        """Return the rule of the current weights, through which gradients reach them."""
-        return LogitRule(self())  # a call, whose hooks fetch weights that are offloaded or sharded
+        """Return the rule for the current weights, with gradients."""
+        return LogitRule(self())  # hooks of the call fetch offloaded or sharded weights
 
     def plain_rule(self) -> LogitRule:
         """Return the rule without gradients, for embeddings on any device."""
@@ -294,7 +295,7 @@ class LogitHead(nn.Module):
         self.log_scale.clamp_(0.0, MAX_LOG_SCALE)
 
     def reset(self) -> None:
-        """Set the initial value, unless the weights were loaded."""
+        """Reset to the initial value, unless the weights were loaded."""
         init.constant_(self.log_scale, self.initial_value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LogitHead:
@@ -307,7 +308,7 @@ class LogitHead(nn.Module):
 
 
 class AdapterBlock(nn.Module):
-    """`x + Linear(GELU(Linear(LayerNorm(x))))` (upstream `eva_clip/model.py`, LinearBlock).
+    """`x + Linear(GELU(Linear(LayerNorm(x))))` (LinearBlock in upstream's `eva_clip/model.py`).
 
     Args:
         width: D.
@@ -326,10 +327,10 @@ class AdapterBlock(nn.Module):
 
 
 class PooledDense(nn.Linear):
-    """The linear map of an embedder after its pooling, (B, D) to (B, D') float32."""
+    """An embedder's linear map after its pooling, (B, D) to (B, D') float32."""
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """Apply it in the weights' dtype."""
+        """Apply the map in the weights' dtype."""
         return super().forward(pooled.to(self.weight.dtype)).float()
 
 
@@ -338,8 +339,8 @@ class TextAdapter(nn.Module):
 
     Args:
         width: D.
-        num_layers: Number of blocks; None for an adapter that leaves embeddings as they are.
-        expansion: Width of their inner layers, as a multiple of D.
+        num_layers: Number of blocks; None for an adapter without blocks and final norm.
+        expansion: Width of the blocks' inner layers, as a multiple of D.
         normalize: Scale caption embeddings to unit length first.
     """
 
@@ -355,7 +356,7 @@ class TextAdapter(nn.Module):
         """Apply the adapter to (B, D) of any float dtype; the result has the weights' dtype."""
         if self.normalize:
             caption_embeds = F.normalize(caption_embeds.float(), dim=-1)
-        # The norm is never quantized, so its dtype is the one to compute in.
+        # The norm is never quantized, so compute in its dtype.
         hidden = caption_embeds.to(getattr(self.norm, "weight", caption_embeds).dtype)
         for block in self.blocks:
             hidden = block(hidden)
@@ -363,7 +364,7 @@ class TextAdapter(nn.Module):
 
 
 def contrastive_loss(logits_per_image: Tensor) -> Tensor:
-    """Compute the symmetric cross-entropy of all pairs; ln(B) if all score the same.
+    """Compute the symmetric cross-entropy over all pairs; ln(B) if all logits are equal.
 
     The logits are (B, B); image i matches text i (arXiv:2103.00020, figure 3).
     """
@@ -371,7 +372,7 @@ def contrastive_loss(logits_per_image: Tensor) -> Tensor:
     if num_images != num_texts:
         raise ValueError(
             f"The loss pairs image i with text i, but got {num_images} images and {num_texts} "
-            "texts. Give as many images as texts, or leave return_loss out."
+            "texts. Pass as many images as texts, or remove return_loss."
         )
     labels = torch.arange(num_images, device=logits_per_image.device)
     per_image = F.cross_entropy(logits_per_image, labels)
@@ -379,40 +380,40 @@ def contrastive_loss(logits_per_image: Tensor) -> Tensor:
 
 
 def check_width(embeds: Tensor, width: int, *, name: str) -> None:
-    """Check the input of a projection, expected to be (B, `width`) floating point."""
+    """Raise ValueError unless the input of a projection is floating point, (B, `width`)."""
     if embeds.ndim != 2 or embeds.shape[1] != width or not embeds.is_floating_point():
         raise ValueError(
-            f"{name} must be floating point of shape (B, {width}); got {embeds.dtype} "
-            f"{tuple(embeds.shape)}. Token ids go into get_text_features, pixels into "
-            "get_image_features; embeddings of another tower do not fit this model."
+            f"{name} must be floating point of shape (B, {width}), not {embeds.dtype} "
+            f"{tuple(embeds.shape)}. Pass token ids to get_text_features and pixels to "
+            "get_image_features. Embeddings of another tower do not fit this model."
         )
 
 
 TOWERS = ("text_model.", "vision_model.")
-_SAMPLED = 1024  # numbers of each weight; a step of training changes some of them
+_SAMPLED = 1024  # numbers per weight; a training step changes some of them
 _CASTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def sample_heads(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Copy the first numbers of each weight behind the towers; none of a weight without memory."""
+    """Copy the first numbers of each weight outside the towers; none of a weight on `meta`."""
     return {name: _sample(weight) for name, weight in weights if not name.startswith(TOWERS)}
 
 
 def _sample(weight: Tensor) -> Tensor:
     if weight.is_meta:
         return torch.empty(0)
-    whole: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # of FSDP
+    whole: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # FSDP
     return whole.detach().flatten()[:_SAMPLED].float().cpu().clone()
 
 
 def list_random(
     heads: Sequence[str], before: Mapping[str, Tensor], now: Mapping[str, Tensor]
 ) -> list[str]:
-    """List which random heads have the same weights as before, from samples of all heads.
+    """List the random heads whose weights have not changed, given samples of all heads.
 
-    A weight that was only cast counts as the same. A head without weights is left out.
+    A weight that was only cast counts as unchanged. Heads without weights are skipped.
     """
-    there = {name.partition(".")[0] for name in before}
+    known = {name.partition(".")[0] for name in before}
     changed = {
         name.partition(".")[0]
         for name, start in before.items()
@@ -420,4 +421,4 @@ def list_random(
         and start.shape == now[name].shape
         and not any(torch.equal(start.to(dtype).float(), now[name]) for dtype in _CASTS)
     }
-    return [head for head in heads if head in there - changed]
+    return [head for head in heads if head in known - changed]

@@ -1,11 +1,12 @@
-"""Image processors that crop as torchvision does, one pixel beside transformers' crop.
+"""Image processors that crop like torchvision, one pixel off from transformers' crop.
 
-CLIP, EVA and timm train with torchvision's `CenterCrop`. torchvision rounds half of an odd margin
-to the even number, transformers rounds it down. Of a margin of 3 pixels, torchvision cuts 2 on the
-left and transformers 1, which changes every pixel.
+CLIP, EVA and timm train with torchvision's `CenterCrop`. It rounds half of an odd margin to the
+nearest even number, whereas transformers rounds down. From a margin of 3 pixels, torchvision cuts 2
+on the left and transformers 1, which changes every pixel.
 
-Uploaded with the weights. transformers has no classes of these names, so a program that lacks this
-code refuses the image processor. A setting of transformers' own class would be ignored there.
+Uploaded with the weights. transformers has no classes with these names, so a program without this
+code fails to load the image processor. An extra setting of transformers' own class would be ignored
+silently.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ class _TorchvisionCrop:
 
         Args:
             image: (…, H, W), an array or a tensor.
-            size: Height and width. Smaller images are padded; the base pads as torchvision does.
-            **kwargs: Further arguments of the base.
+            size: Height and width. The base class pads smaller images like torchvision.
+            **kwargs: Further arguments for the base class.
         """
         top, left = (
             max(0, round((have - want) / 2))
@@ -34,18 +35,18 @@ class _TorchvisionCrop:
         return super().center_crop(image, size, **kwargs)  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings, with the classes that a program without this package loads."""
+        """Return the settings, with the classes for a program without this package to load."""
         classes = [f"{cls.__module__.split('.')[-1]}.{cls.__name__}" for cls in _CLASSES]
         settings: dict[str, Any] = super().to_dict()  # type: ignore[misc]
         return settings | {"auto_map": {"AutoImageProcessor": classes}}
 
 
 class LLM2CLIPImageProcessor(_TorchvisionCrop, CLIPImageProcessor):  # type: ignore[misc]
-    """CLIP's image processor, which computes with torchvision."""
+    """CLIP's image processor with the torchvision backend."""
 
 
 class LLM2CLIPImageProcessorPil(_TorchvisionCrop, CLIPImageProcessorPil):  # type: ignore[misc]
-    """CLIP's image processor, which computes with Pillow."""
+    """CLIP's image processor with the Pillow backend."""
 
 
-_CLASSES = (LLM2CLIPImageProcessorPil, LLM2CLIPImageProcessor)  # transformers wants this order
+_CLASSES = (LLM2CLIPImageProcessorPil, LLM2CLIPImageProcessor)  # transformers requires this order

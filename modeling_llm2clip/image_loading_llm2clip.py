@@ -1,8 +1,8 @@
 """Loads images from any source as upright RGB on white. No other module decodes pixels.
 
 Every image is decoded in full unless a store or an index records otherwise, so it has the same
-pixels in training, extraction, evaluation, search, serving, and the saved processor. A pipeline
-decodes images itself: it drops the alpha channel and clips 16 bits.
+pixels in training, extraction, evaluation, search, serving, and the saved processor. Pipelines of
+transformers decode images themselves: they drop the alpha channel and clip 16-bit pixels.
 
 Uploaded with the weights.
 """
@@ -27,30 +27,30 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# The environment holds the limits, because worker processes inherit it, and the copy of this module
-# in a model folder reads it, too.
+# The limits are kept in the environment because worker processes inherit it, and the copy of this
+# module in a model folder reads it as well.
 LIMITS_VARIABLE = "LLM2CLIP_IMAGE_LIMITS"
-# Errors of Pillow's decoders, which differ by format; most report a tag of an unexpected type.
+# Errors of Pillow's decoders, which differ by format; most mean that a tag has an unexpected type.
 DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, RuntimeError, EOFError, TypeError, LookupError,
     ArithmeticError, struct.error,
 )  # fmt: skip
-# Errors of urllib, http and sockets; ValueError is for an invalid URL.
+# Errors of urllib, http and sockets; ValueError means an invalid URL.
 _FETCH_ERRORS = (OSError, http.client.HTTPException, ValueError)
-_ORIENTATION = 0x0112  # of the EXIF standard; 1 is upright
+_ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 _MOST_SHOWN = 200  # characters of a path in an error message
 _READ_AS_CHANNELS = (1, 2, 4)
-_PILLOWS_OWN = 2**30 // 4 // 3  # pixels; Pillow warns of more
+_PILLOWS_OWN = 2**30 // 4 // 3  # pixels; Pillow warns above this by default
 IpAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 _Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 _WEB = ("http://", "https://")
-_CHUNK_BYTES = 2**16  # of a download
-# IPv6 forms of the IPv4 addresses in their last 32 bits: a name server of a network that has IPv6
-# alone gives one for every host of the web (RFC 6052).
+_CHUNK_BYTES = 2**16  # per read of a download
+# IPv6 forms of the IPv4 addresses in their last 32 bits. In an IPv6-only network, DNS returns one
+# for every IPv4 host (RFC 6052).
 _TRANSLATED = ipaddress.IPv6Network("64:ff9b::/96")
-_UNICAST = ipaddress.IPv6Network("2000::/3")  # all of IPv6 that is on the internet (RFC 4291)
-# Networks that `is_global` of some Python versions lets through, and IPv6 addresses that stand for
-# an IPv4 address, which may be private.
+_UNICAST = ipaddress.IPv6Network("2000::/3")  # all public IPv6 addresses (RFC 4291)
+# Networks that some Python versions' `is_global` accepts, and IPv6 addresses that embed an IPv4
+# address, which may be private.
 _NEVER_PUBLIC = tuple(
     map(
         ipaddress.ip_network,
@@ -64,13 +64,13 @@ _NEVER_PUBLIC = tuple(
     )
 )
 _BAND_PIXELS = 2**22
-# Tags of TIFF, and a value of one.
+# TIFF tags, and one tag's value.
 _TILE_SIDES, _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = (322, 323), 258, 262, 0
-_GRAY_MAXIMA = {"L;2": 3, "L;4": 15}  # by Pillow's name for what is in the file
-_MOST_SEGMENTS = 10_000  # of a JPEG
+_GRAY_MAXIMA = {"L;2": 3, "L;4": 15}  # by Pillow's name for the file's pixel format
+_MOST_SEGMENTS = 10_000  # per JPEG
 _END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
 _WITHOUT_LENGTH = (0x01, 0xD8)
-# Any marker but an escaped byte of pixels (FF00), a restart within a scan, and a fill byte.
+# Any marker except an escaped pixel byte (FF00), a restart within a scan, or a fill byte.
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 
@@ -80,20 +80,19 @@ class ImageTooLargeError(ValueError):
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Which images are decoded; others are refused by their header.
+    """Limits on the images to decode; others are rejected based on their header.
 
     Args:
-        max_megapixels: Maximum size of a decoded image, in millions of pixels. Cameras have up to
-            151; one image of this size takes up to 1.5 GB while it is decoded.
+        max_megapixels: Maximum size of a decoded image, in millions of pixels. Cameras produce up
+            to 151; decoding one image of this size takes up to 1.5 GB.
         max_image_mb: Maximum size of an encoded image, in MB.
-        max_aspect_ratio: Maximum length of the longer side, in multiples of the shorter. Resizing
-            the shorter side of a strip of 60,000 × 1 pixels, a file of 100 bytes, would fill
-            gigabytes.
-        max_jpeg_scans: Maximum number of scans of a JPEG. Progressive files have about ten; a few
-            bytes suffice for one more pass over all pixels.
-        max_download_s: Seconds that the download of an image from a URL may take.
-        formats: Pillow's names of the file formats. Pillow runs other programs for some of the
-            rest, such as Ghostscript for EPS.
+        max_aspect_ratio: Maximum ratio of the longer side to the shorter. A strip of 60,000 × 1
+            pixels, a file of 100 bytes, would take gigabytes once its shorter side is resized.
+        max_jpeg_scans: Maximum number of scans in a JPEG. Progressive files have about ten, but a
+            few more bytes can force another pass over all pixels.
+        max_download_s: Maximum seconds for downloading an image from a URL.
+        formats: Accepted file formats, by Pillow's names. For some of the others, Pillow runs
+            external programs, such as Ghostscript for EPS.
     """
 
     max_megapixels: float = 160
@@ -115,14 +114,14 @@ class ImageLimits:
 
 
 def get_image_limits(**changes: Any) -> ImageLimits:
-    """Return the limits of this process: set here, inherited, or the defaults.
+    """Return this process's limits: set here, inherited, or the defaults.
 
     Args:
-        **changes: Fields of `ImageLimits` that replace those of the process in the result.
+        **changes: Fields of `ImageLimits` to override in the result.
 
     Raises:
-        ValueError: The environment variable `LLM2CLIP_IMAGE_LIMITS` is not a JSON object of fields
-            of `ImageLimits`.
+        ValueError: The environment variable `LLM2CLIP_IMAGE_LIMITS` is not a JSON object with
+            fields of `ImageLimits`.
 
     Examples:
         >>> get_image_limits().max_jpeg_scans
@@ -132,10 +131,10 @@ def get_image_limits(**changes: Any) -> ImageLimits:
 
 
 def set_image_limits(limits: ImageLimits) -> None:
-    """Set the limits for all threads of this process, and for processes that it starts from now on.
+    """Set the limits for all threads of this process and for processes started from now on.
 
     Args:
-        limits: The new limits, which `get_image_limits` returns from then on.
+        limits: The new limits, which `get_image_limits` will return.
 
     Examples:
         >>> set_image_limits(get_image_limits(max_megapixels=160))
@@ -149,7 +148,7 @@ def _parse_limits(text: str) -> ImageLimits:
         return ImageLimits(**json.loads(text))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{LIMITS_VARIABLE}={text[:_MOST_SHOWN]!r} must be a JSON object of fields of "
+            f"{LIMITS_VARIABLE}={text[:_MOST_SHOWN]!r} must be a JSON object with fields of "
             f'ImageLimits, such as {{"max_megapixels": 300}} ({error}).'
         ) from None
 
@@ -159,25 +158,25 @@ def load_images(
 ) -> Any:
     """Load one image or a list of images as RGB.
 
-    PIL images, paths and addresses become PIL images; arrays and tensors keep their type.
-    Transparency becomes white, 12 and 16 bits are scaled to 8, EXIF rotation is applied, the first
-    frame of an animation or page of a TIFF is taken, and color profiles (ICC) are ignored, as in
-    the transforms that CLIP models are trained and published with.
+    PIL images, paths and URLs become PIL images; arrays and tensors keep their type. Transparency
+    becomes white, 12- and 16-bit pixels are scaled to 8 bits, EXIF rotation is applied, only the
+    first frame of an animation or page of a TIFF is read, and color profiles (ICC) are ignored, as
+    in the transforms that CLIP models are trained and published with.
 
     Args:
-        images: One image or a list: PIL images, paths, web and `data:` addresses, or RGB arrays
-            and tensors of shape (H, W, 3) or (3, H, W). A 4-dimensional batch is read as a list.
-        limits: Which encoded images are decoded. Default: `get_image_limits()`.
+        images: One image or a list: PIL images, paths, web and `data:` URLs, or RGB arrays and
+            tensors of shape (H, W, 3) or (3, H, W). A 4-dimensional batch is read as a list.
+        limits: Limits on encoded images. Default: `get_image_limits()`.
         min_jpeg_side: Decode JPEGs at a half, a quarter or an eighth of their size, as long as both
-            sides keep so many pixels. Default: all are decoded in full.
+            sides keep at least this many pixels. Default: decode in full.
 
     Returns:
-        One image for one image, a list for a list.
+        One image for a single image, a list for a list.
 
     Raises:
-        ImageTooLargeError: One image is given, and it is too large.
+        ImageTooLargeError: A single image was passed, and it is too large.
         ValueError: An image is missing, corrupt, beyond the limits, or has pixels of an unknown
-            range. The message names the first eight of these and counts the others.
+            range. The message names the first eight such images and counts the others.
 
     Examples:
         >>> from PIL import Image
@@ -195,7 +194,7 @@ def load_images(
     if not isinstance(images, list | tuple):
         return _load_image(images, 1, limits, min_jpeg_side)
     if not images:
-        raise ValueError("images is an empty list; give at least one image.")
+        raise ValueError("images is an empty list. Pass at least one image.")
     loaded, errors = [], []
     for number, image in enumerate(images, start=1):
         try:
@@ -211,7 +210,7 @@ def load_images(
 def unpack_pixels(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Copy the pixels of an RGB image channel by channel, (3, H, W).
 
-    This takes a third of the time of `np.array` and a transposition, which torch would copy again.
+    This takes a third of the time of `np.array` and a transpose, which torch would copy again.
     """
     pixels = np.empty((len(image.mode), image.height, image.width), np.uint8)
     for channel, name in zip(pixels, image.mode, strict=True):
@@ -232,37 +231,37 @@ def _load_image(image: Any, number: int, limits: ImageLimits, min_jpeg_side: int
             min_jpeg_side,
         )
     raise ValueError(
-        f"Image number {number} is {type(image).__name__}; give a PIL image, a path, an address, "
-        "an array or a tensor. PIL.Image.open opens files, and bytes as io.BytesIO."
+        f"Image number {number} must be a PIL image, a path, a URL, an array or a tensor, not "
+        f"{type(image).__name__}. Open files, or bytes in io.BytesIO, with PIL.Image.open."
     )
 
 
 def _check_array(image: Any, name: str, limits: ImageLimits) -> Any:
     """Reject pixels of unknown layout or range, and scale 16 bits to 8.
 
-    Floats do not reveal their range: the values of a dark image in [0, 255] are those of a bright
+    Floats do not reveal their range: a dark image in [0, 255] can have the same values as a bright
     image in [0, 1].
     """
     shape = tuple(image.shape)
     if len(shape) != 3 or 0 in shape or (shape[0] == 3) == (shape[2] == 3):
         raise ValueError(
-            f"{name} is an array of shape {shape}; give RGB as (H, W, 3) or (3, H, W). Convert "
+            f"{name} is an array of shape {shape}, but RGB must be (H, W, 3) or (3, H, W). Convert "
             "grayscale or transparent pixels with PIL.Image.fromarray first."
         )
     _require_no_strip(*(shape[1:] if shape[0] == 3 else shape[:2]), name, limits)
     dtype = getattr(image.dtype, "name", str(image.dtype).removeprefix("torch."))
     if dtype not in ("uint8", "uint16"):
         raise ValueError(
-            f"{name} has {dtype} pixels, whose range is unknown. Give uint8 (0 to 255) or uint16 "
-            "(0 to 65535); of floats in [0, 1], (image * 255).round() as uint8, or pass the "
-            "processor do_rescale=False."
+            f"{name} has {dtype} pixels, whose range is unknown. Use uint8 (0 to 255) or uint16 "
+            "(0 to 65535). For floats in [0, 1], convert (image * 255).round() to uint8, or call "
+            "the processor with do_rescale=False."
         )
     if dtype == "uint16":
         pixels = np.asarray(image.cpu() if hasattr(image, "cpu") else image)
         image = (pixels // 257).astype(np.uint8)
-    if 1 in shape:  # torch misreads a column of pixels whose strides are not those of its shape
+    if 1 in shape:  # torch misreads a column of pixels if its strides do not match its shape
         image = image.reshape(-1).reshape(shape)
-    if shape[0] in _READ_AS_CHANNELS:  # rows that image processors would take for channels
+    if shape[0] in _READ_AS_CHANNELS:  # image processors would mistake the rows for channels
         image = image.permute(2, 0, 1) if hasattr(image, "permute") else image.transpose(2, 0, 1)
     return image
 
@@ -287,17 +286,18 @@ def _open_image(path: str, limits: ImageLimits, min_jpeg_side: int | None) -> Im
 
 
 def read_image_header(source: Any, *, name: str, limits: ImageLimits | None = None) -> Image.Image:
-    """Open an image without decoding it, and refuse it by its header; nothing else opens images.
+    """Open an image without decoding it, and check its header; no other code opens images.
 
-    `source` is a path or a binary file, as `PIL.Image.open` takes it, or an image that it returned.
+    `source` is a path or binary file, as in `PIL.Image.open`, or an image that it returned.
     """
     limits = limits or get_image_limits()
     if isinstance(source, Image.Image):
         _require_within(source, name, limits)
         return source
-    Image.init()  # else an unknown name in `formats` is a KeyError
+    Image.init()  # otherwise an unknown name in `formats` raises KeyError
     known = [form for form in limits.formats if form in Image.OPEN]
-    # Let Pillow open what the limits allow, unless its maximum was set; it refuses twice that.
+    # Let Pillow open all that the limits allow, unless the user set its maximum. Pillow refuses
+    # images of more than twice its maximum.
     if Image.MAX_IMAGE_PIXELS == _PILLOWS_OWN and limits.max_megapixels * 1e6 > 2 * _PILLOWS_OWN:
         Image.MAX_IMAGE_PIXELS = int(limits.max_megapixels * 5e5) + 1
     try:
@@ -312,7 +312,7 @@ def read_image_header(source: Any, *, name: str, limits: ImageLimits | None = No
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLargeError(f"{name}: {error} Shrink the image first.") from error
     except DECODER_ERRORS as error:
-        from_system = getattr(error, "errno", None) is not None  # such as a missing permission
+        from_system = getattr(error, "errno", None) is not None  # for example permission denied
         problem = "cannot be read" if from_system else "the image is truncated or corrupt"
         raise ValueError(f"{name}: {problem} ({error}).") from error
     try:
@@ -325,7 +325,7 @@ def read_image_header(source: Any, *, name: str, limits: ImageLimits | None = No
 
 def _count_bytes(source: Any) -> int:
     if isinstance(source, str | os.PathLike):
-        return os.path.getsize(source)  # noqa: PTH202  # may be a string
+        return os.path.getsize(source)  # noqa: PTH202  # it may be a string
     count: int = source.seek(0, io.SEEK_END)
     source.seek(0)
     return count
@@ -340,13 +340,13 @@ def _require_few_bytes(count: int, name: str, limits: ImageLimits) -> None:
 
 
 def _require_within(image: Image.Image, name: str, limits: ImageLimits) -> None:
-    """Raise ValueError for an encoded image that must not be decoded."""
+    """Raise ValueError if an encoded image must not be decoded."""
     if image.format not in (*limits.formats, None):
         raise ValueError(
-            f"{name}: {image.format} is not one of the formats that are read here "
+            f"{name}: {image.format} is not one of the supported formats "
             f"({', '.join(limits.formats)}). Convert the image."
         )
-    # A TIFF states the size of its tiles apart, and a decoder fills at least one of them.
+    # A TIFF states the size of its tiles separately, and a decoder allocates at least one tile.
     tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
     tile = tuple(tags.get(side, 0) for side in _TILE_SIDES)
     for width, height in (image.size, tile):
@@ -365,7 +365,7 @@ def _require_within(image: Image.Image, name: str, limits: ImageLimits) -> None:
 
 
 def _read_all(image: Image.Image) -> bytes:
-    """Return the bytes of an image; none if it is decoded already, or its file is closed."""
+    """Return the bytes of an image; empty if it is already decoded or its file is closed."""
     file: Any = getattr(image, "fp", None)
     if file is None or file.closed:
         return b""
@@ -377,11 +377,12 @@ def _read_all(image: Image.Image) -> bytes:
 
 
 def _has_too_many_scans(content: bytes, limits: ImageLimits) -> bool:
-    """Go through the segments of a JPEG as libjpeg does, up to the end of its first image.
+    """Return whether a JPEG has too many scans, reading its segments the way libjpeg does.
 
-    Cameras append other content, such as a video, which contains the bytes of markers by chance.
+    It stops at the end of the first image. Cameras append other content, such as a video, which may
+    contain the bytes of a marker by chance.
     """
-    if content.count(b"\xff\xda") <= limits.max_jpeg_scans:  # the most that there can be
+    if content.count(b"\xff\xda") <= limits.max_jpeg_scans:  # an upper bound on the scans
         return False
     num_scans = place = 0
     for _ in range(_MOST_SEGMENTS):
@@ -407,9 +408,8 @@ def _fetch(address: str, name: str, limits: ImageLimits) -> io.BytesIO:
             while chunk := response.read1(_CHUNK_BYTES):
                 content.write(chunk)
                 _require_few_bytes(content.tell(), name, limits)
-            if getattr(
-                response, "length", None
-            ):  # read1 ends without an error where the connection breaks
+            # read1 ends without an error if the connection breaks.
+            if getattr(response, "length", None):
                 raise http.client.IncompleteRead(b"", response.length)
     except ImageTooLargeError:
         raise
@@ -426,7 +426,7 @@ def _fetch(address: str, name: str, limits: ImageLimits) -> io.BytesIO:
 class _Downloader(
     urllib.request.HTTPHandler, urllib.request.HTTPSHandler, urllib.request.HTTPRedirectHandler
 ):
-    """Ends all of a download at one deadline, and leaves the web for no redirect."""
+    """Ends a download at a single deadline, and follows no redirect off the public web."""
 
     def __init__(self, deadline: float) -> None:
         super().__init__()
@@ -448,18 +448,18 @@ class _Downloader(
             _is_proxied(request) or _is_web(newurl) or not _is_web(req.full_url)
         ):
             raise ValueError(f"it redirects to {newurl[:_MOST_SHOWN]}, which is not public")
-        req.timeout = max(self._deadline - time.monotonic(), 0.001)  # of the next connection
+        req.timeout = max(self._deadline - time.monotonic(), 0.001)  # for the next connection
         return request
 
 
 def _is_proxied(request: Any) -> bool:
-    """Return whether a proxy gets a request: it looks up the host, and decides."""
+    """Return whether a request goes to a proxy, which resolves the host and decides itself."""
     proxies, bypasses = urllib.request.getproxies(), urllib.request.proxy_bypass(request.host)
     return request.type in proxies and not bypasses
 
 
 def _is_web(url: str) -> bool:
-    """Tell whether all addresses of a host are public."""
+    """Return whether all addresses of a host are public."""
     return all(
         is_public(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]))
         for entry in socket.getaddrinfo(urlsplit(url).hostname, None, type=socket.SOCK_STREAM)
@@ -467,7 +467,7 @@ def _is_web(url: str) -> bool:
 
 
 def is_public(address: IpAddress) -> bool:
-    """Tell whether an address is on the public internet, not in a network of one's own."""
+    """Return whether an address is on the public internet, not in a private network."""
     if address in _TRANSLATED:
         address = ipaddress.IPv4Address(int(address) % 2**32)
     return (
@@ -494,7 +494,7 @@ class _TimedReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        self._socket.settimeout(self._deadline - time.monotonic())  # ValueError if it is past
+        self._socket.settimeout(self._deadline - time.monotonic())  # ValueError once it has passed
         return self._raw.readinto(buffer)  # type: ignore[no-any-return]
 
 
@@ -507,16 +507,16 @@ def _decode(
     _require_no_strip(*image.size, name, limits)
     if getattr(image, "fp", None) is not None:  # not decoded yet
         _require_within(image, name, limits)
-    black, white = _find_black_and_white(image)  # from the file, which a rotated copy lacks
+    black, white = _find_black_and_white(image)  # read from the file, which a rotated copy lacks
     _scale_transparent_value(image)
     if min_jpeg_side is not None:
-        image.draft(None, (min_jpeg_side, min_jpeg_side))  # other formats have no such choice
+        image.draft(None, (min_jpeg_side, min_jpeg_side))  # other formats ignore it
     file = getattr(image, "filename", "")
     try:
-        if file:  # Pillow maps a file that it knows by name, and scrambles a turned TIFF
+        if file:  # Pillow memory-maps files that have a name, which scrambles a rotated TIFF
             setattr(image, "filename", "")  # noqa: B010  # a plain image has no such attribute
         image.load()
-        if image.getexif().get(_ORIENTATION, 1) != 1:  # Pillow would copy an upright one
+        if image.getexif().get(_ORIENTATION, 1) != 1:  # Pillow would copy an upright image
             image = ImageOps.exif_transpose(image)
     except DECODER_ERRORS as error:
         raise ValueError(f"{name}: the image is truncated or corrupt ({error}).") from error
@@ -540,17 +540,17 @@ def _decode(
 
 
 def _find_black_and_white(image: Image.Image) -> tuple[int, int]:
-    """Return which values are black and white beyond 8 bits; (0, 0) if the file does not say."""
+    """Return the values of black and white beyond 8 bits; (0, 0) if the file does not say."""
     if image.mode.startswith("I;16"):
-        tags = getattr(image, "tag_v2", {})  # of TIFF, whose pixels Pillow leaves as they are
+        tags = getattr(image, "tag_v2", {})  # TIFF, whose pixels Pillow does not rescale
         white = 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1
         return (white, 0) if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else (0, white)
-    # Pillow scales a PPM of more than 8 bits to 16; a PNG has no others.
+    # Pillow scales a PPM of more than 8 bits to 16 bits; a PNG in this mode always has 16.
     return (0, 65535) if image.format in ("PNG", "PPM") and image.mode == "I" else (0, 0)
 
 
 def _scale_transparent_value(image: Image.Image) -> None:
-    """Scale what a PNG declares transparent as Pillow scales its pixels of 2, 4 and 16 bits."""
+    """Scale a PNG's transparent value the way Pillow scales its 2-, 4- and 16-bit pixels."""
     value, tile = image.info.get("transparency"), getattr(image, "tile", None)
     raw_mode = tile[0][3] if tile and image.format == "PNG" else None
     if isinstance(value, tuple) and max(value) > 255:
@@ -566,7 +566,7 @@ def _scale_to_eight_bits(image: Image.Image, name: str, *, black: int, white: in
         raise ValueError(
             f"{name}: pixels are outside [0, {max(black, white)}]. Convert the image to 8 bits."
         )
-    # A table of the 8-bit value of each value; a PNG may declare one value transparent.
+    # Look up the 8-bit value of each pixel in a table; a PNG may declare one value transparent.
     scaled = abs(np.arange(max(black, white) + 1) - black) * 255 // max(black, white)
     if 0 <= (transparent := image.info.get("transparency", -1)) < len(scaled):
         scaled[transparent] = 255
@@ -574,7 +574,7 @@ def _scale_to_eight_bits(image: Image.Image, name: str, *, black: int, white: in
 
 
 def _compose_on_white(image: Image.Image) -> Image.Image:
-    """Put a transparent image on white, in bands because each step of Pillow makes a copy."""
+    """Put a transparent image on white, in bands because each step in Pillow makes a copy."""
     flat = Image.new("RGB", image.size)
     rows = max(1, _BAND_PIXELS // image.width)
     for top in range(0, image.height, rows):

@@ -1,12 +1,13 @@
-"""Runs texts of unequal length through an LLM without wasting time on padding.
+"""Runs texts of different lengths through an LLM without wasting time on padding.
 
-A CPU is faster with small pieces of a batch: rows of several texts without padding ("packs"), or
-batches of texts of similar length for LLMs that cannot run packs. A GPU runs a batch as one pack,
-with torch's attention for it, or padded. Packing uses transformers' public attention interface, so
-no model code is copied. Before the first use, a check on the model itself shows whether its family
-passes all arguments on to the attention.
+A CPU is faster on small pieces of a batch: rows of several texts without padding ("packs"), or
+batches of texts of similar length for LLMs that cannot run packs. A GPU runs a batch as one pack if
+torch has attention for it, and padded otherwise. Packing uses transformers' public attention
+interface, so no model code is copied. Before first use, each model is checked to see whether its
+family passes all arguments on to the attention.
 
-Uploaded with the weights. Shapes: B texts, L tokens, T tokens of a pack, D width of the LLM.
+Uploaded with the weights. Shapes: B is the batch size, L the number of tokens, T the tokens in a
+pack, D the width of the LLM.
 """
 
 from __future__ import annotations
@@ -36,24 +37,24 @@ from .attention_llm2clip import (
 from .pooling_llm2clip import TEXT_POOLINGS
 
 CPU_TOKEN_BUDGET = 2048
-# Reading the weights once costs as much as about this many tokens. Merging two small batches is
-# faster if it adds less padding than that.
+# Reading the weights once costs about as much as this many tokens, so merging two small batches is
+# faster if it adds less padding.
 PASS_COST_TOKENS = 64
 MAX_PADDING_SHARE = 0.1
 
-# Both paths compute the same numbers and differ by the order of sums; a missing mask would change
-# them by more than a tenth. A GPU packs in half precision, whose steps are larger.
+# Both paths compute the same numbers up to the order of sums; a missing mask would change them by
+# more than a tenth. A GPU packs in half precision, which rounds more coarsely.
 _MOST_DIFFERENCE = 1e-3
 _MOST_STEPS = 8
 text_forward_lock = threading.RLock()
-# LLM → whether packing gives the same numbers, by blocks and by a kernel; checked before first use.
+# LLM → whether packing computes the same numbers without and with a kernel; checked before use.
 _checked: WeakKeyDictionary[nn.Module, dict[bool, bool]] = WeakKeyDictionary()
 
 
 def splits_batches(text_model: PreTrainedModel, *, packs_in_training: bool) -> bool:
     """Return whether the CPU splits a batch into packs or token batches.
 
-    While the LLM is trained, passes with and without gradients take the same path: gradient caching
+    During training, passes with and without gradients take the same path, because gradient caching
     runs both, and dropout must sample the same masks in both.
     """
     if is_traced():
@@ -74,12 +75,12 @@ def pool_on_cpu(
     pool_padded: Callable[[Tensor, Tensor], BaseModelOutputWithPooling],
     keep_tokens: bool = False,
 ) -> BaseModelOutputWithPooling:
-    """Encode and pool texts of unequal length in packs, or in token batches if the LLM needs them.
+    """Encode and pool texts in packs, or in token batches if the LLM cannot run packs.
 
     Ids are (B, L), padded on either side; the real tokens of a row, 1 in the mask, are contiguous.
     `pool_padded` encodes and pools a right-padded batch (ids, mask), for LLMs that cannot run
     packs. Returns `pooler_output` (B, D) float32; with `keep_tokens` also `last_hidden_state`
-    (B, L, D) in the LLM's dtype, zeros at padding.
+    (B, L, D) in the LLM's dtype, zero at padding.
     """
     keep_freed_memory()
     starts = attention_mask.long().argmax(dim=1).tolist()
@@ -88,7 +89,7 @@ def pool_on_cpu(
         ids[start : start + length]
         for ids, start, length in zip(input_ids, starts, lengths, strict=True)
     ]
-    # One text fills no pack, and is spared the check of packs, which takes five passes.
+    # A single text gains nothing from packing, so skip the check, which takes five passes.
     packs = len(texts) > 1 and runs_packs(text_model, max(lengths), input_ids.device)
     plan = plan_packs if packs else plan_token_batches
     pooled = torch.empty(len(texts), width, dtype=torch.float32)
@@ -116,11 +117,11 @@ def runs_packs(
 ) -> bool:
     """Return whether the LLM can run texts of up to `longest` tokens in one pack."""
     config = text_model.config
-    # Tokens within a window, or within a chunk of this many tokens, attend to each other.
+    # Tokens attend to each other only within a window or chunk of this many tokens.
     spans = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     if any(span and longest > span for span in spans):
         return False
-    # Packing may replace only the default, SDPA. PACKED_ATTENTION stays if layers are recomputed.
+    # Packing may replace only SDPA, the default. PACKED_ATTENTION stays if layers are recomputed.
     if config._attn_implementation not in ("sdpa", PACKED_ATTENTION):
         return False
     checked = _checked.setdefault(text_model, {})
@@ -133,7 +134,7 @@ def runs_packs(
 def _pool_pack(
     text_model: PreTrainedModel, texts: list[Tensor], num_unpooled: int, pooling: str
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """Return the pooled texts, (B, D), and the hidden states of each text, (L_i, D)."""
+    """Run and pool one pack; return (B, D) and the hidden states of each text, (L_i, D)."""
     states = run_packed(text_model, texts).split([len(text) for text in texts])
     pool = TEXT_POOLINGS[pooling].packed
     return torch.stack([pool(text[num_unpooled:].float()) for text in states]), states
@@ -142,7 +143,7 @@ def _pool_pack(
 def _pool_token_batch(
     texts: list[Tensor], pool_padded: Callable[[Tensor, Tensor], BaseModelOutputWithPooling]
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """Return the same as `_pool_pack`, computed with padding."""
+    """Return the same as `_pool_pack`, but computed with padding."""
     input_ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
     lengths = torch.tensor([len(text) for text in texts])
     attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
@@ -155,7 +156,7 @@ def _pool_token_batch(
 def plan_packs(lengths: Sequence[int], *, token_budget: int) -> list[list[int]]:
     """Group texts into packs of `token_budget` tokens, longest first, equal lengths adjacent.
 
-    Returns packs of indices into `lengths`. A text longer than the budget gets its own pack.
+    Returns packs as lists of indices into `lengths`. A text over the budget gets its own pack.
     """
     packs: list[list[int]] = []
     filled = 0
@@ -170,11 +171,11 @@ def plan_packs(lengths: Sequence[int], *, token_budget: int) -> list[list[int]]:
 
 
 def plan_token_batches(lengths: Sequence[int], *, token_budget: int) -> list[list[int]]:
-    """Group texts of similar length into batches of `token_budget` tokens, padding included.
+    """Group texts of similar length into batches of `token_budget` tokens, including padding.
 
-    Returns batches of indices into `lengths`, longest texts first. A text longer than the budget
-    gets its own batch. Padding is at most a tenth of all tokens, and within a batch at most a tenth
-    of its tokens or 64 tokens.
+    Returns batches as lists of indices into `lengths`, longest texts first. A text over the budget
+    gets its own batch. Padding is at most a tenth of all tokens; in a single batch, it is at most a
+    tenth of the tokens, or 64 tokens if that is more.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches: list[list[int]] = []
@@ -206,8 +207,9 @@ def run_packed(
 ) -> Tensor:
     """Run one pack of texts through the LLM, bidirectional or causal as configured.
 
-    The ids are (L_i,) int64 per text; without a kernel, texts of equal length must be adjacent.
-    Returns the last hidden states, (sum of L_i, D).
+    The ids of each text are (L_i,) int64. Without a kernel, texts of equal length should be
+    adjacent, because each run of them is one attention call. Returns the last hidden states,
+    (sum of L_i, D).
     """
     lengths = [len(text) for text in texts]
     first = find_first_position(text_model)
@@ -225,8 +227,8 @@ def run_unpadded(
 ) -> Tensor:
     """Run a padded batch through the LLM as one pack, without its padding.
 
-    Ids and mask are (B, L) on the CPU, so that nothing waits for the device, and padded on either
-    side. Returns the last hidden states on the device, (B, L, D), zeros at padding.
+    Ids and mask are (B, L), padded on either side, and on the CPU to avoid synchronizing the
+    device. Returns the last hidden states on the device, (B, L, D), zero at padding.
     """
     real = attention_mask.bool()
     lengths = real.sum(dim=1)
@@ -240,7 +242,7 @@ def run_unpadded(
 
 
 def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to a device; from the CPU to a GPU without waiting for it."""
+    """Copy a tensor to a device; from the CPU to a GPU asynchronously."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -253,7 +255,7 @@ def _run_pack(
     lengths: list[int],
     kernel: VarlenKernel | None,
 ) -> Tensor:
-    """Run a pack, (T,) ids and positions, through the LLM; returns (T, D)."""
+    """Run a pack of ids and positions, (T,) each, through the LLM; returns (T, D)."""
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)])
     longest = max(lengths)
     is_causal = getattr(text_model.config, "is_causal", True)  # the default of transformers' masks
@@ -262,7 +264,7 @@ def _run_pack(
     if kernel is not None:
         on_device = copy_to(cu_seqlens.int(), ids.device)
         packed_texts = PackedTexts(cu_seqlens, is_causal, kernel, on_device, longest)
-        # Without a mask, transformers would read the positions to look for packs.
+        # Without a mask, transformers would inspect the positions to detect packs.
         mask = torch.ones_like(ids).unsqueeze(0)
     with text_forward_lock, packed_attention(text_model, longest):
         output = text_model(
@@ -276,7 +278,7 @@ def _run_pack(
 
 
 def find_first_position(text_model: nn.Module) -> int:
-    """Return the position of a text's first token: 0, or what RoBERTa's relatives begin with."""
+    """Return the position of a text's first token: 0, or `padding_idx + 1` in RoBERTa's family."""
     table = getattr(getattr(text_model, "embeddings", None), "position_embeddings", None)
     padding: int | None = getattr(table, "padding_idx", None)
     return 0 if padding is None else padding + 1
@@ -286,26 +288,26 @@ def find_first_position(text_model: nn.Module) -> int:
 def can_pack(
     text_model: PreTrainedModel, device: torch.device, kernel: VarlenKernel | None = None
 ) -> bool:
-    """Check that three short texts in one pack give the same numbers as each of them alone.
+    """Return whether three short texts get the same hidden states in one pack as separately.
 
-    The numbers differ if the family drops arguments that packing needs, or if its attention
-    computes more than plain scaled dot products. `device` is the device of the inputs, which an
-    offloaded model does not report.
+    The states differ if the family drops arguments that packing needs, or if its attention computes
+    more than plain scaled dot products. `device` is the device of the inputs, which an offloaded
+    model does not report.
     """
-    # Not the first ids: RoBERTa's relatives take their padding id for padding without a mask too.
+    # Skip the first ids: the RoBERTa family treats its padding id as padding even without a mask.
     rows = torch.arange(4, 16, device=device) % text_model.config.vocab_size
     texts = [rows[:5], rows[3:8], rows[8:11]]
     plain = torch.autocast(device.type, enabled=False)
     try:
-        # Dropout would make any two passes differ. Other threads may use the model, so its mode
-        # stays. What is random in another way fails the check.
+        # Dropout would make any two passes differ. The model's mode is not changed, because other
+        # threads may be using it. Any other randomness fails the check.
         with plain, _WithoutDropout(), text_forward_lock:
             packed = run_packed(text_model, texts, kernel)
             alone = [
                 text_model(input_ids=text.unsqueeze(0), use_cache=False).last_hidden_state[0]
                 for text in texts
             ]
-    except (TypeError, ValueError):  # forward rejects the argument, or attend_packed the model
+    except (TypeError, ValueError):  # rejected by forward (argument) or attend_packed (model)
         return False
     expected = torch.cat(alone).float()
     difference = (packed.float() - expected).norm() / expected.norm()
@@ -318,14 +320,14 @@ def keep_freed_memory() -> None:
     """Stop glibc from returning memory to the system after every pass; runs once per process.
 
     Freeing one block just under 32 MiB raises glibc's thresholds to that size (mallopt(3),
-    M_MMAP_THRESHOLD: "dynamic"). Otherwise page faults take a tenth of a pass's time.
+    M_MMAP_THRESHOLD: "dynamic"). Otherwise page faults take a tenth of each pass.
     """
     for _ in range(2):
         torch.empty(31 * 2**18).zero_()
 
 
 class _WithoutDropout(TorchFunctionMode):
-    """Switches dropout off in this thread alone, whatever the mode of the modules."""
+    """Disables dropout only in this thread, whatever the modules' mode."""
 
     def __torch_function__(
         self, func: Any, _types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

@@ -1,7 +1,7 @@
-"""The poolings of texts: how each pools padded and packed texts, and what libraries call it.
+"""Text poolings: how each pools padded and packed texts, and its names in other libraries.
 
-The configuration reads the names, so nothing here imports torch. Uploaded with the weights. Shapes:
-B texts, L tokens, D width.
+The configuration reads these names, so this module does not import torch. Uploaded with the
+weights. Shapes: B is the batch size, L the number of tokens, D the width.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 
 class TextPooling(NamedTuple):
-    """One way to pool the states of a text's tokens.
+    """One way to pool the hidden states of a text's tokens.
 
     Attributes:
-        padded: States (B, L, D) and mask (B, L) of the tokens to pool, to (B, D) float32.
-        packed: States (L, D) of one text's tokens to pool, to (D,).
-        description: What a message calls it.
-        pools_prompt: Whether the prompt's prefix is pooled, too.
-        sentence_transformers: Its `pooling_mode` there.
-        llm2vec: Its `pooling_mode` there, of which some have two.
+        padded: Pools states (B, L, D), with a mask (B, L) of the tokens to pool, to (B, D) float32.
+        packed: Pools the states (L, D) of one text's tokens to (D,).
+        description: Its name in messages.
+        pools_prompt: Whether it also pools the prompt's prefix.
+        sentence_transformers: Its `pooling_mode` in sentence-transformers.
+        llm2vec: Its `pooling_mode` in LLM2Vec; some poolings have two.
     """
 
     padded: Callable[[Tensor, Tensor], Tensor]
@@ -34,7 +34,7 @@ class TextPooling(NamedTuple):
 
 
 def _take(states: Tensor, places: Tensor) -> Tensor:
-    """Take a token of each text, (B, L, D) at (B,) to (B, D)."""
+    """Take one token per text, (B, L, D) at (B,) to (B, D)."""
     places = places[:, None, None].expand(-1, 1, states.shape[2])
     return states.gather(1, places).squeeze(1).float()
 
@@ -50,7 +50,7 @@ def _average_by_position(states: Tensor) -> Tensor:
     return weights @ states / weights.sum()
 
 
-# The first two are those of a model that is built on an LLM, the others those of embedders.
+# Models built on an LLM use the first two; embedders use the others.
 TEXT_POOLINGS = {
     "mean": TextPooling(
         lambda states, mask: _average(states, mask.float()),

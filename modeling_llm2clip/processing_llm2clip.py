@@ -1,7 +1,7 @@
 """Turns images and texts into model inputs, with an error for each invalid one.
 
-Uploaded with the weights. The prompt around captions is part of the saved tokenizer, so a tokenizer
-alone and a pipeline give the same ids as this processor.
+Uploaded with the weights. The prompt around captions is part of the saved tokenizer, so the
+tokenizer on its own and a pipeline produce the same ids as this processor.
 """
 
 from __future__ import annotations
@@ -27,36 +27,38 @@ from .image_loading_llm2clip import (
 )
 from .loading_llm2clip import naming_code, naming_fields
 
-# Options of other processors that put more than one caption or image into a row. Code that calls
-# many processors may pass them as None or False.
+# Options of other processors that would put more than one caption or image in a row. Generic code
+# may pass them as None or False.
 _NOT_TAKEN = {
     "text_pair", "text_target", "text_pair_target", "is_split_into_words",
     "return_overflowing_tokens", "audio", "videos",
 }  # fmt: skip
 _IMAGE_LEVELS, _FALSE = ("images_kwargs", "common_kwargs"), (False,)
-_BLANK = "A text is blank: its embedding is that of the prompt alone."
+_BLANK = "A text is blank: its embedding represents only the prompt."
 _NOT_READ = ("audio_kwargs", "videos_kwargs")  # sentence-transformers always passes both
-# Options that say where to look for the files of a model.
+# Options that select where to find a model's files.
 _LOCATION_OPTIONS = (
     "cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder",
 )  # fmt: skip
-# Pixels of a side, and patches of an image: no tower takes more.
+# Maximum pixels per side and patches per image; no tower takes more.
 _MOST_PIXELS, _MOST_PATCHES = 4096, 1 << 16
 # Entries of a processor's dictionary that transformers reads from other files.
 _FROM_OTHER_FILES = {"chat_template", "audio_tokenizer"}
 # A tokenizer stores truncation and padding as state before it reads a text, so threads that share
-# one without a lock would get each other's lengths.
+# one without a lock would use each other's lengths.
 _tokenizing = threading.RLock()
 
 
 def _release_after_fork() -> None:
     """Let a forked process tokenize, in a single thread."""
     _tokenizing.release()
-    if "TOKENIZERS_PARALLELISM" in os.environ:  # which keeps the library from saying so by itself
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork has no other threads to wait for
+    # If the variable is set, tokenizers does not switch parallelism off after a fork by itself; the
+    # child would wait for threads that it does not have.
+    if "TOKENIZERS_PARALLELISM" in os.environ:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-if hasattr(os, "register_at_fork"):  # A fork waits for the texts that another thread tokenizes.
+if hasattr(os, "register_at_fork"):  # a fork waits until other threads have finished tokenizing
     os.register_at_fork(
         before=_tokenizing.acquire,
         after_in_parent=_tokenizing.release,
@@ -67,13 +69,13 @@ if hasattr(os, "register_at_fork"):  # A fork waits for the texts that another t
 class LLM2CLIPProcessor(ProcessorMixin):
     """Image processor and tokenizer of a model.
 
-    Threads may share a processor. Nothing else may use its tokenizer meanwhile, because a tokenizer
-    is not thread-safe.
+    Threads may share a processor. Do not use its tokenizer directly at the same time, because
+    tokenizers are not thread-safe.
 
     Args:
         image_processor: Any image processor of transformers, or `LLM2CLIPImageProcessor`, which
-            crops as torchvision does.
-        tokenizer: The LLM's tokenizer, with the model's prompt as part of it.
+            crops like torchvision.
+        tokenizer: The LLM's tokenizer, which includes the model's prompt.
         max_text_length: Maximum number of tokens per text, prompt included.
         **kwargs: Further arguments of `ProcessorMixin`.
 
@@ -81,8 +83,8 @@ class LLM2CLIPProcessor(ProcessorMixin):
         num_truncated_texts: Number of texts truncated so far; may be set to 0.
 
     Raises:
-        ValueError: `max_text_length` is not a positive integer, or the image processor makes images
-            of more pixels than any tower takes.
+        ValueError: `max_text_length` is not a positive integer, or the image processor's images
+            would be larger than any tower takes.
 
     Examples:
         >>> processor = LLM2CLIPProcessor.from_pretrained("my-model")
@@ -109,16 +111,16 @@ class LLM2CLIPProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does, but without asking on the terminal whether to run custom code.
+        """Load like transformers, but without asking on the terminal whether to run custom code.
 
         Args:
             pretrained_model_name_or_path: Folder or Hub repository.
-            args: Further positional arguments of transformers.
-            kwargs: Keyword arguments of transformers.
+            args: Further positional arguments for transformers.
+            kwargs: Keyword arguments for transformers.
 
         Raises:
-            ValueError: It cannot be loaded without custom code, and the message names the file that
-                refers to that code; or a file has a field that is refused.
+            ValueError: It cannot be loaded without custom code (the message names the file that
+                refers to that code), or a file has an invalid field.
         """
         source, revision = pretrained_model_name_or_path, kwargs.get("revision")
         runs_code = kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))
@@ -131,13 +133,14 @@ class LLM2CLIPProcessor(ProcessorMixin):
     def get_processor_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read `processor_config.json`, or else the text length from `config.json`.
+        """Read `processor_config.json`; without it, read the text length from `config.json`.
 
-        A folder lacks the former if model, tokenizer and image processor were saved one by one.
+        A folder lacks `processor_config.json` if model, tokenizer and image processor were saved
+        separately.
 
         Args:
             pretrained_model_name_or_path: Folder or Hub repository.
-            kwargs: Keyword arguments of transformers.
+            kwargs: Keyword arguments for transformers.
 
         Returns:
             The dictionary, and the keyword arguments that were not used.
@@ -155,16 +158,16 @@ class LLM2CLIPProcessor(ProcessorMixin):
     def from_args_and_dict(
         cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any
     ) -> LLM2CLIPProcessor:
-        """Build from the dictionary of a saved `processor_config.json`.
+        """Build a processor from the content of `processor_config.json`.
 
         Args:
             args: Image processor and tokenizer.
-            processor_dict: Content of the file.
+            processor_dict: The file's content.
             kwargs: Fields to override.
 
         Raises:
-            ValueError: `max_text_length` is missing. A default could truncate texts at another
-                length than the model was trained with.
+            ValueError: `max_text_length` is missing. A default could truncate texts at a different
+                length than in training.
         """
         if "max_text_length" not in {*processor_dict, *kwargs}:
             raise ValueError(
@@ -186,20 +189,20 @@ class LLM2CLIPProcessor(ProcessorMixin):
 
         Args:
             images: One image or a list, which may be nested: PIL images, paths, web and `data:`
-                addresses, or RGB arrays and tensors of shape (H, W, 3) or (3, H, W). Arrays are
-                uint8, or uint16, which is scaled to 8 bits, or with `do_rescale=False` floats in
-                [0, 1], which are rounded to 8 bits; a 4-dimensional batch is read as a list. See
+                URLs, or RGB arrays and tensors of shape (H, W, 3) or (3, H, W). Arrays are uint8;
+                or uint16, which is scaled to 8 bits; or with `do_rescale=False`, floats in [0, 1],
+                which are rounded to 8 bits. A 4-dimensional batch is read as a list. See
                 `load_images` for transparency, EXIF rotation and animations.
-            text: One caption or a list. By default texts are padded, truncated before the prompt's
-                suffix, and returned as PyTorch tensors. A blank one warns, and its embedding is
-                that of the prompt alone.
-            on_long_text: `"truncate"`, which counts in `num_truncated_texts`, or `"error"`.
+            text: One caption or a list. By default, texts are padded, truncated before the prompt's
+                suffix, and returned as PyTorch tensors. A blank text raises a warning, because its
+                embedding represents only the prompt.
+            on_long_text: `"truncate"`, which increments `num_truncated_texts`, or `"error"`.
             **kwargs: Options of the tokenizer and the image processor, flat or in `text_kwargs`,
                 `images_kwargs` and `common_kwargs`.
 
         Returns:
-            `pixel_values` (B, 3, H, W) float32 of images, `input_ids` and `attention_mask` (B, L)
-            int64 of texts.
+            `pixel_values` (B, 3, H, W) float32 for images; `input_ids` and `attention_mask` (B, L)
+            int64 for texts.
 
         Raises:
             ValueError: A caption is not a string, an image is invalid, or an option is unknown. The
@@ -208,7 +211,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
         if on_long_text not in ("truncate", "error"):
             raise ValueError(f"on_long_text must be 'truncate' or 'error', got {on_long_text!r}.")
         if images is None and text is None:
-            raise ValueError("Got neither images nor text; give one of them, or both.")
+            raise ValueError("Got neither images nor text. Pass at least one of them.")
         _refuse_options(kwargs, self.image_processor)
         if text is not None:
             text = clean_texts(text, takes_blank=True)
@@ -218,7 +221,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
             if isinstance(images, list | tuple) and all(
                 isinstance(i, list | tuple) for i in images
             ):
-                images = [*chain(*images)]  # of one row each, as in CLIPProcessor
+                images = [*chain(*images)]  # one row per image, as in CLIPProcessor
             if _pop_unscaled(kwargs):
                 images = _to_eight_bits(images)
             images = load_images(images)
@@ -233,8 +236,8 @@ class LLM2CLIPProcessor(ProcessorMixin):
             count = len(images) if isinstance(images, list) else 1
             if len(batch["pixel_values"]) != count:
                 raise ValueError(
-                    "The image processor must make one row per image, and made "
-                    f"{len(batch['pixel_values'])} from {count}: it may cut images into tiles. "
+                    "The image processor must return one row per image, but returned "
+                    f"{len(batch['pixel_values'])} for {count}. It may cut images into tiles. "
                     "Restore processor_config.json from the original model folder."
                 )
         if text is not None:
@@ -246,33 +249,33 @@ class LLM2CLIPProcessor(ProcessorMixin):
 
     @staticmethod
     def open_image(source: Any, *, name: str, **limits: Any) -> Image.Image:
-        """Open an image for a later call, and refuse it by its header.
+        """Open an image for a later call, after checking its header against the limits.
 
         Args:
             source: A path, a binary file, or a PIL image.
             name: Name of the image in error messages.
-            **limits: Fields of `ImageLimits`, in place of those of `get_image_limits`.
+            **limits: Fields of `ImageLimits` that override `get_image_limits`.
 
         Returns:
             The image, which is decoded on first use.
 
         Raises:
-            ValueError: It is not an image, or is beyond the limits.
+            ValueError: It is not an image, or it exceeds the limits.
         """
         return read_image_header(source, name=name, limits=get_image_limits(**limits))
 
     def list_ids(self, texts: Iterable[str]) -> tuple[list[list[int]], list[bool]]:
-        """Return the same token ids of each text as a call, without padding.
+        """Return the token ids of each text, the same as from a call but without padding.
 
         Args:
             texts: N non-blank texts.
 
         Returns:
-            N lists of ids, and N booleans for whether the text was truncated.
+            N lists of ids, and N booleans that are True for truncated texts.
 
         Raises:
-            ValueError: A text is blank or not a string, which the message names, or the model reads
-                too few tokens for any text.
+            ValueError: A text is blank or not a string (the message names it), or the maximum
+                length leaves no room for any text.
         """
         texts = clean_list(texts)
         self._require_room({"max_length": self.longest_text, "truncation": True})
@@ -289,23 +292,23 @@ class LLM2CLIPProcessor(ProcessorMixin):
         return min(self.max_text_length, int(self.tokenizer.model_max_length))
 
     def _unpacks_images(self) -> bool:
-        """Tell whether the image processor makes arrays of PIL images, slowly."""
+        """Return whether the image processor converts PIL images to arrays itself, slowly."""
         from transformers.image_processing_backends import TorchvisionBackend
 
         reads = getattr(type(self.image_processor), "process_image", None)
         return reads is TorchvisionBackend.process_image
 
     def _fill_defaults(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Collect the tokenizer's options into `text_kwargs` and add the defaults.
+        """Collect the tokenizer's options in `text_kwargs` and add the defaults.
 
-        The oldest supported transformers ignores some options that are given flat.
+        The oldest supported version of transformers ignores some options outside `text_kwargs`.
         """
         common = dict(kwargs.pop("common_kwargs", None) or {})
         nested = dict(kwargs.pop("text_kwargs", None) or {})
         known = set(TextKwargs.__annotations__)
         flat = {name: kwargs.pop(name) for name in known & set(kwargs)}
         if twice := sorted(set(flat) & set(nested)):
-            raise ValueError(f"Given twice, flat and in text_kwargs: {twice}. Give each once.")
+            raise ValueError(f"Set both flat and in text_kwargs: {twice}. Set each only once.")
         options = {**common, **nested, **flat}
         tensors = options.pop("return_tensors", "pt")
         if options.get("max_length", 0) is None:  # None means the default, as in tokenizers
@@ -317,13 +320,13 @@ class LLM2CLIPProcessor(ProcessorMixin):
         return {**kwargs, "text_kwargs": text_kwargs, "common_kwargs": common}
 
     def _require_room(self, text_kwargs: dict[str, Any]) -> None:
-        """Raise ValueError for a length without room for a caption: it would truncate nothing."""
+        """Raise ValueError if a length has no room for a caption: nothing would be truncated."""
         length = _check_length(text_kwargs["max_length"], "max_length")
         num_prompt = self.tokenizer.num_special_tokens_to_add()
         if text_kwargs["truncation"] and length <= num_prompt:
             raise ValueError(
                 f"max_length={length} leaves no room for a caption: the prompt alone has "
-                f"{num_prompt} tokens. Give at least {num_prompt + 1}."
+                f"{num_prompt} tokens. Set it to at least {num_prompt + 1}."
             )
 
     def _count_truncated(
@@ -333,7 +336,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
         mask = batch["attention_mask"]
         rows = [mask] if np.ndim(mask[0]) == 0 else mask  # rows may be lists of unequal length
         lengths = [int(np.asarray(row).sum()) for row in rows]
-        # A text below this length was not truncated. Without truncation it may exceed it.
+        # A shorter text was not truncated. With truncation off, a text may be longer.
         least = min(limit, self.tokenizer.model_max_length)
         full = [number for number, length in enumerate(lengths) if length >= least]
         if not full:
@@ -350,13 +353,13 @@ class LLM2CLIPProcessor(ProcessorMixin):
 
 
 def _unpack(image: Any) -> Any:
-    # A dimension of up to 4 could be read as the channels.
+    # A dimension of up to 4 could be mistaken for the channels.
     is_clear = isinstance(image, Image.Image) and min(image.size) > 4
     return unpack_pixels(image) if is_clear else image
 
 
 def _pop_unscaled(kwargs: dict[str, Any]) -> bool:
-    """Remove `do_rescale=False` at every level, and return whether there was one."""
+    """Remove `do_rescale=False` at every level, and return whether any was found."""
     levels = {name: dict(kwargs[name] or {}) for name in _IMAGE_LEVELS if name in kwargs}
     kwargs.update(levels)
     places = [place for place in (kwargs, *levels.values()) if place.get("do_rescale") in _FALSE]
@@ -366,21 +369,21 @@ def _pop_unscaled(kwargs: dict[str, Any]) -> bool:
 
 
 def _to_eight_bits(images: Any) -> Any:
-    """Round float images in [0, 1] to the 8 bits that image processors scale as they state."""
+    """Round float images in [0, 1] to 8 bits, which image processors then rescale as usual."""
     if isinstance(images, list | tuple):
         return [*map(_to_eight_bits, images)]
     dtype = str(getattr(images, "dtype", type(images).__name__))
     if "float" not in dtype or not (images.min() >= 0 and images.max() <= 1):
         raise ValueError(
-            f"do_rescale=False is for float images in [0, 1], not for {dtype}"
-            f"{' beyond' if 'float' in dtype else ''}. Leave it out, or scale the pixels."
+            f"do_rescale=False needs float images in [0, 1], not {dtype}"
+            f"{' outside it' if 'float' in dtype else ''}. Remove it, or scale the pixels."
         )
     scaled = (images * 255).round()
     return scaled.byte() if hasattr(scaled, "byte") else scaled.astype(np.uint8)
 
 
 def _refuse_options(kwargs: Mapping[str, Any], image_processor: Any) -> None:
-    """Raise ValueError for unknown options, which transformers would drop silently."""
+    """Raise ValueError on unknown options, which transformers would silently drop."""
     extra = getattr(getattr(image_processor, "valid_kwargs", None), "__annotations__", ())
     text, images = set(TextKwargs.__annotations__), {*ImagesKwargs.__annotations__, *extra}
     either = text | images
@@ -403,16 +406,16 @@ def _refuse_options(kwargs: Mapping[str, Any], image_processor: Any) -> None:
         taken = sorted({"on_long_text", *known, *either} - _NOT_TAKEN)
         raise ValueError(
             f"LLM2CLIPProcessor has no options {unknown}, or not at this level. Known: {taken}. "
-            "Correct the spelling, or leave them out."
+            "Correct the spelling, or remove them."
         )
     if refused:
-        raise ValueError(f"{refused}: a row is one caption or one image. Leave them out.")
+        raise ValueError(f"{refused}: each row must be one caption or one image. Remove them.")
     if any(not options.get("return_attention_mask", True) for options in places.values()):
-        raise ValueError("return_attention_mask=False: the model needs the mask. Leave it out.")
+        raise ValueError("return_attention_mask=False: the model needs the mask. Remove it.")
 
 
 def _check_image_processor(image_processor: Any) -> None:
-    """Raise ValueError for settings with which no tower gets the images that it was trained on."""
+    """Raise ValueError for settings that cannot produce the images that a tower was trained on."""
     sides = {
         f"{name} {side}": pixels
         for name in ("size", "crop_size")
@@ -423,21 +426,21 @@ def _check_image_processor(image_processor: Any) -> None:
     wrong = [f"{n}={v}, at most {most[n]}" for n, v in sizes.items() if (v or 0) > most[n]]
     if wrong:
         raise ValueError(
-            f"The image processor would make images that no tower takes: {'; '.join(wrong)}. "
+            f"The image processor's images would be too large for any tower: {'; '.join(wrong)}. "
             "Restore processor_config.json from the original model folder."
         )
     rounding = getattr(image_processor, "crop_rounding", None)
-    if rounding is not None:  # which only the script of an ONNX folder reads
+    if rounding is not None:  # only the script of an ONNX folder reads it
         raise ValueError(
             f"The image processor is a {type(image_processor).__name__}, which would ignore "
-            f"crop_rounding={rounding!r} and crop other pixels. Restore processor_config.json from "
-            "the original model folder, or make the folder anew."
+            f"crop_rounding={rounding!r} and crop differently. Restore processor_config.json from "
+            "the original model folder, or build the folder again."
         )
     for name in ("image_mean", "image_std"):
         values = getattr(image_processor, name, None)
         if isinstance(values, list | tuple) and len(values) != 3:
             raise ValueError(
-                f"{name}={values} must have a number for each of red, green and blue. Restore "
+                f"{name}={values} must have three numbers, for red, green and blue. Restore "
                 "processor_config.json from the original model folder."
             )
 
@@ -449,18 +452,18 @@ def _check_length(length: Any, name: str) -> int:
 
 
 def clean_texts(text: Any, *, takes_blank: bool = False) -> str | list[str]:
-    """Strip one caption or an iterable of captions, each checked by `check_texts`.
+    """Check captions with `check_texts`, and strip them.
 
-    Tokenizers strip too, but some have tokens for whitespace, which they keep.
+    Most tokenizers strip texts as well, but some keep whitespace as tokens.
     """
     if isinstance(text, str):
         check_texts(text, takes_blank=takes_blank)
         return text.strip()
-    # Iteration over a table gives the names of its columns, and over a set an arbitrary order.
+    # Iterating over a table yields column names, and over a set an arbitrary order.
     is_table = isinstance(text, Mapping) or len(getattr(text, "shape", (1,))) != 1
     if is_table or isinstance(text, bytes | Set) or not isinstance(text, Iterable):
         raise ValueError(
-            f"text is {type(text).__name__}; give one non-blank string or a list of them."
+            f"text must be one non-blank string or a list of them, not {type(text).__name__}."
         )
     texts = list(text)
     check_texts(texts, takes_blank=takes_blank)
@@ -468,14 +471,14 @@ def clean_texts(text: Any, *, takes_blank: bool = False) -> str | list[str]:
 
 
 def clean_list(texts: Any) -> list[str]:
-    """Strip a list of captions, and reject a single string."""
+    """Strip a list of captions; raise ValueError for a single string."""
     if isinstance(texts, str):
-        raise ValueError(f"Got one string ({texts[:40]!r}); give a list of captions.")
+        raise ValueError(f"Got one string ({texts[:40]!r}). Pass a list of captions.")
     return list(clean_texts(texts))
 
 
 def check_texts(text: str | list[str], *, takes_blank: bool = False) -> None:
-    """Raise ValueError that names captions which are blank, not strings or not valid Unicode."""
+    """Raise ValueError if captions are blank, not strings or not valid Unicode, and name them."""
     errors = []
     for number, caption in enumerate([text] if isinstance(text, str) else text, start=1):
         if not isinstance(caption, str):
@@ -489,13 +492,13 @@ def check_texts(text: str | list[str], *, takes_blank: bool = False) -> None:
     if errors:
         shown = "; ".join(errors[:8]) + ("; …" if len(errors) > 8 else "")
         raise ValueError(
-            f"Every caption must be a non-blank string, {len(errors)} are not: {shown}. "
-            "Give one string or a flat list of strings."
+            f"Every caption must be a non-blank string, but {len(errors)} are not: {shown}. "
+            "Pass one string or a flat list of strings."
         )
 
 
 def _is_unicode(text: str) -> bool:
-    """Tell whether a text can be encoded as UTF-8, which tokenizers read."""
+    """Return whether a text can be encoded as UTF-8, as tokenizers require."""
     try:
         text.encode()
     except UnicodeEncodeError:

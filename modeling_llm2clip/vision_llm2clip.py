@@ -1,6 +1,7 @@
 """Properties of vision towers: image sizes, patches, and pooling into one embedding per image.
 
-Uploaded with the weights. Shapes: B images, L tokens, D width of the tower.
+Uploaded with the weights. Shapes: B is the batch size, L the number of tokens, D the width of the
+tower.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# Names of the tokens before the patches. Class tokens represent the whole image.
+# Names of the tokens in front of the patches. Class tokens represent the whole image.
 _CLASS_TOKEN = re.compile("cls_.*token|class_embedding")
 _PREFIX_TOKENS = re.compile(f"{_CLASS_TOKEN.pattern}|distillation_token|register_tokens")
-# Parts that pool tokens; AIMv2 calls its query there "cls_token".
+# Modules that pool tokens; AIMv2 calls the query in its module "cls_token".
 _POOLING_PARTS = {"head", "pooler", "attn_pool"}
 
 
 def check_pixels(vision_model: nn.Module, pixel_values: Tensor) -> None:
-    """Require floats, (B, 3, H, W), or (B, patches, values) for SigLIP2's own layout."""
+    """Require floats of shape (B, 3, H, W), or (B, patches, values) for SigLIP2's own layout."""
     parameters = inspect.signature(vision_model.forward).parameters
     takes_patches = "spatial_shapes" in parameters
     fits = pixel_values.ndim == 3 if takes_patches else pixel_values.shape[1:-2] == (3,)
@@ -29,17 +30,17 @@ def check_pixels(vision_model: nn.Module, pixel_values: Tensor) -> None:
     if not pixel_values.is_floating_point() or not fits:
         shape = "(B, patches, values)" if takes_patches else "(B, 3, H, W)"
         raise ValueError(
-            f"pixel_values must be floating point of shape {shape} for this vision tower; got "
+            f"pixel_values must be floating point of shape {shape} for this vision tower, not "
             f"{pixel_values.dtype} {tuple(pixel_values.shape)}. Use the processor or image "
-            "processor that is saved with the model."
+            "processor saved with the model."
         )
 
 
 def require_restored_buffers(vision_model: nn.Module) -> None:
-    """Refuse a timm network with tables that loading leaves uninitialized.
+    """Raise ValueError if loading leaves tables of a timm network uninitialized.
 
-    Tables that follow from the settings, such as the distances of positions, are not saved. A
-    network is loaded without computing anything, so each module must compute its tables afterwards.
+    Tables derived from the settings, such as relative positions, are not saved. A network is loaded
+    without computing them, so each module needs a method to compute its tables afterwards.
     """
     timm_model: Any = getattr(vision_model, "timm_model", None)
     if timm_model is None:
@@ -59,13 +60,13 @@ def require_restored_buffers(vision_model: nn.Module) -> None:
         raise ValueError(
             f"{config.architecture} of timm cannot be loaded: its modules have no method that "
             f"computes {', '.join(lost[:2])} and {max(len(lost) - 2, 0)} more, which are not saved "
-            "and would hold arbitrary numbers. Install timm 1.0.23 or later; if that is installed, "
-            "take another network."
+            "and would hold arbitrary numbers. Install timm 1.0.23 or later; if you already have "
+            "it, use another network."
         )
 
 
 def find_width(vision_model: nn.Module) -> int | None:
-    """Return the width of the image embedding that a tower's configuration states, if any."""
+    """Return the width of a tower's image embedding, if its configuration states one."""
     timm_model: Any = getattr(vision_model, "timm_model", None)
     if timm_model is not None:
         return int(getattr(timm_model, "head_hidden_size", None) or timm_model.num_features)
@@ -77,15 +78,15 @@ def find_width(vision_model: nn.Module) -> int | None:
 
 
 def has_class_token(vision_model: nn.Module) -> bool:
-    """Tell whether the tower has a class token."""
+    """Return whether the tower has a class token."""
     return any(map(_CLASS_TOKEN.fullmatch, _find_own_parameters(vision_model)))
 
 
 def find_fixed_size(vision_model: nn.Module) -> tuple[int, int] | None:
-    """Return height and width that a tower has positions for; None if it takes any size."""
+    """Return the height and width that a tower has positions for; None if it takes any size."""
     timm_model: Any = getattr(vision_model, "timm_model", None)
     config: Any = vision_model.config
-    trained = (getattr(config, "pretrained_cfg", None) or {}).get("input_size", ())[-2:]  # of timm
+    trained = (getattr(config, "pretrained_cfg", None) or {}).get("input_size", ())[-2:]  # timm
     stated = getattr(config, "image_size", None) or trained
     size = (stated, stated) if isinstance(stated, int) else tuple(stated) if stated else None
     if _has_table_of_pairs(vision_model):
@@ -100,10 +101,10 @@ def find_fixed_size(vision_model: nn.Module) -> tuple[int, int] | None:
 
 
 def _has_table_of_pairs(vision_model: nn.Module) -> bool:
-    """Return whether attention has a number for each pair of patches of the whole image (LeViT).
+    """Return whether attention has a bias for each pair of patches of the whole image (LeViT).
 
-    An image of another shape with as many patches would silently get the numbers of other pairs.
-    Attention within windows has such tables for images of any size.
+    An image of another shape but with as many patches would silently get the biases of other pairs.
+    Attention within windows also has such tables, but works for images of any size.
     """
     # Lists, because torch.compile cannot trace generators here.
     has_pairs = any(["attention_bias_idxs" in name for name, _ in vision_model.named_buffers()])
@@ -113,12 +114,13 @@ def _has_table_of_pairs(vision_model: nn.Module) -> bool:
 
 
 def _has_fixed_table(vision_model: nn.Module, size: tuple[int, ...]) -> bool:
-    """Return whether a table has one row per patch, which nothing interpolates.
+    """Return whether a table has one row per patch and is not interpolated.
 
-    AIMv2, for one, would give an image of another shape with as many patches the wrong rows.
+    For example, AIMv2 would use the wrong rows for an image of another shape but with as many
+    patches.
     """
     kinds = {*map(type, vision_model.modules())}
-    # An argument that the tower itself does not take is never passed (GraniteDocling).
+    # If only a module inside the tower takes the argument, it is never passed (GraniteDocling).
     asked = any([can_interpolate(module) for module in vision_model.modules()])
     if not asked and any("interpolat" in method for kind in kinds for method in vars(kind)):
         return False
@@ -133,8 +135,8 @@ def _has_fixed_table(vision_model: nn.Module, size: tuple[int, ...]) -> bool:
 def _find_size_of_distances(timm_model: nn.Module) -> tuple[int, int] | None:
     """Return the image size of timm's MViTv2; None for other networks.
 
-    Its positions are a table of distances, counted from the largest distance: a smaller image would
-    silently get the entries of other distances, a larger image an IndexError.
+    Its position table is indexed by distance, counted from the largest one. A smaller image would
+    silently read the entries for other distances, and a larger image would raise IndexError.
     """
     tables = dict(timm_model.named_parameters())
     first = [tables.get(f"stages.0.blocks.0.attn.rel_pos_{side}") for side in "hw"]
@@ -148,8 +150,8 @@ def _find_size_of_distances(timm_model: nn.Module) -> tuple[int, int] | None:
 def find_patch_size(vision_model: nn.Module) -> int:
     """Return the side of a patch in pixels; 0 for networks without patches.
 
-    Overlapping patches are merged later. For such networks this is the side that one position of
-    the last stage covers, because each stage drops pixels that its stride does not divide.
+    Networks with overlapping patches merge them later. For these, it is the side covered by one
+    position of the last stage, because each stage drops the pixels beyond a multiple of its stride.
     """
     timm_model: Any = getattr(vision_model, "timm_model", None)
     size: Any
@@ -162,8 +164,8 @@ def find_patch_size(vision_model: nn.Module) -> int:
             return 0
         if size[0] != size[1]:
             raise ValueError(
-                f"The patches of this {config.model_type!r} tower are {size} pixels; only square "
-                "ones are supported. Take another vision tower."
+                f"The patches of this {config.model_type!r} tower are {size} pixels, but only "
+                "square ones are supported. Use another vision tower."
             )
         merged = getattr(config, "query_stride", [1])[0] ** getattr(config, "num_query_pool", 0)
         return int(getattr(config, "patch_stride", size)[0] * merged)  # Hiera's overlap
@@ -179,19 +181,19 @@ def choose_interpolation(
 ) -> dict[str, bool]:
     """Return the tower's argument for interpolation, if images of this size need it.
 
-    Some towers would silently give images of another size the positions of other patches. Raises
-    ValueError if the tower has no positions for this size and may not or cannot interpolate them,
-    or if the size is not a multiple of the patch size.
+    Some towers would silently use the wrong positions for images of another size. Raises ValueError
+    if the tower has no positions for this size and may not or cannot interpolate them, or if the
+    size is not a multiple of the patch size.
     """
     size = (pixel_values.shape[-2], pixel_values.shape[-1])
     fixed = find_fixed_size(vision_model)
     if pixel_values.ndim != 4 or size == fixed:
         return {}
-    came = f"Got images of {size[0]} × {size[1]} pixels"
+    subject = f"Got images of {size[0]} × {size[1]} pixels"
     interpolates = can_interpolate(vision_model)
     if fixed is not None and not (interpolates and interpolate):
         raise ValueError(
-            f"{came}; this vision tower has positions for {fixed[0]} × {fixed[1]}"
+            f"{subject}, but this vision tower has positions for {fixed[0]} × {fixed[1]}"
             f"{'' if interpolates else ' and cannot interpolate them'}. Prepare the images with "
             "the model's processor, "
             f"{'pass interpolate_pos_encoding=True, ' if interpolates else ''}or build the model "
@@ -200,14 +202,14 @@ def choose_interpolation(
     patch = find_patch_size(vision_model)
     if patch and any(side % patch or not side for side in size):
         raise ValueError(
-            f"{came}: height and width must be multiples of the patch size {patch}, because the "
-            "tower would ignore the rest. Resize the images."
+            f"{subject}: height and width must be multiples of the patch size {patch}, because the "
+            "tower would ignore the remaining pixels. Resize the images."
         )
     return {} if fixed is None else {"interpolate_pos_encoding": True}
 
 
 def count_prefix_tokens(vision_model: nn.Module) -> int:
-    """Count the tokens before a tower's patches: class token, distillation token and registers."""
+    """Count the tokens before the patches: class token, distillation token and registers."""
     timm_model: Any = getattr(vision_model, "timm_model", None)
     if timm_model is not None:
         return int(getattr(timm_model, "num_prefix_tokens", 0))
@@ -219,7 +221,8 @@ def count_prefix_tokens(vision_model: nn.Module) -> int:
 def find_patches(vision_model: nn.Module, hidden_states: Tensor, pixel_values: Tensor) -> Tensor:
     """Return the hidden states of a tower's patches, without class token and registers.
 
-    (B, L, D) to (B, L - prefix, D), which must match the patches of an image of this size.
+    Maps (B, L, D) to (B, L - prefix, D); the length must fit the number of patches in an image of
+    this size.
     """
     side = find_patch_size(vision_model)
     if pixel_values.ndim == 3:
@@ -228,11 +231,11 @@ def find_patches(vision_model: nn.Module, hidden_states: Tensor, pixel_values: T
         expected = (pixel_values.shape[-2] // side) * (pixel_values.shape[-1] // side)
     else:
         expected = 0
-    # Some towers remove their class token from what they return.
+    # Some towers remove the class token from their output.
     is_all_patches = hidden_states.shape[1] == expected
     num_prefix = 0 if is_all_patches else count_prefix_tokens(vision_model)
     patches = hidden_states[:, num_prefix:]
-    # Hierarchical towers merge patches in equal numbers.
+    # Hierarchical towers merge equal numbers of patches.
     if not patches.shape[1] or expected % patches.shape[1] or not expected:
         config: Any = vision_model.config
         raise ValueError(
@@ -262,11 +265,11 @@ def pool_vision(
     if hidden_states.shape[0] != num_images:
         raise ValueError(
             f"Each image needs its own embedding, but {tower} joins the images of a batch: "
-            f"{num_images} images give states of shape {tuple(hidden_states.shape)}. Take another "
+            f"{num_images} images give states of shape {tuple(hidden_states.shape)}. Use another "
             "vision tower."
         )
     if pooling == "pooler":
-        # RADIO calls it a summary: several class tokens, one after another.
+        # RADIO calls it a summary: several concatenated class tokens.
         pooled = getattr(output, "pooler_output", getattr(output, "summary", None))
         if pooled is None:
             raise ValueError(
@@ -296,14 +299,14 @@ def pool_vision(
 
 
 def can_interpolate(module: nn.Module) -> bool:
-    """Return whether a tower, or a part of one, takes the argument."""
+    """Return whether a tower, or a module in it, takes `interpolate_pos_encoding`."""
     return "interpolate_pos_encoding" in inspect.signature(module.forward).parameters
 
 
 def _find_own_parameters(vision_model: nn.Module) -> dict[str, Tensor]:
-    """Parameters outside of what pools, by name without those of their modules.
+    """Return the parameters outside the pooling modules, by the last part of their names.
 
-    The weight of an embedding has the name of the embedding.
+    The weight of an embedding goes by the embedding's name.
     """
     paths = ((n.removesuffix(".weight").split("."), v) for n, v in vision_model.named_parameters())
     return {path[-1]: value for path, value in paths if _POOLING_PARTS.isdisjoint(path)}

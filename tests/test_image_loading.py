@@ -279,7 +279,7 @@ def test_a_decompression_bomb_is_rejected_by_its_path(
 @pytest.mark.parametrize(
     ("image", "error"),
     [
-        *((image, rf"Image number 2 is {type(image).__name__}; give a PIL image")
+        *((image, rf"Image number 2 must be a PIL image, .* not {type(image).__name__}")
           for image in (None, b"bytes", 3, ["nested.png"])),
         # Encoded images in memory: the error says how to open them.
         *((image, r"PIL\.Image\.open.*BytesIO")
@@ -370,7 +370,7 @@ def test_sixteen_bit_arrays_are_scaled_like_sixteen_bit_images(
     assert torch.equal(processor(images=make(sixteen))["pixel_values"], expected)
 
 
-FLOAT_RANGE = r"whose range is unknown\. Give uint8.*\(image \* 255\)\.round\(\)"
+FLOAT_RANGE = r"whose range is unknown\. Use uint8.*\(image \* 255\)\.round\(\)"
 ODD_ARRAYS: dict[str, tuple[Any, str]] = {
     "float in 0 to 1": (np.full((8, 8, 3), 0.5, dtype=np.float32), f"float32.*{FLOAT_RANGE}"),
     "float in 0 to 255": (np.full((8, 8, 3), 128.0), f"float64.*{FLOAT_RANGE}"),
@@ -413,18 +413,18 @@ def test_floats_that_are_not_to_be_rescaled_equal_their_images(
 @pytest.mark.parametrize(
     ("image", "kind"),
     [
-        (draw_noise(), "for Image"),
-        ("a.png", "for str"),
-        (np.zeros((8, 9, 3), np.uint8), "for uint8"),
-        (np.full((8, 9, 3), 1.5), "for float64 beyond"),
-        (torch.full((3, 8, 9), -0.1), r"for torch\.float32 beyond"),
-        (np.full((8, 9, 3), np.nan, np.float32), "for float32 beyond"),
+        (draw_noise(), "Image"),
+        ("a.png", "str"),
+        (np.zeros((8, 9, 3), np.uint8), "uint8"),
+        (np.full((8, 9, 3), 1.5), "float64 outside"),
+        (torch.full((3, 8, 9), -0.1), r"torch\.float32 outside"),
+        (np.full((8, 9, 3), np.nan, np.float32), "float32 outside"),
     ],
 )
 def test_pixels_that_are_to_be_scaled_are_not_taken_for_scaled_ones(
     processor: LLM2CLIPProcessor, image: Any, kind: str
 ) -> None:
-    with pytest.raises(ValueError, match=rf"do_rescale=False is for float images .*, not {kind}"):
+    with pytest.raises(ValueError, match=rf"do_rescale=False needs float images .*, not {kind}"):
         processor(images=[np.zeros((8, 9, 3)), image], do_rescale=False)
 
 

@@ -362,7 +362,7 @@ def test_padding_without_a_mask_is_rejected_if_the_pad_id_is_in_the_prompt(promp
 
 
 def test_an_empty_batch_of_texts_is_rejected() -> None:
-    with pytest.raises(ValueError, match=r"shape \(0, 5\): give at least one text"):
+    with pytest.raises(ValueError, match=r"shape \(0, 5\). Pass at least one text"):
         shared_model()[0](input_ids=torch.zeros(0, 5, dtype=torch.long))
 
 

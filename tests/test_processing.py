@@ -67,9 +67,7 @@ def test_a_blank_text_warns_and_has_the_ids_of_the_prompt_alone(
 ) -> None:
     prefix, suffix = prompt()
     for text in (blank, ["a dog", blank]):
-        with pytest.warns(
-            UserWarning, match="A text is blank: .* that of the prompt alone"
-        ) as seen:
+        with pytest.warns(UserWarning, match="A text is blank: .* only the prompt") as seen:
             batch = processor(text=text)
         assert len(seen) == 1
         real = batch["attention_mask"][-1].bool()
@@ -189,7 +187,7 @@ def test_an_unknown_option_is_rejected_with_the_known_ones(
         ({"on_long_text": "ignore"}, r"'truncate' or 'error', got 'ignore'"),
         ({"return_attention_mask": False}, "return_attention_mask=False: the model needs"),
         ({"text_kwargs": {"return_attention_mask": False}}, "=False: the model needs"),
-        *((more, "a row is one caption or one image") for more in (
+        *((more, "each row must be one caption or one image") for more in (
             {"text_pair": "a cat"},
             {"text_kwargs": {"is_split_into_words": True}},
             {"return_overflowing_tokens": True},
@@ -240,7 +238,9 @@ def test_an_input_of_another_type_is_rejected_by_its_name(
     processor: LLM2CLIPProcessor, text: Any
 ) -> None:
     name = type(text).__name__
-    with pytest.raises(ValueError, match=f"text is {name}; give one non-blank string or a list"):
+    with pytest.raises(
+        ValueError, match=f"text must be one non-blank string or a list of them, not {name}"
+    ):
         processor(text=text)
 
 
@@ -337,7 +337,7 @@ def test_list_ids_returns_the_ids_of_a_call() -> None:
             row[:length] for row, length in zip(called["input_ids"].tolist(), lengths, strict=True)
         ]
         assert is_truncated == [False, False, True]
-    with pytest.raises(ValueError, match=r"Got one string \('a dog'\); give a list"):
+    with pytest.raises(ValueError, match=r"Got one string \('a dog'\)\. Pass a list"):
         processor.list_ids("a dog")
     processor.tokenizer.model_max_length = sum(map(len, prompt()))  # all texts would be alike
     with pytest.raises(ValueError, match="leaves no room for a caption"):
@@ -449,7 +449,7 @@ def test_an_image_size_that_no_tower_takes_is_refused_before_an_image_is_made(
     content = json.loads(file.read_text(encoding="utf-8"))
     content["image_processor"] |= settings
     file.write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"images that no tower takes.* at most"):
+    with pytest.raises(ValueError, match=r"images would be too large.* at most"):
         LLM2CLIPProcessor.from_pretrained(tmp_path)
 
 

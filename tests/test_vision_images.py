@@ -321,7 +321,7 @@ def test_patches_that_are_not_square_are_rejected() -> None:
     settings = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes = {"image_size": [32, 32], "patch_size": [8, 16]}
     tower = AutoModel.from_config(AutoConfig.for_model("internvl_vision", **settings, **sizes))
-    with pytest.raises(ValueError, match=r"'internvl_vision' tower are \[8, 16\] pixels; only sq"):
+    with pytest.raises(ValueError, match=r"'internvl_vision' tower are \[8, 16\] pixels, but only sq"):
         find_patch_size(tower)
 
 
@@ -386,7 +386,7 @@ def test_an_error_of_a_tower_is_shown_as_it_is(
 )
 def test_pixels_of_another_layout_or_dtype_are_rejected(family: str, pixels: torch.Tensor) -> None:
     shown = rf"{pixels.dtype} {re.escape(str(tuple(pixels.shape)))}\. Use the processor"
-    with pytest.raises(ValueError, match=rf"for this vision tower; got {shown}"):
+    with pytest.raises(ValueError, match=rf"for this vision tower, not {shown}"):
         shared_model(family)[0].get_vision_embeds(pixels)
 
 

@@ -355,7 +355,7 @@ def test_any_iterable_of_texts_is_taken_and_one_string_refused() -> None:
     wanted = encode_texts(model, processor, CAPTIONS)
     found = encode_texts(model, processor, (caption for caption in CAPTIONS))
     assert torch.equal(found, wanted)
-    with pytest.raises(ValueError, match=r"Got one string \('a dog'\); give a list of captions"):
+    with pytest.raises(ValueError, match=r"Got one string \('a dog'\)\. Pass a list of captions"):
         encode_texts(model, processor, "a dog")
     with pytest.raises(ValueError, match="text is NoneType"):
         encode_texts(model, processor, None)  # type: ignore[arg-type]
