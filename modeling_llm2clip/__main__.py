@@ -1,4 +1,4 @@
-"""The command `llm2clip`: dispatches to subcommands, and reports errors in one line."""
+"""The `llm2clip` command: runs subcommands and reports errors on one line."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ LINE = make_line(
         export, push, convert,
         demo, env,
     ],
-    description="CLIP with an LLM as text encoder.",
+    description="CLIP with an LLM as its text encoder.",
     version=__version__,
     examples=("llm2clip demo", "llm2clip build --help"),
 )  # fmt: skip
 FIRST_SCREEN = """\
-llm2clip trains and serves LLM2CLIP models: CLIP with an LLM as text encoder.
+llm2clip trains and serves LLM2CLIP models: CLIP with an LLM as its text encoder.
 
-Four commands train a model on the images of the folder my-images, which has a captions.jsonl:
+Four commands train a model on the folder my-images, which has images and a captions.jsonl:
 
   llm2clip build embedded embedded my-model
       writes my-model: two small pretrained towers, joined and untrained
@@ -61,16 +61,16 @@ Four commands train a model on the images of the folder my-images, which has a c
       writes aligned/model: the trained model
 
 Without images of your own: llm2clip demo
-All commands: llm2clip --help; the options of one: llm2clip align --help
-Documents of the repository: README.md, docs/index.md; formats of data: docs/data-formats.md"""
-_EXTRAS = 'Install what the commands need: pip install "modeling_llm2clip[all]"'
+All commands: llm2clip --help; options of a command: llm2clip align --help
+Documentation in the repository: README.md, docs/index.md; data formats: docs/data-formats.md"""
+_EXTRAS = 'Install the packages for all commands: pip install "modeling_llm2clip[all]"'
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: The command line without the program's name; None for that of the process.
+        argv: The command line without the program's name; None for the process's own.
 
     Returns:
         The exit code: 0 for success, 1 for a model with problems, 2 for an error, 130 after SIGINT
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hide_library_bars(run)
         return run() or 0
     except StageInterrupt as error:
-        if message := str(error):  # only the main process has one
+        if message := str(error):  # set only in the main process
             print(f"llm2clip: {message}", file=sys.stderr)
         return 128 + error.signal
     except KeyboardInterrupt:
@@ -97,14 +97,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except Exception as error:
         described = _describe(error)
-        if described is None:  # a bug, whose traceback is needed
+        if described is None:  # a bug: show the traceback
             raise
         print(escape_controls(f"{name}: {described}"), file=sys.stderr)
         return 2
 
 
 def _describe(error: Exception) -> str | None:
-    """Describe an error with its remedy; None for an error that is a bug of this package."""
+    """Describe an error with its remedy; None if it is a bug in this package."""
     message, remedy = str(error), _name_remedy_of_device(error)
     match error:
         case UsageError() | MissingExtraError():
@@ -116,23 +116,23 @@ def _describe(error: Exception) -> str | None:
         case SafetensorError():  # whose only base is Exception
             return (
                 f"a weight file could not be read or written ({message}). Check for free disk "
-                "space, and download or save a truncated file again."
+                "space. If the file is truncated, download or save it again."
             )
         case TypeError() if remedy:
             return f"{message}{remedy}"
-        case Exception() if type(error).__name__.startswith("StrictDataclass"):  # of a tower
-            return f"{' '.join(message.split())}. Restore the config.json that has it."
+        case Exception() if type(error).__name__.startswith("StrictDataclass"):  # a tower's config
+            return f"{' '.join(message.split())}. Restore the config.json with this field."
     return None
 
 
 def _name_remedy_of_device(error: Exception) -> str:
-    """Return the remedy where room, or an operation of the device, is lacking; else nothing."""
+    """Return the remedy if memory, disk space or an operation is missing; otherwise empty."""
     if type(error).__name__ == "OutOfMemoryError":  # torch's
-        return " Give a smaller --batch-size or --mini-batch-size if there is one, or --device cpu."
+        return " Lower --batch-size or --mini-batch-size if there is one, or use --device cpu."
     if isinstance(error, OSError) and (error.errno, error.filename) == (errno.ENOSPC, None):
-        return ". Free room on the disk and in /dev/shm, which loaders fill (--num-workers 0)."
+        return ". Free space on the disk or in /dev/shm, which data loaders fill (--num-workers 0)."
     if "MPS" in str(error):  # it lacks float64 and some operations
-        return " The device mps cannot compute this. Give --device cpu."
+        return " The mps device does not support this operation. Use --device cpu."
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Versions, hardware and commit, for run records, results, `llm2clip env` and benchmarks."""
+"""Reads versions, hardware and commit for run records, results, `llm2clip env` and benchmarks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = (
 
 
 def list_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """List the versions of Python and packages; "not installed" for an absent package."""
+    """List the versions of Python and packages; "not installed" if a package is missing."""
     versions = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -27,7 +27,7 @@ def list_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
 
 
 def describe_hardware() -> dict[str, Any]:
-    """Describe the machine: its architecture, the number of torch threads, and the GPUs."""
+    """Describe the machine: architecture, number of torch threads, and GPUs."""
     import torch
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -39,9 +39,9 @@ def describe_hardware() -> dict[str, Any]:
 
 
 def read_commit() -> str:
-    """Return the commit of the code if it runs from a git checkout."""
+    """Return the code's commit if it runs from a git checkout."""
     folder = Path(__file__).resolve().parents[1]
-    if not (folder / ".git").exists():  # installed, perhaps inside somebody else's checkout
+    if not (folder / ".git").exists():  # installed, perhaps inside another project's checkout
         return "not a checkout"
     command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
     try:

@@ -1,6 +1,6 @@
-"""Maps optional packages to the extras of `setup.cfg`, and raises an error for missing ones.
+"""Maps optional packages to the extras in `setup.cfg`, and raises an error if one is missing.
 
-Imports the standard library alone, so that a command can check its packages first of all.
+Imports only the standard library, so commands can check their packages before anything else.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 
 class Need(NamedTuple):
-    """An optional package that something needs.
+    """An optional package and why it is needed.
 
     Attributes:
-        module: Name that is imported.
-        extra: Extra of `setup.cfg` that installs it.
+        module: Name to import.
+        extra: Extra in `setup.cfg` that installs it.
         reason: What needs it, such as "the vision tower is a timm network".
     """
 
@@ -24,11 +24,11 @@ class Need(NamedTuple):
     reason: str
 
 
-# These needs follow from what a user asks for, not from a model's files.
+# These needs depend on the user's options, not on a model's files.
 DEMO = tuple(
     Need(module, "demo", reason)
     for module, reason in (
-        ("datasets", "the demo trains as llm2clip train does"),
+        ("datasets", "the demo trains like llm2clip train"),
         ("gguf", "the demo's language model is a .gguf file"),
         ("peft", "the demo merges a LoRA"),
         ("sentence_transformers", "the demo also loads the model with it"),
@@ -49,10 +49,10 @@ ONNX_EXPORT = tuple(
     Need(module, "onnx", "writes and checks ONNX graphs")
     for module in ("onnx", "onnxscript", "onnxruntime")
 )
-OPEN_CLIP = Need("open_clip", "baselines", "the model is one of open_clip")
-CLIP_TOKENS = Need("open_clip", "baselines", "the task length counts the tokens of CLIP")
+OPEN_CLIP = Need("open_clip", "baselines", "the model is an open_clip model")
+CLIP_TOKENS = Need("open_clip", "baselines", "the task length counts CLIP tokens")
 SENTENCE_TRANSFORMERS = Need(
-    "sentence_transformers", "sentence-transformers", "the model is one of sentence-transformers"
+    "sentence_transformers", "sentence-transformers", "the model is a sentence-transformers model"
 )
 EMBEDDER = Need("sentence_transformers", "sentence-transformers", "the text tower is an embedder")
 RAY = Need("ray", "ray", "the engine is Ray Data")
@@ -61,13 +61,13 @@ SERVE = tuple(
     Need(module, "serve", "serves the model over HTTP")
     for module in ("fastapi", "prometheus_client", "uvicorn")
 )
-PAGE = Need("gradio", "serve", "shows the page at / (--no-page leaves it out)")
-ANN = Need("faiss", "ann", "searches the nearest of more than 20,000 groups of captions")
-LANCEDB = Need("lancedb", "search", "the index of images is a LanceDB database")
+PAGE = Need("gradio", "serve", "shows the page at / (--no-page disables it)")
+ANN = Need("faiss", "ann", "finds the nearest of more than 20,000 groups of captions")
+LANCEDB = Need("lancedb", "search", "the image index is a LanceDB database")
 
 
 def list_needs_of_index(location: str | None) -> list[Need]:
-    """List what the database of an image index needs; nothing where there is none."""
+    """List the packages for an image index's database; empty if there is no database."""
     return [] if location is None else [LANCEDB]
 
 
@@ -76,7 +76,7 @@ class MissingExtraError(ImportError):
 
 
 def require(*needs: Need) -> None:
-    """Raise MissingExtraError for packages that are not installed, and name their extras."""
+    """Raise MissingExtraError if packages are not installed, and name their extras."""
     missing = [need for need in dict.fromkeys(needs) if not is_installed(need.module)]
     if missing:
         listed = "; ".join(f"{need.module} ({need.reason})" for need in missing)
@@ -87,9 +87,9 @@ def require(*needs: Need) -> None:
 
 
 def is_installed(module: str) -> bool:
-    """Tell whether a package can be imported, without the seconds that importing may take.
+    """Return whether a package can be imported, without importing it, which may take seconds.
 
-    A folder of the same name in the working directory, such as `datasets`, does not count.
+    A folder with the same name in the working directory, such as `datasets`, does not count.
     """
     if module in sys.modules:
         return sys.modules[module] is not None

@@ -1,4 +1,4 @@
-"""Hides library warnings that a user of a command can do nothing about, each by its exact words."""
+"""Hides library warnings that users of a command cannot act on, each by its exact words."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Callable
 
 
 def _but(begins: str) -> Callable[[logging.LogRecord], bool]:
-    """Build a filter that drops a logger's records that begin with certain words."""
+    """Build a filter that drops log records that begin with certain words."""
     return lambda record: not str(record.msg).startswith(begins)
 
 
-# A module or logger, and the message or filter that hides it.
-# peft asks for it while it adds or merges a LoRA; we do not.
+# Each is a module or logger, and the start of its message or a filter that hides it.
+# peft uses the deprecated attribute when it adds or merges a LoRA; our code does not.
 _WARNING = ("transformers.modeling_utils", "`is_gradient_checkpointing` is deprecated")
-# transformers' Trainer imports peft, and peft bitsandbytes, which looks for a faster kernel.
+# transformers' Trainer imports peft, which imports bitsandbytes, which looks for a faster kernel.
 _AT_IMPORT = (
     "bitsandbytes.backends.cpu.ops",
     _but("Failed to load CPU gemm_4bit_forward from kernels-community"),
 )
-# Two checkpoints of one second; the numbers in their names order them all the same.
+# Two checkpoints were saved within a second; the numbers in their names still order them.
 _TIMES = (
     "transformers.trainer_utils",
     _but("mtime may not be reliable on this filesystem"),
@@ -32,4 +32,4 @@ def hide_known_warnings() -> None:
     module, begins = _WARNING
     warnings.filterwarnings("ignore", message=begins, module=module.replace(".", r"\."))
     for source, filtering in (_AT_IMPORT, _TIMES):
-        logging.getLogger(source).addFilter(filtering)  # once, however often this is called
+        logging.getLogger(source).addFilter(filtering)  # adding it again has no effect

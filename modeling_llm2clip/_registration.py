@@ -1,8 +1,8 @@
 """Registers this package with transformers' Auto classes without importing torch.
 
-Registration needs our classes, which import torch, and that takes seconds. So each registration
-waits until the transformers module that owns the Auto class is imported. If it is imported already,
-registration happens at once.
+Registration needs our classes, which import torch, and that takes seconds. So each class is
+registered when the transformers module that owns the Auto class is imported, or immediately if it
+already is.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from types import ModuleType
 
 _AUTO = "transformers.models.auto"
 _SINGLE_TOWER = ("LLM2CLIPTextModel", "LLM2CLIPVisionModel")
-# Each row: module that owns the Auto class, our module, our classes, and the Auto classes to
-# register them with. Given several classes, an Auto class takes the class that config.json names,
-# or else the first.
+# Each row has the module that owns the Auto class, our module, our classes, and the Auto classes to
+# register them with. If there are several of our classes, an Auto class uses the one that
+# config.json names, or else the first.
 _REGISTRATIONS = (
     (f"{_AUTO}.configuration_auto", "configuration_llm2clip", ("LLM2CLIPConfig",), ("AutoConfig",)),
     (f"{_AUTO}.modeling_auto", "modeling_llm2clip", ("LLM2CLIPModel", *_SINGLE_TOWER),
@@ -33,7 +33,7 @@ _REGISTRATIONS = (
     (f"{_AUTO}.image_processing_auto", "image_cropping_llm2clip",
      ("LLM2CLIPImageProcessor", "LLM2CLIPImageProcessorPil"), ("AutoImageProcessor",)),
 )  # fmt: skip
-_BASE = f"{__package__}.base_llm2clip"  # which our modules of several rows import
+_BASE = f"{__package__}.base_llm2clip"  # imported by our modules of several rows
 _WATCHED = {_BASE, *(auto for auto, *_ in _REGISTRATIONS)} | {
     f"{__package__}.{ours}" for _, ours, *_ in _REGISTRATIONS
 }
@@ -43,8 +43,8 @@ _running: set[str] = set()
 def _register_ready_classes() -> None:
     """Register every class whose Auto class is imported, unless either module is still executing.
 
-    Our modules import the modules of the Auto classes, so one of ours may be partly executed when
-    an Auto module completes. Its classes are registered once it completes too.
+    Our modules import the modules of the Auto classes, so one of ours may be partially executed
+    when an Auto module finishes. Its classes are registered once it has finished as well.
     """
     for auto_name, ours_name, class_names, auto_classes in _REGISTRATIONS:
         ours_full_name = f"{__package__}.{ours_name}"
@@ -52,7 +52,7 @@ def _register_ready_classes() -> None:
             continue
         classes = tuple(getattr(import_module(ours_full_name), name) for name in class_names)
         if auto_classes == ("AutoImageProcessor",):
-            # Known by name alone: no configuration has it as its default.
+            # Registered only by name: no configuration has it as its default.
             sys.modules[auto_name].AutoImageProcessor.register(
                 classes[0],
                 image_processor_classes=dict(zip(("torchvision", "pil"), classes, strict=True)),
@@ -67,7 +67,7 @@ def _register_ready_classes() -> None:
 
 
 def _execute(execute: Callable[[ModuleType], None], module: ModuleType) -> None:
-    """Execute a module as its loader does, then register the classes that are ready."""
+    """Execute a module with its loader's function, then register the classes that are ready."""
     _running.add(module.__name__)
     try:
         execute(module)
@@ -95,7 +95,7 @@ class _RegisteringFinder(MetaPathFinder):
 
 
 def register_auto_classes() -> None:
-    """Register with the Auto classes that are imported, and with others upon their import."""
+    """Register with all Auto classes that are imported, and with the others on import."""
     if any(isinstance(finder, _RegisteringFinder) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _RegisteringFinder())

@@ -232,7 +232,7 @@ def _load_image(image: Any, number: int, limits: ImageLimits, min_jpeg_side: int
         )
     raise ValueError(
         f"Image number {number} must be a PIL image, a path, a URL, an array or a tensor, not "
-        f"{type(image).__name__}. Open files, or bytes in io.BytesIO, with PIL.Image.open."
+        f"{type(image).__name__}. Use PIL.Image.open for open files, and for bytes in io.BytesIO."
     )
 
 

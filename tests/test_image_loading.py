@@ -378,7 +378,7 @@ ODD_ARRAYS: dict[str, tuple[Any, str]] = {
     "NaN": (np.full((8, 8, 3), np.nan, dtype=np.float32), f"float32.*{FLOAT_RANGE}"),
     "integers": (np.full((8, 8, 3), 128), f"int64.*{FLOAT_RANGE}"),
     "empty": (np.zeros((0, 0, 3), dtype=np.uint8), r"shape \(0, 0, 3\)"),
-    "gray": (np.zeros((8, 9), dtype=np.uint8), r"shape \(8, 9\); .*Image\.fromarray"),
+    "gray": (np.zeros((8, 9), dtype=np.uint8), r"shape \(8, 9\), .*Image\.fromarray"),
     "transparency": (np.zeros((8, 9, 4), dtype=np.uint8), r"shape \(8, 9, 4\)"),
     "colors first or last": (np.zeros((3, 9, 3), dtype=np.uint8), r"shape \(3, 9, 3\)"),
 }

@@ -446,7 +446,7 @@ def test_embeddings_of_the_wrong_shape_or_dtype_are_rejected(
     name: str, embeds: Tensor, shown: str
 ) -> None:
     project = getattr(shared_model()[0], f"project_{name}_embeds")
-    with pytest.raises(ValueError, match=rf"{name}_embeds must be .*\(B, 32\); got {shown}"):
+    with pytest.raises(ValueError, match=rf"{name}_embeds must be .*\(B, 32\), not {shown}"):
         project(embeds)
 
 

@@ -165,7 +165,7 @@ def test_a_text_that_cannot_come_from_the_models_tokenizer_is_named(
 
 def test_every_invalid_text_is_counted() -> None:
     ids, mask = rows_of([5, 6, 1, 8], [7, 6, 1, 8], [7, 7, 1, 8])
-    with pytest.raises(ValueError, match=r"2 of 3 texts do not begin.*First bad row: 1"):
+    with pytest.raises(ValueError, match=r"2 of 3 texts do not begin.*First invalid row: 1"):
         check_token_rows(ids, mask, **RULES)
 
 

@@ -275,7 +275,7 @@ def test_a_tower_that_needs_more_than_pixels_is_rejected_before_the_llm_is_loade
 def test_a_tower_that_joins_the_images_of_a_batch_is_rejected(pooling: str) -> None:
     """Pixtral makes one sequence of all patches, so that a mean would be that of the batch."""
     tower = make_tower("pixtral", head_dim=8)
-    refusal = r"'pixtral' tower joins the images of a batch: .* Take another vision tower\."
+    refusal = r"'pixtral' tower joins the images of a batch: .* Use another vision tower\."
     with pytest.raises(ValueError, match=refusal):
         join(tower, pooling)
     with pytest.raises(ValueError, match=refusal):

@@ -256,7 +256,7 @@ def test_larger_images_need_the_processors_option_and_the_models_argument(family
     model, processor = shared_model(family)
     batch = processor(images=tiny_images(2), size={"height": LARGER, "width": LARGER})
     assert batch["pixel_values"].shape == (2, 3, LARGER, LARGER)
-    needed = r"48 × 48 pixels; .* positions for 32 × 32.*pass interpol"
+    needed = r"48 × 48 pixels, .* positions for 32 × 32.*pass interpol"
     with pytest.raises(ValueError, match=needed):
         encode(model, batch)
     assert encode(model, batch, interpolate_pos_encoding=True).shape == (2, 32)
@@ -321,7 +321,9 @@ def test_patches_that_are_not_square_are_rejected() -> None:
     settings = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes = {"image_size": [32, 32], "patch_size": [8, 16]}
     tower = AutoModel.from_config(AutoConfig.for_model("internvl_vision", **settings, **sizes))
-    with pytest.raises(ValueError, match=r"'internvl_vision' tower are \[8, 16\] pixels, but only sq"):
+    with pytest.raises(
+        ValueError, match=r"'internvl_vision' tower are \[8, 16\] pixels, but only sq"
+    ):
         find_patch_size(tower)
 
 
@@ -332,7 +334,7 @@ def test_a_tower_that_has_an_interpolation_and_never_asks_for_it_has_a_fixed_siz
         intermediate_size=48, num_attention_heads=2,
     )).eval()  # fmt: skip
     model = build_with(tower, 32)
-    with pytest.raises(ValueError, match=r"64 × 16 pixels; .* 32 × 32 and cannot interpolate"):
+    with pytest.raises(ValueError, match=r"64 × 16 pixels, .* 32 × 32 and cannot interpolate"):
         model.get_vision_embeds(torch.rand(1, 3, 64, 16), interpolate_pos_encoding=True)
 
 
@@ -352,7 +354,7 @@ def test_a_tower_with_a_number_per_pair_of_patches_takes_its_own_size_alone() ->
     for tower in (AutoModel.from_config(config), tiny_timm("levit_128s", {"img_size": 64})[0]):
         model = build_with(tower.eval(), 64)
         assert model.get_vision_embeds(torch.rand(1, 3, 64, 64)).shape[0] == 1
-        with pytest.raises(ValueError, match=r"16 × 256 pixels; .* 64 × 64 and cannot interpolate"):
+        with pytest.raises(ValueError, match=r"16 × 256 pixels, .* 64 × 64 and cannot interpolate"):
             model.get_vision_embeds(torch.rand(1, 3, 16, 256))
 
 
