@@ -129,7 +129,7 @@ def test_a_device_that_is_not_there_is_reported_before_a_model_is_read(
     (tmp_path / "labels.txt").write_text("a dog", encoding="utf-8")
     places["LABELS"] = str(tmp_path / "labels.txt")
     assert main([*(places.get(word, word) for word in command), "--device", "mps"]) == 2
-    assert "device='mps' is not there" in capsys.readouterr().err
+    assert "device='mps' is not available" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
