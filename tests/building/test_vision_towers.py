@@ -244,7 +244,7 @@ def test_an_image_processor_that_makes_more_than_a_row_of_pixels_is_refused(name
 
 def test_images_that_become_several_rows_are_refused_by_a_processor_too() -> None:
     processor = LLM2CLIPProcessor(transformers.Lfm2VlImageProcessor(), tiny_tokenizer(), 32)
-    with pytest.raises(ValueError, match="one row per image, and made 9 from 1"):
+    with pytest.raises(ValueError, match="one row per image, but returned 9 for 1"):
         processor(images=[Image.new("RGB", (2048, 1024))])
 
 

@@ -48,7 +48,7 @@ def test_a_score_is_the_cosine_of_what_the_model_returns(model: Path, pairs: Pat
     wanted = torch.nn.functional.cosine_similarity(output.image_embeds, output.text_embeds)
     # Batches differ, so that float32 sums are in another order.
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="5 images and 1 text are no pairs"):
+    with pytest.raises(ValueError, match="5 images and 1 text"):
         score_pairs(loaded, processor, images, TEXTS[:1])  # type: ignore[arg-type]
 
 

@@ -357,7 +357,7 @@ def test_any_iterable_of_texts_is_taken_and_one_string_refused() -> None:
     assert torch.equal(found, wanted)
     with pytest.raises(ValueError, match=r"Got one string \('a dog'\)\. Pass a list of captions"):
         encode_texts(model, processor, "a dog")
-    with pytest.raises(ValueError, match="text must be .* not NoneType"):
+    with pytest.raises(ValueError, match=r"text must be .* not NoneType"):
         encode_texts(model, processor, None)  # type: ignore[arg-type]
 
 
