@@ -327,7 +327,7 @@ def test_weights_too_large_for_one_file_are_beside_the_graph(
     assert stated["dtype"] == {"text_model": "q8"}
     encoder = load_onnx_encoder(folder)
     assert encoder.modalities == ("text",) and encoder.encode_texts(["a dog"]).shape == (1, 32)
-    with pytest.raises(ValueError, match=r"encodes texts alone.*--components full"):
+    with pytest.raises(ValueError, match=r"encodes only texts.*--components full"):
         encoder.encode_images([draw_noise()])
     with pytest.raises(ValueError, match="text graphs with int8 weights, not int4"):
         load_onnx_encoder(folder, weights="int4")
