@@ -122,7 +122,7 @@ def test_a_dataset_in_a_known_format_is_one_entry(tmp_path: Path) -> None:
     assert isinstance(found, RetrievalDataset)
     assert captions_by_image(found) == {"a.jpg": ["one", "uno"], "b.jpg": ["two"]}
     write_json_lines(tmp_path / "captions.jsonl", [*lines, {"captions": ["three"]}])
-    error = "no name of an image, or captions that are not texts"
+    error = "no image name, or captions that are not strings"
     assert errors_of(spec, tmp_path) == {error: 1}
 
 

@@ -24,7 +24,7 @@ from .options import use_device, use_image_limits
 if TYPE_CHECKING:
     from ..evaluation.results import Result
 
-# Files of models and embeddings that have no config.json of transformers.
+# Files that identify models and embeddings without a transformers config.json.
 _OTHERS = ("open_clip_config.json", "modules.json", "texts.safetensors", "images.safetensors")
 
 
@@ -54,15 +54,15 @@ def evaluate(
 
     Args:
         models: [NAME=]SOURCE: folder or Hub id of an LLM2CLIP, CLIP, SigLIP, SigLIP2, open_clip
-            or sentence-transformers model; or a folder of embeddings.
+            or sentence-transformers model, or a folder of embeddings.
         datasets: NAME[=FOLDER] of known datasets, FOLDER of your own
-            captioned images, or NAME=FOLDER with a name of your choice. No default, required with a
+            captioned images, or NAME=FOLDER to name them. No default, required with a
             model.
-        tasks: Tasks to evaluate. Default: the task of each dataset's type.
-        image_dir: NAME=FOLDER of the images of a dataset. Default: the folder of the data.
+        tasks: Tasks to evaluate. Default: the task for each dataset's type.
+        image_dir: NAME=FOLDER with a dataset's images. Default: the folder of the data.
         table: Format of the table of all results in --output; without a model, only the table is
             printed. Default: text.
-        model_type: Type of all models, or one for each. Default: detected from their files.
+        model_type: Type of all models, or one per model. Default: detected from their files.
         limits: Which images are decoded.
         config: How to read datasets and run models.
     """
@@ -80,7 +80,7 @@ def evaluate(
         scored = _choose_models(models, model_type)
         run(scored, chosen, config, tasks=tasks, on_result=_print_result)
     elif table is None:
-        raise ValueError("Name a MODEL and --datasets, or give --table text.")
+        raise ValueError("Nothing to evaluate. Pass a MODEL and --datasets, or --table text.")
     _show_results(config.output, table=table or "text")
     return 0
 
@@ -92,27 +92,27 @@ def _show_results(output: Path, *, table: Literal["text", "markdown"]) -> None:
     results = read_evaluation_results(output)
     print()
     print(escape_controls(render_results(results, style=table)))
-    print(f"What the scores depend on is in the files of {output}.", file=sys.stderr)
+    print(f"The files in {output} record what the scores depend on.", file=sys.stderr)
 
 
 def _require_models(
     models: Sequence[str], datasets: Sequence[str], model_type: Sequence[ModelType]
 ) -> None:
-    """Raise ValueError for models that cannot be evaluated, before anything is imported."""
+    """Raise ValueError for models that cannot be evaluated, before heavy imports."""
     from ..model_folders.model_folder import find_model_type, is_hub_id, require_there
 
     if not datasets:
         raise ValueError("Evaluation needs at least one model and one dataset (--datasets).")
     for _, source in map(_read_model, models):
         path = Path(source)
-        if not path.exists() and not is_hub_id(source):  # the Hub is asked when all else fits
+        if not path.exists() and not is_hub_id(source):  # the Hub is queried after all other checks
             require_there(source)
         has_other = any((path / name).exists() for name in _OTHERS)
         if not path.is_dir() or model_type or has_other:
             continue
         detected = find_model_type(path)
         if detected is not None and detected.content in ("above", "lora", "text", "vision"):
-            raise ValueError(f"{detected.advice} There is nothing in it to evaluate.")
+            raise ValueError(f"{detected.advice} It has nothing to evaluate.")
 
 
 def _choose_datasets(datasets: Sequence[str], image_dir: Sequence[str]) -> list[EvaluatedDataset]:
@@ -125,7 +125,7 @@ def _choose_datasets(datasets: Sequence[str], image_dir: Sequence[str]) -> list[
         raise ValueError(f"--datasets {error}") from error
     chosen = [replace(item, image_dir=images.pop(item.name, None)) for item in chosen]
     if images:
-        raise ValueError(f"--image-dir names datasets that --datasets does not: {sorted(images)}.")
+        raise ValueError(f"--image-dir has datasets that --datasets lacks: {sorted(images)}.")
     return chosen
 
 
@@ -133,8 +133,8 @@ def _choose_models(models: Sequence[str], model_type: Sequence[ModelType]) -> li
     named = [_read_model(text) for text in models]
     if len(model_type) not in (0, 1, len(named)):
         raise ValueError(
-            f"--model-type has {len(model_type)} values for {counted(len(named), 'model')}. Give "
-            "one, or one for each, in their order."
+            f"--model-type has {len(model_type)} values for {counted(len(named), 'model')}. Pass "
+            "one for all models, or one per model in the same order."
         )
     kinds = cycle(model_type or [None])
     return [
@@ -144,7 +144,7 @@ def _choose_models(models: Sequence[str], model_type: Sequence[ModelType]) -> li
 
 
 def _read_model(text: str) -> tuple[str, str]:
-    """Split NAME=SOURCE; a source that exists is taken whole."""
+    """Split NAME=SOURCE; the text of an existing path is never split."""
     if Path(text).exists() or "=" not in text:
         return "", text
     return _split(text, flag="MODEL")
@@ -153,7 +153,7 @@ def _read_model(text: str) -> tuple[str, str]:
 def _split(text: str, *, flag: str) -> tuple[str, str]:
     name, sign, value = text.partition("=")
     if not (name and sign and value):
-        raise ValueError(f"{flag} {text!r} is not NAME=FOLDER.")
+        raise ValueError(f"{flag} must be NAME=FOLDER, not {text!r}.")
     return name, value
 
 
@@ -164,10 +164,12 @@ def _print_lists() -> None:
     print("Datasets (--datasets NAME=FOLDER):")
     for spec in list_datasets():
         print(f"  {spec.describe()}")
-        print(f"      license {spec.license}; from {spec.source}; files: {spec.files}")
+        print(f"      license: {spec.license}; from {spec.source}; files: {spec.files}")
     print("Tasks (--tasks NAME):")
     for task in TASKS.values():
-        print(f"  {task.name}: {task.title}; on datasets of type {' or '.join(task.dataset_types)}")
+        print(
+            f"  {task.name}: {task.title}; for datasets of type {' or '.join(task.dataset_types)}"
+        )
 
 
 def _print_result(result: Result) -> None:

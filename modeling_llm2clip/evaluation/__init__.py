@@ -1,1 +1,1 @@
-"""Evaluates any model on any dataset, with the protocol of every score."""
+"""Evaluate any model on any dataset and record the protocol behind every score."""

@@ -1,7 +1,7 @@
-"""Evaluates models: reads and checks everything first, then loads one model after the other.
+"""Evaluate models: read and check everything first, then load one model at a time.
 
-The order is: options, datasets with all their errors, types and configurations of the models,
-results that exist already; only then weights.
+The checks run in this order: options, datasets (reporting all errors at once), the models' types
+and configurations, and existing results. Weights are loaded last.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .tasks.task_registry import DEFAULT_TASKS, find_task
 
 ModelSource: TypeAlias = str | Path | EvaluatedModel
 DataSource: TypeAlias = DatasetSource | EvaluatedDataset
-_OF_CLASSES = ("class_names", "templates")  # options of a classification
+_CLASS_OPTIONS = ("class_names", "templates")  # only for classification
 
 
 def evaluate(
@@ -41,27 +41,27 @@ def evaluate(
     tasks: Sequence[str] = (),
     on_result: Callable[[Result], object] | None = None,
 ) -> EvaluationResults:
-    """Run every task that suits a dataset for every model; finished results are not repeated.
+    """Run every applicable task on every dataset and model; existing results are reused.
 
     Args:
-        models: One or several: folder, Hub id, or an `EvaluatedModel`, which has
-            further options. Models of one name are refused.
-        data: One or several: name of a dataset, as `NAME=FOLDER` if it needs a folder; a folder of
-            captioned images; records; or an `EvaluatedDataset`.
-        config: How datasets are read, models run and scores computed.
-        tasks: Names of tasks. Default: the task of each dataset's type.
+        models: One or several models: folder, Hub id, or `EvaluatedModel`, which has more options.
+            Their names must differ.
+        data: One or several datasets: name, `NAME=FOLDER` if the dataset needs a folder, a folder
+            of captioned images, records, or an `EvaluatedDataset`.
+        config: How to read datasets, run models and compute scores.
+        tasks: Names of tasks. Default: the task for each dataset's type.
         on_result: Called with each result as soon as it is available.
 
     Returns:
-        All results, which print as a table; each is also a JSON file in `config.output`.
+        All results, which print as a table; each is also saved as a JSON file in `config.output`.
 
     Raises:
-        DataValidationError: A dataset has invalid samples; by default, a broken image is met by the
-            first model that encodes it, and all of the run are named then.
-        ValueError: Before any model is loaded: a task suits no dataset, a model's type cannot be
-            detected, a model takes no images and a task has them, or the output folder has results
-            of another run.
-        OSError: `config.output` cannot be written, before any model is loaded.
+        DataValidationError: A dataset has invalid samples. By default, a broken image is found when
+            a model encodes it; the error then lists all broken images of the run.
+        ValueError: A task does not apply to any dataset, a model's type cannot be detected, a model
+            does not support images that a task needs, or the output folder has results from a
+            different run. Raised before any model is loaded.
+        OSError: `config.output` is not writable. Raised before any model is loaded.
         MissingExtraError: An optional package is not installed.
 
     Examples:
@@ -72,7 +72,7 @@ def evaluate(
         >>> print(evaluate(models, "coco=my-coco"))  # doctest: +SKIP
     """
     config = config or EvaluationConfig()
-    find_device(config.device, precision=config.dtype)  # missing: an error before data are read
+    find_device(config.device, precision=config.dtype)  # fail on a missing device before reading
     chosen = _list_models(models)
     for model in chosen:
         if not (folder := config.output / model.name).is_dir():
@@ -88,14 +88,14 @@ def evaluate(
     results: dict[str, list[Result]] = {name: [] for name in encoders}
     # Stored embeddings first: a missing one is reported before any model is loaded.
     for name in sorted(encoders, key=lambda n: encoders[n].description.model_type != "embeddings"):
-        encoder = encoders.pop(name)  # so that a model is freed after its turn
+        encoder = encoders.pop(name)  # frees the model after its turn
         for job, plan in zip(jobs, planned[name], strict=True):
             file = find_result_file(config.output, plan)
             try:
                 result = finished.get(file) or _run(encoder, job, plan, file)
             except ValueError as error:
                 if isinstance(error.__cause__, UnreadableImagesError):
-                    check_eval_data(data, config, tasks=tasks)  # names all broken images of the run
+                    check_eval_data(data, config, tasks=tasks)  # reports every broken image
                 raise
             results[name].append(result)
             if on_result is not None:
@@ -109,12 +109,12 @@ def check_eval_data(
     *,
     tasks: Sequence[str] = (),
 ) -> None:
-    """Read and check the datasets of an evaluation, for a model that is yet to be trained."""
+    """Read and check evaluation datasets before a model is trained."""
     _read_jobs(data, tasks, config or EvaluationConfig(), check_images=True)
 
 
 class _Source(NamedTuple):
-    """A dataset that is not read yet."""
+    """A dataset that has not been read yet."""
 
     spec: DatasetSpec
     folder: str | Path | None
@@ -122,7 +122,7 @@ class _Source(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """One task on one dataset, which was read once per language."""
+    """One task on one dataset, with a loaded dataset per language."""
 
     task: Task
     dataset: str
@@ -137,11 +137,11 @@ def _list_models(models: ModelSource | Sequence[ModelSource]) -> list[EvaluatedM
     ]
     names = [model.name for model in chosen]
     if not chosen:
-        raise ValueError("Got no models to evaluate; give at least one.")
+        raise ValueError("Got no models to evaluate. Pass at least one.")
     if len(set(names)) < len(names):
         raise ValueError(
-            f"Two models have one name, and their results would be mixed up: {', '.join(names)}. "
-            "Name them: NAME=SOURCE, or EvaluatedModel(source=…, name=…)."
+            f"Models must have different names to keep their results apart: {', '.join(names)}. "
+            "Name them with NAME=SOURCE, or EvaluatedModel(source=…, name=…)."
         )
     return chosen
 
@@ -155,13 +155,13 @@ def _list_datasets(data: DataSource | Sequence[DataSource]) -> list[_Source]:
         _Source(*resolve_dataset(item), getattr(item, "image_dir", None)) for item in several
     ]
     if not sources:
-        raise ValueError("Got no datasets to evaluate on; give at least one.")
+        raise ValueError("Got no datasets to evaluate on. Pass at least one.")
     names = [source.spec.name for source in sources]
     if same := [source for source in sources if names.count(source.spec.name) > 1]:
         listed = ", ".join(f"{source.spec.name} ({source.folder or 'records'})" for source in same)
         raise ValueError(
-            f"Two datasets have one name, and their results would be mixed up: {listed}. Give your "
-            "own images names of their own (NAME=FOLDER); evaluate on others in two runs, with two "
+            f"Datasets must have different names to keep their results apart: {listed}. Name your "
+            "own images with NAME=FOLDER; for other datasets, use separate runs with separate "
             "output folders."
         )
     return sources
@@ -185,16 +185,17 @@ def _read_jobs(
     ]
     if idle := [task for task in tasks if task not in (used for _, used in chosen)]:
         listed = "; ".join(f"{task.name} ({' or '.join(task.dataset_types)})" for task in idle)
-        raise ValueError(f"None of the datasets has the type that a task takes: {listed}.")
+        raise ValueError(f"No dataset has the type required by these tasks: {listed}.")
     types = {source.spec.name: source.spec.dataset_type for source in sources}
     if unused := types.keys() - {source.spec.name for source, _ in chosen}:
         raise ValueError(
-            f"None of the tasks {', '.join(names)} suits the datasets {', '.join(sorted(unused))}."
+            f"None of the tasks {', '.join(names)} can run on the datasets "
+            f"{', '.join(sorted(unused))}."
         )
-    class_options = [f"`{name}`" for name in _OF_CLASSES if getattr(config, name) is not None]
+    class_options = [f"`{name}`" for name in _CLASS_OPTIONS if getattr(config, name) is not None]
     if class_options and "classification" not in types.values():
         raise ValueError(
-            f"{', '.join(class_options)} is only for classification, and the datasets are "
+            f"{', '.join(class_options)} is only for classification, but the datasets are "
             f"{', '.join(f'{name} ({kind})' for name, kind in types.items())}. Leave it out."
         )
     require(*(need for _, task in chosen for need in task.needs))
@@ -213,9 +214,9 @@ def _read_jobs(
 
 
 def _read_prompt_files(config: EvaluationConfig) -> EvaluationConfig:
-    """Replace files of class names and templates by their lines."""
+    """Replace files of class names and templates with their lines."""
     read: dict[str, Any] = {}
-    for name in _OF_CLASSES:
+    for name in _CLASS_OPTIONS:
         file = getattr(config, name)
         if isinstance(file, Path):
             if not file.is_file():
@@ -226,9 +227,9 @@ def _read_prompt_files(config: EvaluationConfig) -> EvaluationConfig:
 
 def _wants_images(task: Task, source: _Source, config: EvaluationConfig) -> bool:
     if task.needs_images and config.captions_only:
-        raise ValueError(f"{task.name} needs images. Leave captions_only=True out.")
-    is_without = config.captions_only or source.spec.dataset_type == "captions"
-    return not is_without and task.needs_images is not False
+        raise ValueError(f"{task.name} needs images. Leave out captions_only=True.")
+    text_only = config.captions_only or source.spec.dataset_type == "captions"
+    return not text_only and task.needs_images is not False
 
 
 def _read_datasets(
@@ -249,8 +250,8 @@ def _read_datasets(
     languages = config.languages or find_languages(source.spec, source.folder, **shared)
     if len(languages) > 1 and not task.all_languages:
         raise ValueError(
-            f"{task.name} takes one language at a time, got {', '.join(languages)} of "
-            f"{source.spec.name}. Choose one, such as languages={languages[0]}, or take the task "
+            f"{task.name} takes one language at a time, but got {', '.join(languages)} for "
+            f"{source.spec.name}. Choose one, such as languages={languages[0]}, or use the task "
             "cross-lingual."
         )
     is_classification = source.spec.dataset_type == "classification"
@@ -272,15 +273,15 @@ def _read_datasets(
 
 
 def _plan(name: str, encoder: EvaluationEncoder, job: _Job) -> Result:
-    """Plan a result; raise ValueError if the model encodes nothing of a kind that the job needs."""
+    """Plan a result; raise ValueError if the model lacks a modality that the job needs."""
     description = encoder.description
-    lacking = [] if description.text is not None else ["texts"]
+    missing = [] if description.text is not None else ["texts"]
     if job.datasets[0].has_images and job.task.needs_images is not False:
-        lacking += [] if description.images is not None else ["images"]
-    if lacking:
+        missing += [] if description.images is not None else ["images"]
+    if missing:
         raise ValueError(
-            f"{description.source} encodes no {' and no '.join(lacking)}, which "
-            f"{job.task.name} on {job.dataset} needs. Leave out one of them."
+            f"{description.source} cannot encode {' and '.join(missing)}, which {job.task.name} on "
+            f"{job.dataset} needs. Leave out the model or the task."
         )
     return Result(
         model=name,

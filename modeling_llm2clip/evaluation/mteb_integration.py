@@ -1,15 +1,15 @@
-"""A saved model as mteb takes it, and a retrieval dataset as two tasks of mteb.
+"""Run a saved model in mteb, and a retrieval dataset as two mteb tasks.
 
-A published model does not need this: `mteb.get_model("owner/model")` reads from the repository that
-it is a sentence-transformers model for texts and images (`trust_remote_code=True` where this
-package is not imported).
+Published models do not need this: `mteb.get_model("owner/model")` learns from the repository that
+the model is a sentence-transformers model for texts and images (pass `trust_remote_code=True` if
+this package is not imported).
 
-A local folder needs it always. mteb reads no file of it: it looks up the path as a name, first in
-its registry, then on the Hub, and raises "No model implementation is available for this model". It
-has no entry points, and a folder cannot change that. A `SentenceTransformer` object is taken for a
-model of texts, without name and revision.
+Local folders always need it, because mteb does not read their files. It looks up the path as a
+name, first in its registry and then on the Hub, and raises "No model implementation is available
+for this model". mteb has no entry points, so a folder cannot change that. mteb treats a
+`SentenceTransformer` object as a text-only model without a name or revision.
 
-Datasets are found by their names in the registry, as in `llm2clip evaluate`.
+Datasets are looked up by name in the registry, as in `llm2clip evaluate`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _SPLIT = "test"
 _SHOWN_OF_DIGEST = 8
 # R@1 of CLIP papers.
 _MAIN_SCORE = "hit_rate_at_1"
-# Regions that write a language in another script than most of its readers (CLDR, likely subtags).
+# Regions that write a language in a less common script (CLDR, likely subtags).
 _SCRIPT_OF_REGION = {
     ("zh", "TW"): "Hant", ("zh", "HK"): "Hant", ("zh", "MO"): "Hant", ("yue", "CN"): "Hans",
     ("pa", "PK"): "Arab", ("uz", "AF"): "Arab", ("az", "IR"): "Arab", ("kk", "CN"): "Arab",
@@ -53,16 +53,16 @@ _SCRIPT_OF_REGION = {
 def load_for_mteb(
     folder: str | Path, *, name: str | None = None, device: str | None = None
 ) -> SentenceTransformerEncoderWrapper:
-    """Load a model folder for `mteb.evaluate`, texts and images alike.
+    """Load a model folder for `mteb.evaluate`, for both texts and images.
 
-    The revision is a digest of weights and configuration, so that mteb's store of results cannot
-    give one model's scores for another of the same name. Tasks whose inputs join an image and a
-    text are not supported.
+    The revision is a digest of the weights and configuration, so mteb's result cache never returns
+    scores of a different model with the same name. Tasks that combine an image and a text in one
+    input are not supported.
 
     Args:
-        folder: A model folder of this package.
-        name: `organization/model` in mteb's results. Default: `local/` and the folder's name.
-        device: Where to load it. Default: sentence-transformers chooses.
+        folder: An LLM2CLIP model folder.
+        name: `organization/model` in mteb's results. Default: `local/` plus the folder's name.
+        device: Device to load the model on. Default: chosen by sentence-transformers.
 
     Raises:
         ValueError: The folder has no `modules.json`, or the name has no organization.
@@ -70,12 +70,14 @@ def load_for_mteb(
     folder = Path(folder)
     if not (folder / "modules.json").is_file():
         raise ValueError(
-            f"{folder} has no modules.json, which sentence-transformers needs. Give a folder that "
-            "this package wrote, for example with `llm2clip export`."
+            f"{folder} has no modules.json, which sentence-transformers needs. Use a folder "
+            "written by this package, for example with `llm2clip export`."
         )
     name = f"local/{folder.resolve().name}" if name is None else name
     if name.count("/") != 1:
-        raise ValueError(f"name={name!r} must be `organization/model`: mteb files results by it.")
+        raise ValueError(
+            f"name={name!r} must be `organization/model`, because mteb stores results under it."
+        )
     warn_of_untrained(LLM2CLIPConfig.from_pretrained(folder), folder)
     model = SentenceTransformer(
         str(folder), device=device, trust_remote_code=False, local_files_only=True
@@ -87,11 +89,11 @@ def load_for_mteb(
     wrapper.mteb_model_meta = wrapper.mteb_model_meta.model_copy(
         update={
             "name": name,
-            # Forty hexadecimal digits, as a commit has.
+            # 40 hexadecimal digits, like a commit.
             "revision": hashlib.sha256(f"{weights} {files}".encode()).hexdigest()[:40],
             "modalities": sorted(model.modalities),
             "n_parameters": sum(weight.numel() for weight in network.parameters()),
-            # mteb multiplies the vocabulary by the width of the shared space.
+            # mteb would multiply the vocabulary size by the width of the shared space.
             "n_embedding_parameters": network.text_model.get_input_embeddings().weight.numel(),
             "memory_usage_mb": sum(w.nbytes for w in network.parameters()) / 2**20,
             "use_instructions": any(prompt for prompt in model.prompts.values()),
@@ -103,12 +105,12 @@ def load_for_mteb(
 class RetrievalTask(AbsTaskRetrieval):  # type: ignore[misc]
     """One direction of a retrieval dataset; images in tar or Parquet files are read into memory."""
 
-    data_loaded: bool = False  # read and set by mteb too
+    data_loaded: bool = False  # mteb also reads and sets this
 
     def __init__(self, data: RetrievalDataset, *, from_images: bool, **options: Any) -> None:
         if not data.images:
             raise ValueError(
-                f"{data.name} was read without its images, which its tasks need. Read it with "
+                f"{data.name} was read without its images, which the mteb tasks need. Read it with "
                 "require_images=True."
             )
         self._data = data
@@ -117,7 +119,7 @@ class RetrievalTask(AbsTaskRetrieval):  # type: ignore[misc]
 
     @cached_property
     def metadata(self) -> TaskMetadata:
-        """mteb's description of the task; made again after mteb has unloaded its data."""
+        """mteb's description of the task; rebuilt after mteb unloads the data."""
         data = self._data
         direction = "image-to-text" if self._from_images else "text-to-image"
         digest = hash_dataset(data)[:_SHOWN_OF_DIGEST]
@@ -136,7 +138,7 @@ class RetrievalTask(AbsTaskRetrieval):  # type: ignore[misc]
         )
 
     def load_data(self, num_proc: int | None = None, **_: Any) -> None:  # noqa: ARG002
-        """Make queries, corpus and relevance as mteb reads them; nothing is fetched."""
+        """Make queries, corpus and relevance in mteb's format; nothing is downloaded."""
         if self.data_loaded:
             return
         pairs = self._data.correspondence
@@ -165,30 +167,30 @@ class RetrievalTask(AbsTaskRetrieval):  # type: ignore[misc]
 def make_mteb_tasks(
     data: RetrievalDataset | str, folder: str | Path | None = None, **options: Any
 ) -> tuple[RetrievalTask, RetrievalTask]:
-    """Make the tasks of both directions, for `mteb.evaluate`: image to text, text to image.
+    """Make the tasks for both directions, image to text and text to image.
 
         mteb.evaluate(model, make_mteb_tasks("docci", "my-docci"))
         mteb.evaluate(model, make_mteb_tasks("xm3600", "my-xm3600", lang="de"))
 
-    Name and revision have a digest of the data, so that mteb's store of results cannot give the
-    scores of other data for them.
+    The name and revision contain a digest of the data, so mteb's result cache never returns scores
+    of other data.
 
-    mteb's `hit_rate_at_k` and `recall_at_k` are those of `metrics.scores`, except if candidates
-    tie: it then prefers the one with the greater id, right or wrong.
+    mteb's `hit_rate_at_k` and `recall_at_k` equal those of `metrics.scores`, except if candidates
+    tie: mteb then prefers the greater id, right or wrong.
 
     Args:
-        data: A dataset that was loaded, or the name of one (see `list_mteb_datasets`).
-        folder: Folder of the named dataset, as `load_dataset` takes it.
-        options: How it is read, as `load_dataset` takes them.
+        data: A loaded dataset, or the name of one (see `list_mteb_datasets`).
+        folder: Folder of the named dataset, as in `load_dataset`.
+        options: Options of `load_dataset`.
 
     Raises:
-        ValueError: The name is unknown, the dataset has another type, or `load_dataset` refuses it.
+        ValueError: The name is unknown, the dataset has another type, or `load_dataset` rejects it.
     """
     if isinstance(data, str):
         dataset_type = find_dataset(data).dataset_type
         if dataset_type != "retrieval":
             raise ValueError(
-                f"{data} is a {dataset_type} dataset; mteb tasks are made of "
+                f"{data} is a {dataset_type} dataset, which mteb tasks do not support. Choose from "
                 f"{', '.join(list_mteb_datasets())}."
             )
         loaded = load_dataset(data, folder, **options)
@@ -196,15 +198,15 @@ def make_mteb_tasks(
         data = loaded
     elif folder is not None or options:
         raise ValueError(
-            f"{data.name} was loaded already and takes no folder={folder!r} and no "
-            f"{', '.join(sorted(options)) or 'options'}. Give the name of a dataset to have it "
-            "loaded."
+            f"{data.name} is already loaded, so folder={folder!r} and "
+            f"{', '.join(sorted(options)) or 'options'} have no effect. Pass the name of a dataset "
+            "to load it with them."
         )
     return RetrievalTask(data, from_images=True), RetrievalTask(data, from_images=False)
 
 
 def list_mteb_datasets() -> list[str]:
-    """List the names of the datasets that `make_mteb_tasks` loads: those for retrieval."""
+    """List the names of the datasets that `make_mteb_tasks` can load: all retrieval datasets."""
     return [spec.name for spec in list_datasets() if spec.dataset_type == "retrieval"]
 
 
@@ -214,7 +216,8 @@ def _find_language(lang: str) -> str:
     scripts_of = _hf_langs_to_iso_lang_scripts(language)
     if not scripts_of:
         raise ValueError(
-            f"mteb knows no language {language!r} (of {lang!r}). Languages are BCP 47, such as en."
+            f"mteb does not know the language {language!r} (from {lang!r}). Use a BCP 47 tag, such "
+            "as en."
         )
     scripts = [tag.capitalize() for tag in subtags if len(tag) == 4]
     scripts += [_SCRIPT_OF_REGION.get((language, tag.upper()), "") for tag in subtags]
@@ -223,7 +226,7 @@ def _find_language(lang: str) -> str:
 
 
 class _Image(Image):  # type: ignore[misc]
-    """Decodes as all of the package does; Pillow alone would take any format and size."""
+    """Decodes like the rest of the package; plain Pillow would accept any format and size."""
 
     def decode_example(self, value: dict[str, Any], token_per_repo_id: Any = None) -> Any:  # noqa: ARG002
         path, content = value["path"], value["bytes"]

@@ -1,8 +1,8 @@
-"""The tables of results.
+"""Render results as tables.
 
-There is a table for each question: a task, and for some tasks its queries and candidates. A column
-has the scores on one dataset, a row those of one model. Results that cannot be compared share no
-table: they are refused.
+There is one table per question, which is a task and, for some tasks, its queries and candidates.
+Each column shows one score on one dataset, and each row shows one model. Results that cannot be
+compared raise an error.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _NOTE = f"[low, high]: {CONFIDENCE_LEVEL:.0%} confidence interval, by bootstrap 
 ABSENT = "–"
 _SHOWN_LANGUAGES = 3
 _UNITS = ("images", "items", "captions", "classes")
-# Choices of a task that are part of its title.
+# Protocol fields of a task that are part of its title.
 _SIDES = ("queries", "candidates")
 
 
 class EvaluationResults(UserList[Result]):
-    """Results of one or several models, printed as a table; they must be comparable."""
+    """Results of one or more models, which print as a table; they must be comparable."""
 
     def __repr__(self) -> str:
         return render_results(self)
@@ -38,17 +38,16 @@ class EvaluationResults(UserList[Result]):
 def render_results(
     results: Sequence[Result], *, style: Literal["text", "markdown"] = "text"
 ) -> str:
-    """Render a table per question with intervals and chance, and tables of languages and lengths.
+    """Render a table per question with intervals and chance, and tables by language and length.
 
-    Results that cannot be compared, such as those of two models of one name, raise
-    ValueError.
+    Results that cannot be compared, for example of two models with the same name, raise ValueError.
     """
     results = list_comparable(results)
     tables = [*_list_scores(results)]
     drawn = [_draw(table, style) for table in tables]
     if any("[" in cell for table in tables for row in table.rows for cell in row):
         drawn.append(f"{_NOTE}\n")
-    far = {  # once for all tasks
+    far = {  # shown once for all tasks
         f"{result.model} on {result.dataset}": result.run["far_images"]
         for result in results
         if "far_images" in result.run
@@ -70,20 +69,20 @@ def describe_scores(result: Result) -> str:
 
 
 def list_comparable(results: Sequence[Result]) -> list[Result]:
-    """List the results, each once; raise ValueError if some cannot be compared."""
+    """Return the results without duplicates; raise ValueError if some cannot be compared."""
     cells: dict[tuple[str, str, str], Result] = {}
     for result in results:
         name = f"{result.model}, {result.task} on {result.dataset}"
         for other in cells.values():
             if conflict := find_conflict(other, result):
                 raise ValueError(
-                    f"{name}, is {conflict} ({other.model}, {other.task} on {other.dataset}). Give "
-                    "each model a name of its own (NAME=SOURCE), and evaluate all on the same data "
-                    "in the same way."
+                    f"{name} comes from {conflict} ({other.model}, {other.task} on "
+                    f"{other.dataset}). Give each model a unique name (NAME=SOURCE), and evaluate "
+                    "all of them on the same data in the same way."
                 )
         first = cells.setdefault((result.model, result.task, result.dataset), result)
         if first.scores != result.scores:
-            raise ValueError(f"Two results of {name}, have other scores. Leave one out.")
+            raise ValueError(f"Two results for {name} have different scores. Leave one out.")
     return list(cells.values())
 
 
@@ -170,7 +169,7 @@ def _compare_lengths(results: Sequence[Result]) -> Table:
 
 
 def _find_first(scores: Iterable[Mapping[str, Any]], path: tuple[str, ...]) -> float | None:
-    """Return the first number: chance is the same for all models on the same data."""
+    """Return the first number found; chance is the same for all models on the same data."""
     chances = (_find(of_model, path) for of_model in scores)
     return next((value for value in chances if value is not None), None)
 
@@ -213,7 +212,7 @@ def _draw(table: Table, style: str) -> str:
 
 
 class Table(NamedTuple):
-    """A table before it is drawn; every row has the length of `heads`."""
+    """A table to be rendered; every row has one cell per entry of `heads`."""
 
     title: str
     heads: list[str]
@@ -221,7 +220,7 @@ class Table(NamedTuple):
 
 
 def label_dataset(result: Result, *, with_languages: bool = False) -> str:
-    """Label the dataset of a result: its name, and how it differs from the published one."""
+    """Label a result's dataset with its name and how it differs from the published one."""
     data = list_data(result)
     parts = [
         f"{part[unit]:,} of {published[unit]:,} {unit}"
@@ -240,7 +239,7 @@ def label_dataset(result: Result, *, with_languages: bool = False) -> str:
 
 
 def list_data(result: Result) -> dict[str, Mapping[str, Any]]:
-    """List the protocols of a result's data by language, in the order of the languages."""
+    """List the protocols of a result's data by language, sorted."""
     data = result.protocol["data"]
     parts = data["languages"] if "languages" in data else {str(data.get("lang")): data}
     return {lang: parts[lang] for lang in sorted(parts)}

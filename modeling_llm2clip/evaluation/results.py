@@ -1,9 +1,9 @@
-"""One JSON file per task: scores, every choice that changed them, the model's fingerprint.
+"""Save results as JSON files with scores, every choice that affects them, and the fingerprint.
 
-A file is written whole or not at all, with a digest that a damaged or edited one no longer has. A
-later run with the same model, data, protocol and version of this package finds it and computes
-nothing; a file of another run is never overwritten. In one folder, all results of a name are of one
-model, and all scores of a task on a dataset can be compared.
+Each file is written atomically, with a digest that reveals damage and edits. A later run with the
+same model, data, protocol and version of this package reuses the file; a file from another run is
+never overwritten. In one folder, all results under a name belong to the same model, and all scores
+of a task on a dataset are comparable.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ from .tasks.task import Task
 
 FORMAT_VERSION = 1
 OWN_PACKAGE = "modeling_llm2clip"
-_ADVICE = "Name another output folder or another name for the model, or remove it."
-# Where a dataset or a model is stored changes no score: the digests identify it.
+_ADVICE = "Choose another output folder or another name for the model, or delete the file."
+# Where a dataset or a model is stored does not affect scores; digests identify it.
 _MAY_DIFFER = re.compile(r"(protocol\.)?data\.(.*\.)?(source|revision)")
 _PACKAGES = (
     OWN_PACKAGE, "torch", "torchvision", "transformers", "tokenizers",
     "sentence-transformers", "open_clip_torch", "timm", "pillow",
 )  # fmt: skip
-# Fields of an encoder's description that change a score.
-_OF_MODEL = ("model_type", "text", "images", "dtype")
+# Fields of an encoder's description that affect scores.
+_MODEL_FIELDS = ("model_type", "text", "images", "dtype")
 _SHOWN_OF_VALUE = 60  # characters
-_SHOWN_BEFORE = 15  # of the part that two values share
+_SHOWN_BEFORE = 15  # characters of the common prefix of two values
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Scores of one task for one model on one dataset; without scores it is planned.
+    """Scores of one model for one task on one dataset; a planned result has no scores yet.
 
     Attributes:
         model: Name of the model in tables.
-        protocol: Every choice that changes a score: of the `data`, of the `model` (prompt, maximum
-            tokens, resolution, preprocessing, dtype) and of the `task`.
+        protocol: Every choice that affects scores, for the `data`, the `model` (prompt, maximum
+            tokens, resolution, preprocessing, dtype) and the `task`.
         counts: Numbers of images, texts and truncated texts.
         fingerprint: Digests that identify the model.
-        run: Facts that change no score: device, batch size, where the model was, and how many texts
-            and images were `encoded`; embeddings of an earlier task are not computed again.
-            `far_images` describes images that are unlike the training data.
-        versions: Those of Python and of every package that takes part in an embedding.
+        run: Facts that do not affect scores: device, batch size, the model's location, and how many
+            texts and images were `encoded`, since embeddings from an earlier task are reused.
+            `far_images` describes images unlike the training data.
+        versions: Versions of Python and of every package involved in computing embeddings.
         seconds: Time to compute the `encoded` embeddings and the scores.
     """
 
@@ -81,22 +81,22 @@ def find_result_file(folder: Path, result: Result) -> Path:
 def build_protocol(
     task: Task, datasets: Sequence[EvaluationDataset], description: EncoderDescription
 ) -> dict[str, Any]:
-    """Collect every choice that changes a score, before the model is loaded."""
+    """Collect every choice that affects scores, before the model is loaded."""
     of_data = {data.lang: {**data.protocol, "digest": hash_dataset(data)} for data in datasets}
     data = {"languages": of_data} if task.all_languages else next(iter(of_data.values()))
     protocol = {
         "data": data,
-        "model": {name: getattr(description, name) for name in _OF_MODEL},
+        "model": {name: getattr(description, name) for name in _MODEL_FIELDS},
         "task": {**task.protocol, **task.describe_data(tuple(datasets))},
     }
-    # As it will be read again: tuples become lists.
+    # Match what will be read from the file: JSON turns tuples into lists.
     return json.loads(json.dumps(protocol, ensure_ascii=False))  # type: ignore[no-any-return]
 
 
 def hash_dataset(dataset: EvaluationDataset) -> str:
     """Hash a dataset's texts, names and correspondence, and the bytes of its images.
 
-    Each image file is read once per process, unless it changes.
+    Each image is read once per process unless its file changes.
     """
     digest = hashlib.sha256()
     for part in dataset.list_content():
@@ -111,12 +111,12 @@ def read_result(file: Path) -> Result:
             return Result(**content)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{file} is not a result of an evaluation, or was changed after it was written: "
-            f"{error}. Name another, or remove it and evaluate again."
+            f"{file} is not an evaluation result, or was modified after it was written: {error}. "
+            "Choose another file, or delete it and evaluate again."
         ) from error
     raise ValueError(
-        f"{file} has format_version {version!r}, this code reads {FORMAT_VERSION}. Evaluate again "
-        "into another folder."
+        f"{file} has format_version {version!r}, but this version reads {FORMAT_VERSION}. Evaluate "
+        "again into another folder."
     )
 
 
@@ -127,7 +127,7 @@ def list_result_files(folder: Path) -> list[Path]:
 def read_evaluation_results(folder: Path) -> list[Result]:
     files = list_result_files(folder)
     if not files:
-        raise ValueError(f"{folder} has no results. Evaluate something into it first.")
+        raise ValueError(f"{folder} has no results. Run an evaluation with this output first.")
     return [_read_named(file) for file in files]
 
 
@@ -135,18 +135,18 @@ def _read_named(file: Path) -> Result:
     result = read_result(file)
     if file.name != find_result_file(file.parent, result).name:
         raise ValueError(
-            f"{file} holds the result of {result.task} on {result.dataset}. Delete it and evaluate "
-            "again."
+            f"{file} contains the result of {result.task} on {result.dataset}, which its name does "
+            "not match. Delete it and evaluate again."
         )
     return result
 
 
 def find_finished(folder: Path, planned: Iterable[Result]) -> dict[Path, Result]:
-    """Find the results in a folder, by file; raise ValueError with every reason not to add to them.
+    """Find the results in a folder, by file; raise ValueError if any conflicts with the plans.
 
-    Another version of a package that this one calls causes a warning.
+    The error lists every conflict. A different version of a dependency only causes a warning.
     """
-    errors: dict[str, None] = {}  # one file may fail in the same way for several plans
+    errors: dict[str, None] = {}  # the same file may fail in the same way for several plans
     results: dict[Path, Result] = {}
     for file in list_result_files(folder):
         try:
@@ -156,12 +156,12 @@ def find_finished(folder: Path, planned: Iterable[Result]) -> dict[Path, Result]
     for plan in planned:
         for file, result in results.items():
             if conflict := find_conflict(result, plan):
-                errors[f"{file} is {conflict}. {_ADVICE}"] = None
+                errors[f"{file} comes from {conflict}. {_ADVICE}"] = None
         if (finished := results.get(find_result_file(folder, plan))) is not None:
             if differences := list(find_differences(finished.versions, plan.versions)):
                 warnings.warn(
-                    f"{find_result_file(folder, plan)} is taken as it is, though it was computed "
-                    f"with other packages: {'; '.join(differences)}. Remove it to have it computed "
+                    f"{find_result_file(folder, plan)} is reused, although it was computed with "
+                    f"other package versions: {'; '.join(differences)}. Delete it to compute it "
                     "again.",
                     stacklevel=2,
                 )
@@ -171,15 +171,16 @@ def find_finished(folder: Path, planned: Iterable[Result]) -> dict[Path, Result]
 
 
 def find_conflict(first: Result, second: Result) -> str | None:
-    """Say why two results cannot be in one folder or table; None if they can.
+    """Return why two results cannot be in the same folder or table; None if they can.
 
-    All results of a name are of one model, and all scores of a task on a dataset have one meaning.
-    Another version of this package may score otherwise, and is another run.
+    All results under a name must belong to the same model, and all scores of a task on a dataset
+    must be comparable. Another version of this package is another run, since it may score
+    differently.
     """
     then, now = (
         {
             "model": {"fingerprint": result.fingerprint},
-            "data or in another way": {name: result.protocol[name] for name in ("data", "task")},
+            "dataset or protocol": {name: result.protocol[name] for name in ("data", "task")},
             "run": {
                 "protocol": result.protocol,
                 "versions": {OWN_PACKAGE: result.versions.get(OWN_PACKAGE)},
@@ -190,31 +191,31 @@ def find_conflict(first: Result, second: Result) -> str | None:
     is_one_model = first.model == second.model
     compared = ["model"] if is_one_model else []
     if (first.task, first.dataset) == (second.task, second.dataset):
-        compared.append("run" if is_one_model else "data or in another way")
+        compared.append("run" if is_one_model else "dataset or protocol")
     for what in compared:
         if differences := list(find_differences(then[what], now[what])):
-            return f"of another {what}: {list_first(differences, '; ')}"
+            return f"another {what}: {list_first(differences, '; ')}"
     return None
 
 
 def write_result(file: Path, result: Result) -> None:
     text = write_sealed(asdict(result))
     with lock_folder(file.parent):
-        # Another process may have written it since this one looked.
+        # Another process may have written it since the last check.
         if file.is_file() and (conflict := find_conflict(read_result(file), result)):
-            raise ValueError(f"{file} is {conflict}. {_ADVICE}")
+            raise ValueError(f"{file} comes from {conflict}. {_ADVICE}")
         write_atomically(file, text.encode())
 
 
 def find_differences(then: Any, now: Any, path: str = "") -> Iterator[str]:
-    """Yield the old and the new value wherever two protocols differ."""
+    """Yield the old and new value of every field in which two protocols differ."""
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         for name in sorted(set(then) | set(now)):
             below = f"{path}.{name}" if path else name
             yield from find_differences(then.get(name), now.get(name), below)
     elif then != now and not _MAY_DIFFER.fullmatch(path):
         values = repr(then), repr(now)
-        # Of long values, the part where they begin to differ.
+        # Long values are shown from just before they begin to differ.
         equal = next(i for i, (a, b) in enumerate(zip_longest(*values)) if a != b)
         start = max(0, equal - _SHOWN_BEFORE)
         start *= max(map(len, values)) > _SHOWN_OF_VALUE  # a short value is shown whole
@@ -224,7 +225,7 @@ def find_differences(then: Any, now: Any, path: str = "") -> Iterator[str]:
 
 
 def _hash_image(image: ImageSource) -> str:
-    """Hash the encoded bytes, which are the same wherever the dataset is."""
+    """Hash the encoded bytes, which do not depend on where the dataset is stored."""
     if isinstance(image, EncodedImage):
         return hashlib.sha256(image.content).hexdigest()
     if isinstance(image, Path):

@@ -48,16 +48,16 @@ EMOJI = ["o/m", "--datasets", "emoji"]
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--datasets", "emoji"], "Name a MODEL and --datasets"),
+        (["--datasets", "emoji"], "Pass a MODEL and --datasets"),
         (["some-model"], "at least one model and one dataset"),
         (["o/m", "--datasets", "folder="], "--datasets 'folder=' must be NAME=FOLDER"),
         (["o/m", "--datasets", "folder=x", "--image-dir", "coco=y"],
-         "--image-dir names datasets that --datasets"),
+         "--image-dir has datasets that --datasets"),
         ([*EMOJI, "--model-type", "clip"], "Choose from"),
         ([*EMOJI, "--model-type", "embeddings", "open_clip"], "2 values for 1 model"),
         ([*EMOJI, "--templates", __file__], "`templates` is only for classif"),
         ([*EMOJI, "--templates", "gone.txt"], "templates=gone.txt is not a text"),
-        ([*EMOJI, "--languages", "en", "en"], "languages has a name twice"),
+        ([*EMOJI, "--languages", "en", "en"], "languages has duplicates"),
     ],
 )  # fmt: skip
 def test_a_wrong_command_says_what_is_wrong(

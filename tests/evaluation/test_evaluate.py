@@ -74,7 +74,7 @@ def test_one_or_several_models_and_datasets_are_taken(
         evaluate([], data)
     with pytest.raises(ValueError, match="Got no datasets"):
         evaluate(sources("clip"), [])
-    with pytest.raises(ValueError, match="Got a RetrievalDataset; give the name of a dataset"):
+    with pytest.raises(ValueError, match=r"must be a name, .*not a RetrievalDataset"):
         evaluate(sources("clip"), [load_dataset(data, lang="en")])
 
 
@@ -179,7 +179,7 @@ def test_a_file_of_another_run_is_refused_with_what_differs(
     with pytest.raises(ValueError, match=r"another run: .*protocol\.data\.lang was 'en' and is"):
         evaluate(**change(chosen, languages=("de",)))
     other = EvaluatedModel(source=sources("siglip"), name="clip")
-    message = r"retrieval\.json is of another model: .*fingerprint\.weights was .* and is "
+    message = r"retrieval\.json comes from another model: .*fingerprint\.weights was .* and is "
     for tasks in (("retrieval",), ("length",)):  # one name is one model, whatever its tasks
         with pytest.raises(ValueError, match=message):
             evaluate(**change(chosen, models=other, tasks=tasks))
@@ -191,7 +191,7 @@ def test_scores_that_would_share_a_column_must_be_comparable(
 ) -> None:
     shutil.rmtree(finished / "siglip")
     other = arguments(finished, data, sources("siglip"), tasks=("cra",), languages=("de",))
-    message = r"cra\.json is of another data or in another way: .*data\.lang was 'en' and is 'de'"
+    message = r"cra\.json comes from another dataset or protocol: .*data\.lang was 'en' and is 'de'"
     with pytest.raises(ValueError, match=message):
         evaluate(**other)
     other = arguments(finished, data, sources("siglip"), tasks=("length",), captions_only=True)
@@ -243,7 +243,9 @@ def test_a_result_that_another_process_wrote_meanwhile_stays(finished: Path) -> 
     theirs = read_result(file)
     write_result(file, replace(theirs, seconds=0.5))  # of the same run
     ours = replace(theirs, protocol={**theirs.protocol, "model": {"dtype": "another"}})
-    with pytest.raises(ValueError, match=r"cra\.json is of another run: .*Name another output"):
+    with pytest.raises(
+        ValueError, match=r"cra\.json comes from another run: .*Choose another output"
+    ):
         write_result(file, ours)
     assert read_result(file) == replace(theirs, seconds=0.5)
 
@@ -254,14 +256,16 @@ def test_a_result_with_another_score_than_was_written_is_refused(
 ) -> None:
     file = finished / "clip" / "folder.cra.json"
     misplaced = Path(shutil.copy(file, finished / "clip" / "folder.length.json"))
-    with pytest.raises(ValueError, match=r"folder\.length\.json holds the result of cra on folder"):
+    with pytest.raises(
+        ValueError, match=r"folder\.length\.json contains the result of cra on folder"
+    ):
         evaluate(**arguments(finished, data, sources("clip"), tasks=("cra",)))
     misplaced.unlink()
     content = json.loads(file.read_text(encoding="utf-8"))
     content["scores"]["cra"]["value"] = 0.99
     file.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(
-        ValueError, match=r"folder\.cra\.json is not .*changed after it was written"
+        ValueError, match=r"folder\.cra\.json is not .*modified after it was written"
     ):
         evaluate(**arguments(finished, data, sources("clip"), tasks=("cra",)))
 
@@ -277,10 +281,12 @@ def test_several_datasets_of_ones_own_are_distinguished_by_their_names(
     table = render_results(results, style="text")
     assert "photos" in table and "drawings" in table
     twice = [both[0], both[0]]
-    with pytest.raises(ValueError, match=r"have one name, .*photos .*names of their own"):
+    with pytest.raises(ValueError, match=r"must have different names .*photos .*Name your own"):
         evaluate(sources("clip"), twice, config)
     several = replace(config, languages=(), output=tmp_path / "new")
-    with pytest.raises(ValueError, match=r"one language at a time, got en, de of photos.*=en,"):
+    with pytest.raises(
+        ValueError, match=r"one language at a time, but got en, de for photos.*=en,"
+    ):
         evaluate(sources("clip"), both[0], several, tasks=["cra"])
 
 
@@ -338,22 +344,26 @@ def test_what_does_not_fit_together_fails_before_a_model_is_loaded(
         (
             [clip],
             {"tasks": ["choices"]},
-            r"None of the datasets has the type .*choices \(choice",
+            r"No dataset has the type .*choices \(choice",
         ),
-        ([clip], {"languages": ("en", "de")}, "retrieval takes one language at a time, got en, de"),
-        ([clip, clip], {}, "Two models have one name"),
+        (
+            [clip],
+            {"languages": ("en", "de")},
+            "retrieval takes one language at a time, but got en, de",
+        ),
+        ([clip, clip], {}, "Models must have different names"),
         (
             [clip],
             {"data": [data, data]},
-            rf"Two datasets .*: folder \({data}\), folder",
+            rf"Datasets must .*: folder \({data}\), folder",
         ),
         ([clip], {"tasks": ["recall"]}, "There is no task 'recall'"),
         (
             [clip],
             {"data": f"flickr={data}"},
-            "'flickr' resembles .* the dataset flickr30k",
+            "'flickr' is too similar .* flickr30k",
         ),
-        ([embeddings], {}, "embeddings encodes no images, which retrieval"),
+        ([embeddings], {}, "embeddings cannot encode images, which retrieval"),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate(**arguments(tmp_path / "out", data, *models, **changes))
@@ -415,7 +425,7 @@ def test_an_output_that_cannot_take_the_results_is_refused_first(
         evaluate(**arguments(tmp_path / "taken", data, sources("clip")))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"notes\.json is not a result of an evaluation"):
+    with pytest.raises(ValueError, match=r"notes\.json is not an evaluation result"):
         evaluate(**arguments(tmp_path, data, sources("clip")))
 
 

@@ -53,7 +53,7 @@ def test_scores_come_with_interval_and_chance(
 ) -> None:
     assert main(["evaluate", "--table", "markdown", "--output", str(results)]) == 0
     plain = capsys.readouterr()
-    assert f"What the scores depend on is in the files of {results}." in plain.err
+    assert f"The files in {results} record what the scores depend on." in plain.err
     rows = read_table(plain.out, "images by caption, and captions by image")
     scores = {r.model: r.scores for r in read_evaluation_results(results) if r.task == "retrieval"}
     assert [row["model"] for row in rows] == ["clip", "siglip", "chance"]
@@ -70,16 +70,18 @@ def test_scores_come_with_interval_and_chance(
 def test_results_that_cannot_be_compared_share_no_table(results: Path) -> None:
     found = {(r.model, r.task): r for r in read_evaluation_results(results)}
     clip, siglip = found["clip", "retrieval"], found["siglip", "retrieval"]
-    with pytest.raises(ValueError, match=r"of another model: .*Give each model a name of its own"):
+    with pytest.raises(ValueError, match=r"from another model: .*Give each model a unique name"):
         render_results([clip, replace(siglip, model="clip")])
     data = {**siglip.protocol["data"], "digest": "0" * 64}
     other = replace(siglip, protocol={**siglip.protocol, "data": data})
-    message = r"siglip, retrieval on folder, is of another data .*: data\.digest was .* and is '0"
+    message = (
+        r"siglip, retrieval on folder comes from another dataset .*: data\.digest was .* and is '0"
+    )
     with pytest.raises(ValueError, match=message):
         render_results([clip, other])
     task = {**siglip.protocol["task"], "ties": "ties count for the model"}
     other = replace(siglip, protocol={**siglip.protocol, "task": task})
-    with pytest.raises(ValueError, match=r"in another way: task\.ties was .ties count"):
+    with pytest.raises(ValueError, match=r"dataset or protocol: task\.ties was .ties count"):
         render_results([clip, other])
     # What is stored elsewhere is the same data.
     data = {**siglip.protocol["data"], "source": "hub:owner/name@commit"}
@@ -88,7 +90,7 @@ def test_results_that_cannot_be_compared_share_no_table(results: Path) -> None:
     # Nor do two results of one model that differ; equal ones are one.
     assert render_results([clip, clip]) == render_results([clip])
     protocol = {**clip.protocol, "model": {**clip.protocol["model"], "dtype": "bfloat16"}}
-    message = r"retrieval on folder, is of another run: .*dtype was 'float32' and"
+    message = r"retrieval on folder comes from another run: .*dtype was 'float32' and"
     with pytest.raises(ValueError, match=message):
         render_results([clip, replace(clip, protocol=protocol)])
 

@@ -70,9 +70,12 @@ def test_other_captions_or_images_of_the_same_size_are_another_dataset(tmp_path:
 def test_a_damaged_result_or_one_of_another_format_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     for text, message in (
-        (write_sealed({"format_version": 7}), r"format_version 7, this code reads 1.*another fold"),
-        ("{", r"result\.json is not a result of an evaluation"),
-        (write_sealed({}), "not a result of an evaluation"),
+        (
+            write_sealed({"format_version": 7}),
+            r"format_version 7, but this version reads 1.*another fold",
+        ),
+        ("{", r"result\.json is not an evaluation result"),
+        (write_sealed({}), "not an evaluation result"),
     ):
         file.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=message):

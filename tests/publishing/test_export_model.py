@@ -183,7 +183,7 @@ def test_one_tower_has_no_other_to_export(part: tuple[str, Path], tmp_path: Path
         (["SOURCE", "new", "--license", "other"], "needs license_name and license_link"),
         (
             ["SOURCE", "new", "--results", "full/kept.txt"],
-            "kept.txt is not a result of an evaluation",
+            "kept.txt is not an evaluation result",
         ),
         ([*TOWER, "--dtype", "bfloat16"], "`dtype`: not with components=vision-tower."),
         ([*TOWER, "--handler"], "`handler`: not with components=vision-tower"),
@@ -298,5 +298,5 @@ def test_scores_are_named_by_their_path_and_details_stay_in_the_file(tmp_path: P
     files[2].write_text(json.dumps({"task": "t", "dataset": "d", "scores": {"r1": 0.5}}), "utf-8")
     with pytest.raises(ValueError) as refused:
         read_card_results(files)
-    for error in ("is given twice", "notes.json is not a result of an", "absent.json"):
+    for error in ("is given twice", "notes.json is not an evaluation", "absent.json"):
         assert error in str(refused.value)

@@ -1,1 +1,1 @@
-"""Datasets that models are evaluated on, read as their publishers ship them."""
+"""Evaluation datasets, read in their publishers' own formats."""

@@ -1,7 +1,7 @@
-"""Readers of published captions: JSON, Parquet, and the text files that three publishers use.
+"""Read published captions: JSON, Parquet, and the text formats of three publishers.
 
-Two of them, `JsonCaptions` and `ParquetCaptions`, are described by their fields, so that a dataset
-in these formats needs no code.
+`JsonCaptions` and `ParquetCaptions` are configured by their fields, so a dataset in either format
+needs no code.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ from .retrieval_dataset import PublishedRecord, RecordReader
 
 COCO_FILES = ("captions_val2017.json", "annotations/captions_val2017.json")
 COCO_ADVICE = (
-    "Give the folder that contains annotations/captions_val2017.json, from "
-    "annotations_trainval2017.zip of cocodataset.org."
+    "Pass the folder that contains annotations/captions_val2017.json. It is in "
+    "annotations_trainval2017.zip from cocodataset.org."
 )
-# The split of `llm2clip demo`, unless it is given another seed.
+# Same split as `llm2clip demo` with its default seed.
 EMOJI_SEED = 0
 NUM_TEST_GROUPS = 300
-# Every word has its part of speech: not a caption that people read.
+# Matches a caption whose words are tagged with their parts of speech.
 _SPLIT_INTO_WORDS = re.compile(r"\S+:[a-z]+\d*(\s+\S+:[a-z]+\d*)*\s*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class JsonCaptions:
-    """Reads JSON or JSON lines.
+    """Reads captions from JSON or JSON Lines files.
 
-    A path names fields with dots between them; a number is one element of a list, `*` each of them,
-    and `{lang}` the language.
+    A path is a series of field names joined by dots. A number selects one element of a list, `*`
+    selects all elements, and `{lang}` is replaced by the language.
 
     Attributes:
-        files: Each file by the names that it may have.
-        advice: Where to get them.
-        image: Fields that may have the image's name; the first that exists is taken.
-        captions: Paths of the captions; those that exist are taken.
-        items: Field of the list of records, unless the file itself is a list.
-        parent: Field of the folder of the image.
-        name: The image's name, from `{name}` and `{folder}`, which is that of the file.
-        subfolder: Folder of the images, if it exists and the reading names no other.
-        other_splits: Values of `split` besides `test`; empty if there are no splits. A file that
-            is a list has only the test split.
-        first: How many records are read, of a list that is too large for memory.
-        min_captions: Images with fewer captions are not part of the dataset.
-        lacking: Error of a record without a name or captions.
+        files: Possible names of each file.
+        advice: Where to get the files.
+        image: Fields that may hold the image's name; the first non-empty one is used.
+        captions: Paths of the captions; every path that exists is used.
+        items: Field that holds the list of records, unless the file itself is a list.
+        parent: Field that holds the image's folder.
+        name: Template for the image's name; `{folder}` is the folder of the caption file.
+        subfolder: Default folder of the images, if it exists.
+        other_splits: Values of `split` other than `test`; empty if there are no splits. A file that
+            is a list contains only the test split.
+        first: Number of records to read from a list that is too large for memory.
+        min_captions: Images with fewer captions are left out of the dataset.
+        lacking: Error to report if a record has no name or no captions.
     """
 
     files: tuple[tuple[str, ...], ...]
@@ -68,7 +68,7 @@ class JsonCaptions:
     other_splits: tuple[str, ...] = ()
     first: int | None = None
     min_captions: int = 0
-    lacking: str = "no name of an image, or captions that are not texts"
+    lacking: str = "no image name, or captions that are not strings"
 
     def __call__(self, reading: DatasetReading) -> Iterator[PublishedRecord]:
         """Yield a record per image, in the order of the files."""
@@ -81,8 +81,8 @@ class JsonCaptions:
             for place, fields in self._iterate(file, reading):
                 name = next((fields[field] for field in self.image if fields.get(field)), None)
                 values_of_paths = [_find_values(fields, path) for path in paths]
-                there = [values for values in values_of_paths if values != [None]]
-                captions: list[Any] = list(chain(*there)) if there else [None]
+                present = [values for values in values_of_paths if values != [None]]
+                captions: list[Any] = list(chain(*present)) if present else [None]
                 if not isinstance(name, str) or not all(isinstance(c, str) for c in captions):
                     error = self.lacking.format(lang=reading.lang)
                     reading.errors.add(error, f"{folder}{place}")
@@ -120,15 +120,15 @@ class JsonCaptions:
 
 
 def _find_values(fields: Mapping[str, Any], path: list[str]) -> list[Any]:
-    """List the values at a path; a value that is missing, or should be a list, is None."""
+    """List the values at a path; None replaces a missing value or one that should be a list."""
     values: list[Any] = [fields]
     for step in path:
         if step == "*":
-            several = (value if isinstance(value, list) else [None] for value in values)
-            values = list(chain(*several))
+            lists = (value if isinstance(value, list) else [None] for value in values)
+            values = list(chain(*lists))
         elif step.isdigit():
-            place = int(step)
-            values = [v[place] if isinstance(v, list) and place < len(v) else None for v in values]
+            index = int(step)
+            values = [v[index] if isinstance(v, list) and index < len(v) else None for v in values]
         else:
             values = [value.get(step) if isinstance(value, dict) else None for value in values]
     return values
@@ -136,10 +136,10 @@ def _find_values(fields: Mapping[str, Any], path: list[str]) -> list[Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetCaptions:
-    """Reads the folder's Parquet files if it has any, and `otherwise` the publisher's other form.
+    """Reads the folder's Parquet files; without any, calls the `otherwise` reader.
 
-    `columns` are those of `image`, `file_name` and `captions`, `only` the values that a row must
-    have; see `read_parquet`. In the pattern `files`, `{lang}` is the language.
+    `columns` names the columns for `image`, `file_name` and `captions`. `only` holds the values a
+    row must have; see `read_parquet`. In the pattern `files`, `{lang}` is the language.
     """
 
     columns: Mapping[str, str]
@@ -148,7 +148,7 @@ class ParquetCaptions:
     files: str = "**/*.parquet"
 
     def __call__(self, reading: DatasetReading) -> Iterator[PublishedRecord]:
-        """Yield a record per row; raise ValueError if there are only files of other languages."""
+        """Yield a record per row; raise ValueError if only other languages have files."""
         if not reading.list_parquet_files():
             yield from self.otherwise(reading)
             return
@@ -156,7 +156,7 @@ class ParquetCaptions:
         if not files:
             raise ValueError(
                 f"{reading.source}: no {self.files.format(lang=reading.lang)} in "
-                f"{reading.folder}. Get the files of this language."
+                f"{reading.folder}. Download the files for this language."
             )
         errors = reading.errors
         columns, only = self.columns, self.only
@@ -164,13 +164,13 @@ class ParquetCaptions:
             name, captions = raw.fields.get("file_name"), raw.fields.get("captions")
             texts: list[Any] = captions if isinstance(captions, list) else [captions]
             if name is None or not all(isinstance(text, str) for text in texts):
-                errors.add("no name of an image, or captions that are not texts", raw.place)
+                errors.add("no image name, or captions that are not strings", raw.place)
             else:
                 yield PublishedRecord(raw.place, str(name), tuple(texts), raw.packed)
 
 
 def read_coco_captions(reading: DatasetReading) -> Iterator[PublishedRecord]:
-    """Yield a record per image of COCO's own caption file, in the order of its `images`."""
+    """Yield a record per image in COCO's own caption file, in the order of its `images`."""
     file = reading.find_file(*COCO_FILES, advice=COCO_ADVICE)
     for raw in read_coco(file, reading.errors):
         name = raw.fields.get("file_name", raw.default_name)
@@ -178,7 +178,7 @@ def read_coco_captions(reading: DatasetReading) -> Iterator[PublishedRecord]:
 
 
 def read_urban1k(reading: DatasetReading) -> Iterator[PublishedRecord]:
-    """Yield a record per name that has a caption or an image, in the order of the numbers.
+    """Yield a record per name that has a caption or an image, in numeric order.
 
     `caption/17.txt` describes `image/17.jpg`; its first line is the caption.
     """
@@ -187,7 +187,7 @@ def read_urban1k(reading: DatasetReading) -> Iterator[PublishedRecord]:
     if root is None:
         raise ValueError(
             f"{reading.source}: {folder} has no folder 'caption'. Unpack Urban1k.zip from "
-            "huggingface.co/datasets/BeichenZhang/Urban1k and give the folder that contains "
+            "huggingface.co/datasets/BeichenZhang/Urban1k and pass the folder that contains "
             "'caption' and 'image'."
         )
     captions = {file.stem: file for file in (root / "caption").glob("*.txt")}
@@ -207,31 +207,31 @@ def read_urban1k(reading: DatasetReading) -> Iterator[PublishedRecord]:
 
 
 def read_multi30k(reading: DatasetReading, *, split: str) -> Iterator[PublishedRecord]:
-    """Yield a record per image of a split: line n of a language's file describes image n."""
-    of_texts = [f"raw/{split}.{reading.lang}.gz", f"raw/{split}.{reading.lang}"]
+    """Yield a record per image of a split; line n of a language's file describes image n."""
+    caption_files = [f"raw/{split}.{reading.lang}.gz", f"raw/{split}.{reading.lang}"]
     texts, names = (
         reading.find_file(
             *(f"{root}{file}" for root in ("", "data/task1/") for file in files),
-            advice="Give the folder `data/task1` of github.com/multi30k/dataset.",
+            advice="Pass the folder `data/task1` of github.com/multi30k/dataset.",
         )
-        for files in (of_texts, [f"image_splits/{split}.txt"])
+        for files in (caption_files, [f"image_splits/{split}.txt"])
     )
     captions, images = read_lines(texts), read_lines(names)
     if len(captions) != len(images):
-        # Nobody knows which caption is missing, so no line can be trusted.
+        # There is no way to know which caption is missing, so no line can be trusted.
         raise ValueError(
-            f"{texts} has {counted(len(captions), 'line')}, {names} has {len(images)}; line n of "
-            "one must describe line n of the other. Download both again from "
+            f"{texts} has {counted(len(captions), 'line')} but {names} has {len(images)}; line n "
+            "of one must describe line n of the other. Download both again from "
             "github.com/multi30k/dataset."
         )
     for number, (name, caption) in enumerate(zip(images, captions, strict=True), start=1):
-        # The COCO split has the number of the caption after the image.
+        # In the COCO split, the image's name is followed by the number of the caption.
         place = f"{texts.name} line {number}"
         yield PublishedRecord(place, name.strip().partition("#")[0], (caption,))
 
 
 class _Line(NamedTuple):
-    """A caption as the file has it, with its number as it is written."""
+    """A caption and its number, both as written in the file."""
 
     place: str
     number: str
@@ -239,11 +239,11 @@ class _Line(NamedTuple):
 
 
 def read_flickr30k_cn(reading: DatasetReading) -> Iterator[PublishedRecord]:
-    """Yield the images of the test file, in the order of their first lines."""
+    """Yield the images of the test file in order of first occurrence."""
     file = reading.find_file(
         "flickr30k_cn_test.txt",
         "test/flickr30k_cn_test.txt",
-        advice="Get it from the folder `test` of Flickr30k-CNA, zero.so.com/download.html.",
+        advice="Get it from the folder `test` of Flickr30k-CNA (zero.so.com/download.html).",
     )
     for stem, lines in _group_lines(file, reading).items():
         place = lines[0].place
@@ -258,12 +258,12 @@ def read_flickr30k_cn(reading: DatasetReading) -> Iterator[PublishedRecord]:
 
 
 def read_coco_cn(reading: DatasetReading) -> Iterator[PublishedRecord]:
-    """Yield the images of the test split with the captions that people wrote for them."""
+    """Yield the images of the test split with their human-written captions."""
     split, file = (
         reading.find_file(
             name,
             f"coco-cn-version1805v1.1/{name}",
-            advice="Unpack coco-cn-version1805v1.1.tar.gz of "
+            advice="Unpack coco-cn-version1805v1.1.tar.gz from "
             "huggingface.co/datasets/AIMClab/COCO-CN.",
         )
         for name in ("coco-cn_test.txt", "imageid.human-written-caption.txt")
@@ -277,11 +277,11 @@ def read_coco_cn(reading: DatasetReading) -> Iterator[PublishedRecord]:
 
 
 def _group_lines(file: Path, reading: DatasetReading) -> dict[str, list[_Line]]:
-    """Group lines `image#number caption` by image; a type may precede the number.
+    """Group `image#number caption` lines by image; a type may precede the number.
 
     `1007129816#zhm#0 一个男人` is the first caption of `1007129816.jpg`, and
-    `COCO_val2014_000000000042#0 一只狗` of `COCO_val2014_000000000042.jpg`. Any whitespace ends the
-    first part.
+    `COCO_val2014_000000000042#0 一只狗` is the first caption of `COCO_val2014_000000000042.jpg`.
+    The first whitespace starts the caption.
     """
     lines: dict[str, list[_Line]] = {}
     for row, line in enumerate(read_lines(file), start=1):
@@ -298,7 +298,7 @@ def _group_lines(file: Path, reading: DatasetReading) -> dict[str, list[_Line]]:
 
 
 def read_emoji(reading: DatasetReading) -> Iterator[PublishedRecord]:
-    """Yield one image of each emoji of the test split, with its name in one language."""
+    """Yield one image per emoji in the test split, with its name in one language."""
     if "emoji" not in reading.cache.records:
         records = load_records(find_example_data() / "emoji")
         english = [record for record in records if record.lang == "en"]

@@ -1,4 +1,4 @@
-"""Compositional choices between captions: SugarCrepe, with images and as texts, and Winoground."""
+"""Read compositional choices between captions: SugarCrepe, its text-only form, and Winoground."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _WINOGROUND_IMAGES = ("image_0", "image_1")
 
 @dataclass(frozen=True)
 class ChoiceItem:
-    """One question of a compositional dataset; its form is that of `ChoiceDataset`.
+    """One question of a compositional dataset, in one of the forms listed at `ChoiceDataset`.
 
     Attributes:
-        name: Name of the item, all different; embeddings of its images are stored by it.
-        category: Kind of difference between the two captions; each category also has its scores.
-        captions: In form `images` the first belongs to the first image, the second to the second;
-            in the other forms the first is true and the second is false.
+        name: Unique name of the item; the embeddings of its images are looked up by it.
+        category: How the two captions differ; each category is also scored separately.
+        captions: In form `images`, the first belongs to the first image and the second to the
+            second image. In the other forms, the first is true and the second is false.
         images: Two in form `images`, one in form `image`, none in form `text`.
-        anchor: In form `text`, another true caption of the same image, in place of the image.
-        image_names: Paths in the folder of images, for a reader that does not give `images`; in
-            form `text`, of the image that the texts describe.
-        place: Where it is written, for errors.
+        anchor: In form `text`, another true caption that replaces the image.
+        image_names: Paths in the image folder, from readers that do not set `images`. In form
+            `text`, the path of the image that the texts describe.
+        place: Location in the source, for error messages.
     """
 
     name: str
@@ -48,10 +48,11 @@ class ChoiceItem:
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceDataset(EvaluationDataset):
-    """Questions that take a model which reads word order and relations.
+    """Questions that only a model sensitive to word order and relations can answer.
 
-    The form is `image`: one image, a true and a false caption (SugarCrepe); `images`: two of each
-    (Winoground); or `text`: a caption of the image in place of the image.
+    There are three forms. `image` has one image with a true and a false caption (SugarCrepe),
+    `images` has two images and two captions (Winoground), and `text` is like `image` but replaces
+    the image with another of its captions.
     """
 
     form: ChoiceForm
@@ -70,8 +71,8 @@ def build_choice_dataset(reading: DatasetReading) -> ChoiceDataset:
     spec, form = reading.spec, reading.spec.form
     if form != "text" and not reading.require_images:
         raise ValueError(
-            f"{spec.name} cannot be read without its images. Name their folder, or take a dataset "
-            "of texts: sugarcrepe-text."
+            f"{spec.name} cannot be read without its images. Pass their folder, or use the "
+            "text-only dataset sugarcrepe-text."
         )
     published = list(spec.read(reading))
     num_lost = reading.count_lost()
@@ -84,7 +85,7 @@ def build_choice_dataset(reading: DatasetReading) -> ChoiceDataset:
     skipped = reading.finish({"items": len(published)})
     kept = tuple(item for item in items if item and not unreadable & set(item.images))
     if not kept:
-        raise ValueError(f"{reading.source}: no item is left, because each has an error: {skipped}")
+        raise ValueError(f"{reading.source}: every item has an error, so none is left: {skipped}")
     protocol = {
         "dataset": spec.name,
         "lang": reading.lang,
@@ -104,7 +105,7 @@ def build_choice_dataset(reading: DatasetReading) -> ChoiceDataset:
 def _check_item(
     item: ChoiceItem, reading: DatasetReading, *, is_repeated: bool
 ) -> ChoiceItem | None:
-    """Clean the texts and find the images; None if there is an error."""
+    """Clean the texts and find the images; return None if there is an error."""
     first, second = (clean_text(caption) for caption in item.captions)
     anchor = None if item.anchor is None else clean_text(item.anchor)
     kinds = ["item repeated"] if is_repeated else []
@@ -127,16 +128,16 @@ def _check_item(
 
 
 def read_sugarcrepe(reading: DatasetReading) -> Iterator[ChoiceItem]:
-    """Yield a caption and a hard negative of a COCO image, category after category."""
+    """Yield items with a caption and a hard negative of a COCO image, one category at a time."""
     for category in _SUGARCREPE_CATEGORIES:
         file = reading.find_file(
             f"{category}.json",
             f"data/{category}.json",
-            advice="Give the folder `data` of github.com/RAIVNLab/sugar-crepe.",
+            advice="Pass the folder `data` of github.com/RAIVNLab/sugar-crepe.",
         )
         items = read_json(file)
         if not isinstance(items, dict):
-            raise ValueError(f"{file}: not an object of items. Download it again.")
+            raise ValueError(f"{file} must be a JSON object of items. Download it again.")
         for number, item in items.items():
             place = f"{file.name} {number}"
             fields: dict[str, Any] = item if isinstance(item, dict) else {}
@@ -150,9 +151,10 @@ def read_sugarcrepe(reading: DatasetReading) -> Iterator[ChoiceItem]:
 
 
 def read_sugarcrepe_text(reading: DatasetReading) -> Iterator[ChoiceItem]:
-    """Yield the items with another caption of the image in place of the image.
+    """Yield SugarCrepe's items with another caption of the image as the anchor.
 
-    It is the first one in COCO's own file that is not the true caption itself.
+    The anchor is the first of the image's captions in COCO's own file that differs from the true
+    caption.
     """
     file = reading.find_file(*COCO_FILES, advice=COCO_ADVICE)
     captions = {
@@ -170,7 +172,7 @@ def read_sugarcrepe_text(reading: DatasetReading) -> Iterator[ChoiceItem]:
 
 
 def read_winoground(reading: DatasetReading) -> Iterator[ChoiceItem]:
-    """Yield the items; their category is the difference between the captions, `collapsed_tag`."""
+    """Yield the items; `collapsed_tag`, which says how the captions differ, is the category."""
     for place, fields in _iterate_winoground(reading):
         first, second = (fields.get(name) for name in ("caption_0", "caption_1"))
         paths = [fields.get(name) for name in _WINOGROUND_IMAGES]
@@ -185,19 +187,19 @@ def read_winoground(reading: DatasetReading) -> Iterator[ChoiceItem]:
 
 
 def _iterate_winoground(reading: DatasetReading) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield items of Parquet files, or of `examples.jsonl` with the unpacked `images.zip`."""
+    """Yield items from Parquet files, or from `examples.jsonl` and the unpacked `images.zip`."""
     if tables := reading.list_parquet_files():
         yield from iterate_rows(tables, reading.data_folder, reading.errors)
         return
     lines = reading.find_file(
         "examples.jsonl",
         "data/examples.jsonl",
-        advice="Get it from huggingface.co/datasets/facebook/winoground, whose license you accept.",
+        advice="Accept the license at huggingface.co/datasets/facebook/winoground to download it.",
     )
     image_dir = reading.image_dir or lines.parent / "images"
     for raw in read_json_lines(lines, reading.errors):
         images = {}
-        for name in _WINOGROUND_IMAGES:  # written without the suffix
+        for name in _WINOGROUND_IMAGES:  # their file names may lack the suffix
             paths = [image_dir / f"{raw.fields.get(name)}{end}" for end in ("", ".png", ".jpg")]
             images[name] = next((path for path in paths if path.is_file()), None)
         yield raw.place, {**raw.fields, **images}

@@ -1,7 +1,7 @@
-"""Images by class, with prompts for the classes: ImageNet-1k, and any folder of class folders.
+"""Read classification datasets: ImageNet-1k, and any folder with a subfolder per class.
 
-A file of class names has lines `<class> <name>`. ImageNet's own `LOC_synset_mapping.txt` has
-several names per class with commas between them, of which the first is taken.
+A file of class names has `<class> <name>` lines. ImageNet's own `LOC_synset_mapping.txt` lists
+several comma-separated names per class, and the first one is used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .dataset_spec import (
     read_lines,
 )
 
-# Errors of a class: the images of the class are lost, and are counted by themselves.
+# Errors that concern a whole class; the images lost with it are counted separately.
 _ERRORS_OF_CLASSES = (
     "class without a name",
     "class name for a class that does not exist",
@@ -44,12 +44,12 @@ _KAGGLE_IMAGES = "ILSVRC/Data/CLS-LOC/val"
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationDataset(EvaluationDataset):
-    """Images, each of which belongs to one class.
+    """Images that each belong to one class.
 
     Attributes:
-        labels: One per image: the row of its class in `class_names`.
-        class_names: All different, in more than case, but for those that `protocol` lists in
-            `repeated_class_names`: images of these tie, and a tie is a wrong answer.
+        labels: Index into `class_names` for each image.
+        class_names: Names, distinct even when case is ignored, except for the ones that `protocol`
+            lists in `repeated_class_names`. Their images tie, and a tie is a wrong answer.
         templates: Prompts with one `{}` for the class name.
     """
 
@@ -71,13 +71,13 @@ class ClassificationDataset(EvaluationDataset):
 
 @dataclass(frozen=True)
 class LabeledImages:
-    """Images by class, as the publisher's files have them.
+    """Images and classes as read from the publisher's files.
 
     Attributes:
-        class_keys: The publisher's names of the classes, in the order of their labels.
-        names: Names of some or all of them, for prompts.
-        images: Name, file and class of each image; names are all different.
-        names_file: File of the names; None if they are those of the folders.
+        class_keys: The publisher's names for the classes, in label order.
+        names: Names of some or all classes, for prompts.
+        images: Name, file and class of each image; names should be unique.
+        names_file: File the names come from; None if they are the folders' names.
     """
 
     class_keys: tuple[str, ...]
@@ -89,8 +89,8 @@ class LabeledImages:
 def build_classification_dataset(reading: DatasetReading) -> ClassificationDataset:
     """Read the images, name the classes, and keep the images and classes without errors.
 
-    No prompt distinguishes classes of one name, perhaps in another case: their images tie and count
-    as wrong. A warning and the protocol name them.
+    No prompt can distinguish classes that share a name (ignoring case), so their images tie and
+    count as wrong. A warning and the protocol list these names.
     """
     spec = reading.spec
     templates = _choose_templates(reading)
@@ -110,9 +110,9 @@ def build_classification_dataset(reading: DatasetReading) -> ClassificationDatas
     skipped = reading.finish(counts)
     if not kept or len(in_use) < 2:
         raise ValueError(
-            f"{reading.source}: left are {counted(len(kept), 'image')} and {len(in_use)} of the "
-            f"classes: {skipped}. Give an image and at least two classes, because a single one is "
-            "always right."
+            f"{reading.source}: only {counted(len(kept), 'image')} and {len(in_use)} of the "
+            f"classes are left: {skipped}. Provide at least one image and two classes; with a "
+            "single class, every answer is right."
         )
     class_names = tuple(names[key] for key in in_use)
     label_of = {key: label for label, key in enumerate(in_use)}
@@ -133,8 +133,8 @@ def build_classification_dataset(reading: DatasetReading) -> ClassificationDatas
     if repeated := _find_repeated(class_names):
         protocol["repeated_class_names"] = repeated
         warnings.warn(
-            f"{reading.source}: several classes are named {list_first(repeated)}; their images "
-            "count as wrong. Give each class a name of its own (class_names).",
+            f"{reading.source}: several classes share the name {list_first(repeated)}; their "
+            "images count as wrong. Give each class a unique name (class_names).",
             stacklevel=2,
         )
     return ClassificationDataset(
@@ -150,7 +150,7 @@ def build_classification_dataset(reading: DatasetReading) -> ClassificationDatas
 
 
 def _check_images(published: LabeledImages, errors: ErrorCollector) -> list[tuple[str, Path, str]]:
-    """List the images with a class and a name of their own: embeddings are stored by name."""
+    """List the images with a known class and a unique name, by which embeddings are looked up."""
     valid, seen, classes = [], set(), set(published.class_keys)
     for name, file, key in published.images:
         if name in seen:
@@ -164,9 +164,9 @@ def _check_images(published: LabeledImages, errors: ErrorCollector) -> list[tupl
 
 
 def _find_repeated(names: Iterable[str]) -> list[str]:
-    """List the names that distinguish no class, each once, in their order.
+    """List the names that several classes share, each once, in order of first occurrence.
 
-    Names are compared as the least sensitive model reads them: CLIP and SigLIP ignore case.
+    Case is ignored, as CLIP and SigLIP do.
     """
     seen: set[str] = set()
     repeated: dict[str, str] = {}
@@ -181,7 +181,7 @@ def _find_repeated(names: Iterable[str]) -> list[str]:
 def _describe_names(
     published: LabeledImages, reading: DatasetReading, names: tuple[str, ...]
 ) -> dict[str, str]:
-    """Say where class names are from, and hash those in use, one per line, by their labels."""
+    """Describe where the class names come from, with a hash of those in use, in label order."""
     if reading.class_names is not None:
         source = {"from": "given"}
     elif published.names_file is None:
@@ -192,26 +192,27 @@ def _describe_names(
 
 
 def _choose_templates(reading: DatasetReading) -> tuple[str, ...]:
-    """Return the templates; refuse those that would mix languages, or that take no name."""
+    """Return the templates; raise ValueError if they mix languages or do not take one name."""
     spec = reading.spec
     if not reading.require_images:
         raise ValueError(f"{spec.name} cannot be read without its images.")
     if reading.lang != "en" and reading.templates is None:
         raise ValueError(
-            f"{spec.name}: the templates of the dataset are English, lang is {reading.lang!r}. "
-            "Give templates in that language too."
+            f"{spec.name}: the dataset's templates are English, but lang is {reading.lang!r}. "
+            "Pass templates in that language as well."
         )
     templates = spec.templates if reading.templates is None else tuple(reading.templates)
     broken = [text for text in templates if text.count("{}") != 1]
     if broken or not templates:
         raise ValueError(
-            f"{spec.name}: templates without exactly one {{}}: {broken[:5] or 'none given'}."
+            f"{spec.name}: each template must contain {{}} exactly once; got "
+            f"{broken[:5] or 'no templates'}."
         )
     return templates
 
 
 def _name_classes(published: LabeledImages, reading: DatasetReading) -> dict[str, str]:
-    """Map classes to names, without those that have none, which are errors."""
+    """Map classes to names; report a class without a name as an error and leave it out."""
     name_of = _find_names(published, reading)
     names = {key: name_of.get(key, "").strip() for key in published.class_keys}
     for key, name in names.items():
@@ -225,9 +226,9 @@ def _find_names(published: LabeledImages, reading: DatasetReading) -> Mapping[st
     if not isinstance(chosen, Mapping):
         if len(chosen) != len(published.class_keys):
             raise ValueError(
-                f"{reading.source}: {counted(len(chosen), 'class name')} for "
-                f"{len(published.class_keys)} classes. Give one for each, in the order of the "
-                "class folders, or map classes to names."
+                f"{reading.source}: got {counted(len(chosen), 'class name')} for "
+                f"{len(published.class_keys)} classes. Pass one per class, in the order of the "
+                "class folders, or a mapping from class to name."
             )
         return dict(zip(published.class_keys, chosen, strict=True))
     for key in sorted(chosen.keys() - set(published.class_keys)):
@@ -236,7 +237,7 @@ def _find_names(published: LabeledImages, reading: DatasetReading) -> Mapping[st
 
 
 def read_image_folder(reading: DatasetReading) -> LabeledImages:
-    """Read a folder of class folders; without a file of names, the folders name the classes."""
+    """Read a folder of class folders, which name the classes if there is no file of names."""
     root = reading.image_dir or reading.data_folder
     images, keys = _walk_class_folders(root, reading)
     file = reading.data_folder / _NAMES
@@ -246,14 +247,14 @@ def read_image_folder(reading: DatasetReading) -> LabeledImages:
 
 
 def read_imagenet(reading: DatasetReading) -> LabeledImages:
-    """Read ImageNet's validation images, in class folders or flat with Kaggle's solution."""
+    """Read ImageNet's validation images, in class folders or flat with Kaggle's solution file."""
     folder = reading.data_folder
     names, file = {}, None
     if reading.class_names is None:
         file = reading.find_file(
             _NAMES,
             _SYNSETS,
-            advice="Give class names (a file with `<synset> <name>` lines), or the publisher's "
+            advice="Add a file of class names with `<synset> <name>` lines, or the publisher's "
             f"{_SYNSETS}.",
         )
         names = _read_names(file, reading)
@@ -267,7 +268,7 @@ def read_imagenet(reading: DatasetReading) -> LabeledImages:
 def _walk_class_folders(
     root: Path, reading: DatasetReading
 ) -> tuple[tuple[tuple[str, Path, str], ...], tuple[str, ...]]:
-    """List every image of the class folders, and the folders' names, both in their order."""
+    """List every image in the class folders and the folders' names, both sorted."""
     walked = os.walk(root, onerror=_raise) if root.is_dir() else ()
     paths = sorted(Path(parent, name) for parent, *names in walked for name in chain(*names))
     images: list[tuple[str, Path, str]] = []
@@ -275,7 +276,7 @@ def _walk_class_folders(
     for path in paths:
         name = path.relative_to(root).as_posix()
         folder, is_below, _ = name.partition("/")
-        if "/." in f"/{name}":  # of the system
+        if "/." in f"/{name}":  # hidden files
             continue
         if path.is_symlink() and not path.is_file():
             kind = "link to a folder, not followed" if path.is_dir() else "link to no file"
@@ -289,8 +290,8 @@ def _walk_class_folders(
             reading.errors.add(kind, name)
     if not folders:
         raise ValueError(
-            f"{reading.source}: {root} is not a folder with class folders. Put the images of each "
-            "class into a folder."
+            f"{reading.source}: {root} has no class folders. Put the images of each class into a "
+            "folder of their own."
         )
     for folder in sorted(set(folders) - {folder for _, _, folder in images}):
         reading.errors.add("class folder without images", folder)
@@ -335,5 +336,5 @@ def _read_solution(
         else:
             reading.errors.add("image missing", f"{place}: {image.name}")
     name_of = reading.class_names if isinstance(reading.class_names, Mapping) else names
-    # Labels are the positions of the sorted synsets, as in the publisher's list.
+    # A label is a position among the sorted synsets, as in the publisher's list.
     return tuple(sorted(images)), tuple(sorted({*name_of, *(label for _, _, label in images)}))

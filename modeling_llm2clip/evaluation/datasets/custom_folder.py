@@ -1,4 +1,4 @@
-"""Retrieval in one's own data: a folder in any format that the package reads, or records."""
+"""Read retrieval datasets from a user's own data: a folder in any supported format, or records."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _CORRESPONDENCE = {"correspondence": "images of one group share their captions"}
 def read_custom_folder(reading: DatasetReading, *, long: bool = False) -> Iterator[PublishedRecord]:
     """Yield the records of one language, with `captions` or `long_captions`.
 
-    Errors of other languages stop the reading too, but nothing of this language is skipped for
-    them.
+    By default, errors in other languages also stop the reading. With `skip_invalid`, they do not
+    affect this language.
     """
     collected = _collect(reading)
     records = collected.records
@@ -52,7 +52,7 @@ def read_custom_folder(reading: DatasetReading, *, long: bool = False) -> Iterat
 
 
 def _find_languages(reading: DatasetReading) -> tuple[str, ...]:
-    """List the languages of a folder by first occurrence; errors are reported later."""
+    """List the languages of a folder by first occurrence; the later reading reports errors."""
     collected = _collect(reading)
     batches = collected.records.iterate_columns(("lang",))
     languages = dict.fromkeys(lang for b in batches for lang in b.column(0).unique().to_pylist())
@@ -61,12 +61,12 @@ def _find_languages(reading: DatasetReading) -> tuple[str, ...]:
         for collected_errors in (collected.stray, *collected.lost):
             errors.extend(collected_errors)
         errors.raise_if_any(str(reading.folder))
-        raise ValueError(f"{reading.folder} has no records. Each image needs one.")
+        raise ValueError(f"{reading.folder} has no records. Add one for each image.")
     return tuple(languages)
 
 
 def _collect(reading: DatasetReading) -> CollectedRecords:
-    """Read the folder, once for all languages."""
+    """Read the folder once for all languages."""
     fields = tuple(reading.ignore_fields)
     how = (reading.folder, reading.image_dir, reading.require_images, fields)
     if how not in reading.cache.records:
@@ -92,9 +92,9 @@ def _publish(record: CaptionedImage, *, long: bool, is_valid: bool = True) -> Pu
 
 
 def make_records_spec(records: Sequence[CaptionedImage], *, name: str | None = None) -> DatasetSpec:
-    """Make the spec of records in memory; the default name has their hash."""
+    """Make the spec of records in memory; the default name contains their hash."""
     if not records:
-        raise ValueError("Got no records to evaluate on; give at least one.")
+        raise ValueError("Got no records to evaluate on. Pass at least one.")
     languages = tuple(dict.fromkeys(record.lang for record in records))
 
     def read(reading: DatasetReading) -> Iterator[PublishedRecord]:

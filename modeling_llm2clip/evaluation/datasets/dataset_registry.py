@@ -1,4 +1,4 @@
-"""The registry of datasets: specs by name, and how one is loaded."""
+"""Find datasets by name and load them."""
 
 from __future__ import annotations
 
@@ -52,14 +52,15 @@ _BUILDERS: dict[DatasetType, Builder] = {
 }
 
 _ON_HUB = "hub:"
-_OWN = "folder"  # the dataset that one's own images under another name are read as
-# Of two names, as difflib measures it: "emojis" and "coco2" are misspelled, "my-emoji" is not.
+_OWN = "folder"  # spec of the user's own images, whatever name they are given
+# Similarity measured by difflib: "emojis" and "coco2" are too close to a known name, "my-emoji" is
+# not.
 _TOO_CLOSE = 0.8
 _NAME = re.compile(r"\w[\w.-]*")
 
 
 def read_specs(text: str) -> dict[str, DatasetSpec]:
-    """Read the specs of a YAML text by name; see `published_datasets.yaml`."""
+    """Parse specs from YAML text, by name; see `published_datasets.yaml`."""
     content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     return {
         name: DatasetSpec(**{**_freeze(fields), "name": name, "read": _find_reader(fields["read"])})
@@ -97,30 +98,30 @@ def list_datasets() -> list[DatasetSpec]:
 def find_dataset(name: str) -> DatasetSpec:
     if name not in _SPECS:
         raise ValueError(
-            f"There is no dataset {name!r}, and no folder of this name. Known: "
+            f"There is no dataset or folder named {name!r}. Known datasets: "
             f"{', '.join(sorted(_SPECS))}.{did_you_mean(name, _SPECS)}"
         )
     return _SPECS[name]
 
 
 def parse_dataset(text: str | Path) -> EvaluatedDataset:
-    """Read the name of a dataset and its folder as users write them.
+    """Parse a dataset's name and folder as users write them.
 
-    That is `NAME` or `NAME=FOLDER` of a dataset; a folder, file or URL of one's own captioned
-    images; or `NAME=` and such a place, with a name of one's own that resembles no dataset's. An
-    existing path is taken as a path, unless it is the name of a dataset.
+    Known datasets are written as `NAME` or `NAME=FOLDER`. The user's own captioned images are
+    written as a folder, file or URL, which may also follow `NAME=`; the name must not resemble a
+    known dataset's. A known name takes precedence over a path with the same name.
     """
     written = str(text)
     if written in _SPECS:
         if Path(written).exists():
             warnings.warn(
-                f"{written} is taken for the dataset of this name. For what is at this path, give "
-                f"./{written}.",
+                f"{written} is both a dataset and a path; the dataset is used. To use the path, "
+                f"write ./{written}.",
                 stacklevel=2,
             )
         return EvaluatedDataset(name=written)
     name, sign, folder = written.partition("=")
-    is_url = is_remote(written) and not (sign and _NAME.fullmatch(name))  # a URL may have the sign
+    is_url = is_remote(written) and not (sign and _NAME.fullmatch(name))  # a URL may contain "="
     if is_url or Path(written).exists():
         return EvaluatedDataset(name="folder", folder=written)
     if sign and not (name and folder):
@@ -133,7 +134,7 @@ def parse_dataset(text: str | Path) -> EvaluatedDataset:
 def resolve_dataset(
     source: DatasetSource | EvaluatedDataset, folder: str | Path | None = None
 ) -> tuple[DatasetSpec, str | Path | None]:
-    """Find the spec and the folder of a dataset, given by name, path, spec or records."""
+    """Find the spec and folder of a dataset given by name, path, spec or records."""
     if isinstance(source, DatasetSpec):
         return source, folder
     if isinstance(source, str | Path):
@@ -141,29 +142,29 @@ def resolve_dataset(
     if not isinstance(source, EvaluatedDataset):
         if not isinstance(source, list | tuple | RecordTable):
             raise ValueError(
-                f"Got a {type(source).__name__}; give the name of a dataset, a folder, or a list "
-                "of records."
+                f"A dataset must be a name, a folder, or a list of records, not a "
+                f"{type(source).__name__}."
             )
         return custom_folder.make_records_spec(source), folder
     if folder is not None and source.folder is not None:
-        raise ValueError(f"Got two folders, {source.folder} and {folder}. Give one.")
+        raise ValueError(f"Got two folders, {source.folder} and {folder}. Pass only one.")
     return _find_spec(source), source.folder if folder is None else folder
 
 
 def _find_spec(source: EvaluatedDataset) -> DatasetSpec:
-    """Find the spec of a dataset, or make one of one's own images under their name."""
+    """Find the spec of a known dataset, or make one for the user's own images."""
     name = source.name
     if name in _SPECS or source.folder is None:
         return find_dataset(name)
     if not _NAME.fullmatch(name):
         raise ValueError(
-            f"{name}={source.folder}: there is no such path, and {name!r} cannot name a dataset: "
-            "letters, digits, '_', '-' and '.'. Correct the path, or the name."
+            f"{name}={source.folder}: there is no such path, and {name!r} cannot be a dataset name "
+            "(letters, digits, '_', '-' and '.'). Correct the path or the name."
         )
     if close := get_close_matches(name.lower(), _SPECS, n=1, cutoff=_TOO_CLOSE):
         raise ValueError(
-            f"{name}={source.folder}: {name!r} resembles the name of the dataset {close[0]}, whose "
-            "files are its publisher's. Correct it, or give your own images another name."
+            f"{name}={source.folder}: {name!r} is too similar to the dataset name {close[0]}. "
+            "Correct the spelling, or choose another name for your own images."
         )
     return replace(_SPECS[_OWN], name=name)
 
@@ -171,7 +172,7 @@ def _find_spec(source: EvaluatedDataset) -> DatasetSpec:
 def find_languages(
     source: DatasetSource, folder: str | Path | None = None, **options: Any
 ) -> tuple[str, ...]:
-    """Find the languages of a dataset; the options are those of its reading."""
+    """Find the languages of a dataset; the options are fields of `DatasetReading`."""
     spec, folder = resolve_dataset(source, folder)
     if spec.find_languages is None:  # no folder is needed
         return spec.languages
@@ -193,31 +194,33 @@ def load_dataset(
     show_progress: bool = False,
     cache: ReadingCache | None = None,
 ) -> EvaluationDataset:
-    """Load a dataset as its publisher ships it; nothing is skipped without being counted.
+    """Load a dataset from its publisher's files; every skipped sample is counted.
 
     Args:
-        source: Name of a dataset, also as `NAME=FOLDER`; a folder or file of captioned images;
-            records; or a spec.
+        source: Name of a dataset, or `NAME=FOLDER`; a folder or file of captioned images; records;
+            or a spec.
         folder: Folder of the publisher's files, or `hub:owner/name@commit` for Parquet files on the
-            Hub. Default: the folder in `source`; none for records and datasets in the package.
+            Hub. Default: the folder in `source`, or none for records and built-in datasets.
         image_dir: Folder of the images. Default: `folder`.
         lang: Language of the texts; required if there are several.
-        skip_invalid: Skip invalid samples and count them in `protocol["skipped"]`, and accept
-            counts other than the published ones, in `protocol["differences_from_published"]`.
-        require_images: Read images. If not, only captions are read, and `images` is empty.
-        check_images: Decode every image now, before a model waits for it. None: with
-            `skip_invalid`, and where there are other errors, which are then reported together.
-        class_names: Of a classification: class to name, or names in the order of the classes.
-            Default: those of the dataset. Names that repeat, as some of ImageNet do, are in
+        skip_invalid: Skip invalid samples and count them in `protocol["skipped"]`. Counts that
+            differ from the published ones are accepted and recorded in
+            `protocol["differences_from_published"]`.
+        require_images: Whether to read images. If False, only captions are read, and `images` is
+            empty.
+        check_images: Whether to decode every image now instead of when a model needs it. None
+            decodes them if `skip_invalid` is set, or if there are other errors to report.
+        class_names: For classification, a mapping from class to name, or names in class order.
+            Default: the dataset's own. Repeated names, which ImageNet also has, are listed in
             `protocol["repeated_class_names"]`, and their images count as wrong.
-        templates: Of a classification: prompts with one `{}`. Default: those of the dataset.
-        ignore_fields: Of one's own data: fields that are not read, known or not.
+        templates: For classification, prompts with one `{}` each. Default: the dataset's own.
+        ignore_fields: For your own data, fields to ignore, whether known or not.
         show_progress: Show a progress bar while images are decoded.
-        cache: Give the same one for every language of a folder, which is then read once.
+        cache: Pass the same cache for every language to read the folder only once.
 
     Returns:
-        A `RetrievalDataset`, `ClassificationDataset` or `ChoiceDataset`. Of a retrieval dataset,
-        training takes the `records`.
+        A `RetrievalDataset`, `ClassificationDataset` or `ChoiceDataset`. Training takes the
+        `records` of a retrieval dataset.
 
     Raises:
         DataValidationError: Samples are invalid; all errors are reported at once.
@@ -243,7 +246,7 @@ def load_dataset(
         show_progress=show_progress,
         cache=cache or ReadingCache(),
     )
-    # Where files are on this machine changes no score, and the protocol is published.
+    # A local path does not affect the scores, and the protocol may be published.
     is_on_hub = str(folder).startswith(_ON_HUB)
     reading.notes["source"] = str(folder) if is_on_hub else spec.origin
     reading.lang = _choose_language(reading, lang)
@@ -253,9 +256,10 @@ def load_dataset(
 def read_data(
     data: str | Path, config: DataConfig | None = None, *, require_images: bool
 ) -> Sequence[CaptionedImage]:
-    """Read the captioned images of a training stage, from any source.
+    """Read the captioned images of a training stage.
 
-    That is a source of `load_records`, or `NAME` or `NAME=FOLDER` of a dataset with captions.
+    The source is anything `load_records` reads, or the `NAME` or `NAME=FOLDER` of a dataset with
+    captions.
     """
     config = config or DataConfig()
     check_images = bool(config.check_images)
@@ -267,8 +271,8 @@ def read_data(
     spec, folder = resolve_dataset(data)
     if spec.dataset_type not in ("retrieval", "captions"):
         raise ValueError(
-            f"{spec.name} is a {spec.dataset_type} dataset, and training takes captions of images. "
-            "Give another dataset, or a folder of captioned images."
+            f"{spec.name} is a {spec.dataset_type} dataset, but training needs captions of images. "
+            "Use another dataset, or a folder of captioned images."
         )
     records: list[CaptionedImage] = []
     cache = ReadingCache()
@@ -294,17 +298,17 @@ def read_data(
 def _find_folder(
     spec: DatasetSpec, folder: str | Path | None, *, lang: str | None = None
 ) -> FileLocation | None:
-    """Find the folder of a dataset, fetched if it is on the Hub: one language, or all for None."""
+    """Find a dataset's folder; fetch Hub files for one language, or for all if `lang` is None."""
     if spec.origin != "files":
         if folder is not None:
             raise ValueError(
-                f"{spec.name} needs no folder; got {folder}. Leave it out, or give your own images "
-                "another name."
+                f"{spec.name} takes no folder, but got {folder}. Leave it out, or choose another "
+                "name for your own images."
             )
         return None
     if folder is None:
         raise ValueError(
-            f"{spec.name} needs a folder with {spec.files}. Get it from {spec.source}."
+            f"{spec.name} needs a folder with {spec.files}. Download them from {spec.source}."
         )
     if str(folder).startswith(_ON_HUB):
         return fetch_dataset_folder(str(folder), spec.hub_files.format(lang=lang or "*"))
@@ -312,7 +316,7 @@ def _find_folder(
         return str(folder)
     if not Path(folder).exists():
         raise ValueError(
-            f"{spec.name}: {folder} does not exist. Give a folder with {spec.files}, from "
+            f"{spec.name}: {folder} does not exist. Pass a folder with {spec.files}, from "
             f"{spec.source}."
         )
     return Path(folder)
@@ -329,20 +333,22 @@ def _open(
     place = _find_folder(spec, folder, lang=lang)
     if image_dir is not None and not Path(image_dir).is_dir():
         raise ValueError(
-            f"image_dir={str(image_dir)!r} is not a folder. Give the folder of the images."
+            f"image_dir={str(image_dir)!r} is not a folder. Pass the folder of the images."
         )
     images = None if image_dir is None else Path(image_dir)
     return DatasetReading(spec=spec, folder=place, image_dir=images, **options)
 
 
 def _choose_language(reading: DatasetReading, lang: str | None) -> str:
-    """Choose the language, which must be named if there are several."""
+    """Return the requested language or the only one; raise ValueError if there are several."""
     spec = reading.spec
     languages = spec.languages if spec.find_languages is None else spec.find_languages(reading)
     if lang is None and len(languages) > 1:
         raise ValueError(f"{spec.name} has several languages. Choose one: {', '.join(languages)}.")
-    # Class names may be given in any language.
-    is_free = reading.class_names is not None
-    if languages and lang is not None and lang not in languages and not is_free:
-        raise ValueError(f"{spec.name} has no language {lang!r}. It has {', '.join(languages)}.")
+    # Custom class names may be in any language.
+    is_custom = reading.class_names is not None
+    if languages and lang is not None and lang not in languages and not is_custom:
+        raise ValueError(
+            f"{spec.name} has no language {lang!r}. Choose from {', '.join(languages)}."
+        )
     return lang or (languages or ("en",))[0]

@@ -1,26 +1,30 @@
-"""Specs and readings: all that is shared by the types of datasets.
+"""Define specs and readings, which all dataset types share.
 
-A dataset knows no model. It has a `protocol`: every choice that was made on the way from the
-publisher's files, as JSON values, so that no score is reported without them. Fields that every
-protocol has:
+A dataset is independent of any model. Its `protocol` records, as JSON values, every choice made in
+turning the publisher's files into samples, so each score is reported with these choices. Every
+protocol has these fields:
 
 | field | meaning |
 | --- | --- |
 | `dataset`, `split`, `lang` | which part of which dataset |
 | `source` | `files`, `package`, `records`, or `hub:owner/name@commit` |
-| `images`, `captions` (or `items`, `classes`) | how many the dataset has |
-| `with_images` | of a retrieval dataset: false if only its captions were read |
-| `published` | the counts that the publisher gives; empty if none are known |
-| `skipped` | error to its count; empty unless invalid samples were to be skipped |
-| `skipped_samples` | how many images, items or lines were skipped, each counted once |
+| `images`, `captions` (or `items`, `classes`) | their numbers in the dataset |
+| `with_images` | for retrieval datasets, false if only captions were read |
+| `published` | counts stated by the publisher; empty if unknown |
+| `skipped` | count of each error; empty unless invalid samples are skipped |
+| `skipped_samples` | number of skipped images, items or lines, each counted once |
 
-Where they apply there are also `texts`, how a text was taken from its field; `checksums`, whether
-the files are the published ones; `differences_from_published`, differing counts that were accepted
-because invalid samples were to be skipped; `rows_skipped`, why rows of one's own data are not
-records, to how many.
+These fields are present when they apply:
 
-By default an error stops the reading, and all errors are reported at once. On request invalid
-samples are skipped instead, and every skipped one is counted in the dataset's protocol.
+| field | meaning |
+| --- | --- |
+| `texts` | how a text was cleaned |
+| `checksums` | whether the files match the published ones |
+| `differences_from_published` | differing counts, accepted because invalid samples are skipped |
+| `rows_skipped` | for your own data, the number of rows without a record, by reason |
+
+By default, errors stop the reading and are all reported at once. With `skip_invalid`, invalid
+samples are skipped and counted in the protocol.
 """
 
 from __future__ import annotations
@@ -43,17 +47,17 @@ from ...data.validation_errors import ErrorCollector
 DatasetType: TypeAlias = Literal["retrieval", "captions", "classification", "choice"]
 ChoiceForm: TypeAlias = Literal["image", "images", "text"]
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
-# The field of the protocol that says how texts were cleaned; see `data.records.clean_text`.
+# Protocol field for how texts were cleaned; see `data.records.clean_text`.
 CLEANED_TEXTS = {"texts": "whitespace at the ends removed, line breaks made spaces"}
 _TRY_AGAIN = (
-    "Only invalid samples are skipped, and these files could not be read. Try again when their "
-    "disk or server works, or remove missing files from the source."
+    "skip_invalid skips invalid samples only, but these files could not be read. Try again when "
+    "their disk or server works, or remove missing files from the source."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationDataset(ABC):
-    """Images, texts, and their correspondence; `lang` is BCP 47."""
+    """Base class of evaluation datasets; `lang` is a BCP 47 tag."""
 
     name: str
     lang: str
@@ -62,11 +66,11 @@ class EvaluationDataset(ABC):
     @property
     @abstractmethod
     def has_images(self) -> bool:
-        """Say if a model has to encode images for it."""
+        """Return whether the dataset has images to encode."""
 
     @abstractmethod
     def list_content(self) -> list[Any]:
-        """List the content that its digest covers: JSON values, and `ImageSource` for images."""
+        """List the content covered by its digest: JSON values, and an `ImageSource` per image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,26 +79,27 @@ class DatasetSpec:
 
     Attributes:
         name: Name in commands.
-        title: Description in one line.
-        dataset_type: `captions` has only texts, several of each image; `choice` is compositional.
-        languages: BCP 47 as far as the publisher uses it; empty for any, or those of the folder.
-        counts: Counts that the publisher gives for each language, such as `images` and `captions`;
-            compared with the files. Empty if none are known.
+        title: One-line description.
+        dataset_type: `captions` has only texts, several per image; `choice` is compositional.
+        languages: Language tags, BCP 47 where the publisher follows it; empty for any language, or
+            if they depend on the folder.
+        counts: Published counts for each language, such as `images` and `captions`, which are
+            compared with the files. Empty if unknown.
         license: License of the texts, and of the images if it differs.
         citation: Who published it, and where.
         source: Where to get it.
         files: Files that the folder must contain.
-        protocol: The choices that the spec makes, reported with every score; one is `split`.
-        read: Yields every `PublishedRecord` of one language, or every `ChoiceItem`, or returns the
-            `LabeledImages`. Invalid samples go to `errors` of the reading.
-        counts_of_language: Counts that differ from language to language.
-        checksums: Name of a file to its published digest, as `sha256:…` or `md5:…`.
-        captions_per_image: How many captions of an image are used, the first ones; None for all.
-        find_languages: Lists the languages of a folder, for a spec that names none.
-        origin: Where the data is: `files` of a folder that is named, the `package`, or `records`.
+        protocol: Choices made by the spec, such as `split`, which are reported with every score.
+        read: Yields every `PublishedRecord` of one language or every `ChoiceItem`, or returns the
+            `LabeledImages`. It adds invalid samples to the reading's `errors`.
+        counts_of_language: Counts that vary by language.
+        checksums: Published digest of each file, as `sha256:…` or `md5:…`, by file name.
+        captions_per_image: Use only this many captions of an image, the first ones; None for all.
+        find_languages: Lists the languages of a folder, if `languages` is not fixed.
+        origin: Where the data is: `files` (a folder from the user), `package`, or `records`.
         hub_files: Pattern of the files to fetch from a Hub repository; `{lang}` is the language.
-        templates: Prompts of a classification, unless others are given.
-        form: Form of the choices.
+        templates: Default prompts for classification.
+        form: Form of a `choice` dataset.
     """
 
     name: str
@@ -128,7 +133,7 @@ class DatasetSpec:
 
 
 def find_image(image_dir: Path, name: str) -> Path | None:
-    """Find an image by its name, or by its last part: many store images without subfolders."""
+    """Find an image by its path or its file name, since images are often stored flat."""
     for candidate in (image_dir / name, image_dir / Path(name).name):
         if candidate.is_file():
             return candidate
@@ -141,11 +146,11 @@ def is_image(file: Path) -> bool:
 
 @dataclass
 class ReadingCache:
-    """Results that the languages of one folder share, so that it is read and decoded once.
+    """Results shared by the languages of a folder, so it is read and decoded only once.
 
     Attributes:
         checked: Images that are known to decode.
-        records: Records of folders, by how they were read.
+        records: Records of a folder, by the options it was read with.
     """
 
     checked: set[ImageSource] = field(default_factory=set)
@@ -154,14 +159,14 @@ class ReadingCache:
 
 @dataclass(kw_only=True)
 class DatasetReading:
-    """One reading of a dataset: its options, which `load_dataset` explains, its errors and notes.
+    """One reading of a dataset: its options (see `load_dataset`), errors and notes.
 
     Attributes:
-        folder: A path, or the URL of one's own data; None for a dataset that needs none.
-        notes: Further choices and counts for the protocol.
-        num_errors_of_yielded: Errors of samples that a reader yielded nevertheless, and further
-            errors of a sample that it did not yield. Each of the others is a lost sample, so that
-            samples are counted once, whatever is wrong with them.
+        folder: A path, or the URL of the user's own data; None if the dataset needs no folder.
+        notes: Additional choices and counts for the protocol.
+        num_errors_of_yielded: Number of errors that do not mean another lost sample: errors of
+            samples that the reader yielded anyway, and all but the first error of a sample that it
+            did not yield. This way, each lost sample counts once.
     """
 
     spec: DatasetSpec
@@ -183,26 +188,26 @@ class DatasetReading:
 
     @property
     def source(self) -> str:
-        """Name and folder, for errors."""
+        """Name and folder, for error messages."""
         return self.spec.name if self.folder is None else f"{self.spec.name} in {self.folder}"
 
     @property
     def data_folder(self) -> Path:
-        """The folder of a dataset that needs one, on this machine."""
+        """The local folder of a dataset that needs one."""
         assert self.folder is not None
         if isinstance(self.folder, str):
             raise ValueError(
-                f"{self.folder} is not on this machine. Only records of your own, in .tar or "
-                ".parquet shards, are read from elsewhere. Copy the folder here."
+                f"{self.folder} is not on this machine. Only your own records in .tar or .parquet "
+                "shards can be read remotely. Copy the folder to this machine."
             )
         return self.folder
 
     def list_parquet_files(self, pattern: str = "**/*.parquet") -> list[Path]:
-        """List the Parquet files below the folder, by path; `{lang}` is the language."""
+        """List the Parquet files in the folder, sorted by path; `{lang}` is the language."""
         return sorted(self.data_folder.glob(pattern.format(lang=self.lang)))
 
     def find_file(self, *names: str, advice: str) -> Path:
-        """Find the first of several files that exists, and note it for its checksum."""
+        """Return the first of several files that exists, and note it for its checksum."""
         folder = self.data_folder
         for name in names:
             if (folder / name).is_file():
@@ -210,14 +215,14 @@ class DatasetReading:
         raise ValueError(f"{self.source}: {folder} has no {' and no '.join(names)}. {advice}")
 
     def note_file(self, file: Path) -> Path:
-        """Note a file that the dataset is read from, so that its checksum is compared."""
+        """Note a file of the dataset so that its checksum is compared later."""
         self._files.append(file)
         return file
 
     def find_unreadable_images(self, images: Iterable[ImageSource | None]) -> set[ImageSource]:
-        """Decode images that were not decoded yet; those that cannot be decoded are errors."""
-        has_use = self.skip_invalid or self.errors.total > 0
-        if not (has_use if self.check_images is None else self.check_images):
+        """Decode images that were not decoded yet; add an error for each unreadable image."""
+        is_useful = self.skip_invalid or self.errors.total > 0
+        if not (is_useful if self.check_images is None else self.check_images):
             return set()
         unchecked = {image: None for image in images if image and image not in self.cache.checked}
         unreadable = find_unreadable_images(unchecked, show_progress=self.show_progress)
@@ -237,7 +242,7 @@ class DatasetReading:
                 self.errors.add(
                     f"wrong number of {what}",
                     f"found {counts[what]}, published {published}; download the files again, or "
-                    "read a part on purpose with skip_invalid",
+                    "use skip_invalid to evaluate on a part of them",
                 )
 
     def _compare_checksums(self, published: Mapping[str, str]) -> None:
@@ -255,14 +260,14 @@ class DatasetReading:
                 self.errors.add("file is not the published one", f"{name}: {algorithm} differs")
 
     def count_lost(self) -> int:
-        """Count the samples that were lost in reading, before any yielded one is checked."""
+        """Count the samples lost in reading; call before the yielded samples are checked."""
         return self.errors.total - self.num_errors_of_yielded
 
     def finish(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """Compare counts and checksums with the published ones, then raise the errors.
+        """Compare counts and checksums with the published ones, then raise all errors.
 
-        If invalid samples are to be skipped, the counts of the errors are returned instead. Files
-        that could not be read are refused in any case: nothing is known of their samples.
+        With `skip_invalid`, the number of errors of each kind is returned instead. Files that could
+        not be read still raise, because their samples may well be valid.
         """
         self._compare_counts(counts)
         self._compare_checksums(self.spec.checksums)
@@ -276,15 +281,15 @@ class DatasetReading:
 
 
 def read_lines(file: Path) -> list[str]:
-    """Read the lines of a UTF-8 text file, without blank ones at its end; `.gz` is decompressed.
+    """Read the lines of a UTF-8 text file, which may be a `.gz`, without trailing blank lines.
 
-    Only a line feed ends a line: a caption may contain other separators.
+    Only a line feed ends a line, because a caption may contain other separators.
     """
     try:
         raw = file.read_bytes()
         text = (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8-sig")
     except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{file}: cannot be read as text ({error}). Download it again.") from error
+        raise ValueError(f"{file} cannot be read as text ({error}). Download it again.") from error
     lines = [line.rstrip("\r") for line in text.split("\n")]
     while lines and not lines[-1].strip():
         lines.pop()

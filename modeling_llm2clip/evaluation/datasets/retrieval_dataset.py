@@ -1,4 +1,4 @@
-"""Images and captions that retrieve each other: the dataset, and how it is built."""
+"""Build datasets for image-text retrieval."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .dataset_spec import DatasetReading, EvaluationDataset, find_image
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalDataset(EvaluationDataset):
-    """Images and captions that retrieve each other.
+    """Images and captions that are retrieved by each other.
 
     Attributes:
-        images: Empty if the dataset was read, or is published, without them.
-        image_names: One per image, all different; given even if the images are not.
-        captions: One line each; a text may occur twice, for two images.
-        image_group_ids: Group of each image; empty if it is the name.
+        images: Empty if the dataset was read or published without images.
+        image_names: Unique name of each image, even if `images` is empty.
+        captions: One line each; the same text may occur again for another image.
+        image_group_ids: Group of each image; empty if it is the image's name.
     """
 
     images: tuple[ImageSource, ...]
@@ -40,11 +40,11 @@ class RetrievalDataset(EvaluationDataset):
 
     @property
     def group_ids(self) -> tuple[str, ...]:
-        """Group of each image; images of one group share their captions."""
+        """Group of each image; images in a group share their captions."""
         return self.image_group_ids or self.image_names
 
     def number_groups(self) -> Tensor:
-        """Number the groups in their order, from 0: (num_images,) int64, the group of each."""
+        """Return the group number of each image, (num_images,) int64, from 0 in group order."""
         numbers: dict[str, int] = {}
         return torch.tensor([numbers.setdefault(g, len(numbers)) for g in self.group_ids])
 
@@ -66,10 +66,10 @@ class RetrievalDataset(EvaluationDataset):
         ]
 
     def group_captions(self) -> list[CaptionGroup]:
-        """Group the captions by image, in the dataset's order, for a text encoder alone.
+        """Group the captions by image, in the dataset's order, to evaluate a text encoder.
 
-        A text that an image has twice occurs once, or it would find itself. Images that share all
-        their captions are one group, named as the first of them.
+        A repeated caption of an image is kept once, because it would retrieve itself. Images that
+        share all their captions form one group, named after the first of them.
         """
         texts = self.correspondence.texts_of_images()
         groups: dict[tuple[int, ...], CaptionGroup] = {}
@@ -87,13 +87,13 @@ class RetrievalDataset(EvaluationDataset):
 
 @dataclass(frozen=True, slots=True)
 class PublishedRecord:
-    """An image and its captions, as the publisher's files have them.
+    """An image and its captions as read from the publisher's files.
 
     Attributes:
-        place: Where it is written, for errors.
-        name: Name of the image; its path in the folder of images unless `image` is given.
-        group_id: None for `name`. Images of one group share their captions.
-        is_valid: False if the reader has reported an error of it.
+        place: Location in the source, for error messages.
+        name: Name of the image, and its path in the image folder unless `image` is set.
+        group_id: Group whose images share their captions. Default: `name`.
+        is_valid: False if the reader already reported an error for the record.
     """
 
     place: str
@@ -112,11 +112,11 @@ RecordReader: TypeAlias = Callable[[DatasetReading], Iterable[PublishedRecord]]
 
 
 def build_retrieval_dataset(reading: DatasetReading) -> RetrievalDataset:
-    """Read every record, check it, and put the valid ones together."""
+    """Read and check every record, and build a dataset from the valid ones."""
     has_images = reading.require_images and reading.spec.dataset_type == "retrieval"
     records: list[PublishedRecord] = []
     names: set[str] = set()
-    errors = ErrorCollector()  # of the checks, apart from those of reading
+    errors = ErrorCollector()  # errors found by the checks, separate from reading errors
     for record in reading.spec.read(reading):
         checked = _check_record(record, errors, reading, has_images=has_images)
         if checked.name in names:
@@ -170,14 +170,12 @@ def _assemble(
 ) -> RetrievalDataset:
     spec = reading.spec
     if not records:
-        raise ValueError(
-            f"{reading.source}: no image is left, because each has an error: {skipped}"
-        )
+        raise ValueError(f"{reading.source}: every image has an error, so none is left: {skipped}")
     texts_of_group: dict[str, list[str]] = {}
     for record in records:
         if record.group not in texts_of_group:
             texts_of_group[record.group] = list(record.captions)
-        else:  # another image of the same group: a text of both is one caption
+        else:  # another image in the group: texts that both have are one caption
             texts = texts_of_group[record.group]
             texts += [caption for caption in record.captions if caption not in texts]
     captions = [text for texts in texts_of_group.values() for text in texts]
@@ -213,7 +211,7 @@ def _assemble(
 
 
 def _count_shared(texts_of_group: dict[str, list[str]]) -> int:
-    """Count the distinct texts of several groups, for which rank 1 is a matter of luck."""
+    """Count the distinct texts that several groups share; their rank 1 is a matter of luck."""
     first_group: dict[str, str] = {}
     return len(
         {

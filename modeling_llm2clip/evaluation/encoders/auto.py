@@ -1,4 +1,4 @@
-"""Detects the type of model in a folder, from its files and never from its name.
+"""Detect the type of a model from its files, never from its name, and open it for evaluation.
 
 | files | model type |
 | --- | --- |
@@ -8,7 +8,7 @@
 | `open_clip_config.json` | `open_clip` |
 | `texts.safetensors`, `images.safetensors` | `embeddings` |
 
-The first line that fits decides, unless a type is given.
+The first matching line decides, unless the type is set explicitly.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ _ENCODERS: dict[str, Callable[..., EvaluationEncoder]] = {
 def load_encoder(
     model: str | Path | EvaluatedModel, config: EncoderConfig | None = None
 ) -> EvaluationEncoder:
-    """Open a folder or a Hub id for evaluation; its weights are loaded when they are needed."""
+    """Open a folder or Hub id for evaluation; its weights are loaded when needed."""
     config = config or EncoderConfig()
     if not isinstance(model, EvaluatedModel):
         model = EvaluatedModel(source=str(model))
     source = model.source
     if Path(source).is_file():
         raise ValueError(
-            f"{source} is a file, which does not say how its model is run. Give a folder or a Hub "
-            "id; for weights of open_clip, a folder with open_clip_config.json, which open_clip's "
-            "`save_for_hf` writes."
+            f"{source} is a file, and weights alone do not say how to run the model. Pass a folder "
+            "or a Hub id. For open_clip weights, pass a folder with open_clip_config.json, as "
+            "written by open_clip's `save_for_hf`."
         )
     path = find_model_folder(source, revision=model.revision)
     model_type = model.model_type or detect_model_type(path)
     if model_type == "open_clip" and not (Path(source).is_dir() or find_weights(path)):
-        # Older repositories have them in another format only, which nothing else reads. A snapshot
-        # is named by its commit, so that configuration and weights are of one.
+        # Older repositories have only formats that the first download skips. The snapshot folder is
+        # named after its commit, which pins the weights to the same commit as the configuration.
         path = find_model_folder(source, revision=path.name, only=WEIGHT_FILES)
     return _ENCODERS[model_type](path, config, source=source)
 

@@ -1,6 +1,6 @@
-"""Models under evaluation, each described and around an encoder, and their descriptions.
+"""Wrap models for evaluation: a common interface to encode with a model and to describe it.
 
-N is a number of texts or images, D the width of the embeddings.
+N is the number of texts or images, D the width of the embeddings.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ...encoding.devices import find_device, has_float64
 from ...encoding.encoder_interface import choose_batches
 from ...encoding.tokenized_texts import TokenizedTexts
 
-# Families of transformers differ in these names; null is a step that a model lacks.
+# Patch fields, which only some image processors have.
 _PATCH_FIELDS = ("patch_size", "max_num_patches")
-# How `load_images` opens an image, for every model type. The plain `convert("RGB")` of the
-# papers' code ignores the orientation and drops the transparency.
+# How `load_images` opens an image for every model type. The papers' plain `convert("RGB")` ignores
+# orientation and drops transparency.
 OPENING = {"orientation": "EXIF applied", "transparency": "on white"}
 ACTIVATIONS = ("gelu", "quick_gelu")
 OF_ITS_TOWER = "of its tower"
@@ -38,9 +38,9 @@ class EncodedTexts:
     """Embeddings of texts.
 
     Attributes:
-        embeds: (N, D) float32 on the CPU, in the order of the texts, of any length.
-        is_truncated: (N,) bool, which texts were truncated at the encoder's maximum length; None if
-            that is not known, as with stored embeddings.
+        embeds: (N, D) float32 on the CPU, in the order of the texts, not normalized.
+        is_truncated: (N,) bool, whether a text was truncated to the encoder's maximum length; None
+            if that is unknown, for example for stored embeddings.
     """
 
     embeds: Tensor
@@ -49,17 +49,17 @@ class EncodedTexts:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderDescription:
-    """Everything that decides an encoder's embeddings, known before its weights are loaded.
+    """Everything that determines an encoder's embeddings, known before its weights are loaded.
 
     Attributes:
         model_type: One of `ModelType`, or the family of a transformers model.
-        source: Folder, Hub id or file as the user gave it.
-        fingerprint: Digests of the weights and of whatever else distinguishes two models.
-        text: Prompt, maximum tokens, padding, case; None if it takes no texts.
-        images: Resolution, mean, std, resizing, cropping; None if it takes no images.
-        dtype: Dtype of the weights as they are run.
-        run: Device, batch sizes and kind of float32, which change no score in float32; and parts of
-            a model of this package that have random weights.
+        source: Folder, Hub id or file, as passed by the user.
+        fingerprint: Digests of the weights and everything else that identifies the model.
+        text: Prompt, maximum tokens, padding, case; None if the model takes no texts.
+        images: Resolution, mean, std, resizing, cropping; None if the model takes no images.
+        dtype: Dtype the weights are run in.
+        run: Device, batch sizes and float32 mode, which do not affect scores in float32; also the
+            parts of an LLM2CLIP model that have random weights.
     """
 
     model_type: str
@@ -72,15 +72,15 @@ class EncoderDescription:
 
 
 class EvaluationEncoder(ABC):
-    """A model under evaluation: its description, and an encoder that is loaded when it is needed.
+    """A model under evaluation: its description, and an encoder that is loaded when needed.
 
-    Each text and each image is encoded once, and its embedding held; `encoded` counts them.
-    `source` is the user's name for the model, and `path` its folder or file.
+    Each text and image is encoded once and its embedding is cached; `encoded` counts them.
+    `source` is what the user called the model, and `path` its folder or file.
     """
 
-    _processor: Any  # as `Encoder.processor`
+    _processor: Any  # same as `Encoder.processor`
     _model: Any  # an `Encoder`, a cached property
-    _on_batch: OnBatch | None = None  # of images
+    _on_batch: OnBatch | None = None  # called for each batch of images
 
     def __init__(self, path: Path, config: EncoderConfig, *, source: str) -> None:
         self._path = path
@@ -91,20 +91,20 @@ class EvaluationEncoder(ABC):
         self.encoded = {"texts": 0, "images": 0}
         self._texts, self._images = KnownRows(), KnownRows()
         self._is_truncated: dict[str, bool] = {}
-        self._held: list[Any] = []  # images, so that no other gets the `id` of one in memory
+        self._held: list[Any] = []  # keeps images alive, so that their `id` is not reused
 
     @property
     def ranking_device(self) -> torch.device:
-        """Where embeddings are compared: the encoder's device, or the CPU in place of MPS."""
+        """Device on which embeddings are compared: the encoder's, or the CPU instead of MPS."""
         return self._device if has_float64(self._device) else torch.device("cpu")
 
     @cached_property
     @abstractmethod
     def description(self) -> EncoderDescription:
-        """Everything that decides the embeddings, from files alone if they say it."""
+        """Everything that determines the embeddings, read from the files if possible."""
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Encode texts, truncated at the model's maximum length."""
+        """Encode texts, truncated to the model's maximum length."""
         new = self._texts.list_new(texts)
         if new:
             encoded = self._encode_new_texts(new)
@@ -117,10 +117,10 @@ class EvaluationEncoder(ABC):
         return EncodedTexts(self._texts.take(texts), known)
 
     def encode_images(self, images: Sequence[Any], *, names: Sequence[str]) -> Tensor:
-        """Encode `ImageSource` addresses or PIL images: (N, D) float32 on the CPU, of any length.
+        """Encode `ImageSource` or PIL images: (N, D) float32 on the CPU, not normalized.
 
-        Images are identified by their address, or themselves, and their name in the dataset, by
-        which stored embeddings are found.
+        The cache key of an image is its source (or the PIL object) and its name in the dataset.
+        Stored embeddings are looked up by name.
         """
         images = list(images)
         keys = list(zip(list_keys(images), names, strict=True))
@@ -134,9 +134,9 @@ class EvaluationEncoder(ABC):
         return self._images.take(keys)
 
     def take_far_images(self) -> str | None:
-        """Describe the images since the last call, if they are unlike those of the training.
+        """Describe the images encoded since the last call if they differ from the training images.
 
-        Only a model of this package knows which these were.
+        Only LLM2CLIP models record what their training images were like.
         """
         return None
 
@@ -166,12 +166,12 @@ class EvaluationEncoder(ABC):
 
 
 def choose_dtype(config: EncoderConfig, saved: str) -> str:
-    """Name the dtype that the weights are run in; `from_pretrained` calls that of files "auto"."""
+    """Return the dtype to run the weights in, which is `saved` unless the config names another."""
     return saved if config.dtype in ("auto", "saved") else config.dtype
 
 
 class KnownRows:
-    """Embeddings of inputs that were encoded already."""
+    """Cache of the embeddings of inputs that were already encoded."""
 
     _embeds: Tensor
 
@@ -186,7 +186,7 @@ class KnownRows:
         self._row_of.update(zip(inputs, range(len(self._row_of), len(self._embeds)), strict=True))
 
     def take(self, inputs: Sequence[Any]) -> Tensor:
-        """Return the embeddings of inputs, (N, D); all of them, in their order, are not copied."""
+        """Return the embeddings of inputs, (N, D), without a copy if they are the whole cache."""
         rows = torch.tensor([self._row_of[item] for item in inputs])
         is_whole = torch.equal(rows, torch.arange(len(self._embeds)))
         return self._embeds if is_whole else self._embeds[rows]
@@ -202,6 +202,7 @@ def describe_image_processor(image_processor: Any) -> dict[str, Any]:
         else None
         for name in ("image_mean", "image_std")
     )
+    # None means that the processor skips the step.
     described = {
         **OPENING,
         "processor": type(image_processor).__name__,
@@ -215,9 +216,9 @@ def describe_image_processor(image_processor: Any) -> dict[str, Any]:
 
 
 def describe_activation(config: Any) -> str:
-    """Name the activation that a configuration of transformers states.
+    """Return the activation named in a transformers configuration.
 
-    The weights do not show it, and a wrong one lowers the scores.
+    It cannot be inferred from the weights, and a wrong one lowers the scores.
     """
     fields = config if isinstance(config, Mapping) else config.to_dict()
     stated = (fields[name] for name in _ACTIVATION_FIELDS if isinstance(fields.get(name), str))

@@ -1,8 +1,8 @@
-"""Dual encoders of open_clip, EVA02-CLIP among them; needs `open_clip_torch`.
+"""Evaluate open_clip's dual encoders, including EVA02-CLIP; requires `open_clip_torch`.
 
-A model is a folder as its Hub repository has it: `open_clip_config.json` beside the weights. A
-weights file alone is refused: it says neither how images are prepared nor what the activation is,
-and a wrong choice lowers the scores without an error.
+A model is a folder laid out like its Hub repository, with `open_clip_config.json` next to the
+weights. A weights file without it is rejected, because it does not specify the image preprocessing
+or the activation, and a wrong choice silently lowers the scores.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _OpenClipProcessor:
         self.is_clips_own = isinstance(tokenizer, import_open_clip().SimpleTokenizer)
 
     def list_ids(self, texts: list[str]) -> tuple[list[list[int]], list[bool]]:
-        """List the ids of each text, padded as the tokenizer does, and if it was truncated."""
+        """List the ids of each text, padded as by the tokenizer, and whether it was truncated."""
         tokenizer, longest = self.tokenizer, self.longest_text
         if self.is_clips_own:
             begin, end = tokenizer.sot_token_id, tokenizer.eot_token_id
@@ -76,7 +76,7 @@ class _OpenClipProcessor:
 
 
 class _OpenClipModel(Encoder):
-    """A loaded model; its texts are padded to one length and not masked."""
+    """A loaded model, whose texts are padded to a fixed length without a mask."""
 
     projects_at_once = True
     modalities = ("text", "image")
@@ -100,7 +100,7 @@ class _OpenClipModel(Encoder):
 
 
 class OpenClipEncoder(EvaluationEncoder):
-    """A folder with `open_clip_config.json`, with its own tokenizer and preprocessing."""
+    """Encodes with an open_clip folder, using its own tokenizer and preprocessing."""
 
     def __init__(self, folder: Path, config: EncoderConfig, *, source: str) -> None:
         super().__init__(folder, config, source=source)
@@ -108,8 +108,8 @@ class OpenClipEncoder(EvaluationEncoder):
         weights = find_weights(folder)
         if weights is None:
             raise ValueError(
-                f"{folder} has {CONFIG_FILE} but none of {list_first(WEIGHT_FILES)}; the model "
-                "would be random. Get the weights."
+                f"{folder} has {CONFIG_FILE} but no weights ({list_first(WEIGHT_FILES)}), so the "
+                "model would be random. Download the weights."
             )
         self._weights = weights
         self._name = f"local-dir:{folder}"
@@ -133,7 +133,7 @@ class OpenClipEncoder(EvaluationEncoder):
 
     @cached_property
     def _preprocessing(self) -> Any:
-        """Preparation of images as open_clip merges it when it loads a model."""
+        """Image preprocessing, merged as open_clip does when it loads a model."""
         from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
         written = self._written.get("preprocess_cfg", {})
@@ -150,7 +150,7 @@ class OpenClipEncoder(EvaluationEncoder):
         files = hash_model_files(self._path, ("*.json", "*.txt", "*.model"))
         chosen, model_config = self._preprocessing, self._written["model_cfg"]
         activation = ACTIVATIONS[bool(model_config.get("quick_gelu"))]
-        # Towers of timm and transformers have one of their own, which `quick_gelu` does not reach.
+        # Towers from timm and transformers choose their own activation; `quick_gelu` has no effect.
         has_own_text = "hf_model_name" in model_config.get("text_cfg", {})
         has_own_vision = "timm_model_name" in model_config.get("vision_cfg", {})
         return EncoderDescription(
@@ -176,7 +176,7 @@ class OpenClipEncoder(EvaluationEncoder):
                 "scale": 1 / 255,
                 "activation": OF_ITS_TOWER if has_own_vision else activation,
             },
-            # By default open_clip runs in float32, even weights that it saved in half precision.
+            # open_clip runs in float32 by default, even if the weights are saved in half precision.
             dtype=choose_dtype(self._run_config, "float32"),
             run={**self._describe_run(), "saved_dtype": weights["dtype"]},
         )
@@ -189,8 +189,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         _ = content["model_cfg"]["vision_cfg"]["image_size"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{file} is missing or is not a configuration of open_clip ({error!r}). Get the whole "
-            "repository."
+            f"{file} is missing or is not an open_clip configuration ({error!r}). Download the "
+            "whole repository."
         ) from error
     return content
 

@@ -1,7 +1,7 @@
-"""A sentence-transformers model: texts, and images if it takes them.
+"""Evaluate sentence-transformers models on texts, and on images if they support them.
 
-Only the loaded model knows how it prepares texts and images. It is loaded once for its
-description and let go, so that models that wait for their turn hold no memory.
+Only a loaded model can report how it prepares texts and images. It is loaded once for its
+description and then released, so models that are evaluated later do not occupy memory.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from .encoder import (
     is_uncased,
 )
 
-# A tokenizer without a limit states one that no text reaches.
+# Tokenizers without a limit report a huge one.
 _NO_LIMIT = 10**9
 
 
 class SentenceTransformerEncoder(EvaluationEncoder):
-    """A folder with `modules.json`.
+    """Encodes with a folder that has `modules.json`.
 
-    No prompt is added but the model's own default one. Only modules of sentence-transformers
-    itself are loaded; code from the folder is never run.
+    The only prompt added is the model's own default. Only sentence-transformers' built-in modules
+    are loaded; code from the folder is never run.
     """
 
     def _encode_new_texts(self, texts: list[str]) -> EncodedTexts:
@@ -70,7 +70,7 @@ class SentenceTransformerEncoder(EvaluationEncoder):
             )
         if not model.supports("text"):
             raise ValueError(
-                f"{self._path} encodes {model.modalities} and no texts, which every task needs."
+                f"{self._path} encodes only {model.modalities}, but every task needs texts."
             )
         return model.eval()
 
@@ -90,7 +90,7 @@ class SentenceTransformerEncoder(EvaluationEncoder):
 
 
 class _SentenceProcessor:
-    """The facts that decide a loaded model's embeddings besides its weights, which are not held."""
+    """Settings of a loaded model that determine its embeddings; does not keep the weights."""
 
     def __init__(self, model: Any) -> None:
         limit = model.max_seq_length
@@ -118,7 +118,7 @@ class _SentenceProcessor:
             }
 
     def list_ids(self, texts: list[str]) -> tuple[list[list[int]], list[bool]]:
-        """List the ids of each text, and if it is truncated; characters if there is no limit."""
+        """List each text's ids, or its characters without a limit, and whether it is truncated."""
         if self.longest_text is None:
             return [[*map(ord, text)] for text in texts], [False] * len(texts)
         whole = [(self._prompt or "") + text for text in texts]
@@ -129,7 +129,7 @@ class _SentenceProcessor:
 
 
 class _SentenceModel(Encoder):
-    """A loaded model, which prepares texts and images itself."""
+    """A loaded model that prepares texts and images itself."""
 
     projects_at_once = True
 

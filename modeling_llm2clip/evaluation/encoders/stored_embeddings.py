@@ -1,4 +1,4 @@
-"""A folder of final embeddings with names (`data/named_embeddings.py`) in place of a model."""
+"""Evaluate stored final embeddings, looked up by name, instead of a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _STORE_FOLDERS = (".", "captions", "images")
 
 
 class StoredEmbeddingsEncoder(EvaluationEncoder):
-    """Looks embeddings up by their names."""
+    """Looks up embeddings by name in a folder; see `data/named_embeddings.py`."""
 
     def __init__(self, folder: Path, config: EncoderConfig, *, source: str) -> None:
         super().__init__(folder, config, source=source)
@@ -34,13 +34,14 @@ class StoredEmbeddingsEncoder(EvaluationEncoder):
         if not self._sides:
             raise ValueError(
                 f"{source} has no {' and no '.join(f'{side}.safetensors' for side in SIDES)}. A "
-                "store of `llm2clip extract` has embeddings from before the projections, which "
-                "cannot be compared: evaluate the model itself."
+                "store from `llm2clip extract` holds embeddings before projection, which cannot "
+                "be compared; evaluate the model itself."
             )
         widths = {side: named.embeddings.shape[1] for side, named in self._sides.items()}
         if len(set(widths.values())) > 1:
             raise ValueError(
-                f"{source}: the embeddings have widths {widths} and cannot be compared."
+                f"{source}: the embeddings cannot be compared because their widths differ: "
+                f"{widths}."
             )
 
     def _encode_new_texts(self, texts: list[str]) -> EncodedTexts:
@@ -80,6 +81,6 @@ class StoredEmbeddingsEncoder(EvaluationEncoder):
 
 
 def holds_embeddings(folder: Path) -> bool:
-    """Return whether a folder has named embeddings, or a store, which is refused with advice."""
+    """Return whether a folder has named embeddings or a store, which raises an error later."""
     stores = (folder / name / MANIFEST_FILE for name in _STORE_FOLDERS)
     return any(file.is_file() for file in (*(side_file(folder, s) for s in SIDES), *stores))

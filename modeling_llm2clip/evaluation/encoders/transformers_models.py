@@ -1,8 +1,7 @@
-"""Models of transformers: those of this package, and dual encoders such as CLIP and SigLIP.
+"""Evaluate transformers models: LLM2CLIP, and dual encoders such as CLIP and SigLIP.
 
-A model of this package gives the embeddings that `AutoModel` returns, computed on the fast paths.
-The others have their own text encoders; `encoding/dual_encoder.py` has the form of texts that each
-family was trained with.
+LLM2CLIP models return the same embeddings as `AutoModel`, computed on the fast paths. Dual encoders
+have their own text encoders; `encoding/dual_encoder.py` formats texts as in each family's training.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ from .encoder import (
 
 
 class LLM2CLIPEncoder(EvaluationEncoder):
-    """A model folder of this package."""
+    """Encodes with an LLM2CLIP model folder."""
 
     def __init__(self, folder: Path, config: EncoderConfig, *, source: str) -> None:
         super().__init__(folder, config, source=source)
@@ -74,10 +73,10 @@ class LLM2CLIPEncoder(EvaluationEncoder):
 
     @cached_property
     def _precision(self) -> dict[str, str]:
-        """Precision of the towers where a comparison decides it; otherwise empty.
+        """Precision of the towers if a comparison chooses it; otherwise empty.
 
-        The model is loaded for that and let go, so that models that wait for their turn hold no
-        memory.
+        The model is loaded for the comparison and then released, so models that are evaluated later
+        do not occupy memory.
         """
         traits, stored = DeviceTraits.read(self._device), find_stored_dtype(self._path)
         if self._run_config.dtype != "auto" or not choose_tower_dtype("auto", traits, stored)[1]:
@@ -93,7 +92,7 @@ class LLM2CLIPEncoder(EvaluationEncoder):
         text, vision = fingerprint_text(self._path), fingerprint_vision(self._path)
         model = fingerprint_model(self._path)
         saved = model.pop("dtype")
-        taken = self._precision.get("precision", saved)
+        precision = self._precision.get("precision", saved)
         fingerprint = {
             **model,
             "tokenizer": text["tokenizer"],
@@ -121,7 +120,9 @@ class LLM2CLIPEncoder(EvaluationEncoder):
                 "pooling": vision["pooling"],
                 "activation": describe_activation(config.vision_config),
             },
-            dtype=choose_dtype(self._run_config, saved) if taken == saved else f"{taken} towers",
+            dtype=choose_dtype(self._run_config, saved)
+            if precision == saved
+            else f"{precision} towers",
             run={
                 **self._describe_run(),
                 **({"untrained_parts": parts} if parts else {}),
@@ -131,14 +132,14 @@ class LLM2CLIPEncoder(EvaluationEncoder):
 
 
 class TransformersEncoder(EvaluationEncoder):
-    """A folder of a dual encoder in `DUAL_ENCODERS` as transformers saves it."""
+    """Encodes with the transformers folder of a dual encoder in `DUAL_ENCODERS`."""
 
     def __init__(self, folder: Path, config: EncoderConfig, *, source: str) -> None:
         super().__init__(folder, config, source=source)
         self._processor = DualEncoderProcessor(folder)
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Encode texts; those that the model cannot distinguish, such as by case, are one text."""
+        """Encode texts; texts that the model reads as the same, such as by case, count as one."""
         return super().encode_texts([self._processor.spell(text) for text in texts])
 
     @cached_property

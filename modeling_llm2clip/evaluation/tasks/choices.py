@@ -1,9 +1,9 @@
-"""Compositional choices: which of two captions is true, of which of two images.
+"""Score compositional choices: match captions to images that differ only subtly.
 
 | form of the dataset | scores |
 | --- | --- |
-| `image` (SugarCrepe) | `accuracy`: the true caption is nearer to the image than the false one |
-| `text` | the same with another true caption in place of the image, for text encoders alone |
+| `image` (SugarCrepe) | `accuracy`: the true caption is closer to the image than the false one |
+| `text` | same, with another true caption instead of the image, for text-only encoders |
 | `images` (Winoground, arXiv:2204.03162) | `text`: each image finds its caption; `image`: each
 caption finds its image; `group`: both |
 """
@@ -23,8 +23,8 @@ from ..metrics.ranking import TIE_TOLERANCE
 from ..metrics.scores import mean_with_interval
 from .task import Datasets, Task, TaskScores, count_texts, describe_interval
 
-# Of Winoground: two comparisons right by luck, and the share of orders of four numbers in which all
-# four comparisons are right.
+# For Winoground's text and image scores, two comparisons must be right by luck. For its group
+# score, this is the share of orderings of four numbers in which all four comparisons are right.
 _CHANCES = {"accuracy": 1 / 2, "text": 1 / 4, "image": 1 / 4, "group": 1 / 6}
 
 
@@ -53,10 +53,10 @@ def _run_choices(encoder: EvaluationEncoder, datasets: Datasets) -> TaskScores:
 
 
 def compare_choices(captions: Tensor, others: Tensor) -> dict[str, Tensor]:
-    """Find the items that are answered right, (N,) bool by score; an equal score is a wrong answer.
+    """Return whether each item is answered correctly, (N,) bool per score; a tie is wrong.
 
-    Captions are (N, 2, D) of unit length, of which the first is true of the first of the others:
-    (N, 1, D) or (N, 2, D) of images or texts.
+    `captions` is (N, 2, D). `others` is (N, 1, D) or (N, 2, D), of images or texts. Both have unit
+    length, and the first caption belongs to the first of the others.
     """
     scores = others.double() @ captions.double().transpose(1, 2)  # (N, images, captions)
     wrong = scores + TIE_TOLERANCE
@@ -71,7 +71,7 @@ def compare_choices(captions: Tensor, others: Tensor) -> dict[str, Tensor]:
 def _score(dataset: ChoiceDataset, answers: Mapping[str, Tensor]) -> dict[str, Any]:
     categories = [item.category for item in dataset.items]
     numbers: dict[tuple[object, ...], int] = {}
-    # Questions about one image succeed and fail together.
+    # Questions about the same image succeed and fail together.
     shown = [item.image_names or item.images or (item.name,) for item in dataset.items]
     images = torch.tensor([numbers.setdefault(names, len(numbers)) for names in shown])
     scores: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Zero-shot classification: the class whose prompts are nearest to the image."""
+"""Score zero-shot classification, which predicts the class with the closest prompts."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .task import BY_COSINE, Datasets, Task, TaskScores, count_texts, describe_i
 
 _KS = (1, 5)
 _NUM_CONFUSED = 20
-_IMAGES_AT_A_TIME = 2048  # whose scores are float64
-_NEAR = 1e-4  # of a cosine in float32, far above its rounding error
+_IMAGES_AT_A_TIME = 2048  # limits the memory of the float64 scores
+_NEAR = 1e-4  # far above the rounding error of a float32 cosine
 
 
 def _run_classification(encoder: EvaluationEncoder, datasets: Datasets) -> TaskScores:
@@ -42,7 +42,7 @@ def _run_classification(encoder: EvaluationEncoder, datasets: Datasets) -> TaskS
 
 
 def list_prompts(dataset: ClassificationDataset) -> list[str]:
-    """List the prompts of all classes, those of one class in a row."""
+    """List the prompts of all classes, grouped by class."""
     return [
         template.replace("{}", name)
         for name in dataset.class_names
@@ -55,32 +55,32 @@ def rank_classes(
 ) -> tuple[Tensor, Tensor]:
     """Compute the rank of each image's own class, from 1, and the predicted class, both (N,) int64.
 
-    Images are (N, D), classes (C, D), of unit length. Ties count against the model: the prediction
-    for an image whose own class ties with others is the nearest of these. Results are on the CPU;
-    the device, None for that of the images, computes in float64.
+    Images are (N, D) and classes (C, D), of unit length. Ties count against the model: if an
+    image's own class ties with others, the closest of the others is predicted. Scores are computed
+    in float64 on `device` (default: the images' device), and the results are on the CPU.
     """
     device = device or images.device
     classes, labels, parts = classes.to(device).double(), labels.to(device), []
     for start in range(0, len(images), _IMAGES_AT_A_TIME):
         chosen = slice(start, start + _IMAGES_AT_A_TIME)
-        classes_of = labels[chosen, None]
+        own_class = labels[chosen, None]
         scores = images[chosen].to(device).double() @ classes.T  # (n, C)
-        least = scores.gather(1, classes_of) - TIE_TOLERANCE
-        scores.scatter_(1, classes_of, -torch.inf)
+        least = scores.gather(1, own_class) - TIE_TOLERANCE
+        scores.scatter_(1, own_class, -torch.inf)
         ranks = 1 + (scores >= least).sum(dim=1)
-        nearest = torch.where(ranks == 1, classes_of[:, 0], scores.argmax(dim=1))
+        nearest = torch.where(ranks == 1, own_class[:, 0], scores.argmax(dim=1))
         parts.append(torch.stack([ranks, nearest]))
     ranks, predicted = torch.cat(parts, dim=1).cpu()
     return ranks, predicted
 
 
 def find_tied_classes(classes: Tensor) -> list[int]:
-    """Find the rows of classes as near to another one as a tie, whose images can only be wrong.
+    """Find the rows of classes so close to another class that they tie; their images are all wrong.
 
-    A model may not distinguish names that a reader does: they differ in case, or after the last
-    token that it reads.
+    A model may not be able to distinguish names that differ only in case, or after the last token
+    it reads.
     """
-    # A product finds candidates among all pairs; only their difference is exact enough.
+    # The product selects candidate pairs; only their difference is precise enough to decide.
     first, second = (classes @ classes.T > 1 - _NEAR).nonzero().T
     distances = (classes[first].double() - classes[second].double()).norm(dim=1)
     rows: list[int] = first[(first != second) & (distances <= TIE_TOLERANCE)].unique().tolist()

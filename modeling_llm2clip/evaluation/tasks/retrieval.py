@@ -1,11 +1,11 @@
-"""Retrieval: images by caption and captions by image, in one language or all, and captions alone.
+"""Score retrieval between images and captions, in one or all languages, and among captions.
 
-In several languages, the captions of each are compared with the images of that language alone.
+With several languages, the captions of each language are compared only with that language's images.
 
 Caption retrieval accuracy (CRA) measures a text encoder. The first caption of each image retrieves
-the second one of the same image from the second captions of all images; the share that finds it at
-rank 1, by cosine, is the accuracy (paper, section 2; upstream's COCO evaluation). More images make
-it harder, so a score needs their number.
+the second caption of the same image, by cosine, from the second captions of all images. The
+accuracy is the share found at rank 1 (paper, section 2; upstream's COCO evaluation). More images
+make the task harder, so a score is meaningful only with their number.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _PROTOCOL = {
     "recall_at_k": "share of the positives among the first k",
     "interval": describe_interval("groups of images that share their captions"),
 }
-# For each direction its ranking, and the group of each query: images that share their captions
-# succeed and fail together, and so do the captions, so that an interval samples groups.
+# The ranking of each direction, and the group of each query. Images that share captions succeed and
+# fail together, as do the captions of an image, so confidence intervals resample whole groups.
 _Directions: TypeAlias = Mapping[str, tuple[Ranking, Tensor]]
 
 
@@ -74,7 +74,7 @@ def _run_cross_lingual(encoder: EvaluationEncoder, datasets: Datasets) -> TaskSc
 
 
 def compute_chance(ranking: Ranking) -> float:
-    """Compute the hit rate at 1 that embeddings without meaning would reach."""
+    """Compute the hit rate at 1 of random embeddings."""
     return float((ranking.num_positives.double() / ranking.num_candidates).mean())
 
 
@@ -145,9 +145,9 @@ CROSS_LINGUAL = Task(
 def measure_caption_retrieval(
     encode: Callable[[list[str]], Tensor], groups: Sequence[CaptionGroup]
 ) -> float:
-    """Compute the accuracy of a text encoder, (N, D) of N texts, on two images or more."""
+    """Compute the CRA of a text encoder, which maps N texts to (N, D), on two or more images."""
     if len(groups) < 2:
-        raise ValueError(f"Caption retrieval needs two images or more; got {len(groups)}.")
+        raise ValueError(f"Caption retrieval needs at least two images, but got {len(groups)}.")
     return hit_rate_at(rank_pairs(encode(_list_pairs(groups))).i2t, k=1)
 
 
@@ -156,13 +156,13 @@ def _list_pairs(groups: Sequence[CaptionGroup]) -> list[str]:
 
 
 def rank_pairs(embeds: Tensor, *, device: torch.device | None = None) -> RetrievalRanks:
-    """Rank second texts for first ones, which are in the place of images, and vice versa.
+    """Rank second texts for the first texts, which replace the images, and vice versa.
 
-    Takes (2N, D): all first texts, then all second ones. The device computes; None for theirs.
+    `embeds` is (2N, D): all first texts, then all second texts. `device` defaults to theirs.
     """
-    number = len(embeds) // 2
-    pairs = Correspondence.from_image_of_text(range(number), number)
-    return rank_retrieval(embeds[:number], embeds[number:], pairs, device=device)
+    num_pairs = len(embeds) // 2
+    pairs = Correspondence.from_image_of_text(range(num_pairs), num_pairs)
+    return rank_retrieval(embeds[:num_pairs], embeds[num_pairs:], pairs, device=device)
 
 
 def _run_cra(encoder: EvaluationEncoder, datasets: Datasets) -> TaskScores:
@@ -180,22 +180,22 @@ def _run_cra(encoder: EvaluationEncoder, datasets: Datasets) -> TaskScores:
 
 
 def _require_pairs(datasets: Datasets) -> list[CaptionGroup]:
-    """Return the captions of each image; raise ValueError if one has a single caption."""
+    """Return the captions of each image; raise ValueError if an image has only one caption."""
     [dataset] = datasets
     assert isinstance(dataset, RetrievalDataset)
     groups = dataset.group_captions()
-    lonely = [group.group_id for group in groups if len(group.captions) < 2]
-    if lonely or len(groups) < 2:
+    single = [group.group_id for group in groups if len(group.captions) < 2]
+    if single or len(groups) < 2:
         raise ValueError(
-            f"{dataset.name}: CRA needs two captions of every image, and two images. "
-            f"{len(lonely)} of {len(groups)} have only one: {lonely[:5]}."
+            f"{dataset.name}: CRA needs at least two images with two captions each. "
+            f"{len(single)} of {len(groups)} have only one caption: {single[:5]}."
         )
     return groups
 
 
 CRA = Task(
     name="cra",
-    title="caption retrieval accuracy of a text encoder alone",
+    title="caption retrieval accuracy of the text encoder",
     dataset_types=("captions", "retrieval"),
     needs_images=False,
     protocol={

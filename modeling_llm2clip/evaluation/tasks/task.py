@@ -1,4 +1,4 @@
-"""The interface of tasks, and their common parts: intervals, counts, protocols."""
+"""Define the interface of tasks and their common parts: intervals, counts, protocols."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..encoders.encoder import EncodedTexts, EvaluationEncoder
 from ..metrics.ranking import TIE_RULE
 from ..metrics.scores import CONFIDENCE_LEVEL, NUM_RESAMPLES
 
-# Part of the protocol of every task that has intervals.
+# Protocol fields of tasks that rank by cosine.
 BY_COSINE = {"similarity": "cosine", "ties": TIE_RULE}
 
 Datasets: TypeAlias = tuple[EvaluationDataset, ...]
@@ -20,7 +20,7 @@ Datasets: TypeAlias = tuple[EvaluationDataset, ...]
 
 @dataclass(frozen=True)
 class TaskScores:
-    """Scores by name, nested at will, and counts of texts and images, as JSON values."""
+    """Scores by name, which may be nested, and counts of texts and images, as JSON values."""
 
     scores: Mapping[str, Any]
     counts: Mapping[str, Any]
@@ -28,19 +28,18 @@ class TaskScores:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One thing to measure.
+    """One task to evaluate.
 
     Attributes:
-        protocol: Choices of the task that change a score.
-        headline: Scores that a table shows: title of a column to the path in `scores`.
-        chance: For some columns, the path to the score of embeddings without meaning.
-        run: Takes one dataset per language.
+        protocol: Choices of the task that affect scores.
+        headline: Scores shown in tables: column title to the score's path in `scores`.
+        chance: Paths to the scores of random embeddings, for the columns that have one.
+        run: Computes the scores; takes one dataset per language.
         needs_images: None if it depends on the dataset.
-        all_languages: Takes all languages of a dataset together, not one alone.
-        check: Raises ValueError for datasets on which the task cannot run, before any model is
-            loaded.
-        describe_data: Further choices, which depend on the datasets.
-        needs: Optional packages that it requires.
+        all_languages: Whether the task takes all languages of a dataset at once.
+        check: Raises ValueError if the task cannot run on the datasets, before any model is loaded.
+        describe_data: Returns further choices, which depend on the datasets.
+        needs: Optional packages that the task requires.
     """
 
     name: str
@@ -63,7 +62,7 @@ def describe_interval(sampled: str) -> str:
 
 
 def count_texts(texts: EncodedTexts) -> dict[str, int | None]:
-    """Count the texts, and those that the encoder had to truncate."""
+    """Count the texts, and how many of them the encoder truncated."""
     is_truncated = texts.is_truncated
     return {
         "texts": len(texts.embeds),

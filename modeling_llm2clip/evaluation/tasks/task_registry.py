@@ -1,4 +1,4 @@
-"""All tasks by name, and the default task of each dataset type."""
+"""Find tasks by name, and the default task for each dataset type."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ DEFAULT_TASKS: dict[DatasetType, Task] = {
 def find_task(name: str) -> Task:
     if name not in TASKS:
         raise ValueError(
-            f"There is no task {name!r}. Known: {', '.join(TASKS)}.{did_you_mean(name, TASKS)}"
+            f"There is no task {name!r}. Known tasks: {', '.join(TASKS)}."
+            f"{did_you_mean(name, TASKS)}"
         )
     return TASKS[name]

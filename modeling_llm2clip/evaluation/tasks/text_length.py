@@ -1,11 +1,11 @@
-"""A score against the length of the text, and how much of it a 77-token encoder never sees.
+"""Score retrieval by text length, and measure how much text a 77-token encoder never sees.
 
-With images, each caption retrieves its image from all images. Without, each long caption is split
-near its middle, and the first half retrieves its second half from those of all captions: a
-question to a text encoder alone.
+With images, each caption retrieves its image from all images. Without images, only the text encoder
+is tested: each long caption is split near its middle, and its first part retrieves its second part
+from the second parts of all captions.
 
-A length in one model's tokens cannot be compared with another model's, so all texts are measured
-with CLIP's tokenizer, whatever is evaluated.
+Lengths in different models' tokens are not comparable, so all texts are measured with CLIP's
+tokenizer, no matter which model is evaluated.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from ..metrics.scores import hits_at, mean_with_interval
 from .retrieval import compute_chance, rank_pairs
 from .task import BY_COSINE, Datasets, Task, TaskScores, count_texts, describe_interval
 
-# 77 positions, two of which are the begin and the end of the text (arXiv:2103.00020).
+# 77 positions minus the begin and end tokens (arXiv:2103.00020).
 CLIP_TEXT_TOKENS = 75
-# Upper bounds of the buckets, in CLIP's tokens; a 77-token encoder sees up to the third.
+# Upper bounds of the buckets in CLIP tokens; a 77-token encoder sees everything up to the third.
 BUCKET_BOUNDS = (20, 40, CLIP_TEXT_TOKENS, 110, 150, 200, 300)
 _SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s*")
 _WORD_END = re.compile(r"\s+")
@@ -65,9 +65,9 @@ def _run_length(encoder: EvaluationEncoder, datasets: Datasets) -> TaskScores:
 
 
 def count_clip_tokens(texts: Sequence[str]) -> list[int]:
-    """Count the tokens of each text in CLIP's vocabulary, without begin and end."""
+    """Count the tokens of each text in CLIP's vocabulary, without the begin and end tokens."""
     tokenizer = import_open_clip(CLIP_TOKENS).SimpleTokenizer()
-    # A text of nothing but whitespace that Python does not know as such has no token.
+    # A text has no tokens if it is made of whitespace that Python does not recognize.
     return [max(1, len(tokenizer.encode(text))) for text in texts]
 
 
@@ -93,16 +93,16 @@ def _split_captions(dataset: RetrievalDataset) -> list[tuple[str, str]]:
     pairs = [parts for parts in map(split_in_half, dataset.captions) if parts is not None]
     if len(pairs) < 2:
         raise ValueError(
-            f"{dataset.name}: {len(pairs)} of {len(dataset.captions)} captions can be split, and "
-            "the task length needs two or more. Give it images, or longer captions."
+            f"{dataset.name}: {len(pairs)} of {len(dataset.captions)} captions can be split, but "
+            "the task length needs at least two. Provide images or longer captions."
         )
     return pairs
 
 
 def split_in_half(text: str) -> tuple[str, str] | None:
-    """Split a text at the end of a sentence, or else of a word, that is nearest to its middle.
+    """Split a text at the sentence end closest to its middle, or at a word end if there is none.
 
-    A text of one word is None.
+    Returns None for a single word.
     """
     for end in (_SENTENCE_END, _WORD_END):
         places = [m.end() for m in end.finditer(text) if text[: m.end()].strip()]
@@ -116,7 +116,7 @@ def split_in_half(text: str) -> tuple[str, str] | None:
 def score_lengths(
     ranking: Ranking, lengths: Sequence[int], is_truncated: Tensor | None, clusters: Tensor
 ) -> dict[str, Any]:
-    """Compute the hit rate at 1 of every bucket that has queries, of all queries, and by chance."""
+    """Compute the hit rate at 1 for each non-empty bucket, for all queries, and by chance."""
     hits = hits_at(ranking, k=1)
     tokens = torch.tensor(lengths)
     buckets = []

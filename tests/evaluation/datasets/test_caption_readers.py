@@ -205,7 +205,7 @@ def test_an_urban1k_image_without_its_caption_is_an_error_and_vice_versa(tmp_pat
     assert dataset.image_names == tuple(f"{n}.jpg" for n in (1, 2, 6, 7, 8, 9, 10))
     assert dataset.protocol["skipped"] == errors
     (folder / "caption" / "6.txt").write_bytes("Straße".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"6\.txt: cannot be read as text .*Download it again"):
+    with pytest.raises(ValueError, match=r"6\.txt cannot be read as text .*Download it again"):
         load_dataset(spec, folder, skip_invalid=True)
 
 
@@ -273,7 +273,7 @@ def test_damaged_compressed_captions_are_named(tmp_path: Path) -> None:
     content = bytearray(file.read_bytes())
     content[10] ^= 0xFF  # the first byte after the header
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"test_2016_flickr\.en\.gz: cannot be read"):
+    with pytest.raises(ValueError, match=r"test_2016_flickr\.en\.gz cannot be read"):
         load_dataset(tiny_spec("multi30k", images=2), tmp_path, lang="en")
 
 

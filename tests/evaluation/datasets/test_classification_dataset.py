@@ -155,7 +155,7 @@ def test_a_protocol_says_which_class_names_were_in_the_prompts(folder: Path) -> 
 def test_classes_of_one_name_are_kept_and_listed(folder: Path) -> None:
     mapping = "n01440764 crane\nn01443537 crane\nn01484850 tench, Tinca tinca\n"
     (folder / "LOC_synset_mapping.txt").write_text(mapping, encoding="utf-8")
-    with pytest.warns(UserWarning, match=r"several classes are named crane; .*count as wrong"):
+    with pytest.warns(UserWarning, match=r"several classes share the name crane; .*count as wrong"):
         dataset = load(IMAGENET, folder)
     assert dataset.class_names == ("crane", "crane", "tench")
     assert dataset.protocol["repeated_class_names"] == ["crane"]
@@ -174,7 +174,9 @@ def test_images_of_classes_without_a_name_are_skipped_and_counted(folder: Path) 
     assert dataset.protocol["skipped_samples"] == 3  # those two, and the file that is not an image
     # The one class that is left would be right whatever a model says.
     (folder / "LOC_synset_mapping.txt").write_text("n01440764 goldfish\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"left are 2 images and 1 of the classes.*at least two"):
+    with pytest.raises(
+        ValueError, match=r"only 2 images and 1 of the classes are left.*two classes"
+    ):
         load(IMAGENET, folder, skip_invalid=True)
 
 
@@ -189,7 +191,7 @@ def test_images_of_classes_without_a_name_are_skipped_and_counted(folder: Path) 
 def test_class_names_that_some_model_cannot_distinguish_are_repeats(
     names: list[str], folder: Path
 ) -> None:
-    with pytest.warns(UserWarning, match="several classes are named"):
+    with pytest.warns(UserWarning, match="several classes share the name"):
         dataset = load(IMAGENET, folder, class_names=names)
     assert dataset.class_names == tuple(names)
     assert dataset.protocol["repeated_class_names"] == [names[2]]
@@ -206,7 +208,7 @@ def test_class_names_of_another_language_need_templates_of_it(folder: Path) -> N
     names = ["Schleie", "Goldfisch", "Weißer Hai"]
     with pytest.raises(ValueError, match="imagenet has no language 'de'"):
         load(IMAGENET, folder, lang="de")
-    with pytest.raises(ValueError, match=r"templates of the dataset are English, lang is 'de'"):
+    with pytest.raises(ValueError, match=r"dataset's templates are English, but lang is 'de'"):
         load(IMAGENET, folder, lang="de", class_names=names)
     templates = ["ein Foto von: {}"]
     dataset = load(IMAGENET, folder, lang="de", class_names=names, templates=templates)
@@ -242,7 +244,7 @@ def test_an_image_needs_a_name_of_its_own_and_a_class(
 
 @pytest.mark.parametrize(
     ("templates", "message"),
-    [(("a photo",), r"without exactly one \{\}: \['a photo'\]"), ((), "none given")],
+    [(("a photo",), r"\{\} exactly once; got \['a photo'\]"), ((), "got no templates")],
 )
 def test_templates_must_take_one_name(
     templates: tuple[str, ...], message: str, tmp_path: Path

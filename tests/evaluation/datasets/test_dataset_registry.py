@@ -75,7 +75,7 @@ def test_datasets_are_listed_by_name_and_xm3600_has_as_many_captions_as_its_pape
         ("sugarcrepe", "github.com/RAIVNLab/sugar-crepe"),
         ("winoground", "datasets/facebook/winoground"),
         ("imagenet", "LOC_synset_mapping.txt"),
-        ("image-folder", "is not a folder with class folders"),
+        ("image-folder", "has no class folders"),
         ("folder", "captions.jsonl"),
     ],
 )
@@ -90,13 +90,13 @@ def test_a_missing_file_is_named_with_where_to_get_it(
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("coko", {}, "no dataset 'coko', and no folder of this name. Known: coco, coco-cn"),
+        ("coko", {}, "no dataset or folder named 'coko'. Known datasets: coco, coco-cn"),
         ("coco", {"folder": None}, "coco needs a folder with coco_karpathy_test.json"),
         ("coco", {"folder": "nowhere"}, "nowhere does not exist"),
-        ("coco", {"lang": "de"}, "coco has no language 'de'. It has en."),
+        ("coco", {"lang": "de"}, "coco has no language 'de'. Choose from en."),
         ("coco", {"image_dir": "nowhere"}, "image_dir='nowhere' is not a folder"),
         ("xm3600", {}, "xm3600 has several languages. Choose one: ar, bn"),
-        ("emoji", {"lang": "en"}, "emoji needs no folder"),
+        ("emoji", {"lang": "en"}, "emoji takes no folder"),
     ],
 )
 def test_a_request_that_cannot_be_met_says_what_can_be(
@@ -113,7 +113,7 @@ def test_the_name_of_a_dataset_is_never_a_folder_of_that_name(
     monkeypatch.chdir(tmp_path)
     for name in ("emoji", "mine", "a=b"):
         (tmp_path / name).mkdir()
-    with pytest.warns(UserWarning, match=r"emoji is taken for the dataset.*give \./emoji"):
+    with pytest.warns(UserWarning, match=r"emoji is both a dataset and a path.*write \./emoji"):
         assert parse_dataset("emoji") == EvaluatedDataset(name="emoji")
     assert parse_dataset("./emoji") == EvaluatedDataset(name="folder", folder="./emoji")
     assert parse_dataset("mine") == EvaluatedDataset(name="folder", folder="mine")
@@ -121,7 +121,9 @@ def test_the_name_of_a_dataset_is_never_a_folder_of_that_name(
     assert parse_dataset("a=b") == EvaluatedDataset(name="folder", folder="a=b")
     with pytest.raises(ValueError, match="'coco=' must be NAME=FOLDER"):
         parse_dataset("coco=")
-    with pytest.raises(ValueError, match=r"There is no dataset 'emojis'.*Did you mean emoji?"):
+    with pytest.raises(
+        ValueError, match=r"There is no dataset or folder named 'emojis'.*Did you mean emoji?"
+    ):
         parse_dataset("emojis")
 
 
@@ -151,11 +153,11 @@ def test_a_url_takes_a_name_as_a_folder_does(name: str, place: str) -> None:
     [
         ("=mine", "'=mine' must be NAME=FOLDER"),
         ("mine=", "'mine=' must be NAME=FOLDER"),
-        ("no/such=mine", "no such path, and 'no/such' cannot name a dataset"),
-        ("..=mine", "'..' cannot name a dataset"),
-        ("emojis=mine", "'emojis' resembles the name of the dataset emoji"),
-        ("COCO=mine", "'COCO' resembles the name of the dataset coco"),
-        ("nothing", "no dataset 'nothing', and no folder of this name"),
+        ("no/such=mine", "no such path, and 'no/such' cannot be a dataset name"),
+        ("..=mine", "'..' cannot be a dataset name"),
+        ("emojis=mine", "'emojis' is too similar to the dataset name emoji"),
+        ("COCO=mine", "'COCO' is too similar to the dataset name coco"),
+        ("nothing", "no dataset or folder named 'nothing'"),
     ],
 )
 def test_a_name_that_cannot_be_ones_own_is_refused(text: str, message: str) -> None:
@@ -164,7 +166,9 @@ def test_a_name_that_cannot_be_ones_own_is_refused(text: str, message: str) -> N
 
 
 def test_the_name_of_a_dataset_in_the_package_takes_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"emoji needs no folder; .*give your own images another"):
+    with pytest.raises(
+        ValueError, match=r"emoji takes no folder, .*choose another name for your own"
+    ):
         load_dataset(f"emoji={write_own_folder(tmp_path)}")
 
 
@@ -181,7 +185,7 @@ def test_records_are_a_dataset_that_is_named_by_their_hash(tmp_path: Path) -> No
         load_dataset(records)
     with pytest.raises(ValueError, match="Got no records"):
         load_dataset([])
-    with pytest.raises(ValueError, match=r"records-[0-9a-f]{8} needs no folder"):
+    with pytest.raises(ValueError, match=r"records-[0-9a-f]{8} takes no folder"):
         load_dataset(records, folder, lang="en")
 
 
@@ -206,5 +210,5 @@ def test_training_reads_a_captioned_dataset_by_its_name(tmp_path: Path) -> None:
         (r.name, r.lang, r.group_id) for r in own
     }
     assert all(r.image is None for r in read_data(f"folder={folder}", require_images=False))
-    with pytest.raises(ValueError, match="winoground is a choice dataset, and training takes"):
+    with pytest.raises(ValueError, match="winoground is a choice dataset, but training needs"):
         read_data(f"winoground={folder}", require_images=True)

@@ -77,5 +77,5 @@ def test_a_sentence_transformer_without_texts_is_refused(models: Any, tmp_path: 
     config = ExportConfig(components="vision")
     folder = export_model(models("llm2clip"), tmp_path / "vision", config)
     model = EvaluatedModel(source=str(folder), model_type="sentence-transformers")
-    with pytest.raises(ValueError, match=r"encodes \['image'\] and no texts"):
+    with pytest.raises(ValueError, match=r"encodes only \['image'\], but every task"):
         assert load_encoder(model).description

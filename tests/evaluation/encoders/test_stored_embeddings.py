@@ -46,7 +46,7 @@ def test_one_side_alone_is_enough_for_its_tasks(tmp_path: Path) -> None:
 
 def test_sides_of_unlike_width_are_refused(tmp_path: Path) -> None:
     write_sides(tmp_path, width=4, image_width=6)
-    with pytest.raises(ValueError, match=r"widths \{'texts': 4, 'images': 6\}"):
+    with pytest.raises(ValueError, match=r"widths differ: \{'texts': 4, 'images': 6\}"):
         load_encoder(tmp_path)
 
 
@@ -63,5 +63,5 @@ def test_a_store_is_refused_with_what_to_do(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / MANIFEST_FILE).touch()
     for folder in (tmp_path, tmp_path / "captions"):
-        with pytest.raises(ValueError, match=r"before the projections.*evaluate the model itself"):
+        with pytest.raises(ValueError, match=r"before projection.*evaluate the model itself"):
             load_encoder(folder)
