@@ -20,7 +20,7 @@ class EvaluatedModel(Config):
     source: str
     """Folder or Hub id."""
     name: str = ""
-    """Name in tables, also the results folder's. Default: the last part of the source."""
+    """Name in tables and of the results folder. Default: the last part of the source."""
     model_type: ModelType | None = None
     """Type of the model. Default: detected from its files."""
     revision: str | None = None

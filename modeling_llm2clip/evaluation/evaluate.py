@@ -251,8 +251,8 @@ def _read_datasets(
     if len(languages) > 1 and not task.all_languages:
         raise ValueError(
             f"{task.name} takes one language at a time, but got {', '.join(languages)} for "
-            f"{source.spec.name}. Choose one, such as languages={languages[0]}, or use the task "
-            "cross-lingual."
+            f"{source.spec.name}. Choose one, such as languages={languages[0]}, or use the "
+            "cross-lingual task."
         )
     is_classification = source.spec.dataset_type == "classification"
     assert not isinstance(config.class_names, Path) and not isinstance(config.templates, Path)

@@ -40,7 +40,7 @@ from .results import hash_dataset
 
 _SPLIT = "test"
 _SHOWN_OF_DIGEST = 8
-# R@1 of CLIP papers.
+# R@1 in CLIP papers.
 _MAIN_SCORE = "hit_rate_at_1"
 # Regions that write a language in a less common script (CLDR, likely subtags).
 _SCRIPT_OF_REGION = {
@@ -199,8 +199,8 @@ def make_mteb_tasks(
     elif folder is not None or options:
         raise ValueError(
             f"{data.name} is already loaded, so folder={folder!r} and "
-            f"{', '.join(sorted(options)) or 'options'} have no effect. Pass the name of a dataset "
-            "to load it with them."
+            f"{', '.join(sorted(options)) or 'options'} have no effect. To load a dataset with "
+            "them, pass its name."
         )
     return RetrievalTask(data, from_images=True), RetrievalTask(data, from_images=False)
 

@@ -102,7 +102,7 @@ class JsonCaptions:
             items = content.get(self.items) if isinstance(content, dict) else content
             if not isinstance(items, list | Iterator):
                 raise ValueError(
-                    f"{file}: neither a list nor an object with {self.items!r}. {self.advice}"
+                    f"{file} must contain a list or an object with {self.items!r}. {self.advice}"
                 )
             records = (
                 (f"{file.name} [{index}]", item if isinstance(item, dict) else {})
@@ -281,7 +281,7 @@ def _group_lines(file: Path, reading: DatasetReading) -> dict[str, list[_Line]]:
 
     `1007129816#zhm#0 一个男人` is the first caption of `1007129816.jpg`, and
     `COCO_val2014_000000000042#0 一只狗` is the first caption of `COCO_val2014_000000000042.jpg`.
-    The first whitespace starts the caption.
+    The caption starts after the first whitespace.
     """
     lines: dict[str, list[_Line]] = {}
     for row, line in enumerate(read_lines(file), start=1):

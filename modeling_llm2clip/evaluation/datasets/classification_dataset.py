@@ -195,7 +195,9 @@ def _choose_templates(reading: DatasetReading) -> tuple[str, ...]:
     """Return the templates; raise ValueError if they mix languages or do not take one name."""
     spec = reading.spec
     if not reading.require_images:
-        raise ValueError(f"{spec.name} cannot be read without its images.")
+        raise ValueError(
+            f"{spec.name} cannot be read without its images. Leave out require_images=False."
+        )
     if reading.lang != "en" and reading.templates is None:
         raise ValueError(
             f"{spec.name}: the dataset's templates are English, but lang is {reading.lang!r}. "

@@ -53,8 +53,7 @@ _BUILDERS: dict[DatasetType, Builder] = {
 
 _ON_HUB = "hub:"
 _OWN = "folder"  # spec of the user's own images, whatever name they are given
-# Similarity measured by difflib: "emojis" and "coco2" are too close to a known name, "my-emoji" is
-# not.
+# By difflib's similarity, "emojis" and "coco2" are too close to a known name, but "my-emoji" isn't.
 _TOO_CLOSE = 0.8
 _NAME = re.compile(r"\w[\w.-]*")
 

@@ -212,7 +212,7 @@ class DatasetReading:
         for name in names:
             if (folder / name).is_file():
                 return self.note_file(folder / name)
-        raise ValueError(f"{self.source}: {folder} has no {' and no '.join(names)}. {advice}")
+        raise ValueError(f"{self.source}: {folder} has no {' or '.join(names)}. {advice}")
 
     def note_file(self, file: Path) -> Path:
         """Note a file of the dataset so that its checksum is compared later."""

@@ -1,1 +1,1 @@
-"""Models behind one interface: texts and images in, embeddings out."""
+"""Models of any type behind one interface: texts and images in, embeddings out."""

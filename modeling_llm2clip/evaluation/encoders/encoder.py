@@ -79,7 +79,7 @@ class EvaluationEncoder(ABC):
     """
 
     _processor: Any  # same as `Encoder.processor`
-    _model: Any  # an `Encoder`, a cached property
+    _model: Any  # an `Encoder`, loaded by a cached property
     _on_batch: OnBatch | None = None  # called for each batch of images
 
     def __init__(self, path: Path, config: EncoderConfig, *, source: str) -> None:

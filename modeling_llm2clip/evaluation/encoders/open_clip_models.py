@@ -35,7 +35,7 @@ from .encoder import (
 )
 
 CONFIG_FILE = "open_clip_config.json"
-# In the order in which open_clip itself looks for them.
+# In the order in which open_clip looks for them.
 WEIGHT_FILES = (
     "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth",

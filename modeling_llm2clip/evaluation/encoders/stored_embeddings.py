@@ -33,15 +33,15 @@ class StoredEmbeddingsEncoder(EvaluationEncoder):
         }
         if not self._sides:
             raise ValueError(
-                f"{source} has no {' and no '.join(f'{side}.safetensors' for side in SIDES)}. A "
+                f"{source} has no {' or '.join(f'{side}.safetensors' for side in SIDES)}. A "
                 "store from `llm2clip extract` holds embeddings before projection, which cannot "
                 "be compared; evaluate the model itself."
             )
         widths = {side: named.embeddings.shape[1] for side, named in self._sides.items()}
         if len(set(widths.values())) > 1:
             raise ValueError(
-                f"{source}: the embeddings cannot be compared because their widths differ: "
-                f"{widths}."
+                f"{source}: texts and images cannot be compared because their embedding widths "
+                f"differ: {widths}."
             )
 
     def _encode_new_texts(self, texts: list[str]) -> EncodedTexts:

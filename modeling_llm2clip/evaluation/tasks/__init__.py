@@ -1,1 +1,1 @@
-"""Tasks: from embeddings to scores and their protocol."""
+"""Evaluation tasks, which compute scores from embeddings and record their protocol."""

@@ -1,4 +1,4 @@
-"""Score compositional choices: match captions to images that differ only subtly.
+"""Score compositional choices: pick the true caption, or the image that a caption describes.
 
 | form of the dataset | scores |
 | --- | --- |

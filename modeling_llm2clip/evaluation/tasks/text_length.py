@@ -94,7 +94,7 @@ def _split_captions(dataset: RetrievalDataset) -> list[tuple[str, str]]:
     if len(pairs) < 2:
         raise ValueError(
             f"{dataset.name}: {len(pairs)} of {len(dataset.captions)} captions can be split, but "
-            "the task length needs at least two. Provide images or longer captions."
+            "the length task needs at least two. Provide images or longer captions."
         )
     return pairs
 
@@ -151,7 +151,7 @@ def _score_bucket(
 
 LENGTH = Task(
     name="length",
-    title="R@1 against the length of the text",
+    title="R@1 by text length",
     dataset_types=("retrieval", "captions"),
     protocol={
         **BY_COSINE,

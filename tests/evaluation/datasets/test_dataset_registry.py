@@ -63,7 +63,7 @@ def test_datasets_are_listed_by_name_and_xm3600_has_as_many_captions_as_its_pape
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("flickr30k", r"no flickr30k_test\.json and no dataset_flickr30k\.json.*Get it from"),
+        ("flickr30k", r"no flickr30k_test\.json or dataset_flickr30k\.json.*Get it from"),
         ("coco-val2017", "cocodataset.org"),
         ("urban1k", "has no folder 'caption'.*Urban1k.zip"),
         ("docci", "google.github.io/docci"),
