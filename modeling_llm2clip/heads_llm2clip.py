@@ -85,7 +85,7 @@ def count_unpooled(
         prompt_length, *others = prompt_length.unique().tolist()
         if others:
             raise ValueError(
-                f"prompt_length has {len(others) + 1} different values in one batch. Encode the "
+                f"prompt_length is both {prompt_length} and {others[0]} in one batch. Encode the "
                 "texts of each instruction in a separate batch."
             )
     if not prompt_length:

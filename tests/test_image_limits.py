@@ -33,7 +33,7 @@ from modeling_llm2clip.image_loading_llm2clip import (
     ImageTooLargeError,
     read_image_header,
 )
-from modeling_llm2clip.serving.image_inputs import decode_image
+from modeling_llm2clip.serving.image_inputs import decode_sent_image
 from modeling_llm2clip.serving.service_results import RequestError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,7 +77,7 @@ def load_from_url(content: bytes, _: Path) -> Any:
 
 def load_request(content: bytes, _: Path) -> Any:
     try:
-        return decode_image(content, get_image_limits())
+        return decode_sent_image(content, get_image_limits())
     except RequestError as error:
         raise ValueError(error.message) from error
 

@@ -51,7 +51,7 @@ PAGES = sorted(
 )
 # Folders and files that a reader makes or downloads, and Hub ids.
 MADE_BY_READERS = (
-    "aligned", "captions", "images", "llm2clip-demo", "model", "my-images", "my-model", "runs",
+    ".eval_results", "aligned", "captions", "images", "llm2clip-demo", "model", "my-images", "my-model", "runs",
     "tuned", "built", "evaluation", "text-only", "to-publish", "tower", "caption", "image", "val",
     "<name>", "site", "onnx", "microsoft", "meta-llama", "openai", "facebook", "HuggingFaceTB",
     "texts.csv", "texts.jsonl", "texts.parquet", "Qwen", "google", "swiss-ai", "timm",
@@ -68,7 +68,7 @@ NEW_FILES = {
 # Flags of other programs, and of the scripts in `examples/`.
 OTHER_FLAGS = {
     "--help", "--strict", "--min-length", "--layer", "--chat-template", "--skip-text-only",
-    "--grid",
+    "--grid", "--key", "--url", "--lang", "--lang-column",
 }  # fmt: skip
 
 # One process for all blocks imports torch once; each reports by itself.

@@ -17,7 +17,7 @@ from modeling_llm2clip._suggestions import counted, list_first
 PLURAL = re.compile(r" (?!(?:is|has|was|of)\b)(?:[a-z-]+ )?[a-z-]+(?<!ha)(?<!\bi)s\b")
 # What is never one: it is checked before, or one is not what the message is about.
 NEVER_ONE = {
-    "cli/evaluate.py: values",  # one is for all models
+    "cli/evaluate.py: model_type",  # one is for all models
     "data/named_embeddings.py: self.names",  # whose number is beside the point
     "data/streams/dataset_streams.py: self.shards",  # part of a name that runs record
     "data/streams/record_streams.py: self.reader.shards",

@@ -29,7 +29,7 @@ from modeling_llm2clip.evaluation.tasks.retrieval import rank_pairs
 
 def main() -> None:
     """Print a line per layer, and the layer to take."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("text_model", help="Hub id, folder or .gguf file of a language model")
     parser.add_argument("data", help="captioned images, of which only the captions are read")
     parser.add_argument("--prompt", required=True, help="as of llm2clip build")

@@ -330,7 +330,6 @@ REFUSED_AT_ONCE = [
     (["index", "OWN", "/nowhere", "NEW"], "/nowhere: no such folder"),
     (["index", "no-model", "FULL", "NEW"], "no-model: no such folder"),
     (["index", "CLIP", "FULL", "NEW"], "An LLM2CLIP model is needed here."),
-    (["index", "OWN", "FULL", "NEW", "--min-recall", "2"], "--min-recall 2.0: Input should"),
     (["search", "/nowhere", "a dog"], "/nowhere: no such database"),
     (["search", "FULL", "a dog"], "is not a database of llm2clip index"),
     (["search", "LABELS", "a dog"], "is not a database of llm2clip index"),

@@ -30,7 +30,7 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 def built(towers: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("built") / "model"
     options = ["--prompt", "llama-3", "--projection-dim", "24", "--max-text-length", "32",
-               "--vision-pooling", "patch_mean", "--no-normalize-text-before-adapter"]  # fmt: skip
+               "--vision-pooling", "patch_mean"]  # fmt: skip
     assert main(["build", *towers, str(folder), *options]) == 0
     return folder
 
@@ -56,7 +56,7 @@ def test_what_build_writes_loads_and_has_the_chosen_settings(built: Path) -> Non
         output = model(**inputs)
     assert output.text_embeds.shape == output.image_embeds.shape == (1, 24)
     assert model.config.max_text_length == 32 and model.config.vision_pooling == "patch_mean"
-    assert model.config.normalize_text_before_adapter is model.text_adapter.normalize is False
+    assert model.config.normalize_text_before_adapter is model.text_adapter.normalize
 
 
 def test_a_lora_is_written_in_every_dtype_that_the_config_takes(

@@ -51,11 +51,6 @@ _LICENSE = "license_name and license_link need license=other"
         (ExportConfig, {"max_shard_size": "-1MB"}, "must be a size, like 5GB or 500MB"),
         (EvaluatedModel, {"source": "model", "name": "a/b"}, r"Choose one with NAME=model\."),
         (EvaluatedModel, {"source": "model", "name": ".hidden"}, r"Choose one with NAME=model\."),
-        (
-            EvaluationConfig,
-            {"skip_invalid": True, "check_images": False},
-            "needs check_images=True",
-        ),
         (EvaluationConfig, {"languages": ("de", "de")}, "languages has duplicates: de, de"),
         (TrainConfig, {**LEAST, "align": {"seed": 3}}, r"align\.seed=3 differs from seed=0\. Give"),
         (TrainConfig, {**LEAST, "align": {"max_step": 5}}, r"align: max_step is not an option\. D"),
@@ -71,7 +66,7 @@ def test_options_that_contradict_each_other_are_refused(
 def test_options_that_go_together_are_taken() -> None:
     CardConfig(**OTHER)
     SourceFormat(layout="openai", prompt=None, prompt_prefix="x")
-    EvaluationConfig(skip_invalid=True, check_images=False, captions_only=True)
+    EvaluationConfig(skip_invalid=True, captions_only=True)
     assert EvaluatedModel(source="openai/clip-vit-base-patch16").name == "clip-vit-base-patch16"
     assert EvaluatedModel(source="a/b", name="ours").name == "ours"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 import shutil
@@ -21,7 +20,7 @@ from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
-from modeling_llm2clip.data.sealed_manifest import read_sealed
+from modeling_llm2clip.data.sealed_manifest import read_sealed, write_sealed
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.align_checks import check_processes
@@ -263,7 +262,7 @@ def test_a_run_keeps_processes_and_precision(
     record = read_sealed((run / "run.json").read_text())
     for name, value in {"num_processes": 2, "is_sharded": True, "in_bfloat16": True}.items():
         changed = {**record, "inputs": {**record["inputs"], name: value}}
-        (run / "run.json").write_text(json.dumps(changed))
+        (run / "run.json").write_text(write_sealed(changed))
         message = rf"another run: {name}: {value} then, \w+ now\. Choose"
         with pytest.raises(ValueError, match=message):
             prepared.align(run, resume=True)
