@@ -40,7 +40,7 @@ hypothesis.settings.load_profile("the same")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--fault-seconds", type=float, default=120, help="time for each kind of trouble"
+        "--fault-seconds", type=float, default=30, help="time for each kind of trouble"
     )
     parser.addoption("--fault-seed", type=int, default=0, help="of the trouble that is drawn")
 

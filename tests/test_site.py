@@ -51,7 +51,8 @@ PAGES = sorted(
 )
 # Folders and files that a reader makes or downloads, and Hub ids.
 MADE_BY_READERS = (
-    ".eval_results", "aligned", "captions", "images", "llm2clip-demo", "model", "my-images", "my-model", "runs",
+    ".eval_results",
+    "aligned", "captions", "images", "llm2clip-demo", "model", "my-images", "my-model", "runs",
     "tuned", "built", "evaluation", "text-only", "to-publish", "tower", "caption", "image", "val",
     "<name>", "site", "onnx", "microsoft", "meta-llama", "openai", "facebook", "HuggingFaceTB",
     "texts.csv", "texts.jsonl", "texts.parquet", "Qwen", "google", "swiss-ai", "timm",
