@@ -429,7 +429,7 @@ def read_pairs(file: Path) -> list[tuple[str, str]]:
 
 def train_rank_64(bench: Bench) -> dict[str, Any]:
     """A new LoRA of four times the rank on the LLM in which the shipped one is merged."""
-    config = replace(bench.config, init_lora=None, lora_rank=64, lora_alpha=128)
+    config = replace(bench.config, init_lora=None, lora_rank=64)
     return train(bench, "rank_64", config)
 
 

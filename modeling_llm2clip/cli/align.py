@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from .._extras import LORA, require
 from ..configs.align_config import AlignConfig
-from ..configs.data_config import DataConfig, ImageLimitsConfig, StreamConfig
+from ..configs.data_config import DataConfig, ImageLimitsConfig
 from .command import command
 from .options import (
-    is_streamed,
     name_data,
     read_captioned_images,
     require_data,
@@ -32,23 +31,21 @@ SECTIONS = {
         "global_batch_size", "learning_rate",
     ),
     "Held-out images": (
-        "held_out_ratio", "refit", "eval_steps", "early_stopping_patience", "zero_shot",
-        "choose_by",
+        "held_out_ratio", "refit", "zero_shot", "choose_by",
     ),
     "Device, speed and memory": (
-        "device", "precision", "num_workers", "gradient_checkpointing", "loss_chunk_size",
+        "device", "precision", "num_workers", "gradient_checkpointing",
     ),
-    "Start of the projections": ("projection_init", "inherit_steps"),
+    "Start of the projections": ("projection_init",),
     "Losses besides the main one": (
-        "matryoshka_dims", "distillation_weight", "structure_weight", "keep_texts", "keep_weight",
+        "matryoshka_dims", "distillation_weight", "keep_texts",
     ),
     "Sampling and noise": (
-        "image_noise", "caption_noise", "long_caption_ratio", "sentence_views", "seed",
+        "image_noise", "caption_noise", "seed",
     ),
     "Optimizer": (
-        "warmup_steps", "weight_decay", "max_grad_norm", "vision_learning_rate", "layer_decay",
+        "warmup_steps", "layer_decay",
     ),
-    "LoRAs": ("lora_rank", "lora_alpha", "vision_lora_rank", "vision_lora_alpha"),
     "Checkpoints and metrics": ("save_steps", "logging_steps", "report_to"),
 }  # fmt: skip
 
@@ -72,8 +69,8 @@ def align(
     inherit_from: Path | None = None,
     teacher: str | None = None,
     resume: bool = False,
+    stream: bool = False,
     reading: DataConfig,
-    streaming: StreamConfig,
     limits: ImageLimitsConfig,
     config: AlignConfig,
 ) -> int:
@@ -95,13 +92,15 @@ def align(
         teacher: Folder or Hub id of the vision tower's own CLIP, whose text encoder says where
             --keep-texts stay. Default: none.
         resume: Continue an interrupted run.
+        stream: Read local shards sequentially through a shuffle buffer, as shards at URLs are,
+            instead of at random.
         reading: How the data are read.
-        streaming: How shards at URLs are read.
         limits: Which images are decoded.
         config: What to train, and how.
     """
     uses_lora = "lora" in (config.vision_training, config.text_training)
     require(*([LORA] if uses_lora else []))
+    from ..data.remote.shard_urls import has_remote_shards
     from ..model_folders.model_folder import find_model_folder, require_own_model
     from ..training.run_folder import require_output
 
@@ -115,7 +114,7 @@ def align(
             raise ValueError(f"{flag} {store}: no such folder. Give a store of llm2clip extract.")
     require_output(output, resume=resume, model=output / "model")
     require_own_model(model)
-    streamed = is_streamed(data, streaming)
+    streamed = stream or has_remote_shards(data)
     if not streamed:
         require_data(data, reading)
     from ..training.alignment.align import plan_align, run_alignment
@@ -130,7 +129,7 @@ def align(
     find_model_folder(model)  # reading the data may take long
     records: Sequence[CaptionedImage] | RecordStream
     if streamed:
-        records = stream_captioned_images(data, reading, streaming)
+        records = stream_captioned_images(data, reading)
     else:
         reads_images = image_store is None or config.distillation_weight > 0
         records = read_captioned_images(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .._extras import CAPTION_TUNING
-from ..configs.data_config import DataConfig, ImageLimitsConfig
+from ..configs.data_config import DataConfig
 from ..configs.finetune_config import FinetuneConfig
 from .command import command
 from .options import (
@@ -14,7 +14,6 @@ from .options import (
     require_data,
     require_model,
     use_device,
-    use_image_limits,
 )
 
 
@@ -26,7 +25,6 @@ def finetune_llm(
     /,
     *,
     reading: DataConfig,
-    limits: ImageLimitsConfig,
     config: FinetuneConfig,
     resume: bool = False,
 ) -> int:
@@ -40,7 +38,6 @@ def finetune_llm(
             *.json, or shards at URLs.
         output: Folder to write.
         reading: How the data are read.
-        limits: Which images are decoded, with --check-images.
         config: How to train the LLM.
         resume: Continue an interrupted run.
     """
@@ -49,7 +46,6 @@ def finetune_llm(
 
     require_output(output, resume=resume, model=output / "model" if config.merge else None)
     require_data(data, reading)
-    use_image_limits(limits)
     use_device(config.device, config.precision)
 
     from accelerate import PartialState

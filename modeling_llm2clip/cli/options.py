@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from .._extras import GGUF, LORA, Need, require
 from .._suggestions import counted, escape_controls
-from ..configs.data_config import DataConfig, ImageLimitsConfig, StreamConfig
+from ..configs.data_config import DataConfig, ImageLimitsConfig
 from ..configs.encoding_config import EncodingConfig
 
 if TYPE_CHECKING:
@@ -98,16 +98,7 @@ def name_data(data: str, *, is_elsewhere: bool) -> str:
     return drop_signature(data) if is_elsewhere else Path(data).resolve().name
 
 
-def is_streamed(data: str, streaming: StreamConfig) -> bool:
-    """Tell whether data are streamed: shards elsewhere always, local ones if asked for."""
-    from ..data.remote.shard_urls import has_remote_shards
-
-    return streaming.stream or has_remote_shards(data)
-
-
-def stream_captioned_images(
-    data: str, reading: DataConfig, streaming: StreamConfig
-) -> RecordStream:
+def stream_captioned_images(data: str, reading: DataConfig) -> RecordStream:
     from ..data.streams.record_streams import stream_records
 
     if reading.image_dir is not None or reading.check_images:
@@ -115,12 +106,7 @@ def stream_captioned_images(
             "A stream brings its images and decodes each once: leave out --image-dir and "
             "--check-images."
         )
-    return stream_records(
-        data,
-        buffer_size=streaming.buffer_size,
-        max_lost_share=streaming.max_lost_share,
-        ignore_fields=reading.ignore_fields,
-    )
+    return stream_records(data, ignore_fields=reading.ignore_fields)
 
 
 def read_captioned_images(

@@ -9,17 +9,16 @@ from annotated_types import Interval
 
 from .config_fields import TrainingConfig
 
-# Options of one way of training, and of no use in others.
-_OF_WAYS = {
-    "vision_training=full": {"vision_learning_rate"},
-    "vision_training=lora": {"vision_lora_rank", "vision_lora_alpha"},
-    "text_training=lora": {"lora_rank", "lora_alpha"},
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig(TrainingConfig):
     """Options of `align`: the trained parts, the data and the duration (paper, section 3.2)."""
+
+    without_flags = (
+        "early_stopping_patience", "eval_steps", "inherit_steps", "keep_weight",
+        "long_caption_ratio", "lora_rank", "loss_chunk_size", "max_grad_norm", "structure_weight",
+        "vision_learning_rate", "weight_decay",
+    )  # fmt: skip
 
     vision_training: Literal["frozen", "lora", "full"] = "frozen"
     """Trained part of the vision tower: nothing, a LoRA on its attention, or everything."""
@@ -84,9 +83,6 @@ class AlignConfig(TrainingConfig):
     """Standard deviation of the noise on stored caption embeddings, as a share of their length."""
     long_caption_ratio: Annotated[float, Interval(ge=0, le=1)] = 0.5
     """Probability that an image with short and long captions uses a long one."""
-    sentence_views: Annotated[int, Interval(ge=0, le=64)] = 0
-    """Views of each long caption that are sampled beside it, where the LLM runs at each step; the
-    views of stored captions are those of the store."""
     held_out_ratio: Annotated[float, Interval(ge=0, lt=1)] = 0.1
     """Share of the groups of images that is held out to choose the weights, at most 1,000 groups
     and in small data at least 20; 0 for none."""
@@ -106,14 +102,9 @@ class AlignConfig(TrainingConfig):
     """Stop after this many evaluations in a row without a better score (choose_by); 0 for never."""
     loss_chunk_size: Annotated[int, Interval(ge=1)] | None = None
     """Rows of the logits computed at a time. Default: all at once."""
-    lora_rank: Annotated[int, Interval(ge=1)] = 16
-    """Rank of the LLM's LoRA."""
-    lora_alpha: Annotated[int, Interval(ge=1)] = 32
-    """Alpha of the LLM's LoRA."""
-    vision_lora_rank: Annotated[int, Interval(ge=1)] = 32
-    """Rank of the vision tower's LoRA."""
-    vision_lora_alpha: Annotated[int, Interval(ge=1)] = 32
-    """Alpha of the vision tower's LoRA."""
+    lora_rank: Annotated[int, Interval(ge=1)] | None = None
+    """Rank of the LoRAs. Default: 16 in the LLM, 32 in the vision tower. Their alpha is twice the
+    rank in the LLM, and the rank in the vision tower."""
     num_workers: Annotated[int, Interval(ge=0)] | None = None
     """Processes that decode images or tokenize captions; 0 for none. Default: this process's share
     of the cores, at most 8, if images are decoded for a GPU; otherwise none."""
@@ -124,9 +115,7 @@ class AlignConfig(TrainingConfig):
     """Steps between lines of metrics."""
 
     def _list_conflicts(self) -> dict[str, object]:
-        ways = (f"vision_training={self.vision_training}", f"text_training={self.text_training}")
-        unused = {way: sorted(names.intersection(self.list_given()))
-                  for way, names in _OF_WAYS.items() if way not in ways}  # fmt: skip
+        ways = f"vision_training={self.vision_training} and text_training={self.text_training}"
         kept = "lock_text" if self.lock_text else "projection_init=model"
         return {
             **super()._list_conflicts(),
@@ -156,18 +145,16 @@ class AlignConfig(TrainingConfig):
             "keep_weight weighs keep_texts. Give a list, or leave it out.": (
                 "keep_weight" in self.list_given() and not self.keep_texts
             ),
-            f"sentence_views={self.sentence_views} is for text_training=frozen-online or lora. "
-            "Give sentence_views to llm2clip extract, and the store has the views.": (
-                self.sentence_views and self.text_training == "stored"
-            ),
             "distillation_weight keeps a trained vision tower near its frozen self, and "
             "vision_training=frozen trains none. Choose vision_training=lora or full.": (
                 self.distillation_weight and self.vision_training == "frozen"
             ),
-            **{
-                f"Only {way} uses {', '.join(names)}, and this is {' and '.join(ways)}.": names
-                for way, names in unused.items()
-            },
+            f"vision_learning_rate needs vision_training=full, not {ways}.": (
+                self.vision_learning_rate and self.vision_training != "full"
+            ),
+            f"lora_rank needs vision_training=lora or text_training=lora, not {ways}.": (
+                self.lora_rank and "lora" not in (self.vision_training, self.text_training)
+            ),
             "choose_by=zero_shot needs labeled images: zero_shot=NAME=FOLDER.": (
                 self.choose_by == "zero_shot" and not self.zero_shot
             ),

@@ -27,18 +27,6 @@ class DataConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamConfig(Config):
-    """Options of streaming shards, which `align` does for every URL."""
-
-    stream: bool = False
-    """Also read local shards sequentially through a shuffle buffer, instead of at random."""
-    buffer_size: Annotated[int, Interval(ge=1)] = 1000
-    """Samples that each worker shuffles."""
-    max_lost_share: Annotated[float, Interval(ge=0, le=1)] = 0.01
-    """Largest share of each worker's samples, or of its shards, that may be broken or missing."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class ImageLimitsConfig(Config):
     """The limit of `ImageLimits` that a command sets; the environment sets the others."""
 

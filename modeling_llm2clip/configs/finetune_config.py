@@ -15,6 +15,8 @@ from .config_fields import TrainingConfig, WeightDtype
 class FinetuneConfig(TrainingConfig):
     """Options of `finetune_llm`, which trains a LoRA on captions (paper, section 3.1)."""
 
+    without_flags = ("eval_steps", "lora_dtype", "num_pairings", "scale")
+
     num_train_epochs: Annotated[float, Interval(gt=0)] = 1.0
     """Passes over the data."""
     learning_rate: Annotated[float, Interval(gt=0)] = 2e-4
@@ -48,11 +50,7 @@ class FinetuneConfig(TrainingConfig):
     init_lora: Path | None = None
     """Folder of a LoRA of the same shape to start from. Default: a new LoRA."""
     lora_rank: Annotated[int, Interval(ge=1)] = 16
-    """Rank of the LoRA."""
-    lora_alpha: Annotated[int, Interval(ge=1)] = 32
-    """Alpha of the LoRA."""
-    lora_dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
-    """Dropout of the LoRA."""
+    """Rank of the LoRA, whose alpha is twice the rank."""
     lora_target_modules: tuple[str, ...] = ("all-linear",)
     """Names of the linear layers that get a LoRA, as in peft."""
     lora_dtype: WeightDtype = "float32"

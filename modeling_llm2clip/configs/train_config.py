@@ -123,7 +123,7 @@ class TrainConfig(DataConfig):
                 export is not None and export.onnx
             ),
             f"extract.sentence_views={views} is for stored captions, and "
-            f"align.text_training={align.text_training}. Give align.sentence_views.": (
+            f"align.text_training={align.text_training}. Leave it out.": (
                 views and align.text_training != "stored"
             ),
             f"evaluate.output={self.evaluate.output}: results are written under output.": (

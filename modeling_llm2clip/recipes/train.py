@@ -213,7 +213,7 @@ def _list_checks(config: TrainConfig, split: Split) -> Iterator[Callable[[], obj
     yield lambda: choose_reports(align.report_to)
     if not is_complete(paths.aligned / "model"):
         yield lambda: check_data(train, batch_size=align.global_batch_size)
-        num_views = config.extract.sentence_views or align.sentence_views
+        num_views = config.extract.sentence_views
         yield lambda: require_views(RecordTable.from_records(train), num_views)
     if data := list_eval_data(config, test):
         yield lambda: check_eval_data(data, config.evaluate, tasks=config.eval_tasks)

@@ -110,7 +110,10 @@ def test_the_help_of_align_begins_with_what_matters_first(
     places = [shown.index(f"  {word} " if word[0] in "-D" else word) for word in first[:-1]]
     assert places == sorted(places) and places[-1] < shown.index(first[-1])
     names = [name for section in SECTIONS.values() for name in section]
-    assert sorted(names) == sorted(field.name for field in fields(AlignConfig))
+    shown_fields = {field.name for field in fields(AlignConfig)} - {*AlignConfig.without_flags}
+    assert sorted(names) == sorted(shown_fields)
+    for command, most in (("align", 40), ("finetune-llm", 28)):
+        assert len(list_arguments(command, flags=True)) <= most
 
 
 def test_every_command_has_the_same_device_flag() -> None:

@@ -59,15 +59,6 @@ def test_what_build_writes_loads_and_has_the_chosen_settings(built: Path) -> Non
     assert model.config.normalize_text_before_adapter is model.text_adapter.normalize
 
 
-def test_a_lora_is_written_in_every_dtype_that_the_config_takes(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert main(["finetune-llm", "--help"]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    found = re.search(r"--lora-dtype CHOICE .*?\[choices: ([\w, ]+)\]", shown)
-    assert found is not None and set(found[1].split(", ")) == {"float32", "float16", "bfloat16"}
-
-
 def test_doctor_finds_what_build_writes_healthy_and_exits_with_1_for_a_broken_folder(
     built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,7 +42,6 @@ SHORT_RUN: dict[str, Any] = {
 LONG_RUN: dict[str, Any] = {
     "max_steps": 120, "global_batch_size": 8, "logging_steps": 1, "save_steps": 7,
     "device": "cpu", "vision_training": "full", "layer_decay": 0.9, "learning_rate": 1e-4,
-    "early_stopping_patience": 100,
 }  # fmt: skip
 COLORS = {
     "red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "black": (0, 0, 0),

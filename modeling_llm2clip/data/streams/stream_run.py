@@ -294,7 +294,7 @@ class StreamRun:
                 f"The stream lost {report.lost_samples} samples (of {report.samples} read) and "
                 f"{report.lost_shards} of {len(self._order)} shards that this worker reads, more "
                 f"than max_lost_share = {share:g}:\n{report.describe()}\n"
-                "Correct the source, leave its broken shards out, or allow more."
+                "Correct the source, leave its broken shards out, or allow more (stream_records)."
             )
 
     def save(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from ..._suggestions import list_first
 from ...configs.align_config import AlignConfig
-from ...data.captions.sentence_views import read_num_views, require_views, with_views
+from ...data.captions.sentence_views import read_num_views, with_views
 from ...data.images.image_sources import open_image
 from ...data.records.data_hashes import hash_own_texts
 from ...data.records.record_columns import hash_identity, hash_text, make_text_keys
@@ -92,8 +92,7 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
     """Records of a dataset, each an image and its captions; returns whole batches.
 
     A caption is named by its number: first the short ones of a record, then its long ones, and the
-    sentence views of these, which training alone samples. A caption store says how many views a
-    long caption has, and the options where there is none.
+    sentence views of these, if the caption store has them.
 
     With `is_part`, the stores may have further records. Where the vision tower is trained, images
     are decoded for it, and the image store has what the frozen tower gives for them.
@@ -109,20 +108,16 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
 
     def __post_init__(self, data: Sequence[CaptionedImage], is_part: bool) -> None:
         self.records = RecordTable.from_records(data)
-        self.num_views = self.config.sentence_views
         self.reads_images = self.image_store is None or self.config.vision_training != "frozen"
         # Number of each record in a store; None if the numbers are the same.
         self._caption_items: Array | None = None
         self._image_items: Array | None = None
         self._stored_long: Array | None = None  # numbers of long captions and views in a store
         if (store := self.caption_store) is not None:
-            self.num_views = read_num_views(store.manifest.plan)
             self._caption_items = items = pair_items(self.records, store, is_part=is_part)
             require_same_texts(self.records, store, items)
-            if self.num_views:
+            if read_num_views(store.manifest.plan):
                 _, self._stored_long = store.count_rows()
-        else:
-            require_views(self.records, self.num_views)
         if self.reads_images:
             require_images(self.records)
         if self.image_store is not None:
@@ -156,12 +151,9 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
 
     def read_text_keys(self, items: Array, numbers: Array) -> Tensor:
         """Return a number for each caption, (B,) int64; equal captions share it."""
-        if not self.num_views:
+        if self._stored_long is None:
             return torch.from_numpy(self.records.read_text_keys(items, numbers))
-        if (store := self.caption_store) is not None:
-            stored = _look_up(self._caption_items, items)
-            return torch.from_numpy(store.text_keys_at(stored, numbers))
-        return torch.tensor([hash_text(text) for text in self._take_texts(items, numbers)])
+        return torch.from_numpy(self.caption_rows(items, numbers))  # a store has each text once
 
     def read_pairs(
         self, items: Array, numbers: Array, *, as_stored: bool = False
@@ -203,17 +195,12 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
         short, long = self.records.count_texts(items)
         if self._stored_long is not None:
             long = self._stored_long[_look_up(self._caption_items, items)]
-        elif self.num_views:
-            long = np.array(list(map(len, self._list_texts(items)))) - short
         return short, long
 
     def _take_texts(self, items: Array, numbers: Array) -> list[str]:
-        return list(map(getitem, self._list_texts(items), numbers.tolist()))
-
-    def _list_texts(self, items: Array) -> list[tuple[str, ...]]:
-        """List the texts of each item by their numbers."""
         captions = self.records.take(items, CAPTION_COLUMNS)
-        return [(*short, *with_views(long, self.num_views)) for short, long in captions]
+        pairs = zip(captions, numbers.tolist(), strict=True)
+        return [(*short, *long)[number] for (short, long), number in pairs]
 
     def _identify(self, items: Array, places: Array) -> list[tuple[str, ...]]:
         return self.records.take(items[places], ("name", "lang"))
@@ -240,7 +227,7 @@ class AlignmentStream(_Sampled):
     caption_store: EmbeddingStore | None = None
 
     def __post_init__(self) -> None:
-        self.num_views = self.config.sentence_views
+        self.num_views = 0
         self._stored = {}
         if self.caption_store is not None:
             self._stored[CAPTION] = StoredRows(self.caption_store)

@@ -34,6 +34,7 @@ TOWERS = ("text_model", "vision_model")
 _ATTENTION_NAMES = {"attention", "attn", "self_attention", "self_attn"}
 TEACHER = "teacher_model"
 """Name of the frozen vision tower that runs beside the trained one, where nothing is stored."""
+_VISION_LORA_RANK, _TEXT_LORA_RANK = 32, 16
 _IMAGE_MASKS = ("pixel_attention_mask", "spatial_shapes")
 LOSS = "loss"
 """Name of the loss as a part of the model; its parameters are in checkpoints, and in no folder."""
@@ -184,16 +185,16 @@ def choose_trained_parts(model: AlignmentModel, config: AlignConfig) -> dict[str
         adapted["vision_model"] = _add_lora(
             model.vision_model,
             target_modules=find_attention_linears(model.vision_model),
-            r=config.vision_lora_rank,
-            lora_alpha=config.vision_lora_alpha,
+            r=(rank := config.lora_rank or _VISION_LORA_RANK),
+            lora_alpha=rank,
         )
     if config.text_training == "lora":
         adapted["text_model"] = _add_lora(
             model.text_model,
             target_modules="all-linear",
             exclude_modules=find_pooler(model.text_model),
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
+            r=(rank := config.lora_rank or _TEXT_LORA_RANK),
+            lora_alpha=2 * rank,
         )
     model.trains_vision = config.vision_training != "frozen"
     model.trains_text = config.text_training == "lora"

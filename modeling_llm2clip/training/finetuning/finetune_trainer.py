@@ -162,8 +162,7 @@ def make_lora_config(config: FinetuneConfig) -> LoraConfig:
     targets = list(config.lora_target_modules)
     return LoraConfig(
         r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
+        lora_alpha=2 * config.lora_rank,
         target_modules=targets[0] if targets == ["all-linear"] else targets,
         task_type="FEATURE_EXTRACTION",
     )
@@ -220,7 +219,7 @@ def require_same_meaning(folder: Path, config: LoraConfig) -> None:
         errors.append(f"init_lora_weights={saved.init_lora_weights!r}, which changes its base")
     if errors:
         raise ValueError(
-            f"{folder} has {'; '.join(errors)}. Give this run the same lora_rank and lora_alpha; "
+            f"{folder} has {'; '.join(errors)}. Give this run the same lora_rank; "
             "other differences are not supported."
         )
 

@@ -179,8 +179,8 @@ COMMANDS = (
     Command(
         "align", ("align", "{model}", "{data}", "{output}", "--caption-store", "{captions}",
                   "--max-steps", "12", "--global-batch-size", "8", "--save-steps", "3",
-                  "--vision-training", "full", "--layer-decay", "0.9", "--learning-rate",
-                  "1e-4", "--num-workers", "1", "--early-stopping-patience", "100", *_TRAINING),
+                  "--vision-training", "full", "--layer-decay", "0.9", "--learning-rate", "1e-4",
+                  "--num-workers", "1", *_TRAINING),
         again="--resume", different=("--learning-rate", "1e-3"),
         moments=("output/run.json*", "output/checkpoints/checkpoint-*", "output/.model-*"),
         read=read_run,

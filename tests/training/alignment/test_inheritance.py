@@ -196,7 +196,7 @@ def test_what_does_not_fit_the_teacher_is_refused(inheriting: Inheriting, tmp_pa
     ]
     stores = extract_both(long[:4], "long")
     refuse("every caption is longer than", **stores)
-    refuse("other captions than", inherit_from=stores["inherit_from"])
+    refuse("does not have the rows of", inherit_from=stores["inherit_from"])
     few = [inheriting.records[0], *long[1:]]
     with pytest.raises(ValueError, match="nothing to inherit"):
         align(

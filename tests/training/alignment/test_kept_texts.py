@@ -263,7 +263,7 @@ def test_the_command_keeps_after_an_inheritance(
     words: list[Any] = [
         "align", keeping.model, keeping.data, tmp_path / "run",
         "--caption-store", keeping.captions, "--inherit-from", keeping.teacher,
-        "--inherit-steps", 2, "--keep-texts", names, "--teacher", keeping.clip,
+        "--keep-texts", names, "--teacher", keeping.clip,
         "--vision-training", "full", "--max-steps", 2, "--global-batch-size", 8,
         "--held-out-ratio", 0, "--device", "cpu", "--layer-decay", 1,
     ]  # fmt: skip

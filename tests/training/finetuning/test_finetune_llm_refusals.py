@@ -189,7 +189,7 @@ def edit_config(lora: Path, copy: Path, **changed: Any) -> Path:
 
 
 def test_a_lora_with_another_meaning_is_refused(tuned: Tuned, tmp_path: Path) -> None:
-    other = replace(SHORT, lora_rank=8, lora_alpha=16, init_lora=tuned.lora)
+    other = replace(SHORT, lora_rank=8, init_lora=tuned.lora)
     with pytest.raises(ValueError, match=r"r=16, in this run 8; lora_alpha=32, in this run 16"):
         tune(tmp_path / "run", other)
     with pytest.raises(ValueError, match=r"nothing has no adapter_config\.json\. Give the folder"):
