@@ -92,14 +92,12 @@ def align(
         teacher: Folder or Hub id of the vision tower's own CLIP, whose text encoder says where
             --keep-texts stay. Default: none.
         resume: Continue an interrupted run.
-        stream: Read local shards sequentially through a shuffle buffer, as shards at URLs are,
-            instead of at random.
+        stream: Read local shards in order through a shuffle buffer, as shards at URLs are.
         reading: How the data are read.
         limits: Which images are decoded.
         config: What to train, and how.
     """
-    uses_lora = "lora" in (config.vision_training, config.text_training)
-    require(*([LORA] if uses_lora else []))
+    require(*([LORA] if "lora" in (config.vision_training, config.text_training) else []))
     from ..data.remote.shard_urls import has_remote_shards
     from ..model_folders.model_folder import find_model_folder, require_own_model
     from ..training.run_folder import require_output
