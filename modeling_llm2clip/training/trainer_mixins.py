@@ -203,9 +203,10 @@ class StageTrainerMixin:
         text = json.dumps({"loss": float(self._window), "steps": steps})
         (Path(output_dir) / self._name_window()).write_text(text, encoding="utf-8")
 
-    def _load_rng_state(self, checkpoint: str) -> None:
+    def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)  # type: ignore[misc]
-        self._restored = read_json(Path(checkpoint) / self._name_window())
+        if checkpoint is not None:
+            self._restored = read_json(Path(checkpoint) / self._name_window())
 
     def _name_window(self) -> str:
         return f"window-{self.args.process_index}.json"

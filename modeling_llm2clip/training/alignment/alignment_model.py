@@ -35,7 +35,6 @@ _ATTENTION_NAMES = {"attention", "attn", "self_attention", "self_attn"}
 TEACHER = "teacher_model"
 """Name of the frozen vision tower that runs beside the trained one, where nothing is stored."""
 _VISION_LORA_RANK, _TEXT_LORA_RANK = 32, 16
-_IMAGE_MASKS = ("pixel_attention_mask", "spatial_shapes")
 LOSS = "loss"
 """Name of the loss as a part of the model; its parameters are in checkpoints, and in no folder."""
 
@@ -74,7 +73,8 @@ class AlignmentModel(PartialModel):
         teacher_embeds = batch.get("teacher_embeds")
         vision_embeds, caption_embeds = batch.get("vision_embeds"), batch.get("caption_embeds")
         if vision_embeds is None:
-            images = (batch["pixel_values"], *(batch.get(name) for name in _IMAGE_MASKS))
+            masks = batch.get("pixel_attention_mask"), batch.get("spatial_shapes")
+            images = batch["pixel_values"], *masks
             with torch.set_grad_enabled(self.trains_vision and torch.is_grad_enabled()):
                 vision_embeds = self.get_vision_embeds(*images)
             if self.teacher_model is not None:
