@@ -159,7 +159,7 @@ def test_an_instruction_shorter_than_the_prompt_is_rejected() -> None:
 
 def test_instructions_of_unequal_length_in_one_batch_are_rejected() -> None:
     texts, lengths = texts_of(shared_batch()), torch.tensor([9, 9, 8])
-    with pytest.raises(ValueError, match="prompt_length has 2 different values"):
+    with pytest.raises(ValueError, match="prompt_length is both 8 and 9 in one batch"):
         shared_model()[0].get_text_features(**texts, prompt_length=lengths)
 
 
