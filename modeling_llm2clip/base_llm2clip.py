@@ -35,6 +35,7 @@ from .loading_llm2clip import (
     read_file_state,
     refuse_unaccounted_keys,
     remove_old_layout,
+    require_own_names,
     require_savable,
 )
 from .vision_llm2clip import find_width, has_class_token, require_restored_buffers
@@ -329,6 +330,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
             if is_main_process:
                 remove_old_layout(folder, old_file)
+                require_own_names(folder, [name for name, _ in self.named_children()])
                 write_sentence_transformers_files(
                     folder, instructions=self.config.instructions, modalities=self.input_modalities
                 )

@@ -178,6 +178,18 @@ def remove_old_layout(folder: Path, old_file: tuple[int, ...] | None) -> None:
         (file if read_file_state(file) == old_file else index).unlink()
 
 
+def require_own_names(folder: Path, parts: Sequence[str]) -> None:
+    """Check that the saved weights are named after the model's parts, so the folder will load."""
+    files = sorted(folder.glob("model*.safetensors"))
+    names = {name for file in files for name in read_weight_shapes([file])}
+    if strange := sorted(name for name in names if name.partition(".")[0] not in parts):
+        raise ValueError(
+            f"{folder}: transformers renamed {len(strange)} weights while saving (such as "
+            f"{strange[:_NAMES_SHOWN]}), so the folder will not load. Versions 5.6 to 5.8 do this "
+            "to models with a DINOv3 tower: update transformers and save again."
+        )
+
+
 @contextmanager
 def naming_damage(source: Any) -> Iterator[None]:
     """Explain the error of a damaged safetensors file."""

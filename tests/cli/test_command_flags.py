@@ -313,7 +313,6 @@ REFUSED_AT_ONCE = [
     (["extract", "OWN", "/nowhere", "NEW", *TEXT], "/nowhere: no such data"),
     (["extract", "CLIP", "FULL", "NEW", *IMAGE], "An LLM2CLIP model is needed here."),
     (["extract", "OWN", "FULL", "FULL", *TEXT], "is not empty and holds no"),
-    (["extract", "OWN", "FULL", "NEW", *TEXT, "--batch-size", "2"], "only for --modality image"),
     (["extract", "OWN", "FULL", "NEW", *TEXT, "--image-dir", "/no"], "image_dir=/no: no such fo"),
     (["embed", "OWN", "FULL", "NEW"], "--modality requires an argument"),
     (["embed", "OWN", "/nowhere", "NEW", *TEXT], "/nowhere: no such data"),

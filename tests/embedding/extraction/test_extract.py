@@ -164,10 +164,11 @@ def test_another_model_prompt_pooling_length_dtype_or_data_is_refused_with_both_
     refused(changed, records, EXACT, "weights")
     refused(tiny_model(max_text_length=128, prompt="chatml"), records, EXACT, "prompt", "tokenizer")
     refused(tiny_model(max_text_length=128, text_pooling="last_token"), records, EXACT, "pooling")
-    refused(tiny_model(max_text_length=127), records, EXACT, "max_text_length")
+    tokens = "tokens per batch (batch_size)"
+    refused(tiny_model(max_text_length=127), records, EXACT, "max_text_length", tokens)
     half = replace(EXACT, store_dtype="float16")
     refused(None, records, half, "embedding dtype")
-    refused(None, records, replace(EXACT, batch_size=1), "tokens per batch (batch_size)")
+    refused(None, records, replace(EXACT, batch_size=1), tokens)
     swapped = [records[1], records[0], *records[2:]]
     refused(None, swapped, EXACT, "data")
 

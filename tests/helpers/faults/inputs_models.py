@@ -31,7 +31,7 @@ from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.model_folders.weights import open_weights
 
-_OPTIONS = {"batch_size": 4, "max_shard_size": "5GB", "device": "cpu"}
+_OPTIONS = {"batch_size": 4, "rows_per_shard": 512, "device": "cpu"}
 
 
 def write_model(folder: Path) -> Path:
