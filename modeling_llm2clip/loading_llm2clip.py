@@ -184,7 +184,7 @@ def require_own_names(folder: Path, parts: Sequence[str]) -> None:
     names = {name for file in files for name in read_weight_shapes([file])}
     if strange := sorted(name for name in names if name.partition(".")[0] not in parts):
         raise ValueError(
-            f"{folder}: transformers renamed {len(strange)} weights while saving (such as "
+            f"{folder}: transformers saved weights under other names ({len(strange)}, such as "
             f"{strange[:_NAMES_SHOWN]}), so the folder will not load. Versions 5.6 to 5.8 do this "
             "to models with a DINOv3 tower: update transformers and save again."
         )

@@ -118,7 +118,7 @@ def test_a_teacher_is_planned_or_refused(sources: Path, tmp_path: Path) -> None:
     refuse(r"inherit_steps needs inherit_from.*\(in a recipe, inherit=True\)", inherit=False)
     refuse(r"\[16\] must be below .* projection_dim, 16", align={"matryoshka_dims": [16, 8]})
     refuse("leave projection_init out", align={"projection_init": "cca"})
-    refuse("There is no dataset 'names.txt'", align={"keep_texts": "names.txt"})
+    refuse("There is no dataset or folder named 'names.txt'", align={"keep_texts": "names.txt"})
     refuse("align.keep_texts needs", build={"prompt": "none"}, align={"keep_texts": "names.txt"})
     refuse("leave align.text_training out", align={"text_training": "frozen-online"})
     kept = {"prompt": "own", "keep_embeddings": True, "projection_dim": None}

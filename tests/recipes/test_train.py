@@ -383,7 +383,7 @@ def test_refusals_of_stages_come_before_the_first(
         train(config, records=(records[:1], records[1:]))
     reported = str(caught.value)
     for error in ("one caption only", "projection_init=cca needs", "'triplet'", "swimming",
-                  "too few for a batch of 4", "there is no no-compiler"):  # fmt: skip
+                  "too few for a batch of 4", "no-compiler is missing"):  # fmt: skip
         assert error in reported
     with pytest.raises(ValueError, match="Choose a prompt, one of llama-3"):
         train(make_recipe(sources, tmp_path / "run", build={"prompt": None}))

@@ -26,8 +26,6 @@ from shard_server import ShardServer
 from tiny_folders import export_tiny_model
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.cli.options import is_streamed
-from modeling_llm2clip.configs.data_config import StreamConfig
 from modeling_llm2clip.configs.encoding_config import ExtractConfig
 from modeling_llm2clip.data.images.image_sources import find_unreadable_images, open_image
 from modeling_llm2clip.data.records import record_index
@@ -42,6 +40,7 @@ from modeling_llm2clip.data.remote.file_locations import (
     read_range,
 )
 from modeling_llm2clip.data.remote.remote_access import AccessError, LostFileError
+from modeling_llm2clip.data.remote.shard_urls import has_remote_shards
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.validation_errors import DataValidationError
 from modeling_llm2clip.embedding.extract import extract
@@ -90,9 +89,9 @@ def test_a_list_may_name_shards_here_and_elsewhere(tmp_path: Path) -> None:
             found = load_records(shards)
             assert [describe(record) for record in found] == [describe(record) for record in local]
             # Such data are streamed for training, and not decoded whole before anything starts.
-            assert is_streamed(str(shards), StreamConfig())
+            assert has_remote_shards(str(shards))
     shards.write_text(f"{folder}/00000.tar", encoding="utf-8")
-    assert not is_streamed(str(shards), StreamConfig())
+    assert not has_remote_shards(str(shards))
 
 
 def test_captions_of_json_lines_are_read_and_their_images_are_not(tmp_path: Path) -> None:
@@ -408,5 +407,5 @@ def test_a_dataset_to_evaluate_on_is_read_from_elsewhere(tmp_path: Path) -> None
         assert [open_image(i).tobytes() for i in remote.images] == [
             open_image(i).tobytes() for i in local.images
         ]
-        with pytest.raises(ValueError, match=r"is not on this machine\. Only records"):
+        with pytest.raises(ValueError, match=r"is not on this machine\. Only your own records"):
             load_dataset("flickr30k", folder=server.url, lang="en")
