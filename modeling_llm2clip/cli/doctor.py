@@ -27,19 +27,21 @@ def doctor(
 ) -> int:
     """Checks a model folder, or an endpoint that serves it.
 
-    The exit code is 0 if no check fails, and 1 otherwise.
+    The exit code is 0 if no check fails, otherwise 1.
 
     Args:
         model: Hub id or folder of an LLM2CLIP model.
-        text_like: Hub id or folder of a model that must give every text the same embedding, whose
-            text index stays valid then. Default: none.
-        config: Where the model runs, and which endpoint to check.
-        revision: Branch, tag or commit of a Hub repository. Default: its main branch.
+        text_like: Hub id or folder of another model whose text embeddings must be identical, so an
+            index of its text embeddings stays valid. Default: none.
+        config: Device to run on, and the endpoint to check.
+        revision: Branch, tag or commit of the Hub repository. Default: its main branch.
     """
     require_model(model, revision=revision)
     device = str(use_device(config.device))
     if config.server is not None and text_like is not None:
-        raise ValueError("--text-like compares model folders. Leave out --server.")
+        raise ValueError(
+            "--text-like cannot be combined with --server: it compares model folders. Remove one."
+        )
     if config.server is None:
         from ..doctor.check_model import check_model
 

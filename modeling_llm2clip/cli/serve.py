@@ -26,14 +26,14 @@ def serve(
 ) -> int:
     """Serves a model over HTTP with OpenAI's embeddings API for texts and images.
 
-    If the environment has LLM2CLIP_API_KEY, requests must send that key. After SIGTERM, running
-    requests finish.
+    If LLM2CLIP_API_KEY is set in the environment, requests must send that key. After SIGTERM,
+    running requests are finished before the server exits.
 
     Args:
-        model: Hub id or folder of an LLM2CLIP model; with `backend` onnx, of its ONNX graphs.
-        index: Image index that /v1/search and the page search. Default: none.
-        page: Show a page at / to search and classify images.
-        config: How to batch requests, and what to refuse.
+        model: Hub id or folder of an LLM2CLIP model, or of its ONNX export with `backend` onnx.
+        index: Image index for /v1/search and for the page. Default: none.
+        page: Serve a web page at / for searching and classifying images.
+        config: Address, batching and request limits.
     """
     needs = [*SERVE, *([PAGE] if page else []), *list_needs_of_index(index)]
     if config.backend == "onnx":
@@ -67,11 +67,11 @@ def _warn_if_open(host: str) -> None:
         is_local = host == "localhost"
     if not is_local and API_KEY_VARIABLE not in os.environ:
         print(
-            f"{API_KEY_VARIABLE} is not set, so everyone who can reach {host} can use this server.",
+            f"{API_KEY_VARIABLE} is not set, so anyone who can reach {host} can use this server.",
             file=sys.stderr,
         )
 
 
 def _report_start(model_name: str, has_page: bool, url: str) -> None:
-    page = ", a page to open in a browser" if has_page else ""
-    print(f"Serving {model_name} on {url}{page}; the API is described at {url}/docs.", flush=True)
+    page = " (web page)" if has_page else ""
+    print(f"Serving {model_name} on {url}{page}; API documentation: {url}/docs", flush=True)

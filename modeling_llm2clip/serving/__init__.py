@@ -1,1 +1,1 @@
-"""A model over HTTP: dynamic batching, and the request schemas that clients use."""
+"""Serves a model over HTTP, with dynamic batching and the request schemas of common clients."""

@@ -1,4 +1,4 @@
-"""The web application around one service, for any ASGI server, and one that runs it."""
+"""Builds the web application for a service, and runs it under uvicorn."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
 
     from .service import EmbeddingService
 
-_BACKLOG = 2048  # connections that wait for being accepted
-_KEEP_ALIVE_S = 75  # longer than load balancers keep theirs
+_BACKLOG = 2048  # connections waiting to be accepted
+_KEEP_ALIVE_S = 75  # longer than the idle timeout of load balancers
 
 
 def create_app(
     service: EmbeddingService,
     page: Callable[[FastAPI, EmbeddingService], object] | None = None,
 ) -> FastAPI:
-    """Make the web application of a service, which it closes at its end.
+    """Create the web application for a service; it closes the service on shutdown.
 
-    With `LLM2CLIP_API_KEY` in the environment, every request but those for `/health` must bring
-    that key.
+    If `LLM2CLIP_API_KEY` is set in the environment, every request except `/health` must send that
+    key.
 
     Args:
         service: The service that answers requests.
-        page: Called with the application and the service; adds a page at `/` to the application.
-            Without it `/` leads to the documentation of the API.
+        page: Called with the application and the service to add a page at `/`. If it is None, `/`
+            redirects to the API documentation.
 
     Returns:
         The application.
@@ -55,7 +55,7 @@ def create_app(
 
     api_key = os.environ.get(API_KEY_VARIABLE)
     if api_key is not None and not api_key.strip():
-        raise ValueError(f"{API_KEY_VARIABLE} is blank. Give a key, or unset it.")
+        raise ValueError(f"{API_KEY_VARIABLE} is blank. Set it to a key, or unset it.")
     metrics = ServerMetrics(service)
     app = make_web_app(service, metrics)
     routes = frozenset(app.openapi()["paths"])
@@ -70,7 +70,7 @@ def create_app(
 
 
 def bind_socket(config: ServeConfig) -> socket.socket:
-    """Bind the address before anything costly; connections are refused until the server listens."""
+    """Bind the address before any expensive work; connections are refused until `listen`."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -84,8 +84,8 @@ def bind_socket(config: ServeConfig) -> socket.socket:
             raise
     except OSError as error:
         raise OSError(
-            f"host={config.host!r}, port={config.port} cannot be listened on ({error}). Give "
-            "another port, or an address of this machine."
+            f"Cannot listen on host={config.host!r}, port={config.port} ({error}). Choose another "
+            "port, or an address of this machine."
         ) from error
     return bound
 
@@ -93,16 +93,17 @@ def bind_socket(config: ServeConfig) -> socket.socket:
 def run_server(
     app: FastAPI, bound: socket.socket, config: ServeConfig, *, on_listen: Callable[[str], object]
 ) -> None:
-    """Serve until SIGINT or SIGTERM, finish the requests in work, and raise the signal again.
+    """Serve until SIGINT or SIGTERM, finish the running requests, and re-raise the signal.
 
-    `on_listen` gets the URL, at which connections wait until the server has started.
+    `on_listen` is called with the URL. From then on connections are queued; they are answered once
+    the server has started.
     """
     import uvicorn
 
     server = uvicorn.Server(
         uvicorn.Config(
             app,
-            http="h11",  # limits the size of headers, which httptools does not
+            http="h11",  # limits the size of headers; httptools does not
             log_level="warning",
             backlog=_BACKLOG,
             timeout_keep_alive=_KEEP_ALIVE_S,

@@ -1,10 +1,12 @@
-"""Dynamic batching: the thread that runs the model of a service.
+"""Dynamic batching: the thread that runs a service's model.
 
-One thread runs the model, on batches of many requests, texts and images apart. Requests take
-turns, one input at a time, so that a request of one text does not wait for one of two thousand.
+One thread runs the model on batches that combine inputs from many requests, with texts and images
+in separate batches. Requests take turns, one input at a time, so a request with one text does not
+wait for a request with two thousand.
 
-Clients that wait for their answers send their next requests together, right after a batch. So the
-next one waits a little for as many inputs: small batches take longer per input.
+Clients that wait for a response all send their next request right after a batch finishes. The next
+batch therefore waits briefly until it has as many inputs as the last one, because small batches
+take longer per input.
 """
 
 from __future__ import annotations
@@ -23,15 +25,15 @@ from numpy.typing import NDArray
 
 Rows: TypeAlias = "NDArray[np.float32]"
 OnBatch: TypeAlias = Callable[[str, int, int, float], object]
-"""Called after each batch with its lane's name, inputs, cost and seconds."""
+"""Called after each batch with the lane's name, number of inputs, total cost and seconds."""
 
-# Longest wait for the next batch, as a share of the time that the last one took.
+# Longest wait for the next batch to fill up, as a share of the last batch's duration.
 _WAITED_SHARE = 0.05
 
 
 @dataclass(eq=False)
 class _Job:
-    """The inputs of one request: those up to `taken` were put into batches."""
+    """The inputs of one request; the first `taken` are already in a batch."""
 
     inputs: Sequence[Any]
     costs: Sequence[int]
@@ -45,14 +47,14 @@ _Taken: TypeAlias = tuple[_Job, int]
 
 @dataclass
 class Lane:
-    """Inputs of one modality, which share batches.
+    """A queue of inputs of one modality that can be batched together.
 
     Attributes:
         name: Name of the modality.
-        encode: Embeds a batch, (B, P) float32; row i belongs to input i.
-        budget: Maximum cost of a batch; a single input may cost more.
-        last_count: Inputs of the last batch.
-        last_wait_until: Time up to which the next batch waits for as many.
+        encode: Embeds a batch as (B, P) float32; row i belongs to input i.
+        budget: Maximum cost of a batch; only a single input may exceed it.
+        last_count: Number of inputs in the last batch.
+        last_wait_until: Deadline until which the next batch waits for as many inputs.
     """
 
     name: str
@@ -63,7 +65,7 @@ class Lane:
     jobs: deque[_Job] = field(default_factory=deque, repr=False)
 
     def take_batch(self) -> list[_Taken]:
-        """Take the next input of each waiting request in turn, up to the budget."""
+        """Take one input from each waiting request in turn until the budget is used up."""
         batch: list[_Taken] = []
         cost = 0
         while self.jobs:
@@ -82,7 +84,10 @@ class Lane:
         return batch
 
     def find_wait(self) -> float:
-        """Time up to which the next batch waits; past if it is full, or as long as the last one."""
+        """Return the deadline for filling the next batch.
+
+        It is already past if the batch is full or has as many inputs as the last one.
+        """
         waiting = sum(len(job.inputs) - job.taken for job in self.jobs)
         cost = sum(sum(job.costs[job.taken :]) for job in self.jobs)
         return 0 if cost >= self.budget or waiting >= self.last_count else self.last_wait_until
@@ -93,14 +98,14 @@ class Lane:
 
 
 class BatchWorker:
-    """The thread that runs the model, one batch at a time, lane after lane.
+    """Runs the model in a thread of its own, one batch at a time, alternating between lanes.
 
     Args:
-        lanes: Modalities.
+        lanes: The queues to serve.
         on_batch: Called after each batch.
 
     Attributes:
-        lanes: Modalities by name.
+        lanes: Lanes by name.
     """
 
     def __init__(self, lanes: Sequence[Lane], *, on_batch: OnBatch | None = None) -> None:
@@ -117,10 +122,10 @@ class BatchWorker:
         return self._thread.is_alive()
 
     def submit(self, name: str, inputs: Sequence[Any], costs: Sequence[int]) -> Future[Rows]:
-        """Queue the inputs of one request, which cost so much each, such as their tokens.
+        """Queue the inputs of one request; `costs` has the cost of each, such as its tokens.
 
-        The future gets (N, P) float32. If it is cancelled, inputs that are in no batch yet are
-        dropped; it fails if a batch of this request alone fails too.
+        The future resolves to (N, P) float32. If it is cancelled, inputs not yet in a batch are
+        dropped. It fails only if a batch with nothing but this request's inputs fails.
         """
         job = _Job(inputs, costs)
         with self._changed:
@@ -131,7 +136,7 @@ class BatchWorker:
         return job.future
 
     def close(self) -> None:
-        """Finish the queued batches, and end the thread."""
+        """Finish the queued batches and stop the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -149,7 +154,7 @@ class BatchWorker:
                 self._on_batch(lane.name, len(batch), cost, seconds)
 
     def _next_batch(self) -> tuple[Lane, list[_Taken]] | None:
-        """Wait for a batch of the lane whose turn it is; None once all is done and closed."""
+        """Wait for the next batch, taking lanes in turn; None once closed with empty queues."""
         with self._changed:
             while True:
                 for _ in range(len(self._turns)):
@@ -170,20 +175,20 @@ class BatchWorker:
             self._changed.wait(left)
 
     def _run(self, lane: Lane, batch: list[_Taken]) -> None:
-        """Embed a batch; one that fails is repeated by request, so that others do not suffer."""
+        """Embed a batch; if it fails, retry it per request so one bad input fails only its own."""
         try:
             embeds = lane.encode([job.inputs[row] for job, row in batch])
             if len(embeds) != len(batch):
-                raise RuntimeError(f"{len(embeds)} embeddings came of {len(batch)} inputs.")
+                raise RuntimeError(f"Got {len(embeds)} embeddings for {len(batch)} inputs.")
         except Exception as error:
-            of_job: dict[_Job, list[_Taken]] = {}
+            parts: dict[_Job, list[_Taken]] = {}
             for taken in batch:
-                of_job.setdefault(taken[0], []).append(taken)
-            if len(of_job) > 1:
-                for part in of_job.values():
+                parts.setdefault(taken[0], []).append(taken)
+            if len(parts) > 1:
+                for part in parts.values():
                     self._run(lane, part)
                 return
-            [job] = of_job
+            [job] = parts
             with self._changed:
                 if job in lane.jobs:
                     lane.jobs.remove(job)
@@ -198,7 +203,7 @@ class BatchWorker:
 
 
 async def await_all_or_none(awaitables: Iterable[Awaitable[Any]]) -> list[Any]:
-    """Await all; the first error cancels the others."""
+    """Await all of them; the first error cancels the rest."""
     tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
     try:
         return await asyncio.gather(*tasks)

@@ -1,4 +1,4 @@
-"""The page at `/`: search, zero-shot classification, links to the API."""
+"""Builds the web page at `/`: search, zero-shot classification and links to the API."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-# Gradio reads these when it is imported; with analytics it would look up hosts elsewhere.
+# Gradio reads this on import; with analytics on, it would contact other hosts.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
@@ -41,20 +41,18 @@ T = TypeVar("T")
 _API_PREFIXES = ("/v1/", "/v2/")
 _MAX_TOP_K, _TOP_K = 48, 12
 _MAX_LABELS = 200
-_RUNNING, _WAITING = 16, 64  # requests of the page
+_RUNNING, _WAITING = 16, 64  # requests from the page
 _CLEANED_EVERY_S, _KEPT_S = 600, 3600  # uploads
 _TEMPLATE = "a photo of a {}"
-_BEFORE_SEARCH = (
-    "Write what to look for, or drop an image: the images that fit best are shown here."
-)
-# On a phone the columns are dissolved: text and button, then the hits, then a low box for an image
-# and the options.
+_BEFORE_SEARCH = "Describe what to look for, or drop an image. The best matches will appear here."
+# On a phone the columns become one: text and button, then the hits, then a smaller image box and
+# the options.
 _CSS = f"""{HITS_CSS}
 footer {{ display: none !important; }}
 #heading h1 {{ margin: 0; }}
 #heading p {{ margin: 0.25rem 0 0; overflow-wrap: anywhere; }}
 #hits .html-container, #hits {{ padding: 0; }}
-#hits-note .wrap:has(.error) {{ display: none; }}  /* the error is shown at the top of the window */
+#hits-note .wrap:has(.error) {{ display: none; }}  /* the error appears at the top of the window */
 @media (max-width: 640px) {{
   .gradio-container main {{ padding: 1rem !important; }}
   #search-parts > .column {{ display: contents; }}
@@ -67,12 +65,12 @@ footer {{ display: none !important; }}
 }}
 """
 _API = """
-- [Every route](docs), to try with examples
+- [All routes](docs), with examples
 - [OpenAPI](openapi.json), for generated clients
 - [Metrics](metrics), for Prometheus
 - [Health](health), for load balancers
 
-OpenAI's clients work with the address of this server and `/v1`:
+OpenAI's clients work with this server's address plus `/v1`:
 
 ```python
 from openai import OpenAI
@@ -85,12 +83,12 @@ client.embeddings.create(model={model!r}, input=["two red apples"])
 
 @lru_cache(maxsize=1024)
 def encode_thumbnail(image: Path, sha256: str) -> str:
-    """Encode a small copy of an image as a data URL; ValueError if the file has another content."""
+    """Encode a thumbnail of an image as a data URL; ValueError if the file's content changed."""
     return to_data_url(read_thumbnail(image, sha256, PAGE_SIDE))
 
 
 class DemoPage:
-    """Passes requests of the page to a service, and renders the answers."""
+    """Passes requests from the page to a service and renders the results."""
 
     def __init__(self, service: EmbeddingService) -> None:
         self.service = service
@@ -98,12 +96,12 @@ class DemoPage:
     async def search(
         self, text: str | None, image: str | None, top_k: float | None, where: str | None
     ) -> tuple[str, str]:
-        """Find images by a text, an image, or both; return the hits as HTML, and a summary."""
+        """Find images by text, image or both; return the hits as HTML, and a summary."""
         queries: list[Input] = [text] if text and text.strip() else []
         if image is not None:
             queries.append(Path(image).read_bytes())
         if not queries:
-            raise _show("Write what to look for, or drop an image.")
+            raise _show("Describe what to look for, or drop an image.")
         count = min(max(int(top_k or _TOP_K), 1), _MAX_TOP_K)
         condition = (where or "").strip() or None
 
@@ -111,18 +109,18 @@ class DemoPage:
             images = await self.service.search([queries], top_k=count, where=condition)
             hits, summary = await asyncio.to_thread(self._list_hits, images.results[0])
             limit = self.service.encoder.max_text_length
-            note = f" The text was truncated to the {limit} tokens that the model reads."
+            note = f" The text was truncated to the model's limit of {limit} tokens."
             return hits, summary + note * len(images.truncated)
 
         return await self._await(find())
 
     async def _await(self, work: Coroutine[Any, Any, T]) -> T:
-        """Wait as long as the API would, and show errors of the service on the page."""
+        """Wait for as long as the API would, and show the service's errors on the page."""
         seconds = self.service.config.timeout_s
         try:
             return await asyncio.wait_for(work, seconds)
         except (asyncio.TimeoutError, TimeoutError):
-            raise _show(f"It took more than {seconds:g} seconds. Try again later.") from None
+            raise _show(f"The request took more than {seconds:g} s. Try again later.") from None
         except (RequestError, ValueError) as error:
             raise _show(str(error)) from error
 
@@ -139,9 +137,9 @@ class DemoPage:
             shown.append(PageImage(columns["path"], address, note_rank(rank, cosine)))
         assert self.service.index is not None
         total = counted(len(self.service.index), "image")
-        summary = f"{len(result.hits)} of {total}, the best first."
+        summary = f"{len(result.hits)} of {total}, best first."
         if num_gone:
-            summary += f" {num_gone} cannot be shown: moved or changed since they were indexed."
+            summary += f" {num_gone} cannot be shown: moved or changed since indexing."
         return write_hits(shown), summary
 
     async def classify(
@@ -151,7 +149,7 @@ class DemoPage:
             raise _show("Drop an image first.")
         names = [name for name in re.split(r"[,\n]", labels or "") if name.strip()]
         if not 0 < len(names) <= _MAX_LABELS:
-            raise _show(f"Give 1 to {_MAX_LABELS} labels, with commas between them.")
+            raise _show(f"Enter 1 to {_MAX_LABELS} labels, separated by commas.")
         classified = await self._await(
             self.service.classify(
                 [Path(image).read_bytes()],
@@ -161,14 +159,14 @@ class DemoPage:
         )
         if classified.truncated:
             raise _show(
-                f"With the prompt, {names[classified.truncated[0]].strip()!r} is longer than the "
-                f"{self.service.encoder.max_text_length} tokens that the model reads. Shorten it."
+                f"With the prompt, {names[classified.truncated[0]].strip()!r} exceeds the model's "
+                f"limit of {self.service.encoder.max_text_length} tokens. Shorten it."
             )
         return {tag.label: tag.probability for tag in classified.tags[0]}
 
 
 def add_demo_page(app: FastAPI, service: EmbeddingService) -> None:
-    """Add the page to an application at `/`, behind all of its routes."""
+    """Mount the page at `/`, after all other routes of the application."""
     register_heif_reader()
     folder = _make_upload_folder()
     gr.mount_gradio_app(
@@ -191,7 +189,7 @@ def add_demo_page(app: FastAPI, service: EmbeddingService) -> None:
 
 
 class _PageMount(Mount):
-    """Mounts the page for all paths but the API's, and limits the total size of uploads."""
+    """Mounts the page for every path outside the API, and limits the total size of uploads."""
 
     def __init__(self, app: Any, folder: Path, *, max_bytes: int) -> None:
         super().__init__("/", app=app)
@@ -199,7 +197,7 @@ class _PageMount(Mount):
         self._max_bytes = max_bytes
 
     async def handle(self, scope: Any, receive: Any, send: Any) -> None:
-        """Pass a request on, unless it uploads a file and there is no room."""
+        """Forward a request, or refuse it if it uploads a file and there is no room."""
         if scope["path"].endswith("/upload"):
             await asyncio.to_thread(self._require_room)
         await super().handle(scope, receive, send)
@@ -209,7 +207,7 @@ class _PageMount(Mount):
         if sum(file.stat().st_size for file in uploads if file.is_file()) > self._max_bytes:
             raise RequestError(
                 429,
-                "Too many images were dropped lately. Try again later.",
+                "Too many images were uploaded recently. Try again later.",
                 code="uploads_full",
                 retry_after_s=_CLEANED_EVERY_S,
             )
@@ -222,7 +220,7 @@ class _PageMount(Mount):
 
 @cache
 def _make_upload_folder() -> Path:
-    """Make a private folder for the uploads of this process, which Gradio deletes at its end."""
+    """Create a private folder for this process's uploads; it is deleted on exit."""
     folder = Path(tempfile.mkdtemp(prefix="llm2clip-page-"))
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -230,12 +228,12 @@ def _make_upload_folder() -> Path:
 
 
 def _show(message: str) -> gr.Error:
-    """Make an error that stays on the page until it is closed; the page renders it as HTML."""
+    """Create an error that stays on the page until dismissed; it is escaped, as it becomes HTML."""
     return gr.Error(html.escape(message), duration=None, print_exception=False)
 
 
 def _make_theme() -> gr.themes.Base:
-    """Make a theme with system fonts and a contrast of at least 4.5 to 1."""
+    """Create a theme with system fonts and a contrast ratio of at least 4.5:1."""
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     return theme.set(
         button_primary_background_fill="*primary_600",
@@ -263,10 +261,10 @@ def _build_page(page: DemoPage) -> gr.Blocks:
                 _add_classification(page)
         with gr.Tab("API", id="api"):
             if service.index is None:
-                gr.Markdown("To search images here, start the server with `--index DB`.")
+                gr.Markdown("To enable image search, start the server with `--index DB`.")
             gr.Markdown(_API.replace("{model!r}", repr(service.model_name)))
-    # In a mounted application, Gradio copies any local file or URL that a request names into the
-    # folder that it serves, whatever the component.
+    # When mounted, Gradio copies any local file or URL named in a request into the folder it
+    # serves, for every component.
     for block in blocks.blocks.values():
         block.async_move_resource_to_block_cache = partial(_take_upload, block)
     blocks.queue(default_concurrency_limit=_RUNNING, max_size=_WAITING)
@@ -289,13 +287,13 @@ def _add_search(page: DemoPage) -> None:
                 label="What to look for", placeholder="two red apples", elem_id="query"
             )
             button = gr.Button("Search", variant="primary", elem_id="search-button")
-            image = _make_image("Or an image like it", height=200, elem_id="query-image")
+            image = _make_image("Or a similar image", height=200, elem_id="query-image")
             with gr.Accordion("More", open=False, elem_id="more"):
                 top_k = gr.Slider(1, _MAX_TOP_K, value=_TOP_K, step=1, label="Images")
                 where = gr.Textbox(
                     label="Filter",
                     placeholder="width > 1000 AND path LIKE '2024/%'",
-                    info=f"Comparisons of {', '.join(index.columns)}",
+                    info=f"Columns: {', '.join(index.columns)}",
                     elem_id="filter",
                 )
         with gr.Column(scale=3, min_width=280):
@@ -318,12 +316,12 @@ def _add_classification(page: DemoPage) -> None:
             labels = gr.Textbox(
                 "cat, dog, bird, person, car, building, food, plant",
                 label="Labels",
-                info="With commas between them",
+                info="Separated by commas",
                 lines=2,
                 elem_id="labels",
             )
             template = gr.Textbox(
-                _TEMPLATE, label="Prompt", info="{} is the label", elem_id="template"
+                _TEMPLATE, label="Prompt", info="{} stands for the label", elem_id="template"
             )
             button = gr.Button("Classify", variant="primary", elem_id="classify-button")
         with gr.Column(min_width=280):
@@ -338,9 +336,10 @@ def _add_classification(page: DemoPage) -> None:
 
 
 def _make_image(label: str, *, height: int, elem_id: str) -> gr.Image:
-    """Make an image component that passes uploaded files on unchanged.
+    """Create an image component that passes uploaded files through unchanged.
 
-    Gradio would decode and convert them. For a subclass it would write a stub beside this file.
+    Gradio would decode and convert them. This is not a subclass because Gradio would then write a
+    stub file next to this one.
     """
     image = gr.Image(
         label=label,
@@ -365,7 +364,7 @@ async def _take_upload(block: Any, path: str | Path | None) -> str | None:
 def _require_upload(path: str | Path, folder: str) -> str:
     file = Path(path).resolve()
     if not (file.is_relative_to(Path(folder).resolve()) and file.is_file()):
-        raise _show("This is not an upload. Drop the file; paths and addresses are not read.")
+        raise _show("This is not an upload. Drop the file itself; paths and URLs are not read.")
     return str(file)
 
 

@@ -1,4 +1,4 @@
-"""Reads and decodes the images of requests: base64, data URLs and, where allowed, web URLs."""
+"""Reads and decodes the images in requests: base64, data URLs and, if enabled, web URLs."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from .service_results import RequestError
 if TYPE_CHECKING:
     from .url_fetching import UrlFetcher
 
-_AT_ONCE = 8  # of one request; each may be a URL to be fetched
-_WANTED = "Send a data URL, data:image/jpeg;base64,…."
+_AT_ONCE = 8  # per request; each may be a URL to fetch
+_WANTED = "Send a data URL such as data:image/jpeg;base64,…."
 _SHOWN = 40  # characters of an input in an error
 _WHITESPACE = {ord(char): None for char in " \t\r\n"}
 
 
 class ImageInputs:
-    """Reads the images of requests within the limits of a server."""
+    """Reads the images in requests, within the server's limits."""
 
     def __init__(self, config: ServeConfig) -> None:
         limits = get_image_limits(**config.list_limits())
@@ -39,7 +39,7 @@ class ImageInputs:
         self._max_total = int(config.max_request_mb * 1e6)
         self._fetcher: UrlFetcher | None = None
         if config.image_urls:
-            from .url_fetching import UrlFetcher  # its packages come with the extra `serve`
+            from .url_fetching import UrlFetcher  # needs packages from the `serve` extra
 
             self._fetcher = UrlFetcher(max_bytes=self._max_bytes, timeout_s=limits.max_download_s)
 
@@ -52,8 +52,8 @@ class ImageInputs:
             if sum(map(len, contents)) > self._max_total:
                 raise RequestError(
                     413,
-                    f"The images of one request have more than {self._max_total / 1e6:g} MB "
-                    "(--max-request-mb). Send fewer in one request.",
+                    f"The images in this request exceed {self._max_total / 1e6:g} MB "
+                    "(--max-request-mb). Send fewer images per request.",
                     code="request_too_large",
                 )
         return contents
@@ -71,17 +71,17 @@ class ImageInputs:
         if scheme[:5] == "data:":
             header, comma, text = image.partition(",")
             if not comma or not header.lower().endswith(";base64"):
-                raise _refuse(f"A data URL is not base64 ({image[:_SHOWN]!r}). {_WANTED}")
+                raise _refuse(f"A data URL is not base64-encoded ({image[:_SHOWN]!r}). {_WANTED}")
         try:
             content = base64.b64decode(text.translate(_WHITESPACE), validate=True)
-        except ValueError:  # also for characters beyond ASCII
+        except ValueError:  # also for non-ASCII characters
             raise _refuse(f"An image is not valid base64 ({text[:_SHOWN]!r}). {_WANTED}") from None
         if not content:
             raise _refuse("An image is empty.")
         if len(content) > self._max_bytes:
             raise RequestError(
                 413,
-                f"An image has more than {self._max_bytes / 1e6:g} MB. Shrink it, or start the "
+                f"An image is larger than {self._max_bytes / 1e6:g} MB. Shrink it, or start the "
                 "server with a larger --max-image-mb.",
                 code="image_too_large",
             )
@@ -89,9 +89,9 @@ class ImageInputs:
 
 
 def decode_sent_image(content: bytes, limits: ImageLimits) -> Image.Image:
-    """Decode an image of a request as upright RGB; RequestError if it is beyond the limits."""
+    """Decode an image from a request as upright RGB; RequestError if it exceeds the limits."""
     register_heif_reader()
-    name = "An image of the request"
+    name = "An image in the request"
     try:
         with read_image_header(io.BytesIO(content), name=name, limits=limits) as image:
             decoded: Image.Image = load_images(image, limits=limits)

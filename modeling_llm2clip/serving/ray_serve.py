@@ -1,9 +1,9 @@
-"""The application under Ray Serve: replicas on many machines, more of them under load.
+"""Runs the application under Ray Serve, as replicas on many machines that scale with the load.
 
     serve run modeling_llm2clip.serving.ray_serve:build model=my-model max_replicas=4
 
-Each replica loads the model and batches its own requests. Ray's proxies listen and route, so that
-address and port are theirs.
+Each replica loads the model and batches its own requests. Ray's proxies listen and route, so host
+and port are configured in Ray.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ..configs.serve_config import RayServeConfig
 def build(options: Mapping[str, Any]) -> Any:
     """Build the application that `serve run` deploys.
 
-    Options are the fields of `RayServeConfig`, as strings from the command line of `serve run` or
-    as values from a file of `serve deploy`.
+    Options are the fields of `RayServeConfig`: strings from the command line of `serve run`, or
+    values from the config file of `serve deploy`.
     """
     require(RAY_SERVE, *SERVE)
     from ray import serve
@@ -51,7 +51,8 @@ def build(options: Mapping[str, Any]) -> Any:
 def _read_options(options: Mapping[str, Any]) -> RayServeConfig:
     if addresses := [name for name in ("host", "port") if name in options]:
         raise ValueError(
-            f"{addresses}: Ray's proxies listen. Set the address with `serve start --http-host "
-            "HOST --http-port PORT`, or under http_options in the file of `serve deploy`."
+            f"{addresses}: Ray's proxies do the listening. Set the address with `serve start "
+            "--http-host HOST --http-port PORT`, or under http_options in the config file of "
+            "`serve deploy`."
         )
     return make_config(RayServeConfig, options)

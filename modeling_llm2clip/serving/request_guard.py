@@ -1,7 +1,7 @@
-"""Guards and counts requests: API key, sizes, deadline, clients that hang up, metrics.
+"""Guards and counts requests: API key, size limits, deadline, disconnects, metrics.
 
-Plain ASGI: a body that is too large is refused while it arrives, and the work for a client that
-left is cancelled.
+This is plain ASGI middleware, so a body that is too large is refused while it is still arriving,
+and work for a client that has disconnected is cancelled.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_OPEN_PATHS = ("/health",)  # asked by load balancers, without a key
+_OPEN_PATHS = ("/health",)  # for load balancers, which have no key
 _API_PREFIXES = ("/v1/", "/v2/")
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-_CLIENT_LEFT = 499  # as nginx logs it; nobody receives it
+_CLIENT_LEFT = 499  # nginx's status for this; only metrics show it
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class ServerMetrics:
-    """The metrics of one service, in a registry of their own; counts its batches."""
+    """Prometheus metrics of one service, in their own registry."""
 
     def __init__(self, service: EmbeddingService) -> None:
         self._registry = registry = CollectorRegistry()
@@ -49,14 +49,14 @@ class ServerMetrics:
             registry=registry,
         )  # fmt: skip
         self.seconds = Histogram(
-            "llm2clip_request_seconds", "Seconds from the first byte to the answer.", ("route",),
+            "llm2clip_request_seconds", "Seconds from first byte to response.", ("route",),
             buckets=_SECONDS, registry=registry,
         )  # fmt: skip
         self._inputs = Counter(
-            "llm2clip_inputs", "Texts and images that were embedded.", ("modality",),
+            "llm2clip_inputs", "Texts and images embedded.", ("modality",),
             registry=registry,
         )  # fmt: skip
-        self._tokens = Counter("llm2clip_tokens", "Tokens that were read.", registry=registry)
+        self._tokens = Counter("llm2clip_tokens", "Text tokens encoded.", registry=registry)
         self._batch_size = Histogram(
             "llm2clip_batch_size", "Inputs per batch.", ("modality",), buckets=_SIZES,
             registry=registry,
@@ -66,7 +66,7 @@ class ServerMetrics:
             registry=registry,
         )  # fmt: skip
         pending = Gauge(
-            "llm2clip_pending_inputs", "Texts and images in work and waiting.", registry=registry
+            "llm2clip_pending_inputs", "Texts and images in progress or queued.", registry=registry
         )
         pending.set_function(lambda: service.num_pending)
         service.on_batch = self._count_batch
@@ -83,7 +83,7 @@ class ServerMetrics:
 
 
 class RequestGuard:
-    """ASGI middleware that refuses requests beyond the limits, and counts requests of `routes`."""
+    """ASGI middleware that enforces the limits on requests and counts requests to `routes`."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class RequestGuard:
                 await self._app(scope, self._limit(receive), answer.send)
         except RequestError as error:
             await _refuse(scope, receive, answer, error)
-        except asyncio.CancelledError:  # by a server that stops; raised again, it would be logged
+        except asyncio.CancelledError:  # the server is stopping; re-raising would log a traceback
             if not answer.has_started:
                 await _refuse(scope, receive, answer, RequestError(503, "The server is stopping."))
         finally:
@@ -139,7 +139,7 @@ class RequestGuard:
             )
 
     async def _handle(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
-        """Read the body, and run the application until an answer, the deadline or a hang-up."""
+        """Read the body, and run the application until it responds, times out or is abandoned."""
         deadline = time.monotonic() + self._config.timeout_s
         body = bytearray()
         try:
@@ -158,7 +158,7 @@ class RequestGuard:
             self._num_bytes -= len(body)
 
     async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> bool:
-        """Read the body within the limits; returns False if the client disconnects."""
+        """Read the body within the limits; return False if the client disconnects."""
         self._require_size(scope)
         while True:
             message = await receive()
@@ -172,7 +172,7 @@ class RequestGuard:
             if self._num_bytes > self._max_pending:
                 raise RequestError(
                     429,
-                    f"The bodies of all requests in work have more than "
+                    f"The bodies of all requests in progress exceed "
                     f"{self._config.max_pending_mb:g} MB. Try again later.",
                     code="queue_full",
                     retry_after_s=1,
@@ -186,7 +186,7 @@ class RequestGuard:
             raise self._refuse_size()
 
     def _limit(self, receive: Receive) -> Receive:
-        """Forward the body of a request to the page; one that is too large ends as a hang-up."""
+        """Forward a body to the page; if it is too large, report the client as disconnected."""
         num_bytes = 0
 
         async def receive_limited() -> Message:
@@ -200,8 +200,8 @@ class RequestGuard:
     def _refuse_size(self) -> RequestError:
         return RequestError(
             413,
-            f"The request has more than {self._config.max_request_mb:g} MB "
-            "(--max-request-mb). Send fewer or smaller images in one request.",
+            f"The request is larger than {self._config.max_request_mb:g} MB "
+            "(--max-request-mb). Send fewer or smaller images per request.",
             code="request_too_large",
         )
 
@@ -212,7 +212,7 @@ class RequestGuard:
 
         async def replay() -> Message:
             nonlocal sent
-            if sent:  # whoever asks again waits for a hang-up
+            if sent:  # a second call waits for a disconnect
                 await asyncio.Event().wait()
             sent = True
             return {"type": "http.request", "body": body, "more_body": False}
@@ -226,14 +226,14 @@ class RequestGuard:
                 return_when=asyncio.FIRST_COMPLETED,
             )
             if work.done() or answer.is_complete:
-                await work  # raises the exception of a bug
+                await work  # re-raises an exception from a bug
             elif hang_up.done():
                 answer.status = _CLIENT_LEFT
             elif not answer.has_started:
                 raise RequestError(
                     504,
-                    f"The request took more than {self._config.timeout_s:g} seconds. Send less at "
-                    "once, or try again later.",
+                    f"The request took more than {self._config.timeout_s:g} seconds. Send fewer "
+                    "inputs per request, or try again later.",
                     code="timeout",
                 )
         finally:
@@ -243,11 +243,11 @@ class RequestGuard:
 
 
 class _Answer:
-    """Forwards a response, and notes its status."""
+    """Forwards a response and records its status."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self.status = 500  # of an application that ends without an answer
+        self.status = 500  # if the application ends without a response
         self.has_started = False
         self.is_complete = False
 
@@ -261,7 +261,7 @@ class _Answer:
 
 
 def _find_key(authorization: bytes) -> bytes:
-    """Return the key in an Authorization header: a bearer token, or the password of Basic."""
+    """Return the key in an Authorization header: the bearer token or the Basic password."""
     scheme, _, value = authorization.partition(b" ")
     if scheme.lower() == b"bearer":
         return value.strip()
@@ -279,20 +279,20 @@ async def _wait_for_hang_up(receive: Receive) -> None:
 
 
 def respond(error: RequestError) -> Response:
-    """Answer in the shape of OpenAI's errors, from which its client takes the message."""
+    """Build a response in OpenAI's error format, from which its client reads the message."""
     headers = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)
     if error.status == 401:
-        # Browsers ask for a password only if Basic is the single scheme; programs send a bearer
-        # token unasked.
+        # Browsers prompt for a password only if Basic is the only scheme; programs send a bearer
+        # token without being asked.
         headers["WWW-Authenticate"] = 'Basic realm="llm2clip"'
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
     content = {
         "message": error.message, "type": _TYPES.get(error.status, kind), "param": error.param,
         "code": error.code,
     }  # fmt: skip
-    # ASCII, since a message may quote an unpaired surrogate.
+    # ASCII, because a message may quote an unpaired surrogate.
     body = json.dumps({"error": content}).encode("ascii")
     return Response(body, error.status, headers, media_type="application/json")
 
@@ -302,6 +302,6 @@ async def _refuse(scope: Scope, receive: Receive, answer: _Answer, error: Reques
         await answer.send({"type": "websocket.close", "code": 1008, "reason": error.message})
         return
     response = respond(error)
-    # The rest of the body is not read, so that the connection cannot be used again.
+    # The rest of the body is left unread, so the connection cannot be reused.
     response.headers["connection"] = "close"
     await response(scope, receive, answer.send)

@@ -1,4 +1,4 @@
-"""The FastAPI application: requests to the service, its results and errors to responses."""
+"""Defines the FastAPI routes, which translate between HTTP and the service."""
 
 from __future__ import annotations
 
@@ -78,10 +78,10 @@ _SEARCH_EXAMPLES: dict[str, Any] = {
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": schemas.ErrorResponse, "description": description}
     for status, description in {
-        "4XX": "The request is refused.",  # without it FastAPI adds 422, which is never sent
-        "400": "The request is not valid.",
+        "4XX": "The request is refused.",  # otherwise FastAPI adds 422, which is never sent
+        "400": "The request is invalid.",
         "401": "The API key is missing or wrong.",
-        "404": "There is no such model, or no index.",
+        "404": "The model does not exist, or the server has no index.",
         "408": "The request did not arrive in time.",
         "413": "The request, an image, or the number of inputs is too large.",
         "429": "The queue is full; Retry-After says when to try again.",
@@ -96,14 +96,14 @@ _Embeds: TypeAlias = "NDArray[np.float32]"
 
 
 class JsonRoute(APIRoute):
-    """Reads a JSON body before FastAPI, whose errors would not name the problem."""
+    """Parses JSON bodies itself, because FastAPI's errors would not name the problem."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
         async def read_and_handle(request: Request) -> Response:
             if _says_json(request) and await request.body():
-                request._json = parse_body(await request.body())  # FastAPI parses it no more
+                request._json = parse_body(await request.body())  # so FastAPI skips parsing it
             return await handle(request)
 
         return read_and_handle if self.body_field else handle
@@ -114,7 +114,7 @@ def _says_json(request: Request) -> bool:
 
 
 def parse_body(body: bytes) -> Any:
-    """Parse a body in UTF-8, UTF-16 or UTF-32; RequestError names its problem."""
+    """Parse a body in UTF-8, UTF-16 or UTF-32; a RequestError names what is wrong."""
     try:
         return json.loads(body, object_pairs_hook=_make_object)
     except (ValueError, RecursionError) as error:
@@ -129,7 +129,7 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if key in members:
             raise RequestError(
                 400,
-                f"An object in the body has the key {key[:_SHOWN]!r} twice. Give it once.",
+                f"An object in the body has a duplicate key, {key[:_SHOWN]!r}. Remove one.",
                 param=key[:_SHOWN],
                 code="duplicate_key",
             )
@@ -138,14 +138,14 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class JsonResponse(JSONResponse):
-    """JSON in ASCII, so that any string can be sent; NaN and infinity are errors."""
+    """JSON in ASCII, so any string can be sent; NaN and infinity raise an error."""
 
     def render(self, content: Any) -> bytes:
         return _dump(content).encode("ascii")
 
 
 def _dump(content: Any, depth: int = 3) -> str:
-    """Serialize row by row, because other threads run between two calls of `json.dumps`."""
+    """Serialize row by row, because other threads can run only between calls of `json.dumps`."""
     if depth and isinstance(content, dict):
         parts = (f"{json.dumps(name)}:{_dump(part, depth - 1)}" for name, part in content.items())
         return f"{{{','.join(parts)}}}"
@@ -155,7 +155,7 @@ def _dump(content: Any, depth: int = 3) -> str:
 
 
 def make_web_app(service: EmbeddingService, metrics: ServerMetrics) -> FastAPI:
-    """Make the application, with nothing at `/` yet; it closes the service when it ends."""
+    """Create the application, without a route at `/`; it closes the service on shutdown."""
 
     @asynccontextmanager
     async def close_at_end(_: FastAPI) -> AsyncIterator[None]:
@@ -168,7 +168,7 @@ def make_web_app(service: EmbeddingService, metrics: ServerMetrics) -> FastAPI:
         description=f"Embeddings, zero-shot classification and search by {service.model_name}.",
         lifespan=close_at_end,
         default_response_class=JsonResponse,
-        docs_url=None,  # FastAPI's pages load their scripts from another site
+        docs_url=None,  # FastAPI's pages load scripts from another site
         redoc_url=None,
     )
     router = APIRouter(
@@ -190,7 +190,7 @@ def _add_embeddings(router: APIRouter, service: EmbeddingService, images: ImageI
     async def create_embeddings(
         body: Annotated[schemas.EmbeddingRequest, Body(openapi_examples=_EMBEDDING_EXAMPLES)],
     ) -> Response:
-        """Embed texts and images; a body has exactly one of the five fields for them."""
+        """Embed texts and images, given in exactly one of the five input fields."""
         _require_model(service, body.model)
         result = await service.embed(
             await _read_inputs(body.list_items(), images),
@@ -240,7 +240,7 @@ def _add_uses(router: APIRouter, service: EmbeddingService, images: ImageInputs)
     async def classify(
         body: Annotated[schemas.ClassifyRequest, Body(openapi_examples=_CLASSIFY_EXAMPLES)],
     ) -> Response:
-        """Classify images by labels that the model was not trained for."""
+        """Classify images by any labels (zero-shot)."""
         _require_model(service, body.model)
         result = await service.classify(
             await images.read(body.images),
@@ -262,10 +262,9 @@ def _add_uses(router: APIRouter, service: EmbeddingService, images: ImageInputs)
     async def search(
         body: Annotated[schemas.SearchRequest, Body(openapi_examples=_SEARCH_EXAMPLES)],
     ) -> Response:
-        """Find the images of the index that fit texts and images best.
+        """Find the images in the index that best match texts and images.
 
-        A list in `queries` is one query of several texts and images, by the mean of their
-        embeddings.
+        A nested list in `queries` is a single query: the mean of its embeddings.
         """
         _require_model(service, body.model)
         lists = [query if isinstance(query, list) else [query] for query in body.queries]
@@ -288,7 +287,7 @@ def _add_uses(router: APIRouter, service: EmbeddingService, images: ImageInputs)
 
 
 def _list_hits(result: SearchResult) -> list[dict[str, Any]]:
-    """List the columns of each hit, whose paths are below the folder of the index."""
+    """List the columns of each hit; paths are relative to the folder of the index."""
     return [
         {"cosine": cosine, **columns}
         for (_, cosine), columns in zip(result.hits, result.columns, strict=True)
@@ -306,7 +305,7 @@ def _require_model(service: EmbeddingService, name: str | None) -> None:
 
 
 async def _read_inputs(items: Sequence[Any], images: ImageInputs) -> list[Input]:
-    """Return texts as they are, and images as bytes."""
+    """Return texts unchanged and images as bytes."""
     addresses = [getattr(item, "image", None) for item in items]
     contents = iter(await images.read([address for address in addresses if address is not None]))
     return [
@@ -329,9 +328,9 @@ async def _answer(
     field: str,
     list_values: Callable[[], list[Any]],
 ) -> Response:
-    """Answer with a list of numbered objects of one kind, each with its value in one field.
+    """Respond with a list of numbered objects of one kind, each with its value in `field`.
 
-    A thread writes it: thousands of rows would stop every route.
+    The response is written in a thread, because thousands of rows would block all other routes.
     """
 
     def write() -> Response:
@@ -357,7 +356,7 @@ def _add_monitoring(app: FastAPI, service: EmbeddingService, metrics: ServerMetr
         responses={503: {"model": schemas.Health, "description": "No model is running."}},
     )  # fmt: skip
     async def health() -> Response:
-        """Say whether the server can answer, and which routes work."""
+        """Report whether the server is healthy and which routes work."""
         encoder = service.encoder
         num_images, index_error = await service.find_index_error()
         status = "ok" if index_error is None else "degraded"
@@ -393,9 +392,9 @@ def _add_monitoring(app: FastAPI, service: EmbeddingService, metrics: ServerMetr
 
 
 def _describe_api(schema: dict[str, Any]) -> str:
-    """Write the routes of an OpenAPI schema as HTML, with their examples as commands."""
+    """Render the routes of an OpenAPI schema as HTML, with curl commands as examples."""
     parts = [f"<h1>{html.escape(schema['info']['description'])}</h1>"]
-    parts.append('<p><a href="openapi.json">OpenAPI</a> has the fields of every request.</p>')
+    parts.append('<p>All request fields: <a href="openapi.json">OpenAPI</a>.</p>')
     for path, methods in schema["paths"].items():
         for method, route in methods.items():
             parts.append(f"<h2><code>{method.upper()} {path}</code></h2>")
@@ -412,7 +411,7 @@ def _describe_api(schema: dict[str, Any]) -> str:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    """Give every error the shape of OpenAI's."""
+    """Convert every error to OpenAI's format."""
 
     @app.exception_handler(RequestError)
     async def refuse(_: Request, error: RequestError) -> Response:
@@ -422,7 +421,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def refuse_invalid(request: Request, error: RequestValidationError) -> Response:
         if not _says_json(request):
             return respond(
-                RequestError(400, "The body is read as JSON; send Content-Type: application/json.")
+                RequestError(400, "The body must be JSON. Send Content-Type: application/json.")
             )
         errors = error.errors()
         described = list_first(map(_describe, errors), "; ")
@@ -439,9 +438,9 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def report_bug(_: Request, error: Exception) -> Response:
-        # The server logs its traceback; the client gets none.
+        # The traceback is logged by the server and not sent to the client.
         return respond(
-            RequestError(500, f"The server failed ({type(error).__name__}); its log has more.")
+            RequestError(500, f"The server failed ({type(error).__name__}). See its log.")
         )
 
 
@@ -452,7 +451,7 @@ def _describe(error: dict[str, Any]) -> str:
 
 
 def _name_field(error: dict[str, Any]) -> str:
-    """Return the path of a field, without `body` and the tags of unions."""
+    """Return the dotted path of a field, without `body` and union tags."""
     place = [str(part) for part in error["loc"] if part != "body"]
     place = [part for part in place if not part.startswith("[")]
     before = [None, *place]

@@ -1,12 +1,12 @@
-"""Requests and responses of the API: a superset of OpenAI's.
+"""Requests and responses of the API, a superset of OpenAI's.
 
-| field | who sends it |
+| field | sent by |
 | --- | --- |
-| `input` | clients of OpenAI; with objects of `text` or `image`, those of Jina and SGLang |
-| `messages` | clients of vLLM: chat messages with `image_url` |
-| `texts`, `images`, `inputs` | clients of Cohere |
+| `input` | OpenAI clients; with `text` or `image` objects, Jina and SGLang clients |
+| `messages` | vLLM clients: chat messages with `image_url` |
+| `texts`, `images`, `inputs` | Cohere clients |
 
-Unknown fields are refused: ignoring one could change the meaning of a request.
+Unknown fields are refused, because ignoring one could change the meaning of a request.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from .._suggestions import counted
 
 T = TypeVar("T")
 
-MOST_INPUTS = 2048  # texts and images per request, as OpenAI's
-MOST_CHARACTERS = 100_000  # of a text: no model reads as much, and tokenizing more takes seconds
-MOST_HITS = 1000  # images per query of a search
-MOST_RESULTS = 20_000  # images of all queries of a search, and labels of all images
+MOST_INPUTS = 2048  # texts and images per request, the same limit as OpenAI's
+MOST_CHARACTERS = 100_000  # per text: no model reads that much, and tokenizing more takes seconds
+MOST_HITS = 1000  # images per search query
+MOST_RESULTS = 20_000  # total images of a search, or total labels of a classification
 
 
 def _require_text(text: str) -> str:
@@ -40,7 +40,7 @@ def _require_text(text: str) -> str:
     return text
 
 
-# Blank is whatever Python strips, some of which is not white space to a regular expression.
+# Blank means whatever `str.strip` removes; some of that is not whitespace in a regular expression.
 Text: TypeAlias = Annotated[
     str,
     Field(
@@ -51,7 +51,7 @@ Text: TypeAlias = Annotated[
     AfterValidator(_require_text),
 ]
 ImageText: TypeAlias = Annotated[
-    str, Field(min_length=1, description="Data URL, http or https URL, or base64 of an image.")
+    str, Field(min_length=1, description="Image as a data URL, http or https URL, or base64.")
 ]
 
 
@@ -82,7 +82,7 @@ def _tag_list(value: Any) -> str:
     return "[many]" if isinstance(value, list) else "[one]"
 
 
-# Tags are in brackets, by which `_name_field` leaves them out of the names of fields.
+# Tags are in brackets so `_name_field` can leave them out of field names.
 Item: TypeAlias = Annotated[
     Annotated[Text, Tag("[string]")]
     | Annotated[TextInput, Tag("[text]")]
@@ -90,7 +90,7 @@ Item: TypeAlias = Annotated[
     Discriminator(
         _tag_item,
         custom_error_type="item",
-        custom_error_message='Give a string, {"text": …} or {"image": …}; token ids are not taken.',
+        custom_error_message='Send a string, {"text": …} or {"image": …}, not token ids.',
     ),
 ]
 Items: TypeAlias = Annotated[list[Item], Field(min_length=1, max_length=MOST_INPUTS)]
@@ -102,28 +102,28 @@ Texts: TypeAlias = Annotated[list[Text], Field(min_length=1, max_length=MOST_INP
 
 
 class ImageUrl(_Strict):
-    """The image of a chat message; `detail` changes nothing."""
+    """The image in a chat message; `detail` has no effect."""
 
     url: ImageText
     detail: Literal["auto", "low", "high"] | None = None
 
 
 class TextPart(_Strict):
-    """A text of a chat message, or of Cohere's `inputs`."""
+    """A text in a chat message or in Cohere's `inputs`."""
 
     type: Literal["text"]
     text: Text
 
 
 class ImagePart(_Strict):
-    """An image of a chat message, or of Cohere's `inputs`."""
+    """An image in a chat message or in Cohere's `inputs`."""
 
     type: Literal["image_url"]
     image_url: ImageUrl
 
     @property
     def image(self) -> str:
-        """The address, named as in `ImageInput`."""
+        """The URL, under the same name as in `ImageInput`."""
         return self.image_url.url
 
 
@@ -141,25 +141,25 @@ class Message(_Strict):
 
 
 class Content(_Strict):
-    """One of Cohere's `inputs`: a text or an image; both together are no input of this model."""
+    """One of Cohere's `inputs`: a text or an image, but not both."""
 
     content: Annotated[list[Part], Field(min_length=1, max_length=1)]
 
 
-# A field that is left out; without a default in the OpenAPI, where null is refused.
+# An omitted field; OpenAPI shows no default, because an explicit null is refused.
 _ABSENT: Any = Field(default_factory=lambda: None)
 
 
 class _Options(_Strict):
-    model: str | None = Field(None, description="Name of the served model; it may be left out.")
+    model: str | None = Field(None, description="Name of the served model; optional.")
 
 
 class _TextOptions(_Options):
     prompt_name: str | None = Field(
         None,
         max_length=100,
-        description="Name of the model's instruction that texts get, such as query, as with "
-        "`encode_query` of sentence-transformers.",
+        description="Name of the model's instruction to prepend to texts, such as query; like "
+        "`encode_query` in sentence-transformers.",
     )
 
 
@@ -167,8 +167,8 @@ def _require_one(messages: list[Message]) -> list[Message]:
     count = sum(1 if isinstance(m.content, str) else len(m.content) for m in messages)
     if count != 1:
         raise ValueError(
-            f"a conversation gives one embedding, of one text or one image; got {count}. Send "
-            "several in `input`, or a request for each."
+            f"messages must contain exactly one text or image, not {count}. Send several in "
+            "`input`, or one per request."
         )
     return messages
 
@@ -178,7 +178,7 @@ def _require_one_form(schema: dict[str, Any], model: Any) -> None:
 
 
 class _InputsRequest(_TextOptions):
-    """Texts and images in exactly one of the fields that `forms` names."""
+    """Texts and images in exactly one of the fields listed in `forms`."""
 
     model_config = ConfigDict(json_schema_extra=_require_one_form)
     forms: ClassVar[tuple[str, ...]] = ("texts", "images", "inputs")
@@ -191,18 +191,18 @@ class _InputsRequest(_TextOptions):
     @classmethod
     def _find_form(cls, body: Any) -> Any:
         if not isinstance(body, dict) or sum(name in body for name in cls.forms) != 1:
-            raise ValueError(f"Give a JSON object with exactly one of {', '.join(cls.forms)}.")
+            raise ValueError(f"Send a JSON object with exactly one of {', '.join(cls.forms)}.")
         return body
 
     def list_items(self) -> list[Any]:
-        """List the texts and images in order: strings, or objects with `text` or `image`."""
+        """List the texts and images in order, as strings or objects with `text` or `image`."""
         if self.images:
             return [ImageInput.model_construct(image=image) for image in self.images]
         return self.texts or [part for content in self.inputs for part in content.content]
 
 
 class EmbeddingRequest(_InputsRequest):
-    """A request of OpenAI's, vLLM's or Cohere's clients."""
+    """A request from an OpenAI, vLLM or Cohere client."""
 
     forms = ("input", "messages", *_InputsRequest.forms)
 
@@ -211,13 +211,13 @@ class EmbeddingRequest(_InputsRequest):
         list[Message], Field(min_length=1, max_length=MOST_INPUTS), AfterValidator(_require_one)
     ] = _ABSENT
     dimensions: int | None = Field(
-        None, ge=1, description="Keep the first numbers of an embedding, of unit length again."
+        None, ge=1, description="Keep the first dimensions of each embedding, renormalized."
     )
     encoding_format: Literal["float", "base64"] | None = Field(
-        "float", description="base64 is of little-endian float32."
+        "float", description="base64 encodes little-endian float32."
     )
-    user: str | None = Field(None, description="Changes nothing.")
-    truncate: bool = Field(True, description="false refuses texts that would be truncated.")
+    user: str | None = Field(None, description="Has no effect.")
+    truncate: bool = Field(True, description="If false, texts that are too long are refused.")
 
     def list_items(self) -> list[Any]:
         content: Any = self.messages[0].content if self.messages else self.input
@@ -227,12 +227,12 @@ class EmbeddingRequest(_InputsRequest):
 
 
 class CohereRequest(_InputsRequest):
-    """A request of Cohere's API."""
+    """A request in Cohere's format."""
 
     input_type: str | None = Field(
         None,
-        description="search_query and search_document are the instructions query and document "
-        "without `prompt_name`; other types change nothing.",
+        description="Without `prompt_name`, search_query and search_document select the "
+        "instructions query and document; other types have no effect.",
     )
     output_dimension: int | None = Field(None, ge=1)
     embedding_types: Annotated[
@@ -251,20 +251,20 @@ class CohereRequest(_InputsRequest):
 def _require_few(asking: str, count: int) -> None:
     if count > MOST_RESULTS:
         raise ValueError(
-            f"{asking} ask for {count:,} results, the maximum is {MOST_RESULTS:,}. Send fewer, or "
-            "a smaller top_k"
+            f"{asking} would return {count:,} results; the maximum is {MOST_RESULTS:,}. Send "
+            "fewer, or a smaller top_k"
         )
 
 
 class ClassifyRequest(_Options):
-    """Images and the labels to choose from."""
+    """Images, and the labels to choose from."""
 
     images: Images
     candidate_labels: Texts
     templates: Annotated[list[Text], Field(min_length=1, max_length=100)] = Field(
-        ["{}"], description="Prompts with {} for the label; several are averaged."
+        ["{}"], description="Prompts with {} for the label; the embeddings of several are averaged."
     )
-    top_k: int | None = Field(None, ge=1, description="Labels per image; all by default.")
+    top_k: int | None = Field(None, ge=1, description="Labels per image; default: all.")
 
     @model_validator(mode="after")
     def _require_few_results(self) -> Self:
@@ -274,14 +274,14 @@ class ClassifyRequest(_Options):
 
 
 class SearchRequest(_TextOptions):
-    """Texts and images to find images for."""
+    """Texts and images to search for."""
 
     queries: Annotated[list[ItemOrItems], Field(min_length=1, max_length=MOST_INPUTS)] = Field(
-        description="A list among them is one query, by the mean of its embeddings."
+        description="A nested list is a single query: the mean of its embeddings."
     )
     top_k: int = Field(6, ge=1, le=MOST_HITS, description="Images per query.")
     where: str | None = Field(
-        None, min_length=1, description="Comparisons of columns, as in SQL, joined by AND and OR."
+        None, min_length=1, description="SQL comparisons of columns, joined by AND and OR."
     )
 
     @model_validator(mode="after")
@@ -305,11 +305,11 @@ class ListResponse(BaseModel, Generic[T]):
     data: list[T]
     model: str
     usage: dict[Literal["prompt_tokens", "total_tokens"], int] = Field(
-        description="Tokens of the texts as the model read them, prompts included."
+        description="Tokens of the texts after truncation, prompts included."
     )
     truncated: list[int] = Field(
-        description="Places of truncated texts; of candidate labels with a truncated prompt; or of "
-        "queries with a truncated text."
+        description="Positions of truncated texts, of candidate labels with a truncated prompt, or "
+        "of queries with a truncated text."
     )
 
 
@@ -340,7 +340,7 @@ class ImageLabels(BaseModel):
 
 
 class Hit(BaseModel):
-    """An image that was found, and its columns of the index."""
+    """An image found by a search, with its columns in the index."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -349,7 +349,7 @@ class Hit(BaseModel):
 
 
 class QueryHits(BaseModel):
-    """The images of a query, best first."""
+    """The images found for a query, best first."""
 
     object: Literal["search_result"]
     index: int
@@ -357,10 +357,10 @@ class QueryHits(BaseModel):
 
 
 class Health(BaseModel):
-    """State of the server."""
+    """The state of the server."""
 
     status: Literal["ok", "degraded", "failed"] = Field(
-        description="degraded: everything works but searches; failed: no model is running."
+        description="degraded: everything but search works; failed: no model is running."
     )
     working_routes: list[str]
     model: str
@@ -368,16 +368,16 @@ class Health(BaseModel):
     embedding_dim: int
     max_text_length: int
     num_pending: int
-    num_images: int | None = Field(description="Images of the index.")
+    num_images: int | None = Field(description="Number of images in the index.")
     index_error: str | None = Field(description="Why the index cannot be searched.")
     far_images: bool = Field(
-        description="Whether the images of the index are unlike all that the model was trained on; "
-        "false also where that is not known."
+        description="True if the images in the index are unlike those the model was trained on; "
+        "false also if that is unknown."
     )
 
 
 class ErrorDetail(BaseModel):
-    """Message, type and place of an error."""
+    """Details of an error; `param` names the field of the request."""
 
     message: str
     type: str

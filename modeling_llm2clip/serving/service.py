@@ -1,4 +1,4 @@
-"""The service behind every route, without HTTP: embeds, classifies and searches for all callers."""
+"""The service behind every route, without HTTP: embedding, classification and search."""
 
 from __future__ import annotations
 
@@ -51,26 +51,26 @@ from .service_results import ClassifiedImages, EmbeddedInputs, FoundImages, Requ
 
 Input: TypeAlias = str | bytes | Image.Image
 Query: TypeAlias = Input | list[Input]
-"""Inputs of one search; several are combined by the mean of their embeddings."""
+"""Inputs of one query; if there are several, their embeddings are averaged."""
 T = TypeVar("T")
 
 _TOKENIZED_AT_ONCE = 64  # texts
 
 
 class EmbeddingService:
-    """A model, and an index where there is one, for many callers at once.
+    """Serves a model, and optionally an index, to many concurrent callers.
 
     Args:
         encoder: The model.
-        config: Limits, and how inputs are batched.
-        model_name: What requests and responses call the model.
-        model_config: Configuration of the model, with its instructions; None if there are none.
-        index: Images to search, of the same model.
-        training_images: Which images the model was trained on; None where that is not known.
+        config: Limits and batching options.
+        model_name: Name of the model in requests and responses.
+        model_config: Configuration of the model, with its instructions; None for no instructions.
+        index: Index to search, built with the same model.
+        training_images: Images that the model was trained on; None if unknown.
         on_batch: Called after each batch, in the thread that runs the model.
 
     Attributes:
-        num_pending: Number of texts and images in work and waiting.
+        num_pending: Number of texts and images in progress or queued.
 
     Examples:
         >>> from asyncio import run
@@ -114,7 +114,7 @@ class EmbeddingService:
             options = {} if lane == "text" else {"num_unpooled": unpooled[lane]}
             return encoder.encode_texts(texts, **options).numpy()  # type: ignore[arg-type]
 
-        # Texts share batches if the same number of tokens is not pooled.
+        # Texts can share a batch only if the same number of tokens is left out of pooling.
         self._instructions, unpooled = _list_instructions(encoder, model_config)
         lanes = [
             Lane(name, partial(encode_texts, lane=name), encoder.token_budget) for name in unpooled
@@ -126,7 +126,7 @@ class EmbeddingService:
                 self.on_batch and self.on_batch(lane.partition(" ")[0], *counts)
             ),
         )
-        # Separate threads: images that are slow to decode hold up neither texts nor searches.
+        # Separate threads, so slow image decoding delays neither texts nor searches.
         self._text_threads, self._image_threads, self._search_threads = (
             ThreadPoolExecutor(default_num_workers(), initializer=use_one_core) for _ in range(3)
         )
@@ -138,15 +138,16 @@ class EmbeddingService:
     def open(
         cls, model: str | Path, config: ServeConfig | None = None, *, index: str | None = None
     ) -> EmbeddingService:
-        """Load a model, and open an index.
+        """Load a model and optionally open an index.
 
         Args:
             model: Folder or Hub id of a trained model.
-            config: Limits, and how inputs are batched.
-            index: Index of images, as `llm2clip index` writes it.
+            config: Limits and batching options.
+            index: Image index written by `llm2clip index`; None for no search.
 
         Raises:
-            ValueError: The model is untrained, the device missing, or the index of another model.
+            ValueError: The model is untrained, the device is not available, or the index was built
+                with another model.
         """
         config = config or ServeConfig()
         if config.compile:
@@ -175,11 +176,11 @@ class EmbeddingService:
 
     @property
     def is_alive(self) -> bool:
-        """True while the thread that runs the model is alive."""
+        """True as long as the thread that runs the model is alive."""
         return self._worker.is_alive
 
     def close(self) -> None:
-        """End all threads, the model's after the queued batches; may be called again."""
+        """Finish the queued batches and stop all threads; calling it again has no effect."""
         self._is_closed = True
         self._worker.close()
         for threads in (self._text_threads, self._image_threads, self._search_threads):
@@ -193,14 +194,14 @@ class EmbeddingService:
         truncate: bool = True,
         prompt_name: str | None = None,
     ) -> EmbeddedInputs:
-        """Embed texts and images, in one order.
+        """Embed texts and images, in the order given.
 
         Args:
             inputs: Texts and images, at least one.
-            dimensions: Keep the first numbers of an embedding, of unit length again; None for all.
-            truncate: Truncate texts that are longer than the model reads, instead of refusing them.
-            prompt_name: Name of the instruction that texts get, as with `encode_query` of
-                sentence-transformers; None for none.
+            dimensions: Keep the first dimensions of each embedding, renormalized; None keeps all.
+            truncate: Truncate texts that exceed the model's limit instead of refusing them.
+            prompt_name: Name of the instruction to prepend to texts, like `encode_query` in
+                sentence-transformers; None for no instruction.
 
         Raises:
             RequestError: An input cannot be embedded, or the queue is full.
@@ -237,20 +238,20 @@ class EmbeddingService:
         templates: Sequence[str] = ("{}",),
         top_k: int | None = None,
     ) -> ClassifiedImages:
-        """Classify images by labels that the model was not trained for.
+        """Classify images by any labels (zero-shot).
 
         Args:
             images: Images, at least one.
-            labels: Candidate labels, each once.
-            templates: Prompts with `{}` for the label; several are averaged.
+            labels: Candidate labels, without duplicates.
+            templates: Prompts with `{}` for the label; the embeddings of several are averaged.
             top_k: Labels per image; None for all.
 
         Raises:
-            RequestError: An input is not valid, the model lacks a tower, or the queue is full.
+            RequestError: An input is invalid, the model lacks a tower, or the queue is full.
         """
         rule = self.encoder.logit_rule
         if rule is None:
-            raise RequestError(400, "This model has one tower; classifying needs both.")
+            raise RequestError(400, "This model has only one tower; classification needs both.")
         with _refusing("templates"):
             check_templates(templates)
         with _refusing("candidate_labels"):
@@ -277,17 +278,17 @@ class EmbeddingService:
         where: str | None = None,
         prompt_name: str | None = None,
     ) -> FoundImages:
-        """Find the images of the index that fit texts and images best.
+        """Find the images in the index that best match texts and images.
 
         Args:
-            queries: Texts and images; a list among them is one query, the mean of its embeddings.
+            queries: Texts and images; a nested list is a single query, the mean of its embeddings.
             top_k: Images per query.
-            where: Filter over the columns of the index, as `ImageIndex.search` takes it.
-            prompt_name: Name of the instruction that texts get; None for none.
+            where: Filter over the columns of the index; see `ImageIndex.search`.
+            prompt_name: Name of the instruction to prepend to texts; None for no instruction.
 
         Raises:
-            RequestError: There is no index, or it was removed or replaced by one of another model;
-                a query or the filter is not valid; or the queue is full.
+            RequestError: There is no index, it was removed or replaced by another model's, a query
+                or the filter is invalid, or the queue is full.
         """
         index = self.index
         if index is None:
@@ -299,7 +300,7 @@ class EmbeddingService:
                 check_filter(where, index.columns)
         parts_of = [query if isinstance(query, list) else [query] for query in queries]
         if empty := [number for number, parts in enumerate(parts_of) if not parts]:
-            raise RequestError(400, f"Query number {empty[0]} is empty; give a text or an image.")
+            raise RequestError(400, f"Query number {empty[0]} is empty. Send a text or an image.")
         query_of = [number for number, parts in enumerate(parts_of) for _ in parts]
         inputs = [part for parts in parts_of for part in parts]
         embedded = await self.embed(inputs, prompt_name=prompt_name)
@@ -316,10 +317,10 @@ class EmbeddingService:
         return FoundImages(results=results, num_tokens=embedded.num_tokens, truncated=truncated)
 
     def describe_far_images(self) -> str | None:
-        """Describe the images of the index.
+        """Describe how the images in the index differ from the training images.
 
         Returns:
-            None where the model was trained on such images, or that cannot be judged.
+            None if the model was trained on such images, or if that is unknown.
         """
         if self.training_images is None or self.index is None:
             return None
@@ -329,7 +330,7 @@ class EmbeddingService:
         """Check whether the index can be searched.
 
         Returns:
-            Number of images, or None if unknown; why the index cannot be searched, or None.
+            The number of images, or None if unknown; and why the index cannot be searched, or None.
         """
         index = self.index
         if index is None:
@@ -347,20 +348,20 @@ class EmbeddingService:
             if not isinstance(value, str | bytes | Image.Image):
                 raise RequestError(
                     400,
-                    f"Input number {number} is {type(value).__name__}; give a text, the bytes of "
-                    "an image, or a PIL image.",
+                    f"Input number {number} is of type {type(value).__name__}. Pass a text, the "
+                    "bytes of an image, or a PIL image.",
                 )
         if len(inputs) > self.config.max_queue:
             raise RequestError(
                 413,
-                f"{len(inputs)} inputs in one request; send at most {self.config.max_queue}.",
+                f"The request has {len(inputs)} inputs. Send at most {self.config.max_queue}.",
                 code="too_many_inputs",
             )
         if dimensions is not None and not 1 <= dimensions <= width:
             raise RequestError(
                 400,
-                f"dimensions={dimensions}; the embeddings of this model have {width}. Give 1 to "
-                f"{width}, or leave it out.",
+                f"dimensions must be between 1 and {width}, the width of this model's embeddings, "
+                f"not {dimensions}.",
                 param="dimensions",
             )
         modalities = {"text" if isinstance(value, str) else "image" for value in inputs}
@@ -379,8 +380,8 @@ class EmbeddingService:
             if self.num_pending + count > self.config.max_queue:
                 raise RequestError(
                     429,
-                    f"{self.num_pending} texts and images are waiting, and {count} more do not "
-                    "fit into the queue. Try again later.",
+                    f"The queue is full: {self.num_pending} texts and images are waiting, so there "
+                    f"is no room for {count} more. Try again later.",
                     code="queue_full",
                     retry_after_s=1,
                 )
@@ -392,14 +393,14 @@ class EmbeddingService:
                 self.num_pending -= count
 
     def _find_instruction(self, name: str | None) -> tuple[str, str]:
-        """Return the text of an instruction, and the lane of texts that have it."""
+        """Return an instruction's text, and the lane for texts with that instruction."""
         if name is None:
             return "", "text"
         if name not in self._instructions:
             known = ", ".join(map(repr, self._instructions))
             raise RequestError(
                 400,
-                f"The model has no instruction {name!r}. Give one of {known}, or none.",
+                f"The model has no instruction {name!r}. Choose one of {known}, or omit it.",
                 param="prompt_name",
                 code="unknown_prompt",
             )
@@ -408,15 +409,15 @@ class EmbeddingService:
     async def _embed_texts(
         self, texts: list[str], instruction: str, lane: str, *, truncate: bool
     ) -> tuple[NDArray[np.float32], int, list[int]]:
-        """Return (N, P), the number of tokens, and which texts are truncated."""
+        """Return embeddings (N, P), the number of tokens, and the truncated texts' positions."""
         tokens: list[TokenizedText] = []
         truncated: list[int] = []
         tokenize = partial(TokenizedTexts, self.encoder.processor)
         with _refusing(code="invalid_text"):
-            # Before the instruction is added: it names a blank text by its number.
+            # Before the instruction is added, so blank texts are detected and reported by number.
             await self._run(self._text_threads, partial(clean_list, texts))
             texts = [instruction + text for text in texts]
-            # Part by part, so that other requests are tokenized in between.
+            # In parts, so other requests can be tokenized in between.
             for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
                 part = texts[start : start + _TOKENIZED_AT_ONCE]
                 tokenized = await self._run(self._text_threads, partial(tokenize, part))
@@ -425,8 +426,8 @@ class EmbeddingService:
         if truncated and not truncate:
             raise RequestError(
                 400,
-                f"{len(truncated)} of {counted(len(texts), 'text')} longer than the "
-                f"{self.encoder.max_text_length} tokens that the model reads (first: number "
+                f"The model's limit of {self.encoder.max_text_length} tokens is exceeded by "
+                f"{len(truncated)} of {counted(len(texts), 'text')} (first: number "
                 f"{truncated[0] + 1}). Shorten them, or allow truncation.",
                 code="text_too_long",
             )
@@ -435,7 +436,7 @@ class EmbeddingService:
         return embeds, sum(lengths), truncated
 
     async def _embed_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
-        """Embed images part by part: thousands that are decoded at once would fill the memory."""
+        """Embed images in parts, because decoding thousands at once would exhaust memory."""
         size = self.encoder.batch_size
         running: deque[asyncio.Future[NDArray[np.float32]]] = deque()
         parts: list[NDArray[np.float32]] = []
@@ -447,7 +448,7 @@ class EmbeddingService:
                 )
                 computed = self._worker.submit("image", prepared, [1] * len(prepared))
                 running.append(asyncio.wrap_future(computed))
-                if len(running) > 1:  # one part is encoded while the next one is decoded
+                if len(running) > 1:  # encode one part while decoding the next
                     parts.append(await running.popleft())
             parts += [await future for future in running]
         finally:
@@ -471,7 +472,7 @@ def _list_instructions(
 ) -> tuple[dict[str, tuple[str, str]], dict[str, int | None]]:
     """Return each instruction and its lane by name, and the number of unpooled tokens by lane."""
     lanes: dict[str, int | None] = {"text": None}
-    # Every model has the names that sentence-transformers gives to queries and documents.
+    # Every model accepts sentence-transformers' names for queries and documents.
     instructions = {"query": ("", "text"), "document": ("", "text")}
     if config is None:
         return instructions, lanes
@@ -487,7 +488,7 @@ def _list_instructions(
 
 @contextmanager
 def _refusing(param: str | None = None, *, code: str | None = None) -> Iterator[None]:
-    """Answer a ValueError with status 400, and one of a filter as such."""
+    """Turn a ValueError into a status of 400; errors of a filter have their own code."""
     try:
         yield
     except FilterError as error:

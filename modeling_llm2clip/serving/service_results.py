@@ -1,4 +1,4 @@
-"""Results of the service: embeddings, labels, images; and the error of a refused request."""
+"""Results of the service (embeddings, labels, images), and the error for refused requests."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..search.tag_labels import Tag
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceResult:
-    """Number of tokens and truncated texts of a request, which every result has.
+    """The fields common to all results.
 
     Attributes:
-        num_tokens: Tokens of all texts as the model read them, prompts included.
-        truncated: Places of truncated texts; of candidate labels with a truncated prompt; or of
+        num_tokens: Total tokens of all texts after truncation, prompts included.
+        truncated: Positions of truncated texts, of candidate labels with a truncated prompt, or of
             queries with a truncated text.
     """
 
@@ -27,10 +27,10 @@ class ServiceResult:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedInputs(ServiceResult):
-    """Embeddings of the inputs of one request.
+    """Embeddings of one request's inputs.
 
     Attributes:
-        embeds: (N, D) float32 of unit length, in the order of the inputs.
+        embeds: (N, D) float32 of unit length, in input order.
     """
 
     embeds: NDArray[np.float32]
@@ -41,7 +41,7 @@ class ClassifiedImages(ServiceResult):
     """Labels of images.
 
     Attributes:
-        tags: For each image its labels, best first.
+        tags: The labels of each image, best first.
     """
 
     tags: list[list[Tag]]
@@ -49,10 +49,10 @@ class ClassifiedImages(ServiceResult):
 
 @dataclass(frozen=True, kw_only=True)
 class FoundImages(ServiceResult):
-    """Images of the index that fit queries.
+    """Images in the index that match queries.
 
     Attributes:
-        results: For each query its images, best first.
+        results: The images found for each query, best first.
     """
 
     results: list[SearchResult]
@@ -64,8 +64,8 @@ class RequestError(Exception):
     Args:
         status: HTTP status.
         message: The error and its remedy, for the client.
-        param: Field of the request; None for the request as a whole.
-        code: A short name for programs.
+        param: Field of the request; None if the error concerns the request as a whole.
+        code: A short, machine-readable name.
         retry_after_s: Seconds after which the same request may succeed.
     """
 

@@ -1,8 +1,8 @@
-"""Fetches images from the web for a server, which must not become a way into its own network.
+"""Fetches images from the web without letting requests reach the server's own network (SSRF).
 
-A host is looked up once, every address of it must be public, and the connection goes to an address
-that was checked, so that a second look-up cannot give another one. A redirect is a new URL. No
-proxy, no cookie, no compression.
+A host is resolved once, all of its addresses must be public, and the connection goes to a checked
+address, so a second lookup cannot return a different one. A redirect is checked like a new URL.
+Proxies, cookies and compression are not used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 
 try:
     import httpcore2 as httpcore
-except ImportError:  # huggingface_hub 1 brings the older one
+except ImportError:  # huggingface_hub 1 installs the older one
     import httpcore  # type: ignore[no-redef]
 
 from ..image_loading_llm2clip import is_public
@@ -35,7 +35,7 @@ class UrlFetcher:
 
     Args:
         max_bytes: Maximum size of the content.
-        timeout_s: Seconds for one URL, its redirects included.
+        timeout_s: Time limit in seconds per URL, including redirects.
     """
 
     def __init__(self, *, max_bytes: int, timeout_s: float) -> None:
@@ -58,12 +58,12 @@ class UrlFetcher:
                 return answer
             try:
                 url = urljoin(url, answer)
-            except ValueError:  # such as a bracket that is not closed
-                raise _refuse(url, "redirects to what is not a valid URL") from None
+            except ValueError:  # such as an unclosed bracket
+                raise _refuse(url, "redirects to an invalid URL") from None
         raise _refuse(url, f"redirects more than {_MOST_REDIRECTS} times")
 
     async def _get(self, url: str, parts: SplitResult) -> bytes | str:
-        """Return the content, or where it moved to."""
+        """Return the content as bytes, or the target of a redirect as a string."""
         target = httpcore.URL(
             scheme=parts.scheme, host=str(parts.hostname), port=parts.port,
             target=(parts.path or "/") + (f"?{parts.query}" if parts.query else ""),
@@ -81,21 +81,21 @@ class UrlFetcher:
             if response.status in _REDIRECTS and b"location" in answered:
                 return answered[b"location"].decode("latin-1")
             if response.status != 200:
-                raise _refuse(url, f"answers with status {response.status}")
+                raise _refuse(url, f"returned status {response.status}")
             content = bytearray()
             async for part in response.aiter_stream():
                 content += part
                 if len(content) > self._max_bytes:
-                    raise _refuse(url, f"has more than {self._max_bytes / 1e6:g} MB", status=413)
+                    raise _refuse(url, f"exceeds {self._max_bytes / 1e6:g} MB", status=413)
             return bytes(content)
 
     async def _resolve(self, url: str, host: str, port: int) -> str:
-        """Return an address of the host, all of which must be public."""
+        """Resolve the host and return one of its addresses; all of them must be public."""
         loop = asyncio.get_running_loop()
         try:
             entries = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
-            raise _refuse(url, "has a host that cannot be found") from None
+            raise _refuse(url, "has a host that cannot be resolved") from None
         addresses = [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in entries]
         if not all(map(is_public, addresses)):
             raise _refuse(url, "is not on the public internet", code="url_not_allowed")
@@ -103,7 +103,7 @@ class UrlFetcher:
 
 
 class _CheckedBackend(httpcore.AnyIOBackend):
-    """Connects to the address that a host was resolved to."""
+    """Connects to the checked address of a host."""
 
     def __init__(self, resolve: Callable[[str, int], Awaitable[str]]) -> None:
         self._resolve = resolve
@@ -116,13 +116,15 @@ def _parse(url: str) -> SplitResult:
     try:
         parts = urlsplit(url)
         port_is_valid = parts.port != 0
-    except ValueError:  # such as a port that is not a number
+    except ValueError:  # such as a non-numeric port
         raise _refuse(url, "is not a valid URL") from None
     if parts.scheme not in _SCHEMES:
         raise _refuse(url, "is not an http or https URL", code="url_not_allowed")
     if not parts.hostname or "@" in parts.netloc or not port_is_valid:
-        raise _refuse(url, "has no host, or a password in it", code="url_not_allowed")
-    # A line break would end the request's header.
+        raise _refuse(
+            url, "has no host, an invalid port, or a user name in it", code="url_not_allowed"
+        )
+    # A line break would end the request header.
     if not url.isascii() or any(char <= " " or char == "\x7f" for char in url):
         raise _refuse(url, "has characters that must be percent-encoded")
     return parts

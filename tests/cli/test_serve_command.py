@@ -36,9 +36,7 @@ def serve(model: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen[str]
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        found = re.fullmatch(
-            r"Serving model on (http://127\.0\.0\.1:\d+), a page to open in a browser; .*\n", line
-        )
+        found = re.fullmatch(r"Serving model on (http://127\.0\.0\.1:\d+) \(web page\); .*\n", line)
         assert found, line
         yield found[1], process
     finally:
@@ -93,7 +91,7 @@ def test_an_address_in_use_is_named_before_anything_is_loaded(
         port = str(taken.getsockname()[1])
         assert main(["serve", str(tmp_path), "--port", port]) == 2
     error = capsys.readouterr().err
-    assert f"port={port}" in error and "cannot be listened on" in error
+    assert f"port={port}" in error and "Cannot listen on" in error
 
 
 def test_a_socket_that_is_bound_refuses_until_the_server_runs() -> None:
@@ -103,7 +101,7 @@ def test_a_socket_that_is_bound_refuses_until_the_server_runs() -> None:
 
 def test_flags_that_contradict_each_other_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for flags, message in {
-        "--max-image-mb 50": "does not fit",
+        "--max-image-mb 50": "exceeds max_request_mb",
         "--port 70000": "equal to 65535",
     }.items():
         assert main(["serve", "model", *flags.split()]) == 2

@@ -196,9 +196,9 @@ def test_errors_are_shown(browser: Any, url: str, tmp_path: Path) -> None:
     broken.write_bytes(b"\x89PNG\r\n\x1a\n<b>nothing</b>")
     with Visit(browser, url) as visit:
         visit.press("search-button")
-        assert "Write what to look for" in visit.read_error()
+        assert "Describe what to look for" in visit.read_error()
         visit.drop("query-image", broken)
-        assert "image of the request" in visit.read_error()
+        assert "image in the request" in visit.read_error()
         visit.page.get_by_role("button", name="More").click()
         visit.fill("filter", "nothing = <i>1</i>")
         visit.fill("query", "a dog")
@@ -416,7 +416,7 @@ def test_an_image_that_is_gone_changed_or_broken_has_no_small_copy(tmp_path: Pat
 
 def test_the_page_says_that_a_text_was_truncated(url: str) -> None:
     shown = call(url, SEARCH, ["a red apple " * 40, None, 3, None])
-    assert "was truncated to the 128 tokens" in shown["output"]["data"][1]
+    assert "truncated to the model's limit of 128 tokens" in shown["output"]["data"][1]
     assert "truncated" not in call(url, SEARCH, ["a dog", None, 3, None])["output"]["data"][1]
 
 

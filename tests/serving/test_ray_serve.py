@@ -43,11 +43,11 @@ ENVIRONMENT = {
     ("options", "message"),
     [
         ({}, "model is missing"),
-        ({"model": "m", "port": "1"}, "Ray's proxies listen"),
+        ({"model": "m", "port": "1"}, "Ray's proxies do the listening"),
         ({"model": "m", "replicas": "2"}, "replicas is not an option"),
         ({"model": "m", "max_replicas": "many"}, "max_replicas='many': Input should be"),
         ({"model": "m", "min_replicas": "3"}, "min_replicas=3 exceeds max_replicas=2"),
-        ({"model": "m", "max_image_mb": "50"}, "does not fit"),
+        ({"model": "m", "max_image_mb": "50"}, "exceeds max_request_mb"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, str], message: str) -> None:
