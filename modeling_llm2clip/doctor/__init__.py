@@ -1,1 +1,1 @@
-"""Checks that a model folder, or an endpoint, gives the embeddings it was written with."""
+"""Checks that a model folder or an endpoint reproduces the embeddings recorded at export."""

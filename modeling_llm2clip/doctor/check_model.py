@@ -1,4 +1,4 @@
-"""The table of checks of a model folder, in order, with the checks that each one needs."""
+"""The ordered table of model folder checks, each with the checks that it depends on."""
 
 from __future__ import annotations
 
@@ -61,22 +61,22 @@ def check_model(
     device: str = "auto",
     text_like: str | Path | None = None,
 ) -> ModelReport:
-    """Check that a model gives the embeddings it was written with, everywhere it can be loaded.
+    """Check that a model reproduces its recorded embeddings, however it is loaded.
 
-    Code in its folder is compared with the installed package and never run.
+    Code in the folder is compared with the installed package and never run.
 
     Args:
         source: Folder or Hub id of an LLM2CLIP model.
         revision: Branch, tag or commit of the Hub repository.
-        device: Where the model runs; see `find_device`.
-        text_like: Folder or Hub id of a model that must give texts the same embeddings, bit for
-            bit, so that those of an index stay valid. None for no such model.
+        device: Device to run the model on; see `find_device`.
+        text_like: Folder or Hub id of a model whose text embeddings must be bit-identical, so an
+            existing text index stays valid. None skips this comparison.
 
     Returns:
-        Every check, in order; one that cannot run is marked as skipped with its reason.
+        All checks, in order; a check that cannot run is marked as skipped, with the reason.
 
     Raises:
-        ValueError: The device is not there, or `text_like` is not an LLM2CLIP model.
+        ValueError: The device is not available, or `text_like` is not an LLM2CLIP model.
 
     Examples:
         >>> check_model("my-model").healthy
@@ -85,7 +85,7 @@ def check_model(
     device = str(find_device(device))
     try:
         folder = find_model_folder(source, revision=revision)
-    except Exception as error:  # the client raises anything for connections, names, permissions
+    except Exception as error:  # bad connections, names or permissions raise all kinds of errors
         reason = "needs 'folder', which failed"
         skipped = [Check(check.name, False, reason, skipped=True) for check in _PLANNED_CHECKS]
         failed = Check("folder", False, describe_error(error))

@@ -1,4 +1,4 @@
-"""A client of embedding endpoints in the common request schemas."""
+"""A client for embedding endpoints that speaks the common request schemas."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _SHOWN = 200  # characters of a reply
 
 
 class EndpointError(ValueError):
-    """An endpoint gave no embeddings; the message has its reply and the expected one.
+    """An endpoint returned no embeddings; the message quotes its reply.
 
     Attributes:
-        status: HTTP status of the reply; None where there is none.
+        status: HTTP status of the reply; None if there was no reply.
     """
 
     def __init__(self, message: str, *, status: int | None = None) -> None:
@@ -40,12 +40,12 @@ class EndpointError(ValueError):
 
 
 class EndpointClient:
-    """Sends texts and images to an endpoint and reads the embeddings of its replies.
+    """Sends texts and images to an endpoint and reads the embeddings in its replies.
 
-    Threads may share it.
+    It is thread-safe.
 
     Args:
-        config: Address, schema and limits; `config.server` is set.
+        config: Address, schema and limits; `config.server` must be set.
         model_name: Name of the model in requests.
         api_key: Bearer token; empty for none.
 
@@ -66,11 +66,11 @@ class EndpointClient:
         self._opener = urllib.request.build_opener(_AsIs)
         address = urlsplit(config.server or "")
         if not address.hostname:
-            raise ValueError(f"server={config.server!r} has no host. Give http://HOST:PORT.")
+            raise ValueError(f"server={config.server!r} has no host. Use http://HOST:PORT.")
         if address.username is not None:
             raise ValueError(
-                f"The address of {address.hostname} has a name or password. Give the key in the "
-                f"environment variable {API_KEY_VARIABLE}."
+                f"The address of {address.hostname} contains a user name or password. Set the "
+                f"environment variable {API_KEY_VARIABLE} to the key instead."
             )
         self.base = f"{address.scheme}://{address.netloc}"
         path, query = address.path.rstrip("/"), f"?{address.query}" if address.query else ""
@@ -79,17 +79,17 @@ class EndpointClient:
         self.url = self.base + path + query
 
     def find_model_name(self) -> str | None:
-        """Return the name of the only model in the server's list; None without such a list."""
+        """Return the name of the model that the server lists; None unless there is exactly one."""
         try:
             [model] = self._send(f"{self.base}/v1/models", None)["data"]
             return str(model["id"])
-        except (LookupError, TypeError, ValueError):  # an EndpointError is one
+        except (LookupError, TypeError, ValueError):  # ValueError includes EndpointError
             return None
 
     def embed(self, inputs: Sequence[str | Image.Image], **options: Any) -> Tensor:
-        """Embed N texts or images, jina also both, (N, width) float32 as they came.
+        """Embed N texts or images as (N, width) float32, unmodified; jina may mix the two.
 
-        They are in one request, except that chat has one image per request.
+        All inputs go into one request, but the chat schema takes only one image per request.
         """
         values = [value if isinstance(value, str) else _to_data_url(value) for value in inputs]
         are_images = [not isinstance(value, str) for value in inputs]
@@ -114,9 +114,9 @@ class EndpointClient:
         return _to_tensor(rows)
 
     def _send(self, url: str, body: dict[str, Any] | None) -> Any:
-        """Send a request, a GET without a body, and repeat it if the server asks to wait.
+        """Send a request (a GET if there is no body) and return the JSON reply.
 
-        Returns the JSON of the reply.
+        The request is retried if the server asks to wait.
         """
         content = None if body is None else json.dumps(body).encode()
         for number in range(1, _MAX_TRIES + 1):
@@ -128,8 +128,8 @@ class EndpointClient:
             except (OSError, http.client.HTTPException, UnicodeError, OverflowError) as error:
                 if time.monotonic() >= end:
                     raise EndpointError(
-                        f"{url} gave no whole reply within {self.timeout_s:g} seconds. Raise "
-                        "--timeout-s, or check what the server waits for."
+                        f"{url} sent no complete reply within {self.timeout_s:g} seconds. Raise "
+                        "--timeout-s, or check what the server is waiting for."
                     ) from error
                 text = str(error) or type(error).__name__
                 raise EndpointError(
@@ -146,7 +146,7 @@ class EndpointClient:
 
 
 class _AsIs(urllib.request.HTTPErrorProcessor):
-    """Returns error replies, and follows no redirect: the API key would leak."""
+    """Returns error replies, and does not follow redirects, which could leak the API key."""
 
     def http_response(self, request: Any, response: Any) -> Any:  # noqa: ARG002
         return response
@@ -157,10 +157,10 @@ class _AsIs(urllib.request.HTTPErrorProcessor):
 def _parse_json(content: bytes) -> Any:
     try:
         return json.loads(content)
-    except (ValueError, RecursionError):  # of JSON, of the encoding, or of its depth
+    except (ValueError, RecursionError):  # invalid JSON, invalid encoding, or nested too deeply
         raise EndpointError(
-            f"The reply is not JSON: {content[:_SHOWN]!r}. Give the address of an endpoint for "
-            "embeddings."
+            f"The reply is not JSON: {content[:_SHOWN]!r}. Check that the address is an embeddings "
+            "endpoint."
         ) from None
 
 
@@ -177,8 +177,8 @@ def _read(reply: Any, *, end: float) -> bytes:
 
 
 def _describe_status(url: str, reply: Any, content: bytes) -> EndpointError:
-    by_key = f" Put the server's API key into the environment variable {API_KEY_VARIABLE}."
-    by_address = " Give the address of the endpoint for embeddings, and its --schema."
+    by_key = f" Set the environment variable {API_KEY_VARIABLE} to the server's API key."
+    by_address = " Check the address of the embeddings endpoint, and --schema."
     by_waiting = f" It did so {_MAX_TRIES} times: it is overloaded or not ready."
     remedies = {
         401: by_key, 403: by_key, 404: by_address, 405: by_address,
@@ -186,7 +186,7 @@ def _describe_status(url: str, reply: Any, content: bytes) -> EndpointError:
     }  # fmt: skip
     remedy = remedies.get(reply.status, "")
     if reply.status // 100 == 3 and "Location" in reply.headers:
-        remedy = f" It redirects to {reply.headers['Location']!r}: give that address."
+        remedy = f" It redirects to {reply.headers['Location']!r}. Use that address."
     message = " ".join(content.decode(errors="replace").split())[:_SHOWN]
     return EndpointError(
         f"{url} answered {reply.status} {reply.reason}: {message}.{remedy}",
@@ -195,16 +195,16 @@ def _describe_status(url: str, reply: Any, content: bytes) -> EndpointError:
 
 
 def _find_rows(content: Any) -> list[Any]:
-    """Return the embeddings in a reply of OpenAI's or Cohere's shape."""
+    """Return the embeddings in a reply that has OpenAI's or Cohere's format."""
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         rows = content["data"]
         if not all(isinstance(row, dict) and "embedding" in row for row in rows):
-            raise EndpointError("An entry of the reply's `data` has no `embedding`.")
+            raise EndpointError("An entry in the reply's `data` has no `embedding`.")
         places = [row.get("index", number) for number, row in enumerate(rows)]
         if places != list(range(len(rows))):
             raise EndpointError(
-                f"The reply's `data` is not in the order of the input: its `index` is "
-                f"{places[:8]}. Clients take the rows as they come."
+                f"The reply's `data` is not in input order: its `index` is {places[:8]}. Clients "
+                "ignore `index`, so they would mix up the embeddings."
             )
         return [row["embedding"] for row in rows]
     rows = content.get("embeddings") if isinstance(content, dict) else None
@@ -217,7 +217,7 @@ def _find_rows(content: Any) -> list[Any]:
 
 
 def _to_tensor(rows: list[Any]) -> Tensor:
-    """Turn rows of numbers, or of base64 of little-endian float32, into (N, width) float32."""
+    """Convert rows, as numbers or as base64 of little-endian float32, to (N, width) float32."""
     arrays = []
     for row in rows:
         try:
@@ -228,9 +228,10 @@ def _to_tensor(rows: list[Any]) -> Tensor:
             array = np.empty(0)
         if array.ndim != 1 or not array.size or array.dtype.kind not in "if":
             raise EndpointError(
-                f"An embedding is not a list of numbers, or base64 of float32: {str(row)[:_SHOWN]}."
+                "An embedding is neither a list of numbers nor base64 of float32: "
+                f"{str(row)[:_SHOWN]}."
             )
-        with np.errstate(over="ignore"):  # becomes infinite, and is reported as such
+        with np.errstate(over="ignore"):  # an overflow becomes infinity, which is reported later
             arrays.append(array.astype(np.float32))
     if len(widths := {len(array) for array in arrays}) > 1:
         raise EndpointError(f"The reply's embeddings have different widths: {sorted(widths)}.")
@@ -241,6 +242,6 @@ def _to_data_url(image: Image.Image) -> str:
     """Encode an image as PNG, with its EXIF data."""
     file = io.BytesIO()
     exif = image.getexif()
-    # Noise, as in photographs, is not made smaller by trying harder.
+    # A higher level would barely shrink the noise in photographs.
     image.save(file, format="PNG", compress_level=1, **({"exif": exif} if exif else {}))
     return f"data:image/png;base64,{b64encode(file.getvalue()).decode()}"

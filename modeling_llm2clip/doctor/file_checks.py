@@ -1,4 +1,4 @@
-"""Checks that need no model: configuration, weight files, uploaded code, tokenizer, processor."""
+"""Checks that do not run the model: config, weight files, remote code, tokenizer, processor."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from ..processing_llm2clip import LLM2CLIPProcessor
 from .model_report import ConcernError, NotApplicableError
 from .model_under_test import SHORT_TEXTS, ModelUnderTest
 
-# Files in which AutoProcessor looks for code before config.json. The first one decides; the others
-# may lack the code if another program has saved them again.
+# Files in which AutoProcessor looks for code before config.json. The first one takes precedence;
+# the others may lack the code if another program has re-saved them.
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 _MAY_NAME_NO_CODE = _PROCESSOR_FILES[1:]
 _NAMES_SHOWN = 8
-# Dtypes of masks, and of weights that are not quantized.
+# Dtypes of masks and of unquantized weights.
 _PLAIN_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool}
 
 
 def check_config(tested: ModelUnderTest) -> str:
-    """Read config.json, which must be complete, of this format, and free of contradictions."""
+    """Read config.json; it must be complete, in this format, and consistent."""
     raw = _read_json(tested.folder / "config.json")
     if raw.get("model_type") != LLM2CLIPConfig.model_type:
         raise ValueError(
-            f"config.json has model_type={raw.get('model_type')!r}, wanted "
+            f"config.json has model_type={raw.get('model_type')!r}, expected "
             f"{LLM2CLIPConfig.model_type!r}. Convert or build the model first."
         )
     architecture = (raw.get("architectures") or ["nothing"])[0]
     if architecture not in MODEL_CLASSES:
         raise ValueError(
-            f"config.json has architectures={raw.get('architectures')}, wanted one of "
+            f"config.json has architectures={raw.get('architectures')}, expected one of "
             f"{sorted(MODEL_CLASSES)}. Save the model with save_pretrained."
         )
     config = LLM2CLIPConfig.from_pretrained(tested.folder, local_files_only=True)
@@ -61,14 +61,14 @@ def check_config(tested: ModelUnderTest) -> str:
 def check_training(tested: ModelUnderTest) -> str:
     if state := describe_untrained(tested.config):
         raise ConcernError(state)
-    return "by its configuration, text adapter and projections are trained"
+    return "according to config.json, text adapter and projections are trained"
 
 
 def check_training_images(tested: ModelUnderTest) -> str:
-    """Read the summary of the training images, which must fit the model's vision tower."""
+    """Read the summary of the training images; it must match the model's vision tower."""
     summary = read_training_images(tested.folder)
     if summary is None:
-        return f"there is no {TRAINING_IMAGES_FILE}, and images unlike them are not noticed"
+        return f"there is no {TRAINING_IMAGES_FILE}, so unfamiliar images cannot be detected"
     projection = open_model_weights(tested.folder).get("visual_projection.weight")
     if projection is not None:
         summary.require_width(projection.shape[1])
@@ -76,25 +76,25 @@ def check_training_images(tested: ModelUnderTest) -> str:
 
 
 def check_text_like(tested: ModelUnderTest, *, other: Path) -> str:
-    """Require everything that decides the embedding of a text to be that of another model."""
+    """Require everything that affects text embeddings to be identical to another model's."""
     ours, theirs = (fingerprint_embeddings(folder, "text") for folder in (tested.folder, other))
     if differing := sorted(n for n in {*ours, *theirs} if ours.get(n) != theirs.get(n)):
         raise ValueError(
-            f"Texts have other embeddings than by {other}: {', '.join(differing)} differ. Embed "
+            f"Text embeddings differ from {other}, because {', '.join(differing)} differ. Embed "
             "all texts again, or train with --lock-text."
         )
-    return f"every text has the embedding that {other} gives it"
+    return f"text embeddings are identical to those of {other}"
 
 
 def check_weight_dtypes(tested: ModelUnderTest) -> str:
-    """Require one floating-point dtype in all weight files, and float32 for the temperature."""
+    """Require one floating-point dtype for all weights, and float32 for the temperature."""
     dtypes = {name: tensor.dtype for name, tensor in open_model_weights(tested.folder).items()}
     if getattr(tested.config, "quantization_config", None):
         names = sorted({_name(dtype) for dtype in dtypes.values()})
         if set(dtypes.values()) <= _PLAIN_DTYPES:
             raise ValueError(
-                f"config.json says that weights are quantized, but the files hold {names} only. "
-                "Take quantization_config out of config.json, or save the model again."
+                f"config.json says that the weights are quantized, but the files contain only "
+                f"{names}. Remove quantization_config from config.json, or save the model again."
             )
         raise NotApplicableError("the weights are quantized, so their dtypes differ by design")
     dtypes = {name: dtype for name, dtype in dtypes.items() if dtype.is_floating_point}
@@ -129,33 +129,33 @@ def check_finite_weights(tested: ModelUnderTest) -> str:
     count, errors = 0, []
     for name, tensor in iterate_tensors(list_model_files(tested.folder)):
         count += 1
-        # One-byte floats have no isfinite of their own.
+        # One-byte floats do not implement isfinite.
         wide = tensor.float() if tensor.element_size() == 1 else tensor
-        # NaN propagates to the extremes, so that no large tensor is copied.
+        # NaN propagates to the extremes, so no large tensor has to be copied.
         if tensor.numel() and not torch.stack(torch.aminmax(wide)).isfinite().all():
             errors.append(f"{name} has NaN or infinity")
     if errors:
         raise ValueError(
             f"{'; '.join(errors[:_NAMES_SHOWN])} ({len(errors)} of {count} tensors). "
-            "Take the last training checkpoint without them, or download the files again."
+            "Use the last training checkpoint without them, or download the files again."
         )
     return f"{count} tensors without NaN or infinity"
 
 
 def check_remote_code(tested: ModelUnderTest) -> str:
-    """Compare the folder's code with the installed package, and the code that its files name."""
+    """Compare the folder's code, and references to code, with the installed package."""
     folder = tested.folder
     uploaded = {path.name: path for path in list_uploaded_files()}
     contents = {"config.json": _read_json(folder / "config.json")}
     contents |= {n: _read_json(folder / n) for n in _PROCESSOR_FILES if (folder / n).is_file()}
-    inside = [  # below the top level of a file, for a tower or the image processor
-        f"{name} names other code inside: {refs}"
+    inside = [  # below the top level of a file, such as for a tower or the image processor
+        f"{name} refers to other code in a nested entry: {refs}"
         for name, content in contents.items()
         if (refs := list_foreign_code([v for key, v in content.items() if key != "auto_map"]))
     ]
     brings_code = contents["config.json"].get("auto_map") or inside
     if not brings_code and not any((folder / name).exists() for name in uploaded):
-        raise NotApplicableError("the folder brings no code; it needs the installed package")
+        raise NotApplicableError("the folder contains no code; it needs the installed package")
     missing = sorted(name for name in uploaded if not (folder / name).is_file())
     altered = sorted(
         name
@@ -175,30 +175,30 @@ def check_remote_code(tested: ModelUnderTest) -> str:
     errors += inside
     if errors:
         raise ValueError(
-            f"The folder's code is not the installed package's ({'; '.join(errors)}). Others would "
-            "get embeddings from other code than you: save the model again with this package, or "
+            f"The folder's code differs from the installed package ({'; '.join(errors)}), so "
+            "others would run different code than you. Save the model again with this package, or "
             "install the version that wrote the folder."
         )
-    return f"{len(uploaded)} files equal the installed package, and its classes are named"
+    return f"{len(uploaded)} files match the installed package, and its classes are registered"
 
 
 def check_recorded_files(tested: ModelUnderTest) -> str:
-    """Compare the files with those that the golden embeddings were computed with."""
+    """Compare the files with those used to compute the golden embeddings."""
     if not require_recorded_files(tested.folder):
         raise NotApplicableError(f"{GOLDEN_FILE} is absent, or records no files")
-    return "the files that decide embeddings are those that the folder was written with"
+    return "the files that affect embeddings are unchanged since the folder was written"
 
 
 def check_tokenizer(tested: ModelUnderTest) -> str:
-    """Load the tokenizer as pipelines do; its ids must fit the LLM's embedding table."""
+    """Load the tokenizer as pipelines do; its ids must fit into the LLM's embedding table."""
     tokenizer = load_without_code(AutoTokenizer, tested.folder, local_files_only=True)
     rows = tested.config.text_config.vocab_size
     largest = max(tokenizer.get_vocab().values())
     errors = []
     if largest >= rows:
         errors.append(
-            f"it has ids up to {largest}, the LLM's embedding table only {rows} rows: it belongs "
-            "to another LLM"
+            f"it has ids up to {largest}, but the LLM's embedding table has only {rows} rows: it "
+            "belongs to another LLM"
         )
     if tokenizer.pad_token_id is None:
         errors.append("it has no padding token, so batches cannot be made")
@@ -212,7 +212,7 @@ def check_tokenizer(tested: ModelUnderTest) -> str:
 
 
 def check_prompt(tested: ModelUnderTest) -> str:
-    """Require that the saved tokenizer alone strips texts and adds the prompt."""
+    """Require the saved tokenizer to strip texts and add the prompt without any other code."""
     config, tokenizer = tested.config, tested.tokenizer
     prefix, suffix = config.prompt_prefix_ids, config.prompt_suffix_ids
     errors = [
@@ -229,9 +229,9 @@ def check_prompt(tested: ModelUnderTest) -> str:
     ends_special = bool(suffix) and suffix[-1] in tokenizer.all_special_ids
     if ends_special != config.prompt_suffix_ends_special:
         errors.append(
-            f"config.prompt_suffix_ends_special is {config.prompt_suffix_ends_special}, but to the "
-            f"tokenizer the last suffix id is {'' if ends_special else 'not '}special; "
-            "sentence-transformers would pool instructions wrongly"
+            f"config.prompt_suffix_ends_special is {config.prompt_suffix_ends_special}, but in the "
+            f"tokenizer the last suffix id is {'' if ends_special else 'not '}special, so "
+            "sentence-transformers would pool instructions incorrectly"
         )
     if errors:
         raise ValueError(
@@ -242,7 +242,7 @@ def check_prompt(tested: ModelUnderTest) -> str:
 
 
 def check_text_length(tested: ModelUnderTest) -> str:
-    """Require the same maximum text length in tokenizer, configuration and processor."""
+    """Require tokenizer, configuration and processor to have the same maximum text length."""
     lengths = {
         "config.max_text_length": tested.config.max_text_length,
         "tokenizer.model_max_length": tested.tokenizer.model_max_length,
@@ -252,8 +252,8 @@ def check_text_length(tested: ModelUnderTest) -> str:
     if len(set(lengths.values())) != 1:
         raise ValueError(
             "The maximum text lengths differ: "
-            f"{', '.join(f'{name}={value}' for name, value in lengths.items())}. Long texts get "
-            "different embeddings or are refused. Make them equal."
+            f"{', '.join(f'{name}={value}' for name, value in lengths.items())}. Long texts would "
+            "get different embeddings or be refused. Make the lengths equal."
         )
     return f"{tested.config.max_text_length} tokens in {len(lengths)} places"
 
@@ -265,15 +265,15 @@ def check_processor(tested: ModelUnderTest) -> str:
     processor = load_without_code(AutoProcessor, tested.folder, local_files_only=True)
     if not isinstance(processor, LLM2CLIPProcessor):
         raise ValueError(
-            f"AutoProcessor gives {type(processor).__name__}, wanted LLM2CLIPProcessor. Save the "
-            "processor with save_pretrained into the folder."
+            f"AutoProcessor loads a {type(processor).__name__}, expected LLM2CLIPProcessor. Save "
+            "the processor to the folder with save_pretrained."
         )
     tested.processor = processor
     return f"AutoProcessor loads it, with {type(processor.image_processor).__name__}"
 
 
 def check_tokenizer_path(tested: ModelUnderTest) -> str:
-    """Require the processor's ids from the bare tokenizer, which pipelines use."""
+    """Require the bare tokenizer, which pipelines use, to produce the same ids as the processor."""
     if tested.processor is None:
         raise NotApplicableError("there is no processor to compare with")
     bare = tested.tokenizer(
@@ -283,32 +283,32 @@ def check_tokenizer_path(tested: ModelUnderTest) -> str:
     for name in ("input_ids", "attention_mask"):
         if not torch.equal(bare[name], processed[name]):
             raise ValueError(
-                f"AutoTokenizer and AutoProcessor give different {name} (shapes "
-                f"{tuple(bare[name].shape)} and {tuple(processed[name].shape)}), so a pipeline and "
-                "the processor give different embeddings. Save the processor again into the folder."
+                f"AutoTokenizer and AutoProcessor produce different {name} (shapes "
+                f"{tuple(bare[name].shape)} and {tuple(processed[name].shape)}), so pipelines get "
+                "different embeddings than the processor. Save the processor to the folder again."
             )
-    return f"AutoTokenizer and AutoProcessor give the same ids for {len(SHORT_TEXTS)} texts"
+    return f"AutoTokenizer and AutoProcessor produce the same ids for {len(SHORT_TEXTS)} texts"
 
 
 def _find_map_errors(name: str, auto_map: Any, expected: dict[str, str]) -> list[str]:
     if auto_map is not None and not isinstance(auto_map, dict):
-        return [f"auto_map of {name} is {auto_map!r}, wanted an object"]
+        return [f"auto_map in {name} is {auto_map!r}, expected an object"]
     auto_map = auto_map or {}
-    strange = sorted(
-        f"{auto_class}: {where}"
-        for auto_class, where in auto_map.items()
-        if expected.get(auto_class) != where
+    foreign = sorted(
+        f"{auto_class}: {reference}"
+        for auto_class, reference in auto_map.items()
+        if expected.get(auto_class) != reference
     )
-    lost = sorted(set(expected) - set(auto_map)) if name not in _MAY_NAME_NO_CODE else []
+    missing = sorted(set(expected) - set(auto_map)) if name not in _MAY_NAME_NO_CODE else []
     return [
-        *([f"auto_map of {name} names other code: {strange}"] if strange else []),
-        *([f"auto_map of {name} lacks {lost}"] if lost else []),
+        *([f"auto_map in {name} refers to other code: {foreign}"] if foreign else []),
+        *([f"auto_map in {name} lacks {missing}"] if missing else []),
     ]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"{path.parent} has no {path.name}; it is not a saved model.")
+        raise ValueError(f"{path.parent} has no {path.name}, so it is not a saved model.")
     return read_object(path)
 
 
@@ -317,12 +317,12 @@ def _find_prompt_errors(text: str, tested: ModelUnderTest, *, truncated: bool) -
     prefix, suffix = config.prompt_prefix_ids, config.prompt_suffix_ids
     ids = tested.list_ids(text) if truncated else tested.tokenizer(text, verbose=False)["input_ids"]
     when = f" truncated to {config.max_text_length} tokens" if truncated else ""
-    shown = f"{text[:24]!r}{when} gives {ids[:12]}…{ids[-4:]}"
+    shown = f"{text[:24]!r}{when} is tokenized as {ids[:12]}…{ids[-4:]}"
     errors = []
     if ids[: len(prefix)] != prefix:
-        errors.append(f"{shown}, which does not begin with the prompt {prefix}")
+        errors.append(f"{shown}, which does not start with the prompt {prefix}")
     if suffix and ids[-len(suffix) :] != suffix:
-        errors.append(f"{shown}, which does not end with the prompt's suffix {suffix}")
+        errors.append(f"{shown}, which does not end with the prompt suffix {suffix}")
     if truncated and len(ids) != config.max_text_length:
         errors.append(f"{shown}, which has {counted(len(ids), 'token')}")
     return errors

@@ -1,4 +1,4 @@
-"""Checks that run the model, alone and beside recorded embeddings and sentence-transformers."""
+"""Checks that run the model, some against golden embeddings or sentence-transformers."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from ..model_folders.model_writing import explain_incomplete
 from .model_report import ConcernError, NotApplicableError
 from .model_under_test import SHORT_TEXTS, ModelUnderTest
 
-# Long enough that half-precision sums overflow if they ever do, short enough for one core.
+# Long enough to reveal overflowing half-precision sums, short enough for one core.
 _MAX_LONG_WORDS = 512
-# All equal for unit embeddings; without a setting sentence-transformers takes the cosine.
+# All are equivalent for unit-length embeddings; sentence-transformers defaults to cosine.
 _COSINES = ("cosine", "dot", None)
 
 
@@ -42,21 +42,21 @@ def check_loading(tested: ModelUnderTest) -> str:
 
 
 def check_temperature(tested: ModelUnderTest) -> str:
-    """Require an inverse temperature in [1, 100]; outside, it is clamped."""
+    """Require an inverse temperature within [1, 100]; other values would be clamped."""
     log_scale = float(tested.model.logit_head.log_scale)
-    temperature = math.exp(min(log_scale, 700.0))  # above, a double overflows
-    # float32 rounds ln 100 by up to 5e-7; anything further was not written by a training.
+    temperature = math.exp(min(log_scale, 700.0))  # above 700, exp overflows
+    # float32 rounds ln 100 by up to 5e-7; training cannot write anything further outside.
     if not -1e-6 <= log_scale <= MAX_LOG_SCALE + 1e-6:
         raise ValueError(
-            f"The inverse temperature is {temperature:.4g}, of the logarithm {log_scale:.4g}; "
-            "wanted one within [1, 100]. The logits are clamped, so the training diverged or the "
-            "value was written by hand."
+            f"The inverse temperature is {temperature:.4g} (logarithm {log_scale:.4g}), expected a "
+            "value within [1, 100]. It would be clamped. Either training diverged or the value was "
+            "written by hand."
         )
     return f"inverse temperature {temperature:.2f} is within [1, 100]"
 
 
 def check_attention_direction(tested: ModelUnderTest) -> str:
-    """Require that tokens attend to all others, or only to earlier ones, as configured."""
+    """Require tokens to attend to all others, or only to earlier ones, as configured."""
     config, text_model = tested.model.config, tested.model.text_model
     errors = []
     if bool(config.text_config.is_causal) == config.bidirectional:
@@ -71,18 +71,18 @@ def check_attention_direction(tested: ModelUnderTest) -> str:
     ]
     if contrary:
         count = counted(len(contrary), "attention module")
-        errors.append(f"{count} of the other direction ({contrary[0]}, …)")
+        errors.append(f"wrong attention direction in {count} ({contrary[0]}, …)")
     errors += find_direction_errors(text_model, bidirectional=config.bidirectional)
     if errors:
         raise ValueError(
             f"{'; '.join(errors)}. Update transformers and this package, or load with another "
             "attn_implementation."
         )
-    return "every token sees every other" if config.bidirectional else "causal, as configured"
+    return "every token sees all others" if config.bidirectional else "causal, as configured"
 
 
 def check_finite_outputs(tested: ModelUnderTest) -> str:
-    """Encode short, foreign and maximum-length texts, and images; none may give NaN or infinity."""
+    """Encode short, non-English and long texts, and images; NaN and infinity are errors."""
     errors, count = [], 0
     if tested.encodes_texts:
         num_words = min(tested.config.max_text_length, _MAX_LONG_WORDS)
@@ -99,13 +99,13 @@ def check_finite_outputs(tested: ModelUnderTest) -> str:
     if errors:
         raise ValueError(
             f"NaN or infinity in {', '.join(errors)}, computed in {tested.model.dtype}. If the "
-            "weights are finite, the dtype is too narrow: use bfloat16 or float32."
+            "weights are finite, the dtype's range is too small. Use bfloat16 or float32."
         )
     return f"{count} embeddings without NaN or infinity in {tested.model.dtype}"
 
 
 def check_pooled_span(tested: ModelUnderTest) -> str:
-    """Require that the configured tokens alone are pooled, by number of tokens and by value."""
+    """Require that exactly the configured tokens are pooled, by their count and by the result."""
     config = tested.config
     num_prefix, num_suffix = len(config.prompt_prefix_ids), len(config.prompt_suffix_ids)
     errors = []
@@ -114,24 +114,26 @@ def check_pooled_span(tested: ModelUnderTest) -> str:
         pooled, num_wanted = whole[num_prefix:], len(caption) + num_suffix
         if len(pooled) != num_wanted or pooled[: len(caption)] != caption:
             errors.append(
-                f"{text!r} has {len(caption)} tokens and the suffix {num_suffix}, but "
-                f"{len(pooled)} are pooled ({pooled[:6]}…, wanted {caption[:6]}…)"
+                f"{text!r} has {len(caption)} tokens plus {num_suffix} in the suffix, but "
+                f"{len(pooled)} are pooled ({pooled[:6]}…, expected {caption[:6]}…)"
             )
             continue
         by_hand = tested.pool_by_hand(whole, num_unpooled=config.num_unpooled)
         by_model = tested.model.get_caption_embeds(torch.tensor([whole], device=tested.device))
         distance = float((by_hand - by_model).norm() / by_hand.norm())
         if not distance <= find_tolerance(tested.model.dtype):
-            errors.append(f"{text!r} is pooled {distance:.1e} away from its caption and suffix")
+            errors.append(
+                f"pooling {text!r} differs by {distance:.1e} from pooling its caption and suffix"
+            )
     if errors:
         raise ValueError(f"{'; '.join(errors[:3])}. Restore prompt_prefix_ids in config.json.")
     if config.num_unpooled < num_prefix:
         return "prompt, caption and suffix"
-    return f"caption and suffix, after {num_prefix} tokens of prompt"
+    return f"caption and suffix, after {num_prefix} prompt tokens"
 
 
 def check_batch_invariance(tested: ModelUnderTest) -> str:
-    """Require that an input has the same embedding alone and in a batch."""
+    """Require an input to have the same embedding on its own and in a batch."""
     compared: dict[str, tuple[Tensor, Tensor]] = {}
     if tested.encodes_texts:
         alone = torch.cat([tested.encode_texts([text]) for text in SHORT_TEXTS])
@@ -141,11 +143,13 @@ def check_batch_invariance(tested: ModelUnderTest) -> str:
         images = render_golden_images()
         alone = torch.cat([tested.encode_images([image]) for image in images])
         compared["images"] = alone, tested.encode_images(images)
-    return _require_equal(tested, compared, advice="Padding or neighbors leak into the embeddings")
+    return _require_equal(
+        tested, compared, cause="Padding or other inputs in the batch leak into the embeddings"
+    )
 
 
 def check_padding_invariance(tested: ModelUnderTest) -> str:
-    """Require that left and right padding give the same embeddings."""
+    """Require left and right padding to produce the same embeddings."""
     left, right = (
         tested.encode_texts(SHORT_TEXTS, padding_side=side, as_one_batch=True)
         for side in ("left", "right")
@@ -153,12 +157,12 @@ def check_padding_invariance(tested: ModelUnderTest) -> str:
     return _require_equal(
         tested,
         {"left- and right-padded texts": (left, right)},
-        advice="Positions or the attention mask depend on padding",
+        cause="Positions or the attention mask depend on padding",
     )
 
 
 def check_golden_embeddings(tested: ModelUnderTest) -> str:
-    """Require the embeddings that were recorded when the folder was written."""
+    """Require the embeddings to match those recorded when the folder was written."""
     if not (tested.folder / GOLDEN_FILE).is_file():
         raise ConcernError(str(explain_incomplete(tested.folder)))
     if tested.processor is None:
@@ -169,20 +173,20 @@ def check_golden_embeddings(tested: ModelUnderTest) -> str:
 
 
 def check_sentence_transformers(tested: ModelUnderTest) -> str:
-    """Require the model's own embeddings from sentence-transformers; frees the model."""
+    """Require sentence-transformers to produce the model's own embeddings; frees the model."""
     if find_spec("sentence_transformers") is None:
         raise NotApplicableError(
             "sentence-transformers is not installed (modeling_llm2clip[sentence-transformers])"
         )
     if not (tested.folder / "modules.json").is_file():
         raise NotApplicableError(
-            "the folder has no modules.json: sentence-transformers would load it, but not bring "
-            "its embeddings to unit length; save_pretrained of the model writes that file"
+            "the folder has no modules.json, so sentence-transformers would load it without "
+            "normalizing its embeddings; the model's save_pretrained writes that file"
         )
     if tested.processor is None:
         raise NotApplicableError(
-            "sentence-transformers loads no model without its processor; save_pretrained of the "
-            "processor adds it"
+            "sentence-transformers cannot load a model without its processor; the processor's "
+            "save_pretrained adds it"
         )
     tolerance, dtype = find_tolerance(tested.model.dtype), tested.model.dtype
     prompts = _read_instructions(tested)
@@ -197,23 +201,23 @@ def check_sentence_transformers(tested: ModelUnderTest) -> str:
     }
     if not distances:
         raise ValueError(
-            f"sentence-transformers offers none of {sorted(expected)}, which the model encodes. "
+            f"sentence-transformers supports none of {sorted(expected)}, which the model encodes. "
             "Export the folder again."
         )
     errors = [f"{what} by {d:.1e}" for what, d in distances.items() if not d <= tolerance]
     if errors:
         raise ValueError(
-            f"sentence-transformers gives other embeddings than AutoModel: {', '.join(errors)} "
+            f"sentence-transformers and AutoModel give different embeddings: {', '.join(errors)} "
             f"(allowed in {dtype}: {tolerance:.2g}). Export the folder again."
         )
     missing = ", ".join(set(expected) - set(encoded))
-    left_out = f"; not offered: {missing}" if missing else ""
+    left_out = f"; not supported: {missing}" if missing else ""
     largest = max(distances.values())
     return f"{', '.join(distances)}: at most {largest:.1e} from AutoModel's{left_out}"
 
 
 def _require_equal(
-    tested: ModelUnderTest, compared: dict[str, tuple[Tensor, Tensor]], *, advice: str
+    tested: ModelUnderTest, compared: dict[str, tuple[Tensor, Tensor]], *, cause: str
 ) -> str:
     tolerance = find_tolerance(tested.model.dtype)
     distances = {what: measure_distances(*pair) for what, pair in compared.items()}
@@ -224,8 +228,8 @@ def _require_equal(
     ]
     if errors:
         raise ValueError(
-            f"{'; '.join(errors)} (allowed in {tested.model.dtype}: {tolerance:.2g}). {advice}; "
-            "load with attn_implementation='eager', and report the tower's family."
+            f"{'; '.join(errors)} (allowed in {tested.model.dtype}: {tolerance:.2g}). {cause}. "
+            "Load with attn_implementation='eager', and report the tower's model type."
         )
     largest = max(float(distance.max()) for distance in distances.values())
     return f"{', '.join(distances)}: at most {largest:.1e} apart (allowed {tolerance:.2g})"
@@ -236,9 +240,9 @@ def _find_bad_rows(embeds: Tensor) -> list[int]:
 
 
 def _read_instructions(tested: ModelUnderTest) -> dict[str, str]:
-    """Return the instructions by which sentence-transformers encodes texts.
+    """Return the instructions with which sentence-transformers encodes texts.
 
-    ValueError for settings that lead to other embeddings than AutoModel's.
+    Raises ValueError for settings with which embeddings would differ from AutoModel's.
     """
     path = tested.folder / SETTINGS_FILE
     settings = read_json(path) if path.is_file() else {}
@@ -247,13 +251,15 @@ def _read_instructions(tested: ModelUnderTest) -> dict[str, str]:
     default = settings.get("default_prompt_name")
     if default in prompts:
         errors.append(
-            f"default_prompt_name={default!r} puts an instruction before every text, which "
+            f"default_prompt_name={default!r} prepends an instruction to every text, but "
             "AutoModel and pipelines do not"
         )
     if settings.get("similarity_fn_name") not in _COSINES:
         errors.append(f"similarity_fn_name={settings['similarity_fn_name']!r} is not the cosine")
     if errors:
-        raise ValueError(f"{SETTINGS_FILE}: {'; '.join(errors)}. Set null and 'cosine'.")
+        raise ValueError(
+            f"{SETTINGS_FILE}: {'; '.join(errors)}. Set them to null and 'cosine', respectively."
+        )
     config = tested.config
     if not tested.encodes_texts:
         prompts = {}
@@ -266,9 +272,10 @@ def _read_instructions(tested: ModelUnderTest) -> dict[str, str]:
         )
     if find_instructions(tested.folder, config.instructions) != config.instructions:
         raise ValueError(
-            f"config.json has the instructions {config.instructions}, {SETTINGS_FILE} has others: "
-            "a model that is loaded and saved elsewhere would lose these. Make both equal, or save "
-            "the folder again with SentenceTransformer(folder).save_pretrained(folder)."
+            f"config.json has the instructions {config.instructions}, but {SETTINGS_FILE} has "
+            "different ones, which would be lost if the model is loaded and saved elsewhere. Make "
+            "them equal, or save the folder again with "
+            "SentenceTransformer(folder).save_pretrained(folder)."
         )
     return prompts
 

@@ -1,4 +1,4 @@
-"""Runs a table of checks, and reports the results."""
+"""Runs a table of checks and reports the results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class NotApplicableError(Exception):
 
 
 class ConcernError(Exception):
-    """A check passed, but with a finding that a user must know, which is the message."""
+    """A check passed, but its message has a warning for the user."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Check:
 
     Attributes:
         name: Name of the check.
-        passed: False also where it was skipped.
-        message: The finding; for an error, also the expected value and the remedy.
-        skipped: True if it could not run, for the reason in `message`.
+        passed: True if it passed; False if it failed or was skipped.
+        message: The finding; for a failure, also the expected value and the remedy.
+        skipped: True if it could not run; `message` has the reason.
         concern: True if it passed with a warning in `message`, which the summary repeats.
     """
 
@@ -48,11 +48,11 @@ class Check:
 
 @dataclass(frozen=True)
 class ModelReport:
-    """All checks of one model; printing it shows a line per check.
+    """The results of all checks of one model; printing it shows a line per check.
 
     Attributes:
-        source: Folder or Hub id of the model.
-        checks: The checks, in the order in which they were made.
+        source: Folder or Hub id of the model, or address of the endpoint.
+        checks: The checks, in the order in which they ran.
     """
 
     source: str
@@ -78,7 +78,7 @@ class ModelReport:
 
 @dataclass(frozen=True)
 class PlannedCheck(Generic[T]):
-    """A check, the earlier checks that it needs, and the tower that it is about, if any."""
+    """A check, the earlier checks it depends on, and what it applies to (`about`), if limited."""
 
     name: str
     run: Callable[[T], str]
@@ -93,8 +93,8 @@ def run_checks(
 ) -> Iterator[Check]:
     """Run the checks in order.
 
-    `find_obstacle` returns the reason why checks `about` a tower do not apply, or None. A check is
-    skipped if it does not apply, or if a check that it needs failed or did not run.
+    `find_obstacle` takes the `about` of a check and returns why such checks do not apply, or None.
+    A check is skipped if it does not apply, or if a check it depends on failed or did not run.
     """
     unmet: dict[str, str] = {}
     for check in planned:
@@ -120,13 +120,13 @@ def _run(planned: PlannedCheck[T], tested: T) -> Check:
         return Check(planned.name, False, str(reason), skipped=True)
     except ConcernError as concern:
         return Check(planned.name, True, str(concern), concern=True)
-    # A broken model can raise anything; every error becomes a failed check.
+    # A broken model can raise any error; each becomes a failed check.
     except Exception as error:
         return Check(planned.name, False, describe_error(error))
 
 
 def describe_error(error: Exception) -> str:
-    """Return the message of an error, with its type unless the message is written for users."""
+    """Return an error's message, prefixed with its type unless the message is meant for users."""
     text = re.sub(r"\s*\n\s*", " ", str(error)).strip() or "no message"
     is_own = type(error) is ValueError or type(error).__module__.startswith(f"{__package__}.")
     return text if is_own else f"{type(error).__name__}: {text}"

@@ -1,4 +1,4 @@
-"""The model under test, with a second, naive path to compare the package's own with.
+"""The model under test, with a second, naive implementation to compare the package's with.
 
 Shapes: B texts or images, D width of the LLM, P `projection_dim`.
 """
@@ -29,9 +29,9 @@ SHORT_TEXTS = (
 
 @dataclass
 class ModelUnderTest:
-    """A model folder; the loading checks fill in its parts, which stay None where there are none.
+    """A model folder; the checks that load its parts fill them in, and missing parts stay None.
 
-    `tokenizer` and `processor` are what AutoTokenizer and AutoProcessor load.
+    `tokenizer` and `processor` come from AutoTokenizer and AutoProcessor.
     """
 
     folder: Path
@@ -52,7 +52,7 @@ class ModelUnderTest:
 
     @property
     def room(self) -> int:
-        """Number of tokens that a text may have beside the prompt."""
+        """Maximum number of tokens in a text, excluding the prompt."""
         config = self.config
         num_prompt = len(config.prompt_prefix_ids) + len(config.prompt_suffix_ids)
         return int(config.max_text_length) - num_prompt
@@ -71,36 +71,36 @@ class ModelUnderTest:
     def encode_texts(
         self, texts: Sequence[str], *, padding_side: str = "right", as_one_batch: bool = False
     ) -> Tensor:
-        """Encode B texts, (B, P) float32 of unit length.
+        """Encode B texts as (B, P) float32 of unit length.
 
-        With `as_one_batch` the padding stays, as in training and on accelerators; otherwise, a CPU
-        gets small batches with almost no padding.
+        With `as_one_batch`, the padding is kept, as in training and on accelerators. Otherwise, the
+        model splits the texts into small batches with almost no padding on a CPU.
         """
         batch = self.tokenize(texts, padding_side=padding_side)
-        with torch.set_grad_enabled(as_one_batch):  # the weights are frozen: no graph is built
+        with torch.set_grad_enabled(as_one_batch):  # the weights are frozen, so no graph is built
             features = self.model.get_text_features(batch["input_ids"], batch["attention_mask"])
         return F.normalize(features.pooler_output, dim=-1).cpu()
 
     def encode_images(self, images: Sequence[Any]) -> Tensor:
-        """Encode B images, (B, P) float32 of unit length."""
+        """Encode B images as (B, P) float32 of unit length."""
         batch = self.processor(images=list(images)).to(self.device)
         with torch.no_grad():
             features = self.model.get_image_features(**batch)
         return F.normalize(features.pooler_output, dim=-1).cpu()
 
     def list_ids(self, text: str) -> list[int]:
-        """Tokenize one text with its prompt, truncated."""
+        """Tokenize one text with its prompt and with truncation."""
         tokens = self.tokenizer(text, truncation=True, max_length=self.config.max_text_length)
         return [int(i) for i in tokens["input_ids"]]
 
     def list_bare_ids(self, text: str) -> list[int]:
-        """Tokenize one text without prompt, special tokens and truncation."""
+        """Tokenize one text without prompt, special tokens or truncation."""
         tokens = self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)
         return [int(i) for i in tokens["input_ids"]]
 
     @torch.no_grad()
     def pool_by_hand(self, ids: Sequence[int], *, num_unpooled: int) -> Tensor:
-        """Pool the LLM's states after `num_unpooled` tokens by hand.
+        """Pool the LLM's hidden states by hand, skipping the first `num_unpooled` tokens.
 
         Returns the caption embedding, (1, D) float32.
         """
@@ -108,7 +108,7 @@ class ModelUnderTest:
         hidden: Tensor = self.model.text_model(
             input_ids=row, attention_mask=torch.ones_like(row), use_cache=False
         ).last_hidden_state[:, num_unpooled:]  # (1, pooled, width)
-        # As a packed text, which shares nothing with the padded batches of the model.
+        # Uses the packed implementation, which shares no code with the model's padded batches.
         pooled = TEXT_POOLINGS[self.config.text_pooling].packed(to_float64(hidden)[0])[None]
         if self.config.text_dense_width is not None:
             dense = self.model.text_model.pooled_dense
@@ -117,12 +117,15 @@ class ModelUnderTest:
 
     @torch.no_grad()
     def encode_by_hand(self, ids: Sequence[int], *, num_unpooled: int) -> Tensor:
-        """Encode one text, given as ids, by `pool_by_hand`; (1, P) float32 of unit length."""
+        """Encode one text's ids with `pool_by_hand` as (1, P) float32 of unit length."""
         pooled = self.pool_by_hand(ids, num_unpooled=num_unpooled)
         return F.normalize(self.model.project_caption_embeds(pooled), dim=-1).cpu()
 
     def encode_instructed(self, texts: Sequence[str], instruction: str) -> Tensor:
-        """Encode B texts after an instruction, which is pooled if the prompt is; (B, P) float32."""
+        """Encode B texts with an instruction as (B, P) float32.
+
+        The instruction is pooled only if the prompt is.
+        """
         start = self.config.num_unpooled
         if start == len(self.config.prompt_prefix_ids):
             start += len(self.list_bare_ids(instruction))

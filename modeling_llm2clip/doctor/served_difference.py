@@ -1,4 +1,4 @@
-"""Compares the embeddings of a server with the model's own.
+"""Compares a server's embeddings with the model's own.
 
 Shapes: N texts or images, P `projection_dim`.
 """
@@ -19,7 +19,7 @@ from .model_under_test import ModelUnderTest
 
 
 def encode(tested: ModelUnderTest, inputs: Sequence[Any]) -> Tensor:
-    """Encode texts or images with the model itself; (N, P) float32 of unit length."""
+    """Encode texts or images with the model itself as (N, P) float32 of unit length."""
     run: Any = encode_texts if isinstance(inputs[0], str) else encode_images
     embeds: Tensor = run(tested.model, tested.processor, list(inputs))
     return embeds
@@ -28,14 +28,16 @@ def encode(tested: ModelUnderTest, inputs: Sequence[Any]) -> Tensor:
 def require_same(
     tested: ModelUnderTest, inputs: Sequence[Any], served: Tensor, *, tolerance: float
 ) -> float:
-    """Return the largest distance of a server's embeddings, (N, any width), from the model's own.
+    """Return the largest distance between a server's embeddings, (N, any width), and the model's.
 
-    Raises ValueError if one exceeds the tolerance, and names the inputs and a likely cause.
+    If it exceeds the tolerance, a ValueError names the inputs and a likely cause.
     """
     expected = encode(tested, inputs)
     if served.shape != expected.shape:
         width, model_width = served.shape[1], expected.shape[1]
-        raise ValueError(f"the embeddings have {width} dimensions, the model's have {model_width}.")
+        raise ValueError(
+            f"the embeddings have {width} dimensions, but the model's have {model_width}."
+        )
     distances = measure_distances(served, expected)
     worst = float(distances.max())
     if worst <= tolerance:
@@ -55,7 +57,7 @@ def _find_cause(
     expected: Tensor,
     tolerance: float,
 ) -> str:
-    """Return a sentence about one of the commonest causes; empty if none of them fits."""
+    """Return a sentence about the most likely common cause; empty if none applies."""
     if not served.isfinite().all():
         return " Some have NaN or infinity."
     lengths, directions = served.norm(dim=-1), F.normalize(served, dim=-1)
@@ -63,7 +65,7 @@ def _find_cause(
         return f" They are not normalized: lengths are {lengths.min():.3g} to {lengths.max():.3g}."
     distances, nearest = torch.cdist(served, expected).min(dim=1)
     swapped = [
-        f"{_name(inputs, row)} has that of {_name(inputs, other)}"
+        f"{_name(inputs, row)} got the embedding of {_name(inputs, other)}"
         for row, other in enumerate(nearest.tolist())
         if distances[row] <= tolerance < float((expected[row] - expected[other]).norm())
     ]
@@ -73,7 +75,7 @@ def _find_cause(
         bare = [tested.list_bare_ids(text)[: tested.config.max_text_length] for text in inputs]
         lost = torch.cat([tested.encode_by_hand(ids, num_unpooled=0) for ids in bare])
         if float(measure_distances(directions, lost).max()) <= tolerance:
-            return " The prompt is lost."
+            return " The prompt is missing."
     return ""
 
 

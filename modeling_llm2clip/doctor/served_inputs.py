@@ -1,4 +1,4 @@
-"""Inputs for an endpoint that reveal silent changes by servers, beside the golden inputs."""
+"""Test inputs, in addition to the golden ones, that reveal silent changes by a server."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from PIL import Image
 
 from ..model_folders.golden_embeddings import render_golden_images
 
-# Each has something that libraries and gateways rewrite: line breaks, several spaces, no-break and
-# zero-width ones, ligatures and other compatibility characters, accents in two characters and in
-# one, emoji, typographic quotes, markup, and a pair that differs in case alone.
+# Each contains something that libraries and gateways rewrite: line breaks, repeated spaces,
+# no-break and zero-width spaces, ligatures and other compatibility characters, decomposed and
+# precomposed accents, emoji, typographic quotes, markup, and a pair that differs only in case.
 EXACT_TEXTS = (
     "Two lines:\na red dog,\n\nand a cat.",
     "A list\r\nof two\tcolumns  and   spaces",
@@ -37,17 +37,17 @@ _REWRITINGS: tuple[Callable[[str], str], ...] = (
     partial(unicodedata.normalize, "NFKC"),
     partial(re.sub, r"[^\w\s]", ""),
 )
-# COCO's commonest size, an odd one, a large one, a small one, and one with a far longer side.
+# COCO's most common size, odd dimensions, a large one, a small one, and an elongated one.
 _SIZES = ((640, 427), (333, 501), (1280, 853), (61, 47), (700, 96))
 _EXIF_ORIENTATION, _ROTATED = 0x0112, 6
-_PATCH = 24  # pixels of the two patches by which the near copy of a photograph differs
-_CELLS = (64, 1)  # sides of the cells of one color
+_PATCH = 24  # height in pixels of each patch in the near-duplicate photograph
+_CELLS = (64, 1)  # cell sizes of the coarse and fine noise, in pixels
 
 
 def list_exact_texts() -> list[str]:
-    """List each text, and beside it the texts that rewriting makes of it.
+    """List each text, followed by its rewritten variants.
 
-    A cache with rewritten texts as keys returns the embedding of the other text.
+    A cache that uses rewritten texts as keys would return the wrong embedding for one of them.
     """
     return list(
         dict.fromkeys(
@@ -60,13 +60,13 @@ def list_exact_texts() -> list[str]:
 
 @cache
 def render_small() -> tuple[Image.Image, ...]:
-    """Render small, different images, as many as fill one request."""
+    """Render enough small, distinct images to fill one request."""
     return tuple(render_photograph(48, 32, seed=seed) for seed in range(20))
 
 
 @cache
 def render_odd_images() -> tuple[Image.Image, ...]:
-    """Render images that libraries decode differently: transparency, 16 bits, an EXIF rotation."""
+    """Render images that libraries decode differently: transparency, 16 bits, EXIF rotation."""
     ramp, disc = render_golden_images()
     transparent = ramp.convert("RGBA")
     transparent.putalpha(disc.convert("L").resize(ramp.size).point(lambda value: 255 - value))
@@ -80,10 +80,10 @@ def render_odd_images() -> tuple[Image.Image, ...]:
 
 @cache
 def render_photographs() -> tuple[Image.Image, ...]:
-    """Render images with the sizes and the detail of photographs, always the same ones.
+    """Render images with the sizes and detail of photographs, deterministically.
 
-    The last one is a copy of the first with a white patch beside a black one: a cache with
-    thumbnails as keys takes one for the other.
+    The last is a copy of the first with a white and a black patch added, so a cache that uses
+    thumbnails as keys mistakes one for the other.
     """
     images = [render_photograph(*size, seed=seed) for seed, size in enumerate(_SIZES)]
     near_copy = images[0].copy()
@@ -96,7 +96,7 @@ def render_photographs() -> tuple[Image.Image, ...]:
 
 
 def render_photograph(width: int, height: int, *, seed: int) -> Image.Image:
-    """Render colored noise, coarse and fine, which shrinking and compression change."""
+    """Render coarse and fine colored noise, which resizing and compression alter."""
     generator = np.random.default_rng(seed)
     coarse, fine = (
         Image.fromarray(

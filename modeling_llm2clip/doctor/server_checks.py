@@ -1,4 +1,4 @@
-"""Compares an embedding endpoint with the model folder that it should serve."""
+"""Compares an embedding endpoint with the model folder that it is supposed to serve."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ _AT_ONCE = 8  # requests
 _REQUESTS_PER_THREAD = 4
 _TEXTS_PER_REQUEST = 3
 _WORDS = "a dog and two red apples lie on a wooden table beside an open window at night "
-# Endings of one or few tokens for texts that are otherwise equal.
+# Endings of one or a few tokens for otherwise equal texts.
 _ENDS, _TOKENS_OF_ENDS = ("cats", "dogs"), 8
 _TEXTS = list(dict.fromkeys([*GOLDEN_TEXTS, *SHORT_TEXTS]))
-# Servers that limit their batches allow as many. Beyond ten, numbers that are sorted as strings are
-# in another order.
+# Servers with a batch limit allow at least this many. With more than ten, indices sorted as strings
+# end up in a different order.
 _MANY = 32
 _MANY_TEXTS = [*_TEXTS, *(f"{text} {n}" for n in range(_MANY) for text in SHORT_TEXTS)][:_MANY]
 _BLANK_REQUESTS: tuple[list[str], ...] = ([""], ["   "], [], [GOLDEN_TEXTS[0], ""])
 _REFUSED = (400, 413, 422)  # statuses
-# Names of the two commonest instructions in Cohere's schema.
+# The two most common instructions, as named in Cohere's schema.
 _COHERE_TYPES = {"query": "search_query", "document": "search_document"}
 
 
 @dataclass
 class _Served:
-    """An endpoint beside the model that it should serve."""
+    """An endpoint, and the model that it is supposed to serve."""
 
     client: EndpointClient
     tested: ModelUnderTest
@@ -67,7 +67,7 @@ class _Served:
         return find_tolerance(self.tested.model.dtype, other_machine=True)
 
     def write_text(self, num_tokens: int, *, first: int = 0) -> str:
-        """Write the longest text of whole words within this number of tokens."""
+        """Return the longest text of whole words that fits into `num_tokens`."""
         known = _WORDS.split()
         first %= len(known)
         words = [*known[first:], *known[:first]] * (num_tokens // len(known) + 1)
@@ -95,13 +95,13 @@ class _Served:
         return self.describe(len(inputs), worst)
 
     def send_together(self, inputs: Sequence[Any], **options: Any) -> str:
-        """Send many inputs, one of them twice, in one request."""
+        """Send many inputs in one request, one of them twice."""
         random.Random(0).shuffle(inputs := [*inputs, inputs[0]])
         embeds = self.client.embed(inputs, **options)
         return self.require_equal(embeds, inputs, where=f"{len(inputs)} in one request")
 
     def send_at_once(self, requests: Sequence[Sequence[Any]]) -> str:
-        """Send many requests at once."""
+        """Send many requests concurrently."""
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             embeds = torch.cat(list(pool.map(self.client.embed, requests)))
         inputs = [value for request in requests for value in request]
@@ -110,11 +110,11 @@ class _Served:
 
     def describe(self, num_inputs: int, distance: float) -> str:
         count = counted(num_inputs, "embedding")
-        return f"{count} at most {distance:.1e} off (allowed {self.tolerance:.2g})"
+        return f"{count}, off by at most {distance:.1e} (allowed {self.tolerance:.2g})"
 
 
 def _check_model(served: _Served) -> str:
-    """Check the folder itself first: a wrong one says nothing about a server."""
+    """Check the folder itself first, because a broken one cannot be used to judge a server."""
     tested = served.tested
     try:
         compared = compare_golden(tested.folder, tested.model, tested.processor)
@@ -123,17 +123,19 @@ def _check_model(served: _Served) -> str:
             f"The folder itself fails: {error} Check it with llm2clip doctor, without --server."
         ) from error
     if compared is None:
-        raise NotApplicableError("the folder has no recorded embeddings; its model is compared")
+        raise NotApplicableError(
+            "the folder has no recorded embeddings; the server is compared with the loaded model"
+        )
     return compared
 
 
 def _check_connection(served: _Served) -> str:
     first = served.client.embed(GOLDEN_TEXTS[:1])
-    return f"{served.client.url} embeds as {served.client.model_name!r}, width {first.shape[1]}"
+    return f"{served.client.url} serves {served.client.model_name!r}, width {first.shape[1]}"
 
 
 def _alone(list_inputs: Callable[[_Served], Sequence[Any]]) -> Callable[[_Served], str]:
-    """Make a check that sends each of these inputs in a request of its own."""
+    """Create a check that sends each input in its own request."""
 
     def check(served: _Served) -> str:
         inputs = list_inputs(served)
@@ -144,7 +146,7 @@ def _alone(list_inputs: Callable[[_Served], Sequence[Any]]) -> Callable[[_Served
 
 
 def _list_exact_texts(served: _Served) -> list[str]:
-    """Texts that servers rewrite, and texts that a cache keyed by part of them mixes up."""
+    """List texts that servers rewrite, and texts that a cache keyed by a part of them mixes up."""
     words = served.write_text(max(served.tested.room - _TOKENS_OF_ENDS, 1)).split()
     places = (0, len(words) // 2, len(words))
     alike = [" ".join((*words[:n], end, *words[n:])) for n in places for end in _ENDS]
@@ -153,7 +155,7 @@ def _list_exact_texts(served: _Served) -> list[str]:
 
 
 def _check_instructions(served: _Served) -> str:
-    """Ask for each instruction by its name, as `encode_query` and `encode_document` apply it."""
+    """Request each instruction by name; the expected result is that of `encode_query` and co."""
     names = [name for name, text in served.tested.config.instructions.items() if text.strip()]
     if not names:
         raise NotApplicableError("the model has no instructions")
@@ -166,19 +168,19 @@ def _check_instructions(served: _Served) -> str:
         instruction = served.tested.config.instructions[name]
         distance = _measure(embeds, served.tested.encode_instructed(_TEXTS, instruction))
         plain = _measure(embeds, encode(served.tested, _TEXTS))
-        # In half precision an instruction may change embeddings by less than the tolerance.
+        # In half precision, an instruction may change embeddings by less than the tolerance.
         if plain <= served.tolerance and plain < distance / 2:
             dropped.append(f"{field}={value!r}")
         elif distance > served.tolerance:
             raise ValueError(
-                f"{field}={value!r} gives embeddings {distance:.1e} from the model's (allowed "
-                f"{served.tolerance:.2g}). An instruction is attended to, and pooled only if the "
-                "model pools its prompt."
+                f"{field}={value!r} returns embeddings {distance:.1e} away from the model's "
+                f"(allowed {served.tolerance:.2g}). An instruction must be attended to, but pooled "
+                "only if the model pools its prompt."
             )
         distances.append(distance)
     if dropped:
         raise ConcernError(
-            f"the server ignores {', '.join(dropped)}: it embeds without the instruction. Encode "
+            f"the server ignores {', '.join(dropped)} and embeds without the instruction. Encode "
             "such texts elsewhere"
         )
     return f"{', '.join(names)}: {served.describe(len(names) * len(_TEXTS), max(distances))}"
@@ -191,16 +193,16 @@ def _measure(served: Tensor, expected: Tensor) -> float:
 
 
 def _check_mixed_lengths(served: _Served) -> str:
-    """Send texts from one token to the limit at once, which shows padding and truncation."""
+    """Send texts of one token up to the limit together, to expose padding and truncation errors."""
     room = served.tested.room
     counts = sorted({1, 4, room // 8, room // 4, room // 2, room - room // 8, room})
-    # Each begins with another word, so that none equals another that is truncated.
+    # Each starts with a different word, so none equals a truncated version of another.
     texts = [served.write_text(count, first=number) for number, count in enumerate(counts)]
     return served.send_together([GOLDEN_TEXTS[0], *texts])
 
 
 def _check_concurrent_texts(served: _Served) -> str:
-    """Send many requests at once, each with other texts, which shows cross-talk."""
+    """Send many requests concurrently, each with different texts, to expose cross-talk."""
     chooser = random.Random(0)
     sizes = range(_AT_ONCE * _REQUESTS_PER_THREAD)
     return served.send_at_once(
@@ -217,7 +219,7 @@ def _check_concurrent_inputs(served: _Served) -> str:
 
 
 def _check_long_text(served: _Served) -> str:
-    """A text beyond the limit must be truncated as by the model, or refused."""
+    """Require a text beyond the limit to be refused, or truncated as the model does it."""
     limit = served.tested.config.max_text_length
     long = f"{_WORDS * (limit // len(_WORDS.split()) + 2)}and an owl"
     try:
@@ -225,12 +227,12 @@ def _check_long_text(served: _Served) -> str:
     except EndpointError as error:
         if error.status is None or not 400 <= error.status < 500:
             raise
-        return f"a text beyond {limit} tokens is refused with {error.status}"
-    return served.require_equal(embeds, [long], where=f"a text beyond {limit} tokens")
+        return f"a text of more than {limit} tokens is refused with {error.status}"
+    return served.require_equal(embeds, [long], where=f"a text of more than {limit} tokens")
 
 
 def _check_empty_text(served: _Served) -> str:
-    """An empty text has no embedding, and a server has to refuse it."""
+    """Require blank texts to be refused, because they have no embedding."""
     errors, statuses = [], set()
     for texts in _BLANK_REQUESTS:
         try:
@@ -241,14 +243,14 @@ def _check_empty_text(served: _Served) -> str:
             else:
                 statuses.add(error.status)
         else:
-            errors.append(f"{texts!r} gets an answer without an error")
+            errors.append(f"{texts!r} gets a response without an error")
     if errors:
-        raise ValueError(f"{'; '.join(errors)}. Blank texts have to be refused with 400 or 422.")
+        raise ValueError(f"{'; '.join(errors)}. Blank texts must be refused with 400 or 422.")
     return f"{len(_BLANK_REQUESTS)} requests refused with {', '.join(map(str, sorted(statuses)))}"
 
 
 def _embed_with(served: _Served, name: str, value: Any) -> Tensor:
-    """Embed the texts with an option that a server may refuse."""
+    """Embed the texts with an option that the server may refuse."""
     try:
         return served.client.embed(_TEXTS, **{name: value})
     except EndpointError as error:
@@ -262,7 +264,7 @@ def _explain_refusal(error: EndpointError, option: str) -> Exception:
 
 
 def _check_base64(served: _Served) -> str:
-    """Check base64, which OpenAI's client asks for by default."""
+    """Check base64, which OpenAI's client requests by default."""
     try:
         return served.send_together(_MANY_TEXTS[:-1], encoding_format="base64")
     except EndpointError as error:
@@ -270,20 +272,20 @@ def _check_base64(served: _Served) -> str:
 
 
 def _check_dimensions(served: _Served) -> str:
-    """Check that fewer dimensions are the first ones, at unit length."""
+    """Check that `dimensions` keeps the first ones and renormalizes them."""
     full, distances = served.tested.config.projection_dim, []
     for count in sorted({max(count, 1) for count in (full // 4, full // 2, full - 1)}):
         embeds = _embed_with(served, "dimensions", count)
         if embeds.shape[1] != count:
-            raise ValueError(f"dimensions={count} gives {embeds.shape[1]} dimensions.")
+            raise ValueError(f"dimensions={count} returns {embeds.shape[1]} dimensions.")
         expected = torch.nn.functional.normalize(encode(served.tested, _TEXTS)[:, :count], dim=-1)
         distances.append(_measure(embeds, expected))
-        # Rounding is divided by the length of the part, which is less than 1.
+        # Renormalizing divides by a length below 1, which amplifies rounding errors.
         if not distances[-1] <= 4 * served.tolerance:
             lengths = embeds.norm(dim=-1)
             raise ValueError(
-                f"dimensions={count} gives embeddings {distances[-1]:.1e} from the model's first "
-                f"{count} at unit length; their lengths are {lengths.min():.3g} to "
+                f"dimensions={count} returns embeddings {distances[-1]:.1e} away from the model's "
+                f"first {count}, renormalized; their lengths are {lengths.min():.3g} to "
                 f"{lengths.max():.3g}."
             )
     return served.describe(len(_TEXTS) * len(distances), max(distances))
@@ -298,7 +300,7 @@ def _check_mixed_inputs(served: _Served) -> str:
     return served.send_together([*images, *_MANY_TEXTS[: _MANY - 1 - len(images)]])
 
 
-# Requirements of a check: on the schema and, for images, also on the folder.
+# What a check requires of the schema and, for images, also of the folder.
 _OPTION, _IMAGE, _IMAGES, _MIXED = "option", "image", "images", "mixed"
 _PLANNED: tuple[PlannedCheck[_Served], ...] = (
     PlannedCheck("model", _check_model),
@@ -316,9 +318,9 @@ _PLANNED: tuple[PlannedCheck[_Served], ...] = (
     PlannedCheck("base64", _check_base64, ("batched texts",), _OPTION),
     PlannedCheck("dimensions", _check_dimensions, ("texts",), _OPTION),
     PlannedCheck("images", _alone(lambda _: render_golden_images()), ("connection",), _IMAGE),
-    # Of the sizes and the detail of photographs, which servers shrink and compress.
+    # Images with the sizes and detail of photographs, which servers shrink and compress.
     PlannedCheck("photographs", _alone(lambda _: render_photographs()), ("images",), _IMAGE),
-    # Libraries decode them differently.
+    # Images that libraries decode differently.
     PlannedCheck("image decoding", _alone(lambda _: render_odd_images()), ("images",), _IMAGE),
     PlannedCheck(
         "batched images",
@@ -336,20 +338,20 @@ _PLANNED: tuple[PlannedCheck[_Served], ...] = (
 def check_server(
     source: str | Path, config: ServerCheckConfig, *, revision: str | None = None
 ) -> ModelReport:
-    """Check that an endpoint gives the embeddings of a model, and name the inputs that differ.
+    """Check that an endpoint returns a model's embeddings, and name the inputs that differ.
 
-    The model runs here too, in the dtype of its folder, which sets the tolerance.
+    The model also runs locally, in the dtype of its folder, which determines the tolerance.
 
     Args:
-        source: Folder or Hub id of the LLM2CLIP model that is served, with a text tower.
-        config: Address and schema of the endpoint, and how it is asked.
+        source: Folder or Hub id of the served LLM2CLIP model, which must have a text tower.
+        config: The endpoint and how to query it.
         revision: Branch, tag or commit of the Hub repository.
 
     Returns:
-        Every check, in order; one that cannot run is marked as skipped with its reason.
+        All checks, in order; a check that cannot run is marked as skipped, with the reason.
 
     Raises:
-        ValueError: There is no such model or device, `config.server` is missing, or the model has
+        ValueError: The model or device does not exist, `config.server` is missing, or the model has
             no text tower.
 
     Examples:
@@ -358,11 +360,11 @@ def check_server(
         True
     """
     if config.server is None:
-        raise ValueError("server=None; give the address of an endpoint.")
+        raise ValueError("server must be the address of an endpoint, not None.")
     folder = find_model_folder(source, revision=revision)
     model, processor = load_model(folder, device=config.device)
     if not hasattr(model, "text_model"):
-        raise ValueError(f"{folder} has no text tower. Give a model that encodes texts.")
+        raise ValueError(f"{folder} has no text tower. Choose a model that encodes texts.")
     tested = ModelUnderTest(
         folder,
         str(model.device),
@@ -389,15 +391,15 @@ def check_served(
 
     def find_obstacle(about: str | None) -> str | None:
         if about is None or about == _OPTION:
-            return "the schema cohere has no such option" if about and schema == "cohere" else None
+            return "the cohere schema has no such option" if about and schema == "cohere" else None
         if schema == "openai":
-            return "the schema openai has no images; give --schema chat, cohere or jina"
+            return "the openai schema has no images; use --schema chat, cohere or jina"
         if not tested.encodes_images:
             return "the folder has no vision tower"
         if about == _IMAGES and schema == "chat":
-            return "the schema has one image per request"
+            return "the schema takes one image per request"
         if about == _MIXED and schema != "jina":
-            return "the schema has texts and images in separate requests"
+            return "the schema takes texts and images in separate requests"
         return None
 
     served = _Served(client, tested)

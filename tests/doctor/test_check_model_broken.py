@@ -58,11 +58,11 @@ CASES: dict[str, tuple[Break, str, str]] = {
     "config lost": (remove("config.json"), "config", r"has no config.json"),
     "newer format": (set_config(format_version=99), "config", r"format_version=99.*Upgrade"),
     "prompt lost": (
-        update("tokenizer.json", post_processor=None), "prompt", r"does not begin with the prompt"
+        update("tokenizer.json", post_processor=None), "prompt", r"does not start with the prompt"
     ),
     "suffix truncated": (
         edit_json("tokenizer.json", lambda t: t["post_processor"]["single"].pop()),
-        "prompt", r"does not end with the prompt's suffix \[",
+        "prompt", r"does not end with the prompt suffix \[",
     ),
     "text not stripped": (update("tokenizer.json", normalizer=None), "prompt", r"not stripped"),
     "special flag flipped": (
@@ -74,7 +74,7 @@ CASES: dict[str, tuple[Break, str, str]] = {
     ),
     "span off by one": (
         edit_json("config.json", lambda c: c["prompt_prefix_ids"].pop()),
-        "pooled span", r"'x' has 1 tokens and the suffix 1, but 3 are pooled",
+        "pooled span", r"'x' has 1 tokens plus 1 in the suffix, but 3 are pooled",
     ),
     "adapter key renamed": (
         edit_weights(rename_adapter_key),
@@ -122,14 +122,14 @@ CASES: dict[str, tuple[Break, str, str]] = {
     ),
     "falsely marked as quantized": (
         set_config(quantization_config=text_quantization_config("4bit").to_dict()),
-        "weight dtype", r"says that weights are quantized, but the files hold \['float32'\]",
+        "weight dtype", r"are quantized, but the files contain only \['float32'\]",
     ),
     "temperature altered": (
         set_weight("logit_scale.log_scale", lambda w: w + 1),
         "golden embeddings", r"logit_scale is 3\.65\d\d, recorded was 2\.65\d\d"
     ),
     "temperature too high": (
-        set_row("logit_scale.log_scale", 0, 10.0), "temperature", r"wanted one within \[1, 100\]"
+        set_row("logit_scale.log_scale", 0, 10.0), "temperature", r"a value within \[1, 100\]"
     ),
     "NaN in one row": (
         set_row(EMBEDDINGS, 17, torch.nan),
@@ -144,7 +144,7 @@ CASES: dict[str, tuple[Break, str, str]] = {
     ),
     "tokenizer of a larger vocabulary": (
         take_other_tokenizer(vocabulary_size=330),
-        "tokenizer", r"ids up to 329, the LLM's embedding table only 320 rows",
+        "tokenizer", r"ids up to 329, but the LLM's embedding table has only 320 rows",
     ),
     "other tokenizer of the same size": (
         take_other_tokenizer(vocabulary_size=320),
@@ -171,7 +171,7 @@ CASES: dict[str, tuple[Break, str, str]] = {
     ),
     "remote code elsewhere": (
         edit_json("config.json", lambda c: c["auto_map"].update(AutoModel="o/n--m.LLM2CLIPModel")),
-        "remote code", r"config.json names other code: \['AutoModel: o/n--m.LLM2CLIPModel'\]"
+        "remote code", r"config.json refers to other code: \['AutoModel: o/n--m.LLM2CLIPModel'\]"
     ),
     "sentence-transformers truncates earlier": (
         edit_json(
@@ -186,7 +186,7 @@ CASES: dict[str, tuple[Break, str, str]] = {
     ),
     "instruction by default": (
         update(SETTINGS, default_prompt_name="query"), "sentence-transformers",
-        r"default_prompt_name='query' puts an instruction"
+        r"default_prompt_name='query' prepends an instruction"
     ),
     "another similarity": (
         update(SETTINGS, similarity_fn_name="euclidean"), "sentence-transformers",
@@ -238,7 +238,7 @@ def test_a_broken_checkpoint_fails_the_check_that_names_the_error(
 MAP_ERRORS: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
     "half a model": (
         "config.json", lambda c: c["auto_map"].update(AutoModel=HALF),
-        rf"config.json names other code: \['AutoModel: {HALF}'\]",
+        rf"config.json refers to other code: \['AutoModel: {HALF}'\]",
     ),
     "no model": (
         "config.json", lambda c: c["auto_map"].pop("AutoModel"),
@@ -253,7 +253,7 @@ MAP_ERRORS: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
     ),
     "the processor of another repository": (
         PROCESSOR, lambda p: p["auto_map"].update(AutoProcessor="o/n--p.P"),
-        r"processor_config.json names other code: \['AutoProcessor: o/n--p.P'\]",
+        r"processor_config.json refers to other code: \['AutoProcessor: o/n--p.P'\]",
     ),
     "no processor": (
         PROCESSOR, lambda p: p.pop("auto_map"),
@@ -261,10 +261,10 @@ MAP_ERRORS: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
     ),
     "a tokenizer of another repository": (
         TOKENIZER, lambda t: t.update(auto_map={"AutoTokenizer": ["o/n--t.T", None]}),
-        r"tokenizer_config.json names other code: \[\"AutoTokenizer: \['o/n--t.T', None\]",
+        r"tokenizer_config.json refers to other code: \[\"AutoTokenizer: \['o/n--t.T', None\]",
     ),
     "no object": (
-        TOKENIZER, lambda t: t.update(auto_map="o/n"), r"of tokenizer_config.json is 'o/n', wanted"
+        TOKENIZER, lambda t: t.update(auto_map="o/n"), r"tokenizer_config.json is 'o/n', expected"
     ),
 }  # fmt: skip
 
@@ -310,8 +310,11 @@ def test_a_folder_that_was_saved_and_not_exported_is_healthy(good: Path, tmp_pat
 @pytest.mark.parametrize(
     ("lost", "remedy"),
     [
-        ("modules.json", r"modules.json: .* unit length; save_pretrained of the model writes"),
-        ("processor", r"without its processor; save_pretrained of the processor"),
+        (
+            "modules.json",
+            r"modules.json, .* normalizing its embeddings; the model's save_pretrained",
+        ),
+        ("processor", r"without its processor; the processor's save_pretrained"),
     ],
 )
 def test_a_folder_that_sentence_transformers_cannot_load_is_reported_with_the_remedy(
@@ -330,7 +333,7 @@ def test_instructions_that_saving_would_lose_are_reported(copy: Path) -> None:
     edit_json(SETTINGS, lambda s: s["prompts"].update(a="A dog: "))(copy)
     check = find(check_model(copy), "sentence-transformers")
     assert not check.passed
-    assert "a model that is loaded and saved elsewhere would lose these" in check.message
+    assert "which would be lost if the model is loaded and saved elsewhere" in check.message
 
 
 @pytest.mark.slow

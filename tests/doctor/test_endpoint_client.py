@@ -55,9 +55,9 @@ FAILURES = {
     "a list": (reply_with(200, [1]), "neither `data` nor `embeddings`, but list"),
     "too few": (reply_with(200, {"data": []}), "0 embeddings for 1 input"),
     "no embedding": (reply_with(200, {"data": [{}]}), "has no `embedding`"),
-    "null": (reply_with(200, {"data": [{"embedding": [None]}]}), "not a list of numbers"),
+    "null": (reply_with(200, {"data": [{"embedding": [None]}]}), "neither a list of numbers"),
     "order": (
-        reply_with(200, {"data": [{"index": 1, "embedding": [0.5]}]}), "not in the order of the"
+        reply_with(200, {"data": [{"index": 1, "embedding": [0.5]}]}), "not in input order"
     ),
     "odd base64": (reply_with(200, {"data": [{"embedding": "AAA="}]}), "of float32: AAA="),
     "403": (reply_with(403, b"no"), "answered 403 .*LLM2CLIP_API_KEY"),
@@ -65,7 +65,7 @@ FAILURES = {
     "500": (reply_with(500, {"error": {"message": "out of memory"}}), "500 .*out of memory"),
     "redirect": (reply_with(307, b"", Location="http://example.org/"), "redirects to 'http://exa"),
     "overloaded": (reply_with(429, b"", Retry_After="0"), "did so 5 times"),
-    "stalled": (set_attributes(respond=stall), "no whole reply within 0.3 seconds"),
+    "stalled": (set_attributes(respond=stall), "no complete reply within 0.3 seconds"),
 }  # fmt: skip
 
 

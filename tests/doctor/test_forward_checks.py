@@ -52,7 +52,9 @@ def test_a_causal_encoder_that_sees_ahead_with_padding_alone_is_found(good: Path
 def test_a_pooling_that_takes_other_tokens_is_found(good: Path) -> None:
     tested = load_tested(good)
     tested.model.config.text_pooling = "last_token"  # another object than tested.config
-    with pytest.raises(ValueError, match=r"'a dog' is pooled .* away from its caption and suffix"):
+    with pytest.raises(
+        ValueError, match=r"pooling 'a dog' differs by .* from pooling its caption and suffix"
+    ):
         check_pooled_span(tested)
 
 

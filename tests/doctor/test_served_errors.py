@@ -55,7 +55,7 @@ from server_checking import check
 from modeling_llm2clip.doctor.served_inputs import EXACT_TEXTS, render_photographs
 
 DIFFER = "embeddings differ by up to"
-MIXED_UP = "Inputs are mixed up: .* has that of "
+MIXED_UP = "Inputs are mixed up: .* got the embedding of "
 NFC, NFD, NFKC = (partial(unicodedata.normalize, form) for form in ("NFC", "NFD", "NFKC"))
 
 
@@ -132,7 +132,7 @@ def finish(change: Callable[[torch.Tensor], torch.Tensor]) -> Break:
 # A way to break an endpoint, the check that must fail, and what it must say.
 CASES: dict[str, tuple[Break, str, str]] = {
     "last-token pooling": (set_pooling, "texts", DIFFER),
-    "prompt lost": (lose_prompt, "texts", "The prompt is lost"),
+    "prompt lost": (lose_prompt, "texts", "The prompt is missing"),
     "prefix pooled": (pool_prefix, "texts", DIFFER),
     "causal attention": (set_causal, "texts", DIFFER),
     "LLM alone": (serve_tower, "texts", DIFFER),
@@ -144,7 +144,7 @@ CASES: dict[str, tuple[Break, str, str]] = {
     "NaN": (finish(spoil_last), "texts", "have NaN or infinity"),
     "dimensions cut off": (
         finish(lambda embeds: F.normalize(embeds[:, :8], dim=-1)), "texts",
-        "have 8 dimensions, the model's have 32",
+        "have 8 dimensions, but the model's have 32",
     ),
     "half of the dimensions": (finish(keep_half), "texts", DIFFER),
     "truncated early": (truncate_at(64), "mixed lengths", DIFFER),
@@ -170,13 +170,13 @@ CASES: dict[str, tuple[Break, str, str]] = {
         set_attributes(refuses_blank=False), "empty text", r"\[''\]: .* answered 500"
     ),
     "blank embedded": (
-        embed_blank, "empty text", r"\['   '\] gets an answer without an error"
+        embed_blank, "empty text", r"\['   '\] gets a response without an error"
     ),
     "base64 of float64": (set_attributes(base64_dtype="<f8"), "base64", "have 64 dimensions"),
     "base64 of big endian": (set_attributes(base64_dtype=">f4"), "base64", DIFFER),
     "rows of base64 swapped": (swap_base64, "base64", MIXED_UP),
-    "half of the dimensions only": (cut_wrongly_below(0.5), "dimensions", "first 8 at unit length"),
-    "dimensions but half": (cut_wrongly_below(1), "dimensions", "first 16 at unit length"),
+    "half of the dimensions only": (cut_wrongly_below(0.5), "dimensions", "first 8, renormalized"),
+    "dimensions but half": (cut_wrongly_below(1), "dimensions", "first 16, renormalized"),
     "pixels not normalized": (
         set_attributes(pixels=lambda pixels: pixels * 0.27 + 0.45), "images", DIFFER
     ),
@@ -193,10 +193,10 @@ CASES: dict[str, tuple[Break, str, str]] = {
     "GIF": (recompress("GIF"), "images", DIFFER),
     "cache of alike images": (
         cache_images(lambda image: (image.size, look_alike(image))), "photographs",
-        r"image 5 .* has that of image 0",
+        r"image 5 .* got the .* of image 0",
     ),
     "cache by size": (
-        cache_images(lambda image: image.size), "photographs", r"image 5 .* has that of image 0"
+        cache_images(lambda image: image.size), "photographs", r"image 5 .* got the .* of image 0"
     ),
 }  # fmt: skip
 REWRITTEN: dict[str, tuple[Callable[[str], str], str]] = {

@@ -106,7 +106,7 @@ def test_a_folder_in_half_precision_certifies_a_good_server(
 @pytest.mark.parametrize(
     ("break_it", "says"),
     [
-        (lose_prompt, "The prompt is lost"),
+        (lose_prompt, "The prompt is missing"),
         (set_pooling, "differ"),
         (set_causal, "differ"),
         (serve_tower, "differ"),
@@ -212,18 +212,18 @@ def test_the_command_prints_the_report_and_its_exit_code(
         assert capsys.readouterr().out.splitlines()[-1] == f"{url}: healthy"
         lose_prompt(endpoint)
         assert main(words) == 1
-    assert "The prompt is lost" in capsys.readouterr().out
+    assert "The prompt is missing" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--schema", "jina"], "`schema` needs `server`"),
+        (["--schema", "jina"], "`schema` cannot be used without `server`"),
         (["--server", "127.0.0.1:8000"], "an http or https address"),
         (["--server", "ftp://host"], "an http or https address"),
         (["--server", "http://"], "an http or https address"),
         (["--server", "http://:80"], "has no host"),
-        (["--server", "http://me:secret@host"], "host has a name or password"),
+        (["--server", "http://me:secret@host"], "host contains a user name or password"),
     ],
 )
 def test_an_address_that_is_none_is_refused(

@@ -206,7 +206,7 @@ def test_code_that_a_towers_config_names_is_left_alone_where_transformers_has_th
     code, out, err = ran.answers[f"towers: {command}"]
     assert code == (1 if command == "doctor" else 0), (code, out, err)
     if command == "doctor":
-        assert "config.json names other code inside" in out
+        assert "config.json refers to other code in a nested" in out
 
 
 @pytest.mark.slow

@@ -80,7 +80,7 @@ def test_files_for_hosts_are_written_on_request_with_pinned_requirements(
     source: Path, folder: Path
 ) -> None:
     assert list_files(folder) - list_files(source) == {"handler.py", "requirements.txt"}
-    assert "equal the installed package" in check_remote_code(ModelUnderTest(folder, "cpu"))
+    assert "match the installed package" in check_remote_code(ModelUnderTest(folder, "cpu"))
     lines = (folder / "requirements.txt").read_text("utf-8").splitlines()
     requirements = {requirement.name: requirement for requirement in map(Requirement, lines)}
     assert {"torch", "transformers", "pillow", "torchvision"} <= set(requirements)

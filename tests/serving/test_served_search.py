@@ -190,7 +190,7 @@ def test_an_index_of_another_model_is_refused(folder: Path, other: Path) -> None
 def test_a_search_asks_for_a_bounded_number_of_images(url: str) -> None:
     status, answer = search(url, {"queries": ["a dog"] * 400, "top_k": 800})
     assert status == 400
-    assert "400 queries ask for 320,000 results" in answer["error"]["message"]
+    assert "400 queries would return 320,000 results" in answer["error"]["message"]
 
 
 def test_responses_are_written_outside_of_the_event_loop(

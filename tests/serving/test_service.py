@@ -128,7 +128,7 @@ def test_truncated_texts_are_named_or_refused() -> None:
         (["a"], {"dimensions": 0}, "not 0"),
         (["a", b"not an image"], {}, "not an image"),
         (["a"] * 9, {}, "at most 8"),
-        (["a", 3], {}, "number 2 is int"),
+        (["a", 3], {}, "number 2 is of type int"),
     ],
 )
 def test_what_cannot_be_embedded_is_refused(
