@@ -111,7 +111,7 @@ def test_the_promises_on_security_are_short_name_flags_that_exist_and_are_linked
     text = read(ROOT / "SECURITY.md")
     assert len(text.split()) < 500
     headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
-    assert headings == ["What is promised", "What is not promised", "How to report"]
+    assert headings == ["What is guaranteed", "What is not guaranteed", "How to report"]
     served = read(ROOT / "docs" / "serve.md")
     assert "`SECURITY.md`" in served
     assert all(flag in served for flag in re.findall(r"--[a-z-]+", text))
