@@ -240,10 +240,6 @@ def test_the_images_of_a_request_have_a_limit_together(web: Any) -> None:
     urls = [f"{web.url}/image/{number}" for number in range(40)]
     with allowing():
         assert asyncio.run(images.read(urls[:4])) == [CONTENT] * 4
-<<<<<<< Updated upstream
         with pytest.raises(RequestError, match=r"exceed 0.05 MB"):
-=======
-        with pytest.raises(RequestError, match=r"exceeds 0.05 MB"):
->>>>>>> Stashed changes
             asyncio.run(images.read(urls))
     assert len(web.paths) < 40
