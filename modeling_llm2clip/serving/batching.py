@@ -179,7 +179,7 @@ class BatchWorker:
         try:
             embeds = lane.encode([job.inputs[row] for job, row in batch])
             if len(embeds) != len(batch):
-                raise RuntimeError(f"Got {len(embeds)} embeddings for {len(batch)} inputs.")
+                raise RuntimeError(f"Got {len(embeds)} embeddings for a batch of {len(batch)}.")
         except Exception as error:
             parts: dict[_Job, list[_Taken]] = {}
             for taken in batch:
