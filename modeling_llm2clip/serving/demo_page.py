@@ -321,7 +321,7 @@ def _add_classification(page: DemoPage) -> None:
                 elem_id="labels",
             )
             template = gr.Textbox(
-                _TEMPLATE, label="Prompt", info="{} stands for the label", elem_id="template"
+                _TEMPLATE, label="Prompt", info="{} is replaced by the label", elem_id="template"
             )
             button = gr.Button("Classify", variant="primary", elem_id="classify-button")
         with gr.Column(min_width=280):

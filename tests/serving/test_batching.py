@@ -111,7 +111,7 @@ def test_nothing_more_of_a_failed_or_cancelled_request_is_computed() -> None:
 
 def test_a_model_that_returns_too_few_rows_is_an_error() -> None:
     worker = BatchWorker([Lane("text", lambda _: np.ones((1, 1), np.float32), 4)])
-    with pytest.raises(RuntimeError, match="Got 1 embeddings for 2"):
+    with pytest.raises(RuntimeError, match="Got 1 embeddings for a batch of 2"):
         submit(worker, 1, 2).result(10)
     worker.close()
 
