@@ -381,7 +381,7 @@ class EmbeddingService:
                 raise RequestError(
                     429,
                     f"The queue is full: {self.num_pending} texts and images are waiting, so there "
-                    f"is no room for {count} more. Try again later.",
+                    f"is not enough room for {count} more. Try again later.",
                     code="queue_full",
                     retry_after_s=1,
                 )
