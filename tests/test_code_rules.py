@@ -41,26 +41,26 @@ MOST_FUNCTION_LINES = 60
 # folder may grow by HEADROOM until the next release. Beyond that, new code replaces old, or the
 # commit raises the budget and says why.
 BUDGETS = {
-    ".": 2556,
-    "building": 1357,
-    "cli": 1124,
-    "configs": 861,
-    "conversion": 604,
-    "data": 4802,
+    ".": 2578,
+    "building": 1235,
+    "cli": 994,
+    "configs": 771,
+    "conversion": 542,
+    "data": 4410,
     "demo": 86,
     "doctor": 1068,
-    "embedding": 1258,
-    "encoding": 958,
-    "evaluation": 2927,
-    "model_folders": 1463,
-    "publishing": 951,
-    "recipes": 469,
+    "embedding": 1127,
+    "encoding": 956,
+    "evaluation": 2771,
+    "model_folders": 1481,
+    "publishing": 961,
+    "recipes": 369,
     "scheduling": 83,
-    "search": 1563,
+    "search": 1397,
     "serving": 1457,
-    "training": 4497,
+    "training": 4264,
 }
-NUM_FILES = 279
+NUM_FILES = 274
 HEADROOM = 1.02
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
