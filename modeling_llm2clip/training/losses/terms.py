@@ -1,12 +1,12 @@
-"""Terms beside a run's loss: nearness to a teacher (ProCLIP), and neighbors kept (STRUCTURE).
+"""Terms added to a run's loss: distance to a teacher (ProCLIP) and kept neighbors (STRUCTURE).
 
-ProCLIP (arXiv:2510.18795 v3) measures the distance of embeddings from a teacher's, and compares the
-distances between embeddings. In stage 1 the text side learns the embeddings of CLIP's text encoder
-for the same captions. In stage 2 a trained vision tower stays near the embeddings of its frozen
-self for the same images.
+ProCLIP (arXiv:2510.18795 v3) penalizes the distance between embeddings and a teacher's, and the
+difference between their pairwise distances. In stage 1, the text side learns CLIP's text embeddings
+of the same captions. In stage 2, a trained vision tower stays close to its own frozen embeddings of
+the same images.
 
-STRUCTURE (arXiv:2506.16895) lets projected embeddings keep the neighbors that they have in the
-towers.
+STRUCTURE (arXiv:2506.16895) keeps the neighbors that embeddings have in the towers after they are
+projected.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _TEMPERATURE = 0.07  # of STRUCTURE's neighborhoods
 
 
 class SelfDistillationLoss(nn.Module):
-    """Squared error to the frozen tower's embeddings, and smooth L1 of their distances.
+    """Squared error to the frozen tower's embeddings, plus smooth L1 of the pairwise distances.
 
-    Embeddings are the tower's output before projection, at unit length. The squared error is summed
-    over dimensions. The distances are those of all pairs of images in the batch of all processes,
-    so that their share grows with the batch.
+    Embeddings are the tower's outputs before projection, at unit length. The squared error is
+    summed over dimensions. Distances are taken between all pairs of images in the global batch, so
+    their share grows with the batch size.
 
-    Both are divided by the number of images. The authors' code (VisionXLab/ProCLIP at 2a41f39,
-    `training/train.py`) adds them up instead, so that its weight is this one divided by that
-    number, and compares projected images of one process. The teacher of their paper is a moving
-    average; that of their code is frozen, as this one is.
+    Both terms are divided by the number of images. The authors' code (VisionXLab/ProCLIP at
+    2a41f39, `training/train.py`) sums them instead, so its weight is this one divided by the number
+    of images, and it compares the projected images of one process. The paper's teacher is a moving
+    average; the code's teacher is frozen, like this one.
     """
 
     def forward(self, inputs: LossInputs) -> Tensor:
@@ -46,10 +46,9 @@ class SelfDistillationLoss(nn.Module):
 
 
 def distill(student: Tensor, teacher: Tensor, inputs: LossInputs | None = None) -> Tensor:
-    """Compute the mean distance of rows, (B, D) each, from a teacher's, () float32.
+    """Compute the mean distance between a student's and a teacher's rows, (B, D) each, () float32.
 
-    `inputs` are the batch that they are of, of which other processes have more; None where these
-    are all rows.
+    `inputs` is the batch, whose other rows are on other processes. None if these are all rows.
     """
     student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
     students, teachers = student, teacher
@@ -67,16 +66,15 @@ def distill(student: Tensor, teacher: Tensor, inputs: LossInputs | None = None) 
 
 
 def _measure_distances(rows: Tensor, others: Tensor) -> Tensor:
-    """Measure the distances of all pairs; a product is exact enough where they are squared."""
+    """Compute all pairwise distances by a matrix product, which is accurate enough here."""
     return torch.cdist(rows, others, compute_mode="use_mm_for_euclid_dist")
 
 
 class KeptTextsLoss(nn.Module):
-    """Squared error of kept texts to the embeddings that a teacher gives them, at unit length.
+    """Squared error between kept texts and a teacher's embeddings of them, at unit length.
 
-    It is the first part of `distill`. Every process has the same texts, so that the mean over the
-    processes is the loss of one. Batches without such texts, as of held-out images, have a loss of
-    0.
+    It is the first term of `distill`. Every process has the same texts, so the mean over processes
+    equals the loss of one. Batches without kept texts, such as held-out images, have a loss of 0.
     """
 
     def forward(self, inputs: LossInputs) -> Tensor:
@@ -90,11 +88,10 @@ class KeptTextsLoss(nn.Module):
 class StructureLoss(nn.Module):
     """Jensen-Shannon divergence of the neighborhoods before and after the projections.
 
-    The neighborhood of a row is the softmax of its similarities with the batch of all processes,
-    after the mean is subtracted from embeddings of unit length; the loss is the mean of both sides.
-    It is the first level of the paper's sum, as in the authors' settings (temperature 0.07). Their
-    code computes the divergence with its arguments swapped; this one is that of the paper, between
-    0 and ln 2.
+    A row's neighborhood is the softmax of its similarities to the global batch, computed from
+    unit-length embeddings after subtracting their mean. The loss averages both modalities. It is
+    the first level of the paper's sum, as in the authors' settings (temperature 0.07). Their code
+    swaps the arguments of the divergence; this one follows the paper and is between 0 and ln 2.
     """
 
     def forward(self, inputs: LossInputs) -> Tensor:
@@ -118,6 +115,6 @@ class StructureLoss(nn.Module):
 
 
 def _sum_divergences(before: Tensor, after: Tensor) -> Tensor:
-    """Add up the divergences of rows of log-probabilities, (b, A) each, to ()."""
+    """Sum the divergences between rows of log-probabilities, (b, A) each, to ()."""
     middle = torch.logaddexp(before, after) - math.log(2)
     return (before.exp() * (before - middle) + after.exp() * (after - middle)).sum() / 2
