@@ -349,7 +349,7 @@ REFUSED_AT_ONCE = [
     (["tag", "CLIP", "FULL", "--labels", "LABELS", "--output", "new/tags.csv"], "An LLM2CLIP"),
     (["serve", "no-model"], "no-model: no such folder"),
     (["serve", "OWN", "--index", "FULL"], "is not a database of llm2clip index"),
-    (["serve", "OWN", "--host", "192.0.2.1"], "host='192.0.2.1', port=8000 cannot be"),
+    (["serve", "OWN", "--host", "192.0.2.1"], "Cannot listen on host='192.0.2.1', port=8000"),
     (["export", "OWN", "FULL"], "is not empty"),
     (["export", "OWN"], "OUTPUT requires an argument"),
     (["export", "OWN", "NEW", "--components", "vision-tower", "--dtype", "float16"], "`dtype`"),

@@ -106,19 +106,32 @@ def test_a_resumed_run_writes_the_summary(colored: Prepared, aligned: Run, tmp_p
     assert resumed.results["training_images"] == aligned.results["training_images"]
 
 
+TWO_PROCESSES = f"""
+import sys
+from modeling_llm2clip import align, load_records
+from modeling_llm2clip.configs.align_config import AlignConfig
+
+if __name__ == "__main__":
+    model, data, output, captions, images = sys.argv[1:]
+    align(
+        model, load_records(data), output, AlignConfig(**{FEW_STEPS!r}),
+        caption_store=captions, image_store=images, data_name="data",
+    )
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_fit_all_images_and_write_the_summary_as_one_does(
     colored: Prepared, aligned: Run, tmp_path: Path
 ) -> None:
-    flags = [str(p) for k, v in FEW_STEPS.items() for p in (f"--{k.replace('_', '-')}", v)]
     shutil.copytree(colored.data, tmp_path / "data")
-    run_python(
-        "-m", "modeling_llm2clip", "align", colored.model, colored.data, tmp_path / "two",
-        "--caption-store", colored.captions, "--image-store", colored.images, *flags, processes=2,
-    )  # fmt: skip
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES, encoding="utf-8")
+    stores = colored.captions, colored.images
+    run_python(script, colored.model, colored.data, tmp_path / "two", *stores, processes=2)
     run = Run(tmp_path / "two")
     (two,), (one,) = (read_summary(folder).datasets for folder in (run.model, aligned.model))
-    assert two.name == "data"  # the command names its folder
+    assert two.name == "data"
     assert two.clusters.equal(one.clusters)
     assert two.spread == one.spread
     assert run.best_step == aligned.best_step > 0
