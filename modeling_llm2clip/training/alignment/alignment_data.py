@@ -151,9 +151,9 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
 
     def read_text_keys(self, items: Array, numbers: Array) -> Tensor:
         """Return a number for each caption, (B,) int64; equal captions share it."""
-        if self._stored_long is None:
+        if (store := self.caption_store) is None or self._stored_long is None:
             return torch.from_numpy(self.records.read_text_keys(items, numbers))
-        return torch.from_numpy(self.caption_rows(items, numbers))  # a store has each text once
+        return torch.from_numpy(store.text_keys_at(_look_up(self._caption_items, items), numbers))
 
     def read_pairs(
         self, items: Array, numbers: Array, *, as_stored: bool = False

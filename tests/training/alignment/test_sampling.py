@@ -319,15 +319,11 @@ def test_views_of_a_store_are_sampled(prepared: Prepared, viewed: Viewed) -> Non
     )
     samples = draw_samples(np.tile(np.arange(24), 12), 0, seed=5)
     batch = dataset.__getitems__(samples)
-    rows = [
-        {*store.rows_of(item).tolist(), *(store.rows_of(item, long=True).tolist() if item else [])}
-        for item in range(24)
-    ]
-    for item in range(24):
-        assert set(batch["text_keys"][samples.items == item].tolist()) <= rows[item]
+    keys = [set(map(hash_text, viewed.list_texts(item))) for item in range(24)]
+    for item in range(24):  # equal texts of several shards share a key
+        assert set(batch["text_keys"][samples.items == item].tolist()) <= keys[item]
     # Nothing is left out by its kind.
-    assert len(set(batch["text_keys"].tolist())) > 0.9 * len(set.union(*rows))
-    assert torch.equal(batch["caption_embeds"], store.read(batch["text_keys"].numpy()))
+    assert len(set(batch["text_keys"].tolist())) > 0.9 * len(set.union(*keys))
     joined = AlignmentStream(
         stream_records(prepared.data), viewed.processor, AlignConfig(seed=3), caption_store=store
     )
