@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import initialization as init
 
-from .configuration_llm2clip import LLM2CLIPConfig
+from .configuration_llm2clip import HEADS, LLM2CLIPConfig
 from .heads_llm2clip import LogitHead, PooledDense, TextAdapter, list_random, sample_heads
 from .loading_llm2clip import (
     WEIGHT_FILE,
@@ -269,6 +269,11 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         if hasattr(model, "vision_model"):
             require_restored_buffers(model.vision_model)
         refuse_unaccounted_keys(cls, info, allow_misshapen=allow_misshapen)
+        renewed = {
+            *model.config.random_heads,
+            *(k[0].split(".")[0] for k in info["mismatched_keys"]),
+        }
+        model.config.random_heads = [head for head in HEADS if head in renewed]
         quantized: Any = getattr(model.config, "quantization_config", None)
         if getattr(quantized, "load_in_8bit", False) and quantized.llm_int8_threshold > 0:
             warnings.warn(

@@ -158,11 +158,11 @@ class LLM2CLIPConfig(PreTrainedConfig):
             self._attn_implementation = attn_implementation
 
     def __setattr__(self, key: str, value: Any) -> None:
-        """Set a field; refuse requests for states, which the model does not return."""
+        """Set a field; refuse requests for states, which only a call of the model takes."""
         if value and key.lstrip("_") in ("output_hidden_states", "output_attentions"):
             raise ValueError(
-                f"{key.lstrip('_')}={value!r}: the model returns its towers' last hidden states "
-                "alone. Leave it out, and call model.text_model or model.vision_model for more."
+                f"{key.lstrip('_')}={value!r}: the configuration does not reach the towers. "
+                f"Pass {key.lstrip('_')}=True when you call the model instead."
             )
         super().__setattr__(key, value)  # type: ignore[no-untyped-call]
 

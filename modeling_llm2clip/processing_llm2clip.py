@@ -33,7 +33,7 @@ _NOT_TAKEN = {
     "text_pair", "text_target", "text_pair_target", "is_split_into_words",
     "return_overflowing_tokens", "audio", "videos",
 }  # fmt: skip
-_IMAGE_LEVELS, _FALSE = ("images_kwargs", "common_kwargs"), (False,)
+_IMAGE_LEVELS, _NOT_TRUE = ("images_kwargs", "common_kwargs"), (False, None)
 _BLANK = "A text is blank: its embedding represents only the prompt."
 _NOT_READ = ("audio_kwargs", "videos_kwargs")  # sentence-transformers always passes both
 # Options that select where to find a model's files.
@@ -359,13 +359,11 @@ def _unpack(image: Any) -> Any:
 
 
 def _pop_unscaled(kwargs: dict[str, Any]) -> bool:
-    """Remove `do_rescale=False` at every level, and return whether any was found."""
+    """Remove `do_rescale` of False or None (the default), and return whether any was False."""
     levels = {name: dict(kwargs[name] or {}) for name in _IMAGE_LEVELS if name in kwargs}
     kwargs.update(levels)
-    places = [place for place in (kwargs, *levels.values()) if place.get("do_rescale") in _FALSE]
-    for place in places:
-        del place["do_rescale"]
-    return bool(places)
+    places = [p for p in (kwargs, *levels.values()) if p.get("do_rescale", True) in _NOT_TRUE]
+    return False in [place.pop("do_rescale") for place in places]
 
 
 def _to_eight_bits(images: Any) -> Any:

@@ -428,6 +428,16 @@ def test_pixels_that_are_to_be_scaled_are_not_taken_for_scaled_ones(
         processor(images=[np.zeros((8, 9, 3)), image], do_rescale=False)
 
 
+@pytest.mark.parametrize("nested", [None, "images_kwargs", "common_kwargs"])
+def test_a_rescale_option_of_none_is_the_default(
+    nested: str | None, processor: LLM2CLIPProcessor
+) -> None:
+    options: dict[str, Any] = {"do_rescale": None}
+    options = {nested: options} if nested else options
+    wanted = processor(images=draw_noise())["pixel_values"]
+    assert torch.equal(processor(images=draw_noise(), **options)["pixel_values"], wanted)
+
+
 def test_a_processor_that_never_rescales_accepts_images() -> None:
     image_processor = copy.deepcopy(fresh_processor().image_processor)
     image_processor.do_rescale, image_processor.image_mean = False, [127.5] * 3

@@ -403,7 +403,7 @@ def _render(folder: Path, card: CardData, *, name: str) -> str:
     kept = "".join(sections.get(part, part) for part in card.edits.sections)
     metadata = ModelCardData(**{**data.to_dict(), **card.edits.metadata})
     # U+0085 breaks lines in YAML, where it would be read back as a space.
-    text = re.sub("\x85 *", " ", f"---\n{metadata.to_yaml()}\n---\n\n{kept or body}")
+    text = re.sub("\x85 *", " ", f"---\n{metadata.to_yaml()}\n---\n\n{kept.lstrip() or body}")
     return str(ModelCard(text.replace("\0", _describe_license(card))))
 
 

@@ -202,6 +202,18 @@ def edit_card(card: Path) -> None:
     edited.save(card)
 
 
+def test_a_card_with_an_edited_beginning_is_written_again_as_it_is(
+    folder: Path, tmp_path: Path
+) -> None:
+    card = Path(shutil.copytree(folder, tmp_path / "copy")) / "README.md"
+    card.write_text(card.read_text().replace("An LLM2CLIP model", "Our model"), encoding="utf-8")
+    written = []
+    for _ in range(2):
+        push_card(card.parent, license="mit", name="me/other")
+        written.append(card.read_text(encoding="utf-8"))
+    assert written[0] == written[1] and "---\n\n# " in written[0]
+
+
 @pytest.mark.parametrize("write", ["push", "export", "results"])
 def test_what_others_wrote_on_a_card_is_kept(write: str, folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))

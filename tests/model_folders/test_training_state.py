@@ -96,6 +96,15 @@ def test_what_was_trained_is_read_from_the_weights_that_are_saved(
     assert read_state(tmp_path / "kept") == [*frozen]
 
 
+def test_a_head_of_another_shape_than_its_saved_weights_is_random_again(tmp_path: Path) -> None:
+    tiny_model()[0].save_pretrained(tmp_path / "trained")
+    resized = LLM2CLIPModel.from_pretrained(
+        tmp_path / "trained", projection_dim=8, ignore_mismatched_sizes=True
+    )
+    resized.save_pretrained(tmp_path / "resized")
+    assert read_state(tmp_path / "resized") == ["text_projection", "visual_projection"]
+
+
 def test_a_merged_lora_on_the_projections_trained_them_and_one_on_the_llm_did_not(
     tmp_path: Path,
 ) -> None:
