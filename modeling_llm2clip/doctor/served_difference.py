@@ -36,7 +36,8 @@ def require_same(
     if served.shape != expected.shape:
         width, model_width = served.shape[1], expected.shape[1]
         raise ValueError(
-            f"the embeddings have {width} dimensions, but the model's have {model_width}."
+            f"The server's embeddings have {width} dimensions, the model's have {model_width}. "
+            "Serve this model, or check the one that is served."
         )
     distances = measure_distances(served, expected)
     worst = float(distances.max())

@@ -300,7 +300,9 @@ class EmbeddingService:
                 check_filter(where, index.columns)
         parts_of = [query if isinstance(query, list) else [query] for query in queries]
         if empty := [number for number, parts in enumerate(parts_of) if not parts]:
-            raise RequestError(400, f"Query number {empty[0]} is empty. Send a text or an image.")
+            raise RequestError(
+                400, f"Query number {empty[0] + 1} is empty. Send a text or an image."
+            )
         query_of = [number for number, parts in enumerate(parts_of) for _ in parts]
         inputs = [part for parts in parts_of for part in parts]
         embedded = await self.embed(inputs, prompt_name=prompt_name)

@@ -120,10 +120,10 @@ def _parse(url: str) -> SplitResult:
         raise _refuse(url, "is not a valid URL") from None
     if parts.scheme not in _SCHEMES:
         raise _refuse(url, "is not an http or https URL", code="url_not_allowed")
-    if not parts.hostname or "@" in parts.netloc or not port_is_valid:
-        raise _refuse(
-            url, "has no host, an invalid port, or a user name in it", code="url_not_allowed"
-        )
+    if not parts.hostname or not port_is_valid:
+        raise _refuse(url, "has no host or an invalid port")
+    if "@" in parts.netloc:
+        raise _refuse(url, "contains a user name", code="url_not_allowed")
     # A line break would end the request header.
     if not url.isascii() or any(char <= " " or char == "\x7f" for char in url):
         raise _refuse(url, "has characters that must be percent-encoded")

@@ -144,7 +144,7 @@ CASES: dict[str, tuple[Break, str, str]] = {
     "NaN": (finish(spoil_last), "texts", "have NaN or infinity"),
     "dimensions cut off": (
         finish(lambda embeds: F.normalize(embeds[:, :8], dim=-1)), "texts",
-        "have 8 dimensions, but the model's have 32",
+        "have 8 dimensions, the model's have 32",
     ),
     "half of the dimensions": (finish(keep_half), "texts", DIFFER),
     "truncated early": (truncate_at(64), "mixed lengths", DIFFER),

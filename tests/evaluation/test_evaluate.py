@@ -380,7 +380,7 @@ def test_captions_that_a_task_cannot_use_fail_before_a_model_is_loaded(
     changes: dict[str, Any] = {"languages": (), "captions_only": True}
     chosen = arguments(tmp_path / "out", str(tmp_path), sources("clip"), **changes)
     for task, message in (
-        ("cra", "8 of 8 have only one"), ("length", "1 of 8 captions can be split"),
+        ("cra", "8 of 8 images have only one"), ("length", "1 of 8 captions can be split"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             evaluate(**change(chosen, tasks=(task,)))

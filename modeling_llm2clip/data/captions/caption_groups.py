@@ -126,8 +126,8 @@ class CaptionGroups(Iterable[CaptionGroup]):
         assert self.chosen is None and self.left_out is None
         if not 2 <= count <= len(self) - 2:
             raise ValueError(
-                f"Cannot hold out {count} of {len(self)} images: each side needs at least two. "
-                "Choose another number (--num-held-out), or give more images."
+                f"Cannot hold out {count} of {len(self)} images with two captions: at least two "
+                "must stay on each side. Choose another --num-held-out, or add images."
             )
         chosen = np.zeros(len(self), np.bool_)
         chosen[_shuffle(len(self), seed)[:count]] = True

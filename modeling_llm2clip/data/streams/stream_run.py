@@ -368,6 +368,8 @@ class StreamRun:
             except (BrokenShardError, LostFileError) as error:
                 place = f"{self._reader.shards[shard]} of the buffer"
                 self.report.add_lost_shard(place, str(error))
+                if shard == current:
+                    self._go_to_next_shard()
                 continue
             if shard == current:
                 self._rest = rest

@@ -187,8 +187,8 @@ def _require_pairs(datasets: Datasets) -> list[CaptionGroup]:
     single = [group.group_id for group in groups if len(group.captions) < 2]
     if single or len(groups) < 2:
         raise ValueError(
-            f"{dataset.name}: CRA needs at least two images with two captions each. "
-            f"{len(single)} of {len(groups)} have only one caption: {single[:5]}."
+            f"{dataset.name}: CRA needs at least two images, each with two captions. "
+            f"{len(single)} of {len(groups)} images have only one caption: {single[:5]}."
         )
     return groups
 

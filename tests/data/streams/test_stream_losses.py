@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import resource
+import shutil
 import traceback
 from collections import Counter
 from collections.abc import Collection
@@ -68,6 +69,17 @@ def test_a_shard_that_ends_early_is_named_and_the_others_are_read(
         assert f"{broken.name} before sample" in stream.report.describe()
         with pytest.raises(TooManyLostError, match=rf"1 of 8 shards.*\n.*{broken.name} before sa"):
             list(stream_records(source, retry=FAST))
+
+
+def test_a_shard_that_is_lost_on_resume_is_counted_once(tars: Path, tmp_path: Path) -> None:
+    shard = tmp_path / "0.tar"
+    shutil.copy(tars / "00000.tar", shard)
+    first, resumed = (stream_records(shard, buffer_size=4, max_lost_share=1) for _ in range(2))
+    next(iter(first))
+    shard.unlink()
+    resumed.load_state_dict(first.state_dict())
+    assert list_names(resumed) == []
+    assert (resumed.report.lost_shards, resumed.report.shards) == (1, 0)
 
 
 def test_a_shard_cut_at_a_block_is_noticed(tars: Path, tmp_path: Path) -> None:

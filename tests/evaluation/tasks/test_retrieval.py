@@ -114,8 +114,12 @@ def test_cra_is_what_fine_tuning_measures(tmp_path: Path) -> None:
 def test_cra_needs_two_captions_per_image_and_lets_no_text_find_itself(tmp_path: Path) -> None:
     encoder = open_embeddings(tmp_path, {"a": EAST, "b": NORTH, "c": WEST})
     for captions, images, message in (
-        (["a", "b", "c"], [0, 0, 1], r"1 of 2 have only one caption: \['p1'\]"),
-        (["a", "a", "b", "b"], [0, 0, 1, 1], r"2 of 2 have only one caption: \['p0', 'p1'\]"),
+        (["a", "b", "c"], [0, 0, 1], r"1 of 2 images have only one caption: \['p1'\]"),
+        (
+            ["a", "a", "b", "b"],
+            [0, 0, 1, 1],
+            r"2 of 2 images have only one caption: \['p0', 'p1'\]",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             CRA.run(encoder, (make_retrieval_dataset(captions, images, shown=False),))
