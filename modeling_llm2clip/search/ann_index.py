@@ -1,8 +1,8 @@
-"""Trains an approximate index, and keeps it if it is faster than exact search and finds enough.
+"""Train an approximate index, and keep it if it is faster than exact search and finds enough.
 
-Texts lie far from all images, on another side of the space, so that the images nearest to a text
-are spread over many partitions. The number of partitions to visit is therefore measured with
-texts; with images as queries, a fraction of it would seem to be enough.
+Text embeddings lie far from all image embeddings, so the images nearest to a text are spread over
+many partitions. The number of partitions to visit is therefore measured with texts. Measured with
+images as queries, far fewer would seem to be enough.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from .._suggestions import counted
 from .index_about import AnnIndex
 from .index_database import IndexDatabase
 
-# With fewer images, a query is compared with all of them in less than about 50 ms.
+# Below this number of images, an exact search takes less than about 50 ms.
 FEWEST_ROWS = 20_000
-# With more, a query compares more images; with fewer, the nearest are in more partitions.
+# Larger partitions mean more comparisons per query; smaller ones spread the nearest images wider.
 _ROWS_PER_PARTITION = 1000
 _TOP_K, _MIN_RECALL = 10, 0.97
 _SHARES_VISITED = (
     0.02, 0.05, 0.08, 0.1, 0.12, 0.14, 0.16, 0.18, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0
 )  # fmt: skip
-# One bit per dimension is rough: of so many candidates per result, the true cosine decides.
+# One bit per dimension is coarse, so this many candidates per result are re-ranked by exact cosine.
 _REFINE_FACTORS = (50, 200)
-# Partitions are trained again once the number of images has changed by more than this factor.
+# Partitions are retrained once the number of images has changed by more than this factor.
 _MOST_GROWTH = 1.25
-# Two ways to add up a cosine in float32 differ by less.
+# Two summation orders of a cosine in float32 differ by less than this.
 _ROUNDING = 1e-5
 
 Report = Callable[[str], object]
 
 
 def needs_training(database: IndexDatabase) -> bool:
-    """Return True if there are no partitions, or if they no longer fit the number of images."""
+    """Return True if there are no partitions, or too few or too many for the number of images."""
     ann = database.about.ann
     if ann is None:
         return True
@@ -53,14 +53,14 @@ def train_ann(
     always: bool,
     report: Report,
 ) -> AnnIndex:
-    """Train the approximate index; `is_used` of the result says if it was kept.
+    """Train the approximate index; `is_used` of the result says whether it was kept.
 
-    Queries are embeddings of texts, (Q, P) float32 of unit length. `always` keeps an index that is
-    slower or finds less.
+    Queries are unit-length text embeddings, (Q, P) float32. `always` keeps the index even if it is
+    slower than exact search or misses too much.
     """
     num_rows = database.count()
     num_partitions = max(1, round(num_rows / _ROWS_PER_PARTITION))
-    report(f"Training an approximate index of {counted(num_rows, 'image')} …")
+    report(f"Training an approximate index on {counted(num_rows, 'image')} …")
     started = time.monotonic()
     database.build_ann(num_partitions)
     seconds = round(time.monotonic() - started, 1)
@@ -74,16 +74,16 @@ def train_ann(
     ann = replace(ann, is_used=always or (finds_enough and is_faster))
     if not ann.is_used:
         database.drop_ann()
-    reason = f"below {_MIN_RECALL}" if not finds_enough else "slower than without"
+    reason = f"recall below {_MIN_RECALL}" if not finds_enough else "slower than exact search"
     report(
         f"Trained in {seconds:.0f} s. {describe_ann(ann)}"
-        + ("" if ann.is_used else f" Not kept: {reason}; every image is compared.")
+        + ("" if ann.is_used else f" Not kept: {reason}. Every image is compared instead.")
     )
     return ann
 
 
 def tune_ann(database: IndexDatabase, ann: AnnIndex, queries: np.ndarray[Any, Any]) -> AnnIndex:
-    """Choose and measure the fewest partitions per query that reach the recall, or the best."""
+    """Choose the fewest partitions per query that reach the minimum recall, or the best recall."""
     greatest = find_greatest_cosines(
         queries, (part for _, part in database.iterate_embeddings()), top_k=_TOP_K
     )
@@ -106,7 +106,7 @@ def tune_ann(database: IndexDatabase, ann: AnnIndex, queries: np.ndarray[Any, An
 def measure_search(
     database: IndexDatabase, queries: np.ndarray[Any, Any], *, ann: AnnIndex | None
 ) -> tuple[list[list[float]], float]:
-    """Return the cosines that each query, (Q, P), finds, and the median milliseconds of a query."""
+    """Search for each query of (Q, P); return the cosines of its hits and the median time in ms."""
     cosines, seconds = [], []
     for query in queries:
         started = time.perf_counter()
@@ -119,7 +119,7 @@ def measure_search(
 def find_greatest_cosines(
     queries: np.ndarray[Any, Any], parts: Iterable[np.ndarray[Any, Any]], *, top_k: int
 ) -> np.ndarray[Any, Any]:
-    """Find the greatest cosines of unit embeddings, (Q, top_k) in descending order."""
+    """Find the highest cosines of unit-length embeddings, (Q, top_k) in descending order."""
     best = np.empty((len(queries), 0), dtype=np.float32)
     for part in parts:
         best = np.concatenate([best, queries @ part.T], axis=1)
@@ -129,10 +129,9 @@ def find_greatest_cosines(
 
 
 def measure_ann_recall(results: Sequence[Sequence[float]], greatest: np.ndarray[Any, Any]) -> float:
-    """Measure the share of the nearest images that a search has found.
+    """Measure the share of the nearest images that a search found.
 
-    An image counts if its cosine is at least the smallest of the exact results, so that images of
-    equal cosines stand for each other.
+    A hit counts if its cosine is at least the lowest exact one, so tied images are interchangeable.
     """
     hits = [
         min(sum(cosine >= row[-1] - _ROUNDING for cosine in cosines), len(row)) / len(row)
@@ -143,9 +142,10 @@ def measure_ann_recall(results: Sequence[Sequence[float]], greatest: np.ndarray[
 
 def describe_ann(ann: AnnIndex) -> str:
     return (
-        f"Approximate index: {ann.nprobes} of {ann.num_partitions} partitions per query, refined "
-        f"{ann.refine_factor}-fold; recall@10 {ann.recall_at_10:.3f} of {ann.num_queries} texts; "
-        f"{ann.query_ms:.0f} ms per query, {ann.exact_query_ms:.0f} ms without it."
+        f"Approximate index: {ann.nprobes} of {ann.num_partitions} partitions per query, "
+        f"{ann.refine_factor} candidates per result; recall@10 {ann.recall_at_10:.3f} on "
+        f"{ann.num_queries} texts; {ann.query_ms:.0f} ms per query, {ann.exact_query_ms:.0f} ms "
+        "without it."
     )
 
 

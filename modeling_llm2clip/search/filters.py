@@ -1,9 +1,9 @@
-"""Bounds the filters of an index before the database reads them.
+"""Restrict the filters of an index before the database parses them.
 
-LanceDB's parser goes one level deeper with each operator, so that a filter of two kilobytes can
-overflow its stack and end the process; and some functions of SQL make gigabytes out of a few
-characters. So a filter has columns, literals, comparisons and parentheses alone, and few of them.
-Whether they make up a condition is up to the database.
+LanceDB's parser recurses with each operator, so a filter of two kilobytes can overflow its stack
+and kill the process. Some SQL functions also expand a few characters into gigabytes. A filter may
+therefore hold only columns, literals, comparisons and parentheses, and only a limited number of
+them. Whether they form a valid condition is checked by the database.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 
 MOST_WORDS = 200
-"""Maximum columns, literals, operators and parentheses, without the literals of IN lists."""
+"""Maximum number of columns, literals, operators and parentheses, not counting IN lists."""
 _MOST_CHARACTERS = 10_000
 _MAX_CHARACTERS_IN_MESSAGE = 60
 
@@ -30,14 +30,15 @@ _KEYWORDS = (
 
 
 class FilterError(ValueError):
-    """A filter cannot be used; the message names it and the words that are allowed."""
+    """A filter that cannot be used; the message quotes it and lists the allowed words."""
 
 
 def check_filter(where: str, columns: Iterable[str]) -> str:
-    """Return a filter in the form that the database takes; FilterError if a word is not allowed.
+    """Return a filter in the database's syntax; FilterError if a word is not allowed.
 
-    The database compares integers with other numbers only if these are cast. It ignores text
-    after a complete condition, so the filter is put in parentheses, and its own must match.
+    The database compares integer columns with decimals only if the decimals are cast. It ignores
+    text after a complete condition, so the filter is wrapped in parentheses, and its own
+    parentheses must balance.
     """
     columns = list(columns)
     words = {*_KEYWORDS, *(column.upper() for column in columns)}
@@ -50,10 +51,10 @@ def check_filter(where: str, columns: Iterable[str]) -> str:
             problem = f"{where[place : place + 20]!r} at character {place + 1} is not allowed"
             raise explain_filter(where, problem, columns)
         number, separator = token["number"] or "", token["next"] or ""
-        # An integer of more digits may be none of 64 bits.
+        # An integer with more digits may not fit in 64 bits.
         is_decimal = len(number) > 18 or not f"0{number.lstrip('-')}".isdecimal()
         parts.append(f"{separator}CAST({number} AS DOUBLE)" if is_decimal else token.group())
-        num_words += bool(token.lastgroup and not separator)  # a list is as deep as one literal
+        num_words += bool(token.lastgroup and not separator)  # an IN list adds no nesting
         place = token.end()
     if depth or not 0 < num_words <= MOST_WORDS or len(where) > _MOST_CHARACTERS:
         problem = (
@@ -64,12 +65,12 @@ def check_filter(where: str, columns: Iterable[str]) -> str:
 
 
 def explain_filter(where: str, problem: str, columns: Iterable[str]) -> FilterError:
-    """Make the error that names the problem of a filter, and the words that are allowed."""
+    """Return an error that states what is wrong with a filter and lists the allowed words."""
     most = _MAX_CHARACTERS_IN_MESSAGE
     shown = where if len(where) <= most else where[: most - 1] + "…"
     return FilterError(
-        f"where={shown!r} cannot be used: {problem}. The columns are {', '.join(columns)}; compare "
-        "them by =, !=, <, <=, >, >=, LIKE, IN (…), BETWEEN … AND …, IS NULL, and join comparisons "
-        f"by AND, OR, NOT and parentheses, at most {MOST_WORDS} words in all. Write texts as "
-        "'this', times as date '2024-01-31' or timestamp '2024-01-31 18:00:00'."
+        f"where={shown!r} cannot be used: {problem}. The columns are {', '.join(columns)}. Compare "
+        "them with =, !=, <, <=, >, >=, LIKE, IN (…), BETWEEN … AND … or IS NULL, and combine "
+        f"comparisons with AND, OR, NOT and parentheses, using at most {MOST_WORDS} words. Write "
+        "text as 'this', and times as date '2024-01-31' or timestamp '2024-01-31 18:00:00'."
     )

@@ -1,4 +1,4 @@
-"""Image files into embeddings in one pass: each is read once; a broken one stops no other."""
+"""Encode image files in one pass: each is read once, and a broken one does not stop the rest."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from ..encoding.encoder_interface import Encoder
 from ..image_loading_llm2clip import DECODER_ERRORS, load_images, read_image_header
 from ..model_folders.training_images import ImageTally
 
-_EXIF, _TAKEN, _ORIENTATION = 0x8769, 36867, 0x0112  # of the EXIF standard
+_EXIF, _TAKEN, _ORIENTATION = 0x8769, 36867, 0x0112  # EXIF tags
 _TIME_FORMAT = "%Y:%m:%d %H:%M:%S"
-_UNNAMED = "image number 1: "  # prefix of `load_images` for an image without a name
+_UNNAMED = "image number 1: "  # how an error of `load_images` begins if the image has no name
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class ReadImages:
     """Image files and their embeddings.
 
     Attributes:
-        paths: N files that were encoded, in their order.
+        paths: The N encoded files, in the order they were passed.
         embeds: (N, P) float32 on the CPU, of unit length.
-        facts: Width and height in pixels, upright, and when the camera took it, of each of them.
-        errors: Error of each file that cannot be read.
-        digests: SHA-256 of every file that was read, also of broken and known ones. Missing files
+        facts: Width and height in pixels once upright, and the time taken, per file in `paths`.
+        errors: Error message per unreadable file.
+        digests: SHA-256 of every file that was read, including broken and known ones. Missing files
             and files without an image header are not read.
     """
 
@@ -55,10 +55,10 @@ def encode_readable_images(
     tally: ImageTally | None = None,
     known: Container[str] | None = None,
 ) -> ReadImages:
-    """Encode the readable images among distinct paths; threads decode them.
+    """Encode the readable images among distinct paths, decoding in threads.
 
-    With `known`, files with these digests are only hashed, and equal files are encoded once.
-    `tally` counts the images that are encoded.
+    With `known`, files with one of these digests are only hashed, and duplicate files are encoded
+    once. `tally` accumulates the encoded images.
     """
     reader = _Reader(known, encoder.min_jpeg_side)
     encoded: list[Path] = []
@@ -82,21 +82,21 @@ def encode_readable_images(
 
 @dataclass
 class _Reader:
-    """Decodes files in threads, and notes what each contains."""
+    """Decodes files in threads, and records the facts and digest of each."""
 
     known: Container[str] | None
     min_jpeg_side: int | None
     facts: dict[Path, dict[str, Any]] = field(default_factory=dict)
     digests: dict[Path, str] = field(default_factory=dict)
-    first_of: dict[str, Path] = field(default_factory=dict)  # the file of a digest to encode
+    first_of: dict[str, Path] = field(default_factory=dict)  # first file per digest: it is encoded
 
     def open(self, path: Path) -> Image.Image | None:
-        """Decode an image of bytes that are read once, so that they are those of the digest.
+        """Decode an image from the same bytes that are hashed; None if it need not be encoded.
 
-        Pillow gets no file name: from one, it would map some formats again when it decodes them.
+        Pillow gets no file name, because it would open some formats again to memory-map them.
         """
         with read_image_header(path, name=str(path)):
-            pass  # a large file that Pillow cannot open is not read into memory
+            pass  # so a large file that Pillow cannot open is never read into memory
         try:
             content = path.read_bytes()
         except OSError as error:
@@ -110,8 +110,8 @@ class _Reader:
             taken, header = find_time_taken(opened), opened.size
             image: Image.Image = load_images(opened, min_jpeg_side=self.min_jpeg_side)
             size = image.size
-            if self.min_jpeg_side is not None and opened.size != header:  # decoded smaller
-                is_turned = opened.getexif().get(_ORIENTATION) in (5, 6, 7, 8)  # rows are columns
+            if self.min_jpeg_side is not None and opened.size != header:  # decoded at reduced size
+                is_turned = opened.getexif().get(_ORIENTATION) in (5, 6, 7, 8)  # by 90 degrees
                 size = (header[1], header[0]) if is_turned else header
         self.facts[path] = {"width": size[0], "height": size[1], "taken": taken}
         return image
@@ -123,7 +123,7 @@ class _Reader:
 
 
 def find_time_taken(image: Image.Image) -> datetime | None:
-    """Read from EXIF when an image was taken, by its camera's clock; None if it does not say."""
+    """Read the time taken from EXIF, in the camera's local time; None if there is none."""
     try:
         text = image.getexif().get_ifd(_EXIF).get(_TAKEN)
         return datetime.strptime(str(text).strip("\0 "), _TIME_FORMAT) if text else None

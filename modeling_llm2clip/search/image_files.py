@@ -1,4 +1,4 @@
-"""The image files of a folder: which can be decoded, which are left out, and their records."""
+"""List the image files of a folder, report those that are skipped, and make records of them."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from ..data.remote.remote_access import raise_disk_failure
 from ..data.validation_errors import ErrorCollector
 
 _UNREADABLE = "image unreadable"  # kind of error
-# Reasons to leave files out, in the order of their report: a noun, the reason, and the remedy.
+# Reasons to skip files, in the order in which they are reported: noun, reason, remedy.
 _FORMAT = (
     "image file",
-    "of formats that Pillow cannot read here",
-    "Install pillow-heif for HEIC, or Pillow 11.3 for AVIF; convert others to JPEG or PNG.",
+    "in formats that this Pillow cannot read",
+    "Install pillow-heif for HEIC or Pillow 11.3 for AVIF; convert other formats to JPEG or PNG.",
 )
-_DANGLING = ("symbolic link", "to no file", "Correct or remove what is named.")
+_DANGLING = ("symbolic link", "to no file", "Fix or remove these links.")
 _LINKED_FOLDER = (
     "symbolic link",
     "to a folder, not followed",
-    "Move the images into the folder, or name the other folders themselves.",
+    "Move the images into the folder, or pass the linked folders themselves.",
 )
-_CLOSED_FOLDER = ("folder", "that cannot be listed", "Check who may read it.")
+_CLOSED_FOLDER = ("folder", "that cannot be listed", "Check the permissions.")
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,16 @@ class ImageFiles:
     """The image files of a folder.
 
     Attributes:
-        readable: Files of a format that can be decoded here, in order.
-        skipped: What is left out, in order, by noun, reason and remedy: image files of any other
-            format, symbolic links to no file or to a folder, and folders that cannot be listed.
+        readable: Files in a format that can be decoded, sorted.
+        skipped: Skipped paths, sorted, by noun, reason and remedy: image files in other formats,
+            symbolic links to no file or to a folder, and folders that cannot be listed.
     """
 
     readable: list[Path]
     skipped: dict[tuple[str, str, str], list[Path]]
 
     def describe_skipped(self) -> str:
-        """Return a line with names and a remedy for each reason to leave files out."""
+        """Return one line per reason, with file names and a remedy."""
         return "\n".join(
             f"Skipped {counted(len(paths), noun)} {reason}: {list_first(paths)}. {remedy}"
             for (noun, reason, remedy), paths in self.skipped.items()
@@ -61,12 +61,12 @@ class ImageFiles:
 def list_images(image_dir: str | Path) -> ImageFiles:
     """List the image files in a folder and its subfolders by their suffixes.
 
-    A symbolic link to a file is a file. One to a folder is not followed, because it may lead to a
-    folder above it, or to images that are found already.
+    A symbolic link to a file counts as a file. A link to a folder is not followed, because it may
+    lead to a parent folder or to images that are already listed.
     """
     folder = Path(image_dir)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder. Give one that holds images.")
+        raise ValueError(f"{folder}: no such folder. Pass a folder of images.")
     readable = list_readable_suffixes()
     files = ImageFiles([], {_FORMAT: [], _DANGLING: [], _LINKED_FOLDER: [], _CLOSED_FOLDER: []})
     closed: list[OSError] = []
@@ -91,7 +91,7 @@ def list_images(image_dir: str | Path) -> ImageFiles:
     if not files.readable:
         suffixes = ", ".join(f".{suffix}" for suffix in sorted(readable))
         raise ValueError(
-            f"{folder}: no image in it or below it ({suffixes}). {files.describe_skipped()}"
+            f"{folder}: no image in it or its subfolders ({suffixes}). {files.describe_skipped()}"
         )
     return files
 
@@ -108,21 +108,21 @@ def records_from_images(
 
     Args:
         image_dir: Folder of images.
-        check_images: Decode every image, too; None: where there are other errors, which are then
-            reported together.
-        skip_invalid: Leave out and report images whose names are not Unicode, which no record can
-            have, instead of stopping at them.
+        check_images: Also decode every image. With None, images are decoded only if there are
+            other errors, so that all errors are reported together.
+        skip_invalid: Skip and report images whose names are not Unicode, instead of raising.
+            Records can only hold Unicode names.
         show_progress: Show a progress bar while images are decoded.
-        report: Called with lines on files that are left out: image files of formats that cannot be
-            decoded here, and symbolic links to folders or to no file.
+        report: Called with a message about skipped files: image files in formats that cannot be
+            decoded, and symbolic links to folders or to no file.
 
     Returns:
-        Records in the order of their names, which are the paths below the folder.
+        Records sorted by name, which is the path relative to the folder.
 
     Raises:
-        ValueError: There is no such folder, or no readable image in it.
-        DataValidationError: Images cannot be decoded, or have names that are not Unicode; all of
-            them are counted.
+        ValueError: The folder does not exist, or has no readable image.
+        DataValidationError: Some images cannot be decoded, or have names that are not Unicode; the
+            message counts all of them.
 
     Examples:
         >>> records = records_from_images("my-images")
@@ -136,7 +136,7 @@ def records_from_images(
     errors = ErrorCollector()
     if skip_invalid and unnamed:
         count = counted(len(unnamed), "image")
-        report(f"Skipped {count} without a Unicode name: {list_first(unnamed)}. Rename.")
+        report(f"Skipped {count} without a Unicode name: {list_first(unnamed)}. Rename the files.")
     elif unnamed:
         for name in unnamed:
             errors.add(_UNREADABLE, f"{name}: its name is not Unicode. Rename it.")
@@ -145,7 +145,7 @@ def records_from_images(
             errors.add(_UNREADABLE, error)
     errors.raise_if_any(str(folder))
     if not images:
-        raise ValueError(f"{str(folder)!a}: no image whose name is Unicode. Rename them.")
+        raise ValueError(f"{str(folder)!a}: no image has a Unicode name. Rename the images.")
     names = [path.relative_to(folder).as_posix() for path in images]
     return RecordTable.from_records(
         CaptionedImage(image=path, name=name, group_id=name, captions=())
@@ -154,21 +154,21 @@ def records_from_images(
 
 
 def _is_file(path: Path) -> bool:
-    """Return True for a path that leads to a file, and raise if it is the disk that fails.
+    """Return True if a path leads to a file; raise if the disk fails.
 
-    From Python 3.14 on, `is_file` hides such failures.
+    Since Python 3.14, `is_file` hides such failures.
     """
     try:
         return S_ISREG(path.stat().st_mode)
     except PermissionError:
-        return True  # whoever reads it will name it
+        return True  # reading it raises an error with its name
     except OSError as error:
         raise_disk_failure(error, path)
         return False
 
 
 def split_by_unicode(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """Return the paths that are Unicode, and the escaped names of all others."""
+    """Return the paths with Unicode names, and the escaped names of the others."""
     return list(filter(is_unicode, paths)), [
         repr(str(path)) for path in paths if not is_unicode(path)
     ]

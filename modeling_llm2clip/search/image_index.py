@@ -1,6 +1,6 @@
-"""Images that are encoded once and searched by any number of sentences and images.
+"""Encode images once, then search them with any number of sentences and images.
 
-The index is a LanceDB database, in a folder or on object storage, of one model and one folder.
+The index is a LanceDB database for one model and one image folder, on disk or on object storage.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ if TYPE_CHECKING:
 
 Report: TypeAlias = Callable[[str], object]
 
-# Of so few images that pass a filter, all are compared. On two cores that takes about a second for
-# 768 dimensions, most of it for reading the table, so that fewer images take no less.
+# If at most this many images pass a filter, all of them are compared. On two cores, that takes
+# about a second at 768 dimensions, mostly to read the table, so fewer images are hardly faster.
 _MOST_COMPARED = 250_000
-_UNINDEXED = "The index holds no image. Index a folder into it: llm2clip index MODEL IMAGES DB."
+_UNINDEXED = "The index holds no images. Add a folder with: llm2clip index MODEL IMAGES DB."
 
 
 class ImageIndex:
-    """Images and their embeddings, searched by sentences and images.
+    """Images and their embeddings, searchable by sentences and images.
 
-    Several threads may search at once. What another process changes is seen within five seconds:
-    images, and how the approximate index is searched. If it puts an index of another model in the
-    place of this one, or removes it, searches fail until that is set right.
+    Several threads may search at once. Changes that another process makes to the images or to the
+    settings of the approximate index are visible within five seconds. If another process removes
+    the index or replaces it with one for another model, searches fail until that is undone.
 
     Args:
         database: The open database.
-        image_dir: Folder of the images; None for where the database says that they are.
-        encoder: Encodes queries; by default the model is found when the first query needs it.
-        device: Where the model runs.
+        image_dir: Folder of the images; by default, the one recorded in the database.
+        encoder: Encodes queries; by default, the model is located when the first query needs it.
+        device: Device to run the model on.
 
     Examples:
         >>> index = ImageIndex.build("my-model", "my-images", "my-index")
@@ -90,12 +90,12 @@ class ImageIndex:
         """Count the images that pass a filter.
 
         Args:
-            where: As in `search`. A filter reads values, so that missing files are noticed.
+            where: As in `search`. A filter reads values, so missing database files are noticed.
 
         Raises:
-            ValueError: The filter is not one, or names an unknown column.
-            IndexUnavailableError: The index is gone, cannot be read any more, or is of another
-                model than when it was opened.
+            ValueError: The filter is invalid, or names an unknown column.
+            IndexUnavailableError: The index is gone, can no longer be read, or was replaced by one
+                for another model since it was opened.
         """
         num_rows = self._database.count(where)
         self._require_same_model()
@@ -108,12 +108,12 @@ class ImageIndex:
 
     @property
     def about(self) -> About:
-        """Model, folder, width of the embeddings, and approximate index."""
+        """Model, image folder, embedding dimension and approximate index."""
         return self._database.about
 
     @property
     def columns(self) -> Mapping[str, str]:
-        """Names and types of the columns that `where` may use."""
+        """Names and types of the columns available in `where`."""
         return {name: str(kind) for name, kind in COLUMNS.items()}
 
     @classmethod
@@ -126,29 +126,29 @@ class ImageIndex:
         *,
         report: Report | None = None,
     ) -> ImageIndex:
-        """Index a folder of images, or bring an index in line with its folder.
+        """Index a folder of images, or bring an existing index up to date with its folder.
 
-        Only new and changed images are encoded; those that are gone are removed. A file that was
-        renamed or copied is not encoded again. Images that cannot be read are left out and
-        reported. What a stopped call has encoded is kept, and the same call continues there.
+        Only new and changed images are encoded, and deleted images are removed. Files that were
+        renamed or copied are not encoded again. Unreadable images are skipped and reported. If the
+        call is interrupted, what it encoded is kept, and the same call continues from there.
 
         Args:
-            model: Folder or Hub id of a whole, trained model.
-            image_dir: Folder of images; subfolders are included.
-            path: Folder of the database, or a URI on object storage such as `s3://bucket/index`;
-                new, or of an earlier call.
+            model: Folder or Hub id of a trained model with both towers.
+            image_dir: Folder of images, including its subfolders.
+            path: Folder of the database, or a URI on object storage such as `s3://bucket/index`.
+                Created if it does not exist.
             config: How images are encoded, and when an approximate index is built.
-            report: Called with each line on what was done. Default: images that are left out are
-                warned of.
+            report: Called with each progress message. By default, only skipped images are
+                reported, as warnings.
 
         Returns:
             The index.
 
         Raises:
-            ValueError: There is no such device, no image, or none that can be read; the model is
-                not trained; or the database is of another model or folder, is damaged, or is
+            ValueError: The device does not exist; there are no readable images; the model is not
+                trained; or the database belongs to another model or folder, is damaged, or is
                 being written by another process.
-            OSError: The database cannot be written, before anything is read.
+            OSError: The database cannot be written. Raised before any image is read.
         """
         from .index_update import build_index
 
@@ -171,19 +171,19 @@ class ImageIndex:
 
         Args:
             path: Folder or URI of the database.
-            model: Folder or Hub id of the model, if it is no longer where it was. It must give the
-                same embeddings. A folder of ONNX graphs of that model needs no torch.
-            image_dir: Folder of the images, if it is no longer where it was.
-            device: Where the model runs; see `find_device`.
-            precision: Dtype of its towers; see `SearchConfig`.
+            model: Folder or Hub id of the model, if it has moved. It must produce the same
+                embeddings. A folder of that model's ONNX graphs needs no torch.
+            image_dir: Folder of the images, if it has moved.
+            device: Device to run the model on; see `find_device`.
+            precision: Dtype of the towers; see `SearchConfig`.
 
         Returns:
-            The index. Its model is found and compared when the first query needs it, or now if
-            `model` is given.
+            The index. If `model` is passed, it is checked immediately; otherwise the model is
+            located and checked when the first query needs it.
 
         Raises:
-            ValueError: The database is missing, something else, damaged, of another version or of
-                another model; or there is no such folder.
+            ValueError: `path` is missing, is not an index, is damaged, or was written by another
+                version or with another model; or `image_dir` does not exist.
         """
         folder = None if image_dir is None else Path(image_dir).resolve()
         if folder is not None and not folder.is_dir():
@@ -194,7 +194,7 @@ class ImageIndex:
 
     @property
     def encoder(self) -> IndexEncoder:
-        """Encodes queries; its model is found and compared with the index on first use."""
+        """The query encoder; its model is located and checked against the index on first use."""
         with self._lock:
             if self._encoder is None:
                 self._encoder = _open_encoder(
@@ -203,7 +203,7 @@ class ImageIndex:
             return self._encoder
 
     @overload
-    def search(  # type: ignore[overload-overlap]  # a string is a sequence of strings, too
+    def search(  # type: ignore[overload-overlap]  # a string is also a sequence of strings
         self, query: Part, *, top_k: int = ..., where: str | None = ..., exact: bool = ...
     ) -> SearchResult: ...
 
@@ -225,26 +225,27 @@ class ImageIndex:
         where: str | None = None,
         exact: bool = False,
     ) -> SearchResult | list[SearchResult]:
-        """Find the images of the greatest cosine.
+        """Find the images with the highest cosine similarity to a query.
 
         Args:
-            query: A sentence, a `Path` of an image, or a PIL image; or a list of these, in which a
-                list is one query of several parts, by the mean of their embeddings. Or embeddings
-                of queries, (Q, P), of any length. An image of the index finds itself.
-            top_k: Images per query; all of them where there are fewer.
-            where: Filter over `columns`, such as `"width > 2000 AND path LIKE '2024/%'"`:
-                comparisons of SQL, joined by AND, OR, NOT and parentheses.
+            query: A sentence, a `Path` of an image or a PIL image; or a list of queries, in which
+                a nested list is one query whose parts' embeddings are averaged; or an array of
+                query embeddings, (Q, P), of any norm. A query image that is indexed is among its
+                own hits.
+            top_k: Number of images per query, or all images if there are fewer.
+            where: SQL filter over `columns`, such as `"width > 2000 AND path LIKE '2024/%'"`:
+                comparisons combined with AND, OR, NOT and parentheses.
             exact: Compare with every image, even if there is an approximate index.
 
         Returns:
-            A result, which prints as a table; for a list or for embeddings a list of results. It
-            is without hits where no image passes the filter.
+            A result, which prints as a table, or a list of results for a list or for embeddings. A
+            result has no hits if no image passes the filter.
 
         Raises:
-            ValueError: `top_k` is below 1, the filter is not one or names an unknown column, a
-                sentence is blank, a query image is missing or broken, embeddings are of another
-                shape, or the model is no longer that of the index.
-            IndexUnavailableError: As `count`, or the index is empty.
+            ValueError: `top_k` is below 1, the filter is invalid or names an unknown column, a
+                sentence is blank, a query image is missing or broken, embeddings have the wrong
+                shape, or the model no longer matches the index.
+            IndexUnavailableError: As for `count`, or the index is empty.
         """
         require_top_k(top_k)
         if isinstance(query, str | Path | Image.Image):
@@ -263,19 +264,19 @@ class ImageIndex:
         for entry, embedding in zip(named, embeds, strict=True):
             find = partial(self._database.search, embedding, top_k=most, where=where)
             rows = find(ann=ann) if most else []
-            if ann is not None and len(rows) < most:  # the visited partitions have no more
+            if ann is not None and len(rows) < most:  # the visited partitions hold too few images
                 rows = find()
             hits = [(self._image_dir / row["path"], row["cosine"]) for row in rows]
             columns = [{name: row[name] for name in COLUMNS} for row in rows]
             results.append(SearchResult(entry.name, hits, entry.image, columns))
-        self._require_same_model()  # it may have been replaced meanwhile
+        self._require_same_model()  # the index may have been replaced during the search
         return results
 
     def iterate_embeddings(self) -> Iterator[tuple[list[Path], np.ndarray[Any, Any]]]:
-        """Read all images and their embeddings in parts.
+        """Iterate over all images and their embeddings in batches.
 
         Yields:
-            Paths, and their embeddings, (rows, P) float32 of unit length.
+            Paths and their unit-length embeddings, (rows, P) float32.
         """
         for names, embeds in self._database.iterate_embeddings():
             yield [self._image_dir / name for name in names], embeds
@@ -285,13 +286,13 @@ class ImageIndex:
         return self._given_dir or Path(self.about.image_dir)
 
     def _require_same_model(self) -> None:
-        """Refuse to compare embeddings of one model with images of another."""
+        """Raise if the index now holds embeddings of another model than when it was opened."""
         opened, about = self._opened, self._database.about
         if differences := list_differences(about.fingerprint, opened.fingerprint):
             raise IndexUnavailableError(
-                f"{self._database.location} was replaced by an index of the model {about.model}, "
-                f"and was opened for {opened.model}, which gives other embeddings: "
-                f"{'; '.join(differences)}. Put back an index of that model, or open this one anew."
+                f"{self._database.location} was opened as an index for the model {opened.model}, "
+                f"but was since replaced by one for {about.model}, whose embeddings differ: "
+                f"{'; '.join(differences)}. Restore the old index, or reopen this one."
             )
 
     def _choose_ann(self, where: str | None, exact: bool, num_rows: int) -> AnnIndex | None:
@@ -309,10 +310,13 @@ def _open_encoder(
 ) -> IndexEncoder:
     if holds_graphs(source):
         if precision != "auto":
-            raise ValueError(f"precision={precision}: {source} has graphs of one precision.")
+            raise ValueError(
+                f"precision={precision} has no effect: the precision of the ONNX graphs in "
+                f"{source} is fixed. Omit it."
+            )
         database.require_same_fingerprint(source, read_onnx_record(Path(source))["source"])
         return OnnxQueryEncoder(Path(source))
-    # Not above: it imports torch, which an index is opened without.
+    # Imported here because it imports torch, and an index opens without torch.
     from .model_identity import find_whole_model, name_model, require_same_model
 
     model = database.about.model
@@ -322,8 +326,8 @@ def _open_encoder(
         if name_model(source) != model:
             raise
         raise ValueError(
-            f"{database.location} is an index of the model {model}, which cannot be used "
-            f"any more: {error} If it was moved, say where it is (model, --model)."
+            f"{database.location} is an index for the model {model}, which can no longer be "
+            f"loaded: {error} If it has moved, pass its new location (model, --model)."
         ) from error
     require_same_model(database, source, folder)
     decoding = "scaled" if "jpeg decoding" in database.about.precision else "full"

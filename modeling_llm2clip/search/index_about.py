@@ -1,6 +1,6 @@
-"""The description of an image index: its model, columns, approximate index and errors.
+"""Describe an image index: its model, columns and approximate index.
 
-Imports neither the database nor torch.
+This module imports neither the database nor torch.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from ..data.sealed_manifest import read_sealed, write_sealed
 
 FORMAT_VERSION = 1
-HOW_TO_INDEX = "Make one: llm2clip index MODEL IMAGES DB."
-# The columns that a filter may use.
+HOW_TO_INDEX = "Create one with: llm2clip index MODEL IMAGES DB."
+# Columns that a filter may use.
 COLUMNS = {
     "path": pa.string(),
     "sha256": pa.string(),
@@ -27,33 +27,34 @@ COLUMNS = {
     "taken": pa.timestamp("us"),
 }
 EVERY_IMAGE = "bytes >= 0"
-"""A filter that all images pass: to count by it reads values, so missing files are noticed."""
-# Columns that are read from the content of an image: upright pixels, and when it was taken.
+"""A filter that every image passes. Counting with it reads values, so missing files are noticed."""
+# Columns that come from an image's content: upright size in pixels, and time taken.
 FACTS = ("width", "height", "taken")
-# A search with a filter refines this many times more candidates. In the worst measured case, images
-# of 24 topics and queries about 36 others, it raises recall@10 from 0.945 to 0.992.
+# A search with a filter re-ranks this many times more candidates. In the worst measured case,
+# images of 24 topics and queries about 36 others, this raises recall@10 from 0.945 to 0.992.
 _REFINED_MORE = 4
 
 
 class IndexUnavailableError(ValueError):
-    """An index that no query can search: gone, damaged or of another model."""
+    """An index that cannot be searched: missing, damaged or built with another model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnnIndex:
-    """An approximate index, and its measurements when it was built.
+    """Settings of an approximate index, and its measurements when it was built.
 
     Attributes:
-        num_rows: Images when its partitions were trained.
-        num_partitions: Partitions of the images.
-        nprobes: Partitions that a query visits.
-        refine_factor: Candidates per result that are compared exactly.
+        num_rows: Number of images when its partitions were trained.
+        num_partitions: Number of partitions.
+        nprobes: Partitions visited per query.
+        refine_factor: Candidates per result that are re-ranked by exact cosine.
         recall_at_10: Share of the ten nearest images that it finds, over `num_queries` texts.
-        num_queries: Texts that it was measured with.
-        query_ms: Median milliseconds of a query.
-        exact_query_ms: Median milliseconds of a query without the index.
-        build_s: Seconds that training took.
-        is_used: True if searches use it: it finds enough, and is faster than no index.
+        num_queries: Number of texts that it was measured with.
+        query_ms: Median milliseconds per query.
+        exact_query_ms: Median milliseconds per query without the index.
+        build_s: Seconds spent on training.
+        is_used: True if searches use it, because it finds enough and is faster than exact search
+            or was requested with `ann=always`.
     """
 
     num_rows: int
@@ -68,11 +69,11 @@ class AnnIndex:
     is_used: bool
 
     def widen(self) -> AnnIndex:
-        """Return the settings of a search with a filter: all partitions, and more candidates.
+        """Return the settings for a search with a filter: all partitions and more candidates.
 
-        `nprobes` was tuned without a filter. Images that pass one are often alike, such as the
-        images of one folder, and may be in none of the partitions nearest to the query. One bit per
-        dimension also separates similar images less well.
+        `nprobes` was tuned without a filter. Images that pass a filter are often similar, such as
+        those in one folder, and may all be outside the partitions nearest to the query. One bit
+        per dimension also separates similar images less well.
         """
         return dataclasses.replace(
             self,
@@ -87,17 +88,16 @@ class About:
 
     Attributes:
         model: Folder or Hub id of the model.
-        fingerprint: Short texts on weights, tokenizer and prompt, which decide its embeddings.
-        model_files: Digest of names, sizes and times of the model's files: while it stays the
-            same, the fingerprint need not be computed again.
+        fingerprint: Short digests of what determines the embeddings: weights, tokenizer, prompt.
+        model_files: Digest of the names, sizes and times of the model's files. While it is
+            unchanged, the fingerprint is not recomputed.
         image_dir: Folder of the images.
-        width: P of the embeddings.
+        width: Dimension P of the embeddings.
         ann: The approximate index; None if none was built.
-        tally: `num_images` and `total` of an `ImageTally` of the images that were encoded into
-            it; images that were removed since still count. None if the model has no summary of
-            its training images.
-        precision: How the vision tower computed, and how JPEGs were decoded; empty on a CPU in the
-            stored dtype, and in full.
+        tally: `num_images` and `total` of an `ImageTally` of all images encoded so far, including
+            those removed since. None if the model has no summary of its training images.
+        precision: Precision of the vision tower and JPEG decoding; empty on a CPU in the stored
+            dtype with full decoding.
     """
 
     model: str
@@ -110,12 +110,12 @@ class About:
     precision: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def seal(self) -> str:
-        """Return it as sealed JSON."""
+        """Serialize as sealed JSON."""
         return write_sealed({"format_version": FORMAT_VERSION, **dataclasses.asdict(self)})
 
     @classmethod
     def unseal(cls, text: str, location: str) -> About:
-        """Read what `seal` returned; IndexUnavailableError names the database if it is not that."""
+        """Parse the output of `seal`; IndexUnavailableError, with the database, if it is broken."""
         try:
             values = read_sealed(text)
             version = values.pop("format_version")
@@ -124,10 +124,10 @@ class About:
                 return cls(**values, ann=None if ann is None else AnnIndex(**ann))
         except (TypeError, ValueError, KeyError) as error:
             raise IndexUnavailableError(
-                f"{location} is damaged: its table `about` cannot be read ({error}). Remove it, "
-                "and index the images again."
+                f"{location} is damaged: its table `about` cannot be read ({error}). Remove the "
+                "database and index the images again."
             ) from error
         raise IndexUnavailableError(
-            f"{location} has format_version {version}, and this package reads {FORMAT_VERSION}. "
-            "Index the images again into a new database, or use the version that wrote it."
+            f"{location} has format_version {version}, but this package reads {FORMAT_VERSION}. "
+            "Index the images into a new database, or use the package version that wrote this one."
         )

@@ -1,9 +1,11 @@
-"""The LanceDB database of an image index, without torch; no other file knows LanceDB.
+"""Read and write the LanceDB database of an image index; the only module that uses LanceDB.
+
+This module does not import torch.
 
 | table | rows |
 | --- | --- |
-| `images` | `path` below the folder, `sha256`, `bytes`, `modified`, `width`, `height`, `taken`, `stat` (by which a changed file is recognized), `embedding` of unit length, `crc32` of all these |
-| `about` | one, whose `content` is an `About` as sealed JSON |
+| `images` | `path` relative to the folder, `sha256`, `bytes`, `modified`, `width`, `height`, `taken`, `stat` (to detect changed files), `embedding` (unit length), `crc32` of all these |
+| `about` | a single row, whose `content` is an `About` as sealed JSON |
 """  # noqa: E501
 
 from __future__ import annotations
@@ -46,26 +48,26 @@ T = TypeVar("T")
 _WHOLE_ROW = (*COLUMNS, "stat", "embedding", "crc32")
 _IMAGES, _ABOUT = "images", "about"  # names of the tables
 _LOCK = ".llm2clip-lock"  # file in the folder of a database, locked by its writer
-# Errors of LanceDB, and the name of another one, which no module exports.
+# Errors that LanceDB raises, and the name of one more, which no module exports.
 _ERRORS, _PANIC = (RuntimeError, ValueError, OSError, KeyError), "RustPanic"
-_VALUES_AT_ONCE = 500  # in a filter
+_VALUES_AT_ONCE = 500  # values per filter
 _READ_AT_ONCE = 8192
-# An open index sees changes by other processes after this time at the latest.
+# An open index sees changes by other processes after at most this time.
 _SEEN_AFTER_S = 5
-# Older versions stay this long, for readers that opened the table earlier.
+# Old versions are kept this long for readers that opened the table earlier.
 _KEPT_FOR = timedelta(hours=1)
-# More images or iterations take longer and do not improve recall.
+# More images or more iterations take longer without improving recall.
 _TRAINED_ON_PER_PARTITION, _MAX_ITERATIONS = 64, 15
-# One minus the inner product, which is the cosine: all embeddings have unit length.
+# One minus the inner product; the inner product is the cosine because embeddings have unit length.
 _DISTANCE = "dot"
 
 
 class IndexDatabase:
-    """An open database of images; searches of several threads may run at once.
+    """An open database of images; several threads may search it at once.
 
     Args:
-        location: Its folder, or a URI on object storage.
-        describe: Describes a new index; without it, a database that does not exist is an error.
+        location: Folder of the database, or a URI on object storage.
+        describe: Returns the description of a new index. Without it, the database must exist.
     """
 
     def __init__(self, location: str | Path, describe: Callable[[], About] | None = None) -> None:
@@ -85,14 +87,14 @@ class IndexDatabase:
         self._reopen()
 
     def _create(self, describe: Callable[[], About]) -> None:
-        """Write the tables that are not there."""
+        """Create the missing tables."""
         with self._explained("read"):
             tables = self._list_tables()
         if _ABOUT not in tables:
             if _IMAGES in tables:
                 raise ValueError(
                     f"{self.location} has a table `{_IMAGES}` that llm2clip index did not write. "
-                    "Name a new database."
+                    "Choose another location."
                 )
             self.write_about(describe())
         if _IMAGES not in tables:
@@ -102,7 +104,7 @@ class IndexDatabase:
                 self._connection.create_table(_IMAGES, schema=pa.schema({**COLUMNS, **others}))
 
     def _list_tables(self) -> list[str]:
-        """List the tables; one that was begun and has no version yet is none."""
+        """List the tables, except those that were started but have no version yet."""
         names = self._connection.list_tables().tables
         versions = {name: Path(self.location, f"{name}.lance", "_versions") for name in names}
         return [
@@ -116,9 +118,7 @@ class IndexDatabase:
             is_there = _ABOUT in self._list_tables()
             rows = self._connection.open_table(_ABOUT).to_arrow().to_pylist() if is_there else []
         if len(rows) != 1 or "content" not in rows[0]:
-            raise IndexUnavailableError(
-                f"{self.location} is not a database of llm2clip index. {HOW_TO_INDEX}"
-            )
+            raise IndexUnavailableError(f"{self.location} is not an index. {HOW_TO_INDEX}")
         return About.unseal(rows[0]["content"], self.location)
 
     def write_about(self, about: About) -> None:
@@ -129,16 +129,16 @@ class IndexDatabase:
         self.about = about
 
     def _reopen(self) -> None:
-        """Open the table anew: an open one stays at its version if that of a new one is lower."""
+        """Reopen the table: an open one would not move to a lower version, of a replaced table."""
         with self._explained("read"):
             self._table: Any = self._connection.open_table(_IMAGES)
         self._looked_at = time.monotonic()
 
     def refresh(self) -> None:
-        """Read what other processes have written, unless that was done seconds ago.
+        """Pick up what other processes wrote, unless that was done within the last seconds.
 
-        `about` is read before and after the images, so that after a search it describes the images
-        that were searched, even if they were replaced meanwhile.
+        `about` is read before and after the table is reopened, so it describes the images that are
+        searched even if they are replaced in between.
         """
         with self._lock:
             if time.monotonic() - self._looked_at < _SEEN_AFTER_S:
@@ -149,7 +149,7 @@ class IndexDatabase:
             self.about = self._read_about()
 
     def _read(self, function: Callable[[], T]) -> T:
-        """Read the table, and retry once after a refresh: files go when a database is replaced."""
+        """Read the table; on an error refresh and retry once, as the files may be replaced."""
         with self._explained("read"):
             try:
                 return function()
@@ -160,7 +160,7 @@ class IndexDatabase:
 
     @contextmanager
     def _explained(self, what: str) -> Iterator[None]:
-        """Raise errors of the database anew, with its location and a remedy."""
+        """Re-raise database errors with the location and a remedy."""
         try:
             yield
         except IndexUnavailableError:
@@ -170,12 +170,12 @@ class IndexDatabase:
                 raise
             raise IndexUnavailableError(
                 f"{self.location} cannot be {what}: {_shorten(error)}. If it is damaged, remove "
-                "it, and index the images again."
+                "it and index the images again."
             ) from error
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        remedy = "Free some space and run the same command again; it continues"
+        remedy = "Free some space and run the same command again; it resumes"
         with (
             explain_full_disk(Path(self.location), "for the index", remedy),
             self._explained("written"),
@@ -183,7 +183,7 @@ class IndexDatabase:
             yield
 
     def count(self, where: str | None = None) -> int:
-        """Count the images that pass a filter; FilterError if it is not valid."""
+        """Count the images that pass a filter; FilterError if it is invalid."""
         checked = None if where is None else check_filter(where, COLUMNS)
         self.refresh()
         try:
@@ -195,7 +195,7 @@ class IndexDatabase:
             raise explain_filter(where, _shorten(error.__cause__ or error), COLUMNS) from error
 
     def iterate(self, columns: Sequence[str], where: str | None = None) -> Iterator[pa.RecordBatch]:
-        """Yield columns of all images, or of those that pass a filter, in parts."""
+        """Yield batches of columns of all images, or of the images that pass a filter."""
         self.refresh()
         with self._explained("read"):
             query = self._table.search().select(list(columns))
@@ -204,19 +204,19 @@ class IndexDatabase:
             yield from query.to_batches(_READ_AT_ONCE)
 
     def _iterate_whole(self, where: str | None = None) -> Iterator[pa.RecordBatch]:
-        """Yield whole rows, which must be as they were written."""
+        """Yield batches of whole rows, verified by their checksums."""
         with self._explained("read"):
             for batch in self.iterate(_WHOLE_ROW, where):
                 _require_intact(batch)
                 yield batch
 
     def iterate_embeddings(self) -> Iterator[tuple[list[str], np.ndarray[Any, Any]]]:
-        """Yield paths below the folder, and their embeddings, (rows, P) float32."""
+        """Yield batches of paths relative to the folder, and embeddings, (rows, P) float32."""
         for batch in self._iterate_whole():
             yield batch["path"].to_pylist(), _to_matrix(batch["embedding"])
 
     def find_by_digest(self, digests: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """Map the SHA-256 of image files that are there to `FACTS` and `embedding`, (P,)."""
+        """Map each digest (SHA-256) in the index to its image's `FACTS` and `embedding`, (P,)."""
         images: dict[str, dict[str, Any]] = {}
         for condition in _list_conditions("sha256", digests):
             for batch in self._iterate_whole(condition):
@@ -226,9 +226,9 @@ class IndexDatabase:
         return images
 
     def write(self, rows: Mapping[str, Any], embeddings: np.ndarray[Any, Any]) -> None:
-        """Add images, and replace those of the same path, in one commit.
+        """Add images, replacing those with the same path, in one commit.
 
-        Rows hold all columns and `stat`; embeddings are (rows, P).
+        Rows hold all columns and `stat`; embeddings have shape (rows, P).
         """
         flat = pa.array(embeddings.astype(np.float32).ravel())
         columns = {
@@ -248,20 +248,20 @@ class IndexDatabase:
                 self._table.delete(condition)
 
     def optimize(self) -> None:
-        """Join small files, bring an approximate index in line, and remove old versions."""
+        """Compact small files, update the approximate index and remove old versions."""
         with self._writing():
             self._table.optimize(cleanup_older_than=_KEPT_FOR)
 
     def build_ann(self, num_partitions: int) -> None:
-        """Train partitions of embeddings in one bit per dimension, by inner products.
+        """Train partitions by inner product, storing one bit per dimension.
 
-        These are cosines of unit embeddings. By them, a text visits the partitions where its images
-        are; by distances, which also count how far a partition is from all texts, it would visit
-        twice as many to find the same.
+        The inner product of unit-length embeddings is the cosine, so a text visits the partitions
+        that hold its images. Euclidean distances also depend on how far a partition is from all
+        texts; with them, a text would visit twice as many partitions for the same recall.
         """
         from lancedb.index import IvfRq, IvfSq
 
-        # RaBitQ packs dimensions in bytes; scalars of 8 bits take any number, and longer.
+        # RaBitQ packs eight dimensions per byte; 8-bit scalars take any width, but are slower.
         kind = IvfSq if self.about.width % 8 else IvfRq
         config = kind(
             distance_type=_DISTANCE,
@@ -285,9 +285,9 @@ class IndexDatabase:
         where: str | None = None,
         ann: AnnIndex | None = None,
     ) -> list[dict[str, Any]]:
-        """Find the images with the greatest cosines to an embedding, (P,) of unit length.
+        """Find the images with the highest cosine to a unit-length embedding, (P,).
 
-        Returns columns and `cosine`, best first, ties by path. Without `ann` every image is
+        Return columns and `cosine`, best first, ties sorted by path. Without `ann`, every image is
         compared.
         """
         checked = None if where is None else check_filter(where, COLUMNS)
@@ -313,9 +313,9 @@ class IndexDatabase:
     def require_same_fingerprint(
         self, source: object, by_modality: Mapping[str, Mapping[str, str]]
     ) -> None:
-        """Raise ValueError, with every difference, for a model with other embeddings.
+        """Raise ValueError, listing all differences, if a model's embeddings differ.
 
-        A model of one modality is compared by that alone.
+        Only the modalities that the model has are compared.
         """
         indexed = {
             name: value
@@ -324,14 +324,14 @@ class IndexDatabase:
         }
         if differences := list_differences(indexed, join_fingerprints(by_modality)):
             raise ValueError(
-                f"{self.location} is an index of the model {self.about.model}, and {source} gives "
-                f"other embeddings: {'; '.join(differences)}. Search with the model of the index, "
-                "or index the images with this one into a new database."
+                f"{self.location} is an index for the model {self.about.model}, and the embeddings "
+                f"of {source} differ: {'; '.join(differences)}. Use the model of the index, or "
+                "index the images with this model into a new database."
             )
 
 
 def join_fingerprints(by_modality: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """Flatten the fingerprints of the modalities into one, as in an `About`."""
+    """Flatten the fingerprints of all modalities into one, as stored in an `About`."""
     return {
         f"{modality} {name}": value
         for modality, fingerprint in by_modality.items()
@@ -340,9 +340,9 @@ def join_fingerprints(by_modality: Mapping[str, Mapping[str, str]]) -> dict[str,
 
 
 def require_place(location: str, *, is_new: bool = False) -> None:
-    """Raise IndexUnavailableError, with the reason, for a path that is not a database.
+    """Raise IndexUnavailableError if a path is not a database.
 
-    With `is_new`, it may be missing, empty, or an unfinished database, and must be writable.
+    With `is_new`, it may also be missing, empty or an unfinished database, but must be writable.
     """
     if "://" in location:
         return
@@ -354,12 +354,12 @@ def require_place(location: str, *, is_new: bool = False) -> None:
     elif not folder.exists():
         raise IndexUnavailableError(f"{folder}: no such database. {HOW_TO_INDEX}")
     elif not (folder / f"{_ABOUT}.lance").is_dir():
-        raise IndexUnavailableError(f"{folder} is not a database of llm2clip index. {HOW_TO_INDEX}")
+        raise IndexUnavailableError(f"{folder} is not an index. {HOW_TO_INDEX}")
 
 
 @contextmanager
 def lock_database(location: str) -> Iterator[None]:
-    """Lock a database in a folder, which may be new, against other writers."""
+    """Lock a database against other writers; create its folder if needed."""
     if "://" in location:  # object storage has no locks
         yield
         return
@@ -367,12 +367,12 @@ def lock_database(location: str) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _LOCK).open("a") as opened:
         if not lock_file(opened, wait=False):
-            raise ValueError(f"Another process is writing {location}. Wait until it has ended.")
+            raise ValueError(f"Another process is writing {location}. Wait until it finishes.")
         yield
 
 
 def _find_storage_options(location: str) -> dict[str, str] | None:
-    """Return the endpoint of an S3 service other than Amazon, which LanceDB does not look up."""
+    """Return the endpoint of a non-Amazon S3 service, which LanceDB does not look up by itself."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL")
     if not location.startswith("s3://") or not endpoint:
         return None
@@ -380,7 +380,7 @@ def _find_storage_options(location: str) -> dict[str, str] | None:
 
 
 def _hash_rows(batch: pa.RecordBatch) -> list[int]:
-    """Compute the CRC-32 of each row; LanceDB has no checksums."""
+    """Compute the CRC-32 of each row, because LanceDB has no checksums."""
     columns = [batch.column(name) for name in (*COLUMNS, "stat")]
     plain = [c.cast(pa.int64()) if pa.types.is_timestamp(c.type) else c for c in columns]
     texts = [column.cast(pa.string()).cast(pa.binary()) for column in plain]
@@ -397,11 +397,11 @@ def _require_intact(batch: pa.RecordBatch) -> None:
     if len(rows):
         paths = batch.column("path").cast(pa.binary()).take(pa.array(rows))  # perhaps not UTF-8
         names = list_first(path.decode(errors="replace") for path in paths.to_pylist())
-        raise ValueError(f"damaged rows, whose CRC-32 is not that recorded: {names}")
+        raise ValueError(f"damaged rows, whose CRC-32 does not match: {names}")
 
 
 def _shorten(error: BaseException) -> str:
-    """Return the first sentence of an error; LanceDB's go on with places in its source."""
+    """Return the first sentence of an error; LanceDB appends positions in its source code."""
     text = " ".join(str(error).split())
     return text.split(", /")[0].split(" at /")[0][:300].rstrip(". ")
 
@@ -412,7 +412,7 @@ def _to_matrix(column: pa.Array) -> np.ndarray[Any, Any]:
 
 
 def _list_conditions(column: str, values: Sequence[str]) -> Iterator[str]:
-    """Yield filters for some values at a time, so that none grows without bounds."""
+    """Yield filters for batches of values, so no single filter becomes too long."""
     quoted = [f"'{value.replace(chr(39), chr(39) * 2)}'" for value in values]
     for start in range(0, len(quoted), _VALUES_AT_ONCE):
         yield f"{column} IN ({', '.join(quoted[start : start + _VALUES_AT_ONCE])})"

@@ -1,6 +1,6 @@
-"""The model of an index: queries (sentences, images, several of them) and images into embeddings.
+"""Encode the images and queries of an index; a query is a sentence, an image or several of them.
 
-Each tower is loaded when the first query needs it: a sentence is encoded without the vision tower.
+Each tower is loaded when first needed, so a sentence is encoded without loading the vision tower.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Query: TypeAlias = Part | Sequence[Part]
 
 @dataclass(frozen=True)
 class NamedQuery:
-    """A query: its name in a result, parts whose embeddings are averaged, the first image file."""
+    """A query: its name in results, its parts (whose embeddings are averaged), its image file."""
 
     name: str
     parts: tuple[Part, ...]
@@ -36,9 +36,9 @@ class NamedQuery:
 
 
 def name_queries(queries: Sequence[Query]) -> list[NamedQuery]:
-    """Check queries and name them; a list among them is one query of several parts."""
+    """Validate and name queries; a nested list is one query of several parts."""
     if not queries:
-        raise ValueError("There is nothing to search for. Give a sentence or an image.")
+        raise ValueError("There is nothing to search for. Pass a sentence or an image.")
     return [_name_query(query, number) for number, query in enumerate(queries, start=1)]
 
 
@@ -47,7 +47,7 @@ def _name_query(query: Query, number: int) -> NamedQuery:
     if not parts or not all(isinstance(part, str | Path | Image.Image) for part in parts):
         kinds = [type(part).__name__ for part in parts]
         raise ValueError(
-            f"Query number {number} is {kinds or 'empty'}; give a sentence, a Path, a PIL image, "
+            f"Query number {number} is {kinds or 'empty'}. Pass a sentence, a Path, a PIL image, "
             "or a list of these."
         )
     names = [
@@ -61,13 +61,14 @@ def _name_query(query: Query, number: int) -> NamedQuery:
 
 
 class IndexEncoder:
-    """Encodes the images of an index and queries with its model's towers, each loaded on first use.
+    """Encodes images and queries with the towers of the index's model, each loaded on first use.
 
-    Without a precision they run as they are stored: few queries do not repay a comparison.
+    Without a precision, the towers run in the stored dtype: checking a faster one does not pay off
+    for a few queries.
 
     Attributes:
-        jpeg_decoding: How JPEG files are decoded, until the model is loaded.
-        num_truncated: Sentences so far that were longer than the model reads.
+        jpeg_decoding: How JPEG files are decoded; read when the model is loaded.
+        num_truncated: Number of sentences so far that exceeded the model's limit.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class IndexEncoder:
         self.num_truncated = 0
 
     def encode(self, queries: Sequence[NamedQuery]) -> np.ndarray[Any, Any]:
-        """Encode queries, (Q, P) float32 of unit length; several parts of one by their mean."""
+        """Encode queries as unit-length embeddings, (Q, P) float32, averaging the parts of each."""
         parts = [part for query in queries for part in query.parts]
         texts = [part for part in parts if isinstance(part, str)]
         images = [part for part in parts if not isinstance(part, str)]
@@ -102,19 +103,19 @@ class IndexEncoder:
         return check_embeddings(np.stack(rows), width=len(rows[0]))
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray[Any, Any]:
-        """Encode sentences, (N, P) float32 of unit length."""
+        """Encode sentences as unit-length embeddings, (N, P) float32."""
         with self._lock:
             embeds: np.ndarray[Any, Any] = self._encode_texts(texts)
         return embeds
 
     @property
     def max_text_length(self) -> int:
-        """Number of tokens of a sentence that the model reads."""
+        """Maximum number of tokens in a sentence; the rest is truncated."""
         return int(self.model.processor.longest_text)
 
     @cached_property
     def model(self) -> TorchEncoder:
-        """The model, which also encodes the images of an index."""
+        """The model, loaded on first access."""
         from ..encoding.batches import find_min_jpeg_side
         from ..encoding.devices import find_device
         from ..encoding.encode import TorchEncoder
@@ -132,7 +133,7 @@ class IndexEncoder:
         return encoder
 
     def describe_encoding(self) -> dict[str, str]:
-        """Describe how images are encoded; empty on a CPU in the stored dtype, decoded in full."""
+        """Describe how images are encoded; empty on a CPU in the stored dtype, fully decoded."""
         from ..encoding.batches import describe_decoding
         from ..model_folders.guarded_loading import find_stored_dtype
 
@@ -156,7 +157,7 @@ class IndexEncoder:
 
 
 class OnnxQueryEncoder(IndexEncoder):
-    """Encodes sentences with ONNX Runtime, without torch, which takes seconds to import."""
+    """Encodes sentences with ONNX Runtime, avoiding the seconds that importing torch takes."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, "cpu")
@@ -182,17 +183,17 @@ class OnnxQueryEncoder(IndexEncoder):
 
     def _encode_images(self, images: Sequence[Path | Image.Image]) -> Any:
         raise ValueError(
-            f"{self._folder} encodes sentences alone without torch, and {len(images)} of the "
-            "queries are images. Leave --model out, to search with the model of the index."
+            f"{self._folder}: ONNX graphs encode only sentences, but {len(images)} of the queries "
+            "are images. Omit --model to search with the model of the index."
         )
 
 
 def check_embeddings(embeddings: Any, *, width: int) -> np.ndarray[Any, Any]:
-    """Check embeddings that were computed elsewhere, and bring them to unit length."""
+    """Validate query embeddings and normalize them to unit length."""
     embeds = np.asarray(embeddings, dtype=np.float32)
     if embeds.ndim != 2 or embeds.shape[1] != width or not len(embeds):
         raise ValueError(
-            f"Query embeddings have shape {embeds.shape}; give (queries, {width}), at least one."
+            f"Query embeddings have shape {embeds.shape}. Pass (queries, {width}), at least one."
         )
     lengths = np.linalg.norm(embeds, axis=1)
     broken = [int(row) for row in np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))]

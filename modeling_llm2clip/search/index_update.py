@@ -1,8 +1,8 @@
-"""Builds the index of a folder, and updates it: new, changed and removed images, and nothing else.
+"""Build the index of a folder, or update it with only the new, changed and removed images.
 
-A file whose size and times are those of the last run is not read. One that was touched, renamed or
-copied is read and not encoded, because its content has an embedding already. Images are committed
-some at a time, so that a run that is stopped or killed is continued by the next one.
+A file whose size and times are unchanged since the last run is not read. A file that was touched,
+renamed or copied is read but not encoded, because its content already has an embedding. Images are
+committed in batches, so the next run continues after one that was interrupted or killed.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ from .model_identity import (
     store_tally,
 )
 
-# Texts of everyday things, among which recall is measured: more change its mean by less than 0.01.
+# Number of everyday captions that recall is measured with; more change its mean by less than 0.01.
 _NUM_QUERIES = 200
-# Images that a killed run loses at most. A GPU waits for the first ones of each part to be decoded.
+# Images per commit: the most that a killed run loses. More on a GPU, which idles at the start of
+# each commit's images until the first ones are decoded.
 _COMMITTED_AT_ONCE, _COMMITTED_BY_GPU = 512, 8192
 
 Report = Callable[[str], object]
@@ -64,12 +65,12 @@ def build_index(
     skip_invalid: bool = True,
     report: Report | None = None,
 ) -> tuple[IndexDatabase, IndexEncoder]:
-    """Index a folder, or update its index; return the database and the encoder of its queries.
+    """Index a folder, or update its index; return the database and its encoder.
 
-    Without `updates_ann`, an approximate index stays as it is. Without `skip_invalid`, unreadable
-    images are an error after the others are indexed.
+    Without `updates_ann`, the approximate index is left alone. Without `skip_invalid`, unreadable
+    images raise an error once the others are indexed.
     """
-    find_device(config.device, precision=config.precision)  # what is missing is refused at once
+    find_device(config.device, precision=config.precision)  # fails early if there is none
     require_place(location, is_new=True)
     files = list_images(image_dir)
     warn = report or partial(warnings.warn, stacklevel=3)
@@ -82,13 +83,13 @@ def build_index(
         "model_files": hash_file_facts(folder),
         "image_dir": str(image_dir.resolve()),
     }
-    with lock_database(location):  # whose tables another process may be creating
+    with lock_database(location):  # another process may be creating its tables
         database = _open(model, folder, place, location)
         encoder = IndexEncoder(folder, config.device, config.precision, config.jpeg_decoding)
         tally = restore_tally(database.about)
 
         def note_place() -> None:
-            """Record where model and images are now, and which images were encoded."""
+            """Record the current location of model and images, and the tally of encoded images."""
             about = replace(database.about, **place, tally=store_tally(tally))
             if about != database.about:
                 database.write_about(about)
@@ -98,7 +99,7 @@ def build_index(
             update.run(files.readable)
         except KeyboardInterrupt:
             note_place()
-            warn(f"What was encoded is in {location}; the same call continues there.")
+            warn(f"The images encoded so far are in {location}. Run the same call to continue.")
             raise
         say(str(update))
         if update.errors:
@@ -108,7 +109,9 @@ def build_index(
             _update_ann(database, encoder, config, has_changed=has_changed, report=say)
         note_place()
     if update.errors and not skip_invalid:
-        raise ValueError("Repair or remove the unreadable images, or skip them (--skip-invalid).")
+        raise ValueError(
+            "Some images cannot be read. Repair or remove them, or skip them (--skip-invalid)."
+        )
     if far := describe_far_images(folder, tally):
         warn(far)
     return database, encoder
@@ -127,8 +130,8 @@ def _open(model: str | Path, folder: Path, place: dict[str, Any], location: str)
     indexed = database.about.image_dir
     if indexed != place["image_dir"] and Path(indexed).is_dir() and database.count():
         raise ValueError(
-            f"{location} is the index of {indexed}, and would lose those images to the ones in "
-            f"{place['image_dir']}. Name a new database, or index a folder that holds both."
+            f"{location} is the index of {indexed}; indexing {place['image_dir']} would remove "
+            "those images from it. Choose a new database, or index a folder that contains both."
         )
     return database
 
@@ -145,7 +148,7 @@ def _update_ann(
     about = database.about
     if config.ann == "never" or (config.ann == "auto" and database.count() < FEWEST_ROWS):
         if about.ann is not None:
-            report(f"ann={config.ann}: dropped the approximate index; all images are compared.")
+            report(f"ann={config.ann}: dropped the approximate index; searches are now exact.")
             database.drop_ann()
             database.write_about(replace(about, ann=None))
         return
@@ -156,7 +159,7 @@ def _update_ann(
     queries = encoder.encode_texts(choose_texts(_NUM_QUERIES))
     if trains or about.ann is None:
         if about.ann is not None:
-            # A search meanwhile must not take the number that was tuned for the old partitions.
+            # Searches during training must not use the settings tuned for the old partitions.
             database.write_about(replace(about, ann=None))
         ann = train_ann(database, queries, always=config.ann == "always", report=report)
     else:
@@ -166,7 +169,7 @@ def _update_ann(
 
 
 def choose_texts(count: int) -> list[str]:
-    """Choose different English captions of the example images, the same ones at each call."""
+    """Choose distinct English captions of the example images; every call returns the same ones."""
     captions: set[str] = set()
     for name in ("photographs", "emoji"):
         file = find_example_data() / name / "captions.jsonl"
@@ -177,10 +180,10 @@ def choose_texts(count: int) -> list[str]:
 
 @dataclass
 class FolderUpdate:
-    """Writes embeddings of new and changed images, and removes those of images that are gone.
+    """Writes the embeddings of new and changed images, and removes deleted images.
 
-    Its counts: copies and renamed images are among those `added`, images that can no longer be read
-    among those `removed`; `encoded` are those that the model was run on.
+    `added` includes copied and renamed images, `removed` includes images that can no longer be
+    read, and `encoded` counts the images that the model was run on.
     """
 
     database: IndexDatabase
@@ -204,8 +207,8 @@ class FolderUpdate:
         }
         if repeated := self.database.count() - len(self._known):
             raise ValueError(
-                f"{self.database.location} is damaged: {counted(repeated, 'row')} with the path of "
-                "another. Remove it, and index the images again."
+                f"{self.database.location} is damaged: {counted(repeated, 'row')} with a duplicate "
+                "path. Remove it and index the images again."
             )
         self._digests = Counter(sha256 for _, sha256 in self._known.values())  # of all rows
 
@@ -222,7 +225,7 @@ class FolderUpdate:
 
     def run(self, paths: Sequence[Path]) -> None:
         """Update the index for all image files of its folder."""
-        # Before any file is read, so that a file that is written meanwhile is noticed.
+        # Stat before reading, so a file that is written in between is noticed next time.
         for path in paths:
             self._read_stat(path)
         waiting = [
@@ -233,7 +236,7 @@ class FolderUpdate:
         self.unchanged = len(self._stats) - len(waiting)
         if waiting:
             self._settle_precision()
-        else:  # the encoder has queries alone, which are decoded as the images were
+        else:  # the encoder only gets queries, to decode as the indexed images were
             is_scaled = "jpeg decoding" in self.database.about.precision
             self.encoder.jpeg_decoding = "scaled" if is_scaled else "full"
         with tqdm(
@@ -258,19 +261,19 @@ class FolderUpdate:
             self.database.optimize()
 
     def _settle_precision(self) -> None:
-        """Record how the first images are encoded, and refuse to encode later ones otherwise."""
+        """Record how the first images are encoded, or raise if later ones would differ."""
         about, precision = self.database.about, self.encoder.describe_encoding()
         if self._known and (differences := list_differences(about.precision, precision)):
             raise ValueError(
-                f"{self.database.location} was indexed otherwise: {'; '.join(differences)}. Give "
-                "llm2clip index the device, precision and JPEG decoding that it was begun with, or "
-                "name a new database."
+                f"{self.database.location} was indexed with other settings: "
+                f"{'; '.join(differences)}. Run llm2clip index with the original device, precision "
+                "and JPEG decoding, or choose a new database."
             )
         if about.precision != precision:
             self.database.write_about(replace(about, precision=precision))
 
     def _read_stat(self, path: Path) -> None:
-        """Read size and times of a file, or record an error if it has none, or no Unicode name."""
+        """Read a file's size and times, or record an error; its name must be Unicode."""
         name = path.relative_to(self.image_dir).as_posix()
         try:
             name.encode()
@@ -301,7 +304,7 @@ class FolderUpdate:
         same = sum(name in self._known and self._known[name][1] == digests[name] for name in names)
         self._digests.update(digests[name] for name in names)
         self._digests.subtract(earlier)
-        self._digests += Counter()  # keeps those that a row has
+        self._digests += Counter()  # drops digests that no row has any more
         self.unchanged += same  # touched, or copied from a backup
         self.changed += len(earlier) - same
         self.added += len(names) - len(earlier)
@@ -309,9 +312,9 @@ class FolderUpdate:
     def _read(
         self, part: dict[str, Path], progress: tqdm[Any]
     ) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-        """Read each file once; returns digests by name, and facts and embeddings by digest.
+        """Read each file once; return digests by name, and facts and embeddings by digest.
 
-        What the index does not know by its digest is encoded, of equal files the first.
+        Files with a digest that is not in the index are encoded, duplicates only once.
         """
         read = encode_readable_images(
             self.encoder.model,
@@ -331,12 +334,12 @@ class FolderUpdate:
             contents[read.digests[path]] = {**facts, "embedding": embed}
         broken = {read.digests[path]: path for path in read.errors if path in read.digests}
         for name, digest in digests.items():
-            if digest in broken:  # and so is every copy of it
+            if digest in broken:  # every copy is broken, too
                 error = read.errors[broken[digest]]
                 self.errors[part[name]] = error.replace(str(broken[digest]), str(part[name]), 1)
         return digests, contents
 
 
 def describe_stat(stat: os.stat_result) -> str:
-    """Return size and times of a file, which change whenever it is written."""
+    """Return a file's size and times as text; any write changes it."""
     return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}"

@@ -1,4 +1,4 @@
-"""The model of an index: its name, its fingerprint, and the images that it has encoded."""
+"""Identify the model of an index: its name, its fingerprint and its tally of encoded images."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from ..model_folders.training_images import ImageTally
 from .index_about import About
 from .index_database import IndexDatabase
 
-_DIGITS = 4  # of a sum of numbers below 1 over all images
+_DIGITS = 4  # decimals kept of a sum over all images of numbers below 1
 
 
 def find_whole_model(source: str | Path) -> Path:
-    """Find the folder of a trained model with both towers; ValueError for any other one."""
+    """Return the folder of a trained model with both towers; ValueError for any other model."""
     require_own_model(source)
     folder = find_model_folder(source)
     config = LLM2CLIPConfig.from_pretrained(folder)
     if config.architectures not in (None, ["LLM2CLIPModel"]):
         raise ValueError(
-            f"{folder} holds a {config.architectures[0]}; a search needs a whole model, with both "
-            "towers."
+            f"{folder} holds a {config.architectures[0]}, but search needs both towers. Pass a "
+            "whole model."
         )
     require_trained(config, purpose="search", source=source)
     return folder
 
 
 def name_model(source: str | Path) -> str:
-    """Return the name of a model in an index: the absolute path of a folder, or a Hub id."""
+    """Return the name an index stores for a model: the absolute path of a folder, or a Hub id."""
     return str(Path(source).resolve()) if Path(source).is_dir() else str(source)
 
 
@@ -46,7 +46,7 @@ def fingerprint_whole_model(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def hash_file_facts(folder: Path) -> str:
-    """Hash names, sizes and times of a model's files, without reading them."""
+    """Hash the names, sizes and times of a model's files without reading them."""
     files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
     return hash_json(
         [[f.name, (s := f.stat()).st_size, s.st_mtime_ns, s.st_ctime_ns] for f in files]
@@ -54,7 +54,7 @@ def hash_file_facts(folder: Path) -> str:
 
 
 def require_same_model(database: IndexDatabase, source: str | Path, folder: Path) -> None:
-    """Raise ValueError for a model with other embeddings than those of an index."""
+    """Raise ValueError if the model's embeddings differ from those of the index."""
     if database.about.model_files != hash_file_facts(folder):
         database.require_same_fingerprint(source, fingerprint_whole_model(folder))
 

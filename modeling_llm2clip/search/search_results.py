@@ -1,7 +1,7 @@
-"""Search results, shown as an HTML page with links to the files, as a PNG sheet, or as text.
+"""Show search results as an HTML page with links to the files, as a PNG sheet, or as text.
 
-The sheet is drawn with Pillow's own font, which has few letters beside those of ASCII. There, a
-query in other letters is named by its number; the page and the text show every query.
+The sheet uses Pillow's built-in font, which covers little more than ASCII. On the sheet, other
+queries are labeled by number; the page and the text show every query.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ PAGE_SIDE = 320
 _GONE = "#dddddd"
 _GAP = 12
 _TEXT_WIDTH, _CHARACTERS_PER_LINE = 330, 32
-# The list is as wide as its page. A caption is below its image: the end of the folder in one line,
-# the name in as many as it takes. Colors are mixed from that of the text, for light and dark pages.
+# The list is as wide as its page. Below each image is its caption: the end of the folder's path on
+# one line, then the file name on as many as it needs. Colors are derived from the text color, to
+# fit light and dark pages.
 HITS_CSS = """
 .hits { list-style: none; margin: 0; padding: 0; display: grid; gap: 1.25rem 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(11rem, 44%), 1fr)); }
@@ -57,7 +58,7 @@ HITS_CSS = """
   direction: rtl; text-align: left; }
 .hits .name { display: block; overflow-wrap: anywhere; }
 """
-# Near the beginning of each page and PNG sheet.
+# Written near the beginning of every page and PNG sheet.
 _MARK = "search results by modeling_llm2clip"
 _NOTHING_FOUND = "<p>No image was found.</p>"
 _PAGE = """<!doctype html>
@@ -85,11 +86,11 @@ class SearchResult:
     """A query and the images found for it, best first.
 
     Attributes:
-        query: The sentence, or the name of the query image; of several combined, all of them.
+        query: The sentence or the name of the query image, joined by " + " if there are several.
         hits: Path and cosine of each image.
-        query_image: The query image, where there is a file of it.
-        columns: Columns of the index for each hit, such as `width` and `taken`; empty where the
-            images come from no index.
+        query_image: File of the query image; None if there is no file.
+        columns: Index columns for each hit, such as `width` and `taken`; empty if the images do
+            not come from an index.
     """
 
     query: str
@@ -107,12 +108,12 @@ class SearchResult:
 def rank_images(
     queries: Sequence[str], cosines: Tensor, paths: Sequence[Path], *, top_k: int = 6
 ) -> list[SearchResult]:
-    """Return the images with the greatest cosines, (queries, images), for each query."""
+    """Return the `top_k` images for each query, by their cosines, (queries, images)."""
     require_top_k(top_k)
-    if broken := int((~cosines.isfinite()).sum()):  # a NaN would come first
+    if broken := int((~cosines.isfinite()).sum()):  # a NaN would rank first
         raise ValueError(
-            f"{broken} of {cosines.numel()} cosines are NaN or infinite: the model gives broken "
-            "embeddings. Check it with llm2clip doctor."
+            f"{broken} of {cosines.numel()} cosines are NaN or infinite because the model's "
+            "embeddings are broken. Check it with llm2clip doctor."
         )
     best = cosines.topk(min(top_k, len(paths)))
     return [
@@ -127,13 +128,13 @@ def require_top_k(top_k: int) -> None:
 
 
 class PageImage(NamedTuple):
-    """An image that was found, as a page shows it.
+    """A hit as shown on a page.
 
     Attributes:
-        path: Path, as a user reads it.
-        image: Address of the image that is shown.
+        path: Path to display.
+        image: URL of the displayed image.
         note: HTML before the path; see `note_rank`.
-        link: Address that it leads to; empty for none.
+        link: URL to open on click; empty for none.
     """
 
     path: str
@@ -154,9 +155,9 @@ def write_hits(hits: Iterable[PageImage]) -> str:
 def write_results_page(
     results: Sequence[SearchResult], path: Path, *, title: str, note: str
 ) -> None:
-    """Write an HTML page with thumbnails and relative links to the files.
+    """Write an HTML page with thumbnails and links to the files.
 
-    Links are relative to the page, so that page and images may be moved together.
+    Links are relative to the page, so it can be moved together with the images.
     """
     rows = "\n".join(_write_section(result, path.parent) for result in results)
     shown = {"title": html.escape(title), "note": html.escape(note), "rows": rows}
@@ -165,7 +166,7 @@ def write_results_page(
 
 
 def write_results_sheet(results: Sequence[SearchResult], path: Path) -> None:
-    """Draw one row per query: the query, then its images with their cosines."""
+    """Write a PNG sheet with one row per query: the query, then its images with cosines."""
     columns = max(len(result.hits) for result in results)
     width = _TEXT_WIDTH + columns * (_SIDE + _GAP) + _GAP
     rows = [_draw_row(result, number, width) for number, result in enumerate(results, start=1)]
@@ -177,13 +178,13 @@ def write_results_sheet(results: Sequence[SearchResult], path: Path) -> None:
     info = PngInfo()
     info.add_text("Software", _MARK)
     content = io.BytesIO()
-    content.name = path.name  # whose suffix is the format
+    content.name = path.name  # Pillow takes the format from the suffix
     sheet.save(content, pnginfo=info)
     write_atomically(path, content.getvalue())
 
 
 def is_results_file(path: Path) -> bool:
-    """Tell whether a search wrote this file, or was killed while it did."""
+    """Return True if a search wrote this file, or was killed while writing it."""
     if is_unfinished(path):
         return path.name.startswith(RESULTS_FILES)
     is_named = path.name in RESULTS_FILES and path.is_file()
@@ -191,7 +192,7 @@ def is_results_file(path: Path) -> bool:
 
 
 def render_search_results(results: Sequence[SearchResult], style: ResultFormat = "table") -> str:
-    """Render results as tables, JSON or CSV, without a newline at the end."""
+    """Render results as tables, JSON or CSV, without a trailing newline."""
     if style == "json":
         return json.dumps(list(_list_records(results)), ensure_ascii=False, indent=2)
     if style == "csv":
@@ -201,9 +202,9 @@ def render_search_results(results: Sequence[SearchResult], style: ResultFormat =
 
 
 def make_csv_row(values: Iterable[object]) -> str:
-    """Return a row of CSV; texts of a comma, a quote or a line break have quotes.
+    """Return a CSV row; text with a comma, a quote or a line break is quoted.
 
-    So has a text that begins as a formula: its column is then read as text where that is chosen.
+    Text that looks like a formula is quoted too, so spreadsheets can import it as text.
     """
     return ",".join(
         '"{}"'.format(value.replace('"', '""'))
@@ -229,7 +230,7 @@ def _draw_row(result: SearchResult, number: int, width: int) -> Image.Image:
     draw = ImageDraw.Draw(row)
     place = (_GAP, max(0, (_SIDE - text_height) // 2))
     draw.multiline_text(place, "\n".join(lines), fill="#222222", font=font, spacing=8)
-    # A line of the widest letters is longer than its place.
+    # Cover the overflow: a line of wide letters may exceed the text column.
     draw.rectangle((_TEXT_WIDTH - _GAP, 0, *row.size), fill="white")
     hits = zip(result.hits, _list_digests(result), strict=True)
     for column, ((image, cosine), sha256) in enumerate(hits):
@@ -262,7 +263,7 @@ def _write_hit(hit: PageImage) -> str:
     cut = max(path.rfind("/"), path.rfind(os.sep)) + 1
     folder, name = html.escape(path[:cut]), html.escape(path[cut:])
     link = f' href="{html.escape(hit.link)}" target="_blank"' if hit.link else ""
-    # The text beside it names the image, so that its own description is blank.
+    # The caption next to it names the image, so `alt` is empty.
     return (
         f'<li><a{link} title="{html.escape(path)}">'
         f'<img alt="" src="{html.escape(hit.image)}">'
@@ -272,7 +273,7 @@ def _write_hit(hit: PageImage) -> str:
 
 
 def _list_digests(result: SearchResult) -> list[str | None]:
-    """List the SHA-256 of each hit as it was indexed; None for images that come from no index."""
+    """Return the SHA-256 of each hit when it was indexed; None if it is not from an index."""
     return [row["sha256"] for row in result.columns] or [None] * len(result.hits)
 
 
@@ -283,14 +284,14 @@ def _make_hit(image: Path, sha256: str | None, note: str, folder: Path) -> PageI
 
 
 def to_data_url(image: Image.Image) -> str:
-    """Encode an image as JPEG in the address of an image on a page."""
+    """Encode an image as a JPEG data URL."""
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _find_address(file: Path, folder: Path) -> str:
-    """Return the address of a file for a page: relative, unless it is on another drive."""
+    """Return the URL of a file for a page in a folder: relative, unless on another drive."""
     try:
         return quote(os.fsencode(Path(os.path.relpath(file, folder)).as_posix()))
     except ValueError:
@@ -298,7 +299,7 @@ def _find_address(file: Path, folder: Path) -> str:
 
 
 def _shrink(image: Path, sha256: str | None, side: int) -> tuple[Image.Image, str]:
-    """Return a thumbnail and "", or a gray square and why the image cannot be shown."""
+    """Return a thumbnail and "", or a gray square and the reason the image cannot be shown."""
     try:
         return read_thumbnail(image, sha256, side), ""
     except ValueError as error:
@@ -306,11 +307,11 @@ def _shrink(image: Path, sha256: str | None, side: int) -> tuple[Image.Image, st
 
 
 def read_thumbnail(image: Path, sha256: str | None, side: int) -> Image.Image:
-    """Decode and shrink an image file; ValueError says why it cannot be shown.
+    """Decode and shrink an image file; ValueError with the reason if it cannot be shown.
 
     Args:
         image: The file.
-        sha256: Digest that it must have; None for any.
+        sha256: Expected digest of the file; None to accept any.
         side: Longest side of the thumbnail in pixels.
     """
     try:

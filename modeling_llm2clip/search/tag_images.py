@@ -1,4 +1,4 @@
-"""Tags images with the labels of the greatest cosines."""
+"""Tag images with the labels of the highest cosine similarity."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .tag_labels import Tag, rank_labels
 
 EmbeddedImages: TypeAlias = tuple[Sequence[Path], Tensor]
 TaggedImage: TypeAlias = tuple[Path, Sequence[Tag]]
-"""An image and its labels, best first; none where no cosine reaches the threshold."""
+"""An image and its labels, best first; empty if no cosine reaches the threshold."""
 Report: TypeAlias = Callable[[str], object]
 
 _COLUMNS = ("image", "rank", "label", "cosine", "probability")
@@ -46,7 +46,7 @@ def tag_folder(
     config: TagConfig,
     report: Report,
 ) -> Iterator[TaggedImage]:
-    """Label the images of a folder, in order, as they are taken from the result."""
+    """Label the images of a folder in order; labels are computed lazily, on iteration."""
     if config.index is not None:
         require_place(config.index, is_new=True)
     files = list_images(image_dir)
@@ -56,8 +56,8 @@ def tag_folder(
     if unnamed:
         problem = f"{counted(len(unnamed), 'image')} without a Unicode name: {list_first(unnamed)}."
         if not (config.skip_invalid and images):
-            raise ValueError(f"{problem} Rename, or skip such images (--skip-invalid).")
-        report(f"Skipped {problem} Rename.")
+            raise ValueError(f"{problem} Rename these files, or skip them (--skip-invalid).")
+        report(f"Skipped {problem} Rename the files.")
     folder = find_whole_model(model)
     loaded, processor = load_model(folder, device=config.device, precision=config.precision)
     encoder = TorchEncoder(loaded, processor)
@@ -93,8 +93,8 @@ def tag_folder(
 
     if num_truncated := prompts.num_truncated:
         report(
-            f"Truncated {num_truncated:,} of {counted(len(prompts), 'prompt')} to the "
-            f"{processor.longest_text} tokens that the model reads."
+            f"Truncated {num_truncated:,} of {counted(len(prompts), 'prompt')} to the model's "
+            f"limit of {processor.longest_text} tokens."
         )
     return label_images()
 
@@ -106,7 +106,7 @@ def _encode(
     report: Report,
     tally: ImageTally,
 ) -> EmbeddedImages:
-    """Encode the images of a folder, and skip or refuse broken ones."""
+    """Encode the images of a folder; skip broken ones, or raise if that is not allowed."""
     with tqdm(total=len(paths), unit=" images", disable=not config.show_progress) as progress:
         encoded = encode_readable_images(
             encoder, paths, progress=progress,
@@ -122,15 +122,15 @@ def _encode(
             )
         report(f"Skipped {broken}")
     if not encoded.paths:
-        raise ValueError(f"No image of {len(paths)} can be read.")
+        raise ValueError(f"No image can be read (of {len(paths)}).")
     return encoded.paths, encoded.embeds
 
 
 def write_tags(tagged: Iterable[TaggedImage], file: IO[str], style: str) -> tuple[int, int]:
-    """Write tags as CSV, a line per label, or as JSON lines, a line per image.
+    """Write tags as CSV, one line per label, or as JSON lines, one line per image.
 
-    An image without a label has a line, too; in CSV its other columns are empty. Returns the number
-    of images, and the number of images without a label.
+    An image without labels also gets a line; in CSV, its other columns are empty. Return the number
+    of images and the number of images without labels.
     """
     num_images = num_untagged = 0
     if style == ".csv":

@@ -1,4 +1,4 @@
-"""Ranks the labels of images by their cosines."""
+"""Rank labels for images by cosine similarity."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..heads_llm2clip import LogitRule
 
 @dataclass(frozen=True)
 class Tag:
-    """One label of an image, whose fields `/v1/classify` sends as they are.
+    """One label of an image; `/v1/classify` returns these fields unchanged.
 
     Attributes:
         label: Name of the label.
-        cosine: Cosine of image and label.
-        probability: Softmax of the scaled cosines over all labels, as the pipeline
-            `zero-shot-image-classification` gives it.
+        cosine: Cosine similarity of image and label.
+        probability: Softmax of the scaled cosines over all labels, as in the pipeline
+            `zero-shot-image-classification`.
     """
 
     label: str
@@ -35,10 +35,10 @@ def rank_labels(
     rule: LogitRule,
     top_k: int,
 ) -> list[list[Tag]]:
-    """List the labels of the greatest cosine for each image, best first.
+    """Return the `top_k` labels with the highest cosine for each image, best first.
 
-    Embeddings have unit length; `rule` turns cosines into the logits of a softmax. Where there are
-    fewer than `top_k` labels, an image has all of them.
+    Embeddings have unit length, and `rule` turns cosines into logits. With fewer than `top_k`
+    labels, all of them are returned.
     """
     cosines = image_embeds @ label_embeds.T
     probabilities = rule.from_cosines(cosines).softmax(dim=-1)

@@ -147,8 +147,8 @@ def test_a_filter_is_sql_over_the_columns(index: ImageIndex, where: str, count: 
         ([3], r"number 1 is \['int'\]"),
         ([[]], "number 1 is empty"),
         ([Path("nowhere.png")], "nowhere.png: no such image"),
-        (np.ones((2, 3)), r"shape \(2, 3\); give \(queries, "),
-        (np.ones(8), "give \\(queries"),
+        (np.ones((2, 3)), r"shape \(2, 3\)\. Pass \(queries, "),
+        (np.ones(8), "Pass \\(queries"),
     ],
 )
 def test_a_query_that_is_none_is_refused(index: ImageIndex, query: Any, error: str) -> None:
@@ -185,7 +185,7 @@ def test_another_model_is_refused_by_name_and_a_copy_is_not(place: Path, tmp_pat
     other = save_model(tmp_path / "other", vision="vit")
     with pytest.raises(
         ValueError,
-        match=rf"index of the model .*model, and {other} gives other .*image architecture",
+        match=rf"for the model .*model, and the embeddings of {other} differ: .*image architect",
     ):
         ImageIndex.open(place / "index", model=other)
     copy = shutil.copytree(place / "model", tmp_path / "copy")
@@ -200,10 +200,10 @@ def test_a_model_that_changed_where_it_is_is_refused(place: Path, tmp_path: Path
     assert ImageIndex.open(tmp_path / "index").search("a dog").hits  # written anew, and the same
     shutil.rmtree(model)
     save_model(model, llm="qwen3")
-    with pytest.raises(ValueError, match=r"gives other embeddings: .*text architecture"):
+    with pytest.raises(ValueError, match=r"embeddings of .* differ: .*text architecture"):
         ImageIndex.open(tmp_path / "index").search("a dog")
     shutil.rmtree(model)
-    with pytest.raises(ValueError, match=r"which cannot be used any more.*--model"):
+    with pytest.raises(ValueError, match=r"which can no longer be loaded.*--model"):
         ImageIndex.open(tmp_path / "index").search("a dog")
 
 
@@ -221,19 +221,19 @@ def test_what_is_not_an_index_is_refused(place: Path, tmp_path: Path) -> None:
     lancedb.connect(tmp_path / "foreign").create_table("about", pa.table({"a": [1]}))
     lancedb.connect(tmp_path / "images").create_table("images", pa.table({"a": [1]}))
     for name, error in {
-        "nowhere": "no such database. Make one: llm2clip index",
-        "file": "is not a database of llm2clip index",
-        "empty": "is not a database of llm2clip index",
-        "foreign": "is not a database of llm2clip index",
-        "images": "is not a database of llm2clip index",
+        "nowhere": "no such database. Create one with: llm2clip index",
+        "file": "is not an index",
+        "empty": "is not an index",
+        "foreign": "is not an index",
+        "images": "is not an index",
     }.items():
         with pytest.raises(ValueError, match=error):
             ImageIndex.open(tmp_path / name)
     assert not (tmp_path / "nowhere").exists()
     for name in ("file", "foreign", "images"):  # nor is it written to
-        with pytest.raises(ValueError, match=r"database"):
+        with pytest.raises(ValueError, match=r"is not an index|has a table"):
             build(place / "model", place / "images", tmp_path / name)
-    with pytest.raises(ValueError, match="is not a database of llm2clip index"):
+    with pytest.raises(ValueError, match="is not an index"):
         build(place / "model", place / "images", place / "model")
 
 
@@ -243,7 +243,7 @@ def test_another_version_is_refused(
     monkeypatch.setattr("modeling_llm2clip.search.index_about.FORMAT_VERSION", 7)
     build(place / "model", place / "images", tmp_path / "index")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="format_version 7, and this package reads 1"):
+    with pytest.raises(ValueError, match="format_version 7, but this package reads 1"):
         ImageIndex.open(tmp_path / "index")
 
 
@@ -267,7 +267,7 @@ def test_a_damaged_database_is_an_error_that_says_so(
             file.unlink()
         else:
             file.write_bytes(b"" if how == "emptied" else b"rubbish" * 100)
-    with pytest.raises(ValueError, match=r"index (cannot be|is damaged|is not a database)"):
+    with pytest.raises(ValueError, match=r"index (cannot be|is damaged|is not an index)"):
         ImageIndex.open(folder).search(make_embeddings(1, width=width))
 
 
@@ -277,7 +277,7 @@ def test_an_index_without_images_says_so(place: Path, tmp_path: Path) -> None:
     index._database.remove(
         [row for names, _ in index._database.iterate_embeddings() for row in names]
     )
-    with pytest.raises(ValueError, match=r"holds no image\. Index a folder into it"):
+    with pytest.raises(ValueError, match=r"holds no images\. Add a folder with"):
         ImageIndex.open(folder).search("a dog")
 
 

@@ -144,7 +144,7 @@ def test_a_command_that_is_stopped_says_how_to_go_on(
     model, images = save_model(tmp_path / "model"), save_images(tmp_path / "images", count=2)
     monkeypatch.setattr("modeling_llm2clip.search.index_update.encode_readable_images", stop)
     assert main(["index", str(model), str(images), str(tmp_path / "index")]) == 130
-    assert "the same call continues there" in capsys.readouterr().err
+    assert "Run the same call to continue" in capsys.readouterr().err
     monkeypatch.undo()
     assert len(build(model, images, tmp_path / "index")[0]) == 2
 
@@ -154,7 +154,7 @@ def test_a_model_that_cannot_search_is_refused(tmp_path: Path) -> None:
     images = save_images(tmp_path / "images", count=2)
     LLM2CLIPVisionModel.from_pretrained(folder).save_pretrained(part)
     shared_model()[1].save_pretrained(part)
-    with pytest.raises(ValueError, match="LLM2CLIPVisionModel; a search needs a whole model"):
+    with pytest.raises(ValueError, match="LLM2CLIPVisionModel, but search needs both towers"):
         build(part, images, tmp_path / "index")
     set_config(random_heads=["text_projection"])(folder)
     with pytest.raises(ValueError, match=r"refused for search\. It is untrained"):

@@ -161,7 +161,7 @@ def test_where_no_image_can_be_read_nothing_is_removed(place: Place) -> None:
         place.build()
     shutil.rmtree(place.images)
     place.images.mkdir()
-    with pytest.raises(ValueError, match="no image in it or below it"):
+    with pytest.raises(ValueError, match="no image in it or its subfolders"):
         place.build()
     assert len(place.list_rows()) == 6
 
@@ -183,10 +183,14 @@ def test_other_images_models_and_processes_do_not_write_into_an_index(
 ) -> None:
     place.build()
     other = save_images(tmp_path / "other", count=2)
-    with pytest.raises(ValueError, match=r"is the index of .*images, and would lose those images"):
+    with pytest.raises(
+        ValueError, match=r"is the index of .*images; indexing .*other would remove those images"
+    ):
         build(place.model, other, place.index)
     model = save_model(tmp_path / "model", vision="vit")
-    with pytest.raises(ValueError, match=f"of the model {place.model}, and {model} gives other"):
+    with pytest.raises(
+        ValueError, match=f"for the model {place.model}, and the embeddings of {model} differ"
+    ):
         build(model, place.images, place.index)
     with lock_database(str(place.index)):
         with pytest.raises(ValueError, match="Another process is writing"):
@@ -365,7 +369,7 @@ def test_a_damaged_path_that_another_image_has_is_not_written_anew(place: Place)
     assert content.count(b"3.png") == 1
     file.write_bytes(content.replace(b"3.png", b"1.png"))
     (place.images / "3.png").unlink()
-    with pytest.raises(ValueError, match="is damaged: 1 row with the path of another"):
+    with pytest.raises(ValueError, match="is damaged: 1 row with a duplicate path"):
         place.build()
 
 

@@ -52,7 +52,7 @@ def test_an_index_of_another_model_is_refused_until_the_right_one_is_back(tmp_pa
     for search in (lambda: find_best(index, IMAGES[3]), lambda: len(index), index.count):
         with pytest.raises(
             IndexUnavailableError,
-            match=r"replaced by an index of the model b, and was opened for a, .*text weights: 'b'",
+            match=r"for the model a, but was since replaced by one for b, .*text weights: 'b'",
         ):
             search()
     replace(tmp_path / "db", tmp_path / "of-a")
@@ -79,7 +79,7 @@ def test_an_index_that_is_replaced_between_count_and_search(
     if model == "made":
         assert find_best(index, make_embeddings(20, seed=1)[5]) == "000005.png"
     else:
-        with pytest.raises(IndexUnavailableError, match="replaced by an index of the model b"):
+        with pytest.raises(IndexUnavailableError, match="replaced by one for b"):
             find_best(index, IMAGES[3])
 
 

@@ -440,9 +440,10 @@ def test_image_files_that_cannot_be_read_are_counted_and_named(
     assert main(command) == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "Skipped" in line]
     assert line == (
-        "Skipped 3 image files of formats that Pillow cannot read here: "
+        "Skipped 3 image files in formats that this Pillow cannot read: "
         f"{folder / 'IMG_1.HEIC'}, {folder / 'below' / 'IMG_2.heic'}, {folder / 'raw.cr2'}. "
-        "Install pillow-heif for HEIC, or Pillow 11.3 for AVIF; convert others to JPEG or PNG."
+        "Install pillow-heif for HEIC or Pillow 11.3 for AVIF; convert other formats to JPEG "
+        "or PNG."
     )
 
 

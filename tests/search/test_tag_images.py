@@ -207,7 +207,7 @@ def test_broken_images_are_named_or_left_out_and_counted(tagger: Tagger, tmp_pat
     for name in names:
         (tagger.images / name).unlink()
     tagger.run("--skip-invalid", code=2)
-    assert "No image of 1 can be read" in tagger.error
+    assert "No image can be read (of 1)" in tagger.error
     make_failing_file(tagger.images / "d.png")
     tagger.run("--skip-invalid", code=2)  # a disk that fails ends the run, and skips no image
     assert "the disk or server failed" in tagger.error and "d.png" in tagger.error
@@ -220,7 +220,7 @@ def test_images_without_a_unicode_name_are_refused_before_the_model_is_loaded_or
     shutil.copy(tagger.images / "a.png", tagger.images / os.fsdecode(b"sea\xff.png"))
     shown = r"1 image without a Unicode name: '.*sea\\udcff\.png'\."
     assert len(tagger.run("--skip-invalid", "--top-k", "1")) == 3
-    assert re.search(f"Skipped {shown} Rename", tagger.error)
+    assert re.search(f"Skipped {shown} Rename the files", tagger.error)
     tagger.model = str(shutil.copytree(tagger.model, tmp_path / "model"))
     (tmp_path / "model" / "model.safetensors").write_bytes(b"damaged")
     assert tagger.run(code=2) == []
@@ -234,7 +234,7 @@ def test_prompts_are_tokenized_once_and_those_that_the_model_truncates_counted(
     with note_tokenized() as tokenized:
         tagger.run()
     assert tokenized == ["a dog", ("word " * 90).strip()]
-    assert "Truncated 1 of 2 prompts to the 32 tokens" in tagger.error
+    assert "Truncated 1 of 2 prompts to the model's limit of 32 tokens" in tagger.error
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_an_index_that_is_gone_fails_searches_alone_until_it_is_back(
         assert (health["status"], health["num_images"]) == ("ok", 6)
         for replacement, message in (
             (None, "no such database"),
-            (tmp_path / "new", "gives other embeddings"),
+            (tmp_path / "new", "whose embeddings differ"),
         ):
             shutil.rmtree(database, ignore_errors=True)
             if replacement is not None:
@@ -183,7 +183,7 @@ def test_an_index_that_is_removed_and_made_anew_is_searched_and_counted(
 
 
 def test_an_index_of_another_model_is_refused(folder: Path, other: Path) -> None:
-    with pytest.raises(ValueError, match="gives other embeddings"):
+    with pytest.raises(ValueError, match=r"the embeddings of .* differ"):
         EmbeddingService.open(other, ServeConfig(device="cpu"), index=str(folder / "db"))
 
 
