@@ -1,5 +1,4 @@
-"""The command line, its flags generated from annotations and from `configs`.
+"""The command line; its flags are generated from annotations and `configs`.
 
-A module that has a command's name is that command; `__main__.py` lists the commands. All other
-modules are shared by them.
+Each command has a module of its name; `__main__.py` lists them. The other modules are shared.
 """

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..data.streams.record_streams import RecordStream
 
 
-# The order in which the help lists the fields of `AlignConfig`.
+# Titles and order of the fields of `AlignConfig` in the help.
 SECTIONS = {
     "What is trained": (
         "vision_training", "text_training", "lock_text", "loss", "max_steps", "num_train_epochs",
@@ -74,27 +74,27 @@ def align(
     limits: ImageLimitsConfig,
     config: AlignConfig,
 ) -> int:
-    """Trains text adapter and projections to align images and captions (stage 3).
+    """Trains the text adapter and projections to align images with captions (stage 3).
 
-    Writes the aligned model to OUTPUT/model. Towers that stay frozen need a store each.
+    Writes the aligned model to OUTPUT/model. Each frozen tower needs a store.
 
     Args:
         model: Hub id or folder of an LLM2CLIP model.
-        data: Captioned images: folder, *.parquet, *.tar, COCO *.json; or shards at URLs, such as
+        data: Captioned images: folder, *.parquet, *.tar, COCO *.json; or URLs of shards, such as
             https://host/{00000..00199}.tar, s3://, hf://datasets/.
-        output: Folder to write.
-        caption_store: Caption embeddings from `llm2clip extract`. Default: none; use
-            --text-training frozen-online or lora then.
-        image_store: Image embeddings from `llm2clip extract`. Default: none; the vision tower runs
-            at each step.
-        inherit_from: Captions' embeddings by the text encoder of the vision tower's own CLIP, from
-            `llm2clip extract CLIP DATA`, which the text side learns first. Default: none.
-        teacher: Folder or Hub id of the vision tower's own CLIP, whose text encoder says where
-            --keep-texts stay. Default: none.
-        resume: Continue an interrupted run.
-        stream: Read local shards in order through a shuffle buffer, as shards at URLs are.
-        reading: How the data are read.
-        limits: Which images are decoded.
+        output: Output folder.
+        caption_store: Caption embeddings from `llm2clip extract`. Default: none, which requires
+            --text-training frozen-online or lora.
+        image_store: Image embeddings from `llm2clip extract`. Default: none, so the vision tower
+            runs at every step.
+        inherit_from: Caption embeddings from the text encoder of the vision tower's own CLIP,
+            written by `llm2clip extract CLIP DATA`. The text side learns them first. Default: none.
+        teacher: Hub id or folder of the vision tower's own CLIP, whose text encoder computes the
+            targets for --keep-texts. Default: none.
+        resume: Resume an interrupted run.
+        stream: Read local shards in order through a shuffle buffer, like remote shards.
+        reading: How to read the data.
+        limits: Which images to decode.
         config: What to train, and how.
     """
     require(*([LORA] if "lora" in (config.vision_training, config.text_training) else []))
@@ -105,11 +105,11 @@ def align(
     stores: dict[str, Any] = {
         "caption_store": caption_store, "image_store": image_store, "inherit_from": inherit_from
     }  # fmt: skip
-    config.require_stores(**stores)  # the plan refuses the same, but imports torch first
+    config.require_stores(**stores)  # plan_align checks this too, but imports torch first
     for name, store in stores.items():
         if store is not None and not store.is_dir():
             flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} {store}: no such folder. Give a store of llm2clip extract.")
+            raise ValueError(f"{flag} {store}: no such folder. Write it with llm2clip extract.")
     require_output(output, resume=resume, model=output / "model")
     require_own_model(model)
     streamed = stream or has_remote_shards(data)
@@ -124,7 +124,7 @@ def align(
 
     from ..training.alignment.alignment_report import describe_alignment
 
-    find_model_folder(model)  # reading the data may take long
+    find_model_folder(model)  # fails before the data are read, which may take long
     records: Sequence[CaptionedImage] | RecordStream
     if streamed:
         records = stream_captioned_images(data, reading)

@@ -11,7 +11,7 @@ from ..configs.export_config import CardConfig
 from .command import command
 from .options import require_text_tower, use_device
 
-# A tower in the place of the other: (argument, modality) → description.
+# Towers in each other's position: (argument, modality) → description.
 _SWAPPED = {
     ("VISION_MODEL", "text"): "a language model",
     ("TEXT_MODEL", "vision"): "a vision tower",
@@ -31,11 +31,11 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
     """Joins two towers into an untrained model.
 
     Args:
-        vision_model: Hub id or folder of a vision tower; embedded for the demo's.
-        text_model: Hub id, folder or .gguf file of a language model, or with --prompt own a
-            sentence-transformers model; embedded for the package's own.
-        output: Folder to write.
-        config: How to join them.
+        vision_model: Hub id or folder of a vision tower, or embedded for the one in the demo.
+        text_model: Hub id, folder or .gguf file of a language model, or embedded for the one in the
+            demo. With --prompt own, a sentence-transformers model.
+        output: Output folder.
+        config: How to join the towers.
     """
     from ..data.atomic_files import require_new_folder
     from ..model_folders.model_folder import require_sources
@@ -65,15 +65,15 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
     folder = build_model(vision_model, text_model, output, config, card=card)
     random = f"text adapter and {'text projection' if config.keep_projection else 'projections'}"
     random = "image projection" if config.keep_embeddings else random
-    print(f"Wrote {folder}. Weights are random in its {random}: align it before use.")
+    print(f"Wrote {folder}. Randomly initialized: {random}. Align the model before use.")
     print(f"Next: llm2clip extract {folder} DATA STORE --modality text")
     if config.keep_embeddings:
-        print("Align it with --lock-text, which keeps the text embeddings as they are.")
+        print("Align it with --lock-text, which leaves the text embeddings unchanged.")
     return 0
 
 
 def _require_order(vision_model: str, text_model: str) -> None:
-    """Raise ValueError for a tower in the other's place, judged by its `config.json`."""
+    """Raise ValueError if the towers are swapped, according to their `config.json`."""
     from ..model_folders.model_folder import find_model_type
 
     for place, source in (("VISION_MODEL", vision_model), ("TEXT_MODEL", text_model)):
@@ -82,8 +82,8 @@ def _require_order(vision_model: str, text_model: str) -> None:
             continue
         if what := _SWAPPED.get((place, model_type.content)):
             raise ValueError(
-                f"{source} is {what}, in the place of {place}. The order is: llm2clip build "
-                "VISION_MODEL TEXT_MODEL OUTPUT."
+                f"{place}: {source} is {what}. The order is: llm2clip build VISION_MODEL "
+                "TEXT_MODEL OUTPUT."
             )
         if model_type.content in ("above", "lora", "store"):
-            raise ValueError(f"{model_type.advice} It cannot be {place}.")
+            raise ValueError(f"{model_type.advice} It cannot be used as {place}.")

@@ -1,4 +1,4 @@
-"""A command is a typed function, which cyclopts reads: arguments, flags, help and suggestions.
+"""Turn typed functions into commands with cyclopts: arguments, flags, help and suggestions.
 
 Positional-only parameters are the arguments, keyword-only ones the flags. A parameter whose type is
 a config becomes one flag per field. Every flag has the name of its field: `--max-steps` is
@@ -35,11 +35,11 @@ from ..configs.config_fields import Config, DeviceConfig, get_reason, read_yaml
 if TYPE_CHECKING:
     from cyclopts.help import HelpPanel
 
-# Annotation of a flag that takes one value each time, so that arguments may follow.
+# Annotates a flag that takes one value per use, so arguments can follow it.
 Repeated = Parameter(consume_multiple=False)
 _FILE_HELP = (
-    "YAML file of options, named like the flags but with underscores; flags override it. "
-    "Default: none."
+    "YAML file with options, named like the flags but with underscores. Flags on the command line "
+    "override it. Default: none."
 )
 _OptionsFile = Annotated[Path | None, Parameter(name="--config", help=_FILE_HELP)]
 
@@ -51,20 +51,20 @@ _GROUPS = {
 
 
 class UsageError(ValueError):
-    """A command line that cannot be run; the message is one line."""
+    """An invalid command line; the message is one line."""
 
 
 class HelpFormatter:
     """Prints the groups of a help text: a title, then names and descriptions in two columns.
 
-    `sections` splits the flags of a config: title → fields.
+    `sections` splits the flags of a config into groups: title → fields.
     """
 
     def __init__(self, sections: Mapping[str, Sequence[str]] | None = None) -> None:
         self.sections = sections or {}
 
     def __call__(self, console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
-        """Print one group, or the sections of one."""
+        """Print a group, split into sections if there are any."""
         titles = {f"--{name.replace('_', '-')}": title
                   for title, names in self.sections.items() for name in names}  # fmt: skip
         rows: dict[str, list[tuple[str, str]]] = {title: [] for title in self.sections}
@@ -89,21 +89,20 @@ class HelpFormatter:
             console.print(Text(f"{title}:", style="bold"), table, Text(), sep="\n")
 
     def render_usage(self, console: Console, options: ConsoleOptions, usage: Any) -> None:  # noqa: ARG002
-        """Print the line that shows how the command is called."""
+        """Print the usage line."""
         console.print(Text(f"Usage: {usage}\n"))
 
 
 def command(
     *, group: str, examples: Sequence[str], sections: Mapping[str, Sequence[str]] | None = None
 ) -> Callable[[Callable[..., int | None]], App]:
-    """Make a command of a function, which returns its exit code, or None for 0.
+    """Turn a function into a command. The function returns the exit code, or None for 0.
 
     Args:
-        group: Title under which the help of the program lists the command: Use, Train, Publish or
-            Other.
-        examples: Command lines that begin with `llm2clip`; the help of the command ends with them.
+        group: Title under which the program's help lists the command: Use, Train, Publish or Other.
+        examples: Command lines, starting with `llm2clip`, shown at the end of the command's help.
         sections: Titles under which the help lists the fields of the parameter `config`; None for
-            one title.
+            a single title.
     """
 
     def make(function: Callable[..., int | None]) -> App:
@@ -124,7 +123,7 @@ def command(
 def make_line(
     commands: Sequence[App], *, description: str, version: str, examples: Sequence[str]
 ) -> App:
-    """Make a program of several commands, which its help lists in their order."""
+    """Combine commands into one program, whose help lists them in this order."""
     line = App(
         name="llm2clip",
         help=description,
@@ -142,24 +141,24 @@ def make_line(
 
 
 def parse(line: App, words: Sequence[str]) -> partial[int | None]:
-    """Read a command line, without the name of the program; return the call of its command."""
+    """Parse a command line, without the program name, into a call of its command."""
     for name in line:  # cyclopts would parse every docstring to list the commands
         summary = str(line[name].default_command.__doc__).partition("\n")[0]
         if not name.startswith("-"):
             line[name].help = None if name in words[:1] else summary
     try:
         if foreign := [word for word in words if not is_unicode(word)]:
-            raise ValueError(f"{foreign[0]!a} is not UTF-8. Rename the file, or link to it.")
+            raise ValueError(f"{foreign[0]!a} is not UTF-8. Rename the file, or create a link.")
         function, bound, _ = line.parse_args(
             words,
-            console=Console(),  # has the width of the terminal when it is made
+            console=Console(),  # reads the terminal's width when it is created
             exit_on_error=False,
             print_error=False,
         )
         for flag, word in pairwise(words):
             is_value = flag[:2] == "--" != flag and word.lower() in ("true", "false")
-            if is_value and word in map(str, bound.args):  # a path, too
-                raise ValueError(f"{flag} takes no value, and {word} would be an argument.")
+            if is_value and word in map(str, bound.args):  # str, because it may be a Path
+                raise ValueError(f"{flag} takes no value, so {word} would be an argument.")
     except (CycloptsError, OSError, ValueError) as error:
         app = line[words[0]] if words and words[0] in line else line
         example = str(app.help_epilogue).splitlines()[1].strip()
@@ -175,7 +174,7 @@ def _show_examples(examples: Sequence[str]) -> str:
 
 
 def _name_file(error: Exception) -> str:
-    """Name the file of `--config` that a wrong value is from; nothing for one of the command."""
+    """Return the `--config` file that contains the wrong value; empty for a flag."""
     argument = getattr(error, "argument", None)
     tokens = getattr(argument, "tokens", None) or [getattr(error, "token", None)]
     source: str = getattr(tokens[0], "source", "")
@@ -192,14 +191,14 @@ def _describe_error(error: Exception) -> str:
         error.verbose = False
     message = " ".join(str(error).split())
     if isinstance(error, MissingArgumentError) and (flag := error.keyword):
-        return f"{message} A value that begins with a hyphen is given as {flag}=VALUE."
+        return f"{message} If the value begins with a hyphen, use {flag}=VALUE."
     return message
 
 
 def _spread_configs(
     function: Callable[..., int | None], formatter: HelpFormatter
 ) -> Callable[..., int | None]:
-    """Give a command a flag for each field of its configs, and `--config` for a file of them."""
+    """Add a flag for each field of a command's configs, and `--config` for a file of options."""
     hints = get_type_hints(function, include_extras=True)
     parameters = []
     for name, parameter in inspect.signature(function).parameters.items():
@@ -224,7 +223,7 @@ def _spread_configs(
 
 
 def _annotate(config_type: type[Config], formatter: HelpFormatter | None) -> Any:
-    """Annotate a config so that its fields are flags, in a group of the help."""
+    """Annotate a config so its fields become flags with their own group in the help."""
     for name in config_type.without_flags:
         hint = get_type_hints(config_type, include_extras=True)[name]
         config_type.__annotations__[name] = Annotated[hint, Parameter(parse=False)]
@@ -236,9 +235,9 @@ def _annotate(config_type: type[Config], formatter: HelpFormatter | None) -> Any
 
 
 def _prepare(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Take the values of `--config` for the flags that are not given."""
+    """Read flags that were not passed from the `--config` file."""
     for argument in arguments:
-        if argument.children:  # cyclopts looks names up in the module of a class, not of its bases
+        if argument.children:  # cyclopts resolves names in the class's module, not in its bases'
             config_type = argument.resolved_hint
             hints = get_type_hints(config_type, include_extras=True)
             config_type.__init__.__annotations__ = hints
@@ -248,30 +247,30 @@ def _prepare(app: App, commands: tuple[str, ...], arguments: ArgumentCollection)
             file = argument.tokens[0].value
             values = read_yaml(file)
             if "config" in values:
-                raise ValueError(f"{file}: config is not an option. Give all options in one file.")
+                raise ValueError(f"{file}: config is not an option. Put all options in one file.")
             negatives = {name for flag in arguments for name in flag.negatives}
             for name, value in values.items():
                 if f"--{str(name).replace('_', '-')}" in negatives:
-                    raise ValueError(f"{file}: {name} is not an option. Give {name[3:]}: false.")
+                    raise ValueError(f"{file}: {name} is not an option. Use {name[3:]}: false.")
                 if isinstance(value, list) and all(isinstance(item, list) for item in value):
-                    values[name] = [*chain(*value)]  # pairs become a row of words
-            # Under the name of the command: at the top, names of commands are no options.
+                    values[name] = [*chain(*value)]  # flatten pairs into words
+            # Nested under the command: a top-level key with a command's name is not an option.
             Dict({commands[0]: values}, source=file)(app, commands, arguments)
 
 
 def _convert(hint: Any, tokens: Any) -> Any:
-    """Convert words as cyclopts does, but refuse 3.5 for an integer, which it would round.
+    """Convert words as cyclopts does, but reject 3.5 for an integer, which it would round.
 
-    An empty path, which would be the working directory, is refused as well.
+    Also reject an empty path, which would mean the working directory.
     """
-    import pydantic  # noqa: F401  # with which cyclopts then checks values by their annotations
+    import pydantic  # noqa: F401  # once imported, cyclopts validates annotations with it
 
     types = (hint, *get_args(hint))
     decimals = [token.value for token in tokens if "." in token.value]
-    if decimals and int in (*types, *chain(*map(get_args, types))):  # of a list, too
+    if decimals and int in (*types, *chain(*map(get_args, types))):  # or list items
         raise ValueError(f"{decimals[0]} is not an integer.")
     if Path in types and any(not token.value.strip() for token in tokens):
-        raise ValueError("the path is empty. The working directory is given as a dot.")
+        raise ValueError("the path is empty. Use a dot for the working directory.")
     return cyclopts.convert(hint, tokens)
 
 

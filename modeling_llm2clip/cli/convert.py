@@ -24,7 +24,7 @@ else:
 
 @dataclass(frozen=True, kw_only=True, init=False)
 class FormatChanges(SourceFormat):
-    """Flags for the fields of a source format; `chosen` has those on the command line."""
+    """Flags that override fields of a source format; `chosen` has those that were passed."""
 
     layout: Annotated[str, Parameter(parse=False)] = ""
     normalize_text_before_adapter: Annotated[bool, Parameter(parse=False)] = True
@@ -36,7 +36,7 @@ class FormatChanges(SourceFormat):
 
 
 _FLAGS = Parameter(
-    name="*", group="Source format options", show_default=lambda _: "the source format's"
+    name="*", group="Source format options", show_default=lambda _: "from the source format"
 )
 
 
@@ -56,19 +56,19 @@ def convert(
     text_model: str,
     file: str | None = None,
     llm_lora: Annotated[tuple[str, ...], Repeated] = (),
-    changes: Annotated[FormatChanges, _FLAGS] = FormatChanges(),  # has no state
+    changes: Annotated[FormatChanges, _FLAGS] = FormatChanges(),  # immutable
     config: ConvertConfig,
 ) -> int:
-    """Converts a checkpoint of another project to a model folder.
+    """Converts another project's checkpoint to a model folder.
 
     Args:
         checkpoint: Weight file, folder, Hub id or ID@REVISION.
-        output: Folder to write.
-        source_format: Family of the checkpoint, with the properties that its weights do not record.
+        output: Output folder.
+        source_format: Checkpoint family, which sets the properties that the weights do not record.
             No default, required.
-        text_model: Hub id, ID@REVISION or folder of the language model, or of the base model of a
-            LoRA. No default, required.
-        file: Weight file inside a Hub repository or folder. Default: the only one.
+        text_model: Hub id, ID@REVISION or folder of the language model; with --llm-lora, of the
+            LoRA's base model. No default, required.
+        file: Weight file in the Hub repository or folder. Default: the only one.
         llm_lora: LoRA to merge: folder, Hub id or ID@REVISION; repeatable. Default: none.
         changes: Changes to the source format for this checkpoint.
         config: What to write.
@@ -98,9 +98,9 @@ def convert(
     )
     record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
     for reason, keys in sorted(record["dropped"].items()):
-        print(f"left out, {reason}: {', '.join(keys)}")
+        print(f"Dropped ({reason}): {', '.join(keys)}")
     print(
         f"Wrote {folder} with {record['num_parameters']:,} parameters. All checks passed, and "
-        f"golden embeddings are recorded. Check any copy with: llm2clip doctor {output}"
+        f"golden embeddings were saved. Check any copy with: llm2clip doctor {output}"
     )
     return 0

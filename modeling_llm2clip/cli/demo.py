@@ -18,7 +18,7 @@ _AFTER_DEMO = """
 Use it in Python:
 
     from sentence_transformers import SentenceTransformer
-    import modeling_llm2clip  # lets AutoModel and sentence-transformers know the model
+    import modeling_llm2clip  # registers the model with AutoModel and sentence-transformers
 
     model = SentenceTransformer("{folder}")
     texts, images = model.encode(["a red apple"]), model.encode(["{image}"])
@@ -37,16 +37,16 @@ def demo(
     """Runs the whole method on small towers and embedded images in a few minutes.
 
     Args:
-        output: Folder to write.
-        max_steps: Steps of the alignment. Default: the default of llm2clip align.
-        seed: Seed of the split and of the alignment.
+        output: Output folder.
+        max_steps: Number of alignment steps. Default: as in llm2clip align.
+        seed: Seed for the data split and the alignment.
         config: Where the model runs.
     """
     require(*DEMO)
     if (output / "model").is_dir():
         raise FileExistsError(
-            f"{output} has the model of an earlier demo, {output / 'model'}. Use that one, or run "
-            "the demo again with --output NEW_FOLDER."
+            f"{output} has the model of an earlier demo, {output / 'model'}. Use that model, or "
+            "run the demo again with --output NEW_FOLDER."
         )
     require_new_folder(output, is_renamed=False)
     device = str(use_device(config.device))
@@ -67,9 +67,9 @@ def _describe(report: dict[str, Any]) -> str:
         f"{report[name]:.1%}" for name in ("unseen_t2i_r1", "unseen_i2t_r1", "chance_r1")
     )
     return (
-        f"Trained on {counted(report['num_images'], 'image')} of emoji; R@1 on "
-        f"{report['num_held_out']} held-out ones: text to image {t2i}, image to text {i2t}, chance "
-        f"{chance}.\n"
+        f"Trained on {counted(report['num_images'], 'emoji image')}. R@1 on "
+        f"{report['num_held_out']} held-out images: text to image {t2i}, image to text {i2t}, "
+        f"chance {chance}.\n"
         f"{report['seconds_after_download']:.0f} s after the download, peak memory "
         f"{report['peak_rss_gb']} GB."
     )

@@ -11,8 +11,8 @@ from ..configs.encoding_config import EmbedConfig
 from .command import command
 from .options import (
     read_captioned_images,
-    refuse_foreign_options,
     report,
+    require_applicable_options,
     require_data,
     require_model,
     use_device,
@@ -47,29 +47,33 @@ def embed(
 ) -> int:
     """Writes embeddings for a vector database to Parquet files.
 
-    Continues an interrupted output, and checks the files of a complete one.
+    Resumes an interrupted run, and checks the files of a finished one.
 
     Args:
-        model: Hub id or folder of an LLM2CLIP model; with `backend` onnx, of its ONNX graphs.
+        model: Hub id or folder of an LLM2CLIP model, or of its ONNX export with `backend` onnx.
         data: Captioned images: folder, *.parquet, *.tar, COCO *.json. With --modality image,
-            captions are optional and it may be a folder of images. With --modality text, images are
-            optional and it may be a file of texts, also *.csv.
-        output: Folder of the files, new or from an interrupted run.
-        modality: Modality to embed: the captions or the images. No default, required.
-        partition: Part of the files to write, such as 2/8 for the second of eight. Parts may run at
-            the same time on machines that share the folder; the last one to finish completes the
-            output. Default: all.
-        engine: Where to compute: in the processes of this run, or in the actors of a Ray cluster.
-        reading: How the data are read.
-        limits: Which images are decoded.
+            captions are optional and a plain folder of images works. With --modality text, images
+            are optional and a file of texts (also *.csv) works.
+        output: Output folder, new or from an interrupted run.
+        modality: What to embed: captions (text) or images (image). No default, required.
+        partition: Part of the output to write, such as 2/8 for the second of eight. Parts can run
+            in parallel on machines that share the folder; the last to finish completes the output.
+            Default: all.
+        engine: Where to compute: in this run's processes (local) or in the actors of a Ray cluster
+            (ray).
+        reading: How to read the data.
+        limits: Which images to decode.
         config: How to compute and store embeddings.
     """
     from ..embedding.embedding_manifest import EmbeddingManifest
     from ..embedding.encoding_plan import plan_encoding
 
-    refuse_foreign_options(config, modality)
+    require_applicable_options(config, modality)
     if config.skip_invalid and reading.check_images:
-        raise ValueError("--check-images stops at what --skip-invalid leaves out. Give only one.")
+        raise ValueError(
+            "--check-images cannot be combined with --skip-invalid: it stops at an invalid image. "
+            "Remove one."
+        )
     needs = [RAY] if engine == "ray" else []
     if config.backend == "onnx":
         require(*needs, ONNX_RUNTIME)
@@ -103,7 +107,7 @@ def _read_records(
     config: EmbedConfig,
     modality: Literal["text", "image"],
 ) -> RecordTable:
-    """Read the data; or a folder of images alone, of which options on captions say nothing."""
+    """Read captioned images, or list the images of a folder without captions."""
     from ..data.records.source_files import is_source
 
     if modality == "text" or not Path(data).is_dir() or is_source(Path(data)):
@@ -118,8 +122,8 @@ def _read_records(
 
     if reading.image_dir is not None:
         raise ValueError(
-            f"{data} holds images and no list of them. Leave out --image-dir, or give data that "
-            "list the images."
+            f"--image-dir: {data} is a folder of images without a captions file. Remove the "
+            "option, or pass data that list the images."
         )
     return records_from_images(
         data,

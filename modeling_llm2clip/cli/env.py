@@ -13,7 +13,7 @@ from .command import command
 def env() -> int:
     """Prints versions and hardware for a bug report.
 
-    The lines are Markdown to copy into the report.
+    The output is Markdown; paste it into the report.
     """
     import torch
     from transformers.utils import is_flash_attn_2_available

@@ -30,14 +30,14 @@ def export(
     config: ExportConfig,
     revision: str | None = None,
 ) -> int:
-    """Exports a model in full or in part, in another dtype, as ONNX graphs or with a new card.
+    """Exports a model or a part of it, in another dtype, as ONNX graphs or with a new card.
 
     Args:
         model: Hub id or folder of an LLM2CLIP model.
-        output: Folder to write.
-        limits: Which images of `onnx_data` are decoded.
+        output: Output folder.
+        limits: Which images of `onnx_data` to decode.
         config: What to write.
-        revision: Branch, tag or commit of a Hub repository. Default: its main branch.
+        revision: Branch, tag or commit of the Hub repository. Default: its main branch.
     """
     require_model(model, revision=revision)
     from ..data.atomic_files import require_new_folder
@@ -45,7 +45,7 @@ def export(
     require_new_folder(output)
     if (unused := limits.list_given()) and not config.onnx:
         named = ", ".join(f"`{name}`" for name in unused)
-        raise ValueError(f"{named} is for --onnx, which reads images. Leave it out.")
+        raise ValueError(f"{named} only applies to --onnx, which reads images. Remove it.")
     use_image_limits(limits)
     if config.onnx:
         require(*ONNX_EXPORT)
@@ -56,7 +56,7 @@ def export(
     folder = export_model(model, output, config, revision=revision)
     following = f"Next: llm2clip doctor {folder}"
     if config.components == "vision-tower":
-        following = "AutoModel and LlavaConfig(vision_config=…) take it unchanged."
+        following = "Load it with AutoModel, or pass its config to LlavaConfig(vision_config=…)."
     elif config.onnx:
         following = _describe_graphs(folder)
     print(escape_controls(f"Wrote {folder}. {following}"))
@@ -74,7 +74,7 @@ def _describe_graphs(folder: Path) -> str:
         checked = describe_check(graph["check"])
         lines.append(f"{file}: {graph['weights']}, {graph['size_mb']} MB; {checked}")
         if reason := graph.get("fixed_size_because"):
-            lines.append(f"  Images of one size alone: {reason}")
+            lines.append(f"  Fixed image size: {reason}")
     if record["script"] is not None:
         lines.append(f"No encode.py: {record['script']}")
     return "\n".join(lines)

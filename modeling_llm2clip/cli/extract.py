@@ -11,7 +11,7 @@ from ..configs.encoding_config import ExtractConfig
 from .command import command
 from .options import (
     read_captioned_images,
-    refuse_foreign_options,
+    require_applicable_options,
     require_data,
     require_model,
     suggest_align,
@@ -41,29 +41,30 @@ def extract(
     limits: ImageLimitsConfig,
     config: ExtractConfig,
 ) -> int:
-    """Extracts unprojected embeddings into a store, for training (stage 2).
+    """Writes unprojected embeddings to a store for training (stage 2).
 
-    Continues an interrupted store. The text encoder of a CLIP gives what --inherit-from of align
-    takes.
+    Resumes an interrupted run. For align --inherit-from, pass a CLIP as MODEL: the store then has
+    the embeddings of its text encoder.
 
     Args:
-        model: Hub id or folder of a model that build, finetune-llm or export wrote; or of a CLIP,
-            SigLIP or the like, whose own text encoder is the teacher of align.
-        data: Captioned images: folder, *.parquet, *.tar, COCO *.json, or shards at URLs.
+        model: Hub id or folder of a model written by build, finetune-llm or export, or of a CLIP,
+            SigLIP or similar model whose text encoder is the teacher in align.
+        data: Captioned images: folder, *.parquet, *.tar, COCO *.json; or URLs of shards.
         output: Folder of the store, new or from an interrupted run.
-        modality: Modality to embed: the captions or the images. No default, required.
-        partition: Part of the store to compute, such as 2/8 for the second of eight. Parts may run
-            at the same time on machines that share the folder; the last one to finish completes the
-            store. Default: all.
-        engine: Where to compute: in the processes of this run, or in the actors of a Ray cluster.
-        reading: How the data are read.
-        limits: Which images are decoded.
+        modality: What to embed: captions (text) or images (image). No default, required.
+        partition: Part of the store to write, such as 2/8 for the second of eight. Parts can run in
+            parallel on machines that share the folder; the last to finish completes the store.
+            Default: all.
+        engine: Where to compute: in this run's processes (local) or in the actors of a Ray cluster
+            (ray).
+        reading: How to read the data.
+        limits: Which images to decode.
         config: How to compute and store embeddings.
     """
     from ..data.store.store_manifest import StoreManifest
     from ..embedding.encoding_plan import plan_encoding
 
-    refuse_foreign_options(config, modality)
+    require_applicable_options(config, modality)
     needs = [RAY] if engine == "ray" else []
     require_model(model, *needs, or_teacher=modality == "text")
     require_data(data, reading)
@@ -87,6 +88,6 @@ def extract(
         manifest = StoreManifest.read(output)
         if manifest.complete:
             hint = suggest_align(model, data, output, manifest.content)
-            print(f"Align a model on it: {hint}")
+            print(f"Next: {hint}")
     state.destroy_process_group()
     return 0

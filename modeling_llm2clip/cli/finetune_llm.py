@@ -28,18 +28,18 @@ def finetune_llm(
     config: FinetuneConfig,
     resume: bool = False,
 ) -> int:
-    """Fine-tunes the LLM on captions, with a LoRA (stage 1).
+    """Fine-tunes the LLM on captions with LoRA (stage 1).
 
-    Writes the model with the LoRA merged to output/model.
+    Merges the LoRA and writes the model to OUTPUT/model.
 
     Args:
         model: Hub id or folder of an LLM2CLIP model.
         data: Captioned images, of which only the captions are read: folder, *.parquet, *.tar, COCO
-            *.json, or shards at URLs.
-        output: Folder to write.
-        reading: How the data are read.
+            *.json; or URLs of shards.
+        output: Output folder.
+        reading: How to read the data.
         config: How to train the LLM.
-        resume: Continue an interrupted run.
+        resume: Resume an interrupted run.
     """
     require_model(model, *CAPTION_TUNING)
     from ..training.run_folder import require_output

@@ -28,13 +28,13 @@ def index(
     limits: ImageLimitsConfig,
     config: IndexConfig,
 ) -> int:
-    """Encodes the images of a folder into a search database, or updates it.
+    """Builds a search database from a folder of images, or updates it.
 
     Args:
         model: Hub id or folder of an LLM2CLIP model.
         images: Folder of images; subfolders are included.
-        db: Folder of the database, new or from an earlier call, or a URI such as s3://bucket/index.
-        limits: Which images are decoded.
+        db: Folder of the database, new or existing, or a URI such as s3://bucket/index.
+        limits: Which images to decode.
         config: How to encode the images, and when to build an approximate index.
     """
     require_model(model, *list_needs_of_index(db))

@@ -1,7 +1,7 @@
-"""Steps that several commands share: what they need, check and report, and settings of libraries.
+"""Steps that commands share: requirements, checks, reports and library settings.
 
-Optional packages that follow from the command line are named before anything else: neither torch
-nor transformers is imported. The libraries name those that a model's files need when they load it.
+Optional packages implied by the command line are checked first, before torch or transformers is
+imported. Packages that a model's files need are checked when the model is loaded.
 
 The results of `index`, `search` and `tag` go to stdout, everything else to stderr.
 """
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
     from ..data.records.records import Modality
     from ..data.streams.record_streams import RecordStream
 
-# Options that a modality has no use for.
-_FOREIGN = {
+# Options that do not apply to a modality.
+_INAPPLICABLE = {
     "text": ("skip_invalid", "jpeg_decoding"),
     "image": ("sentence_views",),
 }
-# A user who has set one of these has chosen. Those of other OpenMPs (KMP_…) mean nothing to GNU's,
-# and `accelerate launch --cpu` sets them for every process.
+# If the user set one of these, it is respected. GNU OpenMP ignores the variables of other runtimes
+# (KMP_…), and `accelerate launch --cpu` sets them for every process.
 _CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-# Rounds of GNU OpenMP, which PyTorch's wheels for Linux use: a few microseconds. Its default is
-# milliseconds, in which a thread that waits takes a core from the one that computes, wherever there
-# are fewer free cores than threads. On an idle machine the default, these rounds and threads that
-# sleep at once (OMP_WAIT_POLICY=PASSIVE) differ by no more than single runs do; see
+# Spin iterations of GNU OpenMP, which PyTorch's Linux wheels use: a few microseconds. By default, a
+# waiting thread spins for milliseconds and takes a core from a computing one if there are fewer
+# free cores than threads. On an idle machine, the default, this count and no spinning at all
+# (OMP_WAIT_POLICY=PASSIVE) differ by no more than repeated runs do; see
 # benchmarks/speed/busy_machine.py.
 _SPIN_COUNT = 10_000
 
@@ -48,7 +48,7 @@ _SPIN_COUNT = 10_000
 def require_model(
     source: str | Path, *needs: Need, revision: str | None = None, or_teacher: bool = False
 ) -> None:
-    """Raise an error for packages that are missing, and for what is not an LLM2CLIP model."""
+    """Raise an error if packages are missing or the source is not an LLM2CLIP model."""
     require(*needs)
     from ..model_folders.model_folder import require_own_model  # imports huggingface_hub
 
@@ -56,22 +56,20 @@ def require_model(
 
 
 def require_text_tower(text: str | None, lora: object = None) -> None:
-    """Raise MissingExtraError for the packages of a .gguf file and of a LoRA."""
+    """Raise MissingExtraError if packages for a .gguf file or a LoRA are missing."""
     is_gguf = text is not None and Path(text).suffix == ".gguf"
     require(*([GGUF] if is_gguf else []), *([LORA] if lora else []))
 
 
 def use_device(name: str, precision: str = "auto") -> torch.device:
-    """Find the device, and print it unless there was nothing to choose; refuse a precision that it
-    does not have.
-    """
+    """Select a device that supports the precision, and print it unless there was no choice."""
     import torch
 
     from ..encoding.devices import describe_device, find_device, list_devices
 
     device = find_device(name, precision=precision)
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # else kernels of libraries would run on the first GPU
+        torch.cuda.set_device(device)  # otherwise, libraries launch kernels on the first GPU
     had_choice = name == "auto" and len(list_devices()) > 1
     if device.type != "cpu" or had_choice:
         print(f"Device: {describe_device(device)} (--device {name}).", file=sys.stderr)
@@ -79,12 +77,12 @@ def use_device(name: str, precision: str = "auto") -> torch.device:
 
 
 def require_data(data: str, reading: DataConfig) -> None:
-    """Raise ValueError for data that do not exist, before anything is imported."""
+    """Raise ValueError if the data do not exist, before heavy imports."""
     from ..data.remote.remote_files import is_remote
 
     if not is_remote(data) and not Path(data).exists() and not re.search(r"[*?[{]", data):
         raise ValueError(
-            f"{data}: no such data. Give a folder, *.parquet, *.tar, a COCO *.json file, a URL, or "
+            f"{data}: no such data. Pass a folder, *.parquet, *.tar, a COCO *.json file, a URL, or "
             "a .txt file that lists shards."
         )
     if reading.image_dir is not None and not reading.image_dir.is_dir():
@@ -92,7 +90,7 @@ def require_data(data: str, reading: DataConfig) -> None:
 
 
 def name_data(data: str, *, is_elsewhere: bool) -> str:
-    """Name data on a card: a folder by its own name, shards by their URLs without signatures."""
+    """Return the data's name for the card: the folder's name, or shard URLs without signatures."""
     from ..data.remote.shard_urls import drop_signature
 
     return drop_signature(data) if is_elsewhere else Path(data).resolve().name
@@ -103,8 +101,8 @@ def stream_captioned_images(data: str, reading: DataConfig) -> RecordStream:
 
     if reading.image_dir is not None or reading.check_images:
         raise ValueError(
-            "A stream brings its images and decodes each once: leave out --image-dir and "
-            "--check-images."
+            "--image-dir and --check-images cannot be used with a stream: its shards contain the "
+            "images, and each is decoded once. Remove them."
         )
     return stream_records(data, ignore_fields=reading.ignore_fields)
 
@@ -118,10 +116,10 @@ def read_captioned_images(
     modality: Modality | None = None,
     show_progress: bool = True,
 ) -> RecordTable:
-    """Read all records; of one modality alone, if it is named, so that they need not be pairs.
+    """Read all records. With a `modality`, they need not be pairs, and only that one is read.
 
-    With `trains_on_images`, those on this machine are decoded first: steps that were taken before a
-    broken one is met cannot be continued with other images.
+    With `trains_on_images`, local images are decoded first: if training failed at a broken image,
+    the run could not be resumed with other images.
     """
     from ..data.records.record_loading import read_configured_records
     from ..data.remote.shard_urls import has_remote_shards
@@ -141,24 +139,24 @@ def read_captioned_images(
 
 def require_image_folder(image_dir: Path) -> None:
     if not image_dir.is_dir():
-        raise ValueError(f"{image_dir}: no such folder. Give one that holds images.")
+        raise ValueError(f"{image_dir}: no such folder. Pass a folder of images.")
 
 
 def report(text: str) -> None:
-    """Print to stderr, so that stdout holds nothing but results."""
+    """Print to stderr, because stdout is for results."""
     print(escape_controls(text), file=sys.stderr, flush=True)
 
 
 def report_truncated(count: int, total: int, what: str, *, longest: int) -> None:
     if count:
         report(
-            f"Truncated {count:,} of {counted(total, what)} to the {longest} tokens that the model "
-            "reads."
+            f"Truncated {count:,} of {counted(total, what)} to the model's limit of {longest} "
+            "tokens."
         )
 
 
 def use_image_limits(config: ImageLimitsConfig) -> None:
-    """Set the limits for this process and for all that it starts."""
+    """Set the limits for this process and its child processes."""
     if not (limits := config.list_limits()):
         return
     from ..image_loading_llm2clip import get_image_limits, set_image_limits
@@ -166,17 +164,17 @@ def use_image_limits(config: ImageLimitsConfig) -> None:
     set_image_limits(get_image_limits(**limits))
 
 
-def refuse_foreign_options(config: EncodingConfig, modality: str) -> None:
-    """Raise ValueError for options that a modality has no use for."""
-    if foreign := [name for name in config.list_given() if name in _FOREIGN[modality]]:
+def require_applicable_options(config: EncodingConfig, modality: str) -> None:
+    """Raise ValueError for options that do not apply to the modality."""
+    if names := [name for name in config.list_given() if name in _INAPPLICABLE[modality]]:
         other = "text" if modality == "image" else "image"
         raise ValueError(
-            f"{', '.join(foreign)}: only for --modality {other}. Leave it out, or choose that."
+            f"{', '.join(names)}: only for --modality {other}. Remove it, or use that modality."
         )
 
 
 def suggest_align(model: str, data: str, store: Path, content: str) -> str:
-    """Return the command that aligns a model on a new store and on those of other contents."""
+    """Return an align command that uses a new store and the other stores it needs."""
     stores = {"caption_embeds": "captions", "vision_embeds": "images"} | {content: str(store)}
     is_teacher = content == "teacher_text_embeds"
     words = ["llm2clip", "align", "MODEL" if is_teacher else model, data, "aligned"]
@@ -185,7 +183,7 @@ def suggest_align(model: str, data: str, store: Path, content: str) -> str:
 
 
 def hide_library_bars(run: Callable[[], object]) -> None:
-    """Hide the bars of transformers, too, where a command is to show none."""
+    """Hide transformers' progress bars if the command is to show none."""
     configs = run.keywords.values() if isinstance(run, partial) else ()
     if any(getattr(config, "show_progress", True) is False for config in configs):
         from transformers.utils import logging
@@ -194,7 +192,7 @@ def hide_library_bars(run: Callable[[], object]) -> None:
 
 
 def bound_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Keep waiting threads from spinning for long, unless the user chose, or torch is loaded.
+    """Limit how long waiting threads spin, unless the user set it or torch is already loaded.
 
     OpenMP reads its settings when torch loads it. Child processes inherit them.
     """

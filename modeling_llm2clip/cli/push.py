@@ -33,23 +33,24 @@ def push(
 ) -> int:
     """Checks a model folder and uploads it to the Hub in one commit.
 
-    The token comes from HF_TOKEN or `hf auth login`.
+    Uses the token from HF_TOKEN or `hf auth login`.
 
     Args:
         folder: Model folder.
         repo_id: Repository, OWNER/NAME; created if it does not exist.
-        license: License of the weights, an identifier of the Hub such as apache-2.0, written to the
-            card before the upload. Default: the license on the card.
-        private: Create a private repository; an existing one must be private too. A model that was
-            public once cannot be taken back.
+        license: Hub identifier of the weights' license, such as apache-2.0; written to the card
+            before the upload. Default: the license on the card.
+        private: Create a private repository; an existing one must be private too. Once public, a
+            model cannot be taken back.
         revision: Branch to upload to; created if it does not exist.
-        commit_message: Message of the commit.
-        allow_files: Paths in FOLDER of files that look like credentials but are not. Default: none.
-        delete_others: Delete the branch's files that FOLDER lacks, except evaluation results in
-            .eval_results/.
-        dry_run: Check the folder, and list files and sizes; upload nothing. With --delete-others,
-            also list what would be deleted.
-        config: Where the model runs while it is checked.
+        commit_message: Commit message.
+        allow_files: Files in FOLDER to upload even though they look like credentials. Default:
+            none.
+        delete_others: Delete files on the branch that are not in FOLDER, except evaluation results
+            in .eval_results/.
+        dry_run: Check the folder and list its files and sizes without uploading. With
+            --delete-others, also list the files that would be deleted.
+        config: Where to run the model for the checks.
     """
     require_model(folder)
     device = str(use_device(config.device))
@@ -73,7 +74,7 @@ def push(
         shown = "private" if private else "public"
         print(
             f"Nothing was uploaded to {repo_id} ({shown}, branch {revision}). "
-            "Leave out --dry-run to upload it."
+            "Remove --dry-run to upload it."
         )
         return 0
     address = push_to_hub(
@@ -87,5 +88,5 @@ def push(
         allow_files=allow_files,
         delete_others=delete_others,
     )
-    print(f"Published {address}. Pin its last part with revision=… when you load it.")
+    print(f"Published {address}. To pin this commit, load it with revision=LAST_PART_OF_URL.")
     return 0

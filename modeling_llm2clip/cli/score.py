@@ -15,15 +15,15 @@ from .options import report, report_truncated, require_model, use_device, use_im
 def score(
     model: str, pairs: Path, output: Path, /, *, limits: ImageLimitsConfig, config: EncodingConfig
 ) -> int:
-    """Scores how well texts describe images, pair by pair, and writes CSV.
+    """Scores how well each text describes its image, and writes CSV.
 
-    The score is the cosine of image and text.
+    The score is the cosine similarity of image and text.
 
     Args:
         model: Hub id or folder of an LLM2CLIP model.
-        pairs: JSON lines with image, a path from the folder of this file, and text.
-        output: New CSV file.
-        limits: Which images are decoded.
+        pairs: JSON lines with text and image, a path relative to this file's folder.
+        output: CSV file to write, which must not exist.
+        limits: Which images to decode.
         config: How to run the model.
     """
     require_model(model)

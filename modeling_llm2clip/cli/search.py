@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..search.index_encoding import Query
     from ..search.search_results import SearchResult
 
-_NOTE = "The number under an image is its cosine with the query."
+_NOTE = "The number under each image is its cosine similarity to the query."
 
 
 @command(
@@ -49,21 +49,21 @@ def search(
     """Finds the images in an index that best match a sentence or an image.
 
     Args:
-        db: Database that llm2clip index wrote: a folder, or a URI such as s3://bucket/index.
+        db: Database from llm2clip index: a folder, or a URI such as s3://bucket/index.
         queries: Descriptions of the images to find; optional with --image.
         image: Query image, instead of a sentence or in addition to it; repeatable. Default: none.
-        combine: Join all sentences and images into one query by the mean of their embeddings.
-        top_k: Images per query.
-        where: Comparisons of path, sha256, bytes, modified, width, height and taken, as in SQL.
-            Default: none.
+        combine: Combine all sentences and images into one query by averaging their embeddings.
+        top_k: Number of images per query.
+        where: SQL condition on path, sha256, bytes, modified, width, height and taken. Default:
+            none.
         exact: Compare with every image, even if there is an approximate index.
         format: Format of the results on stdout.
-        output: Folder for search.png and search.html; those of an earlier search are replaced.
-            Default: none.
-        model: Folder of the model if it was moved, or of its ONNX graphs, which start in half the
-            time and take sentences alone. Default: as indexed.
+        output: Folder for search.png and search.html; replaces those of an earlier search. Default:
+            none.
+        model: Folder of the model if it was moved, or of its ONNX export, which starts in half the
+            time but only takes sentences. Default: as indexed.
         image_dir: Folder of the images if it was moved. Default: as indexed.
-        limits: Which images are decoded.
+        limits: Which images to decode.
         config: Where the model runs.
     """
     use_image_limits(limits)
@@ -100,7 +100,7 @@ def search(
 
 
 def _require_page_folder(folder: Path) -> None:
-    """Refuse a folder that cannot be written, or has files that no earlier search wrote."""
+    """Raise an error if the folder is not writable or has files other than search results."""
     from ..data.atomic_files import require_new_folder, require_writable
     from ..search.search_results import is_results_file
 
@@ -111,12 +111,12 @@ def _require_page_folder(folder: Path) -> None:
 
 
 def _require_queries(queries: Sequence[str], images: Sequence[Path]) -> None:
-    """Raise ValueError where no query or no such file is given, before anything is imported."""
+    """Raise ValueError if there is no query or an image is missing, before heavy imports."""
     if not queries and not images:
-        raise ValueError("There is nothing to search for. Give a sentence, or --image FILE.")
+        raise ValueError("There is nothing to search for. Pass a sentence or --image FILE.")
     for text in queries:
         if Path(text).suffix and Path(text).is_file():
-            report(f"{text!r} is searched as a sentence. To search with the image: --image {text}")
+            report(f"{text!r} is treated as a sentence. To search by image: --image {text}")
     if missing := [file for file in images if not file.exists()]:
         raise ValueError("\n".join(f"--image {file}: no such image." for file in missing))
 
@@ -136,7 +136,7 @@ def _report_missing(results: Sequence[SearchResult]) -> None:
             report(
                 f"{counted(len(paths), 'image')} found but {problem}: "
                 f"{', '.join(map(str, paths))}. Update the index with llm2clip index. If the "
-                "folder was moved, give --image-dir."
+                "folder was moved, pass --image-dir."
             )
 
 
@@ -145,7 +145,7 @@ def _write(results: list[SearchResult], output: Path) -> None:
     from ..search.search_results import RESULTS_FILES, write_results_page, write_results_sheet
 
     sheet, page = (output / name for name in RESULTS_FILES)
-    with lock_folder(output):  # both files are of one search
+    with lock_folder(output):  # so both files come from one search
         write_results_sheet(results, sheet)
         write_results_page(results, page, title="Images by query", note=_NOTE)
     report(f"Wrote {sheet} and {page}.")

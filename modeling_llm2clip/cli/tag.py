@@ -50,24 +50,24 @@ def tag(
     limits: ImageLimitsConfig,
     config: TagConfig,
 ) -> int:
-    """Labels the images of a folder and writes CSV or JSON lines.
+    """Labels the images in a folder and writes CSV or JSON lines.
 
     Args:
         model: Hub id or folder of an LLM2CLIP model.
         image_dir: Folder of images; subfolders are included.
-        labels: One label per line; *.csv with columns label and prompt; *.json with a list of
-            labels or an object from label to prompts. No default, required.
-        template: Prompts for labels without their own, with {} for the label; several are averaged.
-        top_k: Labels per image.
-        threshold: Minimum cosine of a label. Default: none.
-        output: New file, *.csv or *.jsonl. Default: CSV on stdout.
-        limits: Which images are decoded.
+        labels: Text file with one label per line; *.csv with columns label and prompt; *.json with
+            a list of labels or an object that maps labels to prompts. No default, required.
+        template: Prompts for labels that have none, with {} for the label; several are averaged.
+        top_k: Number of labels per image.
+        threshold: Minimum cosine similarity of a label. Default: none.
+        output: File to write, *.csv or *.jsonl, which must not exist. Default: CSV on stdout.
+        limits: Which images to decode.
         config: How to encode the folder, and where to store its embeddings.
     """
     require(*list_needs_of_index(config.index))
     from ..data.labels import read_labels
 
-    _check_output(output)  # before what takes long
+    _check_output(output)  # before the slow steps
     label_list = read_labels(labels, templates=list(template))
     require_image_folder(image_dir)
     require_model(model)
@@ -103,6 +103,6 @@ def _write(tagged: Iterable[TaggedImage], output: Path | None, *, threshold: flo
         report(f"Wrote the labels of {counted(num_images, 'image')} to {output}.")
     if num_untagged:
         report(
-            f"Without a label: {num_untagged:,} of {counted(num_images, 'image')}; "
-            f"threshold {threshold}."
+            f"No label reached the threshold {threshold} for {num_untagged:,} of "
+            f"{counted(num_images, 'image')}."
         )

@@ -18,18 +18,18 @@ from .options import require_data, require_text_tower, use_device, use_image_lim
     examples=("llm2clip train recipe.yaml --dry-run", "llm2clip train recipe.yaml"),
 )
 def train(recipe: Path, /, *, dry_run: bool = False, limits: ImageLimitsConfig) -> int:
-    """Runs all stages from one YAML file, or continues an interrupted run.
+    """Runs all stages from one YAML file, or resumes an interrupted run.
 
-    Build, fine-tune, extract, align, export and evaluate have a folder each.
+    Build, fine-tune, extract, align, export and evaluate each write their own folder.
 
     Args:
         recipe: YAML file; see docs/train.md.
-        dry_run: Run all checks, and print the plan with counts and steps; compute nothing.
-        limits: Which images are decoded.
+        dry_run: Run all checks and print the plan with counts and steps, but compute nothing.
+        limits: Which images to decode.
     """
     config = read_config(recipe, TrainConfig)
     towers = (config.vision_model, config.text_model)
-    if "/" in (folder := _find_folder(config.data)):  # before the Hub is asked for the towers
+    if "/" in (folder := _find_folder(config.data)):  # before the towers are looked up on the Hub
         require_data(folder, config)
     require(*CAPTION_TUNING, *(DEMO if EMBEDDED in towers else ()))
     require_text_tower(towers[1], config.build.lora)
@@ -39,7 +39,7 @@ def train(recipe: Path, /, *, dry_run: bool = False, limits: ImageLimitsConfig) 
         from ..recipes.train import plan_train
 
         print(plan_train(config))
-        print("Nothing was computed or written. Leave out --dry-run to run it.")
+        print("Nothing was computed or written. Remove --dry-run to run it.")
         return 0
     from ..recipes.train import train as run
 
@@ -48,6 +48,6 @@ def train(recipe: Path, /, *, dry_run: bool = False, limits: ImageLimitsConfig) 
 
 
 def _find_folder(data: str) -> str:
-    """Return the folder of NAME=FOLDER; a path that exists, or with a slash before =, is whole."""
+    """Split FOLDER off NAME=FOLDER, but not if the path exists or has a slash before the sign."""
     name, sign, folder = data.partition("=")
     return folder if sign and "/" not in name and not Path(data).exists() else data

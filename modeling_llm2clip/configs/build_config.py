@@ -1,4 +1,4 @@
-"""Options of joining two towers."""
+"""Options for joining two towers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from annotated_types import Interval
 from .config_fields import DeviceConfig, Seed, WeightDtype
 
 # Templates of the official text towers (upstream `llm2vec.py`, prepare_for_tokenization). The
-# tokenizer's own beginning-of-text token comes in front, where it has one.
+# tokenizer adds its beginning-of-text token, if it has one.
 PROMPT_PRESETS = {
     "llama-3": "<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>",
     "chatml": "<|im_start|>user\n{text}<|im_end|>",
@@ -22,9 +22,9 @@ PROMPT_PRESETS = {
     "none": "{text}",
 }
 CHAT_TEMPLATE = "chat-template"
-# The text tower is a released embedder, which is kept as it is.
+# The text tower is a released embedder and stays unchanged.
 OWN_PROMPT = "own"
-# In the place of a tower or of data: the one that the package brings, which needs no Hub.
+# Stands for a tower or data included in the package, which need no Hub.
 EMBEDDED = "embedded"
 Prompt = Literal[
     "llama-3", "chatml", "mistral", "llama-2", "gemma", "phi-3", "none", "chat-template"
@@ -41,7 +41,7 @@ _OF_LLMS = (
     "prompt_suffix", "bidirectional", "text_pooling", "text_layers", "lora",
 )  # fmt: skip
 _OF_EMBEDDERS = ("prompt_name", "truncate_dim", "keep_embeddings")
-# Options that would change what texts get from it.
+# Options that would change the embeddings of texts.
 _OF_TEXT_SIDE = ("projection_dim", "keep_projection", "text_adapter_layers")
 
 
@@ -55,67 +55,69 @@ class BuildConfig(DeviceConfig):
     )  # fmt: skip
 
     prompt: BuildPrompt | None = None
-    """Prompt around every caption. No default: give this, or `prompt_prefix` and
-    `prompt_suffix`. `own` keeps a sentence-transformers model as it is."""
+    """Prompt around every caption; own keeps a sentence-transformers model unchanged. No default:
+    required unless `prompt_prefix` or `prompt_suffix` is set."""
     prompt_prefix: str | None = None
     """Text before every caption, instead of `prompt`. Default: none."""
     prompt_suffix: str | None = None
     """Text after every caption, instead of `prompt`. Default: none."""
     prompt_name: str | None = None
     """With prompt=own: name of one of the embedder's prompts, such as query or document. Default:
-    `prompt_prefix`, or the one that the embedder uses by itself, mostly none."""
+    `prompt_prefix`, or the embedder's default prompt, usually none."""
     max_text_length: Annotated[int, Interval(ge=1)] | None = None
-    """Maximum number of tokens of a text, prompt included. Default: 512, or an embedder's own."""
+    """Maximum number of tokens per text, prompt included. Default: 512, or the embedder's limit."""
     bidirectional: bool | None = None
     """Let every token attend to every other token; False keeps the LLM causal, as a baseline.
-    Default: yes, or as an embedder does."""
+    Default: yes, or as in the embedder."""
     text_pooling: TextPooling | None = None
-    """Embedding of a text: mean of its tokens, or last token. Default: mean, or an embedder's."""
+    """Pooling of a text's tokens: mean, or last token. Default: mean, or as in the embedder."""
     dtype: WeightDtype = "float32"
     """Dtype of the weights."""
     truncate_dim: Annotated[int, Interval(ge=1)] | None = None
-    """With prompt=own: first dimensions of its embeddings to keep (Matryoshka). Default: the
-    embedder's."""
+    """With prompt=own: number of leading embedding dimensions to keep (Matryoshka). Default: as in
+    the embedder."""
     keep_embeddings: bool = False
-    """With prompt=own: give texts the embedder's own embeddings, at unit length, without a text
-    adapter, so that an index of them stays valid. Images learn them (align --lock-text)."""
+    """With prompt=own: keep the embedder's text embeddings, scaled to unit length, without a text
+    adapter, so an existing index of them stays valid. Align then trains the images to match them
+    (align --lock-text)."""
     text_layers: Annotated[int, Interval(ge=1)] | None = None
-    """Layers of the language model to keep, from the first. Default: all."""
+    """Number of language model layers to keep, starting from the first. Default: all."""
     projection_dim: Annotated[int, Interval(ge=1)] | None = None
-    """Width of the shared embedding space. Default: 512, or that of what is kept."""
+    """Width of the shared embedding space. Default: 512, or the width of a projection or embedder
+    that is kept."""
     keep_projection: bool = False
-    """Keep the image projection of a CLIP or SigLIP, so that images stay in the space that they
-    share with its own text encoder, which the text side can inherit (align --inherit-from)."""
+    """Keep the image projection of a CLIP or SigLIP, so images stay in the space of its text
+    encoder, whose embeddings the text side can learn (align --inherit-from)."""
     vision_pooling: VisionPooling = "pooler"
-    """Embedding of an image: the tower's pooler, its CLS token, the mean of all tokens (CLS and
-    registers included), or the mean of the patches."""
+    """Pooling of an image: the tower's pooler, its CLS token, the mean of all tokens (including CLS
+    and registers), or the mean of the patches."""
     text_adapter_layers: Annotated[int, Interval(ge=0)] | None = None
-    """Residual blocks of the text adapter. Default: 4."""
+    """Number of residual blocks in the text adapter. Default: 4."""
     normalize_text_before_adapter: bool = True
     """Scale the LLM's embeddings to unit length before the text adapter."""
     visual_projection_bias: bool = True
-    """Give the image projection a bias, which the closed-form start of align needs. A projection
-    that is kept has none."""
+    """Add a bias to the image projection, which the closed-form start of align needs. A projection
+    that is kept has no bias."""
     image_size: Annotated[int, Interval(ge=1)] | None = None
-    """Side of the images in pixels. Default: the tower's."""
+    """Image size in pixels. Default: the tower's."""
     normalization: Normalization = "own"
-    """Mean and std of the pixels: the tower's own, CLIP's (openai), 0.5 (half), or ImageNet's."""
+    """Pixel mean and std: the tower's own, CLIP's (openai), 0.5 (half), or ImageNet's."""
     lora: str | Path | None = None
     """LoRA of a fine-tuned LLM to merge: Hub id or folder. Default: none."""
     seed: Seed = 0
-    """Seed of the text adapter and the projections, which are initialized at random."""
+    """Seed for initializing the text adapter and the projections."""
 
     @property
     def has_affixes(self) -> bool:
         return self.prompt_prefix is not None or self.prompt_suffix is not None
 
     def require_prompt(self) -> None:
-        """Raise ValueError where no prompt is chosen."""
+        """Raise ValueError if no prompt is chosen."""
         if self.prompt is None and not self.has_affixes:
             raise ValueError(
-                f"Choose a prompt, one of {', '.join(PROMPT_NAMES)}, or give prompt_prefix and "
-                "prompt_suffix. A prompt is never guessed, because the embeddings depend on it. "
-                "prompt=own keeps a sentence-transformers model as it is."
+                f"prompt is missing. Choose one of {', '.join(PROMPT_NAMES)}, or set prompt_prefix "
+                "and prompt_suffix. A prompt is never guessed, because the embeddings depend on "
+                "it. For a sentence-transformers model, use prompt=own, which keeps it unchanged."
             )
 
     def _list_conflicts(self) -> dict[str, object]:
@@ -126,29 +128,28 @@ class BuildConfig(DeviceConfig):
         )
         return {
             **super()._list_conflicts(),
-            f"prompt={self.prompt} excludes prompt_prefix and prompt_suffix. Give one choice.": (
-                self.prompt is not None and not is_own and self.has_affixes
-            ),
-            f"prompt=own keeps the embedder as it is. Leave out {of_llms}.": is_own and of_llms,
-            f"keep_embeddings leaves nothing to choose of these: {of_text_side}.": (
+            f"prompt={self.prompt} cannot be combined with prompt_prefix or prompt_suffix. "
+            "Remove one of them.": (self.prompt is not None and not is_own and self.has_affixes),
+            f"prompt=own keeps the embedder unchanged. Remove {of_llms}.": is_own and of_llms,
+            f"keep_embeddings=True already determines {of_text_side}. Remove them.": (
                 is_own and self.keep_embeddings and of_text_side
             ),
-            "prompt_name and prompt_prefix are two prompts. Give one.": (
+            "prompt_name cannot be combined with prompt_prefix: both set the prompt. Remove one.": (
                 is_own and None not in (self.prompt_name, self.prompt_prefix)
             ),
-            f"Only a sentence-transformers model (prompt=own) takes {of_embedders}.": (
+            f"{of_embedders}: only for a sentence-transformers model (prompt=own).": (
                 of_embedders and not is_own
             ),
-            "keep_projection keeps what follows the tower's pooler, and "
-            f"vision_pooling={self.vision_pooling} takes another embedding. Choose pooler.": (
+            f"keep_projection cannot be combined with vision_pooling={self.vision_pooling}: the "
+            "projection was trained on the tower's pooler output. Use vision_pooling=pooler.": (
                 self.keep_projection and self.vision_pooling != "pooler"
             ),
-            "keep_projection keeps images where the tower's CLIP puts them, and "
-            f"normalization={self.normalization} moves them. Choose own.": (
+            f"keep_projection cannot be combined with normalization={self.normalization}, which "
+            "changes the image embeddings. Use normalization=own.": (
                 self.keep_projection and self.normalization != "own"
             ),
-            # In float16, weights are not rounded as a teacher's are.
-            "keep_projection takes dtype=float32 or bfloat16, not float16.": (
+            # float16 would round the weights differently than a teacher's.
+            "keep_projection requires dtype=float32 or bfloat16, not float16.": (
                 self.keep_projection and self.dtype == "float16"
             ),
         }

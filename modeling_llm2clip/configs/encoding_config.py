@@ -1,4 +1,4 @@
-"""Options of encoding texts and images: to extract, embed, index and tag them."""
+"""Options for encoding texts and images: to extract, embed, index and tag them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EmbeddingColumn: TypeAlias = Literal[
     "place",
     "image_file",
 ]
-# transformers' model types of an image encoder and a text encoder that share a space.
+# Model types in transformers with an image encoder and a text encoder that share a space.
 DUAL_ENCODERS = (
     "clip", "siglip", "siglip2", "metaclip_2", "tipsv2", "aimv2", "chinese_clip", "altclip",
     "vision-text-dual-encoder",
@@ -37,8 +37,8 @@ class PrecisionConfig(DeviceConfig):
     """The device of a model, and the dtype of its towers."""
 
     precision: Precision = "auto"
-    """Dtype of the towers. auto is the stored one; a GPU that supports bfloat16 runs float32 towers
-    in it if that keeps the embeddings of 64 inputs (cosines of at least 0.999)."""
+    """Dtype of the towers. auto uses the stored dtype, but on GPUs with bfloat16 support, float32
+    towers run in bfloat16 if 64 test embeddings barely change (cosines of at least 0.999)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,40 +46,40 @@ class SearchConfig(DeviceConfig):
     """The device of an index's model, and the dtype of its towers."""
 
     precision: Precision = "auto"
-    """Dtype of the towers; auto is the stored one."""
+    """Dtype of the towers; auto uses the stored dtype."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig(DeviceConfig):
-    """Batches of the inputs; in float32 they change no embedding."""
+    """Batching of the inputs; in float32 it does not affect the embeddings."""
 
     batch_size: Annotated[int, Interval(ge=1)] | None = None
-    """Texts or images per batch. Default: by device."""
+    """Texts or images per batch. Default: depends on the device."""
     show_progress: bool = True
     """Show progress bars."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingConfig(BatchConfig, PrecisionConfig):
-    """Options of encoding."""
+    """Options for encoding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JpegConfig(DeviceConfig):
-    """The decoding of JPEGs that are much larger than the images of the model."""
+    """Decoding of JPEGs that are much larger than the model's input."""
 
     jpeg_decoding: Literal["full", "scaled"] = "full"
-    """Size at which JPEGs are decoded: full, or scaled for a half, a quarter or an eighth, at least
-    three times what the model reads, which is faster; embeddings of large ones differ slightly."""
+    """Decode JPEGs at full size, or scaled to 1/2, 1/4 or 1/8, but no smaller than three times the
+    model's input. scaled is faster, but slightly changes the embeddings of large images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompileConfig(DeviceConfig):
-    """The compilation of a model."""
+    """Compilation of a model."""
 
     compile: bool = False
-    """Compile the layers of the towers, by Triton or a C++ compiler: the first batches take longer,
-    the others less time, and embeddings may differ by rounding."""
+    """Compile the towers' layers with Triton or a C++ compiler. The first batches take longer, the
+    others run faster, and embeddings may differ by rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +90,8 @@ class BackendConfig(PrecisionConfig, CompileConfig):
     """Runtime of the model: torch, or onnx for ONNX Runtime on the CPU; with onnx, MODEL is a
     folder that `llm2clip export --onnx` wrote."""
     text_weights: TextWeights | None = None
-    """With `backend` onnx, weights of the language model's linear layers. Default: the most precise
-    in the folder."""
+    """With `backend` onnx: weight format of the language model's linear layers. Default: the most
+    precise in the folder."""
 
     def _list_conflicts(self) -> dict[str, object]:
         is_onnx = self.backend == "onnx"
@@ -100,68 +100,68 @@ class BackendConfig(PrecisionConfig, CompileConfig):
             f"text_weights={self.text_weights} needs backend='onnx'.": (
                 self.text_weights is not None and not is_onnx
             ),
-            f"device={self.device}: backend='onnx' runs on the CPU. Leave the device out.": (
+            f"device={self.device}: backend='onnx' runs on the CPU. Remove the device.": (
                 is_onnx and self.device not in ("auto", "cpu")
             ),
-            f"precision={self.precision}: backend='onnx' runs graphs of one precision. Leave it "
-            "out, or choose text_weights.": is_onnx and self.precision != "auto",
+            f"precision={self.precision}: backend='onnx' runs graphs of fixed precision. Remove "
+            "it, or set text_weights.": is_onnx and self.precision != "auto",
             "compile=True needs backend='torch'.": is_onnx and self.compile,
         }
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardConfig(EncodingConfig, JpegConfig):
-    """Options of encoding into shards."""
+    """Options for encoding into shards."""
 
     rows_per_shard: Annotated[int, Interval(ge=1, le=2**20)] = 8192
-    """Texts or images per file. An interrupted run computes a file that was begun again."""
+    """Texts or images per file. A resumed run recomputes unfinished files."""
     batch_size: Annotated[int, Interval(ge=1)] | None = None
-    """Images per batch, or texts of the maximum length; shorter texts fill up a batch. Default: by
-    device."""
+    """Images, or texts of maximum length, per batch; a batch holds more texts if they are shorter.
+    Default: depends on the device."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig(ShardConfig, CompileConfig):
     """Options of `extract`: computing and storing embeddings.
 
-    An interrupted store continues only with the same `store_dtype`, `rows_per_shard`, `batch_size`,
+    An interrupted run resumes only with the same `store_dtype`, `rows_per_shard`, `batch_size`,
     `sentence_views`, `compile` and `jpeg_decoding`, and in the same precision.
     """
 
     store_dtype: WeightDtype = "float16"
-    """Dtype of the stored embeddings; values that it cannot hold are refused, never clipped."""
+    """Dtype of the stored embeddings. Values outside its range are an error, never clipped."""
     sentence_views: Annotated[int, Interval(ge=0, le=64)] = 0
-    """Views of each long caption to store beside it, each some of its sentences without the first
-    one, which alignment then samples as long captions (DeBias-CLIP, arXiv:2602.22419)."""
+    """Number of extra views to store of each long caption; a view is a subset of its sentences
+    without the first. Align samples them as long captions (DeBias-CLIP, arXiv:2602.22419)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedConfig(ShardConfig, BackendConfig):
     """Options of `embed`: the encoding, and the content of its files.
 
-    An interrupted output continues only with the same options, except for `device`,
-    `skip_invalid` and `show_progress`, and with the same image limits.
+    An interrupted run resumes only with the same options, except for `device`, `skip_invalid` and
+    `show_progress`, and with the same image limits.
     """
 
     dtype: EmbeddingDtype = "float32"
-    """Dtype of the embeddings: float32, float16, int8 (a step of 1/255 of each dimension's range),
-    or one bit per dimension as binary (int8) or ubinary (uint8)."""
+    """Dtype of the embeddings: float32, float16, int8 (each dimension's range in 255 steps), or one
+    bit per dimension, packed as binary (int8) or ubinary (uint8)."""
     truncate_dim: Annotated[int, Interval(ge=1)] | None = None
-    """Number of dimensions to keep from the first on; the embeddings are scaled to unit length
-    again. Default: all."""
+    """Number of leading dimensions to keep; the embeddings are then rescaled to unit length.
+    Default: all."""
     columns: tuple[EmbeddingColumn, ...] = ()
     """Columns besides id and embedding: text, name, group_id, lang, captions, long_captions,
     keywords, url, place, image_file. Default: none."""
     skip_invalid: bool = False
     """Skip images that cannot be decoded and report their number, instead of stopping."""
     int8_ranges: Path | None = None
-    """Output of an earlier `embed` whose int8 ranges to use, so that both fit into one index.
+    """Output folder of an earlier `embed` whose int8 ranges to reuse, so both fit into one index.
     Default: the ranges of a sample of 1,024 records."""
 
     def _list_conflicts(self) -> dict[str, object]:
         return {
             **super()._list_conflicts(),
-            f"columns={self.columns} names a column twice. Name each once.": (
+            f"columns={self.columns} has duplicates. List each column once.": (
                 len(set(self.columns)) < len(self.columns)
             ),
             f"int8_ranges={self.int8_ranges} needs dtype='int8', not {self.dtype!r}.": (
@@ -175,8 +175,8 @@ class IndexConfig(EncodingConfig, JpegConfig):
     """Options of `index`: the encoding, and the approximate index."""
 
     ann: Literal["auto", "always", "never"] = "auto"
-    """Approximate index: auto builds one from 20,000 images on, and keeps it if it is faster than
-    comparing with every image and its recall@10 is at least 0.97."""
+    """Approximate index: auto builds one for 20,000 images or more, and keeps it if it is faster
+    than exact search and its recall@10 is at least 0.97."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,8 +184,8 @@ class TagConfig(EncodingConfig):
     """Options of `tag`: encoding a folder of images."""
 
     index: str | None = None
-    """Database of the images' embeddings, updated as by `llm2clip index`, so that the next call
-    encodes only new images; an approximate index stays as it is. Default: none, and all images are
-    encoded."""
+    """Database for the image embeddings, updated like `llm2clip index` does, so the next call
+    encodes only new images; an approximate index is left unchanged. Default: none, so all images
+    are encoded."""
     skip_invalid: bool = False
     """Skip images that cannot be read and report their number, instead of stopping."""

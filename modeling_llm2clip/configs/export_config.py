@@ -1,4 +1,4 @@
-"""Options of writing a model folder for others, and of its card."""
+"""Options for exporting and converting model folders, and for their cards."""
 
 from __future__ import annotations
 
@@ -19,24 +19,23 @@ License = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class CardConfig(Config):
-    """Entries of a model card; missing ones come from the source's card."""
+    """Entries of a model card; unset ones are taken from the source's card."""
 
     license: License | None = None
-    """License of the weights, an identifier of the Hub such as apache-2.0. Default: the license on
-    the source's card."""
+    """Hub identifier of the weights' license, such as apache-2.0. Default: the license on the
+    source's card."""
     license_name: str | None = None
-    """Name of the license, with `license` other. Default: none."""
+    """With `license` other: name of the license. Default: none."""
     license_link: str | None = None
-    """Address of the license, with `license` other. Default: none."""
+    """With `license` other: URL of the license. Default: none."""
     vision_license: str | None = None
     """License of the vision tower. Default: the license on its card."""
     text_license: str | None = None
     """License of the language model. Default: the license on its card."""
     base_models: tuple[str, str] | None = None
-    """Hub ids of the vision tower and of the language model. Default: those in their
-    configurations."""
+    """Hub ids of the vision tower and the language model. Default: from their configurations."""
     training_data: tuple[str, ...] = ()
-    """Names or Hub ids of the training data. Default: those on the source's card."""
+    """Names or Hub ids of the training data. Default: as on the source's card."""
 
     def _list_conflicts(self) -> dict[str, object]:
         is_other = self.license == "other"
@@ -56,26 +55,27 @@ class ExportConfig(CardConfig, DeviceConfig):
     """Options of `export_model`."""
 
     results: tuple[Path, ...] = ()
-    """JSON files of `llm2clip evaluate` on these weights. Default: those on the source's card, if
-    the weights stay the same."""
+    """JSON results of `llm2clip evaluate` for these weights. Default: the results on the source's
+    card, if the weights are unchanged."""
     dtype: WeightDtype | None = None
     """Dtype of the weights. Default: unchanged."""
     max_shard_size: ShardSize = "50GB"
     """Maximum size of a weight file."""
     components: Literal["full", "text", "vision", "vision-tower"] = "full"
-    """The whole model, the text-only or vision-only model, or the vision tower as a plain model of
-    transformers, for LLaVA and similar models."""
+    """Part to export: the full model, the text-only or vision-only model, or the vision tower as a
+    plain transformers model, for LLaVA and similar models."""
     handler: bool = False
-    """Also write handler.py and requirements.txt, with which Inference Endpoints serve the folder.
-    """
+    """Also write handler.py and requirements.txt, which Inference Endpoints need to serve the
+    folder."""
     onnx: bool = False
     """Write graphs for ONNX Runtime instead of weights for torch."""
     onnx_weights: tuple[TextWeights, ...] = ("float32",)
-    """Weights of the language model's linear layers, one file each: float32, int8, int4."""
+    """Weight formats of the language model's linear layers: float32, int8, int4. Each gets its own
+    file."""
     onnx_data: str | None = None
-    """Captioned images to check the graphs with. Default: the embedded emoji and photographs."""
+    """Captioned images for checking the graphs. Default: the embedded emoji and photographs."""
     max_recall_loss: Annotated[float, Interval(ge=0, le=1)] = 0.0
-    """Largest loss of text to image R@1 with int4 weights, as a share: 0.02 for two points."""
+    """Maximum drop in text to image R@1 with int4 weights, as a fraction: 0.02 for two points."""
 
     def _list_conflicts(self) -> dict[str, object]:
         def name_given(*options: str, others: bool = False) -> str:
@@ -90,7 +90,7 @@ class ExportConfig(CardConfig, DeviceConfig):
             f"{of_tower}: not with components=vision-tower.": is_tower and of_tower,
             f"{not_for_onnx}: not with onnx=True.": self.onnx and not_for_onnx,
             f"{for_onnx}: only with onnx=True.": for_onnx and not self.onnx,
-            "`onnx_weights` must name at least one kind of weights, and each once.": (
+            "`onnx_weights` must list at least one weight format, without duplicates.": (
                 len(set(self.onnx_weights)) != len(self.onnx_weights) or not self.onnx_weights
             ),
         }
@@ -103,15 +103,15 @@ class ConvertConfig(CardConfig, DeviceConfig):
     without_flags = ("base_models", "max_shard_size")
 
     dtype: WeightDtype = "float32"
-    """Dtype of all weights except the temperature, which is float32."""
+    """Dtype of the weights; the temperature is always float32."""
     max_shard_size: ShardSize = "1GB"
     """Maximum size of a weight file; the conversion needs twice as much memory."""
     components: Literal["full", "text", "vision"] = "full"
-    """The whole model, or the text-only or vision-only model."""
+    """Part to write: the full model, or the text-only or vision-only model."""
 
 
 _FOR_ONNX = ("onnx_weights", "onnx_data", "max_recall_loss")
-# A graph is float32 and computed on the CPU; its card is a short one.
+# Graphs are float32 and exported on the CPU, and their card is short.
 _NOT_FOR_ONNX = (
     "handler", "dtype", "max_shard_size", "device", "results", "base_models",
     "vision_license", "text_license", "training_data",

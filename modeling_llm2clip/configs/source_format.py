@@ -1,4 +1,4 @@
-"""Everything that affects an embedding and that the weights of another project do not record."""
+"""Everything that affects an embedding but is not stored in another project's weights."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from .config_fields import Config
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFormat(Config):
-    """Everything that affects an embedding and that a checkpoint does not record."""
+    """Everything that affects an embedding but is not stored in the checkpoint."""
 
     layout: str
-    """Naming of the weights, one of `modeling_llm2clip/conversion/layouts/`; must match the keys in
-    the file. `convert_checkpoint` refuses others, and options of others, before it reads a file."""
+    """Naming scheme of the weights, one of `modeling_llm2clip/conversion/layouts/`; must match the
+    keys in the file. `convert_checkpoint` rejects other names, and options of other layouts, before
+    reading a file."""
     prompt: Prompt | None = "llama-3"
     """Prompt around every caption."""
     prompt_prefix: str | None = None
@@ -25,25 +26,26 @@ class SourceFormat(Config):
     prompt_suffix: str | None = None
     """Text after every caption, instead of `prompt`."""
     max_text_length: Annotated[int, Interval(ge=1)] = 512
-    """Maximum number of tokens of a text, prompt included."""
+    """Maximum number of tokens per text, prompt included."""
     text_pooling: TextPooling = "mean"
-    """Embedding of a text: the mean of caption and end-of-turn token, or the last token."""
+    """Pooling of a text's tokens: mean of the caption and the end-of-turn token, or last token."""
     normalize_text_before_adapter: bool = True
     """Scale the LLM's embeddings to unit length before the text adapter."""
     activation: Literal["quick_gelu", "gelu", "gelu_tanh", "silu"] = "quick_gelu"
-    """Activation of the vision tower's inner layers; gelu_tanh is for timm's SO400M networks with
-    patches of 16."""
+    """Activation in the vision tower's MLPs; timm's SO400M networks with 16-pixel patches use
+    gelu_tanh."""
     image_size: Annotated[int, Interval(ge=1)] | None = None
-    """Side of SigLIP2's images in pixels. Default: the size of its patches together; required for
-    27 patches of 14 pixels, because networks for 378 and for 384 pixels have them."""
+    """Image size of a SigLIP2 in pixels. Default: number of patches per side times patch size.
+    Required for 27 patches of 14 pixels, because both 378- and 384-pixel networks have them."""
     preprocessing: Literal["openai", "half"] | None = "openai"
-    """Mean and std of the pixels: OpenAI's, or 0.5."""
+    """Pixel mean and std: OpenAI's, or 0.5 (half)."""
     head_width: Annotated[int, Interval(ge=1)] = 64
-    """Width of one attention head of the vision tower; EVA02's is in its checkpoint."""
+    """Width of an attention head in the vision tower; EVA02 checkpoints store theirs."""
 
     def _list_conflicts(self) -> dict[str, object]:
         return {
-            f"prompt={self.prompt} excludes prompt_prefix and prompt_suffix. Give one choice.": (
+            f"prompt={self.prompt} cannot be combined with prompt_prefix or prompt_suffix. "
+            "Remove one of them.": (
                 self.prompt is not None and (self.prompt_prefix, self.prompt_suffix) != (None, None)
             )
         }

@@ -181,7 +181,7 @@ def make_tower(folder: Path) -> str:
         (["build", "VISION", "LLM", "--prompt", "none", "--text-layers", "0"],
          "--text-layers 0: Input should be greater"),
         (["build", "VISION", "LLM", "--prompt", "none", "--prompt-prefix", "x"],
-         "excludes prompt_prefix and prompt_suffix"),
+         "cannot be combined with prompt_prefix"),
     ],
     ids=lambda value: " ".join(value[:1] + value[3:]) if isinstance(value, list) else "",
 )  # fmt: skip

@@ -27,7 +27,7 @@ from modeling_llm2clip.conversion.layouts import LAYOUTS, find_layout
 
 LEAST = {"vision_model": "embedded", "text_model": "embedded", "data": "images", "output": "runs"}
 OTHER = {"license": "other", "license_name": "Mine", "license_link": "https://example.org"}
-_PROMPT = "prompt=none excludes prompt_prefix"
+_PROMPT = "prompt=none cannot be combined with prompt_prefix"
 _LICENSE = "license_name and license_link need license=other"
 
 
@@ -36,7 +36,11 @@ _LICENSE = "license_name and license_link need license=other"
     [
         (BuildConfig, {"prompt": "none", "prompt_prefix": ""}, _PROMPT),
         (BuildConfig, {"prompt": "none", "prompt_suffix": "x"}, _PROMPT),
-        (SourceFormat, {"layout": "openai", "prompt_prefix": "x"}, "excludes prompt_prefix"),
+        (
+            SourceFormat,
+            {"layout": "openai", "prompt_prefix": "x"},
+            "cannot be combined with prompt_prefix",
+        ),
         (CardConfig, {**OTHER, "license_link": None}, "license=other needs license_name and"),
         (CardConfig, {**OTHER, "license": None}, _LICENSE),
         # A name would stand beside the address of another license.
@@ -72,7 +76,7 @@ def test_options_that_go_together_are_taken() -> None:
 
 
 def test_a_prompt_is_never_guessed() -> None:
-    with pytest.raises(ValueError, match=r"Choose a prompt, one of llama-3, .*never guessed"):
+    with pytest.raises(ValueError, match=r"Choose one of llama-3, .*never guessed"):
         BuildConfig().require_prompt()
     BuildConfig(prompt="none").require_prompt()
     BuildConfig(prompt_suffix="").require_prompt()

@@ -299,7 +299,7 @@ def test_the_command_converts_and_says_what_it_left_out(tmp_path, capsys) -> Non
     (tmp_path / "source" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     assert main(["convert", str(source), str(tmp_path / "model"), *flags]) == 0
     printed = capsys.readouterr().out
-    assert "All checks passed" in printed and "left out, rotary frequencies" in printed
+    assert "All checks passed" in printed and "Dropped (rotary frequencies" in printed
     card = (tmp_path / "model" / "README.md").read_text()
     assert "license: mit" in card and "# model\n" in card
     assert "| vision tower `epoch_3.pt` | apache-2.0 |" in card  # on the source's own card

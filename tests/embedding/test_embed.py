@@ -121,7 +121,7 @@ def test_a_folder_of_images_alone_gives_the_embeddings_of_its_images(
     assert embed_images(model, photos, tmp_path / "other") == 2
     assert "image unreadable: 1 " in capsys.readouterr().err
     assert embed_images(model, photos, tmp_path / "x", "--image-dir", str(photos)) == 2
-    assert "holds images and no list of them" in capsys.readouterr().err
+    assert "is a folder of images without a captions file" in capsys.readouterr().err
     assert run_embed(model, photos, tmp_path / "x", "text") == 2
     assert "has no captions.jsonl" in capsys.readouterr().err
 
@@ -208,7 +208,7 @@ def test_broken_images_are_named_together_or_left_out_and_counted(
     with pytest.raises(ValueError, match=r"(?s)image unreadable: 2 \(.*2\.png.*3\.png"):
         embed(model, load_records(data), folder, IMAGE, modality="image")
     assert embed_images(model, data, folder, "--skip-invalid", "--check-images") == 2
-    assert "stops at what --skip-invalid leaves out" in capsys.readouterr().err
+    assert "cannot be combined with --skip-invalid" in capsys.readouterr().err
     assert embed_images(model, data, folder, "--skip-invalid") == 0
     out = capsys.readouterr().out
     assert "8 embeddings" in out and "Skipped 2 undecodable images: 2.png, 3.png." in out
@@ -338,7 +338,7 @@ def test_an_untrained_model_is_refused(records: list[CaptionedImage], tmp_path: 
     ("changes", "message"),
     [
         ({"dtype": "int4"}, "dtype='int4': Input should be 'float32'"),
-        ({"columns": ("text", "text")}, "names a column twice"),
+        ({"columns": ("text", "text")}, "has duplicates"),
         ({"columns": ("price",)}, "columns.0='price': Input should be 'text'"),
         ({"int8_ranges": "folder"}, "needs dtype='int8', not 'float32'"),
         ({"rows_per_shard": 0}, "rows_per_shard=0"),

@@ -188,7 +188,7 @@ def test_one_tower_has_no_other_to_export(part: tuple[str, Path], tmp_path: Path
         ([*TOWER, "--dtype", "bfloat16"], "`dtype`: not with components=vision-tower."),
         ([*TOWER, "--handler"], "`handler`: not with components=vision-tower"),
         ([*TOWER, "--onnx"], "`onnx`: not with components=vision-tower."),
-        ([*TOWER, "--max-megapixels", "5"], "`max_megapixels` is for --onnx"),
+        ([*TOWER, "--max-megapixels", "5"], "`max_megapixels` only applies to --onnx"),
         ([*ONNX, "--dtype", "bfloat16"], "`dtype`: not with onnx=True."),
         ([*ONNX, "--onnx-weights", "int8", "int8"], "`onnx_weights` must name"),
         (["SOURCE", "new", "--onnx-weights", "int8"], "`onnx_weights`: only with onnx=True."),

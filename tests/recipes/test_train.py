@@ -385,7 +385,7 @@ def test_refusals_of_stages_come_before_the_first(
     for error in ("one caption only", "projection_init=cca needs", "'triplet'", "swimming",
                   "too few for a batch of 4", "no-compiler is missing"):  # fmt: skip
         assert error in reported
-    with pytest.raises(ValueError, match="Choose a prompt, one of llama-3"):
+    with pytest.raises(ValueError, match="Choose one of llama-3"):
         train(make_recipe(sources, tmp_path / "run", build={"prompt": None}))
     assert not config.output.exists()
 

@@ -303,7 +303,7 @@ def test_an_image_among_the_sentences_is_searched_as_one_and_the_flag_is_named(
     index: str, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["search", index, str(images / "a.png"), "a.png"]) == 0
-    hint = f"is searched as a sentence. To search with the image: --image {images / 'a.png'}\n"
+    hint = f"is treated as a sentence. To search by image: --image {images / 'a.png'}\n"
     shown = capsys.readouterr().err
     assert hint in shown and shown.count("is searched as") == 1  # no file has the other name
 

@@ -148,7 +148,7 @@ def test_an_image_below_the_threshold_stays_in_the_file_and_is_counted(tagger: T
     rows = tagger.run("--threshold", str(between))
     assert [row["image"] for row in rows] == sorted(map(str, tagger.images.iterdir()))
     assert [row["cosine"] for row in rows if row["label"]] == [str(max(cosines))]
-    assert "Without a label: 2 of 3 images" in tagger.error
+    assert "for 2 of 3 images" in tagger.error
 
 
 def test_a_label_is_the_mean_of_its_prompts() -> None:

@@ -49,7 +49,7 @@ def alone(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def find_suggested(shown: str) -> list[str]:
     """Return the words of the next command that was printed, which the command line can parse."""
-    words = shlex.split(shown.rpartition("Align a model on it: llm2clip ")[2])
+    words = shlex.split(shown.rpartition("Next: llm2clip ")[2])
     parse(LINE, words)
     return words
 
