@@ -174,7 +174,7 @@ def test_what_a_training_would_change_of_an_embedder_is_refused(
     [
         (
             {"prompt": "own", "keep_embeddings": True, **TINY},
-            "of these: projection_dim, text_adapter",
+            "determines projection_dim, text_adapter",
         ),
         ({"prompt": "none", "keep_embeddings": True}, "keep_embeddings: only for a sentence-tr"),
         ({"prompt": "none", "truncate_dim": 8}, "truncate_dim: only for a sentence-tr"),
