@@ -179,8 +179,8 @@ def test_what_a_training_would_change_of_an_embedder_is_refused(
         ({"prompt": "none", "keep_embeddings": True}, "keep_embeddings: only for a sentence-tr"),
         ({"prompt": "none", "truncate_dim": 8}, "truncate_dim: only for a sentence-tr"),
         # Those of other LLMs, and what an embedder has anyway.
-        ({"bidirectional": False, "text_pooling": "last_token"}, "Leave out bidirectional, text_"),
-        ({"bidirectional": True, "text_pooling": "mean"}, "Leave out bidirectional, text_pooling"),
+        ({"bidirectional": False, "text_pooling": "last_token"}, "Remove bidirectional, text_"),
+        ({"bidirectional": True, "text_pooling": "mean"}, "Remove bidirectional, text_pooling"),
         ({"prompt_name": "query", "prompt_prefix": "query: "}, "both set the prompt"),
     ],
 )

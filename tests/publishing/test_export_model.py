@@ -190,7 +190,7 @@ def test_one_tower_has_no_other_to_export(part: tuple[str, Path], tmp_path: Path
         ([*TOWER, "--onnx"], "`onnx`: not with components=vision-tower."),
         ([*TOWER, "--max-megapixels", "5"], "`max_megapixels` only applies to --onnx"),
         ([*ONNX, "--dtype", "bfloat16"], "`dtype`: not with onnx=True."),
-        ([*ONNX, "--onnx-weights", "int8", "int8"], "`onnx_weights` must name"),
+        ([*ONNX, "--onnx-weights", "int8", "int8"], "`onnx_weights` must list"),
         (["SOURCE", "new", "--onnx-weights", "int8"], "`onnx_weights`: only with onnx=True."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
