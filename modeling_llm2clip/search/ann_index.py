@@ -87,7 +87,7 @@ def tune_ann(database: IndexDatabase, ann: AnnIndex, queries: np.ndarray[Any, An
     greatest = find_greatest_cosines(
         queries, (part for _, part in database.iterate_embeddings()), top_k=_TOP_K
     )
-    best = ann
+    best = replace(ann, recall_at_10=0)  # of a training on other images
     for refine_factor, nprobes in product(_REFINE_FACTORS, _list_nprobes(ann.num_partitions)):
         tried = replace(ann, nprobes=nprobes, refine_factor=refine_factor)
         cosines, query_ms = measure_search(database, queries, ann=tried)

@@ -27,6 +27,7 @@ from modeling_llm2clip.search.ann_index import (
     measure_search,
     needs_training,
     train_ann,
+    tune_ann,
 )
 from modeling_llm2clip.search.image_index import ImageIndex
 from modeling_llm2clip.search.index_about import AnnIndex
@@ -168,6 +169,18 @@ def test_it_is_kept_if_it_finds_enough_and_is_faster(
     )
     assert f"recall@10 {ann.recall_at_10:.3f} on 20 texts" in lines[-1]
     assert reason is None or f"Not kept: {reason}" in lines[-1]
+
+
+def test_tuning_again_measures_anew_and_visits_as_many_partitions_as_are_needed(
+    made: tuple[IndexDatabase, np.ndarray],
+) -> None:
+    database, queries = made
+    ann = dataclasses.replace(train(database, queries), nprobes=1, recall_at_10=1.0)
+    greatest = find_greatest_cosines(queries, [make_embeddings(3000)], top_k=10)
+    tuned = tune_ann(database, ann, queries)
+    cosines, _ = measure_search(database, queries, ann=tuned)
+    assert tuned.recall_at_10 == pytest.approx(measure_ann_recall(cosines, greatest), abs=1e-3)
+    assert tuned.recall_at_10 >= 0.97
 
 
 def test_new_and_replaced_images_are_found_and_many_of_them_ask_for_training(
