@@ -140,7 +140,8 @@ class StreamData:
 
     def identify(self) -> dict[str, Any]:
         digest = hash_shards(self.dataset.stream.reader.shards)
-        return {"num_records": None, "data": digest, "images": None}
+        ignored = sorted(self.dataset.stream.ignore_fields) or None
+        return {"num_records": None, "data": digest, "images": None, "ignored_fields": ignored}
 
     def make_loader(
         self,

@@ -165,6 +165,16 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
         assert not names_that_differ(tmp_path / "parts" / "model", tmp_path / "whole" / "model")
 
 
+def test_a_stream_of_other_fields_is_another_run(
+    prepared: Prepared, shards: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(KilledError):
+        run(prepared, shards, tmp_path / "run", callbacks=[Kill(3)])
+    ignored = {"ignore_fields": ("long_captions",)}
+    with pytest.raises(ValueError, match="ignored_fields"):
+        run(prepared, shards, tmp_path / "run", resume=True, stream=ignored)
+
+
 @pytest.mark.slow
 def test_an_undecodable_image_is_a_lost_sample(
     prepared: Prepared, damaged: Path, tmp_path: Path
