@@ -1,1 +1,1 @@
-"""The options of the library: flags, YAML, defaults and help are generated from them."""
+"""Options of the library, from which flags, YAML, defaults and help texts are generated."""

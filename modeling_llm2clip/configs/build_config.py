@@ -47,7 +47,7 @@ _OF_TEXT_SIDE = ("projection_dim", "keep_projection", "text_adapter_layers")
 
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig(DeviceConfig):
-    """Options of `build_model`, which joins a vision tower and a language model."""
+    """Options for `build_model`, which joins a vision tower and a language model."""
 
     without_flags = (
         "seed", "text_adapter_layers", "normalize_text_before_adapter", "truncate_dim",
@@ -58,9 +58,9 @@ class BuildConfig(DeviceConfig):
     """Prompt around every caption; own keeps a sentence-transformers model unchanged. No default:
     required unless `prompt_prefix` or `prompt_suffix` is set."""
     prompt_prefix: str | None = None
-    """Text before every caption, instead of `prompt`. Default: none."""
+    """Text to put before every caption, instead of using `prompt`. Default: none."""
     prompt_suffix: str | None = None
-    """Text after every caption, instead of `prompt`. Default: none."""
+    """Text to put after every caption, instead of using `prompt`. Default: none."""
     prompt_name: str | None = None
     """With prompt=own: name of one of the embedder's prompts, such as query or document. Default:
     `prompt_prefix`, or the embedder's default prompt, usually none."""

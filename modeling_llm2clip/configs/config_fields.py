@@ -1,8 +1,8 @@
-"""The bases of all options, which pydantic checks by their annotations, and their YAML.
+"""Base classes of all options, which pydantic validates from their annotations, and YAML reading.
 
-A field's annotation says what it may be (`Annotated[int, Interval(ge=1)]`, `Literal["a", "b"]`),
-and the string under it documents it. pydantic is imported when a config with a value that is not
-a default is made.
+A field's annotation defines its valid values (`Annotated[int, Interval(ge=1)]`,
+`Literal["a", "b"]`), and the string below it documents it. pydantic is only imported to create a
+config with values other than the defaults.
 """
 
 from __future__ import annotations
@@ -23,21 +23,19 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
     from pydantic_core import CoreSchema, ErrorDetails
 
-# The range that torch, NumPy and transformers all take.
+# The range that torch, NumPy and transformers all accept.
 Seed = Annotated[int, Interval(ge=0, le=2**32 - 1)]
 Precision = Literal["auto", "float32", "bfloat16"]
-# One alias, because Python takes unions of one set of choices in another order for the same.
+# One alias for all fields, because Python treats Literals with the same choices in another order
+# as equal and may reuse the wrong one.
 WeightDtype = Literal["float32", "bfloat16", "float16"]
 
-_ADAPTERS: dict[type, TypeAdapter[Any]] = {}  # made once per type of config
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {}  # built once per config type
 
 
 @dataclass(frozen=True, kw_only=True)
 class Matches:
-    """The strings that a field may have: those that match all of `pattern`.
-
-    `meaning` describes such strings in an error.
-    """
+    """Annotation that requires a string to match `pattern`; errors describe it by `meaning`."""
 
     pattern: str
     meaning: str
@@ -66,16 +64,16 @@ ShardSize = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Base of all options: checks every field by its annotation when it is made.
+    """Base class of all options, which validates every field by its annotation.
 
-    Lists become tuples, and strings become numbers and paths where the field has them, so that
-    Python, YAML and flags make the same object.
+    Lists become tuples, and strings become numbers or paths as the field requires, so Python, YAML
+    and flags create the same object.
 
     Raises:
         ValueError: Fields have invalid values; the message names all of them.
     """
 
-    # Names of fields for Python and recipes, for which no command has a flag; not a field itself.
+    # Fields without a command-line flag, for Python and recipes only; not a field itself.
     without_flags = tuple[str, ...]()
 
     def __post_init__(self) -> None:
@@ -88,7 +86,7 @@ class Config:
             raise ValueError(" ".join(conflicts))
 
     def _list_conflicts(self) -> dict[str, object]:
-        """Map each contradiction that fields can have, as a sentence, to whether they have it."""
+        """Map the error message of each possible conflict to whether it occurs."""
         return {}
 
     def list_given(self) -> list[str]:
@@ -97,7 +95,7 @@ class Config:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: object) -> CoreSchema:
-        """Let a section of another config be a mapping."""
+        """Accept a mapping as a section of another config."""
         from pydantic_core import core_schema
 
         return core_schema.no_info_plain_validator_function(cls._from_section)
@@ -109,40 +107,42 @@ class Config:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceConfig(Config):
-    """Where a model runs."""
+    """Device to run a model on."""
 
     device: Device = "auto"
-    """Device of the model: auto, cpu, cuda, cuda:N or mps; auto is cuda, else mps, else cpu."""
+    """Device to run on: auto, cpu, cuda, cuda:N or mps. auto picks cuda if available, then mps,
+    then cpu."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(DeviceConfig):
-    """Options of a training stage: duration, speed, device, checkpoints and metrics."""
+    """Options for a training stage: duration, speed, device, checkpoints and metrics."""
 
     max_steps: Annotated[int, Interval(ge=1)] | None = None
-    """Number of steps. Default: set by `num_train_epochs`."""
+    """Number of training steps. Default: set by `num_train_epochs`."""
     num_train_epochs: Annotated[float, Interval(gt=0)] | None = None
-    """Passes over the data. Default: by stage."""
+    """Number of passes over the data. Default: depends on the stage."""
     learning_rate: Annotated[float, Interval(gt=0)] | None = None
-    """Peak learning rate. Default: by stage."""
+    """Peak learning rate. Default: depends on the stage."""
     warmup_steps: Annotated[float, Interval(ge=0)] = 0.1
-    """Steps until the learning rate reaches its peak; below 1, a share of the run."""
+    """Warmup steps until the learning rate reaches its peak; a value below 1 is a share of the run.
+    """
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass, which saves memory and takes about a third more
-    time."""
+    """Recompute activations in the backward pass, which saves memory but takes about a third
+    longer."""
     precision: Precision = "auto"
-    """Dtype of the computation; auto is bfloat16 on GPUs that support it, and otherwise the dtype
-    in which each weight is stored. Trained weights stay float32. float32 also computes towers
-    stored in half precision in float32. A launcher's mixed precision changes nothing."""
+    """Dtype to compute in. auto uses bfloat16 on GPUs that support it, otherwise each weight's
+    stored dtype. Trained weights always stay float32. float32 also applies to towers stored in half
+    precision. The launcher's mixed-precision setting is ignored."""
     save_steps: Annotated[int, Interval(ge=1)] | None = None
-    """Steps between checkpoints; the last step has one too. Default: by stage."""
+    """Steps between checkpoints; the last step is always saved. Default: depends on the stage."""
     logging_steps: Annotated[int, Interval(ge=1)] | None = None
-    """Steps between lines of metrics. Default: by stage."""
+    """Steps between logged metrics. Default: depends on the stage."""
     report_to: tuple[str, ...] | None = None
-    """Where to report metrics besides metrics.jsonl, as in Trainer: tensorboard, trackio, wandb,
-    none. Default: tensorboard if it is installed."""
+    """Integrations that also receive the metrics, besides metrics.jsonl, as in Trainer:
+    tensorboard, trackio, wandb, none. Default: tensorboard if installed."""
     seed: Seed = 0
-    """Seed of all random numbers."""
+    """Random seed."""
 
     def _list_conflicts(self) -> dict[str, object]:
         return {
@@ -157,7 +157,7 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def read_config(file: str | Path, config_type: type[ConfigT]) -> ConfigT:
-    """Read options from a YAML file: a mapping of fields, in which a section is a mapping too."""
+    """Read options from a YAML file that maps fields to values and sections to nested mappings."""
     values = read_yaml(file)
     try:
         return make_config(config_type, values)
@@ -166,31 +166,31 @@ def read_config(file: str | Path, config_type: type[ConfigT]) -> ConfigT:
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
-    """Read a YAML file with one mapping; its scalars are strings, or None for `null`."""
+    """Read a YAML mapping, with all scalars as strings except None for `null`."""
     try:
         values = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=_YamlLoader)
     except OSError as error:
-        shown = f"{file} cannot be read: {error.strerror}. Give a YAML file of options."
-        raise ValueError(shown) from None
+        remedy = "Pass a YAML file of options."
+        raise ValueError(f"{file} cannot be read: {error.strerror}. {remedy}") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         message = " ".join(str(error).split())
         raise ValueError(f"{file} cannot be read as YAML: {message}") from None
     if values is None:  # an empty file
         return {}
     if not isinstance(values, dict) or None in values:
-        raise ValueError(f"{file} must hold `option: value` lines.")
+        raise ValueError(f"{file} must contain `option: value` lines.")
     return values
 
 
 def make_config(config_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-    """Make options from plain values, as YAML and JSON hold them; sections are mappings."""
+    """Create a config from plain YAML or JSON values; sections are mappings."""
     if not isinstance(values, Mapping):
-        raise ValueError(f"{values!r} must be a section with options of its own.")
+        raise ValueError(f"{values!r} must be a section with its own options.")
     return config_type(**_check(config_type, values))
 
 
 def _check(config_type: type[Config], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert values to the types of the fields; refuse a missing field without a default."""
+    """Convert values to the fields' types; refuse a missing field that has no default."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
     from typing_extensions import NotRequired, TypedDict
 
@@ -203,7 +203,9 @@ def _check(config_type: type[Config], values: Mapping[str, Any]) -> dict[str, An
         fields: Any = TypedDict("fields", hints)  # type: ignore[misc]
         _ADAPTERS[config_type] = TypeAdapter(with_config(config)(fields))
     if unordered := [name for name, value in values.items() if isinstance(value, set | frozenset)]:
-        raise ValueError(f"{', '.join(unordered)} must be a list: each process orders a set anew.")
+        raise ValueError(
+            f"{', '.join(unordered)} must be a list: the order of a set differs between processes."
+        )
     try:
         return _ADAPTERS[config_type].validate_python(dict(values))  # type: ignore[no-any-return]
     except ValidationError as error:
@@ -212,28 +214,28 @@ def _check(config_type: type[Config], values: Mapping[str, Any]) -> dict[str, An
 
 
 def _describe(error: ErrorDetails, config_type: type[Config]) -> str:
-    """Return one sentence for an error of pydantic: what came, and what was expected."""
+    """Describe a pydantic error in one sentence: the value, and what was expected."""
     name = ".".join(map(str, error["loc"]))
     if error["type"] == "missing":
         return f"{name} is missing."
     if error["type"] == "extra_forbidden":
         options = [field.name for field in dataclasses.fields(config_type)]
         return f"{name} is not an option.{did_you_mean(name, options)}"
-    if isinstance(error["input"], Mapping):  # a section, whose message names its fields
+    if isinstance(error["input"], Mapping):  # the section's own message names its fields
         return f"{name}: {get_reason(error)}"
     return f"{name}={error['input']!r}: {get_reason(error)}."
 
 
 def get_reason(error: ErrorDetails) -> str:
-    """Return the message of an error of pydantic, without the prefix of other exceptions."""
+    """Return a pydantic error's message, without the prefix it adds to other exceptions."""
     return str(error.get("ctx", {}).get("error", error["msg"]))
 
 
 class _YamlLoader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
-    """YAML whose scalars are strings, because the fields of a config know their types.
+    """YAML loader that keeps scalars as strings, because config fields define their own types.
 
-    In PyYAML's YAML 1.1 `1e-4` is a string, `010` is 8, and `no` (Norwegian, or an answer) is
-    false. A key that is given twice is an error.
+    PyYAML follows YAML 1.1, where `1e-4` is a string, `010` is 8, and `no` (for Norwegian, or as an
+    answer) is false. Duplicate keys are an error.
     """
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  # as in the base class
@@ -243,7 +245,7 @@ class _YamlLoader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
         for number, key in enumerate(keys):
             if key in keys[:number]:
                 mark = node.value[number][0].start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", mark)
         return super().construct_mapping(node, deep=deep)  # type: ignore[no-any-return]
 
 

@@ -16,7 +16,7 @@ class DataConfig(Config):
     """Options for reading captioned images."""
 
     image_dir: Path | None = None
-    """Folder of the images. Default: the folder of the data."""
+    """Folder with the images. Default: the folder of the data."""
     ignore_fields: tuple[str, ...] = ()
     """Fields of the data to ignore, whether known or not. Default: none."""
     check_images: bool | None = None

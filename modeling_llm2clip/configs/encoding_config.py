@@ -34,7 +34,7 @@ DUAL_ENCODERS = (
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig(DeviceConfig):
-    """The device of a model, and the dtype of its towers."""
+    """Device of a model, and dtype of its towers."""
 
     precision: Precision = "auto"
     """Dtype of the towers. auto uses the stored dtype, but on GPUs with bfloat16 support, float32
@@ -43,7 +43,7 @@ class PrecisionConfig(DeviceConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig(DeviceConfig):
-    """The device of an index's model, and the dtype of its towers."""
+    """Device of an index's model, and dtype of its towers."""
 
     precision: Precision = "auto"
     """Dtype of the towers; auto uses the stored dtype."""
@@ -84,11 +84,11 @@ class CompileConfig(DeviceConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class BackendConfig(PrecisionConfig, CompileConfig):
-    """The library that runs a model."""
+    """Options for choosing the library that runs a model."""
 
     backend: Backend = "torch"
-    """Runtime of the model: torch, or onnx for ONNX Runtime on the CPU; with onnx, MODEL is a
-    folder that `llm2clip export --onnx` wrote."""
+    """Library that runs the model: torch, or onnx for ONNX Runtime on the CPU. With onnx, MODEL
+    must be a folder written by `llm2clip export --onnx`."""
     text_weights: TextWeights | None = None
     """With `backend` onnx: weight format of the language model's linear layers. Default: the most
     precise in the folder."""
@@ -122,7 +122,7 @@ class ShardConfig(EncodingConfig, JpegConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig(ShardConfig, CompileConfig):
-    """Options of `extract`: computing and storing embeddings.
+    """Options for `extract`: computing and storing embeddings.
 
     An interrupted run resumes only with the same `store_dtype`, `rows_per_shard`, `batch_size`,
     `sentence_views`, `compile` and `jpeg_decoding`, and in the same precision.
@@ -137,7 +137,7 @@ class ExtractConfig(ShardConfig, CompileConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedConfig(ShardConfig, BackendConfig):
-    """Options of `embed`: the encoding, and the content of its files.
+    """Options for `embed`: how to encode, and what its files contain.
 
     An interrupted run resumes only with the same options, except for `device`, `skip_invalid` and
     `show_progress`, and with the same image limits.
@@ -150,10 +150,10 @@ class EmbedConfig(ShardConfig, BackendConfig):
     """Number of leading dimensions to keep; the embeddings are then rescaled to unit length.
     Default: all."""
     columns: tuple[EmbeddingColumn, ...] = ()
-    """Columns besides id and embedding: text, name, group_id, lang, captions, long_captions,
-    keywords, url, place, image_file. Default: none."""
+    """Columns to write in addition to id and embedding: text, name, group_id, lang, captions,
+    long_captions, keywords, url, place, image_file. Default: none."""
     skip_invalid: bool = False
-    """Skip images that cannot be decoded and report their number, instead of stopping."""
+    """Skip images that cannot be decoded and report how many, instead of stopping."""
     int8_ranges: Path | None = None
     """Output folder of an earlier `embed` whose int8 ranges to reuse, so both fit into one index.
     Default: the ranges of a sample of 1,024 records."""
@@ -172,7 +172,7 @@ class EmbedConfig(ShardConfig, BackendConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class IndexConfig(EncodingConfig, JpegConfig):
-    """Options of `index`: the encoding, and the approximate index."""
+    """Options for `index`: how to encode, and whether to build an approximate index."""
 
     ann: Literal["auto", "always", "never"] = "auto"
     """Approximate index: auto builds one for 20,000 images or more, and keeps it if it is faster
@@ -181,11 +181,11 @@ class IndexConfig(EncodingConfig, JpegConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TagConfig(EncodingConfig):
-    """Options of `tag`: encoding a folder of images."""
+    """Options for `tag`: encoding a folder of images."""
 
     index: str | None = None
     """Database for the image embeddings, updated like `llm2clip index` does, so the next call
     encodes only new images; an approximate index is left unchanged. Default: none, so all images
     are encoded."""
     skip_invalid: bool = False
-    """Skip images that cannot be read and report their number, instead of stopping."""
+    """Skip images that cannot be read and report how many, instead of stopping."""

@@ -13,7 +13,7 @@ from .encoding_config import TextWeights
 
 License = Annotated[
     str,
-    Matches(pattern=r"[a-z0-9][a-z0-9.+-]*", meaning="an identifier of the Hub, like apache-2.0"),
+    Matches(pattern=r"[a-z0-9][a-z0-9.+-]*", meaning="a Hub license id, like apache-2.0"),
 ]
 
 
@@ -52,7 +52,7 @@ class CardConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(CardConfig, DeviceConfig):
-    """Options of `export_model`."""
+    """Options for `export_model`."""
 
     results: tuple[Path, ...] = ()
     """JSON results of `llm2clip evaluate` for these weights. Default: the results on the source's
@@ -68,7 +68,7 @@ class ExportConfig(CardConfig, DeviceConfig):
     """Also write handler.py and requirements.txt, which Inference Endpoints need to serve the
     folder."""
     onnx: bool = False
-    """Write graphs for ONNX Runtime instead of weights for torch."""
+    """Write ONNX Runtime graphs instead of torch weights."""
     onnx_weights: tuple[TextWeights, ...] = ("float32",)
     """Weight formats of the language model's linear layers: float32, int8, int4. Each gets its own
     file."""
@@ -98,7 +98,7 @@ class ExportConfig(CardConfig, DeviceConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig(CardConfig, DeviceConfig):
-    """Options of `convert_checkpoint`."""
+    """Options for `convert_checkpoint`."""
 
     without_flags = ("base_models", "max_shard_size")
 

@@ -1,4 +1,4 @@
-"""Options of stage 1, the fine-tuning of the LLM."""
+"""Options for stage 1, the fine-tuning of the LLM."""
 
 from __future__ import annotations
 
@@ -13,57 +13,59 @@ from .config_fields import TrainingConfig, WeightDtype
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TrainingConfig):
-    """Options of `finetune_llm`, which trains a LoRA on captions (paper, section 3.1)."""
+    """Options for `finetune_llm`, which trains a LoRA on captions (paper, section 3.1)."""
 
     without_flags = ("eval_steps", "lora_dtype", "num_pairings", "scale")
 
     num_train_epochs: Annotated[float, Interval(gt=0)] = 1.0
-    """Passes over the data."""
+    """Number of passes over the data."""
     learning_rate: Annotated[float, Interval(gt=0)] = 2e-4
     """Peak learning rate."""
     save_steps: Annotated[int, Interval(ge=1)] = 100
-    """Steps between checkpoints; the last step has one too."""
+    """Steps between checkpoints; the last step is always saved."""
     logging_steps: Annotated[int, Interval(ge=1)] | None = None
-    """Steps between lines of metrics. Default: 1 in runs below 200 steps, else 10."""
+    """Steps between logged metrics. Default: 1 in runs of fewer than 200 steps, else 10."""
     per_device_train_batch_size: Annotated[int, Interval(ge=2)] = 64
-    """Caption pairs per batch of each process; pairs of other processes are negatives too."""
+    """Caption pairs per batch on each process; pairs on other processes also serve as negatives."""
     mini_batch_size: Annotated[int, Interval(ge=1)] | None = None
-    """Pairs computed at a time, with cached gradients (arXiv:2101.06983), so that any batch fits
-    into memory. Default: the whole batch at once."""
+    """Pairs to compute at a time with gradient caching (arXiv:2101.06983), so a batch of any size
+    fits into memory. Default: the whole batch at once."""
     scale: Annotated[float, Interval(gt=0)] = 50.0
     """Inverse temperature of the loss."""
     negatives: Literal["query-to-doc", "symmetric", "all"] = "symmetric"
-    """Comparisons within a batch: first captions with all second ones (query-to-doc, as upstream),
-    also in reverse (symmetric, as CLIP), or each text with every other text (all)."""
+    """Texts to compare within a batch: first captions with all second captions (query-to-doc, as
+    upstream), both directions (symmetric, as in CLIP), or each text with every other text (all)."""
     num_pairings: Annotated[int, Interval(ge=1)] = 1
-    """Number of times per epoch that the captions of each image are paired anew."""
+    """Number of times per epoch to re-pair the captions of each image."""
     num_hard_negatives: Annotated[int, Interval(ge=0)] = 0
-    """Number of images in a batch with each image because the initial model finds their captions
-    most similar. 0 samples batches at random."""
+    """Hard negatives to add per image: images whose captions are the most similar under the initial
+    model. 0 samples batches at random."""
     num_held_out: Annotated[int, Interval(ge=2)] | None = None
-    """Images held out to measure caption retrieval accuracy. Default: a fifth, at most 1,000."""
+    """Images to hold out for measuring caption retrieval accuracy. Default: a fifth of the images,
+    at most 1,000."""
     skip_single_captions: bool = False
-    """Skip images with one caption, which cannot form a pair."""
+    """Skip images with only one caption, which cannot form a pair."""
     text_pairs: tuple[tuple[Path, Annotated[float, Interval(gt=0)]], ...] = ()
-    """Other text pairs to add: FILE (JSON lines of query, positive, negatives) and WEIGHT, the
-    number of their batches for each batch of captions; repeatable. Default: none."""
+    """Additional text pairs: FILE (JSON lines with query, positive and negatives) and WEIGHT, the
+    number of batches from FILE per batch of captions. Repeatable. Default: none."""
     init_lora: Path | None = None
-    """Folder of a LoRA of the same shape to start from. Default: a new LoRA."""
+    """Folder of a LoRA to start from; it must have the same shape. Default: a new LoRA."""
     lora_rank: Annotated[int, Interval(ge=1)] = 16
-    """Rank of the LoRA, whose alpha is twice the rank."""
+    """LoRA rank; alpha is twice the rank."""
     lora_target_modules: tuple[str, ...] = ("all-linear",)
-    """Names of the linear layers that get a LoRA, as in peft."""
+    """Names of the linear layers to apply LoRA to, as in peft."""
     lora_dtype: WeightDtype = "float32"
     """Dtype of the saved LoRA."""
     merge: bool = True
-    """Merge the LoRA into a new model, output/model; False leaves it at output/lora."""
+    """Merge the LoRA into a new model at output/model. False writes only the LoRA, at output/lora.
+    """
     eval_steps: Annotated[int, Interval(ge=0)] = 0
-    """Steps between measurements; 0 measures only before and after the run."""
+    """Steps between evaluations; 0 evaluates only before and after the run."""
 
     def _list_conflicts(self) -> dict[str, object]:
         return {
             **super()._list_conflicts(),
-            "lora_target_modules is empty. Name linear layers, or all-linear.": (
+            "lora_target_modules is empty. List linear layers, or use all-linear.": (
                 not self.lora_target_modules
             ),
         }

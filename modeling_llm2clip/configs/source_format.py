@@ -20,11 +20,11 @@ class SourceFormat(Config):
     keys in the file. `convert_checkpoint` rejects other names, and options of other layouts, before
     reading a file."""
     prompt: Prompt | None = "llama-3"
-    """Prompt around every caption."""
+    """Prompt template for every caption."""
     prompt_prefix: str | None = None
-    """Text before every caption, instead of `prompt`."""
+    """Text to put before every caption, instead of using `prompt`."""
     prompt_suffix: str | None = None
-    """Text after every caption, instead of `prompt`."""
+    """Text to put after every caption, instead of using `prompt`."""
     max_text_length: Annotated[int, Interval(ge=1)] = 512
     """Maximum number of tokens per text, prompt included."""
     text_pooling: TextPooling = "mean"

@@ -1,4 +1,4 @@
-"""The whole method from one YAML file."""
+"""Options for running the whole method from one YAML file."""
 
 from __future__ import annotations
 
@@ -25,47 +25,49 @@ _WITH_DEVICE = (*_WITH_SEED, "extract", "export", "evaluate")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(DataConfig):
-    """Options of `train`: build, fine-tune, extract, align, export, check and evaluate.
+    """Options for `train`: build, fine-tune, extract, align, export, check and evaluate.
 
     `device` and `seed` apply to every stage.
     """
 
     vision_model: str
-    """Vision tower: Hub id or folder; embedded for the package's own."""
+    """Vision tower: Hub id or folder; embedded selects the one included in the package."""
     text_model: str
-    """Language model: Hub id, folder or .gguf file; embedded for the package's own."""
+    """Language model: Hub id, folder or .gguf file; embedded selects the one included in the
+    package."""
     data: str
     """Captioned images: folder, *.parquet, *.tar, COCO *.json, or NAME or NAME=FOLDER of a known
-    dataset; embedded for the package's own."""
+    dataset; embedded selects the emoji included in the package."""
     output: Path
-    """Folder for everything that is written."""
+    """Folder for all results."""
     test_size: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """Share of the groups of images that is held out for evaluation; 0 for none."""
+    """Share of image groups to hold out for evaluation; 0 for none."""
     build: BuildConfig = dataclasses.field(default_factory=BuildConfig)
-    """Options of the untrained model."""
+    """Options for building the untrained model."""
     finetune: FinetuneConfig | None = dataclasses.field(default_factory=FinetuneConfig)
-    """Options of the LLM's fine-tuning; null skips it. An embedder as it is (build.prompt: own) is
-    not fine-tuned."""
+    """Options for fine-tuning the LLM; null skips this stage. With build.prompt: own, the embedder
+    is never fine-tuned."""
     inherit: bool = False
-    """Let the text side first learn what the vision model's own text encoder, the teacher, gives to
-    the captions (ProCLIP, arXiv:2510.18795). Give build.keep_projection, too."""
+    """First train the text side to match the caption embeddings of the vision model's own text
+    encoder, the teacher (ProCLIP, arXiv:2510.18795). Requires build.keep_projection."""
     extract: ExtractConfig = dataclasses.field(default_factory=ExtractConfig)
-    """Options of the extraction."""
+    """Options for extracting embeddings."""
     align: AlignConfig = dataclasses.field(default_factory=AlignConfig)
-    """Options of the alignment."""
+    """Options for the alignment."""
     export: ExportConfig | None = dataclasses.field(default_factory=ExportConfig)
-    """Options of the exported model; null to use the aligned model."""
+    """Options for exporting the model; null leaves the aligned model as the result."""
     evaluate: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
-    """Options of the evaluation."""
+    """Options for the evaluation."""
     eval_datasets: tuple[str, ...] = ()
-    """Datasets to evaluate on in addition to the held-out images, as for `evaluate`. Default:
-    none."""
+    """Datasets to evaluate on in addition to the held-out images, as for `evaluate`. Default: none.
+    """
     eval_tasks: tuple[str, ...] = ()
-    """Tasks to evaluate. Default: the task of each dataset's type."""
+    """Tasks to evaluate. Default: the task that matches each dataset's type."""
     device: Device = "auto"
-    """Device for all stages: auto, cpu, cuda, cuda:N or mps; auto is cuda, else mps, else cpu."""
+    """Device for all stages: auto, cpu, cuda, cuda:N or mps. auto picks cuda if available, then
+    mps, then cpu."""
     seed: Seed = 0
-    """Seed of the split and of all stages."""
+    """Seed for the train/test split and for all stages."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,7 +78,7 @@ class TrainConfig(DataConfig):
             object.__setattr__(self, stage, dataclasses.replace(config, **shared))
 
     def _list_shared(self) -> Iterator[tuple[str, str, Config]]:
-        """Yield each option that is given once, with the stages that have it and their options."""
+        """Yield each shared option with the name and config of every stage that has it."""
         for name, stages in (("device", _WITH_DEVICE), ("seed", _WITH_SEED)):
             for stage in stages:
                 if (config := getattr(self, stage)) is not None:
@@ -87,51 +89,53 @@ class TrainConfig(DataConfig):
         views = self.extract.sentence_views
         return {
             **super()._list_conflicts(),
-            "build.prompt=own keeps the embedder as it is. Leave finetune out.": (
+            "build.prompt=own keeps the embedder unchanged. Leave finetune out.": (
                 build.prompt == OWN_PROMPT and self.finetune not in (None, FinetuneConfig())
             ),
-            "inherit=True needs images in the space of the vision model's own text encoder. Give "
-            "build.keep_projection=True, and leave build.image_size out.": (
-                self.inherit and not (build.keep_projection and build.image_size is None)
-            ),
-            "align.keep_texts needs images in the space of the vision model's own text encoder. "
-            "Give build.keep_projection=True, and leave build.image_size out.": (
-                align.keep_texts and not (build.keep_projection and build.image_size is None)
-            ),
-            "inherit=True teaches stored captions: leave align.text_training out.": (
+            **{
+                f"{option} needs images in the space of the vision model's own text encoder. Set "
+                "build.keep_projection=True and leave build.image_size out.": (
+                    is_set and not (build.keep_projection and build.image_size is None)
+                )
+                for option, is_set in (
+                    ("inherit=True", self.inherit),
+                    ("align.keep_texts", align.keep_texts),
+                )
+            },
+            "inherit=True needs stored captions. Leave align.text_training out.": (
                 self.inherit and align.text_training != "stored"
             ),
-            "inherit=True extracts captions by a teacher, whose layers are not compiled. Leave "
-            "extract.compile out.": self.inherit and self.extract.compile,
-            "build.keep_embeddings=True keeps an embedder's own embeddings, and the alignment "
-            "would change them. Give align.lock_text=True.": (
-                build.keep_embeddings and not align.lock_text
-            ),
-            "align.lock_text=True keeps the text side, which is built anew. Give "
-            "build.prompt=own and build.keep_embeddings=True, or leave it out.": (
+            "inherit=True cannot be combined with extract.compile, because the teacher's layers "
+            "are not compiled. Leave extract.compile out.": self.inherit and self.extract.compile,
+            "build.keep_embeddings=True conflicts with an alignment that changes the embeddings. "
+            "Set align.lock_text=True.": build.keep_embeddings and not align.lock_text,
+            "align.lock_text=True would lock a text side with random weights. Set build.prompt=own "
+            "and build.keep_embeddings=True, or leave align.lock_text out.": (
                 align.lock_text and not build.keep_embeddings
             ),
-            "vision_model=embedded has no text encoder: leave build.keep_projection out.": (
+            "vision_model=embedded has no text encoder. Leave build.keep_projection out.": (
                 build.keep_projection and self.vision_model == EMBEDDED
             ),
             "finetune.merge=False leaves no model for the next stages. Leave it out.": (
                 self.finetune is not None and not self.finetune.merge
             ),
-            "export.components: a part cannot be evaluated. Export a part of the finished model "
-            "with llm2clip export.": export is not None and export.components != "full",
-            "export.onnx=True: export the finished model with llm2clip export --onnx.": (
-                export is not None and export.onnx
+            "export.components must be full, because train evaluates the exported model. Export "
+            "parts afterwards with llm2clip export.": (
+                export is not None and export.components != "full"
             ),
-            f"extract.sentence_views={views} is for stored captions, and "
+            "export.onnx=True is not supported in a recipe. Export the finished model with "
+            "llm2clip export --onnx.": export is not None and export.onnx,
+            f"extract.sentence_views={views} has no effect with "
             f"align.text_training={align.text_training}. Leave it out.": (
                 views and align.text_training != "stored"
             ),
-            f"evaluate.output={self.evaluate.output}: results are written under output.": (
+            f"evaluate.output={self.evaluate.output} conflicts with output, which also contains "
+            "the evaluation results. Leave it out.": (
                 self.evaluate.output != EvaluationConfig().output
             ),
             **{
                 f"{stage}.{name}={getattr(config, name)} differs from "
-                f"{name}={getattr(self, name)}. Give it once.": (
+                f"{name}={getattr(self, name)}. Set it only once, at the top level.": (
                     getattr(config, name) != getattr(self, name) and name in config.list_given()
                 )
                 for name, stage, config in self._list_shared()

@@ -212,8 +212,8 @@ def test_flags_win_over_the_file_of_options(tmp_path: Path) -> None:
         ("sizes: [3, 3.5]", "3.5 is not an integer."),
         ("no_is_merged: true", "no_is_merged is not an option. Use is_merged: false."),
         ("stage: m", '"[stage]"'),
-        ("~: 3", "must hold `option: value` lines."),
-        ("learning_rate: 1\nlearning_rate: 2", "given twice"),
+        ("~: 3", "must contain `option: value` lines."),
+        ("learning_rate: 1\nlearning_rate: 2", "duplicate key"),
         ("top_k: 0", "Input should be greater than or equal to 1."),
     ],
 )

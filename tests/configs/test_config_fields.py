@@ -122,11 +122,11 @@ def test_options_import_nothing_costly_and_no_other_folder() -> None:
         ({"folder": 3}, "folder=3: Input is not a valid path"),
         ({"words": "one"}, "words='one': Input should be a valid tuple."),
         ({"words": ["one", 2]}, "words.1=2: Input should be a valid string."),
-        ({"words": {"one"}}, "words must be a list: each process orders a set anew."),
+        ({"words": {"one"}}, "words must be a list: the order of a set differs between processes."),
         ({"pairs": [["file"]]}, "pairs.0.1 is missing."),
         ({"is_on": "x"}, "is_on='x': Input should be a valid boolean"),
         ({"inner": {"rate": 0}}, "inner: rate=0: Input should be greater than 0."),
-        ({"inner": 3}, "3 must be a section with options of its own."),
+        ({"inner": 3}, "3 must be a section with its own options."),
         ({"steps": 0, "share": -1}, "equal to 1. share=-1: Input should be "),  # all at once
     ],
 )
@@ -164,9 +164,9 @@ def test_yaml_gives_what_python_gives(tmp_path: Path) -> None:
         ("name: x\ninner: {raet: 1}", "inner: raet is not an option. Did you mean rate?"),
         ("name: x\ninner: {rate: -1}", "inner: rate='-1': Input should be greater than 0."),
         ("steps: 3", "name is missing."),
-        ("name: x\nname: y", "'name' is given twice"),
-        ("name: x\ninner: {rate: 1, rate: 2}", "'rate' is given twice"),
-        ("- name", "must hold `option: value` lines"),
+        ("name: x\nname: y", "duplicate key 'name'"),
+        ("name: x\ninner: {rate: 1, rate: 2}", "duplicate key 'rate'"),
+        ("- name", "must contain `option: value` lines"),
         ("name: [x", "cannot be read as YAML"),
         ("name: " + "[" * 5000, "cannot be read as YAML"),
         ("name: x\nsteps: 1.5", "steps='1.5': Input should be a valid integer"),
@@ -185,7 +185,7 @@ def test_a_file_that_is_wrong_is_refused_by_its_name(
 
 def test_a_file_that_cannot_be_opened_is_refused_with_what_to_give(tmp_path: Path) -> None:
     for file in (tmp_path / "nothing.yaml", tmp_path):
-        with pytest.raises(ValueError, match=f"{file} cannot be read: .*Give a YAML file"):
+        with pytest.raises(ValueError, match=f"{file} cannot be read: .*Pass a YAML file"):
             read_yaml(file)
 
 

@@ -46,9 +46,9 @@ _LICENSE = "license_name and license_link need license=other"
         # A name would stand beside the address of another license.
         (CardConfig, {**OTHER, "license": "apache-2.0", "license_link": None}, _LICENSE),
         (CardConfig, {**OTHER, "license": "apache-2.0", "license_name": None}, _LICENSE),
-        (CardConfig, {"license": "Apache 2.0"}, r"an identifier of the Hub, like apache-2\.0"),
-        (CardConfig, {"license": ""}, r"an identifier of the Hub, like apache-2\.0"),
-        (CardConfig, {"license": "MIT!"}, r"an identifier of the Hub, like apache-2\.0"),
+        (CardConfig, {"license": "Apache 2.0"}, r"a Hub license id, like apache-2\.0"),
+        (CardConfig, {"license": ""}, r"a Hub license id, like apache-2\.0"),
+        (CardConfig, {"license": "MIT!"}, r"a Hub license id, like apache-2\.0"),
         (ExportConfig, {"max_shard_size": "5"}, "must be a size, like 5GB or 500MB"),
         (ExportConfig, {"max_shard_size": "0GB"}, "must be a size, like 5GB or 500MB"),
         (ExportConfig, {"max_shard_size": "5 GB"}, "must be a size, like 5GB or 500MB"),
@@ -56,7 +56,7 @@ _LICENSE = "license_name and license_link need license=other"
         (EvaluatedModel, {"source": "model", "name": "a/b"}, r"Choose one with NAME=model\."),
         (EvaluatedModel, {"source": "model", "name": ".hidden"}, r"Choose one with NAME=model\."),
         (EvaluationConfig, {"languages": ("de", "de")}, "languages has duplicates: de, de"),
-        (TrainConfig, {**LEAST, "align": {"seed": 3}}, r"align\.seed=3 differs from seed=0\. Give"),
+        (TrainConfig, {**LEAST, "align": {"seed": 3}}, r"align\.seed=3 differs from seed=0\. Set"),
         (TrainConfig, {**LEAST, "align": {"max_step": 5}}, r"align: max_step is not an option\. D"),
     ],
 )

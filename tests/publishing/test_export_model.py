@@ -179,7 +179,7 @@ def test_one_tower_has_no_other_to_export(part: tuple[str, Path], tmp_path: Path
         (["SOURCE", "full"], "exists and is not empty"),
         (["SOURCE", "full/kept.txt"], "exists and is not empty"),
         (["SOURCE"], "OUTPUT requires an argument"),
-        (["SOURCE", "new", "--license", "Apache 2"], "must be an identifier of the Hub"),
+        (["SOURCE", "new", "--license", "Apache 2"], "must be a Hub license id"),
         (["SOURCE", "new", "--license", "other"], "needs license_name and license_link"),
         (
             ["SOURCE", "new", "--results", "full/kept.txt"],

@@ -112,18 +112,20 @@ def test_a_teacher_is_planned_or_refused(sources: Path, tmp_path: Path) -> None:
             plan_train(make_recipe(sources, tmp_path / "run", **changed))
 
     refuse("text encoder is not known here", vision_model=str(sources / "vision"))
-    refuse("leave build.keep_projection out", vision_model="embedded")
-    refuse("Give build.keep_projection=True", build={"prompt": "none"})
+    refuse("Leave build.keep_projection out", vision_model="embedded")
+    refuse("Set build.keep_projection=True", build={"prompt": "none"})
     refuse("leave build.image_size out", build={**recipe["build"], "image_size": 64})
     refuse(r"inherit_steps needs inherit_from.*\(in a recipe, inherit=True\)", inherit=False)
     refuse(r"\[16\] must be below .* projection_dim, 16", align={"matryoshka_dims": [16, 8]})
     refuse("leave projection_init out", align={"projection_init": "cca"})
     refuse("There is no dataset or folder named 'names.txt'", align={"keep_texts": "names.txt"})
-    refuse("align.keep_texts needs", build={"prompt": "none"}, align={"keep_texts": "names.txt"})
-    refuse("leave align.text_training out", align={"text_training": "frozen-online"})
+    refuse(
+        "align.keep_texts needs images", build={"prompt": "none"}, align={"keep_texts": "names.txt"}
+    )
+    refuse("Leave align.text_training out", align={"text_training": "frozen-online"})
     kept = {"prompt": "own", "keep_embeddings": True, "projection_dim": None}
-    refuse("whose layers are not compiled", extract={"compile": True})
-    refuse("Give align.lock_text=True", inherit=False, finetune=None, build=kept)
+    refuse("the teacher's layers are not compiled", extract={"compile": True})
+    refuse("Set align.lock_text=True", inherit=False, finetune=None, build=kept)
     pickled = shutil.copytree(tmp_path / "clip", tmp_path / "pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     names = tmp_path / "names.txt"
@@ -235,7 +237,7 @@ def test_all_errors_of_a_recipe_are_named(
 
 def test_contradictions_between_stages_are_named_at_once(sources: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"finetune\.merge=False.*export\.components: a part.*align\.se"
+        ValueError, match=r"finetune\.merge=False.*export\.components must be full.*align\.se"
     ):
         make_recipe(
             sources,

@@ -185,6 +185,8 @@ def test_images_learn_an_embedder_whose_texts_stay(sources: Path, tmp_path: Path
     }  # fmt: skip
 
 
-def test_a_text_side_that_is_built_anew_is_not_locked(sources: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"built anew.*Give build\.prompt=own and build\.keep_emb"):
+def test_a_text_side_with_random_weights_cannot_be_locked(sources: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"random weights.*Set build\.prompt=own and build\.keep_emb"
+    ):
         make_recipe(sources, tmp_path / "run", align={"lock_text": True})

@@ -57,10 +57,10 @@ from modeling_llm2clip.training.run_folder import find_last_checkpoint
         # Options that contradict each other.
         ({"max_steps": 0, "projection_init": "model"}, "max_steps=0 with projection_init=model"),
         ({"refit": True, "held_out_ratio": 0}, "refit=True needs held-out images"),
-        ({"lock_text": True, "max_steps": 0}, "max_steps=0 with lock_text writes the model as"),
-        ({"lock_text": True, "text_training": "lora"}, "lock_text keeps texts as they are"),
-        ({"lock_text": True, "projection_init": "cca"}, "lock_text keeps the text projection"),
-        ({"distillation_weight": 1.0}, "vision_training=frozen trains none"),
+        ({"lock_text": True, "max_steps": 0}, "max_steps=0 with lock_text leaves"),
+        ({"lock_text": True, "text_training": "lora"}, "combined with text_training=lora"),
+        ({"lock_text": True, "projection_init": "cca"}, "combined with projection_init=cca"),
+        ({"distillation_weight": 1.0}, "no effect with vision_training=frozen"),
     ],
 )  # fmt: skip
 def test_impossible_options_are_all_named(changed: dict[str, Any], message: str) -> None:
@@ -115,22 +115,22 @@ def test_bad_data_is_refused_before_a_tower_is_loaded(prepared: Prepared, tmp_pa
     message = r"24 records to train on \(0 held out\), too few for a batch of 25"
     refuse(prepared, out, message, global_batch_size=25)
     refuse(prepared, out, "needs a caption_store", caption_store=None)
-    refuse(prepared, out, "reads no caption_store", text_training="frozen-online")
+    refuse(prepared, out, "the caption_store has no effect", text_training="frozen-online")
     refuse(
-        prepared, out, "image_store is of no use",
+        prepared, out, "image_store has no effect",
         image_store=prepared.image_store, vision_training="full",
     )  # fmt: skip
     refuse(prepared, out, "has vision_embeds, wanted", caption_store=prepared.image_store)
-    refuse(prepared, out, "needs a caption_store and an image_store", projection_init="cca")
+    refuse(prepared, out, "needs a caption_store, an image_store", projection_init="cca")
     refuse(
-        prepared, out, "max_steps=0 writes the closed form, which needs a",
+        prepared, out, "max_steps=0 writes the closed-form solution, which needs a",
         max_steps=0, projection_init="auto",
     )  # fmt: skip
     refuse(prepared, out, "loss='other' must be one of contrastive, sigmoid", loss="other")
     wide = r"matryoshka_dims \[32, 99\] must be below the model's projection_dim, 32"
     refuse(prepared, out, wide, matryoshka_dims=(4, 32, 99))
     refuse(
-        prepared, out, "needs a caption_store and an image_store, and vision_training=frozen",
+        prepared, out, "needs a caption_store, an image_store and vision_training=frozen",
         distillation_weight=1.0, vision_training="full", projection_init="cca",
         image_store=prepared.image_store,
     )  # fmt: skip

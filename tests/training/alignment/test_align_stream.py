@@ -389,7 +389,7 @@ def test_records_with_changed_captions_are_named(prepared: Prepared, is_part: bo
     ("changed", "message"),
     [
         ({"max_steps": None}, r"no known length: give max_steps"),
-        ({"projection_init": "cca"}, "needs a caption_store and an image_store"),
+        ({"projection_init": "cca"}, "needs a caption_store, an image_store"),
     ],
 )
 def test_what_a_stream_cannot_do_is_refused(

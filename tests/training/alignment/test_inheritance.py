@@ -187,7 +187,7 @@ def test_what_does_not_fit_the_teacher_is_refused(inheriting: Inheriting, tmp_pa
     refuse("has caption_embeds, wanted teacher_text_embeds", inherit_from=inheriting.captions)
     refuse("has teacher_text_embeds, wanted caption_embeds", caption_store=inheriting.teacher)
     refuse("inherit_steps needs inherit_from", inherit_from=None, inherit_steps=9)
-    refuse("lock_text keeps the text side", lock_text=True, max_steps=None)
+    refuse("lock_text cannot be combined with inherit_from", lock_text=True, max_steps=None)
     refuse("leave projection_init out", projection_init="cca")
     refuse("needs a caption_store", caption_store=None, text_training="frozen-online", max_steps=1)
     long = [
@@ -230,8 +230,8 @@ def test_a_tower_without_a_text_encoder_is_refused_with_the_way_out(
     with pytest.raises(ValueError, match="keeps 16 dimensions, as"):
         build(inheriting.clip, tmp_path / "model", projection_dim=32)
     for changed, message in (
-        ({"vision_pooling": "cls"}, "Choose pooler"),
-        ({"normalization": "imagenet"}, "Choose own"),
+        ({"vision_pooling": "cls"}, "Choose vision_pooling=pooler"),
+        ({"normalization": "imagenet"}, "Choose normalization=own"),
         ({"dtype": "float16"}, "not float16"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -246,11 +246,11 @@ def test_what_cannot_be_kept_is_refused_before_a_tower_is_loaded(
     long = "a " * 62  # the model reads 64 tokens, this teacher 77
     refuse(r"has 2 texts longer than the 64 tokens that the model's LLM reads: a a", long)
     refuse("There is no dataset", keep_texts="missing.txt")
-    refuse("Leave keep_texts out", lock_text=True)
-    refuse("text_training=lora trains the LLM", text_training="lora")
-    refuse("projection_init=cca fits a new one", projection_init="cca")
-    refuse("keeps nothing either", max_steps=0)
-    refuse("keep_weight weighs keep_texts", keep_texts=None, keep_weight=2.0)
+    refuse("keep_texts has no effect with lock_text", lock_text=True)
+    refuse("keep_texts cannot be combined with text_training=lora", text_training="lora")
+    refuse("keep_texts cannot be combined with projection_init=cca", projection_init="cca")
+    refuse("keep_texts has no effect with max_steps=0", max_steps=0)
+    refuse("keep_weight has no effect without keep_texts", keep_texts=None, keep_weight=2.0)
     for message, folder in copy_into_other_spaces(keeping.model, tmp_path):
         refuse(message, model=folder, vision_training="full")
 

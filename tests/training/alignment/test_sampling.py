@@ -355,7 +355,7 @@ def test_held_out_images_are_scored_on_captions(prepared: Prepared, viewed: View
 def test_impossible_views_are_refused(prepared: Prepared, viewed: Viewed, tmp_path: Path) -> None:
     towers = {"vision_model": "v", "text_model": "t", "data": "d", "output": tmp_path}
     options = {"extract": ExtractConfig(sentence_views=2), "align": AlignConfig(**ONLINE)}
-    with pytest.raises(ValueError, match="sentence_views=2 is for stored captions, and"):
+    with pytest.raises(ValueError, match="sentence_views=2 has no effect with"):
         TrainConfig(**towers, **options)
     short = [replace(record, long_captions=()) for record in viewed.records]
     with pytest.raises(ValueError, match="and no long caption has two sentences"):
