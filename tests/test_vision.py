@@ -258,7 +258,7 @@ def test_a_tower_that_needs_more_than_pixels_is_rejected_before_the_llm_is_loade
     needed, extras = INSIDE_MLLMS[family]
     config = AutoConfig.for_model(family, hidden_size=32, intermediate_size=64, **extras)
     tower = build_tower(config).eval()
-    refusal = rf"'{family}' tower needs .*{needed}, which its MLLM computes.*Take CLIP"
+    refusal = rf"'{family}' tower needs .*{needed}, which its MLLM computes.*Use CLIP"
     tower.save_pretrained(tmp_path)
     tiny_vision()[1].save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=refusal):
@@ -302,7 +302,7 @@ def test_a_backbone_is_refused_as_a_vision_tower() -> None:
         stage_num_blocks=[1], stage_downsample=[False], stage_light_block=[False],
         stage_kernel_size=[3], stage_numb_of_layers=[1],
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"tower 'hgnet_v2' .* Take another vision tower, or"):
+    with pytest.raises(ValueError, match=r"tower 'hgnet_v2' .* Use another vision tower, or"):
         join(AutoModel.from_config(config), "pooler")
 
 
@@ -336,7 +336,7 @@ def fail(tokens: torch.Tensor) -> torch.Tensor:
         (fail, "pooler", r"tower 'vit' cannot .* fails \(ValueError: no 3 tok"),
         # The images of a batch are mixed.
         (lambda t: t + t.mean(dim=0, keepdim=True), "cls",
-         "'vit' tower gives one image another .*beside another i"),
+         "'vit' tower returns a different .*next to another i"),
         # The class token is the last.
         (lambda t: t.roll(-1, dims=1), "cls", "does not describe the network"),
         (lambda t: t.roll(-1, dims=1), "patch_mean", "does not describe the network"),
@@ -352,7 +352,9 @@ def test_a_tower_whose_pass_does_something_else_is_rejected(
 
 
 def test_a_tower_with_random_masks_is_rejected() -> None:
-    with pytest.raises(ValueError, match=r"'vit_mae' tower gives one image another embedding"):
+    with pytest.raises(
+        ValueError, match=r"'vit_mae' tower returns a different embedding of an image"
+    ):
         join(make_tower("vit_mae"), "mean")
 
 

@@ -138,7 +138,7 @@ def test_another_size_keeps_the_share_that_is_cropped() -> None:
 
 @pytest.mark.parametrize("family", ["clip", "eva02", "siglip2", "dinov2"])
 def test_a_size_that_is_not_a_multiple_of_the_patch_is_rejected(family: str) -> None:
-    with pytest.raises(ValueError, match=r"image_size=50 is not a multiple.* of 8 .*Take 48"):
+    with pytest.raises(ValueError, match=r"image_size=50 is not a multiple.* of 8 .*Use 48"):
         tiny_model(family, image_size=50)
 
 
@@ -153,7 +153,7 @@ def test_the_size_that_a_tower_was_trained_for_need_not_be_a_multiple() -> None:
 
 @pytest.mark.parametrize("family", OWN_SIZE)
 def test_a_tower_whose_positions_nothing_interpolates_keeps_its_size(family: str) -> None:
-    with pytest.raises(ValueError, match=r"does not take .*=48 pixels: it has positions for 32"):
+    with pytest.raises(ValueError, match=r"does not support .*=48: it only has positions for 32"):
         make_larger(family)
 
 
@@ -163,21 +163,21 @@ def test_a_tower_whose_positions_nothing_interpolates_keeps_its_size(family: str
         (
             "timm_wrapper",
             {"architecture": "mixer_s32_224", "model_args": {"img_size": 64}},
-            "mixer_s32_224 does not take images of image_size=96 pixels: .*Leave image_size out",
+            "mixer_s32_224 does not support image_size=96: .*Remove image_size",
         ),
         (
             "timm_wrapper",
             {"architecture": "hiera_tiny_224", "model_args": {"embed_dim": 24}},
-            "hiera_tiny_224 does not take images of image_size=96 pixels: it fails with Runtime",
+            "hiera_tiny_224 does not support image_size=96: it fails with Runtime",
         ),
         # A smaller image would silently get the positions of other distances.
-        ("timm_wrapper", {"architecture": "mvitv2_tiny"}, "mvitv2_tiny .* 224 × 224 alone"),
+        ("timm_wrapper", {"architecture": "mvitv2_tiny"}, "mvitv2_tiny .* only has positions for 224 × 224"),
         (
             "beit",
             {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
              "intermediate_size": 48, "image_size": 32, "patch_size": 8,
              "use_relative_position_bias": True},
-            "more than the positions depends on the image size",
+            "more than the positions depends on the image",
         ),
     ],
     ids=["timm", "hiera", "mvitv2", "relative positions"],
@@ -209,7 +209,7 @@ def test_patches_that_overlap_are_no_unit_of_the_image_size() -> None:
     _, processor = set_image_size(tower, tiny_vision("siglip")[1], 96)
     assert processor.to_dict()["size"] == {"height": 96, "width": 96}
     assert choose_interpolation(tower, torch.zeros(1, 3, 96, 64), interpolate=False) == {}
-    with pytest.raises(ValueError, match=r"105 is not a multiple .* 32 pixels.* Take 96"):
+    with pytest.raises(ValueError, match=r"105 is not a multiple .* 32 pixels.* Use 96"):
         set_image_size(tower, tiny_vision("siglip")[1], 105)
 
 
@@ -313,7 +313,7 @@ def test_a_tower_whose_sizes_are_lists_takes_images_of_its_own_size_alone() -> N
     for shape in ((1000, 32), (4, 4), (0, 0)):
         with pytest.raises(ValueError, match=r"must be multiples of the patch size 32"):
             model.get_vision_embeds(torch.rand(1, 3, *shape), interpolate_pos_encoding=True)
-    with pytest.raises(ValueError, match=r"'?hiera'? does not take .*=128 pixels: .* two sides"):
+    with pytest.raises(ValueError, match=r"'?hiera'? does not support .*=128: .* separate height"):
         build_with(build_hiera(), 64, image_size=128)
 
 
@@ -342,7 +342,7 @@ def test_a_tower_that_silently_takes_other_shapes_is_rejected_by_a_measurement()
     tower, _ = tiny_vision("dinov2")
     table = tower.embeddings.position_embeddings
     tower.embeddings.interpolate_pos_encoding = lambda *_: table
-    with pytest.raises(ValueError, match=r"'dinov2' tower takes .* 128 × 8 pixels, and silently"):
+    with pytest.raises(ValueError, match=r"'dinov2' tower accepts .* 128 × 8 pixels, but silently"):
         build_with(tower, IMAGE_SIZE)
 
 

@@ -67,23 +67,22 @@ def build_model(
     *,
     card: CardConfig | None = None,
 ) -> Path:
-    """Build an untrained model from two towers and write its folder, which is loaded and compared.
+    """Build an untrained model from two towers, write its folder, and check that it loads back.
 
     Args:
         vision: As in `join_towers`.
         text: As in `join_towers`.
         output: New or empty folder.
         config: As in `join_towers`; the golden embeddings are computed on its `device`.
-        card: What the card states; licenses of the towers that are not given are those on their own
-            cards.
+        card: Entries of the model card. By default, the towers' licenses come from their own cards.
 
     Returns:
         The folder.
 
     Raises:
         FileExistsError: The folder exists and is not empty.
-        ValueError: As `join_towers`; or what was written loads with other embeddings, and nothing
-            is left of it.
+        ValueError: As in `join_towers`; or the written folder loads with different embeddings, in
+            which case it is removed.
 
     Examples:
         >>> vision, text = "openai/clip-vit-base-patch16", "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -109,7 +108,7 @@ def build_model(
 
     def verify(folder: Path) -> None:
         if not isinstance(vision, tuple) and not isinstance(text, tuple):
-            model.to("meta")  # type: ignore[arg-type]  # a large LLM does not fit twice
+            model.to("meta")  # type: ignore[arg-type]  # two copies of a large LLM would not fit
         require_as_written(folder, device=config.device)
 
     return save_model(model, processor, output, card=update_card_data(stated, card), verify=verify)
@@ -118,29 +117,29 @@ def build_model(
 def join_towers(
     vision: VisionSource, text: TextSource, config: BuildConfig
 ) -> tuple[LLM2CLIPModel, LLM2CLIPProcessor]:
-    """Build an untrained model from two towers in memory; text adapter and projections are random.
+    """Build an untrained model from two towers, with a random text adapter and projections.
 
     Args:
         vision: Hub id or folder of a vision tower, or a loaded tower and its image processor.
         text: Hub id, folder or `.gguf` file of a language model, or a loaded LLM without its head
-            and its tokenizer. A LoRA is merged into a loaded LLM, and its upper layers are
-            removed, in place. With the prompt `own`, Hub id or folder of a sentence-transformers
-            model, whose embeddings `get_caption_embeds` then returns. Pooling and length of an LLM
-            or LoRA that LLM2Vec saved are kept.
-        config: How they are joined; its `dtype` is that of towers that are loaded here.
+            and its tokenizer. A loaded LLM is changed in place: a LoRA is merged into it, and its
+            upper layers are removed. With the prompt `own`, Hub id or folder of a
+            sentence-transformers model, whose embeddings `get_caption_embeds` then returns. The
+            pooling and length of an LLM or LoRA saved by LLM2Vec are kept.
+        config: How to join them; towers that are loaded here get its `dtype`.
 
     Returns:
         The model on the CPU, in evaluation mode, and its processor.
 
     Raises:
-        ValueError: No prompt is chosen; the projection of a tower without a text encoder is to be
-            kept, or at another width; a source does not exist, which is reported before any is
-            loaded; the tokenizer is another model's, or the prompt does not fit it; the vision
-            tower cannot take the image size, or samples at random; the LLM has fewer layers than
-            are to be kept, or cannot be cut; the LoRA is for another LLM, or for more layers;
-            the LLM's family cannot be made bidirectional, or kept causal; the configuration of a
-            tower does not describe its network, so that it would load as another one; or an
-            embedder cannot be repeated exactly.
+        ValueError: No prompt is chosen; `keep_projection` is set for a tower without a text
+            encoder, or with another `projection_dim`; a source does not exist (checked before any
+            is loaded); the tokenizer belongs to another model, or the prompt does not fit it; the
+            vision tower does not support the image size, or is not deterministic; the LLM has too
+            few layers for `text_layers`, or cannot be cut; the LoRA is for another LLM or for more
+            layers; the LLM's family cannot be made bidirectional, or kept causal; a tower's
+            configuration does not describe its network, so it would load as a different one; or an
+            embedder cannot be reproduced exactly.
         MissingExtraError: The prompt is `own`, and sentence-transformers is not installed.
 
     Examples:
@@ -160,8 +159,8 @@ def join_towers(
     if isinstance(vision, tuple):
         if config.keep_projection:
             raise ValueError(
-                "keep_projection takes the image projection of a dual encoder, and a loaded vision "
-                "tower has none. Give its folder or Hub id."
+                "keep_projection keeps the image projection of a dual encoder, but a loaded vision "
+                "tower has none. Pass its folder or Hub id instead."
             )
         vision_model, image_processor = vision
         require_pixels_alone(vision_model)
@@ -176,14 +175,15 @@ def join_towers(
     if kept is not None:
         if config.projection_dim not in (None, len(kept)):
             raise ValueError(
-                f"keep_projection keeps {counted(len(kept), 'dimension')}, as {vision_name} has, "
-                f"and projection_dim={config.projection_dim} asks for others. Leave it out."
+                f"projection_dim={config.projection_dim} cannot be combined with keep_projection: "
+                f"the projection of {vision_name} has {counted(len(kept), 'dimension')}. Remove "
+                "projection_dim."
             )
         config = replace(config, projection_dim=len(kept), visual_projection_bias=False)
     embedder = None
     if config.prompt == OWN_PROMPT:
         if text_name is None:
-            raise ValueError("prompt=own needs the folder or Hub id of an embedder, not its parts.")
+            raise ValueError("prompt=own: pass the folder or Hub id of an embedder, not its parts.")
         with naming_fields(text_name):
             embedder = read_embedder(text_name, config)
     text_model, tokenizer = _take_text_tower(text, config)
@@ -196,7 +196,7 @@ def join_towers(
 def _take_text_tower(
     text: TextSource, config: BuildConfig
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load an LLM and its tokenizer, or take loaded ones; keep the chosen layers, merge a LoRA."""
+    """Load an LLM and its tokenizer unless they are loaded; remove layers and merge a LoRA."""
     if isinstance(text, tuple):
         text_model, tokenizer = text
         require_own_tokenizer(text_model.config, tokenizer, "The LLM")
@@ -225,10 +225,10 @@ def configure_model(
     text_width: int | None = None,
     embedder: TextEmbedder | None = None,
 ) -> tuple[LLM2CLIPConfig, PreTrainedTokenizerBase]:
-    """Describe a whole model, and write its prompt into a copy of the tokenizer.
+    """Make the configuration of a whole model, and write its prompt into a copy of the tokenizer.
 
-    The LLM's configuration is changed in place. The widths are measured on the towers; None takes
-    the width that a configuration states.
+    Changes the LLM's configuration in place. The widths are measured on the towers; with None, the
+    width in the tower's configuration is used.
     """
     max_text_length = config.max_text_length or DEFAULT_TEXT_LENGTH
     bidirectional = config.bidirectional is not False
@@ -243,7 +243,7 @@ def configure_model(
         )
         prompt = derive_prompt(tokenizer, template)
     else:
-        # Only a pooling that sentence-transformers does not name leaves the prompt out.
+        # Poolings that sentence-transformers has no name for exclude the prompt.
         is_pooled = TEXT_POOLINGS[embedder.pooling].sentence_transformers is not None
         prompt = derive_own_prompt(tokenizer, embedder.prompt, is_pooled=is_pooled)
         max_text_length, bidirectional = embedder.max_length, embedder.bidirectional
@@ -253,7 +253,7 @@ def configure_model(
         if config.keep_embeddings:
             projection_dim = text_width or text_config.hidden_size
     tokenizer = write_prompt(tokenizer, prompt, max_length=max_text_length)
-    # The saved tokenizer decides: writing the prompt drops extra special tokens.
+    # Asks the saved tokenizer, because writing the prompt drops extra special tokens.
     ends_special = bool(prompt.suffix_ids) and prompt.suffix_ids[-1] in tokenizer.all_special_ids
     text_config.pad_token_id = tokenizer.pad_token_id
     _set_direction(text_config, bidirectional=bidirectional)
@@ -281,9 +281,9 @@ def configure_model(
 
 
 def _set_direction(text_config: PreTrainedConfig, *, bidirectional: bool) -> None:
-    """Replace the attention direction that the bare LLM states by the chosen one."""
+    """Set the chosen attention direction in the LLM's configuration."""
     if bidirectional and text_config.model_type == "gemma3_text":
-        # With its own flag, the window excludes its bound; with `is_causal=False` it includes it.
+        # With Gemma's own flag, the window excludes its bound; with `is_causal=False`, not.
         text_config.sliding_window -= bool(text_config.use_bidirectional_attention)
         text_config.use_bidirectional_attention = False
     text_config.is_causal = not bidirectional
@@ -321,7 +321,7 @@ def _join(
         nn.init.zeros_(model.text_projection.bias)
     model.eval()  # type: ignore[no-untyped-call]
     for part in (model.text_adapter, model.text_projection, model.visual_projection):
-        part.to(text_model.dtype)  # not the temperature, which stays float32
+        part.to(text_model.dtype)  # the temperature stays float32
     require_direction(model.text_model, bidirectional=model_config.bidirectional)
     processor = LLM2CLIPProcessor(image_processor, tokenizer, model_config.max_text_length)
     require_deterministic(model, processor)

@@ -1,8 +1,8 @@
-"""Merges a LoRA into an LLM one weight at a time, all of it or nothing.
+"""Merges a LoRA into an LLM one weight at a time, either completely or not at all.
 
-A LoRA of linear layers adds `scale * B @ A` to each of their weights. The sum is computed in
-float32 and rounded once, and the LLM need not be in memory. Every other kind of LoRA is refused;
-peft's `merge_and_unload` merges it.
+A LoRA adds `scale * B @ A` to the weight of a linear layer. The sum is computed in float32 and
+rounded once, and the LLM does not have to be in memory. Other kinds of LoRAs are refused; merge
+them with peft's `merge_and_unload`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from ..model_folders.model_folder import LORA_CONFIG, find_model_folder
 from ..model_folders.weights import LazyTensor, count_changed, open_weights, warn_of_rounding
 from .pretrained_towers import find_origin
 
-# peft's wrapper around the LLM, then the LLM's name inside the class that has its head.
+# peft's wrapper around the LLM, then the LLM's name inside the class with the head.
 _KEY = re.compile(r"base_model\.model\.((?:model\.)?)(.+)\.lora_([AB])\.weight")
-# Values of peft's `init_lora_weights` that leave the base as it is; others take a part out of it.
+# Values of peft's `init_lora_weights` that leave the base unchanged; others modify its weights.
 PLAIN_STARTS = (True, False, None, "gaussian")
-# In the metadata of a LoRA's weights: SHA-256 of the weights of the LLM that it was trained on.
+# Metadata key of a LoRA's weights: SHA-256 of the weights of the LLM that it was trained on.
 BASE_WEIGHTS = "base_weights"
-# Settings by which peft trains more than the low-rank matrices, with their neutral values.
+# Settings with which peft trains more than the low-rank matrices, and their neutral values.
 _MATRICES_ALONE: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
@@ -53,11 +53,11 @@ _MATRICES_ALONE: dict[str, tuple[Any, ...]] = {
 
 
 def merge_lora(text_model: PreTrainedModel, lora: str | Path) -> float:
-    """Merge a LoRA into a loaded LLM without its head, in place, and warn if most is rounded away.
+    """Merge a LoRA into a loaded LLM in place, and warn if rounding loses most of it.
 
-    The LoRA may have been trained on the class with the head (`…ForCausalLM`). Where an error is
-    raised, nothing is changed. Returns the share of the entries of its weights that have another
-    value now.
+    The LLM has no head, but the LoRA may have been trained on the class with it (`…ForCausalLM`).
+    If an error is raised, nothing has changed. Returns the fraction of entries that changed, over
+    the merged weights.
     """
     parameters = dict(text_model.named_parameters())
     merged, counts = merge_lora_weights(
@@ -82,10 +82,10 @@ def merge_lora_weights(
 ) -> tuple[dict[str, LazyTensor], dict[str, tuple[int, int]]]:
     """Return the weights of an LLM that a LoRA changes, float32, merged when they are read.
 
-    `base` is compared with the base that the LoRA states, unless either has no name. Reading a
-    weight raises where the sum is not finite, or where `dtype`, in which it is going to be saved,
-    would round the change away. It also adds to the counts, by name: how many entries have another
-    value in `dtype`, and how many before rounding.
+    `base` is compared with the base named by the LoRA, unless either has no name. Reading a weight
+    raises an error if the sum is not finite, or if rounding to `dtype`, the dtype for saving, would
+    lose the change. It also records two counts by name: the entries that changed in `dtype`, and
+    those that changed before rounding.
     """
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
@@ -93,7 +93,7 @@ def merge_lora_weights(
 
     folder = find_model_folder(str(lora))
     if not (folder / LORA_CONFIG).is_file():
-        raise ValueError(f"{folder} has no {LORA_CONFIG}; it is not a LoRA that peft saved.")
+        raise ValueError(f"{folder} has no {LORA_CONFIG}, so it is not a LoRA saved by peft.")
     with naming_fields(lora):
         _require_plain(folder, lora, base=base)
         config = LoraConfig.from_pretrained(str(folder))
@@ -105,7 +105,7 @@ def merge_lora_weights(
             and check_target_module_exists(config, inside + name.removesuffix(".weight"))
         }
         errors = {
-            "have no place in the LLM": [n for n in factors if n not in weights],
+            "are not in the LLM": [n for n in factors if n not in weights],
             "are missing": [n for n in trained | set(factors) if len(factors.get(n, ())) < 2],
         }
         _refuse(errors, f"The LoRA {lora} does not fit {base or 'the LLM'}", len(factors))
@@ -131,13 +131,13 @@ def merge_lora_weights(
 
 
 def _multiply(pair: Mapping[str, Tensor], scale: float, *, transposes: bool) -> Tensor:
-    """Multiply the matrices, transposed for layers that hold (in, out) weights, as GPT-2's do."""
+    """Multiply the matrices; transpose the product if weights are (in, out), as in GPT-2."""
     change = (pair["B"] @ pair["A"]) * scale
     return change.T if transposes else change
 
 
 def _require_plain(folder: Path, lora: str | Path, *, base: str) -> None:
-    """Refuse a LoRA of another kind or, where both state a name, of another base."""
+    """Refuse a LoRA of another kind or, if both name their base, of another base."""
     stated = read_object(folder / LORA_CONFIG)
     others = {
         name: stated[name]
@@ -146,23 +146,23 @@ def _require_plain(folder: Path, lora: str | Path, *, base: str) -> None:
     }
     if others:
         raise ValueError(
-            f"{lora} is more than the low-rank matrices of linear layers ({others}), which is not "
-            "merged here. Merge it with peft (merge_and_unload), save the LLM, and give that "
+            f"{lora} has more than low-rank matrices of linear layers ({others}), which cannot be "
+            "merged here. Merge it with peft (merge_and_unload), save the LLM, and pass that "
             "folder."
         )
     trained_on = stated.get("base_model_name_or_path")
     if base and trained_on and not is_same_base(str(trained_on), base):
         raise ValueError(
-            f"The LoRA {lora} is for the base {trained_on!r}, but the LLM is {base!r}. Give that "
-            "base. If both names are of the same weights, correct base_model_name_or_path in "
-            f"{LORA_CONFIG} of a copy of the LoRA."
+            f"The LoRA {lora} is for the base {trained_on!r}, but the LLM is {base!r}. Use that "
+            "base. If both names stand for the same weights, correct base_model_name_or_path in "
+            f"{LORA_CONFIG} in a copy of the LoRA."
         )
 
 
 def _read_factors(folder: Path, lora: str | Path) -> tuple[str, dict[str, dict[str, Tensor]]]:
     """Read the matrices A and B, float32, by the name of the weight that they change.
 
-    Also returns the prefix of the LLM's modules inside the class with the head.
+    The first return value is the prefix of the LLM's modules inside the class with the head.
     """
     factors: dict[str, dict[str, Tensor]] = {}
     inside, strange, bad = "", [], []
@@ -179,7 +179,7 @@ def _read_factors(folder: Path, lora: str | Path) -> tuple[str, dict[str, dict[s
     _refuse({"are not matrices of linear layers": strange, "have NaN": bad}, what, len(factors))
     if not any(all(part.any() for part in pair.values()) for pair in factors.values()):
         raise ValueError(
-            f"The LoRA {lora} adds zero to all of its {len(factors)} weights: it was not trained."
+            f"The LoRA {lora} adds zero to all {len(factors)} of its weights: it was not trained."
         )
     return inside, factors
 
@@ -192,8 +192,8 @@ def _refuse(errors: Mapping[str, list[str]], what: str, total: int) -> None:
             if names
         )
         raise ValueError(
-            f"{what}, so nothing is merged. Of {total} weights: {listed}. Give the LLM that the "
-            "LoRA was trained on; peft's merge_and_unload merges other kinds of LoRAs."
+            f"{what}, so nothing is merged. Of {total} weights: {listed}. Use the LLM that the "
+            "LoRA was trained on. For other kinds of LoRAs, use peft's merge_and_unload."
         )
 
 
@@ -206,33 +206,33 @@ def _merge(
     *,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Merge one weight in float32, and count the entries that change in a dtype."""
+    """Merge one weight in float32, and count the entries that change in `dtype`."""
     before, difference = weight.read(), change.read()
     merged = before.float() + difference
     if not merged.isfinite().all():
         raise ValueError(f"{name}: the sum is not finite. The LoRA cannot be merged.")
     counts[name] = count_changed(before, merged, dtype)
     if not counts[name][0] and difference.any():
-        raise ValueError(f"{name}: the change is lost in the rounding of {dtype}. Use float32.")
+        raise ValueError(f"{name}: rounding to {dtype} loses the change. Use float32.")
     return merged
 
 
 def is_same_base(stated: str, base: str) -> bool:
-    """Return whether two names mean the same LLM; owners and case are not compared."""
+    """Return whether two names refer to the same LLM, ignoring owner and case."""
     names = (find_origin(name.rstrip("/").rsplit("/", 1)[-1]) for name in (stated, base))
     first, second = (name.rsplit("/", 1)[-1].casefold() for name in names)
     return first == second
 
 
 def require_base_weights(file: Path, weights: str) -> None:
-    """Refuse a LoRA whose stated base weights (SHA-256) are not these.
+    """Refuse a LoRA whose recorded base weights (SHA-256) differ from `weights`.
 
-    The name does not show it: an LLM that a LoRA was merged into keeps its name. LoRAs that another
-    package wrote state no weights.
+    The name of the LLM is not enough, because merging a LoRA does not change it. LoRAs written by
+    other packages record no weights.
     """
     trained_on = read_metadata(file).get(BASE_WEIGHTS)
     if trained_on is not None and trained_on != weights:
         raise ValueError(
             f"{file.parent} was trained on an LLM with other weights ({trained_on} then, {weights} "
-            "now). Begin from it on that very model, which it must not be merged into."
+            "now). Use that model, without this LoRA merged into it."
         )

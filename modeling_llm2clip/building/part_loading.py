@@ -1,8 +1,9 @@
 """Loads a model, or the part of it that becomes a tower, and accounts for every key.
 
-An LLM may keep its first layers and its final norm alone. A tower of N layers gives the output of
-layer N of the whole LLM after its final norm, bit for bit, as transformers computes for a
-configuration of N layers. A run of both checks it. Errors name the source as the user gave it.
+An LLM can be cut to its first layers and its final norm. A tower with N layers outputs bit for bit
+what layer N of the whole LLM outputs after the final norm, as transformers computes it with N
+layers in the configuration. Running both verifies this. Errors name the source as the user wrote
+it.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from .._suggestions import counted, list_first
 from ..loading_llm2clip import build_tower, find_tower_class, load_without_code, naming_damage
 from .tower_checks import MODEL_ERRORS, list_layers, make_texts, run_texts
 
-KEEP_ALL = "Leave text_layers out to keep all, or take another LLM."
-# transformers' field for settings of single layers, by their number.
+KEEP_ALL = "Remove text_layers to keep all layers, or use another LLM."
+# transformers' field for settings of individual layers, by layer number.
 _OVERRIDES = "per_layer_config"
-# Causal masks, which older checkpoints hold beside the weights.
+# Causal masks, which older checkpoints store next to the weights.
 _MASKS = ("attn.bias", "attention.bias")
 
 
 @contextmanager
 def naming(source: str | Path) -> Iterator[None]:
-    """Name the source in transformers' errors about files that are not there."""
+    """Name the source in transformers' errors about missing files."""
     try:
         yield
     except OSError as error:
@@ -43,9 +44,9 @@ def naming(source: str | Path) -> Iterator[None]:
 def _load_with_account(
     model_class: Any, name: str | Path, **settings: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Load as `from_pretrained` does, without its table of keys, which the caller judges.
+    """Load like `from_pretrained`, but leave the check of the keys to the caller.
 
-    Returns the model and, among others, its `missing_keys` and `unexpected_keys`.
+    Returns the model and its loading info, including `missing_keys` and `unexpected_keys`.
     """
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(_is_needed)
@@ -69,24 +70,24 @@ def load_part(
     above: range = range(0),
     **settings: Any,
 ) -> tuple[PreTrainedModel, PreTrainedModel, list[str]]:
-    """Load the part of a model that has this configuration, which may be all of it.
+    """Load the part of a model with the configuration `part_config`, which may be the whole model.
 
-    Returns the part, the whole, and the names of missing weights: the part's, and those that begin
-    with one of `beside`. Weights of the part that nothing reads are refused, except those of the
-    layers `above`, which are left out.
+    Returns the part, the whole, and the names of missing weights of the part or with one of the
+    prefixes `beside`. Raises ValueError for weights of the part that the network does not read,
+    except for the layers `above`, which are skipped.
     """
     if above:
-        settings["ignore_mismatched_sizes"] = True  # they are named below
-    # As the whole, because only its class knows how published weights of the parts are named.
+        settings["ignore_mismatched_sizes"] = True  # reported below
+    # Loaded as a whole, because only the whole model's class maps the names of published weights.
     whole, info = _load_with_account(find_tower_class(config), name, config=config, **settings)
     if misshapen := sorted(key for key, *_ in info["mismatched_keys"]):
         raise ValueError(
-            f"{source} cannot be cut to {above.start} layers: {list_first(misshapen)} would be "
-            f"of another shape, as weights that have a part for each layer. {KEEP_ALL}"
+            f"{source} cannot be cut to {above.start} layers: {list_first(misshapen)} would have "
+            f"another shape, because these weights have a part for each layer. {KEEP_ALL}"
         )
     part, prefix = whole, ""
     if part_config is not config:
-        with torch.device("meta"):  # takes no memory; the saved model is going to be of this class
+        with torch.device("meta"):  # takes no memory; the saved model will have this class
             tower_class = type(build_tower(part_config))
         prefix, part = _find_part(whole, tower_class, source)
         part.config._name_or_path = whole.config._name_or_path
@@ -97,7 +98,7 @@ def load_part(
         info["unexpected_keys"] = {
             key for key in info["unexpected_keys"] if not any(n in f".{key}" for n in left_out)
         }
-    if part_config.model_type != "timm_wrapper":  # in which a head left out is still a module
+    if part_config.model_type != "timm_wrapper":  # where a removed head is still a module
         _refuse_unread_weights(whole, part, info, source)
     needed = (prefix, *beside)
     return part, whole, sorted(key for key in info["missing_keys"] if key.startswith(needed))
@@ -110,18 +111,18 @@ def _find_part(
         if type(module) is tower_class and isinstance(module, PreTrainedModel):
             return f"{name}.", module
     raise ValueError(
-        f"{source} is a {whole.config.model_type!r} without a {tower_class.__name__}, which its "
-        "configuration promises. Give the tower alone."
+        f"{source}: its configuration declares a {tower_class.__name__}, but the loaded "
+        f"{whole.config.model_type!r} has none. Pass a checkpoint of only the tower."
     )
 
 
 def _refuse_unread_weights(
     whole: PreTrainedModel, tower: PreTrainedModel, info: dict[str, Any], source: str | Path
 ) -> None:
-    """Refuse weights in a module of the tower that the tower does not read.
+    """Refuse weights inside the tower's modules that the tower does not read.
 
-    Other parts of the checkpoint, such as a head, are beside the tower's modules; buffers are not
-    weights.
+    Other parts of the checkpoint, such as a head, are outside the tower's modules, and buffers are
+    not weights.
     """
     parts = set(tower.modules()) - {tower}
     inside = {
@@ -140,46 +141,46 @@ def _refuse_unread_weights(
     if unread:
         raise ValueError(
             f"{source} has {counted(len(unread), 'weight')} that {type(tower).__name__} does not "
-            f"read, so it would give other hidden states: {list_first(unread)}. Correct "
-            "config.json, or take the transformers version that the checkpoint names."
+            f"read, so its hidden states would be wrong: {list_first(unread)}. Correct "
+            "config.json, or install the transformers version that the checkpoint names."
         )
 
 
 def forget_code(holder: Any) -> Any:
-    """Remove the name of a repository's code from a configuration or image processor."""
+    """Remove the reference to a repository's code from a configuration or image processor."""
     holder.__dict__.pop("auto_map", None)
     return holder
 
 
 def forget_origin(config: Any, source: str | Path) -> None:
-    """Forget the path that a tower came from, since configurations are published, and its code."""
+    """Remove a tower's local path and code reference, because configurations are published."""
     if Path(source).exists():
         config._name_or_path = Path(source).name
     forget_code(config)
 
 
 def _is_needed(record: logging.LogRecord) -> bool:
-    """Drop tables of keys from the log, except those that an error refers to."""
+    """Filter load reports out of the log, except the ones that an error refers to."""
     text = record.getMessage()
     return "LOAD REPORT" not in text or "MISMATCH" in text or "CONVERSION" in text
 
 
 def cut_layers(text_model: PreTrainedModel, num_layers: int) -> None:
-    """Remove the layers above the first ones from a loaded LLM, in place."""
+    """Cut a loaded LLM to its first layers, in place."""
     uncut, layers = copy.deepcopy(text_model.config), list_layers(text_model)
     cut_config(text_model.config, num_layers, "The LLM")
     del layers[num_layers:]
-    for config in (uncut, text_model.config):  # what it was, and what a saved one loads as
+    for config in (uncut, text_model.config):  # the original, and what the saved model loads
         require_same_states(text_model, config, "The LLM")
 
 
 def cut_config(config: PreTrainedConfig, num_layers: int, source: str | Path) -> None:
-    """Shorten a configuration to its first layers, in place: their number, and lists of layers."""
+    """Cut a configuration to the first layers, in place, including its per-layer lists."""
     total = getattr(config, "num_hidden_layers", 0)
     if num_layers > total:
         raise ValueError(
             f"{source} has {total} layers, so it cannot keep {num_layers}. Set text_layers to at "
-            f"most {total}, or leave it out to keep all."
+            f"most {total}, or remove it to keep all layers."
         )
     stated = config.to_dict()
     lists = [n for n, v in stated.items() if isinstance(v, list) and len(v) == total]
@@ -191,7 +192,7 @@ def cut_config(config: PreTrainedConfig, num_layers: int, source: str | Path) ->
         kept = {number: value for number, value in overrides.items() if int(number) < num_layers}
         setattr(config, _OVERRIDES, kept)
     loaded = type(config).from_dict(config.to_dict())
-    for name in lists:  # some families want the last layer to be of one type
+    for name in lists:  # some families require a certain type for the last layer
         setattr(config, name, getattr(loaded, name))
 
 
@@ -199,14 +200,14 @@ def cut_config(config: PreTrainedConfig, num_layers: int, source: str | Path) ->
 def require_same_states(
     text_model: PreTrainedModel, config: PreTrainedConfig, source: str | Path
 ) -> None:
-    """Refuse a shortened LLM whose states differ from those inside the whole LLM.
+    """Refuse a cut LLM whose hidden states differ from those inside the whole LLM.
 
-    The same weights run in an LLM that was built with few layers, and in one that was built with
-    all of `config` and then shortened. Their states differ where a layer depends on the number of
-    layers, as with shared keys and values. The upper layers take no memory.
+    Runs the same weights in an LLM built with few layers, and in one built from the whole `config`
+    and then cut. Their states differ if a layer depends on the number of layers, as with shared
+    keys and values. The upper layers take no memory.
     """
     num_layers = text_model.config.num_hidden_layers
-    reason = "the states of its layers depend on how many layers there are"
+    reason = "its hidden states depend on the number of layers"
     try:
         other = _build_on(text_model, config)
         ids, _ = make_texts(text_model)
@@ -220,7 +221,7 @@ def require_same_states(
 
 
 def _build_on(text_model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    """Build the LLM of a configuration on the weights of one with fewer layers."""
+    """Build the LLM of a configuration with the weights of an LLM that has fewer layers."""
     config = copy.deepcopy(config)
     config._attn_implementation = text_model.config._attn_implementation
     with init_empty_weights(include_buffers=False):
@@ -228,7 +229,7 @@ def _build_on(text_model: PreTrainedModel, config: PreTrainedConfig) -> PreTrain
     del list_layers(other)[text_model.config.num_hidden_layers :]
     other.load_state_dict(text_model.state_dict(), assign=True)
     same = dict(text_model.named_buffers())
-    for name, buffer in list(other.named_buffers()):  # those that are not saved, too
+    for name, buffer in list(other.named_buffers()):  # including non-persistent ones
         place, _, own_name = name.rpartition(".")
         buffer = same.get(name, buffer).to(text_model.device)
         setattr(other.get_submodule(place), own_name, buffer)

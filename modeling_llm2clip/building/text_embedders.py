@@ -1,7 +1,7 @@
-"""Reads a sentence-transformers model, whose embeddings a text tower then gives unchanged.
+"""Reads a sentence-transformers model so the text tower reproduces its embeddings exactly.
 
 sentence-transformers itself loads the model and encodes a few texts. Its steps around the network
-become settings of this package, and the built model must give the same embeddings.
+become settings of this package, and the built model must return the same embeddings.
 
 Shapes: N texts, D width of the pooled hidden states, D' width of the embeddings.
 """
@@ -32,13 +32,13 @@ from .part_loading import naming
 from .text_towers import require_decoder
 from .tower_checks import find_direction_errors
 
-# sentence-transformers' names of poolings, and ours where the prompt is pooled too.
+# sentence-transformers' names of poolings, and ours if the prompt is pooled as well.
 _POOLINGS = {
     p.sentence_transformers: name for name, p in TEXT_POOLINGS.items() if p.sentence_transformers
 }
 _TEXTS = (*GOLDEN_TEXTS, "x", '"(1) it\'s 7 p.m.", she said', " ".join(["a dog on a mat"] * 150))
 _WAY_OUT = (
-    "Take another embedder; or build on the network as an ordinary LLM, with another --prompt, and "
+    "Use another embedder; or build on the network as an ordinary LLM, with another --prompt, and "
     "fine-tune it."
 )
 
@@ -50,11 +50,11 @@ class TextEmbedder:
     Attributes:
         prompt: Text before every text.
         pooling: One of `TEXT_POOLINGS`.
-        max_length: Maximum number of tokens of a text.
-        dense: Weight (D', D) and bias (D') of its Dense modules and truncation together; None
-            without any.
+        max_length: Maximum number of tokens per text.
+        dense: Weight (D', D) and bias (D') that combine its Dense modules and truncation; None if
+            there are neither.
         normalizes: Whether its embeddings have unit length.
-        embeds: Its embeddings of samples, (N, D') float32.
+        embeds: Its embeddings of sample texts, (N, D') float32.
         bidirectional: Whether its tokens attend to later ones.
     """
 
@@ -78,7 +78,7 @@ class TextEmbedder:
         return replace(self, bidirectional=not is_causal)
 
     def require_same_embeddings(self, model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None:
-        """Refuse a model whose caption embeddings are not this embedder's."""
+        """Refuse a model whose caption embeddings differ from this embedder's."""
         embeds = encode_texts(model, processor, _TEXTS, project=False).cpu()
         if self.normalizes:
             embeds = F.normalize(embeds, dim=-1)
@@ -87,7 +87,7 @@ class TextEmbedder:
         row = int(distances.nan_to_num(nan=torch.inf).argmax())
         if not distances[row] <= find_tolerance(model.text_model.dtype):
             raise ValueError(
-                f"The built model does not give the embeddings of sentence-transformers: "
+                f"The built model does not reproduce the embeddings of sentence-transformers: "
                 f"{_TEXTS[row][:40]!r} is {distances[row]:.1e} off, with the prompt "
                 f"{self.prompt!r}. {_WAY_OUT}"
             )
@@ -95,8 +95,9 @@ class TextEmbedder:
 
 @torch.inference_mode()
 def read_embedder(source: str | Path, config: BuildConfig) -> TextEmbedder:
-    """Read an embedder's steps around its network, and let it encode samples. Raises ValueError for
-    a step that cannot be repeated exactly.
+    """Read an embedder's steps around its network, and encode sample texts with it.
+
+    Raises ValueError for a step that cannot be reproduced exactly.
     """
     require(EMBEDDER)
     from sentence_transformers import SentenceTransformer
@@ -114,14 +115,14 @@ def read_embedder(source: str | Path, config: BuildConfig) -> TextEmbedder:
     pooling, denses, normalizes = _split_modules(encoder, source)
     if normalizes and not config.normalize_text_before_adapter:
         raise ValueError(
-            f"{source} ends with Normalize, so that the text adapter must get directions alone. "
-            "Leave normalize_text_before_adapter=False out."
+            f"normalize_text_before_adapter=False cannot be used: {source} ends with Normalize. "
+            "Remove it."
         )
     prompt = _choose_prompt(encoder, config, source)
     own_length = encoder.max_seq_length or config.max_text_length or DEFAULT_TEXT_LENGTH
     if (length := config.max_text_length or own_length) > own_length:
         raise ValueError(
-            f"max_text_length={length}, but {source} reads {own_length} tokens. Leave it out."
+            f"max_text_length={length} exceeds the {own_length} tokens of {source}. Remove it."
         )
     encoder.max_seq_length = length
     dim = config.truncate_dim or encoder.truncate_dim
@@ -133,7 +134,7 @@ def read_embedder(source: str | Path, config: BuildConfig) -> TextEmbedder:
         raise ValueError(
             f"truncate_dim={dim}, but the embeddings of {source} have {embeds.shape[1]} dimensions."
         )
-    # Excluding a prompt that is not there leaves the special tokens in the mean.
+    # Excluding an empty prompt leaves the special tokens in the mean.
     excludes = bool(prompt) and not pooling.include_prompt and pooling.pooling_mode == "mean"
     return TextEmbedder(
         prompt=prompt,
@@ -149,13 +150,13 @@ def _require_modules(source: str | Path) -> None:
     """Refuse a source that is not a sentence-transformers model."""
     if find_file(source, "modules.json") is None:
         raise ValueError(
-            f"{source} has no modules.json, so it is not a sentence-transformers model, and how it "
-            "pools would be a guess. Choose another --prompt to build on it as an LLM."
+            f"{source} has no modules.json, so it is not a sentence-transformers model, and its "
+            "pooling is unknown. To build on it as an LLM, choose another --prompt."
         )
 
 
 def _split_modules(encoder: Any, source: str | Path) -> tuple[Any, list[Any], bool]:
-    """Return the pooling, the Dense modules, and whether embeddings are normalized last."""
+    """Return the pooling, the Dense modules, and whether the last step normalizes."""
     from sentence_transformers.sentence_transformer.modules import (
         Dense,
         Normalize,
@@ -169,7 +170,7 @@ def _split_modules(encoder: Any, source: str | Path) -> tuple[Any, list[Any], bo
     pooling: Any = denses.pop(0) if denses else None
     errors = []
     if type(first) is not Transformer or type(pooling) is not Pooling:
-        errors.append("it does not begin with Transformer and Pooling")
+        errors.append("it does not start with Transformer and Pooling")
     elif pooling.pooling_mode not in _POOLINGS:
         errors.append(f"pooling_mode={pooling.pooling_mode!r} is not one of {list(_POOLINGS)}")
     for module in denses:
@@ -178,12 +179,13 @@ def _split_modules(encoder: Any, source: str | Path) -> tuple[Any, list[Any], bo
         elif not isinstance(module.activation_function, nn.Identity):
             errors.append(f"a Dense has the activation {type(module.activation_function).__name__}")
         elif module.use_residual or module.module_input_name != module.module_output_name:
-            errors.append("a Dense is not applied to the embedding alone")
+            errors.append("a Dense uses more than the embedding")
     if errors:
         names = ", ".join(type(module).__name__ for module in modules)
         raise ValueError(
-            f"{source} cannot be repeated exactly: {'; '.join(errors)}. Its modules are {names}; "
-            f"wanted are Transformer, Pooling, Dense without activation, Normalize. {_WAY_OUT}"
+            f"{source} cannot be reproduced exactly: {'; '.join(errors)}. Its modules are {names}; "
+            "supported are Transformer, Pooling, Dense without activation, and Normalize. "
+            f"{_WAY_OUT}"
         )
     return pooling, denses, normalizes
 
@@ -196,13 +198,13 @@ def _choose_prompt(encoder: Any, config: BuildConfig, source: str | Path) -> str
     if name is not None and name not in prompts:
         raise ValueError(
             f"{source} has no prompt {name!r}; it has {sorted(prompts)}. Choose one of them, or "
-            "give its text as prompt_prefix."
+            "set prompt_prefix to the text of a prompt."
         )
     return "" if name is None else str(prompts[name])
 
 
 def _fold(denses: Sequence[Any], *, width: int, dim: int | None) -> tuple[Tensor, Tensor] | None:
-    """Multiply Dense modules and the first `dim` rows of the identity; None for neither."""
+    """Combine the Dense modules and the truncation to `dim`; None if there are neither."""
     if not denses and dim in (None, width):
         return None
     weight, bias = torch.eye(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)

@@ -1,6 +1,6 @@
-"""Loads the LLM that a new model is built from, without its head, and its tokenizer.
+"""Loads the LLM for a new model, without its head, and its tokenizer.
 
-Code that a repository brings is never run.
+Code in a repository is never run.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _NOT_LLMS = {*DUAL_ENCODERS, *(f"{name}_text_model" for name in DUAL_ENCODERS)}
 _ENCODERS = {"bert", "roberta"}
 _REMEDY = (
     "If only the tokenizer needs it, and the repository has a tokenizer.json, set tokenizer_class "
-    "to PreTrainedTokenizerFast in tokenizer_config.json of a copy, and remove auto_map. Otherwise "
-    "take an LLM that transformers has the classes for."
+    "to PreTrainedTokenizerFast in the tokenizer_config.json of a copy, and remove auto_map. "
+    "Otherwise, use an LLM that transformers supports without custom code."
 )
 
 
@@ -49,17 +49,17 @@ def load_text_tower(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load an LLM without its head, in evaluation mode, and its tokenizer.
 
-    The source is a Hub id or folder of a decoder, or a `.gguf` file, which is dequantized. Of a
-    model that also takes images (Gemma 3 from 4B on) the LLM is taken. With `num_layers` only the
-    first layers are loaded. An embedder may be an encoder, and may lack the weights of its pooler,
-    which become zero.
+    The source is a Hub id or folder of a decoder, or a `.gguf` file, which is dequantized. From a
+    model that also takes images (Gemma 3 of 4B or more), only the LLM is loaded. With
+    `num_layers`, only the first layers are loaded. An embedder may be an encoder; if the weights of
+    its pooler are missing, they are set to zero.
     """
     path, name, where = Path(source), source, dict[str, Any]()
     if path.suffix == ".gguf":
         name, where = path.parent, {"gguf_file": path.name}
     with naming(source):
         config = load_without_code(AutoConfig, name, **where)
-    if not is_embedder:  # which `read_embedder` has checked
+    if not is_embedder:  # `read_embedder` has already checked those
         require_decoder(config, source)
     tokenizer = _load_tokenizer(source, name, config, **where)
     if "gguf_file" in where:
@@ -67,7 +67,8 @@ def load_text_tower(
     model = _load_decoder(
         name, config, source, num_layers, is_embedder=is_embedder, dtype=dtype, **where
     )
-    # A GGUF file's weights are plain numbers after loading; the mark would break saving.
+    # After loading, a GGUF file's weights are no longer quantized, and these marks would break
+    # saving.
     for holder in (model, model.config):
         for mark in ("quantization_config", "hf_quantizer", "is_quantized", "quantization_method"):
             holder.__dict__.pop(mark, None)
@@ -79,25 +80,25 @@ def load_text_tower(
 def require_decoder(
     config: PreTrainedConfig, source: str | Path, *, takes_encoders: bool = False
 ) -> None:
-    """Refuse a text encoder, a vision tower or a whole LLM2CLIP model in the LLM's place."""
+    """Refuse a text encoder, a vision tower or a whole LLM2CLIP model as the LLM."""
     if config.model_type == LLM2CLIPConfig.model_type:
         raise ValueError(
-            f"{source} is a whole LLM2CLIP model, with a prompt in its tokenizer. Give the LLM it "
-            "was built from; what fine-tuning taught that LLM comes with --lora."
+            f"{source} is a whole LLM2CLIP model, with a prompt in its tokenizer. Pass the LLM it "
+            "was built from, and its fine-tuned LoRA with --lora."
         )
     if config.is_encoder_decoder or hasattr(config, "num_decoder_layers"):
         raise ValueError(
-            f"{source} is a {config.model_type!r}, an encoder with a decoder as in T5, of which "
-            "neither is taken alone. Give a decoder language model, or with --prompt own an "
-            "embedder on one or on an encoder such as BERT."
+            f"{source} is a {config.model_type!r}, an encoder-decoder model like T5, which is not "
+            "supported. Pass a decoder language model or, with --prompt own, an embedder based on "
+            "a decoder or on an encoder such as BERT."
         )
     text_config = config.get_text_config(decoder=True)
     refused = _NOT_LLMS if takes_encoders else _NOT_LLMS | _ENCODERS
     if {config.model_type, text_config.model_type} & refused or takes_images(text_config):
         raise ValueError(
-            f"{source} is a {text_config.model_type!r}; LLM2CLIP needs a decoder language model in "
-            "its place (Llama, Mistral, Qwen, Gemma, Phi, SmolLM and the like), or a "
-            "sentence-transformers model with --prompt own."
+            f"{source} is a {text_config.model_type!r}. Pass a decoder language model instead "
+            "(Llama, Mistral, Qwen, Gemma, Phi, SmolLM or similar), or a sentence-transformers "
+            "model with --prompt own."
         )
 
 
@@ -106,16 +107,16 @@ def require_own_tokenizer(
 ) -> None:
     """Refuse an LLM and a tokenizer that clearly belong to different models.
 
-    They do if the tokenizer has more ids than the embedding table has rows, or lacks an id with
-    which the LLM begins or ends texts.
+    They do if the tokenizer has an id beyond the rows of the embedding table, or lacks one of the
+    LLM's beginning or end tokens.
     """
     rows = config.vocab_size
     ids = set(tokenizer.get_vocab().values())
     largest = max(ids)
     if largest >= rows:
         raise ValueError(
-            f"{source}: the tokenizer has ids up to {largest}, the embedding table only {rows} "
-            "rows. They belong to different models; take the tokenizer that came with the LLM."
+            f"{source}: the tokenizer has ids up to {largest}, but the embedding table only {rows} "
+            "rows, so they belong to different models. Use the tokenizer that came with the LLM."
         )
     marks = {}  # none, one, or several ends of a turn
     for name in _MARKS:
@@ -126,8 +127,8 @@ def require_own_tokenizer(
     if lost:
         raise ValueError(
             f"{source}: the LLM's configuration has {lost}, which the tokenizer (ids up to "
-            f"{largest}) lacks. They belong to different models; take the tokenizer that came with "
-            "the LLM."
+            f"{largest}) lacks, so they belong to different models. Use the tokenizer that came "
+            "with the LLM."
         )
 
 
@@ -141,8 +142,8 @@ def _load_tokenizer(
         )
     if tokenizer.init_kwargs.get("auto_map"):
         warnings.warn(
-            f"{source} names code for its tokenizer, which is not run: transformers' "
-            f"{type(tokenizer).__name__} is taken. Make sure that it gives the same ids.",
+            f"{source} has custom code for its tokenizer, which is not run: transformers' "
+            f"{type(tokenizer).__name__} is used instead. Make sure that it returns the same ids.",
             stacklevel=3,
         )
     return tokenizer
@@ -157,7 +158,7 @@ def _load_decoder(
     is_embedder: bool,
     **settings: Any,
 ) -> PreTrainedModel:
-    """Load an LLM without its head, also out of a model that takes images or sound."""
+    """Load an LLM without its head; it may be part of a model that takes images or audio."""
     text_config = config.get_text_config(decoder=True)
     uncut, above = copy.deepcopy(text_config), range(0)
     if num_layers is not None:
@@ -167,7 +168,7 @@ def _load_decoder(
     if lost := [key for key in missing if not (is_embedder and "pooler" in key)]:
         raise ValueError(f"{source} lacks weights of its LLM: {list_first(lost)}.")
     for own_name, parameter in decoder.named_parameters():
-        if any(key.endswith(own_name) for key in missing):  # the same in every build
+        if any(key.endswith(own_name) for key in missing):  # so every build is the same
             parameter.data.zero_()
     if num_layers is not None:
         require_same_states(decoder, uncut, source)
@@ -177,7 +178,7 @@ def _load_decoder(
 def _keep_tokens_of_the_file(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Remove GPT-2's unknown token, which transformers adds to a byte-level GGUF vocabulary.
 
-    Llama 3, for one, has no such token, and its embedding table no row for it.
+    Llama 3, for example, has neither this token nor a row for it in its embedding table.
     """
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     kept = [t for t in content["added_tokens"] if t["content"] in content["model"]["vocab"]]

@@ -1,6 +1,6 @@
-"""Checks of a tower by running it: attention in both directions, the same embedding every time.
+"""Checks that run a tower: it attends in both directions and is deterministic.
 
-L tokens, D the width of the LLM.
+Shapes: L tokens, D width of the LLM.
 """
 
 from __future__ import annotations
@@ -35,46 +35,46 @@ from ..vision_llm2clip import (
 )
 
 _LENGTH = 6
-# Errors of a forward pass that cannot be bidirectional, or that needs other inputs.
+# Errors raised by a forward pass that cannot be bidirectional or needs other inputs.
 MODEL_ERRORS = (AttributeError, TypeError, ValueError, RuntimeError, LookupError)
 # A causal position does not move at all. A bidirectional one moves by far more than rounding.
 _LEAST_MOVE = 1e-4
-# One layer alone: movement with a later token, relative to movement with an earlier token.
-# Bidirectional layers have at least 0.4 (tiny ones of every family, all 30 of SmolLM2-135M, float32
-# and bfloat16), causal ones 0 or rounding (at most 1e-7).
+# For a single layer: movement when a later token changes, divided by movement when an earlier one
+# does. Bidirectional layers have at least 0.4 (tiny ones of every family, all 30 of SmolLM2-135M,
+# float32 and bfloat16), causal ones 0 or rounding (at most 1e-7).
 _LEAST_SHARE_AHEAD = 1e-2
-# Experts that get another number of tokens sum in another order, so tokens move without seeing each
-# other: by at most 3e-7 in float32. A state space model moves by 0.1 and more.
+# Experts sum in a different order if their number of tokens changes, so tokens move without
+# attending to each other: by at most 3e-7 in float32. A state space model moves by 0.1 or more.
 _ROUNDING_OF_PARTS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-# Padded and unpadded runs differ by the order of sums only.
+# Padded and unpadded runs differ only in the order of sums.
 _MOST_PADDING_EFFECT = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 2e-2}
-# Two runs over an image may sum in another order; random sampling moves the embedding far more.
+# Two runs over an image may sum in a different order; random sampling moves the embedding far more.
 _MOST_DIFFERENCE = 0.02
 _NUM_PADS = 3
 # Number of pads on the right, and its name in errors.
 _PADDINGS = ((0, "without padding"), (_NUM_PADS, "with padding"))
-# The same weights in the same memory, so that nothing but an attention kernel may differ; in half
-# precision as above.
+# Both models share their weights in memory, so only an attention kernel may differ. In half
+# precision, the limit above applies.
 _MOST_DIFFERENCE_LOADED = {torch.float32: 1e-4}
 _OWN_TOWERS = (
-    "Give towers as transformers and timm load them: sizes, windows and further layers are set "
-    "in their configuration."
+    "Use towers as transformers and timm load them, and set sizes, windows and extra layers in "
+    "their configuration."
 )
-# Width and height, beyond what a tower takes at once.
+# Width and height, more than a tower takes at once.
 _LARGE_IMAGE = (2048, 1024)
-# What a model passes to a vision tower.
+# Inputs that a model passes to its vision tower.
 _VISION_INPUTS = {"self", "pixel_values", "pixel_attention_mask", "spatial_shapes"}
 
 
 @torch.no_grad()
 def measure_text_width(text_model: PreTrainedModel) -> int:
-    """Return the width of a text tower's hidden states, which its configuration may not state."""
+    """Measure the width of a text tower's hidden states, which its configuration may not state."""
     try:
         return run_texts(text_model, make_texts(text_model)[0]).shape[-1]
     except MODEL_ERRORS as error:
         raise ValueError(
-            f"The {text_model.config.model_type!r} tower gives no hidden states of tokens: its "
-            f"forward pass fails ({type(error).__name__}: {error}). Take another LLM."
+            f"The {text_model.config.model_type!r} tower returns no hidden states of tokens: its "
+            f"forward pass fails ({type(error).__name__}: {error}). Use another LLM."
         ) from error
 
 
@@ -82,24 +82,24 @@ def measure_text_width(text_model: PreTrainedModel) -> int:
 def measure_vision_width(
     vision_model: PreTrainedModel, image_processor: Any, pooling: str
 ) -> int | None:
-    """Return the width of a vision tower's pooled output; None if the tower states it.
+    """Measure the width of a vision tower's pooled output; None if its configuration states it.
 
-    Refuses image processors that split a large image, or that give other inputs than pixels.
+    Refuses image processors that split a large image, or return inputs other than pixels.
     """
     if 1 in (settings := image_processor.to_dict().get("size") or {}).values():
         raise ValueError(
-            f"{type(image_processor).__name__} has size={settings}: an image of one pixel shows "
-            "nothing. Give an image processor of the size that the tower takes."
+            f"{type(image_processor).__name__} has size={settings}, but an image of one pixel "
+            "shows nothing. Use an image processor with the tower's image size."
         )
     with _naming_failure(vision_model.config):
         images = image_processor([Image.new("RGB", _LARGE_IMAGE)] * 2, return_tensors="pt")
     rows = {name: len(value) for name, value in images.items()}
     if set(rows) - _VISION_INPUTS or rows["pixel_values"] != 2:
         raise ValueError(
-            f"{type(image_processor).__name__} makes {rows} of two images of {_LARGE_IMAGE[0]} × "
-            f"{_LARGE_IMAGE[1]} pixels, where a tower is given two rows of pixel_values here, as "
-            "an MLLM alone can use more. Give the vision tower with an image processor of its own "
-            "kind, such as CLIPImageProcessor."
+            f"{type(image_processor).__name__} turns two images of {_LARGE_IMAGE[0]} × "
+            f"{_LARGE_IMAGE[1]} pixels into {rows}, but a tower here takes two rows of "
+            "pixel_values; only an MLLM can use more. Use the vision tower with an image processor "
+            "of its own, such as CLIPImageProcessor."
         )
     images = images.to(vision_model.device)
     images["pixel_values"] = images["pixel_values"].to(vision_model.dtype)
@@ -119,11 +119,11 @@ def measure_vision_width(
 
 @torch.no_grad()
 def find_direction_errors(text_model: PreTrainedModel, *, bidirectional: bool) -> list[str]:
-    """Perturb the last token, with and without padding, and describe contradictions of a direction.
+    """Perturb the last token, with and without padding, and describe violations of the direction.
 
-    In a bidirectional tower the first token must change, in a causal one no other may. Each layer
-    of a bidirectional one is also tested alone, because it can mask a causal one. Padding on either
-    side must change nothing.
+    In a bidirectional tower the first token must change; in a causal one no other token may. Each
+    layer of a bidirectional tower is also tested by itself, because one bidirectional layer can
+    mask a causal one. Padding on either side must change nothing.
     """
     ids, changed = make_texts(text_model)
     layers = list_layers(text_model) if bidirectional else nn.ModuleList()
@@ -149,7 +149,7 @@ def find_direction_errors(text_model: PreTrainedModel, *, bidirectional: bool) -
         elif parts := check.causal_parts:
             errors.append(
                 f"{name}, parts of its layers do not look ahead: {', '.join(parts)} (attention "
-                "beside them does, which hides it)"
+                "next to them does, which hides this)"
             )
     for side, pads in {
         "right": {"num_after": _NUM_PADS},
@@ -157,12 +157,9 @@ def find_direction_errors(text_model: PreTrainedModel, *, bidirectional: bool) -
     }.items():
         effect = _relative(plain[0], run_texts(text_model, ids, **pads)[0])
         if not effect <= _MOST_PADDING_EFFECT.get(plain.dtype, 1e-3):
-            errors.append(
-                f"with padding on the {side}, the hidden states differ by {effect:.1e} from those "
-                "without"
-            )
+            errors.append(f"with padding on the {side}, the hidden states change by {effect:.1e}")
     if bidirectional and not layers:
-        errors.append("its layers are not in a list of modules, so none can be tested alone")
+        errors.append("its layers are not in a ModuleList, so none can be tested by itself")
     return errors
 
 
@@ -170,18 +167,18 @@ def require_direction(text_model: PreTrainedModel, *, bidirectional: bool) -> No
     """Refuse a text tower that is not bidirectional, or not causal, on every path."""
     try:
         errors = find_direction_errors(text_model, bidirectional=bidirectional)
-    except MODEL_ERRORS as error:  # of a family that relies on its causal mask
+    except MODEL_ERRORS as error:  # some families rely on their causal mask
         errors = [f"its forward pass fails ({type(error).__name__}: {error})"]
     if errors:
         raise ValueError(
             f"The {text_model.config.model_type!r} family cannot be "
             f"{'made bidirectional' if bidirectional else 'kept causal'} here: "
-            f"{'; '.join(errors)}. Take another LLM, or try bidirectional={not bidirectional}."
+            f"{'; '.join(errors)}. Use another LLM, or try bidirectional={not bidirectional}."
         )
 
 
 def make_texts(text_model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """Make the ids of a text, (1, L), and of the same text with another last token."""
+    """Make the ids of a text, (1, L), and of the same text with a different last token."""
     ids = torch.arange(1, _LENGTH + 1, device=text_model.device).unsqueeze(0)
     ids = ids % text_model.config.vocab_size
     changed = ids.clone()
@@ -190,16 +187,16 @@ def make_texts(text_model: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 
 class _LayerCheck:
-    """Runs every layer again while it is open: with another last token, and another first token.
+    """Reruns every layer while it is open: with a different last token, then a different first one.
 
-    It does the same with the parts of a layer, because a part that is causal by nature, such as a
-    state space model, may be beside attention that is bidirectional.
+    It does the same with the parts of a layer, because an inherently causal part, such as a state
+    space model, may be next to bidirectional attention.
     """
 
     def __init__(self, layers: nn.ModuleList) -> None:
         self._layers = layers
         self.looks_ahead = dict.fromkeys(range(len(layers)), False)  # a layer may never run
-        # Parts of any layer that look back but not ahead, by name; a dictionary keeps their order.
+        # Parts of any layer that look back but not ahead, by name; a dict, to keep their order.
         self.causal_parts: dict[str, None] = {}
         self._is_running_again = False
         self._handles: list[Any] = []
@@ -208,7 +205,7 @@ class _LayerCheck:
         for number, layer in enumerate(self._layers):
             self._watch(layer, number)
             for name, part in layer.named_modules():
-                # What has no parts of its own (projections, norms) sees one token at a time.
+                # Modules without children (projections, norms) see one token at a time.
                 if part is not layer and any(True for _ in part.children()):
                     self._watch(part, f"{name} ({type(part).__name__})")
         return self
@@ -224,15 +221,14 @@ class _LayerCheck:
     def _compare(
         self, name: int | str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Note whether a layer or a part of a layer looks ahead, back, or (without attention)
-        neither way."""
+        """Record whether a layer or a part looks ahead, if it looks at other tokens at all."""
         states: Any = args[0] if args else kwargs.get("hidden_states")  # (…, L, D)
         is_part = isinstance(name, str)
         if is_part and (
             self._is_running_again or not (_is_of_tokens(states) and _is_of_tokens(output))
         ):
             return
-        # A layer's residual is subtracted first: large numbers in it would hide a change.
+        # A layer's residual is subtracted first, because large numbers in it would hide a change.
         residual = 0.0 if is_part else states.float()
         self._is_running_again = True
         moves = []
@@ -260,21 +256,21 @@ class _LayerCheck:
 
 
 def _is_of_tokens(value: Any) -> bool:
-    """Return whether a value is, or begins with, floating-point states of the tokens, (…, L, D)."""
+    """Return whether a value is or starts with floating-point states of the tokens, (…, L, D)."""
     hidden = take_hidden(value)
     is_tensor = isinstance(hidden, Tensor) and hidden.is_floating_point() and hidden.ndim >= 2
     return is_tensor and hidden.shape[-2] >= _LENGTH
 
 
 def list_layers(text_model: nn.Module) -> nn.ModuleList:
-    """Find the decoder's layers, under any name; empty where there is no such list."""
+    """Find the decoder's layers, under any name; empty if there is no such list."""
     count = getattr(text_model.config, "num_hidden_layers", None)
     lists = (module for module in text_model.modules() if isinstance(module, nn.ModuleList))
     return next((layers for layers in lists if len(layers) == count), nn.ModuleList())
 
 
 def take_hidden(output: Any) -> Tensor:
-    """Return the hidden states of what a layer returns."""
+    """Return the hidden states in a layer's output."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 
@@ -282,11 +278,11 @@ def take_hidden(output: Any) -> Tensor:
 def run_texts(
     text_model: PreTrainedModel, ids: Tensor, *, num_before: int = 0, num_after: int = 0
 ) -> Tensor:
-    """Return the last hidden states of the tokens, (B, L, D), of texts with so many pads."""
+    """Run texts with pads on either side; return the tokens' last hidden states, (B, L, D)."""
     pads = (num_before, num_after)
     mask = nn.functional.pad(torch.ones_like(ids), pads)
     inputs = {"input_ids": nn.functional.pad(ids, pads), "attention_mask": mask}
-    # Positions count from the first token, as the model itself states them.
+    # Positions start at the first token, as in the model itself.
     if "position_ids" in inspect.signature(text_model.forward).parameters:
         first = find_first_position(text_model)
         inputs["position_ids"] = build_position_ids(mask, first=first)
@@ -300,7 +296,7 @@ def _relative(before: Tensor, after: Tensor) -> float:
 
 
 def require_pixels_alone(vision_model: PreTrainedModel) -> None:
-    """Refuse a vision tower that needs more inputs than pixels, as towers inside some MLLMs do."""
+    """Refuse a vision tower that needs more inputs than pixels, like those of some MLLMs."""
     parameters = inspect.signature(vision_model.forward).parameters.values()
     needed = [
         parameter.name
@@ -312,9 +308,9 @@ def require_pixels_alone(vision_model: PreTrainedModel) -> None:
     if needed:
         raise ValueError(
             f"The {vision_model.config.model_type!r} tower needs {' and '.join(needed)}, which its "
-            "MLLM computes for it, and gives no embedding of the whole image. LLM2CLIP gives a "
-            "tower pixel_values alone. Take CLIP, SigLIP, SigLIP2, DINOv2, DINOv3, ViT or a timm "
-            "network."
+            "MLLM computes for it, and returns no embedding of the whole image. LLM2CLIP only "
+            "passes pixel_values to a tower. Use CLIP, SigLIP, SigLIP2, DINOv2, DINOv3, ViT or a "
+            "timm network."
         )
 
 
@@ -324,19 +320,18 @@ def _naming_failure(config: PreTrainedConfig) -> Iterator[None]:
         yield
     except MODEL_ERRORS as error:
         raise ValueError(
-            f"The vision tower {config.name_or_path or config.model_type!r} cannot be used as it "
-            f"is built here: preparing or encoding an image fails ({type(error).__name__}: "
-            f"{error}). Take another vision tower, or an image processor of the size that the "
-            "tower takes."
+            f"The vision tower {config.name_or_path or config.model_type!r} cannot be used: "
+            f"preparing or encoding an image fails ({type(error).__name__}: {error}). Use another "
+            "vision tower, or an image processor with the tower's image size."
         ) from error
 
 
 @torch.inference_mode()
 def require_deterministic(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None:
-    """Refuse a model whose vision tower gives the same image different embeddings.
+    """Refuse a model whose vision tower returns different embeddings for the same image.
 
-    Masked autoencoders, for one, also mask random patches when they encode; other towers mix the
-    images of a batch.
+    Masked autoencoders, for example, also mask random patches when they encode; other towers mix
+    the images of a batch.
     """
     images = render_golden_images()[:2]
     with _naming_failure(model.config.vision_config):
@@ -344,21 +339,21 @@ def require_deterministic(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) ->
             model.get_vision_embeds(**processor(images=batch).to(model.device))[0]
             for batch in (images[:1], images[:1], images)
         )
-    for embeds, when in ((again, "each time"), (in_batch, "beside another image")):
+    for embeds, when in ((again, "each time"), (in_batch, "next to another image")):
         difference = float((alone - embeds).norm() / alone.norm())
         if not difference <= _MOST_DIFFERENCE:
             raise ValueError(
-                f"The {model.config.vision_config.model_type!r} tower gives one image another "
-                f"embedding {when} (they differ by {difference:.0%}): it samples at random when it "
-                "encodes, mixes the images of a batch, or gives NaN. Take another vision tower."
+                f"The {model.config.vision_config.model_type!r} tower returns a different "
+                f"embedding of an image {when} (off by {difference:.0%}): it samples at random, "
+                "mixes the images of a batch, or returns NaN. Use another vision tower."
             )
 
 
 @torch.inference_mode()
 def require_positions(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None:
-    """Refuse a tower that silently gives an image of another shape the positions of its own.
+    """Refuse a tower that silently uses the same positions for images of another shape.
 
-    Such a tower gives the same states for the same patches in one column.
+    Such a tower returns the same states if the same patches are arranged in one column.
     """
     side = find_patch_size(model.vision_model)
     pixels = processor(images=render_golden_images()[:1]).to(model.device)["pixel_values"]
@@ -371,7 +366,7 @@ def require_positions(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> Non
         square, other = (
             model.get_image_features(images).last_hidden_state for images in (pixels, column)
         )
-    except (AssertionError, *MODEL_ERRORS):  # then it says so by itself
+    except (AssertionError, *MODEL_ERRORS):  # not silent
         return
     if (
         patches.shape[3] > 1
@@ -379,21 +374,21 @@ def require_positions(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> Non
         and _relative(square, other) < _LEAST_MOVE
     ):
         raise ValueError(
-            f"The {model.config.vision_config.model_type!r} tower takes images of another shape, "
-            f"such as {column.shape[2]} × {column.shape[3]} pixels, and silently gives them the "
-            f"positions of {pixels.shape[2]} × {pixels.shape[3]}, or none. Take another vision "
+            f"The {model.config.vision_config.model_type!r} tower accepts images of another shape, "
+            f"such as {column.shape[2]} × {column.shape[3]} pixels, but silently uses the "
+            f"positions of {pixels.shape[2]} × {pixels.shape[3]}, or none. Use another vision "
             "tower."
         )
 
 
 @torch.inference_mode()
 def require_loadable(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None:
-    """Refuse a model that its configuration does not describe: its folder would load another.
+    """Refuse a model whose configuration does not describe it: its folder would load differently.
 
-    It is loaded from its configuration and its weights, which both models share in memory.
+    Loads a second model from the configuration and the weights, which both share in memory.
     """
     require_restored_buffers(model.vision_model)
-    kept = parse_config(model.config.to_json_string(use_diff=False))  # what a file keeps of it
+    kept = parse_config(model.config.to_json_string(use_diff=False))  # as read from a file
     try:
         loaded = LLM2CLIPModel.from_pretrained(
             None,
@@ -403,7 +398,7 @@ def require_loadable(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None
         )
     except MODEL_ERRORS as error:
         raise ValueError(
-            f"The model could not be loaded again: {error} The configuration of a tower does not "
+            f"The model cannot be loaded back: {error} The configuration of a tower does not "
             f"describe its network. {_OWN_TOWERS}"
         ) from error
     inputs = processor(text=GOLDEN_TEXTS[1], images=render_golden_images()[0]).to(model.device)
@@ -412,12 +407,12 @@ def require_loadable(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None
     most = max(_MOST_DIFFERENCE_LOADED.get(dtype, _MOST_DIFFERENCE) for dtype in dtypes)
     towers = {"text_embeds": model.config.text_config, "image_embeds": model.config.vision_config}
     errors = [
-        f"the {config.model_type!r} tower gives embeddings that are off by {off:.1e}"
+        f"the embeddings of the {config.model_type!r} tower are off by {off:.1e}"
         for name, config in towers.items()
         if not (off := float(measure_distances(outputs[name], expected[name]))) <= most
     ]
     if errors:
         raise ValueError(
-            f"The model would load as another one: {' and '.join(errors)} (allowed {most:.2g}). "
-            f"Its configuration does not describe the network. {_OWN_TOWERS}"
+            f"The model would load differently: {' and '.join(errors)} (allowed {most:.2g}). Its "
+            f"configuration does not describe the network. {_OWN_TOWERS}"
         )

@@ -1,7 +1,7 @@
-"""Loads the vision tower that a new model is built from, and its image processor.
+"""Loads the vision tower for a new model, and its image processor.
 
-Also sets how large its images are and how their colors are scaled. Both become plain numbers in the
-configuration of the tower and in the image processor, so that loading the folder needs no options.
+Also sets the image size and the normalization of pixels. Both are stored in the configuration of
+the tower and in the image processor, so loading the folder needs no options.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ MEAN_AND_STD = {
     "half": ([0.5] * 3, [0.5] * 3),
     "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
 }
-# Field of processors whose images keep their shape and become many patches (SigLIP2 NaFlex).
+# Field of processors that keep the aspect ratio and limit the number of patches (SigLIP2 NaFlex).
 _COUNTS_PATCHES = "max_num_patches"
 _CROP_MODES = ("center", "squash")
-# torchvision chooses other nearest pixels than Pillow, and lacks the other modes.
+# Not "nearest", for which torchvision and Pillow choose different pixels; torchvision lacks others.
 _INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")
 
 
@@ -58,25 +58,25 @@ def load_vision_tower(
 ) -> tuple[PreTrainedModel, Any, Tensor | None]:
     """Load a vision tower, in evaluation mode, its image processor, and the projection to keep.
 
-    The source is a Hub id or folder of a vision tower of transformers, or of a timm network in its
-    wrapper. Of a model that has a `vision_config`, such as CLIP, the vision tower is taken. A tower
-    may be saved without pooler weights, which stay random, where its pooler is not going to be
-    used. With `keep_projection`, the source must be a dual encoder. Its image projection, (P, D),
-    leads into the space of its own texts; SigLIP's pooled output is in that space already.
+    The source is a Hub id or folder of a transformers vision tower or of a wrapped timm network.
+    From a model with a `vision_config`, such as CLIP, only the vision tower is loaded. With
+    `allow_missing_pooler`, pooler weights may be missing and stay random. With `keep_projection`,
+    the source must be a dual encoder. Its image projection, (P, D), maps into the space of its own
+    text encoder; SigLIP's pooled output already is in that space.
     """
     with naming(source):
         config = load_without_code(AutoConfig, source)
     if keep_projection:
         require_dual_encoder(config.model_type, source)
     vision_config: Any = getattr(config, "vision_config", None) or config
-    # timm may write it here and above; transformers always builds a network without classes.
+    # timm may store it here as well; transformers always builds the network without classes.
     (getattr(vision_config, "model_args", None) or {}).pop("num_classes", None)
     if not takes_images(vision_config):
         raise ValueError(
-            f"{source} is a {config.model_type!r}, not a vision tower. Give CLIP, SigLIP, DINOv2, "
+            f"{source} is a {config.model_type!r}, not a vision tower. Use CLIP, SigLIP, DINOv2, "
             "ViT or a timm network."
         )
-    with torch.device("meta"):  # before the weights are read
+    with torch.device("meta"):  # checks before the weights are read
         require_pixels_alone(build_tower(vision_config))
     beside = ("visual_projection.",) if keep_projection else ()
     model, whole, missing = load_part(
@@ -86,8 +86,8 @@ def load_vision_tower(
     if missing:
         raise ValueError(
             f"{source} lacks {counted(len(missing), 'weight')} of its vision tower, which would "
-            f"stay random: {list_first(missing)}. If only the pooler is missing, choose "
-            "vision_pooling 'cls', 'mean' or 'patch_mean'."
+            f"stay random: {list_first(missing)}. If only the pooler is missing, set "
+            "vision_pooling to 'cls', 'mean' or 'patch_mean'."
         )
     kept = None
     if keep_projection:
@@ -95,7 +95,7 @@ def load_vision_tower(
         width = vision_config.hidden_size
         kept = torch.eye(width) if projection is None else projection.weight.detach()
     forget_origin(model.config, source)
-    if config.model_type == "timm_wrapper":  # which has no image processor of its own
+    if config.model_type == "timm_wrapper":  # has no image processor of its own
         image_processor: Any = image_processor_from_timm(model.config.pretrained_cfg)
     else:
         image_processor = forget_code(load_without_code(AutoImageProcessor, source))
@@ -103,10 +103,10 @@ def load_vision_tower(
 
 
 def image_processor_from_timm(pretrained_cfg: dict[str, Any]) -> CLIPImageProcessor:
-    """Build an image processor that prepares images as timm's `create_transform` for evaluation.
+    """Build an image processor equivalent to timm's `create_transform` for evaluation.
 
-    Both crop modes enlarge by the crop ratio, rounded down, then crop the center: `center` keeps
-    the shape of the image, `squash` resizes both sides to that length.
+    Both crop modes resize to the input size divided by the crop ratio, rounded down, then crop the
+    center: `center` keeps the aspect ratio, `squash` resizes both sides to that length.
     """
     _, height, width = pretrained_cfg["input_size"]
     crop_mode = str(pretrained_cfg.get("crop_mode") or "center")
@@ -121,8 +121,8 @@ def image_processor_from_timm(pretrained_cfg: dict[str, Any]) -> CLIPImageProces
         errors.append(f"interpolation={interpolation!r} must be one of {_INTERPOLATIONS}")
     if errors:
         raise ValueError(
-            f"No image processor of transformers prepares images as this timm network needs them: "
-            f"{'; '.join(errors)}. Take another network of timm."
+            f"No image processor in transformers can prepare images for this timm network: "
+            f"{'; '.join(errors)}. Use another timm network."
         )
     resized = {"height": int(height / ratio), "width": int(width / ratio)}
     crops = crop_mode == "center" or ratio != 1.0
@@ -139,13 +139,13 @@ def image_processor_from_timm(pretrained_cfg: dict[str, Any]) -> CLIPImageProces
 
 
 def takes_images(config: PreTrainedConfig) -> bool:
-    """Return whether a configuration is a vision tower's."""
+    """Return whether a configuration belongs to a vision tower."""
     fields = ("image_size", "num_channels", "patch_size", "architecture")
     return config.model_type == "timm_wrapper" or any(hasattr(config, field) for field in fields)
 
 
 def set_normalization(image_processor: Any, normalization: Normalization) -> Any:
-    """Return the image processor with another mean and std; 0 and 1 where it has none (TIPSv2)."""
+    """Return the image processor with the chosen mean and std; 0 and 1 if it has none (TIPSv2)."""
     if normalization == "own" and getattr(image_processor, "do_normalize", True):
         return image_processor
     mean, std = MEAN_AND_STD.get(normalization, ([0.0] * 3, [1.0] * 3))
@@ -156,20 +156,20 @@ def set_normalization(image_processor: Any, normalization: Normalization) -> Any
 def set_image_size(
     vision_model: PreTrainedModel, image_processor: Any, image_size: int
 ) -> tuple[PreTrainedModel, Any]:
-    """Make tower and image processor take square images of another size, in pixels.
+    """Return the tower and image processor for square images of another size, in pixels.
 
-    Position embeddings for one size alone are interpolated once and for all, as the tower itself
-    does when it runs. A tower that takes any size is left as it is. Only a timm network is changed
-    in place; the given image processor is not changed.
+    Position embeddings for a fixed size are interpolated here once, like the tower does in a
+    forward pass. A tower that takes any size is left unchanged. Only a timm network is changed in
+    place.
     """
     fixed_size = find_fixed_size(vision_model)
     patch = find_patch_size(vision_model)
     # A tower may have been trained with a remainder (SigLIP: 384 pixels in patches of 14).
     if patch and image_size % patch and fixed_size != (image_size, image_size):
         raise ValueError(
-            f"image_size={image_size} is not a multiple of the tower's patch of {patch} pixels: "
-            "the remainder would be cropped. Take "
-            f"{max(image_size // patch, 1) * patch}, for instance."
+            f"image_size={image_size} is not a multiple of the tower's patch size of {patch} "
+            "pixels, so the remainder would be cropped. Use "
+            f"{max(image_size // patch, 1) * patch}, for example."
         )
     timm_model: Any = getattr(vision_model, "timm_model", None)
     if fixed_size is not None and fixed_size != (image_size, image_size):
@@ -178,7 +178,7 @@ def set_image_size(
         elif hasattr(timm_model, "set_input_size"):
             _resize_network(timm_model, vision_model.config, image_size)
         else:
-            reason = f"it has positions for {fixed_size[0]} × {fixed_size[1]} alone"
+            reason = f"it only has positions for {fixed_size[0]} × {fixed_size[1]}"
             _refuse_size(vision_model, image_size, reason)
     if not hasattr(image_processor, _COUNTS_PATCHES):
         image = torch.zeros(1, 3, image_size, image_size, dtype=vision_model.dtype)
@@ -194,18 +194,18 @@ def _refuse_size(vision_model: PreTrainedModel, image_size: int, reason: str) ->
     config: Any = vision_model.config
     name = getattr(config, "architecture", config.model_type)
     raise ValueError(
-        f"The tower {name} does not take images of image_size={image_size} pixels: {reason}. Leave "
-        "image_size out, or take a tower that was trained at this size."
+        f"The tower {name} does not support image_size={image_size}: {reason}. Remove image_size, "
+        "or use a tower trained at this size."
     )
 
 
 def _resize_network(timm_model: Any, config: Any, image_size: int) -> None:
-    """Resize positions and windows of a timm network, and state both in its configuration."""
+    """Resize positions and windows of a timm network, and store both in its configuration."""
     resize = timm_model.set_input_size
     changed: dict[str, Any] = {"img_size": image_size}
     if "window_size" in inspect.signature(resize).parameters:
-        # Windows grow with the image. Versions of timm differ in how; and a network that is built
-        # from its configuration would have those of its architecture.
+        # Windows grow with the image, but differently in each version of timm, and a network built
+        # from its configuration would have the window size of its architecture.
         windows = (m.window_size for m in timm_model.modules() if hasattr(m, "window_size"))
         sides = zip(next(windows), timm_model.patch_embed.img_size, strict=True)
         height, width = (max(1, side * image_size // old_side) for side, old_side in sides)
@@ -219,7 +219,7 @@ def _resize_positions(
 ) -> PreTrainedModel:
     config = copy.deepcopy(vision_model.config)
     if not isinstance(config.image_size, int):
-        _refuse_size(vision_model, image_size, "its configuration states two sides")
+        _refuse_size(vision_model, image_size, "its configuration has separate height and width")
     config.image_size = image_size
     resized: Any = build_tower(config)
     resized.to(vision_model.dtype)
@@ -227,8 +227,8 @@ def _resize_positions(
     changed = [name for name in weights if weights[name].shape != shapes[name].shape]
     if len(changed) != 1 or ".position_embedding" not in changed[0]:
         raise ValueError(
-            f"In this {config.model_type!r} tower more than the positions depends on the "
-            f"image size: {changed}. Leave image_size out, and pass interpolate_pos_encoding=True."
+            f"In this {config.model_type!r} tower, more than the positions depends on the image "
+            f"size: {changed}. Remove image_size, and pass interpolate_pos_encoding=True."
         )
     num_patches = (vision_model.config.image_size // patch) ** 2
     num_others = weights[changed[0]].shape[-2] - num_patches  # a class token, or none
@@ -242,11 +242,11 @@ def _resize_positions(
 def _interpolate_positions(
     vision_model: nn.Module, image_size: int, patch: int, num_others: int
 ) -> Tensor:
-    """Interpolate positions as the tower itself does, (1, L, D) float32."""
+    """Interpolate positions like the tower itself, (1, L, D) float32."""
     original: Any = next(
         module for module in vision_model.modules() if hasattr(module, "interpolate_pos_encoding")
     )
-    embeddings = copy.deepcopy(original).float()  # in half precision the positions would shift
+    embeddings = copy.deepcopy(original).float()  # half precision would shift the positions
     config: Any = vision_model.config
     tokens = torch.empty(1, num_others + (image_size // patch) ** 2, config.hidden_size)
     positions: Tensor = embeddings.interpolate_pos_encoding(tokens, image_size, image_size)
@@ -260,7 +260,7 @@ def _resize_images(image_processor: Any, image_size: int, patch: int) -> Any:
     size = {name: value for name, value in settings["size"].items() if value}
     crops = bool(settings.get("do_center_crop") and settings.get("crop_size"))
     old = settings["crop_size"]["height"] if crops else next(iter(size.values()))
-    # The cropped margin keeps its ratio.
+    # Keeps the ratio of resized to cropped size.
     changes: dict[str, Any] = {
         "size": {name: round(value * image_size / old) for name, value in size.items()}
     }

@@ -175,7 +175,7 @@ def test_the_command_keeps_pooling_and_length_unless_others_are_chosen(
 ) -> None:
     command = ["build", str(vision), str(LLM2VEC / "qwen2"), "--prompt", "chatml"]
     assert main([*command, str(tmp_path / "model")]) == 0
-    assert "align it before use" in capsys.readouterr().out
+    assert "Align the model before use" in capsys.readouterr().out
     config = LLM2CLIPConfig.from_pretrained(tmp_path / "model")
     assert (config.max_text_length, config.text_pooling) == (200, "mean")
     assert main(["doctor", str(tmp_path / "model")]) == 0

@@ -96,10 +96,10 @@ def test_a_merged_lora_is_the_sum_worked_out_by_hand(
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        (rename_layer, r"7 have no place in the LLM.*layers\.7.*; 7 are missing.*layers\.1"),
+        (rename_layer, r"7 are not in the LLM.*layers\.7.*; 7 are missing.*layers\.1"),
         (lambda w: dict(list(w.items())[2:]), "Of 13 weights: 1 are missing"),
         (lambda w: dict(list(w.items())[1:]), "Of 14 weights: 1 are missing"),
-        (lambda w: {k: torch.zeros_like(v) for k, v in w.items()}, "adds zero to all of its 14"),
+        (lambda w: {k: torch.zeros_like(v) for k, v in w.items()}, "adds zero to all 14 of its"),
         (lambda w: {k: v * float("nan") for k, v in w.items()}, r"28 have NaN.*layers\.0"),
         (lambda w: {k: torch.cat([v, v], dim=1) for k, v in w.items()}, "is for another LLM"),
     ],
@@ -167,7 +167,7 @@ def test_a_merge_into_bfloat16_is_rounded_once_or_refused_where_nothing_is_left(
     for name, value in merge(folder, rounded).items():
         assert torch.equal(value, exact[name].to(torch.bfloat16)), name
     rewrite(folder, lambda weights: {name: value * 1e-4 for name, value in weights.items()})
-    with pytest.raises(ValueError, match=r"lost in the rounding of torch\.bfloat16.*float32"):
+    with pytest.raises(ValueError, match=r"rounding to torch\.bfloat16 loses the change.*float32"):
         merge_lora(tiny_llm().to(torch.bfloat16), folder)
     merge_lora(tiny_llm(), folder)
 
@@ -185,7 +185,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]},
         "target_parameters",
     ),
-    "layers that the LLM has not": ("phi", {"target_modules": ["dense"]}, "no place.*dense"),
+    "layers that the LLM has not": ("phi", {"target_modules": ["dense"]}, "not in the LLM.*dense"),
 }
 
 

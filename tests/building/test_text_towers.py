@@ -179,7 +179,7 @@ def test_what_is_not_a_decoder_is_refused_by_its_model_type(
     AutoConfig.for_model(model_type).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     # There are no weights: whatever is refused only after loading them would show another message.
-    with pytest.raises(ValueError, match=f"is a '{named}'; LLM2CLIP needs a decoder"):
+    with pytest.raises(ValueError, match=f"is a '{named}'. Pass a decoder"):
         load_text_tower(tmp_path)
 
 
@@ -253,7 +253,9 @@ def test_a_tokenizer_with_more_ids_than_the_embedding_table_is_refused(tmp_path:
     rows = len(tokenizer)
     tokenizer.add_tokens(["<one more>"])
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"ids up to {rows}, the embedding table only {rows} rows"):
+    with pytest.raises(
+        ValueError, match=f"ids up to {rows}, but the embedding table only {rows} rows"
+    ):
         load_text_tower(tmp_path)
 
 
@@ -361,7 +363,7 @@ def test_layers_that_depend_on_their_number_are_refused(
         pytest.skip(f"This version of transformers has no {family}.")
     sizes = {"hidden_size_per_layer_input": 0, "global_head_dim": 8}
     llm = tall_llm(family, **{**sizes, **others})
-    with pytest.raises(ValueError, match=r"cannot be cut to 2 layers: .* or take another LLM"):
+    with pytest.raises(ValueError, match=r"cannot be cut to 2 layers: .* or use another LLM"):
         load_text_tower(save_llm(tmp_path, llm), num_layers=2)
     with pytest.raises(ValueError, match="cannot be cut to 2 layers: "):
         cut_layers(llm, 2)
@@ -377,5 +379,5 @@ def test_more_layers_than_there_are_and_a_lora_of_more_layers_are_refused(tmp_pa
             parameter.data.fill_(0.1)
     adapted.save_pretrained(tmp_path / "lora")
     config = BuildConfig(prompt="llama-3", text_layers=2, lora=tmp_path / "lora")
-    with pytest.raises(ValueError, match="Of 3 weights: 1 have no place in the LLM"):
+    with pytest.raises(ValueError, match="Of 3 weights: 1 are not in the LLM"):
         join_towers(tiny_vision(), (tall_llm(), tiny_tokenizer()), config)

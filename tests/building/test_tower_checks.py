@@ -138,7 +138,7 @@ READ_PADDING: dict[str, dict[str, Any]] = {
 def test_building_refuses_a_causal_llm_that_reads_padding_on_the_left(family: str) -> None:
     pytest.importorskip(f"transformers.models.{family}")
     decoder = build_decoder(family, READ_PADDING[family])
-    error = r"here: with padding on the left, .*\. Take another LLM, or try bidirectional"
+    error = r"here: with padding on the left, .*\. Use another LLM, or try bidirectional"
     with pytest.raises(ValueError, match=error):
         join_towers(tiny_vision(), (decoder, tiny_tokenizer()), CAUSAL)
 
@@ -147,7 +147,7 @@ def test_building_refuses_a_causal_llm_that_reads_padding_on_the_left(family: st
 def test_an_llm_of_neither_direction_is_refused(bidirectional: bool) -> None:
     encoder = build_decoder("albert", {"embedding_size": 16})  # its layers share one module
     arguments = BuildConfig(prompt="none", text_adapter_layers=0, bidirectional=bidirectional)
-    with pytest.raises(ValueError, match=r"'albert' family cannot be .*\. Take another LLM"):
+    with pytest.raises(ValueError, match=r"'albert' family cannot be .*\. Use another LLM"):
         join_towers(tiny_vision(), (encoder, tiny_tokenizer()), arguments)
 
 
@@ -158,7 +158,7 @@ def test_a_convolutional_tower_with_a_size_of_0_is_named(width: int, side: int) 
     processor = CLIPImageProcessorPil(size={"shortest_edge": side}, do_center_crop=False)
     parts = AutoModel.from_config(config), processor
     arguments = BuildConfig(prompt="none", text_adapter_layers=0)
-    with pytest.raises(ValueError, match=r"tower 'resnet' .* or an image processor of the size"):
+    with pytest.raises(ValueError, match=r"tower 'resnet' .* or an image processor with the"):
         join_towers(parts, (tiny_llm(), tiny_tokenizer()), arguments)
 
 
@@ -302,7 +302,7 @@ def test_a_decoder_that_attends_to_padding_is_found_out() -> None:
 
 def test_layers_that_cannot_be_found_are_not_taken_for_good() -> None:
     errors = find_direction_errors(LeakyPadding(Mixing()), bidirectional=True)  # type: ignore[arg-type]
-    assert errors[-1].startswith("its layers are not in a list of modules")
+    assert errors[-1].startswith("its layers are not in a ModuleList")
 
 
 # A model that its configuration does not describe
@@ -318,9 +318,13 @@ def make_llm() -> tuple[Any, Any]:
 @pytest.mark.parametrize(
     ("architecture", "depth", "error"),
     [
-        ("swin_tiny_patch4_window7_224", 1, r"again.*position.*does not describe its"),
+        ("swin_tiny_patch4_window7_224", 1, r"back.*position.*does not describe its"),
         # No table depends on its windows.
-        ("swinv2_tiny_window8_256", 2, r"as another one: the 'timm_wrapper' tower .* off by"),
+        (
+            "swinv2_tiny_window8_256",
+            2,
+            r"differently: the embeddings of the 'timm_wrapper' tower are off by",
+        ),
     ],
 )
 def test_a_network_that_was_changed_behind_its_configuration_is_refused(
@@ -336,11 +340,13 @@ def test_a_network_that_was_changed_behind_its_configuration_is_refused(
 def test_layers_that_a_configuration_does_not_state_are_refused() -> None:
     llm, tokenizer = make_llm()
     llm.layers[0].mlp.act_fn = nn.Tanh()  # the configuration says SiLU
-    with pytest.raises(ValueError, match=r"as another one: the 'llama' tower .* off by"):
+    with pytest.raises(
+        ValueError, match=r"differently: the embeddings of the 'llama' tower are off by"
+    ):
         join_towers(tiny_vision(), (llm, tokenizer), SMALL)
     llm, tokenizer = make_llm()
     llm.layers[0].self_attn.q_proj = nn.Linear(32, 32)
-    with pytest.raises(ValueError, match=r"not be loaded again.*q_proj.bias"):
+    with pytest.raises(ValueError, match=r"cannot be loaded back.*q_proj.bias"):
         join_towers(tiny_vision(), (llm, tokenizer), SMALL)
 
 

@@ -237,7 +237,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "a prompt of another family": (
         "openai", {"prompt": None, "prompt_prefix": "<|no such token|>"},
-        "does not know as special tokens",
+        "which are not special tokens",
     ),
 }  # fmt: skip
 

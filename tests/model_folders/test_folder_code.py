@@ -243,7 +243,7 @@ def test_a_tokenizers_code_never_runs_and_its_plain_file_is_enough(
     assert "set tokenizer_class to PreTrainedTokenizerFast" in error
     plain = {"tokenizer_class": "PreTrainedTokenizerFast"}
     change(llm / "tokenizer_config.json", lambda content: content.update(plain))
-    with pytest.warns(UserWarning, match=r"names code for its tokenizer, which is not run"):
+    with pytest.warns(UserWarning, match=r"has custom code for its tokenizer, which is not run"):
         load_text_tower(llm)
     change(llm / "tokenizer_config.json", lambda content: content.pop("auto_map"))
     assert main(command) == 0

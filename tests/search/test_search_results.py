@@ -305,7 +305,7 @@ def test_an_image_among_the_sentences_is_searched_as_one_and_the_flag_is_named(
     assert main(["search", index, str(images / "a.png"), "a.png"]) == 0
     hint = f"is treated as a sentence. To search by image: --image {images / 'a.png'}\n"
     shown = capsys.readouterr().err
-    assert hint in shown and shown.count("is searched as") == 1  # no file has the other name
+    assert hint in shown and shown.count("is treated as") == 1  # no file has the other name
 
 
 def test_an_argument_that_is_not_utf_8_is_refused_before_the_index_is_opened(

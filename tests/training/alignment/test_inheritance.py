@@ -225,7 +225,7 @@ def test_a_tower_without_a_text_encoder_is_refused_with_the_way_out(
     image_processor.save_pretrained(dino)
     with pytest.raises(ValueError, match="'dinov2', whose text encoder is not known"):
         build(dino, tmp_path / "model")
-    with pytest.raises(ValueError, match="Give its folder or Hub id"):
+    with pytest.raises(ValueError, match="Pass its folder or Hub id"):
         build((tower, image_processor), tmp_path / "model")
     with pytest.raises(ValueError, match="keeps 16 dimensions, as"):
         build(inheriting.clip, tmp_path / "model", projection_dim=32)
