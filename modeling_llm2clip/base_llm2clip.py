@@ -1,7 +1,7 @@
 """Base class of all LLM2CLIP models: strict loading, complete saving, initialization.
 
-A saved folder has its code, and three JSON files with which sentence-transformers loads it. These
-refer to sentence-transformers' own modules only, because a custom module would need
+A saved folder contains its own code and the three JSON files that sentence-transformers reads. They
+only refer to sentence-transformers' own modules, because a custom module would need
 `trust_remote_code`.
 
 Uploaded with the weights.
@@ -51,7 +51,7 @@ _MODALITIES = {
     "text": {"method": "get_text_features", "method_output_name": "pooler_output"},
     "image": {"method": "get_image_features", "method_output_name": "pooler_output"},
 }
-# sentence-transformers uses these for queries and documents if a model has no others.
+# sentence-transformers falls back to these for queries and documents.
 _NO_INSTRUCTIONS = {"query": "", "document": ""}
 
 
@@ -60,9 +60,10 @@ def write_sentence_transformers_files(
 ) -> None:
     """Write `modules.json`, `sentence_bert_config.json`, `config_sentence_transformers.json`.
 
-    The last file is left as it is if it already has these instructions (name to text that precedes
-    a caption; attended to, not pooled), because sentence-transformers or a user may have added
-    other fields. `modalities` are `"text"`, `"image"`, or both.
+    `instructions` maps a name to the text that precedes a caption; its tokens are attended to, not
+    pooled. If the last file already has these instructions, it is not rewritten, because
+    sentence-transformers or a user may have added other fields. `modalities` are `"text"`,
+    `"image"`, or both.
     """
     _write(folder / "modules.json", _MODULES)
     _write(
@@ -91,9 +92,9 @@ def write_sentence_transformers_files(
 
 
 def read_instructions(folder: Path) -> dict[str, str] | None:
-    """Read the instructions, text by name, of a folder's `config_sentence_transformers.json`.
+    """Read the instructions, text by name, from a folder's `config_sentence_transformers.json`.
 
-    Blank texts for queries and documents are left out; None if the file is absent.
+    Empty texts for queries and documents are left out. None if there is no such file.
     """
     settings = _read(folder / SETTINGS_FILE)
     return None if settings is None else _without_defaults(settings.get("prompts") or {})
@@ -103,8 +104,8 @@ def find_instructions(folder: Path, instructions: Mapping[str, str]) -> dict[str
     """Choose the instructions to save, text by name: the model's, or newer ones in the folder.
 
     sentence-transformers writes its configuration, with a user's instructions, just before it saves
-    the model to the same folder. So the folder's instructions are newer, and are chosen, if they
-    differ from those in its `config.json` or if that file does not exist yet.
+    the model to the same folder. So the folder's instructions are newer if they differ from its
+    `config.json`, or if there is no `config.json` yet.
     """
     written, config = read_instructions(folder), _read(folder / "config.json")
     if written is None:
@@ -122,21 +123,21 @@ def check_instructions(
 ) -> None:
     """Check that sentence-transformers counts the tokens of each instruction correctly.
 
-    It tokenizes the instruction alone, and excludes that number of tokens from pooling. If a
-    following caption changes the instruction's tokens, the wrong tokens would be pooled.
-    `num_suffix` is the number of tokens of the prompt's suffix.
+    It tokenizes the instruction by itself and excludes that many tokens from pooling. If the
+    caption changes how the instruction is tokenized, the wrong tokens are pooled. `num_suffix` is
+    the number of tokens in the prompt's suffix.
     """
     errors = []
     for name, instruction in instructions.items():
         if not isinstance(instruction, str):
-            raise ValueError(f"The instruction {name!r} is {instruction!r}; give a text.")
+            raise ValueError(f"The instruction {name!r} must be a string, not {instruction!r}.")
         if not instruction.strip():
             continue
         ids = tokenizer(instruction, verbose=False)["input_ids"]
         alone = ids[: len(ids) - num_suffix]
         if len(alone) + num_suffix >= max_text_length:
             raise ValueError(
-                f"The instruction {name!r} leaves no room for a caption: with the prompt it has "
+                f"The instruction {name!r} leaves no room for a caption: with the prompt, it takes "
                 f"{len(alone) + num_suffix} of {max_text_length} tokens. Shorten it."
             )
         for caption in ("A cat.", "two cats", "7 cats"):
@@ -149,7 +150,7 @@ def check_instructions(
     if errors:
         raise ValueError(
             "The tokens of these instructions change when a caption follows: "
-            f"{'; '.join(errors)}. End them with ': ' (colon and space)."
+            f"{'; '.join(errors)}. End each with ': ' (colon and space)."
         )
 
 
@@ -175,14 +176,14 @@ _CODE_OF_EVERY_FOLDER = {
     "AutoConfig": "configuration_llm2clip.LLM2CLIPConfig",
     "AutoProcessor": "processing_llm2clip.LLM2CLIPProcessor",
 }
-# Arguments of `save_pretrained` that go to `push_to_hub`.
+# Arguments of `save_pretrained` that are passed on to `push_to_hub`.
 _UPLOAD_OPTIONS = (
     "commit_message", "commit_description", "private", "revision", "create_pr", "tags",
 )  # fmt: skip
 
 
 class LLM2CLIPPreTrainedModel(PreTrainedModel):
-    """Loading, saving and initialization that all LLM2CLIP classes share."""
+    """Load, save and initialize: the base of every LLM2CLIP model class."""
 
     config: LLM2CLIPConfig
     config_class = LLM2CLIPConfig
@@ -196,7 +197,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
     _no_split_modules: set[str] | list[str] | None = ["AdapterBlock"]  # noqa: RUF012
     _auto_class = "AutoModel"  # makes save_pretrained copy the code
     _auto_classes: dict[str, str] = {}  # noqa: RUF012
-    _start: dict[str, Tensor]  # of the heads, as they were built or loaded
+    _start: dict[str, Tensor]  # samples of the heads' weights when built or loaded
     num_switches_to_training = 0
     accepts_loss_kwargs = False  # `forward` averages over its batch: Trainer divides the loss
     text_model: Any
@@ -209,7 +210,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         if isinstance(module, LogitHead):
             module.reset()
         elif isinstance(module, nn.Linear):
-            # The output has the scale of the input at any width.
+            # Keeps the scale of the input, whatever the width.
             init.normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
                 init.zeros_(module.bias)
@@ -218,29 +219,29 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def is_backend_compatible(cls) -> bool:
-        """Return False: vLLM would run the LLM causally and pool other tokens."""
+        """Return False: vLLM would run the LLM causally and pool the wrong tokens."""
         return False
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does, but require that every weight fits.
+        """Load as transformers does, but require every weight to fit.
 
         transformers would only warn about a missing weight and leave it random.
 
         Args:
-            args: Positional arguments of transformers, first the folder or repository.
-            kwargs: Keyword arguments of transformers. A `quantization_config` of bitsandbytes
-                applies to the LLM alone; `ignore_mismatched_sizes=True` allows other shapes.
+            args: Positional arguments of transformers, starting with the folder or repository.
+            kwargs: Keyword arguments of transformers. A bitsandbytes `quantization_config` only
+                applies to the LLM; `ignore_mismatched_sizes=True` allows different shapes.
 
         Returns:
             The model, in evaluation mode; with `output_loading_info=True` a tuple of the model and
             transformers' loading info.
 
         Raises:
-            ValueError: A weight is missing, unexpected or of another shape, a weight file is
-                truncated, the folder has two layouts of weights, the configuration describes a
-                much larger model than the weights, a class without an LLM is to be quantized, or
-                the installed timm cannot load the vision tower.
+            ValueError: A weight is missing, unexpected or has the wrong shape, a weight file is
+                truncated, the folder has both a single weight file and shards, the configuration
+                describes a much larger model than the weights, quantization is requested for a
+                class without an LLM, or the installed timm cannot load the vision tower.
         """
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = quantize_llm_only(
@@ -249,7 +250,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
                 has_llm="text" in cls.input_modalities,
             )
         if getattr(kwargs.get("config"), "model_type", None) == LLM2CLIPConfig.model_type:
-            # Auto classes would give each later folder of one name the class of the first.
+            # Otherwise, auto classes reuse the class of the first folder with this name.
             module = sys.modules[f"{__name__.rpartition('.')[0]}.modeling_llm2clip"]
             classes = (module.LLM2CLIPModel, module.LLM2CLIPTextModel, module.LLM2CLIPVisionModel)
             AutoModel.register(type(kwargs["config"]), classes, exist_ok=True)
@@ -278,8 +279,8 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         if getattr(quantized, "load_in_8bit", False) and quantized.llm_int8_threshold > 0:
             warnings.warn(
                 f"llm_int8_threshold={quantized.llm_int8_threshold}: bitsandbytes looks for "
-                "outliers in a whole batch, so a text's embedding depends on the other texts. Set "
-                "it to 0.0 in the BitsAndBytesConfig.",
+                "outliers across the whole batch, so a text's embedding depends on the other "
+                "texts. Set it to 0.0 in the BitsAndBytesConfig.",
                 stacklevel=2,
             )
         return (model, info) if wants_info else model
@@ -292,24 +293,25 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save as transformers does, and add the code and the files of sentence-transformers.
+        """Save as transformers does, and add the code and the sentence-transformers files.
 
         If the processor is saved to the same folder, AutoModel, pipelines and sentence-transformers
-        load it and give the same embeddings. An earlier save's weights are removed: transformers
-        would leave them beside shards, and load them. Warns if the towers differ in dtype, because
-        a loaded model has one dtype.
+        all load the folder and produce the same embeddings. Weights of an earlier save are removed,
+        because transformers would leave them next to the new shards and load them instead. Warns
+        if the towers differ in dtype, because a loaded model has one dtype.
 
         Args:
-            save_directory: Folder to write. Instructions that sentence-transformers or a user put
-                into its `config_sentence_transformers.json` since the last save are kept.
-            is_main_process: Whether this process writes the files beside the weights.
+            save_directory: Folder to write. If sentence-transformers or a user has changed the
+                instructions in its `config_sentence_transformers.json` since the last save, the
+                changed ones are kept.
+            is_main_process: Whether this process writes the files other than the weights.
             state_dict: Weights to save. Default: the model's.
             push_to_hub: Also upload the model once the folder is complete.
             **kwargs: Further arguments of transformers' `save_pretrained` and `push_to_hub`.
 
         Raises:
             ValueError: The configuration would not load, bitsandbytes quantized the LLM, or a LoRA
-                is not merged: nothing is written.
+                is not merged. Nothing is written.
         """
         folder = Path(save_directory)
         self.config.require_loadable()
@@ -317,8 +319,8 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         towers = {n: m.dtype for n, m in self.named_children() if isinstance(m, PreTrainedModel)}
         if len(set(towers.values())) > 1:
             warnings.warn(
-                f"The towers have different dtypes ({towers}), and all will be loaded as "
-                f"{self.dtype}: embeddings will differ by rounding. Cast the whole model first.",
+                f"The towers have different dtypes ({towers}), but both will be loaded as "
+                f"{self.dtype}, so embeddings will differ by rounding. Cast the whole model first.",
                 stacklevel=2,
             )
         weights = self.named_parameters() if state_dict is None else state_dict.items()
@@ -346,21 +348,21 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             self.push_to_hub(repo_id, **upload, **shared)
 
     def post_init(self) -> None:
-        """Finish initialization as transformers does, then prune `_no_split_modules`."""
+        """Finish initialization like transformers, then prune `_no_split_modules`."""
         super().post_init()  # type: ignore[no-untyped-call]
         self._start = sample_heads(self.named_parameters())
         self.prune_no_split_modules()
 
     def prune_no_split_modules(self) -> None:
-        """Remove the names of absent layers from `_no_split_modules`; FSDP rejects them.
+        """Drop layers from `_no_split_modules` that the model does not have: FSDP rejects them.
 
-        A vision tower's family may also list layers of its text encoder, which is not loaded here.
+        A vision tower's class may also list layers of its text encoder, which is not loaded here.
         """
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = set(self._no_split_modules or ()) & present
 
     def train(self, mode: bool = True) -> LLM2CLIPPreTrainedModel:
-        """Switch between training and evaluation mode; frozen parts of towers stay in the latter.
+        """Set training or evaluation mode; frozen parts of towers stay in evaluation mode.
 
         Args:
             mode: True for training mode.
@@ -373,15 +375,15 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             for name in ("text_model", "vision_model"):
                 if hasattr(self, name):
                     settle_frozen(getattr(self, name))
-            # Last, because an encoder in another thread reads the count last, and then refuses its
-            # embeddings.
+            # Last, because an encoder in another thread reads the count last and discards its
+            # embeddings if it has changed.
             self.num_switches_to_training += 1
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Convert as torch does, but keep the frequencies of rotary positions in float32.
+        """Convert like torch, but keep the frequencies of rotary positions in float32.
 
-        Loading in another dtype keeps them in float32, too. Once rounded, they would stay rounded.
+        Loading in another dtype also keeps them in float32, and rounding cannot be undone.
         """
         exact = {
             name: buffer
@@ -400,33 +402,33 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
     def _set_gradient_checkpointing(  # type: ignore[override]
         self, enable: bool = True, **settings: Any
     ) -> None:
-        """Switch gradient checkpointing of both towers; transformers' would miss timm networks.
+        """Switch gradient checkpointing in both towers; transformers' own misses timm networks.
 
-        A frozen tower that cannot recompute is left out, because it keeps nothing to recompute.
+        A frozen tower without support is skipped, because it stores no activations anyway.
         """
         towers = {n: m for n, m in self.named_children() if isinstance(m, PreTrainedModel)}
         for name, tower in towers.items():
             try:
                 tower._set_gradient_checkpointing(enable, **settings)
-            # timm networks without it raise the last two.
+            # timm networks without support raise the last two.
             except (ValueError, AssertionError, AttributeError) as error:
                 if enable and any(p.requires_grad for p in tower.parameters()):
                     raise ValueError(
                         f"The {tower.config.model_type!r} tower cannot recompute its activations: "
-                        f"{error}. Train without gradient checkpointing, or freeze the tower first "
+                        f"{error}. Turn gradient checkpointing off, or freeze the tower first "
                         f"(model.{name}.requires_grad_(False))."
                     ) from error
             else:
                 if hasattr(tower, "timm_model"):
-                    tower.gradient_checkpointing = enable  # which transformers and peft look for
+                    tower.gradient_checkpointing = enable  # read by transformers and peft
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the token embeddings of the LLM; without one, the patch embeddings."""
+        """Return the LLM's token embeddings, or the patch embeddings of a vision-only model."""
         tower = self.text_model if "text" in self.input_modalities else self.vision_model
         return tower.get_input_embeddings()  # type: ignore[no-any-return]
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace what `get_input_embeddings` returns.
+        """Replace the layer that `get_input_embeddings` returns.
 
         Args:
             value: The new embedding layer.
@@ -438,13 +440,13 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         config = self.config
         width = config.text_width
         self.text_model = text_model or build_tower(config.text_config)
-        self.text_model.config = config.text_config  # one object, so that changes reach both
+        self.text_model.config = config.text_config  # one object, so changes reach both
         set_attention_direction(self.text_model, bidirectional=config.bidirectional)
-        # transformers 5.6 to 5.16 take SDPA for Gemma 2, which leaves the cap on scores out.
+        # transformers 5.6 to 5.16 choose SDPA for Gemma 2, which ignores its logit soft-capping.
         caps_scores = getattr(config.text_config, "attn_logit_softcapping", None)
         if caps_scores and config.text_config._attn_implementation == "sdpa":
             self.text_model.set_attn_implementation("eager")
-        # Inside the tower, so that freezing, replacing or identifying the tower includes it.
+        # Inside the tower, so freezing, replacing or fingerprinting the tower includes it.
         if config.text_dense_width is not None and not hasattr(self.text_model, "pooled_dense"):
             self.text_model.pooled_dense = PooledDense(config.text_dense_width, width)
         self.text_adapter = TextAdapter(
@@ -468,7 +470,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         if width is None:
             raise ValueError(
                 f"This {config.vision_config.model_type!r} tower does not state the width of its "
-                "image embedding. Set vision_width in the configuration, or build the model by "
+                "image embedding. Set vision_width in the configuration, or build the model with "
                 "join_towers, which measures it."
             )
         self.visual_projection = nn.Linear(
@@ -479,9 +481,8 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
 def set_attention_direction(text_model: PreTrainedModel, *, bidirectional: bool) -> None:
     """Make an LLM's attention bidirectional or causal, in place.
 
-    This sets both the configuration and the modules. The configuration alone would leave families
-    causal that drop attention arguments; the modules alone would leave eager attention and padded
-    batches causal.
+    Sets both the configuration and the modules. With only the configuration, families that drop
+    attention arguments stay causal; with only the modules, eager attention and padded batches do.
     """
     text_model.config.is_causal = not bidirectional
     for module in text_model.modules():
@@ -490,12 +491,12 @@ def set_attention_direction(text_model: PreTrainedModel, *, bidirectional: bool)
 
 
 def settle_frozen(tower: nn.Module) -> None:
-    """Put a frozen tower, or frozen batch normalization inside a tower, into evaluation mode.
+    """Put a frozen tower, or frozen batch norm inside a tower, into evaluation mode.
 
-    In training mode, batch normalization updates its running statistics with every batch, even if
-    its weights are frozen. Neither an optimizer nor a LoRA saves these statistics, so the changes
-    would be lost. Batch normalization without weights stays in training mode only if every
-    parameter of the tower is trained.
+    In training mode, batch norm updates its running statistics with every batch, even if its
+    weights are frozen. Neither an optimizer nor a LoRA saves these statistics, so the updates
+    would be lost. Batch norm without weights stays in training mode only if every parameter of the
+    tower is trained.
     """
     parameters = list(tower.parameters())
     if not any(p.requires_grad for p in parameters):

@@ -1,4 +1,4 @@
-"""Configuration of an LLM2CLIP model: whatever changes its embeddings, and what was trained.
+"""Configuration of an LLM2CLIP model: everything that affects embeddings, and what was trained.
 
 Uploaded with the weights.
 """
@@ -22,17 +22,17 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .pooling_llm2clip import TEXT_POOLINGS
 
-# Entry i turns the content of a config.json of format i + 1 into format i + 2, so a format is only
-# raised with its migration, and every published format loads for ever.
+# Entry i migrates the content of a config.json from format i + 1 to i + 2. A new format needs its
+# migration here, so every published format stays loadable.
 _MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = ()
 FORMAT_VERSION = 1 + len(_MIGRATIONS)
 LOGIT_SCALE_INIT = math.log(1 / 0.07)  # arXiv:2103.00020, section 2.5
 HEADS = ("text_adapter", "text_projection", "visual_projection")
 VISION_POOLINGS = ("pooler", "cls", "mean", "patch_mean")
 
-# Fields that transformers and transformers.js read from or write into any config.json; others cause
+# Fields that transformers and transformers.js read from or write to any config.json; others cause
 # a warning. Before transformers 5.17, Trainer writes the tokenizer's three token ids. They are kept
-# and change nothing, because the model reads the LLM's ids.
+# but have no effect, because the model reads the LLM's ids.
 _BASE_FIELDS = {
     "bos_token_id", "eos_token_id", "pad_token_id",
     "auto_map", "model_type", "torch_dtype", "attn_implementation", "experts_implementation",
@@ -49,54 +49,54 @@ class LLM2CLIPConfig(PreTrainedConfig):
             `config.json`; a dictionary needs its `model_type`.
         text_config: Configuration of the LLM, likewise.
         projection_dim: Width of the space that images and texts share.
-        vision_width: Width of the vision tower's pooled output, where the tower's own configuration
-            does not state it; None where it does.
+        vision_width: Width of the vision tower's pooled output; None if the tower's own
+            configuration states it.
         text_width: Width of the caption embeddings; None for the LLM's `hidden_size`. Some LLMs
             (EmbeddingGemma 2) project to another width.
-        text_dense_width: Width of the pooled hidden states, where a linear layer maps them to
-            `text_width`, as an embedder's Dense modules do; None without one.
+        text_dense_width: Width of the pooled hidden states if a linear layer maps them to
+            `text_width`, as an embedder's Dense modules do; None without such a layer.
         bidirectional: Whether every caption token attends to every other. Also written to
             `text_config.is_causal`, which transformers' attention reads.
-        text_pooling: `"mean"` of the pooled tokens, or the `"last_token"` of them. For embedders
-            that pool the prompt's prefix too: the first token (`"cls"`), the mean of all tokens
+        text_pooling: `"mean"` or `"last_token"` of the tokens after the prompt's prefix. For
+            embedders that also pool the prefix: the first token (`"cls"`), the mean of all tokens
             (`"full_mean"`), or the mean weighted by position (`"weighted_mean"`).
-        prompt_prefix_ids: Token ids before every caption; attended to, and pooled by the last
-            three poolings alone.
+        prompt_prefix_ids: Token ids before every caption. They are attended to, but pooled only by
+            `"cls"`, `"full_mean"` and `"weighted_mean"`.
         prompt_suffix_ids: Token ids after every caption; attended to and pooled.
         prompt_suffix_ends_special: Whether the last suffix id is a special token of the
-            tokenizer. sentence-transformers leaves such a token out when it measures a prompt.
+            tokenizer. sentence-transformers does not count such a token in a prompt's length.
         max_text_length: Maximum number of tokens per text, prompt included.
-        instructions: Name → text that sentence-transformers prepends to a caption on demand
+        instructions: Name → text that sentence-transformers prepends to a caption on request
             (`prompt_name`); attended to, not pooled.
-        normalize_text_before_adapter: Whether caption embeddings get unit length before the
-            adapter. True for most official models, False for those trained with the LLM in the
+        normalize_text_before_adapter: Whether caption embeddings are normalized before the
+            adapter. True for most official models, False for models trained with the LLM in the
             loop.
         text_adapter_layers: Number of residual blocks in the text adapter; None for no adapter at
             all, not even its LayerNorm.
         text_adapter_expansion: Width of a block's inner layer, as a multiple of the LLM's width.
         vision_pooling: How an image is pooled: the tower's own `"pooler"` output, its `"cls"`
-            token, the `"mean"` of all its tokens (class token and registers included), or the
-            `"patch_mean"` of its patches alone.
+            token, the `"mean"` of all its tokens (including class token and registers), or the
+            `"patch_mean"` of only its patches.
         visual_projection_bias: Whether the image projection has a bias.
         logit_scale_init_value: Logarithm of the initial inverse temperature.
         random_heads: Which of `text_adapter`, `text_projection` and `visual_projection` still have
-            their random initial weights. `save_pretrained` of a model removes those whose weights
-            differ from the ones that were built or loaded, whatever trained them.
-        format_version: Version of the layout of weights and configuration; older ones are
+            their random initial weights. A model's `save_pretrained` removes every head whose
+            weights have changed since it was built or loaded, no matter what trained it.
+        format_version: Version of the layout of weights and configuration; older versions are
             migrated on loading.
-        **kwargs: Fields that every transformers configuration has. Others cause a warning, and are
+        **kwargs: Fields that every transformers configuration has. Others cause a warning, but are
             kept in a saved file.
 
     Raises:
-        ValueError: A field is nearly named like one of these, missing in a saved file, of the wrong
-            type or contradictory, or the format is newer than this package's.
+        ValueError: A field name is misspelled, a field is missing from a saved file, has the wrong
+            type or contradicts another, or the format is newer than this package's.
     """
 
     model_type = "llm2clip"
     _auto_class = "AutoConfig"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012
     has_no_defaults_at_init = True
-    # Otherwise Trainer gathers the towers' states over an entire dataset.
+    # Otherwise, Trainer gathers the towers' states over the entire dataset.
     keys_to_ignore_at_inference = ["text_model_output", "vision_model_output"]  # noqa: RUF012
 
     def __init__(
@@ -127,11 +127,11 @@ class LLM2CLIPConfig(PreTrainedConfig):
     ) -> None:
         _check_unknown_fields(kwargs)
         _check_types(locals())
-        # The base class sets the attention implementation of the towers that are assigned already.
-        # So it is initialized before them, and a requested implementation is set afterwards.
+        # The base class sets the attention implementation of any tower that is already assigned.
+        # So it is initialized before the towers, and a requested implementation is set afterward.
         attn_implementation = kwargs.pop("attn_implementation", None)
         super().__init__(**kwargs)
-        # AutoModel chooses the class by this field, and fails if it is None.
+        # AutoModel chooses the class by this field and fails if it is None.
         self.architectures = self.architectures or ["LLM2CLIPModel"]
         self.vision_config = _tower_config(vision_config, name="vision_config")
         self.text_config = _tower_config(text_config, name="text_config")
@@ -158,7 +158,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
             self._attn_implementation = attn_implementation
 
     def __setattr__(self, key: str, value: Any) -> None:
-        """Set a field; refuse requests for states, which only a call of the model takes."""
+        """Set a field; refuse requests for hidden states, which only a call of the model takes."""
         if value and key.lstrip("_") in ("output_hidden_states", "output_attentions"):
             raise ValueError(
                 f"{key.lstrip('_')}={value!r}: the configuration does not reach the towers. "
@@ -170,7 +170,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> Any:
-        """Load as transformers does, and name the source in every error about its fields.
+        """Load as transformers does, but name the source in every error about its fields.
 
         Args:
             pretrained_model_name_or_path: Folder or Hub repository.
@@ -180,14 +180,14 @@ class LLM2CLIPConfig(PreTrainedConfig):
             As `from_dict`.
 
         Raises:
-            ValueError: As `from_dict`, or the file is not JSON of usual size.
+            ValueError: As `from_dict`, or the file is not JSON or is too large.
         """
         source = pretrained_model_name_or_path
         try:
             return super().from_pretrained(source, **kwargs)
-        except (OSError, ImportError, MemoryError):  # they say what they refuse
+        except (OSError, ImportError, MemoryError):  # these name the cause
             raise
-        except Exception as error:  # of a tower's configuration, too
+        except Exception as error:  # a tower's configuration may raise any class
             if isinstance(error, ValueError) and str(source) in str(error):
                 raise
             raise ValueError(
@@ -197,17 +197,17 @@ class LLM2CLIPConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> LLM2CLIPConfig:
-        """Build from the dictionary of a saved `config.json`, which must have every field.
+        """Build from the content of a saved `config.json`, which must have every field.
 
-        A default in place of a missing field could change the embeddings.
+        A default for a missing field could change the embeddings.
 
         Args:
             config_dict: Content of `config.json`.
             kwargs: Fields to override, and options of transformers.
 
         Returns:
-            The configuration; with `return_unused_kwargs=True` a tuple of it and the options that
-            were not used.
+            The configuration; with `return_unused_kwargs=True`, a tuple of the configuration and
+            the unused options.
 
         Raises:
             ValueError: A field is missing or invalid, or the format is newer than this package's.
@@ -218,9 +218,9 @@ class LLM2CLIPConfig(PreTrainedConfig):
             lost += [f"text_config.{name}" for name in _list_lost(config_dict["text_config"])]
         if lost:
             raise ValueError(
-                f"config.json lacks {lost}. There are no defaults for them, because each affects "
-                "the embeddings or records what was trained. Restore them from the original "
-                "model folder, or build the model again."
+                f"config.json lacks {lost}. They have no defaults, because each affects the "
+                "embeddings or records what was trained. Restore them from the original model "
+                "folder, or rebuild the model."
             )
         loaded: Any = super().from_dict(config_dict, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded  # with unused options
@@ -233,7 +233,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """Save as transformers does, but only what loads again.
+        """Save as transformers does, but only if the file will load again.
 
         Args:
             save_directory: Folder to write.
@@ -242,23 +242,23 @@ class LLM2CLIPConfig(PreTrainedConfig):
 
         Raises:
             ValueError: The file would not load, for example because of a field that another
-                library has set. Nothing is written.
+                library set. Nothing is written.
         """
         self.require_loadable()
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @property
     def num_unpooled(self) -> int:
-        """Number of tokens at the beginning of each text that are not pooled."""
+        """Number of tokens at the start of each text that are not pooled."""
         return 0 if TEXT_POOLINGS[self.text_pooling].pools_prompt else len(self.prompt_prefix_ids)
 
     @property
     def projections_trained(self) -> bool:
-        """True if no projection has its random initial weights."""
+        """True if no projection still has its random initial weights."""
         return not any("projection" in head for head in self.random_heads)
 
     def require_loadable(self) -> None:
-        """Refuse a configuration that `save_pretrained` would refuse, before anything is written.
+        """Check that the saved configuration would load again, before anything is written.
 
         Raises:
             ValueError: The file would not load.
@@ -266,9 +266,9 @@ class LLM2CLIPConfig(PreTrainedConfig):
         try:
             self.from_dict(parse_config(self.to_json_string()))
         except (ValueError, TypeError) as error:
-            reason = f"JSON cannot hold it: {error}" if isinstance(error, TypeError) else error
+            reason = f"JSON cannot store it: {error}" if isinstance(error, TypeError) else error
             raise ValueError(
-                f"The configuration is not saved, because it would not load again. {reason}"
+                f"The configuration was not saved, because it would not load again. {reason}"
             ) from error
 
     def _check_values(self) -> None:
@@ -279,7 +279,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         ]
         if self.max_text_length > _MOST_TOKENS:
             errors.append(f"max_text_length={self.max_text_length} must be at most {_MOST_TOKENS}")
-        if self.text_pooling not in [*TEXT_POOLINGS]:  # a list compares whatever came
+        if self.text_pooling not in [*TEXT_POOLINGS]:  # a list, for values that cannot be hashed
             errors.append(f"text_pooling={self.text_pooling!r} must be one of {[*TEXT_POOLINGS]}")
         if self.vision_pooling not in VISION_POOLINGS:
             errors.append(
@@ -296,24 +296,24 @@ class LLM2CLIPConfig(PreTrainedConfig):
 
 
 def parse_config(text: str) -> dict[str, Any]:
-    """Parse the text of a `config.json`, in which transformers writes infinity as an object."""
+    """Parse the text of a `config.json`; transformers writes infinity there as an object."""
     parsed: dict[str, Any] = json.loads(
         text, object_hook=lambda entry: float(entry["__float__"]) if "__float__" in entry else entry
     )
     return parsed
 
 
-# A configuration makes a list entry for each layer, and a dictionary entry for each label, before
-# anything is compared with the weights. ImageNet-21k has 21,841 labels, the deepest LLMs have a few
-# hundred layers. Vocabularies and rotations of layers count nothing that is made for each.
+# A configuration allocates a list entry per layer and a dictionary entry per label before anything
+# is compared with the weights. ImageNet-21k has 21,841 labels, and the deepest LLMs have a few
+# hundred layers. Vocabulary sizes and rotary bases are exempt: they allocate no entries.
 _MOST_COUNTED = 100_000
 _COUNTED = re.compile("^(?!vocab|.*theta).*(layer|depth|block|stage|head|expert|label|class)")
-_MOST_TOKENS = 1 << 20  # per text; checks write texts of this length
+_MOST_TOKENS = 1 << 20  # per text; some checks create texts of this length
 _LEAST_VALUES = {
     "projection_dim": 1, "vision_width": 1, "text_width": 1, "text_adapter_layers": 0,
     "text_adapter_expansion": 1,
 }  # fmt: skip
-# Names under which transformers has written the rotation of positions; the first is today's.
+# Fields in which transformers has stored rotary positions; the first is the current one.
 _ROTARY = {"rope_parameters", "rope_theta", "rope_scaling"}
 _SAVED_FIELDS = {
     "vision_config", "text_config", "projection_dim", "text_width", "bidirectional", "text_pooling",
@@ -332,7 +332,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-# Types are never converted: in Python, "false" is true and "32" sorts before "4".
+# Types are never converted: in Python, "false" is truthy and "32" sorts before "4".
 _INTEGER = ("an integer", _is_integer)
 _OPTIONAL = ("an integer or None", lambda value: value is None or _is_integer(value))
 _BOOLEAN = ("true or false", lambda value: isinstance(value, bool))
@@ -351,7 +351,7 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "prompt_suffix_ends_special": _BOOLEAN,
     "max_text_length": _INTEGER,
     "instructions": (
-        "a dictionary of strings, none of whitespace alone",
+        "a dictionary of strings, none of them only whitespace",
         lambda texts: (
             texts is None
             or (
@@ -368,11 +368,11 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "visual_projection_bias": _BOOLEAN,
     "logit_scale_init_value": ("a finite number", _is_number),
     "random_heads": (
-        f"a list of some of {HEADS}",
+        f"a list with items from {HEADS}",
         lambda heads: isinstance(heads, list | tuple) and all(head in HEADS for head in heads),
     ),
     "format_version": (
-        f"{FORMAT_VERSION}, the present format",
+        f"{FORMAT_VERSION}, the current format",
         lambda value: _is_integer(value) and value == FORMAT_VERSION,
     ),
 }
@@ -389,18 +389,18 @@ def _check_types(values: Mapping[str, Any]) -> None:
 
 
 def _migrate(content: dict[str, Any]) -> dict[str, Any]:
-    """Bring the content of a `config.json` of any published format to the present one."""
+    """Migrate the content of a `config.json` from any published format to the current one."""
     version: Any = content.get("format_version")
     if not _is_integer(version) or not 1 <= version <= FORMAT_VERSION:
         remedy = (
-            "Upgrade modeling_llm2clip: if it is installed, it is used even if the model folder "
-            "has newer code."
+            "Upgrade modeling_llm2clip: if installed, it is used even if the model folder has "
+            "newer code."
             if _is_integer(version) and version > FORMAT_VERSION
             else "Restore config.json from the original model folder."
         )
         raise ValueError(
-            f"format_version={version!r}, but this version reads the formats 1 to "
-            f"{FORMAT_VERSION}. {remedy}"
+            f"format_version={version!r}, but this version reads formats 1 to {FORMAT_VERSION}. "
+            f"{remedy}"
         )
     for migrate in _MIGRATIONS[version - 1 :]:
         content = migrate(content)
@@ -411,31 +411,31 @@ _warn_once = cache(partial(warnings.warn, stacklevel=3))
 
 
 def _check_unknown_fields(kwargs: dict[str, Any]) -> None:
-    """Refuse misspelled fields, and warn once of others that this version does not know."""
+    """Refuse misspelled fields; warn once about others that this version does not know."""
     own_fields = {*_SAVED_FIELDS, *_TYPES}
     known = _BASE_FIELDS | set(PreTrainedConfig().to_dict())
     unknown = sorted(key for key in kwargs if key not in known and not key.startswith("_"))
     near = {field: get_close_matches(field, own_fields, 1, 0.85) for field in unknown}
     if misspelled := [f"{field!r} for {like[0]!r}" for field, like in near.items() if like]:
         raise ValueError(
-            f"LLM2CLIPConfig has no such fields, which seem to misspell its own: "
-            f"{', '.join(misspelled)}. Correct or rename them."
+            f"LLM2CLIPConfig: these fields look misspelled: {', '.join(misspelled)}. Correct or "
+            "rename them."
         )
     if "transformers_weights" in unknown:
         raise ValueError(
-            "transformers_weights would load another weight file than the one that is checked and "
-            "fingerprinted. Remove it from config.json."
+            "transformers_weights would load a different weight file than the one that is checked "
+            "and fingerprinted. Remove it from config.json."
         )
     if unknown:
         _warn_once(
-            f"LLM2CLIPConfig has no fields {unknown}. The model does not read them; they are kept "
-            "in the saved config.json."
+            f"LLM2CLIPConfig has no fields {unknown}. The model ignores them, but they are kept in "
+            "the saved config.json."
         )
     _refuse_large_counts(kwargs, name="config.json")
 
 
 def _refuse_large_counts(content: Any, *, name: str) -> None:
-    """Refuse numbers of layers, labels and the like, at any depth, that no model has."""
+    """Refuse absurd numbers of layers, labels and the like, at any depth."""
     if isinstance(content, Mapping):
         for key, value in content.items():
             _refuse_large_counts(value, name=f"{name}: {key}")
@@ -444,8 +444,8 @@ def _refuse_large_counts(content: Any, *, name: str) -> None:
             _refuse_large_counts(value, name=name)
     elif _is_number(content) and content > _MOST_COUNTED and _COUNTED.search(name.split(": ")[-1]):
         raise ValueError(
-            f"{name} is {content}, and must be at most {_MOST_COUNTED}. Restore it from the "
-            "original model folder."
+            f"{name} must be at most {_MOST_COUNTED}, not {content}. Restore it from the original "
+            "model folder."
         )
 
 
@@ -462,7 +462,7 @@ def _tower_config(
     if config["model_type"] not in CONFIG_MAPPING:
         raise ValueError(
             f"{name} has model_type={config['model_type']!r}, which this version of "
-            "transformers lacks. Upgrade transformers, or choose another tower."
+            "transformers does not know. Upgrade transformers, or choose another tower."
         )
     _refuse_large_counts(config, name=name)
     tower_class = CONFIG_MAPPING[config["model_type"]]
@@ -471,7 +471,7 @@ def _tower_config(
 
 
 def _list_lost(text_config: dict[str, Any]) -> list[str]:
-    """List fields of an LLM that a saved file must have, since defaults would be other ones."""
+    """List an LLM's missing fields whose defaults could differ from the saved model's values."""
     lost = [] if "is_causal" in text_config else ["is_causal"]
     model_type = str(text_config.get("model_type"))
     if model_type in CONFIG_MAPPING and not _ROTARY & set(text_config):
@@ -481,10 +481,10 @@ def _list_lost(text_config: dict[str, Any]) -> list[str]:
 
 
 def _state_image_size(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Set `image_size` in a timm tower's configuration, as other towers have it.
+    """Set `image_size` in a timm tower's configuration, like other towers.
 
-    Scripts written for CLIP read it there. timm has it in the network's arguments or in its
-    pretrained configuration. It becomes one number for a square, else (height, width).
+    Scripts written for CLIP read this field. timm stores the size in the network's arguments or in
+    its pretrained configuration. A square becomes one number, anything else (height, width).
     """
     if config.model_type == "timm_wrapper":
         stated = (getattr(config, "model_args", None) or {}).get("img_size")
@@ -499,8 +499,8 @@ def _state_image_size(config: PreTrainedConfig) -> PreTrainedConfig:
 def _warn_of_misspelled_fields(config: dict[str, Any], tower_class: Any, *, name: str) -> None:
     """Warn about an unknown field if a known field with nearly the same name is missing.
 
-    Other unknown fields are accepted, since published towers have extra ones. This only warns,
-    because a later transformers may rename a field and still read its old name.
+    Other unknown fields are accepted, because published towers have extra ones. This is only a
+    warning, because a later transformers may rename a field and still read its old name.
     """
     known = {field for field in signature(tower_class).parameters if not field.startswith("_")}
     lost = sorted(known - set(config))
@@ -519,6 +519,6 @@ def _write_attention_direction(text_config: PreTrainedConfig, *, bidirectional: 
     if stated is not None and bool(stated) == bidirectional:
         raise ValueError(
             f"bidirectional={bidirectional} contradicts text_config.is_causal={stated}. "
-            "Set text_config.is_causal to its opposite, or leave it out."
+            "Set text_config.is_causal to the opposite, or leave it out."
         )
     text_config.is_causal = not bidirectional

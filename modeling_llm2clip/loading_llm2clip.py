@@ -1,6 +1,6 @@
-"""Strict loading: which files are read, every weight must fit, and no custom code is run.
+"""Strict loading: choose the weight files, require every weight to fit, never run custom code.
 
-Quantization by bitsandbytes applies to the LLM alone, and is never saved.
+Quantization by bitsandbytes only applies to the LLM and is never saved.
 
 Uploaded with the weights.
 """
@@ -36,7 +36,7 @@ _OWN_CODE = (
 _NAMING_FILES = (
     "config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json",
 )  # fmt: skip
-# Parts of the names of modules, and the files whose fields they read.
+# Parts of module names, and the files whose fields those modules read.
 _FILES_OF = {
     "lora_merging": "adapter_config.json",
     "tokeniz": "tokenizer.json or tokenizer_config.json",
@@ -45,38 +45,37 @@ _FILES_OF = {
     "": "config.json",
 }
 _DEVICES = re.compile("CUDA|MPS|HIP|XPU|NVIDIA|allocate memory")
-_REMEDY = "Choose one whose classes are part of transformers."
-# Errors of a loader that lacks a class which only the folder's code defines.
+_REMEDY = "Choose a model whose classes are part of transformers."
+# Errors of a loader that lacks a class defined only in the folder's code.
 _LOADING_ERRORS = (ValueError, OSError, LookupError, AttributeError, TypeError, ImportError)
 WEIGHT_FILE = "model.safetensors"
 _LORA_CONFIG = "adapter_config.json"
-# Options of `from_pretrained` that name weights other than those of `list_model_files`.
+# Options of `from_pretrained` that select weights `list_model_files` does not list.
 _OTHER_WEIGHTS = ("state_dict", "gguf_file", "variant")
 _PLAIN_NAME = re.compile(r"[^/\\:]*[^/\\:.][^/\\:]*")  # no "..", on any system
 _NAMES_SHOWN = 8
-# Integers in files may hold two numbers of 4 bits in each byte.
+# Bytes in files may pack two 4-bit numbers each.
 _PACKED_DTYPES = {"U8": 2, "I8": 2}
-# Weights that are registered for every weight in the files: up to three that are stored as one, and
-# those again in quantized layers. The same in numbers: each once, and once more where it is
-# quantized or tied. Buffers that are not saved may be as large as the weights, and 1 GiB more. What
-# is within these bounds is built at once, and the error names every weight that does not fit.
+# Weights registered per weight in the files: up to three stored as one, and again in quantized
+# layers. Likewise for numbers: once, and a second time if quantized or tied. Unsaved buffers may be
+# as large as the weights plus 1 GiB. A model within these bounds is built quickly, so the usual
+# error can name every weight that does not fit.
 _REGISTERED_PER_TENSOR, _MORE_TENSORS = 8, 256
 _REGISTERED_PER_NUMBER, _MORE_NUMBERS = 2, 1 << 20
 _UNSAVED_NUMBERS = 1 << 28
 
 
 def list_loaded_files(source: Any, options: Mapping[str, Any]) -> list[Path]:
-    """List the weight files that `from_pretrained` of a model reads.
+    """List the weight files that a model's `from_pretrained` reads, given its keyword arguments.
 
-    `options` are its keyword arguments; there are none if a state dict or another format was asked
-    for. Files of a repository must be in the cache.
+    Empty if a state dict or another format is requested. A repository's files must be in the cache.
     """
     if source is None or any(options.get(name) for name in _OTHER_WEIGHTS):
         return []
     subfolder = options.get("subfolder") or ""
     folder = Path(source) / subfolder
     if (folder / _LORA_CONFIG).is_file() and not (folder / "config.json").is_file():
-        return []  # of a LoRA alone, whose base transformers loads
+        return []  # only a LoRA, whose base transformers loads
     if Path(source).is_dir():
         return list_model_files(folder)
     if Path(source).exists():
@@ -84,7 +83,7 @@ def list_loaded_files(source: Any, options: Mapping[str, Any]) -> list[Path]:
     place = {name: options[name] for name in ("cache_dir", "revision") if options.get(name)}
     name = f"{subfolder}/{WEIGHT_FILE}" if subfolder else WEIGHT_FILE
     file: Any = try_to_load_from_cache(str(source), name, **place)
-    # transformers asks for the index only if there is no such file.
+    # transformers requests the index only if there is no single file.
     more = {name: options[name] for name in ("token", "local_files_only") if name in options}
     index = cached_file(
         str(source), f"{name}.index.json", **place, **more,
@@ -98,24 +97,23 @@ def list_loaded_files(source: Any, options: Mapping[str, Any]) -> list[Path]:
 def list_model_files(folder: Path) -> list[Path]:
     """List the weight files of an LLM2CLIP model, sorted by name, as loading reads them.
 
-    Whatever hashes, checks, copies or counts a model's weights uses this list. A folder that holds
-    a LoRA too is refused: transformers would load the base that it names.
+    All code that hashes, checks, copies or counts a model's weights uses this list. A folder that
+    also holds a LoRA is refused, because transformers would load the base that the LoRA names.
     """
     if (folder / _LORA_CONFIG).is_file():
         raise ValueError(
-            f"{folder} has the {_LORA_CONFIG} of a LoRA. transformers would load the model that it "
-            "names, and not the weights beside it. Merge the LoRA (llm2clip build --lora), or move "
-            "its files to another folder."
+            f"{folder} has the {_LORA_CONFIG} of a LoRA, so transformers would load the model it "
+            "names instead of the weights in this folder. Merge the LoRA (llm2clip build --lora), "
+            "or move its files to another folder."
         )
     return list_weight_files(folder)
 
 
 def list_weight_files(path: Path, *, names: Sequence[str] = (WEIGHT_FILE,)) -> list[Path]:
-    """List the weight files that transformers reads of a saved model, sorted by name.
+    """List the weight files of a saved model that transformers reads, sorted by name.
 
-    `path` may be a weight file itself. Of a folder, the first of `names` counts that is there, or
-    its index `NAME.index.json`. Weights that are there twice or not listed, and a damaged index,
-    raise ValueError.
+    `path` may be a weight file itself. In a folder, the first of `names` that exists is used, or
+    its index `NAME.index.json`. Duplicate or missing weights and a damaged index raise ValueError.
     """
     if path.is_file():
         return [path]
@@ -123,22 +121,22 @@ def list_weight_files(path: Path, *, names: Sequence[str] = (WEIGHT_FILE,)) -> l
         file, index = path / name, path / f"{name}.index.json"
         if file.is_file() and index.is_file():
             raise ValueError(
-                f"{path} has its weights twice, in {name} and in the files of {index.name}. One is "
-                f"left from an earlier save. Delete {name}, or the index and its files, or save "
-                "the model into a new folder."
+                f"{path} has its weights twice: in {name} and in the files of {index.name}. One of "
+                f"them is left over from an earlier save. Delete {name}, or the index and its "
+                "files, or save the model to a new folder."
             )
         if file.is_file() or index.is_file():
             return [file] if file.is_file() else _read_index(index)
     more = (
-        "From a repository on the Hub, .bin files are not fetched: download such a file yourself "
-        "and give its folder."
+        "From a repository on the Hub, .bin files are not downloaded: download the file yourself "
+        "and pass its folder."
         if any(name.endswith(".bin") for name in names)
         else "A pytorch_model.bin is not read: transformers saves it as safetensors "
         "(AutoModel.from_pretrained(SOURCE).save_pretrained(FOLDER))."
     )
     raise ValueError(
-        f"{path} has no weights: none of {', '.join(names)}, and no index of them. Give the folder "
-        f"of a saved model, or the weight file itself. {more}"
+        f"{path} has no weights: none of {', '.join(names)}, and no index of them. Pass the folder "
+        f"of a saved model or the weight file itself. {more}"
     )
 
 
@@ -150,7 +148,7 @@ def _read_index(index: Path) -> list[Path]:
         raise ValueError(f"{index} is damaged ({error!r}). Download it again.") from error
     if outside or not listed:
         raise ValueError(
-            f"{index} names {outside[:_NAMES_SHOWN] or 'no files'}, expected files of its own "
+            f"{index} names {outside[:_NAMES_SHOWN] or 'no files'}, but must name files in its own "
             "folder. Download it again from a source that you trust."
         )
     if lost := [name for name in listed if not (index.parent / name).is_file()]:
@@ -161,7 +159,7 @@ def _read_index(index: Path) -> list[Path]:
 
 
 def read_file_state(file: Path) -> tuple[int, ...] | None:
-    """Read what changes in a file that is written again; None if there is no such file."""
+    """Read the file attributes that change when a file is rewritten; None if it does not exist."""
     if not file.is_file():
         return None
     state = file.stat()
@@ -169,7 +167,7 @@ def read_file_state(file: Path) -> tuple[int, ...] | None:
 
 
 def remove_old_layout(folder: Path, old_file: tuple[int, ...] | None) -> None:
-    """Remove the weight file, or else the index, that the last save did not write.
+    """Remove the weight file or the index, whichever the last save did not write.
 
     transformers itself removes shards that a save does not replace.
     """
@@ -179,14 +177,14 @@ def remove_old_layout(folder: Path, old_file: tuple[int, ...] | None) -> None:
 
 
 def require_own_names(folder: Path, parts: Sequence[str]) -> None:
-    """Check that the saved weights are named after the model's parts, so the folder will load."""
+    """Check that saved weights are named after the model's parts; others would not load."""
     files = sorted(folder.glob("model*.safetensors"))
     names = {name for file in files for name in read_weight_shapes([file])}
     if strange := sorted(name for name in names if name.partition(".")[0] not in parts):
         raise ValueError(
-            f"{folder}: transformers saved weights under other names ({len(strange)}, such as "
-            f"{strange[:_NAMES_SHOWN]}), so the folder will not load. Versions 5.6 to 5.8 do this "
-            "to models with a DINOv3 tower: update transformers and save again."
+            f"{folder}: transformers saved {len(strange)} weights under the wrong names "
+            f"({strange[:_NAMES_SHOWN]}), so the folder will not load. Versions 5.6 to 5.8 do this "
+            "to models with a DINOv3 tower. Upgrade transformers and save again."
         )
 
 
@@ -198,7 +196,7 @@ def naming_damage(source: Any) -> Iterator[None]:
     except SafetensorError as error:
         raise ValueError(
             f"{source}: a safetensors file is truncated or damaged ({error}). Save or download it "
-            "again, and compare its size and SHA-256 with the source's."
+            "again, and compare its size and SHA-256 with the original's."
         ) from error
 
 
@@ -209,9 +207,9 @@ def open_safetensors(file: Path) -> Iterator[Any]:
 
 
 def read_weight_shapes(files: Sequence[Path]) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Read name, shape and dtype, as safetensors names it, of every tensor in safetensors files.
+    """Read the name, shape and dtype (as safetensors spells it) of every tensor in the files.
 
-    A name in two of them is refused: transformers would load the last.
+    A name in two files is refused, because transformers would silently load the last one.
     """
     shapes: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in files:
@@ -220,7 +218,7 @@ def read_weight_shapes(files: Sequence[Path]) -> dict[str, tuple[tuple[int, ...]
             heads = {n: (tuple(p.get_shape()), str(p.get_dtype())) for n, p in parts.items()}
         if twice := sorted(set(shapes) & set(heads)):
             raise ValueError(
-                f"{file} repeats the weights {twice[:_NAMES_SHOWN]} of another file beside it. "
+                f"{file} repeats the weights {twice[:_NAMES_SHOWN]} of another file in its folder. "
                 "Keep one copy."
             )
         shapes |= heads
@@ -229,12 +227,12 @@ def read_weight_shapes(files: Sequence[Path]) -> dict[str, tuple[tuple[int, ...]
 
 @contextmanager
 def bounded_by_weights(list_files: Callable[[], Sequence[Path]]) -> Iterator[None]:
-    """Stop the construction of a network that has far more weights than there are in its files.
+    """Stop building a network that has far more weights than its files.
 
-    A configuration may state any number of layers, or any width. Such a network would be built for
-    minutes, and fill the memory, before its weights are found not to fit. The files are listed when
-    the first weight is registered, which is after transformers has downloaded them; without any,
-    nothing is bounded.
+    A configuration may state any number of layers and any width. Building such a network would take
+    minutes and fill the memory before its weights are found not to fit. The files are listed when
+    the first weight is registered: by then transformers has downloaded them. Without files, there
+    is no bound.
     """
     thread, seen, counts = threading.get_ident(), set[tuple[int, str]](), Counter[str]()
 
@@ -246,7 +244,7 @@ def bounded_by_weights(list_files: Callable[[], Sequence[Path]]) -> Iterator[Non
         )
 
     def count(kind: str, module: nn.Module, name: str, value: Tensor | None) -> None:
-        # torch calls hooks in every thread, and weights are registered again when they are loaded.
+        # torch calls hooks in every thread, and loading a weight registers it a second time.
         key = (id(module), name)
         if threading.get_ident() != thread or value is None or key in seen:
             return
@@ -259,11 +257,11 @@ def bounded_by_weights(list_files: Callable[[], Sequence[Path]]) -> Iterator[Non
             or counts["numbers in buffers"] > numbers + _UNSAVED_NUMBERS
         ):
             raise ValueError(
-                f"config.json describes a larger model than the weight files hold: {tensors} "
-                f"tensors with {numbers:,} numbers. It was still being built at {name!r} of shape "
+                f"config.json describes a larger model than the weight files contain: {tensors} "
+                f"tensors with {numbers:,} numbers. Building stopped at {name!r} of shape "
                 f"{tuple(value.shape)} in a {type(module).__name__}, after {counts['weights']} "
                 f"weights with {counts['numbers in weights']:,} numbers. Use the class that saved "
-                "the folder, or restore config.json or the weights that belong to it."
+                "the folder, or restore config.json or the matching weights."
             )
 
     hooks = (
@@ -278,10 +276,10 @@ def bounded_by_weights(list_files: Callable[[], Sequence[Path]]) -> Iterator[Non
 
 
 def load_without_code(loader: Any, source: str | Path, **settings: Any) -> Any:
-    """Call `loader.from_pretrained` without ever running code of the folder or repository.
+    """Call `loader.from_pretrained` without ever running code from the folder or repository.
 
-    transformers would ask on the terminal whether to run it. If transformers has a class of its
-    own, that class is used.
+    transformers would ask on the terminal whether to run it. If transformers has its own class for
+    the model type, that class is used.
     """
     with naming_fields(source), naming_code(source, revision=settings.get("revision")):
         return loader.from_pretrained(source, trust_remote_code=False, **settings)
@@ -289,21 +287,21 @@ def load_without_code(loader: Any, source: str | Path, **settings: Any) -> Any:
 
 @contextmanager
 def naming_fields(source: Any, arguments: Iterable[str] = ()) -> Iterator[None]:
-    """Raise errors about fields of a folder's files as ValueError, with the folder and the files.
+    """Raise errors about fields of a folder's files as ValueError, naming the folder and the files.
 
-    `arguments` are names of options of the caller, which may be the cause instead.
+    `arguments` are names of the caller's options, which may be the cause instead.
     """
     try:
         yield
-    except (OSError, ImportError, MemoryError, SafetensorError):  # they say what they refuse
+    except (OSError, ImportError, MemoryError, SafetensorError):  # these name the cause
         raise
     except UnpicklingError as error:  # torch's remedy is to run the code in the file
         raise ValueError(
-            f"{source}: a weight file that is not safetensors is damaged or holds more than "
-            "weights, and unpickling that would run code from it, which is never done here. "
-            "Download it again, or save the model as safetensors on a machine where you trust it."
+            f"{source}: a weight file that is not safetensors is damaged or contains more than "
+            "weights. Unpickling it could run code, so it is refused. Download it again, or save "
+            "the model as safetensors on a machine where you trust it."
         ) from error
-    except Exception as error:  # of no other class in the tokenizers library
+    except Exception as error:  # the tokenizers library raises this class
         reason = " ".join(str(error).split())
         is_named = str(source) in reason or ".json" in reason
         is_of_device = type(error).__name__ == "OutOfMemoryError" or _DEVICES.search(reason)
@@ -311,7 +309,7 @@ def naming_fields(source: Any, arguments: Iterable[str] = ()) -> Iterator[None]:
             raise
         places = [Path(frame.filename).name for frame in extract_tb(error.__traceback__)]
         files = next(files for part, files in _FILES_OF.items() if any(part in p for p in places))
-        by_caller = f", or this call an argument ({', '.join(arguments)})," if arguments else ""
+        by_caller = f", or this call has an argument ({', '.join(arguments)})," if arguments else ""
         raise ValueError(
             f"{source} cannot be loaded: {files} has a field{by_caller} that is refused "
             f"({type(error).__name__}: {reason}). Restore the file from the original model folder."
@@ -322,11 +320,11 @@ def naming_fields(source: Any, arguments: Iterable[str] = ()) -> Iterator[None]:
 def naming_code(
     source: Any, *, revision: str | None = None, remedy: str = _REMEDY
 ) -> Iterator[None]:
-    """Explain a loader's error by the custom code that was not run, if the source refers to any."""
+    """If the source refers to custom code, blame a loader's error on not having run it."""
     try:
         yield
     except _LOADING_ERRORS as error:
-        # Of a repository only cached files are read.
+        # For a repository, only cached files are read.
         references_of = {
             name: references
             for name in _NAMING_FILES
@@ -344,7 +342,7 @@ def naming_code(
 
 
 def _read_settings(source: Any, name: str, *, revision: str | None) -> Any:
-    """Read a JSON file; None if it is absent or invalid, which its loader will report."""
+    """Read a JSON file; None if it is missing or invalid, which its loader will report."""
     try:
         path: Any = Path(source) / name
         if not Path(source).exists():
@@ -355,7 +353,7 @@ def _read_settings(source: Any, name: str, *, revision: str | None) -> Any:
 
 
 def list_foreign_code(content: Any) -> list[str]:
-    """List references to custom code, other than this package's, at any depth of JSON content."""
+    """List references to code other than this package's, at any depth of JSON content."""
     if isinstance(content, list):
         return [ref for value in content for ref in list_foreign_code(value)]
     if not isinstance(content, dict):
@@ -373,9 +371,9 @@ def list_foreign_code(content: Any) -> list[str]:
 
 
 def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build a tower with random weights, from a class that transformers has.
+    """Build a tower with random weights from one of transformers' own classes.
 
-    Code that its configuration refers to is never run.
+    Code that the configuration refers to is never run.
     """
     tower_class = find_tower_class(config)
     if hasattr(tower_class, "from_config"):
@@ -384,9 +382,9 @@ def build_tower(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def find_tower_class(config: PreTrainedConfig) -> Any:
-    """Return AutoModel, or the class of a tower that it lacks (MetaCLIP 2, AltCLIP).
+    """Return AutoModel, or the class of a tower that AutoModel lacks (MetaCLIP 2, AltCLIP).
 
-    ValueError where transformers has no class named as the configuration.
+    Raise ValueError if transformers has no class named after the configuration.
     """
     # Imported here because it registers the model's classes, whose module imports this one.
     from transformers import MODEL_MAPPING, AutoModel
@@ -397,13 +395,13 @@ def find_tower_class(config: PreTrainedConfig) -> Any:
     tower_class: Any = getattr(transformers, name, None)
     if getattr(tower_class, "config_class", None) is not type(config):
         raise ValueError(
-            f"This version of transformers has no class that builds a {config.model_type!r} tower "
-            "alone. Upgrade transformers, or choose another tower."
+            f"This version of transformers has no class for a standalone {config.model_type!r} "
+            "tower. Upgrade transformers, or choose another tower."
         )
     return tower_class
 
 
-# All parts but the LLM. They are small, and quantizing them would change image embeddings.
+# Every part except the LLM. They are small, and quantizing them would change image embeddings.
 KEPT_IN_FULL = [
     "vision_model",
     "visual_projection",
@@ -417,9 +415,9 @@ _DICTIONARY_KEYS = ("load_in_4bit", "load_in_8bit")
 
 
 def quantize_llm_only(quantization_config: Any, *, class_name: str, has_llm: bool) -> Any:
-    """Return a `quantization_config` for `from_pretrained` that quantizes the LLM alone.
+    """Return a `quantization_config` for `from_pretrained` that quantizes only the LLM.
 
-    A configuration of another library than bitsandbytes is returned unchanged. A class without an
+    Configurations of libraries other than bitsandbytes are returned unchanged. A class without an
     LLM is refused.
     """
     config = quantization_config
@@ -429,9 +427,9 @@ def quantize_llm_only(quantization_config: Any, *, class_name: str, has_llm: boo
         return config
     if not has_llm:
         raise ValueError(
-            f"{class_name} has no LLM, and only an LLM may be quantized by bitsandbytes: a "
-            "quantized vision tower or projection would give other embeddings. Leave "
-            "quantization_config out; dtype=torch.bfloat16 needs half the memory."
+            f"{class_name} has no LLM, and bitsandbytes may only quantize an LLM: quantizing a "
+            "vision tower or projection would change the embeddings. Remove quantization_config; "
+            "dtype=torch.bfloat16 halves the memory."
         )
     config = copy.deepcopy(config)
     skipped = config.llm_int8_skip_modules or ()
@@ -440,10 +438,10 @@ def quantize_llm_only(quantization_config: Any, *, class_name: str, has_llm: boo
 
 
 def require_savable(model: PreTrainedModel) -> None:
-    """Refuse to save quantized layers and layers inside those of peft.
+    """Refuse to save quantized layers and layers wrapped by peft.
 
-    bitsandbytes may not restore the former as they were; the names of the latter do not load
-    without peft.
+    bitsandbytes may not restore quantized layers exactly, and the names of wrapped layers do not
+    load without peft.
     """
     quantized = [
         name
@@ -452,24 +450,24 @@ def require_savable(model: PreTrainedModel) -> None:
     ]
     if quantized:
         raise ValueError(
-            f"bitsandbytes quantized layers of the model (first of {len(quantized)}: "
-            f"{quantized[0]}), which is not saved. Save it in full precision, and quantize it "
-            "while loading that folder (quantization_config)."
+            f"The model was not saved, because bitsandbytes quantized {len(quantized)} of its "
+            f"layers (first: {quantized[0]}). Save it in full precision, and quantize it when "
+            "loading that folder (quantization_config)."
         )
-    if getattr(model, "_hf_peft_config_loaded", False):  # transformers saves the LoRA alone
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers saves only the LoRA
         return
     if wrapped := [name for name, module in model.named_modules() if hasattr(module, "base_layer")]:
         raise ValueError(
-            f"Layers are inside those of peft (first of {len(wrapped)}: {wrapped[0]}), so that the "
-            "folder would not load. Save the model that merge_and_unload returns, or the LoRA "
-            "alone by save_pretrained of peft's model."
+            f"The model was not saved, because peft wraps {len(wrapped)} of its layers (first: "
+            f"{wrapped[0]}), so the folder would not load. Save the model that merge_and_unload "
+            "returns, or call the peft model's save_pretrained to save only the LoRA."
         )
 
 
 def refuse_unaccounted_keys(cls: type, info: dict[str, Any], *, allow_misshapen: bool) -> None:
     """Check that every weight was loaded.
 
-    With `allow_misshapen`, weights of another shape keep their initialization.
+    With `allow_misshapen`, weights with the wrong shape keep their initial values.
     """
     mismatched = {} if allow_misshapen else {key[0]: key[1:] for key in info["mismatched_keys"]}
     missing = sorted(set(info["missing_keys"]) - {key[0] for key in info["mismatched_keys"]})
@@ -479,8 +477,8 @@ def refuse_unaccounted_keys(cls: type, info: dict[str, Any], *, allow_misshapen:
     raise ValueError(
         f"{cls.__name__}: the weights do not fit the configuration. "
         f"Missing ({len(missing)}): {missing[:8]}. Unexpected ({len(unexpected)}): "
-        f"{unexpected[:8]}. Of another shape ({len(mismatched)}; saved, expected): "
+        f"{unexpected[:8]}. Wrong shape ({len(mismatched)}; saved, expected): "
         f"{dict(list(mismatched.items())[:8])}. Use the class that saved the folder (text-only: "
-        "LLM2CLIPTextModel, image-only: LLM2CLIPVisionModel), the transformers version it names, "
-        "or convert the checkpoint again."
+        "LLM2CLIPTextModel, vision-only: LLM2CLIPVisionModel) and the transformers version named "
+        "in its config.json, or convert the checkpoint again."
     )

@@ -1,8 +1,8 @@
 """The models' forward passes: two towers, a text adapter, two projections and a temperature.
 
 Uploaded with the weights. Shapes: B images or texts, L tokens, D width of a tower, P
-`projection_dim`. Embeddings are float32 for every dtype of the weights. As in transformers, methods
-that return an output object return a tuple of its fields with `return_dict=False`.
+`projection_dim`. Embeddings are float32, whatever the dtype of the weights. As in transformers,
+methods that return an output object return a tuple of its fields with `return_dict=False`.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ from .packing_llm2clip import (
 from .vision_llm2clip import check_pixels, choose_interpolation, pool_vision
 
 if TYPE_CHECKING:
-    # Some versions of transformers copy only the files that the loaded file itself names. The
-    # processor is one of them, because config.json names its code even where it is not saved.
+    # Some versions of transformers only copy the files that the loaded file itself imports. That
+    # includes the processor: config.json names its code even if no processor is saved.
     from .image_cropping_llm2clip import LLM2CLIPImageProcessor  # noqa: F401
     from .image_loading_llm2clip import load_images  # noqa: F401
     from .loading_llm2clip import build_tower  # noqa: F401
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class LLM2CLIPOutput(ModelOutput):
-    """Output of `forward`; a field is None if its input was not given.
+    """Output of `forward`; a field is None if its input is missing.
 
     Attributes:
         loss: () float32, with `return_loss=True`.
@@ -76,9 +76,9 @@ class LLM2CLIPOutput(ModelOutput):
         logits_per_text: (B texts, B images) float32, the transpose.
         text_embeds: (B texts, P) float32, unit length.
         image_embeds: (B images, P) float32, unit length.
-        pooler_output: In a call with texts or images alone, their embeddings again.
-        text_model_output: Output of `get_text_features`, whose features are not normalized.
-        vision_model_output: Output of `get_image_features`, whose features are not normalized.
+        pooler_output: The embeddings again, in a call with only texts or only images.
+        text_model_output: Output of `get_text_features`, with features that are not normalized.
+        vision_model_output: Output of `get_image_features`, with features that are not normalized.
     """
 
     loss: Tensor | None = None
@@ -100,8 +100,8 @@ class LLM2CLIPOutput(ModelOutput):
 class _TextMixin(LLM2CLIPPreTrainedModel):
     """Encodes texts; shared by the two-tower and the text-only model."""
 
-    packs_in_training = False  # set for training on a CPU; else batches are not split
-    varlen_kernel: VarlenKernel | None = None  # None: that of the device, if there is one
+    packs_in_training = False  # set when training on a CPU; otherwise batches are not split
+    varlen_kernel: VarlenKernel | None = None  # None: the device's kernel, if it has one
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def get_text_features(
@@ -114,24 +114,24 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         """Encode texts and project them, without normalizing the result.
 
         Args:
-            input_ids: (B, L) int64 from the model's own tokenizer, padded on either side. They may
-                stay on the CPU for a model on a GPU, which then never waits for them.
+            input_ids: (B, L) int64 from the model's own tokenizer, padded on either side. With a
+                model on a GPU they may stay on the CPU, which avoids a synchronization.
             attention_mask: (B, L), 1 at real tokens; required if there is padding.
-            prompt_length: Number of tokens of the tokenized instruction alone, as
-                sentence-transformers counts them, one for all texts. The instruction is attended
-                to, not pooled, unless the pooling includes the prompt.
-            **kwargs: Further arguments of the LLM, such as `output_hidden_states`, with which
-                texts run padded. `output_attentions` needs `attn_implementation="eager"`.
+            prompt_length: Number of tokens of the instruction when tokenized by itself, as
+                sentence-transformers counts them; the same for all texts. The instruction is
+                attended to, but not pooled unless the pooling includes the prompt.
+            **kwargs: Further arguments of the LLM, such as `output_hidden_states`; with any of
+                them, texts run padded. `output_attentions` needs `attn_implementation="eager"`.
 
         Returns:
-            `pooler_output` (B, P) float32, projected and not normalized, and `last_hidden_state`
-            (B, L, D) of the LLM. Its values at padding are meaningless; they are zeros where the
-            texts ran without padding.
+            `pooler_output` (B, P) float32, projected but not normalized, and the LLM's
+            `last_hidden_state` (B, L, D). Its values at padding are meaningless: zeros if the texts
+            ran without padding.
 
         Raises:
             TypeError: The LLM has no argument of this name.
-            ValueError: The ids lack the model's prompt, a text is too long or empty, padding has no
-                mask. A compiled model checks the same; an exported graph does not.
+            ValueError: The ids lack the model's prompt, a text is too long or empty, or padding has
+                no mask. A compiled model makes the same checks; an exported graph makes none.
         """
         output = self._encode_texts(
             input_ids, attention_mask, prompt_length, keep_tokens=True, **kwargs
@@ -145,7 +145,7 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         attention_mask: Tensor | None = None,
         prompt_length: int | Tensor | None = None,
     ) -> Tensor:
-        """Pool the LLM's last hidden states over each caption, as embedding stores hold them.
+        """Pool the LLM's last hidden states over each caption, for an embedding store.
 
         Args:
             input_ids: As in `get_text_features`.
@@ -164,13 +164,13 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         """Apply text adapter and projection to caption embeddings, without normalizing the result.
 
         Args:
-            caption_embeds: (B, D) floating point, as `get_caption_embeds` returns them.
+            caption_embeds: (B, D) floating point, from `get_caption_embeds`.
 
         Returns:
             (B, P) float32, differentiable.
 
         Raises:
-            ValueError: These are token ids, or their width is not the LLM's.
+            ValueError: They are token ids, or their width is not the LLM's.
         """
         check_width(caption_embeds, self.config.text_width, name="caption_embeds")
         adapted = self.text_adapter(caption_embeds).to(self.text_projection.weight.dtype)
@@ -180,18 +180,18 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         """Map caption embeddings into the shared space of texts and images.
 
         Args:
-            caption_embeds: (B, D) floating point, as `get_caption_embeds` returns them.
+            caption_embeds: (B, D) floating point, from `get_caption_embeds`.
 
         Returns:
             (B, P) float32 of unit length, differentiable.
 
         Raises:
-            ValueError: These are token ids, or their width is not the LLM's.
+            ValueError: They are token ids, or their width is not the LLM's.
         """
         return _to_unit_length(self.project_caption_embeds(caption_embeds))
 
     def text_forward_lock(self) -> AbstractContextManager[Any]:
-        """Return a context manager that blocks other threads' passes through the LLM.
+        """Return a context manager that keeps other threads from running the LLM.
 
         Hold it while replacing layers of the LLM.
         """
@@ -206,7 +206,7 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         keep_tokens: bool = False,
         **options: Any,
     ) -> BaseModelOutputWithPooling:
-        """Run the LLM and pool its output; `keep_tokens` also returns its last hidden states."""
+        """Run the LLM and pool its output; with `keep_tokens`, keep its last hidden states."""
         config = self.config
         check_options(self.text_model, options)
         check_rotary_positions(config.text_config, max_length=config.max_text_length)
@@ -218,10 +218,10 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
             suffix_ends_special=config.prompt_suffix_ends_special,
         )
         device = self._find_text_device(input_ids)
-        if device.type == "cuda" and not is_traced():  # one look at the ids instead of one a check
+        if device.type == "cuda" and not is_traced():  # one synchronization, not one per check
             input_ids = input_ids.cpu()
             attention_mask = None if attention_mask is None else attention_mask.cpu()
-        if is_exported():  # a graph for other runtimes checks nothing
+        if is_exported():  # a graph for other runtimes has no checks
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         else:
             check = mask_checked_in_graph if is_traced() else mask_checked
@@ -242,7 +242,7 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         return output
 
     def _find_text_device(self, input_ids: Tensor) -> torch.device:
-        """Return the device to run texts on, whose ids may still be on the CPU."""
+        """Return the device to run texts on; their ids may still be on the CPU."""
         is_here = is_traced() or input_ids.device.type != "cpu"
         if is_here or self.text_model.device.type == "meta":  # an offloaded LLM
             return input_ids.device
@@ -258,7 +258,7 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         keep_tokens: bool,
         **options: Any,
     ) -> BaseModelOutputWithPooling:
-        """Run the LLM, packed or padded as the device runs it best, and pool its output."""
+        """Run the LLM, packed or padded, whichever is faster on the device; pool its output."""
         kernel = None if is_traced() or options else self._find_kernel(mask, device)
         if kernel is not None:
             states = run_unpadded(self.text_model, input_ids, mask, device, kernel)
@@ -283,7 +283,7 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         return pool_padded(copy_to(input_ids, device), copy_to(mask, device))  # type: ignore[no-any-return]
 
     def _find_kernel(self, mask: Tensor, device: torch.device) -> VarlenKernel | None:
-        """Return what attends within the texts of a pack; None where they run padded."""
+        """Return the kernel for packed texts; None to run them padded."""
         kernel = self.varlen_kernel or find_varlen_kernel(device)
         if kernel is None or not takes_dtype(kernel, self.text_model, device):
             return None
@@ -291,7 +291,7 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         return kernel if runs_packs(self.text_model, longest, device, kernel) else None
 
     def _apply_dense(self, pooled: Tensor) -> Tensor:
-        """Map pooled states to caption embeddings, (B, D) float32, as an embedder may do."""
+        """Apply an embedder's dense layer, if any, to get caption embeddings, (B, D) float32."""
         return (
             pooled if self.config.text_dense_width is None else self.text_model.pooled_dense(pooled)
         )
@@ -314,7 +314,7 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
 
     @contextmanager
     def _alone(self, device_type: str) -> Iterator[None]:
-        """Let no other thread run an LLM: the order of backends is one for the whole process."""
+        """Keep other threads from running an LLM: the backend order is global to the process."""
         with text_forward_lock, order_backends(device_type, self.text_model):
             yield
 
@@ -346,18 +346,18 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
             pixel_values: (B, 3, H, W) float, or (B, patches, values) for SigLIP2's own layout.
             pixel_attention_mask: (B, patches), 0 at padding; from SigLIP2's image processor.
             spatial_shapes: (B, 2), height and width in patches; from SigLIP2's image processor.
-            interpolate_pos_encoding: Whether to allow another image size than the tower's own.
+            interpolate_pos_encoding: Whether to allow image sizes other than the tower's own.
                 Towers that take any size (DINO, convolutional networks) do not need it.
             **kwargs: Further arguments of the vision tower, such as `output_hidden_states`.
                 `output_attentions` needs `attn_implementation="eager"`.
 
         Returns:
-            `pooler_output` (B, P) float32, projected and not normalized, and the tower's
-            `last_hidden_state`: (B, L, D), or (B, D, H, W) of a convolutional network.
+            `pooler_output` (B, P) float32, projected but not normalized, and the tower's
+            `last_hidden_state`: (B, L, D), or (B, D, H, W) for a convolutional network.
 
         Raises:
             TypeError: The tower has no argument of this name.
-            ValueError: The pixels are integers, or the tower has no positions for their size.
+            ValueError: The pixels are integers, or the tower has no positions for the image size.
         """
         output = self._encode_images(
             pixel_values, pixel_attention_mask, spatial_shapes, interpolate_pos_encoding, **kwargs
@@ -372,7 +372,7 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
         spatial_shapes: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
     ) -> Tensor:
-        """Run the vision tower and pool its output, as embedding stores hold it.
+        """Run the vision tower and pool its output, for an embedding store.
 
         Args:
             pixel_values: As in `get_image_features`.
@@ -384,7 +384,7 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
             (B, D) float32, neither projected nor normalized.
 
         Raises:
-            ValueError: The pixels are integers, or the tower has no positions for their size.
+            ValueError: The pixels are integers, or the tower has no positions for the image size.
         """
         return self._encode_images(  # type: ignore[return-value]
             pixel_values, pixel_attention_mask, spatial_shapes, interpolate_pos_encoding
@@ -394,17 +394,17 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
         """Apply the projection to vision embeddings, without normalizing the result.
 
         Args:
-            vision_embeds: (B, D) floating point, as `get_vision_embeds` returns them.
+            vision_embeds: (B, D) floating point, from `get_vision_embeds`.
 
         Returns:
             (B, P) float32, differentiable.
 
         Raises:
-            ValueError: These are integers, or their width is not the tower's.
+            ValueError: They are integers, or their width is not the tower's.
         """
         check_width(vision_embeds, self.visual_projection.in_features, name="vision_embeds")
         dtype = self.visual_projection.weight.dtype
-        if dtype.is_floating_point:  # a quantized layer casts by itself
+        if dtype.is_floating_point:  # a quantized layer does its own casting
             vision_embeds = vision_embeds.to(dtype)
         return self.visual_projection(vision_embeds).float()  # type: ignore[no-any-return]
 
@@ -412,13 +412,13 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
         """Map vision embeddings into the shared space of texts and images.
 
         Args:
-            vision_embeds: (B, D) floating point, as `get_vision_embeds` returns them.
+            vision_embeds: (B, D) floating point, from `get_vision_embeds`.
 
         Returns:
             (B, P) float32 of unit length, differentiable.
 
         Raises:
-            ValueError: These are integers, or their width is not the tower's.
+            ValueError: They are integers, or their width is not the tower's.
         """
         return _to_unit_length(self.project_vision_embeds(vision_embeds))
 
@@ -444,7 +444,7 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
         }
         pixel_values = pixel_values.to(self.vision_model.dtype)
         if pixel_values.ndim == 4 and pixel_values.device.type == "cpu":
-            # On a CPU, convolutions are two to three times faster in this layout.
+            # On a CPU, convolutions run two to three times faster in this layout.
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         inputs = {name: value for name, value in extra.items() if value is not None}
         output = self.vision_model(pixel_values=pixel_values, **inputs, **options)
@@ -465,9 +465,9 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
 
     Args:
         config: Configuration of the model.
-        vision_model: A pretrained vision tower; without it, one with random weights is built from
-            the configuration. It must not be wrapped by peft; wrap the LLM2CLIPModel instead.
-        text_model: An LLM, likewise.
+        vision_model: A pretrained vision tower. If omitted, a tower with random weights is built
+            from the configuration. It must not be wrapped by peft; wrap the LLM2CLIPModel instead.
+        text_model: A pretrained LLM, likewise.
 
     Examples:
         >>> model = LLM2CLIPModel.from_pretrained("my-model")
@@ -501,7 +501,7 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
 
     @property
     def logit_head(self) -> LogitHead:
-        """Head that makes logits of embeddings; in a folder its weights are `logit_scale`."""
+        """Head that turns embeddings into logits; its saved weights are named `logit_scale`."""
         return self.logit_scale
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -517,25 +517,25 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
         interpolate_pos_encoding: bool = False,
         **kwargs: Any,
     ) -> LLM2CLIPOutput:
-        """Encode images, texts, or both. Given both, compare every image with every text.
+        """Encode images, texts, or both; with both, compare every image with every text.
 
         Args:
             input_ids: As in `get_text_features`.
             pixel_values: As in `get_image_features`.
             attention_mask: As in `get_text_features`.
-            return_loss: Whether to compute the symmetric contrastive loss; image i must match text
+            return_loss: Whether to compute the symmetric contrastive loss. Image i must match text
                 i.
             prompt_length: As in `get_text_features`.
             pixel_attention_mask: As in `get_image_features`.
             spatial_shapes: As in `get_image_features`.
             interpolate_pos_encoding: As in `get_image_features`.
-            **kwargs: Further arguments of each tower that runs, as in both.
+            **kwargs: Further arguments of every tower that runs, as in both methods.
 
         Returns:
             Embeddings of unit length, `logits_per_image`, and the towers' outputs.
 
         Raises:
-            ValueError: There is no input, or `return_loss` is set and the numbers of images and
+            ValueError: There is no input, or `return_loss` is set but the numbers of images and
                 texts differ.
         """
         images = texts = image_embeds = text_embeds = None
@@ -561,25 +561,25 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
     def compare(
         self, image_embeds: Tensor | None, text_embeds: Tensor | None, *, return_loss: bool = False
     ) -> LLM2CLIPOutput:
-        """Compare every image with every text, given their embeddings of unit length.
+        """Compare every image with every text, from their embeddings of unit length.
 
         Args:
             image_embeds: (B images, P) float32, or None.
-            text_embeds: (B texts, P) float32, or None. At least one of both is needed.
+            text_embeds: (B texts, P) float32, or None. At least one of the two is required.
             return_loss: Whether to compute the symmetric contrastive loss.
 
         Returns:
-            The embeddings, and `logits_per_image` if both were given.
+            The embeddings, and `logits_per_image` if neither is None.
 
         Raises:
-            ValueError: Both are None, or `return_loss` is set and the numbers of images and texts
+            ValueError: Both are None, or `return_loss` is set but the numbers of images and texts
                 differ.
         """
         if image_embeds is None and text_embeds is None:
-            raise ValueError("Got neither pixel_values nor input_ids; give one of them, or both.")
+            raise ValueError("Got neither pixel_values nor input_ids. Pass at least one of them.")
         if image_embeds is None or text_embeds is None:
             if return_loss:
-                raise ValueError("return_loss=True needs pixel_values and input_ids; got only one.")
+                raise ValueError("return_loss=True needs both pixel_values and input_ids.")
             only = image_embeds if text_embeds is None else text_embeds
             return LLM2CLIPOutput(
                 image_embeds=image_embeds, text_embeds=text_embeds, pooler_output=only
@@ -596,7 +596,7 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
 
 
 class LLM2CLIPTextModel(_TextMixin):
-    """The text-only model: LLM, adapter, projection. Loads from a two-tower model's folder too."""
+    """Text-only model: LLM, adapter, projection. Also loads from a two-tower model's folder."""
 
     _auto_classes = {  # noqa: RUF012
         "AutoModel": "modeling_llm2clip.LLM2CLIPTextModel",
@@ -641,7 +641,7 @@ class LLM2CLIPTextModel(_TextMixin):
 
 
 class LLM2CLIPVisionModel(_VisionMixin):
-    """The vision-only model: tower and projection. Loads from a two-tower model's folder too."""
+    """Vision-only model: tower and projection. Also loads from a two-tower model's folder."""
 
     _auto_classes = {"AutoModel": "modeling_llm2clip.LLM2CLIPVisionModel"}  # noqa: RUF012
     main_input_name = "pixel_values"
@@ -691,5 +691,5 @@ class LLM2CLIPVisionModel(_VisionMixin):
 
 
 def _to_unit_length(embeds: Tensor) -> Tensor:
-    """Normalize projected embeddings, (B, P): every output of unit length comes from here."""
+    """Normalize projected embeddings, (B, P); every output of unit length comes from here."""
     return F.normalize(embeds, dim=-1)

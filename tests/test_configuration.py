@@ -261,9 +261,9 @@ def test_all_invalid_values_are_named_at_once() -> None:
         ("prompt_suffix_ids", "72", "a list of token ids"),
         ("prompt_suffix_ids", [7, "2"], "a list of token ids"),
         ("prompt_suffix_ids", [-1], "a list of token ids"),
-        ("instructions", {"query": " \n"}, "a dictionary of strings, none of whitespace alone"),
-        ("random_heads", ["text_model"], "a list of some of"),
-        ("random_heads", None, "a list of some of"),
+        ("instructions", {"query": " \n"}, "a dictionary of strings, none of them only whitespace"),
+        ("random_heads", ["text_model"], "a list with items from"),
+        ("random_heads", None, "a list with items from"),
         ("logit_scale_init_value", "1.5", "a finite number"),
         ("logit_scale_init_value", float("nan"), "a finite number"),
         ("text_pooling", None, "one of"),
@@ -288,7 +288,7 @@ def test_an_overridden_field_takes_effect_and_is_checked(saved: dict[str, Any]) 
     assert config.text_config.is_causal != direction
     with pytest.raises(ValueError, match="max_text_length=1 leaves no room"):
         LLM2CLIPConfig.from_dict(saved, max_text_length=1, return_unused_kwargs=True)
-    with pytest.raises(ValueError, match="format_version=True must be 1, the present format"):
+    with pytest.raises(ValueError, match="format_version=True must be 1, the current format"):
         LLM2CLIPConfig.from_dict(saved, format_version=True)
 
 

@@ -89,7 +89,7 @@ def test_an_instruction_whose_tokens_change_before_a_caption_is_rejected_on_savi
     instruction: str, tmp_path: Path
 ) -> None:
     model, processor = shared_model()
-    with pytest.raises(ValueError, match=r"'query'.*End them with ': '"):
+    with pytest.raises(ValueError, match=r"'query'.*End each with ': '"):
         save_model(model, processor, tmp_path / "model", instructions={"query": instruction})
     assert list(tmp_path.iterdir()) == []
     assert model.config.instructions == {}

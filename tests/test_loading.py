@@ -99,7 +99,7 @@ def test_names_are_looked_for_in_the_order_of_transformers(tmp_path: Path) -> No
 def test_two_layouts_in_one_folder_are_refused_with_what_to_do(tmp_path: Path) -> None:
     write_shards(tmp_path)
     write_file(tmp_path)
-    with pytest.raises(ValueError, match=r"twice, in model\.safetensors and .* Delete model"):
+    with pytest.raises(ValueError, match=r"twice: in model\.safetensors and .* Delete model"):
         list_weight_files(tmp_path)
     write_index(tmp_path, {"weight.0": SHARDS[0]})
     (tmp_path / FILE).unlink()

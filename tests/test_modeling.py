@@ -308,7 +308,7 @@ def test_inputs_without_a_pair_to_compare_are_rejected() -> None:
     with pytest.raises(ValueError, match="neither pixel_values nor input_ids"):
         model()
     for inputs in (texts_of(batch), images_of(batch)):
-        with pytest.raises(ValueError, match="return_loss=True needs pixel_values and input_ids"):
+        with pytest.raises(ValueError, match="needs both pixel_values and input_ids"):
             model(**inputs, return_loss=True)
     two_images = {"pixel_values": batch["pixel_values"][:2]}
     with pytest.raises(ValueError, match="2 images and 3 texts"):

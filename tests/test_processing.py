@@ -413,7 +413,7 @@ def test_a_field_of_another_type_is_refused_with_its_file(
 def test_an_argument_that_is_refused_is_named(tmp_path: Path, processor: LLM2CLIPProcessor) -> None:
     processor.save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"or this call an argument \(image_processor\),.*TypeError"
+        ValueError, match=r"or this call has an argument \(image_processor\),.*TypeError"
     ):
         LLM2CLIPProcessor.from_pretrained(tmp_path, image_processor=3)
 

@@ -1,1 +1,1 @@
-"""Finds, loads and writes model folders: weights, card, fingerprint, golden embeddings."""
+"""Find, load and write model folders: weights, card, fingerprint, golden embeddings."""

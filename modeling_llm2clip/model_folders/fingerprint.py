@@ -1,8 +1,8 @@
-"""Fingerprints of models: everything that determines their embeddings, as short texts to compare.
+"""Fingerprint models: everything that determines their embeddings, as short texts to compare.
 
-It is read from the model's folder, one tensor at a time; no model is built. A loaded model would
-not do, because transformers renames weights of some towers on loading. Weights of the text adapter
-and the projections do not count: stored embeddings are taken before them.
+Fingerprints are read from the model's folder, one tensor at a time, without building the model. A
+loaded model would not do, because transformers renames some towers' weights on loading. A tower's
+fingerprint excludes the text adapter and the projections: stored embeddings precede them.
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ from ..processing_llm2clip import LLM2CLIPProcessor
 from .model_folder import find_model_folder
 
 _ADAPTER_SETTING = "normalize_text_before_adapter"
-# Some files name a vision tower otherwise than those of the tower alone: TIPSv2's `vision_encoder`,
-# and AltCLIP's layers `layer`.
+# Some dual encoders name their vision tower's weights differently than the separate tower does:
+# TIPSv2 has `vision_encoder`, and AltCLIP's layers are `layer`.
 _VISION_PREFIX = re.compile(r".*\bvision_(model|encoder)\.")
-# Fields of a tower's configuration that change no number, or have an entry of their own.
+# Fields of a tower's configuration that do not affect its output, or that have their own entry.
 _NOT_OF_THE_TOWER = {
     "_name_or_path", "architectures", "attn_implementation", "dtype", "id2label", "is_causal",
     "label2id", "output_attentions", "output_hidden_states", "return_dict", "torch_dtype",
     "transformers_version", "use_cache",
 }  # fmt: skip
-# Entries of any model's small files that change no embedding: where and by whom it was saved.
+# Fields in any model's small files that do not affect embeddings: how and where it was saved.
 _NOT_OF_THE_FILES = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
-# Files of a model folder, beside its weights, that decide an embedding in some loader.
+# Files of a model folder, other than weights, that affect embeddings in at least one loader.
 _DECIDING_IMAGES = ("config.json", "processor_config.json", "preprocessor_config.json")
 _DECIDING_FILES = (
     *_DECIDING_IMAGES, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model",
     "modules.json", "sentence_bert_config.json",
 )  # fmt: skip
-# Files whose names of entries are words of a vocabulary.
+# Files with keys that are words of a vocabulary.
 _VOCABULARIES = {"tokenizer.json", "vocab.json", "added_tokens.json"}
-# Entries at any depth of the others that change no embedding, or that another check compares. Some
-# of them change when a folder is loaded and saved again. Whether parts were trained is not among
-# them: it changes what is refused, and is true of the recorded weights alone.
+# Fields of the other files, at any depth, that do not affect embeddings or that another check
+# compares. Some change when a folder is loaded and saved again. `random_heads` is not listed: it
+# decides what is refused, and only holds for the recorded weights.
 _DECIDING_NOTHING = {
     "__version__", "_name_or_path", "_processor_class", "architectures", "auto_map",
     "chat_template", "dtype", "instructions", "is_local", "local_files_only", "name_or_path",
     "processor_class", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
-# State of a tokenizer's last call, which it saves, and which its next call sets anew.
+# State of a tokenizer's last call. It is saved, but the next call overwrites it.
 _STATE_OF_LAST_CALL = {
     "tokenizer.json": {"padding", "truncation"},
     "tokenizer_config.json": {
@@ -67,14 +67,14 @@ IMAGE_PROJECTION = "visual_projection.weight"
 WEIGHTS_ENTRY, VISION_ENTRY = "weights", "weights of the vision tower"
 # Files that do not affect how a text or an image is read.
 _IGNORED_FILES = ("model.safetensors.index.json", "README.md")
-# Entries of an image processor that change nothing; its class has an entry of its own.
+# Fields of an image processor that have no effect; its class has its own entry.
 _NOT_OF_THE_IMAGES = {"image_processor_type", "processor_class", "auto_map", "_processor_class"}
-# The library that an image processor computes with, at the end of its class's name.
+# Suffix of an image processor's class name that names its image library.
 _IMAGE_LIBRARY = re.compile("(Fast|Pil)$")
 
 
 def fingerprint_text(model: str | Path) -> dict[str, str]:
-    """Describe what determines the embedding of a caption before the text adapter.
+    """Describe everything that determines a caption's embedding before the text adapter.
 
     `weights`, `architecture` and `tokenizer` are SHA-256; `dtype`, `prompt`, `pooling`, `direction`
     and `max_text_length` are readable.
@@ -95,7 +95,7 @@ def fingerprint_text(model: str | Path) -> dict[str, str]:
 
 
 def describe_prompt(backend: Tokenizer, config: LLM2CLIPConfig) -> tuple[str, str]:
-    """Return the prompt before and after a caption as text, special tokens included."""
+    """Return the prompt before and after a caption as text, including special tokens."""
     parts = (config.prompt_prefix_ids, config.prompt_suffix_ids)
     before, after = (backend.decode(ids, skip_special_tokens=False) for ids in parts)
     # An embedder's prompt may end in text that is tokenized with the caption.
@@ -106,7 +106,7 @@ def describe_prompt(backend: Tokenizer, config: LLM2CLIPConfig) -> tuple[str, st
 
 
 def fingerprint_vision(model: str | Path) -> dict[str, str]:
-    """Describe what determines the embedding of an image before its projection.
+    """Describe everything that determines an image's embedding before its projection.
 
     `weights`, `architecture` and `image_processor` are SHA-256; `dtype` and `pooling` are readable.
     """
@@ -127,9 +127,9 @@ def fingerprint_vision(model: str | Path) -> dict[str, str]:
 
 
 def fingerprint_teacher(model: str | Path) -> dict[str, str]:
-    """Describe what determines the text embeddings of a dual encoder, and their space.
+    """Describe everything that determines a dual encoder's text embeddings and their space.
 
-    The space is that of its image side; see `fingerprint_image_side`.
+    The space is defined by its image side; see `fingerprint_image_side`.
     """
     folder = find_model_folder(model)
     files = list_weight_files(folder)
@@ -141,10 +141,10 @@ def fingerprint_teacher(model: str | Path) -> dict[str, str]:
 
 
 def fingerprint_image_side(files: Iterable[Path]) -> dict[str, str]:
-    """Describe the vision tower and the image projection, of a dual encoder or of a model.
+    """Describe the vision tower and the image projection of a dual encoder or a model.
 
-    Two sides belong together if both entries agree. Weights are rounded to bfloat16, so that a
-    model may have another dtype than the published tower. An identity counts as no projection.
+    Two image sides are the same if both entries agree. Weights are rounded to bfloat16, so a model
+    may have a different dtype than the published tower. An identity is treated as no projection.
     """
     files = list(files)
     tower = (
@@ -168,10 +168,10 @@ def fingerprint_image_side(files: Iterable[Path]) -> dict[str, str]:
 
 
 def fingerprint_embeddings(folder: Path, modality: Literal["text", "image"]) -> dict[str, str]:
-    """Describe what determines a final embedding: the tower, and the layers that project it.
+    """Describe everything that determines a final embedding: the tower and its projection layers.
 
-    Beside the tower's fingerprint, `head weights` (SHA-256), and for texts the one setting of the
-    text adapter that its weights do not show.
+    Adds `head weights` (SHA-256) to the tower's fingerprint and, for texts, the only text adapter
+    setting that does not show in its weights.
     """
     files = list_model_files(folder)
     if modality == "image":
@@ -188,10 +188,10 @@ def fingerprint_embeddings(folder: Path, modality: Literal["text", "image"]) -> 
 
 
 def fingerprint_model(folder: Path, *, without_towers: bool = False) -> dict[str, str]:
-    """Identify the model in a folder, or the parts of it that are in neither tower.
+    """Identify the model in a folder, or only its parts outside the towers.
 
-    `weights` (SHA-256 of all of them), `dtype`, and the one setting that changes embeddings and
-    that neither weights nor the fingerprints of the towers show.
+    Contains `weights` (a single SHA-256), `dtype`, and the only setting that affects embeddings but
+    shows neither in the weights nor in the towers' fingerprints.
     """
     files, parts = list_model_files(folder), tuple[str, ...]([""])
     if without_towers:
@@ -202,10 +202,10 @@ def fingerprint_model(folder: Path, *, without_towers: bool = False) -> dict[str
 
 
 def fingerprint_weights(files: Iterable[Path], *, base: Path | None = None) -> dict[str, str]:
-    """Hash all tensors of safetensors files, however they are distributed over files.
+    """Hash all tensors of safetensors files, no matter how they are split into files.
 
-    The hash is over names, dtypes, shapes and bytes, by name. Below `base`, the names of subfolders
-    are part of the names of their tensors.
+    The hash covers names, dtypes, shapes and bytes, in order of names. With `base`, a tensor's name
+    includes the subfolders of `base` that lead to its file.
     """
     return _describe_weights(iterate_tensors(files, base=base))
 
@@ -213,7 +213,7 @@ def fingerprint_weights(files: Iterable[Path], *, base: Path | None = None) -> d
 def _open(
     model: str | Path, *, prefix: str
 ) -> tuple[Path, LLM2CLIPConfig, Iterable[tuple[str, Tensor]], LLM2CLIPProcessor]:
-    """Open folder, configuration, the tower's tensors in the order of their names, processor."""
+    """Open the folder, configuration, tower's tensors (in order of names) and processor."""
     folder = find_model_folder(model)
     config = LLM2CLIPConfig.from_pretrained(folder)
     processor = LLM2CLIPProcessor.from_pretrained(folder)
@@ -232,12 +232,12 @@ def _describe_weights(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
         if tensor.is_floating_point():
             dtypes.add(str(tensor.dtype).removeprefix("torch."))
     if not dtypes:
-        raise ValueError("The model has no weights of the tower that makes these embeddings.")
+        raise ValueError("The model has no weights for the tower that computes these embeddings.")
     return {"weights": digest.hexdigest(), "dtype": "+".join(sorted(dtypes))}
 
 
 def _read_tower(folder: Path, name: str) -> dict[str, Any]:
-    """Read a tower's entries of config.json, without fields that a version of transformers adds."""
+    """Read a tower's config.json fields, without those that depend on transformers' version."""
     settings = read_json(folder / "config.json")[name]
     return {k: v for k, v in settings.items() if v is not None and k not in _NOT_OF_THE_TOWER}
 
@@ -246,7 +246,7 @@ def _hash_tokenizer(tokenizer: Any) -> str:
     return hash_json(
         {
             **json.loads(tokenizer.backend_tokenizer.to_str()),
-            # State of the last call, which these settings determine.
+            # The state of the last call is replaced by the settings that determine it.
             "truncation": tokenizer.truncation_side,
             "padding": None,
             "split_special_tokens": tokenizer.split_special_tokens,
@@ -255,10 +255,10 @@ def _hash_tokenizer(tokenizer: Any) -> str:
 
 
 def hash_deciding_files(folder: Path, *, of_vision_tower: bool = False) -> dict[str, str]:
-    """Hash each file of a model folder that decides its embeddings, and all weights as one.
+    """Hash each file of a model folder that affects its embeddings, and all weights together.
 
-    JSON is hashed without what changes no embedding. For the vision tower alone, the LLM is not
-    read.
+    JSON is hashed without fields that do not affect embeddings. With `of_vision_tower`, the LLM is
+    not read.
     """
     hashes = {
         name: hash_json(_read_deciding(folder / name))
@@ -293,9 +293,9 @@ def _keep_deciding(content: Any) -> Any:
 
 
 def hash_model_files(folder: Path, patterns: Iterable[str]) -> str:
-    """Hash the small files that decide a model's embeddings beside its weights, of any model type.
+    """Hash the small files that affect a model's embeddings, for any model type.
 
-    JSON is hashed without what changes no embedding.
+    JSON is hashed without fields that do not affect embeddings.
     """
     digest = hashlib.sha256()
     for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):

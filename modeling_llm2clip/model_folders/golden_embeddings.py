@@ -1,6 +1,6 @@
-"""Embeddings recorded when a model folder was written, against which any later load is compared.
+"""Golden embeddings: recorded when a model folder is written, and compared on any later load.
 
-T texts, D the width of the LLM, P `projection_dim`.
+Shapes: T texts, D width of the LLM, P `projection_dim`.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ _PARTS = {
     "image_embeds": "image processor, vision tower or image projection",
 }
 
-# Distances of unit embeddings. One machine, another order of sums: rounding that adds up over
-# layers. Measured on a CPU with SmolLM2-135M (30 layers) and five texts, alone, batched, padded
-# left: at most 7e-6 in float32, 0.02 in float16, 0.14 in bfloat16. Different texts were at least
-# 0.67 apart, and attention to padding moved one of them by 0.9.
+# Distances between unit embeddings. On one machine, only the order of summation varies, and
+# rounding accumulates over layers. Measured on a CPU with SmolLM2-135M (30 layers) and five texts,
+# single, batched and left-padded: at most 7e-6 in float32, 0.02 in float16, 0.14 in bfloat16.
+# Different texts were at least 0.67 apart, and attention to padding moved one of them by 0.9.
 _SAME_MACHINE = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.25}
-# Another machine has other kernels too, and may resize images by other library code; in half
-# precision that costs no more than another order of sums (0.03 and 0.14 from float32).
+# Another machine also has different kernels, and may resize images with different library code. In
+# half precision, that adds no more than the order of summation (0.03 and 0.14 from float32).
 _OTHER_MACHINE = {**_SAME_MACHINE, torch.float32: 1e-3}
 
 
 def render_golden_images() -> list[Image.Image]:
-    """Render two images from formulas, so that no file is needed: color ramps, and a disc."""
+    """Render two images from formulas, so no file is needed: color ramps and a disc."""
     rows, columns = np.mgrid[0:64, 0:96]
     ramp = np.stack([rows * 4, columns * 2, (rows + columns) % 256], axis=-1) % 256
     disc = np.full((80, 80, 3), 255)
@@ -69,8 +69,8 @@ def compute_golden(
 ) -> dict[str, Tensor]:
     """Encode T texts and the two golden images, as float32 of unit length on the CPU.
 
-    `text_embeds` (T, P) and `image_embeds` (2, P); a text-only or vision-only model gives one of
-    them. With `caption_embeds` (T, D) the LLM is not run.
+    Returns `text_embeds` (T, P) and `image_embeds` (2, P); only one of them for a text-only or
+    vision-only model. With `caption_embeds` (T, D), the LLM is not run.
     """
     embeddings = {}
     if caption_embeds is not None:
@@ -85,13 +85,12 @@ def compute_golden(
 def write_golden(
     folder: Path, model: Any, processor: LLM2CLIPProcessor, *, source: Path | None = None
 ) -> None:
-    """Record the embeddings that a model gives now, beside its weights, and hashes of its files.
+    """Record a model's current embeddings in its folder, with hashes of the folder's files.
 
-    Also records `caption_embeds` (T, D), the LLM's output, from which the embeddings of another
-    text adapter can be computed without the LLM; and `logit_scale` (1,) of a whole model, which no
-    embedding shows. With `source`, the folder of a model with the same LLM, the recorded
-    `caption_embeds` are copied and the LLM is not run. Where the source has none, nothing is
-    recorded.
+    Also records `caption_embeds` (T, D), the LLM's output, so embeddings with another text adapter
+    can be computed without the LLM; and a whole model's `logit_scale` (1,), which does not show in
+    the embeddings. `source` is the folder of a model with the same LLM: its recorded
+    `caption_embeds` are copied and the LLM is not run. If it has none, nothing is recorded.
     """
     texts, caption_embeds = list(GOLDEN_TEXTS), None
     if source is not None:
@@ -105,14 +104,14 @@ def write_golden(
             caption_embeds = encode_texts(model, processor, texts, project=False)
     except ValueError as error:
         raise ValueError(
-            f"The model is not saved. {error} After a training, take the last weights that give "
+            f"The model was not saved. {error} If training caused this, use the last weights with "
             "finite embeddings."
         ) from error
     if caption_embeds is not None:
         embeddings["caption_embeds"] = caption_embeds
     embeddings |= read_temperature(model)
     if not embeddings.get("logit_scale", torch.zeros(1)).isfinite().all():
-        raise ValueError("The model is not saved: its logit_scale has NaN or infinity.")
+        raise ValueError("The model was not saved: its logit_scale is NaN or infinite.")
     files = hash_deciding_files(folder)
     if hasattr(model, "vision_model"):
         files |= hash_deciding_files(folder, of_vision_tower=True)
@@ -137,9 +136,9 @@ def compare_golden(
 ) -> str | None:
     """Compare a model with the embeddings recorded in its folder, and say what was compared.
 
-    `dtype` is that of the folder's weights and sets what may differ; None for the model's. Without
-    `runs_llm`, texts start from the recorded caption embeddings. Returns None where nothing is
-    recorded for this model, and raises where embeddings differ by more than rounding on another
+    The tolerance depends on `dtype`, the dtype of the folder's weights; None for the model's.
+    Without `runs_llm`, texts start from the recorded caption embeddings. Returns None if nothing is
+    recorded for this model. Raises ValueError if embeddings differ by more than rounding on another
     machine.
     """
     golden = read_golden(folder)
@@ -160,28 +159,28 @@ def compare_golden(
         largest = max(largest, furthest)
         if not furthest <= tolerance:
             errors.append(f"{name} moved by {furthest:.1e} in row {row} ({_PARTS[name]})")
-    # A text-only or vision-only model has none. It is saved and loaded as it is, in float32.
+    # Text-only and vision-only models have none. It is always saved and loaded in float32.
     for name, value in read_temperature(model).items():
         if name not in recorded:
             errors.append(f"{name} was not recorded")
         elif not torch.allclose(value, recorded[name].float(), atol=1e-6, rtol=0):
             was = float(recorded[name])
-            errors.append(f"{name} is {float(value):.4f}, recorded was {was:.4f}")
-    # The LLM's output, which a later training copies without a check.
+            errors.append(f"{name} is {float(value):.4f}, but {was:.4f} was recorded")
+    # The LLM's output, which later training copies without checking it.
     llm = recorded.get("caption_embeds")
     if llm is None and "text_embeds" in computed:
         errors.append("caption_embeds was not recorded")
     elif llm is not None and not (
         llm.ndim == 2 and len(llm) == len(texts) and llm.isfinite().all()
     ):
-        errors.append(f"caption_embeds {tuple(llm.shape)} has NaN, or not a row for each text")
+        errors.append(f"caption_embeds {tuple(llm.shape)} has NaN, or not one row per text")
     if errors:
         raise ValueError(
             f"{'; '.join(errors)}; allowed in {dtype or model.dtype}: {tolerance:.2g}. Weights, "
-            "settings or code are not those the folder was written with: restore it."
+            "settings or code have changed since the folder was written. Restore the folder."
         )
     count = sum(map(len, computed.values()))
-    return f"{count} embeddings at most {largest:.1e} from those recorded (allowed {tolerance:.2g})"
+    return f"{count} embeddings moved by at most {largest:.1e} (allowed {tolerance:.2g})"
 
 
 def require_golden(
@@ -193,11 +192,11 @@ def require_golden(
     runs_llm: bool = True,
     of_vision_tower: bool = False,
 ) -> None:
-    """Refuse to write a folder from one that differs from its recorded embeddings and files.
+    """Refuse to write a new folder from one that differs from its recorded embeddings and files.
 
-    The new folder would record the damaged embeddings, and pass its checks. Where nothing
-    is recorded, a warning says that damage would not show. With `of_vision_tower`, neither
-    tokenizer nor LLM is read.
+    Otherwise, the new folder would record the damaged embeddings and pass its checks. Warns if
+    nothing is recorded, because damage would not show. With `of_vision_tower`, neither tokenizer
+    nor LLM is read.
     """
     try:
         compared = compare_golden(folder, model, processor, dtype=dtype, runs_llm=runs_llm)
@@ -205,21 +204,22 @@ def require_golden(
         _require_stated_dtype(folder)
     except ValueError as error:
         raise ValueError(
-            f"Nothing is written from {folder}: it fails the check of its golden embeddings and "
-            f"recorded files. {error} `llm2clip doctor {folder}` makes all checks."
+            f"Nothing was written from {folder}, because it fails the check of its golden "
+            f"embeddings and recorded files. {error} Run `llm2clip doctor {folder}` for all checks."
         ) from error
     if compared is None:
         warnings.warn(
-            f"{folder} has no golden embeddings of this model ({GOLDEN_FILE}): damage to it would "
-            "not be seen, and what is written from it would be called healthy.",
+            f"{folder} has no golden embeddings of this model ({GOLDEN_FILE}), so damage would not "
+            "be noticed: a model written from it would pass its checks.",
             stacklevel=3,
         )
 
 
 def _require_stated_dtype(folder: Path) -> None:
-    """Refuse a folder that loads in another dtype than some of its weights have.
+    """Refuse a folder in which some weights are stored in a different dtype than they load in.
 
-    It would lose digits, or have fewer than it states. The temperature is float32 in every folder.
+    They would lose precision, or have less than config.json states. The temperature is float32 in
+    every folder.
     """
     config = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True)
     stated = getattr(config, "dtype", None)
@@ -235,20 +235,20 @@ def _require_stated_dtype(folder: Path) -> None:
         if dtype != stated:
             names = [str(name).removeprefix("torch.") for name in (stated, dtype)]
             raise ValueError(
-                f"config.json states {names[0]}, and {count} of {total} weights are {names[1]}. "
+                f"config.json states {names[0]}, but {count} of {total} weights are {names[1]}. "
                 "Correct the dtype in config.json, or load the model in one dtype and save it "
                 "again."
             )
 
 
 def read_temperature(model: Any) -> dict[str, Tensor]:
-    """Return `logit_scale` (1,) float32, a logarithm, as it is saved; some models have none."""
+    """Return the saved `logit_scale`, (1,) float32, a logarithm; empty for a model without one."""
     scale = getattr(model, "logit_scale", None)
     return {} if scale is None else {"logit_scale": scale.log_scale.detach().float().cpu()}
 
 
 def read_golden(folder: Path) -> tuple[list[str], dict[str, Tensor]] | None:
-    """Read the recorded texts and embeddings by name; None where the folder has none."""
+    """Read the recorded texts, and the embeddings by name; None if the folder has none."""
     if not (folder / GOLDEN_FILE).is_file():
         return None
     with _open_golden(folder) as file:
@@ -257,10 +257,10 @@ def read_golden(folder: Path) -> tuple[list[str], dict[str, Tensor]] | None:
 
 
 def require_recorded_files(folder: Path, *, of_vision_tower: bool = False) -> bool:
-    """Refuse a folder whose files differ from those that the golden embeddings were computed with.
+    """Refuse a folder with files that have changed since its golden embeddings were computed.
 
-    Embeddings of a few texts do not show every change: an edited tokenizer may give them the same
-    ids. Returns False where no files are recorded.
+    Embeddings of a few texts do not reveal every change: an edited tokenizer may give them the same
+    ids. Returns False if no file hashes are recorded.
     """
     if not (folder / GOLDEN_FILE).is_file():
         return False
@@ -273,15 +273,15 @@ def require_recorded_files(folder: Path, *, of_vision_tower: bool = False) -> bo
     names = {*hashes} if of_vision_tower else {*hashes, *recorded} - {VISION_ENTRY}
     if changed := sorted(name for name in names if hashes.get(name) != recorded.get(name)):
         raise ValueError(
-            f"{', '.join(changed)}: not as when the folder was written, so that some inputs get "
-            "other embeddings. Restore these files, or, if the change is wanted, remove "
-            f"{GOLDEN_FILE} and write the folder anew (llm2clip export)."
+            f"{', '.join(changed)}: changed since the folder was written, so some inputs may get "
+            "different embeddings. Restore these files. If the change is intended, delete "
+            f"{GOLDEN_FILE} and rewrite the folder with llm2clip export."
         )
     return True
 
 
 def find_tolerance(dtype: torch.dtype, *, other_machine: bool = False) -> float:
-    """Return the largest harmless distance between two computations of a unit embedding."""
+    """Return the largest distance that rounding explains between two runs of a unit embedding."""
     table = _OTHER_MACHINE if other_machine else _SAME_MACHINE
     return table.get(dtype, table[torch.float32])
 
@@ -289,7 +289,7 @@ def find_tolerance(dtype: torch.dtype, *, other_machine: bool = False) -> float:
 def measure_distances(first: Tensor, second: Tensor) -> Tensor:
     """Return the distance of each row of (B, P) from its counterpart, (B,) float32.
 
-    NaN becomes infinite.
+    NaN becomes infinity.
     """
     distances: Tensor = (first.float() - second.float()).norm(dim=1).nan_to_num(nan=torch.inf)
     return distances
@@ -297,13 +297,13 @@ def measure_distances(first: Tensor, second: Tensor) -> Tensor:
 
 @contextmanager
 def _open_golden(folder: Path) -> Iterator[Any]:
-    """Open the recorded embeddings; an error in them or in their metadata means a damaged file."""
+    """Open the recorded embeddings; report any error in them or their metadata as damage."""
     path = folder / GOLDEN_FILE
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, ValueError, TypeError, AttributeError, LookupError) as error:
         raise ValueError(
-            f"{path} is damaged ({error!r}). Restore it, or, if the model is known to be intact, "
-            "remove it and write the folder anew (llm2clip export)."
+            f"{path} is damaged ({error!r}). Restore it. If the model is known to be intact, "
+            "delete the file and rewrite the folder with llm2clip export."
         ) from error

@@ -1,7 +1,7 @@
-"""Loads models for inference in a precision; bfloat16 that nobody asked for is compared first.
+"""Load models for inference in a precision; automatic bfloat16 is first checked against float32.
 
 A GPU multiplies bfloat16 about ten times as fast as float32, and a model folder is float32 unless
-it was exported otherwise. Heads are small, and always run in float32 on a GPU.
+exported in another dtype. Heads are small and always run in float32 on a GPU.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from .weights import open_model_weights
 T = TypeVar("T")
 
 LEAST_COSINE = 0.999
-_NUM_COMPARED = 64  # texts, and as many images
-# Memory for the float32 weights, those in bfloat16 beside them, and a batch, in sizes of the first.
+_NUM_COMPARED = 64  # texts, and the same number of images
+# Memory for the float32 weights, a bfloat16 copy and a batch, as a multiple of the float32 size.
 _ROOM = 1.75
 _OF_HEADS = re.compile(r"(?!(text|vision)_model\.)|text_model\.pooled_dense\.")
 
@@ -47,19 +47,19 @@ def load_in_precision(
     traits: DeviceTraits | None = None,
     **options: Any,
 ) -> Any:
-    """Load a model to a device, with its towers in the dtype that a precision means there.
+    """Load a model onto a device, with its towers in the dtype that the precision means there.
 
-    On a CPU, `auto` is the stored dtype. Float32 towers that a GPU would run in bfloat16 stay in
-    float32 unless bfloat16 keeps the embeddings of texts and images to a cosine of 0.999: those
-    that the same weights give in float32, or, where these do not fit beside, the golden ones of the
-    folder. stderr gets what was compared.
+    On a CPU, `auto` is the stored dtype. On a GPU, `auto` runs float32 towers in bfloat16 only if
+    that keeps text and image embeddings within a cosine of 0.999. They are compared with float32
+    embeddings from the same weights or, if both copies do not fit into memory, with the folder's
+    golden embeddings. The comparison is reported on stderr.
 
     Args:
-        model_class: Whole, text-only or vision-only model.
+        model_class: Class of a whole, text-only or vision-only model.
         folder: A model folder.
         device: Where the model runs.
         precision: `auto`, `float32` or `bfloat16`.
-        traits: What decides; None to read it from the device.
+        traits: Traits of the device that decide the dtype; None to read them from it.
         options: Further arguments of `from_pretrained`.
     """
     traits = traits or DeviceTraits.read(device)
@@ -74,10 +74,10 @@ def load_in_precision(
 
 
 def _load_compared(load: Callable[..., Any], folder: Path, free_bytes: int) -> Any:
-    """Load float32 towers in bfloat16 if that keeps their embeddings, and otherwise as stored."""
+    """Load float32 towers in bfloat16 if that preserves their embeddings, otherwise as stored."""
     size = sum(file.stat().st_size for file in list_model_files(folder))
     processor = LLM2CLIPProcessor.from_pretrained(folder, local_files_only=True)
-    embed, beside = partial(_embed_examples, processor=processor), "the same weights in float32"
+    embed, reference = partial(_embed_examples, processor=processor), "the same weights in float32"
     model, golden = None, read_golden(folder)
     if free_bytes >= _ROOM * size:
         model = load()
@@ -85,10 +85,12 @@ def _load_compared(load: Callable[..., Any], folder: Path, free_bytes: int) -> A
     elif golden is not None:
         texts, expected = golden
         embed = partial(compute_golden, processor=processor, texts=texts)
-        beside = "the golden embeddings of the folder, because memory has no room for float32,"
+        reference = "the folder's golden embeddings (not enough memory for float32)"
     else:
-        _say("float32: memory has no room to compare bfloat16 with it, nor has the folder golden "
-             "embeddings")  # fmt: skip
+        _report(
+            "float32: bfloat16 cannot be checked, because there is neither enough memory for both "
+            "nor are there golden embeddings"
+        )
         return load()
     cast = _keep_heads(load(dtype=torch.bfloat16), folder)
     least = min(
@@ -96,9 +98,9 @@ def _load_compared(load: Callable[..., Any], folder: Path, free_bytes: int) -> A
         for name, rows in embed(cast).items()
     )
     is_close = least >= LEAST_COSINE  # False for NaN
-    _say(
-        f"{'bfloat16' if is_close else 'float32'}: the smallest cosine of embeddings in bfloat16 "
-        f"with {beside} is {least:.5f}, and {LEAST_COSINE} is required"
+    _report(
+        f"{'bfloat16' if is_close else 'float32'}: the smallest cosine between bfloat16 embeddings "
+        f"and {reference} is {least:.5f}, at least {LEAST_COSINE} is required"
     )
     if is_close:
         return cast
@@ -115,7 +117,7 @@ def find_stored_dtype(folder: Path) -> torch.dtype:
 
 
 def _keep_heads(model: Any, folder: Path) -> Any:
-    """Give everything but the towers its stored weights in float32."""
+    """Load the stored weights of everything but the towers in float32."""
     weights = open_model_weights(folder)
     for name, weight in model.named_parameters():
         if _OF_HEADS.match(name):
@@ -124,7 +126,7 @@ def _keep_heads(model: Any, folder: Path) -> Any:
 
 
 def _embed_examples(model: Any, processor: LLM2CLIPProcessor) -> dict[str, Tensor]:
-    """Encode texts and images that come with the package, by tower and as they are compared."""
+    """Encode the package's example texts and images, before and after projection."""
     data, embeds = find_example_data() / "emoji", {}
     if hasattr(model, "text_model"):
         lines = _choose((data / "captions.jsonl").read_text(encoding="utf-8").splitlines())
@@ -141,6 +143,6 @@ def _choose(items: Sequence[T]) -> Sequence[T]:
     return items[:: len(items) // _NUM_COMPARED][:_NUM_COMPARED]
 
 
-def _say(text: str) -> None:
+def _report(text: str) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         tqdm.write(f"Towers run in {text}.", file=sys.stderr)

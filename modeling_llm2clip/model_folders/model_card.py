@@ -1,6 +1,6 @@
-"""The README.md of a model folder: a template, filled from the files of the folder. Facts that no
-weight shows, such as licenses, training data and results, are in the metadata of the card, where
-the Hub reads them. They are read back whenever the folder is written anew.
+"""Write the README.md of a model folder: a template, filled in from the folder's files. Facts that
+the weights do not show, such as licenses, training data and results, are in the card's metadata,
+where the Hub reads them. They are read back whenever the folder is rewritten.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import yaml  # what huggingface_hub reads cards with
+import yaml  # huggingface_hub reads cards with it
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from tokenizers import Tokenizer
 
@@ -26,10 +26,10 @@ from .model_folder import fetch_hub_file
 from .model_loading import describe_untrained
 from .weights import open_model_weights
 
-# Where the package is published, written by `.ci/write_badges.py`; without, cards do not name it.
+# Where the package is published, written by `.ci/write_badges.py`. If None, cards do not name it.
 ADDRESS: str | None = None
-# Arguments of a dataset and of a metric in the Hub's `model-index`. `.eval_results/` takes only
-# tasks of registered benchmarks.
+# Arguments of a dataset and a metric in the Hub's `model-index`. (`.eval_results/` only accepts
+# tasks of registered benchmarks.)
 _COUNT, _INTERVAL = "count", "interval_95"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -45,10 +45,10 @@ _SUMMARIES = {
     ("vision",): "The vision-only model, which projects into a space of $dim dimensions.",
     ("text",): "The text-only model, which projects into a space of $dim dimensions.",
 }
-_UNREADABLE = (ValueError, yaml.YAMLError, RecursionError)  # of a card's metadata
+_UNREADABLE = (ValueError, yaml.YAMLError, RecursionError)  # raised by damaged metadata
 _NOT_METADATA = ("results", "edits")
 _OPTIONS = ("license_name", "license_link", "vision_license", "text_license", "training_data")
-# Entries of the metadata that an option replaces.
+# Metadata entries that an option replaces.
 _ENTRIES = {"base_models": "base_model", "training_data": "datasets"}
 _PIPELINES = {
     ("vision", "text"): "zero-shot-image-classification",
@@ -60,18 +60,18 @@ _UNTRAINED = """## Untrained: not for use yet
 
 The two towers of this model are not aligned yet. It is {state}.
 
-Until then its similarities are random. Align it first (`llm2clip align`): the aligned model has a
-card of its own, and this one is not for publication.
+Until then, its similarities are random. Align it first (`llm2clip align`): the aligned model gets
+its own card, and this one should not be published.
 
 """
 _KEPT = """
 
-The text side was kept near the text encoder that the vision tower was trained with, for {}. Other
-classes were not kept: their classification may have become worse."""
+Training kept the text side close to the vision tower's original text encoder for {}. Other classes
+were not kept close, so their classification may be worse."""
 _PACKAGE = """
 
-The package [modeling_llm2clip]({address}) checks, evaluates, searches, serves and trains it. With
-`import modeling_llm2clip`, no remote code is needed.
+The package [modeling_llm2clip]({address}) checks, evaluates, searches, serves and trains this
+model. With `import modeling_llm2clip`, no remote code is needed.
 
 ```bash
 pip install git+{address}
@@ -85,12 +85,12 @@ _SNIPPETS = {
 
 @dataclass(frozen=True)
 class CardResult:
-    """The scores of one evaluation, by name; the dataset's name has its language.
+    """The scores of one evaluation, by name; the dataset's name includes the language.
 
-    `intervals` are those of 95 % confidence, low and high, by the name of their score. `count` says
-    how much was measured, such as "1,000 images, 5,000 texts". A card does not keep fingerprint and
-    dtype of the measured model. `entries` are the results as a card states them, with what others
-    added, such as a source or a verification.
+    `intervals` are 95 % confidence intervals (low, high), by the name of the score. `count` says
+    how much was measured, such as "1,000 images, 5,000 texts". A card does not store the measured
+    model's fingerprint and dtype. `entries` are the results as stated on a card, with anything
+    that others added, such as a source or a verification.
     """
 
     task: str
@@ -105,11 +105,11 @@ class CardResult:
 
 @dataclass(frozen=True)
 class CardEdits:
-    """Edits of a card by somebody else.
+    """Edits that somebody else made to a card.
 
     Attributes:
-        metadata: Entries of the metadata that this package would not write.
-        sections: Sections of the body in their order; only the heading of an unedited one.
+        metadata: Metadata entries that this package would not write.
+        sections: Sections of the body, in order; an unedited section is only its heading.
     """
 
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -118,14 +118,14 @@ class CardEdits:
 
 @dataclass(frozen=True)
 class CardData:
-    """The statements of a card about a model.
+    """The facts that a card states about a model.
 
-    `license` is an identifier of the Hub, or "other" with name and address of another one; the
-    towers have those of their own cards. `text_training_data` names the data among `training_data`
-    on whose captions the language model was fine-tuned. `language` has the codes of the captions'
-    languages. `results` were measured with these very weights. `kept_texts` names the texts that
-    the last training kept near CLIP's. `caution` is a warning that a user must see first, for
-    example that the model is near chance.
+    `license` is a Hub identifier, or "other" with `license_name` and `license_link`; the towers'
+    licenses come from their own cards. `text_training_data` is the subset of `training_data` whose
+    captions fine-tuned the language model. `language` has the codes of the captions' languages.
+    `results` were measured with exactly these weights. `kept_texts` names the texts whose
+    embeddings the last training kept close to CLIP's. `caution` is a warning that users must see
+    first, for example that the model is near chance.
     """
 
     license: str | None = None
@@ -146,14 +146,14 @@ class CardData:
         for name, value in vars(self).items():
             texts = value if isinstance(value, tuple) else () if value is None else (value,)
             if name not in _NOT_METADATA and not all(isinstance(text, str) for text in texts):
-                errors.append(f"{name}={value!r} is not a text")
+                errors.append(f"{name}={value!r} is not a string")
         if isinstance(self.license, str) and not _LICENSE.fullmatch(self.license):
             errors.append(f"license={self.license!r} is not an identifier like 'apache-2.0'")
         if self.license == "other" and not (self.license_name and self.license_link):
             errors.append("license='other' needs license_name and license_link")
         if errors:
             raise ValueError(
-                f"{'; '.join(errors)}. The identifiers: https://huggingface.co/docs/hub/"
+                f"{'; '.join(errors)}. License identifiers: https://huggingface.co/docs/hub/"
                 "repositories-licenses."
             )
 
@@ -165,7 +165,7 @@ class CardData:
 
     @property
     def eval_results(self) -> list[EvalResult]:
-        """Results as the Hub's `model-index` has them, one per score."""
+        """Results in the format of the Hub's `model-index`, one per score."""
         return [entry for result in self.results for entry in result.entries or _enter(result)]
 
 
@@ -187,7 +187,7 @@ def _enter(result: CardResult) -> list[EvalResult]:
 
 
 def read_card_data(folder: Path, *, training_alone: bool = False) -> CardData:
-    """Read the statements of a card, or those about its training data alone."""
+    """Read the facts that a folder's card states, or only its training data."""
     path = folder / "README.md"
     if not path.is_file():
         return CardData()
@@ -199,7 +199,7 @@ def read_card_data(folder: Path, *, training_alone: bool = False) -> CardData:
     except (*_UNREADABLE, LookupError, TypeError, AttributeError) as error:
         reason = str(error).partition(" Pass ")[0]  # an option of huggingface_hub
         raise ValueError(
-            f"{path}: its metadata cannot be used ({reason}). Correct the lines between the '---'."
+            f"{path}: invalid metadata ({reason}). Correct the lines between the '---'."
         ) from error
 
 
@@ -238,12 +238,12 @@ def _make_card(data: Any) -> CardData:
 
 
 def _list_texts(data: Any, name: str) -> tuple[str, ...]:
-    stated = data.get(name) or []  # another package's card may name one without a list
+    stated = data.get(name) or []  # another package's card may have a single value
     return tuple(stated) if isinstance(stated, list) else (stated,)
 
 
 def read_edited_card(folder: Path) -> CardData:
-    """Read the statements of a model folder's card, and what somebody else wrote on it."""
+    """Read the facts on a model folder's card, and the edits that somebody else made."""
     card = read_card_data(folder)
     if not (folder / "README.md").is_file():
         return card
@@ -260,7 +260,7 @@ def read_edited_card(folder: Path) -> CardData:
 
 
 def find_name(folder: Path) -> str:
-    """Find what a folder's card calls its model, by its snippet."""
+    """Find the model's name in the code snippet of a folder's card."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     name = re.search(r'SentenceTransformer\(\s*"(.+)"', text)
@@ -268,7 +268,7 @@ def find_name(folder: Path) -> str:
 
 
 def _split(body: str) -> list[tuple[str, str]]:
-    """Split a card's body into its sections, (heading, text); the first has no heading."""
+    """Split a card's body into sections, (heading, text); the first has no heading."""
     first, *others = re.split(r"^(?=## )", body, flags=re.MULTILINE)
     return [("", first), *((part.partition("\n")[0], part) for part in others)]
 
@@ -276,9 +276,9 @@ def _split(body: str) -> list[tuple[str, str]]:
 def read_card_of_trained(
     folder: Path, training_data: Sequence[str], languages: Sequence[str] = ()
 ) -> CardData:
-    """Read the statements of a card that still hold after training on more data.
+    """Read the facts on a card that still hold after training on more data.
 
-    Only the first part of a language (BCP 47) is a code that the Hub knows.
+    The Hub only knows the first part of a language tag (BCP 47).
     """
     stated = read_card_data(folder)
     data = dict.fromkeys((*stated.training_data, *training_data))
@@ -293,9 +293,9 @@ def read_card_of_trained(
 def update_card_data(
     card: CardData, config: CardConfig, *, results: Sequence[CardResult] | None = None
 ) -> CardData:
-    """Return the statements of a card, updated by those of a config.
+    """Return a card's facts, updated by the options of a config.
 
-    Results replace the card's; None keeps those.
+    Results replace the card's results; None keeps them.
     """
     options = config.list_given()
     stated: dict[str, Any] = {name: getattr(config, name) for name in options if name in _OPTIONS}
@@ -308,7 +308,7 @@ def update_card_data(
 
 
 def relicense(card: CardData, license: str | None, **changes: Any) -> CardData:
-    """Return the statements of a card under a new license, without the old name and link."""
+    """Return a card's facts with a new license, without the old license's name and link."""
     if license is None or license == card.license == "other":
         return replace(card, **changes)
     fresh = {"license": license, "license_name": None, "license_link": None}
@@ -316,7 +316,7 @@ def relicense(card: CardData, license: str | None, **changes: Any) -> CardData:
 
 
 def set_base_models(config: LLM2CLIPConfig, base_models: tuple[str, str] | None) -> None:
-    """Name vision tower and LLM in a configuration, which the card repeats."""
+    """Record the names of vision tower and LLM in the configuration; the card shows them."""
     if base_models is not None:
         config.vision_config._name_or_path, config.text_config._name_or_path = base_models
 
@@ -324,17 +324,18 @@ def set_base_models(config: LLM2CLIPConfig, base_models: tuple[str, str] | None)
 def require_license(card: CardData, source: str | Path) -> None:
     if card.license is None:
         raise ValueError(
-            f"{source} states no license, and nothing is published without one. State it with "
-            "--license, e.g. --license apache-2.0; the licenses of both towers must allow it "
+            f"{source} states no license, and nothing is published without one. Set --license, "
+            "e.g. --license apache-2.0; the licenses of both towers must allow it "
             f"(vision tower: {card.vision_license or 'not recorded'}, language model: "
             f"{card.text_license or 'not recorded'})."
         )
 
 
 def find_license(source: str | Path, *, revision: str | None = None) -> str | None:
-    """Read the license on a tower's own card, in its folder, beside its weight file or on the Hub.
+    """Read the license from a tower's own card: in its folder, next to its weight file, or on the
+    Hub.
 
-    None where no card states one, or the Hub cannot be reached.
+    None if no card states a license, or the Hub cannot be reached.
     """
     path = Path(source)
     if path.exists():
@@ -356,7 +357,7 @@ def find_license(source: str | Path, *, revision: str | None = None) -> str | No
 
 
 def write_model_card(folder: Path, card: CardData, *, name: str) -> None:
-    """Write `README.md` with the Hub's metadata; a stopped write leaves the old card."""
+    """Write `README.md` with the Hub's metadata; an interrupted write leaves the old card."""
     write_atomically(folder / "README.md", _render(folder, card, name=name).encode())
 
 
@@ -371,7 +372,7 @@ def _render(folder: Path, card: CardData, *, name: str) -> str:
     tags = ["llm2clip", "transformers", "sentence-transformers"]
     data = ModelCardData(
         **card.metadata,
-        library_name="transformers",  # of which the Hub knows all pipelines below
+        library_name="transformers",  # the Hub knows all of its pipelines below
         pipeline_tag=_PIPELINES[sides] if trained else None,
         tags=[*tags, _TASK_TAG if trained else _UNTRAINED_TAG],
         **name_base_models(*origins.values()),
@@ -402,27 +403,27 @@ def _render(folder: Path, card: CardData, *, name: str) -> str:
     sections = dict(_split(body))
     kept = "".join(sections.get(part, part) for part in card.edits.sections)
     metadata = ModelCardData(**{**data.to_dict(), **card.edits.metadata})
-    # U+0085 breaks lines in YAML, where it would be read back as a space.
+    # U+0085 is a line break in YAML and would be read back as a space.
     text = re.sub("\x85 *", " ", f"---\n{metadata.to_yaml()}\n---\n\n{kept.lstrip() or body}")
     return str(ModelCard(text.replace("\0", _describe_license(card))))
 
 
 def name_base_models(*names: str, relation: str = "finetune") -> dict[str, Any]:
-    """Return the metadata of the models that a model was made of, as far as they are on the Hub.
+    """Return metadata for the models that a model was built from, if they are on the Hub.
 
-    Without a relation, the Hub would take two of them for a merge.
+    Without a relation, the Hub would treat two base models as a merge.
     """
     on_hub = [name for name in names if _HUB_ID.fullmatch(name)]
     return {"base_model": on_hub, "base_model_relation": relation} if on_hub else {}
 
 
 def _choose_template(config: LLM2CLIPConfig) -> str:
-    """Return the template; for an untrained model, with a warning instead of the intended use."""
+    """Return the template; for an untrained model, a warning replaces the intended use."""
     text = _TEMPLATE.read_text(encoding="utf-8")
     state = describe_untrained(config)
     if state is None:
         return text
-    note = f"The model is in part {state}.\n\n"
+    note = f"Part of the model is {state}.\n\n"
     if config.projections_trained:
         return _PURPOSE.sub(lambda purpose: purpose[0] + note, text)
     return _PURPOSE.sub(_UNTRAINED.format(state=state), text)
@@ -440,7 +441,7 @@ def _describe_parts(
         pooling = f"{direction}, pooling `{config.text_pooling}`"
         rows.append(("language model", f"{_describe_tower(config, 'text', counts)}, {pooling}"))
         rows.append(("prompt", _describe_prompt(folder, config)))
-        rows.append(("texts", f"at most {config.max_text_length} tokens, prompt included"))
+        rows.append(("texts", f"at most {config.max_text_length} tokens, including the prompt"))
     total = sum(counts.values())
     rows.append(("weights", f"{_shorten(total)} parameters, {str(config.dtype)[6:]}"))
     return rows
@@ -455,7 +456,7 @@ def _describe_tower(config: LLM2CLIPConfig, side: str, counts: dict[str, int]) -
 def _describe_images(folder: Path) -> str:
     path = folder / "processor_config.json"
     if not path.is_file():
-        return "prepared by an image processor that is not in the folder"
+        return "preprocessed by an image processor that is not in the folder"
     settings = read_json(path)["image_processor"]
     size = settings.get("crop_size") if settings.get("do_center_crop") else settings.get("size")
     shown = (

@@ -1,8 +1,8 @@
-"""Finds the folder of a model by its path or Hub id, and its content by its small files.
+"""Find a model's folder by its path or Hub id, and detect its content from its small files.
 
-Needs no torch and no weights, so that a wrong folder is reported at once, with the command that
-takes it. huggingface_hub tries again and again before it says that there is no network; here the
-Hub is tried once, so that a misspelled folder is reported within seconds.
+Needs neither torch nor weights, so a wrong folder is reported immediately, with the command that
+accepts it. huggingface_hub retries many times without a network. Here, the Hub is tried once, so a
+misspelled folder is reported within seconds.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from ..configs.build_config import EMBEDDED
 from ..configs.encoding_config import DUAL_ENCODERS
 from ..data.sources.json_files import read_json
 
-# Sources of a converted model, written by its conversion.
+# Sources of a converted model, written by the conversion.
 RECORD_FILE = "conversion.json"
-# The same record after a training: the weights are no longer those of the listed files.
+# The same record after training: the weights no longer match the listed files.
 RECORD_BEFORE_TRAINING = "conversion_before_training.json"
-# peft's file of a LoRA's settings.
+# peft's files of a LoRA.
 LORA_CONFIG = "adapter_config.json"
 LORA_WEIGHTS = "adapter_model.safetensors"
-_DEMO_MODEL = Path("..") / "llm2clip-demo" / "model"  # as a notebook in examples/ sees it
-# Other formats of the same weights, which are read only where they are asked for by name.
+_DEMO_MODEL = Path("..") / "llm2clip-demo" / "model"  # relative to a notebook in examples/
+# Other formats of the same weights, only downloaded when requested by name.
 _NOT_DOWNLOADED = [
     "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "onnx/*",
     "openvino/*",
 ]  # fmt: skip
 _NAME = r"\w[\w.-]*"
 _SECONDS = 5.0
-# Record of a folder of ONNX graphs: the export, its checks, and their results.
+# Record of a folder of ONNX graphs: the export, its checks and their results.
 ONNX_RECORD = "onnx_export.json"
 _VISION_FIELDS = ("image_size", "patch_size", "num_channels", "hidden_sizes")
 
@@ -51,12 +51,13 @@ def find_model_folder(
 ) -> Path:
     """Return a local folder, or download a Hub repository and return its snapshot.
 
-    With `only`, files of these names alone are downloaded, in any format.
+    With `only`, just the files that match these patterns are downloaded, in any format.
     """
     if Path(source).is_dir():
         if revision is not None:
             raise ValueError(
-                f"{source} is a folder, which has no revision {revision!r}; leave it out."
+                f"{source} is a local folder, so it has no revision {revision!r}. Omit the "
+                "revision."
             )
         return Path(source)
     require_there(source)
@@ -69,37 +70,37 @@ def find_model_folder(
                 ignore_patterns=_NOT_DOWNLOADED if only is None else None,
             )
         )
-    except LocalEntryNotFoundError as error:  # which names no repository
+    except LocalEntryNotFoundError as error:  # does not name the repository
         raise FileNotFoundError(f"{source} cannot be downloaded: {error}") from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"{source}: no such folder here, and the Hub has no such repository, or a private one. "
+            f"{source}: no such local folder, and the repository is not on the Hub or is private. "
             "Correct the name, or log in (hf auth login)."
         ) from error
 
 
 def require_there(source: str | Path) -> None:
-    """Refuse a source that is neither a folder nor a Hub repository that can be reached."""
+    """Refuse a source that is neither a local folder nor a reachable Hub repository."""
     if not Path(source).is_dir() and (missing := explain_missing(source)):
         raise ValueError(f"{source}: {missing}. Correct the path or id.")
 
 
 def find_demo_model() -> str:
-    """Find the notebooks' model: `LLM2CLIP_MODEL`, or the folder that the demo wrote."""
+    """Find the notebooks' model: `LLM2CLIP_MODEL`, or the folder written by the demo."""
     source = os.environ.get("LLM2CLIP_MODEL") or str(_DEMO_MODEL)
     if not is_hub_id(source) and not (Path(source) / "config.json").is_file():
         raise FileNotFoundError(
             f"There is no model in {source}. Run `llm2clip demo` at the root of the repository; it "
             "writes llm2clip-demo/model in a few minutes. Or set LLM2CLIP_MODEL to another model "
-            "folder or Hub id."
+            "folder or a Hub id."
         )
     return source
 
 
 def is_inside(file: Path, folder: Path) -> bool:
-    """Return whether a file, with all links followed, belongs to a folder.
+    """Return whether a file belongs to a folder after following all links.
 
-    A snapshot in huggingface_hub's cache owns the contents that the cache keeps for its repository.
+    For a snapshot in huggingface_hub's cache, the blobs of its repository also belong to it.
     """
     content, root = file.resolve(), folder.resolve()
     in_snapshots = root.parent.name == "snapshots"
@@ -114,7 +115,7 @@ def list_uploaded_files() -> list[Path]:
 
 
 def is_hub_id(source: str | Path) -> bool:
-    """Return whether a source can only be a Hub id: `owner/name`, with no folder `owner` here. A
+    """Return whether a source can only be a Hub id: `owner/name`, without a local folder `owner`. A
     `Path` is never a Hub id.
     """
     return (
@@ -125,9 +126,9 @@ def is_hub_id(source: str | Path) -> bool:
 
 
 def explain_missing(source: str | Path, *, may_lack_owner: bool = False) -> str | None:
-    """Explain why a source is neither a local folder nor a Hub repository that can be reached.
+    """Explain why a source is neither a local folder nor a reachable Hub repository.
 
-    None where the Hub or its cache may have it. Older repositories lack an owner ("gpt2").
+    None if the Hub or its cache may have it. Older repositories have no owner ("gpt2").
     """
     is_short = may_lack_owner and re.fullmatch(_NAME, str(source)) is not None
     if is_short or is_hub_id(source):
@@ -136,21 +137,21 @@ def explain_missing(source: str | Path, *, may_lack_owner: bool = False) -> str 
         if is_cached or (reason := _try_hub()) is None:
             return None
         return (
-            "no such folder here, and the Hub, which may have a repository of this name, cannot "
+            "no such local folder, and the Hub, which may have a repository with this name, cannot "
             f"be reached ({reason}: check the network)"
         )
     above = next((parent for parent in Path(source).parents if parent.is_dir()), Path())
     if above in (Path(), Path("/")):
-        return "no such folder, and no Hub id like 'owner/name'"
+        return "no such folder, and not a Hub id like 'owner/name'"
     names = sorted(path.name for path in above.iterdir() if path.is_dir())
     shown = f"the folders {list_first(names)}" if names else "no folder"
-    return f"no such folder, and no Hub id: {above} is here, and has {shown}"
+    return f"no such folder, and not a Hub id: {above} exists, but has {shown}"
 
 
 def fetch_hub_file(source: str | Path, name: str, *, revision: str | None = None) -> Path | None:
-    """Fetch a small file of a Hub repository, or find it in the cache where there is no Hub.
+    """Fetch a small file from a Hub repository, or from the cache if the Hub cannot be reached.
 
-    None where there is no such file.
+    None if there is no such file.
     """
     try:
         return Path(
@@ -163,7 +164,7 @@ def fetch_hub_file(source: str | Path, name: str, *, revision: str | None = None
 
 
 def _try_hub() -> str | None:
-    """Return why the Hub cannot be reached; None where it can, or where a proxy is between."""
+    """Return why the Hub cannot be reached; None if it can be, or if there is a proxy."""
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     scheme = urlsplit(constants.ENDPOINT).scheme
@@ -187,10 +188,10 @@ def require_sources(
     text: str | Path | None = None,
     lora: str | Path | None = None,
 ) -> None:
-    """Refuse towers and LoRAs that are neither there nor named as on the Hub.
+    """Refuse towers and LoRAs that neither exist locally nor look like Hub ids.
 
-    Nothing is loaded for it, and every such source is named. A text tower may be a `.gguf` file,
-    also in a Hub repository (`owner/name/FILE.gguf`); both towers may be "embedded".
+    Nothing is loaded, and all of them are named at once. A text tower may be a `.gguf` file, also
+    in a Hub repository (`owner/name/FILE.gguf`); both towers may be "embedded".
     """
     errors = []
     if vision is not None and vision != EMBEDDED:
@@ -198,7 +199,7 @@ def require_sources(
     if text is not None and Path(text).suffix == ".gguf":
         if not Path(text).is_file() and not is_hub_id(str(Path(text).parent)):
             errors.append(
-                f"{text}: no such .gguf file, and no file of a Hub repository like "
+                f"{text}: no such .gguf file, and not a file in a Hub repository like "
                 "'owner/name/FILE'"
             )
     elif text is not None and text != EMBEDDED:
@@ -214,51 +215,51 @@ def _find_error(what: str, source: str | Path, *, file: str) -> str | None:
     if path.is_dir():
         if (path / file).is_file():
             return None
-        return f"{source}: the folder has no {file}, so it does not hold a {what}"
+        return f"{source}: the folder has no {file}, so it is not a {what}"
     if path.exists():
-        return f"{source}: a file; the {what} must be a folder or a Hub id"
+        return f"{source}: the {what} must be a folder or a Hub id, not a file"
     missing = explain_missing(source, may_lack_owner=True)
     return f"{source}: no such {what}: {missing}" if missing else None
 
 
-# Content of a folder or repository, in a word, and advice that names the command for it.
+# Content of a folder or repository, as one word, and advice naming the command for it.
 _ADVICE = {
     "llm2clip": "",
     "onnx": (
         "{name} is a folder of ONNX graphs, for `llm2clip serve` and `llm2clip embed` with "
-        "--backend onnx, for `llm2clip search` with --model, and for load_onnx_encoder."
+        "--backend onnx, `llm2clip search` with --model, and load_onnx_encoder."
     ),
     "sentence-transformers": (
-        "{name} is a sentence-transformers model. `llm2clip evaluate {name}` measures it as it is."
+        "{name} is a sentence-transformers model. `llm2clip evaluate {name}` evaluates it."
     ),
     "official": (
         "{name} is an official LLM2CLIP checkpoint. `llm2clip convert {name} OUTPUT "
-        "--source-format NAME --text-model TEXT_MODEL` makes a model of it."
+        "--source-format NAME --text-model TEXT_MODEL` converts it to a model."
     ),
     "clip": (
-        "{name} is a {type!r}, which has a text encoder of its own. `llm2clip build {name} "
-        "TEXT_MODEL OUTPUT` makes an LLM2CLIP model of its vision tower, `llm2clip evaluate "
-        "{name}` measures it as it is."
+        "{name} is a {type!r} with its own text encoder. `llm2clip build {name} TEXT_MODEL OUTPUT` "
+        "builds an LLM2CLIP model from its vision tower; `llm2clip evaluate {name}` evaluates it "
+        "unchanged."
     ),
     "text": (
-        "{name} is a language model ({type!r}). `llm2clip build VISION_MODEL {name} OUTPUT` makes "
-        "an LLM2CLIP model of it and a vision tower."
+        "{name} is a language model ({type!r}). `llm2clip build VISION_MODEL {name} OUTPUT` builds "
+        "an LLM2CLIP model from it and a vision tower."
     ),
     "vision": (
-        "{name} is a vision tower ({type!r}). `llm2clip build {name} TEXT_MODEL OUTPUT` makes an "
-        "LLM2CLIP model of it and a language model."
+        "{name} is a vision tower ({type!r}). `llm2clip build {name} TEXT_MODEL OUTPUT` builds an "
+        "LLM2CLIP model from it and a language model."
     ),
-    "other": "{name} is a {type!r}, which no command takes as a model.",
+    "other": "{name} is a {type!r}, which no command accepts as a model.",
     "lora": (
         "{name} is a LoRA. `llm2clip build VISION_MODEL TEXT_MODEL OUTPUT --lora {name}` merges it "
-        "into its LLM, `llm2clip finetune-llm MODEL DATA OUTPUT --init-lora {name}` continues "
-        "from it."
+        "into its LLM; `llm2clip finetune-llm MODEL DATA OUTPUT --init-lora {name}` continues "
+        "training it."
     ),
     "store": (
         "{name} is an embedding store. `llm2clip align MODEL DATA OUTPUT --caption-store {name}` "
-        "trains on it (--image-store for one of images)."
+        "trains on it (--image-store for an image store)."
     ),
-    "above": ("{name} has no config.json; it is the parent folder of {inside}. Give that one."),
+    "above": "{name} has no config.json, but its subfolder {inside} does. Pass that folder.",
 }
 
 
@@ -270,7 +271,7 @@ class FoundModel(NamedTuple):
 
 
 def find_model_type(source: str | Path, *, revision: str | None = None) -> FoundModel | None:
-    """Look at the small files of a folder or Hub repository; None where they show nothing."""
+    """Detect what a folder or Hub repository contains from its small files; None if unclear."""
     folder = Path(source)
     file: Path | None = folder / "config.json"
     if not folder.is_dir():
@@ -284,7 +285,7 @@ def find_model_type(source: str | Path, *, revision: str | None = None) -> Found
     model_type = config.get("model_type")
     architectures = [str(item) for item in config.get("architectures") or []]
     writes = any(item.endswith(("ForCausalLM", "ConditionalGeneration")) for item in architectures)
-    content = {  # the first that holds
+    content = {  # the first true entry wins
         "onnx": holds_graphs(folder),
         "llm2clip": model_type == "llm2clip",
         "sentence-transformers": (folder / "modules.json").is_file(),
@@ -309,7 +310,7 @@ def holds_graphs(source: str | Path | None) -> bool:
 
 
 def is_dual_encoder(source: str | Path) -> bool:
-    """Tell whether a source is a model with a text encoder of its own, such as CLIP."""
+    """Return whether a source is a model with its own text encoder, such as CLIP."""
     description = find_model_type(source)
     return description is not None and description.content == "clip"
 
@@ -317,17 +318,17 @@ def is_dual_encoder(source: str | Path) -> bool:
 def require_own_model(
     source: str | Path, *, revision: str | None = None, or_teacher: bool = False
 ) -> None:
-    """Refuse a source that is not an LLM2CLIP model, and name the command that takes it.
+    """Refuse a source that is not an LLM2CLIP model, and name the command that accepts it.
 
-    With `or_teacher`, a dual encoder with a text encoder of its own is taken, too.
+    With `or_teacher`, a dual encoder with its own text encoder is also accepted.
     """
     require_there(source)
     description, folder = find_model_type(source, revision=revision), Path(source)
-    # Weights that have lost their config may be a model's, which `doctor` explains.
+    # Weights without config.json may be a damaged model; `doctor` explains that.
     is_model = (folder / "config.json").is_file() or any(folder.glob("*.safetensors"))
     if description is None and folder.is_dir() and not is_model:
         raise ValueError(
-            f"{source} is not a model folder: it has no config.json and no weights. Give the "
+            f"{source} is not a model folder: it has no config.json and no weights. Pass the "
             "folder or Hub id of an LLM2CLIP model."
         )
     taken = ("llm2clip", "clip") if or_teacher else ("llm2clip",)
@@ -337,9 +338,9 @@ def require_own_model(
 
 
 def read_json_object(file: Path) -> dict[str, Any] | None:
-    """Read a JSON file; None where it is damaged or holds no object."""
+    """Read a JSON file; None if it is damaged or does not contain an object."""
     try:
         content: Any = read_json(file)
-    except ValueError:  # damaged, which loading the model reports
+    except ValueError:  # loading the model reports the damage
         return None
     return content if isinstance(content, dict) else None

@@ -1,7 +1,7 @@
-"""Loads model folders: whole, without a tower, or with the LLM quantized.
+"""Load model folders: whole, without a tower, or with a quantized LLM.
 
-Code that a folder brings is never run: the package's own classes load it. A model whose projections
-were not trained gives meaningless embeddings, which is refused or warned of here.
+Code in a folder is never run: the package's own classes load it. A model with untrained projections
+produces meaningless embeddings, so it is refused or causes a warning.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MODEL_CLASSES: dict[str, Any] = {
     cls.__name__: cls for cls in (LLM2CLIPModel, LLM2CLIPTextModel, LLM2CLIPVisionModel)
 }
 
-# Class by the name that commands have for the parts of a model.
+# Class names by the commands' names for the parts of a model.
 CLASS_OF_COMPONENTS = {
     "full": "LLM2CLIPModel",
     "text": "LLM2CLIPTextModel",
@@ -46,7 +46,7 @@ def load_model(
     quantization: Quantization | None = None,
     precision: Precision | None = None,
 ) -> tuple[LLM2CLIPModel | LLM2CLIPTextModel | LLM2CLIPVisionModel, LLM2CLIPProcessor]:
-    """Load a model, for use, and its processor.
+    """Load a model for inference, and its processor.
 
     Args:
         source: Folder or Hub id of an LLM2CLIP model.
@@ -54,16 +54,15 @@ def load_model(
         device: Where the model runs; see `find_device`.
         dtype: Dtype of the weights; None for the saved one.
         quantization: Load the LLM in 4 or 8 bits; see `text_quantization_config`.
-        precision: In place of a dtype, the precision of the commands that encode; see
-            `PrecisionConfig`.
+        precision: Precision of the encoding commands, instead of a dtype; see `PrecisionConfig`.
 
     Returns:
-        The whole, text-only or vision-only model, as it was saved, in evaluation mode; and the
+        The whole, text-only or vision-only model (whichever was saved) in evaluation mode, and the
         processor.
 
     Raises:
-        ValueError: The source is something else than an LLM2CLIP model, weights are missing or
-            unexpected, or the device is not there.
+        ValueError: The source is not an LLM2CLIP model, weights are missing or unexpected, or the
+            device is not available.
 
     Examples:
         >>> model, processor = load_model("my-model")
@@ -79,39 +78,42 @@ def load_model(
     elif dtype is None and quantization is None:
         model = load_in_precision(find_model_class(folder), folder, place, precision)
     else:
-        raise ValueError(f"precision={precision!r} decides the dtype. Give one of them.")
+        raise ValueError(
+            f"precision={precision!r} cannot be combined with dtype or quantization, because it "
+            "decides the dtype. Remove one of them."
+        )
     processor = LLM2CLIPProcessor.from_pretrained(folder, local_files_only=True)
     return model, processor
 
 
 def find_model_class(folder: Path) -> Any:
-    """Return the class that a folder was saved from, by its `config.json`."""
+    """Return the class that saved a folder, from its `config.json`."""
     architectures = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True).architectures
     name = (architectures or ["nothing"])[0]
     if name not in MODEL_CLASSES:
         raise ValueError(
-            f"{folder}: config.json has architectures={architectures}, expected one of "
-            f"{sorted(MODEL_CLASSES)}. Save the model with save_pretrained."
+            f"{folder}: architectures in config.json must be one of {sorted(MODEL_CLASSES)}, not "
+            f"{architectures}. Save the model with save_pretrained."
         )
     return MODEL_CLASSES[name]
 
 
 class _AbsentTower(nn.Module):
-    """Takes the place of a tower that is not run: has its configuration and no weights."""
+    """Placeholder for a tower that is not run: has a configuration, but no weights."""
 
     config: Any = None
     pooled_dense: Any = None
 
     def get_input_embeddings(self) -> None:
-        """Return nothing; FSDP asks."""
+        """Return None; FSDP calls this."""
 
 
 class PartialModel(LLM2CLIPModel):
     """A whole model without the towers that are not run.
 
-    It loads from the folder of a whole model, strictly, and reads nothing of an absent tower. It
-    cannot be saved as a model: `save_trained_model` writes what changed. Stored caption embeddings
-    replace the LLM, stored image embeddings the vision tower.
+    It loads strictly from a whole model's folder, but skips the weights of absent towers. It cannot
+    be saved as a model: `save_trained_model` writes the weights that changed. Stored caption
+    embeddings replace the LLM, and stored image embeddings replace the vision tower.
     """
 
     _auto_class = None  # type: ignore[assignment]
@@ -125,7 +127,7 @@ class PartialModel(LLM2CLIPModel):
         ]
         vision_model = None
         if not with_vision_tower:
-            # Built without memory, because only the network knows how wide its embeddings are.
+            # Built on the meta device, because only the network knows the width of its embeddings.
             with torch.device("meta"):
                 vision_model = build_tower(config.vision_config)
         text_model: Any = None if with_llm else _AbsentTower()
@@ -154,12 +156,12 @@ def load_partial_model(
 
 
 def text_quantization_config(quantization: Quantization) -> BitsAndBytesConfig:
-    """Return a `quantization_config` for `from_pretrained` that quantizes the LLM alone.
+    """Return a `quantization_config` for `from_pretrained` that quantizes only the LLM.
 
-    4 bits are NF4, computed in bfloat16. Any other configuration of bitsandbytes reaches the LLM
-    alone too. Quantize while a whole model is loaded: a model built from an already quantized tower
-    cannot be loaded again, and `save_pretrained` refuses it, as it does a 4-bit model that has run
-    on a CPU.
+    4-bit weights are NF4, computed in bfloat16. Any other bitsandbytes configuration also only
+    applies to the LLM. Quantize while loading a whole model: a model built from an already
+    quantized tower cannot be loaded again, and `save_pretrained` refuses it, just like a 4-bit
+    model that has run on a CPU.
     """
     if quantization not in get_args(Quantization):
         raise ValueError(f"quantization={quantization!r} must be '4bit' or '8bit'.")
@@ -168,21 +170,21 @@ def text_quantization_config(quantization: Quantization) -> BitsAndBytesConfig:
         load_in_8bit=quantization == "8bit",
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_threshold=0.0,  # above, a text's embedding depends on the others of its batch
+        llm_int8_threshold=0.0,  # above 0, a text's embedding depends on the rest of its batch
         llm_int8_skip_modules=KEPT_IN_FULL,
     )
 
 
 def describe_untrained(config: LLM2CLIPConfig) -> str | None:
-    """Describe the untrained parts and the remedy, in a sentence without its subject. None for a
+    """Describe the untrained parts and the remedy, as a sentence without its subject. None for a
     trained model.
     """
     if not config.random_heads:
         return None
     heads = ", ".join(head.replace("_", " ") for head in config.random_heads)
     return (
-        f"untrained: random weights are left in its {heads}. Train them first (llm2clip align). If "
-        "their weights were trained elsewhere: model.config.random_heads = []; "
+        f"untrained: random weights remain in its {heads}. Train them first (llm2clip align). If "
+        "they were trained elsewhere: model.config.random_heads = []; "
         "model.save_pretrained(FOLDER)"
     )
 
@@ -190,10 +192,10 @@ def describe_untrained(config: LLM2CLIPConfig) -> str | None:
 def require_trained(config: LLM2CLIPConfig, *, purpose: str, source: str | Path) -> None:
     """Refuse a model whose projections are random."""
     if not config.projections_trained:
-        raise ValueError(f"{source} is refused for {purpose}. It is {describe_untrained(config)}.")
+        raise ValueError(f"{source} is refused for {purpose}: it is {describe_untrained(config)}.")
 
 
 def warn_of_untrained(config: LLM2CLIPConfig, source: str | Path) -> None:
-    """Warn where an untrained model is evaluated, which is allowed as a baseline."""
+    """Warn if an untrained model is evaluated, which is allowed as a baseline."""
     if state := describe_untrained(config):
         warnings.warn(f"{source} is {state}.", stacklevel=3)

@@ -1,7 +1,7 @@
-"""Writes model folders, for build, finetune-llm, align, convert and export alike.
+"""Write model folders, for build, finetune-llm, align, convert and export alike.
 
-A folder loads through AutoModel, pipelines and sentence-transformers. It is complete or absent:
-everything is written into a temporary folder beside the target, which is renamed at the end.
+A folder loads through AutoModel, pipelines and sentence-transformers. It is either complete or
+absent: everything is written to a temporary folder next to the target, which is renamed at the end.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from .model_loading import MODEL_CLASSES, find_model_class, load_model, load_par
 from .training_images import TRAINING_IMAGES_FILE, read_training_images
 from .weights import LazyTensor, open_model_weights, require_disk_space, write_weights
 
-# As transformers has it; the Hub takes files up to 50 GB.
+# transformers' default; the Hub accepts files up to 50 GB.
 SHARD_SIZE = "50GB"
 _LEGAL_FILE = re.compile(r"(licen[cs]e|notice|use_policy|copying|copyright)\b.*", re.IGNORECASE)
 
@@ -56,10 +56,10 @@ Source: TypeAlias = str | Path | LoadedModel
 
 @dataclass(frozen=True)
 class LazyModel:
-    """A model whose weights are read, or computed, while they are written, in their dtypes.
+    """A model whose weights are only read, or computed, while being written, in their own dtypes.
 
-    `golden_source` is the folder of a model with the same LLM, whose recorded caption embeddings
-    are copied; without it, the LLM is loaded to record them.
+    `golden_source` is the folder of a model with the same LLM; its recorded caption embeddings are
+    copied. Without it, the LLM is loaded to record them.
     """
 
     model_class: Any
@@ -71,7 +71,7 @@ class LazyModel:
 def cast_weights(
     weights: Mapping[str, LazyTensor], dtype: torch.dtype, model_class: Any
 ) -> dict[str, LazyTensor]:
-    """Cast floating-point weights as loading a model in another dtype would."""
+    """Cast floating-point weights like loading the model in another dtype does."""
     exact = model_class._keep_in_fp32_modules_strict or ()
     return {
         name: tensor.then(lambda value: value.to(dtype))
@@ -96,11 +96,10 @@ def save_model(
 ) -> Path:
     """Write a complete model folder: weights, code, processor, golden embeddings and card.
 
-    A text-only or vision-only model keeps the whole processor. Memory holds one file of a lazy
-    model, which is loaded on `device` for its golden embeddings. `files` maps a path in the folder
-    to a file to copy or a text. `verify` is called with the complete folder before it is renamed;
-    whatever it raises leaves nothing. Without `instructions` those in the model's configuration are
-    kept.
+    A text-only or vision-only model keeps the whole processor. A lazy model is written one file at
+    a time, then loaded on `device` for its golden embeddings. `files` maps a path in the folder to
+    a file to copy or to a text. `verify` is called with the complete folder before it is renamed;
+    if it raises, no folder is left. Without `instructions`, the configuration's are kept.
     """
     _require_own_class(model)
     config: LLM2CLIPConfig = model.config
@@ -150,16 +149,16 @@ def save_trained_model(
     kept_texts: str | None = None,
     measure: Callable[[Path], tuple[Sequence[CardResult], str | None]] | None = None,
 ) -> Path:
-    """Write a model folder anew with some of its weights replaced.
+    """Write a copy of a model folder with some of its weights replaced.
 
-    The LLM is neither built nor loaded, unless its weights are replaced. Instructions, licenses,
-    training data and the record of a conversion are carried over; old results are not, since they
-    were measured with other weights. Where the LLM is unchanged and the source has no golden
+    The LLM is neither built nor loaded unless its weights are replaced. Instructions, licenses,
+    training data and the record of a conversion are carried over; old results are not, because
+    they were measured with other weights. If the LLM is unchanged and the source has no golden
     embeddings of it, none are recorded.
 
-    Trained weights get the dtype that they had in the source. `measure` is called with the complete
-    folder before it is renamed, and returns results and caution for its card, which also says what
-    texts the training kept (`kept_texts`).
+    Trained weights get the dtype that they have in the source. `measure` is called with the
+    complete folder before it is renamed, and returns results and caution for its card. The card
+    also states which texts the training kept close (`kept_texts`).
     """
     require_new_folder(Path(folder))
     keeps_llm = not any(name.startswith("text_model.") for name in trained)
@@ -199,10 +198,10 @@ def save_trained_model(
 
 
 def require_intact(source: Path, *, with_llm: bool) -> None:
-    """Refuse to train a whole model that no longer gives its golden embeddings, or is damaged.
+    """Refuse to train a whole model that is damaged or no longer matches its golden embeddings.
 
-    Without the LLM the text adapter starts from the recorded caption embeddings. The folder that is
-    written takes these over, so that `check_model` still sees a damaged LLM there.
+    Without the LLM, the text adapter starts from the recorded caption embeddings. They are copied
+    to the new folder, so `check_model` still detects a damaged LLM there.
     """
     find_carried_files(source)
     read_training_images(source)
@@ -215,12 +214,12 @@ def require_intact(source: Path, *, with_llm: bool) -> None:
 
 
 def require_as_written(folder: Path, *, device: str) -> None:
-    """Load a folder that was just written, and require the embeddings of the model in memory."""
+    """Load a folder that was just written, and check that its embeddings match the saved model."""
     try:
         compare_golden(folder, *load_model(folder, device=device))
     except ValueError as error:
         raise ValueError(
-            f"The model is not saved: loaded again, it is not the one that was written. {error}"
+            f"The model was not saved: loaded again, it differs from the model in memory. {error}"
         ) from error
 
 
@@ -230,10 +229,10 @@ def open_model(source: Path) -> LazyModel:
 
 
 def find_carried_files(source: Path, *, trained_since: bool = False) -> dict[str, Path]:
-    """Find the files that a new folder carries over: legal ones, records, summary of images.
+    """Find the files to carry over to a new folder: legal files, records, summary of images.
 
-    A link that leads out of the folder is refused. `trained_since` means that the weights were
-    trained after those records.
+    A link out of the folder is refused. `trained_since` means that the weights were trained after
+    the records were written.
     """
     legal = {p.name: p for p in source.iterdir() if p.is_file() and is_legal_file(p.name)}
     summary = source / TRAINING_IMAGES_FILE
@@ -252,30 +251,30 @@ def explain_incomplete(folder: Path) -> str | None:
     if (folder / GOLDEN_FILE).is_file():
         return None
     return (
-        f"{folder} has no golden embeddings ({GOLDEN_FILE}): a trainer or `save_pretrained` wrote "
-        "it, without the licenses, the training data and the summary of the training images. "
+        f"{folder} has no golden embeddings ({GOLDEN_FILE}): it was written by a trainer or "
+        "`save_pretrained`, without licenses, training data and summary of the training images. "
         f"Write a complete folder with `llm2clip export {shlex.quote(str(folder))} COMPLETE "
         "--license LICENSE --training-data NAME`."
     )
 
 
 def is_legal_file(name: str) -> bool:
-    """Return whether a file is named like a license or a notice, which every copy needs."""
+    """Return whether a file is named like a license or notice, which every copy must include."""
     return _LEGAL_FILE.fullmatch(name) is not None
 
 
 def require_inside(folder: Path, files: Iterable[Path]) -> None:
-    """Refuse to copy files that are links out of their folder."""
+    """Refuse to copy files that link out of their folder."""
     links = [f"{file.name} -> {file.resolve()}" for file in files if not is_inside(file, folder)]
     if links:
         raise ValueError(
-            f"{folder} has links that lead out of it: {', '.join(links)}. What they lead to is not "
-            "copied: put copies of the files in their places, or remove the links."
+            f"{folder} has links that lead out of it: {', '.join(links)}. They are not followed. "
+            "Replace them with copies of the files, or remove them."
         )
 
 
 def _require_own_class(model: Any) -> None:
-    """Refuse another class than the package's, whose code is the folder's."""
+    """Refuse classes other than the package's, because a folder contains the package's code."""
     if isinstance(model, LazyModel):
         return
     actual = type(model)
@@ -284,16 +283,16 @@ def _require_own_class(model: Any) -> None:
     remedy = (
         "Merge the LoRA into it first (merge_and_unload)."
         if hasattr(model, "merge_and_unload")
-        else "A subclass must be published with code of its own (save_pretrained)."
+        else "Publish a subclass with its own code (save_pretrained)."
     )
     raise ValueError(
-        f"The model is a {actual.__name__}; a model folder takes {sorted(MODEL_CLASSES)}. {remedy}"
+        f"The model must be one of {sorted(MODEL_CLASSES)}, not a {actual.__name__}. {remedy}"
     )
 
 
 def _save_lazy_model(model: LazyModel, folder: Path, *, max_shard_size: int | str) -> None:
-    """Write the same files as `save_pretrained` of a loaded model. The configuration comes last, so
-    that a folder whose writer was killed does not load without all weights.
+    """Write the same files as a loaded model's `save_pretrained`. The configuration comes last, so
+    a folder whose writer was killed does not load with missing weights.
     """
     write_weights(model.weights, folder, max_shard_size=max_shard_size)
     config = model.config
@@ -320,12 +319,12 @@ def _write_golden(folder: Path, model: Any, processor: LLM2CLIPProcessor, *, dev
     loaded, _ = load_model(folder, device=device)
     write_golden(folder, loaded, processor)
     del loaded
-    gc.collect()  # what verifies the folder may load the model again
+    gc.collect()  # verification may load the model again
 
 
 @dataclass(frozen=True)
 class StageSource:
-    """The folder of the model that a stage works on, and its name as the user gave it."""
+    """The folder of the model that a stage works on, and the name the user passed."""
 
     folder: Path
     name: str
@@ -333,11 +332,11 @@ class StageSource:
 
 @contextmanager
 def open_source(source: Source, output: Path) -> Iterator[StageSource]:
-    """Give the folder of a model; the processes of a launcher must have joined.
+    """Yield the model's folder. Call after the process group is initialized.
 
-    A loaded pair is written to a temporary folder beside the output, so that a stage works on
-    exactly these weights, knows them by their hash, and leaves the pair as it is. Licenses and
-    training data are taken from the card of the folder that it was loaded from.
+    A loaded pair is written to a temporary folder next to the output, so the stage works on exactly
+    these weights, can hash them, and does not modify the pair. Licenses and training data are taken
+    from the card of the folder that the pair was loaded from.
     """
     if isinstance(source, str | Path):
         yield StageSource(find_model_folder(source), str(source))

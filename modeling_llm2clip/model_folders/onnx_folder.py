@@ -1,8 +1,8 @@
-"""A folder of ONNX graphs: its files, and opening it.
+"""Find the files of a folder of ONNX graphs, and open it.
 
-The layout is that of transformers.js: graphs in `onnx/`, named by tower and weights, beside the
-tokenizer, `preprocessor_config.json` and `config.json`. Nothing here needs torch before graphs are
-opened for its tensors.
+The layout is the one of transformers.js: graphs in `onnx/`, named by tower and weights, next to the
+tokenizer, `preprocessor_config.json` and `config.json`. torch is only imported when opening graphs
+or fingerprinting them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..encoding.onnx_encoding import OnnxEncoder
 
 GRAPHS = "onnx"
-# transformers.js calls these weights fp32, q8 and q4, and looks for files with these endings.
+# transformers.js calls these weights fp32, q8 and q4, and looks for files with these suffixes.
 SUFFIXES: dict[TextWeights, str] = {"float32": "", "int8": "_quantized", "int4": "_q4"}
 DTYPES: dict[TextWeights, str] = {"float32": "fp32", "int8": "q8", "int4": "q4"}
 _TOWERS = {"text": "text_model", "image": "vision_model"}
@@ -31,7 +31,7 @@ def graph_file(folder: Path, modality: str, weights: TextWeights = "float32") ->
 
 
 def data_file(graph: Path) -> Path:
-    """Return the file for the weights of a graph that is too large for one file."""
+    """Return the weight file of a graph that is too large for a single file."""
     return graph.with_name(f"{graph.name}_data")
 
 
@@ -40,7 +40,7 @@ def read_onnx_record(folder: Path) -> dict[str, Any]:
     record = read_json_object(file) if file.is_file() else None
     if record is None:
         raise ValueError(
-            f"{folder} has no readable {ONNX_RECORD}, so it is not a folder of ONNX graphs. Write "
+            f"{folder} has no readable {ONNX_RECORD}, so it is not a folder of ONNX graphs. Export "
             "one with llm2clip export MODEL OUTPUT --onnx."
         )
     return record
@@ -65,18 +65,19 @@ def load_onnx_encoder(
 
     Args:
         source: Folder of ONNX graphs, or Hub id.
-        weights: Weights of the language model's linear layers; None for the most exact ones there
-            are.
+        weights: Weights of the language model's linear layers; None for the most exact ones
+            available.
         revision: Branch, tag or commit of the Hub repository.
-        modalities: Graphs to open, of those the folder has: `"text"`, `"image"`.
-        num_threads: Threads of each graph; None for ONNX Runtime's choice.
+        modalities: Graphs to open, if the folder has them: `"text"`, `"image"`.
+        num_threads: Threads per graph; None for ONNX Runtime's default.
 
     Returns:
-        What encodes texts, images, or both.
+        An encoder for texts, images, or both.
 
     Raises:
         MissingExtraError: `onnxruntime` is not installed.
-        ValueError: It is another folder, or has no graph with these weights or for these inputs.
+        ValueError: The folder does not contain ONNX graphs, or none with these weights or for these
+            modalities.
 
     Examples:
         >>> encoder = load_onnx_encoder("my-onnx-model")  # doctest: +SKIP
@@ -102,7 +103,7 @@ def load_onnx_encoder(
 
 
 def choose_graph(folder: Path, modality: str, weights: TextWeights | None) -> Path:
-    """Return the graph for texts, or for images (float32 alone). None chooses the most exact
+    """Return the graph for texts, or for images (always float32). None chooses the most exact
     weights available.
     """
     there = _list_weights(folder, modality)
@@ -111,8 +112,8 @@ def choose_graph(folder: Path, modality: str, weights: TextWeights | None) -> Pa
     chosen = there[0] if weights is None or modality == "image" else weights
     if chosen not in there:
         raise ValueError(
-            f"{folder} has text graphs with {', '.join(there)} weights, not {chosen}. Choose one "
-            "of these, or export it again with --onnx-weights."
+            f"{folder} has text graphs with {', '.join(there)} weights, but none with {chosen}. "
+            "Choose one of these, or export it again with --onnx-weights."
         )
     return graph_file(folder, modality, chosen)
 
@@ -122,10 +123,10 @@ def _list_weights(folder: Path, modality: str) -> list[TextWeights]:
 
 
 def fingerprint_graph(folder: Path, modality: str, weights: TextWeights | None) -> dict[str, str]:
-    """Describe what determines the embeddings of a graph.
+    """Describe everything that determines a graph's embeddings.
 
-    The fingerprint is that of the exported model, with the SHA-256 of `graph` and of `tokenizer and
-    settings`, which may have changed since.
+    The fingerprint combines the exported model's with the SHA-256 of `graph` and of `tokenizer and
+    settings`, which may have changed since the export.
     """
     from ..data.atomic_files import hash_file, hash_json
     from .fingerprint import hash_model_files  # imports torch
@@ -146,7 +147,7 @@ def open_session(graph: Path, *, num_threads: int | None = None) -> Any:
     options = onnxruntime.SessionOptions()
     if num_threads is not None:
         options.intra_op_num_threads = num_threads
-    # Threads that wait for work in a loop would take the cores from torch and from other graphs.
+    # Spinning threads would take cores from torch and from other graphs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3  # errors; warnings are about optimizations that do not apply
     try:

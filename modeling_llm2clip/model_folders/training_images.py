@@ -1,12 +1,12 @@
-"""Summarizes the images that a model was trained on, and measures how far other images are.
+"""Summarize the images that a model was trained on, and measure how far other images are from them.
 
-Per dataset the summary has the means of its clusters of images, by the embeddings of the vision
-tower before the projection, each scaled to unit length. A set of images is judged as a whole: by
-how far its mean is from every mixture of these clusters. Images of one topic of the training data
-are such a mixture, too. Images of another kind are not, although each may be near some training
-image. No embedding of a single image is kept.
+For each dataset, the summary has the means of its image clusters, computed from normalized
+embeddings of the vision tower (before the projection). A set of images is judged as a whole: by
+the distance of its mean from every mixture of these clusters. Images of a single topic of the
+training data are also such a mixture. Unfamiliar images are not, even if each one is near some
+training image. No embedding of a single image is stored.
 
-D is the width of the tower's embeddings, K the number of clusters, N of images.
+Shapes: D width of the tower's embeddings, K clusters, N images.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _MAX_CLUSTERS = 128
 _IMAGES_PER_CLUSTER = 8
 _FEWEST_IN_CLUSTER = 3
 _ITERATIONS = 10
-# Distance, as a share of the spread of the training images. No held-out set of emoji, drawings or
-# photographs reaches it, and sets of another kind exceed it, except cut-out photographs beside
-# drawings: see `benchmarks/accuracy/training_data_distance.py`.
+# Distance, as a fraction of the training images' spread. Held-out emoji, drawings and photographs
+# stay below it; unfamiliar sets exceed it, except cut-out photographs for a model trained on
+# drawings. See `benchmarks/accuracy/training_data_distance.py`.
 FAR = 0.1
 _MIXING_STEPS = 300
 _METADATA = "training_images"
@@ -43,10 +43,10 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class DatasetSummary:
-    """The images of one dataset, by a sample of `num_measured` of them.
+    """Summary of one dataset's images, from a sample of `num_measured`.
 
-    `spread` is the sample's variance, summed over the dimensions; `clusters` (K, D) float32 are
-    means of at least three images.
+    `spread` is the sample's variance, summed over dimensions; `clusters` (K, D) float32 are means
+    of at least three images each.
     """
 
     name: str
@@ -57,9 +57,9 @@ class DatasetSummary:
 
 
 def summarize_images(vision_embeds: Tensor, *, name: str, num_images: int) -> DatasetSummary:
-    """Summarize a sample of the images of a dataset, (N, D) of the tower.
+    """Summarize a sample of a dataset's images, (N, D) from the tower.
 
-    Its order is random and does not depend on that of the dataset.
+    The sample must be in random order, independent of the dataset's order.
     """
     rows = _to_unit_rows(vision_embeds)
     clusters = torch.from_numpy(_find_clusters(rows).astype(np.float32))
@@ -69,16 +69,16 @@ def summarize_images(vision_embeds: Tensor, *, name: str, num_images: int) -> Da
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """The summary of all images that a model was trained on, in the order of its trainings.
+    """Summary of all images that a model was trained on, in the order of training.
 
-    `not_summarized` names data of earlier trainings of the vision tower that have no summary.
+    `not_summarized` names datasets without a summary from earlier training of the vision tower.
     """
 
     datasets: tuple[DatasetSummary, ...]
     not_summarized: tuple[str, ...] = ()
 
     def add(self, dataset: DatasetSummary) -> TrainingImages:
-        """Return the summary with one more dataset; the same one is not added again."""
+        """Return the summary with another dataset; a known dataset is not added twice."""
         others = [
             known
             for known in self.datasets
@@ -93,7 +93,7 @@ class TrainingImages:
     def measure(self, tally: ImageTally) -> float | None:
         """Measure how far a set of images is from all mixtures of training images.
 
-        Returns the squared distance as a share of the spread of the training images, from 0; None
+        Returns the squared distance as a fraction of the training images' spread, at least 0; None
         for fewer than `FEWEST_JUDGED` images.
         """
         if tally.num_images < FEWEST_JUDGED:
@@ -104,36 +104,36 @@ class TrainingImages:
         return _measure(tally.total / tally.num_images, tally.num_images, clusters, spread)
 
     def require_width(self, width: int) -> None:
-        """Refuse a summary of another tower than the model's, whose embeddings are this wide."""
+        """Refuse a summary whose width differs from the model's tower."""
         stated = self.datasets[0].clusters.shape[1]
         if stated != width:
             raise ValueError(
-                f"{TRAINING_IMAGES_FILE} of the model is of a tower of {stated} dimensions, and "
-                f"its tower has {width}. Remove the file, or restore that of this model."
+                f"{TRAINING_IMAGES_FILE} belongs to a tower with {stated} dimensions, but the "
+                f"model's tower has {width}. Delete the file, or restore the model's own."
             )
 
     def describe_far(self, tally: ImageTally) -> str | None:
-        """Describe the data that images are far from, and the remedy; None if near or few."""
+        """Name the training data and the remedy if images are far from it; None if near or few."""
         distance = self.measure(tally)
         if distance is None or distance <= FAR:
             return None
         names = ", ".join(f"{data.name} ({data.num_images:,} images)" for data in self.datasets)
         earlier = ", ".join(self.not_summarized)
         return (
-            f"These images ({tally.num_images:,}) are unlike all images that this model was "
-            f"trained on, {names}: distance {distance:.2f}, at most {FAR:.2f} for "
-            "images of their kind. Expect poor results, and train it on captioned images like "
-            "these (llm2clip extract, then llm2clip align)."
-            + (f" Not compared: {earlier}, of an earlier vision tower." if earlier else "")
+            f"These {tally.num_images:,} images are unlike the images that this model was trained "
+            f"on, {names}: distance {distance:.2f} (familiar images stay below {FAR:.2f}). Expect "
+            "poor results. Train the model on captioned images like these (llm2clip extract, then "
+            "llm2clip align)."
+            + (f" Not compared: {earlier}, from an earlier vision tower." if earlier else "")
         )
 
 
 class ImageTally:
-    """Adds up the images of a run.
+    """Sum up the embeddings of a run's images.
 
     Args:
         num_images: Number of images so far.
-        total: Sum of their embeddings, scaled to unit length; (D,) float64.
+        total: Sum of their normalized embeddings, (D,) float64.
     """
 
     def __init__(self, num_images: int = 0, total: Array | None = None) -> None:
@@ -143,21 +143,21 @@ class ImageTally:
 
     @property
     def total(self) -> Array:
-        """Sum of all embeddings, (D,) float64; waits for those that a GPU adds up."""
+        """Sum of all embeddings, (D,) float64; synchronizes with the GPU's pending sum."""
         if self._on_device is not None:
             self._total = self._total + self._on_device.cpu().numpy()
             self._on_device = None
         return self._total
 
     def add(self, vision_embeds: Tensor) -> None:
-        """Add images, (B, D) of the tower before the projection; a GPU adds its own."""
+        """Add images, (B, D) from the tower before the projection; GPU tensors are summed there."""
         if vision_embeds.is_cuda:
             self.add_on_device(vision_embeds)
         elif len(vision_embeds):
             self.join(ImageTally(len(vision_embeds), _to_unit_rows(vision_embeds).sum(axis=0)))
 
     def add_on_device(self, vision_embeds: Tensor) -> None:
-        """Add images without reading their embeddings."""
+        """Add images without synchronizing the device."""
         sums = F.normalize(vision_embeds.detach().double(), dim=1).sum(dim=0)
         self._on_device = sums if self._on_device is None else self._on_device + sums
         self.num_images += len(vision_embeds)
@@ -179,25 +179,25 @@ def read_training_images(folder: Path) -> TrainingImages | None:
                 DatasetSummary(**fields, clusters=opened.get_tensor(f"clusters.{number}"))
                 for number, fields in enumerate(content["datasets"])
             )
-        clusters = torch.cat([dataset.clusters for dataset in datasets])  # refuses other widths
+        clusters = torch.cat([dataset.clusters for dataset in datasets])  # fails if widths differ
         if content["format"] != _FORMAT or not clusters.isfinite().all():
             raise ValueError(f"format {content['format']}, or NaN")
         return TrainingImages(datasets, tuple(content["not_summarized"]))
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"{file} is damaged or of another version ({error}). Restore it; or remove it, and "
-            "images unlike those of the training are no longer noticed."
+            f"{file} is damaged or has another version ({error}). Restore it or delete it. "
+            "Without it, there are no warnings about unfamiliar images."
         ) from error
 
 
 def describe_far_images(folder: Path, tally: ImageTally) -> str | None:
-    """Describe images that are unlike a folder's training images; None if either is unknown."""
+    """Warn about images unlike a folder's training images; None if familiar or unknown."""
     summary = read_training_images(folder)
     return None if summary is None else summary.describe_far(tally)
 
 
 def write_training_images(folder: Path, summary: TrainingImages) -> None:
-    """Write the summary of a model folder; the same summary always as the same bytes."""
+    """Write a model folder's summary; the bytes are deterministic."""
     content = {
         "format": _FORMAT,
         "datasets": [
@@ -215,14 +215,14 @@ def write_training_images(folder: Path, summary: TrainingImages) -> None:
 
 
 def _to_unit_rows(vision_embeds: Tensor) -> Array:
-    """Scale rows to unit length in float64, so that rounded sums do not depend on threads."""
+    """Normalize rows in float64, so rounded sums do not depend on the number of threads."""
     rows: Array = vision_embeds.detach().cpu().double().numpy()
     unit: Array = rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(min=1e-12)
     return unit
 
 
 def _find_clusters(rows: Array) -> Array:
-    """Find clusters by Lloyd's algorithm, from the first rows, and return their means, (K, D)."""
+    """Find clusters with Lloyd's algorithm, starting from the first rows; return means, (K, D)."""
     means = rows[: min(_MAX_CLUSTERS, len(rows) // _IMAGES_PER_CLUSTER)].copy()
     sizes = np.zeros(len(means), np.int64)
     for _ in range(_ITERATIONS):
@@ -235,10 +235,10 @@ def _find_clusters(rows: Array) -> Array:
 
 
 def _measure(mean: Array, num_images: int, clusters: Array, spread: float) -> float:
-    """Measure the squared distance of a set's mean from the nearest mixture, as a share of spread.
+    """Return the squared distance of a set's mean from the nearest mixture, divided by the spread.
 
-    The distance that so few images have by chance is subtracted. The mixture is found by Frank and
-    Wolfe's method with exact steps. Where all training images are alike, nothing is far.
+    The distance expected by chance for a set of this size is subtracted. The mixture is found with
+    the Frank-Wolfe method with exact steps. If all training images are identical, the result is 0.
     """
     if not spread:
         return 0.0

@@ -1,7 +1,7 @@
-"""Weights in files: read lazily, one tensor at a time, and written in files of limited size.
+"""Read weight files lazily, one tensor at a time, and write them in files of limited size.
 
-Nothing here runs code from a file: it reads safetensors, and PyTorch files that hold tensors and
-plain values.
+Code in a file is never run: only safetensors files are read, and PyTorch files that contain just
+tensors and plain values.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from .._suggestions import counted, list_first
 from ..loading_llm2clip import list_model_files, list_weight_files, read_weight_shapes
 
 _INDEX = "model.safetensors.index.json"
-# Entries where the official training code and DeepSpeed put the weights, in order of choice.
+# Entries where the official training code and DeepSpeed store weights, in order of preference.
 _NESTED_UNDER = ("model", "module", "state_dict")
 _WRAPPER = "module."
 _MODELS = ("model.safetensors", "pytorch_model.bin")
 _LORAS = ("adapter_model.safetensors", "adapter_model.bin")
-# Files that transformers and peft save, in the order in which they are looked for.
+# Files that transformers and peft save, in search order.
 WEIGHT_NAMES = (*_MODELS, *_LORAS)
-# The beginning of an archive, as torch.save writes it now, and of a pickle, as it did before.
+# First bytes of an archive (torch.save since 1.6) and of a pickle (earlier versions).
 _BEGINNINGS = (b"PK\x03\x04", b"\x80")
-# Errors of torch and zipfile at damaged bytes.
+# Errors that torch and zipfile raise for damaged bytes.
 _DAMAGED = (RuntimeError, EOFError, ValueError, OSError, zipfile.BadZipFile, zlib.error)
-# Training changes most entries in half precision, too. If it changes fewer than this, the
-# embeddings are not those of the exact weights.
+# Training also changes most entries in half precision. If it changes a smaller fraction than this,
+# the embeddings differ from those of the exact weights.
 _FEW_CHANGED = 0.5
-# Room for configuration, tokenizer and card beside the weights.
+# Disk space for configuration, tokenizer and card, in addition to the weights.
 _OTHER_FILES_BYTES = 64 << 20
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -55,7 +55,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of known shape and dtype that is read, or computed, on demand."""
+    """A tensor with known shape and dtype that is read or computed on demand."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -70,9 +70,9 @@ class LazyTensor:
         return self.num_elements * self.dtype.itemsize
 
     def then(self, make: Callable[[Tensor], Tensor]) -> LazyTensor:
-        """Return a lazy tensor that applies a function to this one when it is read.
+        """Return a lazy tensor that applies a function to this tensor when read.
 
-        It is called once with a meta tensor, which gives shape and dtype.
+        The function is called once with a meta tensor to find the shape and dtype.
         """
         made = make(torch.empty(self.shape, dtype=self.dtype, device="meta"))
         return LazyTensor(tuple(made.shape), made.dtype, lambda: make(self.read()))
@@ -83,10 +83,10 @@ class LazyTensor:
 
 
 def open_weights(path: Path) -> dict[str, LazyTensor]:
-    """Open a weight file, or those of a folder as transformers or peft saves it, by names.
+    """Open a weight file, or all weight files that transformers or peft saved in a folder.
 
-    Only headers are read, and PyTorch files for their checksums. A file that holds more than
-    weights is refused, and so is a name in two files.
+    Returns tensors by name. Only headers are read, except that PyTorch files are read to verify
+    their checksums. Files with anything but weights and names in two files are refused.
     """
     return open_weight_files(list_weight_files(path, names=WEIGHT_NAMES))
 
@@ -105,15 +105,15 @@ def open_weight_files(files: Iterable[Path]) -> dict[str, LazyTensor]:
             opened = {name: LazyTensor.of(value) for name, value in state.items()}
         if twice := sorted(set(opened) & set(tensors)):
             raise ValueError(
-                f"{file} repeats the weights {list_first(twice)} of another file beside it. Keep "
-                "one copy."
+                f"{file} repeats the weights {list_first(twice)} of another file in its folder. "
+                "Keep one copy."
             )
         tensors |= opened
     return tensors
 
 
 def count_changed(before: Tensor, after: Tensor, dtype: torch.dtype) -> tuple[int, int]:
-    """Count the entries that differ in a dtype, and those that differ before they are rounded."""
+    """Count the entries that differ in a dtype, and the entries that differ before rounding."""
     in_dtype = before.to(dtype) != after.to(dtype)
     return int(in_dtype.sum()), int((before.float() != after.float()).sum())
 
@@ -125,16 +125,16 @@ def warn_of_rounding(
     what: str,
     of_what: str = "the entries that it should",
 ) -> float:
-    """Return the share of changed entries that rounding leaves, and warn if it is small.
+    """Return the fraction of changed entries that survive rounding; warn if it is small.
 
-    `counts` are, for each weight, the entries changed after and before rounding.
+    `counts` has, for each weight, the number of entries changed after and before rounding.
     """
     num_left, num_changed = map(sum, zip(*counts, strict=True))
     share: float = num_left / num_changed if num_changed else 1.0
     if share < _FEW_CHANGED:
         warnings.warn(
-            f"{what} changes {share:.1%} of {of_what}. In {dtype} small changes are rounded away, "
-            "so that the embeddings are not those of the exact weights. Use float32 weights "
+            f"{what} changes {share:.1%} of {of_what}. In {dtype}, small changes are rounded away, "
+            "so the embeddings differ from those of the exact weights. Use float32 weights "
             "(--dtype float32 of llm2clip export and convert), or train with a higher learning "
             "rate.",
             stacklevel=3,
@@ -143,7 +143,7 @@ def warn_of_rounding(
 
 
 def is_lora_alone(folder: Path) -> bool:
-    """Return whether a folder holds the weights of a LoRA, without those of its base."""
+    """Return whether a folder contains the weights of a LoRA, but not of its base model."""
     of_models = (*_MODELS, *(f"{name}.index.json" for name in _MODELS))
     whole = any((folder / name).is_file() for name in of_models)
     return not whole and any((folder / name).is_file() for name in _LORAS)
@@ -152,7 +152,7 @@ def is_lora_alone(folder: Path) -> bool:
 def plan_shards(
     weights: Mapping[str, LazyTensor], *, max_shard_size: int | str
 ) -> dict[str, list[str]]:
-    """Distribute weights over files as transformers does: name of a file → names of its weights."""
+    """Distribute weights over files as transformers does: file name → names of its weights."""
     split = split_torch_state_dict_into_shards(
         {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in weights.items()},
         filename_pattern="model{suffix}.safetensors",
@@ -184,21 +184,21 @@ def require_disk_space(weights: Mapping[str, LazyTensor], folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
-            f"{folder} has {free / 1e9:.2f} GB free, the model takes {needed / 1e9:.2f} GB. Free "
-            "space, choose another disk, or a dtype of half the size (bfloat16)."
+            f"{folder} has {free / 1e9:.2f} GB free, but the model takes {needed / 1e9:.2f} GB. "
+            "Free up space, choose another disk, or use a dtype of half the size (bfloat16)."
         )
 
 
 def _open_safetensors(file: Path) -> dict[str, LazyTensor]:
     def read(name: str) -> Tensor:
-        # Opened anew for each tensor, so that the pages of earlier ones are freed.
+        # Reopened for each tensor, so the pages of earlier tensors are freed.
         with safe_open(file, framework="pt") as opened:
             return opened.get_tensor(name)  # type: ignore[no-any-return]
 
     heads = read_weight_shapes([file])
     unknown = sorted({dtype for _, dtype in heads.values()} - set(_DTYPES))
     if unknown:
-        raise ValueError(f"{file} has weights of the dtypes {unknown}, expected {list(_DTYPES)}.")
+        raise ValueError(f"{file} has weights with dtypes {unknown}, expected {list(_DTYPES)}.")
     return {
         name: LazyTensor(shape, _DTYPES[dtype], partial(read, name))
         for name, (shape, dtype) in heads.items()
@@ -206,43 +206,43 @@ def _open_safetensors(file: Path) -> dict[str, LazyTensor]:
 
 
 def _load_pickle(file: Path) -> Any:
-    """Load tensors and plain values; mapped from the disk where the file's format allows it."""
+    """Load tensors and plain values, memory-mapped if the file's format allows it."""
     with file.open("rb") as opened:
         beginning = opened.read(40)
     if not beginning.startswith(_BEGINNINGS):  # an HTML error page, a Git LFS pointer
         raise ValueError(
-            f"{file} is not a PyTorch file of weights: it begins with {beginning!r}. Download it "
-            "again (with git lfs, where the repository uses it) and compare its SHA-256."
+            f"{file} is not a PyTorch weight file: it begins with {beginning!r}. Download it again "
+            "(with git lfs if the repository uses it) and compare its SHA-256."
         )
     try:
-        # Files of torch before 1.6 cannot be mapped, and have no checksums.
+        # Files from torch before 1.6 cannot be mapped and have no checksums.
         mapped = beginning.startswith(_BEGINNINGS[0])
         if mapped:
             _require_checksums(file)
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{file} holds more than weights ({_first_line(error)}), and unpickling that would run "
-            "code from the file, which is never done here. Save its state dict alone, on a machine "
-            "where you trust it: torch.save(checkpoint['state_dict'], …) or safetensors."
+            f"{file} contains more than weights ({_first_line(error)}). Unpickling it could run "
+            "code, so it is refused. Save only its state dict, on a machine where you trust it: "
+            "torch.save(checkpoint['state_dict'], …) or safetensors."
         ) from error
     except _DAMAGED as error:
         raise ValueError(
-            f"{file} is not a whole PyTorch file of weights ({_first_line(error)}). A TorchScript "
-            "archive is not one either. Download it again and compare its size and SHA-256."
+            f"{file} is not a complete PyTorch weight file ({_first_line(error)}). TorchScript "
+            "archives are not supported. Download it again and compare its size and SHA-256."
         ) from error
 
 
 def _require_checksums(file: Path) -> None:
-    """Compare the CRC-32 of each entry of an archive, which torch does not read."""
+    """Verify the CRC-32 of each entry of an archive; torch does not."""
     with zipfile.ZipFile(file) as archive:
         if not any(entry.CRC for entry in archive.infolist()):
             raise ValueError(
-                "it was saved without CRC-32, so that damage could not be seen: save it again "
+                "it was saved without CRC-32, so damage could not be detected: save it again "
                 "without torch.serialization.set_crc32_options(False)"
             )
         if damaged := archive.testzip():
-            raise ValueError(f"its entry {damaged} has another CRC-32 than the archive records")
+            raise ValueError(f"the CRC-32 of its entry {damaged} is wrong")
 
 
 def _first_line(error: Exception) -> str:
@@ -254,7 +254,7 @@ def _first_line(error: Exception) -> str:
 def _find_state_dict(content: Any, file: Path) -> dict[str, Tensor]:
     """Find the weights in a PyTorch file: under `model`, `module`, `state_dict`, or at the top.
 
-    Names that all begin with `module.` lose it.
+    If all names begin with `module.`, this prefix is removed.
     """
     state = content
     if isinstance(content, Mapping):
@@ -265,9 +265,9 @@ def _find_state_dict(content: Any, file: Path) -> dict[str, Tensor]:
     if not tensors or len(tensors) != len(state):
         others = sorted(str(name) for name, value in values if not isinstance(value, Tensor))
         raise ValueError(
-            f"{file}: expected a state dict, at the top or under {_NESTED_UNDER}; got "
+            f"{file}: expected a state dict, at the top level or under {_NESTED_UNDER}; got "
             f"{type(content).__name__} with {counted(len(tensors), 'tensor')} and the other "
-            f"entries {others}. Save the state dict alone."
+            f"entries {others}. Save only the state dict."
         )
     wrapped = [name for name in tensors if name.startswith(_WRAPPER)]
     if not wrapped:
@@ -275,6 +275,6 @@ def _find_state_dict(content: Any, file: Path) -> dict[str, Tensor]:
     if len(wrapped) != len(tensors):
         raise ValueError(
             f"{file}: {len(wrapped)} of {len(tensors)} names begin with {_WRAPPER!r}, expected "
-            "all or none. The file is a mixture of checkpoints."
+            "all or none. The file mixes several checkpoints. Save them separately."
         )
     return {name.removeprefix(_WRAPPER): value for name, value in tensors.items()}

@@ -254,7 +254,7 @@ def test_the_card_of_a_lora_on_the_hub_is_read_and_a_broken_one_named(
     towers = save_tiny_vision(tmp_path / "vision"), save_tiny_llm(tmp_path / "llm")
     config = BuildConfig(prompt="llama-3", max_text_length=64, lora="me/lora")
     card.write_text("---\nmodel-index:\n- name: x\n---\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"README\.md: its metadata cannot be used \(Invalid `mod"):
+    with pytest.raises(ValueError, match=r"README\.md: invalid metadata \(Invalid `mod"):
         build_model(*towers, tmp_path / "broken", config)
     score = "{metrics: [{type: a, value: N/A}], task: {type: t}, dataset: {type: d, name: d}}"
     others = f"license: [mit]\nlicense_name: 2\nmodel-index:\n- name: x\n  results:\n  - {score}"

@@ -354,7 +354,7 @@ def test_a_folder_that_loads_with_other_embeddings_is_not_left(tmp_path: Path) -
     vision, image_processor = tiny_vision()
     with (
         pytest.warns(UserWarning, match="different dtypes"),
-        pytest.raises(ValueError, match=r"is not saved: loaded again, .*image_embeds moved"),
+        pytest.raises(ValueError, match=r"was not saved: loaded again, .*image_embeds moved"),
     ):
         # All weights of a folder are loaded in one dtype.
         build_model((vision, image_processor), make_llm_in_half(), tmp_path / "model", SMALL)

@@ -180,7 +180,7 @@ def test_of_a_dual_encoder_given_whole_the_vision_tower_is_taken_bit_for_bit(
 
 def test_what_is_not_a_vision_tower_or_not_a_whole_one_is_refused(tmp_path: Path) -> None:
     AutoConfig.for_model("idefics2").save_pretrained(tmp_path / "part")
-    with pytest.raises(ValueError, match="no class that builds a 'idefics2_vision' tower alone"):
+    with pytest.raises(ValueError, match="no class for a standalone 'idefics2_vision' tower"):
         load_vision_tower(tmp_path / "part")
     with pytest.raises(ValueError, match="is a 'llama', not a vision tower"):
         load_vision_tower(save_tiny_llm(tmp_path / "llm"))

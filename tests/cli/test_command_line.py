@@ -172,7 +172,7 @@ def make_tower(folder: Path) -> str:
         (["build", ABSENT, "LLM", "--prompt", "llama-3"], f"{ABSENT}: no such vision tower: no"),
         (["build", "VISION", "a/b/c", "--prompt", "llama-3"], "a/b/c: no such language model"),
         (["build", "VISION", "EMPTY", "--prompt", "llama-3"], "empty: the folder has no config.js"),
-        (["build", "VISION", "FILE", "--prompt", "llama-3"], "file: a file; the language model mu"),
+        (["build", "VISION", "FILE", "--prompt", "llama-3"], "file: the language model must be a"),
         (["build", "VISION", "/no.gguf", "--prompt", "none"], r"/no.gguf: no such .gguf file"),
         (["build", "VISION", "LLM", "--prompt", "llama-3", "--lora", ABSENT],
          f"{ABSENT}: no such LoRA"),

@@ -50,7 +50,7 @@ def test_keys_of_another_family(tmp_path: Path, family: str) -> None:
 def test_a_file_that_is_not_there_and_a_local_source_with_a_revision(tmp_path: Path) -> None:
     file = save_checkpoint("openai", tmp_path / "source")
     for source, error in (
-        (CheckpointSource(tmp_path / "c.pt"), "no such folder, and no Hub id"),
+        (CheckpointSource(tmp_path / "c.pt"), "no such folder, and not a Hub id"),
         (CheckpointSource(tmp_path, file="c.pt"), r"c\.pt: no such file"),
         (CheckpointSource(tmp_path), "the weight file itself"),
         (CheckpointSource(file, revision="deadbeef"), "has no revision 'deadbeef'"),

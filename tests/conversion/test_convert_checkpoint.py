@@ -347,6 +347,6 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, mon
     source = save_checkpoint("openai", tmp_path / "source")
     usage = shutil.disk_usage(tmp_path)._replace(free=60 << 20)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(OSError, match=r"has 0\.06 GB free, the model takes 0\.07 GB"):
+    with pytest.raises(OSError, match=r"has 0\.06 GB free, but the model takes 0\.07 GB"):
         convert(source, tmp_path / "model", source_format=FORMAT_OF["openai"])
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

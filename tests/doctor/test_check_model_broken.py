@@ -126,7 +126,7 @@ CASES: dict[str, tuple[Break, str, str]] = {
     ),
     "temperature altered": (
         set_weight("logit_scale.log_scale", lambda w: w + 1),
-        "golden embeddings", r"logit_scale is 3\.65\d\d, recorded was 2\.65\d\d"
+        "golden embeddings", r"logit_scale is 3\.65\d\d, but 2\.65\d\d"
     ),
     "temperature too high": (
         set_row("logit_scale.log_scale", 0, 10.0), "temperature", r"a value within \[1, 100\]"

@@ -162,5 +162,5 @@ def test_a_device_without_bfloat16_refuses_it(
     assert find_device("cpu", precision="float32") == CPU
     with pytest.raises(ValueError, match="cpu does not compute in bfloat16"):
         load_model(folder, device="cpu", precision="bfloat16")
-    with pytest.raises(ValueError, match="precision='float32' decides the dtype"):
+    with pytest.raises(ValueError, match="precision='float32' cannot be combined with dtype"):
         load_model(folder, device="cpu", precision="float32", dtype=FLOAT32)

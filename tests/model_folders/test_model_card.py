@@ -104,7 +104,7 @@ def test_the_card_describes_what_is_in_the_folder(card: ModelCard) -> None:
         "| vision tower | `clip_vision_model`, 21.9 k parameters |",
         "| images | 32 × 32 pixels, mean [0.48145466, 0.4578275, 0.40821073], ",
         r"| prompt | `'<\|begin\|><\|start_header_id\|>user<\|end_header_id\|>\n\n'` text ",
-        "| texts | at most 32 tokens, prompt included |",
+        "| texts | at most 32 tokens, including the prompt |",
         f"| weights | {count / 1000:.1f} k parameters, float32 |",
         "| retrieval | COCO | 8 images, 16 texts | t2i_r1 | 0.5 | 0.25 to 0.75 |",
         "| retrieval | COCO | 8 images, 16 texts | i2t_r1 | 0.625 |  |",
@@ -326,10 +326,10 @@ def test_a_card_in_another_encoding_is_named(llama: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "shown"),
     [
-        ("training_data: 5", r"training_data=\(5,\) is not a text"),
-        ("training_data: [a, {b: c}]", "is not a text"),
-        ("license: [mit, apache-2.0]", r"license=\['mit', 'apache-2.0'\] is not a text"),
-        ("caution: {a: b}", "caution=.* is not a text"),
+        ("training_data: 5", r"training_data=\(5,\) is not a string"),
+        ("training_data: [a, {b: c}]", "is not a string"),
+        ("license: [mit, apache-2.0]", r"license=\['mit', 'apache-2.0'\] is not a string"),
+        ("caution: {a: b}", "caution=.* is not a string"),
         ("license: " + "[" * 5000, r"cannot be used"),
     ],
 )

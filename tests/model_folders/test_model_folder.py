@@ -48,7 +48,7 @@ def tries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Any]
 def test_a_model_that_may_be_a_folder_or_on_the_hub_is_refused_by_both_names(
     only: list[str] | None,
 ) -> None:
-    both = r"^owner/absent: no such folder here, and the Hub, which may .* not known: check the"
+    both = r"^owner/absent: no such local folder, and the Hub, which may .* not known: check the"
     with pytest.raises(ValueError, match=both):
         find_model_folder("owner/absent", only=only)
 
@@ -72,14 +72,14 @@ def test_the_embedded_towers_are_looked_for_nowhere(tries: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("aligned/model", "aligned is here, and has the folders captions, images"),
-        ("aligned/a/b", "aligned is here, and has the folders captions, images"),
-        ("aligned/images/model", "aligned/images is here, and has no folder"),
-        ("./model", "no such folder, and no Hub id like 'owner/name'"),
-        ("../model", ".. is here, and has the folders"),
-        ("no/such/model", "no such folder, and no Hub id like 'owner/name'"),
-        ("/nowhere/model", "no such folder, and no Hub id like 'owner/name'"),
-        (Path("owner/model"), "no such folder, and no Hub id like 'owner/name'"),
+        ("aligned/model", "aligned exists, but has the folders captions, images"),
+        ("aligned/a/b", "aligned exists, but has the folders captions, images"),
+        ("aligned/images/model", "aligned/images exists, but has no folder"),
+        ("./model", "no such folder, and not a Hub id like 'owner/name'"),
+        ("../model", ".. exists, but has the folders"),
+        ("no/such/model", "no such folder, and not a Hub id like 'owner/name'"),
+        ("/nowhere/model", "no such folder, and not a Hub id like 'owner/name'"),
+        (Path("owner/model"), "no such folder, and not a Hub id like 'owner/name'"),
     ],
 )
 def test_what_looks_like_a_path_is_refused_without_the_network(

@@ -149,7 +149,7 @@ class Scaled(LLM2CLIPModel):
     """Gives other embeddings than the code that an export writes."""
 
 
-@pytest.mark.parametrize(("kind", "way_out"), [("Scaled", "code of its own"), ("Peft", "Merge")])
+@pytest.mark.parametrize(("kind", "way_out"), [("Scaled", "with its own code"), ("Peft", "Merge")])
 def test_a_model_of_another_class_is_not_written(kind: str, way_out: str, tmp_path: Path) -> None:
     model, processor = tiny_model()
     if kind == "Scaled":

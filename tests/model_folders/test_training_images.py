@@ -91,7 +91,7 @@ def test_another_kind_raises_an_alarm_that_names_the_data_and_what_to_do(
         for count in (FEWEST_JUDGED, 500):
             text = trained.describe_far(tally_of(make_kind(kind, count, seed=60)))
             assert text is not None
-            assert f"These images ({count})" in text and "kind 0 (4,000 images)" in text
+            assert f"These {count} images" in text and "kind 0 (4,000 images)" in text
             assert "llm2clip align" in text
     noise = torch.randn(FEWEST_JUDGED, WIDTH, generator=torch.Generator().manual_seed(0))
     assert trained.describe_far(tally_of(noise + 1)) is not None
@@ -112,7 +112,7 @@ def test_too_few_images_are_not_judged_and_those_of_another_tower_refused(
     assert trained.measure(few) is None and trained.describe_far(few) is None
     assert trained.measure(ImageTally()) is None
     assert read_training_images(tmp_path) is None  # an older folder knows nothing
-    with pytest.raises(ValueError, match="of a tower of 48 dimensions, and its tower has 16"):
+    with pytest.raises(ValueError, match="48 dimensions, but the model's tower has 16"):
         trained.measure(tally_of(torch.randn(30, 16)))
 
 

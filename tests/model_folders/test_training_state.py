@@ -132,9 +132,7 @@ def test_an_index_refuses_an_untrained_model_by_name_before_its_weights_are_read
     shutil.copytree(untrained, without_weights, ignore=shutil.ignore_patterns("model*"))
     assert main(["index", str(without_weights), str(tmp_path), str(tmp_path / "index")]) == 2
     found = capsys.readouterr().err
-    assert (
-        f"{without_weights} is refused for" in found and "It is untrained: random weights" in found
-    )
+    assert f"{without_weights} is refused for" in found and "it is untrained: random" in found
     assert "model.config.random_heads = []; model.save_pretrained" in found
 
 
@@ -145,7 +143,7 @@ def test_an_untrained_model_is_not_published_by_any_way(
         check_publishable(untrained)
     for flags in ([], ["--dry-run"], ["--license", "mit"]):
         assert main(["push", str(untrained), "owner/name", *flags]) == 2
-        assert "is refused for publishing. It is untrained" in capsys.readouterr().err
+        assert "is refused for publishing: it is untrained" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("components", ["full", "text", "vision"])
@@ -157,7 +155,7 @@ def test_an_export_carries_the_state_on_and_its_card_says_untrained(
     assert read_state(folder) == [*heads]
     card = ModelCard.load(folder / "README.md")
     parts = ", ".join(head.replace("_", " ") for head in heads)
-    assert f"untrained: random weights are left in its {parts}" in card.text
+    assert f"untrained: random weights remain in its {parts}" in card.text
     assert "Align it first" in card.text
     assert "Intended use" not in card.text and "Search images" not in card.text
     assert card.data.pipeline_tag is None and "untrained" in card.data.tags
@@ -172,7 +170,7 @@ def test_the_card_of_a_trained_model_says_its_use_and_of_a_random_adapter_too(
     model.config.random_heads = ["text_adapter"]
     card = ModelCard.load(save_model(model, processor, tmp_path / "model") / "README.md").text
     assert "Intended use" in card
-    assert "in part untrained: random weights are left in its text adapter." in card
+    assert "Part of the model is untrained: random weights remain in its text adapter." in card
 
 
 @pytest.mark.slow
@@ -182,7 +180,7 @@ def test_doctor_warns_of_an_untrained_model_that_is_healthy_as_a_folder(
     assert main(["doctor", str(untrained)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("warning  training") for line in lines) == 1
-    assert f"{untrained}: healthy, but untrained: random weights are left in its" in lines[-1]
+    assert f"{untrained}: healthy, but untrained: random" in lines[-1]
     report = str(check_model(good))
     assert "untrained" not in report and report.endswith(": healthy")
 

@@ -175,7 +175,7 @@ def test_one_tower_has_no_other_to_export(part: tuple[str, Path], tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no-such", "new"], "no such folder, and no Hub id"),
+        (["no-such", "new"], "no such folder, and not a Hub id"),
         (["SOURCE", "full"], "exists and is not empty"),
         (["SOURCE", "full/kept.txt"], "exists and is not empty"),
         (["SOURCE"], "OUTPUT requires an argument"),

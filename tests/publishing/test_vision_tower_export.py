@@ -94,7 +94,7 @@ def test_a_changed_vision_tower_is_refused(name: str, good: Path, tmp_path: Path
         edit_json(name, lambda content: content.update(max_text_length=9))(source)
     else:
         change_byte(source, name)
-    with pytest.raises(ValueError, match="Nothing is written from"):
+    with pytest.raises(ValueError, match="Nothing was written from"):
         export_vision_tower(source, tmp_path / "tower")
 
 

@@ -43,7 +43,7 @@ def test_a_folder_of_no_known_type_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     with pytest.raises(ValueError, match=r"model_type 'llama'"):
         load_encoder(tmp_path)
-    with pytest.raises(ValueError, match=r"no such folder, and no Hub id"):
+    with pytest.raises(ValueError, match=r"no such folder, and not a Hub id"):
         load_encoder(tmp_path / "nothing" / "here")
 
 

@@ -30,7 +30,7 @@ _APART = ("unshare", "--user", "--map-root-user", "--mount")
 _PAGE = 4096  # bytes; a disk in memory consists of whole ones
 _FILLER = ".filler"  # takes one page
 _SHARE_OF_OUTPUTS, _SCRATCH_PAGES = 0.75, 24
-_REMEDY = re.compile(r"(No room|No space left|GB free, the model takes).*\b[Ff]ree ", re.DOTALL)
+_REMEDY = re.compile(r"(No room|No space left|GB free, but the model takes).*\b[Ff]ree ", re.DOTALL)
 
 
 def run(folder: Path, seconds: float, seed: int) -> Counts:

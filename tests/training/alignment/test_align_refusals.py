@@ -367,7 +367,7 @@ def test_the_room_for_the_model_is_asked_for_before_the_first_step(
 ) -> None:
     monkeypatch.setattr("modeling_llm2clip.model_folders.weights._OTHER_FILES_BYTES", 2**60)
     monkeypatch.setattr(AlignmentModel, "__init__", lambda *_, **__: pytest.fail("tower loaded"))
-    with pytest.raises(OSError, match=r"GB free, the model takes .* Free space"):
+    with pytest.raises(OSError, match=r"GB free, but the model takes .* Free up space"):
         prepared.align(tmp_path / "run")
 
 

@@ -184,12 +184,12 @@ def test_record_and_card_name_what_was_kept_and_the_next_training_forgets_it(
     assert (described["num_names"], described["num_texts"]) == (7, 14)
     card = (run.model / "README.md").read_text(encoding="utf-8")
     assert "7 names (red, deep blue, orange, a wheel, Paris and 2 more)" in card
-    assert "Other\nclasses were not kept" in card
+    assert "Other classes\nwere not kept close" in card
     assert read_card_data(run.model).kept_texts in card
     again = keep(keeping, tmp_path / "again", model=run.model, keep_texts=None)
     assert read_card_data(again.model).kept_texts is None
     vision = export_model(run.model, tmp_path / "vision", ExportConfig(components="vision"))
-    assert "was kept near" not in (vision / "README.md").read_text(encoding="utf-8")
+    assert "kept the text side" not in (vision / "README.md").read_text(encoding="utf-8")
     stated = read_card_data(run.model).kept_texts
     # A run whose best step is 0 writes the weights that the statement is about.
     start = {"held_out_ratio": 0.25, "learning_rate": 1e-12, "max_steps": 1}
