@@ -126,7 +126,7 @@ def test_saved_and_loaded_equals_before(vision: str, llm: str, tmp_path: Path) -
         (lambda w: w.update({"text_model.layers.7.mlp.up_proj.weight": torch.ones(2)}),
          r"Unexpected \(1\): \['text_model.layers.7.mlp.up_proj.weight'\]"),
         (lambda w: w.update({"text_projection.weight": torch.ones(5, 32)}),
-         r"another shape.*text_projection.weight.*5, 32.*32, 32"),
+         r"Wrong shape.*text_projection.weight.*5, 32.*32, 32"),
     ],
 )  # fmt: skip
 def test_weights_that_do_not_fit_are_named(
@@ -188,7 +188,9 @@ def test_a_lora_that_is_not_unloaded_is_refused(merges: bool, tmp_path: Path) ->
     for layer in adapted.modules() if merges else ():
         if hasattr(layer, "base_layer"):
             layer.merge()
-    with pytest.raises(ValueError, match=r"of peft \(first of 4: .*q_proj.*merge_and_unload"):
+    with pytest.raises(
+        ValueError, match=r"peft wraps 4 of its layers \(first: .*q_proj.*merge_and_unload"
+    ):
         adapted.base_model.model.save_pretrained(tmp_path / "wrapped")
     assert not (tmp_path / "wrapped").exists()
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")

@@ -37,7 +37,7 @@ from benchmarks.accuracy.training_set_size import (
 from benchmarks.shared.provenance import describe_run
 from modeling_llm2clip import AlignConfig, BuildConfig, EmbeddingStore, LLM2CLIPProcessor
 from modeling_llm2clip.data.records.record_table import RecordTable
-from modeling_llm2clip.encoding.float32 import float32_as_such
+from modeling_llm2clip.encoding.precision import float32_as_such
 from modeling_llm2clip.scheduling.graceful_stop import stop_on_signals
 from modeling_llm2clip.training.alignment.align import _choose
 from modeling_llm2clip.training.alignment.alignment_fit import AlignmentFit, Choice

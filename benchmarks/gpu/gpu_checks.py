@@ -18,7 +18,7 @@ from benchmarks.gpu.goals import RANKS_SECONDS
 from benchmarks.gpu.gpu_encoding import load_encoder
 from benchmarks.gpu.gpu_training import run_align
 from modeling_llm2clip.encoding.encode import encode_texts
-from modeling_llm2clip.encoding.float32 import float32_as_such
+from modeling_llm2clip.encoding.precision import float32_as_such
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 from modeling_llm2clip.evaluation.metrics.ranking import RetrievalRanks, rank_retrieval
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel

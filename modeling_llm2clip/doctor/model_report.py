@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from ..encoding.float32 import float32_as_such
+from ..encoding.precision import float32_as_such
 
 T = TypeVar("T")
 

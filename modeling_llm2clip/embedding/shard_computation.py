@@ -31,9 +31,8 @@ from .._extras import RAY, require
 from ..data.images.image_sources import UnreadableImagesError
 from ..data.remote.file_locations import FileLocation, list_states, use_states
 from ..data.remote.remote_files import FileInfo
-from ..encoding.batches import use_one_core
+from ..encoding.batches import start_copy, use_one_core
 from ..encoding.devices import find_device
-from ..encoding.host_copies import start_copy
 from ..image_loading_llm2clip import ImageLimits, get_image_limits, set_image_limits
 from ..scheduling.graceful_stop import StopRequest, stop_on_signals
 from ..scheduling.processes import choose_device

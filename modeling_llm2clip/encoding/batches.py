@@ -27,9 +27,9 @@ from ..data.images.image_sources import (
     open_image,
 )
 from ..processing_llm2clip import LLM2CLIPProcessor
-from .float32 import float32_as_such
-from .host_copies import start_copy
+from .devices import runs_ahead
 from .pixel_normalization import PixelNormalization
+from .precision import float32_as_such
 from .tokenized_texts import TokenizedText
 
 Batch = TypeVar("Batch")
@@ -402,3 +402,24 @@ def list_keys(inputs: Sequence[Any]) -> list[Hashable]:
     texts = [item.text if isinstance(item, TokenizedText) else item for item in inputs]
     keys: list[Any] = [item if isinstance(item, by_value) else ("id", id(item)) for item in texts]
     return keys
+
+
+def start_copy(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start copying a tensor to the CPU; call the result, from any thread, to wait for the copy.
+
+    A GPU runs asynchronously until the program reads a result, so the embeddings of many batches
+    are copied back together.
+    """
+    if not runs_ahead(tensor.device):
+        return tensor.cpu
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    copy.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event(blocking=True)
+    # By default, record would use the stream of the current GPU, which may be another one.
+    copied.record(torch.cuda.current_stream(tensor.device))
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return copy
+
+    return wait

@@ -25,7 +25,7 @@ from ..configs.encoding_config import DUAL_ENCODERS
 from ..image_loading_llm2clip import load_images
 from ..loading_llm2clip import list_weight_files, load_without_code, naming_fields
 from .encoder_interface import Encoder, choose_batches
-from .float32 import float32_as_such
+from .precision import float32_as_such
 
 
 def require_dual_encoder(model_type: str, source: str | Path) -> None:

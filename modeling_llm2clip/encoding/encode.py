@@ -29,9 +29,8 @@ from ..processing_llm2clip import LLM2CLIPProcessor
 from .batches import OnBatch, require_finite
 from .devices import find_device, runs_ahead
 from .encoder_interface import Encoder, choose_batches
-from .float32 import float32_as_such
 from .pixel_normalization import PixelNormalization, find_normalization
-from .precision import describe_precision, load_on_device
+from .precision import describe_precision, float32_as_such, load_on_device
 
 Model: TypeAlias = LLM2CLIPModel | LLM2CLIPTextModel | LLM2CLIPVisionModel
 

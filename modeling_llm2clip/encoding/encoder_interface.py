@@ -30,8 +30,8 @@ from .batches import (
     require_finite,
     split_evenly,
 )
-from .float32 import float32_as_such
 from .pixel_normalization import PixelNormalization
+from .precision import float32_as_such
 from .tokenized_texts import TokenizedText, TokenizedTexts
 
 _TOKENS_PER_TEXT = 64  # turns a batch size into a token budget

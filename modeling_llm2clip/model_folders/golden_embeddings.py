@@ -23,7 +23,7 @@ from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.safetensors_files import serialize_tensors
 from ..data.sources.json_files import parse_json
 from ..encoding.encode import encode_images, encode_texts, project_stored
-from ..encoding.float32 import float32_as_such
+from ..encoding.precision import float32_as_such
 from ..processing_llm2clip import LLM2CLIPProcessor
 from .fingerprint import VISION_ENTRY, hash_deciding_files
 from .weights import open_model_weights

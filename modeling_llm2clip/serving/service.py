@@ -31,8 +31,8 @@ from ..encoding.batches import (
 from ..encoding.devices import find_device, require_compiler
 from ..encoding.encode import TorchEncoder, average_prompts
 from ..encoding.encoder_interface import Encoder
-from ..encoding.float32 import float32_as_such
 from ..encoding.layer_compilation import compile_layers
+from ..encoding.precision import float32_as_such
 from ..encoding.tokenized_texts import TokenizedText, TokenizedTexts
 from ..image_loading_llm2clip import get_image_limits
 from ..model_folders.model_folder import find_model_folder

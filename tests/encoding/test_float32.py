@@ -14,7 +14,7 @@ from torch import nn
 
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
-from modeling_llm2clip.encoding.float32 import float32_as_such
+from modeling_llm2clip.encoding.precision import float32_as_such
 from modeling_llm2clip.evaluation.encoders.auto import load_encoder
 from modeling_llm2clip.model_folders.golden_embeddings import compute_golden
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from running_ahead import run_ahead
 
+from modeling_llm2clip.encoding.batches import start_copy
 from modeling_llm2clip.encoding.devices import runs_ahead
-from modeling_llm2clip.encoding.host_copies import start_copy
 
 
 def test_a_copy_is_waited_for_on_the_gpu_of_its_tensor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,7 +244,7 @@ def test_nothing_is_written_from_a_folder_that_states_another_dtype_than_it_has(
     if way in ("text", "trained"):  # one weight of the LLM has another dtype
         edit_weights(round_a_weight)(folder)
         forget_files(folder)
-        error = r"states float32, and 1 of \d+ weights are bfloat16"
+        error = r"states float32, but 1 of \d+ weights are bfloat16"
     else:
         edit_json("config.json", lambda c: c.update(dtype="bfloat16"))(folder)
         error = r"config\.json states bfloat16.*weights are float32"

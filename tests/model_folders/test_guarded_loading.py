@@ -134,7 +134,7 @@ def test_without_room_golden_embeddings_are_compared_or_nothing_is_rounded(
     full = replace(GPU, free_bytes=int(1.75 * size) - 1)  # float32, bfloat16 and a batch
     model = load_in_precision(LLM2CLIPModel, folder, CPU, traits=full)
     require_rounded(model, folder, towers=BFLOAT16, heads=FLOAT32)
-    assert "golden embeddings of the folder" in capsys.readouterr().err
+    assert "the folder's golden embeddings" in capsys.readouterr().err
     (folder / GOLDEN_FILE).unlink()
     model = load_in_precision(LLM2CLIPModel, folder, CPU, traits=FULL_GPU)
     require_rounded(model, folder, towers=FLOAT32, heads=FLOAT32)

@@ -208,7 +208,7 @@ def test_a_damaged_summary_is_refused_with_its_remedy(
         trained = TrainingImages((summarize(0),))
         trained.datasets[0].clusters[1, 2] = torch.nan
         write_training_images(tmp_path, trained)
-    with pytest.raises(ValueError, match=rf"{TRAINING_IMAGES_FILE} is damaged .*remove it"):
+    with pytest.raises(ValueError, match=rf"{TRAINING_IMAGES_FILE} is damaged .*delete it"):
         read_training_images(tmp_path)
 
 

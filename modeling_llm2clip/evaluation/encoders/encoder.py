@@ -161,7 +161,7 @@ class EvaluationEncoder(ABC):
             "device": str(self._device),
             "tokens_per_batch": self._token_budget,
             "images_per_batch": self._batch_size,
-            "float32_products": "ieee",  # never TF32; see `encoding.float32`
+            "float32_products": "ieee",  # never TF32; see `encoding.precision`
         }
 
 

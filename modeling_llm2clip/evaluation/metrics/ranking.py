@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, linalg
 
 from ...encoding.devices import has_room
-from ...encoding.float32 import float32_as_such
+from ...encoding.precision import float32_as_such
 from .correspondence import Correspondence, PositiveLists
 
 # A model that encodes the same input in two batches returns slightly different float32 values.

@@ -27,7 +27,7 @@ from ...data.records.record_table import RecordTable
 from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import MANIFEST_FILE, EmbeddingStore
 from ...data.streams.record_streams import RecordStream
-from ...encoding.float32 import float32_as_such
+from ...encoding.precision import float32_as_such
 from ...evaluation.datasets.classification_dataset import ClassificationDataset
 from ...model_folders.fingerprint import fingerprint_model, fingerprint_text, fingerprint_vision
 from ...model_folders.golden_embeddings import GOLDEN_FILE

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from ..._extras import ANN, require
 from ...data.key_arrays import Array
 from ...encoding.devices import has_room
-from ...encoding.float32 import float32_as_such
+from ...encoding.precision import float32_as_such
 
 EXACT_UP_TO = 20_000
 _ROWS_PER_TILE = 1024
