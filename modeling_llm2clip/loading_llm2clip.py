@@ -231,8 +231,8 @@ def bounded_by_weights(list_files: Callable[[], Sequence[Path]]) -> Iterator[Non
 
     A configuration may state any number of layers and any width. Building such a network would take
     minutes and fill the memory before its weights are found not to fit. The files are listed when
-    the first weight is registered: by then transformers has downloaded them. Without files, there
-    is no bound.
+    the first weight is registered: by then transformers has downloaded them. Without files, any
+    size is allowed.
     """
     thread, seen, counts = threading.get_ident(), set[tuple[int, str]](), Counter[str]()
 
@@ -429,7 +429,7 @@ def quantize_llm_only(quantization_config: Any, *, class_name: str, has_llm: boo
         raise ValueError(
             f"{class_name} has no LLM, and bitsandbytes may only quantize an LLM: quantizing a "
             "vision tower or projection would change the embeddings. Remove quantization_config; "
-            "dtype=torch.bfloat16 halves the memory."
+            "dtype=torch.bfloat16 needs half the memory."
         )
     config = copy.deepcopy(config)
     skipped = config.llm_int8_skip_modules or ()

@@ -88,8 +88,8 @@ def _load_compared(load: Callable[..., Any], folder: Path, free_bytes: int) -> A
         reference = "the folder's golden embeddings (not enough memory for float32)"
     else:
         _report(
-            "float32: bfloat16 cannot be checked, because there is neither enough memory for both "
-            "nor are there golden embeddings"
+            "float32: bfloat16 cannot be checked without golden embeddings or enough memory for "
+            "both dtypes"
         )
         return load()
     cast = _keep_heads(load(dtype=torch.bfloat16), folder)
