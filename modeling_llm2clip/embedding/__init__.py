@@ -1,1 +1,1 @@
-"""The path from texts and images to stored embeddings: `extract`, `embed`, their shards."""
+"""Compute embeddings of texts and images and store them: `extract` and `embed`."""

@@ -1,7 +1,7 @@
-"""Final embeddings of a dataset into Parquet files, for vector databases.
+"""Write the final embeddings of a dataset to Parquet files, for vector databases.
 
-`extract` stores the embeddings of a tower, for training; these are projected, of unit length, and
-ready to be compared.
+`extract` stores a tower's embeddings, for training. The embeddings here are projected and scaled to
+unit length, ready to compare.
 """
 
 from __future__ import annotations
@@ -61,42 +61,41 @@ def embed(
     engine: Engine = "local",
     report: Callable[[str], object] | None = None,
 ) -> Path:
-    """Write the embeddings of all captions or images to Parquet files, or continue to.
+    """Write the embeddings of all captions or images to Parquet files, or resume writing.
 
-    Each file has the columns `id`, `embedding` (a list of fixed size) and those of
-    `config.columns`. Its schema's metadata has under `llm2clip` a JSON object with the model's
-    fingerprint, prompt, dtype, dimensions and int8 ranges. `_manifest.json` has a checksum of each
-    file.
+    Each file has the columns `id` and `embedding` (a fixed-size list), and the columns listed in
+    `config.columns`. The key `llm2clip` of its schema metadata holds a JSON object with the model's
+    fingerprint, prompt, dtype, dimensions and int8 ranges. `_manifest.json` holds a checksum of
+    each file.
 
     Args:
         source: Folder or Hub id of an LLM2CLIP model, or a loaded (model, processor); with
             `config.backend` onnx, a folder of ONNX graphs.
         data: Records.
-        output: Folder of the files: new, empty, or of the same output, which is continued and
-            whose files are checked.
-        config: Options; None for the defaults. `jpeg_decoding` and `skip_invalid` are only for
-            images.
-        modality: What is embedded: text or image.
+        output: Folder for the files: new, empty, or an unfinished output of the same run, whose
+            files are checked before it resumes.
+        config: Options; None for the defaults. `jpeg_decoding` and `skip_invalid` apply only
+            to images.
+        modality: What to embed: text or image.
         partition: Which part of the files to write, such as 2/8 for the second of eight; the last
-            part to end completes the output. None for all of them.
-        engine: What computes: the processes of this run, or the actors of a Ray cluster that sees
-            the same files.
-        report: Called with what is said of images that are unlike those that the model was trained
-            on, once per run, of the images that this run encoded; never under Ray. Default: it is
-            warned of.
+            part to finish completes the output. None for all files.
+        engine: Where to compute: in the processes of this run, or in the actors of a Ray cluster
+            that sees the same files.
+        report: Called at most once per run, with a message, if the images that this run encoded
+            are unlike the model's training images; never called with Ray. None to warn instead.
 
     Returns:
         `output`.
 
     Raises:
         ValueError: No captions or images; the model is not trained; the dtype or `truncate_dim`
-            does not fit it; or `output` has embeddings of another model, prompt, dataset or option,
-            with both values, or damaged files.
-        DataValidationError: Images cannot be decoded, all of which are named as soon as one is met;
-            with repaired or without these images, embed again into a new folder.
+            does not fit it; `output` holds embeddings of another model, prompt, dataset or option
+            (the message shows both values); or its files are damaged.
+        DataValidationError: Images cannot be decoded. The first one triggers a check that names
+            all of them. Repair or remove them, and embed into a new folder.
         FileExistsError: `output` holds other files.
-        OSError: `output` cannot be written, before anything is read; the disk is full, and what is
-            written stays.
+        OSError: `output` is not writable (checked before anything is read), or the disk is full
+            (finished files stay).
         StageInterrupt: SIGINT or SIGTERM stopped the run after a batch.
         RuntimeError: A Ray actor failed repeatedly.
 
@@ -119,7 +118,7 @@ def run_embed(
     report: Callable[[str], object] | None = None,
     source: str = "The dataset",
 ) -> Path:
-    """Write a planned output; returns its folder. Errors name the data by `source`."""
+    """Write a planned output and return its folder. Errors call the data `source`."""
     config, output, modality = plan.config, plan.output, plan.modality
     records = RecordTable.from_records(data)
     require_inputs(records, modality)
@@ -149,7 +148,7 @@ def run_embed(
 
 
 def _report_far(encoder: ShardEncoder, folder: Path, report: Callable[[str], object]) -> None:
-    """Report images of all processes that are unlike those that the model was trained on."""
+    """Report if the images of all processes are unlike the model's training images."""
     encoded, tally = encoder.tally, ImageTally()
     for part in gather_object([ImageTally(encoded.num_images, encoded.total)]):
         tally.join(part)
@@ -166,12 +165,12 @@ def _plan_output(
     encoder: ShardEncoder,
     config: EmbedConfig,
 ) -> EmbeddingManifest:
-    """Make the manifest of an output before it is begun."""
+    """Make the manifest of an output that has not been started."""
     dim = config.truncate_dim or encoder.dim
     if dim > encoder.dim:
         raise ValueError(
-            f"truncate_dim={dim} is more than the {encoder.dim} dimensions of the model. Give "
-            "fewer, or leave it out."
+            f"truncate_dim={dim} exceeds the model's {encoder.dim} dimensions. Choose a smaller "
+            "one, or leave it out."
         )
     count_values(dim, config.dtype)
     plan = {**encoder.plan, "data": hash_texts(records)}
@@ -205,7 +204,7 @@ def _plan_output(
 
 
 def describe_embeddings(output: Path) -> list[str]:
-    """Describe an output in lines for a terminal."""
+    """Return lines that describe an output, for a terminal."""
     manifest = EmbeddingManifest.read(output)
     if missing := describe_missing(output, manifest):
         return missing
@@ -219,10 +218,10 @@ def describe_embeddings(output: Path) -> list[str]:
         names = list_first(skipped)
         lines.append(f"Skipped {counted(len(skipped), 'undecodable image')}: {names}.")
     if truncated := manifest.num_truncated:
-        lines.append(f"Truncated {counted(truncated, 'text')} to the tokens that the model reads.")
+        lines.append(f"Truncated {counted(truncated, 'text')} to the model's limit.")
     if clipped := sum(shard.num_clipped for shard in shards):
         share = clipped / (num_rows * manifest.dim)
-        lines.append(f"{share:.2%} of the values were outside the int8 ranges, and were clipped.")
+        lines.append(f"{share:.2%} of the values were clipped to the int8 ranges.")
     return lines
 
 
@@ -232,7 +231,7 @@ def _add_ranges(
     rows: InputRows,
     config: EmbedConfig,
 ) -> EmbeddingManifest:
-    """Measure the int8 ranges, or read those of another output."""
+    """Add int8 ranges, measured or read from another output."""
     if config.dtype != "int8":
         return planned
     if config.int8_ranges is None:
@@ -250,8 +249,8 @@ def _add_ranges(
         _list_causes_of_ranges(planned),
     ):
         raise ValueError(
-            f"int8_ranges={config.int8_ranges} has ranges of other embeddings: "
-            f"{'; '.join(differences)}. Give an output of the same model, modality, truncate_dim "
+            f"int8_ranges={config.int8_ranges} was measured on different embeddings: "
+            f"{'; '.join(differences)}. Use an output with the same model, modality, truncate_dim "
             "and JPEG decoding."
         )
     return replace(planned, ranges=ranges)
@@ -269,12 +268,12 @@ def _list_causes_of_ranges(manifest: EmbeddingManifest) -> dict[str, object]:
 def _read_ranges(folder: Path) -> tuple[tuple[float, ...], ...]:
     ranges = EmbeddingManifest.read(folder).ranges
     if ranges is None:
-        raise ValueError(f"int8_ranges={folder} has no int8 ranges: it was not written as int8.")
+        raise ValueError(f"int8_ranges={folder} has no int8 ranges, because its dtype is not int8.")
     return ranges
 
 
 def _write_prompt(folder: Path) -> str:
-    """Write the prompt as text, with {text} for the caption."""
+    """Return the prompt as text, with {text} in place of the caption."""
     config = LLM2CLIPConfig.from_pretrained(folder)
     tokenizer = LLM2CLIPProcessor.from_pretrained(folder).tokenizer
     prefix, suffix = describe_prompt(tokenizer.backend_tokenizer, config)

@@ -1,6 +1,6 @@
-"""The manifest of an output of `embed`: what it holds, which files are complete, and their hashes.
+"""Describe an output of `embed`: its content, its complete files and their hashes.
 
-It imports no torch, so that a command can look at an output before it loads anything.
+Does not import torch, so a command can inspect an output before it loads anything.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class EmbeddingManifest(ShardedManifest):
 
     Attributes:
         modality: `text` or `image`.
-        model: What the user named the model.
-        prompt: Prefix and suffix of a text, as text; empty for images.
-        dtype: Dtype of the embeddings; the binary ones have eight dimensions in a value.
-        columns: Columns next to id and embedding.
-        ranges: Smallest and largest value of each dimension; only for int8.
+        model: Name or path of the model, as the user passed it.
+        prompt: Prompt with {text} in place of the caption; empty for images.
+        dtype: Dtype of the embeddings; binary dtypes pack eight dimensions into a value.
+        columns: Columns besides id and embedding.
+        ranges: Smallest and largest value of each dimension; None unless dtype is int8.
     """
 
     FILE = "_manifest.json"
@@ -50,7 +50,7 @@ class EmbeddingManifest(ShardedManifest):
         return None if self.ranges is None else np.array(self.ranges, np.float32)
 
     def list_causes(self) -> dict[str, object]:
-        """Return everything that decides the bytes of an output."""
+        """Return everything that determines the bytes of an output."""
         return {
             **super().list_causes(),
             "modality": self.modality,
@@ -59,7 +59,7 @@ class EmbeddingManifest(ShardedManifest):
         }
 
     def make_metadata(self) -> dict[bytes, bytes]:
-        """Return the metadata of every file."""
+        """Return the schema metadata that every file gets."""
         described = {
             "format_version": self.format_version,
             "modality": self.modality,

@@ -1,4 +1,4 @@
-"""Checks the options of `extract` and `embed` once, before torch is imported or data are read."""
+"""Check the options of `extract` and `embed`, before torch is imported or data are read."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _Config = TypeVar("_Config", EmbedConfig, ExtractConfig)
 
 @dataclass(frozen=True)
 class EncodingPlan(Generic[_Config]):
-    """A run whose options were checked.
+    """A run with checked options.
 
     Attributes:
         source: Model folder, Hub id, or a loaded pair.
         output: Folder of the output.
         config: Options.
         modality: Inputs to embed.
-        part: Which part of the shards to compute, from 1.
-        num_parts: Number of the parts.
-        engine: What computes the shards.
+        part: Number of the partition to compute, from 1.
+        num_parts: Number of partitions.
+        engine: Where the shards are computed.
     """
 
     source: Source
@@ -56,11 +56,11 @@ def plan_encoding(
     if modality not in ("text", "image"):
         raise ValueError(f"modality={modality!r} must be text or image.")
     if modality == "image" and isinstance(config, EmbedConfig) and "text" in config.columns:
-        raise ValueError("columns: text is for modality text alone. Give captions.")
+        raise ValueError("columns: text cannot be combined with modality image. Use captions.")
     part, slash, count = ("1/1" if partition is None else partition).partition("/")
     if not (slash and part.isdecimal() and count.isdecimal() and 1 <= int(part) <= int(count)):
-        raise ValueError(f"partition={partition!r} must be such as 2/8, the second of eight.")
-    if config.precision == "bfloat16":  # what else it may be, every device has
+        raise ValueError(f"partition={partition!r} must look like 2/8, the second of eight.")
+    if config.precision == "bfloat16":  # every device has the other precisions
         find_device(config.device, precision=config.precision)
     if config.compile:
         require_compiler(find_device(config.device))

@@ -1,9 +1,8 @@
-"""Stage 2: captions or images into an embedding store, on any number of machines.
+"""Stage 2: write the embeddings of captions or images to a store, on any number of machines.
 
-Stores embeddings of captions before the text adapter, or of images before the projection; or the
-embeddings that a dual encoder's own text encoder, the teacher of `align`, gives to the captions.
-Batches depend only on the shard, so a store that was continued has the same bytes as one that was
-never interrupted, on the same kind of machine.
+Stores captions before the text adapter and images before the projection. A dual encoder, the
+teacher of `align`, stores its own text embeddings of the captions. Batches depend only on the
+shard, so on the same kind of machine a resumed store has the same bytes as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -61,36 +60,37 @@ def extract(
     partition: str | None = None,
     engine: Engine = "local",
 ) -> Path:
-    """Compute the embeddings of all captions or images into a store, or continue one.
+    """Store the embeddings of all captions or images, or resume storing them.
 
-    The embeddings are for `align`: taken before text adapter and projections. Only the tower that
-    is needed is loaded. A CLIP or SigLIP model, as a teacher of `align`, gives its unit embeddings
-    of the captions instead, and zeros for captions that are longer than it reads.
+    The embeddings are for `align`, so they are taken before the text adapter and projections. Only
+    the tower in use is loaded. With a CLIP or SigLIP model, the teacher of `align`, the store holds
+    its unit embeddings of the captions instead, with zeros for captions that exceed its limit.
 
     Args:
         source: Folder or Hub id of an LLM2CLIP model, or a loaded (model, processor); with
-            `modality="text"` also of CLIP, SigLIP or the like.
+            `modality="text"` also a model like CLIP or SigLIP.
         data: Records; item i of the store is record i.
-        output: Folder of the store: new, empty, or of the same store, which is continued.
-        config: Options; None for the defaults. `sentence_views` is only for captions,
-            `jpeg_decoding` is only for images.
-        modality: What is extracted: text or image.
+        output: Folder for the store: new, empty, or an unfinished store of the same run, which
+            resumes.
+        config: Options; None for the defaults. `sentence_views` applies only to captions,
+            `jpeg_decoding` only to images.
+        modality: What to extract: text or image.
         partition: Which part of the store to compute, such as 2/8 for the second of eight; the
             last part to finish completes the store. None for all of it.
-        engine: What computes the shards: the processes of this run, or the actors of a Ray cluster.
-            Its machines see the same files.
+        engine: Where to compute the shards: in the processes of this run, or in the actors of a
+            Ray cluster that sees the same files.
 
     Returns:
         `output`.
 
     Raises:
-        ValueError: No captions or images; or `output` is a store of another model, prompt, dataset
-            or option, with both values; or there is no such partition.
-        DataValidationError: Images cannot be decoded, all of which are named as soon as one is met;
-            with repaired or without these images, extract again into a new folder.
+        ValueError: No captions or images; `output` is a store of another model, prompt, dataset or
+            option (the message shows both values); or there is no such partition.
+        DataValidationError: Images cannot be decoded. The first one triggers a check that names
+            all of them. Repair or remove them, and extract into a new folder.
         FileExistsError: `output` holds other files.
-        OSError: `output` cannot be written, before anything is read; the disk is full, and
-            what is written stays.
+        OSError: `output` is not writable (checked before anything is read), or the disk is full
+            (finished shards stay).
         StageInterrupt: SIGINT or SIGTERM stopped the extraction after a batch.
         RuntimeError: A Ray actor failed repeatedly.
 
@@ -111,7 +111,7 @@ def run_extract(
     *,
     source: str = "The dataset",
 ) -> Path:
-    """Compute a planned store; returns its folder. Errors name the data by `source`."""
+    """Compute a planned store and return its folder. Errors call the data `source`."""
     config, modality, output = plan.config, plan.modality, plan.output
     records = RecordTable.from_records(data)
     require_inputs(records, modality)
@@ -135,7 +135,7 @@ def run_extract(
 
 
 def describe_extraction(store: Path) -> list[str]:
-    """Describe a store in lines for a terminal."""
+    """Return lines that describe a store, for a terminal."""
     manifest = StoreManifest.read(store)
     if missing := describe_missing(store, manifest):
         return missing
@@ -150,7 +150,7 @@ def describe_extraction(store: Path) -> list[str]:
 
 
 def open_rows(folder: Path, manifest: StoreManifest, records: RecordTable) -> InputRows:
-    """Open the captions or images of a store that is begun."""
+    """Open the captions or images of a store whose manifest exists."""
     if manifest.content == VISION_EMBEDS:
         return ImageRows(records)
     num_views = read_num_views(manifest.plan)
@@ -172,7 +172,7 @@ def plan_store(
     config: ExtractConfig,
     modality: Modality,
 ) -> StoreManifest:
-    """Make the manifest of a store before its items are known."""
+    """Make the manifest of a store, without the counts of its items."""
     causes = {"data": hash_texts(records)}
     if modality == "image":
         causes["images"] = hash_images(records)

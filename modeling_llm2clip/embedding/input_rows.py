@@ -1,8 +1,8 @@
-"""The texts or images of an output, shard by shard.
+"""Read the texts or images of an output shard by shard.
 
-A shard has the same number of consecutive captions or images of the dataset in every output with
-the same `rows_per_shard`. `embed` writes a row for each of them, under an id. `extract` writes the
-distinct captions of a shard, and an index that says which row each caption has.
+A shard holds `rows_per_shard` consecutive captions or images of the dataset. `embed` writes a row
+with an id for each. `extract` writes the distinct captions of a shard, and an index from captions
+to rows.
 """
 
 from __future__ import annotations
@@ -37,19 +37,20 @@ _ITEM_COLUMNS = ("name", "group_id", "lang", "key", "group_key", "text_keys")
 
 
 class TextRows:
-    """The captions of a dataset, the short ones of a record before its long ones.
+    """The captions of a dataset; short captions come before long ones in each record.
 
     Args:
         records: The dataset.
-        rows_per_shard: Captions of every shard but the last.
-        columns: Columns to write next to the id. None for a store, which has no ids and reads each
+        rows_per_shard: Captions in every shard but the last.
+        columns: Columns to write besides the id. None for a store, which has no ids and reads each
             distinct caption of a shard once.
-        counts: Short and long captions of the records in batches, with `num_views`.
-        num_views: Sentence views of each long caption.
+        counts: Batches of the numbers of short and long captions per record, sentence views
+            included. None to count the captions of `records`.
+        num_views: Sentence views per long caption.
 
     Raises:
-        ValueError: With `columns`: two records have the same name and language, or a language has
-            the character that separates the parts of an id.
+        ValueError: With `columns`: two records have the same name and language, or a language
+            contains the character that separates the parts of an id.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class TextRows:
         self._starts, self._num_rows = _find_shards(counts, rows_per_shard)
 
     def __len__(self) -> int:
-        """Number of captions."""
+        """Return the number of captions."""
         return self._num_rows
 
     def read_inputs(self, rows: range) -> list[str]:
@@ -80,7 +81,7 @@ class TextRows:
         return list(dict.fromkeys(texts)) if self._columns is None else texts
 
     def sample(self, size: int) -> list[str]:
-        """Read a short or long caption of each of some records, which are evenly spaced."""
+        """Read one short or long caption from each of `size` evenly spaced records."""
         chosen = _space_evenly(len(self._records), size)
         sampled = []
         for number, record in enumerate(self._records.select(chosen)):
@@ -108,11 +109,11 @@ class TextRows:
     def _iterate(
         self, rows: range, names: Sequence[str]
     ) -> Iterator[tuple[pa.RecordBatch, pa.Array, Array, Array]]:
-        """Yield records, the captions of a shard in them, and item and number of each caption."""
+        """Yield batches of records, the shard's captions in them, and their rows and numbers."""
         shard = rows.start // self._rows_per_shard
         record, skipped = self._starts[shard]
         left = len(rows)
-        # The records after the last one of this shard are those of the next.
+        # The next shard may begin in the last record of this one.
         stop = self._starts[shard + 1][0] + 1 if shard + 1 < len(self._starts) else None
         chosen = self._records.select(np.arange(record, stop or len(self._records)))
         for batch in chosen.iterate_columns(names):
@@ -129,11 +130,11 @@ class TextRows:
 
 
 class ImageRows:
-    """The images of a dataset; records in several languages share one.
+    """The images of a dataset; records of one image in several languages share it.
 
     Args:
         records: The dataset, with images.
-        columns: Columns to write next to the id, from the first record of an image.
+        columns: Columns to write besides the id, from the first record of each image.
 
     Raises:
         ValueError: Two images have the same name.
@@ -144,7 +145,7 @@ class ImageRows:
         self._columns = columns
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
         return len(self._records)
 
     def read_inputs(self, rows: range) -> list[ImageSource]:
@@ -152,7 +153,7 @@ class ImageRows:
         return self._list_images(np.asarray(rows))
 
     def sample(self, size: int) -> list[ImageSource]:
-        """List the addresses of some images, evenly spaced."""
+        """List the addresses of `size` evenly spaced images."""
         return self._list_images(_space_evenly(len(self._records), size))
 
     def read(self, rows: range) -> pa.Table:
@@ -183,8 +184,8 @@ def require_inputs(records: RecordTable, modality: Modality) -> None:
 def index_texts(
     records: RecordTable, rows_per_shard: int, num_views: int
 ) -> Iterator[pa.RecordBatch]:
-    """Yield the index of a store of captions, in which a shard has its distinct captions."""
-    seen: dict[str, int] = {}  # captions of the shard, by first occurrence
+    """Yield the index of a caption store, which stores each distinct caption once per shard."""
+    seen: dict[str, int] = {}  # captions of the shard, in order of first occurrence
     num_texts = first_row = 0
     for batch in records.iterate_columns((*_ITEM_COLUMNS, *CAPTION_COLUMNS)):
         viewed = add_views(batch.select([*CAPTION_COLUMNS, "text_keys"]), num_views)
@@ -200,7 +201,7 @@ def index_texts(
 
 
 def index_images(records: RecordTable) -> Iterator[pa.RecordBatch]:
-    """Yield the index of a store of images, which records of the same image share."""
+    """Yield the index of an image store; records of one image share a row."""
     firsts = find_first_records(records)
     numbers = (np.cumsum(firsts == np.arange(len(records)), dtype=firsts.dtype) - 1)[firsts]
     start = 0
@@ -211,21 +212,21 @@ def index_images(records: RecordTable) -> Iterator[pa.RecordBatch]:
 
 
 def _count_langs(records: RecordTable) -> int:
-    """Count the languages of records that each have an id of their own."""
+    """Count the languages; require a unique name and language per record."""
     num_keys = count_distinct(partial(records.iterate_numbers, "key"), len(records))
     if num_keys < len(records):
         raise ValueError(
             f"{counted(len(records) - num_keys, 'record')} with the name and language of another "
-            "one, so that an id would mean several texts. Put all captions of an image in "
-            "one language into one record."
+            "record, so ids would not be unique. Put all captions of an image in one language into "
+            "one record."
         )
     langs: set[str] = set()
     for batch in records.iterate_columns(("lang",)):
         langs.update(batch.column(0).unique().to_pylist())
     if wrong := sorted(lang for lang in langs if _SEPARATOR in lang):
         raise ValueError(
-            f"lang={wrong[0]!r} has a {_SEPARATOR}, which separates the parts of an id. Give a "
-            "language as BCP 47 writes it, such as en or zh-Hans."
+            f"lang={wrong[0]!r} contains {_SEPARATOR}, which separates the parts of an id. Use a "
+            "BCP 47 tag, such as en or zh-Hans."
         )
     return len(langs)
 
@@ -233,7 +234,7 @@ def _count_langs(records: RecordTable) -> int:
 def _find_shards(
     all_counts: Iterable[tuple[Array, Array]], rows_per_shard: int
 ) -> tuple[list[tuple[int, int]], int]:
-    """Find the record in which each shard begins, and how many of its captions are before it."""
+    """Find each shard's first record, and how many of its captions belong to earlier shards."""
     starts: list[tuple[int, int]] = []
     num_records = num_rows = 0
     for short, long in all_counts:

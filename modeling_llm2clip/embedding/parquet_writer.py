@@ -1,10 +1,10 @@
-"""Writes final embeddings as Parquet files, for vector databases: truncated, in fewer bits.
+"""Write final embeddings to Parquet files for vector databases, truncated and quantized.
 
-A text is identified by name, language and number of the caption, `beach.jpg#de#0`; the language is
-left out if the dataset has only one. An image is identified by its name.
+The id of a text is its name, language and caption number, as in `beach.jpg#de#0`. The language is
+left out if the dataset has only one. The id of an image is its name.
 
-int8 and the two binary dtypes equal those of sentence-transformers' `quantize_embeddings`. N
-embeddings, P dimensions of the model, D stored dimensions.
+The int8 and binary values equal those of sentence-transformers' `quantize_embeddings`. N is the
+number of embeddings, P the dimensions of the model, D the stored dimensions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .embedding_manifest import EmbeddingManifest
 from .input_rows import InputRows
 from .sharded_writer import ShardedWriter
 
-# Type of the values of a stored embedding.
+# Type of a stored value.
 VALUE_TYPES: dict[EmbeddingDtype, type[np.generic]] = {
     "float32": np.float32,
     "float16": np.float16,
@@ -39,7 +39,7 @@ _BITS = 8
 
 
 class ParquetWriter(ShardedWriter[EmbeddingManifest]):
-    """One process's access to an output that is being written.
+    """Writes one process's shards of an output.
 
     Args:
         folder: Folder of the output.
@@ -54,7 +54,7 @@ class ParquetWriter(ShardedWriter[EmbeddingManifest]):
         self.rows = rows
 
     def encode(self, shard: int, embeds: Tensor) -> tuple[bytes, dict[str, Any]]:
-        """Return a file; rows of zeros are images that could not be decoded."""
+        """Return a file without the rows of zeros, which stand for undecodable images."""
         table = self.rows.read(self.manifest.inputs_of_shard(shard))
         is_valid = embeds.numpy().any(axis=1)
         skipped = table.column("id").filter(pa.array(~is_valid)).to_pylist()
@@ -73,7 +73,7 @@ class ParquetWriter(ShardedWriter[EmbeddingManifest]):
         table = table.add_column(1, "embedding", pa.FixedSizeListArray.from_arrays(flat, width))
         table = table.replace_schema_metadata(self.manifest.make_metadata())
         sink = io.BytesIO()
-        # Embeddings are random bits: a dictionary and a compressor would only cost time.
+        # Embeddings look like random bits, so dictionaries and compression only cost time.
         pq.write_table(
             table,
             sink,
@@ -87,13 +87,13 @@ class ParquetWriter(ShardedWriter[EmbeddingManifest]):
 
 
 def count_values(dim: int, dtype: EmbeddingDtype) -> int:
-    """Return how many values a stored embedding has; binary ones have eight dimensions in one."""
+    """Return the number of values per embedding; binary dtypes pack eight dimensions."""
     if dtype not in ("binary", "ubinary"):
         return dim
     if dim % _BITS:
         raise ValueError(
-            f"dtype={dtype!r} packs eight dimensions into a byte, and {dim} is not a multiple of "
-            f"eight. Give truncate_dim={dim // _BITS * _BITS}, or another dtype."
+            f"dtype={dtype!r} packs eight dimensions into a byte, but {dim} is not a multiple of "
+            f"eight. Set truncate_dim={dim // _BITS * _BITS}, or choose another dtype."
         )
     return dim // _BITS
 
@@ -107,25 +107,24 @@ def truncate_embeddings(embeds: Array, dim: int) -> Array:
     if not lengths.all():
         count = int((lengths == 0).sum())
         raise ValueError(
-            f"{counted(count, 'embedding')} of zeros in the first {dim} dimensions, without a "
-            "direction. Give a larger truncate_dim."
+            f"truncate_dim={dim}: {counted(count, 'embedding')} would be all zeros. Choose a "
+            "larger one."
         )
     shortened: Array = (kept / lengths).astype(np.float32)
     return shortened
 
 
 def measure_ranges(embeds: Array) -> Array:
-    """Measure the int8 ranges of (N, D) embeddings: (2, D) smallest and largest values."""
+    """Return the smallest and largest value per dimension of (N, D) embeddings, as (2, D)."""
     return np.stack([embeds.min(axis=0), embeds.max(axis=0)])
 
 
 def convert_embeddings(
     embeds: Array, dtype: EmbeddingDtype, *, ranges: Array | None = None
 ) -> tuple[Array, int]:
-    """Convert embeddings to the dtype in which they are stored; int8 needs ranges.
+    """Convert embeddings to the stored dtype; int8 needs `ranges`.
 
-    Returns the values, (N, D), and how many were outside the int8 ranges: they became the nearest
-    number.
+    Returns the values, (N, D), and how many were clipped to the int8 ranges.
     """
     if dtype == "int8":
         assert ranges is not None
@@ -136,6 +135,6 @@ def convert_embeddings(
         return (levels - 128).astype(np.int8), int(outside.sum())
     if dtype in ("binary", "ubinary"):
         bits = np.packbits(embeds > 0, axis=-1)
-        # Signed, the byte 0 is -128.
+        # The signed dtype stores byte 0 as -128.
         return bits if dtype == "ubinary" else (bits.astype(np.int16) - 128).astype(np.int8), 0
     return embeds.astype(VALUE_TYPES[dtype]), 0

@@ -1,4 +1,4 @@
-"""Scores of the pairs in a file, into a CSV."""
+"""Score the pairs in a file and write a CSV."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CHARACTERS_SHOWN = 80
 
 
 class ScoredPair(NamedTuple):
-    """A line of a file of pairs: an image, by its path as it is written there, and a text."""
+    """A line of a file of pairs: an image's path, as written there, and a text."""
 
     image: str
     text: str
@@ -38,9 +38,9 @@ class PairScores:
     """Summary of a CSV of scores.
 
     Attributes:
-        num_pairs: Pairs in all.
-        num_truncated: Pairs whose text is longer than the model reads.
-        max_text_length: Tokens of a text that it reads.
+        num_pairs: Number of pairs.
+        num_truncated: Pairs whose text exceeds the model's limit.
+        max_text_length: The limit, in tokens.
         mean: Mean of all scores.
     """
 
@@ -53,25 +53,23 @@ class PairScores:
 def score_file(
     source: str, pairs: str | Path, output: str | Path, config: EncodingConfig | None = None
 ) -> PairScores:
-    """Score the pairs of a file as `score_pairs` does, and write them as CSV.
-
-    The CSV is written when all pairs are scored.
+    """Score the pairs of a file with `score_pairs`, and write a CSV once all are scored.
 
     Args:
         source: Folder or Hub id of a whole LLM2CLIP model.
-        pairs: JSON lines with `image`, a path, absolute or from the file's folder, and `text`.
+        pairs: JSON lines with `image`, a path (absolute or relative to the file), and `text`.
         output: New CSV file, with the columns `image`, `text` and `score`.
-        config: How the model is run; None for the defaults.
+        config: How to run the model; None for the defaults.
 
     Returns:
-        Their number and mean.
+        A summary of the scores.
 
     Raises:
-        DataValidationError: A line is not a pair, or its image is not there; before the model is
-            loaded.
+        DataValidationError: A line is not a pair, or its image is missing (checked before the
+            model is loaded).
         FileExistsError: The output exists.
         FileNotFoundError: There is no such file of pairs.
-        ValueError: The model has random parts or one tower alone, or an image cannot be decoded.
+        ValueError: The model has untrained parts or only one tower, or an image cannot be decoded.
 
     Examples:
         >>> score_file("my-model", "pairs.jsonl", "scores.csv")  # doctest: +SKIP
@@ -83,7 +81,7 @@ def score_file(
     model, processor = load_model(folder, device=config.device, precision=config.precision)
     require_trained(model.config, purpose="scoring", source=source)
     if not isinstance(model, LLM2CLIPModel):
-        raise ValueError(f"{source} has one tower alone. Scores need a whole model.")
+        raise ValueError(f"{source} has only one tower. Scores need a whole model.")
     tokens = TokenizedTexts(processor, [pair.text for pair in scored])
     scores: list[float] = []
     with tqdm(total=len(scored), unit=" pairs", disable=not config.show_progress) as progress:
@@ -112,9 +110,9 @@ def _write(output: Path, pairs: list[ScoredPair], scores: list[float]) -> None:
 
 
 def read_pairs(file: Path) -> list[ScoredPair]:
-    """Read all pairs of a file, and check that the images are there."""
+    """Read all pairs of a file, and check that the images exist."""
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file. Give JSON lines with image and text.")
+        raise FileNotFoundError(f"{file} does not exist. Pass JSON lines with image and text.")
     errors, scored = ErrorCollector(), []
     for raw in read_json_lines(file, errors):
         image, text = (raw.fields.get(name) for name in _FIELDS)
@@ -131,5 +129,7 @@ def read_pairs(file: Path) -> list[ScoredPair]:
     if errors.total:
         raise DataValidationError(str(file), errors.counts, errors.places)
     if not scored:
-        raise ValueError(f'{file} has no pairs. A line is {{"image": "a.png", "text": "a dog"}}.')
+        raise ValueError(
+            f'{file} has no pairs. Write lines like {{"image": "a.png", "text": "a dog"}}.'
+        )
     return scored

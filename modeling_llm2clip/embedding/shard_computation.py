@@ -1,13 +1,12 @@
-"""Computes shards of an output, while threads prepare the next one and write the one before.
+"""Compute the shards of an output, while threads prepare the next and write the previous one.
 
-Shards are independent. The processes of `accelerate launch` or `torchrun` take turns with them;
-partitions, which any scheduler may start on any machine, do the same by their number. A shard that
-another process writes is refused.
+Shards are independent. They are dealt out in turn to partitions, which any scheduler may start on
+any machine, and within a partition to the processes of `accelerate launch` or `torchrun`. A shard
+that another run is computing is refused.
 
-The actors of a Ray cluster load the tower once each. Ray Data hands them the numbers of the shards,
-and starts a lost actor again. The embeddings go to the output's folder, which all machines see,
-and not through Ray: so the bytes are those of one process, in whatever order the shards are
-computed.
+Each actor of a Ray cluster loads the tower once. Ray Data passes it shard numbers, and restarts a
+lost actor. Actors write embeddings to the output's folder, which all machines share, not through
+Ray. The bytes are therefore the same as from one process, in whatever order shards are computed.
 """
 
 from __future__ import annotations
@@ -42,10 +41,10 @@ from .shard_encoding import PreparedShard, ShardEncoder, load_shard_encoder
 from .sharded_writer import ShardedWriter
 from .unreadable_images import name_unreadable_images
 
-_NAMES_AN_ERROR = re.compile(r"[\w.]+(Error|Exception): ")  # the first line of a traceback's end
-# Errors of an actor that the driver raises; subclasses first.
+_NAMES_AN_ERROR = re.compile(r"[\w.]+(Error|Exception): ")  # where the error starts in a traceback
+# Errors of an actor that the driver raises again; subclasses first.
 _KINDS = {kind.__name__: kind for kind in (UnreadableImagesError, OSError, ValueError)}
-_OBJECT_STORE_BYTES = 256 * 2**20  # numbers of shards go through it, and records in memory
+_OBJECT_STORE_BYTES = 256 * 2**20  # for shard numbers and records in memory
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,10 @@ class ShardWork:
     rows: InputRows
 
     def compute(self, shards: Sequence[int], *, stop: StopRequest, bar: tqdm[Any]) -> None:
-        """Compute shards until all are done, or until the batch in which a signal comes.
+        """Compute shards until all are done, or until a signal stops the run after a batch.
 
-        Threads prepare the next shard and write the one before, whose errors are raised after the
-        next batch.
+        Threads prepare the next shard and write the previous one. An error while writing is raised
+        after the next batch.
         """
         with (
             ThreadPoolExecutor(1) as reader,
@@ -82,15 +81,15 @@ class ShardWork:
                     break
                 with ExitStack() as held:
                     held.enter_context(self.writer.hold(shard))
-                    if self.writer.is_done(shard):  # another run just has
+                    if self.writer.is_done(shard):  # another run has just written it
                         continue
                     embeds = self._encode(prepared, written, stop, bar)
                     if embeds is None:
                         break
                     num_inputs = len(self.writer.manifest.inputs_of_shard(shard))
-                    bar.update(num_inputs - len(prepared.inputs))  # texts that occur again
+                    bar.update(num_inputs - len(prepared.inputs))  # repeated texts
                     copied = start_copy(embeds)
-                    written.result()  # so that embeddings of two shards at most are in memory
+                    written.result()  # keeps at most two shards in memory
                     write = partial(self._write, shard, prepared, copied, held.pop_all())
                     written = scribe.submit(write)
             written.result()
@@ -102,7 +101,7 @@ class ShardWork:
     def _encode(
         self, prepared: PreparedShard, written: Future[None], stop: StopRequest, bar: tqdm[Any]
     ) -> Tensor | None:
-        """Encode a shard, batch after batch; return None if a signal came before its end."""
+        """Encode a shard batch by batch; return None if a signal interrupts it."""
         num_left = len(prepared.inputs)
         parts: list[Tensor] = []
         with closing(self.encoder.encode(prepared)) as encoded:  # type: ignore[type-var]
@@ -119,18 +118,18 @@ class ShardWork:
     def _write(
         self, shard: int, prepared: PreparedShard, copied: Callable[[], Tensor], held: ExitStack
     ) -> None:
-        with held:  # the shard, which other runs are refused until now
+        with held:  # the lock of the shard
             embeds = self.encoder.arrange(prepared, copied())
             self.writer.write(shard, embeds, prepared.num_truncated)
 
 
 def open_stops(engine: Engine) -> AbstractContextManager[StopRequest]:
-    """Note signals; refuse Ray in one of several processes of a launcher."""
+    """Handle SIGINT and SIGTERM; refuse to use Ray under a launcher."""
     if engine != "ray":
         return stop_on_signals()
     if PartialState().num_processes > 1:
         raise ValueError("engine='ray' starts its own processes. Run it without a launcher.")
-    return nullcontext(StopRequest())  # Ray ends its actors itself; what they wrote stays
+    return nullcontext(StopRequest())  # Ray stops its own actors; finished shards stay
 
 
 def compute_partition(
@@ -143,8 +142,8 @@ def compute_partition(
 ) -> None:
     """Compute the missing shards of a partition, in all processes of the run or with Ray.
 
-    Ray's actors load the model of `folder`. The main process completes the output if all shards are
-    there, while the others wait. Errors name the data by `source`.
+    Ray's actors load the model from `folder`. If no shard is missing afterwards, the main process
+    completes the output while the others wait. Errors call the data `source`.
     """
     state, writer, config = PartialState(), work.writer, plan.config
     shards = range(writer.manifest.num_shards)[plan.part - 1 :: plan.num_parts]
@@ -156,7 +155,9 @@ def compute_partition(
         if plan.engine == "ray":
             task = replace(plan, source=folder)  # a loaded model would be sent to each actor
             if (taken := work.encoder.plan.get("precision")) in ("float32", "bfloat16"):
-                task = replace(task, config=replace(config, precision=taken))  # compared once
+                task = replace(
+                    task, config=replace(config, precision=taken)
+                )  # do not compare again
             open_work = partial(_open_work, task, writer, work.rows)
             compute_with_ray(open_work, missing, config.device, show_progress=shows)
         elif missing:
@@ -165,7 +166,7 @@ def compute_partition(
             with closing(open_bar(writer, shards, missing, name, shown=shown)) as bar:
                 work.compute(missing, stop=stop, bar=bar)
     stop.raise_interrupt(
-        f"Stopped; complete shards are in {plan.output}.",
+        f"Stopped. Complete shards are in {plan.output}.",
         resume=False,
         is_main_process=state.is_main_process,
     )
@@ -176,7 +177,7 @@ def compute_partition(
 
 
 def _open_work(plan: EncodingPlan[Any], writer: ShardedWriter[Any], rows: InputRows) -> ShardWork:
-    """Load the tower that is needed in an actor of Ray."""
+    """Load the tower in a Ray actor."""
     device = choose_device(plan.config.device)
     encoder = load_shard_encoder(Path(str(plan.source)), plan.modality, plan.config, device)
     return ShardWork(writer, encoder, rows)
@@ -190,7 +191,7 @@ def open_bar(
     *,
     shown: bool,
 ) -> tqdm[Any]:
-    """Open a bar over the inputs of some shards; its rate is the rate of this run."""
+    """Open a progress bar over the inputs of `shards`, with `missing` still to be computed."""
     sizes = {shard: len(writer.manifest.inputs_of_shard(shard)) for shard in shards}
     return tqdm(
         desc=name,
@@ -211,7 +212,7 @@ def compute_with_ray(
 ) -> None:
     """Compute shards on a Ray cluster, or on this machine if there is none.
 
-    An actor has one GPU, or on a CPU as many cores as this process has threads.
+    Each actor gets one GPU or, on a CPU, as many cores as this process has threads.
     """
     require(RAY)
     if not shards:
@@ -229,7 +230,7 @@ def compute_with_ray(
         resources = ray.cluster_resources()
         per_actor = {"num_gpus": 1} if on_gpu else {"num_cpus": threads}
         available = resources.get("GPU", 0) if on_gpu else resources.get("CPU", 0) // threads
-        # Fewer than the cluster holds may start: a pool that waits for all of them can hang.
+        # Not all actors may be able to start; a pool that waits for all of them could hang.
         pool = ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, int(available)))
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = show_progress
@@ -256,13 +257,13 @@ def compute_with_ray(
 
 
 def _start_ray() -> None:
-    """Join the cluster that RAY_ADDRESS names, or start one of this machine."""
+    """Join the cluster at RAY_ADDRESS, or start one on this machine."""
     import ray
 
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False)
         return
-    # One more than there are: the pool may take every core, and something has to feed it.
+    # One extra core, because the pool may take all of them and needs a task to feed it.
     ray.init(
         num_cpus=(os.cpu_count() or 1) + 1,
         include_dashboard=False,
@@ -273,7 +274,7 @@ def _start_ray() -> None:
 
 
 class _Actor:
-    """Computes shards in a process of Ray."""
+    """Computes shards in a Ray process."""
 
     def __init__(
         self,
@@ -284,14 +285,14 @@ class _Actor:
     ) -> None:
         use_states(states)
         set_image_limits(limits)  # its node does not have this process's environment
-        torch.set_num_threads(threads)  # another number gives other last bits
+        torch.set_num_threads(threads)  # the number of threads affects rounding
         self._work = open_work()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         (shard,) = batch["shard"].tolist()
         try:
             self._work.compute([shard], stop=StopRequest(), bar=tqdm(disable=True))
-        except (ValueError, OSError) as error:  # as text: Ray buries an exception in its own
+        except (ValueError, OSError) as error:  # as text, because Ray wraps exceptions
             kind = next(name for name, kind in _KINDS.items() if isinstance(error, kind))
             return {"shard": [shard], "kind": [kind], "error": [str(error)]}
         return {"shard": [shard], "kind": [""], "error": [""]}

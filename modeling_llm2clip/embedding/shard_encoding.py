@@ -1,7 +1,7 @@
-"""Embeddings of the texts or images of a shard, batch by batch.
+"""Encode the texts or images of a shard batch by batch.
 
-Which inputs share a batch depends on the shard alone, so an output that was continued has the same
-bytes as one that was never interrupted, on the same kind of machine.
+Batches depend only on the shard, so on the same kind of machine a resumed output has the same bytes
+as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from ..processing_llm2clip import LLM2CLIPProcessor
 
 @dataclass(frozen=True)
 class PreparedShard:
-    """A shard whose inputs are read, and which may be encoded.
+    """A shard that is ready to be encoded.
 
     Attributes:
         inputs: Its distinct inputs: tokenized texts, or addresses of images.
-        batches: Numbers of the inputs of each batch; they depend on the shard alone.
-        rows: Number of the input of each row of the shard.
-        num_truncated: Rows whose text is longer than the model reads.
+        batches: Indices of the inputs in each batch.
+        rows: Index of the input of each row.
+        num_truncated: Rows whose text exceeds the model's limit.
     """
 
     inputs: Sequence[Any]
@@ -58,14 +58,14 @@ class PreparedShard:
 
 @dataclass
 class ShardEncoder(ABC):
-    """A loaded tower, which computes final embeddings for `embed`, and its own for `extract`.
+    """A loaded tower that computes final embeddings for `embed`, or its own for `extract`.
 
     Attributes:
         encoder: The model.
         dim: Dimensions of an embedding.
         project: Whether embeddings are final.
-        plan: Options of the encoding that decide the bytes.
-        tally: Images that were encoded so far; empty where a graph encodes them.
+        plan: Encoding options that determine the bytes.
+        tally: Summary of the images encoded so far; empty with ONNX.
     """
 
     encoder: Encoder
@@ -80,13 +80,13 @@ class ShardEncoder(ABC):
 
     @abstractmethod
     def encode(self, prepared: PreparedShard) -> Iterator[Tensor]:
-        """Yield the embeddings of each batch, in its order; zeros where there are none.
+        """Yield the embeddings of each batch, float32 on the encoder's device.
 
-        They are float32 on the encoder's device, and from a GPU not checked before `arrange`.
+        Inputs without an embedding get zeros. On a GPU, `arrange` checks that values are finite.
         """
 
     def arrange(self, prepared: PreparedShard, embeds: Tensor) -> Tensor:
-        """Put the embeddings of all batches, which are on the CPU, in the order of the rows."""
+        """Put the embeddings of all batches, on the CPU, in the order of the rows."""
         if self.encoder.runs_ahead:
             parts = embeds.split([len(numbers) for numbers in prepared.batches])
             for numbers, part in zip(prepared.batches, parts, strict=True):
@@ -96,10 +96,10 @@ class ShardEncoder(ABC):
         return embeds[places[np.asarray(prepared.rows)]]
 
     def encode_sample(self, inputs: list[Any]) -> Array:
-        """Encode some inputs, (N, dim) float32; images that cannot be decoded are left out."""
+        """Encode inputs as (N, dim) float32, without images that cannot be decoded."""
         prepared = self.prepare(inputs)
         embeds = self.arrange(prepared, torch.cat(list(self.encode(prepared))).cpu()).numpy()
-        self.tally = ImageTally()  # they will be encoded once more
+        self.tally = ImageTally()  # the sample will be encoded again
         return embeds[embeds.any(axis=1)]
 
 
@@ -109,14 +109,14 @@ class TextShardEncoder(ShardEncoder):
 
     Attributes:
         token_budget: Maximum tokens of a batch.
-        is_teacher: Whether a text that is not read to the end gets zeros.
+        is_teacher: Whether truncated texts get zeros.
     """
 
     token_budget: int
     is_teacher: bool
 
     def prepare(self, inputs: list[str]) -> PreparedShard:
-        """Tokenize texts, and divide the distinct ones into batches."""
+        """Tokenize the texts and batch the distinct ones."""
         numbers: dict[str, int] = {}
         rows = [numbers.setdefault(text, len(numbers)) for text in inputs]
         tokens = TokenizedTexts(self.encoder.processor, list(numbers))
@@ -136,11 +136,11 @@ class TextShardEncoder(ShardEncoder):
 
 @dataclass
 class ImageShardEncoder(ShardEncoder):
-    """Encodes images, which threads decode.
+    """Encodes images; threads decode them.
 
     Attributes:
         batch_size: Images per batch.
-        config: Options of the command; with `skip_invalid`, broken images become zeros.
+        config: Options of the command; with `skip_invalid`, undecodable images get zeros.
     """
 
     batch_size: int
@@ -180,13 +180,13 @@ class ImageShardEncoder(ShardEncoder):
 def load_shard_encoder(
     folder: Path, modality: Modality, config: EmbedConfig | ExtractConfig, device: torch.device
 ) -> ShardEncoder:
-    """Load the tower that is needed, or open its graph."""
+    """Load the tower of the modality, or open its ONNX graph."""
     plan: dict[str, str] = {}
     is_teacher = is_teaching(folder, modality, config)
     project = isinstance(config, EmbedConfig) or is_teacher
     if is_teacher and config.compile:
         raise ValueError(
-            "compile=True is for LLM2CLIP models, and this is a teacher. Leave it out."
+            f"compile=True is only for LLM2CLIP models, but {folder} is a teacher. Leave it out."
         )
     if isinstance(config, EmbedConfig) and config.backend == "onnx":
         weights, plan = config.text_weights, {"backend": "onnx"}
@@ -197,7 +197,7 @@ def load_shard_encoder(
         plan = {} if dtype == "auto" else {"precision": dtype}
     else:
         kind = LLM2CLIPTextModel if modality == "text" else LLM2CLIPVisionModel
-        processor = LLM2CLIPProcessor.from_pretrained(folder)  # before what takes long
+        processor = LLM2CLIPProcessor.from_pretrained(folder)  # fails before the slow part
         if modality == "image":
             find_min_jpeg_side(processor.image_processor, config.jpeg_decoding)
         model = load_in_precision(kind, folder, device, config.precision)
@@ -222,5 +222,5 @@ def load_shard_encoder(
 
 
 def is_teaching(folder: Path, modality: Modality, config: EmbedConfig | ExtractConfig) -> bool:
-    """Tell whether texts are extracted by the text encoder of a dual encoder, as a teacher's."""
+    """Return whether the folder is a dual encoder whose texts are extracted, as a teacher."""
     return modality == "text" and isinstance(config, ExtractConfig) and is_dual_encoder(folder)

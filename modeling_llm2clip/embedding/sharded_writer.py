@@ -1,9 +1,9 @@
-"""Writes an output in shards, each complete or absent; a killed run loses at most one.
+"""Write an output in shards, each complete or absent, so a killed run loses at most one.
 
-Shards are independent: any number of processes may write different shards of one folder, even from
-different machines that share a file system. No process waits for another, and a shard that another
-process computes is refused. `finish` completes the manifest when all shards are there. Subclasses
-encode a shard, as a safetensors or a Parquet file.
+Shards are independent: any number of processes, also on different machines with a shared file
+system, may write different shards to one folder. Processes do not wait for each other, and a shard
+that another process is computing is refused. `finish` completes the manifest once all shards exist.
+Subclasses encode a shard as a safetensors or Parquet file.
 """
 
 from __future__ import annotations
@@ -41,13 +41,12 @@ _Manifest = TypeVar("_Manifest", bound=ShardedManifest)
 
 
 class ShardedWriter(ABC, Generic[_Manifest]):
-    """One process's access to an output that is being written; it can be pickled.
+    """Writes one process's shards of an output; can be pickled.
 
     Attributes:
         folder: Folder of the output.
         manifest: Content of the complete output.
-        verifies_on_read: Whether readers of the output hash its files, so `finish` only compares
-            their sizes.
+        verifies_on_read: Whether readers hash the files, so `finish` only has to compare sizes.
     """
 
     verifies_on_read = False
@@ -59,32 +58,32 @@ class ShardedWriter(ABC, Generic[_Manifest]):
     @property
     @abstractmethod
     def stored_dtype(self) -> torch.dtype:
-        """Dtype in which `encode` takes embeddings."""
+        """Dtype of the embeddings that `encode` expects."""
 
     @abstractmethod
     def encode(self, shard: int, embeds: Tensor) -> tuple[bytes, dict[str, Any]]:
-        """Return the content of a shard's file, and entries of its record, `rows` among them."""
+        """Return the content of a shard's file, and fields of its record, including `rows`."""
 
     @contextmanager
     def hold(self, shard: int) -> Iterator[None]:
-        """Hold a shard, so that other runs are refused, where the file system has locks."""
+        """Lock a shard against other runs, if the file system supports locks."""
         file = self.folder / f"_{self.manifest.name_shard(shard)}.lock"
         with file.open("ab") as opened:
             if not lock_unless_held(file, opened):
                 raise ValueError(
-                    f"Another run computes {self._name(shard)} in {self.folder} now. Let it end, "
-                    "or give each run a partition of its own."
+                    f"Another run is computing {self._name(shard)} in {self.folder}. Wait for it, "
+                    "or give each run its own partition."
                 )
             yield
             file.unlink(missing_ok=True)
 
     def write(self, shard: int, embeds: Tensor, num_truncated: int = 0) -> None:
-        """Write the file of a shard, then the record that it is complete.
+        """Write the file of a shard, then its record, which marks it as complete.
 
         Args:
             shard: Number of the shard, from 0.
             embeds: (N, D) embeddings of its inputs, of any float dtype, on the CPU.
-            num_truncated: How many of its texts are longer than the model reads.
+            num_truncated: Number of its texts that exceed the model's limit.
         """
         stored = embeds.to(self.stored_dtype)
         _require_finite(stored, embeds, self._name(shard))
@@ -97,26 +96,26 @@ class ShardedWriter(ABC, Generic[_Manifest]):
         )
         sealed = write_sealed({"of": self.manifest.hash_causes(), **asdict(record)})
         with explain_full_output(self.folder, self._name(shard)):
-            complete.unlink(missing_ok=True)  # after a kill, an old hash would say damaged
+            complete.unlink(missing_ok=True)  # an old hash would not match if this run is killed
             write_atomically(file, content)
             write_atomically(complete, sealed.encode())
 
     def is_done(self, shard: int) -> bool:
-        """Return whether the record and the file of a shard are in the folder."""
+        """Return whether a shard's record and file exist."""
         record = self._read_record(shard)
         return record is not None and self._has_file(record)
 
     def list_missing(self) -> list[int]:
-        """List the shards that are to be computed."""
+        """List the shards that are not complete."""
         records = self.find_records()
         return [shard for shard in range(self.manifest.num_shards) if shard not in records]
 
     def find_records(self) -> dict[int, ShardRecord]:
-        """Find the records of complete shards: next to them, or in the manifest."""
+        """Find the records of complete shards, in their own files or in the manifest."""
         names = {file.name for file in self.folder.glob(RECORD_GLOB)}
         shards = range(self.manifest.num_shards)
         records = {s: self._read_record(s) for s in shards if RECORD_NAME.format(s) in names}
-        # The manifest afterwards: another process may just have moved the records there.
+        # Read the manifest last: another process may just have moved the records there.
         listed: dict[int, Any] = dict(enumerate(self.manifest.read(self.folder).shards))
         return {
             shard: record
@@ -125,7 +124,7 @@ class ShardedWriter(ABC, Generic[_Manifest]):
         }
 
     def finish(self) -> bool:
-        """Complete the manifest if every shard is there; returns whether the output is complete."""
+        """Complete the manifest if no shard is missing; return whether the output is complete."""
         records = self.find_records()
         if len(records) < self.manifest.num_shards:
             return False
@@ -167,35 +166,37 @@ class ShardedWriter(ABC, Generic[_Manifest]):
         try:
             with explain_full_output(self.folder, "its manifest"):
                 write_atomically(self.folder / self.manifest.FILE, self.manifest.to_json().encode())
-        except FileNotFoundError:  # another process ended just now, and removed all leftovers
+        except FileNotFoundError:  # another process has just finished and cleaned up
             if not self.manifest.read(self.folder).complete:
                 raise
 
 
 def begin_output(folder: Path, manifest: ShardedManifest) -> None:
-    """Write the manifest of an output, unless another process has."""
+    """Write the manifest of an output, unless another process already has."""
     file = folder / manifest.FILE
     unfinished = file.with_name(f"{file.name}.{uuid4().hex}.tmp")
     with explain_full_output(folder, "its manifest"):
         write_atomically(unfinished, manifest.to_json().encode())
-        if not rename_to_new(unfinished, file):  # int8 ranges may differ in a last bit
+        if not rename_to_new(
+            unfinished, file
+        ):  # keep the first: int8 ranges may differ in the last bit
             unfinished.unlink()
         sync(folder)
 
 
 def read_begun(folder: Path, planned: _Manifest) -> _Manifest:
-    """Read the manifest of an output; refuse one with other causes than planned."""
+    """Read the manifest of an output; raise ValueError if it was planned differently."""
     manifest = planned.read(folder)
     if differences := list_differences(manifest.list_causes(), planned.list_causes()):
         raise ValueError(
-            f"{folder} holds another output: {'; '.join(differences)}. Name a new "
-            "folder, or give the model, data and options that it was begun with."
+            f"{folder} holds a different output: {'; '.join(differences)}. Choose a new folder, "
+            "or use the model, data and options it was started with."
         )
     return manifest
 
 
 def describe_missing(folder: Path, manifest: ShardedManifest) -> list[str]:
-    """Describe an output that lacks shards in lines for a terminal; no lines if it is whole."""
+    """Return lines that describe an incomplete output, for a terminal; empty if it is complete."""
     files = map(manifest.name_shard, range(manifest.num_shards))
     there = sum((folder / file).is_file() for file in files)
     if manifest.complete and there == manifest.num_shards:
@@ -207,8 +208,8 @@ def describe_missing(folder: Path, manifest: ShardedManifest) -> list[str]:
 
 
 def explain_full_output(folder: Path, what: str) -> AbstractContextManager[None]:
-    """Say what to do when there is no room to write `what` into the folder of an output."""
-    remedy = "Complete shards stay. Free some space and run the same command again; it continues"
+    """Explain what to do if the disk is too full to write `what`."""
+    remedy = "Complete shards stay. Free some space and run the same command again to resume"
     return explain_full_disk(folder, f"to write {what}", remedy)
 
 
@@ -217,10 +218,10 @@ def _require_finite(stored: Tensor, embeds: Tensor, name: str) -> None:
     if not bad:
         return
     if torch.isfinite(embeds).all():
-        reason = "they do not fit this dtype: store float32"
+        reason = "The values exceed this dtype: store float32."
     else:
-        reason = "the model computes NaN or infinity: check it with llm2clip doctor"
+        reason = "The model returns NaN or infinity: check it with llm2clip doctor."
     raise ValueError(
-        f"{counted(len(bad), 'embedding')} not finite in {stored.dtype}, the first in row {bad[0]} "
-        f"of {name}; {reason}."
+        f"{name}: {counted(len(bad), 'embedding')} not finite in {stored.dtype}, the first in row "
+        f"{bad[0]}. {reason}"
     )

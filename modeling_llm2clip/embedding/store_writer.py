@@ -1,4 +1,4 @@
-"""Writes an embedding store: the index of its items first, then its shards."""
+"""Write an embedding store: first the index of its items, then its shards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .sharded_writer import ShardedWriter, begin_output, explain_full_output
 
 
 class StoreWriter(ShardedWriter[StoreManifest]):
-    """One process's access to a store that is being written."""
+    """Writes one process's shards of a store."""
 
     verifies_on_read = True
 
@@ -37,7 +37,7 @@ class StoreWriter(ShardedWriter[StoreManifest]):
 
 
 def begin_store(folder: Path, planned: StoreManifest, batches: Iterable[pa.RecordBatch]) -> None:
-    """Write the index of a store from batches of `make_batch`, then its manifest."""
+    """Write a store's index from batches of `make_batch`, then its manifest."""
     num_rows = num_items = num_texts = 0
     with (
         explain_full_output(folder, "its index"),

@@ -1,4 +1,4 @@
-"""Images that turn out to be unreadable while they are encoded: all of them are named."""
+"""Name all unreadable images when encoding hits the first one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .input_rows import InputRows
 from .sharded_writer import ShardedWriter
 
 _ADVICE = (
-    "Then run again into a new folder. --check-images decodes every image before anything is "
-    "computed."
+    "Then run again with a new folder. --check-images decodes every image before computing "
+    "anything."
 )
 
 
@@ -27,7 +27,7 @@ def name_unreadable_images(
 ) -> Iterator[None]:
     """Turn an unreadable image into a DataValidationError that names all of them.
 
-    Decodes the images of the shards that `writer` misses, or all images without a writer.
+    Decodes the images of the shards that `writer` still lacks, or all images if it is None.
     """
     try:
         yield
@@ -41,4 +41,4 @@ def name_unreadable_images(
             for error in find_unreadable_images(images, show_progress=show_progress).values():
                 errors.add("image unreadable", error)
         errors.raise_if_any(source, advice=_ADVICE)
-        raise  # such as a size that the image processor refuses
+        raise  # for example, the image processor refuses a size

@@ -143,7 +143,7 @@ def test_int8_ranges_are_recorded_and_can_be_used_again_for_the_same_embeddings(
     assert 0.5 < inside.mean() < 1
     # Half a step, and what float32 rounds of it.
     assert (np.abs(restored - exact) <= steps / 2 + 1e-6)[inside].all()
-    assert any("outside the int8 ranges" in line for line in describe_embeddings(folder))
+    assert any("clipped to the int8 ranges" in line for line in describe_embeddings(folder))
 
     again = replace(config, int8_ranges=folder)
     other = embed_texts(model, records[:3], tmp_path / "other", again)
@@ -154,7 +154,7 @@ def test_int8_ranges_are_recorded_and_can_be_used_again_for_the_same_embeddings(
     new = tmp_path / "new"
     with pytest.raises(ValueError, match="has no int8 ranges"):
         embed_texts(model, records, new, replace(again, int8_ranges=embedded))
-    with pytest.raises(ValueError, match="other embeddings: dimensions: 32 in the store, 16 now"):
+    with pytest.raises(ValueError, match="different embeddings: dimensions: 32 in the store, 16 now"):
         embed_texts(model, records, new, replace(again, truncate_dim=16))
     for_images = replace(IMAGE, dtype="int8", int8_ranges=folder)
     with pytest.raises(ValueError, match=r"other embeddings: .*modality: 'text' in the store"):
@@ -180,8 +180,8 @@ def test_truncated_and_binary_embeddings_are_those_of_the_model(
     _, bits = read_embeddings(embed_texts(model, records, tmp_path / "bits", config))
     np.testing.assert_array_equal(np.unpackbits(bits, axis=1), exact[:, :16] > 0)
     for refused, message in (
-        ({"truncate_dim": 33}, "more than the 32 dimensions of the model"),
-        ({"truncate_dim": 12, "dtype": "binary"}, "Give truncate_dim=8"),
+        ({"truncate_dim": 33}, "exceeds the model.s 32 dimensions"),
+        ({"truncate_dim": 12, "dtype": "binary"}, "Set truncate_dim=8"),
     ):
         with pytest.raises(ValueError, match=message):
             embed_texts(model, records, tmp_path / "x", replace(TEXT, **refused))  # type: ignore[arg-type]
@@ -262,7 +262,7 @@ def test_partitions_leave_out_the_same_images_or_are_refused(
     run("out", skipping, "1/3", 160)
     for other in (skipping, config):
         for megapixels in (0.05, 300):
-            with pytest.raises(ValueError, match=r"another output: image limits: .*: 160"):
+            with pytest.raises(ValueError, match=r"a different output: image limits: .*: 160"):
                 run("out", other, "2/3", megapixels)
     run("out", config, "2/3", 160)
     assert len(read_embeddings(run("out", skipping, "3/3", 160))[0]) == 8
@@ -354,8 +354,8 @@ def test_flags_that_do_not_fit_are_refused(
 ) -> None:
     for modality, flags, message in (
         ("text", ["--skip-invalid"], "skip_invalid: only for --modality image"),
-        ("image", ["--partition", "3/2"], "must be such as 2/8"),
-        ("image", ["--columns", "text"], "text is for modality text alone"),
+        ("image", ["--partition", "3/2"], "must look like 2/8"),
+        ("image", ["--columns", "text"], "text cannot be combined with modality image"),
     ):
         assert run_embed(model, images, tmp_path / "x", modality, *flags) == 2
         assert message in capsys.readouterr().err

@@ -56,7 +56,7 @@ def test_a_stopped_run_goes_on_after_its_last_file_and_leaves_the_same_bytes(
         try:
             embed_texts(model, records, folder)
         except StageInterrupt as error:
-            assert f"complete shards are in {folder}. Continue with the same call." in str(error)
+            assert f"Complete shards are in {folder}. Continue with the same call." in str(error)
             num_stops += 1
         else:
             break
@@ -122,7 +122,7 @@ def test_partitions_of_other_values_of_a_column_are_refused(
 
     def require_refusal(column: EmbeddingColumn, partition: str | None) -> None:
         edited = [*records[:-1], replace(records[-1], **CHANGES[column])]
-        with pytest.raises(ValueError, match=r"another output: (data|values of columns): "):
+        with pytest.raises(ValueError, match=r"a different output: (data|values of columns): "):
             embed(model, edited, folder, config, modality=modality, partition=partition)
 
     for column, partition in zip(columns, cycle(("2/2", "1/2", None)), strict=False):

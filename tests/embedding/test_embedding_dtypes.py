@@ -64,12 +64,12 @@ def test_truncated_embeddings_are_of_unit_length() -> None:
     np.testing.assert_allclose(kept * np.linalg.norm(embeds[:, :10], axis=1)[:, None],
                                embeds[:, :10], atol=1e-6)  # fmt: skip
     assert truncate_embeddings(embeds, 48) is embeds
-    with pytest.raises(ValueError, match="2 embeddings of zeros in the first 2 dimensions"):
+    with pytest.raises(ValueError, match="truncate_dim=2: 2 embeddings would be all zeros"):
         truncate_embeddings(np.eye(4, dtype=np.float32), 2)
 
 
 def test_bits_have_to_fill_bytes() -> None:
     assert count_values(12, "int8") == 12
     assert count_values(16, "binary") == count_values(16, "ubinary") == 2
-    with pytest.raises(ValueError, match=r"12 is not a multiple of eight. Give truncate_dim=8"):
+    with pytest.raises(ValueError, match=r"12 is not a multiple of eight. Set truncate_dim=8"):
         count_values(12, "ubinary")

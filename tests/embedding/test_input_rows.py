@@ -128,7 +128,7 @@ def test_what_would_make_two_texts_of_one_id_is_refused() -> None:
     with pytest.raises(ValueError, match="1 record with the name and language of another"):
         TextRows(twice, 10, columns=())
     odd = RecordTable.from_records([make_record(0, 1, 0, "a#b")])
-    with pytest.raises(ValueError, match=r"lang='a#b' has a #"):
+    with pytest.raises(ValueError, match=r"lang='a#b' contains #"):
         TextRows(odd, 10, columns=())
     with pytest.raises(ValueError, match="the list is empty"):
         require_inputs(RecordTable.from_records([make_record(0, 0, 0)]), "text")

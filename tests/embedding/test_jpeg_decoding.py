@@ -241,7 +241,9 @@ def test_int8_ranges_are_of_embeddings_of_the_same_decoding(
         Output(embed, model, records, tmp_path / name) for name in ("first", "other", "same")
     )
     first.write(dtype="int8", jpeg_decoding="scaled")
-    with pytest.raises(ValueError, match="has ranges of other embeddings: jpeg decoding: 'scaled"):
+    with pytest.raises(
+        ValueError, match="was measured on different embeddings: jpeg decoding: 'scaled"
+    ):
         other.write(dtype="int8", int8_ranges=first.folder)
     same.write(dtype="int8", jpeg_decoding="scaled", int8_ranges=first.folder)
 

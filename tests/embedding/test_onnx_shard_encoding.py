@@ -90,7 +90,7 @@ def test_a_partition_of_graphs_with_other_settings_is_refused(
     }.items():
         whole = (graphs / name).read_text("utf-8")
         (graphs / name).write_text(json.dumps({**json.loads(whole), **fields}), "utf-8")
-        with pytest.raises(ValueError, match="holds another output: tokenizer and settings"):
+        with pytest.raises(ValueError, match="holds a different output: tokenizer and settings"):
             embed(graphs, records, tmp_path / "out", ONNX, modality=modality, partition="2/2")
         (graphs / name).write_text(whole, "utf-8")
 
@@ -108,7 +108,7 @@ def test_weights_beside_a_graph_are_part_of_it(data: Path, tmp_path: Path) -> No
     content = bytearray(data_file(graph).read_bytes())
     content[-1] ^= 1
     data_file(graph).write_bytes(content)
-    with pytest.raises(ValueError, match="holds another output: graph: "):
+    with pytest.raises(ValueError, match="holds a different output: graph: "):
         embed(graphs, records, tmp_path / "out", ONNX, modality="text", partition="2/2")
 
 

@@ -93,7 +93,7 @@ def test_a_line_that_is_not_a_pair_is_named_before_the_model_is_loaded(
         pairs.write_text(f"{good}\n{line}\n", encoding="utf-8")
         with pytest.raises(DataValidationError, match=f"(?s)has 1 error.*{message}"):
             score_file(str(tmp_path / "no model"), pairs, output, QUIET)
-    with pytest.raises(FileNotFoundError, match=r"no such file\. Give JSON lines"):
+    with pytest.raises(FileNotFoundError, match=r"does not exist\. Pass JSON lines"):
         score_file(str(tmp_path / "no model"), tmp_path / "no", output, QUIET)
     pairs.write_text("\n", encoding="utf-8")
     with pytest.raises(ValueError, match="has no pairs"):

@@ -62,7 +62,7 @@ def test_a_shard_that_another_run_computes_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "busy"
     with open_writer(folder).hold(0):
         with (
-            pytest.raises(ValueError, match=r"Another run computes shard 0 of 3 in .*busy now"),
+            pytest.raises(ValueError, match=r"Another run is computing shard 0 of 3 in .*busy"),
             open_writer(folder).hold(0),
         ):
             pass
@@ -118,10 +118,10 @@ def test_a_folder_with_another_store_or_other_files_is_refused(
 def test_embeddings_that_the_dtype_cannot_hold_are_refused(tmp_path: Path) -> None:
     embeddings = make_embeddings()
     embeddings[9, 2] = 70000.0  # float16 ends at 65504
-    with pytest.raises(ValueError, match=r"row 1 of shard 1 of 3; they do not .* float32"):
+    with pytest.raises(ValueError, match=r"shard 1 of 3: .* first in row 1. The values exceed .* float32"):
         write_store(tmp_path / "half", embeddings, dtype="float16")
     embeddings[9, 2] = torch.nan
-    with pytest.raises(ValueError, match=r"first in row 1 of shard 1 of 3; the model computes NaN"):
+    with pytest.raises(ValueError, match=r"shard 1 of 3: .* first in row 1. The model returns NaN"):
         write_store(tmp_path / "whole", embeddings)
 
 

@@ -64,7 +64,7 @@ def test_all_are_named_and_a_repaired_image_is_another_output(
     assert any(name.startswith("_complete-00000") for name in before)
     (data / "9.png").write_bytes(whole[0])
     (data / "17.png").write_bytes(whole[1])
-    with pytest.raises(ValueError, match="holds another output: images"):
+    with pytest.raises(ValueError, match="holds a different output: images"):
         run(tmp_path / "output")
     assert read_bytes(tmp_path / "output") == before
 

@@ -73,7 +73,7 @@ def refusing_for(*entries: str, folder: Path, content: dict[str, bytes]) -> Iter
         folder: the output of another run.
         content: its files, as `read_bytes` gives them.
     """
-    with pytest.raises(ValueError, match="holds another output") as raised:
+    with pytest.raises(ValueError, match="holds a different output") as raised:
         yield
     for entry in entries:
         assert f"{entry}: " in str(raised.value), entry

@@ -187,7 +187,7 @@ def test_impossible_options_are_refused(changes: dict[str, Any], message: str) -
 
 def test_a_partition_that_there_is_not_is_refused(tmp_path: Path) -> None:
     for partition in ("0/2", "3/2", "2", "a/b", "-1/2", "1/2/3"):
-        with pytest.raises(ValueError, match="must be such as 2/8"):
+        with pytest.raises(ValueError, match="must look like 2/8"):
             extract("no-model", [], tmp_path / "store", modality="text", partition=partition)
 
 

@@ -45,7 +45,7 @@ def test_a_shard_is_written_and_held_while_the_next_one_is_encoded(
     def wait(self: ShardedWriter[Any], shard: int, *others: Any) -> None:
         if shard + 1 < self.manifest.num_shards:
             assert begun[shard + 1].wait(SOON)
-        with pytest.raises(ValueError, match="Another run computes"), self.hold(shard):
+        with pytest.raises(ValueError, match="Another run is computing"), self.hold(shard):
             pass
         write(self, shard, *others)
 
