@@ -113,7 +113,7 @@ def test_a_folder_of_images_alone_gives_the_embeddings_of_its_images(
         (photos / "below" / f"{number}.png").write_bytes((images / f"{number}.png").read_bytes())
     (photos / "raw.nef").touch()
     assert embed_images(model, photos, tmp_path / "out") == 0
-    assert "Skipped 1 image file of formats that Pillow cannot read" in capsys.readouterr().err
+    assert "Skipped 1 image file in formats that this Pillow cannot read" in capsys.readouterr().err
     ids, embeddings = read_embeddings(tmp_path / "out")
     assert ids == ["below/0.png", "below/1.png"]
     require_close(embeddings, encode_images(*whole, [photos / name for name in ids]))
@@ -154,10 +154,12 @@ def test_int8_ranges_are_recorded_and_can_be_used_again_for_the_same_embeddings(
     new = tmp_path / "new"
     with pytest.raises(ValueError, match="has no int8 ranges"):
         embed_texts(model, records, new, replace(again, int8_ranges=embedded))
-    with pytest.raises(ValueError, match="different embeddings: dimensions: 32 in the store, 16 now"):
+    with pytest.raises(
+        ValueError, match="different embeddings: dimensions: 32 in the store, 16 now"
+    ):
         embed_texts(model, records, new, replace(again, truncate_dim=16))
     for_images = replace(IMAGE, dtype="int8", int8_ranges=folder)
-    with pytest.raises(ValueError, match=r"other embeddings: .*modality: 'text' in the store"):
+    with pytest.raises(ValueError, match=r"different embeddings: .*modality: 'text' in the store"):
         embed(model, load_records(images), new, for_images, modality="image")
     prompted = save_model(*tiny_model(max_text_length=128, prompt="chatml"), tmp_path / "model")
     with pytest.raises(ValueError, match=r"other embeddings: .*prompt: "):
@@ -409,7 +411,7 @@ def test_an_image_whose_name_is_not_unicode_is_named_and_counted_or_left_out(
     assert run_embed(model, folder, tmp_path / "out", "image", "--skip-invalid") == 0
     shown = capsys.readouterr()
     assert "Skipped 1 image without a Unicode name: " in shown.err
-    assert r"sea\udcff.png'. Rename." in shown.err
+    assert r"sea\udcff.png'. Rename the files." in shown.err
     assert "Skipped 1 undecodable image: 1.png." in shown.out
     assert read_embeddings(tmp_path / "out")[0] == ["0.png"]
 

@@ -289,7 +289,7 @@ def test_an_index_and_its_queries_decode_alike(
     assert {name: scaled_rows[name] == row for name, row in exact_rows.items()} == SAME
     draw_photo(5).save(images / "new.jpg")
     # The command is named because `tag`, which updates an index too, has no such option.
-    refusal = f"{RECORD['jpeg decoding']}' in the store, None now. Give llm2clip index the"
+    refusal = f"{RECORD['jpeg decoding']}' in the store, None now. Run llm2clip index with the"
     with pytest.raises(ValueError, match=refusal):
         build(model, images, path)
     (images / "new.jpg").unlink()

@@ -118,7 +118,9 @@ def test_a_folder_with_another_store_or_other_files_is_refused(
 def test_embeddings_that_the_dtype_cannot_hold_are_refused(tmp_path: Path) -> None:
     embeddings = make_embeddings()
     embeddings[9, 2] = 70000.0  # float16 ends at 65504
-    with pytest.raises(ValueError, match=r"shard 1 of 3: .* first in row 1. The values exceed .* float32"):
+    with pytest.raises(
+        ValueError, match=r"shard 1 of 3: .* first in row 1. The values exceed .* float32"
+    ):
         write_store(tmp_path / "half", embeddings, dtype="float16")
     embeddings[9, 2] = torch.nan
     with pytest.raises(ValueError, match=r"shard 1 of 3: .* first in row 1. The model returns NaN"):
