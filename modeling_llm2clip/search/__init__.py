@@ -1,1 +1,1 @@
-"""Images found and labeled by texts."""
+"""Search images by text or image, and label them."""

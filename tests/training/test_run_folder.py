@@ -164,7 +164,7 @@ def test_a_store_of_other_images_is_refused(
     here: Prepared, change: Callable[[Prepared], Prepared]
 ) -> None:
     change(here)
-    with pytest.raises(ValueError, match=r"other images of these names \(images \w+ then, \w+"):
+    with pytest.raises(ValueError, match=r"other images with these names \(images \w+ then, \w+"):
         open_dataset(here, here.records)
 
 
@@ -177,7 +177,7 @@ def test_without_the_images_a_store_of_them_belongs_to_its_own_data(prepared: Pr
     bare = [replace(record, image=None) for record in prepared.records]
     assert len(open_dataset(prepared, bare)) == NUM_RECORDS
     edited = [replace(record, captions=("another",)) for record in bare]
-    with pytest.raises(ValueError, match=r"other images of these names \(data \w+ then, \w+ now"):
+    with pytest.raises(ValueError, match=r"other images with these names \(data \w+ then, \w+ now"):
         open_dataset(prepared, edited)
 
 

@@ -1,1 +1,1 @@
-"""Stage 3: trains text adapter, projections, temperature and, by choice, the towers."""
+"""Stage 3: train the text adapter, projections, temperature and, optionally, the towers."""

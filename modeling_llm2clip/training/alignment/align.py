@@ -1,6 +1,6 @@
-"""Stage 3: aligns images with captions, and writes the model (paper, section 3.2).
+"""Stage 3: align images with captions and write the model (paper, section 3.2).
 
-Cheap checks come first. Then the parts that the options need are loaded, trained and merged.
+Cheap checks run first. Then the parts that the options require are loaded, trained and merged.
 """
 
 from __future__ import annotations
@@ -97,43 +97,43 @@ def align(
 ) -> Path:
     """Align the images and captions of a model, and write the aligned model.
 
-    `output` also gets `run.json` with the scores on held-out images, `metrics.jsonl`, checkpoints
-    and the best weights, and a folder `refit` with those of the last fit, on all images.
+    `output` also gets `run.json` with the scores on held-out images, `metrics.jsonl`, checkpoints,
+    the best weights, and a folder `refit` for the final fit on all images.
 
     Args:
         source: Folder or Hub id of an LLM2CLIP model, or a loaded (model, processor).
-        data: Records; their images are needed where there is no `image_store`. Or a stream of them,
-            which needs `max_steps`; its first groups are held out.
-        output: Folder of the run: new, or that of the same run with `resume`.
+        data: Records, which need their images if there is no `image_store`; or a stream of records,
+            which needs `max_steps` and whose first groups are held out.
+        output: Folder of the run. Must be new, or the folder of the same run with `resume`.
         config: Options; None for the defaults.
-        caption_store: Caption embeddings of these records by this model's LLM, as `extract` wrote
-            them; needed with `text_training="stored"`, and only then.
+        caption_store: Caption embeddings of these records by this model's LLM, as written by
+            `extract`. Required with `text_training="stored"`, and only allowed then.
         image_store: Image embeddings by this model's frozen vision tower; None to run the tower at
-            each step. With `distillation_weight` the tower is trained, and stays near them; without
-            a store, near what a frozen copy of it gives at each step.
+            every step. With `distillation_weight`, the tower is trained and regularized toward
+            them, or toward a frozen copy of itself if there is no store.
         inherit_from: Embeddings of the same captions by the text encoder of the vision tower's own
-            CLIP, as `extract` wrote them. Text adapter and text projection learn these first; the
+            CLIP, as written by `extract`. Text adapter and text projection learn these first. The
             model must have been built with `keep_projection`.
-        teacher: Folder or Hub id of the vision tower's own CLIP, whose text encoder says where
-            `config.keep_texts` stay; the model as for `inherit_from`.
-        loss: What is trained on, instead of the loss that `config.loss` names; the other options
-            of losses stay in force.
+        teacher: Folder or Hub id of the vision tower's own CLIP. The texts in `config.keep_texts`
+            are kept near the embeddings of its text encoder. The model must have been built as for
+            `inherit_from`.
+        loss: The loss to train on, instead of `config.loss`. The other loss options still apply.
         data_name: Name of the data on the model card; None for no name.
-        resume: Continue from the last checkpoint in `output`, which must be of the same options,
-            weights, stores, captions and images (by name and size), and as many processes.
-        callbacks: Callbacks of transformers' Trainer, for each fit.
+        resume: Continue from the last checkpoint in `output`. Options, weights, stores, captions,
+            images (by name and size) and the number of processes must be unchanged.
+        callbacks: Callbacks for the transformers Trainer of each fit.
 
     Returns:
         `output/model`.
 
     Raises:
-        ValueError: Before any tower is loaded: no data, too little for a batch, groups that leave
-            no negatives, a batch that the processes cannot share, an `output` of another run or
-            one that is running in it, stores of another model or of other data, options that
-            contradict each other. A model that no longer gives its golden embeddings is refused
-            before it is trained. After the last step: the loss was always 0.
+        ValueError: Before any tower is loaded: there is no data, too little for one batch, or its
+            groups leave no negatives; the number of processes does not divide the global batch
+            size; `output` belongs to another run, or a run is active in it; stores belong to
+            another model or other data; or options conflict. Before training: the model no longer
+            reproduces its golden embeddings. After training: the loss was always 0.
         FileExistsError: `output/model` exists.
-        FloatingPointError: A loss, gradient or weight is not finite; it is not written.
+        FloatingPointError: A loss, gradient or weight is not finite. Nothing is written.
         StageInterrupt: SIGINT or SIGTERM stopped the run after a checkpoint.
 
     Examples:
@@ -156,7 +156,7 @@ def align(
 
 @dataclass(frozen=True)
 class AlignPlan:
-    """The output, the options, the stores and the loss of an alignment, checked with each other."""
+    """Output, options, stores and loss of an alignment, checked for consistency."""
 
     output: Path
     config: AlignConfig
@@ -180,15 +180,15 @@ def plan_align(
     loss: Loss | None = None,
     resume: bool = False,
 ) -> AlignPlan:
-    """Make every check of an alignment that needs neither its data nor its model."""
+    """Run all checks of an alignment that need neither its data nor its model."""
     config, output = config or AlignConfig(), Path(output)
     stores = open_stores(config, caption_store, image_store, inherit_from)
     chosen = build_loss(config, loss)
     parameters = chosen.parameters() if isinstance(chosen, nn.Module) else ()
     if is_sharded() and any(parameter.requires_grad for parameter in parameters):
         raise ValueError(
-            f"{type(chosen).__name__} has parameters, which are not trained under FSDP. Use the "
-            "configuration for DDP."
+            f"{type(chosen).__name__} has parameters, and FSDP does not train the parameters of a "
+            "loss. Use the DDP configuration."
         )
     require_output(output, resume=resume, model=output / MODEL_FOLDER)
     labeled = None if config.zero_shot is None else load_labeled_images(config.zero_shot)
@@ -204,7 +204,7 @@ def run_alignment(
     data_name: str | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
-    """Carry out a plan of `plan_align`."""
+    """Run the alignment that `plan_align` checked."""
     config, output = plan.config, plan.output
     if isinstance(data, RecordStream):
         is_given = (store is not None for store in (plan.images, plan.teacher))
@@ -237,16 +237,16 @@ def run_alignment(
             **_identify(fit, on_gpu=device.type == "cuda"),
         }
         require_same_run(output, config, inputs, resume=plan.resume)
-        if PartialState().is_main_process:  # before hours of training, not after
+        if PartialState().is_main_process:  # fails before hours of training, not after
             require_intact(model.folder, with_llm=config.text_training != "stored")
             require_disk_space(open_model_weights(model.folder), output)
         with float32_as_such(), stop_on_signals() as stop:
             if plan.kept is not None:
                 fit = replace(fit, kept=plan.kept.embed(model.folder, processor, device))
-                torch.cuda.empty_cache()  # stores go to the GPU if they fit what is free there
+                torch.cuda.empty_cache()  # stores move to the GPU if they fit in its free memory
             choice, trained = _choose(fit, inputs, stop)
             if trained is None:
-                gc.collect()  # a Trainer holds itself, and with it the first model
+                gc.collect()  # a Trainer is part of a reference cycle that holds the first model
                 trained = refit(fit, choice, stop)
         if PartialState().is_main_process:
             _write_model(fit, trained, data_name, choice)
@@ -255,7 +255,7 @@ def run_alignment(
 
 
 def _require_fitting(folder: Path, plan: AlignPlan) -> dict[str, Any]:
-    """Refuse stores and options that do not fit the model; return its fingerprint."""
+    """Check that stores and options fit the model; return its fingerprint."""
     config = plan.config
     fingerprints: list[Any] = [{}, {}, {}]
     if PartialState().is_main_process:  # it reads all weights
@@ -273,13 +273,13 @@ def _require_fitting(folder: Path, plan: AlignPlan) -> dict[str, Any]:
     require_dims(config.matryoshka_dims, width=of_model.projection_dim)
     if config.lock_text and "text_projection" in of_model.random_heads:
         raise ValueError(
-            "lock_text keeps the text projection as it is, and that of this model is random. Align "
-            "the model without it first, or build it on an embedder with keep_embeddings."
+            "lock_text freezes the text projection, but this model's is random. Align the model "
+            "without lock_text first, or build it on an embedder with keep_embeddings."
         )
     if of_model.text_adapter_layers is None and not config.lock_text:
         raise ValueError(
-            "The model keeps an embedder's own embeddings (build --keep-embeddings), and this "
-            "alignment would change them. Give lock_text=True."
+            "The model keeps an embedder's own embeddings (build --keep-embeddings), but this "
+            "alignment would change them. Set lock_text=True."
         )
     return dict(zip(("text", "vision", "head"), fingerprints, strict=True))
 
@@ -287,14 +287,14 @@ def _require_fitting(folder: Path, plan: AlignPlan) -> dict[str, Any]:
 def _choose(
     fit: AlignmentFit, inputs: dict[str, Any], stop: StopRequest
 ) -> tuple[Choice, dict[str, Tensor] | None]:
-    """Train, choose on held-out images, and record how the run ended.
+    """Train, select weights on held-out images, and record how the run ended.
 
-    Returns no weights where a last fit on all images will make them.
+    Return no weights if a final fit on all images is to produce them.
     """
     config, output = fit.config, fit.output
     arguments = make_training_arguments(output, config)
     batch_size, num_steps = _check_length(config, arguments.world_size, fit.data)
-    PartialState().wait_for_everyone()  # every process has checked the folder before it is filled
+    PartialState().wait_for_everyone()  # all processes check the folder before one writes to it
     model, adapted = fit.load(arguments.device)
     notes = note_held_out(fit.data, fit.source)
     last = fit.find_checkpoint()
@@ -308,7 +308,7 @@ def _choose(
         num_steps=num_steps,
         batch_size=batch_size,
         learning_rate=config.learning_rate or start.default_learning_rate,
-        # A new adapter is the identity. It is trained only when the projections have settled.
+        # A new adapter is the identity. It is trained only after the projections have settled.
         adapter_begin=round(_RATIO_BEFORE_ADAPTER * num_steps) if start.has_new_adapter else 0,
     )
     fit.make_ready(model, length, arguments.device)
@@ -316,7 +316,7 @@ def _choose(
         write_run_record(output, config, inputs, model=model)
         add_results(output, start=asdict(start))
         if start.inheritance is not None and last is None:
-            # A resumed run and the last fit start here, too.
+            # Resumed runs and the final fit also start from these weights.
             save_file(copy_text_side(model), output / INHERITED_FILE)
     best = _make_best_weights(fit, length, start, model)
     objective = None
@@ -339,7 +339,7 @@ def _choose(
 
 
 def _check_length(config: AlignConfig, num_processes: int, data: RunData) -> tuple[int, int]:
-    """Return the checked batch size of all processes, and the number of steps."""
+    """Return the global batch size and the number of steps, both checked."""
     batch_size = choose_batch_size(config, data.num_items, num_processes)
     check_processes(config, batch_size, num_processes)
     if data.num_items is not None:
@@ -353,10 +353,11 @@ def _check_length(config: AlignConfig, num_processes: int, data: RunData) -> tup
 def _make_best_weights(
     fit: AlignmentFit, length: RunLength, start: ProjectionInit, model: AlignmentModel
 ) -> BestWeightsCallback | None:
-    """Make the callback that evaluates on held-out images; None without any.
+    """Make the callback that evaluates on held-out images; None if there are none.
 
-    Where no tower runs, it also tries weights between those of the start and trained ones: not from
-    random weights, which are no model, and not of sharded ones, which would be gathered each time.
+    If no tower runs, it also tries weights interpolated between the start and the trained weights.
+    It does not interpolate from random weights, because they are no working model, or between
+    sharded weights, because each attempt would gather them.
     """
     if fit.data.held_out is None:
         return None
@@ -380,7 +381,7 @@ def _record_end(
     stop: StopRequest,
     notes: dict[str, Any],
 ) -> None:
-    """Record the results of a finished run; raise StageInterrupt for a stopped one."""
+    """Record the results of a finished run; raise StageInterrupt if it was stopped."""
     state, data = trainer.state, trainer.data
     if best is not None:
         notes = {**notes, "num_shared_captions": data.count_shared_captions()}
@@ -393,8 +394,8 @@ def _record_end(
     losses = [line["loss"] for line in state.log_history if "loss" in line]
     if losses and not any(losses):
         raise ValueError(
-            f"The loss was 0 in all of {state.global_step} steps, so that nothing was learned: no "
-            "image had a negative. Check the group_ids of the data, or train on larger batches."
+            f"The loss was 0 in all {state.global_step} steps because no image had a negative, so "
+            "nothing was learned. Check the group_ids of the data, or increase the batch size."
         )
     if not trainer.args.should_save:
         return
@@ -409,10 +410,10 @@ def _record_end(
 def _measure_written(
     fit: AlignmentFit, data_name: str | None, folder: Path
 ) -> tuple[Sequence[CardResult], str | None]:
-    """Measure a written folder, with its rounded weights if it is in half precision.
+    """Evaluate a written folder, with its rounded weights if it is in half precision.
 
-    A model that was fitted once more has seen the held-out images: the scores of the weights that
-    they chose stay its estimate.
+    A refitted model has trained on the held-out images, so the scores from before the refit remain
+    its estimate.
     """
     output, held_out, device = fit.output, fit.data.held_out, choose_device(fit.config.device)
     written = fit.load_parts(folder, device)
@@ -460,7 +461,7 @@ def _write_model(
 
 
 def _measure_rounding(fit: AlignmentFit, trained: Mapping[str, Tensor]) -> dict[str, float]:
-    """Measure the share of each trained tower's entries that still differ after rounding."""
+    """Measure the share of each trained tower's weights that still differ after rounding."""
     source, shares = open_model_weights(fit.source), {}
     for tower in TOWERS:
         rounded = [
@@ -480,7 +481,7 @@ def _measure_rounding(fit: AlignmentFit, trained: Mapping[str, Tensor]) -> dict[
 
 
 def _identify(fit: AlignmentFit, *, on_gpu: bool) -> dict[str, Any]:
-    """Identify a run's data, loss, processes and precision, on which its numbers depend."""
+    """Describe what a run's results depend on: data, loss, processes and precision."""
     return {
         **fit.data.identify(),
         **({} if fit.zero_shot is None else {"zero_shot": fit.zero_shot.identify()}),
@@ -495,7 +496,7 @@ def _identify(fit: AlignmentFit, *, on_gpu: bool) -> dict[str, Any]:
 
 
 def _identify_store(store: EmbeddingStore | None) -> dict[str, str] | None:
-    """Identify a store by its folder and its manifest, which has the hash of every file."""
+    """Identify a store by its folder and its manifest, which holds the hash of every file."""
     if store is None:
         return None
     return {"folder": str(store.folder), "manifest": hash_file(store.folder / MANIFEST_FILE)}

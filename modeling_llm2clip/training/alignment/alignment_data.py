@@ -1,6 +1,6 @@
-"""Makes batches of images and captions, decoded and tokenized, or read from stores.
+"""Make batches of images and captions, decoded and tokenized or read from stores.
 
-The records come from an index, or from a stream.
+Records come from an index or from a stream.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from .stored_rows import StoredRows
 
 
 class StoredSide(NamedTuple):
-    """One kind of stored embeddings, by the names that its tensors have in a batch.
+    """Names of the batch entries for one kind of stored embeddings.
 
     Attributes:
         embeds: (B, width) embeddings.
-        rows: (B,) numbers of rows that are on the device already, instead of embeddings.
-        noise: (B, width) noise on them; None if they get none.
+        rows: (B,) row numbers, instead of embeddings, if all rows are already on the device.
+        noise: (B, width) noise to add to the embeddings; None if they get none.
     """
 
     embeds: str
@@ -53,7 +53,7 @@ TEACHER = StoredSide("teacher_embeds", "teacher_rows")
 
 
 class _Sampled:
-    """Samples captions and noise by the options of a run."""
+    """Base of datasets and streams: makes model inputs from batches, adding noise as configured."""
 
     config: AlignConfig
     caption_store: EmbeddingStore | None
@@ -66,10 +66,10 @@ class _Sampled:
         return self.caption_store is not None and not self.reads_images
 
     def make_inputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Make the inputs of the model from a batch, on the device where its tensors are.
+        """Make model inputs from a batch, on the device of its tensors.
 
-        Resident rows are gathered, stored embeddings become float32, and the seed of the batch
-        becomes noise, (B, width), which the model adds to them.
+        Resident rows are gathered, stored embeddings are cast to float32, and the seed of the
+        batch is expanded to noise, (B, width), which the model adds to the embeddings.
         """
         inputs, generator = dict(batch), None
         seed = inputs.pop("noise_seed")
@@ -91,11 +91,11 @@ class _Sampled:
 class AlignmentDataset(_Sampled, Dataset[Any]):
     """Records of a dataset, each an image and its captions; returns whole batches.
 
-    A caption is named by its number: first the short ones of a record, then its long ones, and the
-    sentence views of these, if the caption store has them.
+    The captions of a record are numbered: short ones first, then long ones, then the sentence views
+    of the long ones if the caption store has them.
 
-    With `is_part`, the stores may have further records. Where the vision tower is trained, images
-    are decoded for it, and the image store has what the frozen tower gives for them.
+    With `is_part`, the stores may hold additional records. If the vision tower is trained, images
+    are decoded for it, and the image store holds the distillation targets of the frozen tower.
     """
 
     data: InitVar[Sequence[CaptionedImage]]
@@ -109,10 +109,10 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
     def __post_init__(self, data: Sequence[CaptionedImage], is_part: bool) -> None:
         self.records = RecordTable.from_records(data)
         self.reads_images = self.image_store is None or self.config.vision_training != "frozen"
-        # Number of each record in a store; None if the numbers are the same.
+        # Item number of each record in a store; None if the numbers are identical.
         self._caption_items: Array | None = None
         self._image_items: Array | None = None
-        self._stored_long: Array | None = None  # numbers of long captions and views in a store
+        self._stored_long: Array | None = None  # count of long captions and views per stored item
         if (store := self.caption_store) is not None:
             self._caption_items = items = pair_items(self.records, store, is_part=is_part)
             require_same_texts(self.records, store, items)
@@ -150,7 +150,7 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
         return torch.from_numpy(self.records.read_numbers("group_key", items))
 
     def read_text_keys(self, items: Array, numbers: Array) -> Tensor:
-        """Return a number for each caption, (B,) int64; equal captions share it."""
+        """Return a key per caption, (B,) int64; identical captions have the same key."""
         if (store := self.caption_store) is None or self._stored_long is None:
             return torch.from_numpy(self.records.read_text_keys(items, numbers))
         return torch.from_numpy(store.text_keys_at(_look_up(self._caption_items, items), numbers))
@@ -158,7 +158,7 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
     def read_pairs(
         self, items: Array, numbers: Array, *, as_stored: bool = False
     ) -> dict[str, Tensor]:
-        """Read images and captions, with embeddings in float32, or as `make_inputs` takes them."""
+        """Read images and captions, with embeddings in float32 or in the form for `make_inputs`."""
         batch: dict[str, Tensor] = {}
         if self.caption_store is None:
             batch |= self.processor(text=self._take_texts(items, numbers))
@@ -177,7 +177,7 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
         return batch
 
     def copy_stores(self, device: torch.device, *, num_reads: int) -> None:
-        """Copy the stores that fit to a device, for batches that `make_inputs` gets there."""
+        """Copy stores to a device if they fit; `make_inputs` then gathers their rows there."""
         for stored in self._stored.values():
             stored.copy_to(device, num_reads=num_reads)
 
@@ -191,7 +191,7 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
         return self.image_store.rows_at(stored, np.zeros_like(stored))
 
     def count_texts(self, items: Array) -> tuple[Array, Array]:
-        """Count the short and the long captions of items; views count as long."""
+        """Count the short and long captions of each item; views count as long."""
         short, long = self.records.count_texts(items)
         if self._stored_long is not None:
             long = self._stored_long[_look_up(self._caption_items, items)]
@@ -207,15 +207,15 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
 
 
 def decode_sample(record: CaptionedImage) -> tuple[CaptionedImage, Any]:
-    """Decode a record's image before it is in a batch, so that a broken one can be replaced."""
+    """Decode a record's image before batching, so a broken image can be replaced."""
     return record, load_images(open_image(record.image))
 
 
 @dataclass(eq=False)
 class AlignmentStream(_Sampled):
-    """Makes batches of a stream's records, as `AlignmentDataset` does of an index.
+    """Makes batches from a stream's records, as `AlignmentDataset` does from an index.
 
-    The caption store may have other records, too.
+    The caption store may also hold other records.
     """
 
     image_store, reads_images = None, True
@@ -238,11 +238,11 @@ class AlignmentStream(_Sampled):
             self._text_keys = np.concatenate([*self.caption_store.iterate_numbers("text_key")])
 
     def collate(self, samples: Sequence[tuple[CaptionedImage, Any]]) -> dict[str, Any]:
-        """Return the batch of some records and their decoded images, for `make_inputs`."""
+        """Collate records and their decoded images into a batch for `make_inputs`."""
         records = [record for record, _ in samples]
         listed = [(*r.captions, *with_views(r.long_captions, self.num_views)) for r in records]
         keys = np.array([hash_identity(record.name, record.lang) for record in records])
-        # A stream counts no steps: no other batch of its epoch begins with this record.
+        # A stream does not count steps, but each record begins at most one batch per epoch.
         _, draws, noise_seed = draw_samples(
             keys, self.stream.epoch, int(keys.view(np.uint64)[0]), seed=self.config.seed
         )
@@ -280,14 +280,14 @@ class AlignmentStream(_Sampled):
             names = list_first(f"{record.name} ({record.lang})" for record in lacking)
             raise ValueError(
                 f"{len(lacking)} of {len(records)} records of a batch are not in "
-                f"{self.caption_store.folder}, or with other captions: {names}. Give "
-                "the store of these records, or text_training=frozen-online."
+                f"{self.caption_store.folder}, or have other captions there: {names}. Pass the "
+                "store of these records, or set text_training=frozen-online."
             )
         return items
 
 
 def list_pairs(counts: Array, items: Array) -> tuple[Array, Array]:
-    """List the captions of some items: the item of each, and its number in it."""
+    """List all captions of some items: the item of each caption, and its number there."""
     starts = np.cumsum(counts) - counts
     numbers = np.arange(counts.sum()) - np.repeat(starts, counts)
     return np.repeat(items, counts), numbers

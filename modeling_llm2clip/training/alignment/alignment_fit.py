@@ -1,4 +1,4 @@
-"""One fit of a model: on the data without held-out images, which choose, or on all of the data."""
+"""Fit a model, either to the training split or, in the refit, to all of the data."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ REFIT_FOLDER = "refit"
 
 @dataclass(frozen=True)
 class AlignmentFit:
-    """One fit of a model: on the data without held-out images, which choose, or on all of the data.
+    """One fit of a model, to the training split or, in the refit, to all of the data.
 
-    Each has its own model, copy of the loss's parameters, Trainer, metrics and checkpoints, so that
-    either can be resumed.
+    Each fit has its own model, copy of the loss parameters, Trainer, metrics and checkpoints, so
+    each can be resumed.
     """
 
     source: Path
@@ -75,9 +75,9 @@ class AlignmentFit:
         return find_last_checkpoint(self.output) if self.resume else None
 
     def load(self, device: torch.device) -> tuple[AlignmentModel, dict[str, Any]]:
-        """Load the model with its trained parts chosen, on its device.
+        """Load the model onto its device and choose its trained parts.
 
-        It stays on the CPU where the Trainer shards it.
+        It stays on the CPU if the Trainer is to shard it.
         """
         set_seed(self.config.seed)
         place = torch.device("cpu") if is_sharded() else device
@@ -89,7 +89,7 @@ class AlignmentFit:
     def load_parts(
         self, folder: Path, device: torch.device, *, rounds_towers: bool = False
     ) -> AlignmentModel:
-        """Load the parts of a model that the fit needs, with the untrained loss on the CPU."""
+        """Load the model parts that the fit needs, with a fresh copy of the loss on the CPU."""
         load = partial(load_in_precision, precision="bfloat16") if rounds_towers else load_on_device
         model: AlignmentModel = load(
             AlignmentModel,
@@ -104,9 +104,10 @@ class AlignmentFit:
         return model
 
     def rounds_towers(self, kind: str) -> bool:
-        """Return whether float32 towers are in bfloat16 on a kind of device.
+        """Return True if float32 towers are loaded in bfloat16 on this type of device.
 
-        A GPU would round frozen weights at every use. Where one tower is trained, both stay.
+        Autocast on a GPU would cast frozen weights at every use. If either tower is trained, both
+        stay in float32.
         """
         return (
             kind == "cuda"
@@ -118,7 +119,7 @@ class AlignmentFit:
         )
 
     def make_ready(self, model: AlignmentModel, length: RunLength, device: Any) -> None:
-        """Move a model, whose start is set, to the device of its training."""
+        """Move an initialized model to its training device, and freeze unused weights."""
         if not is_sharded() or not length.num_trained:  # otherwise the Trainer moves it
             model.to(device)
         freeze_unused(model, self.data.dataset.processor, self.config)
@@ -134,7 +135,7 @@ class AlignmentFit:
         best_weights: BestWeightsCallback | None = None,
         objective: TrainingObjective | None = None,
     ) -> AlignmentTrainer:
-        """Train a model that is ready, from the last checkpoint if there is one."""
+        """Train a model after `make_ready`, from the last checkpoint if there is one."""
         checkpoint, state = self.find_checkpoint(), PartialState()
         if state.is_main_process:
             self.output.mkdir(parents=True, exist_ok=True)
@@ -163,7 +164,7 @@ class AlignmentFit:
         checkpoint: Path | None,
         best_weights: BestWeightsCallback | None,
     ) -> None:
-        """Train from the beginning or from a checkpoint; a run of no steps is evaluated alone."""
+        """Train from scratch or from a checkpoint; a run without steps is only evaluated."""
         if not trainer.length.num_trained:
             trainer.state.max_steps = 0
             if best_weights is not None:
@@ -178,14 +179,14 @@ class AlignmentFit:
         if best_weights is not None:
             best_weights.read_earlier(state)
             if best_weights.has_stopped_early and state.global_step < state.max_steps:
-                trainer.state = state  # the run ended here, and takes no further step
+                trainer.state = state  # the run stopped early here
                 return
         trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The choice of held-out images: a step (0 for the start), and the share of the way to it."""
+    """The weights selected on held-out images: a step (0: the start) and the share of the way."""
 
     start: ProjectionInit
     length: RunLength
@@ -194,20 +195,19 @@ class Choice:
 
 
 def refit(fit: AlignmentFit, choice: Choice, stop: StopRequest) -> dict[str, Tensor]:
-    """Fit everything once more on all images, and return the weights as `collect_weights` does.
+    """Refit on all images with the settings selected on held-out images; return the weights.
 
-    It repeats what held-out images chose: shrinkages, temperature of the start, number of steps,
-    batch size and the share of the way from the start. The images that chose are trained on, too,
-    so that no score of the model that is written can be measured on them: those of the choice
-    estimate it.
+    The settings are shrinkages, initial temperature, number of steps, batch size and the share of
+    the way from the start. The refit also trains on the held-out images, so the written model
+    cannot be scored on them; the scores from before the refit are its estimate.
     """
-    assert isinstance(fit.data, RecordData)  # a stream is not fitted twice
+    assert isinstance(fit.data, RecordData)  # a stream is read only once
     again = replace(fit, data=fit.data.with_held_out(), output=fit.output / REFIT_FOLDER)
     require_intact_checkpoint(again.output)
     length = replace(choice.length, last_step=choice.step)
     arguments = make_training_arguments(again.output, again.config)
     model, adapted = again.load(arguments.device)
-    # A resumed fit repeats it, too: weights between start and end need the start.
+    # Also repeated on resume, because interpolated weights need the start.
     start = repeat_init(model, again.data, again.config, choice.start, fit.output)
     again.make_ready(model, length, arguments.device)
     before = copy_trained(model) if choice.share < 1 else {}
@@ -233,7 +233,7 @@ def collect_weights(
 ) -> dict[str, Tensor]:
     """Collect the weights that differ from the source's, by their names in its folder.
 
-    They are on the CPU, with LoRAs merged; empty in all but the main process.
+    They are on the CPU, with LoRAs merged. Other processes than the main one get an empty dict.
     """
     model = trainer.alignment_model
     if trainer.is_fsdp_enabled:
@@ -245,14 +245,14 @@ def collect_weights(
         state = merge_loras(model, adapted)
     require_finite(state, step=trainer.state.global_step)
     state = {name: value for name, value in state.items() if not name.startswith(f"{LOSS}.")}
-    model.teacher_model = None  # which no folder has
+    model.teacher_model = None  # not part of a saved model
     return name_as_saved(model, state, scratch) if trainer.args.should_save else {}
 
 
 def name_as_saved(
     model: AlignmentModel, state: Mapping[str, Tensor], scratch: str | Path
 ) -> dict[str, Tensor]:
-    """Give weights the names of a saved folder, since transformers renames some on loading."""
+    """Rename weights as in a saved folder, because transformers renames some on loading."""
     with TemporaryDirectory(dir=scratch) as folder:
         model.save_pretrained(folder, state_dict={name: v.cpu() for name, v in state.items()})
         files = sorted(Path(folder).glob("*.safetensors"))

@@ -1,6 +1,6 @@
-"""The module that is trained: a model without the towers that do not run; its parts and rates.
+"""Define the trained module, which omits towers that do not run, its trained parts and their rates.
 
-B images and captions, D width of the LLM, D' of the vision tower, P `projection_dim`.
+Shapes: B images and captions, D width of the LLM, D' width of the vision tower, P `projection_dim`.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from ..trainer_mixins import (
 TOWERS = ("text_model", "vision_model")
 _ATTENTION_NAMES = {"attention", "attn", "self_attention", "self_attn"}
 TEACHER = "teacher_model"
-"""Name of the frozen vision tower that runs beside the trained one, where nothing is stored."""
+"""Name of the frozen vision tower that runs next to the trained one if there is no image store."""
 _VISION_LORA_RANK, _TEXT_LORA_RANK = 32, 16
 LOSS = "loss"
-"""Name of the loss as a part of the model; its parameters are in checkpoints, and in no folder."""
+"""Name of the loss submodule; checkpoints hold its parameters, but saved models do not."""
 
 
 class AlignmentModel(PartialModel):
-    """Both sides and the loss in one forward pass, as distributed training needs it.
+    """Runs both sides and the loss in one forward pass, as distributed training requires.
 
-    Gradients reach a tower where `trains_text` or `trains_vision` is set. If the loss is a module,
-    its parameters are the model's, too. `teacher_model` is the vision side before the training,
-    where the loss needs it and no store has its embeddings.
+    Gradients reach a tower if `trains_text` or `trains_vision` is set. If the loss is a module, its
+    parameters are also parameters of this model. `teacher_model` is the vision side before
+    training, set if the loss needs it and there is no image store.
     """
 
     loss: Loss
@@ -62,13 +62,14 @@ class AlignmentModel(PartialModel):
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor | None, LossInputs]:
         """Encode images and captions, or start from their stored embeddings.
 
-        In training, and where the groups are given, it also computes the loss.
+        In training mode, if the batch has group ids, also compute the loss.
 
         Args:
-            batch: What the processor makes of the images, or `vision_embeds`, (B, D'), perhaps
-                with `vision_noise`, which is projected with them and which no loss sees. The same
-                of the captions, as `caption_embeds`, (B, D), and `caption_noise`. The other fields
-                of `LossInputs`, of which `kept_embeds` are (K, D) here.
+            batch: Outputs of the processor for the images, or `vision_embeds`, (B, D'), optionally
+                with `vision_noise`, which is added before the projection but not to the embeddings
+                in `LossInputs`. Likewise for the captions, `caption_embeds`, (B, D), and
+                `caption_noise`. Plus the other fields of `LossInputs`, except that `kept_embeds`
+                is (K, D), before the projection.
         """
         teacher_embeds = batch.get("teacher_embeds")
         vision_embeds, caption_embeds = batch.get("vision_embeds"), batch.get("caption_embeds")
@@ -90,7 +91,7 @@ class AlignmentModel(PartialModel):
             self.to_image_embeds(_add(vision_embeds, batch.get("vision_noise"))),
             self.to_text_embeds(_add(caption_embeds, batch.get("caption_noise"))),
             self.logit_head.rule(),
-            group_ids,  # type: ignore[arg-type]  # None where nothing is compared
+            group_ids,  # type: ignore[arg-type]  # None if no loss is computed
             batch.get("text_keys"),
             vision_embeds=vision_embeds.float(),
             caption_embeds=caption_embeds.float(),
@@ -100,16 +101,16 @@ class AlignmentModel(PartialModel):
         )
         if not self.training or group_ids is None:
             return None, inputs
-        # An enclosing autocast would round the products of a loss; held-out images have none.
+        # An enclosing autocast would round the matrix products of the loss; evaluation has none.
         with torch.autocast(inputs.image_embeds.device.type, enabled=False):
-            # Several processes need a gradient of every weight, such as the temperature, even where
-            # a loss does not use it.
+            # DDP needs a gradient for every weight, such as the temperature, even if the loss does
+            # not use it.
             outputs = (inputs.image_embeds, inputs.text_embeds, *inputs.logits)
             return self.loss(inputs) + 0 * sum(output.sum() for output in outputs), inputs
 
     @property
     def head(self) -> dict[str, nn.Parameter]:
-        """The parameters of text adapter, projections and temperature, by name."""
+        """Parameters of text adapter, projections and temperature, by name."""
         return {
             name: parameter
             for name, parameter in self.named_parameters()
@@ -117,11 +118,11 @@ class AlignmentModel(PartialModel):
         }
 
     def train(self, mode: bool = True) -> AlignmentModel:
-        """Switch to training; a tower that is not trained stays in evaluation mode.
+        """Switch to training mode, except for frozen towers and batch normalization.
 
-        So does batch normalization. Statistics of the batch would come from each process's part of
-        it, so that two processes would not train as one does, and an image's embedding would depend
-        on its neighbors; and a tower's own come from far more images than it is aligned on.
+        Batch statistics would come from each process's share of the batch, so two processes would
+        not train like one, and an image's embedding would depend on the other images. A tower's
+        stored statistics also come from far more images than it is aligned on.
         """
         super().train(mode)
         for tower, trains in (
@@ -143,12 +144,12 @@ def _add(embeds: Tensor, noise: Tensor | None) -> Tensor:
 
 @contextmanager
 def skip_identity_blocks(model: nn.Module) -> Iterator[None]:
-    """Leave out the blocks of a text adapter that add nothing, as those of a new one do.
+    """Skip the blocks of a text adapter that add nothing, such as the blocks of a new adapter.
 
-    Embeddings keep their bits, but for zeros that lose their sign.
+    Embeddings stay bit-identical, except that zeros may lose their sign.
     """
     adapter = getattr(model, "text_adapter", None)
-    if adapter is None or is_sharded():  # whose parts belong to FSDP
+    if adapter is None or is_sharded():  # FSDP manages the blocks
         yield
         return
     blocks = adapter.blocks
@@ -162,11 +163,11 @@ def skip_identity_blocks(model: nn.Module) -> Iterator[None]:
 
 
 def choose_trained_parts(model: AlignmentModel, config: AlignConfig) -> dict[str, Any]:
-    """Freeze and unfreeze the model's parts, and put LoRAs into its towers, in place.
+    """Freeze and unfreeze the model's parts in place, and add LoRAs to its towers.
 
-    Text adapter, projections and temperature are trained in float32, or the image projection and
-    the temperature alone. Returns peft's wrapper of each
-    tower that got a LoRA, by name, for `merge_loras`.
+    Text adapter, projections and temperature are trained in float32; with `lock_text`, only the
+    image projection and the temperature. Return peft's wrapper of each tower with a LoRA, by name,
+    for `merge_loras`.
     """
     for name, part in model.named_children():
         if name in (*TOWERS, TEACHER):
@@ -209,9 +210,9 @@ def choose_trained_parts(model: AlignmentModel, config: AlignConfig) -> dict[str
 
 
 def freeze_unused(model: AlignmentModel, processor: LLM2CLIPProcessor, config: AlignConfig) -> None:
-    """Freeze the weights of a tower that get no gradient in one forward and backward pass.
+    """Freeze weights that receive no gradient in a forward and backward pass.
 
-    A pooling may leave weights of its tower out. They do not count as trained.
+    A pooling may bypass some weights of its tower, which then do not count as trained.
     """
     unused = find_without_gradient(model, lambda: _sum_outputs(model, processor))
     without = [name for name in unused if not name.startswith(f"{LOSS}.")]
@@ -230,7 +231,7 @@ def freeze_unused(model: AlignmentModel, processor: LLM2CLIPProcessor, config: A
 
 
 def _sum_outputs(model: AlignmentModel, processor: LLM2CLIPProcessor) -> Tensor:
-    """Add up the outputs of two pairs; random embeddings stand in for untrained towers."""
+    """Sum the outputs for two pairs, with random embeddings in place of untrained towers."""
     inputs: dict[str, Any] = {}
     if model.trains_vision:
         colors = [(200, 120, 40), (20, 90, 160)]
@@ -247,7 +248,7 @@ def _sum_outputs(model: AlignmentModel, processor: LLM2CLIPProcessor) -> Tensor:
 
 
 def merge_loras(model: AlignmentModel, adapted: dict[str, Any]) -> dict[str, Tensor]:
-    """Merge the LoRAs in place, and return all weights that training changes."""
+    """Merge the LoRAs in place, and return all weights that training changed."""
     names = {name for name in list_trained(model) if ".lora_" not in name}
     for tower, wrapper in adapted.items():
         layers = [n for n, m in getattr(model, tower).named_modules() if hasattr(m, "base_layer")]
@@ -257,9 +258,9 @@ def merge_loras(model: AlignmentModel, adapted: dict[str, Any]) -> dict[str, Ten
 
 
 def find_attention_linears(tower: nn.Module) -> list[str]:
-    """List the linear layers in a vision transformer's attention by name."""
+    """List the names of the linear layers in a vision transformer's attention."""
     modules = dict(tower.named_modules())
-    # torch's own attention reads the weights itself, so that a layer in their place is never run.
+    # torch's own attention uses its weights directly, so a LoRA layer in it would never run.
     fused = tuple(f"{n}." for n, m in modules.items() if isinstance(m, nn.MultiheadAttention))
     names = [
         name
@@ -270,17 +271,17 @@ def find_attention_linears(tower: nn.Module) -> list[str]:
     ]
     if not names:
         raise ValueError(
-            f"{type(tower).__name__} has no linear layers in an attention, which a LoRA needs. "
+            f"{type(tower).__name__} has no linear layers in its attention to add a LoRA to. "
             "Choose vision_training=frozen or vision_training=full."
         )
     return names
 
 
 def scale_by_layer(tower: nn.Module, decay: float) -> dict[str, float]:
-    """Compute the factor of the learning rate of each parameter of a tower.
+    """Compute a learning rate factor for each parameter of a tower.
 
-    Parameters before the layers (patches, positions) learn slowest, those after them at the full
-    rate; of L layers, layer i (from 0) at `decay ** (L - i)`.
+    Parameters before the layers (patches, positions) learn slowest, and parameters after the layers
+    at the full rate. Of L layers, layer i (from 0) gets `decay ** (L - i)`.
     """
     names = [name for name, _ in tower.named_parameters()]
     if decay == 1:
@@ -292,7 +293,7 @@ def scale_by_layer(tower: nn.Module, decay: float) -> dict[str, float]:
     for name in names:
         if name.startswith(f"{prefix}."):
             depth = numbers[name[len(prefix) + 1 :].split(".")[0]] + 1
-        elif depth:  # after the layers: parameters are listed in the order they were built
+        elif depth:  # after the layers, because parameters are listed in definition order
             depth = num_layers + 1
         depths[name] = depth
     return {name: decay ** (num_layers + 1 - depth) for name, depth in depths.items()}
@@ -310,6 +311,6 @@ def find_learning_rates(
 
 
 def _add_lora(tower: nn.Module, **settings: Any) -> Any:
-    from peft import LoraConfig, get_peft_model  # needed for LoRA alone
+    from peft import LoraConfig, get_peft_model  # only needed for LoRA
 
     return get_peft_model(tower, LoraConfig(**settings))

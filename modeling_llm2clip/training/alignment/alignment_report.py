@@ -1,4 +1,4 @@
-"""Describes the results of an alignment, to a user and on the model card."""
+"""Describe the results of an alignment to the user and on the model card."""
 
 from __future__ import annotations
 
@@ -17,47 +17,49 @@ from .held_out import HeldOutScores, find_interval
 from .run_data import RunData
 
 _CHOSE = ", which chose the weights"
-# On the card, in place of the digest of the held-out groups.
+# Replaces the digest of the held-out groups on the card.
 SEEN = ", on which the model may have been trained before"
 TUNED_ON = ", on whose captions the language model may have been fine-tuned"
 _GROUPS = ", groups "
-REFITTED = ", measured before the model was fitted once more on all images, these too"
+REFITTED = ", measured before the final refit on all images, including these"
 NEAR_CHANCE = (
-    "Warning: on held-out images this model is near chance, or they are too few to tell. Do not "
-    "use it for search. Give more images, check that captions describe them, start from a "
+    "Warning: on held-out images this model is near chance, or there are too few images to tell. "
+    "Do not use it for search. Add images, check that the captions describe them, start from a "
     "fine-tuned language model (finetune-llm), or train longer (--max-steps)."
 )
 
 WORSE = (
-    "Warning: the training made this loss higher than it was at the start. Take more steps "
-    "(--max-steps), a lower --learning-rate, or the model as it was at the start."
+    "Warning: training increased this loss. Train for more steps (--max-steps), lower the "
+    "--learning-rate, or keep the model from the start."
 )
 NOT_JUDGED = (
-    "The loss of a training batch was not compared either, since a stream is not read twice: "
-    "nothing shows whether the training helped. Hold out images (--held-out-ratio) to know."
+    "The loss of a training batch was not compared either, because a stream is read only once, so "
+    "nothing shows whether training helped. Hold out images (--held-out-ratio) to find out."
 )
 
-_NEAR_CHANCE_ON_CARD = "On held-out images this model is near chance, or they were too few to tell."
+_NEAR_CHANCE_ON_CARD = (
+    "On held-out images this model is near chance, or there were too few images to tell."
+)
 CLEARLY_LOWER = (
-    "Warning: its R@1 is clearly lower than at the start, although its loss is lower. Where R@1 is "
-    "what counts, keep the start: --max-steps 0 writes it if it is the closed form."
+    "Warning: its R@1 is clearly lower than at the start, although its loss is lower. If R@1 is "
+    "what matters, keep the start: --max-steps 0 writes it if it is the closed form."
 )
 
-FORGOT = "Warning: the training made the model classify clearly worse."
+FORGOT = "Warning: training clearly lowered the classification accuracy."
 KEEP_TOWER = (
-    " Keep the vision tower near its frozen self (--distillation-weight), or take weights on the "
-    "way back (examples/scripts/mix_models.py)."
+    " Regularize the vision tower toward its frozen copy (--distillation-weight), or interpolate "
+    "back toward the original weights (examples/scripts/mix_models.py)."
 )
-LET_CHOOSE = " Let the accuracy choose the weights (--choose-by zero_shot)."
+LET_CHOOSE = " Select weights by this accuracy (--choose-by zero_shot)."
 
 _CHOOSERS = {"loss": "lowest held-out loss", "zero_shot": "highest zero-shot accuracy"}
-# The loss of a batch of a few hundred images, with noise, may rise by this factor by chance.
+# The loss of a noisy batch of a few hundred images may rise by this factor by chance.
 _CHANCE_RISE = 0.01
 
 
 def note_held_out(data: RunData, source: Path) -> dict[str, Any]:
-    """Collect what a reader of the held-out scores must know, for the record of a run."""
-    card = read_card_data(source)  # or an error, before hours of training
+    """Collect the caveats of the held-out scores for the record of a run."""
+    card = read_card_data(source)  # fails before hours of training, not after
     if data.held_out is None:
         return {}
     groups, config = data.held_out.groups, LLM2CLIPConfig.from_pretrained(source)
@@ -80,7 +82,7 @@ def describe_alignment(output: Path) -> list[str]:
         source = record["inputs"]["source"]
         lines.append(
             f"{source} has no recorded caption embeddings, so {model} has no golden embeddings. "
-            "llm2clip build records them now."
+            "Rebuild it with llm2clip build to record them."
         )
     scores = _read_best(results)
     if scores is not None and scores.is_near_chance:
@@ -89,12 +91,12 @@ def describe_alignment(output: Path) -> list[str]:
 
 
 def make_caution(results: Mapping[str, Any]) -> str | None:
-    """Make the warning on the model card; None if no warning is needed."""
+    """Return the warning for the model card; None if none is needed."""
     scores = _read_best(results)
     if scores is not None and scores.is_near_chance:
         return _NEAR_CHANCE_ON_CARD
     if _got_worse(results):
-        return "The training raised the loss of the images that it trained on."
+        return "Training increased the loss on the training images."
     return None
 
 
@@ -135,10 +137,10 @@ def make_card_results(results: Mapping[str, Any], data_name: str | None) -> tupl
 
 
 def _describe_weights(results: Mapping[str, Any]) -> str:
-    """Name the weights that were written; the last loss is that of the last step."""
+    """Describe the written weights; the loss is shown only for the weights of the last step."""
     held_out, refit = results["held_out"], results.get("refit")
     if refit is not None:
-        return f"fitted once more on all {refit['num_records']:,} records, the held-out ones too"
+        return f"refitted on all {refit['num_records']:,} records, including the held-out ones"
     steps, loss = results["steps"], results["final_loss"]
     if held_out is not None and (held_out["best_step"], held_out["best_share"]) != (steps, 1):
         return f"with {_name_weights(held_out, steps)}"
@@ -157,7 +159,7 @@ def _name_weights(held_out: Mapping[str, Any], steps: int) -> str:
 
 
 def _got_worse(results: Mapping[str, Any]) -> bool:
-    losses = results.get("objective")  # measured where no images are held out
+    losses = results.get("objective")  # measured only if no images are held out
     return losses is not None and losses["after"] > (1 + _CHANCE_RISE) * losses["before"]
 
 
@@ -167,7 +169,7 @@ def _describe_objective(results: Mapping[str, Any]) -> list[str]:
         is_judged = results["held_out"] is not None or not results["steps"]
         return [] if is_judged else [NOT_JUDGED]
     line = (
-        f"Loss of a training batch, with weights in float32: {losses['before']:.3f} at the start, "
+        f"Loss on a training batch, with float32 weights: {losses['before']:.3f} at the start, "
         f"{losses['after']:.3f} at the end."
     )
     return [line, *([WORSE] if _got_worse(results) else [])]
@@ -182,8 +184,8 @@ def _describe_held_out(results: Mapping[str, Any]) -> list[str]:
     after = _read_best(results)
     if after is None:
         return [
-            "The alignment held out no images: nothing shows how good the model is on others. It "
-            "keeps its last weights."
+            "The alignment held out no images, so nothing shows how good the model is on other "
+            "images. It keeps its last weights."
         ]
     notes = results["held_out"]
     before = HeldOutScores(**notes["before"])
@@ -201,29 +203,28 @@ def _describe_held_out(results: Mapping[str, Any]) -> list[str]:
         lines.append(CLEARLY_LOWER)
     if "refit" in results:
         lines.append(
-            "Then all of it was fitted once more on all images: the scores above are of the model "
-            "before that. The one that is written has seen these images; they estimate its scores "
-            "on others."
+            "The final model was refit on all images, including these, so the scores above come "
+            "from the model before the refit. They estimate the final model's scores on new images."
         )
     if notes["maybe_trained_on"]:
         lines.append(
-            "  The model may have been trained on these images before, so that these scores may be "
-            "too high: it was trained when this run began, and its card does not say that the same "
-            "images were held out (same data, seed and held_out_ratio)."
+            "  These scores may be too high because the model may have been trained on these "
+            "images before: it was already trained when this run began, and its card does not say "
+            "that the same images were held out (same data, seed and held_out_ratio)."
         )
     if tuned_on := notes["text_training_data"]:
         lines.append(
-            f"  The language model was fine-tuned on captions ({', '.join(tuned_on)}). If those "
-            "of the held-out images were among them, these scores may be too high."
+            f"  The language model was fine-tuned on captions ({', '.join(tuned_on)}). If they "
+            "include captions of the held-out images, these scores may be too high."
         )
     if shared := notes["num_shared_captions"]:
-        what = "drawn in training" if "stream" in results else "to train on"
-        lines.append(f"  Shared with held-out images: {counted(shared, 'caption')} {what}.")
+        what = "sampled caption" if "stream" in results else "training caption"
+        lines.append(f"  Shared with held-out images: {counted(shared, what)}.")
     return lines
 
 
 def _describe_zero_shot(results: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """Describe the zero-shot accuracy on labeled images before and after the training."""
+    """Describe the zero-shot accuracy on labeled images before and after training."""
     labeled = results.get("zero_shot")
     if labeled is None:
         return []
@@ -231,9 +232,9 @@ def _describe_zero_shot(results: Mapping[str, Any], config: Mapping[str, Any]) -
     count, num_classes = labeled["num_images"], labeled["num_classes"]
     low, high = find_interval(before, count)
     lines = [
-        f"Zero-shot accuracy on {counted(count, 'image')} of {num_classes} classes "
+        f"Zero-shot accuracy on {counted(count, 'image')} in {num_classes} classes "
         f"({labeled['dataset']}): {before:.1%} [{low:.1%}, {high:.1%}] at the start, {after:.1%} "
-        f"of the written model, {1 / num_classes:.1%} by chance."
+        f"for the written model, {1 / num_classes:.1%} by chance."
     ]
     if after < low:
         advice = "" if config["choose_by"] == "zero_shot" else LET_CHOOSE
@@ -243,7 +244,7 @@ def _describe_zero_shot(results: Mapping[str, Any], config: Mapping[str, Any]) -
 
 
 def _describe_stream(results: Mapping[str, Any]) -> list[str]:
-    """Describe the samples that a stream read and lost; nothing for records of an index."""
+    """Describe the samples that a stream read and lost; empty if the data was not a stream."""
     state = results.get("stream")
     if state is None:
         return []
@@ -260,14 +261,14 @@ def _describe_start(start: Mapping[str, Any]) -> str:
         kind = "held-out" if inherited["is_held_out"] else "training"
         return (
             f"the text side inherited {counted(inherited['num_captions'], 'caption')} from the "
-            f"text encoder of the vision tower, {inherited['num_too_long']:,} more are longer than "
-            f"that reads; distance on {counted(inherited['num_measured'], kind + ' caption')}: "
+            f"text encoder of the vision tower ({inherited['num_too_long']:,} more exceed its "
+            f"limit); distance on {counted(inherited['num_measured'], kind + ' caption')}: "
             f"{distance['before']:.3f} before, {distance['closed_form']:.3f} by the closed form, "
             f"{distance['after']:.3f} after {inherited['best_step']} of {inherited['steps']} steps"
         )
     if cca is not None:
         return (
-            f"canonical correlation of {cca['num_pairs']:,} pairs, shrinkage "
+            f"canonical correlation on {cca['num_pairs']:,} pairs, shrinkage "
             f"{cca['text_shrinkage']:g} for texts and {cca['image_shrinkage']:g} for images"
         )
     return "the model's projections" if start["is_trained"] else "random projections"

@@ -1,4 +1,4 @@
-"""transformers' Trainer with our loss, parameter groups, batches and checkpoints."""
+"""Extend transformers' Trainer with our loss, parameter groups, batches and checkpoints."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ _FACTOR_TO_NEXT_LINE = 2.0
 _SECONDS_BETWEEN_CHECKPOINTS = 300.0
 _BETAS = (0.9, 0.98)  # arXiv:2103.00020, table 18
 _ADAPTER = "text_adapter."
-# What wrappers put into the names of parameters.
+# Prefixes that wrappers add to parameter names.
 _WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|module\.|_orig_mod\.")
 _MAX_DEFAULT_BATCH = 512
 _DEFAULT_EPOCHS = 10
 _MIN_DEFAULT_STEPS = 300
-# Adam's first steps move every weight by the whole learning rate, whatever its gradient.
+# Adam's first steps move every weight by the full learning rate, regardless of its gradient.
 _MIN_WARMUP_STEPS = 20
 
 
 def make_training_arguments(output: Path, config: AlignConfig) -> TrainingArguments:
-    """Make the Trainer's arguments but those of `RunLength`; joins a launcher's process group."""
+    """Make the Trainer's arguments except those in `RunLength`; joins the process group."""
     arguments = training_arguments_on(
         choose_device(config.device),
         TrainingArguments,
@@ -71,7 +71,7 @@ def make_training_arguments(output: Path, config: AlignConfig) -> TrainingArgume
 
 
 def choose_batch_size(config: AlignConfig, num_items: int | None, num_processes: int) -> int:
-    """Choose the images per batch of all processes, by default as many as the data allow."""
+    """Return the global batch size; by default, the largest that the data allows, up to a limit."""
     if config.global_batch_size is not None:
         return config.global_batch_size
     largest = _MAX_DEFAULT_BATCH if num_items is None else min(_MAX_DEFAULT_BATCH, num_items)
@@ -79,7 +79,7 @@ def choose_batch_size(config: AlignConfig, num_items: int | None, num_processes:
 
 
 def count_steps(config: AlignConfig, num_items: int | None, batch_size: int) -> int:
-    """Count the steps of a run; an epoch leaves out the last, smaller batch."""
+    """Count the steps of a run; an epoch drops the last, incomplete batch."""
     if config.max_steps is not None:
         return config.max_steps
     assert num_items is not None  # a stream needs max_steps
@@ -91,14 +91,14 @@ def count_steps(config: AlignConfig, num_items: int | None, batch_size: int) -> 
 
 @dataclass(frozen=True)
 class RunLength:
-    """Numbers of a run that depend on its data and on where the projections start.
+    """Numbers of a run that depend on its data and on the start of its projections.
 
     Attributes:
-        num_steps: Steps over which the learning rate rises and falls.
-        batch_size: Items per batch of all processes together.
-        learning_rate: Peak rate of adapter, projections and LoRAs.
-        adapter_begin: Steps before the text adapter is trained, too.
-        last_step: Step after which the run ends; None for the last one.
+        num_steps: Number of steps of the learning rate schedule.
+        batch_size: Global batch size.
+        learning_rate: Peak learning rate of adapter, projections and LoRAs.
+        adapter_begin: Number of steps before training of the text adapter begins.
+        last_step: Step after which the run ends; None for `num_steps`.
     """
 
     num_steps: int
@@ -115,9 +115,9 @@ class RunLength:
 def warm_up_then_cosine(
     num_steps: int, *, warmup_steps: float, begin: int = 0
 ) -> Callable[[int], float]:
-    """Make the factor of the learning rate at each step: linearly up, then down as a cosine."""
+    """Return a learning rate schedule: linear warmup, then cosine decay."""
     left = num_steps - begin
-    # Parameters that begin late warm up in what is left of the run.
+    # Parameters that begin late warm up within the rest of the run.
     least = _MIN_WARMUP_STEPS if 0 < warmup_steps < 1 else 1
     warmup = max(least, count_warmup_steps(min(warmup_steps, max(left - 1, 0)), left))
 
@@ -133,9 +133,9 @@ def warm_up_then_cosine(
 
 
 class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
-    """Trains an `AlignmentModel` whose trained parts are chosen.
+    """Trains an `AlignmentModel` after `choose_trained_parts`.
 
-    To the Trainer the whole run is one epoch.
+    The Trainer sees the whole run as one epoch.
     """
 
     _ahead: ThreadPoolExecutor
@@ -156,7 +156,7 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         self.length = length
         training_arguments.max_steps = length.num_trained
         training_arguments.learning_rate = length.learning_rate
-        training_arguments.ignore_data_skip = data.num_items is None  # a stream restores its place
+        training_arguments.ignore_data_skip = data.num_items is None  # a stream restores itself
         training_arguments.per_device_train_batch_size = max(
             1, length.batch_size // training_arguments.world_size
         )
@@ -183,11 +183,11 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        if isinstance(self.data, StreamData):  # batches of records depend on the step alone
+        if isinstance(self.data, StreamData):  # other batches depend only on the step
             self.data.save(Path(output_dir))
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Create the Accelerator, and make FSDP leave scores and temperature in float32."""
+        """Create the Accelerator, and have FSDP keep scores and temperature in float32."""
         super().create_accelerator_and_postprocess()
         keep_scores_in_float32(self.accelerator, self.alignment_model)
 
@@ -195,9 +195,9 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         return self._loader
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; while the device computes, a thread prepares one batch ahead."""
+        """Train, with a thread that prepares the next batch while the device computes."""
         begin = None
-        if self.args.device.type == "cuda":  # a new thread would pin memory for the first GPU
+        if self.args.device.type == "cuda":  # by default, the thread would use the first GPU
             begin = partial(torch.cuda.set_device, torch.cuda.current_device())
         with ThreadPoolExecutor(1, initializer=begin) as self._ahead:
             self._next_samples = None
@@ -206,7 +206,7 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         with self._input_times.measure():
             get = partial(super().get_batch_samples, *args, **kwargs)
-            # Workers are ahead on their own, and a checkpoint has the place of a stream.
+            # Workers prefetch on their own, and prefetching would move a stream's saved position.
             is_idle = isinstance(self._loader, DataLoader) and not self._loader.num_workers
             if not is_idle or not runs_ahead(self.args.device):
                 return get()
@@ -217,17 +217,17 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
     def _prepare_input(self, data: Any) -> Any:
         if not isinstance(data, Tensor):
             return super()._prepare_input(data)
-        # Batches are in pinned memory, from which a device copies while Python goes on.
+        # Batches are in pinned memory, so copies to the device are asynchronous.
         return data.to(self.args.device, non_blocking=runs_ahead(self.args.device))
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        # The model checks token ids on the CPU, and copies them itself.
+        # The model checks token ids on the CPU, then copies them itself.
         ids = {n: value for n, value in inputs.items() if n in ("input_ids", "attention_mask")}
         others = {name: value for name, value in inputs.items() if name not in ids}
         return self.data.dataset.make_inputs({**super()._prepare_inputs(others), **ids})
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Group parameters by start, rate and decay; matrices alone decay (arXiv:2103.00020)."""
+        """Group parameters by start, rate and decay; only matrices decay (arXiv:2103.00020)."""
         if self.optimizer is None:
             grouped: dict[tuple[int, float, bool], list[nn.Parameter]] = {}
             for name, parameter in (model or self.alignment_model).named_parameters():
@@ -258,7 +258,7 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         num_training_steps: int,  # noqa: ARG002
         optimizer: torch.optim.Optimizer | None = None,
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Warm up, then fall as a cosine over the planned steps, even if the run ends before."""
+        """Warm up, then decay as a cosine over the planned steps, even if the run ends earlier."""
         if self.lr_scheduler is None:
             chosen = self.optimizer if optimizer is None else optimizer
             assert chosen is not None
@@ -277,16 +277,16 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         return self.lr_scheduler
 
     def embed(self, batches: Iterable[dict[str, Tensor]]) -> LossInputs:
-        """Encode batches by the model that is trained, as `embed_batches` does."""
+        """Encode batches with the current weights; see `embed_batches`."""
         self.require_finite_steps()
         model = self.model_wrapped if self.is_fsdp_enabled else self.alignment_model
         context = nullcontext if self.data.dataset.is_stored else self.compute_loss_context_manager
         return embed_batches(model, batches, self.args.device, context)
 
     def collect_trained(self) -> dict[str, Tensor]:
-        """Collect every weight that training changes, unsharded, by its name while training.
+        """Collect all trained weights, unsharded, by their names during training.
 
-        Under FSDP all processes must call it together.
+        Under FSDP, all processes must call this together.
         """
         names = list_trained(self.alignment_model)
         if self.is_fsdp_enabled and self.length.num_trained:
@@ -295,7 +295,7 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
                 get_model_state_dict,
             )
 
-            # accelerate's own options would gather frozen towers, too.
+            # accelerate's own options would also gather frozen towers.
             options = StateDictOptions(
                 full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
             )
@@ -305,7 +305,7 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         return {name: value for name, value in state.items() if name in names}
 
     def sample_kept(self, step: int) -> dict[str, Tensor]:
-        """Sample the kept texts of a step, if there are any, as the model takes them."""
+        """Sample the kept texts of a step as model inputs; empty if there are none."""
         return {} if self._kept is None else self._kept.sample(step)
 
     def compute_loss(
@@ -317,13 +317,13 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
     ) -> Tensor | tuple[Tensor, LossInputs]:
         loss, outputs = model({**inputs, **self.sample_kept(self.state.global_step)})
         self._inverse_temperature = outputs.logits.scale.detach()
-        # Rows of unit length have a finite sum.
+        # The sum of a unit-length row is finite.
         sums = [side.detach().sum(dim=1) for side in (outputs.image_embeds, outputs.text_embeds)]
         loss = self.watch_loss(loss, broken=~torch.stack(sums).isfinite().all(dim=0))
         return (loss, outputs) if return_outputs else loss
 
     def describe_step(self, step: int, facts: Mapping[str, Tensor]) -> str:
-        """Describe a step that was not finite, and count its pairs with broken embeddings."""
+        """Describe a step that was not finite, with the number of its broken embeddings."""
         loss, broken = facts["loss"], facts["broken"]
         if loss.isfinite():
             return super().describe_step(step, facts)
@@ -331,21 +331,21 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         return (
             f"The loss is {loss.item()} at step {step}, and {int(broken.sum())} of the "
             f"{len(broken)} pairs of this process have embeddings that are not finite"
-            f"{f', of the groups {list_first(groups)}' if groups else ''}. Check the model "
+            f"{f' (groups: {list_first(groups)})' if groups else ''}. Check the model "
             f"(llm2clip doctor), or lower the learning rate ({self.length.learning_rate})."
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log passes over the data as the epoch, since the Trainer's own is the whole run."""
+        """Log the epoch as passes over the data, because the Trainer's is the whole run."""
         self.state.epoch = self.data.epoch_at(self.state.global_step)
         logs["inverse_temperature"] = float(self._inverse_temperature)
         super().log(logs, start_time)
 
 
 class CheckpointTimesCallback(TrainerCallback):
-    """Leaves out checkpoints that come too soon after another, or after the run began.
+    """Skips checkpoints that come too soon after the last one or after the start of the run.
 
-    Those that other callbacks ask for, and that of the end, are saved.
+    The final checkpoint and those requested by other callbacks are always saved.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
@@ -354,7 +354,7 @@ class CheckpointTimesCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         if control.should_save and not control.should_training_stop:
             saves = [time.monotonic() - self._saved_at >= _SECONDS_BETWEEN_CHECKPOINTS]
-            broadcast_object_list(saves)  # clocks differ, and all processes save together
+            broadcast_object_list(saves)  # clocks differ, but all processes must save together
             control.should_save = saves[0]
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
@@ -362,14 +362,14 @@ class CheckpointTimesCallback(TrainerCallback):
 
 
 class ClampTemperatureCallback(TrainerCallback):
-    """Keeps the logarithm of the inverse temperature in [0, ln 100] after each step."""
+    """Clamps the logarithm of the inverse temperature to [0, ln 100] after each step."""
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **parts: Any) -> None:  # noqa: ARG002
         parts["model"].logit_head.clamp()
 
 
 class InputTimesCallback(TrainerCallback):
-    """Writes the share of time spent waiting for batches, at ends of epochs, ever more rarely."""
+    """Prints the share of time spent waiting for batches, at ends of epochs, ever less often."""
 
     def __init__(self, *, epoch_at: Callable[[int], float], shown: bool) -> None:
         self._epoch_at = epoch_at
@@ -381,7 +381,7 @@ class InputTimesCallback(TrainerCallback):
 
     @contextmanager
     def measure(self) -> Iterator[None]:
-        """Count the time in the block as waiting for input."""
+        """Count the time spent in the block as waiting for input."""
         begin = time.perf_counter()
         yield
         self._waited += time.perf_counter() - begin
@@ -395,8 +395,8 @@ class InputTimesCallback(TrainerCallback):
         share = self._waited / (now - self._last)
         if self._shown:
             tqdm.write(
-                f"step {state.global_step}: input {share:.0%} of the time, "
-                f"training {1 - share:.0%}",
+                f"step {state.global_step}: {share:.0%} of the time waiting for input, "
+                f"{1 - share:.0%} training",
                 file=sys.stderr,
             )
         self._epoch, self._last, self._waited = epoch, now, 0.0
@@ -404,19 +404,19 @@ class InputTimesCallback(TrainerCallback):
 
 
 def keep_scores_in_float32(accelerator: Any, model: LLM2CLIPModel) -> None:
-    """Set FSDP's policy so that it computes the model in bfloat16, and scores in float32.
+    """Set FSDP's mixed-precision policy to compute the model in bfloat16 and scores in float32.
 
-    By default accelerate makes FSDP gather the temperature in bfloat16, which at 50 moves in steps
-    of 0.25, cast the model's outputs to it, and add up gradients in it. Under DDP autocast does
-    none of that. Without FSDP or in float32, nothing changes. FSDP's first version is refused in
-    any precision. Call it before anything is prepared.
+    By default, accelerate has FSDP gather the temperature in bfloat16, where values near 50 are
+    0.25 apart, cast the model's outputs to bfloat16 and sum gradients in it. Autocast under DDP
+    does none of that. Nothing changes without FSDP or in float32. FSDP version 1 is refused in any
+    precision. Call this before anything is prepared.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version != 2:
         raise ValueError(
-            f"fsdp_version: {plugin.fsdp_version} would lose the trained layers that it wraps and "
-            "renames, and round the temperature in bfloat16. Set fsdp_version: 2 in the "
-            "configuration, as examples/accelerate/fsdp.yaml does."
+            f"fsdp_version: {plugin.fsdp_version} would lose trained layers, because it wraps and "
+            "renames them, and round the temperature to bfloat16. Set fsdp_version: 2 in the "
+            "configuration, as in examples/accelerate/fsdp.yaml."
         )
     if plugin is None or accelerator.mixed_precision != "bf16":
         return
@@ -425,5 +425,5 @@ def keep_scores_in_float32(accelerator: Any, model: LLM2CLIPModel) -> None:
     plugin.mixed_precision_policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    # As a separate unit it keeps its dtype.
+    # As a separate FSDP unit, it keeps its dtype.
     fully_shard(model.logit_head, mp_policy=MixedPrecisionPolicy())

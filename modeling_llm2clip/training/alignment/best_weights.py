@@ -1,9 +1,9 @@
-"""The weights of a run with the best held-out scores: at which step, and how far from the start.
+"""Keep the weights with the best held-out scores, at any step and between it and the start.
 
-Weights between those of the start and trained ones are often better than either (WiSE-FT,
-arXiv:2109.01903), so that each evaluation tries several shares of the way. The lowest loss chooses:
-it separates models on fewer images than R@1 does, and it is what is trained. Or the accuracy on
-labeled images does.
+Interpolating between initial and trained weights often beats both (WiSE-FT, arXiv:2109.01903), so
+each evaluation tries several interpolations. The lowest loss wins: it is the training objective,
+and it separates models with fewer images than R@1 does. Optionally, the accuracy on labeled images
+decides instead.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from .run_data import RecordData
 from .sampling import draw_samples
 
 BEST_FILE = "best.safetensors"
-# Shares of the way from the start to the trained weights that are tried beside the whole of it.
+# Shares of the way from the start to the trained weights that are tried in addition to 1.
 _SHARES = (0.25, 0.5, 0.75)
 _METADATA = "held_out"
-# Step for the captions, the noise and the kept texts of a measured batch, which no run has.
+# Step, beyond any run, that seeds the captions, noise and kept texts of a measured batch.
 _STEP = 2**63
 
 
@@ -51,14 +51,14 @@ def copy_trained(model: nn.Module) -> dict[str, Tensor]:
 def set_between(
     model: nn.Module, start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float
 ) -> None:
-    """Set the trained weights of a model between two others, in place."""
+    """Set the trained weights of a model to an interpolation between two others, in place."""
     for name, value in end.items():
         first = start[name].to(value.device)
         model.get_parameter(name).copy_(value if share == 1 else torch.lerp(first, value, share))
 
 
 def _hash_weights(weights: dict[str, Tensor]) -> str:
-    return hashlib.sha256(save(weights)).hexdigest()  # which writes equal ones alike
+    return hashlib.sha256(save(weights)).hexdigest()  # `save` is deterministic
 
 
 @dataclass(eq=False)
@@ -66,19 +66,19 @@ class BestWeightsCallback(TrainerCallback):
     """Evaluates on held-out images, and keeps the weights with the lowest held-out loss.
 
     It evaluates before the run, every few steps and at the end. The best weights are written to
-    `best.safetensors` in the run's folder; those of the start count, so that a run never ends with
-    worse weights than it started from. `best_step` is 0 for these, and `best_share` is how far the
-    best weights are on the way from the start to those of their step.
+    `best.safetensors` in the run's folder. The initial weights take part, so a run never ends with
+    worse weights than it started from. `best_step` is 0 for the initial weights, and `best_share`
+    is the share of the way from the initial weights to those of `best_step`.
 
     Args:
         images: The held-out images.
         output: Folder of the run.
-        eval_steps: Steps between two evaluations.
-        patience: Evaluations in a row without a lower loss after which the run stops; 0 for never.
-        patience_begin: Steps before which the run never stops.
-        start: Weights at the start by name, if weights between them and trained ones are tried.
-        zero_shot: Labeled images that are classified at each evaluation.
-        chooses_zero_shot: Keep the weights with the highest accuracy on these instead.
+        eval_steps: Number of steps between evaluations.
+        patience: Stop after this many evaluations in a row without improvement; 0 never stops.
+        patience_begin: Step before which the run never stops early.
+        start: Initial weights by name, to try interpolations; None not to.
+        zero_shot: Labeled images to classify at each evaluation.
+        chooses_zero_shot: Keep the weights with the highest accuracy on these images instead.
     """
 
     images: HeldOutImages
@@ -111,25 +111,26 @@ class BestWeightsCallback(TrainerCallback):
             return
         should_log = control.should_log
         self._evaluate(step=step)
-        control.should_log = should_log  # logging resets it, and this step's loss would be lost
+        control.should_log = should_log  # logging resets it, which would lose this step's loss
         if step < state.max_steps and self._is_out_of_patience(step):
             self.has_stopped_early = True
             control.should_training_stop = control.should_log = control.should_save = True
 
     def read_earlier(self, state: TrainerState) -> None:
-        """Read what an earlier part of this run kept, and whether the run stopped early.
+        """Read the best weights so far of a resumed run, and whether it stopped early.
 
-        It kept what the checkpoint with this state knows as the best, or found a better one later.
+        They are the best ones known to the checkpoint with this state, or better ones from a later
+        step.
         """
         try:
             with safe_open(self.file, framework="pt") as file:
                 entry = read_sealed(file.metadata()[_METADATA])
             if _hash_weights(load_file(self.file)) != entry["weights"]:
-                raise ValueError("its weights have another SHA-256 than it says")
+                raise ValueError("the SHA-256 of its weights does not match")
         except Exception as error:  # damage to the header can be any error
             raise ValueError(
-                f"{self.file} is missing or damaged ({error}), and with it the best weights so "
-                "far. Restore it, or train anew in another folder."
+                f"{self.file}, which holds the best weights so far, is missing or damaged "
+                f"({error}). Restore it, or start over in another folder."
             ) from error
         self.before = HeldOutScores(**entry["before"])
         self.best = HeldOutScores(**entry["best"])
@@ -137,9 +138,10 @@ class BestWeightsCallback(TrainerCallback):
         step, known = state.global_step, state.best_metric
         if self.best_step <= step and known not in (None, self.best.loss):
             raise ValueError(
-                f"{self.file} is of another run, or of an earlier step of this one: its held-out "
-                f"loss is {self.best.loss}, and the best until the checkpoint of step {step} was "
-                f"{known}. Restore the last one of this run, or train anew in another folder."
+                f"{self.file} belongs to another run or to an earlier step of this one: its "
+                f"held-out loss is {self.best.loss}, but the best up to the checkpoint of step "
+                f"{step} was {known}. Restore the latest file of this run, or start over in "
+                "another folder."
             )
         self.has_stopped_early = step % self.eval_steps == 0 and self._is_out_of_patience(step)
 
@@ -158,7 +160,7 @@ class BestWeightsCallback(TrainerCallback):
         return 0 < self.patience <= waited
 
     def _evaluate(self, *, step: int) -> None:
-        """Measure the weights, and those between them and the start; keep the best."""
+        """Evaluate the current weights and interpolations to the start; keep the best."""
         scores = self._measure()
         logged = {
             "held_out_loss": scores.loss,
@@ -178,13 +180,13 @@ class BestWeightsCallback(TrainerCallback):
         set_between(model, self.start, trained, 1.0)
 
     def _compare(self, scores: HeldOutScores, *, step: int, share: float) -> None:
-        """Keep the weights that the model has now if they are the best so far."""
+        """Keep the model's current weights if they are the best so far."""
         if self.best is None or self._rank(scores) < self._rank(self.best):
             self.best, self.best_step, self.best_share = scores, step, share
             state = self.trainer.collect_trained()
             if self.trainer.args.should_save:
                 weights = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-                # One entry: safetensors writes several in an order of each process.
+                # A single entry, because safetensors does not write several in a fixed order.
                 entry = write_sealed({**self.as_record(), "weights": _hash_weights(weights)})
                 write_atomically(self.file, save(weights, metadata={_METADATA: entry}))
         self.trainer.state.best_metric = self.best.loss  # in each checkpoint, for `read_earlier`
@@ -204,24 +206,24 @@ class BestWeightsCallback(TrainerCallback):
             accuracy = self.zero_shot.measure(trainer.alignment_model)
             scored = replace(scored, zero_shot=accuracy)
         shared: list[Any] = [scored]
-        # Other hardware may round differently; all processes must keep and stop alike.
+        # Processes on different hardware may round differently, but must all decide the same.
         broadcast_object_list(shared)
         scores: HeldOutScores = shared[0]
         if not math.isfinite(scores.loss):
             raise FloatingPointError(
                 f"The held-out loss is {scores.loss} at step {trainer.state.global_step}. Lower "
-                f"the learning rate ({trainer.args.learning_rate}), or look for broken embeddings."
+                f"the learning rate ({trainer.args.learning_rate}), or check for broken embeddings."
             )
         return scores
 
 
 class TrainingObjective(TrainerCallback):
-    """Measures the loss of a batch as it is trained on, noise included, at the best temperature.
+    """Measures the loss of a training batch, including noise, at its best temperature.
 
-    `run.json` in the output gets the loss before and after the training, as `objective`.
+    The loss before and after training is written to `run.json` in the output as `objective`.
 
     Args:
-        data: The records that are trained on.
+        data: The training records.
         size: Number of items in the batch.
         output: Folder of the run.
     """
@@ -239,7 +241,7 @@ class TrainingObjective(TrainerCallback):
             self.record("before")
 
     def record(self, name: str) -> None:
-        """Measure the weights that the model has now; every process calls it."""
+        """Measure the loss at the current weights; all processes must call this."""
         batch = self.trainer._prepare_inputs(self._dataset.__getitems__(self._samples))
         inputs = self.trainer.embed([{**batch, **self.trainer.sample_kept(_STEP)}])
         measured = [fit_temperature(self.trainer.alignment_model.loss, inputs)[1]]

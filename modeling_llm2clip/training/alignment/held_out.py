@@ -1,8 +1,8 @@
-"""Images that training never sees: they choose the weights of a run, and stop it.
+"""Hold out images from training to select the weights of a run and to stop it early.
 
-Labeled images show what an alignment costs. Retrieval does not show it: a vision tower that is
-aligned with captions gets better at them, and forgets classes that it knew (ProCLIP,
-arXiv:2510.18795, table 2).
+Labeled images show what an alignment costs, which retrieval does not: a vision tower aligned with
+captions gets better at captions, but forgets classes that it knew (ProCLIP, arXiv:2510.18795,
+table 2).
 """
 
 from __future__ import annotations
@@ -47,39 +47,39 @@ from .alignment_model import AlignmentModel, skip_identity_blocks
 from .sampling import rank_keys
 
 _MAX_HELD_OUT = 1_000
-# A tenth of small data is too few to compare two models; training would miss more than a fifth.
+# A tenth of a small dataset is too few to compare models; losing over a fifth would hurt training.
 _MIN_HELD_OUT = 20
 _MAX_SHARE_OF_SMALL_DATA = 0.2
 _ROWS_PER_BATCH = 512
-# Five captions of a thousand images take a fifth of it, with the widest towers.
+# With the widest towers, five captions each of a thousand images take a fifth of this.
 _MOST_BYTES_KEPT = 2**29
-# So many pairs suffice to fit a single number.
+# Enough pairs to fit a single number.
 _MAX_ROWS_OF_TEMPERATURE = 1_000
-_TEMPERATURE_STEPS = 12  # to a hundredth of the temperature
-# The loss is convex in the inverse temperature and a bias: a few steps come to float32's rounding.
+_TEMPERATURE_STEPS = 12  # finds the temperature to within one percent
+# The loss is convex in the inverse temperature and bias, so a few steps reach float32 precision.
 _FIT_STEPS = 100
 _FIT_TOLERANCE = 1e-6
-# A score is near chance unless it is above this multiple of chance with 95 % confidence.
+# A score is near chance unless it exceeds this multiple of chance with 95 % confidence.
 _TIMES_CHANCE = 3
 _NORMAL_QUANTILE = 1.96
 
 
 @dataclass(frozen=True)
 class HeldOutScores:
-    """Scores of held-out captions and images that find each other.
+    """Retrieval scores of held-out captions and images.
 
     Attributes:
-        loss: The loss that is trained, of every pair against all others, at the temperature where
-            it is lowest. The trained temperature suits the training images; at that one, the loss
-            mostly measures overconfidence, and not which embeddings are better.
-        t2i_r1: Share of texts whose first image is right.
-        i2t_r1: Share of images whose first text is right.
-        chance_t2i_r1: Expected `t2i_r1` of a random order.
-        chance_i2t_r1: Expected `i2t_r1` of a random order.
-        num_images: Images that were compared, each once, whatever its languages.
-        num_texts: Texts that were compared.
-        num_groups: Groups of these images; images of one group share their texts.
-        zero_shot: Share of labeled images whose nearest class is their own; None without any.
+        loss: The training loss of every pair against all others, at the temperature where it is
+            lowest. The trained temperature fits the training images; with it, the loss would
+            mostly measure overconfidence rather than the quality of the embeddings.
+        t2i_r1: Share of texts whose top image is correct.
+        i2t_r1: Share of images whose top text is correct.
+        chance_t2i_r1: Expected `t2i_r1` of a random ranking.
+        chance_i2t_r1: Expected `i2t_r1` of a random ranking.
+        num_images: Number of images compared, counted once over all languages.
+        num_texts: Number of texts compared.
+        num_groups: Number of groups of these images; images of one group share their texts.
+        zero_shot: Zero-shot accuracy on labeled images; None if there are none.
     """
 
     loss: float
@@ -101,23 +101,24 @@ class HeldOutScores:
         )
 
     def find_interval(self, score: float) -> tuple[float, float]:
-        """Find the 95 % confidence interval of a score.
+        """Compute the 95 % confidence interval of a score.
 
-        The images and texts of a group succeed and fail together, so that groups are counted.
+        The images and texts of a group succeed and fail together, so the sample size is the number
+        of groups.
         """
         return find_interval(score, self.num_groups)
 
 
 class LossFit(NamedTuple):
-    """The lowest loss of some pairs, and the temperature and the loss's parameters that give it."""
+    """The lowest loss of some pairs, with the temperature and loss parameters that achieve it."""
 
-    log_scale: float | None  # of the inverse temperature; None where it was kept
+    log_scale: float | None  # logarithm of the inverse temperature; None if it was not fitted
     loss: float
     parameters: dict[str, list[float]]
 
 
 def find_interval(score: float, count: int) -> tuple[float, float]:
-    """Find Wilson's 95 % interval of a share of a count (doi:10.1080/01621459.1927.10502953)."""
+    """Compute the 95 % Wilson interval of a proportion (doi:10.1080/01621459.1927.10502953)."""
     square = _NORMAL_QUANTILE**2
     center = score + square / (2 * count)
     spread = _NORMAL_QUANTILE * (score * (1 - score) / count + square / (4 * count**2)) ** 0.5
@@ -125,7 +126,7 @@ def find_interval(score: float, count: int) -> tuple[float, float]:
 
 
 def choose_held_out(dataset: AlignmentDataset, ratio: float, *, seed: int) -> tuple[Array, Array]:
-    """Split a dataset by the groups of its images."""
+    """Split a dataset by image groups; return the items to train on and the held-out items."""
     if not ratio:
         return np.arange(len(dataset), dtype=np.int32), np.empty(0, np.int32)
     records = dataset.records
@@ -133,9 +134,9 @@ def choose_held_out(dataset: AlignmentDataset, ratio: float, *, seed: int) -> tu
     count = count_held_out(num_groups, ratio)
     if count < 2:
         raise ValueError(
-            f"The images have {counted(num_groups, 'group')}, too few to hold out two. Give images "
-            "of at least ten, or held_out_ratio=0 to hold out none: then nothing shows whether the "
-            "training helped."
+            f"The images form {counted(num_groups, 'group')}, too few to hold out two. Use at "
+            "least ten groups, or set held_out_ratio=0 to train without knowing whether training "
+            "helped."
         )
     require_negatives(num_groups - count, count)
     chosen = _choose_groups(records, count, seed=seed)
@@ -146,17 +147,17 @@ def choose_held_out(dataset: AlignmentDataset, ratio: float, *, seed: int) -> tu
 
 
 def require_negatives(num_trained: int, num_held_out: int) -> None:
-    """Refuse to train on one group, in which no image has a negative: the loss would be 0."""
+    """Raise ValueError if fewer than two groups remain, because no image would have a negative."""
     if num_trained < 2:
         raise ValueError(
             f"{num_held_out} groups of images are held out, which leaves {max(num_trained, 0)} to "
-            "train on, where no image would have a negative. Set a smaller held_out_ratio, or give "
-            "more images."
+            "train on, so no image would have a negative. Set a smaller held_out_ratio, or add "
+            "images."
         )
 
 
 def _choose_groups(records: RecordTable, count: int, *, seed: int) -> Array:
-    """Choose the groups with the smallest ranks, so that no group's choice depends on another."""
+    """Choose the groups with the smallest random ranks, which do not depend on other groups."""
     chosen = np.empty(0, np.int64)
     for keys in records.iterate_numbers("group_key"):
         groups = np.unique(np.concatenate([chosen, keys]))
@@ -172,10 +173,10 @@ def count_held_out(num_groups: int, ratio: float) -> int:
 
 
 class HeldOutImages:
-    """The held-out images of a run, on which a model is measured.
+    """The held-out images of a run, used to evaluate a model.
 
-    All captions of an image are queries where image embeddings are stored; otherwise its first
-    one, because each pair costs a pass of the vision tower.
+    If image embeddings are stored, all captions of an image are queries; otherwise only the first,
+    because each pair costs a forward pass of the vision tower.
     """
 
     def __init__(self, dataset: AlignmentDataset, items: Sequence[int] | Array) -> None:
@@ -186,7 +187,7 @@ class HeldOutImages:
         self._items, self._numbers = list_pairs(counts, self.items)
         self.group_ids = dataset.read_group_ids(self._items)
         self._text_keys = dataset.read_text_keys(self._items, self._numbers)
-        # An image is represented by the row of its first caption, in whichever language.
+        # Each image is represented by one row: a first caption, in any of its languages.
         first = np.flatnonzero(self._numbers == 0)
         names = dataset.records.read_numbers("name_key", self._items[first])
         self.image_rows = np.sort(first[np.unique(names, return_index=True)[1]]).tolist()
@@ -195,14 +196,14 @@ class HeldOutImages:
 
     @property
     def groups(self) -> str:
-        """Digest of the group ids."""
+        """Short digest of the held-out group ids."""
         ids = np.unique(self.group_ids.numpy()).astype("<i8")
         return hashlib.sha256(ids.tobytes()).hexdigest()[:16]
 
     def iterate_batches(self) -> Iterator[dict[str, Tensor]]:
-        """Yield every pair, some hundred at a time, for `embed_batches`.
+        """Yield all pairs in batches of a few hundred, for `embed_batches`.
 
-        Stored embeddings are read once, and held as long as there is room.
+        Stored embeddings are read once and cached, up to a limit.
         """
         for start in range(0, len(self._items), _ROWS_PER_BATCH):
             rows = slice(start, start + _ROWS_PER_BATCH)
@@ -243,10 +244,10 @@ def embed_batches(
     device: torch.device,
     make_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> LossInputs:
-    """Encode the pairs of some batches in evaluation mode, by an `AlignmentModel`, wrapped or not.
+    """Encode the pairs of all batches in evaluation mode, with a possibly wrapped `AlignmentModel`.
 
-    All tensors are on the device if it has float64, otherwise on the CPU, and every process has
-    the same.
+    Tensors end up on the device if it supports float64, otherwise on the CPU. Every process gets
+    all of them.
     """
     was_training = model.training
     model.eval()
@@ -268,12 +269,12 @@ def embed_batches(
 
 @torch.no_grad()
 def fit_temperature(loss: Loss, inputs: LossInputs) -> tuple[float, float]:
-    """Find the temperature with the lowest loss of some pairs, from `embed_batches`.
+    """Find the temperature that minimizes the loss of pairs from `embed_batches`.
 
-    Golden-section search: the losses are convex in the inverse temperature. Returned are its
-    logarithm, and the loss of all pairs at it.
+    Uses golden-section search, because the losses are convex in the inverse temperature. Return the
+    logarithm of the inverse temperature, and the loss of all pairs at it.
     """
-    inputs = _move_beside(loss, inputs)
+    inputs = _move_to_loss(loss, inputs)
     few = inputs.take(slice(_MAX_ROWS_OF_TEMPERATURE))
 
     def measure_at(log_scale: float) -> float:
@@ -294,15 +295,15 @@ def fit_temperature(loss: Loss, inputs: LossInputs) -> tuple[float, float]:
 
 
 def fit_start(loss: Loss, inputs: LossInputs, *, keep_scale: bool = False) -> LossFit:
-    """Fit temperature and parameters of a loss to pairs, from `embed_batches`; changes neither.
+    """Fit the temperature and a copy of the loss parameters to pairs from `embed_batches`.
 
-    Every fit starts from the same numbers, so that the losses of different models compare.
+    Every fit starts from the same temperature, so the losses of different models are comparable.
     """
     loss = deepcopy(loss)
     fitted = list_fitted(loss)
     if fitted:
-        few = _move_beside(loss, inputs.take(slice(_MAX_ROWS_OF_TEMPERATURE)))
-        # The logarithm of the scale as a share of its range, which a sigmoid keeps in bounds.
+        few = _move_to_loss(loss, inputs.take(slice(_MAX_ROWS_OF_TEMPERATURE)))
+        # The log scale as a share of its range; a sigmoid keeps it in bounds.
         share = torch.full_like(few.logit_scale, LOGIT_SCALE_INIT / MAX_LOG_SCALE)
         free = share.logit().requires_grad_()
         optimizer = torch.optim.LBFGS(
@@ -327,8 +328,8 @@ def fit_start(loss: Loss, inputs: LossInputs, *, keep_scale: bool = False) -> Lo
     return LossFit(None if keep_scale else log_scale, lowest, parameters)
 
 
-def _move_beside(loss: Loss, inputs: LossInputs) -> LossInputs:
-    """Move pairs to the device of a loss that has parameters or buffers."""
+def _move_to_loss(loss: Loss, inputs: LossInputs) -> LossInputs:
+    """Move pairs to the device of the loss if it has parameters or buffers."""
     if not isinstance(loss, nn.Module):
         return inputs
     tensors = itertools.chain(loss.parameters(), loss.buffers())
@@ -336,25 +337,25 @@ def _move_beside(loss: Loss, inputs: LossInputs) -> LossInputs:
 
 
 def load_labeled_images(source: str, *, option: str = "zero_shot") -> ClassificationDataset:
-    """Load labeled images, with the prompts of their dataset."""
+    """Load labeled images and their dataset's prompts."""
     dataset = load_dataset(source)
     if not isinstance(dataset, ClassificationDataset):
         raise ValueError(
-            f"{option}={source}: these images have captions and no classes. Give labeled images, "
+            f"{option}={source}: these images have captions but no classes. Use labeled images, "
             "such as image-folder=FOLDER with a folder per class, or imagenet=FOLDER."
         )
     return dataset
 
 
 class ZeroShotImages:
-    """Classifies labeled images by their prompts, with the weights that a model has now.
+    """Classifies labeled images zero-shot with a model's current weights.
 
-    What does not change in a run is encoded once, by the towers of its source.
+    What training does not change is encoded only once, with the towers of the source model.
 
     Args:
         dataset: The labeled images.
         source: Folder of the model that the run starts from.
-        processor: Its processor.
+        processor: Processor of that model.
     """
 
     def __init__(
@@ -375,7 +376,7 @@ class ZeroShotImages:
         }
 
     def measure(self, model: AlignmentModel) -> float:
-        """Return the share of images whose nearest class is their own, as `evaluate` does."""
+        """Return the share of images whose nearest class is correct, as in `evaluate`."""
         was_training = model.training
         model.train(False)
         try:
@@ -393,7 +394,7 @@ class ZeroShotImages:
         return float((ranks == 1).double().mean())
 
     def _find_embeds(self, model: AlignmentModel, modality: str) -> Tensor:
-        """Embed the prompts or the images by their tower, before projection."""
+        """Embed the prompts or images with their tower, before the projection."""
         if modality in self._known:
             return self._known[modality]
         is_trained = model.trains_text if modality == "text" else model.trains_vision

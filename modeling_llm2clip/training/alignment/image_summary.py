@@ -1,4 +1,4 @@
-"""Summarizes the images of an alignment for the folder of its model."""
+"""Summarize the training images of an alignment in its model's folder."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from ...scheduling.processes import choose_device
 from .run_data import RecordData, RunData
 from .sampling import rank_keys
 
-# So many images suffice to estimate 128 clusters and their spread.
+# Enough images to estimate 128 clusters and their spread.
 _STORED_SAMPLE = 4_096
-# Each costs a pass of the vision tower.
+# Fewer, because each image costs a forward pass of the vision tower.
 _ENCODED_SAMPLE = 1_024
 _SEED = 0
 _UNNAMED = "unnamed data"
@@ -38,11 +38,11 @@ _UNNAMED = "unnamed data"
 def write_image_summary(
     source: Path, folder: Path, data: RunData, config: AlignConfig, *, name: str | None
 ) -> dict[str, Any] | None:
-    """Write which images a model was trained on, beside those that its source was trained on.
+    """Add a summary of the training images to those that the source model already has.
 
-    They are those of the dataset, held-out ones included; of a stream, whose images are gone by
-    then, the held-out ones. A seeded sample of them is read from the image store, or encoded by
-    the model that was written.
+    It covers all images of the dataset, including held-out ones. For a stream, whose images are
+    gone by then, it covers only the held-out images. A seeded sample is read from the image store,
+    or encoded by the written model.
     """
     known = read_training_images(source)
     is_same_tower = config.vision_training == "frozen" or (
@@ -50,7 +50,7 @@ def write_image_summary(
     )
     new = _summarize(folder, data, config, name=name or _UNNAMED)
     if new is None:
-        if not is_same_tower:  # a summary by other weights does not hold for these
+        if not is_same_tower:  # summaries made with other weights are invalid
             (folder / TRAINING_IMAGES_FILE).unlink(missing_ok=True)
         return None
     if known is None or not is_same_tower:
@@ -86,7 +86,7 @@ def _summarize(
 
 
 def sample_images(records: RecordTable, size: int) -> Array:
-    """Sample different images: the same ones in the same order, whatever the order of the records.
+    """Sample distinct images, independently of the order of the records.
 
     Memory does not grow with the number of records.
     """
@@ -103,5 +103,5 @@ def sample_images(records: RecordTable, size: int) -> Array:
 
 
 def count_images(records: RecordTable) -> int:
-    """Count the different images of a dataset, whatever the languages of their captions."""
+    """Count the distinct images of a dataset, over all caption languages."""
     return count_distinct(partial(records.iterate_numbers, "name_key"), len(records))

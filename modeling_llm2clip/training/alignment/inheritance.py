@@ -1,13 +1,13 @@
-"""The text side learns the embeddings of the vision tower's own text encoder (ProCLIP).
+"""Train the text side to reproduce the vision tower's own text encoder (ProCLIP).
 
-Stage 1 of arXiv:2510.18795 v3, before the contrastive training, on stored embeddings alone: a ridge
-regression of the captions' embeddings onto the teacher's, and from there steps of gradient descent
-on `distill`. Nothing of the image side changes. Captions that the teacher does not read to the end
-are left out.
+This is stage 1 of arXiv:2510.18795 v3. It runs before contrastive training and uses only stored
+embeddings: a ridge regression from the caption embeddings to the teacher's, followed by gradient
+descent on `distill`. The image side does not change. Captions that exceed the teacher's token limit
+are skipped.
 
 The authors' code (VisionXLab/ProCLIP at 2a41f39, `training/train.py`) starts from random weights.
-It compares a short and a web caption of each image, and the distances of the short ones alone; here
-a batch is of any captions. Its sums over a process's batch are divided by the number of captions.
+It compares a short and a web caption of each image, but the distances only between short captions;
+here, a batch holds any captions. Its sums over a process's batch are averaged over captions here.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ from .projection_init import (
 )
 from .run_data import RecordData
 
-# So many captions suffice for a linear fit of a few thousand elements, and fit memory.
+# Enough captions for a linear fit of a few thousand dimensions, and few enough for memory.
 _MAX_CAPTIONS_FITTED = 50_000
 _MAX_CAPTIONS_MEASURED = 2_000
 _FEWEST = 2
 _NUM_EVALUATIONS = 20
 _WARMUP = 0.1
-# Standard deviation of the noise on captions' embeddings, as a share of their length. Noise of the
-# size of `caption_noise` hides what distinguishes captions, and moves away from the closed form.
+# Standard deviation of the noise on caption embeddings, relative to their norm. Noise as large as
+# `caption_noise` hides the differences between captions and leads away from the closed form.
 _NOISE = 0.1
-# Where no captions are held out to choose it.
+# Used if no captions are held out to choose it.
 _DEFAULT_SHRINKAGE = 0.1
 
 
@@ -62,10 +62,10 @@ def inherit(
     device: torch.device,
     stop: StopRequest,
 ) -> dict[str, Any] | None:
-    """Teach the text side in place, and return the record of the lesson; None without a teacher.
+    """Distill the teacher into the text side in place, and return a record; None if no teacher.
 
-    The weights with the lowest distance on captions of held-out images are kept; without any, the
-    last ones. Every process computes the same.
+    The weights with the lowest distance on captions of held-out images are kept, or the last
+    weights if there are none. Every process computes the same.
     """
     config, teacher = fit.config, fit.teacher
     if teacher is None:
@@ -93,7 +93,7 @@ def inherit(
         batches, "inherit", steps, unit=" steps", disable=None if is_main_process else True
     ):
         stop.raise_interrupt(
-            "Stopped while the text side inherited, of which nothing is kept.",
+            "Stopped during the inheritance of the text side, which is not saved.",
             resume=False,
             is_main_process=is_main_process,
         )
@@ -139,14 +139,14 @@ def copy_text_side(model: AlignmentModel) -> dict[str, Tensor]:
 
 
 class _Captions:
-    """The captions that have a teacher, by the rows of both stores: to train on, and to measure.
+    """Captions that have a teacher embedding, split into training and evaluation captions.
 
     Attributes:
-        fitted: Embeddings of some captions to train on, and those that the teacher gives them.
-        measured: The same of held-out ones; without any, of some that are trained on.
-        is_held_out: Whether those are held out.
-        num_too_long: How many captions have no teacher.
-        num_trained: How many of those to train on have one.
+        fitted: Embeddings of a sample of training captions by the LLM and by the teacher.
+        measured: The same for held-out captions, or for training captions if none are held out.
+        is_held_out: True if the captions in `measured` are held out.
+        num_too_long: Number of captions without a teacher embedding.
+        num_trained: Number of training captions with a teacher embedding.
     """
 
     def __init__(
@@ -163,16 +163,16 @@ class _Captions:
             items = data.held_out.items
             short, long = dataset.count_texts(items)
             rows = dataset.caption_rows(*list_pairs(short + long, items))
-            keys = teacher.read_text_keys(num_rows)  # another shard may have a held-out caption too
+            keys = teacher.read_text_keys(num_rows)  # held-out captions may recur in other shards
             is_held = torch.from_numpy(np.isin(keys, keys[rows]))
         shuffled = torch.randperm(len(is_held), generator=self._generator)
         self._rows = shuffled[~is_held[shuffled]]
         self.fitted = self._read(self._rows[:_MAX_CAPTIONS_FITTED])
         if len(self.fitted[0]) < _FEWEST:
             raise ValueError(
-                f"{teacher.folder}: the teacher reads {counted(len(self.fitted[0]), 'caption')} of "
-                f"{len(self._rows):,} to train on to the end, so that there is nothing to inherit. "
-                "Give shorter captions, too."
+                f"{teacher.folder}: only {counted(len(self.fitted[0]), 'caption')} of "
+                f"{len(self._rows):,} to train on fit the teacher's token limit, so there is "
+                "nothing to inherit. Add shorter captions."
             )
         held_rows = shuffled[is_held[shuffled]]
         num_held = int(teacher.read(held_rows.numpy()).any(dim=1).sum())
@@ -184,7 +184,7 @@ class _Captions:
 
     @torch.no_grad()
     def measure(self, model: AlignmentModel) -> float:
-        """Measure the distance from the teacher, in batches of the same size as in training."""
+        """Measure the mean distance to the teacher, in batches of the training batch size."""
         device, total = model.text_projection.weight.device, 0.0
         parts = (part.to(device).split(self._batch_size) for part in self.measured)
         with skip_identity_blocks(model):
@@ -193,7 +193,7 @@ class _Captions:
         return total / len(self.measured[0])
 
     def iterate(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches without end, on a device, which makes the noise if it runs ahead."""
+        """Yield batches endlessly on a device; an asynchronous device also generates the noise."""
         noise = self._generator
         if runs_ahead(device):
             noise = torch.Generator(device).manual_seed(self._seed)
@@ -215,9 +215,9 @@ class _Captions:
 
 @torch.no_grad()
 def _fit_ridge(model: AlignmentModel, captions: _Captions) -> tuple[float, float]:
-    """Set the text projection to the closed form; return its shrinkage, and the distance left.
+    """Set the text projection to the closed form; return its shrinkage and its distance.
 
-    The blocks of an adapter that was not trained become the identity.
+    The blocks of an untrained adapter are set to the identity.
     """
     embeds, targets = captions.fitted
     require_varied(captions=embeds, teacher=targets)

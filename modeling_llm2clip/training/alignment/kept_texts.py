@@ -1,8 +1,8 @@
-"""Texts that an alignment keeps where the vision tower's own text encoder, the teacher, has them.
+"""Keep given texts near their embeddings by the teacher, the vision tower's own text encoder.
 
-Captions rarely name classes, so that the text side of an alignment on captions never reads one. To
-keep classes it needs their names alone, and neither labels nor images: both encoders embed each
-once, and every step compares the text side with the teacher for a sample of them.
+Captions rarely name classes, so an alignment on captions hardly trains the text side on them. To
+keep classes, only their names are needed, neither labels nor images: both encoders embed each name
+once, and every step compares the text side with the teacher on a sample of them.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ _TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
 
 @dataclass(frozen=True, eq=False)
 class KeptTexts:
-    """Names, the texts that they are kept in, and what both encoders give for each text.
+    """Names to keep, the texts made from them, and the embeddings of each text by both encoders.
 
     Attributes:
-        names: The names, all different.
-        texts: Names, their own prompts and those of classification, N in all.
+        names: The names, all distinct.
+        texts: The names, their own prompts and their classification prompts, N in all.
         teacher: Folder or Hub id of the dual encoder.
-        seed: Seed of the samples.
-        embeds: (N, D) float32 output of the LLM; None before `embed`.
-        targets: (N, P) float32 unit embeddings by the teacher; None before `embed`.
+        seed: Seed for sampling.
+        embeds: (N, D) float32 outputs of the LLM; None before `embed`.
+        targets: (N, P) float32 unit-length embeddings by the teacher; None before `embed`.
     """
 
     names: tuple[str, ...]
@@ -64,7 +64,7 @@ class KeptTexts:
         return fingerprint_teacher(self.teacher)
 
     def identify(self) -> dict[str, Any]:
-        """Describe texts and teacher for the record of a run."""
+        """Describe the texts and the teacher for the record of a run."""
         return {
             "num_names": len(self.names),
             "num_texts": len(self.texts),
@@ -73,11 +73,11 @@ class KeptTexts:
         }
 
     def describe(self) -> str:
-        """Name what is kept, for a model card."""
+        """Summarize the kept names for the model card."""
         return f"{counted(len(self.names), 'name')} ({list_first(self.names)})"
 
     def embed(self, source: Path, processor: LLM2CLIPProcessor, device: torch.device) -> KeptTexts:
-        """Embed the texts by the LLM of a model, then by the teacher; neither stays loaded."""
+        """Embed the texts with a model's LLM, then with the teacher; unload both."""
         tokens, texts = TokenizedTexts(processor, self.texts), list(self.texts)
         _require_whole(
             texts, tokens.is_truncated, reader="the model's LLM", longest=processor.longest_text
@@ -92,7 +92,7 @@ class KeptTexts:
         return replace(self, embeds=embeds.to(device), targets=targets.to(device))
 
     def sample(self, step: int) -> dict[str, Tensor]:
-        """Sample what the model takes beside the batch of a step, equal on every process."""
+        """Sample additional model inputs for a step, identical on every process."""
         assert self.embeds is not None and self.targets is not None
         rows = sample_rows(len(self.texts), MOST_SAMPLED, seed=self.seed, step=step)
         rows = copy_to(rows, self.embeds.device)
@@ -102,20 +102,22 @@ class KeptTexts:
 def read_kept_texts(
     config: AlignConfig, teacher: str | Path | None, labeled: ClassificationDataset | None
 ) -> KeptTexts | None:
-    """Read the texts to keep, if any, and refuse those that the teacher does not read to the end.
+    """Read the texts to keep, if any; ValueError if some exceed the teacher's token limit.
 
-    `labeled` are the images of `config.zero_shot`, whose templates names of a file get, too.
+    `labeled` is the dataset of `config.zero_shot`. Its templates also apply to names from a file.
     """
     if config.keep_texts is None and teacher is not None:
-        raise ValueError(f"teacher={teacher} embeds keep_texts. Give a list, or leave it out.")
+        raise ValueError(
+            f"teacher={teacher} has no effect without keep_texts. Set keep_texts, or omit teacher."
+        )
     if config.keep_texts is None or not config.keep_weight:
         return None
     labels, templates = _read_labels(config.keep_texts, config.zero_shot, labeled)
     if teacher is None:
         raise ValueError(
-            "keep_texts needs a teacher: the whole model that the vision tower is from, with a "
-            f"text encoder of its own (transformers' {', '.join(DUAL_ENCODERS)}). A tower without "
-            "one, such as DINOv3, can keep no texts."
+            "keep_texts needs a teacher: the full model that the vision tower was taken from, "
+            f"including its text encoder (transformers' {', '.join(DUAL_ENCODERS)}). Towers "
+            "without a text encoder, such as DINOv3, cannot use keep_texts."
         )
     texts = dict.fromkeys(
         text
@@ -139,19 +141,19 @@ def _require_whole(
 ) -> None:
     if long := list(compress(texts, is_truncated)):
         raise ValueError(
-            f"keep_texts has {counted(len(long), 'text')} longer than the {longest} tokens that "
-            f"{reader} reads: {list_first(long)}. Shorten them, or leave them out."
+            f"keep_texts has {counted(len(long), 'text')} longer than the limit of {longest} "
+            f"tokens of {reader}: {list_first(long)}. Shorten or remove them."
         )
 
 
 def _read_labels(
     source: str, zero_shot: str | None, labeled: ClassificationDataset | None
 ) -> tuple[list[Label], tuple[str, ...]]:
-    """Read the names of a file or of a dataset's classes, and the templates of classification."""
+    """Read names from a file or from a dataset's classes, and the classification templates."""
     if Path(source).is_file():
         classes = find_dataset("image-folder") if labeled is None else labeled
         return read_labels(Path(source)), classes.templates
     if labeled is None or source != zero_shot:
         labeled = load_labeled_images(source, option="keep_texts")
-    # Some datasets have several classes of one name.
+    # Some datasets have several classes with the same name.
     return make_labels(list(dict.fromkeys(labeled.class_names))), labeled.templates

@@ -1,8 +1,8 @@
-"""Starts the projections as they are in the model, or from canonical correlation (CCA).
+"""Initialize the projections from the model or by canonical correlation analysis (CCA).
 
-CCA finds the directions in which captions and images agree most, in closed form. The quality
-depends on how much each side is regularized, and this on the data, so that it is chosen by
-cross-validation. Two sides with a thousand elements each take seconds.
+CCA finds the directions in which captions and images agree most, in closed form. Its quality
+depends on the regularization of each side. The best values depend on the data, so they are chosen
+by cross-validation. With a thousand dimensions per side, this takes seconds.
 """
 
 from __future__ import annotations
@@ -29,37 +29,36 @@ from .alignment_model import AlignmentModel, skip_identity_blocks
 from .held_out import HeldOutImages, embed_batches, fit_start
 from .run_data import RecordData, RunData
 
-# So many pairs suffice for a linear fit of embeddings of a few thousand elements, and fit memory.
+# Enough pairs for a linear fit of a few thousand dimensions, and few enough for memory.
 _MAX_PAIRS = 50_000
-# The inner layer of an adapter is several times as wide as its output.
+# Limited because the inner layer of an adapter is several times as wide as its output.
 _ROWS_OF_ADAPTER = 4096
-# The closed form holds both sides, those of a fold, and one of them centered in float64.
+# The closed form holds both sides, their copies in a fold, and one side centered in float64.
 _BYTES_PER_NUMBER = 32
-# Rates: trained projections are only refined; random weights need larger steps.
+# Learning rates: trained projections are only refined; random weights need larger steps.
 RATE_FROM_TRAINED = 1e-4
 _RATE_FROM_RANDOM = 1e-3
-# Shares of the mean variance that may be added to every variance, two a decade.
+# Candidate shrinkages, as shares of the mean variance added to every variance; two per decade.
 SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-_FIRST_TRIED = (2, 4)  # where good values usually are: 0.1 for texts, 1 for images
+_FIRST_TRIED = (2, 4)  # good values are usually nearby: 0.1 for texts, 1 for images
 _NUM_FOLDS = 4
-# So many pairs estimate a rank well, and cost little beside the fit.
+# Enough pairs to estimate ranks well, at a small cost compared to the fit.
 _MAX_PAIRS_COMPARED = 1_000
 
 
 @dataclass(frozen=True)
 class ProjectionInit:
-    """The start of a run's projections, for its record.
+    """How a run's projections were initialized, for its record.
 
     Attributes:
         method: `model`, `cca` or `inherited`.
-        cca: How the canonical correlation was fitted; None with `method="model"`.
-        is_trained: Whether the projections were trained or fitted, rather than random.
-        has_new_adapter: Whether the blocks of the text adapter were made the identity.
-        log_scale: Logarithm of the inverse temperature that suits held-out images; None where it
-            was not fitted.
-        inheritance: How the text side learned a teacher's embeddings; None where it did not.
-        loss_parameters: Parameters of the loss that were fitted with the temperature, by their
-            names in it.
+        cca: Record of the CCA fit; None for the other methods.
+        is_trained: True if the projections were trained or fitted, False if they are random.
+        has_new_adapter: True if the blocks of the text adapter were set to the identity.
+        log_scale: Logarithm of the inverse temperature, fitted on held-out images; None if it was
+            not fitted.
+        inheritance: Record of how the text side learned a teacher's embeddings; None if it did not.
+        loss_parameters: Loss parameters that were fitted together with the temperature, by name.
     """
 
     method: str
@@ -82,7 +81,7 @@ def init_projections(
     config: AlignConfig,
     inheritance: Mapping[str, Any] | None = None,
 ) -> ProjectionInit:
-    """Choose the start, and set projections, the loss's parameters and temperature in place."""
+    """Choose the start; set projections, loss parameters and temperature in place."""
     if inheritance is None:
         start = _choose_start(model, data, config)
     else:
@@ -93,7 +92,7 @@ def init_projections(
         )
     if data.held_out is None or (start.method == "model" and not list_fitted(model.loss)):
         return start
-    # No temperature suits random projections: the lowest loss is where they learn nothing.
+    # Random projections keep their scale: they would not learn at the temperature of lowest loss.
     fit = fit_start(model.loss, _embed(model, data.held_out), keep_scale=not start.is_trained)
     start = replace(start, log_scale=fit.log_scale, loss_parameters=fit.parameters)
     _set_loss_fit(model, start)
@@ -118,10 +117,10 @@ def _choose_start(model: AlignmentModel, data: RunData, config: AlignConfig) -> 
     if config.projection_init == "model" or (is_auto and not (is_possible and is_of_use)):
         if config.max_steps == 0:
             raise ValueError(
-                "max_steps=0 writes the closed form, and this model's projections cannot have it: "
-                "it needs a bias in the image projection. Build the model with "
-                "visual_projection_bias=True, or train it; to one with the image projection of "
-                "its CLIP (keep_projection) give inherit_from."
+                "max_steps=0 writes the closed form, but this model cannot hold it because its "
+                "image projection has no bias. Build the model with visual_projection_bias=True, "
+                "or train it. For a model with the image projection of its CLIP "
+                "(keep_projection), set inherit_from."
             )
         return unchanged
     before = {name: value.detach().clone() for name, value in model.head.items()}
@@ -143,7 +142,7 @@ def repeat_init(
 ) -> ProjectionInit:
     """Repeat in place, on other images, the start that `init_projections` chose.
 
-    What was inherited is in the folder of the run.
+    Inherited weights are read from the folder of the run.
     """
     if chosen.inheritance is not None:
         model.load_state_dict(load_file(run / INHERITED_FILE), strict=False)
@@ -160,10 +159,10 @@ def _fit_cca(
     config: AlignConfig,
     shrinkages: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
-    """Fit captions and their images, or a random sample of very many."""
-    assert isinstance(data, RecordData)  # a stream is not stored
+    """Fit the projections by CCA to captions and their images, or to a random sample if many."""
+    assert isinstance(data, RecordData)  # a stream has no image store
     dataset, generator = data.dataset, torch.Generator().manual_seed(config.seed)
-    # Every item has at least one caption, so that this many items suffice.
+    # Every item has at least one caption, so this many items suffice.
     sampled = torch.randperm(data.num_items, generator=generator)[:_MAX_PAIRS].numpy()
     chosen = data.items[sampled]
     short, long = dataset.records.count_texts(chosen)
@@ -195,28 +194,27 @@ def init_projections_by_cca(
     text_keys: Tensor | None = None,
     shrinkages: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
-    """Set both projections in place, of which the image projection needs a bias.
+    """Fit both projections by CCA in place; return the record of the fit.
 
-    Rows of embeddings, (N, D) and (N, D') float32, belong to each other. Pairs of one group are
-    never each other's negatives, and cross-validation never separates them; nor are pairs with
-    equal text keys negatives. Shrinkages, shares of the mean variance that are added to every
-    variance of the texts and of the images, are chosen by it if they are not given. Returned is the
-    record of the fit.
+    The rows of the embeddings, (N, D) and (N, D') float32, are pairs. Pairs of one group are never
+    each other's negatives, and cross-validation never separates them. Pairs with equal text keys
+    are not negatives either. The shrinkages, for texts and images, are shares of the mean variance
+    that are added to every variance; by default, cross-validation chooses them.
 
-    The blocks of a text adapter that was not trained become the identity; a trained one stays, and
+    The blocks of an untrained text adapter are set to the identity. A trained adapter is kept, and
     the projections are fitted to its output. Each projection gets the scale of an ordinary
-    initialization: embeddings are normalized, so that the scale is free, and an optimizer's first
+    initialization: the scale is free because embeddings are normalized, and an optimizer's first
     steps would overwrite much smaller weights.
     """
     if model.visual_projection.bias is None:
         raise ValueError(
-            "projection_init=cca needs a bias in the image projection. Build the model with "
+            "projection_init=cca needs an image projection with a bias. Build the model with "
             "visual_projection_bias=True, or choose projection_init=model."
         )
     num_groups = len(groups.unique())
     if num_groups < 2:
         pairs = counted(len(groups), "pair")
-        raise ValueError(f"CCA needs two groups at least, got {num_groups} in {pairs}.")
+        raise ValueError(f"CCA needs at least two groups, got {num_groups} in {pairs}.")
     require_varied(captions=caption_embeds, images=vision_embeds)
     if "text_adapter" in model.config.random_heads:
         make_identity(model.text_adapter)
@@ -243,27 +241,27 @@ def init_projections_by_cca(
 
 
 def require_varied(**sides: Tensor) -> None:
-    """Refuse embeddings that are all equal or not finite, by the name of their side."""
+    """Raise ValueError, with the name of the side, if embeddings are all equal or not finite."""
     for name, embeds in sides.items():
         if not embeds.isfinite().all() or (embeds == embeds[:1]).all():
             raise ValueError(
                 f"The embeddings of all {len(embeds)} {name} are equal, or some are not finite, so "
-                "that nothing can be fitted. Check the model that made the store (llm2clip "
-                "doctor), and extract again."
+                "nothing can be fitted. Check the model that made the store (llm2clip doctor), "
+                "then extract again."
             )
 
 
 def make_identity(text_adapter: Any) -> None:
-    """Make the blocks of a text adapter the identity, in place."""
+    """Set the blocks of a text adapter to the identity, in place."""
     for block in text_adapter.blocks:
         block.down.weight.zero_()
         block.down.bias.zero_()
 
 
 def apply_adapter(model: LLM2CLIPModel, caption_embeds: Tensor) -> Tensor:
-    """Apply the text adapter in parts, to (N, D) float32 where a closed form is computed.
+    """Apply the text adapter in chunks; return (N, D) float32 for the closed form.
 
-    That is the model's device, or the CPU where this one has no float64, or no room.
+    The result is on the model's device, or on the CPU if the device lacks float64 or memory.
     """
     device = model.text_projection.weight.device
     size = _BYTES_PER_NUMBER * caption_embeds.numel()
@@ -274,18 +272,18 @@ def apply_adapter(model: LLM2CLIPModel, caption_embeds: Tensor) -> Tensor:
 
 
 def fill_projection(projection: nn.Linear, weight: Tensor, bias: Tensor) -> None:
-    """Set a projection to weights (directions, D) float64 and a bias, both at an ordinary scale."""
+    """Set a projection's weight (directions, D) and bias, rescaled as by default initialization."""
     scale = (weight.shape[1] * weight.square().mean()).rsqrt()
-    projection.weight.zero_()  # where the space is wider than there are directions
+    projection.weight.zero_()  # there may be fewer directions than output dimensions
     projection.weight[: len(weight)] = (scale * weight).to(projection.weight)
     projection.bias.zero_()
     projection.bias[: len(weight)] = (scale * bias).to(projection.bias)
 
 
 class _Correlation:
-    """The covariances of some pairs, decomposed once for any number of shrinkages.
+    """The covariances of pairs, decomposed once for any number of shrinkages.
 
-    Both sides are rotated into their principal directions, in which a covariance is diagonal.
+    Both sides are rotated into their principal directions, which makes their covariances diagonal.
     """
 
     def __init__(self, text: Tensor, vision: Tensor) -> None:
@@ -296,7 +294,7 @@ class _Correlation:
     def solve(
         self, text_shrinkage: float, image_shrinkage: float, num_directions: int
     ) -> tuple[Tensor, Tensor]:
-        """Return weights on rotated embeddings, (D, directions) and (D', directions) float64.
+        """Return weights for rotated embeddings, (D, directions) and (D', directions) float64.
 
         Each direction is weighted by its correlation.
         """
@@ -329,8 +327,8 @@ class Side:
 
 
 def _split_by_correlation(whitened: Tensor, num_directions: int) -> tuple[Tensor, Tensor]:
-    """Singular directions of both sides, each times its singular value, largest first."""
-    # The smaller Gram matrix is several times as fast as a singular value decomposition.
+    """Return the singular directions of both sides times their singular values, largest first."""
+    # An eigendecomposition of the smaller Gram matrix is several times as fast as an SVD.
     if whitened.shape[0] > whitened.shape[1]:
         right, left = _split_by_correlation(whitened.T, num_directions)
         return left, right
@@ -343,9 +341,9 @@ def _split_by_correlation(whitened: Tensor, num_directions: int) -> tuple[Tensor
 def _choose_shrinkages(
     text: Tensor, vision: Tensor, ids: Tensor, num_directions: int
 ) -> tuple[tuple[float, float], float]:
-    """Walk over the grid of shrinkages to the best mean reciprocal rank of held-out pairs.
+    """Hill-climb on the grid of shrinkages to the best mean reciprocal rank in cross-validation.
 
-    Not to the lowest loss, which wants more shrinkage than retrieval does.
+    The lowest loss would ask for more shrinkage than is best for retrieval.
     """
     folds = list(_make_folds(text, vision, ids))
     ranks: dict[tuple[int, int], float] = {}
@@ -383,13 +381,13 @@ def _measure_fold(
 
 
 def _mean_reciprocal_rank(similarities: Tensor, ids: Tensor) -> float:
-    """Rank the own group's best row among other groups and captions, in both directions."""
+    """Rank the best row of the own group among negatives, in both directions."""
     equal = ids[:, None] == ids[None, :]
     same, is_negative = equal[..., 0], ~equal.any(dim=-1)
     reciprocals = []
     for scores in (similarities, similarities.T):
         best = scores.masked_fill(~same, -torch.inf).amax(dim=1, keepdim=True)
-        ranks = 1 + (~(scores < best) & is_negative).sum(dim=1)  # the last one where scores are NaN
+        ranks = 1 + (~(scores < best) & is_negative).sum(dim=1)  # NaN scores rank last
         reciprocals.append(float(ranks.double().reciprocal().mean()))
     return sum(reciprocals) / 2
 
@@ -397,11 +395,14 @@ def _mean_reciprocal_rank(similarities: Tensor, ids: Tensor) -> float:
 def _make_folds(
     text: Tensor, vision: Tensor, ids: Tensor
 ) -> Iterator[tuple[_Correlation, Tensor, Tensor, Tensor]]:
-    """Yield pairs that are fitted, and pairs of other groups, rotated, that are measured."""
+    """Yield the correlation fitted to each training split, and the rotated pairs of its test split.
+
+    No group is in both splits.
+    """
     numbers = ids[:, 0].unique(return_inverse=True)[1]
     num_groups = int(numbers.max()) + 1
     num_folds = min(_NUM_FOLDS, num_groups)
-    generator = torch.Generator().manual_seed(0)  # only who is measured with whom depends on it
+    generator = torch.Generator().manual_seed(0)  # affects only the assignment to folds
     order = torch.randperm(num_groups, generator=generator).to(ids.device)
     fold_of_row = (order % num_folds)[numbers]
     for number in range(num_folds):

@@ -1,8 +1,8 @@
-"""The data of a run, trained on and held out: records of an index, or a stream of them.
+"""Provide the training and held-out data of a run, from indexed records or from a stream.
 
-Both give the Trainer the whole run as one epoch. Batches of records are functions of their number,
-so that a resumed run skips those before without reading them. Those of a stream are wherever the
-stream is, which is saved with every checkpoint.
+The Trainer sees the whole run as one epoch in both cases. Batches of indexed records depend only on
+the step, so a resumed run skips earlier batches without reading them. A stream's batches depend on
+its position, which every checkpoint saves.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from .sampling import ResumableBatchSampler
 
 @dataclass(eq=False)
 class RecordData:
-    """Records of an index, in random batches of the items that are trained on."""
+    """Indexed records, with random batches of the training items."""
 
     dataset: AlignmentDataset
     items: Array
@@ -74,7 +74,7 @@ class RecordData:
     def make_loader(
         self, arguments: TrainingArguments, *, batch_size: int, num_steps: int
     ) -> DataLoader[Any]:
-        """Make the loader of this process's batches of the whole run."""
+        """Make the loader of this process's batches for the whole run."""
         self._sampler = sampler = ResumableBatchSampler(
             self.items,
             batch_size=batch_size,
@@ -98,18 +98,18 @@ class RecordData:
         )
 
     def epoch_at(self, step: int) -> float:
-        """Return the passes over the data after a number of steps."""
+        """Return the number of passes over the data after a number of steps."""
         return step / (1 if self._sampler is None else self._sampler.steps_per_epoch)
 
     def list_groups(self, step: int, places: Array) -> list[str]:
-        """List the group ids of some records in this process's batch of a step."""
+        """List the group ids at some positions of this process's batch of a step."""
         assert self._sampler is not None
         items = self._sampler.read_step(step).items[places]
         groups = (self.dataset.records.read(item, ("group_id",)) for item in items.tolist())
         return list(dict.fromkeys(group for (group,) in groups))
 
     def count_shared_captions(self) -> int:
-        """Count the captions to train on that held-out images have, too."""
+        """Count the training captions that are also captions of held-out images."""
         assert self.held_out is not None
         records = self.dataset.records
         keys = list_text_keys(records.select(self.held_out.items))
@@ -122,7 +122,7 @@ class RecordData:
 class StreamData:
     """A stream of records, epoch after epoch."""
 
-    num_items = None  # which is not known
+    num_items = None  # unknown
 
     dataset: AlignmentStream
     config: AlignConfig
@@ -132,11 +132,11 @@ class StreamData:
         self._epoch = 0
         self._is_resumed = False
         self._resumed_state: Any = None  # the loader's state, until its first batch
-        self._ended = StreamReport()  # of all epochs before
+        self._ended = StreamReport()  # of all finished epochs
         held = self.held_out
         keys = np.empty(0, np.int64) if held is None else list_text_keys(held.dataset.records)
         self._held_keys = np.unique(keys)
-        self._num_shared = 0  # captions drawn in this process that held-out images have, too
+        self._num_shared = 0  # captions sampled by this process that held-out images also have
 
     def identify(self) -> dict[str, Any]:
         digest = hash_shards(self.dataset.stream.reader.shards)
@@ -150,7 +150,7 @@ class StreamData:
         batch_size: int,
         num_steps: int,
     ) -> StreamData:
-        """Become an iterable of this process's batches of the whole run."""
+        """Set up iteration over this process's batches for the whole run, and return self."""
         self._num_left = num_steps
         self._process, self._num_processes = arguments.process_index, arguments.world_size
         self._loader = make_loader(
@@ -165,9 +165,9 @@ class StreamData:
         return self
 
     def __iter__(self) -> Iterator[Any]:
-        while self._num_left:  # none if the run is resumed at its end
+        while self._num_left:  # 0 if the run is resumed at its end
             self.dataset.stream.set_epoch(self._epoch)
-            num_batches = int(self._is_resumed)  # the epoch may have ended at the checkpoint
+            num_batches = int(self._is_resumed)  # counts a batch from before the checkpoint
             self._is_resumed = False
             for batch in self._loader:
                 self._resumed_state = None
@@ -181,12 +181,12 @@ class StreamData:
             self._end_epoch()
             if not num_batches:
                 raise ValueError(
-                    "The stream has fewer samples than a batch in each worker. Set a smaller "
-                    "global_batch_size, or fewer num_workers."
+                    "The stream has too few samples for one batch per worker. Set a smaller "
+                    "global_batch_size or fewer num_workers."
                 )
 
     def _end_epoch(self) -> None:
-        """Add up the report of an epoch, and print the samples that this process lost in it."""
+        """Merge the report of an epoch, and print what this process lost in it."""
         self._resumed_state = None  # the checkpoint may be at the end of its epoch
         report = self._read_current()
         self._ended.merge(report)
@@ -198,16 +198,16 @@ class StreamData:
         self._epoch += 1
 
     def _read_current(self) -> StreamReport:
-        """Report what this process read and lost in its current epoch."""
+        """Report what this process read and lost in the current epoch."""
         state = self._resumed_state
         return read_report(self._loader.state_dict() if state is None else state)
 
     def epoch_at(self, step: int) -> float:  # noqa: ARG002
-        """Return the whole passes over the data so far, since the length of one is not known."""
+        """Return the number of completed passes, because the length of a pass is unknown."""
         return float(self._epoch)
 
     def list_groups(self, step: int, places: Array) -> list[str]:  # noqa: ARG002
-        """Return nothing, since a stream does not repeat the records of a step."""
+        """Return nothing, because a stream cannot repeat the records of a step."""
         return []
 
     def save(self, folder: Path) -> None:
@@ -223,7 +223,7 @@ class StreamData:
         torch.save(state, folder / self._name_file())
 
     def load(self, checkpoint: Path) -> None:
-        """Continue the batches from a checkpoint."""
+        """Restore the position of this process's stream from a checkpoint."""
         state = torch.load(checkpoint / self._name_file(), weights_only=True)
         self._epoch = state["epoch"]
         self._ended = StreamReport.from_state(state["ended"])
@@ -234,15 +234,15 @@ class StreamData:
         self._resumed_state = state["loader"]
 
     def count_shared_captions(self) -> int:
-        """Count how often all processes drew a caption that a held-out image has; all call it."""
+        """Count sampled captions that held-out images also have; all processes must call this."""
         return sum(gather_object([self._num_shared]))
 
     def collect_report(self) -> dict[str, Any]:
-        """Return what all processes read and lost in the whole run; all of them call it."""
+        """Report what all processes read and lost in the run; all processes must call this."""
         total = StreamReport()
         for state in gather_object([self._ended.to_state(), self._read_current().to_state()]):
             total.merge(StreamReport.from_state(state))
-        # Every epoch reports a broken sample anew.
+        # Every epoch reports the same broken samples again.
         places = {kind: list(dict.fromkeys(where)) for kind, where in total.problems.places.items()}
         return {**total.to_state(), "places": places, "epochs": self._epoch + 1}
 
@@ -251,7 +251,7 @@ class StreamData:
 
 
 def _start_worker(states: dict[FileLocation, FileInfo], _: int) -> None:
-    """Let a process that makes batches read remote files in the states that are known here."""
+    """Make a worker read the same versions of remote files as this process."""
     use_states(states)
 
 
@@ -280,7 +280,7 @@ def open_stream(
     caption_store: EmbeddingStore | None,
     folder: Path,
 ) -> StreamData:
-    """Prepare a stream, deal its shards to the processes, and write held-out images to a folder."""
+    """Prepare a stream: assign shards to processes, and write held-out images to a folder."""
     state = PartialState()
     held, groups = hold_out_of_stream(stream, config.held_out_ratio, folder)
     part = replace(
@@ -301,11 +301,12 @@ def open_stream(
 def hold_out_of_stream(
     stream: RecordStream, ratio: float, folder: Path
 ) -> tuple[list[CaptionedImage], frozenset[str]]:
-    """Hold out the first groups of a stream's shards; every process finds the same.
+    """Hold out the first groups of a stream's shards; every process gets the same.
 
-    Returned are records with their images in the folder, and their group ids, which training must
-    not see. The number of all images is estimated from the first shard. A group with an image that
-    cannot be decoded is not held out, so that training comes to the image and counts it as lost.
+    Return the records, with their images in the folder, and their group ids, which must be excluded
+    from training. The total number of groups is estimated from the first shard. A group with an
+    image that cannot be decoded is not held out; training then encounters the image and counts it
+    as lost.
     """
     if not ratio:
         return [], frozenset()
@@ -321,7 +322,7 @@ def hold_out_of_stream(
             if count < 2:
                 raise ValueError(
                     f"The stream has about {counted(total, 'group')}, too few to hold out two. "
-                    "Give more images, or held_out_ratio=0."
+                    "Add images, or set held_out_ratio=0."
                 )
             require_negatives(total - count, count)
         for record in read:
@@ -353,8 +354,8 @@ def hold_out_of_stream(
 
 
 def count_workers(config: AlignConfig, arguments: TrainingArguments, *, decodes: bool) -> int:
-    """Choose how many processes make the batches of this one."""
+    """Choose the number of data loader workers for this process."""
     if config.num_workers is not None:
         return config.num_workers
-    # On the CPU, workers would slow the training down; stored embeddings need none.
+    # On a CPU, workers would compete with training; stored embeddings need no workers.
     return default_num_workers() if decodes and arguments.device.type != "cpu" else 0

@@ -1,8 +1,8 @@
-"""Sampling of images, and of a caption for each: a function of seed and step alone.
+"""Sample images and a caption for each, as a function of only the seed and the step.
 
-There is no state between steps and no shared generator, so a run that is resumed, or has another
-number of workers, samples the same. Noise is drawn on the device of the training, from a seed for
-each step and process: it differs between devices and numbers of processes.
+There is no state between steps and no shared generator, so a resumed run or a run with another
+number of workers samples the same. Noise is generated on the training device from a seed per step
+and process, so it differs between devices and numbers of processes.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from torch.utils.data import Sampler
 
 from ...data.key_arrays import Array
 
-# What a seed is for, so that no two uses share their random numbers.
+# Purposes of seeds, so no two uses share random numbers.
 _ORDER, _CAPTIONS, _NOISE, _KEPT = range(4)
 
 
 class Samples(NamedTuple):
-    """A batch of one process, before anything of it is read.
+    """A batch of one process, before its data is read.
 
     Attributes:
         items: (B,) numbers of the records.
-        draws: (B, 2) in [0, 1), which choose the caption of each.
-        noise_seed: Seed of the noise on stored embeddings.
+        draws: (B, 2) random numbers in [0, 1) that choose a caption for each record.
+        noise_seed: Seed for the noise on stored embeddings.
     """
 
     items: Array
@@ -39,14 +39,14 @@ class Samples(NamedTuple):
 def draw_samples(
     items: Array, *place: int, seed: int, rank: int = 0, num_processes: int = 1
 ) -> Samples:
-    """Draw for the batch of all processes, and return the part of one of them.
+    """Sample for the global batch, and return the part of one process.
 
     Args:
-        items: Records of the whole batch.
-        place: Integers that no other batch of the run has, such as its step.
+        items: Records of the global batch.
+        place: Integers that identify the batch within the run, such as its step.
         seed: Seed of the run.
-        rank: Number of this process.
-        num_processes: Processes that divide the batch.
+        rank: Rank of this process.
+        num_processes: Number of processes that share the batch.
     """
     size = len(items) // num_processes
     rows = slice(rank * size, (rank + 1) * size)
@@ -57,10 +57,9 @@ def draw_samples(
 
 @dataclass(eq=False)
 class ResumableBatchSampler(Sampler[Samples]):
-    """The batches of a whole run, as one process sees them.
+    """Yields one process's batches of a whole run.
 
-    Every epoch has its own order of all items, and leaves out the last ones, which do not fill a
-    batch.
+    Every epoch shuffles all items anew and drops the last ones, which do not fill a batch.
     """
 
     items: Array
@@ -97,7 +96,7 @@ class ResumableBatchSampler(Sampler[Samples]):
         )
 
     def _shuffle(self, epoch: int) -> Array:
-        """Return the order of an epoch, in 4 bytes an item where these are enough."""
+        """Return the order of an epoch, with 4 bytes per item if that is enough."""
         generator = torch.Generator().manual_seed(_make_seed(self.seed, _ORDER, epoch))
         dtype = torch.int32 if len(self.items) < 2**31 else torch.int64
         order: Array = torch.randperm(len(self.items), generator=generator, dtype=dtype).numpy()
@@ -107,7 +106,7 @@ class ResumableBatchSampler(Sampler[Samples]):
 def choose_captions(
     num_short: Array, num_long: Array, draws: Array, *, long_caption_ratio: float
 ) -> Array:
-    """Choose the number of a caption of each item, (B,) int64; short captions come first."""
+    """Choose a caption number for each item, (B,) int64; short captions are numbered first."""
     is_long = (num_short == 0) | ((num_long > 0) & (draws[:, 0] < long_caption_ratio))
     count = np.where(is_long, num_long, num_short)
     number = (draws[:, 1] * count).astype(np.int64)
@@ -115,18 +114,18 @@ def choose_captions(
 
 
 def sample_rows(num_rows: int, most: int, *, seed: int, step: int) -> Tensor:
-    """Sample the numbers of different rows for a step, at most so many, in their order."""
+    """Sample at most `most` distinct row numbers for a step, sorted."""
     generator = torch.Generator().manual_seed(_make_seed(seed, _KEPT, step))
     return torch.randperm(num_rows, generator=generator)[:most].sort().values
 
 
 def rank_keys(keys: Array, seed: int) -> Array:
-    """Give each 64-bit hash a random rank, (N,) uint64, that depends on no other key."""
+    """Assign each 64-bit hash a random rank, (N,) uint64, that does not depend on other keys."""
     factor = np.random.default_rng(seed).integers(2**63, dtype=np.uint64) * np.uint64(2)
     ranks: Array = keys.astype(np.int64).view(np.uint64) * (factor + np.uint64(1))
     return ranks
 
 
 def _make_seed(*numbers: int) -> int:
-    """Mix integers that are not negative into a seed for `torch.Generator`."""
+    """Mix non-negative integers into a seed for `torch.Generator`."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

@@ -1,4 +1,4 @@
-"""Rows of an embedding store as a training reads them: each checked once, or all on its device."""
+"""Read rows of an embedding store for training, checking each once, or keep all on the device."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from ...encoding.devices import count_free_bytes
 from .align_checks import have_directions, require_directions
 
 Identify = Callable[[Array], Sequence[tuple[str, ...]]]
-"""Names the records of some rows of a batch."""
+"""Maps row numbers within a batch to the names of their records."""
 _BYTES_AT_ONCE = 2**26
-_SHARE_OF_FREE_MEMORY = 0.5  # the rest is for the weights, their moments and a step
+_SHARE_OF_FREE_MEMORY = 0.5  # the rest is for weights, optimizer state and activations
 
 
 class StoredRows:
-    """Rows of a store, each of which is checked when it is first read.
+    """Rows of a store, each checked when it is first read.
 
     Attributes:
         store: The store.
-        resident: All rows in their stored dtype on the device of a training; None where a batch
-            reads its rows from the files.
+        resident: All rows on the training device in their stored dtype; None if batches read
+            their rows from the files.
     """
 
     def __init__(self, store: EmbeddingStore) -> None:
@@ -34,11 +34,12 @@ class StoredRows:
         self._is_checked = np.zeros(store.manifest.num_rows, np.bool_)
 
     def copy_to(self, device: torch.device, *, num_reads: int) -> None:
-        """Copy all rows to a device if they fit half of its free memory.
+        """Copy all rows to a device if they fit in half of its free memory.
 
         Args:
-            device: Device of the training.
-            num_reads: Rows that it will read; below those of the store, nothing is copied.
+            device: Training device.
+            num_reads: Number of rows that training will read. If the store has more rows, nothing
+                is copied.
         """
         manifest = self.store.manifest
         num_bytes = manifest.num_rows * manifest.row_bytes
@@ -52,13 +53,13 @@ class StoredRows:
                 shape = (manifest.num_rows, manifest.dim)
                 self.resident = torch.empty(shape, dtype=embeds.dtype, device=device)
             self.resident[rows[0] : rows[-1] + 1] = embeds
-            # A row without a direction is refused where a batch has it, by the name of its record.
+            # A broken row is refused when a batch contains it, to name its record.
             self._is_checked[rows.numpy()] = have_directions(embeds)
 
     def read(
         self, rows: Array, identify: Identify, *, dtype: torch.dtype | None = torch.float32
     ) -> Tensor:
-        """Read rows, (B, D), as `EmbeddingStore.read`; new ones without a direction are refused."""
+        """Read rows, (B, D), like `EmbeddingStore.read`; refuse broken rows on first read."""
         embeds = self.store.read(rows, dtype=dtype)
         new = np.flatnonzero(~self._is_checked[rows])
         if len(new):
@@ -68,7 +69,7 @@ class StoredRows:
         return embeds
 
     def require_checked(self, rows: Array, identify: Identify) -> Tensor:
-        """Return the numbers of resident rows, (B,) int64; refuse those without a direction."""
+        """Return the numbers of resident rows, (B,) int64; refuse broken rows."""
         if not self._is_checked[rows].all():
             self.read(rows, identify)
         return torch.from_numpy(rows)

@@ -105,7 +105,7 @@ def test_what_rounding_keeps_is_counted(
     assert run.results["share_changed_by_training"] == {"vision_model": share}
     assert share < 0.5
     lines = "\n".join(describe_alignment(run.output))
-    assert "Loss of a training batch, with weights in float32: " in lines
+    assert "Loss on a training batch, with float32 weights: " in lines
 
 
 def test_the_start_is_no_training_that_was_rounded_away(half: Prepared, tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_bad_data_is_refused_before_a_tower_is_loaded(prepared: Prepared, tmp_pa
         prepared, out, "image_store has no effect",
         image_store=prepared.image_store, vision_training="full",
     )  # fmt: skip
-    refuse(prepared, out, "has vision_embeds, wanted", caption_store=prepared.image_store)
+    refuse(prepared, out, "holds vision_embeds, expected", caption_store=prepared.image_store)
     refuse(prepared, out, "needs a caption_store, an image_store", projection_init="cca")
     refuse(
         prepared, out, "max_steps=0 writes the closed-form solution, which needs a",
@@ -139,7 +139,7 @@ def test_bad_data_is_refused_before_a_tower_is_loaded(prepared: Prepared, tmp_pa
     records = prepared.records
     without = [dataclasses.replace(record, image=None) for record in records]
     refuse(prepared, out, r"24 records without an image: 00.jpg, ", records=without)
-    message = r"the data lack 2 items of the store: 22.jpg \(en\)"
+    message = r"2 stored records not in the data: 22.jpg \(en\)"
     refuse(prepared, out, message, records=records[:-2])
     alike = [dataclasses.replace(record, group_id="emoji") for record in records]
     refuse(prepared, out, "All 24 records have the group_id 'emoji'", records=alike)
@@ -147,7 +147,7 @@ def test_bad_data_is_refused_before_a_tower_is_loaded(prepared: Prepared, tmp_pa
     refuse(prepared, out, message, held_out_ratio=0.96)
     # An image that would be its own negative.
     both = [*records, dataclasses.replace(records[0], lang="de", group_id=records[0].name)]
-    message = r"1 image with several group_ids .*: 00\.jpg\. Give all"
+    message = r"1 image whose group_id differs .*: 00\.jpg\. Use one"
     refuse(prepared, out, message, records=both)
     assert not out.exists()
 
@@ -170,8 +170,8 @@ def test_stored_embeddings_of_zeros_are_refused_by_name(prepared: Prepared, tmp_
     config = AlignConfig(max_steps=1, device="cpu", held_out_ratio=0.0, projection_init="cca")
     # Row 7: the second record has the captions 2 to 4, the third 5 to 7.
     for name, message in (
-        ("caption_store", r"captions: 1 of 71 embeddings .* zeros: those of 02\.jpg \(en\)\. C"),
-        ("image_store", r"images: \d of \d+ .* those of 07\.jpg \(en\)"),
+        ("caption_store", r"captions: 1 of 71 embeddings .* finite: 02\.jpg \(en\)\. C"),
+        ("image_store", r"images: \d of \d+ .* finite: 07\.jpg \(en\)"),
     ):
         broken = stores | {name: break_store(getattr(prepared, name), [7], 0.0)}
         with pytest.raises(ValueError, match=message):
@@ -182,7 +182,7 @@ def test_stored_embeddings_of_zeros_are_refused_by_name(prepared: Prepared, tmp_
 @pytest.mark.parametrize("batch_size", [2, 8])
 def test_a_batch_that_the_processes_cannot_share_is_refused(batch_size: int) -> None:
     config = AlignConfig(global_batch_size=batch_size, device="cpu")
-    with pytest.raises(ValueError, match="3 processes cannot share it evenly"):
+    with pytest.raises(ValueError, match="not divisible by the 3 processes"):
         check_processes(config, batch_size, 3)
 
 
@@ -196,12 +196,14 @@ def test_a_lora_is_refused_under_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_captions_other_than_the_stored_are_refused(prepared: Prepared, tmp_path: Path) -> None:
     out = tmp_path / "run"
     more = load_records(write_data(tmp_path / "more", count=NUM_RECORDS + 1))
-    refuse(prepared, out, r"the store lacks 1 record: 24.jpg \(en\)", records=more)
+    refuse(prepared, out, r"1 record not in the store: 24.jpg \(en\)", records=more)
     fewer = edit_captions(tmp_path / "fewer", '"image 0", ', "")
-    refuse(prepared, out, r"1 record with other captions than in .*: 00.jpg", records=fewer)
+    refuse(
+        prepared, out, r"1 record with captions that differ from those in .*: 00.jpg", records=fewer
+    )
     # As many captions, with one word changed since they were stored.
     edited = edit_captions(tmp_path / "edited")
-    message = r"other captions than in .*Extract these again"
+    message = r"captions that differ from those in .*Extract them again"
     refuse(prepared, out, message, records=edited)
 
 
@@ -275,7 +277,7 @@ def test_a_run_is_not_continued_with_another_loss(prepared: Prepared, tmp_path: 
 
 
 def test_a_run_whose_loss_is_always_0_writes_no_model(prepared: Prepared, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="The loss was 0 in all of 2 steps"):
+    with pytest.raises(ValueError, match="The loss was 0 in all 2 steps"):
         prepared.align(tmp_path / "run", max_steps=2, loss_function=MarginLoss(-3.0))
     assert not (tmp_path / "run" / "model").exists()
 
@@ -297,9 +299,7 @@ def test_another_run_s_folder_is_refused(prepared: Prepared, finished: Run, tmp_
 def test_stored_embeddings_not_finite_stop_a_run(prepared: Prepared, tmp_path: Path) -> None:
     store = prepared.caption_store
     rows = np.concatenate([store.rows_of(5), store.rows_of(5, long=True)])
-    message = (
-        r"1 of 8 embeddings that were read are not finite, or all zeros: those of 05\.jpg \(en\)"
-    )
+    message = r"1 of 8 embeddings just read are all zeros or not finite: 05\.jpg \(en\)"
     with pytest.raises(ValueError, match=message):
         align(
             prepared.model, prepared.records, tmp_path / "run", AlignConfig(**SHORT_RUN),
@@ -321,7 +321,7 @@ def test_a_loss_that_is_not_finite_stops_a_run(
     groups = [prepared.records[item].group_id for item in next(iter(sampler)).items[5:]]
     message = (
         "loss is nan at step 0, and 3 of the 8 pairs of this process have embeddings that are not "
-        f"finite, of the groups {', '.join(groups)}. Check"
+        f"finite (groups: {', '.join(groups)}). Check"
     )
     with pytest.raises(FloatingPointError, match=re.escape(message)):
         prepared.align(tmp_path / "run")

@@ -119,7 +119,7 @@ def test_a_run_that_stopped_early_takes_no_further_step(few: Prepared, tmp_path:
         if content is not None:
             (run / BEST_FILE).write_bytes(content)
         with pytest.raises(
-            ValueError, match=r"best\.safetensors is missing or damaged.*anew in an"
+            ValueError, match=r"best\.safetensors, .* is missing or damaged.*start over in an"
         ):
             few.align_stored(run, resume=True, **options)
 
@@ -134,5 +134,5 @@ def test_best_weights_of_another_run_do_not_become_those_of_this_one(
     assert 0 < shorter.best_step < whole.best_step == 6
     run = whole.copy_without_model(tmp_path / "run")
     (run / BEST_FILE).write_bytes((shorter.output / BEST_FILE).read_bytes())
-    with pytest.raises(ValueError, match=r"best\.safetensors is of another run, .* step 6 was"):
+    with pytest.raises(ValueError, match=r"best\.safetensors belongs to another run .* step 6 was"):
         few.align_stored(run, resume=True, **options)

@@ -334,7 +334,7 @@ def test_shared_captions_are_counted_over_resumes(prepared: Prepared, tmp_path: 
     results = run(prepared, shards, tmp_path / "run", resume=True, **options)
     # Six batches of four images.
     assert results["held_out"]["num_shared_captions"] == 24
-    assert "  Shared with held-out images: 24 captions drawn in training." in (
+    assert "  Shared with held-out images: 24 sampled captions." in (
         describe_alignment(tmp_path / "run")
     )
 
@@ -378,7 +378,9 @@ def test_records_with_changed_captions_are_named(prepared: Prepared, is_part: bo
     processor = LLM2CLIPProcessor.from_pretrained(prepared.model)
     records = [*prepared.records][::-1]
     records[3] = replace(records[3], captions=records[3].captions[::-1])
-    with pytest.raises(ValueError, match=rf"1 record with other captions .*: {records[3].name} "):
+    with pytest.raises(
+        ValueError, match=rf"1 record with captions that differ .*: {records[3].name} "
+    ):
         AlignmentDataset(
             records[: 9 if is_part else None], processor,
             caption_store=prepared.caption_store, is_part=is_part,
@@ -388,7 +390,7 @@ def test_records_with_changed_captions_are_named(prepared: Prepared, is_part: bo
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"max_steps": None}, r"no known length: give max_steps"),
+        ({"max_steps": None}, r"length of a stream is unknown: set max_steps"),
         ({"projection_init": "cca"}, "needs a caption_store, an image_store"),
     ],
 )
@@ -404,14 +406,14 @@ def test_a_stream_takes_no_store_of_images_and_no_refit(
 ) -> None:
     config = AlignConfig(max_steps=1, refit=True)
     stores = {"caption_store": prepared.captions, "image_store": prepared.images}
-    with pytest.raises(ValueError, match=r"leave image_store out; .*: leave refit out"):
+    with pytest.raises(ValueError, match=r"omit image_store; .*: omit refit"):
         align(prepared.model, stream_records(shards), tmp_path, config, **stores)
 
 
 def test_a_batch_above_the_stream_is_refused(
     prepared: Prepared, shards: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="fewer samples than a batch"):
+    with pytest.raises(ValueError, match="too few samples for one batch"):
         next(iter(make_batches(prepared, shards, tmp_path, batch_size=64)))
 
 

@@ -232,7 +232,7 @@ def test_captions_shared_with_held_out_are_counted(prepared: Prepared, tmp_path:
     expected = sum(text in texts for number in to_train for text in records[number].captions)
     assert expected > 0
     assert run.results["held_out"]["num_shared_captions"] == expected
-    assert f"  Shared with held-out images: {counted(expected, 'caption')} to train on." in (
+    assert f"  Shared with held-out images: {counted(expected, 'training caption')}." in (
         describe_alignment(tmp_path / "run")
     )
 

@@ -151,7 +151,7 @@ def test_views_of_held_out_captions_are_held_out_and_the_start_is_written_as_it_
     inherited = load_file(run.output / "inherited.safetensors")
     written = load_file(run.model / "model.safetensors")
     assert all(torch.equal(written[name], value) for name, value in inherited.items())
-    assert "fitted once more" not in " ".join(describe_alignment(run.output))
+    assert "refit" not in " ".join(describe_alignment(run.output))
 
 
 @pytest.mark.slow
@@ -184,8 +184,8 @@ def test_what_does_not_fit_the_teacher_is_refused(inheriting: Inheriting, tmp_pa
             for store, source in sources.items()
         }
 
-    refuse("has caption_embeds, wanted teacher_text_embeds", inherit_from=inheriting.captions)
-    refuse("has teacher_text_embeds, wanted caption_embeds", caption_store=inheriting.teacher)
+    refuse("holds caption_embeds, expected teacher_text_embeds", inherit_from=inheriting.captions)
+    refuse("holds teacher_text_embeds, expected caption_embeds", caption_store=inheriting.teacher)
     refuse("inherit_steps needs inherit_from", inherit_from=None, inherit_steps=9)
     refuse("lock_text cannot be combined with inherit_from", lock_text=True, max_steps=None)
     refuse("leave projection_init out", projection_init="cca")
@@ -195,8 +195,8 @@ def test_what_does_not_fit_the_teacher_is_refused(inheriting: Inheriting, tmp_pa
         for number, record in enumerate(inheriting.records)
     ]
     stores = extract_both(long[:4], "long")
-    refuse("every caption is longer than", **stores)
-    refuse("does not have the rows of", inherit_from=stores["inherit_from"])
+    refuse("every caption exceeds", **stores)
+    refuse("does not have the same rows as", inherit_from=stores["inherit_from"])
     short = inheriting.records[0]
     few = [replace(short, captions=short.captions[:1], long_captions=()), *long[1:]]
     with pytest.raises(ValueError, match="nothing to inherit"):

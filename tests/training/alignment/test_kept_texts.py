@@ -233,18 +233,18 @@ def test_what_cannot_be_kept_is_refused_before_a_tower_is_loaded(
 
     for part in tiny_vision("dinov2"):
         part.save_pretrained(tmp_path / "tower")
-    refuse("needs a teacher: .*chinese_clip.*DINOv3, can keep no", teacher=None)
+    refuse("needs a teacher: .*chinese_clip.*DINOv3, cannot use keep_texts", teacher=None)
     refuse("'dinov2', whose text encoder is not known", teacher=tmp_path / "tower")
-    refuse("embeds keep_texts. Give a list", keep_texts=None, teacher=keeping.clip)
+    refuse("has no effect without keep_texts", keep_texts=None, teacher=keeping.clip)
     refuse("1 repeated label: .*red", "red", "blue", "red")
     refuse("there is no label", " ")
     (tmp_path / "blank.json").write_text('["red", ""]', encoding="utf-8")
     refuse("label number 2 is blank", keep_texts=str(tmp_path / "blank.json"))
     (tmp_path / "half.json").write_text(r'["red", "\ud83d"]', encoding="utf-8")
     refuse("number 3 has an unpaired surrogate", keep_texts=str(tmp_path / "half.json"))
-    refuse(r"2 texts longer than the \d+ tokens that .*: red and", "red", LONG)
+    refuse(r"2 texts longer than the limit of \d+ tokens of .*: red and", "red", LONG)
     long = "a " * 62  # the model reads 64 tokens, this teacher 77
-    refuse(r"has 2 texts longer than the 64 tokens that the model's LLM reads: a a", long)
+    refuse(r"has 2 texts longer than the limit of 64 tokens of the model's LLM: a a", long)
     refuse("There is no dataset", keep_texts="missing.txt")
     refuse("keep_texts has no effect with lock_text", lock_text=True)
     refuse("keep_texts cannot be combined with text_training=lora", text_training="lora")

@@ -97,7 +97,7 @@ def test_a_frozen_tower_teaches_as_its_embeddings_do(prepared: Prepared, tmp_pat
 def test_images_without_classes_are_refused_with_names_of_datasets(tmp_path: Path) -> None:
     lines = [{"image": path.name, "caption": "a dog"} for path in save_tiny_images(tmp_path, 2)]
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    with pytest.raises(ValueError, match="captions and no classes") as refused:
+    with pytest.raises(ValueError, match="captions but no classes") as refused:
         load_labeled_images(str(tmp_path))
     proposed = re.findall(r"([\w-]+)=FOLDER", str(refused.value))
     assert proposed and {find_dataset(name).dataset_type for name in proposed} == {"classification"}
@@ -168,7 +168,7 @@ def test_locked_texts_keep_embeddings(prepared: Prepared, finished: Run, tmp_pat
 
 @pytest.mark.slow
 def test_random_texts_are_not_locked(tmp_path: Path, few: Prepared) -> None:
-    with pytest.raises(ValueError, match="text projection as it is, and that of"):
+    with pytest.raises(ValueError, match="lock_text freezes the text projection, but"):
         few.align(tmp_path / "run", lock_text=True)
 
 

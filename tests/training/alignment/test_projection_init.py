@@ -289,8 +289,8 @@ def test_the_last_fit_repeats_the_choice_on_all_images(few: Prepared, tmp_path: 
 def test_scores_are_of_the_model_before_the_last_fit(few: Prepared, tmp_path: Path) -> None:
     run = few.align_stored(tmp_path / "run", max_steps=2)
     shown = "\n".join(describe_alignment(run.output))
-    assert "Then all of it was fitted once more on all images" in shown
-    assert "fitted once more on all 60 records" in shown
+    assert "The final model was refit on all images" in shown
+    assert "refitted on all 60 records" in shown
     (result,) = read_card_data(run.model).results
     assert result.dataset.endswith(REFITTED)
     assert result.scores["t2i_r1"] == pytest.approx(run.after.t2i_r1)
@@ -349,4 +349,4 @@ def test_a_very_short_run_keeps_what_the_closed_form_found(few: Prepared, tmp_pa
     assert losses["after"] > losses["before"]
     shown = describe_alignment(worse.output)
     assert WORSE in shown and NEAR_CHANCE not in shown  # which nobody measured
-    assert "raised the loss" in (worse.model / "README.md").read_text(encoding="utf-8")
+    assert "increased the loss" in (worse.model / "README.md").read_text(encoding="utf-8")

@@ -335,7 +335,7 @@ def test_views_of_a_store_are_sampled(prepared: Prepared, viewed: Viewed) -> Non
     fewer = replace(viewed.records[4], long_captions=("A photo. It is big.", "A wall."))
     with pytest.raises(ValueError, match="1 of 1 records of a batch are not in"):
         joined.collate([decode_sample(fewer)])
-    with pytest.raises(ValueError, match="1 record with other captions"):
+    with pytest.raises(ValueError, match="1 record with captions that differ"):
         AlignmentDataset([fewer], viewed.processor, caption_store=store, is_part=True)
 
 
@@ -364,7 +364,7 @@ def test_impossible_views_are_refused(prepared: Prepared, viewed: Viewed, tmp_pa
     with pytest.raises(ValueError, match="sentence_views"):
         extract(prepared.model, viewed.records, viewed.store, other, modality="text")
     changed = [*viewed.records[:-1], replace(viewed.records[-1], long_captions=("One. Two.",) * 2)]
-    with pytest.raises(ValueError, match="1 record with other captions than in "):
+    with pytest.raises(ValueError, match="1 record with captions that differ from those in "):
         AlignmentDataset(changed, viewed.processor, caption_store=EmbeddingStore.open(viewed.store))
 
 

@@ -332,7 +332,7 @@ def test_only_present_layers_are_sharded(vision: str, save_parts: Callable[[str]
 
 def test_a_tower_without_attention_gets_no_lora() -> None:
     tower = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 4))
-    with pytest.raises(ValueError, match=r"no linear layers in an attention.*=frozen or vision"):
+    with pytest.raises(ValueError, match=r"no linear layers in its attention.*=frozen or vision"):
         find_attention_linears(tower)
     with pytest.raises(ValueError, match=r"no list of layers .*layer_decay to 1"):
         find_layers(tower)
