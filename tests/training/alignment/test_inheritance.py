@@ -230,8 +230,8 @@ def test_a_tower_without_a_text_encoder_is_refused_with_the_way_out(
     with pytest.raises(ValueError, match="keeps 16 dimensions, as"):
         build(inheriting.clip, tmp_path / "model", projection_dim=32)
     for changed, message in (
-        ({"vision_pooling": "cls"}, "Choose vision_pooling=pooler"),
-        ({"normalization": "imagenet"}, "Choose normalization=own"),
+        ({"vision_pooling": "cls"}, "Use vision_pooling=pooler"),
+        ({"normalization": "imagenet"}, "Use normalization=own"),
         ({"dtype": "float16"}, "not float16"),
     ):
         with pytest.raises(ValueError, match=message):
