@@ -48,7 +48,7 @@ _MAX_PAIRS_COMPARED = 1_000
 
 @dataclass(frozen=True)
 class ProjectionInit:
-    """How a run's projections were initialized, for its record.
+    """Record of the initialization of a run's projections.
 
     Attributes:
         method: `model`, `cca` or `inherited`.
