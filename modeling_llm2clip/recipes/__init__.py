@@ -1,1 +1,1 @@
-"""The whole method from one YAML file."""
+"""Run the whole method from one YAML file."""

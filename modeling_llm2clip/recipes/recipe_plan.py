@@ -1,4 +1,4 @@
-"""The plan of `train`: stages in order, how much each has to do, and which are finished."""
+"""Plan of `train`: the stages in order, the work in each, and which ones are finished."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ State: TypeAlias = Literal["to do", "stopped", "finished", "repeated"]
 
 
 class RecipePaths:
-    """Where `train` writes below its output."""
+    """Paths that `train` writes to inside its output folder."""
 
     def __init__(self, output: Path) -> None:
         self.built = output / "built"
-        self.fine_tuned = output / "fine-tuned"  # a run, with the model in `model`
+        self.fine_tuned = output / "fine-tuned"  # run folder with the model in `model`
         self.captions = output / "captions"
         self.images = output / "images"
         self.teacher = output / "teacher"
-        self.aligned = output / "aligned"  # as `fine_tuned`
+        self.aligned = output / "aligned"  # like `fine_tuned`
         self.exported = output / "model"
         self.evaluation = output / "evaluation"
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One stage of a recipe; the check is repeated, and an evaluation keeps finished results."""
+    """One stage of a recipe; a repeated evaluation keeps results that are already finished."""
 
     name: str
     size: str
@@ -56,9 +56,9 @@ class PlannedStage:
 
 @dataclass(frozen=True)
 class RecipePlan:
-    """The stages of a recipe, and the numbers of images to train on and to evaluate on.
+    """Stages of a recipe, and the number of images to train on and to evaluate on.
 
-    Printing it shows a line per stage.
+    Printing it shows one line per stage.
     """
 
     output: Path
@@ -70,8 +70,8 @@ class RecipePlan:
         rows = [(s.name, s.size, s.state, s.output.relative_to(self.output)) for s in self.stages]
         heads = ("stage", "size", "state", "output")
         shared = (
-            f"; {counted(self.num_shared_captions, 'caption')} to train on are also captions of "
-            "these"
+            f" ({counted(self.num_shared_captions, 'training caption')} also in the evaluation "
+            "data)"
             if self.num_shared_captions
             else ""
         )
@@ -83,7 +83,7 @@ class RecipePlan:
 
 
 def read_split(config: TrainConfig) -> Split:
-    """Read the records to train on, and those to evaluate on: none with `test_size=0`."""
+    """Read the records and split them for training and evaluation (none with `test_size=0`)."""
     if config.data == EMBEDDED:
         emoji = load_records(find_example_data() / "emoji")
         records: Sequence[CaptionedImage] = [r for r in emoji if r.lang == "en"]
@@ -97,7 +97,7 @@ def read_split(config: TrainConfig) -> Split:
 
 
 def plan_recipe(config: TrainConfig, split: Split) -> RecipePlan:
-    """Plan the stages of a recipe; writes nothing and loads no model."""
+    """Plan the stages of a recipe without writing anything or loading a model."""
     train, test = map(RecordTable.from_records, split)
     ours, theirs = list_text_keys(train), list_text_keys(test)
     num_images = _count_images(train), _count_images(test)
@@ -105,13 +105,12 @@ def plan_recipe(config: TrainConfig, split: Split) -> RecipePlan:
         output=config.output,
         stages=tuple(_list_stages(config, train, num_images, num_texts=len(np.unique(ours)))),
         num_images=num_images,
-        # The captions to train on that an image to evaluate on has, too.
         num_shared_captions=int(np.isin(ours, theirs).sum()),
     )
 
 
 def uses_stores(config: TrainConfig) -> tuple[bool, bool]:
-    """Return whether captions and images are extracted for the alignment."""
+    """Return whether the alignment uses a caption store and an image store."""
     align = config.align
     reads_images = align.vision_training == "frozen" or align.distillation_weight > 0
     return align.text_training == "stored", reads_images
@@ -125,7 +124,7 @@ def list_eval_data(config: TrainConfig, test: Sequence[CaptionedImage]) -> list[
 def _list_stages(
     config: TrainConfig, train: RecordTable, num_images: tuple[int, int], num_texts: int
 ) -> list[PlannedStage]:
-    """List the stages, with the items and steps of each."""
+    """List the stages with the number of items or steps in each."""
     paths, captions = RecipePaths(config.output), counted(num_texts, "caption")
     towers = " + ".join(Path(name).name for name in (config.vision_model, config.text_model))
     stages = [PlannedStage("build", towers, paths.built, _find_state(paths.built))]
@@ -189,7 +188,7 @@ def _count_images(records: RecordTable) -> int:
 
 
 def is_complete(folder: Path) -> bool:
-    """Tell whether a folder is there that is written under another name and renamed."""
+    """Return True if a folder exists and is not empty; folders are renamed when complete."""
     return folder.is_dir() and any(folder.iterdir())
 
 

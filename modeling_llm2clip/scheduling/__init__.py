@@ -1,1 +1,1 @@
-"""Which process computes which shard of an output, and how a run stops in good order."""
+"""Processes of a run, and graceful stopping."""

@@ -1,4 +1,4 @@
-"""Stopping in good order: SIGINT (Ctrl-C) and SIGTERM wait for the next checkpoint or batch."""
+"""Graceful stopping: SIGINT (Ctrl-C) and SIGTERM take effect after a checkpoint or batch."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _log = logging.getLogger(__name__)
 
 
 class StageInterrupt(KeyboardInterrupt):
-    """A signal stopped a stage after its checkpoint or batch; the message says how to continue.
+    """A signal stopped a stage after a checkpoint or batch; the message says how to continue.
 
     Args:
-        stopped: Sentence that says what was stopped, and where its files are; empty in all
-            processes of a launcher but the main one, whose message is empty too.
+        stopped: Sentence that says what was stopped and where its files are. If empty, as in all
+            but the main process, the message is empty too.
         signal: The signal.
-        resume: Whether the call continues with `--resume`, or as it is.
+        resume: Whether the call needs `--resume` to continue.
     """
 
     def __init__(self, stopped: str, signal: signal.Signals, *, resume: bool) -> None:
@@ -31,26 +31,26 @@ class StageInterrupt(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Notes the first signal that comes.
+    """Records the first signal.
 
     Attributes:
-        signal: The first signal that came, or None.
+        signal: First signal received, or None.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
 
     def raise_interrupt(self, stopped: str, *, resume: bool, is_main_process: bool) -> None:
-        """Raise `StageInterrupt` if a signal came."""
+        """Raise `StageInterrupt` if a signal was received."""
         if self.signal is not None:
             raise StageInterrupt(stopped if is_main_process else "", self.signal, resume=resume)
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Note the first SIGINT or SIGTERM instead of ending; a second one ends the process as usual.
+    """Record the first SIGINT or SIGTERM instead of ending; the second one ends the process.
 
-    Outside the main thread, where Python installs no handlers, nothing changes.
+    Outside the main thread, where Python cannot install handlers, nothing changes.
     """
     request = StopRequest()
     before: dict[signal.Signals, Any] = {}
@@ -66,7 +66,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            # None means a handler that was not installed by Python and cannot be restored.
+            # None stands for a handler that Python did not install and cannot restore.
             before[number] = signal.signal(number, note) or signal.SIG_DFL
     try:
         yield request

@@ -1,4 +1,4 @@
-"""Finds the first step whose gradient is not finite, without a wait for the device at each step."""
+"""Find the first step with a non-finite gradient, without synchronizing the device every step."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from ..encoding.devices import runs_ahead
 
 
 class FiniteSteps:
-    """Skips every optimizer step from the first whose gradient is not finite, all on the device.
+    """Skips all optimizer steps from the first non-finite gradient on, entirely on the device.
 
     Args:
         device: Device of the weights.
-        first_step: Number of the first step that is observed.
+        first_step: Number of the first observed step.
 
     Attributes:
-        found_inf: () float32, 1 from that step on. A fused optimizer of torch that has it as its
-            attribute of this name then leaves weights and moments as they are.
+        found_inf: () float32, 1 from that step on. A fused torch optimizer with this attribute then
+            leaves weights and moments unchanged.
     """
 
     def __init__(self, device: torch.device, *, first_step: int = 0) -> None:
@@ -27,9 +27,10 @@ class FiniteSteps:
         self._facts: dict[str, Tensor] = {}
 
     def attach(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Make an optimizer skip steps where its device runs ahead; return whether it will.
+        """Make an optimizer skip steps on its own if possible, and return whether it does.
 
-        Where not, `read` costs nothing, and belongs before each of its steps.
+        This needs a fused optimizer on a device that runs asynchronously. Otherwise call `read`
+        before every optimizer step, which costs nothing there.
         """
         is_fused = all(group.get("fused") for group in optimizer.param_groups)
         if not is_fused or not runs_ahead(self.found_inf.device):
@@ -38,11 +39,11 @@ class FiniteSteps:
         return True
 
     def observe(self, norm: Tensor, **facts: Tensor) -> None:
-        """Take the norm of a step's gradient, before the optimizer's step.
+        """Record the gradient norm of a step, before the optimizer step.
 
         Args:
             norm: () norm.
-            facts: Tensors for the error about this step; of one shape in all steps.
+            facts: Tensors to report in an error about this step; their shapes must not change.
         """
         for name, fact in {"norm": norm, **facts}.items():
             kept = self._facts.get(name, fact)
@@ -51,7 +52,7 @@ class FiniteSteps:
         self._num_finite += self.found_inf == 0
 
     def read(self) -> tuple[int, dict[str, Tensor]] | None:
-        """Wait for the device; return the first step that is not finite, and its facts."""
+        """Synchronize the device, and return the first non-finite step and its facts."""
         if not self.found_inf:
             return None
         facts = {name: fact.cpu() for name, fact in self._facts.items()}
@@ -59,8 +60,8 @@ class FiniteSteps:
 
 
 def spread_nonfinite(loss: Tensor) -> Tensor:
-    """Make the gradient of a loss NaN if the loss is not finite; others stay as they are.
+    """Make the gradient of a non-finite loss NaN, and leave finite losses unchanged.
 
-    Gradients are averaged over the processes, so that all of them skip the same step.
+    Gradients are averaged over all processes, so all of them skip the same step.
     """
     return loss * (0 * loss.detach() + 1)

@@ -1,9 +1,8 @@
 """The files of a training run: `run.json`, `metrics.jsonl` and its checkpoints.
 
-`run.json` holds the command, `config` (the options), `inputs` (model, data and stores, by hash),
-versions, commit, hardware, the parameters that are trained, and `results`, and a hash of all this.
-Importing this module does not import torch, so that a command can check a folder before anything
-slow.
+`run.json` contains the command, `config` (the options), `inputs` (hashes of model, data and
+stores), versions, commit, hardware, parameter counts, `results`, and a hash of all of these.
+Importing this module does not import torch, so a command can check a folder before anything slow.
 """
 
 from __future__ import annotations
@@ -50,13 +49,13 @@ NEAREST_FILE = "nearest_groups.npy"
 INHERITED_FILE = "inherited.safetensors"
 # Held while a run is in progress: see `lock_run`.
 LOCK_FILE = "run.lock"
-# The last file of a checkpoint: sealed, with the SHA-256 of the others. Without it, the checkpoint
-# is incomplete.
+# Last file of a checkpoint, sealed, with the SHA-256 of the other files. A checkpoint without it is
+# incomplete.
 _COMPLETE = "complete"
-# Files of a run that are written before its first checkpoint, and read from each.
+# Files that are written before the first checkpoint and needed to resume from any checkpoint.
 _BESIDE = (NEAREST_FILE, INHERITED_FILE)
-# Options that change no number, with which a run may be resumed. Weights and stores are compared by
-# content, wherever they are.
+# Options that may change on resume because they do not affect the results. Weights and stores are
+# compared by content, so their paths may change.
 _MAY_DIFFER = {"num_workers", "report_to", "save_steps", "source", "folder"}
 _CHECKPOINTS_KEPT = 2
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
@@ -67,7 +66,7 @@ _HELD: set[IO[str]] = set()
 def write_run_record(
     folder: Path, config: Config, inputs: Mapping[str, Any], *, model: nn.Module | None = None
 ) -> None:
-    """Write `run.json`; a resumed run keeps its results."""
+    """Write `run.json`, keeping any results it already has."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -87,7 +86,7 @@ def add_results(folder: Path, **results: Any) -> None:
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """Read what `add_results` wrote; empty for a run without results."""
+    """Return the results that `add_results` wrote, or an empty dictionary."""
     results: dict[str, Any] = _read(folder).get("results", {})
     return results
 
@@ -96,21 +95,21 @@ def read_run_record(folder: Path) -> dict[str, Any]:
     file = folder / RUN_FILE
     try:
         return read_sealed(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # the latter also for bytes that are not text
+    except (OSError, ValueError) as error:  # ValueError includes bytes that are not UTF-8
         raise ValueError(f"{file} cannot be read ({error}). Choose a new folder.") from error
 
 
 def require_output(output: Path, *, resume: bool, model: Path | None) -> None:
-    """Require a folder that a run may use, and no model where the run will write one."""
+    """Require a folder that a run may use, and that its model does not exist yet."""
     if model is not None:
         require_new_folder(model)
     require_fresh_or_resumed(output, resume=resume)
 
 
 def require_fresh_or_resumed(folder: Path, *, resume: bool) -> None:
-    """Require an empty folder, or that of a run that is resumed."""
+    """Require an empty folder, or the folder of the run to resume."""
     require_writable(folder)
-    # A run that was killed before it wrote its record has done nothing yet.
+    # A run that was killed before it wrote its record has not done anything yet.
     if not folder.exists() or all(
         is_unfinished(path) or path.name == LOCK_FILE for path in folder.iterdir()
     ):
@@ -119,8 +118,8 @@ def require_fresh_or_resumed(folder: Path, *, resume: bool) -> None:
         raise ValueError(f"{folder} is not empty and has no {RUN_FILE}. Choose a new folder.")
     if not resume:
         raise ValueError(
-            f"{folder} has an earlier run. Continue it with --resume ('resume=True' in Python), or "
-            "choose a new folder."
+            f"{folder} contains an earlier run. Resume it with --resume ('resume=True' in Python), "
+            "or choose a new folder."
         )
 
 
@@ -132,10 +131,10 @@ def require_same_run(
     resume: bool,
     may_differ: Collection[str] = (),
 ) -> None:
-    """Require that a run in a folder, if any, was begun with the same options and inputs.
+    """Require that any run in a folder was started with the same options and inputs.
 
-    The options and sections in `may_differ` change nothing that is written already. The checkpoint
-    that a run would continue from must have the files that were written.
+    The options and sections in `may_differ` do not affect existing results. The last checkpoint
+    must be intact.
     """
     require_fresh_or_resumed(folder, resume=resume)
     if not (folder / RUN_FILE).is_file():
@@ -152,12 +151,14 @@ def require_same_run(
         and earlier.get(name) != now.get(name)
     ]
     if different:
-        raise ValueError(f"{folder} has another run: {'; '.join(different)}. Choose a new folder.")
+        raise ValueError(
+            f"{folder} contains another run: {'; '.join(different)}. Choose a new folder."
+        )
     require_intact_checkpoint(folder)
 
 
 def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Count the `total` and `trainable` parameters of each child of a module, and of `all`."""
+    """Count the `total` and `trainable` parameters of each child module and of `all` together."""
     table: dict[str, dict[str, int]] = {}
     for name, parameter in model.named_parameters():
         for part in (name.split(".")[0], "all"):
@@ -168,15 +169,15 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
 
 
 def list_trained(model: nn.Module) -> set[str]:
-    """List the names of the parameters that training changes; tied parameters count once.
+    """List the names of the trained parameters, tied ones only once.
 
-    Buffers do not change: batch normalization keeps its statistics.
+    No buffer is trained: batch normalization keeps its statistics.
     """
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def require_finite(weights: Mapping[str, Tensor], *, step: int) -> None:
-    """Refuse weights that are not finite, before they are written."""
+    """Refuse to write weights that are not finite."""
     broken = [name for name, value in weights.items() if not value.isfinite().all()]
     if broken:
         raise FloatingPointError(
@@ -187,9 +188,9 @@ def require_finite(weights: Mapping[str, Tensor], *, step: int) -> None:
 
 
 def mark_complete(output: Path, step: int) -> None:
-    """Mark the checkpoint of a step as complete, and delete all but the last two steps.
+    """Mark a step's checkpoint as complete, and delete all but the last two checkpoints.
 
-    The order is that of their steps: the times of files depend on clocks, and change in copies.
+    Checkpoints are ordered by step, because file times depend on clocks and change when copied.
     """
     checkpoint = output / CHECKPOINTS / f"checkpoint-{step}"
     files = [file for file in sorted(checkpoint.rglob("*")) if file.name != _COMPLETE]
@@ -206,7 +207,7 @@ def find_last_checkpoint(output: Path) -> Path | None:
 
 
 def _list_checkpoints(output: Path) -> list[Path]:
-    """List the checkpoints of a run by their steps; other folders beside them are the user's."""
+    """List the checkpoints of a run by step, ignoring any other folders, which are the user's."""
     folders = (output / CHECKPOINTS).glob("checkpoint-*")
     return sorted((f for f in folders if _CHECKPOINT.fullmatch(f.name)), key=_step_of)
 
@@ -216,7 +217,7 @@ def _list_complete(output: Path) -> list[Path]:
 
 
 def require_intact_checkpoint(output: Path) -> None:
-    """Refuse a last checkpoint whose files are not those that were written."""
+    """Require that the last checkpoint's files match its checksums."""
     checkpoints = _list_complete(output)
     if not checkpoints:
         return
@@ -229,13 +230,13 @@ def require_intact_checkpoint(output: Path) -> None:
     if damage:
         before = checkpoints[-2].name if checkpoints[:-1] else "its beginning"
         raise ValueError(
-            f"{last} is damaged: {list_first(damage)}. Remove this checkpoint; the run then "
-            f"continues from {before}."
+            f"{last} is damaged: {list_first(damage)}. Remove this checkpoint to resume the run "
+            f"from {before}."
         )
 
 
 def discard_later_steps(output: Path, checkpoint: Path | None) -> None:
-    """Delete metrics and incomplete checkpoints of steps that will be run again."""
+    """Delete the metrics and incomplete checkpoints of steps that will be repeated."""
     step = 0 if checkpoint is None else _step_of(checkpoint)
     for folder in _list_checkpoints(output):
         if _step_of(folder) > step:
@@ -249,14 +250,14 @@ def discard_later_steps(output: Path, checkpoint: Path | None) -> None:
             kept = [line for line in complete if parse_json(line)["step"] <= step]
         except (ValueError, TypeError, LookupError) as error:
             raise ValueError(
-                f"{file} has a damaged line ({error!r}). Correct or remove the line."
+                f"{file} has a damaged line ({error!r}). Fix or remove the line."
             ) from error
-        # A second kill, here, must not lose the lines of the steps that remain.
+        # Being killed again here must not lose the lines of the remaining steps.
         write_atomically(file, "".join(kept).encode())
 
 
 def _close_inherited() -> None:
-    """Leave the lock to the main process alone: workers of a loader outlive it for seconds."""
+    """Leave the lock to the main process, which loader workers can outlive by seconds."""
     while _HELD:
         _HELD.pop().close()
 
@@ -267,13 +268,13 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def lock_run(folder: Path, call: str = "--resume ('resume=True' in Python)") -> Iterator[None]:
-    """Hold the folder of a run for the processes of one launcher, or refuse to begin.
+    """Lock the folder of a run for the processes of one launcher, or refuse to start.
 
-    It is a lock of the kernel on a file in the folder, so that it ends with the main process,
-    however that ends. Where the file system has no `flock`, nothing is locked. A folder that is
-    empty in the end is removed. Where its disk is full, an error says by what `call` to continue.
+    The kernel holds the lock on a file in the folder and releases it however the main process ends.
+    Without `flock` support, no lock is taken. If the folder is empty at the end, it is removed. If
+    the disk is full, the error says to continue with `call`.
     """
-    # Imported here, so that a command can check a folder without torch.
+    # Imported here so a command can check a folder without torch.
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
@@ -285,7 +286,7 @@ def lock_run(folder: Path, call: str = "--resume ('resume=True' in Python)") -> 
         broadcast_object_list(is_held)
         if not is_held[0]:
             raise ValueError(
-                f"{folder} is in use: another process trains in it now. Let it end and continue "
+                f"{folder} is in use by another training process. Wait for it to end and continue "
                 f"its run with {call}, or choose a new folder."
             )
         yield
@@ -295,7 +296,7 @@ def lock_run(folder: Path, call: str = "--resume ('resume=True' in Python)") -> 
 def _hold(folder: Path) -> Iterator[bool]:
     file = folder / LOCK_FILE
     with _open(file) as opened:
-        is_held = lock_unless_held(file, opened)  # a run that ended has removed its file
+        is_held = lock_unless_held(file, opened)  # a run that just ended has removed this file
         if is_held:
             _HELD.add(opened)
         try:
@@ -304,12 +305,12 @@ def _hold(folder: Path) -> Iterator[bool]:
             _HELD.discard(opened)
             if is_held:
                 file.unlink(missing_ok=True)
-                with suppress(OSError):  # it is not empty, or another run removes it
+                with suppress(OSError):  # it is not empty, or another run removed it
                     folder.rmdir()
 
 
 def _open(file: Path) -> IO[str]:
-    """Make a folder and open a file in it; a run that ends may remove the folder in between."""
+    """Create a folder and open a file in it; retry if an ending run removes the folder."""
     for _ in range(_ATTEMPTS):
         with suppress(FileNotFoundError, FileExistsError):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -328,12 +329,12 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _write(folder: Path, record: Mapping[str, Any]) -> None:
-    # Atomically: a run that is killed here must still be known when it is resumed.
+    # Atomic, because a run that is killed here must still be recognized on resume.
     write_atomically(folder / RUN_FILE, write_sealed(_to_json(record)).encode())
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Give every nested value its dotted name, so that a message names the difference alone."""
+    """Flatten nested values to dotted names, so a message shows only what differs."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         nested = _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else None
@@ -342,5 +343,5 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _to_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values as they are after a round trip through `run.json`."""
+    """Return the values as `run.json` will contain them."""
     return json.loads(json.dumps(dict(values), default=str))  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
-"""Additions of both training stages to a Trainer: arguments, processes, mixins, callbacks.
+"""Trainer extensions for both training stages: arguments, processes, mixins and callbacks.
 
-A mixin precedes the Trainer among the bases of a class.
+List a mixin before the Trainer among the base classes.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ Result = TypeVar("Result")
 
 _SAVE_STEPS = 500
 _WEIGHTS = "trained.safetensors"
-_SECONDS_BETWEEN_UPDATES = 10.0  # in a file, where every update of a bar stays visible
-# Logged numbers that the progress bar shows, with their name and format there.
+_SECONDS_BETWEEN_UPDATES = 10.0  # in a log file, where every update stays visible
+# Logged metrics to show in the progress bar, with their names and formats there.
 _SHOWN = {
     "loss": ("loss", ".4g"),
     "learning_rate": ("lr", ".4g"),
@@ -53,7 +53,7 @@ _OF_WHOLE_RUN = re.compile("train_loss|train_.*_per_second")
 
 
 def run_once_per_machine(function: Callable[[], Result]) -> Result:
-    """Call a function on one process of each machine; all get its result, or raise its error."""
+    """Call a function on one process per machine; all processes return its result or error."""
     state = PartialState()
     if state.num_processes == 1:
         return function()
@@ -72,23 +72,25 @@ def run_once_per_machine(function: Callable[[], Result]) -> Result:
 
 
 def keep_to_one_gpu(arguments: TrainingArguments) -> None:
-    """Make a Trainer use one GPU per process, and never torch's DataParallel.
+    """Make a Trainer use one GPU per process, never torch's DataParallel.
 
-    DataParallel would multiply the batch by the number of GPUs and compute in float32, whatever
-    the precision of the run.
+    DataParallel would multiply the batch size by the number of GPUs and compute in float32,
+    regardless of the run's precision.
     """
     arguments._n_gpu = min(1, arguments.n_gpu)
 
 
 def is_sharded() -> bool:
-    """Return whether `accelerate launch` was given a configuration for FSDP."""
+    """Return True if `accelerate launch` was configured for FSDP."""
     return parse_flag_from_env("ACCELERATE_USE_FSDP")  # type: ignore[no-any-return]
 
 
 def refuse_fsdp_for_lora() -> None:
-    """Refuse to train a LoRA under FSDP, where no process has whole matrices to merge it into."""
+    """Refuse to train a LoRA under FSDP, where no process has the full matrices to merge it."""
     if is_sharded():
-        raise ValueError("A LoRA is not trained under FSDP. Use the configuration for DDP.")
+        raise ValueError(
+            "Training a LoRA under FSDP is not supported. Use the configuration for DDP."
+        )
 
 
 def training_arguments_on(
@@ -98,7 +100,7 @@ def training_arguments_on(
     config: TrainingConfig,
     **options: Any,
 ) -> Arguments:
-    """Make a Trainer's arguments for a run on one device; by default it takes the first GPU."""
+    """Make a Trainer's arguments for the given device; on its own, it would use the first GPU."""
     in_bfloat16 = computes_in_bfloat16(config.precision, on_gpu=device.type == "cuda")
     # A launcher sets this variable, and accelerate obeys it unless the Trainer decides.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if in_bfloat16 else "no"
@@ -108,73 +110,73 @@ def training_arguments_on(
         bf16=in_bfloat16,
         save_strategy="steps",
         save_steps=config.save_steps or _SAVE_STEPS,
-        ddp_find_unused_parameters=False,  # weights without a gradient are frozen, or refused
+        ddp_find_unused_parameters=False,  # parameters without gradients are frozen or refused
         report_to=choose_reports(config.report_to),
         seed=config.seed,
-        logging_nan_inf_filter=False,  # it reads each loss; one that is not finite stops the run
+        logging_nan_inf_filter=False,  # it would read every loss; a non-finite one stops the run
         **options,
     )
     state = PartialState()
     if state.num_processes == 1:
         state.device = device
-        arguments.__dict__["_setup_devices"] = device  # a cached property, computed before
+        arguments.__dict__["_setup_devices"] = device  # override the cached property
         arguments._n_gpu = int(device.type != "cpu")
     keep_to_one_gpu(arguments)
     return arguments
 
 
 class StageTrainerMixin:
-    """Marks a checkpoint once it is written as a whole; stops at a gradient that is not finite.
+    """Marks completely written checkpoints; stops at a non-finite gradient.
 
-    Where the device runs ahead of Python, and the optimizer is fused, such a step and all later
-    ones change no weight, and the run stops before the next log, checkpoint or score. Elsewhere it
-    stops at once.
+    With a fused optimizer on an asynchronous device, a non-finite step and all later ones change no
+    weights, and the run stops before the next log, checkpoint or evaluation. Otherwise it stops
+    immediately.
 
-    Mean loss and speed of the whole run are not logged: a resumed run does not know them. The
-    losses since the last log are in each checkpoint, so the next log has them after a resume.
+    The mean loss and speed of the whole run are not logged, because a resumed run does not know
+    them. Checkpoints save the losses since the last log, so a resumed run logs them too.
     """
 
     state: Any
     args: Any
     _finite_steps: FiniteSteps | None = None
     _facts: Mapping[str, Tensor] = {}
-    _window: Tensor  # the losses since the last log, added up
+    _window: Tensor  # sum of the losses since the last log
     _restored: Mapping[str, Any] | None = None
     _globalstep_last_logged: int
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log metrics, without those of the whole run."""
+        """Log metrics, except for whole-run averages."""
         self.require_finite_steps()
         kept = {name: value for name, value in logs.items() if not _OF_WHOLE_RUN.fullmatch(name)}
         super().log(kept, *args, **kwargs)  # type: ignore[misc]
 
     def watch_loss(self, loss: Tensor, **facts: Tensor) -> Tensor:
-        """Make a loss that is not finite stop the run, and keep facts for the error about it.
+        """Make a non-finite loss stop the run, and keep tensors for its error message.
 
         Args:
             loss: () loss of a step.
-            facts: Tensors that `describe_step` needs; of one shape in all steps.
+            facts: Tensors that `describe_step` needs; their shapes must not change.
 
         Returns:
-            The loss to differentiate.
+            Loss to backpropagate.
         """
         self._facts = {"loss": loss.detach(), **facts}
         return spread_nonfinite(loss)
 
     def require_finite_steps(self) -> None:
-        """Raise FloatingPointError if a step so far was not finite; waits for the device."""
+        """Raise FloatingPointError if any step so far was not finite; synchronizes the device."""
         broken = None if self._finite_steps is None else self._finite_steps.read()
         if broken is not None:
             raise FloatingPointError(self.describe_step(*broken))
 
     def describe_step(self, step: int, facts: Mapping[str, Tensor]) -> str:
-        """Describe a step that was not finite, and what to do."""
+        """Describe a non-finite step and how to avoid it."""
         loss, remedy = facts.get("loss"), f"the learning rate ({self.args.learning_rate})"
         if loss is not None and not loss.isfinite():
             return f"The loss is {loss.item()} at step {step}. Lower {remedy}, or train in float32."
         of_process = " of this process" if self.args.world_size > 1 else ""
         return (
-            f"The gradient's norm is {facts['norm'].item()} at step {step}, although the loss"
+            f"The gradient norm is {facts['norm'].item()} at step {step}, although the loss"
             f"{of_process} is finite. Lower {remedy}, or train in float32."
         )
 
@@ -185,7 +187,7 @@ class StageTrainerMixin:
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.require_finite_steps()
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        PartialState().wait_for_everyone()  # each process writes its own random generators
+        PartialState().wait_for_everyone()  # each process writes its own random state
         if self.args.should_save:
             mark_complete(Path(self.args.output_dir).parent, self.state.global_step)
 
@@ -218,16 +220,16 @@ class StageTrainerMixin:
             self._finite_steps = FiniteSteps(whole.device, first_step=self.state.global_step)
         self._finite_steps.observe(whole, **self._facts)
         wrapped: Any = self.optimizer  # type: ignore[attr-defined]
-        optimizer = getattr(wrapped, "optimizer", wrapped)  # accelerate wraps it
+        optimizer = getattr(wrapped, "optimizer", wrapped)  # unwrap accelerate's wrapper
         if is_sharded() or not self._finite_steps.attach(optimizer):
             self.require_finite_steps()
         return norm
 
 
 class TrainedCheckpointMixin(StageTrainerMixin):
-    """Makes a Trainer save and load the trained weights alone; the others are in the model folder.
+    """Makes a Trainer save and load only trained weights; the model folder has the others.
 
-    Nothing is saved if a weight is not finite.
+    Nothing is saved if any weight is not finite.
     """
 
     model: Any
@@ -240,7 +242,7 @@ class TrainedCheckpointMixin(StageTrainerMixin):
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        # Where the parameters are sharded, the Trainer gives the whole ones.
+        # If the parameters are sharded, the Trainer passes the full state dict.
         state = dict(self.model.named_parameters()) if state_dict is None else state_dict
         kept = {name: state[name].detach().cpu().contiguous() for name in list_trained(self.model)}
         require_finite(kept, step=self.state.global_step)
@@ -256,7 +258,7 @@ class TrainedCheckpointMixin(StageTrainerMixin):
         names = list_trained(self.model)
         if names != saved.keys():
             raise ValueError(
-                f"{resume_from_checkpoint} has other weights than those that are trained now: "
+                f"{resume_from_checkpoint} does not match the weights trained in this run: "
                 f"missing {sorted(names - saved.keys())[:MAX_LISTED]}, unexpected "
                 f"{sorted(saved.keys() - names)[:MAX_LISTED]}."
             )
@@ -264,9 +266,9 @@ class TrainedCheckpointMixin(StageTrainerMixin):
 
 
 class JsonLinesCallback(TrainerCallback):
-    """Appends every log of a Trainer to a file, one JSON object per line, with its step.
+    """Appends every log of a Trainer to a file as a line of JSON with its step.
 
-    The last step is logged too, whatever the number of steps between two logs.
+    The last step is always logged.
     """
 
     def __init__(self, file: Path) -> None:
@@ -286,8 +288,8 @@ class JsonLinesCallback(TrainerCallback):
 class StopCallback(TrainerCallback):
     """After a signal, finishes the step, saves a checkpoint, and stops the Trainer.
 
-    A signal that one process received stops all of them, at the same step. Sharing it makes them
-    and their devices wait for each other, so that they share it about once a second.
+    A signal to one process stops all of them at the same step. Synchronizing stalls every rank, so
+    it happens about once a second.
     """
 
     def __init__(self, stop: StopRequest) -> None:
@@ -307,7 +309,7 @@ class StopCallback(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def _share(self, number: int, step: int, device: torch.device) -> int:
-        """Return the signal of any process, or 0 where none came or it is not shared yet."""
+        """Return the signal of any process, or 0 if none came or it has not been synced yet."""
         if step < self._next:
             return 0
         now, (last_step, last_time) = time.monotonic(), self._shared_at
@@ -320,7 +322,7 @@ class StopCallback(TrainerCallback):
 
 
 class ProgressCallback(TrainerCallback):
-    """Shows a run in one line on stderr: steps, rate, time left, and the latest numbers."""
+    """Shows a run on one line of stderr: steps, rate, time left, and the latest metrics."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -353,15 +355,15 @@ def raise_if_stopped(trainer: Trainer, output: Path, stop: StopRequest, *, of: s
     state = trainer.state
     if state.global_step < state.max_steps:
         stop.raise_interrupt(
-            f"Stopped after step {state.global_step} of {state.max_steps}{of}; the checkpoint is "
-            f"in {output}.",
+            f"Stopped after step {state.global_step} of {state.max_steps}{of}; a checkpoint was "
+            f"saved in {output}.",
             resume=True,
             is_main_process=trainer.args.should_save,
         )
 
 
 def describe_numbers(logs: Mapping[str, Any]) -> dict[str, str]:
-    """Choose what a progress bar shows of a log, as numbers of four digits or percentages."""
+    """Format the metrics to show in a progress bar, with four digits or as percentages."""
     return {
         name: format(logs[key], format_of_number)
         for key, (name, format_of_number) in _SHOWN.items()
@@ -370,14 +372,14 @@ def describe_numbers(logs: Mapping[str, Any]) -> dict[str, str]:
 
 
 def show_progress(trainer: Trainer, name: str) -> None:
-    """Replace a Trainer's own bar and the dictionaries that it prints by `ProgressCallback`."""
+    """Replace a Trainer's own progress bar and printed logs with `ProgressCallback`."""
     trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressCallback(name))
 
 
 def choose_reports(report_to: Sequence[str] | None) -> list[str]:
-    """Choose where a Trainer reports metrics: by default to tensorboard, where it is installed."""
+    """Choose where a Trainer reports metrics; the default is tensorboard if it is installed."""
     available = get_available_reporting_integrations()
     if report_to is None:
         return [name for name in ("tensorboard",) if name in available]
@@ -385,41 +387,40 @@ def choose_reports(report_to: Sequence[str] | None) -> list[str]:
         return list(report_to)
     if unknown := [name for name in report_to if name not in available]:
         raise ValueError(
-            f"report_to={' '.join(unknown)} must be among those that are installed "
-            f"({', '.join(available)}; pip install adds others), or all or none, alone."
+            f"report_to={' '.join(unknown)} is not installed. Use all, none, or any of the "
+            f"installed integrations ({', '.join(available)}), or pip install others."
         )
     return list(report_to)
 
 
 def count_warmup_steps(warmup_steps: float, num_steps: int) -> int:
-    """Count the warm-up steps of a run, after which the learning rate is at its peak.
+    """Return the number of warmup steps until the learning rate reaches its peak.
 
-    Below 1 they are a share of the run, rounded down.
+    A value below 1 is a share of the run, rounded down.
     """
     counted = int(warmup_steps * num_steps if warmup_steps < 1 else warmup_steps)
     if counted >= num_steps:
         raise ValueError(
-            f"warmup_steps={warmup_steps:g} in a run of {num_steps} steps: the learning rate would "
-            f"never reach its peak. Give fewer than {num_steps} steps, or a share of the run below "
-            "1, such as 0.1; or train longer (max_steps, num_train_epochs)."
+            f"warmup_steps={warmup_steps:g} is too many for a run of {num_steps} steps: the "
+            f"learning rate would never reach its peak. Use fewer than {num_steps} steps or a "
+            "share of the run, such as 0.1, or train longer (max_steps, num_train_epochs)."
         )
     return counted
 
 
 def recompute_activations(tower: Any) -> None:
-    """Make a tower recompute its activations in the backward pass: slower, in less memory."""
-    # The name in newer versions of transformers, which warn of the old one.
+    """Make a tower recompute activations in the backward pass, which is slower but saves memory."""
+    # Newer versions of transformers use this name and warn about the old one.
     enable = getattr(tower, "activation_checkpointing_enable", None)
     (enable or tower.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def computes_in_bfloat16(precision: str, *, on_gpu: bool) -> bool:
-    """Return whether a run computes its products in bfloat16; weights stay float32.
+    """Return True if a run computes in bfloat16; weights stay float32.
 
-    `auto` takes bfloat16 on a GPU that supports it and never on a CPU: without its instructions
-    bfloat16 is several times slower there, with them no faster, and its gradients are noisier
-    everywhere. Weights that are stored in half precision and not trained compute in it all the
-    same, unless the precision is float32.
+    `auto` uses bfloat16 on GPUs that support it but never on CPUs: without bfloat16 instructions it
+    is several times slower there, with them no faster, and its gradients are always noisier.
+    Frozen weights stored in half precision still compute in it, unless the precision is float32.
     """
     if precision != "auto":
         return precision == "bfloat16"
@@ -427,21 +428,21 @@ def computes_in_bfloat16(precision: str, *, on_gpu: bool) -> bool:
 
 
 def find_pooler(text_model: nn.Module) -> str | None:
-    """Return the pattern of an encoder's pooler, such as BERT's, whose LoRA gets no gradient."""
+    """Return a pattern for an encoder's pooler (as in BERT), where a LoRA would get no gradient."""
     has_pooler = any("pooler" in name.split(".") for name, _ in text_model.named_modules())
     return r"(.*\.)?pooler\..*" if has_pooler else None
 
 
 def find_without_gradient(module: nn.Module, compute: Callable[[], Tensor]) -> list[str]:
-    """List the parameters that ask for a gradient and get none in a backward pass.
+    """List the parameters that require a gradient but get none in a backward pass.
 
-    Some networks read the weight of a linear layer themselves (`F.linear(x, self.qkv.weight)`). A
-    LoRA in that layer's place is then never run: it would be counted, saved and merged, and never
-    train.
+    Some networks read the weight of a linear layer directly (`F.linear(x, self.qkv.weight)`) and
+    bypass the LoRA that replaces this layer. The LoRA would be counted, saved and merged, but never
+    trained.
 
-    A gradient of zero counts: the first matrix of a new LoRA has no other. In training mode, an LLM
-    with `layerdrop` would leave out layers at random. Afterwards gradients, modes and random
-    generators are as they were.
+    A zero gradient is fine: the first matrix of a new LoRA always has one. The check runs in
+    evaluation mode, because `layerdrop` skips random layers in training mode. It restores modes and
+    random generators, and clears the gradients.
     """
     devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
     was_training = module.training
@@ -461,6 +462,6 @@ def require_gradients(without: Iterable[str], *, cause: str, remedy: str) -> Non
     if layers:
         shown = list_first(layers)
         raise ValueError(
-            f"{cause}: {counted(len(layers), 'layer')} would get no gradient and never be trained, "
-            f"since the network passes the LoRA by, or the output has no effect: {shown}. {remedy}"
+            f"{cause}: {counted(len(layers), 'layer')} would never be trained, because the network "
+            f"bypasses the LoRA or ignores its output: {shown}. {remedy}"
         )

@@ -165,7 +165,7 @@ def test_what_a_training_would_change_of_an_embedder_is_refused(
     aligned = align(folder, records, tmp_path / "locked", replace(online, lock_text=True))
     with pytest.raises(ValueError, match=r"keeps an embedder's own.*Give lock_text=True"):
         align(aligned, records, run, online)
-    with pytest.raises(ValueError, match="a LoRA would change embeddings that are to be kept"):
+    with pytest.raises(ValueError, match="but a LoRA would change its embeddings"):
         finetune_llm(folder, RECORDS, run, SHORT)
 
 

@@ -187,7 +187,7 @@ def test_captions_on_both_sides_of_the_split_are_counted(sources: Path, tmp_path
     train, test = split_records(records, test_size=0.1, seed=0, allow_shared_captions=True)
     plan = plan_recipe(make_recipe(sources, tmp_path / "run"), (train, test))
     assert plan.num_shared_captions == len(train)
-    assert "27 captions to train on are also captions of these" in str(plan)
+    assert "27 training captions also in the evaluation data" in str(plan)
     data = shutil.copytree(sources / "data", tmp_path / "data")
     lines = [json.loads(line) for line in (data / "captions.jsonl").read_text().splitlines()]
     lines = [json.dumps({**line, "captions": ["the same"]}) for line in lines]

@@ -35,7 +35,7 @@ def test_a_process_that_works_alone_beside_others_is_refused(
     join_processes(cpu=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
-        RuntimeError, match=r"started 2 processes .* this one works with 1.*--device"
+        RuntimeError, match=r"started 2 processes .* accelerate uses only 1\..*--device"
     ):
         join_processes(cpu=True)
     require_all_processes(2)

@@ -53,7 +53,7 @@ def test_a_launch_that_starts_fewer_processes_than_asked_for_is_refused(
     with start_launch(*flags, "-m", "modeling_llm2clip", *command) as process:
         _, shown = process.communicate(timeout=200)
     assert process.returncode != 0
-    assert "asked for several processes or machines, and started one process" in shown
+    assert "asked for several processes or machines, but started only one" in shown
     assert "--config_file examples/accelerate/ddp.yaml" in shown
     assert not (tmp_path / "run").exists()
 

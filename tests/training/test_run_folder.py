@@ -195,7 +195,7 @@ def test_a_name_of_two_images_is_refused(prepared: Prepared, tmp_path: Path) -> 
 
 
 FUTURE = time.time() + 10 * 365 * 86_400
-IN_USE = "run is in use: another process trains in it now"
+IN_USE = "run is in use by another training process"
 
 
 def list_steps(output: Path) -> list[int]:
@@ -317,7 +317,7 @@ def test_no_fine_tuning_continues_from_a_checkpoint_with_a_flipped_bit(
     run = tuned.copy_unfinished(tmp_path / "run")
     flip_bit(run / CHECKPOINTS / "checkpoint-3" / "adapter_model.safetensors")
     with pytest.raises(
-        ValueError, match=r"damaged: adapter_model\.saf.*; the run then continues from its begin"
+        ValueError, match=r"damaged: adapter_model\.saf.*to resume the run from its begin"
     ):
         tune(run, resume=True)
     (run / CHECKPOINTS / "checkpoint-3" / "complete").write_bytes(b"")  # by a power failure

@@ -30,7 +30,9 @@ def main() -> int:
     require_possible_lora(parsed.lora_rank, parsed.lora_alpha)
     if parsed.lora_rank is not None and is_sharded():
         # Its merging needs whole matrices, which no process has there.
-        raise SystemExit("A LoRA is not trained under FSDP. Use the configuration for DDP.")
+        raise SystemExit(
+            "Training a LoRA under FSDP is not supported. Use the configuration for DDP."
+        )
     conversations, skipped = read_conversations(
         parsed.data, parsed.images, check_images=parsed.check_images,
         skip_invalid=parsed.skip_invalid,

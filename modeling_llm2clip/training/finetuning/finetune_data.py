@@ -1,4 +1,4 @@
-"""The data of a fine-tuning: captions and other texts in pairs, and held-out groups."""
+"""Data for fine-tuning: pairs of captions and other texts, and held-out groups."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from .pair_sampling import (
 _MAX_HELD_OUT = 1000
 _CAPTIONS = "captions"
 _ROWS_AT_ONCE = 2**13
-_TOKENS_TO_SPARE = 8  # a tokenizer may add spaces at the ends
+_TOKENS_TO_SPARE = 8  # a tokenizer may add spaces at both ends
 
 
 @dataclass(frozen=True)
 class FinetuneData:
-    """Texts that are trained on, and groups that are measured on.
+    """Text pairs to train on, and held-out groups to evaluate on.
 
     Attributes:
-        tables: Text pairs, as `pair_sampling` has them: captions first, then others.
-        weights: Batches of each table per batch of the first.
+        tables: Tables of text pairs (see `pair_sampling`): captions first, then others.
+        weights: Number of batches of each table per batch of the first.
         num_trained: Number of groups whose captions are in the first table.
-        num_first_pairs: Rows of the first table that have each caption at least once.
-        held_out: Groups that are measured on.
-        counts: Groups on either side, and captions and text pairs that training lost to them.
+        num_first_pairs: Number of leading rows of the first table that cover all its captions.
+        held_out: Groups to evaluate on.
+        counts: Number of groups on each side, and of captions and text pairs lost to held-out ones.
     """
 
     tables: DatasetDict
@@ -56,7 +56,7 @@ class FinetuneData:
     counts: dict[str, int]
 
     def iterate_groups(self) -> Iterator[list[str]]:
-        """Yield the captions of each group that is trained on, each once, by group number."""
+        """Yield the distinct captions of each training group, in order of group number."""
         table = self.tables[_CAPTIONS]
         texts, keys = list_text_columns(table), list_key_columns(table)
         number, captions = 0, dict[int, str]()
@@ -71,7 +71,7 @@ class FinetuneData:
         yield [*captions.values()]
 
     def iterate_texts(self) -> Iterator[str]:
-        """Yield the captions of all images, those held out too, and the texts of other pairs."""
+        """Yield the captions of all images, including held-out ones, and the other pairs' texts."""
         yield from chain.from_iterable(self.iterate_groups())
         yield from chain.from_iterable(group.captions for group in self.held_out)
         for table in list(self.tables.values())[1:]:
@@ -86,9 +86,9 @@ def prepare_data(
     config: FinetuneConfig,
     folder: Path,
 ) -> FinetuneData:
-    """Hold out groups, pair the captions of the others, and leave held-out texts out.
+    """Hold out groups, pair the captions of the others, and exclude pairs with held-out texts.
 
-    One process of each machine writes the pairs; all of them map the files.
+    One process per machine writes the pairs, and all processes map the files.
     """
     num_held_out = count_held_out(len(groups), config)
     to_train, held_out, num_lost = groups.hold_out(num_held_out, seed=config.seed)
@@ -97,7 +97,7 @@ def prepare_data(
         partial(_write_tables, to_train, [file for file, _ in text_pairs], files, held_out, config)
     )
     tables = DatasetDict({file.name: open_table(file) for file in files})
-    for table in tables.values():  # raises now for a table that cannot fill a batch
+    for table in tables.values():  # fail early if a table cannot fill a batch
         sampler = NoDuplicateGroupsBatchSampler(
             table, config.per_device_train_batch_size, drop_last=True
         )
@@ -121,11 +121,11 @@ def count_held_out(num_groups: int, config: FinetuneConfig) -> int:
 def count_truncated(
     processor: LLM2CLIPProcessor, data: FinetuneData, *, show_progress: bool = False
 ) -> dict[str, int]:
-    """Count the texts, trained on and measured on, and those of them that are truncated.
+    """Count all training and held-out texts, and how many of them are truncated.
 
-    A text that several images or pairs have counts for each. Texts are tokenized, but for those
-    that are too short to be truncated: an ASCII text has at most one token per character beside the
-    prompt, and some to spare.
+    A text shared by several images or pairs counts once for each. Texts too short to be truncated
+    are not tokenized: an ASCII text has at most one token per character, plus the prompt and a
+    margin.
     """
     overhead = int(TokenizedTexts(processor, ["a"]).lengths[0]) + _TOKENS_TO_SPARE
     max_characters = processor.longest_text - overhead
@@ -145,7 +145,7 @@ def _write_tables(
     held_out: Sequence[CaptionGroup],
     config: FinetuneConfig,
 ) -> int:
-    """Write the pairs of captions and those of files, and return how many were left out."""
+    """Write caption pairs and text pairs, and return how many text pairs were left out."""
     left_out = np.unique([hash_text(text) for group in held_out for text in group.captions])
     write_caption_pairs(groups, files[0], seed=config.seed, num_pairings=config.num_pairings)
     total = 0
@@ -153,9 +153,8 @@ def _write_tables(
         num_written, num_lost = write_text_pairs(read_text_pairs(source), file, left_out=left_out)
         if not num_written:
             raise ValueError(
-                f"No pair is left of number {number} of text_pairs: each of {num_lost} has a "
-                "caption of a held-out image. Hold out fewer images (num_held_out), or leave this "
-                "file out (text_pairs)."
+                f"text_pairs[{number}] ({source}): all {num_lost} pairs contain a held-out "
+                "caption. Hold out fewer images (num_held_out), or leave this file out."
             )
         total += num_lost
     return total

@@ -1,7 +1,7 @@
-"""Stage 1: fine-tunes the LLM with a LoRA until it separates captions (paper, section 3.1).
+"""Stage 1: fine-tune the LLM with a LoRA so it separates captions (paper, section 3.1).
 
-Captions of one image are pulled together and captions of different images pushed apart, by the
-trainer and the losses of sentence-transformers.
+The trainer and losses of sentence-transformers pull captions of the same image together and push
+captions of different images apart.
 """
 
 from __future__ import annotations
@@ -88,17 +88,17 @@ from .finetune_trainer import (
 from .nearest_groups import require_search, write_nearest_groups
 
 WORSE = (
-    "Warning: the training made this accuracy lower than it was at the start. Take more steps "
-    "(--max-steps), a lower --learning-rate, or the LLM as it was."
+    "Warning: training lowered this accuracy. Train for more steps (--max-steps), lower the "
+    "learning rate (--learning-rate), or keep the original LLM."
 )
 WORSE_BY_MERGING = (
-    "Warning: merging rounds the weights, and made this accuracy lower than it was at the start. "
-    "Merge into a model in float32 (llm2clip export --dtype float32)."
+    "Warning: merging rounds the weights, which lowered this accuracy below where it started. "
+    "Merge into a float32 model (llm2clip export --dtype float32)."
 )
 UNNAMED = "unnamed data"
 LORA_FOLDER = "lora"
 MODEL_FOLDER = "model"
-_POOL_OF_HARD_NEGATIVES = 2  # times as many as are sampled: the same images do not always meet
+_POOL_OF_HARD_NEGATIVES = 2  # candidates per sampled negative, so batches vary
 
 
 def finetune_llm(
@@ -111,18 +111,18 @@ def finetune_llm(
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
-    """Fine-tune the LLM of a model with a LoRA, and write the model with the LoRA merged.
+    """Fine-tune a model's LLM with a LoRA, and write the model with the LoRA merged.
 
     `output` also gets the LoRA (`lora/`), `run.json` with the caption retrieval accuracy before
-    and after, `metrics.jsonl` and checkpoints. The accuracy after is that of what is written,
-    loaded again: of the merged model in the dtype of its folder, or of the LoRA.
+    and after, `metrics.jsonl` and checkpoints. The accuracy after training is measured on the files
+    as written: the merged model in its folder's dtype, or the LoRA.
 
     Args:
         source: Folder or Hub id of an LLM2CLIP model, or a loaded (model, processor).
         data: Records with at least two captions per image; the images are not read.
-        output: Folder of the run: new, or that of the same run with `resume`.
+        output: Folder of the run; it must be new, or with `resume` contain the same run.
         config: Options; None for the defaults.
-        data_name: Name of the data on the model card; None for no name.
+        data_name: Name of the data for the model card; None for unnamed data.
         resume: Continue from the last checkpoint in `output`.
         callbacks: Callbacks of transformers' Trainer.
 
@@ -131,10 +131,10 @@ def finetune_llm(
 
     Raises:
         ValueError: Before anything is computed: images with one caption, data that cannot fill a
-            batch, a text-only model that is to be merged, an `output` of another run or one that
-            is running in it, a LoRA in `init_lora` of another shape or LLM.
+            batch, merging into a text-only model, an `output` that is in use or contains another
+            run, or an `init_lora` for another shape or LLM.
         FileExistsError: `output/model` exists.
-        FloatingPointError: A loss, gradient or weight is not finite; it is not written.
+        FloatingPointError: A loss, gradient or weight is not finite; nothing is written.
         StageInterrupt: SIGINT or SIGTERM stopped the run after a checkpoint.
 
     Examples:
@@ -149,7 +149,7 @@ def finetune_llm(
     device = choose_device(config.device)
     with lock_run(output), open_source(source, output) as model_source:
         _require_tunable(model_source, config)
-        # Gone before there is a model: a run that is killed after that is never continued.
+        # Deleted before the model is written, because a run with a model is never resumed.
         with _open_scratch(output) as scratch:
             records = RecordTable.from_records(data)
             prepared, decided = _prepare(records, config, scratch)
@@ -158,7 +158,7 @@ def finetune_llm(
             if base_dtype is not None:
                 inputs["base_dtype"] = str(base_dtype).removeprefix("torch.")
             require_same_run(output, config, inputs, resume=resume)
-            if config.merge:  # before hours of training, not after
+            if config.merge:  # fail before hours of training, not after
                 require_disk_space(open_model_weights(model_source.folder), output)
                 read_card_of_trained(model_source.folder, [])
             if config.init_lora is not None:
@@ -170,11 +170,11 @@ def finetune_llm(
             )
             require_golden(model_source.folder, model, processor)
             if config.precision == "float32":
-                model.float()  # a folder in half precision would be computed in it
+                model.float()  # weights stored in half precision would otherwise compute in it
             encoder = _make_encoder(model, processor, config)
             last = find_last_checkpoint(output) if resume else None
             _train(encoder, prepared, output, config, inputs, last, callbacks)
-            del model, encoder  # the merged one takes its place in memory
+            del model, encoder  # make room for the merged model
         state = PartialState()
         if config.merge and state.is_main_process:
             _write_merged(model_source.folder, output, prepared.held_out, device, data_name)
@@ -183,24 +183,24 @@ def finetune_llm(
 
 
 def _require_tunable(source: StageSource, config: FinetuneConfig) -> None:
-    """Refuse a model that no LoRA may change, or that is not whole and would be merged."""
+    """Refuse a model whose embeddings must not change, or a partial model with merge=True."""
     saved = LLM2CLIPConfig.from_pretrained(source.folder)
     if saved.text_adapter_layers is None or saved.text_dense_width is not None:
         raise ValueError(
-            f"{source.name} keeps a text embedder as it is: a LoRA would change embeddings that "
-            "are to be kept, and would not fit Dense modules. Align it without fine-tuning."
+            f"{source.name} keeps a text embedder unchanged, but a LoRA would change its "
+            "embeddings and would not fit its Dense modules. Align it without fine-tuning."
         )
     if config.merge and saved.architectures != ["LLM2CLIPModel"]:
         raise ValueError(
-            f"{source.name} is {saved.architectures}, and merging writes a whole model. Give the "
-            "whole model, or merge=False, which writes the LoRA alone."
+            f"{source.name} is {saved.architectures}, but merging needs a whole model. Pass the "
+            "whole model, or merge=False to write only the LoRA."
         )
 
 
 def choose_base_dtype(precision: str, device_type: str) -> torch.dtype | None:
-    """Choose the dtype of the frozen weights; None for the stored one.
+    """Choose the dtype of the frozen weights; None keeps the stored dtype.
 
-    A GPU that computes in bfloat16 needs them in no other, and has half the memory to spare.
+    A GPU that computes in bfloat16 only needs bfloat16 weights, which saves half the memory.
     """
     on_gpu = device_type == "cuda"
     return torch.bfloat16 if on_gpu and computes_in_bfloat16(precision, on_gpu=True) else None
@@ -209,7 +209,7 @@ def choose_base_dtype(precision: str, device_type: str) -> torch.dtype | None:
 def check_finetuning(
     records: Sequence[CaptionedImage], output: Path, config: FinetuneConfig
 ) -> None:
-    """Refuse options and data that `finetune_llm` would refuse, without a model."""
+    """Refuse options and data that `finetune_llm` would refuse, without needing a model."""
     with _open_scratch(output, only_checks=True) as scratch:
         _prepare(RecordTable.from_records(records), config, scratch)
 
@@ -221,25 +221,26 @@ def describe_finetuning(output: Path) -> list[str]:
     warning = WORSE if results.get("cra_unmerged", after) < before else WORSE_BY_MERGING
     lines = []
     if skipped := inputs["num_single_captions_skipped"]:
-        lines.append(f"Skipped {counted(skipped, 'image')} with one caption only.")
+        lines.append(f"Skipped {counted(skipped, 'image')} with only one caption.")
     lines += [
         f"Wrote {output / LORA_FOLDER}. Caption retrieval accuracy on {results['num_held_out']} "
         f"held-out images: {before:.1%} -> {after:.1%}.",
         *([warning] if after < before else []),
-        f"Truncated {results['num_truncated']:,} of {counted(results['num_texts'], 'text')}, to "
+        f"Truncated {results['num_truncated']:,} of {counted(results['num_texts'], 'text')} to "
         f"{inputs['fingerprint']['max_text_length']} tokens.",
     ]
     if search := results.get("hard_negatives", {}).get("recall_sample"):
         recall = results["hard_negatives"]["recall"]
         lines.append(
-            f"Hard negatives were searched approximately: {recall:.1%} of the nearest images were "
-            f"found (recall on a sample of {search})."
+            f"Hard negatives come from an approximate search that finds {recall:.1%} of the "
+            f"nearest images (recall on a sample of {search})."
         )
     if record["config"]["merge"]:
         lines.append(
-            f"Wrote {output / MODEL_FOLDER}, on which the accuracy was measured; merging left "
-            f"{results['share_changed_by_merging']:.1%} of the entries changed that the LoRA "
-            f"changes, and without it the accuracy was {results['cra_unmerged']:.1%}."
+            f"Wrote {output / MODEL_FOLDER}, which was measured above. After rounding, "
+            f"{results['share_changed_by_merging']:.1%} of the entries that the LoRA changes still "
+            f"differ from the original; without merging, the accuracy was "
+            f"{results['cra_unmerged']:.1%}."
         )
     return lines
 
@@ -247,7 +248,7 @@ def describe_finetuning(output: Path) -> list[str]:
 def _prepare(
     records: RecordTable, config: FinetuneConfig, scratch: Path
 ) -> tuple[FinetuneData, dict[str, Any]]:
-    """Check and prepare what needs no model; returns the data, and parts of the run's record."""
+    """Check and prepare everything that needs no model; return the data and run record entries."""
     groups, num_skipped = (
         skip_single_captions(records)
         if config.skip_single_captions
@@ -266,10 +267,11 @@ def _prepare(
 
 @contextmanager
 def _open_scratch(output: Path, *, only_checks: bool = False) -> Iterator[Path]:
-    """Make a temporary folder for the pairs, one for all processes of a machine.
+    """Make a temporary folder for the pairs, shared by all processes on a machine.
 
-    It is in the folder of the run, which holds its lock: what a killed run left there is its own.
-    A check, which has no folder, gets a new one on the same disk; `/tmp` may be in memory.
+    It is in the locked run folder, so leftovers there can only come from a killed attempt of this
+    run. A check has no run folder and uses a new folder on the same disk, because `/tmp` may be in
+    memory.
     """
     with ExitStack() as stack:
 
@@ -278,7 +280,7 @@ def _open_scratch(output: Path, *, only_checks: bool = False) -> Iterator[Path]:
                 parent = next(parent for parent in output.absolute().parents if parent.is_dir())
                 scratch = Path(mkdtemp(prefix=f".{output.name}-pairs-", dir=parent))
             else:
-                # Unfinished by its name, so a run that begins with it is still a new one.
+                # `.tmp` marks it as unfinished, so a folder that has only this still counts as new.
                 scratch = output / f"pairs-{PartialState().process_index}.tmp"
                 shutil.rmtree(scratch, ignore_errors=True)
                 scratch.mkdir()
@@ -290,7 +292,7 @@ def _open_scratch(output: Path, *, only_checks: bool = False) -> Iterator[Path]:
 
 
 def _identify(source: StageSource, records: RecordTable, config: FinetuneConfig) -> dict[str, Any]:
-    """Identify what the numbers of a run depend on beside its options."""
+    """Identify all inputs that affect the results of a run, other than its options."""
     init_lora = config.init_lora
     return {
         "source": source.name,
@@ -314,7 +316,7 @@ def _train(
     last: Path | None,
     callbacks: Sequence[TrainerCallback],
 ) -> None:
-    """Train the LoRA, perhaps from the last checkpoint, and write it to `output/lora`."""
+    """Train the LoRA, from the last checkpoint if there is one, and write it to `output/lora`."""
     state = PartialState()
     counts = dict(data.counts)
     if state.is_main_process:
@@ -322,9 +324,9 @@ def _train(
     require_gradients(
         find_without_gradient(encoder.llm2clip, encoder.sum_of_two),
         cause=f"lora_target_modules={' '.join(config.lora_target_modules)}",
-        remedy="Name all other layers as the target_modules of the LoRA (--lora-target-modules).",
+        remedy="List all other layers in --lora-target-modules.",
     )
-    state.wait_for_everyone()  # every process has checked the folder before it is filled
+    state.wait_for_everyone()  # all processes check the folder before one writes to it
     if state.is_main_process:
         if last is None:
             write_run_record(output, config, inputs, model=encoder.llm2clip)
@@ -352,7 +354,7 @@ def _train(
             base_weights=inputs["fingerprint"]["weights"],
         )
     state.wait_for_everyone()
-    encoder.load_lora(output / LORA_FOLDER)  # as it is written, in its dtype
+    encoder.load_lora(output / LORA_FOLDER)  # measure the LoRA as written, in its dtype
     after = measure_caption_retrieval(encoder.encode, data.held_out)
     if state.is_main_process:
         add_results(output, steps=step, cra_before=before, cra_after=after, **counts)
@@ -380,7 +382,7 @@ def _find_nearest(
     *,
     resumed: bool,
 ) -> Array | None:
-    """Find the nearest groups of each group, once per run: all processes encode, one compares."""
+    """Find each group's nearest groups once per run; all processes encode, one compares."""
     if not config.num_hard_negatives:
         return None
     file, state = output / NEAREST_FILE, PartialState()
@@ -406,10 +408,10 @@ def _write_merged(
     device: torch.device,
     data_name: str | None,
 ) -> None:
-    """Write the model with the LoRA added to the weights of its LLM, and measure what is written.
+    """Write the model with the LoRA merged into its LLM, and evaluate the written files.
 
-    Sums are rounded to the dtype of the folder, which may cost accuracy. Instructions, licenses and
-    the record of a conversion are taken over.
+    The merged weights are rounded to the folder's dtype, which may cost accuracy. Instructions,
+    licenses and any conversion record are kept.
     """
     model = LLM2CLIPModel.from_pretrained(source)
     processor = LLM2CLIPProcessor.from_pretrained(source)
@@ -417,7 +419,7 @@ def _write_merged(
     share_changed = merge_lora(model.text_model, output / LORA_FOLDER)
 
     def measure(folder: Path) -> None:
-        model.to("meta")  # a large LLM does not fit twice
+        model.to("meta")  # a large LLM does not fit into memory twice
         written = LLM2CLIPTextModel.from_pretrained(folder).eval().to(device)
         compare_golden(folder, written, processor)
         encode = partial(encode_texts, written, processor, project=False)

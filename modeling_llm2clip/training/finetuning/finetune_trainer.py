@@ -1,6 +1,6 @@
-"""The LLM with a LoRA as a module of sentence-transformers, its trainer, and the LoRA's files.
+"""The LLM with a LoRA as a sentence-transformers module, its trainer, and the LoRA's files.
 
-The module exists only during training; what is written is the LoRA.
+The module exists only during training; only the LoRA is written.
 """
 
 from __future__ import annotations
@@ -56,28 +56,28 @@ from .pair_sampling import (
 )
 
 _SHORT_RUN = 200  # shorter runs log every step
-# Value of `negatives` → what sentence-transformers' loss compares, and how it sums up.
+# Value of `negatives` → directions of sentence-transformers' loss, and their reduction.
 _DIRECTIONS = {
     "query-to-doc": (("query_to_doc",), "joint"),
     "symmetric": (("query_to_doc", "doc_to_query"), "per_direction"),
     "all": (("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"), "joint"),
 }
-# Options of a LoRA that change its effect, and that its weights do not show.
+# LoRA options that change its effect without changing the shapes of its weights.
 _MEANING = (
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias",
     "lora_bias", "modules_to_save", "fan_in_fan_out", "layer_replication",
 )  # fmt: skip
-# Other initializations change the base weights, which ours does not.
+# Initializations that leave the base weights unchanged, as ours does.
 _LEAVE_BASE_UNCHANGED = (*PLAIN_STARTS, "orthogonal", "eva")
 
 
 class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is typed in part
-    """Tokens to unprojected caption embeddings, as a module of sentence-transformers.
+    """Sentence-transformers module that maps tokens to unprojected caption embeddings.
 
-    The LLM gets the LoRA layers in place; all else is frozen.
+    The LoRA layers are added to the LLM in place; everything else is frozen.
     """
 
-    save_in_root = True  # so that a checkpoint is a folder of a LoRA
+    save_in_root = True  # makes a checkpoint a LoRA folder
 
     def __init__(
         self,
@@ -91,8 +91,8 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
         self.processor = processor
         self.tokenizer = processor.tokenizer
         lora.exclude_modules = find_pooler(model.text_model)
-        # The wrapper changes the LLM in place. It alone can write a LoRA; in a list, it is no
-        # second path to the same parameters.
+        # The wrapper changes the LLM in place and is needed to write the LoRA. The list hides it
+        # from torch, which would otherwise register the same parameters twice.
         self._adapted: list[PeftModel] = [get_peft_model(model.text_model, lora)]
 
     @property
@@ -105,13 +105,13 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
 
     @property
     def modalities(self) -> list[str]:
-        """Texts alone, as sentence-transformers asks."""
+        """Supported modalities, for sentence-transformers."""
         return ["text"]
 
     def preprocess(self, inputs: Sequence[str], prompt: str | None = None, **_: Any) -> Any:
         """Tokenize captions with the model's prompt."""
         if prompt:
-            raise ValueError(f"Captions are trained on without an instruction, got {prompt!r}.")
+            raise ValueError(f"Captions are trained without an instruction, not {prompt!r}.")
         check_texts(list(inputs))
         return dict(self.processor(text=list(inputs)))
 
@@ -122,22 +122,22 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
         return features
 
     def sum_of_two(self) -> Tensor:
-        """Add up the embeddings of two texts: a number that depends on everything trained."""
+        """Return the sum of two text embeddings, a scalar that depends on all trained weights."""
         features = self.preprocess(["a dog", "two red apples on a wooden table"])
         return self.forward(features)["sentence_embedding"].sum()
 
     def save(self, output_path: str, *_: Any, **__: Any) -> None:
-        """Write the LoRA alone."""
+        """Write only the LoRA."""
         _save_lora(self.adapted, output_path)
 
     def load_lora(self, folder: Path) -> None:
         require_same_meaning(folder, self.adapted.peft_config["default"])
         base = str(self.llm2clip.text_model.config._name_or_path or "")
         stated = str(LoraConfig.from_pretrained(str(folder)).base_model_name_or_path or "")
-        if stated and base and not is_same_base(stated, base):  # else nothing to compare
+        if stated and base and not is_same_base(stated, base):  # either may be unknown
             raise ValueError(
-                f"{folder} is for the base {stated!r}, but the LLM is {base!r}. Begin from a LoRA "
-                "of this LLM, or leave init_lora out."
+                f"{folder} is for the base {stated!r}, but the LLM is {base!r}. Start from a LoRA "
+                "for this LLM, or leave init_lora out."
             )
         weights = load_file(folder / LORA_WEIGHTS)
         result = set_peft_model_state_dict(self.adapted, weights)
@@ -171,29 +171,29 @@ def make_lora_config(config: FinetuneConfig) -> LoraConfig:
 def write_lora(
     encoder: CaptionEncoder, folder: Path, *, dtype: torch.dtype, base_weights: str | None
 ) -> None:
-    """Write the LoRA as peft loads it."""
+    """Write the LoRA in peft's format."""
     name_base_without_path(encoder.adapted)
     _save_lora(encoder.adapted, str(folder))
     file = folder / LORA_WEIGHTS
     weights = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
     known = {} if base_weights is None else {BASE_WEIGHTS: base_weights}
     file.write_bytes(serialize_tensors(weights, {"format": "pt", **known}))
-    file.chmod(0o644)  # peft writes for its owner alone
-    (folder / "README.md").unlink(missing_ok=True)  # peft's empty template
+    file.chmod(0o644)  # peft's file is only readable by its owner
+    (folder / "README.md").unlink(missing_ok=True)  # peft writes an empty template
 
 
 def _save_lora(adapted: PeftModel, folder: str) -> None:
-    """Write a LoRA; by default, peft asks the Hub whether the vocabulary has changed."""
+    """Write a LoRA without peft's default query to the Hub for a changed vocabulary."""
     adapted.save_pretrained(folder, save_embedding_layers=False)
     file = Path(folder) / LORA_CONFIG
     config = json.loads(file.read_text("utf-8"))
-    # peft writes a set of names, whose order differs between processes.
+    # peft writes an unordered set, so sort it to make the file reproducible.
     config["target_modules"] = sorted(config["target_modules"])
     file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def name_base_without_path(adapted: PeftModel) -> None:
-    """Replace the path of the base model by its last part, since a LoRA may be published."""
+    """Replace the base model's local path with its last component, in case the LoRA is shared."""
     config = adapted.peft_config["default"]
     base = Path(str(config.base_model_name_or_path))
     if base.exists():
@@ -201,26 +201,26 @@ def name_base_without_path(adapted: PeftModel) -> None:
 
 
 def require_same_meaning(folder: Path, config: LoraConfig) -> None:
-    """Require that a LoRA's weights give the same embeddings under this run's options.
+    """Require that a LoRA's weights have the same effect under this run's options.
 
-    With other options they would load without an error.
+    With different options, the weights would load without an error but act differently.
     """
     for name in (LORA_CONFIG, LORA_WEIGHTS):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}. Give the folder of a LoRA.")
+            raise ValueError(f"{folder} has no {name}. Choose a LoRA folder.")
     saved = LoraConfig.from_pretrained(str(folder))
     pairs = {name: (getattr(saved, name, None), getattr(config, name, None)) for name in _MEANING}
     errors = [
-        f"{name}={value!r}, in this run {expected!r}"
+        f"{name}={value!r} instead of {expected!r}"
         for name, (value, expected) in pairs.items()
-        if (value or None) != (expected or None)  # None, 0 and an empty value are the same
+        if (value or None) != (expected or None)  # None, 0 and empty values are equivalent
     ]
     if saved.init_lora_weights not in _LEAVE_BASE_UNCHANGED:
         errors.append(f"init_lora_weights={saved.init_lora_weights!r}, which changes its base")
     if errors:
         raise ValueError(
-            f"{folder} has {'; '.join(errors)}. Give this run the same lora_rank; "
-            "other differences are not supported."
+            f"{folder} does not match this run: {'; '.join(errors)}. Set lora_rank to the LoRA's "
+            "rank; other differences are not supported."
         )
 
 
@@ -228,30 +228,30 @@ class FinetuneTrainer(
     StageTrainerMixin,
     SentenceTransformerTrainer,  # type: ignore[misc]
 ):
-    """Saves and loads a LoRA where sentence-transformers has a whole model; stops at NaN.
+    """Trainer that saves and loads only the LoRA instead of a whole model, and stops at NaN.
 
-    To this trainer the whole run is one epoch; see `WeightedBatchSampler`. Token ids stay on the
-    CPU: there the loss cuts mini-batches and the model checks and packs them, without a wait for
-    the device. Only DistributedDataParallel copies them itself.
+    The whole run is a single epoch to this trainer; see `WeightedBatchSampler`. Token ids stay on
+    the CPU, so the loss can split mini-batches and the model can check and pack them without
+    synchronizing the device. Only DistributedDataParallel copies them itself.
     """
 
     encoder: CaptionEncoder
     steps_per_epoch: int
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log metrics, with passes over the data as the epoch."""
+        """Log metrics, with the number of passes over the data as the epoch."""
         self.state.epoch = self.state.global_step / self.steps_per_epoch
         super().log(logs, *args, **kwargs)
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-        """Collect nothing for a model card, since this LoRA is not published as it is."""
+        """Skip the model card, because this LoRA is not published as is."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         require_finite(self.encoder.trained_weights, step=self.state.global_step)
         super()._save_checkpoint(model, trial)
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
-        if self.args.should_save:  # every process is asked, and one writes
+        if self.args.should_save:  # called on every process, but only one writes
             super()._save(*args, **kwargs)
 
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:
@@ -262,7 +262,7 @@ class FinetuneTrainer(
         return super().get_train_dataloader()
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        # Gradient caching samples dropout again on the devices of what it is given.
+        # Gradient caching restores dropout's random state only on the devices of its inputs.
         markers = {
             f"{name.removesuffix('input_ids')}device": torch.empty(
                 len(ids), 0, device=self.args.device
@@ -277,7 +277,7 @@ class FinetuneTrainer(
 
 
 class _CaptionRetrieval(BaseEvaluator):  # type: ignore[misc]
-    """The caption retrieval accuracy, as sentence-transformers' trainer asks for it."""
+    """Caption retrieval accuracy as an evaluator for sentence-transformers' trainer."""
 
     def __init__(self, encoder: CaptionEncoder, groups: Sequence[CaptionGroup]) -> None:
         super().__init__()
@@ -289,7 +289,7 @@ class _CaptionRetrieval(BaseEvaluator):  # type: ignore[misc]
 
 
 def count_run_steps(data: FinetuneData, config: FinetuneConfig) -> tuple[int, int]:
-    """Count the steps of the whole run, and of an epoch."""
+    """Return the number of steps in the whole run and in one epoch."""
     lengths = [len(table) for table in data.tables.values()]
     window_size = config.per_device_train_batch_size * PartialState().num_processes
     steps_per_epoch = sum(count_steps(lengths, data.weights, window_size))

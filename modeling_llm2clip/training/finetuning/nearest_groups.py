@@ -1,8 +1,8 @@
-"""The nearest groups of each group by cosine, for hard batches: groups that a model still confuses.
+"""Find each group's nearest groups by cosine, which a model still confuses, for hard batches.
 
-Up to `EXACT_UP_TO` groups are compared with all, and so are all that a GPU has room for. Above,
-FAISS sorts groups into clusters and compares a group with those of the nearest clusters. The recall
-is measured on a sample of groups, which is also searched exactly.
+The search is exact for up to `EXACT_UP_TO` groups, or if all embeddings fit on the GPU. Otherwise
+FAISS clusters the groups and compares each group only with those in the nearest clusters. Recall is
+measured against an exact search for a sample of groups.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ EXACT_UP_TO = 20_000
 _ROWS_PER_TILE = 1024
 _ROWS_AT_ONCE = 2**15
 _SAMPLE = 1000
-_GROUPS_AT_ONCE = 4096  # of each process
-_POINTS_PER_CLUSTER = 32  # more make the clusters of a million embeddings no better
-_SHARE_SEARCHED = 1 / 16  # of the clusters
+_GROUPS_AT_ONCE = 4096  # per process
+_POINTS_PER_CLUSTER = 32  # more do not improve the clusters of a million embeddings
+_SHARE_SEARCHED = 1 / 16  # share of clusters searched
 
 
 def find_nearest_groups(
@@ -42,10 +42,10 @@ def find_nearest_groups(
     device: torch.device | str = "cpu",
     is_resident: bool | None = None,
 ) -> tuple[Array, dict[str, Any]]:
-    """Find the nearest other rows of each row, nearest first, and report how they were found.
+    """Find each row's nearest other rows, nearest first, and report the method.
 
-    They are (N, top_k) integers. The embeddings may be mapped. `is_resident` moves them to the
-    device, which then compares all with all; None does so on a GPU that has room for them.
+    Returns (N, top_k) integers. The embeddings may be memory-mapped. `is_resident` moves them to
+    the device for an exact search; None does so if a GPU has room for them.
     """
     rows, device = np.arange(len(embeddings)), torch.device(device)
     if is_resident is None:
@@ -63,7 +63,7 @@ def find_nearest_groups(
 
 
 def require_search(num_groups: int) -> None:
-    """Require FAISS where so many groups are not compared exactly."""
+    """Require FAISS if there are too many groups for an exact search."""
     if num_groups > EXACT_UP_TO:
         require(ANN)
 
@@ -81,7 +81,7 @@ def _hold(embeddings: Array, device: torch.device) -> Tensor:
 def _search_exactly(
     embeddings: Array | Tensor, rows: Array, top_k: int, device: torch.device | str
 ) -> Iterator[Array]:
-    """Yield the nearest rows of some rows, (M, top_k) at a time, in bounded memory."""
+    """Yield the nearest rows of the given rows in blocks of (M, top_k), in bounded memory."""
     for start in range(0, len(rows), _ROWS_PER_TILE):
         tile = rows[start : start + _ROWS_PER_TILE]
         query_rows = torch.from_numpy(tile).to(device)
@@ -112,7 +112,7 @@ def _take_units(
 def _build_index(
     embeddings: Array, top_k: int, device: torch.device | str
 ) -> tuple[Any, dict[str, Any]]:
-    """Build an inverted file of FAISS, and measure its recall.
+    """Build a FAISS inverted file index, and measure its recall.
 
     The index takes a byte per embedding dimension.
     """
@@ -145,11 +145,11 @@ def _search_index(index: Any, embeddings: Array, rows: Array, top_k: int) -> Ite
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         tile = rows[start : start + _ROWS_AT_ONCE]
         near = index.search(_take_units(embeddings, tile, "cpu").numpy(), top_k + 1)[1]
-        # A row finds itself first, or not at all beside many equal ones.
+        # A row finds itself first, or not at all if many rows are equal to it.
         is_other = near != tile[:, None]
         is_other[is_other.all(axis=1), -1] = False
         near = near[is_other].reshape(len(tile), top_k)
-        # Clusters with too few groups leave places open, -1: the rows that follow fill them.
+        # Clusters with too few groups leave gaps (-1), filled here with the following rows.
         following = (tile[:, None] + 1 + np.arange(top_k)) % len(embeddings)
         yield np.where(near < 0, following, near)
 
@@ -163,10 +163,10 @@ def encode_groups(encode: Callable[[list[str]], Tensor], groups: Sequence[list[s
 def encode_groups_together(
     encode: Callable[[list[str]], Tensor], groups: Iterable[list[str]]
 ) -> Iterator[Tensor]:
-    """Compute `encode_groups` by all processes, an equal share each, some thousand at a time."""
+    """Compute `encode_groups` on all processes in equal shares, some thousand groups at a time."""
     state, remaining = PartialState(), iter(groups)
     while some := list(islice(remaining, _GROUPS_AT_ONCE * state.num_processes)):
-        # With fewer groups than processes, some encode the last one for nothing.
+        # If there are fewer groups than processes, some processes encode the last one needlessly.
         share = some[state.process_index :: state.num_processes] or some[-1:]
         encoded = encode_groups(encode, share).to(state.device)
         longest = -(-len(some) // state.num_processes)
@@ -182,16 +182,16 @@ def write_nearest_groups(
     top_k: int,
     file: Path,
 ) -> dict[str, Any]:
-    """Encode all groups, and write the nearest ones of each, which a resumed run reads.
+    """Encode all groups, and write each group's nearest ones to a file that resumed runs read.
 
-    All processes encode, the main one compares and writes. Embeddings are in a temporary file
-    beside the target, in float16 if they are not compared exactly.
+    All processes encode; the main process compares and writes. Embeddings go to a temporary file
+    next to the target, in float16 unless the search is exact.
     """
     state = PartialState()
     dtype = np.float32 if num_groups <= EXACT_UP_TO else np.float16
     with TemporaryFile(dir=file.parent) as scratch:
         for encoded in encode_groups_together(encode, groups):
-            if state.is_main_process:  # unit length, so that float16 holds them
+            if state.is_main_process:  # at unit length, they fit the range of float16
                 F.normalize(encoded, dim=-1).cpu().numpy().astype(dtype).tofile(scratch)
         if not state.is_main_process:
             return {}

@@ -1,12 +1,13 @@
-"""Tables of text pairs in files that are mapped, and batches of them without false negatives.
+"""Memory-mapped tables of text pairs, and batches from them without false negatives.
 
 | column | content |
 | --- | --- |
-| `group` | integer that pairs of the same meaning share; of captions, the number of their group |
+| `group` | integer shared by all pairs with the same meaning; for captions, their group number |
 | `anchor`, `positive`, `negative_1`, … | texts |
 | `anchor_key`, `positive_key`, `negative_1_key`, … | 64-bit keys of the texts |
 
-The sampler compares integers. Equal keys of different texts only make a row wait for another batch.
+The sampler compares integers. If two texts share a key by chance, a row only waits for a later
+batch.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ...data.captions.text_pairs import TextPair
 from ...data.key_arrays import Array, is_among, sort_rows
 from ...data.records.record_columns import hash_text
 
-# Number, group and text keys of a row.
+# Row number, group and text keys.
 _Row: TypeAlias = tuple[int, int, tuple[int, ...]]
 
 GROUP_COLUMN = "group"
@@ -43,7 +44,7 @@ _PAIRS_AT_ONCE = 2**14
 def write_caption_pairs(
     groups: CaptionGroups, file: Path, *, seed: int, num_pairings: int = 1
 ) -> None:
-    """Split each group's captions into pairs at random, and write them."""
+    """Randomly split each group's captions into pairs, and write them."""
     generator = random.Random(seed)
     schema = _make_schema(num_negatives=0)
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
@@ -61,10 +62,10 @@ def write_caption_pairs(
 def write_text_pairs(
     pairs: Iterable[TextPair], file: Path, *, left_out: Array | None = None
 ) -> tuple[int, int]:
-    """Write text pairs, except those with a left-out text.
+    """Write text pairs, except pairs that contain a left-out text.
 
-    A different text with the same 64-bit key leaves its pair out too: one pair in a billion for
-    ten million texts that are left out and a thousand pairs.
+    A pair is also left out if another text's 64-bit key happens to collide with a left-out one. For
+    ten million left-out texts and a thousand pairs, the chance is about one in a billion.
     """
     remaining = iter(pairs)
     num_written, num_left_out = 0, 0
@@ -88,12 +89,12 @@ def write_text_pairs(
 
 
 def open_table(file: Path) -> Dataset:
-    """Map a table into memory, without reading it."""
+    """Memory-map a table without reading it."""
     return Dataset.from_file(str(file))
 
 
 def list_text_columns(table: Dataset) -> list[str]:
-    """List the columns of texts: anchor, positive, negative_1, …."""
+    """List the text columns: anchor, positive, negative_1, …."""
     return [
         name
         for name in table.column_names
@@ -106,14 +107,14 @@ def list_key_columns(table: Dataset) -> list[str]:
 
 
 def iterate_numbers(table: Dataset, name: str) -> Iterator[Array]:
-    """Yield a column of integers in pieces, as they are mapped."""
-    assert table._indices is None, "rows of this table were selected"
+    """Yield the memory-mapped chunks of an integer column."""
+    assert table._indices is None, "the table must not be a selection of rows"
     for chunk in table.data.column(name).chunks:
         yield np.asarray(chunk)
 
 
 class MappedColumn:
-    """A column of integers, whose rows are read on demand."""
+    """An integer column whose rows are read on demand."""
 
     def __init__(self, table: Dataset, name: str) -> None:
         self.pieces = list(iterate_numbers(table, name))
@@ -143,7 +144,7 @@ def _make_schema(*, num_negatives: int) -> pa.Schema:
 
 
 def _sample_pairs(counts: Array, generator: random.Random) -> Array:
-    """Pair captions of the same group, (P, 2) int64 numbers of captions of the batch."""
+    """Pair captions of the same group; return their numbers in the batch, (P, 2) int64."""
     numbers: list[int] = []
     start = 0
     for size in counts.tolist():
@@ -157,10 +158,10 @@ def _sample_pairs(counts: Array, generator: random.Random) -> Array:
 
 
 class PairCollator(SentenceTransformerDataCollator):  # type: ignore[misc]
-    """Leaves out the integer columns, which only the sampler needs."""
+    """Drops the integer columns, which only the sampler needs."""
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        """Tokenize the texts of some rows, column by column."""
+        """Tokenize the texts of rows, column by column."""
         return super().__call__(  # type: ignore[no-any-return]
             [
                 {k: v for k, v in row.items() if k != GROUP_COLUMN and not k.endswith(KEY_SUFFIX)}
@@ -170,17 +171,18 @@ class PairCollator(SentenceTransformerDataCollator):  # type: ignore[misc]
 
 
 class NoDuplicateGroupsBatchSampler(DefaultBatchSampler):  # type: ignore[misc]
-    """Samples batches in which each group, and each text, occurs once over all processes.
+    """Samples batches without repeated groups or texts across all processes.
 
-    After sentence-transformers' `NoDuplicatesBatchSampler`. A batch of all processes is
-    `num_processes` successive batches: accelerate deals them out in turn. A row that would repeat
-    a group or a text waits for a later batch. Every epoch has equally many batches, `len(dataset)`
-    divided by the size of a batch of all processes; a short rest is filled from the next shuffle.
+    Based on sentence-transformers' `NoDuplicatesBatchSampler`. A global batch is `num_processes`
+    successive batches, which accelerate distributes in turn. A row that would repeat a group or a
+    text waits for a later batch. Every epoch has `len(dataset)` divided by the global batch size
+    batches per process; an incomplete last batch is filled from the next shuffle.
 
-    It holds 4 bytes a row, the shuffled order; groups and keys of texts are read from the table.
+    Memory holds only the shuffled order, 4 bytes per row; groups and text keys are read from the
+    table.
 
-    With `nearest`, (groups, K) integers, batches are hard: a row is followed by a row of each of
-    `num_hard_negatives` random ones of its group's nearest groups that have rows left.
+    With `nearest`, (groups, K) integers, batches contain hard negatives: each row is followed by
+    one row from each of `num_hard_negatives` randomly chosen nearest groups that still have rows.
     """
 
     def __init__(
@@ -205,8 +207,8 @@ class NoDuplicateGroupsBatchSampler(DefaultBatchSampler):  # type: ignore[misc]
             if len(groups) >= self.window_size:
                 return
         raise ValueError(
-            f"Too few different images ({len(groups)}) for a batch of {batch_size}, in which "
-            f"each may occur once (processes: {self.num_processes}). Lower "
+            f"Too few different images ({len(groups)}) for a batch of {batch_size}, in which each "
+            f"may occur only once (processes: {self.num_processes}). Lower "
             "per_device_train_batch_size."
         )
 
@@ -239,12 +241,12 @@ class NoDuplicateGroupsBatchSampler(DefaultBatchSampler):  # type: ignore[misc]
         yield from zip(rows.tolist(), groups, keys, strict=True)
 
     def _order_by_nearest(self, shuffled: Array, generator: torch.Generator) -> Iterator[int]:
-        """Yield every row once, each followed by rows of its nearest groups that are left."""
+        """Yield every row once, each followed by remaining rows of its nearest groups."""
         assert self.nearest is not None
         group_of_row = np.concatenate([piece.astype(np.int32) for piece in self.groups.pieces])
         by_group = shuffled[sort_rows(group_of_row[shuffled])]
-        # The rows of a group that are left are by_group[first[group] : last[group]]: its own turn
-        # takes the first of them, that of another group the last.
+        # A group's remaining rows are by_group[first[group] : last[group]]. Its own turn takes the
+        # first of them; as a negative of another group, it gives up the last.
         last = np.cumsum(np.bincount(group_of_row), dtype=np.int32)
         first = np.concatenate([last[:1] * 0, last[:-1]])
         for row in shuffled:
@@ -275,8 +277,8 @@ class NoDuplicateGroupsBatchSampler(DefaultBatchSampler):  # type: ignore[misc]
                 num_refused += 1
                 if num_refused > max_refused:
                     raise ValueError(
-                        f"No batch of {self.window_size} without a repeated image or text exists: "
-                        f"only {counted(len(window), 'row')} fit. Lower "
+                        f"No batch of {self.window_size} rows without repeated images or texts is "
+                        f"possible: at most {counted(len(window), 'row')} could be combined. Lower "
                         "per_device_train_batch_size."
                     )
                 continue
@@ -288,12 +290,12 @@ class NoDuplicateGroupsBatchSampler(DefaultBatchSampler):  # type: ignore[misc]
 
 
 class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):  # type: ignore[misc]
-    """Mixes tables: a batch of all processes is of one table, in each epoch as often as it weighs.
+    """Mixes tables by weight; each global batch comes from a single table.
 
-    Only batches of the first table, which is that of captions, are hard ones.
+    Only the first table, with the captions, gets hard negatives.
 
-    Yields the batches of the whole run, so that a resumed run skips the first ones. A table that is
-    used up starts again, in a new order. Steps count batches of all processes together.
+    Yields the batches of the whole run, so a resumed run can skip the first ones. An exhausted
+    table starts over in a new order. A step is one global batch.
     """
 
     def __init__(self, *args: Any, weights: Sequence[float], num_steps: int, **kwargs: Any) -> None:
@@ -302,7 +304,7 @@ class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):  # type: ignore[mis
         self.num_steps = num_steps
         lengths = [len(table) for table in self.dataset.datasets]
         self.steps = count_steps(lengths, weights, self.batch_size * self.num_processes)
-        # The nearest groups are those of the first table, of captions.
+        # Nearest groups exist only for the first table, with the captions.
         for sampler in self.batch_samplers[1:]:
             sampler.num_hard_negatives = 0
 
@@ -332,13 +334,13 @@ class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):  # type: ignore[mis
 
 
 def count_steps(lengths: Sequence[int], weights: Sequence[float], window_size: int) -> list[int]:
-    """Count the batches of each table in an epoch: all of the first, others by weight."""
+    """Count each table's batches per epoch: all of the first table, others by weight."""
     first = lengths[0] // window_size
     return [max(1, round(first * weight)) for weight in weights]
 
 
 def _shuffle(number: int, generator: torch.Generator) -> Array:
-    """Shuffle the numbers below one, 4 bytes each up to two billion."""
+    """Shuffle the integers below `number`; up to two billion, they take 4 bytes each."""
     fits = number <= np.iinfo(np.int32).max
     dtype = torch.int32 if fits else torch.int64
     return torch.randperm(number, generator=generator, dtype=dtype).numpy()

@@ -1,4 +1,4 @@
-"""Builds a run's loss: the named loss, over several sizes of embeddings, and added terms."""
+"""Build the loss of a run: a named loss, optionally over several embedding sizes, plus terms."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .terms import KeptTextsLoss, SelfDistillationLoss, StructureLoss
 
 
 class WeightedSum(nn.Module):
-    """The sum of a loss and of weighted terms.
+    """Sum of a loss and weighted terms.
 
     Args:
-        loss: The loss with the weight 1.
-        terms: Weight and loss of each term, by its name.
+        loss: Loss with weight 1.
+        terms: Weight and module of each term, by name.
     """
 
     def __init__(self, loss: Loss, terms: Mapping[str, tuple[float, nn.Module]]) -> None:
@@ -39,7 +39,7 @@ class WeightedSum(nn.Module):
 
 
 def build_loss(config: AlignConfig, loss: Loss | None = None) -> Loss:
-    """Build the loss that the options describe, around a given loss if there is one."""
+    """Build the configured loss; a `loss` that is passed replaces the named one."""
     if loss is None:
         loss = load_loss(config.loss, chunk_size=config.loss_chunk_size)
     if config.matryoshka_dims:
@@ -55,13 +55,13 @@ def build_loss(config: AlignConfig, loss: Loss | None = None) -> Loss:
 
 
 class MatryoshkaLoss(nn.Module):
-    """Mean of a loss over all dimensions, and over the first ones alone (arXiv:2205.13147).
+    """Mean of a loss over full embeddings and several truncated sizes (arXiv:2205.13147).
 
-    The paper weights all sizes alike, too; a mean keeps the scale of the loss.
+    As in the paper, all sizes have equal weight; taking the mean preserves the scale of the loss.
 
     Args:
-        loss: A loss of embeddings.
-        dims: Numbers of first dimensions, each below that of the embeddings.
+        loss: Loss of the embeddings.
+        dims: Truncated sizes, each smaller than the full embedding size.
     """
 
     def __init__(self, loss: Loss, dims: Sequence[int]) -> None:
@@ -80,7 +80,7 @@ class MatryoshkaLoss(nn.Module):
 
 
 def require_dims(dims: Sequence[int], *, width: float) -> None:
-    """Refuse sizes that embeddings of a width cannot be cut to."""
+    """Refuse sizes that are not smaller than the embeddings."""
     if too_wide := [size for size in dims if size >= width]:
         raise ValueError(
             f"matryoshka_dims {too_wide} must be below the model's projection_dim, {width}."
@@ -88,7 +88,7 @@ def require_dims(dims: Sequence[int], *, width: float) -> None:
 
 
 def _cut(inputs: LossInputs, size: int) -> LossInputs:
-    """Keep the first dimensions of the embeddings, at unit length."""
+    """Truncate the embeddings to their first dimensions, at unit length."""
     return inputs._replace(
         image_embeds=F.normalize(inputs.image_embeds[:, :size], dim=-1),
         text_embeds=F.normalize(inputs.text_embeds[:, :size], dim=-1),

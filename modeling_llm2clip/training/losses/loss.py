@@ -1,8 +1,7 @@
-"""The losses of the alignment, the batch that they get, and the rows of all processes.
+"""Losses for the alignment, their input batch, and gathering of rows from all processes.
 
-Gathered rows let gradients flow back to each process. The mean over the processes of a loss that is
-computed so, and of its gradients, which distributed training takes, is exactly that of one process
-with the whole batch.
+Gathered rows pass gradients back to each process. Distributed training averages loss and gradients
+over the processes, which gives exactly the result of one process with the whole batch.
 """
 
 from __future__ import annotations
@@ -19,32 +18,30 @@ from torch import Tensor, nn
 
 from ...heads_llm2clip import LogitRule
 
-# Name in `AlignConfig.loss` → file of this folder and class, imported when it is used. Every class
-# is an `nn.Module` that takes `chunk_size`: rows of the logits computed at a time, or None for all.
+# Name in `AlignConfig.loss` → file in this folder and class, imported on use. Each class is an
+# `nn.Module` with a `chunk_size` argument: logit rows to compute at a time, or None for all.
 LOSSES = {"contrastive": ("pairs", "ContrastiveLoss"), "sigmoid": ("pairs", "SigmoidLoss")}
 
 
 class LossInputs(NamedTuple):
-    """A batch of one process, as a loss sees it; a loss that needs more adds a field here.
+    """One process's batch as seen by a loss; add a field here if a new loss needs more.
 
-    It is a tuple, so that FSDP finds the tensors in it where the model returns it.
+    It is a tuple so FSDP can find its tensors in the model's output.
 
     Attributes:
         image_embeds: (B, P) float32, unit length.
         text_embeds: (B, P) float32, unit length; row i belongs to row i of the images.
-        logits: Turns embeddings of images and texts into logits, by the model's weights.
-        group_ids: (B,) int64, what each row shows; the same numbers on every process.
-        text_keys: (B,) int64, hashes of the captions: rows of equal ones have the same text. None
-            where all captions differ.
+        logits: Computes logits from image and text embeddings with the model's weights.
+        group_ids: (B,) int64, number of the group of each row; the same on every process.
+        text_keys: (B,) int64, hash of each row's caption, equal for equal captions. None if all
+            captions differ.
         vision_embeds: (B, D') float32 output of the vision tower, before projection.
         caption_embeds: (B, D) float32 output of the LLM, before adapter and projection.
-        teacher_embeds: (B, D') float32 output of the vision tower as it was before the training,
-            where it is trained and stays near that.
-        kept_embeds: (K, P) float32, unit length: texts that are kept near a teacher; the same ones
-            on every process.
-        kept_targets: (K, P) float32, what the teacher gives for them.
-        is_whole: Whether every process has these same rows, so that none has to be gathered: the
-            images that a model is measured on.
+        teacher_embeds: (B, D') float32 output of the original vision tower, for self-distillation.
+        kept_embeds: (K, P) float32, unit length: kept texts, the same ones on every process.
+        kept_targets: (K, P) float32, the teacher's embeddings of these texts.
+        is_whole: True if every process has the same rows, as in evaluation, so there is nothing to
+            gather.
     """
 
     image_embeds: Tensor
@@ -61,14 +58,14 @@ class LossInputs(NamedTuple):
 
     @property
     def logit_scale(self) -> Tensor:
-        """The inverse temperature."""
+        """Inverse temperature."""
         return self.logits.scale
 
     def take(self, rows: slice) -> LossInputs:
-        """Take some rows.
+        """Select rows of all tensors.
 
         Args:
-            rows: Which rows; their groups and embeddings stay together.
+            rows: Rows to select.
         """
         return self._change(lambda part: part[rows])
 
@@ -76,15 +73,15 @@ class LossInputs(NamedTuple):
         """Move all tensors to a device.
 
         Args:
-            device: Where all tensors go.
+            device: Target device.
         """
         return self._change(lambda part: part.to(device))._replace(logits=self.logits.to(device))
 
     def at_scale(self, scale: float | Tensor) -> LossInputs:
-        """Return the same batch at another inverse temperature.
+        """Return the same batch with another inverse temperature.
 
         Args:
-            scale: Inverse temperature, in place of that of the head; (1,) if it is a tensor.
+            scale: Inverse temperature; (1,) if it is a tensor.
         """
         device = self.image_embeds.device
         other = scale if isinstance(scale, Tensor) else torch.tensor([scale], device=device)
@@ -97,7 +94,7 @@ class LossInputs(NamedTuple):
 
 
 # An `nn.Module`, whose parameters are trained with the model, or any function. It returns ()
-# float32, and is called by all processes at the same time; the mean over them is trained on.
+# float32. All processes call it at the same time, and training minimizes their mean.
 Loss = Callable[[LossInputs], Tensor]
 
 
@@ -112,9 +109,9 @@ def load_loss(name: str, *, chunk_size: int | None = None) -> nn.Module:
 
 
 def list_fitted(loss: Loss) -> dict[str, nn.Parameter]:
-    """List the parameters of a loss that are fitted with the temperature, by their names in it.
+    """Return the parameters of a loss that are fitted together with the temperature, by name.
 
-    A module names its own in an attribute `fitted_with_temperature`.
+    Each module lists its own in its attribute `fitted_with_temperature`.
     """
     modules = loss.modules() if isinstance(loss, nn.Module) else ()
     fitted = {
@@ -127,7 +124,7 @@ def list_fitted(loss: Loss) -> dict[str, nn.Parameter]:
 
 
 def identify_loss(loss: Any) -> str:
-    """Name a loss for the record of a run: its class or function, its settings and its parts."""
+    """Describe a loss for the run record: its class or function, its settings and its parts."""
     if is_dataclass(loss):
         return repr(loss)
     if isinstance(loss, partial):
@@ -143,17 +140,17 @@ _ROWS_WITHOUT_GRADIENT = 512
 
 
 def iterate_chunks(num_rows: int, size: int | None = None) -> Iterator[slice]:
-    """Yield the rows that a loss compares at a time: by default all, or some without gradients."""
+    """Yield chunks of rows for a loss; the default is one chunk, or several without gradients."""
     size = size or (num_rows if torch.is_grad_enabled() else _ROWS_WITHOUT_GRADIENT)
     for start in range(0, num_rows, size):
         yield slice(start, min(start + size, num_rows))
 
 
 def gather_rows(inputs: LossInputs, *parts: Tensor) -> tuple[list[Tensor], int]:
-    """Return each part of a batch, (B, width), with the rows of all processes, (A, width).
+    """Gather the rows of all processes, (A, width), for each part of a batch, (B, width).
 
-    Also returned is the number of this process's first row among them. All parts go in one
-    collective, so that their order cannot differ between processes.
+    Also return the index of this process's first row among them. A single collective gathers all
+    parts, so their order cannot differ between processes.
     """
     if not _is_shared(inputs):
         return list(parts), 0
@@ -163,7 +160,7 @@ def gather_rows(inputs: LossInputs, *parts: Tensor) -> tuple[list[Tensor], int]:
 
 
 def gather_ids(inputs: LossInputs, ids: Tensor) -> Tensor:
-    """Return the ids of all processes' rows, (A, columns) int64."""
+    """Gather the ids of all processes' rows, (A, columns) int64."""
     return _gather(ids) if _is_shared(inputs) else ids
 
 
@@ -178,10 +175,10 @@ def _is_shared(inputs: LossInputs) -> bool:
 
 
 class _GatherWithGradient(torch.autograd.Function):
-    """Forward: rows of all processes. Backward: the sum of all processes' gradients for our rows.
+    """Gathers the rows of all processes; the backward pass sums all gradients of our own rows.
 
-    `torch.distributed.nn.functional.all_gather` gives the same gradients, and is deprecated in
-    favor of a private function that torch 2.6 lacks.
+    `torch.distributed.nn.functional.all_gather` computes the same gradients, but it is deprecated
+    in favor of a private function that torch 2.6 lacks.
     """
 
     @staticmethod
@@ -193,14 +190,14 @@ class _GatherWithGradient(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         gradient = gradients[0].contiguous()
         total = gradient.new_empty(ctx.num_rows, *gradient.shape[1:])
-        # torch 2.13 warns of the name that torch 2.6 has. Two processes add up the same bits as
-        # `all_reduce`, of all rows, would; with more, the order of a sum is the backend's.
+        # torch 2.13 warns about the name used in torch 2.6. With two processes, the sum has the
+        # same bits as an `all_reduce` of all rows; with more, its order depends on the backend.
         add = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         add(total, gradient)
         return total
 
 
 def gather_with_gradient(rows: Tensor) -> Tensor:
-    """Concatenate the rows of all processes in the order of their ranks, differentiably."""
+    """Concatenate the rows of all processes in rank order, with gradients."""
     gathered: Tensor = _GatherWithGradient.apply(rows)  # type: ignore[no-untyped-call]
     return gathered

@@ -1,6 +1,6 @@
-"""Losses that compare every image with every text of all processes, in chunks: CLIP's and SigLIP's.
+"""CLIP's and SigLIP's losses, which compare all images and texts of all processes, in chunks.
 
-B rows of one process, A rows of all processes, P width of the shared space.
+Shapes: B rows of one process, A rows of all processes, P dimensions of the shared space.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from .loss import LossInputs, gather_ids, gather_rows, iterate_chunks
 
 
 class Chunk(NamedTuple):
-    """Some rows of a process, b of its B, and those of all processes, with which they are compared.
+    """A chunk of b of a process's B rows, and all A rows to compare it with.
 
     Attributes:
-        image_rows: (b, P) float32, images of the rows.
-        text_rows: (b, P) float32, their texts.
-        images: (A, P) float32, those of all processes.
-        texts: (A, P) float32, those of all processes.
-        logits: Turns embeddings of images and texts into logits.
-        labels: (b,) int64, number of each row among all.
-        same: (b, A) bool, pairs of other rows that are no negatives: of one group, or of equal
-            captions.
+        image_rows: (b, P) float32, images of the chunk.
+        text_rows: (b, P) float32, texts of the chunk.
+        images: (A, P) float32, images of all processes.
+        texts: (A, P) float32, texts of all processes.
+        logits: Computes logits from image and text embeddings.
+        labels: (b,) int64, index of each row among all A rows.
+        same: (b, A) bool, True for other rows that are not negatives because they have the same
+            group or an equal caption.
     """
 
     image_rows: Tensor
@@ -40,24 +40,24 @@ class Chunk(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """True if the rows are all that there are."""
+        """True if the chunk contains all rows."""
         return len(self.image_rows) == len(self.images)
 
 
 class PairLoss(nn.Module):
-    """Base of losses that compare each image with each text, without false negatives.
+    """Base class of losses that compare each image with each text, without false negatives.
 
-    These are rows of one group, where two images of one thing would push each other's caption away,
-    and rows of equal captions, which describe both images.
+    Rows of the same group are not negatives, because two images of one thing would push away each
+    other's caption. Neither are rows with equal captions, which describe both images.
 
-    Of several processes each compares its own rows with those of all, and embeddings are gathered
-    with their gradients. The mean over the processes of loss and gradients, which distributed
-    training takes, is then exactly that of one process with the whole batch.
+    Each process compares its own rows with the rows of all processes, gathered with their
+    gradients. Distributed training averages loss and gradients over the processes, which gives
+    exactly the result of one process with the whole batch.
 
     Args:
-        chunk_size: Rows compared at a time, and computed again in the backward pass, so that
-            memory holds (chunk, A) numbers, never (B, A); the same loss and gradients. None
-            compares all at once, but some hundred at a time where no gradient is wanted.
+        chunk_size: Rows to compare at a time. They are recomputed in the backward pass, so memory
+            holds (chunk, A) numbers, never (B, A), with the same loss and gradients. None compares
+            all at once, or a few hundred at a time without gradients.
     """
 
     def __init__(self, chunk_size: int | None = None) -> None:
@@ -68,7 +68,7 @@ class PairLoss(nn.Module):
         return f"chunk_size={self.chunk_size}"
 
     def sum_rows(self, chunk: Chunk) -> Tensor:
-        """Add up the loss of a chunk's rows against all, () float32."""
+        """Sum the loss of a chunk's rows compared with all rows, () float32."""
         raise NotImplementedError
 
     def forward(self, inputs: LossInputs) -> Tensor:
@@ -100,7 +100,7 @@ class PairLoss(nn.Module):
         all_ids: Tensor,
         first: int,
     ) -> Tensor:
-        """Add up a chunk whose first row is number `first` of all, and its ids (b, columns)."""
+        """Sum the loss of a chunk with ids (b, columns), whose first row has index `first`."""
         labels = torch.arange(first, first + len(ids), device=ids.device)
         same = torch.zeros(len(ids), len(all_ids), dtype=torch.bool, device=ids.device)
         for column in range(ids.shape[1]):
@@ -110,7 +110,7 @@ class PairLoss(nn.Module):
 
 
 def _list_ids(inputs: LossInputs) -> Tensor:
-    """Return (B, 1 or 2) int64: rows with an equal id in a column are no negatives."""
+    """Return (B, 1 or 2) int64; rows with an equal id in any column are not negatives."""
     columns = (
         [inputs.group_ids] if inputs.text_keys is None else [inputs.group_ids, inputs.text_keys]
     )
@@ -118,24 +118,23 @@ def _list_ids(inputs: LossInputs) -> Tensor:
     if image_embeds.shape != text_embeds.shape or {*map(len, columns)} != {len(image_embeds)}:
         raise ValueError(
             f"image_embeds {tuple(image_embeds.shape)}, text_embeds {tuple(text_embeds.shape)}, "
-            f"group_ids and text_keys {[tuple(column.shape) for column in columns]} must pair row "
-            "by row."
+            f"group_ids and text_keys {[tuple(column.shape) for column in columns]} must have the "
+            "same number of rows."
         )
     return torch.stack(columns, dim=1)
 
 
 class ContrastiveLoss(PairLoss):
-    """Symmetric cross-entropy: each image chooses its text among all, and each text its image.
+    """CLIP's loss: cross-entropy over texts for each image, and over images for each text.
 
-    The loss of CLIP (arXiv:2103.00020, figure 3), without false negatives.
-
-    If all groups and captions differ, it equals `heads_llm2clip.contrastive_loss`.
+    See arXiv:2103.00020, figure 3; without false negatives. If all groups and captions differ, it
+    equals `heads_llm2clip.contrastive_loss`.
     """
 
     def sum_rows(self, chunk: Chunk) -> Tensor:
-        """Add up the mean of both directions."""
+        """Sum the mean of both directions over the rows."""
         per_image = chunk.logits(chunk.image_rows, chunk.texts)  # (b, A)
-        # If all rows are here, the other direction is the transpose and is not computed again.
+        # If the chunk has all rows, the transpose gives the other direction for free.
         per_text = per_image.T if chunk.is_whole else chunk.logits(chunk.text_rows, chunk.images)
         losses = [
             F.cross_entropy(
@@ -147,17 +146,17 @@ class ContrastiveLoss(PairLoss):
 
 
 class SigmoidLoss(PairLoss):
-    """Binary cross-entropy of each pair: whether this image and this text belong together.
+    """SigLIP's loss: binary cross-entropy for whether each image and text belong together.
 
-    The loss of SigLIP (arXiv:2303.15343, algorithm 1), without false negatives.
+    See arXiv:2303.15343, algorithm 1; without false negatives.
 
-    Every image is compared with the texts of all processes; the sum is divided by the number of
-    images, as in the paper. The learned bias shifts all logits alike. It changes no ranking and no
-    softmax, so that no model folder has it.
+    Every image is compared with the texts of all processes. As in the paper, the sum is divided by
+    the number of images. The learned bias shifts all logits equally. It affects neither ranking nor
+    softmax, so model folders do not include it.
 
     Args:
-        chunk_size: Images compared at a time; see `PairLoss`.
-        logit_bias: Start of the bias, from which it is fitted with the temperature.
+        chunk_size: Images to compare at a time; see `PairLoss`.
+        logit_bias: Initial bias, which is then fitted together with the temperature.
     """
 
     fitted_with_temperature = ("logit_bias",)
@@ -167,7 +166,7 @@ class SigmoidLoss(PairLoss):
         self.logit_bias = nn.Parameter(torch.tensor([logit_bias]))
 
     def sum_rows(self, chunk: Chunk) -> Tensor:
-        """Add up the losses of all pairs of the chunk's images."""
+        """Sum the losses of all pairs of the chunk's images."""
         logits = chunk.logits(chunk.image_rows, chunk.texts) + self.logit_bias  # (b, A)
         signs = torch.full_like(logits, -1.0).scatter_(1, chunk.labels[:, None], 1.0)
         return -F.logsigmoid(signs * logits).masked_fill(chunk.same, 0.0).sum()

@@ -134,7 +134,7 @@ def test_bad_data_is_refused_before_a_tower_is_loaded(prepared: Prepared, tmp_pa
         distillation_weight=1.0, vision_training="full", projection_init="cca",
         image_store=prepared.image_store,
     )  # fmt: skip
-    message = "report_to=unknown must be among those that are installed"
+    message = "report_to=unknown is not installed"
     refuse(prepared, out, message, report_to=("unknown",))
     records = prepared.records
     without = [dataclasses.replace(record, image=None) for record in records]
@@ -189,7 +189,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(batch_size: int) -> 
 def test_a_lora_is_refused_under_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     config = AlignConfig(global_batch_size=8, device="cpu", vision_training="lora")
-    with pytest.raises(ValueError, match="LoRA is not trained under FSDP"):
+    with pytest.raises(ValueError, match="Training a LoRA under FSDP"):
         check_processes(config, 8, 1)
 
 
@@ -286,7 +286,7 @@ def test_another_run_s_folder_is_refused(prepared: Prepared, finished: Run, tmp_
     with pytest.raises(FileExistsError, match="model exists and is not empty"):
         prepared.align(finished.output, resume=True)
     run = finished.copy_without_model(tmp_path / "run")
-    with pytest.raises(ValueError, match="has an earlier run"):
+    with pytest.raises(ValueError, match="contains an earlier run"):
         prepared.align(run)
     with pytest.raises(ValueError, match=r"another run: learning_rate: 0.001 then, 0.01 now"):
         prepared.align(run, learning_rate=0.01, resume=True)
@@ -339,7 +339,7 @@ def test_a_gradient_that_is_not_finite_is_in_no_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(AlignmentTrainer, "training_step", break_fourth_gradient)
-        with pytest.raises(FloatingPointError, match="gradient's norm is nan at step 3"):
+        with pytest.raises(FloatingPointError, match="gradient norm is nan at step 3"):
             prepared.align(tmp_path / "run", save_steps=1)
     folders = (tmp_path / "run" / "checkpoints").glob("checkpoint-*")
     assert sorted(folder.name for folder in folders) == ["checkpoint-2", "checkpoint-3"]

@@ -195,14 +195,14 @@ def test_the_command_merges_skips_single_captions_and_counts_truncated_texts(tmp
     shown = capsys.readouterr().out
     assert "Next: llm2clip extract" in shown
     assert (output / "model" / "model.safetensors").is_file()
-    assert "Skipped 2 images with one caption only." in shown
+    assert "Skipped 2 images with only one caption." in shown
     record = json.loads((output / "run.json").read_text())
     assert record["inputs"]["num_single_captions_skipped"] == 2
     # Five captions of each of 24 images, two of each of eight, and five other pairs.
     num_texts = 5 * 24 + 2 * 8 + 10
     assert record["results"]["num_texts"] == num_texts
     assert record["results"]["num_truncated"] == 8 + 1
-    assert f"Truncated 9 of {num_texts} texts, to 32 tokens." in shown
+    assert f"Truncated 9 of {num_texts} texts to 32 tokens." in shown
 
 
 # What is written in half precision

@@ -374,7 +374,7 @@ def test_the_chunked_loss_never_holds_the_whole_matrix() -> None:
 
 
 def test_rows_that_do_not_pair_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"\(2, 4\).*\(3, 4\).*must pair row by row"):
+    with pytest.raises(ValueError, match=r"\(2, 4\).*\(3, 4\).*must have the same number of rows"):
         ContrastiveLoss()(
             LossInputs(torch.ones(2, 4), torch.ones(3, 4), LogitRule(torch.ones(1)), torch.zeros(2))
         )
