@@ -82,7 +82,7 @@ def train(
     """Run a recipe, or resume it where it stopped.
 
     Args:
-        config: Recipe, or its YAML file.
+        config: Options of the recipe, or its YAML file.
         records: Records to train on and to evaluate on, instead of the recipe's data.
         report: Called with the plan, each stage's result, and the final table of scores.
         callbacks: Callbacks of transformers' Trainer for fine-tuning and alignment.

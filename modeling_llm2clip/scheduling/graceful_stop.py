@@ -66,7 +66,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            # None stands for a handler that Python did not install and cannot restore.
+            # None means a handler that Python did not install and cannot restore.
             before[number] = signal.signal(number, note) or signal.SIG_DFL
     try:
         yield request
