@@ -300,7 +300,10 @@ def test_an_output_that_cannot_be_made_is_refused_before_the_data_are_read(
 def test_a_recipe_that_another_process_runs_is_refused(sources: Path, tmp_path: Path) -> None:
     """Even one that had begun nothing yet: the record would be of one, and the model of another."""
     config = make_recipe(sources, tmp_path / "run")
-    with _hold(config.output), pytest.raises(ValueError, match=r"in use by .*with the same call, or"):
+    with (
+        _hold(config.output),
+        pytest.raises(ValueError, match=r"in use by .*with the same call, or"),
+    ):
         train(config)
     assert not config.output.exists()
 

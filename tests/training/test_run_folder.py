@@ -307,7 +307,7 @@ def test_no_alignment_continues_from_a_checkpoint_with_a_flipped_bit(
 ) -> None:
     run = finished.copy_without_model(tmp_path / "run")
     flip_bit(run / CHECKPOINTS / "checkpoint-6" / name)
-    with pytest.raises(ValueError, match=r"checkpoint-6 is damaged: .*resume the run from checkpoint-4"):
+    with pytest.raises(ValueError, match=r"checkpoint-6 is damaged: .*run from checkpoint-4"):
         prepared.align(run, resume=True)
 
 

@@ -192,7 +192,9 @@ def test_a_lora_that_a_tower_skips_is_refused(
     model, processor = load_parts(tmp_path / "exported")
     if vision == "eva":  # the run asks as the call below does
         here = Prepared(prepared.data, tmp_path / "exported", prepared.captions, prepared.images)
-        with pytest.raises(ValueError, match=r"vision_training=lora: 2 layers would never be trained"):
+        with pytest.raises(
+            ValueError, match=r"vision_training=lora: 2 layers would never be trained"
+        ):
             here.align(tmp_path / "run", vision_training="lora", text_training="frozen-online")
         assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
     config = AlignConfig(vision_training="full", layer_decay=1.0)

@@ -173,7 +173,9 @@ def test_a_lora_that_the_llm_passes_by_is_refused_by_name(tmp_path):
     llm = AutoModel.from_config(config).float().eval()
     options = BuildConfig(bidirectional=False, prompt="llama-3", max_text_length=32)
     pair = join_towers(tiny_vision(), (llm, tokenizer), options)
-    with pytest.raises(ValueError, match=r"=all-linear: 1 layer .*layers\.0\.mamba\.dt_proj\. List"):
+    with pytest.raises(
+        ValueError, match=r"=all-linear: 1 layer .*layers\.0\.mamba\.dt_proj\. List"
+    ):
         finetune_llm(pair, RECORDS, tmp_path / "run", SHORT)
     assert not (tmp_path / "run" / "run.json").exists()
     others = replace(SHORT, lora_target_modules=("in_proj", "x_proj", "q_proj"))
