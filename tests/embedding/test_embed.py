@@ -162,7 +162,7 @@ def test_int8_ranges_are_recorded_and_can_be_used_again_for_the_same_embeddings(
     with pytest.raises(ValueError, match=r"different embeddings: .*modality: 'text' in the store"):
         embed(model, load_records(images), new, for_images, modality="image")
     prompted = save_model(*tiny_model(max_text_length=128, prompt="chatml"), tmp_path / "model")
-    with pytest.raises(ValueError, match=r"other embeddings: .*prompt: "):
+    with pytest.raises(ValueError, match=r"different embeddings: .*prompt: "):
         embed_texts(prompted, records, new, again)
     assert not new.exists()
     # The prompt of a text is on record as text.
