@@ -1,6 +1,6 @@
-"""Turns an official checkpoint into a folder that loads everywhere, and proves it.
+"""Converts an official checkpoint into a folder that loads everywhere, and verifies it.
 
-The origin of every weight is settled before any is read or written.
+The origin of every weight is determined before any is read or written.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ from .source_checkpoint import (
     split_revision,
 )
 
-_NOT_ASKED_FOR = "belongs to the tower that was not asked for"
-# Training clamps to ln 100; a checkpoint in half precision holds it rounded up.
+_NOT_REQUESTED = "belongs to the tower that was not requested"
+# Training clamps to ln 100, which half precision rounds up.
 _LARGEST_LOG_SCALE = float(torch.tensor(MAX_LOG_SCALE, dtype=torch.float16)) + 1e-6
 _LLMS_BY_WIDTH = {
     2048: "Llama-3.2-1B (official: LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned)",
@@ -74,13 +74,13 @@ class ConversionPlan:
 
     Attributes:
         config: Its configuration.
-        model_class: Class of the whole, the text-only or the vision-only model.
+        model_class: Class of the full, text-only or vision-only model.
         tokenizer: Its tokenizer, with the prompt.
         image_processor: Its image processor.
         weights: Every weight of the model, by name.
         dropped: Key of a source that is not needed → reason.
         files: Every file that weights come from.
-        lora_counts: What each LoRA changes, counted as its weights are read.
+        lora_counts: Changed entries per LoRA, counted as its weights are read.
     """
 
     config: LLM2CLIPConfig
@@ -104,29 +104,29 @@ def convert_checkpoint(
 ) -> Path:
     """Convert an official checkpoint together with its LLM.
 
-    The result is loaded through AutoModel and examined by `check_model` before it gets its name.
-    Memory holds one weight file at a time, and then the model once.
+    Before the folder gets its name, the result is loaded through AutoModel and checked by
+    `check_model`. Memory holds one weight file at a time, and then the model once.
 
     Args:
         source: Checkpoint with vision tower and text adapter: a weight file, a folder or a Hub id.
-        text_model: Its language model: folder or Hub id. For `components="vision"` only its
+        text_model: Its language model: folder or Hub id. With `components="vision"`, only its
             configuration and tokenizer are read.
         output: New or empty folder.
-        source_format: What the weights do not say.
-        config: What is written, and what the card states; licenses of the towers that are not given
-            are those on the sources' cards.
-        name: What the card calls the model; None for the folder's last name.
+        source_format: Properties that the weights do not record.
+        config: Parts to write, and entries of the card. By default, the towers' licenses come from
+            the sources' cards.
+        name: Model name on the card; None for the folder's name.
 
     Returns:
-        The folder. Its `conversion.json` records the sources, the SHA-256 of each file, the keys
-            that were left out, and which share of the entries that each LoRA changes rounding
-            leaves (`share_changed_by_merging`).
+        The folder. Its `conversion.json` records the sources, the SHA-256 of each file, the dropped
+            keys, and the fraction of entries changed by each LoRA that still differ after rounding
+            (`share_changed_by_merging`).
 
     Raises:
         FileExistsError: The folder exists and is not empty.
         ValueError: The sources do not fit each other or the source format, see `plan_conversion`.
         OSError: There is too little disk space.
-        RuntimeError: The written model is not healthy; nothing is left of it.
+        RuntimeError: The written model is not healthy; it is removed.
 
     Examples:
         >>> convert_checkpoint(
@@ -149,7 +149,7 @@ def convert_checkpoint(
         text_license=card.text_license or find_license(llm.name, revision=llm.revision),
     )
     language = open_language_model(llm)
-    # The checkpoint is not held: the plan has its weights.
+    # No variable keeps the checkpoint, because the plan has its weights.
     plan = plan_conversion(open_checkpoint(source), language, layout, source_format, config)
     dtype: torch.dtype = getattr(torch, config.dtype)
     for part in (plan.config, plan.config.vision_config, plan.config.text_config):
@@ -172,7 +172,7 @@ def convert_checkpoint(
 def _finish(
     plan: ConversionPlan, record: dict[str, Any], dtype: torch.dtype, device: str, folder: Path
 ) -> None:
-    """Complete the record by the effect of each LoRA, write it, and check the model."""
+    """Add the effect of each LoRA to the record, write it, and check the model."""
     for lora, counts in zip(record["llm"]["loras"], plan.lora_counts, strict=False):
         what = f"Merging the LoRA {lora['name']}"
         lora["share_changed_by_merging"] = warn_of_rounding(counts.values(), dtype, what=what)
@@ -189,7 +189,7 @@ def _make_record(
     language: LanguageModel,
     source_format: SourceFormat,
 ) -> dict[str, Any]:
-    """Describe the sources of the folder for its record; by names of files, without paths."""
+    """Describe the folder's sources for its record, with file names instead of paths."""
     assert source_format.preprocessing is not None
     mean, std = MEAN_AND_STD[source_format.preprocessing]
     llm, paths = language.source, [*plan.files, language.folder]
@@ -228,7 +228,7 @@ def plan_conversion(
     source_format: SourceFormat,
     config: ConvertConfig,
 ) -> ConversionPlan:
-    """Settle the configuration and the origin of every weight; reads shapes only."""
+    """Determine the configuration and the origin of every weight, reading only shapes."""
     source = str(checkpoint.source.name)
     require_layout(checkpoint, layout)
     sizes = _read_adapter_sizes(layout.adapter_prefix, checkpoint.tensors, source=source)
@@ -236,9 +236,9 @@ def plan_conversion(
     if width != taken:
         fitting = _LLMS_BY_WIDTH.get(taken, "the one it was trained with")
         raise ValueError(
-            f"The text adapter of {source} takes embeddings of {taken}, but {language.source.name} "
-            f"gives {width}. LLMs of {taken}: {fitting}. Give the LLM that the checkpoint was "
-            "trained with."
+            f"The text adapter of {source} takes embeddings of width {taken}, but "
+            f"{language.source.name} has width {width}. LLMs of width {taken}: {fitting}. Use the "
+            "LLM that the checkpoint was trained with."
         )
     model_config, tokenizer = _configure(checkpoint, layout, sizes, language, source_format)
     vision: Any = model_config.vision_config
@@ -257,14 +257,14 @@ def plan_conversion(
         stripped = {key.removeprefix(prefix or ""): tensor for key, tensor in inside.items()}
         dtype = getattr(torch, config.dtype)
         with naming_fields(language.source.name), torch.device("meta"):
-            build_tower(language.config)  # else the checkpoint would be named for the LLM's fields
+            build_tower(language.config)  # so errors in the LLM's fields do not name the checkpoint
         llm, llm_files, counts = open_llm_weights(language, stripped, dtype=dtype)
         renamed.weights |= llm.weights
         renamed.origins |= llm.origins
         renamed.dropped |= llm.dropped
         files += llm_files
     else:
-        renamed.dropped |= dict.fromkeys(inside, _NOT_ASKED_FOR)
+        renamed.dropped |= dict.fromkeys(inside, _NOT_REQUESTED)
     model_class = MODEL_CLASSES[CLASS_OF_COMPONENTS[config.components]]
     with naming_fields(source):
         weights = _fit(renamed, model_class, model_config, source)
@@ -281,15 +281,16 @@ def plan_conversion(
 
 
 def make_image_processor(source_format: SourceFormat, size: int) -> LLM2CLIPImageProcessor:
-    """Make the image processor: bicubic to the shortest side, center crop, mean and deviation.
+    """Make the image processor: bicubic resize of the shortest side, center crop, normalization.
 
-    Its pixels are those of the official code, which uses torchvision.
+    It produces the same pixels as the official code, which uses torchvision.
     """
     if source_format.preprocessing is None:
         raise ValueError(
-            "Choose the preprocessing that the checkpoint was trained with: 'openai' (the official "
-            "training code gives every tower OpenAI's mean and standard deviation) or 'half' (0.5, "
-            "SigLIP's own). The weights do not say, so it is not guessed."
+            "preprocessing is missing. Choose the one that the checkpoint was trained with: "
+            "'openai' (the official training code uses OpenAI's mean and standard deviation for "
+            "every tower) or 'half' (0.5, as in SigLIP). It is never guessed, because the weights "
+            "do not record it."
         )
     mean, std = MEAN_AND_STD[source_format.preprocessing]
     return LLM2CLIPImageProcessor(
@@ -340,7 +341,7 @@ def _rename_checkpoint(
     if not 0.0 <= log_scale <= _LARGEST_LOG_SCALE:
         raise ValueError(
             f"{source} has logit_scale {log_scale:.4g}, but training keeps it between 0 and ln 100 "
-            f"= {MAX_LOG_SCALE:.4f}. The run diverged, or the file is not an LLM2CLIP checkpoint."
+            f"= {MAX_LOG_SCALE:.4f}. The run diverged, or this is not an LLM2CLIP checkpoint."
         )
     return renamed
 
@@ -348,8 +349,8 @@ def _rename_checkpoint(
 def _list_adapter_rules(prefix: str, tensors: Mapping[str, LazyTensor]) -> list[Rule]:
     """List the rules for the text adapter and the temperature, which all official layouts share.
 
-    The text adapter is `Sequential(block, …, LayerNorm, Linear)`; a block is `Sequential(Linear,
-    GELU, Dropout, Linear)` as `fn`, and a LayerNorm as `ln`.
+    The text adapter is `Sequential(block, …, LayerNorm, Linear)`. A block has a `Sequential(Linear,
+    GELU, Dropout, Linear)` named `fn` and a LayerNorm named `ln`.
     """
     start, num_layers = re.escape(prefix), count_blocks(tensors, prefix + "{}.fn.0.weight")
     part = r"(weight|bias)"
@@ -376,12 +377,12 @@ def _read_adapter_sizes(
     keys = sorted(key for key in tensors if key.startswith(prefix))
     if not keys:
         raise ValueError(
-            f"{source} has no text adapter under {prefix!r}: it is a bare vision tower, from which "
-            "no LLM2CLIP model can be converted. Give the checkpoint that has it (the official "
-            "EVA02 repositories keep it in their .pt file)."
+            f"{source} has no text adapter under {prefix!r}: a bare vision tower cannot be "
+            "converted to an LLM2CLIP model. Use the checkpoint with the adapter (in the official "
+            "EVA02 repositories, the .pt file)."
         )
     if last is None or f"{prefix}0.fn.0.weight" not in tensors:
-        raise ValueError(f"{source} has a part of a text adapter alone: {', '.join(keys)}.")
+        raise ValueError(f"{source} has only a part of a text adapter: {', '.join(keys)}.")
     inner, width = tensors[f"{prefix}0.fn.0.weight"].shape
     return {
         "width": width,
@@ -394,13 +395,13 @@ def _read_adapter_sizes(
 def _fit(
     renamed: RenamedWeights, model_class: Any, config: LLM2CLIPConfig, source: str
 ) -> dict[str, LazyTensor]:
-    """Order the weights as the model has them; each must occur once and have its shape."""
+    """Put the weights in the model's order; all must be there, with the right shapes."""
     shapes = _list_shapes(lambda: model_class(config))
     whole = shapes if model_class is LLM2CLIPModel else _list_shapes(lambda: LLM2CLIPModel(config))
     for name in sorted(set(renamed.weights) & set(whole) - set(shapes)):
         del renamed.weights[name]
         if name in renamed.origins:
-            renamed.dropped[renamed.origins[name]] = _NOT_ASKED_FOR
+            renamed.dropped[renamed.origins[name]] = _NOT_REQUESTED
     missing = sorted(set(shapes) - set(renamed.weights))
     unknown = sorted(
         f"{renamed.origins.get(name, name)} (would be {name})"
@@ -418,9 +419,9 @@ def _fit(
     )
     errors = {
         "missing": missing,
-        "without a place": unknown,
+        "not in the model": unknown,
         "of another shape": misshapen,
-        "not of real numbers (quantized weights are not converted)": integers,
+        "not floating-point (quantized weights cannot be converted)": integers,
     }
     if any(errors.values()):
         shown = "".join(
@@ -429,16 +430,16 @@ def _fit(
             if names
         )
         raise ValueError(
-            f"{source} does not make a whole {model_class.__name__}, so nothing is converted."
-            f"{shown}\nGive the whole checkpoint, the LLM it was trained with, and its own source "
+            f"{source} does not make a complete {model_class.__name__}, so nothing is converted."
+            f"{shown}\nUse the complete checkpoint, the LLM it was trained with, and its source "
             "format."
         )
     return {name: renamed.weights[name] for name in shapes}
 
 
 def _list_shapes(build: Callable[[], Any]) -> Mapping[str, tuple[int, ...]]:
-    """List names and shapes of a model's weights, without making them."""
-    # The second: older timm computes numbers from a tensor while it builds; meta tensors have none.
+    """List names and shapes of a model's weights without allocating them."""
+    # The second one is for older timm, which reads values of tensors while it builds a network.
     with torch.device("meta"), init.meta_device_safe_creation_ops():
         model = build()
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""The sources of a conversion, opened without reading their weights: checkpoint and LLM."""
+"""Opens the sources of a conversion, checkpoint and LLM, without reading their weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .layouts.layout import Drop, Layout, RenamedWeights, apply_rules, rename
 _RULES = (rename(r"(?:model\.)?((?:embed_tokens|layers|norm)\..*)", r"text_model.\1"),)
 _FREQUENCIES = r"(?:model\.)?(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 _DROPS = (
-    Drop(r"lm_head\.(?:weight|bias)", "the head that predicts the next token, which is not used"),
+    Drop(r"lm_head\.(?:weight|bias)", "the head for the next token, which is not used"),
     Drop(_FREQUENCIES, "rotary frequencies, which the LLM computes from its configuration"),
 )
 _PREFIX = "text_model."
@@ -30,12 +30,12 @@ _PREFIX = "text_model."
 
 @dataclass(frozen=True)
 class CheckpointSource:
-    """A checkpoint by its place.
+    """The location of a checkpoint.
 
     Attributes:
         name: A weight file, a folder, or a Hub id.
-        file: Name of the weight file inside a folder or Hub repository; None where it has the names
-            that transformers gives.
+        file: Name of the weight file in the folder or Hub repository; None if it has one of
+            transformers' default names.
         revision: Branch, tag or commit of the Hub repository.
     """
 
@@ -46,13 +46,13 @@ class CheckpointSource:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint, whose weights are still on the disk.
+    """An opened checkpoint, whose weights are still on disk.
 
     Attributes:
-        source: Its place.
+        source: Its location.
         files: Its weight files.
-        tensors: Its weights, by their keys.
-        stated_config: The repository's own configuration; None where there is none.
+        tensors: Its weights, by key.
+        stated_config: The repository's own configuration; None if there is none.
     """
 
     source: CheckpointSource
@@ -72,7 +72,7 @@ def open_checkpoint(source: CheckpointSource) -> Checkpoint:
     elif not path.is_file():
         path = find_model_folder(source.name, revision=source.revision)
     if not path.exists():
-        raise ValueError(f"{path}: no such file. Correct the path or the file's name.")
+        raise ValueError(f"{path}: no such file. Correct the path or the file name.")
     has_config = path.is_dir() and (path / "config.json").is_file()
     stated = load_without_code(AutoConfig, path, local_files_only=True) if has_config else None
     files = list_weight_files(path, names=WEIGHT_NAMES)
@@ -80,7 +80,7 @@ def open_checkpoint(source: CheckpointSource) -> Checkpoint:
 
 
 def require_layout(checkpoint: Checkpoint, layout: Layout) -> None:
-    """Refuse a checkpoint with keys of another layout, which the error names."""
+    """Refuse a checkpoint whose keys belong to another layout, and name that layout."""
     fitting = [
         layout
         for layout in LAYOUTS.values()
@@ -91,21 +91,21 @@ def require_layout(checkpoint: Checkpoint, layout: Layout) -> None:
     source = checkpoint.source.name
     if len(fitting) == 1:
         raise ValueError(
-            f"{source} has keys of the family {fitting[0].name!r}, the source format is for "
-            f"{layout.name!r}. Choose the source format {fitting[0].choice!r}."
+            f"{source} has keys of the family {fitting[0].name!r}, but the source format is for "
+            f"{layout.name!r}. Use the source format {fitting[0].choice!r}."
         )
     raise ValueError(
         f"{source} has keys of {len(fitting)} known families, expected one of "
         f"{sorted(layout.name for layout in LAYOUTS.values())}. Its keys: "
-        f"{list_first(sorted(checkpoint.tensors))}. A checkpoint of plain CLIP or of another code "
-        "base cannot be converted; build a new model from its tower instead (llm2clip build)."
+        f"{list_first(sorted(checkpoint.tensors))}. Checkpoints of plain CLIP or of another "
+        "codebase cannot be converted; build a new model from the tower instead (llm2clip build)."
     )
 
 
 def public_name(source: str | Path) -> str:
     """Return a Hub id, or the name of a local file or folder without its path.
 
-    A written model gets published with the names of its sources, so they hold no paths.
+    Models are published with the names of their sources, so these must not contain paths.
     """
     return Path(source).name if Path(source).exists() else str(source)
 
@@ -114,7 +114,7 @@ def require_no_revision(source: str | Path, revision: str | None) -> None:
     """Refuse a revision of a local source, which has none."""
     if revision is not None and Path(source).exists():
         raise ValueError(
-            f"{source} is a local file or folder, which has no revision {revision!r}; leave it out."
+            f"{source} is a local file or folder, which has no revision {revision!r}. Remove it."
         )
 
 
@@ -124,16 +124,15 @@ def split_revision(source: str | Path) -> tuple[str | Path, str | None]:
         return source, None
     name, _, revision = source.partition("@")
     if not revision:
-        raise ValueError(f"{source} has no revision after its '@'. Write one, or leave it out.")
+        raise ValueError(f"{source} has no revision after the '@'. Add one, or remove the '@'.")
     require_no_revision(name, revision)
     return name, revision
 
 
 def find_commit(source: str | Path, paths: Iterable[Path]) -> str | None:
-    """Find the commit at which files of a Hub repository were downloaded.
+    """Find the commit at which files of a Hub repository were downloaded; None for local sources.
 
-    It is in their paths in huggingface_hub's cache, `models--owner--name/snapshots/COMMIT`; None
-    for local sources.
+    Their paths in huggingface_hub's cache contain it: `models--owner--name/snapshots/COMMIT`.
     """
     cache = f"models--{str(source).replace('/', '--')}"
     for path in paths:
@@ -147,13 +146,13 @@ def find_commit(source: str | Path, paths: Iterable[Path]) -> str | None:
 
 @dataclass(frozen=True)
 class LLMSource:
-    """An LLM by its place.
+    """The location of an LLM and of its LoRAs.
 
     Attributes:
         name: Hub id, or folder with configuration, tokenizer and, usually, weights.
         revision: Branch, tag or commit of the Hub repository.
-        loras: Folders or Hub ids of LoRAs, Hub ids as `owner/name` or `owner/name@revision`; merged
-            in this order.
+        loras: LoRAs to merge, in order: folders, or Hub ids as `owner/name` or
+            `owner/name@revision`.
     """
 
     name: str | Path
@@ -163,10 +162,10 @@ class LLMSource:
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """An opened LLM, whose weights are still on the disk.
+    """An opened LLM, whose weights are still on disk.
 
     Attributes:
-        source: Its place.
+        source: Its location.
         folder: Its folder.
         config: Its configuration.
         tokenizer: Its tokenizer.
@@ -179,12 +178,12 @@ class LanguageModel:
 
 
 def open_language_model(source: LLMSource) -> LanguageModel:
-    """Read configuration and tokenizer; code that the folder brings is not run."""
+    """Read configuration and tokenizer without running code from the folder."""
     folder = find_model_folder(source.name, revision=source.revision)
     if is_lora_alone(folder):
         raise ValueError(
-            f"{source.name} is a LoRA, not a whole LLM. Give its base as the LLM, and it as the "
-            "LLM's LoRA."
+            f"{source.name} is a LoRA, not a whole LLM. Pass its base model as the LLM, and this "
+            "as the LLM's LoRA."
         )
     config = load_without_code(AutoConfig, folder, local_files_only=True)
     config = config.get_text_config(decoder=True)
@@ -193,7 +192,7 @@ def open_language_model(source: LLMSource) -> LanguageModel:
     require_own_tokenizer(config, tokenizer, source.name)
     config._name_or_path = public_name(source.name)
     if hasattr(config, "auto_map"):
-        del config.auto_map  # names code of another repository
+        del config.auto_map  # refers to code in another repository
     return LanguageModel(source, folder, config, tokenizer)
 
 
@@ -202,16 +201,16 @@ def open_llm_weights(
 ) -> tuple[RenamedWeights, list[Path], list[dict[str, tuple[int, int]]]]:
     """Open the weights, under `text_model.`, from the LLM's folder or the checkpoint itself.
 
-    A checkpoint was trained with the weights that it holds (`inside`), so they win over the
-    folder's. `dtype` is that of the saved model. Returns the weights, their files beside the
-    checkpoint, and the counts of each LoRA (`merge_lora_weights`).
+    Weights in the checkpoint (`inside`) take precedence over the folder's, because the checkpoint
+    was trained with them. `dtype` is the dtype of the saved model. Returns the weights, their files
+    outside the checkpoint, and the counts of each LoRA (`merge_lora_weights`).
     """
     source = language.source
     if inside:
         if source.loras:
             raise ValueError(
-                "The checkpoint holds the LLM's weights, merged as they were trained. Leave the "
-                "LoRA out."
+                "The checkpoint already contains the LLM's weights with the LoRA merged. Remove "
+                "the LoRA."
             )
         return apply_rules(inside, _RULES, _DROPS, source="The LLM in the checkpoint"), [], []
     files = list_weight_files(language.folder, names=WEIGHT_NAMES)

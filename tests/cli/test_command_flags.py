@@ -304,7 +304,7 @@ REFUSED_AT_ONCE = [
     (["convert", "a/b", "FULL", "--source-format", "openai", "--text-model", "c"], "is not empty"),
     (["convert", "a/b", "NEW"], "--source-format requires an argument"),
     (CONVERT, "--text-model requires an argument"),
-    ([*CONVERT, "--text-model", "c/d", "--image-size", "8"], "`image_size` goes with"),
+    ([*CONVERT, "--text-model", "c/d", "--image-size", "8"], "`image_size` only applies to"),
     (["finetune-llm", "OWN", "FULL", "FULL"], "has no run.json"),
     (["finetune-llm", "OWN", "/nowhere", "NEW"], "/nowhere: no such data"),
     (["finetune-llm", "no-model", "FULL", "NEW"], "no-model: no such folder"),

@@ -43,7 +43,7 @@ def test_a_conversion_killed_in_its_weights_leaves_nothing_that_loads(tmp_path) 
 def test_a_bad_source_is_one_line_and_exit_code_2(tmp_path, capsys) -> None:
     source = save_checkpoint("openai", tmp_path / "source")
     assert main(["convert", str(source), str(tmp_path / "model"), *FLAGS]) == 2
-    assert "Choose the source format 'openai'" in capsys.readouterr().err
+    assert "Use the source format 'openai'" in capsys.readouterr().err
     assert main(["convert", str(source), str(tmp_path / "model"), "--source-format", "eva02"]) == 2
     assert "--text-model" in capsys.readouterr().err
 
@@ -52,7 +52,7 @@ def test_a_license_that_is_none_is_refused_before_a_source_is_opened(tmp_path, c
     # There is no source: whatever opened it would complain of that.
     command = ["convert", str(tmp_path / "no-such.pt"), str(tmp_path / "model"), *FLAGS]
     for name, error in (
-        ("Apache 2", "--license 'Apache 2': must be an identifier"),
+        ("Apache 2", "--license 'Apache 2': must be a Hub license id"),
         ("other", "needs license_name and license_link"),
     ):
         assert main([*command, "--license", name]) == 2
@@ -64,7 +64,10 @@ def test_a_flag_of_another_source_format_is_named(tmp_path, capsys) -> None:
     assert (
         main(["convert", "no-such.pt", str(tmp_path / "model"), *FLAGS, "--image-size", "8"]) == 2
     )
-    assert "`image_size` goes with the source formats siglip2; eva02" in capsys.readouterr().err
+    assert (
+        "`image_size` only applies to the source formats siglip2, not to eva02"
+        in capsys.readouterr().err
+    )
 
 
 def publish(hub: HubServer, name: str, folder: Path) -> str:

@@ -43,7 +43,7 @@ def test_keys_of_another_family(tmp_path: Path, family: str) -> None:
     source = save_checkpoint(family, tmp_path)
     assert plan(source, source_format=FORMAT_OF[family])
     for other in set(FORMAT_OF) - {family}:
-        with pytest.raises(ValueError, match=f"of the family '{family}', the source format is for"):
+        with pytest.raises(ValueError, match=f"of the family '{family}', but the source format is for"):
             plan(source, source_format=FORMAT_OF[other])
 
 
@@ -67,7 +67,7 @@ def test_the_revision_of_a_lora_follows_its_hub_id(tmp_path: Path) -> None:
     assert split_revision("me/lora") == ("me/lora", None)
     (tmp_path / "a@b").mkdir()
     assert split_revision(str(tmp_path / "a@b")) == (str(tmp_path / "a@b"), None)
-    with pytest.raises(ValueError, match="no revision after its '@'"):
+    with pytest.raises(ValueError, match="no revision after the '@'"):
         split_revision("me/lora@")
     with pytest.raises(ValueError, match="has no revision 'abc'"):
         split_revision(f"{tmp_path}@abc")
@@ -108,7 +108,7 @@ def test_patches_of_two_published_image_sizes_need_the_size() -> None:
         "visual.trunk.blocks.0.norm1.weight": (72,),
     }
     tensors: Any = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    with pytest.raises(ValueError, match=r"378 and of 384 pixels have\. Give the image_size"):
+    with pytest.raises(ValueError, match=r"both 378 and 384 pixels\. Use the image_size"):
         SIGLIP2.make_vision_config(tensors, LAYOUTS["siglip2"].source_format, None)
     for size in (378, 384):
         stated = replace(LAYOUTS["siglip2"].source_format, image_size=size)
@@ -149,16 +149,16 @@ BROKEN: dict[str, tuple[str, Callable[[State], object], str]] = {
     ),
     "unknown, by its own name": (
         "siglip2", put("visual.trunk.extra", torch.ones(1)),
-        r"(?s)1 without a place:\s+visual\.trunk\.extra",
+        r"(?s)1 not in the model:\s+visual\.trunk\.extra",
     ),
     "both layouts of one bias": ("eva02", mix_bias_layouts, "would both become .*q_proj.bias"),
     "no adapter": ("eva02", drop("text."), "has no text adapter .*a bare vision tower"),
     "a part of an adapter": (
-        "eva02", drop(".0.fn.0.weight"), "has a part of a text adapter alone: text"
+        "eva02", drop(".0.fn.0.weight"), "has only a part of a text adapter: text"
     ),
     "integers": (
         "openai", lambda s: s.update({"visual.conv1.weight": s["visual.conv1.weight"].char()}),
-        r"(?s)1 not of real numbers.*torch\.int8",
+        r"(?s)1 not floating-point.*torch\.int8",
     ),
     "a temperature that no training leaves": (
         "openai", put("logit_scale", torch.tensor(9.0)),
@@ -168,7 +168,7 @@ BROKEN: dict[str, tuple[str, Callable[[State], object], str]] = {
     "a half of them": ("eva02", drop("rope.freqs_sin"), "has no tables of rotary positions"),
     "other tables in a block": (
         "eva02", put("visual.blocks.1.attn.rope.freqs_sin", torch.rand(36, 12)),
-        r"The checkpoint.s rotary positions .* are not those of 6 × 6",
+        r"The checkpoint.s rotary positions .* do not match 6 × 6",
     ),
 }  # fmt: skip
 
@@ -208,7 +208,9 @@ def test_a_tower_whose_images_are_not_square_is_named(tmp_path: Path) -> None:
     source = save_checkpoint("hub_clip", tmp_path / "source")
     sides = {"image_size": [40, 40]}
     edit_json("config.json", lambda content: content["vision_config"].update(sides))(source)
-    with pytest.raises(ValueError, match=r"image_size=\[40, 40\].*Give their side as a number"):
+    with pytest.raises(
+        ValueError, match=r"image_size=\[40, 40\].*Set image_size to a single number"
+    ):
         plan(source, source_format=FORMAT_OF["hub_clip"])
 
 
@@ -226,14 +228,14 @@ def test_truncated_safetensors(tmp_path: Path, where: str) -> None:
 
 FORMATS: dict[str, tuple[str, dict[str, Any], str]] = {
     "preprocessing that nobody chose": (
-        "siglip2", {"preprocessing": None}, "Choose the preprocessing .*'openai'.*'half'"
+        "siglip2", {"preprocessing": None}, "preprocessing is missing. .*'openai'.*'half'"
     ),
     "heads that do not divide the tower": (
-        "openai", {"head_width": 7}, "24 wide, which heads of 7 do not divide"
+        "openai", {"head_width": 7}, "head_width=7 does not divide the vision tower's width of 24"
     ),
     "an activation that the repository contradicts": (
         "hub_clip", {"activation": "gelu"},
-        "hidden_act='quick_gelu', the source format has activation='gelu'",
+        "activation='gelu' contradicts .* hidden_act='quick_gelu'",
     ),
     "a prompt of another family": (
         "openai", {"prompt": None, "prompt_prefix": "<|no such token|>"},
@@ -257,7 +259,10 @@ def test_the_refusal_of_a_width_names_llms_that_have_it(tmp_path: Path) -> None:
         "0.fn.0.weight": (4096, 2048), "2.weight": (20, 2048)}.items()}  # fmt: skip
     state |= {k: v for k, v in read_checkpoint("openai").items() if "text_adaptor" not in k}
     refuse(
-        "openai", tmp_path, r"takes embeddings of 2048, .*gives 32.*\n?.*Llama-3\.2-1B", state=state
+        "openai",
+        tmp_path,
+        r"takes embeddings of width 2048, .*width 32.*\n?.*Llama-3\.2-1B",
+        state=state,
     )
 
 
@@ -276,9 +281,9 @@ def test_an_llm_of_another_size_than_its_configuration(tmp_path: Path) -> None:
 
 def test_a_lora_in_the_place_of_its_base_or_beside_a_merged_llm(tmp_path: Path) -> None:
     lora = LLM2VEC / "llama_lora"
-    refuse("openai", tmp_path, "is a LoRA, not a whole LLM. Give its base", llm=LLMSource(lora))
+    refuse("openai", tmp_path, "is a LoRA, not a whole LLM. Pass its base", llm=LLMSource(lora))
     source = LLMSource(LLM, loras=(lora,))
-    refuse("siglip2", tmp_path, "holds the LLM's weights, merged", llm=source)
+    refuse("siglip2", tmp_path, "contains the LLM's weights with the LoRA", llm=source)
 
 
 # EVA02's tables of rotary positions
@@ -331,4 +336,4 @@ def test_rotary_tables_of_no_reference_size_are_refused(part: str, tmp_path: Pat
     state = read_checkpoint("eva02")
     other = replace_rotary_tables(state, reference=16)
     key = f"visual.rope.{part}"
-    refuse("eva02", tmp_path, "are not those of 6 × 6 patches", state={**state, key: other[key]})
+    refuse("eva02", tmp_path, "do not match 6 × 6 patches", state={**state, key: other[key]})

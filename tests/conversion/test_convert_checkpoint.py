@@ -269,7 +269,7 @@ def test_a_text_only_or_vision_only_model_has_the_weights_of_the_whole_and_no_ot
         torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True)
     )
     assert set(load_weights(folder)) == set(model.state_dict())
-    assert "logit_scale" in read_dropped(folder)["belongs to the tower that was not asked for"]
+    assert "logit_scale" in read_dropped(folder)["belongs to the tower that was not requested"]
 
 
 @pytest.mark.parametrize("preprocessing", ["openai", "half"])

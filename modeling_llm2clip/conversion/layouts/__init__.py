@@ -1,7 +1,7 @@
-"""The official families of checkpoints: one file each, which is all that a new one needs.
+"""The official checkpoint families, one file each; to add a family, add a file.
 
-A file describes its family as `LAYOUT`, without importing torch or transformers before it is used:
-the flags and help of `llm2clip convert` are made of these descriptions.
+Each file describes its family in `LAYOUT` and imports torch and transformers only when it is used,
+because the flags and help of `llm2clip convert` are generated from these descriptions.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _FOUND: tuple[Layout, ...] = tuple(
     for file in iter_modules(__path__)
     if file.name != "layout"
 )
-# By the names that users choose.
+# By the names of the source formats.
 LAYOUTS = {layout.choice: layout for layout in _FOUND}
 
 
 def find_layout(source_format: SourceFormat) -> Layout:
-    """Find the layout of a source format, and refuse what that layout has no use for."""
+    """Find the layout of a source format, and refuse options that do not apply to it."""
     by_name = {layout.name: layout for layout in LAYOUTS.values()}
     layout = by_name.get(source_format.layout)
     if layout is None:
@@ -37,19 +37,19 @@ def find_layout(source_format: SourceFormat) -> Layout:
     require_options(layout, changed)
     if source_format.activation not in layout.activations:
         raise ValueError(
-            f"activation={source_format.activation} does not go with the source format "
-            f"{layout.choice}, but {' or '.join(layout.activations)} does. Leave it out, or give "
-            "the one that the checkpoint was trained with."
+            f"activation={source_format.activation} cannot be used with the source format "
+            f"{layout.choice}, only {' or '.join(layout.activations)}. Remove it, or use the one "
+            "that the checkpoint was trained with."
         )
     return layout
 
 
 def require_options(layout: Layout, options: Iterable[str]) -> None:
-    """Refuse options of a source format that only other layouts have."""
+    """Refuse options that only other layouts have."""
     for option in options:
         takers = [taker.choice for taker in LAYOUTS.values() if option in taker.options]
         if takers and layout.choice not in takers:
             raise ValueError(
-                f"`{option}` goes with the source formats {', '.join(takers)}; {layout.choice} has "
-                "no use for it. Leave it out."
+                f"`{option}` only applies to the source formats {', '.join(takers)}, not to "
+                f"{layout.choice}. Remove it."
             )

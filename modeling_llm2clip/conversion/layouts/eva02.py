@@ -1,4 +1,4 @@
-"""EVA02 as the official training code saves it; timm's EVA02 has the same mathematics."""
+"""EVA02 as saved by the official training code, converted to timm's equivalent EVA02."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 _BLOCK = r"visual\.blocks\.(\d+)\."
 _INTO = r"vision_model.timm_model.blocks.\1."
 _PART = r"(weight|bias)"
-# Buffers that the official code saves, once for the tower and once for each block.
+# Buffers that the official code saves, once for the tower and once per block.
 _ROTARY_TABLE = r"visual\.(?:blocks\.\d+\.attn\.)?rope\.freqs_(cos|sin)"
-# Between two tables of one rule: rounding to the dtype that they are saved in. With another
-# reference size they differ by 0.1 and more.
+# Tables of the same size differ only by rounding to the dtype they are saved in; with another
+# reference size, they differ by 0.1 or more.
 _MOST_DIFFERENCE = 0.01
 _LARGEST_REFERENCE = 64  # official checkpoints have 16
 
@@ -35,7 +35,7 @@ _LARGEST_REFERENCE = 64  # official checkpoints have 16
 def _make_vision_config(
     tensors: Tensors, _source_format: SourceFormat, _stated: PreTrainedConfig | None
 ) -> PreTrainedConfig:
-    """Describe the tower by its weights."""
+    """Derive the tower's configuration from its weights."""
     width, _, patch_size, _ = tensors["visual.patch_embed.proj.weight"].shape
     side = square_side(tensors["visual.pos_embed"].shape[1] - 1)
     inner = tensors["visual.blocks.0.mlp.w1.weight"].shape[0]
@@ -61,7 +61,7 @@ def _make_vision_config(
 
 
 def _read_rotary_sizes(tensors: Tensors, side: int) -> tuple[int, int]:
-    """Find the head width and the reference size, of which the tower computes the same tables."""
+    """Find the head width and reference size with which the tower computes the same tables."""
     from timm.layers import build_rotary_pos_embed
 
     tables = [
@@ -72,8 +72,8 @@ def _read_rotary_sizes(tensors: Tensors, side: int) -> tuple[int, int]:
     if {part for part, _ in tables} != {"cos", "sin"}:
         raise ValueError(
             "The checkpoint has no tables of rotary positions (visual.rope.freqs_cos and "
-            "freqs_sin), which the official code saves: it was trained without them, or they were "
-            "removed. The tower here has rotary positions. Give the checkpoint as it was saved."
+            "freqs_sin), which the official code saves and this tower needs: it was trained "
+            "without them, or they were removed. Use the checkpoint as it was saved."
         )
     width = tables[0][1].shape[-1]
     for reference in range(1, _LARGEST_REFERENCE + 1):
@@ -88,8 +88,8 @@ def _read_rotary_sizes(tensors: Tensors, side: int) -> tuple[int, int]:
         ):
             return width, reference
     raise ValueError(
-        f"The checkpoint's rotary positions (visual.rope.freqs_cos and freqs_sin) are not those of "
-        f"{side} × {side} patches with any reference size up to {_LARGEST_REFERENCE} patches. Give "
+        f"The checkpoint's rotary positions (visual.rope.freqs_cos and freqs_sin) do not match "
+        f"{side} × {side} patches with any reference size up to {_LARGEST_REFERENCE} patches. Use "
         "the checkpoint as it was saved."
     )
 
@@ -111,7 +111,7 @@ LAYOUT = Layout(
         rename(rf"{_BLOCK}(norm[12])\.{_PART}", rf"{_INTO}\2.\3"),
         rename(rf"{_BLOCK}attn\.(q_proj|v_proj|proj)\.{_PART}", rf"{_INTO}attn.\2.\3"),
         rename(rf"{_BLOCK}attn\.k_proj\.weight", rf"{_INTO}attn.k_proj.weight"),
-        # Older checkpoints have the two biases beside their matrices.
+        # Older checkpoints store these two biases next to their matrices.
         rename(rf"{_BLOCK}attn\.([qv])_bias", rf"{_INTO}attn.\2_proj.bias"),
         rename(rf"{_BLOCK}attn\.inner_attn_ln\.{_PART}", rf"{_INTO}attn.norm.\2"),
         rename(rf"{_BLOCK}mlp\.w1\.{_PART}", rf"{_INTO}mlp.fc1_g.\2"),
@@ -122,7 +122,7 @@ LAYOUT = Layout(
     drops=(
         Drop(
             _ROTARY_TABLE,
-            "rotary frequencies, equal to those that the tower computes from its sizes",
+            "rotary frequencies, which the tower computes from its sizes",
         ),
     ),
     make_vision_config=_make_vision_config,

@@ -1,4 +1,4 @@
-"""transformers' CLIP names, as the official Hub repositories of the OpenAI towers have them."""
+"""transformers' CLIP names, as in the official Hub repositories of the OpenAI towers."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
 def _make_vision_config(
     _tensors: Tensors, source_format: SourceFormat, stated: PreTrainedConfig | None
 ) -> PreTrainedConfig:
-    """Take the repository's own description, which the source format must not contradict."""
+    """Use the repository's own configuration, which the source format must not contradict."""
     from transformers import CLIPVisionConfig
 
     vision: PreTrainedConfig | None = getattr(stated, "vision_config", None)
     if vision is None:
         raise ValueError(
-            "Weights in transformers' CLIP names need the config.json that came with them. Give "
-            "the folder or Hub id, not the weight file alone."
+            "Weights with transformers' CLIP names need the config.json that came with them. Pass "
+            "the folder or Hub id instead of the weight file."
         )
     if vision.hidden_act != source_format.activation:
         raise ValueError(
-            f"The repository's config.json has hidden_act={vision.hidden_act!r}, the source format "
-            f"has activation={source_format.activation!r}. Give the one that it was trained with."
+            f"activation={source_format.activation!r} contradicts the repository's config.json, "
+            f"which has hidden_act={vision.hidden_act!r}. Use the one it was trained with."
         )
     if not isinstance(vision.image_size, int):
         raise ValueError(
             f"The repository's config.json has image_size={vision.image_size!r}, but official "
-            "towers take square images. Give their side as a number."
+            "towers take square images. Set image_size to a single number."
         )
-    # A class of transformers' own, without what the repository's code would add.
+    # transformers' own class, without additions from the repository's code.
     return CLIPVisionConfig.from_dict(vision.to_dict())
 
 
@@ -54,7 +54,7 @@ LAYOUT = Layout(
     drops=(
         Drop(
             r"vision_model\.embeddings\.position_ids",
-            "numbers 0, 1, 2, … that the model makes itself",
+            "position numbers 0, 1, 2, …, which the model computes",
         ),
     ),
     make_vision_config=_make_vision_config,

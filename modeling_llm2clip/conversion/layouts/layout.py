@@ -1,4 +1,4 @@
-"""The description of a layout, and functions that several layouts share."""
+"""Describes a layout; also has the functions that several layouts share."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rule:
-    """A pattern of keys and the names that they get.
+    """A pattern of keys, and their new names.
 
     Attributes:
         pattern: Regular expression for a whole key.
-        targets: Pairs of a name in the new model, with a backslash and a number for a group of the
-            pattern, and a function that changes the tensor, or None. Several for a matrix that is
-            split.
+        targets: Pairs of a name in the new model, which may refer to groups of the pattern (such as
+            a backslash and 1), and a function that transforms the tensor, or None. A matrix that is
+            split has several.
     """
 
     pattern: str
@@ -38,7 +38,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Drop:
-    """Keys that are left out on purpose.
+    """Keys that are dropped on purpose.
 
     Attributes:
         pattern: Regular expression for a whole key.
@@ -51,12 +51,12 @@ class Drop:
 
 @dataclass
 class RenamedWeights:
-    """The weights of a source after its rules.
+    """The weights of a source after applying its rules.
 
     Attributes:
         weights: Weights by their names in the new model.
-        origins: Name in the new model → key of the source that it was made from.
-        dropped: Key of the source → why it is not needed.
+        origins: Name in the new model → key in the source.
+        dropped: Key in the source → reason for dropping it.
     """
 
     weights: dict[str, LazyTensor] = field(default_factory=dict)
@@ -66,24 +66,24 @@ class RenamedWeights:
 
 @dataclass(frozen=True)
 class Layout:
-    """A family of checkpoints: its keys, and the facts that no key shows.
+    """A family of checkpoints: its keys, and the facts that the keys do not show.
 
     Attributes:
-        choice: Name of its source format, as users choose it.
+        choice: Name of its source format for users.
         source_options: Options of `source_format`; its `layout` names the family.
-        marks: Keys that this family has and no other.
-        adapter_prefix: Prefix of the keys of the text adapter.
+        marks: Keys that only this family has.
+        adapter_prefix: Prefix of the text adapter's keys.
         rules: Rules for the vision tower and its projection.
-        make_vision_config: Makes the tower's configuration of weights, source format and the
-            checkpoint's own configuration, which is None where it has none.
-        drops: Keys left out, with the reason.
-        options: Fields of `SourceFormat` that this family has and others may not have.
-        activations: Activations that its vision towers may have.
-        needs_timm: Its vision tower is a network of timm.
-        has_projection: False where the tower's embedding is the image's embedding; the projection
-            then becomes the identity.
-        projection_bias: The image projection has a bias.
-        llm_prefix: Prefix of the keys of the LLM, where a checkpoint may hold it.
+        make_vision_config: Makes the tower's configuration from the weights, the source format and
+            the checkpoint's own configuration (None if there is none).
+        drops: Keys to drop, with the reason.
+        options: Fields of `SourceFormat` that apply to this family, but not to all others.
+        activations: Supported activations of its vision towers.
+        needs_timm: Whether its vision tower is a timm network.
+        has_projection: False if the tower's output is the image embedding; the projection is then
+            the identity.
+        projection_bias: Whether the image projection has a bias.
+        llm_prefix: Prefix of the LLM's keys, if a checkpoint can contain the LLM.
     """
 
     choice: str
@@ -102,7 +102,7 @@ class Layout:
 
     @cached_property
     def source_format(self) -> SourceFormat:
-        """Source format of the official checkpoints, made when it is used: it imports pydantic."""
+        """Source format of the official checkpoints; lazy, because it imports pydantic."""
         return SourceFormat(**self.source_options)
 
     @property
@@ -112,14 +112,14 @@ class Layout:
 
 
 def rename(pattern: str, target: str, make: Make | None = None) -> Rule:
-    """Return a rule with one target."""
+    """Make a rule with one target."""
     return Rule(pattern, ((target, make),))
 
 
 def apply_rules(
     tensors: Mapping[str, LazyTensor], rules: Iterable[Rule], drops: Iterable[Drop], *, source: str
 ) -> RenamedWeights:
-    """Rename every tensor of a source; the first rule that matches a key counts, drops win."""
+    """Rename every tensor of a source by the first matching rule; drops take precedence."""
     rules, drops, result = tuple(rules), tuple(drops), RenamedWeights()
     unaccounted = []
     for key, tensor in tensors.items():
@@ -136,7 +136,7 @@ def apply_rules(
             if name in result.weights:
                 raise ValueError(
                     f"{source}: {result.origins[name]} and {key} would both become {name}. The "
-                    "file is a mixture of two layouts; remove the keys that are not the model's."
+                    "file mixes two layouts; remove the keys that do not belong to the model."
                 )
             result.weights[name] = tensor if make is None else tensor.then(make)
             result.origins[name] = key
@@ -151,7 +151,7 @@ def apply_rules(
 
 
 def count_blocks(tensors: Tensors, pattern: str) -> int:
-    """Count blocks by the keys `pattern.format(0)`, `pattern.format(1)`, …"""
+    """Count blocks by their keys `pattern.format(0)`, `pattern.format(1)`, …"""
     count = 0
     while pattern.format(count) in tensors:
         count += 1
@@ -159,34 +159,33 @@ def count_blocks(tensors: Tensors, pattern: str) -> int:
 
 
 def square_side(num_patches: int) -> int:
-    """Return the side of a square of patches."""
+    """Return the number of patches per side of a square image."""
     side = math.isqrt(num_patches)
     if side * side != num_patches:
         raise ValueError(
-            f"The vision tower has positions for {num_patches} patches, which do not make a square "
-            "image. Official checkpoints have square ones only."
+            f"The vision tower has positions for {num_patches} patches, which do not form a square "
+            "image. Official checkpoints only take square images."
         )
     return side
 
 
 def count_heads(width: int, source_format: SourceFormat) -> int:
-    """Return the number of attention heads, which no weight shows."""
+    """Return the number of attention heads, which the weights do not show."""
     if width % source_format.head_width:
         raise ValueError(
-            f"The vision tower is {width} wide, which heads of {source_format.head_width} do not "
-            "divide. Give the head width that it was trained with."
+            f"head_width={source_format.head_width} does not divide the vision tower's width of "
+            f"{width}. Use the head width that it was trained with."
         )
     return width // source_format.head_width
 
 
 def find_ratio(part: int, whole: int) -> float:
-    """Return a ratio for which `int(whole * ratio)` is `part` in spite of rounding."""
+    """Return a ratio for which `int(whole * ratio)` is `part` despite rounding."""
     return (part + 0.5) / whole
 
 
 def make_timm_config(architecture: str, model_args: dict[str, Any]) -> PreTrainedConfig:
-    """Describe a timm network with every size stated, so that no default of its architecture
-    counts."""
+    """Make a timm network's configuration with every size set, so no default applies."""
     from transformers import TimmWrapperConfig  # needs timm
 
     config: PreTrainedConfig = TimmWrapperConfig.from_dict(

@@ -1,4 +1,4 @@
-"""CLIP's own names, as the official training code saves an OpenAI tower."""
+"""CLIP's own names, as in an OpenAI tower saved by the official training code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _split(part: str) -> Rule:
 def _make_vision_config(
     tensors: Tensors, source_format: SourceFormat, _stated: PreTrainedConfig | None
 ) -> PreTrainedConfig:
-    """Describe the tower by the shapes of its weights."""
+    """Derive the tower's configuration from the shapes of its weights."""
     from transformers import CLIPVisionConfig
 
     width, _, patch_size, _ = tensors["visual.conv1.weight"].shape

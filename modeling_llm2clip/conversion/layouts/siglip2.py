@@ -1,4 +1,4 @@
-"""SigLIP2 in timm's names, with the LLM inside the checkpoint or beside it."""
+"""SigLIP2 with timm's names, and with the LLM in the checkpoint or separate."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
     from .layout import Tensors
 
-# Patches along a side, and their pixels: published as SO400M for 378 and for 384 pixels.
+# Patches per side and patch size, published as SO400M for both 378 and 384 pixels.
 _OF_SEVERAL_SIZES = ((27, 14),)
 
 
 def _make_vision_config(
     tensors: Tensors, source_format: SourceFormat, _stated: PreTrainedConfig | None
 ) -> PreTrainedConfig:
-    """Describe the tower, attention pooling included, by the shapes of its weights."""
+    """Derive the tower's configuration, attention pooling included, from its weights' shapes."""
     trunk = "visual.trunk."
     width, _, patch_size, _ = tensors[f"{trunk}patch_embed.proj.weight"].shape
     side = square_side(tensors[f"{trunk}pos_embed"].shape[1])
@@ -50,28 +50,28 @@ def _make_vision_config(
 
 
 def _find_image_size(side: int, patch_size: int, stated: int | None) -> int:
-    """Return the side of the images in pixels; timm drops what is beyond the last patch."""
+    """Return the image size in pixels; timm drops a remainder after the last patch."""
     if stated is None:
         if (side, patch_size) in _OF_SEVERAL_SIZES:
             raise ValueError(
-                f"The tower has {side} × {side} patches of {patch_size} pixels, as networks for "
-                "images of 378 and of 384 pixels have. Give the image_size that it was trained "
-                "with."
+                f"image_size is missing: the tower has {side} × {side} patches of {patch_size} "
+                "pixels, like networks for both 378 and 384 pixels. Use the image_size that it was "
+                "trained with."
             )
         return patch_size * side
     if stated // patch_size != side:
         raise ValueError(
-            f"image_size={stated} is {stated // patch_size} patches of {patch_size} pixels; the "
-            f"weights have {side}. Give one from {patch_size * side} to "
-            f"{patch_size * (side + 1) - 1}, or leave it out."
+            f"image_size={stated} is {stated // patch_size} patches of {patch_size} pixels, but "
+            f"the weights have {side}. Use {patch_size * side} to "
+            f"{patch_size * (side + 1) - 1}, or remove image_size."
         )
     return stated
 
 
 LAYOUT = Layout(
     choice="siglip2",
-    # The official factory normalized with OpenAI's numbers, the tower's own are 0.5: the checkpoint
-    # does not say which it was trained with, so neither is a default.
+    # The official factory normalizes with OpenAI's mean and std, but the tower's own are 0.5. The
+    # checkpoint does not record which it was trained with, so neither is the default.
     source_options={
         "layout": "siglip2",
         "normalize_text_before_adapter": False,
