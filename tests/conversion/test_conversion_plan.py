@@ -43,7 +43,9 @@ def test_keys_of_another_family(tmp_path: Path, family: str) -> None:
     source = save_checkpoint(family, tmp_path)
     assert plan(source, source_format=FORMAT_OF[family])
     for other in set(FORMAT_OF) - {family}:
-        with pytest.raises(ValueError, match=f"of the family '{family}', but the source format is for"):
+        with pytest.raises(
+            ValueError, match=f"of the family '{family}', but the source format is for"
+        ):
             plan(source, source_format=FORMAT_OF[other])
 
 
