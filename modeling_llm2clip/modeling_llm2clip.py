@@ -299,7 +299,6 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
     def _pool_batch(
         self, input_ids: Tensor, attention_mask: Tensor, *, num_unpooled: int, **options: Any
     ) -> BaseModelOutputWithPooling:
-        """Run one padded batch through the LLM and pool its output."""
         takes_positions = "position_ids" in inspect.signature(self.text_model.forward).parameters
         first = find_first_position(self.text_model)
         positions = build_position_ids(attention_mask, first=first)
@@ -321,7 +320,6 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
     def _pool_states(
         self, hidden_states: Tensor, attention_mask: Tensor, num_unpooled: int
     ) -> BaseModelOutputWithPooling:
-        """Pool the LLM's last hidden states, (B, L, D)."""
         mask = build_pooling_mask(attention_mask, num_unpooled=num_unpooled)
         mask = copy_to(mask, hidden_states.device)
         pooled = pool_tokens(hidden_states, mask, pooling=self.config.text_pooling)
@@ -430,7 +428,6 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
         interpolate_pos_encoding: bool,
         **options: Any,
     ) -> BaseModelOutputWithPooling:
-        """Run the vision tower and pool its output."""
         check_pixels(self.vision_model, pixel_values)
         check_options(self.vision_model, options)
         if self.training and not is_traced():

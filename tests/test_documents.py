@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 from machine_paths import MACHINE_PATH
-from PIL import Image
-from tiny_folders import export_tiny_model
+from tiny_folders import export_tiny_model, save_captioned_squares
 
 from benchmarks.tables.render_tables import DOCUMENTS as TABLED
 from benchmarks.tables.render_tables import NOT_RECORDED, RESULTS, render_document
@@ -170,7 +169,7 @@ def test_the_readmes_training_commands_run_one_after_the_other(
     # What the first command makes of the demo's towers, which are fetched, and the demo itself.
     for name in ("my-model", "llm2clip-demo/model"):
         export_tiny_model(tmp_path / name)
-    save_captioned_images(tmp_path / "my-images", count=200)
+    save_captioned_squares(tmp_path / "my-images", count=200)
     monkeypatch.chdir(tmp_path)
     commands = [line for line in read(README).splitlines() if line.startswith("llm2clip ")]
     recipe = commands[commands.index("llm2clip build embedded embedded my-model") + 1 :][:3]
@@ -184,18 +183,6 @@ def test_the_readmes_training_commands_run_one_after_the_other(
         assert main(shlex.split(command)[1:]) == 0, command
     for folder in ("aligned", "fine-tuned"):
         assert main(["doctor", f"{folder}/model"]) == 0
-
-
-def save_captioned_images(folder: Path, *, count: int) -> None:
-    """Images of one color each, with two captions."""
-    folder.mkdir()
-    lines = []
-    for number in range(count):
-        color = (number, 255 - number, number * 7 % 256)
-        Image.new("RGB", (32, 32), color).save(folder / f"{number}.png")
-        captions = [f"number {number} in one color", f"a square, the {number}th"]
-        lines.append(json.dumps({"image": f"{number}.png", "captions": captions}))
-    (folder / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 
 def test_readme_and_site_show_every_command() -> None:

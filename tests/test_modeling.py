@@ -130,27 +130,6 @@ def test_texts_so_long_that_rotary_frequencies_depend_on_the_batch_are_rejected(
         rotary_model(kind, max_text_length=25)
 
 
-def test_an_instruction_is_attended_to_and_not_pooled() -> None:
-    model, processor = shared_model()
-    ids = processor(text="find: dog")["input_ids"]
-    num_alone = processor(text="find: ")["input_ids"].shape[1]
-    start = num_alone - len(model.config.prompt_suffix_ids)  # the space at its end is stripped
-    text_only = LLM2CLIPTextModel(model.config, copy.deepcopy(model.text_model)).eval()
-    with torch.no_grad():
-        for encoder in (model, text_only):
-            hidden = encoder.text_model(input_ids=ids, use_cache=False).last_hidden_state
-            embeds = encoder.get_caption_embeds(ids, prompt_length=num_alone)
-            for as_tensor in (torch.tensor([num_alone]), torch.full((len(ids),), num_alone)):
-                same = encoder.get_caption_embeds(ids, prompt_length=as_tensor)
-                assert torch.equal(same, embeds)
-            torch.testing.assert_close(
-                embeds, hidden[:, start:].mean(dim=1), rtol=ROUNDING, atol=ROUNDING
-            )
-            assert (embeds - encoder.get_caption_embeds(ids)).abs().max() > 1e-2
-            text_embeds = encoder(input_ids=ids, prompt_length=num_alone).text_embeds
-            assert torch.allclose(text_embeds, encoder.to_text_embeds(embeds), atol=ROUNDING)
-
-
 def test_an_instruction_shorter_than_the_prompt_is_rejected() -> None:
     model, _ = shared_model()
     with pytest.raises(ValueError, match=r"prompt_length=1 is shorter than .* own prompt"):

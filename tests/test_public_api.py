@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from hub_server import HubServer
-from PIL import Image
-from tiny_folders import save_tiny_llm, save_tiny_vision
+from tiny_folders import save_captioned_squares, save_tiny_llm, save_tiny_vision
 
 ROOT = Path(__file__).parents[1]
 # Small numbers where a user would leave the defaults.
@@ -49,23 +47,11 @@ if __name__ == "__main__":
 """
 
 
-def save_images(folder: Path, *, count: int) -> None:
-    """Images of one color each, with two captions."""
-    folder.mkdir()
-    lines = []
-    for number in range(count):
-        color = (number * 3 % 256, 255 - number, number * 7 % 256)
-        Image.new("RGB", (32, 32), color).save(folder / f"{number}.png")
-        captions = [f"number {number} in one color", f"a square, the {number}th"]
-        lines.append(json.dumps({"image": f"{number}.png", "captions": captions}))
-    (folder / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
-
-
 @pytest.mark.slow
 def test_the_whole_method_is_one_script(tmp_path: Path) -> None:
     save_tiny_vision(tmp_path / "vision")
     save_tiny_llm(tmp_path / "llm")
-    save_images(tmp_path / "my-images", count=60)
+    save_captioned_squares(tmp_path / "my-images", count=60)
     script = tmp_path / "script.py"
     script.write_text(SCRIPT, encoding="utf-8")
     with HubServer() as hub:

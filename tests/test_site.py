@@ -17,9 +17,8 @@ from typing import Any
 import pytest
 import yaml
 from browsing import WIDTHS, needs_browser, open_browser, overflows
-from PIL import Image
 from tiny import tiny_images
-from tiny_folders import export_tiny_model, save_tiny_llm, save_tiny_vision
+from tiny_folders import export_tiny_model, save_captioned_squares, save_tiny_llm, save_tiny_vision
 
 import modeling_llm2clip
 from modeling_llm2clip.__main__ import LINE
@@ -347,15 +346,7 @@ def make_what_readers_have(folder: Path) -> None:
     tiny_images()[0].save(folder / "llm2clip-demo" / "search.png")
     save_tiny_vision(folder / "openai" / "clip-vit-large-patch14-336")
     save_tiny_llm(folder / "meta-llama" / "Llama-3.2-1B-Instruct")
-    images = folder / "my-images"
-    images.mkdir()
-    lines = []
-    for number in range(120):  # a batch of 64 needs as many groups
-        color = (number, 255 - number, number * 7 % 256)
-        Image.new("RGB", (32, 32), color).save(images / f"{number}.png")
-        captions = [f"number {number} in one color", f"a square, the {number}th"]
-        lines.append(json.dumps({"image": f"{number}.png", "captions": captions}))
-    (images / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    save_captioned_squares(folder / "my-images", count=120)  # a batch of 64 needs as many groups
 
 
 @pytest.fixture(scope="module")

@@ -1,1 +1,1 @@
-"""The main job on real parts, from two towers to a searched image folder."""
+"""Run the whole method on real towers, from two towers to a searched image folder."""

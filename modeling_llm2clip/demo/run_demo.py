@@ -1,4 +1,4 @@
-"""The demo: the whole method on the package's own towers and images, then a search."""
+"""Run the demo: the whole method on the package's own towers and images, then a search."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ SENTENCES = (
 
 
 def split_emoji(seed: int) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
-    """Split the embedded emoji into records to train on and one record per held-out emoji.
+    """Split the embedded emoji into training records and one record per held-out emoji.
 
-    Warns when the test part is not the evaluation dataset `emoji`.
+    Warns if the test part differs from the evaluation dataset `emoji`.
     """
     if seed != EMOJI_SEED:
         warnings.warn(
-            f"Seed {seed} trains on emoji that the evaluation dataset `emoji` tests: it is the "
-            f"test split of seed {EMOJI_SEED}. Do not evaluate this model on it.",
+            f"Seed {seed} trains on emoji in the evaluation dataset `emoji`, which is the test "
+            f"split of seed {EMOJI_SEED}. Do not evaluate this model on it.",
             stacklevel=2,
         )
     records = [r for r in load_records(find_example_data() / "emoji") if r.lang == "en"]
@@ -68,7 +68,7 @@ def split_emoji(seed: int) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
 
 
 def _list_texts(record: CaptionedImage) -> tuple[str, ...]:
-    """Return the captions, and once more the first one with the image's keywords behind it."""
+    """Return the captions, plus the first caption followed by the image's keywords."""
     named = f"{record.captions[0]}: {', '.join(record.keywords)}"
     return (*record.captions, named) if record.keywords else record.captions
 
@@ -76,14 +76,14 @@ def _list_texts(record: CaptionedImage) -> tuple[str, ...]:
 def make_demo_config(
     output: Path, *, max_steps: int | None = None, seed: int = 0, device: str = "auto"
 ) -> TrainConfig:
-    """Return the demo's recipe: the embedded towers, whose LLM is fine-tuned already."""
+    """Return the demo's recipe: the embedded towers, with an LLM that is already fine-tuned."""
     return TrainConfig(
         vision_model=EMBEDDED,
         text_model=EMBEDDED,
         data=EMBEDDED,
         output=output,
         finetune=None,
-        # The held-out emoji of the demo test the model, so that the alignment holds out no others.
+        # The demo already holds out emoji to test the model, so alignment holds out no others.
         align=AlignConfig(max_steps=max_steps, held_out_ratio=0, image_noise=0, caption_noise=0),
         device=device,
         seed=seed,
@@ -91,10 +91,10 @@ def make_demo_config(
 
 
 def run_demo(config: TrainConfig, *, report: Callable[[str], object] = print) -> dict[str, Any]:
-    """Train on the embedded emoji, test on those held out, and search all of them."""
+    """Train on the embedded emoji, test on the held-out ones, and search all of them."""
     require_new_folder(config.output, is_renamed=False)
     train_records, test_records = split_emoji(config.seed)
-    fetch_embedded(config.vision_model, config.text_model, config.build)  # not part of the time
+    fetch_embedded(config.vision_model, config.text_model, config.build)  # not timed
     started = time.monotonic()
     folder = train(config, records=(train_records, test_records), report=report)
     scores = _read_scores(RecipePaths(config.output).evaluation)
@@ -109,8 +109,8 @@ def run_demo(config: TrainConfig, *, report: Callable[[str], object] = print) ->
         "num_held_out": len(test_records),
         "versions": list_versions(),
     }
-    text = json.dumps(written, indent=2) + "\n"
-    (config.output / "report.json").write_text(text, encoding="utf-8")
+    file = config.output / "report.json"
+    file.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     return written
 
 
@@ -129,7 +129,7 @@ def _read_scores(folder: Path) -> dict[str, float]:
 def _search_images(
     folder: Path, config: TrainConfig, stored: list[CaptionedImage], others: list[CaptionedImage]
 ) -> list[SearchResult]:
-    """Search one stored image of each group, and all others, which are encoded."""
+    """Search one stored image per group and all other images, which are encoded first."""
     model, processor = load_model(folder, device=config.device)
     assert isinstance(model, LLM2CLIPModel)  # `train` exports nothing else
     store = EmbeddingStore.open(RecipePaths(config.output).images)
@@ -145,7 +145,7 @@ def _search_images(
 def _show(results: list[SearchResult], output: Path, scores: dict[str, float]) -> None:
     write_results_sheet(results, output / "search.png")
     note = (
-        f"Unseen text to image R@1 {scores['unseen_t2i_r1']:.1%}, image to text "
+        f"R@1 on unseen images: text to image {scores['unseen_t2i_r1']:.1%}, image to text "
         f"{scores['unseen_i2t_r1']:.1%}, chance {scores['chance_r1']:.1%}. The number "
         "under an image is its cosine with the sentence."
     )
@@ -155,7 +155,7 @@ def _show(results: list[SearchResult], output: Path, scores: dict[str, float]) -
 
 
 def _measure_peak_memory() -> float:
-    """Return the peak of this process and of the largest of its children, in 10^9 bytes."""
+    """Return the sum of this process's peak memory and its largest child's, in 10^9 bytes."""
     kilobyte = 1 if platform.system() == "Darwin" else 1024  # macOS counts bytes
     usages = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     return round(sum(resource.getrusage(u).ru_maxrss * kilobyte for u in usages) / 1e9, 2)

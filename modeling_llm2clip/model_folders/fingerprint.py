@@ -175,15 +175,14 @@ def fingerprint_embeddings(folder: Path, modality: Literal["text", "image"]) -> 
     """
     files = list_model_files(folder)
     if modality == "image":
-        head = _describe_weights(iterate_tensors(files, prefix="visual_projection."))
-        return {**fingerprint_vision(folder), "head weights": head["weights"]}
+        tensors = iterate_tensors(files, prefix="visual_projection.")
+        return {**fingerprint_vision(folder), "head weights": _describe_weights(tensors)["weights"]}
     prefixes = ("text_adapter.", "text_projection.")
     heads = chain.from_iterable(iterate_tensors(files, prefix=prefix) for prefix in prefixes)
-    setting = str(getattr(LLM2CLIPConfig.from_pretrained(folder), _ADAPTER_SETTING))
     return {
         **fingerprint_text(folder),
         "head weights": _describe_weights(heads)["weights"],
-        _ADAPTER_SETTING: setting,
+        _ADAPTER_SETTING: str(getattr(LLM2CLIPConfig.from_pretrained(folder), _ADAPTER_SETTING)),
     }
 
 
@@ -193,12 +192,13 @@ def fingerprint_model(folder: Path, *, without_towers: bool = False) -> dict[str
     Contains `weights` (a single SHA-256), `dtype`, and the only setting that affects embeddings but
     shows neither in the weights nor in the towers' fingerprints.
     """
-    files, parts = list_model_files(folder), tuple[str, ...]([""])
-    if without_towers:
-        parts = ("logit_scale.", "text_adapter.", "text_projection.", "visual_projection.")
+    heads = ("logit_scale.", "text_adapter.", "text_projection.", "visual_projection.")
+    files, parts = list_model_files(folder), heads if without_towers else ("",)
     tensors = chain.from_iterable(iterate_tensors(files, prefix=part) for part in parts)
-    setting = str(getattr(LLM2CLIPConfig.from_pretrained(folder), _ADAPTER_SETTING))
-    return {**_describe_weights(tensors), _ADAPTER_SETTING: setting}
+    config = LLM2CLIPConfig.from_pretrained(folder)
+    return {
+        **_describe_weights(tensors), _ADAPTER_SETTING: str(getattr(config, _ADAPTER_SETTING)),
+    }  # fmt: skip
 
 
 def fingerprint_weights(files: Iterable[Path], *, base: Path | None = None) -> dict[str, str]:
@@ -267,9 +267,8 @@ def hash_deciding_files(folder: Path, *, of_vision_tower: bool = False) -> dict[
         for name in (_DECIDING_IMAGES if of_vision_tower else _DECIDING_FILES)
         if (folder / name).is_file()
     }
-    files = list_model_files(folder)
-    tensors = iterate_tensors(files, prefix="vision_model." if of_vision_tower else "")
-    entry = VISION_ENTRY if of_vision_tower else WEIGHTS_ENTRY
+    prefix, entry = ("vision_model.", VISION_ENTRY) if of_vision_tower else ("", WEIGHTS_ENTRY)
+    tensors = iterate_tensors(list_model_files(folder), prefix=prefix)
     return {**hashes, entry: _describe_weights(tensors)["weights"]}
 
 

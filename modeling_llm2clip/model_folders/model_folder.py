@@ -310,7 +310,6 @@ def holds_graphs(source: str | Path | None) -> bool:
 
 
 def is_dual_encoder(source: str | Path) -> bool:
-    """Return whether a source is a model with its own text encoder, such as CLIP."""
     description = find_model_type(source)
     return description is not None and description.content == "clip"
 

@@ -87,7 +87,6 @@ def load_model(
 
 
 def find_model_class(folder: Path) -> Any:
-    """Return the class that saved a folder, from its `config.json`."""
     architectures = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True).architectures
     name = (architectures or ["nothing"])[0]
     if name not in MODEL_CLASSES:
@@ -190,7 +189,6 @@ def describe_untrained(config: LLM2CLIPConfig) -> str | None:
 
 
 def require_trained(config: LLM2CLIPConfig, *, purpose: str, source: str | Path) -> None:
-    """Refuse a model whose projections are random."""
     if not config.projections_trained:
         raise ValueError(f"{source} is refused for {purpose}: it is {describe_untrained(config)}.")
 

@@ -240,8 +240,7 @@ def find_carried_files(source: Path, *, trained_since: bool = False) -> dict[str
     records = {name: source / name for name in names if (source / name).is_file()}
     if trained_since and records:
         records = {RECORD_BEFORE_TRAINING: next(iter(records.values()))}
-    carried = {**legal, **records}
-    carried |= {summary.name: summary} if summary.is_file() else {}
+    carried = {**legal, **records, **({summary.name: summary} if summary.is_file() else {})}
     require_inside(source, carried.values())
     return carried
 
@@ -264,7 +263,6 @@ def is_legal_file(name: str) -> bool:
 
 
 def require_inside(folder: Path, files: Iterable[Path]) -> None:
-    """Refuse to copy files that link out of their folder."""
     links = [f"{file.name} -> {file.resolve()}" for file in files if not is_inside(file, folder)]
     if links:
         raise ValueError(

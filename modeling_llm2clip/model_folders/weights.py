@@ -175,8 +175,7 @@ def write_weights(
             "metadata": {"total_size": sum(tensor.num_bytes for tensor in weights.values())},
             "weight_map": {name: file for file, names in shards.items() for name in names},
         }
-        text = json.dumps(index, indent=2) + "\n"
-        (folder / _INDEX).write_text(text, encoding="utf-8")
+        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def require_disk_space(weights: Mapping[str, LazyTensor], folder: Path) -> None:

@@ -132,7 +132,7 @@ def test_a_seed_that_trains_on_emoji_of_the_evaluation_dataset_is_warned_of() ->
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         split_emoji(seed=0)
-    with pytest.warns(UserWarning, match="Seed 1 trains on emoji that the evaluation dataset"):
+    with pytest.warns(UserWarning, match="Seed 1 trains on emoji in the evaluation dataset"):
         split_emoji(seed=1)
 
 

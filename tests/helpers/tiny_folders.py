@@ -56,3 +56,15 @@ def save_captioned_images(folder: Path, *, count: int) -> Path:
     text = "\n".join(json.dumps(line) for line in lines)
     (folder / "captions.jsonl").write_text(text, encoding="utf-8")
     return folder
+
+
+def save_captioned_squares(folder: Path, *, count: int) -> None:
+    """Images of one color each, with two captions."""
+    folder.mkdir()
+    lines = []
+    for number in range(count):
+        color = (number, 255 - number, number * 7 % 256)
+        Image.new("RGB", (32, 32), color).save(folder / f"{number}.png")
+        captions = [f"number {number} in one color", f"a square, the {number}th"]
+        lines.append(json.dumps({"image": f"{number}.png", "captions": captions}))
+    (folder / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")

@@ -276,21 +276,6 @@ def auto_embeddings(folder: Path) -> dict[str, torch.Tensor]:
     return {"text": output.text_embeds, "image": output.image_embeds}
 
 
-def test_texts_and_images_equal_those_of_auto_model(
-    sentence_model: SentenceTransformer, auto_embeddings: dict[str, torch.Tensor]
-) -> None:
-    texts = sentence_model.encode(CAPTIONS, convert_to_tensor=True)
-    images = sentence_model.encode(tiny_images(3), convert_to_tensor=True)
-    # Equal weights at other addresses, which may change the order of sums in a kernel.
-    assert torch.allclose(texts, auto_embeddings["text"], atol=1e-6)
-    assert torch.allclose(images, auto_embeddings["image"], atol=1e-6)
-    assert torch.allclose(sentence_model.similarity(texts, images), texts @ images.T, atol=ROUNDING)
-    for blank in ("", " \n"):
-        with pytest.warns(UserWarning, match="A text is blank"):
-            found = sentence_model.encode(["a dog", blank])
-        assert np.isfinite(found).all()
-
-
 def test_truncate_dim_keeps_the_first_numbers(folder: Path) -> None:
     whole = SentenceTransformer(str(folder))
     short = SentenceTransformer(str(folder), truncate_dim=8)
