@@ -1,6 +1,6 @@
-"""The command line, with accelerate taking processes over gloo for GPUs, so that FSDP runs on CPUs.
+"""Run the command line with accelerate treating gloo processes as GPUs, so FSDP runs on CPUs.
 
-Nothing but the name of the kind of machine is changed: FSDP2 itself shards tensors of any device.
+Only the name of the machine type changes: FSDP2 itself shards tensors on any device.
 """
 
 from __future__ import annotations

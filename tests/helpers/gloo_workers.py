@@ -1,4 +1,4 @@
-"""What two processes compute for the tests of the alignment; each is a fresh interpreter."""
+"""Work of two processes for the tests of the alignment, each in a fresh interpreter."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GROUP_IDS = torch.tensor([0, 1, 1, 2, 3, 0, 4, 3])
 
 
 def load_trained(folder: Path) -> AlignmentModel:
-    """The real module with everything in it trained but the LLM, which is not there."""
+    """Load the real module with everything trained except the LLM, which is not loaded."""
     model = AlignmentModel.from_pretrained(folder)
     model.loss = ContrastiveLoss()
     choose_trained_parts(model, AlignConfig(vision_training="full", layer_decay=1.0))
@@ -40,7 +40,7 @@ def load_trained(folder: Path) -> AlignmentModel:
 
 
 def make_batch(folder: Path, records: list[Any]) -> dict[str, Tensor]:
-    """Pixels of the first images and some caption embeddings."""
+    """Make a batch of the first images' pixels and random caption embeddings."""
     processor = LLM2CLIPProcessor.from_pretrained(folder)
     generator = torch.Generator().manual_seed(4)
     images = [str(record.path) for record in records[:NUM_ROWS]]
@@ -51,7 +51,7 @@ def make_batch(folder: Path, records: list[Any]) -> dict[str, Tensor]:
 
 
 def backward_module(model: torch.nn.Module, batch: dict[str, Tensor], part: slice) -> Tensor:
-    """One forward and backward pass of some rows through a module, wrapped or not."""
+    """Run a forward and backward pass of a part of the batch through a module."""
     rows = {name: value[part] for name, value in batch.items()}
     loss, _ = model({**rows, "group_ids": GROUP_IDS[part]})
     loss.backward()
@@ -59,7 +59,7 @@ def backward_module(model: torch.nn.Module, batch: dict[str, Tensor], part: slic
 
 
 def shard_and_step(model: AlignmentModel, batch: dict[str, Tensor], part: slice) -> dict[str, Any]:
-    """The same with FSDP2, whose parameters lie half on each process; and the clamp on such."""
+    """Do the same with FSDP2, with half of the parameters on each process, and clamp."""
     mesh = init_device_mesh("cpu", (2,))
     for block in (*model.vision_model.encoder.layers, *model.text_adapter.blocks):
         fully_shard(block, mesh=mesh)
@@ -80,7 +80,7 @@ def shard_and_step(model: AlignmentModel, batch: dict[str, Tensor], part: slice)
 
 
 def collect_sharded(model: AlignmentModel) -> dict[str, Any]:
-    """What the Trainer collects where the tower is frozen, and the number of tensors it gathers."""
+    """Collect the trained weights with a frozen tower, and count the gathered tensors."""
     model.vision_model.requires_grad_(False)
     trained = {name: p.full_tensor() for name, p in model.named_parameters() if p.requires_grad}
     trainer = AlignmentTrainer.__new__(AlignmentTrainer)
@@ -98,7 +98,7 @@ def find_free_port() -> int:
 
 
 def work(rank: int, port: int, folder: Path, batch: dict[str, Tensor]) -> None:
-    """Run in a process of its own: half the batch, results into `folder/rank.pt`."""
+    """Run half of the batch in its own process, and write the results to `folder/rank.pt`."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),

@@ -15,7 +15,7 @@ from modeling_llm2clip.training.alignment.align import align
 
 
 def keep(keeping: Inheriting, output: Path, *, resume: bool = False, **changed: Any) -> Run:
-    """Align for a few steps, by default near the names in a file beside the data."""
+    """Align for a few steps, by default keeping the names in a file next to the data."""
     names = str(keeping.data.parent / "names.txt")
     teacher = changed.pop("teacher", keeping.clip if changed.get("keep_texts", names) else None)
     model = changed.pop("model", keeping.model)

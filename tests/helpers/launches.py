@@ -1,4 +1,4 @@
-"""Python in a process of its own, or in several that PyTorch starts."""
+"""Run Python in its own process, or in several that PyTorch launches."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# By the loopback interface alone: the machine's own name may be looked up in a network.
+# Use only the loopback interface, because resolving the machine's name may need a network.
 _LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--local-addr=localhost")
 _LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
 
 
 def run_python(*arguments: object, processes: int = 1, timeout: float = 400) -> str:
-    """Run Python with the package and these helpers at hand; returns what it printed.
+    """Run Python with the package and these helpers on its path, and return its output.
 
     Args:
-        *arguments: as `python` takes them, such as a script and its own arguments.
-        processes: how many processes run them together.
-        timeout: seconds after which it is ended.
+        *arguments: Arguments of `python`, such as a script and its own arguments.
+        processes: Number of processes to launch together.
+        timeout: Time limit in seconds.
     """
     launch = (*_LAUNCHER, f"--nproc-per-node={processes}") if processes > 1 else ()
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "helpers")))
@@ -36,13 +36,13 @@ def run_python(*arguments: object, processes: int = 1, timeout: float = 400) -> 
 def start_with_ray(
     folder: Path, stage: str, *arguments: object, modality: str
 ) -> subprocess.Popen[str]:
-    """Run a stage with Ray in a process of its own, which a hanging cluster cannot outlive.
+    """Start a stage with Ray in its own process, so a hanging cluster cannot outlive the test.
 
     Args:
-        folder: where the script goes.
-        stage: public name of the function.
-        *arguments: as it takes them; they are pickled.
-        modality: as it takes it.
+        folder: Folder for the script.
+        stage: Public name of the function.
+        *arguments: Its arguments; they are pickled.
+        modality: Its modality.
     """
     script, pickled = folder / "with_ray.py", folder / "arguments.pickle"
     script.write_text(
@@ -60,7 +60,7 @@ def start_with_ray(
 
 
 def run_with_ray(folder: Path, stage: str, *arguments: object, modality: str) -> None:
-    """Run a stage as `start_with_ray` does, to its end."""
+    """Run a stage with Ray until it ends; see `start_with_ray`."""
     run = start_with_ray(folder, stage, *arguments, modality=modality)
     _, errors = run.communicate(timeout=240)
     assert run.returncode == 0, errors[-3000:]

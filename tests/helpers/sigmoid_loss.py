@@ -1,4 +1,4 @@
-"""Runs of one process and of two, on a loss with a parameter or on one without a temperature."""
+"""Runs on one or two processes with a loss that has a parameter or does not use the temperature."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ BIAS = "loss.logit_bias"
 
 
 def cosine(inputs: LossInputs) -> Tensor:
-    """The loss of docs/contributing/add-a-loss.md, which uses no temperature."""
+    """Compute the loss of docs/contributing/add-a-loss.md, which does not use the temperature."""
     return (1 - (inputs.image_embeds * inputs.text_embeds).sum(dim=-1)).mean()
 
 
 def train(prepared: Path, output: Path, *, resume: bool = False, **options: Any) -> None:
-    """Align on the data of `prepare` by the sigmoid loss, or with `by_cosine` by that."""
+    """Align on the data of `prepare` with the sigmoid loss, or with the cosine (`by_cosine`)."""
     from modeling_llm2clip.data.records.record_loading import load_records
 
     callbacks = options.pop("callbacks", ())

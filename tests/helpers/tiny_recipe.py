@@ -29,7 +29,7 @@ SHORT: dict[str, Any] = {
     "align": {"max_steps": 6, "global_batch_size": 4, "held_out_ratio": 0.2, "save_steps": 2,
               "eval_steps": 2},
 }  # fmt: skip
-# Where the weights are that must not depend on how often a run was stopped.
+# Folders with weights that must not depend on how often a run was stopped.
 WEIGHTS = ("built", "fine-tuned/lora", "fine-tuned/model", "captions", "images", "teacher",
            "aligned/model", "model")  # fmt: skip
 
@@ -43,7 +43,7 @@ def prepare_sources(folder: Path) -> Path:
 
 
 def prepare_proclip(folder: Path) -> dict[str, Any]:
-    """Write a tiny CLIP, and return what of a recipe ProCLIP's terms need."""
+    """Write a tiny CLIP, and return the recipe options that ProCLIP's terms need."""
     return {
         "vision_model": str(save_tiny_encoder("clip", folder / "clip")),
         "finetune": None,
@@ -54,7 +54,7 @@ def prepare_proclip(folder: Path) -> dict[str, Any]:
 
 
 def write_recipe(sources: Path, file: Path, *, output: Path | str, **changed: Any) -> Path:
-    """Write a recipe; a section that is given is merged into the one of `SHORT`."""
+    """Write a recipe, with changed sections merged into those of `SHORT`."""
     recipe = {
         "vision_model": str(sources / "vision"),
         "text_model": str(sources / "llm"),
@@ -71,19 +71,19 @@ def write_recipe(sources: Path, file: Path, *, output: Path | str, **changed: An
 
 
 def make_recipe(sources: Path, output: Path, **changed: Any) -> TrainConfig:
-    """Return the recipe as it is read from its file."""
+    """Write a recipe, and read it back from its file."""
     file = write_recipe(sources, output.with_suffix(".yaml"), output=output, **changed)
     return read_config(file, TrainConfig)
 
 
 def read_files(folder: Path, *, parts: tuple[str, ...] = ("",)) -> dict[str, bytes]:
-    """Return the content of every file in some folders of a run, by its path."""
+    """Return the content of every file in the given folders of a run, by path."""
     files = (file for part in parts for file in (folder / part).rglob("*") if file.is_file())
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 def names_that_differ(one: Path, other: Path) -> list[str]:
-    """Files of models, LoRA and stores that two runs do not have alike."""
+    """List the files of models, LoRA and stores that differ between two runs."""
     first, second = read_files(one, parts=WEIGHTS), read_files(other, parts=WEIGHTS)
     assert any(name.startswith("aligned/model/model") for name in first)
     return [name for name in sorted({*first, *second}) if first.get(name) != second.get(name)]

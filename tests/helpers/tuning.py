@@ -54,14 +54,14 @@ class Tuned:
         return read_results(self.output)
 
     def copy_unfinished(self, output: Path) -> Path:
-        """Copy the run as a kill between its two checkpoints leaves it."""
+        """Copy the run as if it had been killed between its two checkpoints."""
         shutil.copytree(self.output, output)
         shutil.rmtree(output / "checkpoints" / "checkpoint-6")
         shutil.rmtree(output / "lora")
         return output
 
 
-# Of the command, for a run of one step.
+# Flags of the command for a run of one step.
 FLAGS = [
     "--max-steps", "1", "--per-device-train-batch-size", "4", "--num-held-out", "4", "--device",
     "cpu",
@@ -69,7 +69,7 @@ FLAGS = [
 
 
 def write_captions(file: Path, *singles: str) -> Path:
-    """Write the captions of `GROUPS` as the command reads them, and images of one caption each."""
+    """Write the captions of `GROUPS` for the command, and some images with a single caption."""
     groups = [*((g.group_id, g.captions) for g in GROUPS), *((name, [name]) for name in singles)]
     lines = [json.dumps({"group_id": name, "captions": captions}) for name, captions in groups]
     file.parent.mkdir(exist_ok=True)
@@ -78,7 +78,7 @@ def write_captions(file: Path, *singles: str) -> Path:
 
 
 def write_pairs(file: Path, pairs: Iterable[TextPair]) -> Path:
-    """Write text pairs as `text_pairs` takes them."""
+    """Write text pairs in the format of `text_pairs`."""
     lines = [
         json.dumps({"query": p.anchor, "positive": p.positive, "negatives": list(p.negatives)})
         for p in pairs
@@ -88,7 +88,7 @@ def write_pairs(file: Path, pairs: Iterable[TextPair]) -> Path:
 
 
 def hold_out_short() -> list[CaptionGroup]:
-    """The groups that runs with `SHORT` hold out."""
+    """Return the groups that runs with `SHORT` hold out."""
     return group_captions(RECORDS).hold_out(4, seed=SHORT.seed)[1]
 
 

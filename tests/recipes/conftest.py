@@ -1,4 +1,4 @@
-"""What all tests of recipes share."""
+"""Fixtures for the tests of recipes."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from tiny_recipe import prepare_sources
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The towers and the data that tiny recipes name, which no test may change."""
+    """Towers and data of tiny recipes, which no test may change."""
     return prepare_sources(tmp_path_factory.mktemp("sources"))

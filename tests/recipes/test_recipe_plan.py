@@ -160,11 +160,11 @@ def test_a_stopped_stage_is_reported_and_nothing_written(
 
 
 @pytest.mark.slow
-def test_the_plan_is_what_was_done(finished: TrainConfig) -> None:
+def test_the_planned_steps_are_the_actual_ones(finished: TrainConfig) -> None:
     planned = stages_of(finished)
-    tuned, aligned = finished.output / "fine-tuned", finished.output / "aligned"
-    assert planned["finetune-llm"].size.startswith(f"{read_results(tuned)['steps']} steps of 4")
-    assert planned["align"].size.startswith(f"{read_results(aligned)['steps']} steps of 4")
+    for stage, folder in (("finetune-llm", "fine-tuned"), ("align", "aligned")):
+        num_steps = read_results(finished.output / folder)["steps"]
+        assert planned[stage].size.startswith(f"{num_steps} steps of 4")
 
 
 @pytest.mark.slow
@@ -235,14 +235,11 @@ def test_all_errors_of_a_recipe_are_named(
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_contradictions_between_stages_are_named_at_once(sources: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"finetune\.merge=False.*export\.components must be full.*align\.se"
-    ):
-        make_recipe(
-            sources,
-            tmp_path / "run",
-            finetune={"merge": False},
-            export={"components": "text"},
-            align={"seed": 3},
-        )
+def test_all_conflicts_between_stages_are_named(sources: Path, tmp_path: Path) -> None:
+    changed = {"finetune": {"merge": False}, "export": {"components": "text"}, "align": {"seed": 3}}
+    message = r"finetune\.merge=False.*export\.components must be full.*align\.seed"
+    with pytest.raises(ValueError, match=message):
+        make_recipe(sources, tmp_path / "run", **changed)
+    message = r"random weights.*Set build\.prompt=own and build\.keep_emb"
+    with pytest.raises(ValueError, match=message):
+        make_recipe(sources, tmp_path / "run", align={"lock_text": True})

@@ -108,13 +108,8 @@ def read_scores(output: Path) -> dict[str, Any]:
     return scores
 
 
-@pytest.mark.slow
-def test_it_makes_a_healthy_model(done: Done) -> None:
-    assert done.model == done.config.output / "model"
-    assert check_model(done.model).healthy
-
-
 def test_it_reports_the_plan_the_scores_and_where_everything_is(done: Done) -> None:
+    assert done.model == done.config.output / "model"
     assert done.reported[0].startswith("27 images to train on, 3 to evaluate on.")
     scores = next(text for text in done.reported if "text to image R@1" in text)
     assert "model " in scores and "chance" in scores
@@ -125,7 +120,6 @@ def test_it_reports_the_plan_the_scores_and_where_everything_is(done: Done) -> N
     hits = read_scores(done.config.output)["t2i"]["hit_rate_at_1"]
     assert evaluated.dataset == "held-out" and evaluated.scores["t2i.hit_rate_at_1"] == hits
     assert all(Path(path).is_dir() for path in shown.values())
-    assert read_scores(done.config.output)
 
 
 def test_a_second_run_computes_nothing_and_changes_nothing(copied: TrainConfig) -> None:
@@ -156,14 +150,9 @@ def test_an_option_that_changed_is_refused_by_name(done: Done) -> None:
         with pytest.raises(ValueError, match=message):
             train(replace(done.config, **{section: options}))
     assert read_files(done.config.output) == before
-
-
-def test_all_options_and_data_that_changed_are_named_together(done: Done) -> None:
-    changed = replace(done.config, text_model="vision", test_size=0.2)
-    with pytest.raises(
-        ValueError, match=r"another run: test: .*test_size: .*text_model: .*train: "
-    ):
-        train(changed)
+    all_changed = r"another run: test: .*test_size: .*text_model: .*train: "
+    with pytest.raises(ValueError, match=all_changed):
+        train(replace(done.config, text_model="vision", test_size=0.2))
 
 
 @pytest.fixture
@@ -177,48 +166,38 @@ def moved(copied: TrainConfig, sources: Path, tmp_path: Path) -> TrainConfig:
     return replace(copied, data=str(data))
 
 
-def test_data_that_were_copied_are_the_same_data(moved: TrainConfig) -> None:
+def test_copied_images_are_the_same_data_and_changed_images_are_refused(moved: TrainConfig) -> None:
     assert "text to image R@1" in run(moved).text
-
-
-@pytest.mark.parametrize(("part", "is_of_the_same_size"), [("train", True), ("test", False)])
-def test_other_images_are_refused(moved: TrainConfig, part: str, is_of_the_same_size: bool) -> None:
-    record = read_split(moved)[part == "test"][0]
-    assert isinstance(record.image, Path)
-    content = bytearray(record.image.read_bytes())
-    if is_of_the_same_size:
-        content[-20] ^= 1
-    record.image.write_bytes(bytes(content) if is_of_the_same_size else bytes(content) + b"more")
     before = read_files(moved.output)
-    with pytest.raises(ValueError, match=rf"another run: {part}_images: "):
-        train(replace(moved, check_images=False), report=lambda _: None)
-    assert read_files(moved.output) == before
+    for part, records in zip(("train", "test"), read_split(moved), strict=True):
+        image = records[0].image
+        assert isinstance(image, Path)
+        content = image.read_bytes()
+        same_size = content[:-20] + bytes([content[-20] ^ 1]) + content[-19:]
+        image.write_bytes(same_size if part == "train" else content + b"more")
+        with pytest.raises(ValueError, match=rf"another run: {part}_images: "):
+            train(replace(moved, check_images=False), report=lambda _: None)
+        assert read_files(moved.output) == before
+        image.write_bytes(content)
 
 
-def test_text_pairs_that_were_replaced_are_refused(
+def test_text_pairs_and_kept_texts_that_were_replaced_are_refused(
     sources: Path, tmp_path: Path, begin: Callable[[TrainConfig], None]
 ) -> None:
-    file = tmp_path / "pairs.jsonl"
+    pairs, names = tmp_path / "pairs.jsonl", tmp_path / "names.txt"
+    keeping = prepare_proclip(tmp_path)
+    keeping["align"]["keep_texts"] = str(names)
     lines = [json.dumps({"query": f"q{n}", "positive": f"p{n}"}) for n in range(8)]
-    file.write_text("\n".join(lines), "utf-8")
-    config = make_recipe(sources, tmp_path / "run", finetune={"text_pairs": [[str(file), 1.0]]})
-    begin(config)
-    file.write_text("\n".join(lines[::-1]), "utf-8")
-    with pytest.raises(ValueError, match=r"another run: files\..*pairs\.jsonl"):
-        train(config, report=lambda _: None)
-
-
-def test_names_to_keep_that_were_replaced_are_refused(
-    sources: Path, tmp_path: Path, begin: Callable[[TrainConfig], None]
-) -> None:
-    recipe, names = prepare_proclip(tmp_path), tmp_path / "names.txt"
-    names.write_text("red\nblue\n", encoding="utf-8")
-    recipe["align"]["keep_texts"] = str(names)
-    config = make_recipe(sources, tmp_path / "run", **recipe)
-    begin(config)
-    names.write_text("red\ngreen\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"another run: files\..*names\.txt"):
-        train(config, report=lambda _: None)
+    for file, texts, recipe in (
+        (pairs, lines, {"finetune": {"text_pairs": [[str(pairs), 1.0]]}}),
+        (names, ["red", "blue"], keeping),
+    ):
+        file.write_text("\n".join(texts), "utf-8")
+        config = make_recipe(sources, tmp_path / file.stem, **recipe)
+        begin(config)
+        file.write_text("\n".join(texts[::-1]), "utf-8")
+        with pytest.raises(ValueError, match=rf"another run: files\..*{file.name}"):
+            train(config, report=lambda _: None)
 
 
 @pytest.mark.parametrize("place", ["vision", "llm"])
@@ -239,8 +218,7 @@ def test_towers_that_were_replaced_are_refused(
     with pytest.raises(ValueError, match=r"another run: towers\.(vision|text)_model"):
         train(config, report=lambda _: None)
     file.write_bytes(content)
-    # As of an embedder, whose pooling is there.
-    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling").mkdir()  # as in the folder of an embedder
     (folder / "1_Pooling" / "config.json").write_text(" " * 64, "utf-8")
     with pytest.raises(ValueError, match=r"another run: towers\.(vision|text)_model"):
         train(config, report=lambda _: None)
@@ -252,12 +230,13 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(
     before = read_files(done.config.output)
     changes: list[tuple[dict[str, Any], str]] = [
         ({"output": done.config.output, "build": {"projection_dim": 8}}, "build.projection_dim"),
-        ({"output": tmp_path / "run", "align": {"loss": "triplet"}}, "'triplet'"),
+        ({"align": {"loss": "triplet"}}, "'triplet'"),
         ({"output": tmp_path / "recipe.yaml"}, "is not a folder"),
-        ({"output": tmp_path / "run", "seed": -1}, "seed='-1': Input should be greater"),
-        ({"output": tmp_path / "run", "seed": 2**32}, f"seed='{2**32}': Input should be less"),
+        ({"seed": -1}, "seed='-1': Input should be greater"),
+        ({"seed": 2**32}, f"seed='{2**32}': Input should be less"),
     ]
     for changed, error in changes:
+        changed = {"output": tmp_path / "run", **changed}
         file = write_recipe(sources, tmp_path / "recipe.yaml", **changed)
         assert main(["train", str(file), "--dry-run"]) == 2
         assert error in capsys.readouterr().err
@@ -384,10 +363,9 @@ def test_refusals_of_stages_come_before_the_first(
     )
     with pytest.raises(ValueError, match="no tower: no such vision tower") as caught:
         train(config, records=(records[:1], records[1:]))
-    reported = str(caught.value)
     for error in ("one caption only", "projection_init=cca needs", "'triplet'", "swimming",
                   "too few for a batch of 4", "no-compiler is missing"):  # fmt: skip
-        assert error in reported
+        assert error in str(caught.value)
     with pytest.raises(ValueError, match="Choose one of llama-3"):
         train(make_recipe(sources, tmp_path / "run", build={"prompt": None}))
     assert not config.output.exists()

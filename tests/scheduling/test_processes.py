@@ -1,4 +1,4 @@
-"""The processes of a run work together or not at all, on the device that they share."""
+"""All processes of a launcher join a run, or it is refused."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ from modeling_llm2clip.training.finetuning.pair_sampling import PairCollator
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_a_process_that_works_alone_beside_others_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_single_process_of_several_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     PartialState(cpu=True)
     join_processes(cpu=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -49,7 +47,7 @@ def test_a_process_that_works_alone_beside_others_is_refused(
         ({"MASTER_ADDR": "127.0.0.1"}, False),  # no launcher: a cluster that sets it for all
     ],
 )
-def test_one_process_where_several_were_asked_for_is_refused(
+def test_one_process_is_refused_if_several_were_requested(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], is_refused: bool
 ) -> None:
     for name in ("ACCELERATE_DYNAMO_USE_FULLGRAPH", "MASTER_ADDR", "WORLD_SIZE"):
@@ -72,7 +70,7 @@ def test_the_trainer_of_the_alignment_stays_on_the_device_of_the_run(
     assert make_training_arguments(tmp_path, AlignConfig()).use_cpu
 
 
-def test_a_machine_with_many_gpus_gives_one_process_no_larger_batch(
+def test_one_process_has_the_same_batch_size_on_a_machine_with_many_gpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finish, collate = TrainingArguments.__post_init__, PairCollator.__call__
@@ -93,7 +91,7 @@ def test_a_machine_with_many_gpus_gives_one_process_no_larger_batch(
     assert make_training_arguments(tmp_path, AlignConfig()).n_gpu <= 1  # 0 on the CPU
 
 
-def test_gpus_that_no_process_uses_give_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unused_gpus_trigger_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     with pytest.warns(UserWarning, match=r"1 of 3 GPUs are used.*--num_processes 3"):
         warn_of_idle_gpus(torch.device("cuda"), 1)
@@ -138,7 +136,7 @@ state.wait_for_everyone()
 
 
 @pytest.mark.slow
-def test_processes_share_the_encoding_of_hard_batches_and_wait_for_each_other_for_hours(
+def test_processes_share_the_encoding_for_hard_batches_with_a_timeout_of_hours(
     tmp_path: Path,
 ) -> None:
     script = tmp_path / "script.py"

@@ -1,4 +1,4 @@
-"""Finished runs of both stages, which many tests read and none may change."""
+"""Finished runs of both stages, shared by many tests, which must not change them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def finished(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """An alignment of `SHORT_RUN`."""
+    """An alignment with `SHORT_RUN`."""
     return prepared.align(tmp_path_factory.mktemp("finished") / "run")
 
 
 @pytest.fixture(scope="session")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
-    """A fine-tuning of `SHORT`."""
-    from tuning import tune  # here, since most tests fine-tune nothing
+    """A fine-tuning with `SHORT`."""
+    from tuning import tune  # imported here because most tests do not fine-tune
 
     return tune(tmp_path_factory.mktemp("tuned") / "run")
 
@@ -35,7 +35,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 
 @pytest.fixture(scope="session", params=[100, 800])
 def colored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    """As `few`, with more images."""
+    """Like `few`, with more images."""
     from aligning import prepare
 
     folder = tmp_path_factory.mktemp(f"colored-{request.param}")

@@ -1,4 +1,4 @@
-"""Launches of processes: one that starts too few is refused, and two machines make one run."""
+"""Launching with accelerate: too few processes are refused, and two machines share one run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.doctor.check_model import check_model
 
 ROOT = Path(__file__).resolve().parents[2]
-# Without noise, which the number of processes decides.
+# Without noise, which depends on the number of processes.
 CHANGED: dict[str, Any] = {"max_steps": 4, "save_steps": 4, "device": "auto", "caption_noise": 0.0}
 
 
@@ -38,7 +38,7 @@ def plain(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 def read_command(file: Path) -> list[str]:
-    """The command in the comment at a file's top."""
+    """Read the command from the comment at the top of a file."""
     lines = file.read_text(encoding="utf-8").splitlines()
     shown = [line.removeprefix("#   ") for line in lines if line.startswith("#   ")]
     return shlex.split(" ".join(line.removesuffix("\\") for line in shown))
@@ -46,7 +46,7 @@ def read_command(file: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [("--num_processes", "2"), ("--cpu", "--num_processes", "2")])
-def test_a_launch_that_starts_fewer_processes_than_asked_for_is_refused(
+def test_a_launch_with_fewer_processes_than_requested_is_refused(
     prepared: Prepared, tmp_path: Path, flags: tuple[str, ...]
 ) -> None:
     command = command_of(prepared, tmp_path / "run", **CHANGED)
@@ -59,42 +59,31 @@ def test_a_launch_that_starts_fewer_processes_than_asked_for_is_refused(
 
 
 @pytest.mark.slow
-def test_a_launch_of_one_process_is_as_one_without_a_launcher(
+def test_two_processes_train_like_one_with_the_whole_batch(
     prepared: Prepared, plain: dict[int, float], tmp_path: Path
 ) -> None:
-    command = command_of(prepared, tmp_path / "run", **{**CHANGED, "device": "cpu"})
-    with start_launch("--num_processes", "1", "-m", "modeling_llm2clip", *command) as process:
-        _, shown = process.communicate(timeout=200)
-    assert process.returncode == 0, shown[-3000:]
-    assert read_losses(tmp_path / "run") == plain
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one_does_with_the_whole_batch(
-    prepared: Prepared, plain: dict[int, float], tmp_path: Path
-) -> None:
-    """Started as the configuration's comment says, on a machine without a GPU."""
+    """Launch them as the configuration's comment says, without a GPU."""
     accelerate, launch, *shown = read_command(ROOT / "examples/accelerate/ddp.yaml")
     assert (accelerate, launch) == ("accelerate", "launch")
     command = command_of(prepared, tmp_path / "run", **CHANGED)
     start = shown.index("align")
-    flag = command[4]  # what follows the store are settings of the test
+    flag = command[4]  # the words after the store are this test's settings
     assert shown[start:] == ["align", "MODEL", "DATA", "OUTPUT", flag, "STORE"]
     port = ("--main_process_port", str(find_free_port()))
     with start_launch(*port, *shown[:start], *command) as process:
         out, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors[-3000:]
     assert out.count("Wrote") == 1
-    # Four steps carry the rounding of sums in another order on.
+    # Rounding differences from another order of summation grow over four steps.
     assert read_losses(tmp_path / "run") == pytest.approx(plain, abs=2e-3)
     assert check_model(tmp_path / "run" / "model").healthy
 
 
 @pytest.mark.slow
-def test_two_launches_of_one_process_each_train_as_one_process_with_the_whole_batch(
+def test_two_machines_train_like_one_process_with_the_whole_batch(
     prepared: Prepared, plain: dict[int, float], tmp_path: Path
 ) -> None:
-    """Two machines that share a disk, here the same machine twice."""
+    """The same machine plays both, with a shared disk."""
     command = command_of(prepared, tmp_path / "run", **CHANGED)
     port = str(find_free_port())
     processes = [
@@ -108,5 +97,5 @@ def test_two_launches_of_one_process_each_train_as_one_process_with_the_whole_ba
     shown = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], shown[0][1][-3000:]
     assert sum(out.count("Wrote") for out, _ in shown) == 1
-    # Four steps carry the rounding of sums in another order on.
+    # Rounding differences from another order of summation grow over four steps.
     assert read_losses(tmp_path / "run") == pytest.approx(plain, abs=2e-3)

@@ -1,4 +1,4 @@
-"""A step that is not finite, on a device that is not waited for."""
+"""Non-finite steps are found without synchronizing the device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHAPES = (3, 4), (5,)
 def step_through(
     gradients: list[list[Tensor]], *, guarded: bool
 ) -> tuple[list[Tensor], FiniteSteps]:
-    """Take fused steps; return weights and moments after each, and what was observed."""
+    """Take fused steps; return weights and moments after each, and the observed steps."""
     torch.manual_seed(0)
     weights = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
     optimizer = torch.optim.AdamW(weights, lr=0.1, fused=True)
@@ -46,7 +46,7 @@ def make_gradients(*, bad: float | None, at: int) -> list[list[Tensor]]:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_step_that_is_not_finite_and_all_later_ones_change_nothing(bad: float) -> None:
+def test_a_non_finite_step_and_all_later_ones_change_nothing(bad: float) -> None:
     gradients = make_gradients(bad=bad, at=3)
     with HostReads() as reads:
         states, steps = step_through(gradients, guarded=True)
@@ -60,7 +60,7 @@ def test_a_step_that_is_not_finite_and_all_later_ones_change_nothing(bad: float)
     assert (step, facts["loss"].item(), facts["norm"].isfinite().item()) == (13, 3.0, False)
 
 
-def test_finite_steps_are_those_of_an_optimizer_alone() -> None:
+def test_finite_steps_equal_plain_optimizer_steps() -> None:
     gradients = make_gradients(bad=None, at=0)
     states, steps = step_through(gradients, guarded=True)
     assert steps.read() is None
@@ -68,10 +68,9 @@ def test_finite_steps_are_those_of_an_optimizer_alone() -> None:
 
 
 @pytest.mark.parametrize(("fused", "ahead"), [(True, True), (True, False), (None, True)])
-def test_an_optimizer_skips_steps_alone_if_it_is_fused_and_its_device_runs_ahead(
+def test_an_optimizer_skips_steps_itself_if_it_is_fused_and_its_device_runs_ahead(
     fused: bool | None, ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another one would take the step, so that each has to be read before it."""
     if ahead:
         run_ahead(monkeypatch)
     optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2))], fused=fused)
@@ -81,8 +80,8 @@ def test_an_optimizer_skips_steps_alone_if_it_is_fused_and_its_device_runs_ahead
 
 
 @pytest.mark.parametrize(("factor", "finite"), [(1.0, True), (1e38, False)])
-def test_a_loss_that_is_not_finite_has_no_finite_gradient(factor: float, finite: bool) -> None:
-    """Even where its own is finite: 1e38 * 30 is not, and its gradient of 1e38 is."""
+def test_a_non_finite_loss_has_no_finite_gradient(factor: float, finite: bool) -> None:
+    """Even if its own gradient is finite: 1e38 * 30 overflows, its gradient 1e38 does not."""
     weight = nn.Parameter(torch.tensor([10.0, 20.0]))
     loss = weight.sum() * factor
     spread = spread_nonfinite(loss)

@@ -301,42 +301,29 @@ def flip_bit(file: Path) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.pt", "complete"])
-def test_no_alignment_continues_from_a_checkpoint_with_a_flipped_bit(
-    name: str, prepared: Prepared, finished: Run, tmp_path: Path
+def test_no_alignment_resumes_from_a_checkpoint_with_a_flipped_bit(
+    prepared: Prepared, finished: Run, tmp_path: Path
 ) -> None:
-    run = finished.copy_without_model(tmp_path / "run")
-    flip_bit(run / CHECKPOINTS / "checkpoint-6" / name)
-    with pytest.raises(ValueError, match=r"checkpoint-6 is damaged: .*run from checkpoint-4"):
-        prepared.align(run, resume=True)
+    for name in ("trained.safetensors", "optimizer.pt", "complete"):
+        run = finished.copy_without_model(tmp_path / name)
+        flip_bit(run / CHECKPOINTS / "checkpoint-6" / name)
+        with pytest.raises(ValueError, match=r"checkpoint-6 is damaged: .*run from checkpoint-4"):
+            prepared.align(run, resume=True)
 
 
-def test_no_fine_tuning_continues_from_a_checkpoint_with_a_flipped_bit(
-    tuned: Tuned, tmp_path: Path
-) -> None:
-    run = tuned.copy_unfinished(tmp_path / "run")
-    flip_bit(run / CHECKPOINTS / "checkpoint-3" / "adapter_model.safetensors")
-    with pytest.raises(
-        ValueError, match=r"damaged: adapter_model\.saf.*to resume the run from its begin"
-    ):
-        tune(run, resume=True)
-    (run / CHECKPOINTS / "checkpoint-3" / "complete").write_bytes(b"")  # by a power failure
-    with pytest.raises(ValueError, match=r"checkpoint-3 is damaged: complete: "):
-        tune(run, resume=True)
-
-
-def test_no_run_continues_from_damaged_files_beside_its_checkpoint(
-    tuned: Tuned, tmp_path: Path
-) -> None:
-    """Its record, its metrics, and files that its steps need; and damage of a checkpoint of its
-    last fit is looked for as in the first one.
-    """
+def test_no_fine_tuning_resumes_from_damaged_files(tuned: Tuned, tmp_path: Path) -> None:
+    """Neither of a checkpoint, nor the record, the metrics and files that later steps need."""
     run = tuned.copy_unfinished(tmp_path / "run")
 
     def refuse(message: str, check: Callable[[], object]) -> None:
         with pytest.raises(ValueError, match=message):
             check()
 
+    flip_bit(run / CHECKPOINTS / "checkpoint-3" / "adapter_model.safetensors")
+    damaged = r"damaged: adapter_model\.saf.*to resume the run from its begin"
+    refuse(damaged, lambda: tune(run, resume=True))
+    (run / CHECKPOINTS / "checkpoint-3" / "complete").write_bytes(b"")  # by a power failure
+    refuse(r"checkpoint-3 is damaged: complete: ", lambda: tune(run, resume=True))
     np.save(run / NEAREST_FILE, np.arange(6))
     mark_complete(run, 3)
     require_intact_checkpoint(run)

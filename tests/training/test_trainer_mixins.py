@@ -1,4 +1,4 @@
-"""Additions of both training stages to a Trainer: precision, reports, warm-up, gradients."""
+"""Trainer extensions for both training stages: precision, non-finite steps, gradients, signals."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from modeling_llm2clip.training.trainer_mixins import (
         ("auto", True, True, True),
     ],
 )
-def test_a_run_computes_in_bfloat16_on_request_or_by_a_gpu_that_has_it(
+def test_a_run_computes_in_bfloat16_on_request_or_on_a_gpu_that_supports_it(
     monkeypatch: Any, precision: str, on_gpu: bool, has_instructions: bool, in_bfloat16: bool
 ) -> None:
     def is_supported(including_emulation: bool = True) -> bool:
@@ -57,7 +57,7 @@ def test_a_run_computes_in_bfloat16_on_request_or_by_a_gpu_that_has_it(
         ("no", "bfloat16", "bf16"), ("fp16", "bfloat16", "bf16"),
     ],
 )  # fmt: skip
-def test_the_precision_of_a_run_is_not_that_of_its_launcher(
+def test_the_launcher_does_not_decide_the_precision(
     monkeypatch: Any, tmp_path: Path, kind: Any, launched: str, precision: Any, computed: str
 ) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
@@ -72,8 +72,8 @@ def test_the_precision_of_a_run_is_not_that_of_its_launcher(
 
 
 @pytest.mark.parametrize("family", ["opt", "biogpt", "xglm"])
-def test_a_layer_that_is_dropped_at_random_is_trained(family: str) -> None:
-    """Its parameters get no gradient in a pass that leaves it out, here nearly every one."""
+def test_a_layer_with_layerdrop_counts_as_trained(family: str) -> None:
+    """Without evaluation mode, nearly every pass would skip it here and give it no gradient."""
     sizes = {
         "vocab_size": 20, "hidden_size": 16, "d_model": 16, "num_hidden_layers": 2,
         "num_layers": 2, "num_attention_heads": 2, "attention_heads": 2, "intermediate_size": 32,
@@ -89,7 +89,7 @@ def test_a_layer_that_is_dropped_at_random_is_trained(family: str) -> None:
 
 
 class _Trainer:
-    """The methods of a Trainer that the mixin extends."""
+    """The Trainer methods that the mixin extends."""
 
     def __init__(self) -> None:
         self.args = SimpleNamespace(learning_rate=0.1, world_size=1)
@@ -111,7 +111,7 @@ class _Stage(StageTrainerMixin, _Trainer):
     pass
 
 
-def test_a_step_that_is_not_finite_is_named_before_anything_is_logged_or_scored() -> None:
+def test_a_non_finite_step_is_reported_before_anything_is_logged_or_evaluated() -> None:
     stage = _Stage()
     stage._finite_steps = FiniteSteps(torch.device("cpu"), first_step=4)
     stage._finite_steps.observe(torch.tensor(1.0))
@@ -125,8 +125,8 @@ def test_a_step_that_is_not_finite_is_named_before_anything_is_logged_or_scored(
     assert stage.called == ["log", "_evaluate"]
 
 
-def test_a_sharded_step_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its optimizer steps shards, of which none reads what is found on the whole."""
+def test_a_sharded_step_is_read_immediately(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its optimizer updates shards, which do not see `found_inf`."""
     run_ahead(monkeypatch)
     stage = _Stage()
     stage.optimizer = torch.optim.AdamW([torch.ones(1, requires_grad=True)], fused=True)
@@ -136,13 +136,13 @@ def test_a_sharded_step_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None
         stage._get_grad_norm()
 
 
-def test_the_first_step_of_a_resumed_run_has_its_own_number() -> None:
+def test_the_first_step_of_a_resumed_run_is_reported_by_its_number() -> None:
     with pytest.raises(FloatingPointError, match="norm is inf at step 7"):
         _Stage()._get_grad_norm()
 
 
 @pytest.mark.parametrize(("own", "other"), [(signal.SIGINT, 0), (None, signal.SIGINT)])
-def test_processes_share_a_signal_about_once_a_second_and_stop_at_the_same_step(
+def test_processes_synchronize_a_signal_about_once_a_second_and_stop_at_the_same_step(
     own: signal.Signals | None, other: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = [0.0]

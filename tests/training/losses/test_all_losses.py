@@ -1,4 +1,4 @@
-"""Every loss and term equals a slow version of its formula, in chunks and on two processes too."""
+"""Every loss and term equals a slow version of its formula, also in chunks and on two processes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ ROUNDING = {"atol": 2e-5, "rtol": 2e-5}
 
 
 def make_inputs(part: slice = slice(None)) -> tuple[LossInputs, dict[str, Tensor]]:
-    """Some rows of a batch, and what has gradients."""
+    """Return rows of a batch, and its leaf tensors, which require gradients."""
     generator = torch.Generator().manual_seed(3)
     widths = {"image": 6, "text": 6, "vision": 5, "caption": 7, "teacher": 5}
     rows = {n: torch.randn(NUM_ROWS, w, generator=generator)[part] for n, w in widths.items()}
@@ -167,7 +167,7 @@ LOSSES: dict[str, tuple[Callable[[int | None], nn.Module], Callable[[LossInputs]
 def differentiate(
     loss: Callable[[LossInputs], Tensor], part: slice = slice(None)
 ) -> dict[str, Tensor]:
-    """The value of a loss, and its gradients where there are any."""
+    """Return the value of a loss and all its gradients."""
     inputs, leaves = make_inputs(part)
     value = loss(inputs)
     value.backward()
@@ -189,7 +189,7 @@ def test_a_loss_has_the_gradients_of_its_formula(name: str, chunk_size: int | No
 
 
 def work(rank: int, port: int, folder: Path) -> None:
-    """Half of the batch in a process of its own."""
+    """Compute half of the batch in its own process."""
     store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     half = NUM_ROWS // 2
@@ -200,7 +200,7 @@ def work(rank: int, port: int, folder: Path) -> None:
 
 
 def gather_rows_of_two(rank: int) -> dict[str, Tensor]:
-    """Send a gradient of the rows of both processes back, and add up all of it as well."""
+    """Backpropagate through gathered rows, and all-reduce the same gradient for comparison."""
     gradient = torch.randn(7, 6, generator=torch.Generator().manual_seed(rank)).T  # not contiguous
     rows, before = torch.zeros(3, 7, requires_grad=True), gradient.clone()
     gather_with_gradient(rows).backward(gradient)
@@ -212,7 +212,7 @@ def gather_rows_of_two(rank: int) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def results_of_two(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """What each of two processes computed of its half of the batch."""
+    """Results of two processes, each for its half of the batch."""
     folder = tmp_path_factory.mktemp("results_of_two")
     torch.multiprocessing.spawn(work, args=(find_free_port(), folder), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
@@ -236,8 +236,8 @@ def test_two_processes_give_the_loss_and_gradients_of_one(results_of_two: list[A
             torch.testing.assert_close(whole, wanted, **ROUNDING, msg=lambda m, n=name: n + m)
 
 
-@pytest.mark.parametrize("name", [*LOSSES][:-1])  # of which training alone has any
-def test_a_loss_of_many_rows_without_gradients_is_computed_a_few_at_a_time(
+@pytest.mark.parametrize("name", [*LOSSES][:-1])  # kept texts only occur in training
+def test_a_loss_without_gradients_is_computed_in_chunks(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss_module, "_ROWS_WITHOUT_GRADIENT", 3)
@@ -259,7 +259,7 @@ def test_a_loss_of_many_rows_without_gradients_is_computed_a_few_at_a_time(
     torch.testing.assert_close(value, LOSSES[name][1](inputs), **ROUNDING)
 
 
-def test_the_record_of_a_run_names_a_loss_and_its_parts() -> None:
+def test_the_run_record_describes_a_loss_and_its_parts() -> None:
     def own_loss(inputs: LossInputs, weight: float = 1.0) -> Tensor:
         return weight * inputs.image_embeds.sum()
 
@@ -274,7 +274,7 @@ def test_the_record_of_a_run_names_a_loss_and_its_parts() -> None:
     )
 
 
-def test_a_tower_that_did_not_change_costs_nothing() -> None:
+def test_an_unchanged_tower_has_no_loss() -> None:
     inputs, _ = make_inputs()
     assert inputs.vision_embeds is not None
     same = inputs._replace(
@@ -296,7 +296,7 @@ def test_equal_images_have_a_gradient() -> None:
     assert vision.grad is not None and vision.grad.isfinite().all() and vision.grad.abs().sum() > 0
 
 
-def test_the_options_put_a_loss_together() -> None:
+def test_a_loss_is_built_from_the_options() -> None:
     config = AlignConfig(
         loss="sigmoid", loss_chunk_size=3, matryoshka_dims=(2, 4), structure_weight=0.5,
         distillation_weight=2.0, vision_training="full",
@@ -316,7 +316,7 @@ def test_the_options_put_a_loss_together() -> None:
     torch.testing.assert_close(given(inputs), 5 + 2 * terms["structure"])
 
 
-def test_what_a_loss_lacks_is_named() -> None:
+def test_missing_inputs_of_a_loss_are_named() -> None:
     inputs, _ = make_inputs()
     with pytest.raises(ValueError, match="needs the embeddings of the frozen vision tower"):
         SelfDistillationLoss()(inputs._replace(teacher_embeds=None))
@@ -336,14 +336,6 @@ def test_the_grouped_loss_is_the_plain_one_when_all_groups_differ() -> None:
     scale = torch.tensor([10.0])
     grouped = ContrastiveLoss()(LossInputs(image, text, LogitRule(scale), torch.arange(6)))
     torch.testing.assert_close(grouped, contrastive_loss(scale * image @ text.T), **CLOSE)
-
-
-def test_rows_of_the_same_group_do_not_repel_each_other() -> None:
-    image = F.normalize(torch.randn(2, 8), dim=-1)
-    # Both rows show the same thing, so neither has a negative, and nothing is left to lose.
-    inputs = LossInputs(image, image.flip(0), LogitRule(torch.tensor([10.0])), torch.zeros(2))
-    loss = ContrastiveLoss()(inputs)
-    assert loss.item() == 0.0
 
 
 def test_rounded_embeddings_are_compared_in_float32() -> None:
@@ -373,7 +365,7 @@ def test_the_chunked_loss_never_holds_the_whole_matrix() -> None:
         assert (max(kept) >= 256 * 256) == (chunk_size is None)
 
 
-def test_rows_that_do_not_pair_are_refused() -> None:
+def test_different_numbers_of_rows_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(2, 4\).*\(3, 4\).*must have the same number of rows"):
         ContrastiveLoss()(
             LossInputs(torch.ones(2, 4), torch.ones(3, 4), LogitRule(torch.ones(1)), torch.zeros(2))
@@ -418,8 +410,8 @@ def test_a_sharded_temperature_is_clamped_too(two_processes: Any) -> None:
 
 
 @pytest.mark.slow
-def test_trained_weights_alone_are_gathered_from_shards(two_processes: Any) -> None:
-    """In the main process; the other one takes part, and gets nothing."""
+def test_only_trained_weights_are_gathered_from_shards(two_processes: Any) -> None:
+    """The main process gets them; the other one only participates."""
     main, other = two_processes[2]
     assert main["collected"].keys() == main["trained"].keys() and not other["collected"]
     assert not any(name.startswith("vision_model.") for name in main["trained"])
