@@ -16,13 +16,12 @@ if TYPE_CHECKING:
     from .building.build_model import build_model, join_towers
     from .configs.align_config import AlignConfig
     from .configs.build_config import BuildConfig
-    from .configs.data_config import DataConfig
+    from .configs.config_fields import DataConfig
     from .configs.encoding_config import EmbedConfig, ExtractConfig, IndexConfig, TagConfig
     from .configs.evaluation_config import EvaluatedDataset, EvaluatedModel, EvaluationConfig
-    from .configs.export_config import CardConfig, ConvertConfig, ExportConfig
+    from .configs.export_config import CardConfig, ConvertConfig, ExportConfig, SourceFormat
     from .configs.finetune_config import FinetuneConfig
     from .configs.serve_config import RayServeConfig, ServeConfig, ServerCheckConfig
-    from .configs.source_format import SourceFormat
     from .configs.train_config import TrainConfig
     from .configuration_llm2clip import LLM2CLIPConfig
     from .conversion.convert_checkpoint import convert_checkpoint
@@ -77,13 +76,12 @@ _HOMES = {
     "building.build_model": ("build_model", "join_towers"),
     "configs.align_config": ("AlignConfig",),
     "configs.build_config": ("BuildConfig",),
-    "configs.data_config": ("DataConfig",),
+    "configs.config_fields": ("DataConfig",),
     "configs.evaluation_config": ("EvaluatedDataset", "EvaluatedModel", "EvaluationConfig"),
-    "configs.export_config": ("CardConfig", "ConvertConfig", "ExportConfig"),
+    "configs.export_config": ("CardConfig", "ConvertConfig", "ExportConfig", "SourceFormat"),
     "configs.encoding_config": ("EmbedConfig", "ExtractConfig", "IndexConfig", "TagConfig"),
     "configs.finetune_config": ("FinetuneConfig",),
     "configs.serve_config": ("RayServeConfig", "ServeConfig", "ServerCheckConfig"),
-    "configs.source_format": ("SourceFormat",),
     "configs.train_config": ("TrainConfig",),
     "configuration_llm2clip": ("LLM2CLIPConfig",),
     "conversion.convert_checkpoint": ("convert_checkpoint",),

@@ -44,7 +44,7 @@ BUDGETS = {
     ".": 2578,
     "building": 1235,
     "cli": 994,
-    "configs": 771,
+    "configs": 755,
     "conversion": 542,
     "data": 4410,
     "demo": 86,
@@ -54,13 +54,13 @@ BUDGETS = {
     "evaluation": 2771,
     "model_folders": 1481,
     "publishing": 961,
-    "recipes": 369,
+    "recipes": 364,
     "scheduling": 83,
     "search": 1397,
     "serving": 1457,
-    "training": 4264,
+    "training": 4248,
 }
-NUM_FILES = 272
+NUM_FILES = 270
 HEADROOM = 1.02
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 

@@ -21,8 +21,7 @@ from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.build_config import BuildConfig
 from modeling_llm2clip.configs.encoding_config import TagConfig
 from modeling_llm2clip.configs.evaluation_config import EvaluationConfig
-from modeling_llm2clip.configs.export_config import ExportConfig
-from modeling_llm2clip.configs.source_format import SourceFormat
+from modeling_llm2clip.configs.export_config import ExportConfig, SourceFormat
 from modeling_llm2clip.conversion.convert_checkpoint import convert_checkpoint
 from modeling_llm2clip.demo.run_demo import make_demo_config, run_demo
 from modeling_llm2clip.embedding.embed import embed

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._extras import LORA, require
 from ..configs.align_config import AlignConfig
-from ..configs.data_config import DataConfig, ImageLimitsConfig
+from ..configs.config_fields import DataConfig, ImageLimitsConfig
 from .command import command
 from .options import (
     name_data,

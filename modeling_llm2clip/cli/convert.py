@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from cyclopts import Parameter
 
 from .._extras import TIMM_TOWER, require
-from ..configs.export_config import ConvertConfig
-from ..configs.source_format import SourceFormat
+from ..configs.export_config import ConvertConfig, SourceFormat
 from ..conversion.layouts import LAYOUTS, require_options
 from .command import Repeated, command
 from .options import use_device

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from .._extras import ONNX_RUNTIME, RAY, require
-from ..configs.data_config import DataConfig, ImageLimitsConfig
+from ..configs.config_fields import DataConfig, ImageLimitsConfig
 from ..configs.encoding_config import EmbedConfig
 from .command import command
 from .options import (

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from .._extras import CLIP_TOKENS, require
 from .._suggestions import counted, escape_controls
-from ..configs.data_config import ImageLimitsConfig
+from ..configs.config_fields import ImageLimitsConfig
 from ..configs.evaluation_config import (
     EvaluatedDataset,
     EvaluatedModel,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .._extras import ONNX_EXPORT, require
 from .._suggestions import escape_controls
-from ..configs.data_config import ImageLimitsConfig
+from ..configs.config_fields import ImageLimitsConfig
 from ..configs.export_config import ExportConfig
 from .command import command
 from .options import require_model, use_device, use_image_limits

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from .._extras import RAY
-from ..configs.data_config import DataConfig, ImageLimitsConfig
+from ..configs.config_fields import DataConfig, ImageLimitsConfig
 from ..configs.encoding_config import ExtractConfig
 from .command import command
 from .options import (

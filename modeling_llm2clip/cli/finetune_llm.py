@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .._extras import CAPTION_TUNING
-from ..configs.data_config import DataConfig
+from ..configs.config_fields import DataConfig
 from ..configs.finetune_config import FinetuneConfig
 from .command import command
 from .options import (

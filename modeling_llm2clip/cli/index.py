@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .._extras import list_needs_of_index
 from .._suggestions import counted
-from ..configs.data_config import ImageLimitsConfig
+from ..configs.config_fields import ImageLimitsConfig
 from ..configs.encoding_config import IndexConfig
 from .command import command
 from .options import report, require_image_folder, require_model, use_device, use_image_limits

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from .._extras import GGUF, LORA, Need, require
 from .._suggestions import counted, escape_controls
-from ..configs.data_config import DataConfig, ImageLimitsConfig
+from ..configs.config_fields import DataConfig, ImageLimitsConfig
 from ..configs.encoding_config import EncodingConfig
 
 if TYPE_CHECKING:

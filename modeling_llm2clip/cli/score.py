@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .._suggestions import counted
-from ..configs.data_config import ImageLimitsConfig
+from ..configs.config_fields import ImageLimitsConfig
 from ..configs.encoding_config import EncodingConfig
 from .command import command
 from .options import report, report_truncated, require_model, use_device, use_image_limits

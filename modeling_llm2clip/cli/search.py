@@ -10,7 +10,7 @@ from annotated_types import Interval
 
 from .._extras import list_needs_of_index, require
 from .._suggestions import counted, escape_controls
-from ..configs.data_config import ImageLimitsConfig
+from ..configs.config_fields import ImageLimitsConfig
 from ..configs.encoding_config import SearchConfig
 from .command import Repeated, command
 from .options import report, report_truncated, use_device, use_image_limits

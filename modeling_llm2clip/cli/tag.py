@@ -12,7 +12,7 @@ from annotated_types import Interval
 
 from .._extras import list_needs_of_index, require
 from .._suggestions import counted
-from ..configs.data_config import ImageLimitsConfig
+from ..configs.config_fields import ImageLimitsConfig
 from ..configs.encoding_config import TagConfig
 from ..data.atomic_files import atomic_file, require_new_file
 from .command import command

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from .._extras import CAPTION_TUNING, DEMO, require
 from ..configs.build_config import EMBEDDED
-from ..configs.config_fields import read_config
-from ..configs.data_config import ImageLimitsConfig
+from ..configs.config_fields import ImageLimitsConfig, read_config
 from ..configs.train_config import TrainConfig
 from .command import command
 from .options import require_data, require_text_tower, use_device, use_image_limits

@@ -153,6 +153,33 @@ class TrainingConfig(DeviceConfig):
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Config):
+    """Options for reading captioned images."""
+
+    image_dir: Path | None = None
+    """Folder with the images. Default: the folder of the data."""
+    ignore_fields: tuple[str, ...] = ()
+    """Fields of the data to ignore, whether known or not. Default: none."""
+    check_images: bool | None = None
+    """Decode every image before starting, only once for runs that share a cached record table.
+    Default: yes if the stage trains on images, unless it resumes or the images are remote."""
+    cache: bool = True
+    """Cache the record table of large data in the user's cache folder, and reuse it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageLimitsConfig(Config):
+    """The one limit of `ImageLimits` that has a flag; the environment sets the others."""
+
+    max_megapixels: Annotated[float, Interval(gt=0)] | None = None
+    """Maximum size of a decoded image, in megapixels; larger images are invalid. Default: 160."""
+
+    def list_limits(self) -> dict[str, float]:
+        """Return the limits that were set, by name."""
+        return {} if self.max_megapixels is None else {"max_megapixels": self.max_megapixels}
+
+
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
@@ -170,8 +197,9 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     try:
         values = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=_YamlLoader)
     except OSError as error:
-        remedy = "Pass a YAML file of options."
-        raise ValueError(f"{file} cannot be read: {error.strerror}. {remedy}") from None
+        raise ValueError(
+            f"{file} cannot be read: {error.strerror}. Pass a YAML file of options."
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         message = " ".join(str(error).split())
         raise ValueError(f"{file} cannot be read as YAML: {message}") from None

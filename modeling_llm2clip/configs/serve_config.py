@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from .config_fields import DeviceConfig, Matches
-from .data_config import ImageLimitsConfig
+from .config_fields import DeviceConfig, ImageLimitsConfig, Matches
 from .encoding_config import BackendConfig
 
 API_KEY_VARIABLE = "LLM2CLIP_API_KEY"

@@ -12,8 +12,7 @@ from annotated_types import Interval
 
 from .align_config import AlignConfig
 from .build_config import EMBEDDED, OWN_PROMPT, BuildConfig
-from .config_fields import Config, Device, Seed
-from .data_config import DataConfig
+from .config_fields import Config, DataConfig, Device, Seed
 from .encoding_config import ExtractConfig
 from .evaluation_config import EvaluationConfig
 from .export_config import ExportConfig

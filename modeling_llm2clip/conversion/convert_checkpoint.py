@@ -22,8 +22,7 @@ from .._environment import list_versions
 from ..building.build_model import configure_model
 from ..building.vision_towers import MEAN_AND_STD
 from ..configs.build_config import BuildConfig
-from ..configs.export_config import ConvertConfig
-from ..configs.source_format import SourceFormat
+from ..configs.export_config import ConvertConfig, SourceFormat
 from ..configuration_llm2clip import LLM2CLIPConfig
 from ..data.atomic_files import hash_file, require_new_folder
 from ..doctor.check_model import check_model

@@ -117,14 +117,12 @@ def uses_stores(config: TrainConfig) -> tuple[bool, bool]:
 
 
 def list_eval_data(config: TrainConfig, test: Sequence[CaptionedImage]) -> list[Any]:
-    held_out = [make_records_spec(test, name="held-out")] if test else []
-    return [*held_out, *config.eval_datasets]
+    return [*([make_records_spec(test, name="held-out")] if test else []), *config.eval_datasets]
 
 
 def _list_stages(
     config: TrainConfig, train: RecordTable, num_images: tuple[int, int], num_texts: int
 ) -> list[PlannedStage]:
-    """List the stages with the number of items or steps in each."""
     paths, captions = RecipePaths(config.output), counted(num_texts, "caption")
     towers = " + ".join(Path(name).name for name in (config.vision_model, config.text_model))
     stages = [PlannedStage("build", towers, paths.built, _find_state(paths.built))]
@@ -140,8 +138,7 @@ def _list_stages(
         strict=True,
     ):
         if is_wanted:
-            is_begun = (store / MANIFEST_FILE).is_file()
-            state = "stopped" if is_begun else "to do"
+            state = "stopped" if (store / MANIFEST_FILE).is_file() else "to do"
             state = "finished" if is_complete_store(store) else state
             stages.append(PlannedStage(f"extract {modality}", size, store, state))
     final = paths.aligned / "model"
@@ -166,8 +163,9 @@ def _describe_finetuning(config: TrainConfig, train: RecordTable) -> str:
     trained_ratio = 1 - count_tuning_held_out(len(groups), finetune) / max(1, len(groups))
     num_pairs = finetune.num_pairings * round(groups.num_pairs * trained_ratio)
     batch_size = finetune.per_device_train_batch_size
-    epochs = finetune.num_train_epochs
-    num_steps = finetune.max_steps or max(1, round(epochs * (num_pairs // batch_size)))
+    num_steps = finetune.max_steps or max(
+        1, round(finetune.num_train_epochs * (num_pairs // batch_size))
+    )
     return f"{counted(num_steps, 'step')} of {counted(batch_size, 'pair')}"
 
 

@@ -250,8 +250,6 @@ def _check_towers(config: TrainConfig) -> None:
 
 
 class _Recipe:
-    """A run of a recipe in one process."""
-
     def __init__(
         self, config: TrainConfig, split: Split, say: Report, callbacks: Sequence[TrainerCallback]
     ) -> None:

@@ -87,8 +87,7 @@ def add_results(folder: Path, **results: Any) -> None:
 
 def read_results(folder: Path) -> dict[str, Any]:
     """Return the results that `add_results` wrote, or an empty dictionary."""
-    results: dict[str, Any] = _read(folder).get("results", {})
-    return results
+    return _read(folder).get("results", {})  # type: ignore[no-any-return]
 
 
 def read_run_record(folder: Path) -> dict[str, Any]:
@@ -140,10 +139,9 @@ def require_same_run(
     if not (folder / RUN_FILE).is_file():
         return
     record = read_run_record(folder)
-    earlier = {**record["config"], **record["inputs"]}
-    now = {**_to_json(asdict(config)), **_to_json(inputs)}
+    earlier = _flatten({**record["config"], **record["inputs"]})
+    now = _flatten({**_to_json(asdict(config)), **_to_json(inputs)})
     ignored = _MAY_DIFFER | set(may_differ)
-    earlier, now = _flatten(earlier), _flatten(now)
     different = [
         f"{name}: {earlier.get(name)!r} then, {now.get(name)!r} now"
         for name in sorted(set(earlier) | set(now))

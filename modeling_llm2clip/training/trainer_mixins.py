@@ -219,8 +219,8 @@ class StageTrainerMixin:
         if self._finite_steps is None:
             self._finite_steps = FiniteSteps(whole.device, first_step=self.state.global_step)
         self._finite_steps.observe(whole, **self._facts)
-        wrapped: Any = self.optimizer  # type: ignore[attr-defined]
-        optimizer = getattr(wrapped, "optimizer", wrapped)  # unwrap accelerate's wrapper
+        # accelerate wraps the optimizer.
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # type: ignore[attr-defined]
         if is_sharded() or not self._finite_steps.attach(optimizer):
             self.require_finite_steps()
         return norm
@@ -398,14 +398,14 @@ def count_warmup_steps(warmup_steps: float, num_steps: int) -> int:
 
     A value below 1 is a share of the run, rounded down.
     """
-    counted = int(warmup_steps * num_steps if warmup_steps < 1 else warmup_steps)
-    if counted >= num_steps:
+    num_warmup_steps = int(warmup_steps * num_steps if warmup_steps < 1 else warmup_steps)
+    if num_warmup_steps >= num_steps:
         raise ValueError(
             f"warmup_steps={warmup_steps:g} is too many for a run of {num_steps} steps: the "
             f"learning rate would never reach its peak. Use fewer than {num_steps} steps or a "
             "share of the run, such as 0.1, or train longer (max_steps, num_train_epochs)."
         )
-    return counted
+    return num_warmup_steps
 
 
 def recompute_activations(tower: Any) -> None:
@@ -450,8 +450,8 @@ def find_without_gradient(module: nn.Module, compute: Callable[[], Tensor]) -> l
     with torch.random.fork_rng(devices=[*devices]), torch.enable_grad():
         compute().backward()
     module.train(was_training)
-    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    missing = [name for name, parameter in trained if parameter.grad is None]
+    named = module.named_parameters()
+    missing = [name for name, p in named if p.requires_grad and p.grad is None]
     module.zero_grad(set_to_none=True)
     return missing
 
@@ -460,8 +460,7 @@ def require_gradients(without: Iterable[str], *, cause: str, remedy: str) -> Non
     """Refuse a run that would never train some of its parameters."""
     layers = list(dict.fromkeys(name.partition(".lora_")[0] for name in without))
     if layers:
-        shown = list_first(layers)
         raise ValueError(
             f"{cause}: {counted(len(layers), 'layer')} would never be trained, because the network "
-            f"bypasses the LoRA or ignores its output: {shown}. {remedy}"
+            f"bypasses the LoRA or ignores its output: {list_first(layers)}. {remedy}"
         )

@@ -19,8 +19,7 @@ from modeling_llm2clip.configs.build_config import (
 )
 from modeling_llm2clip.configs.config_fields import Config, make_config
 from modeling_llm2clip.configs.evaluation_config import EvaluatedModel, EvaluationConfig
-from modeling_llm2clip.configs.export_config import CardConfig, ExportConfig
-from modeling_llm2clip.configs.source_format import SourceFormat
+from modeling_llm2clip.configs.export_config import CardConfig, ExportConfig, SourceFormat
 from modeling_llm2clip.configs.train_config import TrainConfig
 from modeling_llm2clip.conversion.convert_checkpoint import convert_checkpoint
 from modeling_llm2clip.conversion.layouts import LAYOUTS, find_layout

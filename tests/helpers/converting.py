@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPConfig
 
-from modeling_llm2clip.configs.export_config import ConvertConfig
-from modeling_llm2clip.configs.source_format import SourceFormat
+from modeling_llm2clip.configs.export_config import ConvertConfig, SourceFormat
 from modeling_llm2clip.conversion.convert_checkpoint import (
     ConversionPlan,
     convert_checkpoint,

@@ -11,7 +11,7 @@ from dataclasses import fields
 from importlib import import_module
 from pkgutil import iter_modules
 
-from ...configs.source_format import SourceFormat
+from ...configs.export_config import SourceFormat
 from .layout import Layout
 
 _FOUND: tuple[Layout, ...] = tuple(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from ...configs.source_format import SourceFormat
+from ...configs.export_config import SourceFormat
 from .layout import (
     Drop,
     Layout,

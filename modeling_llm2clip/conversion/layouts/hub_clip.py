@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ...configs.source_format import SourceFormat
+from ...configs.export_config import SourceFormat
 from .layout import Drop, Layout, rename
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ...configs.source_format import SourceFormat
+from ...configs.export_config import SourceFormat
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ...configs.source_format import SourceFormat
+from ...configs.export_config import SourceFormat
 from .layout import Layout, Rule, count_blocks, count_heads, rename, square_side
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..._suggestions import counted
-from ...configs.data_config import DataConfig
+from ...configs.config_fields import DataConfig
 from ..atomic_files import temporary_folder
 from ..images.image_sources import find_unreadable_images
 from ..validation_errors import ErrorCollector

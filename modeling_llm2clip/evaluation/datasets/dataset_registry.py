@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import yaml
 
 from ..._suggestions import did_you_mean
-from ...configs.data_config import DataConfig
+from ...configs.config_fields import DataConfig
 from ...configs.evaluation_config import EvaluatedDataset
 from ...data.records.record_loading import fetch_dataset_folder, read_configured_records
 from ...data.records.record_table import RecordTable

@@ -90,8 +90,9 @@ def prepare_data(
 
     One process per machine writes the pairs, and all processes map the files.
     """
-    num_held_out = count_held_out(len(groups), config)
-    to_train, held_out, num_lost = groups.hold_out(num_held_out, seed=config.seed)
+    to_train, held_out, num_lost = groups.hold_out(
+        count_held_out(len(groups), config), seed=config.seed
+    )
     files = [folder / _CAPTIONS, *(folder / f"pairs_{n + 1}" for n in range(len(text_pairs)))]
     num_pairs_lost = run_once_per_machine(
         partial(_write_tables, to_train, [file for file, _ in text_pairs], files, held_out, config)

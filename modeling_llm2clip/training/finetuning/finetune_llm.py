@@ -162,8 +162,8 @@ def finetune_llm(
                 require_disk_space(open_model_weights(model_source.folder), output)
                 read_card_of_trained(model_source.folder, [])
             if config.init_lora is not None:
-                base_weights = inputs["fingerprint"]["weights"]
-                require_base_weights(config.init_lora / LORA_WEIGHTS, base_weights)
+                lora = config.init_lora / LORA_WEIGHTS
+                require_base_weights(lora, inputs["fingerprint"]["weights"])
             processor = LLM2CLIPProcessor.from_pretrained(model_source.folder)
             model = load_on_device(
                 LLM2CLIPTextModel, model_source.folder, device, dtype=base_dtype or "auto"
@@ -261,8 +261,10 @@ def _prepare(
     warmup_steps = count_warmup_steps(config.warmup_steps, num_steps)
     if config.init_lora is not None:
         require_same_meaning(config.init_lora, make_lora_config(config))
-    schedule = {"steps": num_steps, "warmup_steps": warmup_steps}
-    return data, {"schedule": schedule, "num_single_captions_skipped": num_skipped}
+    return data, {
+        "schedule": {"steps": num_steps, "warmup_steps": warmup_steps},
+        "num_single_captions_skipped": num_skipped,
+    }
 
 
 @contextmanager
@@ -387,12 +389,11 @@ def _find_nearest(
         return None
     file, state = output / NEAREST_FILE, PartialState()
     if not resumed:
-        num_nearest = _POOL_OF_HARD_NEGATIVES * config.num_hard_negatives
         report = write_nearest_groups(
             encoder.encode,
             data.iterate_groups(),
             data.num_trained,
-            min(num_nearest, data.num_trained - 1),
+            min(_POOL_OF_HARD_NEGATIVES * config.num_hard_negatives, data.num_trained - 1),
             file,
         )
         if state.is_main_process:

@@ -127,7 +127,6 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
         return self.forward(features)["sentence_embedding"].sum()
 
     def save(self, output_path: str, *_: Any, **__: Any) -> None:
-        """Write only the LoRA."""
         _save_lora(self.adapted, output_path)
 
     def load_lora(self, folder: Path) -> None:
@@ -139,8 +138,7 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
                 f"{folder} is for the base {stated!r}, but the LLM is {base!r}. Start from a LoRA "
                 "for this LLM, or leave init_lora out."
             )
-        weights = load_file(folder / LORA_WEIGHTS)
-        result = set_peft_model_state_dict(self.adapted, weights)
+        result = set_peft_model_state_dict(self.adapted, load_file(folder / LORA_WEIGHTS))
         missing = [key for key in result.missing_keys if "lora_" in key]
         if missing or result.unexpected_keys:
             raise ValueError(
@@ -176,8 +174,8 @@ def write_lora(
     _save_lora(encoder.adapted, str(folder))
     file = folder / LORA_WEIGHTS
     weights = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
-    known = {} if base_weights is None else {BASE_WEIGHTS: base_weights}
-    file.write_bytes(serialize_tensors(weights, {"format": "pt", **known}))
+    metadata = {"format": "pt", **({} if base_weights is None else {BASE_WEIGHTS: base_weights})}
+    file.write_bytes(serialize_tensors(weights, metadata))
     file.chmod(0o644)  # peft's file is only readable by its owner
     (folder / "README.md").unlink(missing_ok=True)  # peft writes an empty template
 

@@ -161,7 +161,6 @@ class PairCollator(SentenceTransformerDataCollator):  # type: ignore[misc]
     """Drops the integer columns, which only the sampler needs."""
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        """Tokenize the texts of rows, column by column."""
         return super().__call__(  # type: ignore[no-any-return]
             [
                 {k: v for k, v in row.items() if k != GROUP_COLUMN and not k.endswith(KEY_SUFFIX)}
@@ -312,9 +311,7 @@ class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):  # type: ignore[mis
         return int(self.num_steps * self.num_processes)
 
     def __iter__(self) -> Iterator[list[int]]:
-        starts = [0]
-        for table in self.dataset.datasets:
-            starts.append(starts[-1] + len(table))
+        starts = [0, *self.dataset.cumulative_sizes]
         batches = [self._repeat(table) for table in range(len(self.steps))]
         for table in islice(self._order_tables(), self.num_steps):
             for _ in range(self.num_processes):
@@ -335,12 +332,10 @@ class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):  # type: ignore[mis
 
 def count_steps(lengths: Sequence[int], weights: Sequence[float], window_size: int) -> list[int]:
     """Count each table's batches per epoch: all of the first table, others by weight."""
-    first = lengths[0] // window_size
-    return [max(1, round(first * weight)) for weight in weights]
+    return [max(1, round(lengths[0] // window_size * weight)) for weight in weights]
 
 
 def _shuffle(number: int, generator: torch.Generator) -> Array:
     """Shuffle the integers below `number`; up to two billion, they take 4 bytes each."""
-    fits = number <= np.iinfo(np.int32).max
-    dtype = torch.int32 if fits else torch.int64
+    dtype = torch.int32 if number <= np.iinfo(np.int32).max else torch.int64
     return torch.randperm(number, generator=generator, dtype=dtype).numpy()

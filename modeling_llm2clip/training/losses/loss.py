@@ -104,8 +104,7 @@ def load_loss(name: str, *, chunk_size: int | None = None) -> nn.Module:
         raise ValueError(f"loss={name!r} must be one of {', '.join(LOSSES)}.")
     file, class_name = LOSSES[name]
     module = import_module(f".{file}", __package__)
-    loss: nn.Module = getattr(module, class_name)(chunk_size=chunk_size)
-    return loss
+    return getattr(module, class_name)(chunk_size=chunk_size)  # type: ignore[no-any-return]
 
 
 def list_fitted(loss: Loss) -> dict[str, nn.Parameter]:
@@ -199,5 +198,4 @@ class _GatherWithGradient(torch.autograd.Function):
 
 def gather_with_gradient(rows: Tensor) -> Tensor:
     """Concatenate the rows of all processes in rank order, with gradients."""
-    gathered: Tensor = _GatherWithGradient.apply(rows)  # type: ignore[no-untyped-call]
-    return gathered
+    return _GatherWithGradient.apply(rows)  # type: ignore[no-any-return, no-untyped-call]

@@ -19,7 +19,7 @@ from downloads import (
 )
 
 from modeling_llm2clip.cli.options import read_captioned_images
-from modeling_llm2clip.configs.data_config import DataConfig
+from modeling_llm2clip.configs.config_fields import DataConfig
 from modeling_llm2clip.data.records import record_index
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.record_table import skipped_file
