@@ -1,17 +1,16 @@
 """Serves this model on Inference Endpoints: embeddings of texts and images, and zero-shot labels.
 
-The host imports this file as `handler.py`, calls `EndpointHandler(path)` once, and the handler for
-every request. A ValueError becomes a reply with its text and status 400.
+The host imports this file as `handler.py`, creates `EndpointHandler(path)` once, and calls it for
+every request. A ValueError becomes a response with status 400 and its message.
 
     {"inputs": "two red apples"}
     {"inputs": ["two red apples", {"text": "a dog"}, {"image": "<base64>"}]}
     {"inputs": "two red apples", "parameters": {"prompt_name": "query", "dimensions": 256}}
     {"inputs": {"image": "<base64>"}, "parameters": {"candidate_labels": ["cat", "dog"]}}
 
-An image is base64 of its file, with or without `data:image/…;base64,` before it, or the body of a
-request of the type `image/…`. A string in `inputs` is an image if it begins so, or if
-`candidate_labels` are given.
-Addresses of images are not fetched.
+An image is its file in base64, with or without the prefix `data:image/…;base64,`, or the body of a
+request of type `image/…`. A string in `inputs` is an image if it has this prefix, or if
+`candidate_labels` are set. Image URLs are not fetched.
 """
 
 from __future__ import annotations
@@ -40,15 +39,15 @@ _SHOWN = 40  # characters of an input in an error
 
 
 class EndpointHandler:
-    """The model, and the requests that it takes.
+    """Loads the model and answers requests.
 
     Args:
-        path: Folder of the model, with its code; this file is in it.
+        path: Folder of the model, with its code and this file.
     """
 
     def __init__(self, path: str = "") -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        # The code is beside the weights, and of the same revision.
+        # The code is in the same folder and revision as the weights.
         options: dict[str, Any] = {"trust_remote_code": True, "local_files_only": True}
         model = AutoModel.from_pretrained(path or ".", dtype="auto", **options)
         self.model = model.to(device).eval()
@@ -59,52 +58,52 @@ class EndpointHandler:
 
         Args:
             data: `inputs`, a text, an image or a list of both, and `parameters`:
-                `candidate_labels` asks for labels of images, `hypothesis_template` is the sentence
-                around a label, `dimensions` the length of embeddings, and `prompt_name` the
-                instruction that texts get, as with `encode` of sentence-transformers.
+                `candidate_labels` to classify images, `hypothesis_template` for the sentence around
+                a label, `dimensions` for the length of embeddings, and `prompt_name` for the
+                instruction before texts, as in `encode` of sentence-transformers.
 
         Returns:
             For one input, its embedding of unit length as a list of numbers, or its labels as
-            `[{"label": …, "score": …}]`, the best first; for a list of inputs, a list of these.
+            `[{"label": …, "score": …}]`, best first; for a list of inputs, a list of these.
 
         Raises:
-            ValueError: There is nothing to encode, too much, or something that cannot be read.
+            ValueError: There are no inputs or too many, or one cannot be read.
         """
         parameters = data.get("parameters") or {}
         if not isinstance(parameters, dict) or not set(parameters) <= _PARAMETERS:
             shown = str(parameters)[:_SHOWN]
-            raise ValueError(f"parameters: got {shown}; known are {sorted(_PARAMETERS)}.")
+            raise ValueError(f"parameters: got {shown}; supported are {sorted(_PARAMETERS)}.")
         inputs = data.get("inputs")
         several = inputs if isinstance(inputs, list) else [inputs]
         if not 0 < len(several) <= MAX_INPUTS:
-            raise ValueError(f"inputs: got {len(several)}; give 1 to {MAX_INPUTS}.")
+            raise ValueError(f"inputs: got {len(several)}; send 1 to {MAX_INPUTS}.")
         options = {name for name, value in parameters.items() if value is not None}
         if "candidate_labels" not in options:
             results = self._embed(several, parameters)
         elif options & _OF_EMBEDDINGS:
-            raise ValueError(f"candidate_labels: leave out {sorted(_OF_EMBEDDINGS)}.")
+            raise ValueError(f"candidate_labels: cannot be used with {sorted(_OF_EMBEDDINGS)}.")
         else:
             results = self._classify(several, **{name: parameters[name] for name in options})
         return results if isinstance(inputs, list) else results[0]
 
     def _embed(self, inputs: Sequence[Any], parameters: dict[str, Any]) -> list[Any]:
-        """Embed texts and images in batches, and return them in their order."""
+        """Embed texts and images in batches, and return the embeddings in the original order."""
         instructions = {None: "", "query": "", "document": "", **self.model.config.instructions}
         name = parameters.get("prompt_name")
-        if name not in list(instructions):  # a list compares what has no hash, too
-            raise ValueError(f"prompt_name: got {name!r}; known are {list(instructions)[1:]}.")
+        if name not in list(instructions):  # a list, because the name may be unhashable
+            raise ValueError(f"prompt_name: got {name!r}; available: {list(instructions)[1:]}.")
         instruction = str(instructions[name])
         width = self.model.config.projection_dim
         dimensions = parameters.get("dimensions")
         dimensions = width if dimensions is None else dimensions
-        if type(dimensions) is not int or not 0 < dimensions <= width:  # True is an int, too
-            raise ValueError(f"dimensions: got {dimensions!r}; give an integer from 1 to {width}.")
+        if type(dimensions) is not int or not 0 < dimensions <= width:  # True is also an int
+            raise ValueError(f"dimensions: got {dimensions!r}; send an integer from 1 to {width}.")
         read = [self._read_input(content) for content in inputs]
         rows: dict[int, list[float]] = {}
         for modality in ("text", "image"):
             places = [place for place, (kind, _) in enumerate(read) if kind == modality]
             if places and not hasattr(self.model, f"get_{modality}_features"):
-                raise ValueError(f"This model encodes no {modality}s.")
+                raise ValueError(f"This model cannot encode {modality}s.")
             for start in range(0, len(places), BATCH_SIZE):
                 batch = places[start : start + BATCH_SIZE]
                 embeds = self._encode(modality, [read[place][1] for place in batch], instruction)
@@ -117,7 +116,7 @@ class EndpointHandler:
         if modality == "text":
             texts = [instruction + text.strip() for text in batch]
             inputs = self.processor(text=texts).to(self.model.device)
-            if instruction:  # counted as sentence-transformers does
+            if instruction:  # counted like in sentence-transformers
                 ids = self.processor.tokenizer(instruction)["input_ids"]
                 ends_special = bool(self.model.config.prompt_suffix_ends_special)
                 inputs["prompt_length"] = len(ids) - ends_special
@@ -136,16 +135,16 @@ class EndpointHandler:
     ) -> list[list[dict[str, Any]]]:
         """Compare each image with the sentences of all labels."""
         if not hasattr(self.model, "compare"):
-            raise ValueError("This model has one tower; labels need texts and images.")
+            raise ValueError("candidate_labels: need both towers, but this model has one.")
         values = candidate_labels if isinstance(candidate_labels, list) else []
         labels = [label.strip() for label in values if isinstance(label, str)]
         if not 0 < len(set(labels) - {""}) == len(values) <= MAX_LABELS:
             raise ValueError(
-                f"candidate_labels: give a list of 1 to {MAX_LABELS} different labels, none blank."
+                f"candidate_labels: send a list of 1 to {MAX_LABELS} different non-blank labels."
             )
         template = str(hypothesis_template)
         if template.count("{}") != 1 or template.count("{") != 1:
-            raise ValueError("hypothesis_template: give a sentence with {} where the label goes.")
+            raise ValueError("hypothesis_template: send a sentence with {} for the label.")
         images = [self._read_input(content, is_image=True)[1] for content in inputs]
         sentences = [template.format(label) for label in labels]
         texts = torch.cat(
@@ -171,22 +170,22 @@ class EndpointHandler:
             ((kind, content),) = content.items()
         if kind not in ("text", "image") or (is_image and kind == "text"):
             expected = "an image" if is_image else "an image or a text"
-            raise ValueError(f"inputs: got {kind!r}; give {expected}.")
+            raise ValueError(f"inputs: got {kind!r}; send {expected}.")
         if not isinstance(content, str) or not content.strip():
             raise ValueError(
-                f"inputs: got {str(content)[:_SHOWN]!r}; give a text, or base64 of an image."
+                f"inputs: got {str(content)[:_SHOWN]!r}; send a text, or an image in base64."
             )
         return kind, content if kind == "text" else self._open(_decode(content))
 
     def _open(self, image: Any) -> Any:
-        """Refuse an image by its header, before its pixels fill the memory."""
+        """Open an image; too large ones are rejected by their header, before decoding."""
         return self.processor.open_image(image, name="An image", max_megapixels=MAX_MEGAPIXELS)
 
 
 def _decode(text: str) -> io.BytesIO:
     """Decode base64 of an image file."""
     if text[:8].lower().startswith(("http://", "https://")):
-        raise ValueError("Addresses of images are not fetched. Send base64 of the file.")
+        raise ValueError("Image URLs are not fetched. Send the file in base64.")
     content = text.partition(",")[2] if _DATA_URL.match(text) else text
     try:
         return io.BytesIO(base64.b64decode("".join(content.split()), validate=True))

@@ -1,6 +1,6 @@
-"""Writes a model folder anew: one tower, another dtype, smaller files, another card, ONNX.
+"""Exports a model folder: one tower, another dtype, smaller files, another card, ONNX.
 
-The card may state results of `llm2clip evaluate`, if they are the written model's.
+The card may include results of `llm2clip evaluate` if they were measured with the exported model.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _PLAIN = "`AutoImageProcessor` does so too."
 _CROPS = """`AutoImageProcessor` needs `trust_remote_code=True`, or `import modeling_llm2clip`
 before: this tower takes images that are cropped as torchvision does, which transformers' own
 classes miss by a pixel."""
-# What the model's code needs on a host.
+# Packages that the model's code needs on a host.
 _NEEDED_PACKAGES = (
     "accelerate", "numpy", "pillow", "safetensors", "torch", "torchvision", "transformers",
 )  # fmt: skip
@@ -73,17 +73,17 @@ def export_model(
     revision: str | None = None,
     name: str | None = None,
 ) -> Path:
-    """Write a model folder anew, from one that still gives its recorded embeddings.
+    """Export a model folder after checking that it still returns its golden embeddings.
 
-    Instructions, licenses, training data and the record of a conversion are carried over, and
-    results where all weights stay the same.
+    Instructions, licenses, training data and the record of a conversion are carried over; so are
+    evaluation results if all weights stay the same.
 
     Args:
         source: Folder or Hub id of an LLM2CLIP model.
         output: New or empty folder.
-        config: What is written; None for the whole model as it is.
+        config: Parts to export, and their format; None for the full model, unchanged.
         revision: Branch, tag or commit of the Hub repository.
-        name: What the card calls the model; None for the folder's last name.
+        name: Model name on the card; None for the folder's name.
 
     Returns:
         The folder.
@@ -91,8 +91,8 @@ def export_model(
     Raises:
         FileExistsError: The folder exists and is not empty.
         ValueError: The source is neither a folder nor a Hub id, lacks the component, or no longer
-            gives its golden embeddings; results were measured with another model; or an ONNX graph
-            fails its check, see `export_onnx`.
+            returns its golden embeddings; results were measured with another model; or an ONNX
+            graph fails its check, see `export_onnx`.
 
     Examples:
         >>> folder = export_model("my-model", "to-publish", ExportConfig(dtype="bfloat16"))
@@ -123,9 +123,10 @@ def export_model(
 
 
 def _load_checked(folder: Path, processor: LLM2CLIPProcessor, config: ExportConfig) -> Any:
-    """Load a model for its export, after comparing it with its golden embeddings in its own dtype.
+    """Load a model to export, after comparing it with its golden embeddings in its own dtype.
 
-    For another dtype the model is loaded again: casting in memory would round its temperature.
+    For another dtype, the model is loaded again, because casting in memory would round its
+    temperature.
     """
     model_class = MODEL_CLASSES[CLASS_OF_COMPONENTS[config.components]]
     device = find_device(config.device)
@@ -139,7 +140,7 @@ def _load_checked(folder: Path, processor: LLM2CLIPProcessor, config: ExportConf
 
 
 def plan_card(folder: Path, config: ExportConfig) -> CardData:
-    """Return the statements on the card of an export; results stay where all weights do."""
+    """Return the card's entries for an export; results are kept if all weights stay the same."""
     card = read_edited_card(folder)
     if config.results:
         return update_card_data(card, config, results=read_card_results(config.results))
@@ -152,10 +153,10 @@ def plan_card(folder: Path, config: ExportConfig) -> CardData:
 
 
 def render_hosting_files(config: ExportConfig, model_config: LLM2CLIPConfig) -> dict[str, str]:
-    """Render the files that Inference Endpoints need beside the weights: path → content.
+    """Render the files that Inference Endpoints need in addition to the weights: path → content.
 
-    The versions of packages are those of this environment, in which the embeddings of the folder
-    are recorded.
+    The packages have the versions of this environment, in which the folder's golden embeddings are
+    computed.
     """
     if not config.handler:
         return {}
@@ -163,24 +164,24 @@ def render_hosting_files(config: ExportConfig, model_config: LLM2CLIPConfig) -> 
     packages = sorted([*_NEEDED_PACKAGES, *(["timm"] if is_timm else [])])
     return {
         "handler.py": Path(__file__).with_name("endpoint_handler.py").read_text(encoding="utf-8"),
-        # Without the part that names a build, such as `+cpu`.
+        # Without build suffixes such as `+cpu`.
         "requirements.txt": "".join(f"{p}=={version(p).partition('+')[0]}\n" for p in packages),
     }
 
 
 def export_vision_tower(folder: Path, output: str | Path, *, license: str | None = None) -> Path:
-    """Write the vision tower of a model folder without reading LLM or tokenizer.
+    """Export the vision tower of a model folder without reading the LLM or tokenizer.
 
-    The projection into the shared space is left out, because it belongs to the captions.
-    `AutoModel` loads the tower without this package, for a detector, a classifier or a multimodal
-    LLM. An image processor that crops as torchvision does needs the code that is saved with it.
+    The projection into the shared space is not exported, because only captions need it. `AutoModel`
+    loads the tower without this package, for a detector, a classifier or a multimodal LLM. An image
+    processor that crops like torchvision needs the code that is saved with it.
     """
     require_new_folder(Path(output))  # before the weights are read
     config = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True).vision_config
     if find_tower_class(config) is not AutoModel:
         raise ValueError(
-            f"AutoModel of transformers does not know a {config.model_type!r} tower, so that a "
-            "folder of it alone would not load. Export the whole model."
+            f"components=vision-tower: transformers' AutoModel has no {config.model_type!r} tower, "
+            "so the exported folder would not load. Export the full model."
         )
     model = LLM2CLIPVisionModel.from_pretrained(folder)
     image_processor = forget_code(load_without_code(AutoImageProcessor, folder))
@@ -210,10 +211,10 @@ def export_vision_tower(folder: Path, output: str | Path, *, license: str | None
 
 
 def read_card_results(files: Sequence[Path]) -> tuple[CardResult, ...]:
-    """Read result files of `llm2clip evaluate`; all errors are named at once.
+    """Read result files of `llm2clip evaluate`, and report all errors together.
 
-    A nested score is named by its path, such as `t2i.hit_rate_at_1`. The dataset's name states its
-    language and what was left out.
+    A nested score is named by its path, such as `t2i.hit_rate_at_1`. The dataset's name includes
+    its language and the samples that were skipped.
     """
     results: dict[tuple[str, str], CardResult] = {}
     errors = []
@@ -224,7 +225,7 @@ def read_card_results(files: Sequence[Path]) -> tuple[CardResult, ...]:
             errors.append(str(error))
             continue
         if (task := (result.task, result.dataset)) in results:
-            errors.append(f"{file}: {result.task} on {result.dataset} is given twice.")
+            errors.append(f"{file}: {result.task} on {result.dataset} is a duplicate.")
         results[task] = result
     if errors:
         raise ValueError(" ".join(errors))
@@ -232,7 +233,7 @@ def read_card_results(files: Sequence[Path]) -> tuple[CardResult, ...]:
 
 
 def require_own_results(results: Sequence[CardResult], folder: Path) -> None:
-    """Refuse results of another model than a folder's; accept results without a fingerprint."""
+    """Refuse results measured with a different model; accept results without a fingerprint."""
     stated = [result for result in results if result.fingerprint is not None]
     if not stated:
         return
@@ -245,16 +246,16 @@ def require_own_results(results: Sequence[CardResult], folder: Path) -> None:
             foreign.append(f"{result.task} on {result.dataset} ({', '.join(differing)})")
     if foreign:
         raise ValueError(
-            f"{'; '.join(foreign)}: not measured with the model that would be written. Export "
-            "first (another dtype makes other weights), evaluate the folder that is written, as "
-            "a model of this package and with --dtype saved, and give these results."
+            f"{'; '.join(foreign)}: not measured with the exported model. Export it first (another "
+            "dtype changes the weights), evaluate the exported folder with --dtype saved as a "
+            "model of this package, and pass these results."
         )
 
 
 def add_card_results(folder: Path, files: Sequence[Path]) -> None:
-    """State further results on the card of a model folder, in place of older ones on a dataset.
+    """Add results to the card of a model folder, replacing older ones for the same dataset.
 
-    A card that has them stays as it is.
+    A card that already has them is left unchanged.
     """
     results = read_card_results(files)
     require_own_results(results, folder)
@@ -280,7 +281,7 @@ def _summarize(result: Result) -> CardResult:
 
 
 def _describe_counts(counts: Mapping[str, Any]) -> str:
-    if "languages" in counts:  # whose images may be the same
+    if "languages" in counts:  # languages may share images
         parts = counts["languages"].values()
         shown = {"language": len(parts), "text": sum(part["texts"] for part in parts)}
     else:
@@ -292,7 +293,7 @@ def _describe_counts(counts: Mapping[str, Any]) -> str:
 def _list_scores(
     scores: Any, path: str = "", interval: Mapping[str, float] | None = None
 ) -> Iterator[tuple[str, float, tuple[float, ...]]]:
-    """Yield the path of every score, its value, and low and high of its interval if it has one."""
+    """Yield the path of every score, its value, and the bounds of its interval, if any."""
     if isinstance(scores, Mapping):
         if "value" in scores:
             yield from _list_scores(scores["value"], path, scores)

@@ -1,6 +1,6 @@
-"""Uploads a model folder to the Hub: checked first, then in one commit, or not at all.
+"""Checks a model folder and uploads it to the Hub in one commit, or not at all.
 
-Credentials are huggingface_hub's own: `HF_TOKEN`, or what `hf auth login` stored.
+Credentials come from huggingface_hub: `HF_TOKEN`, or a token stored by `hf auth login`.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from ..model_folders.model_writing import explain_incomplete, is_legal_file
 
 COMMIT_MESSAGE = "Upload LLM2CLIP model"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# Formats that can carry code which runs when they are opened.
+# Formats that can contain code that runs when they are opened.
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npz", ".npy"}
 _REFUSED = {401: "there is no valid token", 403: "the token has no permission"}
-# What this package, transformers and sentence-transformers write into a model folder.
+# Files that this package, transformers and sentence-transformers write into a model folder.
 _OWN_FILES = (
     "README.md", "config.json", "generation_config.json", "model*.safetensors",
     "model.safetensors.index.json", "golden_embeddings.safetensors", "*_llm2clip.py",
@@ -50,15 +50,15 @@ _OWN_FILES = (
 )  # fmt: skip
 _CREDENTIAL_NAME = re.compile(
     r"id_(rsa|dsa|ecdsa|ed25519)(_sk)?|.*\.(pem|key|p12|pfx|ppk|jks|keystore|kdbx|env)"
-    # A vocabulary is "tokens.txt", too.
+    # "tokens.txt" is also the name of vocabularies.
     r"|((.*[._-])?token|(.*[._-])?(hf|api|auth|access|refresh)[._-]?tokens)(\.txt|\.ya?ml)?"
     r"|(.*[._-])?(password|passwd|secret|api_?key)s?(\.(txt|ya?ml|csv|tsv|xlsx?|ini|json))?"
     r"|_?netrc|(.*[._-])?(credentials?|client_secret.*|service[_-]account.*)\.(json|csv)"
     r"|token\.json|credentials|git-credentials|pypirc|npmrc|htpasswd|kubeconfig",
     re.IGNORECASE,
 )
-# What tokens and keys begin with. Each pattern begins with a literal, so that large files are
-# searched fast; a lookbehind after it keeps it from matching inside a word.
+# Prefixes of tokens and keys. Each pattern starts with a literal, which makes searching large files
+# fast; the lookbehind after it prevents a match inside a word.
 _SECRET_KEY = rb"[\"']?\s{0,3}[=:]\s{0,3}[\"']?[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+=])"
 _CREDENTIALS = {
     "a private key": rb"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY",
@@ -77,7 +77,7 @@ _CREDENTIALS = {
     "a token of npm": rb"npm_(?<![A-Za-z0-9]npm_)[A-Za-z0-9]{36}",
     "a token of PyPI": rb"pypi-AgEI[A-Za-z0-9_-]{50}",
 }
-# How a text in UTF-16 begins: with its mark, or with two characters of ASCII beside zeros.
+# Start of a text in UTF-16: its byte order mark, or two ASCII characters padded with zeros.
 _UTF_16 = re.compile(rb"\xff\xfe|\xfe\xff|(?:[\t-~]\0){2}|(?:\0[\t-~]){2}")
 _WEIGHTS = ".safetensors"
 _SHOWN = 8
@@ -99,32 +99,33 @@ def push_to_hub(
 ) -> str:
     """Upload a model folder in one commit.
 
-    The card is first written with the repository's name and the license; what somebody edited
-    stays. Then all files are shown with their sizes. Large files are sent
-    first and become visible by the commit alone: an upload that breaks off shows nothing, and when
-    it is repeated, files that had arrived are not sent again.
+    First, the card is updated with the repository's name and the license, keeping manual edits.
+    Then all files are listed with their sizes. Large files are sent first, but only become visible
+    with the commit: an interrupted upload leaves nothing visible, and when it is repeated, files
+    that were already sent are skipped.
 
     Args:
         model_folder: Folder of a trained, healthy model.
-        repo_id: `owner/name`; created where it does not exist.
-        license: License of the weights, stated on the folder's card; None where that has one.
-        private: Whether only its owners see it. A model cannot be taken back once it was public.
-        revision: Branch, created from `main` where it does not exist.
-        commit_message: Message of the commit.
-        delete_others: Delete the branch's files that the folder lacks; see `list_others`.
-        token: None for huggingface_hub's own.
-        device: Where the model is checked first; see `find_device`.
-        allow_files: Paths in the folder of files that look like credentials and are not.
-        show: Called with the list of the files and with what is deleted; what it raises stops the
+        repo_id: `owner/name`; created if it does not exist.
+        license: License of the weights, written to the folder's card; None if the card has one.
+        private: Whether only the owners can see the repository. Once public, a model cannot be
+            taken back.
+        revision: Branch, created from `main` if it does not exist.
+        commit_message: Commit message.
+        delete_others: Delete files on the branch that are not in the folder; see `list_others`.
+        token: Token for the Hub; None for huggingface_hub's own.
+        device: Device for checking the model; see `find_device`.
+        allow_files: Paths in the folder of files that look like credentials but are not.
+        show: Called with the list of files and the list of deletions; an exception stops the
             upload.
 
     Returns:
-        Address of the commit; its last part is the revision to pin.
+        URL of the commit; its last part is the revision to pin.
 
     Raises:
-        ValueError: As `check_publishable`; the repository exists and is public where private was
-            wanted, or the reverse; or it has files of another model that would remain.
-        RuntimeError: The Hub refuses, or the upload breaks off.
+        ValueError: As in `check_publishable`; the repository exists and is public, but `private` is
+            set, or the reverse; or it has files of another model that would remain.
+        RuntimeError: The Hub refuses the upload, or it is interrupted.
 
     Examples:
         >>> push_to_hub("my-model", "me/my-model", license="apache-2.0")  # doctest: +SKIP
@@ -151,8 +152,8 @@ def push_to_hub(
             commit_message=commit_message,
             revision=revision,
         )
-    except Exception as error:  # the client raises anything for connections, permissions, disks
-        # Its BadRequestError is a ValueError too.
+    except Exception as error:  # the client raises many types for network, permissions and disks
+        # Its BadRequestError is also a ValueError.
         if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):
             raise
         again = shlex.join([
@@ -174,12 +175,12 @@ def check_publishable(
     device: str = "auto",
     allow_files: Sequence[str] = (),
 ) -> dict[str, int]:
-    """Refuse a folder that must not be published; send and change nothing.
+    """Refuse a folder that must not be published, without sending or changing anything.
 
-    It must be a trained, healthy and complete model with a license, without links that leave it,
-    files that can carry code, or files that look like credentials (but for `allow_files`). There is
-    no way around health: a folder that gives wrong embeddings here gives wrong embeddings
-    everywhere. Returns path → bytes of the files that would be uploaded.
+    It must be a trained, healthy and complete model with a license, and must not contain links to
+    files outside, files that can contain code, or files that look like credentials (except for
+    `allow_files`). The health check cannot be skipped: a folder with wrong embeddings here has
+    wrong embeddings everywhere. Returns path → bytes of the files that would be uploaded.
     """
     folder = Path(model_folder)
     if not (folder / "config.json").is_file():
@@ -194,16 +195,14 @@ def check_publishable(
     files = list_files(folder)
     pickles = [path for path in files if Path(path).suffix.lower() in _PICKLES]
     if pickles:
-        raise ValueError(
-            f"{folder} holds files that can carry code: {pickles[:8]}. Remove them from it."
-        )
+        raise ValueError(f"{folder} has files that can contain code: {pickles[:8]}. Remove them.")
     require_no_credentials(folder, files, allowed=allow_files)
     report = check_model(folder, device=device)
     if not report.healthy:
         failed = "; ".join(f"{check.name}: {check.message}" for check in report.failed)
         raise ValueError(
-            f"{folder} is not published, because it is not healthy, and an unhealthy folder never "
-            f"is. {failed} Repair it until `llm2clip doctor {folder}` passes."
+            f"{folder} is not healthy, so it cannot be published. {failed} Repair it until "
+            f"`llm2clip doctor {folder}` passes."
         )
     return files
 
@@ -220,9 +219,9 @@ def _prepare_repository(api: HfApi, repo_id: str, *, private: bool, revision: st
     if is_private != private:
         names = {True: "private", False: "public"}
         raise ValueError(
-            f"{repo_id} exists and is {names[is_private]}, but {names[private]} was wanted. Change "
-            "it in its settings on the Hub, "
-            f"{'leave out' if is_private else 'pass'} --no-private, or name another."
+            f"{repo_id} exists and is {names[is_private]}, not {names[private]}. Change its "
+            f"settings on the Hub, {'remove' if is_private else 'pass'} --no-private, or use "
+            "another repository."
         )
     if revision != "main":
         api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -231,13 +230,13 @@ def _prepare_repository(api: HfApi, repo_id: str, *, private: bool, revision: st
 def list_others(
     api: HfApi, repo_id: str, files: Iterable[str], *, revision: str = "main"
 ) -> list[str]:
-    """List the files of a branch that a folder lacks.
+    """List files on a branch that are not in `files`.
 
-    Evaluation results of the community (`.eval_results/`) and `.gitattributes` are not among them.
+    `.gitattributes` and the community's evaluation results (`.eval_results/`) are not included.
     """
     if not api.repo_exists(repo_id):
         return []
-    start = revision if api.revision_exists(repo_id, revision) else "main"  # of the new branch
+    start = revision if api.revision_exists(repo_id, revision) else "main"  # a new branch's start
     others = set(api.list_repo_files(repo_id, revision=start)) - {".gitattributes", *files}
     return sorted(path for path in others if not path.startswith(".eval_results/"))
 
@@ -247,42 +246,42 @@ def describe_deleted(others: Sequence[str]) -> str:
 
 
 def _require_none_of_model(repo_id: str, others: Sequence[str]) -> None:
-    """Refuse to leave files of another model that loaders would read with the new ones."""
+    """Refuse to leave files of another model, which loaders would mix with the new ones."""
     if mixed := [path for path in others if _is_own_file(path)]:
         raise ValueError(
-            f"{repo_id} has files of another model that this folder lacks: {', '.join(mixed)}. "
-            "Loaders would mix both models. Push to another --revision or repository, or delete "
-            "all files that the folder lacks with --delete-others (list them first with --dry-run)."
+            f"{repo_id} has files of another model that are not in this folder: "
+            f"{', '.join(mixed)}. Loaders would mix both models. Push to another --revision or "
+            "repository, or delete them with --delete-others (list them first with --dry-run)."
         )
 
 
 def _match_exactly(paths: Iterable[str]) -> list[str]:
-    """Return patterns that match these paths alone."""
+    """Return patterns that match only these paths."""
     return [re.sub(r"([*?[])", r"[\1]", path) for path in paths]
 
 
 def _explain(error: Exception, repo_id: str, again: str) -> str:
-    """Say why an upload failed; `again` is the command that repeats it."""
+    """Explain why an upload failed; `again` is the command to repeat it."""
     response: Any = error.response if isinstance(error, HfHubHTTPError) else None
     reason = _REFUSED.get(getattr(response, "status_code", 0))
     if reason is not None:
         return (
-            f"The Hub refuses the upload to {repo_id}: {reason}. Log in with `hf auth login`, or "
-            "set HF_TOKEN to a token that may write there."
+            f"The Hub refused the upload to {repo_id}: {reason}. Log in with `hf auth login`, or "
+            "set HF_TOKEN to a token with write access."
         )
     return (
-        f"The upload to {repo_id} broke off, and nothing of it is visible there "
+        f"The upload to {repo_id} was interrupted, and none of it is visible there "
         f"({type(error).__name__}: {error}). Repeat it with `{again}`: "
-        "files that had arrived are not sent again."
+        "files that were already sent are skipped."
     )
 
 
 def list_files(folder: Path) -> dict[str, int]:
-    """List the sizes in bytes of all files of a folder, by their path inside it.
+    """List the sizes in bytes of all files in a folder, by their path inside it.
 
-    Hidden ones are left out, and files that killed writers left unfinished. The folder may itself
-    be a link, or a snapshot in huggingface_hub's cache. A link out of it, to a hidden file, to a
-    folder or nowhere is refused.
+    Skips hidden files, and unfinished files of killed writers. The folder may itself be a link, or
+    a snapshot in huggingface_hub's cache. Links to files outside, hidden files or folders, and
+    broken links are refused.
     """
     files, errors = {}, []
     for path in _walk(folder):
@@ -294,9 +293,9 @@ def list_files(folder: Path) -> dict[str, int]:
     if errors:
         more = f"; and {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else ""
         raise ValueError(
-            f"{folder} has links to what is not uploaded, such as files outside of it: "
-            f"{'; '.join(errors[:_SHOWN])}{more}. Remove them, or put copies of the files in their "
-            "places."
+            f"{folder} has links to files that are not uploaded, such as files outside the folder: "
+            f"{'; '.join(errors[:_SHOWN])}{more}. Remove the links, or replace them with copies of "
+            "the files."
         )
     return dict(sorted(files.items()))
 
@@ -307,8 +306,8 @@ def require_no_credentials(
     """Refuse files that look like credentials, by their names or contents."""
     if unknown := sorted(set(allowed) - set(files)):
         raise ValueError(
-            f"allow_files={unknown}: {folder} has no such files that would be uploaded. Give paths "
-            "as they are listed."
+            f"allow_files={unknown}: no such files would be uploaded from {folder}. Use the paths "
+            "listed by --dry-run."
         )
     credentials = [
         f"{path} ({reason})"
@@ -318,18 +317,19 @@ def require_no_credentials(
     if credentials:
         more = f"; and {len(credentials) - _SHOWN} more" if len(credentials) > _SHOWN else ""
         raise ValueError(
-            f"{folder} holds what looks like credentials: {'; '.join(credentials[:_SHOWN])}{more}. "
-            "Remove them from it; name a file that has none with allow_files."
+            f"{folder} has files that look like credentials: "
+            f"{'; '.join(credentials[:_SHOWN])}{more}. Remove them, or pass allow_files with the "
+            "ones that are not."
         )
 
 
 def describe_files(files: Mapping[str, int]) -> str:
-    """List files with their sizes and sum, and name files that are not part of a model folder."""
+    """List files with their sizes and total, and name files that do not belong to a model."""
     lines = [f"{num_bytes:>15,}  {path}" for path, num_bytes in files.items()]
     lines.append(f"{sum(files.values()):>15,}  bytes in {counted(len(files), 'file')}.")
     others = [path for path in files if not (is_legal_file(path) or _is_own_file(path))]
     if others:
-        lines.append(f"Not of the model, but in its folder: {', '.join(others)}.")
+        lines.append(f"Other files in the folder, not part of the model: {', '.join(others)}.")
     return "\n".join(lines)
 
 
@@ -338,8 +338,7 @@ def _is_own_file(path: str) -> bool:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yield every file and every link that is not hidden; links to folders are not followed."""
-
+    """Yield every file and link that is not hidden, without following links to folders."""
     for parent, folders, files in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in [*folders, *files]:
@@ -355,7 +354,7 @@ def _raise(error: OSError) -> None:
 
 
 def _is_uploaded(path: Path, folder: Path) -> bool:
-    """Return whether a link is to a file of the folder, or to one in huggingface_hub's cache."""
+    """Return whether a link points to a file in the folder or in huggingface_hub's cache."""
     content, root = path.resolve(), folder.resolve()
     inside = content.relative_to(root).parts if content.is_relative_to(root) else ()
     is_hidden = any(part.startswith(".") for part in inside)

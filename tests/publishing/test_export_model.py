@@ -265,7 +265,9 @@ def test_a_card_takes_results_of_its_own_model_in_its_own_dtype_alone(tmp_path: 
     assert result.count == f"{counts['images']} images, {counts['texts']} texts"
     written = export_model(model, tmp_path / "new", ExportConfig(results=(file,)))
     assert read_card_data(written).results == (result,)
-    with pytest.raises(ValueError, match=r"\(weights, dtype\): not measured with the model"):
+    with pytest.raises(
+        ValueError, match=r"\(weights, dtype\): not measured with the exported model"
+    ):
         export_model(model, tmp_path / "half", ExportConfig(dtype="float16", results=(file,)))
     assert not (tmp_path / "half").exists()
 
@@ -298,5 +300,5 @@ def test_scores_are_named_by_their_path_and_details_stay_in_the_file(tmp_path: P
     files[2].write_text(json.dumps({"task": "t", "dataset": "d", "scores": {"r1": 0.5}}), "utf-8")
     with pytest.raises(ValueError) as refused:
         read_card_results(files)
-    for error in ("is given twice", "notes.json is not an evaluation", "absent.json"):
+    for error in ("is a duplicate", "notes.json is not an evaluation", "absent.json"):
         assert error in str(refused.value)

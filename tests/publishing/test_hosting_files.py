@@ -182,12 +182,12 @@ def make_bomb() -> str:
 IMAGE = {"image": "{png}"}
 BAD = {
     "nothing": ({}, "inputs: got 'None'"),
-    "blank": ({"inputs": "  "}, "give a text, or base64 of an image"),
-    "blank in a list": ({"inputs": ["a dog", ""]}, "give a text, or base64 of an image"),
-    "empty": ({"inputs": []}, "inputs: got 0; give 1 to 256"),
+    "blank": ({"inputs": "  "}, "send a text, or an image in base64"),
+    "blank in a list": ({"inputs": ["a dog", ""]}, "send a text, or an image in base64"),
+    "empty": ({"inputs": []}, "inputs: got 0; send 1 to 256"),
     "too many": ({"inputs": ["a"] * 257}, "inputs: got 257"),
     "a number": ({"inputs": 7}, "inputs: got '7'"),
-    "another key": ({"inputs": {"audio": "x"}}, "got 'audio'; give an image or a text"),
+    "another key": ({"inputs": {"audio": "x"}}, "got 'audio'; send an image or a text"),
     "not base64": ({"inputs": {"image": "§§"}}, "not base64: '§§'"),
     "not an image": ({"inputs": {"image": base64.b64encode(b"hello").decode()}}, "not an image"),
     "an address": ({"inputs": {"image": "http://169.254.169.254/"}}, "not fetched"),
@@ -195,36 +195,36 @@ BAD = {
     "a bomb": ({"inputs": {"image": make_bomb()}}, "400000000 pixels|20000 x 20000 pixels"),
     "cut off": ({"inputs": {"image": to_base64(draw_noise())[:400]}}, "truncated|corrupt|broken"),
     "unknown parameter": (
-        {"inputs": "a dog", "parameters": {"truncate": 1}}, "got .*truncate.*; known are"
+        {"inputs": "a dog", "parameters": {"truncate": 1}}, "got .*truncate.*; supported are"
     ),
     "parameters of another type": ({"inputs": "a dog", "parameters": [1]}, "parameters: got"),
-    "dimensions": ({"inputs": "a", "parameters": {"dimensions": 99}}, "99; give an integer from 1"),
+    "dimensions": ({"inputs": "a", "parameters": {"dimensions": 99}}, "99; send an integer from 1"),
     "no dimensions": ({"inputs": "a", "parameters": {"dimensions": 0}}, "an integer from 1 to 32"),
     "an unknown instruction": (
-        {"inputs": "a", "parameters": {"prompt_name": "other"}}, "got 'other'; known are"
+        {"inputs": "a", "parameters": {"prompt_name": "other"}}, "got 'other'; available:"
     ),
     "an instruction of another type": (
-        {"inputs": "a", "parameters": {"prompt_name": ["query"]}}, "known are"
+        {"inputs": "a", "parameters": {"prompt_name": ["query"]}}, "available:"
     ),
     "an instruction for labels": (
         {"inputs": IMAGE, "parameters": {"candidate_labels": ["a"], "prompt_name": "query"}},
-        "leave out",
+        "cannot be used with",
     ),
     "no labels": ({"inputs": IMAGE, "parameters": {"candidate_labels": []}}, "1 to 1000 different"),
     "equal labels": (
         {"inputs": IMAGE, "parameters": {"candidate_labels": ["a", "a"]}}, "1 to 1000 different"
     ),
     "labels of a text": (
-        {"inputs": {"text": "a"}, "parameters": {"candidate_labels": ["a"]}}, "give an image"
+        {"inputs": {"text": "a"}, "parameters": {"candidate_labels": ["a"]}}, "send an image"
     ),
     "a template without a place": (
         {"inputs": IMAGE, "parameters": {"candidate_labels": ["a"], "hypothesis_template": "a"}},
-        "with {} where",
+        "with {} for the label",
     ),
     "a template with a format": (
         {"inputs": IMAGE, "parameters": {"candidate_labels": ["a"],
                                          "hypothesis_template": "{0.__class__} {}"}},
-        "with {} where",
+        "with {} for the label",
     ),
 }  # fmt: skip
 
@@ -240,9 +240,9 @@ def test_a_text_only_model_embeds_texts_and_refuses_images(folder: Path, tmp_pat
     half = export_model(folder, tmp_path / "t", ExportConfig(components="text", handler=True))
     handler = load_handler(half)
     require_close(embed(handler, TEXTS), encode_texts(*load_model(half, device="cpu"), TEXTS))
-    with pytest.raises(ValueError, match="encodes no images"):
+    with pytest.raises(ValueError, match="cannot encode images"):
         handler({"inputs": {"image": to_base64(draw_noise())}})
-    with pytest.raises(ValueError, match="has one tower"):
+    with pytest.raises(ValueError, match="this model has one"):
         handler({"inputs": draw_noise(), "parameters": {"candidate_labels": ["a", "b"]}})
 
 

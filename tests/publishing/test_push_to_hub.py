@@ -185,7 +185,7 @@ def test_what_the_hub_calls_a_bad_request_is_explained_with_the_whole_command(
     assert issubclass(BadRequestError, ValueError)
     monkeypatch.setattr(HfApi, "create_repo", refuse)
     with pytest.raises(
-        RuntimeError, match=r"broke off.*BadRequestError: the name is taken"
+        RuntimeError, match=r"was interrupted.*BadRequestError: the name is taken"
     ) as raised:
         push_to_hub(
             folder, NAME, private=False, revision="next", commit_message="New towers",
@@ -213,7 +213,7 @@ break_golden_embeddings = edit_json("config.json", lambda c: c.update(text_pooli
     ("change", "message"),
     [
         (remove_license, "states no license, and nothing is published without one.*--license"),
-        (break_golden_embeddings, "not healthy, and an unhealthy .* is.*golden embeddings: "),
+        (break_golden_embeddings, "not healthy, so it cannot be published.*golden embeddings: "),
         (remove("config.json"), "is not a model folder: it has no"),
     ],
     ids=["no license", "unhealthy", "no config"],
@@ -291,7 +291,7 @@ def test_an_upload_that_breaks_off_shows_nothing_and_says_how_to_go_on(
 ) -> None:
     code, _, error = published.answers[0]
     assert code == 2
-    assert f"The upload to {NAME} broke off, and nothing of it is visible there" in error
+    assert f"The upload to {NAME} was interrupted, and none of it is visible there" in error
     assert f"Repeat it with `llm2clip push {published.sharded} {NAME}`" in error
     by_hub, by_others, *_ = published.snapshots()
     assert set(by_hub) == {".gitattributes"}
@@ -326,7 +326,7 @@ def test_what_a_push_deletes_is_listed_before(published: Published) -> None:
     shards = [path for path in published.snapshots()[2] if path.startswith("model")]
     shards = sorted(path for path in shards if path not in read_folder(published.other))
     assert refused[0] == 2 and len(shards) > 2
-    assert f"another model that this folder lacks: {', '.join(shards)}. Loaders" in refused[2]
+    assert f"another model that are not in this folder: {', '.join(shards)}. Loaders" in refused[2]
     deleted = ", ".join(sorted([*shards, *ADDED[1:]]))
     for answer in (dry, pushed):
         assert answer[0] == 0 and f"Deleted from the repository: {deleted}.\n" in answer[1]
@@ -346,8 +346,8 @@ def test_a_repository_is_private_unless_it_is_to_be_public_and_stays_so(
     assert not published.hub.repositories[OPEN].private
     to_private, made, to_public = published.answers[6:9]
     assert made[0] == 0 and to_private[0] == to_public[0] == 2
-    assert f"{NAME} exists and is private, but public was wanted" in to_private[2]
-    assert f"{OPEN} exists and is public, but private was wanted" in to_public[2]
+    assert f"{NAME} exists and is private, not public" in to_private[2]
+    assert f"{OPEN} exists and is public, not private" in to_public[2]
     assert len(published.hub.repositories[OPEN].commits) == 2
 
 

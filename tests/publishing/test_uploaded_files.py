@@ -209,10 +209,10 @@ def test_a_file_named_like_a_credential_is_refused_without_the_flag(
     folder: Path, tmp_path: Path
 ) -> None:
     for name in CREDENTIAL_NAMES:
-        with pytest.raises(ValueError, match=rf"looks like credentials: {name} \(its name\)"):
+        with pytest.raises(ValueError, match=rf"look like credentials: {name} \(its name\)"):
             check_credentials(tmp_path / "alone", name, "x")
     (folder / "token").write_text("x", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"looks like credentials: token \(its name\)"):
+    with pytest.raises(ValueError, match=r"look like credentials: token \(its name\)"):
         check_publishable(folder)
     assert "token" in check_publishable(folder, allow_files=["token"])
 
@@ -221,7 +221,7 @@ def test_a_file_named_like_a_credential_is_refused_without_the_flag(
 def test_a_file_with_a_credential_in_it_is_refused_whatever_its_name(
     kind: str, tmp_path: Path
 ) -> None:
-    error = r"looks like credentials: setup.py \(an? "
+    error = r"look like credentials: setup.py \(an? "
     of_windows = ["utf-16", "utf-16-le", "utf-16-be"] if kind == "Hugging Face" else []
     for encoding in ("utf-8", *of_windows):
         with pytest.raises(ValueError, match=error) as raised:
@@ -246,7 +246,7 @@ def test_a_file_is_allowed_by_its_path_alone(folder: Path) -> None:
 def test_a_pickle_is_refused_however_it_is_spelled(folder: Path) -> None:
     for name in ("old.bin", "old.PT", "old.Pkl"):
         (folder / name).touch()
-        with pytest.raises(ValueError, match=rf"can carry code: \['{name}'\]"):
+        with pytest.raises(ValueError, match=rf"can contain code: \['{name}'\]"):
             check_publishable(folder)
         (folder / name).unlink()
 
@@ -266,7 +266,7 @@ def test_everything_is_shown_with_its_size_before_anything_is_sent(
     assert shown == describe_files(list_files(folder)) + "\n"
     assert f"{(folder / 'README.md').stat().st_size:>15,}  README.md\n" in shown
     assert "              4  notes.txt\n" in shown
-    assert "Not of the model, but in its folder: notes.txt." in shown
+    assert "Other files in the folder, not part of the model: notes.txt." in shown
     with pytest.raises(RuntimeError, match="stop"):  # a caller may stop it there
 
         def stop(_: str) -> None:
