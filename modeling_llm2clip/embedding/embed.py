@@ -47,7 +47,7 @@ from .sharded_writer import begin_output, describe_missing, read_begun
 from .unreadable_images import name_unreadable_images
 
 _CALIBRATION_SIZE = 1024  # records in the sample that measures int8 ranges
-_OF_TEXTS = {"text", "name", "lang", "captions", "long_captions"}  # columns of `hash_texts`
+_OF_TEXTS = {"text", "name", "lang", "captions", "long_captions"}  # columns in `hash_texts`
 
 
 def embed(

@@ -24,8 +24,8 @@ class EncodingPlan(Generic[_Config]):
     """A run with checked options.
 
     Attributes:
-        source: Model folder, Hub id, or a loaded pair.
-        output: Folder of the output.
+        source: Model folder, Hub id, or loaded (model, processor).
+        output: Output folder.
         config: Options.
         modality: Inputs to embed.
         part: Number of the partition to compute, from 1.
@@ -52,7 +52,7 @@ def plan_encoding(
     partition: str | None,
     engine: Engine,
 ) -> EncodingPlan[_Config]:
-    """Check everything but the data; `manifest` is the class of the output's manifest."""
+    """Check everything except the data; `manifest` is the class of the output's manifest."""
     if modality not in ("text", "image"):
         raise ValueError(f"modality={modality!r} must be text or image.")
     if modality == "image" and isinstance(config, EmbedConfig) and "text" in config.columns:

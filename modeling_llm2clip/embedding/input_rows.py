@@ -167,14 +167,14 @@ class ImageRows:
 
     def _list_images(self, rows: Array) -> list[ImageSource]:
         images = self._records.select(rows).iterate_images()
-        return [image for image in images if image is not None]  # all have one
+        return [image for image in images if image is not None]  # none are None
 
 
 InputRows: TypeAlias = TextRows | ImageRows
 
 
 def require_inputs(records: RecordTable, modality: Modality) -> None:
-    """Refuse a dataset without captions, or one with records that lack an image."""
+    """Raise ValueError if there are no captions, or if a record lacks an image."""
     if modality == "image":
         require_images(records)
     elif not any(short.any() or long.any() for short, long in records.iterate_counts()):

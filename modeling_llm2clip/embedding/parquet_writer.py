@@ -42,9 +42,9 @@ class ParquetWriter(ShardedWriter[EmbeddingManifest]):
     """Writes one process's shards of an output.
 
     Args:
-        folder: Folder of the output.
-        manifest: Content of the complete output.
-        rows: Ids and columns of its rows.
+        folder: Output folder.
+        manifest: Manifest of the output.
+        rows: Source of the ids and columns.
     """
 
     stored_dtype = torch.float32
@@ -99,7 +99,7 @@ def count_values(dim: int, dtype: EmbeddingDtype) -> int:
 
 
 def truncate_embeddings(embeds: Array, dim: int) -> Array:
-    """Keep the first dimensions of (N, P) embeddings, and scale them to unit length again."""
+    """Keep the first dimensions of (N, P) embeddings and renormalize."""
     if dim == embeds.shape[1]:
         return embeds
     kept = embeds[:, :dim]

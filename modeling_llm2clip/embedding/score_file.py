@@ -119,7 +119,7 @@ def read_pairs(file: Path) -> list[ScoredPair]:
         if set(raw.fields) != set(_FIELDS) or not (
             isinstance(image, str) and isinstance(text, str)
         ):
-            errors.add("not an object with the texts image and text", raw.place)
+            errors.add("not an object with the strings image and text", raw.place)
         elif not text.strip():
             errors.add("text blank", raw.place)
         elif not os.path.isfile(file.parent / image):  # noqa: PTH113  # False for an overlong name

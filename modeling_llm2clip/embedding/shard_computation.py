@@ -54,7 +54,7 @@ class ShardWork:
     Attributes:
         writer: Writer of the output.
         encoder: The loaded tower.
-        rows: Texts or images of its shards.
+        rows: Texts or images of the output.
     """
 
     writer: ShardedWriter[Any]
@@ -110,7 +110,7 @@ class ShardWork:
                 bar.update(len(numbers))
                 num_left -= len(numbers)
                 if written.done():
-                    written.result()  # raises its error
+                    written.result()  # raises the write error
                 if stop.signal and num_left:
                     return None
         return torch.cat(parts)
@@ -153,7 +153,7 @@ def compute_partition(
     shows = config.show_progress
     with name_unreadable_images(work.rows, writer, source=source, show_progress=shows):
         if plan.engine == "ray":
-            task = replace(plan, source=folder)  # a loaded model would be sent to each actor
+            task = replace(plan, source=folder)  # do not send a loaded model
             if (taken := work.encoder.plan.get("precision")) in ("float32", "bfloat16"):
                 task = replace(
                     task, config=replace(config, precision=taken)
@@ -245,7 +245,7 @@ def compute_with_ray(
             **per_actor,
         )
         for row in computed.iter_rows():
-            if row["kind"]:  # as if the shard had been computed here
+            if row["kind"]:  # re-raise as if computed here
                 raise _KINDS[row["kind"]](row["error"])
     except ray.exceptions.RayError as error:
         lines = str(error).strip().splitlines()

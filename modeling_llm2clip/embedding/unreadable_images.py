@@ -25,7 +25,7 @@ def name_unreadable_images(
     source: str,
     show_progress: bool = False,
 ) -> Iterator[None]:
-    """Turn an unreadable image into a DataValidationError that names all of them.
+    """Turn the error of one unreadable image into a DataValidationError that names all.
 
     Decodes the images of the shards that `writer` still lacks, or all images if it is None.
     """

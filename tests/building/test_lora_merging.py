@@ -203,7 +203,7 @@ def test_a_folder_without_a_lora_is_refused(tmp_path: Path) -> None:
     folder = save_lora(tiny_llm(), tmp_path / "lora")
     settings = json.loads((folder / "adapter_config.json").read_text())
     for content, message in (
-        ([], r"adapter_config\.json holds list, not an object"),
+        ([], r"adapter_config\.json contains a list, not an object"),
         (
             {**settings, "alpha_pattern": 3},
             r"lora cannot be loaded: adapter_config\.json has a field",

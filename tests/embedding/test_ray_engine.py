@@ -61,5 +61,5 @@ def test_an_actor_reads_remote_files_in_the_states_that_were_described(tmp_path:
             def compute(self, *_: object, **__: object) -> None:
                 read_range(url, 0, 9)
 
-        with pytest.raises(OSError, match="the file has changed while it was used"):
+        with pytest.raises(OSError, match="the file changed while it was in use"):
             compute_with_ray(ReadingWork, [0], "cpu", show_progress=False)

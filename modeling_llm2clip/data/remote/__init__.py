@@ -1,1 +1,1 @@
-"""Files that are not on this machine: listing them, reading them, trying again."""
+"""Lists and reads files on other machines, and retries failed requests."""

@@ -1,12 +1,12 @@
-"""Opens a file by its location: the path of a local file, or the URL of one that is elsewhere.
+"""Opens a file by its location: a local path or a URL.
 
-A remote file is read in blocks, and fsspec keeps the last ones. So images that lie side by side, as
-in a shard that is read from front to back, cost one request for many of them. An image here and
-there costs a block each: whoever wants a random order of remote images streams them.
+A remote file is read in blocks, and fsspec caches the last few. So adjacent images, as in a shard
+that is read sequentially, share requests. In random order, each image costs a whole block; stream
+remote images instead.
 
-The state of a file, its size and tag or modification time, is noted when its records are read. An
-image is not read from a file that is in another state: captions would be paired with other images.
-A local file that is written anew with the same size and time goes unseen.
+The state of a file (its size, and its tag or modification time) is recorded when its records are
+read. If the state has changed, images are not read, because captions would be paired with the wrong
+images. A local file that is rewritten with the same size and time is not detected.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ from .remote_files import (
     require_same_state,
 )
 
-FileLocation: TypeAlias = Path | str  # a text is a URL
+FileLocation: TypeAlias = Path | str  # a string is a URL
 _FILES_OPEN = 32
 _REQUESTS_AT_ONCE = 16
-_states: dict[FileLocation, FileInfo] = {}  # in which files were described last
+_states: dict[FileLocation, FileInfo] = {}  # of each file, when it was last described
 
 
 def parse_location(text: str) -> FileLocation:
-    """Turn a text into a location."""
+    """Parse a path or URL."""
     if text.startswith("file://"):
         return Path(url2pathname(urlsplit(text).path))
     return text if is_remote(text) else Path(text)
 
 
 def name_file(location: FileLocation) -> str:
-    """Return the name of a file, without its folder and the query of its URL."""
+    """Return the name of a file, without its folder or the query of its URL."""
     return location.name if isinstance(location, Path) else Path(urlsplit(location).path).name
 
 
 def find_state(location: FileLocation) -> FileInfo:
-    """Return the state of a local file now, or the one in which a remote file was described."""
+    """Return the current state of a local file, or the recorded state of a remote one."""
     if isinstance(location, Path):
         status = location.stat()
         return FileInfo(status.st_size, f"mtime={status.st_mtime_ns}")
@@ -62,7 +62,7 @@ def find_state(location: FileLocation) -> FileInfo:
 
 
 def require_unchanged(location: FileLocation) -> FileInfo:
-    """Return the state of a file; one that has changed since it was described is an error."""
+    """Return the state of a file; raise ChangedFileError if it has changed since recorded."""
     now = find_state(location)
     if _states.setdefault(location, now) != now:
         raise ChangedFileError(location, tuple(_states[location]), tuple(now))
@@ -70,36 +70,36 @@ def require_unchanged(location: FileLocation) -> FileInfo:
 
 
 def open_file(location: FileLocation) -> io.RawIOBase:
-    """Open a file to read it in any order, without a buffer."""
+    """Open a file for random access, unbuffered."""
     if isinstance(location, Path):
         return io.FileIO(location)
     return SeekableFile(_open_remote(location, find_state(location), os.getpid()))
 
 
 def open_buffered(location: FileLocation) -> io.BufferedReader:
-    """Open a file to read lines or small parts of it."""
+    """Open a file for reading lines or small parts."""
     return io.BufferedReader(open_file(location))
 
 
 def read_range(location: FileLocation, offset: int, size: int) -> bytes:
-    """Read a part of a file that has not changed."""
+    """Read a range of a file; raise if the file has changed."""
     require_unchanged(location)
     with open_buffered(location) as file:
         file.seek(offset)
         content = file.read(size)
     if len(content) != size:
         raise LostFileError(
-            f"{len(content)} of {size} bytes at {offset} came; has the file changed?"
+            f"only {len(content)} of {size} bytes could be read at {offset}; has the file changed?"
         )
     return content
 
 
 def describe_states(locations: Sequence[FileLocation]) -> list[FileInfo | None]:
-    """Describe and note the states of files; None if a server says too little.
+    """Record and return the states of files; None if a server reports too little.
 
-    Warns of files that were in another state before.
+    Warn about files whose state has changed in this process.
     """
-    _open_remote.cache_clear()  # a change without a tag does not show: blocks are read again
+    _open_remote.cache_clear()  # without a tag, changes go undetected: drop cached blocks
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
         states = list(pool.map(_describe, locations))
     changed = []
@@ -111,21 +111,20 @@ def describe_states(locations: Sequence[FileLocation]) -> list[FileInfo | None]:
         _states[location] = state
     if changed:
         warnings.warn(
-            f"In another state than before in this process: {list_first(changed)}. "
-            "Load again what was loaded from there: images of earlier records would be read from "
-            "the new state.",
+            f"Changed since this process last read them: {list_first(changed)}. Reload the records "
+            "of these files; records loaded earlier would get images from the new files.",
             stacklevel=2,
         )
     return [None if None in state else state for state in states]
 
 
 def list_states() -> dict[FileLocation, FileInfo]:
-    """Return the states that are noted, for `use_states` in another process."""
+    """Return the recorded states, for `use_states` in another process."""
     return dict(_states)
 
 
 def use_states(states: dict[FileLocation, FileInfo]) -> None:
-    """Read files in the states in which another process described them."""
+    """Use the file states that another process recorded."""
     _states.update(states)
 
 
@@ -137,5 +136,5 @@ def _describe(location: FileLocation) -> FileInfo:
 
 @lru_cache(_FILES_OPEN)
 def _open_remote(url: str, state: FileInfo, process: int) -> RemoteFile:  # noqa: ARG001
-    """Return this process's access to a file in a state, which threads share."""
+    """Return this process's handle of a file in a given state; its threads share it."""
     return RemoteFile(url, RetryPolicy(), info=state)

@@ -1,7 +1,7 @@
-"""Tries requests again where that can help, and says at once where it cannot.
+"""Retries failed requests when that can help, and fails immediately when it cannot.
 
-What a storage service or its client raises is sorted by the status of its reply, and by the error
-of Python or the operating system that caused it: every protocol of fsspec has classes of its own.
+Errors of storage clients are classified by HTTP status, or by the Python or OS error that caused
+them, because every fsspec protocol has its own exception classes.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import Literal, TypeVar
 
 T = TypeVar("T")
 Failure = Literal["denied", "missing", "unreachable", "passing"]
-# S3 answers expired credentials by 400.
+# S3 answers expired credentials with 400.
 _DENIED, _PASSING = (400, 401, 403, 407), (408, 409, 425, 429)
 _UNREACHABLE = (errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN)
-# Errors of reading a file; they say nothing about its content.
+# I/O failures, which say nothing about the content of a file.
 READING_ERRORS = ("file missing, or its requests fail", "file may not be read", "file missing",
                   "file cannot be read: its disk fails")  # fmt: skip
-# Errors of one file and not of its disk.
+# Failures of a single file, not of its disk.
 _OF_ONE_FILE = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 _OF_ONE_NAME = (errno.ELOOP, errno.ENAMETOOLONG)
-# A damaged file can name an offset in itself that no file has.
+# A damaged file can contain an impossible offset.
 INVALID_OFFSETS = (errno.EINVAL, errno.EOVERFLOW)
 _BUGS = (TypeError, AttributeError, NameError, AssertionError, ImportError)
 
 
 class AccessError(OSError):
-    """No file of a source can be read: wrong or expired credentials, or an unreachable host."""
+    """No file of a source can be read: bad or expired credentials, or an unreachable host."""
 
 
 class LostFileError(OSError):
@@ -39,9 +39,14 @@ class LostFileError(OSError):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Number of attempts of a request in all, and the seconds between them.
+    """Number of attempts of a request, and the seconds between them.
 
-    A wait is doubled before each later attempt, up to the longest.
+    The wait doubles after each attempt, up to `longest_wait`.
+
+    Attributes:
+        attempts: Total number of attempts.
+        first_wait: Seconds before the second attempt.
+        longest_wait: Maximum seconds between two attempts.
     """
 
     attempts: int = 5
@@ -57,7 +62,7 @@ def try_request(
     on_retry: Callable[[str, str], None] | None = None,
     is_first: bool = False,
 ) -> T:
-    """Make a request; repeat it after failures that may pass."""
+    """Make a request; retry it after transient failures."""
     for attempt in range(max(policy.attempts, 1)):
         try:
             return request()
@@ -66,21 +71,21 @@ def try_request(
         except Exception as error:
             kind, reason = sort_failure(error), describe(error)
             is_last = attempt + 1 >= policy.attempts
-            # Clients without credentials make no request, and raise errors of their own.
+            # Without credentials, clients send no request and raise their own errors.
             causes = list(_list_causes(error))
             is_sent = _list_statuses(causes) or any(isinstance(c, OSError) for c in causes)
             is_unsent = is_first and kind == "passing" and not is_sent
             if kind == "denied" or is_unsent:
                 raise AccessError(
-                    f"{url}: access denied ({reason}). Check the credentials, whether they have "
-                    "expired, and whether the file is there: some services deny what is missing."
+                    f"{url}: access denied ({reason}). Check the credentials and their "
+                    "expiry, and that the file exists: some services deny access to missing files."
                 ) from error
             if kind == "missing":
                 raise LostFileError(f"{url}: no such file ({reason})") from error
             if kind == "unreachable" and (is_first or is_last):
                 raise AccessError(
-                    f"{url}: its host cannot be reached ({reason}). Check the name, the network "
-                    "and a proxy's settings."
+                    f"{url}: its host cannot be reached ({reason}). Check the host name, the "
+                    "network and the proxy settings."
                 ) from error
             if is_last:
                 raise LostFileError(
@@ -93,7 +98,7 @@ def try_request(
 
 
 def sort_failure(error: BaseException) -> Failure:
-    """Sort an error and its causes into a kind of failure."""
+    """Classify an error by its chain of causes."""
     causes = list(_list_causes(error))
     statuses = _list_statuses(causes)
     if isinstance(error, PermissionError) or any(status in _DENIED for status in statuses):
@@ -108,15 +113,15 @@ def sort_failure(error: BaseException) -> Failure:
         for cause in causes
     ):
         return "unreachable"
-    # fsspec reports whatever went wrong with a file's size as a missing file, and names the cause.
+    # fsspec reports any failure to get a file's size as a missing file, with the real cause.
     return "missing" if isinstance(causes[-1], FileNotFoundError) else "passing"
 
 
 def find_reading_failure(error: BaseException) -> OSError | None:
-    """Return the error by which a file could not be read, so that nothing is known of its content.
+    """Return the I/O failure that caused an error; None if the content of the file is invalid.
 
-    None if the content is what is wrong, which decoders also report as an OSError, but without a
-    number."""
+    Decoders also report invalid content as an OSError, but without an errno.
+    """
     for cause in _list_causes(error):
         if isinstance(cause, AccessError | LostFileError):
             return cause
@@ -126,7 +131,7 @@ def find_reading_failure(error: BaseException) -> OSError | None:
 
 
 def raise_disk_failure(error: BaseException, location: object) -> None:
-    """Raise if a disk or server failed; not if a single file is missing, closed or broken."""
+    """Raise if a disk or server failed, not if a single file is missing, closed or broken."""
     failure = find_reading_failure(error)
     if failure is None or isinstance(failure, _OF_ONE_FILE):
         return
@@ -135,13 +140,13 @@ def raise_disk_failure(error: BaseException, location: object) -> None:
     raise OSError(
         failure.errno,
         f"{failure.strerror or failure}: the disk or server failed. Run the same command again "
-        "once it can be read",
+        "when it is available",
         str(location),
     ) from error
 
 
 def name_reading_error(error: BaseException) -> str | None:
-    """Name one of `READING_ERRORS` for a file that could not be read; None if it was read."""
+    """Return one of `READING_ERRORS` for an I/O failure; None for other errors."""
     failure = find_reading_failure(error)
     if failure is None:
         return None
@@ -154,7 +159,7 @@ def name_reading_error(error: BaseException) -> str | None:
 
 
 def describe(error: BaseException) -> str:
-    """Describe an error in one line, by the cause that says most."""
+    """Describe an error in one line, by its innermost cause with a message."""
     said = [cause for cause in _list_causes(error) if str(cause).strip()]
     innermost = said[-1] if said else error
     text = " ".join(str(innermost).split())
@@ -173,7 +178,7 @@ def _list_causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _list_statuses(causes: Sequence[BaseException]) -> list[int]:
-    """List the statuses of replies, as clients of web servers, the Hub and S3 have them."""
+    """List the HTTP statuses in errors of web, Hub and S3 clients."""
     statuses = []
     for error in causes:
         response = getattr(error, "response", None)

@@ -1,11 +1,12 @@
-"""Reads files that are not on this machine, in ranges.
+"""Reads ranges of remote files.
 
 A file is a local path, a URL that fsspec opens (`https://`, `s3://`, `gs://`, `hf://datasets/…`),
-or `pipe:` and a shell command whose output is the file.
+or `pipe:` followed by a shell command whose output is the file.
 
-Size and tag of a file are asked for once, and compared at each open and, of a web server, with
-each reply; a change is an error. The tag is a strong ETag, or else a time. A service that gives
-neither, and a change that keeps both, such as one within a second under a time alone, go unseen.
+The size and tag of a file are requested once. They are compared whenever the file is opened and,
+for web servers, with every reply; a change is an error. The tag is a strong ETag, or else a time.
+A change is missed if the service reports neither, or if both stay the same, such as two writes
+within one second when the tag is a time.
 """
 
 from __future__ import annotations
@@ -25,23 +26,23 @@ from .remote_access import AccessError, LostFileError, RetryPolicy, try_request
 
 PIPE = "pipe:"
 _BLOCK_BYTES = 2**22
-_END_BYTES = 2**16  # of a local file, whose time changes when it is copied
+_END_BYTES = 2**16  # hashed for a local file, because copying changes its time
 _SILENT_SECONDS = 60.0
 _HTTP = ("http://", "https://")
-# Of web servers, S3 and Google, the Hub, and other services of fsspec; the first one counts.
+# For web servers, S3 and Google, the Hub, and other fsspec services; the first match is used.
 _TAGS = ("ETag", "etag", "blob_id", "Last-Modified", "LastModified", "last_modified", "updated",
          "mtime", "created")  # fmt: skip
 
 
 class ChangedFileError(LostFileError):
-    """A file is in another state than it was described in."""
+    """A file has changed since its state was recorded."""
 
     def __init__(self, location: object, known: object, now: object) -> None:
         remedy = "Load the data again"
         if is_remote(str(location)):
-            remedy += "; copy files here whose server gives each reply another tag"
+            remedy += "; if its server changes the tag with every reply, copy the file first"
         super().__init__(
-            f"{location}: the file has changed while it was used (was {known}, is {now}). {remedy}"
+            f"{location}: the file changed while it was in use (was {known}, is {now}). {remedy}"
         )
         self._arguments = location, known, now
 
@@ -50,9 +51,9 @@ class ChangedFileError(LostFileError):
 
 
 class FileInfo(NamedTuple):
-    """Size in bytes and tag of a file, which changes with it; None where a server does not say.
+    """Size in bytes of a file, and a tag that changes with it; None if the server reports none.
 
-    A local file's tag is a hash of its first and last bytes.
+    The tag of a local file is a hash of its first and last bytes.
     """
 
     size: int | None
@@ -70,17 +71,17 @@ def open_filesystem(url: str) -> tuple[Any, str]:
 
     options: dict[str, Any] = {}
     if url.startswith("file://"):
-        options = {"auto_mkdir": True}  # object storage has no folders to make
+        options = {"auto_mkdir": True}  # object storage has no folders to create
     try:
         if url.startswith(_HTTP):
             require(WEB_SERVERS)
             import aiohttp
 
-            # By default a response has to end within minutes, however fast it is read here.
+            # By default, a response must end within minutes, even if we read it slowly.
             limit = aiohttp.ClientTimeout(
                 total=None, sock_connect=_SILENT_SECONDS, sock_read=_SILENT_SECONDS
             )
-            # Packed on the way, a file has another length than the server says.
+            # Compressed in transit, a file's length differs from the one reported.
             headers = {"Accept-Encoding": "identity"}
             options = {"client_kwargs": {"timeout": limit, "headers": headers}}
         filesystem, path = fsspec.core.url_to_fs(url, **options)
@@ -89,10 +90,10 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     except ImportError as error:
         raise AccessError(
             f'{url}: {error}. For S3 run: pip install "modeling_llm2clip[s3]"; '
-            "other services have packages of their own, such as gcsfs."
+            "other services need their own packages, such as gcsfs."
         ) from error
     except ValueError as error:
-        raise AccessError(f"{url}: {error}. Give a path, or a URL that fsspec knows.") from error
+        raise AccessError(f"{url}: {error}. Use a path, or a URL that fsspec supports.") from error
     return filesystem, path
 
 
@@ -101,10 +102,12 @@ class RemoteFile:
     """One file of a source: a path, URL or command.
 
     Attributes:
-        on_retry: Called with the URL and the reason before each further attempt.
-        is_first: Whether nothing came from this source before, so that an unreachable host is not
-            waited for.
-        info: The state that the file is read in. Default: the one that it has at the first access.
+        url: Path, URL, or `pipe:` and a command.
+        policy: How often failed requests are retried.
+        on_retry: Called with the URL and the reason before each retry.
+        is_first: Whether this is the first access to the source, so an unreachable host is an error
+            without retries.
+        info: The expected state of the file. Default: its state at the first access.
     """
 
     url: str
@@ -117,13 +120,13 @@ class RemoteFile:
     _reading: Any = field(default_factory=Lock, init=False)
 
     def try_(self, request: Callable[[], Any]) -> Any:
-        """Make a request of this file, by its policy."""
+        """Make a request for this file, with retries."""
         return try_request(
             self.url, request, self.policy, on_retry=self.on_retry, is_first=self.is_first
         )
 
     def describe(self) -> FileInfo:
-        """Return the state of the file, which is asked for once; a command has none."""
+        """Return the state of the file, which is requested once; a command has none."""
         if self.info is None:
             is_command = self.url.startswith(PIPE)
             self.info = FileInfo(None, None) if is_command else self.try_(self._ask)
@@ -143,7 +146,7 @@ class RemoteFile:
         return FileInfo(facts.get("size"), _find_tag(facts))
 
     def _open(self) -> Any:
-        """Open the file at its service, if it is in the state that was described."""
+        """Open the remote file; raise if its state has changed."""
         known, options = self.describe(), {}
         filesystem, path = open_filesystem(self.url)
         if self.url.startswith(_HTTP):
@@ -154,27 +157,27 @@ class RemoteFile:
             path,
             "rb",
             block_size=_BLOCK_BYTES,
-            cache_type="blockcache",  # the type "background" can block itself
+            cache_type="blockcache",  # "background" can deadlock
             cache_options={"maxblocks": 3},
             **options,
         )
 
     async def _check_reply(self, reply: Any) -> None:
-        """Raise for a reply of another state; fsspec then raises the errors of the server."""
+        """Raise if a reply shows a changed file; fsspec itself raises server errors."""
         if reply.status not in (200, 206):
             return
         name = "Content-Range" if reply.status == 206 else "Content-Length"
         size = reply.headers.get(name, "").rpartition("/")[2]
         now = FileInfo(int(size) if size.isdigit() else None, _find_tag(reply.headers))
         try:
-            if "Content-Encoding" in reply.headers:  # packed, it has no ranges
+            if "Content-Encoding" in reply.headers:  # compressed, so ranges do not apply
                 raise self.explain_no_ranges()
             asked = reply.request_info.headers.get("Range", "").replace("=", " ")
             sent = reply.headers.get("Content-Range", asked)
             if sent.partition("-")[0] != asked.partition("-")[0]:
                 raise AccessError(
-                    f"{self.url}: its server sent {sent} where {asked} was asked for. Copy the "
-                    "file here."
+                    f"{self.url}: its server sent {sent} when {asked} was requested. Copy the "
+                    "file to this machine."
                 )
             require_same_state(self.url, self.describe(), now)
         except (AccessError, ChangedFileError):
@@ -182,24 +185,24 @@ class RemoteFile:
             raise
 
     def explain_no_ranges(self) -> AccessError:
-        """Make the error for a server that sends files from their beginning only."""
+        """Return the error for a server that does not support range requests."""
         return AccessError(
-            f"{self.url}: its server sends files from their beginning only. Copy them here; or "
-            f"stream tar shards (align does) by a command, {PIPE}curl -sf {self.url}."
+            f"{self.url}: its server does not support range requests. Copy the files to this "
+            f"machine, or stream tar shards (as align does) with {PIPE}curl -sf {self.url}."
         )
 
     def read_range(self, start: int, stop: int) -> bytes:
-        """Read bytes from the middle of the file."""
+        """Read the bytes from `start` to `stop`."""
 
         def read() -> bytes:
-            with self._reading:  # an open file has one position
+            with self._reading:  # threads share the position of an open file
                 try:
                     if self._opened is None:
                         self._opened = self._open()
                     self._opened.seek(start)
                     content: bytes = self._opened.read(stop - start)
                     if len(content) != stop - start:
-                        raise OSError(f"{len(content)} of {stop - start} bytes came")
+                        raise OSError(f"received {len(content)} of {stop - start} bytes")
                 except BaseException as error:
                     self._opened = None
                     if isinstance(error, ValueError) and "range" in str(error):
@@ -210,21 +213,21 @@ class RemoteFile:
         return self.try_(read)  # type: ignore[no-any-return]
 
     def open_stream(self) -> io.BufferedReader:
-        """Open the file to be read once, from its beginning to its end."""
+        """Open the file for one sequential read."""
         if self.url.startswith(PIPE):
             return io.BufferedReader(_CommandOutput(self.url))
         opened: io.BufferedReader = self.open_seekable()
         return opened
 
     def open_seekable(self) -> Any:
-        """Open the file to be read in any order."""
+        """Open the file for random access."""
         if is_remote(self.url):
             return io.BufferedReader(SeekableFile(self), _BLOCK_BYTES // 4)
         return self.try_(lambda: Path(self.url).open("rb"))
 
 
 def require_same_state(location: object, known: FileInfo, now: FileInfo) -> None:
-    """Raise ChangedFileError if size or tag differ, where both states have one of the same name."""
+    """Raise ChangedFileError if the sizes or the tags of the same kind differ."""
     has_size = known.size is not None and now.size is not None
     names = {(tag or "").partition("=")[0] for tag in (known.tag, now.tag)}
     has_tag = len(names) == 1 and names != {""}
@@ -233,7 +236,7 @@ def require_same_state(location: object, known: FileInfo, now: FileInfo) -> None
 
 
 def _find_tag(facts: Mapping[str, Any]) -> str | None:
-    """Find the tag of a file in what a service says; a weak ETag may stay when bytes change."""
+    """Find the tag in a service's metadata; a weak ETag may stay when bytes change."""
     for name in _TAGS:
         value = facts.get(name)
         if value and not str(value).startswith("W/"):
@@ -242,12 +245,12 @@ def _find_tag(facts: Mapping[str, Any]) -> str | None:
 
 
 class _CommandOutput(io.RawIOBase):
-    """Reads the output of a shell command, which has to end well."""
+    """Reads the output of a shell command; raises if the command fails."""
 
     def __init__(self, url: str) -> None:
         super().__init__()
         self._url = url
-        # The command is the user's own, as in webdataset's sources.
+        # The command comes from the user, as in webdataset.
         self._process = subprocess.Popen(
             url.removeprefix(PIPE), shell=True, stdout=subprocess.PIPE, bufsize=0
         )
@@ -264,14 +267,14 @@ class _CommandOutput(io.RawIOBase):
 
     def close(self) -> None:
         assert self._process.stdout is not None
-        self._process.stdout.close()  # ends every command of a pipeline, not its shell alone
+        self._process.stdout.close()  # ends every command of a pipeline, not only its shell
         self._process.terminate()
         self._process.wait()
         super().close()
 
 
 class SeekableFile(io.RawIOBase):
-    """Reads a file in ranges, as Python's files are read."""
+    """Presents a remote file as a seekable Python file that is read in ranges."""
 
     def __init__(self, file: RemoteFile) -> None:
         super().__init__()
@@ -300,7 +303,7 @@ class SeekableFile(io.RawIOBase):
         target = memoryview(buffer).cast("B")
         first, stop = self._position, min(self._position + len(target), self._size)
         while self._position < stop:
-            # In parts, so that what came before a lost connection need not come again.
+            # In parts, so a lost connection costs only the last one.
             end = min(self._position + _BLOCK_BYTES // 4, stop)
             part = self._file.read_range(self._position, end)
             target[self._position - first : end - first] = part

@@ -1,15 +1,15 @@
-"""Lists the shards of a source that is streamed.
+"""Lists the shards of a source.
 
 | source | shards |
 | --- | --- |
-| a folder, local or at a service that lists files | its `*.tar`, `*.parquet` or `*.jsonl` |
-| a pattern with `*`, at such a service, or with `*`, `?` or `[…]`, local | the files that match |
-| a pattern with braces, `shard-{00000..00199}.tar` or `{a,b}.tar` | each one that it spells |
-| a `.txt` file, local or remote | the sources in its lines, which end at `#` |
+| a folder, local or on a service that lists files | its `*.tar`, `*.parquet` or `*.jsonl` |
+| a pattern: `*` on such a service; `*`, `?` or `[…]` locally | the matching files |
+| a pattern with braces, `shard-{00000..00199}.tar` or `{a,b}.tar` | each expansion |
+| a `.txt` file, local or remote | the sources in its lines; `#` begins a comment |
 | `pipe:COMMAND` | the output of a shell command, a tar shard; with braces, several |
 | anything else | one shard |
 
-Web servers list no files: name their shards by braces or in a `.txt`.
+Web servers do not list files, so their shards need braces or a `.txt`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ SHARD_SUFFIXES = (".tar", ".parquet", ".jsonl")
 _LIST = ".txt"
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
-_WILDCARD = re.compile(r"[*?\[]")  # of local patterns; in a URL, ? begins a query
+_WILDCARD = re.compile(r"[*?\[]")  # in local patterns; in a URL, ? begins a query
 _HTTP = ("http://", "https://")
-# Parameters of signed URLs: of S3 and Google's storage, of CloudFront, and of Azure with `sig`.
+# Query parameters of signed URLs: S3, Google Cloud Storage, CloudFront, and Azure (with `sig`).
 _SIGNATURE = (
     r"x-amz-[^&=]*|x-goog-[^&=]*|signature|expires|awsaccesskeyid|googleaccessid|key-pair-id|policy"
     "|token|sig"
@@ -44,21 +44,21 @@ def list_shards(source: str | Path | Sequence[str], policy: RetryPolicy) -> list
     shards = [shard for part in sources for shard in _expand(str(part), policy)]
     shown = ", ".join(map(str, sources[:3]))
     if not shards:
-        raise ValueError(f"{shown}: no shards. Give .tar, .parquet or .jsonl files.")
+        raise ValueError(f"{shown}: no shards found. They must be .tar, .parquet or .jsonl files.")
     repeated = [shard for shard, count in Counter(shards).items() if count > 1]
     if repeated:
-        raise ValueError(f"{shown}: {repeated[0]} occurs twice. Name each shard once.")
+        raise ValueError(f"{shown}: {repeated[0]} occurs twice. List each shard once.")
     formats = {find_format(shard) for shard in shards}
     if len(formats) > 1 or not formats <= set(SHARD_SUFFIXES):
         raise ValueError(
-            f"{shown}: found {', '.join(sorted(formats))}. Give shards of one format: "
+            f"{shown}: found {', '.join(sorted(formats))}. All shards must have one format: "
             f"{', '.join(SHARD_SUFFIXES)}."
         )
     return shards
 
 
 def find_format(shard: str) -> str:
-    """Return the suffix of a shard in lower case; commands write tar."""
+    """Return the suffix of a shard in lower case; the output of a command is tar."""
     if shard.startswith(PIPE):
         return ".tar"
     path = urlsplit(shard).path if is_remote(shard) else shard
@@ -66,7 +66,7 @@ def find_format(shard: str) -> str:
 
 
 def find_base(shards: Sequence[str]) -> str:
-    """Return the common beginning of the names of all shards, up to a slash."""
+    """Return the longest common prefix of all shards that ends with a slash."""
     base = shards[0][: shards[0].rfind("/") + 1]
     while not all(shard.startswith(base) for shard in shards):
         base = base[: base.rstrip("/").rfind("/") + 1]
@@ -74,9 +74,10 @@ def find_base(shards: Sequence[str]) -> str:
 
 
 def name_beside(url: str, path: str) -> str:
-    """Return the address of a file that is named by its path from another one's folder.
+    """Return the location of a file from its path relative to the folder of `url`.
 
-    URLs have no links, so `..` in a path is resolved; a local one means what it means to a table.
+    In a URL, `..` is resolved, because URLs have no links; a local path stays as written, as in a
+    record table.
     """
     if not is_remote(url):
         return str(Path(url).parent / path)  # an absolute path stays
@@ -88,8 +89,8 @@ def name_beside(url: str, path: str) -> str:
 
 
 def name_shards(shards: Sequence[str]) -> list[str]:
-    """Return short names of shards: what comes after the folder that all are in."""
-    # Without queries, in which slashes may be, and which sign a URL anew each time.
+    """Return short names of shards: their paths below the common folder."""
+    # Without queries: they may contain slashes, and their signatures change.
     bare = [shard.partition("?")[0] if is_remote(shard) else shard for shard in shards]
     if len(set(bare)) < len(bare):
         bare = drop_signatures(shards)
@@ -99,7 +100,7 @@ def name_shards(shards: Sequence[str]) -> list[str]:
 
 
 def drop_signature(url: str) -> str:
-    """Drop the parameters of a URL that give access for a while and do not identify its file."""
+    """Drop the query parameters of a URL that only grant temporary access."""
     if not url.startswith(_HTTP):
         return url
     names = _SIGNATURE
@@ -109,13 +110,13 @@ def drop_signature(url: str) -> str:
 
 
 def drop_signatures(urls: Sequence[str]) -> list[str]:
-    """Return URLs without signatures; as they are where two would become equal."""
+    """Return URLs without signatures, or unchanged if two would become equal."""
     bare = [drop_signature(url) for url in urls]
     return bare if len(set(bare)) == len(bare) else list(urls)
 
 
 def expand_braces(text: str) -> Iterator[str]:
-    """Spell out the braces of a pattern, `{00..12}` and `{a,b}`, as a shell does."""
+    """Expand the braces of a pattern, `{00..12}` and `{a,b}`, as a shell does."""
     match = _BRACES.search(text)
     if match is None:
         yield text
@@ -139,14 +140,14 @@ def names_shards(source: str) -> bool:
 
 
 def has_remote_shards(source: str) -> bool:
-    """Tell whether a source, or a shard in a local list, is on another machine."""
+    """Tell whether a source, or a shard in a local list, is remote."""
     if is_remote(source) or find_format(source) != _LIST or not Path(source).is_file():
         return is_remote(source)
     return any(is_remote(line) for line in _read_lines(source, RetryPolicy()))
 
 
 def find_local_files(pattern: str) -> tuple[Path, list[Path]]:
-    """Find the local files that a pattern matches, and the folder in front of its wildcards."""
+    """Return the folder before a pattern's wildcards, and the local files that match."""
     base, rest = _split_pattern(pattern)
     if _WILDCARD.search(rest) is None:
         return base, []
@@ -154,7 +155,7 @@ def find_local_files(pattern: str) -> tuple[Path, list[Path]]:
 
 
 def _split_pattern(pattern: str) -> tuple[Path, str]:
-    """Split off the folder that is there: x[1] or {v1} in its name are no pattern."""
+    """Split off the existing folder, whose name may contain x[1] or {v1} literally."""
     parts = Path(pattern).parts
     depth = next((n for n in range(1, len(parts)) if not Path(*parts[:n]).is_dir()), len(parts)) - 1
     return Path(*parts[:depth]), "/".join(parts[depth:])
@@ -176,7 +177,7 @@ def _expand(source: str, policy: RetryPolicy) -> list[str]:
 
 
 def _spell(source: str) -> Iterator[str]:
-    """Spell out the braces of a source, but for those in the names of local folders and files."""
+    """Expand the braces of a source, except in the names of existing local files and folders."""
     if is_remote(source) or Path(source).exists():
         return expand_braces(source) if is_remote(source) else iter([source])
     base, pattern = _split_pattern(source)
@@ -208,8 +209,8 @@ def _list_remote(source: str, policy: RetryPolicy) -> list[str]:
         return [source]
     if source.startswith(_HTTP):
         raise ValueError(
-            f"{source}: web servers list no files. Spell the shards, as in "
-            "https://host/{00000..00199}.tar, or name them in a .txt file, one a line."
+            f"{source}: web servers do not list files. Use braces, as in "
+            "https://host/{00000..00199}.tar, or list the shards in a .txt file, one per line."
         )
 
     def find() -> list[str]:
@@ -223,7 +224,7 @@ def _list_remote(source: str, policy: RetryPolicy) -> list[str]:
 
 
 def _choose_format(folder: str, names: Sequence[str]) -> list[str]:
-    """Return the shards of a folder, without notes in Parquet, as img2dataset writes them."""
+    """Return the shards of a folder, without the Parquet notes that img2dataset writes."""
     by_suffix = {
         suffix: files
         for suffix in SHARD_SUFFIXES
@@ -235,13 +236,13 @@ def _choose_format(folder: str, names: Sequence[str]) -> list[str]:
     if len(by_suffix) > 1:
         formats = ", ".join(f"{len(files)} {suffix}" for suffix, files in by_suffix.items())
         raise ValueError(
-            f"{folder} has files of several formats: {formats}. Name those of one by a pattern, "
+            f"{folder} has files of several formats: {formats}. Select one with a pattern, "
             f"such as {folder.rstrip('/')}/*{next(iter(by_suffix))}."
         )
     return next(iter(by_suffix.values()), [])
 
 
 def are_download_notes(parquet: Sequence[str], tar: Sequence[str]) -> bool:
-    """Tell whether each Parquet file is beside a tar of its name: img2dataset's notes on it."""
+    """Tell whether every Parquet file has a tar of the same name: img2dataset's notes on it."""
     stems = {PurePosixPath(name).stem for name in tar}
     return bool(parquet) and all(PurePosixPath(name).stem in stems for name in parquet)

@@ -1,1 +1,1 @@
-"""One file per format; each yields raw records and knows no other format."""
+"""Readers of one format each, which yield raw records."""

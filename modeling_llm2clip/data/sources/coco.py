@@ -1,7 +1,7 @@
 """Reads COCO's caption files as published, such as `captions_val2017.json`.
 
-`images` names the images; each of `annotations` holds one caption. An image has five captions, some
-have six or seven, in the order of their annotations' numbers.
+`images` lists the images; each entry of `annotations` holds one caption. Most images have five
+captions, some six or seven. They are ordered by annotation id.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def read_coco(file: Path, errors: ErrorCollector) -> Iterator[RawRecord]:
             errors.add("image 'id' repeated", place)
             continue
         seen.add(image["id"])
-        # An image's size, date and URLs are published too and are not part of a record.
+        # COCO also publishes size, date and URLs, which are not part of a record.
         fields: dict[str, Any] = {"captions": captions.pop(image["id"], [])}
         if image.get("file_name") is not None:
             fields["file_name"] = image["file_name"]
@@ -42,14 +42,14 @@ def _load(file: Path) -> dict[str, Any]:
     content = read_json(file)
     lists = ("images", "annotations")
     if not isinstance(content, dict) or any(not isinstance(content.get(n), list) for n in lists):
-        raise ValueError(f"{file}: no 'images' and 'annotations' lists. Give COCO's caption file.")
+        raise ValueError(f"{file}: no 'images' and 'annotations' lists. Use COCO's caption file.")
     return content
 
 
 def _group_captions(
     file: Path, annotations: list[Any], errors: ErrorCollector
 ) -> dict[int, list[str]]:
-    """Return the captions of each image number, by annotation number."""
+    """Return the captions of each image id, ordered by annotation id."""
     numbered: dict[int, list[tuple[int, str]]] = {}
     for index, annotation in enumerate(annotations):
         fields = annotation if isinstance(annotation, dict) else {}

@@ -1,6 +1,6 @@
 """Reads CSV in UTF-8, with or without a byte order mark.
 
-The first row has the names of the columns. Cells are quoted as in RFC 4180.
+The first row is the header. Cells are quoted as in RFC 4180.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from ..._suggestions import counted
 from ..record_fields import RawRecord
 from ..validation_errors import ErrorCollector
 
-_LARGEST_CELL = 2**26  # characters: images in base64 may lie beside captions
+_LARGEST_CELL = 2**26  # characters; some files have base64 images next to captions
 
 
 def read_csv_file(file: Path, name: str, errors: ErrorCollector) -> Iterator[RawRecord]:
-    """Yield a raw record per row: a text, named by its row from 0. Empty cells count as absent.
+    """Yield a raw record per row: a text, named by its row number from 0. Empty cells are absent.
 
-    Only texts are in CSV; records of images are in JSON lines, Parquet or tar.
+    CSV is only for texts; records with images use JSON lines, Parquet or tar.
     """
     rows = _iterate_cells(file, name)
     try:
@@ -42,9 +42,9 @@ def read_csv_file(file: Path, name: str, errors: ErrorCollector) -> Iterator[Raw
 def iterate_csv(
     file: Path, *, check: Callable[[list[str]], object] = list, fill: bool = False
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the line number and the cells of each row, by the names of the columns.
+    """Yield the line number of each row, and its cells by column name.
 
-    `check` refuses columns. With `fill`, a row may have fewer cells than the header.
+    `check` may raise for the header. With `fill`, a row may have fewer cells than the header.
     """
     rows = _iterate_cells(file, str(file))
     _, header = next(rows, (0, []))
@@ -56,20 +56,20 @@ def iterate_csv(
         if len(row) != len(header):
             raise ValueError(
                 f"{file} line {number}: {counted(len(row), 'cell')} for "
-                f"{counted(len(header), 'column')}. Quote cells with commas or line breaks."
+                f"{counted(len(header), 'column')}. Quote cells that contain commas or line breaks."
             )
         yield number, dict(zip(header, row, strict=True))
 
 
 def _iterate_cells(file: Path, name: str) -> Iterator[tuple[int, list[str]]]:
     """Yield the line number and the cells of each row that is not empty."""
-    csv.field_size_limit(max(_LARGEST_CELL, csv.field_size_limit()))  # holds for the process
+    csv.field_size_limit(max(_LARGEST_CELL, csv.field_size_limit()))  # for the whole process
     with file.open(encoding="utf-8-sig", newline="") as opened:
         rows = csv.reader(opened, strict=True)
         try:
             yield from ((rows.line_num, row) for row in rows if row)
         except csv.Error as error:
             raise ValueError(
-                f"{name} line {rows.line_num}: {error}. Put cells that begin with a quote into "
-                "quotes, and double those inside."
+                f"{name} line {rows.line_num}: {error}. Quote cells that contain quotes, and "
+                "double the quotes inside."
             ) from error

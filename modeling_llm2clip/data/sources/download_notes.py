@@ -1,12 +1,12 @@
-"""Separates fields of records from what img2dataset notes beside them, in tar and Parquet.
+"""Separates the fields of records from img2dataset's download notes, in tar and Parquet.
 
 | field | meaning |
 | --- | --- |
-| `status` | `success`, or why the image could not be downloaded; then the row is not a sample |
-| `jpg`, `png`, `webp` | the encoded image, in its Parquet output |
+| `status` | `success`, or why the download failed; a failed row is not a sample |
+| `jpg`, `png`, `webp` | the encoded image, in Parquet output |
 | `txt`, `caption` | the caption |
-| `url` | where the image came from; a field of the record |
-| all others | notes of the download, which training does not read |
+| `url` | source of the image; a field of the record |
+| all others | notes on the download, not read |
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-# Its `key` is the sample's name in the shard, not what the image shows.
+# `key` is the sample's name in the shard, not a group of images.
 _NOTES = frozenset(
     "key status error_message exif sha256 md5 width height original_width original_height".split()
 )
-# Only the Parquet output of img2dataset has all of these columns, and it always does.
+# img2dataset's Parquet output always has all of these columns, and nothing else does.
 _COLUMNS = frozenset(("key", "url", "status", "error_message"))
 _IMAGE_COLUMNS = ("jpg", "png", "webp")
 KEY, STATUS = "key", "status"
@@ -27,25 +27,25 @@ _TEXT = "txt"
 
 
 def drop_download_notes(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that are not notes of the download, and are not null."""
+    """Return the fields that are neither download notes nor null."""
     return {
         name: value for name, value in fields.items() if value is not None and name not in _NOTES
     }
 
 
 def is_download(columns: Collection[str]) -> bool:
-    """Tell whether img2dataset has written a table."""
+    """Tell whether a table was written by img2dataset."""
     return set(columns) >= _COLUMNS
 
 
 def find_failure(fields: Mapping[str, Any]) -> str:
-    """Say why the image of a row could not be downloaded; empty if it was."""
+    """Return why the image of a row could not be downloaded; empty if it was."""
     status = fields.get(STATUS)
     return "" if status == "success" else f"image not downloaded: {status}"
 
 
 def choose_download_columns(columns: Collection[str]) -> dict[str, str]:
-    """Choose the columns of img2dataset's Parquet output that make a record."""
+    """Map the fields of a record to the columns of img2dataset's Parquet output."""
     chosen = {name: name for name in columns if name not in (*_NOTES, *_IMAGE_COLUMNS)}
     image = next((name for name in _IMAGE_COLUMNS if name in columns), None)
     if image is not None:

@@ -1,6 +1,6 @@
-"""Reads JSON: objects in lines, lists that are too large for memory, whole files.
+"""Reads JSON: lines of objects, lists that are too large for memory, and whole files.
 
-`captions.jsonl` has a record per line, and so has `metadata.jsonl`, the name that `datasets` gives
+`captions.jsonl` has one record per line. So does `metadata.jsonl`, which is what `datasets` calls
 such a file in a folder of images.
 """
 
@@ -17,10 +17,10 @@ from ..record_fields import RawRecord
 from ..remote.file_locations import FileLocation, name_file, open_buffered
 from ..validation_errors import ErrorCollector
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which some editors write in front of UTF-8
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors write it before UTF-8
 _UNREADABLE = "JSON nested too deeply, or an integer of thousands of digits"
 _READ_AT_ONCE = 2**20  # characters
-_WHITESPACE = " \t\r\n"  # of JSON
+_WHITESPACE = " \t\r\n"  # as JSON defines it
 _NOT_BLANK = re.compile(r"[^ \t\r\n]")
 
 
@@ -52,7 +52,8 @@ def iterate_lines(
 ) -> Iterator[tuple[int, bytes]]:
     """Yield the number, from 1, and the bytes of each line that is not blank.
 
-    Only a line feed ends a line: a text may hold other separators."""
+    Only a line feed ends a line, because texts may contain other separators.
+    """
     with open_buffered(file) as opened:
         opened.seek(start)
         lines = opened if stop is None else io.BytesIO(opened.read(stop - start))
@@ -60,7 +61,7 @@ def iterate_lines(
 
 
 def number_lines(lines: Iterable[bytes], first: int = 1) -> Iterator[tuple[int, bytes]]:
-    """Number the lines of a file, and leave out the blank ones."""
+    """Number the lines of a file, skipping blank ones."""
     for number, line in enumerate(lines, first):
         line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
         if line.strip():
@@ -68,7 +69,7 @@ def number_lines(lines: Iterable[bytes], first: int = 1) -> Iterator[tuple[int, 
 
 
 def find_line_starts(file: Path, bytes_apart: int) -> Iterator[tuple[int, int]]:
-    """Yield the byte and number of lines at which a file splits into ranges of similar size."""
+    """Yield the byte offset and number of the lines that split a file into similar ranges."""
     position, line = 0, 1
     with file.open("rb") as opened:
         yield position, line
@@ -81,7 +82,7 @@ def find_line_starts(file: Path, bytes_apart: int) -> Iterator[tuple[int, int]]:
 
 
 def parse_object(content: bytes) -> dict[str, Any] | str:
-    """Parse a JSON object; a text is the error."""
+    """Parse a JSON object; return a string that describes the error if it is invalid."""
     try:
         text = content.decode("utf-8").strip(_WHITESPACE)
         fields, end = _DECODER.raw_decode(text)
@@ -111,12 +112,12 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-# json.loads would make one for every line.
+# json.loads would create a decoder per line.
 _DECODER = json.JSONDecoder(object_pairs_hook=_make_object)
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON; whatever is wrong with it, also its depth, is a ValueError."""
+    """Parse JSON; any error, including excessive depth, is a ValueError."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -127,7 +128,7 @@ def read_json(file: Path) -> Any:
     """Read a JSON file."""
     try:
         return parse_json(file.read_text(encoding="utf-8-sig"))
-    except ValueError as error:  # of depth, of digits, of text or of JSON
+    except ValueError as error:  # nesting, digits, encoding or JSON
         raise ValueError(f"{file}: not JSON of usual size ({error}). Download it again.") from error
 
 
@@ -135,12 +136,12 @@ def read_object(file: Path) -> dict[str, Any]:
     """Read a JSON file that holds one object."""
     content = read_json(file)
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds {type(content).__name__}, not an object. Restore it.")
+        raise ValueError(f"{file} contains a {type(content).__name__}, not an object. Restore it.")
     return content
 
 
 def iterate_json_list(file: Path) -> Iterator[Any]:
-    """Yield the objects of a JSON list one by one; nothing after the last one taken is read."""
+    """Yield the items of a JSON list one by one, reading no further than needed."""
     decoder = json.JSONDecoder()
     text, position, marks = "", 0, "["
     with file.open(encoding="utf-8-sig") as stream:
@@ -148,7 +149,7 @@ def iterate_json_list(file: Path) -> Iterator[Any]:
             mark = _NOT_BLANK.search(text, position)
             if mark and mark[0] not in marks:
                 raise ValueError(
-                    f"{file}: not a JSON list, or truncated ({mark[0]!r} in place of {marks!r}). "
+                    f"{file}: not a JSON list, or truncated ({mark[0]!r} instead of {marks!r}). "
                     "Download it again."
                 )
             first = mark and _NOT_BLANK.search(text, mark.end())
@@ -157,7 +158,7 @@ def iterate_json_list(file: Path) -> Iterator[Any]:
             try:
                 start = first.start() if first else len(text)
                 value, position = decoder.raw_decode(text, start)
-            except json.JSONDecodeError as error:  # it may not have been read to its end yet
+            except json.JSONDecodeError as error:  # the item may continue in the next part
                 part = stream.read(_READ_AT_ONCE)
                 if not part:
                     raise ValueError(

@@ -1,8 +1,8 @@
-"""Reads Parquet: a row is a record.
+"""Reads Parquet, one record per row.
 
-An image is a path, or `datasets`' image `{bytes, path}`, or the encoded image alone. Bytes of
-images are not read: the footer says which row groups have them all, or none. What img2dataset
-writes is read as it is; see `download_notes.py`.
+An image is a path, a `{bytes, path}` struct as in `datasets`, or the encoded image itself. Image
+bytes are not read here: the footer says which row groups have bytes in all rows, or in none. Output
+of img2dataset is read without changes; see `download_notes.py`.
 """
 
 from __future__ import annotations
@@ -39,10 +39,12 @@ def read_parquet(
     columns: Mapping[str, str] | None = None,
     only: Mapping[str, str] | None = None,
 ) -> Iterator[RawRecord]:
-    """Yield a raw record per row; the bytes of images are not read.
+    """Yield a raw record per row, without reading image bytes.
 
-    `columns` maps fields of a record to the columns that are read, such as `{"image": "img"}`; by
-    default all are, by their names. `only` maps columns to the value that a row must have."""
+    `columns` maps fields of a record to columns, such as `{"image": "img"}`. By default, all
+    columns are read under their own names. `only` maps columns to required values; other rows are
+    skipped.
+    """
     describe_states(files)
     for file in files:
         name = file.relative_to(base).as_posix()
@@ -57,7 +59,7 @@ def read_parquet_file(
     columns: Mapping[str, str] | None = None,
     only: Mapping[str, str] | None = None,
 ) -> Iterator[RawRecord]:
-    """Yield a raw record per row of one file; the bytes of images are not read."""
+    """Yield a raw record per row of one file, without reading image bytes."""
     only = only or {}
     opened = _open(file, name, errors)
     if opened is None:
@@ -95,9 +97,10 @@ def read_parquet_file(
 def iterate_rows(
     files: Sequence[Path], base: Path, errors: ErrorCollector
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield place and columns of rows that are not records, such as pairs of images.
+    """Yield the place and columns of rows that are not records, such as pairs of images.
 
-    An image whose bytes are in the file is a `ParquetImage`."""
+    An image whose bytes are in the file becomes a `ParquetImage`.
+    """
     describe_states(files)
     for file in files:
         name = file.relative_to(base).as_posix()
@@ -109,7 +112,7 @@ def iterate_rows(
 
 
 def _open(file: FileLocation, name: str, errors: ErrorCollector) -> Any:
-    """Open a file; None if it cannot be read, which is noted."""
+    """Open a file; if it cannot be read, record the error and return None."""
     try:
         return pq.ParquetFile(file if isinstance(file, Path) else open_file(file))
     except AccessError:
@@ -131,7 +134,7 @@ _Row: TypeAlias = tuple[int, dict[str, Any], dict[str, Any]]
 def _read_all(
     file: FileLocation, opened: Any, columns: Collection[str], name: str, errors: ErrorCollector
 ) -> Iterator[_Row]:
-    """Yield the rows up to the first that cannot be read, which is noted."""
+    """Yield the rows up to the first unreadable one, and record that error."""
     try:
         yield from _read_rows(file, opened, columns)
     except AccessError:
@@ -141,9 +144,9 @@ def _read_all(
 
 
 def _read_rows(file: FileLocation, opened: Any, columns: Collection[str]) -> Iterator[_Row]:
-    """Yield number and columns of each row, and the path that each image came with.
+    """Yield the number and columns of each row, and the stored path of each image.
 
-    An image is its address, or its path where the file has no bytes of it.
+    An image is given by its address, or by its path if the file does not contain its bytes.
     """
     schema = opened.schema_arrow
     kinds = {name: schema.field(name).type for name in schema.names if name in columns}
@@ -168,7 +171,7 @@ def _read_rows(file: FileLocation, opened: Any, columns: Collection[str]) -> Ite
 
 
 def _find_addresses(file: FileLocation, column: str, start: int, paths: list[Any]) -> list[Any]:
-    """Return the addresses of the images of some rows, or their paths where there are no bytes."""
+    """Return the image addresses of consecutive rows, or the paths of images without bytes."""
     state = require_unchanged(file)
     layout = find_column_layout(file, column, state)
     addresses, row = list(paths), start
@@ -183,7 +186,7 @@ def _find_addresses(file: FileLocation, column: str, start: int, paths: list[Any
 
 
 def is_image_type(kind: Any) -> bool:
-    """Tell whether a column of this type holds images: `{bytes, path}`, or bytes alone."""
+    """Tell whether a column of this type holds images: `{bytes, path}`, or only bytes."""
     types = pa.types
     if types.is_struct(kind):
         parts = {kind.field(index).name: kind.field(index).type for index in range(kind.num_fields)}
@@ -200,5 +203,5 @@ def is_image_type(kind: Any) -> bool:
 
 
 def has_field(kind: Any, name: str) -> bool:
-    """Tell whether a type is a struct with a field."""
+    """Tell whether a type is a struct with the named field."""
     return bool(pa.types.is_struct(kind) and kind.get_field_index(name) >= 0)

@@ -1,6 +1,6 @@
-"""Reads the samples of one shard from front to back, with the bytes of their images.
+"""Reads the samples of one shard sequentially, including their image bytes.
 
-Every sample has a number in its shard, broken ones too, so that shard and number are its address.
+Samples are numbered within their shard, including broken ones, so shard and number are an address.
 """
 
 from __future__ import annotations
@@ -50,10 +50,11 @@ class StreamedSample(NamedTuple):
     """A sample of a shard, broken or not.
 
     Attributes:
-        number: In its shard, from 0.
-        raw: Fields, and the image in memory; None if it is broken or no sample.
-        problem: Error; empty if there is none.
-        is_skipped: Whether it is a note of an image that was never downloaded.
+        number: Number in its shard, from 0.
+        place: Where it is, for messages.
+        raw: Fields, and the image in memory; None if the sample is broken or skipped.
+        problem: The error; empty if there is none.
+        is_skipped: Whether this is a row whose image was never downloaded.
     """
 
     number: int
@@ -64,14 +65,14 @@ class StreamedSample(NamedTuple):
 
 
 class ShardColumnsError(ValueError):
-    """Two shards of a source have other columns; both are named, and the columns."""
+    """Two shards of a source have different columns; the message names both and the columns."""
 
 
-ShardColumns: TypeAlias = tuple[str, frozenset[str]]  # name, and fields of records
+ShardColumns: TypeAlias = tuple[str, frozenset[str]]  # name of the shard, fields of its records
 
 
 class BrokenShardError(Exception):
-    """A shard ends early or is damaged; the samples before were good."""
+    """A shard ends early or is damaged; the samples before that point are good."""
 
 
 def read_shard(
@@ -81,7 +82,7 @@ def read_shard(
     first: int = 0,
     on_columns: Callable[[ShardColumns], None] | None = None,
 ) -> Iterator[StreamedSample]:
-    """Yield the samples of a shard."""
+    """Yield the samples of a shard from number `first`."""
     suffix = find_format(file.url)
     if suffix == ".parquet":
         yield from refuse_shared_paths(_read_parquet(file, name, on_columns), first)
@@ -94,7 +95,7 @@ def read_shard(
 
 
 class _KeepingTail:
-    """Passes a stream on, and keeps its last bytes, in which the end of an archive is."""
+    """Forwards a stream and keeps its last bytes, which contain the end of an archive."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -108,13 +109,13 @@ class _KeepingTail:
         return content
 
     def require_end(self, offset: int) -> None:
-        """Raise tarfile.ReadError unless nothing but zeros follows an offset, a block at least."""
+        """Raise tarfile.ReadError unless at least a block of zeros, and only zeros, follow."""
         rest = self._tail[len(self._tail) - (self._total - offset) :]
         require_end(rest, self._stream, offset)
 
 
 def _read_tar(stream: BinaryIO, name: str) -> Iterator[StreamedSample]:
-    """Yield samples whose members are next to each other, as webdataset writes them."""
+    """Yield samples whose members are adjacent, as webdataset writes them."""
     kept = _KeepingTail(stream)
     number, key = 0, None
     sample = TarSample()
@@ -170,13 +171,13 @@ def _read_parquet(
             for number, row in enumerate(rows):
                 yield read_row(number, name, row, images)
     except (ShardColumnsError, AccessError, LostFileError):
-        raise  # AccessError and LostFileError come after all attempts
+        raise  # AccessError and LostFileError were already retried
     except (pa.ArrowException, ValueError, OSError) as error:  # OSError: a damaged page
         raise BrokenShardError(f"not a Parquet file, or broken ({error})") from error
 
 
 def read_row(number: int, name: str, row: Mapping[str, Any], images: set[str]) -> StreamedSample:
-    """Make a sample of a row."""
+    """Make a sample from a row of Parquet or of a `datasets` object."""
     place = f"{name} row {number}"
     fields = dict(row)
     is_downloaded = is_download(row)
@@ -195,7 +196,7 @@ def read_row(number: int, name: str, row: Mapping[str, Any], images: set[str]) -
             return StreamedSample(number, place, None, "image of other types than {bytes, path}")
         if content is not None:
             image = EncodedImage(place, bytes(content))
-            # Many writers leave the path empty, which does not give these images one name.
+            # Many writers leave the path empty; that must not give all images one name.
             default_name = f"{name}/{path}" if path and path.strip() else default_name
         elif path is not None:
             fields["image"] = path
@@ -206,10 +207,10 @@ def read_row(number: int, name: str, row: Mapping[str, Any], images: set[str]) -
 
 
 def refuse_shared_paths(samples: Iterable[StreamedSample], first: int) -> Iterator[StreamedSample]:
-    """Break the samples whose image has the path of another one, which would be of its group.
+    """Mark samples as broken if a different image has the same path, and so the same group.
 
-    Some writers give all images one path. Rows of the same image, one per caption, stay. A shard is
-    read from its beginning, since what is broken depends on the images before `first`.
+    Some writers give all images one path. Several rows of one image, one per caption, are valid.
+    The shard is read from its start, because the result depends on the images before `first`.
     """
     checksums: dict[str, int] = {}
     for sample in samples:
@@ -220,7 +221,7 @@ def refuse_shared_paths(samples: Iterable[StreamedSample], first: int) -> Iterat
 
 
 def _has_shared_path(sample: StreamedSample, checksums: dict[str, int]) -> bool:
-    """Tell whether the path of an image is that of another; note its checksum otherwise."""
+    """Tell whether an earlier, different image has the same path; otherwise record this one."""
     raw = sample.raw
     if raw is None or not raw.default_name or not isinstance(raw.packed, EncodedImage):
         return False
@@ -231,7 +232,7 @@ def _has_shared_path(sample: StreamedSample, checksums: dict[str, int]) -> bool:
 
 
 def _read_lines(stream: BinaryIO, file: RemoteFile, name: str) -> Iterator[StreamedSample]:
-    """Yield a sample per line of JSON; images are files beside the shard, each one a request."""
+    """Yield a sample per JSON line; each image is a file next to the shard, at one request each."""
     for number, (line_number, line) in enumerate(number_lines(stream)):
         place = f"{name} line {line_number}"
         fields = parse_object(line)
@@ -253,7 +254,7 @@ def _read_lines(stream: BinaryIO, file: RemoteFile, name: str) -> Iterator[Strea
 
 
 def _find_columns(opened: Any, name: str) -> ShardColumns | None:
-    """Find the columns of an open shard."""
+    """Return the columns of an open shard that records use; None if it has no rows."""
     if not opened.metadata.num_rows:
         return None
     columns = opened.schema_arrow.names
@@ -264,7 +265,7 @@ def _find_columns(opened: Any, name: str) -> ShardColumns | None:
 
 
 def read_columns(file: RemoteFile, name: str) -> ShardColumns | None:
-    """Read the columns of a shard."""
+    """Return the columns of a shard that records use; None if it is unreadable or empty."""
     try:
         with closing(file.open_seekable()) as source, pq.ParquetFile(source) as opened:
             return _find_columns(opened, name)

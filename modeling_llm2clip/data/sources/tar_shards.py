@@ -1,12 +1,12 @@
 """Reads webdataset's tar shards: the members `KEY.jpg`, `KEY.json` and `KEY.txt` are one sample.
 
-`KEY.json` holds fields of a record; `KEY.txt` is the caption of a sample whose JSON has none. It is
-not read beside one that has, because downloading tools write the same caption into both.
+`KEY.json` holds the fields of a record. `KEY.txt` is the caption if the JSON has none; otherwise it
+is ignored, because download tools write the same caption into both.
 
-Python's own tarfile reads them, not `webdataset`, which streams shards from front to back: training
-here samples images at random, and its stages must agree on their order. So the headers and texts
-are read once, and of an image only offset and size are kept. An image is later one read at that
-offset, from a shard that is never unpacked. Compressed tars have no such offsets and are refused.
+The shards are read with Python's tarfile, not with `webdataset`, which streams sequentially: here,
+training samples images at random, and all stages must agree on their order. Headers and texts are
+read once; for an image, only its offset and size are kept. Loading an image is then one read at
+that offset, without unpacking the shard. Compressed tars have no such offsets and are refused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .json_files import BYTE_ORDER_MARK, parse_object
 
 SEVERAL_IMAGES = "several images in one sample"
 _MOST_BYTES, _MOST_OF_TEXT = 2**40, 2**30
-# `tarfile` reads these into memory, however long they claim to be.
+# `tarfile` reads these into memory, whatever size they claim.
 _MOST_OF = dict.fromkeys(
     (
         tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
@@ -39,7 +39,7 @@ _MOST_OF = dict.fromkeys(
 
 
 class BoundedHeader(tarfile.TarInfo):
-    """A header of a tar archive that claims no more bytes than there may be."""
+    """A tar header whose size is plausible."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> BoundedHeader:
@@ -50,9 +50,9 @@ class BoundedHeader(tarfile.TarInfo):
 
 @dataclass
 class TarSample:
-    """The members of one sample that have been read so far: images, `.json` and `.txt`.
+    """The members of one sample read so far: images, `.json` and `.txt`.
 
-    `problem` is the first error of a member; empty if there is none.
+    `problem` is the error of a member; empty if there is none.
     """
 
     images: list[PackedImage] = field(default_factory=list)
@@ -68,7 +68,7 @@ class TarSample:
         extension: str,
         make_image: Callable[[], PackedImage],
     ) -> str:
-        """Add a member; return the error, or an empty text."""
+        """Add a member; return the error, or an empty string."""
         if not member.isreg() or member.issparse():
             return "member is not a plain file"
         if extension in IMAGE_SUFFIXES:
@@ -100,7 +100,7 @@ class TarSample:
         return ""
 
     def make_record(self, name: str, key: str) -> RawRecord:
-        """Make the record; the `.txt` is the caption if the fields have none."""
+        """Make the record; `.txt` is the caption if the JSON has none."""
         fields = drop_download_notes(self.fields or {})
         if self.text is not None and not CAPTION_FIELDS & set(fields):
             fields["caption"] = self.text
@@ -119,7 +119,7 @@ def read_tar_shard(shard: FileLocation, name: str, errors: ErrorCollector) -> It
 
 
 def _index_shard(shard: FileLocation, name: str, errors: ErrorCollector) -> dict[str, TarSample]:
-    """Read every header of a shard once, and the texts; skip the images."""
+    """Read all headers and texts of a shard once; skip the images."""
     samples: dict[str, TarSample] = {}
     try:
         with (
@@ -151,24 +151,24 @@ def _index_shard(shard: FileLocation, name: str, errors: ErrorCollector) -> dict
 
 
 def iterate_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Yield all members but folders."""
+    """Yield all members except folders."""
     for member in archive:
-        _require_size(member, _MOST_BYTES)  # a header of PAX may state another than its own
+        _require_size(member, _MOST_BYTES)  # a PAX header may override the size
         if not member.isdir():
             yield member
 
 
 def _require_size(header: tarfile.TarInfo, most: int) -> None:
-    """Refuse a size that cannot be read, or that leads backwards, again and again."""
+    """Refuse absurd or negative sizes; a negative one makes tarfile loop forever."""
     if not 0 <= header.size <= most:
         raise tarfile.ReadError(f"the header of {header.name!r} claims {header.size:,} bytes")
 
 
 def require_end(rest: bytes, opened: BinaryIO | io.BufferedReader, offset: int) -> None:
-    """Raise tarfile.ReadError unless the members are followed by nothing but the archive's end.
+    """Raise tarfile.ReadError unless the members are followed only by the end of the archive.
 
-    At a header that is damaged, truncated or that follows another archive's end, `tarfile` stops as
-    if there were no more.
+    Without this check, `tarfile` silently stops at a header that is damaged, truncated or behind
+    the end of a concatenated archive.
     """
     is_whole = len(rest) >= tarfile.BLOCKSIZE
     while is_whole and rest:
@@ -179,14 +179,14 @@ def require_end(rest: bytes, opened: BinaryIO | io.BufferedReader, offset: int) 
 
 
 def split_member(member: str) -> tuple[str, str]:
-    """Split a member's name as webdataset does, at the first dot of its last part."""
+    """Split a member's name into key and extension at its first dot, as webdataset does."""
     folder, slash, name = member.rpartition("/")
     stem, _, extension = name.partition(".")
     return f"{folder}{slash}{stem}", extension.lower()
 
 
 def read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """Read a plain file of an archive."""
+    """Read a regular file of an archive."""
     stream = archive.extractfile(member)
     assert stream is not None
     content = stream.read()

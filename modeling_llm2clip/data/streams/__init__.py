@@ -1,1 +1,1 @@
-"""Records of shards that are read one after the other."""
+"""Streams records from shards that are read sequentially."""

@@ -1,4 +1,4 @@
-"""Streams a `datasets.IterableDataset`, which is divided and resumed by its own methods."""
+"""Streams a `datasets.IterableDataset`, using its own methods to shard and resume it."""
 
 from __future__ import annotations
 
@@ -24,25 +24,27 @@ def stream_dataset(
 ) -> RecordStream:
     """Stream the samples of an `IterableDataset`.
 
-    One reader, a worker of all processes, reads the dataset in its own order. Several read its
-    parts, `dataset.shard(num_readers, reader)`: steps that count rows, such as `take`, a batched
-    `map` or row numbers, count in each part. A state is the dataset's own: after it is loaded,
-    samples that were in shuffle buffers do not come again. Those of this stream are counted in
-    `not_resumed_samples` of its report. `dataset.shuffle` may lose some and repeat others, which is
-    not counted. A row is named by its number, so rows of one image need a `group_id`.
+    A single reader (one worker in one process) reads the dataset in its own order. With several,
+    each reads one part, `dataset.shard(num_readers, reader)`, so steps that count rows, such as
+    `take`, a batched `map` or row numbers, count within a part. The saved state is the dataset's
+    own, so samples in shuffle buffers are lost on resume. The report counts those from this
+    stream's buffer in `not_resumed_samples`. `dataset.shuffle` may lose some samples and repeat
+    others; these are not counted. Rows are named by number, so several rows of one image need a
+    `group_id`.
 
     Args:
-        dataset: All of it, not split by node: processes divide it here. Give it the same steps
-            when a state is loaded: only columns and number of shards are compared.
-        columns: Field of a record to the column that holds it; other columns are not read. Default:
-            every column, named as the fields of a record.
+        dataset: The whole dataset, not split by node: this function splits it between processes.
+            Apply the same steps before loading a state: only the columns and the number of shards
+            are compared.
+        columns: Maps each field of a record to its column; other columns are not read. Default:
+            all columns, under the names of the record fields.
         options: Options of `RecordStream`, such as `seed` and `buffer_size`.
 
     Returns:
         The stream.
 
     Raises:
-        ValueError: It is not an `IterableDataset`, or lacks a column.
+        ValueError: `dataset` is not an `IterableDataset`, or lacks a column.
 
     Examples:
         >>> import datasets
@@ -55,21 +57,21 @@ def stream_dataset(
     """
     if not hasattr(dataset, "num_shards") or hasattr(dataset, "data"):
         raise ValueError(
-            f"{type(dataset).__name__} is not a datasets.IterableDataset. For a Dataset use "
+            f"{type(dataset).__name__} is not a datasets.IterableDataset. For a Dataset, use "
             "records_from_dataset."
         )
     return RecordStream(_DatasetShards(dataset, columns), **options)
 
 
 class _DatasetShards(ShardReader):
-    """The shards of an `IterableDataset`, or the parts of it that readers read."""
+    """The shards of an `IterableDataset`, or one part of it per reader."""
 
     has_addresses = False
 
     def __init__(self, dataset: Any, columns: Mapping[str, str] | None) -> None:
         import datasets
 
-        dataset = dataset.with_format(None)  # texts are read, whatever a row is for others
+        dataset = dataset.with_format(None)  # plain Python values, whatever format is set
         for name, feature in (dataset.features or {}).items():
             if isinstance(feature, datasets.Image):
                 dataset = dataset.cast_column(name, datasets.Image(decode=False))
@@ -81,9 +83,9 @@ class _DatasetShards(ShardReader):
         self._parts: list[Any] = []
 
     def divide(self, num_readers: int, epoch: int) -> _DatasetShards:
-        """Return a part for each reader."""
+        """Split the dataset into one part per reader."""
         divided = copy(self)
-        # New objects, because an object that was resumed starts from that state again.
+        # New objects, because a resumed one would start from its old state again.
         divided._parts = [
             self._dataset.shard(num_shards=num_readers, index=number)
             if num_readers > 1
@@ -106,7 +108,7 @@ class _DatasetShards(ShardReader):
         self,
         shard: int,
         first: int,
-        on_retry: Callable[[str, str], None],  # noqa: ARG002 (datasets tries again itself)
+        on_retry: Callable[[str, str], None],  # noqa: ARG002 (datasets retries by itself)
         position: Any = None,
     ) -> Iterator[StreamedSample]:
         """Yield the samples of a part."""
@@ -116,7 +118,7 @@ class _DatasetShards(ShardReader):
 
     def _read(self, shard: int, first: int) -> Iterator[StreamedSample]:
         name = f"{_NAME} part {shard}"
-        # In batches: plain iteration in a worker would drop the samples of other workers.
+        # In batches: in a worker, plain iteration would skip the samples of other workers.
         for number, batch in enumerate(self._parts[shard].iter(batch_size=1), first):
             row = {column: values[0] for column, values in batch.items()}
             if self._columns is not None:
@@ -125,19 +127,19 @@ class _DatasetShards(ShardReader):
             image = row.get("image")
             if not isinstance(image, dict | bytes | str | None):
                 raise ValueError(
-                    f"{name} row {number}: the image is a {type(image).__name__}, decoded before "
-                    "map or by a format. Have it undecoded from the beginning: "
+                    f"{name} row {number}: the image is a {type(image).__name__}, decoded by map "
+                    "or a format. Turn off decoding first: "
                     "dataset.cast_column(NAME, datasets.Image(decode=False))."
                 )
             packed = {"image"} if isinstance(image, dict | bytes) else set()
             sample = read_row(number, name, row, packed)
-            # Rows are named by their numbers: many datasets have one path for all images.
+            # Name rows by number: in many datasets, all images have the same path.
             raw = sample.raw and sample.raw._replace(default_name=f"{name}/{number}")
             yield sample._replace(raw=raw)
 
     def _require_columns(self, names: Collection[str]) -> None:
         if missing := set((self._columns or {}).values()) - set(names):
             raise ValueError(
-                f"The dataset has no column {', '.join(sorted(missing))}, but {', '.join(names)}. "
-                "Correct columns."
+                f"The dataset has no column {', '.join(sorted(missing))}, only {', '.join(names)}. "
+                "Correct the `columns` argument."
             )

@@ -1,10 +1,10 @@
-"""Streams the samples of shards that lie elsewhere, shuffled, each once an epoch, resumable.
+"""Streams samples from shards, local or remote: shuffled, once per epoch, resumable.
 
-`make_loader(stream_records(SOURCE), …)` gives batches of `CaptionedImage`s whose images are
-`EncodedImage`s. Shards are shuffled by seed and epoch and dealt to the workers of all processes in
-turn; each worker reads its shards one after the other through a shuffle buffer. Its state is the
-position in its shards and the addresses of the samples in its buffer. On resume, those samples are
-re-read and the order continues; a shard that is re-read must have the size and tag it had.
+`make_loader(stream_records(SOURCE), …)` yields batches of `CaptionedImage`s whose images are
+`EncodedImage`s. Shards are shuffled by seed and epoch and dealt round-robin to the workers of all
+processes; each worker reads its shards in turn through a shuffle buffer. Its state is the position
+in its shards and the addresses of the samples in its buffer. On resume, those samples are re-read
+and the order continues; a shard that is re-read must still have the same size and tag.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from ..sources.shard_streams import (
 from ..validation_errors import ErrorCollector
 from .stream_run import PartEnd, Prepare, ShardReader, StreamReport, StreamRun
 
-_FIRST_SHARDS = 2  # one of these may be missing
+_FIRST_SHARDS = 2  # all but one may be missing
 
 
 class UrlShards(ShardReader):
-    """Shards at paths, URLs or commands; at least one of the first two can be opened."""
+    """Shards at paths, URLs or commands. At least one of the first two must open."""
 
     def __init__(self, shards: Sequence[str], policy: RetryPolicy) -> None:
         self.shards = list(shards)
@@ -55,24 +55,24 @@ class UrlShards(ShardReader):
         on_retry: Callable[[str, str], None],
         position: Any = None,
     ) -> Iterator[StreamedSample]:
-        """Yield the samples of a shard, which has the size and tag that were saved."""
+        """Yield the samples of a shard; raise if its size or tag differs from the saved one."""
         file = RemoteFile(self.shards[shard], self._policy, on_retry=on_retry)
         info = self._infos[shard] = [*file.describe()]
         if position not in (None, info):
             raise ValueError(
                 f"{self.shards[shard]} has changed since the state was saved (was {position}, is "
-                f"{info}). Restore it, or begin the epoch anew."
+                f"{info}). Restore it, or restart the epoch."
             )
         return read_shard(
             file, self._names[shard], first=first, on_columns=self._require_same_columns
         )
 
     def save(self, shard: int) -> list[Any] | None:
-        """Return size and tag of a shard that was read."""
+        """Return the size and tag of a shard that was read."""
         return self._infos.get(shard)
 
     def _read_first_columns(self) -> ShardColumns | None:
-        """Read the columns of the first shard that has any, so that every process has the same."""
+        """Read the columns of the first readable shard, which is the same in every process."""
         if find_format(self.shards[0]) != ".parquet":
             return None
         first = zip(self.shards[:_FIRST_SHARDS], self._names, strict=False)
@@ -85,9 +85,9 @@ class UrlShards(ShardReader):
         (first, fields), (shard, others) = self._columns, columns
         if differing := sorted(fields ^ others):
             raise ShardColumnsError(
-                f"{shard} and {first} differ in columns that one has and the other lacks: "
-                f"{', '.join(differing)}. Write them into both; null says that a record has no "
-                "such field."
+                f"{shard} and {first} have different columns; only one of them has: "
+                f"{', '.join(differing)}. Write them into both, with null where a record lacks "
+                "the field."
             )
 
 
@@ -103,29 +103,29 @@ def stream_records(
     max_lost_share: float = 0.01,
     retry: RetryPolicy | None = None,
 ) -> RecordStream:
-    """Stream the samples of shards; the first shard is opened at once, to see that one can.
+    """Stream the samples of shards. The first shard is opened immediately, to check access.
 
     Args:
         source: A folder, pattern, list or text file of shards; see `remote/shard_urls.py`.
         seed: Seed of the order.
-        buffer_size: Samples that a worker shuffles; 1 keeps the order of each shard.
-        process_index: Number of this process.
-        num_processes: Processes that train together; each gets other shards.
-        require_images: Whether a sample without its image is broken.
-        ignore_fields: Names of fields that are not read, known or not.
-        max_lost_share: Share of its samples, or of its shards, that may be broken before a worker
-            stops. Up to 1,000 samples count as 1,000 while it reads, and at its end as many as its
-            part of 1,000. A worker of fewer shards than 1 / `max_lost_share` stops at the first
-            lost one.
-        retry: Attempts of each request, and waits.
+        buffer_size: Size of each worker's shuffle buffer; 1 keeps the order within shards.
+        process_index: Rank of this process.
+        num_processes: Number of processes; each reads different shards.
+        require_images: Whether a sample without an image is broken.
+        ignore_fields: Names of fields to ignore, known or not.
+        max_lost_share: Maximum share of a worker's samples or shards that may be broken. A worker
+            that has read fewer than 1,000 samples computes the share as if it had read 1,000, or
+            its part of 1,000 at the end of the epoch. A worker with fewer than
+            1 / `max_lost_share` shards stops at the first lost one.
+        retry: How often requests are retried, and the waits between attempts.
 
     Returns:
-        The stream, for `make_loader` or any loader of PyTorch.
+        The stream, for `make_loader` or any PyTorch loader.
 
     Raises:
         AccessError: Access is denied, or a host cannot be reached.
-        ValueError: There are no shards, or of several formats. While it is read: TooManyLostError,
-            and ShardColumnsError for Parquet files whose columns differ.
+        ValueError: There are no shards, or they have different formats. During iteration:
+            TooManyLostError, and ShardColumnsError if the columns of Parquet files differ.
 
     Examples:
         >>> stream = stream_records("https://host/{00000..00331}.tar")  # doctest: +SKIP
@@ -156,9 +156,9 @@ def _require_access(shards: Sequence[str], policy: RetryPolicy) -> None:
 
 @dataclass(eq=False, repr=False)
 class RecordStream(IterableDataset[CaptionedImage]):
-    """Yields the samples of one process; a worker of a loader yields its part of them.
+    """Yields the samples of one process, or of one worker inside a loader.
 
-    The fields are those of `stream_records`; samples of `excluded_groups` are left out and counted.
+    For the fields see `stream_records`. Samples in `excluded_groups` are skipped and counted.
     """
 
     reader: ShardReader
@@ -177,18 +177,18 @@ class RecordStream(IterableDataset[CaptionedImage]):
         if self.buffer_size < 1 or not 0 <= self.process_index < self.num_processes:
             raise ValueError(
                 f"buffer_size={self.buffer_size}, process_index={self.process_index}, "
-                f"num_processes={self.num_processes}: want at least 1, and an index below the "
-                "number."
+                f"num_processes={self.num_processes}: buffer_size must be at least 1, and "
+                "process_index must be from 0 to num_processes - 1."
             )
         self._resumed: dict[str, Any] | None = None
         self._run: StreamRun | None = None
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iteration."""
+        """Set the epoch, which determines the order of the next iteration."""
         self.epoch = epoch
 
     def require_workers(self, num_workers: int) -> None:
-        """Check that each worker of each process gets a shard."""
+        """Check that each worker of each process gets at least one shard."""
         readers = self.num_processes * max(1, num_workers)
         if readers > len(self.reader.shards):
             raise ValueError(
@@ -201,7 +201,7 @@ class RecordStream(IterableDataset[CaptionedImage]):
         return self.start().iterate()
 
     def start(self, prepare: Prepare | None = None) -> StreamRun:
-        """Begin the part of this worker in the epoch, or go on where a state was saved."""
+        """Start this worker's part of the epoch, or resume from a loaded state."""
         info = get_worker_info()
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
         self.require_workers(num_workers)
@@ -216,10 +216,10 @@ class RecordStream(IterableDataset[CaptionedImage]):
         return run
 
     def read_shard(self, number: int) -> list[CaptionedImage]:
-        """Read the valid samples of one shard, in its order."""
+        """Read the valid samples of one shard, in order."""
         records = []
         reader = self.reader.divide(len(self.reader.shards), self.epoch)
-        with suppress(BrokenShardError):  # which is counted where the stream comes to it
+        with suppress(BrokenShardError):  # counted when the stream reaches it
             for sample in reader.read(number, 0, lambda _url, _reason: None):
                 record = None if sample.is_skipped else self.check(sample)[0]
                 if record is not None:
@@ -227,23 +227,23 @@ class RecordStream(IterableDataset[CaptionedImage]):
         return records
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_run": None}  # what is open stays here
+        return {**vars(self), "_run": None}  # open files are not pickled
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the iteration is, as plain values."""
+        """Return the state of the iteration as plain values."""
         return {} if self._run is None else self._run.save()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next iteration go on from a state, in its epoch; later ones are not affected."""
+        """Resume the next iteration from a state and its epoch; later ones are not affected."""
         self._resumed = state or None
 
     @property
     def report(self) -> StreamReport:
-        """Counts of this process since the epoch began."""
+        """Counts of this process since the start of the epoch."""
         return StreamReport() if self._run is None else self._run.report
 
     def check(self, sample: StreamedSample) -> tuple[CaptionedImage | None, str]:
-        """Check the fields of a sample."""
+        """Return the record of a sample, or None and the problem."""
         if sample.raw is None:
             return None, sample.problem
         errors = ErrorCollector()
@@ -254,7 +254,7 @@ class RecordStream(IterableDataset[CaptionedImage]):
 
 @dataclass(eq=False, repr=False)
 class _BatchedStream(IterableDataset[list[Any] | PartEnd]):
-    """Yields batches of a stream, which are full although samples are lost while they are made."""
+    """Yields batches of a stream, refilled when samples are lost while a batch is prepared."""
 
     stream: RecordStream
     batch_size: int
@@ -282,25 +282,25 @@ def make_loader(
     drop_last: bool = False,
     **options: Any,
 ) -> Any:
-    """Make a loader of batches that can save where it is and go on from there.
+    """Make a loader of batches that can be saved and resumed.
 
-    `loader.state_dict()` is saved by each process, with every checkpoint; after
-    `loader.load_state_dict(state)`, which wants as many processes and workers, the batches are
-    those that would have come. Before each other epoch call `stream.set_epoch(epoch)`.
+    Each process saves `loader.state_dict()` with every checkpoint. After
+    `loader.load_state_dict(state)`, with the same numbers of processes and workers, the batches
+    continue as if the loader had never stopped. Call `stream.set_epoch(epoch)` before each epoch.
     """
     require(REMOTE_STREAMS)
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: want at least 1.")
+        raise ValueError(f"batch_size={batch_size} must be at least 1.")
     stream.require_workers(num_workers)
     if options.get("persistent_workers"):
         raise ValueError(
-            "persistent_workers keep the epoch that they began with, and with it the order. Leave "
-            "it off; workers start in a second."
+            "persistent_workers cannot be used: such workers keep the order of their first epoch. "
+            "Leave it off; workers start in a second."
         )
     from .stream_loader import StreamLoader
 
     with warnings.catch_warnings():
-        # torch warns about a function that torchdata calls.
+        # torchdata calls a function that torch warns about.
         warnings.filterwarnings("ignore", message=".*set_vital.*")
         return StreamLoader(
             _BatchedStream(stream, batch_size, drop_last, prepare),

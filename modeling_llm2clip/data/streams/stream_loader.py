@@ -1,8 +1,8 @@
-"""Loads the batches of a stream, and keeps the last state of each worker.
+"""Loads the batches of a stream, and keeps the final state of each worker.
 
-StatefulDataLoader keeps only states that come with a batch. Samples that a worker drops or loses
-after its last batch, and shards that end early there, would be in no state. So each worker sends a
-last mark with its final state, and this loader does not pass the mark on.
+StatefulDataLoader only receives a worker's state along with a batch. Samples that a worker drops or
+loses after its last batch, and shards that end early there, would be missing from the state. So
+each worker ends with a `PartEnd`, which carries its final state and which this loader filters out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .stream_run import PartEnd, share_batch
 
 
 class StreamLoader(StatefulDataLoader):  # type: ignore[misc]
-    """Yields the batches of a dataset that makes them, and a `PartEnd` behind a worker's last."""
+    """Yields the batches that a dataset makes, without the `PartEnd` of each worker."""
 
     def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any], **options: Any) -> None:
         super().__init__(
@@ -25,13 +25,13 @@ class StreamLoader(StatefulDataLoader):  # type: ignore[misc]
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the next iteration go on from a state."""
+        """Resume the next iteration from a state."""
         if state_dict:
             num_workers = _count_workers(state_dict)
             if num_workers != self.num_workers:
                 raise ValueError(
-                    f"The state is of a loader with num_workers={num_workers}, and this one has "
-                    f"{self.num_workers}. Each worker has shards of its own: use as many."
+                    f"The state was saved with num_workers={num_workers}, but this loader has "
+                    f"{self.num_workers}. Use the same number: each worker has its own shards."
                 )
         super().load_state_dict(state_dict)
 
@@ -42,13 +42,13 @@ class StreamLoader(StatefulDataLoader):  # type: ignore[misc]
 
 
 def _count_workers(state: dict[str, Any]) -> int:
-    if "_num_yielded" in state:  # of a loader without worker processes
+    if "_num_yielded" in state:  # the loader had no worker processes
         return 0
     try:
         return int(state["_snapshot"]["_main_snapshot"]["_num_workers"])
     except (KeyError, TypeError) as error:
         raise ValueError(
-            "This is not the state of a loader. Give what its state_dict() returned."
+            "This is not the state of a loader. Pass what its state_dict() returned."
         ) from error
 
 

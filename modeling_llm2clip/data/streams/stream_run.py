@@ -1,4 +1,4 @@
-"""One iteration of one worker over a stream: its order, shuffle buffer, state and losses."""
+"""One worker's iteration over a stream: its order, shuffle buffer, state and losses."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from ..validation_errors import ErrorCollector, describe_errors
 
 _STATE_VERSION = 3
 _DRAWS_AT_ONCE = 4096
-# Fewer samples count as so many: a few losses at the beginning say little.
+# Shares of fewer samples are taken of this many: a few early losses say little.
 _LEAST_SAMPLES = 1000
 
-# Makes the yielded value from a record; a ValueError concerns this record and names it.
+# Makes the yielded value from a record. A ValueError means that this record is broken.
 Prepare = Callable[[CaptionedImage], Any]
 
 
 class ShardReader:
-    """Shards whose samples are read one after the other, in the same order each time.
+    """Shards whose samples are read sequentially, in the same order each time.
 
     Attributes:
         shards: Names of the shards.
-        has_addresses: Whether any sample can be read again by its shard and number.
+        has_addresses: Whether a sample can be re-read by its shard and number.
     """
 
     shards: list[str]
     has_addresses = True
 
     def divide(self, num_readers: int, epoch: int) -> ShardReader:  # noqa: ARG002
-        """Return the shards that so many readers deal among each other in an epoch."""
+        """Return the shards that `num_readers` readers split among themselves in an epoch."""
         return self
 
     def read(
@@ -50,31 +50,34 @@ class ShardReader:
         on_retry: Callable[[str, str], None],
         position: Any = None,
     ) -> Iterator[StreamedSample]:
-        """Yield the samples of a shard from the number `first` on; `position` is what was saved."""
+        """Yield the samples of a shard from number `first`; `position` is the result of `save`."""
         raise NotImplementedError
 
     def save(self, shard: int) -> Any:  # noqa: ARG002
-        """Return what to resume a shard with, as plain values; None if `first` says enough."""
+        """Return the position to resume a shard from, as plain values; None if `first` suffices."""
         return None
 
 
 class TooManyLostError(ValueError):
-    """A stream lost more than is allowed; the message names what and where."""
+    """A stream lost more than `max_lost_share`; the message says what was lost and where."""
 
 
 @dataclass
 class StreamReport:
-    """Counts of samples, shards and problems since the epoch began, of one worker or of all.
+    """Counts samples, shards and problems since the start of the epoch, for one worker or all.
 
     Attributes:
-        samples: Samples read, those still in the shuffle buffer included.
+        samples: Samples read, including those still in the shuffle buffer.
         lost_samples: Broken samples.
-        skipped_samples: Rows of images that were never downloaded, which are not samples.
-        excluded_samples: Samples of groups that are held out.
-        dropped_samples: Samples read, but dropped with a last batch that was smaller.
-        not_resumed_samples: Samples of a `datasets` object that were in a shuffle buffer when a
-            state was saved, and did not come again.
+        skipped_samples: Rows whose image was never downloaded; these are not samples.
+        excluded_samples: Samples of held-out groups.
+        dropped_samples: Samples read, but dropped with an incomplete last batch.
+        not_resumed_samples: Samples of a `datasets` object that were in the shuffle buffer when a
+            state was saved, and are lost on resume.
+        shards: Shards read to the end.
         lost_shards: Shards that are missing or ended early.
+        retries: Requests that were repeated.
+        problems: Kinds of problems, with counts and places.
     """
 
     samples: int = 0
@@ -104,19 +107,19 @@ class StreamReport:
         self.problems.add("shard lost", f"{place} ({reason})")
 
     def describe_losses(self) -> str:
-        """Describe in one line the samples that were read, and those that were not."""
+        """Describe in one line what was read and what was lost."""
         parts = [
             f"{self.samples:,} samples read",
             f"{self.lost_samples:,} lost",
-            f"{self.dropped_samples:,} of smaller last batches dropped",
+            f"{self.dropped_samples:,} dropped with incomplete last batches",
             f"{self.lost_shards:,} of {self.shards + self.lost_shards:,} shards lost",
         ]
         if self.not_resumed_samples:
-            parts.append(f"{self.not_resumed_samples:,} of a shuffle buffer not resumed")
+            parts.append(f"{self.not_resumed_samples:,} in the shuffle buffer not resumed")
         return ", ".join(parts)
 
     def describe(self) -> str:
-        """Describe each kind of problem: its count and first places."""
+        """Describe each kind of problem with its count and first places."""
         return "\n".join(describe_errors(self.problems.counts, self.problems.places))
 
     def merge(self, other: StreamReport) -> None:
@@ -132,20 +135,20 @@ class StreamReport:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> StreamReport:
-        """Make a report from `to_state`."""
+        """Make a report from the result of `to_state`."""
         numbers = {name: value for name, value in state.items() if isinstance(value, int)}
         places = {kind: [*where] for kind, where in state["places"].items()}
         return cls(**numbers, problems=ErrorCollector(Counter(state["counts"]), places))
 
 
 class PartEnd:
-    """Marks the end of the batches of a worker."""
+    """Marks the end of a worker's batches."""
 
 
 class StreamRun:
-    """One iteration of one worker over a `RecordStream`; its number counts through all processes.
+    """One worker's iteration over a `RecordStream`; workers are numbered across all processes.
 
-    `prepare` decodes the image of a record; None yields records as they are.
+    `prepare` decodes the image of a record; None yields unchanged records.
     """
 
     def __init__(
@@ -165,18 +168,18 @@ class StreamRun:
         self._num_readers = num_readers
         order = np.random.default_rng([stream.seed, epoch]).permutation(len(self._reader.shards))
         self._order: list[int] = order[number::num_readers].tolist()
-        self._next_shard = 0  # in the order
+        self._next_shard = 0  # in `_order`
         self._next_sample = 0  # in that shard
         self._num_drawn = 0  # samples that left the buffer
-        self._block = -1  # of numbers in the next line
+        self._block = -1  # of `_draws`
         self._draws: list[int] = []
         self._buffer: list[tuple[int, int, CaptionedImage]] = []
         self._rest: Iterator[StreamedSample] | None = None
-        self._position: Any = None  # in a state, until something is read
+        self._position: Any = None  # loaded from a state, until something is read
         self.report = StreamReport()
 
     def iterate(self) -> Iterator[Any]:
-        """Yield the samples: records, or what is prepared of them."""
+        """Yield the samples: records, or the results of `prepare`."""
         size = self._stream.buffer_size
         while True:
             while len(self._buffer) < size and self._read_one():
@@ -190,7 +193,7 @@ class StreamRun:
                 continue
             try:
                 prepared = self._prepare(record)
-            except ValueError as error:  # the sample was good until its image was decoded
+            except ValueError as error:  # counted as good until now
                 self.report.samples -= 1
                 place = str(error) if record.place in str(error) else f"{record.place} ({error})"
                 self.report.add_lost_sample("image unreadable", place)
@@ -199,7 +202,7 @@ class StreamRun:
                 yield prepared
 
     def iterate_batches(self, batch_size: int, *, drop_last: bool) -> Iterator[list[Any] | PartEnd]:
-        """Yield the samples in batches, which are full except for the last one."""
+        """Yield the samples in batches, all full except the last."""
         batch: list[Any] = []
         for sample in self.iterate():
             batch.append(sample)
@@ -221,7 +224,7 @@ class StreamRun:
         return record
 
     def _draw(self) -> int:
-        """Return a number that only depends on seed, epoch, reader and how many were drawn."""
+        """Return a random number that depends only on seed, epoch, reader and `_num_drawn`."""
         within = self._num_drawn % _DRAWS_AT_ONCE
         block = self._num_drawn // _DRAWS_AT_ONCE
         if self._block != block:
@@ -231,7 +234,7 @@ class StreamRun:
         return self._draws[within]
 
     def _read_one(self) -> bool:
-        """Read a sample into the buffer, or note what is wrong with it; False at the end."""
+        """Read a sample into the buffer, or record its problem; False at the end."""
         if self._next_shard >= len(self._order):
             return False
         shard = self._order[self._next_shard]
@@ -274,7 +277,7 @@ class StreamRun:
 
     def _note_retry(self, url: str, reason: str) -> None:
         self.report.retries += 1
-        self.report.problems.add("request made again", f"{url} ({reason})")
+        self.report.problems.add("request repeated", f"{url} ({reason})")
 
     def _go_to_next_shard(self) -> None:
         self._next_shard += 1
@@ -282,8 +285,9 @@ class StreamRun:
         self._rest = self._position = None
 
     def _require_most(self, *, at_end: bool = False) -> None:
-        """Raise if this worker lost too much: of the samples seen so far, or of its own shards."""
-        # At the end each worker counts its part, so that small losses of many workers add up.
+        """Raise if this worker lost too many of the samples seen so far, or of its own shards."""
+        # At the end, each worker compares with its part of the minimum; otherwise many workers
+        # could each lose a little, and the stream a lot.
         least = _LEAST_SAMPLES // self._num_readers if at_end else _LEAST_SAMPLES
         share, report = self._stream.max_lost_share, self.report
         seen = max(report.samples + report.lost_samples, least)
@@ -294,7 +298,7 @@ class StreamRun:
                 f"The stream lost {report.lost_samples} samples (of {report.samples} read) and "
                 f"{report.lost_shards} of {len(self._order)} shards that this worker reads, more "
                 f"than max_lost_share = {share:g}:\n{report.describe()}\n"
-                "Correct the source, leave its broken shards out, or allow more (stream_records)."
+                "Repair the source, leave out its broken shards, or raise max_lost_share."
             )
 
     def save(self) -> dict[str, Any]:
@@ -330,11 +334,11 @@ class StreamRun:
         }
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on from a state: read the samples of the buffer again, or count them."""
+        """Resume from a state: re-read the samples of the buffer, or count them as not resumed."""
         differing = [name for name, now in self._identity.items() if state.get(name) != now]
         if differing:
             raise ValueError(
-                f"The state is of another stream: {', '.join(differing)} differ. Go on with the "
+                f"The state is of another stream: {', '.join(differing)} differ. Resume with the "
                 "same shards, seed, buffer_size, processes and workers."
             )
         self._next_shard, self._next_sample = state["next"]
@@ -379,18 +383,18 @@ class StreamRun:
             else:
                 place = f"{self._reader.shards[address[0]]} sample {address[1]}"
                 self.report.samples -= 1
-                self.report.add_lost_sample("not found again after a restart", place)
+                self.report.add_lost_sample("missing on resume", place)
         self._require_most()
 
 
 def hash_shards(shards: Sequence[str]) -> str:
-    """Hash the names of shards, in their order; a URL that is signed anew is the same one."""
+    """Hash the names of shards in order, ignoring signatures in URLs."""
     return hashlib.sha256("\n".join(drop_signatures(shards)).encode()).hexdigest()
 
 
 def share_batch(batch: Any) -> Any:
-    """Move the tensors of a worker's batch into shared memory, and return the batch."""
-    # torch would do so in a thread, whose error drops the batch: its loader would wait for ever.
+    """Move the tensors of a worker's batch into shared memory; return the batch."""
+    # torch would do this in a thread. An error there drops the batch, and the loader waits forever.
     parts = batch.values() if isinstance(batch, Mapping) else batch
     try:
         for part in parts if isinstance(batch, Mapping | list | tuple) else [batch]:

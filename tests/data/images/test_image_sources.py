@@ -62,7 +62,7 @@ def test_a_shard_that_became_shorter_is_no_invalid_image(tmp_path: Path) -> None
     image = load_records(folder)[0].image
     assert isinstance(image, TarImage) and isinstance(image.shard, Path)
     image.shard.write_bytes(image.shard.read_bytes()[: image.offset + 3])
-    with pytest.raises(OSError, match=r"cannot be read .*has changed while it was used"):
+    with pytest.raises(OSError, match=r"cannot be read .*changed while it was in use"):
         decode_image(image)
 
 

@@ -187,7 +187,7 @@ def test_a_file_that_changes_is_not_taken_for_whole(
     monkeypatch.setattr(remote_files, "_BLOCK_BYTES", 1000)
     place = tmp_path / "file"
     place.write_bytes(CONTENT)
-    changed = r"file: the file has changed while it was used"
+    changed = r"file: the file changed while it was in use"
     with ShardServer(tmp_path, tags=False) as server:
         file = RemoteFile(f"{server.url}/file", FAST)
         assert file.describe().size == len(CONTENT)
@@ -209,7 +209,7 @@ def test_tags_of_each_reply_are_refused_with_a_remedy_and_weak_ones_are_not_comp
 ) -> None:
     (tmp_path / "file").write_bytes(CONTENT)
     with ShardServer(tmp_path, tags="varying") as server:
-        with pytest.raises(LostFileError, match="copy files here whose server gives each reply"):
+        with pytest.raises(LostFileError, match="if its server changes the tag"):
             RemoteFile(f"{server.url}/file", FAST).read_range(0, 9)
     with ShardServer(tmp_path, tags="weak") as server:
         for _ in range(3):
@@ -226,7 +226,7 @@ def test_a_file_that_changes_between_two_opens_is_an_error(place: str, tmp_path:
     assert file.read_range(0, 99) == CONTENT[:99]
     again = RemoteFile(url, FAST, info=file.info)
     filesystem.pipe_file(path, CONTENT[::-1])
-    with pytest.raises(LostFileError, match="the file has changed while it was used"):
+    with pytest.raises(LostFileError, match="the file changed while it was in use"):
         again.read_range(0, 99)
     assert RemoteFile(url, FAST).read_range(0, 99) == CONTENT[::-1][:99]
 
@@ -256,7 +256,7 @@ def test_a_server_that_sends_another_part_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(CONTENT)
     with ShardServer(tmp_path) as server:
         server.shift = 7
-        with pytest.raises(AccessError, match=r"sent bytes 7-\d+/25600 where bytes 0-\d+ was"):
+        with pytest.raises(AccessError, match=r"sent bytes 7-\d+/25600 when bytes 0-\d+ was"):
             RemoteFile(f"{server.url}/file", FAST).read_range(0, 100)
 
 
@@ -361,10 +361,10 @@ def test_names_are_relative_to_what_all_shards_share() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("https://host/folder", "web servers list no files"),
+        ("https://host/folder", "web servers do not list files"),
         ("nowhere/x.tar", "no such folder or file"),
         (["a.tar", "a.tar"], r"a\.tar occurs twice"),
-        (["a.tar", "b.parquet"], r"found \.parquet, \.tar\. Give shards of one format"),
+        (["a.tar", "b.parquet"], r"found \.parquet, \.tar\. All shards must have one format"),
         ("odd://host/a.tar", "Protocol not known"),
     ],
 )

@@ -114,7 +114,9 @@ def test_a_resumed_stream_goes_on_and_counts_the_samples_that_its_buffer_had(
             assert not set(groups) - set(whole)
             assert resumed.report.samples == len(groups)
         assert resumed.report.lost_samples == 0
-        assert ("of a shuffle buffer not resumed" in resumed.report.describe_losses()) == bool(lost)
+        assert ("in the shuffle buffer not resumed" in resumed.report.describe_losses()) == bool(
+            lost
+        )
 
 
 def test_without_a_buffer_nothing_is_lost(saved: datasets.Dataset) -> None:
@@ -165,10 +167,10 @@ def test_rows_that_come_only_once_are_all_streamed() -> None:
 def test_a_column_that_is_not_there_is_named(saved: datasets.Dataset) -> None:
     """As absent, a mistyped `lang` would make every text English."""
     rows = saved.to_iterable_dataset()
-    with pytest.raises(ValueError, match="no column lagn, but img, texts, label"):
+    with pytest.raises(ValueError, match="no column lagn, only img, texts, label"):
         stream_dataset(rows, columns={**COLUMNS, "lang": "lagn"})
     unknown = datasets.IterableDataset.from_generator(lambda: iter([{"texts": ["a"], "label": 1}]))
-    with pytest.raises(ValueError, match="no column lagn, but texts, label"):
+    with pytest.raises(ValueError, match="no column lagn, only texts, label"):
         list(stream_dataset(unknown, columns={"captions": "texts", "lang": "lagn"}))
 
 

@@ -65,7 +65,7 @@ def test_a_stream_has_the_samples_of_the_local_source_and_dropped_connections_lo
         again = stream_records(source, buffer_size=5, retry=FAST)
         assert list(again) == streamed
         assert server.dropped > 0 and again.report.retries > 0
-    assert "request made again" in again.report.describe()
+    assert "request repeated" in again.report.describe()
     assert sorted(map(read, streamed), key=str) == local
     assert {type(record.image) for record in streamed} == {EncodedImage}
     report = stream.report
@@ -178,7 +178,7 @@ def test_a_resumed_loader_is_the_uninterrupted_one(served: ShardServer, num_work
     next_one.load_state_dict(between)
     assert list(next_one) == epochs[1]
     other = 0 if num_workers else 2
-    match = rf"num_workers={num_workers}, and this one has {other}.*use as many"
+    match = rf"num_workers={num_workers}, but this loader has {other}"
     with pytest.raises(ValueError, match=match):
         make(num_workers=other).load_state_dict(between)
 
@@ -187,12 +187,12 @@ def test_what_is_no_state_of_this_loader_is_refused(tars: Path) -> None:
     pytest.importorskip("torchdata")
     loader = make_loader(stream_records(tars), batch_size=4)
     next(iter(loader))
-    with pytest.raises(ValueError, match=r"num_workers=0, and this one has 2.*use as many"):
+    with pytest.raises(ValueError, match=r"num_workers=0, but this loader has 2.*Use the same"):
         make_loader(stream_records(tars), batch_size=4, num_workers=2).load_state_dict(
             loader.state_dict()
         )
     of_two = {"_snapshot": {"_main_snapshot": {"_num_workers": 2}, "_worker_snapshots": {}}}
-    with pytest.raises(ValueError, match="num_workers=2, and this one has 0"):
+    with pytest.raises(ValueError, match="num_workers=2, but this loader has 0"):
         loader.load_state_dict(of_two)
     with pytest.raises(ValueError, match="not the state of a loader"):
         loader.load_state_dict({"epoch": 1})
@@ -296,7 +296,7 @@ def test_fewer_shards_than_workers_are_refused(tars: Path) -> None:
     stream = stream_records(tars, num_processes=4)
     with pytest.raises(ValueError, match="8 shards for 4 processes with 3 workers each"):
         make_loader(stream, batch_size=2, num_workers=3)
-    with pytest.raises(ValueError, match="persistent_workers keep the epoch"):
+    with pytest.raises(ValueError, match="persistent_workers cannot be used"):
         make_loader(stream, batch_size=2, num_workers=1, persistent_workers=True)
 
 

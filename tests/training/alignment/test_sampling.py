@@ -70,7 +70,7 @@ def test_processes_that_make_batches_read_files_in_the_states_that_were_loaded(
         loader = data.make_loader(arguments, batch_size=2, num_steps=1)
         loader.multiprocessing_context = "spawn"
         os.utime(shard, ns=(1, 1))
-        with pytest.raises(ValueError, match="the file has changed while it was used"):
+        with pytest.raises(ValueError, match="the file changed while it was in use"):
             list(loader)
 
 
