@@ -41,10 +41,14 @@ from .parquet_writer import (
     measure_ranges,
     truncate_embeddings,
 )
-from .shard_computation import ShardWork, compute_partition, open_stops
+from .shard_computation import (
+    ShardWork,
+    compute_partition,
+    name_unreadable_images,
+    open_stops,
+)
 from .shard_encoding import ShardEncoder, load_shard_encoder
 from .sharded_writer import begin_output, describe_missing, read_begun
-from .unreadable_images import name_unreadable_images
 
 _CALIBRATION_SIZE = 1024  # records in the sample that measures int8 ranges
 _OF_TEXTS = {"text", "name", "lang", "captions", "long_captions"}  # columns in `hash_texts`

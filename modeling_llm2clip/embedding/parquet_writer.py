@@ -110,8 +110,7 @@ def truncate_embeddings(embeds: Array, dim: int) -> Array:
             f"truncate_dim={dim}: {counted(count, 'embedding')} would be all zeros. Choose a "
             "larger one."
         )
-    shortened: Array = (kept / lengths).astype(np.float32)
-    return shortened
+    return (kept / lengths).astype(np.float32)  # type: ignore[no-any-return]
 
 
 def measure_ranges(embeds: Array) -> Array:

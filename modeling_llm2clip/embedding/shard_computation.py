@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,9 +27,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .._extras import RAY, require
-from ..data.images.image_sources import UnreadableImagesError
+from ..data.images.image_sources import UnreadableImagesError, find_unreadable_images
 from ..data.remote.file_locations import FileLocation, list_states, use_states
 from ..data.remote.remote_files import FileInfo
+from ..data.validation_errors import ErrorCollector
 from ..encoding.batches import start_copy, use_one_core
 from ..encoding.devices import find_device
 from ..image_loading_llm2clip import ImageLimits, get_image_limits, set_image_limits
@@ -39,7 +40,6 @@ from .encoding_plan import EncodingPlan, Engine
 from .input_rows import InputRows
 from .shard_encoding import PreparedShard, ShardEncoder, load_shard_encoder
 from .sharded_writer import ShardedWriter
-from .unreadable_images import name_unreadable_images
 
 _NAMES_AN_ERROR = re.compile(r"[\w.]+(Error|Exception): ")  # where the error starts in a traceback
 # Errors of an actor that the driver raises again; subclasses first.
@@ -95,8 +95,8 @@ class ShardWork:
             written.result()
 
     def _prepare(self, shard: int) -> PreparedShard:
-        inputs = self.writer.manifest.inputs_of_shard(shard)
-        return self.encoder.prepare(self.rows.read_inputs(inputs))
+        rows = self.writer.manifest.inputs_of_shard(shard)
+        return self.encoder.prepare(self.rows.read_inputs(rows))
 
     def _encode(
         self, prepared: PreparedShard, written: Future[None], stop: StopRequest, bar: tqdm[Any]
@@ -174,6 +174,33 @@ def compute_partition(
     if state.is_main_process:
         writer.finish()
     state.wait_for_everyone()
+
+
+@contextmanager
+def name_unreadable_images(
+    rows: InputRows,
+    writer: ShardedWriter[Any] | None = None,
+    *,
+    source: str,
+    show_progress: bool = False,
+) -> Iterator[None]:
+    """Turn the error of one unreadable image into a DataValidationError that names all.
+
+    Decodes the images of `writer`'s missing shards, or all images without a writer.
+    """
+    try:
+        yield
+    except UnreadableImagesError:
+        errors = ErrorCollector()
+        shards = [range(len(rows))]
+        if writer is not None:
+            shards = [*map(writer.manifest.inputs_of_shard, writer.list_missing())]
+        for shard in shards:
+            images: list[Any] = rows.read_inputs(shard)
+            for error in find_unreadable_images(images, show_progress=show_progress).values():
+                errors.add("image unreadable", error)
+        errors.raise_if_any(source, advice=_UNREADABLE_ADVICE)
+        raise  # the image decodes: the image processor refused it
 
 
 def _open_work(plan: EncodingPlan[Any], writer: ShardedWriter[Any], rows: InputRows) -> ShardWork:

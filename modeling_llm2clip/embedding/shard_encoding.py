@@ -124,7 +124,6 @@ class TextShardEncoder(ShardEncoder):
         return PreparedShard(tokens, batches, rows, int(tokens.is_truncated[rows].sum()))
 
     def encode(self, prepared: PreparedShard) -> Iterator[Tensor]:
-        """Yield the embeddings of each batch."""
         tokens, batches = prepared.inputs, prepared.batches
         assert isinstance(tokens, TokenizedTexts)
         encoded = self.encoder.iterate_texts(tokens, batches, project=self.project)
@@ -147,12 +146,10 @@ class ImageShardEncoder(ShardEncoder):
     config: EmbedConfig | ExtractConfig
 
     def prepare(self, inputs: list[ImageSource]) -> PreparedShard:
-        """Divide images into batches."""
         batches = split_evenly(len(inputs), size=self.batch_size)
         return PreparedShard(inputs, [list(batch) for batch in batches], range(len(inputs)))
 
     def encode(self, prepared: PreparedShard) -> Iterator[Tensor]:
-        """Yield the embeddings of each batch."""
         images = self.encoder.iterate_images(
             prepared.inputs,
             prepared.batches,

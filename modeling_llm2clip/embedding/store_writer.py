@@ -27,12 +27,9 @@ class StoreWriter(ShardedWriter[StoreManifest]):
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """Dtype of the store."""
-        dtype: torch.dtype = getattr(torch, self.manifest.dtype)
-        return dtype
+        return getattr(torch, self.manifest.dtype)  # type: ignore[no-any-return]
 
     def encode(self, shard: int, embeds: Tensor) -> tuple[bytes, dict[str, Any]]:  # noqa: ARG002
-        """Return a shard as safetensors."""
         return save({"embeddings": embeds}), {"rows": len(embeds)}
 
 

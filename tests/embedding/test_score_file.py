@@ -76,7 +76,7 @@ def test_a_file_of_scores_has_those_of_its_pairs_in_their_order(
 BAD = [
     ('{"image": "images/0.png"}', "not an object with the strings image and text"),
     ('{"image": "images/0.png", "text": 3}', "not an object with the strings image and text"),
-    ('{"image": "images/0.png", "text": "a", "id": 1}', "not an object with the texts"),
+    ('{"image": "images/0.png", "text": "a", "id": 1}', "not an object with the strings"),
     ('{"image": "images/0.png", "text": " "}', "text blank"),
     ('{"image": "images/9.png", "text": "a"}', r"image missing.*line 2 \(images/9.png\)"),
     ('{"image": "' + "long " * 99 + '", "text": "a"}', "image missing"),

@@ -216,8 +216,7 @@ class RemoteFile:
         """Open the file for one sequential read."""
         if self.url.startswith(PIPE):
             return io.BufferedReader(_CommandOutput(self.url))
-        opened: io.BufferedReader = self.open_seekable()
-        return opened
+        return self.open_seekable()  # type: ignore[no-any-return]
 
     def open_seekable(self) -> Any:
         """Open the file for random access."""

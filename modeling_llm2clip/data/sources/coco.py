@@ -17,7 +17,10 @@ from .json_files import read_json
 
 def read_coco(file: Path, errors: ErrorCollector) -> Iterator[RawRecord]:
     """Yield a raw record per image, in the order of `images`."""
-    content = _load(file)
+    content = read_json(file)
+    lists = ("images", "annotations")
+    if not isinstance(content, dict) or any(not isinstance(content.get(n), list) for n in lists):
+        raise ValueError(f"{file}: no 'images' and 'annotations' lists. Use COCO's caption file.")
     captions = _group_captions(file, content["annotations"], errors)
     seen: set[Any] = set()
     for index, image in enumerate(content["images"]):
@@ -36,14 +39,6 @@ def read_coco(file: Path, errors: ErrorCollector) -> Iterator[RawRecord]:
         yield RawRecord(place, fields, default_name=str(image["id"]))
     for image_id in captions:
         errors.add("annotation of an unknown image", f"{file.name} image_id {image_id}")
-
-
-def _load(file: Path) -> dict[str, Any]:
-    content = read_json(file)
-    lists = ("images", "annotations")
-    if not isinstance(content, dict) or any(not isinstance(content.get(n), list) for n in lists):
-        raise ValueError(f"{file}: no 'images' and 'annotations' lists. Use COCO's caption file.")
-    return content
 
 
 def _group_captions(

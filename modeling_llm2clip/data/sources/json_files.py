@@ -125,7 +125,6 @@ def parse_json(text: str) -> Any:
 
 
 def read_json(file: Path) -> Any:
-    """Read a JSON file."""
     try:
         return parse_json(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:  # nesting, digits, encoding or JSON
@@ -133,7 +132,6 @@ def read_json(file: Path) -> Any:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """Read a JSON file that holds one object."""
     content = read_json(file)
     if not isinstance(content, dict):
         raise ValueError(f"{file} contains a {type(content).__name__}, not an object. Restore it.")

@@ -167,8 +167,7 @@ def _read_parquet(
                 on_columns(columns)
             images = {field.name for field in opened.schema_arrow if is_image_type(field.type)}
             batches = opened.iter_batches(_ROWS_AT_ONCE) if opened.metadata.num_row_groups else ()
-            rows = chain.from_iterable(batch.to_pylist() for batch in batches)
-            for number, row in enumerate(rows):
+            for number, row in enumerate(chain.from_iterable(b.to_pylist() for b in batches)):
                 yield read_row(number, name, row, images)
     except (ShardColumnsError, AccessError, LostFileError):
         raise  # AccessError and LostFileError were already retried
@@ -216,8 +215,7 @@ def refuse_shared_paths(samples: Iterable[StreamedSample], first: int) -> Iterat
     for sample in samples:
         is_shared = _has_shared_path(sample, checksums)
         if sample.number >= first:
-            lost = StreamedSample(sample.number, sample.place, None, _SHARED_PATH)
-            yield lost if is_shared else sample
+            yield sample._replace(raw=None, problem=_SHARED_PATH) if is_shared else sample
 
 
 def _has_shared_path(sample: StreamedSample, checksums: dict[str, int]) -> bool:

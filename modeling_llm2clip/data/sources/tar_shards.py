@@ -186,7 +186,6 @@ def split_member(member: str) -> tuple[str, str]:
 
 
 def read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """Read a regular file of an archive."""
     stream = archive.extractfile(member)
     assert stream is not None
     content = stream.read()

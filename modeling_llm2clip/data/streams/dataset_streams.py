@@ -83,7 +83,6 @@ class _DatasetShards(ShardReader):
         self._parts: list[Any] = []
 
     def divide(self, num_readers: int, epoch: int) -> _DatasetShards:
-        """Split the dataset into one part per reader."""
         divided = copy(self)
         # New objects, because a resumed one would start from its old state again.
         divided._parts = [
@@ -101,7 +100,6 @@ class _DatasetShards(ShardReader):
         return divided
 
     def save(self, shard: int) -> Any:
-        """Return the state of a part."""
         return self._parts[shard].state_dict()
 
     def read(
@@ -111,7 +109,6 @@ class _DatasetShards(ShardReader):
         on_retry: Callable[[str, str], None],  # noqa: ARG002 (datasets retries by itself)
         position: Any = None,
     ) -> Iterator[StreamedSample]:
-        """Yield the samples of a part."""
         if position is not None:
             self._parts[shard].load_state_dict(position)
         return self._read(shard, first)

@@ -93,16 +93,13 @@ class StreamReport:
 
     @property
     def numbers(self) -> dict[str, int]:
-        """The counts by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, int)}
 
     def add_lost_sample(self, kind: str, place: str) -> None:
-        """Count a broken sample."""
         self.lost_samples += 1
         self.problems.add(kind, place)
 
     def add_lost_shard(self, place: str, reason: str) -> None:
-        """Count a shard that is missing or ended early."""
         self.lost_shards += 1
         self.problems.add("shard lost", f"{place} ({reason})")
 
@@ -225,8 +222,7 @@ class StreamRun:
 
     def _draw(self) -> int:
         """Return a random number that depends only on seed, epoch, reader and `_num_drawn`."""
-        within = self._num_drawn % _DRAWS_AT_ONCE
-        block = self._num_drawn // _DRAWS_AT_ONCE
+        block, within = divmod(self._num_drawn, _DRAWS_AT_ONCE)
         if self._block != block:
             seeds = [self._stream.seed, self._epoch, self._number, block]
             self._draws = np.random.default_rng(seeds).integers(2**62, size=_DRAWS_AT_ONCE).tolist()

@@ -123,7 +123,7 @@ def test_errors_are_reported_at_once(saved: datasets.Dataset) -> None:
         records_from_dataset(saved.to_iterable_dataset(), columns=COLUMNS)
     with pytest.raises(ValueError, match=r"DatasetDict is not a .* give one split"):
         records_from_dataset(datasets.DatasetDict({"train": saved}))
-    with pytest.raises(ValueError, match="For a Dataset use records_from_dataset"):
+    with pytest.raises(ValueError, match="For a Dataset, use records_from_dataset"):
         stream_dataset(saved)  # type: ignore[arg-type]
 
 

@@ -275,7 +275,7 @@ def test_processes_read_files_in_the_states_that_were_described(
     with ShardServer(folder) as server:
         with pytest.raises(DataValidationError, match="its requests fail") as caught:
             load_records(f"{server.url}/{SHARDS}")
-    assert "has changed" in str(caught.value.places)
+    assert "the file changed" in str(caught.value.places)
 
 
 def test_images_side_by_side_come_in_one_request(tmp_path: Path) -> None:
