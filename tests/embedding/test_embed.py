@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from embedding_runs import IMAGE, TEXT, embed_texts, make_few_texts
+from embedding_runs import IMAGE, TEXT, embed_texts, make_few_texts, read_embeddings
 from failing_disk import make_failing_file
 from interruptions import read_bytes, refusing_for
 from PIL import Image
@@ -31,13 +31,6 @@ from modeling_llm2clip.encoding.encode import encode_images, encode_texts
 from modeling_llm2clip.image_loading_llm2clip import LIMITS_VARIABLE, ImageLimits
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_embeddings
 from modeling_llm2clip.model_folders.model_writing import save_model
-
-
-def read_embeddings(folder: Path) -> tuple[list[str], np.ndarray[Any, Any]]:
-    """Ids and embeddings, as any reader of a folder of Parquet gets them."""
-    table = pq.read_table(folder)
-    embeddings = table["embedding"].combine_chunks().flatten().to_numpy()
-    return table["id"].to_pylist(), embeddings.reshape(len(table), -1)
 
 
 def read_description(folder: Path) -> dict[str, Any]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
@@ -13,36 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from embedding_runs import IMAGE, TEXT, embed_texts, make_few_texts
-from interruptions import largest_file, read_bytes, stop_after_one
-from launches import run_python, run_with_ray
-from made_up_records import write_captions
+from embedding_runs import IMAGE, TEXT, embed_texts
+from interruptions import read_bytes, stop_after_one
 
-from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.encoding_config import EmbeddingColumn
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage, Modality
 from modeling_llm2clip.embedding.embed import describe_embeddings, embed
 from modeling_llm2clip.embedding.embedding_manifest import EmbeddingManifest
 from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
-
-ROOT = Path(__file__).parents[2]
-FLAGS = ["--modality", "text", "--dtype", "int8", "--rows-per-shard", "16", "--batch-size", "2",
-         "--device", "cpu"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A larger dataset as a user has it: enough work to be interrupted in."""
-    return write_captions(tmp_path_factory.mktemp("data"), make_few_texts(400))
-
-
-@pytest.fixture(scope="module")
-def alone(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of one undisturbed run."""
-    folder = tmp_path_factory.mktemp("alone") / "texts"
-    assert main(["embed", str(model), str(data), str(folder), *FLAGS]) == 0
-    return folder
 
 
 def test_a_stopped_run_goes_on_after_its_last_file_and_leaves_the_same_bytes(
@@ -137,59 +113,3 @@ def test_partitions_of_other_values_of_a_column_are_refused(
     for part, data in (("1/2", records), ("2/2", edited)):
         embed(model, data, tmp_path / "few", config, modality="image", partition=part)
     assert EmbeddingManifest.read(tmp_path / "few").complete
-
-
-def test_where_a_file_finds_no_room_whole_files_stay_and_the_run_goes_on_later(
-    model: Path, records: list[CaptionedImage], undisturbed: dict[str, bytes], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    folder = tmp_path / "texts"
-    with monkeypatch.context() as patch, pytest.raises(StageInterrupt):
-        stop_after_one(patch, lambda: len(list(folder.glob("*.parquet"))))
-        embed_texts(model, records, folder)
-    there = set(folder.glob("*.parquet"))
-    with largest_file(1500), pytest.raises(OSError, match=r"No room to write shard \d of 4"):
-        embed_texts(model, records, folder)
-    assert set(folder.glob("*.parquet")) == there and not list(folder.glob("*.tmp"))
-    embed_texts(model, records, folder)
-    assert read_bytes(folder) == undisturbed
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("only_cluster")
-def test_ray_leaves_the_same_bytes_as_one_process(
-    model: Path, images: Path, tmp_path: Path
-) -> None:
-    pytest.importorskip("ray")
-    records = load_records(images)
-    alone = embed(model, records, tmp_path / "alone", IMAGE, modality="image")
-    run_with_ray(tmp_path, "embed", model, records, tmp_path / "ray", IMAGE, modality="image")
-    assert read_bytes(tmp_path / "ray") == read_bytes(alone)
-
-
-@pytest.mark.slow
-def test_two_processes_of_a_launch_leave_the_same_bytes_as_one(
-    model: Path, data: Path, alone: Path, tmp_path: Path
-) -> None:
-    together = tmp_path / "together"
-    command = ["-m", "modeling_llm2clip", "embed", model, data, together, *FLAGS]
-    printed = run_python(*command, processes=2)
-    assert printed.count("Wrote") == 1  # the main process alone says so
-    assert read_bytes(together) == read_bytes(alone)
-
-
-@pytest.mark.slow
-def test_partitions_that_run_at_the_same_time_leave_the_same_bytes_as_one_run(
-    model: Path, data: Path, alone: Path, tmp_path: Path
-) -> None:
-    together = tmp_path / "together"
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-m", "modeling_llm2clip", "embed", str(model), str(data),
-             str(together), *FLAGS, "--partition", f"{part}/2"],
-            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
-        for part in (1, 2)
-    ]  # fmt: skip
-    assert [run.wait(timeout=240) for run in runs] == [0, 0]
-    assert read_bytes(together) == read_bytes(alone)

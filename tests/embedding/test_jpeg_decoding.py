@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import transformers
-from embedding_runs import IMAGE
+from embedding_runs import IMAGE, read_embeddings
 from extracting import EXACT
 from indexes import build
 from interruptions import read_bytes
@@ -61,8 +60,7 @@ class Output:
         if self._function is extract:
             store = EmbeddingStore.open(self.folder)
             return np.asarray(store.read(range(len(self._records)))).tolist()
-        files = sorted(self.folder.glob("*.parquet"))
-        return [row for file in files for row in pq.read_table(file)["embedding"].to_pylist()]
+        return read_embeddings(self.folder)[1].tolist()
 
 
 def draw_photo(seed: int = 0) -> Image.Image:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import pyarrow.parquet as pq
 import pytest
+from embedding_runs import read_embeddings
 from onnx_folders import shared_graphs, shared_source
 from shared_models import ROUNDING
 from tiny import draw_noise
@@ -40,20 +40,15 @@ def data(tmp_path: Path) -> Path:
     return folder
 
 
-def read(folder: Path) -> np.ndarray:
-    files = sorted(folder.glob("*.parquet"))
-    rows = [row for file in files for row in pq.read_table(file)["embedding"].to_pylist()]
-    return np.array(rows, np.float32)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("modality", ["text", "image"])
 def test_both_backends_write_the_same_embeddings(modality: str, data: Path, tmp_path: Path) -> None:
     records = load_records(data)
     wanted = embed(shared_source(), records, tmp_path / "torch", TORCH, modality=modality)  # type: ignore[arg-type]
     found = embed(shared_graphs(), records, tmp_path / "onnx", ONNX, modality=modality)  # type: ignore[arg-type]
-    assert len(read(found)) == len(records) * (2 if modality == "text" else 1)
-    assert np.allclose(read(found), read(wanted), atol=ROUNDING)
+    (ids, embeds), (_, expected) = read_embeddings(found), read_embeddings(wanted)
+    assert len(ids) == len(records) * (2 if modality == "text" else 1)
+    assert np.allclose(embeds, expected, atol=ROUNDING)
     first, second = (EmbeddingManifest.read(folder).fingerprint for folder in (wanted, found))
     assert {name: second[name] for name in first} == first
     assert set(second) - set(first) == {"graph", "tokenizer and settings"}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from embedding_runs import TEXT, embed_texts, make_few_texts
+from embedding_runs import make_few_texts
 from extracting import EXACT, extract_captions
 from indexes import build, save_images
 from tiny import tiny_images
@@ -19,7 +19,6 @@ from modeling_llm2clip.configs.evaluation_config import EvaluatedModel, Evaluati
 from modeling_llm2clip.configs.serve_config import ServeConfig
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.store.store_manifest import StoreManifest
-from modeling_llm2clip.embedding.embedding_manifest import EmbeddingManifest
 from modeling_llm2clip.encoding.precision import DeviceTraits
 from modeling_llm2clip.evaluation.encoders.auto import load_encoder
 from modeling_llm2clip.search.image_index import ImageIndex
@@ -49,15 +48,6 @@ def test_a_store_is_continued_in_its_precision_alone(model: Path, tmp_path: Path
         extract_captions(model, records, rounded)
     with pytest.raises(ValueError, match=BOTH.format(None, "'bfloat16'")):
         extract_captions(model, records, exact, replace(EXACT, precision="bfloat16"))
-
-
-def test_embeddings_are_continued_in_their_precision_alone(model: Path, tmp_path: Path) -> None:
-    records, rounds = make_few_texts(6), replace(TEXT, precision="bfloat16")
-    exact = EmbeddingManifest.read(embed_texts(model, records, tmp_path / "a"))
-    rounded = embed_texts(model, records, tmp_path / "b", rounds)
-    assert EmbeddingManifest.read(rounded).plan == {**exact.plan, **RECORD}
-    with pytest.raises(ValueError, match=BOTH.format("'bfloat16'", None)):
-        embed_texts(model, records, rounded)
 
 
 def test_an_index_gets_further_images_in_its_precision_alone(model: Path, tmp_path: Path) -> None:

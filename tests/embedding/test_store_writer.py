@@ -4,33 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import time
-from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from stores import (
     DIM,
     FINGERPRINT,
     NUM_ROWS,
-    TABLE,
     list_complete_shards,
     make_embeddings,
-    make_plan,
     open_writer,
     write_shard,
     write_store,
 )
 
-from modeling_llm2clip.data.records.record_columns import SCHEMA
-from modeling_llm2clip.data.sealed_manifest import write_sealed
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
-from modeling_llm2clip.data.store.store_index import make_batch
-from modeling_llm2clip.data.store.store_manifest import RECORD_NAME, ShardRecord, StoreManifest
-from modeling_llm2clip.embedding.sharded_writer import read_begun
-from modeling_llm2clip.embedding.store_writer import StoreWriter, begin_store
+from modeling_llm2clip.data.store.store_manifest import StoreManifest
 
 
 def test_a_store_is_opened_when_it_is_complete_and_holds_nothing_but_its_files(
@@ -125,41 +115,6 @@ def test_embeddings_that_the_dtype_cannot_hold_are_refused(tmp_path: Path) -> No
     embeddings[9, 2] = torch.nan
     with pytest.raises(ValueError, match=r"shard 1 of 3: .* first in row 1. The model returns NaN"):
         write_store(tmp_path / "whole", embeddings)
-
-
-@pytest.mark.slow
-def test_a_store_of_100_million_rows_is_completed_and_opened_in_seconds(tmp_path: Path) -> None:
-    """12,500 shards; their files are sparse, as nothing of them is read but heads."""
-    folder, num_rows = tmp_path / "store", 100_000_000
-    plan = make_plan(content="vision_embeds", dtype="float16", dim=4096, rows_per_shard=8000)
-    [records] = TABLE.iterate_columns(SCHEMA.names)
-    last = np.array([0, 1, num_rows - 1])
-    batch = make_batch(records, np.ones(3, np.int32), np.arange(4), last)
-    begin_store(folder, plan, [batch])
-    writer = StoreWriter(folder, read_begun(folder, plan))
-    write_sparse_shards(writer)
-    began = time.monotonic()
-    assert writer.finish()
-    finished = time.monotonic()
-    opened = EmbeddingStore.open(folder)
-    seconds = [finished - began, time.monotonic() - finished]
-    assert opened.manifest.num_rows == num_rows and len(opened.manifest.shards) == 12_500
-    assert max(seconds) < 30, seconds
-
-
-def write_sparse_shards(writer: StoreWriter) -> None:
-    manifest = writer.manifest
-    content, _ = writer.encode(0, torch.zeros(manifest.rows_per_shard, manifest.dim).half())
-    head = content[: len(content) - manifest.rows_per_shard * manifest.row_bytes]
-    of = manifest.hash_causes()
-    for shard in range(manifest.num_shards):
-        file = writer.folder / manifest.name_shard(shard)
-        with file.open("wb") as opened:
-            opened.write(head)
-            opened.truncate(len(content))
-        record = ShardRecord(file.name, len(content), "", manifest.rows_per_shard)
-        sealed = write_sealed({"of": of, **asdict(record)})
-        (writer.folder / RECORD_NAME.format(shard)).write_text(sealed)
 
 
 def test_complete_shards_of_another_plan_are_refused_by_name(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 from made_up_records import make_records
 
 from modeling_llm2clip.configs.encoding_config import EmbedConfig
@@ -29,3 +32,10 @@ def embed_texts(
     model: Path, records: list[CaptionedImage], folder: Path, config: EmbedConfig = TEXT
 ) -> Path:
     return embed(model, records, folder, config, modality="text")
+
+
+def read_embeddings(folder: Path) -> tuple[list[str], np.ndarray[Any, Any]]:
+    """Read ids and embeddings, as any reader of a folder of Parquet files does."""
+    table = pq.read_table(folder)
+    embeddings = table["embedding"].combine_chunks().flatten().to_numpy()
+    return table["id"].to_pylist(), embeddings.reshape(len(table), -1)

@@ -314,14 +314,6 @@ def test_any_part_of_a_file_is_read(
                 read_range(place, len(content) - 5, 9)
 
 
-def test_a_server_without_ranges_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_files, "_BLOCK_BYTES", 1000)
-    folder = write_shards(tmp_path / "data")
-    with ShardServer(folder, ranges=False) as server:
-        with pytest.raises(AccessError, match=r"does not support range requests\. Copy"):
-            load_records(f"{server.url}/00000.tar")
-
-
 def test_what_cannot_be_reached_is_an_error_at_once(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "data")
     with ShardServer(folder) as server:

@@ -136,12 +136,6 @@ def test_the_share_of_lost_shards_holds_however_many_read(num_lost: int, num_rea
         assert stopped == (num_lost > 10) or num_readers > 1
 
 
-def test_a_reader_of_few_shards_stops_at_the_first_lost_one() -> None:
-    content = [[GOOD, GOOD], [END], [GOOD, GOOD]]
-    with pytest.raises(TooManyLostError, match="1 of 3 shards"):
-        list(RecordStream(ListedShards(content), max_lost_share=0.1))
-
-
 @pytest.mark.parametrize("num_readers", [1, 10])
 def test_the_share_of_lost_samples_holds_however_many_read(num_readers: int) -> None:
     """Of 200 samples 20 are lost: as many as 2 % of 1,000, which one reader or ten may lose."""

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from extracting import EXACT, extract_captions
-from interruptions import read_bytes, refusing_for
+from interruptions import read_bytes
 from read_only import read_only
-from stores import list_complete_shards
-from tiny import tiny_model
 
 from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
@@ -59,19 +55,6 @@ def test_duplicates_are_computed_once_and_truncated_captions_counted(
     assert shown in describe_extraction(folder)[0]
     assert store.rows_of(1).tolist() == [store.rows_of(0)[1]] * 2
     assert store.rows_of(1, long=True)[0] == store.rows_of(0, long=True)[0]
-
-
-def test_rows_are_by_first_occurrence(model: Path, tmp_path: Path) -> None:
-    records = [
-        CaptionedImage(None, "x", "x", ("b", "a", "b"), ("one two three",)),
-        CaptionedImage(None, "y", "y", ("one two three", "c")),
-    ]
-    extract_captions(model, records, tmp_path / "store")
-    store = EmbeddingStore.open(tmp_path / "store")
-    assert store.rows_of(0).tolist() == [0, 1, 0] and store.rows_of(0, long=True).tolist() == [2]
-    assert store.rows_of(1).tolist() == [2, 3]
-    numbers = [0, 1, 2, 3, 0, 1]
-    assert store.rows_at([0, 0, 0, 0, 1, 1], numbers).tolist() == [0, 1, 0, 2, 2, 3]
 
 
 def test_a_caption_is_tokenized_once_a_shard_and_the_first_shard_does_not_wait_for_the_others(
@@ -143,36 +126,6 @@ def test_a_complete_store_that_is_read_only_is_taken_as_it_is(
         extract_captions(model, records[:2], folder)
 
 
-@pytest.mark.slow
-def test_another_model_prompt_pooling_length_dtype_or_data_is_refused_with_both_values(
-    model: Path, records: list[CaptionedImage], extracted: Path, tmp_path: Path
-) -> None:
-    folder = shutil.copytree(extracted, tmp_path / "store")
-
-    def refused(parts: Any, data: Any, config: ExtractConfig, *entries: str) -> None:
-        other = model
-        if parts is not None:
-            other = tmp_path / entries[0]
-            parts[0].save_pretrained(other)
-            parts[1].save_pretrained(other)
-        with refusing_for(*entries, folder=folder, content=read_bytes(extracted)):
-            extract_captions(other, data, folder, config)
-
-    changed = tiny_model(max_text_length=128)
-    with torch.no_grad():
-        changed[0].text_model.norm.weight[0] += 0.5
-    refused(changed, records, EXACT, "weights")
-    refused(tiny_model(max_text_length=128, prompt="chatml"), records, EXACT, "prompt", "tokenizer")
-    refused(tiny_model(max_text_length=128, text_pooling="last_token"), records, EXACT, "pooling")
-    tokens = "tokens per batch (batch_size)"
-    refused(tiny_model(max_text_length=127), records, EXACT, "max_text_length", tokens)
-    half = replace(EXACT, store_dtype="float16")
-    refused(None, records, half, "embedding dtype")
-    refused(None, records, replace(EXACT, batch_size=1), tokens)
-    swapped = [records[1], records[0], *records[2:]]
-    refused(None, swapped, EXACT, "data")
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -206,22 +159,6 @@ def test_a_flag_of_the_other_extraction_is_refused(
     assert "jpeg_decoding: only for --modality image" in capsys.readouterr().err
     assert main([*command, "image", "--sentence-views", "2"]) == 2
     assert "sentence_views: only for --modality text" in capsys.readouterr().err
-
-
-def test_a_broken_image_is_named_and_whole_shards_stay(
-    model: Path, images: Path, tmp_path: Path
-) -> None:
-    records = load_records(images)
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no image")
-    with_broken = [*records[:-1], replace(records[-1], image=broken, name="broken.png")]
-    config = replace(EXACT, rows_per_shard=8, batch_size=4)
-    with pytest.raises(ValueError, match=r"broken\.png"):
-        extract(model, with_broken, tmp_path / "store", config, modality="image")
-    assert {0} <= set(list_complete_shards(tmp_path / "store"))
-    with pytest.raises(ValueError, match="batch_size"):  # of other rounding
-        other = replace(config, batch_size=5)
-        extract(model, with_broken, tmp_path / "store", other, modality="image")
 
 
 def test_records_without_images_are_refused_before_the_model_is_loaded(
