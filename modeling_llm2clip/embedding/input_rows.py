@@ -157,7 +157,6 @@ class ImageRows:
         return self._list_images(_space_evenly(len(self._records), size))
 
     def read(self, rows: range) -> pa.Table:
-        """Read `id` and the columns of a shard."""
         names = list(dict.fromkeys(("name", *self._columns)))
         table = pa.Table.from_batches(
             self._records.select(np.asarray(rows)).iterate_columns(names)

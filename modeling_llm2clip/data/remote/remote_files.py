@@ -120,7 +120,6 @@ class RemoteFile:
     _reading: Any = field(default_factory=Lock, init=False)
 
     def try_(self, request: Callable[[], Any]) -> Any:
-        """Make a request for this file, with retries."""
         return try_request(
             self.url, request, self.policy, on_retry=self.on_retry, is_first=self.is_first
         )

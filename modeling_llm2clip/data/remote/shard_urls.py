@@ -135,8 +135,9 @@ def expand_braces(text: str) -> Iterator[str]:
 
 def names_shards(source: str) -> bool:
     """Tell whether a local source is a list of shards, or a pattern with braces."""
-    is_list = find_format(source) == _LIST
-    return is_list or (_BRACES.search(source) is not None and not Path(source).exists())
+    return find_format(source) == _LIST or bool(
+        _BRACES.search(source) and not Path(source).exists()
+    )
 
 
 def has_remote_shards(source: str) -> bool:
@@ -193,8 +194,7 @@ def _read_lines(file: str, policy: RetryPolicy) -> list[str]:
 def _list_local(source: str) -> list[str]:
     path = Path(source)
     if path.is_dir():
-        names = sorted(file.as_posix() for file in path.iterdir())
-        return _choose_format(source, names)
+        return _choose_format(source, sorted(file.as_posix() for file in path.iterdir()))
     if path.is_file():
         return [source]
     _, files = find_local_files(source)

@@ -59,7 +59,6 @@ def read_parquet_file(
     columns: Mapping[str, str] | None = None,
     only: Mapping[str, str] | None = None,
 ) -> Iterator[RawRecord]:
-    """Yield a raw record per row of one file, without reading image bytes."""
     only = only or {}
     opened = _open(file, name, errors)
     if opened is None:

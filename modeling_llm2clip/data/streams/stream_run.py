@@ -120,7 +120,6 @@ class StreamReport:
         return "\n".join(describe_errors(self.problems.counts, self.problems.places))
 
     def merge(self, other: StreamReport) -> None:
-        """Add the counts of another worker."""
         for name, value in other.numbers.items():
             setattr(self, name, getattr(self, name) + value)
         self.problems.extend(other.problems)
