@@ -46,10 +46,10 @@ BUDGETS = {
     "cli": 994,
     "configs": 755,
     "conversion": 542,
-    "data": 4410,
+    "data": 4391,
     "demo": 86,
     "doctor": 1068,
-    "embedding": 1127,
+    "embedding": 1108,
     "encoding": 956,
     "evaluation": 2771,
     "model_folders": 1481,
@@ -60,7 +60,7 @@ BUDGETS = {
     "serving": 1457,
     "training": 4248,
 }
-NUM_FILES = 270
+NUM_FILES = 269
 HEADROOM = 1.02
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 

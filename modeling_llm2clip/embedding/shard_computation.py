@@ -44,6 +44,10 @@ from .sharded_writer import ShardedWriter
 _NAMES_AN_ERROR = re.compile(r"[\w.]+(Error|Exception): ")  # where the error starts in a traceback
 # Errors of an actor that the driver raises again; subclasses first.
 _KINDS = {kind.__name__: kind for kind in (UnreadableImagesError, OSError, ValueError)}
+_UNREADABLE_ADVICE = (
+    "Then run again with a new folder. --check-images decodes every image before computing "
+    "anything."
+)
 _OBJECT_STORE_BYTES = 256 * 2**20  # for shard numbers and records in memory
 
 
@@ -153,7 +157,7 @@ def compute_partition(
     shows = config.show_progress
     with name_unreadable_images(work.rows, writer, source=source, show_progress=shows):
         if plan.engine == "ray":
-            task = replace(plan, source=folder)  # do not send a loaded model
+            task = replace(plan, source=folder)  # do not send a loaded model to actors
             if (taken := work.encoder.plan.get("precision")) in ("float32", "bfloat16"):
                 task = replace(
                     task, config=replace(config, precision=taken)
