@@ -42,8 +42,11 @@ from .parquet_writer import (
     truncate_embeddings,
 )
 from .shard_computation import (
-    ShardWork, compute_partition, name_unreadable_images, open_stops,
-)  # fmt: skip
+    ShardWork,
+    compute_partition,
+    name_unreadable_images,
+    open_stops,
+)
 from .shard_encoding import ShardEncoder, load_shard_encoder
 from .sharded_writer import begin_output, describe_missing, read_begun
 
