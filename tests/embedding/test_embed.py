@@ -263,15 +263,6 @@ def test_partitions_leave_out_the_same_images_or_are_refused(
     assert len(read_embeddings(run("out", skipping, "3/3", 160))[0]) == 8
 
 
-def test_a_loaded_pair_gives_the_embeddings_of_its_folder(
-    whole: Any, records: list[CaptionedImage], embedded: Path, tmp_path: Path
-) -> None:
-    folder = embed(whole, records, tmp_path / "texts", TEXT, modality="text")
-    # The files differ in the name of the model.
-    assert pq.read_table(folder).equals(pq.read_table(embedded))
-    assert {path.name for path in tmp_path.iterdir()} == {"texts"}
-
-
 def test_another_model_prompt_dtype_option_or_dataset_is_refused_with_both_values(
     model: Path, records: list[CaptionedImage], embedded: Path, tmp_path: Path
 ) -> None:
@@ -307,17 +298,6 @@ def test_a_folder_with_other_things_is_refused_before_the_model_is_loaded(
         embed_texts(tmp_path / "no-model", records, tmp_path / "full")
     with pytest.raises(NotADirectoryError, match=r"notes\.txt is not a folder\. Name another"):
         embed_texts(tmp_path / "no-model", records, tmp_path / "full" / "notes.txt")
-
-
-def test_a_damaged_manifest_is_named(
-    model: Path, records: list[CaptionedImage], embedded: Path, tmp_path: Path
-) -> None:
-    folder = shutil.copytree(embedded, tmp_path / "texts")
-    file = folder / "_manifest.json"
-    for damaged in ("{", "{}", file.read_text().replace('"float32"', '"float16"')):
-        file.write_text(damaged)
-        with pytest.raises(ValueError, match=r"_manifest\.json is damaged"):
-            embed_texts(model, records, folder)
 
 
 def test_an_untrained_model_is_refused(records: list[CaptionedImage], tmp_path: Path) -> None:

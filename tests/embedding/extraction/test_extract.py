@@ -13,7 +13,6 @@ from read_only import read_only
 
 from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.configs.encoding_config import ExtractConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
@@ -124,18 +123,6 @@ def test_a_complete_store_that_is_read_only_is_taken_as_it_is(
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     with pytest.raises(ValueError, match=r"1 damaged file: shard-00000.*SHA-256"):
         extract_captions(model, records[:2], folder)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"store_dtype": "int8"}, "store_dtype='int8'"),
-        ({"rows_per_shard": 0, "batch_size": 0}, "batch_size=0: .*rows_per_shard=0"),
-    ],
-)
-def test_impossible_options_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ExtractConfig(**changes)
 
 
 def test_a_partition_that_there_is_not_is_refused(tmp_path: Path) -> None:
