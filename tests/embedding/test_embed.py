@@ -304,7 +304,7 @@ def test_an_untrained_model_is_refused(records: list[CaptionedImage], tmp_path: 
     pair = tiny_model()
     pair[0].config.random_heads = ["text_projection"]
     save_model(*pair, tmp_path / "untrained")
-    with pytest.raises(ValueError, match=r"refused for embed\. It is untrained"):
+    with pytest.raises(ValueError, match=r"refused for embed: it is untrained"):
         embed_texts(tmp_path / "untrained", records, tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
