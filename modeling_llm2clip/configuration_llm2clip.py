@@ -248,9 +248,14 @@ class LLM2CLIPConfig(PreTrainedConfig):
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @property
+    def pools_prompt(self) -> bool:
+        """True if the prompt's prefix and instructions are also pooled."""
+        return TEXT_POOLINGS[self.text_pooling].pools_prompt
+
+    @property
     def num_unpooled(self) -> int:
         """Number of tokens at the start of each text that are not pooled."""
-        return 0 if TEXT_POOLINGS[self.text_pooling].pools_prompt else len(self.prompt_prefix_ids)
+        return 0 if self.pools_prompt else len(self.prompt_prefix_ids)
 
     @property
     def projections_trained(self) -> bool:

@@ -213,7 +213,7 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         num_unpooled = count_unpooled(
             prompt_length,
             num_prefix=len(config.prompt_prefix_ids),
-            pools_prompt=config.num_unpooled < len(config.prompt_prefix_ids),
+            pools_prompt=config.pools_prompt,
             num_suffix=len(config.prompt_suffix_ids),
             suffix_ends_special=config.prompt_suffix_ends_special,
         )

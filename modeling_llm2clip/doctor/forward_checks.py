@@ -127,7 +127,7 @@ def check_pooled_span(tested: ModelUnderTest) -> str:
             )
     if errors:
         raise ValueError(f"{'; '.join(errors[:3])}. Restore prompt_prefix_ids in config.json.")
-    if config.num_unpooled < num_prefix:
+    if config.pools_prompt:
         return "prompt, caption and suffix"
     return f"caption and suffix, after {num_prefix} prompt tokens"
 

@@ -480,7 +480,7 @@ def _list_instructions(
         return instructions, lanes
     for name, text in config.instructions.items():
         lane = "text"
-        if config.num_unpooled == len(config.prompt_prefix_ids):  # the prompt is not pooled
+        if not config.pools_prompt:
             ids = encoder.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
             lane = f"text {name}"
             lanes[lane] = config.num_unpooled + len(ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from modeling_llm2clip.building.build_model import build_model, join_towers
 from modeling_llm2clip.building.pretrained_towers import MINILM, find_tower
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.build_config import BuildConfig
+from modeling_llm2clip.configs.serve_config import ServeConfig
 from modeling_llm2clip.configs.train_config import TrainConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.doctor.check_model import check_model
@@ -36,6 +38,7 @@ from modeling_llm2clip.model_folders.model_folder import find_model_type
 from modeling_llm2clip.model_folders.model_writing import save_model
 from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
+from modeling_llm2clip.serving.service import EmbeddingService
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
 
@@ -217,6 +220,23 @@ def test_prompts_are_found_by_name_and_by_default(tmp_path: Path) -> None:
         assert measure_distance(embeds, encode_with_library(source, prompt_name=shown)) < ROUNDING
     with pytest.raises(ValueError, match=r"has no prompt 'image'; it has .*'query'"):
         join_towers(tiny_vision(), source, replace(OWN, prompt_name="image"))
+
+
+def test_an_instruction_is_pooled_as_the_embedder_pools_it(tmp_path: Path) -> None:
+    """Also if the tokenizer adds no token at the start of a text."""
+    prompts = {"query": "find the query: "}
+    source = tiny_embedder(tmp_path, "Qwen3-Embedding", pooling="mean", prompts=prompts)
+    config = BuildConfig(prompt="own", keep_embeddings=True)
+    model, processor = join_towers(tiny_vision(), source, config)
+    assert not model.config.prompt_prefix_ids
+    model.config.random_heads = []  # only a trained model is served
+    folder = save_model(model, processor, tmp_path / "model", instructions=prompts)
+    wanted = encode_with_library(source, prompt_name="query")
+    assert measure_distance(encode_with_library(folder, prompt_name="query"), wanted) < ROUNDING
+    service = EmbeddingService.open(folder, ServeConfig(device="cpu"))
+    served = asyncio.run(service.embed(TEXTS, prompt_name="query"))
+    service.close()
+    assert measure_distance(torch.from_numpy(served.embeds), wanted) < ROUNDING
 
 
 @pytest.mark.parametrize("prompt", [None, "find the image: "])
