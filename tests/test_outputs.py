@@ -34,7 +34,7 @@ from modeling_llm2clip.search.tag_images import tag_folder
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.finetuning.finetune_llm import finetune_llm
 
-REFUSED = r"cannot be written: \S*file is not a folder\. Name another folder\."
+REFUSED = r"cannot be written: \S*file is not a folder\. Choose another folder\."
 CONVERT = ["--source-format", "openai", "--text-model", "c/d"]
 TAG = ["tag", "MODEL", "DATA", "--labels", "LABELS"]
 COMMANDS = {

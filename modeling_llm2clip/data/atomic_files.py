@@ -1,9 +1,9 @@
 """Files and folders that are complete or absent: written atomically, locked, hashed.
 
-A folder is written into a hidden folder beside the target, `.NAME-` and eight characters. It also
-holds a claim: a file with the target's name, under a lock of the kernel that ends with the process
-that holds it, however that ends. So a claim that nobody locks belongs to a dead writer. Where the
-file system has no `flock`, nothing is claimed and nothing is cleared.
+A folder is written into a hidden folder next to the target, named `.NAME-` plus eight characters.
+The hidden folder also holds a claim: a file that contains the target's name, under a kernel lock
+that ends with its process, even in a crash. An unlocked claim therefore belongs to a dead writer.
+On a file system without `flock`, nothing is claimed and nothing is cleaned up.
 """
 
 from __future__ import annotations
@@ -32,28 +32,26 @@ except ImportError:  # Windows
 _UNFINISHED = ".tmp"
 _CLAIM = ".llm2clip-is-writing"
 _HASHED_AT_ONCE = 2**20  # bytes
-# Bytes of a name; that of a temporary file beside it is 37 longer, and file systems allow 255.
+# In bytes: the name of a temporary file is 37 bytes longer, and file systems allow 255.
 _LONGEST_NAME = 218
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Errors of torch.save and of safetensors (28: no space, 122: quota, 27: file too large).
+# Errors from torch.save and safetensors (28: no space, 122: quota, 27: file too large).
 _WRITE_FAILED = re.compile(
     r"inline_container|PytorchStreamWriter|iostream error|(os error|code:) (28|122|27)\b"
 )
 _FREE_DISK = "Free some space, or write to another disk"
-# Remedy of `explain_full_disk` for a temporary folder.
-FREE_TEMPORARY_FOLDER = (
-    "Free some space, or name another folder for temporary files by the variable TMPDIR"
-)
+# Remedy for `explain_full_disk` if the temporary folder is full.
+FREE_TEMPORARY_FOLDER = "Free some space, or set TMPDIR to another folder for temporary files"
 
 
 def default_cache_folder() -> Path:
-    """Return the folder for files that the package can make again."""
+    """Return the cache folder, for files that the package can recreate."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm2clip"
 
 
 @cache
 def temporary_folder() -> Path:
-    """Return a folder that is removed when this process ends; every call gives the same one."""
+    """Return this process's temporary folder, which is removed when the process ends."""
     parent = Path(tempfile.gettempdir())
     with explain_full_disk(parent, "for temporary files", FREE_TEMPORARY_FOLDER):
         folder = Path(tempfile.mkdtemp(prefix="llm2clip-"))
@@ -63,15 +61,16 @@ def temporary_folder() -> Path:
 
 @contextmanager
 def explain_full_disk(folder: Path, what: str, remedy: str) -> Iterator[None]:
-    """Say what to do when the disk of a folder is full.
+    """Explain what to do if the disk of a folder is full.
 
-    torch and safetensors raise other errors then. An error that names another place stays.
+    torch and safetensors do not raise OSError then. An error about a file outside the folder is
+    re-raised unchanged.
     """
     try:
         yield
     except Exception as error:
         number = getattr(error, "errno", None)
-        # A copy that failed names its source, too.
+        # A failed copy also names its source.
         file = getattr(error, "filename2", None) or getattr(error, "filename", None)
         if not isinstance(error, OSError) and _WRITE_FAILED.search(str(error)):
             number = errno.ENOSPC
@@ -83,45 +82,46 @@ def explain_full_disk(folder: Path, what: str, remedy: str) -> Iterator[None]:
 
 
 def require_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be made or written, before the work for it is done."""
+    """Refuse a folder that cannot be created or written to, before any work is done for it."""
     place = folder.absolute()
     while not os.path.lexists(place):
         if len(os.fsencode(place.name)) > _LONGEST_NAME:
             raise ValueError(
-                f"{folder} cannot be written: the name {place.name} has more than {_LONGEST_NAME} "
+                f"{folder} cannot be written: the name {place.name} is longer than {_LONGEST_NAME} "
                 "bytes. Choose a shorter name."
             )
         place = place.parent
     if not place.is_dir():
         raise NotADirectoryError(
-            f"{folder} cannot be written: {place} is not a folder. Name another folder."
+            f"{folder} cannot be written: {place} is not a folder. Choose another folder."
         )
     if not os.access(place, os.W_OK | os.X_OK):
         raise PermissionError(
-            f"{folder} cannot be written: this process may not write into {place}. Name another "
+            f"{folder} cannot be written: this process may not write into {place}. Choose another "
             "folder, or change its permissions."
         )
 
 
 def require_new_file(file: Path) -> None:
-    """Refuse a file that exists, or cannot be made or written."""
+    """Refuse a file that already exists or cannot be created."""
     if os.path.lexists(file):
-        raise FileExistsError(f"{file} exists. Name a new file, or remove it.")
+        raise FileExistsError(f"{file} already exists. Choose a new file, or remove this one.")
     require_writable(file)
 
 
 def write_atomically(file: Path, content: bytes) -> None:
-    """Write or replace a file as `atomic_file` does."""
+    """Write or replace a file like `atomic_file`."""
     with atomic_file(file, replaces=True) as opened:
         opened.write(content)
 
 
 @contextmanager
 def atomic_file(file: Path, *, replaces: bool = False) -> Iterator[IO[bytes]]:
-    """Yield a file that gets its name when it is complete and synced, or never.
+    """Yield a file that gets its name only once it is complete and synced.
 
-    Several processes may write at once, each beside the target under a name of its own. Unless it
-    `replaces`, a file that has the name by then stays; this one is kept, and the error says where.
+    Several processes may write at once, each to its own temporary file next to the target. Unless
+    `replaces` is true, a file that exists by then is left alone: this one is kept under another
+    name, which the error reports.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     _clear_unfinished(file)
@@ -132,7 +132,7 @@ def atomic_file(file: Path, *, replaces: bool = False) -> Iterator[IO[bytes]]:
             explain_full_disk(file.parent, f"to write {file.name}", _FREE_DISK),
             unfinished.open("xb") as opened,
         ):
-            _lock(opened, shared=False)
+            _try_lock(opened)
             yield opened
             opened.flush()
             os.fsync(opened.fileno())
@@ -141,8 +141,8 @@ def atomic_file(file: Path, *, replaces: bool = False) -> Iterator[IO[bytes]]:
             elif not rename_to_new(unfinished, file):
                 kept = unfinished.rename(file.with_stem(f"{file.stem}-{unique[:8]}"))
                 raise FileExistsError(
-                    f"{file} was written by another process meanwhile. It stays, and what this "
-                    f"process wrote is {kept}."
+                    f"{file} was written by another process in the meantime, so this process kept "
+                    f"its own version as {kept}."
                 )
     finally:
         unfinished.unlink(missing_ok=True)
@@ -150,7 +150,10 @@ def atomic_file(file: Path, *, replaces: bool = False) -> Iterator[IO[bytes]]:
 
 
 def rename_to_new(unfinished: Path, file: Path) -> bool:
-    """Rename a file unless the new name is taken; a file system without links may replace it."""
+    """Rename a file, or return False if the new name is taken.
+
+    On a file system without hard links, a file created at the same moment may be replaced.
+    """
     try:
         os.link(unfinished, file)
     except FileExistsError:
@@ -164,7 +167,7 @@ def rename_to_new(unfinished: Path, file: Path) -> bool:
 
 
 def _clear_unfinished(file: Path) -> None:
-    """Remove what killed writers of a file left: nobody locks it, and it is not just begun."""
+    """Remove temporary files of killed writers: unlocked, and not empty (not just created)."""
     for left in file.parent.glob(f"{glob.escape(file.name)}.{'[0-9a-f]' * 32}{_UNFINISHED}"):
         with suppress(OSError), left.open("rb") as opened:
             if left.stat().st_size and lock_file(opened, shared=True, wait=False):
@@ -172,15 +175,15 @@ def _clear_unfinished(file: Path) -> None:
 
 
 def is_unfinished(file: Path) -> bool:
-    """Tell whether a killed `atomic_file` left this file behind."""
+    """Return whether a killed `atomic_file` left this file behind."""
     return file.name.endswith(_UNFINISHED)
 
 
 def lock_file(opened: IO[Any] | int, *, shared: bool = False, wait: bool = True) -> bool:
-    """Take the kernel's lock on an open file.
+    """Take the kernel's lock on an open file, or return False if another process holds it.
 
-    The lock is released when the file is closed or its process ends, however that happens. Needs
-    a file system with `flock`: Linux or macOS, local or NFS 4.
+    The lock is released when the file is closed or its process ends, even in a crash. Requires a
+    file system with `flock`: Linux or macOS, local or NFS 4.
     """
     if fcntl is None:
         raise OSError(errno.ENOLCK, "This operating system has no flock. Use Linux or macOS")
@@ -194,8 +197,10 @@ def lock_file(opened: IO[Any] | int, *, shared: bool = False, wait: bool = True)
 
 @contextmanager
 def lock_folder(folder: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Make a folder and hold its lock; yield False if another process does, and this one is not to
-    wait. A file system without locks lets everybody in.
+    """Create a folder and hold its lock.
+
+    Yields False if another process holds the lock and `wait` is false. Without flock support, no
+    lock is taken.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor, is_free = os.open(folder, os.O_RDONLY), True
@@ -208,7 +213,10 @@ def lock_folder(folder: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def lock_unless_held(file: Path, opened: IO[Any] | int) -> bool:
-    """Take the lock on an open file that still has its name, if the file system has locks."""
+    """Lock an open file, or return False if another process holds it or its name is gone.
+
+    Without flock support, only the name is checked.
+    """
     with suppress(OSError):
         if not lock_file(opened, wait=False):
             return False
@@ -221,7 +229,7 @@ def lock_unless_held(file: Path, opened: IO[Any] | int) -> bool:
 
 
 def hash_file(file: Path, algorithm: str = "sha256") -> str:
-    """Hash a file; it is read in pieces."""
+    """Hash a file, reading it in chunks."""
     digest = hashlib.new(algorithm)
     with file.open("rb") as opened:
         while piece := opened.read(_HASHED_AT_ONCE):
@@ -230,13 +238,13 @@ def hash_file(file: Path, algorithm: str = "sha256") -> str:
 
 
 def hash_json(value: Any) -> str:
-    """Hash a value that JSON can hold; the order of names in objects does not matter."""
+    """Hash a JSON value, regardless of the order of object keys."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Wait until the content of a file, or the names in a folder, are on disk."""
+    """Flush the content of a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -246,9 +254,9 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder, which becomes the target unless an error is raised inside.
+    """Yield a temporary folder that becomes the target unless an error is raised inside.
 
-    Its files are synced, and get the permissions that the umask gives.
+    Its files are synced and get the umask's default permissions.
     """
     require_new_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -259,18 +267,18 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             explain_full_disk(folder.parent, f"to write {folder.name}", _FREE_DISK),
             (scratch / _CLAIM).open("w", encoding="utf-8") as claim,
         ):
-            if _lock(claim, shared=False):
-                claim.write(folder.name)  # only now: an empty claim is ignored
+            if _try_lock(claim):
+                claim.write(folder.name)  # after locking: an empty claim is ignored
                 claim.flush()
             unfinished.mkdir()
             yield unfinished
             allowed = unfinished.stat().st_mode & 0o777
             for path in unfinished.rglob("*"):
-                if path.is_file():  # safetensors writes for its owner alone
+                if path.is_file():  # only the owner can read what safetensors writes
                     path.chmod((path.stat().st_mode & 0o111 | 0o666) & allowed)
                 sync(path)
             sync(unfinished)
-            _require_empty(folder)  # another process may have begun at the same moment
+            _require_empty(folder)  # another process may have started at the same time
             unfinished.replace(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -278,30 +286,33 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def require_new_folder(folder: Path, *, is_renamed: bool = True) -> None:
-    """Refuse a folder that exists and is not empty, cannot be made, or is being written.
+    """Refuse a folder that is not empty, cannot be created or is being written.
 
-    A temporary folder beside it gets the name at the end, unless `is_renamed` is false.
+    Also refuses links and mounts, which a temporary folder cannot replace, unless `is_renamed` is
+    false.
     """
     require_writable(folder.parent if os.path.lexists(folder) else folder)
     _require_empty(folder)
     if is_renamed and (folder.is_symlink() or os.path.ismount(folder) or not folder.name):
         raise FileExistsError(
-            f"{folder} is a link, a mount or the current folder, which no new folder can replace. "
-            f"Name a folder below it, such as {folder / 'model'}."
+            f"{folder} is a link, a mount or the current folder, which cannot be replaced. Choose "
+            f"a folder inside it, such as {folder / 'model'}."
         )
     clear_leftovers(folder)
 
 
 def _require_empty(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not empty. Name a new folder, or remove it.")
+        raise FileExistsError(
+            f"{folder} exists and is not empty. Choose a new folder, or remove this one."
+        )
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what killed writers of this folder left; refuse one that a living process writes.
+    """Remove what killed writers of this folder left; refuse it if a live process is writing it.
 
-    Any other hidden folder beside it is kept: one without a claim, or claimed for another target.
-    Several processes may clear at once.
+    Hidden folders without a claim, or with a claim for another target, are kept. Several processes
+    may clean up at once.
     """
     for claim in folder.parent.glob(f".{glob.escape(folder.name)}-*/{_CLAIM}"):
         is_abandoned = None if claim.parent.is_symlink() else _is_abandoned(claim, folder.name)
@@ -309,26 +320,26 @@ def clear_leftovers(folder: Path) -> None:
             shutil.rmtree(claim.parent, ignore_errors=True)
         elif is_abandoned is False:
             raise FileExistsError(
-                f"{folder} is being written by another process. Wait until it has ended, or name "
-                "a new folder."
+                f"{folder} is being written by another process. Wait until it has finished, or "
+                "choose a new folder."
             )
 
 
 def _is_abandoned(claim: Path, name: str) -> bool | None:
-    """Tell whether the writer of a claim has died; None for a claim that is none on this name."""
+    """Return whether a claim's writer has died; None if the claim is for another target."""
     try:
         with claim.open(encoding="utf-8") as opened:
             if opened.read() != name:
                 return None
             is_free = lock_file(opened, shared=True, wait=False)
-            return is_free if claim.exists() else None  # its writer may have finished in between
-    except OSError:  # so may one that removed the claim; or it is another user's
+            return is_free if claim.exists() else None  # the writer may have just finished
+    except OSError:  # the claim was just removed, or is another user's
         return None
 
 
-def _lock(file: IO[Any], *, shared: bool) -> bool:
-    """Lock an open file; False if another process has locked it, or nothing can."""
+def _try_lock(file: IO[Any]) -> bool:
+    """Lock an open file; False if another process has locked it, or without flock support."""
     try:
-        return lock_file(file, shared=shared, wait=False)
+        return lock_file(file, wait=False)
     except OSError:
         return False

@@ -1,4 +1,4 @@
-"""Groups and counts of 64-bit keys that come in pieces, without holding all of them in memory."""
+"""Groups and counts 64-bit keys that arrive in chunks, without holding all of them in memory."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 Array: TypeAlias = np.ndarray[Any, Any]
 Chunks: TypeAlias = Callable[[], Iterable[Array]]
 
-# Each pass reads all keys and holds those of one range, at about 40 bytes per key: few passes are
+# Each pass reads all keys and holds one range of them, at about 40 bytes per key: few passes are
 # fast, many passes need little memory.
 _FEW_KEYS = 2**17  # compared in one pass
-_FEW_PASSES = 8  # as long as no range has more than
+_FEW_PASSES = 8  # unless a range would have more keys than:
 _MANY_KEYS = 2**21
 _MOST_PASSES = 32
 
 
 def find_first_rows(chunks: Chunks, num_rows: int) -> Array:
-    """Find the row in which the key of each row occurs first, (N,) int32 or int64.
+    """Return for each row the first row with the same key, (N,) int32 or int64.
 
-    The keys are read several times: each time, the rows of one range of keys are compared.
+    The keys are read several times; each pass compares one range of keys.
     """
     dtype = np.int32 if num_rows <= np.iinfo(np.int32).max else np.int64
     first = np.empty(num_rows, dtype)
@@ -34,12 +34,11 @@ def find_first_rows(chunks: Chunks, num_rows: int) -> Array:
 
 
 def count_distinct(chunks: Chunks, num_keys: int) -> int:
-    """Count the different keys."""
     return sum(len(np.unique(keys)) for keys, _ in iterate_ranges(chunks, num_keys, np.int64))
 
 
 def sort_rows(values: Array) -> Array:
-    """Sort row numbers by (N,) values from 0 to 2^31 - 1, then by number, with little memory."""
+    """Sort row numbers by (N,) values from 0 to 2^31 - 1, then by number, using little memory."""
     if len(values) > np.iinfo(np.int32).max:
         return np.argsort(values, kind="stable")
     codes = values.astype(np.int64)
@@ -51,7 +50,7 @@ def sort_rows(values: Array) -> Array:
 
 
 def group_positions(numbers: Array) -> Iterator[tuple[int, Array]]:
-    """Yield the distinct numbers in (N,) of them, and the positions of each, both ascending."""
+    """Yield each distinct number of an (N,) array with its positions, both ascending."""
     order = np.argsort(numbers, kind="stable")
     distinct, starts = np.unique(numbers[order], return_index=True)
     stops = [*starts[1:].tolist(), len(numbers)]
@@ -59,8 +58,8 @@ def group_positions(numbers: Array) -> Iterator[tuple[int, Array]]:
         yield number, order[start:stop]
 
 
-def is_among(keys: Array, sorted_keys: Array) -> Array:
-    """Tell for each key, (N,) bool, whether it is one of `sorted_keys`, which ascend."""
+def contains_keys(sorted_keys: Array, keys: Array) -> Array:
+    """Return whether `sorted_keys`, which ascend, contain each of (N,) keys: (N,) bool."""
     if not len(sorted_keys):
         return np.zeros(len(keys), np.bool_)
     positions = np.searchsorted(sorted_keys, keys).clip(max=len(sorted_keys) - 1)
@@ -70,7 +69,7 @@ def is_among(keys: Array, sorted_keys: Array) -> Array:
 def iterate_ranges(
     chunks: Chunks, num_keys: int, dtype: Any = np.int64
 ) -> Iterator[tuple[Array, Array]]:
-    """Yield the keys of each range of their first bits, and their row numbers.
+    """Yield keys and their row numbers, one range of leading key bits at a time.
 
     The ranges depend on the number of keys, not on their order.
     """

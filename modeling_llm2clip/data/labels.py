@@ -1,12 +1,12 @@
-"""Reads labels of images, and their prompts, without torch: an invalid file is reported at once.
+"""Reads image labels and their prompts without importing torch, so errors appear at once.
 
 | file | content |
 | --- | --- |
 | `*.json` | a list of labels, or an object: label to prompt or list of prompts |
-| `*.csv` | columns `label` and, where wanted, `prompt`; a label may have several rows |
+| `*.csv` | columns `label` and optionally `prompt`; a label may have several rows |
 | any other | one label per line |
 
-A label without prompts is put into every template.
+A label without prompts is inserted into every template.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Label:
 
 
 def read_labels(file: Path, *, templates: Sequence[str] = ("{}",)) -> list[Label]:
-    """Read a file of labels in UTF-8, in its order; templates have one `{}` for the label."""
+    """Read a UTF-8 file of labels, in order; each template has one `{}` for the label."""
     check_templates(templates)
     try:
         prompts_of = _parse(file)
@@ -48,7 +48,9 @@ def read_labels(file: Path, *, templates: Sequence[str] = ("{}",)) -> list[Label
         message = str(error).removeprefix(f"{file} ")
         raise ValueError(f"{file}: {message}") from error
     if list(templates) != ["{}"] and all(prompts for _, prompts in prompts_of):
-        raise ValueError(f"{file}: every label has its own prompts. Leave the templates out.")
+        raise ValueError(
+            f"{file}: every label has its own prompts, so no template is used. Leave them out."
+        )
     return _fill_templates(prompts_of, templates)
 
 
@@ -61,10 +63,12 @@ def make_labels(names: Sequence[str], *, templates: Sequence[str] = ("{}",)) -> 
 
 def check_templates(templates: Sequence[str]) -> None:
     if not templates:
-        raise ValueError("There is no template. Give at least one, such as {}.")
+        raise ValueError("There is no template. Pass at least one, such as '{}'.")
     broken = [text[:_SHOWN_CHARACTERS] for text in templates if text.count("{}") != 1][:_SHOWN]
     if broken:
-        raise ValueError(f"Templates without exactly one {{}}: {broken}. Put it where labels go.")
+        raise ValueError(
+            f"Templates without exactly one {{}}: {broken}. Put it where the label goes."
+        )
 
 
 def _fill_templates(
@@ -90,28 +94,25 @@ def _parse_labels(text: str) -> list[tuple[str, list[str]]]:
     if isinstance(content, list):
         return [(_require_text(name), []) for name in content]
     if isinstance(content, dict):
-        content = parse_object(text.encode())  # which also notices a repeated label
+        content = parse_object(text.encode())  # also detects repeated labels
         if isinstance(content, str):
             raise ValueError(f"{content}. Keep one of each.")
-        return [(name.strip(), _list_prompts(prompts)) for name, prompts in content.items()]
+        lists = ((name, p if isinstance(p, list) else [p]) for name, p in content.items())
+        return [(name.strip(), list(map(_require_text, prompts))) for name, prompts in lists]
     raise ValueError(
-        f"found {type(content).__name__}; write a list of labels, or an object: label to prompts."
+        f"found {type(content).__name__}. Write a list of labels, or an object: label to prompts."
     )
-
-
-def _list_prompts(prompts: Any) -> list[str]:
-    return [_require_text(text) for text in (prompts if isinstance(prompts, list) else [prompts])]
 
 
 def _require_text(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{value!r} is {type(value).__name__}; write each label as a string.")
+        raise ValueError(f"{value!r} is {type(value).__name__}. Write it as a string.")
     return value.strip()
 
 
 def _check_columns(columns: list[str]) -> None:
     if "label" not in columns or set(columns) - {"label", "prompt"}:
-        raise ValueError(f"the columns are {columns}; name them label, or label and prompt.")
+        raise ValueError(f"the columns are {columns}. Name them label, or label and prompt.")
 
 
 def _parse_csv(file: Path) -> list[tuple[str, list[str]]]:
@@ -122,7 +123,7 @@ def _parse_csv(file: Path) -> list[tuple[str, list[str]]]:
             raise ValueError(f"line {line} has a blank label. Fill it in, or remove the line.")
         if name in prompts_of and not (prompt and prompts_of[name]):
             raise ValueError(
-                f"line {line} repeats the label {name!r}; give each of its rows its own prompt."
+                f"line {line} repeats the label {name!r}. Give each of its rows its own prompt."
             )
         prompts_of.setdefault(name, []).extend([prompt] if prompt else [])
     return list(prompts_of.items())
@@ -130,7 +131,7 @@ def _parse_csv(file: Path) -> list[tuple[str, list[str]]]:
 
 def _check(prompts_of: Sequence[tuple[str, Iterable[str]]]) -> None:
     if not prompts_of:
-        raise ValueError("there is no label. Write one per line.")
+        raise ValueError("there are no labels. Write one per line.")
     counts = Counter(name for name, _ in prompts_of)
     if twice := [name for name, count in counts.items() if count > 1]:
         shown = f"{counted(len(twice), 'repeated label')}: {twice[:_SHOWN]}"

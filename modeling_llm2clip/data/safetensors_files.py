@@ -13,15 +13,14 @@ from ..loading_llm2clip import open_safetensors
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """Read the metadata of a safetensors file."""
     with open_safetensors(file) as opened:
         return opened.metadata() or {}
 
 
 def serialize_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Serialize tensors so that the same content gives the same bytes in every process.
+    """Serialize tensors so the same content gives the same bytes in every process.
 
-    safetensors itself writes several entries of metadata in a random order.
+    safetensors itself writes metadata entries in random order.
     """
     content = save(dict(tensors), metadata=dict(metadata))
     end = 8 + int.from_bytes(content[:8], "little")
@@ -35,7 +34,7 @@ def serialize_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 def iterate_tensors(
     files: Iterable[Path], *, prefix: str = "", base: Path | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of safetensors files by name; one is in memory at a time."""
+    """Yield the tensors of safetensors files in order of name, one in memory at a time."""
     files_of: dict[str, tuple[Path, str]] = {}
     for file in files:
         folder = Path() if base is None else file.parent.relative_to(base)
@@ -50,6 +49,6 @@ def iterate_tensors(
             if full_name.startswith(prefix):
                 files_of[full_name] = (file, name)
     for full_name, (file, name) in sorted(files_of.items()):
-        # Opened anew for each tensor, so that the memory of those before is given back.
+        # Reopened for each tensor, to free the memory of the previous one.
         with open_safetensors(file) as opened:
             yield full_name, opened.get_tensor(name)

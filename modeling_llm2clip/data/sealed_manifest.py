@@ -1,7 +1,7 @@
-"""Sealed JSON objects, and the digests of the files beside them.
+"""Sealed JSON objects, and digests of the files next to them.
 
-Each output has one manifest that lists its files by size and SHA-256 and ends with a SHA-256 of
-itself. So an edited or damaged manifest is refused, and every damaged file is found and named.
+Each output has one manifest, which lists every file's size and SHA-256 and ends with a SHA-256 of
+itself. An edited or damaged manifest is refused, and every damaged file is detected and named.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _OWN_HASH = "sha256_of_this_file"
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file of an output.
+    """The size and digest of an output file.
 
     Attributes:
-        file: Its path below the folder of the output.
-        bytes: Its size.
-        sha256: Its digest.
+        file: Path relative to the output folder.
+        bytes: Size of the file.
+        sha256: SHA-256 of its content.
     """
 
     file: str
@@ -37,14 +37,14 @@ class FileRecord:
 
 
 def record_file(folder: Path, file: str) -> FileRecord:
-    """Record the size and the digest of a file in a folder."""
+    """Record the size and digest of a file in a folder."""
     return FileRecord(file, (folder / file).stat().st_size, hash_file(folder / file))
 
 
 def list_damage(
     folder: Path, records: Iterable[FileRecord], *, sizes_only: bool = False
 ) -> list[str]:
-    """Compare files with their records in threads; return a message per damaged file."""
+    """Compare files with their records, in threads; return one message per damaged file."""
     with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
         messages = pool.map(partial(_find_damage, folder, sizes_only=sizes_only), records)
         return [message for message in messages if message]
@@ -62,7 +62,7 @@ def _find_damage(folder: Path, record: FileRecord, *, sizes_only: bool) -> str:
 
 
 def list_differences(stored: Mapping[str, object], planned: Mapping[str, object]) -> list[str]:
-    """List the entries in which an output differs from the planned one, with both values."""
+    """List the entries in which an output differs from the plan, with both values."""
     return [
         f"{name}: {stored.get(name)!r} in the store, {planned.get(name)!r} now"
         for name in sorted(set(stored) | set(planned))
@@ -71,16 +71,18 @@ def list_differences(stored: Mapping[str, object], planned: Mapping[str, object]
 
 
 def write_sealed(content: Mapping[str, Any]) -> str:
-    """Write an object as JSON with a hash of itself."""
+    """Serialize an object as JSON that includes its own hash."""
     return json.dumps({**content, _OWN_HASH: hash_json(content)}, indent=2) + "\n"
 
 
 def read_sealed(text: str) -> dict[str, Any]:
-    """Read an object that `write_sealed` wrote, without its hash."""
+    """Parse JSON from `write_sealed`, verify its hash and return the object without it."""
     sealed = parse_json(text)
     if not isinstance(sealed, dict):
         raise ValueError(f"it holds {type(sealed).__name__}, not an object")
     content = {name: value for name, value in sealed.items() if name != _OWN_HASH}
     if (digest := hash_json(content)) != sealed.get(_OWN_HASH):
-        raise ValueError(f"its content has the SHA-256 {digest}, it says {sealed.get(_OWN_HASH)}")
+        raise ValueError(
+            f"its content has the SHA-256 {digest}, not {sealed.get(_OWN_HASH)} as recorded"
+        )
     return content

@@ -1,4 +1,4 @@
-"""Collects the errors of a dataset, so that all are reported at once and before anything costly."""
+"""Collects the errors of a dataset, so all are reported at once, before any expensive work."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _NO_COLUMN = "no column '"
 
 
 class DataValidationError(ValueError):
-    """A dataset has errors: how many of each kind, and where the first of them are.
+    """A dataset has errors; the message counts each kind and locates the first ones.
 
     Args:
         source: Name or path of the dataset.
-        counts: Kind of error to how many there are.
-        places: Kind of error to the first places, such as `captions.jsonl line 3`.
-        advice: Further advice; may be empty.
+        counts: Number of errors of each kind.
+        places: First locations of each kind of error, such as `captions.jsonl line 3`.
+        advice: Additional advice; may be empty.
 
     Attributes:
         source: Name or path of the dataset.
-        counts: Kind of error to how many there are.
-        places: Kind of error to the first places.
-        advice: Further advice.
+        counts: Number of errors of each kind.
+        places: First locations of each kind of error.
+        advice: Additional advice.
     """
 
     def __init__(
@@ -44,22 +44,22 @@ class DataValidationError(ValueError):
         lines += describe_errors(self.counts, self.places)
         lines.append("Correct or remove these; nothing was skipped.")
         if any(kind.startswith("unknown field") for kind in self.counts):
-            lines.append("Name a field that is meant to be there: ignore_fields.")
+            lines.append("If a field is intentional, list it in ignore_fields.")
         if any(kind.startswith(_NO_COLUMN) for kind in self.counts):
             lines.append(
-                "Write the columns into those files too; null says that a record has no such field."
+                "Add the columns to those files, with null where a record has no such field."
             )
         if advice:
             lines.append(advice)
         super().__init__("\n".join(lines))
 
     def __reduce__(self) -> tuple[type[DataValidationError], tuple[object, ...]]:
-        # Pickle would call the class with the message alone.
+        # Pickle would call the class with only the message.
         return DataValidationError, (self.source, self.counts, self.places, self.advice)
 
 
 def describe_errors(counts: Mapping[str, int], places: Mapping[str, Sequence[str]]) -> list[str]:
-    """Describe errors in a line per kind: how many there are, and where the first of them are."""
+    """Describe errors, one line per kind: how many there are and where the first ones are."""
     return [
         f"  {kind}: {count} ({', '.join(places[kind])}{', …' if count > len(places[kind]) else ''})"
         for kind, count in counts.items()
@@ -68,16 +68,15 @@ def describe_errors(counts: Mapping[str, int], places: Mapping[str, Sequence[str
 
 @dataclass
 class ErrorCollector:
-    """Counts errors and rows that are not records, by kind; keeps the first places of each."""
+    """Counts errors and skipped rows by kind, and keeps the first locations of each error."""
 
     counts: Counter[str] = field(default_factory=Counter)
     places: dict[str, list[str]] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
-    # Names of columns to how many files have exactly these, and the first of the files.
+    # Column names → number of files with exactly these columns, and the first of the files.
     _files: dict[tuple[str, ...], tuple[int, list[str]]] = field(default_factory=dict, init=False)
 
     def add(self, kind: str, place: str) -> None:
-        """Add one error."""
         self._add_all(kind, 1, [place])
 
     def _add_all(self, kind: str, count: int, first: Sequence[str]) -> None:
@@ -86,11 +85,11 @@ class ErrorCollector:
         places += first[: _PLACES_SHOWN - len(places)]
 
     def skip(self, reason: str) -> None:
-        """Count a row of the source that is not a record, which is not an error."""
+        """Count a source row that is not a record; this is not an error."""
         self.skipped[reason] += 1
 
     def note_columns(self, columns: Iterable[str], file: str) -> None:
-        """Note the columns of a file, which are compared by `compare_columns`."""
+        """Note the columns of a file, for `compare_columns`."""
         self._note_files(tuple(sorted(columns)), 1, [file])
 
     def _note_files(self, columns: tuple[str, ...], count: int, files: Sequence[str]) -> None:
@@ -98,9 +97,9 @@ class ErrorCollector:
         self._files[columns] = before + count, [*first, *files][:_PLACES_SHOWN]
 
     def compare_columns(self, ignored: Iterable[str] = ()) -> None:
-        """Add the files that lack a column which another file of the source has.
+        """Add an error for each file that lacks a column that another file has.
 
-        Their records would silently get the default of a field that was forgotten.
+        Otherwise its records would silently get the default of a forgotten field.
         """
         for column in sorted(
             {column for columns in self._files for column in columns} - {*ignored}
@@ -113,7 +112,6 @@ class ErrorCollector:
         self._files.clear()
 
     def extend(self, other: ErrorCollector) -> None:
-        """Add the errors of another collector."""
         for kind, count in other.counts.items():
             self._add_all(kind, count, other.places[kind])
         self.skipped.update(other.skipped)
@@ -121,16 +119,15 @@ class ErrorCollector:
             self._note_files(columns, count, files)
 
     def without(self, *kinds: str) -> ErrorCollector:
-        """Return a collector of the other errors."""
+        """Return a collector of all other errors."""
         kept = Counter({kind: n for kind, n in self.counts.items() if kind not in kinds})
         return ErrorCollector(kept, {kind: [*self.places[kind]] for kind in kept})
 
     @property
     def total(self) -> int:
-        """Number of errors."""
         return self.counts.total()
 
     def raise_if_any(self, source: str, *, advice: str = "") -> None:
-        """Raise everything that was collected."""
+        """Raise all collected errors as one `DataValidationError`."""
         if self.counts:
             raise DataValidationError(source, self.counts, self.places, advice)

@@ -17,12 +17,11 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from .._suggestions import counted
 from ..configs.encoding_config import EmbeddingColumn
-from ..data.captions.caption_columns import flatten_captions
 from ..data.captions.sentence_views import add_views
 from ..data.images.image_sources import ImageSource
 from ..data.key_arrays import Array, count_distinct
+from ..data.records.record_columns import CAPTION_COLUMNS, flatten_captions
 from ..data.records.record_table import (
-    CAPTION_COLUMNS,
     RecordTable,
     find_first_records,
     require_images,

@@ -153,7 +153,7 @@ def test_a_folder_that_cannot_be_replaced_is_refused_before_anything_is_written(
     (tmp_path / "link").symlink_to(place)
     (tmp_path / "dangling").symlink_to(tmp_path / "absent")
     monkeypatch.chdir(place if name == "." else tmp_path)
-    with pytest.raises(FileExistsError, match=r"link, a mount or the current folder.*Name a fol"):
+    with pytest.raises(FileExistsError, match=r"link, a mount or the current folder.*Choose a fol"):
         require_new_folder(Path(name))
     require_new_folder(Path(name), is_renamed=False)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["dangling", "link", "place"]

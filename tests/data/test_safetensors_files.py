@@ -97,8 +97,12 @@ def test_named_embeddings_are_read_as_they_were_written(tmp_path: Path) -> None:
     [
         (["a", "b"], torch.tensor([[1.0], [float("nan")]]), r"infinity in 1 embedding: b"),
         (["a", "a"], torch.ones(2, 3), r"1 repeated name: a"),
-        (["a"], torch.ones(2, 3), r"shape \(2, 3\) must have one row for each of the 1 names"),
-        (["a"], torch.ones(1, 3, dtype=torch.int64), r"torch\.int64; give floating-point"),
+        (
+            ["a"],
+            torch.ones(2, 3),
+            r"shape \(2, 3\) must be 2-D, with one row for each of the 1 names",
+        ),
+        (["a"], torch.ones(1, 3, dtype=torch.int64), r"torch\.int64, not floating-point"),
     ],
 )
 def test_broken_embeddings_are_refused(
@@ -113,7 +117,9 @@ def test_broken_embeddings_are_refused(
 def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
     file = side_file(tmp_path, "texts")
     save_file({"weight": torch.ones(2)}, file)
-    with pytest.raises(ValueError, match=r"must hold a tensor 'embeddings'.*It holds weight and"):
+    with pytest.raises(
+        ValueError, match=r"must have a tensor 'embeddings'.*It has the tensors weight and"
+    ):
         read_named_embeddings(file)
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(ValueError, match=r"truncated or damaged"):

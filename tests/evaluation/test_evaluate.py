@@ -421,7 +421,7 @@ def test_an_output_that_cannot_take_the_results_is_refused_first(
     sources: Any, data: str, tmp_path: Path
 ) -> None:
     (tmp_path / "taken").write_text("mine")
-    with pytest.raises(NotADirectoryError, match=r"taken is not a folder\. Name another folder"):
+    with pytest.raises(NotADirectoryError, match=r"taken is not a folder\. Choose another folder"):
         evaluate(**arguments(tmp_path / "taken", data, sources("clip")))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.json").write_text("[]")

@@ -43,7 +43,7 @@ def test_every_command_that_writes_has_a_row() -> None:
 
 
 def test_a_message_that_names_its_cause_is_a_refusal_and_others_are_not() -> None:
-    named = "\nllm2clip tag: /tmp/tags.csv exists. Name a new file, or remove it.\n"
+    named = "\nllm2clip tag: /tmp/tags.csv already exists. Choose a new file, or remove this one.\n"
     for code, log, outcome in (
         (2, named, "refused_by_name"),
         (1, named, "unnamed"),

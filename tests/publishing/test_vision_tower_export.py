@@ -117,7 +117,7 @@ def test_a_tower_whose_images_are_cropped_brings_the_code_of_the_crop(tmp_path: 
 
 def test_a_folder_that_is_not_empty_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("mine")
-    with pytest.raises(FileExistsError, match="Name a new folder"):
+    with pytest.raises(FileExistsError, match="Choose a new folder"):
         export_vision_tower(tmp_path / "not even looked for", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 

@@ -269,10 +269,10 @@ def test_templates_that_no_label_uses_are_refused(tmp_path: Path) -> None:
     ("name", "text", "error"),
     [
         ("l.txt", "dog\ncat\ndog\n", r"l\.txt: 1 repeated label: \['dog'\]"),
-        ("l.txt", "\n \n", "there is no label"),
+        ("l.txt", "\n \n", "there are no labels"),
         ("l.json", "{", "Expecting property name"),
-        ("l.json", "3", "found int; write a list of labels"),
-        ("l.json", '["dog", 3]', "3 is int; write each label as a string"),
+        ("l.json", "3", "found int. Write a list of labels"),
+        ("l.json", '["dog", 3]', "3 is int. Write it as a string"),
         ("l.json", '{"dog": "a", "dog": "b"}', "dog"),
         ("l.json", '{"dog": " "}', "a prompt of 'dog' is blank"),
         ("l.json", '["dog", " "]', "label number 2 is blank"),
@@ -306,7 +306,7 @@ def test_invalid_labels_are_refused_before_the_model_is_looked_at(
         (("--top-k", "0"), "--top-k 0: Input should be greater than or equal to 1."),
         (("--threshold", "30"), "--threshold 30.0: Input should be less than or equal to 1."),
         (("--output", "tags.txt"), "must end in .csv or .jsonl"),
-        (("--output", "labels.jsonl"), "labels.jsonl exists"),
+        (("--output", "labels.jsonl"), "labels.jsonl already exists"),
     ],
 )
 def test_invalid_flags_are_refused_before_the_model_is_looked_at(

@@ -1,1 +1,1 @@
-"""Captions: groups and pairs of them, and those that others published."""
+"""Captions: groups, text pairs and sentence views."""

@@ -1,4 +1,4 @@
-"""Groups of captions of the same thing, as columns: what a language model is fine-tuned on."""
+"""Groups of captions of the same thing, as columns: the data that fine-tunes a language model."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from ..._suggestions import counted
-from ..key_arrays import Array, is_among, sort_rows
+from ..key_arrays import Array, contains_keys, sort_rows
+from ..records.record_columns import locate_captions
 from ..records.record_table import RecordTable
 from ..records.records import CaptionedImage
-from .caption_columns import locate_captions
 
 _ROWS_AT_ONCE = 2**13
 _ERRORS_SHOWN = 5
 _COLUMNS = ("group_key", "captions", "long_captions", "text_keys", "group_id")
 _WITHOUT_PAIRS = (
-    "Data without second captions needs no fine-tuning: build the model from a fine-tuned LLM (a "
-    "released one, or with the LoRA of one by llm2clip build --lora), or skip this stage and "
-    "continue with llm2clip extract."
+    "Without second captions, skip fine-tuning: build the model from an LLM that is already "
+    "fine-tuned (a released one, or its LoRA with llm2clip build --lora), or continue with "
+    "llm2clip extract."
 )
 
 
 @dataclass(frozen=True)
 class CaptionGroup:
-    """All different captions of one group, in one or several languages, short and long."""
+    """All distinct captions of one group, short and long, in all of its languages."""
 
     group_id: str
     captions: tuple[str, ...]
@@ -36,13 +36,14 @@ class CaptionGroup:
 
 @dataclass(frozen=True)
 class GroupBatch:
-    """The captions of some whole groups, each text once per group.
+    """The captions of several complete groups, each text once per group.
 
     Attributes:
-        counts: (G,) int64, captions of each group, at least two.
+        counts: (G,) int64, number of captions of each group, at least two.
         keys: (T,) int64, key of each caption, group by group.
-        positions: (T,) int64, where each caption is in `texts`, the second after the first.
-        texts: All captions of the records that were read, and all their long captions.
+        group_ids: (G,) strings, the id of each group.
+        positions: (T,) int64, position of each caption in the two arrays of `texts`, concatenated.
+        texts: All short captions of the batch's records, and all their long captions.
     """
 
     counts: Array
@@ -52,7 +53,7 @@ class GroupBatch:
     texts: tuple[pa.Array, pa.Array]
 
     def take_texts(self, numbers: Array | None = None) -> pa.Array:
-        """Return captions."""
+        """Return the captions with these numbers (0 to T - 1), or all of them."""
         positions = self.positions if numbers is None else self.positions[numbers]
         short, long = self.texts
         texts = pa.concat_arrays([short, long]) if len(long) else short
@@ -61,18 +62,19 @@ class GroupBatch:
 
 @dataclass(eq=False)
 class CaptionGroups(Iterable[CaptionGroup]):
-    """Groups of at least two captions, which are read in batches and never held.
+    """Groups of at least two captions, read in batches and never held in memory.
 
-    Texts are compared by their 64-bit keys. Of two different captions of one group with the same
-    key, one is not used: the odds are below one to a hundred million for a billion captions.
+    Texts are compared by their 64-bit keys. If two different captions of a group have the same key,
+    one of them is not used. With a billion captions, the odds are below one in a hundred million.
 
     Attributes:
-        records: Records in which those of one group follow one another.
-        num_pairs: Number of pairs in which each caption is once, and the last of an odd number
-            beside another one of its group.
-        chosen: (groups of at least two captions,) bool, those that are meant; None for all.
-        left_out: Ascending keys of captions that are left out; groups with fewer than two others
-            are left out too.
+        records: Records, in which each group is contiguous.
+        num_groups: Number of groups.
+        num_pairs: Number of pairs when every caption is used once. In a group with an odd number,
+            the last caption is paired with one that is already used.
+        chosen: (groups of at least two captions,) bool, which of the groups to use; None for all.
+        left_out: Ascending keys of captions to leave out, along with every group that then has
+            fewer than two.
     """
 
     records: RecordTable
@@ -95,7 +97,7 @@ class CaptionGroups(Iterable[CaptionGroup]):
                 start += count
 
     def iterate_batches(self) -> Iterator[GroupBatch]:
-        """Yield the groups in batches, in the order of their first records."""
+        """Yield the groups in batches, ordered by their first records."""
         number = 0
         for batch in iterate_whole_groups(self.records):
             group, keys, positions = list_distinct_texts(batch)
@@ -106,7 +108,7 @@ class CaptionGroups(Iterable[CaptionGroup]):
                 group, keys, positions = _select(self.chosen[numbers], group, keys, positions)
             if self.left_out is not None:
                 group, keys, positions = _select(
-                    ~is_among(keys, self.left_out), group, keys, positions
+                    ~contains_keys(self.left_out, keys), group, keys, positions
                 )
                 group, keys, positions = _select(_is_of_several(group), group, keys, positions)
             if not len(group):
@@ -122,7 +124,11 @@ class CaptionGroups(Iterable[CaptionGroup]):
             )
 
     def hold_out(self, count: int, *, seed: int) -> tuple[CaptionGroups, list[CaptionGroup], int]:
-        """Hold out groups at random; training loses the captions that they share with it."""
+        """Hold out random groups, and leave their captions out of training.
+
+        Returns the training groups, the held-out groups, and how many captions training loses in
+        the other groups.
+        """
         assert self.chosen is None and self.left_out is None
         if not 2 <= count <= len(self) - 2:
             raise ValueError(
@@ -144,40 +150,40 @@ class CaptionGroups(Iterable[CaptionGroup]):
         train.num_groups, train.num_pairs = num_groups, num_pairs
         if num_groups < 2:
             raise ValueError(
-                "Nearly every caption to train on is also one of a held-out image. Give more "
-                "images, or images that show the same thing the same group_id."
+                "Almost every training caption also belongs to a held-out image. Add images, or "
+                "give images of the same thing the same group_id."
             )
         return train, list(test), num_texts
 
 
 def group_captions(records: Sequence[CaptionedImage]) -> CaptionGroups:
-    """Collect the captions of each group."""
+    """Group the captions; refuse groups with only one."""
     groups, num_single, shown = count_groups(records)
     if not len(groups) + num_single:
-        raise ValueError("There are no captions. Give a dataset with at least two images.")
+        raise ValueError("There are no captions. Use a dataset with at least two images.")
     if num_single:
         raise ValueError(
-            f"{num_single} of {len(groups) + num_single} images have one caption only, and a pair "
-            f"needs two: {'; '.join(shown)}{'; …' if num_single > _ERRORS_SHOWN else ''}. Give "
-            "them a second (or long) caption, or skip them with --skip-single-captions. "
+            f"{num_single} of {len(groups) + num_single} images have only one caption, but a pair "
+            f"needs two: {'; '.join(shown)}{'; …' if num_single > _ERRORS_SHOWN else ''}. Add "
+            "a second (or long) caption to each, or skip them with --skip-single-captions. "
             f"{_WITHOUT_PAIRS}"
         )
     return groups
 
 
 def skip_single_captions(records: Sequence[CaptionedImage]) -> tuple[CaptionGroups, int]:
-    """Collect the captions of the groups that have at least two."""
+    """Group the captions, skipping groups with only one; also return how many were skipped."""
     groups, num_single, _ = count_groups(records)
     if num_single and not len(groups):
         raise ValueError(
-            f"Each of {counted(num_single, 'image')} has one caption only, so none is left to "
+            f"Each of {counted(num_single, 'image')} has only one caption, so nothing is left to "
             f"train on. {_WITHOUT_PAIRS}"
         )
     return groups, num_single
 
 
 def iterate_whole_groups(records: RecordTable) -> Iterator[pa.RecordBatch]:
-    """Yield `_COLUMNS` in batches that no group crosses."""
+    """Yield `_COLUMNS` in batches of complete groups."""
     rest: pa.RecordBatch | None = None
     slices = (
         batch.slice(start, _ROWS_AT_ONCE)
@@ -197,11 +203,14 @@ def iterate_whole_groups(records: RecordTable) -> Iterator[pa.RecordBatch]:
 
 
 def list_distinct_texts(batch: pa.RecordBatch) -> tuple[Array, Array, Array]:
-    """List the texts of a batch, each once per group, in the order of the records."""
+    """List the texts of a batch, each once per group, in record order.
+
+    Returns (T,) group numbers within the batch, keys and positions as in `GroupBatch`.
+    """
     row, positions = locate_captions(batch)
     group = (np.cumsum(_mark_starts(np.asarray(batch.column(0)))) - 1)[row]
     keys = np.asarray(batch.column("text_keys").flatten())
-    order = np.lexsort((keys, group))  # stable: of equal ones, the first comes first
+    order = np.lexsort((keys, group))  # stable: the first of equal texts comes first
     repeats = (group[order][1:] == group[order][:-1]) & (keys[order][1:] == keys[order][:-1])
     is_first = np.ones(len(keys), np.bool_)
     is_first[order[1:][repeats]] = False
@@ -209,10 +218,10 @@ def list_distinct_texts(batch: pa.RecordBatch) -> tuple[Array, Array, Array]:
 
 
 def count_groups(data: Sequence[CaptionedImage]) -> tuple[CaptionGroups, int, list[str]]:
-    """Collect the captions of the groups that have at least two, and count the others."""
+    """Group the captions; also count the groups with only one, and describe the first few."""
     records = RecordTable.from_records(data)
     first = records.find_first_rows("group_key")
-    if (first[1:] < first[:-1]).any():  # the records of a group are to follow one another
+    if (first[1:] < first[:-1]).any():  # make each group contiguous
         records = records.select(sort_rows(first))
     num_groups, num_pairs, num_single, start = 0, 0, 0, 0
     shown: list[str] = []
@@ -231,14 +240,14 @@ def count_groups(data: Sequence[CaptionedImage]) -> tuple[CaptionGroups, int, li
 
 
 def _shuffle(number: int, seed: int) -> Array:
-    """Shuffle the numbers below one, 4 bytes each."""
+    """Shuffle the integers from 0 to `number` - 1, at 4 bytes each."""
     order = array("i", range(number))
     random.Random(seed).shuffle(order)
     return np.asarray(order)
 
 
 def _mark_starts(values: Array) -> Array:
-    """Mark each value that differs from the one before."""
+    """Mark each value that differs from the previous one."""
     starts = np.ones(len(values), np.bool_)
     starts[1:] = values[1:] != values[:-1]
     return starts
@@ -249,7 +258,7 @@ def _find_starts(values: Array) -> Array:
 
 
 def _is_of_several(group: Array) -> Array:
-    """Tell for each text whether its group has at least two."""
+    """Return for each text whether its group has at least two."""
     counts = np.diff(_find_starts(group), append=len(group))
     return np.repeat(counts > 1, counts)
 

@@ -1,4 +1,4 @@
-"""Text pairs of files: two texts of the same meaning, and texts that mean something else."""
+"""Text pairs from files: two texts with the same meaning, and negatives."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..validation_errors import ErrorCollector
 
 @dataclass(frozen=True)
 class TextPair:
-    """Two texts of the same meaning, and others that are close but mean something else.
+    """Two texts with the same meaning, and similar texts that mean something else.
 
     Pairs of one group are never each other's negatives.
     """
@@ -25,15 +25,14 @@ class TextPair:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Anchor, positive and negatives."""
         return (self.anchor, self.positive, *self.negatives)
 
 
 def read_text_pairs(file: str | Path) -> Iterator[TextPair]:
     """Read text pairs: JSON lines with `query`, `positive` and optionally `negatives`.
 
-    `negatives` is a list of texts, of the same length in every line. Lines with the same query are
-    one group. Texts are cleaned like captions, so that equal texts are recognized.
+    `negatives` is a list of texts that has the same length in every line. Lines with the same query
+    form one group. Texts are cleaned like captions, so equal texts are recognized.
     """
     path = Path(file)
     errors, counts = ErrorCollector(), set[int]()
@@ -47,16 +46,16 @@ def read_text_pairs(file: str | Path) -> Iterator[TextPair]:
             yield pair
     if len(counts) > 1:
         errors.add(
-            f"between {min(counts)} and {max(counts)} negatives per line; give the same number",
+            f"between {min(counts)} and {max(counts)} negatives per line, not always the same "
+            "number",
             path.name,
         )
     if not counts and not errors.total:
-        raise ValueError(f"{path} has no pairs. Write a line for each.")
+        raise ValueError(f"{path} has no pairs. Write one per line.")
     errors.raise_if_any(str(path))
 
 
 def _parse_pair(line: bytes) -> TextPair | str:
-    """Return a pair, or the error of the line."""
     fields = parse_object(line)
     if isinstance(fields, str):
         return fields

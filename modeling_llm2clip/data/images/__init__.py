@@ -1,1 +1,1 @@
-"""Where images are, and their bytes out of files that hold many."""
+"""Image addresses, and reading images from files that hold many."""

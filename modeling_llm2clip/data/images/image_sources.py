@@ -1,8 +1,8 @@
-"""Where an image is: a file of its own, or packed into a tar shard or a Parquet file.
+"""Image addresses: a file, a member of a tar shard or a row of a Parquet file.
 
-A packed image is an address without an open file, so it can be pickled and sent to the worker
-processes of a data loader. Its bytes are read when the image is opened; its neighbors' are not.
-An `EncodedImage` is the exception: an image of a stream, whose bytes have come already.
+A packed image is an address without an open file, so it can be pickled and sent to the workers of a
+data loader. Only its own bytes are read, when the image is opened. The exception is an
+`EncodedImage`, from a stream, which already holds its bytes.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from ...image_loading_llm2clip import load_images, read_image_header
 from ..remote.file_locations import FileLocation, read_range
 from ..remote.remote_access import INVALID_OFFSETS, describe, find_reading_failure
 
-# Suffixes of image files, in lower case and without the dot.
+# Suffixes of image files, lowercase and without the dot.
 IMAGE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))
-# Image files that Pillow reads only with a plugin, in a recent version, or not at all.
+# Suffixes of images that Pillow reads only with a plugin, only in recent versions, or not at all.
 OPTIONAL_IMAGE_SUFFIXES = frozenset(
     ("heic", "heif", "hif", "avif", "jxl", "jp2", "jfif",
      "dng", "cr2", "cr3", "nef", "arw", "orf", "raf", "rw2")
@@ -46,7 +46,6 @@ class TarImage:
         return f"{self.shard}: {self.member}"
 
     def read_bytes(self) -> bytes:
-        """Read the encoded image."""
         return read_range(self.shard, self.offset, self.size)
 
 
@@ -54,7 +53,8 @@ class TarImage:
 class ParquetImage:
     """A row of a Parquet file whose column holds encoded images.
 
-    `group_size` are the stored bytes of the column in the row's group; None for not yet known.
+    `group_size` is the stored size in bytes of the column in the row's group; None if not yet
+    known.
     """
 
     file: FileLocation
@@ -66,7 +66,6 @@ class ParquetImage:
         return f"{self.file}: row {self.row}"
 
     def read_bytes(self) -> bytes:
-        """Read the encoded image."""
         from .parquet_images import read_image_bytes
 
         return read_image_bytes(self.file, self.column, self.row)
@@ -74,7 +73,7 @@ class ParquetImage:
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """An encoded image in memory; the name says in errors where it came from."""
+    """An encoded image in memory; its name says where it came from, for error messages."""
 
     name: str
     content: bytes = field(repr=False)
@@ -83,12 +82,11 @@ class EncodedImage:
         return self.name
 
     def read_bytes(self) -> bytes:
-        """Return the encoded image."""
         return self.content
 
 
 class UnreadableImagesError(ValueError):
-    """Images of a batch cannot be decoded or prepared."""
+    """Some images of a batch cannot be decoded or preprocessed."""
 
 
 PackedImage: TypeAlias = TarImage | ParquetImage | EncodedImage
@@ -96,9 +94,10 @@ ImageSource: TypeAlias = Path | PackedImage
 
 
 def count_bytes(image: ImageSource | None) -> int:
-    """Return the bytes of an encoded image without reading it.
+    """Return the size of an encoded image in bytes without reading it.
 
-    For a row of Parquet these are the stored bytes of its column in its row group."""
+    For a Parquet row, this is the stored size of its column in its row group.
+    """
     assert image is not None
     if isinstance(image, TarImage):
         return image.size
@@ -114,7 +113,10 @@ def count_bytes(image: ImageSource | None) -> int:
 
 
 def open_image(image: Any, *, min_jpeg_side: int | None = None) -> Any:
-    """Turn an address into what `LLM2CLIPProcessor` takes; `min_jpeg_side` is of `load_images`."""
+    """Turn an image address into an input of `LLM2CLIPProcessor`.
+
+    `load_images` describes `min_jpeg_side`.
+    """
     if isinstance(image, PackedImage):
         name = str(image)
         try:
@@ -124,12 +126,12 @@ def open_image(image: Any, *, min_jpeg_side: int | None = None) -> Any:
         image = read_image_header(encoded, name=name)
         image.filename = name
     elif isinstance(image, Image.Image):
-        return image  # the caller's: `min_jpeg_side` would leave it smaller
+        return image  # the caller's own image, which `min_jpeg_side` would shrink
     return image if min_jpeg_side is None else load_images(image, min_jpeg_side=min_jpeg_side)
 
 
 def decode_image(image: ImageSource, *, min_jpeg_side: int | None = None) -> Image.Image:
-    """Decode an image; an invalid image and an unreadable file raise different errors."""
+    """Decode an image; raise ValueError if it is invalid, OSError if it cannot be read."""
     try:
         decoded: Image.Image = load_images(open_image(image, min_jpeg_side=min_jpeg_side))
     except ValueError as error:
@@ -148,16 +150,15 @@ def decode_image(image: ImageSource, *, min_jpeg_side: int | None = None) -> Ima
 
 def explain_reading_failure(image: ImageSource, failure: OSError) -> OSError:
     return OSError(
-        f"{image}: cannot be read ({describe(failure)}), so that nothing is known of the image, "
-        "and it is not taken for an invalid one. Run the same command again when its disk or "
-        "server works."
+        f"{image}: cannot be read ({describe(failure)}). This is an I/O failure, not a corrupt "
+        "image. Run the same command again when its disk or server works."
     )
 
 
 def find_unreadable_images(
     images: Iterable[ImageSource], *, show_progress: bool = False
 ) -> dict[ImageSource, str]:
-    """Decode every image once, as the processor will, in threads."""
+    """Decode every distinct image in threads, as the processor will; return the errors."""
     distinct = list(dict.fromkeys(images))
     unreadable = {}
     with (
@@ -169,7 +170,7 @@ def find_unreadable_images(
             disable=not (show_progress and distinct),
         ) as progress,
     ):
-        # A pool queues all work that it is given, so it gets a part at a time.
+        # A pool queues all work that is submitted, so submit a limited part at a time.
         for start in range(0, len(distinct), _CHECKED_AT_ONCE):
             part = distinct[start : start + _CHECKED_AT_ONCE]
             for image, error in zip(part, pool.map(_find_error, part), strict=True):
@@ -180,7 +181,6 @@ def find_unreadable_images(
 
 
 def _find_error(image: ImageSource) -> str:
-    """Decode one image; return the error, or nothing."""
     try:
         decode_image(image)
     except ValueError as error:
@@ -189,7 +189,7 @@ def _find_error(image: ImageSource) -> str:
 
 
 def list_readable_suffixes() -> frozenset[str]:
-    """List the suffixes of image files that Pillow can decode here, without the dot."""
+    """List the suffixes of images that Pillow can decode on this machine, without the dot."""
     register_heif_reader()
     formats = Image.registered_extensions()
     readable = {suffix for suffix in OPTIONAL_IMAGE_SUFFIXES if f".{suffix}" in formats}
@@ -201,5 +201,5 @@ def register_heif_reader() -> None:
     try:
         from pillow_heif import register_heif_opener
     except ImportError:
-        return  # then these files are counted as skipped
+        return  # HEIC files are then counted as skipped
     register_heif_opener()

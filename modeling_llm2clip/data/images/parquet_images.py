@@ -1,8 +1,8 @@
-"""Reads single images out of Parquet files where they lie, row group by row group.
+"""Reads single images from Parquet files in place, one row group at a time.
 
-Arrow decodes whole row groups, and the last ones are kept: images in their order cost one decoding
-together. An image at random costs that of its row group, so that files of small ones, as `datasets`
-writes them, are read fast. Large ones are named, with the command that writes the file anew.
+Arrow decodes whole row groups, and the last few are cached, so reading images in order decodes each
+group once. A random image costs the decoding of its whole group, which is fast for small groups, as
+`datasets` writes them. For large groups, a warning shows the command that rewrites the file.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from ..remote.remote_files import FileInfo
 
 _FILES_KEPT = 2**14  # about 2 kB each
 _GROUPS_KEPT = 4  # threads that decode images in order need one or two
-_LARGE_GROUP = 2**26  # bytes of images, which take some 20 ms to decode
+_LARGE_GROUP = 2**26  # bytes of images, which take about 20 ms to decode
 
 
 class ColumnLayout(NamedTuple):
-    """Where the images of one column of a file are.
+    """The location of the images in one column of a file.
 
     Attributes:
         leaf: Path of the bytes in the schema, such as `image.bytes`.
-        first_rows: First row of each group, and the number of rows.
+        first_rows: First row of each group, followed by the total number of rows.
         sizes: Stored bytes of the column in each group.
-        num_nulls: Rows of each group without bytes; None where the file does not say.
+        num_nulls: Number of rows without bytes in each group; None if the file does not say.
         footer: Arrow's metadata of the file.
     """
 
@@ -43,7 +43,7 @@ class ColumnLayout(NamedTuple):
     footer: Any
 
     def find_group(self, row: int) -> int:
-        """Return the number of the row group that has a row."""
+        """Return the number of the row group that contains a row."""
         return bisect_right(self.first_rows, row) - 1
 
 
@@ -66,13 +66,13 @@ def read_image_bytes(file: FileLocation, column: str, row: int) -> bytes:
 
 
 def count_group_bytes(file: FileLocation, column: str, row: int) -> int:
-    """Return the stored bytes of the column in the row's group, from the footer."""
+    """Return the stored size in bytes of the column in the row's group, from the footer."""
     layout = find_column_layout(file, column, require_unchanged(file))
     return layout.sizes[layout.find_group(row)]
 
 
 def mark_images(file: FileLocation, column: str, state: FileInfo, group: int) -> Any:
-    """Mark the rows of a group that have bytes, which only some files say without reading them."""
+    """Mark the rows of a group that have an image; the group is read if the footer does not say."""
     layout = find_column_layout(file, column, state)
     num_rows = layout.first_rows[group + 1] - layout.first_rows[group]
     num_nulls = layout.num_nulls[group]
@@ -83,7 +83,7 @@ def mark_images(file: FileLocation, column: str, state: FileInfo, group: int) ->
 
 @lru_cache(maxsize=_FILES_KEPT)
 def find_column_layout(file: FileLocation, column: str, state: FileInfo) -> ColumnLayout:  # noqa: ARG001
-    """Read where a column's images are from the footer of a file."""
+    """Read the layout of a column from the footer of a file."""
     try:
         with open_file(file) as opened:
             footer = pq.read_metadata(opened)
@@ -106,8 +106,8 @@ def find_column_layout(file: FileLocation, column: str, state: FileInfo) -> Colu
 
 
 def read_group_column(file: FileLocation, column: str, state: FileInfo, group: int) -> Any:
-    """Read the bytes of a column in one row group; those that were read last are kept."""
-    with _LOCKS[hash((file, group)) % len(_LOCKS)]:  # threads that want the same group wait for it
+    """Read a column in one row group, from the cache if it was read recently."""
+    with _LOCKS[hash((file, group)) % len(_LOCKS)]:  # threads that need the same group share a read
         return _read_group_column(file, column, state, group)
 
 
@@ -123,7 +123,7 @@ def _read_group_column(file: FileLocation, column: str, state: FileInfo, group: 
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{file}: row group {group} cannot be read ({error}).") from error
     values = table.column(0)
-    # Arrow takes some damaged page headers for the end of the group.
+    # Arrow mistakes some damaged page headers for the end of the group.
     if len(values) != layout.first_rows[group + 1] - layout.first_rows[group]:
         raise ValueError(f"{file}: row group {group} is broken. Download the file again.")
     if pa.types.is_struct(values.type):
@@ -132,7 +132,7 @@ def _read_group_column(file: FileLocation, column: str, state: FileInfo, group: 
         _warned.add(file)
         warnings.warn(
             f"{file}: a row group has {values.nbytes / 2**20:,.0f} MiB of images, all of which are "
-            "read for an image at random. Write the file anew in row groups of 100 rows: python "
+            "read to load any one of them. Rewrite the file in row groups of 100 rows: python "
             f"-c \"import pyarrow.parquet as pq; pq.write_table(pq.read_table('{file}'), "
             "'new.parquet', row_group_size=100)\"",
             stacklevel=2,

@@ -1,4 +1,4 @@
-"""Hashes that identify a dataset: its texts, and its images by name, size and a sample of bytes."""
+"""Hashes that identify a dataset: its texts, and its images by name, size and sampled content."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from ..images.image_sources import ParquetImage, TarImage, count_bytes, explain_reading_failure
+from ..images.image_sources import TarImage, count_bytes, explain_reading_failure
 from ..key_arrays import iterate_ranges
 from ..remote.remote_access import find_reading_failure
 from ..remote.remote_files import is_remote
@@ -20,50 +20,50 @@ from .record_columns import IMAGE_COLUMNS, IMAGE_FILE, make_image
 from .record_table import Array, RecordTable
 from .records import CaptionedImage
 
-# 0x9E3779B97F4A7C15 of splitmix64: its powers differ in many bits
+# 0x9E3779B97F4A7C15 from splitmix64: its powers differ in many bits
 _ODD = np.int64(-7046029254386353131)
 _IMAGES_READ = 1000
 
 
 def hash_records(records: Iterable[CaptionedImage]) -> str:
-    """Hash the names, group ids, languages and texts of a dataset, in its order."""
+    """Hash the names, group ids, languages and texts of a dataset, in order."""
     table = RecordTable.from_records(records)
     return _join((hash_texts(table), *_hash_columns(table, ["group_key"])))
 
 
 def hash_texts(records: Iterable[CaptionedImage]) -> str:
-    """Hash the names, languages and texts of a dataset, in its order, whatever its groups are."""
+    """Hash the names, languages and texts of a dataset, in order, regardless of its groups."""
     table = RecordTable.from_records(records)
     return _join(_hash_columns(table, ["key", "captions", "long_captions", "text_keys"]))
 
 
 def hash_own_texts(text_keys: pa.ListArray, num_short: Array) -> Array:
-    """Hash the texts of each record by their keys, their order and how many are short; (n,)."""
+    """Hash each record's texts by their keys, their order and the number of short ones; (n,)."""
     ends = np.asarray(text_keys.offsets)
-    ends = ends - ends[0]  # of a slice, whose keys are flattened alone
+    ends = ends - ends[0]  # flattening a slice drops the keys before it
     counts = np.diff(ends)
     positions = np.arange(ends[-1]) - np.repeat(ends[:-1], counts)
-    powers = np.cumprod(np.full(counts.max(initial=0), _ODD))  # may wrap around, as the sums may
+    powers = np.cumprod(np.full(counts.max(initial=0), _ODD))  # may wrap around, like the sums
     sums = np.append(0, np.cumsum(np.asarray(text_keys.flatten()) * powers[positions]))
     return np.asarray(np.diff(sums[ends]) + num_short)
 
 
 def hash_columns(records: Iterable[CaptionedImage], columns: Sequence[str]) -> str:
-    """Hash the values of columns of a dataset, in its order."""
+    """Hash the values of columns of a dataset, in order."""
     digests = [hashlib.sha256() for _ in columns]
     for batch in RecordTable.from_records(records).iterate_columns(columns):
         for digest, column in zip(digests, batch.columns, strict=True):
-            for value in column.to_pylist():  # one by one: batches make no difference
+            for value in column.to_pylist():  # one by one, so the batch size does not matter
                 digest.update(json.dumps(value).encode() + b"\n")
     return _join(digest.hexdigest() for digest in digests)
 
 
 def hash_images(records: Iterable[CaptionedImage]) -> str:
-    """Hash names and sizes of images, and the bytes of up to 1,000 that are not remote.
+    """Hash the names and sizes of images, and the bytes of up to 1,000 local ones.
 
-    Neither their order matters nor how many languages share an image. Among more than 1,000,
-    another image of the same size may pass. Sizes are those of the index, where it has them. The
-    hash of remote images is the first part of that of the same images on a disk.
+    Neither the order nor the number of languages per image matters. Among more than 1,000 images, a
+    replaced image of the same size may go unnoticed. Sizes come from the index if it has them. The
+    hash of remote images is a prefix of the hash of the same images on a disk.
     """
     table = RecordTable.from_records(records)
     measured = [_measure(batch) for batch in table.iterate_columns(IMAGE_COLUMNS)]
@@ -72,12 +72,12 @@ def hash_images(records: Iterable[CaptionedImage]) -> str:
         columns = table.iterate_columns(("name_key", "image_size"))
         for batch, sizes in zip(columns, measured, strict=True):
             known = np.asarray(batch.column(1)) if sizes is None else sizes
-            # The key is a hash already, and the factor is odd: other sizes give other numbers.
+            # The key is already a hash. The factor is odd, so another size gives another number.
             yield np.asarray(batch.column(0)) + known * _ODD
 
     digest, sample = hashlib.sha256(), np.empty(0, np.int64)
     for numbers, rows in iterate_ranges(mix, len(table)):
-        # As unsigned numbers they ascend from range to range, for any number of ranges.
+        # Unsigned, the numbers ascend from range to range, however many ranges there are.
         distinct, first = np.unique(numbers.view(np.uint64), return_index=True)
         digest.update(distinct.tobytes())
         sample = np.append(sample, rows[first[: _IMAGES_READ - len(sample)]])
@@ -85,17 +85,16 @@ def hash_images(records: Iterable[CaptionedImage]) -> str:
 
 
 def are_of_same_images(content: str, other: str) -> bool:
-    """Compare hashes by `hash_images`; of remote images only names and sizes count."""
+    """Compare hashes from `hash_images`; remote images are compared only by name and size."""
     return content.startswith(other) or other.startswith(content)
 
 
 def describe_images(records: Iterable[CaptionedImage]) -> dict[str, str]:
-    """Describe the images that a run reads, to compare them with those of another run."""
+    """Describe the images that a run reads, for comparison with another run's."""
     table = RecordTable.from_records(records)
     image = table[0].image
     first = str(image)
-    shard = image.shard if isinstance(image, TarImage) else None
-    shard = image.file if isinstance(image, ParquetImage) else shard
+    shard = image.shard if isinstance(image, TarImage) else getattr(image, "file", None)
     if isinstance(shard, str):
         first = first.replace(shard, drop_signature(shard), 1)
     first = first if is_remote(first) else str(Path(first).absolute())
@@ -117,7 +116,7 @@ def _hash_content(records: RecordTable) -> str:
 
 
 def _measure(batch: pa.RecordBatch) -> Array | None:
-    """Return the sizes of a batch's images, or None if the index has all of them."""
+    """Measure the images of a batch, or return None if the index has all sizes."""
     if not batch.column("image_size").null_count:
         return None
     sizes = np.array(batch.column("image_size").fill_null(-1))
@@ -125,14 +124,14 @@ def _measure(batch: pa.RecordBatch) -> Array | None:
     columns = batch.take(pa.array(unknown)).to_pydict()
     for row, *image in zip(unknown.tolist(), *columns.values(), strict=True):
         kind, file, *_ = image
-        # Without a Path, which takes longer than the call.
+        # os.stat, because creating a Path takes longer than the call.
         is_file = kind == IMAGE_FILE
         sizes[row] = os.stat(file).st_size if is_file else count_bytes(make_image(*image))  # noqa: PTH116
     return sizes
 
 
 def _hash_columns(table: RecordTable, names: list[str]) -> list[str]:
-    """Hash columns of numbers, and the lengths of columns of texts; batches make no difference."""
+    """Hash columns of numbers, and the lengths of columns of lists; batch sizes do not matter."""
     digests = [hashlib.sha256() for _ in names]
     for batch in table.iterate_columns(names):
         for digest, name, column in zip(digests, names, batch.columns, strict=True):

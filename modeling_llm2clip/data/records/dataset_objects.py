@@ -1,4 +1,4 @@
-"""Makes records of a `datasets.Dataset`, whose rows are copied to a Parquet file."""
+"""Converts a `datasets.Dataset` to records, copying its rows to a Parquet file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import datasets
 
 _NAME = "dataset"
-_ROWS_PER_GROUP = 100  # an image at random costs the decoding of its row group
+_ROWS_PER_GROUP = 100  # a random image costs the decoding of its whole row group
 
 
 def records_from_dataset(
@@ -30,24 +30,24 @@ def records_from_dataset(
     ignore_fields: Collection[str] = (),
     modality: Modality | None = None,
 ) -> RecordTable:
-    """Make records of a dataset.
+    """Convert a `datasets.Dataset` to records.
 
     Its rows are copied to a Parquet file in the temporary folder (`$TMPDIR`), from which images are
-    read while this process runs. For a run that will be resumed, write the file yourself, by
-    `dataset.to_parquet(file, batch_size=100)`, and give it to `load_records`.
+    read while this process runs. For a run that will be resumed, write the file yourself with
+    `dataset.to_parquet(file, batch_size=100)` and pass it to `load_records`.
 
     Args:
         dataset: Rows with the fields of records.
-        columns: Field of a record to the column that holds it, such as
+        columns: Record field → the column that holds it, such as
             `{"image": "img", "captions": "sentences"}`; other columns are not read. Default: every
-            column, named as the fields of a record.
-        require_images: Whether a record without its image is an error.
+            column, named like the record fields.
+        require_images: Whether a record without an image is an error.
         ignore_fields: Names of fields that are not read, known or not.
         modality: As in `load_records`.
 
     Returns:
-        The records, in the dataset's order; of rows as img2dataset writes them, those whose image
-        was downloaded, and `skipped` counts the others.
+        The records, in the dataset's order. Rows from img2dataset become records only if their
+        image was downloaded; `skipped` counts the others.
 
     Raises:
         DataValidationError: Records have errors.
@@ -64,13 +64,13 @@ def records_from_dataset(
     """
     if isinstance(getattr(dataset, "data", {}), dict):
         raise ValueError(
-            f"{type(dataset).__name__} is not a datasets.Dataset. For an IterableDataset use "
-            "stream_dataset; of a DatasetDict give one split."
+            f"{type(dataset).__name__} is not a datasets.Dataset. For an IterableDataset, use "
+            "stream_dataset; for a DatasetDict, pass one split."
         )
     if dataset.format["type"] == "custom":
         raise ValueError(
-            "The dataset has a transform, which is not applied here. Apply it by dataset.map, or "
-            "remove it by dataset.reset_format()."
+            "The dataset has a transform, which is not applied here. Apply it with dataset.map, or "
+            "remove it with dataset.reset_format()."
         )
     if columns is not None:
         dataset = dataset.select_columns(sorted(set(columns.values())))
@@ -81,7 +81,7 @@ def records_from_dataset(
     errors = ErrorCollector()
     rules = RecordRules(Path(), require_images and modality != "text", ignore_fields, modality)
     checked = (
-        # Rows are named by their numbers: many datasets have one path for all images.
+        # Rows are named by number, because many datasets have the same path for all images.
         check_record(raw._replace(default_name=raw.place.replace(" row ", "/")), errors, rules)
         for raw in read_parquet_file(file, _NAME, errors, columns=columns)
     )

@@ -1,15 +1,15 @@
-"""Builds the index of a source once, and finds it again: records as columns in a mapped file.
+"""Builds the index of a source once and reuses it: records as columns in a memory-mapped file.
 
-The parts of a source are read one by one, those of a large source by several processes, so that
-memory does not grow with it. The index is kept in the user's cache under the names, sizes and
-modification times of the source's files, or what their server has in place of a time: a changed
-file is read again. Every index that is built has a file of its own, because a table reads its file
-again and again. Its name ends with the SHA-256 of the file and of the counts beside it: a damaged
-index is built again. Indexes of a source that no run has opened for 30 days are removed.
+The parts of a source are read one by one, or by several processes if it is large, so memory does
+not grow with the source. The index is cached under the names, sizes and modification times of the
+source's files (for remote files, whatever the server reports instead of a time), so a changed file
+is read again. Every build writes its own file, because open tables keep reading theirs. The file's
+name ends with the SHA-256 of its content and of the counts next to it, so a damaged index is
+rebuilt. Indexes of a source that no run has opened for 30 days are removed.
 
-Everything is read again, too, if images that are files of their own are gone or have another size:
-of up to 100,000 records all images are looked at, of more 10,000 that are spread evenly. The
-content of images is not: an index has nothing that depends on it but the size.
+The source is also read again if images in separate files are gone or have changed size. Up to
+100,000 records, all images are checked; beyond that, 10,000 evenly spaced ones. The content of
+images is not checked, because only their size is in the index.
 """
 
 from __future__ import annotations
@@ -60,31 +60,31 @@ from .records import CaptionedImage, RecordRules, check_record
 from .source_files import SourceFiles, SourcePart
 
 IMAGE_REPEATED = "image and language repeated"  # kind of error
-TEXT_REPEATED = "name or id repeated in one language"  # the same, where only texts are read
+TEXT_REPEATED = "name or id repeated in one language"  # the same, if only texts are read
 _FORMAT_VERSION = 8
-# A smaller index is made anew about as fast as it is found, and stays in memory.
+# A smaller index stays in memory, because rebuilding it is about as fast as finding it.
 _MOST_ROWS_IN_MEMORY = 20_000
 # Processes take a second to start.
 _LEAST_BYTES_FOR_PROCESSES = 2**25
-# Images that are files, looked at when an index is found: all of up to so many, or a sample.
+# Image files that are checked when an index is found: all if at most this many, else a sample.
 _MOST_IMAGES = 100_000
 _IMAGES_SAMPLED = 10_000
 _THREADS = 8  # a network file system needs several
 _CHUNK = 1024  # files per task of a thread
 _UNFINISHED, _PARTS = ".tmp", ".parts"
 _SECONDS_KEPT = 30 * 24 * 3600
-_FREE_CACHE = "Free some space, or name another folder for the cache by the variable XDG_CACHE_HOME"
+_FREE_CACHE = "Free some space, or set XDG_CACHE_HOME to another folder for the cache"
 
 
 @dataclass(frozen=True)
 class IndexJob:
-    """A source, and the rules for its records."""
+    """A source and the rules for its records."""
 
     source: SourceFiles
     rules: RecordRules
 
     def read(self, part: SourcePart, errors: ErrorCollector) -> Iterator[CaptionedImage]:
-        """Yield the records of a part; a record with errors keeps its valid fields."""
+        """Yield the records of a part; an invalid record keeps its valid fields."""
         for raw in self.source.read(part, errors):
             record = check_record(raw, errors, self.rules)
             if record is not None:
@@ -96,19 +96,19 @@ def open_index(
 ) -> tuple[RecordTable, ErrorCollector]:
     """Find the index of a source in the user's cache, or build it and keep it there.
 
-    Returns the records in the order of the source, those with errors too, and the errors. An index
-    with errors is not kept; without the cache, a large one is in a temporary folder while this
-    process runs.
+    Returns the records in source order, including invalid ones, and the errors. An index with
+    errors is not kept. Without the cache, a large index is in a temporary folder while this process
+    runs.
     """
     states = describe_states(job.source.files)
-    if not use_cache or None in states:  # changes of such a file would not be noticed
+    if not use_cache or None in states:  # a change would go unnoticed
         return _build(job, name_build(temporary_folder() / "records"), show_progress, states)
     name = _name_index(job, states)
-    # An index of pairs has no errors, so it is the same whatever is read alone.
+    # A cached index of pairs has no errors, so it is also valid for only texts or only images.
     of_pairs = replace(job, rules=job.rules._replace(modality=None))
     table = _find(_name_index(of_pairs, states)) or _find(name)
     if table is None:
-        with _lock(name):  # of several processes, the first one builds it
+        with _lock(name):  # the first of several processes builds it
             table = _find(name)
             if table is None:
                 _remove_old(name)
@@ -117,23 +117,23 @@ def open_index(
 
 
 def name_build(name: Path) -> Path:
-    """Name the file of one build; no other build has the name, not even of the same source."""
+    """Return a new file name for one build, unique even among builds of the same source."""
     return name.with_name(f"{name.name}-{uuid4().hex[:16]}.arrow")
 
 
 def _find(name: Path) -> RecordTable | None:
-    """Open the last complete index of a source's state whose images are as they were."""
+    """Open the latest complete index of a source's state, if its images are unchanged."""
     times = {}
     for file in name.parent.glob(f"{name.name}-*.arrow"):
-        with suppress(FileNotFoundError):  # removed just now
+        with suppress(FileNotFoundError):  # just removed
             times[file] = file.stat().st_mtime_ns
     for file in sorted(times, key=times.__getitem__, reverse=True):
         try:
-            # Before it is mapped: Arrow checks no bytes, and some of them end the process.
+            # Checked before mapping: Arrow does not verify bytes, and corrupt ones can crash it.
             if _hash_index(file, read_skipped(file)) != file.stem.rpartition("-")[2]:
                 continue
             table = RecordTable.open(file)
-        except (OSError, ValueError):  # removed just now, or with damaged notes
+        except (OSError, ValueError):  # just removed, or its notes are damaged
             continue
         if _has_same_images(table):
             with suppress(OSError):  # another user's
@@ -157,7 +157,7 @@ def _build(
             find_repeated(table, errors, modality=job.rules.modality)
             errors.compare_columns(job.rules.ignore_fields)
             if table.file is not None and errors.total:
-                table = RecordTable(table._batches)  # what is mapped stays readable
+                table = RecordTable(table._batches)  # mapped batches stay readable
             elif table.file is not None:
                 file = file.with_stem(f"{file.stem}-{_hash_index(unfinished, errors.skipped)}")
                 if errors.skipped:
@@ -176,8 +176,8 @@ def _read(
     show_progress: bool,
     states: Sequence[FileInfo | None],
 ) -> Generator[pa.RecordBatch, None, None]:
-    """Read all parts, those of a large source in processes, which write beside the index."""
-    # A file whose server does not state its length counts as long.
+    """Read all parts; if the source is large, in processes that write next to the index."""
+    # A file whose server does not report its length is treated as large.
     num_bytes = sum(math.inf if state is None else state.size or 0 for state in states)
     parts = job.source.split()
     num_processes = min(len(parts), os.cpu_count() or 1)
@@ -206,13 +206,13 @@ def _read_in_processes(
     num_processes: int,
     progress: Any,
 ) -> Iterator[pa.RecordBatch]:
-    """Read parts in processes that write into an empty folder; yield the batches in their order.
+    """Read parts in processes that write into an empty folder; yield the batches in order.
 
-    An error that stops a process is raised as it is; one that is killed is a `RuntimeError`.
+    An error in a process is raised unchanged; a killed process raises a `RuntimeError`.
     """
     from loky import ProcessPoolExecutor  # type: ignore[import-untyped]
 
-    job = replace(job, source=replace(job.source, files=[]))  # a part has its file
+    job = replace(job, source=replace(job.source, files=[]))  # each part names its own file
     pool = ProcessPoolExecutor(num_processes, initializer=_start_process, initargs=(list_states(),))
     try:
         files = [folder / f"part-{number:06d}.arrow" for number in range(len(parts))]
@@ -228,7 +228,7 @@ def _read_in_processes(
 
 
 def _start_process(states: dict[FileLocation, FileInfo]) -> None:
-    # Without a garbage collection: it looks at every text of a batch, and there are no cycles.
+    # The garbage collector would scan every text of a batch, and there are no cycles to collect.
     gc.disable()
     use_states(states)
 
@@ -242,7 +242,7 @@ def _write_part(job: IndexJob, part: SourcePart, file: Path) -> ErrorCollector:
 
 
 def write_index(batches: Iterator[pa.RecordBatch], file: Path) -> RecordTable:
-    """Write an index, unless it is so small that it stays in memory."""
+    """Write an index, or keep it in memory if it is small."""
     first = list(islice(batches, 2))
     if len(first) < 2 and sum(batch.num_rows for batch in first) <= _MOST_ROWS_IN_MEMORY:
         return RecordTable(first)
@@ -255,14 +255,14 @@ def write_index(batches: Iterator[pa.RecordBatch], file: Path) -> RecordTable:
 def find_repeated(
     table: RecordTable, errors: ErrorCollector, *, modality: Modality | None = None
 ) -> None:
-    """Report images, or texts, that occur twice in a language."""
+    """Report images, or texts, that occur twice in one language."""
     kind = TEXT_REPEATED if modality == "text" else IMAGE_REPEATED
     for _, place in iterate_repeated(table):
         errors.add(kind, place)
 
 
 def iterate_repeated(table: RecordTable) -> Iterator[tuple[int, str]]:
-    """Yield the row and the place of each image that an earlier row has in its language."""
+    """Yield the row and place of each record whose name and language an earlier row has."""
     first = table.find_first_rows("key")
     repeated = np.flatnonzero(first != np.arange(len(first)))
     for start in range(0, len(repeated), ROWS_PER_BATCH):
@@ -272,10 +272,10 @@ def iterate_repeated(table: RecordTable) -> Iterator[tuple[int, str]]:
 
 
 def _name_index(job: IndexJob, states: Sequence[FileInfo | None]) -> Path:
-    """Return the beginning of an index's file names: a hash of its source, and of its state."""
+    """Return the prefix of an index's file names: hashes of the source and its state."""
     base, names = job.source.base, [name_file(file) for file in job.source.files[:1]]
     folders = [folder for folder in (base, job.rules.image_dir) if isinstance(folder, Path)]
-    # An index keeps relative paths of images as they were given; they start from this folder.
+    # An index keeps relative image paths as they were given; they are relative to this folder.
     start = None if all(folder.is_absolute() for folder in folders) else os.getcwd()  # noqa: PTH109
     source = hash_json([base, start, names, job.source.suffix, job.rules])[:16]
     files = [file.resolve() if isinstance(file, Path) else file for file in job.source.files]
@@ -284,7 +284,7 @@ def _name_index(job: IndexJob, states: Sequence[FileInfo | None]) -> Path:
 
 
 def _remove_old(name: Path) -> None:
-    """Remove indexes of a source that nobody uses, and everything that killed processes left."""
+    """Remove unused indexes of a source, and everything that killed processes left behind."""
     files = list(name.parent.glob(f"{name.name.partition('-')[0]}-*"))
     oldest = time.time() - _SECONDS_KEPT
     indexes = [file for file in files if file.suffix == ".arrow"]
@@ -299,28 +299,28 @@ def _remove_old(name: Path) -> None:
 
 
 def _hash_index(file: Path, skipped: Mapping[str, int]) -> str:
-    """Hash the file of an index, and the counts beside it, if there are any."""
+    """Hash the file of an index and the counts next to it, if any."""
     digest = hash_file(file)
     return hash_json([digest, skipped]) if skipped else digest
 
 
 def _lock(name: Path) -> AbstractContextManager[Any]:
-    """Take the lock of a source, whatever the state of its files."""
+    """Take the lock of a source, regardless of the state of its files."""
     folder = name.with_name(f"{name.name.partition('-')[0]}.locked")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(
             error.errno,
-            f"The cache cannot be written ({error.strerror}). Name another folder by the variable "
-            "XDG_CACHE_HOME, or use no cache (--no-cache)",
+            f"The cache cannot be written ({error.strerror}). Set XDG_CACHE_HOME to another "
+            "folder, or pass --no-cache",
             str(name.parent),
         ) from error
     return lock_folder(folder)
 
 
 def _has_same_images(table: RecordTable) -> bool:
-    """Tell whether images that are files are there, in the sizes that their index has."""
+    """Return whether image files still exist, with the sizes in their index."""
     if len(table) > _MOST_IMAGES:
         rows = np.linspace(0, len(table) - 1, _IMAGES_SAMPLED).astype(np.int64)
         table = table.select(rows)
@@ -336,7 +336,7 @@ def _has_same_images(table: RecordTable) -> bool:
 def _are_of_size(part: pa.RecordBatch) -> bool:
     files, sizes = (part.column(name).to_pylist() for name in ("image_file", "image_size"))
     try:
-        # Without a Path, which takes longer than the call.
+        # os.stat, because creating a Path takes longer than the call.
         return all(os.stat(f).st_size == size for f, size in zip(files, sizes, strict=True))  # noqa: PTH116
     except OSError:
         return False

@@ -1,6 +1,6 @@
-"""Loads captioned images from any source and reports all its errors at once.
+"""Loads captioned images from any source and reports all errors at once.
 
-The fields of a record are in `record_fields.py`, the sources in `source_files.py`.
+The fields of a record are described in `record_fields.py`, sources in `source_files.py`.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ class CollectedRecords:
     """The records of a source, without their invalid fields.
 
     Attributes:
+        records: The records, including invalid ones.
         errors_of: Row of a record → its errors.
-        lost: Errors of each record that is not among `records`, because its name or its language
-            cannot be read, or one of its texts not be stored.
+        lost: Errors of each record that is not in `records`, because its name or language cannot be
+            read or one of its texts cannot be stored.
         stray: Errors that belong to no record.
     """
 
@@ -66,33 +67,33 @@ def load_records(
     show_progress: bool = False,
     modality: Modality | None = None,
 ) -> RecordTable:
-    """Load the captioned images of a source, or raise once with every error.
+    """Load the captioned images of a source, or raise one error that reports every problem.
 
     The records of a large source are read once into an index in the user's cache
-    (`$XDG_CACHE_HOME/llm2clip/records`) and are not in memory. The index is found again as long as
-    the source's files have the same names, sizes and modification times, and images that are files
-    of their own the same sizes, as far as `record_index.py` looks. Images at URLs are read when
-    they are opened, best in their order.
+    (`$XDG_CACHE_HOME/llm2clip/records`), not into memory. The index is reused as long as the
+    source's files keep their names, sizes and modification times, and images in separate files keep
+    their sizes, as far as `record_index.py` checks. Images at URLs are read when they are opened,
+    fastest in order.
 
     Args:
         source: A folder, file, pattern or URL; see `source_files.py`.
         image_dir: Folder of the images that are files. Default: the folder of the source.
-        require_images: Whether a record without its image is an error. If not, its `image` is
-            None, which is enough where only captions are read.
-        check_images: Decode every image too, in threads, which takes as long as a pass over them;
-            once for all runs that find the index in the cache. None: where there are other errors,
-            which are then reported together.
+        require_images: Whether a record without an image is an error. If not, its `image` is
+            None, which is enough to read only captions.
+        check_images: Also decode every image, in threads, which takes as long as one pass over
+            them. All runs that use the same cached index share one check. None: only if there are
+            other errors, to report all of them together.
         ignore_fields: Names of fields that are not read, known or not.
-        cache: Whether the index of a large source is kept for later runs.
+        cache: Whether to keep the index of a large source for later runs.
         show_progress: Show a progress bar while the source is read and images are decoded.
-        modality: The one side that is read, for `embed`: `image` takes images without captions;
-            `text` looks for no images, and takes files of texts alone. Default: pairs.
+        modality: Read only one side, for `embed`: `image` accepts images without captions; `text`
+            does not look for images, and accepts files of only texts. Default: pairs.
 
     Returns:
-        At least one record, in the order of the source.
+        At least one record, in source order.
 
     Raises:
-        DataValidationError: Records have errors: how many of each kind, and where the first are.
+        DataValidationError: Records have errors; it counts each kind and locates the first ones.
         ValueError: The source is missing, empty or ambiguous, or its format is unknown.
         AccessError: Access to a URL is denied, or its host cannot be reached.
         OSError: The index cannot be written, for example because the disk is full.
@@ -124,7 +125,7 @@ def read_configured_records(
     modality: Modality | None = None,
     show_progress: bool = True,
 ) -> RecordTable:
-    """Read records as a `DataConfig` says; print the counts of rows left out to stderr."""
+    """Read records as a `DataConfig` specifies; print the number of skipped rows to stderr."""
     records = load_records(
         data,
         image_dir=config.image_dir,
@@ -157,10 +158,10 @@ def _plan(
 def decode_images(
     records: RecordTable, errors: ErrorCollector, *, show_progress: bool = False
 ) -> None:
-    """Decode every image once, however many records share it, so that no stage ends half way.
+    """Decode every distinct image once, so no later stage fails halfway.
 
-    The processes of a launch on one machine share the work, and each has the errors of its part. It
-    is noted beside a cached index, and done once where the cache can be written.
+    The processes of a launch on one machine share the work, and each reports the errors of its
+    part. Success is recorded next to a cached index, so a writable cache needs only one check.
     """
     process = int(os.environ.get("LOCAL_RANK", "0"))
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -169,23 +170,23 @@ def decode_images(
         for part, count in ((process, num_processes), (0, 1))
         if records.file is not None
     ]
-    if any(note.is_file() for note in notes):  # no other build of an index has its name
+    if any(note.is_file() for note in notes):  # every build has its own name, so its own notes
         return
     part = records
-    if num_processes > 1:  # records that share an image are next to each other
+    if num_processes > 1:  # records that share an image are adjacent
         ends = [len(records) * number // num_processes for number in (process, process + 1)]
         part = records.select(range(*ends))
     before = errors.total
     _decode(part, errors, show_progress=show_progress)
     if notes and errors.total == before:
-        with suppress(OSError):  # as of a cache that may only be read: then it is done again
+        with suppress(OSError):  # a read-only cache: later runs check again
             notes[0].touch()
 
 
 def _decode(records: RecordTable, errors: ErrorCollector, *, show_progress: bool) -> None:
     keys = np.fromiter((hash_text(str(i)) for i in records.iterate_images()), np.int64)
     firsts = np.sort(np.unique(keys, return_index=True)[1])
-    # A part at a time, so that the addresses of a large dataset are not all in memory.
+    # One part at a time, so the addresses of a large dataset are not all in memory.
     for start in range(0, len(firsts), ROWS_PER_BATCH):
         part = records.select(firsts[start : start + ROWS_PER_BATCH])
         images = (image for image in part.iterate_images() if image is not None)
@@ -201,9 +202,9 @@ def collect_records(
     ignore_fields: Collection[str] = (),
     cache: bool = True,
 ) -> CollectedRecords:
-    """Read a source as `load_records` does, for a caller that decides about its errors.
+    """Read a source like `load_records`, for a caller that handles its errors itself.
 
-    A source with errors is read twice: its index says only how many there are.
+    A source with errors is read twice, because its index only counts them.
     """
     job = _plan(source, image_dir, require_images, ignore_fields)
     records, errors = open_index(job, use_cache=cache)
@@ -211,7 +212,7 @@ def collect_records(
 
 
 def _collect(job: IndexJob) -> CollectedRecords:
-    """Read a source record by record, and keep the errors of each apart."""
+    """Read a source record by record, keeping the errors of each record separate."""
     stray = ErrorCollector()
     errors_of: dict[int, ErrorCollector] = {}
     lost: list[ErrorCollector] = []
@@ -238,27 +239,27 @@ def _collect(job: IndexJob) -> CollectedRecords:
 
 
 def find_example_data() -> Path:
-    """Find the images that come with the package."""
-    # A wheel has the folder inside the package; a repository has it where people look for it.
+    """Return the folder of the example images that come with the package."""
+    # A wheel has it inside the package; a repository has it next to the other examples.
     for folder in (_PACKAGE / "example_data", _PACKAGE.parent / "examples" / "data"):
         if (folder / "emoji").is_dir():
             return folder
     raise FileNotFoundError(
-        f"The example images are not beside {_PACKAGE}. Install the package again, or give a "
-        "folder of your own images."
+        f"The example images are not next to {_PACKAGE}. Reinstall the package, or use a folder "
+        "of your own images."
     )
 
 
 def fetch_dataset_folder(reference: str, pattern: str) -> Path:
-    """Fetch files of a dataset on the Hub at one commit, or find them in the cache."""
+    """Download files of a dataset from the Hub at one commit, or find them in the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     match = _HUB_DATASET.fullmatch(reference)
     if match is None:
         raise ValueError(
-            f"{reference!r} does not pin a commit. Give hub:OWNER/NAME@COMMIT with all 40 digits, "
-            "so that the dataset stays the same."
+            f"{reference!r} does not pin a commit. Write hub:OWNER/NAME@COMMIT with all 40 digits, "
+            "so the dataset cannot change."
         )
     try:
         folder = snapshot_download(
@@ -269,7 +270,7 @@ def fetch_dataset_folder(reference: str, pattern: str) -> Path:
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
-            f"{reference} cannot be fetched ({error}). Check name, commit and license agreement, "
-            "or give a local folder."
+            f"{reference} cannot be downloaded ({error}). Check the name, the commit and the "
+            "license agreement, or use a local folder."
         ) from error
     return Path(folder)

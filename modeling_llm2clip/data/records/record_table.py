@@ -1,8 +1,8 @@
-"""Records of a dataset as columns, which all processes share and no process holds in memory.
+"""Records of a dataset as columns, shared by all processes and held in memory by none.
 
-A `RecordTable` is a sequence of `CaptionedImage`s that are made when they are asked for. Behind it
-is an Arrow table, usually mapped from the file of an index (`record_index.py`). What needs all
-records works on columns (`keys`, `group_keys`, `count_texts`) or in batches (`iterate_columns`).
+A `RecordTable` is a sequence of `CaptionedImage`s that are created on access. Behind it is an Arrow
+table, usually mapped from an index file (`record_index.py`). Code that needs all records works on
+columns (`keys`, `group_keys`, `count_texts`) or in batches (`iterate_columns`).
 """
 
 from __future__ import annotations
@@ -22,30 +22,33 @@ from ..remote.file_locations import FileLocation, list_states, use_states
 from ..remote.remote_files import FileInfo
 from ..sources.json_files import parse_json
 from .record_columns import (
+    CAPTION_COLUMNS,
     IMAGE_COLUMNS,
     NO_IMAGE,
     PLAIN_COLUMNS,
     ROWS_PER_BATCH,
     SCHEMA,
+    count_captions,
+    count_items,
     make_batches,
     make_image,
 )
 from .records import CaptionedImage
 
-CAPTION_COLUMNS = ("captions", "long_captions")
 _RECORD_COLUMNS = (*PLAIN_COLUMNS, *IMAGE_COLUMNS)
 
 
 class RecordTable(Sequence[CaptionedImage]):
-    """Records as columns.
+    """A sequence of records, stored as columns.
 
-    It can be pickled for worker processes, which map the file again, or get a copy of what is in
-    memory.
+    A table can be pickled for worker processes, which map its file again or receive a copy of what
+    is in memory.
 
     Args:
-        batches: Batches of `record_columns.SCHEMA`, of `ROWS_PER_BATCH` rows but for the last one.
-        file: File that they are mapped from; None for memory.
-        rows: Rows of the batches that the table has, in its order; None for all.
+        batches: Batches of `record_columns.SCHEMA` with `ROWS_PER_BATCH` rows each; the last one
+            may be smaller.
+        file: File that the batches are mapped from; None if they are in memory.
+        rows: Rows of the batches that belong to the table, in its order; None for all.
         skipped: Reason why rows of the source are not records → number of such rows.
 
     Examples:
@@ -71,13 +74,13 @@ class RecordTable(Sequence[CaptionedImage]):
 
     @classmethod
     def from_records(cls, records: Iterable[CaptionedImage]) -> RecordTable:
-        """Make a table of records in memory.
+        """Make an in-memory table of records.
 
         Args:
-            records: Records; a table is returned as it is.
+            records: Records; a table is returned unchanged.
 
         Raises:
-            UnicodeEncodeError: A text has half a character, a lone surrogate.
+            UnicodeEncodeError: A text has a lone surrogate, half of a character.
         """
         if isinstance(records, RecordTable):
             return records
@@ -85,7 +88,7 @@ class RecordTable(Sequence[CaptionedImage]):
 
     @classmethod
     def open(cls, file: Path) -> RecordTable:
-        """Map the file of an index.
+        """Map an index file.
 
         Args:
             file: Arrow file of `record_columns.SCHEMA`.
@@ -103,7 +106,7 @@ class RecordTable(Sequence[CaptionedImage]):
 
     def __reduce__(self) -> tuple[Callable[..., RecordTable], tuple[Any, ...]]:
         batches = list(self._batches) if self.file is None else []
-        # Images are read in the states that their files had when the records were read.
+        # Passed on so that workers notice image files that changed after the records were read.
         return _unpickle, (batches, self.file, self.rows, self.skipped, list_states())
 
     def __len__(self) -> int:
@@ -137,13 +140,13 @@ class RecordTable(Sequence[CaptionedImage]):
     __hash__ = None  # type: ignore[assignment]
 
     def select(self, rows: Sequence[int] | Array) -> RecordTable:
-        """Return a table of some of the records; nothing is copied but their numbers.
+        """Return a table of some of the records; only row numbers are copied.
 
         Args:
-            rows: Numbers of records of this table, in any order, or (N,) bool: a mask of them.
+            rows: Record numbers of this table, in any order, or an (N,) bool mask.
 
         Raises:
-            IndexError: A number is not that of a record, or a mask has another length.
+            IndexError: A number is out of range, or a mask has the wrong length.
         """
         chosen = _shrink(self._locate(rows))
         return RecordTable(self._batches, file=self.file, rows=chosen)
@@ -156,31 +159,31 @@ class RecordTable(Sequence[CaptionedImage]):
         is_valid = numbers.dtype.kind in "iu" and numbers.ndim == 1
         if not is_valid or (len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self)):
             raise IndexError(
-                f"rows={rows!r} are not numbers of {len(self)} records, from 0, or a mask of "
-                f"{len(self)} values."
+                f"rows must be record numbers from 0 to {len(self) - 1}, or a mask of {len(self)} "
+                f"values, not {rows!r}."
             )
         return numbers if self.rows is None else self.rows[numbers]
 
     @property
     def keys(self) -> Array:
-        """(N,) int64: a hash of name and language of each record, copied from the columns."""
+        """(N,) int64: hash of each record's name and language, copied from the columns."""
         return self.read_numbers("key")
 
     @property
     def group_keys(self) -> Array:
-        """(N,) int64: a hash of each record's group id, copied from the columns."""
+        """(N,) int64: hash of each record's group id, copied from the columns."""
         return self.read_numbers("group_key")
 
     def count_texts(self, rows: Array | None = None) -> tuple[Array, Array]:
-        """Count the captions of records.
+        """Count the captions of each record.
 
         Args:
-            rows: (M,) numbers of records; None for all.
+            rows: (M,) record numbers; None for all.
 
         Returns:
-            (N,) or (M,) int32 each: short and long captions.
+            Numbers of short and of long captions, (N,) or (M,) int32 each.
         """
-        short, long = (self._read(name, _list_lengths, np.int32, rows) for name in CAPTION_COLUMNS)
+        short, long = (self._read(name, count_items, np.int32, rows) for name in CAPTION_COLUMNS)
         return short, long
 
     def read_numbers(self, name: str, rows: Array | None = None) -> Array:
@@ -188,17 +191,17 @@ class RecordTable(Sequence[CaptionedImage]):
 
         Args:
             name: Name of the column.
-            rows: (M,) numbers of records; None for all.
+            rows: (M,) record numbers; None for all.
 
         Returns:
-            (N,) or (M,), of the column's dtype.
+            (N,) or (M,), in the column's dtype.
         """
         return self._read(name, np.asarray, SCHEMA.field(name).type.to_pandas_dtype(), rows)
 
     def _read(
         self, name: str, read: Callable[[pa.Array], Array], dtype: Any, rows: Array | None
     ) -> Array:
-        """Read a number per record from a column."""
+        """Read one number per record from a column."""
         if rows is None:
             values, stop = np.empty(len(self), dtype), 0
             for batch in self.iterate_columns((name,)):
@@ -216,8 +219,8 @@ class RecordTable(Sequence[CaptionedImage]):
         """Read the key of one caption of each record.
 
         Args:
-            rows: (M,) numbers of records.
-            numbers: (M,) numbers of their captions: first the short ones of a record, then its
+            rows: (M,) record numbers.
+            numbers: (M,) caption numbers within each record, where the short ones come before the
                 long ones.
 
         Returns:
@@ -232,7 +235,7 @@ class RecordTable(Sequence[CaptionedImage]):
         return keys
 
     def iterate_numbers(self, name: str) -> Iterator[Array]:
-        """Yield a column of numbers in batches of `ROWS_PER_BATCH`, which take no memory.
+        """Yield a column of numbers in batches of `ROWS_PER_BATCH`, one in memory at a time.
 
         Args:
             name: Name of the column.
@@ -241,7 +244,7 @@ class RecordTable(Sequence[CaptionedImage]):
             yield np.asarray(batch.column(0))
 
     def find_first_rows(self, name: str) -> Array:
-        """Find the first record with the same number in a column, for each record.
+        """Return for each record the first record with the same number in a column.
 
         Args:
             name: Name of the column.
@@ -249,7 +252,7 @@ class RecordTable(Sequence[CaptionedImage]):
         return find_first_rows(partial(self.iterate_numbers, name), len(self))
 
     def iterate_counts(self) -> Iterator[tuple[Array, Array]]:
-        """Yield the numbers of short and of long captions of records, in batches."""
+        """Yield the number of short and of long captions of each record, in batches."""
         yield from map(count_captions, self.iterate_columns(CAPTION_COLUMNS))
 
     def iterate_columns(self, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -268,7 +271,10 @@ class RecordTable(Sequence[CaptionedImage]):
             yield self._take(names, self.rows[start : start + ROWS_PER_BATCH])
 
     def _read_through(self, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """Yield some columns of all batches; pages of a mapped file would count as resident."""
+        """Yield columns of all batches.
+
+        A file is read, not mapped, because mapped pages would count as resident memory.
+        """
         if self.file is None:
             for batch in self._batches:
                 yield batch.select(list(names))
@@ -295,11 +301,11 @@ class RecordTable(Sequence[CaptionedImage]):
         """Read some columns of some records.
 
         Args:
-            rows: Numbers of records, at most `ROWS_PER_BATCH`.
+            rows: At most `ROWS_PER_BATCH` record numbers.
             names: Names of the columns.
 
         Returns:
-            A tuple of the columns' values for each record.
+            One tuple of column values per record.
         """
         if not len(rows):
             return []
@@ -307,7 +313,7 @@ class RecordTable(Sequence[CaptionedImage]):
         return list(zip(*(column.to_pylist() for column in batch.columns), strict=True))
 
     def _take(self, names: Sequence[str], rows: Array) -> pa.RecordBatch:
-        """Gather rows of the batches, at most as many as a batch has, in their order."""
+        """Gather at most `ROWS_PER_BATCH` rows of the batches, in the given order."""
         parts, order = [], []
         for number, positions in group_positions(rows // ROWS_PER_BATCH):
             within = pa.array(rows[positions] - number * ROWS_PER_BATCH)
@@ -321,35 +327,24 @@ class RecordTable(Sequence[CaptionedImage]):
 
 
 def skipped_file(file: Path) -> Path:
-    """Name the file beside an index that counts the rows that are not records."""
+    """Return the file next to an index that counts the rows that are not records."""
     return file.with_suffix(".skipped.json")
 
 
 def read_skipped(file: Path) -> dict[str, int]:
-    """Read how many rows of an index's source are not records, by their reasons."""
+    """Read how many rows of an index's source are not records, by reason."""
     notes = skipped_file(file)
     skipped: dict[str, int] = parse_json(notes.read_text("utf-8")) if notes.is_file() else {}
     return skipped
 
 
-def count_captions(batch: pa.RecordBatch) -> tuple[Array, Array]:
-    """Count the short and the long captions of each record of a batch; (n,) int32 each."""
-    short, long = (_list_lengths(batch.column(name)) for name in CAPTION_COLUMNS)
-    return short, long
-
-
-def _list_lengths(column: pa.Array) -> Array:
-    return np.diff(np.asarray(column.offsets))
-
-
 def _shrink(rows: Array) -> Array:
-    """Store row numbers in 4 bytes, which are enough for two billion records."""
+    """Store row numbers in 4 bytes each, enough for two billion records."""
     fits = not len(rows) or int(rows.max()) < np.iinfo(np.int32).max
     return rows.astype(np.int32 if fits else np.int64)
 
 
 def _make_record(*values: Any) -> CaptionedImage:
-    """Make a record of the values of `_RECORD_COLUMNS`."""
     name, group_id, lang, captions, long_captions, keywords, place, url, *address = values
     texts = tuple(captions), tuple(long_captions), tuple(keywords)
     return CaptionedImage(make_image(*address), name, group_id, *texts, lang, place, url)
@@ -369,9 +364,9 @@ def _unpickle(
 
 
 def require_images(records: RecordTable) -> None:
-    """Check that there are records, and that each has its image."""
+    """Check that there are records, and that each has an image."""
     if not len(records):
-        raise ValueError("There are no images. Give a dataset with at least one.")
+        raise ValueError("There are no images. Use a dataset with at least one.")
     without = np.flatnonzero(records.read_numbers("image_kind") == NO_IMAGE)
     if len(without):
         names = (name for (name,) in records.take(without[:MAX_LISTED], ("name",)))
@@ -390,7 +385,7 @@ def select_one_per_image(records: RecordTable) -> RecordTable:
 
 
 def find_first_records(records: RecordTable) -> Array:
-    """Find the first record of the image of each record; refuse names of several images."""
+    """Return for each record the first record of its image; refuse names of different images."""
     firsts = records.find_first_rows("name_key")
     again = np.flatnonzero(firsts != np.arange(len(records), dtype=firsts.dtype))
     ambiguous: dict[str, None] = {}
@@ -398,14 +393,14 @@ def find_first_records(records: RecordTable) -> Array:
         rows = again[start : start + ROWS_PER_BATCH]
         sides = (records.take(numbers, IMAGE_COLUMNS) for numbers in (rows, firsts[rows]))
         for row, image, first in zip(rows.tolist(), *sides, strict=True):
-            # Images of one name may be copies, as in tar shards with a sample per language.
+            # Images with the same name may be copies, as in tar shards with a sample per language.
             if image != first and not _have_same_bytes(make_image(*image), make_image(*first)):
                 ambiguous[records[row].name] = None
     if ambiguous:
         raise ValueError(
             f"{counted(len(ambiguous), 'name')} shared by several images: "
-            f"{list_first(ambiguous)}. Give every image a name of its own; several "
-            "languages may share one."
+            f"{list_first(ambiguous)}. Give every image its own name, which records in several "
+            "languages may share."
         )
     return firsts
 

@@ -1,4 +1,4 @@
-"""A captioned image, and the checks of the fields it is made of (`record_fields.py`)."""
+"""A captioned image, and the checks of its fields (`record_fields.py`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..record_fields import (
 )
 from ..validation_errors import ErrorCollector
 
-if TYPE_CHECKING:  # decoders are imported where images are read, not for labels
+if TYPE_CHECKING:  # image decoders are imported only when images are read
     from ..images.image_sources import ImageSource, PackedImage
 
 _TEXT_ID = "id"
@@ -31,7 +31,7 @@ _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.
 
 
 class _FieldNames(NamedTuple):
-    """The fields of a record by their use; records of a source mostly have the same ones."""
+    """A record's field names by use, cached because most records of a source have the same."""
 
     names: tuple[str, ...]
     captions: tuple[str, ...]
@@ -47,14 +47,13 @@ class CaptionedImage:
     Attributes:
         image: Where the image is; None if images were not required and it has none.
         name: Name of the image in its source; unique together with `lang`.
-        group_id: Name of the thing that the image shows; images of one group show the same thing.
-        captions: Texts, each of which describes the image; at least one, or none where only images
-            are read.
+        group_id: Name of what the image shows; images of one group show the same thing.
+        captions: Texts that each describe the image: at least one, unless only images are read.
         long_captions: Longer texts that describe it; may be empty.
-        keywords: Words that belong to the image; may be empty.
+        keywords: Keywords of the image; may be empty.
         lang: Language of the texts, BCP 47.
-        place: Where the record is written, for errors; not compared.
-        url: Where the image came from; None for unknown; not compared.
+        place: Location of the record, for error messages; not compared.
+        url: Source of the image; None if unknown; not compared.
     """
 
     image: ImageSource | None
@@ -72,7 +71,7 @@ class CaptionedImage:
         """File of the image.
 
         Raises:
-            ValueError: The image has no file of its own.
+            ValueError: The image is not in a file of its own.
         """
         if isinstance(self.image, Path):
             return self.image
@@ -81,9 +80,9 @@ class CaptionedImage:
 
 
 class FoundFile(NamedTuple):
-    """An image that is a file, on its way into columns.
+    """An image file that is about to be stored in columns.
 
-    Its path is a text because making a Path takes as long as all checks.
+    Its path is a string, because creating a Path takes as long as all checks.
     """
 
     path: str
@@ -91,13 +90,13 @@ class FoundFile(NamedTuple):
 
 
 class RecordRules(NamedTuple):
-    """Rules that records are checked by.
+    """Rules for checking records.
 
     Attributes:
-        image_dir: Folder of the images that are files; None if there is none.
+        image_dir: Folder of the images in separate files; None if there is none.
         require_images: Whether a record without an image is an error.
         ignore_fields: Names of fields that are not read, known or not.
-        modality: The one side that is read, so that records need not be pairs; None for both.
+        modality: The only side that is read, so records need not be pairs; None for both.
     """
 
     image_dir: Path | None
@@ -109,10 +108,10 @@ class RecordRules(NamedTuple):
 def check_record(
     raw: RawRecord, errors: ErrorCollector, rules: RecordRules
 ) -> CaptionedImage | None:
-    """Check the fields of a record; the image of one that is a file is a `FoundFile`.
+    """Check the fields of a record; an image in a separate file becomes a `FoundFile`.
 
-    A record with errors is returned with its valid fields, so that checks over several records see
-    it. Returns None if its name, language or texts cannot be read.
+    An invalid record is returned with its valid fields, so checks across records include it.
+    Returns None if its name, language or texts cannot be read.
     """
     image_dir, require_images, ignore_fields, modality = rules
     problems: list[str] = []
@@ -125,7 +124,7 @@ def check_record(
     is_text = modality == "text" and not names.names and raw.packed is None
     if is_text:
         name = _read_word(fields, _TEXT_ID, problems)
-    has_identity = not problems  # so far only fields that identify the record were read
+    has_identity = not problems  # only identifying fields have been read so far
     image: FoundFile | PackedImage | None = raw.packed
     if has_identity and image is None and not is_text:
         image = _find_file(name, image_dir, problems, required=require_images)
@@ -143,7 +142,7 @@ def check_record(
     words = (name or "", group_id or "", lang, url or "", *captions, *long_captions, *keywords)
     is_storable = _is_storable("".join(words))
     if not is_storable:
-        problems.append("a text has half a character (a lone surrogate)")
+        problems.append("a text has a lone surrogate (half a character)")
     for kind in problems:
         errors.add(kind, raw.place)
     if name is None or not has_identity or not is_storable:
@@ -187,7 +186,7 @@ def _read_captions(
 
 
 def _read_texts(fields: Mapping[str, Any], names: Sequence[str], problems: list[str]) -> list[str]:
-    """Read fields of texts; an error is noted once per field."""
+    """Read text fields; each error is reported once per field."""
     all_cleaned: list[str] = []
     for name in names:
         value = fields[name]
@@ -205,7 +204,7 @@ def _read_texts(fields: Mapping[str, Any], names: Sequence[str], problems: list[
 def _read_word(
     fields: Mapping[str, Any], name: str, problems: list[str], *, may_be_number: bool = True
 ) -> str | None:
-    """Read a non-blank text; an integer becomes one, since many datasets number their groups."""
+    """Read a non-blank text, or an integer as text, because many datasets number their groups."""
     value = fields.get(name)
     if may_be_number and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -224,8 +223,8 @@ def _read_name(values: Sequence[Any], problems: list[str]) -> str | None:
             problems.append("'image' or 'file_name' is not a non-blank text")
             return None
         # Equal paths get one spelling: "./a.jpg" becomes "a.jpg".
-        may_be_other = "./" in name or "//" in name or name[-1] in "/."
-        names.append(PurePosixPath(name).as_posix() if may_be_other else name)
+        needs_normalizing = "./" in name or "//" in name or name[-1] in "/."
+        names.append(PurePosixPath(name).as_posix() if needs_normalizing else name)
     if len(names) > 1 and names[0] != names[1]:
         problems.append("'image' and 'file_name' differ")
     return names[0] if names else None
@@ -241,7 +240,7 @@ def _find_file(
         except ValueError:  # the name has a null byte
             status = None
         except OSError as error:
-            if error.errno not in _MISSING:  # a disk that fails says nothing of the image
+            if error.errno not in _MISSING:  # a failing disk does not mean a missing image
                 raise
             status = None
         if status is not None and S_ISREG(status.st_mode):

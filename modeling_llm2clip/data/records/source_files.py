@@ -1,4 +1,4 @@
-"""Finds the files of a source of captioned images, and reads it in independent parts.
+"""Finds the files of a source of captioned images, and reads them in independent parts.
 
 | source | what it is |
 | --- | --- |
@@ -7,15 +7,15 @@
 | `*.tar`: a file, a folder of them, a pattern | webdataset shards; see `sources/tar_shards.py` |
 | `*.json`: a file | COCO's captions as published; see `sources/coco.py` |
 | `*.csv`: a file, a pattern | a text per row, for modality text; see `sources/csv_files.py` |
-| a `.txt` file | the shards that its lines name; see `remote/shard_urls.py` |
+| a `.txt` file | the shards listed in its lines; see `remote/shard_urls.py` |
 
-A pattern contains `*`, `?` or `[…]`, whose files are read in the order of their names, or braces as
-in `{00000..00331}.tar`. Images that are files are beside the source, those of COCO in a folder that
-is named.
+A pattern contains `*`, `?` or `[…]` (matching files are read in name order), or braces as in
+`{00000..00331}.tar`. Images in separate files are next to the source; COCO's are in a folder that
+must be specified.
 
-Shards at URLs are named as for a stream (`remote/shard_urls.py`) and are read where they are: texts
-when the source is read, images when they are opened. Images in files beside a remote `.jsonl` are
-not found.
+Shards at URLs are named as for a stream (`remote/shard_urls.py`) and read in place: texts when the
+source is read, images when they are opened. Separate image files next to a remote `.jsonl` are not
+found.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ _BYTES_PER_PART = 2**24
 
 @dataclass(frozen=True)
 class SourcePart:
-    """Part of a source that can be read alone: a file, or from its byte `start` to `stop`.
+    """A part of a source that can be read on its own: a file, or its bytes `start` to `stop`.
 
-    `name` is that of the file in names of images and places of errors; lines count from 1.
+    `name` is the file's name in image names and error messages; lines count from 1.
     """
 
     file: FileLocation
@@ -68,9 +68,9 @@ class SourcePart:
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """Files of one format, in the order in which they are read.
+    """Files of one format, in reading order.
 
-    Names of shards and images are relative to `base`, a folder or the beginning of all URLs.
+    Names of shards and images are relative to `base`, a folder or the common prefix of all URLs.
     """
 
     files: list[FileLocation]
@@ -78,7 +78,7 @@ class SourceFiles:
     suffix: str
 
     def split(self) -> list[SourcePart]:
-        """Split the source into parts, in its order."""
+        """Split the source into parts, in order."""
         if isinstance(self.base, str):
             names = name_shards([str(file) for file in self.files])
             return [SourcePart(*part) for part in zip(self.files, names, strict=True)]
@@ -94,7 +94,6 @@ class SourceFiles:
         ]
 
     def read(self, part: SourcePart, errors: ErrorCollector) -> Iterator[RawRecord]:
-        """Yield the raw records of a part."""
         if self.suffix == ".parquet":
             return read_parquet_file(part.file, part.name, errors)
         if self.suffix == ".tar":
@@ -110,7 +109,6 @@ class SourceFiles:
 
 
 def find_source(source: str, *, modality: Modality | None = None) -> SourceFiles:
-    """Find the files of a source."""
     path = Path(source)
     if not is_remote(source) and path.is_dir():
         return _search_folder(path)
@@ -123,12 +121,12 @@ def find_source(source: str, *, modality: Modality | None = None) -> SourceFiles
 
 
 def _find_suffix(source: str, files: list[Path], modality: Modality | None) -> str:
-    """Return the suffix that all files must share."""
+    """Return the suffix of all files, or raise if they differ."""
     several = (*_SEVERAL_FILES, *([_CSV] if modality == "text" else []))
     suffixes = sorted({file.suffix.lower() for file in files})
     if len(suffixes) > 1 or suffixes[0] not in (".jsonl", *several, ".json"):
         raise ValueError(
-            f"{source}: found {', '.join(suffixes)}. Give a folder, or files of one format: "
+            f"{source}: found {', '.join(suffixes)}. Pass a folder, or files of one format: "
             f".jsonl, {', '.join(several)}, or COCO's .json."
         )
     if len(files) > 1 and suffixes[0] not in several:
@@ -141,12 +139,12 @@ def _find_shards(source: str, modality: Modality | None) -> SourceFiles:
         shards = [source] if PIPE in source else list_shards(source, RetryPolicy())
     except ValueError as error:
         if modality == "text" and find_format(source) == _SHARD_LIST:
-            remedy = "Its lines name shards; put texts into .csv, .jsonl or .parquet."
+            remedy = "A .txt file lists shards; put texts into .csv, .jsonl or .parquet."
             raise ValueError(f"{source}: {error} {remedy}") from error
         raise
     if any(shard.startswith(PIPE) for shard in shards):
         raise ValueError(
-            f"{source}: the output of a command can be read once only, from its beginning. Stream "
+            f"{source}: the output of a command can be read only once, from the beginning. Stream "
             "it (align does), or write it to files."
         )
     base, suffix = find_base(shards), find_format(shards[0])
@@ -158,23 +156,23 @@ def _find_shards(source: str, modality: Modality | None) -> SourceFiles:
 
 
 def _refuse_several(source: str, count: int, suffix: str) -> ValueError:
-    return ValueError(f"{source}: {count} {suffix} files. Give one of them.")
+    return ValueError(f"{source}: {count} {suffix} files. Pass one of them.")
 
 
 def find_image_folder(
     source: SourceFiles, image_dir: str | Path | None, *, required: bool
 ) -> Path | None:
-    """Find the folder of the images that are files; None if there are none, or none are wanted."""
+    """Find the folder of images in separate files; None if there are none, or none are required."""
     if image_dir is not None:
         if not Path(image_dir).is_dir():
             raise ValueError(
-                f"image_dir={str(image_dir)!r} is not a folder. Give the folder of images."
+                f"image_dir={str(image_dir)!r} is not a folder. Pass the folder of images."
             )
         return Path(image_dir)
     if source.suffix == ".json":
         if required:
             raise ValueError(
-                f"{source.files[0]}: COCO's captions do not say where their images are. Give "
+                f"{source.files[0]}: COCO's captions do not say where their images are. Pass "
                 "image_dir=<folder>, or require_images=False to read only the captions."
             )
         return None
@@ -182,22 +180,22 @@ def find_image_folder(
         return None if source.suffix == ".tar" else source.base
     if source.suffix == ".jsonl" and required:
         raise ValueError(
-            f"{source.files[0]}: images in files beside it would be a request each. Pack them into "
-            ".tar or .parquet shards, stream them (align does), give a local image_dir, or read "
-            "the captions only, by require_images=False."
+            f"{source.files[0]}: separate image files would need one request each. Pack them into "
+            ".tar or .parquet shards, stream them (align does), pass a local image_dir, or read "
+            "only the captions with require_images=False."
         )
     return None
 
 
 def is_source(folder: Path) -> bool:
-    """Tell whether a folder holds a source, and not images alone."""
+    """Return whether a folder holds a source, not just images."""
     return bool(_list_sources(folder))
 
 
 def _list_sources(folder: Path) -> list[list[Path]]:
     sources = [[folder / name] for name in _LINES_FILES if (folder / name).is_file()]
     for suffix in _SEVERAL_FILES:
-        # Upper and lower case are the same, as for the files of a pattern.
+        # Case is ignored, as for the files of a pattern.
         if files := sorted(f for f in folder.iterdir() if f.suffix.lower() == suffix):
             sources.append(files)
     of = {files[0].suffix.lower(): [str(file) for file in files] for files in sources}
@@ -210,18 +208,18 @@ def _search_folder(folder: Path) -> SourceFiles:
     sources = _list_sources(folder)
     if not sources:
         raise ValueError(
-            f"{folder} has no {' or '.join(_LINES_FILES)}, no *.parquet and no *.tar. Give the "
-            f"folder that has, or a pattern. {describe_line(folder)}"
+            f"{folder} has no {' or '.join(_LINES_FILES)}, no *.parquet and no *.tar. Pass a "
+            f"folder that has one, or a pattern. {describe_line(folder)}"
         )
     if len(sources) > 1:
         names = ", ".join(files[0].name for files in sources)
-        raise ValueError(f"{folder} has several sources: {names}. Give one of them by its name.")
+        raise ValueError(f"{folder} has several sources: {names}. Pass one of them by name.")
     return SourceFiles([*sources[0]], folder, sources[0][0].suffix.lower())
 
 
 def describe_line(folder: Path) -> str:
-    """Say how a file of captions is written, by an image of the folder if it has one."""
+    """Show how to write a file of captions, using an image of the folder if it has one."""
     files = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
     name = next((file for file in files if file.lower().endswith(_SHOWN_SUFFIXES)), "cat.jpg")
     line = json.dumps({"image": name, "captions": ["What it shows."]}, ensure_ascii=False)
-    return f"Of images, write {_LINES_FILES[0]}, a line each: {line} (docs/data-formats.md)."
+    return f"For images, write {_LINES_FILES[0]}, one line each: {line} (docs/data-formats.md)."

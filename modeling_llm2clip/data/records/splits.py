@@ -1,4 +1,4 @@
-"""Splits data into a part to train on and a part to test on, so that neither knows the other."""
+"""Splits data into training and test parts that share no group."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def split_records(
     seed: int,
     allow_shared_captions: bool = False,
 ) -> tuple[RecordTable, RecordTable]:
-    """Split records at random, by group: all images and languages of a group are on one side.
+    """Split records at random by group: all images and languages of a group are on one side.
 
     Args:
-        records: Records of a dataset; their order does not matter to the split.
-        test_size: Share of the groups to test on, below 1, or their number.
-        seed: Another seed gives another split.
-        allow_shared_captions: Accept captions that are on both sides.
+        records: Records of a dataset; their order does not affect the split.
+        test_size: Number of groups to test on, or their share if below 1.
+        seed: Seed of the split.
+        allow_shared_captions: Accept captions that occur on both sides.
 
     Returns:
-        Records to train on and records to test on, each in the order of `records`.
+        Training records and test records, each in the order of `records`.
 
     Raises:
-        ValueError: A side would have fewer than two groups, or both have the same caption and may
-            not.
+        ValueError: A side would have fewer than two groups, or a caption is on both sides without
+            `allow_shared_captions`.
 
     Examples:
         >>> records = load_records("my-images")
@@ -49,7 +49,7 @@ def split_records(
     if not 2 <= count <= len(groups) - 2:
         raise ValueError(
             f"test_size={test_size!r} puts {count} of {len(groups)} groups of images on the test "
-            "side. Each side needs at least 2: choose another size, or give more images."
+            "side. Each side needs at least 2: choose another size, or add images."
         )
     random.Random(seed).shuffle(groups)  # type: ignore[arg-type]
     is_test = np.isin(keys, groups[:count])
@@ -59,13 +59,13 @@ def split_records(
         raise ValueError(
             f"{counted(len(shared), 'caption')} on both sides of the split, such as "
             f"{list_first(map(repr, sorted(shared)))}. Give images of the same thing the same "
-            "group_id, remove them, or give allow_shared_captions=True."
+            "group_id, remove these captions, or pass allow_shared_captions=True."
         )
     return train, test
 
 
 def _sort_groups(table: RecordTable, keys: Array) -> Array:
-    """Return the key of each group once, in the order of the group ids."""
+    """Return the distinct group keys, ordered by group id."""
     unique, firsts = np.unique(keys, return_index=True)
     ids = [batch.column(0) for batch in table.select(firsts).iterate_columns(["group_id"])]
     order: Array = compute.sort_indices(pa.chunked_array(ids, pa.string())).to_numpy()
@@ -73,13 +73,13 @@ def _sort_groups(table: RecordTable, keys: Array) -> Array:
 
 
 def list_text_keys(table: RecordTable) -> Array:
-    """List the hashes of all captions, long ones too."""
+    """List the hashes of all captions, short and long."""
     parts = [np.asarray(b.column(0).flatten()) for b in table.iterate_columns(["text_keys"])]
     return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
 def _list_texts(table: RecordTable, keys: Array) -> set[str]:
-    """Return the texts of a table that have one of the keys."""
+    """Return the texts of a table whose key is among the given ones."""
     chosen: set[str] = set()
     for batch in table.iterate_columns(["text_keys", "captions", "long_captions"]):
         is_chosen = np.isin(np.asarray(batch.column(0).flatten()), keys)
@@ -91,6 +91,6 @@ def _list_texts(table: RecordTable, keys: Array) -> set[str]:
 
 
 def choose_test_rows(records: Sequence[CaptionedImage], groups: Collection[str]) -> list[int]:
-    """Choose one record per group to test with, so that each group is asked for once."""
+    """Choose one record per group to test with, so each group is queried once."""
     rows = (row for row, record in enumerate(records) if record.group_id in groups)
     return list({records[row].group_id: row for row in rows}.values())

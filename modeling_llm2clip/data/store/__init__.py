@@ -1,1 +1,1 @@
-"""The embedding store: its files, reading and writing."""
+"""The embedding store: its files and how to read them."""

@@ -1,16 +1,16 @@
-"""The index of an embedding store: which rows an item has, in an Arrow file.
+"""The index of an embedding store: the rows of each item, in an Arrow file.
 
 | column | content |
 | --- | --- |
-| `name`, `group_id`, `lang` | of the record; name and language together identify an item |
+| `name`, `group_id`, `lang` | from the record; name and language together identify an item |
 | `key`, `group_key` | hashes of name and language, and of the group id, as in a `RecordTable` |
-| `text_key` | hash of the captions of the record, in their order, without sentence views |
-| `num_short` | how many of its rows belong to short captions |
-| `rows` | rows of its short captions, then of its long ones; one row for an image |
-| `text_keys` | a hash of each of these captions; equal captions of several shards share it |
+| `text_key` | hash of the record's captions, in order, without sentence views |
+| `num_short` | number of rows that belong to short captions |
+| `rows` | rows of the short captions, then of the long ones; one row for an image |
+| `text_keys` | hash of each of these captions; equal captions in different shards share it |
 
 The file is mapped. Its hash is compared with the manifest's when it is opened. An item takes about
-100 bytes next to its texts.
+100 bytes in addition to its texts.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SCHEMA = pa.schema(
 
 
 class ItemTexts(Sequence[str]):
-    """One text per item, read on access from a column of an index."""
+    """One text per item, read from a column of an index on access."""
 
     def __init__(self, index: StoreIndex, column: str) -> None:
         self._index = index
@@ -74,27 +74,24 @@ class StoreIndex:
     Args:
         folder: Folder of the store.
         manifest: Its manifest.
-        verified: Whether this process's parent has verified the file.
+        verified: Whether the parent process has already verified the file.
 
     Raises:
-        ValueError: The file is missing or damaged, or does not have the items of the manifest.
+        ValueError: The file is missing or damaged, or lacks items of the manifest.
     """
 
     def __init__(self, folder: Path, manifest: StoreManifest, *, verified: bool = False) -> None:
         self._length = manifest.num_items
         manifest.require_intact(folder, [manifest.index], sizes_only=verified)
-        # Unlike Python's mmap, Arrow's holds no file open.
+        # Unlike Python's mmap, Arrow's does not keep the file open.
         with pa.memory_map(str(folder / INDEX_FILE)) as mapped:
             self._reader = pa.ipc.open_file(pa.BufferReader(mapped.read_buffer()))
         if self._reader.num_record_batches != -(-self._length // ROWS_PER_BATCH):
-            raise ValueError(
-                f"{INDEX_FILE}: it does not have the {self._length} items of the store"
-            )
+            raise ValueError(f"{INDEX_FILE}: it does not have the store's {self._length} items.")
         self._batches: dict[int, pa.RecordBatch] = {}
         self._lists: dict[tuple[str, int], tuple[Array, Array]] = {}
 
     def __len__(self) -> int:
-        """Number of items."""
         return self._length
 
     def iterate_batches(self) -> Iterator[pa.RecordBatch]:
@@ -102,18 +99,18 @@ class StoreIndex:
         yield from map(self.batch, range(self._reader.num_record_batches))
 
     def iterate_numbers(self, column: str) -> Iterator[Array]:
-        """Yield a column of numbers, such as `key`, in such batches."""
+        """Yield a column of numbers, such as `key`, in batches of `ROWS_PER_BATCH`."""
         for batch in self.iterate_batches():
             yield np.asarray(batch.column(column))
 
     def iterate_counts(self) -> Iterator[tuple[Array, Array]]:
-        """Yield the numbers of short and of long captions of each item, in such batches."""
+        """Yield the number of short and of long captions of each item, in batches."""
         for number, short in enumerate(self.iterate_numbers("num_short")):
             ends, _ = self._read_lists("rows", number)
             yield short, (np.diff(ends) - short).astype(short.dtype)
 
     def locate(self, item: int) -> tuple[int, int]:
-        """Return the batch of an item, and its position there."""
+        """Return the batch of an item, and its position in the batch."""
         if not -self._length <= item < self._length:
             raise IndexError(f"There is no item {item}: the store has {self._length}.")
         return divmod(int(item) % self._length, ROWS_PER_BATCH)
@@ -123,7 +120,7 @@ class StoreIndex:
 
         Args:
             item: Number of the item; negative numbers count from the end.
-            long: Whether the long captions are meant; an image has none.
+            long: Return the rows of long captions, which an image does not have.
 
         Returns:
             (captions,) int64, in the order of the record's captions.
@@ -139,12 +136,12 @@ class StoreIndex:
         return np.array(rows[middle:stop] if long else rows[start:middle])
 
     def rows_at(self, items: Array, numbers: Array) -> Array:
-        """Return the row of one caption of each of many items.
+        """Return the row of one caption of each item.
 
         Args:
-            items: (M,) numbers of items, from 0, in any order.
-            numbers: (M,) number of the caption of each: the short ones, then the long ones; 0 for
-                an image.
+            items: (M,) item numbers, from 0, in any order.
+            numbers: (M,) caption numbers within each item, where the short ones come before the
+                long ones; 0 for an image.
 
         Returns:
             (M,) int64.
@@ -155,11 +152,11 @@ class StoreIndex:
         return self._read_at("rows", np.asarray(items), np.asarray(numbers))
 
     def text_keys_at(self, items: Array, numbers: Array) -> Array:
-        """Return the hash of one caption of each of many items, as `rows_at` its row.
+        """Return the hash of one caption of each item.
 
         Args:
-            items: (M,) numbers of items.
-            numbers: (M,) number of the caption of each.
+            items: (M,) item numbers, as in `rows_at`.
+            numbers: (M,) caption numbers within each item.
 
         Returns:
             (M,) int64; equal captions share it.
@@ -196,13 +193,12 @@ class StoreIndex:
         return values
 
     def batch(self, number: int) -> pa.RecordBatch:
-        """Return a batch of items."""
         if number not in self._batches:
             self._batches[number] = self._reader.get_batch(number)
         return self._batches[number]
 
     def _read_lists(self, column: str, number: int) -> tuple[Array, Array]:
-        """Return where the lists of a batch's items begin in a column, and the values of all."""
+        """Return the offsets of a batch's lists in a column, and their concatenated values."""
         if (column, number) not in self._lists:
             lists = self.batch(number).column(column)
             self._lists[column, number] = np.asarray(lists.offsets), np.asarray(lists.values)
@@ -216,11 +212,11 @@ def make_batch(
     rows: Array,
     text_keys: pa.ListArray | None = None,
 ) -> pa.RecordBatch:
-    """Make a batch of an index; `text_keys` are those of each row, sentence views included."""
+    """Make a batch of an index; `text_keys` belong to the rows, including sentence views."""
     own_keys = pa.array(hash_own_texts(records.column("text_keys"), num_short))
     lists = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(rows, pa.int64()))
     columns = [records.column(name) for name in SCHEMA.names[:5]]
-    if text_keys is None:  # of images
+    if text_keys is None:  # images
         text_keys = pa.nulls(len(records), SCHEMA.field("text_keys").type)
     return pa.RecordBatch.from_arrays(
         [*columns, own_keys, pa.array(num_short, pa.int32()), lists, text_keys], schema=SCHEMA

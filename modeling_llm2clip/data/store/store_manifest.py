@@ -1,7 +1,7 @@
 """Manifests of sharded outputs, and the manifest of an embedding store.
 
-A manifest lists every file of its output by size and SHA-256 and is sealed, so an edited or damaged
-file is refused. Until the output is complete, each shard has a sealed record beside it.
+A manifest is sealed and lists the size and SHA-256 of every file of its output, so edited or
+damaged files are refused. Until the output is complete, each shard has a sealed record next to it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ INDEX_FILE = "index.arrow"
 RECORD_NAME, RECORD_GLOB = "_complete-{:05d}.json", "_complete-*.json"
 CAPTION_EMBEDS, VISION_EMBEDS = "caption_embeds", "vision_embeds"
 TEACHER_TEXT_EMBEDS = "teacher_text_embeds"
-# The type that NumPy reads a stored dtype as; it has no bfloat16.
+# NumPy's type for each stored dtype; NumPy has no bfloat16.
 STORED_DTYPES: dict[str, type[np.generic]] = {
     "float32": np.float32,
     "float16": np.float16,
@@ -38,9 +38,9 @@ class ShardRecord(FileRecord):
     """A complete shard.
 
     Attributes:
-        rows: Number of its rows.
-        num_truncated: Texts that were longer than the model reads.
-        num_clipped: Values outside the int8 ranges.
+        rows: Number of rows.
+        num_truncated: Number of texts that were longer than the model reads.
+        num_clipped: Number of values outside the int8 ranges.
         skipped: Ids of images that could not be decoded.
     """
 
@@ -51,35 +51,34 @@ class ShardRecord(FileRecord):
 
 
 def make_record(content: Mapping[str, Any]) -> ShardRecord:
-    """Make the record of a shard from its JSON object."""
     return ShardRecord(**_freeze(content))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardedManifest:
-    """Describes an output of shards, in a JSON file beside them.
+    """Describes a sharded output, in a JSON file next to the shards.
 
     Attributes:
-        fingerprint: Everything about the model that decides an embedding, the prompt included.
+        fingerprint: Everything about the model that affects embeddings, including the prompt.
         dtype: Dtype of the embeddings.
         dim: Dimensions of an embedding.
-        num_inputs: Texts or images of the output, in all shards.
+        num_inputs: Number of texts or images in all shards.
         rows_per_shard: Texts or images of every shard but the last. A file may have fewer rows.
-        plan: What else decides the bytes, including a hash of the data.
-        complete: Whether all shards are there and listed.
-        shards: Records of the shards of a complete output.
+        plan: Everything else that affects the bytes, including a hash of the data.
+        complete: Whether all shards exist and are listed.
+        shards: Records of the shards, once the output is complete.
     """
 
     FILE: ClassVar[str]
     VERSION: ClassVar[int]
     CONTENT: ClassVar[str]
-    """Name of the content, for messages."""
+    """Name of the content, for error messages."""
     COMMAND: ClassVar[str]
-    """The command that writes it."""
+    """The command that writes the output."""
     BEFORE: ClassVar[tuple[str, ...]] = ()
     """Names of files that are written before the manifest."""
     SHARD_NAME: ClassVar[str]
-    """Name of a shard's file, given its number and the number of shards."""
+    """Format of a shard's file name, from its number and the number of shards."""
     fingerprint: dict[str, str]
     dtype: str
     dim: int
@@ -96,7 +95,7 @@ class ShardedManifest:
         file = folder / cls.FILE
         if not file.is_file():
             raise ValueError(
-                f"{folder} holds no {cls.CONTENT}: it has no {cls.FILE}. Give a folder that "
+                f"{folder} has no {cls.CONTENT}: {cls.FILE} is missing. Pass a folder that "
                 f"llm2clip {cls.COMMAND} wrote."
             )
         try:
@@ -124,24 +123,24 @@ class ShardedManifest:
 
     @classmethod
     def is_begun(cls, folder: Path) -> bool:
-        """Return whether a folder holds such an output, complete or not."""
+        """Return whether a folder holds this kind of output, complete or not."""
         return (folder / cls.FILE).is_file()
 
     @classmethod
     def require_folder(cls, folder: Path) -> None:
-        """Require a folder that is new, empty, or holds such an output; and to be written."""
+        """Require a writable folder that is new or empty, or holds this kind of output."""
         if not (cls.is_begun(folder) and cls.read(folder).complete):
             require_writable(folder)
         names = {file.name for file in folder.glob("*") if not is_unfinished(file)}
         others = sorted(names - {*cls.BEFORE})
-        if others and not cls.is_begun(folder):  # another process may just have begun
+        if others and not cls.is_begun(folder):  # another process may have just started
             raise FileExistsError(
-                f"{folder} is not empty and holds no {cls.CONTENT}: {list_first(others)}. Name a "
+                f"{folder} is not empty, but has no {cls.CONTENT}: {list_first(others)}. Choose a "
                 "new folder."
             )
 
     def list_causes(self) -> dict[str, object]:
-        """Return everything that decides the bytes of the output."""
+        """Return everything that affects the bytes of the output."""
         return {
             **self.fingerprint,
             **self.plan,
@@ -153,39 +152,36 @@ class ShardedManifest:
     def require_intact(
         self, folder: Path, records: Iterable[FileRecord], *, sizes_only: bool = False
     ) -> None:
-        """Raise ValueError that names all damaged files among some of the output."""
+        """Raise a ValueError that lists all damaged files among these records."""
         if errors := list_damage(folder, records, sizes_only=sizes_only):
             raise ValueError(
                 f"{folder}: {counted(len(errors), 'damaged file')}: {list_first(errors, '; ')}. "
-                f"Restore them from a copy, or delete damaged shards and {self.COMMAND} again, "
-                "which computes missing ones."
+                f"Restore them from a copy, or delete damaged shards and {self.COMMAND} again to "
+                "recompute them."
             )
 
     def name_shard(self, shard: int) -> str:
-        """Return the name of a shard's file."""
         return self.SHARD_NAME.format(shard, self.num_shards)
 
     @property
     def num_shards(self) -> int:
-        """Number of shards of the complete output."""
         return -(-self.num_inputs // self.rows_per_shard)
 
     @property
     def num_truncated(self) -> int:
-        """Texts that were longer than the model reads, in complete shards."""
+        """Number of texts that were longer than the model reads, in complete shards."""
         return sum(shard.num_truncated for shard in self.shards)
 
     def inputs_of_shard(self, shard: int) -> range:
-        """Return the numbers of a shard's texts or images."""
+        """Return the range of a shard's texts or images."""
         first = shard * self.rows_per_shard
         return range(first, min(first + self.rows_per_shard, self.num_inputs))
 
     def hash_causes(self) -> str:
-        """Hash everything that decides the bytes; the record of a shard names its output by it."""
+        """Hash everything that affects the bytes, which ties a shard's record to its output."""
         return hash_json(self.list_causes())
 
     def to_json(self) -> str:
-        """Return the text of the file."""
         return write_sealed(asdict(self))
 
 
@@ -194,12 +190,12 @@ class StoreManifest(ShardedManifest):
     """Describes an embedding store.
 
     Attributes:
-        content: `"caption_embeds"` or `"vision_embeds"`: which tower made the embeddings; or
-            `"teacher_text_embeds"`, of a dual encoder's text encoder, of unit length, or zeros
-            if a caption is longer than it reads.
-        num_rows: Number of embeddings: each shard stores its distinct captions.
-        num_items: Number of records of the dataset.
-        index: The file that says which rows a record has.
+        content: `"caption_embeds"` or `"vision_embeds"`, from the tower of that name; or
+            `"teacher_text_embeds"`, unit-length embeddings from a dual encoder's text encoder
+            (zeros for captions longer than it reads).
+        num_rows: Number of embeddings; each shard stores its distinct captions.
+        num_items: Number of records in the dataset.
+        index: The file with the rows of each record.
     """
 
     FILE = MANIFEST_FILE
@@ -221,16 +217,14 @@ class StoreManifest(ShardedManifest):
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one stored embedding."""
         return self.dim * np.dtype(STORED_DTYPES[self.dtype]).itemsize
 
     def list_causes(self) -> dict[str, object]:
-        """Return everything that decides the bytes of a store."""
         return {**super().list_causes(), "content": self.content}
 
 
 def _freeze(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Make tuples of the lists in an object, and of the lists in these."""
+    """Convert the lists in an object to tuples, recursively."""
     return {name: _freeze_value(value) for name, value in content.items()}
 
 

@@ -21,8 +21,8 @@ from ...configs.align_config import AlignConfig
 from ...data.captions.sentence_views import read_num_views, with_views
 from ...data.images.image_sources import open_image
 from ...data.records.data_hashes import hash_own_texts
-from ...data.records.record_columns import hash_identity, hash_text, make_text_keys
-from ...data.records.record_table import CAPTION_COLUMNS, Array, RecordTable, require_images
+from ...data.records.record_columns import CAPTION_COLUMNS, hash_identity, hash_text, make_text_keys
+from ...data.records.record_table import Array, RecordTable, require_images
 from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.streams.record_streams import RecordStream

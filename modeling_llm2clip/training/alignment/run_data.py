@@ -24,7 +24,7 @@ from transformers import TrainingArguments
 
 from ..._suggestions import counted
 from ...configs.align_config import AlignConfig
-from ...data.key_arrays import is_among
+from ...data.key_arrays import contains_keys
 from ...data.records.data_hashes import describe_images, hash_records
 from ...data.records.record_table import Array, RecordTable
 from ...data.records.records import CaptionedImage
@@ -115,7 +115,7 @@ class RecordData:
         keys = list_text_keys(records.select(self.held_out.items))
         distinct = np.unique(keys)
         parts = (np.asarray(b.column(0).flatten()) for b in records.iterate_columns(("text_keys",)))
-        return sum(int(is_among(part, distinct).sum()) for part in parts) - len(keys)
+        return sum(int(contains_keys(distinct, part).sum()) for part in parts) - len(keys)
 
 
 @dataclass(eq=False)
@@ -172,7 +172,7 @@ class StreamData:
             for batch in self._loader:
                 self._resumed_state = None
                 num_batches += 1
-                shared = is_among(batch["text_keys"].numpy(), self._held_keys)
+                shared = contains_keys(self._held_keys, batch["text_keys"].numpy())
                 self._num_shared += int(shared.sum())
                 self._num_left -= 1
                 yield batch

@@ -30,7 +30,7 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from ..._suggestions import counted
 from ...data.captions.caption_groups import CaptionGroups
 from ...data.captions.text_pairs import TextPair
-from ...data.key_arrays import Array, is_among, sort_rows
+from ...data.key_arrays import Array, contains_keys, sort_rows
 from ...data.records.record_columns import hash_text
 
 # Row number, group and text keys.
@@ -75,7 +75,7 @@ def write_text_pairs(
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         while some:
             keys = np.array([[hash_text(text) for text in pair.texts] for pair in some], np.int64)
-            kept = (~is_among(keys.ravel(), left_out)).reshape(keys.shape).all(axis=1)
+            kept = (~contains_keys(left_out, keys.ravel())).reshape(keys.shape).all(axis=1)
             groups = [hash_text(pair.group_id) for pair in some]
             columns = [groups, *zip(*(pair.texts for pair in some), strict=True), *keys.T]
             arrays = [pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)]

@@ -75,7 +75,7 @@ def test_lengths_of_views_are_uniform() -> None:
 def test_a_rule_makes_the_same_views_for_ever() -> None:
     """Whoever changes this raises `RULE`: stores have the views of theirs."""
     assert (RULE, list_views(LONG, 3)) == ("1", PINNED)
-    with pytest.raises(ValueError, match=r"by rule '0', and this version .* by rule '1'"):
+    with pytest.raises(ValueError, match=r"follow rule '0', but this version .* by rule '1'"):
         read_num_views({"sentence_views": "3", "sentence_rule": "0"})
     assert read_num_views({}) == 0
 
@@ -93,5 +93,5 @@ def test_records_get_their_views_and_keys() -> None:
     assert add_views(batch, 2).equals(wanted.select(batch.schema.names))
     assert with_views(records[0].long_captions, 2) == viewed.long_captions
     assert add_views(batch, 0) is batch
-    with pytest.raises(ValueError, match="sentence_views=2, and no long caption has two"):
+    with pytest.raises(ValueError, match="sentence_views=2: no long caption has two"):
         require_views(table[1:], 2)

@@ -119,9 +119,9 @@ def test_errors_are_reported_at_once(saved: datasets.Dataset) -> None:
         records_from_dataset(saved, columns={"image": "img", "captions": "texts", "label": "label"})
     with pytest.raises(ValueError, match=r"Column name .*gone.* not in the dataset"):
         records_from_dataset(saved, columns={"captions": "gone"})
-    with pytest.raises(ValueError, match="For an IterableDataset use stream_dataset"):
+    with pytest.raises(ValueError, match="For an IterableDataset, use stream_dataset"):
         records_from_dataset(saved.to_iterable_dataset(), columns=COLUMNS)
-    with pytest.raises(ValueError, match=r"DatasetDict is not a .* give one split"):
+    with pytest.raises(ValueError, match=r"DatasetDict is not a .* pass one split"):
         records_from_dataset(datasets.DatasetDict({"train": saved}))
     with pytest.raises(ValueError, match="For a Dataset, use records_from_dataset"):
         stream_dataset(saved)  # type: ignore[arg-type]

@@ -98,7 +98,7 @@ def test_several_processes_find_the_records_and_errors_of_one(
         load_records(broken, require_images=False, cache=False)
     assert alone.value.counts == together.value.counts == {
         "unknown field 'color'": 1, "not JSON": 1, "image and language repeated": 1,
-        "a text has half a character (a lone surrogate)": 1,
+        "a text has a lone surrogate (half a character)": 1,
     }  # fmt: skip
     assert alone.value.places == together.value.places
     assert together.value.places["not JSON"] == ["captions.jsonl line 32"]

@@ -107,7 +107,7 @@ def test_a_mask_selects_what_it_marks_and_other_rows_are_refused() -> None:
     assert [record.name for record in table.select(mask).select([True, False, True])] == ["b", "e"]
     wrong: list[Any] = [mask[:4], [5], [-1], [0.0, 1.0], [[0, 1]]]
     for rows in wrong:
-        with pytest.raises(IndexError, match="not numbers of 5 records"):
+        with pytest.raises(IndexError, match="record numbers from 0 to 4, or a mask of 5"):
             table.select(rows)
 
 

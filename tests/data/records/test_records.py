@@ -275,7 +275,7 @@ def test_a_folder_without_captions_shows_how_a_line_of_them_is_written(
         ("lines", r"has no records"),
         ("both", r"has several sources: captions\.jsonl, a\.tar"),
         ("both/*", r"found \.jsonl, \.tar"),
-        ("both/[bc]*.jsonl", r"2 \.jsonl files\. Give one"),
+        ("both/[bc]*.jsonl", r"2 \.jsonl files\. Pass one"),
         ("table.csv", r"found \.csv"),
         ("list.json", r"no 'images' and 'annotations' lists"),
         ("torn.json", r"torn\.json: not JSON"),

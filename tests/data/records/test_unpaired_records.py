@@ -195,10 +195,10 @@ def test_several_csv_are_a_source_of_texts_and_of_nothing_else(tmp_path: Path) -
         (tmp_path / f"{name}.csv").write_text("text\na cat\n", encoding="utf-8")
     records = load_records(f"{tmp_path}/*.csv", modality="text")
     assert [record.name for record in records] == ["a.csv/0", "b.csv/0"]
-    with pytest.raises(ValueError, match=r"found \.csv\. Give a folder, or files of one format"):
+    with pytest.raises(ValueError, match=r"found \.csv\. Pass a folder, or files of one format"):
         load_records(tmp_path / "a.csv")
     (tmp_path / "list.txt").write_text("a cat\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"Its lines name shards; put texts into \.csv"):
+    with pytest.raises(ValueError, match=r"A \.txt file lists shards; put texts into \.csv"):
         load_records(tmp_path / "list.txt", modality="text")
 
 

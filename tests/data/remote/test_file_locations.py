@@ -102,7 +102,7 @@ def test_captions_of_json_lines_are_read_and_their_images_are_not(tmp_path: Path
         remote = load_records(url, require_images=False)
         assert list(remote) == list(local)
         assert [record.place for record in remote] == [record.place for record in local]
-        with pytest.raises(ValueError, match=r"would be a request each\. Pack them"):
+        with pytest.raises(ValueError, match=r"would need one request each\. Pack them"):
             load_records(url)
 
 
@@ -324,7 +324,7 @@ def test_what_cannot_be_reached_is_an_error_at_once(tmp_path: Path) -> None:
             load_records(f"{server.url}/{SHARDS}")
     with pytest.raises(AccessError, match="cannot be reached"):
         load_records(f"{server.url}/00000.tar")
-    with pytest.raises(ValueError, match="output of a command can be read once only"):
+    with pytest.raises(ValueError, match="output of a command can be read only once"):
         load_records("pipe:cat a.tar")
 
 

@@ -91,7 +91,7 @@ def test_files_of_another_size_are_found_on_opening(
     [
         ({"format_version": 4}, "format_version 4, this code reads 6.*llm2clip extract MODEL DATA"),
         ({"color": "red"}, "damaged.*color"),
-        ({"num_items": 70_000}, "does not have the 70000 items"),
+        ({"num_items": 70_000}, "does not have the store's 70000 items"),
     ],
 )
 def test_a_manifest_of_another_format_or_an_impossible_one_is_refused(
@@ -111,7 +111,7 @@ def test_an_edited_manifest_is_refused(store: Path) -> None:
 
 
 def test_what_is_not_a_store_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no embedding store"):
+    with pytest.raises(ValueError, match="has no embedding store"):
         EmbeddingStore.open(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="damaged"):

@@ -175,7 +175,7 @@ def test_parquet_of_a_hub_is_read_at_its_commit_from_the_cache(
     assert captions_by_image(dataset) == {"red": ["de"], "blue": ["de"]}
     assert all(isinstance(image, ParquetImage) for image in dataset.images)
     assert dataset.protocol["source"] == f"hub:mteb/xm3600@{commit}"
-    with pytest.raises(ValueError, match="cannot be fetched"):
+    with pytest.raises(ValueError, match="cannot be downloaded"):
         load_dataset(spec, f"hub:mteb/xm3600@{'6' * 40}", lang="de")
     with pytest.raises(ValueError, match="does not pin a commit"):
         load_dataset(spec, "hub:mteb/xm3600@main", lang="de")

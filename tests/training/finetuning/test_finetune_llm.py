@@ -189,7 +189,7 @@ def test_the_command_merges_skips_single_captions_and_counts_truncated_texts(tmp
     command += ["--text-pairs", str(file), "1"]
     assert main(command) == 2
     shown = capsys.readouterr().err
-    assert "2 of 34 images have one caption only" in shown and "--skip-single" in shown
+    assert "2 of 34 images have only one caption" in shown and "--skip-single" in shown
     assert "lonely (captions.jsonl line 26)" in shown
     assert main([*command, "--skip-single-captions"]) == 0
     shown = capsys.readouterr().out
