@@ -46,7 +46,7 @@ BUDGETS = {
     "cli": 994,
     "configs": 755,
     "conversion": 542,
-    "data": 4391,
+    "data": 4346,
     "demo": 86,
     "doctor": 1068,
     "embedding": 1108,
@@ -60,7 +60,7 @@ BUDGETS = {
     "serving": 1457,
     "training": 4248,
 }
-NUM_FILES = 269
+NUM_FILES = 267
 HEADROOM = 1.02
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 
