@@ -110,7 +110,6 @@ class About:
     precision: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def seal(self) -> str:
-        """Serialize as sealed JSON."""
         return write_sealed({"format_version": FORMAT_VERSION, **dataclasses.asdict(self)})
 
     @classmethod

@@ -87,7 +87,6 @@ class IndexDatabase:
         self._reopen()
 
     def _create(self, describe: Callable[[], About]) -> None:
-        """Create the missing tables."""
         with self._explained("read"):
             tables = self._list_tables()
         if _ABOUT not in tables:
@@ -124,8 +123,9 @@ class IndexDatabase:
     def write_about(self, about: About) -> None:
         with self._writing():
             mode = "overwrite" if _ABOUT in self._list_tables() else "create"
-            rows = pa.table({"content": [about.seal()]})
-            self._connection.create_table(_ABOUT, data=rows, mode=mode)
+            self._connection.create_table(
+                _ABOUT, data=pa.table({"content": [about.seal()]}), mode=mode
+            )
         self.about = about
 
     def _reopen(self) -> None:
@@ -238,9 +238,10 @@ class IndexDatabase:
             merge = self._table.merge_insert("path").when_matched_update_all()
             schema = pa.schema([self._table.schema.field(name) for name in columns])
             batch = pa.record_batch(columns, schema=schema)
-            table = pa.Table.from_batches([batch])
-            table = table.append_column("crc32", pa.array(_hash_rows(batch), pa.int64()))
-            merge.when_not_matched_insert_all().execute(table)
+            hashes = pa.array(_hash_rows(batch), pa.int64())
+            merge.when_not_matched_insert_all().execute(
+                pa.Table.from_batches([batch]).append_column("crc32", hashes)
+            )
 
     def remove(self, paths: Sequence[str]) -> None:
         with self._writing():

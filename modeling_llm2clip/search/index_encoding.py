@@ -115,7 +115,6 @@ class IndexEncoder:
 
     @cached_property
     def model(self) -> TorchEncoder:
-        """The model, loaded on first access."""
         from ..encoding.batches import find_min_jpeg_side
         from ..encoding.devices import find_device
         from ..encoding.encode import TorchEncoder
@@ -178,8 +177,7 @@ class OnnxQueryEncoder(IndexEncoder):
 
         rows = tokenize(self._tokenizer, list(texts))
         self.num_truncated += sum(bool(row.overflowing) for row in rows)
-        graph = choose_graph(self._folder, "text", None)
-        return encode_rows(rows, graph.stem, self._folder)
+        return encode_rows(rows, choose_graph(self._folder, "text", None).stem, self._folder)
 
     def _encode_images(self, images: Sequence[Path | Image.Image]) -> Any:
         raise ValueError(

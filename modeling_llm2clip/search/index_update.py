@@ -220,11 +220,10 @@ class FolderUpdate:
         )
 
     def describe_errors(self) -> str:
-        lines = list_first(self.errors.values(), "\n")
-        return f"Not in the index: {counted(len(self.errors), 'unreadable image')}:\n{lines}"
+        count = counted(len(self.errors), "unreadable image")
+        return f"Not in the index: {count}:\n" + list_first(self.errors.values(), "\n")
 
     def run(self, paths: Sequence[Path]) -> None:
-        """Update the index for all image files of its folder."""
         # Stat before reading, so a file that is written in between is noticed next time.
         for path in paths:
             self._read_stat(path)
@@ -237,8 +236,9 @@ class FolderUpdate:
         if waiting:
             self._settle_precision()
         else:  # the encoder only gets queries, to decode as the indexed images were
-            is_scaled = "jpeg decoding" in self.database.about.precision
-            self.encoder.jpeg_decoding = "scaled" if is_scaled else "full"
+            self.encoder.jpeg_decoding = (
+                "scaled" if "jpeg decoding" in self.database.about.precision else "full"
+            )
         with tqdm(
             total=len(waiting), unit=" images", disable=not (self.config.show_progress and waiting)
         ) as progress:

@@ -160,8 +160,9 @@ def write_results_page(
     Links are relative to the page, so it can be moved together with the images.
     """
     rows = "\n".join(_write_section(result, path.parent) for result in results)
-    shown = {"title": html.escape(title), "note": html.escape(note), "rows": rows}
-    page = _PAGE.format(**shown, mark=_MARK, hits_css=HITS_CSS)
+    page = _PAGE.format(
+        title=html.escape(title), note=html.escape(note), rows=rows, mark=_MARK, hits_css=HITS_CSS
+    )
     write_atomically(path, page.encode(errors="replace"))  # a path may not be Unicode
 
 
@@ -228,8 +229,13 @@ def _draw_row(result: SearchResult, number: int, width: int) -> Image.Image:
     text_height = 26 * len(lines)
     row = Image.new("RGB", (width, max(_SIDE + 14, text_height) + 2 * _GAP), "white")
     draw = ImageDraw.Draw(row)
-    place = (_GAP, max(0, (_SIDE - text_height) // 2))
-    draw.multiline_text(place, "\n".join(lines), fill="#222222", font=font, spacing=8)
+    draw.multiline_text(
+        (_GAP, max(0, (_SIDE - text_height) // 2)),
+        "\n".join(lines),
+        fill="#222222",
+        font=font,
+        spacing=8,
+    )
     # Cover the overflow: a line of wide letters may exceed the text column.
     draw.rectangle((_TEXT_WIDTH - _GAP, 0, *row.size), fill="white")
     hits = zip(result.hits, _list_digests(result), strict=True)

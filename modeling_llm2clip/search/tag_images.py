@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeAlias
 
@@ -17,6 +18,7 @@ from ..data.labels import Label
 from ..encoding.encode import TorchEncoder, average_prompts
 from ..encoding.encoder_interface import Encoder
 from ..encoding.tokenized_texts import TokenizedTexts
+from ..heads_llm2clip import LogitRule
 from ..model_folders.model_loading import load_model
 from ..model_folders.training_images import ImageTally, describe_far_images
 from .image_encoding import encode_readable_images
@@ -26,7 +28,23 @@ from .index_database import require_place
 from .index_update import build_index
 from .model_identity import find_whole_model
 from .search_results import make_csv_row
-from .tag_labels import Tag, rank_labels
+
+
+@dataclass(frozen=True)
+class Tag:
+    """One label of an image; `/v1/classify` returns these fields unchanged.
+
+    Attributes:
+        label: Name of the label.
+        cosine: Cosine similarity of image and label.
+        probability: Softmax of the scaled cosines over all labels, as in the pipeline
+            `zero-shot-image-classification`.
+    """
+
+    label: str
+    cosine: float
+    probability: float
+
 
 EmbeddedImages: TypeAlias = tuple[Sequence[Path], Tensor]
 TaggedImage: TypeAlias = tuple[Path, Sequence[Tag]]
@@ -113,8 +131,9 @@ def _encode(
             batch_size=config.batch_size, tally=tally,
         )  # fmt: skip
     if encoded.errors:
-        listed = list_first(encoded.errors.values(), "\n")
-        broken = f"{len(encoded.errors)} of {counted(len(paths), 'image')}:\n{listed}"
+        broken = f"{len(encoded.errors)} of {counted(len(paths), 'image')}:\n" + list_first(
+            encoded.errors.values(), "\n"
+        )
         if not config.skip_invalid:
             raise ValueError(
                 f"Cannot read {broken}\nRepair or remove these files, or skip them "
@@ -153,3 +172,33 @@ def write_tags(tagged: Iterable[TaggedImage], file: IO[str], style: str) -> tupl
             record = {"image": str(path), "labels": labels}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     return num_images, num_untagged
+
+
+def rank_labels(
+    image_embeds: Tensor,
+    label_embeds: Tensor,
+    labels: Sequence[Label],
+    *,
+    rule: LogitRule,
+    top_k: int,
+) -> list[list[Tag]]:
+    """Return the `top_k` labels with the highest cosine for each image, best first.
+
+    Embeddings have unit length, and `rule` turns cosines into logits. With fewer than `top_k`
+    labels, all of them are returned.
+    """
+    cosines = image_embeds @ label_embeds.T
+    probabilities = rule.from_cosines(cosines).softmax(dim=-1)
+    best = cosines.topk(min(top_k, len(labels)))
+    return [
+        [
+            Tag(labels[number].name, cosine, probability)
+            for number, cosine, probability in zip(numbers, scores, shares, strict=True)
+        ]
+        for numbers, scores, shares in zip(
+            best.indices.tolist(),
+            best.values.tolist(),
+            probabilities.gather(1, best.indices).tolist(),
+            strict=True,
+        )
+    ]

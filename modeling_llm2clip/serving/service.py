@@ -44,7 +44,7 @@ from ..search.filters import FilterError, check_filter
 from ..search.image_index import ImageIndex
 from ..search.index_about import EVERY_IMAGE, IndexUnavailableError
 from ..search.model_identity import restore_tally
-from ..search.tag_labels import Tag, rank_labels
+from ..search.tag_images import Tag, rank_labels
 from .batching import BatchWorker, Lane, OnBatch, await_all_or_none
 from .image_inputs import decode_sent_image
 from .service_results import ClassifiedImages, EmbeddedInputs, FoundImages, RequestError

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..search.search_results import SearchResult
-from ..search.tag_labels import Tag
+from ..search.tag_images import Tag
 
 
 @dataclass(frozen=True, kw_only=True)

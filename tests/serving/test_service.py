@@ -24,7 +24,7 @@ from modeling_llm2clip.data.labels import make_labels
 from modeling_llm2clip.encoding.encode import TorchEncoder, average_prompts
 from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.model_folders.model_writing import save_model
-from modeling_llm2clip.search.tag_labels import rank_labels
+from modeling_llm2clip.search.tag_images import rank_labels
 from modeling_llm2clip.serving.service import EmbeddingService
 from modeling_llm2clip.serving.service_results import RequestError
 

@@ -192,8 +192,9 @@ def plan_align(
         )
     require_output(output, resume=resume, model=output / MODEL_FOLDER)
     labeled = None if config.zero_shot is None else load_labeled_images(config.zero_shot)
-    kept = read_kept_texts(config, teacher, labeled)
-    return AlignPlan(output, config, chosen, resume, *stores, labeled, kept)
+    return AlignPlan(
+        output, config, chosen, resume, *stores, labeled, read_kept_texts(config, teacher, labeled)
+    )
 
 
 def run_alignment(
@@ -207,8 +208,7 @@ def run_alignment(
     """Run the alignment that `plan_align` checked."""
     config, output = plan.config, plan.output
     if isinstance(data, RecordStream):
-        is_given = (store is not None for store in (plan.images, plan.teacher))
-        check_stream(config, *is_given)
+        check_stream(config, *(store is not None for store in (plan.images, plan.teacher)))
     else:
         data = RecordTable.from_records(data)
         check_data(data, batch_size=config.global_batch_size)
@@ -422,8 +422,12 @@ def _measure_written(
         written.trains_text = fit.config.text_training == "lora"
         accuracy = fit.zero_shot.measure(written)
         add_results(output, zero_shot={**fit.zero_shot.identify(), "accuracy": accuracy})
-    summary = write_image_summary(fit.source, folder, fit.data, fit.config, name=data_name)
-    add_results(output, training_images=summary)
+    add_results(
+        output,
+        training_images=write_image_summary(
+            fit.source, folder, fit.data, fit.config, name=data_name
+        ),
+    )
     results = read_results(output)
     is_rounded = LLM2CLIPConfig.from_pretrained(folder).dtype != torch.float32
     if held_out is not None and is_rounded and "refit" not in results:

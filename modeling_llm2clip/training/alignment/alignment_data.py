@@ -5,7 +5,7 @@ Records come from an index or from a stream.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass, field
 from functools import partial
 from operator import getitem
@@ -26,11 +26,22 @@ from ...data.records.record_table import Array, RecordTable, require_images
 from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.streams.record_streams import RecordStream
+from ...encoding.devices import count_free_bytes
 from ...image_loading_llm2clip import load_images
 from ...processing_llm2clip import LLM2CLIPProcessor
-from .align_checks import pair_items, require_same_images, require_same_texts
+from .align_checks import (
+    have_directions,
+    pair_items,
+    require_directions,
+    require_same_images,
+    require_same_texts,
+)
 from .sampling import Samples, choose_captions, draw_samples
-from .stored_rows import StoredRows
+
+Identify = Callable[[Array], Sequence[tuple[str, ...]]]
+"""Maps row numbers within a batch to the names of their records."""
+_BYTES_AT_ONCE = 2**26
+_SHARE_OF_FREE_MEMORY = 0.5  # the rest is for weights, optimizer state and activations
 
 
 class StoredSide(NamedTuple):
@@ -50,6 +61,62 @@ class StoredSide(NamedTuple):
 VISION = StoredSide("vision_embeds", "vision_rows", "vision_noise")
 CAPTION = StoredSide("caption_embeds", "caption_rows", "caption_noise")
 TEACHER = StoredSide("teacher_embeds", "teacher_rows")
+
+
+class StoredRows:
+    """Rows of a store, each checked when it is first read.
+
+    Attributes:
+        store: The store.
+        resident: All rows on the training device in their stored dtype; None if batches read
+            their rows from the files.
+    """
+
+    def __init__(self, store: EmbeddingStore) -> None:
+        self.store = store
+        self.resident: Tensor | None = None
+        self._is_checked = np.zeros(store.manifest.num_rows, np.bool_)
+
+    def copy_to(self, device: torch.device, *, num_reads: int) -> None:
+        """Copy all rows to a device if they fit in half of its free memory.
+
+        Args:
+            device: Training device.
+            num_reads: Number of rows that training will read. If the store has more rows, nothing
+                is copied.
+        """
+        manifest = self.store.manifest
+        num_bytes = manifest.num_rows * manifest.row_bytes
+        fits = num_bytes <= _SHARE_OF_FREE_MEMORY * count_free_bytes(device)
+        if self.resident is not None or not fits or num_reads < manifest.num_rows:
+            return
+        num_at_once = max(1, _BYTES_AT_ONCE // manifest.row_bytes)
+        for rows in torch.arange(manifest.num_rows).split(num_at_once):
+            embeds = self.store.read(rows, dtype=None)
+            if self.resident is None:
+                shape = (manifest.num_rows, manifest.dim)
+                self.resident = torch.empty(shape, dtype=embeds.dtype, device=device)
+            self.resident[rows[0] : rows[-1] + 1] = embeds
+            # A broken row is refused when a batch contains it, to name its record.
+            self._is_checked[rows.numpy()] = have_directions(embeds)
+
+    def read(
+        self, rows: Array, identify: Identify, *, dtype: torch.dtype | None = torch.float32
+    ) -> Tensor:
+        """Read rows, (B, D), like `EmbeddingStore.read`; refuse broken rows on first read."""
+        embeds = self.store.read(rows, dtype=dtype)
+        new = np.flatnonzero(~self._is_checked[rows])
+        if len(new):
+            some = embeds if len(new) == len(rows) else embeds[new]
+            require_directions(some, self.store, lambda broken: identify(new[broken]))
+            self._is_checked[rows] = True
+        return embeds
+
+    def require_checked(self, rows: Array, identify: Identify) -> Tensor:
+        """Return the numbers of resident rows, (B,) int64; refuse broken rows."""
+        if not self._is_checked[rows].all():
+            self.read(rows, identify)
+        return torch.from_numpy(rows)
 
 
 class _Sampled:
@@ -163,14 +230,14 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
         if self.caption_store is None:
             batch |= self.processor(text=self._take_texts(items, numbers))
         for side, stored in self._stored.items():
-            of_captions = side == CAPTION
-            rows = self.caption_rows(items, numbers) if of_captions else self.image_rows(items)
+            rows = self.caption_rows(items, numbers) if side == CAPTION else self.image_rows(items)
             identify = partial(self._identify, items)
             if stored.resident is not None and as_stored:
                 batch[side.rows] = stored.require_checked(rows, identify)
             else:
-                dtype = None if as_stored else torch.float32
-                batch[side.embeds] = stored.read(rows, identify, dtype=dtype)
+                batch[side.embeds] = stored.read(
+                    rows, identify, dtype=None if as_stored else torch.float32
+                )
         if self.reads_images:
             images = [open_image(image) for image in self.records.select(items).iterate_images()]
             batch |= self.processor(images=images)
@@ -198,8 +265,7 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
         return short, long
 
     def _take_texts(self, items: Array, numbers: Array) -> list[str]:
-        captions = self.records.take(items, CAPTION_COLUMNS)
-        pairs = zip(captions, numbers.tolist(), strict=True)
+        pairs = zip(self.records.take(items, CAPTION_COLUMNS), numbers.tolist(), strict=True)
         return [(*short, *long)[number] for (short, long), number in pairs]
 
     def _identify(self, items: Array, places: Array) -> list[tuple[str, ...]]:
@@ -289,8 +355,7 @@ class AlignmentStream(_Sampled):
 def list_pairs(counts: Array, items: Array) -> tuple[Array, Array]:
     """List all captions of some items: the item of each caption, and its number there."""
     starts = np.cumsum(counts) - counts
-    numbers = np.arange(counts.sum()) - np.repeat(starts, counts)
-    return np.repeat(items, counts), numbers
+    return np.repeat(items, counts), np.arange(counts.sum()) - np.repeat(starts, counts)
 
 
 def _look_up(numbers: Array | None, items: Array) -> Array:

@@ -150,10 +150,10 @@ class AlignmentFit:
             callbacks=[recorded, StopCallback(stop), *self.callbacks],
             kept=self.kept,
         )
-        watching = [callback for callback in (objective, best_weights) if callback is not None]
-        for callback in watching:
-            callback.trainer = trainer
-            trainer.add_callback(callback)
+        for callback in (objective, best_weights):
+            if callback is not None:
+                callback.trainer = trainer
+                trainer.add_callback(callback)
         show_progress(trainer, name)
         self._run(trainer, checkpoint, best_weights)
         return trainer
@@ -216,10 +216,13 @@ def refit(fit: AlignmentFit, choice: Choice, stop: StopRequest) -> dict[str, Ten
     if before:
         set_between(model, before, copy_trained(model), choice.share)
     if arguments.should_save:
-        num_records = again.data.num_items
         add_results(
             fit.output,
-            refit={"start": asdict(start), "steps": choice.step, "num_records": num_records},
+            refit={
+                "start": asdict(start),
+                "steps": choice.step,
+                "num_records": again.data.num_items,
+            },
         )
     return collect_weights(trainer, adapted, fit.output)
 

@@ -74,8 +74,11 @@ class AlignmentModel(PartialModel):
         teacher_embeds = batch.get("teacher_embeds")
         vision_embeds, caption_embeds = batch.get("vision_embeds"), batch.get("caption_embeds")
         if vision_embeds is None:
-            masks = batch.get("pixel_attention_mask"), batch.get("spatial_shapes")
-            images = batch["pixel_values"], *masks
+            images = (
+                batch["pixel_values"],
+                batch.get("pixel_attention_mask"),
+                batch.get("spatial_shapes"),
+            )
             with torch.set_grad_enabled(self.trains_vision and torch.is_grad_enabled()):
                 vision_embeds = self.get_vision_embeds(*images)
             if self.teacher_model is not None:
@@ -214,8 +217,11 @@ def freeze_unused(model: AlignmentModel, processor: LLM2CLIPProcessor, config: A
 
     A pooling may bypass some weights of its tower, which then do not count as trained.
     """
-    unused = find_without_gradient(model, lambda: _sum_outputs(model, processor))
-    without = [name for name in unused if not name.startswith(f"{LOSS}.")]
+    without = [
+        name
+        for name in find_without_gradient(model, lambda: _sum_outputs(model, processor))
+        if not name.startswith(f"{LOSS}.")
+    ]
     for tower, training, remedy in (
         ("vision_model", config.vision_training, "vision_training=frozen or vision_training=full"),
         ("text_model", config.text_training, "text_training=stored or text_training=frozen-online"),

@@ -79,10 +79,9 @@ def describe_alignment(output: Path) -> list[str]:
     lines += [*_describe_objective(results), *_describe_stream(results)]
     lines.append(f"Wrote {model} {_describe_weights(results)}.")
     if not results["has_golden_embeddings"]:
-        source = record["inputs"]["source"]
         lines.append(
-            f"{source} has no recorded caption embeddings, so {model} has no golden embeddings. "
-            "Rebuild it with llm2clip build to record them."
+            f"{record['inputs']['source']} has no recorded caption embeddings, so {model} has no "
+            "golden embeddings. Rebuild it with llm2clip build to record them."
         )
     scores = _read_best(results)
     if scores is not None and scores.is_near_chance:
@@ -146,8 +145,7 @@ def _describe_weights(results: Mapping[str, Any]) -> str:
         return f"with {_name_weights(held_out, steps)}"
     if not steps:
         return "with the weights of the start"
-    counted = "1 step" if steps == 1 else f"{steps} steps"
-    return f"after {counted}" + ("" if loss is None else f", loss {loss:.4f}")
+    return f"after {counted(steps, 'step')}" + ("" if loss is None else f", loss {loss:.4f}")
 
 
 def _name_weights(held_out: Mapping[str, Any], steps: int) -> str:
@@ -250,8 +248,10 @@ def _describe_stream(results: Mapping[str, Any]) -> list[str]:
         return []
     counts = dict(state)
     epochs = counted(counts.pop("epochs"), "epoch")
-    lines = [f"Stream, {epochs}: {StreamReport.from_state(counts).describe_losses()}."]
-    return lines + describe_errors(state["counts"], state["places"])
+    return [
+        f"Stream, {epochs}: {StreamReport.from_state(counts).describe_losses()}.",
+        *describe_errors(state["counts"], state["places"]),
+    ]
 
 
 def _describe_start(start: Mapping[str, Any]) -> str:

@@ -203,8 +203,7 @@ class BestWeightsCallback(TrainerCallback):
         inputs = trainer.embed(self.images.iterate_batches())
         scored = self.images.score(trainer.alignment_model.loss, inputs)
         if self.zero_shot is not None:
-            accuracy = self.zero_shot.measure(trainer.alignment_model)
-            scored = replace(scored, zero_shot=accuracy)
+            scored = replace(scored, zero_shot=self.zero_shot.measure(trainer.alignment_model))
         shared: list[Any] = [scored]
         # Processes on different hardware may round differently, but must all decide the same.
         broadcast_object_list(shared)

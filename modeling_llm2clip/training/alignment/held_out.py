@@ -140,8 +140,9 @@ def choose_held_out(dataset: AlignmentDataset, ratio: float, *, seed: int) -> tu
         )
     require_negatives(num_groups - count, count)
     chosen = _choose_groups(records, count, seed=seed)
-    parts = [np.isin(keys, chosen) for keys in records.iterate_numbers("group_key")]
-    is_held_out = np.concatenate(parts)
+    is_held_out = np.concatenate(
+        [np.isin(keys, chosen) for keys in records.iterate_numbers("group_key")]
+    )
     to_train = np.flatnonzero(~is_held_out).astype(np.int32)
     return to_train, np.flatnonzero(is_held_out).astype(np.int32)
 

@@ -31,8 +31,6 @@ from .sampling import rank_keys
 _STORED_SAMPLE = 4_096
 # Fewer, because each image costs a forward pass of the vision tower.
 _ENCODED_SAMPLE = 1_024
-_SEED = 0
-_UNNAMED = "unnamed data"
 
 
 def write_image_summary(
@@ -48,7 +46,7 @@ def write_image_summary(
     is_same_tower = config.vision_training == "frozen" or (
         fingerprint_vision(source) == fingerprint_vision(folder)
     )
-    new = _summarize(folder, data, config, name=name or _UNNAMED)
+    new = _summarize(folder, data, config, name=name or "unnamed data")
     if new is None:
         if not is_same_tower:  # summaries made with other weights are invalid
             (folder / TRAINING_IMAGES_FILE).unlink(missing_ok=True)
@@ -96,7 +94,7 @@ def sample_images(records: RecordTable, size: int) -> Array:
         rows = np.arange(start, start + len(keys))
         start += len(keys)
         chosen, firsts = np.unique(
-            np.concatenate([chosen, rank_keys(keys, _SEED)]), return_index=True
+            np.concatenate([chosen, rank_keys(keys, seed=0)]), return_index=True
         )
         chosen, items = chosen[:size], np.concatenate([items, rows])[firsts[:size]]
     return items

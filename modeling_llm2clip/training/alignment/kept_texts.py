@@ -132,8 +132,7 @@ def read_kept_texts(
     processor = DualEncoderProcessor(find_model_folder(teacher, only=_TOKENIZER_FILES))
     _, is_truncated = processor.list_ids(list(texts))
     _require_whole(texts, is_truncated, reader=str(teacher), longest=processor.longest_text)
-    names = tuple(label.name for label in labels)
-    return KeptTexts(names, tuple(texts), teacher, config.seed)
+    return KeptTexts(tuple(label.name for label in labels), tuple(texts), teacher, config.seed)
 
 
 def _require_whole(

@@ -85,8 +85,7 @@ def init_projections(
     if inheritance is None:
         start = _choose_start(model, data, config)
     else:
-        is_random = "text_adapter" in model.config.random_heads
-        is_new = is_random and not inheritance["best_step"]
+        is_new = "text_adapter" in model.config.random_heads and not inheritance["best_step"]
         start = ProjectionInit(
             "inherited", None, is_trained=True, has_new_adapter=is_new, inheritance=inheritance
         )
@@ -132,8 +131,8 @@ def _choose_start(model: AlignmentModel, data: RunData, config: AlignConfig) -> 
         if losses[0] <= fit_start(model.loss, _embed(model, held_out)).loss:
             model.load_state_dict(before, strict=False)
             return unchanged
-    has_new_adapter = "text_adapter" in model.config.random_heads
-    return ProjectionInit("cca", fitted, is_trained=True, has_new_adapter=has_new_adapter)
+    is_new = "text_adapter" in model.config.random_heads
+    return ProjectionInit("cca", fitted, is_trained=True, has_new_adapter=is_new)
 
 
 @torch.no_grad()
@@ -213,8 +212,9 @@ def init_projections_by_cca(
         )
     num_groups = len(groups.unique())
     if num_groups < 2:
-        pairs = counted(len(groups), "pair")
-        raise ValueError(f"CCA needs at least two groups, got {num_groups} in {pairs}.")
+        raise ValueError(
+            f"CCA needs at least two groups, got {num_groups} in {counted(len(groups), 'pair')}."
+        )
     require_varied(captions=caption_embeds, images=vision_embeds)
     if "text_adapter" in model.config.random_heads:
         make_identity(model.text_adapter)
@@ -235,9 +235,12 @@ def init_projections_by_cca(
     ):
         weight = (side.directions @ rotated).T
         fill_projection(projection, weight, -(weight @ side.mean.double()))
-    record = {"text_shrinkage": shrinkages[0], "image_shrinkage": shrinkages[1]}
-    measured = {} if rank is None else {"mean_reciprocal_rank": rank}
-    return {**record, **measured, "num_pairs": len(text)}
+    return {
+        "text_shrinkage": shrinkages[0],
+        "image_shrinkage": shrinkages[1],
+        **({} if rank is None else {"mean_reciprocal_rank": rank}),
+        "num_pairs": len(text),
+    }
 
 
 def require_varied(**sides: Tensor) -> None:

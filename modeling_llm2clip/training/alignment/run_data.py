@@ -60,8 +60,7 @@ class RecordData:
         self._sampler: ResumableBatchSampler | None = None
 
     def with_held_out(self) -> RecordData:
-        items = np.arange(len(self.dataset), dtype=np.int32)
-        return RecordData(self.dataset, items, self.config)
+        return RecordData(self.dataset, np.arange(len(self.dataset), dtype=np.int32), self.config)
 
     def identify(self) -> dict[str, Any]:
         records = self.dataset.records
@@ -85,8 +84,8 @@ class RecordData:
         )
         workers = count_workers(self.config, arguments, decodes=self.dataset.reads_images)
         if self.dataset.is_stored and not workers:
-            own_size = batch_size // arguments.world_size
-            self.dataset.copy_stores(arguments.device, num_reads=own_size * num_steps)
+            num_reads = batch_size // arguments.world_size * num_steps
+            self.dataset.copy_stores(arguments.device, num_reads=num_reads)
         return DataLoader(
             self.dataset,
             batch_sampler=sampler,  # type: ignore[arg-type]  # arrays, not lists
@@ -211,7 +210,6 @@ class StreamData:
         return []
 
     def save(self, folder: Path) -> None:
-        """Save the position of this process's stream."""
         folder.mkdir(parents=True, exist_ok=True)
         state = {
             "epoch": self._epoch,
@@ -354,7 +352,6 @@ def hold_out_of_stream(
 
 
 def count_workers(config: AlignConfig, arguments: TrainingArguments, *, decodes: bool) -> int:
-    """Choose the number of data loader workers for this process."""
     if config.num_workers is not None:
         return config.num_workers
     # On a CPU, workers would compete with training; stored embeddings need no workers.

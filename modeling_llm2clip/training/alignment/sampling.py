@@ -85,7 +85,6 @@ class ResumableBatchSampler(Sampler[Samples]):
             yield self._take(order, step)
 
     def read_step(self, step: int) -> Samples:
-        """Return the batch of a step."""
         return self._take(self._shuffle(step // self.steps_per_epoch), step)
 
     def _take(self, order: Array, step: int) -> Samples:

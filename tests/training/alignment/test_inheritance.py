@@ -227,7 +227,7 @@ def test_a_tower_without_a_text_encoder_is_refused_with_the_way_out(
         build(dino, tmp_path / "model")
     with pytest.raises(ValueError, match="Pass its folder or Hub id"):
         build((tower, image_processor), tmp_path / "model")
-    with pytest.raises(ValueError, match="keeps 16 dimensions, as"):
+    with pytest.raises(ValueError, match="16 dimensions"):
         build(inheriting.clip, tmp_path / "model", projection_dim=32)
     for changed, message in (
         ({"vision_pooling": "cls"}, "Use vision_pooling=pooler"),

@@ -19,10 +19,10 @@ from transformers import Trainer, TrainerCallback
 
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.training import finite_steps, trainer_mixins
-from modeling_llm2clip.training.alignment import alignment_trainer, stored_rows
+from modeling_llm2clip.training.alignment import alignment_data, alignment_trainer
+from modeling_llm2clip.training.alignment.alignment_data import StoredRows
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.alignment_trainer import AlignmentTrainer
-from modeling_llm2clip.training.alignment.stored_rows import StoredRows
 
 
 @pytest.fixture(autouse=True)
@@ -95,8 +95,8 @@ def test_resident_rows_are_those_of_the_store(
     store = EmbeddingStore.open(write_store(tmp_path / "store", embeds, dtype=dtype))
     rows, device = np.array([3, 22, 3, 0, 17]), torch.device("cpu")
     size, free = embeds.nbytes, [0]
-    monkeypatch.setattr(stored_rows, "count_free_bytes", lambda _: free[0])
-    monkeypatch.setattr(stored_rows, "_BYTES_AT_ONCE", 7 * size // NUM_ROWS)  # in four parts
+    monkeypatch.setattr(alignment_data, "count_free_bytes", lambda _: free[0])
+    monkeypatch.setattr(alignment_data, "_BYTES_AT_ONCE", 7 * size // NUM_ROWS)  # in four parts
     stored = StoredRows(store)
     for free[0], num_reads in ((2 * size - 1, NUM_ROWS), (2 * size, NUM_ROWS - 1)):
         stored.copy_to(device, num_reads=num_reads)
@@ -117,9 +117,9 @@ def test_a_row_is_checked_when_it_is_first_read(
     embeds[9] = 0
     stored = StoredRows(EmbeddingStore.open(write_store(tmp_path / "store", embeds)))
     checked = []
-    check = stored_rows.require_directions
+    check = alignment_data.require_directions
     monkeypatch.setattr(
-        stored_rows,
+        alignment_data,
         "require_directions",
         lambda e, *rest: checked.append(len(e)) or check(e, *rest),
     )
@@ -145,7 +145,7 @@ def test_resident_stores_and_threads_change_no_bit_of_a_run(
     with monkeypatch.context() as patch:  # each batch when it is asked for, from the files
         patch.setattr(AlignmentTrainer, "get_batch_samples", Trainer.get_batch_samples)
         in_turn = train(tmp_path / "in-turn")
-    monkeypatch.setattr(stored_rows, "count_free_bytes", lambda _: 2**20)
+    monkeypatch.setattr(alignment_data, "count_free_bytes", lambda _: 2**20)
     placed: list[StoredRows] = []
     copy = StoredRows.copy_to
 
@@ -181,7 +181,7 @@ def test_a_resumed_run_is_the_one_that_was_never_stopped(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kill loses the batch that a thread has prepared; checkpoints come by the clock."""
-    monkeypatch.setattr(stored_rows, "count_free_bytes", lambda _: 2**20)
+    monkeypatch.setattr(alignment_data, "count_free_bytes", lambda _: 2**20)
     monkeypatch.setattr(trainer_mixins, "_SAVE_STEPS", 2)
     monkeypatch.setattr(alignment_trainer, "_SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     options: dict[str, Any] = {  # an epoch has three steps
