@@ -14,6 +14,7 @@ import os
 import sys
 import warnings
 from collections.abc import Collection, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -348,9 +349,16 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
             self.push_to_hub(repo_id, **upload, **shared)
 
     def post_init(self) -> None:
-        """Finish initialization like transformers, then prune `_no_split_modules`."""
+        """Finish initialization like transformers, then prune `_no_split_modules`.
+
+        If the heads were initialized here instead of loaded, this model's copy of the configuration
+        says that they are random. The configuration of a trained model may have been passed.
+        """
         super().post_init()  # type: ignore[no-untyped-call]
         self._start = sample_heads(self.named_parameters())
+        if any(map(len, self._start.values())):  # a loader builds empty ones
+            self.config = copy(self.config)
+            self.config.random_heads = [*HEADS]
         self.prune_no_split_modules()
 
     def prune_no_split_modules(self) -> None:

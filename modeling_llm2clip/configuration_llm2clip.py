@@ -190,9 +190,11 @@ class LLM2CLIPConfig(PreTrainedConfig):
         except Exception as error:  # a tower's configuration may raise any class
             if isinstance(error, ValueError) and str(source) in str(error):
                 raise
+            is_newer = "Upgrade " in str(error)  # than the package or transformers
             raise ValueError(
                 f"{source}: config.json cannot be used ({type(error).__name__}: "
-                f"{' '.join(str(error).split())}). Restore it from the original model folder."
+                f"{' '.join(str(error).split())})."
+                f"{'' if is_newer else ' Restore it from the original model folder.'}"
             ) from error
 
     @classmethod

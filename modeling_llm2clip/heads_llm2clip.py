@@ -411,7 +411,8 @@ def list_random(
 ) -> list[str]:
     """List the random heads whose weights have not changed, given samples of all heads.
 
-    A weight that was only cast counts as unchanged. Heads without weights are skipped.
+    A weight that was only cast, at most twice, counts as unchanged. Heads without weights are
+    skipped.
     """
     known = {name.partition(".")[0] for name in before}
     changed = {
@@ -419,6 +420,10 @@ def list_random(
         for name, start in before.items()
         if name in now
         and start.shape == now[name].shape
-        and not any(torch.equal(start.to(dtype).float(), now[name]) for dtype in _CASTS)
+        and not any(
+            torch.equal(start.to(first).to(second).float(), now[name])
+            for first in _CASTS
+            for second in _CASTS
+        )
     }
     return [head for head in heads if head in known - changed]

@@ -47,6 +47,7 @@ _OWN_FILES = (
     "processor_config.json", "preprocessor_config.json", "modules.json",
     "config_sentence_transformers.json", "sentence_*_config.json", "[0-9]_*/*",
     "conversion*.json", "handler.py", "requirements.txt",
+    "adapter_config.json",  # of a LoRA, whose base transformers would load instead
 )  # fmt: skip
 _CREDENTIAL_NAME = re.compile(
     r"id_(rsa|dsa|ecdsa|ed25519)(_sk)?|.*\.(pem|key|p12|pfx|ppk|jks|keystore|kdbx|env)"

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from shared_models import CAPTIONS, shared_batch
 from tiny import draw_noise, tiny_llm, tiny_model, tiny_tokenizer, tiny_vision
 from torch import nn
+from transformers import AutoModel
 
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPModel
 from modeling_llm2clip.__main__ import main
@@ -115,6 +116,26 @@ def test_a_merged_lora_on_the_projections_trained_them_and_one_on_the_llm_did_no
                 nn.init.normal_(weight)
         wrapped.merge_and_unload().save_pretrained(tmp_path / targets[-4:])
         assert read_state(tmp_path / targets[-4:]) == left
+
+
+def test_a_model_built_from_the_configuration_of_a_trained_one_is_random(tmp_path: Path) -> None:
+    trained = tiny_model()[0]
+    for name, built in (
+        ("from_config", AutoModel.from_config(trained.config)),
+        ("constructed", LLM2CLIPModel(trained.config)),
+    ):
+        built.save_pretrained(tmp_path / name)
+        assert read_state(tmp_path / name) == [*HEADS]
+        built.load_state_dict(trained.state_dict())
+        built.save_pretrained(tmp_path / f"{name} and loaded")
+        assert read_state(tmp_path / f"{name} and loaded") == []
+    trained.save_pretrained(tmp_path / "trained")
+    assert read_state(tmp_path / "trained") == []
+
+
+def test_a_model_that_is_cast_twice_is_not_trained(tmp_path: Path) -> None:
+    build_untrained().half().bfloat16().save_pretrained(tmp_path)
+    assert read_state(tmp_path) == [*HEADS]
 
 
 def test_a_model_without_an_adapter_has_no_untrained_one(tmp_path: Path) -> None:

@@ -320,6 +320,21 @@ def test_a_push_deletes_nothing_unasked_and_never_the_evaluation_results_of_othe
     assert published.repository.references == {"main": shas[3], "sharded": shas[4]}
 
 
+def test_a_push_refuses_a_repository_of_a_lora_whose_base_would_be_loaded_instead(
+    good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, answer in {
+        "create_repo": None,
+        "model_info": SimpleNamespace(private=True),
+        "repo_exists": True,
+        "revision_exists": True,
+        "list_repo_files": ["adapter_config.json", "notes.txt"],
+    }.items():
+        monkeypatch.setattr(HfApi, name, lambda *_, answer=answer, **__: answer)
+    with pytest.raises(ValueError, match=r"another model .* lacks: adapter_config\.json\."):
+        push_to_hub(good, NAME)
+
+
 def test_what_a_push_deletes_is_listed_before(published: Published) -> None:
     """So are its weights that loaders would mix with the new ones: they are deleted or refused."""
     refused, dry, pushed = published.answers[2:5]
