@@ -30,7 +30,7 @@ def script() -> ModuleType:
     return module
 
 
-def test_the_readme_has_the_badges_of_setup_cfg_and_of_the_repository_if_any(
+def test_the_readme_has_the_badges_of_setup_cfg_and_any_repository(
     script: ModuleType,
 ) -> None:
     text = (ROOT / "README.md").read_text("utf-8")
@@ -40,7 +40,7 @@ def test_the_readme_has_the_badges_of_setup_cfg_and_of_the_repository_if_any(
         script.render_readme("# A title", None)
 
 
-def test_a_badge_of_a_service_is_there_with_a_repository_alone(script: ModuleType) -> None:
+def test_service_badges_need_a_repository(script: ModuleType) -> None:
     without, badges = "\n".join(script.list_badges(None)), "\n".join(script.list_badges(URL))
     assert "github.com" not in without and "colab" not in without
     assert "license: Apache-2.0](https://img.shields.io/badge/license-Apache--2.0-blue)" in without
@@ -50,7 +50,7 @@ def test_a_badge_of_a_service_is_there_with_a_repository_alone(script: ModuleTyp
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
-def test_a_notebook_is_what_the_script_makes_of_it(path: Path, script: ModuleType) -> None:
+def test_notebooks_match_the_scripts_output(path: Path, script: ModuleType) -> None:
     notebook = nbformat.read(path, as_version=4)
     again = copy.deepcopy(notebook)
     script.open_in_colab(again, path.name, script.read_repository())
@@ -58,7 +58,7 @@ def test_a_notebook_is_what_the_script_makes_of_it(path: Path, script: ModuleTyp
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
-def test_with_a_repository_a_notebook_opens_in_colab_and_installs_where_it_must(
+def test_with_a_repository_a_notebook_opens_in_colab_and_installs_the_package(
     path: Path, script: ModuleType
 ) -> None:
     notebook = nbformat.read(path, as_version=4)

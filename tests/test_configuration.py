@@ -77,7 +77,7 @@ def test_saving_a_loaded_configuration_changes_nothing(tmp_path: Path) -> None:
     assert first.read_text(encoding="utf-8") == second.read_text(encoding="utf-8")
 
 
-def test_values_equal_to_the_defaults_are_written_too(tmp_path: Path) -> None:
+def test_default_values_are_also_written(tmp_path: Path) -> None:
     # Otherwise a changed default would change older models.
     build().save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
@@ -85,7 +85,7 @@ def test_values_equal_to_the_defaults_are_written_too(tmp_path: Path) -> None:
     assert content["text_config"]["is_causal"] is False
 
 
-def test_a_misspelled_field_is_refused_and_another_unknown_one_is_kept_with_one_warning(
+def test_a_misspelled_field_is_refused_and_an_unknown_one_kept_with_a_warning(
     saved: dict[str, Any], tmp_path: Path
 ) -> None:
     for name, meant in (("text_pool", "text_pooling"), ("projection_dims", "projection_dim")):
@@ -182,7 +182,7 @@ def test_a_saved_file_that_is_refused_is_named(tmp_path: Path, saved: dict[str, 
         assert "config.json" in str(refused.value)
 
 
-def test_the_rotation_of_positions_has_no_default(saved: dict[str, Any]) -> None:
+def test_rotary_positions_have_no_default(saved: dict[str, Any]) -> None:
     rotary = saved["text_config"].pop("rope_parameters")
     with pytest.raises(ValueError, match=r"lacks \['text_config.rope_parameters'\]"):
         LLM2CLIPConfig.from_dict(saved)
@@ -191,7 +191,7 @@ def test_the_rotation_of_positions_has_no_default(saved: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("field", ["vocab_size_per_layer_input", "layer_rope_theta"])
-def test_a_vocabulary_and_a_rotation_of_layers_are_as_large_as_published_ones(
+def test_per_layer_vocabularies_and_rotary_bases_may_be_large(
     field: str, saved: dict[str, Any]
 ) -> None:
     """Gemma 3n and 4 have 262,144 tokens in a table for each layer."""
@@ -347,9 +347,7 @@ def test_no_absolute_path_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id", "pad_token_id"])
-def test_a_token_id_that_a_trainer_sets_is_saved_and_changes_nothing(
-    name: str, tmp_path: Path
-) -> None:
+def test_a_token_id_set_by_a_trainer_is_saved_without_effect(name: str, tmp_path: Path) -> None:
     config = build()
     setattr(config, name, 7)
     config.save_pretrained(tmp_path)
@@ -375,7 +373,7 @@ def set_direction_of_the_llm(config: LLM2CLIPConfig) -> None:
     ],
     ids=["misspelled", "value", "type", "lost", "direction", "object", "in a tower"],
 )
-def test_what_would_not_load_is_refused_when_it_is_saved(
+def test_a_configuration_that_would_not_load_is_not_saved(
     change: Any, error: str, tmp_path: Path
 ) -> None:
     config = build(text_adapter_layers=1)
@@ -396,7 +394,7 @@ def test_an_extra_field_of_a_tower_is_saved_and_loaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("request_", ["output_hidden_states", "output_attentions"])
-def test_states_are_requested_in_a_call_and_not_in_the_configuration(
+def test_hidden_states_are_requested_per_call_not_in_the_configuration(
     request_: str, saved: dict[str, Any]
 ) -> None:
     """Transformers sets them while it loads; an ignored one would give an output without them."""

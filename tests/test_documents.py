@@ -94,7 +94,7 @@ def test_every_path_between_backticks_exists() -> None:
     assert [pair for pair in paths if not is_there(pair[1], pair[0])] == []
 
 
-def test_a_wrong_path_would_be_found() -> None:
+def test_a_wrong_path_is_found() -> None:
     assert find_paths("`tests/no_such.py` `a/b/` `captions` `.ci/run` `setup.cfg` `B x / y`") == [
         "tests/no_such.py", "a/b/", ".ci/run", "setup.cfg",
     ]  # fmt: skip
@@ -116,7 +116,7 @@ def test_the_promises_on_security_are_short_name_flags_that_exist_and_are_linked
     assert all(flag in served for flag in re.findall(r"--[a-z-]+", text))
 
 
-def test_every_row_of_what_to_open_names_a_file() -> None:
+def test_every_row_of_the_change_table_names_a_file() -> None:
     rows = find_table_rows(ROOT / "ARCHITECTURE.md", "To change X, open Y")
     assert len(rows) > 10
     assert all(any((ROOT / path).is_file() for path in find_paths(row[1])) for row in rows)
@@ -132,7 +132,7 @@ def test_the_folder_list_names_every_folder_and_uploaded_file_of_the_package() -
     assert {str(path.relative_to(ROOT)) for path in wanted} <= listed
 
 
-def test_the_layers_are_those_that_the_linter_holds() -> None:
+def test_the_layers_match_the_linters() -> None:
     layers = read(ROOT / "setup.cfg").split("layers =\n")[1].split("\n\n")[0].splitlines()
     wanted = [layer.strip().replace("modeling_llm2clip.", "") for layer in layers if layer.strip()]
     section = read(ROOT / "ARCHITECTURE.md").split("## Layers\n")[1]
@@ -192,7 +192,7 @@ def test_readme_and_site_show_every_command() -> None:
     assert {name for name in LINE if not name.startswith("-")} <= shown
 
 
-def test_the_readme_is_one_screen_after_another_and_no_more() -> None:
+def test_the_readme_stays_short() -> None:
     assert len(read(README).splitlines()) <= 150
 
 
@@ -202,7 +202,7 @@ def test_the_readmes_snippet_names_the_package_first() -> None:
     assert re.match(r"(import|from) modeling_llm2clip", snippet)
 
 
-def test_the_tables_are_what_the_results_say() -> None:
+def test_the_tables_match_the_recorded_results() -> None:
     for document in TABLED:
         assert render_document(read(document), RESULTS) == read(document), document
 
@@ -238,7 +238,7 @@ def test_a_recorded_result_becomes_a_table(tmp_path: Path) -> None:
     assert render_document(rendered, tmp_path) == rendered
 
 
-def test_a_missing_result_is_said_to_be_missing(tmp_path: Path) -> None:
+def test_a_missing_result_is_reported_as_missing(tmp_path: Path) -> None:
     text = read(README)
     assert render_document(text, tmp_path).count(NOT_RECORDED) == text.count("<!-- table:")
 

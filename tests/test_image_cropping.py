@@ -105,7 +105,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_every_loader_of_a_folder_crops_so(folder: Path) -> None:
+def test_every_loader_of_a_folder_crops_like_torchvision(folder: Path) -> None:
     image = draw_noise(SIDE, SIDE + 3)
     wanted = transform_officially(image)
     processor = AutoProcessor.from_pretrained(folder)
@@ -125,7 +125,7 @@ def test_a_program_that_lacks_the_code_refuses_the_folder(
         AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
-def test_a_processor_that_would_ignore_how_to_crop_is_refused(folder: Path) -> None:
+def test_a_processor_that_would_ignore_the_crop_is_refused(folder: Path) -> None:
     """Only `encode.py` of an ONNX folder reads the file; without the other one, all loaders do."""
     processor = LLM2CLIPProcessor.from_pretrained(folder)
     _write_image_settings(processor, folder)
@@ -158,7 +158,7 @@ def test_timm_networks_without_a_crop_get_a_class_that_every_program_knows() -> 
     assert plain == [("squash", 1.0)]
 
 
-def test_the_script_without_torch_crops_alike(tmp_path: Path) -> None:
+def test_the_script_without_torch_crops_equally(tmp_path: Path) -> None:
     encode_onnx = pytest.importorskip("modeling_llm2clip.encoding.encode_onnx")
     processor = make_converted("torchvision")
     _write_image_settings(processor, tmp_path)

@@ -33,7 +33,7 @@ def pack(values: np.ndarray, bits: int) -> bytes:
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("white_is_zero", [False, True])
 @pytest.mark.parametrize("bits", [8, 12, 16])
-def test_the_bits_of_a_tiff_decide_what_is_white(
+def test_the_bit_depth_of_a_tiff_determines_white(
     bits: int, white_is_zero: bool, compression: str, tmp_path: Path
 ) -> None:
     """Each depth of one image gives the same pixels."""

@@ -206,7 +206,7 @@ def test_an_image_at_each_limit_is_decoded() -> None:
             read_image_header(io.BytesIO(content), name="a", limits=replace(limits, **{name: less}))  # type: ignore[arg-type]
 
 
-def test_large_images_have_an_error_of_their_own() -> None:
+def test_large_images_have_their_own_error() -> None:
     with pytest.raises(ImageTooLargeError, match=r"raise max_megapixels"):
         read_image_header(io.BytesIO(write_png_header(13_000, 13_000)), name="a")
     with pytest.raises(ImageTooLargeError, match=r"raise max_image_mb"):
@@ -215,7 +215,7 @@ def test_large_images_have_an_error_of_their_own() -> None:
         )
 
 
-def test_limits_above_pillows_own_lift_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_above_pillows_own_raise_it(monkeypatch: pytest.MonkeyPatch) -> None:
     content = write_png_header(20_000, 20_000)
     set_image_limits(get_image_limits(max_megapixels=400))
     with pytest.warns(Image.DecompressionBombWarning):
@@ -316,7 +316,7 @@ def test_a_download_ends_at_its_limits() -> None:
         {"http_proxy": "http://127.0.0.1:9", "no_proxy": "localhost,127.0.0.1,[::ffff:10.0.0.1]"},
     ],
 )
-def test_a_redirect_is_followed_within_the_web_and_within_this_network_alone(
+def test_a_redirect_stays_within_the_web_or_within_this_network(
     proxies: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A name is as public as its addresses; localhost has one of the web here.

@@ -261,7 +261,7 @@ def test_a_closed_image_is_rejected_by_its_path(tmp_path: Path) -> None:
         load_images([image])
 
 
-def test_premultiplied_gray_is_composed_on_white_too() -> None:
+def test_premultiplied_gray_is_also_composed_on_white() -> None:
     image = Image.new("LA", (1, 1), (100, 0)).convert("La")
     assert load(image).getpixel((0, 0)) == WHITE
 
@@ -281,7 +281,7 @@ def test_premultiplied_gray_is_composed_on_white_too() -> None:
         (Image.new("RGB", (0, 4)), "image number 2: the image has no pixels"),
     ],
 )  # fmt: skip
-def test_what_is_not_an_image_is_rejected_with_its_number(image: Any, error: str) -> None:
+def test_an_input_that_is_not_an_image_is_rejected_with_its_number(image: Any, error: str) -> None:
     with pytest.raises(ValueError, match=error):
         load_images([draw_noise(), image])
 

@@ -112,7 +112,7 @@ def test_only_a_class_with_a_temperature_keeps_it_in_float32(
 @pytest.mark.parametrize(
     ("dtype", "llm"), [(torch.bfloat16, "llama"), (torch.float16, "gemma3_text")]
 )
-def test_a_converted_model_is_the_one_that_is_loaded_in_that_dtype(
+def test_converting_a_dtype_equals_loading_in_it(
     dtype: torch.dtype, llm: str, tmp_path: Path
 ) -> None:
     """Both keep the frequencies of rotary positions in float32: nothing is lost for good."""

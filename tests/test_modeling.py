@@ -124,7 +124,7 @@ def test_rotary_frequencies_that_depend_on_the_batch_do_so_for_no_text(
 
 
 @pytest.mark.parametrize("kind", ROTARY)
-def test_texts_so_long_that_rotary_frequencies_depend_on_the_batch_are_rejected(kind: str) -> None:
+def test_texts_long_enough_for_batch_dependent_rotary_frequencies_are_rejected(kind: str) -> None:
     shown = rf"max_text_length=25, but from 25 tokens .*rope_type='{kind}'.*at most 24"
     with pytest.raises(ValueError, match=shown):
         rotary_model(kind, max_text_length=25)
@@ -452,7 +452,7 @@ CUT: dict[str, Any] = {
 
 
 @pytest.mark.slow
-def test_a_compiled_model_rejects_what_a_plain_one_does() -> None:
+def test_a_compiled_model_rejects_the_same_inputs_as_a_plain_one() -> None:
     model, processor = shared_model()
     batch = processor(text=CAPTIONS)
     torch.compiler.reset()
@@ -502,7 +502,7 @@ def test_images_are_compiled_as_one_graph(family: str) -> None:
     torch.testing.assert_close(found, wanted, rtol=ROUNDING, atol=ROUNDING)
 
 
-def test_caps_on_attention_scores_are_computed_where_transformers_would_take_sdpa(
+def test_logit_soft_capping_is_kept_where_transformers_would_choose_sdpa(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """As transformers 5.6 to 5.16 do, whose SDPA ignores them."""

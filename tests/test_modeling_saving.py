@@ -167,7 +167,7 @@ def test_a_single_tower_model_is_strict_about_its_own_weights(
         model_class.from_pretrained(broken)
 
 
-def test_what_transformers_saves_under_wrong_names_is_refused(tmp_path: Path) -> None:
+def test_weights_that_transformers_saves_under_wrong_names_are_refused(tmp_path: Path) -> None:
     """Versions 5.6 to 5.8 rename layers of other parts by the rules of a DINOv3 tower."""
     model, _ = tiny_model("dinov3_vit", "llama")
     try:
@@ -195,7 +195,7 @@ def test_a_lora_that_is_not_unloaded_is_refused(merges: bool, tmp_path: Path) ->
     LLM2CLIPModel.from_pretrained(tmp_path / "merged")
 
 
-def test_a_model_that_is_refused_leaves_a_folder_as_it_was(tmp_path: Path) -> None:
+def test_a_refused_model_leaves_the_folder_unchanged(tmp_path: Path) -> None:
     """Neither weights, nor the code, which another version of the package may have written."""
     model = copy.deepcopy(shared_model()[0])
     model.config.projection_dims = 1
@@ -211,7 +211,7 @@ def test_a_saved_folder_contains_no_local_path(folder: Path, tmp_path: Path) -> 
         assert str(folder) not in path.read_text(encoding="utf-8"), path.name
 
 
-def test_an_untrained_model_can_be_built_from_its_configuration_alone() -> None:
+def test_an_untrained_model_can_be_built_from_just_its_configuration() -> None:
     config = LLM2CLIPConfig.from_dict(shared_model()[0].config.to_dict())
     model = LLM2CLIPModel(config)
     assert model.state_dict().keys() == shared_model()[0].state_dict().keys()
@@ -422,7 +422,7 @@ def changed_model() -> LLM2CLIPModel:
     ("first", "second"),
     [("5GB", "5GB"), ("5GB", "50KB"), ("50KB", "5GB"), ("50KB", "90KB")],
 )
-def test_saving_over_a_folder_leaves_the_new_weights_alone(
+def test_saving_over_a_folder_leaves_only_the_new_weights(
     first: str, second: str, tmp_path: Path
 ) -> None:
     shared_model()[0].save_pretrained(tmp_path, max_shard_size=first)
@@ -438,7 +438,7 @@ def test_saving_over_a_folder_leaves_the_new_weights_alone(
 
 
 @pytest.mark.parametrize("size", ["5GB", "50KB"])
-def test_a_variant_is_saved_beside_the_weights(size: str, tmp_path: Path) -> None:
+def test_a_variant_is_saved_next_to_the_weights(size: str, tmp_path: Path) -> None:
     shared_model()[0].save_pretrained(tmp_path, max_shard_size=size)
     model = changed_model()
     model.save_pretrained(tmp_path, max_shard_size=size, variant="fp16")
@@ -455,7 +455,7 @@ def test_a_save_by_another_process_removes_nothing(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob("model*")) == before
 
 
-def test_a_folder_is_saved_with_the_positions_of_transformers(tmp_path: Path) -> None:
+def test_positional_arguments_of_transformers_work_when_saving(tmp_path: Path) -> None:
     changed = changed_model()
     shared_model()[0].save_pretrained(tmp_path, True, changed.state_dict())
     loaded, wanted = LLM2CLIPModel.from_pretrained(tmp_path).state_dict(), changed.state_dict()
@@ -463,7 +463,7 @@ def test_a_folder_is_saved_with_the_positions_of_transformers(tmp_path: Path) ->
     assert (tmp_path / "modules.json").is_file()
 
 
-def test_sentence_transformers_saves_over_a_folder_too(folder: Path, tmp_path: Path) -> None:
+def test_sentence_transformers_can_save_over_a_folder(folder: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(folder, tmp_path / "copied"))
     LLM2CLIPModel.from_pretrained(copied).save_pretrained(copied, max_shard_size="50KB")
     encoder = SentenceTransformer(str(copied), device="cpu")
@@ -484,7 +484,7 @@ for folder in sys.argv[1:]:
 
 
 @pytest.mark.slow
-def test_folders_of_one_name_load_with_the_class_that_each_of_them_states(tmp_path: Path) -> None:
+def test_folders_with_the_same_name_load_with_their_own_classes(tmp_path: Path) -> None:
     """By the folders' code, whose modules transformers names by the last part of a path."""
     both, text = tmp_path / "both" / "model", tmp_path / "text" / "model"
     named_alike = tmp_path / "base_llm2clip"  # as one of the modules is

@@ -125,7 +125,7 @@ def test_a_timm_tower_that_is_trained_alone_recomputes(part: str, tmp_path: Path
     assert any(hasattr(m, "grad_checkpointing") for m in model.modules())
 
 
-def test_a_trained_tower_that_cannot_recompute_is_refused_and_a_frozen_one_left_out() -> None:
+def test_a_trained_tower_without_checkpointing_is_refused_and_a_frozen_one_skipped() -> None:
     model, processor = tiny_model("timm with batch norm")
 
     def refuse(enable: bool = True) -> None:

@@ -115,7 +115,7 @@ def test_threads_of_packed_and_padded_passes_do_not_affect_each_other():
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
-def test_a_plain_pass_through_the_llm_is_right_while_another_thread_packs(bidirectional):
+def test_a_plain_pass_is_correct_while_another_thread_packs(bidirectional):
     model, processor = tiny_model(bidirectional=bidirectional)
     inputs = dict(processor(text=TEXTS))
     real = inputs["attention_mask"].bool()
@@ -158,7 +158,7 @@ def test_the_check_of_packs_switches_no_mode_and_no_dropout_misleads_it():
     assert modes == [module.training for module in text_model.modules()]
 
 
-def test_one_text_is_spared_the_check_of_packs(monkeypatch):
+def test_a_single_text_skips_the_check_of_packs(monkeypatch):
     model, processor = tiny_model()
     monkeypatch.setattr(packing_llm2clip, "can_pack", None)
     passes = []
@@ -222,7 +222,7 @@ def test_layers_that_a_backward_pass_runs_again_find_the_attention_of_the_pack()
     torch.testing.assert_close(text_model.layers[0].self_attn.q_proj.weight.grad, found)
 
 
-def test_a_pass_without_packs_is_that_of_sdpa_to_the_last_bit():
+def test_a_pass_without_packs_equals_sdpa_bit_for_bit():
     text_model = tiny_llm("mistral")
     ids = torch.arange(24).reshape(2, 12)
     mask = torch.ones_like(ids)

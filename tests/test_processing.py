@@ -117,7 +117,7 @@ def test_a_long_caption_is_truncated_before_the_suffix_and_counted(
     assert processor.num_truncated_texts == 3
 
 
-def test_a_caption_that_just_fits_is_not_counted(processor: LLM2CLIPProcessor) -> None:
+def test_a_caption_that_just_fits_is_not_truncated(processor: LLM2CLIPProcessor) -> None:
     prefix, suffix = prompt()
     room = processor.max_text_length - len(prefix) - len(suffix)
     text = "x" + "~" * (room - 1)  # characters that no merge of the tokenizer joins

@@ -63,7 +63,7 @@ CONFIGS = {
 
 @every_device
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
-def test_the_package_quantizes_the_language_model_alone(
+def test_the_package_quantizes_only_the_language_model(
     quantization: str, device: str, saved: tuple[Path, Any, Any]
 ) -> None:
     folder, model, batch = saved
@@ -85,7 +85,7 @@ def test_the_package_quantizes_the_language_model_alone(
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_quantizing_a_two_tower_model_quantizes_the_llm_alone(
+def test_quantizing_a_two_tower_model_quantizes_only_the_llm(
     name: str, saved: tuple[Path, Any, Any]
 ) -> None:
     folder, model, batch = saved

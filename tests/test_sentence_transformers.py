@@ -93,7 +93,7 @@ def test_instructions_of_a_sentence_transformers_user_are_never_lost(
     assert read_instructions(second) == instructions
 
 
-def test_instructions_that_a_sentence_transformers_user_removes_are_gone(
+def test_instructions_removed_by_a_sentence_transformers_user_stay_removed(
     folder: Path, tmp_path: Path
 ) -> None:
     encoder = SentenceTransformer(str(folder))

@@ -361,7 +361,7 @@ def site() -> Path:
 
 
 @pytest.mark.slow
-def test_the_site_builds_with_strict(site: Path) -> None:
+def test_the_site_builds_in_strict_mode(site: Path) -> None:
     home = re.sub("<[^>]+>", "", (site / "index.html").read_text("utf-8"))
     assert "pip install" in home
 
@@ -369,9 +369,7 @@ def test_the_site_builds_with_strict(site: Path) -> None:
 @needs_browser
 @pytest.mark.slow
 @pytest.mark.parametrize("width", WIDTHS)
-def test_no_code_is_cut_off_on_a_desktop_and_none_widens_the_page_of_a_phone(
-    width: str, site: Path
-) -> None:
+def test_code_fits_on_a_desktop_and_scrolls_on_a_phone(width: str, site: Path) -> None:
     size = dict(zip(("width", "height"), WIDTHS[width], strict=True))
     pages = sorted(site.glob("*/index.html")) + sorted(site.glob("reference/*/index.html"))
     assert len(pages) > 15
@@ -385,7 +383,7 @@ def test_no_code_is_cut_off_on_a_desktop_and_none_widens_the_page_of_a_phone(
             assert cut == 0 or size["width"] < 1280, path
 
 
-def test_the_skill_for_coding_agents_is_one_that_agents_find() -> None:
+def test_coding_agents_can_find_the_skill() -> None:
     # The rules of the Agent Skills format: agents see name and description before they open it.
     file = DOCS / "skills" / "llm2clip" / "SKILL.md"
     _, front, body = file.read_text("utf-8").split("---\n", 2)

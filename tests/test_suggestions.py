@@ -94,6 +94,6 @@ def find_plurals(source: Source) -> Iterator[str]:
                     yield f"{source.path.as_posix()}: {name}"
 
 
-def test_messages_count_what_may_be_one_by_the_function() -> None:
+def test_messages_use_the_function_for_counts_that_may_be_one() -> None:
     found = {place for source in read_package().values() for place in find_plurals(source)}
     assert found == NEVER_ONE

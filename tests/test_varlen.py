@@ -232,7 +232,7 @@ def test_the_kernel_depends_on_torch_the_device_and_the_dtype() -> None:
     assert takes_dtype(kernel, text_model.half(), CPU)
 
 
-def test_heads_that_the_kernel_does_not_take_run_padded() -> None:
+def test_heads_that_the_kernel_does_not_support_run_padded() -> None:
     model, processor = tiny_model()
     inputs = processor(text=TEXTS)
     wanted = model.get_caption_embeds(**inputs)
@@ -245,7 +245,7 @@ def test_heads_that_the_kernel_does_not_take_run_padded() -> None:
         attend_packed(nn.Identity(), heads, heads, heads, None, packed_texts=packs)
 
 
-def test_dropout_which_the_kernel_lacks_is_that_of_sdpa() -> None:
+def test_dropout_falls_back_to_sdpa() -> None:
     heads = torch.ones(1, 2, 4, 8)
     cu_seqlens = torch.tensor([0, 1, 4])
     packs = PackedTexts(cu_seqlens, False, KERNEL, cu_seqlens.int(), longest=3)
@@ -296,7 +296,7 @@ def test_a_program_that_chose_backends_and_recomputed_layers_keep_their_order() 
 
 
 @pytest.mark.slow
-def test_other_lengths_of_packs_compile_no_layer_again() -> None:
+def test_new_pack_lengths_do_not_recompile_layers() -> None:
     torch.compiler.reset()
     model, processor = tiny_model()
     model.varlen_kernel = KERNEL._replace(attend=attend_in_graph)
@@ -315,7 +315,7 @@ def test_other_lengths_of_packs_compile_no_layer_again() -> None:
     assert not counters["graph_break"]
 
 
-def test_ids_for_a_gpu_are_pinned_before_a_copy_that_nothing_waits_for() -> None:
+def test_ids_for_a_gpu_are_pinned_before_an_asynchronous_copy() -> None:
     calls: list[Any] = []
 
     class Watched(Tensor):

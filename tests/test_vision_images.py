@@ -359,9 +359,7 @@ def test_a_tower_with_a_number_per_pair_of_patches_takes_its_own_size_alone() ->
 
 
 @pytest.mark.parametrize("family", ["siglip2", "dinov2"])
-def test_an_error_of_a_tower_is_shown_as_it_is(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_towers_error_is_shown_unchanged(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """accelerate looks for the words of an error to find a batch size that fits."""
     model, processor = shared_model(family)
     error = RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")

@@ -85,7 +85,7 @@ def _add_a_word(_: Any, processor: LLM2CLIPProcessor) -> None:
         (_add_a_word, "tokenizer"),
     ],
 )
-def test_whatever_changes_a_captions_embedding_changes_one_entry(
+def test_every_change_to_a_captions_embedding_changes_one_entry(
     folder: Path, tmp_path: Path, change: Callable[[Any, Any], None], entry: str
 ) -> None:
     parts = tiny_model()
@@ -97,7 +97,7 @@ def test_whatever_changes_a_captions_embedding_changes_one_entry(
 
 
 @pytest.mark.parametrize("fingerprint", [fingerprint_text, fingerprint_vision])
-def test_fields_that_a_version_of_transformers_completes_change_nothing(
+def test_fields_that_a_transformers_version_adds_change_nothing(
     fingerprint: Callable[[Path], dict[str, str]], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = fingerprint(folder)
@@ -159,7 +159,7 @@ EDITS: dict[str, tuple[Break, set[str], set[str]]] = {
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_an_edited_file_is_another_model_where_it_changes_numbers(
+def test_an_edited_file_is_another_model_if_it_affects_embeddings(
     name: str, folder: Path, tmp_path: Path
 ) -> None:
     edit, of_texts, of_images = EDITS[name]
@@ -174,7 +174,7 @@ def test_an_edited_file_is_another_model_where_it_changes_numbers(
 @pytest.mark.parametrize(
     "settings", [{"truncation_side": "left"}, {"split_special_tokens": True}], ids=str
 )
-def test_settings_beside_the_tokenizers_file_that_change_ids_count(
+def test_settings_outside_the_tokenizer_file_that_change_ids_count(
     settings: dict[str, Any], folder: Path, tmp_path: Path
 ) -> None:
     other = Path(shutil.copytree(folder, tmp_path / "other"))
@@ -196,7 +196,7 @@ def test_adapter_and_projections_do_not_count(folder: Path, tmp_path: Path) -> N
     assert fingerprint_vision(changed) == fingerprint_vision(folder)
 
 
-def test_values_are_short_texts_and_a_folder_without_weights_has_none(
+def test_values_are_short_and_a_folder_without_weights_is_refused(
     folder: Path, tmp_path: Path
 ) -> None:
     values = {**fingerprint_text(folder), **fingerprint_vision(folder)}

@@ -187,7 +187,7 @@ def test_nothing_ran_and_nothing_was_asked(ran: Ran) -> None:
 @pytest.mark.parametrize(
     ("name", "command"), [(n, c) for n in ("tokenizer", "inside") for c in MET_BY[n]]
 )
-def test_a_command_that_would_need_the_code_refuses_it_by_the_files_name(
+def test_a_command_that_needs_the_code_refuses_and_names_the_file(
     ran: Ran, name: str, command: str
 ) -> None:
     code, out, err = ran.answers[f"{name}: {command}"]
@@ -200,7 +200,7 @@ def test_a_command_that_would_need_the_code_refuses_it_by_the_files_name(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", MET_BY["towers"])
-def test_code_that_a_towers_config_names_is_left_alone_where_transformers_has_the_class(
+def test_code_named_by_a_towers_config_is_ignored_if_transformers_has_the_class(
     ran: Ran, command: str
 ) -> None:
     code, out, err = ran.answers[f"towers: {command}"]
@@ -211,7 +211,7 @@ def test_code_that_a_towers_config_names_is_left_alone_where_transformers_has_th
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SOURCES)
-def test_build_refuses_a_source_that_needs_its_code_by_the_files_name(ran: Ran, name: str) -> None:
+def test_build_refuses_a_source_that_needs_its_code_and_names_the_file(ran: Ran, name: str) -> None:
     code, out, err = ran.answers[name]
     assert code == 2, (code, out, err)
     assert "needs custom code, which is never run here" in err
@@ -226,7 +226,7 @@ class Evil(PreTrainedTokenizerFast): ...
 """
 
 
-def test_a_tokenizers_code_never_runs_and_its_plain_file_is_enough(
+def test_a_tokenizers_code_never_runs_and_its_json_file_is_enough(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     vision, llm = save_tiny_vision(tmp_path / "vision"), save_tiny_llm(tmp_path / "llm")
@@ -251,7 +251,7 @@ def test_a_tokenizers_code_never_runs_and_its_plain_file_is_enough(
     assert check_model(built).healthy
 
 
-def test_a_tower_that_names_code_it_does_not_need_is_built_without_the_name(tmp_path: Path) -> None:
+def test_a_tower_that_names_unneeded_code_is_built_without_the_reference(tmp_path: Path) -> None:
     vision, llm = save_tiny_vision(tmp_path / "vision"), save_tiny_llm(tmp_path / "llm")
     change(vision / "config.json", name_code("AutoModel"))
     change(vision / "preprocessor_config.json", name_code("AutoImageProcessor"))
@@ -269,7 +269,7 @@ def test_a_damaged_file_keeps_the_error_of_its_loader(good: Path, tmp_path: Path
         LLM2CLIPProcessor.from_pretrained(folder)
 
 
-def test_names_of_code_are_found_at_any_depth_and_in_the_old_form() -> None:
+def test_references_to_code_are_found_at_any_depth_and_in_the_old_format() -> None:
     own = {"auto_map": {"AutoModel": "modeling_llm2clip.LLM2CLIPModel"}}
     content = {**own, "a": [{"b": {"auto_map": ["x.Slow", None]}}, {"auto_map": {"C": "o/r--y.Z"}}]}
     assert list_foreign_code(content) == ["AutoTokenizer: x.Slow", "C: o/r--y.Z"]

@@ -51,7 +51,7 @@ def require_recorded(place: Path, found: dict[str, torch.Tensor]) -> None:
         torch.testing.assert_close(found[name], wanted, atol=1e-5, rtol=0)
 
 
-def test_a_folder_of_every_format_has_its_embeddings_by_the_package(place: Path) -> None:
+def test_the_package_loads_a_folder_of_every_format_with_its_embeddings(place: Path) -> None:
     model, processor = load_model(place / "model", device="cpu")
     compare_golden(place / "model", model, processor)
     found = (
@@ -65,7 +65,7 @@ def test_a_folder_of_every_format_has_its_embeddings_by_the_package(place: Path)
 
 
 @pytest.mark.parametrize("is_imported", [True, False])
-def test_a_folder_of_every_format_has_its_embeddings_as_remote_code(
+def test_remote_code_loads_a_folder_of_every_format_with_its_embeddings(
     place: Path, is_imported: bool
 ) -> None:
     draw_noise().save(place / "noise.png")

@@ -137,12 +137,14 @@ change_instructions = edit_json("config.json", lambda c: c.update(instructions={
 @pytest.mark.parametrize(
     "change", [save_in_place, save_in_shards, save_by_sentence_transformers, change_instructions]
 )
-def test_what_changes_no_embedding_is_no_change(change: Callable[[Path], None], copy: Path) -> None:
+def test_an_edit_that_affects_no_embedding_is_ignored(
+    change: Callable[[Path], None], copy: Path
+) -> None:
     change(copy)
     assert find_changed_files(copy) == []
 
 
-def test_the_last_call_of_a_saved_tokenizer_is_no_change(tmp_path: Path) -> None:
+def test_the_state_of_a_tokenizers_last_call_is_ignored(tmp_path: Path) -> None:
     model, processor = shared_model()
     processor(text=["a dog"])  # a tokenizer keeps its truncation and padding, and saves them
     folder = save_model(model, processor, tmp_path / "model")
@@ -154,7 +156,7 @@ def test_the_last_call_of_a_saved_tokenizer_is_no_change(tmp_path: Path) -> None
         assert find_changed_files(folder) == []
 
 
-def test_a_folder_without_records_is_not_judged(copy: Path) -> None:
+def test_a_folder_without_recorded_files_is_not_checked(copy: Path) -> None:
     forget_files(copy)
     assert find_changed_files(copy) is None
     with pytest.raises(NotApplicableError, match="records no files"):
@@ -236,7 +238,7 @@ def round_a_weight(weights: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("way", ["whole", "text", "vision tower", "ONNX", "trained"])
-def test_nothing_is_written_from_a_folder_that_states_another_dtype_than_it_has(
+def test_a_folder_with_a_wrong_dtype_in_its_config_is_refused(
     way: str, good: Path, tmp_path: Path
 ) -> None:
     """It loads in the stated dtype, and what is written from it would lose digits."""
@@ -267,7 +269,7 @@ def test_nothing_is_written_from_a_folder_that_states_another_dtype_than_it_has(
         ),
     ],
 )
-def test_recorded_embeddings_that_are_incomplete_are_named(
+def test_incomplete_golden_embeddings_are_named(
     change: Callable[[dict[str, Tensor]], object], error: str, copy: Path
 ) -> None:
     edit_golden(copy, change)
@@ -300,7 +302,7 @@ def forget_files(folder: Path) -> None:
         ("ONNX", "processor"),
     ],
 )
-def test_damage_that_no_golden_input_shows_is_found_by_the_recorded_hashes(
+def test_recorded_hashes_reveal_damage_that_golden_inputs_miss(
     way: str, change: str, good: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(good, tmp_path / "damaged"))
@@ -313,7 +315,7 @@ def test_damage_that_no_golden_input_shows_is_found_by_the_recorded_hashes(
     assert not (tmp_path / "new").exists()
 
 
-def test_a_wanted_change_is_exported_once_its_records_are_removed(
+def test_an_intended_change_is_exported_after_its_records_are_deleted(
     good: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(good, tmp_path / "edited"))
@@ -326,7 +328,7 @@ def test_a_wanted_change_is_exported_once_its_records_are_removed(
     assert find_changed_files(tmp_path / "new") == []
 
 
-def test_a_damaged_llm_that_is_not_run_still_shows_in_what_was_trained(
+def test_a_damaged_llm_that_is_not_run_still_shows_in_the_trained_model(
     good: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(good, tmp_path / "damaged"))
@@ -356,7 +358,7 @@ def test_damaged_golden_embeddings_are_named(
 
 
 @pytest.mark.parametrize("way", ["whole", "vision tower", "trained"])
-def test_a_folder_without_golden_embeddings_is_said_to_be_unchecked(
+def test_a_folder_without_golden_embeddings_causes_a_warning(
     way: str, good: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(good, tmp_path / "bare"))

@@ -71,13 +71,13 @@ def require_rounded(model: Any, folder: Path, *, towers: torch.dtype, heads: tor
         ("float32", MACHINE, BFLOAT16, (FLOAT32, False)),
     ],
 )
-def test_option_device_and_stored_dtype_choose_that_of_the_towers(
+def test_option_device_and_stored_dtype_determine_the_towers_dtype(
     precision: str, traits: DeviceTraits, stored: torch.dtype, chosen: Any
 ) -> None:
     assert choose_tower_dtype(precision, traits, stored) == chosen
 
 
-def test_a_gpu_rounds_towers_and_no_head_where_embeddings_stay(
+def test_a_gpu_rounds_towers_but_no_head_if_embeddings_stay(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compared: list[dict[str, torch.Tensor]] = []
@@ -106,7 +106,7 @@ def test_a_gpu_rounds_towers_and_no_head_where_embeddings_stay(
 
 @pytest.mark.parametrize("tower", ["text_model", "vision_model"])
 @pytest.mark.parametrize("traits", [GPU, FULL_GPU], ids=["float32", "golden embeddings"])
-def test_towers_whose_embeddings_move_stay_as_they_are(
+def test_towers_whose_embeddings_move_stay_in_float32(
     traits: DeviceTraits, tower: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     disturb(folder, tower)  # from its golden embeddings, too
@@ -116,7 +116,7 @@ def test_towers_whose_embeddings_move_stay_as_they_are(
 
 
 @pytest.mark.parametrize("moved", [[1.0, 0.9], [1.0, torch.nan]])  # the first by 0.0014
-def test_one_input_whose_embedding_moves_keeps_both_towers_as_they_are(
+def test_one_embedding_that_moves_keeps_both_towers_in_float32(
     moved: list[float], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exact, rounded = torch.ones(2, 64, 2)
@@ -127,7 +127,7 @@ def test_one_input_whose_embedding_moves_keeps_both_towers_as_they_are(
     require_rounded(model, folder, towers=FLOAT32, heads=FLOAT32)
 
 
-def test_without_room_golden_embeddings_are_compared_or_nothing_is_rounded(
+def test_without_memory_golden_embeddings_are_compared_or_nothing_is_rounded(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     size = (folder / "model.safetensors").stat().st_size
@@ -141,7 +141,7 @@ def test_without_room_golden_embeddings_are_compared_or_nothing_is_rounded(
     assert "cannot be checked without golden" in capsys.readouterr().err
 
 
-def test_a_folder_in_bfloat16_runs_as_stored_or_its_weights_in_float32(tmp_path: Path) -> None:
+def test_a_bfloat16_folder_runs_as_stored_or_in_float32(tmp_path: Path) -> None:
     folder = export_tiny_model(tmp_path / "half", dtype=BFLOAT16)
     for traits, precision, towers, heads in (
         (MACHINE, "auto", BFLOAT16, BFLOAT16),

@@ -218,7 +218,7 @@ def seen(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_gives_the_embeddings_of_the_package(way: str, seen: dict[str, Any]) -> None:
+def test_every_way_of_loading_matches_the_package(way: str, seen: dict[str, Any]) -> None:
     wanted = seen["package, folder"]
     assert seen[way].keys() == wanted.keys()
     differing = [key for key in wanted if not np.array_equal(seen[way][key], wanted[key])]
@@ -227,9 +227,7 @@ def test_every_way_gives_the_embeddings_of_the_package(way: str, seen: dict[str,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", PINNED_WAYS)
-def test_a_pinned_revision_gives_the_embeddings_of_that_revision(
-    way: str, seen: dict[str, Any]
-) -> None:
+def test_a_pinned_revision_has_that_revisions_embeddings(way: str, seen: dict[str, Any]) -> None:
     wanted, newest = seen["package, other folder"], seen["package, folder"]
     assert [key for key in wanted if not np.array_equal(seen[way][key], wanted[key])] == []
     assert all(not np.allclose(newest[key], wanted[key], atol=1e-3) for key in wanted)
@@ -237,7 +235,7 @@ def test_a_pinned_revision_gives_the_embeddings_of_that_revision(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["text", "image"])
-def test_every_loader_gives_the_same_embeddings(kind: str, seen: dict[str, Any]) -> None:
+def test_every_loader_computes_the_same_embeddings(kind: str, seen: dict[str, Any]) -> None:
     embeddings = seen["package, folder"]
     wanted = embeddings[f"AutoModel {kind}"]
     takes_dictionaries = int(sentence_transformers.__version__.split(".")[0]) >= 6
@@ -249,9 +247,7 @@ def test_every_loader_gives_the_same_embeddings(kind: str, seen: dict[str, Any])
 
 
 @pytest.mark.slow
-def test_the_pipeline_gives_the_probabilities_of_the_logits(
-    folder: Path, seen: dict[str, Any]
-) -> None:
+def test_the_pipeline_returns_the_softmax_of_the_logits(folder: Path, seen: dict[str, Any]) -> None:
     model, processor = load_model(folder)
     with torch.no_grad():
         inputs = processor(text=["a dog", "a cat"], images=IMAGES)
@@ -284,7 +280,7 @@ def test_truncate_dim_keeps_the_first_numbers(folder: Path) -> None:
     assert np.array_equal(whole.encode(CAPTIONS, truncate_dim=8), wanted)
 
 
-def test_saved_by_sentence_transformers_it_loads_everywhere(
+def test_a_folder_saved_by_sentence_transformers_loads_everywhere(
     sentence_model: SentenceTransformer, auto_embeddings: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     sentence_model.save_pretrained(str(tmp_path))
@@ -299,7 +295,7 @@ def test_saved_by_sentence_transformers_it_loads_everywhere(
     assert "match the installed package" in check_remote_code(ModelUnderTest(tmp_path, "cpu"))
 
 
-def test_a_shorter_max_seq_length_is_obeyed_and_a_longer_one_is_not(folder: Path) -> None:
+def test_a_shorter_max_seq_length_is_obeyed_but_a_longer_one_is_not(folder: Path) -> None:
     model, processor = SentenceTransformer(str(folder)), AutoProcessor.from_pretrained(folder)
     text = "a dog on a mat " * 300
     longest = processor.max_text_length
@@ -344,7 +340,7 @@ def save_kinds(folder: Path) -> dict[str, Path]:
     return paths
 
 
-def test_a_pipeline_gives_the_embeddings_of_the_processor_but_for_odd_images(
+def test_a_pipeline_matches_the_processor_except_for_odd_images(
     folder: Path, sentence_model: SentenceTransformer, tmp_path: Path
 ) -> None:
     model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
@@ -365,7 +361,7 @@ def test_a_pipeline_gives_the_embeddings_of_the_processor_but_for_odd_images(
         torch.testing.assert_close(encoded, wanted, atol=ROUNDING, rtol=0)
 
 
-def test_a_path_that_is_not_there_is_a_caption_to_sentence_transformers(
+def test_sentence_transformers_treats_a_missing_path_as_a_caption(
     sentence_model: SentenceTransformer, folder: Path
 ) -> None:
     model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
@@ -375,7 +371,7 @@ def test_a_path_that_is_not_there_is_a_caption_to_sentence_transformers(
     torch.testing.assert_close(found, wanted, atol=ROUNDING, rtol=0)
 
 
-def test_the_text_only_form_encodes_texts_alike_and_refuses_images(
+def test_the_text_only_model_encodes_texts_equally_and_refuses_images(
     folder: Path, auto_embeddings: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     copied = Path(shutil.copytree(folder, tmp_path / "text-only"))
@@ -387,7 +383,7 @@ def test_the_text_only_form_encodes_texts_alike_and_refuses_images(
 
 
 @pytest.mark.slow
-def test_several_processes_give_the_embeddings_of_one(
+def test_several_processes_compute_the_same_embeddings_as_one(
     sentence_model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = str(Path(modeling_llm2clip.__file__).parents[1])

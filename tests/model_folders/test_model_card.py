@@ -67,9 +67,7 @@ def card(folder: Path) -> ModelCard:
     return ModelCard.load(folder / "README.md")
 
 
-def test_the_hubs_parser_and_this_package_read_back_what_was_stated(
-    card: ModelCard, folder: Path
-) -> None:
+def test_the_hubs_parser_and_this_package_read_the_card_back(card: ModelCard, folder: Path) -> None:
     assert card.data.eval_results == [
         EvalResult(task, data, data, name, value, dataset_args=count, metric_args=interval)
         for task, data, name, value, count, interval in (
@@ -115,7 +113,7 @@ def test_the_card_describes_what_is_in_the_folder(card: ModelCard) -> None:
     assert "$" not in card.text
 
 
-def test_a_model_of_which_nothing_is_known_says_so(tmp_path: Path) -> None:
+def test_the_card_of_an_unknown_model_says_so(tmp_path: Path) -> None:
     model, processor = tiny_model(bidirectional=False)
     folder = save_model(model, processor, tmp_path / "plain")
     card = ModelCard.load(folder / "README.md")
@@ -215,7 +213,7 @@ def test_a_card_with_an_edited_beginning_is_written_again_as_it_is(
 
 
 @pytest.mark.parametrize("write", ["push", "export", "results"])
-def test_what_others_wrote_on_a_card_is_kept(write: str, folder: Path, tmp_path: Path) -> None:
+def test_edits_by_others_on_a_card_are_kept(write: str, folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     edit_card(copy / "README.md")
     before = ModelCard.load(copy / "README.md")
@@ -243,7 +241,7 @@ def test_what_others_wrote_on_a_card_is_kept(write: str, folder: Path, tmp_path:
         assert "cc-by-nc" not in after.text
 
 
-def test_an_option_replaces_what_others_wrote(folder: Path, tmp_path: Path) -> None:
+def test_an_option_replaces_edits_by_others(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     edited = ModelCard.load(copy / "README.md")
     edited.data.base_model, edited.data.datasets = ["me/tower", "me/llm"], ["me/data"]
@@ -269,7 +267,7 @@ def llama(folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("is_edited", [False, True])
-def test_a_new_license_takes_name_and_address_of_the_old_one_away_or_changes_nothing(
+def test_a_new_license_drops_the_old_name_and_link_or_changes_nothing(
     is_edited: bool, llama: Path
 ) -> None:
     card = llama / "README.md"
@@ -288,7 +286,7 @@ def test_a_new_license_takes_name_and_address_of_the_old_one_away_or_changes_not
     assert ("Mine." in text) == is_edited
 
 
-def test_an_export_under_a_new_license_states_nothing_of_the_old_one() -> None:
+def test_an_export_under_a_new_license_drops_the_old_one() -> None:
     found = update_card_data(LLAMA, CardConfig(license="mit"))
     assert found == CardData(license="mit")
     named = CardConfig(license="other", license_name="ours", license_link="https://e.org/ours")
@@ -296,7 +294,7 @@ def test_an_export_under_a_new_license_states_nothing_of_the_old_one() -> None:
     assert update_card_data(LLAMA, CardConfig()) == LLAMA
 
 
-def test_the_stated_license_stated_again_keeps_its_name_and_drops_leftovers() -> None:
+def test_repeating_the_license_keeps_its_name_and_drops_leftovers() -> None:
     assert relicense(LLAMA, "other") == relicense(LLAMA, None) == LLAMA
     leftover = replace(LLAMA, license="apache-2.0")  # as older versions wrote it
     assert relicense(leftover, "apache-2.0") == CardData(license="apache-2.0")
@@ -304,7 +302,7 @@ def test_the_stated_license_stated_again_keeps_its_name_and_drops_leftovers() ->
         relicense(CardData(license="mit"), "other")
 
 
-def test_line_breaks_of_unicode_in_a_name_do_not_change_what_is_read_back(llama: Path) -> None:
+def test_unicode_line_breaks_in_a_name_survive_a_round_trip(llama: Path) -> None:
     """U+0085 becomes a space wherever it is written: YAML cannot have it outside of escapes."""
     stated = CardData(license="mit", training_data=("a\x85b", "c\u2028d"), kept_texts="1 (e\x85f)")
     write_model_card(llama, stated, name="name")
@@ -333,7 +331,7 @@ def test_a_card_in_another_encoding_is_named(llama: Path) -> None:
         ("license: " + "[" * 5000, r"invalid metadata"),
     ],
 )
-def test_metadata_of_another_type_are_refused_with_the_card(
+def test_metadata_of_the_wrong_type_is_refused_with_the_cards_path(
     metadata: str, shown: str, tmp_path: Path
 ) -> None:
     (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n", encoding="utf-8")
@@ -341,7 +339,7 @@ def test_metadata_of_another_type_are_refused_with_the_card(
         read_card_data(tmp_path)
 
 
-def test_a_card_that_is_a_link_is_replaced_and_its_target_kept(llama: Path) -> None:
+def test_a_linked_card_is_replaced_and_its_target_kept(llama: Path) -> None:
     card, blob = llama / "README.md", llama.parent / "blob"
     card.rename(blob)  # as in huggingface_hub's cache
     card.symlink_to(blob)

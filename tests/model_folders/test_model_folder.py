@@ -45,7 +45,7 @@ def tries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Any]
 
 @pytest.mark.usefixtures("tries")
 @pytest.mark.parametrize("only", [None, ["config.json"]])
-def test_a_model_that_may_be_a_folder_or_on_the_hub_is_refused_by_both_names(
+def test_a_missing_model_is_refused_as_folder_and_as_hub_id(
     only: list[str] | None,
 ) -> None:
     both = r"^owner/absent: no such local folder, and the Hub, which may .* not known: check the"
@@ -64,7 +64,7 @@ def test_the_hub_is_tried_once_in_a_process(tries: list[Any]) -> None:
     assert tries == [("huggingface.co", 443)]
 
 
-def test_the_embedded_towers_are_looked_for_nowhere(tries: list[Any]) -> None:
+def test_the_embedded_towers_are_not_looked_up(tries: list[Any]) -> None:
     require_sources(vision="embedded", text="embedded")
     assert tries == []
 
@@ -82,7 +82,7 @@ def test_the_embedded_towers_are_looked_for_nowhere(tries: list[Any]) -> None:
         (Path("owner/model"), "no such folder, and not a Hub id like 'owner/name'"),
     ],
 )
-def test_what_looks_like_a_path_is_refused_without_the_network(
+def test_a_source_that_looks_like_a_path_is_refused_without_the_network(
     tries: list[Any], tmp_path: Path, source: str | Path, message: str
 ) -> None:
     for name in ("images", "captions"):
@@ -94,9 +94,7 @@ def test_what_looks_like_a_path_is_refused_without_the_network(
     assert tries == []
 
 
-def test_what_the_cache_has_may_be_used_without_the_network(
-    tries: list[Any], tmp_path: Path
-) -> None:
+def test_a_cached_repository_works_without_the_network(tries: list[Any], tmp_path: Path) -> None:
     (tmp_path / "cache" / "models--owner--cached" / "snapshots").mkdir(parents=True)
     assert explain_missing("owner/cached") is None
     assert tries == []

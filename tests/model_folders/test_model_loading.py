@@ -35,7 +35,7 @@ def test_the_class_that_saved_a_folder_loads_it(
     assert processor(text="a dog")["input_ids"].ndim == 2
 
 
-def test_a_dtype_is_that_of_all_but_the_temperature_and_code_in_the_folder_is_not_run(
+def test_a_dtype_applies_to_all_but_the_temperature_and_folder_code_is_not_run(
     copy: Path,
 ) -> None:
     for file in copy.glob("*.py"):
@@ -47,7 +47,9 @@ def test_a_dtype_is_that_of_all_but_the_temperature_and_code_in_the_folder_is_no
 
 
 @pytest.mark.parametrize("save", [save_tiny_llm, save_tiny_vision])
-def test_another_model_is_refused_with_the_command_that_takes_it(save: Any, tmp_path: Path) -> None:
+def test_another_model_is_refused_with_the_command_that_accepts_it(
+    save: Any, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=r"llm2clip build .*An LLM2CLIP model is needed here"):
         load_model(save(tmp_path / "other"))
 
@@ -55,7 +57,7 @@ def test_another_model_is_refused_with_the_command_that_takes_it(save: Any, tmp_
 @pytest.mark.parametrize(
     ("with_llm", "with_vision_tower"), [(False, False), (True, False), (False, True)]
 )
-def test_without_its_towers_a_model_projects_as_the_whole_one(
+def test_a_model_without_towers_projects_like_the_whole_model(
     with_llm: bool, with_vision_tower: bool, good: Path
 ) -> None:
     model, processor = load_model(good, device="cpu")

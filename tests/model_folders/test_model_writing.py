@@ -47,7 +47,9 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def test_a_lazy_model_is_written_as_a_loaded_one_file_by_file(source: Path, tmp_path: Path) -> None:
+def test_a_lazy_model_is_written_like_a_loaded_one_file_by_file(
+    source: Path, tmp_path: Path
+) -> None:
     model, processor = load_model(source, device="cpu")
     card = read_card_data(source)
     loaded = save_model(model, processor, tmp_path / "loaded", card=card)
@@ -93,7 +95,7 @@ def test_another_dtype_rounds_every_weight_but_the_temperature(source: Path) -> 
         assert torch.equal(tensor.read(), before.weights[name].read().to(dtype))
 
 
-def test_a_folder_that_is_found_wrong_before_it_gets_its_name_leaves_nothing(
+def test_a_folder_that_fails_verification_leaves_nothing(
     tmp_path: Path,
 ) -> None:
     seen: list[list[str]] = []
@@ -108,7 +110,7 @@ def test_a_folder_that_is_found_wrong_before_it_gets_its_name_leaves_nothing(
     assert {"README.md", "config.json", "golden_embeddings.safetensors"} <= set(seen[0])
 
 
-def test_licenses_and_records_are_carried_over_and_nothing_else(tmp_path: Path) -> None:
+def test_only_licenses_and_records_are_carried_over(tmp_path: Path) -> None:
     for name in ("LICENSE", "LICENSE.txt", "Notice.md", "USE_POLICY.md", "conversion.json",
                  "model.onnx", "pytorch_model.bin", "notes.txt", "README.md"):  # fmt: skip
         (tmp_path / name).touch()
@@ -150,7 +152,7 @@ class Scaled(LLM2CLIPModel):
 
 
 @pytest.mark.parametrize(("kind", "way_out"), [("Scaled", "with its own code"), ("Peft", "Merge")])
-def test_a_model_of_another_class_is_not_written(kind: str, way_out: str, tmp_path: Path) -> None:
+def test_a_model_of_a_foreign_class_is_not_written(kind: str, way_out: str, tmp_path: Path) -> None:
     model, processor = tiny_model()
     if kind == "Scaled":
         other: Any = Scaled(model.config, model.vision_model, model.text_model)

@@ -62,7 +62,7 @@ def trained() -> TrainingImages:
     return TrainingImages((summarize(0),))
 
 
-def test_images_of_the_training_kind_raise_no_alarm_nor_do_those_of_one_of_its_topics(
+def test_familiar_images_raise_no_alarm_nor_do_those_of_a_single_topic(
     trained: TrainingImages,
 ) -> None:
     for seed in range(20):
@@ -84,7 +84,7 @@ def test_one_of_many_topics_raises_no_alarm() -> None:
     assert summary.describe_far(tally_of(make_kind(1, 100, seed=1, **many))) is not None
 
 
-def test_another_kind_raises_an_alarm_that_names_the_data_and_what_to_do(
+def test_unfamiliar_images_raise_an_alarm_with_data_and_remedy(
     trained: TrainingImages,
 ) -> None:
     for kind in (1, 2, 3):
@@ -98,14 +98,14 @@ def test_another_kind_raises_an_alarm_that_names_the_data_and_what_to_do(
 
 
 @pytest.mark.parametrize("value", [1.0, 0.1])  # whose variance is 0, and a rounding error
-def test_images_that_are_all_alike_judge_nothing(value: float) -> None:
+def test_identical_training_images_raise_no_alarm(value: float) -> None:
     """A tower that collapsed, or copies of one image."""
     alike = torch.eye(WIDTH)[:1].expand(48, -1) if value == 1 else torch.full((48, WIDTH), value)
     data = summarize_images(alike, name="copies", num_images=48)
     assert TrainingImages((data,)).describe_far(tally_of(make_kind(0, 100, seed=1))) is None
 
 
-def test_too_few_images_are_not_judged_and_those_of_another_tower_refused(
+def test_too_few_images_are_not_judged_and_another_tower_is_refused(
     trained: TrainingImages, tmp_path: Path
 ) -> None:
     few = tally_of(make_kind(1, FEWEST_JUDGED - 1, seed=60))
@@ -116,7 +116,7 @@ def test_too_few_images_are_not_judged_and_those_of_another_tower_refused(
         trained.measure(tally_of(torch.randn(30, 16)))
 
 
-def test_a_model_trained_on_two_kinds_knows_each_and_their_mixture_and_no_third() -> None:
+def test_a_model_trained_on_two_kinds_knows_both_and_their_mixture_only() -> None:
     both = TrainingImages((summarize(0),)).add(summarize(1))
     first, second = (make_kind(kind, 60, seed=70) for kind in (0, 1))
     for known in ((first,), (second,), (first, second), (first[:20], second)):
@@ -138,7 +138,7 @@ def test_a_tally_does_not_depend_on_batches_order_or_processes() -> None:
         np.testing.assert_allclose(other.total, whole.total, atol=1e-12)
 
 
-def test_a_tally_on_a_device_is_read_once_and_is_that_of_the_cpu() -> None:
+def test_a_tally_on_a_device_is_read_once_and_equals_the_cpus() -> None:
     embeds = make_kind(0, 64, seed=1)
     tally, expected = ImageTally(), tally_of(embeds[:50], embeds[50:])
     with HostReads() as reads:
@@ -153,7 +153,7 @@ def test_a_tally_on_a_device_is_read_once_and_is_that_of_the_cpu() -> None:
         np.testing.assert_allclose(read.total, expected.total, atol=1e-12)
 
 
-def test_the_length_of_an_embedding_does_not_count(trained: TrainingImages) -> None:
+def test_the_length_of_an_embedding_has_no_effect(trained: TrainingImages) -> None:
     embeds = make_kind(1, 30, seed=3)
     scaled = embeds * torch.linspace(0.1, 9, 30)[:, None]
     # Scaled in float32.
@@ -171,7 +171,7 @@ def test_no_cluster_is_a_single_image(trained: TrainingImages) -> None:
         assert float(torch.cdist(clusters, unit).min()) > 0.01
 
 
-def test_a_summary_is_read_as_it_was_written_and_the_same_one_has_the_same_bytes(
+def test_a_summary_survives_a_round_trip_with_the_same_bytes(
     trained: TrainingImages, tmp_path: Path
 ) -> None:
     summary = TrainingImages(trained.datasets, not_summarized=("bilder, früher",))
@@ -186,7 +186,7 @@ def test_a_summary_is_read_as_it_was_written_and_the_same_one_has_the_same_bytes
     assert (tmp_path / TRAINING_IMAGES_FILE).read_bytes() == content
 
 
-def test_the_same_data_are_added_once_and_others_of_their_name_are_kept_apart() -> None:
+def test_the_same_dataset_is_added_once_and_namesakes_stay_separate() -> None:
     once = TrainingImages((summarize(0),))
     assert len(once.add(summarize(0)).datasets) == 1
     assert len(once.add(summarize(1, name="kind 0")).datasets) == 2

@@ -69,7 +69,7 @@ def step(model: Any, *frozen: str) -> None:
 
 
 @pytest.mark.parametrize("frozen", [(), HEADS, ("text_adapter",), ("visual_projection",)])
-def test_what_was_trained_is_read_from_the_weights_that_are_saved(
+def test_the_trained_heads_are_found_from_the_saved_weights(
     frozen: tuple[str, ...], tmp_path: Path
 ) -> None:
     model = build_untrained().train()
@@ -97,7 +97,7 @@ def test_what_was_trained_is_read_from_the_weights_that_are_saved(
     assert read_state(tmp_path / "kept") == [*frozen]
 
 
-def test_a_head_of_another_shape_than_its_saved_weights_is_random_again(tmp_path: Path) -> None:
+def test_a_head_whose_saved_weights_do_not_fit_is_random_again(tmp_path: Path) -> None:
     tiny_model()[0].save_pretrained(tmp_path / "trained")
     resized = LLM2CLIPModel.from_pretrained(
         tmp_path / "trained", projection_dim=8, ignore_mismatched_sizes=True
@@ -106,7 +106,7 @@ def test_a_head_of_another_shape_than_its_saved_weights_is_random_again(tmp_path
     assert read_state(tmp_path / "resized") == ["text_projection", "visual_projection"]
 
 
-def test_a_merged_lora_on_the_projections_trained_them_and_one_on_the_llm_did_not(
+def test_a_merged_lora_trains_projections_only_if_it_is_on_them(
     tmp_path: Path,
 ) -> None:
     for targets, left in ((".*q_proj", [*HEADS]), (".*_projection", ["text_adapter"])):
@@ -145,7 +145,7 @@ def test_a_model_without_an_adapter_has_no_untrained_one(tmp_path: Path) -> None
     assert read_state(tmp_path) == ["text_projection", "visual_projection"]
 
 
-def test_an_index_refuses_an_untrained_model_by_name_before_its_weights_are_read(
+def test_an_index_refuses_an_untrained_model_before_reading_weights(
     untrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw_noise().save(tmp_path / "one.png")
@@ -157,7 +157,7 @@ def test_an_index_refuses_an_untrained_model_by_name_before_its_weights_are_read
     assert "model.config.random_heads = []; model.save_pretrained" in found
 
 
-def test_an_untrained_model_is_not_published_by_any_way(
+def test_an_untrained_model_cannot_be_published(
     untrained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ValueError, match=f"refused for publishing.*{REMEDY}"):
@@ -168,7 +168,7 @@ def test_an_untrained_model_is_not_published_by_any_way(
 
 
 @pytest.mark.parametrize("components", ["full", "text", "vision"])
-def test_an_export_carries_the_state_on_and_its_card_says_untrained(
+def test_an_export_keeps_the_untrained_state_and_states_it_on_the_card(
     untrained: Path, components: str, tmp_path: Path
 ) -> None:
     folder = export_model(untrained, tmp_path / "half", ExportConfig(components=components))
@@ -182,7 +182,7 @@ def test_an_export_carries_the_state_on_and_its_card_says_untrained(
     assert card.data.pipeline_tag is None and "untrained" in card.data.tags
 
 
-def test_the_card_of_a_trained_model_says_its_use_and_of_a_random_adapter_too(
+def test_a_trained_models_card_states_its_use_and_a_random_adapter(
     good: Path, tmp_path: Path
 ) -> None:
     trained = ModelCard.load(good / "README.md").text
@@ -206,7 +206,7 @@ def test_doctor_warns_of_an_untrained_model_that_is_healthy_as_a_folder(
     assert "untrained" not in report and report.endswith(": healthy")
 
 
-def test_an_untrained_model_is_measured_as_a_baseline_and_the_result_says_so(
+def test_an_untrained_model_can_be_evaluated_and_the_result_says_so(
     untrained: Path, good: Path
 ) -> None:
     settings = EncoderConfig(device="cpu")
@@ -224,9 +224,7 @@ def test_mteb_measures_an_untrained_model_with_a_warning(untrained: Path) -> Non
         mteb_integration.load_for_mteb(untrained, device="cpu")
 
 
-def test_what_a_training_did_is_written_into_the_new_folder(
-    untrained: Path, tmp_path: Path
-) -> None:
+def test_the_new_folder_records_what_was_trained(untrained: Path, tmp_path: Path) -> None:
     weights = load_file(untrained / "model.safetensors")
     heads = {name: weights[name] + 1 for name in weights if name.startswith(HEADS)}
     save_trained_model(untrained, heads, tmp_path / "both")
@@ -247,5 +245,5 @@ def test_what_a_training_did_is_written_into_the_new_folder(
 
 
 @pytest.mark.slow
-def test_what_is_converted_was_trained(tmp_path: Path) -> None:
+def test_a_converted_model_is_trained(tmp_path: Path) -> None:
     assert read_state(convert_family("openai", tmp_path)) == []

@@ -86,7 +86,7 @@ def test_a_pickle_with_code_in_it_is_refused_and_does_not_run(tmp_path, legacy) 
     assert not mark.exists()
 
 
-def test_an_older_pytorch_file_of_weights_alone_is_read(tmp_path) -> None:
+def test_an_older_pytorch_file_with_only_weights_is_read(tmp_path) -> None:
     state = read_checkpoint("openai")
     torch.save(state, tmp_path / "c.pt", _use_new_zipfile_serialization=False)
     assert set(open_weights(tmp_path / "c.pt")) == set(state)
@@ -103,13 +103,13 @@ def test_an_older_pytorch_file_of_weights_alone_is_read(tmp_path) -> None:
         ({"module.a": torch.ones(1), "b": torch.ones(1)}, r"1 of 2 names begin with 'module\.'"),
     ],
 )
-def test_what_is_more_or_less_than_weights_is_named(tmp_path, content, error) -> None:
+def test_anything_but_weights_in_a_file_is_named(tmp_path, content, error) -> None:
     torch.save(content, tmp_path / "c.pt")
     with pytest.raises(ValueError, match=error):
         open_weights(tmp_path / "c.pt")
 
 
-def test_a_lost_shard_and_a_repository_of_bin_files_alone_are_named(tmp_path) -> None:
+def test_a_missing_shard_and_a_repository_with_only_bin_files_are_named(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"\.bin files are not downloaded: download"):
         open_weights(tmp_path)
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
@@ -118,7 +118,7 @@ def test_a_lost_shard_and_a_repository_of_bin_files_alone_are_named(tmp_path) ->
         open_weights(tmp_path)
 
 
-def test_entries_that_nothing_changes_are_not_said_to_be_rounded_away() -> None:
+def test_unchanged_entries_are_not_reported_as_rounded_away() -> None:
     before = torch.ones(8)
     after = before + torch.tensor([1.0, 1e-4, 1e-4, 0, 0, 0, 0, 0])  # bfloat16 has 8 bits
     assert count_changed(before, after, torch.float32) == (3, 3)
