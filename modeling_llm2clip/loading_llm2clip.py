@@ -182,8 +182,8 @@ def require_own_names(folder: Path, parts: Sequence[str]) -> None:
     names = {name for file in files for name in read_weight_shapes([file])}
     if strange := sorted(name for name in names if name.partition(".")[0] not in parts):
         raise ValueError(
-            f"{folder}: transformers saved {len(strange)} weights under the wrong names "
-            f"({strange[:_NAMES_SHOWN]}), so the folder will not load. Versions 5.6 to 5.8 do this "
+            f"{folder}: transformers saved weights under the wrong names ({len(strange)}, such as "
+            f"{strange[:_NAMES_SHOWN]}), so the folder will not load. Versions 5.6 to 5.8 do this "
             "to models with a DINOv3 tower. Upgrade transformers and save again."
         )
 

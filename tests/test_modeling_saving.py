@@ -173,7 +173,7 @@ def test_weights_that_transformers_saves_under_wrong_names_are_refused(tmp_path:
     try:
         model.save_pretrained(tmp_path)
     except ValueError as error:
-        assert "update transformers" in str(error)
+        assert "Upgrade transformers" in str(error)
         return
     loaded = LLM2CLIPModel.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())

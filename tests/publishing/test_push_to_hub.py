@@ -382,7 +382,7 @@ def test_without_a_token_nothing_is_published_and_the_error_says_how_to_get_one(
     push, doctor = published.answers[10:]
     assert push[0] == 2
     assert "there is no valid token. Log in with `hf auth login`, or set HF_TOKEN" in push[2]
-    assert doctor[0] == 1 and "the Hub has no such repository" in doctor[1]
+    assert doctor[0] == 1 and "is not on the Hub" in doctor[1]
 
 
 # Those who pull
