@@ -2,7 +2,7 @@
 
 python conversion/convert_llm2clip_to_hf.py SOURCE OUTPUT --source-format NAME --text-model LLM
 
-The code is in `modeling_llm2clip/conversion/`, so that the command works where only the package is
+The code is in `modeling_llm2clip/conversion/`, so the command works if only the package is
 installed.
 """
 

@@ -1,10 +1,10 @@
-"""Records what OneIG-Bench's code gives for images and texts, in golden/pair_scores.safetensors.
+"""Records OneIG-Bench's scores of images and texts in golden/pair_scores.safetensors.
 
     python conversion/record_pair_scores.py LLM2CLIP ONEIG
 
 LLM2CLIP is a checkout of microsoft/LLM2CLIP, ONEIG one of OneIG-Bench/OneIG-Benchmark. Their code
-runs as it is, on the recorded checkpoint `openai` and its language model, in an environment of its
-own (golden/README.md has the versions). Nothing of this package is imported.
+runs unchanged on the recorded checkpoint `openai` and its language model, in its own environment
+(golden/README.md has the versions). This package is not imported.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ GRIDS = (((2, 2), (40, 40), None, 6), ((3, 1), (40, 40), 1, 9), ((1, 2), (75, 60
 
 
 def paint(width: int, height: int, *, seed: int) -> np.ndarray:
-    """Add up colored waves, which are as smooth as a photograph."""
+    """Add up colored waves, which makes an image as smooth as a photograph."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     total = np.zeros((height, width, 3))
@@ -51,7 +51,7 @@ def paint_grid(grid: tuple[int, int], part: tuple[int, int], black: int | None) 
 
 
 class HubModel(torch.nn.Module):
-    """The official training code's model, under the two names that the Hub's has."""
+    """The official training code's model with the two methods of the Hub's model."""
 
     def __init__(self, checkpoint: dict[str, torch.Tensor]) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class HubModel(torch.nn.Module):
         self.clip = CustomCLIP(20, vision, text, quick_gelu=True)
         self.clip.load_state_dict(checkpoint)
 
-    # CUDA's autocast would let layer norms take float32 beside bfloat16; that of the CPU does not.
+    # CUDA's autocast lets layer norms mix float32 with bfloat16, but the CPU's does not.
     def get_image_features(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.clip.encode_image(pixels.to(self.clip.visual.proj.dtype))
 
@@ -73,7 +73,7 @@ class HubModel(torch.nn.Module):
 
 
 def load_scorer(dtype: torch.dtype) -> Any:
-    """Make OneIG-Bench's `LLM2CLIP` of the small checkpoint instead of the Hub's."""
+    """Make OneIG-Bench's `LLM2CLIP` from the small checkpoint instead of the Hub's."""
     from llm2vec.models import LlamaBiModel
     from scripts.utils.inference import LLM2CLIP
     from scripts.utils.llm2clip.llm2vec import LLM2Vec
@@ -127,10 +127,10 @@ def record(captions: list[str]) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    """Run both repositories' code, and save what it gives."""
+    """Run both repositories' code, and save the scores."""
     official, oneig = map(Path, sys.argv[1:])
     sys.path[:0] = [str(official / "llm2clip"), str(oneig)]
-    # OneIG-Bench imports these for its other scores, and to read from object storage.
+    # OneIG-Bench imports these for other scores and for object storage.
     sys.modules["qwen_vl_utils"] = types.SimpleNamespace(process_vision_info=None)
     sys.modules["megfile"] = types.SimpleNamespace(smart_open=open)
     captions = json.loads((GOLDEN / "llm2vec/captions.json").read_text("utf-8"))["captions"]

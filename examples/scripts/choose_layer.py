@@ -1,13 +1,14 @@
-"""Measures which layer of a language model makes the best last layer of a text tower.
+"""Measures which layer of a language model works best as the last layer of a text tower.
 
     python examples/scripts/choose_layer.py meta-llama/Llama-3.2-1B-Instruct my-images \\
         --prompt llama-3
     llm2clip build VISION_MODEL meta-llama/Llama-3.2-1B-Instruct my-model \\
         --prompt llama-3 --text-layers 11
 
-The accuracy (CRA) of a layer is the share of texts whose own second caption is the nearest of all
-images. With captions in several languages, it is the share of captions that find their translation
-into the first one, as a mean over languages. The layers are removed one by one, from the last.
+The accuracy (CRA) of a layer is the share of texts whose nearest text among all images is their own
+second caption. With captions in several languages, it is the share of captions whose nearest text
+is their translation into the first language, averaged over languages. The layers are removed one by
+one, starting with the last.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from modeling_llm2clip.evaluation.tasks.retrieval import rank_pairs
 
 
 def main() -> None:
-    """Print a line per layer, and the layer to take."""
+    """Print a line per layer, and the layer to use."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("text_model", help="Hub id, folder or .gguf file of a language model")
     parser.add_argument("data", help="captioned images, of which only the captions are read")
-    parser.add_argument("--prompt", required=True, help="as of llm2clip build")
+    parser.add_argument("--prompt", required=True, help="as in llm2clip build")
     parser.add_argument("--languages", nargs="+", default=[], help="default: all, English first")
     parser.add_argument("--num-images", type=int, default=1000)
     arguments = parser.parse_args()
@@ -47,11 +48,11 @@ def main() -> None:
     print(
         f"Layer {lowest} is the lowest that does not differ from the best: --text-layers {lowest}"
     )
-    print("These captions chose it, so expect a lower score on others.")
+    print("It was chosen on these captions, so expect a lower score on others.")
 
 
 def sample_images(records: Sequence[Any], count: int) -> list[Any]:
-    """Choose the records of some images at random."""
+    """Sample the records of some images."""
     groups = sorted({record.group_id for record in records})
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0))
     chosen = {groups[number] for number in order[:count].tolist()}
@@ -94,7 +95,7 @@ def measure_layers(
         pairs: As `list_pairs` returns.
         options: Of `BuildConfig`; a prompt is needed.
     """
-    # Without a use here, and as small as they get.
+    # Unused here, so as small as possible.
     vision = CLIPVisionConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
         image_size=32, patch_size=16,

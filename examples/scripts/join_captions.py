@@ -1,16 +1,17 @@
-"""Adds captions that others published to the records of a dataset, by URL or by key.
+"""Adds published captions to the records of a dataset, matched by URL or key.
 
     python examples/scripts/join_captions.py cc3m captions.csv joined \
         --url "Image Path" --captions raw_caption shortIB_captions --long-captions longSV_captions
 
 CAPTIONS is CSV with a header, JSON lines (both also as .gz) or Parquet: a file, or a folder of
-them. `--url` or `--key` names the column to join by; a key is the name of an image without folder
-and suffix. A column of captions holds a text or a list of texts. Captions come after a record's
-own, none twice. The first row of an image counts, and only rows and records in one language.
+files. `--url` or `--key` names the column to join by; a key is an image's name without folder and
+suffix. A captions column contains a text or a list of texts. New captions are appended to a
+record's own, without duplicates. Only the first row per image is used, and only rows and records
+in one language.
 
 OUTPUT is a new folder: `captions.jsonl` if the images are files (then pass their folder as
-`--image-dir`), or else Parquet that holds the images. Rows and records without a match are counted.
-Needs `pip install duckdb`, and room in the temporary folder.
+`--image-dir`), otherwise Parquet with the images inside. Rows and records without a match are
+counted. Needs `pip install duckdb`, and space in the temporary folder.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def main() -> None:
     output: Path = arguments.output
     records = load_records(arguments.data, image_dir=arguments.image_dir, show_progress=True)
     if output.exists():
-        raise ValueError(f"{output} exists. Name a new folder.")
+        raise ValueError(f"{output} exists. Choose a new folder.")
     with TemporaryDirectory() as folder, duckdb.connect(str(Path(folder) / "rows")) as database:
         lang = add_records(database, records, arguments)
         for file in find_files(arguments.captions_file):
@@ -84,16 +85,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--captions", nargs="+", default=[], metavar="COLUMN")
     parser.add_argument("--long-captions", nargs="+", default=[], metavar="COLUMN")
     parser.add_argument("--lang", help="language of the captions; default: that of all records")
-    parser.add_argument("--lang-column", metavar="COLUMN", help="language of each row, if stated")
-    parser.add_argument("--image-dir", help="folder of the images; default: that of the data")
+    parser.add_argument("--lang-column", metavar="COLUMN", help="column with each row's language")
+    parser.add_argument("--image-dir", help="folder of the images; default: folder of the data")
     arguments = parser.parse_args()
     if not (arguments.captions or arguments.long_captions):
-        parser.error("name the columns of the captions: --captions or --long-captions")
+        parser.error("name the caption columns with --captions or --long-captions")
     return arguments
 
 
 def make_key(column: str, arguments: argparse.Namespace) -> str:
-    """Return the SQL of the key in a column: its last part without the suffix of an image."""
+    """Return SQL for the key in a column: the URL, or the file name without its image suffix."""
     text = f"nullif(trim(CAST({column} AS VARCHAR)), '')"
     if arguments.url:
         return text
@@ -104,7 +105,7 @@ def make_key(column: str, arguments: argparse.Namespace) -> str:
 def add_records(
     database: duckdb.DuckDBPyConnection, records: RecordTable, arguments: argparse.Namespace
 ) -> str:
-    """Add the keys of the records, and return the language that is joined."""
+    """Add the keys of the records, and return the language to join."""
     database.execute(
         "CREATE TABLE records (number BIGINT, name VARCHAR, lang VARCHAR, key VARCHAR)"
     )
@@ -119,15 +120,15 @@ def add_records(
     langs = [row[0] for row in database.execute("SELECT DISTINCT lang FROM records").fetchall()]
     lang = arguments.lang or langs[0]
     if lang not in langs or (len(langs) > 1 and not arguments.lang):
-        raise ValueError(f"The records are in {', '.join(sorted(langs))}. Name one by --lang.")
+        raise ValueError(f"The records are in {', '.join(sorted(langs))}. Choose one with --lang.")
     database.execute("DELETE FROM records WHERE lang != ? OR key IS NULL", [lang])
     repeated = database.execute(
         "SELECT key, min(name), max(name) FROM records GROUP BY key HAVING count(DISTINCT name) > 1"
     ).fetchone()
     if repeated and arguments.key:
         raise ValueError(
-            f"{repeated[1]} and {repeated[2]} have the key {repeated[0]!r}. Join by --url, or each "
-            "dataset alone."
+            f"{repeated[1]} and {repeated[2]} have the key {repeated[0]!r}. Join by --url, or join "
+            "each dataset separately."
         )
     database.execute(
         "CREATE TABLE rows (file VARCHAR, number BIGINT, key VARCHAR, captions VARCHAR[], "
@@ -138,23 +139,23 @@ def add_records(
 
 
 def find_files(source: Path) -> list[Path]:
-    """Return the files of captions, in the order of their names."""
+    """Return the caption files, sorted by name."""
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     files = [file for file in files if find_suffix(file) in SUFFIXES]
     if not files:
-        raise ValueError(f"{source}: no captions. Give {', '.join(SUFFIXES)} or a folder of them.")
+        raise ValueError(f"{source}: no captions. Pass {', '.join(SUFFIXES)} or a folder of them.")
     return files
 
 
 def find_suffix(file: Path) -> str:
-    """Return the suffix in front of `.gz`, in lower case."""
+    """Return the suffix before any `.gz`, in lowercase."""
     return Path(file.name.lower().removesuffix(".gz")).suffix
 
 
 def add_rows(
     database: duckdb.DuckDBPyConnection, file: Path, lang: str, arguments: argparse.Namespace
 ) -> None:
-    """Add the rows of a file that have a record, and count all."""
+    """Add the rows of a file that match a record, and count all rows."""
     key, short, long = arguments.url or arguments.key, arguments.captions, arguments.long_captions
     by = make_key(quote(key), arguments)
     used, mark = [*short, *long], "'"
@@ -195,7 +196,7 @@ def add_rows(
 
 
 def quote(text: str, mark: str = '"') -> str:
-    """Return a column's name in SQL, or a text with another mark."""
+    """Quote a column name for SQL, or a text if `mark` is a single quote."""
     return mark + text.replace(mark, 2 * mark) + mark
 
 
@@ -213,18 +214,18 @@ def read_joined(
     matched = "SELECT count(*) FROM records WHERE key IN (SELECT key FROM rows)"
     [(num_matched,)] = database.execute(matched).fetchall()
     print(
-        f"{num_matched:,} of {len(records):,} records matched. Rows: {matching - keys:,} of an "
-        f"image that has one, {total - with_key:,} without a key, {foreign:,} not in {lang}, "
+        f"{num_matched:,} of {len(records):,} records matched. Unused rows: {matching - keys:,} "
+        f"further ones of an image, {total - with_key:,} without a key, {foreign:,} not in {lang}, "
         f"{with_key - foreign - matching:,} without a record or captions.",
         file=sys.stderr,
     )
     if not num_matched:
-        raise ValueError("No record matches a row. Correct the columns, or join by the other.")
+        raise ValueError("No record matches a row. Correct the columns, or join by --url or --key.")
     for side in ("captions", "long_captions"):
         for number, column in enumerate(getattr(arguments, side), start=1):
             given = f"SELECT 1 FROM rows WHERE {side}[{number}] NOT IN ('null', '\"\"', '[]')"
             if database.execute(given).fetchone() is None:
-                raise ValueError(f"No row that matches has a text in {column!r}. Correct its name.")
+                raise ValueError(f"No matching row has a text in {column!r}. Correct its name.")
     rows = database.execute(
         "SELECT records.number, arg_min(captions, (file, rows.number)), "
         "arg_min(long_captions, (file, rows.number)) FROM records JOIN rows USING (key) "
@@ -258,26 +259,26 @@ def add_captions(
 
 
 def list_texts(columns: Sequence[str | None], name: str) -> list[str]:
-    """Return the texts of columns of JSON, without blank ones."""
+    """Return the texts in columns of JSON, without blank ones."""
     texts = []
     for column in columns:
         value = json.loads(column or "null")
         values = value if isinstance(value, list) else [value]
         if not all(isinstance(text, str | None) for text in values):
-            raise ValueError(f"{name}: {column} is not a text or a list of texts. Correct its row.")
+            raise ValueError(f"{name}: {column} is not a text or a list of texts. Correct the row.")
         texts += [cleaned for text in values if text and (cleaned := clean_text(text))]
     return texts
 
 
 def write_lines(file: Path, joined: Iterator[tuple[Any, dict[str, Any]]]) -> None:
-    """Write a line per record, whose image stays where it is."""
+    """Write a line per record; images stay where they are."""
     with file.open("w", encoding="utf-8") as opened:
         for _, fields in joined:
             opened.write(json.dumps(fields, ensure_ascii=False) + "\n")
 
 
 def write_shards(output: Path, joined: Iterator[tuple[Any, dict[str, Any]]]) -> None:
-    """Write Parquet that holds the images, in small row groups."""
+    """Write Parquet with the images inside, in small row groups."""
     for number in count():
         groups = (list(islice(joined, ROWS_PER_GROUP)) for _ in range(GROUPS_PER_FILE))
         if not (first := next(groups)):

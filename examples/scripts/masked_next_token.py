@@ -1,11 +1,11 @@
-"""Stage 0, optional: make an LLM used to bidirectional attention by masked next-token prediction.
+"""Stage 0, optional: adapts an LLM to bidirectional attention by masked next-token prediction.
 
     python examples/scripts/masked_next_token.py LLM captions.jsonl stage0 --max-steps 1000
     llm2clip build VISION LLM model --prompt chatml --lora stage0
 
-A fifth of the tokens is replaced by a mask, and each is predicted from the position in front of it,
-because that is where the LLM learned to predict it (LLM2Vec, arXiv:2404.05961; upstream uses a
-LoRA of rank 16 and the mask "_"). The authors of LLM2CLIP found that the stage has little effect.
+A fifth of the tokens are masked, and each is predicted from the position before it, because that is
+where the LLM learned to predict it (LLM2Vec, arXiv:2404.05961; upstream uses a LoRA of rank 16 and
+the mask "_"). The authors of LLM2CLIP found that this stage has little effect.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from modeling_llm2clip.training.trainer_mixins import keep_to_one_gpu
 
 
 class MaskedNextTokenTrainer(Trainer):
-    """Compares the state in front of a masked token with that token."""
+    """Predicts each masked token from the hidden state before it."""
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
@@ -53,11 +53,11 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(arguments.llm)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.padding_side = "right"  # else a text's first token has padding in front of it
+    tokenizer.padding_side = "right"  # otherwise, padding precedes a text's first token
     tokenizer.mask_token = arguments.mask
     if tokenizer.mask_token_id in {None, tokenizer.unk_token_id}:
         raise SystemExit(
-            f"{arguments.mask!r} is not a token of {arguments.llm}. Give another --mask."
+            f"{arguments.mask!r} is not a token of {arguments.llm}. Use another --mask."
         )
     model, loaded = AutoModelForCausalLM.from_pretrained(
         arguments.llm, dtype=torch.float32, output_loading_info=True
@@ -65,10 +65,10 @@ def main() -> None:
     if loaded["missing_keys"]:
         raise SystemExit(
             f"{arguments.llm} lacks {sorted(loaded['missing_keys'])}, which would stay random. "
-            "Give the whole LLM, with the head that predicts tokens."
+            "Use a complete LLM, with its head."
         )
     set_attention_direction(model, bidirectional=True)
-    # The LoRA is for the LLM without its head, as the later stages load it.
+    # The LoRA is for the LLM without its head, because later stages load it that way.
     config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
     model.requires_grad_(False)
     adapted = get_peft_model(model.base_model, config)
@@ -88,7 +88,7 @@ def main() -> None:
         model=model,
         args=training_arguments,
         train_dataset=_tokenize(tokenizer, arguments),
-        # Every chosen token becomes the mask: random and kept ones teach a causal model nothing.
+        # Every selected token becomes the mask: random or kept tokens teach a causal model nothing.
         data_collator=DataCollatorForLanguageModeling(
             tokenizer,
             mlm_probability=arguments.mask_share,

@@ -1,15 +1,16 @@
-"""OneIG-Bench's reasoning score: how well generated images show the answers that they should.
+"""Computes OneIG-Bench's reasoning score: how well generated images show the expected answers.
 
     python examples/scripts/score_grids.py model my-grids gt_answer.json scores --grid 2,2
 
-A file of `my-grids` is a grid of images that were generated for one prompt, and its name begins
-with the three characters that the prompt has in the JSON file of answers. As in OneIG-Bench
-(scripts/reasoning and scripts/utils at 41b4983), a grid is split, wholly black parts are left
-out, the others are saved as JPEG and compared with the answer. The score of a grid is the mean
-of its parts, and the result the mean of all grids. The same command continues scores that were
-interrupted.
+A file in `my-grids` is a grid of images generated for one prompt. Its name starts with the three
+characters that identify the prompt in the JSON file of answers. As in OneIG-Bench
+(scripts/reasoning and scripts/utils at 41b4983), a grid is split, completely black parts are
+skipped, and the others are saved as JPEG and compared with the answer. The score of a grid is the
+mean of its parts, and the result is the mean of all grids. If scoring is interrupted, run the same
+command again to resume it.
 
-`scores` gets `parts`, `pairs.jsonl`, `pairs.csv` with a score for each part, and `grids.csv`.
+The output folder has `parts`, `pairs.jsonl`, `pairs.csv` with a score for each part, and
+`grids.csv`.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ def main() -> int:
         print(skipped, file=sys.stderr)
     scores_csv = arguments.output / "pairs.csv"
     if scores_csv.exists():
-        raise SystemExit(f"{scores_csv} has scores already. Name a new folder.")
+        raise SystemExit(f"{scores_csv} already has scores. Choose a new folder.")
     answers = read_json(arguments.answers)
     if not isinstance(answers, dict) or not all(isinstance(a, str) for a in answers.values()):
-        raise ValueError(f"{arguments.answers} is not a JSON object of texts, by prompt.")
+        raise ValueError(f"{arguments.answers} is not a JSON object from prompts to texts.")
     answer_of = find_answers([path.name for path in images.readable], answers)
     parts_of = {
         path.name: save_parts(path, arguments.grid, arguments.output / "parts")
@@ -66,8 +67,8 @@ def main() -> int:
     columns, rows = arguments.grid
     num_black = len(parts_of) * columns * rows - len(pairs)
     print(
-        f"{len(scores)} of {len(parts_of)} grids have a score, which {len(pairs)} parts give. "
-        f"Left out: {num_black} black parts. Truncated: answers of {scored.num_truncated} parts.",
+        f"{len(scores)} of {len(parts_of)} grids have a score, from {len(pairs)} parts. "
+        f"Skipped: {num_black} black parts. Truncated: answers of {scored.num_truncated} parts.",
         file=sys.stderr,
     )
     print(f"mean {fmean(scores.values()):.4f}")
@@ -82,7 +83,7 @@ def parse() -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("model", help="folder or Hub id of an LLM2CLIP model")
-    parser.add_argument("grids", type=Path, help="folder of the grids of one image generator")
+    parser.add_argument("grids", type=Path, help="folder of grids from one image generator")
     parser.add_argument("answers", type=Path, help="JSON file with the answers by prompt")
     parser.add_argument("output", type=Path, help="folder for parts and scores")
     parser.add_argument(
@@ -100,18 +101,19 @@ def read_grid(text: str) -> tuple[int, int]:
 
 
 def find_answers(names: list[str], answers: dict[str, str]) -> dict[str, str]:
-    """Return the answer of each file; stop at a file without one, and at two of one prompt."""
+    """Return the answer for each file; refuse files without one, or several for one prompt."""
     without = [name for name in names if name[:_ID_LENGTH] not in answers]
     if without:
         raise SystemExit(
-            f"{len(without)} of {len(names)} files begin with no key of the answers, the first is "
-            f"{without[0]}. Name each as its prompt, such as {min(answers, default='001')}.png."
+            f"{len(without)} of {len(names)} file names do not start with a key of the answers, "
+            f"such as {without[0]}. Name each after its prompt, like "
+            f"{min(answers, default='001')}.png."
         )
     ids = [name[:_ID_LENGTH] for name in names]
     if repeated := sorted({grid_id for grid_id in ids if ids.count(grid_id) > 1}):
         raise SystemExit(
-            f"Several grids are of one prompt: {', '.join(repeated)}. Give one grid each, and a "
-            "folder for each image generator."
+            f"Several grids have the same prompt: {', '.join(repeated)}. Keep one grid per prompt, "
+            "and use a folder for each image generator."
         )
     return {name: answers[name[:_ID_LENGTH]] for name in names}
 
@@ -131,7 +133,7 @@ def save_parts(file: Path, grid: tuple[int, int], folder: Path) -> list[str]:
 
 
 def split(image: Image.Image, columns: int, rows: int) -> Iterator[Image.Image]:
-    """Split row by row; pixels that are left over at the right and the bottom belong to no part."""
+    """Split row by row, ignoring leftover pixels at the right and bottom."""
     width, height = image.width // columns, image.height // rows
     for top in range(0, rows * height, height):
         for left in range(0, columns * width, width):

@@ -1,12 +1,12 @@
-"""Captions for images that have none: from a captioning model, a web page, or file names.
+"""Writes captions for images that have none: from a captioning model, a web page, or file names.
 
     python examples/scripts/write_captions.py model my-images Qwen/Qwen3-VL-2B-Instruct
     python examples/scripts/write_captions.py alt-texts my-images page.html
     python examples/scripts/write_captions.py file-names my-images
 
-Lines are added to `captions.jsonl` in the folder of images. Images that have a line keep it, so
-that the ways can be combined, and a captioning model continues where it was stopped. Images that
-get no caption are counted and named; `llm2clip` leaves out images without a line.
+Lines are appended to `captions.jsonl` in the folder of images. Images that already have a line keep
+it, so you can combine the methods, and a captioning model resumes where it was stopped. Images
+without a caption are counted and listed; `llm2clip` ignores images without a line.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from modeling_llm2clip.data.sources.json_files import iterate_lines, parse_objec
 from modeling_llm2clip.search.image_files import list_images
 
 PROMPT = "Describe this image in one sentence, as a caption."
-# Of each image its name, and its caption or the reason why there is none.
+# Name of each image, and its caption or the reason why it has none.
 Captions = Iterator[tuple[str, str | None, str]]
 _CAMERA_NAME = re.compile(
     r"(?i)^(img|dsc[fn]?|dcim|pxl|mvimg|wa|fb|screenshot|image|photo|untitled)$"

@@ -35,13 +35,12 @@ from ..model_folders.model_writing import require_as_written, save_model
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..pooling_llm2clip import TEXT_POOLINGS
 from ..processing_llm2clip import LLM2CLIPProcessor
-from .llm2vec import take_settings
 from .lora_merging import merge_lora
 from .part_loading import cut_layers
 from .pretrained_towers import find_origin
 from .prompts import derive_own_prompt, derive_prompt, resolve_template, write_prompt
 from .text_embedders import TextEmbedder, read_embedder
-from .text_towers import load_text_tower, require_own_tokenizer
+from .text_towers import load_text_tower, require_own_tokenizer, take_settings
 from .tower_checks import (
     measure_text_width,
     measure_vision_width,

@@ -27,9 +27,8 @@ from ..model_folders.golden_embeddings import GOLDEN_TEXTS, find_tolerance
 from ..modeling_llm2clip import LLM2CLIPModel
 from ..pooling_llm2clip import TEXT_POOLINGS
 from ..processing_llm2clip import LLM2CLIPProcessor
-from .llm2vec import find_file
 from .part_loading import naming
-from .text_towers import require_decoder
+from .text_towers import find_file, require_decoder
 from .tower_checks import find_direction_errors
 
 # sentence-transformers' names of poolings, and ours if the prompt is pooled as well.

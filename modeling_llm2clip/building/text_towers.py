@@ -1,6 +1,6 @@
 """Loads the LLM for a new model, without its head, and its tokenizer.
 
-Code in a repository is never run.
+Also reads the pooling and length that LLM2Vec saved with an LLM. Code in a repository is never run.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,13 @@ from transformers import (
 )
 
 from .._suggestions import list_first
+from ..configs.build_config import BuildConfig
 from ..configs.encoding_config import DUAL_ENCODERS
 from ..configuration_llm2clip import LLM2CLIPConfig
+from ..data.sources.json_files import read_object
 from ..loading_llm2clip import load_without_code, naming_code
+from ..model_folders.model_folder import fetch_hub_file
+from ..pooling_llm2clip import TEXT_POOLINGS
 from .part_loading import cut_config, forget_origin, load_part, naming, require_same_states
 from .vision_towers import takes_images
 
@@ -33,6 +38,10 @@ _MARKS = ("bos_token_id", "eos_token_id")
 # Text encoders that cannot replace an LLM.
 _NOT_LLMS = {*DUAL_ENCODERS, *(f"{name}_text_model" for name in DUAL_ENCODERS)}
 _ENCODERS = {"bert", "roberta"}
+_LLM2VEC_FILE = "llm2vec_config.json"
+_LLM2VEC_POOLINGS: dict[str, Any] = {
+    mode: name for name, pooling in TEXT_POOLINGS.items() for mode in pooling.llm2vec
+}
 _REMEDY = (
     "If only the tokenizer needs it, and the repository has a tokenizer.json, set tokenizer_class "
     "to PreTrainedTokenizerFast in the tokenizer_config.json of a copy, and remove auto_map. "
@@ -190,3 +199,44 @@ def _keep_tokens_of_the_file(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTo
         chat_template=tokenizer.chat_template,
         **tokenizer.special_tokens_map,
     )
+
+
+def take_settings(source: str | Path, config: BuildConfig) -> BuildConfig:
+    """Complete the config with the pooling and length of an LLM or LoRA saved by LLM2Vec.
+
+    `doc_max_length`, to which LLM2Vec shortens a text word by word before adding the prompt, is
+    ignored, because it empties texts without spaces.
+    """
+    path = find_file(source, _LLM2VEC_FILE)
+    if path is None:
+        return config
+    settings = read_object(path)
+    errors = []
+    pooling, length = settings.get("pooling_mode"), settings.get("max_length")
+    if pooling not in [*_LLM2VEC_POOLINGS]:  # a list, because the value may be unhashable
+        errors.append(f"pooling_mode={pooling!r}, expected one of {sorted(_LLM2VEC_POOLINGS)}")
+    if settings.get("skip_instruction") is not True:
+        errors.append(
+            f"skip_instruction={settings.get('skip_instruction')}, expected true: prompt and "
+            "instruction are never pooled here"
+        )
+    if not isinstance(length, int):
+        errors.append(f"max_length={length!r}, expected a number of tokens")
+    if errors:
+        raise ValueError(
+            f"{path}: {'; '.join(errors)}. The embeddings would differ from LLM2Vec's."
+        )
+    return replace(
+        config,
+        text_pooling=config.text_pooling or _LLM2VEC_POOLINGS[str(pooling)],
+        max_text_length=config.max_text_length or length,
+    )
+
+
+def find_file(source: str | Path, name: str) -> Path | None:
+    """Return a file in a folder or Hub repository; None if it does not exist."""
+    if Path(source).is_dir():
+        path: Path | None = Path(source) / name
+    else:
+        path = None if Path(source).suffix == ".gguf" else fetch_hub_file(source, name)
+    return path if path is not None and path.is_file() else None

@@ -71,14 +71,14 @@ def test_the_script_gives_grids_the_scores_of_oneig_bench(
         with pytest.raises(SystemExit, match="0"):
             run(str(images), str(answers), str(output), "--grid", f"{columns},{rows}")
         printed = capsys.readouterr()
-        assert ("Left out: 1 black parts" in printed.err) == (number == 1)
+        assert ("Skipped: 1 black parts" in printed.err) == (number == 1)
         with (output / "grids.csv").open(encoding="utf-8", newline="") as file:
             ((name, score),) = list(csv.reader(file))[1:]
         wanted = float(golden[f"grid.{number}.score"])
         # Two resizers, and builds of the JPEG library, round pixels by a gray level.
         assert (name, float(score)) == ("007_x.png", pytest.approx(wanted, abs=1e-4))
     parts = {path: path.read_bytes() for path in (output / "parts").iterdir()}
-    with pytest.raises(SystemExit, match="has scores already"):
+    with pytest.raises(SystemExit, match="already has scores"):
         run(str(images), str(answers), str(output), "--grid", "1,1")
     assert parts == {path: path.read_bytes() for path in (output / "parts").iterdir()}
     Image.new("RGB", (64, 64)).save(tmp_path / "007_black.png")
@@ -86,12 +86,15 @@ def test_the_script_gives_grids_the_scores_of_oneig_bench(
     (tmp_path / "007_black.png").rename(tmp_path / "black" / "007.png")
     with pytest.raises(SystemExit, match="All parts of 1 grids are black"):
         run(str(tmp_path / "black"), str(answers), str(tmp_path / "none"))
-    for name, message in (("007_y.png", "of one prompt"), ("other.png", "1 of 2 files begin")):
+    for name, message in (
+        ("007_y.png", "have the same prompt"),
+        ("other.png", "1 of 2 file names do not start"),
+    ):
         (images / "007_x.png").with_name(name).write_bytes((images / "007_x.png").read_bytes())
         with pytest.raises(SystemExit, match=message):
             run(str(images), str(answers), str(tmp_path / "none"))
         (images / name).unlink()
-    for content, message in (("[]", "not a JSON object of texts"), ("{", "not JSON")):
+    for content, message in (("[]", "not a JSON object from prompts"), ("{", "not JSON")):
         answers.write_text(content, encoding="utf-8")
         with pytest.raises(SystemExit, match=f"error: .*answers.json.*{message}"):
             run(str(images), str(answers), str(tmp_path / "none"))

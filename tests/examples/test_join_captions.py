@@ -174,8 +174,8 @@ def test_every_row_that_is_not_used_is_counted(join: Join, tmp_path: Path) -> No
     joined, printed = join(data, file, *options)
     assert [r.captions[1:] for r in joined] == [(), ("the first",), ("late", "and more")]
     assert (
-        "2 of 3 records matched. Rows: 1 of an image that has one, 2 without a key, 1 not in en, "
-        "2 without a record or captions." in printed
+        "2 of 3 records matched. Unused rows: 1 further ones of an image, 2 without a key, "
+        "1 not in en, 2 without a record or captions." in printed
     )
 
 
@@ -183,7 +183,7 @@ def test_captions_come_to_the_records_of_their_language_alone(join: Join, tmp_pa
     data = write_data(tmp_path / "data", ["0.png", "1.png"], langs=("en", "de"))
     file = write_csv(tmp_path / "c.csv", [{"key": "1", "text": "ein Haus"}])
     options = ("--key", "key", "--captions", "text")
-    with pytest.raises(ValueError, match=r"The records are in de, en\. Name one by --lang"):
+    with pytest.raises(ValueError, match=r"The records are in de, en\. Choose one with --lang"):
         join(data, file, *options)
     joined, _ = join(data, file, *options, "--lang", "de")
     captions = {(record.name, record.lang): record.captions[1:] for record in joined}
@@ -204,7 +204,7 @@ def test_captions_come_to_the_records_of_their_language_alone(join: Join, tmp_pa
         ("c.jsonl", '{"key": "1", "txt": "a"}', "No record matches a row"),
         ("c.jsonl", '{"key": "1", "text": "a"', "c.jsonl"),
         ("c.parquet", "no", "c.parquet"),
-        ("c.tsv", "key\ttext\n1\ta\n", "no captions. Give .csv, .jsonl, .parquet"),
+        ("c.tsv", "key\ttext\n1\ta\n", "no captions. Pass .csv, .jsonl, .parquet"),
     ],
 )
 def test_files_that_do_not_fit_are_refused(

@@ -51,6 +51,6 @@ def test_masked_next_token_refuses_an_llm_without_its_head(
 ) -> None:
     arguments = list_arguments(tmp_path, save_tiny_llm(tmp_path / "llm"))
     monkeypatch.setattr(sys, "argv", arguments)
-    with pytest.raises(SystemExit, match=r"lm_head\.weight.*whole LLM"):
+    with pytest.raises(SystemExit, match=r"lm_head\.weight.*complete LLM"):
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert not (tmp_path / "stage0").exists()
