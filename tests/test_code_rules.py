@@ -42,10 +42,10 @@ MOST_FUNCTION_LINES = 60
 # commit raises the budget and says why.
 BUDGETS = {
     ".": 2578,
-    "building": 1235,
-    "cli": 994,
+    "building": 1223,
+    "cli": 980,
     "configs": 755,
-    "conversion": 542,
+    "conversion": 536,
     "data": 4346,
     "demo": 86,
     "doctor": 1068,
@@ -53,14 +53,14 @@ BUDGETS = {
     "encoding": 956,
     "evaluation": 2771,
     "model_folders": 1481,
-    "publishing": 961,
+    "publishing": 958,
     "recipes": 364,
     "scheduling": 83,
     "search": 1380,
     "serving": 1457,
     "training": 4213,
 }
-NUM_FILES = 267
+NUM_FILES = 266
 HEADROOM = 1.02
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 

@@ -166,7 +166,6 @@ def _is_needed(record: logging.LogRecord) -> bool:
 
 
 def cut_layers(text_model: PreTrainedModel, num_layers: int) -> None:
-    """Cut a loaded LLM to its first layers, in place."""
     uncut, layers = copy.deepcopy(text_model.config), list_layers(text_model)
     cut_config(text_model.config, num_layers, "The LLM")
     del layers[num_layers:]
@@ -221,7 +220,6 @@ def require_same_states(
 
 
 def _build_on(text_model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    """Build the LLM of a configuration with the weights of an LLM that has fewer layers."""
     config = copy.deepcopy(config)
     config._attn_implementation = text_model.config._attn_implementation
     with init_empty_weights(include_buffers=False):

@@ -77,7 +77,6 @@ class TextEmbedder:
         return replace(self, bidirectional=not is_causal)
 
     def require_same_embeddings(self, model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None:
-        """Refuse a model whose caption embeddings differ from this embedder's."""
         embeds = encode_texts(model, processor, _TEXTS, project=False).cpu()
         if self.normalizes:
             embeds = F.normalize(embeds, dim=-1)
@@ -146,7 +145,6 @@ def read_embedder(source: str | Path, config: BuildConfig) -> TextEmbedder:
 
 
 def _require_modules(source: str | Path) -> None:
-    """Refuse a source that is not a sentence-transformers model."""
     if find_file(source, "modules.json") is None:
         raise ValueError(
             f"{source} has no modules.json, so it is not a sentence-transformers model, and its "

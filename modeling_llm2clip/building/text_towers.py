@@ -144,7 +144,6 @@ def require_own_tokenizer(
 def _load_tokenizer(
     source: str | Path, name: str | Path, config: PreTrainedConfig, **where: Any
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, without running code."""
     with naming(source), naming_code(name, remedy=_REMEDY):
         tokenizer = AutoTokenizer.from_pretrained(
             name, trust_remote_code=False, config=config, **where

@@ -270,7 +270,6 @@ def list_layers(text_model: nn.Module) -> nn.ModuleList:
 
 
 def take_hidden(output: Any) -> Tensor:
-    """Return the hidden states in a layer's output."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 

@@ -136,8 +136,7 @@ def align(
             require_images=reads_images,
             trains_on_images=reads_images and not resume,
         )
-    data_name = name_data(data, is_elsewhere=streamed)
-    folder = run_alignment(plan, model, records, data_name=data_name)
+    folder = run_alignment(plan, model, records, data_name=name_data(data, is_elsewhere=streamed))
     if PartialState().is_main_process:
         print("\n".join([*describe_alignment(output), f"Next: llm2clip doctor {folder}"]))
     return 0

@@ -89,7 +89,6 @@ class HelpFormatter:
             console.print(Text(f"{title}:", style="bold"), table, Text(), sep="\n")
 
     def render_usage(self, console: Console, options: ConsoleOptions, usage: Any) -> None:  # noqa: ARG002
-        """Print the usage line."""
         console.print(Text(f"Usage: {usage}\n"))
 
 
@@ -182,7 +181,6 @@ def _name_file(error: Exception) -> str:
 
 
 def _describe_error(error: Exception) -> str:
-    """Describe an invalid command line in one line."""
     if isinstance(error, ValidationError) and error.argument is not None:
         causes: Any = getattr(error.__cause__, "errors", list)()  # of pydantic
         reasons = "; ".join(map(get_reason, causes)) or error.exception_message

@@ -64,7 +64,6 @@ def export(
 
 
 def _describe_graphs(folder: Path) -> str:
-    """Describe how each graph was checked."""
     from ..model_folders.onnx_folder import read_onnx_record
     from ..publishing.onnx_export import describe_check
 

@@ -87,7 +87,6 @@ def extract(
         print("\n".join(describe_extraction(output)))
         manifest = StoreManifest.read(output)
         if manifest.complete:
-            hint = suggest_align(model, data, output, manifest.content)
-            print(f"Next: {hint}")
+            print(f"Next: {suggest_align(model, data, output, manifest.content)}")
     state.destroy_process_group()
     return 0

@@ -55,8 +55,10 @@ def finetune_llm(
     from ..training.finetuning.finetune_llm import finetune_llm as run
 
     records = read_captioned_images(data, reading, require_images=False)
-    name = name_data(data, is_elsewhere=has_remote_shards(data))
-    folder = run(model, records, output, config, data_name=name, resume=resume)
+    folder = run(
+        model, records, output, config,
+        data_name=name_data(data, is_elsewhere=has_remote_shards(data)), resume=resume,
+    )  # fmt: skip
     if PartialState().is_main_process:
         print("\n".join(describe_finetuning(output)))
         if config.merge:

@@ -56,7 +56,6 @@ def require_model(
 
 
 def require_text_tower(text: str | None, lora: object = None) -> None:
-    """Raise MissingExtraError if packages for a .gguf file or a LoRA are missing."""
     is_gguf = text is not None and Path(text).suffix == ".gguf"
     require(*([GGUF] if is_gguf else []), *([LORA] if lora else []))
 
@@ -77,7 +76,6 @@ def use_device(name: str, precision: str = "auto") -> torch.device:
 
 
 def require_data(data: str, reading: DataConfig) -> None:
-    """Raise ValueError if the data do not exist, before heavy imports."""
     from ..data.remote.remote_files import is_remote
 
     if not is_remote(data) and not Path(data).exists() and not re.search(r"[*?[{]", data):
@@ -156,7 +154,6 @@ def report_truncated(count: int, total: int, what: str, *, longest: int) -> None
 
 
 def use_image_limits(config: ImageLimitsConfig) -> None:
-    """Set the limits for this process and its child processes."""
     if not (limits := config.list_limits()):
         return
     from ..image_loading_llm2clip import get_image_limits, set_image_limits
@@ -165,7 +162,6 @@ def use_image_limits(config: ImageLimitsConfig) -> None:
 
 
 def require_applicable_options(config: EncodingConfig, modality: str) -> None:
-    """Raise ValueError for options that do not apply to the modality."""
     if names := [name for name in config.list_given() if name in _INAPPLICABLE[modality]]:
         other = "text" if modality == "image" else "image"
         raise ValueError(

@@ -35,8 +35,9 @@ def score(
     from ..embedding.score_file import score_file
 
     summary = score_file(model, pairs, output, config)
-    longest = summary.max_text_length
-    report_truncated(summary.num_truncated, summary.num_pairs, "text", longest=longest)
+    report_truncated(
+        summary.num_truncated, summary.num_pairs, "text", longest=summary.max_text_length
+    )
     report(f"Wrote the scores of {counted(summary.num_pairs, 'pair')} to {output}.")
     print(f"mean {summary.mean:.4f}")
     return 0

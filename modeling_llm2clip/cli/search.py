@@ -89,8 +89,7 @@ def search(
     asked: list[Query] = [parts] if combine else [*parts]
     results = index.search(asked, top_k=top_k, where=where, exact=exact)
     if count := index.encoder.num_truncated:
-        longest = index.encoder.max_text_length
-        report_truncated(count, len(queries), "sentence", longest=longest)
+        report_truncated(count, len(queries), "sentence", longest=index.encoder.max_text_length)
     rendered = render_search_results(results, format)
     print(rendered if format == "csv" else escape_controls(rendered))
     _report_missing(results)

@@ -75,8 +75,9 @@ def open_checkpoint(source: CheckpointSource) -> Checkpoint:
         raise ValueError(f"{path}: no such file. Correct the path or the file name.")
     has_config = path.is_dir() and (path / "config.json").is_file()
     stated = load_without_code(AutoConfig, path, local_files_only=True) if has_config else None
-    files = list_weight_files(path, names=WEIGHT_NAMES)
-    return Checkpoint(source, files, open_weights(path), stated)
+    return Checkpoint(
+        source, list_weight_files(path, names=WEIGHT_NAMES), open_weights(path), stated
+    )
 
 
 def require_layout(checkpoint: Checkpoint, layout: Layout) -> None:

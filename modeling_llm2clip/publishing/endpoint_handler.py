@@ -183,7 +183,6 @@ class EndpointHandler:
 
 
 def _decode(text: str) -> io.BytesIO:
-    """Decode base64 of an image file."""
     if text[:8].lower().startswith(("http://", "https://")):
         raise ValueError("Image URLs are not fetched. Send the file in base64.")
     content = text.partition(",")[2] if _DATA_URL.match(text) else text

@@ -80,7 +80,6 @@ _CREDENTIALS = {
 }
 # Start of a text in UTF-16: its byte order mark, or two ASCII characters padded with zeros.
 _UTF_16 = re.compile(rb"\xff\xfe|\xfe\xff|(?:[\t-~]\0){2}|(?:\0[\t-~]){2}")
-_WEIGHTS = ".safetensors"
 _SHOWN = 8
 
 
@@ -257,7 +256,6 @@ def _require_none_of_model(repo_id: str, others: Sequence[str]) -> None:
 
 
 def _match_exactly(paths: Iterable[str]) -> list[str]:
-    """Return patterns that match only these paths."""
     return [re.sub(r"([*?[])", r"[\1]", path) for path in paths]
 
 
@@ -365,7 +363,7 @@ def _is_uploaded(path: Path, folder: Path) -> bool:
 def _find_credential(file: Path) -> str | None:
     if _CREDENTIAL_NAME.fullmatch(file.name):
         return "its name"
-    if file.suffix == _WEIGHTS or not file.stat().st_size:
+    if file.suffix == ".safetensors" or not file.stat().st_size:
         return None
     with file.open("rb") as opened:
         with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:

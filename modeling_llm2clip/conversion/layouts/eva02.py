@@ -35,7 +35,6 @@ _LARGEST_REFERENCE = 64  # official checkpoints have 16
 def _make_vision_config(
     tensors: Tensors, _source_format: SourceFormat, _stated: PreTrainedConfig | None
 ) -> PreTrainedConfig:
-    """Derive the tower's configuration from its weights."""
     width, _, patch_size, _ = tensors["visual.patch_embed.proj.weight"].shape
     side = square_side(tensors["visual.pos_embed"].shape[1] - 1)
     inner = tensors["visual.blocks.0.mlp.w1.weight"].shape[0]

@@ -112,7 +112,6 @@ class Layout:
 
 
 def rename(pattern: str, target: str, make: Make | None = None) -> Rule:
-    """Make a rule with one target."""
     return Rule(pattern, ((target, make),))
 
 

@@ -30,7 +30,6 @@ def _split(part: str) -> Rule:
 def _make_vision_config(
     tensors: Tensors, source_format: SourceFormat, _stated: PreTrainedConfig | None
 ) -> PreTrainedConfig:
-    """Derive the tower's configuration from the shapes of its weights."""
     from transformers import CLIPVisionConfig
 
     width, _, patch_size, _ = tensors["visual.conv1.weight"].shape

@@ -27,7 +27,6 @@ _OF_SEVERAL_SIZES = ((27, 14),)
 def _make_vision_config(
     tensors: Tensors, source_format: SourceFormat, _stated: PreTrainedConfig | None
 ) -> PreTrainedConfig:
-    """Derive the tower's configuration, attention pooling included, from its weights' shapes."""
     trunk = "visual.trunk."
     width, _, patch_size, _ = tensors[f"{trunk}patch_embed.proj.weight"].shape
     side = square_side(tensors[f"{trunk}pos_embed"].shape[1])
