@@ -50,9 +50,9 @@ BUDGETS = {
     "demo": 86,
     "doctor": 1068,
     "embedding": 1108,
-    "encoding": 956,
+    "encoding": 945,
     "evaluation": 2771,
-    "model_folders": 1481,
+    "model_folders": 1472,
     "publishing": 958,
     "recipes": 364,
     "scheduling": 83,
@@ -60,7 +60,7 @@ BUDGETS = {
     "serving": 1457,
     "training": 4213,
 }
-NUM_FILES = 266
+NUM_FILES = 264
 HEADROOM = 1.02
 COSTLY = ("torch", "sentence_transformers", "peft", "accelerate", "datasets", "timm")
 

@@ -181,7 +181,7 @@ def test_weights_that_transformers_saves_under_wrong_names_are_refused(tmp_path:
 
 @pytest.mark.parametrize("merges", [False, True])
 def test_a_lora_that_is_not_unloaded_is_refused(merges: bool, tmp_path: Path) -> None:
-    """peft gives the layers other names, which would load nowhere."""
+    """peft renames the layers, so no loader would find them."""
     peft = pytest.importorskip("peft")
     model, _ = tiny_model()
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
@@ -196,7 +196,7 @@ def test_a_lora_that_is_not_unloaded_is_refused(merges: bool, tmp_path: Path) ->
 
 
 def test_a_refused_model_leaves_the_folder_unchanged(tmp_path: Path) -> None:
-    """Neither weights, nor the code, which another version of the package may have written."""
+    """Neither weights nor code, which another package version may have written, are touched."""
     model = copy.deepcopy(shared_model()[0])
     model.config.projection_dims = 1
     with pytest.raises(ValueError, match="projection_dims"):
@@ -411,7 +411,7 @@ def test_a_checkpoint_of_a_trainer_loads_everywhere(
 
 
 def changed_model() -> LLM2CLIPModel:
-    """A copy of the shared model with another projection."""
+    """Copy the shared model and change its text projection."""
     model = copy.deepcopy(shared_model()[0])
     with torch.no_grad():
         model.text_projection.weight += 1
@@ -485,7 +485,7 @@ for folder in sys.argv[1:]:
 
 @pytest.mark.slow
 def test_folders_with_the_same_name_load_with_their_own_classes(tmp_path: Path) -> None:
-    """By the folders' code, whose modules transformers names by the last part of a path."""
+    """Without the package: transformers names a folder's modules by the last part of its path."""
     both, text = tmp_path / "both" / "model", tmp_path / "text" / "model"
     named_alike = tmp_path / "base_llm2clip"  # as one of the modules is
     shared_model()[0].save_pretrained(both)

@@ -312,7 +312,7 @@ def test_the_page_of_the_doctor_has_every_check(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_python_blocks_run(tmp_path: Path) -> None:
-    """On tiny models; few steps, because what is shown is that the calls are right."""
+    """On tiny models with few steps: this only shows that the calls are valid."""
     assert run_blocks(tmp_path) == {}
 
 

@@ -13,5 +13,5 @@ PACKAGE = ROOT / "modeling_llm2clip"
 
 @cache
 def read_package() -> dict[str, Source]:
-    """Read all files of the package, by the names of their modules."""
+    """Read all files of the package, by module name."""
     return {source.module: source for source in read_sources(ROOT)}

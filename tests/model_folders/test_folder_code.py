@@ -136,7 +136,7 @@ def write_commands(model: Path, name: str, data: Path, output: Path) -> dict[str
 
 @pytest.fixture(scope="module")
 def sources_with_code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
-    """Towers of which one names code in one file, by the name of that case."""
+    """Pairs of towers, one of which refers to code in one file, by case."""
     here = tmp_path_factory.mktemp("sources")
     plain = {"vision": save_tiny_vision(here / "vision"), "llm": save_tiny_llm(here / "llm")}
     made = {}

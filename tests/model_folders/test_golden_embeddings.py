@@ -241,7 +241,7 @@ def round_a_weight(weights: dict[str, Any]) -> None:
 def test_a_folder_with_a_wrong_dtype_in_its_config_is_refused(
     way: str, good: Path, tmp_path: Path
 ) -> None:
-    """It loads in the stated dtype, and what is written from it would lose digits."""
+    """It loads in the stated dtype, so a copy would lose precision."""
     folder = Path(shutil.copytree(good, tmp_path / "edited"))
     if way in ("text", "trained"):  # one weight of the LLM has another dtype
         edit_weights(round_a_weight)(folder)
@@ -286,7 +286,7 @@ def edit_golden(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> 
 
 
 def forget_files(folder: Path) -> None:
-    """Leave the embeddings alone, as older versions recorded them."""
+    """Keep only the embeddings, like older versions."""
     texts, embeddings = read_golden(folder)  # type: ignore[misc]
     save_file(embeddings, folder / GOLDEN_FILE, {"texts": json.dumps(texts)})
 
