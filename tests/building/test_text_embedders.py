@@ -163,10 +163,10 @@ def test_what_a_training_would_change_of_an_embedder_is_refused(
     folder = save_model(*join_towers(tiny_vision(), source, config), tmp_path / "kept")
     records = load_records(write_color_data(tmp_path / "data", count=30))
     online = AlignConfig(text_training="frozen-online", device="cpu", max_steps=1)
-    with pytest.raises(ValueError, match=r"keeps an embedder's own.*Give lock_text=True"):
+    with pytest.raises(ValueError, match=r"keeps an embedder's own.*Set lock_text=True"):
         align(folder, records, run, online)
     aligned = align(folder, records, tmp_path / "locked", replace(online, lock_text=True))
-    with pytest.raises(ValueError, match=r"keeps an embedder's own.*Give lock_text=True"):
+    with pytest.raises(ValueError, match=r"keeps an embedder's own.*Set lock_text=True"):
         align(aligned, records, run, online)
     with pytest.raises(ValueError, match="but a LoRA would change its embeddings"):
         finetune_llm(folder, RECORDS, run, SHORT)
