@@ -29,7 +29,7 @@ from modeling_llm2clip.data.atomic_files import (
 from modeling_llm2clip.data.sealed_manifest import list_differences
 
 
-def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_file_is_replaced_completely_or_not_at_all(tmp_path: Path) -> None:
     file = tmp_path / "file"
     for content in (b"first", b"second"):
         write_atomically(file, content)
@@ -44,7 +44,7 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("has_links", [True, False])
-def test_a_new_file_never_replaces_one_that_came_meanwhile_and_is_kept_beside_it(
+def test_a_new_file_never_replaces_a_concurrent_one_and_is_kept_next_to_it(
     has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "new" / "tags.csv"
@@ -64,7 +64,7 @@ def test_a_new_file_never_replaces_one_that_came_meanwhile_and_is_kept_beside_it
     assert kept.read_bytes() == b"second" and str(kept) in str(caught.value)
 
 
-def test_writers_of_one_file_at_once_write_each_a_whole_one(tmp_path: Path) -> None:
+def test_concurrent_writers_of_one_file_each_write_a_complete_one(tmp_path: Path) -> None:
     file = tmp_path / "file"
     with atomic_file(file, replaces=True) as first:
         first.write(b"the first, which is longer")
@@ -76,7 +76,7 @@ def test_writers_of_one_file_at_once_write_each_a_whole_one(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_writer_that_fails_leaves_the_old_file_and_a_killed_one_what_the_next_clears(
+def test_a_failed_writer_keeps_the_old_file_and_the_next_clears_up_after_a_killed_one(
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "file"
@@ -104,7 +104,7 @@ def test_a_writer_that_fails_leaves_the_old_file_and_a_killed_one_what_the_next_
 
 
 def test_a_name_too_long_for_a_temporary_file_is_refused_before_any_work(tmp_path: Path) -> None:
-    """A name of the greatest length is written; letters of two bytes count twice."""
+    """A name of maximum length is written; two-byte letters count twice."""
     longest = tmp_path / ("é" * 107 + ".csv")
     require_new_file(longest)
     with atomic_file(longest) as opened:
@@ -115,7 +115,7 @@ def test_a_name_too_long_for_a_temporary_file_is_refused_before_any_work(tmp_pat
             require(tmp_path / name)
 
 
-def test_where_there_is_no_room_the_file_and_the_way_out_are_named(tmp_path: Path) -> None:
+def test_a_full_disk_error_names_the_file_and_the_remedy(tmp_path: Path) -> None:
     with largest_file(1000), pytest.raises(OSError, match=r"No room to write tags\.csv .*Free"):
         write_atomically(tmp_path / "tags.csv", bytes(2000))
     assert list(tmp_path.iterdir()) == []
@@ -123,7 +123,7 @@ def test_where_there_is_no_room_the_file_and_the_way_out_are_named(tmp_path: Pat
 
 @pytest.mark.parametrize("count", [5000, 50])  # torch writes a small file at its end
 @pytest.mark.parametrize("save", [torch.save, save_file])
-def test_the_ways_to_write_tensors_name_no_room_alike(
+def test_all_ways_to_write_tensors_report_a_full_disk_alike(
     save: Any, count: int, tmp_path: Path
 ) -> None:
     with largest_file(100), pytest.raises(OSError, match=r"No room for it .*Free some\."):
@@ -133,8 +133,8 @@ def test_the_ways_to_write_tensors_name_no_room_alike(
         raise RuntimeError("other")
 
 
-def test_a_place_without_room_is_named_where_it_is(tmp_path: Path) -> None:
-    """Of a run, too, whose temporary files are elsewhere."""
+def test_a_full_disk_error_names_the_folder_that_is_full(tmp_path: Path) -> None:
+    """Also for a run whose temporary files are elsewhere."""
     run, temporary = tmp_path / "run", tmp_path / "temporary"
     for place, message in ((temporary, "No room to write file"), (run / "below", "No room for it")):
         with (
@@ -146,7 +146,7 @@ def test_a_place_without_room_is_named_where_it_is(tmp_path: Path) -> None:
         assert caught.value.filename == str(temporary if place == temporary else run)
 
 
-def test_an_exclusive_lock_keeps_others_out_and_a_shared_one_only_exclusive_ones(
+def test_an_exclusive_lock_excludes_all_others_and_a_shared_one_only_exclusive_ones(
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "lock"
@@ -160,7 +160,7 @@ def test_an_exclusive_lock_keeps_others_out_and_a_shared_one_only_exclusive_ones
         assert not lock_file(third, wait=False)
 
 
-def test_hashes_are_those_of_bytes_in_whatever_pieces_and_of_json_in_whatever_order(
+def test_hashes_do_not_depend_on_chunks_of_bytes_or_the_order_of_json_keys(
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "file"
@@ -172,7 +172,7 @@ def test_hashes_are_those_of_bytes_in_whatever_pieces_and_of_json_in_whatever_or
     assert hash_json([1, 2]) != hash_json([2, 1])
 
 
-def test_differences_name_both_values_and_what_only_one_side_has() -> None:
+def test_differences_list_both_values_and_entries_of_only_one_side() -> None:
     assert list_differences({"a": 1, "b": 2}, {"b": 3, "c": 4}) == [
         "a: 1 in the store, None now",
         "b: 2 in the store, 3 now",

@@ -1,4 +1,4 @@
-"""A written folder is whole or not there, and the next writer clears what a killed one left."""
+"""A written folder is complete or absent; the next writer clears what a killed one left."""
 
 from __future__ import annotations
 
@@ -34,20 +34,12 @@ def copy_file(_: Any, file: Path) -> None:
 
 
 def save_tokenizer(content: Any, file: Path) -> None:
-    """Of an error that has no class of its own."""
+    """Raises an error without a class of its own."""
     vocabulary = {f"{content} {number}": number for number in range(100)}
     Tokenizer(WordLevel(vocabulary, unk_token="?")).save(str(file))
 
 
-def test_a_finished_folder_holds_what_was_written_and_nothing_is_left_beside_it(
-    tmp_path: Path,
-) -> None:
-    write(tmp_path / "model")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert [path.name for path in (tmp_path / "model").iterdir()] == ["model.safetensors"]
-
-
-def test_a_writing_that_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "model") as unfinished:
         (unfinished / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
@@ -55,7 +47,7 @@ def test_a_writing_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("save", [save_file, write_text, copy_file, save_tokenizer])
-def test_where_there_is_no_room_the_folder_and_the_way_out_are_named(
+def test_a_full_disk_error_names_the_folder_and_the_remedy(
     save: Callable[[Any, Path], object], tmp_path: Path
 ) -> None:
     with (
@@ -67,13 +59,16 @@ def test_where_there_is_no_room_the_folder_and_the_way_out_are_named(
     assert str(tmp_path) in str(caught.value) and list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_writer_left_is_cleared_by_the_next(tmp_path: Path) -> None:
+def test_the_next_writer_clears_what_a_killed_one_left_and_leaves_only_its_folder(
+    tmp_path: Path,
+) -> None:
     leave_unfinished(tmp_path / "model")
     write(tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["model.safetensors"]
 
 
-def test_a_folder_that_a_living_process_writes_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_a_live_process_is_writing_is_refused_and_untouched(tmp_path: Path) -> None:
     with living_writer(tmp_path / "model") as hidden:
         for refuse in (clear_leftovers, require_new_folder, write):
             with pytest.raises(FileExistsError, match="is being written by another process"):
@@ -84,7 +79,7 @@ def test_a_folder_that_a_living_process_writes_is_refused_and_left_alone(tmp_pat
     assert not hidden.exists()
 
 
-def test_of_two_that_begin_at_the_same_moment_the_second_to_end_is_refused(tmp_path: Path) -> None:
+def test_of_two_writers_that_start_together_the_second_to_finish_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="exists and is not empty"):
         with atomic_folder(tmp_path / "model") as unfinished:
             (unfinished / "model.safetensors").write_bytes(b"mine")
@@ -95,7 +90,7 @@ def test_of_two_that_begin_at_the_same_moment_the_second_to_end_is_refused(tmp_p
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])
-def test_a_written_folder_is_on_disk_before_its_name_and_as_open_as_the_umask_says(
+def test_a_folder_is_synced_before_it_is_renamed_and_follows_the_umask(
     umask: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, synced = tmp_path / "model", {}
@@ -123,7 +118,7 @@ def test_a_written_folder_is_on_disk_before_its_name_and_as_open_as_the_umask_sa
     assert synced[tmp_path.stat().st_ino] is True
 
 
-def test_only_folders_that_were_claimed_for_the_same_target_are_cleared(tmp_path: Path) -> None:
+def test_only_folders_claimed_for_the_same_target_are_cleared(tmp_path: Path) -> None:
     sibling = leave_unfinished(tmp_path / "model-2")
     elsewhere = leave_unfinished(tmp_path / "elsewhere" / "model")
     (tmp_path / ".model-of-mine").mkdir()
@@ -138,7 +133,7 @@ def test_only_folders_that_were_claimed_for_the_same_target_are_cleared(tmp_path
     assert not sibling.exists() and elsewhere.exists()
 
 
-def test_a_name_with_the_signs_of_a_pattern_means_itself(tmp_path: Path) -> None:
+def test_a_name_with_glob_characters_is_matched_literally(tmp_path: Path) -> None:
     left, other = leave_unfinished(tmp_path / "model[1]"), leave_unfinished(tmp_path / "model1")
     clear_leftovers(tmp_path / "model[1]")
     assert not left.exists() and other.exists()

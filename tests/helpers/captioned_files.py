@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
+from modeling_llm2clip.data.validation_errors import DataValidationError
 
-# What is written, and what must come back whatever the format.
+# The lines to write, and the records that every format must give back.
 LINES: list[dict[str, Any]] = [
     {"file_name": "images/red.png", "captions": ["a red square", "a square  of red"],
      "long_captions": ["A red square, and nothing beside it."], "keywords": ["red"],
@@ -42,8 +44,14 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
+def errors_of(source: Path | str, **options: Any) -> DataValidationError:
+    with pytest.raises(DataValidationError) as caught:
+        load_records(source, **options)
+    return caught.value
+
+
 def make_image(name: str) -> Image.Image:
-    """An image whose every row differs, so that a wrong byte shows."""
+    """Make an image whose rows all differ, so a wrong byte shows."""
     pixels = np.zeros((6, 9, 3), dtype=np.uint8) + np.array(COLORS[name], dtype=np.uint8)
     pixels[:, :, 1] = np.arange(6)[:, None] * 20
     return Image.fromarray(pixels)
@@ -62,7 +70,7 @@ def write_images(folder: Path) -> None:
 
 
 def write_lines(folder: Path, lines: list[Any], name: str = "captions.jsonl") -> Path:
-    """Write each line as JSON; a line that is text or bytes already as it is."""
+    """Write each line as JSON, or unchanged if it is text or bytes."""
     folder.mkdir(exist_ok=True)
     raw = [line if isinstance(line, str | bytes) else json.dumps(line) for line in lines]
     (folder / name).write_bytes(
@@ -82,7 +90,7 @@ def write_image_folder(folder: Path) -> Path:
 
 
 def write_parquet(folder: Path, *, image: Callable[[str], Any] | None = None) -> Path:
-    """Two files; images as `datasets` packs them, or as `image` has it."""
+    """Write two files, with images as `datasets` packs them or as `image` returns them."""
     folder.mkdir()
     for number, lines in enumerate((LINES[:2], LINES[2:])):
         columns: dict[str, list[Any]] = {
@@ -144,7 +152,7 @@ def write_coco(file: Path, *, images: list[Any], annotations: list[Any]) -> Path
 
 
 def coco_image(number: int) -> dict[str, Any]:
-    """An image as COCO publishes it, with the fields that nobody needs."""
+    """Make an image entry as COCO publishes it, including unused fields."""
     return {"license": 4, "file_name": f"{number:012d}.jpg", "coco_url": "x", "height": 6,
             "width": 9, "date_captured": "2013-11-14 17:02:52", "flickr_url": "x",
             "id": number}  # fmt: skip

@@ -18,7 +18,7 @@ from modeling_llm2clip.scheduling.graceful_stop import StopRequest
 
 
 class StopAfter(StopRequest):
-    """Asks for a stop as soon as there is one more of something."""
+    """Requests a stop as soon as a count increases."""
 
     def __init__(self, count: Callable[[], int]) -> None:
         self.count = count
@@ -30,14 +30,14 @@ class StopAfter(StopRequest):
 
 
 def stop_after_one(monkeypatch: pytest.MonkeyPatch, count: Callable[[], int]) -> None:
-    """Let runs of `extract` and `embed` be asked to stop once there is one more of something."""
+    """Stop runs of `extract` and `embed` as soon as a count increases."""
     stopping = lambda: nullcontext(StopAfter(count))  # noqa: E731
     monkeypatch.setattr(shard_computation, "stop_on_signals", stopping)
 
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """Let the kernel refuse longer files, as a full disk and a full quota do."""
+    """Make the kernel refuse longer files, like a full disk or quota."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -47,7 +47,7 @@ def largest_file(size: int) -> Iterator[None]:
 
 
 def count_written_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list that gets the rows of every shard that is written from now on."""
+    """Return a list that collects the row count of every shard written from here on."""
     rows: list[int] = []
     write = ShardedWriter.write
 
@@ -66,7 +66,7 @@ def read_bytes(folder: Path) -> dict[str, bytes]:
 
 @contextmanager
 def refusing_for(*entries: str, folder: Path, content: dict[str, bytes]) -> Iterator[None]:
-    """Require that a run is refused for what differs from a folder's own, which stays as it is.
+    """Require that a run is refused for its differences from a folder, which stays unchanged.
 
     Args:
         *entries: what differs; nothing else is named.

@@ -22,7 +22,7 @@ with atomic_folder(Path(sys.argv[1])) as unfinished:
 
 @contextmanager
 def living_writer(folder: Path) -> Iterator[Path]:
-    """Give the hidden folder of a process that is writing `folder`; it is killed at the end."""
+    """Yield the hidden folder of a process that is writing `folder`; kill it at the end."""
     before = set(folder.parent.glob(".*"))
     with subprocess.Popen(
         [sys.executable, "-c", WRITER, str(folder)], stdout=subprocess.PIPE, text=True,

@@ -1,4 +1,4 @@
-"""A `datasets.Dataset` of numbered rows, and the records that are made of it."""
+"""A `datasets.Dataset` of numbered rows, and a check of records made from it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def make_dataset(count: int = 20) -> datasets.Dataset:
 
 
 def require_rows(records: Any, numbers: list[int]) -> None:
-    """Require that records are those of rows, in this order."""
+    """Require records to match these rows, in order."""
     assert [record.captions[0] for record in records] == [f"caption {n}" for n in numbers]
     assert [record.group_id for record in records] == [str(n) for n in numbers]
     for record, number in zip(records, numbers, strict=True):

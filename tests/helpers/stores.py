@@ -1,4 +1,4 @@
-"""Writes small embedding stores, and looks into those that are not complete."""
+"""Writes small embedding stores, and inspects incomplete ones."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def flip_byte(file: Path, position: int) -> None:
 
 
 def list_complete_shards(folder: Path) -> list[int]:
-    """Numbers of the complete shards of an unfinished store, whose every byte is checked."""
+    """List the complete shards of an unfinished store, after checking every byte."""
     manifest = StoreManifest.read(folder)
     assert not manifest.complete
     shards = StoreWriter(folder, manifest).find_records()
@@ -92,6 +92,6 @@ def list_complete_shards(folder: Path) -> list[int]:
 
 
 def change_manifest(folder: Path, **changes: object) -> None:
-    """Change entries of a manifest as the package would, with the hash that fits them."""
+    """Change entries of a manifest as the package would, with a matching hash."""
     file = folder / MANIFEST_FILE
     file.write_text(write_sealed({**read_sealed(file.read_text()), **changes}))

@@ -1,4 +1,4 @@
-"""Groups of captions as columns: the same as of dictionaries of texts, in any order of records."""
+"""Groups of captions as columns: equal to groups in a dictionary, in any record order."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def collect_by_dictionary(records: Sequence[CaptionedImage]) -> dict[str, tuple[
 
 @given(RECORDS)
 @settings(max_examples=60)
-def test_groups_are_those_of_a_dictionary_however_small_the_batches(
+def test_groups_equal_those_of_a_dictionary_for_any_batch_size(
     rows: list[tuple[str, tuple[str, ...], tuple[str, ...]]],
 ) -> None:
     records = [
@@ -63,7 +63,7 @@ def test_groups_are_those_of_a_dictionary_however_small_the_batches(
     assert num_single == len(collect_by_dictionary(records)) - len(expected)
 
 
-def test_images_with_one_caption_are_counted_and_named_with_the_ways_around_them() -> None:
+def test_images_with_one_caption_are_counted_and_named_with_remedies() -> None:
     with pytest.raises(
         ValueError, match=r"2 of 2 .* only one caption.*0\.jpg \(captions\.jsonl line 1\)"
     ) as refused:
@@ -113,8 +113,8 @@ def test_a_side_with_fewer_than_two_groups_is_refused(count: int) -> None:
         same.hold_out(4, seed=0)
 
 
-def test_the_groups_held_out_are_those_of_pythons_shuffle() -> None:
-    """Recorded accuracies were measured on them."""
+def test_held_out_groups_follow_the_shuffle_of_python() -> None:
+    """Recorded accuracies were measured on these groups."""
     groups = group_captions(make_records([(f"{n} a", f"{n} b") for n in range(50)]))
     order = list(range(50))
     random.Random(3).shuffle(order)
@@ -124,7 +124,7 @@ def test_the_groups_held_out_are_those_of_pythons_shuffle() -> None:
 
 @given(st.lists(st.integers(-(2**63), 2**63 - 1), max_size=60), st.integers(1, 9))
 @settings(max_examples=60)
-def test_keys_in_pieces_are_compared_as_all_at_once(numbers: list[int], size: int) -> None:
+def test_keys_in_chunks_compare_like_all_keys_at_once(numbers: list[int], size: int) -> None:
     keys = np.array([*numbers, *numbers[::3]], np.int64)
     chunks = lambda: (keys[n : n + size] for n in range(0, len(keys), size))  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:

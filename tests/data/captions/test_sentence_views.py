@@ -1,4 +1,4 @@
-"""Laws of sentence views: whole sentences of a caption in their order, without the first one."""
+"""Sentence views: complete sentences of a caption in order, without the first one."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def test_lengths_of_views_are_uniform() -> None:
     assert all(abs(sizes.count(size) - 400) < 108 for size in range(1, 6))
 
 
-def test_a_rule_makes_the_same_views_for_ever() -> None:
-    """Whoever changes this raises `RULE`: stores have the views of theirs."""
+def test_views_change_only_with_the_rule() -> None:
+    """A change of views must raise `RULE`, because stores record it."""
     assert (RULE, list_views(LONG, 3)) == ("1", PINNED)
     with pytest.raises(ValueError, match=r"follow rule '0', but this version .* by rule '1'"):
         read_num_views({"sentence_views": "3", "sentence_rule": "0"})

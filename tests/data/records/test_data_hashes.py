@@ -1,4 +1,4 @@
-"""Hashes of a dataset: equal for equal texts and images, whatever they are stored in."""
+"""Hashes of a dataset: equal for equal texts and images, in any storage format."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def test_images_have_the_same_sizes_in_files_and_shards(tmp_path: Path) -> None:
     assert len(hashes) == 1
 
 
-def test_images_of_parquet_are_known_by_the_size_of_their_row_group(tmp_path: Path) -> None:
+def test_parquet_images_are_identified_by_the_size_of_their_row_group(tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "parquet")
     records = load_records(source)
     footer = pq.read_metadata(source / "part-0.parquet")
     paths = [footer.schema.column(number).path for number in range(footer.num_columns)]
     size = footer.row_group(0).column(paths.index("image.bytes")).total_compressed_size
     assert count_bytes(records[0].image) == count_bytes(records[1].image) == size
-    # An address that was made by hand finds the same in the footer.
+    # An address without a size reads it from the footer.
     assert count_bytes(ParquetImage(source / "part-0.parquet", "image", 1)) == size
     assert hash_images(records) == hash_images(load_records(source))
     shorter = write_parquet(tmp_path / "other", image=lambda name: encode(name)[:-1])
@@ -77,7 +77,7 @@ def test_another_image_of_the_same_size_has_another_hash(equal_sizes: list[Capti
 
 
 def test_an_image_without_content_does_not_stop_the_hash(tmp_path: Path) -> None:
-    """A run that skips invalid images goes on; one whose file is lost is named."""
+    """A run that skips invalid images continues; a lost file is named."""
     file = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"image": [b"an image", None]}), file)
     records = [
@@ -115,8 +115,8 @@ def test_of_many_images_some_are_read(
     assert len(set(read)) == len(read) == 5
 
 
-def test_names_groups_languages_and_texts_change_the_hash_and_nothing_else() -> None:
-    # The hash that stores and runs record of these records: another one would refuse them all.
+def test_only_names_groups_languages_and_texts_change_the_hash() -> None:
+    # Stores and runs record this hash, so any other value would refuse all of them.
     assert hash_records(RECORDS) == (
         "1f27908c9b426e9075603aaac79ce4b1e2081ffcc09342d3274863659e1815b5"
     )
@@ -129,7 +129,7 @@ def test_names_groups_languages_and_texts_change_the_hash_and_nothing_else() -> 
     assert hash_records([same]) == hash_records([first])
 
 
-def test_images_at_a_url_that_is_signed_anew_are_the_same() -> None:
+def test_images_at_a_newly_signed_url_are_the_same() -> None:
     def describe(query: str) -> dict[str, str]:
         shard = f"https://x.example/0.tar?v=1{query}"
         image = TarImage(shard, "0.png", 512, 10)
@@ -141,7 +141,7 @@ def test_images_at_a_url_that_is_signed_anew_are_the_same() -> None:
     assert signed != describe("2")
 
 
-def test_a_hash_of_columns_depends_on_their_values_and_order_alone(
+def test_a_hash_of_columns_depends_only_on_their_values_and_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     records = [
@@ -167,7 +167,7 @@ def test_a_hash_of_columns_depends_on_their_values_and_order_alone(
 
 
 @given(st.lists(st.lists(st.sampled_from("abc"), max_size=4), min_size=1, max_size=5), st.data())
-def test_items_have_one_hash_exactly_if_they_have_the_same_texts_in_the_same_order(
+def test_items_share_a_hash_only_if_they_have_the_same_texts_in_the_same_order(
     texts: list[list[str]], data: st.DataObject
 ) -> None:
     short = np.array([data.draw(st.integers(0, len(of_item))) for of_item in texts])

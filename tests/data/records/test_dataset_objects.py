@@ -1,4 +1,4 @@
-"""`datasets` objects give what their files give, whatever was done to them."""
+"""`datasets` objects read like their files, whatever was done to them."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def test_images_may_be_files_or_not_there(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def number_image(number: int) -> bytes:
-    """An image of the same size for every number below 100."""
+    """Make an image that has the same size for every number below 100."""
     return encode("images/red.png") + b"%02d" % number
 
 
 def make_numbered(count: int = 20) -> datasets.Dataset:
-    """A dataset whose images differ by their content alone."""
+    """Make a dataset whose images differ only in content."""
     rows = {
         "img": [{"bytes": number_image(n), "path": None} for n in range(count)],
         "other": [{"bytes": number_image(50 + n), "path": None} for n in range(count)],
@@ -92,10 +92,10 @@ CHANGES: dict[str, Callable[[datasets.Dataset], datasets.Dataset]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_caption_keeps_its_image_whatever_was_done_to_the_dataset(
+def test_a_caption_keeps_its_image_through_changes_of_the_dataset(
     tmp_path: Path, change: str
 ) -> None:
-    """The sizes of all images are equal, so that their rows alone make the difference."""
+    """All images have the same size, so only their rows tell them apart."""
     make_numbered().save_to_disk(str(tmp_path / "saved"), num_shards=2)
     changed = CHANGES[change](datasets.load_from_disk(str(tmp_path / "saved")))
     names = {"image": "img", "captions": "texts"}

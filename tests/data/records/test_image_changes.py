@@ -1,4 +1,4 @@
-"""An image that changes under a cached index is found, and the source is read again."""
+"""An image that changes under a cached index is detected, and the source is read again."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _kept_index(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:  # no
 
 @pytest.fixture(params=["every image", "some"])
 def source(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A source with two folders of images, few or many for this package."""
+    """Write a source with two folders of images, few enough to check all or not."""
     if request.param == "some":
         monkeypatch.setattr(record_index, "_MOST_IMAGES", NUM_IMAGES - 1)
     names = [f"images/{number % 2}/{number}.png" for number in range(NUM_IMAGES)]
@@ -47,7 +47,9 @@ def count_builds(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return built
 
 
-def test_an_image_of_another_size_is_found(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_of_another_size_is_detected(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     built = count_builds(monkeypatch)
     before = hash_images(load_records(source))
     assert hash_images(load_records(source)) == before and len(built) == 1
@@ -66,7 +68,7 @@ def test_a_missing_image_is_an_error_again(source: Path) -> None:
         load_records(source)
 
 
-def test_another_file_beside_the_images_builds_nothing_anew(
+def test_a_new_file_next_to_the_images_rebuilds_nothing(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built = count_builds(monkeypatch)
@@ -75,7 +77,7 @@ def test_another_file_beside_the_images_builds_nothing_anew(
     assert len(load_records(source)) == NUM_IMAGES and len(built) == 1
 
 
-def test_of_many_images_only_some_are_looked_at(
+def test_only_a_sample_of_many_images_is_checked(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load_records(source)

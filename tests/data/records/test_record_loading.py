@@ -62,7 +62,7 @@ def test_every_format_gives_the_same_records_and_images(
         assert np.array_equal(np.asarray(loaded), np.asarray(make_image(record.name))), record
 
 
-def test_files_and_patterns_give_what_their_folder_gives(tmp_path: Path) -> None:
+def test_files_and_patterns_read_like_their_folder(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards")
     whole = load_records(shards)
     assert load_records(f"{shards}/*.tar") == whole
@@ -76,7 +76,7 @@ def test_files_and_patterns_give_what_their_folder_gives(tmp_path: Path) -> None
     assert load_records(folder / "captions.jsonl") == load_records(folder)
 
 
-def test_an_index_and_a_stream_take_the_same_names_of_shards(tmp_path: Path) -> None:
+def test_an_index_and_a_stream_accept_the_same_shard_names(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards")
     listed = tmp_path / "list.txt"
     lines = [f"{shards}/00000.tar # the first", "", f"{shards}/0000[1].tar"]
@@ -87,7 +87,7 @@ def test_an_index_and_a_stream_take_the_same_names_of_shards(tmp_path: Path) -> 
         assert {record.name for record in stream_records(source)} == {r.name for r in RECORDS}
 
 
-def test_a_list_of_shards_is_read_as_their_formats_are(tmp_path: Path) -> None:
+def test_a_list_of_shards_is_read_in_their_format(tmp_path: Path) -> None:
     shards = tmp_path / "list.txt"
     folder = write_folder(tmp_path / "folder")
     shards.write_text(f"{folder}/captions.jsonl", encoding="utf-8")
@@ -128,7 +128,7 @@ def test_packed_images_without_a_file_name_are_named_by_shard_and_member(tmp_pat
 
 @pytest.mark.parametrize("layout", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_members_are_found_behind_headers_of_any_length(layout: int, tmp_path: Path) -> None:
-    # GNU and PAX put a longer name into headers of its own before the image.
+    # GNU and PAX put a longer name into separate headers before the image.
     name = "f" * 90 + "/" + ("n" if layout == tarfile.USTAR_FORMAT else "é" * 300)
     with tarfile.open(tmp_path / "one.tar", "w", format=layout) as archive:
         add_member(archive, f"{name}.jpg", encode("images/red.png"))
@@ -162,7 +162,7 @@ def test_a_parquet_file_that_is_written_again_is_read_again(tmp_path: Path) -> N
         assert load_records(file, require_images=False)[0].captions == (caption,)
 
 
-def test_texts_of_lines_are_read_as_they_are_meant(tmp_path: Path) -> None:
+def test_fields_of_lines_are_normalized(tmp_path: Path) -> None:
     lines = [
         {"image": "1.png", "captions": ["a"], "group_id": "k", "lang": "de"},
         {"image": "2.png", "captions": ["a"], "group_id": " k "},
@@ -185,7 +185,7 @@ def test_coco_is_read_as_published(tmp_path: Path) -> None:
         images=[coco_image(9), coco_image(4)],
         annotations=captions,
     )
-    # Numbers of one and two digits, so that an order of texts would differ from theirs.
+    # Numbers with one and two digits, which would sort differently as texts.
     nine, four = load_records(file, require_images=False)
     assert nine.captions == tuple(f"caption {number}" for number in range(34, 41))
     assert (nine.name, nine.group_id, nine.lang) == ("000000000009.jpg", "000000000009.jpg", "en")

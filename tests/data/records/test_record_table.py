@@ -1,4 +1,4 @@
-"""A table of records is the sequence of these records, whatever it is made from and selects."""
+"""A record table equals the sequence of its records, however it was made or selected."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def describe(records: Any) -> list[Any]:
-    """Every field, `place` too, which two records are not compared by."""
+    """List every field, including `place`, which comparisons ignore."""
     return [[getattr(r, name) for name in CaptionedImage.__dataclass_fields__] for r in records]
 
 
 @settings(max_examples=60)
 @given(records=RECORDS, data=st.data())
-def test_it_is_the_sequence_of_its_records(records: list[CaptionedImage], data: Any) -> None:
+def test_a_table_is_the_sequence_of_its_records(records: list[CaptionedImage], data: Any) -> None:
     table = RecordTable.from_records(records)
     assert table == records
     assert describe(table) == describe(records)
@@ -68,9 +68,7 @@ def test_it_is_the_sequence_of_its_records(records: list[CaptionedImage], data: 
 
 @settings(max_examples=60)
 @given(records=RECORDS, data=st.data())
-def test_its_columns_are_those_of_the_selected_records(
-    records: list[CaptionedImage], data: Any
-) -> None:
+def test_columns_belong_to_the_selected_records(records: list[CaptionedImage], data: Any) -> None:
     rows = data.draw(st.lists(st.integers(0, len(records) - 1), max_size=9)) if records else []
     selected = RecordTable.from_records(records).select(rows)
     chosen = [records[row] for row in rows]
@@ -111,7 +109,7 @@ def test_a_mask_selects_what_it_marks_and_other_rows_are_refused() -> None:
             table.select(rows)
 
 
-def test_a_name_and_a_language_that_swap_places_have_another_key() -> None:
+def test_swapping_name_and_language_changes_the_key() -> None:
     pairs = [("de", "en"), ("en", "de"), ("de", "de")]
     keys = RecordTable.from_records([CaptionedImage(None, n, n, (), lang=la) for n, la in pairs])
     assert len(set(keys.keys.tolist())) == 3

@@ -10,7 +10,6 @@ import re
 import tarfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -21,6 +20,7 @@ from captioned_files import (
     coco_caption,
     coco_image,
     encode,
+    errors_of,
     make_image,
     own_cache,  # noqa: F401
     write_coco,
@@ -37,13 +37,7 @@ from modeling_llm2clip.data.records import records as records_module
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import RawRecord, RecordRules, check_record
 from modeling_llm2clip.data.streams.record_streams import stream_records
-from modeling_llm2clip.data.validation_errors import DataValidationError, ErrorCollector
-
-
-def errors_of(source: Path | str, **options: Any) -> DataValidationError:
-    with pytest.raises(DataValidationError) as caught:
-        load_records(source, **options)
-    return caught.value
+from modeling_llm2clip.data.validation_errors import ErrorCollector
 
 
 def test_every_error_of_a_folder_is_reported_at_once(tmp_path: Path) -> None:

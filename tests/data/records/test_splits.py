@@ -1,4 +1,4 @@
-"""Splits: whole groups on one side, no caption on both, the same for the same seed."""
+"""Splits keep groups whole, share no caption and depend only on the seed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_split_depends_on_the_seed_and_not_on_the_order_of_the_records() -> No
     assert choose(RECORDS, 0) == choose(RECORDS[::-1], 0) != choose(RECORDS, 1)
 
 
-def test_a_test_size_is_a_share_below_1_and_a_number_of_groups_from_there() -> None:
+def test_a_test_size_below_1_is_a_share_and_otherwise_a_number_of_groups() -> None:
     by_share = split_records(RECORDS, test_size=0.25, seed=0)
     assert by_share == split_records(RECORDS, test_size=10, seed=0)
     for test_size in (0, 1, 0.02, 39, 0.99, -3):
@@ -48,7 +48,7 @@ def test_a_caption_on_both_sides_of_the_split_is_refused() -> None:
         split_records(same, test_size=0.2, seed=0)
     train, test = split_records(same, test_size=0.2, seed=0, allow_shared_captions=True)
     assert (len(train), len(test)) == (32, 8)
-    # A long caption of one image is a leak too where it is a short one of another.
+    # A long caption of one image also leaks if it is a short one of another.
     crossed = [
         make_record(str(n), "a", *(("shared",) if n % 2 else ()), long="" if n % 2 else "shared")
         for n in range(40)

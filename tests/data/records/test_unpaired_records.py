@@ -1,36 +1,29 @@
-"""Data read for one modality alone need not be pairs; what else is wrong stays an error."""
+"""Data read for one modality need not be pairs; anything else that is wrong is an error."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from captioned_files import (
     encode,
+    errors_of,
     own_cache,  # noqa: F401
     write_images,
     write_lines,
     write_shard,
 )
 
-from modeling_llm2clip.data.records import record_index, source_files
+from modeling_llm2clip.data.records import record_index
 from modeling_llm2clip.data.records.dataset_objects import records_from_dataset
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.validation_errors import DataValidationError
 
 NAMES = ("images/red.png", "images/blue.png")
-
-
-def errors_of(source: Path | str, **options: Any) -> DataValidationError:
-    with pytest.raises(DataValidationError) as caught:
-        load_records(source, **options)
-    return caught.value
 
 
 def write_lines_of_images(folder: Path) -> Path:
@@ -77,7 +70,7 @@ def test_images_without_captions_are_records_of_every_source(
     assert all(record.image is not None and record.captions == () for record in records)
 
 
-def test_whatever_else_is_wrong_with_images_is_an_error(tmp_path: Path) -> None:
+def test_other_errors_of_images_are_reported(tmp_path: Path) -> None:
     write_images(tmp_path)
     source = write_lines(
         tmp_path,
@@ -126,7 +119,7 @@ def write_csv(folder: Path) -> Path:
         (write_csv, "texts.csv/1"),
     ],
 )
-def test_a_text_alone_is_named_by_its_id_or_else_by_its_place(
+def test_a_text_without_an_image_is_named_by_its_id_or_location(
     write: Callable[[Path], Path], place: str, tmp_path: Path
 ) -> None:
     records = load_records(write(tmp_path), modality="text")
@@ -145,7 +138,7 @@ def test_captions_whose_images_are_absent_keep_the_names_of_the_images(tmp_path:
     assert error.counts == {"unknown field 'id'": 1}
 
 
-def test_whatever_else_is_wrong_with_texts_is_an_error(tmp_path: Path) -> None:
+def test_other_errors_of_texts_are_reported(tmp_path: Path) -> None:
     lines = [
         {"id": "7", "text": "a cat"},
         {"id": 7, "text": "a dog"},
@@ -172,7 +165,7 @@ def test_an_id_that_is_ignored_names_nothing(tmp_path: Path) -> None:
     assert [record.name for record in records] == ["texts.jsonl/1", "texts.jsonl/3"]
 
 
-def test_rows_of_csv_that_are_not_as_the_header_says_are_counted(tmp_path: Path) -> None:
+def test_csv_rows_that_do_not_match_the_header_are_counted(tmp_path: Path) -> None:
     file = tmp_path / "texts.csv"
     file.write_text("id,text\n1,a cat\n2\n3,a,dog\n4,\n", encoding="utf-8")
     error = errors_of(file, modality="text")
@@ -190,7 +183,7 @@ def test_rows_of_csv_that_are_not_as_the_header_says_are_counted(tmp_path: Path)
         load_records(file, modality="text")
 
 
-def test_several_csv_are_a_source_of_texts_and_of_nothing_else(tmp_path: Path) -> None:
+def test_csv_files_are_a_source_only_of_texts(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.csv").write_text("text\na cat\n", encoding="utf-8")
     records = load_records(f"{tmp_path}/*.csv", modality="text")
@@ -202,7 +195,7 @@ def test_several_csv_are_a_source_of_texts_and_of_nothing_else(tmp_path: Path) -
         load_records(tmp_path / "list.txt", modality="text")
 
 
-def test_an_index_of_one_modality_is_not_found_for_pairs_but_one_of_pairs_for_a_modality(
+def test_an_index_of_pairs_serves_one_modality_but_not_the_reverse(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(record_index, "_MOST_ROWS_IN_MEMORY", 0)
@@ -216,21 +209,7 @@ def test_an_index_of_one_modality_is_not_found_for_pairs_but_one_of_pairs_for_a_
     assert load_records(folder, modality="image").file == pairs.file != found.file
 
 
-@pytest.mark.slow
-def test_processes_read_texts_as_this_one_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(source_files, "_BYTES_PER_PART", 200)
-    monkeypatch.setattr(record_index, "_LEAST_BYTES_FOR_PROCESSES", 0)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    file = tmp_path / "texts.jsonl"
-    lines = [json.dumps({"text": f"text {number}"}) for number in range(40)]
-    file.write_text("\n".join(lines), encoding="utf-8")
-    records = load_records(file, modality="text")
-    assert [r.name for r in records] == [f"texts.jsonl/{number}" for number in range(1, 41)]
-
-
-def test_a_dataset_object_may_hold_texts_or_images_alone() -> None:
+def test_a_dataset_object_may_hold_only_texts() -> None:
     import datasets
 
     rows = datasets.Dataset.from_dict({"id": ["7", None], "text": ["a cat", "a dog"]})
@@ -240,7 +219,7 @@ def test_a_dataset_object_may_hold_texts_or_images_alone() -> None:
         records_from_dataset(rows, require_images=False)
 
 
-def test_texts_of_one_group_are_texts_of_their_own_in_every_format(tmp_path: Path) -> None:
+def test_texts_of_one_group_are_separate_texts_in_every_format(tmp_path: Path) -> None:
     rows = [{"text": f"text {n}", "group_id": "g"} for n in range(3)]
     (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "texts.parquet")

@@ -1,4 +1,4 @@
-"""Embedding store: what was written is read, by row and by item, in any order."""
+"""Embedding store: reading returns what was written, by row and by item, in any order."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from modeling_llm2clip.embedding.store_writer import begin_store
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_what_is_read_is_what_was_written_rounded_to_its_dtype(tmp_path: Path, dtype: str) -> None:
+def test_reading_returns_what_was_written_rounded_to_its_dtype(tmp_path: Path, dtype: str) -> None:
     embeddings = make_embeddings()
     opened = EmbeddingStore.open(
         write_store(tmp_path / "store", embeddings, dtype=dtype), check="full"
@@ -39,7 +39,7 @@ def test_what_is_read_is_what_was_written_rounded_to_its_dtype(tmp_path: Path, d
     assert opened.manifest.num_truncated == 0 + 1 + 2
 
 
-def test_a_shard_is_a_safetensors_file_that_other_programs_read(store: Path) -> None:
+def test_a_shard_is_a_safetensors_file_that_other_programs_can_read(store: Path) -> None:
     found = load_file(store / "shard-00001.safetensors")
     assert np.array_equal(found["embeddings"], make_embeddings()[8:16].numpy())
     assert list(found) == ["embeddings"]
@@ -47,7 +47,7 @@ def test_a_shard_is_a_safetensors_file_that_other_programs_read(store: Path) -> 
 
 @given(st.lists(st.integers(0, NUM_ROWS - 1), max_size=40))
 @settings(deadline=None, max_examples=50)
-def test_rows_come_in_the_order_asked_for_and_as_often(
+def test_rows_come_in_the_requested_order_with_repeats(
     tmp_path_factory: pytest.TempPathFactory, rows: list[int]
 ) -> None:
     folder = tmp_path_factory.getbasetemp() / "shared-store"
@@ -59,7 +59,7 @@ def test_rows_come_in_the_order_asked_for_and_as_often(
         assert torch.equal(opened.read(kind), expected)
 
 
-def test_an_item_has_its_own_rows_however_many_they_are(store: Path) -> None:
+def test_an_item_has_its_own_rows(store: Path) -> None:
     opened = EmbeddingStore.open(store)
     assert len(opened) == 3
     for item in range(3):
@@ -71,7 +71,7 @@ def test_an_item_has_its_own_rows_however_many_they_are(store: Path) -> None:
     assert opened.group_ids[-1] == "猫" and opened.names[1:] == ["ä/b.png", "c.png"]
 
 
-def test_rows_and_items_that_the_store_does_not_have_are_refused(store: Path) -> None:
+def test_missing_rows_and_items_are_refused(store: Path) -> None:
     opened = EmbeddingStore.open(store)
     wrong: list[list[Any]] = [[-1], [0, NUM_ROWS], [0.0], [[1, 2]], [True]]
     for rows in wrong:
@@ -83,7 +83,7 @@ def test_rows_and_items_that_the_store_does_not_have_are_refused(store: Path) ->
                 ask(item)
 
 
-def test_the_fingerprint_of_another_model_is_refused_with_both_values(store: Path) -> None:
+def test_a_fingerprint_of_another_model_is_refused_with_both_values(store: Path) -> None:
     opened = EmbeddingStore.open(store)
     opened.require_fingerprint(FINGERPRINT)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Embedding store: damage is found and named, whatever byte it is in."""
+"""Embedding store: damage to any byte is detected and the file named."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from modeling_llm2clip.data.atomic_files import hash_file
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 
 
-def test_a_flipped_byte_is_found_when_its_shard_is_read_and_the_file_named(store: Path) -> None:
+def test_a_flipped_byte_is_detected_when_its_shard_is_read(store: Path) -> None:
     name = "shard-00002.safetensors"
     flip_byte(store / name, -1)  # of row 22
     opened = EmbeddingStore.open(store)
@@ -29,7 +29,7 @@ def test_a_flipped_byte_is_found_when_its_shard_is_read_and_the_file_named(store
         EmbeddingStore.open(store, check="full")
 
 
-def test_shards_of_each_other_and_of_another_store_of_the_same_shape_are_found(
+def test_swapped_shards_and_those_of_another_store_of_equal_shape_are_detected(
     store: Path, tmp_path: Path
 ) -> None:
     other = write_store(tmp_path / "other", make_embeddings(seed=1))
@@ -48,7 +48,7 @@ def test_shards_of_each_other_and_of_another_store_of_the_same_shape_are_found(
         EmbeddingStore.open(store).read([0])
 
 
-def test_a_shard_is_verified_once_in_a_process_and_its_workers(
+def test_a_shard_is_verified_once_for_a_process_and_its_workers(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[str] = []
@@ -65,17 +65,16 @@ def test_a_shard_is_verified_once_in_a_process_and_its_workers(
     assert sorted(hashed) == [*verified, "shard-00002.safetensors"]
 
 
-def _truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-1])
-
-
-def _lengthen(file: Path) -> None:
-    file.write_bytes(file.read_bytes() + b"\0")
-
-
-@pytest.mark.parametrize("damage", [_truncate, _lengthen, Path.unlink])
-def test_files_of_another_size_are_found_on_opening(
-    store: Path, damage: Callable[[Path], None]
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.write_bytes(file.read_bytes()[:-1]),
+        lambda file: file.write_bytes(file.read_bytes() + b"\0"),
+        Path.unlink,
+    ],
+)
+def test_files_of_another_size_are_detected_on_opening(
+    store: Path, damage: Callable[[Path], object]
 ) -> None:
     damage(store / "index.arrow")
     with pytest.raises(ValueError, match=r"1 damaged file: .*index\.arrow"):
@@ -102,17 +101,15 @@ def test_a_manifest_of_another_format_or_an_impossible_one_is_refused(
         EmbeddingStore.open(store)
 
 
-def test_an_edited_manifest_is_refused(store: Path) -> None:
+def test_an_edited_broken_or_missing_manifest_is_refused(store: Path) -> None:
     file = store / "manifest.json"
     edited = {**json.loads(file.read_text()), "fingerprint": {**FINGERPRINT, "weights": "bb"}}
     file.write_text(json.dumps(edited))
     with pytest.raises(ValueError, match=r"manifest\.json is damaged: its content has the SHA-256"):
         EmbeddingStore.open(store)
-
-
-def test_what_is_not_a_store_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has no embedding store"):
-        EmbeddingStore.open(tmp_path)
-    (tmp_path / "manifest.json").write_text("{")
+    file.write_text("{")
     with pytest.raises(ValueError, match="damaged"):
-        EmbeddingStore.open(tmp_path)
+        EmbeddingStore.open(store)
+    file.unlink()
+    with pytest.raises(ValueError, match="has no embedding store"):
+        EmbeddingStore.open(store)
