@@ -1,4 +1,4 @@
-"""An image that is invalid and one that cannot be read are two things, wherever it is."""
+"""An invalid image and an unreadable file are different errors, in every storage format."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from modeling_llm2clip.data.validation_errors import DataValidationError
 pytestmark = pytest.mark.usefixtures("own_cache", "new_states")
 
 
-# A BigTIFF whose directory is where no file has bytes: the operating system says EINVAL.
+# A BigTIFF whose directory is beyond any file's end: the operating system reports EINVAL.
 FAR_DIRECTORY = b"II\x2b\0\x08\0\0\0" + (2**63 - 5).to_bytes(8, "little") + bytes(64)
 
 
@@ -42,7 +42,7 @@ def test_a_file_of_invalid_content_is_an_invalid_image(tmp_path: Path, content: 
     assert list(find_unreadable_images([file])) == [file]
 
 
-def test_a_file_that_cannot_be_read_is_no_invalid_image(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_not_an_invalid_image(tmp_path: Path) -> None:
     good = tmp_path / "0.png"
     good.write_bytes(encode("images/red.png"))
     for file in (tmp_path / "gone.png", make_failing_file(tmp_path / "1.png")):
@@ -57,7 +57,7 @@ def test_a_file_that_cannot_be_read_is_no_invalid_image(tmp_path: Path) -> None:
             decode_image(image)
 
 
-def test_a_shard_that_became_shorter_is_no_invalid_image(tmp_path: Path) -> None:
+def test_a_shard_that_became_shorter_is_not_an_invalid_image(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "data")
     image = load_records(folder)[0].image
     assert isinstance(image, TarImage) and isinstance(image.shard, Path)
@@ -75,7 +75,7 @@ def test_a_row_of_broken_bytes_is_an_invalid_image(tmp_path: Path) -> None:
     assert decode_image(ParquetImage(file, "image", 0)).size == (4, 4)
     with pytest.raises(ValueError, match="row 1: not an image"):
         decode_image(ParquetImage(file, "image", 1))
-    # A file that is damaged is invalid, too: reading it again gives the same.
+    # A damaged file is also invalid, because reading it again changes nothing.
     content = file.read_bytes()
     damaged = tmp_path / "1.parquet"
     damaged.write_bytes(content[:4] + bytes(len(content) - 8) + content[-4:])
@@ -87,7 +87,7 @@ def test_a_row_of_broken_bytes_is_an_invalid_image(tmp_path: Path) -> None:
     ("write", "status"),
     [(write_shards, 500), (write_parquet, 503), (write_shards, 404), (write_parquet, 403)],
 )
-def test_a_server_that_fails_says_nothing_of_its_images(
+def test_a_failing_server_does_not_make_its_images_invalid(
     write: Callable[[Path], Path], status: int, tmp_path: Path
 ) -> None:
     names = "{00000..00001}.tar" if write is write_shards else "part-{0..1}.parquet"
@@ -101,13 +101,13 @@ def test_a_server_that_fails_says_nothing_of_its_images(
             server.status[file.name] = status
         with pytest.raises(OSError, match="cannot be read"):
             find_unreadable_images(images)
-        # What may pass is asked for again, as often as the policy says.
+        # Only temporary failures are retried.
         assert (server.requests.total() - before > 3) == (status >= 500)
         server.status.clear()
         assert not find_unreadable_images(images)
 
 
-def test_a_check_of_images_ends_where_the_disk_fails(tmp_path: Path) -> None:
+def test_a_check_of_images_stops_if_the_disk_fails(tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(b"no image")
     lines = [f'{{"image": "{number}.png", "caption": "x"}}' for number in range(3)]

@@ -1,4 +1,4 @@
-"""Images of Parquet files are what Arrow reads, however the file was written."""
+"""Images of Parquet files are read like Arrow does, however the file was written."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_every_image_is_what_was_written(data: st.DataObject, tmp_path: Path) ->
 
 
 def clear_caches() -> None:
-    """Files are written anew here, as if in another process."""
+    """Forget all files, as if another process read the rewritten ones."""
     find_column_layout.cache_clear()
     parquet_images._read_group_column.cache_clear()
     file_locations._states.clear()
@@ -129,7 +129,7 @@ def test_threads_read_what_one_thread_reads(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compression", ["none", "snappy"])
 def test_no_damage_gives_another_image_unnoticed(compression: str, tmp_path: Path) -> None:
-    """Damage in headers is an error, or Arrow finds the image all the same."""
+    """Damage in headers is an error, or Arrow still reads the correct image."""
     images = [b"image %d" % number for number in range(6)]
     file = write_images(
         tmp_path / "0.parquet", images, compression=compression, use_dictionary=False

@@ -81,21 +81,14 @@ def test_only_a_sample_of_many_images_is_checked(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load_records(source)
-    looked_at = watch_stat(monkeypatch)
-    load_records(source)
-    is_large = record_index._MOST_IMAGES < NUM_IMAGES
-    assert len([path for path in looked_at if path.endswith(".png")]) == (
-        5 if is_large else NUM_IMAGES
-    )
-
-
-def watch_stat(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    looked_at: list[str] = []
+    checked: list[str] = []
     stat: Callable[..., os.stat_result] = os.stat
 
     def watch(path: Any, *args: Any, **options: Any) -> os.stat_result:
-        looked_at.append(str(path))
+        checked.append(str(path))
         return stat(path, *args, **options)
 
     monkeypatch.setattr(record_index.os, "stat", watch)
-    return looked_at
+    load_records(source)
+    is_large = record_index._MOST_IMAGES < NUM_IMAGES
+    assert sum(path.endswith(".png") for path in checked) == (5 if is_large else NUM_IMAGES)

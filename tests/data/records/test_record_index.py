@@ -1,4 +1,4 @@
-"""An index has the records and errors of its source, is found again, and follows its changes."""
+"""An index has the records and errors of its source, is reused, and follows its changes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from modeling_llm2clip.data.remote import file_locations
 from modeling_llm2clip.data.remote.remote_access import AccessError, LostFileError
 from modeling_llm2clip.data.validation_errors import DataValidationError
 
-# Lines whose errors are found in different parts, with texts that are more than ASCII.
+# Lines that are split into several parts, with non-ASCII texts.
 LINES = [
     *({"file_name": f"{i}.png", "captions": [f"Größe {i}\u2028🙂", "zwei"]} for i in range(50)),
     "\n\n",
@@ -51,7 +51,7 @@ BROKEN = [
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> Path:
-    """Small parts and batches, an index in a file from the first record, and an own cache."""
+    """Use small parts and batches, an index file from the first record, and an own cache."""
     for module in (record_columns, record_table, record_index):
         monkeypatch.setattr(module, "ROWS_PER_BATCH", 8)
     monkeypatch.setattr(source_files_module, "_BYTES_PER_PART", 700)
@@ -67,7 +67,7 @@ def write(folder: Path, lines: list[Any]) -> Path:
 
 
 def in_memory(source: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The records as one part in this process gives them."""
+    """Read the records as one part in this process."""
     with monkeypatch.context() as patch:
         patch.setattr(source_files_module, "_BYTES_PER_PART", 2**24)
         return list(load_records(source, require_images=False, cache=False))
@@ -115,7 +115,7 @@ def test_a_process_that_is_killed_is_named(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.slow
 def test_a_script_without_a_guard_runs_once(tmp_path: Path) -> None:
-    """Processes that run it again would start processes, too."""
+    """Processes that run the script again would also start processes."""
     source = write(tmp_path / "data", LINES)
     script = tmp_path / "script.py"
     script.write_text(
@@ -132,10 +132,10 @@ def test_a_script_without_a_guard_runs_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_error_of_a_process_is_raised_as_what_it_is(
+def test_an_error_in_a_process_is_raised_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Access may end while a large source is read: that is not a crash, and has no log."""
+    """Access may expire while a large source is read; this is not a crash and has no traceback."""
     write_shards(tmp_path)
     monkeypatch.setattr(record_index, "_LEAST_BYTES_FOR_PROCESSES", 0)
     with ShardServer(tmp_path) as server:
@@ -160,7 +160,7 @@ def test_errors_pass_between_processes_unchanged() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", [True, False])
-def test_a_disk_that_processes_fill_is_named_and_keeps_nothing(
+def test_a_disk_filled_by_processes_is_named_and_no_index_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_parts: Path, cache: bool
 ) -> None:
     source = write(tmp_path / "data", LINES)
@@ -177,7 +177,7 @@ def test_a_disk_that_processes_fill_is_named_and_keeps_nothing(
 
 
 @pytest.mark.slow
-def test_processes_need_no_temporary_folder_beside_a_cache(
+def test_processes_need_no_temporary_folder_if_there_is_a_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write(tmp_path / "data", LINES)
@@ -189,7 +189,7 @@ def test_processes_need_no_temporary_folder_beside_a_cache(
         load_records(source)
 
 
-def test_an_index_is_found_again_and_its_source_not_read(
+def test_an_index_is_reused_without_reading_its_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_parts: Path
 ) -> None:
     source = write(tmp_path / "data", LINES)
@@ -200,7 +200,7 @@ def test_an_index_is_found_again_and_its_source_not_read(
     assert [again.file] == [first.file] == list(small_parts.glob("*.arrow"))
 
 
-def test_a_changed_source_is_read_again_and_an_index_that_nobody_opens_removed(
+def test_a_changed_source_is_read_again_and_an_unused_index_is_removed(
     tmp_path: Path, small_parts: Path
 ) -> None:
     source = write(tmp_path / "data", LINES)
@@ -258,7 +258,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_an_index_that_is_damaged_is_built_anew(
+def test_a_damaged_index_is_rebuilt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     source = write(tmp_path / "data", LINES)
@@ -271,7 +271,7 @@ def test_an_index_that_is_damaged_is_built_anew(
 def test_a_relative_path_from_another_folder_has_another_index(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same path leads to other images there."""
+    """There, the same path leads to other images."""
     for place in ("a", "b"):
         (tmp_path / place / "data").mkdir(parents=True)
         (tmp_path / place / "data" / "0.png").write_bytes(b"image")
@@ -305,7 +305,7 @@ def list_indexes(folder: Path) -> list[Path]:
     return [file for file in folder.iterdir() if file.suffix != ".locked"]
 
 
-def test_a_cache_that_cannot_be_written_is_named_with_a_way_around(
+def test_a_cache_that_cannot_be_written_is_named_with_a_remedy(
     tmp_path: Path, own_cache: Path
 ) -> None:
     own_cache.parent.mkdir()
@@ -327,7 +327,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(
     assert list_indexes(small_parts) == []
 
 
-def test_a_table_of_an_index_is_mapped_again_where_it_is_unpickled(
+def test_unpickling_a_table_maps_its_index_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(file_locations, "_states", {})
@@ -345,7 +345,7 @@ IMAGE_LINES = [{"file_name": f"{i}.png", "captions": [f"text {i}"], "id": "x"} f
 def test_without_a_cache_other_options_have_another_index_and_nothing_is_kept(
     tmp_path: Path, small_parts: Path
 ) -> None:
-    """The captions are one file, so nothing but the options makes the difference."""
+    """The captions are one file, so only the options differ."""
     captions = write(tmp_path / "data", IMAGE_LINES) / "captions.jsonl"
     options: dict[str, Any] = {"ignore_fields": ["id"], "cache": False}
     folders = [tmp_path / name for name in ("a", "b")]
@@ -366,7 +366,7 @@ def test_without_a_cache_other_options_have_another_index_and_nothing_is_kept(
 def test_two_urls_whose_server_has_no_tags_have_two_indexes(
     tmp_path: Path, small_parts: Path
 ) -> None:
-    """Nothing is known of the state of such files, so it is the same for all."""
+    """Such files have no known state, so states cannot tell them apart."""
     for name in ("a", "b"):
         lines = [{"group_id": f"{i}", "captions": [f"{name} {i}"]} for i in range(20)]
         (write(tmp_path / name, lines) / "captions.jsonl").rename(tmp_path / f"{name}.jsonl")
@@ -379,8 +379,8 @@ def test_two_urls_whose_server_has_no_tags_have_two_indexes(
     assert not small_parts.exists()
 
 
-def test_an_index_built_anew_leaves_one_in_use_as_it_is(tmp_path: Path) -> None:
-    """An index is read from its file again and again, also by workers that get its path."""
+def test_rebuilding_an_index_leaves_one_in_use_unchanged(tmp_path: Path) -> None:
+    """Tables keep reading their index file, also in workers that receive its path."""
     source = write(tmp_path / "data", IMAGE_LINES)
     for number in range(3):
         (source / f"{number}.png").write_bytes(b"image")
@@ -398,7 +398,7 @@ def test_an_index_built_anew_leaves_one_in_use_as_it_is(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_an_error(tmp_path: Path) -> None:
-    """What is read is in a file, whether all of it is well or not."""
+    """Records are in a file, with or without errors."""
     lines = [{"file_name": f"{i}.png", "captions": ["x" * 20_000]} for i in range(200)]
     source = write(tmp_path / "data", [*lines, "not JSON"])
     job = record_loading._plan(source, None, False, ())

@@ -106,6 +106,8 @@ def test_images_may_be_in_another_folder(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "captions", LINES)
     records = load_records(source, image_dir=tmp_path / "images")
     assert records[0].path == tmp_path / "images" / "images/red.png"
+    with pytest.raises(ValueError, match=r"image_dir='nowhere' is not a folder"):
+        load_records(source, image_dir="nowhere")
 
 
 def test_a_packed_image_has_no_path(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every error of a source is reported at once; what is not a source is refused."""
+"""Every error of a source is reported at once; anything that is not a source is refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from captioned_files import (
     make_image,
     own_cache,  # noqa: F401
     write_coco,
-    write_folder,
     write_images,
     write_lines,
     write_shard,
@@ -85,7 +84,7 @@ def test_every_error_of_a_folder_is_reported_at_once(tmp_path: Path) -> None:
     }
     unreadable = error.places.pop("image unreadable")
     assert error.counts.pop("image unreadable") == 1 and "broken.png" in unreadable[0]
-    # The unnamed and the wrongly typed line name no image, and are counted for that alone.
+    # Lines without a valid image name are counted only for that.
     assert error.places == {
         kind: [f"captions.jsonl line {number}" for number in numbers[:5]]
         for kind, numbers in expected.items()
@@ -101,7 +100,7 @@ def test_the_message_counts_all_and_shows_the_first(tmp_path: Path) -> None:
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
-def test_a_field_that_is_named_is_not_an_error(tmp_path: Path) -> None:
+def test_an_ignored_field_is_not_an_error(tmp_path: Path) -> None:
     source = write_lines(tmp_path, [{"group_id": "1", "caption": "a", "coco_id": 4}])
     options = {"require_images": False}
     error = errors_of(source, **options)
@@ -110,8 +109,8 @@ def test_a_field_that_is_named_is_not_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("field", ["longIB_captions", "text", "keywords", "lang", "group_id"])
-def test_data_whose_field_is_ignored_is_data_without_it(field: str, tmp_path: Path) -> None:
-    """A known field too, for tables and streams; and only some of the files may have it."""
+def test_data_with_an_ignored_field_reads_like_data_without_it(field: str, tmp_path: Path) -> None:
+    """Also a known field, in tables and streams; and only some of the files may have it."""
     row = {"captions": "a", "longIB_captions": "b", "text": "c", "keywords": ["d"], "lang": "de",
            "group_id": "g", "file_name": "red.png", "image": encode("images/red.png")}  # fmt: skip
     if field != "text":  # another name of `captions`
@@ -245,7 +244,7 @@ def test_every_error_of_coco_is_reported_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_empty", [False, True])
-def test_a_folder_without_captions_shows_how_a_line_of_them_is_written(
+def test_the_error_of_a_folder_without_captions_shows_how_to_write_one(
     tmp_path: Path, is_empty: bool
 ) -> None:
     (tmp_path / "photos" / "a").mkdir(parents=True)
@@ -275,7 +274,9 @@ def test_a_folder_without_captions_shows_how_a_line_of_them_is_written(
         ("torn.json", r"torn\.json: not JSON"),
     ],
 )
-def test_what_is_not_a_source_is_refused(source: str, message: str, tmp_path: Path) -> None:
+def test_anything_that_is_not_a_source_is_refused(
+    source: str, message: str, tmp_path: Path
+) -> None:
     (tmp_path / "empty").mkdir()
     write_lines(tmp_path / "lines", ["", " "])
     write_lines(tmp_path / "both", [])
@@ -288,35 +289,21 @@ def test_what_is_not_a_source_is_refused(source: str, message: str, tmp_path: Pa
         load_records(f"{tmp_path}/{source}", require_images=False)
 
 
-def test_an_image_dir_that_is_not_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"image_dir='nowhere' is not a folder"):
-        load_records(write_folder(tmp_path / "data"), image_dir="nowhere")
-
-
-def test_images_truncated_in_their_headers_are_errors_like_others(tmp_path: Path) -> None:
-    whole: dict[str, bytes] = {}
+def test_images_truncated_in_their_headers_are_reported(tmp_path: Path) -> None:
+    lines, members = [], {}
     for suffix in ("jpeg", "png"):
         buffer = io.BytesIO()
         make_image("images/red.png").save(buffer, suffix)
-        whole[suffix] = buffer.getvalue()
-    truncated = {
-        f"{length:02}.{suffix}": content[:length]
-        for suffix, content in whole.items()
-        for length in (2, 8, 10, 17, 21, 28, 40)
-    }
-    for name, content in truncated.items():
-        (tmp_path / name).write_bytes(content)
-    lines = [{"image": name, "captions": "truncated"} for name in truncated]
+        for length in (2, 8, 10, 17, 21, 28, 40):
+            name = f"{suffix}-{length}.{suffix}"
+            lines.append({"image": name, "captions": "truncated"})
+            members[name] = buffer.getvalue()[:length]
+            members[f"{suffix}-{length}.json"] = b'{"captions": "truncated"}'
+            (tmp_path / name).write_bytes(members[name])
     write_lines(tmp_path, lines)
-    assert errors_of(tmp_path, check_images=True).counts == {"image unreadable": len(truncated)}
-    members = {}
-    for number, (name, content) in enumerate(truncated.items()):
-        members[f"{number:02}.json"] = b'{"captions": "truncated"}'
-        members[f"{number:02}.{name[3:]}"] = content
     write_shard(tmp_path / "shards" / "0.tar", members)
-    assert errors_of(tmp_path / "shards", check_images=True).counts == {
-        "image unreadable": len(truncated)
-    }
+    for source in (tmp_path, tmp_path / "shards"):
+        assert errors_of(source, check_images=True).counts == {"image unreadable": 14}
 
 
 def test_a_shard_that_changed_after_it_was_read_is_named(tmp_path: Path) -> None:
@@ -326,7 +313,7 @@ def test_a_shard_that_changed_after_it_was_read_is_named(tmp_path: Path) -> None
         open_image(record.image)
 
 
-def test_a_disk_that_fails_is_no_missing_image(
+def test_a_failing_disk_does_not_mean_a_missing_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = RawRecord("line 1", {"image": "0.png", "caption": "x"})
