@@ -1,4 +1,4 @@
-"""Laws of all options: what is refused, what YAML gives, and that every field is documented."""
+"""Rules for all options: refused values, YAML, and documentation of every field."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Example(Config):
 
 
 def read_docs(kind: type[Config]) -> dict[str, str]:
-    """Read the strings under the fields, as the parser of the command line does."""
+    """Read the strings below the fields, like the command line's parser."""
     return {
         found.arg_name: " ".join((found.description or "").split())
         for owner in reversed(kind.__mro__[:-1])
@@ -79,7 +79,7 @@ def read_docs(kind: type[Config]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: kind.__name__)
-def test_every_option_is_frozen_and_documented_with_what_a_default_of_none_means(
+def test_every_option_is_frozen_and_documents_its_default(
     kind: type[Config],
 ) -> None:
     docs = read_docs(kind)
@@ -91,7 +91,7 @@ def test_every_option_is_frozen_and_documented_with_what_a_default_of_none_means
         if info.default is None or info.default == ():
             assert "default" in help.lower() or "null" in help or info.name in (
                 "prompt_prefix", "prompt_suffix", "preprocessing",
-            ), f"{kind.__name__}.{info.name}: say what holds where nothing is given."  # fmt: skip
+            ), f"{kind.__name__}.{info.name}: document the default."  # fmt: skip
 
 
 def test_options_import_nothing_costly_and_no_other_folder() -> None:
@@ -130,7 +130,7 @@ def test_options_import_nothing_costly_and_no_other_folder() -> None:
         ({"steps": 0, "share": -1}, "equal to 1. share=-1: Input should be "),  # all at once
     ],
 )
-def test_a_value_that_a_field_cannot_have_is_refused_with_what_it_can_have(
+def test_an_invalid_value_is_refused_with_the_valid_ones(
     values: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError) as refused:
@@ -138,14 +138,14 @@ def test_a_value_that_a_field_cannot_have_is_refused_with_what_it_can_have(
     assert message in str(refused.value)
 
 
-def test_lists_numbers_and_paths_become_what_the_field_is() -> None:
+def test_lists_numbers_and_paths_are_converted_to_the_fields_type() -> None:
     made = Example(name="x", share=0, folder="a", words=["b"], pairs=[["c", 1]])  # type: ignore[arg-type]
     assert (made.share, made.folder, made.words) == (0.0, Path("a"), ("b",))
     assert made.pairs == ((Path("c"), 1.0),)
     assert isinstance(made.share, float) and isinstance(made.folder, Path)
 
 
-def test_yaml_gives_what_python_gives(tmp_path: Path) -> None:
+def test_yaml_and_python_create_equal_options(tmp_path: Path) -> None:
     (tmp_path / "options.yaml").write_text(
         "name: no\nsteps: 3\nshare: 5e-1\nfolder: data\nwords: [on, 'off']\n"
         "pairs:\n- [a, 1e-4]\nis_on: true\ninner:\n  rate: 1e-4\n",
@@ -173,9 +173,7 @@ def test_yaml_gives_what_python_gives(tmp_path: Path) -> None:
         ("name: x\nis_on: 7", "is_on='7': Input should be a valid boolean"),
     ],
 )
-def test_a_file_that_is_wrong_is_refused_by_its_name(
-    text: str, message: str, tmp_path: Path
-) -> None:
+def test_an_invalid_file_is_refused_by_name(text: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "options.yaml"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError) as refused:
@@ -183,13 +181,13 @@ def test_a_file_that_is_wrong_is_refused_by_its_name(
     assert message in str(refused.value) and str(file) in str(refused.value)
 
 
-def test_a_file_that_cannot_be_opened_is_refused_with_what_to_give(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_refused_with_a_remedy(tmp_path: Path) -> None:
     for file in (tmp_path / "nothing.yaml", tmp_path):
         with pytest.raises(ValueError, match=f"{file} cannot be read: .*Pass a YAML file"):
             read_yaml(file)
 
 
-def test_a_scalar_of_yaml_is_what_its_field_is(tmp_path: Path) -> None:
+def test_a_yaml_scalar_gets_the_type_of_its_field(tmp_path: Path) -> None:
     file = tmp_path / "scalars.yaml"
     file.write_text("a: 1e-4\nb: no\nc: 010\nd: 1:30\ne: ~\nf: null\ng: 'null'\nh:\ni: [yes, 3]\n")
     assert read_yaml(file) == {
@@ -202,7 +200,7 @@ def test_a_scalar_of_yaml_is_what_its_field_is(tmp_path: Path) -> None:
     )
 
 
-def test_options_come_back_from_their_values_and_defaults_from_nothing(tmp_path: Path) -> None:
+def test_options_can_be_recreated_from_their_values_and_an_empty_file(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     assert read_config(tmp_path / "empty.yaml", Inner) == Inner()
     made = Example(name="x", words=("a",), inner=Inner(rate=2.0))

@@ -1,4 +1,4 @@
-"""Options of the stages: what excludes what, what is given once, and what has no default."""
+"""Options of the stages: conflicts, shared options, and options without a default."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _LICENSE = "license_name and license_link need license=other"
         ),
         (CardConfig, {**OTHER, "license_link": None}, "license=other needs license_name and"),
         (CardConfig, {**OTHER, "license": None}, _LICENSE),
-        # A name would stand beside the address of another license.
+        # The name and the link could belong to different licenses.
         (CardConfig, {**OTHER, "license": "apache-2.0", "license_link": None}, _LICENSE),
         (CardConfig, {**OTHER, "license": "apache-2.0", "license_name": None}, _LICENSE),
         (CardConfig, {"license": "Apache 2.0"}, r"a Hub license id, like apache-2\.0"),
@@ -59,14 +59,14 @@ _LICENSE = "license_name and license_link need license=other"
         (TrainConfig, {**LEAST, "align": {"max_step": 5}}, r"align: max_step is not an option\. D"),
     ],
 )
-def test_options_that_contradict_each_other_are_refused(
+def test_conflicting_options_are_refused(
     config_type: type[Config], values: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make_config(config_type, values)
 
 
-def test_options_that_go_together_are_taken() -> None:
+def test_compatible_options_are_accepted() -> None:
     CardConfig(**OTHER)
     SourceFormat(layout="openai", prompt=None, prompt_prefix="x")
     EvaluationConfig(skip_invalid=True, captions_only=True)
@@ -81,21 +81,21 @@ def test_a_prompt_is_never_guessed() -> None:
     BuildConfig(prompt_suffix="").require_prompt()
 
 
-def test_the_choices_are_those_of_the_model() -> None:
-    # The other poolings of texts are those of embedders.
+def test_the_choices_match_the_models() -> None:
+    # The other text poolings are only for embedders.
     poolings = configuration_llm2clip.TEXT_POOLINGS.items()
     assert get_args(TextPooling) == tuple(n for n, p in poolings if not p.pools_prompt)
     assert get_args(VisionPooling) == configuration_llm2clip.VISION_POOLINGS
     assert PROMPT_NAMES == (*PROMPT_PRESETS, CHAT_TEMPLATE)
 
 
-def test_class_names_are_a_file_names_or_a_mapping() -> None:
+def test_class_names_can_be_a_file_a_list_or_a_mapping() -> None:
     assert EvaluationConfig(class_names="names.txt").class_names == Path("names.txt")  # type: ignore[arg-type]
     assert EvaluationConfig(class_names=["a", "b"]).class_names == ("a", "b")  # type: ignore[arg-type]
     assert EvaluationConfig(class_names={"n1": "a"}).class_names == {"n1": "a"}
 
 
-def test_device_and_seed_of_a_recipe_are_those_of_all_stages() -> None:
+def test_device_and_seed_of_a_recipe_apply_to_all_stages() -> None:
     values = {"device": "cpu", "seed": 7, "build": {"prompt": "chatml"}, "align": {"max_steps": 5}}
     config = make_config(TrainConfig, {**LEAST, **values})
     assert config.finetune is not None and config.export is not None
@@ -107,7 +107,7 @@ def test_device_and_seed_of_a_recipe_are_those_of_all_stages() -> None:
     assert fewer.finetune is None and fewer.export is None and fewer.output == Path("runs")
 
 
-def test_what_siglip2_alone_leaves_open_is_refused_elsewhere_before_anything_is_read(
+def test_options_only_for_siglip2_are_refused_elsewhere_before_anything_is_read(
     tmp_path: Path,
 ) -> None:
     options: tuple[dict[str, Any], ...] = ({"activation": "gelu_tanh"}, {"image_size": 384})
@@ -119,7 +119,7 @@ def test_what_siglip2_alone_leaves_open_is_refused_elsewhere_before_anything_is_
             )  # fmt: skip
 
 
-def test_every_layout_takes_its_own_source_format_and_others_are_refused(tmp_path: Path) -> None:
+def test_every_layout_accepts_its_own_source_format_and_others_are_refused(tmp_path: Path) -> None:
     for source_format in (layout.source_format for layout in LAYOUTS.values()):
         assert find_layout(source_format).source_format == source_format
     assert LAYOUTS["siglip2"].source_format.preprocessing is None

@@ -1,4 +1,4 @@
-"""The plan of a recipe: stages in order, with sizes and states, and nothing is written."""
+"""The plan of a recipe lists stages in order, with sizes and states, and writes nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from modeling_llm2clip.training.run_folder import read_results
 
 @pytest.fixture(scope="module")
 def finished(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    """A recipe in epochs that was done, whose folder no test may change."""
+    """A finished recipe with epochs, whose folder no test may change."""
     config = make_recipe(
         sources,
         tmp_path_factory.mktemp("finished") / "run",
@@ -87,7 +87,7 @@ def test_stages_are_listed_in_order_with_their_sizes(sources: Path, tmp_path: Pa
         ),
     ],
 )
-def test_stages_that_a_recipe_does_not_need_are_not_listed(
+def test_unneeded_stages_are_not_listed(
     sources: Path, tmp_path: Path, changed: dict[str, Any], left_out: set[str]
 ) -> None:
     everything = set(states_of(make_recipe(sources, tmp_path / "all")))
@@ -168,7 +168,7 @@ def test_the_planned_steps_are_the_actual_ones(finished: TrainConfig) -> None:
 
 
 @pytest.mark.slow
-def test_a_recipe_names_datasets_as_every_stage_does(sources: Path, tmp_path: Path) -> None:
+def test_a_recipe_accepts_datasets_like_every_stage(sources: Path, tmp_path: Path) -> None:
     """`NAME=FOLDER` and `NAME` of a known dataset, a folder, and the package's own images."""
     by_name = make_recipe(sources, tmp_path / "run", data=f"folder={sources / 'data'}")
     plain = make_recipe(sources, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Every recipe of `examples/recipes/` is one that `train` takes, and states where it is from."""
+"""`train` accepts every recipe in `examples/recipes/`, and each states its sources."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RECORDS = [
     CaptionedImage(None, f"{n}.jpg", f"{n}", (f"image {n}",), (f"a long text on image {n}",))
     for n in range(4200)
 ]
-# Of an A100 in bfloat16: its peak, and the share of it that the planner expects.
+# Peak FLOPS of an A100 in bfloat16, times the utilization that the planner expects.
 A100 = 0.4 * 312e12
 CC15M = 2_873_538 + 10_000_225
 PASSES = {"stage 1": 3, "stage 3": 4}  # both recompute activations
@@ -39,7 +39,7 @@ PASSES = {"stage 1": 3, "stage 3": 4}  # both recompute activations
 
 @dataclass(frozen=True)
 class Published:
-    """Numbers behind the estimates: images, weights of the towers, tokens of an image, widths."""
+    """Numbers behind the estimates: images, tower weights, tokens per image, embedding width."""
 
     num_images: float
     vision: float
@@ -59,13 +59,13 @@ PAPER = {
 
 
 def read_header(file: Path) -> str:
-    """The comment at the top, in one line."""
+    """Read the comment at the top of a file as one line."""
     lines = file.read_text("utf-8").split("\n\n")[0].splitlines()
     assert all(line.startswith("#") for line in lines)
     return " ".join(line.removeprefix("#").strip() for line in lines)
 
 
-def test_there_is_a_recipe_for_each_run() -> None:
+def test_every_published_run_has_a_recipe() -> None:
     assert {file.stem for file in FILES} == {"embedded", "locked-embedder", *PAPER}
 
 
@@ -113,13 +113,13 @@ def test_a_run_of_the_paper_has_its_settings(name: str) -> None:
         assert build.projection_dim == (1152 if is_siglip else 1280)
         assert build.visual_projection_bias is not name.startswith("openai")
     assert build.normalize_text_before_adapter is not is_siglip
-    # The paper does not have what regularizes small data.
+    # The paper does not use the regularization for small datasets.
     assert align.caption_noise == 0 and align.held_out_ratio == 0 and config.test_size == 0
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_a_run_of_the_paper_states_source_cost_and_deviations(name: str) -> None:
-    """The hours and sizes are what the planner's formula gives for the stated numbers."""
+    """The hours and sizes follow from the stated numbers by the planner's formula."""
     file = FILES[0].with_name(f"{name}.yaml")
     header, paper = read_header(file), PAPER[name]
     config = read_config(file, TrainConfig)
@@ -146,8 +146,8 @@ def test_a_run_of_the_paper_states_source_cost_and_deviations(name: str) -> None
 
 
 @pytest.mark.slow
-def test_images_learn_an_embedder_whose_texts_stay(sources: Path, tmp_path: Path) -> None:
-    """The recipe as it is, but for its towers, its data and the number of steps."""
+def test_images_are_trained_to_match_a_locked_embedder(sources: Path, tmp_path: Path) -> None:
+    """The recipe is unchanged except for its towers, data and number of steps."""
     source = tiny_embedder(tmp_path, "Qwen3-Embedding")
     recipe = read_yaml(FILES[0].with_name("locked-embedder.yaml")) | {
         "vision_model": str(sources / "vision"), "text_model": str(source),
@@ -166,7 +166,7 @@ def test_images_learn_an_embedder_whose_texts_stay(sources: Path, tmp_path: Path
     found = encode_texts(after, processor, texts)
     assert torch.equal(found, encode_texts(before, processor, texts))
     library = SentenceTransformer(str(source), device="cpu")
-    # Sums of float32 numbers in another order, of embeddings of unit length.
+    # Float32 sums in another order, for embeddings of unit length.
     wanted = library.encode(texts, convert_to_tensor=True).clone()
     assert float((found - wanted).norm(dim=-1).max()) < 1e-6
     moved = [n for n, w in before.state_dict().items() if not torch.equal(w, after.state_dict()[n])]

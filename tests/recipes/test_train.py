@@ -1,4 +1,4 @@
-"""`train` does every stage once, and ends with the same bytes however often it was stopped."""
+"""`train` runs every stage once, and ends with the same bytes however often it was stopped."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.run_folder import _hold
 
 ROOT = Path(__file__).parents[2]
-# What says when and how fast something ran, beside what came of it.
+# Files that also record when and how fast something ran.
 TIMED = ("metrics.jsonl", "events.out", "retrieval.json")
 
 
 @dataclass
 class Done:
-    """A recipe that was done, and what was reported."""
+    """A finished recipe and its reports."""
 
     config: TrainConfig
     model: Path
@@ -73,7 +73,7 @@ def done(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
 
 @pytest.fixture
 def copied(done: Done, tmp_path: Path) -> TrainConfig:
-    """A copy of the finished run, to be changed; where a run is makes no difference to it."""
+    """A copy of the finished run for a test to change; a run may be moved."""
     shutil.copytree(done.config.output, tmp_path / "run")
     return replace(done.config, output=tmp_path / "run")
 
@@ -83,7 +83,7 @@ def states_of(config: TrainConfig) -> dict[str, str]:
 
 
 class StoppedError(Exception):
-    """Ends a recipe before a stage, as a kill does."""
+    """Ends a recipe before a stage, like a kill."""
 
 
 def stop(*_: Any, **__: Any) -> None:
@@ -108,14 +108,14 @@ def read_scores(output: Path) -> dict[str, Any]:
     return scores
 
 
-def test_it_reports_the_plan_the_scores_and_where_everything_is(done: Done) -> None:
+def test_it_reports_the_plan_the_scores_and_all_paths(done: Done) -> None:
     assert done.model == done.config.output / "model"
     assert done.reported[0].startswith("27 images to train on, 3 to evaluate on.")
     scores = next(text for text in done.reported if "text to image R@1" in text)
     assert "model " in scores and "chance" in scores
     shown = dict(line.split(maxsplit=1) for line in done.reported[-1].splitlines())
     assert set(shown) == {"model", "results", "fine-tuned", "captions", "images", "aligned"}
-    # The card has them, beside those of the alignment.
+    # The card also has them, next to those of the alignment.
     _, evaluated = sorted(read_card_data(done.model).results, key=lambda r: r.dataset == "held-out")
     hits = read_scores(done.config.output)["t2i"]["hit_rate_at_1"]
     assert evaluated.dataset == "held-out" and evaluated.scores["t2i.hit_rate_at_1"] == hits
@@ -130,13 +130,13 @@ def test_a_second_run_computes_nothing_and_changes_nothing(copied: TrainConfig) 
     assert [name for name in before if before[name] != after[name] and name != "run.json"] == []
     assert set(after) == set(before)
     assert {path: path.stat().st_mtime_ns for path in times} == times
-    # The plan, the check, the scores, the paths: no stage said that it wrote something.
+    # Only the plan, the check, the scores and the paths are reported: no stage wrote anything.
     assert len(again.reported) == 4 and "text to image R@1" in again.text
     moved = copied.output.rename(copied.output.with_name("moved"))
     assert "text to image R@1" in run(replace(copied, output=moved)).text
 
 
-def test_an_option_that_changed_is_refused_by_name(done: Done) -> None:
+def test_changed_options_are_refused_by_name(done: Done) -> None:
     before = read_files(done.config.output)
     for section, option, value, then in (
         ("build", "projection_dim", 8, "16"),
@@ -157,7 +157,7 @@ def test_an_option_that_changed_is_refused_by_name(done: Done) -> None:
 
 @pytest.fixture
 def moved(copied: TrainConfig, sources: Path, tmp_path: Path) -> TrainConfig:
-    """A copy of the finished run whose data are a copy too, as if it had been on them."""
+    """A copy of the finished run and its data, with paths changed as if it had used the copy."""
     data = shutil.copytree(sources / "data", tmp_path / "data")
     file = copied.output / "run.json"
     record = read_sealed(file.read_text("utf-8"))
@@ -258,7 +258,7 @@ def test_a_folder_with_an_equals_sign_is_taken_whole(
     assert "size=33/data: no such data" in capsys.readouterr().err
 
 
-def test_an_output_that_cannot_be_made_is_refused_before_the_data_are_read(
+def test_an_invalid_output_is_refused_before_the_data_are_read(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stages, "read_split", lambda *_: pytest.fail("the data were read"))
@@ -277,7 +277,7 @@ def test_an_output_that_cannot_be_made_is_refused_before_the_data_are_read(
 
 
 def test_a_recipe_that_another_process_runs_is_refused(sources: Path, tmp_path: Path) -> None:
-    """Even one that had begun nothing yet: the record would be of one, and the model of another."""
+    """Even before it starts a stage: the record and the model could come from different runs."""
     config = make_recipe(sources, tmp_path / "run")
     with (
         _hold(config.output),
@@ -308,8 +308,8 @@ def test_a_gpu_scores_the_model_in_its_own_dtype_for_its_card(
 
 
 @pytest.mark.slow
-def test_records_are_taken_in_place_of_data(sources: Path, tmp_path: Path) -> None:
-    """And a recipe may leave out fine-tuning, stores, export and evaluation."""
+def test_records_replace_the_data(sources: Path, tmp_path: Path) -> None:
+    """The recipe also leaves out fine-tuning, stores, export and evaluation."""
     config = make_recipe(
         sources,
         tmp_path / "run",
@@ -327,8 +327,8 @@ def test_records_are_taken_in_place_of_data(sources: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_model_that_is_not_healthy_is_an_error_until_it_is(copied: TrainConfig) -> None:
-    """Also if it was damaged after its check: it would be evaluated."""
+def test_an_unhealthy_model_is_an_error_on_every_call(copied: TrainConfig) -> None:
+    """Also if it was damaged after it was checked, because it would be evaluated."""
     file = copied.output / "model" / "model.safetensors"
     intact = file.read_bytes()
     weights = load_file(file)
@@ -346,7 +346,7 @@ def test_a_model_that_is_not_healthy_is_an_error_until_it_is(copied: TrainConfig
 def test_refusals_of_stages_come_before_the_first(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All at once: towers, fine-tuning, extraction, alignment and evaluation."""
+    """Towers, fine-tuning, extraction, alignment and evaluation are all checked first."""
     monkeypatch.setenv("CXX", "no-compiler")
     records = [
         replace(record, captions=record.captions[:1], long_captions=())
@@ -372,7 +372,7 @@ def test_refusals_of_stages_come_before_the_first(
 
 
 @pytest.mark.slow
-def test_sigterm_stops_and_the_same_call_continues(sources: Path, tmp_path: Path) -> None:
+def test_the_same_call_resumes_after_sigterm(sources: Path, tmp_path: Path) -> None:
     long = {"max_steps": 60, "save_steps": 100, "logging_steps": 1}
     config = make_recipe(
         sources, tmp_path / "run", finetune=long,
@@ -394,7 +394,7 @@ def test_sigterm_stops_and_the_same_call_continues(sources: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_recipe_with_a_teacher_is_its_commands_one_by_one_and_continues_where_it_stopped(
+def test_a_recipe_with_a_teacher_equals_its_commands_one_by_one_and_resumes(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = prepare_proclip(tmp_path)
@@ -437,7 +437,7 @@ def test_a_recipe_with_a_teacher_is_its_commands_one_by_one_and_continues_where_
         {n: b for n, b in read_files(folder, parts=parts).items() if n.endswith(".safetensors")}
         for folder in (config.output, by_hand)
     )
-    # But for the name of the data in the summary of the images.
+    # Only the name of the data in the image summary differs.
     summary = "aligned/model/training_images.safetensors"
     assert ours.keys() == theirs.keys() and len(ours) > 2
     assert [n for n in ours if ours[n] != theirs[n] and n != summary] == []
@@ -445,7 +445,7 @@ def test_a_recipe_with_a_teacher_is_its_commands_one_by_one_and_continues_where_
 
 @pytest.mark.slow
 def test_no_file_depends_on_the_process_that_wrote_it(sources: Path, tmp_path: Path) -> None:
-    """Python hashes strings differently in each process, so that sets have another order."""
+    """Python hashes strings differently in each process, so sets have a different order."""
     written = []
     for seed in ("1", "2"):
         folder = tmp_path / seed
@@ -463,7 +463,7 @@ def test_no_file_depends_on_the_process_that_wrote_it(sources: Path, tmp_path: P
             env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed},
         )  # fmt: skip
         assert completed.returncode == 0, completed.stderr[-3000:]
-        # The command prints what it did.
+        # The command prints scores and paths.
         assert "text to image R@1" in completed.stdout and "run/model" in completed.stdout
         files = read_files(folder / "run")
         written.append({n: b for n, b in files.items() if not any(mark in n for mark in TIMED)})

@@ -1,4 +1,4 @@
-"""Stage 1, a run: its files, where it begins and continues, and its LoRA merged."""
+"""Stage 1: the files of a run, its start and resumption, and the merged LoRA."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from modeling_llm2clip.training.run_folder import add_results, read_results
 
 def test_a_run_leaves_lora_record_and_metrics(tuned):
     lora = json.loads((tuned.lora / "adapter_config.json").read_text())
-    # peft's own order is that of a set of strings, which differs between processes.
+    # peft writes a set of strings, whose order differs between processes.
     assert lora["target_modules"] == sorted(lora["target_modules"])
     assert any(name.endswith("q_proj") for name in lora["target_modules"])
     record = json.loads((tuned.output / "run.json").read_text())
@@ -53,14 +53,14 @@ def test_a_run_leaves_lora_record_and_metrics(tuned):
 
 
 @pytest.mark.parametrize(("after", "is_worse"), [(0.4, True), (0.5, False), (0.6, False)])
-def test_an_accuracy_that_fell_is_warned_of(after, is_worse, tuned, tmp_path):
+def test_a_lower_accuracy_triggers_a_warning(after, is_worse, tuned, tmp_path):
     output = Path(shutil.copytree(tuned.output, tmp_path / "run"))
     add_results(output, cra_before=0.5, cra_after=after)
     assert (WORSE in describe_finetuning(output)) == is_worse
     add_results(output, cra_unmerged=0.6)
     lines = describe_finetuning(output)
     assert WORSE not in lines and (WORSE_BY_MERGING in lines) == is_worse
-    add_results(output, cra_unmerged=0.4)  # and merging may also help
+    add_results(output, cra_unmerged=0.4)  # merging may also help
     lines = describe_finetuning(output)
     assert WORSE_BY_MERGING not in lines and (WORSE in lines) == is_worse
 
@@ -72,34 +72,28 @@ def require_same_weights(first: Tuned, second: Tuned) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_continued_from_its_checkpoint_ends_bit_for_bit_the_same(tuned, tmp_path):
-    continued = tune(tuned.copy_unfinished(tmp_path / "run"), resume=True)
-    assert continued.results == tuned.results
-    require_same_weights(continued, tuned)
-
-
-@pytest.mark.slow
-def test_hard_batches_from_a_lora_begin_where_it_ended_and_resume_bit_for_bit(tuned, tmp_path):
+def test_hard_batches_start_from_a_lora_and_resume_bit_for_bit(tuned, tmp_path):
     hard = replace(
         SHORT, num_hard_negatives=3, learning_rate=1e-3, init_lora=tuned.lora, logging_steps=4
     )
     first = tune(tmp_path / "first", hard)
     assert first.results["cra_before"] == tuned.results["cra_after"]
     nearest = np.load(first.output / "nearest_groups.npy")
-    assert nearest.shape == (20, 6)  # twice as many as are sampled, of each trained image
+    assert nearest.shape == (20, 6)  # twice the sampled number, for each trained image
     assert first.results["hard_negatives"] == {"method": "exact"}
     again = first.copy_unfinished(tmp_path / "again")
-    require_same_weights(tune(again, hard, resume=True), first)
-    assert read_losses(again) == read_losses(first.output)  # their windows are divided at step 3
+    resumed = tune(again, hard, resume=True)
+    require_same_weights(resumed, first)
+    assert resumed.results == first.results
+    assert read_losses(again) == read_losses(first.output)  # a logging window spans the checkpoint
     with pytest.raises(ValueError, match="init_lora: '"):
         tune(again, replace(hard, init_lora=None), resume=True)
 
 
-def test_a_run_deletes_its_own_temporary_files_alone(tmp_path):
-    """Also of a name that is a pattern; a check deletes only what it made."""
-    output = tmp_path / "run[12]"
+def test_a_run_deletes_only_its_own_temporary_files(tmp_path):
+    output = tmp_path / "run[12]"  # a name that is also a glob pattern
     foreign = [tmp_path / ".run1-pairs-x", tmp_path / ".run[12]-pairs-mine"]
-    left = output / "pairs-0.tmp" / "left"  # by a run that was killed
+    left = output / "pairs-0.tmp" / "left"  # left by a killed run
     for folder in (*foreign, left):
         folder.mkdir(parents=True)
     stage.check_finetuning(RECORDS, output, SHORT)
@@ -110,7 +104,7 @@ def test_a_run_deletes_its_own_temporary_files_alone(tmp_path):
     assert not list(output.iterdir())
 
 
-def test_another_runs_folder_is_refused_with_what_differs(tuned):
+def test_the_folder_of_another_run_is_refused_with_the_differences(tuned):
     with pytest.raises(ValueError, match=r"another run: learning_rate: 0\.01 then, 0\.02 now\. C"):
         tune(tuned.output, replace(SHORT, learning_rate=2e-2), resume=True)
     with pytest.raises(ValueError, match="--resume"):
@@ -119,7 +113,7 @@ def test_another_runs_folder_is_refused_with_what_differs(tuned):
         finetune_llm(tiny_model(), RECORDS[1:], tuned.output, SHORT, resume=True)
 
 
-def test_a_card_whose_statements_cannot_be_kept_is_refused_before_the_training(tmp_path):
+def test_a_card_that_cannot_be_kept_is_refused_before_training(tmp_path):
     source = save_model(*tiny_model(), tmp_path / "base")
     (source / "README.md").write_text("---\nlicense: [mit, cc-by-4.0]\n---\n")
     with pytest.raises(ValueError, match=r"base/README\.md: .*license=\['mit', 'cc-by-4\.0'\] is"):
@@ -128,7 +122,7 @@ def test_a_card_whose_statements_cannot_be_kept_is_refused_before_the_training(t
 
 
 @pytest.mark.slow
-def test_merged_equals_unmerged_and_keeps_instructions_and_the_record_of_a_conversion(tmp_path):
+def test_the_merged_model_equals_the_lora_and_keeps_instructions_and_conversion_record(tmp_path):
     from peft import PeftModel
 
     instructions = {"query": "Find the image: "}
@@ -153,14 +147,14 @@ def test_merged_equals_unmerged_and_keeps_instructions_and_the_record_of_a_conve
     PeftModel.from_pretrained(unmerged.text_model, str(tmp_path / "run" / "lora"))  # in place
     with torch.no_grad():
         adapted = unmerged.get_caption_embeds(**inputs)
-        # One sum per weight in another order, over two layers, on values of about one.
+        # Sums in another order over two layers, for values of about one.
         assert torch.allclose(merged.get_caption_embeds(**inputs), adapted, atol=1e-4)
     assert not torch.allclose(before, adapted, atol=1e-2)
 
 
 @pytest.mark.slow
-def test_a_loaded_pair_is_fine_tuned_as_its_folder_is_and_left_as_it_was(tuned, tmp_path):
-    """The shared run had a loaded pair."""
+def test_a_loaded_pair_is_fine_tuned_like_its_folder_and_stays_unchanged(tuned, tmp_path):
+    """The shared run started from a loaded pair."""
     model, processor = tiny_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     folder = save_model(model, processor, tmp_path / "base")
@@ -205,9 +199,6 @@ def test_the_command_merges_skips_single_captions_and_counts_truncated_texts(tmp
     assert f"Truncated 9 of {num_texts} texts to 32 tokens." in shown
 
 
-# What is written in half precision
-
-
 @pytest.fixture(scope="module")
 def in_half(tmp_path_factory):
     return save_model(*tiny_model(dtype=torch.bfloat16), tmp_path_factory.mktemp("half") / "base")
@@ -215,7 +206,7 @@ def in_half(tmp_path_factory):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Embeddings of a text by what each accuracy is measured on."""
+    """Embeddings of a text by each model whose accuracy is measured."""
     found = []
 
     def measure(encode, groups):
@@ -227,8 +218,8 @@ def measured(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_accuracy_after_is_that_of_the_merged_folder(in_half, tmp_path, measured):
-    # So small a rate that bfloat16 rounds most of the LoRA away.
+def test_the_final_accuracy_is_measured_on_the_merged_folder(in_half, tmp_path, measured):
+    # A learning rate so small that bfloat16 rounds most of the LoRA away.
     config = replace(SHORT, merge=True, learning_rate=3e-5)
     with pytest.warns(UserWarning, match=r"changes \d.*% of the entries .*bfloat16"):
         folder = finetune_llm(in_half, RECORDS, tmp_path / "run", config)
@@ -238,7 +229,7 @@ def test_the_accuracy_after_is_that_of_the_merged_folder(in_half, tmp_path, meas
     encode = partial(encode_texts, model, processor, project=False)
     assert results["cra_after"] == measure_caption_retrieval(encode, hold_out_short())
     assert torch.equal(measured[-1], encode(["a of 3"]))
-    assert not torch.equal(measured[-1], measured[-2])  # before it was merged
+    assert not torch.equal(measured[-1], measured[-2])  # before merging
     before, after = (load_file(path / "model.safetensors") for path in (in_half, folder))
     lora = load_file(tmp_path / "run" / "lora" / "adapter_model.safetensors")
     changed = [name for name in before if name.removeprefix("text_model.") in {
@@ -246,14 +237,14 @@ def test_the_accuracy_after_is_that_of_the_merged_folder(in_half, tmp_path, meas
     }]  # fmt: skip
     num_entries = sum(before[name].numel() for name in changed)
     num_changed = sum(int((before[name] != after[name]).sum()) for name in changed)
-    # Of some entries the LoRA's change is below the spacing of float32, so that they do not count.
+    # Entries whose change is below the resolution of float32 do not count.
     wanted = pytest.approx(num_changed / num_entries, rel=1e-3)
     assert num_changed / num_entries <= results["share_changed_by_merging"] == wanted
     assert results["share_changed_by_merging"] < 0.5
 
 
 @pytest.mark.slow
-def test_the_accuracy_of_a_lora_is_that_of_its_written_dtype(tmp_path, measured):
+def test_the_accuracy_of_a_lora_is_measured_in_its_written_dtype(tmp_path, measured):
     config = replace(SHORT, lora_dtype="bfloat16", max_steps=2)
     tuned = tune(tmp_path / "run", config)
     tune(tmp_path / "again", replace(config, init_lora=tuned.lora))
@@ -262,7 +253,7 @@ def test_the_accuracy_of_a_lora_is_that_of_its_written_dtype(tmp_path, measured)
 
 
 @pytest.mark.slow
-def test_float32_computes_a_folder_in_half_precision_in_float32(in_half, tmp_path):
+def test_float32_precision_also_applies_to_a_folder_in_half_precision(in_half, tmp_path):
     model, processor = load_model(in_half, device="cpu")
     exact = save_model(model.float(), processor, tmp_path / "exact")
     for source, name in ((in_half, "half"), (exact, "float32")):

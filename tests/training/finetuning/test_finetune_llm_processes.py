@@ -1,11 +1,7 @@
-"""Stage 1 in processes of its own: several equal one, and a signal ends one well."""
+"""Stage 1 on several processes equals stage 1 on one."""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -69,7 +65,7 @@ def compute_gradients(
     script.write_text(GRADIENTS)
     words = (8 // processes, mini_batch_size, negatives)
     run_python(script, folder, *words, processes=processes)
-    # The processes check together, and one of them writes.
+    # All processes check, but only one writes.
     assert [file.name for file in folder.glob("written by *")] == ["written by 0"]
     assert len(list((folder / "run" / "checkpoints").glob("checkpoint-*"))) == 1
     return torch.load(folder / "gradients", weights_only=True), read_losses(folder / "run")[1]
@@ -77,7 +73,7 @@ def compute_gradients(
 
 @pytest.fixture(scope="module")
 def compute_whole(tmp_path_factory):
-    """The same of one process, by negatives."""
+    """Return the same for one process, by `negatives`."""
     root = tmp_path_factory.mktemp("whole")
     return cache(lambda negatives: compute_gradients(root / negatives, negatives=negatives))
 
@@ -102,39 +98,3 @@ def test_two_processes_and_cached_gradients_equal_one_whole_batch(
     for name, gradient in whole.items():
         # float32 sums in another order, times the scale of 50.
         assert torch.allclose(other[name], gradient, rtol=1e-3, atol=1e-5), name
-
-
-STOPPED = """
-import sys
-from dataclasses import replace
-from pathlib import Path
-from tuning import SHORT, tune
-from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
-
-try:
-    tune(Path(sys.argv[1]), replace(SHORT, max_steps=10_000, save_steps=5_000))
-except StageInterrupt as error:
-    print(error)
-    sys.exit(128 + error.signal)
-"""
-
-
-@pytest.mark.slow
-def test_a_signal_finishes_the_step_saves_and_exits_with_its_code(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(STOPPED)
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    with subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path / "run")],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    ) as process:  # fmt: skip
-        while process.poll() is None and not metrics.is_file():
-            pass
-        process.send_signal(signal.SIGTERM)
-        shown = process.communicate(timeout=120)[0]
-        assert process.returncode == 143
-    assert "Continue with the same call and --resume" in shown
-    assert len(list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))) == 1
-    assert not (tmp_path / "run" / "lora").exists()

@@ -1,4 +1,4 @@
-"""Stage 1, refusals before the LLM is loaded: data, options, folders, and LoRAs to start from."""
+"""Stage 1 refuses invalid data, options, folders and initial LoRAs before loading the LLM."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_options_that_do_not_fit_the_data_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path, monkeypatch):
+def test_a_non_finite_gradient_stops_before_the_step(tmp_path, monkeypatch):
     step = FinetuneTrainer.training_step
 
     def break_third_gradient(self, *args, **kwargs):
@@ -70,8 +70,8 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_weights_that_are_not_finite_are_in_no_checkpoint(tmp_path):
-    # A finite gradient, times a rate that float32 cannot hold in Adam's first step.
+def test_non_finite_weights_are_in_no_checkpoint(tmp_path):
+    # The gradient is finite, but the learning rate overflows in Adam's first step.
     with pytest.raises(FloatingPointError, match="weights are not finite after step 1"):
         tune(tmp_path / "run", replace(SHORT, learning_rate=1e38, warmup_steps=0, max_steps=1))
     assert find_last_checkpoint(tmp_path / "run") is None
@@ -119,14 +119,14 @@ def test_a_text_only_model_is_refused_before_it_is_trained_to_be_merged(tmp_path
         patch.setattr(stage, "_prepare", lambda *_, **__: pytest.fail("the run was planned"))
         with pytest.raises(ValueError, match=r"LLM2CLIPTextModel.*merging needs a whole"):
             finetune_llm(text_only, RECORDS, tmp_path / "run", replace(SHORT, merge=True))
-    # Without merging it is trained, which this run is not waited for.
+    # Without merging, training starts, and the test stops it.
     with pytest.raises(KeyboardInterrupt):
         finetune_llm(text_only, RECORDS, tmp_path / "run", SHORT, callbacks=[KillAtBegin()])
 
 
 @pytest.mark.slow
-def test_a_lora_that_the_llm_passes_by_is_refused_by_name(tmp_path):
-    """Jamba multiplies by the weight of its `dt_proj`, without running the layer."""
+def test_a_lora_that_the_llm_bypasses_is_refused_by_name(tmp_path):
+    """Jamba multiplies by the weight of its `dt_proj` without running the layer."""
     if Version(transformers_version) < Version("5.24"):
         pytest.skip("transformers 5.6 runs the layer; versions between were not tried")
     tokenizer = tiny_tokenizer()
@@ -190,7 +190,7 @@ def test_a_lora_of_another_base_is_refused(tuned: Tuned, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_model_that_a_lora_is_merged_into_is_not_fine_tuned_from_it_again(
+def test_a_model_with_a_merged_lora_cannot_start_from_that_lora_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = save_model(*tiny_model(), tmp_path / "base")

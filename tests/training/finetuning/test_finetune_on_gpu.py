@@ -1,4 +1,4 @@
-"""The fine-tuning on a GPU: its branches, taken on the CPU."""
+"""The GPU branches of fine-tuning, run on the CPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from modeling_llm2clip.training.finetuning.finetune_trainer import CaptionEncode
 
 
 class WatchIds(StepWatch):
-    """Requires also that token ids are left where they are."""
+    """Also requires that token ids stay on the CPU."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         assert parts["train_dataloader"].device is None
@@ -35,12 +35,12 @@ class WatchIds(StepWatch):
 
 @pytest.fixture
 def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the CPU for a device that computes while Python goes on."""
+    """Treat the CPU as an asynchronous device."""
     run_ahead(monkeypatch)
 
 
 def leave_out(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
-    """Count no reads of a function that reads token ids, which are on the CPU."""
+    """Do not count reads in a function that reads token ids, which are on the CPU."""
     function = getattr(owner, name)
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -53,7 +53,7 @@ def leave_out(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("ahead")
 @pytest.mark.parametrize("mini_batch_size", [None, 4])
-def test_no_step_between_two_logs_waits_for_the_device(
+def test_no_step_between_two_logs_synchronizes_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mini_batch_size: int | None
 ) -> None:
     for name in ("preprocess", "forward"):
@@ -67,7 +67,7 @@ def test_no_step_between_two_logs_waits_for_the_device(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ahead")
-def test_a_bad_step_changes_no_weight_and_is_named_at_the_next_log(
+def test_a_non_finite_step_changes_no_weight_and_is_reported_at_the_next_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = CaptionEncoder.forward
@@ -76,7 +76,7 @@ def test_a_bad_step_changes_no_weight_and_is_named_at_the_next_log(
     def run(self: CaptionEncoder, features: dict[str, Tensor]) -> dict[str, Tensor]:
         calls.append(self.llm2clip.training)
         features = forward(self, features)
-        if calls.count(True) == 5:  # two columns a step
+        if calls.count(True) == 5:  # two columns per step
             features["sentence_embedding"] = features["sentence_embedding"] * torch.nan
         return features
 
@@ -92,7 +92,7 @@ def test_a_bad_step_changes_no_weight_and_is_named_at_the_next_log(
     assert not torch.equal(watch.weights[0], before)
 
 
-def test_ids_stay_on_the_cpu_and_name_the_device_of_dropout() -> None:
+def test_ids_stay_on_the_cpu_next_to_a_marker_of_the_device() -> None:
     trainer = FinetuneTrainer.__new__(FinetuneTrainer)
     trainer.args = SimpleNamespace(device=torch.device("meta"))
     inputs = {"a_input_ids": torch.ones(4, 7), "a_attention_mask": torch.ones(4, 7)}
@@ -111,7 +111,7 @@ def test_a_frozen_base_in_bfloat16_is_for_gpus_that_compute_in_it() -> None:
 
 
 @pytest.mark.slow
-def test_a_lora_on_a_base_in_bfloat16_is_merged_into_the_weights_of_the_folder(
+def test_a_lora_trained_on_a_bfloat16_base_is_merged_into_the_folders_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dtypes = []
@@ -141,6 +141,6 @@ def test_a_lora_on_a_base_in_bfloat16_is_merged_into_the_weights_of_the_folder(
             change = lora[f"{key}.lora_B.weight"] @ lora[f"{key}.lora_A.weight"]
             wanted = weight + 2 * change
             changed += 1
-        # One product in float32; weights rounded to bfloat16 would be off by 4e-3 of themselves.
+        # One float32 product; weights rounded to bfloat16 would have a relative error of 4e-3.
         torch.testing.assert_close(after[name], wanted, atol=1e-6, rtol=1e-6)
     assert changed and after.keys() == before.keys()

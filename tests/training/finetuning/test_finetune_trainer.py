@@ -1,4 +1,4 @@
-"""Every option of stage 1 does what it says: laws that an unused option would break."""
+"""Every option of stage 1 has its effect."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from modeling_llm2clip.training.finetuning.finetune_data import prepare_data
 from modeling_llm2clip.training.finetuning.pair_sampling import PairCollator
 from modeling_llm2clip.training.trainer_mixins import count_warmup_steps
 
-# Of 20 images trained on, each with three pairs, in batches of 8.
+# 20 training images with three pairs each, in batches of 8.
 STEPS_PER_EPOCH = 7
 TEXT_PAIRS = [TextPair(f"q{n}", f"q{n}", f"p{n}", (f"n{n}",)) for n in range(9)]
 
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """All texts of each batch that a run trains on."""
+    """Texts of each batch in a training run."""
     batches: list[list[str]] = []
     collate = PairCollator.__call__
 
@@ -47,7 +47,7 @@ def is_of_pairs(texts: list[str]) -> bool:
 
 
 @pytest.mark.slow
-def test_text_pairs_have_their_share_of_an_epoch_and_no_held_out_caption(
+def test_text_pairs_get_their_share_of_an_epoch_and_contain_no_held_out_caption(
     tmp_path: Path, seen: list[list[str]]
 ) -> None:
     held_out = hold_out_short()
@@ -68,12 +68,12 @@ def test_text_pairs_have_their_share_of_an_epoch_and_no_held_out_caption(
         assert len(seen) == STEPS_PER_EPOCH + num_batches
         batches[name] = seen.copy()
         seen.clear()
-    # Hard batches of captions leave those of text pairs as they are.
+    # Hard negatives for captions do not change the batches of text pairs.
     first, second = (list(filter(is_of_pairs, batches[name])) for name in ("at random", "hard"))
     assert first == second and batches["at random"] != batches["hard"]
 
 
-def test_every_pairing_pairs_all_captions_anew(tmp_path: Path) -> None:
+def test_every_pairing_is_different_and_has_all_captions(tmp_path: Path) -> None:
     def sample(num_pairings: int) -> list[dict[str, Any]]:
         config = replace(SHORT, num_pairings=num_pairings)
         folder = tmp_path / str(num_pairings)
@@ -85,14 +85,14 @@ def test_every_pairing_pairs_all_captions_anew(tmp_path: Path) -> None:
     assert three_times[: len(once)] == once != three_times[len(once) : 2 * len(once)]
 
 
-def test_at_a_scale_near_zero_the_loss_is_that_of_chance(tmp_path: Path) -> None:
+def test_at_a_scale_near_zero_the_loss_is_at_chance_level(tmp_path: Path) -> None:
     tune(tmp_path / "run", replace(SHORT, max_steps=1, scale=1e-6, negatives="query-to-doc"))
     # Cosines are at most 1, so logits are at most 1e-6.
     assert read_losses(tmp_path / "run")[1] == pytest.approx(math.log(8), abs=1e-5)
 
 
 @pytest.mark.slow
-def test_a_lora_is_written_in_the_dtype_asked_for(tuned: Tuned, tmp_path: Path) -> None:
+def test_a_lora_is_written_in_the_requested_dtype(tuned: Tuned, tmp_path: Path) -> None:
     half = load_file(tune(tmp_path / "run", replace(SHORT, lora_dtype="bfloat16")).weights)
     assert {value.dtype for value in half.values()} == {torch.bfloat16}
     rounded = {name: value.bfloat16() for name, value in load_file(tuned.weights).items()}
@@ -100,7 +100,7 @@ def test_a_lora_is_written_in_the_dtype_asked_for(tuned: Tuned, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_gradient_checkpointing_moves_no_loss(
+def test_gradient_checkpointing_does_not_change_the_loss(
     tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     towers = []
@@ -116,12 +116,12 @@ def test_gradient_checkpointing_moves_no_loss(
     assert towers == [True]
     losses = [read_losses(output) for output in (tmp_path / "run", tuned.output)]
     for step in (1, 2):
-        # Then captions are padded and not packed, so that sums have another order.
+        # Captions are then padded instead of packed, which changes the order of sums.
         assert losses[0][step] == pytest.approx(losses[1][step], abs=1e-4)
 
 
 @pytest.mark.slow
-def test_the_accuracy_is_measured_as_often_as_asked(tuned: Tuned, tmp_path: Path) -> None:
+def test_the_accuracy_is_measured_every_eval_steps(tuned: Tuned, tmp_path: Path) -> None:
     run = tune(tmp_path / "run", replace(SHORT, eval_steps=2))
     measured = read_metrics(run.output, "eval_cra")
     assert list(measured) == [2, 4, 6] and measured[6] == run.results["cra_after"]
@@ -129,8 +129,8 @@ def test_the_accuracy_is_measured_as_often_as_asked(tuned: Tuned, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_run_of_any_length_warms_up_for_a_tenth_at_most(tuned: Tuned, tmp_path: Path) -> None:
-    """By default; recorded schedules, all given as numbers of steps, stay what they were."""
+def test_the_default_warmup_is_at_most_a_tenth_of_any_run(tuned: Tuned, tmp_path: Path) -> None:
+    """A number of steps is used unchanged, as recorded runs need."""
     usual = FinetuneConfig().warmup_steps
     assert usual == AlignConfig().warmup_steps
     for num_steps in (1, 9, 10, 20, 300, 3000):
@@ -147,5 +147,5 @@ def test_a_run_of_any_length_warms_up_for_a_tenth_at_most(tuned: Tuned, tmp_path
         rates = read_metrics(run.output, "learning_rate")
         peaks.append(max(rates, key=rates.__getitem__))
         assert rates[peaks[-1]] == SHORT.learning_rate
-    # Versions of transformers log a step's own rate, or that of the next.
+    # Some versions of transformers log the rate of the step, others that of the next step.
     assert peaks[0] == peaks[1] == peaks[2] - 2

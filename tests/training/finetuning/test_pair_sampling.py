@@ -1,4 +1,4 @@
-"""Text pairs: tables, batches without false negatives, counts of texts, groups, hard negatives."""
+"""Text pairs: tables, batches without false negatives, text counts, groups, hard negatives."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from modeling_llm2clip.training.finetuning.pair_sampling import (
 
 @pytest.fixture
 def make_table(tmp_path):
-    """A table of the pairs of some images, or of text pairs."""
+    """Make a table of caption pairs of some images, or of text pairs."""
     numbers = iter(range(1000))
 
     def make(num_groups: int = 10, *, shared: str | None = None, pairs=()):
@@ -68,8 +68,8 @@ def pair_captions(tmp_path: Path, *groups: tuple[str, ...], **options):
     return list(open_table(tmp_path / "pairs"))
 
 
-def test_pairs_are_those_of_pythons_shuffle_of_each_group(tmp_path):
-    """Recorded runs were trained on them."""
+def test_pairs_come_from_pythons_shuffle_of_each_group(tmp_path):
+    """Recorded runs were trained on these pairs."""
     groups = [tuple(f"{n} {view}" for view in range(2 + n % 4)) for n in range(9)]
     wanted, generator = [], random.Random(0)
     for number, texts in [*enumerate(groups)] * 2:
@@ -85,7 +85,7 @@ def test_pairs_are_those_of_pythons_shuffle_of_each_group(tmp_path):
         assert row["positive_key"] == hash_text(row["positive"])
 
 
-def test_a_pair_with_a_left_out_text_is_excluded_wherever_it_has_it(tmp_path, monkeypatch):
+def test_a_pair_with_a_left_out_text_in_any_column_is_excluded(tmp_path, monkeypatch):
     monkeypatch.setattr(pair_sampling, "_PAIRS_AT_ONCE", 3)
     kept = TextPair("q", "q", "p", ("n",))
     pairs = [
@@ -102,7 +102,7 @@ def test_a_pair_with_a_left_out_text_is_excluded_wherever_it_has_it(tmp_path, mo
         assert row["group"] == row["anchor_key"] == hash_text("q")
 
 
-def test_rows_of_a_mapped_column_are_those_of_the_whole_column(tmp_path, monkeypatch):
+def test_a_mapped_column_reads_the_right_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(pair_sampling, "_PAIRS_AT_ONCE", 4)
     pairs = [TextPair(f"q{n}", f"q{n}", f"p{n}") for n in range(18)]
     write_text_pairs(pairs, tmp_path / "pairs")
@@ -114,7 +114,7 @@ def test_rows_of_a_mapped_column_are_those_of_the_whole_column(tmp_path, monkeyp
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_no_batch_of_all_processes_repeats_an_image_or_a_text(make_table, num_processes, epoch):
+def test_no_global_batch_repeats_an_image_or_a_text(make_table, num_processes, epoch):
     table = make_table(shared="the same words")
     sampler = NoDuplicateGroupsBatchSampler(table, 3, drop_last=True, seed=1)
     sampler.num_processes, sampler.window_size = num_processes, 3 * num_processes
@@ -138,7 +138,7 @@ def test_epochs_differ_and_repeat_with_the_seed(make_table):
     assert sample(0) != sample(1)
 
 
-def test_hard_batches_bring_near_images_together_and_each_pair_once_an_epoch(make_table):
+def test_hard_batches_combine_near_images_and_use_each_pair_once_per_epoch(make_table):
     table = make_table(12)  # three pairs of each image
     group_of_row = table["group"][:]
     near = np.array([[m for m in range(n // 3 * 3, n // 3 * 3 + 3) if m != n] for n in range(12)])
@@ -160,7 +160,7 @@ def test_hard_batches_bring_near_images_together_and_each_pair_once_an_epoch(mak
     assert count_met(batches) > 0.9 * len(rows) > by_chance
 
 
-def test_texts_that_can_fill_no_batch_are_refused_and_not_searched_forever(make_table):
+def test_texts_that_cannot_fill_a_batch_are_refused_instead_of_searching_forever(make_table):
     pairs = [TextPair(f"q{n}", f"q{n}", "the same positive") for n in range(9)]
     sampler = NoDuplicateGroupsBatchSampler(make_table(pairs=pairs), 2, drop_last=True)
     with pytest.raises(ValueError, match="at most 1 row could"):
@@ -194,7 +194,7 @@ def test_caption_retrieval_counts_first_captions_that_find_their_second():
 
 
 def make_data(folder: Path) -> FinetuneData:
-    """Groups of texts of all lengths, some of which several groups have."""
+    """Make groups of texts of all lengths, some of them shared by several groups."""
     generator = random.Random(0)
     words = ["a", "dog", "möwe", "and", "12345", "unbelievably", "犬", "z" * 30]
     texts = [" ".join(generator.choices(words, k=generator.randint(1, 60))) for _ in range(150)]
@@ -222,7 +222,7 @@ def test_truncated_texts_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyP
     }  # fmt: skip
 
 
-def test_groups_have_the_captions_that_are_trained_on_each_once(
+def test_groups_have_each_training_caption_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(finetune_data, "_ROWS_AT_ONCE", 3)
@@ -237,7 +237,7 @@ def test_groups_have_the_captions_that_are_trained_on_each_once(
 
 
 def make_embeddings(number: int, dim: int = 16) -> np.ndarray:
-    """Embeddings around some centers, as those of captions are, of any length."""
+    """Make clustered embeddings of different lengths, like those of captions."""
     generator = np.random.default_rng(0)
     centers = generator.normal(size=(number // 50, dim))
     found = centers[generator.integers(0, len(centers), number)]
@@ -264,7 +264,7 @@ def test_the_exact_search_equals_the_full_cosine_matrix(monkeypatch, top_k, is_r
 
 
 @pytest.mark.parametrize("dim", [16, 129])
-def test_the_approximate_search_has_the_recall_that_it_reports(monkeypatch, dim):
+def test_the_approximate_search_has_the_reported_recall(monkeypatch, dim):
     pytest.importorskip("faiss")
     monkeypatch.setattr(nearest_groups, "EXACT_UP_TO", 1000)
     monkeypatch.setattr(nearest_groups, "_ROWS_AT_ONCE", 700)
@@ -273,7 +273,7 @@ def test_the_approximate_search_has_the_recall_that_it_reports(monkeypatch, dim)
     wanted = compare_all(embeddings, 6)
     hits = (found[:, :, None] == wanted[:, None]).any(axis=2).mean()
     assert report["recall"] > 0.9
-    # The share of a sample of 1,000 rows of 6 each: its standard error is below 0.01.
+    # The report is for a sample of 1,000 rows with 6 each, with a standard error below 0.01.
     assert hits == pytest.approx(report["recall"], abs=0.03)
     assert report["clusters_searched"] < report["clusters"]
     rows = np.arange(3000)[:, None]
@@ -289,7 +289,7 @@ def test_equal_embeddings_find_each_other_and_never_themselves(monkeypatch):
     assert found.min() >= 0 and found.max() < 500
 
 
-def test_many_groups_without_faiss_are_refused_with_the_extra(monkeypatch):
+def test_many_groups_without_faiss_are_refused_naming_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     nearest_groups.require_search(nearest_groups.EXACT_UP_TO)
     with pytest.raises(MissingExtraError, match=r"faiss .*modeling_llm2clip\[ann\]"):
@@ -303,7 +303,7 @@ def test_an_images_embedding_is_the_mean_of_its_captions_unit_embeddings():
     assert torch.equal(found, torch.tensor([[0.5, 0.5], [-1.0, 0.0]]))
 
 
-def test_written_groups_are_those_nearest_in_embeddings_of_their_captions(tmp_path, monkeypatch):
+def test_the_nearest_groups_by_caption_embeddings_are_written(tmp_path, monkeypatch):
     monkeypatch.setattr(nearest_groups, "_GROUPS_AT_ONCE", 4)
     embeddings = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
     encode = lambda texts: embeddings[[int(text) for text in texts]]  # noqa: E731
