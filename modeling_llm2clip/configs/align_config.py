@@ -48,8 +48,8 @@ class AlignConfig(TrainingConfig):
     original. The original's embeddings come from the image store; without one, a frozen copy runs
     at every step (ProCLIP, arXiv:2510.18795)."""
     structure_weight: Annotated[float, Interval(ge=0)] = 0.0
-    """Weight of a loss that keeps each embedding's neighborhood unchanged by the projections, for
-    small datasets (STRUCTURE, arXiv:2506.16895; its authors use 10)."""
+    """Weight of a loss that makes the projections preserve each embedding's neighbors, for small
+    datasets (STRUCTURE, arXiv:2506.16895; its authors use 10)."""
     keep_texts: str | None = None
     """Texts, such as class names and frequent queries, whose embeddings should stay close to those
     of the vision tower's own CLIP, `--teacher`: a file with one text per line, as for `tag`, or

@@ -139,8 +139,8 @@ class TrainingConfig(DeviceConfig):
     logging_steps: Annotated[int, Interval(ge=1)] | None = None
     """Steps between logged metrics. Default: depends on the stage."""
     report_to: tuple[str, ...] | None = None
-    """Integrations that also receive the metrics, besides metrics.jsonl, as in Trainer:
-    tensorboard, trackio, wandb, none. Default: tensorboard if installed."""
+    """Integrations to report metrics to, in addition to metrics.jsonl, as in Trainer: tensorboard,
+    trackio, wandb or none. Default: tensorboard if installed."""
     seed: Seed = 0
     """Random seed."""
 

@@ -88,9 +88,9 @@ class ExportConfig(CardConfig, DeviceConfig):
         for_onnx, not_for_onnx = name_given(*_FOR_ONNX), name_given(*_NOT_FOR_ONNX)
         return {
             **super()._list_conflicts(),
-            f"{of_tower}: not with components=vision-tower.": is_tower and of_tower,
-            f"{not_for_onnx}: not with onnx=True.": self.onnx and not_for_onnx,
-            f"{for_onnx}: only with onnx=True.": for_onnx and not self.onnx,
+            f"{of_tower} cannot be combined with components=vision-tower.": is_tower and of_tower,
+            f"{not_for_onnx} cannot be combined with onnx=True.": self.onnx and not_for_onnx,
+            f"{for_onnx} cannot be used without onnx=True.": for_onnx and not self.onnx,
             "`onnx_weights` must list at least one weight format, without duplicates.": (
                 len(set(self.onnx_weights)) != len(self.onnx_weights) or not self.onnx_weights
             ),

@@ -146,7 +146,7 @@ def _list_stages(
     stages.append(PlannedStage("align", _describe_alignment(config, train), final, state))
     if config.export is not None:
         final = paths.exported
-        size = f"{config.export.components}, {config.export.dtype or 'dtype as it is'}"
+        size = f"{config.export.components}, {config.export.dtype or 'unchanged dtype'}"
         stages.append(PlannedStage("export", size, final, _find_state(final)))
     stages.append(PlannedStage("doctor", "every check", final, "repeated"))
     if num_images[1] or config.eval_datasets:

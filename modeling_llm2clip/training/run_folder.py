@@ -226,7 +226,7 @@ def require_intact_checkpoint(output: Path) -> None:
     except ValueError as error:
         damage = [f"{_COMPLETE}: {error}"]
     if damage:
-        before = checkpoints[-2].name if checkpoints[:-1] else "its beginning"
+        before = checkpoints[-2].name if checkpoints[:-1] else "the start"
         raise ValueError(
             f"{last} is damaged: {list_first(damage)}. Remove this checkpoint to resume the run "
             f"from {before}."

@@ -63,7 +63,7 @@ def test_stages_are_listed_in_order_with_their_sizes(sources: Path, tmp_path: Pa
         "extract text": sizes["extract text"],
         "extract image": "27 images",
         "align": "6 steps of 4 images, vision tower frozen",
-        "export": "full, dtype as it is",
+        "export": "full, unchanged dtype",
         "doctor": "every check",
         "evaluate": "3 held-out images",
     }

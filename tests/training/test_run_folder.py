@@ -306,7 +306,7 @@ def test_no_fine_tuning_resumes_from_damaged_files(tuned: Tuned, tmp_path: Path)
             check()
 
     flip_bit(run / CHECKPOINTS / "checkpoint-3" / "adapter_model.safetensors")
-    damaged = r"damaged: adapter_model\.saf.*to resume the run from its begin"
+    damaged = r"damaged: adapter_model\.saf.*to resume the run from the start"
     refuse(damaged, lambda: tune(run, resume=True))
     (run / CHECKPOINTS / "checkpoint-3" / "complete").write_bytes(b"")  # by a power failure
     refuse(r"checkpoint-3 is damaged: complete: ", lambda: tune(run, resume=True))

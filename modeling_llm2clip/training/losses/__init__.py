@@ -1,1 +1,1 @@
-"""Losses of the alignment, and the terms beside them."""
+"""Losses for the alignment, and additional terms."""
