@@ -70,7 +70,6 @@ class TextRows:
         self._starts, self._num_rows = _find_shards(counts, rows_per_shard)
 
     def __len__(self) -> int:
-        """Return the number of captions."""
         return self._num_rows
 
     def read_inputs(self, rows: range) -> list[str]:
@@ -144,7 +143,6 @@ class ImageRows:
         self._columns = columns
 
     def __len__(self) -> int:
-        """Return the number of images."""
         return len(self._records)
 
     def read_inputs(self, rows: range) -> list[ImageSource]:

@@ -158,10 +158,9 @@ def compute_partition(
     with name_unreadable_images(work.rows, writer, source=source, show_progress=shows):
         if plan.engine == "ray":
             task = replace(plan, source=folder)  # do not send a loaded model to actors
+            # The precision is compared once, here.
             if (taken := work.encoder.plan.get("precision")) in ("float32", "bfloat16"):
-                task = replace(
-                    task, config=replace(config, precision=taken)
-                )  # do not compare again
+                task = replace(task, config=replace(config, precision=taken))
             open_work = partial(_open_work, task, writer, work.rows)
             compute_with_ray(open_work, missing, config.device, show_progress=shows)
         elif missing:

@@ -101,12 +101,10 @@ class ShardedWriter(ABC, Generic[_Manifest]):
             write_atomically(complete, sealed.encode())
 
     def is_done(self, shard: int) -> bool:
-        """Return whether a shard's record and file exist."""
         record = self._read_record(shard)
         return record is not None and self._has_file(record)
 
     def list_missing(self) -> list[int]:
-        """List the shards that are not complete."""
         records = self.find_records()
         return [shard for shard in range(self.manifest.num_shards) if shard not in records]
 

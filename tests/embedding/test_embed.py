@@ -58,7 +58,7 @@ def test_every_caption_has_its_final_embedding(
     assert len(files) == num_shards + 1 and "_manifest.json" in files
 
 
-def test_every_file_says_what_made_it(
+def test_every_file_names_its_model(
     model: Path, records: list[CaptionedImage], tmp_path: Path
 ) -> None:
     folder = embed_texts(model, records[:2], tmp_path / "texts", replace(TEXT, dtype="float16"))
@@ -97,7 +97,7 @@ def embed_images(model: Path, data: Path, output: Path, *flags: str) -> int:
     return run_embed(model, data, output, "image", *sizes, *flags)
 
 
-def test_a_folder_of_images_alone_gives_the_embeddings_of_its_images(
+def test_a_folder_with_only_images_is_embedded(
     model: Path, whole: Any, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photos = tmp_path / "photos"
@@ -390,7 +390,7 @@ def test_an_image_whose_name_is_not_unicode_is_named_and_counted_or_left_out(
 
 
 @pytest.mark.parametrize("command", ["embed", "index"])
-def test_no_progress_bar_is_shown_where_none_is_wanted(
+def test_progress_bars_can_be_turned_off(
     command: str, model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Neither for a folder of images nor for one of pairs."""

@@ -123,7 +123,7 @@ def test_several_languages_are_part_of_the_id() -> None:
     ]  # fmt: skip
 
 
-def test_what_would_make_two_texts_of_one_id_is_refused() -> None:
+def test_ambiguous_ids_are_refused() -> None:
     twice = RecordTable.from_records([make_record(0, 1, 0), make_record(0, 2, 0)])
     with pytest.raises(ValueError, match="1 record with the name and language of another"):
         TextRows(twice, 10, columns=())

@@ -212,7 +212,7 @@ def test_processors_without_a_size_are_refused(name: str, options: dict[str, Any
 
 
 @pytest.mark.parametrize("function", [extract, embed])
-def test_outputs_record_it_and_continue_with_it_alone(
+def test_outputs_record_jpeg_decoding_and_continue_only_with_the_same(
     function: Any, model: Path, records: list[CaptionedImage], tmp_path: Path
 ) -> None:
     full, stated, scaled = (

@@ -90,7 +90,7 @@ def test_a_partition_of_graphs_with_other_settings_is_refused(
         (graphs / name).write_text(whole, "utf-8")
 
 
-def test_weights_beside_a_graph_are_part_of_it(data: Path, tmp_path: Path) -> None:
+def test_weights_next_to_a_graph_are_part_of_it(data: Path, tmp_path: Path) -> None:
     """Graphs of over 2 GB keep their weights in a file beside them."""
     graphs = shutil.copytree(shared_graphs(), tmp_path / "graphs")
     graph = choose_graph(graphs, "text", None)

@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_tiny_model(tmp_path_factory.mktemp("model") / "model", text_adapter_layers=1)
 
 
-def test_a_store_is_continued_in_its_precision_alone(model: Path, tmp_path: Path) -> None:
+def test_a_store_is_continued_only_in_its_precision(model: Path, tmp_path: Path) -> None:
     records = make_few_texts(6)
     rounded = extract_captions(model, records, tmp_path / "a", replace(EXACT, precision="bfloat16"))
     exact = extract_captions(model, records, tmp_path / "b")
@@ -50,7 +50,7 @@ def test_a_store_is_continued_in_its_precision_alone(model: Path, tmp_path: Path
         extract_captions(model, records, exact, replace(EXACT, precision="bfloat16"))
 
 
-def test_an_index_gets_further_images_in_its_precision_alone(model: Path, tmp_path: Path) -> None:
+def test_an_index_is_updated_only_in_its_precision(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("lancedb")
     images, path = save_images(tmp_path / "images"), tmp_path / "index"
     index, _ = build(model, images, path, precision="bfloat16")

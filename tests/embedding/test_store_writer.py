@@ -23,9 +23,7 @@ from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.store.store_manifest import StoreManifest
 
 
-def test_a_store_is_opened_when_it_is_complete_and_holds_nothing_but_its_files(
-    store: Path, tmp_path: Path
-) -> None:
+def test_only_a_complete_store_opens_and_it_has_no_other_files(store: Path, tmp_path: Path) -> None:
     names = sorted(file.name for file in store.iterdir())
     assert names == ["index.arrow", "manifest.json",
                      *(f"shard-0000{i}.safetensors" for i in range(3))]  # fmt: skip
@@ -35,7 +33,7 @@ def test_a_store_is_opened_when_it_is_complete_and_holds_nothing_but_its_files(
     assert list_complete_shards(folder) == [0, 2]
 
 
-def test_left_over_files_do_not_disturb_and_are_removed(tmp_path: Path) -> None:
+def test_leftover_files_are_ignored_and_removed(tmp_path: Path) -> None:
     folder = write_store(tmp_path / "store", make_embeddings(), shards=(0,))
     for name in ("_complete-00001.json.tmp", "index.arrow.ab.tmp", "shard-00001.safetensors.tmp"):
         (folder / name).write_bytes(b"part")
@@ -131,7 +129,7 @@ def test_complete_shards_of_another_plan_are_refused_by_name(tmp_path: Path) -> 
     assert torch.equal(EmbeddingStore.open(ours, check="full").read(range(23)), make_embeddings())
 
 
-def test_a_record_in_the_place_of_another_is_refused(tmp_path: Path) -> None:
+def test_a_record_under_the_name_of_another_is_refused(tmp_path: Path) -> None:
     folder = write_store(tmp_path / "store", make_embeddings(), shards=(0, 1))
     shutil.copy(folder / "_complete-00001.json", folder / "_complete-00000.json")
     with pytest.raises(ValueError, match=r"_complete-00000\.json .*it describes shard-00001\.safe"):

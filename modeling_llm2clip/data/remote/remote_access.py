@@ -160,8 +160,7 @@ def name_reading_error(error: BaseException) -> str | None:
 
 def describe(error: BaseException) -> str:
     """Describe an error in one line, by its innermost cause with a message."""
-    said = [cause for cause in _list_causes(error) if str(cause).strip()]
-    innermost = said[-1] if said else error
+    innermost = [error, *(cause for cause in _list_causes(error) if str(cause).strip())][-1]
     text = " ".join(str(innermost).split())
     return f"{type(innermost).__name__}: {text}" if text else type(innermost).__name__
 

@@ -48,8 +48,7 @@ def _group_captions(
     numbered: dict[int, list[tuple[int, str]]] = {}
     for index, annotation in enumerate(annotations):
         fields = annotation if isinstance(annotation, dict) else {}
-        number, image_id = fields.get("id"), fields.get("image_id")
-        caption = fields.get("caption")
+        number, image_id, caption = map(fields.get, ("id", "image_id", "caption"))
         if isinstance(number, int) and isinstance(image_id, int) and isinstance(caption, str):
             numbered.setdefault(image_id, []).append((number, caption))
         else:

@@ -202,5 +202,4 @@ def is_image_type(kind: Any) -> bool:
 
 
 def has_field(kind: Any, name: str) -> bool:
-    """Tell whether a type is a struct with the named field."""
     return bool(pa.types.is_struct(kind) and kind.get_field_index(name) >= 0)

@@ -105,8 +105,9 @@ class TarSample:
         if self.text is not None and not CAPTION_FIELDS & set(fields):
             fields["caption"] = self.text
         image = self.images[0] if self.images else None
-        default_name = f"{name}/{self.member or key}"
-        return RawRecord(f"{name}: {key}", fields, packed=image, default_name=default_name)
+        return RawRecord(
+            f"{name}: {key}", fields, packed=image, default_name=f"{name}/{self.member or key}"
+        )
 
 
 def read_tar_shard(shard: FileLocation, name: str, errors: ErrorCollector) -> Iterator[RawRecord]:

@@ -79,7 +79,7 @@ def test_records_from_a_web_server_are_those_of_the_folder(
             assert not find_unreadable_images(record.image for record in remote if record.image)
 
 
-def test_a_list_may_name_shards_here_and_elsewhere(tmp_path: Path) -> None:
+def test_a_list_may_mix_local_and_remote_shards(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "data")
     local = load_records(folder)
     with ShardServer(folder) as server:
@@ -106,7 +106,7 @@ def test_captions_of_json_lines_are_read_and_their_images_are_not(tmp_path: Path
             load_records(url)
 
 
-def test_an_index_is_found_until_a_file_changes_and_never_where_no_change_would_show(
+def test_a_cached_table_is_reused_until_a_file_changes_and_never_if_changes_are_undetectable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(record_index, "_MOST_ROWS_IN_MEMORY", 0)
@@ -201,7 +201,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_mixed(
 @pytest.mark.parametrize(
     ("scheme", "kind"), [("", "tar"), ("file://", "tar"), ("", "none"), ("file://", "snappy")]
 )
-def test_an_image_is_not_read_from_a_local_file_that_was_written_anew(
+def test_an_image_is_not_read_from_a_local_file_that_was_rewritten(
     scheme: str, kind: str, tmp_path: Path
 ) -> None:
     """It has the same size and rows, and would show another image beside the old captions."""
@@ -278,7 +278,7 @@ def test_processes_read_files_in_the_states_that_were_described(
     assert "the file changed" in str(caught.value.places)
 
 
-def test_images_side_by_side_come_in_one_request(tmp_path: Path) -> None:
+def test_adjacent_images_take_one_request(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "data")
     with ShardServer(folder) as server:
         records = load_records(f"{server.url}/{SHARDS}")
@@ -314,7 +314,7 @@ def test_any_part_of_a_file_is_read(
                 read_range(place, len(content) - 5, 9)
 
 
-def test_what_cannot_be_reached_is_an_error_at_once(tmp_path: Path) -> None:
+def test_unreachable_files_are_immediate_errors(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "data")
     with ShardServer(folder) as server:
         with pytest.raises(LostFileError, match="no-such"):
@@ -390,7 +390,7 @@ def test_extract_gives_the_bytes_of_a_local_run(tmp_path: Path) -> None:
             assert read_tensors(command / file.name) == read_tensors(file)
 
 
-def test_a_dataset_to_evaluate_on_is_read_from_elsewhere(tmp_path: Path) -> None:
+def test_an_evaluation_dataset_may_be_remote(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "data")
     with ShardServer(folder) as server:
         remote: Any = load_dataset(f"{server.url}/{SHARDS}", lang="en")

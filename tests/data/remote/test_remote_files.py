@@ -92,7 +92,7 @@ def test_s3_is_read() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("bucket")
-def test_no_credentials_of_s3_are_an_error_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_s3_credentials_are_an_immediate_error(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
@@ -129,7 +129,7 @@ def test_the_hub_is_read_and_a_private_dataset_denied_at_once(hub: HubServer) ->
 
 
 @pytest.mark.usefixtures("shards")
-def test_shards_are_named_in_a_text_file_too(tmp_path: Path) -> None:
+def test_a_text_file_can_list_shards(tmp_path: Path) -> None:
     with ShardServer(tmp_path) as server:
         (tmp_path / "list.txt").write_text(
             f"# the shards\n{server.url}/data/{{0..1}}.tar\n\n", encoding="utf-8"
@@ -139,7 +139,7 @@ def test_shards_are_named_in_a_text_file_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["local", "served", "dropped"])
-def test_bytes_come_in_any_pieces(
+def test_bytes_are_read_in_pieces_of_any_size(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote_files, "_BLOCK_BYTES", 1000)
@@ -157,7 +157,7 @@ def test_bytes_come_in_any_pieces(
             assert len(parts) == 99 or b"".join(parts) == content
 
 
-def test_a_silent_server_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_server_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_files, "_SILENT_SECONDS", 0.2)
     (tmp_path / "file").write_bytes(CONTENT)
     retries: list[str] = []
@@ -217,7 +217,7 @@ def test_a_file_that_changes_between_two_opens_is_an_error(place: str, tmp_path:
 @pytest.mark.parametrize(
     ("ranges", "packs"), [(True, "willing"), (True, "always"), (False, "willing")]
 )
-def test_a_file_that_comes_from_its_beginning_only_is_refused_with_a_remedy(
+def test_a_file_without_range_requests_is_refused_with_a_remedy(
     ranges: bool, packs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server has no ranges, or packs the file although the client wants it as it is."""
@@ -314,7 +314,7 @@ class _StatusError(Exception):
         (_caused(FileNotFoundError("a"), ConnectionRefusedError("refused")), "unreachable"),
     ],
 )  # fmt: skip
-def test_failures_are_sorted_by_their_causes(error: Exception, kind: str) -> None:
+def test_failures_are_classified_by_their_causes(error: Exception, kind: str) -> None:
     assert sort_failure(error) == kind
     assert describe(error)
 
@@ -351,7 +351,7 @@ def test_names_are_relative_to_what_all_shards_share() -> None:
         ("odd://host/a.tar", "Protocol not known"),
     ],
 )
-def test_what_is_no_source_is_refused(
+def test_invalid_sources_are_refused(
     source: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -31,7 +31,7 @@ def content(record: Any) -> Any:
 
 
 @pytest.mark.parametrize("write", [write_downloaded_tar, write_downloaded_parquet])
-def test_a_folder_and_its_stream_are_read_as_they_were_written(
+def test_output_of_img2dataset_is_read_and_streamed_without_changes(
     write: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     folder = write(tmp_path / "data")
@@ -47,7 +47,7 @@ def test_a_folder_and_its_stream_are_read_as_they_were_written(
 
 
 @pytest.mark.parametrize("column", ["jpg", "png", "webp"])
-def test_rows_without_an_image_are_counted_and_are_no_errors(
+def test_rows_without_an_image_are_counted_and_not_errors(
     column: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_downloaded_parquet(tmp_path / "data", column=column)
@@ -93,7 +93,7 @@ def test_columns_that_the_user_kept_are_fields(tmp_path: Path) -> None:
     assert len(load_records(tmp_path, ignore_fields=["clip_score"])) == 2
 
 
-def test_other_parquet_beside_tars_is_still_ambiguous(tmp_path: Path) -> None:
+def test_unrelated_parquet_next_to_tars_is_ambiguous(tmp_path: Path) -> None:
     folder = write_downloaded_tar(tmp_path / "data")
     (folder / "00000.parquet").rename(folder / "captions.parquet")
     with pytest.raises(ValueError, match="has several sources"):

@@ -28,7 +28,7 @@ def test_a_json_list_is_read_object_by_object_whatever_the_pieces(
     assert list(json_files.iterate_json_list(file)) == []
 
 
-def test_what_is_not_json_or_not_a_list_of_it_is_named(tmp_path: Path) -> None:
+def test_invalid_json_and_lists_are_named(tmp_path: Path) -> None:
     file = tmp_path / "torn.json"
     for text in ("", "{}", "[", '[{"a": 1}', '[{"a": 1} {"b": 2}]', '[{"a": 1}, '):
         file.write_text(text, encoding="utf-8")

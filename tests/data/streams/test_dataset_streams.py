@@ -84,7 +84,7 @@ def test_one_reader_has_the_samples_of_its_dataset_whatever_was_done_to_it(
 
 
 @pytest.mark.parametrize("change", mostly_slow([*STREAMS, "untouched"], {"shuffled", "untouched"}))
-def test_a_resumed_stream_goes_on_and_counts_the_samples_that_its_buffer_had(
+def test_a_resumed_stream_continues_and_counts_the_lost_samples_of_its_buffer(
     saved: datasets.Dataset, change: str
 ) -> None:
     def make(buffer_size: int = 4) -> RecordStream:
@@ -137,7 +137,7 @@ def test_a_loader_of_a_dataset_is_resumed(saved: datasets.Dataset) -> None:
     assert read_report(resumed.state_dict()).samples == 20
 
 
-def test_the_epoch_is_the_one_of_the_dataset(saved: datasets.Dataset) -> None:
+def test_set_epoch_also_sets_the_epoch_of_the_dataset(saved: datasets.Dataset) -> None:
     rows = saved.to_iterable_dataset(num_shards=4).shuffle(seed=1, buffer_size=3)
     stream = stream_dataset(rows, columns=COLUMNS, buffer_size=1)
     first = list_groups(stream)
@@ -146,7 +146,7 @@ def test_the_epoch_is_the_one_of_the_dataset(saved: datasets.Dataset) -> None:
     assert sorted(first) == sorted(second) == list(range(20)) and first != second
 
 
-def test_rows_that_come_only_once_are_all_streamed() -> None:
+def test_rows_that_can_be_read_only_once_are_all_streamed() -> None:
     once = iter([{"label": number, "texts": [f"caption {number}"]} for number in range(6)])
 
     def yield_rest() -> Iterator[dict[str, Any]]:
@@ -157,7 +157,7 @@ def test_rows_that_come_only_once_are_all_streamed() -> None:
     assert len(list(stream_dataset(dataset, columns=columns, require_images=False))) == 6
 
 
-def test_a_column_that_is_not_there_is_named(saved: datasets.Dataset) -> None:
+def test_a_missing_column_is_named(saved: datasets.Dataset) -> None:
     """As absent, a mistyped `lang` would make every text English."""
     rows = saved.to_iterable_dataset()
     with pytest.raises(ValueError, match="no column lagn, only img, texts, label"):

@@ -83,7 +83,7 @@ def test_a_local_folder_and_the_output_of_a_command_are_streams_too(tars: Path) 
     assert "the command ended with code 1" in failing.report.describe()
 
 
-def test_the_order_depends_on_seed_and_epoch_alone(tars: Path) -> None:
+def test_the_order_depends_only_on_seed_and_epoch(tars: Path) -> None:
     stream = stream_records(tars, seed=3, buffer_size=10)
     first = list_names(stream)
     assert list_names(stream) == first
@@ -123,7 +123,7 @@ def test_a_resumed_stream_is_the_uninterrupted_one(suffix: str, tmp_path: Path) 
         assert resumed.report == whole.report
 
 
-def test_resuming_reads_the_buffers_shards_alone(served: ShardServer) -> None:
+def test_resuming_reads_only_the_shards_of_the_buffer(served: ShardServer) -> None:
     """Not all that came before: hours of a stream would be read again."""
     stream = stream_records(spell(served), buffer_size=4, retry=FAST)
     iterator = iter(stream)
@@ -163,7 +163,7 @@ def test_a_resumed_loader_is_the_uninterrupted_one(served: ShardServer, num_work
     assert list(next_one) == epochs[1]
 
 
-def test_what_is_no_state_of_this_loader_is_refused(tars: Path) -> None:
+def test_a_state_of_another_loader_is_refused(tars: Path) -> None:
     pytest.importorskip("torchdata")
     loader = make_loader(stream_records(tars), batch_size=4)
     next(iter(loader))
@@ -229,7 +229,7 @@ def prepare_most(record: CaptionedImage) -> str:
 
 
 @none_or_two_workers
-def test_others_take_the_place_of_samples_that_cannot_be_prepared(
+def test_samples_that_cannot_be_prepared_are_replaced_by_others(
     tars: Path, num_workers: int
 ) -> None:
     pytest.importorskip("torchdata")
@@ -280,7 +280,7 @@ def test_fewer_shards_than_workers_are_refused(tars: Path) -> None:
         make_loader(stream, batch_size=2, num_workers=1, persistent_workers=True)
 
 
-def test_the_part_of_a_process_leaves_groups_out_and_counts_them(tars: Path) -> None:
+def test_excluded_groups_are_skipped_and_counted(tars: Path) -> None:
     stream = stream_records(tars)
     held_out = frozenset({"g0", "g1", "g27"})
     part = replace(stream, process_index=1, num_processes=2, seed=4, excluded_groups=held_out)
@@ -300,7 +300,7 @@ SIGNATURES = [
 ]
 
 
-def test_a_stream_of_urls_that_are_signed_anew_is_resumed(served: ShardServer) -> None:
+def test_a_stream_of_urls_with_new_signatures_is_resumed(served: ShardServer) -> None:
     def sign(signature: str, number: int) -> list[str]:
         query = signature.format(n=number)
         return [f"{served.url}/0000{n}.tar?v=1&{query}{n}" for n in range(3)]
@@ -359,7 +359,7 @@ def test_rows_with_an_empty_path_are_images_of_their_own(tmp_path: Path, path: s
     assert [r.name for r in streamed] == [r.name for r in load_records(tmp_path)]
 
 
-def test_images_of_one_path_are_not_taken_for_one_group(tmp_path: Path) -> None:
+def test_different_images_with_one_path_are_not_one_group(tmp_path: Path) -> None:
     """They would not be each other's negatives, so that the loss of every batch would be 0."""
 
     def write(name: str, numbers: Any, **fields: list[str]) -> Path:
@@ -440,7 +440,7 @@ def test_a_folder_of_several_formats_at_a_service_is_refused() -> None:
 NAMES = ["x#y.png", "50%.png", "a%20b.png", "a b.png", "what?.png", "größe.png", "a+b&c=d.png"]
 
 
-def test_images_beside_json_lines_are_found_by_names_of_any_characters(tmp_path: Path) -> None:
+def test_images_next_to_json_lines_may_have_any_names(tmp_path: Path) -> None:
     """At URLs they are quoted; an absolute path is read as the local source reads it."""
     images = tmp_path / "images"
     images.mkdir()
@@ -480,7 +480,7 @@ def test_a_name_means_the_same_file_to_a_stream_and_to_a_table(tmp_path: Path) -
     assert len(set(local)) == 4
 
 
-def test_a_byte_order_mark_is_no_part_of_a_text_in_a_tar(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_a_text_in_a_tar(tmp_path: Path) -> None:
     mark = b"\xef\xbb\xbf"
     members = {
         "0.png": encode_noise(0), "0.txt": mark + "größer".encode(),

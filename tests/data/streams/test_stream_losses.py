@@ -241,7 +241,7 @@ def test_the_last_samples_of_workers_are_in_their_report(tmp_path: Path) -> None
 
 
 @pytest.mark.slow  # four processes
-def test_errors_of_workers_keep_their_type(served: ShardServer, tars: Path) -> None:
+def test_errors_in_workers_keep_their_type(served: ShardServer, tars: Path) -> None:
     (tars / "00002.tar").write_bytes(b"no tar")
     with pytest.raises(TooManyLostError, match=r"00002\.tar before sample 0") as lost:
         list(make_loader(stream_records(spell(served), retry=FAST), batch_size=2, num_workers=2))
@@ -253,7 +253,7 @@ def test_errors_of_workers_keep_their_type(served: ShardServer, tars: Path) -> N
     traceback.clear_frames(denied.tb)
 
 
-def test_a_worker_without_shared_memory_says_so_and_is_not_waited_for(tars: Path) -> None:
+def test_a_worker_without_shared_memory_is_an_error(tars: Path) -> None:
     pytest.importorskip("torchdata")
 
     def collate(records: list[Any]) -> dict[str, Tensor]:
@@ -281,7 +281,7 @@ def test_missing_shards_are_lost_not_waited_for(served: ShardServer, tars: Path)
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_denied_access_is_an_error_at_once(served: ShardServer, status: int) -> None:
+def test_denied_access_is_an_immediate_error(served: ShardServer, status: int) -> None:
     for number in range(SHARDS):
         served.status[f"{number:05d}.tar"] = status
     with pytest.raises(AccessError, match=r"00000\.tar: access denied .*credentials"):

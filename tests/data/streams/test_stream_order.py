@@ -92,7 +92,7 @@ def test_readers_see_each_sample_once(
 
 @settings(max_examples=80)
 @given(CONTENT, BUFFERS, st.lists(st.integers(0, 20), max_size=8))
-def test_stopped_again_and_again_is_never_stopped(
+def test_a_stream_that_is_stopped_repeatedly_equals_an_uninterrupted_one(
     content: list[list[int]], buffer_size: int, stops: list[int]
 ) -> None:
     whole = make_stream(content, buffer_size=buffer_size, seed=7)

@@ -125,7 +125,7 @@ def test_a_complete_store_that_is_read_only_is_taken_as_it_is(
         extract_captions(model, records[:2], folder)
 
 
-def test_a_partition_that_there_is_not_is_refused(tmp_path: Path) -> None:
+def test_an_impossible_partition_is_refused(tmp_path: Path) -> None:
     for partition in ("0/2", "3/2", "2", "a/b", "-1/2", "1/2/3"):
         with pytest.raises(ValueError, match="must look like 2/8"):
             extract("no-model", [], tmp_path / "store", modality="text", partition=partition)
