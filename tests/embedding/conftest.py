@@ -1,4 +1,4 @@
-"""What the tests of `embed` and of a store that is written share, and none may change."""
+"""Fixtures for the tests of `embed` and of stores; no test may modify them."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def test_a_folder_with_only_images_is_embedded(
 def test_int8_ranges_are_recorded_and_can_be_used_again_for_the_same_embeddings(
     model: Path, records: list[CaptionedImage], embedded: Path, images: Path, tmp_path: Path
 ) -> None:
-    """Values of other embeddings would be clipped, and their bytes mean other numbers."""
+    """Other embeddings would be clipped, and their bytes would mean other values."""
     exact = read_embeddings(embedded)[1]
     config = replace(TEXT, dtype="int8")
     folder = embed_texts(model, records, tmp_path / "int8", config)
@@ -221,7 +221,7 @@ def test_broken_images_are_named_together_or_left_out_and_counted(
 def test_a_disk_that_fails_ends_the_run_and_skips_no_image(
     model: Path, images: Path, tmp_path: Path
 ) -> None:
-    """What it has is embedded once it works: an image that was left out would stay so."""
+    """A skipped image would stay skipped after the disk is repaired."""
     data = break_images(images, tmp_path / "data")
     records = load_records(data)
     config = replace(IMAGE, rows_per_shard=2, skip_invalid=True)
@@ -242,7 +242,7 @@ def test_a_disk_that_fails_ends_the_run_and_skips_no_image(
 def test_partitions_leave_out_the_same_images_or_are_refused(
     model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What one of them calls too large, another would embed, by other limits of the machine."""
+    """Machines with different limits would disagree on which images are too large."""
     data = break_images(images, tmp_path / "data")
     Image.new("RGB", (300, 300)).save(data / "4.png")
     records = load_records(data)

@@ -1,4 +1,4 @@
-"""Laws of `embed`: stopped, killed, divided or on Ray, it leaves the bytes of one run."""
+"""`embed` writes the same bytes if it is stopped, resumed or partitioned."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ CHANGES: dict[EmbeddingColumn, dict[str, Any]] = {
 def test_partitions_of_other_values_of_a_column_are_refused(
     modality: Modality, model: Path, images: Path, tmp_path: Path
 ) -> None:
-    """But what no column shows may change between them."""
+    """Fields that are not in a column may change between partitions."""
     records = list(load_records(images))
     # Texts are not of images, and another image is refused as such.
     columns = [name for name in CHANGES if modality == "text" or name not in ("text", "image_file")]

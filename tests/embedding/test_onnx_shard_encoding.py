@@ -1,4 +1,4 @@
-"""`embed` on ONNX graphs writes the model's embeddings, and says by what they were made."""
+"""`embed` with ONNX graphs writes the model's embeddings and records the graphs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_both_backends_write_the_same_embeddings(modality: str, data: Path, tmp_
 
 
 def test_embeddings_of_a_graph_are_not_taken_for_those_of_the_tower() -> None:
-    """They would be compared with the tower's embeddings of the images of the training."""
+    """They would be compared with the tower's embeddings of the training images."""
     [batch] = load_onnx_encoder(shared_graphs()).iterate_images([draw_noise(40, 50)], [[0]])
     assert batch.embeds.norm().item() == pytest.approx(1, abs=ROUNDING)
     assert batch.tower_embeds is None
@@ -73,7 +73,7 @@ def test_an_output_of_other_weights_is_not_continued(data: Path, tmp_path: Path)
 def test_a_partition_of_graphs_with_other_settings_is_refused(
     modality: Modality, data: Path, tmp_path: Path
 ) -> None:
-    """What was exported is on record; what reads texts and images may have been edited since."""
+    """The graph is recorded, but its tokenizer and settings may have been edited since."""
     graphs = shutil.copytree(shared_graphs(), tmp_path / "graphs")
     records = load_records(data)
     embed(graphs, records, tmp_path / "out", ONNX, modality=modality, partition="1/2")
@@ -91,7 +91,7 @@ def test_a_partition_of_graphs_with_other_settings_is_refused(
 
 
 def test_weights_next_to_a_graph_are_part_of_it(data: Path, tmp_path: Path) -> None:
-    """Graphs of over 2 GB keep their weights in a file beside them."""
+    """Graphs over 2 GB keep their weights in a separate file."""
     graphs = shutil.copytree(shared_graphs(), tmp_path / "graphs")
     graph = choose_graph(graphs, "text", None)
     onnx.save(

@@ -1,4 +1,4 @@
-"""What becomes of an error in an actor of Ray."""
+"""Errors, image limits and file states in Ray actors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_error_of_a_shard_is_raised_as_if_it_had_been_computed_here(
 def test_an_actor_has_the_limits_of_images_of_the_process_that_started_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its node may be another machine, which does not have that process's environment."""
+    """Its node may be another machine with a different environment."""
     monkeypatch.setenv(LIMITS_VARIABLE, "{}")
     limits = ImageLimits(max_megapixels=7)
     _Actor(lambda: lambda _: None, torch.get_num_threads(), limits, {})

@@ -1,4 +1,4 @@
-"""Writer of an embedding store: it goes on where it was killed, and completes what is whole."""
+"""The store writer resumes after a kill, and completes only whole stores."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_embeddings_that_the_dtype_cannot_hold_are_refused(tmp_path: Path) -> No
 
 
 def test_complete_shards_of_another_plan_are_refused_by_name(tmp_path: Path) -> None:
-    """Same sizes, and whole: only the output that the record names differs."""
+    """Sizes and hashes match; only the output that the record names differs."""
     ours = write_store(tmp_path / "ours", make_embeddings(), shards=(0, 1))
     changes = {"plan": {"data": "cc"}}
     theirs = write_store(tmp_path / "theirs", make_embeddings(seed=1), shards=(2,), **changes)
@@ -137,7 +137,7 @@ def test_a_record_under_the_name_of_another_is_refused(tmp_path: Path) -> None:
 
 
 def test_shards_have_the_bytes_of_their_format(tmp_path: Path) -> None:
-    """So that a store that is begun is continued by any later version of the same format."""
+    """So any later version of the same format can continue a store."""
     # Eighths, which every dtype here rounds the same on any machine.
     steps = torch.arange(NUM_ROWS * DIM, dtype=torch.float32).reshape(NUM_ROWS, DIM) / 8
     for dtype, digest in {

@@ -1,4 +1,4 @@
-"""Images that cannot be decoded, met while a dataset is encoded: all are named, nothing is lost."""
+"""Undecodable images in a dataset that is being encoded: all are named, no shard is lost."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture(params=_RUNS, ids=["extract", "embed"])
 def run(request: Any, model: Path, data: Path) -> Run:
-    """Encodes what is in the folder of images now."""
+    """Encodes the current images of the folder."""
     function, config = request.param
     return lambda output: function(model, load_records(data), output, config, modality="image")
 

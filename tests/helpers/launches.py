@@ -57,10 +57,3 @@ def start_with_ray(
         [sys.executable, str(script), str(pickled), modality], env=environment, cwd=folder,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-
-
-def run_with_ray(folder: Path, stage: str, *arguments: object, modality: str) -> None:
-    """Run a stage with Ray until it ends; see `start_with_ray`."""
-    run = start_with_ray(folder, stage, *arguments, modality=modality)
-    _, errors = run.communicate(timeout=240)
-    assert run.returncode == 0, errors[-3000:]

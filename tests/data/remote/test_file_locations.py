@@ -1,4 +1,4 @@
-"""Laws of files by their place: what is read from elsewhere is what is there."""
+"""Files by location: a remote read returns what was described, or raises."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from captioned_files import (
 from shard_server import ShardServer
 from tiny_folders import export_tiny_model
 
-from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.encoding_config import ExtractConfig
 from modeling_llm2clip.data.images.image_sources import find_unreadable_images, open_image
 from modeling_llm2clip.data.records import record_index
@@ -141,7 +140,7 @@ def list_captions(source: str | Path) -> list[Any]:
 def test_a_changed_file_is_not_read_from_earlier_blocks(
     tags: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An index of them would be kept under the name of the new state."""
+    """Otherwise a stale table would be cached under the new state."""
     monkeypatch.setattr(record_index, "_MOST_ROWS_IN_MEMORY", 0)
     folder = write_lines(tmp_path / "data", LINES)
     file = folder / "captions.jsonl"
@@ -171,7 +170,7 @@ def pack(folder: Path, images: list[bytes], kind: str) -> Path:
 
 @pytest.mark.parametrize("kind", ["tar", "none", "snappy"])
 def test_images_of_a_changed_file_are_those_that_it_has_now(kind: str, tmp_path: Path) -> None:
-    """Also where they are at other places than before, which are kept too."""
+    """Even if their offsets, which are cached, have changed."""
     image = encode("images/red.png")
     states = [[image + b"a" * size for size in sizes] for sizes in ((600, 1, 2), (1, 2, 600))]
     with ShardServer(tmp_path / "data") as server:
@@ -204,7 +203,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_mixed(
 def test_an_image_is_not_read_from_a_local_file_that_was_rewritten(
     scheme: str, kind: str, tmp_path: Path
 ) -> None:
-    """It has the same size and rows, and would show another image beside the old captions."""
+    """It has the same size and rows, and would pair old captions with new images."""
     image = encode("images/red.png")
     states = [[image + bytes([number]) for number in order] for order in ((1, 2, 3), (3, 2, 1))]
     file = pack(tmp_path / "data", states[0], kind)
@@ -229,7 +228,7 @@ def read_images(records: Any) -> list[bytes]:
 def test_the_states_of_files_are_pickled_with_their_records(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that is started later would take a changed file for the one that was read."""
+    """Otherwise a later process would accept a changed file."""
     file = pack(tmp_path / "data", [encode("images/red.png")], "tar")
     content = pickle.dumps(load_records(file))
     os.utime(file, ns=(1, 1))
@@ -383,11 +382,6 @@ def test_extract_gives_the_bytes_of_a_local_run(tmp_path: Path) -> None:
                 assert read_tensors(stores[1] / file.name) == read_tensors(file)
         for store, source in zip(stores, (url, folder), strict=True):  # are of the same images
             require_same_images(load_records(source), EmbeddingStore.open(store), None)
-        command = tmp_path / "command"
-        flags = ["--modality", "image", "--device", "cpu", "--store-dtype", "float32"]
-        assert main(["extract", str(model), url, str(command), *flags]) == 0
-        for file in stores[0].glob("*.safetensors"):
-            assert read_tensors(command / file.name) == read_tensors(file)
 
 
 def test_an_evaluation_dataset_may_be_remote(tmp_path: Path) -> None:

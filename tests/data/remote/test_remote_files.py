@@ -201,7 +201,7 @@ def test_tags_of_each_reply_are_refused_with_a_remedy_and_weak_ones_are_not_comp
 
 @pytest.mark.parametrize("place", ["file", "memory"])
 def test_a_file_that_changes_between_two_opens_is_an_error(place: str, tmp_path: Path) -> None:
-    """The size stays, and the time shows it."""
+    """Only the time changes, not the size."""
     url = f"{place}://{tmp_path}/file"
     filesystem, path = fsspec.core.url_to_fs(url)
     filesystem.pipe_file(path, CONTENT)
@@ -220,7 +220,7 @@ def test_a_file_that_changes_between_two_opens_is_an_error(place: str, tmp_path:
 def test_a_file_without_range_requests_is_refused_with_a_remedy(
     ranges: bool, packs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server has no ranges, or packs the file although the client wants it as it is."""
+    """The server has no ranges, or compresses the file against the client's wish."""
     monkeypatch.setattr(remote_files, "_BLOCK_BYTES", 1000)  # less than the file has
     content = b"compressible " * 500
     (tmp_path / "file").write_bytes(content)
@@ -244,7 +244,7 @@ def test_a_server_that_sends_another_part_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_pipeline_that_is_not_read_to_its_end_is_ended() -> None:
-    """Its shell alone is a child of this process; what writes is not."""
+    """Only its shell is a child of this process, not the command that writes."""
     stream = RemoteFile("pipe:(echo text; sleep 5) | cat", FAST).open_stream()
     assert stream.readline() == b"text\n"
     start = time.monotonic()

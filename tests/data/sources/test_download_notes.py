@@ -1,4 +1,4 @@
-"""img2dataset's output is read as it is: tar shards with notes beside them, and Parquet."""
+"""img2dataset's output is read without changes: Parquet, or tar shards with notes."""
 
 from __future__ import annotations
 

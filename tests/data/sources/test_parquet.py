@@ -102,7 +102,7 @@ def test_rows_with_several_images_have_an_address_for_each(tmp_path: Path) -> No
 def test_labels_are_read_without_the_bytes_of_images(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Their part of the file is damaged, and nobody notices before an image is opened."""
+    """That part of the file is damaged, which only shows when an image is opened."""
     whole, file = tmp_path / "whole.parquet", tmp_path / "0.parquet"
     rows = {"image": [RED, BLUE, RED], "caption": ["a", "b", "c"]}
     pq.write_table(pa.table(rows), whole, **options)

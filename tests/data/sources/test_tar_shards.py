@@ -57,7 +57,7 @@ MAKERS = {
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_no_claimed_size_is_believed(name: str, tmp_path: Path) -> None:
-    """Neither memory nor time goes where nothing is; samples before the last good one are kept."""
+    """Fake sizes cost neither memory nor time; earlier samples are kept."""
     good = b"".join(make_member(f"{i}.jpg", b"") + make_member(f"{i}.txt", b"a dog") for i in "01")
     shard = tmp_path / "shard.tar"
     for size in (-512, -1024, 2**33, 2**62, 2**80):

@@ -1,4 +1,4 @@
-"""What the tests of streams share."""
+"""Fixtures for the tests of streams."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from modeling_llm2clip.data.remote import remote_files
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read shards of kilobytes in several requests, as those of megabytes are."""
+    """Read shards of kilobytes in several requests, like large ones."""
     monkeypatch.setattr(remote_files, "_BLOCK_BYTES", 5000)
 
 

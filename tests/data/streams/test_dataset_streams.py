@@ -1,4 +1,4 @@
-"""A stream of a `datasets.IterableDataset` has its samples, and goes on by its own state."""
+"""A stream of a `datasets.IterableDataset` yields its samples and resumes from its own state."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_images_that_map_decoded_are_refused_by_name(
 
 
 def test_a_stream_that_lost_every_sample_ends_with_an_error() -> None:
-    """Three samples are few to lose, and all that there are; a row of a path has none."""
+    """Three lost samples are few, but here they are all; these rows have only paths."""
     rows = datasets.Dataset.from_dict({"image": ["a.png"] * 3, "text": ["a", "b", "c"]})
     with pytest.raises(TooManyLostError, match="lost 3 samples"):
         list(stream_dataset(rows.to_iterable_dataset(), max_lost_share=0.5))

@@ -1,4 +1,4 @@
-"""What a stream loses is counted and named, up to a share; other errors stop it at once."""
+"""A stream counts and names lost data, up to a limit; other errors stop it immediately."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def write_columns(folder: Path, *without: Collection[str]) -> Path:
     [("lang", 0), ("group_id", 2), ("long_captions", 0), ("captions", 2), ("image", 0)],
 )
 def test_shards_of_other_columns_are_an_error(tmp_path: Path, column: str, lacking: int) -> None:
-    """Whoever reads which shard: each compares with the first shard of the source."""
+    """Every reader compares its shards with the first shard of the source."""
     columns: list[tuple[str, ...]] = [(), (), ()]
     columns[lacking] = (column,)
     folder = write_columns(tmp_path / "data", *columns)
@@ -156,7 +156,7 @@ def test_shards_of_other_columns_are_an_error(tmp_path: Path, column: str, lacki
 
 
 def test_columns_that_change_no_record_may_differ(tmp_path: Path) -> None:
-    """Those that no shard has, notes, other names of the captions, and a shard without rows."""
+    """Columns that no shard has, notes, other names of captions, and an empty shard."""
     most = ("lang", "group_id", "long_captions")
     folder = write_columns(tmp_path / "missing", most, (*most, "license"), most)
     assert {record.lang for record in stream_records(folder)} == {"en"}
@@ -230,7 +230,7 @@ def test_broken_samples_are_counted_up_to_a_share(tmp_path: Path) -> None:
 
 @pytest.mark.slow  # two processes
 def test_the_last_samples_of_workers_are_in_their_report(tmp_path: Path) -> None:
-    """What is broken behind the last good sample comes with no batch."""
+    """Broken samples after the last good one come with no batch."""
     for shard in range(2):
         members = {"0.png": encode_noise(0), "0.txt": b"a caption", "1.png": b"", "1.txt": b" "}
         write_shard(tmp_path / f"{shard}.tar", members)
@@ -294,7 +294,7 @@ def test_denied_access_is_an_immediate_error(served: ShardServer, status: int) -
 
 
 def test_a_server_that_is_not_there_is_an_error(tars: Path) -> None:
-    """At once where a stream is made, and after all attempts where it was there before."""
+    """Immediately when a stream is created, or after all attempts if the server was there before."""
     with ShardServer(tars) as server:
         gone = server.url.replace("127.0.0.1", "127.0.0.2")
         with pytest.raises(AccessError, match="host cannot be reached"):

@@ -1,4 +1,4 @@
-"""What all tests of extraction share, and none may change."""
+"""Fixtures for the tests of extraction; no test may modify them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of extraction: stopped, killed, divided or on Ray, it leaves the bytes of one run."""
+"""Extraction writes the same bytes if it is stopped, killed, partitioned or run on Ray."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The records of a larger set as a user has them: enough work to be interrupted in."""
+    """A larger dataset, with enough work to interrupt."""
     return write_captions(tmp_path_factory.mktemp("data"), make_records(250))
 
 
