@@ -294,7 +294,7 @@ def test_denied_access_is_an_immediate_error(served: ShardServer, status: int) -
 
 
 def test_a_server_that_is_not_there_is_an_error(tars: Path) -> None:
-    """Immediately when a stream is created, or after all attempts if the server was there before."""
+    """Immediately at first, or after all attempts if the server was there before."""
     with ShardServer(tars) as server:
         gone = server.url.replace("127.0.0.1", "127.0.0.2")
         with pytest.raises(AccessError, match="host cannot be reached"):
