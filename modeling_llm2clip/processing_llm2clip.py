@@ -145,11 +145,11 @@ class LLM2CLIPProcessor(ProcessorMixin):
         Returns:
             The dictionary, and the keyword arguments that were not used.
         """
-        place = {name: kwargs[name] for name in _LOCATION_OPTIONS if name in kwargs}
+        location = {name: kwargs[name] for name in _LOCATION_OPTIONS if name in kwargs}
         settings: dict[str, Any]
         settings, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if set(settings) <= _FROM_OTHER_FILES:
-            config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **place)
+            config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **location)
             if "max_text_length" in config:
                 settings["max_text_length"] = config["max_text_length"]
         return settings, unused

@@ -228,7 +228,7 @@ def _build_on(text_model: PreTrainedModel, config: PreTrainedConfig) -> PreTrain
     other.load_state_dict(text_model.state_dict(), assign=True)
     same = dict(text_model.named_buffers())
     for name, buffer in list(other.named_buffers()):  # including non-persistent ones
-        place, _, own_name = name.rpartition(".")
+        module_name, _, own_name = name.rpartition(".")
         buffer = same.get(name, buffer).to(text_model.device)
-        setattr(other.get_submodule(place), own_name, buffer)
+        setattr(other.get_submodule(module_name), own_name, buffer)
     return other.eval()  # type: ignore[no-any-return]

@@ -206,8 +206,8 @@ def read_card_data(folder: Path, *, training_alone: bool = False) -> CardData:
 def _make_card(data: Any) -> CardData:
     entries: dict[tuple[str | None, ...], list[EvalResult]] = {}
     for entry in data.eval_results or []:
-        place = (entry.task_type, entry.dataset_name, entry.dataset_config, entry.dataset_split)
-        entries.setdefault(place, []).append(entry)
+        key = (entry.task_type, entry.dataset_name, entry.dataset_config, entry.dataset_split)
+        entries.setdefault(key, []).append(entry)
     return CardData(
         license=data.license,
         license_name=data.license_name,

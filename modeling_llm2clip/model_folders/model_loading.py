@@ -69,14 +69,14 @@ def load_model(
     """
     require_own_model(source, revision=revision)
     folder = find_model_folder(source, revision=revision)
-    place = find_device(device, precision=precision or "auto")
+    chosen = find_device(device, precision=precision or "auto")
     settings: dict[str, Any] = {"dtype": dtype or "auto"}
     if quantization is not None:
         settings["quantization_config"] = text_quantization_config(quantization)
     if precision is None:
-        model = load_on_device(find_model_class(folder), folder, place, **settings)
+        model = load_on_device(find_model_class(folder), folder, chosen, **settings)
     elif dtype is None and quantization is None:
-        model = load_in_precision(find_model_class(folder), folder, place, precision)
+        model = load_in_precision(find_model_class(folder), folder, chosen, precision)
     else:
         raise ValueError(
             f"precision={precision!r} cannot be combined with dtype or quantization, because it "

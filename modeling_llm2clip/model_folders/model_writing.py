@@ -118,12 +118,12 @@ def save_model(
     with atomic_folder(folder) as unfinished:
         processor.save_pretrained(unfinished)
         for file, content in (files or {}).items():
-            place = unfinished / file
-            place.parent.mkdir(exist_ok=True)
+            target = unfinished / file
+            target.parent.mkdir(exist_ok=True)
             if isinstance(content, Path):
-                shutil.copy2(content, place)
+                shutil.copy2(content, target)
             else:
-                place.write_text(content, encoding="utf-8")
+                target.write_text(content, encoding="utf-8")
         previous, config.instructions = config.instructions, instructions
         try:
             if isinstance(model, LazyModel):

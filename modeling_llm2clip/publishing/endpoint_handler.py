@@ -101,15 +101,15 @@ class EndpointHandler:
         read = [self._read_input(content) for content in inputs]
         rows: dict[int, list[float]] = {}
         for modality in ("text", "image"):
-            places = [place for place, (kind, _) in enumerate(read) if kind == modality]
-            if places and not hasattr(self.model, f"get_{modality}_features"):
+            indices = [index for index, (kind, _) in enumerate(read) if kind == modality]
+            if indices and not hasattr(self.model, f"get_{modality}_features"):
                 raise ValueError(f"This model cannot encode {modality}s.")
-            for start in range(0, len(places), BATCH_SIZE):
-                batch = places[start : start + BATCH_SIZE]
-                embeds = self._encode(modality, [read[place][1] for place in batch], instruction)
+            for start in range(0, len(indices), BATCH_SIZE):
+                batch = indices[start : start + BATCH_SIZE]
+                embeds = self._encode(modality, [read[index][1] for index in batch], instruction)
                 shortened = F.normalize(embeds[:, :dimensions], dim=-1).tolist()
                 rows |= dict(zip(batch, shortened, strict=True))
-        return [rows[place] for place in range(len(read))]
+        return [rows[index] for index in range(len(read))]
 
     @torch.inference_mode()
     def _encode(self, modality: str, batch: list[Any], instruction: str = "") -> torch.Tensor:

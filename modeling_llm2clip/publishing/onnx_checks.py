@@ -129,7 +129,7 @@ def load_check_inputs(data: str | None) -> CheckInputs:
     )
 
 
-def check_texts(encoder: OnnxEncoder, reference: Reference) -> dict[str, Any]:
+def check_text_graph(encoder: OnnxEncoder, reference: Reference) -> dict[str, Any]:
     """Compare a float32 text graph with the model and its golden embeddings."""
     expected = reference.text_embeds
     texts = reference.inputs.texts
@@ -146,7 +146,9 @@ def check_texts(encoder: OnnxEncoder, reference: Reference) -> dict[str, Any]:
     }
 
 
-def check_images(encoder: OnnxEncoder, reference: Reference, *, any_size: bool) -> dict[str, Any]:
+def check_image_graph(
+    encoder: OnnxEncoder, reference: Reference, *, any_size: bool
+) -> dict[str, Any]:
     """Compare a vision graph with the model and its golden embeddings."""
     expected = reference.image_embeds[:NUM_IMAGES]
     images = list(reference.inputs.images[:NUM_IMAGES])

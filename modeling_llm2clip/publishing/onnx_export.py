@@ -50,9 +50,9 @@ from ..processing_llm2clip import LLM2CLIPProcessor
 from ..vision_llm2clip import find_fixed_size
 from .onnx_checks import (
     Reference,
-    check_images,
+    check_image_graph,
     check_script,
-    check_texts,
+    check_text_graph,
     compare_rounded_texts,
     load_check_inputs,
     require_near_texts,
@@ -168,7 +168,7 @@ class _OnnxWriter:
         short_and_long = self.reference.processor(text=[texts[0], *texts[-2:]])
         inputs: Mapping[str, Tensor] = {name: short_and_long[name] for name in TEXT_INPUTS}
         graph = write_text_graph(self.reference.model, inputs, file)
-        figures = check_texts(self._encoder(text=file), self.reference)
+        figures = check_text_graph(self._encoder(text=file), self.reference)
         self._record(graph, file, figures)
         for weights in (name for name in self.config.onnx_weights if name != "float32"):
             self._write_rounded(file, weights)
@@ -217,7 +217,7 @@ class _OnnxWriter:
 
     def _write_image_graph(self, pixel_values: Tensor, file: Path, *, any_size: bool) -> None:
         graph = write_image_graph(self.reference.model, pixel_values, file, any_size=any_size)
-        figures = check_images(self._encoder(image=file), self.reference, any_size=any_size)
+        figures = check_image_graph(self._encoder(image=file), self.reference, any_size=any_size)
         self._record(graph, file, figures)
 
     def _encoder(self, **graphs: Path | None) -> OnnxEncoder:

@@ -23,7 +23,7 @@ from ..evaluation.datasets.custom_folder import make_records_spec
 from ..evaluation.datasets.dataset_registry import read_data
 from ..training.alignment.alignment_trainer import choose_batch_size, count_steps
 from ..training.alignment.held_out import count_held_out
-from ..training.finetuning.finetune_data import count_held_out as count_tuning_held_out
+from ..training.finetuning.finetune_data import count_held_out_groups
 from ..training.run_folder import RUN_FILE
 
 Split: TypeAlias = tuple[Sequence[CaptionedImage], Sequence[CaptionedImage]]
@@ -160,7 +160,7 @@ def _describe_finetuning(config: TrainConfig, train: RecordTable) -> str:
     finetune = config.finetune
     assert finetune is not None
     groups = count_groups(train)[0]
-    trained_ratio = 1 - count_tuning_held_out(len(groups), finetune) / max(1, len(groups))
+    trained_ratio = 1 - count_held_out_groups(len(groups), finetune) / max(1, len(groups))
     num_pairs = finetune.num_pairings * round(groups.num_pairs * trained_ratio)
     batch_size = finetune.per_device_train_batch_size
     num_steps = finetune.max_steps or max(

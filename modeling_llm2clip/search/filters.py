@@ -43,19 +43,21 @@ def check_filter(where: str, columns: Iterable[str]) -> str:
     columns = list(columns)
     words = {*_KEYWORDS, *(column.upper() for column in columns)}
     parts: list[str] = []
-    place = num_words = depth = 0
-    while place < len(where[:_MOST_CHARACTERS]):
-        token = _TOKEN.match(where, place)
+    position = num_words = depth = 0
+    while position < len(where[:_MOST_CHARACTERS]):
+        token = _TOKEN.match(where, position)
         depth += token is not None and {"(": 1, ")": -1}.get(token.group(), 0)
         if token is None or depth < 0 or (token["word"] and token["word"].upper() not in words):
-            problem = f"{where[place : place + 20]!r} at character {place + 1} is not allowed"
+            problem = (
+                f"{where[position : position + 20]!r} at character {position + 1} is not allowed"
+            )
             raise explain_filter(where, problem, columns)
         number, separator = token["number"] or "", token["next"] or ""
         # An integer with more digits may not fit in 64 bits.
         is_decimal = len(number) > 18 or not f"0{number.lstrip('-')}".isdecimal()
         parts.append(f"{separator}CAST({number} AS DOUBLE)" if is_decimal else token.group())
         num_words += bool(token.lastgroup and not separator)  # an IN list adds no nesting
-        place = token.end()
+        position = token.end()
     if depth or not 0 < num_words <= MOST_WORDS or len(where) > _MOST_CHARACTERS:
         problem = (
             f"it has {num_words} words, {len(where):,} characters and {depth} open parentheses"

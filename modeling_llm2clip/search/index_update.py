@@ -78,19 +78,19 @@ def build_index(
     if skipped := files.describe_skipped():
         warn(skipped)
     folder = find_whole_model(model)
-    place: dict[str, Any] = {
+    source: dict[str, Any] = {
         "model": name_model(model),
         "model_files": hash_file_facts(folder),
         "image_dir": str(image_dir.resolve()),
     }
     with lock_database(location):  # another process may be creating its tables
-        database = _open(model, folder, place, location)
+        database = _open(model, folder, source, location)
         encoder = IndexEncoder(folder, config.device, config.precision, config.jpeg_decoding)
         tally = restore_tally(database.about)
 
         def note_place() -> None:
             """Record the current location of model and images, and the tally of encoded images."""
-            about = replace(database.about, **place, tally=store_tally(tally))
+            about = replace(database.about, **source, tally=store_tally(tally))
             if about != database.about:
                 database.write_about(about)
 
@@ -117,20 +117,20 @@ def build_index(
     return database, encoder
 
 
-def _open(model: str | Path, folder: Path, place: dict[str, Any], location: str) -> IndexDatabase:
+def _open(model: str | Path, folder: Path, source: dict[str, Any], location: str) -> IndexDatabase:
     database = IndexDatabase(
         location,
         lambda: About(
-            **place,
+            **source,
             fingerprint=join_fingerprints(fingerprint_whole_model(folder)),
             width=LLM2CLIPConfig.from_pretrained(folder).projection_dim,
         ),
     )
     require_same_model(database, model, folder)
     indexed = database.about.image_dir
-    if indexed != place["image_dir"] and Path(indexed).is_dir() and database.count():
+    if indexed != source["image_dir"] and Path(indexed).is_dir() and database.count():
         raise ValueError(
-            f"{location} is the index of {indexed}; indexing {place['image_dir']} would remove "
+            f"{location} is the index of {indexed}; indexing {source['image_dir']} would remove "
             "those images from it. Choose a new database, or index a folder that contains both."
         )
     return database

@@ -174,7 +174,7 @@ def list_trained(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def require_finite(weights: Mapping[str, Tensor], *, step: int) -> None:
+def require_finite_weights(weights: Mapping[str, Tensor], *, step: int) -> None:
     """Refuse to write weights that are not finite."""
     broken = [name for name, value in weights.items() if not value.isfinite().all()]
     if broken:

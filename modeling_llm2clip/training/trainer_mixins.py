@@ -31,7 +31,7 @@ from ..configs.config_fields import TrainingConfig
 from ..data.sources.json_files import read_json
 from ..scheduling.graceful_stop import StopRequest
 from .finite_steps import FiniteSteps, spread_nonfinite
-from .run_folder import CHECKPOINTS, list_trained, mark_complete, require_finite
+from .run_folder import CHECKPOINTS, list_trained, mark_complete, require_finite_weights
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 Result = TypeVar("Result")
@@ -245,7 +245,7 @@ class TrainedCheckpointMixin(StageTrainerMixin):
         # If the parameters are sharded, the Trainer passes the full state dict.
         state = dict(self.model.named_parameters()) if state_dict is None else state_dict
         kept = {name: state[name].detach().cpu().contiguous() for name in list_trained(self.model)}
-        require_finite(kept, step=self.state.global_step)
+        require_finite_weights(kept, step=self.state.global_step)
         save_file(kept, folder / _WEIGHTS)
 
     def _load_from_checkpoint(

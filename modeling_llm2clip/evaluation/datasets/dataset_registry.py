@@ -329,13 +329,13 @@ def _open(
     lang: str | None = None,
     **options: Any,
 ) -> DatasetReading:
-    place = _find_folder(spec, folder, lang=lang)
+    data_folder = _find_folder(spec, folder, lang=lang)
     if image_dir is not None and not Path(image_dir).is_dir():
         raise ValueError(
             f"image_dir={str(image_dir)!r} is not a folder. Pass the folder of the images."
         )
     images = None if image_dir is None else Path(image_dir)
-    return DatasetReading(spec=spec, folder=place, image_dir=images, **options)
+    return DatasetReading(spec=spec, folder=data_folder, image_dir=images, **options)
 
 
 def _choose_language(reading: DatasetReading, lang: str | None) -> str:

@@ -391,15 +391,15 @@ def score_tiles(
 
     for block in range(math.ceil(correspondence.num_images / shape.images)):
         image_rows = images.write(block * shape.images, image_buffer.view(shape.images, -1))
-        for place in range(tiles_per_block):
-            text_rows = texts.write(place * shape.texts, text_buffer.view(shape.texts, -1))
+        for tile in range(tiles_per_block):
+            text_rows = texts.write(tile * shape.texts, text_buffer.view(shape.texts, -1))
             size = len(image_rows), len(text_rows)
             scores = score_buffer[: math.prod(size)].view(size)
             torch.mm(image_rows, text_rows.T, out=scores)
-            bounds = torch.tensor([0, 1]) + block * tiles_per_block + place
+            bounds = torch.tensor([0, 1]) + block * tiles_per_block + tile
             low, high = torch.searchsorted(tile_of_pair, bounds).tolist()
             scores[image_in_tile[low:high], text_in_tile[low:high]] = -torch.inf
-            starts = block * shape.images, place * shape.texts
+            starts = block * shape.images, tile * shape.texts
             yield Tile(*starts, scores, memory, score_exactly)
 
 

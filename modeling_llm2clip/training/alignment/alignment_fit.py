@@ -30,7 +30,7 @@ from ..run_folder import (
     discard_later_steps,
     find_last_checkpoint,
     list_trained,
-    require_finite,
+    require_finite_weights,
     require_intact_checkpoint,
 )
 from ..trainer_mixins import (
@@ -80,8 +80,10 @@ class AlignmentFit:
         It stays on the CPU if the Trainer is to shard it.
         """
         set_seed(self.config.seed)
-        place = torch.device("cpu") if is_sharded() else device
-        model = self.load_parts(self.source, place, rounds_towers=self.rounds_towers(device.type))
+        load_device = torch.device("cpu") if is_sharded() else device
+        model = self.load_parts(
+            self.source, load_device, rounds_towers=self.rounds_towers(device.type)
+        )
         if self.config.precision == "float32":
             model.float()  # type: ignore[no-untyped-call]  # towers in half precision would be computed in it
         return model, choose_trained_parts(model, self.config)
@@ -246,7 +248,7 @@ def collect_weights(
             assert set(best) == list_trained(model)
             model.load_state_dict(best, strict=False)
         state = merge_loras(model, adapted)
-    require_finite(state, step=trainer.state.global_step)
+    require_finite_weights(state, step=trainer.state.global_step)
     state = {name: value for name, value in state.items() if not name.startswith(f"{LOSS}.")}
     model.teacher_model = None  # not part of a saved model
     return name_as_saved(model, state, scratch) if trainer.args.should_save else {}

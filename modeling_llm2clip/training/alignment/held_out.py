@@ -253,12 +253,12 @@ def embed_batches(
     was_training = model.training
     model.eval()
     parts: list[LossInputs] = []
-    place = device if has_float64(device) else torch.device("cpu")
+    float64_device = device if has_float64(device) else torch.device("cpu")
     with skip_identity_blocks(model):
         for batch in batches:
             with make_context():
                 _, inputs = model({name: value.to(device) for name, value in batch.items()})
-            parts.append(inputs.to(place))
+            parts.append(inputs.to(float64_device))
     model.train(was_training)
     joined: dict[str, Any] = {
         name: torch.cat([getattr(part, name) for part in parts])

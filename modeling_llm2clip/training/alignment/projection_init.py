@@ -268,10 +268,14 @@ def apply_adapter(model: LLM2CLIPModel, caption_embeds: Tensor) -> Tensor:
     """
     device = model.text_projection.weight.device
     size = _BYTES_PER_NUMBER * caption_embeds.numel()
-    place = device if has_float64(device) and has_room(device, size) else torch.device("cpu")
+    solver_device = (
+        device if has_float64(device) and has_room(device, size) else torch.device("cpu")
+    )
     with skip_identity_blocks(model):
         parts = caption_embeds.split(_ROWS_OF_ADAPTER)
-        return torch.cat([model.text_adapter(part.to(device)).float().to(place) for part in parts])
+        return torch.cat(
+            [model.text_adapter(part.to(device)).float().to(solver_device) for part in parts]
+        )
 
 
 def fill_projection(projection: nn.Linear, weight: Tensor, bias: Tensor) -> None:
@@ -351,12 +355,12 @@ def _choose_shrinkages(
     folds = list(_make_folds(text, vision, ids))
     ranks: dict[tuple[int, int], float] = {}
 
-    def measure(place: tuple[int, int]) -> float:
-        if place not in ranks:
-            shrinkages = SHRINKAGES[place[0]], SHRINKAGES[place[1]]
-            ranks[place] = sum(_measure_fold(*fold, shrinkages, num_directions) for fold in folds)
-            ranks[place] /= len(folds)
-        return ranks[place]
+    def measure(choice: tuple[int, int]) -> float:
+        if choice not in ranks:
+            shrinkages = SHRINKAGES[choice[0]], SHRINKAGES[choice[1]]
+            ranks[choice] = sum(_measure_fold(*fold, shrinkages, num_directions) for fold in folds)
+            ranks[choice] /= len(folds)
+        return ranks[choice]
 
     best = _FIRST_TRIED
     while True:

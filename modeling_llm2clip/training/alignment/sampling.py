@@ -37,22 +37,22 @@ class Samples(NamedTuple):
 
 
 def draw_samples(
-    items: Array, *place: int, seed: int, rank: int = 0, num_processes: int = 1
+    items: Array, *batch_id: int, seed: int, rank: int = 0, num_processes: int = 1
 ) -> Samples:
     """Sample for the global batch, and return the part of one process.
 
     Args:
         items: Records of the global batch.
-        place: Integers that identify the batch within the run, such as its step.
+        batch_id: Integers that identify the batch within the run, such as its step.
         seed: Seed of the run.
         rank: Rank of this process.
         num_processes: Number of processes that share the batch.
     """
     size = len(items) // num_processes
     rows = slice(rank * size, (rank + 1) * size)
-    generator = torch.Generator().manual_seed(_make_seed(seed, _CAPTIONS, *place))
+    generator = torch.Generator().manual_seed(_make_seed(seed, _CAPTIONS, *batch_id))
     draws: Array = torch.rand(len(items), 2, dtype=torch.float64, generator=generator).numpy()
-    return Samples(items[rows], draws[rows], _make_seed(seed, _NOISE, *place, rank))
+    return Samples(items[rows], draws[rows], _make_seed(seed, _NOISE, *batch_id, rank))
 
 
 @dataclass(eq=False)

@@ -91,7 +91,7 @@ def prepare_data(
     One process per machine writes the pairs, and all processes map the files.
     """
     to_train, held_out, num_lost = groups.hold_out(
-        count_held_out(len(groups), config), seed=config.seed
+        count_held_out_groups(len(groups), config), seed=config.seed
     )
     files = [folder / _CAPTIONS, *(folder / f"pairs_{n + 1}" for n in range(len(text_pairs)))]
     num_pairs_lost = run_once_per_machine(
@@ -113,7 +113,7 @@ def prepare_data(
     return FinetuneData(tables, weights, len(to_train), to_train.num_pairs, held_out, counts)
 
 
-def count_held_out(num_groups: int, config: FinetuneConfig) -> int:
+def count_held_out_groups(num_groups: int, config: FinetuneConfig) -> int:
     if config.num_held_out is not None:
         return config.num_held_out
     return min(_MAX_HELD_OUT, max(2, num_groups // 5))

@@ -58,7 +58,7 @@ from ..run_folder import (
     lock_run,
     read_results,
     read_run_record,
-    require_finite,
+    require_finite_weights,
     require_output,
     require_same_run,
     write_run_record,
@@ -347,7 +347,7 @@ def _train(
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     raise_if_stopped(trainer, output, stop)
     step = trainer.state.global_step
-    require_finite(encoder.trained_weights, step=step)
+    require_finite_weights(encoder.trained_weights, step=step)
     if state.is_main_process:
         write_lora(
             encoder,

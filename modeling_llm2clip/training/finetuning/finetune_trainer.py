@@ -39,7 +39,7 @@ from ...evaluation.tasks.retrieval import measure_caption_retrieval
 from ...model_folders.model_folder import LORA_CONFIG, LORA_WEIGHTS
 from ...modeling_llm2clip import LLM2CLIPModel, LLM2CLIPTextModel
 from ...processing_llm2clip import LLM2CLIPProcessor, check_texts
-from ..run_folder import METRICS_FILE, require_finite
+from ..run_folder import METRICS_FILE, require_finite_weights
 from ..trainer_mixins import (
     JsonLinesCallback,
     StageTrainerMixin,
@@ -52,7 +52,7 @@ from .pair_sampling import (
     NoDuplicateGroupsBatchSampler,
     PairCollator,
     WeightedBatchSampler,
-    count_steps,
+    count_table_batches,
 )
 
 _SHORT_RUN = 200  # shorter runs log every step
@@ -245,7 +245,7 @@ class FinetuneTrainer(
         """Skip the model card, because this LoRA is not published as is."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        require_finite(self.encoder.trained_weights, step=self.state.global_step)
+        require_finite_weights(self.encoder.trained_weights, step=self.state.global_step)
         super()._save_checkpoint(model, trial)
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
@@ -290,7 +290,7 @@ def count_run_steps(data: FinetuneData, config: FinetuneConfig) -> tuple[int, in
     """Return the number of steps in the whole run and in one epoch."""
     lengths = [len(table) for table in data.tables.values()]
     window_size = config.per_device_train_batch_size * PartialState().num_processes
-    steps_per_epoch = sum(count_steps(lengths, data.weights, window_size))
+    steps_per_epoch = sum(count_table_batches(lengths, data.weights, window_size))
     num_steps = config.max_steps or max(1, round(config.num_train_epochs * steps_per_epoch))
     return num_steps, steps_per_epoch
 

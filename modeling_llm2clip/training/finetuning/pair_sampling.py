@@ -302,7 +302,7 @@ class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):  # type: ignore[mis
         self.num_processes = PartialState().num_processes
         self.num_steps = num_steps
         lengths = [len(table) for table in self.dataset.datasets]
-        self.steps = count_steps(lengths, weights, self.batch_size * self.num_processes)
+        self.steps = count_table_batches(lengths, weights, self.batch_size * self.num_processes)
         # Nearest groups exist only for the first table, with the captions.
         for sampler in self.batch_samplers[1:]:
             sampler.num_hard_negatives = 0
@@ -330,7 +330,9 @@ class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):  # type: ignore[mis
             yield from sampler
 
 
-def count_steps(lengths: Sequence[int], weights: Sequence[float], window_size: int) -> list[int]:
+def count_table_batches(
+    lengths: Sequence[int], weights: Sequence[float], window_size: int
+) -> list[int]:
     """Count each table's batches per epoch: all of the first table, others by weight."""
     return [max(1, round(lengths[0] // window_size * weight)) for weight in weights]
 

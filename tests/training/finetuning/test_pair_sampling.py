@@ -33,7 +33,7 @@ from modeling_llm2clip.training.finetuning.pair_sampling import (
     MappedColumn,
     NoDuplicateGroupsBatchSampler,
     WeightedBatchSampler,
-    count_steps,
+    count_table_batches,
     open_table,
     write_caption_pairs,
     write_text_pairs,
@@ -172,7 +172,7 @@ def test_a_run_of_several_epochs_mixes_tables_by_weight(make_table):
     tables = [make_table(8), make_table(pairs=others)]
     samplers = [NoDuplicateGroupsBatchSampler(table, 2, drop_last=True) for table in tables]
     weights = [1.0, 0.25]
-    assert count_steps([24, 4], weights, 2) == [12, 3]
+    assert count_table_batches([24, 4], weights, 2) == [12, 3]
     sampler = WeightedBatchSampler(
         ConcatDataset(tables), samplers, weights=weights, num_steps=30, seed=5
     )
