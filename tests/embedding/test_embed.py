@@ -296,7 +296,7 @@ def test_a_folder_with_other_things_is_refused_before_the_model_is_loaded(
     (tmp_path / "full" / "notes.txt").touch()
     with pytest.raises(FileExistsError, match=r"has no embeddings: notes\.txt\. Choose a new"):
         embed_texts(tmp_path / "no-model", records, tmp_path / "full")
-    with pytest.raises(NotADirectoryError, match=r"notes\.txt is not a folder\. Name another"):
+    with pytest.raises(NotADirectoryError, match=r"notes\.txt is not a folder\. Choose another"):
         embed_texts(tmp_path / "no-model", records, tmp_path / "full" / "notes.txt")
 
 
