@@ -127,7 +127,7 @@ class ModelUnderTest:
         The instruction is pooled only if the prompt is.
         """
         start = self.config.num_unpooled
-        if start == len(self.config.prompt_prefix_ids):
+        if not self.config.pools_prompt:
             start += len(self.list_bare_ids(instruction))
         ids = (self.list_ids(instruction + text) for text in texts)
         return torch.cat([self.encode_by_hand(row, num_unpooled=start) for row in ids])

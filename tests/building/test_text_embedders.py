@@ -237,6 +237,7 @@ def test_an_instruction_is_pooled_as_the_embedder_pools_it(tmp_path: Path) -> No
     served = asyncio.run(service.embed(TEXTS, prompt_name="query"))
     service.close()
     assert measure_distance(torch.from_numpy(served.embeds), wanted) < ROUNDING
+    assert check_model(folder, device="cpu").healthy
 
 
 @pytest.mark.parametrize("prompt", [None, "find the image: "])
