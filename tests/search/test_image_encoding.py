@@ -13,7 +13,7 @@ import torch
 from odd_images import write_rotated_jpeg, write_tiff_of_lost_pixels
 from PIL import Image
 from shared_models import ROUNDING, shared_model
-from tiny import draw_noise, tiny_model
+from tiny import draw_noise
 
 from modeling_llm2clip.encoding.encode import TorchEncoder, encode_images
 from modeling_llm2clip.search import image_encoding
@@ -74,12 +74,6 @@ def test_a_tag_of_another_type_is_an_error_of_its_file_alone(
     found = encode(*paths)
     assert list(found.errors) == [paths[2], paths[3]] and len(found.paths) == 3
     assert f"{paths[3]}: the image is truncated or corrupt" in found.errors[paths[3]]
-
-
-def test_a_model_in_training_mode_is_refused(paths: list[Path]) -> None:
-    model, processor = tiny_model()
-    with pytest.raises(ValueError, match="in training mode"):
-        encode_readable_images(TorchEncoder(model.train(), processor), paths)
 
 
 def test_another_default_dtype_changes_nothing(paths: list[Path]) -> None:

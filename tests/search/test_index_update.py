@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -239,31 +237,6 @@ def test_a_stopped_update_has_kept_what_it_committed_and_is_continued(
         place.build()
     about = IndexDatabase(place.index).about
     assert about.tally is not None and about.tally["num_images"] == 4
-    require_continued(place, monkeypatch)
-
-
-KILLED = """
-import os, sys
-from modeling_llm2clip.configs.encoding_config import IndexConfig
-from modeling_llm2clip.search import index_update
-from modeling_llm2clip.search.image_index import ImageIndex
-index_update._COMMITTED_AT_ONCE = 2
-real, calls = index_update.encode_readable_images, []
-def die(*args, **options):
-    calls.append(1)
-    return os._exit(9) if len(calls) == 3 else real(*args, **options)
-index_update.encode_readable_images = die
-ImageIndex.build(*sys.argv[1:4], IndexConfig(show_progress=False))
-"""
-
-
-@pytest.mark.slow
-def test_a_killed_update_is_continued_too(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = map(str, (place.model, place.images, place.index))
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, *words], capture_output=True, text=True, timeout=100
-    )
-    assert done.returncode == 9, done.stderr[-2000:]
     require_continued(place, monkeypatch)
 
 

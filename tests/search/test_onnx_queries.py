@@ -62,7 +62,10 @@ def test_the_shell_searches_without_torch_and_reports_truncated_sentences(
     assert apart.keys() == here.keys()
     for words in (["dog " * 200], ["dog " * 200, "--model", str(shared_graphs())]):
         assert main(["search", str(db), *words]) == 0
-        assert "Truncated 1 of 1 sentence to the 128 tokens" in capsys.readouterr().err
+        assert (
+            "Truncated 1 of 1 sentence to the model's limit of 128 tokens"
+            in capsys.readouterr().err
+        )
 
 
 @pytest.mark.slow
