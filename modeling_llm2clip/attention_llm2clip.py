@@ -209,8 +209,7 @@ def attend_packed(
     if kernel is not None and value.dtype in kernel.dtypes and not dropout:
         return _attend_by_kernel(query, key, value, packed_texts, scaling).unsqueeze(0), None
     # The operator has no gradients, and outside a graph it slows down a single short caption.
-    in_graph = is_traced() and not torch.is_grad_enabled()
-    attend = _attend_in_graph if in_graph else _attend
+    attend = _attend_in_graph if is_traced() and not torch.is_grad_enabled() else _attend
     mixed: Tensor = attend(
         query, key, value, packed_texts.cu_seqlens, is_causal, scaling, dropout, sliding_window
     )

@@ -354,8 +354,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
 
 def _unpack(image: Any) -> Any:
     # A dimension of up to 4 could be mistaken for the channels.
-    is_clear = isinstance(image, Image.Image) and min(image.size) > 4
-    return unpack_pixels(image) if is_clear else image
+    return unpack_pixels(image) if isinstance(image, Image.Image) and min(image.size) > 4 else image
 
 
 def _pop_unscaled(kwargs: dict[str, Any]) -> bool:

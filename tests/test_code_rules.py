@@ -41,24 +41,24 @@ MOST_FUNCTION_LINES = 60
 # folder may grow by HEADROOM until the next release. Beyond that, new code replaces old, or the
 # commit raises the budget and says why.
 BUDGETS = {
-    ".": 2578,
+    ".": 2580,
     "building": 1223,
-    "cli": 980,
-    "configs": 755,
+    "cli": 978,
+    "configs": 754,
     "conversion": 536,
-    "data": 4346,
+    "data": 4330,
     "demo": 86,
     "doctor": 1068,
-    "embedding": 1108,
-    "encoding": 945,
-    "evaluation": 2771,
-    "model_folders": 1472,
-    "publishing": 958,
+    "embedding": 1102,
+    "encoding": 944,
+    "evaluation": 2765,
+    "model_folders": 1471,
+    "publishing": 956,
     "recipes": 364,
     "scheduling": 83,
-    "search": 1380,
-    "serving": 1457,
-    "training": 4213,
+    "search": 1378,
+    "serving": 1458,
+    "training": 4207,
 }
 NUM_FILES = 264
 HEADROOM = 1.02

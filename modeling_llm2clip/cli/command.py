@@ -237,8 +237,7 @@ def _prepare(app: App, commands: tuple[str, ...], arguments: ArgumentCollection)
     for argument in arguments:
         if argument.children:  # cyclopts resolves names in the class's module, not in its bases'
             config_type = argument.resolved_hint
-            hints = get_type_hints(config_type, include_extras=True)
-            config_type.__init__.__annotations__ = hints
+            config_type.__init__.__annotations__ = get_type_hints(config_type, include_extras=True)
         if argument.name == "--config" and argument.tokens:
             from cyclopts.config import Dict
 

@@ -201,8 +201,7 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
             f"{file} cannot be read: {error.strerror}. Pass a YAML file of options."
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        message = " ".join(str(error).split())
-        raise ValueError(f"{file} cannot be read as YAML: {message}") from None
+        raise ValueError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if values is None:  # an empty file
         return {}
     if not isinstance(values, dict) or None in values:

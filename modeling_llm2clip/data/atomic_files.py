@@ -239,8 +239,7 @@ def hash_file(file: Path, algorithm: str = "sha256") -> str:
 
 def hash_json(value: Any) -> str:
     """Hash a JSON value, regardless of the order of object keys."""
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -39,8 +39,7 @@ class DataValidationError(ValueError):
         self.counts = dict(counts)
         self.places = {kind: list(where) for kind, where in places.items()}
         self.advice = advice
-        total = sum(self.counts.values())
-        lines = [f"{source} has {counted(total, 'error')}:"]
+        lines = [f"{source} has {counted(sum(self.counts.values()), 'error')}:"]
         lines += describe_errors(self.counts, self.places)
         lines.append("Correct or remove these; nothing was skipped.")
         if any(kind.startswith("unknown field") for kind in self.counts):

@@ -143,8 +143,7 @@ def run_embed(
                     begun = _add_ranges(planned, encoder, rows, config)
                 begin_output(output, begun)
             begun = read_begun(output, planned)
-        writer = ParquetWriter(output, begun, rows)
-        work = ShardWork(writer, encoder, rows)
+        work = ShardWork(ParquetWriter(output, begun, rows), encoder, rows)
         compute_partition(plan, work, model.folder, stop=stop, source=source)
         if modality == "image":
             _report_far(encoder, model.folder, report or partial(warnings.warn, stacklevel=4))

@@ -262,8 +262,7 @@ def compute_with_ray(
         available = resources.get("GPU", 0) if on_gpu else resources.get("CPU", 0) // threads
         # Not all actors may be able to start; a pool that waits for all of them could hang.
         pool = ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, int(available)))
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = show_progress
+        ray.data.DataContext.get_current().enable_progress_bars = show_progress
         rows = [{"shard": shard} for shard in shards]
         computed = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Actor,

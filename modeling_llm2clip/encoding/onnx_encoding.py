@@ -56,8 +56,7 @@ class OnnxEncoder(Encoder):
         self.logit_rule = logit_rule
         self._sessions = sessions
         self.modalities = tuple(sessions)
-        first = next(iter(sessions.values()))
-        self.embedding_dim = int(first.get_outputs()[0].shape[1])
+        self.embedding_dim = int(next(iter(sessions.values())).get_outputs()[0].shape[1])
 
     def encode_tokens(
         self, input_ids: Tensor, attention_mask: Tensor, *, num_unpooled: int | None = None

@@ -233,8 +233,7 @@ def label_dataset(result: Result, *, with_languages: bool = False) -> str:
         parts.append("files differ")
     label = f"{result.dataset} ({', '.join(parts)})" if parts else result.dataset
     is_english = set(data) <= {"en", "None"}
-    many = len(data) > _SHOWN_LANGUAGES
-    languages = f"{len(data)} languages" if many else "+".join(data)
+    languages = f"{len(data)} languages" if len(data) > _SHOWN_LANGUAGES else "+".join(data)
     return label if is_english or not with_languages else f"{label} [{languages}]"
 
 

@@ -227,8 +227,7 @@ def _describe_weights(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     dtypes = set()
     for name, tensor in tensors:
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(content.numpy().data)
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         if tensor.is_floating_point():
             dtypes.add(str(tensor.dtype).removeprefix("torch."))
     if not dtypes:

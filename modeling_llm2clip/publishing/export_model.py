@@ -300,7 +300,6 @@ def _list_scores(
         intervals = scores.get("intervals", {})
         for name, value in scores.items():
             if name not in _DETAILS:
-                score_path = f"{path}.{name}".strip(".")
-                yield from _list_scores(value, score_path, intervals.get(name))
+                yield from _list_scores(value, f"{path}.{name}".strip("."), intervals.get(name))
     elif isinstance(scores, int | float):
         yield path, scores, () if interval is None else (interval["low"], interval["high"])

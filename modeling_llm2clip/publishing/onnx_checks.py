@@ -231,8 +231,7 @@ def check_script(folder: Path, encoder: OnnxEncoder, text_graph: Path | None) ->
 def measure_recall(text_embeds: Tensor, image_embeds: Tensor) -> float:
     """Compute text to image R@1 if text i matches only image i; ties count as misses."""
     pairing = Correspondence.from_image_of_text(range(len(text_embeds)), len(text_embeds))
-    ranks = rank_retrieval(image_embeds, text_embeds, pairing)
-    return _round(hit_rate_at(ranks.t2i, k=1))
+    return _round(hit_rate_at(rank_retrieval(image_embeds, text_embeds, pairing).t2i, k=1))
 
 
 def measure_cosines(embeds: Tensor, expected: Tensor) -> Tensor:

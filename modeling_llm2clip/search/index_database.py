@@ -403,8 +403,7 @@ def _require_intact(batch: pa.RecordBatch) -> None:
 
 def _shorten(error: BaseException) -> str:
     """Return the first sentence of an error; LanceDB appends positions in its source code."""
-    text = " ".join(str(error).split())
-    return text.split(", /")[0].split(" at /")[0][:300].rstrip(". ")
+    return " ".join(str(error).split()).split(", /")[0].split(" at /")[0][:300].rstrip(". ")
 
 
 def _to_matrix(column: pa.Array) -> np.ndarray[Any, Any]:

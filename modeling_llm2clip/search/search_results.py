@@ -168,8 +168,7 @@ def write_results_page(
 
 def write_results_sheet(results: Sequence[SearchResult], path: Path) -> None:
     """Write a PNG sheet with one row per query: the query, then its images with cosines."""
-    columns = max(len(result.hits) for result in results)
-    width = _TEXT_WIDTH + columns * (_SIDE + _GAP) + _GAP
+    width = _TEXT_WIDTH + max(len(result.hits) for result in results) * (_SIDE + _GAP) + _GAP
     rows = [_draw_row(result, number, width) for number, result in enumerate(results, start=1)]
     sheet = Image.new("RGB", (width, sum(row.height for row in rows) + _GAP), "white")
     top = _GAP

@@ -197,8 +197,7 @@ class BatchWorker:
             return
         for (job, _), embed in zip(batch, embeds, strict=True):
             job.rows.append(embed)
-            is_done = len(job.rows) == len(job.inputs)
-            if is_done and job.future.set_running_or_notify_cancel():
+            if len(job.rows) == len(job.inputs) and job.future.set_running_or_notify_cancel():
                 job.future.set_result(np.stack(job.rows))
 
 

@@ -450,8 +450,7 @@ def find_without_gradient(module: nn.Module, compute: Callable[[], Tensor]) -> l
     with torch.random.fork_rng(devices=[*devices]), torch.enable_grad():
         compute().backward()
     module.train(was_training)
-    named = module.named_parameters()
-    missing = [name for name, p in named if p.requires_grad and p.grad is None]
+    missing = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
     module.zero_grad(set_to_none=True)
     return missing
 

@@ -185,8 +185,7 @@ def locate_captions(batch: pa.RecordBatch) -> tuple[Array, Array]:
     within = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
     first_short = np.cumsum(num_short) - num_short
     first_long = num_short.sum() + np.cumsum(num_long) - num_long - num_short
-    is_short = within < num_short[row]
-    return row, within + np.where(is_short, first_short[row], first_long[row])
+    return row, within + np.where(within < num_short[row], first_short[row], first_long[row])
 
 
 def count_captions(batch: pa.RecordBatch) -> tuple[Array, Array]:

@@ -146,8 +146,7 @@ def _build(
     job: IndexJob, file: Path, show_progress: bool, states: Sequence[FileInfo | None]
 ) -> tuple[RecordTable, ErrorCollector]:
     errors = ErrorCollector()
-    is_cache = file.is_relative_to(default_cache_folder())
-    remedy = _FREE_CACHE if is_cache else FREE_TEMPORARY_FOLDER
+    remedy = _FREE_CACHE if file.is_relative_to(default_cache_folder()) else FREE_TEMPORARY_FOLDER
     unfinished = file.with_name(f"{file.name}.{os.getpid()}{_UNFINISHED}")
     with explain_full_disk(file.parent, "for the index of the data", remedy):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -322,8 +321,7 @@ def _lock(name: Path) -> AbstractContextManager[Any]:
 def _has_same_images(table: RecordTable) -> bool:
     """Return whether image files still exist, with the sizes in their index."""
     if len(table) > _MOST_IMAGES:
-        rows = np.linspace(0, len(table) - 1, _IMAGES_SAMPLED).astype(np.int64)
-        table = table.select(rows)
+        table = table.select(np.linspace(0, len(table) - 1, _IMAGES_SAMPLED).astype(np.int64))
     with ThreadPoolExecutor(_THREADS) as pool:
         for batch in table.iterate_columns(("image_kind", "image_file", "image_size")):
             files = batch.filter(pc.equal(batch.column("image_kind"), IMAGE_FILE))

@@ -69,8 +69,7 @@ class RecordTable(Sequence[CaptionedImage]):
         self.file = file
         self.rows = rows
         self.skipped = dict(skipped or {})
-        total = sum(batch.num_rows for batch in batches)
-        self._length = total if rows is None else len(rows)
+        self._length = sum(batch.num_rows for batch in batches) if rows is None else len(rows)
 
     @classmethod
     def from_records(cls, records: Iterable[CaptionedImage]) -> RecordTable:
@@ -148,8 +147,7 @@ class RecordTable(Sequence[CaptionedImage]):
         Raises:
             IndexError: A number is out of range, or a mask has the wrong length.
         """
-        chosen = _shrink(self._locate(rows))
-        return RecordTable(self._batches, file=self.file, rows=chosen)
+        return RecordTable(self._batches, file=self.file, rows=_shrink(self._locate(rows)))
 
     def _locate(self, rows: Sequence[int] | Array) -> Array:
         """Return the rows that records have in the batches."""
@@ -322,8 +320,7 @@ class RecordTable(Sequence[CaptionedImage]):
         if len(parts) == 1:
             return parts[0]
         back = np.argsort(np.concatenate(order))
-        joined = pa.Table.from_batches(parts).combine_chunks().to_batches()[0]
-        return joined.take(pa.array(back))
+        return pa.Table.from_batches(parts).combine_chunks().to_batches()[0].take(pa.array(back))
 
 
 def skipped_file(file: Path) -> Path:

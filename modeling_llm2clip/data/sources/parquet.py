@@ -89,8 +89,7 @@ def read_parquet_file(
         values = {field: row[column] for field, column in sources.items()}
         fields = {field: value for field, value in values.items() if value is not None}
         packed = fields.pop("image") if isinstance(fields.get("image"), ParquetImage) else None
-        place = f"{name} row {number}"
-        yield RawRecord(place, fields, packed=packed, default_name=default_name)
+        yield RawRecord(f"{name} row {number}", fields, packed=packed, default_name=default_name)
 
 
 def iterate_rows(
@@ -123,8 +122,7 @@ def _open(file: FileLocation, name: str, errors: ErrorCollector) -> Any:
 
 def _add_broken(name: str, error: Exception, errors: ErrorCollector) -> None:
     reason = str(error).partition("\n")[0]
-    kind = name_reading_error(error) or "not a Parquet file, or broken"
-    errors.add(kind, f"{name} ({reason})")
+    errors.add(name_reading_error(error) or "not a Parquet file, or broken", f"{name} ({reason})")
 
 
 _Row: TypeAlias = tuple[int, dict[str, Any], dict[str, Any]]

@@ -189,8 +189,7 @@ class RecordStream(IterableDataset[CaptionedImage]):
 
     def require_workers(self, num_workers: int) -> None:
         """Check that each worker of each process gets at least one shard."""
-        readers = self.num_processes * max(1, num_workers)
-        if readers > len(self.reader.shards):
+        if self.num_processes * max(1, num_workers) > len(self.reader.shards):
             raise ValueError(
                 f"{len(self.reader.shards)} shards for {self.num_processes} processes with "
                 f"{max(1, num_workers)} workers each: some would get none. Use fewer workers, or "
@@ -208,8 +207,7 @@ class RecordStream(IterableDataset[CaptionedImage]):
         number = self.process_index * num_workers + worker
         state, self._resumed = self._resumed, None
         epoch = self.epoch if state is None else state["epoch"]
-        num_readers = self.num_processes * num_workers
-        run = StreamRun(self, epoch, number, num_readers, prepare=prepare)
+        run = StreamRun(self, epoch, number, self.num_processes * num_workers, prepare=prepare)
         if state is not None:
             run.resume(state)
         self._run = run

@@ -84,8 +84,7 @@ class JsonCaptions:
                 present = [values for values in values_of_paths if values != [None]]
                 captions: list[Any] = list(chain(*present)) if present else [None]
                 if not isinstance(name, str) or not all(isinstance(c, str) for c in captions):
-                    error = self.lacking.format(lang=reading.lang)
-                    reading.errors.add(error, f"{folder}{place}")
+                    reading.errors.add(self.lacking.format(lang=reading.lang), f"{folder}{place}")
                 elif len(captions) >= self.min_captions:
                     if parent := fields.get(self.parent):
                         name = f"{parent}/{name}"
@@ -110,8 +109,7 @@ class JsonCaptions:
             )
         else:
             has_splits = bool(self.other_splits)
-            lines = read_json_lines(file, reading.errors)
-            records = ((raw.place, raw.fields) for raw in lines)
+            records = ((raw.place, raw.fields) for raw in read_json_lines(file, reading.errors))
         for place, fields in records:
             if not has_splits or fields.get("split") == "test":
                 yield place, fields

@@ -240,8 +240,7 @@ def _find_names(published: LabeledImages, reading: DatasetReading) -> Mapping[st
 
 def read_image_folder(reading: DatasetReading) -> LabeledImages:
     """Read a folder of class folders, which name the classes if there is no file of names."""
-    root = reading.image_dir or reading.data_folder
-    images, keys = _walk_class_folders(root, reading)
+    images, keys = _walk_class_folders(reading.image_dir or reading.data_folder, reading)
     file = reading.data_folder / _NAMES
     if not file.is_file():
         return LabeledImages(keys, {key: key.replace("_", " ") for key in keys}, images)

@@ -246,8 +246,7 @@ def load_dataset(
         cache=cache or ReadingCache(),
     )
     # A local path does not affect the scores, and the protocol may be published.
-    is_on_hub = str(folder).startswith(_ON_HUB)
-    reading.notes["source"] = str(folder) if is_on_hub else spec.origin
+    reading.notes["source"] = str(folder) if str(folder).startswith(_ON_HUB) else spec.origin
     reading.lang = _choose_language(reading, lang)
     return _BUILDERS[spec.dataset_type](reading)
 

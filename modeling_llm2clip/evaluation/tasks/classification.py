@@ -25,8 +25,7 @@ def _run_classification(encoder: EvaluationEncoder, datasets: Datasets) -> TaskS
     [dataset] = datasets
     assert isinstance(dataset, ClassificationDataset)
     texts = encoder.encode_texts(list_prompts(dataset))
-    num_prompts = [len(dataset.templates)] * len(dataset.class_names)
-    classes = average_prompts(texts.embeds, num_prompts)
+    classes = average_prompts(texts.embeds, [len(dataset.templates)] * len(dataset.class_names))
     images = F.normalize(encoder.encode_images(dataset.images, names=dataset.image_names), dim=-1)
     labels = torch.tensor(dataset.labels)
     ranks, predicted = rank_classes(images, classes, labels, device=encoder.ranking_device)

@@ -164,8 +164,7 @@ def _got_worse(results: Mapping[str, Any]) -> bool:
 def _describe_objective(results: Mapping[str, Any]) -> list[str]:
     losses = results.get("objective")
     if losses is None:
-        is_judged = results["held_out"] is not None or not results["steps"]
-        return [] if is_judged else [NOT_JUDGED]
+        return [] if results["held_out"] is not None or not results["steps"] else [NOT_JUDGED]
     line = (
         f"Loss on a training batch, with float32 weights: {losses['before']:.3f} at the start, "
         f"{losses['after']:.3f} at the end."

@@ -226,8 +226,7 @@ def _fit_ridge(model: AlignmentModel, captions: _Captions) -> tuple[float, float
     adapted = apply_adapter(model, embeds)
     targets = targets.to(adapted.device)
     side, mean = Side(adapted), targets.mean(0).double()
-    rotated = side.rotate(adapted).double()
-    cross = rotated.T @ (targets - mean) / len(targets)
+    cross = side.rotate(adapted).double().T @ (targets - mean) / len(targets)
 
     def solve(shrinkage: float) -> float:
         weight = (side.directions @ (side.whiten(shrinkage).square()[:, None] * cross)).T

@@ -162,8 +162,7 @@ def _fit_cca(
     assert isinstance(data, RecordData)  # a stream has no image store
     dataset, generator = data.dataset, torch.Generator().manual_seed(config.seed)
     # Every item has at least one caption, so this many items suffice.
-    sampled = torch.randperm(data.num_items, generator=generator)[:_MAX_PAIRS].numpy()
-    chosen = data.items[sampled]
+    chosen = data.items[torch.randperm(data.num_items, generator=generator)[:_MAX_PAIRS].numpy()]
     short, long = dataset.records.count_texts(chosen)
     ends = np.cumsum(short + long)
     num_items = int(np.searchsorted(ends, _MAX_PAIRS)) + 1  # and the item that reaches the limit

@@ -128,8 +128,7 @@ def _build_index(
     )
     index.train(_take_units(embeddings, points, "cpu").numpy())
     for start in range(0, number, _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
-        index.add(_take_units(embeddings, rows, "cpu").numpy())
+        index.add(_take_units(embeddings, slice(start, start + _ROWS_AT_ONCE), "cpu").numpy())
     nearest = np.concatenate([*_search_exactly(embeddings, sample, top_k, device)])
     ranked = np.concatenate([*_search_index(index, embeddings, sample, top_k)])
     return index, {

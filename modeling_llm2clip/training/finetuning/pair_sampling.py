@@ -215,8 +215,7 @@ class NoDuplicateGroupsBatchSampler(DefaultBatchSampler):  # type: ignore[misc]
         return int(self.num_rows // self.window_size * self.num_processes)
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        rows = self._shuffle_forever(generator)
+        rows = self._shuffle_forever(torch.Generator().manual_seed(self.seed + self.epoch))
         waiting: deque[_Row] = deque()
         for _ in range(len(self) // self.num_processes):
             window = self._fill(rows, waiting)
