@@ -69,7 +69,7 @@ def use_device(name: str, precision: str = "auto") -> torch.device:
     device = find_device(name, precision=precision)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # otherwise, libraries launch kernels on the first GPU
-    if device.type != "cpu" or name == "auto" and len(list_devices()) > 1:
+    if device.type != "cpu" or (name == "auto" and len(list_devices()) > 1):
         print(f"Device: {describe_device(device)} (--device {name}).", file=sys.stderr)
     return device
 
