@@ -24,7 +24,7 @@ from .index_database import IndexDatabase
 FEWEST_ROWS = 20_000
 # Larger partitions mean more comparisons per query; smaller ones spread the nearest images wider.
 _ROWS_PER_PARTITION = 1000
-_TOP_K, _MIN_RECALL = 10, 0.97
+_TOP_K, MIN_RECALL = 10, 0.97
 _SHARES_VISITED = (
     0.02, 0.05, 0.08, 0.1, 0.12, 0.14, 0.16, 0.18, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0
 )  # fmt: skip
@@ -70,11 +70,11 @@ def train_ann(
         build_s=seconds, is_used=True,
     )  # fmt: skip
     ann = tune_ann(database, untuned, queries)
-    finds_enough, is_faster = ann.recall_at_10 >= _MIN_RECALL, ann.query_ms < ann.exact_query_ms
+    finds_enough, is_faster = ann.recall_at_10 >= MIN_RECALL, ann.query_ms < ann.exact_query_ms
     ann = replace(ann, is_used=always or (finds_enough and is_faster))
     if not ann.is_used:
         database.drop_ann()
-    reason = f"recall below {_MIN_RECALL}" if not finds_enough else "slower than exact search"
+    reason = f"recall below {MIN_RECALL}" if not finds_enough else "slower than exact search"
     report(
         f"Trained in {seconds:.0f} s. {describe_ann(ann)}"
         + ("" if ann.is_used else f" Not kept: {reason}. Every image is compared instead.")
@@ -97,7 +97,7 @@ def tune_ann(database: IndexDatabase, ann: AnnIndex, queries: np.ndarray[Any, An
             replace(tried, recall_at_10=recall, query_ms=query_ms),
             key=lambda candidate: candidate.recall_at_10,
         )
-        if best.recall_at_10 >= _MIN_RECALL:
+        if best.recall_at_10 >= MIN_RECALL:
             break
     _, exact_query_ms = measure_search(database, queries[:3], ann=None)
     return replace(best, num_queries=len(queries), exact_query_ms=exact_query_ms)

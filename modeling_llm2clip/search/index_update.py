@@ -30,7 +30,14 @@ from ..data.remote.remote_access import raise_disk_failure
 from ..data.sealed_manifest import list_differences
 from ..encoding.devices import find_device
 from ..model_folders.training_images import ImageTally, describe_far_images
-from .ann_index import FEWEST_ROWS, describe_ann, needs_training, train_ann, tune_ann
+from .ann_index import (
+    FEWEST_ROWS,
+    MIN_RECALL,
+    describe_ann,
+    needs_training,
+    train_ann,
+    tune_ann,
+)
 from .image_encoding import encode_readable_images
 from .image_files import list_images
 from .index_about import FACTS, About
@@ -157,13 +164,14 @@ def _update_ann(
     if not trains and not (is_used and has_changed):
         return
     queries = encoder.encode_texts(choose_texts(_NUM_QUERIES))
-    if trains or about.ann is None:
-        if about.ann is not None:
+    ann = about.ann if trains or about.ann is None else tune_ann(database, about.ann, queries)
+    always = config.ann == "always"
+    if trains or ann is None or not (always or ann.recall_at_10 >= MIN_RECALL):
+        if ann is not None:
             # Searches during training must not use the settings tuned for the old partitions.
             database.write_about(replace(about, ann=None))
-        ann = train_ann(database, queries, always=config.ann == "always", report=report)
+        ann = train_ann(database, queries, always=always, report=report)
     else:
-        ann = tune_ann(database, about.ann, queries)
         report(describe_ann(ann))
     database.write_about(replace(about, ann=ann))
 

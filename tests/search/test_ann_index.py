@@ -133,7 +133,7 @@ def test_it_is_kept_if_it_finds_enough_and_is_faster(
         return measure(*args, ann=ann)[0], 5.0 if ann is None else query_ms
 
     monkeypatch.setattr(ann_index, "measure_search", measure_here)
-    monkeypatch.setattr(ann_index, "_MIN_RECALL", min_recall)
+    monkeypatch.setattr(ann_index, "MIN_RECALL", min_recall)
     database, queries = made
     lines: list[str] = []
     ann = train(database, queries, always=False, report=lines.append)
@@ -209,6 +209,21 @@ def test_from_enough_images_on_one_is_built_unasked(
     words = [str(model), str(images), "--labels", str(tmp_path / "labels.txt")]
     assert main(["tag", *words, "--index", str(tmp_path / "index")]) == 0
     assert ImageIndex.open(tmp_path / "index").about.ann is not None
+
+
+def test_one_that_misses_too_much_after_an_update_is_trained_again_or_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, images = save_model(tmp_path / "model"), save_images(tmp_path / "images", count=6)
+    build(model, images, tmp_path / "index", ann="always")
+    monkeypatch.setattr(index_update, "FEWEST_ROWS", 2)
+    monkeypatch.setattr(index_update, "_NUM_QUERIES", 20)
+    for module in (ann_index, index_update):
+        monkeypatch.setattr(module, "MIN_RECALL", 1.1)
+    (images / "1.png").unlink()
+    index, report = build(model, images, tmp_path / "index")
+    assert index.about.ann is not None and not index.about.ann.is_used
+    assert "Not kept: recall below 1.1" in report
 
 
 def test_recall_is_the_share_of_the_nearest_that_is_found() -> None:
