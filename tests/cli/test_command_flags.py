@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import errno
-import json
 import os
 import re
 import shlex
@@ -21,9 +20,11 @@ from cyclopts import Argument
 
 from modeling_llm2clip.__main__ import LINE, main
 from modeling_llm2clip.cli.align import SECTIONS
-from modeling_llm2clip.cli.command import parse
+from modeling_llm2clip.cli.command import UsageError, parse
 from modeling_llm2clip.cli.options import bound_spinning
 from modeling_llm2clip.configs.align_config import AlignConfig
+from modeling_llm2clip.configs.build_config import BuildConfig
+from modeling_llm2clip.configs.finetune_config import FinetuneConfig
 from modeling_llm2clip.conversion.layouts import LAYOUTS
 from modeling_llm2clip.scheduling.graceful_stop import StageInterrupt
 from modeling_llm2clip.search.search_results import ResultFormat
@@ -109,6 +110,9 @@ def test_the_help_of_align_begins_with_what_matters_first(
              "Held-out images:", "--held-out-ratio", "Optimizer:", "Data options:")  # fmt: skip
     places = [shown.index(f"  {word} " if word[0] in "-D" else word) for word in first[:-1]]
     assert places == sorted(places) and places[-1] < shown.index(first[-1])
+    assert "--[no-]lock-text" in shown and "[choices: frozen, lora, full]" in " ".join(
+        shown.split()
+    )
     names = [name for section in SECTIONS.values() for name in section]
     shown_fields = {field.name for field in fields(AlignConfig)} - {*AlignConfig.without_flags}
     assert sorted(names) == sorted(shown_fields)
@@ -135,42 +139,6 @@ def test_a_name_takes_values_of_one_type_in_all_commands() -> None:
             types.setdefault(flag.name, set()).add(re.sub(r"Literal.*", "Literal", found))
     several = {name for name, found in types.items() if len(found) > 1}
     assert several == {"--image-dir"}  # evaluate has several datasets: NAME=FOLDER
-
-
-def write_config(folder: Path, **config: Any) -> str:
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return str(folder)
-
-
-EVALUATE = ["evaluate", "OWN", "--datasets", "emoji"]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["serach"], 'Did you mean "search"?'),
-        (["--versoin"], 'Unknown command "--versoin".'),
-        (["align", "m", "d", "o", "--batch-size", "4"], "Did you mean --global-batch-size?"),
-        (["align", "m", "d", "o", "--rate", "1"], "Unknown option: --rate."),
-        (["convert", "a", "b", "--source-formt", "openai"], "Did you mean --source-format"),
-        (["align", "m", "d", "o", "--vision-training", "Lora"], 'Did you mean "lora"?'),
-        (["build", "v", "l", "o", "--prompt", "lama-3"], 'Did you mean "llama-3"?'),
-        (["build", "v", "l", "o", "--prompt", "chat-ml"], 'Did you mean "chatml"?'),
-        (["doctor", "m", "--device", "gpu"], "--device 'gpu': must be one of auto, cpu, cuda"),
-        (["doctor", "m", "--device", "cuda:x"], "--device 'cuda:x': must be one of"),
-        (["doctor", "m", "extra"], "Unused Tokens: ['extra']"),
-        (["evaluate", "OWN", "--datasets", "emojis"], "Did you mean emoji?"),
-        ([*EVALUATE, "--tasks", "retreival"], "Did you mean retrieval?"),
-        ([*EVALUATE, "--model-type", "openclip"], 'Did you mean "open_clip"?'),
-    ],
-)
-def test_a_misspelt_word_is_answered_with_the_one_that_was_meant(
-    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = write_config(tmp_path / "own", model_type="llm2clip") if "OWN" in words else ""
-    assert main([word.replace("OWN", model) for word in words]) == 2
-    assert message in capsys.readouterr().err
 
 
 def test_these_devices_can_be_named() -> None:
@@ -221,181 +189,86 @@ def test_an_error_or_a_signal_ends_a_command_with_its_code_and_a_remedy(
         assert re.search(f"(?s){shown}", capsys.readouterr().err)
 
 
-@pytest.fixture
-def places(tmp_path: Path) -> dict[str, str]:
-    """Folders of every kind, by small files alone: nothing that loads them would succeed."""
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "kept.txt").write_text("mine", encoding="utf-8")
-    (tmp_path / "labels.csv").write_text("label\na dog\n", encoding="utf-8")
-    (tmp_path / "lora").mkdir()
-    (tmp_path / "lora" / "adapter_config.json").write_text("{}", encoding="utf-8")
-    (tmp_path / "store").mkdir()
-    (tmp_path / "store" / "manifest.json").write_text("{}", encoding="utf-8")
-    llama = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 9}
-    dino = {"model_type": "dinov2", "image_size": 224}
-    return {
-        "OWN": write_config(tmp_path / "own", model_type="llm2clip"),
-        "CLIP": write_config(tmp_path / "clip", model_type="clip"),
-        "LLM": write_config(tmp_path / "llm", **llama),
-        "VISION": write_config(tmp_path / "vision", **dino),
-        "BERT": write_config(tmp_path / "bert", model_type="vits"),
-        "ABOVE": str(Path(write_config(tmp_path / "above" / "model", model_type="x")).parent),
-        "LORA": str(tmp_path / "lora"),
-        "STORE": str(tmp_path / "store"),
-        "FULL": str(tmp_path / "full"),
-        "LABELS": str(tmp_path / "labels.csv"),
-        "NEW": str(tmp_path / "new"),
-    }
+def read(*words: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    call = parse(LINE, words)
+    return call.args, call.keywords
 
 
-# What each command of an LLM2CLIP model is called with.
-OF_A_MODEL = {
-    "doctor": ["doctor", "MODEL"],
-    "index": ["index", "MODEL", "FULL", "NEW"],
-    "tag": ["tag", "MODEL", "FULL", "--labels", "LABELS"],
-    "serve": ["serve", "MODEL", "--port", "0"],
-    "extract": ["extract", "MODEL", "FULL", "NEW", "--modality", "image"],
-    "align": ["align", "MODEL", "FULL", "NEW", "--text-training", "lora"],
-    "finetune-llm": ["finetune-llm", "MODEL", "FULL", "NEW"],
-    "export": ["export", "MODEL", "NEW"],
-    "push": ["push", "MODEL", "owner/name"],
-}
+TUNE = ("finetune-llm", "m", "d", "o")
+PAIRS = ((Path("a"), 1.0), (Path("b"), 2.0))
 
 
-KINDS = {
-    "CLIP": "`llm2clip build {} TEXT_MODEL OUTPUT`",
-    "LLM": "`llm2clip build VISION_MODEL {} OUTPUT`",
-    "VISION": "`llm2clip build {} TEXT_MODEL OUTPUT`",
-    "BERT": "{} is a 'vits', which no command accepts",
-    "ABOVE": "has no config.json, but its subfolder {}/model does.",
-    "LORA": "--lora {}`",
-    "STORE": "--caption-store {}`",
-}
+def test_a_command_gets_its_arguments_configs_and_flags() -> None:
+    arguments, flags = read(
+        *TUNE, "--learning-rate=2e-4", "--no-merge", "--text-pairs", "a", "1", "--text-pairs", "b",
+        "2", "--lora-target-modules", "x", "y", "--resume",
+    )  # fmt: skip
+    assert arguments == ("m", "d", Path("o")) and flags["resume"] is True
+    assert flags["config"] == FinetuneConfig(
+        learning_rate=2e-4, merge=False, text_pairs=PAIRS, lora_target_modules=("x", "y")
+    )
+    _, flags = read(*TUNE)
+    assert (flags["config"], flags["resume"]) == (FinetuneConfig(), False)
+
+
+def test_words_are_taken_as_they_are() -> None:
+    for word in ("none", "--query: "):
+        _, flags = read("build", "v", "l", "o", f"--prompt-prefix={word}")
+        assert flags["config"] == BuildConfig(prompt_prefix=word)
+    # A flag that is given once each leaves arguments after it.
+    arguments, flags = read("search", "f", "--image", "a", "a dog", "--image", "b")
+    assert (arguments, flags["image"]) == (("f", "a dog"), (Path("a"), Path("b")))
+    # A text that is true or false is an argument if no switch precedes it.
+    for words in (("true", "--combine"), ("--combine", "--", "true")):
+        arguments, flags = read("search", "f", *words)
+        assert (arguments, flags["combine"]) == (("f", "true"), True)
+
+
+def test_no_flag_can_be_abbreviated() -> None:
+    for flag in list_arguments("finetune-llm", flags=True).values():
+        with pytest.raises(UsageError, match=f"Unknown option: {flag.name[:-1]}."):
+            read(*TUNE, flag.name[:-1], "x")
+
+
+def test_flags_win_over_the_file_of_options(tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text(
+        "max_steps: 3\nlearning_rate: 1e-5\nresume: true\nmerge: false\ninit_lora: null\n"
+        "text_pairs: [[a, 1], [b, 2]]\nlora_target_modules: [no, 010]\n"
+    )
+    _, flags = read(*TUNE, "--config", str(file), "--learning-rate", "2", "--merge")
+    modules = ("no", "010")
+    assert flags["resume"] is True and flags["config"] == FinetuneConfig(
+        max_steps=3, learning_rate=2.0, text_pairs=PAIRS, lora_target_modules=modules
+    )
+    file.write_text("index: f")  # an option with the name of a command
+    assert read("serve", "m", "--config", str(file))[1]["index"] == "f"
 
 
 @pytest.mark.parametrize(
-    ("command", "kind"),
+    ("text", "message"),
     [
-        *((command, "CLIP") for command in OF_A_MODEL),
-        *(("doctor", kind) for kind in KINDS if kind != "CLIP"),
+        ("max_step: 3", '"[max_step]"'),
+        ("config: other.yaml", "config is not an option."),
+        ("max_steps: 3.5", "3.5 is not an integer."),
+        ("no_merge: true", "no_merge is not an option. Use merge: false."),
+        ("finetune-llm: m", '"[finetune-llm]"'),
+        ("~: 3", "must contain `option: value` lines."),
+        ("learning_rate: 1\nlearning_rate: 2", "duplicate key"),
+        ("lora_rank: 0", "Input should be greater than or equal to 1."),
+        (None, "options.yaml"),
     ],
 )
-def test_a_folder_of_another_kind_is_answered_with_the_command_that_takes_it(
-    command: str, kind: str, places: dict[str, str], capsys: pytest.CaptureFixture[str]
+def test_a_wrong_file_of_options_is_refused_in_one_line_with_an_example(
+    text: str | None, message: str, tmp_path: Path
 ) -> None:
-    words = [places.get(kind if w == "MODEL" else w, w) for w in OF_A_MODEL[command]]
-    assert main(words) == 2
-    assert KINDS[kind].format(places[kind]) in capsys.readouterr().err
-    assert not Path(places["NEW"]).exists()
-
-
-CONVERT = ["convert", "a/b", "NEW", "--source-format", "openai"]
-ALIGN = ["align", "OWN", "FULL", "NEW"]
-STORED = [*ALIGN, "--caption-store", "STORE"]
-TAG = ["tag", "OWN", "FULL", "--labels", "LABELS"]
-TEXT, IMAGE = ["--modality", "text"], ["--modality", "image"]
-# Commands that cannot run, and the message; CHEAP_CHECKS runs all in one fresh process.
-REFUSED_AT_ONCE = [
-    (["build", "a/b", "c/d", "FULL", "--prompt", "none"], "is not empty"),
-    (["build", "a/b", "c/d", "NEW"], "A prompt is never guessed"),
-    (["build", "/nowhere", "c/d", "NEW", "--prompt", "none"], "/nowhere: no such vision tower"),
-    (["build", "LLM", "VISION", "NEW", "--prompt", "none"], "is a language model. The order is"),
-    (["build", "VISION", "ABOVE", "NEW", "--prompt", "none"], "It cannot be used as TEXT_MODEL."),
-    (["convert", "a/b", "FULL", "--source-format", "openai", "--text-model", "c"], "is not empty"),
-    (["convert", "a/b", "NEW"], "--source-format requires an argument"),
-    (CONVERT, "--text-model requires an argument"),
-    ([*CONVERT, "--text-model", "c/d", "--image-size", "8"], "`image_size` only applies to"),
-    (["finetune-llm", "OWN", "FULL", "FULL"], "has no run.json"),
-    (["finetune-llm", "OWN", "/nowhere", "NEW"], "/nowhere: no such data"),
-    (["finetune-llm", "no-model", "FULL", "NEW"], "no-model: no such folder"),
-    (["finetune-llm", "OWN", "FULL", "NEW", "--text-pairs", "f", "0"], "should be greater than 0"),
-    (["extract", "OWN", "FULL", "NEW"], "--modality requires an argument"),
-    (["extract", "OWN", "/nowhere", "NEW", *TEXT], "/nowhere: no such data"),
-    (["extract", "CLIP", "FULL", "NEW", *IMAGE], "An LLM2CLIP model is needed here."),
-    (["extract", "OWN", "FULL", "FULL", *TEXT], "is not empty and holds no"),
-    (["extract", "OWN", "FULL", "NEW", *TEXT, "--image-dir", "/no"], "image_dir=/no: no such fo"),
-    (["embed", "OWN", "FULL", "NEW"], "--modality requires an argument"),
-    (["embed", "OWN", "/nowhere", "NEW", *TEXT], "/nowhere: no such data"),
-    (["embed", "CLIP", "FULL", "NEW", *TEXT], "An LLM2CLIP model is needed here."),
-    (["embed", "OWN", "FULL", "FULL", *TEXT], "is not empty, but has no embeddings"),
-    (["embed", "OWN", "FULL", "NEW", *TEXT, "--skip-invalid"], "only for --modality image"),
-    (["embed", "OWN", "FULL", "NEW", *TEXT, "--columns", "price"], "price"),
-    (ALIGN, "needs a caption_store"),
-    ([*ALIGN, "--learning-rate", "0", "--device", "mps"], "--learning-rate 0.0: Input should"),
-    ([*ALIGN, "--caption-store", "/nowhere"], "--caption-store /nowhere"),
-    (["align", "OWN", "FULL", "FULL", "--caption-store", "STORE"], "has no run.json"),
-    (["align", "OWN", "/nowhere", "NEW", "--caption-store", "STORE"], "no such data"),
-    (["evaluate", "OWN"], "at least one model and one dataset"),
-    (["evaluate", "no-model", "--datasets", "emoji"], "no-model: no such folder"),
-    (["evaluate", "ours=ABOVE", "--datasets", "emoji"], "but its subfolder"),
-    (["evaluate", "LLM", "--datasets", "emoji"], "is a language model"),
-    (["index", "OWN", "/nowhere", "NEW"], "/nowhere: no such folder"),
-    (["index", "no-model", "FULL", "NEW"], "no-model: no such folder"),
-    (["index", "CLIP", "FULL", "NEW"], "An LLM2CLIP model is needed here."),
-    (["search", "/nowhere", "a dog"], "/nowhere: no such database"),
-    (["search", "FULL", "a dog"], "is not an index"),
-    (["search", "LABELS", "a dog"], "is not an index"),
-    (["search", "OWN", "FULL", "a dog"], "is not an index"),
-    (["search", "FULL", "a dog", "--output", "FULL"], "is not empty"),
-    (["search", "FULL"], "There is nothing to search for"),
-    (["search", "FULL", "a dog", "--top-k", "0"], "--top-k 0: Input should be greater"),
-    (["search", "FULL", "--image", "/nowhere"], "--image /nowhere: no such image"),
-    (["tag", "OWN", "FULL", "--labels", "/nowhere"], "/nowhere: "),
-    (["tag", "OWN", "/nowhere", "--labels", "LABELS"], "/nowhere: no such folder"),
-    ([*TAG, "--top-k", "0"], "--top-k 0: Input should be greater"),
-    ([*TAG, "--output", "NEW"], "must end in .csv or"),
-    ([*TAG, "--output", "LABELS"], "Choose a new file"),
-    (["tag", "no-model", "FULL", "--labels", "LABELS"], "no-model: no such folder"),
-    (["tag", "CLIP", "FULL", "--labels", "LABELS", "--output", "new/tags.csv"], "An LLM2CLIP"),
-    (["serve", "no-model"], "no-model: no such folder"),
-    (["serve", "OWN", "--index", "FULL"], "is not an index"),
-    (["serve", "OWN", "--host", "192.0.2.1"], "Cannot listen on host='192.0.2.1', port=8000"),
-    (["export", "OWN", "FULL"], "is not empty"),
-    (["export", "OWN"], "OUTPUT requires an argument"),
-    (["export", "OWN", "NEW", "--components", "vision-tower", "--dtype", "float16"], "`dtype`"),
-    (["push", "FULL"], "REPO_ID requires an argument"),
-    (["push", "CLIP", "owner/name"], "An LLM2CLIP model is needed here."),
-    (["doctor", "CLIP"], "is a 'clip'"),
-    (["doctor", "/nowhere"], "/nowhere: no such folder"),
-    (["demo", "--output", "FULL"], "is not empty"),
-    (["demo", "--max-steps", "0"], "--max-steps 0: Input should be greater"),
-]  # fmt: skip
-CHEAP_CHECKS = f"""
-import contextlib, io, json, sys
-from modeling_llm2clip.__main__ import main
-answers = []
-for words in json.load(sys.stdin):
-    shown = io.StringIO()
-    with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(shown):
-        code = main(words)
-    costly = [name for name in {COSTLY!r} if name in sys.modules]
-    answers.append([code, shown.getvalue(), costly])
-    if costly:
-        break
-print(json.dumps(answers))
-"""
-
-
-@pytest.mark.slow
-def test_what_cannot_run_is_refused_before_anything_costly_is_imported(
-    places: dict[str, str],
-) -> None:
-    calls = [
-        [places.get(word, word).replace("ours=ABOVE", f"ours={places['ABOVE']}") for word in words]
-        for words, _ in REFUSED_AT_ONCE
-    ]
-    done = subprocess.run(
-        [sys.executable, "-c", CHEAP_CHECKS], input=json.dumps(calls), cwd=ROOT,
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    answers = json.loads(done.stdout.splitlines()[-1])
-    for (words, message), (code, shown, costly) in zip(REFUSED_AT_ONCE, answers, strict=False):
-        assert code == 2 and message in shown, f"{words}: wanted {message!r}, got {code}: {shown}"
-        assert shown.startswith(f"llm2clip {words[0]}: "), shown
-        assert not costly, f"{words}: {costly} were imported first. Check before the imports."
-    assert len(answers) == len(REFUSED_AT_ONCE)
-    assert not Path(places["NEW"]).exists()
+    file = tmp_path / "options.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UsageError) as refused:
+        read(*TUNE, "--config", str(file))
+    assert message in str(refused.value) and str(file) in str(refused.value)
+    assert re.search(r"^.* For example: llm2clip finetune-llm .*$", str(refused.value))
 
 
 def test_no_parser_of_the_repository_takes_abbreviated_flags() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from transformers import AutoModel, AutoProcessor
 
 import modeling_llm2clip
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.building import build_model
 
 
 @pytest.fixture(scope="module")
@@ -156,50 +154,11 @@ def test_broken_images_are_all_reported_before_a_model_is_loaded_where_it_trains
     assert not (tmp_path / "output").exists()
 
 
-ABSENT = "/nowhere"
-
-
 def make_tower(folder: Path) -> str:
     """A folder that is not refused as a tower: nothing in it is ever loaded."""
     folder.mkdir()
     (folder / "config.json").write_text("{}", encoding="utf-8")
     return str(folder)
-
-
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        (["build", ABSENT, "LLM", "--prompt", "llama-3"], f"{ABSENT}: no such vision tower: no"),
-        (["build", "VISION", "a/b/c", "--prompt", "llama-3"], "a/b/c: no such language model"),
-        (["build", "VISION", "EMPTY", "--prompt", "llama-3"], "empty: the folder has no config.js"),
-        (["build", "VISION", "FILE", "--prompt", "llama-3"], "file: the language model must be a"),
-        (["build", "VISION", "/no.gguf", "--prompt", "none"], r"/no.gguf: no such .gguf file"),
-        (["build", "VISION", "LLM", "--prompt", "llama-3", "--lora", ABSENT],
-         f"{ABSENT}: no such LoRA"),
-        (["build", "VISION", "LLM", "--prompt", "none", "--projection-dim", "0"],
-         "--projection-dim 0: Input should be greater"),
-        (["build", "VISION", "LLM", "--prompt", "none", "--text-layers", "0"],
-         "--text-layers 0: Input should be greater"),
-        (["build", "VISION", "LLM", "--prompt", "none", "--prompt-prefix", "x"],
-         "cannot be combined with prompt_prefix"),
-    ],
-    ids=lambda value: " ".join(value[:1] + value[3:]) if isinstance(value, list) else "",
-)  # fmt: skip
-def test_what_cannot_be_built_is_refused_before_anything_is_loaded(
-    command: list[str], message: str, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    for name in ("load_vision_tower", "load_text_tower"):
-        monkeypatch.setattr(build_model, name, None)  # calling it would show another message
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("", encoding="utf-8")
-    places = {"EMPTY": str(tmp_path / "empty"), "FILE": str(tmp_path / "file")}
-    places |= {name: make_tower(tmp_path / name) for name in ("VISION", "LLM")}
-    output = str(tmp_path / "new")
-    build_command, *towers = (places.get(part, part) for part in command[:3])
-    assert main([build_command, *towers, output, *command[3:]]) == 2
-    assert re.search(f"^llm2clip {command[0]}: .*{message}", capsys.readouterr().err)
-    assert not Path(output).exists()
 
 
 @pytest.mark.parametrize("place", ["vision", "llm", "model"])

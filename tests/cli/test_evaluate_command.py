@@ -42,31 +42,6 @@ def test_the_command_lists_datasets_and_tasks(capsys: pytest.CaptureFixture[str]
     assert "coco" in shown and "emoji" in shown and "cross-lingual: " in shown
 
 
-EMOJI = ["o/m", "--datasets", "emoji"]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--datasets", "emoji"], "Pass a MODEL and --datasets"),
-        (["some-model"], "at least one model and one dataset"),
-        (["o/m", "--datasets", "folder="], "--datasets 'folder=' must be NAME=FOLDER"),
-        (["o/m", "--datasets", "folder=x", "--image-dir", "coco=y"],
-         "--image-dir has datasets that --datasets"),
-        ([*EMOJI, "--model-type", "clip"], "Choose from"),
-        ([*EMOJI, "--model-type", "embeddings", "open_clip"], "2 values for 1 model"),
-        ([*EMOJI, "--templates", __file__], "`templates` is only for classif"),
-        ([*EMOJI, "--templates", "gone.txt"], "templates=gone.txt is not a text"),
-        ([*EMOJI, "--languages", "en", "en"], "languages has duplicates"),
-    ],
-)  # fmt: skip
-def test_a_wrong_command_says_what_is_wrong(
-    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["evaluate", *words]) == 2
-    assert message in capsys.readouterr().err
-
-
 def test_a_byte_order_mark_is_not_part_of_a_name(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_bytes("\ufeffcat\ndog\n".encode())
     config = EvaluationConfig(class_names=tmp_path / "names.txt")

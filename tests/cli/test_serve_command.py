@@ -97,12 +97,3 @@ def test_an_address_in_use_is_named_before_anything_is_loaded(
 def test_a_socket_that_is_bound_refuses_until_the_server_runs() -> None:
     with bind_socket(ServeConfig(port=0)) as bound, pytest.raises(ConnectionRefusedError):
         socket.create_connection(bound.getsockname())
-
-
-def test_flags_that_contradict_each_other_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for flags, message in {
-        "--max-image-mb 50": "exceeds max_request_mb",
-        "--port 70000": "equal to 65535",
-    }.items():
-        assert main(["serve", "model", *flags.split()]) == 2
-        assert message in capsys.readouterr().err

@@ -15,8 +15,6 @@ from converting import LLM, LLM2VEC, read_checkpoint, save_checkpoint
 from hub_server import HubFile, HubServer
 from transformers import AutoModel
 
-from modeling_llm2clip.__main__ import main
-
 ROOT = Path(__file__).parents[2]
 FLAGS = ["--source-format", "eva02", "--text-model", str(LLM), "--max-text-length", "200"]
 
@@ -38,36 +36,6 @@ def test_a_conversion_killed_in_its_weights_leaves_nothing_that_loads(tmp_path) 
     (left,) = tmp_path.glob(".model-*/model")
     with pytest.raises((OSError, ValueError)):
         AutoModel.from_pretrained(left)
-
-
-def test_a_bad_source_is_one_line_and_exit_code_2(tmp_path, capsys) -> None:
-    source = save_checkpoint("openai", tmp_path / "source")
-    assert main(["convert", str(source), str(tmp_path / "model"), *FLAGS]) == 2
-    assert "Use the source format 'openai'" in capsys.readouterr().err
-    assert main(["convert", str(source), str(tmp_path / "model"), "--source-format", "eva02"]) == 2
-    assert "--text-model" in capsys.readouterr().err
-
-
-def test_a_license_that_is_none_is_refused_before_a_source_is_opened(tmp_path, capsys) -> None:
-    # There is no source: whatever opened it would complain of that.
-    command = ["convert", str(tmp_path / "no-such.pt"), str(tmp_path / "model"), *FLAGS]
-    for name, error in (
-        ("Apache 2", "--license 'Apache 2': must be a Hub license id"),
-        ("other", "needs license_name and license_link"),
-    ):
-        assert main([*command, "--license", name]) == 2
-        assert error in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_flag_of_another_source_format_is_named(tmp_path, capsys) -> None:
-    assert (
-        main(["convert", "no-such.pt", str(tmp_path / "model"), *FLAGS, "--image-size", "8"]) == 2
-    )
-    assert (
-        "`image_size` only applies to the source formats siglip2, not to eva02"
-        in capsys.readouterr().err
-    )
 
 
 def publish(hub: HubServer, name: str, folder: Path) -> str:

@@ -183,19 +183,6 @@ def test_weights_that_do_not_make_a_model_are_named(name: str, tmp_path: Path) -
     refuse(family, tmp_path, error, state=state)
 
 
-def test_a_size_that_no_network_has_is_refused_with_its_folder(tmp_path: Path) -> None:
-    source, llm = save_checkpoint("hub_clip", tmp_path / "source"), copy_llm(tmp_path / "llm")
-    for folder, part in ((source, "vision_config"), (llm, None)):
-        file = folder / "config.json"
-        whole = file.read_text(encoding="utf-8")
-        content = json.loads(whole)
-        (content[part] if part else content)["intermediate_size"] = -1
-        file.write_text(json.dumps(content), encoding="utf-8")
-        with pytest.raises(ValueError, match=rf"{folder.name} cannot be loaded: config\.json"):
-            plan(source, source_format=FORMAT_OF["hub_clip"], llm=LLMSource(llm))
-        file.write_text(whole, encoding="utf-8")
-
-
 def test_keys_without_an_account_or_of_no_family_are_printed(tmp_path: Path) -> None:
     state = {"encoder.weight": torch.ones(2)}
     refuse("openai", tmp_path, r"0 known families.*encoder\.weight.*llm2clip build", state=state)
@@ -214,16 +201,6 @@ def test_a_tower_whose_images_are_not_square_is_named(tmp_path: Path) -> None:
         ValueError, match=r"image_size=\[40, 40\].*Set image_size to a single number"
     ):
         plan(source, source_format=FORMAT_OF["hub_clip"])
-
-
-@pytest.mark.parametrize("where", ["checkpoint", "llm"])
-def test_truncated_safetensors(tmp_path: Path, where: str) -> None:
-    llm = copy_llm(tmp_path / "llama")
-    source = save_checkpoint("hub_clip", tmp_path / "source")
-    path = (source if where == "checkpoint" else llm) / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"model\.safetensors: .* is truncated .*SHA-256"):
-        plan(source, source_format=FORMAT_OF["hub_clip"], llm=LLMSource(llm))
 
 
 # Source formats

@@ -29,7 +29,6 @@ from converting import (
     read_golden,
     save_checkpoint,
 )
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
@@ -41,7 +40,6 @@ from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.model_folders.golden_embeddings import render_golden_images
 from modeling_llm2clip.model_folders.model_folder import RECORD_BEFORE_TRAINING, RECORD_FILE
 from modeling_llm2clip.model_folders.model_writing import save_trained_model
-from modeling_llm2clip.model_folders.weights import write_weights
 from modeling_llm2clip.publishing.export_model import export_model
 
 FAMILIES = tuple(FORMAT_OF)
@@ -138,13 +136,6 @@ def test_what_is_written_is_healthy_and_is_what_saving_the_model_would_write(
     assert record["num_parameters"] == sum(p.numel() for p in model.parameters())
 
 
-def test_every_key_is_used_or_dropped_with_a_reason(plans) -> None:
-    dropped = plans("eva02").dropped
-    assert set(dropped) == {name for name in read_checkpoint("eva02") if "rope" in name}
-    assert len(dropped) == 6 and all("rotary frequencies" in why for why in dropped.values())
-    assert not any(plans(family).dropped for family in FAMILIES if family != "eva02")
-
-
 def test_the_record_has_sources_format_and_what_was_left_out(converted, plans) -> None:
     record = json.loads((converted("eva02") / RECORD_FILE).read_text())
     assert record["source_format"] == asdict(FORMAT_OF["eva02"])
@@ -153,6 +144,8 @@ def test_the_record_has_sources_format_and_what_was_left_out(converted, plans) -
     assert [path.name for path in plans("siglip2").files] == ["epoch_3.pt"]  # it holds its LLM
     ((reason, keys),) = record["dropped"].items()
     assert "rotary frequencies" in reason and len(keys) == 6
+    assert set(keys) == {name for name in read_checkpoint("eva02") if "rope" in name}
+    assert not any(plans(family).dropped for family in FAMILIES if family != "eva02")
     assert str(GOLDEN.parent.parent) not in json.dumps(record)  # names, not paths of this machine
 
 
@@ -200,21 +193,6 @@ def test_an_llm_with_its_head_makes_the_same_model(plans, tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_a_merged_lora_gives_the_embeddings_of_the_official_loading(tmp_path) -> None:
-    source = save_checkpoint("openai", tmp_path / "source")
-    llm = LLMSource(LLM, loras=(LLM2VEC / "llama_lora",))
-    folder = convert(
-        source, tmp_path / "model", source_format=FORMAT_OF["openai"], llm=llm, components="text"
-    )
-    model = LLM2CLIPTextModel.from_pretrained(folder).eval()
-    inputs = AutoProcessor.from_pretrained(folder)(text=read_captions()[0])
-    with torch.inference_mode():
-        found = model.get_caption_embeds(**inputs)
-    wanted = load_file(LLM2VEC / "llama.safetensors")["caption_embeds_with_lora"]
-    assert float((found - wanted).abs().max()) <= MOST_DIFFERENCE
-
-
-@pytest.mark.slow
 def test_what_rounding_undoes_of_a_lora_is_counted(tmp_path) -> None:
     source, lora = save_checkpoint("openai", tmp_path / "source"), tmp_path / "lora"
     shutil.copytree(LLM2VEC / "llama_lora", lora)
@@ -231,25 +209,6 @@ def test_what_rounding_undoes_of_a_lora_is_counted(tmp_path) -> None:
     share = sum(int(part.sum()) for part in differ) / sum(part.numel() for part in differ)
     record = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))
     assert record["llm"]["loras"][0]["share_changed_by_merging"] == share < 0.5
-
-
-@pytest.mark.slow
-def test_shards_hold_at_most_what_was_asked_for_and_make_the_same_model(
-    converted, tmp_path
-) -> None:
-    planned = plan(
-        save_checkpoint("openai", tmp_path / "source"), source_format=FORMAT_OF["openai"]
-    )
-    folder = Path(shutil.copytree(converted("openai"), tmp_path / "model"))
-    (folder / "model.safetensors").unlink()
-    write_weights(planned.weights, folder, max_shard_size=60_000)
-    shards = sorted(folder.glob("model-*.safetensors"))
-    assert len(shards) > 2
-    for shard in shards:
-        with safe_open(shard, framework="pt") as file:
-            assert sum(file.get_tensor(name).nbytes for name in file.keys()) <= 60_000
-    assert same_weights(folder, converted("openai"))
-    AutoModel.from_pretrained(folder)  # strictly, by the index
 
 
 @pytest.mark.parametrize(
@@ -333,14 +292,6 @@ def test_a_safetensors_file_may_take_the_place_of_a_training_checkpoint(plans, t
     save_file(read_checkpoint("openai"), tmp_path / "weights.safetensors")
     planned = plan(tmp_path / "weights.safetensors", source_format=FORMAT_OF["openai"])
     assert_same(planned, plans("openai"))
-
-
-def test_an_existing_target_is_not_touched(tmp_path) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "mine").write_text("mine")
-    with pytest.raises(FileExistsError, match="exists and is not empty"):
-        convert(tmp_path / "no-such.pt", tmp_path / "model", source_format=FORMAT_OF["openai"])
-    assert [path.name for path in (tmp_path / "model").iterdir()] == ["mine"]
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch) -> None:

@@ -7,7 +7,6 @@ these are the names (microsoft/LLM2CLIP at cba3b45, and `configuration_clip.py` 
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import runpy
 import sys
@@ -17,7 +16,6 @@ import pytest
 import torch
 from converting import convert_family, read_captions, read_golden
 from PIL import Image
-from transformers import CLIPVisionConfig, LlamaConfig, LlamaModel, PreTrainedModel
 
 from modeling_llm2clip import LLM2CLIPModel, load_model, score_pairs
 
@@ -100,71 +98,3 @@ def test_the_script_gives_grids_the_scores_of_oneig_bench(
             run(str(images), str(answers), str(tmp_path / "none"))
     with pytest.raises(SystemExit, match=r"error: .*nowhere\.json"):
         run(str(images), str(tmp_path / "nowhere.json"), str(tmp_path / "none"))
-
-
-def test_imports_of_the_official_code_fail() -> None:
-    with pytest.raises(ModuleNotFoundError, match=r"transformers\.onnx"):
-        importlib.import_module("transformers.onnx")
-    for family in FAMILIES:
-        found = importlib.import_module(
-            f"transformers.models.{family.lower()}.modeling_{family.lower()}"
-        )
-        assert hasattr(found, f"{family}Attention")
-        for name in CLASSES:
-            assert not hasattr(found, f"{family}{name}")
-        assert f"{family}FlashAttention2" in PAGE
-    # LLM2Vec makes the language model bidirectional by overriding this; nothing calls it now.
-    assert not hasattr(LlamaModel, "_update_causal_mask") and "_update_causal_mask" in PAGE
-
-
-class OfficialLlama(LlamaModel):
-    """Asks for attention to both sides as LLM2Vec's does: by flags, and by a mask of its own."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__(config)
-        for layer in self.layers:
-            layer.self_attn.is_causal = False
-
-    def _update_causal_mask(self, *_: object, **__: object) -> None:
-        pytest.fail("transformers calls it again")
-
-
-def test_the_official_way_to_both_sides_is_causal_in_padded_batches() -> None:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 9, "num_hidden_layers": 1}
-    model = OfficialLlama(LlamaConfig(**sizes, num_attention_heads=2)).eval()
-    texts = torch.tensor([[0, 0, 3, 4, 5], [1, 2, 3, 4, 5]])
-    mask = (texts > 0).long()
-    with torch.inference_mode():
-        before = model(texts, attention_mask=mask).last_hidden_state
-        texts[:, -1] = 6
-        after = model(texts, attention_mask=mask).last_hidden_state
-    assert not torch.equal(before[:, -1], after[:, -1])
-    assert torch.equal(before[:, 2:-1], after[:, 2:-1])
-
-
-class OfficialStyle(PreTrainedModel):
-    """Registers positions as the Hub's code does, and has no other place that sets them."""
-
-    config_class = CLIPVisionConfig
-
-    def __init__(self, config: CLIPVisionConfig) -> None:
-        super().__init__(config)
-        self.position_embedding = torch.nn.Embedding(5, 8)
-        positions = torch.arange(5).expand((1, -1))
-        self.register_buffer("position_ids", positions, persistent=False)
-        self.post_init()
-
-    def _init_weights(self, module: torch.nn.Module) -> None:
-        """Leave the buffers, of which older versions of transformers knew nothing."""
-
-
-def test_loading_leaves_positions_of_the_official_code_uninitialized(tmp_path: Path) -> None:
-    OfficialStyle(CLIPVisionConfig()).save_pretrained(tmp_path)
-    torch.use_deterministic_algorithms(True)  # fills memory that nothing sets
-    try:
-        loaded = OfficialStyle.from_pretrained(tmp_path)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert "position_ids" in PAGE
-    assert loaded.position_ids.unique().tolist() == [torch.iinfo(torch.int64).max]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -39,8 +38,6 @@ from modeling_llm2clip.publishing.export_model import (
 
 RESULT = CardResult("retrieval", "COCO", {"t2i_r1": 0.5})
 CLASS_OF = {"text": LLM2CLIPTextModel, "vision": LLM2CLIPVisionModel}
-TOWER = ("SOURCE", "new", "--components", "vision-tower")
-ONNX = ("SOURCE", "new", "--onnx")
 # One law of equal weights: they may be at other addresses, whose alignment picks other kernels.
 ADDRESSES = 1e-6
 LOAD_WITHOUT_THE_PACKAGE = """
@@ -141,7 +138,8 @@ def test_another_dtype_is_healthy_and_drops_what_was_measured_before(
 ) -> None:
     settings = ExportConfig(dtype="bfloat16", max_shard_size="50KB")
     folder = export_model(source, tmp_path / "half-precision", settings)
-    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    shards = [file.stat().st_size for file in folder.glob("model-*.safetensors")]
+    assert len(shards) > 2 and max(shards) < 50_000 + 5_000  # of which the header is some
     report = check_model(folder)
     assert report.healthy, str(report)
     assert next(c for c in report.checks if c.name == "weight dtype").message.endswith("bfloat16")
@@ -172,50 +170,16 @@ def test_one_tower_has_no_other_to_export(part: tuple[str, Path], tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["no-such", "new"], "no such folder, and not a Hub id"),
-        (["SOURCE", "full"], "exists and is not empty"),
-        (["SOURCE", "full/kept.txt"], "exists and is not empty"),
-        (["SOURCE"], "OUTPUT requires an argument"),
-        (["SOURCE", "new", "--license", "Apache 2"], "must be a Hub license id"),
-        (["SOURCE", "new", "--license", "other"], "needs license_name and license_link"),
-        (
-            ["SOURCE", "new", "--results", "full/kept.txt"],
-            "kept.txt is not an evaluation result",
-        ),
-        (
-            [*TOWER, "--dtype", "bfloat16"],
-            "`dtype` cannot be combined with components=vision-tower.",
-        ),
-        ([*TOWER, "--handler"], "`handler` cannot be combined with components=vision-tower"),
-        ([*TOWER, "--onnx"], "`onnx` cannot be combined with components=vision-tower."),
-        ([*TOWER, "--max-megapixels", "5"], "`max_megapixels` only applies to --onnx"),
-        ([*ONNX, "--dtype", "bfloat16"], "`dtype` cannot be combined with onnx=True."),
-        ([*ONNX, "--onnx-weights", "int8", "int8"], "`onnx_weights` must list"),
-        (
-            ["SOURCE", "new", "--onnx-weights", "int8"],
-            "`onnx_weights` cannot be used without onnx=True.",
-        ),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_the_command_refuses_bad_input_and_writes_nothing(
-    arguments: list[str], message: str, source: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "kept.txt").write_text("mine", encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    given = [str(source) if argument == "SOURCE" else argument for argument in arguments]
-    assert main(["export", *given]) == 2
-    assert re.search(message, capsys.readouterr().err)
-    assert [path.name for path in tmp_path.rglob("*")] == ["full", "kept.txt"]
-
-
 def test_the_command_writes_what_its_flags_say(source: Path, tmp_path: Path) -> None:
-    words = ["export", str(source), str(tmp_path / "tower"), *TOWER[2:], "--license", "mit"]
+    words = [
+        "export",
+        str(source),
+        str(tmp_path / "tower"),
+        "--components",
+        "vision-tower",
+        "--license",
+        "mit",
+    ]
     assert main(words) == 0
     assert AutoConfig.from_pretrained(tmp_path / "tower").model_type == "clip_vision_model"
     results = save_scores(tmp_path / "results.json", {"r1": 0.25}, source)
