@@ -344,11 +344,6 @@ def test_tests_cannot_reach_the_network(method: str) -> None:
         socket.create_connection(("example.org", 80))
 
 
-def test_tests_can_reach_their_own_server() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        socket.create_connection(server.getsockname()).close()
-
-
 @pytest.mark.slow
 def test_benchmarks_import_what_is_there() -> None:
     """Also what they import only once they run."""

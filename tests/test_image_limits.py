@@ -283,6 +283,19 @@ def test_every_command_that_decodes_images_has_the_flags(command: str) -> None:
     assert "--max-megapixels" in flags
 
 
+def test_an_incomplete_download_is_named_by_its_url() -> None:
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", "100")
+        handler.end_headers()
+        handler.wfile.write(b"abc")
+
+    with serve(answer) as address:
+        error = rf"^{address}: .*cannot be downloaded \(IncompleteRead"
+        with pytest.raises(ValueError, match=error):
+            load_images(address)
+
+
 def test_a_download_ends_at_its_limits() -> None:
     """One that never ends, and one that sends a byte now and then."""
 

@@ -97,15 +97,6 @@ def test_states_have_gradients() -> None:
     assert model.text_model.layers[0].mlp.up_proj.weight.grad is not None
 
 
-def test_only_a_class_with_a_temperature_keeps_it_in_float32(
-    models: dict[str, Any],
-) -> None:
-    for part, model in models.items():
-        names = model._keep_in_fp32_modules_strict or ()
-        present = {name.split(".")[0] for name, _ in model.named_parameters()}
-        assert ("logit_scale" in names) is (part == "both") is ("logit_scale" in present)
-
-
 # Conversion
 
 

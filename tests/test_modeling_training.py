@@ -57,23 +57,6 @@ def test_gradients_flow_to_every_trainable_parameter(vision: str, llm: str) -> N
             assert parameter.grad.isfinite().all(), name
 
 
-@every_vision
-def test_a_trained_step_is_saved_and_loaded_bit_for_bit(vision: str, tmp_path: Path) -> None:
-    model, batch = copy.deepcopy(shared_model(vision)[0]).train(), shared_batch(vision)
-    before = {name: value.clone() for name, value in model.named_parameters()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    model(**batch, return_loss=True).loss.backward()
-    optimizer.step()
-    moved = {name for name, value in model.named_parameters() if not value.equal(before[name])}
-    for part in ("vision_model.", "text_adapter.", "text_projection.", "visual_projection."):
-        assert any(name.startswith(part) for name in moved), part
-    model.save_pretrained(tmp_path)
-    again = LLM2CLIPModel.from_pretrained(tmp_path).state_dict()
-    trained = model.state_dict()
-    assert again.keys() == trained.keys()
-    assert [name for name in trained if not torch.equal(again[name], trained[name])] == []
-
-
 def count_passes(model: LLM2CLIPModel) -> dict[str, int]:
     """Count the passes through the first part of every layer of both towers from here on."""
     counts = dict.fromkeys(("text_model", "vision_model"), 0)
@@ -217,33 +200,3 @@ def test_lora_on_the_text_tower_trains_saves_and_merges(tmp_path: Path) -> None:
         assert torch.allclose(again(**batch).text_embeds, wanted.text_embeds, atol=1e-6)
         # Merging rounds W + BA once more.
         assert torch.allclose(merged(**batch).text_embeds, wanted.text_embeds, atol=1e-4)
-
-
-@pytest.mark.slow
-@every_device
-def test_fsdp2_wraps_and_gives_equal_gradients(tmp_path: Path, device: str) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    torch.distributed.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
-        init_method=f"file://{tmp_path}/store", rank=0, world_size=1,
-    )  # fmt: skip
-    try:
-        plain, sharded = (copy.deepcopy(shared_model()[0]).to(device) for _ in range(2))
-        mesh = init_device_mesh(device, (1,))
-        for block in (*sharded.text_model.layers, *sharded.text_adapter.blocks):
-            fully_shard(block, mesh=mesh)
-        fully_shard(sharded, mesh=mesh)
-        batch = move(shared_batch(), device)
-        losses = [m(**batch, return_loss=True).loss for m in (plain, sharded)]
-        for loss in losses:
-            loss.backward()
-        assert torch.allclose(*losses, atol=ROUNDING)
-        wanted = {name: p.grad for name, p in plain.named_parameters()}
-        for name, parameter in sharded.named_parameters():
-            if parameter.grad is not None:
-                # One process holds everything, so only the order of sums differs.
-                assert torch.allclose(parameter.grad.full_tensor(), wanted[name], atol=1e-5), name
-    finally:
-        torch.distributed.destroy_process_group()

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from tiny import tiny_llm, tiny_model
 from torch import nn
 
-from modeling_llm2clip import packing_llm2clip
 from modeling_llm2clip.attention_llm2clip import (
     PackedTexts,
     _attend_in_graph,
@@ -100,20 +99,6 @@ def test_a_direction_that_is_set_later_applies_to_packed_and_padded_passes():
     assert (packed - bidirectional).abs().max() > 0.01
 
 
-def test_threads_of_packed_and_padded_passes_do_not_affect_each_other():
-    model, processor = tiny_model()
-    inputs = processor(text=TEXTS)
-    wanted = model.get_caption_embeds(**inputs).detach()
-
-    def encode(number):
-        with torch.set_grad_enabled(number % 2 == 0):
-            return model.get_caption_embeds(**inputs).detach()
-
-    with ThreadPoolExecutor(4) as pool:
-        for found in pool.map(encode, range(40)):
-            torch.testing.assert_close(found, wanted, atol=2e-6, rtol=1e-5)  # order of sums
-
-
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_a_plain_pass_is_correct_while_another_thread_packs(bidirectional):
     model, processor = tiny_model(bidirectional=bidirectional)
@@ -156,23 +141,6 @@ def test_the_check_of_packs_switches_no_mode_and_no_dropout_misleads_it():
     assert can_pack(text_model, CPU)
     assert set(seen) == {True, False}
     assert modes == [module.training for module in text_model.modules()]
-
-
-def test_a_single_text_skips_the_check_of_packs(monkeypatch):
-    model, processor = tiny_model()
-    monkeypatch.setattr(packing_llm2clip, "can_pack", None)
-    passes = []
-    model.text_model.register_forward_hook(lambda *_: passes.append(1))
-    with torch.inference_mode():
-        model.get_caption_embeds(**processor(text=TEXTS[:1]))
-        assert len(passes) == 1
-        with pytest.raises(TypeError):
-            model.get_caption_embeds(**processor(text=TEXTS[:2]))
-
-
-def test_a_family_with_softcapping_is_run_with_padding():
-    # Gemma 2 caps its attention scores, which plain scaled dot products do not compute.
-    assert not can_pack(tiny_llm("gemma2"), CPU)
 
 
 def test_the_check_leaves_no_inference_tensors_behind():

@@ -15,7 +15,6 @@ from modeling_llm2clip.heads_llm2clip import (
     build_position_ids,
     mask_checked,
     mask_checked_in_graph,
-    mask_unpadded,
     pool_tokens,
 )
 
@@ -107,19 +106,6 @@ def test_autocast_does_not_affect_pooling() -> None:
         assert torch.equal(pool_tokens(hidden, mask, pooling="mean"), wanted)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "last_token"])
-def test_only_pooled_tokens_receive_gradients(pooling: str) -> None:
-    hidden = torch.randn(2, 4, 3, requires_grad=True)
-    mask = build_pooling_mask(torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]), num_unpooled=1)
-    pool_tokens(hidden, mask, pooling=pooling).sum().backward()
-    assert hidden.grad is not None
-    moved = hidden.grad.abs().sum(dim=2) > 0
-    if pooling == "mean":
-        assert torch.equal(moved, mask)
-    else:
-        assert moved.nonzero().tolist() == [[0, 2], [1, 3]]
-
-
 def check_token_rows(ids: Tensor, mask: Tensor, **rules: Any) -> None:
     mask_checked(ids, mask, None, num_unpooled=0, **rules)
 
@@ -130,29 +116,15 @@ def rows_of(*texts: list[int], side: str = "right") -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_ids_with_the_prompt_pass_with_padding_on_either_side(side: str) -> None:
-    check_token_rows(*rows_of([5, 6, 1, 8], [5, 6, 1, 2, 3, 8], side=side), **RULES)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (
-            [5, 6, 1, 1, 1, 1, 1, 1, 8],
-            r"1 of 2 texts have more than max_text_length=8 .*max_length=8 at most.*row: 1",
-        ),
+        ([5, 6, *[1] * 6, 8], r"1 of 2 .* more than max_text_length=8 .*=8 at most.*row: 1"),
         ([5, 6], r"1 of 2 texts have no token to pool.*row: 1"),
         ([5, 6, 100, 8], r"1 of 2 texts have ids outside the vocabulary of 100.*row: 1"),
         ([5, 6, -1, 8], r"1 of 2 texts have ids outside the vocabulary of 100.*row: 1"),
-        (
-            [5, 7, 1, 8],
-            r"1 of 2 texts do not begin with the model's prompt \[5, 6\].*row: 1 \(\[5, 7\]\)",
-        ),
-        (
-            [1, 5, 6, 8],
-            r"1 of 2 texts do not begin with the model's prompt \[5, 6\].*row: 1 \(\[1, 5\]\)",
-        ),
+        ([5, 7, 1, 8], r"1 of 2 .* do not begin .* prompt \[5, 6\].*row: 1 \(\[5, 7\]\)"),
+        ([1, 5, 6, 8], r"1 of 2 .* do not begin .* prompt \[5, 6\].*row: 1 \(\[1, 5\]\)"),
         ([5, 6, 1, 9], r"1 of 2 texts do not end with the prompt's suffix \[8\].*row: 1 \(\[9\]\)"),
     ],
 )
@@ -203,29 +175,3 @@ def test_the_operator_that_checks_is_registered_correctly(has_mask: bool) -> Non
     ids = torch.tensor([[1, 5, 2], [1, 6, 2]])
     mask = torch.ones_like(ids) if has_mask else None
     torch.library.opcheck(mask_checked_in_graph, (ids, mask, 0, [1], [2], 8, 10, 1))
-
-
-@pytest.mark.parametrize(
-    ("row", "is_padded"),
-    [
-        ([7, 8, 0, 5, 0], False),
-        ([7, 8, 0, 5, 0, 0], True),
-        ([0, 7, 8, 0, 5, 0], True),
-        ([5, 0], False),
-        ([0, 0], True),
-        ([0], True),
-        ([5], False),
-    ],
-)
-def test_more_pads_at_an_end_than_the_prompt_has_are_padding(
-    row: list[int], is_padded: bool
-) -> None:
-    settings: Any = {"pad_token_id": 0, "prefix_ids": [7, 0], "suffix_ids": [0]}
-    ids = torch.tensor([row])
-    if is_padded:
-        with pytest.raises(ValueError, match=r"1 of 1 texts have padding \(id 0\)"):
-            mask_unpadded(ids, **settings)
-    else:
-        assert mask_unpadded(ids, **settings).tolist() == [[1] * len(row)]
-    for unknown in ({"pad_token_id": None}, {"pad_token_id": 9}):
-        assert mask_unpadded(ids, **{**settings, **unknown}).all()

@@ -274,17 +274,11 @@ def read_table(page: str, heading: str, *, column: int = 0) -> set[str]:
     return {word for row in rows for word in re.findall(r"`([^`]+)`", row[column])}
 
 
-def test_the_installation_page_has_every_extra() -> None:
+def test_tables_list_every_extra_field_task_and_dataset() -> None:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     assert read_table("installation.md", "Installation") == set(setup["options.extras_require"])
-
-
-def test_the_data_page_has_every_field() -> None:
     assert read_table("data-formats.md", "Fields") == KNOWN_FIELDS
-
-
-def test_the_evaluation_page_has_every_task_and_dataset() -> None:
     assert read_table("evaluate.md", "Tasks") == set(TASKS)
     found = read_table("evaluate.md", "Datasets", column=1)
     assert found == {spec.name for spec in list_datasets()}

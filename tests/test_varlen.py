@@ -8,16 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from shared_models import shared_model
 from tiny import LLM_FAMILIES, tiny_llm, tiny_model
 from tiny_embedders import EMBEDDERS, tiny_network
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch.nn.attention import SDPBackend
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AutoConfig, AutoModel
 
-from modeling_llm2clip import modeling_llm2clip
 from modeling_llm2clip.attention_llm2clip import (
     PackedTexts,
     VarlenKernel,
@@ -29,7 +26,7 @@ from modeling_llm2clip.attention_llm2clip import (
 )
 from modeling_llm2clip.base_llm2clip import set_attention_direction
 from modeling_llm2clip.encoding.layer_compilation import compile_layers
-from modeling_llm2clip.packing_llm2clip import _checked, can_pack, copy_to, run_unpadded
+from modeling_llm2clip.packing_llm2clip import _checked, can_pack, run_unpadded
 
 TEXTS = ["a dog", "two small cats on a mat", "a", "the end of it", "one more dog"]
 CPU = torch.device("cpu")
@@ -196,24 +193,6 @@ def test_unpadded_features_keep_their_tokens_with_padding_on_the_left() -> None:
         assert torch.equal(left.last_hidden_state[row, width - length :], states)
 
 
-def test_nothing_is_read_back_from_the_device() -> None:
-    text_model = tiny_llm("mistral").to("meta")  # whose tensors hold nothing that could be read
-
-    def attend(query: Tensor, *_: Any, **__: Any) -> Tensor:
-        return torch.empty_like(query)
-
-    ids, mask = torch.arange(20).view(2, 10), torch.ones(2, 10, dtype=torch.int64)
-    mask[1, 6:] = 0
-    for is_causal in (False, True):
-        text_model.config.is_causal = is_causal
-        kernel = VarlenKernel(attend, 256, (torch.float32,))
-        states = run_unpadded(text_model, ids, mask, torch.device("meta"), kernel)
-        states.sum().backward()
-        assert states.shape == (2, 10, 32)
-    with pytest.raises(RuntimeError, match="meta tensor"):
-        states.sum().item()
-
-
 def test_the_kernel_depends_on_torch_the_device_and_the_dtype() -> None:
     assert find_varlen_kernel(CPU) is None
     assert choose_kernel(varlen_attn, (7, 5)) is None
@@ -255,26 +234,6 @@ def test_dropout_falls_back_to_sdpa() -> None:
     assert {0.0, 2.0} <= set(mixed.unique().tolist())  # a token alone is dropped, or doubled
 
 
-def test_padded_texts_on_a_gpu_prefer_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, processor = shared_model()
-    before = torch._C._get_sdp_priority_order()
-    seen = []
-
-    def order_as_on_a_gpu(kind: str, text_model: nn.Module) -> Any:
-        assert kind == "cpu" and text_model is model.text_model
-        return order_backends("cuda", text_model)
-
-    handle = model.text_model.register_forward_pre_hook(
-        lambda *_: seen.append(torch._C._get_sdp_priority_order())
-    )
-    monkeypatch.setattr(modeling_llm2clip, "order_backends", order_as_on_a_gpu)
-    model.get_caption_embeds(**processor(text=TEXTS))
-    handle.remove()
-    names = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
-    assert seen[0][:4] == [int(getattr(SDPBackend, name)) for name in names]
-    assert torch._C._get_sdp_priority_order() == before
-
-
 def test_a_program_that_chose_backends_and_recomputed_layers_keep_their_order() -> None:
     model = tiny_llm("llama").train()
     before = torch._C._get_sdp_priority_order()
@@ -313,26 +272,3 @@ def test_new_pack_lengths_do_not_recompile_layers() -> None:
             torch.testing.assert_close(found, embeds, atol=2e-6, rtol=1e-5)
     assert 1 <= counters["stats"]["unique_graphs"] - before <= 2
     assert not counters["graph_break"]
-
-
-def test_ids_for_a_gpu_are_pinned_before_an_asynchronous_copy() -> None:
-    calls: list[Any] = []
-
-    class Watched(Tensor):
-        """Notes what is called on it; a CPU build of torch neither pins nor copies to a GPU."""
-
-        @classmethod
-        def __torch_function__(
-            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            if getattr(func, "__name__", "") not in ("pin_memory", "to"):
-                return super().__torch_function__(func, types, args, kwargs)
-            calls.append((func.__name__, args[1:], kwargs or {}))
-            return args[0]
-
-    gpu = torch.device("cuda")
-    copy_to(torch.arange(3).as_subclass(Watched), gpu)
-    assert calls == [("pin_memory", (), {}), ("to", (gpu,), {"non_blocking": True})]
-    calls.clear()
-    copy_to(torch.arange(3).as_subclass(Watched), CPU)
-    assert [name for name, *_ in calls] == ["to"]

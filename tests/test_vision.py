@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from shared_models import ROUNDING, encode, mostly_slow, shared_batch
+from shared_models import ROUNDING, images_of, mostly_slow, shared_batch
 from tiny import IMAGE_SIZE, tiny_images, tiny_llm, tiny_model, tiny_tokenizer, tiny_vision
 from transformers import AutoConfig, AutoModel, CLIPImageProcessorPil
 
@@ -72,9 +72,15 @@ def test_cls_pooling_is_rejected_without_a_class_token(family: str) -> None:
 @pytest.mark.parametrize(
     "family", mostly_slow(["clip", "dinov2", "dinov3_vit", "vit", "timm", "eva02"])
 )
-def test_a_class_token_can_be_pooled(family: str) -> None:
-    model, _ = tiny_model(family, vision_pooling="cls")
-    assert encode(model, shared_batch(family)).shape == (3, 32)
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_the_class_token_or_the_mean_of_all_tokens_can_be_pooled(family: str, pooling: str) -> None:
+    model, _ = tiny_model(family, vision_pooling=pooling)
+    images = images_of(shared_batch(family))
+    with torch.no_grad():
+        tokens = model.vision_model(**images).last_hidden_state
+        embeds = model.get_vision_embeds(**images)
+    wanted = tokens[:, 0] if pooling == "cls" else tokens.mean(dim=1)
+    assert torch.allclose(embeds, wanted, rtol=ROUNDING, atol=ROUNDING)
 
 
 def test_the_mean_of_patches_excludes_padding() -> None:
@@ -121,7 +127,8 @@ def join(tower: Any, pooling: Any, image_processor: Any = None) -> Any:
     ("family", "num_prefix"),
     [
         ("clip", 1), ("siglip", 0), ("siglip2", 0), ("dinov2", 1), ("vit", 1), ("timm", 1),
-        ("eva02", 1), ("timm-siglip", 0), ("dinov3_vit", 4), ("dinov2_with_registers", 4),
+        ("eva02", 1), ("timm-siglip", 0), ("aimv2", 0), ("dinov3_vit", 4),
+        ("dinov2_with_registers", 4),
     ],
 )  # fmt: skip
 def test_patch_mean_excludes_class_token_and_registers(family: str, num_prefix: int) -> None:
@@ -138,17 +145,6 @@ def test_patch_mean_excludes_class_token_and_registers(family: str, num_prefix: 
     assert torch.allclose(found, wanted, rtol=ROUNDING, atol=ROUNDING)
     if num_prefix:
         assert (wanted - tokens.mean(dim=1)).abs().max() > 1e-3
-
-
-def test_patch_mean_is_the_mean_of_all_tokens_where_all_are_patches() -> None:
-    model = join(make_tower("aimv2_vision_model"), "patch_mean")
-    images = tiny_vision("clip")[1](tiny_images(2), return_tensors="pt")
-    with torch.no_grad():
-        tokens = model.vision_model(**images).last_hidden_state
-        found = model.get_vision_embeds(**images)
-    assert tokens.shape[1] == (IMAGE_SIZE // 8) ** 2
-    # Sums of few numbers in another order.
-    assert torch.allclose(found, tokens.mean(dim=1), rtol=ROUNDING, atol=ROUNDING)
 
 
 def test_patch_mean_is_rejected_if_the_tokens_do_not_match_the_patches() -> None:

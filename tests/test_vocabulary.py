@@ -17,8 +17,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import nbformat
-import pytest
 from package_sources import ROOT, read_package
 
 if sys.version_info >= (3, 11):
@@ -169,43 +167,6 @@ def test_a_banned_word_inside_a_name_is_found(tmp_path: Path) -> None:
     source = tmp_path / "example.py"
     source.write_text("TarPicture = load_pictures\nlicence = 1\n", encoding="utf-8")
     assert set(find_misspelled(str(source))) == {"picture", "pictures", "licence"}
-
-
-def test_a_notebook_is_read_without_recorded_outputs_and_identifiers(tmp_path: Path) -> None:
-    output = nbformat.v4.new_output("stream", text="a picture\nboth ways\n")
-    cells = [
-        nbformat.v4.new_code_cell("print(licence)", id="4dbe3f2a", outputs=[output]),
-        nbformat.v4.new_code_cell("faults = []"),
-    ]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "example.ipynb")
-    text = (tmp_path / "example.ipynb").read_text("utf-8")
-    assert set(find_misspelled(str(tmp_path / "example.ipynb"))) == {"licence", "faults"}
-    read = blank_outputs(text)
-    assert "both ways" in text and "both ways" not in read
-    assert "dbe" in text and "dbe" not in read
-    assert "faults" in read and read.count("\n") == text.count("\n")
-
-
-@pytest.mark.parametrize(
-    ("text", "is_banned"),
-    [
-        ("kept vectors", True),
-        ("one row a\n# sample", True),
-        ("AlignArguments", True),
-        ("is no folder", True),
-        ("--steps 3", True),
-        ("there is no file", False),
-        ("DemoArguments", True),
-        ("TrainingArguments", False),
-        ("inspect.BoundArguments", False),
-        ("SentenceTransformerTrainingArguments", False),
-        ("--max-steps 3", False),
-        ("--num-workers 2", False),
-    ],
-)
-def test_a_phrase_is_found_and_what_resembles_it_is_not(text: str, is_banned: bool) -> None:
-    found = any(compile_phrase(pattern).search(text) for pattern in (*PHRASES, *FLAGS))
-    assert found == is_banned
 
 
 def test_spelling_is_american_and_a_banned_word_occurs_nowhere() -> None:

@@ -69,34 +69,27 @@ _TRANSFORMER_SIZE: dict[str, Any] = {
     "initializer_range": _INITIALIZER_RANGE,
 }
 _IMAGE_SIZE = {"image_size": IMAGE_SIZE, "patch_size": 8}
+_MLP_AND_IMAGE_SIZE = {"intermediate_size": 48, **_IMAGE_SIZE}
 _VISION_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "clip": ("clip_vision_model", {"intermediate_size": 48, **_IMAGE_SIZE}),
-    "siglip": ("siglip_vision_model", {"intermediate_size": 48, **_IMAGE_SIZE}),
+    **{name: (name, _MLP_AND_IMAGE_SIZE) for name in ("dinov3_vit", "vit", "ijepa")},
+    **{
+        name: (f"{name}_vision_model", _MLP_AND_IMAGE_SIZE)
+        for name in ("clip", "siglip", "metaclip_2", "aimv2", "chinese_clip", "altclip")
+    },
     "siglip2": (
         "siglip2_vision_model",
         {"intermediate_size": 48, "patch_size": 8, "num_patches": 16},
     ),
     "dinov2": ("dinov2", {"mlp_ratio": 2, **_IMAGE_SIZE}),
-    "dinov3_vit": ("dinov3_vit", {"intermediate_size": 48, **_IMAGE_SIZE}),
-    "vit": ("vit", {"intermediate_size": 48, **_IMAGE_SIZE}),
     "tipsv2": ("tipsv2_vision_model", {"mlp_ratio": 2, **_IMAGE_SIZE}),
-    "metaclip_2": ("metaclip_2_vision_model", {"intermediate_size": 48, **_IMAGE_SIZE}),
-    "aimv2": ("aimv2_vision_model", {"intermediate_size": 48, **_IMAGE_SIZE}),
-    "chinese_clip": ("chinese_clip_vision_model", {"intermediate_size": 48, **_IMAGE_SIZE}),
-    "altclip": ("altclip_vision_model", {"intermediate_size": 48, **_IMAGE_SIZE}),
-    "ijepa": ("ijepa", {"intermediate_size": 48, **_IMAGE_SIZE}),
     "radio": ("radio", {"mlp_ratio": 2.0, "max_img_size": 64, **_IMAGE_SIZE}),
 }
 # Towers without a pooled output.
 VISION_POOLINGS = {"ijepa": "mean"}
 # The networks of the paper, with fewer and narrower layers.
 _TIMM_SIZE = {
-    "img_size": IMAGE_SIZE,
-    "patch_size": 8,
-    "embed_dim": 32,
-    "depth": 2,
-    "num_heads": 2,
-}
+    "img_size": IMAGE_SIZE, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2,
+}  # fmt: skip
 _TIMM_NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "timm": ("test_vit", {"img_size": IMAGE_SIZE}),
     # Rotary positions count in the grid it was trained on, as in the towers for 336 pixels.
@@ -115,28 +108,19 @@ _TIMM_NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "beitv2": ("beitv2_base_patch16_224", _TIMM_SIZE),
     "swinv2": (
         "swinv2_tiny_window8_256",
-        {
-            "img_size": IMAGE_SIZE,
-            "patch_size": 4,
-            "embed_dim": 16,
-            "depths": [1, 1],
-            "num_heads": [2, 2],
-            "window_size": 4,
-        },
+        {"img_size": IMAGE_SIZE, "patch_size": 4, "embed_dim": 16, "depths": [1, 1],
+         "num_heads": [2, 2], "window_size": 4},
     ),
-}
+}  # fmt: skip
 _LLM_EXTRAS: dict[str, dict[str, Any]] = {
     "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 8},
     "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 8},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
     "phi": {"partial_rotary_factor": 0.5},
     "llama4_text": {
-        "attention_chunk_size": 8,
-        "head_dim": 8,
-        "moe_layers": [],
-        "intermediate_size_mlp": 64,
+        "attention_chunk_size": 8, "head_dim": 8, "moe_layers": [], "intermediate_size_mlp": 64,
     },
-}
+}  # fmt: skip
 
 
 def tiny_tokenizer(

@@ -55,34 +55,25 @@ def _change_weight(model: LLM2CLIPModel, _: Any) -> None:
         next(model.text_model.parameters())[0, 0] += 1
 
 
-def _change_theta(model: LLM2CLIPModel, _: Any) -> None:
-    model.config.text_config.rope_parameters = {"rope_type": "default", "rope_theta": 500.0}
-
-
 def _make_causal(model: LLM2CLIPModel, _: Any) -> None:
     model.config.bidirectional = False
     model.config.text_config.is_causal = True
 
 
-def _take_another_tokenizer(_: Any, processor: LLM2CLIPProcessor) -> None:
-    processor.tokenizer = tiny_tokenizer(begins=False)
-
-
-def _add_a_word(_: Any, processor: LLM2CLIPProcessor) -> None:
-    processor.tokenizer.add_tokens("photo")
+ROTARY = {"rope_type": "default", "rope_theta": 500.0}
 
 
 @pytest.mark.parametrize(
     ("change", "entry"),
     [
         (_change_weight, "weights"),
-        (_change_theta, "architecture"),
+        (lambda m, _: setattr(m.config.text_config, "rope_parameters", ROTARY), "architecture"),
         (lambda model, _: setattr(model.config, "prompt_suffix_ids", [5]), "prompt"),
         (lambda model, _: setattr(model.config, "text_pooling", "last_token"), "pooling"),
         (_make_causal, "direction"),
         (lambda _, processor: setattr(processor, "max_text_length", 31), "max_text_length"),
-        (_take_another_tokenizer, "tokenizer"),
-        (_add_a_word, "tokenizer"),
+        (lambda _, p: setattr(p, "tokenizer", tiny_tokenizer(begins=False)), "tokenizer"),
+        (lambda _, processor: processor.tokenizer.add_tokens("photo"), "tokenizer"),
     ],
 )
 def test_every_change_to_a_captions_embedding_changes_one_entry(

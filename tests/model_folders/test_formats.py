@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from breaking import edit_json
 from record_format import CAPTIONS, RECORDED
 from tiny import draw_noise
 from transformers import AutoModel
@@ -79,10 +78,3 @@ def test_remote_code_loads_a_folder_of_every_format_with_its_embeddings(
     ours = "modeling_llm2clip." if is_imported else "transformers_modules."
     assert done.stdout.startswith(ours)
     require_recorded(place, torch.load(place / "found.pt"))
-
-
-def test_a_folder_of_a_newer_format_names_the_upgrade_as_its_only_remedy(place: Path) -> None:
-    edit_json("config.json", lambda c: c.update(format_version=FORMAT_VERSION + 1))(place / "model")
-    with pytest.raises(ValueError, match="Upgrade modeling_llm2clip") as raised:
-        LLM2CLIPConfig.from_pretrained(place / "model")
-    assert "Restore" not in str(raised.value)

@@ -7,8 +7,6 @@ they found. The second part holds what sentence-transformers makes of the folder
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,7 +25,6 @@ from tiny import draw_noise, tiny_images, tiny_model
 from transformers import AutoModel, AutoProcessor, pipeline
 
 import modeling_llm2clip
-from modeling_llm2clip.base_llm2clip import write_sentence_transformers_files
 from modeling_llm2clip.doctor.file_checks import check_remote_code
 from modeling_llm2clip.doctor.model_under_test import ModelUnderTest
 from modeling_llm2clip.image_cropping_llm2clip import LLM2CLIPImageProcessor
@@ -132,6 +129,9 @@ push_to_hub(folder, "{REPOSITORY}")
 see("package, hub", "{REPOSITORY}")
 see("package, hub pinned", "{REPOSITORY}", revision=old)
 SentenceTransformer(folder).push_to_hub("{RESAVED}", private=True)
+for part in (AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)):
+    part.push_to_hub("owner/pushed", private=True, commit_message="As it is")
+    part.save_pretrained(str(here / "saved"), private=True, push_to_hub=True, repo_id="owner/saved")
 found["old"] = np.asarray(old)
 assert not any(name.startswith("transformers_modules.") for name in sys.modules)
 np.savez(here / "package.npz", **found)
@@ -140,6 +140,8 @@ DOWNLOAD = f"""
 see("remote, hub", "{REPOSITORY}")
 see("remote, hub pinned", "{REPOSITORY}", revision=sys.argv[3])
 see("remote, hub resaved", "{RESAVED}")
+see("remote, hub pushed", "owner/pushed")
+see("remote, hub saved", "owner/saved")
 np.savez(here / "remote.npz", **found)
 """
 OFFLINE = f"""
@@ -152,7 +154,8 @@ see("remote, folder", sys.argv[3])
 np.savez(here / "alone.npz", **found)
 """
 WAYS = (
-    "package, hub", "remote, folder", "remote, hub", "remote, hub resaved", "remote, offline",
+    "package, hub", "remote, folder", "remote, hub", "remote, hub resaved", "remote, hub pushed",
+    "remote, hub saved", "remote, offline",
 )  # fmt: skip
 IMAGES = [tiny_images(1)[0], draw_noise(32, 35)]
 PINNED_WAYS = ("package, hub pinned", "remote, hub pinned", "remote, offline pinned")
@@ -193,6 +196,7 @@ def seen(
         run_clean(PUBLISH, environment, here, "package", folder, other)
         found = dict(np.load(here / "package.npz"))
         old = str(found.pop("old"))
+        assert [hub.repositories[f"owner/{n}"].private for n in ("pushed", "saved")] == [True] * 2
         environment = hub.environment(here / "reader")
         environment.pop("PYTHONPATH", None)
         run_clean(DOWNLOAD, environment, here, "remote", old)
@@ -270,14 +274,6 @@ def auto_embeddings(folder: Path) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         output = model(**processor(text=CAPTIONS, images=tiny_images(3)))
     return {"text": output.text_embeds, "image": output.image_embeds}
-
-
-def test_truncate_dim_keeps_the_first_numbers(folder: Path) -> None:
-    whole = SentenceTransformer(str(folder))
-    short = SentenceTransformer(str(folder), truncate_dim=8)
-    wanted = whole.encode(CAPTIONS)[:, :8]
-    assert np.array_equal(short.encode(CAPTIONS), wanted)
-    assert np.array_equal(whole.encode(CAPTIONS, truncate_dim=8), wanted)
 
 
 def test_a_folder_saved_by_sentence_transformers_loads_everywhere(
@@ -369,29 +365,3 @@ def test_sentence_transformers_treats_a_missing_path_as_a_caption(
         wanted = model(**processor(text=["typo/cat.jpg"])).text_embeds
     found = sentence_model.encode(["typo/cat.jpg"], convert_to_tensor=True)
     torch.testing.assert_close(found, wanted, atol=ROUNDING, rtol=0)
-
-
-def test_the_text_only_model_encodes_texts_equally_and_refuses_images(
-    folder: Path, auto_embeddings: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
-    copied = Path(shutil.copytree(folder, tmp_path / "text-only"))
-    write_sentence_transformers_files(copied, instructions=PROMPTS, modalities=["text"])
-    text_only = SentenceTransformer(str(copied))
-    assert torch.equal(text_only.encode(CAPTIONS, convert_to_tensor=True), auto_embeddings["text"])
-    with pytest.raises(ValueError, match="image"):
-        text_only.encode(tiny_images(1))
-
-
-@pytest.mark.slow
-def test_several_processes_compute_the_same_embeddings_as_one(
-    sentence_model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = str(Path(modeling_llm2clip.__file__).parents[1])
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]))
-    captions = CAPTIONS * 4
-    pool = sentence_model.start_multi_process_pool(["cpu", "cpu"])
-    try:
-        found = sentence_model.encode(captions, pool=pool, chunk_size=5)
-    finally:
-        sentence_model.stop_multi_process_pool(pool)
-    assert np.allclose(found, sentence_model.encode(captions), atol=ROUNDING)
