@@ -59,16 +59,6 @@ def read_pixels(processor: Any, image: Image.Image) -> np.ndarray[Any, Any]:
     return pixels.astype(int)
 
 
-@pytest.mark.parametrize("kind", ["torchvision", "pillow"])
-def test_the_crop_of_every_margin_is_torchvisions(kind: str) -> None:
-    """To the bit: nothing is resized, as the shorter side has the size."""
-    processor = make_converted(kind)
-    for margin in range(12):
-        for height, width in ((SIDE, SIDE + margin), (SIDE + margin, SIDE)):
-            image = draw_noise(height, width)
-            assert np.array_equal(read_pixels(processor, image), transform_officially(image))
-
-
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_images_of_converted_models_are_those_of_the_official_transform(
     size: tuple[int, int],

@@ -21,7 +21,7 @@ import torch
 from odd_images import write_png
 from PIL import Image
 from shared_models import fresh_processor
-from tiny import draw_noise, tiny_images
+from tiny import draw_noise
 from transformers import CLIPImageProcessor, CLIPImageProcessorPil
 
 from modeling_llm2clip import LLM2CLIPProcessor
@@ -40,14 +40,6 @@ def load(image: Any) -> Image.Image:
     loaded: Image.Image = load_images(image)
     assert loaded.mode == "RGB"
     return loaded
-
-
-def test_images_become_float32_tensors_of_the_towers_size(
-    processor: LLM2CLIPProcessor,
-) -> None:
-    pixel_values = processor(images=tiny_images(3))["pixel_values"]
-    assert pixel_values.shape == (3, 3, 32, 32) and pixel_values.dtype == torch.float32
-    assert processor(images=tiny_images(1)[0])["pixel_values"].shape == (1, 3, 32, 32)
 
 
 def save_rotated(path: Path) -> None:

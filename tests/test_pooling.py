@@ -135,13 +135,10 @@ def test_a_text_that_cannot_come_from_the_models_tokenizer_is_named(
         check_token_rows(*rows_of([5, 6, 1, 8], text, side=side), **RULES)
 
 
-def test_every_invalid_text_is_counted() -> None:
+def test_every_invalid_text_is_counted_and_a_row_of_padding_alone_is_one() -> None:
     ids, mask = rows_of([5, 6, 1, 8], [7, 6, 1, 8], [7, 7, 1, 8])
     with pytest.raises(ValueError, match=r"2 of 3 texts do not begin.*First invalid row: 1"):
         check_token_rows(ids, mask, **RULES)
-
-
-def test_a_row_of_padding_alone_is_rejected() -> None:
     ids, mask = rows_of([5, 6, 1, 8], [5, 6, 1, 8])
     mask[1] = 0
     with pytest.raises(ValueError, match=r"1 of 2 texts have no token to pool"):
@@ -163,6 +160,7 @@ def test_a_mask_with_a_gap_is_rejected(suffix_ids: list[int]) -> None:
         (torch.tensor([5, 6, 1, 8]), torch.ones(4).long(), r"input_ids \(4,\).*shape \(texts, tok"),
         (torch.tensor([[5, 6, 1, 8]]), torch.ones(1, 3).long(), r"\(1, 4\).*attention_mask \(1, 3"),
         (torch.ones(1, 4), torch.ones(1, 4), "torch.float32.*project_caption_embeds"),
+        (torch.ones(0, 5), torch.ones(0, 5), r"shape \(0, 5\). Pass at least one text"),
     ],
 )
 def test_ids_of_another_shape_or_dtype_are_rejected(ids: Tensor, mask: Tensor, error: str) -> None:

@@ -30,7 +30,6 @@ import yaml
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".onnx", ".npy", ".npz", ".parquet", ".zip")
 _LICENSES = ("apache-2.0", "mit", "other")  # a few of those that the Hub knows
-TOKEN = "hf_test"  # opens private repositories and is needed for every change
 LFS_MINIMUM_BYTES = 10 * 2**20  # from here on the Hub wants LFS whatever the file is called
 
 
@@ -114,6 +113,7 @@ class HubServer(ThreadingHTTPServer):
     """
 
     daemon_threads = False  # so that closing waits for pending replies
+    token = "hf_test"  # opens private repositories and is needed for every change
 
     def __init__(self) -> None:
         """Start empty."""
@@ -146,7 +146,7 @@ class HubServer(ThreadingHTTPServer):
             settings[f"HF_HUB_DISABLE_{switch}"] = "1"
         settings |= {"HF_ENDPOINT": self.url, "HF_HOME": str(cache_dir)}
         settings |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-        settings |= {"HF_TOKEN": TOKEN}
+        settings |= {"HF_TOKEN": self.token}
         return settings | ({"HF_HUB_OFFLINE": "1"} if offline else {})
 
     def create_repository(self, name: str, *, private: bool = False) -> Repository:
@@ -165,7 +165,7 @@ class HubServer(ThreadingHTTPServer):
         url = urlsplit(target)
         self.requests.append(f"{method} {url.path}")
         try:
-            if credentials not in ("", f"Bearer {TOKEN}"):
+            if credentials not in ("", f"Bearer {self.token}"):
                 raise RefusalError(401, "Invalid credentials in Authorization header")
             for wanted, pattern, function in ROUTES:
                 pattern = pattern.replace("{repo}", "(?P<repo>[^/]+/[^/]+)")
