@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from read_only import read_only
@@ -56,7 +55,6 @@ COMMANDS = {
     "demo": ["demo", "--output", "OUT"],
 }
 NO_MODEL, NO_DATA = "no-model", Path("nowhere")
-NO_INDEX: Any = None
 FUNCTIONS: dict[str, Callable[[Path], object]] = {
     "evaluate": lambda out: evaluate(NO_MODEL, NO_DATA, EvaluationConfig(output=out)),
     "embed": lambda out: embed(NO_MODEL, [], out, modality="image"),

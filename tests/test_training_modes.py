@@ -139,36 +139,6 @@ def test_dropout_samples_the_same_masks_with_and_without_gradients(
     assert not torch.allclose(found[0], model.eval().get_caption_embeds(**texts), atol=1e-2)
 
 
-def test_cached_gradients_belong_to_the_sampled_masks(tmp_path: Path) -> None:
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.losses import (
-        CachedMultipleNegativesRankingLoss,
-    )
-
-    from modeling_llm2clip.model_folders.model_writing import save_model
-
-    save_model(*shared_model(), tmp_path / "model")
-    encoder = SentenceTransformer(str(tmp_path / "model"), device="cpu")
-    for module in encoder.modules():
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.3
-    encoder.train()
-    sampled: dict[bool, list[Tensor]] = {False: [], True: []}
-    encoder.register_forward_hook(
-        lambda *args: sampled[torch.is_grad_enabled()].append(
-            args[2]["sentence_embedding"].detach()
-        )
-    )
-    # Two mini-batches per column, with texts of different lengths.
-    loss = CachedMultipleNegativesRankingLoss(encoder, mini_batch_size=2)
-    columns = [encoder.preprocess(texts) for texts in (CAPTIONS, list(reversed(CAPTIONS)))]
-    loss(columns, None).backward()
-    first, replayed = sampled[False], sampled[True]
-    assert len(first) == len(replayed) == 4
-    for before, after in zip(first, replayed, strict=True):
-        assert torch.allclose(before, after, atol=1e-6)  # the same operations, unit length
-
-
 @every_vision
 def test_gradient_checkpointing_with_a_lora_gives_equal_gradients_in_a_vision_only_model(
     vision: str, tmp_path: Path
