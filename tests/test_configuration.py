@@ -306,6 +306,15 @@ def test_towers_are_required_and_unknown_ones_named(saved: dict[str, Any], tower
         LLM2CLIPConfig(**towers)  # type: ignore[arg-type]
 
 
+def test_no_path_of_a_tower_is_written(tmp_path: Path) -> None:
+    towers = vision_config(), text_config()
+    for tower in towers:
+        tower._name_or_path = str(tmp_path)  # as loading it from a folder sets it
+    LLM2CLIPConfig(*towers).save_pretrained(tmp_path)
+    content = (tmp_path / "config.json").read_text(encoding="utf-8")
+    assert str(tmp_path) not in content and "_name_or_path" not in json.loads(content)
+
+
 # What others set on a configuration
 
 

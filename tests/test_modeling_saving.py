@@ -199,10 +199,7 @@ def test_a_refused_model_leaves_the_folder_unchanged(tmp_path: Path) -> None:
 
 
 def test_a_saved_folder_contains_no_local_path(folder: Path, tmp_path: Path) -> None:
-    model = AutoModel.from_pretrained(folder)
-    for tower in (model.vision_model, model.text_model):
-        tower.config._name_or_path = str(folder)  # as if loaded from there
-    model.save_pretrained(tmp_path)
+    AutoModel.from_pretrained(folder).save_pretrained(tmp_path)
     AutoProcessor.from_pretrained(folder).save_pretrained(tmp_path)
     for path in tmp_path.glob("*.json"):
         assert str(folder) not in path.read_text(encoding="utf-8"), path.name
