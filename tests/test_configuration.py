@@ -307,10 +307,11 @@ def test_towers_are_required_and_unknown_ones_named(saved: dict[str, Any], tower
 
 
 def test_no_path_of_a_tower_is_written(tmp_path: Path) -> None:
-    towers = vision_config(), text_config()
-    for tower in towers:
-        tower._name_or_path = str(tmp_path)  # as loading it from a folder sets it
-    LLM2CLIPConfig(*towers).save_pretrained(tmp_path)
+    loaded: list[Any] = []
+    for tower in (vision_config(), text_config()):
+        tower.save_pretrained(tmp_path / tower.model_type)
+        loaded.append(type(tower).from_pretrained(tmp_path / tower.model_type))
+    LLM2CLIPConfig(*loaded).save_pretrained(tmp_path)
     content = (tmp_path / "config.json").read_text(encoding="utf-8")
     assert str(tmp_path) not in content and "_name_or_path" not in json.loads(content)
 
