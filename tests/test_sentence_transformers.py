@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hub_server import HubServer
 from sentence_transformers import SentenceTransformer
 from shared_models import CAPTIONS, INSTRUCTION, ROUNDING, shared_model
 from tiny import tiny_images, tiny_model
 from transformers import AutoModel, AutoProcessor
 
+import modeling_llm2clip
 from modeling_llm2clip import LLM2CLIPConfig, LLM2CLIPTextModel, LLM2CLIPVisionModel
 from modeling_llm2clip.base_llm2clip import read_instructions
 from modeling_llm2clip.model_folders.model_writing import save_model
@@ -110,3 +115,68 @@ def test_an_invalid_settings_file_is_named_before_weights_are_written(tmp_path: 
     with pytest.raises(ValueError, match=rf"{SETTINGS} is not JSON .* Restore it, or delete it"):
         shared_model()[0].save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [SETTINGS]
+
+
+PUSH = """
+import sys
+from pathlib import Path
+import modeling_llm2clip
+from transformers import AutoModel, AutoProcessor
+
+model, processor = (c.from_pretrained(sys.argv[1]) for c in (AutoModel, AutoProcessor))
+model.push_to_hub("owner/pushed", private=True, commit_message="Model as it is")
+processor.push_to_hub("owner/pushed")
+folder, given = str(Path(sys.argv[2]) / "model"), {"push_to_hub": True, "repo_id": "owner/saved"}
+model.save_pretrained(folder, private=True, **given)
+processor.save_pretrained(folder, **given)  # a str, because transformers rejects a Path here
+"""
+READ = """
+import sys
+import numpy as np
+sys.modules["modeling_llm2clip"] = None  # from here on, importing the package raises
+import torch
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoProcessor
+
+texts, found = sys.argv[2:], {}
+for name in ("pushed", "saved"):
+    given = {"pretrained_model_name_or_path": f"owner/{name}", "trust_remote_code": True}
+    model, processor = (c.from_pretrained(**given) for c in (AutoModel, AutoProcessor))
+    with torch.no_grad():
+        found[f"{name} AutoModel"] = model(**processor(text=texts)).text_embeds.numpy()
+    encoder = SentenceTransformer(f"owner/{name}", trust_remote_code=True)
+    found[f"{name} SentenceTransformer"] = encoder.encode(texts)
+    found[f"{name} instructed"] = encoder.encode(texts, prompt_name="query")
+np.savez(sys.argv[1], **found)
+"""
+
+
+@pytest.mark.slow
+def test_a_pushed_model_gives_the_same_embeddings_without_the_package(
+    folder: Path, tmp_path: Path
+) -> None:
+    with HubServer() as hub:
+        environment = hub.environment(tmp_path / "publisher")
+        environment["PYTHONPATH"] = str(Path(modeling_llm2clip.__file__).parents[1])
+        run(PUSH, environment, tmp_path, folder, tmp_path)
+        assert all(hub.repositories[f"owner/{name}"].private for name in ("pushed", "saved"))
+        environment = hub.environment(tmp_path / "reader")
+        environment.pop("PYTHONPATH", None)
+        run(READ, environment, tmp_path, tmp_path / "found.npz", *CAPTIONS)
+    found = dict(np.load(tmp_path / "found.npz"))
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    with torch.no_grad():
+        wanted = model(**processor(text=CAPTIONS)).text_embeds.numpy()
+    instructed = SentenceTransformer(str(folder)).encode(CAPTIONS, prompt_name="query")
+    for name, embeds in found.items():
+        expected = instructed if name.endswith("instructed") else wanted
+        # Other batches sum in another order.
+        assert np.allclose(embeds, expected, atol=ROUNDING, rtol=0), name
+
+
+def run(code: str, environment: dict[str, str], folder: Path, *arguments: object) -> None:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(
+        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-6000:]

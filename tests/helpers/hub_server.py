@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -107,22 +108,24 @@ class Request:
 class HubServer(ThreadingHTTPServer):
     """The Hub; a context manager that serves on a free loopback port while it is open.
 
-    So many of the coming uploads of large files as `fail_next_uploads` get a 403, after which the
-    client gives up at once.
+    `fail_next_uploads` so many of the coming large-file uploads are broken off in the middle;
+    newer clients repeat them by themselves (five times, after 1, 2, 4, 8, 8 seconds). With an
+    `upload_failure_status` they get that status instead; after a 403 the client gives up at once.
     `requests` lists "METHOD /path" of all that was asked; `objects` holds large files by SHA-256.
     """
 
     daemon_threads = False  # so that closing waits for pending replies
-    token = "hf_test"  # opens private repositories and is needed for every change
 
-    def __init__(self) -> None:
-        """Start empty."""
+    def __init__(self, token: str = "hf_test") -> None:
+        """Start empty; `token` opens private repositories and is needed for every change."""
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
+        self.token = token
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.fail_next_uploads = 0
+        self.upload_failure_status: int | None = None
         self.lock = threading.Lock()
         # The default poll interval would delay every close by half a second.
         self._thread = threading.Thread(target=self.serve_forever, args=(0.02,))
@@ -138,7 +141,9 @@ class HubServer(ThreadingHTTPServer):
         self._thread.join()
         self.server_close()
 
-    def environment(self, cache_dir: Path, *, offline: bool = False) -> dict[str, str]:
+    def environment(
+        self, cache_dir: Path, *, signed_in: bool = True, offline: bool = False
+    ) -> dict[str, str]:
         """Return the environment of a client process: a copy of this one that uses the server."""
         foreign = ("HF_", "HUGGING", "TRANSFORMERS_")
         settings = {k: v for k, v in os.environ.items() if not k.upper().startswith(foreign)}
@@ -146,7 +151,7 @@ class HubServer(ThreadingHTTPServer):
             settings[f"HF_HUB_DISABLE_{switch}"] = "1"
         settings |= {"HF_ENDPOINT": self.url, "HF_HOME": str(cache_dir)}
         settings |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-        settings |= {"HF_TOKEN": self.token}
+        settings |= {"HF_TOKEN": self.token} if signed_in else {}
         return settings | ({"HF_HUB_OFFLINE": "1"} if offline else {})
 
     def create_repository(self, name: str, *, private: bool = False) -> Repository:
@@ -183,10 +188,12 @@ class HubServer(ThreadingHTTPServer):
         """Return the request's repository if the client may see (and change) it."""
         name = request.parts["repo"]
         repository = self.repositories.get(name)
-        if repository is None or ((repository.private or write) and not request.signed_in):
+        if repository is None or (repository.private and not request.signed_in):
             # As on the Hub, a private repository looks like a missing one to others.
             status = 404 if request.signed_in else 401
             raise RefusalError(status, f"Repository {name} not found", "RepoNotFound")
+        if write and not request.signed_in:
+            raise RefusalError(401, f"Changing {name} needs a token.")
         return repository
 
     def _create(self, request: Request) -> Reply:
@@ -293,8 +300,11 @@ class HubServer(ThreadingHTTPServer):
         repository, branch = self._find(request, write=True), request.parts["branch"]
         if branch not in repository.references or "create_pr" in request.query:
             raise RefusalError(400, f"Commits go on a branch that exists, not on {branch}.")
+        head = repository.find(branch)
         header, *steps = [json.loads(line) for line in request.body.splitlines()]
-        files = dict(repository.commits[repository.find(branch)])
+        if header["value"].get("parentCommit") not in (None, head):
+            raise RefusalError(412, f"{branch} has moved on to {head}.")
+        files = dict(repository.commits[head])
         for step in steps:
             self._apply(step["key"], step["value"], files)
         sha = repository.add_commit(branch, header["value"]["summary"], files)
@@ -310,6 +320,9 @@ class HubServer(ThreadingHTTPServer):
             files[path] = HubFile(self.objects[value["oid"]], is_lfs=True)
         elif key == "deletedFile" and path in files:
             del files[path]
+        elif key == "deletedFolder":
+            for name in [name for name in files if name.startswith(f"{path.rstrip('/')}/")]:
+                del files[name]
         else:
             raise RefusalError(400, f"Cannot do {key} for {path}: unknown step or missing content.")
 
@@ -380,13 +393,17 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(reply)
 
     def _fail_upload(self, length: int) -> bool:
-        """Refuse the file, if the test requested a failure."""
+        """Read half of the file and close the connection, if the test requested a failure."""
         with self.server.lock:
             failing = self.server.fail_next_uploads > 0
             self.server.fail_next_uploads -= failing
-        if failing:
+        status = self.server.upload_failure_status
+        if failing and status is not None:
             self.rfile.read(length)
-            self._send(RefusalError(403, "This upload was made to fail.").reply)
+            self._send(RefusalError(status, "This upload was made to fail.").reply)
+        elif failing:
+            self.rfile.read(length // 2)
+            self.connection.shutdown(socket.SHUT_RDWR)
         return failing
 
     def _send(self, reply: Reply) -> None:

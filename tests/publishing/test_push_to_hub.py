@@ -149,7 +149,7 @@ def published(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     opened = shutil.copytree(other, here / "opened")
     pushed = shutil.copytree(good, here / "source")  # pushing names the repository on its card
     with HubServer() as hub:
-        hub.fail_next_uploads = 1
+        hub.fail_next_uploads, hub.upload_failure_status = 1, 403
         folders = (pushed, here / "sharded", other, opened)
         answers = run_client(PRELUDE + PUBLISH, hub.environment(here / "cache"), *folders)
         yield Published(hub, answers, here / "sharded", other)
