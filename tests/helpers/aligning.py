@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,10 @@ from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.embedding.extract import extract
+from modeling_llm2clip.processing_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.publishing.export_model import save_model
 from modeling_llm2clip.training.alignment.align import align
+from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.alignment.held_out import HeldOutScores
 from modeling_llm2clip.training.losses.loss import Loss
 from modeling_llm2clip.training.run_folder import read_results
@@ -71,6 +74,18 @@ class Prepared:
     def image_store(self) -> EmbeddingStore:
         return EmbeddingStore.open(self.images)
 
+    @property
+    def processor(self) -> LLM2CLIPProcessor:
+        return LLM2CLIPProcessor.from_pretrained(self.model)
+
+    def dataset(
+        self, records: Sequence[CaptionedImage] | None = None, *stores: str, **options: Any
+    ) -> AlignmentDataset:
+        """Samples of these or all records, from no store or those named `caption` or `image`."""
+        opened = {f"{name}_store": getattr(self, f"{name}_store") for name in stores}
+        records = self.records if records is None else records
+        return AlignmentDataset(records, self.processor, AlignConfig(**options), **opened)
+
     def align(
         self,
         output: Path,
@@ -103,15 +118,16 @@ class Prepared:
         output: Path,
         *,
         resume: bool = False,
+        records: Sequence[CaptionedImage] | None = None,
         loss_function: Loss | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         **options: Any,
     ) -> Run:
         """Align from both stores, with the defaults of the other options."""
         align(
-            self.model, self.records, output, AlignConfig(**{"device": "cpu", **options}),
-            caption_store=self.captions, image_store=self.images,
-            loss=loss_function, resume=resume, callbacks=callbacks,
+            self.model, self.records if records is None else records, output,
+            AlignConfig(**{"device": "cpu", **options}), caption_store=self.captions,
+            image_store=self.images, loss=loss_function, resume=resume, callbacks=callbacks,
         )  # fmt: skip
         return Run(output)
 
@@ -154,6 +170,19 @@ class KillAtBegin(TrainerCallback):
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
+
+
+class EndAfter(TrainerCallback):
+    """Ends a run after a step, as a kill or, with `by_signal`, a scheduler does."""
+
+    def __init__(self, step: int, *, by_signal: bool = False) -> None:
+        self._step, self._by_signal = step, by_signal
+
+    def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+        if state.global_step == self._step:
+            if not self._by_signal:
+                raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGTERM)
 
 
 def write_data(folder: Path, *, count: int = NUM_RECORDS) -> Path:

@@ -12,10 +12,13 @@ from tiny import draw_noise, tiny_model
 
 from modeling_llm2clip.configs.encoding_config import IndexConfig
 from modeling_llm2clip.search.image_index import ImageIndex
-from modeling_llm2clip.search.index_about import About
+from modeling_llm2clip.search.index_about import About, AnnIndex
 from modeling_llm2clip.search.index_database import IndexDatabase
 
-QUIET = IndexConfig(show_progress=False, device="cpu")
+ANN = AnnIndex(
+    num_rows=20, num_partitions=9, nprobes=2, refine_factor=5, recall_at_10=1, num_queries=1,
+    query_ms=1, exact_query_ms=2, build_s=1, is_used=True,
+)  # fmt: skip
 
 
 def save_model(folder: Path, **settings: Any) -> Path:

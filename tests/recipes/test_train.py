@@ -243,21 +243,6 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(
     assert read_files(done.config.output) == before and not (tmp_path / "run").exists()
 
 
-def test_a_folder_with_an_equals_sign_is_taken_whole(
-    sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = shutil.copytree(sources / "data", tmp_path / "size=32" / "data")
-    for given in (str(data), f"folder={data}"):
-        file = write_recipe(
-            sources, tmp_path / "recipe.yaml", data=given, output=tmp_path / "a=b" / "run"
-        )
-        assert main(["train", str(file), "--dry-run"]) == 0
-        assert "27 images to train on" in capsys.readouterr().out
-    file = write_recipe(sources, file, data=str(tmp_path / "size=33" / "data"), output="run")
-    assert main(["train", str(file), "--dry-run"]) == 2
-    assert "size=33/data: no such data" in capsys.readouterr().err
-
-
 def test_an_invalid_output_is_refused_before_the_data_are_read(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

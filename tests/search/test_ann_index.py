@@ -114,7 +114,9 @@ def test_filters_keep_the_recall_even_if_what_passes_is_far_from_the_query(
 
     monkeypatch.setattr(index._database, "search", note)
     measure(2499)
-    assert searched == [ann.widen()] * 20
+    index.search(queries[:1], exact=True)
+    index.search(queries[:1])
+    assert searched == [*[ann.widen()] * 20, None, ann]
 
 
 @pytest.mark.parametrize(

@@ -76,16 +76,6 @@ def test_a_tag_of_another_type_is_an_error_of_its_file_alone(
     assert f"{paths[3]}: the image is truncated or corrupt" in found.errors[paths[3]]
 
 
-def test_another_default_dtype_changes_nothing(paths: list[Path]) -> None:
-    expected = encode(*paths).embeds
-    torch.set_default_dtype(torch.float16)
-    try:
-        embeds = encode(*paths).embeds
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert torch.equal(embeds, expected)
-
-
 def test_images_of_few_rows_or_columns_are_read_as_the_facade_reads_them(tmp_path: Path) -> None:
     """As arrays, some of these could be channels first."""
     sizes = [(1, 40), (40, 1), (3, 40), (40, 3), (3, 3), (2, 2)]

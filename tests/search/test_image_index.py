@@ -21,7 +21,6 @@ from tiny import draw_noise
 from modeling_llm2clip import LLM2CLIPProcessor, LLM2CLIPVisionModel
 from modeling_llm2clip.search.image_files import list_images
 from modeling_llm2clip.search.image_index import ImageIndex
-from modeling_llm2clip.search.index_about import AnnIndex
 
 SENTENCES = ["a dog", "two red apples on a wooden table"]
 
@@ -149,18 +148,12 @@ def test_a_filter_is_sql_over_the_columns(index: ImageIndex, where: str, count: 
         ([Path("nowhere.png")], "nowhere.png: no such image"),
         (np.ones((2, 3)), r"shape \(2, 3\)\. Pass \(queries, "),
         (np.ones(8), "Pass \\(queries"),
+        (np.diag([0, np.nan, *[1] * 30]), r"\[0, 1\] are zero, NaN or infinite"),
     ],
 )
 def test_a_query_that_is_none_is_refused(index: ImageIndex, query: Any, error: str) -> None:
     with pytest.raises(ValueError, match=error):
         index.search(query)
-
-
-def test_embeddings_that_are_no_directions_are_refused(index: ImageIndex) -> None:
-    embeds = np.ones((3, index.about.width))
-    embeds[1], embeds[2, 0] = 0, np.nan
-    with pytest.raises(ValueError, match=r"\[1, 2\] are zero, NaN or infinite"):
-        index.search(embeds)
     with pytest.raises(ValueError, match="top_k=0 must be at least 1"):
         index.search("a dog", top_k=0)
 
@@ -279,29 +272,6 @@ def test_an_index_without_images_says_so(place: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"holds no images\. Add a folder with"):
         ImageIndex.open(folder).search("a dog")
-
-
-def test_few_images_that_pass_a_filter_are_all_compared(
-    index: ImageIndex, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An approximate index that visits too little still finds all that are asked for."""
-    asked: list[Any] = []
-    search = index._database.search
-
-    def note(*args: Any, **options: Any) -> Any:
-        asked.append(options.get("ann"))
-        return search(*args, **options)
-
-    ann = AnnIndex(
-        num_rows=10, num_partitions=1, nprobes=1, refine_factor=5, recall_at_10=1, num_queries=1,
-        query_ms=1, exact_query_ms=2, build_s=1, is_used=True,
-    )  # fmt: skip
-    monkeypatch.setattr(index._database, "about", dataclasses.replace(index.about, ann=ann))
-    monkeypatch.setattr(index._database, "search", note)
-    index.search("a dog")
-    index.search("a dog", exact=True)
-    index.search("a dog", where="width > 0")
-    assert asked == [ann, None, None]
 
 
 def test_a_draw_is_decided_by_the_path(place: Path, tmp_path: Path) -> None:

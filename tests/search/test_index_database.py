@@ -19,7 +19,6 @@ from modeling_llm2clip.search.index_about import IndexUnavailableError
 from modeling_llm2clip.search.index_database import (
     IndexDatabase,
     _find_storage_options,
-    _list_conditions,
 )
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -37,12 +36,6 @@ def test_more_values_than_a_filter_may_have_are_found_in_parts(tmp_path: Path) -
     database.remove(names[:1100])
     assert database.count() == 100 and database.count("width >= 1150") == 50
     assert database.find_by_digest([]) == {}
-
-
-def test_quotes_in_values_end_no_literal() -> None:
-    assert list(_list_conditions("path", ["it's", "a"])) == ["path IN ('it''s', 'a')"]
-    assert len(list(_list_conditions("path", ["a"] * 1001))) == 3
-    assert list(_list_conditions("path", [])) == []
 
 
 def test_a_row_of_the_same_path_is_replaced(tmp_path: Path) -> None:

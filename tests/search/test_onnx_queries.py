@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +12,8 @@ from indexes import build, save_images, save_model
 from launches import run_python
 from onnx_folders import shared_graphs, shared_source
 from shared_models import ROUNDING
-from tokenizing import note_tokenized
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.encoding import encode_onnx
 from modeling_llm2clip.search.image_index import ImageIndex
 
 _WITHOUT_TORCH = """
@@ -92,33 +89,3 @@ def test_what_the_graphs_cannot_read_is_refused(
     shutil.rmtree(graphs / "onnx")
     assert main([*search, "a dog"]) == 2
     assert "no graph for texts" in capsys.readouterr().err
-
-
-def test_each_sentence_is_tokenized_once(db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts, graphs = ["a dog", "dog " * 200], str(shared_graphs())  # made before what is noted
-    with note_tokenized() as tokenized:
-        assert main(["search", str(db), *texts]) == 0
-    assert tokenized == [text.strip() for text in texts]
-
-    opened: list[Any] = []
-
-    class NotingTokenizer:
-        """Notes the texts that a tokenizer without transformers reads."""
-
-        def __init__(self, folder: Path) -> None:
-            self.texts: list[str] = []
-            self._tokenizer = open_tokenizer(folder)
-            opened.append(self)
-
-        def encode_batch(self, texts: list[str]) -> Any:
-            self.texts += texts
-            return self._tokenizer.encode_batch(texts)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._tokenizer, name)
-
-    open_tokenizer = encode_onnx.open_tokenizer
-    monkeypatch.setattr(encode_onnx, "open_tokenizer", NotingTokenizer)
-    assert main(["search", str(db), *texts, "--model", graphs]) == 0
-    [tokenizer] = opened
-    assert tokenizer.texts == tokenized

@@ -8,17 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from indexes import add_rows, make_database, make_embeddings
+from indexes import ANN, add_rows, make_database, make_embeddings
 
 from modeling_llm2clip.search.image_index import ImageIndex
-from modeling_llm2clip.search.index_about import EVERY_IMAGE, AnnIndex, IndexUnavailableError
+from modeling_llm2clip.search.index_about import EVERY_IMAGE, IndexUnavailableError
 from modeling_llm2clip.search.index_database import IndexDatabase
 
 IMAGES = make_embeddings(20)
-ANN = AnnIndex(
-    num_rows=20, num_partitions=9, nprobes=2, refine_factor=5, recall_at_10=1, num_queries=1,
-    query_ms=1, exact_query_ms=2, build_s=1, is_used=False,
-)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

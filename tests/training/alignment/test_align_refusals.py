@@ -16,7 +16,6 @@ from aligning import NUM_RECORDS, SHORT_RUN, Prepared, Run, prepare, read_losses
 from interruptions import largest_file
 from transformers import Trainer
 
-from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import CaptionedImage
@@ -24,7 +23,6 @@ from modeling_llm2clip.data.sealed_manifest import read_sealed, write_sealed
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.align_checks import check_processes
-from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.alignment_trainer import (
     AlignmentTrainer,
@@ -230,15 +228,13 @@ def edit_captions(
 
 
 def test_neither_order_nor_group_ids_of_the_records_matter_to_a_store(prepared: Prepared) -> None:
-    processor = LLM2CLIPProcessor.from_pretrained(prepared.model)
     records = [dataclasses.replace(r, group_id=r.name) for r in reversed(prepared.records)]
-    turned = AlignmentDataset(records, processor, caption_store=prepared.caption_store)
-    plain = AlignmentDataset(prepared.records, processor, caption_store=prepared.caption_store)
-    first, last = np.array([0, 0]), np.array([NUM_RECORDS - 1] * 2)
-    captions = np.array([0, 1])
-    assert (
-        turned.caption_rows(first, captions).tolist() == plain.caption_rows(last, captions).tolist()
+    places = ((records, 0), (None, NUM_RECORDS - 1))
+    turned, plain = (
+        prepared.dataset(given, "caption").caption_rows(np.array([item] * 2), np.array([0, 1]))
+        for given, item in places
     )
+    assert turned.tolist() == plain.tolist()
 
 
 def test_a_run_is_not_continued_with_other_captions(prepared: Prepared, tmp_path: Path) -> None:

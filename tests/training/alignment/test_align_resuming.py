@@ -11,15 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from aligning import SHORT_RUN, Prepared, Run, command_of, names_that_differ, read_losses
-from killed_writers import leave_unfinished
+from aligning import SHORT_RUN, Prepared, command_of, names_that_differ, read_losses
 
 from modeling_llm2clip.__main__ import main
-from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.training.alignment.best_weights import BEST_FILE
-from modeling_llm2clip.training.run_folder import discard_later_steps, write_run_record
 
 pytestmark = pytest.mark.slow
 
@@ -44,40 +40,6 @@ def run_until(command: list[str], output: Path, *, lines: int, by: signal.Signal
     return process.returncode
 
 
-@pytest.mark.parametrize("is_begun", [True, False])
-def test_a_model_that_a_killed_run_left_half_written_is_gone_after_the_next(
-    prepared: Prepared, finished: Run, tmp_path: Path, is_begun: bool
-) -> None:
-    output = tmp_path / "run"
-    if is_begun:
-        finished.copy_without_model(output)
-    left = leave_unfinished(output / "model")
-    prepared.align(output, resume=is_begun)
-    assert not left.exists() and (output / "model" / "model.safetensors").is_file()
-    assert not list(output.glob(".*"))
-
-
-def test_what_a_kill_interrupts_is_whole_or_not_there(
-    prepared: Prepared, finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, empty = finished.copy_without_model(tmp_path / "run"), tmp_path / "empty"
-
-    def die(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
-    for output in (run, empty):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(os, "fsync", die)  # the content is written, the file not yet in its place
-            prepared.align(output, resume=output == run)
-    assert before == {name: (run / name).read_bytes() for name in before}
-    assert not empty.exists()
-    empty.mkdir()
-    (empty / f"run.json.{'1f' * 16}.tmp").write_bytes(b"{")  # as SIGKILL leaves it
-    assert prepared.align(empty).results["steps"] == SHORT_RUN["max_steps"]
-    assert not list(empty.glob("*.tmp"))
-
-
 def test_a_signal_stops_a_run_after_its_step(prepared: Prepared, tmp_path: Path) -> None:
     output = tmp_path / "run"
     command = command_of(prepared, output, save_steps=1000, max_steps=100, vision_training="frozen")
@@ -87,20 +49,6 @@ def test_a_signal_stops_a_run_after_its_step(prepared: Prepared, tmp_path: Path)
     assert main([*command, "--resume"]) == 0
     assert len(read_losses(output)) == 100
     assert check_model(output / "model").healthy
-
-
-def test_a_write_that_breaks_off_leaves_the_earlier_file_whole(
-    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = finished.copy_without_model(tmp_path / "run")
-    files = [output / name for name in ("run.json", "metrics.jsonl")]
-    before = [file.read_bytes() for file in files]
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("power cut")))
-    with pytest.raises(OSError, match="power cut"):
-        write_run_record(output, AlignConfig(), {}, model=torch.nn.Linear(1, 1))
-    with pytest.raises(OSError, match="power cut"):
-        discard_later_steps(output, None)
-    assert [file.read_bytes() for file in files] == before
 
 
 def test_a_run_that_stopped_early_takes_no_further_step(few: Prepared, tmp_path: Path) -> None:

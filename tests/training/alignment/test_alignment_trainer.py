@@ -114,49 +114,22 @@ def test_a_run_without_a_length_is_long_enough() -> None:
     assert count_steps(AlignConfig(num_train_epochs=1), 720, 128) == 5
 
 
-ARGUMENTS: Any = None
-
-
-class Clock:
-    """A clock that no machine slows down."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 0.0
-        clock = SimpleNamespace(perf_counter=lambda: self.now)
-        monkeypatch.setattr(alignment_trainer, "time", clock)
-
-
-def read_lines(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line.startswith("step")]
-
-
-def test_waiting_is_a_share_of_the_time_since_the_last_line(
+def test_lines_come_at_doubling_times_and_have_the_share_of_waiting_since_the_last(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clock = Clock(monkeypatch)
-    callback = InputTimesCallback(epoch_at=float, shown=True)
-    for step in (1, 2):
-        with callback.measure():
-            clock.now += 3.0
-        clock.now += 9.0
-        callback.on_step_end(
-            ARGUMENTS, TrainerState(max_steps=2, global_step=step), TrainerControl()
-        )
-    line = "25% of the time waiting for input, 75% training"
-    assert read_lines(capsys.readouterr().err) == [f"step 1: {line}", f"step 2: {line}"]
-
-
-def test_lines_come_at_doubling_times_and_at_the_end(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = Clock(monkeypatch)
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(alignment_trainer, "time", clock)
     callback = InputTimesCallback(epoch_at=float, shown=True)
     for step in range(1, 601):  # one second and one epoch each
-        clock.now = float(step)
-        state = TrainerState(max_steps=600, global_step=step)
-        callback.on_step_end(ARGUMENTS, state, TrainerControl())
-    lines = read_lines(capsys.readouterr().err)
-    assert [int(line.split()[1].strip(":")) for line in lines] == [10, 20, 40, 80, 160, 320, 600]
+        with callback.measure():
+            clock.now += 0.25
+        clock.now += 0.75
+        state: Any = TrainerState(max_steps=600, global_step=step)
+        callback.on_step_end(None, state, TrainerControl())
+    line = "25% of the time waiting for input, 75% training"
+    steps = (10, 20, 40, 80, 160, 320, 600)
+    shown = [text for text in capsys.readouterr().err.splitlines() if text.startswith("step")]
+    assert shown == [f"step {step}: {line}" for step in steps]
 
 
 @pytest.mark.slow

@@ -87,14 +87,7 @@ def test_images_like_those_of_the_alignment_are_near(aligned: Run, tmp_path: Pat
 @pytest.mark.slow
 def test_the_summary_ignores_the_order(colored: Prepared, aligned: Run, tmp_path: Path) -> None:
     """Stores are read by name, so that every embedding is the same, bit for bit."""
-
-    class Reversed(Prepared):
-        @property
-        def records(self) -> list[CaptionedImage]:
-            return super().records[::-1]
-
-    places = (colored.data, colored.model, colored.captions, colored.images)
-    run = Reversed(*places).align_stored(tmp_path / "run", **FEW_STEPS)
+    run = colored.align_stored(tmp_path / "run", records=colored.records[::-1], **FEW_STEPS)
     assert read_bytes(run.model) == read_bytes(aligned.model)
 
 
@@ -124,7 +117,6 @@ if __name__ == "__main__":
 def test_two_processes_fit_all_images_and_write_the_summary_as_one_does(
     colored: Prepared, aligned: Run, tmp_path: Path
 ) -> None:
-    shutil.copytree(colored.data, tmp_path / "data")
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES, encoding="utf-8")
     stores = colored.captions, colored.images

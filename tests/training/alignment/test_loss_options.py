@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,13 +12,12 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.nn.functional as F
-from aligning import COLORS, Prepared, Run, read_losses, read_metrics
-from gloo_workers import find_free_port
+from aligning import COLORS, EndAfter, Prepared, Run, read_losses, read_metrics
 from labeled_colors import write_classes
+from launches import run_python
 from safetensors.torch import load_file
 from sigmoid_loss import BIAS, train
 from tiny_encoders import save_tiny_images
-from transformers import TrainerCallback
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.align_config import AlignConfig
@@ -55,8 +50,7 @@ def move_tower(prepared: Prepared, folder: Path) -> float:
     """How far the tower's embeddings are from those before the training, at unit length."""
     model = LLM2CLIPVisionModel.from_pretrained(folder).eval()
     images = [record.image for record in prepared.records]
-    processor = LLM2CLIPProcessor.from_pretrained(folder)
-    now = encode_images(model, processor, images, project=False)
+    now = encode_images(model, prepared.processor, images, project=False)
     before = prepared.image_store.read(
         prepared.image_store.rows_at(range(len(images)), [0] * len(images))
     )
@@ -172,20 +166,6 @@ def test_random_texts_are_not_locked(tmp_path: Path, few: Prepared) -> None:
         few.align(tmp_path / "run", lock_text=True)
 
 
-ROOT = Path(__file__).parents[3]
-
-
-class SignalAfter(TrainerCallback):
-    """Ends a run after a step, as a scheduler does."""
-
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
-        if state.global_step == self._step:
-            signal.raise_signal(signal.SIGTERM)
-
-
 def read_checkpoint(output: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(output / "checkpoints" / f"checkpoint-{step}" / "trained.safetensors")
 
@@ -220,29 +200,11 @@ def test_a_loss_with_a_parameter_chooses_and_resumes(prepared: Prepared, tmp_pat
     assert not [n for n in load_file(run / "model/model.safetensors") if "logit_bias" in n]
     options = {"refit": True, "save_steps": 1, "seed": 1}
     with pytest.raises(StageInterrupt):
-        train(prepared.data.parent, again, callbacks=[SignalAfter(3)], **options)
+        train(prepared.data.parent, again, callbacks=[EndAfter(3, by_signal=True)], **options)
     train(prepared.data.parent, again, resume=True, **options)
     once, twice = (read_checkpoint(output, 8) for output in (run, again))
     assert set(once) == set(twice)
     assert all(torch.equal(once[name], twice[name]) for name in once)
-
-
-def train_on_two_processes(prepared: Prepared, output: Path, **options: Any) -> None:
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
-            "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-            "--dynamo_backend", "no",
-            "--main_process_port", str(find_free_port()), "tests/helpers/sigmoid_loss.py",
-            str(prepared.data.parent), str(output), json.dumps(options),
-        ],
-        cwd=ROOT, capture_output=True, text=True, timeout=400,
-        env={
-            **os.environ, "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'helpers'}",
-        },
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow
@@ -254,7 +216,9 @@ def test_two_processes_are_as_one(
 ) -> None:
     """A parameter of the loss, without a temperature, and a closed form."""
     train(prepared.data.parent, tmp_path / "one", refit=False, **options)
-    train_on_two_processes(prepared, tmp_path / "two", refit=False, **options)
+    script = Path(__file__).parents[2] / "helpers" / "sigmoid_loss.py"
+    given = json.dumps({**options, "refit": False})
+    run_python(script, prepared.data.parent, tmp_path / "two", given, processes=2)
     one, two = (load_file(tmp_path / name / "model/model.safetensors") for name in ("one", "two"))
     for name, value in one.items():
         # Eight steps carry the rounding of sums in another order on.

@@ -25,7 +25,6 @@ from modeling_llm2clip.heads_llm2clip import MAX_LOG_SCALE
 from modeling_llm2clip.model_folders.guarded_loading import load_in_precision
 from modeling_llm2clip.publishing.export_model import save_model
 from modeling_llm2clip.training.alignment.align import _identify
-from modeling_llm2clip.training.alignment.alignment_data import AlignmentDataset
 from modeling_llm2clip.training.alignment.alignment_fit import AlignmentFit
 from modeling_llm2clip.training.alignment.alignment_model import (
     AlignmentModel,
@@ -64,7 +63,7 @@ def test_a_merged_lora_gives_the_same_embeddings(prepared: Prepared, training: s
     adapted = choose_trained_parts(model, AlignConfig(**{f"{training}_training": "lora"}))
     trained = {n for n, p in model.named_parameters() if p.requires_grad and n.startswith(TOWERS)}
     assert trained and all(f"{training}_model." in name and "lora_" in name for name in trained)
-    processor = LLM2CLIPProcessor.from_pretrained(prepared.model)
+    processor = prepared.processor
     batch = dict(processor(text=["a dog", "x"], images=tiny_images(2)))
     model.eval()
     with torch.no_grad():
@@ -221,7 +220,7 @@ def test_the_temperature_is_clamped_after_each_step(prepared: Prepared, tmp_path
     ClampTemperatureCallback().on_optimizer_step(None, None, None, model=model)
     assert log_scale.item() == 0.0
     log_scale.fill_(9.0)
-    folder = save_model(model, LLM2CLIPProcessor.from_pretrained(prepared.model), tmp_path / "hot")
+    folder = save_model(model, prepared.processor, tmp_path / "hot")
     here = Prepared(prepared.data, folder, prepared.captions, prepared.images)
     run = here.align(tmp_path / "run", max_steps=1, learning_rate=1e-6)
     assert weights_of(run.model)["logit_scale.log_scale"].item() == pytest.approx(MAX_LOG_SCALE)
@@ -251,10 +250,7 @@ def test_parameter_groups_are_by_layer_and_by_decay(prepared: Prepared, tmp_path
     model = AlignmentModel.from_pretrained(prepared.model)
     model.loss = ContrastiveLoss()
     choose_trained_parts(model, config)
-    dataset = AlignmentDataset(
-        prepared.records, LLM2CLIPProcessor.from_pretrained(prepared.model),
-        caption_store=prepared.caption_store,
-    )  # fmt: skip
+    dataset = prepared.dataset(None, "caption")
     arguments = make_training_arguments(tmp_path, config)
     trainer = AlignmentTrainer(
         model, RecordData(dataset, np.arange(len(dataset)), config),

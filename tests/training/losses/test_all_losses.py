@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,17 +17,15 @@ from aligning import write_data
 from gloo_workers import backward_module, find_free_port, load_trained, make_batch
 from tiny import tiny_model
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.data.records.record_loading import load_records
-from modeling_llm2clip.heads_llm2clip import MAX_LOG_SCALE, LogitRule, contrastive_loss
+from modeling_llm2clip.heads_llm2clip import MAX_LOG_SCALE, LogitRule
 from modeling_llm2clip.publishing.export_model import save_model
 from modeling_llm2clip.training.losses import loss as loss_module
 from modeling_llm2clip.training.losses.choose_loss import MatryoshkaLoss, WeightedSum, build_loss
 from modeling_llm2clip.training.losses.loss import (
     LossInputs,
-    gather_with_gradient,
     identify_loss,
 )
 from modeling_llm2clip.training.losses.pairs import ContrastiveLoss, SigmoidLoss
@@ -195,19 +192,8 @@ def work(rank: int, port: int, folder: Path) -> None:
     half = NUM_ROWS // 2
     part = slice(rank * half, (rank + 1) * half)
     found = {name: differentiate(make(2), part) for name, (make, _) in LOSSES.items()}
-    torch.save({**found, "gathered": gather_rows_of_two(rank)}, folder / f"{rank}.pt")
+    torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
-
-
-def gather_rows_of_two(rank: int) -> dict[str, Tensor]:
-    """Backpropagate through gathered rows, and all-reduce the same gradient for comparison."""
-    gradient = torch.randn(7, 6, generator=torch.Generator().manual_seed(rank)).T  # not contiguous
-    rows, before = torch.zeros(3, 7, requires_grad=True), gradient.clone()
-    gather_with_gradient(rows).backward(gradient)
-    total = gradient.contiguous()
-    dist.all_reduce(total)
-    assert rows.grad is not None and torch.equal(gradient, before)
-    return {"gradient": rows.grad, "all_reduced": total[3 * rank : 3 * rank + 3]}
 
 
 @pytest.fixture(scope="module")
@@ -216,13 +202,6 @@ def results_of_two(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     folder = tmp_path_factory.mktemp("results_of_two")
     torch.multiprocessing.spawn(work, args=(find_free_port(), folder), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-@pytest.mark.slow
-def test_a_process_gets_the_sum_of_the_gradients_of_its_own_rows(results_of_two: list[Any]) -> None:
-    for part in results_of_two:
-        assert part["gathered"]["gradient"].abs().min() > 0
-        assert torch.equal(*part["gathered"].values())
 
 
 @pytest.mark.slow
@@ -237,25 +216,13 @@ def test_two_processes_give_the_loss_and_gradients_of_one(results_of_two: list[A
 
 
 @pytest.mark.parametrize("name", [*LOSSES][:-1])  # kept texts only occur in training
-def test_a_loss_without_gradients_is_computed_in_chunks(
+def test_a_loss_without_gradients_has_the_value_of_its_formula_in_any_parts(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss_module, "_ROWS_WITHOUT_GRADIENT", 3)
-    shapes: set[tuple[int, ...]] = set()
-
-    class Watch(TorchFunctionMode):
-        def __torch_function__(
-            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            result = function(*args, **(kwargs or {}))
-            if isinstance(result, Tensor):
-                shapes.add(tuple(result.shape))
-            return result
-
     inputs, _ = make_inputs()
-    with torch.no_grad(), Watch():
+    with torch.no_grad():
         value = LOSSES[name][0](None)(inputs)
-    assert {(3, NUM_ROWS), (2, NUM_ROWS)} <= shapes and (NUM_ROWS, NUM_ROWS) not in shapes
     torch.testing.assert_close(value, LOSSES[name][1](inputs), **ROUNDING)
 
 
@@ -272,21 +239,6 @@ def test_the_run_record_describes_a_loss_and_its_parts() -> None:
     assert identify_loss(build_loss(AlignConfig(structure_weight=2.0))) == (
         "WeightedSum(structure=2.0, loss=ContrastiveLoss(chunk_size=None))"
     )
-
-
-def test_an_unchanged_tower_has_no_loss() -> None:
-    inputs, _ = make_inputs()
-    assert inputs.vision_embeds is not None
-    same = inputs._replace(
-        teacher_embeds=3 * inputs.vision_embeds,
-        image_embeds=inputs.vision_embeds,
-        text_embeds=inputs.caption_embeds,
-    )
-    # Equal to the rounding of unit embeddings, squared and summed.
-    assert float(SelfDistillationLoss()(same).detach()) < 1e-6
-    assert abs(float(StructureLoss()(same).detach())) < 1e-6
-    far = inputs._replace(vision_embeds=torch.eye(NUM_ROWS), image_embeds=torch.ones(NUM_ROWS, 6))
-    assert StructureLoss()(far) <= math.log(2)
 
 
 def test_equal_images_have_a_gradient() -> None:
@@ -320,31 +272,11 @@ def test_missing_inputs_of_a_loss_are_named() -> None:
     inputs, _ = make_inputs()
     with pytest.raises(ValueError, match="needs the embeddings of the frozen vision tower"):
         SelfDistillationLoss()(inputs._replace(teacher_embeds=None))
-    with pytest.raises(ValueError, match=r"matryoshka_dims \[6, 9\] must be below .*, 6"):
-        MatryoshkaLoss(ContrastiveLoss(), (2, 6, 9))(inputs)
-    with pytest.raises(ValueError, match="no effect with vision_training=frozen"):
-        AlignConfig(distillation_weight=1.0)
 
 
 WHOLE = slice(0, NUM_ROWS)
 # Sums of a few float32 numbers in another order.
 CLOSE = {"atol": 2e-6, "rtol": 1e-5}
-
-
-def test_the_grouped_loss_is_the_plain_one_when_all_groups_differ() -> None:
-    image, text = (F.normalize(torch.randn(6, 8), dim=-1) for _ in range(2))
-    scale = torch.tensor([10.0])
-    grouped = ContrastiveLoss()(LossInputs(image, text, LogitRule(scale), torch.arange(6)))
-    torch.testing.assert_close(grouped, contrastive_loss(scale * image @ text.T), **CLOSE)
-
-
-def test_rounded_embeddings_are_compared_in_float32() -> None:
-    rounded = [F.normalize(torch.randn(6, 8), dim=-1).bfloat16() for _ in range(2)]
-    others = LogitRule(torch.ones(1)), torch.arange(6)
-    found = ContrastiveLoss()(LossInputs(*rounded, *others))
-    assert found.dtype == torch.float32
-    wanted = ContrastiveLoss()(LossInputs(*(part.float() for part in rounded), *others))
-    assert torch.equal(found, wanted)
 
 
 def test_the_chunked_loss_never_holds_the_whole_matrix() -> None:
