@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from threading import Event
-
 import pytest
 import torch
 from shared_models import ROUNDING, shared_model
-from tiny import tiny_model
 from torch._dynamo.utils import counters
 
 from benchmarks.speed.compiled_layers import compiled_layers
@@ -59,46 +55,3 @@ def test_a_layer_is_one_graph() -> None:
             run_packed(model.text_model, pack)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
-
-
-def test_a_thread_checks_and_waits_while_another_one_compiles() -> None:
-    model, processor = shared_model()
-    wanted = encode_texts(model, processor, _CAPTIONS, project=False)
-    compiles, goes_on = Event(), Event()
-
-    def compile_slowly(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
-        compiles.set()
-        assert goes_on.wait(60)
-        return graph
-
-    with compiled_layers(model, backend=compile_slowly), ThreadPoolExecutor(2) as pool:
-        first = pool.submit(encode_texts, model, processor, _CAPTIONS, project=False)
-        assert compiles.wait(60)
-        with pytest.raises(ValueError, match="prompt"):
-            model.get_caption_embeds(torch.arange(20, 50)[None])
-        second = pool.submit(encode_texts, model, processor, _CAPTIONS, project=False)
-        goes_on.set()
-        for encoding in (first, second):
-            torch.testing.assert_close(encoding.result(), wanted, rtol=ROUNDING, atol=ROUNDING)
-
-
-def test_gradients_pass_through_compiled_layers_of_packed_texts() -> None:
-    model, processor = tiny_model()
-    model.packs_in_training = True
-    inputs = processor(text=_CAPTIONS)
-    weights = [p for p in model.text_model.parameters() if p.requires_grad]
-
-    def gradients() -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(model.get_caption_embeds(**inputs).square().sum(), weights)
-
-    wanted = gradients()
-    with compiled_layers(model, backend="aot_eager"):
-        found = gradients()
-    torch.testing.assert_close(found, wanted, rtol=ROUNDING, atol=ROUNDING)
-
-
-def test_compiled_layers_leave_the_check_of_ids() -> None:
-    model, _ = shared_model()
-    ids = torch.arange(20, 50)[None]  # without the prompt
-    with compiled_layers(model, backend="eager"), pytest.raises(ValueError, match="prompt"):
-        model.get_caption_embeds(ids)

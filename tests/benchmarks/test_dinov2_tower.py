@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 
 from benchmarks.mllm.dinov2_tower import read_onnx_weights
-from modeling_llm2clip._extras import MissingExtraError
 
 
 def test_matrices_of_an_onnx_file_get_their_names_and_their_direction_back(tmp_path):
@@ -27,9 +24,3 @@ def test_matrices_of_an_onnx_file_get_their_names_and_their_direction_back(tmp_p
     # x @ matrix is torch's linear layer with the transposed weight.
     assert torch.equal(weights["backbone.layer.0.fc1.weight"], matrix.T)
     assert torch.equal(weights["backbone.layer.0.fc1.bias"], bias)
-
-
-def test_an_onnx_file_without_its_library_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(MissingExtraError, match=r"onnx .*modeling_llm2clip\[onnx\]"):
-        read_onnx_weights(tmp_path / "network.onnx")

@@ -87,22 +87,6 @@ def test_pairs_are_captions_or_sentences_of_one_image(tmp_path: Path) -> None:
     assert len(set(long)) == 2 and set(long) <= set(sentences)
 
 
-def test_what_was_not_run_is_named() -> None:
-    from benchmarks.tables.effect_tables import _render_finetuning_ideas
-
-    score = {"value": 0.438, "low": 0.407, "high": 0.469}
-    gain = {"value": -0.002, "low": -0.01, "high": 0.006}
-    rows = {"layer 29": {"cra": score, "gain": gain}}
-    report = {
-        "data": "captions", "steps": 40, "batch_size": 64, "not_run": ["control"],
-        "ideas": {"layers": {"hardware": "a machine", "commit": "abc", "rows": rows}},
-    }  # fmt: skip
-    table = _render_finetuning_ideas(report)
-    assert "| layer 29 | 43.8 % | -0.2 | -1.0 to +0.6 |" in table
-    assert "Not run yet: more steps and nothing else (control). a machine; commit abc" in table
-    assert "Not run" not in _render_finetuning_ideas({**report, "not_run": []})
-
-
 def embed_by_checksum(texts: list[str]) -> Tensor:
     rows = [np.random.default_rng(zlib.crc32(text.encode())).normal(size=6) for text in texts]
     return torch.from_numpy(np.array(rows, np.float32))

@@ -8,7 +8,6 @@ import pytest
 
 from benchmarks.accuracy.precision_effect import MOST_POINTS, Dataset, count_points
 from benchmarks.accuracy.text_towers import build_tower
-from benchmarks.tables.effect_tables import EFFECT_TABLES
 from modeling_llm2clip.building.pretrained_towers import EFFICIENTNET, MINILM, find_tower
 from modeling_llm2clip.data.records.record_loading import find_example_data
 from modeling_llm2clip.model_folders.guarded_loading import LEAST_COSINE
@@ -32,20 +31,3 @@ def test_towers_that_run_in_bfloat16_by_themselves_find_the_same_images(tmp_path
     assert run["cosine"]["text"]["min"] > LEAST_COSINE > run["cosine"]["image"]["min"]
     # One image of fewer than 500 is more than the bar.
     assert count_points(run["r1"], "auto") <= max(MOST_POINTS, 100 / _NUM_IMAGES) + 1e-9
-
-
-def test_a_row_has_both_cosines_all_scores_and_what_auto_chooses() -> None:
-    scores = {"t2i": 0.25, "i2t": 0.5}
-    run = {
-        "dataset": "drawings", "tower": "minilm", "num_images": 800, "num_test_images": 500,
-        "cosine": {side: {"min": 0.99512, "mean": 0.9999} for side in ("text", "image")},
-        "r1": {"float32": scores, "bfloat16": {**scores, "t2i": 0.248}, "auto": scores},
-        "guard": {"text": {"dtype": "bfloat16", "cosine": 0.9995},
-                  "image": {"dtype": "float32", "cosine": 0.995}},
-    }  # fmt: skip
-    report = {"hardware": "a machine", "commit": "abc", "least_cosine": 0.999, "runs": [run]}
-    shown = EFFECT_TABLES["precision_effect"](report)
-    assert "| 0.9951 (0.9999) | 0.9951 (0.9999) | 25.0 %, 24.8 %, 25.0 % |" in shown
-    assert "| bfloat16 (0.9995) | float32 (0.9950) |" in shown
-    assert "500 drawings" in shown
-    assert count_points(run["r1"], "bfloat16") == pytest.approx(0.2)  # type: ignore[arg-type]

@@ -8,7 +8,6 @@ from typing import Any
 from tiny import MORE_VISION_FAMILIES, VISION_FAMILIES
 
 from benchmarks.compatibility.vision_towers import FAMILIES
-from benchmarks.tables.product_tables import PRODUCT_TABLES
 from benchmarks.tables.render_tables import RESULTS, _render_evaluation, _render_vision_towers
 
 
@@ -41,29 +40,6 @@ def test_tiny_models_that_only_show_a_path_are_in_no_table() -> None:
     measured = _render_evaluation(report)
     assert "tiny" not in measured and "| ours | 70.0 % | 0 of 20 |" in measured
     assert "| cut | 50.0 % | 19 of 20 |" in measured and "no image is used" in measured
-
-
-def test_a_search_is_shown_beside_its_peers_and_with_photographs_where_there_are_any() -> None:
-    report: dict[str, Any] = {
-        "rows": 1_000_000, "width": 768, "queries": 200, "processor": "a CPU", "cores": 2,
-        "commit": "abc", "build_s": 214.2, "query_ms": 26.4, "recall_at_10": 0.9791, "rss_gb": 1.84,
-        "exact_query_ms": 2104.0, "faiss": "IVF1024", "faiss_query_ms": 13.1,
-        "faiss_recall_at_10": 0.972, "faiss_rss_gb": 1.7, "faiss_build_s": 20.4,
-        "ann": {"nprobes": 50, "num_partitions": 1000},
-        "cosines": dict.fromkeys(
-            ("text_with_its_image", "text_with_any_image", "image_with_any_image"), 0.3
-        ),
-    }  # fmt: skip
-    shown = PRODUCT_TABLES["search"](report)
-    assert "| the index, 50 of 1000 partitions | 26 | 0.979 | 1.8 | 214 |" in shown
-    assert "| FAISS, IVF1024 | 13 | 0.972 | 1.7 | 20 |" in shown
-    assert "| comparison with every image | 2104 | 1.000 | – | – |" in shown
-    assert "photographs" not in shown
-    seconds = ("decode_s", "model_start_s", "index_s", "index_unchanged_s", "second_search_s")
-    photographs = {"images": 3000, **dict.fromkeys(seconds, 4.26)}
-    assert "| `llm2clip search`, the second time | 4.3 |" in PRODUCT_TABLES["search"](
-        {**report, "photographs": photographs}
-    )
 
 
 def test_every_family_of_vision_towers_has_its_recorded_row() -> None:

@@ -247,18 +247,6 @@ def test_weights_within_an_llm_that_nobody_reads_are_named_and_a_head_is_not(
         load_text_tower(tmp_path)
 
 
-def test_a_tokenizer_with_more_ids_than_the_embedding_table_is_refused(tmp_path: Path) -> None:
-    save_tiny_llm(tmp_path)
-    tokenizer = tiny_tokenizer()
-    rows = len(tokenizer)
-    tokenizer.add_tokens(["<one more>"])
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=f"ids up to {rows}, but the embedding table only {rows} rows"
-    ):
-        load_text_tower(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("marks", "named"),
     [

@@ -18,7 +18,6 @@ from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 from modeling_llm2clip import LLM2CLIPProcessor
 from modeling_llm2clip.image_cropping_llm2clip import LLM2CLIPImageProcessor
 from modeling_llm2clip.model_folders.model_writing import save_model
-from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.publishing.export_model import export_vision_tower
 
 
@@ -48,9 +47,7 @@ def test_the_exported_tower_gives_the_models_own_hidden_states(vision: str, tmp_
         assert torch.equal(ours, theirs)
 
 
-def test_a_whole_folder_gives_the_same_tower_and_nothing_of_ours(
-    good: Path, tmp_path: Path
-) -> None:
+def test_the_folder_of_a_tower_has_nothing_of_ours(good: Path, tmp_path: Path) -> None:
     folder = export_vision_tower(good, tmp_path / "tower", license="mit")
     assert {path.name for path in folder.iterdir()} == {
         "README.md", "config.json", "model.safetensors", "preprocessor_config.json",
@@ -58,11 +55,6 @@ def test_a_whole_folder_gives_the_same_tower_and_nothing_of_ours(
     for name in ("config.json", "preprocessor_config.json"):
         assert "auto_map" not in (folder / name).read_text(encoding="utf-8")
     assert "license: mit" in (folder / "README.md").read_text(encoding="utf-8")
-    model = LLM2CLIPModel.from_pretrained(good)
-    kept = AutoModel.from_pretrained(folder).state_dict()
-    inside = model.vision_model.state_dict()
-    assert kept.keys() == inside.keys()
-    assert all(torch.equal(kept[name], inside[name]) for name in kept)
 
 
 def change_byte(folder: Path, prefix: str) -> None:
