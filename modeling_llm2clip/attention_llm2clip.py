@@ -111,8 +111,8 @@ def find_varlen_kernel(device: torch.device) -> VarlenKernel | None:
 def choose_kernel(attend: Callable[..., Any], capability: tuple[int, int]) -> VarlenKernel | None:
     """Build the kernel for a GPU of a given compute capability; None if it is not supported.
 
-    FlashAttention needs 8.0, and only data-center GPUs compute gradients of heads above 192. An
-    older version of torch may lack an argument.
+    FlashAttention needs compute capability 8.0, and only data-center GPUs compute gradients of
+    head dimensions above 192. Older versions of torch may lack an argument.
     """
     parameters = inspect.signature(attend).parameters
     if not {"window_size", "enable_gqa", "num_splits"} <= parameters.keys() or capability < (8, 0):

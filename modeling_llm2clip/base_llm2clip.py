@@ -321,7 +321,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         if len(set(towers.values())) > 1:
             warnings.warn(
                 f"The towers have different dtypes ({towers}), but both will be loaded as "
-                f"{self.dtype}, so embeddings will differ by rounding. Cast the whole model first.",
+                f"{self.dtype}, so rounding will change embeddings. Cast the whole model first.",
                 stacklevel=2,
             )
         weights = self.named_parameters() if state_dict is None else state_dict.items()

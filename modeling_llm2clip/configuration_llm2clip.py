@@ -161,7 +161,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         """Set a field; refuse requests for hidden states, which only a call of the model takes."""
         if value and key.lstrip("_") in ("output_hidden_states", "output_attentions"):
             raise ValueError(
-                f"{key.lstrip('_')}={value!r}: the configuration does not reach the towers. "
+                f"{key.lstrip('_')}={value!r} in the configuration has no effect on the towers. "
                 f"Pass {key.lstrip('_')}=True when you call the model instead."
             )
         super().__setattr__(key, value)  # type: ignore[no-untyped-call]

@@ -59,7 +59,7 @@ def load_text_tower(
     """Load an LLM without its head, in evaluation mode, and its tokenizer.
 
     The source is a Hub id or folder of a decoder, or a `.gguf` file, which is dequantized. From a
-    model that also takes images (Gemma 3 of 4B or more), only the LLM is loaded. With
+    model that also takes images (Gemma 3 4B and larger), only the LLM is loaded. With
     `num_layers`, only the first layers are loaded. An embedder may be an encoder; if the weights of
     its pooler are missing, they are set to zero.
     """

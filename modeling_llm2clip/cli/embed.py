@@ -71,8 +71,9 @@ def embed(
     require_applicable_options(config, modality)
     if config.skip_invalid and reading.check_images:
         raise ValueError(
-            "--check-images cannot be combined with --skip-invalid: it stops at an invalid image. "
-            "Remove one."
+            "--check-images stops at an invalid image, so it cannot be combined with "
+            "--skip-invalid. "
+            "Remove one of them."
         )
     needs = [RAY] if engine == "ray" else []
     if config.backend == "onnx":

@@ -1,4 +1,4 @@
-"""Options for encoding texts and images: to extract, embed, index and tag them."""
+"""Options for encoding texts and images, shared by `extract`, `embed`, `index` and `tag`."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def _parse_labels(text: str) -> list[tuple[str, list[str]]]:
 
 def _require_text(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{value!r} is {type(value).__name__}. Write it as a string.")
+        raise ValueError(f"{value!r} is of type {type(value).__name__}. Write it as a string.")
     return value.strip()
 
 

@@ -93,8 +93,8 @@ def embed(
 
     Raises:
         ValueError: No captions or images; the model is not trained; the dtype or `truncate_dim`
-            does not fit it; `output` holds embeddings of another model, prompt, dataset or option
-            (the message shows both values); or its files are damaged.
+            does not fit it; or `output` is damaged, or was made with another model, prompt, dataset
+            or option (the message shows both values).
         DataValidationError: Images cannot be decoded. The first one triggers a check that names
             all of them. Repair or remove them, and embed into a new folder.
         FileExistsError: `output` holds other files.

@@ -42,7 +42,7 @@ class DualEncoderProcessor:
 
     Attributes:
         config: The model's configuration.
-        is_unmasked: Whether texts are lowercased, and their padding is not masked.
+        is_unmasked: Whether texts are lowercased and their padding is left unmasked.
         longest_text: Maximum number of tokens of a text.
     """
 

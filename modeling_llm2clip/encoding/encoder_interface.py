@@ -53,7 +53,7 @@ class EncodedImages(NamedTuple):
     Attributes:
         rows: Rows of these images.
         embeds: (B, P) float32 of unit length, on the CPU by default; or (B, D) if not projected.
-        tower_embeds: (B, D) before the projection; None if the encoder projects at once.
+        tower_embeds: (B, D) before the projection; None if the encoder only returns projections.
         errors: Error message for each other image, by its row.
     """
 
@@ -136,8 +136,8 @@ class Encoder(ABC):
     def project(self, modality: str, embeds: Tensor) -> Tensor:  # noqa: ARG002
         """Map the output of `encode_tokens` or `encode_pixels` to unit embeddings.
 
-        An encoder that projects at once returns it unchanged. The result is on the device of
-        `embeds`.
+        An encoder whose output is already projected returns it unchanged. The result is on the
+        device of `embeds`.
         """
         return embeds
 

@@ -316,7 +316,7 @@ def relicense(card: CardData, license: str | None, **changes: Any) -> CardData:
 
 
 def set_base_models(config: LLM2CLIPConfig, base_models: tuple[str, str] | None) -> None:
-    """Record the names of vision tower and LLM in the configuration; the card shows them."""
+    """Record the names of the vision tower and the LLM in the configuration, for the card."""
     if base_models is not None:
         config.vision_config._name_or_path, config.text_config._name_or_path = base_models
 

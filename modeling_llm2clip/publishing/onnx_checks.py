@@ -100,9 +100,9 @@ class Reference:
 
 
 def load_check_inputs(data: str | None) -> CheckInputs:
-    """Sample captioned images of 200 different groups with a fixed seed; all groups if fewer.
+    """Sample captioned images from 200 groups, or from all if there are fewer; the seed is fixed.
 
-    Without data, sample from the embedded photographs and emoji.
+    Without data, sample from the bundled photographs and emoji.
     """
     embedded = [find_example_data() / name for name in ("photographs", "emoji")]
     first: dict[str, CaptionedImage] = {}

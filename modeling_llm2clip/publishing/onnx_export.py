@@ -125,8 +125,8 @@ def _require_parts(folder: Path, config: ExportConfig) -> None:
     if "text" not in modalities:
         if config.onnx_weights != ("float32",):
             raise ValueError(
-                "onnx_weights cannot be combined with components=vision: it rounds the language "
-                "model. Remove one of the two."
+                "onnx_weights quantizes the language model, so it cannot be combined with "
+                "components=vision. Remove one of the two."
             )
     elif "int4" in config.onnx_weights and len(available) < 2:
         raise ValueError(

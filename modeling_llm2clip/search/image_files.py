@@ -111,7 +111,7 @@ def records_from_images(
         check_images: Also decode every image. With None, images are decoded only if there are
             other errors, so that all errors are reported together.
         skip_invalid: Skip and report images whose names are not Unicode, instead of raising.
-            Records can only hold Unicode names.
+            Records can only hold valid Unicode.
         show_progress: Show a progress bar while images are decoded.
         report: Called with a message about skipped files: image files in formats that cannot be
             decoded, and symbolic links to folders or to no file.
@@ -136,16 +136,18 @@ def records_from_images(
     errors = ErrorCollector()
     if skip_invalid and unnamed:
         count = counted(len(unnamed), "image")
-        report(f"Skipped {count} without a Unicode name: {list_first(unnamed)}. Rename the files.")
+        report(
+            f"Skipped {count} whose name is not valid Unicode: {list_first(unnamed)}. Rename them."
+        )
     elif unnamed:
         for name in unnamed:
-            errors.add(_UNREADABLE, f"{name}: its name is not Unicode. Rename it.")
+            errors.add(_UNREADABLE, f"{name}: its file name is not valid Unicode. Rename it.")
     if errors.total if check_images is None else check_images:
         for error in find_unreadable_images(images, show_progress=show_progress).values():
             errors.add(_UNREADABLE, error)
     errors.raise_if_any(str(folder))
     if not images:
-        raise ValueError(f"{str(folder)!a}: no image has a Unicode name. Rename the images.")
+        raise ValueError(f"{str(folder)!a}: no image has a valid Unicode file name. Rename them.")
     names = [path.relative_to(folder).as_posix() for path in images]
     return RecordTable.from_records(
         CaptionedImage(image=path, name=name, group_id=name, captions=())

@@ -287,7 +287,7 @@ class FolderUpdate:
             name.encode()
             self._stats[name] = path.stat()
         except UnicodeEncodeError:
-            self.errors[path] = f"{name!r}: its name is not Unicode. Rename it."
+            self.errors[path] = f"{name!r}: its file name is not valid Unicode. Rename it."
         except OSError as error:
             raise_disk_failure(error, path)
             self.errors[path] = f"{path}: cannot be read ({error.strerror or error})."

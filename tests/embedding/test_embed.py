@@ -379,12 +379,12 @@ def test_an_image_whose_name_is_not_unicode_is_named_and_counted_or_left_out(
     for flags in ((), ("--no-check-images",)):
         assert run_embed(model, folder, tmp_path / "out", "image", *flags) == 2
         error = capsys.readouterr().err
-        assert r"sea\udcff.png': its name is not Unicode. Rename it." in error
+        assert r"sea\udcff.png': its file name is not valid Unicode. Rename it." in error
         assert f"image unreadable: {1 if flags else 2} (" in error
     assert run_embed(model, folder, tmp_path / "out", "image", "--skip-invalid") == 0
     shown = capsys.readouterr()
-    assert "Skipped 1 image without a Unicode name: " in shown.err
-    assert r"sea\udcff.png'. Rename the files." in shown.err
+    assert "Skipped 1 image whose name is not valid Unicode: " in shown.err
+    assert r"sea\udcff.png'. Rename them." in shown.err
     assert "Skipped 1 undecodable image: 1.png." in shown.out
     assert read_embeddings(tmp_path / "out")[0] == ["0.png"]
 

@@ -170,7 +170,7 @@ def test_names_of_files_are_kept_whatever_they_are(place: Place) -> None:
         draw_noise(seed=50 + number).save(place.images / name)
     index, report = place.build()
     assert set(names) <= set(place.list_rows())
-    assert "its name is not Unicode. Rename it." in report and len(index) == 10
+    assert "its file name is not valid Unicode. Rename it." in report and len(index) == 10
     for name in names:
         (place.images / name).unlink()
     assert "4 removed" in place.build()[1]

@@ -208,7 +208,7 @@ def test_images_without_a_unicode_name_are_refused_before_the_model_is_loaded_or
 ) -> None:
     tagger.copy_images(tmp_path / "images")
     shutil.copy(tagger.images / "a.png", tagger.images / os.fsdecode(b"sea\xff.png"))
-    shown = r"1 image without a Unicode name: '.*sea\\udcff\.png'\."
+    shown = r"1 image whose name is not valid Unicode: '.*sea\\udcff\.png'\."
     assert len(tagger.run("--skip-invalid", "--top-k", "1")) == 3
     assert re.search(f"Skipped {shown} Rename the files", tagger.error)
     tagger.model = str(shutil.copytree(tagger.model, tmp_path / "model"))
@@ -258,7 +258,7 @@ def test_templates_that_no_label_uses_are_refused(tmp_path: Path) -> None:
         ("l.txt", "\n \n", "there are no labels"),
         ("l.json", "{", "Expecting property name"),
         ("l.json", "3", "found int. Write a list of labels"),
-        ("l.json", '["dog", 3]', "3 is int. Write it as a string"),
+        ("l.json", '["dog", 3]', "3 is of type int. Write it as a string"),
         ("l.json", '{"dog": "a", "dog": "b"}', "dog"),
         ("l.json", '{"dog": " "}', "a prompt of 'dog' is blank"),
         ("l.json", '["dog", " "]', "label number 2 is blank"),

@@ -143,7 +143,7 @@ def _locate(
         return PARQUET_IMAGE, str(image.file), image.column, image.row, image.group_size
     if isinstance(image, EncodedImage):
         raise TypeError(
-            f"{image} is in memory, but an index holds only addresses. Write it to a file."
+            f"{image} is in memory, but an index holds only paths and URLs. Write it to a file."
         )
     return IMAGE_FILE, str(image), None, None, None
 

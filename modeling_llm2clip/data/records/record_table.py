@@ -119,7 +119,7 @@ class RecordTable(Sequence[CaptionedImage]):
         if isinstance(item, slice):
             return self.select(np.arange(*item.indices(len(self))))
         if not -len(self) <= item < len(self):
-            raise IndexError(f"Record {item} of {len(self)}.")
+            raise IndexError(f"There is no record {item}: the dataset has {len(self)}.")
         return _make_record(*self.read(item % len(self), _RECORD_COLUMNS))
 
     def __iter__(self) -> Iterator[CaptionedImage]:

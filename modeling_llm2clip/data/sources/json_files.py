@@ -108,7 +108,7 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise _RepeatedFieldError(f"field {twice!r} twice in one object")
+        raise _RepeatedFieldError(f"field {twice!r} occurs twice in one object")
     return fields
 
 
@@ -128,7 +128,9 @@ def read_json(file: Path) -> Any:
     try:
         return parse_json(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:  # nesting, digits, encoding or JSON
-        raise ValueError(f"{file}: not JSON of usual size ({error}). Download it again.") from error
+        raise ValueError(
+            f"{file}: not JSON, or unusually large ({error}). Download it again."
+        ) from error
 
 
 def read_object(file: Path) -> dict[str, Any]:

@@ -87,7 +87,7 @@ class StoreIndex:
         with pa.memory_map(str(folder / INDEX_FILE)) as mapped:
             self._reader = pa.ipc.open_file(pa.BufferReader(mapped.read_buffer()))
         if self._reader.num_record_batches != -(-self._length // ROWS_PER_BATCH):
-            raise ValueError(f"{INDEX_FILE}: it does not have the store's {self._length} items.")
+            raise ValueError(f"{INDEX_FILE}: it does not contain the store's {self._length} items.")
         self._batches: dict[int, pa.RecordBatch] = {}
         self._lists: dict[tuple[str, int], tuple[Array, Array]] = {}
 

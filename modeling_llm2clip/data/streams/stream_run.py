@@ -333,8 +333,8 @@ class StreamRun:
         differing = [name for name, now in self._identity.items() if state.get(name) != now]
         if differing:
             raise ValueError(
-                f"The state is of another stream: {', '.join(differing)} differ. Resume with the "
-                "same shards, seed, buffer_size, processes and workers."
+                f"This is the state of another stream: {', '.join(differing)} differ. Resume with "
+                "the same shards, seed, buffer_size, processes and workers."
             )
         self._next_shard, self._next_sample = state["next"]
         self._num_drawn = state["num_drawn"]

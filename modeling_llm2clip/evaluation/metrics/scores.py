@@ -86,7 +86,7 @@ def mean_with_interval(values: Tensor, *, clusters: Tensor | None = None) -> dic
 
     It is a percentile interval (Efron and Tibshirani, 1993, ch. 13). Clusters are resampled as a
     whole: queries with the same number in `clusters`, (Q,) integers, or single queries without it.
-    An image's five captions succeed and fail together. If they were resampled separately, they
+    An image's five captions succeed or fail together. If they were resampled separately, they
     would count as five independent trials, and the interval would be too narrow.
     """
     if clusters is None:

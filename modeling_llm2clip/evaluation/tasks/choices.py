@@ -71,7 +71,7 @@ def compare_choices(captions: Tensor, others: Tensor) -> dict[str, Tensor]:
 def _score(dataset: ChoiceDataset, answers: Mapping[str, Tensor]) -> dict[str, Any]:
     categories = [item.category for item in dataset.items]
     numbers: dict[tuple[object, ...], int] = {}
-    # Questions about the same image succeed and fail together.
+    # Questions about the same image succeed or fail together.
     shown = [item.image_names or item.images or (item.name,) for item in dataset.items]
     images = torch.tensor([numbers.setdefault(names, len(numbers)) for names in shown])
     scores: dict[str, Any] = {

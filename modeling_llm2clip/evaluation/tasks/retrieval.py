@@ -156,7 +156,7 @@ def _list_pairs(groups: Sequence[CaptionGroup]) -> list[str]:
 
 
 def rank_pairs(embeds: Tensor, *, device: torch.device | None = None) -> RetrievalRanks:
-    """Rank second texts for the first texts, which replace the images, and vice versa.
+    """Rank the second texts for each first text, which takes the place of an image, and vice versa.
 
     `embeds` is (2N, D): all first texts, then all second texts. `device` defaults to theirs.
     """

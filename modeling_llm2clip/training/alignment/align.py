@@ -106,9 +106,9 @@ def align(
             which needs `max_steps` and whose first groups are held out.
         output: Folder of the run. Must be new, or the folder of the same run with `resume`.
         config: Options; None for the defaults.
-        caption_store: Caption embeddings of these records by this model's LLM, as written by
+        caption_store: Caption embeddings of these records from the model's LLM, as written by
             `extract`. Required with `text_training="stored"`, and only allowed then.
-        image_store: Image embeddings by this model's frozen vision tower; None to run the tower at
+        image_store: Image embeddings from the model's frozen vision tower; None to run the tower at
             every step. With `distillation_weight`, the tower is trained and regularized toward
             them, or toward a frozen copy of itself if there is no store.
         inherit_from: Embeddings of the same captions by the text encoder of the vision tower's own

@@ -103,7 +103,7 @@ class HeldOutScores:
     def find_interval(self, score: float) -> tuple[float, float]:
         """Compute the 95 % confidence interval of a score.
 
-        The images and texts of a group succeed and fail together, so the sample size is the number
+        The images and texts of a group succeed or fail together, so the sample size is the number
         of groups.
         """
         return find_interval(score, self.num_groups)
@@ -273,7 +273,7 @@ def fit_temperature(loss: Loss, inputs: LossInputs) -> tuple[float, float]:
     """Find the temperature that minimizes the loss of pairs from `embed_batches`.
 
     Uses golden-section search, because the losses are convex in the inverse temperature. Return the
-    logarithm of the inverse temperature, and the loss of all pairs at it.
+    logarithm of the inverse temperature, and the loss of all pairs at that temperature.
     """
     inputs = _move_to_loss(loss, inputs)
     few = inputs.take(slice(_MAX_ROWS_OF_TEMPERATURE))

@@ -125,7 +125,7 @@ def inherit(
 def _require_finite(steps: FiniteSteps, *, learning_rate: float) -> None:
     if broken := steps.read():
         raise FloatingPointError(
-            f"The gradient's norm is {broken[1]['norm'].item()} at step {broken[0]} of the "
+            f"The gradient norm is {broken[1]['norm'].item()} at step {broken[0]} of the "
             f"inheritance. Lower the learning rate ({learning_rate})."
         )
 

@@ -194,7 +194,7 @@ def test_a_shard_that_tarfile_would_end_early_is_an_error(tmp_path: Path) -> Non
 def test_fields_and_names_that_are_written_twice_are_errors(tmp_path: Path) -> None:
     line = b'{"group_id": "1", "captions": ["a"], "captions": ["b"]}'
     error = errors_of(write_lines(tmp_path, [line]), require_images=False)
-    assert list(error.places) == ["field 'captions' twice in one object"]
+    assert list(error.places) == ["field 'captions' occurs twice in one object"]
     write_images(tmp_path)
     names = ("images/red.png", "./images//red.png")
     lines = [{"image": name, "captions": ["a square"], "lang": "en "} for name in names]

@@ -203,7 +203,7 @@ def test_what_cannot_be_kept_is_refused_before_a_tower_is_loaded(
     refuse("'dinov2', whose text encoder is not known", teacher=tmp_path / "tower")
     refuse("has no effect without keep_texts", keep_texts=None, teacher=keeping.clip)
     refuse("1 repeated label: .*red", "red", "blue", "red")
-    refuse("there is no label", " ")
+    refuse("there are no labels", " ")
     (tmp_path / "blank.json").write_text('["red", ""]', encoding="utf-8")
     refuse("label number 2 is blank", keep_texts=str(tmp_path / "blank.json"))
     (tmp_path / "half.json").write_text(r'["red", "\ud83d"]', encoding="utf-8")
