@@ -142,7 +142,7 @@ def atomic_file(file: Path, *, replaces: bool = False) -> Iterator[IO[bytes]]:
                 kept = unfinished.rename(file.with_stem(f"{file.stem}-{unique[:8]}"))
                 raise FileExistsError(
                     f"{file} was written by another process in the meantime, so this process kept "
-                    f"its own version as {kept}."
+                    f"its own version as {kept}. Choose one of them."
                 )
     finally:
         unfinished.unlink(missing_ok=True)

@@ -318,7 +318,7 @@ def test_a_push_refuses_a_repository_of_a_lora_whose_base_would_be_loaded_instea
         "list_repo_files": ["adapter_config.json", "notes.txt"],
     }.items():
         monkeypatch.setattr(HfApi, name, lambda *_, answer=answer, **__: answer)
-    with pytest.raises(ValueError, match=r"another model .* lacks: adapter_config\.json\."):
+    with pytest.raises(ValueError, match=r"another model .* folder: adapter_config\.json\."):
         push_to_hub(good, NAME)
 
 

@@ -152,7 +152,7 @@ def test_export_keeps_the_summary_and_the_doctor_reads_it(aligned: Run, tmp_path
     wider = replace(dataset, clusters=torch.zeros(3, 1 + dataset.clusters.shape[1]))
     write_training_images(folder, TrainingImages((wider,)))
     refused = check()
-    assert not refused.passed and "Remove the file" in refused.message
+    assert not refused.passed and "Delete the file" in refused.message
     (folder / TRAINING_IMAGES_FILE).unlink()
     assert check_model(folder, device="cpu").healthy  # there need not be one
 
