@@ -32,6 +32,10 @@ ADDRESS: str | None = None
 # tasks of registered benchmarks.)
 _COUNT, _INTERVAL = "count", "interval_95"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+# What `_describe_license` returns, for any license.
+_STATED_LICENSE = re.compile(
+    r"No license is stated for these weights\.|These weights: (\[.*?\]\(.*?\)|[a-z0-9.+-]+)\."
+)
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _TASK_TAG = "image-text-retrieval"
@@ -252,8 +256,9 @@ def read_edited_card(folder: Path) -> CardData:
     written, sections = rendered.data.to_dict(), dict(_split(rendered.text))
     entries = edited.data.to_dict().items()
     metadata = {k: v for k, v in entries if k != "model-index" and written.get(k) != v}
+    # If the license was edited only in the metadata, the body still states the old one.
     parts = (
-        heading if sections.get(heading) == text else text.replace(_describe_license(card), "\0")
+        heading if sections.get(heading) == text else _STATED_LICENSE.sub("\0", text)
         for heading, text in _split(edited.text)
     )
     return replace(card, edits=CardEdits(metadata, tuple(parts)))

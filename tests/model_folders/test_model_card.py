@@ -286,6 +286,21 @@ def test_a_new_license_drops_the_old_name_and_link_or_changes_nothing(
     assert ("Mine." in text) == is_edited
 
 
+def test_a_license_edited_in_the_metadata_is_also_the_one_in_the_text(
+    folder: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    edited = ModelCard.load(copy / "README.md")
+    before = f"These weights: {edited.data.license}."
+    assert before in edited.text
+    edited.data.license = "gpl-3.0"
+    edited.save(copy / "README.md")
+    write_model_card(copy, read_edited_card(copy), name="model")
+    text = ModelCard.load(copy / "README.md").text
+    assert "These weights: gpl-3.0." in text
+    assert before not in text
+
+
 def test_an_export_under_a_new_license_drops_the_old_one() -> None:
     found = update_card_data(LLAMA, CardConfig(license="mit"))
     assert found == CardData(license="mit")
