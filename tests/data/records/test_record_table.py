@@ -90,7 +90,7 @@ def test_columns_belong_to_the_selected_records(records: list[CaptionedImage], d
 def test_a_record_that_is_not_there_is_an_error() -> None:
     table = RecordTable.from_records([CaptionedImage(None, "a", "a", ("x",))])
     for item in (1, -2):
-        with pytest.raises(IndexError, match="There is no record (1|-2): the dataset has 1"):
+        with pytest.raises(IndexError, match=r"There is no record (1|-2): the dataset has 1"):
             table[item]
     with pytest.raises(IndexError):
         RecordTable([])[0]
