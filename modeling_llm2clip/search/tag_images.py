@@ -72,8 +72,7 @@ def tag_folder(
         report(skipped)
     images, unnamed = split_by_unicode(files.readable)
     if unnamed:
-        count = counted(len(unnamed), "image")
-        problem = f"{count} whose name is not valid Unicode: {list_first(unnamed)}."
+        problem = f"{counted(len(unnamed), 'image')} not named in Unicode: {list_first(unnamed)}."
         if not (config.skip_invalid and images):
             raise ValueError(f"{problem} Rename these files, or skip them (--skip-invalid).")
         report(f"Skipped {problem} Rename the files.")

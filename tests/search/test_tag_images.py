@@ -208,7 +208,7 @@ def test_images_without_a_unicode_name_are_refused_before_the_model_is_loaded_or
 ) -> None:
     tagger.copy_images(tmp_path / "images")
     shutil.copy(tagger.images / "a.png", tagger.images / os.fsdecode(b"sea\xff.png"))
-    shown = r"1 image whose name is not valid Unicode: '.*sea\\udcff\.png'\."
+    shown = r"1 image not named in Unicode: '.*sea\\udcff\.png'\."
     assert len(tagger.run("--skip-invalid", "--top-k", "1")) == 3
     assert re.search(f"Skipped {shown} Rename the files", tagger.error)
     tagger.model = str(shutil.copytree(tagger.model, tmp_path / "model"))
