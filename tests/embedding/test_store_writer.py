@@ -28,7 +28,7 @@ def test_only_a_complete_store_opens_and_it_has_no_other_files(store: Path, tmp_
     assert names == ["index.arrow", "manifest.json",
                      *(f"shard-0000{i}.safetensors" for i in range(3))]  # fmt: skip
     folder = write_store(tmp_path / "part", make_embeddings(), shards=(0, 2))
-    with pytest.raises(ValueError, match="not complete: 2 of 3 shards"):
+    with pytest.raises(ValueError, match="is incomplete: it has 2 of 3 shards"):
         EmbeddingStore.open(folder)
     assert list_complete_shards(folder) == [0, 2]
 
