@@ -220,7 +220,8 @@ class StageTrainerMixin:
             self._finite_steps = FiniteSteps(whole.device, first_step=self.state.global_step)
         self._finite_steps.observe(whole, **self._facts)
         # accelerate wraps the optimizer.
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # type: ignore[attr-defined]
+        wrapped: Any = self.optimizer  # type: ignore[attr-defined]
+        optimizer = getattr(wrapped, "optimizer", wrapped)
         if is_sharded() or not self._finite_steps.attach(optimizer):
             self.require_finite_steps()
         return norm
