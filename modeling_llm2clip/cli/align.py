@@ -76,7 +76,7 @@ def align(
 ) -> int:
     """Trains the text adapter and projections to align images with captions (stage 3).
 
-    Writes the aligned model to OUTPUT/model. Each frozen tower needs a store.
+    Writes the aligned model to OUTPUT/model. Stored embeddings replace the frozen towers.
 
     Args:
         model: Hub id or folder of an LLM2CLIP model.
@@ -87,10 +87,11 @@ def align(
             --text-training frozen-online or lora.
         image_store: Image embeddings from `llm2clip extract`. Default: none, so the vision tower
             runs at every step.
-        inherit_from: Caption embeddings from the text encoder of the vision tower's own CLIP,
-            written by `llm2clip extract CLIP DATA`. The text side learns them first. Default: none.
-        teacher: Hub id or folder of the vision tower's own CLIP, whose text encoder computes the
-            targets for --keep-texts. Default: none.
+        inherit_from: Caption embeddings from the CLIP model that the vision tower was taken from,
+            written by `llm2clip extract CLIP DATA`. The text side first learns to match them.
+            Default: none.
+        teacher: Hub id or folder of the CLIP model that the vision tower was taken from, whose
+            text encoder computes the targets for --keep-texts. Default: none.
         resume: Resume an interrupted run.
         stream: Read local shards in order through a shuffle buffer, like remote shards.
         reading: How to read the data.

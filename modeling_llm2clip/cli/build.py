@@ -31,9 +31,10 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
     """Joins two towers into an untrained model.
 
     Args:
-        vision_model: Hub id or folder of a vision tower, or embedded for the one in the demo.
-        text_model: Hub id, folder or .gguf file of a language model, or embedded for the one in the
-            demo. With --prompt own, a sentence-transformers model.
+        vision_model: Hub id or folder of a vision tower; embedded selects the one included in the
+            package.
+        text_model: Hub id, folder or .gguf file of a language model; embedded selects the one
+            included in the package. With --prompt own, a sentence-transformers model.
         output: Output folder.
         config: How to join the towers.
     """

@@ -67,10 +67,10 @@ def convert(
             No default, required.
         text_model: Hub id, ID@REVISION or folder of the language model; with --llm-lora, of the
             LoRA's base model. No default, required.
-        file: Weight file in the Hub repository or folder. Default: the only one.
+        file: Weight file in the Hub repository or folder. Default: the only weight file there.
         llm_lora: LoRA to merge: folder, Hub id or ID@REVISION; repeatable. Default: none.
         changes: Changes to the source format for this checkpoint.
-        config: What to write.
+        config: License, dtype and files of the converted model.
     """
     from ..data.atomic_files import require_new_folder
 

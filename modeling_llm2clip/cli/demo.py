@@ -34,11 +34,11 @@ def demo(
     seed: Seed = 0,
     config: DeviceConfig,
 ) -> int:
-    """Runs the whole method on small towers and embedded images in a few minutes.
+    """Runs the whole method on small towers and included images in a few minutes.
 
     Args:
         output: Output folder.
-        max_steps: Number of alignment steps. Default: as in llm2clip align.
+        max_steps: Number of alignment steps. Default: the default of `llm2clip align`.
         seed: Seed for the data split and the alignment.
         config: Where the model runs.
     """

@@ -34,7 +34,7 @@ def doctor(
         text_like: Hub id or folder of another model whose text embeddings must be identical, so an
             index of its text embeddings stays valid. Default: none.
         config: Device to run on, and the endpoint to check.
-        revision: Branch, tag or commit of the Hub repository. Default: its main branch.
+        revision: Branch, tag or commit of the Hub repository. Default: the main branch.
     """
     require_model(model, revision=revision)
     device = str(use_device(config.device))

@@ -36,8 +36,8 @@ def export(
         model: Hub id or folder of an LLM2CLIP model.
         output: Output folder.
         limits: Which images of `onnx_data` to decode.
-        config: What to write.
-        revision: Branch, tag or commit of the Hub repository. Default: its main branch.
+        config: Card, dtype and format of the exported model.
+        revision: Branch, tag or commit of the Hub repository. Default: the main branch.
     """
     require_model(model, revision=revision)
     from ..data.atomic_files import require_new_folder

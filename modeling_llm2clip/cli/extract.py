@@ -43,8 +43,8 @@ def extract(
 ) -> int:
     """Writes unprojected embeddings to a store for training (stage 2).
 
-    Resumes an interrupted run. For align --inherit-from, pass a CLIP as MODEL: the store then has
-    the embeddings of its text encoder.
+    Resumes an interrupted run. For align --inherit-from, pass a CLIP model as MODEL: the store
+    then holds the embeddings of its text encoder.
 
     Args:
         model: Hub id or folder of a model written by build, finetune-llm or export, or of a CLIP,

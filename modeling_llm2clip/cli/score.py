@@ -21,7 +21,7 @@ def score(
 
     Args:
         model: Hub id or folder of an LLM2CLIP model.
-        pairs: JSON lines with text and image, a path relative to this file's folder.
+        pairs: JSON lines with text and image; image is a path relative to this file's folder.
         output: CSV file to write, which must not exist.
         limits: Which images to decode.
         config: How to run the model.

@@ -58,11 +58,11 @@ def search(
             none.
         exact: Compare with every image, even if there is an approximate index.
         format: Format of the results on stdout.
-        output: Folder for search.png and search.html; replaces those of an earlier search. Default:
-            none.
+        output: Folder for search.png and search.html; replaces the files of an earlier search.
+            Default: none.
         model: Folder of the model if it was moved, or of its ONNX export, which starts in half the
-            time but only takes sentences. Default: as indexed.
-        image_dir: Folder of the images if it was moved. Default: as indexed.
+            time but only takes sentences. Default: the model of the index.
+        image_dir: Folder of the images if it was moved. Default: the indexed folder.
         limits: Which images to decode.
         config: Where the model runs.
     """

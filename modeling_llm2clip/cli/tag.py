@@ -57,7 +57,7 @@ def tag(
         image_dir: Folder of images; subfolders are included.
         labels: Text file with one label per line; *.csv with columns label and prompt; *.json with
             a list of labels or an object that maps labels to prompts. No default, required.
-        template: Prompts for labels that have none, with {} for the label; several are averaged.
+        template: Prompts for labels without their own, with {} for the label. Several are averaged.
         top_k: Number of labels per image.
         threshold: Minimum cosine similarity of a label. Default: none.
         output: File to write, *.csv or *.jsonl, which must not exist. Default: CSV on stdout.

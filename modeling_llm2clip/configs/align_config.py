@@ -52,9 +52,9 @@ class AlignConfig(TrainingConfig):
     datasets (STRUCTURE, arXiv:2506.16895; its authors use 10)."""
     keep_texts: str | None = None
     """Texts, such as class names and frequent queries, whose embeddings should stay close to those
-    of the vision tower's own CLIP, `--teacher`: a file with one text per line, as for `tag`, or
-    NAME=FOLDER of a classification dataset. Each text is kept both on its own and in the
-    classification templates. Default: none."""
+    of the CLIP model that the vision tower was taken from (`--teacher`): a file with one text per
+    line, as for `tag`, or NAME=FOLDER of a classification dataset. Each text is kept both on its
+    own and in the classification templates. Default: none."""
     keep_weight: Annotated[float, Interval(ge=0)] = 10.0
     """Weight of the squared error on kept texts, computed on up to 256 of them per step. The
     held-out loss does not include it."""

@@ -68,9 +68,9 @@ class BuildConfig(DeviceConfig):
     """Maximum number of tokens per text, prompt included. Default: 512, or the embedder's limit."""
     bidirectional: bool | None = None
     """Let every token attend to every other token; False keeps the LLM causal, as a baseline.
-    Default: yes, or as in the embedder."""
+    Default: yes, or the embedder's setting."""
     text_pooling: TextPooling | None = None
-    """Pooling of a text's tokens: mean, or last token. Default: mean, or as in the embedder."""
+    """Pooling of a text's tokens: mean, or last token. Default: mean, or the embedder's pooling."""
     dtype: WeightDtype = "float32"
     """Dtype of the weights."""
     truncate_dim: Annotated[int, Interval(ge=1)] | None = None
@@ -86,8 +86,8 @@ class BuildConfig(DeviceConfig):
     """Width of the shared embedding space. Default: 512, or the width of a projection or embedder
     that is kept."""
     keep_projection: bool = False
-    """Keep the image projection of a CLIP or SigLIP, so images stay in the space of its text
-    encoder, whose embeddings the text side can learn (align --inherit-from)."""
+    """Keep the image projection of a CLIP or SigLIP model, so images stay in the space of its text
+    encoder. The text side can learn that encoder's embeddings (align --inherit-from)."""
     vision_pooling: VisionPooling = "pooler"
     """Pooling of an image: the tower's pooler, its CLS token, the mean of all tokens (including CLS
     and registers), or the mean of the patches."""

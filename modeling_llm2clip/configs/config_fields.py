@@ -162,7 +162,7 @@ class DataConfig(Config):
     ignore_fields: tuple[str, ...] = ()
     """Fields of the data to ignore, whether known or not. Default: none."""
     check_images: bool | None = None
-    """Decode every image before starting, only once for runs that share a cached record table.
+    """Decode every image before starting. Runs that share a cached record table do so only once.
     Default: yes if the stage trains on images, unless it resumes or the images are remote."""
     cache: bool = True
     """Cache the record table of large data in the user's cache folder, and reuse it."""

@@ -78,8 +78,8 @@ class CompileConfig(DeviceConfig):
     """Compilation of a model."""
 
     compile: bool = False
-    """Compile the towers' layers with Triton or a C++ compiler. The first batches take longer, the
-    others run faster, and embeddings may differ by rounding."""
+    """Compile the towers' layers with Triton or a C++ compiler. The first batches take longer, but
+    later ones run faster. Rounding may change the embeddings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +144,8 @@ class EmbedConfig(ShardConfig, BackendConfig):
     """
 
     dtype: EmbeddingDtype = "float32"
-    """Dtype of the embeddings: float32, float16, int8 (each dimension's range in 255 steps), or one
-    bit per dimension, packed as binary (int8) or ubinary (uint8)."""
+    """Dtype of the embeddings: float32, float16, int8 (each dimension's range divided into 255
+    steps), or one bit per dimension, packed as binary (int8) or ubinary (uint8)."""
     truncate_dim: Annotated[int, Interval(ge=1)] | None = None
     """Number of leading dimensions to keep; the embeddings are then rescaled to unit length.
     Default: all."""
@@ -155,8 +155,8 @@ class EmbedConfig(ShardConfig, BackendConfig):
     skip_invalid: bool = False
     """Skip images that cannot be decoded and report how many, instead of stopping."""
     int8_ranges: Path | None = None
-    """Output folder of an earlier `embed` whose int8 ranges to reuse, so both fit into one index.
-    Default: the ranges of a sample of 1,024 records."""
+    """Output folder of an earlier `embed` whose int8 ranges to reuse, so both outputs fit into one
+    index. Default: the ranges of a sample of 1,024 records."""
 
     def _list_conflicts(self) -> dict[str, object]:
         return {

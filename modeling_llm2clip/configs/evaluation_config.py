@@ -18,13 +18,13 @@ class EvaluatedModel(Config):
     """One model to evaluate."""
 
     source: str
-    """Folder or Hub id."""
+    """Folder or Hub id of the model."""
     name: str = ""
     """Name in tables and of the results folder. Default: the last part of the source."""
     model_type: ModelType | None = None
     """Type of the model. Default: detected from its files."""
     revision: str | None = None
-    """Branch, tag or commit of the Hub repository. Default: its main branch."""
+    """Branch, tag or commit of the Hub repository. Default: the main branch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,9 +44,9 @@ class EvaluatedDataset(Config):
     name: str
     """Name of a known dataset, or any name for your own captioned images."""
     folder: str | None = None
-    """Folder of its files. Default: the files included in the package."""
+    """Folder of the dataset's files. Default: the files included in the package."""
     image_dir: str | None = None
-    """Folder of its images. Default: the folder of the data."""
+    """Folder of the dataset's images. Default: the folder of its files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class EvaluationConfig(EncoderConfig):
     output: Path = Path("evaluation")
     """Folder for the results; earlier results in it are kept."""
     languages: tuple[str, ...] = ()
-    """Languages of multilingual datasets. Default: all, which only cross-lingual supports."""
+    """Languages of multilingual datasets. Default: all, which only the cross-lingual task takes."""
     captions_only: bool = False
     """Read no images, for text-only encoders."""
     skip_invalid: bool = False

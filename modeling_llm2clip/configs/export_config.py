@@ -30,13 +30,15 @@ class CardConfig(Config):
     license_link: str | None = None
     """With `license` other: URL of the license. Default: none."""
     vision_license: str | None = None
-    """License of the vision tower. Default: the license on its card."""
+    """License of the vision tower. Default: the license on the tower's card."""
     text_license: str | None = None
-    """License of the language model. Default: the license on its card."""
+    """License of the language model. Default: the license on that model's card."""
     base_models: tuple[str, str] | None = None
-    """Hub ids of the vision tower and the language model. Default: from their configurations."""
+    """Hub ids of the vision tower and the language model. Default: the ids in their
+    configurations."""
     training_data: tuple[str, ...] = ()
-    """Names or Hub ids of the training data. Default: as on the source's card."""
+    """Names or Hub ids of the training data. Default: the data listed on the source model's
+    card."""
 
     def _list_conflicts(self) -> dict[str, object]:
         is_other = self.license == "other"
@@ -74,9 +76,10 @@ class ExportConfig(CardConfig, DeviceConfig):
     """Weight formats of the language model's linear layers: float32, int8, int4. Each gets its own
     file."""
     onnx_data: str | None = None
-    """Captioned images for checking the graphs. Default: the embedded emoji and photographs."""
+    """Captioned images for checking the graphs. Default: the included emoji and photographs."""
     max_recall_loss: Annotated[float, Interval(ge=0, le=1)] = 0.0
-    """Maximum drop in text to image R@1 with int4 weights, as a fraction: 0.02 for two points."""
+    """Maximum drop in text to image R@1 with int4 weights, as a fraction: 0.02 is two percentage
+    points."""
 
     def _list_conflicts(self) -> dict[str, object]:
         def name_given(*options: str, others: bool = False) -> str:
@@ -121,12 +124,13 @@ class SourceFormat(Config):
     """Activation in the vision tower's MLPs; timm's SO400M networks with 16-pixel patches use
     gelu_tanh."""
     image_size: Annotated[int, Interval(ge=1)] | None = None
-    """Image size of a SigLIP2 in pixels. Default: number of patches per side times patch size.
-    Required for 27 patches of 14 pixels, because both 378- and 384-pixel networks have them."""
+    """Image size of a SigLIP2 model in pixels. Default: number of patches per side times patch
+    size. Required for 27 patches of 14 pixels, because both 378- and 384-pixel models have that
+    many."""
     preprocessing: Literal["openai", "half"] | None = "openai"
     """Pixel mean and std: OpenAI's, or 0.5 (half)."""
     head_width: Annotated[int, Interval(ge=1)] = 64
-    """Width of an attention head in the vision tower; EVA02 checkpoints store theirs."""
+    """Dimension of an attention head in the vision tower. EVA02 checkpoints contain this value."""
 
     def _list_conflicts(self) -> dict[str, object]:
         return {

@@ -28,13 +28,14 @@ class FinetuneConfig(TrainingConfig):
     per_device_train_batch_size: Annotated[int, Interval(ge=2)] = 64
     """Caption pairs per batch on each process; pairs on other processes also serve as negatives."""
     mini_batch_size: Annotated[int, Interval(ge=1)] | None = None
-    """Pairs to compute at a time with gradient caching (arXiv:2101.06983), so a batch of any size
+    """Pairs to process at a time with gradient caching (arXiv:2101.06983), so a batch of any size
     fits into memory. Default: the whole batch at once."""
     scale: Annotated[float, Interval(gt=0)] = 50.0
     """Inverse temperature of the loss."""
     negatives: Literal["query-to-doc", "symmetric", "all"] = "symmetric"
-    """Texts to compare within a batch: first captions with all second captions (query-to-doc, as
-    upstream), both directions (symmetric, as in CLIP), or each text with every other text (all)."""
+    """Texts to compare within a batch: each first caption with all second captions (query-to-doc,
+    as in the official code), both directions (symmetric, as in CLIP), or each text with every other
+    text (all)."""
     num_pairings: Annotated[int, Interval(ge=1)] = 1
     """Number of times per epoch to re-pair the captions of each image."""
     num_hard_negatives: Annotated[int, Interval(ge=0)] = 0

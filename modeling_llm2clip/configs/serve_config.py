@@ -26,11 +26,11 @@ class ServeConfig(BackendConfig, ImageLimitsConfig):
     model_name: str | None = None
     """Model name in requests and responses. Default: the last component of MODEL."""
     max_queue: Annotated[int, Interval(ge=1)] = 4096
-    """Maximum number of texts and images in progress or queued; requests beyond it get 429 with
-    Retry-After."""
+    """Maximum number of texts and images in progress or queued. Further requests get status 429
+    with Retry-After."""
     max_request_mb: Annotated[float, Interval(gt=0)] = 32
-    """Maximum size of a request body, in MB. All requests in progress may hold 16 times as much;
-    requests beyond it get 429."""
+    """Maximum size of a request body, in MB. All requests in progress may hold 16 times as much
+    together. Further requests get status 429."""
     max_image_mb: Annotated[float, Interval(gt=0)] = 20
     """Maximum size of an encoded image, in MB."""
     max_megapixels: Annotated[float, Interval(gt=0)] = 50
