@@ -385,7 +385,7 @@ def check_width(embeds: Tensor, width: int, *, name: str) -> None:
         raise ValueError(
             f"{name} must be floating point of shape (B, {width}), not {embeds.dtype} "
             f"{tuple(embeds.shape)}. Pass token ids to get_text_features and pixels to "
-            "get_image_features. Embeddings of another tower do not fit this model."
+            "get_image_features. Embeddings from another tower do not work with this model."
         )
 
 

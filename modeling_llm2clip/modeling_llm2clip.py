@@ -129,7 +129,7 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
             ran without padding.
 
         Raises:
-            TypeError: The LLM has no argument of this name.
+            TypeError: The LLM has no argument with this name.
             ValueError: The ids lack the model's prompt, a text is too long or empty, or padding has
                 no mask. A compiled model makes the same checks; an exported graph makes none.
         """
@@ -354,7 +354,7 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
             `last_hidden_state`: (B, L, D), or (B, D, H, W) for a convolutional network.
 
         Raises:
-            TypeError: The tower has no argument of this name.
+            TypeError: The tower has no argument with this name.
             ValueError: The pixels are integers, or the tower has no positions for the image size.
         """
         output = self._encode_images(

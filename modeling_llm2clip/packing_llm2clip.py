@@ -4,7 +4,7 @@ A CPU is faster on small pieces of a batch: rows of several texts without paddin
 batches of texts of similar length for LLMs that cannot run packs. A GPU runs a batch as one pack if
 torch has attention for it, and padded otherwise. Packing uses transformers' public attention
 interface, so no model code is copied. Before first use, each model is checked to see whether its
-family passes all arguments on to the attention.
+family passes all arguments on to the attention function.
 
 Uploaded with the weights. Shapes: B is the batch size, L the number of tokens, T the tokens in a
 pack, D the width of the LLM.

@@ -44,7 +44,7 @@ _WAY_OUT = (
 
 @dataclass(frozen=True)
 class TextEmbedder:
-    """A sentence-transformers model without its network.
+    """Everything in a sentence-transformers model except its network.
 
     Attributes:
         prompt: Text before every text.

@@ -200,7 +200,7 @@ def _refuse_size(vision_model: PreTrainedModel, image_size: int, reason: str) ->
 
 
 def _resize_network(timm_model: Any, config: Any, image_size: int) -> None:
-    """Resize positions and windows of a timm network, and store both in its configuration."""
+    """Resize a timm network's position embeddings and windows, and store both in its config."""
     resize = timm_model.set_input_size
     changed: dict[str, Any] = {"img_size": image_size}
     if "window_size" in inspect.signature(resize).parameters:

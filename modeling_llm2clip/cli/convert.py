@@ -64,9 +64,9 @@ def convert(
         checkpoint: Weight file, folder, Hub id or ID@REVISION.
         output: Output folder.
         source_format: Checkpoint family, which sets the properties that the weights do not record.
-            No default, required.
+            Required.
         text_model: Hub id, ID@REVISION or folder of the language model; with --llm-lora, of the
-            LoRA's base model. No default, required.
+            LoRA's base model. Required.
         file: Weight file in the Hub repository or folder. Default: the only weight file there.
         llm_lora: LoRA to merge: folder, Hub id or ID@REVISION; repeatable. Default: none.
         changes: Changes to the source format for this checkpoint.

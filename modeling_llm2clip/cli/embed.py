@@ -55,7 +55,7 @@ def embed(
             captions are optional and a plain folder of images works. With --modality text, images
             are optional and a file of texts (also *.csv) works.
         output: Output folder, new or from an interrupted run.
-        modality: What to embed: captions (text) or images (image). No default, required.
+        modality: What to embed: captions (text) or images (image). Required.
         partition: Part of the output to write, such as 2/8 for the second of eight. Parts can run
             in parallel on machines that share the folder; the last to finish completes the output.
             Default: all.

@@ -56,7 +56,7 @@ def evaluate(
         models: [NAME=]SOURCE: folder or Hub id of an LLM2CLIP, CLIP, SigLIP, SigLIP2, open_clip
             or sentence-transformers model, or a folder of embeddings.
         datasets: NAME[=FOLDER] of known datasets, FOLDER of your own captioned images, or
-            NAME=FOLDER to name them. No default, required with a model.
+            NAME=FOLDER to name them. Required with a model.
         tasks: Tasks to evaluate. Default: the task for each dataset's type.
         image_dir: NAME=FOLDER with a dataset's images. Default: the folder of the data.
         table: Format of the table of all results in --output; without a model, only the table is

@@ -51,7 +51,7 @@ def extract(
             SigLIP or similar model whose text encoder is the teacher in align.
         data: Captioned images: folder, *.parquet, *.tar, COCO *.json; or URLs of shards.
         output: Folder of the store, new or from an interrupted run.
-        modality: What to embed: captions (text) or images (image). No default, required.
+        modality: What to embed: captions (text) or images (image). Required.
         partition: Part of the store to write, such as 2/8 for the second of eight. Parts can run in
             parallel on machines that share the folder; the last to finish completes the store.
             Default: all.

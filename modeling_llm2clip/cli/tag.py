@@ -56,7 +56,7 @@ def tag(
         model: Hub id or folder of an LLM2CLIP model.
         image_dir: Folder of images; subfolders are included.
         labels: Text file with one label per line; *.csv with columns label and prompt; *.json with
-            a list of labels or an object that maps labels to prompts. No default, required.
+            a list of labels or an object that maps labels to prompts. Required.
         template: Prompts for labels without their own, with {} for the label. Several are averaged.
         top_k: Number of labels per image.
         threshold: Minimum cosine similarity of a label. Default: none.

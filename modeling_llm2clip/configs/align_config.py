@@ -70,7 +70,8 @@ class AlignConfig(TrainingConfig):
     """Peak learning rate of the adapter, projections and LoRAs. Default: 1e-4 from a trained model
     or a closed-form start, 1e-3 from random weights."""
     vision_learning_rate: Annotated[float, Interval(gt=0)] | None = None
-    """Peak learning rate of a fully trained vision tower. Default: `learning_rate`."""
+    """Peak learning rate of a vision tower whose weights are all trained. Default:
+    `learning_rate`."""
     layer_decay: Annotated[float, Interval(gt=0, le=1)] = 0.85
     """Layer-wise learning rate decay for a fully trained vision tower: each layer trains at this
     multiple of the learning rate of the layer above it. 1 uses the same rate for all layers."""

@@ -155,8 +155,8 @@ class EmbedConfig(ShardConfig, BackendConfig):
     skip_invalid: bool = False
     """Skip images that cannot be decoded and report how many, instead of stopping."""
     int8_ranges: Path | None = None
-    """Output folder of an earlier `embed` whose int8 ranges to reuse, so both outputs fit into one
-    index. Default: the ranges of a sample of 1,024 records."""
+    """Output folder of an earlier `embed` run; its int8 ranges are reused, so both outputs fit into
+    one index. Default: the ranges of a sample of 1,024 records."""
 
     def _list_conflicts(self) -> dict[str, object]:
         return {

@@ -20,7 +20,7 @@ class EvaluatedModel(Config):
     source: str
     """Folder or Hub id of the model."""
     name: str = ""
-    """Name in tables and of the results folder. Default: the last part of the source."""
+    """Name in tables and for the results folder. Default: the last part of the source."""
     model_type: ModelType | None = None
     """Type of the model. Default: detected from its files."""
     revision: str | None = None
@@ -65,7 +65,8 @@ class EvaluationConfig(EncoderConfig):
     output: Path = Path("evaluation")
     """Folder for the results; earlier results in it are kept."""
     languages: tuple[str, ...] = ()
-    """Languages of multilingual datasets. Default: all, which only the cross-lingual task takes."""
+    """Languages of multilingual datasets. Default: all, which only the cross-lingual task
+    supports."""
     captions_only: bool = False
     """Read no images, for text-only encoders."""
     skip_invalid: bool = False

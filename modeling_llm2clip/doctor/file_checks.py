@@ -137,7 +137,7 @@ def check_finite_weights(tested: ModelUnderTest) -> str:
     if errors:
         raise ValueError(
             f"{'; '.join(errors[:_NAMES_SHOWN])} ({len(errors)} of {count} tensors). "
-            "Use the last training checkpoint without them, or download the files again."
+            "Use the last training checkpoint without such weights, or download the files again."
         )
     return f"{count} tensors without NaN or infinity"
 

@@ -113,7 +113,7 @@ class TrainingImages:
             )
 
     def describe_far(self, tally: ImageTally) -> str | None:
-        """Name the training data and the remedy if images are far from it; None if near or few."""
+        """Describe the training data and a remedy if images differ much from it; otherwise None."""
         distance = self.measure(tally)
         if distance is None or distance <= FAR:
             return None

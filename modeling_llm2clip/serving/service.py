@@ -490,7 +490,7 @@ def _list_instructions(
 
 @contextmanager
 def _refusing(param: str | None = None, *, code: str | None = None) -> Iterator[None]:
-    """Turn a ValueError into a status of 400; errors of a filter have their own code."""
+    """Turn a ValueError into status 400; filter errors have their own code."""
     try:
         yield
     except FilterError as error:

@@ -77,7 +77,7 @@ class Layout:
         make_vision_config: Makes the tower's configuration from the weights, the source format and
             the checkpoint's own configuration (None if there is none).
         drops: Keys to drop, with the reason.
-        options: Fields of `SourceFormat` that apply to this family, but not to all others.
+        options: Fields of `SourceFormat` that apply to this family, but not to every family.
         activations: Supported activations of its vision towers.
         needs_timm: Whether its vision tower is a timm network.
         has_projection: False if the tower's output is the image embedding; the projection is then

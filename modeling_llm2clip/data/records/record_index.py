@@ -304,7 +304,7 @@ def _hash_index(file: Path, skipped: Mapping[str, int]) -> str:
 
 
 def _lock(name: Path) -> AbstractContextManager[Any]:
-    """Take the lock of a source, regardless of the state of its files."""
+    """Acquire the lock of a source, regardless of the state of its files."""
     folder = name.with_name(f"{name.name.partition('-')[0]}.locked")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -103,7 +103,7 @@ class RemoteFile:
 
     Attributes:
         url: Path, URL, or `pipe:` and a command.
-        policy: How often failed requests are retried.
+        policy: How failed requests are retried.
         on_retry: Called with the URL and the reason before each retry.
         is_first: Whether this is the first access to the source, so an unreachable host is an error
             without retries.

@@ -230,7 +230,7 @@ def _has_shared_path(sample: StreamedSample, checksums: dict[str, int]) -> bool:
 
 
 def _read_lines(stream: BinaryIO, file: RemoteFile, name: str) -> Iterator[StreamedSample]:
-    """Yield a sample per JSON line; each image is a file next to the shard, at one request each."""
+    """Yield a sample per JSON line; each image next to the shard takes a request of its own."""
     for number, (line_number, line) in enumerate(number_lines(stream)):
         place = f"{name} line {line_number}"
         fields = parse_object(line)

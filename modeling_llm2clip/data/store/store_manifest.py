@@ -39,7 +39,7 @@ class ShardRecord(FileRecord):
 
     Attributes:
         rows: Number of rows.
-        num_truncated: Number of texts that were longer than the model reads.
+        num_truncated: Number of texts that exceeded the model's limit.
         num_clipped: Number of values outside the int8 ranges.
         skipped: Ids of images that could not be decoded.
     """
@@ -169,7 +169,7 @@ class ShardedManifest:
 
     @property
     def num_truncated(self) -> int:
-        """Number of texts that were longer than the model reads, in complete shards."""
+        """Number of texts in complete shards that exceeded the model's limit."""
         return sum(shard.num_truncated for shard in self.shards)
 
     def inputs_of_shard(self, shard: int) -> range:
