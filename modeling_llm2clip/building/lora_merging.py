@@ -147,8 +147,8 @@ def _require_plain(folder: Path, lora: str | Path, *, base: str) -> None:
     if others:
         raise ValueError(
             f"{lora} contains more than low-rank matrices of linear layers ({others}), which "
-            "cannot be merged here. Merge it with peft (merge_and_unload), save the LLM, and pass that "
-            "folder."
+            "cannot be merged here. Merge it with peft (merge_and_unload), save the LLM, and pass "
+            "that folder."
         )
     trained_on = stated.get("base_model_name_or_path")
     if base and trained_on and not is_same_base(str(trained_on), base):
