@@ -13,7 +13,7 @@ ERRORS = {
     '{"query": "a", "positive": " "}': "non-blank",
     '{"query": "a", "positive": "b", "negatives": ["b"]}': "among its negatives",
     '{"query": "a", "positive": "b", "negatives": [" a "]}': "the query is among its neg",
-    '{"query": "a", "positive": "b", "positive": "c"}': "field 'positive' twice",
+    '{"query": "a", "positive": "b", "positive": "c"}': "field 'positive' occurs twice",
     '{"query": "a", "positive": "b", "score": 1}': "unknown field 'score'",
     '{"query": "a", "positive": "b", "negatives": ["c"]}': "between 0 and 1 negatives",
     "\n".join("{" * 7): r"(?s)7 errors.*not JSON: 7 \(line 2, .*line 6, …\)",

@@ -90,7 +90,7 @@ def test_files_of_another_size_are_detected_on_opening(
     [
         ({"format_version": 4}, "format_version 4, this code reads 6.*llm2clip extract MODEL DATA"),
         ({"color": "red"}, "damaged.*color"),
-        ({"num_items": 70_000}, "does not have the store's 70000 items"),
+        ({"num_items": 70_000}, "does not contain the store's 70000 items"),
     ],
 )
 def test_a_manifest_of_another_format_or_an_impossible_one_is_refused(
