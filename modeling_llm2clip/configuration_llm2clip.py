@@ -41,6 +41,10 @@ _BASE_FIELDS = {
 }  # fmt: skip
 
 
+class UpgradeRequiredError(ValueError):
+    """A config.json needs a newer version of this package or of transformers."""
+
+
 class LLM2CLIPConfig(PreTrainedConfig):
     """Configuration of an LLM2CLIP model (arXiv:2411.04997, section 3).
 
@@ -190,7 +194,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         except Exception as error:  # a tower's configuration may raise any class
             if isinstance(error, ValueError) and str(source) in str(error):
                 raise
-            is_newer = "Upgrade " in str(error)  # than the package or transformers
+            is_newer = isinstance(error, UpgradeRequiredError)
             raise ValueError(
                 f"{source}: config.json cannot be used ({type(error).__name__}: "
                 f"{' '.join(str(error).split())})."
@@ -398,16 +402,13 @@ def _check_types(values: Mapping[str, Any]) -> None:
 def _migrate(content: dict[str, Any]) -> dict[str, Any]:
     """Migrate the content of a `config.json` from any published format to the current one."""
     version: Any = content.get("format_version")
-    if not _is_integer(version) or not 1 <= version <= FORMAT_VERSION:
-        remedy = (
-            "Upgrade modeling_llm2clip: if installed, it is used even if the model folder has "
-            "newer code."
-            if _is_integer(version) and version > FORMAT_VERSION
-            else "Restore config.json from the original model folder."
-        )
-        raise ValueError(
-            f"format_version={version!r}, but this version reads formats 1 to {FORMAT_VERSION}. "
-            f"{remedy}"
+    problem = f"format_version={version!r}, but this version reads formats 1 to {FORMAT_VERSION}."
+    if not _is_integer(version) or version < 1:
+        raise ValueError(f"{problem} Restore config.json from the original model folder.")
+    if version > FORMAT_VERSION:
+        raise UpgradeRequiredError(
+            f"{problem} Upgrade modeling_llm2clip: if installed, it is used even if the model "
+            "folder has newer code."
         )
     for migrate in _MIGRATIONS[version - 1 :]:
         content = migrate(content)
@@ -467,7 +468,7 @@ def _tower_config(
             f"got {config!r}."
         )
     if config["model_type"] not in CONFIG_MAPPING:
-        raise ValueError(
+        raise UpgradeRequiredError(
             f"{name} has model_type={config['model_type']!r}, which this version of "
             "transformers does not know. Upgrade transformers, or choose another tower."
         )

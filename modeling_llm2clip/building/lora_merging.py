@@ -154,7 +154,7 @@ def _require_plain(folder: Path, lora: str | Path, *, base: str) -> None:
     if base and trained_on and not is_same_base(str(trained_on), base):
         raise ValueError(
             f"The LoRA {lora} is for the base {trained_on!r}, but the LLM is {base!r}. Use that "
-            "base. If both names stand for the same weights, correct base_model_name_or_path in "
+            "base. If both names mean the same weights, correct base_model_name_or_path in "
             f"{LORA_CONFIG} in a copy of the LoRA."
         )
 

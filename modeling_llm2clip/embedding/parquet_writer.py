@@ -54,7 +54,7 @@ class ParquetWriter(ShardedWriter[EmbeddingManifest]):
         self.rows = rows
 
     def encode(self, shard: int, embeds: Tensor) -> tuple[bytes, dict[str, Any]]:
-        """Return a file without the rows of zeros, which stand for undecodable images."""
+        """Return a file without the rows of zeros, which mark undecodable images."""
         table = self.rows.read(self.manifest.inputs_of_shard(shard))
         is_valid = embeds.numpy().any(axis=1)
         skipped = table.column("id").filter(pa.array(~is_valid)).to_pylist()

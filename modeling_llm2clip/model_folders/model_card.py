@@ -34,7 +34,8 @@ _COUNT, _INTERVAL = "count", "interval_95"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 # What `_describe_license` returns, for any license.
 _STATED_LICENSE = re.compile(
-    r"No license is stated for these weights\.|These weights: (\[.*?\]\(.*?\)|[a-z0-9.+-]+)\."
+    r"No license is stated for these weights\.|"
+    rf"These weights: (\[.*?\]\(.*?\)|{_LICENSE.pattern})\."
 )
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

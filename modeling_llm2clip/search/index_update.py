@@ -164,9 +164,11 @@ def _update_ann(
     if not trains and not (is_used and has_changed):
         return
     queries = encoder.encode_texts(choose_texts(_NUM_QUERIES))
-    ann = about.ann if trains or about.ann is None else tune_ann(database, about.ann, queries)
-    always = config.ann == "always"
-    if trains or ann is None or not (always or ann.recall_at_10 >= MIN_RECALL):
+    always, ann = config.ann == "always", about.ann
+    if ann is not None and not trains:
+        ann = tune_ann(database, ann, queries)
+        trains = not always and ann.recall_at_10 < MIN_RECALL
+    if ann is None or trains:
         if ann is not None:
             # Searches during training must not use the settings tuned for the old partitions.
             database.write_about(replace(about, ann=None))

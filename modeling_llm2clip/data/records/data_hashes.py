@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from ..images.image_sources import TarImage, count_bytes, explain_reading_failure
+from ..images.image_sources import ParquetImage, TarImage, count_bytes, explain_reading_failure
 from ..key_arrays import iterate_ranges
 from ..remote.remote_access import find_reading_failure
 from ..remote.remote_files import is_remote
@@ -94,7 +94,8 @@ def describe_images(records: Iterable[CaptionedImage]) -> dict[str, str]:
     table = RecordTable.from_records(records)
     image = table[0].image
     first = str(image)
-    shard = image.shard if isinstance(image, TarImage) else getattr(image, "file", None)
+    shard = image.shard if isinstance(image, TarImage) else None
+    shard = image.file if isinstance(image, ParquetImage) else shard
     if isinstance(shard, str):
         first = first.replace(shard, drop_signature(shard), 1)
     first = first if is_remote(first) else str(Path(first).absolute())

@@ -61,7 +61,7 @@ class FileInfo(NamedTuple):
 
 
 def is_remote(source: str) -> bool:
-    """Tell whether a source is a URL or a command, not a local path."""
+    """Return whether a source is a URL or a command, not a local path."""
     return source.startswith(PIPE) or "://" in source
 
 

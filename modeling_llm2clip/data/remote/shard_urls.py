@@ -134,14 +134,14 @@ def expand_braces(text: str) -> Iterator[str]:
 
 
 def names_shards(source: str) -> bool:
-    """Tell whether a local source is a list of shards, or a pattern with braces."""
+    """Return whether a local source is a list of shards, or a pattern with braces."""
     return find_format(source) == _LIST or bool(
         _BRACES.search(source) and not Path(source).exists()
     )
 
 
 def has_remote_shards(source: str) -> bool:
-    """Tell whether a source, or a shard in a local list, is remote."""
+    """Return whether a source, or a shard in a local list, is remote."""
     if is_remote(source) or find_format(source) != _LIST or not Path(source).is_file():
         return is_remote(source)
     return any(is_remote(line) for line in _read_lines(source, RetryPolicy()))
@@ -243,6 +243,6 @@ def _choose_format(folder: str, names: Sequence[str]) -> list[str]:
 
 
 def are_download_notes(parquet: Sequence[str], tar: Sequence[str]) -> bool:
-    """Tell whether every Parquet file has a tar of the same name: img2dataset's notes on it."""
+    """Return whether every Parquet file has a tar of the same name: img2dataset's notes on it."""
     stems = {PurePosixPath(name).stem for name in tar}
     return bool(parquet) and all(PurePosixPath(name).stem in stems for name in parquet)

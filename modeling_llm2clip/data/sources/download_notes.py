@@ -34,7 +34,7 @@ def drop_download_notes(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_download(columns: Collection[str]) -> bool:
-    """Tell whether a table was written by img2dataset."""
+    """Return whether a table was written by img2dataset."""
     return set(columns) >= _COLUMNS
 
 

@@ -183,7 +183,7 @@ def _find_addresses(file: FileLocation, column: str, start: int, paths: list[Any
 
 
 def is_image_type(kind: Any) -> bool:
-    """Tell whether a column of this type holds images: `{bytes, path}`, or only bytes."""
+    """Return whether a column of this type holds images: `{bytes, path}`, or only bytes."""
     types = pa.types
     if types.is_struct(kind):
         parts = {kind.field(index).name: kind.field(index).type for index in range(kind.num_fields)}

@@ -219,7 +219,7 @@ def refuse_shared_paths(samples: Iterable[StreamedSample], first: int) -> Iterat
 
 
 def _has_shared_path(sample: StreamedSample, checksums: dict[str, int]) -> bool:
-    """Tell whether an earlier, different image has the same path; otherwise record this one."""
+    """Return whether an earlier, different image has the same path; otherwise record this one."""
     raw = sample.raw
     if raw is None or not raw.default_name or not isinstance(raw.packed, EncodedImage):
         return False
