@@ -61,8 +61,8 @@ def write_sentence_transformers_files(
 ) -> None:
     """Write `modules.json`, `sentence_bert_config.json`, `config_sentence_transformers.json`.
 
-    `instructions` maps a name to the text that precedes a caption; its tokens are attended to, not
-    pooled. If the last file already has these instructions, it is not rewritten, because
+    `instructions` maps a name to the text that precedes a caption. Its tokens are pooled if the
+    prompt prefix is. If the last file already has these instructions, it is not rewritten, because
     sentence-transformers or a user may have added other fields. `modalities` are `"text"`,
     `"image"`, or both.
     """

@@ -71,7 +71,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
             tokenizer. sentence-transformers does not count such a token in a prompt's length.
         max_text_length: Maximum number of tokens per text, prompt included.
         instructions: Name → text that sentence-transformers prepends to a caption on request
-            (`prompt_name`); attended to, not pooled.
+            (`prompt_name`). They are pooled if the prompt prefix is.
         normalize_text_before_adapter: Whether caption embeddings are normalized before the
             adapter. True for most official models, False for models trained with the LLM in the
             loop.
@@ -184,7 +184,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
             As `from_dict`.
 
         Raises:
-            ValueError: As `from_dict`, or the file is not JSON or is too large.
+            ValueError: As `from_dict`, or the file is not JSON, or is nested too deeply.
         """
         source = pretrained_model_name_or_path
         try:

@@ -117,9 +117,10 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
             input_ids: (B, L) int64 from the model's own tokenizer, padded on either side. With a
                 model on a GPU they may stay on the CPU, which avoids a synchronization.
             attention_mask: (B, L), 1 at real tokens; required if there is padding.
-            prompt_length: Number of tokens of the instruction when tokenized by itself, as
-                sentence-transformers counts them; the same for all texts. The instruction is
-                attended to, but not pooled unless the pooling includes the prompt.
+            prompt_length: Number of tokens of the instruction when tokenized by itself, the
+                model's prompt included, as sentence-transformers counts them; the same for all
+                texts. The instruction is attended to, but not pooled unless the pooling includes
+                the prompt.
             **kwargs: Further arguments of the LLM, such as `output_hidden_states`; with any of
                 them, texts run padded. `output_attentions` needs `attn_implementation="eager"`.
 

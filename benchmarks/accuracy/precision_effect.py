@@ -49,7 +49,7 @@ PRECISIONS = ("float32", "bfloat16")
 MOST_POINTS = 0.2
 _MOST_IMAGES = (500, 800)  # to find, to train on
 _CPU, _GPU = torch.device("cpu"), DeviceTraits("cuda", has_bfloat16=True, free_bytes=2**40)
-_COSINE = re.compile(r"is (-?[0-9.]+|nan), and")
+COSINE = re.compile(r"is (-?[0-9.]+|nan), at least")
 
 
 def main() -> None:
@@ -194,7 +194,7 @@ def ask_guard(model_class: Any, model: Path) -> dict[str, Any]:
     with redirect_stderr(said):
         loaded = load_in_precision(model_class, model, _CPU, traits=_GPU)
     tower = loaded.text_model if hasattr(loaded, "text_model") else loaded.vision_model
-    (cosine,) = _COSINE.findall(said.getvalue())
+    (cosine,) = COSINE.findall(said.getvalue())
     return {"dtype": str(tower.dtype).removeprefix("torch."), "cosine": float(cosine)}
 
 

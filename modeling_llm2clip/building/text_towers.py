@@ -216,8 +216,8 @@ def take_settings(source: str | Path, config: BuildConfig) -> BuildConfig:
         errors.append(f"pooling_mode={pooling!r}, expected one of {sorted(_LLM2VEC_POOLINGS)}")
     if settings.get("skip_instruction") is not True:
         errors.append(
-            f"skip_instruction={settings.get('skip_instruction')}, expected true: prompt and "
-            "instruction are never pooled here"
+            f"skip_instruction={settings.get('skip_instruction')}, expected true: these "
+            "poolings leave out prompt and instruction"
         )
     if not isinstance(length, int):
         errors.append(f"max_length={length!r}, expected a number of tokens")

@@ -116,8 +116,8 @@ def push_to_hub(
         token: Token for the Hub; None for huggingface_hub's own.
         device: Device for checking the model; see `find_device`.
         allow_files: Paths in the folder of files that look like credentials but are not.
-        show: Called with the list of files and the list of deletions; an exception stops the
-            upload.
+        show: Called with a text that lists the files and, with `delete_others`, again with one that
+            lists the deletions. An exception stops the upload.
 
     Returns:
         URL of the commit; its last part is the revision to pin.
@@ -305,8 +305,8 @@ def require_no_credentials(
     """Refuse files that look like credentials, by their names or contents."""
     if unknown := sorted(set(allowed) - set(files)):
         raise ValueError(
-            f"allow_files={unknown}: no such files would be uploaded from {folder}. Use the paths "
-            "listed by --dry-run."
+            f"allow_files={unknown}: no such files would be uploaded from {folder}. Use paths "
+            "relative to the folder."
         )
     credentials = [
         f"{path} ({reason})"

@@ -55,6 +55,7 @@ class ImageIndex:
         image_dir: Folder of the images; by default, the one recorded in the database.
         encoder: Encodes queries; by default, the model is located when the first query needs it.
         device: Device to run the model on.
+        precision: Dtype of the towers; see `SearchConfig`.
 
     Examples:
         >>> index = ImageIndex.build("my-model", "my-images", "my-index")
@@ -138,8 +139,8 @@ class ImageIndex:
             path: Folder of the database, or a URI on object storage such as `s3://bucket/index`.
                 Created if it does not exist.
             config: How images are encoded, and when an approximate index is built.
-            report: Called with each progress message. By default, only skipped images are
-                reported, as warnings.
+            report: Called with each progress message. By default, only warnings are shown,
+                such as skipped images.
 
         Returns:
             The index.

@@ -181,8 +181,8 @@ class OnnxQueryEncoder(IndexEncoder):
 
     def _encode_images(self, images: Sequence[Path | Image.Image]) -> Any:
         raise ValueError(
-            f"{self._folder}: ONNX graphs encode only sentences, but {len(images)} of the queries "
-            "are images. Omit --model to search with the model of the index."
+            f"{self._folder}: a search with ONNX graphs takes only sentences, but {len(images)} of "
+            "the queries are images. Omit --model to search with the model of the index."
         )
 
 

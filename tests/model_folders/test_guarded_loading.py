@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tiny_folders import export_tiny_model
 
+from benchmarks.accuracy.precision_effect import COSINE
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
 from modeling_llm2clip.encoding import devices
 from modeling_llm2clip.encoding.devices import find_device
@@ -112,7 +113,9 @@ def test_towers_whose_embeddings_move_stay_in_float32(
     disturb(folder, tower)  # from its golden embeddings, too
     model = load_in_precision(LLM2CLIPModel, folder, CPU, traits=traits)
     require_rounded(model, folder, towers=FLOAT32, heads=FLOAT32)
-    assert "run in float32: the smallest cosine" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "run in float32: the smallest cosine" in said
+    assert len(COSINE.findall(said)) == 1  # the benchmark reads it there
 
 
 @pytest.mark.parametrize("moved", [[1.0, 0.9], [1.0, torch.nan]])  # the first by 0.0014

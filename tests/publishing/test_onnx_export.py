@@ -37,6 +37,7 @@ from modeling_llm2clip.publishing.onnx_checks import (
     check_script,
     load_check_inputs,
     measure_recall,
+    require_near_texts,
     require_recall,
 )
 
@@ -444,6 +445,13 @@ def test_every_llm_family_is_exported(
 # What is accepted
 
 INPUTS = CheckInputs(captions=["a"] * 4, texts=["a"] * 4, images=[None] * 4, data="some images")
+
+
+def test_one_text_below_the_limit_is_enough_to_refuse_eight_bits() -> None:
+    figures = {"texts": 212, "texts_below_0.999": 0, "min_cosine": 0.9991}
+    require_near_texts(figures)
+    with pytest.raises(ValueError, match=r"1 of 212 texts .* \(minimum 0\.9989"):
+        require_near_texts({**figures, "texts_below_0.999": 1, "min_cosine": 0.9989})
 
 
 def test_a_loss_of_recall_is_printed_and_accepted_by_its_size() -> None:

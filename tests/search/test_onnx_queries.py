@@ -85,7 +85,7 @@ def test_what_the_graphs_cannot_read_is_refused(
     assert main([*search, " "]) == 2
     assert "no blank ones" in capsys.readouterr().err
     assert main([*search, "--image", str(images / "1.png")]) == 2
-    assert "encode only sentences, but 1 of the" in capsys.readouterr().err
+    assert "takes only sentences, but 1 of the" in capsys.readouterr().err
     shutil.rmtree(graphs / "onnx")
     assert main([*search, "a dog"]) == 2
     assert "no graph for texts" in capsys.readouterr().err

@@ -129,7 +129,7 @@ def read_json(file: Path) -> Any:
         return parse_json(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:  # nesting, digits, encoding or JSON
         raise ValueError(
-            f"{file}: not JSON, or unusually large ({error}). Download it again."
+            f"{file}: not JSON, or nested too deeply ({error}). Download it again."
         ) from error
 
 

@@ -133,7 +133,7 @@ def align(
             another model or other data; or options conflict. Before training: the model no longer
             reproduces its golden embeddings. After training: the loss was always 0.
         FileExistsError: `output/model` exists.
-        FloatingPointError: A loss, gradient or weight is not finite. Nothing is written.
+        FloatingPointError: A loss, gradient or weight is not finite. No model is written.
         StageInterrupt: SIGINT or SIGTERM stopped the run after a checkpoint.
 
     Examples:

@@ -81,7 +81,7 @@ def describe_alignment(output: Path) -> list[str]:
     if not results["has_golden_embeddings"]:
         lines.append(
             f"{record['inputs']['source']} has no recorded caption embeddings, so {model} has no "
-            "golden embeddings. Rebuild it with llm2clip build to record them."
+            "golden embeddings. Write a copy with llm2clip export to record them."
         )
     scores = _read_best(results)
     if scores is not None and scores.is_near_chance:

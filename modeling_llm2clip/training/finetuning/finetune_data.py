@@ -150,12 +150,12 @@ def _write_tables(
     left_out = np.unique([hash_text(text) for group in held_out for text in group.captions])
     write_caption_pairs(groups, files[0], seed=config.seed, num_pairings=config.num_pairings)
     total = 0
-    for number, (source, file) in enumerate(zip(sources, files[1:], strict=True), start=1):
+    for source, file in zip(sources, files[1:], strict=True):
         num_written, num_lost = write_text_pairs(read_text_pairs(source), file, left_out=left_out)
         if not num_written:
             raise ValueError(
-                f"text_pairs[{number}] ({source}): all {num_lost} pairs contain a held-out "
-                "caption. Hold out fewer images (num_held_out), or leave this file out."
+                f"text_pairs {source}: all {num_lost} pairs contain a held-out caption. "
+                "Hold out fewer images (num_held_out), or leave this file out."
             )
         total += num_lost
     return total

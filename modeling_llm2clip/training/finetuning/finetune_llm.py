@@ -134,7 +134,7 @@ def finetune_llm(
             batch, merging into a text-only model, an `output` that is in use or contains another
             run, or an `init_lora` for another shape or LLM.
         FileExistsError: `output/model` exists.
-        FloatingPointError: A loss, gradient or weight is not finite; nothing is written.
+        FloatingPointError: A loss, gradient or weight is not finite. No model is written.
         StageInterrupt: SIGINT or SIGTERM stopped the run after a checkpoint.
 
     Examples:

@@ -51,7 +51,7 @@ def test_json_that_python_cannot_hold_is_named(value: str, tmp_path: Path) -> No
     assert list(json_files.read_json_lines(file, errors)) == []
     assert errors.places == {UNREADABLE: ["bomb.json line 1"]}
     with pytest.raises(
-        ValueError, match=r"bomb\.json: not JSON, or unusually large \((max|Exceeds)"
+        ValueError, match=r"bomb\.json: not JSON, or nested too deeply \((max|Exceeds)"
     ):
         json_files.read_json(file)
     assert read_json_object(file) is None

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
-from modeling_llm2clip.training import trainer_mixins
+from modeling_llm2clip.training import finite_steps, trainer_mixins
 from modeling_llm2clip.training.alignment import alignment_data, alignment_trainer
 from modeling_llm2clip.training.alignment.alignment_data import StoredRows
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
@@ -174,6 +174,16 @@ def test_a_resumed_run_is_the_one_that_was_never_stopped(
     resumed = prepared.align_stored(tmp_path / "run", resume=True, **options)
     assert read_losses(resumed.output) == read_losses(whole.output)
     assert not names_that_differ(resumed.model, whole.model)
+
+
+def test_a_bad_step_is_named_before_embeddings_are_scored() -> None:
+    trainer = AlignmentTrainer.__new__(AlignmentTrainer)
+    trainer.args = SimpleNamespace(learning_rate=0.1, world_size=1)
+    trainer._finite_steps = finite_steps.FiniteSteps(torch.device("cpu"))
+    facts = {"loss": torch.tensor(1.0), "broken": torch.zeros(2, dtype=torch.bool)}
+    trainer._finite_steps.observe(torch.tensor(torch.inf), **facts)
+    with pytest.raises(FloatingPointError, match="norm is inf at step 0"):
+        trainer.embed([])
 
 
 def test_token_ids_stay_on_the_cpu_where_the_model_checks_them() -> None:
