@@ -45,7 +45,7 @@ def test_options_that_do_not_fit_the_data_are_refused(tmp_path):
     for options, error in (
         ({"per_device_train_batch_size": 64}, r"Too few different images \(20\) for a batch of 64"),
         ({"warmup_steps": 6}, r"warmup_steps=6 is too many for a run of 6.*max_steps"),
-        ({"text_pairs": [(file, 1.0)]}, r"text_pairs .*pairs\.jsonl: all 4 pairs contain a held-out"),
+        ({"text_pairs": [(file, 1.0)]}, r"pairs .*\.jsonl: all 4 pairs contain a held-out caption"),
     ):
         with pytest.raises(ValueError, match=error):
             tune(tmp_path / "run", replace(SHORT, **options))
