@@ -388,8 +388,8 @@ def choose_reports(report_to: Sequence[str] | None) -> list[str]:
         return list(report_to)
     if unknown := [name for name in report_to if name not in available]:
         raise ValueError(
-            f"report_to={' '.join(report_to)}: not installed: {', '.join(unknown)}. Use any of "
-            f"{', '.join(available)}, or only all or none, or pip install others."
+            f"report_to={' '.join(report_to)}: {', '.join(unknown)} cannot be used. Choose from "
+            f"{', '.join(available)} (installed here), all and none, or install the package."
         )
     return list(report_to)
 

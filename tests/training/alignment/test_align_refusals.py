@@ -132,7 +132,7 @@ def test_bad_data_is_refused_before_a_tower_is_loaded(prepared: Prepared, tmp_pa
         distillation_weight=1.0, vision_training="full", projection_init="cca",
         image_store=prepared.image_store,
     )  # fmt: skip
-    message = "report_to=unknown is not installed"
+    message = "report_to=unknown: unknown cannot be used"
     refuse(prepared, out, message, report_to=("unknown",))
     records = prepared.records
     without = [dataclasses.replace(record, image=None) for record in records]
