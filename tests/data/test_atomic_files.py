@@ -115,12 +115,6 @@ def test_a_name_too_long_for_a_temporary_file_is_refused_before_any_work(tmp_pat
             require(tmp_path / name)
 
 
-def test_a_full_disk_error_names_the_file_and_the_remedy(tmp_path: Path) -> None:
-    with largest_file(1000), pytest.raises(OSError, match=r"No room to write tags\.csv .*Free"):
-        write_atomically(tmp_path / "tags.csv", bytes(2000))
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("count", [5000, 50])  # torch writes a small file at its end
 @pytest.mark.parametrize("save", [torch.save, save_file])
 def test_all_ways_to_write_tensors_report_a_full_disk_alike(
@@ -136,10 +130,10 @@ def test_all_ways_to_write_tensors_report_a_full_disk_alike(
 def test_a_full_disk_error_names_the_folder_that_is_full(tmp_path: Path) -> None:
     """Also for a run whose temporary files are elsewhere."""
     run, temporary = tmp_path / "run", tmp_path / "temporary"
-    for place, message in ((temporary, "No room to write file"), (run / "below", "No room for it")):
+    for place, message in ((temporary, "to write file .*Free"), (run / "below", "for it .*Free")):
         with (
             largest_file(1000),
-            pytest.raises(OSError, match=message) as caught,
+            pytest.raises(OSError, match=f"No room {message}") as caught,
             explain_full_disk(run, "for it", "Free some."),
         ):
             write_atomically(place / "file", bytes(2000))
@@ -160,9 +154,7 @@ def test_an_exclusive_lock_excludes_all_others_and_a_shared_one_only_exclusive_o
         assert not lock_file(third, wait=False)
 
 
-def test_hashes_do_not_depend_on_chunks_of_bytes_or_the_order_of_json_keys(
-    tmp_path: Path,
-) -> None:
+def test_hashes_do_not_depend_on_chunks_of_bytes_or_the_order_of_json_keys(tmp_path: Path) -> None:
     file = tmp_path / "file"
     content = bytes(range(256)) * 9000  # more than one piece
     file.write_bytes(content)

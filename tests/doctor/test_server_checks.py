@@ -45,7 +45,6 @@ SKIPPED: dict[Any, set[str]] = {
 
 @pytest.fixture(scope="module")
 def own_url(served: Path) -> Iterator[str]:
-    """The package's own server."""
     service = EmbeddingService.open(served, ServeConfig(device="cpu"))
     with run_app(create_app(service)) as address:
         yield address
@@ -200,9 +199,7 @@ def test_a_folder_that_is_not_itself_is_reported_first(served: Path, tmp_path: P
 
 
 def test_the_command_prints_the_report_and_its_exit_code(
-    served: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    served: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server_checks, "_PLANNED", choose_checks(server_checks._PLANNED, "texts"))
     with Endpoint(served) as endpoint:

@@ -21,14 +21,6 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SOON = 30  # seconds
 
 
-def test_on_a_cpu_nothing_is_prepared_while_the_model_computes() -> None:
-    prepared: list[int] = []
-    counts = [
-        len(prepared) for _ in prepare_batches(range(7), prepared.append, device=CPU, num_workers=3)
-    ]
-    assert counts == [3, 3, 3, 6, 6, 6, 7]
-
-
 def test_beside_a_gpu_the_next_batches_are_prepared_meanwhile_and_no_more() -> None:
     ahead = [threading.Event() for _ in range(9)]
 

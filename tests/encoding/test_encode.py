@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,8 +16,6 @@ from tiny import draw_noise, tiny_model
 from torch import nn
 
 from modeling_llm2clip import LLM2CLIPTextModel, LLM2CLIPVisionModel
-from modeling_llm2clip.encoding import batches
-from modeling_llm2clip.encoding.batches import prepare_images
 from modeling_llm2clip.encoding.encode import (
     TorchEncoder,
     encode_images,
@@ -97,25 +92,6 @@ def test_embeddings_are_refused_if_another_thread_trains_the_model_meanwhile(tow
         assert model.training is not switches_back  # as the other thread left it
 
 
-def test_the_tree_of_modules_is_walked_once_for_all_batches(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model, processor = tiny_model()
-    walks: list[nn.Module] = []
-    modules = nn.Module.modules
-
-    def note(module: nn.Module) -> Any:
-        walks.append(module)
-        return modules(module)
-
-    monkeypatch.setattr(nn.Module, "modules", note)
-    encoder = TorchEncoder(model, processor)
-    for _ in range(2):
-        encoder.encode_texts(CAPTIONS, token_budget=8)
-        encoder.encode_images([draw_noise(), draw_noise()], batch_size=1)
-    assert walks.count(model) == 2  # for texts, and for images
-
-
 def test_threads_that_encode_do_not_disturb_each_other() -> None:
     model, processor = shared_model()
     wanted = encode_texts(model, processor, CAPTIONS)
@@ -153,53 +129,13 @@ def test_another_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
         assert torch.equal(embeds, expected), name
 
 
-ERRORS = """
-import resource, torch
-from modeling_llm2clip.encoding.encode import raise_malloc_thresholds
-def count():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        torch.empty(2**24).zero_()  # 64 MiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-before = count()
-print(int(raise_malloc_thresholds()), before, count())
-"""
-
-
-@pytest.mark.slow
-def test_large_blocks_are_handed_out_again_without_new_pages() -> None:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
-    command = [sys.executable, "-c", ERRORS]
-
-    def run(**changes: str) -> list[int]:
-        done = subprocess.run(
-            command, env={**environment, **changes}, capture_output=True, text=True, check=True
-        )
-        return [int(word) for word in done.stdout.split()]
-
-    is_kept, before, after = run()
-    if not is_kept:
-        pytest.skip("the C library is not glibc")
-    # At most one block's pages come anew, of ten before; huge pages may make both few.
-    assert after <= before / 5 + 1000
-    assert run(MALLOC_ARENA_MAX="1")[0] == 0  # what the user has set is left alone
-
-
-def test_texts_are_encoded_as_the_processor_reads_them() -> None:
-    model, processor = shared_model()
-    texts = ["\x1fa dog", " two red apples\n\n", "dog " * 60]
-    with torch.inference_mode():
-        wanted = model.get_caption_embeds(**processor(text=texts)).float()
-    found = encode_texts(model, processor, texts, project=False)
-    torch.testing.assert_close(found, wanted, atol=ROUNDING, rtol=ROUNDING)
-
-
 def test_both_sides_are_those_of_the_forward_pass_and_have_unit_length() -> None:
     model, processor = shared_model()
     images = [draw_noise(seed=seed) for seed in range(3)]
+    given = ["\x1fa dog", " two red apples\n\n", "dog " * 60]
     with torch.inference_mode():
-        wanted = model(**processor(text=CAPTIONS, images=images))
-    texts = encode_texts(model, processor, CAPTIONS)
+        wanted = model(**processor(text=given, images=images))
+    texts = encode_texts(model, processor, given)
     torch.testing.assert_close(texts, wanted.text_embeds, atol=ROUNDING, rtol=ROUNDING)
     found = encode_images(model, processor, images)
     torch.testing.assert_close(found, wanted.image_embeds, atol=ROUNDING, rtol=ROUNDING)
@@ -291,33 +227,6 @@ def test_images_have_the_same_embeddings_in_any_batch() -> None:
     torch.testing.assert_close(together, by_two, atol=ROUNDING, rtol=ROUNDING)
 
 
-def test_large_images_are_decoded_when_the_processor_is_done_with_those_before_them(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    processor = shared_model()[1]
-    paths = [Image.new("RGB", (40, 30), (40 * number, 90, 200)) for number in range(6)]
-    together = prepare_images(processor, paths)
-    assert together.places == [*range(6)] and not together.errors
-    monkeypatch.setattr(batches, "_PIXELS_AT_ONCE", 2 * 40 * 30)
-    waiting: list[int] = []
-    most = 0
-
-    def prepare(images: list[Image.Image]) -> dict[str, torch.Tensor]:
-        nonlocal most
-        most = max(most, len(waiting))
-        waiting.clear()
-        return dict(processor(images=images))
-
-    def decode(image: Image.Image) -> Image.Image:
-        waiting.append(1)
-        return image
-
-    found = prepare_images(prepare, paths, open_image=decode).inputs  # type: ignore[arg-type]
-    assert most == 3 and found.keys() == together.inputs.keys()
-    assert all(torch.equal(found[name], together.inputs[name]) for name in found)
-    assert prepare_images(processor, paths, open_image=lambda _: None).inputs == {}
-
-
 def test_padding_is_at_most_a_tenth_of_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = shared_model()
     masks: list[torch.Tensor] = []
@@ -359,6 +268,9 @@ def test_any_iterable_of_texts_is_taken_and_one_string_refused() -> None:
         encode_texts(model, processor, "a dog")
     with pytest.raises(ValueError, match=r"text must be .* not NoneType"):
         encode_texts(model, processor, None)  # type: ignore[arg-type]
+    for texts, message in (([], "the list is empty"), (["a", " "], "number 2 is blank")):
+        with pytest.raises(ValueError, match=message):
+            encode_texts(model, processor, texts)
 
 
 def test_a_budget_of_no_token_is_refused() -> None:

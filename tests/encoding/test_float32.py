@@ -22,10 +22,7 @@ from modeling_llm2clip.model_folders.golden_embeddings import compute_golden
 def read_settings() -> tuple[str, str]:
     """Of convolutions and of products, as a program sees them."""
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        return (
-            torch.backends.cudnn.conv.fp32_precision,
-            torch.backends.cuda.matmul.fp32_precision,
-        )
+        return (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
     allowed = torch.backends.cudnn.allow_tf32
     return "tf32" if allowed else "ieee", torch.get_float32_matmul_precision()
 

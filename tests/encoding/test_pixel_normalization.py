@@ -14,7 +14,6 @@ from PIL import Image
 from tiny import tiny_model
 
 from modeling_llm2clip import LLM2CLIPModel, LLM2CLIPProcessor
-from modeling_llm2clip.encoding import encode
 from modeling_llm2clip.encoding.batches import PreparedImages, prepare_images
 from modeling_llm2clip.encoding.encode import TorchEncoder
 from modeling_llm2clip.encoding.pixel_normalization import find_normalization
@@ -140,19 +139,6 @@ def test_images_beside_one_that_a_processor_refuses_are_bytes_too(pair: Any) -> 
 @pytest.mark.parametrize("name", _OTHERS)
 def test_other_processors_run_to_their_end(pair: Any, name: str) -> None:
     assert find_normalization(with_image_processor(pair[1], name), CPU) is None
-
-
-def test_images_alone_have_an_encoder_find_the_last_steps(
-    pair: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A call that encodes one text makes an encoder, too, and prepares no image."""
-    model, processor = pair
-    calls: list[Any] = []
-    monkeypatch.setattr(encode, "find_normalization", lambda *args: calls.append(args))
-    encoder = TorchEncoder(deepcopy(model).to("meta"), processor)  # a device besides the CPU
-    assert not calls
-    assert encoder.normalization is encoder.normalization is None
-    assert calls == [(processor, torch.device("meta"))]
 
 
 def test_an_encoder_gives_the_same_embeddings_from_bytes(pair: Any, tmp_path: Any) -> None:

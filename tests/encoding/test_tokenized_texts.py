@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import pytest
 import torch
-from onnx_folders import shared_source
 from shared_models import shared_model
 from tokenizing import note_tokenized
 
-from modeling_llm2clip.configs.evaluation_config import EncoderConfig
 from modeling_llm2clip.encoding.encode import TorchEncoder, encode_texts
 from modeling_llm2clip.encoding.tokenized_texts import TokenizedTexts
-from modeling_llm2clip.evaluation.encoders.auto import load_encoder
 
 LONG_TEXT = "dog " * 200
 TEXTS = ["a dog", LONG_TEXT, "two red apples", "x"]
-
-
-def test_an_evaluation_tokenizes_each_of_its_texts_once() -> None:
-    encoder = load_encoder(str(shared_source()), EncoderConfig(device="cpu"))
-    with note_tokenized() as tokenized:
-        found = encoder.encode_texts(TEXTS)
-    assert sorted(tokenized) == sorted(text.strip() for text in TEXTS)
-    assert found.is_truncated is not None
-    assert found.is_truncated.tolist() == [False, True, False, False]
 
 
 def test_tokenized_texts_have_the_ids_of_a_call_and_the_embeddings_of_texts() -> None:
@@ -46,12 +31,3 @@ def test_tokenized_texts_have_the_ids_of_a_call_and_the_embeddings_of_texts() ->
     mixed = [*tokens, *TokenizedTexts(processor, ["x"])]
     found = TorchEncoder(model, processor).encode_texts(mixed)
     assert torch.equal(found, encode_texts(model, processor, [*texts, "x"]))
-
-
-@pytest.mark.parametrize(
-    ("texts", "message"),
-    [("a dog", "Got one string"), ([], "the list is empty"), (["a", " "], "number 2 is blank")],
-)
-def test_what_is_no_list_of_texts_is_refused(texts: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        TokenizedTexts(shared_model()[1], texts)

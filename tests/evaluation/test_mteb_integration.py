@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,6 @@ from published_datasets import write_coco_test, write_sharegpt4v, write_xm3600
 from shared_models import ROUNDING, shared_model
 from tiny import draw_noise
 
-import modeling_llm2clip
 from modeling_llm2clip.configs.evaluation_config import EvaluationConfig
 from modeling_llm2clip.data.images.image_sources import EncodedImage, TarImage
 from modeling_llm2clip.evaluation import evaluate as own_evaluation
@@ -123,19 +121,6 @@ def test_mteb_gets_the_metadata_of_the_model(model):
     assert meta.framework == ["Sentence Transformers", "PyTorch"]
     assert meta.n_parameters == sum(weight.numel() for weight in network.parameters())
     assert meta.similarity_fn_name.value == "cosine" and meta.use_instructions is False
-
-
-def test_from_the_hub_mteb_reads_by_itself_that_the_model_takes_images(folder):
-    files = {
-        name: json.loads((folder / name).read_text(encoding="utf-8"))
-        for name in (
-            "config_sentence_transformers.json", "sentence_bert_config.json", "modules.json",
-            "config.json",
-        )
-    }  # fmt: skip
-    loader, kind, modalities = mteb.models.ModelMeta._resolve_loader("owner/model", *files.values())
-    assert loader is mteb.models.SentenceTransformerEncoderWrapper
-    assert (kind, modalities) == ("dense", ["image", "text"])
 
 
 @pytest.mark.slow
@@ -308,10 +293,3 @@ def test_a_dataset_without_images_or_in_an_unknown_language_makes_no_task(retrie
         make_mteb_tasks(replace(retrieval_dataset, images=()))
     with pytest.raises(ValueError, match=r"mteb does not know the language 'xx' \(from 'xx-YY'\)"):
         make_mteb_tasks(replace(retrieval_dataset, lang="xx-YY"))
-
-
-def test_nothing_else_imports_mteb():
-    package = Path(modeling_llm2clip.__file__).parent
-    imports = re.compile(r"^\s*(?:from|import) \S*mteb|import .*mteb", re.MULTILINE)
-    found = {path.name for path in package.rglob("*.py") if imports.search(path.read_text("utf-8"))}
-    assert found == {"mteb_integration.py"}

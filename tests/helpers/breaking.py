@@ -58,7 +58,6 @@ def edit_weights(change: Callable[[dict[str, Tensor]], object]) -> Break:
 
 
 def update(name: str, **fields: Any) -> Break:
-    """Set fields of a JSON file."""
     return edit_json(name, lambda content: content.update(fields))
 
 

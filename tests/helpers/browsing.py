@@ -15,12 +15,7 @@ import pytest
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None
 )
-WIDTHS = {
-    "phone": (390, 844),
-    "tablet": (768, 1024),
-    "desktop": (1280, 800),
-    "wide": (1920, 1080),
-}
+WIDTHS = {"phone": (390, 844), "tablet": (768, 1024), "desktop": (1280, 800), "wide": (1920, 1080)}
 WAIT_MS = 30_000  # decides nothing but how long a failure takes
 
 needs_browser = pytest.mark.skipif(
@@ -62,22 +57,13 @@ _MEASURE_HITS = """
 
 
 def measure_hits(page: Any) -> dict[str, float]:
-    """Measure the first list of hits of a page.
-
-    Args:
-        page: The page of Playwright.
-
-    Returns:
-        `top` of the first hit in the window, `unused` pixels at the right of the list's place,
-        `covering` captions, which overlap an image, and `narrow` images.
-    """
+    """Return where hits begin, their unused pixels, covering captions and narrow images."""
     found: dict[str, float] = page.locator(".hits").first.evaluate(_MEASURE_HITS)
     return found
 
 
 @contextmanager
 def open_browser() -> Iterator[Any]:
-    """Start the browser."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -89,17 +75,9 @@ def open_browser() -> Iterator[Any]:
 
 
 class Visit:
-    """A page in a window of its own, and what it asked for and complained of.
-
-    Attributes:
-        page: The page of Playwright.
-        height: Height of the window.
-        outside: Addresses of other machines that were asked for.
-        errors: Errors of scripts.
-    """
+    """A page in a window of its own, and what it asked for and complained of."""
 
     def __init__(self, browser: Any, url: str, *, width: str = "desktop", **options: Any) -> None:
-        """Open an address."""
         size = dict(zip(("width", "height"), WIDTHS[width], strict=True))
         self.context = browser.new_context(viewport=size, **options)
         self.page = self.context.new_page()
@@ -113,7 +91,6 @@ class Visit:
         self.page.get_by_role("tab", name="API").wait_for()
 
     def __enter__(self) -> Visit:
-        """Return it."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -128,7 +105,6 @@ class Visit:
             self.outside.append(request.url)
 
     def fill(self, name: str, text: str) -> None:
-        """Type into the box of this id."""
         self.page.locator(f"#{name} textarea, #{name} input").first.fill(text)
 
     def drop(self, name: str, file: Path, media_type: str = "image/png") -> None:
@@ -139,7 +115,6 @@ class Visit:
         self.page.evaluate(_DROP, [selector, file.name, media_type, content])
 
     def press(self, name: str) -> None:
-        """Press the button of this id."""
         self.page.locator(f"#{name}").click()
 
     def read_error(self) -> str:
@@ -152,7 +127,6 @@ class Visit:
         return text
 
     def overflows(self) -> bool:
-        """Whether the page is wider than the window."""
         return overflows(self.page)
 
 

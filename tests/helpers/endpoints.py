@@ -40,13 +40,9 @@ def load_once(folder: Path) -> tuple[Any, Any]:
 
 
 class Endpoint(ThreadingHTTPServer):
-    """Serves a model folder in all four schemas, as a good server does.
-
-    A test breaks it by replacing its methods and attributes.
-    """
+    """Serves a model folder in all four schemas, until a test replaces methods or attributes."""
 
     def __init__(self, folder: Path, *broken: Break) -> None:
-        """Copy the model; `with` serves."""
         super().__init__(("127.0.0.1", 0), _Handler)
         self.model, self.processor = copy.deepcopy(load_once(folder))
         self.api_key = ""
@@ -68,12 +64,10 @@ class Endpoint(ThreadingHTTPServer):
             break_it(self)
 
     def __enter__(self) -> Endpoint:
-        """Serve in a thread."""
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop and wait."""
         self.shutdown()
         self._thread.join()
         self.server_close()
@@ -85,7 +79,6 @@ class Endpoint(ThreadingHTTPServer):
         return encode_texts(self.model, self.processor, texts)
 
     def embed_images(self, addresses: Sequence[str]) -> Tensor:
-        """Embed images from data URLs."""
         contents = [base64.b64decode(one.partition(",")[2]) for one in addresses]
         images = [self.decode(content) for content in contents]
         if self.pixels is None:
@@ -96,7 +89,6 @@ class Endpoint(ThreadingHTTPServer):
         return F.normalize(features, dim=-1)
 
     def embed(self, body: dict[str, Any]) -> Tensor:
-        """Embed the inputs of a request in any schema."""
         if "messages" in body:
             (part,) = body["messages"][0]["content"]
             return self.embed_images([part["image_url"]["url"]])
@@ -135,7 +127,6 @@ class Endpoint(ThreadingHTTPServer):
         )
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Answer a request."""
         embeds = self.finish(self.embed(body))
         if (count := body.get("dimensions")) is not None:
             embeds = F.normalize(embeds[:, :count], dim=-1)
@@ -161,7 +152,6 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 5
 
     def do_POST(self) -> None:
-        """Answer a request, or refuse it."""
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server.seen.append(body)
@@ -180,7 +170,6 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send(500, {"error": {"message": str(error)}})
 
     def do_GET(self) -> None:
-        """List the models."""
         if self.path != "/v1/models":
             return self.send(404, {"detail": "Not Found"})
         return self.send(200, {"object": "list", "data": [{"id": "tiny"}]})
@@ -200,7 +189,6 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def run_llm(endpoint: Endpoint, ids: list[int]) -> Tensor:
-    """Return the hidden states of one text, (L, D)."""
     row = torch.tensor([ids])
     with torch.no_grad():
         output = endpoint.model.text_model(
@@ -282,7 +270,6 @@ def share_state(endpoint: Endpoint) -> None:
 
 
 def alter_texts(embed: Callable[[Callable[[list[str]], Tensor], list[str]], Tensor]) -> Break:
-    """Embed texts by a function of the honest one and the texts."""
 
     def apply(endpoint: Endpoint) -> None:
         endpoint.embed_texts = partial(embed, endpoint.embed_texts)
@@ -291,7 +278,6 @@ def alter_texts(embed: Callable[[Callable[[list[str]], Tensor], list[str]], Tens
 
 
 def keep_lengths(endpoint: Endpoint) -> None:
-    """Leave out the normalization."""
 
     def embed(texts: list[str]) -> Tensor:
         caption_embeds = encode_texts(endpoint.model, endpoint.processor, texts, project=False)
@@ -302,12 +288,10 @@ def keep_lengths(endpoint: Endpoint) -> None:
 
 
 def set_attributes(**attributes: Any) -> Break:
-    """Replace attributes of the endpoint."""
     return lambda endpoint: [setattr(endpoint, *item) for item in attributes.items()]
 
 
 def set_pooling(endpoint: Endpoint) -> None:
-    """Pool the last token."""
     endpoint.model.config.text_pooling = "last_token"
 
 
@@ -317,12 +301,10 @@ def set_causal(endpoint: Endpoint) -> None:
 
 
 def set_dtype(dtype: torch.dtype) -> Break:
-    """Compute in another dtype."""
     return lambda endpoint: endpoint.model.to(dtype)
 
 
 def serve_tower(endpoint: Endpoint) -> None:
-    """Give the embeddings of the LLM."""
     endpoint.embed_texts = lambda texts: F.normalize(
         encode_texts(endpoint.model, endpoint.processor, texts, project=False), dim=-1
     )

@@ -36,13 +36,17 @@ def tiny_spec(name: str, **counts: int) -> DatasetSpec:
     return replace(find_dataset(name), counts=counts, counts_of_language={}, checksums={})
 
 
+def load_retrieval(*arguments: Any, **options: Any) -> RetrievalDataset:
+    found = load_dataset(*arguments, **options)
+    assert isinstance(found, RetrievalDataset)
+    return found
+
+
 def read_retrieval(
     name: str, folder: Path, counts: dict[str, int], **options: Any
 ) -> RetrievalDataset:
     """Read a dataset of the registry that has other counts."""
-    found = load_dataset(tiny_spec(name, **counts), folder, **options)
-    assert isinstance(found, RetrievalDataset)
-    return found
+    return load_retrieval(tiny_spec(name, **counts), folder, **options)
 
 
 def captions_by_image(found: RetrievalDataset) -> dict[str, list[str]]:

@@ -6,17 +6,22 @@ import base64
 import io
 import json
 import threading
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import uvicorn
 from PIL import Image
 from shared_models import shared_model
+from tiny_folders import export_tiny_model
 
+from modeling_llm2clip import ImageIndex
+from modeling_llm2clip.configs.encoding_config import IndexConfig
 from modeling_llm2clip.configs.serve_config import ServeConfig
 from modeling_llm2clip.encoding.encode import TorchEncoder
 from modeling_llm2clip.serving.app import bind_socket, create_app
@@ -28,6 +33,13 @@ MIXED_TEXTS = [
     "a", "a dog", "two red apples on a wooden table by the window", "the sea at night " * 20,
     "Eine Katze schläft", "夜の東京", "x y z", "a photo of a red car", "🐕",
 ]  # fmt: skip
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def to_png(image: Image.Image) -> bytes:
@@ -63,6 +75,16 @@ def make_encoder(**sizes: int) -> TorchEncoder:
     return encoder
 
 
+def save_searched(root: Path, images: Mapping[str, Image.Image], *, model: str = "model") -> Path:
+    """Save a tiny model, images and their index, which is `db`, in a folder."""
+    export_tiny_model(root / model)
+    for name, image in images.items():
+        (root / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(root / "images" / name)
+    ImageIndex.build(root / model, root / "images", root / "db", IndexConfig(show_progress=False))
+    return root
+
+
 class HeldEncoder(TorchEncoder):
     """The shared model, which waits before each batch of texts until it may go on."""
 
@@ -72,7 +94,6 @@ class HeldEncoder(TorchEncoder):
         self.seen: list[str] = []
 
     def encode_texts(self, texts: Any) -> Any:
-        """Note the texts, and wait."""
         self.seen += map(str, texts)
         self.begun.set()
         assert self.go.wait(20)

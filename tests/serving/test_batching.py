@@ -168,11 +168,3 @@ def test_a_request_after_a_pause_does_not_wait_for_company() -> None:
     submit(worker, 1).result(5)
     assert recorder.batches[-1] == [1]
     worker.close()
-
-
-def test_every_batch_is_reported() -> None:
-    reported: list[tuple[str, int, int]] = []
-    worker, _ = open_worker(on_batch=lambda *args: reported.append(args[:3]))
-    submit(worker, 1, 2, costs=[2, 1]).result(10)
-    worker.close()
-    assert reported == [("text", 2, 3)]

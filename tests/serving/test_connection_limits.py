@@ -6,13 +6,12 @@ import json
 import logging
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from served_apps import HeldEncoder, open_service
+from served_apps import HeldEncoder, open_service, wait_until
 
 uvicorn: Any = pytest.importorskip("uvicorn")
 
@@ -38,13 +37,6 @@ def run_limited(encoder: Any = None) -> Iterator[tuple[Any, Callable[[], socket.
         finally:
             server.should_exit = True
             thread.join()
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("piece", [b"a" * 2**16, b"X-Header: a\r\n" * 5000])

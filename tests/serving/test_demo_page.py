@@ -18,9 +18,8 @@ import numpy as np
 import pytest
 import torch
 from browsing import WIDTHS, Visit, measure_hits, needs_browser, open_browser
-from served_apps import run_app
+from served_apps import run_app, save_searched
 from tiny import draw_noise
-from tiny_folders import export_tiny_model
 
 from modeling_llm2clip.configs.serve_config import API_KEY_VARIABLE, ServeConfig
 from modeling_llm2clip.encoding.encode import encode_images, encode_texts
@@ -43,28 +42,17 @@ ODD_NAMES = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, images and their index."""
-    root = tmp_path_factory.mktemp("page")
-    export_tiny_model(root / "model_1")
-    (root / "images" / "sub").mkdir(parents=True)
-    for number in range(NUM_IMAGES):
-        file = root / "images" / ("sub" if number % 2 else "") / f"number {number}.png"
-        draw_noise(seed=number).save(file)
-    ImageIndex.build(root / "model_1", root / "images", root / "index")
-    return root
+    numbers = range(NUM_IMAGES)
+    images = {f"{'sub/' * (n % 2)}number {n}.png": draw_noise(seed=n) for n in numbers}
+    return save_searched(tmp_path_factory.mktemp("page"), images, model="model_1")
 
 
 @pytest.fixture(scope="module")
 def odd_names(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, and an index of images in deep folders with odd names."""
-    root = tmp_path_factory.mktemp("odd")
-    export_tiny_model(root / "model_1")
-    for number in range(12):
-        name = ODD_NAMES[number] if number < len(ODD_NAMES) else f"{number}.png"
-        (root / "images" / name).parent.mkdir(parents=True, exist_ok=True)
-        draw_noise(40 + 20 * number, 200, seed=number).save(root / "images" / name)
-    ImageIndex.build(root / "model_1", root / "images", root / "index")
-    return root
+    names = [*ODD_NAMES, *(f"{number}.png" for number in range(len(ODD_NAMES), 12))]
+    images = {name: draw_noise(40 + 20 * n, 200, seed=n) for n, name in enumerate(names)}
+    return save_searched(tmp_path_factory.mktemp("odd"), images, model="model_1")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +66,7 @@ def serve(folder: Path, *, index: bool = True, **limits: Any) -> Any:
     service = EmbeddingService.open(
         folder / "model_1",
         ServeConfig(device="cpu", **limits),
-        index=str(folder / "index") if index else None,
+        index=str(folder / "db") if index else None,
     )
     return run_app(create_app(service, page=add_demo_page))
 
@@ -114,7 +102,7 @@ def describe(result: Any, root: Path) -> list[str]:
 def test_texts_and_images_show_the_images_of_the_index_in_their_order(
     width: str, browser: Any, url: str, folder: Path
 ) -> None:
-    index = ImageIndex.open(folder / "index", model=folder / "model_1")
+    index = ImageIndex.open(folder / "db", model=folder / "model_1")
     image = folder / "images" / "sub" / "number 3.png"
     queries: list[Any] = ["two red apples", ["two red apples", image], image]
     text, both, alone = (
@@ -218,7 +206,7 @@ def test_images_that_are_gone_are_counted(browser: Any, folder: Path, tmp_path: 
     for number in range(3):
         draw_noise(seed=100 + number).save(moved / f"{number}.png")
     (tmp_path / "model_1").symlink_to(folder / "model_1")
-    ImageIndex.build(folder / "model_1", moved, tmp_path / "index")
+    ImageIndex.build(folder / "model_1", moved, tmp_path / "db")
     (moved / "1.png").unlink()
     with serve(tmp_path) as address, Visit(browser, address) as visit:
         visit.fill("query", "a dog")

@@ -15,7 +15,6 @@ from onnx_folders import shared_graphs, shared_source
 from served_apps import MIXED_TEXTS, to_png
 from shared_models import ROUNDING
 from tiny import draw_noise
-from tokenizing import note_tokenized
 
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.serve_config import ServeConfig
@@ -45,14 +44,6 @@ def test_onnx_and_torch_give_the_same_embeddings_labels_and_token_counts() -> No
     assert labels.tags[0][0].probability == pytest.approx(
         expected_labels.tags[0][0].probability, abs=1e-4
     )
-
-
-def test_each_text_of_a_request_is_tokenized_once() -> None:
-    service = EmbeddingService.open(shared_graphs(), ONNX)
-    with note_tokenized() as tokenized:
-        asyncio.run(service.embed([*MIXED_TEXTS, MIXED_TEXTS[0]]))
-    service.close()
-    assert sorted(tokenized) == sorted(text.strip() for text in MIXED_TEXTS)
 
 
 def test_a_model_and_its_graphs_are_not_taken_for_each_other(

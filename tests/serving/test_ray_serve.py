@@ -82,11 +82,6 @@ def test_a_replica_computes_in_the_precision_of_its_options(tmp_path: Path) -> N
     assert (rows["float32"] - rows["bfloat16"]).abs().max() > 10 * ROUNDING
 
 
-def find_free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
 @contextmanager
 def run_cluster(file: Path, url: str) -> Iterator[None]:
     """`serve run FILE`, which starts a cluster of this machine, until all replicas answer."""
@@ -121,7 +116,8 @@ def is_up(url: str) -> bool:
 @pytest.mark.usefixtures("only_cluster")
 def test_two_replicas_answer_as_the_model_does(tmp_path: Path) -> None:
     model = export_tiny_model(tmp_path / "model")
-    port = find_free_port()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = int(server.getsockname()[1])
     options = {
         "model": str(model), "min_replicas": 2, "max_replicas": 2, "num_cpus": 0.5, "device": "cpu",
     }  # fmt: skip

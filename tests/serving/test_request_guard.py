@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 import socket
-import time
 from typing import Any
 
 import pytest
-from served_apps import MODEL_NAME, HeldEncoder, open_service, run_app, run_service
+from served_apps import MODEL_NAME, HeldEncoder, open_service, run_app, run_service, wait_until
 from shared_models import shared_model
 
 from modeling_llm2clip.configs.serve_config import API_KEY_VARIABLE, ServeConfig
@@ -48,13 +46,6 @@ def ask(url: str, request: bytes) -> tuple[int, dict[str, str], Any]:
 
 def embed(text: str = "a") -> bytes:
     return write_request(json.dumps({"input": text}).encode())
-
-
-def wait_until(condition: Any) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_with_a_key_only_those_who_have_it_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,20 +189,3 @@ def test_a_page_is_shown_at_the_root_and_guarded_by_the_key_alone(
         assert ask(url, get.replace(b"Bearer key", b"Bearer no"))[0] == 401
         assert ask(url, get)[2] == {"page": MODEL_NAME}
     assert len(seen[0].embeds) == 1
-
-
-def test_many_connections_at_once_are_answered() -> None:
-    async def ask_once(host: str, port: str, number: int) -> int:
-        reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(embed(f"text {number}"))
-        line = await reader.readline()
-        writer.close()
-        return int(line.split()[1])
-
-    async def ask_all(host: str, port: str) -> list[int]:
-        return list(await asyncio.gather(*(ask_once(host, port, n) for n in range(100))))
-
-    with run_service() as (url, service):
-        host, _, port = url.removeprefix("http://").partition(":")
-        assert asyncio.run(ask_all(host, port)) == [200] * 100
-        assert service.num_pending == 0

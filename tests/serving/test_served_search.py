@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served_apps import run_app, send, to_data_url
+from served_apps import run_app, save_searched, send, to_data_url
 from shared_models import ROUNDING
 from tiny import draw_noise
 from tiny_folders import export_tiny_model
@@ -27,19 +27,12 @@ pytest.importorskip("lancedb")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, images and their index."""
-    root = tmp_path_factory.mktemp("search")
-    model = export_tiny_model(root / "model")
-    (root / "images").mkdir()
-    for number in range(6):
-        draw_noise(30 + number, 40, seed=number).save(root / "images" / f"{number}.png")
-    ImageIndex.build(model, root / "images", root / "db", IndexConfig(show_progress=False))
-    return root
+    images = {f"{n}.png": draw_noise(30 + n, 40, seed=n) for n in range(6)}
+    return save_searched(tmp_path_factory.mktemp("search"), images)
 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another model."""
     return export_tiny_model(tmp_path_factory.mktemp("other") / "model", vision="siglip")
 
 
@@ -150,36 +143,6 @@ def test_an_index_that_is_gone_fails_searches_alone_until_it_is_back(
         shutil.copytree(folder / "db", database)
         assert search(url, {"queries": ["a dog"]})[0] == 200
         assert "/v1/search" in read_health(url)["working_routes"]
-
-
-def test_an_index_that_is_removed_and_made_anew_is_searched_and_counted(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("modeling_llm2clip.search.index_database._SEEN_AFTER_S", 0)
-    quiet = IndexConfig(show_progress=False, device="cpu")
-    images, database = tmp_path / "images", tmp_path / "db"
-    shutil.copytree(folder / "images", images)
-    ImageIndex.build(folder / "model", images, database, quiet)
-    draw_noise(50, 40, seed=50).save(images / "0.png")
-    ImageIndex.build(folder / "model", images, database, quiet)
-    with run_app(create_app(open_service(folder, database))) as url:
-        for name in ("1.png", "2.png"):
-            (images / name).unlink()
-        shutil.rmtree(database)
-        ImageIndex.build(folder / "model", images, database, quiet)
-        status, answer = search(url, {"queries": ["a dog"], "top_k": 9})
-        assert status == 200, answer
-        paths = {hit["path"] for hit in answer["data"][0]["hits"]}
-        assert paths == {"0.png", "3.png", "4.png", "5.png"}
-        health = read_health(url)
-        assert (health["status"], health["num_images"]) == ("ok", 4)
-        for file in (database / "images.lance" / "data").iterdir():
-            file.unlink()
-        assert search(url, {"queries": ["a dog"]})[0] == 503
-        assert search(url, {"queries": ["a dog"], "where": "height > 3"})[0] == 503
-        health = read_health(url)
-        assert (health["status"], health["num_images"]) == ("degraded", None)
-        assert "cannot be read" in health["index_error"]
 
 
 def test_an_index_of_another_model_is_refused(folder: Path, other: Path) -> None:

@@ -18,11 +18,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from served_apps import save_searched
 from tiny import draw_noise
-from tiny_folders import export_tiny_model
 
-from modeling_llm2clip import ImageIndex, load_images
-from modeling_llm2clip.configs.encoding_config import IndexConfig
+from modeling_llm2clip import load_images
 from modeling_llm2clip.configs.serve_config import ServeConfig
 from modeling_llm2clip.image_loading_llm2clip import ImageLimits
 from modeling_llm2clip.serving.app import create_app
@@ -52,13 +51,8 @@ def often(count: int) -> Any:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, and an index of three images."""
-    root = tmp_path_factory.mktemp("fuzz")
-    model = export_tiny_model(root / "model")
-    (root / "images").mkdir()
-    for number in range(3):
-        draw_noise(seed=number).save(root / "images" / f"{number}.png")
-    ImageIndex.build(model, root / "images", root / "db", IndexConfig(show_progress=False))
-    return root
+    images = {f"{number}.png": draw_noise(seed=number) for number in range(3)}
+    return save_searched(tmp_path_factory.mktemp("fuzz"), images)
 
 
 @contextmanager

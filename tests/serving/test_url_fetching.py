@@ -25,7 +25,6 @@ CONTENT = bytes(range(256)) * 40
 
 class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        """Answer by path."""
         name, _, rest = self.path.lstrip("/").partition("/")
         self.server.paths.append(self.path)  # type: ignore[attr-defined]
         if name == "moved":
@@ -45,7 +44,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(404)
 
     def answer(self, status: int, content: bytes, **headers: str) -> None:
-        """Send a response."""
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -148,12 +146,13 @@ def test_addresses_that_are_not_public_are_refused(host: str) -> None:
         "2001:0:4136:e378:8000:63bf:3fff:fdd2", "2001:db8::1", "100::1", "192.0.0.8", "fc00::1",
         "5f00::1", "3fff::1", "100:0:0:1::1", "4000::1",
         "192.88.99.1", "198.18.0.1", "192.0.2.1", "224.0.0.1", "240.0.0.1", "0.0.0.0", "0.1.2.3",
+        "93.184.215.14 10.0.0.1",  # one of them
     ],
 )  # fmt: skip
 def test_addresses_that_lead_into_a_network_are_not_public(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", answer_with(address))
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", answer_with(*address.split()))
     assert refuse("http://example.com/", networks=()).code == "url_not_allowed"
 
 
@@ -169,13 +168,6 @@ def test_public_addresses_are_connected_to(address: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(f"{UrlFetcher.__module__}.httpcore.AnyIOBackend.connect_tcp", connect)
     assert refuse("http://example.com/", networks=()).code == "invalid_image_url"
     assert [ipaddress.ip_address(host) for host in asked] == [ipaddress.ip_address(address)]
-
-
-def test_a_name_with_one_private_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        asyncio.BaseEventLoop, "getaddrinfo", answer_with("93.184.215.14", "10.0.0.1")
-    )
-    assert refuse("http://example.com/", networks=()).code == "url_not_allowed"
 
 
 def test_the_connection_goes_to_the_address_that_was_checked(
@@ -226,9 +218,6 @@ def test_a_server_that_is_silent_or_talks_rubbish_is_left(web: Any) -> None:
     assert "within 0.2 seconds" in refuse(f"{web.url}/silent", timeout_s=0.2).message
     assert "cannot be fetched" in refuse(f"{web.url}/rubbish").message
     assert "status 404" in refuse(f"{web.url}/nothing").message
-
-
-def test_a_closed_port_is_a_problem_of_the_url() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     assert refuse(f"http://127.0.0.1:{port}/").status == 400

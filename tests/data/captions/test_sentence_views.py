@@ -47,10 +47,7 @@ def test_a_text_is_split_where_its_sentences_end(sentences: list[str]) -> None:
     assert split_sentences("".join(sentences)) == sentences
 
 
-@given(
-    st.text(alphabet="aB1 .!?。！」\"'\n…", max_size=40),
-    st.integers(0, 6),
-)
+@given(st.text(alphabet="aB1 .!?。！」\"'\n…", max_size=40), st.integers(0, 6))
 def test_views_are_whole_sentences_in_order_without_the_first(text: str, count: int) -> None:
     sentences = split_sentences(text)
     assert "".join(sentences) == text

@@ -16,11 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modeling_llm2clip.data.images import parquet_images
-from modeling_llm2clip.data.images.parquet_images import (
-    count_group_bytes,
-    find_column_layout,
-    read_image_bytes,
-)
+from modeling_llm2clip.data.images.parquet_images import find_column_layout, read_image_bytes
 from modeling_llm2clip.data.remote import file_locations
 
 
@@ -158,10 +154,3 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     short.write_bytes(file.read_bytes()[:-30])
     with pytest.raises(ValueError, match=r"1\.parquet: not a Parquet file, or broken"):
         read_image_bytes(short, "image", 0)
-
-
-def test_group_bytes_come_from_the_footer(tmp_path: Path) -> None:
-    file = write_images(tmp_path / "0.parquet", make_images(9), row_group_size=4)
-    footer = pq.read_metadata(file)
-    sizes = [footer.row_group(row // 4).column(0).total_compressed_size for row in range(9)]
-    assert [count_group_bytes(file, "image", row) for row in range(9)] == sizes

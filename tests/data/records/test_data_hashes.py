@@ -104,17 +104,6 @@ def test_neither_order_nor_languages_nor_ranges_change_the_hash_of_images(
         assert hash_images(RecordTable.from_records(others).select(range(len(others)))) == expected
 
 
-def test_of_many_images_some_are_read(
-    equal_sizes: list[CaptionedImage], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read: list[Path] = []
-    read_bytes = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda file: read.append(file) or read_bytes(file))  # type: ignore[func-returns-value]
-    monkeypatch.setattr(data_hashes, "_IMAGES_READ", 5)
-    hash_images(equal_sizes)
-    assert len(set(read)) == len(read) == 5
-
-
 def test_only_names_groups_languages_and_texts_change_the_hash() -> None:
     # Stores and runs record this hash, so any other value would refuse all of them.
     assert hash_records(RECORDS) == (

@@ -17,13 +17,6 @@ from modeling_llm2clip.data.records.dataset_objects import records_from_dataset
 from modeling_llm2clip.data.streams.dataset_streams import stream_dataset
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> datasets.Dataset:
-    folder = str(tmp_path_factory.mktemp("saved") / "rows")
-    make_dataset().save_to_disk(folder, num_shards=3)
-    return datasets.load_from_disk(folder)
-
-
 @pytest.mark.parametrize("is_saved", [True, False])
 def test_images_are_those_of_their_rows_also_after_pickling(
     is_saved: bool, saved: datasets.Dataset

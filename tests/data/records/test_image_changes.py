@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,29 +64,3 @@ def test_a_missing_image_is_an_error_again(source: Path) -> None:
     (source / CHANGED).unlink()
     with pytest.raises(DataValidationError, match=r"image missing: 1 \(captions.jsonl line 40\)"):
         load_records(source)
-
-
-def test_a_new_file_next_to_the_images_rebuilds_nothing(
-    source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    built = count_builds(monkeypatch)
-    load_records(source)
-    (source / "images" / "0" / "thumbs.db").touch()
-    assert len(load_records(source)) == NUM_IMAGES and len(built) == 1
-
-
-def test_only_a_sample_of_many_images_is_checked(
-    source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    load_records(source)
-    checked: list[str] = []
-    stat: Callable[..., os.stat_result] = os.stat
-
-    def watch(path: Any, *args: Any, **options: Any) -> os.stat_result:
-        checked.append(str(path))
-        return stat(path, *args, **options)
-
-    monkeypatch.setattr(record_index.os, "stat", watch)
-    load_records(source)
-    is_large = record_index._MOST_IMAGES < NUM_IMAGES
-    assert sum(path.endswith(".png") for path in checked) == (5 if is_large else NUM_IMAGES)

@@ -156,14 +156,6 @@ def test_files_of_a_folder_are_found_in_uppercase_too(tmp_path: Path) -> None:
     assert len(load_records(tmp_path, require_images=False)) == 2
 
 
-def test_a_parquet_file_that_is_written_again_is_read_again(tmp_path: Path) -> None:
-    file = tmp_path / "data.parquet"
-    for caption in ("first", "second"):
-        rows = {"file_name": ["a.png"], "caption": [caption]}
-        datasets.Dataset.from_dict(rows).to_parquet(str(file))
-        assert load_records(file, require_images=False)[0].captions == (caption,)
-
-
 def test_fields_of_lines_are_normalized(tmp_path: Path) -> None:
     lines = [
         {"image": "1.png", "captions": ["a"], "group_id": "k", "lang": "de"},

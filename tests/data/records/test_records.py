@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
 import pickle
 import re
@@ -21,17 +20,14 @@ from captioned_files import (
     coco_image,
     encode,
     errors_of,
-    make_image,
     own_cache,  # noqa: F401
     write_coco,
     write_images,
     write_lines,
     write_shard,
-    write_shards,
 )
 from PIL import Image
 
-from modeling_llm2clip.data.images.image_sources import open_image
 from modeling_llm2clip.data.records import records as records_module
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import RawRecord, RecordRules, check_record
@@ -287,30 +283,6 @@ def test_anything_that_is_not_a_source_is_refused(
         (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         load_records(f"{tmp_path}/{source}", require_images=False)
-
-
-def test_images_truncated_in_their_headers_are_reported(tmp_path: Path) -> None:
-    lines, members = [], {}
-    for suffix in ("jpeg", "png"):
-        buffer = io.BytesIO()
-        make_image("images/red.png").save(buffer, suffix)
-        for length in (2, 8, 10, 17, 21, 28, 40):
-            name = f"{suffix}-{length}.{suffix}"
-            lines.append({"image": name, "captions": "truncated"})
-            members[name] = buffer.getvalue()[:length]
-            members[f"{suffix}-{length}.json"] = b'{"captions": "truncated"}'
-            (tmp_path / name).write_bytes(members[name])
-    write_lines(tmp_path, lines)
-    write_shard(tmp_path / "shards" / "0.tar", members)
-    for source in (tmp_path, tmp_path / "shards"):
-        assert errors_of(source, check_images=True).counts == {"image unreadable": 14}
-
-
-def test_a_shard_that_changed_after_it_was_read_is_named(tmp_path: Path) -> None:
-    record = load_records(write_shards(tmp_path / "shards"))[2]
-    (tmp_path / "shards" / "00001.tar").write_bytes(b"short")
-    with pytest.raises(ValueError, match=r"00001\.tar: 0000\.png: .* the file changed"):
-        open_image(record.image)
 
 
 def test_a_failing_disk_does_not_mean_a_missing_image(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import socket
 import time
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from modeling_llm2clip.data.remote.remote_access import (
     sort_failure,
     try_request,
 )
-from modeling_llm2clip.data.remote.remote_files import ChangedFileError, RemoteFile
+from modeling_llm2clip.data.remote.remote_files import RemoteFile
 from modeling_llm2clip.data.remote.shard_urls import expand_braces, find_base, list_shards
 from modeling_llm2clip.data.streams.record_streams import make_loader, stream_records
 
@@ -138,25 +137,6 @@ def test_a_text_file_can_list_shards(tmp_path: Path) -> None:
         assert captions_of(f"{server.url}/list.txt") == CAPTIONS
 
 
-@pytest.mark.parametrize("kind", ["local", "served", "dropped"])
-def test_bytes_are_read_in_pieces_of_any_size(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(remote_files, "_BLOCK_BYTES", 1000)
-    content = CONTENT[:9000]
-    (tmp_path / "file").write_bytes(content)
-    with ShardServer(tmp_path, drop_every=3 if kind == "dropped" else 0) as server:
-        url = str(tmp_path / "file") if kind == "local" else f"{server.url}/file"
-        for size in (1, 333, 1000, 2500, 10**6):
-            stream = RemoteFile(url, FAST).open_stream()
-            parts = []
-            while (part := stream.read(size)) and len(parts) < 99:
-                parts.append(part)
-            stream.close()
-            assert b"".join(parts) == content[: len(b"".join(parts))]
-            assert len(parts) == 99 or b"".join(parts) == content
-
-
 def test_a_silent_server_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_files, "_SILENT_SECONDS", 0.2)
     (tmp_path / "file").write_bytes(CONTENT)
@@ -250,12 +230,6 @@ def test_a_pipeline_that_is_not_read_to_its_end_is_ended() -> None:
     start = time.monotonic()
     stream.close()
     assert time.monotonic() - start < 2
-
-
-def test_a_changed_file_is_reported_by_other_processes() -> None:
-    error = ChangedFileError("x", (1, "a"), (1, "b"))
-    again = pickle.loads(pickle.dumps(error))
-    assert (type(again), str(again), vars(again)) == (ChangedFileError, str(error), vars(error))
 
 
 @pytest.mark.parametrize(

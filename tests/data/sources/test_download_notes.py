@@ -91,10 +91,3 @@ def test_columns_that_the_user_kept_are_fields(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown field 'clip_score': 2 "):
         load_records(tmp_path)
     assert len(load_records(tmp_path, ignore_fields=["clip_score"])) == 2
-
-
-def test_unrelated_parquet_next_to_tars_is_ambiguous(tmp_path: Path) -> None:
-    folder = write_downloaded_tar(tmp_path / "data")
-    (folder / "00000.parquet").rename(folder / "captions.parquet")
-    with pytest.raises(ValueError, match="has several sources"):
-        load_records(folder)

@@ -51,13 +51,6 @@ def test_fields_are_read_from_the_columns_that_are_named(file: Path) -> None:
     assert np.array_equal(np.asarray(blue), np.asarray(make_image("images/blue.png")))
 
 
-def test_only_rows_of_a_value_are_read(file: Path) -> None:
-    found = read_parquet(
-        [file], file.parent, ErrorCollector(), columns=COLUMNS, only={"split": "test"}
-    )
-    assert [record.fields["file_name"] for record in found] == ["r.png", "n.png"]
-
-
 def test_a_file_without_a_column_is_an_error_and_the_others_are_read(file: Path) -> None:
     other = file.with_name("other.parquet")
     datasets.Dataset.from_dict({"id": ["x.png"], "split": ["test"]}).to_parquet(str(other))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +11,6 @@ import pytest
 import torch
 from stores import FINGERPRINT, change_manifest, flip_byte, make_embeddings, write_store
 
-from modeling_llm2clip.data import sealed_manifest
-from modeling_llm2clip.data.atomic_files import hash_file
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 
 
@@ -46,23 +43,6 @@ def test_swapped_shards_and_those_of_another_store_of_equal_shape_are_detected(
     shutil.copy(other / "manifest.json", store / "manifest.json")
     with pytest.raises(ValueError, match="1 damaged file: shard-00000"):
         EmbeddingStore.open(store).read([0])
-
-
-def test_a_shard_is_verified_once_for_a_process_and_its_workers(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hashed: list[str] = []
-    monkeypatch.setattr(
-        sealed_manifest, "hash_file", lambda file: hashed.append(file.name) or hash_file(file)
-    )
-    opened = EmbeddingStore.open(store)
-    opened.read([1, 9])
-    opened.read([9, 1, 2])
-    verified = ["index.arrow", "shard-00000.safetensors", "shard-00001.safetensors"]
-    assert sorted(hashed) == verified
-    worker = pickle.loads(pickle.dumps(opened))
-    assert torch.equal(worker.read([9, 2, 20]), make_embeddings()[[9, 2, 20]])
-    assert sorted(hashed) == [*verified, "shard-00002.safetensors"]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 import pytest
-from numbered_rows import COLUMNS, make_dataset, require_rows
+from numbered_rows import COLUMNS, require_rows
 from packaging.version import Version
 from shared_models import mostly_slow
 from streamed_shards import stop_and_resume
@@ -15,13 +15,6 @@ from streamed_shards import stop_and_resume
 from modeling_llm2clip.data.streams.dataset_streams import stream_dataset
 from modeling_llm2clip.data.streams.record_streams import RecordStream, make_loader, read_report
 from modeling_llm2clip.data.streams.stream_run import TooManyLostError
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> datasets.Dataset:
-    folder = str(tmp_path_factory.mktemp("saved") / "rows")
-    make_dataset().save_to_disk(folder, num_shards=3)
-    return datasets.load_from_disk(folder)
 
 
 def list_groups(records: Any) -> list[int]:

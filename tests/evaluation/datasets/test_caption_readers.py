@@ -16,6 +16,7 @@ from published_datasets import (
     captions_by_image,
     captions_of,
     errors_of,
+    load_retrieval,
     read_retrieval,
     tiny_spec,
     write_coco_cn,
@@ -44,14 +45,6 @@ from modeling_llm2clip.evaluation.datasets.dataset_registry import (
     load_dataset,
 )
 from modeling_llm2clip.evaluation.datasets.dataset_spec import ReadingCache
-from modeling_llm2clip.evaluation.datasets.retrieval_dataset import RetrievalDataset
-
-
-def load_retrieval(*arguments: Any, **options: Any) -> RetrievalDataset:
-    dataset = load_dataset(*arguments, **options)
-    assert isinstance(dataset, RetrievalDataset)
-    return dataset
-
 
 COCO = {name: captions_of(number) for number, name in enumerate(COCO_NAMES)}
 

@@ -48,8 +48,7 @@ def test_imagenet_has_eighty_different_templates() -> None:
 
 
 @pytest.mark.parametrize(
-    ("write", "labels"),
-    [(write_imagenet, (0, 0, 1, 1, 2, 2)), (write_imagenet_of_kaggle, (0, 2))],
+    ("write", "labels"), [(write_imagenet, (0, 0, 1, 1, 2, 2)), (write_imagenet_of_kaggle, (0, 2))]
 )
 def test_imagenet_labels_are_positions_in_the_sorted_list_of_synsets(
     write: Callable[[Path], Path], labels: tuple[int, ...], tmp_path: Path
@@ -131,10 +130,7 @@ def test_names_that_begin_with_a_sign_or_name_no_class_are_errors(folder: Path) 
 
 def test_a_protocol_says_which_class_names_were_in_the_prompts(folder: Path) -> None:
     names = ["tench", "goldfish", "great white"]
-    stated = [
-        load(IMAGENET, folder).protocol,
-        load(IMAGENET, folder, class_names=names).protocol,
-    ]
+    stated = [load(IMAGENET, folder).protocol, load(IMAGENET, folder, class_names=names).protocol]
     (folder / "class_names.txt").write_text(
         "n01440764 tench\nn01443537 goldfish\nn01484850 great white shark\n", encoding="utf-8"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from captioned_files import write_shards
@@ -12,6 +11,7 @@ from failing_disk import make_failing_file
 from published_datasets import (
     captions_by_image,
     errors_of,
+    load_retrieval,
     write_images,
     write_own_folder,
 )
@@ -19,28 +19,17 @@ from published_datasets import (
 from modeling_llm2clip.data.records import record_index
 from modeling_llm2clip.data.records.records import CaptionedImage
 from modeling_llm2clip.data.validation_errors import DataValidationError
-from modeling_llm2clip.evaluation.datasets.dataset_registry import (
-    find_languages,
-    load_dataset,
-)
+from modeling_llm2clip.evaluation.datasets.dataset_registry import find_languages, load_dataset
 from modeling_llm2clip.evaluation.datasets.dataset_spec import ReadingCache
-from modeling_llm2clip.evaluation.datasets.retrieval_dataset import RetrievalDataset
-
-
-def load(*arguments: Any, **options: Any) -> RetrievalDataset:
-    dataset = load_dataset(*arguments, **options)
-    assert isinstance(dataset, RetrievalDataset)
-    return dataset
 
 
 def append(folder: Path, *lines: str) -> None:
-    """Append lines to the captions of a folder."""
     with (folder / "captions.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(f"{line}\n" for line in lines)
 
 
 def test_images_of_one_group_share_their_captions_each_text_once(tmp_path: Path) -> None:
-    dataset = load("folder", write_own_folder(tmp_path), lang="en")
+    dataset = load_retrieval("folder", write_own_folder(tmp_path), lang="en")
     assert captions_by_image(dataset) == {
         "a.jpg": ["a cat", "one cat"],
         "b.jpg": ["a cat", "one cat"],
@@ -51,7 +40,7 @@ def test_images_of_one_group_share_their_captions_each_text_once(tmp_path: Path)
         ("a cat", "one cat"),
         ("a dog",),
     ]
-    long = load("folder-long", tmp_path, lang="en")
+    long = load_retrieval("folder-long", tmp_path, lang="en")
     assert long.captions == ("A cat, seen from afar.", "A cat, seen from near.", "A dog.")
 
 
@@ -59,18 +48,18 @@ def test_languages_of_a_folder_share_one_reading(tmp_path: Path) -> None:
     folder = write_own_folder(tmp_path)
     cache = ReadingCache()
     assert find_languages("folder", folder, cache=cache) == ("en", "de")
-    english = load("folder", folder, lang="en", cache=cache)
+    english = load_retrieval("folder", folder, lang="en", cache=cache)
     # Nothing is left to read or to decode: the files are gone, and German is there.
     for file in folder.iterdir():
         file.unlink()
-    german = load("folder", folder, lang="de", cache=cache)
+    german = load_retrieval("folder", folder, lang="de", cache=cache)
     assert german.captions == ("eine Katze", "ein Hund")
     assert german.images == (english.images[0], english.images[2])
 
 
 def test_a_sample_with_several_errors_is_skipped_once(tmp_path: Path) -> None:
     folder = write_own_folder(tmp_path)
-    before = load("folder", folder, lang="en").protocol
+    before = load_retrieval("folder", folder, lang="en").protocol
     assert before["skipped_samples"] == 0
     append(
         folder,
@@ -79,7 +68,7 @@ def test_a_sample_with_several_errors_is_skipped_once(tmp_path: Path) -> None:
         '{"image": "broken.jpg", "captions": [""], "lang": "en"}',
     )
     (folder / "broken.jpg").write_bytes(b"no image")
-    protocol = load("folder", folder, lang="en", skip_invalid=True).protocol
+    protocol = load_retrieval("folder", folder, lang="en", skip_invalid=True).protocol
     assert sum(protocol["skipped"].values()) > 4
     assert protocol["skipped_samples"] == 4
     assert protocol["images"] == before["images"]
@@ -94,13 +83,11 @@ def test_a_repeated_image_is_reported_with_its_line(tmp_path: Path) -> None:
     assert error.value.places["image repeated"][0].startswith(
         f"captions.jsonl line {len(lines) + 1}: "
     )
-    protocol = load("folder", folder, lang="en", skip_invalid=True).protocol
+    protocol = load_retrieval("folder", folder, lang="en", skip_invalid=True).protocol
     assert protocol["skipped_samples"] == 1
 
 
-def test_errors_of_another_language_are_not_skipped_samples_of_this_one(
-    tmp_path: Path,
-) -> None:
+def test_errors_of_another_language_are_not_skipped_samples_of_this_one(tmp_path: Path) -> None:
     folder = write_own_folder(tmp_path)
     append(
         folder,
@@ -112,7 +99,7 @@ def test_errors_of_another_language_are_not_skipped_samples_of_this_one(
         "no caption": 1,
         "image missing": 1,
     }
-    german = load("folder", folder, lang="de", skip_invalid=True)
+    german = load_retrieval("folder", folder, lang="de", skip_invalid=True)
     assert german.protocol["skipped"] == {"not JSON": 1, "image missing": 1}
     assert german.captions == ("eine Katze", "ein Hund")
 
@@ -130,7 +117,7 @@ def test_a_large_folder_is_read_through_its_index_unless_it_has_errors(
     monkeypatch.setattr(record_index, "_MOST_ROWS_IN_MEMORY", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = write_own_folder(tmp_path / "data")
-    dataset = load("folder", folder, lang="en", skip_invalid=True)
+    dataset = load_retrieval("folder", folder, lang="en", skip_invalid=True)
     (index,) = tmp_path.rglob("*.arrow")
     monkeypatch.setattr(record_index, "_build", None)  # it is not built again
     assert load_dataset("folder", folder, lang="en").list_content() == dataset.list_content()
@@ -141,7 +128,7 @@ def test_a_large_folder_is_read_through_its_index_unless_it_has_errors(
         '{"image": "gone.jpg", "captions": ["a fox"], "lang": "en"}',
         '{"image": "c.jpg", "captions": ["half: \\ud83d"], "lang": "fr"}',
     )
-    without = load("folder", folder, lang="en", skip_invalid=True)
+    without = load_retrieval("folder", folder, lang="en", skip_invalid=True)
     assert without.protocol["skipped_samples"] == 2  # of one, not even the language is known
     assert without.list_content() == dataset.list_content() and index.is_file()
 
@@ -183,9 +170,9 @@ def test_what_cannot_be_read_is_not_skipped_as_invalid(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"a\.jpg: cannot be read"):
         load_dataset("folder", folder, lang="en", skip_invalid=True)
     shards = write_shards(tmp_path / "shards")
-    dataset = load("folder", shards, lang="en", skip_invalid=True)
+    dataset = load_retrieval("folder", shards, lang="en", skip_invalid=True)
     (shards / "00002.tar").write_bytes(b"no tar")
-    skipped = load("folder", shards, lang="en", skip_invalid=True)
+    skipped = load_retrieval("folder", shards, lang="en", skip_invalid=True)
     assert skipped.protocol["skipped_samples"] == 1
     assert skipped.list_content() == dataset.list_content()
     for name in ("00002.tar", "00001.tar"):

@@ -21,9 +21,7 @@ PUBLISHED = [spec for spec in list_datasets() if spec.counts and spec.origin == 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", PUBLISHED, ids=lambda spec: spec.name)
-def test_a_published_dataset_has_the_counts_and_checksums_of_its_spec(
-    spec: DatasetSpec,
-) -> None:
+def test_a_published_dataset_has_the_counts_and_checksums_of_its_spec(spec: DatasetSpec) -> None:
     folder = FOLDER / spec.name
     if not folder.is_dir():
         pytest.skip(f"{folder} does not exist; set LLM2CLIP_PUBLISHED_DATASETS")

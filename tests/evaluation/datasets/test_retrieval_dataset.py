@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,6 +14,7 @@ from published_datasets import (
     captions_by_image,
     captions_of,
     errors_of,
+    load_retrieval,
     tiny_spec,
     write_coco_test,
     write_iiw,
@@ -25,15 +25,8 @@ from published_datasets import (
 from modeling_llm2clip.data.atomic_files import hash_file
 from modeling_llm2clip.data.validation_errors import DataValidationError
 from modeling_llm2clip.evaluation.datasets.dataset_registry import load_dataset
-from modeling_llm2clip.evaluation.datasets.retrieval_dataset import RetrievalDataset
 
 COCO = tiny_spec("coco", images=3, captions=15)
-
-
-def load(*arguments: Any, **options: Any) -> RetrievalDataset:
-    dataset = load_dataset(*arguments, **options)
-    assert isinstance(dataset, RetrievalDataset)
-    return dataset
 
 
 def spoil_coco(folder: Path) -> None:
@@ -71,7 +64,7 @@ def test_errors_are_reported_at_once_or_counted_and_leave_the_others_in_place(
     spoil_coco(folder)
     wrong = {"wrong number of images": 1, "wrong number of captions": 1}
     assert errors_of(COCO, folder) == {**SKIPPED, **wrong}
-    dataset = load(COCO, folder, skip_invalid=True)
+    dataset = load_retrieval(COCO, folder, skip_invalid=True)
     assert dataset.protocol["skipped"] == SKIPPED
     assert dataset.protocol["skipped_samples"] == 7
     assert dataset.image_names == (COCO_NAMES[0], COCO_NAMES[2])
@@ -97,7 +90,7 @@ def test_whatever_is_skipped_captions_stay_with_their_image(
         with pytest.raises(ValueError, match="every image has an error"):
             load_dataset(spec, folder, skip_invalid=True)
         return
-    dataset = load(spec, folder, skip_invalid=True)
+    dataset = load_retrieval(spec, folder, skip_invalid=True)
     kept = [number for number in range(8) if number not in missing]
     assert captions_by_image(dataset) == {names[number]: captions_of(number) for number in kept}
     assert dataset.protocol["skipped"] == ({"image missing": len(missing)} if missing else {})
@@ -109,7 +102,7 @@ def test_reading_only_captions_needs_no_images(tmp_path: Path) -> None:
     for name in COCO_NAMES:
         (folder / name).unlink()
     assert errors_of(COCO, folder) == {"image missing": 3}
-    dataset = load(COCO, folder, require_images=False)
+    dataset = load_retrieval(COCO, folder, require_images=False)
     assert dataset.images == ()
     assert [group.captions for group in dataset.group_captions()] == [
         tuple(captions_of(number)) for number in range(3)
@@ -118,13 +111,13 @@ def test_reading_only_captions_needs_no_images(tmp_path: Path) -> None:
 
 def test_the_records_of_a_dataset_are_its_images_with_their_captions(tmp_path: Path) -> None:
     folder = write_coco_test(tmp_path)
-    dataset = load(COCO, folder)
+    dataset = load_retrieval(COCO, folder)
     assert [(r.name, r.image, r.captions, r.lang) for r in dataset.records] == [
         (name, folder / name, tuple(captions_of(number)), "en")
         for number, name in enumerate(COCO_NAMES)
     ]
     # What is loaded from them is the same dataset.
-    again = load(dataset.records)
+    again = load_retrieval(dataset.records)
     assert again.list_content() == dataset.list_content()
 
 

@@ -35,23 +35,6 @@ def test_open_clip_embeddings_are_its_own(models: Any, images: list[Path]) -> No
         torch.testing.assert_close(unit(ours), unit(own), rtol=0, atol=ROUNDING)
 
 
-def test_clips_own_tokenizer_reads_each_text_once(
-    models: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from open_clip import SimpleTokenizer
-
-    read: list[str] = []
-    tokenize = SimpleTokenizer.encode
-
-    def note(self: Any, text: str) -> Any:
-        read.append(text)
-        return tokenize(self, text)
-
-    monkeypatch.setattr(SimpleTokenizer, "encode", note)
-    load_encoder(models("open_clip")).encode_texts([*TEXTS, TEXTS[0]])
-    assert sorted(read) == sorted(TEXTS)
-
-
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 def test_a_model_is_run_with_the_activation_that_its_description_has(
     activation: str, tmp_path: Path

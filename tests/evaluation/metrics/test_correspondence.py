@@ -11,14 +11,6 @@ import torch
 from modeling_llm2clip.evaluation.metrics.correspondence import Correspondence
 
 
-def test_group_ids_pair_every_image_with_every_text_of_the_same_group():
-    correspondence = Correspondence.from_group_ids(["cat", "dog", "cat"], ["dog", "cat", "cat"])
-    texts, images = correspondence.texts_of_images(), correspondence.images_of_texts()
-    assert [texts.of(image).tolist() for image in range(3)] == [[1, 2], [0], [1, 2]]
-    assert [images.of(text).tolist() for text in range(3)] == [[1], [0, 2], [0, 2]]
-    assert texts.counts.tolist() == [2, 1, 2] and correspondence.num_pairs == 5
-
-
 def test_groups_pair_each_of_their_images_with_each_of_their_texts():
     chosen = random.Random(0)
     images, texts = ([*"abcdefgh", *chosen.choices("abcdefgh", k=count)] for count in (4, 12))
@@ -43,17 +35,10 @@ def make(images, texts, num_images=2, num_texts=2):
     ("build", "message"),
     [
         (lambda: make([0, 1, 0], [0, 1, 0]), r"1 repeated pair: \(0, 0\)"),
-        (
-            lambda: make([0, 1, 2], [0, 1, 0]),
-            r"image_of_pair must have at least one row, from 0 to 1.* 2\.",
-        ),
-        (
-            lambda: make([0, 1], [-1, 1]),
-            r"text_of_pair must have at least one row, from 0 to 1.*got -1, 1",
-        ),
+        (lambda: make([0, 1, 2], [0, 1, 0]), r"image_of_pair must have .*row, from 0 to 1.* 2\."),
+        (lambda: make([0, 1], [-1, 1]), r"text_of_pair must have .*row, from 0 to 1.*got -1, 1"),
         (lambda: make([0, 1], [0, 0]), r"Images without a text: none; .* without an image: 1\."),
         (lambda: make([0, 0], [0, 1]), r"Images without a text: 1; .* without an image: none\."),
-        (lambda: make([0, 0], [0, 0]), r"repeated pair: \(0, 0\)"),
         (lambda: make([0, 1, 1], [0, 1]), r"text_of_pair is torch.int64 \(2,\); it must be"),
         (lambda: make([0.0, 1.0], [0, 1]), r"image_of_pair is torch.float32"),
         (lambda: Correspondence.from_group_ids([], []), r"at least one row.*got none"),

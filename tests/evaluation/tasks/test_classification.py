@@ -48,16 +48,6 @@ def test_classes_that_tie_are_a_wrong_answer(tmp_path: Path) -> None:
     assert found["most_confused"] == [{"class": "A", "predicted": "B", "count": 1}]
 
 
-def test_the_diagonal_of_the_confusion_is_what_top_1_counts() -> None:
-    # Images of class 0: nearest to it, in a tie with class 1, nearest to class 2.
-    classes = F.normalize(torch.tensor([[1.0, 0, 0], [1, 0, 0.5], [0, 1, 0]]), dim=-1)
-    images = F.normalize(torch.tensor([[1.0, 0, -1], [0, 0, 0], [0, 1, 0]]), dim=-1)
-    labels = torch.zeros(3, dtype=torch.long)
-    ranks, predicted = rank_classes(images, classes, labels)
-    assert (ranks == 1).tolist() == (predicted == labels).tolist() == [True, False, False]
-    assert predicted.tolist() == [0, 1, 2]
-
-
 def test_ranks_of_classes_do_not_depend_on_the_images_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

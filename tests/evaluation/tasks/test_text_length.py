@@ -5,27 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from embeddings_by_hand import EAST, NORTH, WEST, make_retrieval_dataset, open_embeddings
 
-from modeling_llm2clip.evaluation.metrics.ranking import Ranking
-from modeling_llm2clip.evaluation.tasks.text_length import (
-    LENGTH,
-    count_clip_tokens,
-    score_lengths,
-    split_in_half,
-)
+from modeling_llm2clip.evaluation.tasks.text_length import LENGTH, count_clip_tokens, split_in_half
 
 
 def test_clip_tokens_are_those_of_clips_tokenizer() -> None:
     assert count_clip_tokens(["a dog", "A  dog ", "a photo of a dog."]) == [2, 2, 6]
-
-
-def test_the_share_beyond_clip_is_what_comes_after_the_75th_token() -> None:
-    for lengths, share in (([75, 10], 0.0), ([100, 100, 50], 50 / 250)):
-        first = torch.ones(len(lengths), dtype=torch.int64)
-        scores = score_lengths(Ranking(len(lengths), first, first), lengths, None, first.cumsum(0))
-        assert scores["all"]["share_of_tokens_beyond_clip"] == pytest.approx(share)
 
 
 def test_the_length_task_scores_each_bucket_by_itself(tmp_path: Path) -> None:
