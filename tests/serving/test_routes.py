@@ -180,7 +180,11 @@ def test_labels_whose_prompts_are_truncated_are_listed(url: str) -> None:
         ({"input": [{"image": "nonsense!"}]}, "not valid base64", None),
         ({"images": ["https://example.com/a.png"]}, "does not fetch", None),
         ({"images": [to_data_url(b"nothing")]}, "not an image", None),
-        ({"messages": [{"content": [IMAGE_PART] * 2}]}, "exactly one text or image", "messages"),
+        (
+            {"messages": [{"role": "user", "content": [IMAGE_PART] * 2}]},
+            "exactly one text or image",
+            "messages",
+        ),
         ({"input": [MIXED_TEXTS[3]], "truncate": False}, "limit of 32 tokens is exceeded", None),
         ({"input": "\ud800"}, "unicode", "input"),
     ],
