@@ -48,7 +48,13 @@ from ..run_folder import (
     require_same_run,
     write_run_record,
 )
-from ..trainer_mixins import computes_in_bfloat16, count_warmup_steps, is_sharded, raise_if_stopped
+from ..trainer_mixins import (
+    computes_in_bfloat16,
+    count_warmup_steps,
+    is_sharded,
+    raise_if_stopped,
+    run_once_per_machine,
+)
 from .align_checks import (
     check_batch,
     check_data,
@@ -215,6 +221,7 @@ def run_alignment(
     device = choose_device(config.device)
     with lock_run(output), open_source(source, output) as model, TemporaryDirectory() as temporary:
         fingerprint = _require_fitting(model.folder, plan)
+        plan = _verify_stores(plan)
         processor = LLM2CLIPProcessor.from_pretrained(model.folder)
         run_data: RunData
         if isinstance(data, RecordStream):
@@ -282,6 +289,18 @@ def _require_fitting(folder: Path, plan: AlignPlan) -> dict[str, Any]:
             "alignment would change them. Set lock_text=True."
         )
     return dict(zip(("text", "vision", "head"), fingerprints, strict=True))
+
+
+def _verify_stores(plan: AlignPlan) -> AlignPlan:
+    """Verify every byte of the stores once per machine, so no process or worker does it again."""
+    stores = {"captions": plan.captions, "images": plan.images, "teacher": plan.teacher}
+    folders = {name: store.folder for name, store in stores.items() if store is not None}
+    verified = run_once_per_machine(
+        lambda: {
+            name: EmbeddingStore.open(folder, check="full") for name, folder in folders.items()
+        }
+    )
+    return replace(plan, **verified)
 
 
 def _choose(

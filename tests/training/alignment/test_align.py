@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,12 @@ from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.cli.options import name_data
 from modeling_llm2clip.configs.align_config import AlignConfig
+from modeling_llm2clip.configs.encoding_config import ExtractConfig
+from modeling_llm2clip.data import sealed_manifest
+from modeling_llm2clip.data.atomic_files import hash_file
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.doctor.check_model import check_model
+from modeling_llm2clip.embedding.extract import extract
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_vision
 from modeling_llm2clip.model_folders.golden_embeddings import GOLDEN_FILE
 from modeling_llm2clip.model_folders.model_card import read_card_data
@@ -53,6 +59,32 @@ def test_only_what_was_trained_differs_in_a_new_folder(prepared: Prepared, tmp_p
     assert report.healthy, str(report)
     golden = next(check for check in report.checks if check.name == "golden embeddings")
     assert golden.passed and not golden.skipped
+
+
+@pytest.mark.slow  # starts processes
+def test_no_worker_verifies_a_store_that_the_run_has_verified(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 workers on a store of 984 GB would otherwise read all of it 64 times."""
+    log = tmp_path / "hashed.txt"
+
+    def hash_and_log(file: Path) -> str:
+        with log.open("a", encoding="utf-8") as lines:  # workers append to the same file
+            lines.write(f"{file}\n")
+        return hash_file(file)
+
+    monkeypatch.setattr(sealed_manifest, "hash_file", hash_and_log)
+    config = ExtractConfig(rows_per_shard=4, device="cpu", show_progress=False)
+    store = extract(
+        prepared.model, prepared.records, tmp_path / "captions", config, modality="text"
+    )
+    log.unlink()
+    moved = dataclasses.replace(prepared, captions=store)
+    moved.align_stored(tmp_path / "run", **SHORT_RUN, num_workers=2)
+    hashed = Counter(log.read_text(encoding="utf-8").splitlines())
+    shards = [str(shard) for shard in store.glob("*.safetensors")]
+    assert len(shards) > 8
+    assert {shard: hashed[shard] for shard in shards} == dict.fromkeys(shards, 1)
 
 
 @every_vision
