@@ -1,8 +1,8 @@
-"""Train an approximate index, and keep it if it is faster than exact search and finds enough.
+"""Train an approximate index; keep it if it is faster than exact search and its recall suffices.
 
 Text embeddings lie far from all image embeddings, so the images nearest to a text are spread over
-many partitions. The number of partitions to visit is therefore measured with texts. Measured with
-images as queries, far fewer would seem to be enough.
+many partitions. The number of partitions to visit is therefore tuned with text queries. With image
+queries, far fewer partitions would seem to be enough.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Report = Callable[[str], object]
 
 
 def needs_training(database: IndexDatabase) -> bool:
-    """Return True if there are no partitions, or too few or too many for the number of images."""
+    """Return True if the index has no partitions, or its number of images has changed too much."""
     ann = database.about.ann
     if ann is None:
         return True
@@ -53,10 +53,10 @@ def train_ann(
     always: bool,
     report: Report,
 ) -> AnnIndex:
-    """Train the approximate index; `is_used` of the result says whether it was kept.
+    """Train the approximate index; the result's `is_used` tells whether the index was kept.
 
     Queries are unit-length text embeddings, (Q, P) float32. `always` keeps the index even if it is
-    slower than exact search or misses too much.
+    slower than exact search or its recall is too low.
     """
     num_rows = database.count()
     num_partitions = max(1, round(num_rows / _ROWS_PER_PARTITION))
@@ -83,7 +83,7 @@ def train_ann(
 
 
 def tune_ann(database: IndexDatabase, ann: AnnIndex, queries: np.ndarray[Any, Any]) -> AnnIndex:
-    """Choose the fewest partitions per query that reach the minimum recall, or the best recall."""
+    """Choose the fewest partitions per query that reach the minimum recall, or maximize recall."""
     greatest = find_greatest_cosines(
         queries, (part for _, part in database.iterate_embeddings()), top_k=_TOP_K
     )
@@ -106,7 +106,7 @@ def tune_ann(database: IndexDatabase, ann: AnnIndex, queries: np.ndarray[Any, An
 def measure_search(
     database: IndexDatabase, queries: np.ndarray[Any, Any], *, ann: AnnIndex | None
 ) -> tuple[list[list[float]], float]:
-    """Search for each query of (Q, P); return the cosines of its hits and the median time in ms."""
+    """Run all queries, (Q, P); return each query's hit cosines and the median time in ms."""
     cosines, seconds = [], []
     for query in queries:
         started = time.perf_counter()
@@ -119,7 +119,7 @@ def measure_search(
 def find_greatest_cosines(
     queries: np.ndarray[Any, Any], parts: Iterable[np.ndarray[Any, Any]], *, top_k: int
 ) -> np.ndarray[Any, Any]:
-    """Find the highest cosines of unit-length embeddings, (Q, top_k) in descending order."""
+    """Compute each query's highest cosines with unit-length embeddings, (Q, top_k), descending."""
     best = np.empty((len(queries), 0), dtype=np.float32)
     for part in parts:
         best = np.concatenate([best, queries @ part.T], axis=1)
@@ -131,7 +131,8 @@ def find_greatest_cosines(
 def measure_ann_recall(results: Sequence[Sequence[float]], greatest: np.ndarray[Any, Any]) -> float:
     """Measure the share of the nearest images that a search found.
 
-    A hit counts if its cosine is at least the lowest exact one, so tied images are interchangeable.
+    A hit counts if its cosine reaches the lowest cosine of the exact search, so tied images are
+    interchangeable.
     """
     hits = [
         min(sum(cosine >= row[-1] - _ROUNDING for cosine in cosines), len(row)) / len(row)

@@ -2,8 +2,8 @@
 
 LanceDB's parser recurses with each operator, so a filter of two kilobytes can overflow its stack
 and kill the process. Some SQL functions also expand a few characters into gigabytes. A filter may
-therefore hold only columns, literals, comparisons and parentheses, and only a limited number of
-them. Whether they form a valid condition is checked by the database.
+therefore hold only a limited number of columns, literals, comparisons and parentheses. The database
+checks whether the filter is a valid condition.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _KEYWORDS = (
 
 
 class FilterError(ValueError):
-    """A filter that cannot be used; the message quotes it and lists the allowed words."""
+    """Raised for an invalid filter; the message quotes the filter and lists the allowed words."""
 
 
 def check_filter(where: str, columns: Iterable[str]) -> str:
-    """Return a filter in the database's syntax; FilterError if a word is not allowed.
+    """Return a filter in the database's syntax; raise FilterError if a word is not allowed.
 
-    The database compares integer columns with decimals only if the decimals are cast. It ignores
-    text after a complete condition, so the filter is wrapped in parentheses, and its own
+    The database compares integer columns with decimals only if the decimals are cast. The database
+    ignores text after a complete condition, so the filter is wrapped in parentheses, and its own
     parentheses must balance.
     """
     columns = list(columns)

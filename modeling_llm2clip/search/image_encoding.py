@@ -1,4 +1,4 @@
-"""Encode image files in one pass: each is read once, and a broken one does not stop the rest."""
+"""Encode image files in one pass: each file is read once, and broken files do not stop the rest."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class ReadImages:
     Attributes:
         paths: The N encoded files, in the order they were passed.
         embeds: (N, P) float32 on the CPU, of unit length.
-        facts: Width and height in pixels once upright, and the time taken, per file in `paths`.
-        errors: Error message per unreadable file.
-        digests: SHA-256 of every file that was read, including broken and known ones. Missing files
-            and files without an image header are not read.
+        facts: Upright width and height in pixels and the capture time of each file in `paths`.
+        errors: Error message for each unreadable file.
+        digests: SHA-256 of every file that was read, including broken files and files with a known
+            digest. Missing files and files without an image header are not read.
     """
 
     paths: list[Path]
@@ -57,8 +57,8 @@ def encode_readable_images(
 ) -> ReadImages:
     """Encode the readable images among distinct paths, decoding in threads.
 
-    With `known`, files with one of these digests are only hashed, and duplicate files are encoded
-    once. `tally` accumulates the encoded images.
+    With `known`, files with one of these SHA-256 digests are only hashed, and duplicate files are
+    encoded once. The vision tower's embeddings of the images are added to `tally`.
     """
     reader = _Reader(known, encoder.min_jpeg_side)
     encoded: list[Path] = []
@@ -82,7 +82,7 @@ def encode_readable_images(
 
 @dataclass
 class _Reader:
-    """Decodes files in threads, and records the facts and digest of each."""
+    """Decodes files in threads, and records each file's size in pixels, capture time and digest."""
 
     known: Container[str] | None
     min_jpeg_side: int | None
@@ -91,9 +91,9 @@ class _Reader:
     first_of: dict[str, Path] = field(default_factory=dict)  # first file per digest: it is encoded
 
     def open(self, path: Path) -> Image.Image | None:
-        """Decode an image from the same bytes that are hashed; None if it need not be encoded.
+        """Decode an image from the same bytes that are hashed; None if it is known or a duplicate.
 
-        Pillow gets no file name, because it would open some formats again to memory-map them.
+        The file name is not passed to Pillow, which would reopen some formats to memory-map them.
         """
         with read_image_header(path, name=str(path)):
             pass  # so a large file that Pillow cannot open is never read into memory
@@ -123,7 +123,7 @@ class _Reader:
 
 
 def find_time_taken(image: Image.Image) -> datetime | None:
-    """Read the time taken from EXIF, in the camera's local time; None if there is none."""
+    """Read the capture time from EXIF, in the camera's local time; None if it is missing."""
     try:
         text = image.getexif().get_ifd(_EXIF).get(_TAKEN)
         return datetime.strptime(str(text).strip("\0 "), _TIME_FORMAT) if text else None

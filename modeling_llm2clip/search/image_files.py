@@ -1,4 +1,4 @@
-"""List the image files of a folder, report those that are skipped, and make records of them."""
+"""List the image files in a folder, report skipped files, and make records from the images."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ class ImageFiles:
 
     Attributes:
         readable: Files in a format that can be decoded, sorted.
-        skipped: Skipped paths, sorted, by noun, reason and remedy: image files in other formats,
-            symbolic links to no file or to a folder, and folders that cannot be listed.
+        skipped: Sorted paths of skipped files, by the noun, reason and remedy of their message:
+            image files in unsupported formats, dangling symbolic links, symbolic links to folders,
+            and folders that cannot be listed.
     """
 
     readable: list[Path]
@@ -108,13 +109,13 @@ def records_from_images(
 
     Args:
         image_dir: Folder of images.
-        check_images: Also decode every image. With None, images are decoded only if there are
-            other errors, so that all errors are reported together.
+        check_images: Decode every image to check it. With None, images are decoded only if there
+            are other errors, so all errors are reported together.
         skip_invalid: Skip and report images whose names are not Unicode, instead of raising.
             Records can only hold valid Unicode.
         show_progress: Show a progress bar while images are decoded.
         report: Called with a message about skipped files: image files in formats that cannot be
-            decoded, and symbolic links to folders or to no file.
+            decoded, symbolic links to folders, and dangling symbolic links.
 
     Returns:
         Records sorted by name, which is the path relative to the folder.
@@ -122,7 +123,7 @@ def records_from_images(
     Raises:
         ValueError: The folder does not exist, or has no readable image.
         DataValidationError: Some images cannot be decoded, or have names that are not Unicode; the
-            message counts all of them.
+            message counts all such images.
 
     Examples:
         >>> records = records_from_images("my-images")
@@ -156,9 +157,9 @@ def records_from_images(
 
 
 def _is_file(path: Path) -> bool:
-    """Return True if a path leads to a file; raise if the disk fails.
+    """Return True if a path leads to a file; raise an error if the disk fails.
 
-    Since Python 3.14, `is_file` hides such failures.
+    Since Python 3.14, `Path.is_file` hides disk failures.
     """
     try:
         return S_ISREG(path.stat().st_mode)
@@ -170,7 +171,7 @@ def _is_file(path: Path) -> bool:
 
 
 def split_by_unicode(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """Return the paths with Unicode names, and the escaped names of the others."""
+    """Return the paths with Unicode names, and the escaped names of all other paths."""
     return list(filter(is_unicode, paths)), [
         repr(str(path)) for path in paths if not is_unicode(path)
     ]

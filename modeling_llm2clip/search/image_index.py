@@ -48,12 +48,14 @@ class ImageIndex:
 
     Several threads may search at once. Changes that another process makes to the images or to the
     settings of the approximate index are visible within five seconds. If another process removes
-    the index or replaces it with one for another model, searches fail until that is undone.
+    the index or replaces it with an index for another model, searches fail until the original is
+    restored.
 
     Args:
         database: The open database.
-        image_dir: Folder of the images; by default, the one recorded in the database.
-        encoder: Encodes queries; by default, the model is located when the first query needs it.
+        image_dir: Folder of the images; by default, the folder recorded in the database.
+        encoder: Encoder for queries; by default, the index's model, located when a query first
+            needs it.
         device: Device to run the model on.
         precision: Dtype of the towers; see `SearchConfig`.
 
@@ -91,12 +93,13 @@ class ImageIndex:
         """Count the images that pass a filter.
 
         Args:
-            where: As in `search`. A filter reads values, so missing database files are noticed.
+            where: Filter, as in `search`. Counting with a filter reads values, so missing database
+                files are noticed.
 
         Raises:
             ValueError: The filter is invalid, or names an unknown column.
-            IndexUnavailableError: The index is gone, can no longer be read, or was replaced by one
-                for another model since it was opened.
+            IndexUnavailableError: Since it was opened, the index was removed, became unreadable or
+                was replaced by an index for another model.
         """
         num_rows = self._database.count(where)
         self._require_same_model()
@@ -131,14 +134,15 @@ class ImageIndex:
 
         Only new and changed images are encoded, and deleted images are removed. Files that were
         renamed or copied are not encoded again. Unreadable images are skipped and reported. If the
-        call is interrupted, what it encoded is kept, and the same call continues from there.
+        call is interrupted, the images encoded so far are kept, and repeating the call continues
+        from there.
 
         Args:
             model: Folder or Hub id of a trained model with both towers.
             image_dir: Folder of images, including its subfolders.
             path: Folder of the database, or a URI on object storage such as `s3://bucket/index`.
-                Created if it does not exist.
-            config: How images are encoded, and when an approximate index is built.
+                The database is created if it does not exist.
+            config: Options for encoding images and for building an approximate index.
             report: Called with each progress message. By default, only warnings are shown,
                 such as skipped images.
 
@@ -172,8 +176,8 @@ class ImageIndex:
 
         Args:
             path: Folder or URI of the database.
-            model: Folder or Hub id of the model, if it has moved. It must produce the same
-                embeddings. A folder of that model's ONNX graphs needs no torch.
+            model: Folder or Hub id of the model, if it has moved. The model must produce the same
+                embeddings. With a folder of the model's ONNX graphs, torch is not needed.
             image_dir: Folder of the images, if it has moved.
             device: Device to run the model on; see `find_device`.
             precision: Dtype of the towers; see `SearchConfig`.
@@ -184,7 +188,7 @@ class ImageIndex:
 
         Raises:
             ValueError: `path` is missing, is not an index, is damaged, or was written by another
-                version or with another model; or `image_dir` does not exist.
+                version of this package or with another model; or `image_dir` does not exist.
         """
         folder = None if image_dir is None else Path(image_dir).resolve()
         if folder is not None and not folder.is_dir():
@@ -233,20 +237,21 @@ class ImageIndex:
                 a nested list is one query whose parts' embeddings are averaged; or an array of
                 query embeddings, (Q, P), of any norm. A query image that is indexed is among its
                 own hits.
-            top_k: Number of images per query, or all images if there are fewer.
+            top_k: Number of images to return per query; all images if there are fewer.
             where: SQL filter over `columns`, such as `"width > 2000 AND path LIKE '2024/%'"`:
                 comparisons combined with AND, OR, NOT and parentheses.
-            exact: Compare with every image, even if there is an approximate index.
+            exact: Compare queries with every image, even if there is an approximate index.
 
         Returns:
-            A result, which prints as a table, or a list of results for a list or for embeddings. A
-            result has no hits if no image passes the filter.
+            A result, which prints as a table. For a list of queries or an array of embeddings, a
+            list of results. A result has no hits if no image passes the filter.
 
         Raises:
             ValueError: `top_k` is below 1, the filter is invalid or names an unknown column, a
                 sentence is blank, a query image is missing or broken, embeddings have the wrong
                 shape, or the model no longer matches the index.
-            IndexUnavailableError: As for `count`, or the index is empty.
+            IndexUnavailableError: The index is empty, or unavailable for a reason listed under
+                `count`.
         """
         require_top_k(top_k)
         if isinstance(query, str | Path | Image.Image):
@@ -287,7 +292,7 @@ class ImageIndex:
         return self._given_dir or Path(self.about.image_dir)
 
     def _require_same_model(self) -> None:
-        """Raise if the index now holds embeddings of another model than when it was opened."""
+        """Raise an error if the index was replaced by an index for another model since opening."""
         opened, about = self._opened, self._database.about
         if differences := list_differences(about.fingerprint, opened.fingerprint):
             raise IndexUnavailableError(
@@ -297,7 +302,7 @@ class ImageIndex:
             )
 
     def _choose_ann(self, where: str | None, exact: bool, num_rows: int) -> AnnIndex | None:
-        """Return the approximate index to use, if any; `num_rows` images pass the filter."""
+        """Return the approximate index to use, or None to search the `num_rows` images exactly."""
         ann = self.about.ann
         if exact or ann is None or not ann.is_used:
             return None

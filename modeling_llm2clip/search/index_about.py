@@ -36,25 +36,26 @@ _REFINED_MORE = 4
 
 
 class IndexUnavailableError(ValueError):
-    """An index that cannot be searched: missing, damaged or built with another model."""
+    """Raised if an index cannot be searched: it is missing, damaged or built with another model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnnIndex:
-    """Settings of an approximate index, and its measurements when it was built.
+    """Settings of an approximate index, and measurements taken when it was built.
 
     Attributes:
-        num_rows: Number of images when its partitions were trained.
+        num_rows: Number of images when the partitions were trained.
         num_partitions: Number of partitions.
         nprobes: Partitions visited per query.
         refine_factor: Candidates per result that are re-ranked by exact cosine.
-        recall_at_10: Share of the ten nearest images that it finds, over `num_queries` texts.
-        num_queries: Number of texts that it was measured with.
-        query_ms: Median milliseconds per query.
+        recall_at_10: Share of the ten nearest images that the index finds, averaged over
+            `num_queries` texts.
+        num_queries: Number of texts used as queries for the measurements.
+        query_ms: Median milliseconds per query with the index.
         exact_query_ms: Median milliseconds per query without the index.
         build_s: Seconds spent on training.
-        is_used: True if searches use it, because it finds enough and is faster than exact search
-            or was requested with `ann=always`.
+        is_used: True if searches use the index: either its recall is high enough and it is faster
+            than exact search, or it was requested with `ann=always`.
     """
 
     num_rows: int
@@ -72,8 +73,8 @@ class AnnIndex:
         """Return the settings for a search with a filter: all partitions and more candidates.
 
         `nprobes` was tuned without a filter. Images that pass a filter are often similar, such as
-        those in one folder, and may all be outside the partitions nearest to the query. One bit
-        per dimension also separates similar images less well.
+        the images in one folder, and may all be outside the partitions nearest to the query. With
+        one bit per dimension, similar images are also harder to tell apart.
         """
         return dataclasses.replace(
             self,
@@ -89,15 +90,15 @@ class About:
     Attributes:
         model: Folder or Hub id of the model.
         fingerprint: Short digests of what determines the embeddings: weights, tokenizer, prompt.
-        model_files: Digest of the names, sizes and times of the model's files. While it is
+        model_files: Digest of the names, sizes and times of the model's files. While this digest is
             unchanged, the fingerprint is not recomputed.
         image_dir: Folder of the images.
         width: Dimension P of the embeddings.
         ann: The approximate index; None if none was built.
         tally: `num_images` and `total` of an `ImageTally` of all images encoded so far, including
-            those removed since. None if the model has no summary of its training images.
-        precision: Precision of the vision tower and JPEG decoding; empty on a CPU in the stored
-            dtype with full decoding.
+            images removed since. None if the model has no summary of its training images.
+        precision: Precision of the vision tower and mode of JPEG decoding; empty for a CPU with the
+            stored dtype and full decoding.
     """
 
     model: str
@@ -114,7 +115,7 @@ class About:
 
     @classmethod
     def unseal(cls, text: str, location: str) -> About:
-        """Parse the output of `seal`; IndexUnavailableError, with the database, if it is broken."""
+        """Parse the output of `seal`; if it is damaged, raise IndexUnavailableError."""
         try:
             values = read_sealed(text)
             version = values.pop("format_version")

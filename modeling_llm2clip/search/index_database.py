@@ -67,7 +67,7 @@ class IndexDatabase:
 
     Args:
         location: Folder of the database, or a URI on object storage.
-        describe: Returns the description of a new index. Without it, the database must exist.
+        describe: Called to describe a new index. If it is None, the database must exist.
     """
 
     def __init__(self, location: str | Path, describe: Callable[[], About] | None = None) -> None:
@@ -103,7 +103,7 @@ class IndexDatabase:
                 self._connection.create_table(_IMAGES, schema=pa.schema({**COLUMNS, **others}))
 
     def _list_tables(self) -> list[str]:
-        """List the tables, except those that were started but have no version yet."""
+        """List the tables, except unfinished tables, which have no version yet."""
         names = self._connection.list_tables().tables
         versions = {name: Path(self.location, f"{name}.lance", "_versions") for name in names}
         return [
@@ -129,16 +129,16 @@ class IndexDatabase:
         self.about = about
 
     def _reopen(self) -> None:
-        """Reopen the table: an open one would not move to a lower version, of a replaced table."""
+        """Reopen the table: an open table would miss a replacement that has a lower version."""
         with self._explained("read"):
             self._table: Any = self._connection.open_table(_IMAGES)
         self._looked_at = time.monotonic()
 
     def refresh(self) -> None:
-        """Pick up what other processes wrote, unless that was done within the last seconds.
+        """Pick up changes by other processes, unless this was done within the last few seconds.
 
-        `about` is read before and after the table is reopened, so it describes the images that are
-        searched even if they are replaced in between.
+        `about` is read before and after the table is reopened, so it matches the images that are
+        searched even if the index is replaced in between.
         """
         with self._lock:
             if time.monotonic() - self._looked_at < _SEEN_AFTER_S:
@@ -149,7 +149,7 @@ class IndexDatabase:
             self.about = self._read_about()
 
     def _read(self, function: Callable[[], T]) -> T:
-        """Read the table; on an error refresh and retry once, as the files may be replaced."""
+        """Read the table; on an error, refresh and retry once: its files may have been replaced."""
         with self._explained("read"):
             try:
                 return function()
@@ -183,7 +183,7 @@ class IndexDatabase:
             yield
 
     def count(self, where: str | None = None) -> int:
-        """Count the images that pass a filter; FilterError if it is invalid."""
+        """Count the images that pass a filter; raise FilterError if it is invalid."""
         checked = None if where is None else check_filter(where, COLUMNS)
         self.refresh()
         try:
@@ -195,7 +195,7 @@ class IndexDatabase:
             raise explain_filter(where, _shorten(error.__cause__ or error), COLUMNS) from error
 
     def iterate(self, columns: Sequence[str], where: str | None = None) -> Iterator[pa.RecordBatch]:
-        """Yield batches of columns of all images, or of the images that pass a filter."""
+        """Yield some columns of all images, or of the images that pass a filter, in batches."""
         self.refresh()
         with self._explained("read"):
             query = self._table.search().select(list(columns))
@@ -216,7 +216,7 @@ class IndexDatabase:
             yield batch["path"].to_pylist(), _to_matrix(batch["embedding"])
 
     def find_by_digest(self, digests: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """Map each digest (SHA-256) in the index to its image's `FACTS` and `embedding`, (P,)."""
+        """Map the SHA-256 digests found in the index to their image's `FACTS` and `embedding`."""
         images: dict[str, dict[str, Any]] = {}
         for condition in _list_conditions("sha256", digests):
             for batch in self._iterate_whole(condition):
@@ -228,7 +228,7 @@ class IndexDatabase:
     def write(self, rows: Mapping[str, Any], embeddings: np.ndarray[Any, Any]) -> None:
         """Add images, replacing those with the same path, in one commit.
 
-        Rows hold all columns and `stat`; embeddings have shape (rows, P).
+        `rows` holds all `COLUMNS` and `stat`; `embeddings` has shape (rows, P).
         """
         flat = pa.array(embeddings.astype(np.float32).ravel())
         columns = {
@@ -256,9 +256,10 @@ class IndexDatabase:
     def build_ann(self, num_partitions: int) -> None:
         """Train partitions by inner product, storing one bit per dimension.
 
-        The inner product of unit-length embeddings is the cosine, so a text visits the partitions
-        that hold its images. Euclidean distances also depend on how far a partition is from all
-        texts; with them, a text would visit twice as many partitions for the same recall.
+        The inner product of unit-length embeddings is the cosine, so a text query visits the
+        partitions that hold its nearest images. Euclidean distances also depend on how far a
+        partition is from all texts, so a text query would have to visit twice as many partitions
+        for the same recall.
         """
         from lancedb.index import IvfRq, IvfSq
 
@@ -288,8 +289,8 @@ class IndexDatabase:
     ) -> list[dict[str, Any]]:
         """Find the images with the highest cosine to a unit-length embedding, (P,).
 
-        Return columns and `cosine`, best first, ties sorted by path. Without `ann`, every image is
-        compared.
+        Return each image's columns and `cosine`, best first; ties are sorted by path. Without
+        `ann`, the embedding is compared with every image.
         """
         checked = None if where is None else check_filter(where, COLUMNS)
 
@@ -314,7 +315,7 @@ class IndexDatabase:
     def require_same_fingerprint(
         self, source: object, by_modality: Mapping[str, Mapping[str, str]]
     ) -> None:
-        """Raise ValueError, listing all differences, if a model's embeddings differ.
+        """Raise ValueError, listing all differences, if a model's embeddings differ from the index.
 
         Only the modalities that the model has are compared.
         """
@@ -332,7 +333,7 @@ class IndexDatabase:
 
 
 def join_fingerprints(by_modality: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """Flatten the fingerprints of all modalities into one, as stored in an `About`."""
+    """Flatten the fingerprints of all modalities into one dictionary, as stored in an `About`."""
     return {
         f"{modality} {name}": value
         for modality, fingerprint in by_modality.items()
@@ -343,7 +344,8 @@ def join_fingerprints(by_modality: Mapping[str, Mapping[str, str]]) -> dict[str,
 def require_place(location: str, *, is_new: bool = False) -> None:
     """Raise IndexUnavailableError if a path is not a database.
 
-    With `is_new`, it may also be missing, empty or an unfinished database, but must be writable.
+    With `is_new`, the path may also be missing, empty or an unfinished database, but must be
+    writable.
     """
     if "://" in location:
         return
@@ -373,7 +375,7 @@ def lock_database(location: str) -> Iterator[None]:
 
 
 def _find_storage_options(location: str) -> dict[str, str] | None:
-    """Return the endpoint of a non-Amazon S3 service, which LanceDB does not look up by itself."""
+    """Return the S3 endpoint from `AWS_ENDPOINT_URL`, which LanceDB does not read by itself."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL")
     if not location.startswith("s3://") or not endpoint:
         return None
@@ -402,7 +404,7 @@ def _require_intact(batch: pa.RecordBatch) -> None:
 
 
 def _shorten(error: BaseException) -> str:
-    """Return the first sentence of an error; LanceDB appends positions in its source code."""
+    """Shorten an error message: remove the source code positions that LanceDB appends."""
     return " ".join(str(error).split()).split(", /")[0].split(" at /")[0][:300].rstrip(". ")
 
 

@@ -1,4 +1,4 @@
-"""Encode the images and queries of an index; a query is a sentence, an image or several of them.
+"""Encode an index's images and queries; a query is a sentence, an image or a combination.
 
 Each tower is loaded when first needed, so a sentence is encoded without loading the vision tower.
 """
@@ -28,7 +28,7 @@ Query: TypeAlias = Part | Sequence[Part]
 
 @dataclass(frozen=True)
 class NamedQuery:
-    """A query: its name in results, its parts (whose embeddings are averaged), its image file."""
+    """A query: its name in results, the parts whose embeddings are averaged, and its image file."""
 
     name: str
     parts: tuple[Part, ...]
@@ -63,12 +63,14 @@ def _name_query(query: Query, number: int) -> NamedQuery:
 class IndexEncoder:
     """Encodes images and queries with the towers of the index's model, each loaded on first use.
 
-    Without a precision, the towers run in the stored dtype: checking a faster one does not pay off
-    for a few queries.
+    Without a precision, the towers run in the stored dtype: checking a faster dtype would take
+    longer than it saves on a few queries.
 
     Attributes:
-        jpeg_decoding: How JPEG files are decoded; read when the model is loaded.
-        num_truncated: Number of sentences so far that exceeded the model's limit.
+        jpeg_decoding: JPEG decoding mode, `full` or `scaled`; changing it after the model is loaded
+            has no effect.
+        num_truncated: Number of sentences truncated so far because they exceeded the model's token
+            limit.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class IndexEncoder:
         self.num_truncated = 0
 
     def encode(self, queries: Sequence[NamedQuery]) -> np.ndarray[Any, Any]:
-        """Encode queries as unit-length embeddings, (Q, P) float32, averaging the parts of each."""
+        """Encode queries as unit-length embeddings, (Q, P) float32; average each query's parts."""
         parts = [part for query in queries for part in query.parts]
         texts = [part for part in parts if isinstance(part, str)]
         images = [part for part in parts if not isinstance(part, str)]
@@ -110,7 +112,7 @@ class IndexEncoder:
 
     @property
     def max_text_length(self) -> int:
-        """Maximum number of tokens in a sentence; the rest is truncated."""
+        """Maximum number of tokens in a sentence; longer sentences are truncated."""
         return int(self.model.processor.longest_text)
 
     @cached_property
@@ -132,7 +134,7 @@ class IndexEncoder:
         return encoder
 
     def describe_encoding(self) -> dict[str, str]:
-        """Describe how images are encoded; empty on a CPU in the stored dtype, fully decoded."""
+        """Describe how images are encoded; empty for a CPU, the stored dtype and full decoding."""
         from ..encoding.batches import describe_decoding
         from ..model_folders.guarded_loading import find_stored_dtype
 

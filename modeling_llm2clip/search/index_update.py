@@ -1,8 +1,8 @@
 """Build the index of a folder, or update it with only the new, changed and removed images.
 
-A file whose size and times are unchanged since the last run is not read. A file that was touched,
-renamed or copied is read but not encoded, because its content already has an embedding. Images are
-committed in batches, so the next run continues after one that was interrupted or killed.
+A file whose size and timestamps are unchanged since the last run is not read. A file that was
+touched, renamed or copied is read but not encoded, because its content already has an embedding.
+Images are committed in batches, so a run continues where an interrupted or killed run stopped.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def build_index(
     """Index a folder, or update its index; return the database and its encoder.
 
     Without `updates_ann`, the approximate index is left alone. Without `skip_invalid`, unreadable
-    images raise an error once the others are indexed.
+    images raise an error once all other images are indexed.
     """
     find_device(config.device, precision=config.precision)  # fails early if there is none
     require_place(location, is_new=True)
@@ -96,7 +96,7 @@ def build_index(
         tally = restore_tally(database.about)
 
         def note_place() -> None:
-            """Record the current location of model and images, and the tally of encoded images."""
+            """Record the locations of the model and the images, and the tally of encoded images."""
             about = replace(database.about, **source, tally=store_tally(tally))
             if about != database.about:
                 database.write_about(about)
@@ -179,7 +179,7 @@ def _update_ann(
 
 
 def choose_texts(count: int) -> list[str]:
-    """Choose distinct English captions of the example images; every call returns the same ones."""
+    """Choose distinct English captions of the example images, the same captions in every call."""
     captions: set[str] = set()
     for name in ("photographs", "emoji"):
         file = find_example_data() / name / "captions.jsonl"
@@ -271,7 +271,7 @@ class FolderUpdate:
             self.database.optimize()
 
     def _settle_precision(self) -> None:
-        """Record how the first images are encoded, or raise if later ones would differ."""
+        """Record how images are encoded; raise ValueError if the indexed images differ in this."""
         about, precision = self.database.about, self.encoder.describe_encoding()
         if self._known and (differences := list_differences(about.precision, precision)):
             raise ValueError(
@@ -283,7 +283,7 @@ class FolderUpdate:
             self.database.write_about(replace(about, precision=precision))
 
     def _read_stat(self, path: Path) -> None:
-        """Read a file's size and times, or record an error; its name must be Unicode."""
+        """Read a file's size and timestamps; record an error on failure or a non-Unicode name."""
         name = path.relative_to(self.image_dir).as_posix()
         try:
             name.encode()
@@ -322,9 +322,9 @@ class FolderUpdate:
     def _read(
         self, part: dict[str, Path], progress: tqdm[Any]
     ) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-        """Read each file once; return digests by name, and facts and embeddings by digest.
+        """Read each file once; return digests by name, and `FACTS` and embeddings by digest.
 
-        Files with a digest that is not in the index are encoded, duplicates only once.
+        A file is encoded if its digest is not in the index; duplicate files are encoded only once.
         """
         read = encode_readable_images(
             self.encoder.model,
@@ -351,5 +351,5 @@ class FolderUpdate:
 
 
 def describe_stat(stat: os.stat_result) -> str:
-    """Return a file's size and times as text; any write changes it."""
+    """Return a file's size and timestamps as text; any write to the file changes the text."""
     return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}"

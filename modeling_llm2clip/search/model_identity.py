@@ -20,7 +20,7 @@ _DIGITS = 4  # decimals kept of a sum over all images of numbers below 1
 
 
 def find_whole_model(source: str | Path) -> Path:
-    """Return the folder of a trained model with both towers; ValueError for any other model."""
+    """Return the folder of a trained model with both towers; raise ValueError for other models."""
     require_own_model(source)
     folder = find_model_folder(source)
     config = LLM2CLIPConfig.from_pretrained(folder)
@@ -54,7 +54,7 @@ def hash_file_facts(folder: Path) -> str:
 
 
 def require_same_model(database: IndexDatabase, source: str | Path, folder: Path) -> None:
-    """Raise ValueError if the model's embeddings differ from those of the index."""
+    """Raise ValueError if the model's embeddings differ from the index's embeddings."""
     if database.about.model_files != hash_file_facts(folder):
         database.require_same_fingerprint(source, fingerprint_whole_model(folder))
 

@@ -1,7 +1,7 @@
 """Show search results as an HTML page with links to the files, as a PNG sheet, or as text.
 
-The sheet uses Pillow's built-in font, which covers little more than ASCII. On the sheet, other
-queries are labeled by number; the page and the text show every query.
+The sheet uses Pillow's built-in font, which covers little more than ASCII, so it labels non-ASCII
+queries by number. The page and the text show every query.
 """
 
 from __future__ import annotations
@@ -86,9 +86,10 @@ class SearchResult:
     """A query and the images found for it, best first.
 
     Attributes:
-        query: The sentence or the name of the query image, joined by " + " if there are several.
+        query: The sentence or the name of the query image; the parts of a combined query are joined
+            by " + ".
         hits: Path and cosine of each image.
-        query_image: File of the query image; None if there is no file.
+        query_image: File of the query image; None if the query has no image file.
         columns: Index columns for each hit, such as `width` and `taken`; empty if the images do
             not come from an index.
     """
@@ -108,7 +109,7 @@ class SearchResult:
 def rank_images(
     queries: Sequence[str], cosines: Tensor, paths: Sequence[Path], *, top_k: int = 6
 ) -> list[SearchResult]:
-    """Return the `top_k` images for each query, by their cosines, (queries, images)."""
+    """Return each query's `top_k` images with the highest `cosines`, (queries, images)."""
     require_top_k(top_k)
     if broken := int((~cosines.isfinite()).sum()):  # a NaN would rank first
         raise ValueError(
@@ -133,8 +134,8 @@ class PageImage(NamedTuple):
     Attributes:
         path: Path to display.
         image: URL of the displayed image.
-        note: HTML before the path; see `note_rank`.
-        link: URL to open on click; empty for none.
+        note: HTML to show before the path; see `note_rank`.
+        link: URL to open on click; empty if the image has no link.
     """
 
     path: str
@@ -157,7 +158,7 @@ def write_results_page(
 ) -> None:
     """Write an HTML page with thumbnails and links to the files.
 
-    Links are relative to the page, so it can be moved together with the images.
+    Links are relative to the page, so the page can be moved together with the images.
     """
     rows = "\n".join(_write_section(result, path.parent) for result in results)
     page = _PAGE.format(
@@ -278,7 +279,7 @@ def _write_hit(hit: PageImage) -> str:
 
 
 def _list_digests(result: SearchResult) -> list[str | None]:
-    """Return the SHA-256 of each hit when it was indexed; None if it is not from an index."""
+    """Return the SHA-256 of each hit when it was indexed; None if the hit is not from an index."""
     return [row["sha256"] for row in result.columns] or [None] * len(result.hits)
 
 
@@ -296,7 +297,7 @@ def to_data_url(image: Image.Image) -> str:
 
 
 def _find_address(file: Path, folder: Path) -> str:
-    """Return the URL of a file for a page in a folder: relative, unless on another drive."""
+    """Return a file's URL for a page in a folder: relative, unless the file is on another drive."""
     try:
         return quote(os.fsencode(Path(os.path.relpath(file, folder)).as_posix()))
     except ValueError:
@@ -312,11 +313,11 @@ def _shrink(image: Path, sha256: str | None, side: int) -> tuple[Image.Image, st
 
 
 def read_thumbnail(image: Path, sha256: str | None, side: int) -> Image.Image:
-    """Decode and shrink an image file; ValueError with the reason if it cannot be shown.
+    """Decode and shrink an image file; raise ValueError with the reason if it cannot be shown.
 
     Args:
         image: The file.
-        sha256: Expected digest of the file; None to accept any.
+        sha256: Expected digest of the file; None to accept any content.
         side: Longest side of the thumbnail in pixels.
     """
     try:

@@ -1,4 +1,4 @@
-"""Tag images with the labels of the highest cosine similarity."""
+"""Tag images with the labels that have the highest cosine similarity."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _encode(
     report: Report,
     tally: ImageTally,
 ) -> EmbeddedImages:
-    """Encode the images of a folder; skip broken ones, or raise if that is not allowed."""
+    """Encode a folder's images; skip broken images, or raise ValueError if they are not allowed."""
     with tqdm(total=len(paths), unit=" images", disable=not config.show_progress) as progress:
         encoded = encode_readable_images(
             encoder, paths, progress=progress,
@@ -148,8 +148,8 @@ def _encode(
 def write_tags(tagged: Iterable[TaggedImage], file: IO[str], style: str) -> tuple[int, int]:
     """Write tags as CSV, one line per label, or as JSON lines, one line per image.
 
-    An image without labels also gets a line; in CSV, its other columns are empty. Return the number
-    of images and the number of images without labels.
+    An image without labels also gets a line; in CSV, every column except `image` is empty. Return
+    the number of images and the number of images without labels.
     """
     num_images = num_untagged = 0
     if style == ".csv":
@@ -184,8 +184,8 @@ def rank_labels(
 ) -> list[list[Tag]]:
     """Return the `top_k` labels with the highest cosine for each image, best first.
 
-    Embeddings have unit length, and `rule` turns cosines into logits. With fewer than `top_k`
-    labels, all of them are returned.
+    Embeddings have unit length, and `rule` turns cosines into logits. If there are fewer than
+    `top_k` labels, all labels are returned.
     """
     cosines = image_embeds @ label_embeds.T
     probabilities = rule.from_cosines(cosines).softmax(dim=-1)
