@@ -53,7 +53,7 @@ def train_ann(
     always: bool,
     report: Report,
 ) -> AnnIndex:
-    """Train the approximate index; the result's `is_used` tells whether the index was kept.
+    """Train the approximate index; set the result's `is_used` if the index was kept.
 
     Queries are unit-length text embeddings, (Q, P) float32. `always` keeps the index even if it is
     slower than exact search or its recall is too low.

@@ -31,8 +31,8 @@ def create_app(
 
     Args:
         service: The service that answers requests.
-        page: Called with the application and the service to add a page at `/`. If it is None, `/`
-            redirects to the API documentation.
+        page: Called with the application and the service to add a page at `/`. If `page` is None,
+            `/` redirects to the API documentation.
 
     Returns:
         The application.
@@ -70,7 +70,7 @@ def create_app(
 
 
 def bind_socket(config: ServeConfig) -> socket.socket:
-    """Bind the address before any expensive work; connections are refused until `listen`."""
+    """Bind the address before any expensive work; without `listen`, connections are refused."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -95,8 +95,8 @@ def run_server(
 ) -> None:
     """Serve until SIGINT or SIGTERM, finish the running requests, and re-raise the signal.
 
-    `on_listen` is called with the URL. From then on connections are queued; they are answered once
-    the server has started.
+    `on_listen` is called with the URL once connections are accepted. Requests are answered once the
+    server has started.
     """
     import uvicorn
 

@@ -5,8 +5,8 @@ in separate batches. Requests take turns, one input at a time, so a request with
 wait for a request with two thousand.
 
 Clients that wait for a response all send their next request right after a batch finishes. The next
-batch therefore waits briefly until it has as many inputs as the last one, because small batches
-take longer per input.
+batch therefore waits briefly for as many inputs as the last batch had, because small batches take
+longer per input.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class Lane:
 
     Attributes:
         name: Name of the modality.
-        encode: Embeds a batch as (B, P) float32; row i belongs to input i.
+        encode: Function that embeds a batch as (B, P) float32; row i belongs to input i.
         budget: Maximum cost of a batch; only a single input may exceed it.
         last_count: Number of inputs in the last batch.
-        last_wait_until: Deadline until which the next batch waits for as many inputs.
+        last_wait_until: Deadline until which the next batch waits to reach `last_count` inputs.
     """
 
     name: str
@@ -86,7 +86,8 @@ class Lane:
     def find_wait(self) -> float:
         """Return the deadline for filling the next batch.
 
-        It is already past if the batch is full or has as many inputs as the last one.
+        The deadline has already passed if the batch is full or has as many inputs as the last
+        batch.
         """
         waiting = sum(len(job.inputs) - job.taken for job in self.jobs)
         cost = sum(sum(job.costs[job.taken :]) for job in self.jobs)
@@ -122,10 +123,11 @@ class BatchWorker:
         return self._thread.is_alive()
 
     def submit(self, name: str, inputs: Sequence[Any], costs: Sequence[int]) -> Future[Rows]:
-        """Queue the inputs of one request; `costs` has the cost of each, such as its tokens.
+        """Queue one request's inputs; `costs` has each input's cost, such as its number of tokens.
 
-        The future resolves to (N, P) float32. If it is cancelled, inputs not yet in a batch are
-        dropped. It fails only if a batch with nothing but this request's inputs fails.
+        The returned future resolves to the embeddings, (N, P) float32. If the future is cancelled,
+        inputs not yet in a batch are dropped. The future fails only if a batch with only this
+        request's inputs fails.
         """
         job = _Job(inputs, costs)
         with self._changed:
@@ -154,7 +156,7 @@ class BatchWorker:
                 self._on_batch(lane.name, len(batch), cost, seconds)
 
     def _next_batch(self) -> tuple[Lane, list[_Taken]] | None:
-        """Wait for the next batch, taking lanes in turn; None once closed with empty queues."""
+        """Wait for the next batch, taking lanes in turn; None if closed and all lanes are empty."""
         with self._changed:
             while True:
                 for _ in range(len(self._turns)):
@@ -175,7 +177,7 @@ class BatchWorker:
             self._changed.wait(left)
 
     def _run(self, lane: Lane, batch: list[_Taken]) -> None:
-        """Embed a batch; if it fails, retry it per request so one bad input fails only its own."""
+        """Embed a batch; on an error, retry each request alone, so a bad input fails only one."""
         try:
             embeds = lane.encode([job.inputs[row] for job, row in batch])
             if len(embeds) != len(batch):
@@ -202,7 +204,7 @@ class BatchWorker:
 
 
 async def await_all_or_none(awaitables: Iterable[Awaitable[Any]]) -> list[Any]:
-    """Await all of them; the first error cancels the rest."""
+    """Await all awaitables; the first error cancels the rest."""
     tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
     try:
         return await asyncio.gather(*tasks)

@@ -83,7 +83,7 @@ client.embeddings.create(model={model!r}, input=["two red apples"])
 
 @lru_cache(maxsize=1024)
 def encode_thumbnail(image: Path, sha256: str) -> str:
-    """Encode a thumbnail of an image as a data URL; ValueError if the file's content changed."""
+    """Encode an image's thumbnail as a data URL; raise ValueError if the file's content changed."""
     return to_data_url(read_thumbnail(image, sha256, PAGE_SIDE))
 
 
@@ -115,7 +115,7 @@ class DemoPage:
         return await self._await(find())
 
     async def _await(self, work: Coroutine[Any, Any, T]) -> T:
-        """Wait for as long as the API would, and show the service's errors on the page."""
+        """Await a result with the API's time limit, and show the service's errors on the page."""
         seconds = self.service.config.timeout_s
         try:
             return await asyncio.wait_for(work, seconds)
@@ -197,7 +197,7 @@ class _PageMount(Mount):
         self._max_bytes = max_bytes
 
     async def handle(self, scope: Any, receive: Any, send: Any) -> None:
-        """Forward a request, or refuse it if it uploads a file and there is no room."""
+        """Forward a request; refuse an upload if earlier uploads exceed the size limit."""
         if scope["path"].endswith("/upload"):
             await asyncio.to_thread(self._require_room)
         await super().handle(scope, receive, send)
@@ -228,7 +228,7 @@ def _make_upload_folder() -> Path:
 
 
 def _show(message: str) -> gr.Error:
-    """Create an error that stays on the page until dismissed; it is escaped, as it becomes HTML."""
+    """Create an error message that stays on the page until dismissed; the text is HTML-escaped."""
     return gr.Error(html.escape(message), duration=None, print_exception=False)
 
 
@@ -338,8 +338,8 @@ def _add_classification(page: DemoPage) -> None:
 def _make_image(label: str, *, height: int, elem_id: str) -> gr.Image:
     """Create an image component that passes uploaded files through unchanged.
 
-    Gradio would decode and convert them. This is not a subclass because Gradio would then write a
-    stub file next to this one.
+    By default, Gradio would decode and convert uploaded files. This is a function because, for a
+    subclass of `gr.Image`, Gradio would write a stub file next to this module.
     """
     image = gr.Image(
         label=label,

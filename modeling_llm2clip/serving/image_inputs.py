@@ -89,7 +89,7 @@ class ImageInputs:
 
 
 def decode_sent_image(content: bytes, limits: ImageLimits) -> Image.Image:
-    """Decode an image from a request as upright RGB; RequestError if it exceeds the limits."""
+    """Decode a request's image as upright RGB; raise RequestError if it exceeds the limits."""
     register_heif_reader()
     name = "An image in the request"
     try:

@@ -1,9 +1,9 @@
-"""Runs the application under Ray Serve, as replicas on many machines that scale with the load.
+"""Runs the application under Ray Serve, with replicas on many machines, scaled with the load.
 
     serve run modeling_llm2clip.serving.ray_serve:build model=my-model max_replicas=4
 
-Each replica loads the model and batches its own requests. Ray's proxies listen and route, so host
-and port are configured in Ray.
+Each replica loads the model and batches its own requests. Ray's proxies accept and route requests,
+so host and port are configured in Ray.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ class RequestGuard:
             )
 
     async def _handle(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
-        """Read the body, and run the application until it responds, times out or is abandoned."""
+        """Read the body, and run the application until a response, a timeout or a disconnect."""
         deadline = time.monotonic() + self._config.timeout_s
         body = bytearray()
         try:
@@ -186,7 +186,7 @@ class RequestGuard:
             raise self._refuse_size()
 
     def _limit(self, receive: Receive) -> Receive:
-        """Forward a body to the page; if it is too large, report the client as disconnected."""
+        """Forward a request's body; if the body is too large, simulate a disconnect."""
         num_bytes = 0
 
         async def receive_limited() -> Message:
@@ -279,7 +279,7 @@ async def _wait_for_hang_up(receive: Receive) -> None:
 
 
 def respond(error: RequestError) -> Response:
-    """Build a response in OpenAI's error format, from which its client reads the message."""
+    """Build a response in OpenAI's error format, so that OpenAI's client shows the message."""
     headers = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)

@@ -96,7 +96,7 @@ _Embeds: TypeAlias = "NDArray[np.float32]"
 
 
 class JsonRoute(APIRoute):
-    """Parses JSON bodies itself, because FastAPI's errors would not name the problem."""
+    """Parses JSON bodies without FastAPI, whose error messages do not name the problem."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -114,7 +114,7 @@ def _says_json(request: Request) -> bool:
 
 
 def parse_body(body: bytes) -> Any:
-    """Parse a body in UTF-8, UTF-16 or UTF-32; a RequestError names what is wrong."""
+    """Parse a JSON body in UTF-8, UTF-16 or UTF-32; raise RequestError if it is invalid."""
     try:
         return json.loads(body, object_pairs_hook=_make_object)
     except (ValueError, RecursionError) as error:
@@ -287,7 +287,7 @@ def _add_uses(router: APIRouter, service: EmbeddingService, images: ImageInputs)
 
 
 def _list_hits(result: SearchResult) -> list[dict[str, Any]]:
-    """List the columns of each hit; paths are relative to the folder of the index."""
+    """List the columns of each hit; paths are relative to the index's image folder."""
     return [
         {"cosine": cosine, **columns}
         for (_, cosine), columns in zip(result.hits, result.columns, strict=True)
@@ -328,9 +328,9 @@ async def _answer(
     field: str,
     list_values: Callable[[], list[Any]],
 ) -> Response:
-    """Respond with a list of numbered objects of one kind, each with its value in `field`.
+    """Respond with a list of numbered objects of type `kind`; `field` holds each object's value.
 
-    The response is written in a thread, because thousands of rows would block all other routes.
+    The response is serialized in a thread, because thousands of rows would block all other routes.
     """
 
     def write() -> Response:

@@ -123,7 +123,7 @@ class ImagePart(_Strict):
 
     @property
     def image(self) -> str:
-        """The URL, under the same name as in `ImageInput`."""
+        """The image's URL, under the same attribute name as in `ImageInput`."""
         return self.image_url.url
 
 

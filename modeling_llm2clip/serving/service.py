@@ -1,4 +1,4 @@
-"""The service behind every route, without HTTP: embedding, classification and search."""
+"""The service behind every route, independent of HTTP: embedding, classification and search."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ class EmbeddingService:
         encoder: The model.
         config: Limits and batching options.
         model_name: Name of the model in requests and responses.
-        model_config: Configuration of the model, with its instructions; None for no instructions.
+        model_config: Configuration that defines the model's instructions; None for no instructions.
         index: Index to search, built with the same model.
-        training_images: Images that the model was trained on; None if unknown.
+        training_images: Summary of the images that the model was trained on; None if unknown.
         on_batch: Called after each batch, in the thread that runs the model.
 
     Attributes:
@@ -197,11 +197,11 @@ class EmbeddingService:
         """Embed texts and images, in the order given.
 
         Args:
-            inputs: Texts and images, at least one.
+            inputs: One or more texts and images.
             dimensions: Keep the first dimensions of each embedding, renormalized; None keeps all.
-            truncate: Truncate texts that exceed the model's limit instead of refusing them.
-            prompt_name: Name of the instruction to prepend to texts, like `encode_query` in
-                sentence-transformers; None for no instruction.
+            truncate: Truncate texts that exceed the model's token limit instead of refusing them.
+            prompt_name: Name of the instruction to prepend to texts, such as `query` or `document`;
+                None for no instruction.
 
         Raises:
             RequestError: An input cannot be embedded, or the queue is full.
@@ -241,10 +241,10 @@ class EmbeddingService:
         """Classify images by any labels (zero-shot).
 
         Args:
-            images: Images, at least one.
+            images: One or more images.
             labels: Candidate labels, without duplicates.
-            templates: Prompts with `{}` for the label; the embeddings of several are averaged.
-            top_k: Labels per image; None for all.
+            templates: Prompts with `{}` for the label; embeddings of several prompts are averaged.
+            top_k: Number of labels to return per image; None for all labels.
 
         Raises:
             RequestError: An input is invalid, the model lacks a tower, or the queue is full.
@@ -281,14 +281,15 @@ class EmbeddingService:
         """Find the images in the index that best match texts and images.
 
         Args:
-            queries: Texts and images; a nested list is a single query, the mean of its embeddings.
-            top_k: Images per query.
+            queries: Texts and images; a nested list is a single query, whose embeddings are
+                averaged.
+            top_k: Number of images to return per query.
             where: Filter over the columns of the index; see `ImageIndex.search`.
             prompt_name: Name of the instruction to prepend to texts; None for no instruction.
 
         Raises:
-            RequestError: There is no index, it was removed or replaced by another model's, a query
-                or the filter is invalid, or the queue is full.
+            RequestError: There is no index, the index was removed or replaced by an index for
+                another model, a query or the filter is invalid, or the queue is full.
         """
         index = self.index
         if index is None:
@@ -322,7 +323,8 @@ class EmbeddingService:
         """Describe how the images in the index differ from the training images.
 
         Returns:
-            None if the model was trained on such images, or if that is unknown.
+            The description; None if the model was trained on similar images or if its training
+            images are unknown.
         """
         if self.training_images is None or self.index is None:
             return None
@@ -332,7 +334,7 @@ class EmbeddingService:
         """Check whether the index can be searched.
 
         Returns:
-            The number of images, or None if unknown; and why the index cannot be searched, or None.
+            The number of images, or None if unknown; and the error that prevents a search, or None.
         """
         index = self.index
         if index is None:
@@ -395,7 +397,7 @@ class EmbeddingService:
                 self.num_pending -= count
 
     def _find_instruction(self, name: str | None) -> tuple[str, str]:
-        """Return an instruction's text, and the lane for texts with that instruction."""
+        """Return an instruction's text, and the name of the lane for texts with it."""
         if name is None:
             return "", "text"
         if name not in self._instructions:
@@ -472,7 +474,7 @@ class EmbeddingService:
 def _list_instructions(
     encoder: Encoder, config: LLM2CLIPConfig | None
 ) -> tuple[dict[str, tuple[str, str]], dict[str, int | None]]:
-    """Return each instruction and its lane by name, and the number of unpooled tokens by lane."""
+    """Return each instruction's text and lane, and each lane's number of unpooled tokens."""
     lanes: dict[str, int | None] = {"text": None}
     # Every model accepts sentence-transformers' names for queries and documents.
     instructions = {"query": ("", "text"), "document": ("", "text")}
@@ -490,7 +492,7 @@ def _list_instructions(
 
 @contextmanager
 def _refusing(param: str | None = None, *, code: str | None = None) -> Iterator[None]:
-    """Turn a ValueError into status 400; filter errors have their own code."""
+    """Convert a ValueError into a RequestError with status 400 and, for a filter, its own code."""
     try:
         yield
     except FilterError as error:

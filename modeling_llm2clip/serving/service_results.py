@@ -16,7 +16,7 @@ class ServiceResult:
     """The fields common to all results.
 
     Attributes:
-        num_tokens: Total tokens of all texts after truncation, prompts included.
+        num_tokens: Total number of tokens in all texts after truncation, including prompts.
         truncated: Positions of truncated texts, of candidate labels with a truncated prompt, or of
             queries with a truncated text.
     """
@@ -64,8 +64,8 @@ class RequestError(Exception):
     Args:
         status: HTTP status.
         message: The error and its remedy, for the client.
-        param: Field of the request; None if the error concerns the request as a whole.
-        code: A short, machine-readable name.
+        param: Name of the invalid request field; None if the error concerns the whole request.
+        code: Short, machine-readable name of the error.
         retry_after_s: Seconds after which the same request may succeed.
     """
 

@@ -1,8 +1,8 @@
 """Fetches images from the web without letting requests reach the server's own network (SSRF).
 
-A host is resolved once, all of its addresses must be public, and the connection goes to a checked
-address, so a second lookup cannot return a different one. A redirect is checked like a new URL.
-Proxies, cookies and compression are not used.
+A host is resolved once, all of the host's addresses must be public, and the connection goes to a
+checked address, so a second lookup cannot return a different address. A redirect is checked like a
+new URL. Proxies, cookies and compression are not used.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class UrlFetcher:
     """Fetches public http and https URLs.
 
     Args:
-        max_bytes: Maximum size of the content.
+        max_bytes: Maximum size of the content in bytes.
         timeout_s: Time limit in seconds per URL, including redirects.
     """
 
@@ -90,7 +90,7 @@ class UrlFetcher:
             return bytes(content)
 
     async def _resolve(self, url: str, host: str, port: int) -> str:
-        """Resolve the host and return one of its addresses; all of them must be public."""
+        """Resolve the host and return one of its IP addresses, all of which must be public."""
         loop = asyncio.get_running_loop()
         try:
             entries = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -103,7 +103,7 @@ class UrlFetcher:
 
 
 class _CheckedBackend(httpcore.AnyIOBackend):
-    """Connects to the checked address of a host."""
+    """Network backend that connects to the checked address of a host."""
 
     def __init__(self, resolve: Callable[[str, int], Awaitable[str]]) -> None:
         self._resolve = resolve
