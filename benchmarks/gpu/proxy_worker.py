@@ -125,10 +125,13 @@ def _run_llm(model: Any, lengths: Sequence[int]) -> Tensor:
 def _count_finetuning(model: Any, lengths: Sequence[int]) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
 
+    from modeling_llm2clip.training import trainer_mixins
+
+    add_lora = getattr(trainer_mixins, "add_lora", get_peft_model)  # earlier versions use peft's
     model.requires_grad_(False)
     # Modules of tensors without content cannot be moved, and need not.
     with replaced(torch.nn.Module, "to", lambda module, *_, **__: module):
-        get_peft_model(model.text_model, LoraConfig(r=16, target_modules="all-linear"))
+        add_lora(model.text_model, LoraConfig(r=16, target_modules="all-linear"))
     figures: dict[str, Any] = {}
     with _counted(figures, per=sum(lengths), unit="token"):
         with torch.autocast("cpu", torch.bfloat16):

@@ -416,6 +416,26 @@ def recompute_activations(tower: Any) -> None:
     (enable or tower.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
+def add_lora(tower: nn.Module, config: Any) -> Any:
+    """Add a LoRA to a tower in place; return peft's wrapper.
+
+    peft casts the input of every LoRA layer to float32, and autocast casts it back. Under autocast,
+    the layers skip the first cast, which saves a copy per layer and keeps results bit-identical.
+    """
+    from peft import get_peft_model  # only needed for LoRA
+
+    adapted = get_peft_model(tower, config)
+    for layer in adapted.modules():
+        if hasattr(layer, "cast_input_dtype_enabled"):
+            layer.register_forward_pre_hook(_cast_outside_autocast)
+    return adapted
+
+
+def _cast_outside_autocast(layer: Any, inputs: tuple[Tensor, ...]) -> None:
+    # Set at every call, because the backward pass recomputes layers under the forward's autocast.
+    layer.cast_input_dtype_enabled = not torch.is_autocast_enabled(inputs[0].device.type)
+
+
 def computes_in_bfloat16(precision: str, *, on_gpu: bool) -> bool:
     """Return True if a run computes in bfloat16; weights stay float32.
 

@@ -12,19 +12,29 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from peft.tuners.lora import LoraLayer
 from running_ahead import run_ahead
 from sentence_transformers import SentenceTransformerTrainingArguments
+from tiny import tiny_model
 from transformers import AutoConfig, AutoModel, TrainingArguments
 
+from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.config_fields import TrainingConfig
+from modeling_llm2clip.configs.finetune_config import FinetuneConfig
 from modeling_llm2clip.scheduling.graceful_stop import StopRequest
 from modeling_llm2clip.training import trainer_mixins
+from modeling_llm2clip.training.alignment.alignment_model import (
+    AlignmentModel,
+    choose_trained_parts,
+)
+from modeling_llm2clip.training.finetuning.finetune_trainer import CaptionEncoder, make_lora_config
 from modeling_llm2clip.training.finite_steps import FiniteSteps
 from modeling_llm2clip.training.trainer_mixins import (
     StageTrainerMixin,
     StopCallback,
     computes_in_bfloat16,
     find_without_gradient,
+    recompute_activations,
     training_arguments_on,
 )
 
@@ -86,6 +96,73 @@ def test_a_layer_with_layerdrop_counts_as_trained(family: str) -> None:
     assert missing == []
     assert {m.layerdrop for m in model.modules() if hasattr(m, "layerdrop")} == {0.999}
     assert frozen.weight.grad is None
+
+
+def _attach_lora(stage: str, dtype: torch.dtype, *, recomputes: bool) -> Any:
+    """Add a stage's LoRA to a tower with random weights, both matrices included."""
+    model, processor = tiny_model()
+    if stage == "finetune-llm":
+        model.text_model.to(dtype)
+        CaptionEncoder(model, processor, make_lora_config(FinetuneConfig(lora_rank=4)))
+        tower = model.text_model
+    else:
+        aligned = AlignmentModel(model.config, with_llm=True)
+        part = stage.removeprefix("align ")
+        tower = getattr(aligned, f"{part}_model").to(dtype)
+        choose_trained_parts(aligned, AlignConfig(**{f"{part}_training": "lora"}))
+    torch.manual_seed(0)
+    for name, parameter in tower.named_parameters():
+        if "lora_B" in name:  # starts at zero, which would leave lora_A without a gradient
+            torch.nn.init.normal_(parameter, std=0.1)
+    if recomputes:
+        recompute_activations(tower)
+    return tower.train()
+
+
+def _train_once(tower: Any, given: torch.Tensor, *, autocast: bool) -> tuple[list[Any], int]:
+    """Return a tower's output and all gradients, and the bytes that its forward pass keeps."""
+    tower.zero_grad(set_to_none=True)
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    given = given.clone().requires_grad_()
+    name = "inputs_embeds" if given.ndim == 3 else "pixel_values"
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = tower(**{name: given}).last_hidden_state
+    output.float().square().sum().backward()
+    gradients = [p.grad for n, p in tower.named_parameters() if "lora_" in n]
+    assert all(gradient is not None and gradient.any() for gradient in gradients)
+    own = {p.untyped_storage().data_ptr() for p in tower.parameters()}
+    num_bytes = sum(storage.nbytes() for place, storage in kept.items() if place not in own)
+    return [output, given.grad, *gradients], num_bytes
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stage", ["finetune-llm", "align text", "align vision"])
+def test_a_lora_under_autocast_keeps_no_copies_of_its_inputs_and_computes_the_same_bits(
+    stage: str, dtype: torch.dtype, recomputes: bool
+) -> None:
+    tower = _attach_lora(stage, dtype, recomputes=recomputes)
+    shape = (2, 3, 32, 32) if stage == "align vision" else (2, 7, 32)
+    given = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found, kept = _train_once(tower, given, autocast=True)
+    outside, _ = _train_once(tower, given, autocast=False)
+    for layer in tower.modules():
+        if isinstance(layer, LoraLayer):
+            layer._forward_pre_hooks.clear()
+            layer.cast_input_dtype_enabled = True  # as peft leaves it
+    for autocast, ours in ((True, found), (False, outside)):
+        theirs, kept_by_peft = _train_once(tower, given, autocast=autocast)
+        assert [tensor.dtype for tensor in ours] == [tensor.dtype for tensor in theirs]
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+        if autocast and not recomputes:  # else only the layers' inputs are kept
+            assert kept < kept_by_peft
 
 
 class _Trainer:

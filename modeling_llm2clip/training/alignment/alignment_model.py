@@ -23,6 +23,7 @@ from ...processing_llm2clip import LLM2CLIPProcessor
 from ..losses.loss import Loss, LossInputs
 from ..run_folder import list_trained
 from ..trainer_mixins import (
+    add_lora,
     find_pooler,
     find_without_gradient,
     is_sharded,
@@ -317,6 +318,6 @@ def find_learning_rates(
 
 
 def _add_lora(tower: nn.Module, **settings: Any) -> Any:
-    from peft import LoraConfig, get_peft_model  # only needed for LoRA
+    from peft import LoraConfig  # only needed for LoRA
 
-    return get_peft_model(tower, LoraConfig(**settings))
+    return add_lora(tower, LoraConfig(**settings))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from sentence_transformers import (
     SentenceTransformer,
@@ -43,6 +43,7 @@ from ..run_folder import METRICS_FILE, require_finite_weights
 from ..trainer_mixins import (
     JsonLinesCallback,
     StageTrainerMixin,
+    add_lora,
     count_warmup_steps,
     find_pooler,
     training_arguments_on,
@@ -93,7 +94,7 @@ class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is 
         lora.exclude_modules = find_pooler(model.text_model)
         # The wrapper changes the LLM in place and is needed to write the LoRA. The list hides it
         # from torch, which would otherwise register the same parameters twice.
-        self._adapted: list[PeftModel] = [get_peft_model(model.text_model, lora)]
+        self._adapted: list[PeftModel] = [add_lora(model.text_model, lora)]
 
     @property
     def adapted(self) -> PeftModel:
