@@ -1,8 +1,8 @@
 """LLM2CLIP: CLIP with a language model as its text encoder (arXiv:2411.04997).
 
 After importing the package, `AutoModel`, `AutoProcessor` and the other Auto classes of transformers
-load its models without `trust_remote_code`. All public names can be imported from here. Each is
-loaded on first use, so importing the package is fast.
+load LLM2CLIP models without `trust_remote_code`. All public names can be imported from here. Each
+name is loaded on first use, so importing the package is fast.
 """
 
 from __future__ import annotations

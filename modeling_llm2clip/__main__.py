@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: The command line without the program's name; None for the process's own.
+        argv: Arguments of the command line, without the program's name. Default: `sys.argv[1:]`.
 
     Returns:
         The exit code: 0 for success, 1 for a model with problems, 2 for an error, 130 after SIGINT
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _describe(error: Exception) -> str | None:
-    """Describe an error with its remedy; None if it is a bug in this package."""
+    """Return an error's message and remedy; None if the error is a bug in this package."""
     message, remedy = str(error), _name_remedy_of_device(error)
     match error:
         case UsageError() | MissingExtraError():
@@ -126,7 +126,7 @@ def _describe(error: Exception) -> str | None:
 
 
 def _name_remedy_of_device(error: Exception) -> str:
-    """Return the remedy if memory, disk space or an operation is missing; otherwise empty."""
+    """Return the remedy for a lack of memory, disk space or an mps operation; otherwise ""."""
     if type(error).__name__ == "OutOfMemoryError":  # torch's
         return " Lower --batch-size or --mini-batch-size if there is one, or use --device cpu."
     if isinstance(error, OSError) and (error.errno, error.filename) == (errno.ENOSPC, None):

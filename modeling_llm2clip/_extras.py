@@ -1,4 +1,4 @@
-"""Maps optional packages to the extras in `setup.cfg`, and raises an error if one is missing.
+"""Maps optional packages to the extras in `setup.cfg`, and raises an error for a missing package.
 
 Imports only the standard library, so commands can check their packages before anything else.
 """
@@ -15,8 +15,8 @@ class Need(NamedTuple):
 
     Attributes:
         module: Name to import.
-        extra: Extra in `setup.cfg` that installs it.
-        reason: What needs it, such as "the vision tower is a timm network".
+        extra: Extra in `setup.cfg` that installs the package.
+        reason: Why the package is needed, such as "the vision tower is a timm network".
     """
 
     module: str

@@ -1,4 +1,4 @@
-"""Hides library warnings that users of a command cannot act on, each by its exact words."""
+"""Hides library warnings that users of a command cannot act on, matched by their exact words."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 def _but(begins: str) -> Callable[[logging.LogRecord], bool]:
-    """Build a filter that drops log records that begin with certain words."""
+    """Build a log filter that drops messages with a certain beginning."""
     return lambda record: not str(record.msg).startswith(begins)
 
 

@@ -1,8 +1,8 @@
 """Registers this package with transformers' Auto classes without importing torch.
 
 Registration needs our classes, which import torch, and that takes seconds. So each class is
-registered when the transformers module that owns the Auto class is imported, or immediately if it
-already is.
+registered when the transformers module that owns the Auto class is imported, or immediately if that
+module is already imported.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ _running: set[str] = set()
 
 
 def _register_ready_classes() -> None:
-    """Register every class whose Auto class is imported, unless either module is still executing.
+    """Register each class whose Auto class is imported, unless one of their modules still executes.
 
-    Our modules import the modules of the Auto classes, so one of ours may be partially executed
-    when an Auto module finishes. Its classes are registered once it has finished as well.
+    Our modules import the modules of the Auto classes, so one of our modules may be partially
+    executed when an Auto module finishes. The classes are registered once both modules have
+    finished.
     """
     for auto_name, ours_name, class_names, auto_classes in _REGISTRATIONS:
         ours_full_name = f"{__package__}.{ours_name}"

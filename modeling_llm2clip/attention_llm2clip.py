@@ -1,9 +1,10 @@
 """Attention for packed texts, registered with transformers as another implementation.
 
-The LLM's configuration selects it while a pack runs, and each layer receives the texts' lengths as
-an argument. A pass without packing computes the same as SDPA.
+The LLM's configuration selects this attention while a pack runs, and each layer receives the texts'
+positions as an argument. Without packing, the results are the same as with SDPA.
 
-Uploaded with the weights. Shapes: N texts with T tokens in total, d is the width of a head.
+Uploaded with the weights. Shapes: N is the number of texts, T their total number of tokens, d the
+head dimension.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class VarlenKernel(NamedTuple):
 
     Attributes:
         attend: Function with the arguments of torch's `varlen_attn`.
-        max_head_dim: Maximum head size that it supports, gradients included.
+        max_head_dim: Maximum head dimension that the kernel supports, also for gradients.
         dtypes: Supported dtypes of queries, keys and values.
     """
 
@@ -135,9 +136,9 @@ def recomputes(text_model: nn.Module) -> bool:
 def order_backends(device_type: str, text_model: nn.Module) -> AbstractContextManager[Any]:
     """Return a context in which a GPU prefers FlashAttention for padded texts.
 
-    cuDNN, the default on recent GPUs, builds a new plan for each batch shape. If the program has
-    disabled a backend, the order stays as it is. It also stays if a backward pass recomputes
-    layers, because that happens outside the context and must use the same backend.
+    cuDNN, the default on recent GPUs, builds a new plan for each batch shape. The order is not
+    changed if the program has disabled a backend, or if a backward pass recomputes layers, because
+    that happens outside the context and must use the same backend.
     """
     cuda = torch.backends.cuda
     if (
@@ -157,8 +158,8 @@ class PackedTexts:
     """Positions of the texts in a pack, and the direction of their attention.
 
     Attributes:
-        cu_seqlens: Start of each text and end of the last one, (N + 1,) int64 on the CPU. It is a
-            tensor so that other lengths do not recompile a compiled layer.
+        cu_seqlens: Start of each text and end of the last one, (N + 1,) int64 on the CPU. This is a
+            tensor so that a compiled layer is not recompiled for other lengths.
         is_causal: Whether a token attends only to earlier ones.
         kernel: Kernel for the attention; None for SDPA on blocks of texts of equal length.
         on_device: `cu_seqlens` for the kernel, (N + 1,) int32 on the LLM's device.
@@ -189,9 +190,10 @@ def attend_packed(
     """Attend within each text of a pack; implements transformers' attention interface.
 
     Queries are (1, heads, T, d), keys and values (1, key heads, T, d); the number of heads is a
-    multiple of the key heads. Returns (1, T, heads, d), and None in place of attention weights.
-    Raises ValueError if the layer needs a mask, soft capping, sinks, a window that a text exceeds,
-    or larger heads than the kernel supports. Without `packed_texts`, attends like SDPA.
+    multiple of the number of key heads. Returns (1, T, heads, d), and None in place of attention
+    weights. Raises ValueError if the layer needs a mask, soft capping, sinks, a window that a text
+    exceeds, or a larger head dimension than the kernel supports. Without `packed_texts`, attends
+    like SDPA.
     """
     if packed_texts is None:
         more = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux, **others}
@@ -298,7 +300,7 @@ def _split(heads: Tensor, count: int, length: int) -> Tensor:
 
 @contextmanager
 def packed_attention(text_model: PreTrainedModel, longest: int) -> Iterator[None]:
-    """Make this thread's pass attend within texts and skip the mask.
+    """Make this thread's forward pass attend only within each text, without a mask.
 
     Afterwards, the LLM's configuration is restored, unless a backward pass will recompute layers,
     which must use the same attention as in the forward pass.

@@ -1,7 +1,7 @@
 """Base class of all LLM2CLIP models: strict loading, complete saving, initialization.
 
-A saved folder contains its own code and the three JSON files that sentence-transformers reads. They
-only refer to sentence-transformers' own modules, because a custom module would need
+A saved folder contains its own code and the three JSON files that sentence-transformers reads.
+These files refer only to sentence-transformers' own modules, because a custom module would need
 `trust_remote_code`.
 
 Uploaded with the weights.
@@ -61,10 +61,10 @@ def write_sentence_transformers_files(
 ) -> None:
     """Write `modules.json`, `sentence_bert_config.json`, `config_sentence_transformers.json`.
 
-    `instructions` maps a name to the text that precedes a caption. Its tokens are pooled if the
-    prompt prefix is. If the last file already has these instructions, it is not rewritten, because
-    sentence-transformers or a user may have added other fields. `modalities` are `"text"`,
-    `"image"`, or both.
+    `instructions` maps a name to the text that precedes a caption. The instruction's tokens are
+    pooled if the prompt prefix is. If `config_sentence_transformers.json` already has these
+    instructions, it is not rewritten, because sentence-transformers or a user may have added other
+    fields. `modalities` are `"text"`, `"image"`, or both.
     """
     _write(folder / "modules.json", _MODULES)
     _write(
@@ -93,20 +93,20 @@ def write_sentence_transformers_files(
 
 
 def read_instructions(folder: Path) -> dict[str, str] | None:
-    """Read the instructions, text by name, from a folder's `config_sentence_transformers.json`.
+    """Read the instructions, name → text, from a folder's `config_sentence_transformers.json`.
 
-    Empty texts for queries and documents are left out. None if there is no such file.
+    Empty texts for queries and documents are left out. Returns None if there is no such file.
     """
     settings = _read(folder / SETTINGS_FILE)
     return None if settings is None else _without_defaults(settings.get("prompts") or {})
 
 
 def find_instructions(folder: Path, instructions: Mapping[str, str]) -> dict[str, str]:
-    """Choose the instructions to save, text by name: the model's, or newer ones in the folder.
+    """Choose the instructions to save, name → text: the model's, or newer ones in the folder.
 
     sentence-transformers writes its configuration, with a user's instructions, just before it saves
-    the model to the same folder. So the folder's instructions are newer if they differ from its
-    `config.json`, or if there is no `config.json` yet.
+    the model to the same folder. So the folder's instructions are newer than the model's if they
+    differ from those in the folder's `config.json`, or if there is no `config.json` yet.
     """
     written, config = read_instructions(folder), _read(folder / "config.json")
     if written is None:
@@ -124,9 +124,9 @@ def check_instructions(
 ) -> None:
     """Check that sentence-transformers counts the tokens of each instruction correctly.
 
-    It tokenizes the instruction by itself and excludes that many tokens from pooling. If the
-    caption changes how the instruction is tokenized, the wrong tokens are pooled. `num_suffix` is
-    the number of tokens in the prompt's suffix.
+    sentence-transformers tokenizes the instruction by itself and excludes that many tokens from
+    pooling. If the caption changes how the instruction is tokenized, the wrong tokens are pooled.
+    `num_suffix` is the number of tokens in the prompt's suffix.
     """
     errors = []
     for name, instruction in instructions.items():
@@ -231,8 +231,9 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
 
         Args:
             args: Positional arguments of transformers, starting with the folder or repository.
-            kwargs: Keyword arguments of transformers. A bitsandbytes `quantization_config` only
-                applies to the LLM; `ignore_mismatched_sizes=True` allows different shapes.
+            kwargs: Keyword arguments of transformers. A bitsandbytes `quantization_config` applies
+                only to the LLM; `ignore_mismatched_sizes=True` accepts weights whose shapes differ
+                from the model's.
 
         Returns:
             The model, in evaluation mode; with `output_loading_info=True` a tuple of the model and
@@ -351,8 +352,8 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
     def post_init(self) -> None:
         """Finish initialization like transformers, then prune `_no_split_modules`.
 
-        If the heads were initialized here instead of loaded, this model's copy of the configuration
-        says that they are random. The configuration of a trained model may have been passed.
+        If the heads were initialized instead of loaded, this model's copy of the configuration says
+        that they are random, even if the configuration of a trained model was passed.
         """
         super().post_init()  # type: ignore[no-untyped-call]
         self._start = sample_heads(self.named_parameters())
@@ -410,7 +411,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
     def _set_gradient_checkpointing(  # type: ignore[override]
         self, enable: bool = True, **settings: Any
     ) -> None:
-        """Switch gradient checkpointing in both towers; transformers' own misses timm networks.
+        """Switch gradient checkpointing in both towers; transformers' method skips timm networks.
 
         A frozen tower without support is skipped, because it stores no activations anyway.
         """
@@ -489,8 +490,9 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
 def set_attention_direction(text_model: PreTrainedModel, *, bidirectional: bool) -> None:
     """Make an LLM's attention bidirectional or causal, in place.
 
-    Sets both the configuration and the modules. With only the configuration, families that drop
-    attention arguments stay causal; with only the modules, eager attention and padded batches do.
+    Sets both the configuration and the modules. If only the configuration were set, families that
+    drop attention arguments would stay causal; if only the modules were set, eager attention and
+    padded batches would.
     """
     text_model.config.is_causal = not bidirectional
     for module in text_model.modules():

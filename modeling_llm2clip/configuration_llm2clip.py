@@ -51,16 +51,16 @@ class LLM2CLIPConfig(PreTrainedConfig):
     Args:
         vision_config: Configuration of the vision tower, as an object or as the dictionary in
             `config.json`; a dictionary needs its `model_type`.
-        text_config: Configuration of the LLM, likewise.
+        text_config: Configuration of the LLM, as an object or a dictionary.
         projection_dim: Width of the space that images and texts share.
         vision_width: Width of the vision tower's pooled output; None if the tower's own
             configuration states it.
         text_width: Width of the caption embeddings; None for the LLM's `hidden_size`. Some LLMs
-            (EmbeddingGemma 2) project to another width.
+            (EmbeddingGemma 2) project their hidden states to another width.
         text_dense_width: Width of the pooled hidden states if a linear layer maps them to
             `text_width`, as an embedder's Dense modules do; None without such a layer.
-        bidirectional: Whether every caption token attends to every other. Also written to
-            `text_config.is_causal`, which transformers' attention reads.
+        bidirectional: Whether every caption token attends to every other token. The opposite is
+            written to `text_config.is_causal`, which transformers' attention reads.
         text_pooling: `"mean"` or `"last_token"` of the tokens after the prompt's prefix. For
             embedders that also pool the prefix: the first token (`"cls"`), the mean of all tokens
             (`"full_mean"`), or the mean weighted by position (`"weighted_mean"`).
@@ -71,7 +71,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
             tokenizer. sentence-transformers does not count such a token in a prompt's length.
         max_text_length: Maximum number of tokens per text, prompt included.
         instructions: Name → text that sentence-transformers prepends to a caption on request
-            (`prompt_name`). They are pooled if the prompt prefix is.
+            (`prompt_name`). Instructions are pooled if the prompt prefix is.
         normalize_text_before_adapter: Whether caption embeddings are normalized before the
             adapter. True for most official models, False for models trained with the LLM in the
             loop.
@@ -84,16 +84,17 @@ class LLM2CLIPConfig(PreTrainedConfig):
         visual_projection_bias: Whether the image projection has a bias.
         logit_scale_init_value: Logarithm of the initial inverse temperature.
         random_heads: Which of `text_adapter`, `text_projection` and `visual_projection` still have
-            their random initial weights. A model's `save_pretrained` removes every head whose
-            weights have changed since it was built or loaded, no matter what trained it.
+            their random initial weights. A model's `save_pretrained` removes from this list every
+            head whose weights have changed since the model was built or loaded, no matter what
+            trained them.
         format_version: Version of the layout of weights and configuration; older versions are
             migrated on loading.
-        **kwargs: Fields that every transformers configuration has. Others cause a warning, but are
-            kept in a saved file.
+        **kwargs: Fields that every transformers configuration has. Unknown fields cause a warning,
+            but are kept in the saved file.
 
     Raises:
-        ValueError: A field name is misspelled, a field is missing from a saved file, has the wrong
-            type or contradicts another, or the format is newer than this package's.
+        ValueError: A field name is misspelled; a field is missing from a saved file, has the wrong
+            type or contradicts another field; or the format is newer than this package's.
     """
 
     model_type = "llm2clip"
@@ -162,7 +163,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
             self._attn_implementation = attn_implementation
 
     def __setattr__(self, key: str, value: Any) -> None:
-        """Set a field; refuse requests for hidden states, which only a call of the model takes."""
+        """Set a field; refuse requests for hidden states, which belong in a call of the model."""
         if value and key.lstrip("_") in ("output_hidden_states", "output_attentions"):
             raise ValueError(
                 f"{key.lstrip('_')}={value!r} in the configuration has no effect on the towers. "
@@ -184,7 +185,8 @@ class LLM2CLIPConfig(PreTrainedConfig):
             As `from_dict`.
 
         Raises:
-            ValueError: As `from_dict`, or the file is not JSON, or is nested too deeply.
+            ValueError: For the same reasons as in `from_dict`, or the file is not JSON or is nested
+                too deeply.
         """
         source = pretrained_model_name_or_path
         try:
@@ -205,7 +207,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> LLM2CLIPConfig:
         """Build from the content of a saved `config.json`, which must have every field.
 
-        A default for a missing field could change the embeddings.
+        Missing fields get no defaults, because a default could change the embeddings.
 
         Args:
             config_dict: Content of `config.json`.

@@ -29,8 +29,9 @@ _TAGS: dict[str, Any] = {"tags": (_UNSAFE,)} if _UNSAFE and _TAKES_TAGS else {}
 def build_position_ids(attention_mask: Tensor, *, first: int = 0) -> Tensor:
     """Build positions that start at each text's first real token, so left padding has no effect.
 
-    `first` is the position of that token. Returns (B, L) int64. Padding never has a larger position
-    than the last real token, because some LLMs choose rotary frequencies by the largest position.
+    `first` is the position of the first real token. Returns (B, L) int64. Padding never has a
+    larger position than the last real token, because some LLMs choose their rotary frequencies
+    based on the largest position.
     """
     real = attention_mask.long()
     first_real = real.argmax(dim=1, keepdim=True)  # (B, 1)
@@ -42,8 +43,8 @@ def build_position_ids(attention_mask: Tensor, *, first: int = 0) -> Tensor:
 def check_rotary_positions(text_config: Any, *, max_length: int) -> None:
     """Check that an LLM's rotary frequencies do not depend on the other texts in a batch.
 
-    Some LLMs switch frequencies for a whole batch once its longest text exceeds the length of their
-    pretraining.
+    Some LLMs switch frequencies for a whole batch if its longest text exceeds their pretraining
+    length.
     """
     parameters = getattr(text_config, "rope_parameters", None) or {}
     # Some LLMs have separate frequencies per type of layer.
@@ -75,9 +76,9 @@ def count_unpooled(
 ) -> int:
     """Count the tokens before each caption that are not pooled: prompt prefix and instruction.
 
-    With `pools_prompt` there are no such tokens. `prompt_length` is the number of tokens in the
-    instruction, tokenized with its prompt but without a special token at the end, as in
-    sentence-transformers. Without an instruction it is None or 0.
+    With `pools_prompt`, every token is pooled. `prompt_length` is the number of tokens in the
+    instruction, tokenized with the model's prompt but without a special token at the end, as in
+    sentence-transformers; None or 0 without an instruction.
     """
     if pools_prompt:
         return 0
@@ -115,7 +116,7 @@ def pool_tokens(hidden_states: Tensor, pooling_mask: Tensor, *, pooling: str) ->
 def mask_unpadded(
     input_ids: Tensor, *, pad_token_id: int | None, prefix_ids: list[int], suffix_ids: list[int]
 ) -> Tensor:
-    """Build a mask for ids that were passed without one: every token must be real.
+    """Build a mask for ids that were passed without a mask: every token must be real.
 
     The pad id may be part of the prompt, so a row counts as padded if it begins or ends with more
     pad ids than the prompt.
@@ -150,8 +151,8 @@ def mask_checked(
 
     Ids and mask are (B, L), padded on either side; without a mask, every token must be real. Every
     text must begin with `prefix_ids`, end with `suffix_ids`, and have a token of its own after the
-    `num_unpooled` tokens of prompt and instruction. ValueError shows the first row that does not.
-    The result is always a new tensor, because a custom operator may not return its input.
+    `num_unpooled` tokens of prompt and instruction. Otherwise, a ValueError shows the first invalid
+    row. The result is always a new tensor, because a custom operator may not return its input.
     """
     mask = attention_mask
     if mask is None:
@@ -237,7 +238,7 @@ class LogitRule(NamedTuple):
     """Turns unit-length embeddings into logits.
 
     Attributes:
-        scale: Inverse temperature, (1,) float32, or () in a rule from `plain_rule`.
+        scale: Inverse temperature, float32 of shape (1,), or () in a rule from `plain_rule`.
     """
 
     scale: Tensor
@@ -260,9 +261,10 @@ class LogitRule(NamedTuple):
 class LogitHead(nn.Module):
     """Learned inverse temperature, stored as its logarithm and clamped to [0, ln 100].
 
-    It has shape (1,) because FSDP2 rejects 0-dimensional parameters. It is a module because a
-    float32 parameter directly on the model would change the saved dtype. `half()` and similar calls
-    keep it in float32, because one float16 step at ln 100 changes every logit by 0.5%.
+    The parameter has shape (1,) because FSDP2 rejects 0-dimensional parameters. It is in its own
+    module because a float32 parameter directly on the model would change the saved dtype. `half()`
+    and similar calls keep the parameter in float32, because one float16 step at ln 100 changes
+    every logit by 0.5%.
 
     Args:
         initial_value: Logarithm of the initial inverse temperature.
@@ -339,7 +341,7 @@ class TextAdapter(nn.Module):
 
     Args:
         width: D.
-        num_layers: Number of blocks; None for an adapter without blocks and final norm.
+        num_layers: Number of blocks; None for an adapter without blocks or final norm.
         expansion: Width of the blocks' inner layers, as a multiple of D.
         normalize: Scale caption embeddings to unit length first.
     """
@@ -395,7 +397,7 @@ _CASTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def sample_heads(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Copy the first numbers of each weight outside the towers; none of a weight on `meta`."""
+    """Copy the first values of each weight outside the towers, none of a weight on `meta`."""
     return {name: _sample(weight) for name, weight in weights if not name.startswith(TOWERS)}
 
 

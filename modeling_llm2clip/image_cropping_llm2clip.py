@@ -1,12 +1,11 @@
-"""Image processors that crop like torchvision, one pixel off from transformers' crop.
+"""Image processors that crop like torchvision, up to one pixel off from transformers' crop.
 
-CLIP, EVA and timm train with torchvision's `CenterCrop`. It rounds half of an odd margin to the
-nearest even number, whereas transformers rounds down. From a margin of 3 pixels, torchvision cuts 2
-on the left and transformers 1, which changes every pixel.
+CLIP, EVA and timm train with torchvision's `CenterCrop`. torchvision rounds half of an odd margin
+to the nearest even number, whereas transformers rounds down. From a margin of 3 pixels, torchvision
+cuts 2 on the left and transformers 1, which changes every pixel.
 
 Uploaded with the weights. transformers has no classes with these names, so a program without this
-code fails to load the image processor. An extra setting of transformers' own class would be ignored
-silently.
+code fails to load the image processor instead of silently ignoring an extra setting.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class _TorchvisionCrop:
         return super().center_crop(image, size, **kwargs)  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings, with the classes for a program without this package to load."""
+        """Return the settings, which name the classes to load for programs without this package."""
         classes = [f"{cls.__module__.split('.')[-1]}.{cls.__name__}" for cls in _CLASSES]
         settings: dict[str, Any] = super().to_dict()  # type: ignore[misc]
         return settings | {"auto_map": {"AutoImageProcessor": classes}}

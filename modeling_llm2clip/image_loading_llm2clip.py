@@ -1,7 +1,7 @@
 """Loads images from any source as upright RGB on white. No other module decodes pixels.
 
-Every image is decoded in full unless a store or an index records otherwise, so it has the same
-pixels in training, extraction, evaluation, search, serving, and the saved processor. Pipelines of
+Every image is decoded in full unless a store or an index records otherwise, so its pixels are the
+same in training, extraction, evaluation, search, serving, and the saved processor. Pipelines of
 transformers decode images themselves: they drop the alpha channel and clip 16-bit pixels.
 
 Uploaded with the weights.
@@ -80,7 +80,7 @@ class ImageTooLargeError(ValueError):
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Limits on the images to decode; others are rejected based on their header.
+    """Limits on the images to decode; any other image is rejected based on its header.
 
     Args:
         max_megapixels: Maximum size of a decoded image, in millions of pixels. Cameras produce up
@@ -88,10 +88,10 @@ class ImageLimits:
         max_image_mb: Maximum size of an encoded image, in MB.
         max_aspect_ratio: Maximum ratio of the longer side to the shorter. A strip of 60,000 × 1
             pixels, a file of 100 bytes, would take gigabytes once its shorter side is resized.
-        max_jpeg_scans: Maximum number of scans in a JPEG. Progressive files have about ten, but a
-            few more bytes can force another pass over all pixels.
+        max_jpeg_scans: Maximum number of scans in a JPEG. Progressive files have about ten scans,
+            but a few more bytes can force another pass over all pixels.
         max_download_s: Maximum seconds for downloading an image from a URL.
-        formats: Accepted file formats, by Pillow's names. For some of the others, Pillow runs
+        formats: Accepted file formats, by Pillow's names. For some other formats, Pillow runs
             external programs, such as Ghostscript for EPS.
     """
 
@@ -171,10 +171,10 @@ def load_images(
             sides keep at least this many pixels. Default: decode in full.
 
     Returns:
-        One image for a single image, a list for a list.
+        A single image if one was passed, a list if a list was passed.
 
     Raises:
-        ImageTooLargeError: A single image was passed, and it is too large.
+        ImageTooLargeError: A single image was passed that is too large.
         ValueError: An image is missing, corrupt, beyond the limits, or has pixels of an unknown
             range. The message names the first eight such images and counts the others.
 
@@ -288,7 +288,8 @@ def _open_image(path: str, limits: ImageLimits, min_jpeg_side: int | None) -> Im
 def read_image_header(source: Any, *, name: str, limits: ImageLimits | None = None) -> Image.Image:
     """Open an image without decoding it, and check its header; no other code opens images.
 
-    `source` is a path or binary file, as in `PIL.Image.open`, or an image that it returned.
+    `source` is a path or binary file, as in `PIL.Image.open`, or an image that `PIL.Image.open`
+    returned.
     """
     limits = limits or get_image_limits()
     if isinstance(source, Image.Image):
@@ -365,7 +366,7 @@ def _require_within(image: Image.Image, name: str, limits: ImageLimits) -> None:
 
 
 def _read_all(image: Image.Image) -> bytes:
-    """Return the bytes of an image; empty if it is already decoded or its file is closed."""
+    """Return an image's encoded bytes; empty if it is already decoded or its file is closed."""
     file: Any = getattr(image, "fp", None)
     if file is None or file.closed:
         return b""
@@ -379,8 +380,8 @@ def _read_all(image: Image.Image) -> bytes:
 def _has_too_many_scans(content: bytes, limits: ImageLimits) -> bool:
     """Return whether a JPEG has too many scans, reading its segments the way libjpeg does.
 
-    It stops at the end of the first image. Cameras append other content, such as a video, which may
-    contain the bytes of a marker by chance.
+    Reading stops at the end of the first image. Cameras append other content, such as a video,
+    which may contain the bytes of a marker by chance.
     """
     if content.count(b"\xff\xda") <= limits.max_jpeg_scans:  # an upper bound on the scans
         return False
@@ -426,7 +427,7 @@ def _fetch(address: str, name: str, limits: ImageLimits) -> io.BytesIO:
 class _Downloader(
     urllib.request.HTTPHandler, urllib.request.HTTPSHandler, urllib.request.HTTPRedirectHandler
 ):
-    """Ends a download at a single deadline, and follows no redirect off the public web."""
+    """Ends a download at a deadline, and follows no redirect from the public web to other hosts."""
 
     def __init__(self, deadline: float) -> None:
         super().__init__()
@@ -453,13 +454,13 @@ class _Downloader(
 
 
 def _is_proxied(request: Any) -> bool:
-    """Return whether a request goes to a proxy, which resolves the host and decides itself."""
+    """Return whether a request goes to a proxy, which itself resolves and checks the host."""
     proxies, bypasses = urllib.request.getproxies(), urllib.request.proxy_bypass(request.host)
     return request.type in proxies and not bypasses
 
 
 def _is_web(url: str) -> bool:
-    """Return whether all addresses of a host are public."""
+    """Return whether all IP addresses of a URL's host are public."""
     return all(
         is_public(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]))
         for entry in socket.getaddrinfo(urlsplit(url).hostname, None, type=socket.SOCK_STREAM)
@@ -467,7 +468,7 @@ def _is_web(url: str) -> bool:
 
 
 def is_public(address: IpAddress) -> bool:
-    """Return whether an address is on the public internet, not in a private network."""
+    """Return whether an IP address is on the public internet, not in a private network."""
     if address in _TRANSLATED:
         address = ipaddress.IPv4Address(int(address) % 2**32)
     return (
@@ -540,7 +541,7 @@ def _decode(
 
 
 def _find_black_and_white(image: Image.Image) -> tuple[int, int]:
-    """Return the values of black and white beyond 8 bits; (0, 0) if the file does not say."""
+    """Return the values of black and white above 8 bits; (0, 0) if the file does not state them."""
     if image.mode.startswith("I;16"):
         tags = getattr(image, "tag_v2", {})  # TIFF, whose pixels Pillow does not rescale
         white = 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1

@@ -1,6 +1,6 @@
-"""Strict loading: choose the weight files, require every weight to fit, never run custom code.
+"""Strict loading: chooses the weight files, requires every weight to fit, never runs custom code.
 
-Quantization by bitsandbytes only applies to the LLM and is never saved.
+Quantization with bitsandbytes applies only to the LLM and is never saved.
 
 Uploaded with the weights.
 """
@@ -68,7 +68,8 @@ _UNSAVED_NUMBERS = 1 << 28
 def list_loaded_files(source: Any, options: Mapping[str, Any]) -> list[Path]:
     """List the weight files that a model's `from_pretrained` reads, given its keyword arguments.
 
-    Empty if a state dict or another format is requested. A repository's files must be in the cache.
+    The list is empty if a state dict or another format is requested. A repository's files must be
+    in the cache.
     """
     if source is None or any(options.get(name) for name in _OTHER_WEIGHTS):
         return []
@@ -95,7 +96,7 @@ def list_loaded_files(source: Any, options: Mapping[str, Any]) -> list[Path]:
 
 
 def list_model_files(folder: Path) -> list[Path]:
-    """List the weight files of an LLM2CLIP model, sorted by name, as loading reads them.
+    """List the weight files that loading an LLM2CLIP model reads, sorted by name.
 
     All code that hashes, checks, copies or counts a model's weights uses this list. A folder that
     also holds a LoRA is refused, because transformers would load the base that the LoRA names.
@@ -112,8 +113,9 @@ def list_model_files(folder: Path) -> list[Path]:
 def list_weight_files(path: Path, *, names: Sequence[str] = (WEIGHT_FILE,)) -> list[Path]:
     """List the weight files of a saved model that transformers reads, sorted by name.
 
-    `path` may be a weight file itself. In a folder, the first of `names` that exists is used, or
-    its index `NAME.index.json`. Duplicate or missing weights and a damaged index raise ValueError.
+    `path` may be a weight file itself. In a folder, the first file of `names` that exists is used,
+    or its index `NAME.index.json`. Duplicate or missing weights and a damaged index raise
+    ValueError.
     """
     if path.is_file():
         return [path]
@@ -167,7 +169,7 @@ def read_file_state(file: Path) -> tuple[int, ...] | None:
 
 
 def remove_old_layout(folder: Path, old_file: tuple[int, ...] | None) -> None:
-    """Remove the weight file or the index, whichever the last save did not write.
+    """Remove the weight file or the index, whichever is left from an earlier save.
 
     transformers itself removes shards that a save does not replace.
     """
@@ -177,7 +179,7 @@ def remove_old_layout(folder: Path, old_file: tuple[int, ...] | None) -> None:
 
 
 def require_own_names(folder: Path, parts: Sequence[str]) -> None:
-    """Check that saved weights are named after the model's parts; others would not load."""
+    """Check that saved weights are named after the model's parts; otherwise they would not load."""
     files = sorted(folder.glob("model*.safetensors"))
     names = {name for file in files for name in read_weight_shapes([file])}
     if strange := sorted(name for name in names if name.partition(".")[0] not in parts):
@@ -227,12 +229,12 @@ def read_weight_shapes(files: Sequence[Path]) -> dict[str, tuple[tuple[int, ...]
 
 @contextmanager
 def bounded_by_weights(list_files: Callable[[], Sequence[Path]]) -> Iterator[None]:
-    """Stop building a network that has far more weights than its files.
+    """Stop building a network that has far more weights than its weight files contain.
 
-    A configuration may state any number of layers and any width. Building such a network would take
-    minutes and fill the memory before its weights are found not to fit. The files are listed when
-    the first weight is registered: by then transformers has downloaded them. Without files, any
-    size is allowed.
+    A configuration may state any number of layers and any width. Building an oversized network
+    would take minutes and fill the memory before the mismatch with the files is found. The files
+    are listed when the first weight is registered: by then transformers has downloaded the files.
+    Without files, any size is allowed.
     """
     thread, seen, counts = threading.get_ident(), set[tuple[int, str]](), Counter[str]()
 
@@ -278,8 +280,8 @@ def bounded_by_weights(list_files: Callable[[], Sequence[Path]]) -> Iterator[Non
 def load_without_code(loader: Any, source: str | Path, **settings: Any) -> Any:
     """Call `loader.from_pretrained` without ever running code from the folder or repository.
 
-    transformers would ask on the terminal whether to run it. If transformers has its own class for
-    the model type, that class is used.
+    By default, transformers asks on the terminal whether to run such code. If transformers has its
+    own class for the model type, that class is used.
     """
     with naming_fields(source), naming_code(source, revision=settings.get("revision")):
         return loader.from_pretrained(source, trust_remote_code=False, **settings)
@@ -289,7 +291,7 @@ def load_without_code(loader: Any, source: str | Path, **settings: Any) -> Any:
 def naming_fields(source: Any, arguments: Iterable[str] = ()) -> Iterator[None]:
     """Raise errors about fields of a folder's files as ValueError, naming the folder and the files.
 
-    `arguments` are names of the caller's options, which may be the cause instead.
+    `arguments` names the caller's options, which may be the cause instead.
     """
     try:
         yield
@@ -320,7 +322,7 @@ def naming_fields(source: Any, arguments: Iterable[str] = ()) -> Iterator[None]:
 def naming_code(
     source: Any, *, revision: str | None = None, remedy: str = _REMEDY
 ) -> Iterator[None]:
-    """If the source refers to custom code, blame a loader's error on not having run it."""
+    """Explain a loading error by custom code that was not run, if the source refers to any."""
     try:
         yield
     except _LOADING_ERRORS as error:
@@ -417,7 +419,7 @@ _DICTIONARY_KEYS = ("load_in_4bit", "load_in_8bit")
 def quantize_llm_only(quantization_config: Any, *, class_name: str, has_llm: bool) -> Any:
     """Return a `quantization_config` for `from_pretrained` that quantizes only the LLM.
 
-    Configurations of libraries other than bitsandbytes are returned unchanged. A class without an
+    Configurations for libraries other than bitsandbytes are returned unchanged. A class without an
     LLM is refused.
     """
     config = quantization_config
@@ -440,8 +442,8 @@ def quantize_llm_only(quantization_config: Any, *, class_name: str, has_llm: boo
 def require_savable(model: PreTrainedModel) -> None:
     """Refuse to save quantized layers and layers wrapped by peft.
 
-    bitsandbytes may not restore quantized layers exactly, and the names of wrapped layers do not
-    load without peft.
+    bitsandbytes may not restore quantized layers exactly, and layers wrapped by peft are saved
+    under names that do not load without peft.
     """
     quantized = [
         name

@@ -1,8 +1,9 @@
 """The models' forward passes: two towers, a text adapter, two projections and a temperature.
 
-Uploaded with the weights. Shapes: B images or texts, L tokens, D width of a tower, P
-`projection_dim`. Embeddings are float32, whatever the dtype of the weights. As in transformers,
-methods that return an output object return a tuple of its fields with `return_dict=False`.
+Uploaded with the weights. Shapes: B is the number of images or texts, L the number of tokens, D the
+width of a tower, P `projection_dim`. Embeddings are float32, whatever the dtype of the weights. As
+in transformers, methods that return an output object return a tuple of the object's fields with
+`return_dict=False`.
 """
 
 from __future__ import annotations
@@ -68,12 +69,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class LLM2CLIPOutput(ModelOutput):
-    """Output of `forward`; a field is None if its input is missing.
+    """Output of `forward`; a field is None if the inputs it depends on were not passed.
 
     Attributes:
         loss: () float32, with `return_loss=True`.
         logits_per_image: (B images, B texts) float32, cosine times the inverse temperature.
-        logits_per_text: (B texts, B images) float32, the transpose.
+        logits_per_text: (B texts, B images) float32, the transpose of `logits_per_image`.
         text_embeds: (B texts, P) float32, unit length.
         image_embeds: (B images, P) float32, unit length.
         pooler_output: The embeddings again, in a call with only texts or only images.
@@ -114,20 +115,20 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         """Encode texts and project them, without normalizing the result.
 
         Args:
-            input_ids: (B, L) int64 from the model's own tokenizer, padded on either side. With a
-                model on a GPU they may stay on the CPU, which avoids a synchronization.
+            input_ids: (B, L) int64 from the model's own tokenizer, padded on either side. If the
+                model is on a GPU, the ids may stay on the CPU, which avoids a synchronization.
             attention_mask: (B, L), 1 at real tokens; required if there is padding.
-            prompt_length: Number of tokens of the instruction when tokenized by itself, the
-                model's prompt included, as sentence-transformers counts them; the same for all
-                texts. The instruction is attended to, but not pooled unless the pooling includes
-                the prompt.
+            prompt_length: Number of tokens in the instruction when tokenized by itself, including
+                the model's prompt, as sentence-transformers counts them; the same for all texts.
+                The instruction is attended to, but not pooled unless the pooling includes the
+                prompt.
             **kwargs: Further arguments of the LLM, such as `output_hidden_states`; with any of
                 them, texts run padded. `output_attentions` needs `attn_implementation="eager"`.
 
         Returns:
             `pooler_output` (B, P) float32, projected but not normalized, and the LLM's
-            `last_hidden_state` (B, L, D). Its values at padding are meaningless: zeros if the texts
-            ran without padding.
+            `last_hidden_state` (B, L, D). Hidden states at padding are meaningless; they are zero
+            if the texts ran without padding.
 
         Raises:
             TypeError: The LLM has no argument with this name.
@@ -171,7 +172,7 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
             (B, P) float32, differentiable.
 
         Raises:
-            ValueError: They are token ids, or their width is not the LLM's.
+            ValueError: `caption_embeds` are token ids, or their width is not `text_width`.
         """
         check_width(caption_embeds, self.config.text_width, name="caption_embeds")
         adapted = self.text_adapter(caption_embeds).to(self.text_projection.weight.dtype)
@@ -187,14 +188,14 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
             (B, P) float32 of unit length, differentiable.
 
         Raises:
-            ValueError: They are token ids, or their width is not the LLM's.
+            ValueError: `caption_embeds` are token ids, or their width is not `text_width`.
         """
         return _to_unit_length(self.project_caption_embeds(caption_embeds))
 
     def text_forward_lock(self) -> AbstractContextManager[Any]:
         """Return a context manager that keeps other threads from running the LLM.
 
-        Hold it while replacing layers of the LLM.
+        Hold this lock while replacing layers of the LLM.
         """
         return text_forward_lock
 
@@ -243,7 +244,7 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         return output
 
     def _find_text_device(self, input_ids: Tensor) -> torch.device:
-        """Return the device to run texts on; their ids may still be on the CPU."""
+        """Return the device to run the LLM on; `input_ids` may still be on the CPU."""
         is_here = is_traced() or input_ids.device.type != "cpu"
         if is_here or self.text_model.device.type == "meta":  # an offloaded LLM
             return input_ids.device
@@ -284,7 +285,7 @@ class _TextMixin(LLM2CLIPPreTrainedModel):
         return pool_padded(copy_to(input_ids, device), copy_to(mask, device))  # type: ignore[no-any-return]
 
     def _find_kernel(self, mask: Tensor, device: torch.device) -> VarlenKernel | None:
-        """Return the kernel for packed texts; None to run them padded."""
+        """Return the kernel for packed texts; None if the texts must run padded."""
         kernel = self.varlen_kernel or find_varlen_kernel(device)
         if kernel is None or not takes_dtype(kernel, self.text_model, device):
             return None
@@ -346,7 +347,7 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
             pixel_attention_mask: (B, patches), 0 at padding; from SigLIP2's image processor.
             spatial_shapes: (B, 2), height and width in patches; from SigLIP2's image processor.
             interpolate_pos_encoding: Whether to allow image sizes other than the tower's own.
-                Towers that take any size (DINO, convolutional networks) do not need it.
+                Towers that take any size (DINO, convolutional networks) do not need this option.
             **kwargs: Further arguments of the vision tower, such as `output_hidden_states`.
                 `output_attentions` needs `attn_implementation="eager"`.
 
@@ -399,7 +400,7 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
             (B, P) float32, differentiable.
 
         Raises:
-            ValueError: They are integers, or their width is not the tower's.
+            ValueError: `vision_embeds` are integers, or their width is not the tower's.
         """
         check_width(vision_embeds, self.visual_projection.in_features, name="vision_embeds")
         dtype = self.visual_projection.weight.dtype
@@ -417,7 +418,7 @@ class _VisionMixin(LLM2CLIPPreTrainedModel):
             (B, P) float32 of unit length, differentiable.
 
         Raises:
-            ValueError: They are integers, or their width is not the tower's.
+            ValueError: `vision_embeds` are integers, or their width is not the tower's.
         """
         return _to_unit_length(self.project_vision_embeds(vision_embeds))
 
@@ -464,8 +465,9 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
     Args:
         config: Configuration of the model.
         vision_model: A pretrained vision tower. If omitted, a tower with random weights is built
-            from the configuration. It must not be wrapped by peft; wrap the LLM2CLIPModel instead.
-        text_model: A pretrained LLM, likewise.
+            from the configuration. The tower must not be wrapped by peft; wrap the LLM2CLIPModel
+            instead.
+        text_model: A pretrained LLM. The same rules apply.
 
     Examples:
         >>> model = LLM2CLIPModel.from_pretrained("my-model")
@@ -527,7 +529,7 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
             pixel_attention_mask: As in `get_image_features`.
             spatial_shapes: As in `get_image_features`.
             interpolate_pos_encoding: As in `get_image_features`.
-            **kwargs: Further arguments of every tower that runs, as in both methods.
+            **kwargs: Further arguments, which are passed to every tower that runs.
 
         Returns:
             Embeddings of unit length, `logits_per_image`, and the towers' outputs.
@@ -559,7 +561,7 @@ class LLM2CLIPModel(_TextMixin, _VisionMixin):
     def compare(
         self, image_embeds: Tensor | None, text_embeds: Tensor | None, *, return_loss: bool = False
     ) -> LLM2CLIPOutput:
-        """Compare every image with every text, from their embeddings of unit length.
+        """Compare every image with every text, given their embeddings of unit length.
 
         Args:
             image_embeds: (B images, P) float32, or None.
@@ -639,7 +641,7 @@ class LLM2CLIPTextModel(_TextMixin):
 
 
 class LLM2CLIPVisionModel(_VisionMixin):
-    """Vision-only model: tower and projection. Also loads from a two-tower model's folder."""
+    """Vision-only model: a tower and its projection. Also loads from a two-tower model's folder."""
 
     _auto_classes = {"AutoModel": "modeling_llm2clip.LLM2CLIPVisionModel"}  # noqa: RUF012
     main_input_name = "pixel_values"

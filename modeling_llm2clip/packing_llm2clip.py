@@ -1,13 +1,13 @@
 """Runs texts of different lengths through an LLM without wasting time on padding.
 
-A CPU is faster on small pieces of a batch: rows of several texts without padding ("packs"), or
-batches of texts of similar length for LLMs that cannot run packs. A GPU runs a batch as one pack if
-torch has attention for it, and padded otherwise. Packing uses transformers' public attention
-interface, so no model code is copied. Before first use, each model is checked to see whether its
-family passes all arguments on to the attention function.
+A CPU is faster if it splits a batch into small pieces: rows of several texts without padding
+("packs"), or batches of texts of similar length for LLMs that cannot run packs. A GPU runs a batch
+as one pack if torch has a kernel for packed texts, and padded otherwise. Packing uses transformers'
+public attention interface, so no model code is copied. Before a model first runs a pack, a check
+verifies that its layers pass all arguments on to the attention function.
 
-Uploaded with the weights. Shapes: B is the batch size, L the number of tokens, T the tokens in a
-pack, D the width of the LLM.
+Uploaded with the weights. Shapes: B is the batch size, L the number of tokens, T the number of
+tokens in a pack, D the width of the LLM.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def _pool_pack(
 def _pool_token_batch(
     texts: list[Tensor], pool_padded: Callable[[Tensor, Tensor], BaseModelOutputWithPooling]
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """Return the same as `_pool_pack`, but computed with padding."""
+    """Return the same values as `_pool_pack`, but computed with padding."""
     input_ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
     lengths = torch.tensor([len(text) for text in texts])
     attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
@@ -154,9 +154,10 @@ def _pool_token_batch(
 
 
 def plan_packs(lengths: Sequence[int], *, token_budget: int) -> list[list[int]]:
-    """Group texts into packs of `token_budget` tokens, longest first, equal lengths adjacent.
+    """Group texts into packs of up to `token_budget` tokens, longest first, equal lengths adjacent.
 
-    Returns packs as lists of indices into `lengths`. A text over the budget gets its own pack.
+    Returns packs as lists of indices into `lengths`. A text longer than the budget gets its own
+    pack.
     """
     packs: list[list[int]] = []
     filled = 0
@@ -171,11 +172,11 @@ def plan_packs(lengths: Sequence[int], *, token_budget: int) -> list[list[int]]:
 
 
 def plan_token_batches(lengths: Sequence[int], *, token_budget: int) -> list[list[int]]:
-    """Group texts of similar length into batches of `token_budget` tokens, including padding.
+    """Group texts of similar length into batches of up to `token_budget` tokens with padding.
 
-    Returns batches as lists of indices into `lengths`, longest texts first. A text over the budget
-    gets its own batch. Padding is at most a tenth of all tokens; in a single batch, it is at most a
-    tenth of the tokens, or 64 tokens if that is more.
+    Returns batches as lists of indices into `lengths`, longest texts first. A text longer than the
+    budget gets its own batch. Padding is at most a tenth of all tokens; in a single batch, it is at
+    most a tenth of the tokens, or 64 tokens if that is more.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches: list[list[int]] = []
@@ -208,8 +209,8 @@ def run_packed(
     """Run one pack of texts through the LLM, bidirectional or causal as configured.
 
     The ids of each text are (L_i,) int64. Without a kernel, texts of equal length should be
-    adjacent, because each run of them is one attention call. Returns the last hidden states,
-    (sum of L_i, D).
+    adjacent, because each block of such texts is one attention call. Returns the last hidden
+    states, (sum of L_i, D).
     """
     lengths = [len(text) for text in texts]
     first = find_first_position(text_model)

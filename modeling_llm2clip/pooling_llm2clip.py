@@ -1,4 +1,4 @@
-"""Text poolings: how each pools padded and packed texts, and its names in other libraries.
+"""Methods of text pooling, for padded and packed texts, and their names in other libraries.
 
 The configuration reads these names, so this module does not import torch. Uploaded with the
 weights. Shapes: B is the batch size, L the number of tokens, D the width.
@@ -19,10 +19,10 @@ class TextPooling(NamedTuple):
     Attributes:
         padded: Pools states (B, L, D), with a mask (B, L) of the tokens to pool, to (B, D) float32.
         packed: Pools the states (L, D) of one text's tokens to (D,).
-        description: Its name in messages.
-        pools_prompt: Whether it also pools the prompt's prefix.
-        sentence_transformers: Its `pooling_mode` in sentence-transformers.
-        llm2vec: Its `pooling_mode` in LLM2Vec; some poolings have two.
+        description: Name of the pooling in messages.
+        pools_prompt: Whether the prompt's prefix is also pooled.
+        sentence_transformers: Name of the pooling in sentence-transformers (`pooling_mode`).
+        llm2vec: Names of the pooling in LLM2Vec (`pooling_mode`), up to two.
     """
 
     padded: Callable[[Tensor, Tensor], Tensor]
@@ -34,7 +34,7 @@ class TextPooling(NamedTuple):
 
 
 def _take(states: Tensor, places: Tensor) -> Tensor:
-    """Take one token per text, (B, L, D) at (B,) to (B, D)."""
+    """Take the state of one token per text: (B, L, D) at positions (B,) to (B, D)."""
     places = places[:, None, None].expand(-1, 1, states.shape[2])
     return states.gather(1, places).squeeze(1).float()
 

@@ -1,4 +1,4 @@
-"""Turns images and texts into model inputs, with an error for each invalid one.
+"""Turns images and texts into model inputs, and raises an error for invalid ones.
 
 Uploaded with the weights. The prompt around captions is part of the saved tokenizer, so the
 tokenizer on its own and a pipeline produce the same ids as this processor.
@@ -69,8 +69,8 @@ if hasattr(os, "register_at_fork"):  # a fork waits until other threads have fin
 class LLM2CLIPProcessor(ProcessorMixin):
     """Image processor and tokenizer of a model.
 
-    Threads may share a processor. Do not use its tokenizer directly at the same time, because
-    tokenizers are not thread-safe.
+    Threads may share a processor. Do not call the processor's tokenizer directly at the same time,
+    because tokenizers are not thread-safe.
 
     Args:
         image_processor: Any image processor of transformers, or `LLM2CLIPImageProcessor`, which
@@ -80,7 +80,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
         **kwargs: Further arguments of `ProcessorMixin`.
 
     Attributes:
-        num_truncated_texts: Number of texts truncated so far; may be set to 0.
+        num_truncated_texts: Number of texts truncated so far; you may reset it to 0.
 
     Raises:
         ValueError: `max_text_length` is not a positive integer, or the image processor's images
@@ -119,8 +119,8 @@ class LLM2CLIPProcessor(ProcessorMixin):
             kwargs: Keyword arguments for transformers.
 
         Raises:
-            ValueError: It cannot be loaded without custom code (the message names the file that
-                refers to that code), or a file has an invalid field.
+            ValueError: The processor cannot be loaded without custom code (the message names the
+                file that refers to that code), or a file has an invalid field.
         """
         source, revision = pretrained_model_name_or_path, kwargs.get("revision")
         runs_code = kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))
@@ -135,7 +135,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read `processor_config.json`; without it, read the text length from `config.json`.
 
-        A folder lacks `processor_config.json` if model, tokenizer and image processor were saved
+        A folder has no `processor_config.json` if model, tokenizer and image processor were saved
         separately.
 
         Args:
@@ -166,8 +166,8 @@ class LLM2CLIPProcessor(ProcessorMixin):
             kwargs: Fields to override.
 
         Raises:
-            ValueError: `max_text_length` is missing. A default could truncate texts at a different
-                length than in training.
+            ValueError: `max_text_length` is missing. It has no default, because a default could
+                truncate texts at a different length than in training.
         """
         if "max_text_length" not in {*processor_dict, *kwargs}:
             raise ValueError(
@@ -205,8 +205,8 @@ class LLM2CLIPProcessor(ProcessorMixin):
             int64 for texts.
 
         Raises:
-            ValueError: A caption is not a string, an image is invalid, or an option is unknown. The
-                message names them.
+            ValueError: A caption is not a string, an image is invalid, or an option is unknown; the
+                message names it.
         """
         if on_long_text not in ("truncate", "error"):
             raise ValueError(f"on_long_text must be 'truncate' or 'error', got {on_long_text!r}.")
@@ -257,21 +257,22 @@ class LLM2CLIPProcessor(ProcessorMixin):
             **limits: Fields of `ImageLimits` that override `get_image_limits`.
 
         Returns:
-            The image, which is decoded on first use.
+            The image, which will be decoded on first use.
 
         Raises:
-            ValueError: It is not an image, or it exceeds the limits.
+            ValueError: The source is not an image, or exceeds the limits.
         """
         return read_image_header(source, name=name, limits=get_image_limits(**limits))
 
     def list_ids(self, texts: Iterable[str]) -> tuple[list[list[int]], list[bool]]:
-        """Return the token ids of each text, the same as from a call but without padding.
+        """Return the token ids of each text: the same ids as from a call, but without padding.
 
         Args:
             texts: N non-blank texts.
 
         Returns:
-            N lists of ids, and N booleans that are True for truncated texts.
+            One list of ids per text, and one boolean per text that is True if the text was
+            truncated.
 
         Raises:
             ValueError: A text is blank or not a string (the message names it), or the maximum
@@ -287,7 +288,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
 
     @property
     def longest_text(self) -> int:
-        """Maximum number of tokens per text: `max_text_length` or the tokenizer's own maximum."""
+        """Maximum tokens per text: the smaller of `max_text_length` and the tokenizer's maximum."""
         # sentence-transformers' max_seq_length sets the latter.
         return min(self.max_text_length, int(self.tokenizer.model_max_length))
 
@@ -320,7 +321,7 @@ class LLM2CLIPProcessor(ProcessorMixin):
         return {**kwargs, "text_kwargs": text_kwargs, "common_kwargs": common}
 
     def _require_room(self, text_kwargs: dict[str, Any]) -> None:
-        """Raise ValueError if a length has no room for a caption: nothing would be truncated."""
+        """Raise ValueError if a length leaves no room for a caption: nothing would be truncated."""
         length = _check_length(text_kwargs["max_length"], "max_length")
         num_prompt = self.tokenizer.num_special_tokens_to_add()
         if text_kwargs["truncation"] and length <= num_prompt:
@@ -412,7 +413,7 @@ def _refuse_options(kwargs: Mapping[str, Any], image_processor: Any) -> None:
 
 
 def _check_image_processor(image_processor: Any) -> None:
-    """Raise ValueError for settings that cannot produce the images that a tower was trained on."""
+    """Raise ValueError for settings that cannot have been used to train a tower."""
     sides = {
         f"{name} {side}": pixels
         for name in ("size", "crop_size")
@@ -475,7 +476,7 @@ def clean_list(texts: Any) -> list[str]:
 
 
 def check_texts(text: str | list[str], *, takes_blank: bool = False) -> None:
-    """Raise ValueError if captions are blank, not strings or not valid Unicode, and name them."""
+    """Raise ValueError that names the captions that are blank, not strings or not valid Unicode."""
     errors = []
     for number, caption in enumerate([text] if isinstance(text, str) else text, start=1):
         if not isinstance(caption, str):

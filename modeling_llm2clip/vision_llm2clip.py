@@ -37,10 +37,11 @@ def check_pixels(vision_model: nn.Module, pixel_values: Tensor) -> None:
 
 
 def require_restored_buffers(vision_model: nn.Module) -> None:
-    """Raise ValueError if loading leaves tables of a timm network uninitialized.
+    """Raise ValueError if loading would leave tables of a timm network uninitialized.
 
-    Tables derived from the settings, such as relative positions, are not saved. A network is loaded
-    without computing them, so each module needs a method to compute its tables afterwards.
+    Tables derived from the settings, such as relative positions, are not saved. Loading a network
+    does not compute these tables, so each module needs a method that computes its own tables
+    afterwards.
     """
     timm_model: Any = getattr(vision_model, "timm_model", None)
     if timm_model is None:
@@ -83,7 +84,7 @@ def has_class_token(vision_model: nn.Module) -> bool:
 
 
 def find_fixed_size(vision_model: nn.Module) -> tuple[int, int] | None:
-    """Return the height and width that a tower has positions for; None if it takes any size."""
+    """Return the image height and width that a tower requires; None if it takes any size."""
     timm_model: Any = getattr(vision_model, "timm_model", None)
     config: Any = vision_model.config
     trained = (getattr(config, "pretrained_cfg", None) or {}).get("input_size", ())[-2:]  # timm
@@ -103,7 +104,7 @@ def find_fixed_size(vision_model: nn.Module) -> tuple[int, int] | None:
 def _has_table_of_pairs(vision_model: nn.Module) -> bool:
     """Return whether attention has a bias for each pair of patches of the whole image (LeViT).
 
-    An image of another shape but with as many patches would silently get the biases of other pairs.
+    An image of another shape with the same number of patches would silently get the wrong biases.
     Attention within windows also has such tables, but works for images of any size.
     """
     # Lists, because torch.compile cannot trace generators here.
@@ -116,8 +117,8 @@ def _has_table_of_pairs(vision_model: nn.Module) -> bool:
 def _has_fixed_table(vision_model: nn.Module, size: tuple[int, ...]) -> bool:
     """Return whether a table has one row per patch and is not interpolated.
 
-    For example, AIMv2 would use the wrong rows for an image of another shape but with as many
-    patches.
+    For example, AIMv2 would use the wrong rows for an image of another shape with the same number
+    of patches.
     """
     kinds = {*map(type, vision_model.modules())}
     # If only a module inside the tower takes the argument, it is never passed (GraniteDocling).
@@ -135,8 +136,8 @@ def _has_fixed_table(vision_model: nn.Module, size: tuple[int, ...]) -> bool:
 def _find_size_of_distances(timm_model: nn.Module) -> tuple[int, int] | None:
     """Return the image size of timm's MViTv2; None for other networks.
 
-    Its position table is indexed by distance, counted from the largest one. A smaller image would
-    silently read the entries for other distances, and a larger image would raise IndexError.
+    MViTv2's position table is indexed by distance, counted from the largest one. A smaller image
+    would silently read the entries for other distances, and a larger image would raise IndexError.
     """
     tables = dict(timm_model.named_parameters())
     first = [tables.get(f"stages.0.blocks.0.attn.rel_pos_{side}") for side in "hw"]
@@ -150,8 +151,9 @@ def _find_size_of_distances(timm_model: nn.Module) -> tuple[int, int] | None:
 def find_patch_size(vision_model: nn.Module) -> int:
     """Return the side of a patch in pixels; 0 for networks without patches.
 
-    Networks with overlapping patches merge them later. For these, it is the side covered by one
-    position of the last stage, because each stage drops the pixels beyond a multiple of its stride.
+    Networks with overlapping patches merge them later. For such networks, the result is the side
+    covered by one position of the last stage, because each stage drops the pixels beyond a multiple
+    of its stride.
     """
     timm_model: Any = getattr(vision_model, "timm_model", None)
     size: Any
@@ -179,7 +181,7 @@ def find_patch_size(vision_model: nn.Module) -> int:
 def choose_interpolation(
     vision_model: nn.Module, pixel_values: Tensor, *, interpolate: bool
 ) -> dict[str, bool]:
-    """Return the tower's argument for interpolation, if images of this size need it.
+    """Return the tower's argument for interpolating positions, if images of this size need it.
 
     Some towers would silently use the wrong positions for images of another size. Raises ValueError
     if the tower has no positions for this size and may not or cannot interpolate them, or if the
@@ -306,7 +308,7 @@ def can_interpolate(module: nn.Module) -> bool:
 def _find_own_parameters(vision_model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters outside the pooling modules, by the last part of their names.
 
-    The weight of an embedding goes by the embedding's name.
+    The weight of an embedding layer is listed under the layer's name.
     """
     paths = ((n.removesuffix(".weight").split("."), v) for n, v in vision_model.named_parameters())
     return {path[-1]: value for path, value in paths if _POOLING_PARTS.isdisjoint(path)}
