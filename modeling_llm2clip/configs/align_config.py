@@ -8,14 +8,15 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 
 from .config_fields import TrainingConfig
+from .encoding_config import JpegConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlignConfig(TrainingConfig):
+class AlignConfig(TrainingConfig, JpegConfig):
     """Options for `align`: what to train, on what data and how long (paper, section 3.2)."""
 
     without_flags = (
-        "early_stopping_patience", "eval_steps", "inherit_steps", "keep_weight",
+        "early_stopping_patience", "eval_steps", "inherit_steps", "jpeg_decoding", "keep_weight",
         "long_caption_ratio", "lora_rank", "loss_chunk_size", "max_grad_norm", "structure_weight",
         "vision_learning_rate", "weight_decay",
     )  # fmt: skip
@@ -116,7 +117,7 @@ class AlignConfig(TrainingConfig):
     the LLM and equal to the rank in the vision tower."""
     num_workers: Annotated[int, Interval(ge=0)] | None = None
     """Number of worker processes that decode images or tokenize captions; 0 uses none. Default: if
-    images are decoded for a GPU, this process's share of the CPU cores, at most 8; otherwise none.
+    images are decoded for a GPU, this process's share of the CPU cores, at most 32; otherwise none.
     """
     save_steps: Annotated[int, Interval(ge=1)] | None = None
     """Steps between checkpoints; the last step is always saved. Default: 500, or as many as take
@@ -224,6 +225,10 @@ class AlignConfig(TrainingConfig):
             f"caption_noise={self.caption_noise} applies to stored embeddings: pass a "
             "caption_store, or leave caption_noise out": (
                 self.caption_noise != 0 and "caption_noise" in self.list_given() and not captions
+            ),
+            f"jpeg_decoding={self.jpeg_decoding} applies to decoded images, but the image_store "
+            "replaces them: leave jpeg_decoding out": (
+                self.jpeg_decoding != "full" and images and is_frozen
             ),
             f"projection_init=cca {needs_both}": self.projection_init == "cca" and not is_stored,
             f"max_steps=0 writes the closed-form solution, which {needs_both}": (

@@ -42,7 +42,7 @@ that an ONNX graph returns unit embeddings. Embeddings on a GPU may not be compu
 """
 
 _MOST_WORKERS = 8
-_MOST_BESIDE_GPU = 32  # each holds a batch of pixels
+MOST_BESIDE_GPU = 32  # each holds a batch of pixels
 _PARTS = 8  # per batch of images, so the first batch is ready in an eighth of the time
 _PIXELS_AT_ONCE = 2**22
 _COPIED_AT_ONCE = 2**28  # bytes of embeddings kept on a GPU before they are copied
@@ -220,7 +220,7 @@ def prepare_batches(
         return
     remaining = chain(first, remaining)
     if num_workers is None:
-        most = _MOST_WORKERS if device.type == "cpu" else _MOST_BESIDE_GPU
+        most = _MOST_WORKERS if device.type == "cpu" else MOST_BESIDE_GPU
         num_workers = default_num_workers(most=most)
     with ThreadPoolExecutor(num_workers, initializer=use_one_core) as pool:
         if device.type == "cpu":

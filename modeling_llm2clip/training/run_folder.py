@@ -14,7 +14,7 @@ import shutil
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -139,7 +139,9 @@ def require_same_run(
     if not (folder / RUN_FILE).is_file():
         return
     record = read_run_record(folder)
-    earlier = _flatten({**record["config"], **record["inputs"]})
+    # An option that is newer than the run had its default.
+    defaults = {f.name: f.default for f in fields(config) if f.default is not MISSING}
+    earlier = _flatten({**_to_json(defaults), **record["config"], **record["inputs"]})
     now = _flatten({**_to_json(asdict(config)), **_to_json(inputs)})
     ignored = _MAY_DIFFER | set(may_differ)
     different = [

@@ -26,7 +26,14 @@ from ...data.records.record_table import Array, RecordTable, require_images
 from ...data.records.records import CaptionedImage
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.streams.record_streams import RecordStream
+from ...encoding.batches import (
+    PreparedImages,
+    find_min_jpeg_side,
+    join_images,
+    prepare_images,
+)
 from ...encoding.devices import count_free_bytes
+from ...encoding.pixel_normalization import find_normalization
 from ...image_loading_llm2clip import load_images
 from ...processing_llm2clip import LLM2CLIPProcessor
 from .align_checks import (
@@ -119,18 +126,36 @@ class StoredRows:
         return torch.from_numpy(rows)
 
 
+def decode(image: Any, *, min_jpeg_side: int | None = None) -> Any:
+    """Decode an image, so a batch need not hold all of its images before they are resized."""
+    return load_images(open_image(image, min_jpeg_side=min_jpeg_side))
+
+
 class _Sampled:
     """Base of datasets and streams: makes model inputs from batches, adding noise as configured."""
 
     config: AlignConfig
+    processor: LLM2CLIPProcessor
     caption_store: EmbeddingStore | None
     image_store: EmbeddingStore | None
     reads_images: bool
     _stored: dict[StoredSide, StoredRows]
+    _prepare: Callable[[Sequence[Any]], PreparedImages]
 
     @property
     def is_stored(self) -> bool:
         return self.caption_store is not None and not self.reads_images
+
+    def _choose_preparation(self) -> Callable[[Sequence[Any]], PreparedImages]:
+        """Return the function that decodes images one by one, as uint8 if the model normalizes."""
+        decoding = self.config.jpeg_decoding
+        least = find_min_jpeg_side(self.processor.image_processor, decoding)
+        return partial(
+            prepare_images,
+            self.processor,
+            open_image=partial(decode, min_jpeg_side=least),
+            normalization=find_normalization(self.processor, torch.device("cpu")),
+        )
 
     def make_inputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Make model inputs from a batch, on the device of its tensors.
@@ -187,6 +212,7 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
                 _, self._stored_long = store.count_rows()
         if self.reads_images:
             require_images(self.records)
+            self._prepare = self._choose_preparation()
         if self.image_store is not None:
             self._image_items = pair_items(self.records, self.image_store)
             require_same_images(self.records, self.image_store, self._image_items)
@@ -239,8 +265,8 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
                     rows, identify, dtype=None if as_stored else torch.float32
                 )
         if self.reads_images:
-            images = [open_image(image) for image in self.records.select(items).iterate_images()]
-            batch |= self.processor(images=images)
+            images = list(self.records.select(items).iterate_images())
+            batch |= self._prepare(images).inputs
         return batch
 
     def copy_stores(self, device: torch.device, *, num_reads: int) -> None:
@@ -272,11 +298,6 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
         return self.records.take(items[places], ("name", "lang"))
 
 
-def decode_sample(record: CaptionedImage) -> tuple[CaptionedImage, Any]:
-    """Decode a record's image before batching, so a broken image can be replaced."""
-    return record, load_images(open_image(record.image))
-
-
 @dataclass(eq=False)
 class AlignmentStream(_Sampled):
     """Makes batches from a stream's records, as `AlignmentDataset` does from an index.
@@ -293,6 +314,7 @@ class AlignmentStream(_Sampled):
     caption_store: EmbeddingStore | None = None
 
     def __post_init__(self) -> None:
+        self._prepare = self._choose_preparation()
         self.num_views = 0
         self._stored = {}
         if self.caption_store is not None:
@@ -303,8 +325,12 @@ class AlignmentStream(_Sampled):
             self._keys = keys[self._order]
             self._text_keys = np.concatenate([*self.caption_store.iterate_numbers("text_key")])
 
-    def collate(self, samples: Sequence[tuple[CaptionedImage, Any]]) -> dict[str, Any]:
-        """Collate records and their decoded images into a batch for `make_inputs`."""
+    def prepare_sample(self, record: CaptionedImage) -> tuple[CaptionedImage, PreparedImages]:
+        """Prepare a record's image before batching, so a broken image can be replaced."""
+        return record, self._prepare([record.image])
+
+    def collate(self, samples: Sequence[tuple[CaptionedImage, PreparedImages]]) -> dict[str, Any]:
+        """Collate records and their prepared images into a batch for `make_inputs`."""
         records = [record for record, _ in samples]
         listed = [(*r.captions, *with_views(r.long_captions, self.num_views)) for r in records]
         keys = np.array([hash_identity(record.name, record.lang) for record in records])
@@ -322,7 +348,7 @@ class AlignmentStream(_Sampled):
             "group_ids": torch.tensor([hash_text(record.group_id) for record in records]),
             "text_keys": torch.tensor([hash_text(text) for text in texts]),
             "noise_seed": noise_seed,
-            **self.processor(images=[image for _, image in samples]),
+            **join_images(list(enumerate(images for _, images in samples))).inputs,
         }
         if (store := self.caption_store) is None:
             return batch | dict(self.processor(text=texts))

@@ -19,10 +19,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ...configs.align_config import AlignConfig
 from ...data.store.embedding_store import EmbeddingStore
+from ...encoding.pixel_normalization import find_normalization
 from ...encoding.precision import load_on_device
 from ...model_folders.guarded_loading import find_stored_dtype, load_in_precision
 from ...modeling_llm2clip import LLM2CLIPVisionModel
 from ...scheduling.graceful_stop import StopRequest
+from ...scheduling.processes import choose_device
 from ..losses.loss import Loss
 from ..run_folder import (
     METRICS_FILE,
@@ -101,6 +103,10 @@ class AlignmentFit:
             with_vision_tower=self.data.dataset.reads_images,
         )
         model.loss = deepcopy(self.loss)
+        if self.data.dataset.reads_images:
+            model.normalization = find_normalization(
+                self.data.dataset.processor, choose_device(self.config.device)
+            )
         if self.config.distillation_weight and self.data.dataset.image_store is None:
             model.teacher_model = load_on_device(LLM2CLIPVisionModel, self.source, device)
         return model

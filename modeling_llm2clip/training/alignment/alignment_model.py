@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ...configs.align_config import AlignConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
 from ...encoding.layer_compilation import find_layers
+from ...encoding.pixel_normalization import PixelNormalization
 from ...model_folders.model_loading import PartialModel
 from ...modeling_llm2clip import LLM2CLIPVisionModel
 from ...processing_llm2clip import LLM2CLIPProcessor
@@ -45,7 +46,8 @@ class AlignmentModel(PartialModel):
 
     Gradients reach a tower if `trains_text` or `trains_vision` is set. If the loss is a module, its
     parameters are also parameters of this model. `teacher_model` is the vision side before
-    training, set if the loss needs it and there is no image store.
+    training, set if the loss needs it and there is no image store. `normalization` is set if the
+    data has images as uint8 pixels.
     """
 
     loss: Loss
@@ -59,6 +61,7 @@ class AlignmentModel(PartialModel):
         super().__init__(config, with_llm, with_vision_tower)
         self.trains_text = self.trains_vision = False
         self.teacher_model = None
+        self.normalization: PixelNormalization | None = None
 
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor | None, LossInputs]:
         """Encode images and captions, or start from their stored embeddings.
@@ -75,8 +78,9 @@ class AlignmentModel(PartialModel):
         teacher_embeds = batch.get("teacher_embeds")
         vision_embeds, caption_embeds = batch.get("vision_embeds"), batch.get("caption_embeds")
         if vision_embeds is None:
+            pixels = batch["pixel_values"]
             images = (
-                batch["pixel_values"],
+                pixels if self.normalization is None else self.normalization.apply(pixels),
                 batch.get("pixel_attention_mask"),
                 batch.get("spatial_shapes"),
             )

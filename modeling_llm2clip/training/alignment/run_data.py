@@ -34,9 +34,9 @@ from ...data.remote.remote_files import FileInfo
 from ...data.store.embedding_store import EmbeddingStore
 from ...data.streams.record_streams import RecordStream, make_loader, read_report
 from ...data.streams.stream_run import StreamReport, hash_shards, share_batch
-from ...encoding.batches import default_num_workers
+from ...encoding.batches import MOST_BESIDE_GPU, default_num_workers
 from ...processing_llm2clip import LLM2CLIPProcessor
-from .alignment_data import AlignmentDataset, AlignmentStream, decode_sample
+from .alignment_data import AlignmentDataset, AlignmentStream, decode
 from .held_out import (
     HeldOutImages,
     choose_held_out,
@@ -156,7 +156,7 @@ class StreamData:
             self.dataset.stream,
             batch_size=batch_size // arguments.world_size,
             collate=self.dataset.collate,
-            prepare=decode_sample,
+            prepare=self.dataset.prepare_sample,
             num_workers=count_workers(self.config, arguments, decodes=True),
             drop_last=True,
             pin_memory=arguments.device.type == "cuda",
@@ -291,7 +291,9 @@ def open_stream(
     dataset = AlignmentStream(part, processor, config, caption_store=caption_store)
     held_out = None
     if held:
-        measured = AlignmentDataset(held, processor, caption_store=caption_store, is_part=True)
+        measured = AlignmentDataset(
+            held, processor, config, caption_store=caption_store, is_part=True
+        )
         held_out = HeldOutImages(measured, np.arange(len(held)))
     return StreamData(dataset, config, held_out=held_out)
 
@@ -331,7 +333,7 @@ def hold_out_of_stream(
                 others.add(group)
                 continue
             try:
-                decode_sample(record)
+                decode(record.image)
             except ValueError:
                 broken.add(group)
                 groups.pop(group, None)
@@ -355,4 +357,6 @@ def count_workers(config: AlignConfig, arguments: TrainingArguments, *, decodes:
     if config.num_workers is not None:
         return config.num_workers
     # On a CPU, workers would compete with training; stored embeddings need no workers.
-    return default_num_workers() if decodes and arguments.device.type != "cpu" else 0
+    if not decodes or arguments.device.type == "cpu":
+        return 0
+    return default_num_workers(most=MOST_BESIDE_GPU)

@@ -106,6 +106,26 @@ def test_noise_on_embeddings_that_are_not_stored_is_refused(
     AlignConfig(**{**options, **off}).require_stores(*stores)
 
 
+def test_decoding_without_images_to_decode_is_refused() -> None:
+    scaled = AlignConfig(jpeg_decoding="scaled")
+    with pytest.raises(ValueError, match="jpeg_decoding=scaled applies to decoded images"):
+        scaled.require_stores("captions", "images")
+    scaled.require_stores("captions", None)
+
+
+def test_an_option_that_is_newer_than_a_run_had_its_default(
+    prepared: Prepared, finished: Run, tmp_path: Path
+) -> None:
+    run = finished.copy_without_model(tmp_path / "run")
+    record = read_sealed((run / "run.json").read_text())
+    del record["config"]["jpeg_decoding"]
+    (run / "run.json").write_text(write_sealed(record))
+    message = "another run: jpeg_decoding: 'full' then, 'scaled' now"
+    with pytest.raises(ValueError, match=message):
+        prepared.align(run, jpeg_decoding="scaled", resume=True)
+    prepared.align(run, resume=True)
+
+
 @pytest.mark.slow
 def test_bad_data_is_refused_before_a_tower_is_loaded(prepared: Prepared, tmp_path: Path) -> None:
     out = tmp_path / "run"

@@ -26,7 +26,6 @@ from modeling_llm2clip.training.alignment import run_data
 from modeling_llm2clip.training.alignment.align import align
 from modeling_llm2clip.training.alignment.alignment_data import (
     AlignmentStream,
-    decode_sample,
 )
 from modeling_llm2clip.training.alignment.alignment_report import NOT_JUDGED, describe_alignment
 from modeling_llm2clip.training.alignment.alignment_trainer import make_training_arguments
@@ -274,7 +273,7 @@ def test_stored_captions_of_a_stream_have_their_noise(prepared: Prepared, shards
         stream_records(shards), prepared.processor, AlignConfig(caption_noise=0.5),
         caption_store=prepared.caption_store,
     )  # fmt: skip
-    samples = [decode_sample(record) for record in stream_records(shards)]
+    samples = [dataset.prepare_sample(record) for record in stream_records(shards)]
     drawn = []
     for epoch in (0, 0, 1):
         dataset.stream.set_epoch(epoch)
@@ -297,7 +296,7 @@ def test_a_record_that_the_store_lacks_is_named(prepared: Prepared, shards: Path
         {"captions": ("another", *record.captions[1:])},
     ):
         with pytest.raises(ValueError, match=r"1 of 1 records of a batch are not in .*\(en\)"):
-            dataset.collate([decode_sample(replace(record, **changed))])  # type: ignore[arg-type]
+            dataset.collate([dataset.prepare_sample(replace(record, **changed))])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

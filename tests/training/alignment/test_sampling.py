@@ -33,11 +33,14 @@ from modeling_llm2clip.data.remote import file_locations
 from modeling_llm2clip.data.store.embedding_store import EmbeddingStore
 from modeling_llm2clip.data.streams.record_streams import stream_records
 from modeling_llm2clip.embedding.extract import extract
+from modeling_llm2clip.encoding import batches
+from modeling_llm2clip.encoding.batches import find_min_jpeg_side
 from modeling_llm2clip.encoding.encode import encode_texts
+from modeling_llm2clip.encoding.pixel_normalization import find_normalization
+from modeling_llm2clip.image_loading_llm2clip import load_images
 from modeling_llm2clip.training.alignment.alignment_data import (
     AlignmentDataset,
     AlignmentStream,
-    decode_sample,
 )
 from modeling_llm2clip.training.alignment.alignment_model import AlignmentModel
 from modeling_llm2clip.training.alignment.held_out import HeldOutImages
@@ -198,23 +201,50 @@ def test_noise_is_normal_as_long_as_asked_and_each_batchs_own(prepared: Prepared
             assert not torch.equal(other[f"{name}_noise"], noise)
 
 
-def test_training_and_extraction_see_the_same_pixels(prepared: Prepared, tmp_path: Path) -> None:
+@pytest.mark.parametrize("decoding", ["full", "scaled"])
+def test_training_and_extraction_see_the_same_pixels(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoding: Any
+) -> None:
+    """A batch has bytes, which the model normalizes, made of few decoded images at a time."""
     pixels = np.random.default_rng(0).integers(0, 256, (768, 1024, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "large.jpg", quality=95)
-    processor = prepared.processor
-    record = replace(prepared.records[0], image=tmp_path / "large.jpg")
-    trained_on = AlignmentDataset([record], processor).read_pairs(np.array([0]), np.array([0]))
-    extracted = processor(images=[Image.open(tmp_path / "large.jpg")])
-    assert torch.equal(trained_on["pixel_values"], extracted["pixel_values"])
+    files = [tmp_path / f"{number}.jpg" for number in range(3)]
+    for number, file in enumerate(files):
+        Image.fromarray(np.roll(pixels, number)).save(file, quality=95)
+    processor, config = prepared.processor, AlignConfig(jpeg_decoding=decoding)
+    records = [replace(prepared.records[n], image=file) for n, file in enumerate(files)]
+    least = find_min_jpeg_side(processor.image_processor, decoding)
+    extracted = processor(images=[load_images(file, min_jpeg_side=least) for file in files])
+    monkeypatch.setattr(batches, "_PIXELS_AT_ONCE", 1)
+    at_once, call = [], LLM2CLIPProcessor.__call__
+    dataset = AlignmentDataset(records, processor, config)
+    stream = AlignmentStream(stream_records(prepared.data), processor, config)
+    monkeypatch.setattr(
+        LLM2CLIPProcessor,
+        "__call__",
+        lambda self, images=None, text=None: (
+            at_once.append(len(images or ())) or call(self, images=images, text=text)
+        ),
+    )
+    of_dataset = dataset.read_pairs(np.arange(3), np.zeros(3, np.int64))["pixel_values"]
+    of_stream = stream.collate([stream.prepare_sample(record) for record in records])
+    assert max(at_once[:-1]) == 1  # the last call tokenizes
+    normalization = find_normalization(processor, torch.device("cpu"))
+    assert normalization is not None
+    for trained_on in (of_dataset, of_stream["pixel_values"]):
+        assert trained_on.dtype == torch.uint8
+        found = normalization.apply(trained_on)
+        torch.testing.assert_close(found, extracted["pixel_values"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("device", "decodes", "wanted"), [("cuda", True, 3), ("cuda", False, 0), ("cpu", True, 0)]
-)
+    ("device", "decodes", "num_cores", "wanted"),
+    [("cuda", True, 6, 3), ("cuda", True, 28, 14), ("cuda", True, 256, 32),
+     ("cuda", False, 6, 0), ("cpu", True, 6, 0)],
+)  # fmt: skip
 def test_the_processes_of_one_machine_share_its_cores(
-    monkeypatch: pytest.MonkeyPatch, device: str, decodes: bool, wanted: int
+    monkeypatch: pytest.MonkeyPatch, device: str, decodes: bool, num_cores: int, wanted: int
 ) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(os, "cpu_count", lambda: num_cores)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     of_eight_machines = SimpleNamespace(device=torch.device(device), world_size=16)
     arguments = cast(TrainingArguments, of_eight_machines)
@@ -300,7 +330,7 @@ def test_views_of_a_store_are_sampled(prepared: Prepared, viewed: Viewed) -> Non
     joined = AlignmentStream(
         stream_records(prepared.data), viewed.processor, AlignConfig(seed=3), caption_store=store
     )
-    stored = joined.collate([decode_sample(record) for record in viewed.records])
+    stored = joined.collate([joined.prepare_sample(record) for record in viewed.records])
     found = stored["text_keys"].tolist()
     assert all(key in own for key, own in zip(found, keys, strict=True))
     own = {hash_text(t) for r in viewed.records for t in (*r.captions, *r.long_captions)}
@@ -309,7 +339,7 @@ def test_views_of_a_store_are_sampled(prepared: Prepared, viewed: Viewed) -> Non
     AlignmentDataset(viewed.records[2:5], viewed.processor, caption_store=store, is_part=True)
     fewer = replace(viewed.records[4], long_captions=("A photo. It is big.", "A wall."))
     with pytest.raises(ValueError, match="1 of 1 records of a batch are not in"):
-        joined.collate([decode_sample(fewer)])
+        joined.collate([joined.prepare_sample(fewer)])
     with pytest.raises(ValueError, match="1 record with captions that differ"):
         AlignmentDataset([fewer], viewed.processor, caption_store=store, is_part=True)
 
