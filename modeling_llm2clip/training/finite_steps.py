@@ -16,8 +16,8 @@ class FiniteSteps:
         first_step: Number of the first observed step.
 
     Attributes:
-        found_inf: () float32, 1 from that step on. A fused torch optimizer with this attribute then
-            leaves weights and moments unchanged.
+        found_inf: () float32, 1 from the first non-finite step on. A fused torch optimizer with
+            this attribute then leaves weights and moments unchanged.
     """
 
     def __init__(self, device: torch.device, *, first_step: int = 0) -> None:
@@ -27,10 +27,10 @@ class FiniteSteps:
         self._facts: dict[str, Tensor] = {}
 
     def attach(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Make an optimizer skip steps on its own if possible, and return whether it does.
+        """Make an optimizer skip non-finite steps by itself; return False if this is not possible.
 
-        This needs a fused optimizer on a device that runs asynchronously. Otherwise call `read`
-        before every optimizer step, which costs nothing there.
+        Skipping needs a fused optimizer on a device that runs asynchronously. Otherwise, call
+        `read` before every optimizer step, which costs nothing on a synchronous device.
         """
         is_fused = all(group.get("fused") for group in optimizer.param_groups)
         if not is_fused or not runs_ahead(self.found_inf.device):
@@ -52,7 +52,7 @@ class FiniteSteps:
         self._num_finite += self.found_inf == 0
 
     def read(self) -> tuple[int, dict[str, Tensor]] | None:
-        """Synchronize the device, and return the first non-finite step and its facts."""
+        """Synchronize the device; return the first non-finite step and its tensors, or None."""
         if not self.found_inf:
             return None
         facts = {name: fact.cpu() for name, fact in self._facts.items()}
@@ -62,6 +62,6 @@ class FiniteSteps:
 def spread_nonfinite(loss: Tensor) -> Tensor:
     """Make the gradient of a non-finite loss NaN, and leave finite losses unchanged.
 
-    Gradients are averaged over all processes, so all of them skip the same step.
+    Gradients are averaged over all processes, so all processes skip the same step.
     """
     return loss * (0 * loss.detach() + 1)

@@ -1,8 +1,8 @@
-"""The files of a training run: `run.json`, `metrics.jsonl` and its checkpoints.
+"""The files of a training run: `run.json`, `metrics.jsonl` and checkpoints.
 
 `run.json` contains the command, `config` (the options), `inputs` (hashes of model, data and
-stores), versions, commit, hardware, parameter counts, `results`, and a hash of all of these.
-Importing this module does not import torch, so a command can check a folder before anything slow.
+stores), versions, commit, hardware, parameter counts, `results`, and a hash of the other fields.
+Importing this module does not import torch, so a command can check a folder before any slow import.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _HELD: set[IO[str]] = set()
 def write_run_record(
     folder: Path, config: Config, inputs: Mapping[str, Any], *, model: nn.Module | None = None
 ) -> None:
-    """Write `run.json`, keeping any results it already has."""
+    """Write `run.json`, keeping the results of an existing file."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -99,7 +99,7 @@ def read_run_record(folder: Path) -> dict[str, Any]:
 
 
 def require_output(output: Path, *, resume: bool, model: Path | None) -> None:
-    """Require a folder that a run may use, and that its model does not exist yet."""
+    """Require that a run may use its output folder, and that its model does not exist yet."""
     if model is not None:
         require_new_folder(model)
     require_fresh_or_resumed(output, resume=resume)
@@ -132,8 +132,8 @@ def require_same_run(
 ) -> None:
     """Require that any run in a folder was started with the same options and inputs.
 
-    The options and sections in `may_differ` do not affect existing results. The last checkpoint
-    must be intact.
+    Options and sections in `may_differ` are not compared, because they do not affect existing
+    results. The last checkpoint must be intact.
     """
     require_fresh_or_resumed(folder, resume=resume)
     if not (folder / RUN_FILE).is_file():
@@ -169,9 +169,9 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
 
 
 def list_trained(model: nn.Module) -> set[str]:
-    """List the names of the trained parameters, tied ones only once.
+    """List the names of the trained parameters; tied parameters are listed only once.
 
-    No buffer is trained: batch normalization keeps its statistics.
+    Buffers are not trained: batch normalization keeps its statistics.
     """
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -190,7 +190,8 @@ def require_finite_weights(weights: Mapping[str, Tensor], *, step: int) -> None:
 def mark_complete(output: Path, step: int) -> None:
     """Mark a step's checkpoint as complete, and delete all but the last two checkpoints.
 
-    Checkpoints are ordered by step, because file times depend on clocks and change when copied.
+    Checkpoints are ordered by step, because file timestamps depend on clocks and change when files
+    are copied.
     """
     checkpoint = output / CHECKPOINTS / f"checkpoint-{step}"
     files = [file for file in sorted(checkpoint.rglob("*")) if file.name != _COMPLETE]
@@ -207,7 +208,7 @@ def find_last_checkpoint(output: Path) -> Path | None:
 
 
 def _list_checkpoints(output: Path) -> list[Path]:
-    """List the checkpoints of a run by step, ignoring any other folders, which are the user's."""
+    """List a run's checkpoints in order of step; ignore other folders, which are the user's."""
     folders = (output / CHECKPOINTS).glob("checkpoint-*")
     return sorted((f for f in folders if _CHECKPOINT.fullmatch(f.name)), key=_step_of)
 
@@ -217,7 +218,7 @@ def _list_complete(output: Path) -> list[Path]:
 
 
 def require_intact_checkpoint(output: Path) -> None:
-    """Require that the last checkpoint's files match its checksums."""
+    """Require that the last checkpoint's files match the recorded checksums."""
     checkpoints = _list_complete(output)
     if not checkpoints:
         return
@@ -257,7 +258,7 @@ def discard_later_steps(output: Path, checkpoint: Path | None) -> None:
 
 
 def _close_inherited() -> None:
-    """Leave the lock to the main process, which loader workers can outlive by seconds."""
+    """Close the lock file in a loader worker, which can outlive the main process by seconds."""
     while _HELD:
         _HELD.pop().close()
 
@@ -268,11 +269,11 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def lock_run(folder: Path, call: str = "--resume ('resume=True' in Python)") -> Iterator[None]:
-    """Lock the folder of a run for the processes of one launcher, or refuse to start.
+    """Lock a run's folder for the processes of one launcher; raise ValueError if it is in use.
 
-    The kernel holds the lock on a file in the folder and releases it however the main process ends.
-    Without `flock` support, no lock is taken. If the folder is empty at the end, it is removed. If
-    the disk is full, the error says to continue with `call`.
+    The kernel holds the lock on a file in the folder and releases the lock however the main process
+    ends. Without `flock` support, no lock is taken. If the folder is empty at the end, it is
+    removed. If the disk is full, the error message suggests continuing with `call`.
     """
     # Imported here so a command can check a folder without torch.
     from accelerate import PartialState
@@ -334,7 +335,7 @@ def _write(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested values to dotted names, so a message shows only what differs."""
+    """Flatten nested values to dotted names, so a message can name the values that differ."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         nested = _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else None

@@ -100,7 +100,7 @@ def training_arguments_on(
     config: TrainingConfig,
     **options: Any,
 ) -> Arguments:
-    """Make a Trainer's arguments for the given device; on its own, it would use the first GPU."""
+    """Make a Trainer's arguments for the given device; by default, a Trainer uses the first GPU."""
     in_bfloat16 = computes_in_bfloat16(config.precision, on_gpu=device.type == "cuda")
     # A launcher sets this variable, and accelerate obeys it unless the Trainer decides.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if in_bfloat16 else "no"
@@ -126,14 +126,15 @@ def training_arguments_on(
 
 
 class StageTrainerMixin:
-    """Marks completely written checkpoints; stops at a non-finite gradient.
+    """Marks complete checkpoints, and stops the run at a non-finite gradient.
 
-    With a fused optimizer on an asynchronous device, a non-finite step and all later ones change no
-    weights, and the run stops before the next log, checkpoint or evaluation. Otherwise it stops
-    immediately.
+    With a fused optimizer on an asynchronous device, a non-finite step and all later steps change
+    no weights, and the run stops before the next log, checkpoint or evaluation. Otherwise, the run
+    stops immediately.
 
-    The mean loss and speed of the whole run are not logged, because a resumed run does not know
-    them. Checkpoints save the losses since the last log, so a resumed run logs them too.
+    The mean loss and speed of the whole run are not logged, because a resumed run cannot compute
+    them. Checkpoints save the losses since the last log, so a resumed run includes these losses in
+    its next log.
     """
 
     state: Any
@@ -154,7 +155,7 @@ class StageTrainerMixin:
         """Make a non-finite loss stop the run, and keep tensors for its error message.
 
         Args:
-            loss: () loss of a step.
+            loss: Loss of a step, ().
             facts: Tensors that `describe_step` needs; their shapes must not change.
 
         Returns:
@@ -164,7 +165,7 @@ class StageTrainerMixin:
         return spread_nonfinite(loss)
 
     def require_finite_steps(self) -> None:
-        """Raise FloatingPointError if any step so far was not finite; synchronizes the device."""
+        """Synchronize the device; raise FloatingPointError if any step so far was not finite."""
         broken = None if self._finite_steps is None else self._finite_steps.read()
         if broken is not None:
             raise FloatingPointError(self.describe_step(*broken))
@@ -228,7 +229,7 @@ class StageTrainerMixin:
 
 
 class TrainedCheckpointMixin(StageTrainerMixin):
-    """Makes a Trainer save and load only trained weights; the model folder has the others.
+    """Makes a Trainer save and load only trained weights; the model folder has all other weights.
 
     Nothing is saved if any weight is not finite.
     """
@@ -267,7 +268,7 @@ class TrainedCheckpointMixin(StageTrainerMixin):
 
 
 class JsonLinesCallback(TrainerCallback):
-    """Appends every log of a Trainer to a file as a line of JSON with its step.
+    """Appends every log of a Trainer, with its step, to a file as a line of JSON.
 
     The last step is always logged.
     """
@@ -289,8 +290,8 @@ class JsonLinesCallback(TrainerCallback):
 class StopCallback(TrainerCallback):
     """After a signal, finishes the step, saves a checkpoint, and stops the Trainer.
 
-    A signal to one process stops all of them at the same step. Synchronizing stalls every rank, so
-    it happens about once a second.
+    A signal to one process stops all processes at the same step. Synchronizing stalls every rank,
+    so it happens about once a second.
     """
 
     def __init__(self, stop: StopRequest) -> None:
@@ -310,7 +311,7 @@ class StopCallback(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def _share(self, number: int, step: int, device: torch.device) -> int:
-        """Return the signal of any process, or 0 if none came or it has not been synced yet."""
+        """Return a signal that any process received; 0 if there is none or no sync is due yet."""
         if step < self._next:
             return 0
         now, (last_step, last_time) = time.monotonic(), self._shared_at
@@ -397,7 +398,7 @@ def choose_reports(report_to: Sequence[str] | None) -> list[str]:
 def count_warmup_steps(warmup_steps: float, num_steps: int) -> int:
     """Return the number of warmup steps until the learning rate reaches its peak.
 
-    A value below 1 is a share of the run, rounded down.
+    If `warmup_steps` is below 1, it is a share of the run's steps, rounded down.
     """
     num_warmup_steps = int(warmup_steps * num_steps if warmup_steps < 1 else warmup_steps)
     if num_warmup_steps >= num_steps:
@@ -439,9 +440,10 @@ def _cast_outside_autocast(layer: Any, inputs: tuple[Tensor, ...]) -> None:
 def computes_in_bfloat16(precision: str, *, on_gpu: bool) -> bool:
     """Return True if a run computes in bfloat16; weights stay float32.
 
-    `auto` uses bfloat16 on GPUs that support it but never on CPUs: without bfloat16 instructions it
-    is several times slower there, with them no faster, and its gradients are always noisier.
-    Frozen weights stored in half precision still compute in it, unless the precision is float32.
+    `auto` uses bfloat16 on GPUs that support it, but never on CPUs: on CPUs without bfloat16
+    instructions, bfloat16 is several times slower; on other CPUs, it is no faster; and its
+    gradients are always noisier. Frozen weights stored in half precision still compute in half
+    precision, unless `precision` is float32.
     """
     if precision != "auto":
         return precision == "bfloat16"
@@ -461,9 +463,9 @@ def find_without_gradient(module: nn.Module, compute: Callable[[], Tensor]) -> l
     bypass the LoRA that replaces this layer. The LoRA would be counted, saved and merged, but never
     trained.
 
-    A zero gradient is fine: the first matrix of a new LoRA always has one. The check runs in
-    evaluation mode, because `layerdrop` skips random layers in training mode. It restores modes and
-    random generators, and clears the gradients.
+    A zero gradient is fine: the first matrix of a new LoRA always has a zero gradient. The check
+    runs in evaluation mode, because `layerdrop` skips random layers in training mode. The check
+    restores the training mode and the random generators, and clears the gradients.
     """
     devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
     was_training = module.training

@@ -40,12 +40,13 @@ class FinetuneData:
     """Text pairs to train on, and held-out groups to evaluate on.
 
     Attributes:
-        tables: Tables of text pairs (see `pair_sampling`): captions first, then others.
-        weights: Number of batches of each table per batch of the first.
+        tables: Tables of text pairs (see `pair_sampling`): caption pairs first, then other pairs.
+        weights: Number of batches of each table per batch of the first table.
         num_trained: Number of groups whose captions are in the first table.
-        num_first_pairs: Number of leading rows of the first table that cover all its captions.
+        num_first_pairs: Number of leading rows of the first table that contain all its captions.
         held_out: Groups to evaluate on.
-        counts: Number of groups on each side, and of captions and text pairs lost to held-out ones.
+        counts: Numbers of training and held-out groups, and numbers of captions and text pairs left
+            out because of held-out captions.
     """
 
     tables: DatasetDict
@@ -86,9 +87,9 @@ def prepare_data(
     config: FinetuneConfig,
     folder: Path,
 ) -> FinetuneData:
-    """Hold out groups, pair the captions of the others, and exclude pairs with held-out texts.
+    """Hold out groups, pair the captions of other groups, and exclude pairs with held-out texts.
 
-    One process per machine writes the pairs, and all processes map the files.
+    One process per machine writes the pairs, and all processes memory-map the files.
     """
     to_train, held_out, num_lost = groups.hold_out(
         count_held_out_groups(len(groups), config), seed=config.seed
@@ -124,7 +125,7 @@ def count_truncated(
 ) -> dict[str, int]:
     """Count all training and held-out texts, and how many of them are truncated.
 
-    A text shared by several images or pairs counts once for each. Texts too short to be truncated
+    A text that several images or pairs share is counted each time. Texts too short to be truncated
     are not tokenized: an ASCII text has at most one token per character, plus the prompt and a
     margin.
     """

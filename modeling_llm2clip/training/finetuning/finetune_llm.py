@@ -120,19 +120,20 @@ def finetune_llm(
     Args:
         source: Folder or Hub id of an LLM2CLIP model, or a loaded (model, processor).
         data: Records with at least two captions per image; the images are not read.
-        output: Folder of the run; it must be new, or with `resume` contain the same run.
+        output: Folder of the run: a new folder or, with `resume`, the folder of the run to
+            continue.
         config: Options; None for the defaults.
         data_name: Name of the data for the model card; None for unnamed data.
         resume: Continue from the last checkpoint in `output`.
-        callbacks: Callbacks of transformers' Trainer.
+        callbacks: Callbacks for transformers' Trainer.
 
     Returns:
         `output/model`, or `output/lora` with `merge=False`.
 
     Raises:
-        ValueError: Before anything is computed: images with one caption, data that cannot fill a
-            batch, merging into a text-only model, an `output` that is in use or contains another
-            run, or an `init_lora` for another shape or LLM.
+        ValueError: Before anything is computed: an image has only one caption, the data cannot fill
+            a batch, the model to merge into is text-only, `output` is in use or contains another
+            run, or `init_lora` is for another shape or LLM.
         FileExistsError: `output/model` exists.
         FloatingPointError: A loss, gradient or weight is not finite. No model is written.
         StageInterrupt: SIGINT or SIGTERM stopped the run after a checkpoint.
@@ -200,7 +201,8 @@ def _require_tunable(source: StageSource, config: FinetuneConfig) -> None:
 def choose_base_dtype(precision: str, device_type: str) -> torch.dtype | None:
     """Choose the dtype of the frozen weights; None keeps the stored dtype.
 
-    A GPU that computes in bfloat16 only needs bfloat16 weights, which saves half the memory.
+    A GPU that computes in bfloat16 only needs bfloat16 weights, which take half the memory of
+    float32 weights.
     """
     on_gpu = device_type == "cuda"
     return torch.bfloat16 if on_gpu and computes_in_bfloat16(precision, on_gpu=True) else None
@@ -248,7 +250,7 @@ def describe_finetuning(output: Path) -> list[str]:
 def _prepare(
     records: RecordTable, config: FinetuneConfig, scratch: Path
 ) -> tuple[FinetuneData, dict[str, Any]]:
-    """Check and prepare everything that needs no model; return the data and run record entries."""
+    """Check and prepare everything that needs no model; return the data and run record values."""
     groups, num_skipped = (
         skip_single_captions(records)
         if config.skip_single_captions
@@ -271,9 +273,9 @@ def _prepare(
 def _open_scratch(output: Path, *, only_checks: bool = False) -> Iterator[Path]:
     """Make a temporary folder for the pairs, shared by all processes on a machine.
 
-    It is in the locked run folder, so leftovers there can only come from a killed attempt of this
-    run. A check has no run folder and uses a new folder on the same disk, because `/tmp` may be in
-    memory.
+    The temporary folder is in the locked run folder, so leftovers there can only come from a killed
+    attempt of this run. A check has no run folder, so it uses a new folder on the same disk; `/tmp`
+    may be in memory.
     """
     with ExitStack() as stack:
 
@@ -384,7 +386,7 @@ def _find_nearest(
     *,
     resumed: bool,
 ) -> Array | None:
-    """Find each group's nearest groups once per run; all processes encode, one compares."""
+    """Find each group's nearest groups once per run; all processes encode, one process compares."""
     if not config.num_hard_negatives:
         return None
     file, state = output / NEAREST_FILE, PartialState()

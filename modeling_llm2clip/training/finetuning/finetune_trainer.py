@@ -1,6 +1,6 @@
 """The LLM with a LoRA as a sentence-transformers module, its trainer, and the LoRA's files.
 
-The module exists only during training; only the LoRA is written.
+The sentence-transformers module exists only during training; only the LoRA is written.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ _LEAVE_BASE_UNCHANGED = (*PLAIN_STARTS, "orthogonal", "eva")
 class CaptionEncoder(Module):  # type: ignore[misc]  # sentence-transformers is typed in part
     """Sentence-transformers module that maps tokens to unprojected caption embeddings.
 
-    The LoRA layers are added to the LLM in place; everything else is frozen.
+    The LoRA layers are added to the LLM in place; all other weights are frozen.
     """
 
     save_in_root = True  # makes a checkpoint a LoRA folder
@@ -182,7 +182,7 @@ def write_lora(
 
 
 def _save_lora(adapted: PeftModel, folder: str) -> None:
-    """Write a LoRA without peft's default query to the Hub for a changed vocabulary."""
+    """Write a LoRA without asking the Hub for a changed vocabulary, as peft does by default."""
     adapted.save_pretrained(folder, save_embedding_layers=False)
     file = Path(folder) / LORA_CONFIG
     config = json.loads(file.read_text("utf-8"))
@@ -231,7 +231,7 @@ class FinetuneTrainer(
 
     The whole run is a single epoch to this trainer; see `WeightedBatchSampler`. Token ids stay on
     the CPU, so the loss can split mini-batches and the model can check and pack them without
-    synchronizing the device. Only DistributedDataParallel copies them itself.
+    synchronizing the device. Only DistributedDataParallel copies token ids to the device by itself.
     """
 
     encoder: CaptionEncoder

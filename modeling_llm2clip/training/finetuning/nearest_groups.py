@@ -1,8 +1,8 @@
-"""Find each group's nearest groups by cosine, which a model still confuses, for hard batches.
+"""Find each group's nearest groups by cosine, as hard negatives that a model still confuses.
 
 The search is exact for up to `EXACT_UP_TO` groups, or if all embeddings fit on the GPU. Otherwise
-FAISS clusters the groups and compares each group only with those in the nearest clusters. Recall is
-measured against an exact search for a sample of groups.
+FAISS clusters the groups and compares each group only with the groups in the nearest clusters.
+Recall is measured against an exact search for a sample of groups.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ def find_nearest_groups(
 ) -> tuple[Array, dict[str, Any]]:
     """Find each row's nearest other rows, nearest first, and report the method.
 
-    Returns (N, top_k) integers. The embeddings may be memory-mapped. `is_resident` moves them to
-    the device for an exact search; None does so if a GPU has room for them.
+    Returns row numbers, (N, top_k), and the report. The embeddings may be memory-mapped.
+    `is_resident` moves the embeddings to the device for an exact search; None does so if the device
+    is a GPU that has room for the embeddings.
     """
     rows, device = np.arange(len(embeddings)), torch.device(device)
     if is_resident is None:
@@ -81,7 +82,7 @@ def _hold(embeddings: Array, device: torch.device) -> Tensor:
 def _search_exactly(
     embeddings: Array | Tensor, rows: Array, top_k: int, device: torch.device | str
 ) -> Iterator[Array]:
-    """Yield the nearest rows of the given rows in blocks of (M, top_k), in bounded memory."""
+    """Yield the rows nearest to the given rows in blocks of (M, top_k), in bounded memory."""
     for start in range(0, len(rows), _ROWS_PER_TILE):
         tile = rows[start : start + _ROWS_PER_TILE]
         query_rows = torch.from_numpy(tile).to(device)
@@ -114,7 +115,7 @@ def _build_index(
 ) -> tuple[Any, dict[str, Any]]:
     """Build a FAISS inverted file index, and measure its recall.
 
-    The index takes a byte per embedding dimension.
+    The index takes one byte per dimension of each embedding.
     """
     import faiss
 
@@ -162,7 +163,7 @@ def encode_groups(encode: Callable[[list[str]], Tensor], groups: Sequence[list[s
 def encode_groups_together(
     encode: Callable[[list[str]], Tensor], groups: Iterable[list[str]]
 ) -> Iterator[Tensor]:
-    """Compute `encode_groups` on all processes in equal shares, some thousand groups at a time."""
+    """Compute `encode_groups` on all processes in equal shares, a few thousand groups at a time."""
     state, remaining = PartialState(), iter(groups)
     while some := list(islice(remaining, _GROUPS_AT_ONCE * state.num_processes)):
         # If there are fewer groups than processes, some processes encode the last one needlessly.
@@ -181,10 +182,10 @@ def write_nearest_groups(
     top_k: int,
     file: Path,
 ) -> dict[str, Any]:
-    """Encode all groups, and write each group's nearest ones to a file that resumed runs read.
+    """Encode all groups; write each group's nearest groups to a file that resumed runs read.
 
     All processes encode; the main process compares and writes. Embeddings go to a temporary file
-    next to the target, in float16 unless the search is exact.
+    next to the target, in float16 if there are more than `EXACT_UP_TO` groups.
     """
     state = PartialState()
     dtype = np.float32 if num_groups <= EXACT_UP_TO else np.float16

@@ -6,8 +6,8 @@
 | `anchor`, `positive`, `negative_1`, … | texts |
 | `anchor_key`, `positive_key`, `negative_1_key`, … | 64-bit keys of the texts |
 
-The sampler compares integers. If two texts share a key by chance, a row only waits for a later
-batch.
+The sampler compares only integers. If two different texts happen to share a key, a row only waits
+for a later batch.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ def write_text_pairs(
 ) -> tuple[int, int]:
     """Write text pairs, except pairs that contain a left-out text.
 
-    A pair is also left out if another text's 64-bit key happens to collide with a left-out one. For
-    ten million left-out texts and a thousand pairs, the chance is about one in a billion.
+    A pair is also left out if the 64-bit key of one of its texts happens to equal a left-out text's
+    key. For ten million left-out texts and a thousand pairs, the chance of this is about one in a
+    billion.
     """
     remaining = iter(pairs)
     num_written, num_left_out = 0, 0
@@ -144,7 +145,7 @@ def _make_schema(*, num_negatives: int) -> pa.Schema:
 
 
 def _sample_pairs(counts: Array, generator: random.Random) -> Array:
-    """Pair captions of the same group; return their numbers in the batch, (P, 2) int64."""
+    """Pair captions of the same group; return the captions' numbers in the batch, (P, 2) int64."""
     numbers: list[int] = []
     start = 0
     for size in counts.tolist():
@@ -173,15 +174,17 @@ class NoDuplicateGroupsBatchSampler(DefaultBatchSampler):  # type: ignore[misc]
     """Samples batches without repeated groups or texts across all processes.
 
     Based on sentence-transformers' `NoDuplicatesBatchSampler`. A global batch is `num_processes`
-    successive batches, which accelerate distributes in turn. A row that would repeat a group or a
-    text waits for a later batch. Every epoch has `len(dataset)` divided by the global batch size
-    batches per process; an incomplete last batch is filled from the next shuffle.
+    successive batches, which accelerate distributes to the processes in turn. A row that would
+    repeat a group or a text waits for a later batch. The number of batches per epoch and process is
+    `len(dataset)` divided by the global batch size; a batch that cannot be completed is filled from
+    the next shuffle.
 
     Memory holds only the shuffled order, 4 bytes per row; groups and text keys are read from the
     table.
 
     With `nearest`, (groups, K) integers, batches contain hard negatives: each row is followed by
-    one row from each of `num_hard_negatives` randomly chosen nearest groups that still have rows.
+    one row from each of `num_hard_negatives` randomly chosen nearest groups that still have unused
+    rows.
     """
 
     def __init__(
@@ -239,7 +242,7 @@ class NoDuplicateGroupsBatchSampler(DefaultBatchSampler):  # type: ignore[misc]
         yield from zip(rows.tolist(), groups, keys, strict=True)
 
     def _order_by_nearest(self, shuffled: Array, generator: torch.Generator) -> Iterator[int]:
-        """Yield every row once, each followed by remaining rows of its nearest groups."""
+        """Yield every row once, each row followed by unused rows of its nearest groups."""
         assert self.nearest is not None
         group_of_row = np.concatenate([piece.astype(np.int32) for piece in self.groups.pieces])
         by_group = shuffled[sort_rows(group_of_row[shuffled])]
@@ -332,11 +335,11 @@ class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):  # type: ignore[mis
 def count_table_batches(
     lengths: Sequence[int], weights: Sequence[float], window_size: int
 ) -> list[int]:
-    """Count each table's batches per epoch: all of the first table, others by weight."""
+    """Count each table's batches per epoch: the first table in full, other tables by weight."""
     return [max(1, round(lengths[0] // window_size * weight)) for weight in weights]
 
 
 def _shuffle(number: int, generator: torch.Generator) -> Array:
-    """Shuffle the integers below `number`; up to two billion, they take 4 bytes each."""
+    """Shuffle the integers below `number`; if it is below two billion, each takes 4 bytes."""
     dtype = torch.int32 if number <= np.iinfo(np.int32).max else torch.int64
     return torch.randperm(number, generator=generator, dtype=dtype).numpy()

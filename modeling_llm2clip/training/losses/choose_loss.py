@@ -39,7 +39,7 @@ class WeightedSum(nn.Module):
 
 
 def build_loss(config: AlignConfig, loss: Loss | None = None) -> Loss:
-    """Build the configured loss; a `loss` that is passed replaces the named one."""
+    """Build the configured loss; if passed, `loss` replaces the loss that `config` names."""
     if loss is None:
         loss = load_loss(config.loss, chunk_size=config.loss_chunk_size)
     if config.matryoshka_dims:
@@ -60,7 +60,7 @@ class MatryoshkaLoss(nn.Module):
     As in the paper, all sizes have equal weight; taking the mean preserves the scale of the loss.
 
     Args:
-        loss: Loss of the embeddings.
+        loss: Loss to compute at each size.
         dims: Truncated sizes, each smaller than the full embedding size.
     """
 
@@ -80,7 +80,7 @@ class MatryoshkaLoss(nn.Module):
 
 
 def require_dims(dims: Sequence[int], *, width: float) -> None:
-    """Refuse sizes that are not smaller than the embeddings."""
+    """Refuse truncated sizes that are not below the embedding dimension."""
     if too_wide := [size for size in dims if size >= width]:
         raise ValueError(
             f"matryoshka_dims {too_wide} must be below the model's projection_dim, {width}."

@@ -24,22 +24,23 @@ LOSSES = {"contrastive": ("pairs", "ContrastiveLoss"), "sigmoid": ("pairs", "Sig
 
 
 class LossInputs(NamedTuple):
-    """One process's batch as seen by a loss; add a field here if a new loss needs more.
+    """One process's batch, as passed to a loss; add a field if a new loss needs more inputs.
 
-    It is a tuple so FSDP can find its tensors in the model's output.
+    This class is a tuple, so FSDP can find the tensors in the model's output.
 
     Attributes:
         image_embeds: (B, P) float32, unit length.
         text_embeds: (B, P) float32, unit length; row i belongs to row i of the images.
         logits: Computes logits from image and text embeddings with the model's weights.
-        group_ids: (B,) int64, number of the group of each row; the same on every process.
+        group_ids: (B,) int64, each row's group number; a group has the same number on every
+            process.
         text_keys: (B,) int64, hash of each row's caption, equal for equal captions. None if all
             captions differ.
         vision_embeds: (B, D') float32 output of the vision tower, before projection.
         caption_embeds: (B, D) float32 output of the LLM, before adapter and projection.
         teacher_embeds: (B, D') float32 output of the original vision tower, for self-distillation.
-        kept_embeds: (K, P) float32, unit length: kept texts, the same ones on every process.
-        kept_targets: (K, P) float32, the teacher's embeddings of these texts.
+        kept_embeds: (K, P) float32, unit length: kept texts; every process has the same texts.
+        kept_targets: (K, P) float32, the teacher's embeddings of the kept texts.
         is_whole: True if every process has the same rows, as in evaluation, so there is nothing to
             gather.
     """
@@ -99,7 +100,7 @@ Loss = Callable[[LossInputs], Tensor]
 
 
 def load_loss(name: str, *, chunk_size: int | None = None) -> nn.Module:
-    """Make a loss of `LOSSES`."""
+    """Make a loss by its name in `LOSSES`."""
     if name not in LOSSES:
         raise ValueError(f"loss={name!r} must be one of {', '.join(LOSSES)}.")
     file, class_name = LOSSES[name]
@@ -110,7 +111,7 @@ def load_loss(name: str, *, chunk_size: int | None = None) -> nn.Module:
 def list_fitted(loss: Loss) -> dict[str, nn.Parameter]:
     """Return the parameters of a loss that are fitted together with the temperature, by name.
 
-    Each module lists its own in its attribute `fitted_with_temperature`.
+    Each module names its fitted parameters in its attribute `fitted_with_temperature`.
     """
     modules = loss.modules() if isinstance(loss, nn.Module) else ()
     fitted = {
@@ -148,8 +149,8 @@ def iterate_chunks(num_rows: int, size: int | None = None) -> Iterator[slice]:
 def gather_rows(inputs: LossInputs, *parts: Tensor) -> tuple[list[Tensor], int]:
     """Gather the rows of all processes, (A, width), for each part of a batch, (B, width).
 
-    Also return the index of this process's first row among them. A single collective gathers all
-    parts, so their order cannot differ between processes.
+    Also return the index of this process's first row among the gathered rows. A single collective
+    gathers all parts, so their order cannot differ between processes.
     """
     if not _is_shared(inputs):
         return list(parts), 0
@@ -174,7 +175,7 @@ def _is_shared(inputs: LossInputs) -> bool:
 
 
 class _GatherWithGradient(torch.autograd.Function):
-    """Gathers the rows of all processes; the backward pass sums all gradients of our own rows.
+    """Gathers the rows of all processes; backward sums all gradients of this process's rows.
 
     `torch.distributed.nn.functional.all_gather` computes the same gradients, but it is deprecated
     in favor of a private function that torch 2.6 lacks.

@@ -17,7 +17,7 @@ from .loss import LossInputs, gather_ids, gather_rows, iterate_chunks
 
 
 class Chunk(NamedTuple):
-    """A chunk of b of a process's B rows, and all A rows to compare it with.
+    """A chunk of b rows, out of a process's B rows, and all A rows to compare the chunk with.
 
     Attributes:
         image_rows: (b, P) float32, images of the chunk.
@@ -47,17 +47,18 @@ class Chunk(NamedTuple):
 class PairLoss(nn.Module):
     """Base class of losses that compare each image with each text, without false negatives.
 
-    Rows of the same group are not negatives, because two images of one thing would push away each
-    other's caption. Neither are rows with equal captions, which describe both images.
+    Rows of the same group are not negatives, because two images of one thing would otherwise push
+    away each other's caption. Rows with equal captions are not negatives either, because the
+    caption describes both images.
 
     Each process compares its own rows with the rows of all processes, gathered with their
     gradients. Distributed training averages loss and gradients over the processes, which gives
     exactly the result of one process with the whole batch.
 
     Args:
-        chunk_size: Rows to compare at a time. They are recomputed in the backward pass, so memory
-            holds (chunk, A) numbers, never (B, A), with the same loss and gradients. None compares
-            all at once, or a few hundred at a time without gradients.
+        chunk_size: Number of rows to compare at a time. Logits are recomputed in the backward pass,
+            so memory holds (chunk, A) logits, never (B, A), with the same loss and gradients. None
+            compares all rows at once or, if gradients are disabled, a few hundred at a time.
     """
 
     def __init__(self, chunk_size: int | None = None) -> None:
@@ -110,7 +111,7 @@ class PairLoss(nn.Module):
 
 
 def _list_ids(inputs: LossInputs) -> Tensor:
-    """Return (B, 1 or 2) int64; rows with an equal id in any column are not negatives."""
+    """Return row ids, (B, 1 or 2) int64; rows that share an id in any column are not negatives."""
     columns = (
         [inputs.group_ids] if inputs.text_keys is None else [inputs.group_ids, inputs.text_keys]
     )
@@ -127,12 +128,12 @@ def _list_ids(inputs: LossInputs) -> Tensor:
 class ContrastiveLoss(PairLoss):
     """CLIP's loss: cross-entropy over texts for each image, and over images for each text.
 
-    See arXiv:2103.00020, figure 3; without false negatives. If all groups and captions differ, it
-    equals `heads_llm2clip.contrastive_loss`.
+    See arXiv:2103.00020, figure 3; here, false negatives are excluded. If all groups and captions
+    differ, the loss equals `heads_llm2clip.contrastive_loss`.
     """
 
     def sum_rows(self, chunk: Chunk) -> Tensor:
-        """Sum the mean of both directions over the rows."""
+        """Sum the loss over the rows, averaged over both directions."""
         per_image = chunk.logits(chunk.image_rows, chunk.texts)  # (b, A)
         # If the chunk has all rows, the transpose gives the other direction for free.
         per_text = per_image.T if chunk.is_whole else chunk.logits(chunk.text_rows, chunk.images)
@@ -148,14 +149,14 @@ class ContrastiveLoss(PairLoss):
 class SigmoidLoss(PairLoss):
     """SigLIP's loss: binary cross-entropy for whether each image and text belong together.
 
-    See arXiv:2303.15343, algorithm 1; without false negatives.
+    See arXiv:2303.15343, algorithm 1; here, false negatives are excluded.
 
     Every image is compared with the texts of all processes. As in the paper, the sum is divided by
-    the number of images. The learned bias shifts all logits equally. It affects neither ranking nor
-    softmax, so model folders do not include it.
+    the number of images. The learned bias shifts all logits equally. The bias affects neither
+    ranking nor softmax, so model folders do not include it.
 
     Args:
-        chunk_size: Images to compare at a time; see `PairLoss`.
+        chunk_size: Number of images to compare at a time; see `PairLoss`.
         logit_bias: Initial bias, which is then fitted together with the temperature.
     """
 

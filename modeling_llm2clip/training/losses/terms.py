@@ -1,12 +1,12 @@
-"""Terms added to a run's loss: distance to a teacher (ProCLIP) and kept neighbors (STRUCTURE).
+"""Terms added to a run's loss: distance to a teacher (ProCLIP) and preserved neighbors (STRUCTURE).
 
-ProCLIP (arXiv:2510.18795 v3) penalizes the distance between embeddings and a teacher's, and the
-difference between their pairwise distances. In stage 1, the text side learns CLIP's text embeddings
-of the same captions. In stage 2, a trained vision tower stays close to its own frozen embeddings of
-the same images.
+ProCLIP (arXiv:2510.18795 v3) penalizes the distance between a student's and a teacher's embeddings,
+and the difference between the pairwise distances of both. In ProCLIP's stage 1, the text side
+learns CLIP's text embeddings of the same captions. In its stage 2, a trained vision tower stays
+close to the frozen tower's embeddings of the same images.
 
-STRUCTURE (arXiv:2506.16895) keeps the neighbors that embeddings have in the towers after they are
-projected.
+STRUCTURE (arXiv:2506.16895) makes projected embeddings keep the neighbors that they have before the
+projection.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class SelfDistillationLoss(nn.Module):
 
     Embeddings are the tower's outputs before projection, at unit length. The squared error is
     summed over dimensions. Distances are taken between all pairs of images in the global batch, so
-    their share grows with the batch size.
+    the share of this term grows with the batch size.
 
     Both terms are divided by the number of images. The authors' code (VisionXLab/ProCLIP at
-    2a41f39, `training/train.py`) sums them instead, so its weight is this one divided by the number
-    of images, and it compares the projected images of one process. The paper's teacher is a moving
-    average; the code's teacher is frozen, like this one.
+    2a41f39, `training/train.py`) sums both terms instead, so its weight is the weight here divided
+    by the number of images, and it compares the projected images of one process. The paper's
+    teacher is a moving average; the teacher in the authors' code is frozen, as here.
     """
 
     def forward(self, inputs: LossInputs) -> Tensor:
@@ -48,7 +48,8 @@ class SelfDistillationLoss(nn.Module):
 def distill(student: Tensor, teacher: Tensor, inputs: LossInputs | None = None) -> Tensor:
     """Compute the mean distance between a student's and a teacher's rows, (B, D) each, () float32.
 
-    `inputs` is the batch, whose other rows are on other processes. None if these are all rows.
+    `inputs` is the batch, whose other rows are on other processes; None if `student` and `teacher`
+    have all rows.
     """
     student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
     students, teachers = student, teacher
@@ -71,10 +72,11 @@ def _measure_distances(rows: Tensor, others: Tensor) -> Tensor:
 
 
 class KeptTextsLoss(nn.Module):
-    """Squared error between kept texts and a teacher's embeddings of them, at unit length.
+    """Squared error between a student's and a teacher's unit-length embeddings of kept texts.
 
-    It is the first term of `distill`. Every process has the same texts, so the mean over processes
-    equals the loss of one. Batches without kept texts, such as held-out images, have a loss of 0.
+    The error is the first term of `distill`. Every process has the same texts, so the mean over
+    processes equals the loss of a single process. Batches without kept texts, such as held-out
+    images, have a loss of 0.
     """
 
     def forward(self, inputs: LossInputs) -> Tensor:
@@ -89,9 +91,10 @@ class StructureLoss(nn.Module):
     """Jensen-Shannon divergence of the neighborhoods before and after the projections.
 
     A row's neighborhood is the softmax of its similarities to the global batch, computed from
-    unit-length embeddings after subtracting their mean. The loss averages both modalities. It is
-    the first level of the paper's sum, as in the authors' settings (temperature 0.07). Their code
-    swaps the arguments of the divergence; this one follows the paper and is between 0 and ln 2.
+    unit-length embeddings after subtracting their mean. The loss averages both modalities. Only the
+    first level of the paper's sum is computed, as in the authors' settings (temperature 0.07). The
+    authors' code swaps the arguments of the divergence; the divergence here follows the paper and
+    is between 0 and ln 2.
     """
 
     def forward(self, inputs: LossInputs) -> Tensor:
@@ -115,6 +118,6 @@ class StructureLoss(nn.Module):
 
 
 def _sum_divergences(before: Tensor, after: Tensor) -> Tensor:
-    """Sum the divergences between rows of log-probabilities, (b, A) each, to ()."""
+    """Return the sum, (), of the divergences between rows of log-probabilities, (b, A) each."""
     middle = torch.logaddexp(before, after) - math.log(2)
     return (before.exp() * (before - middle) + after.exp() * (after - middle)).sum() / 2
