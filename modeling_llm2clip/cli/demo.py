@@ -38,9 +38,10 @@ def demo(
 
     Args:
         output: Output folder.
-        max_steps: Number of alignment steps. Default: the default of `llm2clip align`.
-        seed: Seed for the data split and the alignment.
-        config: Where the model runs.
+        max_steps: Number of alignment steps. Default: 10 passes over the data, but at least 300
+            steps.
+        seed: Seed for the data split and for all stages.
+        config: Device to run on.
     """
     require(*DEMO)
     if (output / "model").is_dir():

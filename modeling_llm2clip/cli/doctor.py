@@ -31,8 +31,8 @@ def doctor(
 
     Args:
         model: Hub id or folder of an LLM2CLIP model.
-        text_like: Hub id or folder of another model whose text embeddings must be identical, so an
-            index of its text embeddings stays valid. Default: none.
+        text_like: Hub id or folder of another model. Its text embeddings must be bit-identical to
+            this model's, so an index of them stays valid. Default: none.
         config: Device to run on, and the endpoint to check.
         revision: Branch, tag or commit of the Hub repository. Default: the main branch.
     """

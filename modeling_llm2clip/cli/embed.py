@@ -50,7 +50,7 @@ def embed(
     Resumes an interrupted run, and checks the files of a finished one.
 
     Args:
-        model: Hub id or folder of an LLM2CLIP model, or of its ONNX export with `backend` onnx.
+        model: Hub id or folder of an LLM2CLIP model; with --backend onnx, of its ONNX export.
         data: Captioned images: folder, *.parquet, *.tar, COCO *.json. With --modality image,
             captions are optional and a plain folder of images works. With --modality text, images
             are optional and a file of texts (also *.csv) works.
@@ -61,9 +61,9 @@ def embed(
             Default: all.
         engine: Where to compute: in this run's processes (local) or in the actors of a Ray cluster
             (ray).
-        reading: How to read the data.
-        limits: Which images to decode.
-        config: How to compute and store embeddings.
+        reading: Options for reading the data.
+        limits: Limits on the images to decode.
+        config: Options for computing and storing the embeddings.
     """
     from ..embedding.embedding_manifest import EmbeddingManifest
     from ..embedding.encoding_plan import plan_encoding

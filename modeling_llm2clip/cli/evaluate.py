@@ -55,15 +55,16 @@ def evaluate(
     Args:
         models: [NAME=]SOURCE: folder or Hub id of an LLM2CLIP, CLIP, SigLIP, SigLIP2, open_clip
             or sentence-transformers model, or a folder of embeddings.
-        datasets: NAME[=FOLDER] of known datasets, FOLDER of your own captioned images, or
-            NAME=FOLDER to name them. Required with a model.
-        tasks: Tasks to evaluate. Default: the task for each dataset's type.
-        image_dir: NAME=FOLDER with a dataset's images. Default: the folder of the data.
+        datasets: Known datasets as NAME or NAME=FOLDER; your own captioned images as FOLDER, or as
+            NAME=FOLDER to name them in tables. Required with a model.
+        tasks: Tasks to evaluate. Default: the default task for each dataset's type.
+        image_dir: NAME=FOLDER: name of a dataset and folder of its images. Default: the dataset's
+            own folder.
         table: Format of the table of all results in --output; without a model, only the table is
             printed. Default: text.
         model_type: Type of all models, or one per model. Default: detected from their files.
-        limits: Which images are decoded.
-        config: How to read datasets and run models.
+        limits: Limits on the images to decode.
+        config: Options for reading datasets and running models.
     """
     if not (models or datasets or tasks or table):
         _print_lists()

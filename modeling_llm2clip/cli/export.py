@@ -30,12 +30,12 @@ def export(
     config: ExportConfig,
     revision: str | None = None,
 ) -> int:
-    """Exports a model or a part of it, in another dtype, as ONNX graphs or with a new card.
+    """Exports a model or one of its towers, in another dtype, as ONNX graphs or with a new card.
 
     Args:
         model: Hub id or folder of an LLM2CLIP model.
         output: Output folder.
-        limits: Which images of `onnx_data` to decode.
+        limits: Limits on the images of `onnx_data` to decode.
         config: Card, dtype and format of the exported model.
         revision: Branch, tag or commit of the Hub repository. Default: the main branch.
     """

@@ -47,8 +47,8 @@ def extract(
     then holds the embeddings of its text encoder.
 
     Args:
-        model: Hub id or folder of a model written by build, finetune-llm or export, or of a CLIP,
-            SigLIP or similar model whose text encoder is the teacher in align.
+        model: Hub id or folder of an LLM2CLIP model. With --modality text, also a CLIP, SigLIP or
+            similar model, whose text encoder is the teacher in align.
         data: Captioned images: folder, *.parquet, *.tar, COCO *.json; or URLs of shards.
         output: Folder of the store, new or from an interrupted run.
         modality: What to embed: captions (text) or images (image). Required.
@@ -57,9 +57,9 @@ def extract(
             Default: all.
         engine: Where to compute: in this run's processes (local) or in the actors of a Ray cluster
             (ray).
-        reading: How to read the data.
-        limits: Which images to decode.
-        config: How to compute and store embeddings.
+        reading: Options for reading the data.
+        limits: Limits on the images to decode.
+        config: Options for computing and storing the embeddings.
     """
     from ..data.store.store_manifest import StoreManifest
     from ..embedding.encoding_plan import plan_encoding

@@ -37,8 +37,8 @@ def finetune_llm(
         data: Captioned images, of which only the captions are read: folder, *.parquet, *.tar, COCO
             *.json; or URLs of shards.
         output: Output folder.
-        reading: How to read the data.
-        config: How to train the LLM.
+        reading: Options for reading the data.
+        config: Options for the fine-tuning.
         resume: Resume an interrupted run.
     """
     require_model(model, *CAPTION_TUNING)

@@ -34,8 +34,8 @@ def index(
         model: Hub id or folder of an LLM2CLIP model.
         images: Folder of images; subfolders are included.
         db: Folder of the database, new or existing, or a URI such as s3://bucket/index.
-        limits: Which images to decode.
-        config: How to encode the images, and when to build an approximate index.
+        limits: Limits on the images to decode.
+        config: Options for encoding the images and for building an approximate index.
     """
     require_model(model, *list_needs_of_index(db))
     require_image_folder(images)

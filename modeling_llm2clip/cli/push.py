@@ -40,17 +40,17 @@ def push(
         repo_id: Repository, OWNER/NAME; created if it does not exist.
         license: Hub identifier of the weights' license, such as apache-2.0; written to the card
             before the upload. Default: the license on the card.
-        private: Create a private repository; an existing one must be private too. Once public, a
-            model cannot be taken back.
-        revision: Branch to upload to; created if it does not exist.
+        private: Create a private repository. An existing repository must already have the requested
+            visibility. A public model cannot be taken back.
+        revision: Branch to upload to; created from main if it does not exist.
         commit_message: Commit message.
         allow_files: Files in FOLDER to upload even though they look like credentials. Default:
             none.
-        delete_others: Delete files on the branch that are not in FOLDER, except evaluation results
-            in .eval_results/.
+        delete_others: Delete files on the branch that are not in FOLDER, except .gitattributes and
+            evaluation results in .eval_results/.
         dry_run: Check the folder and list its files and sizes without uploading. With
             --delete-others, also list the files that would be deleted.
-        config: Where to run the model for the checks.
+        config: Device to run the checks on.
     """
     require_model(folder)
     device = str(use_device(config.device))

@@ -21,10 +21,11 @@ def score(
 
     Args:
         model: Hub id or folder of an LLM2CLIP model.
-        pairs: JSON lines with text and image; image is a path relative to this file's folder.
+        pairs: JSON lines with text and image; image is an absolute path, or a path relative to this
+            file's folder.
         output: CSV file to write, which must not exist.
-        limits: Which images to decode.
-        config: How to run the model.
+        limits: Limits on the images to decode.
+        config: Options for running the model.
     """
     require_model(model)
     from ..data.atomic_files import require_new_file

@@ -54,17 +54,19 @@ def search(
         image: Query image, instead of a sentence or in addition to it; repeatable. Default: none.
         combine: Combine all sentences and images into one query by averaging their embeddings.
         top_k: Number of images per query.
-        where: SQL condition on path, sha256, bytes, modified, width, height and taken. Default:
-            none.
+        where: SQL condition on the columns path, sha256, bytes, modified, width, height and taken.
+            Default: none.
         exact: Compare with every image, even if there is an approximate index.
         format: Format of the results on stdout.
-        output: Folder for search.png and search.html; replaces the files of an earlier search.
-            Default: none.
-        model: Folder of the model if it was moved, or of its ONNX export, which starts in half the
-            time but only takes sentences. Default: the model of the index.
-        image_dir: Folder of the images if it was moved. Default: the indexed folder.
-        limits: Which images to decode.
-        config: Where the model runs.
+        output: Folder to write search.png and search.html to, replacing the files of an earlier
+            search. Default: none.
+        model: Folder of the model, if it has moved since indexing; or of its ONNX export, which
+            starts in half the time but accepts only sentences. Default: the model used for
+            indexing.
+        image_dir: Folder of the images, if it has moved since indexing. Default: the indexed
+            folder.
+        limits: Limits on the images to decode.
+        config: Device to run on, and precision.
     """
     use_image_limits(limits)
     require(*list_needs_of_index(db))

@@ -26,12 +26,13 @@ def serve(
 ) -> int:
     """Serves a model over HTTP with OpenAI's embeddings API for texts and images.
 
-    If LLM2CLIP_API_KEY is set in the environment, requests must send that key. After SIGTERM,
-    running requests are finished before the server exits.
+    If LLM2CLIP_API_KEY is set in the environment, requests must send that key, except to /health.
+    After SIGTERM, running requests are finished before the server exits.
 
     Args:
-        model: Hub id or folder of an LLM2CLIP model, or of its ONNX export with `backend` onnx.
-        index: Image index for /v1/search and for the page. Default: none.
+        model: Hub id or folder of an LLM2CLIP model; with --backend onnx, of its ONNX export.
+        index: Database from llm2clip index, for /v1/search and the page. Default: none, so the
+            server cannot search.
         page: Serve a web page at / for searching and classifying images.
         config: Address, batching and request limits.
     """

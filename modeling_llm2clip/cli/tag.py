@@ -55,14 +55,16 @@ def tag(
     Args:
         model: Hub id or folder of an LLM2CLIP model.
         image_dir: Folder of images; subfolders are included.
-        labels: Text file with one label per line; *.csv with columns label and prompt; *.json with
-            a list of labels or an object that maps labels to prompts. Required.
-        template: Prompts for labels without their own, with {} for the label. Several are averaged.
+        labels: Text file with one label per line; *.csv with the column label and optionally
+            prompt; *.json with a list of labels or an object that maps labels to prompts. Required.
+        template: Prompt templates for labels without prompts of their own, with {} for the label.
+            The embeddings of several templates are averaged.
         top_k: Number of labels per image.
-        threshold: Minimum cosine similarity of a label. Default: none.
+        threshold: Minimum cosine similarity between an image and a label; labels below it are left
+            out. Default: none.
         output: File to write, *.csv or *.jsonl, which must not exist. Default: CSV on stdout.
-        limits: Which images to decode.
-        config: How to encode the folder, and where to store its embeddings.
+        limits: Limits on the images to decode.
+        config: Options for encoding the images and storing their embeddings.
     """
     require(*list_needs_of_index(config.index))
     from ..data.labels import read_labels

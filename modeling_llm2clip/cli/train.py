@@ -22,9 +22,9 @@ def train(recipe: Path, /, *, dry_run: bool = False, limits: ImageLimitsConfig) 
     Build, fine-tune, extract, align, export and evaluate each write their own folder.
 
     Args:
-        recipe: YAML file; see docs/train.md.
+        recipe: YAML file with the options of all stages; see docs/train.md.
         dry_run: Run all checks and print the plan with counts and steps, but compute nothing.
-        limits: Which images to decode.
+        limits: Limits on the images to decode.
     """
     config = read_config(recipe, TrainConfig)
     towers = (config.vision_model, config.text_model)

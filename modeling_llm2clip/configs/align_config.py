@@ -36,7 +36,7 @@ class AlignConfig(TrainingConfig, JpegConfig):
     are already trained, it uses whichever start has the lower held-out loss."""
     inherit_steps: Annotated[int, Interval(ge=0)] = 300
     """Steps that train the text adapter and text projection to match the embeddings in
-    `--inherit-from`, starting from a closed-form fit; 0 uses only the closed-form fit (ProCLIP,
+    `inherit_from`, starting from a closed-form fit; 0 uses only the closed-form fit (ProCLIP,
     arXiv:2510.18795)."""
     loss: str = "contrastive"
     """Loss to train with: contrastive, sigmoid, or another name registered in
@@ -45,20 +45,20 @@ class AlignConfig(TrainingConfig, JpegConfig):
     """Smaller embedding sizes to train as well, so embeddings can be truncated to them (Matryoshka,
     arXiv:2205.13147). Default: none."""
     distillation_weight: Annotated[float, Interval(ge=0)] = 0.0
-    """Weight of the self-distillation loss, which keeps a trained vision tower close to its
-    original. The original's embeddings come from the image store; without one, a frozen copy runs
-    at every step (ProCLIP, arXiv:2510.18795)."""
+    """Weight of the self-distillation loss, which keeps the embeddings of a trained vision tower
+    close to the original tower's. The original embeddings are read from the image store; without
+    one, a frozen copy of the tower computes them at every step (ProCLIP, arXiv:2510.18795)."""
     structure_weight: Annotated[float, Interval(ge=0)] = 0.0
     """Weight of a loss that makes the projections preserve each embedding's neighbors, for small
     datasets (STRUCTURE, arXiv:2506.16895; its authors use 10)."""
     keep_texts: str | None = None
-    """Texts, such as class names and frequent queries, whose embeddings should stay close to those
-    of the CLIP model that the vision tower was taken from (`--teacher`): a file with one text per
-    line, as for `tag`, or NAME=FOLDER of a classification dataset. Each text is kept both on its
-    own and in the classification templates. Default: none."""
+    """Texts, such as class names and frequent queries, to keep close to their embeddings by the
+    CLIP model that contains the vision tower (`--teacher`): a file of labels, as for `tag`, or
+    NAME=FOLDER of a classification dataset. Each text is kept both on its own and in the
+    classification templates. Default: none."""
     keep_weight: Annotated[float, Interval(ge=0)] = 10.0
-    """Weight of the squared error on kept texts, computed on up to 256 of them per step. The
-    held-out loss does not include it."""
+    """Weight of the squared error on up to 256 kept texts per step. The held-out loss does not
+    include this error."""
     max_steps: Annotated[int, Interval(ge=0)] | None = None
     """Number of training steps; 0 writes the closed-form solution without training. Default: set by
     `num_train_epochs`."""
@@ -66,7 +66,7 @@ class AlignConfig(TrainingConfig, JpegConfig):
     """Number of passes over the data. Default: 10, but at least 300 steps."""
     global_batch_size: Annotated[int, Interval(ge=2)] | None = None
     """Records per batch across all processes; an image has one record per language. Default: 512,
-    or less for small datasets."""
+    or fewer if there are fewer training records."""
     learning_rate: Annotated[float, Interval(gt=0)] | None = None
     """Peak learning rate of the adapter, projections and LoRAs. Default: 1e-4 from a trained model
     or a closed-form start, 1e-3 from random weights."""
@@ -84,20 +84,20 @@ class AlignConfig(TrainingConfig, JpegConfig):
     max_grad_norm: Annotated[float, Interval(gt=0)] = 1.0
     """Maximum gradient norm; larger gradients are clipped."""
     image_noise: Annotated[float, Interval(ge=0)] = 1.0
-    """Standard deviation of the noise added to stored image embeddings, relative to their norm.
-    Reduces overfitting on small datasets."""
+    """Norm of the Gaussian noise added to each stored image embedding, relative to the embedding's
+    norm. Reduces overfitting on small datasets."""
     caption_noise: Annotated[float, Interval(ge=0)] = 0.5
-    """Standard deviation of the noise added to stored caption embeddings, relative to their norm.
-    """
+    """Norm of the Gaussian noise added to each stored caption embedding, relative to the
+    embedding's norm."""
     long_caption_ratio: Annotated[float, Interval(ge=0, le=1)] = 0.5
     """Probability of using a long caption for an image that has both short and long ones."""
     held_out_ratio: Annotated[float, Interval(ge=0, lt=1)] = 0.1
     """Share of image groups to hold out for choosing the weights: at most 1,000 groups, and at
-    least 20 in small datasets. 0 holds out none."""
+    least 20 or a fifth of all groups, whichever is fewer. 0 holds out none."""
     refit: bool | None = None
-    """After choosing weights on held-out images, fit again on all images with the same shrinkage,
-    number of steps and interpolation from the start. Default: only if both stores are given,
-    because otherwise the towers run twice as often."""
+    """After choosing weights on held-out images, train again on all images, with the same
+    shrinkage, number of steps and interpolation from the start. Default: only if both stores are
+    given; otherwise, the second training would run the towers again."""
     zero_shot: str | None = None
     """Labeled images for measuring zero-shot accuracy before, during and after training:
     NAME=FOLDER of a classification dataset, such as image-folder=FOLDER. Default: none."""
@@ -120,8 +120,8 @@ class AlignConfig(TrainingConfig, JpegConfig):
     images are decoded for a GPU, this process's share of the CPU cores, at most 32; otherwise none.
     """
     save_steps: Annotated[int, Interval(ge=1)] | None = None
-    """Steps between checkpoints; the last step is always saved. Default: 500, or as many as take
-    five minutes if that is more."""
+    """Steps between checkpoints; the last step is always saved. Default: 500, or more if 500 steps
+    take less than five minutes."""
     logging_steps: Annotated[int, Interval(ge=1)] = 10
     """Steps between logged metrics."""
 

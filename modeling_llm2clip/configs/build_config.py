@@ -58,19 +58,22 @@ class BuildConfig(DeviceConfig):
     """Prompt around every caption; own keeps a sentence-transformers model unchanged. No default:
     required unless `prompt_prefix` or `prompt_suffix` is set."""
     prompt_prefix: str | None = None
-    """Text to put before every caption, instead of using `prompt`. Default: none."""
+    """Text to put before every caption, instead of using `prompt`. With prompt=own, it replaces the
+    embedder's default prompt. Default: none."""
     prompt_suffix: str | None = None
     """Text to put after every caption, instead of using `prompt`. Default: none."""
     prompt_name: str | None = None
     """With prompt=own: name of one of the embedder's prompts, such as query or document. Default:
-    `prompt_prefix`, or the embedder's default prompt, usually none."""
+    `prompt_prefix` if set, otherwise the embedder's default prompt, usually none."""
     max_text_length: Annotated[int, Interval(ge=1)] | None = None
-    """Maximum number of tokens per text, prompt included. Default: 512, or the embedder's limit."""
+    """Maximum number of tokens per text, prompt included. Default: the limit of an embedder or of
+    an LLM saved by LLM2Vec, otherwise 512."""
     bidirectional: bool | None = None
     """Let every token attend to every other token; False keeps the LLM causal, as a baseline.
     Default: yes, or the embedder's setting."""
     text_pooling: TextPooling | None = None
-    """Pooling of a text's tokens: mean, or last token. Default: mean, or the embedder's pooling."""
+    """Pooling of a text's tokens: mean, or last token. Default: the pooling of an embedder or of an
+    LLM saved by LLM2Vec, otherwise mean."""
     dtype: WeightDtype = "float32"
     """Dtype of the weights."""
     truncate_dim: Annotated[int, Interval(ge=1)] | None = None
@@ -78,28 +81,29 @@ class BuildConfig(DeviceConfig):
     the embedder."""
     keep_embeddings: bool = False
     """With prompt=own: keep the embedder's text embeddings, scaled to unit length, without a text
-    adapter, so an existing index of them stays valid. Align then trains the images to match them
-    (align --lock-text)."""
+    adapter, so an existing text index stays valid. Then use align --lock-text, which trains the
+    image embeddings to match the text embeddings."""
     text_layers: Annotated[int, Interval(ge=1)] | None = None
     """Number of language model layers to keep, starting from the first. Default: all."""
     projection_dim: Annotated[int, Interval(ge=1)] | None = None
-    """Width of the shared embedding space. Default: 512, or the width of a projection or embedder
-    that is kept."""
+    """Width of the shared embedding space. Default: the width of a kept projection or embedder,
+    otherwise 512."""
     keep_projection: bool = False
-    """Keep the image projection of a CLIP or SigLIP model, so images stay in the space of its text
-    encoder. The text side can learn that encoder's embeddings (align --inherit-from)."""
+    """Keep the image projection of a CLIP or SigLIP model, so image embeddings stay in the space of
+    that model's text encoder. The text side can then learn the text encoder's embeddings (align
+    --inherit-from)."""
     vision_pooling: VisionPooling = "pooler"
-    """Pooling of an image: the tower's pooler, its CLS token, the mean of all tokens (including CLS
-    and registers), or the mean of the patches."""
+    """Pooling of an image: the tower's pooler output (pooler), its CLS token (cls), the mean of all
+    tokens, including CLS and registers (mean), or the mean of the patches (patch_mean)."""
     text_adapter_layers: Annotated[int, Interval(ge=0)] | None = None
     """Number of residual blocks in the text adapter. Default: 4."""
     normalize_text_before_adapter: bool = True
     """Scale the LLM's embeddings to unit length before the text adapter."""
     visual_projection_bias: bool = True
-    """Add a bias to the image projection, which the closed-form start of align needs. A projection
-    that is kept has no bias."""
+    """Add a bias to the image projection. Align needs this bias for a closed-form start. A kept
+    projection has no bias."""
     image_size: Annotated[int, Interval(ge=1)] | None = None
-    """Image size in pixels. Default: the tower's."""
+    """Side of the square input image, in pixels. Default: the tower's own size."""
     normalization: Normalization = "own"
     """Pixel mean and std: the tower's own, CLIP's (openai), 0.5 (half), or ImageNet's."""
     lora: str | Path | None = None

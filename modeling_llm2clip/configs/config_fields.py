@@ -132,17 +132,18 @@ class TrainingConfig(DeviceConfig):
     longer."""
     precision: Precision = "auto"
     """Dtype to compute in. auto uses bfloat16 on GPUs that support it, otherwise each weight's
-    stored dtype. Trained weights always stay float32. float32 also applies to towers stored in half
-    precision. The launcher's mixed-precision setting is ignored."""
+    stored dtype. float32 also casts towers that are stored in half precision. Trained weights
+    always stay float32. The launcher's mixed-precision setting is ignored."""
     save_steps: Annotated[int, Interval(ge=1)] | None = None
     """Steps between checkpoints; the last step is always saved. Default: depends on the stage."""
     logging_steps: Annotated[int, Interval(ge=1)] | None = None
     """Steps between logged metrics. Default: depends on the stage."""
     report_to: tuple[str, ...] | None = None
-    """Integrations to report metrics to, in addition to metrics.jsonl, as in Trainer: tensorboard,
-    trackio, wandb or none. Default: tensorboard if installed."""
+    """Integrations of transformers' Trainer to report metrics to, in addition to metrics.jsonl:
+    names such as tensorboard, trackio and wandb, or only all or none. Default: tensorboard if
+    installed."""
     seed: Seed = 0
-    """Random seed."""
+    """Random seed of the run."""
 
     def _list_conflicts(self) -> dict[str, object]:
         return {
@@ -160,12 +161,14 @@ class DataConfig(Config):
     image_dir: Path | None = None
     """Folder with the images. Default: the folder of the data."""
     ignore_fields: tuple[str, ...] = ()
-    """Fields of the data to ignore, whether known or not. Default: none."""
+    """Fields of the records to ignore; any other unknown field is an error. Default: none."""
     check_images: bool | None = None
-    """Decode every image before starting. Runs that share a cached record table do so only once.
-    Default: yes if the stage trains on images, unless it resumes or the images are remote."""
+    """Decode every image before the run starts. Runs with the same cached record table check the
+    images only once. Default: yes if the stage trains on images, unless it resumes or the images
+    are remote."""
     cache: bool = True
-    """Cache the record table of large data in the user's cache folder, and reuse it."""
+    """Cache the record table of a large dataset in ~/.cache/llm2clip, and reuse it in later runs.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,8 @@ class PrecisionConfig(DeviceConfig):
 
     precision: Precision = "auto"
     """Dtype of the towers. auto uses the stored dtype, but on GPUs with bfloat16 support, float32
-    towers run in bfloat16 if 64 test embeddings barely change (cosines of at least 0.999)."""
+    towers run in bfloat16 if this hardly changes the embeddings of test inputs (cosines of at least
+    0.999)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,8 @@ class BatchConfig(DeviceConfig):
     """Batching of the inputs; in float32 it does not affect the embeddings."""
 
     batch_size: Annotated[int, Interval(ge=1)] | None = None
-    """Texts or images per batch. Default: depends on the device."""
+    """Images per batch. In evaluate, a batch of texts may have 64 times as many tokens. Default: on
+    a CPU, 8 images or 4,096 tokens; on other devices, 64 images or 16,384 tokens."""
     show_progress: bool = True
     """Show progress bars."""
 
@@ -69,8 +71,9 @@ class JpegConfig(DeviceConfig):
     """Decoding of JPEGs that are much larger than the model's input."""
 
     jpeg_decoding: Literal["full", "scaled"] = "full"
-    """Decode JPEGs at full size, or scaled to 1/2, 1/4 or 1/8, but no smaller than three times the
-    model's input. scaled is faster, but slightly changes the embeddings of large images."""
+    """Decode JPEGs at full size (full), or at 1/2, 1/4 or 1/8 of it, but no smaller than three
+    times the model's input size (scaled). scaled is faster, but slightly changes the embeddings of
+    large images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +120,7 @@ class ShardConfig(EncodingConfig, JpegConfig):
     """Texts or images per file. A resumed run recomputes unfinished files."""
     batch_size: Annotated[int, Interval(ge=1)] | None = None
     """Images, or texts of maximum length, per batch; a batch holds more texts if they are shorter.
-    Default: depends on the device."""
+    Default: on a CPU, 8 images or 4,096 tokens; on other devices, 64 images or 16,384 tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +132,12 @@ class ExtractConfig(ShardConfig, CompileConfig):
     """
 
     store_dtype: WeightDtype = "float16"
-    """Dtype of the stored embeddings. Values outside its range are an error, never clipped."""
+    """Dtype of the stored embeddings. Values outside the dtype's range are an error; they are never
+    clipped."""
     sentence_views: Annotated[int, Interval(ge=0, le=64)] = 0
-    """Number of extra views to store of each long caption; a view is a subset of its sentences
-    without the first. Align samples them as long captions (DeBias-CLIP, arXiv:2602.22419)."""
+    """Maximum number of extra views to store for each long caption. A view is a random subset of
+    the caption's sentences without the first. Align samples views like long captions (DeBias-CLIP,
+    arXiv:2602.22419)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,13 +155,13 @@ class EmbedConfig(ShardConfig, BackendConfig):
     """Number of leading dimensions to keep; the embeddings are then rescaled to unit length.
     Default: all."""
     columns: tuple[EmbeddingColumn, ...] = ()
-    """Columns to write in addition to id and embedding: text, name, group_id, lang, captions,
-    long_captions, keywords, url, place, image_file. Default: none."""
+    """Columns to write in addition to id and embedding: text (only with --modality text), name,
+    group_id, lang, captions, long_captions, keywords, url, place, image_file. Default: none."""
     skip_invalid: bool = False
     """Skip images that cannot be decoded and report how many, instead of stopping."""
     int8_ranges: Path | None = None
-    """Output folder of an earlier `embed` run; its int8 ranges are reused, so both outputs fit into
-    one index. Default: the ranges of a sample of 1,024 records."""
+    """Output folder of an earlier `embed` run whose int8 ranges to reuse, so both outputs fit into
+    one index. Default: none; the ranges are measured on 1,024 records."""
 
     def _list_conflicts(self) -> dict[str, object]:
         return {
@@ -176,7 +181,8 @@ class IndexConfig(EncodingConfig, JpegConfig):
 
     ann: Literal["auto", "always", "never"] = "auto"
     """Approximate index: auto builds one for 20,000 images or more, and keeps it if it is faster
-    than exact search and its recall@10 is at least 0.97."""
+    than exact search and its recall@10 is at least 0.97; always keeps it in any case; never builds
+    none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +190,7 @@ class TagConfig(EncodingConfig):
     """Options for `tag`: encoding a folder of images."""
 
     index: str | None = None
-    """Database for the image embeddings, updated like `llm2clip index` does, so the next call
+    """Database for the image embeddings. It is updated as by `llm2clip index`, so the next call
     encodes only new images; an approximate index is left unchanged. Default: none, so all images
     are encoded."""
     skip_invalid: bool = False

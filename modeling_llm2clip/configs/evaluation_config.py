@@ -20,7 +20,8 @@ class EvaluatedModel(Config):
     source: str
     """Folder or Hub id of the model."""
     name: str = ""
-    """Name in tables and for the results folder. Default: the last part of the source."""
+    """Name of the model in tables and of its results folder. Default: the last part of the source.
+    """
     model_type: ModelType | None = None
     """Type of the model. Default: detected from its files."""
     revision: str | None = None
@@ -44,7 +45,8 @@ class EvaluatedDataset(Config):
     name: str
     """Name of a known dataset, or any name for your own captioned images."""
     folder: str | None = None
-    """Folder of the dataset's files. Default: the files included in the package."""
+    """Folder of the dataset's files. Default: none, for a dataset that is included in the package.
+    """
     image_dir: str | None = None
     """Folder of the dataset's images. Default: the folder of its files."""
 
@@ -54,8 +56,9 @@ class EncoderConfig(BatchConfig):
     """Options for encoding with any model type; in float32 none of them affects the scores."""
 
     dtype: Literal["auto", "saved", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the weights; saved keeps the stored dtype. So does auto, but it may run the towers
-    of an LLM2CLIP model in bfloat16 on a GPU, like `precision` in other commands."""
+    """Dtype of the weights. saved keeps the stored dtype. auto also keeps it, except that the
+    towers of an LLM2CLIP model may run in bfloat16 on a GPU, as with `precision` in other commands.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +68,8 @@ class EvaluationConfig(EncoderConfig):
     output: Path = Path("evaluation")
     """Folder for the results; earlier results in it are kept."""
     languages: tuple[str, ...] = ()
-    """Languages of multilingual datasets. Default: all, which only the cross-lingual task
-    supports."""
+    """Languages of multilingual datasets. Default: all; only the cross-lingual task accepts more
+    than one."""
     captions_only: bool = False
     """Read no images, for text-only encoders."""
     skip_invalid: bool = False
@@ -78,7 +81,7 @@ class EvaluationConfig(EncoderConfig):
     """Prompt templates: FILE with one per line, with {} for the class name; in Python, templates
     themselves are also accepted. Default: the dataset's own."""
     ignore_fields: tuple[str, ...] = ()
-    """Fields of the data to ignore, whether known or not. Default: none."""
+    """Fields of the records to ignore; any other unknown field is an error. Default: none."""
 
     def _list_conflicts(self) -> dict[str, object]:
         return {

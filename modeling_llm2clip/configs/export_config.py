@@ -23,22 +23,24 @@ class CardConfig(Config):
     """Entries of a model card; unset ones are taken from the source's card."""
 
     license: License | None = None
-    """Hub identifier of the weights' license, such as apache-2.0. Default: the license on the
-    source's card."""
+    """Hub identifier of the weights' license, such as apache-2.0. Default: for export, the license
+    on the source model's card; for convert, none."""
     license_name: str | None = None
     """With `license` other: name of the license. Default: none."""
     license_link: str | None = None
     """With `license` other: URL of the license. Default: none."""
     vision_license: str | None = None
-    """License of the vision tower. Default: the license on the tower's card."""
+    """License of the vision tower. Default: for export, as on the source model's card; for convert,
+    the license on the checkpoint's card."""
     text_license: str | None = None
-    """License of the language model. Default: the license on that model's card."""
+    """License of the language model. Default: for export, as on the source model's card; for
+    convert, the license on the language model's card."""
     base_models: tuple[str, str] | None = None
     """Hub ids of the vision tower and the language model. Default: the ids in their
     configurations."""
     training_data: tuple[str, ...] = ()
-    """Names or Hub ids of the training data. Default: the data listed on the source model's
-    card."""
+    """Names or Hub ids of the training data. Default: for export, as on the source model's card;
+    for convert, none."""
 
     def _list_conflicts(self) -> dict[str, object]:
         is_other = self.license == "other"
@@ -68,17 +70,17 @@ class ExportConfig(CardConfig, DeviceConfig):
     """Part to export: the full model, the text-only or vision-only model, or the vision tower as a
     plain transformers model, for LLaVA and similar models."""
     handler: bool = False
-    """Also write handler.py and requirements.txt, which Inference Endpoints need to serve the
-    folder."""
+    """Also write handler.py and requirements.txt, which Hugging Face's Inference Endpoints need to
+    serve the folder."""
     onnx: bool = False
-    """Write ONNX Runtime graphs instead of torch weights."""
+    """Write graphs for ONNX Runtime instead of PyTorch weights."""
     onnx_weights: tuple[TextWeights, ...] = ("float32",)
-    """Weight formats of the language model's linear layers: float32, int8, int4. Each gets its own
-    file."""
+    """Weight formats of the language model's linear layers: float32, int8, int4. Each format is
+    written to its own file."""
     onnx_data: str | None = None
     """Captioned images for checking the graphs. Default: the included emoji and photographs."""
     max_recall_loss: Annotated[float, Interval(ge=0, le=1)] = 0.0
-    """Maximum drop in text to image R@1 with int4 weights, as a fraction: 0.02 is two percentage
+    """Maximum drop in text-to-image R@1 with int4 weights, as a fraction: 0.02 is two percentage
     points."""
 
     def _list_conflicts(self) -> dict[str, object]:
@@ -125,12 +127,12 @@ class SourceFormat(Config):
     gelu_tanh."""
     image_size: Annotated[int, Interval(ge=1)] | None = None
     """Image size of a SigLIP2 model in pixels. Default: number of patches per side times patch
-    size. Required for 27 patches of 14 pixels, because both 378- and 384-pixel models have that
-    many."""
+    size. Required for 27 patches of 14 pixels, because both 378- and 384-pixel models have 27."""
     preprocessing: Literal["openai", "half"] | None = "openai"
     """Pixel mean and std: OpenAI's, or 0.5 (half)."""
     head_width: Annotated[int, Interval(ge=1)] = 64
-    """Dimension of an attention head in the vision tower. EVA02 checkpoints contain this value."""
+    """Dimension of an attention head in the vision tower, for layouts whose checkpoints do not
+    record it."""
 
     def _list_conflicts(self) -> dict[str, object]:
         return {
@@ -150,7 +152,7 @@ class ConvertConfig(CardConfig, DeviceConfig):
     dtype: WeightDtype = "float32"
     """Dtype of the weights; the temperature is always float32."""
     max_shard_size: ShardSize = "1GB"
-    """Maximum size of a weight file; the conversion needs twice as much memory."""
+    """Maximum size of a weight file; the conversion needs twice this much memory."""
     components: Literal["full", "text", "vision"] = "full"
     """Part to write: the full model, or the text-only or vision-only model."""
 

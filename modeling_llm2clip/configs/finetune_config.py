@@ -37,24 +37,26 @@ class FinetuneConfig(TrainingConfig):
     as in the official code), both directions (symmetric, as in CLIP), or each text with every other
     text (all)."""
     num_pairings: Annotated[int, Interval(ge=1)] = 1
-    """Number of times per epoch to re-pair the captions of each image."""
+    """Number of times per epoch to pair the captions of each image at random."""
     num_hard_negatives: Annotated[int, Interval(ge=0)] = 0
-    """Hard negatives to add per image: images whose captions are the most similar under the initial
-    model. 0 samples batches at random."""
+    """Hard negatives in the batch for each image: images whose captions are the most similar under
+    the initial model. 0 samples batches at random."""
     num_held_out: Annotated[int, Interval(ge=2)] | None = None
-    """Images to hold out for measuring caption retrieval accuracy. Default: a fifth of the images,
-    at most 1,000."""
+    """Image groups to hold out for measuring caption retrieval accuracy. Default: a fifth of the
+    groups, at most 1,000."""
     skip_single_captions: bool = False
-    """Skip images with only one caption, which cannot form a pair."""
+    """Skip image groups with only one caption, which cannot form a pair. If not set, they are an
+    error."""
     text_pairs: tuple[tuple[Path, Annotated[float, Interval(gt=0)]], ...] = ()
     """Additional text pairs: FILE (JSON lines with query, positive and negatives) and WEIGHT, the
     number of batches from FILE per batch of captions. Repeatable. Default: none."""
     init_lora: Path | None = None
-    """Folder of a LoRA to start from; it must have the same shape. Default: a new LoRA."""
+    """Folder of a LoRA to start from. Its rank, alpha and target layers must match this run's.
+    Default: a new LoRA."""
     lora_rank: Annotated[int, Interval(ge=1)] = 16
     """LoRA rank; alpha is twice the rank."""
     lora_target_modules: tuple[str, ...] = ("all-linear",)
-    """Names of the linear layers to apply LoRA to, as in peft."""
+    """Names of the linear layers to apply LoRA to, as in peft; all-linear selects all of them."""
     lora_dtype: WeightDtype = "float32"
     """Dtype of the saved LoRA."""
     merge: bool = True

