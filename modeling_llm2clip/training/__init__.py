@@ -1,1 +1,1 @@
-"""The stages of the method, one module each; stages never import stages."""
+"""The training stages, one package each; no stage imports another stage."""

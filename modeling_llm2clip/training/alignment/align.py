@@ -1,6 +1,7 @@
 """Stage 3: align images with captions and write the model (paper, section 3.2).
 
-Cheap checks run first. Then the parts that the options require are loaded, trained and merged.
+Cheap checks run first. Then the model parts that the options require are loaded, trained and
+merged.
 """
 
 from __future__ import annotations
@@ -103,27 +104,28 @@ def align(
 ) -> Path:
     """Align the images and captions of a model, and write the aligned model.
 
-    `output` also gets `run.json` with the scores on held-out images, `metrics.jsonl`, checkpoints,
-    the best weights, and a folder `refit` for the final fit on all images.
+    `output` also contains `run.json` with the scores on held-out images, `metrics.jsonl`,
+    checkpoints, the best weights, and a folder `refit` for the final fit on all images.
 
     Args:
         source: Folder or Hub id of an LLM2CLIP model, or a loaded (model, processor).
-        data: Records, which need their images if there is no `image_store`; or a stream of records,
-            which needs `max_steps` and whose first groups are held out.
-        output: Folder of the run. Must be new, or the folder of the same run with `resume`.
+        data: Records, with their images unless there is an `image_store`; or a stream of records,
+            which requires `max_steps` and whose first groups are held out.
+        output: Folder of the run: a new folder or, with `resume`, the folder of the run to
+            continue.
         config: Options; None for the defaults.
         caption_store: Caption embeddings of these records from the model's LLM, as written by
-            `extract`. Required with `text_training="stored"`, and only allowed then.
+            `extract`. The store is required with `text_training="stored"`, and only allowed then.
         image_store: Image embeddings from the model's frozen vision tower; None to run the tower at
-            every step. With `distillation_weight`, the tower is trained and regularized toward
-            them, or toward a frozen copy of itself if there is no store.
-        inherit_from: Embeddings of the same captions by the text encoder of the vision tower's own
-            CLIP, as written by `extract`. Text adapter and text projection learn these first. The
+            every step. With `distillation_weight`, the tower is trained and regularized toward the
+            stored embeddings or, without a store, toward a frozen copy of the tower.
+        inherit_from: Embeddings of the same captions from the text encoder of the CLIP that the
+            vision tower was taken from, as written by `extract`. Text adapter and text projection
+            learn these embeddings first. The model must have been built with `keep_projection`.
+        teacher: Folder or Hub id of the CLIP that the vision tower was taken from. The texts in
+            `config.keep_texts` are kept near their embeddings from this CLIP's text encoder. The
             model must have been built with `keep_projection`.
-        teacher: Folder or Hub id of the vision tower's own CLIP. The texts in `config.keep_texts`
-            are kept near the embeddings of its text encoder. The model must have been built as for
-            `inherit_from`.
-        loss: The loss to train on, instead of `config.loss`. The other loss options still apply.
+        loss: The loss to minimize, instead of `config.loss`. The other loss options still apply.
         data_name: Name of the data on the model card; None for no name.
         resume: Continue from the last checkpoint in `output`. Options, weights, stores, captions,
             images (by name and size) and the number of processes must be unchanged.
@@ -133,11 +135,11 @@ def align(
         `output/model`.
 
     Raises:
-        ValueError: Before any tower is loaded: there is no data, too little for one batch, or its
-            groups leave no negatives; the number of processes does not divide the global batch
-            size; `output` belongs to another run, or a run is active in it; stores belong to
-            another model or other data; or options conflict. Before training: the model no longer
-            reproduces its golden embeddings. After training: the loss was always 0.
+        ValueError: Before any tower is loaded: there is no data, there is too little data for one
+            batch, or the groups leave no negatives; the number of processes does not divide the
+            global batch size; `output` belongs to another run, or a run is active in it; stores
+            belong to another model or other data; or options conflict. Before training: the model
+            no longer reproduces its golden embeddings. After training: the loss was always 0.
         FileExistsError: `output/model` exists.
         FloatingPointError: A loss, gradient or weight is not finite. No model is written.
         StageInterrupt: SIGINT or SIGTERM stopped the run after a checkpoint.
@@ -186,7 +188,7 @@ def plan_align(
     loss: Loss | None = None,
     resume: bool = False,
 ) -> AlignPlan:
-    """Run all checks of an alignment that need neither its data nor its model."""
+    """Run all checks that need neither the data nor the model of an alignment."""
     config, output = config or AlignConfig(), Path(output)
     stores = open_stores(config, caption_store, image_store, inherit_from)
     chosen = build_loss(config, loss)
@@ -262,7 +264,7 @@ def run_alignment(
 
 
 def _require_fitting(folder: Path, plan: AlignPlan) -> dict[str, Any]:
-    """Check that stores and options fit the model; return its fingerprint."""
+    """Check that stores and options fit the model; return the model's fingerprint."""
     config = plan.config
     fingerprints: list[Any] = [{}, {}, {}]
     if PartialState().is_main_process:  # it reads all weights
@@ -308,7 +310,7 @@ def _choose(
 ) -> tuple[Choice, dict[str, Tensor] | None]:
     """Train, select weights on held-out images, and record how the run ended.
 
-    Return no weights if a final fit on all images is to produce them.
+    Return None instead of weights if a final fit on all images will produce the weights.
     """
     config, output = fit.config, fit.output
     arguments = make_training_arguments(output, config)
@@ -372,11 +374,11 @@ def _check_length(config: AlignConfig, num_processes: int, data: RunData) -> tup
 def _make_best_weights(
     fit: AlignmentFit, length: RunLength, start: ProjectionInit, model: AlignmentModel
 ) -> BestWeightsCallback | None:
-    """Make the callback that evaluates on held-out images; None if there are none.
+    """Make the callback that evaluates on held-out images; None if no images are held out.
 
-    If no tower runs, it also tries weights interpolated between the start and the trained weights.
-    It does not interpolate from random weights, because they are no working model, or between
-    sharded weights, because each attempt would gather them.
+    If no tower runs, the callback also tries weights interpolated between the start and the trained
+    weights. The callback does not interpolate from random weights, because they do not form a
+    working model, or between sharded weights, because each attempt would gather them.
     """
     if fit.data.held_out is None:
         return None
@@ -429,10 +431,10 @@ def _record_end(
 def _measure_written(
     fit: AlignmentFit, data_name: str | None, folder: Path
 ) -> tuple[Sequence[CardResult], str | None]:
-    """Evaluate a written folder, with its rounded weights if it is in half precision.
+    """Evaluate a written model, with the rounded weights if the model is in half precision.
 
     A refitted model has trained on the held-out images, so the scores from before the refit remain
-    its estimate.
+    the estimate of its quality.
     """
     output, held_out, device = fit.output, fit.data.held_out, choose_device(fit.config.device)
     written = fit.load_parts(folder, device)
@@ -484,7 +486,7 @@ def _write_model(
 
 
 def _measure_rounding(fit: AlignmentFit, trained: Mapping[str, Tensor]) -> dict[str, float]:
-    """Measure the share of each trained tower's weights that still differ after rounding."""
+    """Measure each trained tower's share of weights that differ from the source after rounding."""
     source, shares = open_model_weights(fit.source), {}
     for tower in TOWERS:
         rounded = [

@@ -41,7 +41,7 @@ _IDENTITY = ("name", "lang")
 def open_stores(
     config: AlignConfig, *places: str | Path | EmbeddingStore | None
 ) -> tuple[EmbeddingStore | None, EmbeddingStore | None, EmbeddingStore | None]:
-    """Open the caption, image and teacher stores, if the options allow them."""
+    """Open the caption, image and teacher stores; refuse stores that the options do not allow."""
     config.require_stores(*places)
     captions, images, teacher = stores = [
         EmbeddingStore.open(place) if isinstance(place, str | Path) else place for place in places
@@ -60,7 +60,7 @@ def open_stores(
 
 
 def _check_teacher(teacher: EmbeddingStore, captions: EmbeddingStore) -> None:
-    """Check that a teacher's store has the same captions, and that not all were truncated."""
+    """Check that a teacher's store has the same captions, and at least one untruncated caption."""
     manifests = teacher.manifest, captions.manifest
     taught, stored = ((m.plan["data"], read_num_views(m.plan), m.rows_per_shard) for m in manifests)
     if taught != stored:
@@ -110,7 +110,7 @@ def check_batch(batch_size: int, num_records: int, num_held_out: int = 0) -> Non
 
 
 def check_processes(config: AlignConfig, batch_size: int, num_processes: int) -> None:
-    """Check that the processes divide the global batch and that FSDP supports the options."""
+    """Check that the number of processes divides the batch size and FSDP supports the options."""
     if batch_size % num_processes:
         raise ValueError(
             f"global_batch_size={batch_size} is not divisible by the {num_processes} processes "
@@ -121,7 +121,7 @@ def check_processes(config: AlignConfig, batch_size: int, num_processes: int) ->
 
 
 def check_stream(config: AlignConfig, has_image_store: bool, has_teacher: bool) -> None:
-    """Refuse options that do not work with a stream, before it is read."""
+    """Refuse options that do not work with a stream, before the stream is read."""
     refused = {  # in addition to `AlignConfig.require_stores`
         "the length of a stream is unknown: set max_steps": config.max_steps is None,
         "a stream includes its images: omit image_store": has_image_store,
@@ -137,7 +137,8 @@ def pair_items(
 ) -> Array | None:
     """Find the item number of each record in a store, by name and language.
 
-    None if the numbers are identical. With `is_part`, the store may hold additional records.
+    Return None if record numbers and item numbers are identical. With `is_part`, the store may hold
+    additional records.
     """
     if len(records) == len(store):
         pairs = zip(records.iterate_numbers("key"), store.iterate_keys(), strict=True)
@@ -188,7 +189,7 @@ def require_same_texts(records: RecordTable, store: EmbeddingStore, items: Array
 def require_same_images(records: RecordTable, store: EmbeddingStore, items: Array | None) -> None:
     """Check by `hash_images` that a store was made from these images, regardless of captions.
 
-    Without the images, only the hash of the captions can be compared.
+    If the records have no images, only the hash of the captions can be compared.
     """
     stored = store.manifest.plan.get("images")
     if stored is not None and (records.read_numbers("image_kind") != NO_IMAGE).any():
@@ -209,7 +210,7 @@ def require_same_images(records: RecordTable, store: EmbeddingStore, items: Arra
 def require_directions(
     embeds: Tensor, store: EmbeddingStore, identify: Callable[[Array], Sequence[tuple[str, ...]]]
 ) -> Tensor:
-    """Return stored embeddings; ValueError if some are all zeros or not finite."""
+    """Return stored embeddings; raise ValueError if some are all zeros or not finite."""
     broken = np.flatnonzero(~have_directions(embeds))
     if len(broken):
         names = list(dict.fromkeys(identify(broken[:_MOST_READ])))

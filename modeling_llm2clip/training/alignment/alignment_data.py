@@ -1,6 +1,6 @@
 """Make batches of images and captions, decoded and tokenized or read from stores.
 
-Records come from an index or from a stream.
+Records come from a random-access dataset or from a stream.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class StoredSide(NamedTuple):
     Attributes:
         embeds: (B, width) embeddings.
         rows: (B,) row numbers, instead of embeddings, if all rows are already on the device.
-        noise: (B, width) noise to add to the embeddings; None if they get none.
+        noise: (B, width) noise to add to the embeddings; None for embeddings without noise.
     """
 
     embeds: str
@@ -120,7 +120,7 @@ class StoredRows:
         return embeds
 
     def require_checked(self, rows: Array, identify: Identify) -> Tensor:
-        """Return the numbers of resident rows, (B,) int64; refuse broken rows."""
+        """Return row numbers as a tensor, (B,) int64; refuse broken rows."""
         if not self._is_checked[rows].all():
             self.read(rows, identify)
         return torch.from_numpy(rows)
@@ -183,11 +183,11 @@ class _Sampled:
 class AlignmentDataset(_Sampled, Dataset[Any]):
     """Records of a dataset, each an image and its captions; returns whole batches.
 
-    The captions of a record are numbered: short ones first, then long ones, then the sentence views
-    of the long ones if the caption store has them.
+    The captions of a record are numbered: short captions first, then long captions, then the
+    sentence views of the long captions if the caption store has such views.
 
-    With `is_part`, the stores may hold additional records. If the vision tower is trained, images
-    are decoded for it, and the image store holds the distillation targets of the frozen tower.
+    With `is_part`, the stores may hold additional records. If the vision tower is trained, its
+    images are decoded, and the image store holds the distillation targets from the frozen tower.
     """
 
     data: InitVar[Sequence[CaptionedImage]]
@@ -270,7 +270,7 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
         return batch
 
     def copy_stores(self, device: torch.device, *, num_reads: int) -> None:
-        """Copy stores to a device if they fit; `make_inputs` then gathers their rows there."""
+        """Copy stores to a device if they fit; `make_inputs` then gathers rows on that device."""
         for stored in self._stored.values():
             stored.copy_to(device, num_reads=num_reads)
 
@@ -300,7 +300,7 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
 
 @dataclass(eq=False)
 class AlignmentStream(_Sampled):
-    """Makes batches from a stream's records, as `AlignmentDataset` does from an index.
+    """Makes batches from a stream's records, as `AlignmentDataset` does from a dataset.
 
     The caption store may also hold other records.
     """
@@ -379,7 +379,7 @@ class AlignmentStream(_Sampled):
 
 
 def list_pairs(counts: Array, items: Array) -> tuple[Array, Array]:
-    """List all captions of some items: the item of each caption, and its number there."""
+    """List all captions of some items: each caption's item, and its number within the item."""
     starts = np.cumsum(counts) - counts
     return np.repeat(items, counts), np.arange(counts.sum()) - np.repeat(starts, counts)
 

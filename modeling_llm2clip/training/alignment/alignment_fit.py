@@ -59,7 +59,7 @@ class AlignmentFit:
     """One fit of a model, to the training split or, in the refit, to all of the data.
 
     Each fit has its own model, copy of the loss parameters, Trainer, metrics and checkpoints, so
-    each can be resumed.
+    each fit can be resumed.
     """
 
     source: Path
@@ -79,7 +79,7 @@ class AlignmentFit:
     def load(self, device: torch.device) -> tuple[AlignmentModel, dict[str, Any]]:
         """Load the model onto its device and choose its trained parts.
 
-        It stays on the CPU if the Trainer is to shard it.
+        The model stays on the CPU if the Trainer will shard it.
         """
         set_seed(self.config.seed)
         load_device = torch.device("cpu") if is_sharded() else device
@@ -114,8 +114,8 @@ class AlignmentFit:
     def rounds_towers(self, kind: str) -> bool:
         """Return True if float32 towers are loaded in bfloat16 on this type of device.
 
-        Autocast on a GPU would cast frozen weights at every use. If either tower is trained, both
-        stay in float32.
+        Otherwise, autocast on a GPU would cast frozen weights at every use. If either tower is
+        trained, both stay in float32.
         """
         return (
             kind == "cuda"
@@ -194,7 +194,11 @@ class AlignmentFit:
 
 @dataclass(frozen=True)
 class Choice:
-    """The weights selected on held-out images: a step (0: the start) and the share of the way."""
+    """The weights selected on held-out images.
+
+    `step` is 0 for the initial weights; `share` is the share of the way from the initial weights
+    to the weights of that step.
+    """
 
     start: ProjectionInit
     length: RunLength
@@ -207,7 +211,7 @@ def refit(fit: AlignmentFit, choice: Choice, stop: StopRequest) -> dict[str, Ten
 
     The settings are shrinkages, initial temperature, number of steps, batch size and the share of
     the way from the start. The refit also trains on the held-out images, so the written model
-    cannot be scored on them; the scores from before the refit are its estimate.
+    cannot be scored on them; the scores from before the refit are the estimate of its quality.
     """
     assert isinstance(fit.data, RecordData)  # a stream is read only once
     again = replace(fit, data=fit.data.with_held_out(), output=fit.output / REFIT_FOLDER)
@@ -242,9 +246,10 @@ def collect_weights(
     *,
     best: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Collect the weights that differ from the source's, by their names in its folder.
+    """Collect the weights that differ from the source model, by their names in its folder.
 
-    They are on the CPU, with LoRAs merged. Other processes than the main one get an empty dict.
+    The weights are on the CPU, with LoRAs merged. All processes except the main process get an
+    empty dictionary.
     """
     model = trainer.alignment_model
     if trainer.is_fsdp_enabled:
@@ -263,7 +268,7 @@ def collect_weights(
 def name_as_saved(
     model: AlignmentModel, state: Mapping[str, Tensor], scratch: str | Path
 ) -> dict[str, Tensor]:
-    """Rename weights as in a saved folder, because transformers renames some on loading."""
+    """Rename weights as in a saved folder, because transformers renames some weights on loading."""
     with TemporaryDirectory(dir=scratch) as folder:
         model.save_pretrained(folder, state_dict={name: v.cpu() for name, v in state.items()})
         files = sorted(Path(folder).glob("*.safetensors"))

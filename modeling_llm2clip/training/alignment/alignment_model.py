@@ -1,4 +1,4 @@
-"""Define the trained module, which omits towers that do not run, its trained parts and their rates.
+"""Define the module to train, without unused towers, and its trained parts and learning rates.
 
 Shapes: B images and captions, D width of the LLM, D' width of the vision tower, P `projection_dim`.
 """
@@ -46,8 +46,8 @@ class AlignmentModel(PartialModel):
 
     Gradients reach a tower if `trains_text` or `trains_vision` is set. If the loss is a module, its
     parameters are also parameters of this model. `teacher_model` is the vision side before
-    training, set if the loss needs it and there is no image store. `normalization` is set if the
-    data has images as uint8 pixels.
+    training; it is set if the loss needs a teacher and there is no image store. `normalization` is
+    set if the data has images as uint8 pixels.
     """
 
     loss: Loss
@@ -69,11 +69,11 @@ class AlignmentModel(PartialModel):
         In training mode, if the batch has group ids, also compute the loss.
 
         Args:
-            batch: Outputs of the processor for the images, or `vision_embeds`, (B, D'), optionally
+            batch: For the images, outputs of the processor or `vision_embeds`, (B, D'), optionally
                 with `vision_noise`, which is added before the projection but not to the embeddings
-                in `LossInputs`. Likewise for the captions, `caption_embeds`, (B, D), and
-                `caption_noise`. Plus the other fields of `LossInputs`, except that `kept_embeds`
-                is (K, D), before the projection.
+                in `LossInputs`. For the captions, outputs of the processor or `caption_embeds`, (B,
+                D), with or without `caption_noise`. Also other fields of `LossInputs`, except that
+                `kept_embeds` is (K, D), before the projection.
         """
         teacher_embeds = batch.get("teacher_embeds")
         vision_embeds, caption_embeds = batch.get("vision_embeds"), batch.get("caption_embeds")
@@ -128,9 +128,10 @@ class AlignmentModel(PartialModel):
     def train(self, mode: bool = True) -> AlignmentModel:
         """Switch to training mode, except for frozen towers and batch normalization.
 
-        Batch statistics would come from each process's share of the batch, so two processes would
-        not train like one, and an image's embedding would depend on the other images. A tower's
-        stored statistics also come from far more images than it is aligned on.
+        Batch statistics would come from each process's share of the batch, so training on two
+        processes would differ from training on one, and an image's embedding would depend on the
+        other images. A tower's stored statistics also come from far more images than the tower is
+        aligned on.
         """
         super().train(mode)
         for tower, trains in (
@@ -174,8 +175,8 @@ def choose_trained_parts(model: AlignmentModel, config: AlignConfig) -> dict[str
     """Freeze and unfreeze the model's parts in place, and add LoRAs to its towers.
 
     Text adapter, projections and temperature are trained in float32; with `lock_text`, only the
-    image projection and the temperature. Return peft's wrapper of each tower with a LoRA, by name,
-    for `merge_loras`.
+    image projection and the temperature are trained. Return peft's wrapper of each tower that has a
+    LoRA, by tower name, for `merge_loras`.
     """
     for name, part in model.named_children():
         if name in (*TOWERS, TEACHER):
@@ -220,7 +221,7 @@ def choose_trained_parts(model: AlignmentModel, config: AlignConfig) -> dict[str
 def freeze_unused(model: AlignmentModel, processor: LLM2CLIPProcessor, config: AlignConfig) -> None:
     """Freeze weights that receive no gradient in a forward and backward pass.
 
-    A pooling may bypass some weights of its tower, which then do not count as trained.
+    Pooling may bypass some weights of a tower; these weights then do not count as trained.
     """
     without = [
         name
@@ -291,8 +292,8 @@ def find_attention_linears(tower: nn.Module) -> list[str]:
 def scale_by_layer(tower: nn.Module, decay: float) -> dict[str, float]:
     """Compute a learning rate factor for each parameter of a tower.
 
-    Parameters before the layers (patches, positions) learn slowest, and parameters after the layers
-    at the full rate. Of L layers, layer i (from 0) gets `decay ** (L - i)`.
+    Parameters before the layers (patch and position embeddings) learn slowest, and parameters after
+    the layers learn at the full rate. Of L layers, layer i (from 0) gets `decay ** (L - i)`.
     """
     names = [name for name, _ in tower.named_parameters()]
     if decay == 1:

@@ -90,7 +90,7 @@ def describe_alignment(output: Path) -> list[str]:
 
 
 def make_caution(results: Mapping[str, Any]) -> str | None:
-    """Return the warning for the model card; None if none is needed."""
+    """Return the warning for the model card; None if no warning is needed."""
     scores = _read_best(results)
     if scores is not None and scores.is_near_chance:
         return _NEAR_CHANCE_ON_CARD

@@ -53,7 +53,7 @@ _MIN_WARMUP_STEPS = 20
 
 
 def make_training_arguments(output: Path, config: AlignConfig) -> TrainingArguments:
-    """Make the Trainer's arguments except those in `RunLength`; joins the process group."""
+    """Join the process group; make the Trainer's arguments, except for the `RunLength`."""
     arguments = training_arguments_on(
         choose_device(config.device),
         TrainingArguments,
@@ -91,7 +91,7 @@ def count_steps(config: AlignConfig, num_items: int | None, batch_size: int) -> 
 
 @dataclass(frozen=True)
 class RunLength:
-    """Numbers of a run that depend on its data and on the start of its projections.
+    """Length, batch size and learning rate of a run, which depend on its data and initial weights.
 
     Attributes:
         num_steps: Number of steps of the learning rate schedule.
@@ -227,7 +227,7 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         return self.data.dataset.make_inputs({**super()._prepare_inputs(others), **ids})
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Group parameters by start, rate and decay; only matrices decay (arXiv:2103.00020)."""
+        """Group parameters by first step, rate, decay; only matrices decay (arXiv:2103.00020)."""
         if self.optimizer is None:
             grouped: dict[tuple[int, float, bool], list[nn.Parameter]] = {}
             for name, parameter in (model or self.alignment_model).named_parameters():
@@ -305,7 +305,7 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         return {name: value for name, value in state.items() if name in names}
 
     def sample_kept(self, step: int) -> dict[str, Tensor]:
-        """Sample the kept texts of a step as model inputs; empty if there are none."""
+        """Sample the kept texts of a step as model inputs; empty if no texts are kept."""
         return {} if self._kept is None else self._kept.sample(step)
 
     def compute_loss(
@@ -323,7 +323,7 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def describe_step(self, step: int, facts: Mapping[str, Tensor]) -> str:
-        """Describe a step that was not finite, with the number of its broken embeddings."""
+        """Describe a non-finite step, with the number of its non-finite embeddings."""
         loss, broken = facts["loss"], facts["broken"]
         if loss.isfinite():
             return super().describe_step(step, facts)
@@ -336,7 +336,7 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the epoch as passes over the data, because the Trainer's is the whole run."""
+        """Log the epoch as passes over the data, because the Trainer's epoch is the whole run."""
         self.state.epoch = self.data.epoch_at(self.state.global_step)
         logs["inverse_temperature"] = float(self._inverse_temperature)
         super().log(logs, start_time)
@@ -345,7 +345,7 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
 class CheckpointTimesCallback(TrainerCallback):
     """Skips checkpoints that come too soon after the last one or after the start of the run.
 
-    The final checkpoint and those requested by other callbacks are always saved.
+    The final checkpoint and checkpoints requested by other callbacks are always saved.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
@@ -369,7 +369,7 @@ class ClampTemperatureCallback(TrainerCallback):
 
 
 class InputTimesCallback(TrainerCallback):
-    """Prints the share of time spent waiting for batches, at ends of epochs, ever less often."""
+    """Prints the share of time spent waiting for batches, at epoch ends, at growing intervals."""
 
     def __init__(self, *, epoch_at: Callable[[int], float], shown: bool) -> None:
         self._epoch_at = epoch_at
@@ -406,10 +406,10 @@ class InputTimesCallback(TrainerCallback):
 def keep_scores_in_float32(accelerator: Any, model: LLM2CLIPModel) -> None:
     """Set FSDP's mixed-precision policy to compute the model in bfloat16 and scores in float32.
 
-    By default, accelerate has FSDP gather the temperature in bfloat16, where values near 50 are
-    0.25 apart, cast the model's outputs to bfloat16 and sum gradients in it. Autocast under DDP
-    does none of that. Nothing changes without FSDP or in float32. FSDP version 1 is refused in any
-    precision. Call this before anything is prepared.
+    By default, accelerate configures FSDP to gather the temperature in bfloat16, where values near
+    50 are 0.25 apart, to cast the model's outputs to bfloat16, and to sum gradients in bfloat16.
+    Autocast under DDP does none of this. Nothing changes without FSDP or in float32. FSDP version 1
+    is refused in any precision. Call this before anything is prepared.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version != 2:

@@ -1,9 +1,9 @@
-"""Keep the weights with the best held-out scores, at any step and between it and the start.
+"""Keep the weights with the best held-out scores, at any step or interpolated to the start.
 
 Interpolating between initial and trained weights often beats both (WiSE-FT, arXiv:2109.01903), so
-each evaluation tries several interpolations. The lowest loss wins: it is the training objective,
-and it separates models with fewer images than R@1 does. Optionally, the accuracy on labeled images
-decides instead.
+each evaluation tries several interpolations. The lowest loss wins: the loss is the training
+objective, and it needs fewer images than R@1 to tell models apart. Optionally, the accuracy on
+labeled images decides instead.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def copy_trained(model: nn.Module) -> dict[str, Tensor]:
 def set_between(
     model: nn.Module, start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float
 ) -> None:
-    """Set the trained weights of a model to an interpolation between two others, in place."""
+    """Interpolate the trained weights of a model between `start` and `end`, in place."""
     for name, value in end.items():
         first = start[name].to(value.device)
         model.get_parameter(name).copy_(value if share == 1 else torch.lerp(first, value, share))
@@ -65,10 +65,11 @@ def _hash_weights(weights: dict[str, Tensor]) -> str:
 class BestWeightsCallback(TrainerCallback):
     """Evaluates on held-out images, and keeps the weights with the lowest held-out loss.
 
-    It evaluates before the run, every few steps and at the end. The best weights are written to
-    `best.safetensors` in the run's folder. The initial weights take part, so a run never ends with
-    worse weights than it started from. `best_step` is 0 for the initial weights, and `best_share`
-    is the share of the way from the initial weights to those of `best_step`.
+    The callback evaluates before the run, every few steps and at the end. The best weights are
+    written to `best.safetensors` in the run's folder. The initial weights are also compared, so a
+    run never ends with worse weights than it started from. `best_step` is 0 for the initial
+    weights, and `best_share` is the share of the way from the initial weights to the weights of
+    `best_step`.
 
     Args:
         images: The held-out images.
@@ -76,9 +77,10 @@ class BestWeightsCallback(TrainerCallback):
         eval_steps: Number of steps between evaluations.
         patience: Stop after this many evaluations in a row without improvement; 0 never stops.
         patience_begin: Step before which the run never stops early.
-        start: Initial weights by name, to try interpolations; None not to.
+        start: Initial weights by name, to try interpolations; None to try no interpolations.
         zero_shot: Labeled images to classify at each evaluation.
-        chooses_zero_shot: Keep the weights with the highest accuracy on these images instead.
+        chooses_zero_shot: Keep the weights with the highest accuracy on the labeled images instead
+            of the lowest loss.
     """
 
     images: HeldOutImages
@@ -119,8 +121,8 @@ class BestWeightsCallback(TrainerCallback):
     def read_earlier(self, state: TrainerState) -> None:
         """Read the best weights so far of a resumed run, and whether it stopped early.
 
-        They are the best ones known to the checkpoint with this state, or better ones from a later
-        step.
+        These weights are the best up to the checkpoint with this state, or better weights from a
+        later step.
         """
         try:
             with safe_open(self.file, framework="pt") as file:
@@ -217,7 +219,7 @@ class BestWeightsCallback(TrainerCallback):
 
 
 class TrainingObjective(TrainerCallback):
-    """Measures the loss of a training batch, including noise, at its best temperature.
+    """Measures the loss of a training batch, including noise, at the temperature of lowest loss.
 
     The loss before and after training is written to `run.json` in the output as `objective`.
 

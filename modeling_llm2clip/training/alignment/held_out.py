@@ -1,7 +1,7 @@
-"""Hold out images from training to select the weights of a run and to stop it early.
+"""Hold out images from training to select the weights of a run and to stop the run early.
 
-Labeled images show what an alignment costs, which retrieval does not: a vision tower aligned with
-captions gets better at captions, but forgets classes that it knew (ProCLIP, arXiv:2510.18795,
+Labeled images show the cost of an alignment, which retrieval does not show: a vision tower aligned
+with captions gets better at captions, but forgets classes that it knew (ProCLIP, arXiv:2510.18795,
 table 2).
 """
 
@@ -69,17 +69,18 @@ class HeldOutScores:
     """Retrieval scores of held-out captions and images.
 
     Attributes:
-        loss: The training loss of every pair against all others, at the temperature where it is
-            lowest. The trained temperature fits the training images; with it, the loss would
-            mostly measure overconfidence rather than the quality of the embeddings.
+        loss: The training loss over all held-out pairs, at the temperature of lowest loss. The
+            trained temperature fits the training images; at that temperature, the loss would mostly
+            measure overconfidence rather than the quality of the embeddings.
         t2i_r1: Share of texts whose top image is correct.
         i2t_r1: Share of images whose top text is correct.
         chance_t2i_r1: Expected `t2i_r1` of a random ranking.
         chance_i2t_r1: Expected `i2t_r1` of a random ranking.
-        num_images: Number of images compared, counted once over all languages.
+        num_images: Number of images compared; an image with captions in several languages counts
+            once.
         num_texts: Number of texts compared.
-        num_groups: Number of groups of these images; images of one group share their texts.
-        zero_shot: Zero-shot accuracy on labeled images; None if there are none.
+        num_groups: Number of groups of compared images; images of one group share their texts.
+        zero_shot: Zero-shot accuracy on labeled images; None without labeled images.
     """
 
     loss: float
@@ -176,8 +177,8 @@ def count_held_out(num_groups: int, ratio: float) -> int:
 class HeldOutImages:
     """The held-out images of a run, used to evaluate a model.
 
-    If image embeddings are stored, all captions of an image are queries; otherwise only the first,
-    because each pair costs a forward pass of the vision tower.
+    If image embeddings are stored, all captions of an image are queries; otherwise, only the first
+    caption is a query, because each pair costs a forward pass of the vision tower.
     """
 
     def __init__(self, dataset: AlignmentDataset, items: Sequence[int] | Array) -> None:
@@ -247,8 +248,8 @@ def embed_batches(
 ) -> LossInputs:
     """Encode the pairs of all batches in evaluation mode, with a possibly wrapped `AlignmentModel`.
 
-    Tensors end up on the device if it supports float64, otherwise on the CPU. Every process gets
-    all of them.
+    The returned tensors are on the device if it supports float64, otherwise on the CPU. Every
+    process gets all pairs.
     """
     was_training = model.training
     model.eval()
@@ -351,12 +352,12 @@ def load_labeled_images(source: str, *, option: str = "zero_shot") -> Classifica
 class ZeroShotImages:
     """Classifies labeled images zero-shot with a model's current weights.
 
-    What training does not change is encoded only once, with the towers of the source model.
+    If training does not change a tower, its inputs are encoded only once, with the source model.
 
     Args:
         dataset: The labeled images.
         source: Folder of the model that the run starts from.
-        processor: Processor of that model.
+        processor: Processor of the source model.
     """
 
     def __init__(

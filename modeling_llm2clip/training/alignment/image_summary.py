@@ -36,11 +36,11 @@ _ENCODED_SAMPLE = 1_024
 def write_image_summary(
     source: Path, folder: Path, data: RunData, config: AlignConfig, *, name: str | None
 ) -> dict[str, Any] | None:
-    """Add a summary of the training images to those that the source model already has.
+    """Add a summary of the training images to the summaries that the source model already has.
 
-    It covers all images of the dataset, including held-out ones. For a stream, whose images are
-    gone by then, it covers only the held-out images. A seeded sample is read from the image store,
-    or encoded by the written model.
+    The summary covers all images of the dataset, including held-out images. For a stream, whose
+    images are no longer available, the summary covers only the held-out images. A seeded sample is
+    read from the image store, or encoded by the written model.
     """
     known = read_training_images(source)
     is_same_tower = config.vision_training == "frozen" or (
@@ -101,5 +101,5 @@ def sample_images(records: RecordTable, size: int) -> Array:
 
 
 def count_images(records: RecordTable) -> int:
-    """Count the distinct images of a dataset, over all caption languages."""
+    """Count the distinct images of a dataset, whatever the languages of their captions."""
     return count_distinct(partial(records.iterate_numbers, "name_key"), len(records))

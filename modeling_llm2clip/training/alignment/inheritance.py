@@ -1,13 +1,14 @@
 """Train the text side to reproduce the vision tower's own text encoder (ProCLIP).
 
-This is stage 1 of arXiv:2510.18795 v3. It runs before contrastive training and uses only stored
-embeddings: a ridge regression from the caption embeddings to the teacher's, followed by gradient
-descent on `distill`. The image side does not change. Captions that exceed the teacher's token limit
-are skipped.
+This is stage 1 of arXiv:2510.18795 v3. This stage runs before contrastive training and uses only
+stored embeddings: a ridge regression from the caption embeddings to the teacher's embeddings,
+followed by gradient descent on `distill`. The image side does not change. Captions that exceed the
+teacher's token limit are skipped.
 
 The authors' code (VisionXLab/ProCLIP at 2a41f39, `training/train.py`) starts from random weights.
-It compares a short and a web caption of each image, but the distances only between short captions;
-here, a batch holds any captions. Its sums over a process's batch are averaged over captions here.
+Their code compares a short and a web caption of each image, but the distances only between short
+captions; here, a batch holds any captions. Their code sums over a process's batch; here, the sums
+are divided by the number of captions.
 """
 
 from __future__ import annotations
@@ -62,10 +63,10 @@ def inherit(
     device: torch.device,
     stop: StopRequest,
 ) -> dict[str, Any] | None:
-    """Distill the teacher into the text side in place, and return a record; None if no teacher.
+    """Distill the teacher into the text side in place; return a record, or None without a teacher.
 
     The weights with the lowest distance on captions of held-out images are kept, or the last
-    weights if there are none. Every process computes the same.
+    weights if no images are held out. Every process does the same computation.
     """
     config, teacher = fit.config, fit.teacher
     if teacher is None:
@@ -143,7 +144,8 @@ class _Captions:
 
     Attributes:
         fitted: Embeddings of a sample of training captions by the LLM and by the teacher.
-        measured: The same for held-out captions, or for training captions if none are held out.
+        measured: Such embeddings of held-out captions, or of training captions if no captions are
+            held out.
         is_held_out: True if the captions in `measured` are held out.
         num_too_long: Number of captions without a teacher embedding.
         num_trained: Number of training captions with a teacher embedding.
@@ -215,7 +217,7 @@ class _Captions:
 
 @torch.no_grad()
 def _fit_ridge(model: AlignmentModel, captions: _Captions) -> tuple[float, float]:
-    """Set the text projection to the closed form; return its shrinkage and its distance.
+    """Fit the text projection by ridge regression; return its shrinkage and its distance.
 
     The blocks of an untrained adapter are set to the identity.
     """

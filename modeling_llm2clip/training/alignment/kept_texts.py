@@ -1,8 +1,8 @@
-"""Keep given texts near their embeddings by the teacher, the vision tower's own text encoder.
+"""Keep given texts near their embeddings from the teacher, the vision tower's text encoder.
 
 Captions rarely name classes, so an alignment on captions hardly trains the text side on them. To
 keep classes, only their names are needed, neither labels nor images: both encoders embed each name
-once, and every step compares the text side with the teacher on a sample of them.
+once, and every step compares the text side with the teacher on a sample of the texts.
 """
 
 from __future__ import annotations
@@ -102,9 +102,10 @@ class KeptTexts:
 def read_kept_texts(
     config: AlignConfig, teacher: str | Path | None, labeled: ClassificationDataset | None
 ) -> KeptTexts | None:
-    """Read the texts to keep, if any; ValueError if some exceed the teacher's token limit.
+    """Read the texts to keep, if any; raise ValueError if some exceed the teacher's token limit.
 
-    `labeled` is the dataset of `config.zero_shot`. Its templates also apply to names from a file.
+    `labeled` is the dataset of `config.zero_shot`. The templates of this dataset also apply to
+    names from a file.
     """
     if config.keep_texts is None and teacher is not None:
         raise ValueError(

@@ -1,8 +1,8 @@
 """Initialize the projections from the model or by canonical correlation analysis (CCA).
 
 CCA finds the directions in which captions and images agree most, in closed form. Its quality
-depends on the regularization of each side. The best values depend on the data, so they are chosen
-by cross-validation. With a thousand dimensions per side, this takes seconds.
+depends on the regularization of each side. The best regularization depends on the data, so it is
+chosen by cross-validation. With a thousand dimensions per side, cross-validation takes seconds.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class ProjectionInit:
         has_new_adapter: True if the blocks of the text adapter were set to the identity.
         log_scale: Logarithm of the inverse temperature, fitted on held-out images; None if it was
             not fitted.
-        inheritance: Record of how the text side learned a teacher's embeddings; None if it did not.
+        inheritance: Record of how the text side learned a teacher's embeddings; None without a
+            teacher.
         loss_parameters: Loss parameters that were fitted together with the temperature, by name.
     """
 
@@ -81,7 +82,7 @@ def init_projections(
     config: AlignConfig,
     inheritance: Mapping[str, Any] | None = None,
 ) -> ProjectionInit:
-    """Choose the start; set projections, loss parameters and temperature in place."""
+    """Choose an initialization; set projections, loss parameters and temperature in place."""
     if inheritance is None:
         start = _choose_start(model, data, config)
     else:
@@ -139,7 +140,7 @@ def _choose_start(model: AlignmentModel, data: RunData, config: AlignConfig) -> 
 def repeat_init(
     model: AlignmentModel, data: RunData, config: AlignConfig, chosen: ProjectionInit, run: Path
 ) -> ProjectionInit:
-    """Repeat in place, on other images, the start that `init_projections` chose.
+    """Repeat in place, on other images, the initialization that `init_projections` chose.
 
     Inherited weights are read from the folder of the run.
     """
@@ -158,7 +159,7 @@ def _fit_cca(
     config: AlignConfig,
     shrinkages: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
-    """Fit the projections by CCA to captions and their images, or to a random sample if many."""
+    """Fit the projections by CCA to captions and their images, sampling from large datasets."""
     assert isinstance(data, RecordData)  # a stream has no image store
     dataset, generator = data.dataset, torch.Generator().manual_seed(config.seed)
     # Every item has at least one caption, so this many items suffice.
@@ -243,7 +244,7 @@ def init_projections_by_cca(
 
 
 def require_varied(**sides: Tensor) -> None:
-    """Raise ValueError, with the name of the side, if embeddings are all equal or not finite."""
+    """Raise ValueError, naming the side, if its embeddings are all equal or not all finite."""
     for name, embeds in sides.items():
         if not embeds.isfinite().all() or (embeds == embeds[:1]).all():
             raise ValueError(
@@ -349,7 +350,7 @@ def _choose_shrinkages(
 ) -> tuple[tuple[float, float], float]:
     """Hill-climb on the grid of shrinkages to the best mean reciprocal rank in cross-validation.
 
-    The lowest loss would ask for more shrinkage than is best for retrieval.
+    Choosing by the lowest loss would give more shrinkage than is best for retrieval.
     """
     folds = list(_make_folds(text, vision, ids))
     ranks: dict[tuple[int, int], float] = {}
@@ -387,7 +388,7 @@ def _measure_fold(
 
 
 def _mean_reciprocal_rank(similarities: Tensor, ids: Tensor) -> float:
-    """Rank the best row of the own group among negatives, in both directions."""
+    """Rank each row's best match in its group among its negatives; average both directions."""
     equal = ids[:, None] == ids[None, :]
     same, is_negative = equal[..., 0], ~equal.any(dim=-1)
     reciprocals = []

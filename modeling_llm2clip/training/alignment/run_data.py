@@ -1,8 +1,8 @@
-"""Provide the training and held-out data of a run, from indexed records or from a stream.
+"""Provide the training and held-out data of a run, from random-access records or a stream.
 
-The Trainer sees the whole run as one epoch in both cases. Batches of indexed records depend only on
-the step, so a resumed run skips earlier batches without reading them. A stream's batches depend on
-its position, which every checkpoint saves.
+The Trainer sees the whole run as one epoch in both cases. Batches of random-access records depend
+only on the step, so a resumed run skips earlier batches without reading them. A stream's batches
+depend on its position, which every checkpoint saves.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from .sampling import ResumableBatchSampler
 
 @dataclass(eq=False)
 class RecordData:
-    """Indexed records, with random batches of the training items."""
+    """Random-access records, with random batches of the training items."""
 
     dataset: AlignmentDataset
     items: Array
@@ -101,7 +101,7 @@ class RecordData:
         return step / (1 if self._sampler is None else self._sampler.steps_per_epoch)
 
     def list_groups(self, step: int, places: Array) -> list[str]:
-        """List the group ids at some positions of this process's batch of a step."""
+        """List the group ids at some positions of this process's batch in a step."""
         assert self._sampler is not None
         items = self._sampler.read_step(step).items[places]
         groups = (self.dataset.records.read(item, ("group_id",)) for item in items.tolist())
@@ -119,7 +119,7 @@ class RecordData:
 
 @dataclass(eq=False)
 class StreamData:
-    """A stream of records, epoch after epoch."""
+    """A stream of records, repeated in every epoch."""
 
     num_items = None  # unknown
 
@@ -185,7 +185,7 @@ class StreamData:
                 )
 
     def _end_epoch(self) -> None:
-        """Merge the report of an epoch, and print what this process lost in it."""
+        """Merge an epoch's report into the total, and print the data that this process lost."""
         self._resumed_state = None  # the checkpoint may be at the end of its epoch
         report = self._read_current()
         self._ended.merge(report)
@@ -301,7 +301,7 @@ def open_stream(
 def hold_out_of_stream(
     stream: RecordStream, ratio: float, folder: Path
 ) -> tuple[list[CaptionedImage], frozenset[str]]:
-    """Hold out the first groups of a stream's shards; every process gets the same.
+    """Hold out the first groups of a stream's shards; every process gets the same groups.
 
     Return the records, with their images in the folder, and their group ids, which must be excluded
     from training. The total number of groups is estimated from the first shard. A group with an

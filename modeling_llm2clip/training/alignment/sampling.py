@@ -1,8 +1,8 @@
 """Sample images and a caption for each, as a function of only the seed and the step.
 
 There is no state between steps and no shared generator, so a resumed run or a run with another
-number of workers samples the same. Noise is generated on the training device from a seed per step
-and process, so it differs between devices and numbers of processes.
+number of workers samples the same images and captions. Noise is generated on the training device
+from a seed per step and process, so it differs between devices and numbers of processes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Samples(NamedTuple):
     """A batch of one process, before its data is read.
 
     Attributes:
-        items: (B,) numbers of the records.
+        items: (B,) record numbers.
         draws: (B, 2) random numbers in [0, 1) that choose a caption for each record.
         noise_seed: Seed for the noise on stored embeddings.
     """
@@ -39,7 +39,7 @@ class Samples(NamedTuple):
 def draw_samples(
     items: Array, *batch_id: int, seed: int, rank: int = 0, num_processes: int = 1
 ) -> Samples:
-    """Sample for the global batch, and return the part of one process.
+    """Sample captions for a global batch; return one process's part of the batch.
 
     Args:
         items: Records of the global batch.
@@ -59,7 +59,7 @@ def draw_samples(
 class ResumableBatchSampler(Sampler[Samples]):
     """Yields one process's batches of a whole run.
 
-    Every epoch shuffles all items anew and drops the last ones, which do not fill a batch.
+    Every epoch shuffles all items anew and drops the last items, which do not fill a batch.
     """
 
     items: Array

@@ -113,7 +113,7 @@ def finetune_llm(
 ) -> Path:
     """Fine-tune a model's LLM with a LoRA, and write the model with the LoRA merged.
 
-    `output` also gets the LoRA (`lora/`), `run.json` with the caption retrieval accuracy before
+    `output` also contains the LoRA (`lora/`), `run.json` with the caption retrieval accuracy before
     and after, `metrics.jsonl` and checkpoints. The accuracy after training is measured on the files
     as written: the merged model in its folder's dtype, or the LoRA.
 

@@ -2,8 +2,8 @@
 
 ProCLIP (arXiv:2510.18795 v3) penalizes the distance between a student's and a teacher's embeddings,
 and the difference between the pairwise distances of both. In ProCLIP's stage 1, the text side
-learns CLIP's text embeddings of the same captions. In its stage 2, a trained vision tower stays
-close to the frozen tower's embeddings of the same images.
+learns CLIP's text embeddings of the same captions. In ProCLIP's stage 2, a trained vision tower
+stays close to the frozen tower's embeddings of the same images.
 
 STRUCTURE (arXiv:2506.16895) makes projected embeddings keep the neighbors that they have before the
 projection.
