@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from .._suggestions import MAX_LISTED, counted, list_first
+from ..attention_llm2clip import find_varlen_kernel
 from ..configs.config_fields import TrainingConfig
 from ..data.sources.json_files import read_json
 from ..scheduling.graceful_stop import StopRequest
@@ -448,6 +450,21 @@ def computes_in_bfloat16(precision: str, *, on_gpu: bool) -> bool:
     if precision != "auto":
         return precision == "bfloat16"
     return on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def warn_of_padding(device: torch.device, precision: str) -> None:
+    """Warn if a GPU trains on padded texts, which takes much longer if their lengths vary."""
+    if device.type != "cuda" or (
+        find_varlen_kernel(device) is not None and computes_in_bfloat16(precision, on_gpu=True)
+    ):
+        return
+    warnings.warn(
+        "Texts are padded to the longest of their batch, which can take several times as long if "
+        "their lengths vary. To pack them instead, install torch 2.13 or later (installed: "
+        f"{torch.__version__}), and train in bfloat16 on an NVIDIA GPU of compute capability 8.0 "
+        "or later.",
+        stacklevel=2,
+    )
 
 
 def find_pooler(text_model: nn.Module) -> str | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import time
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,21 +14,25 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from aligning import Prepared
 from peft.tuners.lora import LoraLayer
 from running_ahead import run_ahead
 from sentence_transformers import SentenceTransformerTrainingArguments
 from tiny import tiny_model
 from transformers import AutoConfig, AutoModel, TrainingArguments
+from tuning import SHORT, tune
 
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.config_fields import TrainingConfig
 from modeling_llm2clip.configs.finetune_config import FinetuneConfig
 from modeling_llm2clip.scheduling.graceful_stop import StopRequest
 from modeling_llm2clip.training import trainer_mixins
+from modeling_llm2clip.training.alignment import align
 from modeling_llm2clip.training.alignment.alignment_model import (
     AlignmentModel,
     choose_trained_parts,
 )
+from modeling_llm2clip.training.finetuning import finetune_llm
 from modeling_llm2clip.training.finetuning.finetune_trainer import CaptionEncoder, make_lora_config
 from modeling_llm2clip.training.finite_steps import FiniteSteps
 from modeling_llm2clip.training.trainer_mixins import (
@@ -36,6 +42,7 @@ from modeling_llm2clip.training.trainer_mixins import (
     find_without_gradient,
     recompute_activations,
     training_arguments_on,
+    warn_of_padding,
 )
 
 
@@ -96,6 +103,39 @@ def test_a_layer_with_layerdrop_counts_as_trained(family: str) -> None:
     assert missing == []
     assert {m.layerdrop for m in model.modules() if hasattr(m, "layerdrop")} == {0.999}
     assert frozen.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("device", "packs", "precision", "warns"),
+    [
+        ("cuda", False, "bfloat16", True),  # an older torch or GPU
+        ("cuda", True, "float32", True),
+        ("cuda", True, "bfloat16", False),
+        ("cpu", False, "float32", False),  # packs in its own way
+    ],
+)
+def test_a_gpu_that_pads_texts_says_what_packing_needs(
+    monkeypatch: pytest.MonkeyPatch, device: str, packs: bool, precision: str, warns: bool
+) -> None:
+    monkeypatch.setattr(trainer_mixins, "find_varlen_kernel", lambda _: packs or None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_padding(torch.device(device), precision)
+    assert len(caught) == warns
+    for warning in caught:
+        assert "install torch 2.13 or later" in str(warning.message)
+
+
+def test_each_stage_that_runs_the_llm_warns_of_padding_at_its_start(
+    monkeypatch: pytest.MonkeyPatch, prepared: Prepared, tmp_path: Path
+) -> None:
+    called: list[Any] = []
+    for stage in (finetune_llm, align):
+        monkeypatch.setattr(stage, "warn_of_padding", lambda *given: called.append(given))
+    tune(tmp_path / "tuned", replace(SHORT, max_steps=1, warmup_steps=0))
+    prepared.align(tmp_path / "stored", max_steps=1)
+    prepared.align(tmp_path / "online", max_steps=1, text_training="frozen-online")
+    assert called == [(torch.device("cpu"), precision) for precision in ("float32", "auto")]
 
 
 def _attach_lora(stage: str, dtype: torch.dtype, *, recomputes: bool) -> Any:

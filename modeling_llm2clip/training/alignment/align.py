@@ -55,6 +55,7 @@ from ..trainer_mixins import (
     is_sharded,
     raise_if_stopped,
     run_once_per_machine,
+    warn_of_padding,
 )
 from .align_checks import (
     check_batch,
@@ -334,6 +335,8 @@ def _choose(
     )
     fit.make_ready(model, length, arguments.device)
     if PartialState().is_main_process:
+        if config.text_training != "stored":
+            warn_of_padding(arguments.device, config.precision)
         write_run_record(output, config, inputs, model=model)
         add_results(output, start=asdict(start))
         if start.inheritance is not None and last is None:

@@ -75,6 +75,7 @@ from ..trainer_mixins import (
     require_gradients,
     run_once_per_machine,
     show_progress,
+    warn_of_padding,
 )
 from .finetune_data import FinetuneData, count_truncated, prepare_data
 from .finetune_trainer import (
@@ -324,6 +325,7 @@ def _train(
     state = PartialState()
     counts = dict(data.counts)
     if state.is_main_process:
+        warn_of_padding(encoder.llm2clip.device, config.precision)
         counts |= count_truncated(encoder.processor, data, show_progress=True)
     require_gradients(
         find_without_gradient(encoder.llm2clip, encoder.sum_of_two),
