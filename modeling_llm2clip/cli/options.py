@@ -101,7 +101,9 @@ def stream_captioned_images(data: str, reading: DataConfig) -> RecordStream:
             "--image-dir and --check-images cannot be used with a stream: its shards contain the "
             "images, and each is decoded once. Remove them."
         )
-    return stream_records(data, ignore_fields=reading.ignore_fields)
+    return stream_records(
+        data, ignore_fields=reading.ignore_fields, caption_fields=reading.caption_fields
+    )
 
 
 def read_captioned_images(

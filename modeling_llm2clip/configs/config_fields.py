@@ -158,10 +158,15 @@ class TrainingConfig(DeviceConfig):
 class DataConfig(Config):
     """Options for reading captioned images."""
 
+    without_flags = ("caption_fields",)
+
     image_dir: Path | None = None
     """Folder with the images. Default: the folder of the data."""
     ignore_fields: tuple[str, ...] = ()
     """Fields of the records to ignore; any other unknown field is an error. Default: none."""
+    caption_fields: tuple[str, ...] | None = None
+    """Fields of the captions to read, short and long, which every record must have; other captions
+    are ignored. Default: every field of captions."""
     check_images: bool | None = None
     """Decode every image before the run starts. Runs with the same cached record table check the
     images only once. Default: yes if the stage trains on images, unless it resumes or the images

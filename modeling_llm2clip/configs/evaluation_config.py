@@ -65,6 +65,8 @@ class EncoderConfig(BatchConfig):
 class EvaluationConfig(EncoderConfig):
     """Options for `evaluate`: reading datasets, running models, scoring."""
 
+    without_flags = ("caption_fields",)
+
     output: Path = Path("evaluation")
     """Folder for the results; earlier results in it are kept."""
     languages: tuple[str, ...] = ()
@@ -82,6 +84,9 @@ class EvaluationConfig(EncoderConfig):
     themselves are also accepted. Default: the dataset's own."""
     ignore_fields: tuple[str, ...] = ()
     """Fields of the records to ignore; any other unknown field is an error. Default: none."""
+    caption_fields: tuple[str, ...] | None = None
+    """For your own data, fields of the captions to read, short and long, which every record
+    must have; other captions are ignored. Default: every field of captions."""
 
     def _list_conflicts(self) -> dict[str, object]:
         return {

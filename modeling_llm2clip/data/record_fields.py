@@ -23,8 +23,9 @@ In Parquet, `image` may hold the encoded image itself; in a tar shard, the image
 both cases, `file_name` is only a name.
 
 Any other field is an error, because it may be a misspelling. Fields listed in `load_records(…,
-ignore_fields=…)` are not read, known or not. Whitespace around texts is stripped and inner line
-breaks become one space, because later stages expect captions to be single lines.
+ignore_fields=…)` are not read, known or not. With `caption_fields=…`, every record must have these
+captions, and no others are read. Whitespace around texts is stripped and inner line breaks become
+one space, because later stages expect captions to be single lines.
 
 Data read for only one modality need not be pairs: images may lack captions, and captions images. A
 text without an image is then named by its field `id`, or else by its location.
@@ -34,6 +35,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+from .._suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from .images.image_sources import PackedImage
@@ -78,6 +81,22 @@ class RawRecord(NamedTuple):
     packed: PackedImage | None = None
     default_name: str | None = None
     text_name: str | None = None
+
+
+def list_ignored(
+    ignore_fields: Collection[str], caption_fields: Collection[str] | None
+) -> list[str]:
+    """List the fields not to read: `ignore_fields`, and all captions except the chosen ones."""
+    if caption_fields is None:
+        return sorted(ignore_fields)
+    fields = (*SHORT_CAPTION_FIELDS, *LONG_CAPTION_FIELDS)
+    for name in caption_fields:
+        if name not in fields or name in ignore_fields:
+            raise ValueError(
+                f"caption_fields: {name} is not a field of captions, or is also in ignore_fields."
+                f"{did_you_mean(name, fields)} The fields are {', '.join(fields)}."
+            )
+    return sorted({*ignore_fields, *fields} - {*caption_fields})
 
 
 def list_fields_read(names: Collection[str]) -> list[str]:

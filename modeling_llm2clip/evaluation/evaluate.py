@@ -245,6 +245,7 @@ def _read_datasets(
         "image_dir": source.image_dir,
         "require_images": require_images,
         "ignore_fields": config.ignore_fields,
+        "caption_fields": config.caption_fields,
         "cache": cache,
     }
     languages = config.languages or find_languages(source.spec, source.folder, **shared)

@@ -155,6 +155,17 @@ def test_changed_options_are_refused_by_name(done: Done) -> None:
         train(replace(done.config, text_model="vision", test_size=0.2))
 
 
+def test_other_captions_are_another_run(copied: TrainConfig) -> None:
+    """Even if the data have no others; a run from before there was a choice resumes."""
+    file = copied.output / "run.json"
+    record = read_sealed(file.read_text("utf-8"))
+    assert record["config"].pop("caption_fields") is None
+    file.write_text(write_sealed(record), "utf-8")
+    assert "text to image R@1" in run(copied).text
+    with pytest.raises(ValueError, match=r"caption_fields: None then, \['captions'\] now.*train: "):
+        train(replace(copied, caption_fields=("captions",)))
+
+
 @pytest.fixture
 def moved(copied: TrainConfig, sources: Path, tmp_path: Path) -> TrainConfig:
     """A copy of the finished run and its data, with paths changed as if it had used the copy."""

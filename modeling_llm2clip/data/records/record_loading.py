@@ -20,6 +20,7 @@ from ..._suggestions import counted
 from ...configs.config_fields import DataConfig
 from ..atomic_files import temporary_folder
 from ..images.image_sources import find_unreadable_images
+from ..record_fields import list_ignored
 from ..validation_errors import ErrorCollector
 from .record_columns import ROWS_PER_BATCH, hash_text, make_batches
 from .record_index import (
@@ -63,6 +64,7 @@ def load_records(
     require_images: bool = True,
     check_images: bool | None = False,
     ignore_fields: Collection[str] = (),
+    caption_fields: Collection[str] | None = None,
     cache: bool = True,
     show_progress: bool = False,
     modality: Modality | None = None,
@@ -84,6 +86,9 @@ def load_records(
             them. All runs that use the same cached index share one check. None: only if there are
             other errors, to report all of them together.
         ignore_fields: Names of fields that are not read, known or not.
+        caption_fields: Fields of the captions to read, short and long, such as
+            `("shortSV_captions", "longSV_captions")`. Every record must have them; other captions
+            are ignored. Default: every field of captions.
         cache: Whether to keep the index of a large source for later runs.
         show_progress: Show a progress bar while the source is read and images are decoded.
         modality: Read only one side, for `embed`: `image` accepts images without captions; `text`
@@ -103,7 +108,7 @@ def load_records(
         >>> records[0].name, records[0].captions[0]
         ('beach.jpg', 'Two dogs on a beach.')
     """
-    job = _plan(source, image_dir, require_images, ignore_fields, modality)
+    job = _plan(source, image_dir, require_images, ignore_fields, caption_fields, modality)
     records, errors = open_index(job, use_cache=cache, show_progress=show_progress)
     if errors.total if check_images is None else check_images:
         decode_images(records, errors, show_progress=show_progress)
@@ -132,6 +137,7 @@ def read_configured_records(
         require_images=require_images or bool(check_images),
         check_images=check_images,
         ignore_fields=config.ignore_fields,
+        caption_fields=config.caption_fields,
         cache=config.cache,
         show_progress=show_progress,
         modality=modality,
@@ -146,12 +152,15 @@ def _plan(
     image_dir: str | Path | None,
     require_images: bool,
     ignore_fields: Collection[str],
+    caption_fields: Collection[str] | None,
     modality: Modality | None = None,
 ) -> IndexJob:
+    ignored = tuple(list_ignored(ignore_fields, caption_fields))
     files = find_source(str(source), modality=modality)
     require_images = require_images and modality != "text"
     folder = find_image_folder(files, image_dir, required=require_images)
-    rules = RecordRules(folder, require_images, tuple(sorted(ignore_fields)), modality)
+    chosen = tuple(sorted(caption_fields or ()))
+    rules = RecordRules(folder, require_images, ignored, modality, chosen)
     return IndexJob(files, rules)
 
 
@@ -200,13 +209,14 @@ def collect_records(
     image_dir: str | Path | None = None,
     require_images: bool = True,
     ignore_fields: Collection[str] = (),
+    caption_fields: Collection[str] | None = None,
     cache: bool = True,
 ) -> CollectedRecords:
     """Read a source like `load_records`, for a caller that handles its errors itself.
 
     A source with errors is read twice, because its index only counts them.
     """
-    job = _plan(source, image_dir, require_images, ignore_fields)
+    job = _plan(source, image_dir, require_images, ignore_fields, caption_fields)
     records, errors = open_index(job, use_cache=cache)
     return _collect(job) if errors.total else CollectedRecords(records, {}, (), errors)
 

@@ -95,14 +95,16 @@ class RecordRules(NamedTuple):
     Attributes:
         image_dir: Folder of the images in separate files; None if there is none.
         require_images: Whether a record without an image is an error.
-        ignore_fields: Names of fields that are not read, known or not.
+        ignore_fields: Names of fields that are not read, known or not; see `list_ignored`.
         modality: The only side that is read, so records need not be pairs; None for both.
+        caption_fields: Names of fields that every record must have, unless only images are read.
     """
 
     image_dir: Path | None
     require_images: bool = True
     ignore_fields: Collection[str] = ()
     modality: Modality | None = None
+    caption_fields: Collection[str] = ()
 
 
 def check_record(
@@ -113,7 +115,7 @@ def check_record(
     An invalid record is returned with its valid fields, so checks across records include it.
     Returns None if its name, language or texts cannot be read.
     """
-    image_dir, require_images, ignore_fields, modality = rules
+    image_dir, require_images, ignore_fields, modality, caption_fields = rules
     problems: list[str] = []
     fields = raw.fields
     if ignore_fields:
@@ -133,6 +135,8 @@ def check_record(
     name = name or raw.default_name or (raw.text_name if is_text or group_id else None)
     if name is None and not require_images:
         problems.append("no 'file_name', 'image' or 'group_id' to name it by")
+    if modality != "image":
+        problems += [f"no {name!r}" for name in caption_fields if name not in fields]
     captions = _read_captions(fields, names, problems, required=modality != "image")
     long_captions = _read_texts(fields, names.long_captions, problems)
     keywords = _read_texts(fields, ["keywords"], problems) if "keywords" in fields else []

@@ -19,6 +19,7 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..._extras import REMOTE_STREAMS, require
+from ..record_fields import list_ignored
 from ..records.records import CaptionedImage, RecordRules, check_record
 from ..remote.remote_access import LostFileError, RetryPolicy
 from ..remote.remote_files import RemoteFile
@@ -100,6 +101,7 @@ def stream_records(
     num_processes: int = 1,
     require_images: bool = True,
     ignore_fields: Collection[str] = (),
+    caption_fields: Collection[str] | None = None,
     max_lost_share: float = 0.01,
     retry: RetryPolicy | None = None,
 ) -> RecordStream:
@@ -113,6 +115,8 @@ def stream_records(
         num_processes: Number of processes; each reads different shards.
         require_images: Whether a sample without an image is broken.
         ignore_fields: Names of fields to ignore, known or not.
+        caption_fields: Fields of the captions to read, as in `load_records`; a sample without one
+            of them is broken.
         max_lost_share: Maximum share of a worker's samples or shards that may be broken. A worker
             that has read fewer than 1,000 samples computes the share as if it had read 1,000, or
             its part of 1,000 at the end of the epoch. A worker with fewer than
@@ -140,6 +144,7 @@ def stream_records(
         num_processes=num_processes,
         require_images=require_images,
         ignore_fields=ignore_fields,
+        caption_fields=caption_fields,
         max_lost_share=max_lost_share,
     )
 
@@ -169,6 +174,7 @@ class RecordStream(IterableDataset[CaptionedImage]):
     num_processes: int = 1
     require_images: bool = True
     ignore_fields: Collection[str] = ()
+    caption_fields: Collection[str] | None = None
     max_lost_share: float = 0.01
     excluded_groups: frozenset[str] = frozenset()
     epoch: int = 0
@@ -180,6 +186,7 @@ class RecordStream(IterableDataset[CaptionedImage]):
                 f"num_processes={self.num_processes}: buffer_size must be at least 1, and "
                 "process_index must be from 0 to num_processes - 1."
             )
+        self.ignore_fields = list_ignored(self.ignore_fields, self.caption_fields)
         self._resumed: dict[str, Any] | None = None
         self._run: StreamRun | None = None
 
@@ -245,7 +252,8 @@ class RecordStream(IterableDataset[CaptionedImage]):
         if sample.raw is None:
             return None, sample.problem
         errors = ErrorCollector()
-        rules = RecordRules(None, self.require_images, self.ignore_fields)
+        chosen = self.caption_fields or ()
+        rules = RecordRules(None, self.require_images, self.ignore_fields, None, chosen)
         record = check_record(sample.raw, errors, rules)
         return (None, ", ".join(errors.counts)) if errors.total else (record, "")
 

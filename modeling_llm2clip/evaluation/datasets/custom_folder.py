@@ -67,7 +67,7 @@ def _find_languages(reading: DatasetReading) -> tuple[str, ...]:
 
 def _collect(reading: DatasetReading) -> CollectedRecords:
     """Read the folder once for all languages."""
-    fields = tuple(reading.ignore_fields)
+    fields = tuple(reading.ignore_fields), reading.caption_fields
     how = (reading.folder, reading.image_dir, reading.require_images, fields)
     if how not in reading.cache.records:
         reading.cache.records[how] = collect_records(
@@ -75,6 +75,7 @@ def _collect(reading: DatasetReading) -> CollectedRecords:
             image_dir=reading.image_dir,
             require_images=reading.require_images,
             ignore_fields=reading.ignore_fields,
+            caption_fields=reading.caption_fields,
         )
     collected: CollectedRecords = reading.cache.records[how]
     return collected

@@ -190,6 +190,7 @@ def load_dataset(
     class_names: Mapping[str, str] | Sequence[str] | None = None,
     templates: Sequence[str] | None = None,
     ignore_fields: Collection[str] = (),
+    caption_fields: Sequence[str] | None = None,
     show_progress: bool = False,
     cache: ReadingCache | None = None,
 ) -> EvaluationDataset:
@@ -214,6 +215,7 @@ def load_dataset(
             `protocol["repeated_class_names"]`, and their images count as wrong.
         templates: For classification, prompts with one `{}` each. Default: the dataset's own.
         ignore_fields: For your own data, fields to ignore, whether known or not.
+        caption_fields: For your own data, fields of the captions to read, as in `load_records`.
         show_progress: Show a progress bar while images are decoded.
         cache: Pass the same cache for every language to read the folder only once.
 
@@ -242,6 +244,7 @@ def load_dataset(
         class_names=class_names,
         templates=templates,
         ignore_fields=ignore_fields,
+        caption_fields=None if caption_fields is None else tuple(caption_fields),
         show_progress=show_progress,
         cache=cache or ReadingCache(),
     )
@@ -272,21 +275,22 @@ def read_data(
             f"{spec.name} is a {spec.dataset_type} dataset, but training needs captions of images. "
             "Use another dataset, or a folder of captioned images."
         )
+    if (config.ignore_fields or config.caption_fields) and spec not in custom_folder.DATASETS:
+        raise ValueError(
+            f"{data}: a known dataset has its own fields, so ignore_fields and caption_fields have "
+            "no effect. Leave them out."
+        )
     records: list[CaptionedImage] = []
-    cache = ReadingCache()
-    for lang in find_languages(
-        spec, folder, image_dir=config.image_dir, require_images=require_images, cache=cache
-    ):
+    shared: dict[str, Any] = {
+        "image_dir": config.image_dir,
+        "require_images": require_images,
+        "ignore_fields": config.ignore_fields,
+        "caption_fields": config.caption_fields,
+        "cache": ReadingCache(),
+    }
+    for lang in find_languages(spec, folder, **shared):
         dataset = load_dataset(
-            spec,
-            folder,
-            image_dir=config.image_dir,
-            lang=lang,
-            require_images=require_images,
-            check_images=check_images,
-            ignore_fields=config.ignore_fields,
-            show_progress=True,
-            cache=cache,
+            spec, folder, lang=lang, check_images=check_images, show_progress=True, **shared
         )
         assert isinstance(dataset, RetrievalDataset)
         records += dataset.records

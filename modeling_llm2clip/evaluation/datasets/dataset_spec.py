@@ -179,6 +179,7 @@ class DatasetReading:
     class_names: Mapping[str, str] | Sequence[str] | None = None
     templates: Sequence[str] | None = None
     ignore_fields: Collection[str] = ()
+    caption_fields: tuple[str, ...] | None = None
     show_progress: bool = False
     cache: ReadingCache = field(default_factory=ReadingCache)
     errors: ErrorCollector = field(default_factory=ErrorCollector)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pickle
 import re
 import tarfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -33,6 +36,8 @@ from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.records.records import RawRecord, RecordRules, check_record
 from modeling_llm2clip.data.streams.record_streams import stream_records
 from modeling_llm2clip.data.validation_errors import ErrorCollector
+from modeling_llm2clip.evaluation.datasets.dataset_registry import load_dataset
+from modeling_llm2clip.evaluation.datasets.retrieval_dataset import RetrievalDataset
 
 
 def test_every_error_of_a_folder_is_reported_at_once(tmp_path: Path) -> None:
@@ -126,6 +131,56 @@ def test_data_with_an_ignored_field_reads_like_data_without_it(field: str, tmp_p
         )  # fmt: skip
         assert ignoring == expected
     assert len(load_records(tmp_path / "some", ignore_fields=[field])) == 2
+
+
+def write_dreamlip(folder: Path, **changed: Any) -> Path:
+    """Write a shard as img2dataset writes one of upstream's data, with seven captions an image."""
+    fields = {f"{kind}{source}_captions": f"{kind} {source}" for kind in ("short", "long")
+              for source in ("IB", "SV", "LLA")}  # fmt: skip
+    notes = {"caption": "raw", "url": "https://host/1.jpg", "key": "0", "status": "success"}
+    members = {"0.png": encode("images/red.png"), "0.txt": b"raw"}
+    members["0.json"] = json.dumps({**fields, **notes, **changed}).encode()
+    write_shard(folder / "00000.tar", members)
+    return folder
+
+
+@pytest.mark.parametrize("read", [load_records, stream_records])
+def test_only_chosen_captions_are_read(read: Callable[..., Any], tmp_path: Path) -> None:
+    """In tables, streams and own data to evaluate on."""
+    source = write_dreamlip(tmp_path / "all")
+    [everything] = read(source)
+    assert everything.captions == ("raw", "short IB", "short SV", "short LLA")
+    chosen = ["shortSV_captions", "longSV_captions"]
+    [record] = read(source, caption_fields=chosen)
+    assert (record.captions, record.long_captions) == (("short SV",), ("long SV",))
+    assert len(everything.long_captions) == 3 and record.url == "https://host/1.jpg"
+    [raw] = read(source, caption_fields=["caption"])
+    assert (raw.captions, raw.long_captions) == (("raw",), ())
+    dataset = load_dataset(f"mine={source}", caption_fields=chosen)
+    assert isinstance(dataset, RetrievalDataset) and dataset.captions == ("short SV",)
+
+
+def test_chosen_captions_are_required(tmp_path: Path) -> None:
+    source = write_dreamlip(tmp_path, longSV_captions=None)
+    chosen = ["shortSV_captions", "longSV_captions"]
+    assert errors_of(source, caption_fields=chosen).counts == {"no 'longSV_captions'": 1}
+    assert len(load_records(source, caption_fields=chosen, modality="image")) == 1
+    assert list(stream_records(source, caption_fields=chosen, max_lost_share=1)) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"caption_fields": ["shortSV_caption"]}, "Did you mean shortSV_captions?"),
+        ({"caption_fields": ["text"], "ignore_fields": ["text"]}, "is also in ignore_fields"),
+    ],
+)
+@pytest.mark.parametrize("read", [load_records, stream_records])
+def test_captions_that_cannot_be_chosen_are_refused(
+    read: Callable[..., Any], options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read(write_dreamlip(tmp_path), **options)
 
 
 def test_every_error_of_shards_is_reported_at_once(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from published_datasets import write_coco_official, write_imagenet, write_own_folder
 
+from modeling_llm2clip.configs.config_fields import DataConfig
 from modeling_llm2clip.configs.evaluation_config import EvaluatedDataset
 from modeling_llm2clip.data.records.record_loading import load_records
 from modeling_llm2clip.data.validation_errors import DataValidationError
@@ -206,3 +207,7 @@ def test_training_reads_a_captioned_dataset_by_its_name(tmp_path: Path) -> None:
     assert all(r.image is None for r in read_data(f"folder={folder}", require_images=False))
     with pytest.raises(ValueError, match="winoground is a choice dataset, but training needs"):
         read_data(f"winoground={folder}", require_images=True)
+    for chosen in (DataConfig(ignore_fields=("url",)), DataConfig(caption_fields=("captions",))):
+        assert read_data(f"folder={folder}", chosen, require_images=True)
+        with pytest.raises(ValueError, match=r"coco=.* has its own fields"):
+            read_data(f"coco={folder}", chosen, require_images=True)

@@ -135,9 +135,9 @@ def test_a_stream_of_other_fields_is_another_run(
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(prepared, shards, tmp_path / "run", callbacks=[EndAfter(3)])
-    ignored = {"ignore_fields": ("long_captions",)}
-    with pytest.raises(ValueError, match="ignored_fields"):
-        run(prepared, shards, tmp_path / "run", resume=True, stream=ignored)
+    for fields in ({"ignore_fields": ("long_captions",)}, {"caption_fields": ("captions",)}):
+        with pytest.raises(ValueError, match=r"ignored_fields.*long_captions"):
+            run(prepared, shards, tmp_path / "run", resume=True, stream=fields)
 
 
 @pytest.mark.slow
