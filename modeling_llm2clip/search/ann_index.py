@@ -22,7 +22,8 @@ from .index_database import IndexDatabase
 
 # Below this number of images, an exact search takes less than about 50 ms.
 FEWEST_ROWS = 20_000
-# Larger partitions mean more comparisons per query; smaller ones spread the nearest images wider.
+# Larger partitions mean more comparisons per query; smaller partitions scatter the nearest
+# images.
 _ROWS_PER_PARTITION = 1000
 _TOP_K, MIN_RECALL = 10, 0.97
 _SHARES_VISITED = (
@@ -87,7 +88,7 @@ def tune_ann(database: IndexDatabase, ann: AnnIndex, queries: np.ndarray[Any, An
     greatest = find_greatest_cosines(
         queries, (part for _, part in database.iterate_embeddings()), top_k=_TOP_K
     )
-    best = replace(ann, recall_at_10=0)  # of a training on other images
+    best = replace(ann, recall_at_10=0)  # the old recall was measured on other images
     for refine_factor, nprobes in product(_REFINE_FACTORS, _list_nprobes(ann.num_partitions)):
         tried = replace(ann, nprobes=nprobes, refine_factor=refine_factor)
         cosines, query_ms = measure_search(database, queries, ann=tried)

@@ -88,7 +88,7 @@ class _Reader:
     min_jpeg_side: int | None
     facts: dict[Path, dict[str, Any]] = field(default_factory=dict)
     digests: dict[Path, str] = field(default_factory=dict)
-    first_of: dict[str, Path] = field(default_factory=dict)  # first file per digest: it is encoded
+    first_of: dict[str, Path] = field(default_factory=dict)  # file to encode per digest
 
     def open(self, path: Path) -> Image.Image | None:
         """Decode an image from the same bytes that are hashed; None if it is known or a duplicate.

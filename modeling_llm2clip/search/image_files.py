@@ -42,7 +42,7 @@ class ImageFiles:
 
     Attributes:
         readable: Files in a format that can be decoded, sorted.
-        skipped: Sorted paths of skipped files, by the noun, reason and remedy of their message:
+        skipped: Sorted paths of skipped files, keyed by noun, reason and remedy of their message:
             image files in unsupported formats, dangling symbolic links, symbolic links to folders,
             and folders that cannot be listed.
     """
@@ -164,7 +164,7 @@ def _is_file(path: Path) -> bool:
     try:
         return S_ISREG(path.stat().st_mode)
     except PermissionError:
-        return True  # reading it raises an error with its name
+        return True  # reading the file raises an error that names it
     except OSError as error:
         raise_disk_failure(error, path)
         return False

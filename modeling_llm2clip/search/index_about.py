@@ -28,10 +28,11 @@ COLUMNS = {
 }
 EVERY_IMAGE = "bytes >= 0"
 """A filter that every image passes. Counting with it reads values, so missing files are noticed."""
-# Columns that come from an image's content: upright size in pixels, and time taken.
+# Columns that come from an image's content: upright size in pixels, and capture time.
 FACTS = ("width", "height", "taken")
 # A search with a filter re-ranks this many times more candidates. In the worst measured case,
-# images of 24 topics and queries about 36 others, this raises recall@10 from 0.945 to 0.992.
+# images of 24 topics and queries about 36 other topics, this raises recall@10 from 0.945 to
+# 0.992.
 _REFINED_MORE = 4
 
 

@@ -48,7 +48,7 @@ T = TypeVar("T")
 _WHOLE_ROW = (*COLUMNS, "stat", "embedding", "crc32")
 _IMAGES, _ABOUT = "images", "about"  # names of the tables
 _LOCK = ".llm2clip-lock"  # file in the folder of a database, locked by its writer
-# Errors that LanceDB raises, and the name of one more, which no module exports.
+# Errors that LanceDB raises, and the name of another error, which no module exports.
 _ERRORS, _PANIC = (RuntimeError, ValueError, OSError, KeyError), "RustPanic"
 _VALUES_AT_ONCE = 500  # values per filter
 _READ_AT_ONCE = 8192
@@ -56,7 +56,7 @@ _READ_AT_ONCE = 8192
 _SEEN_AFTER_S = 5
 # Old versions are kept this long for readers that opened the table earlier.
 _KEPT_FOR = timedelta(hours=1)
-# More images or more iterations take longer without improving recall.
+# Training on more images or with more iterations takes longer without improving recall.
 _TRAINED_ON_PER_PARTITION, _MAX_ITERATIONS = 64, 15
 # One minus the inner product; the inner product is the cosine because embeddings have unit length.
 _DISTANCE = "dot"
@@ -226,7 +226,7 @@ class IndexDatabase:
         return images
 
     def write(self, rows: Mapping[str, Any], embeddings: np.ndarray[Any, Any]) -> None:
-        """Add images, replacing those with the same path, in one commit.
+        """Add images, replacing images with the same path, in one commit.
 
         `rows` holds all `COLUMNS` and `stat`; `embeddings` has shape (rows, P).
         """

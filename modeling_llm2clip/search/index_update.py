@@ -53,10 +53,11 @@ from .model_identity import (
     store_tally,
 )
 
-# Number of everyday captions that recall is measured with; more change its mean by less than 0.01.
+# Number of everyday captions used to measure recall; more captions change the mean by less than
+# 0.01.
 _NUM_QUERIES = 200
-# Images per commit: the most that a killed run loses. More on a GPU, which idles at the start of
-# each commit's images until the first ones are decoded.
+# Images per commit: the most that a killed run loses. Larger on a GPU, which idles at the start of
+# each commit until the first images are decoded.
 _COMMITTED_AT_ONCE, _COMMITTED_BY_GPU = 512, 8192
 
 Report = Callable[[str], object]
@@ -77,7 +78,7 @@ def build_index(
     Without `updates_ann`, the approximate index is left alone. Without `skip_invalid`, unreadable
     images raise an error once all other images are indexed.
     """
-    find_device(config.device, precision=config.precision)  # fails early if there is none
+    find_device(config.device, precision=config.precision)  # fails early if it is missing
     require_place(location, is_new=True)
     files = list_images(image_dir)
     warn = report or partial(warnings.warn, stacklevel=3)
@@ -209,7 +210,7 @@ class FolderUpdate:
     errors: dict[Path, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._stats: dict[str, os.stat_result] = {}  # by name, the path below the folder
+        self._stats: dict[str, os.stat_result] = {}  # by name: the path relative to the folder
         self._known = {  # `stat` and SHA-256 of each indexed file
             path: (stat, sha256)
             for batch in self.database.iterate(["path", "stat", "sha256"])
@@ -245,7 +246,7 @@ class FolderUpdate:
         self.unchanged = len(self._stats) - len(waiting)
         if waiting:
             self._settle_precision()
-        else:  # the encoder only gets queries, to decode as the indexed images were
+        else:  # only queries are encoded: decode them as the indexed images were
             self.encoder.jpeg_decoding = (
                 "scaled" if "jpeg decoding" in self.database.about.precision else "full"
             )
@@ -271,7 +272,7 @@ class FolderUpdate:
             self.database.optimize()
 
     def _settle_precision(self) -> None:
-        """Record how images are encoded; raise ValueError if the indexed images differ in this."""
+        """Record the image encoding; raise ValueError if indexed images were encoded otherwise."""
         about, precision = self.database.about, self.encoder.describe_encoding()
         if self._known and (differences := list_differences(about.precision, precision)):
             raise ValueError(
@@ -314,7 +315,7 @@ class FolderUpdate:
         same = sum(name in self._known and self._known[name][1] == digests[name] for name in names)
         self._digests.update(digests[name] for name in names)
         self._digests.subtract(earlier)
-        self._digests += Counter()  # drops digests that no row has any more
+        self._digests += Counter()  # drop digests that no row has
         self.unchanged += same  # touched, or copied from a backup
         self.changed += len(earlier) - same
         self.added += len(names) - len(earlier)

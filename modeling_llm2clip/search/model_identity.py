@@ -16,7 +16,7 @@ from ..model_folders.training_images import ImageTally
 from .index_about import About
 from .index_database import IndexDatabase
 
-_DIGITS = 4  # decimals kept of a sum over all images of numbers below 1
+_DIGITS = 4  # decimals to keep of sums of numbers below 1
 
 
 def find_whole_model(source: str | Path) -> Path:

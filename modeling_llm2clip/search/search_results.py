@@ -38,8 +38,8 @@ _GONE = "#dddddd"
 _GAP = 12
 _TEXT_WIDTH, _CHARACTERS_PER_LINE = 330, 32
 # The list is as wide as its page. Below each image is its caption: the end of the folder's path on
-# one line, then the file name on as many as it needs. Colors are derived from the text color, to
-# fit light and dark pages.
+# one line, then the file name on as many lines as it needs. Colors are derived from the text
+# color, to fit light and dark pages.
 HITS_CSS = """
 .hits { list-style: none; margin: 0; padding: 0; display: grid; gap: 1.25rem 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(11rem, 44%), 1fr)); }
@@ -205,7 +205,7 @@ def render_search_results(results: Sequence[SearchResult], style: ResultFormat =
 def make_csv_row(values: Iterable[object]) -> str:
     """Return a CSV row; text with a comma, a quote or a line break is quoted.
 
-    Text that looks like a formula is quoted too, so spreadsheets can import it as text.
+    Text that looks like a formula is also quoted, so spreadsheets can import it as text.
     """
     return ",".join(
         '"{}"'.format(value.replace('"', '""'))

@@ -70,7 +70,7 @@ def create_app(
 
 
 def bind_socket(config: ServeConfig) -> socket.socket:
-    """Bind the address before any expensive work; without `listen`, connections are refused."""
+    """Bind the address before any expensive work; `listen` must be called to accept connections."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

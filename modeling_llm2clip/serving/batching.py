@@ -177,7 +177,7 @@ class BatchWorker:
             self._changed.wait(left)
 
     def _run(self, lane: Lane, batch: list[_Taken]) -> None:
-        """Embed a batch; on an error, retry each request alone, so a bad input fails only one."""
+        """Embed a batch; on an error, retry each request alone, so only bad requests fail."""
         try:
             embeds = lane.encode([job.inputs[row] for job, row in batch])
             if len(embeds) != len(batch):

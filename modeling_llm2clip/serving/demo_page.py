@@ -14,7 +14,7 @@ from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-# Gradio reads this on import; with analytics on, it would contact other hosts.
+# Gradio reads this variable on import; with analytics enabled, it would contact other hosts.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr

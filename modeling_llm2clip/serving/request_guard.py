@@ -33,7 +33,7 @@ App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 _OPEN_PATHS = ("/health",)  # for load balancers, which have no key
 _API_PREFIXES = ("/v1/", "/v2/")
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-_CLIENT_LEFT = 499  # nginx's status for this; only metrics show it
+_CLIENT_LEFT = 499  # nginx's status for a client that disconnects; only metrics show it
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)

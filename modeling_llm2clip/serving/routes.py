@@ -264,7 +264,7 @@ def _add_uses(router: APIRouter, service: EmbeddingService, images: ImageInputs)
     ) -> Response:
         """Find the images in the index that best match texts and images.
 
-        A nested list in `queries` is a single query: the mean of its embeddings.
+        A nested list in `queries` is a single query, whose embeddings are averaged.
         """
         _require_model(service, body.model)
         lists = [query if isinstance(query, list) else [query] for query in body.queries]

@@ -40,7 +40,8 @@ def _require_text(text: str) -> str:
     return text
 
 
-# Blank means whatever `str.strip` removes; some of that is not whitespace in a regular expression.
+# A text is blank if `str.strip` removes all of it, including characters that are not whitespace in
+# a regular expression.
 Text: TypeAlias = Annotated[
     str,
     Field(
@@ -274,10 +275,10 @@ class ClassifyRequest(_Options):
 
 
 class SearchRequest(_TextOptions):
-    """Texts and images to search for."""
+    """Texts and images to use as queries."""
 
     queries: Annotated[list[ItemOrItems], Field(min_length=1, max_length=MOST_INPUTS)] = Field(
-        description="A nested list is a single query: the mean of its embeddings."
+        description="A nested list is a single query, whose embeddings are averaged."
     )
     top_k: int = Field(6, ge=1, le=MOST_HITS, description="Images per query.")
     where: str | None = Field(

@@ -61,7 +61,7 @@ class EmbeddingService:
     """Serves a model, and optionally an index, to many concurrent callers.
 
     Args:
-        encoder: The model.
+        encoder: Encoder of the model to serve.
         config: Limits and batching options.
         model_name: Name of the model in requests and responses.
         model_config: Configuration that defines the model's instructions; None for no instructions.

@@ -42,7 +42,7 @@ class FiniteSteps:
         """Record the gradient norm of a step, before the optimizer step.
 
         Args:
-            norm: () norm.
+            norm: Gradient norm, ().
             facts: Tensors to report in an error about this step; their shapes must not change.
         """
         for name, fact in {"norm": norm, **facts}.items():

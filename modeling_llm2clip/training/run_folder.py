@@ -139,7 +139,7 @@ def require_same_run(
     if not (folder / RUN_FILE).is_file():
         return
     record = read_run_record(folder)
-    # An option that is newer than the run had its default.
+    # An option that was added after the run started had its default value.
     defaults = {f.name: f.default for f in fields(config) if f.default is not MISSING}
     earlier = _flatten({**_to_json(defaults), **record["config"], **record["inputs"]})
     now = _flatten({**_to_json(asdict(config)), **_to_json(inputs)})
@@ -253,7 +253,7 @@ def discard_later_steps(output: Path, checkpoint: Path | None) -> None:
             raise ValueError(
                 f"{file} has a damaged line ({error!r}). Fix or remove the line."
             ) from error
-        # Being killed again here must not lose the lines of the remaining steps.
+        # If the process is killed here, the lines of the remaining steps must not be lost.
         write_atomically(file, "".join(kept).encode())
 
 

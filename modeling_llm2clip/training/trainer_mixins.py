@@ -115,7 +115,7 @@ def training_arguments_on(
         ddp_find_unused_parameters=False,  # parameters without gradients are frozen or refused
         report_to=choose_reports(config.report_to),
         seed=config.seed,
-        logging_nan_inf_filter=False,  # it would read every loss; a non-finite one stops the run
+        logging_nan_inf_filter=False,  # would read every loss; a non-finite loss stops the run
         **options,
     )
     state = PartialState()

@@ -268,7 +268,7 @@ def _require_fitting(folder: Path, plan: AlignPlan) -> dict[str, Any]:
     """Check that stores and options fit the model; return the model's fingerprint."""
     config = plan.config
     fingerprints: list[Any] = [{}, {}, {}]
-    if PartialState().is_main_process:  # it reads all weights
+    if PartialState().is_main_process:  # fingerprinting reads all weights
         head = fingerprint_model(folder, without_towers=True)
         fingerprints = [fingerprint_text(folder), fingerprint_vision(folder), head]
     broadcast_object_list(fingerprints)
@@ -295,7 +295,7 @@ def _require_fitting(folder: Path, plan: AlignPlan) -> dict[str, Any]:
 
 
 def _verify_stores(plan: AlignPlan) -> AlignPlan:
-    """Verify every byte of the stores once per machine, so no process or worker does it again."""
+    """Verify every byte of the stores once per machine, not in every process and worker."""
     stores = {"captions": plan.captions, "images": plan.images, "teacher": plan.teacher}
     folders = {name: store.folder for name, store in stores.items() if store is not None}
     verified = run_once_per_machine(
@@ -363,7 +363,7 @@ def _choose(
 
 
 def _check_length(config: AlignConfig, num_processes: int, data: RunData) -> tuple[int, int]:
-    """Return the global batch size and the number of steps, both checked."""
+    """Check and return the global batch size and the number of steps."""
     batch_size = choose_batch_size(config, data.num_items, num_processes)
     check_processes(config, batch_size, num_processes)
     if data.num_items is not None:

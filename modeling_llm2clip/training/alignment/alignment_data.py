@@ -251,7 +251,7 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
     def read_pairs(
         self, items: Array, numbers: Array, *, as_stored: bool = False
     ) -> dict[str, Tensor]:
-        """Read images and captions, with embeddings in float32 or in the form for `make_inputs`."""
+        """Read pairs; embeddings are float32 or, with `as_stored`, as `make_inputs` expects."""
         batch: dict[str, Tensor] = {}
         if self.caption_store is None:
             batch |= self.processor(text=self._take_texts(items, numbers))

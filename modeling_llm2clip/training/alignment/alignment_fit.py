@@ -114,8 +114,8 @@ class AlignmentFit:
     def rounds_towers(self, kind: str) -> bool:
         """Return True if float32 towers are loaded in bfloat16 on this type of device.
 
-        Otherwise, autocast on a GPU would cast frozen weights at every use. If either tower is
-        trained, both stay in float32.
+        Loading in bfloat16 saves autocast from casting frozen weights at every use. If either tower
+        is trained, both stay in float32.
         """
         return (
             kind == "cuda"

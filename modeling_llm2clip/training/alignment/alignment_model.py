@@ -109,7 +109,8 @@ class AlignmentModel(PartialModel):
         )
         if not self.training or group_ids is None:
             return None, inputs
-        # An enclosing autocast would round the matrix products of the loss; evaluation has none.
+        # An enclosing autocast would round the matrix products of the loss; evaluation uses no
+        # autocast.
         with torch.autocast(inputs.image_embeds.device.type, enabled=False):
             # DDP needs a gradient for every weight, such as the temperature, even if the loss does
             # not use it.

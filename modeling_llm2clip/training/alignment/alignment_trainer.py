@@ -425,5 +425,5 @@ def keep_scores_in_float32(accelerator: Any, model: LLM2CLIPModel) -> None:
     plugin.mixed_precision_policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    # As a separate FSDP unit, it keeps its dtype.
+    # As a separate FSDP unit, the temperature keeps its dtype.
     fully_shard(model.logit_head, mp_policy=MixedPrecisionPolicy())

@@ -188,7 +188,8 @@ class BestWeightsCallback(TrainerCallback):
             state = self.trainer.collect_trained()
             if self.trainer.args.should_save:
                 weights = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-                # A single entry, because safetensors does not write several in a fixed order.
+                # A single entry, because safetensors does not write several entries in a fixed
+                # order.
                 entry = write_sealed({**self.as_record(), "weights": _hash_weights(weights)})
                 write_atomically(self.file, save(weights, metadata={_METADATA: entry}))
         self.trainer.state.best_metric = self.best.loss  # in each checkpoint, for `read_earlier`

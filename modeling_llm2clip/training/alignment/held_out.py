@@ -51,7 +51,7 @@ _MAX_HELD_OUT = 1_000
 _MIN_HELD_OUT = 20
 _MAX_SHARE_OF_SMALL_DATA = 0.2
 _ROWS_PER_BATCH = 512
-# With the widest towers, five captions each of a thousand images take a fifth of this.
+# With the widest towers, five captions each of a thousand images take a fifth of this limit.
 _MOST_BYTES_KEPT = 2**29
 # Enough pairs to fit a single number.
 _MAX_ROWS_OF_TEMPERATURE = 1_000
@@ -95,7 +95,7 @@ class HeldOutScores:
 
     @property
     def is_near_chance(self) -> bool:
-        """True unless both directions are above three times chance, with 95 % confidence."""
+        """True unless the R@1 of both directions exceeds three times chance at 95 % confidence."""
         directions = ((self.t2i_r1, self.chance_t2i_r1), (self.i2t_r1, self.chance_i2t_r1))
         return any(
             self.find_interval(score)[0] <= _TIMES_CHANCE * chance for score, chance in directions

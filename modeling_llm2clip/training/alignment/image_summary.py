@@ -1,4 +1,4 @@
-"""Summarize the training images of an alignment in its model's folder."""
+"""Write a summary of an alignment's training images to the model folder."""
 
 from __future__ import annotations
 
@@ -101,5 +101,5 @@ def sample_images(records: RecordTable, size: int) -> Array:
 
 
 def count_images(records: RecordTable) -> int:
-    """Count the distinct images of a dataset, whatever the languages of their captions."""
+    """Count the distinct images of a dataset, across all caption languages."""
     return count_distinct(partial(records.iterate_numbers, "name_key"), len(records))

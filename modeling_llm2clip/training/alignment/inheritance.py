@@ -6,9 +6,9 @@ followed by gradient descent on `distill`. The image side does not change. Capti
 teacher's token limit are skipped.
 
 The authors' code (VisionXLab/ProCLIP at 2a41f39, `training/train.py`) starts from random weights.
-Their code compares a short and a web caption of each image, but the distances only between short
-captions; here, a batch holds any captions. Their code sums over a process's batch; here, the sums
-are divided by the number of captions.
+That code compares a short and a web caption of each image with the teacher, but compares pairwise
+distances only between short captions; here, a batch holds any captions. That code sums over a
+process's batch; here, the sums are divided by the number of captions.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _WARMUP = 0.1
 # Standard deviation of the noise on caption embeddings, relative to their norm. Noise as large as
 # `caption_noise` hides the differences between captions and leads away from the closed form.
 _NOISE = 0.1
-# Used if no captions are held out to choose it.
+# Used if no captions are held out to choose the shrinkage.
 _DEFAULT_SHRINKAGE = 0.1
 
 
@@ -143,7 +143,7 @@ class _Captions:
     """Captions that have a teacher embedding, split into training and evaluation captions.
 
     Attributes:
-        fitted: Embeddings of a sample of training captions by the LLM and by the teacher.
+        fitted: Embeddings of a sample of training captions, from the LLM and from the teacher.
         measured: Such embeddings of held-out captions, or of training captions if no captions are
             held out.
         is_held_out: True if the captions in `measured` are held out.

@@ -49,7 +49,7 @@ class KeptTexts:
         teacher: Folder or Hub id of the dual encoder.
         seed: Seed for sampling.
         embeds: (N, D) float32 outputs of the LLM; None before `embed`.
-        targets: (N, P) float32 unit-length embeddings by the teacher; None before `embed`.
+        targets: (N, P) float32 unit-length embeddings from the teacher; None before `embed`.
     """
 
     names: tuple[str, ...]

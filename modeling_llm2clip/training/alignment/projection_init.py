@@ -279,7 +279,7 @@ def apply_adapter(model: LLM2CLIPModel, caption_embeds: Tensor) -> Tensor:
 
 
 def fill_projection(projection: nn.Linear, weight: Tensor, bias: Tensor) -> None:
-    """Set a projection's weight (directions, D) and bias, rescaled as by default initialization."""
+    """Set a projection's weight, (directions, D), and bias, scaled as in default initialization."""
     scale = (weight.shape[1] * weight.square().mean()).rsqrt()
     projection.weight.zero_()  # there may be fewer directions than output dimensions
     projection.weight[: len(weight)] = (scale * weight).to(projection.weight)

@@ -303,10 +303,10 @@ def hold_out_of_stream(
 ) -> tuple[list[CaptionedImage], frozenset[str]]:
     """Hold out the first groups of a stream's shards; every process gets the same groups.
 
-    Return the records, with their images in the folder, and their group ids, which must be excluded
-    from training. The total number of groups is estimated from the first shard. A group with an
-    image that cannot be decoded is not held out; training then encounters the image and counts it
-    as lost.
+    Return the held-out records, with their images in the folder, and their group ids, which must be
+    excluded from training. The total number of groups is estimated from the first shard. A group
+    with an image that cannot be decoded is not held out; training then encounters the image and
+    counts it as lost.
     """
     if not ratio:
         return [], frozenset()

@@ -95,7 +95,7 @@ class ResumableBatchSampler(Sampler[Samples]):
         )
 
     def _shuffle(self, epoch: int) -> Array:
-        """Return the order of an epoch, with 4 bytes per item if that is enough."""
+        """Return an epoch's shuffled order, with 4 bytes per item if item numbers fit."""
         generator = torch.Generator().manual_seed(_make_seed(self.seed, _ORDER, epoch))
         dtype = torch.int32 if len(self.items) < 2**31 else torch.int64
         order: Array = torch.randperm(len(self.items), generator=generator, dtype=dtype).numpy()

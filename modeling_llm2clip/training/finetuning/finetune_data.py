@@ -72,7 +72,7 @@ class FinetuneData:
         yield [*captions.values()]
 
     def iterate_texts(self) -> Iterator[str]:
-        """Yield the captions of all images, including held-out ones, and the other pairs' texts."""
+        """Yield all images' captions, held-out images included, and the texts of other pairs."""
         yield from chain.from_iterable(self.iterate_groups())
         yield from chain.from_iterable(group.captions for group in self.held_out)
         for table in list(self.tables.values())[1:]:

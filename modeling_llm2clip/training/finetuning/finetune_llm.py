@@ -172,7 +172,7 @@ def finetune_llm(
             )
             require_golden(model_source.folder, model, processor)
             if config.precision == "float32":
-                model.float()  # weights stored in half precision would otherwise compute in it
+                model.float()  # half-precision weights would otherwise stay in half precision
             encoder = _make_encoder(model, processor, config)
             last = find_last_checkpoint(output) if resume else None
             _train(encoder, prepared, output, config, inputs, last, callbacks)

@@ -246,8 +246,9 @@ class NoDuplicateGroupsBatchSampler(DefaultBatchSampler):  # type: ignore[misc]
         assert self.nearest is not None
         group_of_row = np.concatenate([piece.astype(np.int32) for piece in self.groups.pieces])
         by_group = shuffled[sort_rows(group_of_row[shuffled])]
-        # A group's remaining rows are by_group[first[group] : last[group]]. Its own turn takes the
-        # first of them; as a negative of another group, it gives up the last.
+        # A group's remaining rows are by_group[first[group] : last[group]]. In its own turn, a
+        # group yields its first remaining row; as a hard negative of another group, its last
+        # remaining row.
         last = np.cumsum(np.bincount(group_of_row), dtype=np.int32)
         first = np.concatenate([last[:1] * 0, last[:-1]])
         for row in shuffled:
@@ -295,7 +296,7 @@ class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):  # type: ignore[mis
 
     Only the first table, with the captions, gets hard negatives.
 
-    Yields the batches of the whole run, so a resumed run can skip the first ones. An exhausted
+    Yields the batches of the whole run, so a resumed run can skip the first batches. An exhausted
     table starts over in a new order. A step is one global batch.
     """
 

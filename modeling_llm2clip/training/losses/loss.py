@@ -94,8 +94,9 @@ class LossInputs(NamedTuple):
         )
 
 
-# An `nn.Module`, whose parameters are trained with the model, or any function. It returns ()
-# float32. All processes call it at the same time, and training minimizes their mean.
+# A loss is an `nn.Module`, whose parameters are trained with the model, or any function. It
+# returns () float32. All processes call the loss at the same time, and training minimizes the mean
+# of their losses.
 Loss = Callable[[LossInputs], Tensor]
 
 
@@ -191,7 +192,8 @@ class _GatherWithGradient(torch.autograd.Function):
         gradient = gradients[0].contiguous()
         total = gradient.new_empty(ctx.num_rows, *gradient.shape[1:])
         # torch 2.13 warns about the name used in torch 2.6. With two processes, the sum has the
-        # same bits as an `all_reduce` of all rows; with more, its order depends on the backend.
+        # same bits as an `all_reduce` of all rows; with more processes, the order of the sum
+        # depends on the backend.
         add = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         add(total, gradient)
         return total

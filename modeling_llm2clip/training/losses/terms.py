@@ -62,7 +62,7 @@ def distill(student: Tensor, teacher: Tensor, inputs: LossInputs | None = None) 
             _measure_distances(teacher[rows], teachers),
             reduction="sum",
         )
-        total = total + differences / 2  # each pair is met twice
+        total = total + differences / 2  # each pair occurs twice
     return total / len(student)
 
 
