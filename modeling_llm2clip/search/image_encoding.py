@@ -91,7 +91,7 @@ class _Reader:
     first_of: dict[str, Path] = field(default_factory=dict)  # file to encode per digest
 
     def open(self, path: Path) -> Image.Image | None:
-        """Decode an image from the same bytes that are hashed; None if it is known or a duplicate.
+        """Decode an image from its hashed bytes; None if the image is known or a duplicate.
 
         The file name is not passed to Pillow, which would reopen some formats to memory-map them.
         """
@@ -123,7 +123,7 @@ class _Reader:
 
 
 def find_time_taken(image: Image.Image) -> datetime | None:
-    """Read the capture time from EXIF, in the camera's local time; None if it is missing."""
+    """Read the capture time from EXIF, in the camera's local time; None if EXIF has no time."""
     try:
         text = image.getexif().get_ifd(_EXIF).get(_TAKEN)
         return datetime.strptime(str(text).strip("\0 "), _TIME_FORMAT) if text else None

@@ -95,7 +95,7 @@ class About:
             unchanged, the fingerprint is not recomputed.
         image_dir: Folder of the images.
         width: Dimension P of the embeddings.
-        ann: The approximate index; None if none was built.
+        ann: The approximate index; None if no approximate index was built.
         tally: `num_images` and `total` of an `ImageTally` of all images encoded so far, including
             images removed since. None if the model has no summary of its training images.
         precision: Precision of the vision tower and mode of JPEG decoding; empty for a CPU with the

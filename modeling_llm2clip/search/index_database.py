@@ -67,7 +67,7 @@ class IndexDatabase:
 
     Args:
         location: Folder of the database, or a URI on object storage.
-        describe: Called to describe a new index. If it is None, the database must exist.
+        describe: Called to describe a new index. If `describe` is None, the database must exist.
     """
 
     def __init__(self, location: str | Path, describe: Callable[[], About] | None = None) -> None:

@@ -279,7 +279,7 @@ def _write_hit(hit: PageImage) -> str:
 
 
 def _list_digests(result: SearchResult) -> list[str | None]:
-    """Return the SHA-256 of each hit when it was indexed; None if the hit is not from an index."""
+    """Return each hit's SHA-256 at indexing time; None if the hit is not from an index."""
     return [row["sha256"] for row in result.columns] or [None] * len(result.hits)
 
 

@@ -220,7 +220,7 @@ class _PageMount(Mount):
 
 @cache
 def _make_upload_folder() -> Path:
-    """Create a private folder for this process's uploads; it is deleted on exit."""
+    """Create a private folder for this process's uploads; the folder is deleted on exit."""
     folder = Path(tempfile.mkdtemp(prefix="llm2clip-page-"))
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

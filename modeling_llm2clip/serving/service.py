@@ -397,7 +397,7 @@ class EmbeddingService:
                 self.num_pending -= count
 
     def _find_instruction(self, name: str | None) -> tuple[str, str]:
-        """Return an instruction's text, and the name of the lane for texts with it."""
+        """Return an instruction's text, and the name of its lane."""
         if name is None:
             return "", "text"
         if name not in self._instructions:

@@ -408,8 +408,8 @@ def keep_scores_in_float32(accelerator: Any, model: LLM2CLIPModel) -> None:
 
     By default, accelerate configures FSDP to gather the temperature in bfloat16, where values near
     50 are 0.25 apart, to cast the model's outputs to bfloat16, and to sum gradients in bfloat16.
-    Autocast under DDP does none of this. Nothing changes without FSDP or in float32. FSDP version 1
-    is refused in any precision. Call this before anything is prepared.
+    Autocast under DDP has none of these effects. Nothing changes without FSDP or in float32. FSDP
+    version 1 is refused in any precision. Call this before anything is prepared.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version != 2:

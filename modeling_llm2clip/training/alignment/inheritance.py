@@ -217,7 +217,7 @@ class _Captions:
 
 @torch.no_grad()
 def _fit_ridge(model: AlignmentModel, captions: _Captions) -> tuple[float, float]:
-    """Fit the text projection by ridge regression; return its shrinkage and its distance.
+    """Fit the text projection by ridge regression; return the shrinkage and teacher distance.
 
     The blocks of an untrained adapter are set to the identity.
     """

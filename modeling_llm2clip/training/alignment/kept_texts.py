@@ -1,8 +1,8 @@
 """Keep given texts near their embeddings from the teacher, the vision tower's text encoder.
 
-Captions rarely name classes, so an alignment on captions hardly trains the text side on them. To
-keep classes, only their names are needed, neither labels nor images: both encoders embed each name
-once, and every step compares the text side with the teacher on a sample of the texts.
+Captions rarely name classes, so an alignment on captions hardly trains the text side on class
+names. To keep classes, only their names are needed, without labels or images: both encoders embed
+each name once, and every step compares the text side with the teacher on a sample of the texts.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ class ProjectionInit:
         cca: Record of the CCA fit; None for the other methods.
         is_trained: True if the projections were trained or fitted, False if they are random.
         has_new_adapter: True if the blocks of the text adapter were set to the identity.
-        log_scale: Logarithm of the inverse temperature, fitted on held-out images; None if it was
-            not fitted.
+        log_scale: Logarithm of the inverse temperature, fitted on held-out images; None if the
+            temperature was not fitted.
         inheritance: Record of how the text side learned a teacher's embeddings; None without a
             teacher.
         loss_parameters: Loss parameters that were fitted together with the temperature, by name.

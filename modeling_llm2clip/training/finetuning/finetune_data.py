@@ -123,7 +123,7 @@ def count_held_out_groups(num_groups: int, config: FinetuneConfig) -> int:
 def count_truncated(
     processor: LLM2CLIPProcessor, data: FinetuneData, *, show_progress: bool = False
 ) -> dict[str, int]:
-    """Count all training and held-out texts, and how many of them are truncated.
+    """Count all training and held-out texts, and the truncated texts among them.
 
     A text that several images or pairs share is counted each time. Texts too short to be truncated
     are not tokenized: an ASCII text has at most one token per character, plus the prompt and a
