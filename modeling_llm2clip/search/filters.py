@@ -2,8 +2,8 @@
 
 LanceDB's parser recurses with each operator, so a filter of two kilobytes can overflow its stack
 and kill the process. Some SQL functions also expand a few characters into gigabytes. A filter may
-therefore hold only a limited number of columns, literals, comparisons and parentheses. The database
-checks whether the filter is a valid condition.
+therefore hold only columns, literals, comparisons and parentheses, and has a maximum length. The
+database checks whether the filter is a valid condition.
 """
 
 from __future__ import annotations
