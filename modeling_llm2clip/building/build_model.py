@@ -71,8 +71,8 @@ def build_model(
     Args:
         vision: As in `join_towers`.
         text: As in `join_towers`.
-        output: New or empty folder.
-        config: As in `join_towers`; the golden embeddings are computed on its `device`.
+        output: Output folder, new or empty.
+        config: As in `join_towers`. The golden embeddings are computed on `config.device`.
         card: Entries of the model card. By default, the towers' licenses come from their own cards.
 
     Returns:
@@ -80,8 +80,8 @@ def build_model(
 
     Raises:
         FileExistsError: The folder exists and is not empty.
-        ValueError: As in `join_towers`; or the written folder loads with different embeddings, in
-            which case it is removed.
+        ValueError: For the reasons listed in `join_towers`, or because the written folder loads
+            with different embeddings; the folder is then removed.
 
     Examples:
         >>> vision, text = "openai/clip-vit-base-patch16", "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -125,7 +125,8 @@ def join_towers(
             upper layers are removed. With the prompt `own`, Hub id or folder of a
             sentence-transformers model, whose embeddings `get_caption_embeds` then returns. The
             pooling and length of an LLM or LoRA saved by LLM2Vec are kept.
-        config: How to join them; towers that are loaded here get its `dtype`.
+        config: How to join the towers. Sources that are not loaded yet are loaded in
+            `config.dtype`.
 
     Returns:
         The model on the CPU, in evaluation mode, and its processor.
@@ -133,12 +134,12 @@ def join_towers(
     Raises:
         ValueError: No prompt is chosen; `keep_projection` is set for a tower without a text
             encoder, or with another `projection_dim`; a source does not exist (checked before any
-            is loaded); the tokenizer belongs to another model, or the prompt does not fit it; the
-            vision tower does not support the image size, or is not deterministic; the LLM has too
-            few layers for `text_layers`, or cannot be cut; the LoRA is for another LLM or for more
-            layers; the LLM's family cannot be made bidirectional, or kept causal; a tower's
-            configuration does not describe its network, so it would load as a different one; or an
-            embedder cannot be reproduced exactly.
+            tower is loaded); the tokenizer belongs to another model, or the prompt does not fit it;
+            the vision tower does not support the image size, or is not deterministic; the LLM has
+            too few layers for `text_layers`, or cannot be cut; the LoRA is for another LLM or for
+            more layers than are kept; the LLM's family cannot be made bidirectional, or kept
+            causal; a tower's configuration does not describe its network, so it would load as a
+            different network; or an embedder cannot be reproduced exactly.
         MissingExtraError: The prompt is `own`, and sentence-transformers is not installed.
 
     Examples:
@@ -195,7 +196,7 @@ def join_towers(
 def _take_text_tower(
     text: TextSource, config: BuildConfig
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load an LLM and its tokenizer unless they are loaded; remove layers and merge a LoRA."""
+    """Load an LLM and its tokenizer unless already loaded; remove layers and merge a LoRA."""
     if isinstance(text, tuple):
         text_model, tokenizer = text
         require_own_tokenizer(text_model.config, tokenizer, "The LLM")
@@ -226,8 +227,8 @@ def configure_model(
 ) -> tuple[LLM2CLIPConfig, PreTrainedTokenizerBase]:
     """Make the configuration of a whole model, and write its prompt into a copy of the tokenizer.
 
-    Changes the LLM's configuration in place. The widths are measured on the towers; with None, the
-    width in the tower's configuration is used.
+    Changes the LLM's configuration in place. The widths are measured on the towers. If a width is
+    None, the tower's configuration states it.
     """
     max_text_length = config.max_text_length or DEFAULT_TEXT_LENGTH
     bidirectional = config.bidirectional is not False

@@ -55,9 +55,9 @@ _MATRICES_ALONE: dict[str, tuple[Any, ...]] = {
 def merge_lora(text_model: PreTrainedModel, lora: str | Path) -> float:
     """Merge a LoRA into a loaded LLM in place, and warn if rounding loses most of it.
 
-    The LLM has no head, but the LoRA may have been trained on the class with it (`…ForCausalLM`).
-    If an error is raised, nothing has changed. Returns the fraction of entries that changed, over
-    the merged weights.
+    The LLM has no head, but the LoRA may have been trained on the class with a head
+    (`…ForCausalLM`). If an error is raised, the LLM is unchanged. Returns the fraction of changed
+    entries that survive rounding.
     """
     parameters = dict(text_model.named_parameters())
     merged, counts = merge_lora_weights(
@@ -80,12 +80,12 @@ def merge_lora_weights(
     base: str,
     dtype: torch.dtype,
 ) -> tuple[dict[str, LazyTensor], dict[str, tuple[int, int]]]:
-    """Return the weights of an LLM that a LoRA changes, float32, merged when they are read.
+    """Return the LLM weights that a LoRA changes, in float32; each is merged when it is read.
 
-    `base` is compared with the base named by the LoRA, unless either has no name. Reading a weight
-    raises an error if the sum is not finite, or if rounding to `dtype`, the dtype for saving, would
-    lose the change. It also records two counts by name: the entries that changed in `dtype`, and
-    those that changed before rounding.
+    `base` is compared with the base named in the LoRA's configuration, unless either name is
+    missing. Reading a weight raises an error if the sum is not finite, or if rounding to `dtype`,
+    the dtype for saving, would lose the change. Reading also records two counts per weight: the
+    entries that changed in `dtype`, and the entries that changed before rounding.
     """
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
@@ -137,7 +137,7 @@ def _multiply(pair: Mapping[str, Tensor], scale: float, *, transposes: bool) -> 
 
 
 def _require_plain(folder: Path, lora: str | Path, *, base: str) -> None:
-    """Refuse a LoRA of another kind or, if both name their base, of another base."""
+    """Refuse a LoRA that has more than low-rank matrices, or that names another base LLM."""
     stated = read_object(folder / LORA_CONFIG)
     others = {
         name: stated[name]
@@ -160,7 +160,7 @@ def _require_plain(folder: Path, lora: str | Path, *, base: str) -> None:
 
 
 def _read_factors(folder: Path, lora: str | Path) -> tuple[str, dict[str, dict[str, Tensor]]]:
-    """Read the matrices A and B, float32, by the name of the weight that they change.
+    """Read the matrices A and B in float32, by the name of the weight that they change.
 
     The first return value is the prefix of the LLM's modules inside the class with the head.
     """
@@ -227,8 +227,8 @@ def is_same_base(stated: str, base: str) -> bool:
 def require_base_weights(file: Path, weights: str) -> None:
     """Refuse a LoRA whose recorded base weights (SHA-256) differ from `weights`.
 
-    The name of the LLM is not enough, because merging a LoRA does not change it. LoRAs written by
-    other packages record no weights.
+    Comparing the LLM's name is not enough, because merging a LoRA does not change the name. LoRAs
+    written by other packages record no weights.
     """
     trained_on = read_metadata(file).get(BASE_WEIGHTS)
     if trained_on is not None and trained_on != weights:

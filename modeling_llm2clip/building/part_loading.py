@@ -1,9 +1,9 @@
-"""Loads a model, or the part of it that becomes a tower, and accounts for every key.
+"""Loads a model, or the part of it that becomes a tower, and checks every key of the checkpoint.
 
-An LLM can be cut to its first layers and its final norm. A tower with N layers outputs bit for bit
-what layer N of the whole LLM outputs after the final norm, as transformers computes it with N
-layers in the configuration. Running both verifies this. Errors name the source as the user wrote
-it.
+An LLM can be cut to its first layers and its final norm. A tower with N layers returns exactly the
+hidden states of layer N of the whole LLM, after the final norm. To verify this, the same weights
+are run in an LLM built with N layers and in one cut to N layers. Errors name the source as the user
+wrote it.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ def load_part(
     above: range = range(0),
     **settings: Any,
 ) -> tuple[PreTrainedModel, PreTrainedModel, list[str]]:
-    """Load the part of a model with the configuration `part_config`, which may be the whole model.
+    """Load the part of a model that `part_config` describes, which may be the whole model.
 
-    Returns the part, the whole, and the names of missing weights of the part or with one of the
-    prefixes `beside`. Raises ValueError for weights of the part that the network does not read,
-    except for the layers `above`, which are skipped.
+    Returns the part, the whole model, and the names of missing weights that belong to the part or
+    begin with one of the prefixes in `beside`. Raises ValueError for weights of the part that the
+    network does not read, except in the layers `above`, which are skipped.
     """
     if above:
         settings["ignore_mismatched_sizes"] = True  # reported below
@@ -160,7 +160,7 @@ def forget_origin(config: Any, source: str | Path) -> None:
 
 
 def _is_needed(record: logging.LogRecord) -> bool:
-    """Filter load reports out of the log, except the ones that an error refers to."""
+    """Filter transformers' load reports out of the log, except those that an error refers to."""
     text = record.getMessage()
     return "LOAD REPORT" not in text or "MISMATCH" in text or "CONVERSION" in text
 
@@ -199,11 +199,11 @@ def cut_config(config: PreTrainedConfig, num_layers: int, source: str | Path) ->
 def require_same_states(
     text_model: PreTrainedModel, config: PreTrainedConfig, source: str | Path
 ) -> None:
-    """Refuse a cut LLM whose hidden states differ from those inside the whole LLM.
+    """Refuse a cut LLM whose hidden states differ from the same layer's in the whole LLM.
 
-    Runs the same weights in an LLM built with few layers, and in one built from the whole `config`
-    and then cut. Their states differ if a layer depends on the number of layers, as with shared
-    keys and values. The upper layers take no memory.
+    Runs the same weights in an LLM built with few layers, and in an LLM built from the whole
+    `config` and then cut. The hidden states differ if a layer depends on the number of layers, as
+    with shared keys and values. The layers that are cut off take no memory.
     """
     num_layers = text_model.config.num_hidden_layers
     reason = "its hidden states depend on the number of layers"

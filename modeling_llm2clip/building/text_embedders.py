@@ -1,9 +1,11 @@
 """Reads a sentence-transformers model so the text tower reproduces its embeddings exactly.
 
-sentence-transformers itself loads the model and encodes a few texts. Its steps around the network
-become settings of this package, and the built model must return the same embeddings.
+sentence-transformers itself loads the model and encodes a few texts. The model's steps before and
+after the network become settings of this package, and the built model must return the same
+embeddings.
 
-Shapes: N texts, D width of the pooled hidden states, D' width of the embeddings.
+Shapes: N is the number of texts, D the width of the pooled hidden states, D' the width of the
+embeddings.
 """
 
 from __future__ import annotations
@@ -47,14 +49,14 @@ class TextEmbedder:
     """Everything in a sentence-transformers model except its network.
 
     Attributes:
-        prompt: Text before every text.
+        prompt: Text that precedes every caption.
         pooling: One of `TEXT_POOLINGS`.
         max_length: Maximum number of tokens per text.
-        dense: Weight (D', D) and bias (D') that combine its Dense modules and truncation; None if
-            there are neither.
-        normalizes: Whether its embeddings have unit length.
-        embeds: Its embeddings of sample texts, (N, D') float32.
-        bidirectional: Whether its tokens attend to later ones.
+        dense: Weight (D', D) and bias (D') that combine the embedder's Dense modules and
+            truncation; None if it has neither.
+        normalizes: Whether the embeddings have unit length.
+        embeds: The embedder's embeddings of sample texts, (N, D') float32.
+        bidirectional: Whether tokens attend to later tokens.
     """
 
     prompt: str
@@ -66,7 +68,7 @@ class TextEmbedder:
     bidirectional: bool = True
 
     def join_network(self, text_model: PreTrainedModel) -> TextEmbedder:
-        """Put the Dense modules into the text tower, in its dtype, and measure its direction."""
+        """Add the Dense modules, in the tower's dtype, and detect if the tower attends causally."""
         if self.dense is not None:
             weight, bias = self.dense
             layer = PooledDense(weight.shape[1], weight.shape[0])
@@ -93,7 +95,7 @@ class TextEmbedder:
 
 @torch.inference_mode()
 def read_embedder(source: str | Path, config: BuildConfig) -> TextEmbedder:
-    """Read an embedder's steps around its network, and encode sample texts with it.
+    """Read an embedder's steps before and after its network, and encode sample texts.
 
     Raises ValueError for a step that cannot be reproduced exactly.
     """

@@ -60,8 +60,8 @@ def load_text_tower(
 
     The source is a Hub id or folder of a decoder, or a `.gguf` file, which is dequantized. From a
     model that also takes images (Gemma 3 4B and larger), only the LLM is loaded. With
-    `num_layers`, only the first layers are loaded. An embedder may be an encoder; if the weights of
-    its pooler are missing, they are set to zero.
+    `num_layers`, only the first layers are loaded. With `is_embedder`, the source may also be an
+    encoder; missing weights of its pooler are set to zero.
     """
     path, name, where = Path(source), source, dict[str, Any]()
     if path.suffix == ".gguf":
@@ -116,8 +116,8 @@ def require_own_tokenizer(
 ) -> None:
     """Refuse an LLM and a tokenizer that clearly belong to different models.
 
-    They do if the tokenizer has an id beyond the rows of the embedding table, or lacks one of the
-    LLM's beginning or end tokens.
+    A mismatch is clear if the tokenizer has an id beyond the rows of the embedding table, or lacks
+    one of the LLM's beginning or end tokens.
     """
     rows = config.vocab_size
     ids = set(tokenizer.get_vocab().values())
@@ -203,8 +203,8 @@ def _keep_tokens_of_the_file(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTo
 def take_settings(source: str | Path, config: BuildConfig) -> BuildConfig:
     """Complete the config with the pooling and length of an LLM or LoRA saved by LLM2Vec.
 
-    `doc_max_length`, to which LLM2Vec shortens a text word by word before adding the prompt, is
-    ignored, because it empties texts without spaces.
+    LLM2Vec also shortens a text word by word to `doc_max_length` before it adds the prompt. This
+    setting is ignored, because nothing would be left of a text without spaces.
     """
     path = find_file(source, _LLM2VEC_FILE)
     if path is None:
@@ -233,7 +233,7 @@ def take_settings(source: str | Path, config: BuildConfig) -> BuildConfig:
 
 
 def find_file(source: str | Path, name: str) -> Path | None:
-    """Return a file in a folder or Hub repository; None if it does not exist."""
+    """Return a file in a folder or Hub repository; None if the file does not exist."""
     if Path(source).is_dir():
         path: Path | None = Path(source) / name
     else:

@@ -1,6 +1,6 @@
-"""Checks that run a tower: it attends in both directions and is deterministic.
+"""Checks towers by running them: the direction of attention, determinism, positions, loading.
 
-Shapes: L tokens, D width of the LLM.
+Shapes: L is the number of tokens, D the width of the LLM.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def measure_text_width(text_model: PreTrainedModel) -> int:
 def measure_vision_width(
     vision_model: PreTrainedModel, image_processor: Any, pooling: str
 ) -> int | None:
-    """Measure the width of a vision tower's pooled output; None if its configuration states it.
+    """Measure the width of a vision tower's pooled output; None if its configuration has it.
 
     Refuses image processors that split a large image, or return inputs other than pixels.
     """
@@ -119,11 +119,12 @@ def measure_vision_width(
 
 @torch.no_grad()
 def find_direction_errors(text_model: PreTrainedModel, *, bidirectional: bool) -> list[str]:
-    """Perturb the last token, with and without padding, and describe violations of the direction.
+    """Change the last token, with and without padding, and describe violations of the direction.
 
-    In a bidirectional tower the first token must change; in a causal one no other token may. Each
-    layer of a bidirectional tower is also tested by itself, because one bidirectional layer can
-    mask a causal one. Padding on either side must change nothing.
+    In a bidirectional tower, the first token's hidden state must change; in a causal tower, only
+    the last token's may. Each layer of a bidirectional tower is also tested by itself, because one
+    bidirectional layer can mask a causal one. Padding on either side must not change any hidden
+    state.
     """
     ids, changed = make_texts(text_model)
     layers = list_layers(text_model) if bidirectional else nn.ModuleList()
@@ -164,7 +165,7 @@ def find_direction_errors(text_model: PreTrainedModel, *, bidirectional: bool) -
 
 
 def require_direction(text_model: PreTrainedModel, *, bidirectional: bool) -> None:
-    """Refuse a text tower that is not bidirectional, or not causal, on every path."""
+    """Refuse a text tower whose attention does not have the given direction, padded or not."""
     try:
         errors = find_direction_errors(text_model, bidirectional=bidirectional)
     except MODEL_ERRORS as error:  # some families rely on their causal mask
@@ -187,9 +188,9 @@ def make_texts(text_model: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 
 class _LayerCheck:
-    """Reruns every layer while it is open: with a different last token, then a different first one.
+    """While open, reruns every layer: with a different last token, then a different first token.
 
-    It does the same with the parts of a layer, because an inherently causal part, such as a state
+    The parts of each layer are rerun as well, because an inherently causal part, such as a state
     space model, may be next to bidirectional attention.
     """
 
@@ -277,7 +278,7 @@ def take_hidden(output: Any) -> Tensor:
 def run_texts(
     text_model: PreTrainedModel, ids: Tensor, *, num_before: int = 0, num_after: int = 0
 ) -> Tensor:
-    """Run texts with pads on either side; return the tokens' last hidden states, (B, L, D)."""
+    """Run texts with padding on either side; return their last hidden states, (B, L, D)."""
     pads = (num_before, num_after)
     mask = nn.functional.pad(torch.ones_like(ids), pads)
     inputs = {"input_ids": nn.functional.pad(ids, pads), "attention_mask": mask}
@@ -295,7 +296,7 @@ def _relative(before: Tensor, after: Tensor) -> float:
 
 
 def require_pixels_alone(vision_model: PreTrainedModel) -> None:
-    """Refuse a vision tower that needs more inputs than pixels, like those of some MLLMs."""
+    """Refuse a vision tower that needs more inputs than pixels, as in some multimodal LLMs."""
     parameters = inspect.signature(vision_model.forward).parameters.values()
     needed = [
         parameter.name
@@ -384,7 +385,7 @@ def require_positions(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> Non
 def require_loadable(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None:
     """Refuse a model whose configuration does not describe it: its folder would load differently.
 
-    Loads a second model from the configuration and the weights, which both share in memory.
+    Loads a second model from the configuration; both models share the weights in memory.
     """
     require_restored_buffers(model.vision_model)
     kept = parse_config(model.config.to_json_string(use_diff=False))  # as read from a file

@@ -145,7 +145,7 @@ def takes_images(config: PreTrainedConfig) -> bool:
 
 
 def set_normalization(image_processor: Any, normalization: Normalization) -> Any:
-    """Return the image processor with the chosen mean and std; 0 and 1 if it has none (TIPSv2)."""
+    """Return the image processor with the chosen mean and std; if it has none (TIPSv2), 0 and 1."""
     if normalization == "own" and getattr(image_processor, "do_normalize", True):
         return image_processor
     mean, std = MEAN_AND_STD.get(normalization, ([0.0] * 3, [1.0] * 3))
@@ -158,7 +158,7 @@ def set_image_size(
 ) -> tuple[PreTrainedModel, Any]:
     """Return the tower and image processor for square images of another size, in pixels.
 
-    Position embeddings for a fixed size are interpolated here once, like the tower does in a
+    Position embeddings for a fixed size are interpolated once, in the same way as in the tower's
     forward pass. A tower that takes any size is left unchanged. Only a timm network is changed in
     place.
     """
@@ -242,7 +242,7 @@ def _resize_positions(
 def _interpolate_positions(
     vision_model: nn.Module, image_size: int, patch: int, num_others: int
 ) -> Tensor:
-    """Interpolate positions like the tower itself, (1, L, D) float32."""
+    """Interpolate positions as the tower itself does; return (1, L, D) float32."""
     original: Any = next(
         module for module in vision_model.modules() if hasattr(module, "interpolate_pos_encoding")
     )

@@ -1,4 +1,5 @@
 """The command line; its flags are generated from annotations and `configs`.
 
-Each command has a module of its name; `__main__.py` lists them. The other modules are shared.
+Each command has a module with the same name; `__main__.py` lists the commands. The other modules
+are shared.
 """

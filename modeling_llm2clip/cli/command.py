@@ -1,4 +1,4 @@
-"""Turn typed functions into commands with cyclopts: arguments, flags, help and suggestions.
+"""Turns typed functions into commands with cyclopts: arguments, flags, help and suggestions.
 
 Positional-only parameters are the arguments, keyword-only ones the flags. A parameter whose type is
 a config becomes one flag per field. Every flag has the name of its field: `--max-steps` is
@@ -173,7 +173,7 @@ def _show_examples(examples: Sequence[str]) -> str:
 
 
 def _name_file(error: Exception) -> str:
-    """Return the `--config` file that contains the wrong value; empty for a flag."""
+    """Return the `--config` file that contains the wrong value; empty if a flag has the value."""
     argument = getattr(error, "argument", None)
     tokens = getattr(argument, "tokens", None) or [getattr(error, "token", None)]
     source: str = getattr(tokens[0], "source", "")
@@ -233,7 +233,7 @@ def _annotate(config_type: type[Config], formatter: HelpFormatter | None) -> Any
 
 
 def _prepare(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Read flags that were not passed from the `--config` file."""
+    """Take values of flags that are not on the command line from the `--config` file."""
     for argument in arguments:
         if argument.children:  # cyclopts resolves names in the class's module, not in its bases'
             config_type = argument.resolved_hint
@@ -256,9 +256,9 @@ def _prepare(app: App, commands: tuple[str, ...], arguments: ArgumentCollection)
 
 
 def _convert(hint: Any, tokens: Any) -> Any:
-    """Convert words as cyclopts does, but reject 3.5 for an integer, which it would round.
+    """Convert words as cyclopts does, but reject 3.5 for an integer: cyclopts would round it.
 
-    Also reject an empty path, which would mean the working directory.
+    An empty path is also rejected, because it would mean the working directory.
     """
     import pydantic  # noqa: F401  # once imported, cyclopts validates annotations with it
 

@@ -144,7 +144,7 @@ def _choose_models(models: Sequence[str], model_type: Sequence[ModelType]) -> li
 
 
 def _read_model(text: str) -> tuple[str, str]:
-    """Split NAME=SOURCE; the text of an existing path is never split."""
+    """Split NAME=SOURCE; an existing path is never split."""
     if Path(text).exists() or "=" not in text:
         return "", text
     return _split(text, flag="MODEL")

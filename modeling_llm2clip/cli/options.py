@@ -115,7 +115,7 @@ def read_captioned_images(
     modality: Modality | None = None,
     show_progress: bool = True,
 ) -> RecordTable:
-    """Read all records. With a `modality`, they need not be pairs, and only that one is read.
+    """Read all records. With a `modality`, only texts or images are read, which need not be pairs.
 
     With `trains_on_images`, local images are decoded first: if training failed at a broken image,
     the run could not be resumed with other images.
@@ -189,9 +189,9 @@ def hide_library_bars(run: Callable[[], object]) -> None:
 
 
 def bound_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Limit how long waiting threads spin, unless the user set it or torch is already loaded.
+    """Limit how long waiting threads spin, unless the user did or torch is already loaded.
 
-    OpenMP reads its settings when torch loads it. Child processes inherit them.
+    OpenMP reads the limit when torch loads it. Child processes inherit the limit.
     """
     if "torch" not in sys.modules and not any(name in environment for name in _CHOICES):
         environment["GOMP_SPINCOUNT"] = str(_SPIN_COUNT)

@@ -47,6 +47,6 @@ def train(recipe: Path, /, *, dry_run: bool = False, limits: ImageLimitsConfig) 
 
 
 def _find_folder(data: str) -> str:
-    """Split FOLDER off NAME=FOLDER, but not if the path exists or has a slash before the sign."""
+    """Return FOLDER of NAME=FOLDER; an existing path, or one with a slash before "=", is kept."""
     name, sign, folder = data.partition("=")
     return folder if sign and "/" not in name and not Path(data).exists() else data

@@ -1,1 +1,1 @@
-"""Options of the library, from which flags, YAML, defaults and help texts are generated."""
+"""Options of the library, which also define the flags, YAML fields, defaults and help texts."""

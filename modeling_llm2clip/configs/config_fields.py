@@ -1,8 +1,8 @@
-"""Base classes of all options, which pydantic validates from their annotations, and YAML reading.
+"""Base classes of all options, validated by pydantic from their annotations, and YAML reading.
 
 A field's annotation defines its valid values (`Annotated[int, Interval(ge=1)]`,
-`Literal["a", "b"]`), and the string below it documents it. pydantic is only imported to create a
-config with values other than the defaults.
+`Literal["a", "b"]`), and the string below the field documents it. pydantic is only imported to
+create a config with values other than the defaults.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ADAPTERS: dict[type, TypeAdapter[Any]] = {}  # built once per config type
 
 @dataclass(frozen=True, kw_only=True)
 class Matches:
-    """Annotation that requires a string to match `pattern`; errors describe it by `meaning`."""
+    """Annotation for strings that must match `pattern`; error messages describe it as `meaning`."""
 
     pattern: str
     meaning: str
@@ -86,7 +86,7 @@ class Config:
             raise ValueError(" ".join(conflicts))
 
     def _list_conflicts(self) -> dict[str, object]:
-        """Map the error message of each possible conflict to whether it occurs."""
+        """Map the error message of each possible conflict to a value that is true if it occurs."""
         return {}
 
     def list_given(self) -> list[str]:
@@ -95,7 +95,7 @@ class Config:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: object) -> CoreSchema:
-        """Accept a mapping as a section of another config."""
+        """Accept a mapping for a field whose type is another config."""
         from pydantic_core import core_schema
 
         return core_schema.no_info_plain_validator_function(cls._from_section)
@@ -178,7 +178,7 @@ class DataConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageLimitsConfig(Config):
-    """The one limit of `ImageLimits` that has a flag; the environment sets the others."""
+    """The one limit of `ImageLimits` that has a flag; an environment variable sets the others."""
 
     max_megapixels: Annotated[float, Interval(gt=0)] | None = None
     """Maximum size of a decoded image, in megapixels; larger images are invalid. Default: 160."""
@@ -192,7 +192,7 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def read_config(file: str | Path, config_type: type[ConfigT]) -> ConfigT:
-    """Read options from a YAML file that maps fields to values and sections to nested mappings."""
+    """Read options from a YAML file: fields with values, and sections as nested mappings."""
     values = read_yaml(file)
     try:
         return make_config(config_type, values)
@@ -201,7 +201,7 @@ def read_config(file: str | Path, config_type: type[ConfigT]) -> ConfigT:
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping, with all scalars as strings except None for `null`."""
+    """Read a YAML mapping; scalars stay strings, except `null`, which becomes None."""
     try:
         values = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=_YamlLoader)
     except OSError as error:
@@ -218,7 +218,7 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
 
 
 def make_config(config_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-    """Create a config from plain YAML or JSON values; sections are mappings."""
+    """Create a config from values read from YAML or JSON; sections are mappings."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{values!r} must be a section with its own options.")
     return config_type(**_check(config_type, values))
@@ -262,15 +262,15 @@ def _describe(error: ErrorDetails, config_type: type[Config]) -> str:
 
 
 def get_reason(error: ErrorDetails) -> str:
-    """Return a pydantic error's message, without the prefix it adds to other exceptions."""
+    """Return a pydantic error's message, without the prefix that pydantic adds to other errors."""
     return str(error.get("ctx", {}).get("error", error["msg"]))
 
 
 class _YamlLoader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
     """YAML loader that keeps scalars as strings, because config fields define their own types.
 
-    PyYAML follows YAML 1.1, where `1e-4` is a string, `010` is 8, and `no` (for Norwegian, or as an
-    answer) is false. Duplicate keys are an error.
+    PyYAML follows YAML 1.1, where `1e-4` is a string, `010` is 8, and `no` (also the code for
+    Norwegian) is false. Duplicate keys are an error.
     """
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  # as in the base class

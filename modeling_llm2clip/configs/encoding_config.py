@@ -34,7 +34,7 @@ DUAL_ENCODERS = (
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig(DeviceConfig):
-    """Device of a model, and dtype of its towers."""
+    """Device to run a model on, and dtype of its towers."""
 
     precision: Precision = "auto"
     """Dtype of the towers. auto uses the stored dtype, but on GPUs with bfloat16 support, float32
@@ -44,7 +44,7 @@ class PrecisionConfig(DeviceConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig(DeviceConfig):
-    """Device of an index's model, and dtype of its towers."""
+    """Device to run an index's model on, and dtype of its towers."""
 
     precision: Precision = "auto"
     """Dtype of the towers; auto uses the stored dtype."""
@@ -52,7 +52,7 @@ class SearchConfig(DeviceConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig(DeviceConfig):
-    """Batching of the inputs; in float32 it does not affect the embeddings."""
+    """Options for batching the inputs; in float32 they do not affect the embeddings."""
 
     batch_size: Annotated[int, Interval(ge=1)] | None = None
     """Images per batch. In evaluate, a batch of texts may have 64 times as many tokens. Default: on
@@ -68,7 +68,7 @@ class EncodingConfig(BatchConfig, PrecisionConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class JpegConfig(DeviceConfig):
-    """Decoding of JPEGs that are much larger than the model's input."""
+    """Options for decoding JPEGs that are much larger than the model's input."""
 
     jpeg_decoding: Literal["full", "scaled"] = "full"
     """Decode JPEGs at full size (full), or at 1/2, 1/4 or 1/8 of it, but no smaller than three
@@ -114,7 +114,7 @@ class BackendConfig(PrecisionConfig, CompileConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ShardConfig(EncodingConfig, JpegConfig):
-    """Options for encoding into shards."""
+    """Options for writing embeddings in shards."""
 
     rows_per_shard: Annotated[int, Interval(ge=1, le=2**20)] = 8192
     """Texts or images per file. A resumed run recomputes unfinished files."""
@@ -142,10 +142,10 @@ class ExtractConfig(ShardConfig, CompileConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedConfig(ShardConfig, BackendConfig):
-    """Options for `embed`: how to encode, and what its files contain.
+    """Options for `embed`: how to encode, and what the output files contain.
 
     An interrupted run resumes only with the same options, except for `device`, `skip_invalid` and
-    `show_progress`, and with the same image limits.
+    `show_progress`. The image limits must also be the same.
     """
 
     dtype: EmbeddingDtype = "float32"

@@ -1,4 +1,4 @@
-"""Configure an evaluation: its models, datasets and options."""
+"""Options for evaluations, including the models and datasets."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ License = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class CardConfig(Config):
-    """Entries of a model card; unset ones are taken from the source's card."""
+    """Entries of a model card; unset entries are taken from the source model's card."""
 
     license: License | None = None
     """Hub identifier of the weights' license, such as apache-2.0. Default: for export, the license
@@ -104,7 +104,7 @@ class ExportConfig(CardConfig, DeviceConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFormat(Config):
-    """Everything that affects an embedding but is not stored in the checkpoint."""
+    """Everything that affects embeddings but is not stored in an official checkpoint."""
 
     layout: str
     """Naming scheme of the weights, one of `modeling_llm2clip/conversion/layouts/`; must match the

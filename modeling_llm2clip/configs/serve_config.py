@@ -43,11 +43,11 @@ class ServeConfig(BackendConfig, ImageLimitsConfig):
 
     @property
     def max_pending_mb(self) -> float:
-        """Maximum total size of all request bodies in progress, and of the page's uploads."""
+        """Maximum total size in MB of all request bodies in progress, and of the page's uploads."""
         return 16 * self.max_request_mb
 
     def list_limits(self) -> dict[str, float]:
-        """Return the image limits by name; a download may take as long as its request."""
+        """Return the image limits by name; an image download may take as long as a request."""
         sizes = {"max_image_mb": self.max_image_mb, "max_download_s": self.timeout_s}
         return {**super().list_limits(), **sizes}
 
@@ -62,7 +62,7 @@ class ServeConfig(BackendConfig, ImageLimitsConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RayServeConfig(ServeConfig):
-    """Options for Ray Serve replicas; Ray sets `host` and `port` itself."""
+    """Options for Ray Serve replicas; `host` and `port` are configured in Ray itself."""
 
     model: str
     """Model folder, readable from every node, or Hub id."""

@@ -78,7 +78,7 @@ class TrainConfig(DataConfig):
             object.__setattr__(self, stage, dataclasses.replace(config, **shared))
 
     def _list_shared(self) -> Iterator[tuple[str, str, Config]]:
-        """Yield each shared option with the name and config of every stage that has it."""
+        """Yield each shared option's name with the name and config of every stage that has it."""
         for name, stages in (("device", _WITH_DEVICE), ("seed", _WITH_SEED)):
             for stage in stages:
                 if (config := getattr(self, stage)) is not None:

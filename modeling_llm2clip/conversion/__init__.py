@@ -1,1 +1,1 @@
-"""Official checkpoints into model folders; imports nothing, so that `--help` is quick."""
+"""Converts official checkpoints to model folders; imports nothing, so `--help` is quick."""

@@ -1,6 +1,6 @@
-"""Converts an official checkpoint into a folder that loads everywhere, and verifies it.
+"""Converts an official checkpoint to a model folder, and verifies the folder.
 
-The origin of every weight is determined before any is read or written.
+The origin of every weight is determined before any weight is read or written.
 """
 
 from __future__ import annotations
@@ -77,9 +77,10 @@ class ConversionPlan:
         tokenizer: Its tokenizer, with the prompt.
         image_processor: Its image processor.
         weights: Every weight of the model, by name.
-        dropped: Key of a source that is not needed → reason.
-        files: Every file that weights come from.
-        lora_counts: Changed entries per LoRA, counted as its weights are read.
+        dropped: Unneeded key of the checkpoint or LLM → reason for dropping it.
+        files: All files from which weights are read.
+        lora_counts: Per LoRA, the entries of each weight that changed, counted while weights are
+            read.
     """
 
     config: LLM2CLIPConfig
@@ -103,29 +104,30 @@ def convert_checkpoint(
 ) -> Path:
     """Convert an official checkpoint together with its LLM.
 
-    Before the folder gets its name, the result is loaded through AutoModel and checked by
-    `check_model`. Memory holds one weight file at a time, and then the model once.
+    The model is written to a temporary folder, loaded through AutoModel and checked by
+    `check_model` before the folder gets its name. Memory holds one weight file at a time, and then
+    the whole model once.
 
     Args:
         source: Checkpoint with vision tower and text adapter: a weight file, a folder or a Hub id.
-        text_model: Its language model: folder or Hub id. With `components="vision"`, only its
-            configuration and tokenizer are read.
-        output: New or empty folder.
+        text_model: The checkpoint's language model: folder or Hub id. With `components="vision"`,
+            only the LLM's configuration and tokenizer are read.
+        output: Output folder, new or empty.
         source_format: Properties that the weights do not record.
         config: Parts to write, and entries of the card. By default, the towers' licenses come from
             the sources' cards.
-        name: Model name on the card; None for the folder's name.
+        name: Model name on the card. Default: the folder's name.
 
     Returns:
         The folder. Its `conversion.json` records the sources, the SHA-256 of each file, the dropped
-            keys, and the fraction of entries changed by each LoRA that still differ after rounding
-            (`share_changed_by_merging`).
+        keys, and for each LoRA, the fraction of changed entries that survive rounding
+        (`share_changed_by_merging`).
 
     Raises:
         FileExistsError: The folder exists and is not empty.
-        ValueError: The sources do not fit each other or the source format, see `plan_conversion`.
+        ValueError: Checkpoint, LLM and source format do not belong together.
         OSError: There is too little disk space.
-        RuntimeError: The written model is not healthy; it is removed.
+        RuntimeError: The written model fails a check, so it is removed.
 
     Examples:
         >>> convert_checkpoint(
@@ -171,7 +173,7 @@ def convert_checkpoint(
 def _finish(
     plan: ConversionPlan, record: dict[str, Any], dtype: torch.dtype, device: str, folder: Path
 ) -> None:
-    """Add the effect of each LoRA to the record, write it, and check the model."""
+    """Add the effect of each LoRA to the record, write the record, and check the model."""
     for lora, counts in zip(record["llm"]["loras"], plan.lora_counts, strict=False):
         what = f"Merging the LoRA {lora['name']}"
         lora["share_changed_by_merging"] = warn_of_rounding(counts.values(), dtype, what=what)
@@ -188,7 +190,7 @@ def _make_record(
     language: LanguageModel,
     source_format: SourceFormat,
 ) -> dict[str, Any]:
-    """Describe the folder's sources for its record, with file names instead of paths."""
+    """Describe the model's sources for its `conversion.json`, with file names instead of paths."""
     assert source_format.preprocessing is not None
     mean, std = MEAN_AND_STD[source_format.preprocessing]
     llm, paths = language.source, [*plan.files, language.folder]
@@ -394,7 +396,7 @@ def _read_adapter_sizes(
 def _fit(
     renamed: RenamedWeights, model_class: Any, config: LLM2CLIPConfig, source: str
 ) -> dict[str, LazyTensor]:
-    """Put the weights in the model's order; all must be there, with the right shapes."""
+    """Put the weights in the model's order; raise if any is missing or has the wrong shape."""
     shapes = _list_shapes(lambda: model_class(config))
     whole = shapes if model_class is LLM2CLIPModel else _list_shapes(lambda: LLM2CLIPModel(config))
     for name in sorted(set(renamed.weights) & set(whole) - set(shapes)):
@@ -437,7 +439,7 @@ def _fit(
 
 
 def _list_shapes(build: Callable[[], Any]) -> Mapping[str, tuple[int, ...]]:
-    """List names and shapes of a model's weights without allocating them."""
+    """List the names and shapes of a model's weights without allocating memory for them."""
     # The second one is for older timm, which reads values of tensors while it builds a network.
     with torch.device("meta"), init.meta_device_safe_creation_ops():
         model = build()

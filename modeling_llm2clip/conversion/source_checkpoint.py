@@ -1,4 +1,4 @@
-"""Opens the sources of a conversion, checkpoint and LLM, without reading their weights."""
+"""Opens the checkpoint and the LLM of a conversion without reading their weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class CheckpointSource:
 
     Attributes:
         name: A weight file, a folder, or a Hub id.
-        file: Name of the weight file in the folder or Hub repository; None if it has one of
+        file: Name of the weight file in the folder or Hub repository; None if the file has one of
             transformers' default names.
         revision: Branch, tag or commit of the Hub repository.
     """
@@ -51,7 +51,7 @@ class Checkpoint:
     Attributes:
         source: Its location.
         files: Its weight files.
-        tensors: Its weights, by key.
+        tensors: The checkpoint's weights, by key.
         stated_config: The repository's own configuration; None if there is none.
     """
 
@@ -106,13 +106,13 @@ def require_layout(checkpoint: Checkpoint, layout: Layout) -> None:
 def public_name(source: str | Path) -> str:
     """Return a Hub id, or the name of a local file or folder without its path.
 
-    Models are published with the names of their sources, so these must not contain paths.
+    Models are published with the names of their sources, so the names must not contain paths.
     """
     return Path(source).name if Path(source).exists() else str(source)
 
 
 def require_no_revision(source: str | Path, revision: str | None) -> None:
-    """Refuse a revision of a local source, which has none."""
+    """Refuse a revision if the source is local."""
     if revision is not None and Path(source).exists():
         raise ValueError(
             f"{source} is a local file or folder, which has no revision {revision!r}. Remove it."
@@ -133,7 +133,7 @@ def split_revision(source: str | Path) -> tuple[str | Path, str | None]:
 def find_commit(source: str | Path, paths: Iterable[Path]) -> str | None:
     """Find the commit at which files of a Hub repository were downloaded; None for local sources.
 
-    Their paths in huggingface_hub's cache contain it: `models--owner--name/snapshots/COMMIT`.
+    Paths in huggingface_hub's cache contain the commit: `models--owner--name/snapshots/COMMIT`.
     """
     cache = f"models--{str(source).replace('/', '--')}"
     for path in paths:
@@ -179,7 +179,7 @@ class LanguageModel:
 
 
 def open_language_model(source: LLMSource) -> LanguageModel:
-    """Read configuration and tokenizer without running code from the folder."""
+    """Read an LLM's configuration and tokenizer without running code from the folder."""
     folder = find_model_folder(source.name, revision=source.revision)
     if is_lora_alone(folder):
         raise ValueError(
@@ -200,11 +200,11 @@ def open_language_model(source: LLMSource) -> LanguageModel:
 def open_llm_weights(
     language: LanguageModel, inside: Mapping[str, LazyTensor], *, dtype: torch.dtype
 ) -> tuple[RenamedWeights, list[Path], list[dict[str, tuple[int, int]]]]:
-    """Open the weights, under `text_model.`, from the LLM's folder or the checkpoint itself.
+    """Open the LLM's weights, named `text_model.…`, from its folder or the checkpoint itself.
 
     Weights in the checkpoint (`inside`) take precedence over the folder's, because the checkpoint
-    was trained with them. `dtype` is the dtype of the saved model. Returns the weights, their files
-    outside the checkpoint, and the counts of each LoRA (`merge_lora_weights`).
+    was trained with them. `dtype` is the dtype of the saved model. Returns the weights, the weight
+    files outside the checkpoint, and for each LoRA the counts from `merge_lora_weights`.
     """
     source = language.source
     if inside:

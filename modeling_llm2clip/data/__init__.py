@@ -1,1 +1,1 @@
-"""Records, their sources, the embedding store, and the files they are in."""
+"""Records and their sources, the embedding store, and the files that hold them."""

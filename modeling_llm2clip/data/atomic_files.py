@@ -1,9 +1,10 @@
-"""Files and folders that are complete or absent: written atomically, locked, hashed.
+"""Writes files and folders atomically, so they are complete or absent; also locks and hashes them.
 
 A folder is written into a hidden folder next to the target, named `.NAME-` plus eight characters.
-The hidden folder also holds a claim: a file that contains the target's name, under a kernel lock
-that ends with its process, even in a crash. An unlocked claim therefore belongs to a dead writer.
-On a file system without `flock`, nothing is claimed and nothing is cleaned up.
+The hidden folder also holds a claim: a file that contains the target's name. The writing process
+holds a kernel lock on the claim, which ends with the process, even in a crash. An unlocked claim
+therefore belongs to a dead writer. On a file system without `flock`, nothing is claimed and nothing
+is cleaned up.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ def temporary_folder() -> Path:
 def explain_full_disk(folder: Path, what: str, remedy: str) -> Iterator[None]:
     """Explain what to do if the disk of a folder is full.
 
-    torch and safetensors do not raise OSError then. An error about a file outside the folder is
-    re-raised unchanged.
+    On a full disk, torch and safetensors do not raise OSError. An error about a file outside the
+    folder is re-raised unchanged.
     """
     try:
         yield
@@ -117,11 +118,11 @@ def write_atomically(file: Path, content: bytes) -> None:
 
 @contextmanager
 def atomic_file(file: Path, *, replaces: bool = False) -> Iterator[IO[bytes]]:
-    """Yield a file that gets its name only once it is complete and synced.
+    """Yield a temporary file that gets its final name only once it is complete and synced.
 
-    Several processes may write at once, each to its own temporary file next to the target. Unless
-    `replaces` is true, a file that exists by then is left alone: this one is kept under another
-    name, which the error reports.
+    Several processes may write at once, each to its own temporary file next to the target. If
+    another process has created the target by then and `replaces` is false, the target is left
+    alone, and the new file is kept under another name, which the error reports.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     _clear_unfinished(file)
@@ -167,7 +168,7 @@ def rename_to_new(unfinished: Path, file: Path) -> bool:
 
 
 def _clear_unfinished(file: Path) -> None:
-    """Remove temporary files of killed writers: unlocked, and not empty (not just created)."""
+    """Remove temporary files left by killed writers: unlocked, and not empty (just created)."""
     for left in file.parent.glob(f"{glob.escape(file.name)}.{'[0-9a-f]' * 32}{_UNFINISHED}"):
         with suppress(OSError), left.open("rb") as opened:
             if left.stat().st_size and lock_file(opened, shared=True, wait=False):
@@ -182,7 +183,7 @@ def is_unfinished(file: Path) -> bool:
 def lock_file(opened: IO[Any] | int, *, shared: bool = False, wait: bool = True) -> bool:
     """Take the kernel's lock on an open file, or return False if another process holds it.
 
-    The lock is released when the file is closed or its process ends, even in a crash. Requires a
+    The lock is released when the file is closed or the process ends, even in a crash. Requires a
     file system with `flock`: Linux or macOS, local or NFS 4.
     """
     if fcntl is None:
@@ -213,9 +214,9 @@ def lock_folder(folder: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def lock_unless_held(file: Path, opened: IO[Any] | int) -> bool:
-    """Lock an open file, or return False if another process holds it or its name is gone.
+    """Lock an open file, or return False if another process has locked or removed it.
 
-    Without flock support, only the name is checked.
+    Without flock support, the function only checks if the file still exists.
     """
     with suppress(OSError):
         if not lock_file(opened, wait=False):
@@ -285,10 +286,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def require_new_folder(folder: Path, *, is_renamed: bool = True) -> None:
-    """Refuse a folder that is not empty, cannot be created or is being written.
+    """Refuse a folder that is not empty, cannot be created, or is being written to.
 
-    Also refuses links and mounts, which a temporary folder cannot replace, unless `is_renamed` is
-    false.
+    If `is_renamed` is true, links and mounts are also refused, because a temporary folder cannot
+    replace them.
     """
     require_writable(folder.parent if os.path.lexists(folder) else folder)
     _require_empty(folder)
@@ -308,7 +309,7 @@ def _require_empty(folder: Path) -> None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what killed writers of this folder left; refuse it if a live process is writing it.
+    """Remove what killed writers of a folder left; raise if a live process is still writing.
 
     Hidden folders without a claim, or with a claim for another target, are kept. Several processes
     may clean up at once.
@@ -337,7 +338,7 @@ def _is_abandoned(claim: Path, name: str) -> bool | None:
 
 
 def _try_lock(file: IO[Any]) -> bool:
-    """Lock an open file; False if another process has locked it, or without flock support."""
+    """Lock an open file; return False if another process has locked it or flock is missing."""
     try:
         return lock_file(file, wait=False)
     except OSError:

@@ -19,7 +19,7 @@ _MOST_PASSES = 32
 
 
 def find_first_rows(chunks: Chunks, num_rows: int) -> Array:
-    """Return for each row the first row with the same key, (N,) int32 or int64.
+    """Return, for each row, the first row with the same key: (N,) int32 or int64.
 
     The keys are read several times; each pass compares one range of keys.
     """
@@ -38,7 +38,7 @@ def count_distinct(chunks: Chunks, num_keys: int) -> int:
 
 
 def sort_rows(values: Array) -> Array:
-    """Sort row numbers by (N,) values from 0 to 2^31 - 1, then by number, using little memory."""
+    """Sort row numbers by (N,) values below 2^31, then by row number, using little memory."""
     if len(values) > np.iinfo(np.int32).max:
         return np.argsort(values, kind="stable")
     codes = values.astype(np.int64)
@@ -50,7 +50,7 @@ def sort_rows(values: Array) -> Array:
 
 
 def group_positions(numbers: Array) -> Iterator[tuple[int, Array]]:
-    """Yield each distinct number of an (N,) array with its positions, both ascending."""
+    """Yield each distinct number in an (N,) array with its positions, in ascending order."""
     order = np.argsort(numbers, kind="stable")
     distinct, starts = np.unique(numbers[order], return_index=True)
     stops = [*starts[1:].tolist(), len(numbers)]
@@ -59,7 +59,7 @@ def group_positions(numbers: Array) -> Iterator[tuple[int, Array]]:
 
 
 def contains_keys(sorted_keys: Array, keys: Array) -> Array:
-    """Return whether `sorted_keys`, which ascend, contain each of (N,) keys: (N,) bool."""
+    """Return for each of (N,) keys whether the ascending `sorted_keys` contain it, (N,) bool."""
     if not len(sorted_keys):
         return np.zeros(len(keys), np.bool_)
     positions = np.searchsorted(sorted_keys, keys).clip(max=len(sorted_keys) - 1)

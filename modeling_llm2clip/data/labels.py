@@ -1,4 +1,4 @@
-"""Reads image labels and their prompts without importing torch, so errors appear at once.
+"""Reads image labels and their prompts, without importing torch, so errors are reported at once.
 
 | file | content |
 | --- | --- |
@@ -31,7 +31,7 @@ class Label:
 
     Attributes:
         name: The label.
-        prompts: The texts, at least one.
+        prompts: The label's texts, at least one.
     """
 
     name: str

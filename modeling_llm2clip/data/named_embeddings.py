@@ -1,4 +1,4 @@
-"""Embeddings computed elsewhere, with the names of their texts or images.
+"""Embeddings that another program computed, with the names of their texts or images.
 
 | file | names |
 | --- | --- |

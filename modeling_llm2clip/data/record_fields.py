@@ -1,6 +1,6 @@
 """The fields of a record, the same in every format.
 
-Formats are a line of JSON, a row of Parquet and the JSON member of a tar sample. A null field is
+A record is a line of JSON, a row of Parquet, or the JSON member of a tar sample. A null field is
 treated as absent.
 
 | field | meaning |
@@ -22,13 +22,13 @@ two rows are fields of published re-captionings of CC3M and CC12M.
 In Parquet, `image` may hold the encoded image itself; in a tar shard, the image is a member. In
 both cases, `file_name` is only a name.
 
-Any other field is an error, because it may be a misspelling. Fields listed in `load_records(…,
-ignore_fields=…)` are not read, known or not. With `caption_fields=…`, every record must have these
-captions, and no others are read. Whitespace around texts is stripped and inner line breaks become
-one space, because later stages expect captions to be single lines.
+Any other field is an error, because its name may be a misspelling. Fields listed in
+`load_records(…, ignore_fields=…)` are not read, known or not. With `caption_fields=…`, every record
+must have these captions, and no others are read. Whitespace around texts is stripped and inner line
+breaks become one space, because later stages expect captions to be single lines.
 
-Data read for only one modality need not be pairs: images may lack captions, and captions images. A
-text without an image is then named by its field `id`, or else by its location.
+Data read for only one modality need not be pairs: images may lack captions, and captions may lack
+images. A text without an image is then named by its field `id`, or else by its location.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ KNOWN_FIELDS = frozenset(
 
 
 class RawRecord(NamedTuple):
-    """The non-null fields of a record as they are in its source, not yet checked.
+    """The non-null fields of a record as stored in its source, not yet checked.
 
     Attributes:
         place: Location of the record, for error messages.
         fields: Its non-null fields.
-        packed: The image, if the source holds it.
+        packed: The image, if the source itself contains it.
         default_name: Name for a record without `image` and `file_name`.
         text_name: Name for a text without an image or any other name, if only texts are read.
     """
@@ -100,7 +100,7 @@ def list_ignored(
 
 
 def list_fields_read(names: Collection[str]) -> list[str]:
-    """List the known fields among these, except for notes, which training does not read."""
+    """List the known fields among some fields, except for notes, which training does not read."""
     known = KNOWN_FIELDS.intersection(names).difference(_NOTES)
     return sorted({"captions" if name in PLAIN_CAPTION_FIELDS else name for name in known})
 

@@ -18,9 +18,9 @@ def read_metadata(file: Path) -> dict[str, str]:
 
 
 def serialize_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Serialize tensors so the same content gives the same bytes in every process.
+    """Serialize tensors so that equal content gives equal bytes in every process.
 
-    safetensors itself writes metadata entries in random order.
+    By itself, safetensors writes metadata entries in random order.
     """
     content = save(dict(tensors), metadata=dict(metadata))
     end = 8 + int.from_bytes(content[:8], "little")

@@ -28,7 +28,7 @@ class FileRecord:
     Attributes:
         file: Path relative to the output folder.
         bytes: Size of the file.
-        sha256: SHA-256 of its content.
+        sha256: SHA-256 of the file's content.
     """
 
     file: str

@@ -1,4 +1,4 @@
-"""Collects the errors of a dataset, so all are reported at once, before any expensive work."""
+"""Collects the errors in a dataset, so all are reported at once, before any expensive work."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class ErrorCollector:
     def compare_columns(self, ignored: Iterable[str] = ()) -> None:
         """Add an error for each file that lacks a column that another file has.
 
-        Otherwise its records would silently get the default of a forgotten field.
+        Otherwise, records in that file would silently get the default for a forgotten field.
         """
         for column in sorted(
             {column for columns in self._files for column in columns} - {*ignored}
@@ -118,7 +118,7 @@ class ErrorCollector:
             self._note_files(columns, count, files)
 
     def without(self, *kinds: str) -> ErrorCollector:
-        """Return a collector of all other errors."""
+        """Return a collector of all errors except certain kinds."""
         kept = Counter({kind: n for kind, n in self.counts.items() if kind not in kinds})
         return ErrorCollector(kept, {kind: [*self.places[kind]] for kind in kept})
 

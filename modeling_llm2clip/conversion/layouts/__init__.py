@@ -1,7 +1,7 @@
-"""The official checkpoint families, one file each; to add a family, add a file.
+"""The official checkpoint families, one file per family; to add a family, add a file.
 
-Each file describes its family in `LAYOUT` and imports torch and transformers only when it is used,
-because the flags and help of `llm2clip convert` are generated from these descriptions.
+Each file describes its family in `LAYOUT`. It imports torch and transformers only when a checkpoint
+is converted, because `llm2clip convert` generates its flags and help from these descriptions.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def _make_vision_config(
 
 
 def _read_rotary_sizes(tensors: Tensors, side: int) -> tuple[int, int]:
-    """Find the head width and reference size with which the tower computes the same tables."""
+    """Find the head width and reference size with which timm computes the same rotary tables."""
     from timm.layers import build_rotary_pos_embed
 
     tables = [

@@ -1,4 +1,4 @@
-"""transformers' CLIP names, as in the official Hub repositories of the OpenAI towers."""
+"""Weight names of transformers' CLIP, as in the official Hub repositories of the OpenAI towers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def _make_vision_config(
     _tensors: Tensors, source_format: SourceFormat, stated: PreTrainedConfig | None
 ) -> PreTrainedConfig:
-    """Use the repository's own configuration, which the source format must not contradict."""
+    """Return the repository's own configuration; raise if the source format contradicts it."""
     from transformers import CLIPVisionConfig
 
     vision: PreTrainedConfig | None = getattr(stated, "vision_config", None)

@@ -1,4 +1,4 @@
-"""Describes a layout; also has the functions that several layouts share."""
+"""Defines what a layout is, and the functions that several layouts share."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rule:
-    """A pattern of keys, and their new names.
+    """A pattern of keys, and new names for the matching weights.
 
     Attributes:
         pattern: Regular expression for a whole key.
         targets: Pairs of a name in the new model, which may refer to groups of the pattern (such as
             a backslash and 1), and a function that transforms the tensor, or None. A matrix that is
-            split has several.
+            split has several pairs.
     """
 
     pattern: str
@@ -42,7 +42,7 @@ class Drop:
 
     Attributes:
         pattern: Regular expression for a whole key.
-        reason: Why the model does not need them.
+        reason: Why the model does not need these keys.
     """
 
     pattern: str
@@ -66,20 +66,20 @@ class RenamedWeights:
 
 @dataclass(frozen=True)
 class Layout:
-    """A family of checkpoints: its keys, and the facts that the keys do not show.
+    """A family of checkpoints: the keys, and properties that the keys do not reveal.
 
     Attributes:
-        choice: Name of its source format for users.
-        source_options: Options of `source_format`; its `layout` names the family.
+        choice: Name of the family's source format for users.
+        source_options: Fields of `source_format`; the field `layout` has the family's name.
         marks: Keys that only this family has.
         adapter_prefix: Prefix of the text adapter's keys.
         rules: Rules for the vision tower and its projection.
-        make_vision_config: Makes the tower's configuration from the weights, the source format and
-            the checkpoint's own configuration (None if there is none).
-        drops: Keys to drop, with the reason.
+        make_vision_config: Function that makes the tower's configuration from the weights, the
+            source format and the checkpoint's own configuration (None if there is none).
+        drops: Keys to drop, with the reasons.
         options: Fields of `SourceFormat` that apply to this family, but not to every family.
-        activations: Supported activations of its vision towers.
-        needs_timm: Whether its vision tower is a timm network.
+        activations: Activation functions that the family's vision towers may have.
+        needs_timm: Whether the vision tower is a timm network.
         has_projection: False if the tower's output is the image embedding; the projection is then
             the identity.
         projection_bias: Whether the image projection has a bias.
@@ -150,7 +150,7 @@ def apply_rules(
 
 
 def count_blocks(tensors: Tensors, pattern: str) -> int:
-    """Count blocks by their keys `pattern.format(0)`, `pattern.format(1)`, …"""
+    """Count the blocks whose keys are `pattern.format(0)`, `pattern.format(1)`, …"""
     count = 0
     while pattern.format(count) in tensors:
         count += 1
@@ -169,7 +169,7 @@ def square_side(num_patches: int) -> int:
 
 
 def count_heads(width: int, source_format: SourceFormat) -> int:
-    """Return the number of attention heads, which the weights do not show."""
+    """Return the number of attention heads, which the weights do not reveal."""
     if width % source_format.head_width:
         raise ValueError(
             f"head_width={source_format.head_width} does not divide the vision tower's width of "
@@ -184,7 +184,7 @@ def find_ratio(part: int, whole: int) -> float:
 
 
 def make_timm_config(architecture: str, model_args: dict[str, Any]) -> PreTrainedConfig:
-    """Make a timm network's configuration with every size set, so no default applies."""
+    """Make a timm network's configuration that sets every size, so no default applies."""
     from transformers import TimmWrapperConfig  # needs timm
 
     config: PreTrainedConfig = TimmWrapperConfig.from_dict(

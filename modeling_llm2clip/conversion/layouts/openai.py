@@ -1,4 +1,4 @@
-"""CLIP's own names, as in an OpenAI tower saved by the official training code."""
+"""Weight names of OpenAI's CLIP, as in an OpenAI tower saved by the official training code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SigLIP2 with timm's names, and with the LLM in the checkpoint or separate."""
+"""SigLIP2 with timm's weight names; the checkpoint may include the LLM."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _make_vision_config(
 
 
 def _find_image_size(side: int, patch_size: int, stated: int | None) -> int:
-    """Return the image size in pixels; timm drops a remainder after the last patch."""
+    """Return the image size in pixels; timm drops the pixels after the last whole patch."""
     if stated is None:
         if (side, patch_size) in _OF_SEVERAL_SIZES:
             raise ValueError(

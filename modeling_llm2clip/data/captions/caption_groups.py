@@ -1,4 +1,4 @@
-"""Groups of captions of the same thing, as columns: the data that fine-tunes a language model."""
+"""Groups of captions of the same thing, stored as columns: training data for the language model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _WITHOUT_PAIRS = (
 
 @dataclass(frozen=True)
 class CaptionGroup:
-    """All distinct captions of one group, short and long, in all of its languages."""
+    """All distinct captions of one group, short and long, in all languages."""
 
     group_id: str
     captions: tuple[str, ...]
@@ -36,13 +36,14 @@ class CaptionGroup:
 
 @dataclass(frozen=True)
 class GroupBatch:
-    """The captions of several complete groups, each text once per group.
+    """The captions of several complete groups, without repeats within a group.
 
     Attributes:
         counts: (G,) int64, number of captions of each group, at least two.
         keys: (T,) int64, key of each caption, group by group.
         group_ids: (G,) strings, the id of each group.
-        positions: (T,) int64, position of each caption in the two arrays of `texts`, concatenated.
+        positions: (T,) int64, position of each caption in the concatenation of both arrays in
+            `texts`.
         texts: All short captions of the batch's records, and all their long captions.
     """
 
@@ -65,14 +66,15 @@ class CaptionGroups(Iterable[CaptionGroup]):
     """Groups of at least two captions, read in batches and never held in memory.
 
     Texts are compared by their 64-bit keys. If two different captions of a group have the same key,
-    one of them is not used. With a billion captions, the odds are below one in a hundred million.
+    one caption is not used. With a billion captions, the odds of this are below one in a hundred
+    million.
 
     Attributes:
         records: Records, in which each group is contiguous.
         num_groups: Number of groups.
-        num_pairs: Number of pairs when every caption is used once. In a group with an odd number,
-            the last caption is paired with one that is already used.
-        chosen: (groups of at least two captions,) bool, which of the groups to use; None for all.
+        num_pairs: Number of pairs when every caption is used once. In a group with an odd number of
+            captions, the last caption is paired with one that is already used.
+        chosen: (groups of at least two captions,) bool, which groups to use; None for all.
         left_out: Ascending keys of captions to leave out, along with every group that then has
             fewer than two.
     """
@@ -126,8 +128,8 @@ class CaptionGroups(Iterable[CaptionGroup]):
     def hold_out(self, count: int, *, seed: int) -> tuple[CaptionGroups, list[CaptionGroup], int]:
         """Hold out random groups, and leave their captions out of training.
 
-        Returns the training groups, the held-out groups, and how many captions training loses in
-        the other groups.
+        Returns the training groups, the held-out groups, and the number of captions in other groups
+        that training loses because they equal held-out captions or have no partner left.
         """
         assert self.chosen is None and self.left_out is None
         if not 2 <= count <= len(self) - 2:
@@ -157,7 +159,7 @@ class CaptionGroups(Iterable[CaptionGroup]):
 
 
 def group_captions(records: Sequence[CaptionedImage]) -> CaptionGroups:
-    """Group the captions; refuse groups with only one."""
+    """Group the captions; refuse groups with only one caption."""
     groups, num_single, shown = count_groups(records)
     if not len(groups) + num_single:
         raise ValueError("There are no captions. Use a dataset with at least two images.")
@@ -172,7 +174,7 @@ def group_captions(records: Sequence[CaptionedImage]) -> CaptionGroups:
 
 
 def skip_single_captions(records: Sequence[CaptionedImage]) -> tuple[CaptionGroups, int]:
-    """Group the captions, skipping groups with only one; also return how many were skipped."""
+    """Group the captions, skipping groups with only one caption; also return the number skipped."""
     groups, num_single, _ = count_groups(records)
     if num_single and not len(groups):
         raise ValueError(
@@ -203,9 +205,10 @@ def iterate_whole_groups(records: RecordTable) -> Iterator[pa.RecordBatch]:
 
 
 def list_distinct_texts(batch: pa.RecordBatch) -> tuple[Array, Array, Array]:
-    """List the texts of a batch, each once per group, in record order.
+    """List the texts of a batch in record order, without repeats within a group.
 
-    Returns (T,) group numbers within the batch, keys and positions as in `GroupBatch`.
+    Returns three arrays (T,): the group numbers within the batch, and the keys and positions as in
+    `GroupBatch`.
     """
     row, positions = locate_captions(batch)
     group = (np.cumsum(_mark_starts(np.asarray(batch.column(0)))) - 1)[row]
@@ -218,7 +221,7 @@ def list_distinct_texts(batch: pa.RecordBatch) -> tuple[Array, Array, Array]:
 
 
 def count_groups(data: Sequence[CaptionedImage]) -> tuple[CaptionGroups, int, list[str]]:
-    """Group the captions; also count the groups with only one, and describe the first few."""
+    """Group the captions; also count single-caption groups, and describe the first few."""
     records = RecordTable.from_records(data)
     first = records.find_first_rows("group_key")
     if (first[1:] < first[:-1]).any():  # make each group contiguous
@@ -240,7 +243,7 @@ def count_groups(data: Sequence[CaptionedImage]) -> tuple[CaptionGroups, int, li
 
 
 def _shuffle(number: int, seed: int) -> Array:
-    """Shuffle the integers from 0 to `number` - 1, at 4 bytes each."""
+    """Shuffle the integers from 0 to `number` - 1, using 4 bytes of memory per integer."""
     order = array("i", range(number))
     random.Random(seed).shuffle(order)
     return np.asarray(order)
@@ -258,7 +261,7 @@ def _find_starts(values: Array) -> Array:
 
 
 def _is_of_several(group: Array) -> Array:
-    """Return for each text whether its group has at least two."""
+    """Return for each text whether its group has at least two texts."""
     counts = np.diff(_find_starts(group), append=len(group))
     return np.repeat(counts > 1, counts)
 

@@ -1,9 +1,10 @@
 """Views of long captions: some of the sentences after the first (DeBias-CLIP, arXiv:2602.22419).
 
-The first sentence of a long caption usually sums it up, so a model can ignore the others. A view
-leaves it out. The choice of sentences depends only on the caption's text, so `extract` and `align`
-make the same views on any number of processes. In a record, views follow the long captions. `RULE`
-is recorded in a store's manifest and changes whenever the views do.
+The first sentence of a long caption usually sums it up, so a model can learn to ignore the others.
+A view leaves the first sentence out. The choice of sentences depends only on the caption's text, so
+`extract` and `align` make the same views on any number of processes. In a record, views follow the
+long captions. `RULE` is recorded in a store's manifest, and changes whenever the choice of views
+changes.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def _is_end(before: str, mark: str | None, after: str) -> bool:
-    """Return whether a sentence ends at a mark, which is None if it needs no whitespace."""
+    """Return whether a sentence ends at a mark; None stands for a mark that needs no whitespace."""
     words = before.rsplit(None, 1)
     if not words or mark is None:
         return bool(words)
@@ -56,9 +57,10 @@ def _is_end(before: str, mark: str | None, after: str) -> bool:
 
 
 def list_views(caption: str, num_views: int) -> list[str]:
-    """List at most `num_views` distinct views of a caption; a single sentence has none.
+    """List at most `num_views` distinct views of a caption; a single sentence has no views.
 
-    The number of sentences is uniform between one and all but the first. They keep their order.
+    The number of sentences in a view is random, from one to all but the first, and the sentences
+    keep their order.
     """
     others = split_sentences(caption)[1:] if num_views else []
     views: dict[str, None] = {}
@@ -79,7 +81,7 @@ def with_views(long_captions: Sequence[str], num_views: int) -> tuple[str, ...]:
 
 
 def add_views(batch: pa.RecordBatch, num_views: int) -> pa.RecordBatch:
-    """Append views to a batch's long captions, and their keys to its text keys if it has these."""
+    """Append views to a batch's long captions, and the views' keys to `text_keys`, if present."""
     if not num_views:
         return batch
     short, long = (batch.column(name).to_pylist() for name in CAPTION_COLUMNS)
@@ -95,7 +97,7 @@ def add_views(batch: pa.RecordBatch, num_views: int) -> pa.RecordBatch:
 
 
 def require_views(records: RecordTable, num_views: int) -> None:
-    """Refuse views if no long caption has any."""
+    """Raise ValueError if views are requested but no long caption has two sentences."""
     captions = (
         caption
         for batch in records.iterate_columns(("long_captions",))

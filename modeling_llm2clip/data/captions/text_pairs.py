@@ -31,8 +31,8 @@ class TextPair:
 def read_text_pairs(file: str | Path) -> Iterator[TextPair]:
     """Read text pairs: JSON lines with `query`, `positive` and optionally `negatives`.
 
-    `negatives` is a list of texts that has the same length in every line. Lines with the same query
-    form one group. Texts are cleaned like captions, so equal texts are recognized.
+    `negatives` is a list of texts, equally long in every line. Lines with the same query form one
+    group. Texts are cleaned like captions, so equal texts are recognized.
     """
     path = Path(file)
     errors, counts = ErrorCollector(), set[int]()

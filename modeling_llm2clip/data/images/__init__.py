@@ -1,1 +1,1 @@
-"""Image addresses, and reading images from files that hold many."""
+"""Locations of images, and reading images from files that hold many images."""

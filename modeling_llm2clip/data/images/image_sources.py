@@ -1,7 +1,7 @@
-"""Image addresses: a file, a member of a tar shard or a row of a Parquet file.
+"""Locations of images: a file, a member of a tar shard or a row of a Parquet file.
 
-A packed image is an address without an open file, so it can be pickled and sent to the workers of a
-data loader. Only its own bytes are read, when the image is opened. The exception is an
+A packed image is a location without an open file, so it can be pickled and sent to the workers of a
+data loader. The image's bytes, and no others, are read when it is opened. The exception is an
 `EncodedImage`, from a stream, which already holds its bytes.
 """
 
@@ -35,7 +35,7 @@ _CHECKED_AT_ONCE = 1024
 
 @dataclass(frozen=True, slots=True)
 class TarImage:
-    """A member of an uncompressed tar shard; `offset` is its first byte in the shard."""
+    """A member of an uncompressed tar shard; `offset` is the member's first byte in the shard."""
 
     shard: FileLocation
     member: str
@@ -53,8 +53,7 @@ class TarImage:
 class ParquetImage:
     """A row of a Parquet file whose column holds encoded images.
 
-    `group_size` is the stored size in bytes of the column in the row's group; None if not yet
-    known.
+    `group_size` is the column's stored size in bytes in the row's group; None if not yet known.
     """
 
     file: FileLocation
@@ -73,7 +72,7 @@ class ParquetImage:
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """An encoded image in memory; its name says where it came from, for error messages."""
+    """An encoded image in memory; in error messages, its name says where the image came from."""
 
     name: str
     content: bytes = field(repr=False)
@@ -96,7 +95,7 @@ ImageSource: TypeAlias = Path | PackedImage
 def count_bytes(image: ImageSource | None) -> int:
     """Return the size of an encoded image in bytes without reading it.
 
-    For a Parquet row, this is the stored size of its column in its row group.
+    For a Parquet row, the size is the stored size of the image column in the row group.
     """
     assert image is not None
     if isinstance(image, TarImage):
@@ -113,7 +112,7 @@ def count_bytes(image: ImageSource | None) -> int:
 
 
 def open_image(image: Any, *, min_jpeg_side: int | None = None) -> Any:
-    """Turn an image address into an input of `LLM2CLIPProcessor`.
+    """Turn an image location into an input of `LLM2CLIPProcessor`.
 
     `load_images` describes `min_jpeg_side`.
     """
@@ -158,7 +157,7 @@ def explain_reading_failure(image: ImageSource, failure: OSError) -> OSError:
 def find_unreadable_images(
     images: Iterable[ImageSource], *, show_progress: bool = False
 ) -> dict[ImageSource, str]:
-    """Decode every distinct image in threads, as the processor will; return the errors."""
+    """Decode every distinct image in threads, the way the processor does; return the errors."""
     distinct = list(dict.fromkeys(images))
     unreadable = {}
     with (

@@ -1,8 +1,8 @@
 """Reads single images from Parquet files in place, one row group at a time.
 
 Arrow decodes whole row groups, and the last few are cached, so reading images in order decodes each
-group once. A random image costs the decoding of its whole group, which is fast for small groups, as
-`datasets` writes them. For large groups, a warning shows the command that rewrites the file.
+group once. Reading a random image decodes its whole group, which is fast for small groups, as
+written by `datasets`. For large groups, a warning shows a command that rewrites the file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ColumnLayout(NamedTuple):
         leaf: Path of the bytes in the schema, such as `image.bytes`.
         first_rows: First row of each group, followed by the total number of rows.
         sizes: Stored bytes of the column in each group.
-        num_nulls: Number of rows without bytes in each group; None if the file does not say.
+        num_nulls: Number of rows without bytes in each group; None if the footer does not state it.
         footer: Arrow's metadata of the file.
     """
 
@@ -72,7 +72,7 @@ def count_group_bytes(file: FileLocation, column: str, row: int) -> int:
 
 
 def mark_images(file: FileLocation, column: str, state: FileInfo, group: int) -> Any:
-    """Mark the rows of a group that have an image; the group is read if the footer does not say."""
+    """Mark the rows of a group that have an image; read the group if the footer does not tell."""
     layout = find_column_layout(file, column, state)
     num_rows = layout.first_rows[group + 1] - layout.first_rows[group]
     num_nulls = layout.num_nulls[group]

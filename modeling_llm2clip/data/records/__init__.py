@@ -1,1 +1,1 @@
-"""Records as columns: their index, where it comes from, hashes and splits."""
+"""Records as columns: reading them from sources, their index, hashes and splits."""

@@ -32,13 +32,13 @@ def hash_records(records: Iterable[CaptionedImage]) -> str:
 
 
 def hash_texts(records: Iterable[CaptionedImage]) -> str:
-    """Hash the names, languages and texts of a dataset, in order, regardless of its groups."""
+    """Hash the names, languages and texts of a dataset, in order, but not its groups."""
     table = RecordTable.from_records(records)
     return _join(_hash_columns(table, ["key", "captions", "long_captions", "text_keys"]))
 
 
 def hash_own_texts(text_keys: pa.ListArray, num_short: Array) -> Array:
-    """Hash each record's texts by their keys, their order and the number of short ones; (n,)."""
+    """Hash each record's text keys, their order, and the number of short captions; returns (n,)."""
     ends = np.asarray(text_keys.offsets)
     ends = ends - ends[0]  # flattening a slice drops the keys before it
     counts = np.diff(ends)
@@ -59,11 +59,12 @@ def hash_columns(records: Iterable[CaptionedImage], columns: Sequence[str]) -> s
 
 
 def hash_images(records: Iterable[CaptionedImage]) -> str:
-    """Hash the names and sizes of images, and the bytes of up to 1,000 local ones.
+    """Hash the names and sizes of images, and the bytes of up to 1,000 local images.
 
-    Neither the order nor the number of languages per image matters. Among more than 1,000 images, a
-    replaced image of the same size may go unnoticed. Sizes come from the index if it has them. The
-    hash of remote images is a prefix of the hash of the same images on a disk.
+    The hash does not depend on the order of images or the number of languages per image. Among more
+    than 1,000 images, a replaced image of the same size may go unnoticed. Sizes come from the index
+    if it has them. If the same images are stored remotely and on a local disk, the remote images'
+    hash is a prefix of the local one.
     """
     table = RecordTable.from_records(records)
     measured = [_measure(batch) for batch in table.iterate_columns(IMAGE_COLUMNS)]
@@ -90,7 +91,7 @@ def are_of_same_images(content: str, other: str) -> bool:
 
 
 def describe_images(records: Iterable[CaptionedImage]) -> dict[str, str]:
-    """Describe the images that a run reads, for comparison with another run's."""
+    """Describe the images that a run reads, for comparison with the images of another run."""
     table = RecordTable.from_records(records)
     image = table[0].image
     first = str(image)
@@ -117,7 +118,7 @@ def _hash_content(records: RecordTable) -> str:
 
 
 def _measure(batch: pa.RecordBatch) -> Array | None:
-    """Measure the images of a batch, or return None if the index has all sizes."""
+    """Return the sizes of a batch's images, or None if the index has all sizes."""
     if not batch.column("image_size").null_count:
         return None
     sizes = np.array(batch.column("image_size").fill_null(-1))
@@ -132,7 +133,7 @@ def _measure(batch: pa.RecordBatch) -> Array | None:
 
 
 def _hash_columns(table: RecordTable, names: list[str]) -> list[str]:
-    """Hash columns of numbers, and the lengths of columns of lists; batch sizes do not matter."""
+    """Hash columns of numbers, and the lengths of lists in columns, whatever the batch sizes."""
     digests = [hashlib.sha256() for _ in names]
     for batch in table.iterate_columns(names):
         for digest, name, column in zip(digests, names, batch.columns, strict=True):

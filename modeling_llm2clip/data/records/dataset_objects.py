@@ -32,22 +32,22 @@ def records_from_dataset(
 ) -> RecordTable:
     """Convert a `datasets.Dataset` to records.
 
-    Its rows are copied to a Parquet file in the temporary folder (`$TMPDIR`), from which images are
-    read while this process runs. For a run that will be resumed, write the file yourself with
-    `dataset.to_parquet(file, batch_size=100)` and pass it to `load_records`.
+    The rows are copied to a Parquet file in the temporary folder (`$TMPDIR`), which exists as long
+    as this process runs; images are read from that file. For a run that will be resumed, write the
+    file yourself with `dataset.to_parquet(file, batch_size=100)` and pass it to `load_records`.
 
     Args:
         dataset: Rows with the fields of records.
-        columns: Record field → the column that holds it, such as
-            `{"image": "img", "captions": "sentences"}`; other columns are not read. Default: every
-            column, named like the record fields.
+        columns: Record field → column that holds the field, such as `{"image": "img", "captions":
+            "sentences"}`; other columns are not read. Default: all columns, which must be named
+            like the record fields.
         require_images: Whether a record without an image is an error.
-        ignore_fields: Names of fields that are not read, known or not.
+        ignore_fields: Names of fields to ignore, whether they are known or not.
         modality: As in `load_records`.
 
     Returns:
         The records, in the dataset's order. Rows from img2dataset become records only if their
-        image was downloaded; `skipped` counts the others.
+        image was downloaded; `skipped` counts the other rows.
 
     Raises:
         DataValidationError: Records have errors.

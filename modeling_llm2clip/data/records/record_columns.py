@@ -15,7 +15,8 @@
 
 Keys are 64-bit hashes. They replace the texts whenever all records are compared, sorted or hashed,
 so no stage holds a dataset's texts in memory. Among 30 million texts, the odds that two different
-ones share a key are 1 in 40,000. If two names do, one of them is reported as repeated.
+texts share a key are 1 in 40,000. If two names share a key, one of the names is reported as
+repeated.
 """
 
 from __future__ import annotations
@@ -110,14 +111,14 @@ def hash_identity(name: str, lang: str) -> int:
 
 
 def _join_keys(name_keys: Integers, lang_keys: Integers) -> Integers:
-    """Combine pairs of hashes; the factor makes the order matter. Sums may wrap around."""
+    """Combine pairs of hashes, depending on their order. Sums may wrap around."""
     return name_keys * 31 + lang_keys
 
 
 def make_image(
     kind: int, file: str | None, member: str | None, offset: int | None, size: int | None
 ) -> ImageSource | None:
-    """Make an image address from its columns."""
+    """Make an image's location from the columns that store it."""
     if kind == NO_IMAGE:
         return None
     assert file is not None
@@ -152,9 +153,10 @@ class FlatCaptions(NamedTuple):
     """The captions of n records in one column.
 
     Attributes:
-        texts: The short captions of a record, then its long ones.
+        texts: The short captions of each record, followed by its long captions.
         num_short: (n,) number of short captions of each record.
-        ends: (n + 1,) first caption of each record, followed by the total number.
+        ends: (n + 1,) position of each record's first caption, followed by the total number of
+            captions.
     """
 
     texts: pa.Array
@@ -174,10 +176,10 @@ def flatten_captions(batch: pa.RecordBatch) -> FlatCaptions:
 
 
 def locate_captions(batch: pa.RecordBatch) -> tuple[Array, Array]:
-    """Locate the captions of each record in a batch, the short ones before the long ones.
+    """Locate the captions of each record in a batch, short captions before long ones.
 
-    Returns the row of each caption's record, and the caption's position in all short captions of
-    the batch followed by all long ones; (T,) int64 each, record by record.
+    Returns, record by record, the row of each caption's record and the caption's position in the
+    list of all short captions of the batch followed by all long captions; (T,) int64 each.
     """
     num_short, num_long = (counts.astype(np.int64) for counts in count_captions(batch))
     counts = num_short + num_long

@@ -3,13 +3,14 @@
 The parts of a source are read one by one, or by several processes if it is large, so memory does
 not grow with the source. The index is cached under the names, sizes and modification times of the
 source's files (for remote files, whatever the server reports instead of a time), so a changed file
-is read again. Every build writes its own file, because open tables keep reading theirs. The file's
-name ends with the SHA-256 of its content and of the counts next to it, so a damaged index is
-rebuilt. Indexes of a source that no run has opened for 30 days are removed.
+is read again. Every build writes a new file, because open tables keep reading the old file. The
+file's name ends with the SHA-256 of the file's content and of the counts of skipped rows next to
+it, so a damaged index is detected and rebuilt. Indexes of a source that no run has opened for 30
+days are removed.
 
-The source is also read again if images in separate files are gone or have changed size. Up to
-100,000 records, all images are checked; beyond that, 10,000 evenly spaced ones. The content of
-images is not checked, because only their size is in the index.
+The source is also read again if images in separate files are gone or have changed size. With up to
+100,000 records, all images are checked; with more records, 10,000 evenly spaced images. The content
+of images is not checked, because the index only records their sizes.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class IndexJob:
     rules: RecordRules
 
     def read(self, part: SourcePart, errors: ErrorCollector) -> Iterator[CaptionedImage]:
-        """Yield the records of a part; an invalid record keeps its valid fields."""
+        """Yield the records of a part; invalid records keep only their valid fields."""
         for raw in self.source.read(part, errors):
             record = check_record(raw, errors, self.rules)
             if record is not None:
@@ -94,11 +95,11 @@ class IndexJob:
 def open_index(
     job: IndexJob, *, use_cache: bool = True, show_progress: bool = False
 ) -> tuple[RecordTable, ErrorCollector]:
-    """Find the index of a source in the user's cache, or build it and keep it there.
+    """Find the index of a source in the user's cache, or build the index and cache it.
 
     Returns the records in source order, including invalid ones, and the errors. An index with
-    errors is not kept. Without the cache, a large index is in a temporary folder while this process
-    runs.
+    errors is not cached. Without the cache, a large index is in a temporary folder while this
+    process runs.
     """
     states = describe_states(job.source.files)
     if not use_cache or None in states:  # a change would go unnoticed
@@ -122,7 +123,7 @@ def name_build(name: Path) -> Path:
 
 
 def _find(name: Path) -> RecordTable | None:
-    """Open the latest complete index of a source's state, if its images are unchanged."""
+    """Open the latest complete index for a state of a source, if the images are unchanged."""
     times = {}
     for file in name.parent.glob(f"{name.name}-*.arrow"):
         with suppress(FileNotFoundError):  # just removed
@@ -175,7 +176,7 @@ def _read(
     show_progress: bool,
     states: Sequence[FileInfo | None],
 ) -> Generator[pa.RecordBatch, None, None]:
-    """Read all parts; if the source is large, in processes that write next to the index."""
+    """Read all parts; if the source is large, in several processes that write next to the index."""
     # A file whose server does not report its length is treated as large.
     num_bytes = sum(math.inf if state is None else state.size or 0 for state in states)
     parts = job.source.split()
@@ -207,7 +208,7 @@ def _read_in_processes(
 ) -> Iterator[pa.RecordBatch]:
     """Read parts in processes that write into an empty folder; yield the batches in order.
 
-    An error in a process is raised unchanged; a killed process raises a `RuntimeError`.
+    An error in a process is raised unchanged; if a process is killed, a `RuntimeError` is raised.
     """
     from loky import ProcessPoolExecutor  # type: ignore[import-untyped]
 
@@ -254,14 +255,14 @@ def write_index(batches: Iterator[pa.RecordBatch], file: Path) -> RecordTable:
 def find_repeated(
     table: RecordTable, errors: ErrorCollector, *, modality: Modality | None = None
 ) -> None:
-    """Report images, or texts, that occur twice in one language."""
+    """Report images (or texts, if only texts are read) that occur twice in one language."""
     kind = TEXT_REPEATED if modality == "text" else IMAGE_REPEATED
     for _, place in iterate_repeated(table):
         errors.add(kind, place)
 
 
 def iterate_repeated(table: RecordTable) -> Iterator[tuple[int, str]]:
-    """Yield the row and place of each record whose name and language an earlier row has."""
+    """Yield the row and place of each record with the name and language of an earlier row."""
     first = table.find_first_rows("key")
     repeated = np.flatnonzero(first != np.arange(len(first)))
     for start in range(0, len(repeated), ROWS_PER_BATCH):
@@ -271,7 +272,7 @@ def iterate_repeated(table: RecordTable) -> Iterator[tuple[int, str]]:
 
 
 def _name_index(job: IndexJob, states: Sequence[FileInfo | None]) -> Path:
-    """Return the prefix of an index's file names: hashes of the source and its state."""
+    """Return the prefix of an index's file names: hashes of the source and of its state."""
     base, names = job.source.base, [name_file(file) for file in job.source.files[:1]]
     folders = [folder for folder in (base, job.rules.image_dir) if isinstance(folder, Path)]
     # An index keeps relative image paths as they were given; they are relative to this folder.
@@ -298,7 +299,7 @@ def _remove_old(name: Path) -> None:
 
 
 def _hash_index(file: Path, skipped: Mapping[str, int]) -> str:
-    """Hash the file of an index and the counts next to it, if any."""
+    """Hash the file of an index and the counts of skipped rows next to it, if any."""
     digest = hash_file(file)
     return hash_json([digest, skipped]) if skipped else digest
 
@@ -319,7 +320,7 @@ def _lock(name: Path) -> AbstractContextManager[Any]:
 
 
 def _has_same_images(table: RecordTable) -> bool:
-    """Return whether image files still exist, with the sizes in their index."""
+    """Return whether image files still exist and have the sizes that the index records."""
     if len(table) > _MOST_IMAGES:
         table = table.select(np.linspace(0, len(table) - 1, _IMAGES_SAMPLED).astype(np.int64))
     with ThreadPoolExecutor(_THREADS) as pool:

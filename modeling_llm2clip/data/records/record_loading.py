@@ -1,6 +1,6 @@
 """Loads captioned images from any source and reports all errors at once.
 
-The fields of a record are described in `record_fields.py`, sources in `source_files.py`.
+`record_fields.py` describes the fields of a record, and `source_files.py` the sources.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class CollectedRecords:
     """The records of a source, without their invalid fields.
 
     Attributes:
-        records: The records, including invalid ones.
+        records: The records; invalid records have only their valid fields.
         errors_of: Row of a record → its errors.
         lost: Errors of each record that is not in `records`, because its name or language cannot be
-            read or one of its texts cannot be stored.
+            read, or one of its texts is not valid Unicode.
         stray: Errors that belong to no record.
     """
 
@@ -74,31 +74,33 @@ def load_records(
     The records of a large source are read once into an index in the user's cache
     (`$XDG_CACHE_HOME/llm2clip/records`), not into memory. The index is reused as long as the
     source's files keep their names, sizes and modification times, and images in separate files keep
-    their sizes, as far as `record_index.py` checks. Images at URLs are read when they are opened,
-    fastest in order.
+    their sizes (`record_index.py` describes which are checked). Images at URLs are downloaded when
+    they are opened, which is fastest in the order of records.
 
     Args:
         source: A folder, file, pattern or URL; see `source_files.py`.
-        image_dir: Folder of the images that are files. Default: the folder of the source.
-        require_images: Whether a record without an image is an error. If not, its `image` is
-            None, which is enough to read only captions.
-        check_images: Also decode every image, in threads, which takes as long as one pass over
-            them. All runs that use the same cached index share one check. None: only if there are
-            other errors, to report all of them together.
-        ignore_fields: Names of fields that are not read, known or not.
+        image_dir: Folder of images in separate files. Default: the folder of the source.
+        require_images: Whether a record without an image is an error. If not, the record's `image`
+            is None, which is enough to read only captions.
+        check_images: Also decode every image, in threads, which takes as long as one pass over the
+            images. All runs that use the same cached index share one check. With None, images are
+            only decoded if there are other errors, to report all errors together.
+        ignore_fields: Names of fields to ignore, whether they are known or not.
         caption_fields: Fields of the captions to read, short and long, such as
             `("shortSV_captions", "longSV_captions")`. Every record must have them; other captions
             are ignored. Default: every field of captions.
         cache: Whether to keep the index of a large source for later runs.
         show_progress: Show a progress bar while the source is read and images are decoded.
-        modality: Read only one side, for `embed`: `image` accepts images without captions; `text`
-            does not look for images, and accepts files of only texts. Default: pairs.
+        modality: Read only images or only texts, for `embed`: `image` accepts images without
+            captions; `text` does not look for images, and accepts files that contain only texts.
+            Default: pairs.
 
     Returns:
         At least one record, in source order.
 
     Raises:
-        DataValidationError: Records have errors; it counts each kind and locates the first ones.
+        DataValidationError: Records have errors; the message counts each kind and locates the first
+            errors.
         ValueError: The source is missing, empty or ambiguous, or its format is unknown.
         AccessError: Access to a URL is denied, or its host cannot be reached.
         OSError: The index cannot be written, for example because the disk is full.
@@ -169,8 +171,9 @@ def decode_images(
 ) -> None:
     """Decode every distinct image once, so no later stage fails halfway.
 
-    The processes of a launch on one machine share the work, and each reports the errors of its
-    part. Success is recorded next to a cached index, so a writable cache needs only one check.
+    The processes of a launch on one machine share the work, and each process reports the errors in
+    its part. Success is recorded next to a cached index, so images are checked only once if the
+    cache is writable.
     """
     process = int(os.environ.get("LOCAL_RANK", "0"))
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -212,9 +215,9 @@ def collect_records(
     caption_fields: Collection[str] | None = None,
     cache: bool = True,
 ) -> CollectedRecords:
-    """Read a source like `load_records`, for a caller that handles its errors itself.
+    """Read a source like `load_records`, but return the errors instead of raising them.
 
-    A source with errors is read twice, because its index only counts them.
+    A source with errors is read twice, because its index only counts the errors.
     """
     job = _plan(source, image_dir, require_images, ignore_fields, caption_fields)
     records, errors = open_index(job, use_cache=cache)
@@ -261,7 +264,7 @@ def find_example_data() -> Path:
 
 
 def fetch_dataset_folder(reference: str, pattern: str) -> Path:
-    """Download files of a dataset from the Hub at one commit, or find them in the cache."""
+    """Download a dataset's files from the Hub at one commit, or find the files in the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

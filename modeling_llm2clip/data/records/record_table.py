@@ -1,4 +1,4 @@
-"""Records of a dataset as columns, shared by all processes and held in memory by none.
+"""Records of a dataset as columns, which all processes share without loading them into memory.
 
 A `RecordTable` is a sequence of `CaptionedImage`s that are created on access. Behind it is an Arrow
 table, usually mapped from an index file (`record_index.py`). Code that needs all records works on
@@ -41,14 +41,14 @@ _RECORD_COLUMNS = (*PLAIN_COLUMNS, *IMAGE_COLUMNS)
 class RecordTable(Sequence[CaptionedImage]):
     """A sequence of records, stored as columns.
 
-    A table can be pickled for worker processes, which map its file again or receive a copy of what
-    is in memory.
+    A table can be pickled for worker processes, which map the table's file again or receive a copy
+    of the records in memory.
 
     Args:
         batches: Batches of `record_columns.SCHEMA` with `ROWS_PER_BATCH` rows each; the last one
             may be smaller.
-        file: File that the batches are mapped from; None if they are in memory.
-        rows: Rows of the batches that belong to the table, in its order; None for all.
+        file: File that the batches are mapped from; None if the batches are in memory.
+        rows: Rows of the batches that belong to the table, in the table's order; None for all rows.
         skipped: Reason why rows of the source are not records → number of such rows.
 
     Examples:
@@ -76,7 +76,7 @@ class RecordTable(Sequence[CaptionedImage]):
         """Make an in-memory table of records.
 
         Args:
-            records: Records; a table is returned unchanged.
+            records: Records; a `RecordTable` is returned unchanged.
 
         Raises:
             UnicodeEncodeError: A text has a lone surrogate, half of a character.
@@ -127,7 +127,7 @@ class RecordTable(Sequence[CaptionedImage]):
             yield from map(_make_record, *(column.to_pylist() for column in batch.columns))
 
     def iterate_images(self) -> Iterator[ImageSource | None]:
-        """Yield the address of each record's image, in the table's order."""
+        """Yield the location of each record's image, in the table's order."""
         for batch in self.iterate_columns(IMAGE_COLUMNS):
             yield from map(make_image, *(column.to_pylist() for column in batch.columns))
 
@@ -218,8 +218,8 @@ class RecordTable(Sequence[CaptionedImage]):
 
         Args:
             rows: (M,) record numbers.
-            numbers: (M,) caption numbers within each record, where the short ones come before the
-                long ones.
+            numbers: (M,) caption numbers within each record, where short captions come before long
+                captions.
 
         Returns:
             (M,) int64.
@@ -233,7 +233,7 @@ class RecordTable(Sequence[CaptionedImage]):
         return keys
 
     def iterate_numbers(self, name: str) -> Iterator[Array]:
-        """Yield a column of numbers in batches of `ROWS_PER_BATCH`, one in memory at a time.
+        """Yield a column of numbers in batches of `ROWS_PER_BATCH`, one batch in memory at a time.
 
         Args:
             name: Name of the column.
@@ -242,7 +242,7 @@ class RecordTable(Sequence[CaptionedImage]):
             yield np.asarray(batch.column(0))
 
     def find_first_rows(self, name: str) -> Array:
-        """Return for each record the first record with the same number in a column.
+        """Return, for each record, the first record with the same number in a column.
 
         Args:
             name: Name of the column.
@@ -254,7 +254,7 @@ class RecordTable(Sequence[CaptionedImage]):
         yield from map(count_captions, self.iterate_columns(CAPTION_COLUMNS))
 
     def iterate_columns(self, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """Yield some columns in batches, in the table's order.
+        """Yield the given columns in batches, in the table's order.
 
         Args:
             names: Names of the columns.
@@ -285,7 +285,7 @@ class RecordTable(Sequence[CaptionedImage]):
                 yield reader.get_batch(number).select(list(names))
 
     def read(self, item: int, names: Sequence[str]) -> tuple[Any, ...]:
-        """Read some columns of one record.
+        """Read the given columns of one record.
 
         Args:
             item: Number of the record.
@@ -296,7 +296,7 @@ class RecordTable(Sequence[CaptionedImage]):
         return tuple(batch.column(name)[within].as_py() for name in names)
 
     def take(self, rows: Sequence[int] | Array, names: Sequence[str]) -> list[tuple[Any, ...]]:
-        """Read some columns of some records.
+        """Read the given columns of the given records.
 
         Args:
             rows: At most `ROWS_PER_BATCH` record numbers.
@@ -324,12 +324,12 @@ class RecordTable(Sequence[CaptionedImage]):
 
 
 def skipped_file(file: Path) -> Path:
-    """Return the file next to an index that counts the rows that are not records."""
+    """Return the path of the file next to an index that counts rows that are not records."""
     return file.with_suffix(".skipped.json")
 
 
 def read_skipped(file: Path) -> dict[str, int]:
-    """Read how many rows of an index's source are not records, by reason."""
+    """Read the number of rows in an index's source that are not records, by reason."""
     notes = skipped_file(file)
     skipped: dict[str, int] = parse_json(notes.read_text("utf-8")) if notes.is_file() else {}
     return skipped
@@ -361,7 +361,7 @@ def _unpickle(
 
 
 def require_images(records: RecordTable) -> None:
-    """Check that there are records, and that each has an image."""
+    """Check that there are records, and that every record has an image."""
     if not len(records):
         raise ValueError("There are no images. Use a dataset with at least one.")
     without = np.flatnonzero(records.read_numbers("image_kind") == NO_IMAGE)
@@ -382,7 +382,7 @@ def select_one_per_image(records: RecordTable) -> RecordTable:
 
 
 def find_first_records(records: RecordTable) -> Array:
-    """Return for each record the first record of its image; refuse names of different images."""
+    """Return each record's first record with the same image; refuse a name of different images."""
     firsts = records.find_first_rows("name_key")
     again = np.flatnonzero(firsts != np.arange(len(records), dtype=firsts.dtype))
     ambiguous: dict[str, None] = {}

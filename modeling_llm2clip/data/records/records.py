@@ -45,15 +45,15 @@ class CaptionedImage:
     """One image and its texts in one language.
 
     Attributes:
-        image: Where the image is; None if images were not required and it has none.
+        image: Location of the image; None if images are not required and the record has none.
         name: Name of the image in its source; unique together with `lang`.
-        group_id: Name of what the image shows; images of one group show the same thing.
+        group_id: Identifies what the image shows; images of one group show the same thing.
         captions: Texts that each describe the image: at least one, unless only images are read.
-        long_captions: Longer texts that describe it; may be empty.
+        long_captions: Longer texts that describe the image; may be empty.
         keywords: Keywords of the image; may be empty.
         lang: Language of the texts, BCP 47.
         place: Location of the record, for error messages; not compared.
-        url: Source of the image; None if unknown; not compared.
+        url: URL of the image; None if unknown; not compared.
     """
 
     image: ImageSource | None
@@ -82,7 +82,7 @@ class CaptionedImage:
 class FoundFile(NamedTuple):
     """An image file that is about to be stored in columns.
 
-    Its path is a string, because creating a Path takes as long as all checks.
+    The path is a string, because creating a Path takes as long as all checks of the file together.
     """
 
     path: str
@@ -93,10 +93,11 @@ class RecordRules(NamedTuple):
     """Rules for checking records.
 
     Attributes:
-        image_dir: Folder of the images in separate files; None if there is none.
+        image_dir: Folder of images in separate files; None if there is no such folder.
         require_images: Whether a record without an image is an error.
         ignore_fields: Names of fields that are not read, known or not; see `list_ignored`.
-        modality: The only side that is read, so records need not be pairs; None for both.
+        modality: `image` or `text` if only images or texts are read, so records need not be pairs;
+            None for both.
         caption_fields: Names of fields that every record must have, unless only images are read.
     """
 
@@ -113,7 +114,7 @@ def check_record(
     """Check the fields of a record; an image in a separate file becomes a `FoundFile`.
 
     An invalid record is returned with its valid fields, so checks across records include it.
-    Returns None if its name, language or texts cannot be read.
+    Returns None if the name or language cannot be read, or a text is not valid Unicode.
     """
     image_dir, require_images, ignore_fields, modality, caption_fields = rules
     problems: list[str] = []
@@ -190,7 +191,7 @@ def _read_captions(
 
 
 def _read_texts(fields: Mapping[str, Any], names: Sequence[str], problems: list[str]) -> list[str]:
-    """Read text fields; each error is reported once per field."""
+    """Read text fields; report each error once per field."""
     all_cleaned: list[str] = []
     for name in names:
         value = fields[name]

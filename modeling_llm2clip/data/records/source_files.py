@@ -10,12 +10,12 @@
 | a `.txt` file | the shards listed in its lines; see `remote/shard_urls.py` |
 
 A pattern contains `*`, `?` or `[…]` (matching files are read in name order), or braces as in
-`{00000..00331}.tar`. Images in separate files are next to the source; COCO's are in a folder that
-must be specified.
+`{00000..00331}.tar`. Images in separate files are next to the source; for COCO, the folder of
+images must be specified.
 
-Shards at URLs are named as for a stream (`remote/shard_urls.py`) and read in place: texts when the
-source is read, images when they are opened. Separate image files next to a remote `.jsonl` are not
-found.
+Shards at URLs are specified as for a stream (`remote/shard_urls.py`) and read in place: texts when
+the source is read, images when they are opened. Separate image files next to a remote `.jsonl` are
+not found.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _BYTES_PER_PART = 2**24
 class SourcePart:
     """A part of a source that can be read on its own: a file, or its bytes `start` to `stop`.
 
-    `name` is the file's name in image names and error messages; lines count from 1.
+    `name` is the file's name in image names and error messages; `first_line` counts from 1.
     """
 
     file: FileLocation
@@ -70,7 +70,8 @@ class SourcePart:
 class SourceFiles:
     """Files of one format, in reading order.
 
-    Names of shards and images are relative to `base`, a folder or the common prefix of all URLs.
+    Names of shards and images are relative to `base`, which is a folder or the common prefix of all
+    URLs.
     """
 
     files: list[FileLocation]
@@ -121,7 +122,7 @@ def find_source(source: str, *, modality: Modality | None = None) -> SourceFiles
 
 
 def _find_suffix(source: str, files: list[Path], modality: Modality | None) -> str:
-    """Return the suffix of all files, or raise if they differ."""
+    """Return the common suffix of all files; raise if the suffixes differ."""
     several = (*_SEVERAL_FILES, *([_CSV] if modality == "text" else []))
     suffixes = sorted({file.suffix.lower() for file in files})
     if len(suffixes) > 1 or suffixes[0] not in (".jsonl", *several, ".json"):
@@ -162,7 +163,7 @@ def _refuse_several(source: str, count: int, suffix: str) -> ValueError:
 def find_image_folder(
     source: SourceFiles, image_dir: str | Path | None, *, required: bool
 ) -> Path | None:
-    """Find the folder of images in separate files; None if there are none, or none are required."""
+    """Return the folder of images in separate files; None if there is no such folder."""
     if image_dir is not None:
         if not Path(image_dir).is_dir():
             raise ValueError(
@@ -218,7 +219,7 @@ def _search_folder(folder: Path) -> SourceFiles:
 
 
 def describe_line(folder: Path) -> str:
-    """Show how to write a file of captions, using an image of the folder if it has one."""
+    """Show how to write a file of captions, using an image in the folder if there is one."""
     files = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
     name = next((file for file in files if file.lower().endswith(_SHOWN_SUFFIXES)), "cat.jpg")
     line = json.dumps({"image": name, "captions": ["What it shows."]}, ensure_ascii=False)

@@ -21,19 +21,19 @@ def split_records(
     seed: int,
     allow_shared_captions: bool = False,
 ) -> tuple[RecordTable, RecordTable]:
-    """Split records at random by group: all images and languages of a group are on one side.
+    """Split records at random by group: all images and languages of a group are in one part.
 
     Args:
         records: Records of a dataset; their order does not affect the split.
-        test_size: Number of groups to test on, or their share if below 1.
+        test_size: Number of test groups, or the fraction of all groups if below 1.
         seed: Seed of the split.
-        allow_shared_captions: Accept captions that occur on both sides.
+        allow_shared_captions: Accept captions that occur in both parts.
 
     Returns:
         Training records and test records, each in the order of `records`.
 
     Raises:
-        ValueError: A side would have fewer than two groups, or a caption is on both sides without
+        ValueError: A part would have fewer than two groups, or a caption is in both parts without
             `allow_shared_captions`.
 
     Examples:
@@ -79,7 +79,7 @@ def list_text_keys(table: RecordTable) -> Array:
 
 
 def _list_texts(table: RecordTable, keys: Array) -> set[str]:
-    """Return the texts of a table whose key is among the given ones."""
+    """Return the texts of a table whose keys are among the given keys."""
     chosen: set[str] = set()
     for batch in table.iterate_columns(["text_keys", "captions", "long_captions"]):
         is_chosen = np.isin(np.asarray(batch.column(0).flatten()), keys)
@@ -91,6 +91,6 @@ def _list_texts(table: RecordTable, keys: Array) -> set[str]:
 
 
 def choose_test_rows(records: Sequence[CaptionedImage], groups: Collection[str]) -> list[int]:
-    """Choose one record per group to test with, so each group is queried once."""
+    """Choose one test record per group, so each group is queried once."""
     rows = (row for row, record in enumerate(records) if record.group_id in groups)
     return list({records[row].group_id: row for row in rows}.values())
