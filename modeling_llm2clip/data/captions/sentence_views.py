@@ -47,7 +47,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def _is_end(before: str, mark: str | None, after: str) -> bool:
-    """Return whether a sentence ends at a mark; None stands for a mark that needs no whitespace."""
+    """Return whether a sentence ends at `mark`, which is None for marks that need no whitespace."""
     words = before.rsplit(None, 1)
     if not words or mark is None:
         return bool(words)

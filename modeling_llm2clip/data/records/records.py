@@ -31,7 +31,7 @@ _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.
 
 
 class _FieldNames(NamedTuple):
-    """A record's field names by use, cached because most records of a source have the same."""
+    """A record's field names by use, cached because most records of a source share theirs."""
 
     names: tuple[str, ...]
     captions: tuple[str, ...]
@@ -95,7 +95,7 @@ class RecordRules(NamedTuple):
     Attributes:
         image_dir: Folder of images in separate files; None if there is no such folder.
         require_images: Whether a record without an image is an error.
-        ignore_fields: Names of fields that are not read, known or not; see `list_ignored`.
+        ignore_fields: Names of fields to ignore, whether they are known or not; see `list_ignored`.
         modality: `image` or `text` if only images or texts are read, so records need not be pairs;
             None for both.
         caption_fields: Names of fields that every record must have, unless only images are read.
