@@ -203,7 +203,7 @@ def require_same_states(
 
     Runs the same weights in an LLM built with few layers, and in an LLM built from the whole
     `config` and then cut. The hidden states differ if a layer depends on the number of layers, as
-    with shared keys and values. The layers that are cut off take no memory.
+    with shared keys and values. The omitted layers take no memory.
     """
     num_layers = text_model.config.num_hidden_layers
     reason = "its hidden states depend on the number of layers"
