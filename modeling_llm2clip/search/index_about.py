@@ -97,7 +97,7 @@ class About:
         width: Dimension P of the embeddings.
         ann: The approximate index; None if no approximate index was built.
         tally: `num_images` and `total` of an `ImageTally` of all images encoded so far, including
-            images removed since. None if the model has no summary of its training images.
+            images removed since. None before any image is encoded.
         precision: Precision of the vision tower and mode of JPEG decoding; empty for a CPU with the
             stored dtype and full decoding.
     """
