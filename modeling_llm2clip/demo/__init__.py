@@ -1,1 +1,1 @@
-"""Run the whole method on real towers, from two towers to a searched image folder."""
+"""Runs the whole method, from two small pretrained towers to a search in a folder of images."""

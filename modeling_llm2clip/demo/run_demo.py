@@ -1,4 +1,4 @@
-"""Run the demo: the whole method on the package's own towers and images, then a search."""
+"""Runs the demo: the whole method on the package's own towers and images, then a search."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def split_emoji(seed: int) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
 
 
 def _list_texts(record: CaptionedImage) -> tuple[str, ...]:
-    """Return the captions, plus the first caption followed by the image's keywords."""
+    """Return the captions and, as another text, the first caption followed by the keywords."""
     named = f"{record.captions[0]}: {', '.join(record.keywords)}"
     return (*record.captions, named) if record.keywords else record.captions
 
@@ -129,7 +129,7 @@ def _read_scores(folder: Path) -> dict[str, float]:
 def _search_images(
     folder: Path, config: TrainConfig, stored: list[CaptionedImage], others: list[CaptionedImage]
 ) -> list[SearchResult]:
-    """Search one stored image per group and all other images, which are encoded first."""
+    """Encode the images that are not stored, and search these and one stored image per group."""
     model, processor = load_model(folder, device=config.device)
     assert isinstance(model, LLM2CLIPModel)  # `train` exports nothing else
     store = EmbeddingStore.open(RecipePaths(config.output).images)

@@ -1,8 +1,8 @@
 """Opens a file by its location: a local path or a URL.
 
-A remote file is read in blocks, and fsspec caches the last few. So adjacent images, as in a shard
-that is read sequentially, share requests. In random order, each image costs a whole block; stream
-remote images instead.
+A remote file is read in blocks, and fsspec caches the last few blocks. So adjacent images, as in a
+shard that is read sequentially, share requests. In random order, every image costs a whole block;
+stream remote images instead.
 
 The state of a file (its size, and its tag or modification time) is recorded when its records are
 read. If the state has changed, images are not read, because captions would be paired with the wrong
@@ -47,7 +47,7 @@ def parse_location(text: str) -> FileLocation:
 
 
 def name_file(location: FileLocation) -> str:
-    """Return the name of a file, without its folder or the query of its URL."""
+    """Return the name of a file, without the folder or the query of a URL."""
     return location.name if isinstance(location, Path) else Path(urlsplit(location).path).name
 
 
@@ -62,7 +62,7 @@ def find_state(location: FileLocation) -> FileInfo:
 
 
 def require_unchanged(location: FileLocation) -> FileInfo:
-    """Return the state of a file; raise ChangedFileError if it has changed since recorded."""
+    """Return the state of a file; raise ChangedFileError if it differs from the recorded state."""
     now = find_state(location)
     if _states.setdefault(location, now) != now:
         raise ChangedFileError(location, tuple(_states[location]), tuple(now))
@@ -95,7 +95,7 @@ def read_range(location: FileLocation, offset: int, size: int) -> bytes:
 
 
 def describe_states(locations: Sequence[FileLocation]) -> list[FileInfo | None]:
-    """Record and return the states of files; None if a server reports too little.
+    """Record and return the states of files; a state is None if a server reports too little.
 
     Warn about files whose state has changed in this process.
     """
@@ -136,5 +136,5 @@ def _describe(location: FileLocation) -> FileInfo:
 
 @lru_cache(_FILES_OPEN)
 def _open_remote(url: str, state: FileInfo, process: int) -> RemoteFile:  # noqa: ARG001
-    """Return this process's handle of a file in a given state; its threads share it."""
+    """Return this process's handle for a file in a given state; all threads share the handle."""
     return RemoteFile(url, RetryPolicy(), info=state)

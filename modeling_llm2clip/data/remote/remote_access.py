@@ -1,7 +1,7 @@
-"""Retries failed requests when that can help, and fails immediately when it cannot.
+"""Retries failed requests if a retry can help, and fails immediately if it cannot.
 
-Errors of storage clients are classified by HTTP status, or by the Python or OS error that caused
-them, because every fsspec protocol has its own exception classes.
+Errors from storage clients are classified by HTTP status, or by the underlying Python or OS error,
+because every fsspec protocol has its own exception classes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class LostFileError(OSError):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Number of attempts of a request, and the seconds between them.
+    """How often a request is attempted, and the seconds between attempts.
 
     The wait doubles after each attempt, up to `longest_wait`.
 
@@ -131,7 +131,7 @@ def find_reading_failure(error: BaseException) -> OSError | None:
 
 
 def raise_disk_failure(error: BaseException, location: object) -> None:
-    """Raise if a disk or server failed, not if a single file is missing, closed or broken."""
+    """Raise OSError if a disk or server failed, not if one file is missing, closed or broken."""
     failure = find_reading_failure(error)
     if failure is None or isinstance(failure, _OF_ONE_FILE):
         return
@@ -159,7 +159,7 @@ def name_reading_error(error: BaseException) -> str | None:
 
 
 def describe(error: BaseException) -> str:
-    """Describe an error in one line, by its innermost cause with a message."""
+    """Describe an error in one line, using its innermost cause that has a message."""
     innermost = [error, *(cause for cause in _list_causes(error) if str(cause).strip())][-1]
     text = " ".join(str(innermost).split())
     return f"{type(innermost).__name__}: {text}" if text else type(innermost).__name__

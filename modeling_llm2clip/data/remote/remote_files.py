@@ -3,10 +3,10 @@
 A file is a local path, a URL that fsspec opens (`https://`, `s3://`, `gs://`, `hf://datasets/…`),
 or `pipe:` followed by a shell command whose output is the file.
 
-The size and tag of a file are requested once. They are compared whenever the file is opened and,
-for web servers, with every reply; a change is an error. The tag is a strong ETag, or else a time.
-A change is missed if the service reports neither, or if both stay the same, such as two writes
-within one second when the tag is a time.
+The size and tag of a file are requested once. Size and tag are compared whenever the file is opened
+and, for web servers, with every reply; a change is an error. The tag is a strong ETag, or else a
+time. A change is missed if the service reports neither size nor tag, or if both stay the same, as
+with two writes within one second when the tag is a time.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ChangedFileError(LostFileError):
 
 
 class FileInfo(NamedTuple):
-    """Size in bytes of a file, and a tag that changes with it; None if the server reports none.
+    """Size of a file in bytes, and a tag that changes with the file; None if not reported.
 
     The tag of a local file is a hash of its first and last bytes.
     """
@@ -102,11 +102,11 @@ class RemoteFile:
     """One file of a source: a path, URL or command.
 
     Attributes:
-        url: Path, URL, or `pipe:` and a command.
+        url: Path, URL, or `pipe:` followed by a command.
         policy: How failed requests are retried.
         on_retry: Called with the URL and the reason before each retry.
-        is_first: Whether this is the first access to the source, so an unreachable host is an error
-            without retries.
+        is_first: Whether the source has not been accessed before; an unreachable host is then an
+            error without retries.
         info: The expected state of the file. Default: its state at the first access.
     """
 
@@ -125,7 +125,7 @@ class RemoteFile:
         )
 
     def describe(self) -> FileInfo:
-        """Return the state of the file, which is requested once; a command has none."""
+        """Return the state of the file, which is requested only once; empty for a command."""
         if self.info is None:
             is_command = self.url.startswith(PIPE)
             self.info = FileInfo(None, None) if is_command else self.try_(self._ask)
@@ -225,7 +225,7 @@ class RemoteFile:
 
 
 def require_same_state(location: object, known: FileInfo, now: FileInfo) -> None:
-    """Raise ChangedFileError if the sizes or the tags of the same kind differ."""
+    """Raise ChangedFileError if the sizes differ, or if tags of the same kind differ."""
     has_size = known.size is not None and now.size is not None
     names = {(tag or "").partition("=")[0] for tag in (known.tag, now.tag)}
     has_tag = len(names) == 1 and names != {""}
@@ -234,7 +234,7 @@ def require_same_state(location: object, known: FileInfo, now: FileInfo) -> None
 
 
 def _find_tag(facts: Mapping[str, Any]) -> str | None:
-    """Find the tag in a service's metadata; a weak ETag may stay when bytes change."""
+    """Find the tag in a service's metadata, except weak ETags: bytes may change without them."""
     for name in _TAGS:
         value = facts.get(name)
         if value and not str(value).startswith("W/"):

@@ -9,7 +9,7 @@
 | `pipe:COMMAND` | the output of a shell command, a tar shard; with braces, several |
 | anything else | one shard |
 
-Web servers do not list files, so their shards need braces or a `.txt`.
+Web servers do not list files, so shards on web servers need braces or a `.txt`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def list_shards(source: str | Path | Sequence[str], policy: RetryPolicy) -> list
 
 
 def find_format(shard: str) -> str:
-    """Return the suffix of a shard in lower case; the output of a command is tar."""
+    """Return the suffix of a shard in lower case; `.tar` for the output of a command."""
     if shard.startswith(PIPE):
         return ".tar"
     path = urlsplit(shard).path if is_remote(shard) else shard
@@ -74,10 +74,10 @@ def find_base(shards: Sequence[str]) -> str:
 
 
 def name_beside(url: str, path: str) -> str:
-    """Return the location of a file from its path relative to the folder of `url`.
+    """Return the location of a file, given its path relative to the folder of `url`.
 
-    In a URL, `..` is resolved, because URLs have no links; a local path stays as written, as in a
-    record table.
+    In a URL, `..` is resolved, because URLs have no symbolic links. A local path stays as written,
+    as in a record table.
     """
     if not is_remote(url):
         return str(Path(url).parent / path)  # an absolute path stays
@@ -110,7 +110,7 @@ def drop_signature(url: str) -> str:
 
 
 def drop_signatures(urls: Sequence[str]) -> list[str]:
-    """Return URLs without signatures, or unchanged if two would become equal."""
+    """Return URLs without signatures, or unchanged if two URLs would become equal."""
     bare = [drop_signature(url) for url in urls]
     return bare if len(set(bare)) == len(bare) else list(urls)
 
@@ -156,7 +156,7 @@ def find_local_files(pattern: str) -> tuple[Path, list[Path]]:
 
 
 def _split_pattern(pattern: str) -> tuple[Path, str]:
-    """Split off the existing folder, whose name may contain x[1] or {v1} literally."""
+    """Split a pattern after its existing folder, whose name may contain x[1] or {v1} literally."""
     parts = Path(pattern).parts
     depth = next((n for n in range(1, len(parts)) if not Path(*parts[:n]).is_dir()), len(parts)) - 1
     return Path(*parts[:depth]), "/".join(parts[depth:])
@@ -224,7 +224,7 @@ def _list_remote(source: str, policy: RetryPolicy) -> list[str]:
 
 
 def _choose_format(folder: str, names: Sequence[str]) -> list[str]:
-    """Return the shards of a folder, without the Parquet notes that img2dataset writes."""
+    """Return the shards of a folder, without the Parquet files of img2dataset's download notes."""
     by_suffix = {
         suffix: files
         for suffix in SHARD_SUFFIXES
@@ -243,6 +243,6 @@ def _choose_format(folder: str, names: Sequence[str]) -> list[str]:
 
 
 def are_download_notes(parquet: Sequence[str], tar: Sequence[str]) -> bool:
-    """Return whether every Parquet file has a tar of the same name: img2dataset's notes on it."""
+    """Return whether every Parquet file has the name of a tar, as img2dataset's notes do."""
     stems = {PurePosixPath(name).stem for name in tar}
     return bool(parquet) and all(PurePosixPath(name).stem in stems for name in parquet)

@@ -1,1 +1,1 @@
-"""Readers of one format each, which yield raw records."""
+"""One reader per format; all readers yield raw records."""

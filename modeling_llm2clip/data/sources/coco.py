@@ -1,7 +1,7 @@
 """Reads COCO's caption files as published, such as `captions_val2017.json`.
 
 `images` lists the images; each entry of `annotations` holds one caption. Most images have five
-captions, some six or seven. They are ordered by annotation id.
+captions, some six or seven. An image's captions are ordered by annotation id.
 """
 
 from __future__ import annotations

@@ -18,9 +18,10 @@ _LARGEST_CELL = 2**26  # characters; some files have base64 images next to capti
 
 
 def read_csv_file(file: Path, name: str, errors: ErrorCollector) -> Iterator[RawRecord]:
-    """Yield a raw record per row: a text, named by its row number from 0. Empty cells are absent.
+    """Yield a raw record per row: a text, named by its row number from 0.
 
-    CSV is only for texts; records with images use JSON lines, Parquet or tar.
+    An empty cell is treated as an absent field. CSV is only for texts; records with images use JSON
+    lines, Parquet or tar.
     """
     rows = _iterate_cells(file, name)
     try:
@@ -44,7 +45,8 @@ def iterate_csv(
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield the line number of each row, and its cells by column name.
 
-    `check` may raise for the header. With `fill`, a row may have fewer cells than the header.
+    `check` receives the header and may raise. With `fill`, a row may have fewer cells than the
+    header.
     """
     rows = _iterate_cells(file, str(file))
     _, header = next(rows, (0, []))

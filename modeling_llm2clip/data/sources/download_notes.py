@@ -1,4 +1,4 @@
-"""Separates the fields of records from img2dataset's download notes, in tar and Parquet.
+"""Separates the fields of records from img2dataset's download notes, in tar and Parquet files.
 
 | field | meaning |
 | --- | --- |
@@ -39,7 +39,7 @@ def is_download(columns: Collection[str]) -> bool:
 
 
 def find_failure(fields: Mapping[str, Any]) -> str:
-    """Return why the image of a row could not be downloaded; empty if it was."""
+    """Return why the image of a row was not downloaded; empty if it was downloaded."""
     status = fields.get(STATUS)
     return "" if status == "success" else f"image not downloaded: {status}"
 

@@ -1,7 +1,7 @@
-"""Reads JSON: lines of objects, lists that are too large for memory, and whole files.
+"""Reads JSON lines, JSON lists that are too large for memory, and whole JSON files.
 
-`captions.jsonl` has one record per line. So does `metadata.jsonl`, which is what `datasets` calls
-such a file in a folder of images.
+`captions.jsonl` has one record per line. So does `metadata.jsonl`, the name that `datasets` uses
+for such a file in a folder of images.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def number_lines(lines: Iterable[bytes], first: int = 1) -> Iterator[tuple[int, 
 
 
 def find_line_starts(file: Path, bytes_apart: int) -> Iterator[tuple[int, int]]:
-    """Yield the byte offset and number of the lines that split a file into similar ranges."""
+    """Yield byte offset and line number of the lines that split a file into similar ranges."""
     position, line = 0, 1
     with file.open("rb") as opened:
         yield position, line
@@ -82,7 +82,7 @@ def find_line_starts(file: Path, bytes_apart: int) -> Iterator[tuple[int, int]]:
 
 
 def parse_object(content: bytes) -> dict[str, Any] | str:
-    """Parse a JSON object; return a string that describes the error if it is invalid."""
+    """Parse a JSON object; if it is invalid, return a string that describes the error."""
     try:
         text = content.decode("utf-8").strip(_WHITESPACE)
         fields, end = _DECODER.raw_decode(text)
@@ -117,7 +117,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_make_object)
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON; any error, including excessive depth, is a ValueError."""
+    """Parse JSON; raise ValueError for any error, including excessive depth."""
     try:
         return json.loads(text)
     except RecursionError as error:

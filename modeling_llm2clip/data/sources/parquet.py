@@ -1,8 +1,8 @@
 """Reads Parquet, one record per row.
 
 An image is a path, a `{bytes, path}` struct as in `datasets`, or the encoded image itself. Image
-bytes are not read here: the footer says which row groups have bytes in all rows, or in none. Output
-of img2dataset is read without changes; see `download_notes.py`.
+bytes are not read here if the footer says that a row group has bytes in all rows, or in none.
+Output of img2dataset is read without changes; see `download_notes.py`.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def read_parquet(
 ) -> Iterator[RawRecord]:
     """Yield a raw record per row, without reading image bytes.
 
-    `columns` maps fields of a record to columns, such as `{"image": "img"}`. By default, all
-    columns are read under their own names. `only` maps columns to required values; other rows are
-    skipped.
+    `columns` maps fields of a record to columns, such as `{"image": "img"}`. By default, every
+    column is read as the field of the same name. `only` maps columns to required values; other rows
+    are skipped.
     """
     describe_states(files)
     for file in files:
@@ -95,7 +95,7 @@ def read_parquet_file(
 def iterate_rows(
     files: Sequence[Path], base: Path, errors: ErrorCollector
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the place and columns of rows that are not records, such as pairs of images.
+    """Yield the place and columns of each row in files of other content, such as image pairs.
 
     An image whose bytes are in the file becomes a `ParquetImage`.
     """
@@ -141,9 +141,9 @@ def _read_all(
 
 
 def _read_rows(file: FileLocation, opened: Any, columns: Collection[str]) -> Iterator[_Row]:
-    """Yield the number and columns of each row, and the stored path of each image.
+    """Yield the number and columns of each row, and the stored paths of its images.
 
-    An image is given by its address, or by its path if the file does not contain its bytes.
+    An image is a `ParquetImage`, or a path if the file does not contain the image's bytes.
     """
     schema = opened.schema_arrow
     kinds = {name: schema.field(name).type for name in schema.names if name in columns}
@@ -168,7 +168,7 @@ def _read_rows(file: FileLocation, opened: Any, columns: Collection[str]) -> Ite
 
 
 def _find_addresses(file: FileLocation, column: str, start: int, paths: list[Any]) -> list[Any]:
-    """Return the image addresses of consecutive rows, or the paths of images without bytes."""
+    """Return `ParquetImage`s for consecutive rows; keep the paths of images without bytes."""
     state = require_unchanged(file)
     layout = find_column_layout(file, column, state)
     addresses, row = list(paths), start

@@ -1,6 +1,7 @@
 """Reads the samples of one shard sequentially, including their image bytes.
 
-Samples are numbered within their shard, including broken ones, so shard and number are an address.
+Samples are numbered within their shard, including broken samples, so shard and number identify a
+sample.
 """
 
 from __future__ import annotations
@@ -51,10 +52,10 @@ class StreamedSample(NamedTuple):
 
     Attributes:
         number: Number in its shard, from 0.
-        place: Where it is, for messages.
+        place: Location of the sample, for messages.
         raw: Fields, and the image in memory; None if the sample is broken or skipped.
         problem: The error; empty if there is none.
-        is_skipped: Whether this is a row whose image was never downloaded.
+        is_skipped: Whether the sample is a row whose image was never downloaded.
     """
 
     number: int
@@ -95,7 +96,7 @@ def read_shard(
 
 
 class _KeepingTail:
-    """Forwards a stream and keeps its last bytes, which contain the end of an archive."""
+    """Forwards a stream's bytes and keeps the last ones, which contain the end of an archive."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -206,10 +207,11 @@ def read_row(number: int, name: str, row: Mapping[str, Any], images: set[str]) -
 
 
 def refuse_shared_paths(samples: Iterable[StreamedSample], first: int) -> Iterator[StreamedSample]:
-    """Mark samples as broken if a different image has the same path, and so the same group.
+    """Mark a sample as broken if another image has the same path, and therefore the same group.
 
-    Some writers give all images one path. Several rows of one image, one per caption, are valid.
-    The shard is read from its start, because the result depends on the images before `first`.
+    Some programs write the same path for all images. Several rows of one image, one per caption,
+    are valid. `samples` must start at the shard's beginning, because the result depends on the
+    images before `first`.
     """
     checksums: dict[str, int] = {}
     for sample in samples:
@@ -219,7 +221,7 @@ def refuse_shared_paths(samples: Iterable[StreamedSample], first: int) -> Iterat
 
 
 def _has_shared_path(sample: StreamedSample, checksums: dict[str, int]) -> bool:
-    """Return whether an earlier, different image has the same path; otherwise record this one."""
+    """Return whether an earlier, different image has the same path; otherwise record the path."""
     raw = sample.raw
     if raw is None or not raw.default_name or not isinstance(raw.packed, EncodedImage):
         return False
@@ -230,7 +232,7 @@ def _has_shared_path(sample: StreamedSample, checksums: dict[str, int]) -> bool:
 
 
 def _read_lines(stream: BinaryIO, file: RemoteFile, name: str) -> Iterator[StreamedSample]:
-    """Yield a sample per JSON line; each image next to the shard takes a request of its own."""
+    """Yield a sample per JSON line; every image next to the shard takes a separate request."""
     for number, (line_number, line) in enumerate(number_lines(stream)):
         place = f"{name} line {line_number}"
         fields = parse_object(line)
@@ -252,7 +254,7 @@ def _read_lines(stream: BinaryIO, file: RemoteFile, name: str) -> Iterator[Strea
 
 
 def _find_columns(opened: Any, name: str) -> ShardColumns | None:
-    """Return the columns of an open shard that records use; None if it has no rows."""
+    """Return the columns of an open shard that records use; None if the shard has no rows."""
     if not opened.metadata.num_rows:
         return None
     columns = opened.schema_arrow.names
@@ -263,7 +265,7 @@ def _find_columns(opened: Any, name: str) -> ShardColumns | None:
 
 
 def read_columns(file: RemoteFile, name: str) -> ShardColumns | None:
-    """Return the columns of a shard that records use; None if it is unreadable or empty."""
+    """Return the columns of a shard that records use; None if the shard is unreadable or empty."""
     try:
         with closing(file.open_seekable()) as source, pq.ParquetFile(source) as opened:
             return _find_columns(opened, name)

@@ -1,7 +1,7 @@
-"""Reads webdataset's tar shards: the members `KEY.jpg`, `KEY.json` and `KEY.txt` are one sample.
+"""Reads webdataset's tar shards: the members `KEY.jpg`, `KEY.json` and `KEY.txt` form one sample.
 
-`KEY.json` holds the fields of a record. `KEY.txt` is the caption if the JSON has none; otherwise it
-is ignored, because download tools write the same caption into both.
+`KEY.json` holds the fields of a record. `KEY.txt` is the caption if the JSON has none; otherwise
+`KEY.txt` is ignored, because download tools write the same caption into both.
 
 The shards are read with Python's tarfile, not with `webdataset`, which streams sequentially: here,
 training samples images at random, and all stages must agree on their order. Headers and texts are
@@ -52,7 +52,7 @@ class BoundedHeader(tarfile.TarInfo):
 class TarSample:
     """The members of one sample read so far: images, `.json` and `.txt`.
 
-    `problem` is the error of a member; empty if there is none.
+    `problem` describes an error in a member; empty if there is none.
     """
 
     images: list[PackedImage] = field(default_factory=list)
@@ -160,16 +160,16 @@ def iterate_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def _require_size(header: tarfile.TarInfo, most: int) -> None:
-    """Refuse absurd or negative sizes; a negative one makes tarfile loop forever."""
+    """Refuse absurd or negative sizes; a negative size makes tarfile loop forever."""
     if not 0 <= header.size <= most:
         raise tarfile.ReadError(f"the header of {header.name!r} claims {header.size:,} bytes")
 
 
 def require_end(rest: bytes, opened: BinaryIO | io.BufferedReader, offset: int) -> None:
-    """Raise tarfile.ReadError unless the members are followed only by the end of the archive.
+    """Raise tarfile.ReadError unless only the end of the archive follows the members.
 
-    Without this check, `tarfile` silently stops at a header that is damaged, truncated or behind
-    the end of a concatenated archive.
+    Without this check, `tarfile` silently stops at a damaged or truncated header, and after the
+    first of several concatenated archives.
     """
     is_whole = len(rest) >= tarfile.BLOCKSIZE
     while is_whole and rest:

@@ -1,1 +1,1 @@
-"""The embedding store: its files and how to read them."""
+"""The embedding store: the files and how to read them."""

@@ -11,8 +11,8 @@ A store is a folder:
 
 Items are the records of a dataset, in order. A shard has the distinct captions, or the images, of a
 range of items. Only the index knows which rows belong to an item. Memory does not grow with the
-store, because index and shards are mapped. Every file is verified before it is used, once per
-process: manifest and index when the store is opened, a shard when it is first read, at about 1 GB
+store, because index and shards are memory-mapped. Every process verifies each file once before
+using it: manifest and index when the store is opened, a shard when it is first read, at about 1 GB
 per second and core.
 
 `embedding/store_writer.py` writes the files.
@@ -43,12 +43,12 @@ Rows = Sequence[int] | np.ndarray[Any, Any] | Tensor
 class EmbeddingStore(StoreIndex):
     """Embeddings of a dataset's captions or images, on disk.
 
-    Use `EmbeddingStore.open`. A store can be pickled for worker processes, which reopen it and know
-    which shards are already verified.
+    Use `EmbeddingStore.open`. A store can be pickled for worker processes, which reopen the store
+    and know which shards are already verified.
 
     Attributes:
         folder: Folder of the store.
-        manifest: Describes its content and the model that made it.
+        manifest: Manifest, which describes the embeddings and the model that made them.
         names: One name per item; name and language together identify an item.
         group_ids: One group id per item.
         langs: One language per item.
@@ -84,8 +84,8 @@ class EmbeddingStore(StoreIndex):
             The opened store.
 
         Raises:
-            ValueError: The folder has no store, or one that is incomplete or has another format; or
-                files are missing or damaged (the message lists all of them).
+            ValueError: The folder has no store, or the store is incomplete or has another format,
+                or files are missing or damaged (the message lists all such files).
         """
         if check not in ("fast", "full"):
             raise ValueError(f"check must be 'fast' or 'full', not {check!r}.")
@@ -130,13 +130,13 @@ class EmbeddingStore(StoreIndex):
 
         Args:
             rows: (N,) row numbers of the store, in any order and possibly repeated.
-            dtype: Dtype of the result; None for the stored one, which copies least.
+            dtype: Dtype of the result; None for the stored dtype, which needs the fewest copies.
 
         Returns:
             (N, D) on the CPU.
 
         Raises:
-            ValueError: A row is out of range, or a file with one of the rows is damaged.
+            ValueError: A row is out of range, or a file that contains one of the rows is damaged.
         """
         stored = self._shards.read(_to_row_numbers(rows, self.manifest.num_rows))
         embeddings = torch.from_numpy(stored)
@@ -145,13 +145,13 @@ class EmbeddingStore(StoreIndex):
         return embeddings if dtype is None else embeddings.to(dtype)
 
     def require_fingerprint(self, fingerprint: Mapping[str, str]) -> None:
-        """Check that a model is the one that made the store.
+        """Raise ValueError if the store was made with another model.
 
         Args:
             fingerprint: Fingerprint of the model, from `fingerprint_text` or `fingerprint_vision`.
 
         Raises:
-            ValueError: Entries differ; the message has both values of each.
+            ValueError: Entries differ; the message has both values of every entry that differs.
         """
         if differences := list_differences(self.manifest.fingerprint, fingerprint):
             raise ValueError(

@@ -9,8 +9,8 @@
 | `rows` | rows of the short captions, then of the long ones; one row for an image |
 | `text_keys` | hash of each of these captions; equal captions in different shards share it |
 
-The file is mapped. Its hash is compared with the manifest's when it is opened. An item takes about
-100 bytes in addition to its texts.
+The file is memory-mapped. When it is opened, its hash is compared with the hash in the manifest. An
+item takes about 100 bytes in addition to its texts.
 """
 
 from __future__ import annotations
@@ -74,10 +74,11 @@ class StoreIndex:
     Args:
         folder: Folder of the store.
         manifest: Its manifest.
-        verified: Whether the parent process has already verified the file.
+        verified: Whether the parent process has already verified the index file.
 
     Raises:
-        ValueError: The file is missing or damaged, or lacks items of the manifest.
+        ValueError: The index file is missing or damaged, or does not contain all of the store's
+            items.
     """
 
     def __init__(self, folder: Path, manifest: StoreManifest, *, verified: bool = False) -> None:
@@ -110,17 +111,17 @@ class StoreIndex:
             yield short, (np.diff(ends) - short).astype(short.dtype)
 
     def locate(self, item: int) -> tuple[int, int]:
-        """Return the batch of an item, and its position in the batch."""
+        """Return the batch that contains an item, and the item's position in the batch."""
         if not -self._length <= item < self._length:
             raise IndexError(f"There is no item {item}: the store has {self._length}.")
         return divmod(int(item) % self._length, ROWS_PER_BATCH)
 
     def rows_of(self, item: int, *, long: bool = False) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Return the rows of an item's captions, or the one row of an image.
+        """Return the rows of an item's short or long captions, or the one row of an image.
 
         Args:
             item: Number of the item; negative numbers count from the end.
-            long: Return the rows of long captions, which an image does not have.
+            long: Return the rows of the long captions instead of the short ones; none for an image.
 
         Returns:
             (captions,) int64, in the order of the record's captions.
@@ -136,33 +137,33 @@ class StoreIndex:
         return np.array(rows[middle:stop] if long else rows[start:middle])
 
     def rows_at(self, items: Array, numbers: Array) -> Array:
-        """Return the row of one caption of each item.
+        """Return, for each item, the row of one caption.
 
         Args:
             items: (M,) item numbers, from 0, in any order.
-            numbers: (M,) caption numbers within each item, where the short ones come before the
-                long ones; 0 for an image.
+            numbers: (M,) caption numbers within each item, where short captions come before long
+                captions; 0 for an image.
 
         Returns:
             (M,) int64.
 
         Raises:
-            IndexError: There is no such item, or it has no such caption.
+            IndexError: There is no such item, or the item has no such caption.
         """
         return self._read_at("rows", np.asarray(items), np.asarray(numbers))
 
     def text_keys_at(self, items: Array, numbers: Array) -> Array:
-        """Return the hash of one caption of each item.
+        """Return, for each item, the hash of one caption.
 
         Args:
             items: (M,) item numbers, as in `rows_at`.
             numbers: (M,) caption numbers within each item.
 
         Returns:
-            (M,) int64; equal captions share it.
+            (M,) int64; equal captions have equal hashes.
 
         Raises:
-            IndexError: There is no such item, or it has no such caption.
+            IndexError: There is no such item, or the item has no such caption.
         """
         return self._read_at("text_keys", np.asarray(items), np.asarray(numbers))
 
@@ -198,7 +199,7 @@ class StoreIndex:
         return self._batches[number]
 
     def _read_lists(self, column: str, number: int) -> tuple[Array, Array]:
-        """Return the offsets of a batch's lists in a column, and their concatenated values."""
+        """Return the offsets of a batch's lists in a column, and the lists' concatenated values."""
         if (column, number) not in self._lists:
             lists = self.batch(number).column(column)
             self._lists[column, number] = np.asarray(lists.offsets), np.asarray(lists.values)
@@ -212,7 +213,7 @@ def make_batch(
     rows: Array,
     text_keys: pa.ListArray | None = None,
 ) -> pa.RecordBatch:
-    """Make a batch of an index; `text_keys` belong to the rows, including sentence views."""
+    """Make a batch of an index; `text_keys` has the hash of each row, including sentence views."""
     own_keys = pa.array(hash_own_texts(records.column("text_keys"), num_short))
     lists = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(rows, pa.int64()))
     columns = [records.column(name) for name in SCHEMA.names[:5]]

@@ -40,7 +40,7 @@ class ShardRecord(FileRecord):
     Attributes:
         rows: Number of rows.
         num_truncated: Number of texts that exceeded the model's limit.
-        num_clipped: Number of values outside the int8 ranges.
+        num_clipped: Number of values that exceeded the int8 ranges and were clipped.
         skipped: Ids of images that could not be decoded.
     """
 
@@ -61,10 +61,11 @@ class ShardedManifest:
     Attributes:
         fingerprint: Everything about the model that affects embeddings, including the prompt.
         dtype: Dtype of the embeddings.
-        dim: Dimensions of an embedding.
+        dim: Number of dimensions of an embedding.
         num_inputs: Number of texts or images in all shards.
-        rows_per_shard: Texts or images of every shard but the last. A file may have fewer rows.
-        plan: Everything else that affects the bytes, including a hash of the data.
+        rows_per_shard: Number of texts or images in every shard but the last. A shard's file may
+            have fewer rows.
+        plan: Everything else that affects the bytes of the output, including a hash of the data.
         complete: Whether all shards exist and are listed.
         shards: Records of the shards, once the output is complete.
     """
@@ -128,7 +129,7 @@ class ShardedManifest:
 
     @classmethod
     def require_folder(cls, folder: Path) -> None:
-        """Require a writable folder that is new or empty, or holds this kind of output."""
+        """Require a writable folder that is new or empty, or contains this kind of output."""
         if not (cls.is_begun(folder) and cls.read(folder).complete):
             require_writable(folder)
         names = {file.name for file in folder.glob("*") if not is_unfinished(file)}
@@ -152,7 +153,7 @@ class ShardedManifest:
     def require_intact(
         self, folder: Path, records: Iterable[FileRecord], *, sizes_only: bool = False
     ) -> None:
-        """Raise a ValueError that lists all damaged files among these records."""
+        """Raise a ValueError that lists all recorded files that are damaged."""
         if errors := list_damage(folder, records, sizes_only=sizes_only):
             raise ValueError(
                 f"{folder}: {counted(len(errors), 'damaged file')}: {list_first(errors, '; ')}. "
@@ -178,7 +179,7 @@ class ShardedManifest:
         return range(first, min(first + self.rows_per_shard, self.num_inputs))
 
     def hash_causes(self) -> str:
-        """Hash everything that affects the bytes, which ties a shard's record to its output."""
+        """Hash everything that affects the output's bytes; a shard's record contains this hash."""
         return hash_json(self.list_causes())
 
     def to_json(self) -> str:
@@ -192,8 +193,8 @@ class StoreManifest(ShardedManifest):
     Attributes:
         content: `"caption_embeds"` or `"vision_embeds"`, from the tower of that name; or
             `"teacher_text_embeds"`, unit-length embeddings from a dual encoder's text encoder
-            (zeros for captions longer than it reads).
-        num_rows: Number of embeddings; each shard stores its distinct captions.
+            (zeros for captions that exceed its maximum length).
+        num_rows: Number of embeddings, without repeated captions within a shard.
         num_items: Number of records in the dataset.
         index: The file with the rows of each record.
     """

@@ -1,4 +1,4 @@
-"""Streams a `datasets.IterableDataset`, using its own methods to shard and resume it."""
+"""Streams a `datasets.IterableDataset`, using the dataset's own sharding and resuming."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def stream_dataset(
 ) -> RecordStream:
     """Stream the samples of an `IterableDataset`.
 
-    A single reader (one worker in one process) reads the dataset in its own order. With several,
-    each reads one part, `dataset.shard(num_readers, reader)`, so steps that count rows, such as
+    A single reader (one worker in one process) reads the dataset in its own order. Each of several
+    readers reads one part, `dataset.shard(num_readers, reader)`, so steps that count rows, such as
     `take`, a batched `map` or row numbers, count within a part. The saved state is the dataset's
-    own, so samples in shuffle buffers are lost on resume. The report counts those from this
-    stream's buffer in `not_resumed_samples`. `dataset.shuffle` may lose some samples and repeat
-    others; these are not counted. Rows are named by number, so several rows of one image need a
-    `group_id`.
+    own, so samples in shuffle buffers are lost on resume. The report counts the samples lost from
+    this stream's buffer as `not_resumed_samples`. `dataset.shuffle` may lose some samples and
+    repeat others, which are not counted. Rows are named by number, so several rows of one image
+    need a `group_id`.
 
     Args:
         dataset: The whole dataset, not split by node: this function splits it between processes.
-            Apply the same steps before loading a state: only the columns and the number of shards
-            are compared.
-        columns: Maps each field of a record to its column; other columns are not read. Default:
-            all columns, under the names of the record fields.
+            Before loading a state, apply the same steps to the dataset: only the columns and the
+            number of shards are compared.
+        columns: Record field → column that holds the field; other columns are not read. Default:
+            all columns, which must be named like the record fields.
         options: Options of `RecordStream`, such as `seed` and `buffer_size`.
 
     Returns:
@@ -64,7 +64,7 @@ def stream_dataset(
 
 
 class _DatasetShards(ShardReader):
-    """The shards of an `IterableDataset`, or one part of it per reader."""
+    """The shards of an `IterableDataset`, or one part of the dataset per reader."""
 
     has_addresses = False
 

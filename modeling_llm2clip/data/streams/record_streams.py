@@ -2,9 +2,10 @@
 
 `make_loader(stream_records(SOURCE), …)` yields batches of `CaptionedImage`s whose images are
 `EncodedImage`s. Shards are shuffled by seed and epoch and dealt round-robin to the workers of all
-processes; each worker reads its shards in turn through a shuffle buffer. Its state is the position
-in its shards and the addresses of the samples in its buffer. On resume, those samples are re-read
-and the order continues; a shard that is re-read must still have the same size and tag.
+processes; each worker reads its shards in turn through a shuffle buffer. A worker's state is the
+position in its shards, and the shard and number of every sample in its buffer. On resume, those
+samples are re-read and the order continues; a shard that is re-read must still have the same size
+and tag.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _FIRST_SHARDS = 2  # all but one may be missing
 
 
 class UrlShards(ShardReader):
-    """Shards at paths, URLs or commands. At least one of the first two must open."""
+    """Shards at paths, URLs or commands. At least one of the first two shards must open."""
 
     def __init__(self, shards: Sequence[str], policy: RetryPolicy) -> None:
         self.shards = list(shards)
@@ -56,7 +57,7 @@ class UrlShards(ShardReader):
         on_retry: Callable[[str, str], None],
         position: Any = None,
     ) -> Iterator[StreamedSample]:
-        """Yield the samples of a shard; raise if its size or tag differs from the saved one."""
+        """Yield the samples of a shard; raise if its size or tag differs from the saved state."""
         file = RemoteFile(self.shards[shard], self._policy, on_retry=on_retry)
         info = self._infos[shard] = [*file.describe()]
         if position not in (None, info):
@@ -113,14 +114,14 @@ def stream_records(
         buffer_size: Size of each worker's shuffle buffer; 1 keeps the order within shards.
         process_index: Rank of this process.
         num_processes: Number of processes; each reads different shards.
-        require_images: Whether a sample without an image is broken.
-        ignore_fields: Names of fields to ignore, known or not.
+        require_images: Whether a sample without an image counts as broken.
+        ignore_fields: Names of fields to ignore, whether they are known or not.
         caption_fields: Fields of the captions to read, as in `load_records`; a sample without one
             of them is broken.
         max_lost_share: Maximum share of a worker's samples or shards that may be broken. A worker
-            that has read fewer than 1,000 samples computes the share as if it had read 1,000, or
-            its part of 1,000 at the end of the epoch. A worker with fewer than
-            1 / `max_lost_share` shards stops at the first lost one.
+            that has read fewer than 1,000 samples computes the share as if it had read 1,000, or at
+            the end of the epoch, 1,000 divided by the number of workers in all processes. A worker
+            with fewer than 1 / `max_lost_share` shards stops at the first lost shard.
         retry: How often requests are retried, and the waits between attempts.
 
     Returns:
@@ -128,8 +129,9 @@ def stream_records(
 
     Raises:
         AccessError: Access is denied, or a host cannot be reached.
-        ValueError: There are no shards, or they have different formats. During iteration:
-            TooManyLostError, and ShardColumnsError if the columns of Parquet files differ.
+        ValueError: There are no shards, or they have different formats. During iteration, the
+            subclasses TooManyLostError, and ShardColumnsError if the columns of Parquet files
+            differ.
 
     Examples:
         >>> stream = stream_records("https://host/{00000..00331}.tar")  # doctest: +SKIP
@@ -150,7 +152,7 @@ def stream_records(
 
 
 def _require_access(shards: Sequence[str], policy: RetryPolicy) -> None:
-    """Raise unless one of the first two shards can be opened: a single one may be missing."""
+    """Raise unless one of the first two shards can be opened; a single shard may be missing."""
     *others, last = shards[:_FIRST_SHARDS]
     for shard in others:
         with suppress(LostFileError):
@@ -163,7 +165,7 @@ def _require_access(shards: Sequence[str], policy: RetryPolicy) -> None:
 class RecordStream(IterableDataset[CaptionedImage]):
     """Yields the samples of one process, or of one worker inside a loader.
 
-    For the fields see `stream_records`. Samples in `excluded_groups` are skipped and counted.
+    `stream_records` describes the fields. Samples in `excluded_groups` are skipped and counted.
     """
 
     reader: ShardReader
@@ -239,7 +241,7 @@ class RecordStream(IterableDataset[CaptionedImage]):
         return {} if self._run is None else self._run.save()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume the next iteration from a state and its epoch; later ones are not affected."""
+        """Resume the next iteration from a state and its epoch, but not later iterations."""
         self._resumed = state or None
 
     @property
@@ -248,7 +250,7 @@ class RecordStream(IterableDataset[CaptionedImage]):
         return StreamReport() if self._run is None else self._run.report
 
     def check(self, sample: StreamedSample) -> tuple[CaptionedImage | None, str]:
-        """Return the record of a sample, or None and the problem."""
+        """Return a sample's record and an empty string, or None and the problem's description."""
         if sample.raw is None:
             return None, sample.problem
         errors = ErrorCollector()
@@ -260,7 +262,7 @@ class RecordStream(IterableDataset[CaptionedImage]):
 
 @dataclass(eq=False, repr=False)
 class _BatchedStream(IterableDataset[list[Any] | PartEnd]):
-    """Yields batches of a stream, refilled when samples are lost while a batch is prepared."""
+    """Yields batches of a stream, and refills a batch if samples are lost while it is prepared."""
 
     stream: RecordStream
     batch_size: int

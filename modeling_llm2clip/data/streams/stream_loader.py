@@ -1,8 +1,9 @@
 """Loads the batches of a stream, and keeps the final state of each worker.
 
-StatefulDataLoader only receives a worker's state along with a batch. Samples that a worker
-drops or loses after its last batch, and shards that end early after it, would be missing. So each
-worker ends with a `PartEnd`, which carries its final state and which this loader filters out.
+StatefulDataLoader only receives a worker's state along with a batch. Samples that a worker drops or
+loses after its last batch would be missing from the report, as would shards that end early after
+it. So each worker ends with a `PartEnd` that carries its final state, and this loader filters out
+the `PartEnd`s.
 """
 
 from __future__ import annotations

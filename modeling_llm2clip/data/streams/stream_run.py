@@ -33,7 +33,7 @@ class ShardReader:
 
     Attributes:
         shards: Names of the shards.
-        has_addresses: Whether a sample can be re-read by its shard and number.
+        has_addresses: Whether a sample can be re-read from its shard and number.
     """
 
     shards: list[str]
@@ -50,11 +50,11 @@ class ShardReader:
         on_retry: Callable[[str, str], None],
         position: Any = None,
     ) -> Iterator[StreamedSample]:
-        """Yield the samples of a shard from number `first`; `position` is the result of `save`."""
+        """Yield a shard's samples from number `first` on; `position` is the result of `save`."""
         raise NotImplementedError
 
     def save(self, shard: int) -> Any:  # noqa: ARG002
-        """Return the position to resume a shard from, as plain values; None if `first` suffices."""
+        """Return the position for resuming a shard, as plain values; None if `first` is enough."""
         return None
 
 
@@ -76,7 +76,7 @@ class StreamReport:
             state was saved, and are lost on resume.
         shards: Shards read to the end.
         lost_shards: Shards that are missing or ended early.
-        retries: Requests that were repeated.
+        retries: Number of repeated requests.
         problems: Kinds of problems, with counts and places.
     """
 
@@ -144,7 +144,7 @@ class PartEnd:
 class StreamRun:
     """One worker's iteration over a `RecordStream`; workers are numbered across all processes.
 
-    `prepare` decodes the image of a record; None yields unchanged records.
+    `prepare` decodes the image of a record; if it is None, records are yielded unchanged.
     """
 
     def __init__(
@@ -229,7 +229,7 @@ class StreamRun:
         return self._draws[within]
 
     def _read_one(self) -> bool:
-        """Read a sample into the buffer, or record its problem; False at the end."""
+        """Read a sample into the buffer, or record its problem; return False at the end."""
         if self._next_shard >= len(self._order):
             return False
         shard = self._order[self._next_shard]
@@ -280,7 +280,7 @@ class StreamRun:
         self._rest = self._position = None
 
     def _require_most(self, *, at_end: bool = False) -> None:
-        """Raise if this worker lost too many of the samples seen so far, or of its own shards."""
+        """Raise if this worker lost too many of the samples read so far, or of its own shards."""
         # At the end, each worker compares with its part of the minimum; otherwise many workers
         # could each lose a little, and the stream a lot.
         least = _LEAST_SAMPLES // self._num_readers if at_end else _LEAST_SAMPLES
