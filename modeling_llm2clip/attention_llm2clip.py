@@ -113,7 +113,8 @@ def choose_kernel(attend: Callable[..., Any], capability: tuple[int, int]) -> Va
     """Build the kernel for a GPU of a given compute capability; None if it is not supported.
 
     FlashAttention needs compute capability 8.0, and only data-center GPUs compute gradients of
-    head dimensions above 192. Older versions of torch may lack an argument.
+    head dimensions above 192. None is also returned if torch's function lacks an argument, as in
+    older versions.
     """
     parameters = inspect.signature(attend).parameters
     if not {"window_size", "enable_gqa", "num_splits"} <= parameters.keys() or capability < (8, 0):
@@ -161,7 +162,7 @@ class PackedTexts:
         cu_seqlens: Start of each text and end of the last one, (N + 1,) int64 on the CPU. This is a
             tensor so that a compiled layer is not recompiled for other lengths.
         is_causal: Whether a token attends only to earlier ones.
-        kernel: Kernel for the attention; None for SDPA on blocks of texts of equal length.
+        kernel: Kernel for the attention; None to use SDPA on blocks of texts of equal length.
         on_device: `cu_seqlens` for the kernel, (N + 1,) int32 on the LLM's device.
         longest: Number of tokens in the longest text, for the kernel.
     """

@@ -299,8 +299,8 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
 
         If the processor is saved to the same folder, AutoModel, pipelines and sentence-transformers
         all load the folder and produce the same embeddings. Weights of an earlier save are removed,
-        because transformers would leave them next to the new shards and load them instead. Warns
-        if the towers differ in dtype, because a loaded model has one dtype.
+        because transformers would leave the old weights next to the new shards and load the old
+        weights instead. Warns if the towers differ in dtype, because a loaded model has one dtype.
 
         Args:
             save_directory: Folder to write. If sentence-transformers or a user has changed the

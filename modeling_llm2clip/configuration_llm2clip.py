@@ -55,17 +55,17 @@ class LLM2CLIPConfig(PreTrainedConfig):
         projection_dim: Width of the space that images and texts share.
         vision_width: Width of the vision tower's pooled output; None if the tower's own
             configuration states it.
-        text_width: Width of the caption embeddings; None for the LLM's `hidden_size`. Some LLMs
+        text_width: Width of the caption embeddings; None means the LLM's `hidden_size`. Some LLMs
             (EmbeddingGemma 2) project their hidden states to another width.
         text_dense_width: Width of the pooled hidden states if a linear layer maps them to
-            `text_width`, as an embedder's Dense modules do; None without such a layer.
+            `text_width`, as an embedder's Dense modules do; None if there is no such layer.
         bidirectional: Whether every caption token attends to every other token. The opposite is
             written to `text_config.is_causal`, which transformers' attention reads.
         text_pooling: `"mean"` or `"last_token"` of the tokens after the prompt's prefix. For
             embedders that also pool the prefix: the first token (`"cls"`), the mean of all tokens
             (`"full_mean"`), or the mean weighted by position (`"weighted_mean"`).
-        prompt_prefix_ids: Token ids before every caption. They are attended to, but pooled only by
-            `"cls"`, `"full_mean"` and `"weighted_mean"`.
+        prompt_prefix_ids: Token ids before every caption. The prefix is attended to, but pooled
+            only by `"cls"`, `"full_mean"` and `"weighted_mean"`.
         prompt_suffix_ids: Token ids after every caption; attended to and pooled.
         prompt_suffix_ends_special: Whether the last suffix id is a special token of the
             tokenizer. sentence-transformers does not count such a token in a prompt's length.
@@ -491,10 +491,10 @@ def _list_lost(text_config: dict[str, Any]) -> list[str]:
 
 
 def _state_image_size(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Set `image_size` in a timm tower's configuration, like other towers.
+    """Set `image_size` in a timm tower's configuration, as in those of other towers.
 
-    Scripts written for CLIP read this field. timm stores the size in the network's arguments or in
-    its pretrained configuration. A square becomes one number, anything else (height, width).
+    Scripts written for CLIP read `image_size`. timm stores the size in the network's arguments or
+    in its pretrained configuration. A square becomes one number, anything else (height, width).
     """
     if config.model_type == "timm_wrapper":
         stated = (getattr(config, "model_args", None) or {}).get("img_size")

@@ -329,7 +329,7 @@ class AdapterBlock(nn.Module):
 
 
 class PooledDense(nn.Linear):
-    """An embedder's linear map after its pooling, (B, D) to (B, D') float32."""
+    """Linear map that an embedder applies after pooling, (B, D) to (B, D') float32."""
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Apply the map in the weights' dtype."""

@@ -84,7 +84,7 @@ class ImageLimits:
 
     Args:
         max_megapixels: Maximum size of a decoded image, in millions of pixels. Cameras produce up
-            to 151; decoding one image of this size takes up to 1.5 GB.
+            to 151 megapixels; decoding an image of this size takes up to 1.5 GB.
         max_image_mb: Maximum size of an encoded image, in MB.
         max_aspect_ratio: Maximum ratio of the longer side to the shorter. A strip of 60,000 × 1
             pixels, a file of 100 bytes, would take gigabytes once its shorter side is resized.

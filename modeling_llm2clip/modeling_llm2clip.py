@@ -77,7 +77,8 @@ class LLM2CLIPOutput(ModelOutput):
         logits_per_text: (B texts, B images) float32, the transpose of `logits_per_image`.
         text_embeds: (B texts, P) float32, unit length.
         image_embeds: (B images, P) float32, unit length.
-        pooler_output: The embeddings again, in a call with only texts or only images.
+        pooler_output: The same tensor as `text_embeds` or `image_embeds`, if only texts or images
+            were passed.
         text_model_output: Output of `get_text_features`, with features that are not normalized.
         vision_model_output: Output of `get_image_features`, with features that are not normalized.
     """

@@ -84,7 +84,7 @@ def has_class_token(vision_model: nn.Module) -> bool:
 
 
 def find_fixed_size(vision_model: nn.Module) -> tuple[int, int] | None:
-    """Return the image height and width that a tower requires; None if it takes any size."""
+    """Return the image size that a tower has positions for, or None if it takes any size."""
     timm_model: Any = getattr(vision_model, "timm_model", None)
     config: Any = vision_model.config
     trained = (getattr(config, "pretrained_cfg", None) or {}).get("input_size", ())[-2:]  # timm

@@ -23,7 +23,7 @@ else:
 
 @dataclass(frozen=True, kw_only=True, init=False)
 class FormatChanges(SourceFormat):
-    """Flags that override fields of a source format; `chosen` has those that were passed."""
+    """Flags that override fields of a source format; `chosen` has the flags that were passed."""
 
     layout: Annotated[str, Parameter(parse=False)] = ""
     normalize_text_before_adapter: Annotated[bool, Parameter(parse=False)] = True

@@ -27,9 +27,9 @@ class Rule:
 
     Attributes:
         pattern: Regular expression for a whole key.
-        targets: Pairs of a name in the new model, which may refer to groups of the pattern (such as
-            a backslash and 1), and a function that transforms the tensor, or None. A matrix that is
-            split has several pairs.
+        targets: Pairs of a name in the new model and a function that transforms the tensor, or
+            None. The name may refer to groups of the pattern (such as a backslash and 1). A matrix
+            that is split has several pairs.
     """
 
     pattern: str

@@ -39,7 +39,7 @@ class LostFileError(OSError):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often a request is attempted, and the seconds between attempts.
+    """Number of attempts per request, and the seconds between attempts.
 
     The wait doubles after each attempt, up to `longest_wait`.
 
