@@ -208,7 +208,9 @@ def attend_packed(
     query, key = query.to(value.dtype), key.to(value.dtype)
     kernel, is_causal = packed_texts.kernel, packed_texts.is_causal
     if kernel is not None and not _fits(kernel, query, value):
-        raise ValueError(f"Heads of {query.shape[3]} and {value.shape[3]} {_NEEDS_MORE}")
+        raise ValueError(
+            f"An attention with head dimensions {query.shape[3]} and {value.shape[3]} {_NEEDS_MORE}"
+        )
     if kernel is not None and value.dtype in kernel.dtypes and not dropout:
         return _attend_by_kernel(query, key, value, packed_texts, scaling).unsqueeze(0), None
     # The operator has no gradients, and outside a graph it slows down a single short caption.
@@ -261,7 +263,7 @@ def _attend(
     start = 0
     for length, equal in itertools.groupby(cu_seqlens.diff().tolist()):
         if sliding_window is not None and length > sliding_window:
-            raise ValueError(f"A window of {sliding_window} tokens {_NEEDS_MORE}")
+            raise ValueError(f"A sliding window of {sliding_window} tokens {_NEEDS_MORE}")
         count = len(list(equal))
         stop = start + count * length
         q, k, v = (_split(t[0, :, start:stop], count, length) for t in (query, key, value))
@@ -324,7 +326,7 @@ def _build_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     if longest:
         span = kwargs.get("local_size")  # size of a window or chunk
         if span is not None and longest > span:
-            raise ValueError(f"A window or chunk of {span} tokens {_NEEDS_MORE}")
+            raise ValueError(f"An attention window or chunk of {span} tokens {_NEEDS_MORE}")
         return None
     mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
     return mask

@@ -335,8 +335,8 @@ def _count_bytes(source: Any) -> int:
 def _require_few_bytes(count: int, name: str, limits: ImageLimits) -> None:
     if count > limits.max_image_mb * 1e6:
         raise ImageTooLargeError(
-            f"{name}: the image has more than {limits.max_image_mb:g} MB. Shrink it, or raise "
-            "max_image_mb."
+            f"{name}: the image file is larger than {limits.max_image_mb:g} MB. Shrink it, or "
+            "raise max_image_mb."
         )
 
 

@@ -347,8 +347,8 @@ class LLM2CLIPProcessor(ProcessorMixin):
         long = [number for number, length in length_of.items() if length > limit]
         if long and on_long_text == "error":
             raise ValueError(
-                f"{len(long)} of {len(texts)} texts have more than {limit} tokens (first: number "
-                f"{long[0] + 1}). Shorten them, or pass on_long_text='truncate'."
+                f"{len(long)} of {len(texts)} texts have more than {limit} tokens (the first is "
+                f"text number {long[0] + 1}). Shorten them, or pass on_long_text='truncate'."
             )
         self.num_truncated_texts += sum(length_of[i] > lengths[i] for i in full)
 

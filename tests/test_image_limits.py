@@ -304,7 +304,7 @@ def test_a_download_ends_at_its_limits() -> None:
 
     limits = ImageLimits(max_image_mb=0.2, max_download_s=0.2)
     for content, pause_s, message in (
-        (b"a" * 2**16, 0, "more than 0.2 MB"),
+        (b"a" * 2**16, 0, "larger than 0.2 MB"),
         (b"a", 0.01, "more than 0.2 seconds"),
         (None, 0.01, "more than 0.2 seconds"),  # a byte of the header now and then
     ):

@@ -220,7 +220,7 @@ def test_heads_that_the_kernel_does_not_support_run_padded() -> None:
     assert _checked[model.text_model] == {True: False}
     heads = torch.ones(1, 2, 4, 12)  # flash attention needs multiples of 8
     packs = PackedTexts(torch.tensor([0, 4]), is_causal=False, kernel=KERNEL)
-    with pytest.raises(ValueError, match="Heads of 12 and 12 needs more"):
+    with pytest.raises(ValueError, match="head dimensions 12 and 12 needs more"):
         attend_packed(nn.Identity(), heads, heads, heads, None, packed_texts=packs)
 
 

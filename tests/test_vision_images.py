@@ -177,7 +177,7 @@ def test_a_tower_whose_positions_nothing_interpolates_keeps_its_size(family: str
             {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
              "intermediate_size": 48, "image_size": 32, "patch_size": 8,
              "use_relative_position_bias": True},
-            "more than the positions depends on the image",
+            "image size affects weights other than the position embeddings",
         ),
     ],
     ids=["timm", "hiera", "mvitv2", "relative positions"],

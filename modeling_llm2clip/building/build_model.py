@@ -183,7 +183,10 @@ def join_towers(
     embedder = None
     if config.prompt == OWN_PROMPT:
         if text_name is None:
-            raise ValueError("prompt=own: pass the folder or Hub id of an embedder, not its parts.")
+            raise ValueError(
+                "prompt=own needs the folder or Hub id of an embedder, not a loaded LLM and "
+                "tokenizer."
+            )
         with naming_fields(text_name):
             embedder = read_embedder(text_name, config)
     text_model, tokenizer = _take_text_tower(text, config)

@@ -146,15 +146,15 @@ def _require_plain(folder: Path, lora: str | Path, *, base: str) -> None:
     }
     if others:
         raise ValueError(
-            f"{lora} contains more than low-rank matrices of linear layers ({others}), which "
-            "cannot be merged here. Merge it with peft (merge_and_unload), save the LLM, and pass "
-            "that folder."
+            f"The LoRA {lora} cannot be merged here, because it contains more than low-rank "
+            f"matrices of linear layers ({others}). Merge it with peft (merge_and_unload), save "
+            "the merged LLM, and pass that folder."
         )
     trained_on = stated.get("base_model_name_or_path")
     if base and trained_on and not is_same_base(str(trained_on), base):
         raise ValueError(
-            f"The LoRA {lora} is for the base {trained_on!r}, but the LLM is {base!r}. Use that "
-            "base. If both names mean the same weights, correct base_model_name_or_path in "
+            f"The LoRA {lora} is for the base {trained_on!r}, but the LLM is {base!r}. Use the "
+            "LoRA's base. If both names mean the same weights, correct base_model_name_or_path in "
             f"{LORA_CONFIG} in a copy of the LoRA."
         )
 
@@ -210,10 +210,10 @@ def _merge(
     before, difference = weight.read(), change.read()
     merged = before.float() + difference
     if not merged.isfinite().all():
-        raise ValueError(f"{name}: the sum is not finite. The LoRA cannot be merged.")
+        raise ValueError(f"{name}: the merged weight is not finite, so the LoRA cannot be merged.")
     counts[name] = count_changed(before, merged, dtype)
     if not counts[name][0] and difference.any():
-        raise ValueError(f"{name}: rounding to {dtype} loses the change. Use float32.")
+        raise ValueError(f"{name}: rounding to {dtype} loses the LoRA's change. Use float32.")
     return merged
 
 
@@ -233,6 +233,7 @@ def require_base_weights(file: Path, weights: str) -> None:
     trained_on = read_metadata(file).get(BASE_WEIGHTS)
     if trained_on is not None and trained_on != weights:
         raise ValueError(
-            f"{file.parent} was trained on an LLM with other weights ({trained_on} then, {weights} "
-            "now). Use that model, without this LoRA merged into it."
+            f"{file.parent} was trained on an LLM with other weights (SHA-256 {trained_on} then, "
+            f"{weights} now). Use the model that the LoRA was trained on, not one that it is "
+            "merged into."
         )

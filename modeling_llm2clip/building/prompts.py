@@ -94,7 +94,7 @@ def derive_prompt(tokenizer: PreTrainedTokenizerBase, template: str) -> Prompt:
         )
     if not (common := set.intersection(*splits.values())):
         raise ValueError(
-            f"With the template {template!r}, this tokenizer's ids around a caption vary: "
+            f"With the template {template!r}, the prompt's token ids depend on the caption: "
             f"{list_first(sorted(set.union(*splits.values())))}. Put a special token or a newline "
             "next to {text}."
         )
@@ -121,7 +121,7 @@ def derive_own_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, is_poole
         if common:
             return Prompt(*min(common), joined=joined)
     raise ValueError(
-        f"With the prompt {text!r}, this tokenizer's tokens around a caption vary, so the prompt "
+        f"With the prompt {text!r}, the prompt's token ids depend on the caption, so the prompt "
         "cannot be saved in a tokenizer. Choose another prompt of the embedder."
     )
 

@@ -87,9 +87,9 @@ class TextEmbedder:
         row = int(distances.nan_to_num(nan=torch.inf).argmax())
         if not distances[row] <= find_tolerance(model.text_model.dtype):
             raise ValueError(
-                f"The built model does not reproduce the embeddings of sentence-transformers: "
-                f"{_TEXTS[row][:40]!r} is {distances[row]:.1e} off, with the prompt "
-                f"{self.prompt!r}. {_WAY_OUT}"
+                f"The built model does not reproduce the embeddings of sentence-transformers: with "
+                f"the prompt {self.prompt!r}, the embedding of {_TEXTS[row][:40]!r} differs by "
+                f"{distances[row]:.1e}. {_WAY_OUT}"
             )
 
 
@@ -122,7 +122,8 @@ def read_embedder(source: str | Path, config: BuildConfig) -> TextEmbedder:
     own_length = encoder.max_seq_length or config.max_text_length or DEFAULT_TEXT_LENGTH
     if (length := config.max_text_length or own_length) > own_length:
         raise ValueError(
-            f"max_text_length={length} exceeds the {own_length} tokens of {source}. Remove it."
+            f"max_text_length={length} exceeds the limit of {source}, {own_length} tokens. Remove "
+            "it."
         )
     encoder.max_seq_length = length
     dim = config.truncate_dim or encoder.truncate_dim

@@ -88,8 +88,8 @@ def measure_vision_width(
     """
     if 1 in (settings := image_processor.to_dict().get("size") or {}).values():
         raise ValueError(
-            f"{type(image_processor).__name__} has size={settings}, but an image of one pixel "
-            "shows nothing. Use an image processor with the tower's image size."
+            f"{type(image_processor).__name__} has size={settings}, but an image side of one pixel "
+            "is too small. Use an image processor with the tower's image size."
         )
     with _naming_failure(vision_model.config):
         images = image_processor([Image.new("RGB", _LARGE_IMAGE)] * 2, return_tensors="pt")

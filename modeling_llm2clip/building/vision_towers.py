@@ -227,8 +227,9 @@ def _resize_positions(
     changed = [name for name in weights if weights[name].shape != shapes[name].shape]
     if len(changed) != 1 or ".position_embedding" not in changed[0]:
         raise ValueError(
-            f"In this {config.model_type!r} tower, more than the positions depends on the image "
-            f"size: {changed}. Remove image_size, and pass interpolate_pos_encoding=True."
+            f"In this {config.model_type!r} tower, the image size affects weights other than the "
+            f"position embeddings: {changed}. Remove image_size, and pass "
+            "interpolate_pos_encoding=True."
         )
     num_patches = (vision_model.config.image_size // patch) ** 2
     num_others = weights[changed[0]].shape[-2] - num_patches  # a class token, or none

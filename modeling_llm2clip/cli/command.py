@@ -147,7 +147,9 @@ def parse(line: App, words: Sequence[str]) -> partial[int | None]:
             line[name].help = None if name in words[:1] else summary
     try:
         if foreign := [word for word in words if not is_unicode(word)]:
-            raise ValueError(f"{foreign[0]!a} is not UTF-8. Rename the file, or create a link.")
+            raise ValueError(
+                f"{foreign[0]!a} is not UTF-8. Rename the file, or pass a link with a UTF-8 name."
+            )
         function, bound, _ = line.parse_args(
             words,
             console=Console(),  # reads the terminal's width when it is created
@@ -157,7 +159,7 @@ def parse(line: App, words: Sequence[str]) -> partial[int | None]:
         for flag, word in pairwise(words):
             is_value = flag[:2] == "--" != flag and word.lower() in ("true", "false")
             if is_value and word in map(str, bound.args):  # str, because it may be a Path
-                raise ValueError(f"{flag} takes no value, so {word} would be an argument.")
+                raise ValueError(f"{flag} takes no value, so {word} would be read as an argument.")
     except (CycloptsError, OSError, ValueError) as error:
         app = line[words[0]] if words and words[0] in line else line
         example = str(app.help_epilogue).splitlines()[1].strip()

@@ -40,7 +40,8 @@ def doctor(
     device = str(use_device(config.device))
     if config.server is not None and text_like is not None:
         raise ValueError(
-            "--text-like cannot be combined with --server: it compares model folders. Remove one."
+            "--text-like compares model folders, so it cannot be combined with --server. Remove "
+            "one."
         )
     if config.server is None:
         from ..doctor.check_model import check_model

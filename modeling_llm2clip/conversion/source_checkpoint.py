@@ -183,8 +183,8 @@ def open_language_model(source: LLMSource) -> LanguageModel:
     folder = find_model_folder(source.name, revision=source.revision)
     if is_lora_alone(folder):
         raise ValueError(
-            f"{source.name} is a LoRA, not a whole LLM. Pass its base model as the LLM, and this "
-            "as the LLM's LoRA."
+            f"{source.name} is a LoRA, not a whole LLM. Pass the LoRA's base model as the LLM, and "
+            "the LoRA as the LLM's LoRA."
         )
     config = load_without_code(AutoConfig, folder, local_files_only=True)
     config = config.get_text_config(decoder=True)

@@ -49,7 +49,8 @@ def read_labels(file: Path, *, templates: Sequence[str] = ("{}",)) -> list[Label
         raise ValueError(f"{file}: {message}") from error
     if list(templates) != ["{}"] and all(prompts for _, prompts in prompts_of):
         raise ValueError(
-            f"{file}: every label has its own prompts, so no template is used. Leave them out."
+            f"{file}: every label has its own prompts, so no template is used. Leave the templates "
+            "out."
         )
     return _fill_templates(prompts_of, templates)
 
@@ -67,7 +68,7 @@ def check_templates(templates: Sequence[str]) -> None:
     broken = [text[:_SHOWN_CHARACTERS] for text in templates if text.count("{}") != 1][:_SHOWN]
     if broken:
         raise ValueError(
-            f"Templates without exactly one {{}}: {broken}. Put it where the label goes."
+            f"Templates without exactly one {{}}: {broken}. Put one {{}} where the label goes."
         )
 
 
@@ -96,11 +97,12 @@ def _parse_labels(text: str) -> list[tuple[str, list[str]]]:
     if isinstance(content, dict):
         content = parse_object(text.encode())  # also detects repeated labels
         if isinstance(content, str):
-            raise ValueError(f"{content}. Keep one of each.")
+            raise ValueError(f"{content}. Keep each label only once.")
         lists = ((name, p if isinstance(p, list) else [p]) for name, p in content.items())
         return [(name.strip(), list(map(_require_text, prompts))) for name, prompts in lists]
     raise ValueError(
-        f"found {type(content).__name__}. Write a list of labels, or an object: label to prompts."
+        f"found {type(content).__name__}. Write a list of labels, or an object that maps labels to "
+        "prompts."
     )
 
 
@@ -135,7 +137,7 @@ def _check(prompts_of: Sequence[tuple[str, Iterable[str]]]) -> None:
     counts = Counter(name for name, _ in prompts_of)
     if twice := [name for name, count in counts.items() if count > 1]:
         shown = f"{counted(len(twice), 'repeated label')}: {twice[:_SHOWN]}"
-        raise ValueError(f"{shown}. Keep one of each.")
+        raise ValueError(f"{shown}. Keep each label only once.")
     for number, (name, prompts) in enumerate(prompts_of, start=1):
         if not all((name, *prompts)):
             what = f"a prompt of {name!r}" if name else f"label number {number}"

@@ -43,7 +43,7 @@ class NamedEmbeddings:
             raise ValueError(f"embeddings are {self.embeddings.dtype}, not floating-point.")
         if twice := sorted(name for name, count in Counter(self.names).items() if count > 1):
             shown = f"{counted(len(twice), 'repeated name')}: {list_first(twice)}"
-            raise ValueError(f"{shown}. Keep one row of each.")
+            raise ValueError(f"{shown}. Keep one row per name.")
         broken = (~self.embeddings.isfinite()).any(dim=1).nonzero().flatten().tolist()
         if broken:
             named = list_first(self.names[row] for row in broken)

@@ -44,7 +44,8 @@ def iterate_tensors(
             full_name = str(folder / name)
             if full_name in files_of:
                 raise ValueError(
-                    f"{full_name} is in two files, {files_of[full_name][0]} and {file}. Keep one."
+                    f"{full_name} is in two files, {files_of[full_name][0]} and {file}. Keep one "
+                    "copy."
                 )
             if full_name.startswith(prefix):
                 files_of[full_name] = (file, name)

@@ -49,8 +49,8 @@ def check_temperature(tested: ModelUnderTest) -> str:
     if not -1e-6 <= log_scale <= MAX_LOG_SCALE + 1e-6:
         raise ValueError(
             f"The inverse temperature is {temperature:.4g} (logarithm {log_scale:.4g}), expected a "
-            "value within [1, 100]. It would be clamped. Either training diverged or the value was "
-            "written by hand."
+            "value within [1, 100]. The value would be clamped. Either training diverged, or the "
+            "value was written by hand."
         )
     return f"inverse temperature {temperature:.2f} is within [1, 100]"
 
@@ -201,7 +201,7 @@ def check_sentence_transformers(tested: ModelUnderTest) -> str:
     }
     if not distances:
         raise ValueError(
-            f"sentence-transformers supports none of {sorted(expected)}, which the model encodes. "
+            f"sentence-transformers supports none of the model's modalities, {sorted(expected)}. "
             "Export the folder again."
         )
     errors = [f"{what} by {d:.1e}" for what, d in distances.items() if not d <= tolerance]

@@ -181,7 +181,7 @@ def _check_instructions(served: _Served) -> str:
     if dropped:
         raise ConcernError(
             f"the server ignores {', '.join(dropped)} and embeds without the instruction. Encode "
-            "such texts elsewhere"
+            "texts with these instructions elsewhere"
         )
     return f"{', '.join(names)}: {served.describe(len(names) * len(_TEXTS), max(distances))}"
 

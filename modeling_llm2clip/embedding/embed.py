@@ -241,8 +241,8 @@ def _add_ranges(
         sample = encoder.encode_sample(rows.sample(_CALIBRATION_SIZE))
         if not len(sample):
             raise ValueError(
-                f"None of {_CALIBRATION_SIZE} sampled images can be decoded. Repair them, or "
-                "choose another dtype."
+                f"int8 ranges cannot be measured, because none of {_CALIBRATION_SIZE} sampled "
+                "images can be decoded. Repair the images, or choose another dtype."
             )
         measured = measure_ranges(truncate_embeddings(sample, planned.dim))
         return replace(planned, ranges=tuple(map(tuple, measured.tolist())))

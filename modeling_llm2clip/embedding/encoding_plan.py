@@ -56,7 +56,9 @@ def plan_encoding(
     if modality not in ("text", "image"):
         raise ValueError(f"modality={modality!r} must be text or image.")
     if modality == "image" and isinstance(config, EmbedConfig) and "text" in config.columns:
-        raise ValueError("columns: text cannot be combined with modality image. Use captions.")
+        raise ValueError(
+            "columns: text cannot be combined with modality image. Use the column captions."
+        )
     part, slash, count = ("1/1" if partition is None else partition).partition("/")
     if not (slash and part.isdecimal() and count.isdecimal() and 1 <= int(part) <= int(count)):
         raise ValueError(f"partition={partition!r} must look like 2/8, the second of eight.")

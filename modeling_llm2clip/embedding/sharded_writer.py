@@ -153,7 +153,8 @@ class ShardedWriter(ABC, Generic[_Manifest]):
             return None
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"{file} is damaged ({error}). Delete it and {self.manifest.COMMAND} again."
+                f"{file} is damaged ({error}). Delete it and run llm2clip {self.manifest.COMMAND} "
+                "again."
             ) from error
 
     def _has_file(self, record: ShardRecord) -> bool:
@@ -188,7 +189,7 @@ def read_begun(folder: Path, planned: _Manifest) -> _Manifest:
     if differences := list_differences(manifest.list_causes(), planned.list_causes()):
         raise ValueError(
             f"{folder} holds a different output: {'; '.join(differences)}. Choose a new folder, "
-            "or use the model, data and options it was started with."
+            "or use the model, data and options that this output was started with."
         )
     return manifest
 
@@ -216,9 +217,9 @@ def _require_finite(stored: Tensor, embeds: Tensor, name: str) -> None:
     if not bad:
         return
     if torch.isfinite(embeds).all():
-        reason = "The values exceed this dtype: store float32."
+        reason = "The values exceed the range of this dtype. Store float32."
     else:
-        reason = "The model returns NaN or infinity: check it with llm2clip doctor."
+        reason = "The model returns NaN or infinity. Check it with llm2clip doctor."
     raise ValueError(
         f"{name}: {counted(len(bad), 'embedding')} not finite in {stored.dtype}, the first in row "
         f"{bad[0]}. {reason}"

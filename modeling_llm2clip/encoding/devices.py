@@ -63,7 +63,7 @@ def require_compiler(device: torch.device) -> None:
     else:
         problem = f"supports only CUDA GPUs and CPUs, not {device}"
     if problem:
-        raise ValueError(f"compile=True {problem}. Or run without compile.")
+        raise ValueError(f"compile=True {problem}. Or leave compile out.")
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -32,8 +32,8 @@ def require_dual_encoder(model_type: str, source: str | Path) -> None:
     """Raise ValueError unless a model is a dual encoder with a known text encoder."""
     if model_type not in DUAL_ENCODERS:
         raise ValueError(
-            f"{source} is a {model_type!r}, whose text encoder is not known here, if it has "
-            f"one. Supported models of transformers: {', '.join(DUAL_ENCODERS)}."
+            f"{source} is a {model_type!r}, which has no text encoder that is supported here. "
+            f"Supported models of transformers: {', '.join(DUAL_ENCODERS)}."
         )
 
 

@@ -195,7 +195,7 @@ class Encoder(ABC):
         """Encode images; see the function `encode_images`."""
         self._require("image", project=project)
         if isinstance(images, str | bytes) or not isinstance(images, Sequence) or not images:
-            raise ValueError(f"images must be a list of at least one, not {images!r}.")
+            raise ValueError(f"images must be a list of at least one image, not {images!r}.")
         size = self.batch_size if batch_size is None else batch_size
         if size < 1 or (num_workers is not None and num_workers < 1):
             raise ValueError(f"{batch_size=}, {num_workers=}: each must be at least one.")

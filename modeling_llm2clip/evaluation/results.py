@@ -135,8 +135,8 @@ def _read_named(file: Path) -> Result:
     result = read_result(file)
     if file.name != find_result_file(file.parent, result).name:
         raise ValueError(
-            f"{file} contains the result of {result.task} on {result.dataset}, which its name does "
-            "not match. Delete it and evaluate again."
+            f"{file} contains the result of {result.task} on {result.dataset}, but the name of the "
+            "file does not match. Delete it and evaluate again."
         )
     return result
 

@@ -79,8 +79,8 @@ def load_model(
         model = load_in_precision(find_model_class(folder), folder, chosen, precision)
     else:
         raise ValueError(
-            f"precision={precision!r} cannot be combined with dtype or quantization, because it "
-            "decides the dtype. Remove one of them."
+            f"precision={precision!r} cannot be combined with dtype or quantization, because "
+            "precision also sets the dtype. Remove one of them."
         )
     processor = LLM2CLIPProcessor.from_pretrained(folder, local_files_only=True)
     return model, processor

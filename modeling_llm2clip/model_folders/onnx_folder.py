@@ -113,7 +113,7 @@ def choose_graph(folder: Path, modality: str, weights: TextWeights | None) -> Pa
     if chosen not in there:
         raise ValueError(
             f"{folder} has text graphs with {', '.join(there)} weights, but none with {chosen}. "
-            "Choose one of these, or export it again with --onnx-weights."
+            "Choose one of these, or export the model again with --onnx-weights."
         )
     return graph_file(folder, modality, chosen)
 

@@ -263,7 +263,7 @@ def _compare(
         raise ValueError(
             f"The ONNX graph does not reproduce the model's embeddings of {what}: "
             f"{int((distances > limit).sum())} of {len(distances)} differ by more than {limit:g}, "
-            f"number {worst} by {largest:.2g}. Nothing was written."
+            f"the worst, number {worst}, by {largest:.2g}. Nothing was written."
         )
     return float(f"{largest:.2g}")
 

@@ -111,8 +111,8 @@ def _require_parts(folder: Path, config: ExportConfig) -> None:
     if quantized:
         method = quantized[0].get("quant_method", "an unknown method")
         raise ValueError(
-            f"{folder} is quantized ({method}), so the graph would get its rounded weights. Export "
-            "the model that it was made from, and round the graph with onnx_weights."
+            f"{folder} is quantized ({method}), so the graph would get rounded weights. Export the "
+            "original model, and quantize the graph with onnx_weights."
         )
     available = find_model_class(folder).input_modalities
     modalities = _list_modalities(config)

@@ -219,7 +219,7 @@ def write_rounded_graph(source: Path, file: Path, *, bits: int) -> int:
         if is_linear and _LLM_SCOPE in scopes and not is_exact:
             layers.append(node.name)
     if not layers:
-        raise ValueError(f"{source} has no linear layers of a language model to round.")
+        raise ValueError(f"{source} has no linear layers of a language model to quantize.")
     with _quiet_quantizer():
         from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 

@@ -198,5 +198,5 @@ def check_embeddings(embeddings: Any, *, width: int) -> np.ndarray[Any, Any]:
     lengths = np.linalg.norm(embeds, axis=1)
     broken = [int(row) for row in np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))]
     if broken:
-        raise ValueError(f"Query embeddings {broken} are zero, NaN or infinite.")
+        raise ValueError(f"The query embeddings in rows {broken} are zero, NaN or infinite.")
     return (embeds / lengths[:, None]).astype(np.float32)  # type: ignore[no-any-return]

@@ -253,7 +253,7 @@ def _require_few(asking: str, count: int) -> None:
     if count > MOST_RESULTS:
         raise ValueError(
             f"{asking} would return {count:,} results; the maximum is {MOST_RESULTS:,}. Send "
-            "fewer, or a smaller top_k"
+            "fewer inputs, or a smaller top_k"
         )
 
 

@@ -97,7 +97,7 @@ def test_the_image_size_of_siglip2_may_be_more_than_its_patches(tmp_path: Path) 
     assert torch.equal(outputs[1], outputs[0]) and torch.equal(outputs[2], outputs[0])
     for more in (-1, 14):
         side = size + more
-        with pytest.raises(ValueError, match=rf"image_size={side} is \d+ patches of 14 pixels"):
+        with pytest.raises(ValueError, match=rf"image_size={side} gives \d+ patches of 14 pixels"):
             plan(source, source_format=replace(FORMAT_OF["siglip2"], image_size=side))
 
 
@@ -260,7 +260,7 @@ def test_an_llm_of_another_size_than_its_configuration(tmp_path: Path) -> None:
 
 def test_a_lora_in_the_place_of_its_base_or_beside_a_merged_llm(tmp_path: Path) -> None:
     lora = LLM2VEC / "llama_lora"
-    refuse("openai", tmp_path, "is a LoRA, not a whole LLM. Pass its base", llm=LLMSource(lora))
+    refuse("openai", tmp_path, "a LoRA, not a whole LLM. Pass the LoRA's base", llm=LLMSource(lora))
     source = LLMSource(LLM, loras=(lora,))
     refuse("siglip2", tmp_path, "contains the LLM's weights with the LoRA", llm=source)
 

@@ -363,7 +363,7 @@ def test_a_quantized_model_is_refused(source: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(source, tmp_path / "model"))
     settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     edit_json("config.json", lambda content: content.update(quantization_config=settings))(model)
-    error = r"is quantized \(bitsandbytes\).*Export the model that it was made from"
+    error = r"is quantized \(bitsandbytes\).*Export the original model"
     refuse(model, tmp_path, error)
 
 

@@ -111,7 +111,7 @@ def test_a_teacher_is_planned_or_refused(sources: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             plan_train(make_recipe(sources, tmp_path / "run", **changed))
 
-    refuse("text encoder is not known here", vision_model=str(sources / "vision"))
+    refuse("no text encoder that is supported", vision_model=str(sources / "vision"))
     refuse("Leave build.keep_projection out", vision_model="embedded")
     refuse("Set build.keep_projection=True", build={"prompt": "none"})
     refuse("leave build.image_size out", build={**recipe["build"], "image_size": 64})

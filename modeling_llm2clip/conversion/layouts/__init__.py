@@ -38,8 +38,8 @@ def find_layout(source_format: SourceFormat) -> Layout:
     if source_format.activation not in layout.activations:
         raise ValueError(
             f"activation={source_format.activation} cannot be used with the source format "
-            f"{layout.choice}, only {' or '.join(layout.activations)}. Remove it, or use the one "
-            "that the checkpoint was trained with."
+            f"{layout.choice}, which supports only {' or '.join(layout.activations)}. Remove it, "
+            "or use the activation that the checkpoint was trained with."
         )
     return layout
 

@@ -28,7 +28,8 @@ def _make_vision_config(
     if vision.hidden_act != source_format.activation:
         raise ValueError(
             f"activation={source_format.activation!r} contradicts the repository's config.json, "
-            f"which has hidden_act={vision.hidden_act!r}. Use the one it was trained with."
+            f"which has hidden_act={vision.hidden_act!r}. Use the activation that the checkpoint "
+            "was trained with."
         )
     if not isinstance(vision.image_size, int):
         raise ValueError(

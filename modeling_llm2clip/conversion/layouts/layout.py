@@ -143,8 +143,8 @@ def apply_rules(
         listed = "\n  ".join(sorted(unaccounted))
         raise ValueError(
             f"{source} has {len(unaccounted)} of {len(tensors)} keys that are neither used nor "
-            f"known to be unnecessary, so nothing is converted:\n  {listed}\nGive the checkpoint's "
-            "own source format, or report these keys."
+            f"known to be unnecessary, so nothing is converted:\n  {listed}\nChoose the "
+            "checkpoint's own source format, or report these keys."
         )
     return result
 

@@ -60,8 +60,8 @@ def _find_image_size(side: int, patch_size: int, stated: int | None) -> int:
         return patch_size * side
     if stated // patch_size != side:
         raise ValueError(
-            f"image_size={stated} is {stated // patch_size} patches of {patch_size} pixels, but "
-            f"the weights have {side}. Use {patch_size * side} to "
+            f"image_size={stated} gives {stated // patch_size} patches of {patch_size} pixels per "
+            f"side, but the weights have {side}. Use {patch_size * side} to "
             f"{patch_size * (side + 1) - 1}, or remove image_size."
         )
     return stated

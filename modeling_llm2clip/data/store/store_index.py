@@ -187,8 +187,8 @@ class StoreIndex:
             if lacking.any():
                 first = positions[lacking.argmax()]
                 raise IndexError(
-                    f"Item {items[first]} has no caption {numbers[first]}, counted from 0: it has "
-                    f"{np.diff(ends)[within][lacking.argmax()]}."
+                    f"Item {items[first]} has no caption {numbers[first]} (counted from 0), "
+                    f"because it has only {np.diff(ends)[within][lacking.argmax()]}."
                 )
             values[positions] = listed[start + chosen]
         return values

@@ -108,12 +108,12 @@ class ShardedManifest:
                 return cls._from_json(content)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"{file} is damaged: {error}. Restore it from a copy, or delete {folder} and "
-                f"{cls.COMMAND} again."
+                f"{file} is damaged: {error}. Restore it from a copy, or delete {folder} and run "
+                f"llm2clip {cls.COMMAND} again."
             ) from error
         raise ValueError(
-            f"{file} has format_version {version!r}, this code reads {cls.VERSION}. Upgrade "
-            f"modeling_llm2clip if it is newer; otherwise delete {folder} and make it again: "
+            f"{file} has format_version {version!r}, but this version reads {cls.VERSION}. Upgrade "
+            f"modeling_llm2clip if the file is newer; otherwise delete {folder} and make it again: "
             f"llm2clip {cls.COMMAND} MODEL DATA {folder}"
         )
 
@@ -157,8 +157,8 @@ class ShardedManifest:
         if errors := list_damage(folder, records, sizes_only=sizes_only):
             raise ValueError(
                 f"{folder}: {counted(len(errors), 'damaged file')}: {list_first(errors, '; ')}. "
-                f"Restore them from a copy, or delete damaged shards and {self.COMMAND} again to "
-                "recompute them."
+                "Restore them from a copy, or delete damaged shards and run "
+                f"llm2clip {self.COMMAND} again to recompute them."
             )
 
     def name_shard(self, shard: int) -> str:

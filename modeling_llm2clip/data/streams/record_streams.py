@@ -63,7 +63,7 @@ class UrlShards(ShardReader):
         if position not in (None, info):
             raise ValueError(
                 f"{self.shards[shard]} has changed since the state was saved (was {position}, is "
-                f"{info}). Restore it, or restart the epoch."
+                f"{info}). Restore the shard, or restart the epoch."
             )
         return read_shard(
             file, self._names[shard], first=first, on_columns=self._require_same_columns
@@ -88,8 +88,8 @@ class UrlShards(ShardReader):
         if differing := sorted(fields ^ others):
             raise ShardColumnsError(
                 f"{shard} and {first} have different columns; only one of them has: "
-                f"{', '.join(differing)}. Write them into both, with null where a record lacks "
-                "the field."
+                f"{', '.join(differing)}. Write these columns into both, with null where a record "
+                "lacks the field."
             )
 
 

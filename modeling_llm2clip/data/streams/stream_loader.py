@@ -49,7 +49,7 @@ def _count_workers(state: dict[str, Any]) -> int:
         return int(state["_snapshot"]["_main_snapshot"]["_num_workers"])
     except (KeyError, TypeError) as error:
         raise ValueError(
-            "This is not the state of a loader. Pass what its state_dict() returned."
+            "This is not the state of a loader. Pass the return value of the loader's state_dict()."
         ) from error
 
 

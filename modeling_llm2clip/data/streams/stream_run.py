@@ -333,7 +333,7 @@ class StreamRun:
         differing = [name for name, now in self._identity.items() if state.get(name) != now]
         if differing:
             raise ValueError(
-                f"This is the state of another stream: {', '.join(differing)} differ. Resume with "
+                f"This state belongs to another stream: {', '.join(differing)} differ. Resume with "
                 "the same shards, seed, buffer_size, processes and workers."
             )
         self._next_shard, self._next_sample = state["next"]

@@ -141,8 +141,8 @@ def _require_whole(
 ) -> None:
     if long := list(compress(texts, is_truncated)):
         raise ValueError(
-            f"keep_texts has {counted(len(long), 'text')} longer than the limit of {longest} "
-            f"tokens of {reader}: {list_first(long)}. Shorten or remove them."
+            f"keep_texts has {counted(len(long), 'text')} longer than {longest} tokens, the limit "
+            f"of {reader}: {list_first(long)}. Shorten or remove them."
         )
 
 

@@ -181,7 +181,7 @@ class StreamData:
             if not num_batches:
                 raise ValueError(
                     "The stream has too few samples for one batch per worker. Set a smaller "
-                    "global_batch_size or fewer num_workers."
+                    "global_batch_size, or use fewer workers (num_workers)."
                 )
 
     def _end_epoch(self) -> None:

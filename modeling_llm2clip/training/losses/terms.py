@@ -39,8 +39,8 @@ class SelfDistillationLoss(nn.Module):
         """Compute the mean over this process's images, () float32."""
         if inputs.vision_embeds is None or inputs.teacher_embeds is None:
             raise ValueError(
-                "The self-distillation needs the embeddings of the frozen vision tower. Let align "
-                "make them (distillation_weight)."
+                "The self-distillation loss needs embeddings of the frozen vision tower. Use align "
+                "with distillation_weight, which computes them."
             )
         return distill(inputs.vision_embeds, inputs.teacher_embeds, inputs)
 

@@ -68,7 +68,10 @@ def test_files_of_another_size_are_detected_on_opening(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 4}, "format_version 4, this code reads 6.*llm2clip extract MODEL DATA"),
+        (
+            {"format_version": 4},
+            "format_version 4, but this version reads 6.*extract MODEL DATA",
+        ),
         ({"color": "red"}, "damaged.*color"),
         ({"num_items": 70_000}, "does not contain the store's 70000 items"),
     ],

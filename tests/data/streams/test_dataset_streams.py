@@ -171,7 +171,7 @@ def test_the_state_of_other_columns_or_shards_is_refused(saved: datasets.Dataset
     ):
         stream = stream_dataset(other, columns=columns)
         stream.load_state_dict(stopped.state_dict())
-        with pytest.raises(ValueError, match="of another stream: shards differ"):
+        with pytest.raises(ValueError, match="to another stream: shards differ"):
             list(stream)
 
 

@@ -190,7 +190,7 @@ def test_a_state_of_another_stream_is_refused(tars: Path) -> None:
         (stream_records(tars, seed=1, process_index=1, num_processes=2), "reader"),
     ):
         other.load_state_dict(state)
-        with pytest.raises(ValueError, match=f"of another stream: {differing} differ"):
+        with pytest.raises(ValueError, match=f"to another stream: {differing} differ"):
             iter(other)
 
 

@@ -200,7 +200,7 @@ def test_what_cannot_be_kept_is_refused_before_a_tower_is_loaded(
     for part in tiny_vision("dinov2"):
         part.save_pretrained(tmp_path / "tower")
     refuse("needs a teacher: .*chinese_clip.*DINOv3, cannot use keep_texts", teacher=None)
-    refuse("'dinov2', whose text encoder is not known", teacher=tmp_path / "tower")
+    refuse("'dinov2', which has no text encoder", teacher=tmp_path / "tower")
     refuse("has no effect without keep_texts", keep_texts=None, teacher=keeping.clip)
     refuse("1 repeated label: .*red", "red", "blue", "red")
     refuse("there are no labels", " ")
@@ -208,9 +208,9 @@ def test_what_cannot_be_kept_is_refused_before_a_tower_is_loaded(
     refuse("label number 2 is blank", keep_texts=str(tmp_path / "blank.json"))
     (tmp_path / "half.json").write_text(r'["red", "\ud83d"]', encoding="utf-8")
     refuse("number 3 has an unpaired surrogate", keep_texts=str(tmp_path / "half.json"))
-    refuse(r"2 texts longer than the limit of \d+ tokens of .*: red and", "red", LONG)
+    refuse(r"2 texts longer than \d+ tokens, the limit of .*: red and", "red", LONG)
     long = "a " * 62  # the model reads 64 tokens, this teacher 77
-    refuse(r"has 2 texts longer than the limit of 64 tokens of the model's LLM: a a", long)
+    refuse(r"has 2 texts longer than 64 tokens, the limit of the model's LLM: a a", long)
     refuse("There is no dataset", keep_texts="missing.txt")
     refuse("keep_texts has no effect with lock_text", lock_text=True)
     refuse("keep_texts cannot be combined with text_training=lora", text_training="lora")

@@ -270,7 +270,7 @@ def test_a_loss_is_built_from_the_options() -> None:
 
 def test_missing_inputs_of_a_loss_are_named() -> None:
     inputs, _ = make_inputs()
-    with pytest.raises(ValueError, match="needs the embeddings of the frozen vision tower"):
+    with pytest.raises(ValueError, match="needs embeddings of the frozen vision tower"):
         SelfDistillationLoss()(inputs._replace(teacher_embeds=None))
 
 
