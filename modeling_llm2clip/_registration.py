@@ -96,7 +96,7 @@ class _RegisteringFinder(MetaPathFinder):
 
 
 def register_auto_classes() -> None:
-    """Register with all Auto classes that are imported, and with the others on import."""
+    """Register our classes with every Auto class, now or when its module is imported."""
     if any(isinstance(finder, _RegisteringFinder) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _RegisteringFinder())

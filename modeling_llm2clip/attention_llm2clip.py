@@ -161,7 +161,7 @@ class PackedTexts:
     Attributes:
         cu_seqlens: Start of each text and end of the last one, (N + 1,) int64 on the CPU. This is a
             tensor so that a compiled layer is not recompiled for other lengths.
-        is_causal: Whether a token attends only to earlier ones.
+        is_causal: Whether a token attends only to earlier tokens.
         kernel: Kernel for the attention; None to use SDPA on blocks of texts of equal length.
         on_device: `cu_seqlens` for the kernel, (N + 1,) int32 on the LLM's device.
         longest: Number of tokens in the longest text, for the kernel.

@@ -305,7 +305,7 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
         Args:
             save_directory: Folder to write. If sentence-transformers or a user has changed the
                 instructions in its `config_sentence_transformers.json` since the last save, the
-                changed ones are kept.
+                changed instructions are kept.
             is_main_process: Whether this process writes the files other than the weights.
             state_dict: Weights to save. Default: the model's.
             push_to_hub: Also upload the model once the folder is complete.
@@ -392,7 +392,8 @@ class LLM2CLIPPreTrainedModel(PreTrainedModel):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Convert like torch, but keep the frequencies of rotary positions in float32.
 
-        Loading in another dtype also keeps them in float32, and rounding cannot be undone.
+        Loading in another dtype also keeps the frequencies in float32, and rounding cannot be
+        undone.
         """
         exact = {
             name: buffer

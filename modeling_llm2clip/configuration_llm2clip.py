@@ -421,7 +421,7 @@ _warn_once = cache(partial(warnings.warn, stacklevel=3))
 
 
 def _check_unknown_fields(kwargs: dict[str, Any]) -> None:
-    """Refuse misspelled fields; warn once about others that this version does not know."""
+    """Refuse misspelled fields; warn once about other unknown fields."""
     own_fields = {*_SAVED_FIELDS, *_TYPES}
     known = _BASE_FIELDS | set(PreTrainedConfig().to_dict())
     unknown = sorted(key for key in kwargs if key not in known and not key.startswith("_"))
@@ -491,7 +491,7 @@ def _list_lost(text_config: dict[str, Any]) -> list[str]:
 
 
 def _state_image_size(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Set `image_size` in a timm tower's configuration, as in those of other towers.
+    """Set `image_size` in a timm tower's configuration; other towers' configurations have it.
 
     Scripts written for CLIP read `image_size`. timm stores the size in the network's arguments or
     in its pretrained configuration. A square becomes one number, anything else (height, width).
@@ -509,7 +509,7 @@ def _state_image_size(config: PreTrainedConfig) -> PreTrainedConfig:
 def _warn_of_misspelled_fields(config: dict[str, Any], tower_class: Any, *, name: str) -> None:
     """Warn about an unknown field if a known field with nearly the same name is missing.
 
-    Other unknown fields are accepted, because published towers have extra ones. This is only a
+    Other unknown fields are accepted, because published towers have extra fields. This is only a
     warning, because a later transformers may rename a field and still read its old name.
     """
     known = {field for field in signature(tower_class).parameters if not field.startswith("_")}

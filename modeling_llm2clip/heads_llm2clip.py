@@ -261,10 +261,10 @@ class LogitRule(NamedTuple):
 class LogitHead(nn.Module):
     """Learned inverse temperature, stored as its logarithm and clamped to [0, ln 100].
 
-    The parameter has shape (1,) because FSDP2 rejects 0-dimensional parameters. It is in its own
-    module because a float32 parameter directly on the model would change the saved dtype. `half()`
-    and similar calls keep the parameter in float32, because one float16 step at ln 100 changes
-    every logit by 0.5%.
+    The parameter has shape (1,) because FSDP2 rejects 0-dimensional parameters. The parameter is in
+    its own module because a float32 parameter directly on the model would change the saved dtype.
+    `half()` and similar calls keep the parameter in float32, because one float16 step at ln 100
+    changes every logit by 0.5%.
 
     Args:
         initial_value: Logarithm of the initial inverse temperature.

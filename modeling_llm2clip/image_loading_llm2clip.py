@@ -114,7 +114,7 @@ class ImageLimits:
 
 
 def get_image_limits(**changes: Any) -> ImageLimits:
-    """Return this process's limits: set here, inherited, or the defaults.
+    """Return the limits of this process, which are set, inherited from its parent, or the defaults.
 
     Args:
         **changes: Fields of `ImageLimits` to override in the result.
@@ -176,7 +176,7 @@ def load_images(
     Raises:
         ImageTooLargeError: A single image was passed that is too large.
         ValueError: An image is missing, corrupt, beyond the limits, or has pixels of an unknown
-            range. The message names the first eight such images and counts the others.
+            range. The message names the first eight invalid images and counts the rest.
 
     Examples:
         >>> from PIL import Image

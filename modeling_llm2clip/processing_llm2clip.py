@@ -1,4 +1,4 @@
-"""Turns images and texts into model inputs, and raises an error for invalid ones.
+"""Turns images and texts into model inputs, and raises errors for invalid images and texts.
 
 Uploaded with the weights. The prompt around captions is part of the saved tokenizer, so the
 tokenizer on its own and a pipeline produce the same ids as this processor.
@@ -166,8 +166,8 @@ class LLM2CLIPProcessor(ProcessorMixin):
             kwargs: Fields to override.
 
         Raises:
-            ValueError: `max_text_length` is missing. It has no default, because a default could
-                truncate texts at a different length than in training.
+            ValueError: `max_text_length` is missing. There is no default length, because texts
+                could be truncated at a different length than in training.
         """
         if "max_text_length" not in {*processor_dict, *kwargs}:
             raise ValueError(

@@ -151,9 +151,9 @@ def _find_size_of_distances(timm_model: nn.Module) -> tuple[int, int] | None:
 def find_patch_size(vision_model: nn.Module) -> int:
     """Return the side of a patch in pixels; 0 for networks without patches.
 
-    Networks with overlapping patches merge them later. For such networks, the result is the side
-    covered by one position of the last stage, because each stage drops the pixels beyond a multiple
-    of its stride.
+    Networks with overlapping patches merge the patches later. For such networks, the result is the
+    side covered by one position of the last stage, because each stage drops the pixels beyond a
+    multiple of its stride.
     """
     timm_model: Any = getattr(vision_model, "timm_model", None)
     size: Any

@@ -160,7 +160,7 @@ def _require_plain(folder: Path, lora: str | Path, *, base: str) -> None:
 
 
 def _read_factors(folder: Path, lora: str | Path) -> tuple[str, dict[str, dict[str, Tensor]]]:
-    """Read the matrices A and B in float32, by the name of the weight that they change.
+    """Read the matrices A and B in float32, by the name of the weight that each pair changes.
 
     The first return value is the prefix of the LLM's modules inside the class with the head.
     """

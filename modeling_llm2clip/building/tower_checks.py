@@ -330,7 +330,7 @@ def _naming_failure(config: PreTrainedConfig) -> Iterator[None]:
 def require_deterministic(model: LLM2CLIPModel, processor: LLM2CLIPProcessor) -> None:
     """Refuse a model whose vision tower returns different embeddings for the same image.
 
-    Masked autoencoders, for example, also mask random patches when they encode; other towers mix
+    Masked autoencoders, for example, mask random patches even outside of training; other towers mix
     the images of a batch.
     """
     images = render_golden_images()[:2]

@@ -1,7 +1,7 @@
 """Loads the vision tower for a new model, and its image processor.
 
-Also sets the image size and the normalization of pixels. Both are stored in the configuration of
-the tower and in the image processor, so loading the folder needs no options.
+Also sets the image size and the normalization of pixels. The tower's configuration and the image
+processor store both settings, so loading the folder needs no options.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def load_vision_tower(
     The source is a Hub id or folder of a transformers vision tower or of a wrapped timm network.
     From a model with a `vision_config`, such as CLIP, only the vision tower is loaded. With
     `allow_missing_pooler`, pooler weights may be missing and stay random. With `keep_projection`,
-    the source must be a dual encoder. Its image projection, (P, D), maps into the space of its own
-    text encoder; SigLIP's pooled output already is in that space.
+    the source must be a dual encoder. The dual encoder's image projection, (P, D), maps into the
+    space of its text encoder; SigLIP's pooled output already is in that space.
     """
     with naming(source):
         config = load_without_code(AutoConfig, source)

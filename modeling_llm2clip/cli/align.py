@@ -90,7 +90,7 @@ def align(
             runs at every step.
         inherit_from: Embeddings of the same captions by the text encoder of the CLIP model that
             contains the vision tower, written by `llm2clip extract CLIP DATA STORE --modality
-            text`. The text side first learns to match them. Default: none.
+            text`. The text side first learns to match these embeddings. Default: none.
         teacher: Hub id or folder of the CLIP model that contains the vision tower. Its text encoder
             computes the target embeddings for --keep-texts, which requires this option. Default:
             none.

@@ -74,7 +74,7 @@ class ConversionPlan:
     Attributes:
         config: Its configuration.
         model_class: Class of the full, text-only or vision-only model.
-        tokenizer: Its tokenizer, with the prompt.
+        tokenizer: The model's tokenizer, with the prompt.
         image_processor: Its image processor.
         weights: Every weight of the model, by name.
         dropped: Unneeded key of the checkpoint or LLM → reason for dropping it.
@@ -119,9 +119,9 @@ def convert_checkpoint(
         name: Model name on the card. Default: the folder's name.
 
     Returns:
-        The folder. Its `conversion.json` records the sources, the SHA-256 of each file, the dropped
-        keys, and for each LoRA, the fraction of changed entries that survive rounding
-        (`share_changed_by_merging`).
+        The folder. The file `conversion.json` in the folder records the sources, the SHA-256 of
+        each file, the dropped keys, and for each LoRA, the fraction of changed entries that survive
+        rounding (`share_changed_by_merging`).
 
     Raises:
         FileExistsError: The folder exists and is not empty.
@@ -284,7 +284,7 @@ def plan_conversion(
 def make_image_processor(source_format: SourceFormat, size: int) -> LLM2CLIPImageProcessor:
     """Make the image processor: bicubic resize of the shortest side, center crop, normalization.
 
-    It produces the same pixels as the official code, which uses torchvision.
+    The image processor produces the same pixels as the official code, which uses torchvision.
     """
     if source_format.preprocessing is None:
         raise ValueError(

@@ -256,7 +256,7 @@ def sync(path: Path) -> None:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes the target unless an error is raised inside.
 
-    Its files are synced and get the umask's default permissions.
+    The folder's files are synced and get the umask's default permissions.
     """
     require_new_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)

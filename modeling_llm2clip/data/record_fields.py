@@ -24,8 +24,8 @@ both cases, `file_name` is only a name.
 
 Any other field is an error, because its name may be a misspelling. Fields listed in
 `load_records(…, ignore_fields=…)` are not read, known or not. With `caption_fields=…`, every record
-must have these captions, and no others are read. Whitespace around texts is stripped and inner line
-breaks become one space, because later stages expect captions to be single lines.
+must have these captions, and no other captions are read. Whitespace around texts is stripped and
+inner line breaks become one space, because later stages expect captions to be single lines.
 
 Data read for only one modality need not be pairs: images may lack captions, and captions may lack
 images. A text without an image is then named by its field `id`, or else by its location.

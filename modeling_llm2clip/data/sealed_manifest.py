@@ -1,4 +1,4 @@
-"""Sealed JSON objects, and digests of the files next to them.
+"""Manifests: JSON objects that contain their own hash, and the hashes of the files next to them.
 
 Each output has one manifest, which lists every file's size and SHA-256 and ends with a SHA-256 of
 itself. An edited or damaged manifest is refused, and every damaged file is detected and named.

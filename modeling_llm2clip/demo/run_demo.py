@@ -91,7 +91,7 @@ def make_demo_config(
 
 
 def run_demo(config: TrainConfig, *, report: Callable[[str], object] = print) -> dict[str, Any]:
-    """Train on the embedded emoji, test on the held-out ones, and search all of them."""
+    """Train on most of the embedded emoji, test on the held-out emoji, and search all images."""
     require_new_folder(config.output, is_renamed=False)
     train_records, test_records = split_emoji(config.seed)
     fetch_embedded(config.vision_model, config.text_model, config.build)  # not timed

@@ -1,7 +1,8 @@
 """The official checkpoint families, one file per family; to add a family, add a file.
 
-Each file describes its family in `LAYOUT`. It imports torch and transformers only when a checkpoint
-is converted, because `llm2clip convert` generates its flags and help from these descriptions.
+Each file describes its family in `LAYOUT`. A family's file imports torch and transformers only when
+a checkpoint is converted, because `llm2clip convert` generates its flags and help from these
+descriptions.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class GroupBatch:
     texts: tuple[pa.Array, pa.Array]
 
     def take_texts(self, numbers: Array | None = None) -> pa.Array:
-        """Return the captions with these numbers (0 to T - 1), or all of them."""
+        """Return the captions with the given numbers (0 to T - 1), or all captions."""
         positions = self.positions if numbers is None else self.positions[numbers]
         short, long = self.texts
         texts = pa.concat_arrays([short, long]) if len(long) else short
@@ -129,7 +129,8 @@ class CaptionGroups(Iterable[CaptionGroup]):
         """Hold out random groups, and leave their captions out of training.
 
         Returns the training groups, the held-out groups, and the number of captions in other groups
-        that training loses because they equal held-out captions or have no partner left.
+        that training loses, because a lost caption equals a held-out caption or has no partner
+        left.
         """
         assert self.chosen is None and self.left_out is None
         if not 2 <= count <= len(self) - 2:

@@ -1,10 +1,10 @@
 """Views of long captions: some of the sentences after the first (DeBias-CLIP, arXiv:2602.22419).
 
-The first sentence of a long caption usually sums it up, so a model can learn to ignore the others.
-A view leaves the first sentence out. The choice of sentences depends only on the caption's text, so
-`extract` and `align` make the same views on any number of processes. In a record, views follow the
-long captions. `RULE` is recorded in a store's manifest, and changes whenever the choice of views
-changes.
+The first sentence of a long caption usually sums it up, so a model can learn to ignore the other
+sentences. A view leaves the first sentence out. The choice of sentences depends only on the
+caption's text, so `extract` and `align` make the same views on any number of processes. In a
+record, views follow the long captions. `RULE` is recorded in a store's manifest, and changes
+whenever the choice of views changes.
 """
 
 from __future__ import annotations

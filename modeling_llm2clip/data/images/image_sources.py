@@ -1,7 +1,7 @@
 """Locations of images: a file, a member of a tar shard or a row of a Parquet file.
 
 A packed image is a location without an open file, so it can be pickled and sent to the workers of a
-data loader. The image's bytes, and no others, are read when it is opened. The exception is an
+data loader. When the image is opened, only the image's own bytes are read. The exception is an
 `EncodedImage`, from a stream, which already holds its bytes.
 """
 

@@ -62,9 +62,9 @@ def hash_images(records: Iterable[CaptionedImage]) -> str:
     """Hash the names and sizes of images, and the bytes of up to 1,000 local images.
 
     The hash does not depend on the order of images or the number of languages per image. Among more
-    than 1,000 images, a replaced image of the same size may go unnoticed. Sizes come from the index
-    if it has them. If the same images are stored remotely and on a local disk, the remote images'
-    hash is a prefix of the local one.
+    than 1,000 images, a replaced image of the same size may go unnoticed. Sizes are read from the
+    index if available there. If the same images are stored remotely and on a local disk, the remote
+    images' hash is a prefix of the local one.
     """
     table = RecordTable.from_records(records)
     measured = [_measure(batch) for batch in table.iterate_columns(IMAGE_COLUMNS)]

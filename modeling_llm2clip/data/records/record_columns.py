@@ -13,7 +13,7 @@
 | `key` | hash of name and language, which together identify a record |
 | `text_keys` | hashes of the captions, then of the long captions |
 
-Keys are 64-bit hashes. They replace the texts whenever all records are compared, sorted or hashed,
+Keys are 64-bit hashes. Keys replace the texts whenever all records are compared, sorted or hashed,
 so no stage holds a dataset's texts in memory. Among 30 million texts, the odds that two different
 texts share a key are 1 in 40,000. If two names share a key, one of the names is reported as
 repeated.

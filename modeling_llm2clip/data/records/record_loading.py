@@ -87,8 +87,8 @@ def load_records(
             only decoded if there are other errors, to report all errors together.
         ignore_fields: Names of fields to ignore, whether they are known or not.
         caption_fields: Fields of the captions to read, short and long, such as
-            `("shortSV_captions", "longSV_captions")`. Every record must have them; other captions
-            are ignored. Default: every field of captions.
+            `("shortSV_captions", "longSV_captions")`. Every record must have these fields; other
+            captions are ignored. Default: every field of captions.
         cache: Whether to keep the index of a large source for later runs.
         show_progress: Show a progress bar while the source is read and images are decoded.
         modality: Read only images or only texts, for `embed`: `image` accepts images without

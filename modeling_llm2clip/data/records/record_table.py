@@ -1,4 +1,4 @@
-"""Records of a dataset as columns, which all processes share without loading them into memory.
+"""Records of a dataset as columns that all processes share without loading all into memory.
 
 A `RecordTable` is a sequence of `CaptionedImage`s that are created on access. Behind it is an Arrow
 table, usually mapped from an index file (`record_index.py`). Code that needs all records works on

@@ -61,7 +61,7 @@ def iterate_lines(
 
 
 def number_lines(lines: Iterable[bytes], first: int = 1) -> Iterator[tuple[int, bytes]]:
-    """Number the lines of a file, skipping blank ones."""
+    """Number the lines of a file, leaving out blank lines."""
     for number, line in enumerate(lines, first):
         line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
         if line.strip():

@@ -96,7 +96,7 @@ def read_shard(
 
 
 class _KeepingTail:
-    """Forwards a stream's bytes and keeps the last ones, which contain the end of an archive."""
+    """Forwards a stream and keeps its last bytes, which include the end of the archive."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream

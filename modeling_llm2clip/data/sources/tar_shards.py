@@ -3,10 +3,11 @@
 `KEY.json` holds the fields of a record. `KEY.txt` is the caption if the JSON has none; otherwise
 `KEY.txt` is ignored, because download tools write the same caption into both.
 
-The shards are read with Python's tarfile, not with `webdataset`, which streams sequentially: here,
-training samples images at random, and all stages must agree on their order. Headers and texts are
-read once; for an image, only its offset and size are kept. Loading an image is then one read at
-that offset, without unpacking the shard. Compressed tars have no such offsets and are refused.
+The shards are read with Python's tarfile, not with `webdataset`, which streams sequentially:
+training samples images at random, and all stages must agree on the order of images. Headers and
+texts are read once; for an image, only its offset and size are kept. Loading an image is then one
+read at that offset, without unpacking the shard. Compressed tars have no such offsets and are
+refused.
 """
 
 from __future__ import annotations

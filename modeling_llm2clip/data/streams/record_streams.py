@@ -3,9 +3,9 @@
 `make_loader(stream_records(SOURCE), …)` yields batches of `CaptionedImage`s whose images are
 `EncodedImage`s. Shards are shuffled by seed and epoch and dealt round-robin to the workers of all
 processes; each worker reads its shards in turn through a shuffle buffer. A worker's state is the
-position in its shards, and the shard and number of every sample in its buffer. On resume, those
-samples are re-read and the order continues; a shard that is re-read must still have the same size
-and tag.
+position in its shards, and the shard and number of every sample in its buffer. On resume, the
+samples in the buffer are re-read and the order continues; a shard that is re-read must still have
+the same size and tag.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def stream_records(
         num_processes: Number of processes; each reads different shards.
         require_images: Whether a sample without an image counts as broken.
         ignore_fields: Names of fields to ignore, whether they are known or not.
-        caption_fields: Fields of the captions to read, as in `load_records`; a sample without one
-            of them is broken.
+        caption_fields: Fields of the captions to read, as in `load_records`; a sample that lacks
+            one of these fields is broken.
         max_lost_share: Maximum share of a worker's samples or shards that may be broken. A worker
             that has read fewer than 1,000 samples computes the share as if it had read 1,000, or at
             the end of the epoch, 1,000 divided by the number of workers in all processes. A worker

@@ -67,7 +67,7 @@ class StreamReport:
     """Counts samples, shards and problems since the start of the epoch, for one worker or all.
 
     Attributes:
-        samples: Samples read, including those still in the shuffle buffer.
+        samples: Number of samples read, including samples still in the shuffle buffer.
         lost_samples: Broken samples.
         skipped_samples: Rows whose image was never downloaded; these are not samples.
         excluded_samples: Samples of held-out groups.
