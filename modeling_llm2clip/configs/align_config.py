@@ -17,7 +17,8 @@ class AlignConfig(TrainingConfig, JpegConfig):
 
     without_flags = (
         "early_stopping_patience", "eval_steps", "inherit_steps", "jpeg_decoding", "keep_weight",
-        "long_caption_ratio", "lora_rank", "loss_chunk_size", "max_grad_norm", "structure_weight",
+        "long_caption_ratio", "lora_rank", "loss_chunk_size", "max_grad_norm", "mini_batch_size",
+        "structure_weight",
         "vision_learning_rate", "weight_decay",
     )  # fmt: skip
 
@@ -67,6 +68,10 @@ class AlignConfig(TrainingConfig, JpegConfig):
     global_batch_size: Annotated[int, Interval(ge=2)] | None = None
     """Records per batch across all processes; an image has one record per language. Default: 512,
     or fewer if there are fewer training records."""
+    mini_batch_size: Annotated[int, Interval(ge=1)] | None = None
+    """Images and captions that towers encode at a time on each process, with gradient caching
+    (arXiv:2101.06983), so a batch of any size fits into memory. A trained tower runs twice as
+    often. Default: the whole batch at once."""
     learning_rate: Annotated[float, Interval(gt=0)] | None = None
     """Peak learning rate of the adapter, projections and LoRAs. Default: 1e-4 from a trained model
     or a closed-form start, 1e-3 from random weights."""
@@ -230,6 +235,8 @@ class AlignConfig(TrainingConfig, JpegConfig):
             "replaces them: leave jpeg_decoding out": (
                 self.jpeg_decoding != "full" and images and is_frozen
             ),
+            f"mini_batch_size={self.mini_batch_size} has no effect if both sides are stored and no "
+            "tower runs: leave it out": self.mini_batch_size and is_stored,
             f"projection_init=cca {needs_both}": self.projection_init == "cca" and not is_stored,
             f"max_steps=0 writes the closed-form solution, which {needs_both}": (
                 self.max_steps == 0 and not is_stored

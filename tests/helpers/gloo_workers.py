@@ -58,6 +58,20 @@ def backward_module(model: torch.nn.Module, batch: dict[str, Tensor], part: slic
     return loss.detach()
 
 
+def cache_gradients(
+    model: AlignmentModel, wrapped: torch.nn.Module, batch: dict[str, Tensor], part: slice
+) -> dict[str, Tensor]:
+    """Run the part with two rows at a time through the towers; return all gradients."""
+    wrapped.zero_grad()
+    model.mini_batch_size = 2
+    backward_module(wrapped, batch, part)
+    return {
+        name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad.clone()
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+
+
 def shard_and_step(model: AlignmentModel, batch: dict[str, Tensor], part: slice) -> dict[str, Any]:
     """Do the same with FSDP2, with half of the parameters on each process, and clamp."""
     mesh = init_device_mesh("cpu", (2,))
@@ -70,12 +84,14 @@ def shard_and_step(model: AlignmentModel, batch: dict[str, Tensor], part: slice)
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
+    cached = cache_gradients(model, model, batch, part)
     with torch.no_grad():
         model.logit_scale.log_scale.fill_(9.0)
     ClampTemperatureCallback().on_optimizer_step(None, None, None, model=model)
     clamped = model.logit_scale.log_scale.full_tensor().detach()
     return {
-        "sharded_loss": loss, "sharded": gradients, "clamped": clamped, **collect_sharded(model),
+        "sharded_loss": loss, "sharded": gradients, "clamped": clamped, "sharded_cached": cached,
+        **collect_sharded(model),
     }  # fmt: skip
 
 
@@ -115,8 +131,9 @@ def work(rank: int, port: int, folder: Path, batch: dict[str, Tensor]) -> None:
     assert type(wrapped).__name__ == "DistributedDataParallel"
     result: dict[str, Any] = {
         "module_loss": backward_module(wrapped, batch, part),
-        "module": {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
+        "module": {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
     }
+    result["module_cached"] = cache_gradients(model, wrapped, batch, part)
     result |= shard_and_step(load_trained(folder / "exported"), batch, part)
     torch.save(result, folder / f"{rank}.pt")
     accelerator.end_training()

@@ -102,7 +102,7 @@ class AlignmentFit:
             with_llm=self.config.text_training != "stored",
             with_vision_tower=self.data.dataset.reads_images,
         )
-        model.loss = deepcopy(self.loss)
+        model.loss, model.mini_batch_size = deepcopy(self.loss), self.config.mini_batch_size
         if self.data.dataset.reads_images:
             model.normalization = find_normalization(
                 self.data.dataset.processor, choose_device(self.config.device)

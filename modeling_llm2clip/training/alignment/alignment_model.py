@@ -5,14 +5,16 @@ Shapes: B images and captions, D width of the LLM, D' width of the vision tower,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from ...configs.align_config import AlignConfig
 from ...configuration_llm2clip import LLM2CLIPConfig
@@ -47,7 +49,8 @@ class AlignmentModel(PartialModel):
     Gradients reach a tower if `trains_text` or `trains_vision` is set. If the loss is a module, its
     parameters are also parameters of this model. `teacher_model` is the vision side before
     training; it is set if the loss needs a teacher and there is no image store. `normalization` is
-    set if the data has images as uint8 pixels.
+    set if the data has images as uint8 pixels. Towers encode `mini_batch_size` rows at a time, or
+    all rows if it is None.
     """
 
     loss: Loss
@@ -62,6 +65,7 @@ class AlignmentModel(PartialModel):
         self.trains_text = self.trains_vision = False
         self.teacher_model = None
         self.normalization: PixelNormalization | None = None
+        self.mini_batch_size: int | None = None
 
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor | None, LossInputs]:
         """Encode images and captions, or start from their stored embeddings.
@@ -78,22 +82,22 @@ class AlignmentModel(PartialModel):
         teacher_embeds = batch.get("teacher_embeds")
         vision_embeds, caption_embeds = batch.get("vision_embeds"), batch.get("caption_embeds")
         if vision_embeds is None:
-            pixels = batch["pixel_values"]
             images = (
-                pixels if self.normalization is None else self.normalization.apply(pixels),
+                batch["pixel_values"],
                 batch.get("pixel_attention_mask"),
                 batch.get("spatial_shapes"),
             )
             with torch.set_grad_enabled(self.trains_vision and torch.is_grad_enabled()):
-                vision_embeds = self.get_vision_embeds(*images)
+                vision_embeds = self._encode(self._encode_pixels, *images)
             if self.teacher_model is not None:
                 with torch.no_grad():
-                    teacher_embeds = self.teacher_model.get_vision_embeds(*images)
+                    teacher_embeds = self._encode(
+                        partial(self._encode_pixels, tower=self.teacher_model), *images
+                    )
         if caption_embeds is None:
             with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):
-                caption_embeds = self.get_caption_embeds(
-                    batch["input_ids"], batch.get("attention_mask")
-                )
+                ids = (batch["input_ids"], batch.get("attention_mask"))
+                caption_embeds = self._encode(self.get_caption_embeds, *ids)
         kept_embeds, group_ids = batch.get("kept_embeds"), batch.get("group_ids")
         inputs = LossInputs(
             self.to_image_embeds(_add(vision_embeds, batch.get("vision_noise"))),
@@ -116,6 +120,38 @@ class AlignmentModel(PartialModel):
             # not use it.
             outputs = (inputs.image_embeds, inputs.text_embeds, *inputs.logits)
             return self.loss(inputs) + 0 * sum(output.sum() for output in outputs), inputs
+
+    def _encode_pixels(
+        self,
+        pixels: Tensor,
+        mask: Tensor | None,
+        shapes: Tensor | None,
+        tower: LLM2CLIPVisionModel | None = None,
+    ) -> Tensor:
+        pixels = pixels if self.normalization is None else self.normalization.apply(pixels)
+        return (tower or self).get_vision_embeds(pixels, mask, shapes)
+
+    def _encode(self, encode: Callable[..., Tensor], *parts: Tensor | None) -> Tensor:
+        """Encode a batch in mini-batches, and have the backward pass run each of them again.
+
+        All embeddings exist before the loss, but activations of only one mini-batch at a time
+        (gradient caching). It is a single backward pass, so processes add their gradients once.
+        """
+        rows = range(0, len(parts[0]), self.mini_batch_size or len(parts[0]))  # type: ignore[arg-type]
+        if len(rows) == 1:
+            return encode(*parts)
+        # Token ids are on the CPU; this makes dropout repeat on the device, too.
+        marker = torch.empty(0, device=self.device)
+        embeds = [
+            checkpoint(
+                lambda _, *some: encode(*some),
+                marker,
+                *(part if part is None else part[row : row + rows.step] for part in parts),
+                use_reentrant=False,
+            )
+            for row in rows
+        ]
+        return torch.cat(embeds)
 
     @property
     def head(self) -> dict[str, nn.Parameter]:

@@ -93,7 +93,7 @@ def test_an_untrained_tower_stays_in_evaluation_mode(prepared: Prepared, trained
 
 
 @pytest.mark.slow
-def test_gradient_checkpointing_moves_no_loss(prepared: Prepared, tmp_path: Path) -> None:
+def test_saving_memory_moves_no_loss(prepared: Prepared, tmp_path: Path) -> None:
     options: dict[str, Any] = {"vision_training": "full", "gradient_checkpointing": True}
     model = AlignmentModel.from_pretrained(prepared.model)
     choose_trained_parts(model, AlignConfig(**options))
@@ -101,6 +101,9 @@ def test_gradient_checkpointing_moves_no_loss(prepared: Prepared, tmp_path: Path
     prepared.align(tmp_path / "saving", max_steps=2, **options)
     prepared.align(tmp_path / "plain", max_steps=2, vision_training="full")
     assert read_losses(tmp_path / "saving") == read_losses(tmp_path / "plain")
+    prepared.align(tmp_path / "cached", max_steps=2, mini_batch_size=3, **options)
+    plain = read_losses(tmp_path / "plain")
+    assert read_losses(tmp_path / "cached") == pytest.approx(plain, rel=1e-4)  # float32's rounding
 
 
 @pytest.mark.slow

@@ -106,11 +106,19 @@ def test_noise_on_embeddings_that_are_not_stored_is_refused(
     AlignConfig(**{**options, **off}).require_stores(*stores)
 
 
-def test_decoding_without_images_to_decode_is_refused() -> None:
-    scaled = AlignConfig(jpeg_decoding="scaled")
-    with pytest.raises(ValueError, match="jpeg_decoding=scaled applies to decoded images"):
-        scaled.require_stores("captions", "images")
-    scaled.require_stores("captions", None)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"jpeg_decoding": "scaled"}, "jpeg_decoding=scaled applies to decoded images"),
+        ({"mini_batch_size": 2}, "mini_batch_size=2 has no effect if both sides are stored"),
+    ],
+)
+def test_options_of_towers_that_do_not_run_are_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        AlignConfig(**options).require_stores("captions", "images")
+    AlignConfig(**options).require_stores("captions", None)
 
 
 def test_an_option_that_is_newer_than_a_run_had_its_default(

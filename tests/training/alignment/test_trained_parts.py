@@ -334,3 +334,42 @@ def test_a_tower_without_attention_gets_no_lora() -> None:
         find_attention_linears(tower)
     with pytest.raises(ValueError, match=r"no list of layers .*layer_decay to 1"):
         find_layers(tower)
+
+
+def test_gradients_do_not_depend_on_the_size_of_mini_batches(prepared: Prepared) -> None:
+    """Towers see each mini-batch twice, with the same dropout."""
+    texts = [record.captions[0] for record in prepared.records[:8]]
+    images = [record.image for record in prepared.records[:8]]
+    batch = dict(prepared.processor(images=images, text=texts)) | {"group_ids": torch.arange(8)}
+    config = AlignConfig(vision_training="full", text_training="lora", mini_batch_size=3)
+    found: list[dict[str, torch.Tensor]] = []
+    for size in (None, 3):
+        model = AlignmentModel.from_pretrained(prepared.model, with_llm=True)
+        model.loss, model.mini_batch_size = ContrastiveLoss(), size
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            choose_trained_parts(model, config)
+        seen: list[int] = []
+        model.vision_model.embeddings.register_forward_pre_hook(
+            lambda _, args, kwargs, seen=seen: seen.append(len(kwargs.get("pixel_values", *args))),
+            with_kwargs=True,
+        )
+        loss, _ = model.train()(batch)
+        assert seen == ([8] if size is None else [3, 3, 2])
+        loss.backward()
+        assert seen == ([8] if size is None else [3, 3, 2, 2, 3, 3])
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert any(".lora_B." in name for name in found[0])
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=2e-6, rtol=1e-4)
+    inner: list[torch.Tensor] = []
+    first, last = (model.vision_model.encoder.layers[n] for n in (0, -1))
+    first.self_attn.dropout = 0.5
+    last.register_forward_pre_hook(lambda _, args: inner.append(args[0].detach()))
+    loss, _ = model(batch)
+    loss.backward()
+    for one, again in zip(inner[:3], inner[:2:-1], strict=True):
+        assert torch.equal(one, again)
+    model(batch)
+    assert not torch.equal(inner[0], inner[6])  # dropout is on

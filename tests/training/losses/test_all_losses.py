@@ -316,8 +316,12 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("cached", ["", "_cached"])
 @pytest.mark.parametrize("wrapped_by", ["module", "sharded"], ids=["DDP", "FSDP2"])
-def test_two_processes_give_the_gradients_of_one(two_processes: Any, wrapped_by: str) -> None:
+def test_two_processes_give_the_gradients_of_one(
+    two_processes: Any, wrapped_by: str, cached: str
+) -> None:
+    """Also if their towers encode two rows at a time."""
     folder, batch, parts = two_processes
     model = load_trained(folder / "exported")
     loss = backward_module(model, batch, WHOLE)
@@ -327,11 +331,15 @@ def test_two_processes_give_the_gradients_of_one(two_processes: Any, wrapped_by:
     assert {"logit_scale.log_scale", "visual_projection.weight"} < set(wanted)
     assert any(name.startswith("vision_model.") for name in wanted)
     for part in parts:
-        assert set(part[wrapped_by]) == set(wanted)
+        assert set(part[wrapped_by + cached]) == set(wanted)
         for name, gradient in wanted.items():
             # Two layers of float32 sums in another order, gradients of about 1.
             torch.testing.assert_close(
-                part[wrapped_by][name], gradient, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: n + m
+                part[wrapped_by + cached][name],
+                gradient,
+                atol=2e-5,
+                rtol=1e-4,
+                msg=lambda m, n=name: n + m,
             )
 
 
