@@ -20,7 +20,7 @@ per second and core.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,8 +101,25 @@ class EmbeddingStore(StoreIndex):
         manifest.require_intact(folder, files, sizes_only=check == "fast")
         store = cls(folder, manifest)
         if check == "full":
-            store._shards.verified.update(range(manifest.num_shards))
+            store.mark_verified(range(manifest.num_shards))
         return store
+
+    def verify(self) -> frozenset[int]:
+        """Verify all shards that are not verified yet; return the numbers of the verified shards.
+
+        Raises:
+            ValueError: Shards are missing or damaged; the message lists all of them.
+        """
+        self._shards.verify(range(self.manifest.num_shards))
+        return frozenset(self._shards.verified)
+
+    def mark_verified(self, shards: Collection[int]) -> None:
+        """Read these shards without verifying them, because another process has.
+
+        Args:
+            shards: Numbers of the shards, from `verify` there.
+        """
+        self._shards.verified.update(shards)
 
     def __reduce__(self) -> tuple[Callable[..., EmbeddingStore], tuple[Any, ...]]:
         return EmbeddingStore, (self.folder, self.manifest, frozenset(self._shards.verified))
@@ -183,14 +200,18 @@ class StoreShards:
         """Read rows, (N, D) in the stored dtype (bfloat16 as uint16); refuse damaged files."""
         shards = np.searchsorted(self._first_rows, rows, side="right") - 1
         parts = dict(group_positions(shards))
-        if new := parts.keys() - self.verified:
-            records = [self._manifest.shards[shard] for shard in sorted(new)]
-            self._manifest.require_intact(self._folder, records)
-            self.verified |= new
+        self.verify(parts)
         embeds = np.empty((len(rows), self._manifest.dim), STORED_DTYPES[self._manifest.dtype])
         for shard, positions in parts.items():
             embeds[positions] = self._map(shard)[rows[positions] - self._first_rows[shard]]
         return embeds
+
+    def verify(self, shards: Iterable[int]) -> None:
+        """Verify the given shards, except those that are already verified."""
+        if new := set(shards) - self.verified:
+            records = [self._manifest.shards[shard] for shard in sorted(new)]
+            self._manifest.require_intact(self._folder, records)
+            self.verified |= new
 
     def _map(self, shard: int) -> Array:
         if shard not in self._views:

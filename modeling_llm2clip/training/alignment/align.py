@@ -224,7 +224,7 @@ def run_alignment(
     device = choose_device(config.device)
     with lock_run(output), open_source(source, output) as model, TemporaryDirectory() as temporary:
         fingerprint = _require_fitting(model.folder, plan)
-        plan = _verify_stores(plan)
+        _verify_stores(plan)
         processor = LLM2CLIPProcessor.from_pretrained(model.folder)
         run_data: RunData
         if isinstance(data, RecordStream):
@@ -294,16 +294,11 @@ def _require_fitting(folder: Path, plan: AlignPlan) -> dict[str, Any]:
     return dict(zip(("text", "vision", "head"), fingerprints, strict=True))
 
 
-def _verify_stores(plan: AlignPlan) -> AlignPlan:
+def _verify_stores(plan: AlignPlan) -> None:
     """Verify every byte of the stores once per machine, not in every process and worker."""
-    stores = {"captions": plan.captions, "images": plan.images, "teacher": plan.teacher}
-    folders = {name: store.folder for name, store in stores.items() if store is not None}
-    verified = run_once_per_machine(
-        lambda: {
-            name: EmbeddingStore.open(folder, check="full") for name, folder in folders.items()
-        }
-    )
-    return replace(plan, **verified)
+    for store in (plan.captions, plan.images, plan.teacher):
+        if store is not None:
+            store.mark_verified(run_once_per_machine(store.verify))
 
 
 def _choose(
