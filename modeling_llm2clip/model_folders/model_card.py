@@ -37,6 +37,7 @@ _STATED_LICENSE = re.compile(
     r"No license is stated for these weights\.|"
     rf"These weights: (\[.*?\]\(.*?\)|{_LICENSE.pattern})\."
 )
+_LICENSES = "## Licenses"
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _TASK_TAG = "image-text-retrieval"
@@ -257,11 +258,13 @@ def read_edited_card(folder: Path) -> CardData:
     written, sections = rendered.data.to_dict(), dict(_split(rendered.text))
     entries = edited.data.to_dict().items()
     metadata = {k: v for k, v in entries if k != "model-index" and written.get(k) != v}
-    # If the license was edited only in the metadata, the body still states the old one.
-    parts = (
-        heading if sections.get(heading) == text else _STATED_LICENSE.sub("\0", text)
-        for heading, text in _split(edited.text)
-    )
+    parts = []
+    for heading, text in _split(edited.text):
+        if sections.get(heading) == text:
+            text = heading
+        elif heading == _LICENSES:  # if only the metadata was edited, this states the old license
+            text = _STATED_LICENSE.sub("\0", text, count=1)
+        parts.append(text)
     return replace(card, edits=CardEdits(metadata, tuple(parts)))
 
 

@@ -195,7 +195,9 @@ def edit_card(card: Path) -> None:
         result.dataset_split, result.dataset_revision, result.verified = "test", "abc", True
         result.source_name, result.source_url = "ours", "https://e.org/scores"
     edited.text = edited.text.replace("## Limits\n", "## Limits\n\nMine.\n")
-    edited.text = edited.text.replace("## Scores\n", "## Thanks\n\nTo all.\n\n## Scores\n")
+    edited.text = edited.text.replace(
+        "## Scores\n", "## Thanks\n\nThese weights: gpl-3.0.\n\n## Scores\n"
+    )
     edited.text = edited.text.replace("## Licenses\n", "## Licenses\n\nAsk us.\n")
     edited.save(card)
 
@@ -238,6 +240,7 @@ def test_edits_by_others_on_a_card_are_kept(write: str, folder: Path, tmp_path: 
         # What this package wrote, in an edited section, too, is of the new license and name.
         assert stated.license == "mit" and '"me/other"' in after.text
         assert "Ask us." in after.text and "These weights: mit." in after.text
+        assert "## Thanks\n\nThese weights: gpl-3.0.\n" in after.text
         assert "cc-by-nc" not in after.text
 
 

@@ -21,7 +21,7 @@ from faults.counts import FEWEST_CASES, Counts, Outcome, judge_refusal
 from faults.processes import Ended, Fork, compute, import_everything, start
 
 _AT_ONCE = _EQUAL = 0.5  # shares of the pairs
-_REMEDY = re.compile(r"\b(Wait|Let it end|Name|Choose|Give|Continue|this process wrote is)\b")
+_REMEDY = re.compile(r"\b(Wait|[Cc]hoose|Resume|Continue)\b")
 _Call: TypeAlias = tuple[str, ...]  # words that are added to those of a row
 
 
