@@ -49,7 +49,8 @@ if TYPE_CHECKING:
         load_images,
         set_image_limits,
     )
-    from .model_folders.model_loading import load_model
+    from .model_folders.model_loading import load_heads, load_model
+    from .model_folders.model_writing import save_heads
     from .model_folders.onnx_folder import load_onnx_encoder
     from .modeling_llm2clip import (
         LLM2CLIPModel,
@@ -106,7 +107,8 @@ _HOMES = {
         "load_images",
         "set_image_limits",
     ),
-    "model_folders.model_loading": ("load_model",),
+    "model_folders.model_loading": ("load_heads", "load_model"),
+    "model_folders.model_writing": ("save_heads",),
     "model_folders.onnx_folder": ("load_onnx_encoder",),
     "modeling_llm2clip": (
         "LLM2CLIPModel",

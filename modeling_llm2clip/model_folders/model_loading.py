@@ -154,6 +154,33 @@ def load_partial_model(
     return model
 
 
+def load_heads(source: str | Path, *, device: str = "cpu") -> LLM2CLIPModel:
+    """Load only the trainable heads of a model: adapter, projections and temperature.
+
+    `to_text_embeds` and `to_image_embeds` map stored embeddings to the shared space, so a training
+    loop on stores needs neither the LLM nor the vision tower in memory. `save_heads` writes the
+    trained model.
+
+    Args:
+        source: Folder or Hub id of a whole LLM2CLIP model.
+        device: Where the heads run; see `find_device`.
+
+    Returns:
+        A model without towers, in evaluation mode. Save it with `save_heads`, not with
+        `save_pretrained`.
+
+    Raises:
+        ValueError: The source is not a whole LLM2CLIP model, or weights are missing.
+
+    Examples:
+        >>> model = load_heads("my-model")
+        >>> store = EmbeddingStore.open("captions")
+        >>> text_embeds = model.to_text_embeds(store.read(store.rows_of(0)))
+    """
+    require_own_model(source)
+    return load_partial_model(find_model_folder(source), device=device)
+
+
 def text_quantization_config(quantization: Quantization) -> BitsAndBytesConfig:
     """Return a `quantization_config` for `from_pretrained` that quantizes only the LLM.
 

@@ -41,7 +41,13 @@ from .model_folder import (
     is_inside,
     list_uploaded_files,
 )
-from .model_loading import MODEL_CLASSES, find_model_class, load_model, load_partial_model
+from .model_loading import (
+    MODEL_CLASSES,
+    PartialModel,
+    find_model_class,
+    load_model,
+    load_partial_model,
+)
 from .training_images import TRAINING_IMAGES_FILE, read_training_images
 from .weights import LazyTensor, open_model_weights, require_disk_space, write_weights
 
@@ -195,6 +201,42 @@ def save_trained_model(
         max_shard_size=max(file.stat().st_size for file in list_model_files(source)),
         verify=measure_and_state,
     )
+
+
+def save_heads(
+    model: LLM2CLIPModel, folder: str | Path, *, training_data: Sequence[str] = ()
+) -> Path:
+    """Write the whole model that `load_heads` was called on, with the heads as they are now.
+
+    The towers are copied from its folder. The new folder is complete: code, processor, licenses,
+    golden embeddings and card.
+
+    Args:
+        model: Model from `load_heads`.
+        folder: Folder to write; must be new.
+        training_data: Names of the data that the heads were trained on, for the model card.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: `folder` exists.
+        TypeError: The model was not loaded by `load_heads`.
+        ValueError: The weights are not finite, or the folder that the model was loaded from is gone
+            or damaged.
+
+    Examples:
+        >>> model = load_heads("my-model")
+        >>> save_heads(model, "trained-model")  # doctest: +SKIP
+    """
+    if not isinstance(model, PartialModel):
+        raise TypeError(
+            f"save_heads needs a model from load_heads, not a {type(model).__name__} with its own "
+            "towers. Save that one with save_pretrained."
+        )
+    trained = {n: w.cpu() for n, w in model.state_dict().items() if not n.startswith(TOWERS)}
+    source = find_model_folder(model.name_or_path)
+    return save_trained_model(source, trained, folder, training_data=training_data)
 
 
 def require_intact(source: Path, *, with_llm: bool) -> None:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from shared_models import shared_model
 from tiny import tiny_model
 
-from modeling_llm2clip import LLM2CLIPModel
+from modeling_llm2clip import LLM2CLIPModel, load_heads, save_heads
+from modeling_llm2clip.heads_llm2clip import TOWERS
 from modeling_llm2clip.model_folders.model_card import CardData, CardResult, read_card_data
 from modeling_llm2clip.model_folders.model_loading import load_model
 from modeling_llm2clip.model_folders.model_writing import (
@@ -161,3 +162,38 @@ def test_a_model_of_a_foreign_class_is_not_written(kind: str, way_out: str, tmp_
     with pytest.raises(ValueError, match=rf"not a {kind}.*{way_out}"):
         save_model(other, processor, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_heads_that_a_loop_of_its_own_trained_are_written_with_the_towers(
+    source: Path, tmp_path: Path
+) -> None:
+    model = load_heads(source)
+    assert not any(name.startswith(TOWERS) for name in model.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    captions = torch.randn(16, model.config.text_width, generator=generator)
+    images = torch.randn(16, model.visual_projection.in_features, generator=generator)
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-2)
+    losses = []
+    for _ in range(20):
+        logits = model.to_text_embeds(captions) @ model.to_image_embeds(images).T
+        loss = torch.nn.functional.cross_entropy(logits * 10, torch.arange(16))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+    folder = save_heads(model.eval(), tmp_path / "trained", training_data=["owner/more"])
+    trained, _ = load_model(folder, device="cpu")
+    assert torch.equal(trained.to_text_embeds(captions), model.to_text_embeds(captions))
+    assert torch.equal(trained.to_image_embeds(images), model.to_image_embeds(images))
+    before, after = read_weights(source), read_weights(folder)
+    towers = [name for name in before if name.startswith(TOWERS)]
+    assert towers and all(torch.equal(before[name], after[name]) for name in towers)
+    assert trained.config.random_heads == []
+    assert read_card_data(folder).training_data == ("owner/images", "owner/more")
+
+
+def test_heads_of_a_model_with_towers_are_not_written(source: Path, tmp_path: Path) -> None:
+    model, _ = load_model(source, device="cpu")
+    with pytest.raises(TypeError, match="needs a model from load_heads, not a LLM2CLIPModel"):
+        save_heads(model, tmp_path / "trained")
