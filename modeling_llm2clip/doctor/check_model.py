@@ -68,7 +68,7 @@ def check_model(
     Args:
         source: Folder or Hub id of an LLM2CLIP model.
         revision: Branch, tag or commit of the Hub repository.
-        device: Device to run the model on; see `find_device`.
+        device: Device to run the model on, such as cpu or cuda; see `find_device`.
         text_like: Folder or Hub id of a model whose text embeddings must be bit-identical, so an
             existing text index stays valid. None skips this comparison.
 

@@ -45,12 +45,12 @@ class EndpointClient:
     It is thread-safe.
 
     Args:
-        config: Address, schema and limits; `config.server` must be set.
+        config: The endpoint's URL, request schema and limits; `config.server` must be set.
         model_name: Name of the model in requests.
         api_key: Bearer token; empty for none.
 
     Raises:
-        ValueError: The address has no host.
+        ValueError: The endpoint's URL has no host.
     """
 
     def __init__(self, config: ServerCheckConfig, *, model_name: str, api_key: str = "") -> None:
@@ -87,7 +87,7 @@ class EndpointClient:
             return None
 
     def embed(self, inputs: Sequence[str | Image.Image], **options: Any) -> Tensor:
-        """Embed N texts or images as (N, width) float32, unmodified; jina may mix the two.
+        """Embed N texts or images as (N, width) float32; the jina schema can mix texts and images.
 
         All inputs go into one request, but the chat schema takes only one image per request.
         """
@@ -116,7 +116,7 @@ class EndpointClient:
     def _send(self, url: str, body: dict[str, Any] | None) -> Any:
         """Send a request (a GET if there is no body) and return the JSON reply.
 
-        The request is retried if the server asks to wait.
+        The request is retried if the server replies 429 or 503.
         """
         content = None if body is None else json.dumps(body).encode()
         for number in range(1, _MAX_TRIES + 1):
@@ -165,7 +165,7 @@ def _parse_json(content: bytes) -> Any:
 
 
 def _read(reply: Any, *, end: float) -> bytes:
-    """Read a reply within the limits on time and size."""
+    """Read a reply; refuse one that takes too long or is too large."""
     content = bytearray()
     while chunk := reply.read1(_CHUNK_BYTES):
         content += chunk

@@ -36,7 +36,7 @@ _PLAIN_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, to
 
 
 def check_config(tested: ModelUnderTest) -> str:
-    """Read config.json; it must be complete, in this format, and consistent."""
+    """Require config.json to be complete, consistent, and in this package's format."""
     raw = _read_json(tested.folder / "config.json")
     if raw.get("model_type") != LLM2CLIPConfig.model_type:
         raise ValueError(
@@ -65,7 +65,7 @@ def check_training(tested: ModelUnderTest) -> str:
 
 
 def check_training_images(tested: ModelUnderTest) -> str:
-    """Read the summary of the training images; it must match the model's vision tower."""
+    """Require the summary of the training images, if any, to match the model's vision tower."""
     summary = read_training_images(tested.folder)
     if summary is None:
         return f"there is no {TRAINING_IMAGES_FILE}, so unfamiliar images cannot be detected"
@@ -190,7 +190,7 @@ def check_recorded_files(tested: ModelUnderTest) -> str:
 
 
 def check_tokenizer(tested: ModelUnderTest) -> str:
-    """Load the tokenizer as pipelines do; its ids must fit into the LLM's embedding table."""
+    """Load the tokenizer as pipelines do; the LLM's embedding table must have all token ids."""
     tokenizer = load_without_code(AutoTokenizer, tested.folder, local_files_only=True)
     rows = tested.config.text_config.vocab_size
     largest = max(tokenizer.get_vocab().values())
@@ -212,7 +212,7 @@ def check_tokenizer(tested: ModelUnderTest) -> str:
 
 
 def check_prompt(tested: ModelUnderTest) -> str:
-    """Require the saved tokenizer to strip texts and add the prompt without any other code."""
+    """Require the saved tokenizer itself to strip texts and add the prompt."""
     config, tokenizer = tested.config, tested.tokenizer
     prefix, suffix = config.prompt_prefix_ids, config.prompt_suffix_ids
     errors = [

@@ -34,7 +34,7 @@ _COSINES = ("cosine", "dot", None)
 
 
 def check_loading(tested: ModelUnderTest) -> str:
-    """Load strictly: every weight must be used, and none may be missing."""
+    """Load the model strictly: every weight must be used, and none may be missing."""
     model = tested.model_class.from_pretrained(tested.folder, local_files_only=True)
     tested.model = model.eval().requires_grad_(False).to(tested.device)
     size = sum(parameter.numel() for parameter in model.parameters())
@@ -56,7 +56,7 @@ def check_temperature(tested: ModelUnderTest) -> str:
 
 
 def check_attention_direction(tested: ModelUnderTest) -> str:
-    """Require tokens to attend to all others, or only to earlier ones, as configured."""
+    """Require each token to attend to all tokens, or only to earlier tokens, as configured."""
     config, text_model = tested.model.config, tested.model.text_model
     errors = []
     if bool(config.text_config.is_causal) == config.bidirectional:
@@ -105,7 +105,7 @@ def check_finite_outputs(tested: ModelUnderTest) -> str:
 
 
 def check_pooled_span(tested: ModelUnderTest) -> str:
-    """Require that exactly the configured tokens are pooled, by their count and by the result."""
+    """Require that exactly the configured tokens are pooled; check their number and the result."""
     config = tested.config
     num_prefix, num_suffix = len(config.prompt_prefix_ids), len(config.prompt_suffix_ids)
     errors = []
@@ -242,7 +242,7 @@ def _find_bad_rows(embeds: Tensor) -> list[int]:
 def _read_instructions(tested: ModelUnderTest) -> dict[str, str]:
     """Return the instructions with which sentence-transformers encodes texts.
 
-    Raises ValueError for settings with which embeddings would differ from AutoModel's.
+    Raises ValueError if the settings would make embeddings differ from AutoModel's.
     """
     path = tested.folder / SETTINGS_FILE
     settings = read_json(path) if path.is_file() else {}

@@ -51,7 +51,7 @@ class ModelReport:
     """The results of all checks of one model; printing it shows a line per check.
 
     Attributes:
-        source: Folder or Hub id of the model, or address of the endpoint.
+        source: Folder or Hub id of the model, or URL of the endpoint.
         checks: The checks, in the order in which they ran.
     """
 

@@ -1,4 +1,4 @@
-"""The model under test, with a second, naive implementation to compare the package's with.
+"""The model under test, with a naive implementation to compare the package's results with.
 
 Shapes: B texts or images, D width of the LLM, P `projection_dim`.
 """
@@ -29,7 +29,7 @@ SHORT_TEXTS = (
 
 @dataclass
 class ModelUnderTest:
-    """A model folder; the checks that load its parts fill them in, and missing parts stay None.
+    """A model folder and its loaded parts, which checks fill in; parts not loaded are None.
 
     `tokenizer` and `processor` come from AutoTokenizer and AutoProcessor.
     """
@@ -58,7 +58,7 @@ class ModelUnderTest:
         return int(config.max_text_length) - num_prompt
 
     def tokenize(self, texts: Sequence[str], *, padding_side: str = "right") -> Any:
-        """Tokenize as a user of the bare tokenizer would; ids and mask are (B, L) int64."""
+        """Tokenize with only the tokenizer, as pipelines do; ids and mask are (B, L) int64."""
         return self.tokenizer(
             list(texts),
             padding=True,
@@ -73,8 +73,8 @@ class ModelUnderTest:
     ) -> Tensor:
         """Encode B texts as (B, P) float32 of unit length.
 
-        With `as_one_batch`, the padding is kept, as in training and on accelerators. Otherwise, the
-        model splits the texts into small batches with almost no padding on a CPU.
+        With `as_one_batch`, all texts are padded to one length, as in training and on accelerators.
+        Otherwise, on a CPU, the model splits the texts into small batches with almost no padding.
         """
         batch = self.tokenize(texts, padding_side=padding_side)
         with torch.set_grad_enabled(as_one_batch):  # the weights are frozen, so no graph is built
@@ -124,7 +124,7 @@ class ModelUnderTest:
     def encode_instructed(self, texts: Sequence[str], instruction: str) -> Tensor:
         """Encode B texts with an instruction as (B, P) float32.
 
-        The instruction is pooled only if the prompt is.
+        The instruction's tokens are pooled only if the prompt's tokens are.
         """
         start = self.config.num_unpooled
         if not self.config.pools_prompt:

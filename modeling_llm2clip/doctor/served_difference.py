@@ -58,7 +58,7 @@ def _find_cause(
     expected: Tensor,
     tolerance: float,
 ) -> str:
-    """Return a sentence about the most likely common cause; empty if none applies."""
+    """Return a sentence about the most likely of the common causes; empty if none applies."""
     if not served.isfinite().all():
         return " Some have NaN or infinity."
     lengths, directions = served.norm(dim=-1), F.normalize(served, dim=-1)

@@ -1,4 +1,4 @@
-"""Test inputs, in addition to the golden ones, that reveal silent changes by a server."""
+"""Test inputs, besides the golden inputs, that reveal whether a server silently changes inputs."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ _CELLS = (64, 1)  # cell sizes of the coarse and fine noise, in pixels
 
 
 def list_exact_texts() -> list[str]:
-    """List each text, followed by its rewritten variants.
+    """List the texts that servers tend to rewrite, each followed by its rewritten variants.
 
-    A cache that uses rewritten texts as keys would return the wrong embedding for one of them.
+    A cache keyed by rewritten texts would return the same embedding for a text and its variant.
     """
     return list(
         dict.fromkeys(
@@ -82,8 +82,8 @@ def render_odd_images() -> tuple[Image.Image, ...]:
 def render_photographs() -> tuple[Image.Image, ...]:
     """Render images with the sizes and detail of photographs, deterministically.
 
-    The last is a copy of the first with a white and a black patch added, so a cache that uses
-    thumbnails as keys mistakes one for the other.
+    The last image is a copy of the first with a white and a black patch added, so a cache keyed by
+    thumbnails confuses the two.
     """
     images = [render_photograph(*size, seed=seed) for seed, size in enumerate(_SIZES)]
     near_copy = images[0].copy()

@@ -67,7 +67,7 @@ class _Served:
         return find_tolerance(self.tested.model.dtype, other_machine=True)
 
     def write_text(self, num_tokens: int, *, first: int = 0) -> str:
-        """Return the longest text of whole words that fits into `num_tokens`."""
+        """Return the longest text of whole words that has at most `num_tokens` tokens."""
         known = _WORDS.split()
         first %= len(known)
         words = [*known[first:], *known[:first]] * (num_tokens // len(known) + 1)
@@ -79,7 +79,7 @@ class _Served:
         return " ".join(words[: max(num_words, 1)])
 
     def require_equal(self, served: Tensor, inputs: Sequence[Any], *, where: str) -> str:
-        """Raise ValueError if embeddings differ; texts and images are compared separately."""
+        """Raise ValueError if embeddings of texts or images differ from the model's own."""
         worst = 0.0
         for is_text in (True, False):
             rows = [row for row, value in enumerate(inputs) if isinstance(value, str) == is_text]
@@ -146,7 +146,7 @@ def _alone(list_inputs: Callable[[_Served], Sequence[Any]]) -> Callable[[_Served
 
 
 def _list_exact_texts(served: _Served) -> list[str]:
-    """List texts that servers rewrite, and texts that a cache keyed by a part of them mixes up."""
+    """List texts that servers rewrite, and texts that a cache keyed by part of a text confuses."""
     words = served.write_text(max(served.tested.room - _TOKENS_OF_ENDS, 1)).split()
     places = (0, len(words) // 2, len(words))
     alike = [" ".join((*words[:n], end, *words[n:])) for n in places for end in _ENDS]
@@ -155,7 +155,7 @@ def _list_exact_texts(served: _Served) -> list[str]:
 
 
 def _check_instructions(served: _Served) -> str:
-    """Request each instruction by name; the expected result is that of `encode_query` and co."""
+    """Request each instruction by name; compare with the model's embeddings of instructed texts."""
     names = [name for name, text in served.tested.config.instructions.items() if text.strip()]
     if not names:
         raise NotApplicableError("the model has no instructions")
@@ -193,7 +193,7 @@ def _measure(served: Tensor, expected: Tensor) -> float:
 
 
 def _check_mixed_lengths(served: _Served) -> str:
-    """Send texts of one token up to the limit together, to expose padding and truncation errors."""
+    """Send texts of very different lengths together, to expose padding and truncation errors."""
     room = served.tested.room
     counts = sorted({1, 4, room // 8, room // 4, room // 2, room - room // 8, room})
     # Each starts with a different word, so none equals a truncated version of another.
@@ -219,7 +219,7 @@ def _check_concurrent_inputs(served: _Served) -> str:
 
 
 def _check_long_text(served: _Served) -> str:
-    """Require a text beyond the limit to be refused, or truncated as the model does it."""
+    """Require a text over the token limit to be refused, or truncated the way the model does it."""
     limit = served.tested.config.max_text_length
     long = f"{_WORDS * (limit // len(_WORDS.split()) + 2)}and an owl"
     try:
@@ -264,7 +264,7 @@ def _explain_refusal(error: EndpointError, option: str) -> Exception:
 
 
 def _check_base64(served: _Served) -> str:
-    """Check base64, which OpenAI's client requests by default."""
+    """Check embeddings sent as base64, which OpenAI's client requests by default."""
     try:
         return served.send_together(_MANY_TEXTS[:-1], encoding_format="base64")
     except EndpointError as error:
@@ -272,7 +272,7 @@ def _check_base64(served: _Served) -> str:
 
 
 def _check_dimensions(served: _Served) -> str:
-    """Check that `dimensions` keeps the first ones and renormalizes them."""
+    """Check that `dimensions` keeps the first dimensions of each embedding and renormalizes it."""
     full, distances = served.tested.config.projection_dim, []
     for count in sorted({max(count, 1) for count in (full // 4, full // 2, full - 1)}):
         embeds = _embed_with(served, "dimensions", count)

@@ -68,16 +68,16 @@ def embed(
     """Write the embeddings of all captions or images to Parquet files, or resume writing.
 
     Each file has the columns `id` and `embedding` (a fixed-size list), and the columns listed in
-    `config.columns`. The key `llm2clip` of its schema metadata holds a JSON object with the model's
-    fingerprint, prompt, dtype, dimensions and int8 ranges. `_manifest.json` holds a checksum of
-    each file.
+    `config.columns`. The key `llm2clip` of each file's schema metadata holds a JSON object with the
+    model's fingerprint, prompt, dtype, dimensions and int8 ranges. `_manifest.json` holds a
+    checksum of each file.
 
     Args:
         source: Folder or Hub id of an LLM2CLIP model, or a loaded (model, processor); with
             `config.backend` onnx, a folder of ONNX graphs.
         data: Records.
         output: Folder for the files: new, empty, or an unfinished output of the same run, whose
-            files are checked before it resumes.
+            files are checked before the run resumes.
         config: Options; None for the defaults. `jpeg_decoding` and `skip_invalid` apply only
             to images.
         modality: What to embed: text or image.
@@ -151,7 +151,7 @@ def run_embed(
 
 
 def _report_far(encoder: ShardEncoder, folder: Path, report: Callable[[str], object]) -> None:
-    """Report if the images of all processes are unlike the model's training images."""
+    """Report if the images that all processes encoded are unlike the model's training images."""
     encoded, tally = encoder.tally, ImageTally()
     for part in gather_object([ImageTally(encoded.num_images, encoded.total)]):
         tally.join(part)
@@ -234,7 +234,7 @@ def _add_ranges(
     rows: InputRows,
     config: EmbedConfig,
 ) -> EmbeddingManifest:
-    """Add int8 ranges, measured or read from another output."""
+    """Return the manifest with int8 ranges, which are measured or read from another output."""
     if config.dtype != "int8":
         return planned
     if config.int8_ranges is None:

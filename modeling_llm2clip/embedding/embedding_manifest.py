@@ -1,4 +1,4 @@
-"""Describe an output of `embed`: its content, its complete files and their hashes.
+"""Describe an output of `embed`: the content, and the complete files with their hashes.
 
 Does not import torch, so a command can inspect an output before it loads anything.
 """
@@ -28,7 +28,7 @@ class EmbeddingManifest(ShardedManifest):
         prompt: Prompt with {text} in place of the caption; empty for images.
         dtype: Dtype of the embeddings; binary dtypes pack eight dimensions into a value.
         columns: Columns besides id and embedding.
-        ranges: Smallest and largest value of each dimension; None unless dtype is int8.
+        ranges: Smallest and largest value of each embedding dimension; None unless dtype is int8.
     """
 
     FILE = "_manifest.json"

@@ -52,7 +52,7 @@ def plan_encoding(
     partition: str | None,
     engine: Engine,
 ) -> EncodingPlan[_Config]:
-    """Check everything except the data; `manifest` is the class of the output's manifest."""
+    """Check all options of a run; `manifest` is the class of the output's manifest."""
     if modality not in ("text", "image"):
         raise ValueError(f"modality={modality!r} must be text or image.")
     if modality == "image" and isinstance(config, EmbedConfig) and "text" in config.columns:

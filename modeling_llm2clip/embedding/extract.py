@@ -64,7 +64,8 @@ def extract(
 
     The embeddings are for `align`, so they are taken before the text adapter and projections. Only
     the tower in use is loaded. With a CLIP or SigLIP model, the teacher of `align`, the store holds
-    its unit embeddings of the captions instead, with zeros for captions that exceed its limit.
+    that model's unit embeddings of the captions instead, with zeros for captions over the model's
+    maximum length.
 
     Args:
         source: Folder or Hub id of an LLM2CLIP model, or a loaded (model, processor); with

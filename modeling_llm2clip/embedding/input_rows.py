@@ -1,8 +1,8 @@
 """Read the texts or images of an output shard by shard.
 
 A shard holds `rows_per_shard` consecutive captions or images of the dataset. `embed` writes a row
-with an id for each. `extract` writes the distinct captions of a shard, and an index from captions
-to rows.
+with an id for each caption or image. `extract` writes the distinct captions of a shard, and an
+index from captions to rows.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class TextRows:
     def _iterate(
         self, rows: range, names: Sequence[str]
     ) -> Iterator[tuple[pa.RecordBatch, pa.Array, Array, Array]]:
-        """Yield batches of records, the shard's captions in them, and their rows and numbers."""
+        """Yield batches of records with the shard's captions, and each caption's row and number."""
         shard = rows.start // self._rows_per_shard
         record, skipped = self._starts[shard]
         left = len(rows)
@@ -128,7 +128,7 @@ class TextRows:
 
 
 class ImageRows:
-    """The images of a dataset; records of one image in several languages share it.
+    """The images of a dataset; an image with records in several languages is listed once.
 
     Args:
         records: The dataset, with images.
@@ -146,11 +146,11 @@ class ImageRows:
         return len(self._records)
 
     def read_inputs(self, rows: range) -> list[ImageSource]:
-        """List the addresses of the images of a shard."""
+        """List the sources of a shard's images: paths, URLs or packed images."""
         return self._list_images(np.asarray(rows))
 
     def sample(self, size: int) -> list[ImageSource]:
-        """List the addresses of `size` evenly spaced images."""
+        """List the sources of `size` evenly spaced images of the dataset."""
         return self._list_images(_space_evenly(len(self._records), size))
 
     def read(self, rows: range) -> pa.Table:
@@ -230,7 +230,7 @@ def _count_langs(records: RecordTable) -> int:
 def _find_shards(
     all_counts: Iterable[tuple[Array, Array]], rows_per_shard: int
 ) -> tuple[list[tuple[int, int]], int]:
-    """Find each shard's first record, and how many of its captions belong to earlier shards."""
+    """Find each shard's first record, and how many of that record's captions to skip."""
     starts: list[tuple[int, int]] = []
     num_records = num_rows = 0
     for short, long in all_counts:

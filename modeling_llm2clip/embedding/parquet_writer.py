@@ -1,4 +1,4 @@
-"""Write final embeddings to Parquet files for vector databases, truncated and quantized.
+"""Truncate and quantize final embeddings, and write Parquet files for vector databases.
 
 The id of a text is its name, language and caption number, as in `beach.jpg#de#0`. The language is
 left out if the dataset has only one. The id of an image is its name.
@@ -54,7 +54,7 @@ class ParquetWriter(ShardedWriter[EmbeddingManifest]):
         self.rows = rows
 
     def encode(self, shard: int, embeds: Tensor) -> tuple[bytes, dict[str, Any]]:
-        """Return a file without the rows of zeros, which mark undecodable images."""
+        """Return the content of a file, without rows of zeros, which mark undecodable images."""
         table = self.rows.read(self.manifest.inputs_of_shard(shard))
         is_valid = embeds.numpy().any(axis=1)
         skipped = table.column("id").filter(pa.array(~is_valid)).to_pylist()
@@ -87,7 +87,7 @@ class ParquetWriter(ShardedWriter[EmbeddingManifest]):
 
 
 def count_values(dim: int, dtype: EmbeddingDtype) -> int:
-    """Return the number of values per embedding; binary dtypes pack eight dimensions."""
+    """Return the number of values per embedding; a binary value packs eight dimensions."""
     if dtype not in ("binary", "ubinary"):
         return dim
     if dim % _BITS:

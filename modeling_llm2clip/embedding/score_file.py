@@ -27,7 +27,7 @@ _CHARACTERS_SHOWN = 80
 
 
 class ScoredPair(NamedTuple):
-    """A line of a file of pairs: an image's path, as written there, and a text."""
+    """A line of a file of pairs: an image's path, as written in the file, and a text."""
 
     image: str
     text: str
@@ -39,8 +39,8 @@ class PairScores:
 
     Attributes:
         num_pairs: Number of pairs.
-        num_truncated: Pairs whose text exceeds the model's limit.
-        max_text_length: The limit, in tokens.
+        num_truncated: Number of pairs whose text exceeds the model's maximum length.
+        max_text_length: The model's maximum length of a text, in tokens.
         mean: Mean of all scores.
     """
 

@@ -1,12 +1,13 @@
 """Compute the shards of an output, while threads prepare the next and write the previous one.
 
-Shards are independent. They are dealt out in turn to partitions, which any scheduler may start on
-any machine, and within a partition to the processes of `accelerate launch` or `torchrun`. A shard
-that another run is computing is refused.
+Shards are independent and dealt out in turn to partitions, which any scheduler may start on any
+machine, and within a partition to the processes of `accelerate launch` or `torchrun`. A shard that
+another run is computing is refused.
 
-Each actor of a Ray cluster loads the tower once. Ray Data passes it shard numbers, and restarts a
-lost actor. Actors write embeddings to the output's folder, which all machines share, not through
-Ray. The bytes are therefore the same as from one process, in whatever order shards are computed.
+Each actor of a Ray cluster loads the tower once. Ray Data passes shard numbers to the actors and
+restarts a lost actor. Actors write embeddings to the output's folder, which all machines share, not
+through Ray. The output therefore has the same bytes as from one process, in whatever order shards
+are computed.
 """
 
 from __future__ import annotations
@@ -189,7 +190,8 @@ def name_unreadable_images(
 ) -> Iterator[None]:
     """Turn the error of one unreadable image into a DataValidationError that names all.
 
-    Decodes the images of `writer`'s missing shards, or all images without a writer.
+    The images of `writer`'s missing shards, or all images without a writer, are decoded to find the
+    unreadable ones.
     """
     try:
         yield
@@ -221,7 +223,7 @@ def open_bar(
     *,
     shown: bool,
 ) -> tqdm[Any]:
-    """Open a progress bar over the inputs of `shards`, with `missing` still to be computed."""
+    """Open a progress bar over the inputs of `shards`; those not in `missing` are done."""
     sizes = {shard: len(writer.manifest.inputs_of_shard(shard)) for shard in shards}
     return tqdm(
         desc=name,

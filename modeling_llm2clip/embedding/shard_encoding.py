@@ -44,10 +44,10 @@ class PreparedShard:
     """A shard that is ready to be encoded.
 
     Attributes:
-        inputs: Its distinct inputs: tokenized texts, or addresses of images.
+        inputs: The shard's distinct inputs: tokenized texts, or sources of images.
         batches: Indices of the inputs in each batch.
-        rows: Index of the input of each row.
-        num_truncated: Rows whose text exceeds the model's limit.
+        rows: For each row of the shard, the index of its input in `inputs`.
+        num_truncated: Number of rows whose text exceeds the model's maximum length.
     """
 
     inputs: Sequence[Any]
@@ -58,13 +58,13 @@ class PreparedShard:
 
 @dataclass
 class ShardEncoder(ABC):
-    """A loaded tower that computes final embeddings for `embed`, or its own for `extract`.
+    """A loaded tower that computes final embeddings for `embed`, or unprojected ones for `extract`.
 
     Attributes:
         encoder: The model.
         dim: Dimensions of an embedding.
-        project: Whether embeddings are final.
-        plan: Encoding options that determine the bytes.
+        project: Whether embeddings are final, that is, projected and of unit length.
+        plan: Encoding options that determine the bytes of the output.
         tally: Summary of the images encoded so far; empty with ONNX.
     """
 
@@ -76,7 +76,7 @@ class ShardEncoder(ABC):
 
     @abstractmethod
     def prepare(self, inputs: list[Any]) -> PreparedShard:
-        """Divide texts or addresses of images into batches."""
+        """Divide texts or sources of images into batches."""
 
     @abstractmethod
     def encode(self, prepared: PreparedShard) -> Iterator[Tensor]:
@@ -108,8 +108,8 @@ class TextShardEncoder(ShardEncoder):
     """Encodes each distinct text of a shard once.
 
     Attributes:
-        token_budget: Maximum tokens of a batch.
-        is_teacher: Whether truncated texts get zeros.
+        token_budget: Maximum number of tokens per batch.
+        is_teacher: Whether the model is a teacher, so truncated texts get zeros.
     """
 
     token_budget: int
@@ -177,7 +177,7 @@ class ImageShardEncoder(ShardEncoder):
 def load_shard_encoder(
     folder: Path, modality: Modality, config: EmbedConfig | ExtractConfig, device: torch.device
 ) -> ShardEncoder:
-    """Load the tower of the modality, or open its ONNX graph."""
+    """Load the tower that encodes the modality, or open the tower's ONNX graph."""
     plan: dict[str, str] = {}
     is_teacher = is_teaching(folder, modality, config)
     project = isinstance(config, EmbedConfig) or is_teacher

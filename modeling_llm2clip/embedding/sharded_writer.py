@@ -1,4 +1,4 @@
-"""Write an output in shards, each complete or absent, so a killed run loses at most one.
+"""Write an output in shards, each complete or absent, so a killed process loses at most one.
 
 Shards are independent: any number of processes, also on different machines with a shared file
 system, may write different shards to one folder. Processes do not wait for each other, and a shard
@@ -62,7 +62,7 @@ class ShardedWriter(ABC, Generic[_Manifest]):
 
     @abstractmethod
     def encode(self, shard: int, embeds: Tensor) -> tuple[bytes, dict[str, Any]]:
-        """Return the content of a shard's file, and fields of its record, including `rows`."""
+        """Return the content of a shard's file, and fields for the shard's record, with `rows`."""
 
     @contextmanager
     def hold(self, shard: int) -> Iterator[None]:
@@ -82,8 +82,8 @@ class ShardedWriter(ABC, Generic[_Manifest]):
 
         Args:
             shard: Number of the shard, from 0.
-            embeds: (N, D) embeddings of its inputs, of any float dtype, on the CPU.
-            num_truncated: Number of its texts that exceed the model's limit.
+            embeds: (N, D) embeddings of the shard's inputs, of any float dtype, on the CPU.
+            num_truncated: Number of the shard's texts that exceed the model's maximum length.
         """
         stored = embeds.to(self.stored_dtype)
         _require_finite(stored, embeds, self._name(shard))
@@ -109,7 +109,7 @@ class ShardedWriter(ABC, Generic[_Manifest]):
         return [shard for shard in range(self.manifest.num_shards) if shard not in records]
 
     def find_records(self) -> dict[int, ShardRecord]:
-        """Find the records of complete shards, in their own files or in the manifest."""
+        """Find the records of complete shards, which are in separate files or in the manifest."""
         names = {file.name for file in self.folder.glob(RECORD_GLOB)}
         shards = range(self.manifest.num_shards)
         records = {s: self._read_record(s) for s in shards if RECORD_NAME.format(s) in names}
@@ -171,7 +171,7 @@ class ShardedWriter(ABC, Generic[_Manifest]):
 
 
 def begin_output(folder: Path, manifest: ShardedManifest) -> None:
-    """Write the manifest of an output, unless another process already has."""
+    """Write the manifest of an output, unless another process has already written it."""
     file = folder / manifest.FILE
     unfinished = file.with_name(f"{file.name}.{uuid4().hex}.tmp")
     with explain_full_output(folder, "its manifest"):

@@ -1,4 +1,4 @@
-"""Write an embedding store: first the index of its items, then its shards."""
+"""Write an embedding store: first the index of items, then the shards."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class StoreWriter(ShardedWriter[StoreManifest]):
 
 
 def begin_store(folder: Path, planned: StoreManifest, batches: Iterable[pa.RecordBatch]) -> None:
-    """Write a store's index from batches of `make_batch`, then its manifest."""
+    """Write a store's index from batches made by `make_batch`, then the store's manifest."""
     num_rows = num_items = num_texts = 0
     with (
         explain_full_output(folder, "its index"),
