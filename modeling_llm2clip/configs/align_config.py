@@ -16,10 +16,9 @@ class AlignConfig(TrainingConfig, JpegConfig):
     """Options for `align`: what to train, on what data and how long (paper, section 3.2)."""
 
     without_flags = (
-        "early_stopping_patience", "eval_steps", "inherit_steps", "jpeg_decoding", "keep_weight",
-        "long_caption_ratio", "lora_rank", "loss_chunk_size", "max_grad_norm", "mini_batch_size",
-        "structure_weight",
-        "vision_learning_rate", "weight_decay",
+        "deterministic", "early_stopping_patience", "eval_steps", "inherit_steps", "jpeg_decoding",
+        "keep_weight", "long_caption_ratio", "lora_rank", "loss_chunk_size", "max_grad_norm",
+        "mini_batch_size", "structure_weight", "vision_learning_rate", "weight_decay",
     )  # fmt: skip
 
     vision_training: Literal["frozen", "lora", "full"] = "frozen"

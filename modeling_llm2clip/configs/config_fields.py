@@ -130,6 +130,10 @@ class TrainingConfig(DeviceConfig):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, which saves memory but takes about a third
     longer."""
+    deterministic: bool = False
+    """Use only deterministic kernels, which are slower, so that a resumed run on a GPU has the same
+    bytes as an uninterrupted one even if it trains a tower or a LoRA. Operations without such a
+    kernel raise an error. On a GPU, the environment must set CUBLAS_WORKSPACE_CONFIG=:4096:8."""
     precision: Precision = "auto"
     """Dtype to compute in. auto uses bfloat16 on GPUs that support it, otherwise each weight's
     stored dtype. float32 also casts towers that are stored in half precision. Trained weights

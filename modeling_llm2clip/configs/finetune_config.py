@@ -15,7 +15,7 @@ from .config_fields import TrainingConfig, WeightDtype
 class FinetuneConfig(TrainingConfig):
     """Options for `finetune_llm`, which trains a LoRA on captions (paper, section 3.1)."""
 
-    without_flags = ("eval_steps", "lora_dtype", "num_pairings", "scale")
+    without_flags = ("deterministic", "eval_steps", "lora_dtype", "num_pairings", "scale")
 
     num_train_epochs: Annotated[float, Interval(gt=0)] = 1.0
     """Number of passes over the data."""

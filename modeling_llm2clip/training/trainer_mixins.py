@@ -12,7 +12,8 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,6 +41,7 @@ Result = TypeVar("Result")
 
 _SAVE_STEPS = 500
 _WEIGHTS = "trained.safetensors"
+_DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")  # of cuBLAS
 _SECONDS_BETWEEN_UPDATES = 10.0  # in a log file, where every update stays visible
 # Logged metrics to show in the progress bar, with their names and formats there.
 _SHOWN = {
@@ -80,6 +82,32 @@ def keep_to_one_gpu(arguments: TrainingArguments) -> None:
     regardless of the run's precision.
     """
     arguments._n_gpu = min(1, arguments.n_gpu)
+
+
+@contextmanager
+def deterministic_kernels(config: TrainingConfig, device: torch.device) -> Iterator[None]:
+    """Use only deterministic kernels within the block if the config says so.
+
+    Otherwise, FlashAttention's backward pass on CUDA adds gradients in varying order, so their last
+    bits differ from run to run. torch's setting is global; the previous one is restored.
+    """
+    if not config.deterministic:
+        yield
+        return
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    if device.type == "cuda" and workspace not in _DETERMINISTIC_WORKSPACES:
+        raise ValueError(
+            "deterministic=True on a GPU needs the environment variable CUBLAS_WORKSPACE_CONFIG "
+            f"to be {' or '.join(_DETERMINISTIC_WORKSPACES)}, not {workspace}. Set it before the "
+            "program starts: CUBLAS_WORKSPACE_CONFIG=:4096:8 llm2clip …"
+        )
+    before = torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=only_warns)
 
 
 def is_sharded() -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 import warnings
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +16,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from aligning import Prepared
+from aligning import EndAfter, Prepared
 from peft.tuners.lora import LoraLayer
 from running_ahead import run_ahead
 from sentence_transformers import SentenceTransformerTrainingArguments
 from tiny import tiny_model
-from transformers import AutoConfig, AutoModel, TrainingArguments
+from transformers import AutoConfig, AutoModel, TrainerCallback, TrainingArguments
 from tuning import SHORT, tune
 
 from modeling_llm2clip.configs.align_config import AlignConfig
@@ -39,6 +41,7 @@ from modeling_llm2clip.training.trainer_mixins import (
     StageTrainerMixin,
     StopCallback,
     computes_in_bfloat16,
+    deterministic_kernels,
     find_without_gradient,
     recompute_activations,
     training_arguments_on,
@@ -103,6 +106,54 @@ def test_a_layer_with_layerdrop_counts_as_trained(family: str) -> None:
     assert missing == []
     assert {m.layerdrop for m in model.modules() if hasattr(m, "layerdrop")} == {0.999}
     assert frozen.weight.grad is None
+
+
+class _SeesKernels(TrainerCallback):
+    """Notes at each step whether only deterministic kernels may run."""
+
+    def __init__(self) -> None:
+        self.seen: list[bool] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seen.append(torch.are_deterministic_algorithms_enabled())
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_both_stages_use_deterministic_kernels_if_asked_and_restore_the_programs_setting(
+    deterministic: bool, prepared: Prepared, tmp_path: Path
+) -> None:
+    sees = _SeesKernels()
+    options = {"max_steps": 1, "warmup_steps": 0, "deterministic": deterministic}
+    tune(tmp_path / "tuned", replace(SHORT, **options), callbacks=[sees])
+    prepared.align(tmp_path / "aligned", vision_training="full", callbacks=[sees], **options)
+    with pytest.raises(KeyboardInterrupt):
+        prepared.align(tmp_path / "killed", callbacks=[sees, EndAfter(1)], **options)
+    assert sees.seen == 3 * [deterministic]
+    assert not torch.are_deterministic_algorithms_enabled()
+    config = TrainingConfig(deterministic=deterministic)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with deterministic_kernels(config, torch.device("cpu")):
+            assert torch.is_deterministic_algorithms_warn_only_enabled() is not deterministic
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("workspace", [None, ":0:0", ":16:8"])
+def test_deterministic_kernels_on_a_gpu_need_a_workspace_of_cublas_that_is(
+    monkeypatch: pytest.MonkeyPatch, workspace: str | None
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if workspace is not None:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace)
+    with ExitStack() as stack:
+        if workspace != ":16:8":
+            message = f"to be :4096:8 or :16:8, not {workspace}. Set it before the program starts"
+            stack.enter_context(pytest.raises(ValueError, match=re.escape(message)))
+        context = deterministic_kernels(TrainingConfig(deterministic=True), torch.device("cuda"))
+        with context:
+            assert torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.parametrize(

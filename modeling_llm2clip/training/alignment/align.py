@@ -52,6 +52,7 @@ from ..run_folder import (
 from ..trainer_mixins import (
     computes_in_bfloat16,
     count_warmup_steps,
+    deterministic_kernels,
     is_sharded,
     raise_if_stopped,
     run_once_per_machine,
@@ -222,7 +223,12 @@ def run_alignment(
         data = RecordTable.from_records(data)
         check_data(data, batch_size=config.global_batch_size)
     device = choose_device(config.device)
-    with lock_run(output), open_source(source, output) as model, TemporaryDirectory() as temporary:
+    with (
+        deterministic_kernels(config, device),
+        lock_run(output),
+        open_source(source, output) as model,
+        TemporaryDirectory() as temporary,
+    ):
         fingerprint = _require_fitting(model.folder, plan)
         _verify_stores(plan)
         processor = LLM2CLIPProcessor.from_pretrained(model.folder)

@@ -68,6 +68,7 @@ from ..trainer_mixins import (
     choose_reports,
     computes_in_bfloat16,
     count_warmup_steps,
+    deterministic_kernels,
     find_without_gradient,
     raise_if_stopped,
     recompute_activations,
@@ -149,7 +150,11 @@ def finetune_llm(
     require_output(output, resume=resume, model=model_folder if config.merge else None)
     choose_reports(config.report_to)
     device = choose_device(config.device)
-    with lock_run(output), open_source(source, output) as model_source:
+    with (
+        deterministic_kernels(config, device),
+        lock_run(output),
+        open_source(source, output) as model_source,
+    ):
         _require_tunable(model_source, config)
         # Deleted before the model is written, because a run with a model is never resumed.
         with _open_scratch(output) as scratch:
