@@ -78,7 +78,7 @@ class ModelReport:
 
 @dataclass(frozen=True)
 class PlannedCheck(Generic[T]):
-    """A check, the earlier checks it depends on, and what it applies to (`about`), if limited."""
+    """A check, the earlier checks that it needs, and the modality it is about, if only one."""
 
     name: str
     run: Callable[[T], str]

@@ -57,8 +57,8 @@ class PreparedImages(NamedTuple):
 
     Attributes:
         inputs: The processor's tensors for the readable images, by name; empty if there are none.
-        places: Positions of the readable images in the batch.
-        errors: Error message for each other image, by its position.
+        places: Position of each readable image in the batch.
+        errors: Error message for each unreadable image, by its position in the batch.
     """
 
     inputs: dict[str, Tensor]
@@ -83,11 +83,11 @@ def encode_distinct(
 ) -> Tensor:
     """Encode every distinct input once; (N, D) float32 on the CPU, in the order of the inputs.
 
-    Equal inputs get bit-identical embeddings: encoded in different batches, they would differ in
-    the last bit and no longer tie. `batches` takes the rows of the distinct inputs (the first
-    occurrence of each) and returns batches of positions in that list. The progress bar counts
-    inputs, or their `sizes`. `finish` maps the embeddings of many batches on the device, so they
-    can be copied together.
+    Equal inputs get bit-identical embeddings, so they tie. Encoded in different batches, equal
+    inputs would differ in the last bit. `batches` takes a list with the row of each distinct
+    input's first occurrence, and returns batches of positions in that list. The progress bar counts
+    inputs, or sums the inputs' `sizes`. `finish` maps the embeddings of many batches on the device,
+    so they can be copied together.
     """
     keys = list_keys(inputs)
     first_of = {key: row for row, key in reversed(list(enumerate(keys)))}
@@ -129,9 +129,10 @@ def iterate_batches(
 ) -> Generator[tuple[Sequence[int], Tensor]]:
     """Yield the rows of each batch of a plan and their embeddings, (B, D) float32 on the CPU.
 
-    `prepare` turns the inputs of a batch into arguments for `encode`. It runs in `num_workers`
-    threads; None picks a default for the device. Raises ValueError if an embedding has NaN or
-    infinity. Without `to_cpu`, embeddings stay on the device, and the caller must check them.
+    `prepare` turns the inputs of a batch into arguments for `encode`. `prepare` runs in
+    `num_workers` threads; None picks a default for the device. Raises ValueError if an embedding
+    has NaN or infinity. Without `to_cpu`, embeddings stay on the device, and the caller must check
+    them.
     """
     parts = ([inputs[row] for row in rows] for rows in plan)
     in_threads = prepare_batches(parts, prepare, device=device, num_workers=num_workers)
@@ -157,7 +158,7 @@ def _copy_together(
     finish: Callable[[Tensor], Tensor],
     inputs: Sequence[Any],
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
-    """Yield batches on the CPU, checked; up to 256 MiB of them are copied from a GPU together."""
+    """Yield checked batches on the CPU; copy up to 256 MiB of batches from a GPU together."""
     waiting: list[tuple[Sequence[int], Tensor]] = []
     num_bytes = 0
     for batch in chain(encoded, [None]):
@@ -176,7 +177,7 @@ def _copy_together(
 def default_num_workers(*, most: int = _MOST_WORKERS) -> int:
     """Return the default number of threads or processes that decode images.
 
-    That is one per core, at most `most`; all processes on a machine split its cores.
+    The default is one per core, at most `most`; the processes on a machine split the cores.
     """
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(most, (os.cpu_count() or 1) // num_processes))
@@ -185,9 +186,9 @@ def default_num_workers(*, most: int = _MOST_WORKERS) -> int:
 def use_one_core() -> None:
     """Compute on one core in this thread.
 
-    Otherwise torch would start a team of one thread per core for every thread. With more of these
-    than cores, OpenMP puts them to sleep between operations, and a forward pass of a vision tower
-    takes a third longer.
+    Otherwise torch would start a team of one thread per core for every thread. If these threads
+    outnumber the cores, OpenMP puts them to sleep between operations, and a forward pass of a
+    vision tower takes a third longer.
     """
     torch.get_num_threads()  # sets the limit once per thread; the next line lowers it
     threadpool_limits(limits=1, user_api="openmp")
@@ -201,7 +202,7 @@ def prepare_batches(
     num_workers: int | None,
     join: Callable[[list[tuple[int, Prepared]]], Prepared] | None = None,
 ) -> Generator[Prepared]:
-    """Prepare batches in threads, only a few ahead of time because all would fill the memory.
+    """Prepare batches in threads, only a few batches ahead of time to limit memory.
 
     Each of `num_workers` threads prepares one batch at a time. None means one thread per core, at
     most 8, or 32 with a GPU. A single batch is prepared in the calling thread. A GPU computes while
@@ -210,8 +211,8 @@ def prepare_batches(
     generator.
 
     With `join` and a GPU, threads prepare parts of a batch, so the GPU need not wait for a whole
-    batch at the start of a shard. `join` takes the parts, each with its first position in the
-    batch.
+    batch at the start of a shard. `join` takes the parts, each with the batch position of the
+    part's first input.
     """
     remaining = iter(batches)
     first = list(islice(remaining, 2))
@@ -248,8 +249,8 @@ def _submit_parts(
 ) -> Future[Prepared]:
     """Prepare a batch in parts.
 
-    The pool starts the parts before the thread that joins them, so that thread cannot deadlock
-    waiting for a part that has not started.
+    The pool starts the parts before the thread that joins them, so the joining thread cannot
+    deadlock waiting for a part that has not started.
     """
     rows = split_evenly(len(batch), size=-(-len(batch) // _PARTS))
     parts = [(part.start, pool.submit(prepare, batch[part.start : part.stop])) for part in rows]
@@ -274,8 +275,8 @@ def prepare_images(
     With `normalization`, pixels are uint8, and the device normalizes them.
 
     `open_image` returns None to skip an image. For an invalid image, `on_error` returns the message
-    to record, and the other images are prepared without it; or it raises. By default,
-    UnreadableImagesError names every invalid image.
+    to record, and the other images are prepared without the invalid one; or `on_error` raises. By
+    default, UnreadableImagesError names every invalid image.
     """
     places: list[int] = []
     errors: dict[int, str] = {}
@@ -341,7 +342,7 @@ def describe_decoding(min_jpeg_side: int | None) -> dict[str, str]:
 
 
 def join_images(parts: Sequence[tuple[int, PreparedImages]]) -> PreparedImages:
-    """Join the parts of a batch, each given with its first position in the batch."""
+    """Join the parts of a batch, each given with the position of its first image in the batch."""
     return PreparedImages(
         _join([part.inputs for _, part in parts if part.places]),
         [start + place for start, part in parts for place in part.places],
@@ -366,7 +367,7 @@ def _prepare(processor: LLM2CLIPProcessor, images: Iterable[Any]) -> dict[str, T
 
 
 def _join(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Concatenate tensors by name; the result is pinned if the first part is."""
+    """Concatenate tensors by name; the result is in pinned memory if the first part is."""
     joined = {n: torch.cat([part[n] for part in parts]) for n in (parts[0] if parts else ())}
     return {n: t.pin_memory() if parts[0][n].is_pinned() else t for n, t in joined.items()}
 
@@ -394,7 +395,8 @@ def list_keys(inputs: Sequence[Any]) -> list[Hashable]:
     """Return a key per input; two inputs have the same key if and only if they are equal.
 
     An image in memory is equal only to itself. In a sequence other than a list or tuple, all inputs
-    count as different: it may create them on each access, which makes an `id` meaningless.
+    count as different: the sequence may create inputs on each access, so an input's `id` is
+    meaningless.
     """
     if not isinstance(inputs, list | tuple):
         return list(range(len(inputs)))

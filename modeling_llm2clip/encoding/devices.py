@@ -1,6 +1,6 @@
 """Chooses a device, the same way for all commands, and checks it before any costly work.
 
-Importing this module is cheap: only the functions that need torch import it.
+Importing this module is cheap: only functions that need torch import torch.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def has_float64(device: torch.device) -> bool:
-    """Return whether a device supports float64, which ranks and closed forms need; MPS does not."""
+    """Return whether a device has float64, needed for ranks and closed-form fits; MPS does not."""
     return device.type != "mps"
 
 

@@ -1,6 +1,6 @@
 """Runs dual encoders of transformers, such as CLIP and SigLIP, with their own text encoders.
 
-Each family was trained on texts in its own format, which processors leave to the caller:
+Each family was trained on texts in a format of its own, which processors leave to the caller:
 
 | family | texts |
 | --- | --- |
@@ -38,7 +38,7 @@ def require_dual_encoder(model_type: str, source: str | Path) -> None:
 
 
 class DualEncoderProcessor:
-    """Prepares texts and images for a dual encoder, as `LLM2CLIPProcessor` does for a model.
+    """Prepares texts and images for a dual encoder; a counterpart of `LLM2CLIPProcessor`.
 
     Attributes:
         config: The model's configuration.
@@ -64,7 +64,7 @@ class DualEncoderProcessor:
             self.longest_text = min(self.longest_text, int(self.tokenizer.model_max_length))
 
     def spell(self, text: str) -> str:
-        """Return a text as it is passed to the tokenizer."""
+        """Return a text in the form that is passed to the tokenizer, for example lowercased."""
         return text.lower() if self.is_unmasked else text
 
     def list_ids(self, texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
@@ -132,7 +132,7 @@ class DualEncoder(Encoder):
             self.embedding_dim = self.encode_tokens(*torch.ones(2, 1, 1, dtype=torch.long)).shape[1]
 
     def encode_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Encode one batch of texts, (B, L) int64 each; returns (B, P) of unit length."""
+        """Encode a batch of ids and mask, (B, L) int64; returns (B, P) of unit length."""
         mask = {"attention_mask": attention_mask.to(self.device)} if self._is_masked else {}
         features = self._model.get_text_features(input_ids=input_ids.to(self.device), **mask)
         return F.normalize(features.pooler_output.float(), dim=-1)

@@ -67,8 +67,8 @@ def encode_texts(
         (N, P) of unit length; with `project=False` (N, D), not normalized.
 
     Raises:
-        ValueError: `texts` is one string or not a list, a text is blank or not a string, the
-            budget is below one, the model is in training mode, or it returns NaN or infinity. The
+        ValueError: `texts` is one string or not a list, a text is blank or not a string, the budget
+            is below one, the model is in training mode, or an embedding has NaN or infinity. The
             message names the invalid texts.
 
     Examples:
@@ -97,7 +97,7 @@ def encode_images(
     show_progress: bool = False,
     on_batch: OnBatch | None = None,
 ) -> Tensor:
-    """Encode images, which threads decode; with a GPU, they decode ahead while it computes.
+    """Encode images, which threads decode; with a GPU, threads decode ahead while the GPU computes.
 
     Args:
         model: A model with a vision tower.
@@ -117,8 +117,8 @@ def encode_images(
 
     Raises:
         ValueError: `images` is not a list or is empty, an image is missing or broken (the message
-            names it), a number is below one, the model is in training mode, or it returns NaN or
-            infinity.
+            names it), a number is below one, the model is in training mode, or an embedding has NaN
+            or infinity.
 
     Examples:
         >>> model, processor = load_model("my-model")
@@ -150,7 +150,7 @@ def score_pairs(
     """Compute the cosine similarity of each image and its text.
 
     With the official L/14-336 checkpoint, this is the score that OneIG-Bench computes between an
-    image and the answer that it should show (`scripts/utils/inference.py` of
+    image and the answer that the image should show (`scripts/utils/inference.py` of
     OneIG-Bench/OneIG-Benchmark at 41b4983, which AISBench and Pruna copied). OneIG-Bench runs it
     with bfloat16 weights under autocast.
 
@@ -170,7 +170,7 @@ def score_pairs(
 
     Raises:
         ValueError: The numbers of texts and images differ, or `encode_images` or `encode_texts`
-            raises it.
+            raises an error.
 
     Examples:
         >>> model, processor = load_model("my-model")
@@ -193,10 +193,10 @@ def score_pairs(
 
 
 def project_stored(model: Model, embeds: Tensor, modality: str) -> Tensor:
-    """Map stored embeddings of captions or images, (N, D), into the space that both share.
+    """Map stored embeddings, (N, D), into the space that captions and images share.
 
-    They may be on any device. Raises ValueError if their width is not the tower's, or on NaN or
-    infinity.
+    The embeddings may be on any device. Raises ValueError if their width is not the tower's, or if
+    they contain NaN or infinity.
     """
     projected = _project(model, modality, embeds, modules=list(model.modules())).cpu()
     require_finite(projected, range(len(projected)))
@@ -258,7 +258,7 @@ class TorchEncoder(Encoder):
 
     @cached_property
     def normalization(self) -> PixelNormalization | None:  # type: ignore[override]
-        """Steps that the device takes over; found on first use, since texts do not need them."""
+        """Last image preparation steps, which run on the device; found when first used."""
         on_cpu = self.device.type == "cpu"
         return None if on_cpu else find_normalization(self.processor, self.device)
 
@@ -271,7 +271,7 @@ class TorchEncoder(Encoder):
     def encode_tokens(
         self, input_ids: Tensor, attention_mask: Tensor, *, num_unpooled: int | None = None
     ) -> Tensor:
-        """Run the LLM on one batch, (B, L) int64 each, padded; returns (B, D)."""
+        """Run the LLM on one padded batch of ids and mask, (B, L) int64; returns (B, D)."""
         model = self._find_model("text")
         # The model checks the inputs, then copies them to its device.
         options: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -321,13 +321,13 @@ class TorchEncoder(Encoder):
 
 @cache
 def raise_malloc_thresholds() -> bool:
-    """Let glibc keep up to 1 GiB of freed blocks of up to 256 MiB; takes effect once per process.
+    """Let glibc keep up to 1 GiB of freed memory, in blocks of up to 256 MiB, in this process.
 
     Every batch allocates the same blocks, and each page newly obtained from the system costs a page
     fault, which slows convolutional towers the most. By default glibc keeps no block above 32 MiB,
     and `packing_llm2clip.keep_freed_memory` cannot raise that limit.
 
-    Returns False if glibc is not in use, or if the user has set its environment variables.
+    Returns False if glibc is not in use, or if the user has set glibc's malloc variables.
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return False
@@ -351,7 +351,7 @@ def _project(model: Any, modality: str, embeds: Tensor, *, modules: Sequence[nn.
 
 @contextmanager
 def _require_eval_mode(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Raise ValueError if one of the model's modules is in training mode or is switched to it.
+    """Raise ValueError if any of the model's modules is in training mode or switches to it.
 
     Dropout would make embeddings random, and batch normalization would update its statistics. The
     mode is not changed here, because other threads may be encoding with the model or training it.

@@ -1,7 +1,8 @@
 """Encodes texts and images with ONNX Runtime, tokenizers, Pillow and NumPy; torch is not needed.
 
-Every exported folder has it as `encode.py`: `python encode.py "a dog" dog.jpg` prints the cosine.
-The neighboring file that it imports loads images the way the model saw them in training.
+Every exported folder has this file as `encode.py`: `python encode.py "a dog" dog.jpg` prints the
+cosine. The neighboring file that `encode.py` imports loads images the way the model saw them in
+training.
 """
 
 import json

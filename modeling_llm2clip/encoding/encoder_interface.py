@@ -51,10 +51,10 @@ class EncodedImages(NamedTuple):
     """The images of a batch that could be read.
 
     Attributes:
-        rows: Rows of these images.
+        rows: Row of each readable image.
         embeds: (B, P) float32 of unit length, on the CPU by default; or (B, D) if not projected.
         tower_embeds: (B, D) before the projection; None if the encoder only returns projections.
-        errors: Error message for each other image, by its row.
+        errors: Error message for each unreadable image, by the image's row.
     """
 
     rows: list[int]
@@ -75,13 +75,13 @@ class Encoder(ABC):
         device: Device that computes.
         token_budget: Default maximum tokens per batch.
         batch_size: Default maximum images per batch.
-        projects_at_once: Whether it returns only unit embeddings, never those before the
-            projection.
-        runs_ahead: Whether it computes asynchronously, as on a GPU. Embeddings then stay on the
-            device until many are copied together.
+        projects_at_once: Whether the encoder returns only unit embeddings, never embeddings before
+            the projection.
+        runs_ahead: Whether the device computes asynchronously, as a GPU does. Embeddings then stay
+            on the device until many are copied together.
         normalization: Steps that the device runs instead of the processor; None if there are none.
         min_jpeg_side: Minimum side of a JPEG decoded at a reduced size, as in `load_images`. An
-            `open_image` passed to `iterate_images` must apply it itself.
+            `open_image` passed to `iterate_images` must apply this minimum itself.
     """
 
     normalization: PixelNormalization | None = None
@@ -127,7 +127,7 @@ class Encoder(ABC):
 
     @abstractmethod
     def encode_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Encode one batch of texts, (B, L) int64 each, padded on the right."""
+        """Encode one batch of texts, given as ids and mask, (B, L) int64, padded on the right."""
 
     @abstractmethod
     def encode_pixels(self, pixel_values: Tensor, **others: Tensor) -> Tensor:
@@ -234,7 +234,8 @@ class Encoder(ABC):
     ) -> Iterator[Tensor]:
         """Yield the embeddings of each batch of a plan, which lists the rows of each batch.
 
-        If the encoder computes asynchronously, they stay on its device and are not checked.
+        If the encoder computes asynchronously, the embeddings stay on its device and are not
+        checked.
         """
         self._require("text", project=project)
 

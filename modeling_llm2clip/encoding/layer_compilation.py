@@ -13,8 +13,8 @@ from torch import nn
 def compile_layers(model: nn.Module, *, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compile the layers of a model's towers in place, for inputs of any length.
 
-    Identical layers share compiled code, so the first batch waits a few seconds for one layer, not
-    for all layers of the tower.
+    Identical layers share compiled code, so the first batch waits a few seconds for one layer to
+    compile, not for all layers of the tower.
 
     Args:
         model: A whole, text-only or vision-only model.
@@ -35,7 +35,7 @@ def compile_layers(model: nn.Module, *, backend: str | Callable[..., Any] = "ind
 
 
 def find_layers(tower: nn.Module) -> tuple[str, nn.Module]:
-    """Find a tower's list of layers, in order, and its name in the tower."""
+    """Find a tower's list of layers, and the name of that list in the tower."""
     # Several lists may have such a name, for example the stages and the layers in each of them.
     lists = [
         (name, module)

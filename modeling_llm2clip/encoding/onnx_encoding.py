@@ -28,7 +28,7 @@ _SHOWN = 200  # characters of an ONNX Runtime error
 
 
 class OnnxEncoder(Encoder):
-    """An exported model, whose graphs project and normalize.
+    """An exported model, whose graphs return projected, normalized embeddings.
 
     Args:
         processor: The processor that was exported with the graphs.
@@ -61,7 +61,7 @@ class OnnxEncoder(Encoder):
     def encode_tokens(
         self, input_ids: Tensor, attention_mask: Tensor, *, num_unpooled: int | None = None
     ) -> Tensor:
-        """Run the text graph on one batch, (B, L) int64 each, padded; returns (B, P)."""
+        """Run the text graph on one padded batch of ids and mask, (B, L) int64; returns (B, P)."""
         inputs = dict(zip(TEXT_INPUTS, (input_ids.numpy(), attention_mask.numpy()), strict=True))
         if num_unpooled is not None:
             inputs[NUM_UNPOOLED] = torch.tensor(num_unpooled).numpy()

@@ -1,7 +1,7 @@
 """Moves the last steps of an image processor, rescaling and normalization, to the model's device.
 
-Pixels are copied as uint8, a quarter of the size of float32. This applies only to processors whose
-output it reproduces, which is checked on two images before the first batch.
+Pixels are copied as uint8, a quarter of the size of float32. This applies only if the device
+reproduces the processor's output, which is checked on two images before the first batch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class PixelNormalization:
     pins: bool
 
     def prepare(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Check and pin the output of `processor`, in the thread that prepared it."""
+        """Check the output of `processor` and pin its memory, in the thread that prepared it."""
         if inputs and inputs[_PIXELS].dtype != torch.uint8:
             raise ValueError(
                 f"The image processor returns {inputs[_PIXELS].dtype} for these images, but uint8 "
@@ -61,8 +61,8 @@ def find_normalization(
 ) -> PixelNormalization | None:
     """Find the last steps of an image processor, if `PixelNormalization` reproduces its output.
 
-    None if the processor resizes in float32, pads, cuts images into patches, or rescales and
-    normalizes in its own way.
+    Returns None if the processor resizes in float32, pads, cuts images into patches, or has its own
+    method of rescaling and normalizing.
     """
     whole = processor.image_processor
     normalizes = getattr(whole, "do_normalize", False)

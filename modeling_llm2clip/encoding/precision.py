@@ -27,7 +27,7 @@ class DeviceTraits:
 
     Attributes:
         kind: Type of device, such as cpu or cuda.
-        has_bfloat16: Whether it computes in bfloat16 natively.
+        has_bfloat16: Whether the device computes in bfloat16 natively.
         free_bytes: Free memory of a GPU; 0 for other devices.
     """
 
@@ -44,7 +44,7 @@ class DeviceTraits:
 def choose_tower_dtype(
     precision: str, traits: DeviceTraits, stored: torch.dtype
 ) -> tuple[torch.dtype, bool]:
-    """Choose the dtype of the towers, and whether their embeddings must first be checked in it.
+    """Choose the dtype of the towers, and whether embeddings in that dtype must first be checked.
 
     `auto` is the stored dtype, except that a GPU with bfloat16 runs float32 towers in bfloat16 if
     that preserves their embeddings.
@@ -58,7 +58,7 @@ def choose_tower_dtype(
 def describe_precision(model: Any, stored: torch.dtype) -> dict[str, str]:
     """Describe how the towers of a model compute; empty on a CPU in the stored dtype.
 
-    Outputs record it with the other options that determine their bytes.
+    Outputs record this description with the other options that determine their bytes.
     """
     towers = [getattr(model, name, None) for name in ("text_model", "vision_model")]
     tower = next(tower for tower in towers if tower is not None)
@@ -86,7 +86,7 @@ def load_on_device(
 
     Weights are read, cast and copied one at a time, so host memory never holds a whole model that
     runs on another device. `dtype` is as in `from_pretrained` and defaults to the stored dtype;
-    further options are passed on to it.
+    further options are passed on to `from_pretrained`.
     """
     model = model_class.from_pretrained(
         folder, local_files_only=True, dtype=dtype, device_map={"": device}, **options
@@ -100,7 +100,7 @@ def float32_as_such() -> Iterator[None]:
 
     TF32 keeps only 10 bits of the mantissa. On CUDA, torch uses it for float32 convolutions by
     default, and programs often enable it for matrix products as well. Both settings are global.
-    Threads may overlap: the last pass to end restores the program's settings.
+    Blocks of several threads may overlap: the last block to end restores the program's settings.
     """
     with _lock:
         before = _swap_settings(None)
@@ -115,7 +115,7 @@ def float32_as_such() -> Iterator[None]:
 
 
 def _swap_settings(settings: Sequence[Any] | None) -> list[Any]:
-    """Apply settings, or exact float32 for None; return the previous ones."""
+    """Apply settings, or exact float32 for None; return the previous settings."""
     if not _EACH_ALONE:
         before = [torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32]
         precision, torch.backends.cudnn.allow_tf32 = settings or ("highest", False)

@@ -1,4 +1,4 @@
-"""Tokenizes texts once; their token ids are counted where needed and passed to the encoder."""
+"""Tokenizes texts once, both to count tokens and to encode."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def check_eval_data(
     *,
     tasks: Sequence[str] = (),
 ) -> None:
-    """Read and check evaluation datasets before a model is trained."""
+    """Read and check evaluation datasets, for example before a model is trained."""
     _read_jobs(data, tasks, config or EvaluationConfig(), check_images=True)
 
 
@@ -122,7 +122,7 @@ class _Source(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """One task on one dataset, with a loaded dataset per language."""
+    """One task to run on one dataset, which is loaded separately for each language."""
 
     task: Task
     dataset: str

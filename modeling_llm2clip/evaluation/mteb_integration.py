@@ -4,9 +4,9 @@ Published models do not need this: `mteb.get_model("owner/model")` learns from t
 the model is a sentence-transformers model for texts and images (pass `trust_remote_code=True` if
 this package is not imported).
 
-Local folders always need it, because mteb does not read their files. It looks up the path as a
+Local folders always need it, because mteb does not read their files. mteb looks up the path as a
 name, first in its registry and then on the Hub, and raises "No model implementation is available
-for this model". mteb has no entry points, so a folder cannot change that. mteb treats a
+for this model". mteb has no entry points, so a folder cannot register itself. mteb treats a
 `SentenceTransformer` object as a text-only model without a name or revision.
 
 Datasets are looked up by name in the registry, as in `llm2clip evaluate`.
@@ -103,7 +103,7 @@ def load_for_mteb(
 
 
 class RetrievalTask(AbsTaskRetrieval):  # type: ignore[misc]
-    """One direction of a retrieval dataset; images in tar or Parquet files are read into memory."""
+    """An mteb task: one direction of a retrieval dataset. Packed images are read into memory."""
 
     data_loaded: bool = False  # mteb also reads and sets this
 
@@ -179,7 +179,7 @@ def make_mteb_tasks(
     tie: mteb then prefers the greater id, right or wrong.
 
     Args:
-        data: A loaded dataset, or the name of one (see `list_mteb_datasets`).
+        data: A loaded dataset, or a dataset's name (see `list_mteb_datasets`).
         folder: Folder of the named dataset, as in `load_dataset`.
         options: Options of `load_dataset`.
 
@@ -226,7 +226,7 @@ def _find_language(lang: str) -> str:
 
 
 class _Image(Image):  # type: ignore[misc]
-    """Decodes like the rest of the package; plain Pillow would accept any format and size."""
+    """Decodes an image like the rest of the package; Pillow alone accepts any format and size."""
 
     def decode_example(self, value: dict[str, Any], token_per_repo_id: Any = None) -> Any:  # noqa: ARG002
         path, content = value["path"], value["bytes"]

@@ -1,6 +1,6 @@
 """Render results as tables.
 
-There is one table per question, which is a task and, for some tasks, its queries and candidates.
+There is one table per question: a task and, for some tasks, the type of queries and candidates.
 Each column shows one score on one dataset, and each row shows one model. Results that cannot be
 compared raise an error.
 """
@@ -26,7 +26,7 @@ _SIDES = ("queries", "candidates")
 
 
 class EvaluationResults(UserList[Result]):
-    """Results of one or more models, which print as a table; they must be comparable."""
+    """Comparable results of one or more models, which print as a table."""
 
     def __repr__(self) -> str:
         return render_results(self)
@@ -38,7 +38,7 @@ class EvaluationResults(UserList[Result]):
 def render_results(
     results: Sequence[Result], *, style: Literal["text", "markdown"] = "text"
 ) -> str:
-    """Render a table per question with intervals and chance, and tables by language and length.
+    """Render a table per task with intervals and chance, and tables by language and text length.
 
     Results that cannot be compared, for example of two models with the same name, raise ValueError.
     """
@@ -169,7 +169,7 @@ def _compare_lengths(results: Sequence[Result]) -> Table:
 
 
 def _find_first(scores: Iterable[Mapping[str, Any]], path: tuple[str, ...]) -> float | None:
-    """Return the first number found; chance is the same for all models on the same data."""
+    """Return the first chance score found; all models have the same chance on the same data."""
     chances = (_find(of_model, path) for of_model in scores)
     return next((value for value in chances if value is not None), None)
 
@@ -220,7 +220,7 @@ class Table(NamedTuple):
 
 
 def label_dataset(result: Result, *, with_languages: bool = False) -> str:
-    """Label a result's dataset with its name and how it differs from the published one."""
+    """Label a result's dataset with its name and its differences from the published dataset."""
     data = list_data(result)
     parts = [
         f"{part[unit]:,} of {published[unit]:,} {unit}"

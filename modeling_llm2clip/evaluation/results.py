@@ -1,9 +1,9 @@
-"""Save results as JSON files with scores, every choice that affects them, and the fingerprint.
+"""Save results as JSON files: scores, all choices that affect scores, and model fingerprint.
 
 Each file is written atomically, with a digest that reveals damage and edits. A later run with the
 same model, data, protocol and version of this package reuses the file; a file from another run is
-never overwritten. In one folder, all results under a name belong to the same model, and all scores
-of a task on a dataset are comparable.
+never overwritten. In one folder, all results under one model name belong to the same model, and all
+scores of a task on a dataset are comparable.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _read_named(file: Path) -> Result:
 
 
 def find_finished(folder: Path, planned: Iterable[Result]) -> dict[Path, Result]:
-    """Find the results in a folder, by file; raise ValueError if any conflicts with the plans.
+    """Find the planned results that a folder already has; raise ValueError for conflicts.
 
     The error lists every conflict. A different version of a dependency only causes a warning.
     """
@@ -173,9 +173,9 @@ def find_finished(folder: Path, planned: Iterable[Result]) -> dict[Path, Result]
 def find_conflict(first: Result, second: Result) -> str | None:
     """Return why two results cannot be in the same folder or table; None if they can.
 
-    All results under a name must belong to the same model, and all scores of a task on a dataset
-    must be comparable. Another version of this package is another run, since it may score
-    differently.
+    All results under one model name must belong to the same model, and all scores of a task on a
+    dataset must be comparable. Results of another version of this package conflict, because that
+    version may score differently.
     """
     then, now = (
         {
@@ -225,7 +225,7 @@ def find_differences(then: Any, now: Any, path: str = "") -> Iterator[str]:
 
 
 def _hash_image(image: ImageSource) -> str:
-    """Hash the encoded bytes, which do not depend on where the dataset is stored."""
+    """Hash an image's encoded bytes, which do not depend on where the dataset is stored."""
     if isinstance(image, EncodedImage):
         return hashlib.sha256(image.content).hexdigest()
     if isinstance(image, Path):

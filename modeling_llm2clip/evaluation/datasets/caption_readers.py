@@ -1,7 +1,7 @@
 """Read published captions: JSON, Parquet, and the text formats of three publishers.
 
-`JsonCaptions` and `ParquetCaptions` are configured by their fields, so a dataset in either format
-needs no code.
+`JsonCaptions` and `ParquetCaptions` are configured by their fields, so a new dataset in either
+format needs no code.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class JsonCaptions:
         other_splits: Values of `split` other than `test`; empty if there are no splits. A file that
             is a list contains only the test split.
         first: Number of records to read from a list that is too large for memory.
-        min_captions: Images with fewer captions are left out of the dataset.
+        min_captions: Minimum number of captions; images with fewer are left out of the dataset.
         lacking: Error to report if a record has no name or no captions.
     """
 
@@ -118,7 +118,7 @@ class JsonCaptions:
 
 
 def _find_values(fields: Mapping[str, Any], path: list[str]) -> list[Any]:
-    """List the values at a path; None replaces a missing value or one that should be a list."""
+    """List the values at a path; a missing value, or one that should be a list, becomes None."""
     values: list[Any] = [fields]
     for step in path:
         if step == "*":
@@ -134,7 +134,7 @@ def _find_values(fields: Mapping[str, Any], path: list[str]) -> list[Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetCaptions:
-    """Reads the folder's Parquet files; without any, calls the `otherwise` reader.
+    """Reads the Parquet files of a folder; if there are none, calls the `otherwise` reader.
 
     `columns` names the columns for `image`, `file_name` and `captions`. `only` holds the values a
     row must have; see `read_parquet`. In the pattern `files`, `{lang}` is the language.
@@ -229,7 +229,7 @@ def read_multi30k(reading: DatasetReading, *, split: str) -> Iterator[PublishedR
 
 
 class _Line(NamedTuple):
-    """A caption and its number, both as written in the file."""
+    """A caption and its number within the image, both as written in the file."""
 
     place: str
     number: str

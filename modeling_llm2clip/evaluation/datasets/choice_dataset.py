@@ -26,11 +26,11 @@ class ChoiceItem:
     """One question of a compositional dataset, in one of the forms listed at `ChoiceDataset`.
 
     Attributes:
-        name: Unique name of the item; the embeddings of its images are looked up by it.
+        name: Unique name of the item, by which embeddings of its images are looked up.
         category: How the two captions differ; each category is also scored separately.
         captions: In form `images`, the first belongs to the first image and the second to the
             second image. In the other forms, the first is true and the second is false.
-        images: Two in form `images`, one in form `image`, none in form `text`.
+        images: The item's images: two in form `images`, one in form `image`, none in form `text`.
         anchor: In form `text`, another true caption that replaces the image.
         image_names: Paths in the image folder, from readers that do not set `images`. In form
             `text`, the path of the image that the texts describe.
@@ -52,7 +52,7 @@ class ChoiceDataset(EvaluationDataset):
 
     There are three forms. `image` has one image with a true and a false caption (SugarCrepe),
     `images` has two images and two captions (Winoground), and `text` is like `image` but replaces
-    the image with another of its captions.
+    the image with another true caption.
     """
 
     form: ChoiceForm
@@ -105,7 +105,7 @@ def build_choice_dataset(reading: DatasetReading) -> ChoiceDataset:
 def _check_item(
     item: ChoiceItem, reading: DatasetReading, *, is_repeated: bool
 ) -> ChoiceItem | None:
-    """Clean the texts and find the images; return None if there is an error."""
+    """Clean an item's texts and find its images; return None if the item is invalid."""
     first, second = (clean_text(caption) for caption in item.captions)
     anchor = None if item.anchor is None else clean_text(item.anchor)
     kinds = ["item repeated"] if is_repeated else []

@@ -1,7 +1,7 @@
 """Read classification datasets: ImageNet-1k, and any folder with a subfolder per class.
 
 A file of class names has `<class> <name>` lines. ImageNet's own `LOC_synset_mapping.txt` lists
-several comma-separated names per class, and the first one is used.
+several comma-separated names per class; only the first name is used.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ class ClassificationDataset(EvaluationDataset):
 
     Attributes:
         labels: Index into `class_names` for each image.
-        class_names: Names, distinct even when case is ignored, except for the ones that `protocol`
-            lists in `repeated_class_names`. Their images tie, and a tie is a wrong answer.
+        class_names: Class names, distinct even when case is ignored, except for names that
+            `protocol` lists in `repeated_class_names`. Images of classes with a repeated name tie,
+            and a tie is a wrong answer.
         templates: Prompts with one `{}` for the class name.
     """
 
@@ -77,7 +78,7 @@ class LabeledImages:
         class_keys: The publisher's names for the classes, in label order.
         names: Names of some or all classes, for prompts.
         images: Name, file and class of each image; names should be unique.
-        names_file: File the names come from; None if they are the folders' names.
+        names_file: File that the names come from; None if the names are the class folders' names.
     """
 
     class_keys: tuple[str, ...]
@@ -89,8 +90,8 @@ class LabeledImages:
 def build_classification_dataset(reading: DatasetReading) -> ClassificationDataset:
     """Read the images, name the classes, and keep the images and classes without errors.
 
-    No prompt can distinguish classes that share a name (ignoring case), so their images tie and
-    count as wrong. A warning and the protocol list these names.
+    No prompt can distinguish classes that share a name (ignoring case), so images of these classes
+    tie and count as wrong. A warning and the protocol list these names.
     """
     spec = reading.spec
     templates = _choose_templates(reading)
@@ -150,7 +151,7 @@ def build_classification_dataset(reading: DatasetReading) -> ClassificationDatas
 
 
 def _check_images(published: LabeledImages, errors: ErrorCollector) -> list[tuple[str, Path, str]]:
-    """List the images with a known class and a unique name, by which embeddings are looked up."""
+    """List the images with a known class and a unique name; embeddings are looked up by name."""
     valid, seen, classes = [], set(), set(published.class_keys)
     for name, file, key in published.images:
         if name in seen:
@@ -181,7 +182,7 @@ def _find_repeated(names: Iterable[str]) -> list[str]:
 def _describe_names(
     published: LabeledImages, reading: DatasetReading, names: tuple[str, ...]
 ) -> dict[str, str]:
-    """Describe where the class names come from, with a hash of those in use, in label order."""
+    """Describe the source of the class names, with a hash of the names in use, in label order."""
     if reading.class_names is not None:
         source = {"from": "given"}
     elif published.names_file is None:
@@ -192,7 +193,7 @@ def _describe_names(
 
 
 def _choose_templates(reading: DatasetReading) -> tuple[str, ...]:
-    """Return the templates; raise ValueError if they mix languages or do not take one name."""
+    """Return the templates; raise ValueError unless each is in `lang` and has exactly one `{}`."""
     spec = reading.spec
     if not reading.require_images:
         raise ValueError(

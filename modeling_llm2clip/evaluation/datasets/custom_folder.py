@@ -28,8 +28,8 @@ _CORRESPONDENCE = {"correspondence": "images of one group share their captions"}
 def read_custom_folder(reading: DatasetReading, *, long: bool = False) -> Iterator[PublishedRecord]:
     """Yield the records of one language, with `captions` or `long_captions`.
 
-    By default, errors in other languages also stop the reading. With `skip_invalid`, they do not
-    affect this language.
+    By default, errors in other languages also stop the reading. With `skip_invalid`, errors in
+    other languages are ignored.
     """
     collected = _collect(reading)
     records = collected.records
@@ -52,7 +52,7 @@ def read_custom_folder(reading: DatasetReading, *, long: bool = False) -> Iterat
 
 
 def _find_languages(reading: DatasetReading) -> tuple[str, ...]:
-    """List the languages of a folder by first occurrence; the later reading reports errors."""
+    """List the languages of a folder by first occurrence, without reporting errors."""
     collected = _collect(reading)
     batches = collected.records.iterate_columns(("lang",))
     languages = dict.fromkeys(lang for b in batches for lang in b.column(0).unique().to_pylist())

@@ -171,7 +171,7 @@ def _find_spec(source: EvaluatedDataset) -> DatasetSpec:
 def find_languages(
     source: DatasetSource, folder: str | Path | None = None, **options: Any
 ) -> tuple[str, ...]:
-    """Find the languages of a dataset; the options are fields of `DatasetReading`."""
+    """Find the languages of a dataset; `options` are fields of `DatasetReading`."""
     spec, folder = resolve_dataset(source, folder)
     if spec.find_languages is None:  # no folder is needed
         return spec.languages
@@ -224,7 +224,7 @@ def load_dataset(
         `records` of a retrieval dataset.
 
     Raises:
-        DataValidationError: Samples are invalid; all errors are reported at once.
+        DataValidationError: Samples are invalid; the error lists all of them.
         ValueError: A name or language is unknown, a file is missing, or no sample is left.
 
     Examples:

@@ -1,4 +1,4 @@
-"""Define specs and readings, which all dataset types share.
+"""Define dataset specs and readings, which all dataset types share.
 
 A dataset is independent of any model. Its `protocol` records, as JSON values, every choice made in
 turning the publisher's files into samples, so each score is reported with these choices. Every
@@ -86,15 +86,15 @@ class DatasetSpec:
         counts: Published counts for each language, such as `images` and `captions`, which are
             compared with the files. Empty if unknown.
         license: License of the texts, and of the images if it differs.
-        citation: Who published it, and where.
-        source: Where to get it.
+        citation: Who published the dataset, and where.
+        source: Where to get the dataset.
         files: Files that the folder must contain.
         protocol: Choices made by the spec, such as `split`, which are reported with every score.
         read: Yields every `PublishedRecord` of one language or every `ChoiceItem`, or returns the
             `LabeledImages`. It adds invalid samples to the reading's `errors`.
         counts_of_language: Counts that vary by language.
         checksums: Published digest of each file, as `sha256:…` or `md5:…`, by file name.
-        captions_per_image: Use only this many captions of an image, the first ones; None for all.
+        captions_per_image: Use only this many captions of an image, from the first; None for all.
         find_languages: Lists the languages of a folder, if `languages` is not fixed.
         origin: Where the data is: `files` (a folder from the user), `package`, or `records`.
         hub_files: Pattern of the files to fetch from a Hub repository; `{lang}` is the language.
@@ -133,7 +133,7 @@ class DatasetSpec:
 
 
 def find_image(image_dir: Path, name: str) -> Path | None:
-    """Find an image by its path or its file name, since images are often stored flat."""
+    """Find an image by its path or only its file name, because images are often stored flat."""
     for candidate in (image_dir / name, image_dir / Path(name).name):
         if candidate.is_file():
             return candidate
@@ -146,11 +146,11 @@ def is_image(file: Path) -> bool:
 
 @dataclass
 class ReadingCache:
-    """Results shared by the languages of a folder, so it is read and decoded only once.
+    """Results shared by all languages of a folder, so files are read and decoded only once.
 
     Attributes:
         checked: Images that are known to decode.
-        records: Records of a folder, by the options it was read with.
+        records: Records of a folder, by the options that the folder was read with.
     """
 
     checked: set[ImageSource] = field(default_factory=set)
@@ -194,7 +194,7 @@ class DatasetReading:
 
     @property
     def data_folder(self) -> Path:
-        """The local folder of a dataset that needs one."""
+        """The local folder of a dataset that is read from files."""
         assert self.folder is not None
         if isinstance(self.folder, str):
             raise ValueError(
@@ -268,7 +268,7 @@ class DatasetReading:
         """Compare counts and checksums with the published ones, then raise all errors.
 
         With `skip_invalid`, the number of errors of each kind is returned instead. Files that could
-        not be read still raise, because their samples may well be valid.
+        not be read still raise an error, because the samples in them may be valid.
         """
         self._compare_counts(counts)
         self._compare_checksums(self.spec.checksums)

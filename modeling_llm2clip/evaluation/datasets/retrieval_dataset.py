@@ -19,12 +19,12 @@ from .dataset_spec import DatasetReading, EvaluationDataset, find_image
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalDataset(EvaluationDataset):
-    """Images and captions that are retrieved by each other.
+    """Images and captions for retrieval: images by caption, and captions by image.
 
     Attributes:
         images: Empty if the dataset was read or published without images.
         image_names: Unique name of each image, even if `images` is empty.
-        captions: One line each; the same text may occur again for another image.
+        captions: Captions, one line each; the same text may occur again for another image.
         image_group_ids: Group of each image; empty if it is the image's name.
     """
 
@@ -69,7 +69,7 @@ class RetrievalDataset(EvaluationDataset):
         """Group the captions by image, in the dataset's order, to evaluate a text encoder.
 
         A repeated caption of an image is kept once, because it would retrieve itself. Images that
-        share all their captions form one group, named after the first of them.
+        share all their captions form one group, named after the group's first image.
         """
         texts = self.correspondence.texts_of_images()
         groups: dict[tuple[int, ...], CaptionGroup] = {}
@@ -211,7 +211,7 @@ def _assemble(
 
 
 def _count_shared(texts_of_group: dict[str, list[str]]) -> int:
-    """Count the distinct texts that several groups share; their rank 1 is a matter of luck."""
+    """Count the distinct texts that several groups share, for which rank 1 is a matter of luck."""
     first_group: dict[str, str] = {}
     return len(
         {

@@ -72,10 +72,10 @@ class EncoderDescription:
 
 
 class EvaluationEncoder(ABC):
-    """A model under evaluation: its description, and an encoder that is loaded when needed.
+    """A model under evaluation: a description, and an encoder that is loaded when needed.
 
     Each text and image is encoded once and its embedding is cached; `encoded` counts them.
-    `source` is what the user called the model, and `path` its folder or file.
+    `source` is the model as passed by the user, and `path` is the model's folder or file.
     """
 
     _processor: Any  # same as `Encoder.processor`
@@ -136,7 +136,7 @@ class EvaluationEncoder(ABC):
     def take_far_images(self) -> str | None:
         """Describe the images encoded since the last call if they differ from the training images.
 
-        Only LLM2CLIP models record what their training images were like.
+        Only LLM2CLIP models store a summary of their training images.
         """
         return None
 
@@ -166,7 +166,7 @@ class EvaluationEncoder(ABC):
 
 
 def choose_dtype(config: EncoderConfig, saved: str) -> str:
-    """Return the dtype to run the weights in, which is `saved` unless the config names another."""
+    """Return the dtype to run the weights in: the config's dtype, or `saved` if it names none."""
     return saved if config.dtype in ("auto", "saved") else config.dtype
 
 
@@ -186,7 +186,7 @@ class KnownRows:
         self._row_of.update(zip(inputs, range(len(self._row_of), len(self._embeds)), strict=True))
 
     def take(self, inputs: Sequence[Any]) -> Tensor:
-        """Return the embeddings of inputs, (N, D), without a copy if they are the whole cache."""
+        """Return the embeddings of inputs, (N, D); not copied if the inputs are the whole cache."""
         rows = torch.tensor([self._row_of[item] for item in inputs])
         is_whole = torch.equal(rows, torch.arange(len(self._embeds)))
         return self._embeds if is_whole else self._embeds[rows]
@@ -218,7 +218,7 @@ def describe_image_processor(image_processor: Any) -> dict[str, Any]:
 def describe_activation(config: Any) -> str:
     """Return the activation named in a transformers configuration.
 
-    It cannot be inferred from the weights, and a wrong one lowers the scores.
+    The activation cannot be inferred from the weights, and a wrong activation lowers the scores.
     """
     fields = config if isinstance(config, Mapping) else config.to_dict()
     stated = (fields[name] for name in _ACTIVATION_FIELDS if isinstance(fields.get(name), str))

@@ -1,8 +1,8 @@
 """Evaluate open_clip's dual encoders, including EVA02-CLIP; requires `open_clip_torch`.
 
 A model is a folder laid out like its Hub repository, with `open_clip_config.json` next to the
-weights. A weights file without it is rejected, because it does not specify the image preprocessing
-or the activation, and a wrong choice silently lowers the scores.
+weights. A weights file without this JSON file is rejected, because weights do not specify the image
+preprocessing or the activation, and a wrong choice silently lowers the scores.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _OpenClipProcessor:
         self.is_clips_own = isinstance(tokenizer, import_open_clip().SimpleTokenizer)
 
     def list_ids(self, texts: list[str]) -> tuple[list[list[int]], list[bool]]:
-        """List the ids of each text, padded as by the tokenizer, and whether it was truncated."""
+        """List each text's ids, padded by the tokenizer, and whether the text was truncated."""
         tokenizer, longest = self.tokenizer, self.longest_text
         if self.is_clips_own:
             begin, end = tokenizer.sot_token_id, tokenizer.eot_token_id

@@ -1,7 +1,7 @@
-"""Evaluate sentence-transformers models on texts, and on images if they support them.
+"""Evaluate sentence-transformers models on texts, and on images if the model supports images.
 
-Only a loaded model can report how it prepares texts and images. It is loaded once for its
-description and then released, so models that are evaluated later do not occupy memory.
+Only a loaded model can report how it prepares texts and images. Each model is loaded once to be
+described and then released, so models that are evaluated later do not occupy memory.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class _SentenceProcessor:
             }
 
     def list_ids(self, texts: list[str]) -> tuple[list[list[int]], list[bool]]:
-        """List each text's ids, or its characters without a limit, and whether it is truncated."""
+        """List each text's ids, or characters if there is no limit, and whether it is truncated."""
         if self.longest_text is None:
             return [[*map(ord, text)] for text in texts], [False] * len(texts)
         whole = [(self._prompt or "") + text for text in texts]

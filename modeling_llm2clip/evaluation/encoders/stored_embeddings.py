@@ -81,6 +81,6 @@ class StoredEmbeddingsEncoder(EvaluationEncoder):
 
 
 def holds_embeddings(folder: Path) -> bool:
-    """Return whether a folder has named embeddings or a store, which raises an error later."""
+    """Return whether a folder has named embeddings, or a store, which is refused later."""
     stores = (folder / name / MANIFEST_FILE for name in _STORE_FOLDERS)
     return any(file.is_file() for file in (*(side_file(folder, s) for s in SIDES), *stores))

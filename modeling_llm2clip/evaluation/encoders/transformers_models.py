@@ -73,7 +73,7 @@ class LLM2CLIPEncoder(EvaluationEncoder):
 
     @cached_property
     def _precision(self) -> dict[str, str]:
-        """Precision of the towers if a comparison chooses it; otherwise empty.
+        """Precision of the towers if it is chosen by comparing embeddings; otherwise empty.
 
         The model is loaded for the comparison and then released, so models that are evaluated later
         do not occupy memory.

@@ -1,1 +1,1 @@
-"""Ranks and scores of embeddings; the metrics know no model."""
+"""Ranks and scores of embeddings, independent of any model."""

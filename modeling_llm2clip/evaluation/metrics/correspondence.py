@@ -1,4 +1,4 @@
-"""Map captions to images pair by pair, never by a reshape."""
+"""Map captions to images by explicit pairs, without assuming a fixed number of captions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ class PositiveLists:
 
     Attributes:
         offsets: (Q + 1,) int64; the positives of query q are members[offsets[q] : offsets[q + 1]].
-        members: (num_pairs,) int64, rows of the other modality, ascending within a query.
+        members: (num_pairs,) int64, rows of the positives in the other modality, ascending within a
+            query.
         pairs: (num_pairs,) int64, index of each member's pair in the correspondence.
     """
 
@@ -44,7 +45,7 @@ class Correspondence:
     Attributes:
         image_of_pair: (num_pairs,) int64, the image of each pair.
         text_of_pair: (num_pairs,) int64, the text of each pair.
-        is_part: True for some of the rows of one side; the rows of the other are all there.
+        is_part: True if one side has only some of its rows; the other side is complete.
     """
 
     num_images: int
@@ -117,7 +118,7 @@ class Correspondence:
 
     @property
     def image_of_text(self) -> Tensor:
-        """Each text's image (its last if several), (num_texts,) int64."""
+        """Image of each text, (num_texts,) int64; the last image if a text has several."""
         images = torch.zeros(self.num_texts, dtype=torch.int64)
         images[self.text_of_pair] = self.image_of_pair
         return images

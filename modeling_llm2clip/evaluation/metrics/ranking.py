@@ -58,7 +58,7 @@ class RetrievalRanks:
 
 
 class TileShape(NamedTuple):
-    """Maximum number of images and texts in a tile."""
+    """Maximum number of images and texts in a tile of the score matrix."""
 
     images: int
     texts: int
@@ -83,14 +83,14 @@ def rank_retrieval(
 ) -> RetrievalRanks:
     """Rank the positives of every image and every text by exact cosine, in one pass.
 
-    Embeddings are (I, P) and (T, P), of any float dtype and length. NaNs raise, and zero rows score
-    0 with everything. `all_positives` ranks all positives instead of only the best one, which costs
-    one more comparison of the scores per additional positive.
+    Embeddings are (I, P) and (T, P), of any float dtype and length. NaNs raise ValueError, and
+    all-zero rows have cosine 0 with everything. `all_positives` ranks all positives instead of only
+    the best one, which compares the scores with one more threshold per additional positive.
 
     The rank of a query's k-th best positive is k plus the number of non-positive candidates that
-    score at least as high. Ties count against the model, so identical embeddings cannot make it
-    look good. Scores within `TIE_TOLERANCE` are ties, so rounding decides nothing. The positives of
-    one query do not lower each other's ranks.
+    score at least as high. Ties count against the model, so a model that gives all inputs the same
+    embedding does not look good. Scores within `TIE_TOLERANCE` are ties, so rounding does not
+    affect ranks. The positives of one query do not lower each other's ranks.
 
     Positives are scored first, in float64. Then each tile of the score matrix is computed in
     float32, compared with the thresholds of both directions, and dropped. The few scores too close
@@ -100,7 +100,7 @@ def rank_retrieval(
     and pair and, on a GPU, the embeddings themselves if they fit in half of its memory.
 
     A CPU recomputes close scores within each tile. On a GPU that would force a synchronization, so
-    it `defers` them: affected queries are counted again after the last tile.
+    close scores are deferred (`defers`): affected queries are counted again after the last tile.
 
     `device` runs the computation and defaults to the images' device.
     """
@@ -191,10 +191,10 @@ def _require_fit(image_embeds: Tensor, text_embeds: Tensor, correspondence: Corr
 class _NegativeCounts:
     """Count the negatives ranked before each positive, in one direction, summed over tiles.
 
-    `scores` holds the score of every pair, (num_pairs,) float64. Each query's best score is a
-    threshold, or every score with `all_positives`. A tile's float32 scores are off by at most
-    `margin`. Scores closer than that to a threshold are recomputed, or with `defers` only counted,
-    which avoids reading from the device.
+    `scores` holds the score of every pair, (num_pairs,) float64. The score of each query's best
+    positive is a threshold; with `all_positives`, so are all others. A tile's float32 scores are
+    off by at most `margin`. Scores within `margin` of a threshold are recomputed. With `defers`,
+    such scores are only counted, which avoids reading from the device.
     """
 
     def __init__(
@@ -259,7 +259,7 @@ class _NegativeCounts:
         )
 
     def replace(self, queries: Tensor, counts: _NegativeCounts) -> None:
-        """Replace the counts of some queries with those of a run over only these queries."""
+        """Replace the counts of some queries with counts from a run over only these queries."""
         self._counts[torch.isin(self._queries, queries).to(self._counts.device)] = counts._counts
 
     def _count(self, tile: Tile, rows: Tensor, scores: Tensor, places: Tensor) -> Tensor:
@@ -302,7 +302,7 @@ class UnitRows:
     """Embeddings whose rows are normalized on access, without a normalized copy of all of them.
 
     Takes (N, P) of any float dtype on any device. Lengths are computed in float64,
-    `rows_at_a_time`. A NaN or infinity raises ValueError with its row number.
+    `rows_at_a_time`. A NaN or infinity raises ValueError with the row number.
     """
 
     def __init__(
@@ -324,7 +324,7 @@ class UnitRows:
         self._inverse_lengths = lengths.clamp(min=_MIN_LENGTH).reciprocal().to(device)  # (N,)
 
     def select(self, rows: Tensor) -> UnitRows:
-        """Return some of the rows."""
+        """Return the embeddings with the given row numbers."""
         selected = copy(self)
         selected._embeds = self._embeds[rows.to(self._embeds.device)]
         selected._inverse_lengths = self._inverse_lengths[rows.to(self.device)]
@@ -407,8 +407,9 @@ def bound_float32_error(width: int) -> float:
     """Bound the difference between a float32 cosine and the exact one.
 
     With very high probability, the rounding error of a sum grows with the square root of its length
-    (Higham and Mary, 2019, doi:10.1137/18M1226312). The bound allows three times the root, plus
-    four roundings for the embeddings themselves. The largest measured error is 1.6 times the root,
-    for embeddings that start with a large number (widths 8 to 4,096, several tile shapes).
+    (Higham and Mary, 2019, doi:10.1137/18M1226312). The bound allows three times the square root,
+    plus four roundings for the embeddings themselves. The largest measured error is 1.6 times the
+    square root, for embeddings that start with a large number (widths 8 to 4,096, several tile
+    shapes).
     """
     return (3 * math.sqrt(width) + 4) * 2**-24

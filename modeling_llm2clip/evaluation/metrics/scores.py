@@ -22,7 +22,7 @@ _CLUSTERS_AT_A_TIME = 2**16
 def hits_at(ranking: Ranking, *, k: int) -> Tensor:
     """Compute whether a positive ranks in the top K, 0 or 1: R@K in CLIP papers (arXiv:2103.00020).
 
-    mteb calls the mean hit_rate_at_k. It is not a recall if a query has several positives.
+    mteb calls the mean hit_rate_at_k. This score is not a recall if a query has several positives.
     """
     return (ranking.best_ranks <= k).double()
 
@@ -30,7 +30,7 @@ def hits_at(ranking: Ranking, *, k: int) -> Tensor:
 def recalls_at(ranking: Ranking, *, k: int) -> Tensor:
     """Compute the share of a query's positives in the top K: trec_eval's recall_K.
 
-    |{r ≤ K}| / R; mteb calls the mean recall_at_k. With R > K it cannot reach 1.
+    |{r ≤ K}| / R; mteb calls the mean recall_at_k. With R > K, the recall cannot reach 1.
     """
     hits = (_require_all_ranks(ranking) <= k).double()
     return _sum_by_query(ranking, hits) / ranking.num_positives
@@ -65,7 +65,7 @@ def hit_rate_at(ranking: Ranking, *, k: int) -> float:
 
 
 def summarize(ranking: Ranking, *, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Compute the usual scores of one direction, under mteb's names if it has them.
+    """Compute the usual scores of one direction, under the names that mteb uses, if any.
 
     Returns `median_rank`, `mean_rank` and, for each K, `hit_rate_at_K`. If all positives were
     ranked, also returns `recall_at_K`, `map_at_K` and `ndcg_at_K`.
@@ -82,12 +82,13 @@ def summarize(ranking: Ranking, *, ks: Sequence[int] = (1, 5, 10)) -> dict[str, 
 
 
 def mean_with_interval(values: Tensor, *, clusters: Tensor | None = None) -> dict[str, float]:
-    """Compute `value`, `low` and `high`: the mean over queries and its bootstrap interval.
+    """Compute `value`, `low` and `high`: the mean over queries, and the mean's bootstrap interval.
 
-    It is a percentile interval (Efron and Tibshirani, 1993, ch. 13). Clusters are resampled as a
-    whole: queries with the same number in `clusters`, (Q,) integers, or single queries without it.
-    An image's five captions succeed or fail together. If they were resampled separately, they
-    would count as five independent trials, and the interval would be too narrow.
+    The interval is a percentile interval (Efron and Tibshirani, 1993, ch. 13). Clusters are
+    resampled as a whole: a cluster is all queries with the same number in `clusters`, (Q,)
+    integers, or without `clusters` a single query. An image's five captions succeed or fail
+    together. If they were resampled separately, they would count as five independent trials, and
+    the interval would be too narrow.
     """
     if clusters is None:
         clusters = torch.arange(len(values))

@@ -55,8 +55,8 @@ def _run_choices(encoder: EvaluationEncoder, datasets: Datasets) -> TaskScores:
 def compare_choices(captions: Tensor, others: Tensor) -> dict[str, Tensor]:
     """Return whether each item is answered correctly, (N,) bool per score; a tie is wrong.
 
-    `captions` is (N, 2, D). `others` is (N, 1, D) or (N, 2, D), of images or texts. Both have unit
-    length, and the first caption belongs to the first of the others.
+    `captions` is (N, 2, D). `others` is (N, 1, D) or (N, 2, D), of images or texts. Embeddings have
+    unit length, and the first caption belongs to the first of `others`.
     """
     scores = others.double() @ captions.double().transpose(1, 2)  # (N, images, captions)
     wrong = scores + TIE_TOLERANCE

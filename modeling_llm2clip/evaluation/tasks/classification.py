@@ -74,10 +74,10 @@ def rank_classes(
 
 
 def find_tied_classes(classes: Tensor) -> list[int]:
-    """Find the rows of classes so close to another class that they tie; their images are all wrong.
+    """Find the rows of classes that tie with another class; all images of these classes are wrong.
 
-    A model may not be able to distinguish names that differ only in case, or after the last token
-    it reads.
+    A model may not be able to distinguish names that differ only in case, or only after the maximum
+    length.
     """
     # The product selects candidate pairs; only their difference is precise enough to decide.
     first, second = (classes @ classes.T > 1 - _NEAR).nonzero().T

@@ -4,8 +4,9 @@ With several languages, the captions of each language are compared only with tha
 
 Caption retrieval accuracy (CRA) measures a text encoder. The first caption of each image retrieves
 the second caption of the same image, by cosine, from the second captions of all images. The
-accuracy is the share found at rank 1 (paper, section 2; upstream's COCO evaluation). More images
-make the task harder, so a score is meaningful only with their number.
+accuracy is the share of second captions found at rank 1 (paper, section 2; upstream's COCO
+evaluation). More images make the task harder, so a score is meaningful only with the number of
+images.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ CROSS_LINGUAL = Task(
 def measure_caption_retrieval(
     encode: Callable[[list[str]], Tensor], groups: Sequence[CaptionGroup]
 ) -> float:
-    """Compute the CRA of a text encoder, which maps N texts to (N, D), on two or more images."""
+    """Compute the CRA of `encode`, which maps N texts to (N, D), on two or more images."""
     if len(groups) < 2:
         raise ValueError(f"Caption retrieval needs at least two images, but got {len(groups)}.")
     return hit_rate_at(rank_pairs(encode(_list_pairs(groups))).i2t, k=1)
@@ -158,7 +159,8 @@ def _list_pairs(groups: Sequence[CaptionGroup]) -> list[str]:
 def rank_pairs(embeds: Tensor, *, device: torch.device | None = None) -> RetrievalRanks:
     """Rank the second texts for each first text, which takes the place of an image, and vice versa.
 
-    `embeds` is (2N, D): all first texts, then all second texts. `device` defaults to theirs.
+    `embeds` is (2N, D): all first texts, then all second texts. `device` defaults to the device of
+    `embeds`.
     """
     num_pairs = len(embeds) // 2
     pairs = Correspondence.from_image_of_text(range(num_pairs), num_pairs)

@@ -32,13 +32,13 @@ class Task:
 
     Attributes:
         protocol: Choices of the task that affect scores.
-        headline: Scores shown in tables: column title to the score's path in `scores`.
-        chance: Paths to the scores of random embeddings, for the columns that have one.
+        headline: Scores shown in tables: maps each column title to the score's path in `scores`.
+        chance: Maps column titles to the paths of scores of random embeddings, if there are any.
         run: Computes the scores; takes one dataset per language.
-        needs_images: None if it depends on the dataset.
+        needs_images: Whether the task needs images; None if that depends on the dataset.
         all_languages: Whether the task takes all languages of a dataset at once.
         check: Raises ValueError if the task cannot run on the datasets, before any model is loaded.
-        describe_data: Returns further choices, which depend on the datasets.
+        describe_data: Returns further choices for the protocol, which depend on the datasets.
         needs: Optional packages that the task requires.
     """
 
@@ -57,7 +57,7 @@ class Task:
 
 
 def describe_interval(sampled: str) -> str:
-    """Describe the confidence intervals, for the protocol of a task."""
+    """Describe how confidence intervals are computed, for a task's protocol."""
     return f"bootstrap over {sampled}, {NUM_RESAMPLES} samples, {CONFIDENCE_LEVEL:.0%}"
 
 

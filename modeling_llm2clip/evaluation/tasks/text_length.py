@@ -1,4 +1,4 @@
-"""Score retrieval by text length, and measure how much text a 77-token encoder never sees.
+"""Score retrieval by text length, and measure how much text a 77-token encoder truncates.
 
 With images, each caption retrieves its image from all images. Without images, only the text encoder
 is tested: each long caption is split near its middle, and its first part retrieves its second part
@@ -100,7 +100,7 @@ def _split_captions(dataset: RetrievalDataset) -> list[tuple[str, str]]:
 
 
 def split_in_half(text: str) -> tuple[str, str] | None:
-    """Split a text at the sentence end closest to its middle, or at a word end if there is none.
+    """Split a text at the sentence end closest to its middle; without one, at a word end.
 
     Returns None for a single word.
     """
@@ -116,7 +116,7 @@ def split_in_half(text: str) -> tuple[str, str] | None:
 def score_lengths(
     ranking: Ranking, lengths: Sequence[int], is_truncated: Tensor | None, clusters: Tensor
 ) -> dict[str, Any]:
-    """Compute the hit rate at 1 for each non-empty bucket, for all queries, and by chance."""
+    """Compute the hit rate at 1 in each non-empty bucket of lengths, overall, and by chance."""
     hits = hits_at(ranking, k=1)
     tokens = torch.tensor(lengths)
     buckets = []
