@@ -142,7 +142,7 @@ def _read_named(file: Path) -> Result:
 
 
 def find_finished(folder: Path, planned: Iterable[Result]) -> dict[Path, Result]:
-    """Find the planned results that a folder already has; raise ValueError for conflicts.
+    """Find the results in a folder, by file; raise ValueError if any conflicts with `planned`.
 
     The error lists every conflict. A different version of a dependency only causes a warning.
     """

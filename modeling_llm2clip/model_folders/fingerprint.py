@@ -1,8 +1,9 @@
 """Fingerprint models: everything that determines their embeddings, as short texts to compare.
 
 Fingerprints are read from the model's folder, one tensor at a time, without building the model. A
-loaded model would not do, because transformers renames some towers' weights on loading. A tower's
-fingerprint excludes the text adapter and the projections: stored embeddings precede them.
+loaded model cannot be fingerprinted, because transformers renames some towers' weights on loading.
+A tower's fingerprint excludes the text adapter and the projections, because stored embeddings are
+computed before them.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def fingerprint_text(model: str | Path) -> dict[str, str]:
     """Describe everything that determines a caption's embedding before the text adapter.
 
     `weights`, `architecture` and `tokenizer` are SHA-256; `dtype`, `prompt`, `pooling`, `direction`
-    and `max_text_length` are readable.
+    and `max_text_length` are readable values.
     """
     folder, config, tensors, processor = _open(model, prefix="text_model.")
     stated: Any = getattr(config, "quantization_config", None)
@@ -108,7 +109,8 @@ def describe_prompt(backend: Tokenizer, config: LLM2CLIPConfig) -> tuple[str, st
 def fingerprint_vision(model: str | Path) -> dict[str, str]:
     """Describe everything that determines an image's embedding before its projection.
 
-    `weights`, `architecture` and `image_processor` are SHA-256; `dtype` and `pooling` are readable.
+    `weights`, `architecture` and `image_processor` are SHA-256; `dtype` and `pooling` are readable
+    values.
     """
     folder, config, tensors, processor = _open(model, prefix="vision_model.")
     settings: dict[str, Any] = processor.image_processor.to_dict()
@@ -127,9 +129,9 @@ def fingerprint_vision(model: str | Path) -> dict[str, str]:
 
 
 def fingerprint_teacher(model: str | Path) -> dict[str, str]:
-    """Describe everything that determines a dual encoder's text embeddings and their space.
+    """Describe everything that determines a dual encoder's text embeddings and embedding space.
 
-    The space is defined by its image side; see `fingerprint_image_side`.
+    The embedding space is defined by the image side; see `fingerprint_image_side`.
     """
     folder = find_model_folder(model)
     files = list_weight_files(folder)
@@ -143,8 +145,9 @@ def fingerprint_teacher(model: str | Path) -> dict[str, str]:
 def fingerprint_image_side(files: Iterable[Path]) -> dict[str, str]:
     """Describe the vision tower and the image projection of a dual encoder or a model.
 
-    Two image sides are the same if both entries agree. Weights are rounded to bfloat16, so a model
-    may have a different dtype than the published tower. An identity is treated as no projection.
+    Two image sides are the same if both entries of their fingerprints agree. Weights are rounded to
+    bfloat16 before hashing, so a model may have a different dtype than the published tower. An
+    identity matrix is treated as no projection.
     """
     files = list(files)
     tower = (
@@ -171,7 +174,7 @@ def fingerprint_embeddings(folder: Path, modality: Literal["text", "image"]) -> 
     """Describe everything that determines a final embedding: the tower and its projection layers.
 
     Adds `head weights` (SHA-256) to the tower's fingerprint and, for texts, the only text adapter
-    setting that does not show in its weights.
+    setting that does not show in the adapter's weights.
     """
     files = list_model_files(folder)
     if modality == "image":
@@ -213,7 +216,7 @@ def fingerprint_weights(files: Iterable[Path], *, base: Path | None = None) -> d
 def _open(
     model: str | Path, *, prefix: str
 ) -> tuple[Path, LLM2CLIPConfig, Iterable[tuple[str, Tensor]], LLM2CLIPProcessor]:
-    """Open the folder, configuration, tower's tensors (in order of names) and processor."""
+    """Return the folder, configuration, tower's tensors (in order of names) and processor."""
     folder = find_model_folder(model)
     config = LLM2CLIPConfig.from_pretrained(folder)
     processor = LLM2CLIPProcessor.from_pretrained(folder)
@@ -236,7 +239,7 @@ def _describe_weights(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
 
 
 def _read_tower(folder: Path, name: str) -> dict[str, Any]:
-    """Read a tower's config.json fields, without those that depend on transformers' version."""
+    """Read a tower's config.json fields, except fields that depend on transformers' version."""
     settings = read_json(folder / "config.json")[name]
     return {k: v for k, v in settings.items() if v is not None and k not in _NOT_OF_THE_TOWER}
 

@@ -1,4 +1,4 @@
-"""Golden embeddings: recorded when a model folder is written, and compared on any later load.
+"""Golden embeddings: recorded when a model folder is written, and compared later.
 
 Shapes: T texts, D width of the LLM, P `projection_dim`.
 """
@@ -88,9 +88,10 @@ def write_golden(
     """Record a model's current embeddings in its folder, with hashes of the folder's files.
 
     Also records `caption_embeds` (T, D), the LLM's output, so embeddings with another text adapter
-    can be computed without the LLM; and a whole model's `logit_scale` (1,), which does not show in
-    the embeddings. `source` is the folder of a model with the same LLM: its recorded
-    `caption_embeds` are copied and the LLM is not run. If it has none, nothing is recorded.
+    can be computed without the LLM; and a whole model's `logit_scale` (1,), which does not affect
+    the embeddings. `source` is the folder of a model with the same LLM, whose recorded
+    `caption_embeds` are copied, so the LLM is not run. If `source` has no `caption_embeds`, nothing
+    is recorded.
     """
     texts, caption_embeds = list(GOLDEN_TEXTS), None
     if source is not None:
@@ -136,10 +137,10 @@ def compare_golden(
 ) -> str | None:
     """Compare a model with the embeddings recorded in its folder, and say what was compared.
 
-    The tolerance depends on `dtype`, the dtype of the folder's weights; None for the model's.
-    Without `runs_llm`, texts start from the recorded caption embeddings. Returns None if nothing is
-    recorded for this model. Raises ValueError if embeddings differ by more than rounding on another
-    machine.
+    The tolerance depends on `dtype`, the dtype of the folder's weights; None for the model's dtype.
+    Without `runs_llm`, text embeddings are computed from the recorded caption embeddings. Returns
+    None if nothing is recorded for this model. Raises ValueError if embeddings differ by more than
+    rounding on another machine.
     """
     golden = read_golden(folder)
     if golden is None or not (runs_llm or "caption_embeds" in golden[1]):
@@ -194,9 +195,9 @@ def require_golden(
 ) -> None:
     """Refuse to write a new folder from one that differs from its recorded embeddings and files.
 
-    Otherwise, the new folder would record the damaged embeddings and pass its checks. Warns if
-    nothing is recorded, because damage would not show. With `of_vision_tower`, neither tokenizer
-    nor LLM is read.
+    Otherwise, the new folder would record the damaged embeddings and pass all checks. Warns if
+    nothing is recorded, because damage cannot be detected. With `of_vision_tower`, neither
+    tokenizer nor LLM is read.
     """
     try:
         compared = compare_golden(folder, model, processor, dtype=dtype, runs_llm=runs_llm)
@@ -216,10 +217,10 @@ def require_golden(
 
 
 def _require_stated_dtype(folder: Path) -> None:
-    """Refuse a folder in which some weights are stored in a different dtype than they load in.
+    """Refuse a folder in which some weights are stored in a dtype other than config.json's.
 
-    They would lose precision, or have less than config.json states. The temperature is float32 in
-    every folder.
+    Such weights would lose precision on loading, or have less precision than config.json states.
+    The temperature is float32 in every folder.
     """
     config = LLM2CLIPConfig.from_pretrained(folder, local_files_only=True)
     stated = getattr(config, "dtype", None)
@@ -248,7 +249,7 @@ def read_temperature(model: Any) -> dict[str, Tensor]:
 
 
 def read_golden(folder: Path) -> tuple[list[str], dict[str, Tensor]] | None:
-    """Read the recorded texts, and the embeddings by name; None if the folder has none."""
+    """Read the recorded texts, and the embeddings by name; None if nothing is recorded."""
     if not (folder / GOLDEN_FILE).is_file():
         return None
     with _open_golden(folder) as file:
@@ -259,8 +260,8 @@ def read_golden(folder: Path) -> tuple[list[str], dict[str, Tensor]] | None:
 def require_recorded_files(folder: Path, *, of_vision_tower: bool = False) -> bool:
     """Refuse a folder with files that have changed since its golden embeddings were computed.
 
-    Embeddings of a few texts do not reveal every change: an edited tokenizer may give them the same
-    ids. Returns False if no file hashes are recorded.
+    Embeddings of a few texts do not reveal every change: an edited tokenizer may produce the same
+    ids for these texts. Returns False if no file hashes are recorded.
     """
     if not (folder / GOLDEN_FILE).is_file():
         return False
@@ -281,7 +282,7 @@ def require_recorded_files(folder: Path, *, of_vision_tower: bool = False) -> bo
 
 
 def find_tolerance(dtype: torch.dtype, *, other_machine: bool = False) -> float:
-    """Return the largest distance that rounding explains between two runs of a unit embedding."""
+    """Return the largest distance between two computations of a unit embedding due to rounding."""
     table = _OTHER_MACHINE if other_machine else _SAME_MACHINE
     return table.get(dtype, table[torch.float32])
 

@@ -1,7 +1,8 @@
 """Load models for inference in a precision; automatic bfloat16 is first checked against float32.
 
 A GPU multiplies bfloat16 about ten times as fast as float32, and a model folder is float32 unless
-exported in another dtype. Heads are small and always run in float32 on a GPU.
+exported in another dtype. Heads (text adapter and projections) are small and always run in float32
+on a GPU.
 """
 
 from __future__ import annotations
@@ -47,19 +48,19 @@ def load_in_precision(
     traits: DeviceTraits | None = None,
     **options: Any,
 ) -> Any:
-    """Load a model onto a device, with its towers in the dtype that the precision means there.
+    """Load a model onto a device, with the towers in the dtype that `precision` means there.
 
     On a CPU, `auto` is the stored dtype. On a GPU, `auto` runs float32 towers in bfloat16 only if
     that keeps text and image embeddings within a cosine of 0.999. They are compared with float32
-    embeddings from the same weights or, if both copies do not fit into memory, with the folder's
-    golden embeddings. The comparison is reported on stderr.
+    embeddings from the same weights or, if a bfloat16 and a float32 copy do not fit into memory
+    together, with the folder's golden embeddings. The comparison is reported on stderr.
 
     Args:
         model_class: Class of a whole, text-only or vision-only model.
         folder: A model folder.
         device: Where the model runs.
         precision: `auto`, `float32` or `bfloat16`.
-        traits: Traits of the device that decide the dtype; None to read them from it.
+        traits: Traits of the device that decide the dtype; None to read the traits from the device.
         options: Further arguments of `from_pretrained`.
     """
     traits = traits or DeviceTraits.read(device)

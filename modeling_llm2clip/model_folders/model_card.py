@@ -1,6 +1,7 @@
-"""Write the README.md of a model folder: a template, filled in from the folder's files. Facts that
-the weights do not show, such as licenses, training data and results, are in the card's metadata,
-where the Hub reads them. They are read back whenever the folder is rewritten.
+"""Write the README.md of a model folder: a template, filled in from the folder's files.
+
+Facts that the weights do not show, such as licenses, training data and results, are in the card's
+metadata, where the Hub reads them. These facts are read back whenever the folder is rewritten.
 """
 
 from __future__ import annotations
@@ -95,8 +96,8 @@ class CardResult:
 
     `intervals` are 95 % confidence intervals (low, high), by the name of the score. `count` says
     how much was measured, such as "1,000 images, 5,000 texts". A card does not store the measured
-    model's fingerprint and dtype. `entries` are the results as stated on a card, with anything
-    that others added, such as a source or a verification.
+    model's fingerprint and dtype. `entries` are the results as stated on a card, with anything that
+    other people added, such as a source or a verification.
     """
 
     task: str
@@ -114,8 +115,8 @@ class CardEdits:
     """Edits that somebody else made to a card.
 
     Attributes:
-        metadata: Metadata entries that this package would not write.
-        sections: Sections of the body, in order; an unedited section is only its heading.
+        metadata: Metadata entries that this package would not have written.
+        sections: Sections of the body, in order; an unedited section is stored as only its heading.
     """
 
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -277,7 +278,7 @@ def find_name(folder: Path) -> str:
 
 
 def _split(body: str) -> list[tuple[str, str]]:
-    """Split a card's body into sections, (heading, text); the first has no heading."""
+    """Split a card's body into sections, (heading, text); the first section has no heading."""
     first, *others = re.split(r"^(?=## )", body, flags=re.MULTILINE)
     return [("", first), *((part.partition("\n")[0], part) for part in others)]
 
@@ -287,7 +288,7 @@ def read_card_of_trained(
 ) -> CardData:
     """Read the facts on a card that still hold after training on more data.
 
-    The Hub only knows the first part of a language tag (BCP 47).
+    Languages are shortened to the first part of their tags (BCP 47), as the Hub requires.
     """
     stated = read_card_data(folder)
     data = dict.fromkeys((*stated.training_data, *training_data))
@@ -304,7 +305,7 @@ def update_card_data(
 ) -> CardData:
     """Return a card's facts, updated by the options of a config.
 
-    Results replace the card's results; None keeps them.
+    `results` replace the card's results; None keeps the card's results.
     """
     options = config.list_given()
     stated: dict[str, Any] = {name: getattr(config, name) for name in options if name in _OPTIONS}
@@ -418,9 +419,9 @@ def _render(folder: Path, card: CardData, *, name: str) -> str:
 
 
 def name_base_models(*names: str, relation: str = "finetune") -> dict[str, Any]:
-    """Return metadata for the models that a model was built from, if they are on the Hub.
+    """Return metadata that names the models a model was built from, if they are on the Hub.
 
-    Without a relation, the Hub would treat two base models as a merge.
+    Without a stated relation, the Hub would show a model with two base models as a merge.
     """
     on_hub = [name for name in names if _HUB_ID.fullmatch(name)]
     return {"base_model": on_hub, "base_model_relation": relation} if on_hub else {}

@@ -1,8 +1,8 @@
-"""Find a model's folder by its path or Hub id, and detect its content from its small files.
+"""Find a model's folder by path or Hub id, and detect what it contains from small files.
 
 Needs neither torch nor weights, so a wrong folder is reported immediately, with the command that
-accepts it. huggingface_hub retries many times without a network. Here, the Hub is tried once, so a
-misspelled folder is reported within seconds.
+accepts such a folder. huggingface_hub retries many times without a network. Here, the Hub is tried
+once, so a misspelled folder is reported within seconds.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ _VISION_FIELDS = ("image_size", "patch_size", "num_channels", "hidden_sizes")
 def find_model_folder(
     source: str | Path, *, revision: str | None = None, only: Sequence[str] | None = None
 ) -> Path:
-    """Return a local folder, or download a Hub repository and return its snapshot.
+    """Return a local folder, or download a Hub repository and return the snapshot's folder.
 
-    With `only`, just the files that match these patterns are downloaded, in any format.
+    With `only`, just the files that match these patterns are downloaded, whatever their format.
     """
     if Path(source).is_dir():
         if revision is not None:
@@ -115,8 +115,9 @@ def list_uploaded_files() -> list[Path]:
 
 
 def is_hub_id(source: str | Path) -> bool:
-    """Return whether a source can only be a Hub id: `owner/name`, without a local folder `owner`. A
-    `Path` is never a Hub id.
+    """Return whether a source can only be a Hub id: `owner/name`, without a local folder `owner`.
+
+    A `Path` is never a Hub id.
     """
     return (
         isinstance(source, str)
@@ -128,7 +129,7 @@ def is_hub_id(source: str | Path) -> bool:
 def explain_missing(source: str | Path, *, may_lack_owner: bool = False) -> str | None:
     """Explain why a source is neither a local folder nor a reachable Hub repository.
 
-    None if the Hub or its cache may have it. Older repositories have no owner ("gpt2").
+    None if the source may be on the Hub or in its cache. Older repositories have no owner ("gpt2").
     """
     is_short = may_lack_owner and re.fullmatch(_NAME, str(source)) is not None
     if is_short or is_hub_id(source):
@@ -190,8 +191,8 @@ def require_sources(
 ) -> None:
     """Refuse towers and LoRAs that neither exist locally nor look like Hub ids.
 
-    Nothing is loaded, and all of them are named at once. A text tower may be a `.gguf` file, also
-    in a Hub repository (`owner/name/FILE.gguf`); both towers may be "embedded".
+    Nothing is loaded, and all missing sources are named at once. A text tower may be a `.gguf`
+    file, also in a Hub repository (`owner/name/FILE.gguf`); both towers may be "embedded".
     """
     errors = []
     if vision is not None and vision != EMBEDDED:
@@ -264,7 +265,7 @@ _ADVICE = {
 
 
 class FoundModel(NamedTuple):
-    """The content of a folder or Hub repository, a key of `_ADVICE`, and the advice."""
+    """The type of a folder or Hub repository (a key of `_ADVICE`), and advice on its use."""
 
     content: str
     advice: str

@@ -1,7 +1,7 @@
 """Load model folders: whole, without a tower, or with a quantized LLM.
 
 Code in a folder is never run: the package's own classes load it. A model with untrained projections
-produces meaningless embeddings, so it is refused or causes a warning.
+produces meaningless embeddings, so such a model is refused or causes a warning.
 """
 
 from __future__ import annotations
@@ -52,9 +52,10 @@ def load_model(
         source: Folder or Hub id of an LLM2CLIP model.
         revision: Branch, tag or commit of the Hub repository.
         device: Where the model runs; see `find_device`.
-        dtype: Dtype of the weights; None for the saved one.
+        dtype: Dtype of the weights; None for the saved dtype.
         quantization: Load the LLM in 4 or 8 bits; see `text_quantization_config`.
-        precision: Precision of the encoding commands, instead of a dtype; see `PrecisionConfig`.
+        precision: Precision for encoding, as in the commands, instead of `dtype`; see
+            `PrecisionConfig`.
 
     Returns:
         The whole, text-only or vision-only model (whichever was saved) in evaluation mode, and the
@@ -110,8 +111,8 @@ class _AbsentTower(nn.Module):
 class PartialModel(LLM2CLIPModel):
     """A whole model without the towers that are not run.
 
-    It loads strictly from a whole model's folder, but skips the weights of absent towers. It cannot
-    be saved as a model: `save_trained_model` writes the weights that changed. Stored caption
+    The weights are loaded strictly from a whole model's folder, except those of absent towers. It
+    cannot be saved as a model: `save_trained_model` writes the weights that changed. Stored caption
     embeddings replace the LLM, and stored image embeddings replace the vision tower.
     """
 
@@ -184,10 +185,10 @@ def load_heads(source: str | Path, *, device: str = "cpu") -> LLM2CLIPModel:
 def text_quantization_config(quantization: Quantization) -> BitsAndBytesConfig:
     """Return a `quantization_config` for `from_pretrained` that quantizes only the LLM.
 
-    4-bit weights are NF4, computed in bfloat16. Any other bitsandbytes configuration also only
-    applies to the LLM. Quantize while loading a whole model: a model built from an already
-    quantized tower cannot be loaded again, and `save_pretrained` refuses it, just like a 4-bit
-    model that has run on a CPU.
+    4-bit weights are NF4, computed in bfloat16. Other bitsandbytes configurations also quantize
+    only the LLM. Quantize while loading a whole model: a model built from an already quantized
+    tower cannot be loaded again, so `save_pretrained` refuses it. `save_pretrained` also refuses a
+    4-bit model that has run on a CPU.
     """
     if quantization not in get_args(Quantization):
         raise ValueError(f"quantization={quantization!r} must be '4bit' or '8bit'.")
@@ -202,8 +203,9 @@ def text_quantization_config(quantization: Quantization) -> BitsAndBytesConfig:
 
 
 def describe_untrained(config: LLM2CLIPConfig) -> str | None:
-    """Describe the untrained parts and the remedy, as a sentence without its subject. None for a
-    trained model.
+    """Describe the untrained parts and the remedy, as a sentence without a subject.
+
+    Returns None for a trained model.
     """
     if not config.random_heads:
         return None

@@ -1,7 +1,8 @@
 """Write model folders, for build, finetune-llm, align, convert and export alike.
 
 A folder loads through AutoModel, pipelines and sentence-transformers. It is either complete or
-absent: everything is written to a temporary folder next to the target, which is renamed at the end.
+absent: everything is written to a temporary folder next to the target, and this folder is renamed
+at the end.
 """
 
 from __future__ import annotations
@@ -62,10 +63,10 @@ Source: TypeAlias = str | Path | LoadedModel
 
 @dataclass(frozen=True)
 class LazyModel:
-    """A model whose weights are only read, or computed, while being written, in their own dtypes.
+    """A model whose weights are read or computed only while being written, in their own dtypes.
 
-    `golden_source` is the folder of a model with the same LLM; its recorded caption embeddings are
-    copied. Without it, the LLM is loaded to record them.
+    `golden_source` is the folder of a model with the same LLM, whose recorded caption embeddings
+    are copied. Without `golden_source`, the LLM is loaded to record caption embeddings.
     """
 
     model_class: Any
@@ -77,7 +78,7 @@ class LazyModel:
 def cast_weights(
     weights: Mapping[str, LazyTensor], dtype: torch.dtype, model_class: Any
 ) -> dict[str, LazyTensor]:
-    """Cast floating-point weights like loading the model in another dtype does."""
+    """Cast floating-point weights the way loading the model in another dtype casts them."""
     exact = model_class._keep_in_fp32_modules_strict or ()
     return {
         name: tensor.then(lambda value: value.to(dtype))
@@ -105,7 +106,8 @@ def save_model(
     A text-only or vision-only model keeps the whole processor. A lazy model is written one file at
     a time, then loaded on `device` for its golden embeddings. `files` maps a path in the folder to
     a file to copy or to a text. `verify` is called with the complete folder before it is renamed;
-    if it raises, no folder is left. Without `instructions`, the configuration's are kept.
+    if it raises, no folder is left. Without `instructions`, the configuration's instructions are
+    kept.
     """
     _require_own_class(model)
     config: LLM2CLIPConfig = model.config
@@ -157,14 +159,14 @@ def save_trained_model(
 ) -> Path:
     """Write a copy of a model folder with some of its weights replaced.
 
-    The LLM is neither built nor loaded unless its weights are replaced. Instructions, licenses,
-    training data and the record of a conversion are carried over; old results are not, because
-    they were measured with other weights. If the LLM is unchanged and the source has no golden
-    embeddings of it, none are recorded.
+    The LLM is neither built nor loaded unless its weights are replaced. Instructions, licenses, the
+    list of training data and the record of a conversion are carried over; old results are not,
+    because they were measured with other weights. If the LLM is unchanged and the source has no
+    recorded caption embeddings, no golden embeddings are recorded.
 
-    Trained weights get the dtype that they have in the source. `measure` is called with the
-    complete folder before it is renamed, and returns results and caution for its card. The card
-    also states which texts the training kept close (`kept_texts`).
+    Trained weights are saved in the dtype that they have in the source. `measure` is called with
+    the complete folder before it is renamed, and returns the results and the caution for the
+    folder's card. The card also states which texts the training kept close (`kept_texts`).
     """
     require_new_folder(Path(folder))
     keeps_llm = not any(name.startswith("text_model.") for name in trained)
@@ -242,8 +244,8 @@ def save_heads(
 def require_intact(source: Path, *, with_llm: bool) -> None:
     """Refuse to train a whole model that is damaged or no longer matches its golden embeddings.
 
-    Without the LLM, the text adapter starts from the recorded caption embeddings. They are copied
-    to the new folder, so `check_model` still detects a damaged LLM there.
+    Without the LLM, the text adapter starts from the recorded caption embeddings. The recorded
+    embeddings are copied to the new folder, so `check_model` still detects a damaged LLM there.
     """
     find_carried_files(source)
     read_training_images(source)
@@ -256,7 +258,7 @@ def require_intact(source: Path, *, with_llm: bool) -> None:
 
 
 def require_as_written(folder: Path, *, device: str) -> None:
-    """Load a folder that was just written, and check that its embeddings match the saved model."""
+    """Load a folder that was just written, and check that it reproduces the golden embeddings."""
     try:
         compare_golden(folder, *load_model(folder, device=device))
     except ValueError as error:
@@ -271,10 +273,10 @@ def open_model(source: Path) -> LazyModel:
 
 
 def find_carried_files(source: Path, *, trained_since: bool = False) -> dict[str, Path]:
-    """Find the files to carry over to a new folder: legal files, records, summary of images.
+    """Find files to carry over to a new folder: licenses, records, summary of training images.
 
-    A link out of the folder is refused. `trained_since` means that the weights were trained after
-    the records were written.
+    A link to a file outside the folder is refused. `trained_since` means that the weights were
+    trained after the records were written.
     """
     legal = {p.name: p for p in source.iterdir() if p.is_file() and is_legal_file(p.name)}
     summary = source / TRAINING_IMAGES_FILE
@@ -331,8 +333,10 @@ def _require_own_class(model: Any) -> None:
 
 
 def _save_lazy_model(model: LazyModel, folder: Path, *, max_shard_size: int | str) -> None:
-    """Write the same files as a loaded model's `save_pretrained`. The configuration comes last, so
-    a folder whose writer was killed does not load with missing weights.
+    """Write the same files that a loaded model's `save_pretrained` would write.
+
+    The configuration is written last, so if the process is killed, the folder does not load with
+    missing weights.
     """
     write_weights(model.weights, folder, max_shard_size=max_shard_size)
     config = model.config

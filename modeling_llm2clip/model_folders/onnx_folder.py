@@ -1,8 +1,8 @@
-"""Find the files of a folder of ONNX graphs, and open it.
+"""Find the files in a folder of ONNX graphs, and open the graphs.
 
-The layout is the one of transformers.js: graphs in `onnx/`, named by tower and weights, next to the
-tokenizer, `preprocessor_config.json` and `config.json`. torch is only imported when opening graphs
-or fingerprinting them.
+Files are laid out as in transformers.js: graphs in `onnx/`, named by tower and type of weights,
+next to the tokenizer, `preprocessor_config.json` and `config.json`. torch is imported only to open
+or fingerprint graphs.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def load_onnx_encoder(
 
     Args:
         source: Folder of ONNX graphs, or Hub id.
-        weights: Weights of the language model's linear layers; None for the most exact ones
-            available.
+        weights: Precision of the weights of the language model's linear layers; None for the most
+            exact available.
         revision: Branch, tag or commit of the Hub repository.
         modalities: Graphs to open, if the folder has them: `"text"`, `"image"`.
         num_threads: Threads per graph; None for ONNX Runtime's default.
@@ -103,8 +103,9 @@ def load_onnx_encoder(
 
 
 def choose_graph(folder: Path, modality: str, weights: TextWeights | None) -> Path:
-    """Return the graph for texts, or for images (always float32). None chooses the most exact
-    weights available.
+    """Return the graph for texts, or for images (always float32).
+
+    With `weights=None`, the most exact weights available are chosen.
     """
     there = _list_weights(folder, modality)
     if not there:
@@ -125,8 +126,8 @@ def _list_weights(folder: Path, modality: str) -> list[TextWeights]:
 def fingerprint_graph(folder: Path, modality: str, weights: TextWeights | None) -> dict[str, str]:
     """Describe everything that determines a graph's embeddings.
 
-    The fingerprint combines the exported model's with the SHA-256 of `graph` and of `tokenizer and
-    settings`, which may have changed since the export.
+    The fingerprint combines the exported model's fingerprint with the SHA-256 of `graph` and of
+    `tokenizer and settings`, which may have changed since the export.
     """
     from ..data.atomic_files import hash_file, hash_json
     from .fingerprint import hash_model_files  # imports torch

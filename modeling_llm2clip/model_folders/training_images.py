@@ -1,10 +1,10 @@
-"""Summarize the images that a model was trained on, and measure how far other images are from them.
+"""Summarize a model's training images, and measure how far other images are from them.
 
 For each dataset, the summary has the means of its image clusters, computed from normalized
 embeddings of the vision tower (before the projection). A set of images is judged as a whole: by
 the distance of its mean from every mixture of these clusters. Images of a single topic of the
-training data are also such a mixture. Unfamiliar images are not, even if each one is near some
-training image. No embedding of a single image is stored.
+training data are also such a mixture. A set of unfamiliar images is not, even if each image is near
+some training image. No embedding of a single image is stored.
 
 Shapes: D width of the tower's embeddings, K clusters, N images.
 """
@@ -78,7 +78,7 @@ class TrainingImages:
     not_summarized: tuple[str, ...] = ()
 
     def add(self, dataset: DatasetSummary) -> TrainingImages:
-        """Return the summary with another dataset; a known dataset is not added twice."""
+        """Return the summary with another dataset added; a known dataset is not added twice."""
         others = [
             known
             for known in self.datasets
@@ -104,7 +104,7 @@ class TrainingImages:
         return _measure(tally.total / tally.num_images, tally.num_images, clusters, spread)
 
     def require_width(self, width: int) -> None:
-        """Refuse a summary whose width differs from the model's tower."""
+        """Refuse a summary whose embedding width differs from the vision tower's."""
         stated = self.datasets[0].clusters.shape[1]
         if stated != width:
             raise ValueError(
@@ -129,11 +129,11 @@ class TrainingImages:
 
 
 class ImageTally:
-    """Sum up the embeddings of a run's images.
+    """Adds up the embeddings of the images that a run encodes.
 
     Args:
         num_images: Number of images so far.
-        total: Sum of their normalized embeddings, (D,) float64.
+        total: Sum of the images' normalized embeddings, (D,) float64.
     """
 
     def __init__(self, num_images: int = 0, total: Array | None = None) -> None:
@@ -150,14 +150,14 @@ class ImageTally:
         return self._total
 
     def add(self, vision_embeds: Tensor) -> None:
-        """Add images, (B, D) from the tower before the projection; GPU tensors are summed there."""
+        """Add images' unprojected embeddings, (B, D); GPU tensors are summed on the GPU."""
         if vision_embeds.is_cuda:
             self.add_on_device(vision_embeds)
         elif len(vision_embeds):
             self.join(ImageTally(len(vision_embeds), _to_unit_rows(vision_embeds).sum(axis=0)))
 
     def add_on_device(self, vision_embeds: Tensor) -> None:
-        """Add images without synchronizing the device."""
+        """Add embeddings of images without synchronizing the device."""
         sums = F.normalize(vision_embeds.detach().double(), dim=1).sum(dim=0)
         self._on_device = sums if self._on_device is None else self._on_device + sums
         self.num_images += len(vision_embeds)

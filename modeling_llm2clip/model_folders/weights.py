@@ -86,7 +86,8 @@ def open_weights(path: Path) -> dict[str, LazyTensor]:
     """Open a weight file, or all weight files that transformers or peft saved in a folder.
 
     Returns tensors by name. Only headers are read, except that PyTorch files are read to verify
-    their checksums. Files with anything but weights and names in two files are refused.
+    their checksums. Files that contain anything other than weights, and weights with the same name
+    in two files, are refused.
     """
     return open_weight_files(list_weight_files(path, names=WEIGHT_NAMES))
 
@@ -113,7 +114,7 @@ def open_weight_files(files: Iterable[Path]) -> dict[str, LazyTensor]:
 
 
 def count_changed(before: Tensor, after: Tensor, dtype: torch.dtype) -> tuple[int, int]:
-    """Count the entries that differ in a dtype, and the entries that differ before rounding."""
+    """Count the entries that differ after casting to a dtype, and those that differ before."""
     in_dtype = before.to(dtype) != after.to(dtype)
     return int(in_dtype.sum()), int((before.float() != after.float()).sum())
 
@@ -125,9 +126,9 @@ def warn_of_rounding(
     what: str,
     of_what: str = "the entries that it should",
 ) -> float:
-    """Return the fraction of changed entries that survive rounding; warn if it is small.
+    """Return the fraction of changed entries that still differ after rounding; warn if small.
 
-    `counts` has, for each weight, the number of entries changed after and before rounding.
+    `counts` has, for each weight, the number of entries that differ after and before rounding.
     """
     num_left, num_changed = map(sum, zip(*counts, strict=True))
     share: float = num_left / num_changed if num_changed else 1.0
@@ -205,7 +206,7 @@ def _open_safetensors(file: Path) -> dict[str, LazyTensor]:
 
 
 def _load_pickle(file: Path) -> Any:
-    """Load tensors and plain values, memory-mapped if the file's format allows it."""
+    """Load tensors and plain values from a PyTorch file, memory-mapped if its format allows it."""
     with file.open("rb") as opened:
         beginning = opened.read(40)
     if not beginning.startswith(_BEGINNINGS):  # an HTML error page, a Git LFS pointer
@@ -233,7 +234,7 @@ def _load_pickle(file: Path) -> Any:
 
 
 def _require_checksums(file: Path) -> None:
-    """Verify the CRC-32 of each entry of an archive; torch does not."""
+    """Verify the CRC-32 checksum of each entry of a PyTorch file, which torch does not verify."""
     with zipfile.ZipFile(file) as archive:
         if not any(entry.CRC for entry in archive.infolist()):
             raise ValueError(

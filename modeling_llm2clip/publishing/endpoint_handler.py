@@ -8,9 +8,9 @@ every request. A ValueError becomes a response with status 400 and its message.
     {"inputs": "two red apples", "parameters": {"prompt_name": "query", "dimensions": 256}}
     {"inputs": {"image": "<base64>"}, "parameters": {"candidate_labels": ["cat", "dog"]}}
 
-An image is its file in base64, with or without the prefix `data:image/…;base64,`, or the body of a
-request of type `image/…`. A string in `inputs` is an image if it has this prefix, or if
-`candidate_labels` are set. Image URLs are not fetched.
+An image is sent as a base64-encoded file, with or without the prefix `data:image/…;base64,`, or as
+the body of a request of type `image/…`. A string in `inputs` is an image if it has this prefix, or
+if `candidate_labels` are set. Image URLs are not fetched.
 """
 
 from __future__ import annotations

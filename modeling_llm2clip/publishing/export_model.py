@@ -1,4 +1,4 @@
-"""Exports a model folder: one tower, another dtype, smaller files, another card, ONNX.
+"""Exports a model folder, optionally one tower, another dtype, smaller files, or ONNX graphs.
 
 The card may include results of `llm2clip evaluate` if they were measured with the exported model.
 """
@@ -75,13 +75,13 @@ def export_model(
 ) -> Path:
     """Export a model folder after checking that it still returns its golden embeddings.
 
-    Instructions, licenses, training data and the record of a conversion are carried over; so are
-    evaluation results if all weights stay the same.
+    Instructions, licenses, the list of training data and the record of a conversion are carried
+    over. Evaluation results are also carried over if all weights stay the same.
 
     Args:
         source: Folder or Hub id of an LLM2CLIP model.
         output: New or empty folder.
-        config: Parts to export, and their format; None for the full model, unchanged.
+        config: Parts and format to export; None for the full model, unchanged.
         revision: Branch, tag or commit of the Hub repository.
         name: Model name on the card; None for the folder's name.
 
@@ -125,8 +125,8 @@ def export_model(
 def _load_checked(folder: Path, processor: LLM2CLIPProcessor, config: ExportConfig) -> Any:
     """Load a model to export, after comparing it with its golden embeddings in its own dtype.
 
-    For another dtype, the model is loaded again, because casting in memory would round its
-    temperature.
+    To export another dtype, the model is loaded again, because casting in memory would round the
+    model's temperature.
     """
     model_class = MODEL_CLASSES[CLASS_OF_COMPONENTS[config.components]]
     device = find_device(config.device)
@@ -140,7 +140,7 @@ def _load_checked(folder: Path, processor: LLM2CLIPProcessor, config: ExportConf
 
 
 def plan_card(folder: Path, config: ExportConfig) -> CardData:
-    """Return the card's entries for an export; results are kept if all weights stay the same."""
+    """Return the facts for an export's card; results are kept if all weights stay the same."""
     card = read_edited_card(folder)
     if config.results:
         return update_card_data(card, config, results=read_card_results(config.results))
@@ -153,10 +153,10 @@ def plan_card(folder: Path, config: ExportConfig) -> CardData:
 
 
 def render_hosting_files(config: ExportConfig, model_config: LLM2CLIPConfig) -> dict[str, str]:
-    """Render the files that Inference Endpoints need in addition to the weights: path → content.
+    """Render the files that Inference Endpoints need besides the model; returns path → content.
 
-    The packages have the versions of this environment, in which the folder's golden embeddings are
-    computed.
+    Packages are pinned to the versions in this environment, which computes the folder's golden
+    embeddings.
     """
     if not config.handler:
         return {}
@@ -214,7 +214,7 @@ def read_card_results(files: Sequence[Path]) -> tuple[CardResult, ...]:
     """Read result files of `llm2clip evaluate`, and report all errors together.
 
     A nested score is named by its path, such as `t2i.hit_rate_at_1`. The dataset's name includes
-    its language and the samples that were skipped.
+    the language, unless it is English, and differences from the published dataset.
     """
     results: dict[tuple[str, str], CardResult] = {}
     errors = []
@@ -255,7 +255,7 @@ def require_own_results(results: Sequence[CardResult], folder: Path) -> None:
 def add_card_results(folder: Path, files: Sequence[Path]) -> None:
     """Add results to the card of a model folder, replacing older ones for the same dataset.
 
-    A card that already has them is left unchanged.
+    A card that already has these results is left unchanged.
     """
     results = read_card_results(files)
     require_own_results(results, folder)

@@ -1,4 +1,4 @@
-"""Checks ONNX graphs against the model they were exported from, before their folder is published.
+"""Checks ONNX graphs against the exported model, before the folder of graphs is published.
 
 N is the number of texts or images, P `projection_dim`.
 """
@@ -45,7 +45,7 @@ MIN_COSINE_OF_SCRIPT = 0.999
 
 @dataclass(frozen=True)
 class CheckInputs:
-    """The captions and images that graphs are checked on, one caption and one image per group.
+    """The captions and images to check graphs on: one caption and one image per image group.
 
     `texts` are the captions, plus longer texts joined from several captions; the longest exceed
     most models' maximum length.
@@ -59,7 +59,7 @@ class CheckInputs:
 
 @dataclass
 class Reference:
-    """The model in float32 on the CPU, and its embeddings of the inputs to check.
+    """The model in float32 on the CPU, and the model's embeddings of the check inputs.
 
     The folder's golden embeddings, if it has any, were computed in `dtype`.
     """
@@ -72,12 +72,12 @@ class Reference:
 
     @cached_property
     def text_embeds(self) -> Tensor:
-        """Embeddings of all texts, (N, P)."""
+        """The model's embeddings of the check texts, (N, P)."""
         return encode_texts(self.model, self.processor, self.inputs.texts)
 
     @cached_property
     def image_embeds(self) -> Tensor:
-        """Embeddings of all images, (N, P)."""
+        """The model's embeddings of the check images, (N, P)."""
         return encode_images(self.model, self.processor, self.inputs.images)
 
     def compare_golden(
@@ -85,7 +85,7 @@ class Reference:
     ) -> dict[str, float]:
         """Compare a graph with the folder's golden embeddings, if any, by the largest distance.
 
-        The golden texts are stored in the folder. The images are not; pass them as `inputs`.
+        The golden texts are stored in the folder. The golden images are not; pass them as `inputs`.
         """
         golden = read_golden(self.folder)
         if golden is None or f"{kind}_embeds" not in golden[1]:
@@ -100,7 +100,7 @@ class Reference:
 
 
 def load_check_inputs(data: str | None) -> CheckInputs:
-    """Sample captioned images from 200 groups, or from all if there are fewer; the seed is fixed.
+    """Sample captioned images from 200 groups, or all groups if fewer, with a fixed seed.
 
     Without data, sample from the bundled photographs and emoji.
     """
@@ -166,7 +166,7 @@ def check_image_graph(
 
 
 def compare_rounded_texts(encoder: OnnxEncoder, reference: Reference) -> dict[str, Any]:
-    """Measure how far a text graph with rounded weights is from the model, and its recall."""
+    """Measure a quantized text graph's distance from the model, and the graph's recall."""
     embeds = encoder.encode_texts(reference.inputs.texts)
     cosines = measure_cosines(embeds, reference.text_embeds)
     figures = {
@@ -204,7 +204,7 @@ def require_recall(figures: Mapping[str, Any], inputs: CheckInputs, *, max_loss:
 
 
 def check_script(folder: Path, encoder: OnnxEncoder, text_graph: Path | None) -> str | None:
-    """Compare the script that needs no torch with the processor, on the golden inputs.
+    """Compare the exported encode.py, which needs no torch, with the processor on golden inputs.
 
     Returns why the script cannot be used; None if its embeddings match. Raises ValueError if text
     embeddings differ, because then tokenizer.json does not match the tokenizer.
@@ -241,7 +241,7 @@ def measure_cosines(embeds: Tensor, expected: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _check_other_sizes(encoder: OnnxEncoder, reference: Reference, images: list[Any]) -> float:
-    """Compare on images of twice the processor's width, and of twice its height."""
+    """Compare on images with twice the processor's width, and with twice the height."""
     model, pixels = reference.model, reference.processor(images=images)[IMAGE_INPUT]
     largest = 0.0
     for repeats in ((1, 1, 1, 2), (1, 1, 2, 1)):
@@ -255,7 +255,7 @@ def _check_other_sizes(encoder: OnnxEncoder, reference: Reference, images: list[
 def _compare(
     what: str, embeds: Tensor, expected: Tensor, limit: float = find_tolerance(torch.float32)
 ) -> float:
-    """Return the largest distance between matching rows; ValueError if it is above the limit."""
+    """Return the largest distance between matching rows; raise ValueError if above the limit."""
     distances = measure_distances(embeds, expected)
     largest = float(distances.max())
     if largest > limit:

@@ -87,8 +87,8 @@ texts and images to unit-length embeddings in one space. Opset {opset}, IR {ir_v
 def export_onnx(folder: Path, output: str | Path, config: ExportConfig) -> Path:
     """Export a model folder; write nothing unless every graph passes its check.
 
-    Writes `onnx/text_model.onnx`, `onnx/vision_model.onnx`, graphs with rounded weights, tokenizer,
-    processor, configuration, golden embeddings, script, record and card.
+    Writes `onnx/text_model.onnx`, `onnx/vision_model.onnx`, graphs with quantized weights,
+    tokenizer, processor, configuration, golden embeddings, script, record and card.
     """
     require(*ONNX_EXPORT)
     _require_parts(folder, config)
@@ -144,7 +144,7 @@ def _list_modalities(config: ExportConfig) -> list[Literal["text", "image"]]:
 
 
 class _OnnxWriter:
-    """Writes graphs into an unfinished folder and records them."""
+    """Writes ONNX graphs into an unfinished folder and records what was written."""
 
     def __init__(self, source: Path, folder: Path, config: ExportConfig) -> None:
         self.folder, self.config = folder, config
@@ -162,7 +162,7 @@ class _OnnxWriter:
         self.reference = Reference(model, processor, inputs, source, dtype)
 
     def write_text_graphs(self) -> None:
-        """Write the text tower in float32, check it, and write each rounded version asked for."""
+        """Write and check the text tower in float32, then each requested quantized version."""
         file = graph_file(self.folder, "text")
         texts = self.reference.inputs.texts
         short_and_long = self.reference.processor(text=[texts[0], *texts[-2:]])
@@ -195,7 +195,7 @@ class _OnnxWriter:
         }
 
     def write_image_graph(self) -> None:
-        """Write the vision tower, for images of any size if that graph passes its check."""
+        """Write the vision tower as a graph, for images of any size if that passes its check."""
         model, file = self.reference.model, graph_file(self.folder, "image")
         inputs = self.reference.processor(images=list(self.reference.inputs.images[:2]))
         if set(inputs) != {IMAGE_INPUT} or inputs[IMAGE_INPUT].ndim != 4:
@@ -221,7 +221,7 @@ class _OnnxWriter:
         self._record(graph, file, figures)
 
     def _encoder(self, **graphs: Path | None) -> OnnxEncoder:
-        """Open the graphs that are not None, named `text` and `image`."""
+        """Open the graphs `text` and `image`, except those that are None."""
         sessions = {name: open_session(file) for name, file in graphs.items() if file is not None}
         return OnnxEncoder(self.reference.processor, sessions)
 
@@ -266,10 +266,10 @@ class _OnnxWriter:
         _write_card(folder, card, record, name=name, base=find_name(reference.folder))
 
     def _write_script(self) -> str | None:
-        """Write the script and the module that it imports, as two standalone files.
+        """Write the encoding script, and the module that the script imports, as standalone files.
 
-        The script is tested on the new folder. If its image embeddings are wrong, it is removed,
-        and the reason is returned.
+        The script is tested on the new folder. If its image embeddings are wrong, the script is
+        removed, and the reason is returned.
         """
         from ..encoding import encode_onnx  # imports onnxruntime
 
@@ -320,9 +320,9 @@ def _measure_mb(file: Path) -> float:
 
 
 def _name_prompt_tokens(file: Path) -> None:
-    """Write each token of the prompt under its own name, because transformers.js looks it up by it.
+    """Write each token of the prompt under its own name, by which transformers.js looks up tokens.
 
-    The tokenizers library would accept any one name for the ids of the whole prefix.
+    The tokenizers library would also accept one arbitrary name for all ids of the prefix.
     """
     tokenizer = json.loads(file.read_text(encoding="utf-8"))
     processor = tokenizer["post_processor"] or {}

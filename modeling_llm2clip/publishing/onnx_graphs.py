@@ -4,10 +4,10 @@ The tokenizer adds the prompt and truncates. Positions, the pooled span, pooling
 projection and normalization are in the graph. Models must be in float32 on the CPU, in evaluation
 mode.
 
-The language model's linear layers can be rounded, with a scale and zero point per block of weights:
-all of them to 4 bits, or all but those of attention to 8 bits. Everything else stays float32: token
-embeddings, norms, text adapter, projection, activations. In SmolLM2-135M, the attention projections
-have a quarter of the weights but cause more than half of the 8-bit error.
+The language model's linear layers can be quantized, with a scale and zero point per block of
+weights: all linear layers to 4 bits, or all except the attention projections to 8 bits. Everything
+else stays float32: token embeddings, norms, text adapter, projection, activations. In SmolLM2-135M,
+the attention projections have a quarter of the weights but cause more than half of the 8-bit error.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _ATTENTION = ("attn", "attention")  # parts of the names of attention modules in
 
 
 class _TowerGraph(nn.Module):
-    """A tower as a graph: tokens or pixels to unit embeddings."""
+    """A tower as a module to export: from tokens or pixels to unit embeddings."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ def name_vision_tower(model: LLM2CLIPModel | LLM2CLIPVisionModel) -> str:
 
 @contextmanager
 def _explaining(tower: str, *, other: str) -> Iterator[None]:
-    """Name the tower if torch cannot export it, and silence torch's own messages."""
+    """Name the tower in the error if torch cannot export it, and silence torch's own messages."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), torch.no_grad():
@@ -191,7 +191,7 @@ def _export(
 
 
 def save_graph(model: Any, file: Path) -> None:
-    """Write a graph, with its weights in a second file if it would be too large for one."""
+    """Write a graph; weights go to a second file if one file would be too large."""
     import onnx_ir
 
     weights = (value.const_value for value in model.graph.initializers.values())
@@ -201,9 +201,9 @@ def save_graph(model: Any, file: Path) -> None:
 
 
 def write_rounded_graph(source: Path, file: Path, *, bits: int) -> int:
-    """Write a text graph whose language model has 8-bit or 4-bit weights.
+    """Write a text graph whose language model is quantized to 8-bit or 4-bit weights.
 
-    Returns the number of rounded linear layers.
+    Returns the number of quantized linear layers.
     """
     import onnx
     import onnx_ir

@@ -101,8 +101,8 @@ def push_to_hub(
 
     First, the card is updated with the repository's name and the license, keeping manual edits.
     Then all files are listed with their sizes. Large files are sent first, but only become visible
-    with the commit: an interrupted upload leaves nothing visible, and when it is repeated, files
-    that were already sent are skipped.
+    with the commit: an interrupted upload leaves nothing visible, and a repeated upload skips files
+    that were already sent.
 
     Args:
         model_folder: Folder of a trained, healthy model.
@@ -113,19 +113,19 @@ def push_to_hub(
         revision: Branch, created from `main` if it does not exist.
         commit_message: Commit message.
         delete_others: Delete files on the branch that are not in the folder; see `list_others`.
-        token: Token for the Hub; None for huggingface_hub's own.
+        token: Token for the Hub; None for the token that huggingface_hub finds.
         device: Device for checking the model; see `find_device`.
         allow_files: Paths in the folder of files that look like credentials but are not.
-        show: Called with a text that lists the files and, with `delete_others`, again with one that
-            lists the deletions. An exception stops the upload.
+        show: Called with a text that lists the files and, with `delete_others`, again with a text
+            that lists the deletions. An exception stops the upload.
 
     Returns:
         URL of the commit; its last part is the revision to pin.
 
     Raises:
         ValueError: As in `check_publishable`; the repository exists and is public, but `private` is
-            set, or the reverse; or it has files of another model that would remain.
-        RuntimeError: The Hub refuses the upload, or it is interrupted.
+            set, or the reverse; or the repository has files of another model that would remain.
+        RuntimeError: The Hub refuses the upload, or the upload is interrupted.
 
     Examples:
         >>> push_to_hub("my-model", "me/my-model", license="apache-2.0")  # doctest: +SKIP
@@ -246,7 +246,7 @@ def describe_deleted(others: Sequence[str]) -> str:
 
 
 def _require_none_of_model(repo_id: str, others: Sequence[str]) -> None:
-    """Refuse to leave files of another model, which loaders would mix with the new ones."""
+    """Refuse to leave files of another model, which loaders would mix with the new files."""
     if mixed := [path for path in others if _is_own_file(path)]:
         raise ValueError(
             f"{repo_id} has files of another model that are not in this folder: "
@@ -276,11 +276,11 @@ def _explain(error: Exception, repo_id: str, again: str) -> str:
 
 
 def list_files(folder: Path) -> dict[str, int]:
-    """List the sizes in bytes of all files in a folder, by their path inside it.
+    """List the sizes in bytes of all files in a folder, by their path inside the folder.
 
-    Skips hidden files, and unfinished files of killed writers. The folder may itself be a link, or
-    a snapshot in huggingface_hub's cache. Links to files outside, hidden files or folders, and
-    broken links are refused.
+    Skips hidden files, and unfinished files that killed processes left. The folder may itself be a
+    link, or a snapshot in huggingface_hub's cache. Links to files outside, hidden files or folders,
+    and broken links are refused.
     """
     files, errors = {}, []
     for path in _walk(folder):

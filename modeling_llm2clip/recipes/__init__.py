@@ -1,1 +1,1 @@
-"""Run the whole method from one YAML file."""
+"""Run all stages of LLM2CLIP training from one YAML file."""

@@ -1,4 +1,4 @@
-"""Plan of `train`: the stages in order, the work in each, and which ones are finished."""
+"""Plan of `train`: the stages in order, the work in each stage, and which are finished."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class RecipePaths:
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One stage of a recipe; a repeated evaluation keeps results that are already finished."""
+    """One stage of a recipe; an evaluation stage is repeated, but reuses finished results."""
 
     name: str
     size: str
@@ -58,7 +58,7 @@ class PlannedStage:
 class RecipePlan:
     """Stages of a recipe, and the number of images to train on and to evaluate on.
 
-    Printing it shows one line per stage.
+    Printing the plan shows one line per stage.
     """
 
     output: Path
@@ -83,7 +83,7 @@ class RecipePlan:
 
 
 def read_split(config: TrainConfig) -> Split:
-    """Read the records and split them for training and evaluation (none with `test_size=0`)."""
+    """Read the records and split off those to evaluate on (none with `test_size=0`)."""
     if config.data == EMBEDDED:
         emoji = load_records(find_example_data() / "emoji")
         records: Sequence[CaptionedImage] = [r for r in emoji if r.lang == "en"]
@@ -186,7 +186,7 @@ def _count_images(records: RecordTable) -> int:
 
 
 def is_complete(folder: Path) -> bool:
-    """Return True if a folder exists and is not empty; folders are renamed when complete."""
+    """Return True if a folder is not empty; folders get their final name only when complete."""
     return folder.is_dir() and any(folder.iterdir())
 
 

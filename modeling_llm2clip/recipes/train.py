@@ -1,7 +1,7 @@
-"""Run the whole method, resumably: build, fine-tune, extract, align, export, check, evaluate.
+"""Run a recipe, resumably: build, fine-tune, extract, align, export, check, evaluate.
 
 Each stage writes its own folder inside the recipe's output. A folder is either complete, or its
-stage can be resumed. So if a run is killed anywhere and restarted, it writes the same bytes as an
+stage can be resumed. So a run that is killed anywhere and restarted writes the same bytes as an
 uninterrupted run.
 """
 
@@ -220,7 +220,7 @@ def _list_checks(config: TrainConfig, split: Split) -> Iterator[Callable[[], obj
 
 
 def _check_alignment(config: TrainConfig) -> None:
-    """Make those checks of the alignment that normally need its model."""
+    """Check alignment options that are otherwise checked only after the aligned model is built."""
     align, build = config.align, config.build
     if not (build.keep_embeddings or build.keep_projection):  # else a tower decides the width
         require_dims(align.matryoshka_dims, width=build.projection_dim or DEFAULT_PROJECTION_DIM)

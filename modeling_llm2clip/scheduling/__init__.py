@@ -1,1 +1,1 @@
-"""Processes of a run, and graceful stopping."""
+"""Join the processes of a run, and stop runs gracefully."""

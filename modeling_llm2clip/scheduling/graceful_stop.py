@@ -17,10 +17,10 @@ class StageInterrupt(KeyboardInterrupt):
     """A signal stopped a stage after a checkpoint or batch; the message says how to continue.
 
     Args:
-        stopped: Sentence that says what was stopped and where its files are. If empty, as in all
-            but the main process, the message is empty too.
+        stopped: Sentence that says what was stopped and where the files are. If empty, as in all
+            processes except the main one, the message is also empty.
         signal: The signal.
-        resume: Whether the call needs `--resume` to continue.
+        resume: Whether the next call needs `--resume` to continue.
     """
 
     def __init__(self, stopped: str, signal: signal.Signals, *, resume: bool) -> None:
@@ -48,7 +48,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Record the first SIGINT or SIGTERM instead of ending; the second one ends the process.
+    """Record the first SIGINT or SIGTERM without ending the process; a second signal ends it.
 
     Outside the main thread, where Python cannot install handlers, nothing changes.
     """

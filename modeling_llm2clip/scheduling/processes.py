@@ -1,4 +1,4 @@
-"""Processes of a run, single or started by a launcher, and the device of each."""
+"""Processes of a run, one or several from a launcher, and the device of each process."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def join_processes(*, cpu: bool) -> PartialState:
 
 
 def warn_of_idle_gpus(device: torch.device, num_processes: int) -> None:
-    """Warn if a machine has more GPUs than processes: each process uses one."""
+    """Warn if a machine has more GPUs than processes, because each process uses only one GPU."""
     count = torch.cuda.device_count() if device.type == "cuda" else 0
     if num_processes < count:
         warnings.warn(
@@ -66,9 +66,10 @@ def require_all_processes(num_processes: int) -> None:
 def refuse_lone_launch(num_processes: int) -> None:
     """Refuse a single-process run if `accelerate launch` was asked for several processes.
 
-    Without `--multi_gpu` or a configuration with it, accelerate starts one process on a machine
-    without several GPUs, whatever `--num_processes` says. It then sets the address of a main
-    process, which it only does for several processes, but neither rank nor world size.
+    Without `--multi_gpu` or a configuration that sets it, accelerate starts one process on a
+    machine without several GPUs, whatever `--num_processes` says. In this case, accelerate sets the
+    address of a main process, as it does only for several processes, but neither rank nor world
+    size.
     """
     if num_processes > 1 or "WORLD_SIZE" in os.environ or _LAUNCHED not in os.environ:
         return

@@ -139,7 +139,7 @@ class TransformersEncoder(EvaluationEncoder):
         self._processor = DualEncoderProcessor(folder)
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Encode texts; texts that the model reads as the same, such as by case, count as one."""
+        """Encode texts; if the model lowercases them, texts that differ only in case count once."""
         return super().encode_texts([self._processor.spell(text) for text in texts])
 
     @cached_property
