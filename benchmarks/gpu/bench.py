@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -12,10 +13,25 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.full_width import draw_texts, write_model
+from modeling_llm2clip.encoding.devices import count_free_bytes
 
 _EVERY_LAYER = 10**6
 # A run fails below this share of the speed that was recorded on the same device.
 _LEAST_OF_RECORDED = 0.8
+_USED_OF_FREE = 0.8  # the rest is for temporaries and fragments
+
+
+def fit_batch(free: float, held: float, each: float, most: int) -> int:
+    """Return the largest power of two of samples, from 2 to `most`, that fits.
+
+    Args:
+        free: Free memory, GiB.
+        held: GiB of weights, gradients and moments.
+        each: GiB that the backward pass keeps of a sample.
+        most: Samples that are wanted.
+    """
+    fitting = int(min(most, (_USED_OF_FREE * free - held) / each))
+    return 1 << max(2, fitting).bit_length() - 1
 
 
 @dataclass
@@ -61,15 +77,38 @@ class Bench:
         """Choose a number by the size of the run."""
         return tiny if self.tiny else full
 
-    def model(self, llm: str, *, layers: int = _EVERY_LAYER) -> Path:
+    def fit(self, tiny: int, most: int, *, held: float, each: float) -> int:
+        """Choose a number of samples by the size of the run and by the free memory."""
+        gc.collect()
+        if self.tiny or not self.on_gpu:
+            return self.choose(tiny, most)
+        torch.cuda.empty_cache()
+        return fit_batch(count_free_bytes(self.device) / 2**30, held, each, most)
+
+    def begin_peak(self) -> None:
+        """Forget the highest memory so far."""
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+
+    def note_peak(self, name: str, goal: float) -> None:
+        """Note the highest memory since `begin_peak`; a CPU has none."""
+        if self.on_gpu:
+            peak = torch.cuda.max_memory_allocated() / 1e9
+            self.note_speed(f"{name}, peak", peak, "GB", goal=goal, lower=True)
+
+    def model(
+        self, llm: str, *, layers: int = _EVERY_LAYER, vision_layers: int | None = None
+    ) -> Path:
         """Return the folder of a model with random weights: a 1B in float32, an 8B in bfloat16.
 
         `build` and `convert` write float32 by default, which an 8B with its copies does not fit in.
         """
-        folder = self.folder / f"{llm}-{layers}"
+        most = layers if vision_layers is None else vision_layers
+        folder = self.folder / f"{llm}-{layers}-{most}"
         if not folder.is_dir():
             dtype = torch.bfloat16 if llm == "8B" else torch.float32
-            write_model(folder, self.llms[llm], self.vision, self.device, dtype, layers=layers)
+            sizes = self.llms[llm], self.vision
+            write_model(folder, *sizes, self.device, dtype, layers=(layers, most))
         return folder
 
     def captions(self, kind: str, tiny: int, full: int) -> list[str]:

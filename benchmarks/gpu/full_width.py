@@ -129,7 +129,13 @@ def make_tokenizer() -> Any:
 
 
 def write_model(
-    folder: Path, llm: str, vision: str, device: torch.device, dtype: torch.dtype, *, layers: int
+    folder: Path,
+    llm: str,
+    vision: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    layers: tuple[int, int],
 ) -> None:
     """Write a whole model with random weights.
 
@@ -139,7 +145,7 @@ def write_model(
         vision: Size of the vision tower.
         device: Where the weights are made.
         dtype: Of the saved weights.
-        layers: Most layers of a tower.
+        layers: Most layers of the LLM and of the vision tower.
     """
     from modeling_llm2clip.configuration_llm2clip import LLM2CLIPConfig
     from modeling_llm2clip.modeling_llm2clip import LLM2CLIPModel
@@ -148,9 +154,10 @@ def write_model(
     config = tiny.config.to_dict()
     text = config["text_config"] | _LLMS[llm]
     text["head_dim"] = text["hidden_size"] // text["num_attention_heads"]
-    for name, tower in (("text_config", text), ("vision_config", _VISION[vision])):
+    towers = ("text_config", text), ("vision_config", _VISION[vision])
+    for (name, tower), most in zip(towers, layers, strict=True):
         config[name] |= tower
-        config[name]["num_hidden_layers"] = min(layers, tower["num_hidden_layers"])
+        config[name]["num_hidden_layers"] = min(most, tower["num_hidden_layers"])
     config |= {"projection_dim": 64 if llm == "tiny" else PROJECTION_DIM, "dtype": str(dtype)[6:]}
     torch.manual_seed(0)
     with device:

@@ -5,7 +5,9 @@
     python -m benchmarks.gpu.gpu --device cpu --tiny
 
 Weights are random, in the sizes of Llama-3.2-1B, Llama-3-8B and CLIP L/14-336; captions are made up
-with typical lengths. Nothing is downloaded. Every section prints its rows. The run fails where
+with typical lengths. Nothing is downloaded. Every section prints its rows, and the result is
+written after each section. A section that fails, because memory runs out or otherwise, is recorded
+under `failures`; the next one still runs. Training batches fit the free memory. The run fails where
 results differ from those of a CPU, and where a speed is below 80 % of the recorded one on the same
 device: such rows stay as an earlier run recorded them. A goal that is missed is said. Goals are
 those of one H100. With `--tiny` there are none, and nothing is written unless `--output` says
@@ -15,10 +17,12 @@ where.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +31,7 @@ import torch
 
 from benchmarks.gpu import gpu_checks, gpu_encoding, gpu_training
 from benchmarks.gpu.bench import Bench
-from benchmarks.shared.provenance import describe_run, write_result
+from benchmarks.shared.provenance import describe_run
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "ceilings": gpu_encoding.measure_ceilings,
@@ -38,6 +42,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "images": gpu_encoding.measure_images,
     "latency": gpu_encoding.measure_latency,
     "align": gpu_training.measure_align,
+    "tower": gpu_training.measure_tower,
     "extract": gpu_encoding.measure_extract,
     "peer": gpu_encoding.measure_peer,
     "finetune": gpu_training.measure_finetune,
@@ -54,7 +59,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", help="cuda or cpu")
     parser.add_argument("--tiny", action="store_true", help="small, to see that it works")
     parser.add_argument("--output", type=Path, help="default: results/gpu.json")
-    parser.add_argument("--folder", type=Path, help="where models and stores go, 30 GB")
+    parser.add_argument("--folder", type=Path, help="where models and stores go, 40 GB")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -70,17 +75,35 @@ def main() -> int:
             begin = time.perf_counter()
             if begin - started > _MOST_SECONDS:
                 bench.failures[name] = "no time was left"
-                continue
-            SECTIONS[name](bench)
-            if bench.on_gpu:
-                torch.cuda.empty_cache()
-            print(f"[{name}: {time.perf_counter() - begin:.0f} s]", flush=True)
-    if output is not None:
-        write_result(output, {**frame, "seconds": round(time.perf_counter() - started),
-                              "rows": bench.kept_rows})  # fmt: skip
+            else:
+                run_section(name, bench)
+                print(f"[{name}: {time.perf_counter() - begin:.0f} s]", flush=True)
+            if output is not None:
+                record = {**frame, "seconds": round(time.perf_counter() - started)}
+                record |= {"failures": bench.failures, "rows": bench.kept_rows}
+                output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     for name, failure in bench.failures.items():
         print(f"FAILED: {name}: {failure}", file=sys.stderr)
     return 1 if bench.failures else 0
+
+
+def run_section(name: str, bench: Bench) -> None:
+    """Run a section; an error is noted as its failure, so the next ones still run.
+
+    Args:
+        name: Of the section.
+        bench: The run.
+    """
+    try:
+        SECTIONS[name](bench)
+    except torch.OutOfMemoryError as error:
+        bench.failures[name] = f"out of memory: {str(error)[:200]}"
+    except Exception as error:
+        traceback.print_exc()
+        bench.failures[name] = f"{type(error).__name__}: {error}"
+    gc.collect()  # the error's frames and a Trainer's cycles hold tensors
+    if bench.on_gpu:
+        torch.cuda.empty_cache()
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
