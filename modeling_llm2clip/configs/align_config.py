@@ -16,9 +16,10 @@ class AlignConfig(TrainingConfig, JpegConfig):
     """Options for `align`: what to train, on what data and how long (paper, section 3.2)."""
 
     without_flags = (
-        "deterministic", "early_stopping_patience", "eval_steps", "inherit_steps", "jpeg_decoding",
-        "keep_weight", "long_caption_ratio", "lora_rank", "loss_chunk_size", "max_grad_norm",
-        "mini_batch_size", "structure_weight", "vision_learning_rate", "weight_decay",
+        "beta2", "deterministic", "early_stopping_patience", "eval_steps", "inherit_steps",
+        "jpeg_decoding", "keep_weight", "long_caption_ratio", "lora_rank", "loss_chunk_size",
+        "max_grad_norm", "min_crop_area", "mini_batch_size", "structure_weight", "vision_learning_rate",
+        "weight_decay",
     )  # fmt: skip
 
     vision_training: Literal["frozen", "lora", "full"] = "frozen"
@@ -85,8 +86,14 @@ class AlignConfig(TrainingConfig, JpegConfig):
     but at least 20 steps, so very short runs never reach the peak. 0 disables warmup."""
     weight_decay: Annotated[float, Interval(ge=0)] = 0.05
     """AdamW weight decay."""
+    beta2: Annotated[float, Interval(gt=0, lt=1)] = 0.98
+    """AdamW decay of the squared gradients: 0.98 as for CLIP (arXiv:2103.00020, table 18);
+    LLM2CLIP's released training code uses 0.999."""
     max_grad_norm: Annotated[float, Interval(gt=0)] = 1.0
     """Maximum gradient norm; larger gradients are clipped."""
+    min_crop_area: Annotated[float, Interval(gt=0, lt=1)] | None = None
+    """Train on random crops of the decoded images that keep at least this share of the area;
+    LLM2CLIP's released training code uses 0.9. Default: no crops."""
     image_noise: Annotated[float, Interval(ge=0)] = 1.0
     """Norm of the Gaussian noise added to each stored image embedding, relative to the embedding's
     norm. Reduces overfitting on small datasets."""
@@ -234,6 +241,8 @@ class AlignConfig(TrainingConfig, JpegConfig):
             "replaces them: leave jpeg_decoding out": (
                 self.jpeg_decoding != "full" and images and is_frozen
             ),
+            f"min_crop_area={self.min_crop_area} cannot be combined with an image_store, whose "
+            "embeddings are of whole images": self.min_crop_area and images,
             f"mini_batch_size={self.mini_batch_size} has no effect if both sides are stored and no "
             "tower runs: leave it out": self.mini_batch_size and is_stored,
             f"projection_init=cca {needs_both}": self.projection_init == "cca" and not is_stored,

@@ -237,7 +237,7 @@ def save_heads(
             "towers. Save that one with save_pretrained."
         )
     trained = {n: w.cpu() for n, w in model.state_dict().items() if not n.startswith(TOWERS)}
-    source = find_model_folder(model.name_or_path)
+    source = find_model_folder(str(model.name_or_path))
     return save_trained_model(source, trained, folder, training_data=training_data)
 
 

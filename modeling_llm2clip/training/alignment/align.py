@@ -39,7 +39,7 @@ from ...processing_llm2clip import LLM2CLIPProcessor
 from ...scheduling.graceful_stop import StopRequest, stop_on_signals
 from ...scheduling.processes import choose_device
 from ..losses.choose_loss import build_loss, require_dims
-from ..losses.loss import Loss, identify_loss
+from ..losses.loss import Loss, identify_callable
 from ..run_folder import (
     INHERITED_FILE,
     add_results,
@@ -66,11 +66,13 @@ from .align_checks import (
     open_stores,
     require_same_space,
 )
+from .alignment_data import ImageTransform, make_random_crop
 from .alignment_fit import AlignmentFit, Choice, collect_weights, refit
 from .alignment_model import LOSS, TOWERS, AlignmentModel
 from .alignment_report import make_card_results, make_caution, note_held_out
 from .alignment_trainer import (
     AlignmentTrainer,
+    OptimizerFactory,
     RunLength,
     choose_batch_size,
     count_steps,
@@ -100,6 +102,8 @@ def align(
     inherit_from: str | Path | EmbeddingStore | None = None,
     teacher: str | Path | None = None,
     loss: Loss | None = None,
+    image_transform: ImageTransform | None = None,
+    optimizer: OptimizerFactory | None = None,
     data_name: str | None = None,
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
@@ -128,6 +132,12 @@ def align(
             `config.keep_texts` are kept near their embeddings from this CLIP's text encoder. The
             model must have been built with `keep_projection`.
         loss: The loss to minimize, instead of `config.loss`. The other loss options still apply.
+        image_transform: Transforms each decoded training image, a PIL image, before the image
+            processor, instead of `config.min_crop_area`. It must draw random numbers only from
+            torch, whose generator is seeded for each batch, so a resumed run continues identically.
+            Held-out images are not transformed. Not allowed with an `image_store`.
+        optimizer: Makes the optimizer from parameter groups, each with its `lr` and `weight_decay`;
+            None for AdamW.
         data_name: Name of the data on the model card; None for no name.
         resume: Continue from the last checkpoint in `output`. Options, weights, stores, captions,
             images (by name and size) and the number of processes must be unchanged.
@@ -159,6 +169,8 @@ def align(
         inherit_from=inherit_from,
         teacher=teacher,
         loss=loss,
+        image_transform=image_transform,
+        optimizer=optimizer,
         resume=resume,
     )
     return run_alignment(plan, source, data, data_name=data_name, callbacks=callbacks)
@@ -177,6 +189,8 @@ class AlignPlan:
     teacher: EmbeddingStore | None
     labeled: ClassificationDataset | None
     kept: KeptTexts | None
+    image_transform: ImageTransform | None
+    optimizer: OptimizerFactory | None
 
 
 def plan_align(
@@ -188,11 +202,18 @@ def plan_align(
     inherit_from: str | Path | EmbeddingStore | None = None,
     teacher: str | Path | None = None,
     loss: Loss | None = None,
+    image_transform: ImageTransform | None = None,
+    optimizer: OptimizerFactory | None = None,
     resume: bool = False,
 ) -> AlignPlan:
     """Run all checks that need neither the data nor the model of an alignment."""
     config, output = config or AlignConfig(), Path(output)
     stores = open_stores(config, caption_store, image_store, inherit_from)
+    if image_transform is not None and (image_store is not None or config.min_crop_area):
+        raise ValueError(
+            "image_transform cannot be combined with an image_store, whose embeddings are of "
+            "untransformed images, or with min_crop_area. Leave one of them out."
+        )
     chosen = build_loss(config, loss)
     parameters = chosen.parameters() if isinstance(chosen, nn.Module) else ()
     if is_sharded() and any(parameter.requires_grad for parameter in parameters):
@@ -203,8 +224,9 @@ def plan_align(
     require_output(output, resume=resume, model=output / MODEL_FOLDER)
     labeled = None if config.zero_shot is None else load_labeled_images(config.zero_shot)
     return AlignPlan(
-        output, config, chosen, resume, *stores, labeled, read_kept_texts(config, teacher, labeled)
-    )
+        output, config, chosen, resume, *stores, labeled,
+        read_kept_texts(config, teacher, labeled), image_transform, optimizer,
+    )  # fmt: skip
 
 
 def run_alignment(
@@ -232,17 +254,13 @@ def run_alignment(
         fingerprint = _require_fitting(model.folder, plan)
         _verify_stores(plan)
         processor = LLM2CLIPProcessor.from_pretrained(model.folder)
-        run_data: RunData
-        if isinstance(data, RecordStream):
-            run_data = open_stream(data, processor, config, plan.captions, Path(temporary))
-        else:
-            run_data = open_records(data, processor, config, plan.captions, plan.images)
+        run_data = _open_data(plan, data, processor, Path(temporary))
         zero_shot = None
         if plan.labeled is not None:
             zero_shot = ZeroShotImages(plan.labeled, model.folder, processor)
         fit = AlignmentFit(
             model.folder, run_data, output, config, plan.loss, plan.resume, callbacks, zero_shot,
-            plan.teacher, plan.kept,
+            plan.teacher, plan.kept, plan.optimizer,
         )  # fmt: skip
         inputs = {
             "source": model.name,
@@ -268,6 +286,24 @@ def run_alignment(
             _write_model(fit, trained, data_name, choice)
         PartialState().wait_for_everyone()
     return output / MODEL_FOLDER
+
+
+def _open_data(
+    plan: AlignPlan,
+    data: RecordTable | RecordStream,
+    processor: LLM2CLIPProcessor,
+    folder: Path,
+) -> RunData:
+    config, transform = plan.config, plan.image_transform
+    if config.min_crop_area is not None:
+        transform = make_random_crop(processor, config.min_crop_area)
+    if isinstance(data, RecordStream):
+        return open_stream(
+            data, processor, config, plan.captions, folder, image_transform=transform
+        )
+    return open_records(
+        data, processor, config, plan.captions, plan.images, image_transform=transform
+    )
 
 
 def _require_fitting(folder: Path, plan: AlignPlan) -> dict[str, Any]:
@@ -515,7 +551,15 @@ def _identify(fit: AlignmentFit, *, on_gpu: bool) -> dict[str, Any]:
         **fit.data.identify(),
         **({} if fit.zero_shot is None else {"zero_shot": fit.zero_shot.identify()}),
         **({} if fit.kept is None else {"keep_texts": fit.kept.identify()}),
-        "loss_class": identify_loss(fit.loss),
+        "loss_class": identify_callable(fit.loss),
+        **{
+            name: identify_callable(passed)
+            for name, passed in (
+                ("image_transform", fit.data.dataset.image_transform),
+                ("optimizer", fit.optimizer),
+            )
+            if passed is not None
+        },
         "num_processes": PartialState().num_processes,
         "is_sharded": is_sharded(),
         "in_bfloat16": computes_in_bfloat16(fit.config.precision, on_gpu=on_gpu),

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -47,6 +48,8 @@ from .sampling import Samples, choose_captions, draw_samples
 
 Identify = Callable[[Array], Sequence[tuple[str, ...]]]
 """Maps row numbers within a batch to the names of their records."""
+ImageTransform = Callable[[Image.Image], Image.Image]
+"""Transforms a decoded image before the image processor; draws random numbers from torch."""
 _BYTES_AT_ONCE = 2**26
 _SHARE_OF_FREE_MEMORY = 0.5  # the rest is for weights, optimizer state and activations
 
@@ -138,15 +141,16 @@ class _Sampled:
     processor: LLM2CLIPProcessor
     caption_store: EmbeddingStore | None
     image_store: EmbeddingStore | None
+    image_transform: ImageTransform | None
     reads_images: bool
     _stored: dict[StoredSide, StoredRows]
-    _prepare: Callable[[Sequence[Any]], PreparedImages]
+    _prepare: partial[PreparedImages]
 
     @property
     def is_stored(self) -> bool:
         return self.caption_store is not None and not self.reads_images
 
-    def _choose_preparation(self) -> Callable[[Sequence[Any]], PreparedImages]:
+    def _choose_preparation(self) -> partial[PreparedImages]:
         """Return the function that decodes images one by one, as uint8 if the model normalizes."""
         decoding = self.config.jpeg_decoding
         least = find_min_jpeg_side(self.processor.image_processor, decoding)
@@ -156,6 +160,16 @@ class _Sampled:
             open_image=partial(decode, min_jpeg_side=least),
             normalization=find_normalization(self.processor, torch.device("cpu")),
         )
+
+    def _prepare_training(self, images: Sequence[Any], seed: int) -> PreparedImages:
+        """Prepare images for training; `image_transform` draws from a generator with this seed."""
+        transform = self.image_transform
+        if transform is None:
+            return self._prepare(images)
+        open_image = self._prepare.keywords["open_image"]
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return self._prepare(images, open_image=lambda image: transform(open_image(image)))
 
     def make_inputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Make model inputs from a batch, on the device of its tensors.
@@ -196,6 +210,7 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
     _: KW_ONLY
     caption_store: EmbeddingStore | None = None
     image_store: EmbeddingStore | None = None
+    image_transform: ImageTransform | None = None
     is_part: InitVar[bool] = False
 
     def __post_init__(self, data: Sequence[CaptionedImage], is_part: bool) -> None:
@@ -235,7 +250,7 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
             "group_ids": self.read_group_ids(items),
             "text_keys": self.read_text_keys(items, numbers),
             "noise_seed": noise_seed,
-            **self.read_pairs(items, numbers, as_stored=True),
+            **self.read_pairs(items, numbers, as_stored=True, transform_seed=noise_seed),
         }
 
     def read_group_ids(self, items: Array) -> Tensor:
@@ -249,9 +264,17 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
         return torch.from_numpy(store.text_keys_at(_look_up(self._caption_items, items), numbers))
 
     def read_pairs(
-        self, items: Array, numbers: Array, *, as_stored: bool = False
+        self,
+        items: Array,
+        numbers: Array,
+        *,
+        as_stored: bool = False,
+        transform_seed: int | None = None,
     ) -> dict[str, Tensor]:
-        """Read pairs; embeddings are float32 or, with `as_stored`, as `make_inputs` expects."""
+        """Read pairs; embeddings are float32 or, with `as_stored`, as `make_inputs` expects.
+
+        Images are only transformed, as for training, if there is a seed.
+        """
         batch: dict[str, Tensor] = {}
         if self.caption_store is None:
             batch |= self.processor(text=self._take_texts(items, numbers))
@@ -266,7 +289,11 @@ class AlignmentDataset(_Sampled, Dataset[Any]):
                 )
         if self.reads_images:
             images = list(self.records.select(items).iterate_images())
-            batch |= self._prepare(images).inputs
+            batch |= (
+                self._prepare(images)
+                if transform_seed is None
+                else self._prepare_training(images, transform_seed)
+            ).inputs
         return batch
 
     def copy_stores(self, device: torch.device, *, num_reads: int) -> None:
@@ -312,6 +339,7 @@ class AlignmentStream(_Sampled):
     config: AlignConfig = field(default_factory=AlignConfig)
     _: KW_ONLY
     caption_store: EmbeddingStore | None = None
+    image_transform: ImageTransform | None = None
 
     def __post_init__(self) -> None:
         self._prepare = self._choose_preparation()
@@ -327,17 +355,15 @@ class AlignmentStream(_Sampled):
 
     def prepare_sample(self, record: CaptionedImage) -> tuple[CaptionedImage, PreparedImages]:
         """Prepare a record's image before batching, so a broken image can be replaced."""
-        return record, self._prepare([record.image])
+        key = np.array([hash_identity(record.name, record.lang)])
+        return record, self._prepare_training([record.image], self._draw(key).noise_seed)
 
     def collate(self, samples: Sequence[tuple[CaptionedImage, PreparedImages]]) -> dict[str, Any]:
         """Collate records and their prepared images into a batch for `make_inputs`."""
         records = [record for record, _ in samples]
         listed = [(*r.captions, *with_views(r.long_captions, self.num_views)) for r in records]
         keys = np.array([hash_identity(record.name, record.lang) for record in records])
-        # A stream does not count steps, but each record begins at most one batch per epoch.
-        _, draws, noise_seed = draw_samples(
-            keys, self.stream.epoch, int(keys.view(np.uint64)[0]), seed=self.config.seed
-        )
+        _, draws, noise_seed = self._draw(keys)
         num_short = np.array([len(record.captions) for record in records])
         num_long = np.array(list(map(len, listed))) - num_short
         numbers = choose_captions(
@@ -360,6 +386,11 @@ class AlignmentStream(_Sampled):
         )
         return batch
 
+    def _draw(self, keys: Array) -> Samples:
+        # A stream does not count steps, but each record begins at most one batch per epoch.
+        first = int(keys.view(np.uint64)[0])
+        return draw_samples(keys, self.stream.epoch, first, seed=self.config.seed)
+
     def _find_items(self, records: Sequence[CaptionedImage], keys: Array) -> Array:
         assert self.caption_store is not None
         places = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
@@ -376,6 +407,28 @@ class AlignmentStream(_Sampled):
                 "store of these records, or set text_training=frozen-online."
             )
         return items
+
+
+def make_random_crop(processor: LLM2CLIPProcessor, min_area: float) -> ImageTransform:
+    """Return upstream's augmentation (eva_clip/transform.py) at the size of the tower's images."""
+    from torchvision.transforms import (  # type: ignore[import-untyped]
+        InterpolationMode,
+        RandomResizedCrop,
+    )
+
+    images = processor.image_processor
+    size = dict(
+        getattr(images, "crop_size" if getattr(images, "do_center_crop", False) else "size", None)
+        or {}
+    )
+    if not {"height", "width"} <= size.keys():
+        raise ValueError(
+            f"min_crop_area={min_area}: the model's image processor has no fixed size ({size}). "
+            "Leave min_crop_area out."
+        )
+    return RandomResizedCrop(  # type: ignore[no-any-return]
+        (size["height"], size["width"]), (min_area, 1.0), interpolation=InterpolationMode.BICUBIC
+    )
 
 
 def list_pairs(counts: Array, items: Array) -> tuple[Array, Array]:

@@ -44,7 +44,12 @@ from ..trainer_mixins import (
     show_progress,
 )
 from .alignment_model import LOSS, AlignmentModel, choose_trained_parts, freeze_unused, merge_loras
-from .alignment_trainer import AlignmentTrainer, RunLength, make_training_arguments
+from .alignment_trainer import (
+    AlignmentTrainer,
+    OptimizerFactory,
+    RunLength,
+    make_training_arguments,
+)
 from .best_weights import BestWeightsCallback, TrainingObjective, copy_trained, set_between
 from .held_out import ZeroShotImages
 from .kept_texts import KeptTexts
@@ -72,6 +77,7 @@ class AlignmentFit:
     zero_shot: ZeroShotImages | None = None
     teacher: EmbeddingStore | None = None
     kept: KeptTexts | None = None
+    optimizer: OptimizerFactory | None = None
 
     def find_checkpoint(self) -> Path | None:
         return find_last_checkpoint(self.output) if self.resume else None
@@ -157,6 +163,7 @@ class AlignmentFit:
             training_arguments=arguments,
             callbacks=[recorded, StopCallback(stop), *self.callbacks],
             kept=self.kept,
+            optimizer=self.optimizer,
         )
         for callback in (objective, best_weights):
             if callback is not None:

@@ -41,7 +41,8 @@ from .run_data import RunData, StreamData
 _SECONDS_BEFORE_FIRST_LINE = 10.0
 _FACTOR_TO_NEXT_LINE = 2.0
 _SECONDS_BETWEEN_CHECKPOINTS = 300.0
-_BETAS = (0.9, 0.98)  # arXiv:2103.00020, table 18
+OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+"""Makes an optimizer from parameter groups, each with its `lr` and `weight_decay`."""
 _ADAPTER = "text_adapter."
 # Prefixes that wrappers add to parameter names.
 _WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|module\.|_orig_mod\.")
@@ -150,8 +151,14 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         training_arguments: TrainingArguments,
         callbacks: Sequence[TrainerCallback] = (),
         kept: KeptTexts | None = None,
+        optimizer: OptimizerFactory | None = None,
     ) -> None:
         self.alignment_model = model
+        self._make_optimizer = optimizer or partial(
+            torch.optim.AdamW,
+            betas=(0.9, data.config.beta2),
+            fused=runs_ahead(training_arguments.device) or None,
+        )
         self._kept = kept
         self.length = length
         training_arguments.max_steps = length.num_trained
@@ -245,12 +252,7 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
                 }
                 for key in sorted(grouped)
             ]
-            self.optimizer = torch.optim.AdamW(
-                groups,
-                lr=self.length.learning_rate,
-                betas=_BETAS,
-                fused=runs_ahead(self.args.device) or None,
-            )
+            self.optimizer = self._make_optimizer(groups)
         return self.optimizer
 
     def create_scheduler(

@@ -36,7 +36,7 @@ from ...data.streams.record_streams import RecordStream, make_loader, read_repor
 from ...data.streams.stream_run import StreamReport, hash_shards, share_batch
 from ...encoding.batches import MOST_BESIDE_GPU, default_num_workers
 from ...processing_llm2clip import LLM2CLIPProcessor
-from .alignment_data import AlignmentDataset, AlignmentStream, decode
+from .alignment_data import AlignmentDataset, AlignmentStream, ImageTransform, decode
 from .held_out import (
     HeldOutImages,
     choose_held_out,
@@ -262,9 +262,16 @@ def open_records(
     config: AlignConfig,
     caption_store: EmbeddingStore | None,
     image_store: EmbeddingStore | None,
+    *,
+    image_transform: ImageTransform | None = None,
 ) -> RecordData:
     dataset = AlignmentDataset(
-        records, processor, config, caption_store=caption_store, image_store=image_store
+        records,
+        processor,
+        config,
+        caption_store=caption_store,
+        image_store=image_store,
+        image_transform=image_transform,
     )
     items, held_items = choose_held_out(dataset, config.held_out_ratio, seed=config.seed)
     held_out = HeldOutImages(dataset, held_items) if len(held_items) else None
@@ -277,6 +284,8 @@ def open_stream(
     config: AlignConfig,
     caption_store: EmbeddingStore | None,
     folder: Path,
+    *,
+    image_transform: ImageTransform | None = None,
 ) -> StreamData:
     """Prepare a stream: assign shards to processes, and write held-out images to a folder."""
     state = PartialState()
@@ -288,7 +297,9 @@ def open_stream(
         seed=config.seed,
         excluded_groups=groups,
     )
-    dataset = AlignmentStream(part, processor, config, caption_store=caption_store)
+    dataset = AlignmentStream(
+        part, processor, config, caption_store=caption_store, image_transform=image_transform
+    )
     held_out = None
     if held:
         measured = AlignmentDataset(

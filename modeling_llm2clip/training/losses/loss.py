@@ -124,16 +124,17 @@ def list_fitted(loss: Loss) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in named if id(parameter) in fitted}
 
 
-def identify_loss(loss: Any) -> str:
-    """Describe a loss for the run record: its class or function, its settings and its parts."""
-    if is_dataclass(loss):
-        return repr(loss)
-    if isinstance(loss, partial):
-        return f"partial({identify_loss(loss.func)}, {loss.args}, {sorted(loss.keywords.items())})"
-    name = getattr(loss, "__qualname__", type(loss).__qualname__)
-    settings = loss.extra_repr() if isinstance(loss, nn.Module) else ""
-    part = getattr(loss, "loss", None)
-    shown = [settings, f"loss={identify_loss(part)}" if callable(part) else ""]
+def identify_callable(function: Any) -> str:
+    """Describe a loss, or another callable, for the run record: its name, settings and parts."""
+    if is_dataclass(function):
+        return repr(function)
+    if isinstance(function, partial):
+        name, keywords = identify_callable(function.func), sorted(function.keywords.items())
+        return f"partial({name}, {function.args}, {keywords})"
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    settings = function.extra_repr() if isinstance(function, nn.Module) else ""
+    part = getattr(function, "loss", None)
+    shown = [settings, f"loss={identify_callable(part)}" if callable(part) else ""]
     return f"{name}({', '.join(filter(None, shown))})" if any(shown) else name
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from aligning import (
     SHORT_RUN,
+    EndAfter,
     Prepared,
     Run,
     command_of,
@@ -26,12 +28,15 @@ from aligning import (
     weights_of,
 )
 from gloo_workers import find_free_port
+from transformers import TrainerCallback
 
 from modeling_llm2clip import LLM2CLIPModel
 from modeling_llm2clip.__main__ import main
 from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.model_folders.model_writing import save_model
+from modeling_llm2clip.training.alignment.align import align
+from modeling_llm2clip.training.alignment.alignment_data import make_random_crop
 from modeling_llm2clip.training.alignment.alignment_model import (
     AlignmentModel,
     choose_trained_parts,
@@ -52,6 +57,73 @@ def test_a_ratio_of_0_or_1_shows_one_kind_of_captions(prepared: Prepared, ratio:
     both = prepared.dataset(long_caption_ratio=ratio)
     others = prepared.dataset(alone, long_caption_ratio=0.5)
     assert torch.equal(*(part.__getitems__(samples)["input_ids"] for part in (both, others)))
+
+
+def test_training_images_are_cropped_as_their_batch_determines(prepared: Prepared) -> None:
+    whole = prepared.dataset()
+    cropped = replace(
+        whole, data=prepared.records, image_transform=make_random_crop(prepared.processor, 0.5)
+    )
+    first, second = (draw_samples(np.arange(6), step, seed=0) for step in (0, 1))
+    state = torch.get_rng_state()
+    pixels, again, later = (
+        cropped.__getitems__(samples)["pixel_values"] for samples in (first, first, second)
+    )
+    assert torch.equal(torch.get_rng_state(), state)  # others draw from it, such as dropout
+    assert torch.equal(pixels, again) and not torch.equal(pixels, later)
+    assert not torch.equal(pixels, whole.__getitems__(first)["pixel_values"])
+    # Held-out images are read without a seed.
+    pairs = [part.read_pairs(np.arange(6), np.zeros(6, np.int64)) for part in (cropped, whole)]
+    assert torch.equal(*(part["pixel_values"] for part in pairs))
+
+
+def test_an_image_transform_is_refused_with_an_image_store(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    for options, passed in ((0.9, None), (None, lambda image: image)):
+        with pytest.raises(ValueError, match="cannot be combined with an image_store"):
+            align(
+                prepared.model, prepared.records, tmp_path / "run",
+                AlignConfig(min_crop_area=options), caption_store=prepared.captions,
+                image_store=prepared.images, image_transform=passed,
+            )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_run_with_crops_and_an_optimizer_of_its_own_resumes_identically(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    config = AlignConfig(**SHORT_RUN, vision_training="full", min_crop_area=0.5)
+
+    def run(output: Path, **options: Any) -> None:
+        align(
+            prepared.model, prepared.records, output, config, caption_store=prepared.captions,
+            optimizer=partial(torch.optim.SGD, momentum=0.9), **options,
+        )  # fmt: skip
+
+    run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", callbacks=[EndAfter(3)])
+    run(tmp_path / "run", resume=True)
+    assert read_losses(tmp_path / "run") == read_losses(tmp_path / "whole")
+    assert not names_that_differ(tmp_path / "run" / "model", tmp_path / "whole" / "model")
+    adam = prepared.align(tmp_path / "adam", vision_training="full", min_crop_area=0.5)
+    uncropped = prepared.align(tmp_path / "uncropped", vision_training="full")
+    others = [read_losses(other.output) for other in (adam, uncropped)]
+    assert others[0][1] == read_losses(tmp_path / "whole")[1] != others[1][1]
+    assert others[0][6] != read_losses(tmp_path / "whole")[6]
+
+
+def test_the_second_beta_of_adam_is_the_option(prepared: Prepared, tmp_path: Path) -> None:
+    betas: list[Any] = []
+
+    class Read(TrainerCallback):
+        def on_step_end(self, *_: Any, optimizer: Any, **__: Any) -> None:
+            betas.extend(group["betas"] for group in optimizer.param_groups)
+
+    options = {**SHORT_RUN, "max_steps": 1, "beta2": 0.999}
+    prepared.align_stored(tmp_path / "run", callbacks=[Read()], **options)
+    assert set(betas) == {(0.9, 0.999)}
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from modeling_llm2clip.training.losses import loss as loss_module
 from modeling_llm2clip.training.losses.choose_loss import MatryoshkaLoss, WeightedSum, build_loss
 from modeling_llm2clip.training.losses.loss import (
     LossInputs,
-    identify_loss,
+    identify_callable,
 )
 from modeling_llm2clip.training.losses.pairs import ContrastiveLoss, SigmoidLoss
 from modeling_llm2clip.training.losses.terms import (
@@ -231,12 +231,15 @@ def test_the_run_record_describes_a_loss_and_its_parts() -> None:
         return weight * inputs.image_embeds.sum()
 
     name = own_loss.__qualname__
-    assert identify_loss(own_loss) == name
-    assert identify_loss(partial(own_loss, weight=2.0)) == f"partial({name}, (), [('weight', 2.0)])"
-    assert identify_loss(build_loss(AlignConfig(matryoshka_dims=(2,)), own_loss)) == (
+    assert identify_callable(own_loss) == name
+    assert (
+        identify_callable(partial(own_loss, weight=2.0))
+        == f"partial({name}, (), [('weight', 2.0)])"
+    )
+    assert identify_callable(build_loss(AlignConfig(matryoshka_dims=(2,)), own_loss)) == (
         f"MatryoshkaLoss(dims=(2,), loss={name})"
     )
-    assert identify_loss(build_loss(AlignConfig(structure_weight=2.0))) == (
+    assert identify_callable(build_loss(AlignConfig(structure_weight=2.0))) == (
         "WeightedSum(structure=2.0, loss=ContrastiveLoss(chunk_size=None))"
     )
 
