@@ -18,8 +18,8 @@ class AlignConfig(TrainingConfig, JpegConfig):
     without_flags = (
         "beta2", "deterministic", "early_stopping_patience", "eval_steps", "inherit_steps",
         "jpeg_decoding", "keep_weight", "long_caption_ratio", "lora_rank", "loss_chunk_size",
-        "max_grad_norm", "min_crop_area", "mini_batch_size", "structure_weight", "vision_learning_rate",
-        "weight_decay",
+        "max_grad_norm", "min_crop_area", "mini_batch_size", "structure_weight",
+        "vision_learning_rate", "weight_decay",
     )  # fmt: skip
 
     vision_training: Literal["frozen", "lora", "full"] = "frozen"
