@@ -145,6 +145,24 @@ def _render_precision_effect(report: dict[str, Any]) -> str:
     return f"{draw_table(heads, rows)}\n{note}\n"
 
 
+def _render_loss_precision(report: dict[str, Any]) -> str:
+    heads = ("products", "cosines of pairs, others", "largest error of a logit",
+             "relative error of the loss", "of the gradients", "of the temperature's")  # fmt: skip
+    rows = [
+        [name, "{}, {}".format(*run["cosines"])]
+        + [f"{errors[part]:.1g}" for part in (
+            "largest_logit_error", "loss_error", "gradient_error", "scale_gradient_error"
+        )]
+        for run in report["runs"]
+        for name, errors in run["errors"].items()
+    ]  # fmt: skip
+    note = (
+        f"{report['count']:,} pairs of width {report['width']:,}, inverse temperature "
+        f"{report['scale']:g}, beside float64. {report['hardware']}; commit {report['commit']}."
+    )
+    return f"{draw_table(heads, rows)}\n{note}\n"
+
+
 def _show_effect(values: list[float], others: list[float]) -> str:
     """Show a mean, and its distance from that of others on the same splits if there are any."""
     if not others:
@@ -272,5 +290,6 @@ EFFECT_TABLES: dict[str, Callable[[Any], str]] = {
     "languages": _render_languages,
     "loss_effects": _render_loss_effects,
     "precision_effect": _render_precision_effect,
+    "loss_precision": _render_loss_precision,
     "text_towers": _render_text_towers,
 }

@@ -18,7 +18,7 @@ class AlignConfig(TrainingConfig, JpegConfig):
     without_flags = (
         "beta2", "deterministic", "early_stopping_patience", "eval_steps", "inherit_steps",
         "jpeg_decoding", "keep_weight", "long_caption_ratio", "lora_rank", "loss_chunk_size",
-        "max_grad_norm", "min_crop_area", "mini_batch_size", "structure_weight",
+        "loss_precision", "max_grad_norm", "min_crop_area", "mini_batch_size", "structure_weight",
         "vision_learning_rate", "weight_decay",
     )  # fmt: skip
 
@@ -123,6 +123,10 @@ class AlignConfig(TrainingConfig, JpegConfig):
     loss_chunk_size: Annotated[int, Interval(ge=1)] | None = None
     """Number of logit rows to compute at a time; smaller chunks save memory. Default: all at once.
     """
+    loss_precision: Literal["float32", "tf32"] = "float32"
+    """Precision in which a GPU multiplies the float32 matrices of the loss, which takes most of a
+    step if a batch has tens of thousands of stored embeddings: exact (float32), or several times
+    faster with operands rounded to 10 bits (tf32). Evaluation is always exact."""
     lora_rank: Annotated[int, Interval(ge=1)] | None = None
     """LoRA rank. Default: 16 in the LLM, 32 in the vision tower. LoRA alpha is twice the rank in
     the LLM and equal to the rank in the vision tower."""
@@ -168,6 +172,10 @@ class AlignConfig(TrainingConfig, JpegConfig):
             "distillation_weight has no effect with vision_training=frozen. Choose "
             "vision_training=lora or full.": (
                 self.distillation_weight and self.vision_training == "frozen"
+            ),
+            "loss_precision=tf32 cannot be combined with precision=float32, which keeps all "
+            "matrix products exact. Leave one out.": (
+                self.loss_precision == "tf32" and self.precision == "float32"
             ),
             f"vision_learning_rate needs vision_training=full, not {ways}.": (
                 self.vision_learning_rate and self.vision_training != "full"

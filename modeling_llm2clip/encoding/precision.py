@@ -114,6 +114,22 @@ def float32_as_such() -> Iterator[None]:
                 _swap_settings(first)
 
 
+@contextmanager
+def float32_as_tf32() -> Iterator[None]:
+    """Compute float32 matrix products in TF32 on CUDA within the block; convolutions do not change.
+
+    The setting is global. Other devices ignore it.
+    """
+    matmul = torch.backends.cuda.matmul
+    name, value = ("fp32_precision", "tf32") if _EACH_ALONE else ("allow_tf32", True)
+    before = getattr(matmul, name)
+    setattr(matmul, name, value)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
+
+
 def _swap_settings(settings: Sequence[Any] | None) -> list[Any]:
     """Apply settings, or exact float32 for None; return the previous settings."""
     if not _EACH_ALONE:

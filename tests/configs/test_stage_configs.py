@@ -9,6 +9,7 @@ from typing import Any, get_args
 import pytest
 
 from modeling_llm2clip import configuration_llm2clip
+from modeling_llm2clip.configs.align_config import AlignConfig
 from modeling_llm2clip.configs.build_config import (
     CHAT_TEMPLATE,
     PROMPT_NAMES,
@@ -55,6 +56,11 @@ _LICENSE = "license_name and license_link need license=other"
         (EvaluatedModel, {"source": "model", "name": "a/b"}, r"Choose one with NAME=model\."),
         (EvaluatedModel, {"source": "model", "name": ".hidden"}, r"Choose one with NAME=model\."),
         (EvaluationConfig, {"languages": ("de", "de")}, "languages has duplicates: de, de"),
+        (
+            AlignConfig,
+            {"loss_precision": "tf32", "precision": "float32"},
+            "loss_precision=tf32 cannot be combined with precision=float32",
+        ),
         (TrainConfig, {**LEAST, "align": {"seed": 3}}, r"align\.seed=3 differs from seed=0\. Set"),
         (TrainConfig, {**LEAST, "align": {"max_step": 5}}, r"align: max_step is not an option\. D"),
     ],

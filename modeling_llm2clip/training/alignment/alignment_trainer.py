@@ -24,6 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ..._suggestions import list_first
 from ...configs.align_config import AlignConfig
 from ...encoding.devices import runs_ahead
+from ...encoding.precision import float32_as_tf32
 from ...modeling_llm2clip import LLM2CLIPModel
 from ...scheduling.processes import choose_device, require_all_processes
 from ..losses.loss import LossInputs
@@ -309,6 +310,11 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
     def sample_kept(self, step: int) -> dict[str, Tensor]:
         """Sample the kept texts of a step as model inputs; empty if no texts are kept."""
         return {} if self._kept is None else self._kept.sample(step)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        context = float32_as_tf32 if self.data.config.loss_precision == "tf32" else nullcontext
+        with context():  # the backward pass as well, with two thirds of the products
+            return super().training_step(*args, **kwargs)
 
     def compute_loss(
         self,

@@ -126,6 +126,33 @@ def test_the_second_beta_of_adam_is_the_option(prepared: Prepared, tmp_path: Pat
     assert set(betas) == {(0.9, 0.999)}
 
 
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+def test_tf32_is_used_forward_and_backward_if_asked_and_never_in_evaluation(
+    prepared: Prepared, tmp_path: Path, precision: str
+) -> None:
+    seen: dict[str, set[bool]] = {"forward": set(), "backward": set(), "held out": set()}
+
+    def is_tf32() -> bool:
+        matmul: Any = torch.backends.cuda.matmul
+        is_new = hasattr(matmul, "fp32_precision")
+        return bool(matmul.fp32_precision == "tf32" if is_new else matmul.allow_tf32)
+
+    def note(place: str) -> None:
+        seen[place].add(is_tf32())
+
+    def loss(inputs: LossInputs) -> torch.Tensor:
+        note("forward" if inputs.image_embeds.requires_grad else "held out")
+        if inputs.image_embeds.requires_grad:
+            inputs.image_embeds.register_hook(lambda _: note("backward"))
+        return -inputs.logits(inputs.image_embeds, inputs.text_embeds).trace()
+
+    options = {"max_steps": 2, "held_out_ratio": 0.3, "loss_precision": precision}
+    prepared.align(tmp_path / "out", loss_function=loss, **options)
+    step = {precision == "tf32"}
+    assert seen == {"forward": step, "backward": step, "held out": {False}}
+    assert not is_tf32()
+
+
 @pytest.mark.slow
 def test_gradients_are_clipped(prepared: Prepared, tmp_path: Path) -> None:
     name, rate = "text_projection.weight", SHORT_RUN["learning_rate"]
