@@ -92,8 +92,9 @@ class AlignConfig(TrainingConfig, JpegConfig):
     max_grad_norm: Annotated[float, Interval(gt=0)] = 1.0
     """Maximum gradient norm; larger gradients are clipped."""
     min_crop_area: Annotated[float, Interval(gt=0, lt=1)] | None = None
-    """Train on random crops of the decoded images that keep at least this share of the area;
-    LLM2CLIP's released training code uses 0.9. Default: no crops."""
+    """Train on random crops of the decoded images that keep at least this share of the area, before
+    the image processor's own center crop; LLM2CLIP's released training code uses 0.9. Default: no
+    crops."""
     image_noise: Annotated[float, Interval(ge=0)] = 1.0
     """Norm of the Gaussian noise added to each stored image embedding, relative to the embedding's
     norm. Reduces overfitting on small datasets."""

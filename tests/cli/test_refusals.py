@@ -70,8 +70,8 @@ REFUSED = [
     ("tag m d --labels", "--labels requires an argument."),
     ("tag m d --labels=", "the path is empty."),
     ("search FULL --image=", "the path is empty. Use a dot for the working directory."),
-    ("search FULL --combine false", "--combine takes no value, so false would be an arg"),
-    ("finetune-llm m d --merge false", "--merge takes no value, so false would be an arg"),
+    ("search FULL --combine false", "--combine takes no value, so false would be read as an arg"),
+    ("finetune-llm m d --merge false", "--merge takes no value, so false would be read as an arg"),
     ("build v l o --prompt-prefix --device", "begins with a hyphen, use --prompt-prefix=VALUE"),
     # Commands
     ("build a/b c/d FULL --prompt none", "is not empty"),

@@ -135,7 +135,8 @@ def align(
         image_transform: Transforms each decoded training image, a PIL image, before the image
             processor, instead of `config.min_crop_area`. It must draw random numbers only from
             torch, whose generator is seeded for each batch, so a resumed run continues identically.
-            Held-out images are not transformed. Not allowed with an `image_store`.
+            Held-out images are not transformed. A resumed run needs the same `repr`. Not allowed
+            with an `image_store`.
         optimizer: Makes the optimizer from parameter groups, each with its `lr` and `weight_decay`;
             None for AdamW.
         data_name: Name of the data on the model card; None for no name.
@@ -553,7 +554,8 @@ def _identify(fit: AlignmentFit, *, on_gpu: bool) -> dict[str, Any]:
         **({} if fit.kept is None else {"keep_texts": fit.kept.identify()}),
         "loss_class": identify_callable(fit.loss),
         **{
-            name: identify_callable(passed)
+            # A repr has the settings of a transform, but also the address of a function.
+            name: identify_callable(passed) if " at 0x" in repr(passed) else repr(passed)
             for name, passed in (
                 ("image_transform", fit.data.dataset.image_transform),
                 ("optimizer", fit.optimizer),

@@ -410,24 +410,25 @@ class AlignmentStream(_Sampled):
 
 
 def make_random_crop(processor: LLM2CLIPProcessor, min_area: float) -> ImageTransform:
-    """Return upstream's augmentation (eva_clip/transform.py) at the size of the tower's images."""
+    """Return upstream's augmentation (eva_clip/transform.py).
+
+    Crops get the size that the image processor resizes to, so it has nothing to resize. A center
+    crop of its own still applies.
+    """
     from torchvision.transforms import (  # type: ignore[import-untyped]
         InterpolationMode,
         RandomResizedCrop,
     )
 
-    images = processor.image_processor
-    size = dict(
-        getattr(images, "crop_size" if getattr(images, "do_center_crop", False) else "size", None)
-        or {}
-    )
-    if not {"height", "width"} <= size.keys():
+    size = dict(getattr(processor.image_processor, "size", None) or {})
+    sides = [size.get(side) or size.get("shortest_edge") for side in ("height", "width")]
+    if None in sides:
         raise ValueError(
             f"min_crop_area={min_area}: the model's image processor has no fixed size ({size}). "
             "Leave min_crop_area out."
         )
     return RandomResizedCrop(  # type: ignore[no-any-return]
-        (size["height"], size["width"]), (min_area, 1.0), interpolation=InterpolationMode.BICUBIC
+        sides, (min_area, 1.0), interpolation=InterpolationMode.BICUBIC
     )
 
 

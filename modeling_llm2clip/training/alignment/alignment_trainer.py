@@ -215,8 +215,10 @@ class AlignmentTrainer(TrainedCheckpointMixin, Trainer):
         with self._input_times.measure():
             get = partial(super().get_batch_samples, *args, **kwargs)
             # Workers prefetch on their own, and prefetching would move a stream's saved position.
+            # An image transform would draw from the generator that this thread's layers use.
             is_idle = isinstance(self._loader, DataLoader) and not self._loader.num_workers
-            if not is_idle or not runs_ahead(self.args.device):
+            transforms = self.data.dataset.image_transform is not None
+            if transforms or not is_idle or not runs_ahead(self.args.device):
                 return get()
             samples = get() if self._next_samples is None else self._next_samples.result()
             self._next_samples = self._ahead.submit(get)

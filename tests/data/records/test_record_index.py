@@ -392,7 +392,7 @@ def test_memory_does_not_grow_with_an_error(tmp_path: Path) -> None:
     """Records are in a file, with or without errors."""
     lines = [{"file_name": f"{i}.png", "captions": ["x" * 20_000]} for i in range(200)]
     source = write(tmp_path / "data", [*lines, "not JSON"])
-    job = record_loading._plan(source, None, False, ())
+    job = record_loading._plan(source, None, False, (), None)
     before = pa.total_allocated_bytes()
     table, errors = record_index.open_index(job)
     assert errors.counts == {"not JSON": 1}

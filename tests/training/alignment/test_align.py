@@ -35,6 +35,7 @@ from modeling_llm2clip.data.atomic_files import hash_file
 from modeling_llm2clip.data.records.record_table import RecordTable
 from modeling_llm2clip.doctor.check_model import check_model
 from modeling_llm2clip.embedding.extract import extract
+from modeling_llm2clip.encoding.pixel_normalization import find_normalization
 from modeling_llm2clip.model_folders.fingerprint import fingerprint_vision
 from modeling_llm2clip.model_folders.golden_embeddings import GOLDEN_FILE
 from modeling_llm2clip.model_folders.model_card import read_card_data
@@ -201,6 +202,7 @@ def test_scores_are_of_written_weights(
     held_out = data.held_out
     assert held_out is not None
     written = AlignmentModel.from_pretrained(run.model, with_llm=False, with_vision_tower=True)
+    written.normalization = find_normalization(half.processor, torch.device("cpu"))
     inputs = embed_batches(written, held_out.iterate_batches(), torch.device("cpu"))
     scores = held_out.score(load_loss("contrastive"), inputs)
     assert run.after == scores

@@ -28,6 +28,7 @@ from aligning import (
     weights_of,
 )
 from gloo_workers import find_free_port
+from torchvision.transforms import RandomResizedCrop
 from transformers import TrainerCallback
 
 from modeling_llm2clip import LLM2CLIPModel
@@ -87,6 +88,22 @@ def test_an_image_transform_is_refused_with_an_image_store(
                 AlignConfig(min_crop_area=options), caption_store=prepared.captions,
                 image_store=prepared.images, image_transform=passed,
             )  # fmt: skip
+
+
+def test_a_resume_with_another_image_transform_is_refused(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    def run(smallest: float, **options: Any) -> None:
+        align(
+            prepared.model, prepared.records, tmp_path / "run", AlignConfig(**SHORT_RUN),
+            caption_store=prepared.captions,
+            image_transform=RandomResizedCrop(32, (smallest, 1.0)), **options,
+        )  # fmt: skip
+
+    with pytest.raises(KeyboardInterrupt):
+        run(0.9, callbacks=[EndAfter(2)])
+    with pytest.raises(ValueError, match="another run"):
+        run(0.1, resume=True)
 
 
 @pytest.mark.slow

@@ -132,7 +132,8 @@ def test_only_a_gpu_rounds_towers_and_no_trained_one(
     options: dict[str, Any], kind: str, is_rounded: bool, save_parts: Callable[[str], Path]
 ) -> None:
     config = AlignConfig(**{"precision": "bfloat16", **options})
-    data: Any = SimpleNamespace(identify=dict)
+    dataset = SimpleNamespace(image_transform=None)
+    data: Any = SimpleNamespace(identify=dict, dataset=dataset)
     fit = AlignmentFit(save_parts("clip"), data, Path(), config, ContrastiveLoss(), resume=False)
     assert fit.rounds_towers(kind) == is_rounded
     recorded = _identify(fit, on_gpu=kind == "cuda")
